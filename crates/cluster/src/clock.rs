@@ -1,0 +1,21 @@
+//! The clock that leases are measured by: CLOCK_BOOTTIME, which goes on while
+//! the host is suspended and is never set.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Time since the host booted, suspended time included.
+pub fn boottime() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    // Neither field of a time since boot is negative.
+    Duration::new(
+        u64::try_from(now.tv_sec).unwrap_or(0),
+        u32::try_from(now.tv_nsec).unwrap_or(0),
+    )
+}
+
+/// Wall-clock time in milliseconds since 1970. Only for the expiry of tokens
+/// and for showing to people.
+pub fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,95 @@
+//! The epoch of a machine: raised by each change of its owner or of the set of
+//! its parts. A message with an older epoch is refused.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// (cluster incarnation, counter), ordered in this order; printed `i.c`.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+pub struct Epoch {
+    /// Raised when the cluster was recovered without a quorum.
+    pub incarnation: u32,
+    /// Raised by each change within the incarnation.
+    pub counter: u64,
+}
+
+impl Epoch {
+    /// The epoch after this one in the same incarnation.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self {
+            counter: self.counter.saturating_add(1),
+            ..self
+        }
+    }
+
+    /// The first epoch of a later incarnation that follows this one.
+    #[must_use]
+    pub fn in_incarnation(self, incarnation: u32) -> Self {
+        match incarnation > self.incarnation {
+            true => Self {
+                incarnation,
+                counter: 1,
+            },
+            false => self.next(),
+        }
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.incarnation, self.counter)
+    }
+}
+
+/// A text that is not an epoch.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{0:?} is not an epoch: write INCARNATION.COUNTER, as 1.7")]
+pub struct EpochError(String);
+
+impl FromStr for Epoch {
+    type Err = EpochError;
+    fn from_str(text: &str) -> Result<Self, EpochError> {
+        let error = || EpochError(text.chars().take(80).collect());
+        let (incarnation, counter) = text.split_once('.').ok_or_else(error)?;
+        Ok(Self {
+            incarnation: incarnation.parse().map_err(|_| error())?,
+            counter: counter.parse().map_err(|_| error())?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn incarnation_counts_more_than_counter() {
+        let epoch = |incarnation, counter| Epoch {
+            incarnation,
+            counter,
+        };
+        assert!(epoch(1, 900) < epoch(2, 1));
+        assert!(epoch(1, 1) < epoch(1, 1).next());
+        assert_eq!(epoch(1, 900).in_incarnation(3), epoch(3, 1));
+        assert_eq!(epoch(3, 900).in_incarnation(3), epoch(3, 901));
+    }
+
+    #[test]
+    fn text_goes_both_ways() {
+        let epoch = Epoch {
+            incarnation: 1,
+            counter: 42,
+        };
+        assert_eq!(epoch.to_string(), "1.42");
+        assert_eq!("1.42".parse(), Ok(epoch));
+        for bad in ["", "1", "1.", ".1", "1.2.3", "-1.2", "4294967296.1"] {
+            assert!(bad.parse::<Epoch>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,474 @@
+//! The cluster's certificate authority and the nodes' certificates.
+//!
+//! A node makes its key itself and sends a signing request; the authority
+//! takes nothing from that but the public key, and puts the node's name in
+//! itself. Certificates carry no end that matters (wall clocks decide
+//! nothing): a node is removed by removing its membership, see
+//! [`crate::members`].
+//!
+//! ```text
+//! STATE/identity/cluster    the cluster's id
+//!               /ca.pem     the authority's certificate
+//!               /node.pem   this node's certificate
+//!               /node.key   its private key
+//!               /ca.key     the authority's key, on voters only
+//! ```
+
+use std::fmt;
+use std::path::Path;
+
+use keel_net::tls::{NodeCredentials, node_of};
+use keel_net::{ClientTls, Fingerprint, NodeName, ServerTls, TlsError};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::state_file::{self, StateFileError};
+
+/// Longest signing request that is looked at, in bytes.
+pub const CSR_BYTES_MAX: usize = 16 << 10;
+
+const CLUSTER_FILE: &str = "cluster";
+const CA_CERT_FILE: &str = "ca.pem";
+const CA_KEY_FILE: &str = "ca.key";
+const NODE_CERT_FILE: &str = "node.pem";
+const NODE_KEY_FILE: &str = "node.key";
+
+/// Why an identity cannot be made, read or kept.
+#[derive(Debug, Error)]
+pub enum IdentityError {
+    /// The text is not a cluster id.
+    #[error("{0:?} is not a cluster id: it is 32 hex digits")]
+    ClusterId(String),
+    /// Making or reading a key or certificate failed.
+    #[error("{what}: {reason}")]
+    Certificate {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        reason: String,
+    },
+    /// The certificate is for another node.
+    #[error("the certificate is for {found}, not for node {expected}")]
+    OtherNode {
+        /// The node it should be for.
+        expected: NodeName,
+        /// What it is for.
+        found: String,
+    },
+    /// TLS cannot use it.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// A file of the state directory.
+    #[error(transparent)]
+    File(#[from] StateFileError),
+}
+
+fn bad(what: &'static str, reason: impl fmt::Display) -> IdentityError {
+    IdentityError::Certificate {
+        what,
+        reason: reason.to_string(),
+    }
+}
+
+/// The identity of a cluster: 128 random bits, printed as 32 hex digits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ClusterId(pub u128);
+
+impl ClusterId {
+    /// A new one.
+    pub fn random() -> Self {
+        Self(rand::random())
+    }
+}
+
+impl fmt::Display for ClusterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for ClusterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ClusterId({self})")
+    }
+}
+
+impl std::str::FromStr for ClusterId {
+    type Err = IdentityError;
+    fn from_str(text: &str) -> Result<Self, IdentityError> {
+        let id = u128::from_str_radix(text, 16).map(Self);
+        id.ok()
+            .filter(|id| id.to_string() == text)
+            .ok_or_else(|| IdentityError::ClusterId(text.chars().take(80).collect()))
+    }
+}
+
+/// The cluster's authority: its certificate and the key that signs nodes'.
+pub struct CertificateAuthority {
+    cluster: ClusterId,
+    certificate_pem: String,
+    certificate: CertificateDer<'static>,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl CertificateAuthority {
+    /// Makes the authority of a new cluster.
+    ///
+    /// # Errors
+    /// [`IdentityError::Certificate`] when the random source or signing fails.
+    pub fn create(cluster: ClusterId) -> Result<Self, IdentityError> {
+        let what = "making the cluster CA";
+        let key = KeyPair::generate().map_err(|e| bad(what, e))?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = common_name(format!("keel cluster {cluster}"));
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let certificate = params.self_signed(&key).map_err(|e| bad(what, e))?;
+        Self::from_pem(cluster, &certificate.pem(), &key.serialize_pem())
+    }
+
+    /// Reads the authority's certificate and key.
+    ///
+    /// # Errors
+    /// [`IdentityError::Certificate`] when either cannot be read or they do
+    /// not belong together.
+    pub fn from_pem(
+        cluster: ClusterId,
+        certificate_pem: &str,
+        key_pem: &str,
+    ) -> Result<Self, IdentityError> {
+        let certificate = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
+            .map_err(|e| bad("reading the certificate of the cluster CA", e))?;
+        let key =
+            KeyPair::from_pem(key_pem).map_err(|e| bad("reading the key of the cluster CA", e))?;
+        let issuer = Issuer::from_ca_cert_der(&certificate, key)
+            .map_err(|e| bad("reading the certificate of the cluster CA", e))?;
+        let authority = Self {
+            cluster,
+            certificate_pem: certificate_pem.into(),
+            certificate,
+            issuer,
+        };
+        authority.prove()?;
+        Ok(authority)
+    }
+
+    /// Signs a certificate and lets TLS verify it: shows that key and
+    /// certificate belong together before a node relies on it.
+    fn prove(&self) -> Result<(), IdentityError> {
+        let what = "checking the key of the cluster CA";
+        let node = NodeName::new("probe").map_err(|e| bad(what, e))?;
+        let csr = make_csr(&node)?;
+        let identity = NodeIdentity::from_pem(
+            self.cluster,
+            node,
+            self.sign(&csr.csr_pem, &csr.node)?,
+            csr.key_pem,
+            self.certificate_pem.clone(),
+        )?;
+        identity.verify()
+    }
+
+    /// The cluster it is the authority of.
+    pub fn cluster(&self) -> ClusterId {
+        self.cluster
+    }
+
+    /// Its certificate.
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    /// Its private key. Handle with care: whoever has it can be any node.
+    pub fn key_pem(&self) -> String {
+        self.issuer.key().serialize_pem()
+    }
+
+    /// The hash of its certificate, which join tokens carry.
+    pub fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of(&self.certificate)
+    }
+
+    /// Signs a certificate for `node` with the public key of a signing request
+    /// (PEM); everything else in the request is ignored.
+    ///
+    /// # Errors
+    /// [`IdentityError::Certificate`] when the request is too long, cannot be
+    /// read, or is not signed by its own key.
+    pub fn sign(&self, csr_pem: &str, node: &NodeName) -> Result<String, IdentityError> {
+        let what = "signing a node's certificate";
+        if csr_pem.len() > CSR_BYTES_MAX {
+            return Err(bad(what, "the signing request is too long"));
+        }
+        let csr = CertificateSigningRequestParams::from_pem(csr_pem).map_err(|e| bad(what, e))?;
+        let mut params = CertificateParams::new(vec![node.dns()]).map_err(|e| bad(what, e))?;
+        params.distinguished_name = common_name(format!("keel node {node}"));
+        let uri = format!("keel://{}/node/{node}", self.cluster);
+        let uri = uri.try_into().map_err(|e| bad(what, e))?;
+        params.subject_alt_names.push(SanType::URI(uri));
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        params.use_authority_key_identifier_extension = true;
+        let certificate = params
+            .signed_by(&csr.public_key, &self.issuer)
+            .map_err(|e| bad(what, e))?;
+        Ok(certificate.pem())
+    }
+
+    /// Keeps the key in `directory`, beside the node's own identity.
+    ///
+    /// # Errors
+    /// [`IdentityError::File`].
+    pub fn save(&self, directory: &Path) -> Result<(), IdentityError> {
+        state_file::write(&directory.join(CA_KEY_FILE), self.key_pem().as_bytes())?;
+        state_file::write(
+            &directory.join(CA_CERT_FILE),
+            self.certificate_pem.as_bytes(),
+        )?;
+        let cluster = self.cluster.to_string();
+        state_file::write(&directory.join(CLUSTER_FILE), cluster.as_bytes())?;
+        Ok(())
+    }
+
+    /// Reads what [`CertificateAuthority::save`] wrote. `None` if this node
+    /// does not hold the authority's key.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub fn load(directory: &Path) -> Result<Option<Self>, IdentityError> {
+        let key = directory.join(CA_KEY_FILE);
+        if !key.exists() {
+            return Ok(None);
+        }
+        let cluster = state_file::read(&directory.join(CLUSTER_FILE))?;
+        let certificate = state_file::read(&directory.join(CA_CERT_FILE))?;
+        let authority = Self::from_pem(
+            cluster.trim().parse()?,
+            &certificate,
+            &state_file::read(&key)?,
+        )?;
+        Ok(Some(authority))
+    }
+}
+
+impl fmt::Debug for CertificateAuthority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CertificateAuthority({})", self.cluster)
+    }
+}
+
+fn common_name(name: String) -> DistinguishedName {
+    let mut distinguished = DistinguishedName::new();
+    distinguished.push(DnType::CommonName, name);
+    distinguished
+}
+
+/// A new key of a node and the request to have it signed.
+pub struct SigningRequest {
+    /// The node it is for.
+    pub node: NodeName,
+    /// The private key; it stays here.
+    pub key_pem: String,
+    /// The request, for the authority.
+    pub csr_pem: String,
+}
+
+impl fmt::Debug for SigningRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SigningRequest({})", self.node)
+    }
+}
+
+/// Makes a key for `node` and the request to have it signed.
+///
+/// # Errors
+/// [`IdentityError::Certificate`] when the random source or signing fails.
+pub fn make_csr(node: &NodeName) -> Result<SigningRequest, IdentityError> {
+    let what = "making a node's key";
+    let key = KeyPair::generate().map_err(|e| bad(what, e))?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = common_name(format!("keel node {node}"));
+    let csr = params.serialize_request(&key).map_err(|e| bad(what, e))?;
+    Ok(SigningRequest {
+        node: node.clone(),
+        key_pem: key.serialize_pem(),
+        csr_pem: csr.pem().map_err(|e| bad(what, e))?,
+    })
+}
+
+/// What makes this process a node of its cluster.
+#[derive(Clone)]
+pub struct NodeIdentity {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// The node's name.
+    pub node: NodeName,
+    /// Its certificate.
+    pub certificate_pem: String,
+    /// Its private key.
+    pub key_pem: String,
+    /// Certificates of the authorities it trusts: one, or two while the CA is
+    /// rotated.
+    pub authorities_pem: String,
+}
+
+impl NodeIdentity {
+    /// Puts an identity together.
+    ///
+    /// # Errors
+    /// [`IdentityError::OtherNode`] when the certificate is for another node,
+    /// [`IdentityError::Tls`] when a part cannot be read.
+    pub fn from_pem(
+        cluster: ClusterId,
+        node: NodeName,
+        certificate_pem: String,
+        key_pem: String,
+        authorities_pem: String,
+    ) -> Result<Self, IdentityError> {
+        let identity = Self {
+            cluster,
+            node,
+            certificate_pem,
+            key_pem,
+            authorities_pem,
+        };
+        let credentials = identity.credentials()?;
+        let found = credentials.chain.first().and_then(node_of);
+        if found.as_ref() != Some(&identity.node) {
+            return Err(IdentityError::OtherNode {
+                expected: identity.node,
+                found: found.map_or_else(|| "no node".into(), |node| format!("node {node}")),
+            });
+        }
+        Ok(identity)
+    }
+
+    /// The identity of a cluster's first node.
+    ///
+    /// # Errors
+    /// [`IdentityError`].
+    pub fn first(authority: &CertificateAuthority, node: &NodeName) -> Result<Self, IdentityError> {
+        let csr = make_csr(node)?;
+        Self::from_pem(
+            authority.cluster(),
+            node.clone(),
+            authority.sign(&csr.csr_pem, node)?,
+            csr.key_pem,
+            authority.certificate_pem().into(),
+        )
+    }
+
+    /// What TLS needs of it.
+    ///
+    /// # Errors
+    /// [`TlsError::Credentials`].
+    pub fn credentials(&self) -> Result<NodeCredentials, TlsError> {
+        NodeCredentials::from_pem(&self.certificate_pem, &self.key_pem, &self.authorities_pem)
+    }
+
+    /// The server's side of TLS; anonymous peers may connect, to join.
+    ///
+    /// # Errors
+    /// [`TlsError::Credentials`].
+    pub fn server_tls(&self) -> Result<ServerTls, TlsError> {
+        ServerTls::node_or_anonymous(&self.credentials()?)
+    }
+
+    /// The client's side of TLS, to other nodes.
+    ///
+    /// # Errors
+    /// [`TlsError::Credentials`].
+    pub fn client_tls(&self) -> Result<ClientTls, TlsError> {
+        ClientTls::node(&self.credentials()?)
+    }
+
+    /// Verifies the certificate against the authorities and the key against
+    /// the certificate.
+    ///
+    /// # Errors
+    /// [`IdentityError::Certificate`], [`IdentityError::Tls`].
+    pub fn verify(&self) -> Result<(), IdentityError> {
+        let what = "verifying the node's certificate";
+        let credentials = self.credentials()?;
+        let mut roots = rustls::RootCertStore::empty();
+        for authority in &credentials.authorities {
+            roots.add(authority.clone()).map_err(|e| bad(what, e))?;
+        }
+        let certificate = credentials
+            .chain
+            .first()
+            .ok_or_else(|| bad(what, "there is none"))?;
+        let certificate =
+            rustls::server::ParsedCertificate::try_from(certificate).map_err(|e| bad(what, e))?;
+        rustls::client::verify_server_cert_signed_by_trust_anchor(
+            &certificate,
+            &roots,
+            &[],
+            rustls::pki_types::UnixTime::now(),
+            rustls::crypto::ring::default_provider()
+                .signature_verification_algorithms
+                .all,
+        )
+        .map_err(|e| bad(what, format!("not signed by the cluster CA: {e}")))?;
+        // Compares the certificate's public key with the private one.
+        self.server_tls()?;
+        Ok(())
+    }
+
+    /// Keeps the identity in `directory`, with mode 0600. The certificate
+    /// comes last: with it the identity is complete.
+    ///
+    /// # Errors
+    /// [`IdentityError::File`].
+    pub fn save(&self, directory: &Path) -> Result<(), IdentityError> {
+        let write =
+            |name: &str, text: &str| state_file::write(&directory.join(name), text.as_bytes());
+        write(CLUSTER_FILE, &self.cluster.to_string())?;
+        write(CA_CERT_FILE, &self.authorities_pem)?;
+        write(NODE_KEY_FILE, &self.key_pem)?;
+        write(NODE_CERT_FILE, &self.certificate_pem)?;
+        Ok(())
+    }
+
+    /// Reads what [`NodeIdentity::save`] wrote. `None` if the directory has no
+    /// identity (yet).
+    ///
+    /// # Errors
+    /// [`IdentityError`], naming the file.
+    pub fn load(directory: &Path) -> Result<Option<Self>, IdentityError> {
+        let certificate = directory.join(NODE_CERT_FILE);
+        if !certificate.exists() {
+            return Ok(None);
+        }
+        let read = |name: &str| state_file::read(&directory.join(name));
+        let certificate_pem = state_file::read(&certificate)?;
+        let parsed = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
+            .map_err(|e| bad("reading the node's certificate", e))?;
+        let node = node_of(&parsed)
+            .ok_or_else(|| bad("reading the node's certificate", "it names no node"))?;
+        let identity = Self::from_pem(
+            read(CLUSTER_FILE)?.trim().parse()?,
+            node,
+            certificate_pem,
+            read(NODE_KEY_FILE)?,
+            read(CA_CERT_FILE)?,
+        )?;
+        Ok(Some(identity))
+    }
+}
+
+impl fmt::Debug for NodeIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NodeIdentity({} of {})", self.node, self.cluster)
+    }
+}

@@ -1,0 +1,226 @@
+//! How a node becomes a member.
+//!
+//! ```text
+//! joining node                                   voter
+//!   │ makes its key; reads CA hash from the token  │
+//!   │ ── TLS: is the chain's CA the token's? ────▶ │  (no client certificate)
+//!   │ ── JoinRequest {token, csr, name, address} ▶ │
+//!   │                        token good, name free │
+//!   │            one transaction: token used, member/NAME put
+//!   │ ◀─ JoinResponse {certificate, CA, voters} ── │
+//!   │ verifies all of it, keeps it, done           │
+//! ```
+//!
+//! The transaction compares the token's revision, so a token serves once even
+//! if two nodes send it at the same time. A node whose answer got lost asks
+//! again with the same request and gets its certificate.
+
+use keel_net::rpc::ConnectError;
+use keel_net::{Client, ClientTls, NodeName, Options, RpcError, TlsError};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+use thiserror::Error;
+
+use crate::identity::{
+    CSR_BYTES_MAX, CertificateAuthority, ClusterId, IdentityError, NodeIdentity, SigningRequest,
+    make_csr,
+};
+use crate::keys::{Key, TokenId};
+use crate::members::{self, MemberError, Voter, check_address, member_record};
+use crate::store::{Store, StoreError, Txn, TxnOutcome};
+use crate::tokens::{self, JoinToken, Secret, TokenError};
+use crate::wire::{self, WireError, kind};
+
+/// What a joining node sends.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JoinRequest {
+    /// Number of the join token.
+    pub token: u64,
+    /// Its secret.
+    pub secret: Secret,
+    /// The signing request for the node's key, PEM.
+    pub csr_pem: String,
+    /// The name it wants.
+    pub node: NodeName,
+    /// Where other nodes reach it, `host:port`.
+    pub address: String,
+}
+
+/// What it gets.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JoinResponse {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// The node's certificate, PEM.
+    pub certificate_pem: String,
+    /// The certificate of the cluster CA, PEM.
+    pub authority_pem: String,
+    /// Whom to ask for the store.
+    pub voters: Vec<Voter>,
+}
+
+/// Why a node did not become a member.
+#[derive(Debug, Error)]
+pub enum JoinError {
+    /// The token.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// Another node has that name.
+    #[error("the cluster has a node {0} already; choose another name, or `keel leave` there first")]
+    NameTaken(NodeName),
+    /// Someone else was quicker with the same token.
+    #[error("the token was used at the same moment; get a new one with `keel token`")]
+    Raced,
+    /// Membership.
+    #[error(transparent)]
+    Member(#[from] MemberError),
+    /// Keys and certificates.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The store. After [`StoreError::Unknown`], send the same request again.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// No connection.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The voter's answer. After [`RpcError::Unknown`], send the same request
+    /// again.
+    #[error(transparent)]
+    Rpc(#[from] RpcError),
+    /// A request or answer that cannot be read.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+}
+
+/// The voter's part: checks the request, admits the node, signs.
+///
+/// # Errors
+/// [`JoinError`]; but for [`StoreError::Unknown`], the token is not used up.
+pub async fn accept_join(
+    store: &dyn Store,
+    authority: &CertificateAuthority,
+    request: &JoinRequest,
+    now_unix_ms: u64,
+) -> Result<JoinResponse, JoinError> {
+    check_address(&request.address)?;
+    if request.csr_pem.len() > CSR_BYTES_MAX {
+        return Err(WireError::Damaged {
+            what: "a signing request",
+            reason: format!("it has {} bytes", request.csr_pem.len()),
+        }
+        .into());
+    }
+    let redemption = tokens::redeem(
+        store,
+        TokenId(request.token),
+        request.secret,
+        &request.node,
+        &request.csr_pem,
+        now_unix_ms,
+    )
+    .await?;
+    // Before the token is used up: whatever can fail.
+    let response = JoinResponse {
+        cluster: authority.cluster(),
+        certificate_pem: authority.sign(&request.csr_pem, &request.node)?,
+        authority_pem: authority.certificate_pem().into(),
+        voters: members::voters(store).await?,
+    };
+    let member = Key::Member(request.node.clone());
+    let Some(mark) = redemption.mark else {
+        // Admitted before; but not if the node was removed since.
+        let still = store.get(&member.to_string()).await?;
+        return match still {
+            Some(_) => Ok(response),
+            None => Err(TokenError::Used(request.node.clone()).into()),
+        };
+    };
+    let record = member_record(&request.address, now_unix_ms, &request.csr_pem)?;
+    let txn = Txn::new()
+        .when_modified_at(mark.key.clone(), mark.modified)
+        .when_absent(member.clone())
+        .put(mark.key, mark.record)
+        .put(member, record);
+    match store.txn(txn).await? {
+        TxnOutcome::Committed { .. } => {
+            tracing::info!(node = %request.node, address = request.address, "node joined");
+            Ok(response)
+        }
+        TxnOutcome::Refused { failed: 0, .. } => Err(JoinError::Raced),
+        TxnOutcome::Refused { .. } => Err(JoinError::NameTaken(request.node.clone())),
+    }
+}
+
+/// The joining node's part of [`join`] before anything is sent.
+///
+/// # Errors
+/// [`JoinError::Identity`], [`JoinError::Member`] for the address.
+pub fn prepare(
+    token: &JoinToken,
+    node: &NodeName,
+    address: &str,
+) -> Result<(SigningRequest, JoinRequest), JoinError> {
+    check_address(address)?;
+    let signing = make_csr(node)?;
+    let request = JoinRequest {
+        token: token.id.0,
+        secret: token.secret,
+        csr_pem: signing.csr_pem.clone(),
+        node: node.clone(),
+        address: address.into(),
+    };
+    Ok((signing, request))
+}
+
+/// The joining node's part after the answer: verifies it.
+///
+/// # Errors
+/// [`JoinError::Identity`] when the certificate does not fit.
+pub fn conclude(
+    signing: SigningRequest,
+    response: &JoinResponse,
+) -> Result<NodeIdentity, JoinError> {
+    let identity = NodeIdentity::from_pem(
+        response.cluster,
+        signing.node,
+        response.certificate_pem.clone(),
+        signing.key_pem,
+        response.authority_pem.clone(),
+    )?;
+    identity.verify()?;
+    Ok(identity)
+}
+
+/// Joins the cluster through the node at `via` (`host:port`), under the name
+/// `node`, to be reached at `address`. Nothing is kept: save the identity.
+/// When the answer is lost, asks again with the same request, up to three
+/// times.
+///
+/// # Errors
+/// [`JoinError`].
+pub async fn join(
+    via: &str,
+    token: &JoinToken,
+    node: &NodeName,
+    address: &str,
+) -> Result<(NodeIdentity, Vec<Voter>), JoinError> {
+    let (signing, request) = prepare(token, node, address)?;
+    let request = wire::payload("a join request", &request)?;
+    let tls = ClientTls::join(token.authority)?;
+    let mut attempts = 0;
+    let answer = loop {
+        attempts += 1;
+        let client = Client::connect_unnamed(via, &tls, Options::default()).await?;
+        let limit = Duration::from_secs(15);
+        match client.call(kind::JOIN, request.clone(), limit).await {
+            Err(RpcError::Unknown { .. }) if attempts < 3 => continue,
+            answered => break answered?,
+        }
+    };
+    let response: JoinResponse = wire::decode("the answer to a join request", &answer)?;
+    let identity = conclude(signing, &response)?;
+    Ok((identity, response.voters))
+}

@@ -1,0 +1,256 @@
+//! Every name under which something is kept in the store. No other module
+//! puts such a name together or takes one apart.
+//!
+//! | key | value |
+//! |---|---|
+//! | `cluster` | id and incarnation |
+//! | `voters` | the nodes that hold the store, with addresses |
+//! | `member/NODE` | that the node belongs to the cluster, and where it is |
+//! | `node/NODE` | what its agent says of it: labels, capacity |
+//! | `alive/NODE` | the node's lease, attached to it: gone when the node is |
+//! | `machine/MACHINE` | spec, epoch, owner |
+//! | `schedule/NODE/MACHINE` | that the node is to run (a part of) the machine |
+//! | `reservation/NODE/MACHINE` | room kept at the node for an incoming machine |
+//! | `lease/NAME` | who holds a role of which there is one in the cluster |
+//! | `rule/ID/DOMAIN` | holders of a placement rule's domain |
+//! | `module/HASH` | a module known to the cluster, by 64 hex digits |
+//! | `token/ID` | a join token, hashed |
+//! | `user-token/ID` | a user's token, hashed |
+
+use std::fmt;
+use std::str::FromStr;
+
+use keel_net::{Fingerprint, MachineName, NodeName};
+use thiserror::Error;
+
+/// The name of one thing in the store. `Display` gives the key, `FromStr`
+/// reads it back.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Key {
+    /// `cluster`
+    Cluster,
+    /// `voters`
+    Voters,
+    /// `member/NODE`
+    Member(NodeName),
+    /// `node/NODE`
+    Node(NodeName),
+    /// `alive/NODE`
+    Alive(NodeName),
+    /// `machine/MACHINE`
+    Machine(MachineName),
+    /// `schedule/NODE/MACHINE`
+    Schedule(NodeName, MachineName),
+    /// `reservation/NODE/MACHINE`
+    Reservation(NodeName, MachineName),
+    /// `lease/NAME`; the role has the form of a name.
+    Lease(MachineName),
+    /// `rule/ID/DOMAIN`; both have the form of a name.
+    Rule(MachineName, MachineName),
+    /// `module/HASH`: the BLAKE3 hash of a module.
+    Module(Fingerprint),
+    /// `token/ID`
+    Token(TokenId),
+    /// `user-token/ID`
+    UserToken(TokenId),
+}
+
+/// The public part of a token: 64 bits, printed as 16 hex digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TokenId(pub u64);
+
+impl fmt::Display for TokenId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl FromStr for TokenId {
+    type Err = KeyError;
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        let id = u64::from_str_radix(text, 16).map(Self);
+        id.ok()
+            .filter(|id| id.to_string() == text)
+            .ok_or_else(|| KeyError::new(text))
+    }
+}
+
+/// A text that is not a key of the store.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{key:?} is not the name of anything in the store")]
+pub struct KeyError {
+    /// The text, cut to 80 characters.
+    pub key: String,
+}
+
+impl KeyError {
+    fn new(key: &str) -> Self {
+        Self {
+            key: key.chars().take(80).collect(),
+        }
+    }
+}
+
+/// Prefix of all members.
+pub const MEMBERS: &str = "member/";
+/// Prefix of all nodes.
+pub const NODES: &str = "node/";
+/// Prefix of the nodes whose lease runs.
+pub const ALIVE: &str = "alive/";
+/// Prefix of all machines.
+pub const MACHINES: &str = "machine/";
+/// Prefix of all nodes' schedules.
+pub const SCHEDULES: &str = "schedule/";
+/// Prefix of all nodes' reservations.
+pub const RESERVATIONS: &str = "reservation/";
+/// Prefix of all roles.
+pub const LEASES: &str = "lease/";
+/// Prefix of all rules.
+pub const RULES: &str = "rule/";
+/// Prefix of all modules.
+pub const MODULES: &str = "module/";
+/// Prefix of all join tokens.
+pub const TOKENS: &str = "token/";
+/// Prefix of all users' tokens.
+pub const USER_TOKENS: &str = "user-token/";
+
+/// Prefix of the schedule of one node.
+pub fn schedule_of(node: &NodeName) -> String {
+    format!("{SCHEDULES}{node}/")
+}
+
+/// Prefix of the reservations at one node.
+pub fn reservations_of(node: &NodeName) -> String {
+    format!("{RESERVATIONS}{node}/")
+}
+
+/// Prefix of the domains of one rule.
+pub fn domains_of(rule: &MachineName) -> String {
+    format!("{RULES}{rule}/")
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Key::Cluster => f.write_str("cluster"),
+            Key::Voters => f.write_str("voters"),
+            Key::Member(node) => write!(f, "{MEMBERS}{node}"),
+            Key::Node(node) => write!(f, "{NODES}{node}"),
+            Key::Alive(node) => write!(f, "{ALIVE}{node}"),
+            Key::Machine(machine) => write!(f, "{MACHINES}{machine}"),
+            Key::Schedule(node, machine) => write!(f, "{SCHEDULES}{node}/{machine}"),
+            Key::Reservation(node, machine) => write!(f, "{RESERVATIONS}{node}/{machine}"),
+            Key::Lease(role) => write!(f, "{LEASES}{role}"),
+            Key::Rule(rule, domain) => write!(f, "{RULES}{rule}/{domain}"),
+            Key::Module(hash) => write!(f, "{MODULES}{hash}"),
+            Key::Token(id) => write!(f, "{TOKENS}{id}"),
+            Key::UserToken(id) => write!(f, "{USER_TOKENS}{id}"),
+        }
+    }
+}
+
+impl From<Key> for String {
+    fn from(key: Key) -> String {
+        key.to_string()
+    }
+}
+
+impl FromStr for Key {
+    type Err = KeyError;
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        parse(text).ok_or_else(|| KeyError::new(text))
+    }
+}
+
+fn parse(text: &str) -> Option<Key> {
+    let mut parts = text.split('/');
+    let kind = parts.next()?;
+    let first = parts.next();
+    let second = parts.next();
+    if parts.next().is_some() {
+        return None;
+    }
+    Some(match (kind, first, second) {
+        ("cluster", None, None) => Key::Cluster,
+        ("voters", None, None) => Key::Voters,
+        ("member", Some(node), None) => Key::Member(node.parse().ok()?),
+        ("node", Some(node), None) => Key::Node(node.parse().ok()?),
+        ("alive", Some(node), None) => Key::Alive(node.parse().ok()?),
+        ("machine", Some(machine), None) => Key::Machine(machine.parse().ok()?),
+        ("schedule", Some(node), Some(machine)) => {
+            Key::Schedule(node.parse().ok()?, machine.parse().ok()?)
+        }
+        ("reservation", Some(node), Some(machine)) => {
+            Key::Reservation(node.parse().ok()?, machine.parse().ok()?)
+        }
+        ("lease", Some(role), None) => Key::Lease(role.parse().ok()?),
+        ("rule", Some(rule), Some(domain)) => Key::Rule(rule.parse().ok()?, domain.parse().ok()?),
+        ("module", Some(hash), None) => {
+            let hash: Fingerprint = hash.parse().ok()?;
+            Key::Module(hash)
+        }
+        ("token", Some(id), None) => Key::Token(id.parse().ok()?),
+        ("user-token", Some(id), None) => Key::UserToken(id.parse().ok()?),
+        _ => return None,
+    })
+    // One thing has one name: upper-case digits, for example, are refused.
+    .filter(|key| key.to_string() == text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_go_both_ways() {
+        let hash = "ab".repeat(32);
+        for text in [
+            "cluster",
+            "voters",
+            "member/a",
+            "node/a-1",
+            "alive/a",
+            "machine/web-3",
+            "schedule/a/web-3",
+            "reservation/a/web-3",
+            "lease/balancer",
+            "rule/spread/rack-1",
+            &format!("module/{hash}"),
+            "token/00000000000000ff",
+            "user-token/00000000000000ff",
+        ] {
+            assert_eq!(
+                text.parse::<Key>().map(|k| k.to_string()).as_deref(),
+                Ok(text)
+            );
+        }
+    }
+
+    #[test]
+    fn other_texts_are_refused() {
+        for text in [
+            "",
+            "node",
+            "node/",
+            "node/A",
+            "node/a/b",
+            "schedule/a",
+            "schedule/a/b/c",
+            "token/ff",
+            "token/00000000000000FF",
+            "module/ab",
+            "other/a",
+            "cluster/",
+        ] {
+            assert!(text.parse::<Key>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn prefixes_end_where_names_do() -> Result<(), keel_net::NameError> {
+        let node = NodeName::new("a")?;
+        let key = Key::Schedule(NodeName::new("ab")?, MachineName::new("m")?).to_string();
+        assert!(!key.starts_with(&schedule_of(&node)));
+        Ok(())
+    }
+}

@@ -1,0 +1,363 @@
+//! Who is a member of the cluster now: the keys `member/NODE`.
+//!
+//! A certificate alone admits nobody. [`MemberSet`] follows the store, and its
+//! check is asked at each accept and request, so a removed node is refused at
+//! once. `node/NODE` is the agent's to write; `member/NODE` is only written by
+//! joining and removing, so a removed node cannot write itself back in.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use keel_net::rpc::MemberCheck;
+use keel_net::{Fingerprint, NodeName};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use tokio::sync::watch;
+
+use crate::identity::ClusterId;
+use crate::keys::{Key, MEMBERS, schedule_of};
+use crate::store::{Change, Compare, Store, StoreError, Txn, TxnOutcome};
+use crate::wire::{self, WireError};
+
+/// Longest address, in bytes.
+pub const ADDRESS_BYTES_MAX: usize = 300;
+
+/// Time between attempts to reach the store again.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
+
+/// A member of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its name.
+    pub node: NodeName,
+    /// Where other nodes reach it, `host:port`.
+    pub address: String,
+    /// When it joined, in milliseconds since 1970.
+    pub joined_unix_ms: u64,
+    /// The hash of the signing request it joined with.
+    pub key: Fingerprint,
+}
+
+/// A voter of the store: who to ask.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Voter {
+    /// Its name.
+    pub node: NodeName,
+    /// Where it is, `host:port`.
+    pub address: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct MemberRecord {
+    address: String,
+    joined_unix_ms: u64,
+    key: Fingerprint,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ClusterRecord {
+    id: ClusterId,
+    incarnation: u32,
+}
+
+/// Why membership cannot be read or changed.
+#[derive(Debug, Error)]
+pub enum MemberError {
+    /// Another cluster is kept in this store.
+    #[error("this store is of cluster {0} already")]
+    OtherCluster(ClusterId),
+    /// The store holds no cluster.
+    #[error("this store has no cluster yet; make one with `keel up`")]
+    NoCluster,
+    /// The node is to run machines.
+    #[error("node {node} still has machines ({first} …); `keel drain {node}` first")]
+    HasMachines {
+        /// The node.
+        node: NodeName,
+        /// The key of one of its schedule's entries.
+        first: String,
+    },
+    /// Not a member.
+    #[error("node {0} is not a member of this cluster")]
+    NotAMember(NodeName),
+    /// The address cannot be one.
+    #[error("{0:?} is not an address: write host:port")]
+    Address(String),
+    /// The store did not answer as needed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A record cannot be read.
+    #[error(transparent)]
+    Record(#[from] WireError),
+}
+
+/// Whether `address` has the form `host:port`, short enough.
+///
+/// # Errors
+/// [`MemberError::Address`].
+pub fn check_address(address: &str) -> Result<(), MemberError> {
+    let port = address.rsplit_once(':').and_then(|(host, port)| {
+        let plain = !host.is_empty() && !host.chars().any(|c| c.is_whitespace() || c.is_control());
+        port.parse::<u16>().ok().filter(|port| plain && *port != 0)
+    });
+    match port {
+        Some(_) if address.len() <= ADDRESS_BYTES_MAX => Ok(()),
+        _ => Err(MemberError::Address(address.chars().take(80).collect())),
+    }
+}
+
+pub(crate) fn member_record(
+    address: &str,
+    joined_unix_ms: u64,
+    csr_pem: &str,
+) -> Result<Vec<u8>, WireError> {
+    let record = MemberRecord {
+        address: address.into(),
+        joined_unix_ms,
+        key: Fingerprint(*blake3::hash(csr_pem.as_bytes()).as_bytes()),
+    };
+    wire::encode("a member's record", &record)
+}
+
+fn member(key: &str, value: &[u8]) -> Option<Result<Member, WireError>> {
+    let Ok(Key::Member(node)) = key.parse() else {
+        return None;
+    };
+    let record = wire::decode::<MemberRecord>("a member's record", value);
+    Some(record.map(|record| Member {
+        node,
+        address: record.address,
+        joined_unix_ms: record.joined_unix_ms,
+        key: record.key,
+    }))
+}
+
+/// Writes a new cluster into an empty store: its id, its first voter and
+/// member. Doing it again for the same cluster changes nothing.
+///
+/// # Errors
+/// [`MemberError::OtherCluster`] when the store has one already.
+pub async fn found(
+    store: &dyn Store,
+    cluster: ClusterId,
+    first: &Voter,
+    now_unix_ms: u64,
+) -> Result<(), MemberError> {
+    check_address(&first.address)?;
+    let record = ClusterRecord {
+        id: cluster,
+        incarnation: 1,
+    };
+    let txn = Txn::new()
+        .when_absent(Key::Cluster)
+        .put(Key::Cluster, wire::encode("the cluster's record", &record)?)
+        .put(
+            Key::Voters,
+            wire::encode("the list of voters", &vec![first])?,
+        )
+        .put(
+            Key::Member(first.node.clone()),
+            member_record(&first.address, now_unix_ms, "")?,
+        );
+    match store.txn(txn).await? {
+        TxnOutcome::Committed { .. } => Ok(()),
+        TxnOutcome::Refused { .. } => match cluster_of(store).await? {
+            (found, _) if found == cluster => Ok(()),
+            (found, _) => Err(MemberError::OtherCluster(found)),
+        },
+    }
+}
+
+/// The cluster's id and incarnation.
+///
+/// # Errors
+/// [`MemberError::NoCluster`] and the store's.
+pub async fn cluster_of(store: &dyn Store) -> Result<(ClusterId, u32), MemberError> {
+    let entry = store.get(&Key::Cluster.to_string()).await?;
+    let entry = entry.ok_or(MemberError::NoCluster)?;
+    let record: ClusterRecord = wire::decode("the cluster's record", &entry.value)?;
+    Ok((record.id, record.incarnation))
+}
+
+/// The store's voters.
+///
+/// # Errors
+/// [`MemberError::NoCluster`] and the store's.
+pub async fn voters(store: &dyn Store) -> Result<Vec<Voter>, MemberError> {
+    let entry = store.get(&Key::Voters.to_string()).await?;
+    let entry = entry.ok_or(MemberError::NoCluster)?;
+    Ok(wire::decode("the list of voters", &entry.value)?)
+}
+
+/// All members, by name.
+///
+/// # Errors
+/// The store's, or a record that cannot be read.
+pub async fn members(store: &dyn Store) -> Result<Vec<Member>, MemberError> {
+    let entries = store.list(MEMBERS).await?.entries;
+    let found = entries.iter().filter_map(|e| member(&e.key, &e.value));
+    Ok(found.collect::<Result<_, _>>()?)
+}
+
+/// Changes a member's address.
+///
+/// # Errors
+/// [`MemberError::NotAMember`], [`MemberError::Address`] and the store's.
+pub async fn set_address(
+    store: &dyn Store,
+    node: &NodeName,
+    address: &str,
+) -> Result<(), MemberError> {
+    check_address(address)?;
+    let key = Key::Member(node.clone()).to_string();
+    loop {
+        let absent = || MemberError::NotAMember(node.clone());
+        let entry = store.get(&key).await?.ok_or_else(absent)?;
+        let mut record: MemberRecord = wire::decode("a member's record", &entry.value)?;
+        if record.address == address {
+            return Ok(());
+        }
+        record.address = address.into();
+        let txn = Txn::new()
+            .when_modified_at(key.clone(), entry.modified)
+            .put(key.clone(), wire::encode("a member's record", &record)?);
+        // Refused: someone else changed it meanwhile; look again.
+        if store.txn(txn).await?.is_committed() {
+            return Ok(());
+        }
+    }
+}
+
+/// Removes a node from the cluster. It must have no machines in its schedule.
+///
+/// # Errors
+/// [`MemberError::HasMachines`], [`MemberError::NotAMember`] and the store's.
+pub async fn remove(store: &dyn Store, node: &NodeName) -> Result<(), MemberError> {
+    let key = Key::Member(node.clone()).to_string();
+    let txn = Txn::new()
+        .when(Compare::Exists { key: key.clone() })
+        .when(Compare::NoneUnder {
+            prefix: schedule_of(node),
+        })
+        .delete(key)
+        .delete(Key::Node(node.clone()))
+        .delete(Key::Alive(node.clone()));
+    match store.txn(txn).await? {
+        TxnOutcome::Committed { .. } => Ok(()),
+        TxnOutcome::Refused {
+            current: Some(entry),
+            ..
+        } => Err(MemberError::HasMachines {
+            node: node.clone(),
+            first: entry.key,
+        }),
+        TxnOutcome::Refused { current: None, .. } => Err(MemberError::NotAMember(node.clone())),
+    }
+}
+
+/// The members as last seen in the store. While the store cannot be reached it
+/// keeps what it knew.
+#[derive(Debug)]
+pub struct MemberSet {
+    members: RwLock<Arc<BTreeMap<NodeName, Member>>>,
+    changed: watch::Sender<()>,
+}
+
+impl MemberSet {
+    /// A set that knows `members` so far.
+    pub fn new(members: Vec<Member>) -> Arc<Self> {
+        let members = members.into_iter().map(|m| (m.node.clone(), m)).collect();
+        Arc::new(Self {
+            members: RwLock::new(Arc::new(members)),
+            changed: watch::Sender::new(()),
+        })
+    }
+
+    /// Reads the members and follows the store until the returned task is
+    /// aborted or the last other owner of the set is gone.
+    ///
+    /// # Errors
+    /// The store's, when the members cannot be read at first.
+    pub async fn follow(
+        store: Arc<dyn Store>,
+    ) -> Result<(Arc<Self>, tokio::task::JoinHandle<()>), MemberError> {
+        let set = Self::new(members(store.as_ref()).await?);
+        let weak = Arc::downgrade(&set);
+        let task = tokio::spawn(async move {
+            loop {
+                let Some(set) = weak.upgrade() else { return };
+                let Err(error) = set.follow_once(store.as_ref()).await else {
+                    return;
+                };
+                tracing::warn!(%error, "the list of members cannot be followed, trying again");
+                drop(set);
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+        });
+        Ok((set, task))
+    }
+
+    /// Lists and then follows changes; ends with an error, or when this is the
+    /// only owner of the set.
+    async fn follow_once(self: &Arc<Self>, store: &dyn Store) -> Result<(), MemberError> {
+        let listing = store.list(MEMBERS).await?;
+        let found = listing.entries.iter();
+        let found = found.filter_map(|e| member(&e.key, &e.value));
+        let all = found.collect::<Result<Vec<_>, _>>()?;
+        self.set(all.into_iter().map(|m| (m.node.clone(), m)).collect());
+        let mut watch = store.watch(MEMBERS, listing.revision + 1).await?;
+        loop {
+            let next = tokio::time::timeout(Duration::from_secs(1), watch.next()).await;
+            let Ok(next) = next else {
+                match Arc::strong_count(self) {
+                    1 => return Ok(()),
+                    _ => continue,
+                }
+            };
+            let changes = next.ok_or_else(|| StoreError::unavailable("the watch ended"))??;
+            let mut all = self.all().as_ref().clone();
+            for change in changes.changes {
+                match change {
+                    Change::Put(entry) => {
+                        if let Some(member) = member(&entry.key, &entry.value).transpose()? {
+                            all.insert(member.node.clone(), member);
+                        }
+                    }
+                    Change::Delete { key } => {
+                        if let Ok(Key::Member(node)) = key.parse() {
+                            all.remove(&node);
+                        }
+                    }
+                }
+            }
+            self.set(all);
+        }
+    }
+
+    fn set(&self, members: BTreeMap<NodeName, Member>) {
+        *self.members.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(members);
+        self.changed.send_replace(());
+    }
+
+    /// All members, by name.
+    pub fn all(&self) -> Arc<BTreeMap<NodeName, Member>> {
+        Arc::clone(&self.members.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether `node` is one.
+    pub fn contains(&self, node: &NodeName) -> bool {
+        self.all().contains_key(node)
+    }
+
+    /// Ticks after each change.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// The check that a server asks; it keeps the set.
+    pub fn check(self: &Arc<Self>) -> MemberCheck {
+        let set = Arc::clone(self);
+        Arc::new(move |node| set.contains(node))
+    }
+}

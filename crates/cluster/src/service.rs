@@ -1,0 +1,85 @@
+//! What a voter answers over `keel-net`: the store's requests from nodes, and
+//! the join request from anyone. An agent puts this behind its own handler for
+//! the kinds that [`ClusterService::handles`] names.
+
+use std::fmt;
+use std::sync::Arc;
+
+use futures::FutureExt;
+use keel_net::{BoxFuture, Bytes, Handler, PeerId, Reply, RpcError};
+
+use crate::clock::unix_ms;
+use crate::identity::CertificateAuthority;
+use crate::join::{JoinError, JoinRequest, accept_join};
+use crate::store::{Store, StoreError, StoreHandler};
+use crate::wire::{self, kind};
+
+/// Store and joining, as one handler.
+#[derive(Clone)]
+pub struct ClusterService {
+    store: Arc<dyn Store>,
+    handler: StoreHandler,
+    authority: Arc<CertificateAuthority>,
+}
+
+impl ClusterService {
+    /// Serves `store`, and admits nodes with `authority`.
+    pub fn new(store: Arc<dyn Store>, authority: Arc<CertificateAuthority>) -> Self {
+        Self {
+            handler: StoreHandler::new(Arc::clone(&store)),
+            store,
+            authority,
+        }
+    }
+
+    /// Whether requests of `kind` belong here.
+    pub fn handles(kind: u16) -> bool {
+        kind == kind::JOIN || StoreHandler::handles(kind)
+    }
+
+    async fn join(&self, request: &[u8]) -> Result<Reply, RpcError> {
+        let request: JoinRequest =
+            wire::decode("a join request", request).map_err(RpcError::refused)?;
+        let joined = accept_join(self.store.as_ref(), &self.authority, &request, unix_ms()).await;
+        match joined {
+            Ok(response) => wire::payload("the answer to a join request", &response)
+                .map(Reply::One)
+                .map_err(RpcError::unknown),
+            Err(error @ JoinError::Store(StoreError::Unknown { .. })) => {
+                Err(RpcError::unknown(error))
+            }
+            Err(error) => {
+                tracing::info!(node = %request.node, %error, "join refused");
+                Err(RpcError::refused(error))
+            }
+        }
+    }
+}
+
+impl Handler for ClusterService {
+    /// Nodes may send everything, anonymous peers the join request only,
+    /// workers nothing.
+    fn permits(&self, peer: &PeerId, kind: u16) -> bool {
+        match peer {
+            PeerId::Node(_) => true,
+            PeerId::Anonymous => kind == kind::JOIN,
+            PeerId::Pinned(_) => false,
+        }
+    }
+
+    fn call(&self, _: PeerId, kind: u16, payload: Bytes) -> BoxFuture<'_, Result<Reply, RpcError>> {
+        async move {
+            match kind {
+                kind::JOIN => self.join(&payload).await,
+                kind => self.handler.answer(kind, &payload).await,
+            }
+        }
+        .boxed()
+    }
+}
+
+impl fmt::Debug for ClusterService {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ClusterService({:?})", self.authority)
+    }
+}

@@ -1,0 +1,204 @@
+//! `keel wasm APP.wasm`: one program in the foreground, in this process, as
+//! people use `wasmtime run`. The same machine as in a cluster, without one.
+
+use anyhow::{Context, Result};
+use keel_wasi::{Config, FdSink, Input, Preopen, Wasi};
+use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome, run_plain};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a thread may take to a safepoint while the program is shaken.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Exit code for a guest's fault: as a shell reports an aborted process.
+const TRAP_CODE: u8 = 134;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The program: a WASI preview 1 core module, with or without threads.
+    module: PathBuf,
+    /// Arguments of the program.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+    /// Lets the program reach a directory; `::ro` makes it read-only.
+    #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
+    dir: Vec<String>,
+    /// Sets an environment variable (without value: passes it on).
+    #[arg(long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Gives the program a listening TCP socket (descriptors from 3 on).
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Vec<String>,
+    /// Limit of each of its memories.
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "4G")]
+    memory: u64,
+    /// Limit of its threads.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    threads: u32,
+    /// Captures and resumes a random thread, or all, so many times a second:
+    /// through the serialised form, into fresh instances.
+    #[arg(long, value_name = "RATE", conflicts_with = "plain")]
+    shake: Option<f64>,
+    /// Seed of random numbers: the program's, and of `--shake`.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Makes two runs comparable bit by bit (NaNs, relaxed SIMD).
+    #[arg(long)]
+    deterministic: bool,
+    /// Runs the untouched module, for comparing.
+    #[arg(long)]
+    plain: bool,
+    /// Neither reads nor writes the cache of compiled code.
+    #[arg(long)]
+    no_cache: bool,
+}
+
+pub(crate) fn run(args: Args) -> Result<ExitCode> {
+    let bytes = std::fs::read(&args.module)
+        .with_context(|| format!("cannot read {}", args.module.display()))?;
+    let options = Options {
+        deterministic: args.deterministic,
+    };
+    let limits = Limits {
+        memory_bytes: args.memory,
+        threads_max: args.threads,
+    };
+    let wasi = Wasi::new(config(&args)?).context("the program's surroundings")?;
+    let name = args.module.display();
+    let outcome = if args.plain {
+        let wasi = Arc::new(wasi);
+        let outcome = run_plain(&bytes, wasi.clone(), limits, options)
+            .with_context(|| format!("{name} cannot run"))?;
+        wasi.finish();
+        outcome
+    } else {
+        let engine = engine(&args, options)?;
+        let program = engine
+            .load(&bytes)
+            .with_context(|| format!("{name} cannot run"))?;
+        let machine = Machine::start(program, wasi, limits)
+            .with_context(|| format!("{name} cannot start"))?;
+        let outcome = match args.shake {
+            Some(rate) => shaken(&machine, rate, args.seed.unwrap_or(0))?,
+            None => machine.wait(None).unwrap_or(Outcome::Stopped),
+        };
+        machine.wasi().finish();
+        outcome
+    };
+    Ok(match outcome {
+        Outcome::Exit(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Outcome::Trap(trap) => {
+            eprintln!("keel: {name}: {trap}");
+            ExitCode::from(TRAP_CODE)
+        }
+        Outcome::Stopped => ExitCode::from(1),
+    })
+}
+
+fn engine(args: &Args, options: Options) -> Result<Engine> {
+    let folder = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::home_dir().map(|home| home.join(".cache")))
+        .map(|cache| cache.join("keel"));
+    Ok(match folder {
+        Some(folder) if !args.no_cache => match Engine::with_cache(options, &folder) {
+            Ok(engine) => engine,
+            Err(error) => {
+                tracing::warn!(%error, "running without a cache");
+                Engine::new(options)?
+            }
+        },
+        _ => Engine::new(options)?,
+    })
+}
+
+fn config(args: &Args) -> Result<Config> {
+    let mut config = Config {
+        stdin: Input::Fd(std::io::stdin().as_fd().try_clone_to_owned()?),
+        stdout: Box::new(FdSink::duplicate(std::io::stdout())?),
+        stderr: Box::new(FdSink::duplicate(std::io::stderr())?),
+        ..Config::default()
+    };
+    config.args.push(
+        args.module
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
+    );
+    config.args.extend(args.args.iter().cloned());
+    for variable in &args.env {
+        config.env.push(match variable.split_once('=') {
+            Some((name, value)) => (name.to_owned(), value.to_owned()),
+            None => (
+                variable.clone(),
+                std::env::var(variable)
+                    .with_context(|| format!("--env {variable}: not set here"))?,
+            ),
+        });
+    }
+    for dir in &args.dir {
+        config.preopens.push(preopen(dir));
+    }
+    for address in &args.listen {
+        config.listeners.push(
+            TcpListener::bind(address)
+                .with_context(|| format!("--listen {address}: cannot listen"))?,
+        );
+    }
+    config.seed = args.seed.map(|seed| {
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        bytes
+    });
+    Ok(config)
+}
+
+fn preopen(text: &str) -> Preopen {
+    let mut parts = text.split("::");
+    let host = parts.next().unwrap_or_default();
+    let guest = parts.next().unwrap_or(host);
+    Preopen {
+        host: host.into(),
+        guest: guest.to_owned(),
+        read_only: parts.next() == Some("ro"),
+    }
+}
+
+/// Waits for the end, and shakes meanwhile.
+fn shaken(machine: &Machine, rate: f64, seed: u64) -> Result<Outcome> {
+    anyhow::ensure!(
+        rate.is_finite() && rate > 0.0,
+        "--shake {rate}: the rate must be more than 0"
+    );
+    let pause = Duration::from_secs_f64((1.0 / rate).min(3600.0));
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut whole = 0u64;
+    let outcome = loop {
+        if let Some(outcome) = machine.wait(Some(pause)) {
+            break outcome;
+        }
+        let threads = machine.threads();
+        if threads.is_empty() {
+            continue;
+        }
+        if random.random_range(0..4) == 0 {
+            // It may end, or be in a long call of the host, just now.
+            if machine.shake_all(PATIENCE).is_ok() {
+                whole += 1;
+            }
+        } else {
+            machine.shake(threads[random.random_range(0..threads.len())]);
+        }
+    };
+    eprintln!(
+        "keel: {} captures, {whole} of them of the whole machine",
+        machine.captures()
+    );
+    Ok(outcome)
+}

@@ -1,0 +1,25 @@
+//! Framed, mutually authenticated TLS 1.3 connections between nodes.
+//!
+//! - [`name`]: validated node and machine names, and the DNS name a node's
+//!   certificate carries.
+//! - [`frame`]: the envelope of every message and its pure decoder.
+//! - [`tls`]: server and client configurations, authenticated by the cluster
+//!   CA, by a pinned fingerprint, or (to join) by the hash of the CA.
+//! - [`rpc`]: multiplexed requests, answers and pushed streams on one
+//!   connection; a pool of connections by node name.
+//!
+//! Invariant: a request whose outcome is not known is never reported as
+//! failed. [`rpc::RpcError::NotSent`] and [`rpc::RpcError::Refused`] mean
+//! "certainly not executed"; [`rpc::RpcError::Unknown`] means "may have been".
+#![forbid(unsafe_code)]
+
+pub mod frame;
+pub mod name;
+pub mod rpc;
+pub mod tls;
+
+pub use bytes::Bytes;
+pub use futures::future::BoxFuture;
+pub use name::{MachineName, NameError, NodeName};
+pub use rpc::{Client, Handler, Options, PeerId, Peers, Reply, RpcError, Server};
+pub use tls::{ClientTls, Fingerprint, PinnedIdentity, ServerTls, TlsError};

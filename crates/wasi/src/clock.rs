@@ -1,0 +1,122 @@
+//! The guest's clocks: readings of the host's plus offsets that travel, so
+//! that they never run backwards over a move.
+
+use rustix::time::{ClockId, Timespec, clock_getres, clock_gettime};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The clocks of a host. Tests bring one that they can set.
+pub trait HostClock: Send + Sync {
+    /// Nanoseconds since some fixed instant of this host; never decreases.
+    fn monotonic_ns(&self) -> u64;
+
+    /// Nanoseconds since 1970-01-01 UTC.
+    fn realtime_ns(&self) -> u64;
+
+    /// Smallest step of both clocks, in nanoseconds.
+    fn resolution_ns(&self) -> u64 {
+        1
+    }
+}
+
+/// `CLOCK_MONOTONIC` and `CLOCK_REALTIME`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemClock;
+
+impl HostClock for SystemClock {
+    fn monotonic_ns(&self) -> u64 {
+        nanoseconds(clock_gettime(ClockId::Monotonic))
+    }
+
+    fn realtime_ns(&self) -> u64 {
+        nanoseconds(clock_gettime(ClockId::Realtime))
+    }
+
+    fn resolution_ns(&self) -> u64 {
+        nanoseconds(clock_getres(ClockId::Monotonic)).max(1)
+    }
+}
+
+fn nanoseconds(time: Timespec) -> u64 {
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    let rest = u64::try_from(time.tv_nsec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(rest)
+}
+
+/// The clocks as the guest sees them.
+pub(crate) struct GuestClock {
+    host: Arc<dyn HostClock>,
+    monotonic_offset_ns: i128,
+    realtime_offset_ns: i128,
+    // Two threads may ask at once and a test's clock may misbehave.
+    monotonic_seen_ns: AtomicU64,
+}
+
+impl GuestClock {
+    /// Monotonic starts at 0, realtime is the host's.
+    pub(crate) fn start(host: Arc<dyn HostClock>) -> Self {
+        Self::resume(host, 0, 0)
+    }
+
+    /// Monotonic goes on from the reading given; realtime too if the host's
+    /// is behind it.
+    pub(crate) fn resume(host: Arc<dyn HostClock>, monotonic_ns: u64, realtime_ns: u64) -> Self {
+        let behind = i128::from(realtime_ns) - i128::from(host.realtime_ns());
+        Self {
+            monotonic_offset_ns: i128::from(monotonic_ns) - i128::from(host.monotonic_ns()),
+            realtime_offset_ns: behind.max(0),
+            monotonic_seen_ns: AtomicU64::new(monotonic_ns),
+            host,
+        }
+    }
+
+    pub(crate) fn monotonic_ns(&self) -> u64 {
+        let now = shifted(self.host.monotonic_ns(), self.monotonic_offset_ns);
+        self.monotonic_seen_ns
+            .fetch_max(now, Ordering::Relaxed)
+            .max(now)
+    }
+
+    pub(crate) fn realtime_ns(&self) -> u64 {
+        shifted(self.host.realtime_ns(), self.realtime_offset_ns)
+    }
+
+    pub(crate) fn resolution_ns(&self) -> u64 {
+        self.host.resolution_ns()
+    }
+}
+
+fn shifted(time_ns: u64, offset_ns: i128) -> u64 {
+    let time = i128::from(time_ns) + offset_ns;
+    u64::try_from(time.max(0)).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fixed(u64, u64);
+
+    impl HostClock for Fixed {
+        fn monotonic_ns(&self) -> u64 {
+            self.0
+        }
+
+        fn realtime_ns(&self) -> u64 {
+            self.1
+        }
+    }
+
+    #[test]
+    fn never_backwards() {
+        let start = GuestClock::start(Arc::new(Fixed(500, 1000)));
+        assert_eq!((start.monotonic_ns(), start.realtime_ns()), (0, 1000));
+        // A target host that booted later and whose wall clock is behind.
+        let behind = GuestClock::resume(Arc::new(Fixed(3, 900)), 70, 1000);
+        assert_eq!((behind.monotonic_ns(), behind.realtime_ns()), (70, 1000));
+        let ahead = GuestClock::resume(Arc::new(Fixed(9999, 5000)), 70, 1000);
+        assert_eq!((ahead.monotonic_ns(), ahead.realtime_ns()), (70, 5000));
+        let extreme = GuestClock::resume(Arc::new(Fixed(0, 0)), u64::MAX, u64::MAX);
+        assert_eq!(extreme.realtime_ns(), u64::MAX);
+    }
+}

@@ -1,0 +1,138 @@
+//! What a machine starts with.
+
+use crate::clock::{HostClock, SystemClock};
+use crate::error::Error;
+use crate::stream::{DiscardSink, Input, Sink};
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What a machine starts with.
+pub struct Config {
+    /// The arguments, the program's name first. No NUL bytes.
+    pub args: Vec<String>,
+    /// The environment. No NUL bytes, no `=` in names.
+    pub env: Vec<(String, String)>,
+    /// The directories that the guest may reach. They become descriptors
+    /// after the listeners.
+    pub preopens: Vec<Preopen>,
+    /// Listening sockets; descriptors from 3 on, as with wasmtime's
+    /// `--tcplisten`.
+    pub listeners: Vec<TcpListener>,
+    /// Descriptor 0.
+    pub stdin: Input,
+    /// Descriptor 1.
+    pub stdout: Box<dyn Sink>,
+    /// Descriptor 2.
+    pub stderr: Box<dyn Sink>,
+    /// Seed of `random_get`; `None` for one from the operating system.
+    pub seed: Option<[u8; 32]>,
+    /// Bounds.
+    pub limits: Limits,
+    /// The host's clocks.
+    pub clock: Arc<dyn HostClock>,
+}
+
+impl Default for Config {
+    /// No arguments, no directories, empty input, output forgotten, random
+    /// seed, the system's clocks.
+    fn default() -> Self {
+        Self {
+            args: Vec::new(),
+            env: Vec::new(),
+            preopens: Vec::new(),
+            listeners: Vec::new(),
+            stdin: Input::Empty,
+            stdout: Box::new(DiscardSink),
+            stderr: Box::new(DiscardSink),
+            seed: None,
+            limits: Limits::default(),
+            clock: Arc::new(SystemClock),
+        }
+    }
+}
+
+/// A directory of the host that the guest may reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Preopen {
+    /// The directory on the host.
+    pub host: PathBuf,
+    /// Its name for the guest, such as `/data`. No NUL bytes.
+    pub guest: String,
+    /// Whether everything that changes files fails with `perm`.
+    pub read_only: bool,
+}
+
+/// Bounds on what a guest can make the host keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Open descriptors, including the standard ones and preopens; more give
+    /// errno `mfile`. More than [`Limits::DESCRIPTORS_MAX`] count as that.
+    pub descriptors_max: u32,
+    /// Subscriptions in one `poll_oneoff`; more give errno `nomem`.
+    pub subscriptions_max: u32,
+    /// Entries of a directory that is listed; more give errno `nomem`.
+    pub directory_entries_max: u32,
+}
+
+impl Limits {
+    /// No machine has more descriptors.
+    pub const DESCRIPTORS_MAX: u32 = 1 << 20;
+
+    pub(crate) fn clamped(self) -> Self {
+        Self {
+            descriptors_max: self.descriptors_max.min(Self::DESCRIPTORS_MAX),
+            ..self
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            descriptors_max: 4096,
+            subscriptions_max: 8192,
+            directory_entries_max: 1 << 20,
+        }
+    }
+}
+
+/// Bytes of all arguments, or of the whole environment.
+const STRINGS_BYTES_MAX: usize = 16 << 20;
+
+pub(crate) fn check_strings(args: &[String], env: &[(String, String)]) -> Result<(), Error> {
+    let nul = |what, found: Option<usize>| match found {
+        Some(index) => Err(Error::NulByte { what, index }),
+        None => Ok(()),
+    };
+    nul("argument", args.iter().position(|arg| arg.contains('\0')))?;
+    let bad = |(name, value): &(String, String)| name.contains('\0') || value.contains('\0');
+    nul("environment variable", env.iter().position(bad))?;
+    let misnamed = |(name, _): &(String, String)| name.is_empty() || name.contains('=');
+    if let Some(index) = env.iter().position(misnamed) {
+        let name = env[index].0.clone();
+        return Err(Error::EnvironmentName { index, name });
+    }
+    let args_bytes = args.iter().map(|arg| arg.len() + 1).sum();
+    let env_bytes = env.iter().map(|(n, v)| n.len() + v.len() + 2).sum();
+    for (what, size) in [
+        ("bytes of arguments", args_bytes),
+        ("bytes of environment", env_bytes),
+    ] {
+        let max = STRINGS_BYTES_MAX;
+        if size > max {
+            return Err(Error::TooMany { what, size, max });
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn check_preopen_names<'a>(names: impl Iterator<Item = &'a str>) -> Result<(), Error> {
+    for (index, name) in names.enumerate() {
+        if name.contains('\0') {
+            let what = "preopen name";
+            return Err(Error::NulByte { what, index });
+        }
+    }
+    Ok(())
+}

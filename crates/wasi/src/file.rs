@@ -1,0 +1,389 @@
+//! `fd_*` on what a descriptor refers to: reading and writing with our own
+//! offsets, seeking, attributes and times.
+
+use crate::abi::{Result, types};
+use crate::descriptor::{Descriptor, Kind, OpenFile};
+use crate::directory::filetype_of_path;
+use crate::stream::sink_result;
+use crate::wait::{Interrupt, retry};
+use crate::{Wasi, locked, socket};
+use cap_std::fs::{Metadata, MetadataExt};
+use rustix::event::PollFlags;
+use rustix::fd::AsFd;
+use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+use rustix::io::Errno as HostErrno;
+use rustix::io::ReadWriteFlags;
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+use types::{Errno, Fdflags, Filestat, Filetype, Fstflags, Rights, Whence};
+
+/// Where to read or write.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Position {
+    /// At the descriptor's offset, which moves on.
+    Current,
+    /// Here; the descriptor's offset stays.
+    At(u64),
+}
+
+/// A regular file, for functions that make no sense on others.
+pub(crate) fn file_of(descriptor: &Descriptor) -> Result<&OpenFile> {
+    match &descriptor.kind {
+        Kind::File(file) => Ok(file),
+        Kind::Stdin
+        | Kind::Stdout
+        | Kind::Stderr
+        | Kind::Directory(_)
+        | Kind::Listener(_)
+        | Kind::Connection(_) => Err(Errno::Badf.into()),
+    }
+}
+
+fn seekable(descriptor: &Descriptor) -> Result<&OpenFile> {
+    match &descriptor.kind {
+        Kind::File(file) if !file.is_stream => Ok(file),
+        Kind::Directory(_) => Err(Errno::Badf.into()),
+        Kind::File(_)
+        | Kind::Stdin
+        | Kind::Stdout
+        | Kind::Stderr
+        | Kind::Listener(_)
+        | Kind::Connection(_) => Err(Errno::Spipe.into()),
+    }
+}
+
+impl Wasi {
+    /// `fd_read` and `fd_pread`: fills the start of `buffer`.
+    pub(crate) fn read(
+        &self,
+        descriptor: &Descriptor,
+        buffer: &mut [u8],
+        position: Position,
+        interrupt: &dyn Interrupt,
+    ) -> Result<usize> {
+        descriptor.require(Rights::FD_READ)?;
+        if let Position::At(_) = position {
+            descriptor.require(Rights::FD_SEEK)?;
+        }
+        match (&descriptor.kind, position) {
+            (Kind::File(file), _) => read_file(file, buffer, position, interrupt),
+            (Kind::Stdin | Kind::Connection(_), Position::At(_)) => Err(Errno::Spipe.into()),
+            (Kind::Stdin, Position::Current) if buffer.is_empty() => Ok(0),
+            (Kind::Stdin, Position::Current) => self.stdin.read(buffer, interrupt),
+            (Kind::Connection(connection), Position::Current) => {
+                socket::receive(connection, buffer, types::Riflags::empty(), interrupt)
+            }
+            (Kind::Stdout | Kind::Stderr | Kind::Directory(_) | Kind::Listener(_), _) => {
+                Err(Errno::Badf.into())
+            }
+        }
+    }
+
+    /// `fd_write` and `fd_pwrite`.
+    pub(crate) fn write(
+        &self,
+        descriptor: &Descriptor,
+        bytes: &[u8],
+        position: Position,
+        interrupt: &dyn Interrupt,
+    ) -> Result<types::Size> {
+        descriptor.require(Rights::FD_WRITE)?;
+        if let Position::At(_) = position {
+            descriptor.require(Rights::FD_SEEK)?;
+        }
+        match (&descriptor.kind, position) {
+            (Kind::File(file), _) => Ok(write_file(file, bytes, position, interrupt)?.try_into()?),
+            (Kind::Stdout | Kind::Stderr | Kind::Connection(_), Position::At(_)) => {
+                Err(Errno::Spipe.into())
+            }
+            (Kind::Stdout | Kind::Stderr, Position::Current) if bytes.is_empty() => Ok(0),
+            (Kind::Stdout, Position::Current) => sink_result(self.stdout.write(bytes, interrupt)),
+            (Kind::Stderr, Position::Current) => sink_result(self.stderr.write(bytes, interrupt)),
+            (Kind::Connection(connection), Position::Current) => {
+                Ok(socket::send(connection, bytes, interrupt)?.try_into()?)
+            }
+            (Kind::Stdin | Kind::Directory(_) | Kind::Listener(_), _) => Err(Errno::Badf.into()),
+        }
+    }
+
+    pub(crate) fn filetype(&self, kind: &Kind) -> Filetype {
+        let terminal = match kind {
+            Kind::Stdin => self.stdin.is_terminal(),
+            Kind::Stdout => self.stdout.is_terminal(),
+            Kind::Stderr => self.stderr.is_terminal(),
+            Kind::File(file) => return file.filetype,
+            Kind::Directory(_) => return Filetype::Directory,
+            Kind::Listener(_) | Kind::Connection(_) => return Filetype::SocketStream,
+        };
+        if terminal {
+            Filetype::CharacterDevice
+        } else {
+            Filetype::Unknown
+        }
+    }
+
+    /// `fd_filestat_get`. A hidden file has one link less than on the host.
+    pub(crate) fn filestat(&self, descriptor: &Descriptor) -> Result<Filestat> {
+        descriptor.require(Rights::FD_FILESTAT_GET)?;
+        let metadata = match &descriptor.kind {
+            Kind::File(file) => Metadata::from_file(&file.file)?,
+            Kind::Directory(directory) => directory.dir.dir_metadata()?,
+            kind @ (Kind::Stdin
+            | Kind::Stdout
+            | Kind::Stderr
+            | Kind::Listener(_)
+            | Kind::Connection(_)) => {
+                return Ok(Filestat {
+                    dev: 0,
+                    ino: 0,
+                    filetype: self.filetype(kind),
+                    nlink: 0,
+                    size: 0,
+                    atim: 0,
+                    mtim: 0,
+                    ctim: 0,
+                });
+            }
+        };
+        let mut stat = filestat_of(&metadata);
+        if self.files.is_hidden(descriptor) {
+            stat.nlink = stat.nlink.saturating_sub(1);
+        }
+        Ok(stat)
+    }
+}
+
+fn read_file(
+    file: &OpenFile,
+    buffer: &mut [u8],
+    position: Position,
+    interrupt: &dyn Interrupt,
+) -> Result<usize> {
+    if !file.readable {
+        return Err(Errno::Badf.into());
+    }
+    match position {
+        Position::At(offset) => Ok(file.file.read_at(buffer, offset)?),
+        Position::Current if file.is_stream => {
+            let nonblocking = file.nonblocking.load(Ordering::Relaxed);
+            retry(
+                file.file.as_fd(),
+                PollFlags::IN,
+                nonblocking,
+                interrupt,
+                || rustix::io::read(&file.file, &mut *buffer),
+            )
+        }
+        Position::Current => {
+            let mut offset = locked(&file.offset);
+            let count = file.file.read_at(buffer, *offset)?;
+            *offset = offset.checked_add(count as u64).ok_or(Errno::Overflow)?;
+            Ok(count)
+        }
+    }
+}
+
+fn write_file(
+    file: &OpenFile,
+    bytes: &[u8],
+    position: Position,
+    interrupt: &dyn Interrupt,
+) -> Result<usize> {
+    if !file.writable {
+        return Err(Errno::Badf.into());
+    }
+    if file.is_stream {
+        if let Position::At(_) = position {
+            return Err(Errno::Spipe.into());
+        }
+        let nonblocking = file.nonblocking.load(Ordering::Relaxed);
+        let fd = file.file.as_fd();
+        return retry(fd, PollFlags::OUT, nonblocking, interrupt, || {
+            rustix::io::write(&file.file, bytes)
+        });
+    }
+    let append = file.append.load(Ordering::Relaxed);
+    match position {
+        // As on Linux, a file in append mode ignores the position.
+        Position::At(_) if append => {
+            let _turn = locked(&file.offset);
+            Ok(append_bytes(&file.file, bytes)?)
+        }
+        Position::At(offset) => Ok(file.file.write_at(bytes, offset)?),
+        Position::Current => {
+            let mut offset = locked(&file.offset);
+            if append {
+                let count = append_bytes(&file.file, bytes)?;
+                *offset = file.file.metadata()?.len();
+                return Ok(count);
+            }
+            let count = file.file.write_at(bytes, *offset)?;
+            *offset = offset.checked_add(count as u64).ok_or(Errno::Overflow)?;
+            Ok(count)
+        }
+    }
+}
+
+/// Writes at the end, wherever others have moved it to.
+fn append_bytes(file: &File, bytes: &[u8]) -> io::Result<usize> {
+    let vector = [IoSlice::new(bytes)];
+    match rustix::io::pwritev2(file, &vector, 0, ReadWriteFlags::APPEND) {
+        Err(HostErrno::NOSYS | HostErrno::OPNOTSUPP) => {
+            file.write_at(bytes, file.metadata()?.len())
+        }
+        result => Ok(result?),
+    }
+}
+
+/// `fd_seek`.
+pub(crate) fn seek(descriptor: &Descriptor, delta: i64, whence: Whence) -> Result<u64> {
+    let file = seekable(descriptor)?;
+    let only_tells = delta == 0 && whence == Whence::Cur;
+    descriptor.require(if only_tells {
+        Rights::FD_TELL
+    } else {
+        Rights::FD_SEEK
+    })?;
+    let mut offset = locked(&file.offset);
+    let base = match whence {
+        Whence::Set => 0,
+        Whence::Cur => *offset,
+        Whence::End => file.file.metadata()?.len(),
+    };
+    let target = base.checked_add_signed(delta).ok_or(Errno::Inval)?;
+    *offset = target;
+    Ok(target)
+}
+
+/// `fd_tell`.
+pub(crate) fn tell(descriptor: &Descriptor) -> Result<u64> {
+    let file = seekable(descriptor)?;
+    descriptor.require(Rights::FD_TELL)?;
+    Ok(*locked(&file.offset))
+}
+
+/// `fd_fdstat_set_flags`: `append` and `nonblock` can change; those about
+/// syncing must stay as they are.
+pub(crate) fn set_flags(descriptor: &Descriptor, flags: Fdflags) -> Result<()> {
+    let syncing = Fdflags::DSYNC | Fdflags::SYNC | Fdflags::RSYNC;
+    let nonblocking = flags.contains(Fdflags::NONBLOCK);
+    let (fixed, target) = match &descriptor.kind {
+        Kind::File(file) => (file.sync, &file.nonblocking),
+        Kind::Listener(listener) => (Fdflags::empty(), &listener.nonblocking),
+        Kind::Connection(connection) => (Fdflags::empty(), &connection.nonblocking),
+        Kind::Stdin | Kind::Stdout | Kind::Stderr | Kind::Directory(_) => {
+            return Err(Errno::Badf.into());
+        }
+    };
+    descriptor.require(Rights::FD_FDSTAT_SET_FLAGS)?;
+    let asked = flags & syncing;
+    if !asked.is_empty() && asked != fixed {
+        return Err(Errno::Inval.into());
+    }
+    target.store(nonblocking, Ordering::Relaxed);
+    if let Kind::File(file) = &descriptor.kind {
+        let append = flags.contains(Fdflags::APPEND);
+        file.append.store(append, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// `fd_advise`.
+pub(crate) fn advise(
+    descriptor: &Descriptor,
+    offset: u64,
+    length: u64,
+    advice: types::Advice,
+) -> Result<()> {
+    let file = file_of(descriptor)?;
+    descriptor.require(Rights::FD_ADVISE)?;
+    let advice = match advice {
+        types::Advice::Normal => rustix::fs::Advice::Normal,
+        types::Advice::Sequential => rustix::fs::Advice::Sequential,
+        types::Advice::Random => rustix::fs::Advice::Random,
+        types::Advice::Willneed => rustix::fs::Advice::WillNeed,
+        types::Advice::Dontneed => rustix::fs::Advice::DontNeed,
+        types::Advice::Noreuse => rustix::fs::Advice::NoReuse,
+    };
+    let length = std::num::NonZeroU64::new(length);
+    Ok(rustix::fs::fadvise(&file.file, offset, length, advice)?)
+}
+
+/// `fd_filestat_set_size`.
+pub(crate) fn set_size(descriptor: &Descriptor, size: u64) -> Result<()> {
+    let file = file_of(descriptor)?;
+    descriptor.require(Rights::FD_FILESTAT_SET_SIZE)?;
+    if file.read_only_root {
+        return Err(Errno::Perm.into());
+    }
+    Ok(file.file.set_len(size)?)
+}
+
+/// Access and modification times to set, checked.
+pub(crate) fn timestamps(
+    access_ns: u64,
+    modification_ns: u64,
+    flags: Fstflags,
+) -> Result<Timestamps> {
+    let one = |set: bool, now: bool, time_ns: u64| -> Result<Timespec> {
+        let special = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
+        match (set, now) {
+            (true, true) => Err(Errno::Inval.into()),
+            (true, false) => Ok(Timespec {
+                tv_sec: i64::try_from(time_ns / 1_000_000_000)?,
+                tv_nsec: (time_ns % 1_000_000_000) as _,
+            }),
+            (false, true) => Ok(special(UTIME_NOW)),
+            (false, false) => Ok(special(UTIME_OMIT)),
+        }
+    };
+    Ok(Timestamps {
+        last_access: one(
+            flags.contains(Fstflags::ATIM),
+            flags.contains(Fstflags::ATIM_NOW),
+            access_ns,
+        )?,
+        last_modification: one(
+            flags.contains(Fstflags::MTIM),
+            flags.contains(Fstflags::MTIM_NOW),
+            modification_ns,
+        )?,
+    })
+}
+
+/// `fd_filestat_set_times`.
+pub(crate) fn set_times(descriptor: &Descriptor, times: &Timestamps) -> Result<()> {
+    let (fd, read_only) = match &descriptor.kind {
+        Kind::File(file) => (file.file.as_fd(), file.read_only_root),
+        Kind::Directory(directory) => (directory.dir.as_fd(), directory.read_only),
+        Kind::Stdin | Kind::Stdout | Kind::Stderr | Kind::Listener(_) | Kind::Connection(_) => {
+            return Err(Errno::Badf.into());
+        }
+    };
+    descriptor.require(Rights::FD_FILESTAT_SET_TIMES)?;
+    if read_only {
+        return Err(Errno::Perm.into());
+    }
+    Ok(rustix::fs::futimens(fd, times)?)
+}
+
+pub(crate) fn filestat_of(metadata: &Metadata) -> Filestat {
+    Filestat {
+        dev: metadata.dev(),
+        ino: metadata.ino(),
+        filetype: filetype_of_path(metadata),
+        nlink: metadata.nlink(),
+        size: metadata.len(),
+        atim: nanoseconds(metadata.atime(), metadata.atime_nsec()),
+        mtim: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+        ctim: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+    }
+}
+
+/// Times before 1970 are 0, as preview 1 cannot say them.
+fn nanoseconds(seconds: i64, rest: i64) -> u64 {
+    let time = i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+    u64::try_from(time.max(0)).unwrap_or(u64::MAX)
+}

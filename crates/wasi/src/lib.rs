@@ -1,0 +1,298 @@
+//! WASI preview 1 for machines that are captured and moved while they run.
+//!
+//! All 46 functions, with the errno results of wasmtime 48 on Linux. What is
+//! different is the state: a descriptor is not just a number of the host's
+//! kernel but something that can be written down ([`Snapshot`]) and opened
+//! again elsewhere; calls that block can be interrupted before their effect
+//! and repeated ([`Outcome::Interrupted`]); clocks and random numbers go on.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `abi.rs` | types and trait generated from the witx; errno and trap |
+//! | `function.rs` | the functions' names and signatures, dispatch |
+//! | `call.rs` | the trait: checks arguments, hands on to the files below |
+//! | `guest.rs` | copying between guest memory and bounce buffers |
+//! | `config.rs` | what a machine starts with |
+//! | `descriptor.rs` | descriptor table, rights |
+//! | `file.rs` | `fd_*` on files and streams |
+//! | `directory.rs` | `fd_readdir` |
+//! | `path.rs` | `path_*` |
+//! | `hidden.rs` | files removed while open; where an open file is |
+//! | `stream.rs` | standard input, output, error |
+//! | `socket.rs` | `sock_*` |
+//! | `poll.rs` | `poll_oneoff` |
+//! | `wait.rs` | waiting that a request can end |
+//! | `clock.rs`, `random.rs` | clocks and random numbers that travel |
+//! | `snapshot.rs`, `restore.rs` | writing the state down and back |
+//! | `error.rs` | errors outside of a guest's call |
+
+#![forbid(unsafe_code)]
+
+mod abi;
+mod call;
+mod clock;
+mod config;
+mod descriptor;
+mod directory;
+mod error;
+mod file;
+mod function;
+mod guest;
+mod hidden;
+mod path;
+mod poll;
+mod random;
+mod restore;
+mod snapshot;
+mod socket;
+mod stream;
+mod wait;
+
+pub use abi::types::Errno;
+pub use clock::{HostClock, SystemClock};
+pub use config::{Config, Limits, Preopen};
+pub use error::Error;
+pub use function::{Function, ParamType};
+pub use restore::Resources;
+pub use snapshot::{
+    ConnectionRecord, DescriptorKind, DescriptorRecord, DirectoryRecord, EntryRecord, FileRecord,
+    ListenerRecord, Place, PreopenRecord, SNAPSHOT_VERSION, Snapshot, StdinRecord,
+};
+pub use stream::{DiscardSink, FdSink, Input, MemorySink, Sink, SinkResult};
+pub use wait::Interrupt;
+pub use wiggle::GuestMemory;
+
+use crate::clock::GuestClock;
+use crate::descriptor::{Descriptor, Dropped, FileId, Kind, OpenDirectory, Table};
+use crate::hidden::OpenFiles;
+use crate::random::Random;
+use crate::stream::Stdin;
+use cap_std::fs::Dir;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What became of a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is complete; this is the errno that it returns to the guest.
+    Done(i32),
+    /// It was left before its effect. Repeat it later, maybe on another host,
+    /// with the same arguments and the same [`CallState`].
+    Interrupted,
+    /// The guest ended itself with this code.
+    Exit(u32),
+    /// The guest must trap, for this reason (a pointer out of bounds).
+    Trap(String),
+}
+
+/// What a call keeps between an interruption and its repetition; plain data,
+/// travels with the machine. Empty again once the call is complete.
+#[derive(Serialize, Deserialize, Default, Clone, Debug, PartialEq)]
+pub struct CallState {
+    /// The guest's monotonic clock, in nanoseconds, when the first attempt
+    /// began: relative time-outs count from here.
+    pub started_ns: Option<u64>,
+    /// Bytes of `random_get` already in place.
+    pub progress_bytes: u64,
+}
+
+/// The WASI side of one machine, shared by all its threads.
+pub struct Wasi {
+    args: Vec<String>,
+    env: Vec<(String, String)>,
+    roots: Vec<Root>,
+    listeners: u32,
+    table: Mutex<Table>,
+    files: OpenFiles,
+    stdin: Stdin,
+    stdout: Box<dyn Sink>,
+    stderr: Box<dyn Sink>,
+    clock: GuestClock,
+    random: Random,
+    limits: Limits,
+}
+
+/// A preopened directory; stays when the guest closes the descriptor, since
+/// what it opened below is found through it.
+#[derive(Debug)]
+pub(crate) struct Root {
+    dir: Dir,
+    id: FileId,
+    guest: String,
+    read_only: bool,
+}
+
+impl std::fmt::Debug for Wasi {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Wasi")
+            .field("args", &self.args)
+            .field("roots", &self.roots)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A lock's content. A panic elsewhere does not make it unusable: every
+/// critical section leaves the content valid.
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Wasi {
+    /// The state of a fresh machine.
+    ///
+    /// # Errors
+    /// If strings contain NUL bytes, a limit is exceeded, or a directory or
+    /// listener of the host cannot be used.
+    pub fn new(config: Config) -> Result<Wasi, Error> {
+        config::check_strings(&config.args, &config.env)?;
+        config::check_preopen_names(config.preopens.iter().map(|p| p.guest.as_str()))?;
+        let seed = match config.seed {
+            Some(seed) => seed,
+            None => random_bytes()?,
+        };
+        let machine = u64::from_le_bytes(random_bytes()?);
+        let roots = config
+            .preopens
+            .iter()
+            .map(open_root)
+            .collect::<Result<Vec<_>, _>>()?;
+        let limits = config.limits.clamped();
+        let table = first_table(&roots, &config.listeners, limits)?;
+        let mut wasi = Wasi {
+            args: config.args,
+            env: config.env,
+            roots,
+            listeners: config.listeners.len() as u32,
+            table: Mutex::new(table),
+            files: OpenFiles::new(machine, 0),
+            stdin: Stdin::new(config.stdin),
+            stdout: config.stdout,
+            stderr: config.stderr,
+            clock: GuestClock::start(config.clock),
+            random: Random::new(seed, BTreeMap::new()),
+            limits,
+        };
+        wasi.open_first(config.listeners)?;
+        Ok(wasi)
+    }
+
+    /// Fills in listeners and preopens, after standard input, output, error.
+    fn open_first(&mut self, listeners: Vec<std::net::TcpListener>) -> Result<(), Error> {
+        for (index, listener) in (0_u32..).zip(listeners) {
+            let kind = Kind::Listener(socket::listener(listener, index)?);
+            self.push_first(kind)?;
+        }
+        for index in 0..self.roots.len() {
+            let root = &self.roots[index];
+            let dir = root.dir.try_clone().map_err(|source| Error::Host {
+                what: format!("preopen {:?}", root.guest),
+                source,
+            })?;
+            let kind = Kind::Directory(OpenDirectory {
+                dir,
+                id: root.id,
+                root: index as u32,
+                preopened_as: Some(root.guest.clone()),
+                read_only: root.read_only,
+                listing: Mutex::default(),
+            });
+            self.push_first(kind)?;
+        }
+        Ok(())
+    }
+
+    fn push_first(&mut self, kind: Kind) -> Result<(), Error> {
+        let descriptor = Descriptor::new(kind, Dropped::default());
+        if let Some(id) = descriptor.file_id() {
+            self.files.opened(id);
+        }
+        let max = self.limits.descriptors_max as usize;
+        let pushed = locked(&self.table).push(Arc::new(descriptor));
+        pushed.map(drop).map_err(|_| Error::TooMany {
+            what: "descriptors at the start",
+            size: max + 1,
+            max,
+        })
+    }
+
+    /// Ends the machine for good: flushes output, closes every descriptor and
+    /// removes the files that were kept only because they were open. Not for
+    /// a machine that was handed over, nor for one that a checkpoint shall
+    /// restore. Merely dropping a `Wasi` leaves the files alone.
+    pub fn finish(&self) {
+        for (name, sink) in [("stdout", &self.stdout), ("stderr", &self.stderr)] {
+            if let Err(error) = sink.flush() {
+                tracing::warn!(name, %error, "output not flushed");
+            }
+        }
+        let _namespace = self.files.shared();
+        loop {
+            let next = locked(&self.table).iter().next().map(|(fd, _)| fd);
+            let Some(fd) = next else { return };
+            let removed = locked(&self.table).remove(fd);
+            if let Ok(descriptor) = removed {
+                self.release(&descriptor);
+            }
+        }
+    }
+}
+
+fn open_root(preopen: &Preopen) -> Result<Root, Error> {
+    let failed = |source| Error::Preopen {
+        guest: preopen.guest.clone(),
+        host: preopen.host.display().to_string(),
+        source,
+    };
+    // Not `O_PATH`, as cap-std would: its times must be settable.
+    let directory = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(rustix::fs::OFlags::DIRECTORY.bits().cast_signed())
+        .open(&preopen.host);
+    let dir = Dir::from_std_file(directory.map_err(failed)?);
+    let id = FileId::of_path(&dir.dir_metadata().map_err(failed)?);
+    Ok(Root {
+        dir,
+        id,
+        guest: preopen.guest.clone(),
+        read_only: preopen.read_only,
+    })
+}
+
+fn first_table(
+    roots: &[Root],
+    listeners: &[std::net::TcpListener],
+    limits: Limits,
+) -> Result<Table, Error> {
+    let max = limits.descriptors_max as usize;
+    let size = 3 + roots.len() + listeners.len();
+    if size > max {
+        return Err(Error::TooMany {
+            what: "descriptors at the start",
+            size,
+            max,
+        });
+    }
+    let mut table = Table::new(limits.descriptors_max);
+    for (fd, kind) in [Kind::Stdin, Kind::Stdout, Kind::Stderr]
+        .into_iter()
+        .enumerate()
+    {
+        table.insert(
+            fd as u32,
+            Arc::new(Descriptor::new(kind, Dropped::default())),
+        );
+    }
+    Ok(table)
+}
+
+fn random_bytes<const N: usize>() -> Result<[u8; N], Error> {
+    use rand::TryRng;
+    let mut bytes = [0; N];
+    rand::rngs::SysRng
+        .try_fill_bytes(&mut bytes)
+        .map_err(|error| Error::Seed(error.to_string()))?;
+    Ok(bytes)
+}

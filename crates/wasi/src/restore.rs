@@ -1,0 +1,367 @@
+//! Reading a [`Snapshot`] back: everything is checked before anything is
+//! opened, and files are opened without creating, truncating or following.
+
+use crate::abi::types;
+use crate::clock::{GuestClock, HostClock, SystemClock};
+use crate::config::{Limits, Preopen, check_preopen_names, check_strings};
+use crate::descriptor::{Connection, Descriptor, Dropped, FileId, Kind, OpenDirectory, Table};
+use crate::directory::{Entry, filetype_of};
+use crate::error::Error;
+use crate::hidden::OpenFiles;
+use crate::path::{Mode, open_file};
+use crate::random::Random;
+use crate::snapshot::{
+    DescriptorKind, DirectoryRecord, FileRecord, Place, SNAPSHOT_VERSION, Snapshot, StdinRecord,
+    boot_id,
+};
+use crate::stream::{DiscardSink, Input, Sink, Stdin};
+use crate::{Root, Wasi, open_root, socket};
+use cap_std::fs::Dir;
+use rustix::fs::FileType;
+use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU8};
+use std::sync::{Arc, Mutex};
+use types::{Fdflags, Rights, Sdflags};
+
+/// What the target host brings to a restore.
+pub struct Resources {
+    /// The host directory of each preopen, in the snapshot's order.
+    pub preopens: Vec<PathBuf>,
+    /// The listening sockets, in the snapshot's order.
+    pub listeners: Vec<TcpListener>,
+    /// Standard input, if the snapshot says [`StdinRecord::Host`].
+    pub stdin: Input,
+    /// Standard output.
+    pub stdout: Box<dyn Sink>,
+    /// Standard error.
+    pub stderr: Box<dyn Sink>,
+    /// The target's clocks.
+    pub clock: Arc<dyn HostClock>,
+}
+
+impl Default for Resources {
+    /// No preopens and listeners, empty input, output forgotten, the system's
+    /// clocks.
+    fn default() -> Self {
+        Self {
+            preopens: Vec::new(),
+            listeners: Vec::new(),
+            stdin: Input::Empty,
+            stdout: Box::new(DiscardSink),
+            stderr: Box::new(DiscardSink),
+            clock: Arc::new(SystemClock),
+        }
+    }
+}
+
+/// More guest threads than this never draw random numbers.
+const RANDOM_STREAMS_MAX: usize = 1 << 20;
+
+impl Wasi {
+    /// The state that was written down, with this host's resources. The
+    /// snapshot may come from anywhere: what contradicts itself is refused.
+    ///
+    /// # Errors
+    /// If the snapshot is of another version or damaged, resources are
+    /// missing, or an open file is not there or another one.
+    pub fn restore(snapshot: Snapshot, resources: Resources) -> Result<Wasi, Error> {
+        check(&snapshot, &resources)?;
+        let mut roots = Vec::with_capacity(snapshot.preopens.len());
+        for (record, host) in snapshot.preopens.iter().zip(resources.preopens) {
+            roots.push(open_root(&Preopen {
+                host,
+                guest: record.guest.clone(),
+                read_only: record.read_only,
+            })?);
+        }
+        let limits = Limits {
+            descriptors_max: snapshot.descriptors_max,
+            subscriptions_max: snapshot.subscriptions_max,
+            directory_entries_max: snapshot.directory_entries_max,
+        }
+        .clamped();
+        let mut restorer = Restorer {
+            roots: &roots,
+            strict: strict_roots(&snapshot, &roots),
+            files: OpenFiles::new(snapshot.machine, snapshot.hidden_next),
+            listeners: resources.listeners.into_iter().map(Some).collect(),
+        };
+        let mut table = Table::new(limits.descriptors_max);
+        for record in snapshot.descriptors {
+            let fd = record.fd;
+            let kind = restorer.kind(fd, record.kind)?;
+            let dropped = Dropped {
+                base: rights(fd, record.dropped_base)?,
+                inheriting: rights(fd, record.dropped_inheriting)?,
+            };
+            let descriptor = Arc::new(Descriptor::new(kind, dropped));
+            if let Some(id) = descriptor.file_id() {
+                restorer.files.opened(id);
+            }
+            if !table.insert(fd, descriptor) {
+                return Err(damaged(fd, "appears twice or is beyond the limit"));
+            }
+        }
+        let stdin = match snapshot.stdin {
+            StdinRecord::Empty => Input::Empty,
+            StdinRecord::Host => resources.stdin,
+            StdinRecord::Bytes(bytes) => Input::Bytes(bytes),
+        };
+        let files = restorer.files;
+        let (monotonic_ns, realtime_ns) = (snapshot.monotonic_ns, snapshot.realtime_ns);
+        Ok(Wasi {
+            args: snapshot.args,
+            env: snapshot.env,
+            roots,
+            listeners: snapshot.listeners,
+            table: Mutex::new(table),
+            files,
+            stdin: Stdin::new(stdin),
+            stdout: resources.stdout,
+            stderr: resources.stderr,
+            clock: GuestClock::resume(resources.clock, monotonic_ns, realtime_ns),
+            random: Random::new(snapshot.seed, snapshot.random.into_iter().collect()),
+            limits,
+        })
+    }
+}
+
+/// What can be checked without opening anything.
+fn check(snapshot: &Snapshot, resources: &Resources) -> Result<(), Error> {
+    if snapshot.version != SNAPSHOT_VERSION {
+        return Err(Error::Version {
+            found: snapshot.version,
+            supported: SNAPSHOT_VERSION,
+        });
+    }
+    check_strings(&snapshot.args, &snapshot.env)?;
+    check_preopen_names(snapshot.preopens.iter().map(|p| p.guest.as_str()))?;
+    let needs = [
+        (
+            "preopens",
+            snapshot.preopens.len(),
+            resources.preopens.len(),
+        ),
+        (
+            "listeners",
+            snapshot.listeners as usize,
+            resources.listeners.len(),
+        ),
+    ];
+    for (what, needed, given) in needs {
+        if needed != given {
+            return Err(Error::Resources {
+                what,
+                needed,
+                given,
+            });
+        }
+    }
+    let descriptors_max = snapshot.descriptors_max.min(Limits::DESCRIPTORS_MAX) as usize;
+    let bounds = [
+        ("descriptors", snapshot.descriptors.len(), descriptors_max),
+        ("random streams", snapshot.random.len(), RANDOM_STREAMS_MAX),
+    ];
+    for (what, size, max) in bounds {
+        if size > max {
+            return Err(Error::TooMany { what, size, max });
+        }
+    }
+    Ok(())
+}
+
+/// For each preopen, whether it is the very directory of the source.
+fn strict_roots(snapshot: &Snapshot, roots: &[Root]) -> Vec<bool> {
+    let same_boot = !snapshot.boot_id.is_empty() && snapshot.boot_id == boot_id();
+    let pairs = snapshot.preopens.iter().zip(roots);
+    pairs
+        .map(|(record, root)| {
+            let id = FileId {
+                device: record.device,
+                inode: record.inode,
+            };
+            same_boot && id == root.id
+        })
+        .collect()
+}
+
+fn damaged(fd: u32, what: &str) -> Error {
+    Error::Damaged(format!("descriptor {fd} {what}"))
+}
+
+fn rights(fd: u32, bits: u64) -> Result<Rights, Error> {
+    Rights::from_bits(bits).ok_or_else(|| damaged(fd, "has unknown rights"))
+}
+
+/// Opens descriptors again.
+struct Restorer<'r> {
+    roots: &'r [Root],
+    strict: Vec<bool>,
+    files: OpenFiles,
+    listeners: Vec<Option<TcpListener>>,
+}
+
+impl Restorer<'_> {
+    fn kind(&mut self, fd: u32, kind: DescriptorKind) -> Result<Kind, Error> {
+        Ok(match kind {
+            DescriptorKind::Stdin => Kind::Stdin,
+            DescriptorKind::Stdout => Kind::Stdout,
+            DescriptorKind::Stderr => Kind::Stderr,
+            DescriptorKind::File(record) => self.file(fd, &record)?,
+            DescriptorKind::Directory(record) => self.directory(fd, record)?,
+            DescriptorKind::Listener(record) => {
+                let taken = self.listeners.get_mut(record.index as usize);
+                let taken = taken.and_then(Option::take);
+                let taken = taken.ok_or_else(|| damaged(fd, "has no listener of its own"))?;
+                let mut listener = socket::listener(taken, record.index)?;
+                listener.nonblocking = AtomicBool::new(record.nonblocking);
+                Kind::Listener(listener)
+            }
+            DescriptorKind::Connection(record) => {
+                if Sdflags::from_bits(record.shut).is_none() {
+                    return Err(damaged(fd, "has unknown shutdown flags"));
+                }
+                Kind::Connection(Connection {
+                    stream: None,
+                    local: record.local,
+                    peer: record.peer,
+                    nonblocking: AtomicBool::new(record.nonblocking),
+                    shut: AtomicU8::new(record.shut),
+                })
+            }
+        })
+    }
+
+    fn file(&self, fd: u32, record: &FileRecord) -> Result<Kind, Error> {
+        let flags =
+            Fdflags::from_bits(record.flags).ok_or_else(|| damaged(fd, "has unknown flags"))?;
+        let mode = Mode {
+            read: record.host_read,
+            write: record.host_write,
+            sync: flags & (Fdflags::SYNC | Fdflags::DSYNC | Fdflags::RSYNC),
+            follow: false,
+        };
+        let root = self.root(fd, &record.place)?;
+        let open_at_all = mode.read || mode.write;
+        let more_than_open = (record.readable && !mode.read) || (record.writable && !mode.write);
+        if !open_at_all || more_than_open || (mode.write && root.read_only) {
+            return Err(damaged(fd, "is open in an impossible way"));
+        }
+        let file = self.open(fd, &record.place, mode)?;
+        let metadata = file
+            .metadata()
+            .map_err(|source| self.reopen(fd, &record.place, source))?;
+        let filetype = filetype_of(FileType::from_raw_mode(metadata.mode())) as u8;
+        self.check_same(
+            fd,
+            &record.place,
+            FileId::of(&metadata),
+            filetype == record.filetype,
+        )?;
+        self.files.adopt(&record.place.path);
+        let access = (record.readable, record.writable, flags);
+        let origin = (record.place.preopen, root.read_only);
+        let mut file = open_file(file, &metadata, origin, mode, access);
+        file.offset = Mutex::new(record.offset);
+        Ok(Kind::File(file))
+    }
+
+    fn directory(&self, fd: u32, record: DirectoryRecord) -> Result<Kind, Error> {
+        let place = &record.place;
+        let root = self.root(fd, place)?;
+        if record.preopened && !place.path.is_empty() {
+            return Err(damaged(fd, "is a preopen below a preopen"));
+        }
+        let mode = Mode {
+            read: true,
+            write: false,
+            sync: Fdflags::empty(),
+            follow: false,
+        };
+        let file = self.open(fd, place, mode)?;
+        let metadata = file
+            .metadata()
+            .map_err(|source| self.reopen(fd, place, source))?;
+        let id = FileId::of(&metadata);
+        self.check_same(fd, place, id, metadata.is_dir())?;
+        self.files.adopt(&place.path);
+        let listing = record.listing.map(|entries| {
+            let entries = entries.into_iter().map(|entry| Entry {
+                name: entry.name,
+                inode: entry.inode,
+                filetype: entry.filetype,
+            });
+            entries.collect()
+        });
+        Ok(Kind::Directory(OpenDirectory {
+            dir: Dir::from_std_file(file),
+            id,
+            root: place.preopen,
+            preopened_as: record.preopened.then(|| root.guest.clone()),
+            read_only: root.read_only,
+            listing: Mutex::new(listing),
+        }))
+    }
+
+    fn root(&self, fd: u32, place: &Place) -> Result<&Root, Error> {
+        let plain = place.path.is_empty()
+            || place
+                .path
+                .split('/')
+                .all(|part| !matches!(part, "" | "." | "..") && !part.contains('\0'));
+        if !plain {
+            return Err(damaged(fd, "has a path that is not plain"));
+        }
+        self.roots
+            .get(place.preopen as usize)
+            .ok_or_else(|| damaged(fd, "is in a preopen that does not exist"))
+    }
+
+    fn open(&self, fd: u32, place: &Place, mode: Mode) -> Result<std::fs::File, Error> {
+        let path = if place.path.is_empty() {
+            "."
+        } else {
+            &place.path
+        };
+        let opened = self.root(fd, place)?.dir.open_with(path, &mode.options());
+        let file = opened.map_err(|source| self.reopen(fd, place, source))?;
+        Ok(file.into_std())
+    }
+
+    fn reopen(&self, fd: u32, place: &Place, source: std::io::Error) -> Error {
+        Error::Reopen {
+            fd,
+            guest: self.guest(place),
+            path: place.path.clone(),
+            source,
+        }
+    }
+
+    fn guest(&self, place: &Place) -> String {
+        let root = self.roots.get(place.preopen as usize);
+        root.map(|root| root.guest.clone()).unwrap_or_default()
+    }
+
+    fn check_same(&self, fd: u32, place: &Place, id: FileId, same_type: bool) -> Result<(), Error> {
+        let recorded = FileId {
+            device: place.device,
+            inode: place.inode,
+        };
+        let strict = self.strict.get(place.preopen as usize).copied();
+        let difference = if !same_type {
+            "type"
+        } else if strict == Some(true) && recorded != id {
+            "device or inode number"
+        } else {
+            return Ok(());
+        };
+        Err(Error::Changed {
+            fd,
+            guest: self.guest(place),
+            path: place.path.clone(),
+            difference,
+        })
+    }
+}

@@ -1,0 +1,340 @@
+//! The WASI state of a machine as plain data.
+//!
+//! These types are what is stored and sent; inside, others are used. Changing
+//! them means raising [`SNAPSHOT_VERSION`].
+
+use crate::abi::types;
+use crate::descriptor::{Connection, Descriptor, Kind, OpenDirectory, OpenFile};
+use crate::error::Error;
+use crate::hidden::{self, file_fd};
+use crate::stream::Stdin;
+use crate::{Wasi, locked};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+
+/// The version that this program writes and reads.
+pub const SNAPSHOT_VERSION: u32 = 1;
+
+/// The WASI state of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// [`SNAPSHOT_VERSION`] of the writer.
+    pub version: u32,
+    /// The arguments.
+    pub args: Vec<String>,
+    /// The environment.
+    pub env: Vec<(String, String)>,
+    /// Tells this machine's hidden files from those of others.
+    pub machine: u64,
+    /// The number of the next hidden file.
+    pub hidden_next: u64,
+    /// The boot of the host where this was taken; empty if unknown. On the
+    /// same one, device and inode numbers must still match.
+    pub boot_id: String,
+    /// The guest's monotonic clock.
+    pub monotonic_ns: u64,
+    /// The guest's realtime clock.
+    pub realtime_ns: u64,
+    /// The seed of `random_get`.
+    pub seed: [u8; 32],
+    /// Guest thread and 32-bit words that it has drawn.
+    pub random: Vec<(u32, u64)>,
+    /// The preopens of the configuration, also those that the guest closed.
+    pub preopens: Vec<PreopenRecord>,
+    /// How many listeners the configuration had.
+    pub listeners: u32,
+    /// Standard input.
+    pub stdin: StdinRecord,
+    /// [`crate::Limits::descriptors_max`].
+    pub descriptors_max: u32,
+    /// [`crate::Limits::subscriptions_max`].
+    pub subscriptions_max: u32,
+    /// [`crate::Limits::directory_entries_max`].
+    pub directory_entries_max: u32,
+    /// The descriptor table.
+    pub descriptors: Vec<DescriptorRecord>,
+}
+
+/// A preopen of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PreopenRecord {
+    /// The guest's name.
+    pub guest: String,
+    /// Whether the guest may change nothing in it.
+    pub read_only: bool,
+    /// Device number on the source host.
+    pub device: u64,
+    /// Inode number on the source host.
+    pub inode: u64,
+}
+
+/// What is left of standard input.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StdinRecord {
+    /// Nothing.
+    Empty,
+    /// A descriptor of the host; the target brings another.
+    Host,
+    /// These bytes.
+    Bytes(Vec<u8>),
+}
+
+/// One descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DescriptorRecord {
+    /// Its number.
+    pub fd: u32,
+    /// Base rights given up, as preview 1's `rights` bits.
+    pub dropped_base: u64,
+    /// Inheriting rights given up.
+    pub dropped_inheriting: u64,
+    /// What it refers to.
+    pub kind: DescriptorKind,
+}
+
+/// What a descriptor refers to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DescriptorKind {
+    /// Standard input.
+    Stdin,
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+    /// A file, pipe or device.
+    File(FileRecord),
+    /// A directory.
+    Directory(DirectoryRecord),
+    /// A listening socket.
+    Listener(ListenerRecord),
+    /// A connection; the target resets it.
+    Connection(ConnectionRecord),
+}
+
+/// Where an open file is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Index of the preopen.
+    pub preopen: u32,
+    /// Path under it, without `..` or links; empty for the preopen itself.
+    pub path: String,
+    /// Device number on the source host.
+    pub device: u64,
+    /// Inode number on the source host.
+    pub inode: u64,
+}
+
+/// An open file, pipe or device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Where it is.
+    pub place: Place,
+    /// Preview 1's `filetype`.
+    pub filetype: u8,
+    /// Whether the guest may read.
+    pub readable: bool,
+    /// Whether the guest may write.
+    pub writable: bool,
+    /// Whether the host's file is open for reading.
+    pub host_read: bool,
+    /// Whether the host's file is open for writing.
+    pub host_write: bool,
+    /// Preview 1's `fdflags` bits.
+    pub flags: u16,
+    /// Where the next read or write goes, in bytes.
+    pub offset: u64,
+}
+
+/// An open directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectoryRecord {
+    /// Where it is.
+    pub place: Place,
+    /// Whether this is a preopen itself.
+    pub preopened: bool,
+    /// The listing that cookies refer to.
+    pub listing: Option<Vec<EntryRecord>>,
+}
+
+/// An entry of a directory's listing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntryRecord {
+    /// The name.
+    pub name: String,
+    /// The inode number.
+    pub inode: u64,
+    /// Preview 1's `filetype`.
+    pub filetype: u8,
+}
+
+/// A listening socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListenerRecord {
+    /// Its place among the listeners of the configuration.
+    pub index: u32,
+    /// Whether `sock_accept` fails rather than waits.
+    pub nonblocking: bool,
+}
+
+/// A connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionRecord {
+    /// Our address.
+    pub local: Option<SocketAddr>,
+    /// The other end's address.
+    pub peer: Option<SocketAddr>,
+    /// Whether calls fail rather than wait.
+    pub nonblocking: bool,
+    /// Preview 1's `sdflags` bits of what was shut down.
+    pub shut: u8,
+    /// Bytes received for the guest and not yet read by it. Version 1 leaves
+    /// them in the source's kernel, so this is empty.
+    pub received: Vec<u8>,
+}
+
+impl Wasi {
+    /// Writes the state down. All guest threads must be stopped outside of
+    /// calls; the machine is unharmed and may go on.
+    ///
+    /// # Errors
+    /// If an open file cannot be found by another host, naming it.
+    pub fn snapshot(&self) -> Result<Snapshot, Error> {
+        let open = locked(&self.table)
+            .iter()
+            .map(|(fd, descriptor)| (fd, descriptor.clone()))
+            .collect::<Vec<_>>();
+        let mut descriptors = Vec::with_capacity(open.len());
+        for (fd, descriptor) in open {
+            let dropped = descriptor.dropped();
+            descriptors.push(DescriptorRecord {
+                fd,
+                dropped_base: dropped.base.bits(),
+                dropped_inheriting: dropped.inheriting.bits(),
+                kind: self.record_kind(fd, &descriptor)?,
+            });
+        }
+        let preopens = self.roots.iter().map(|root| PreopenRecord {
+            guest: root.guest.clone(),
+            read_only: root.read_only,
+            device: root.id.device,
+            inode: root.id.inode,
+        });
+        Ok(Snapshot {
+            version: SNAPSHOT_VERSION,
+            args: self.args.clone(),
+            env: self.env.clone(),
+            machine: self.files.machine(),
+            hidden_next: self.files.next(),
+            boot_id: boot_id(),
+            monotonic_ns: self.clock.monotonic_ns(),
+            realtime_ns: self.clock.realtime_ns(),
+            seed: self.random.seed(),
+            random: self.random.drawn().into_iter().collect(),
+            preopens: preopens.collect(),
+            listeners: self.listeners,
+            stdin: match &self.stdin {
+                Stdin::Empty => StdinRecord::Empty,
+                Stdin::Fd { .. } => StdinRecord::Host,
+                Stdin::Bytes(bytes) => StdinRecord::Bytes(locked(bytes).clone().into()),
+            },
+            descriptors_max: self.limits.descriptors_max,
+            subscriptions_max: self.limits.subscriptions_max,
+            directory_entries_max: self.limits.directory_entries_max,
+            descriptors,
+        })
+    }
+
+    fn record_kind(&self, fd: u32, descriptor: &Descriptor) -> Result<DescriptorKind, Error> {
+        Ok(match &descriptor.kind {
+            Kind::Stdin => DescriptorKind::Stdin,
+            Kind::Stdout => DescriptorKind::Stdout,
+            Kind::Stderr => DescriptorKind::Stderr,
+            Kind::File(file) => {
+                let place = self.place(fd, descriptor, file.root)?;
+                DescriptorKind::File(record_file(file, place, descriptor.flags()))
+            }
+            Kind::Directory(directory) => {
+                let place = self.place(fd, descriptor, directory.root)?;
+                DescriptorKind::Directory(record_directory(directory, place))
+            }
+            Kind::Listener(listener) => DescriptorKind::Listener(ListenerRecord {
+                index: listener.index,
+                nonblocking: listener.nonblocking.load(Ordering::Relaxed),
+            }),
+            Kind::Connection(connection) => {
+                DescriptorKind::Connection(record_connection(connection))
+            }
+        })
+    }
+
+    fn place(&self, fd: u32, descriptor: &Descriptor, root: u32) -> Result<Place, Error> {
+        let (Some(host_fd), Some(id)) = (file_fd(descriptor), descriptor.file_id()) else {
+            return Err(Error::Damaged(format!("descriptor {fd} is no file")));
+        };
+        let located = hidden::locate(&self.roots, host_fd, id, root);
+        let (preopen, path) = located.map_err(|source| match source.raw_os_error() {
+            None => Error::Unreachable {
+                fd,
+                path: source.to_string(),
+            },
+            Some(_) => Error::Locate { fd, source },
+        })?;
+        let path = path.into_os_string().into_string();
+        Ok(Place {
+            preopen,
+            path: path.map_err(|path| Error::NotUtf8 {
+                fd,
+                path: path.to_string_lossy().into_owned(),
+            })?,
+            device: id.device,
+            inode: id.inode,
+        })
+    }
+}
+
+fn record_file(file: &OpenFile, place: Place, flags: types::Fdflags) -> FileRecord {
+    FileRecord {
+        place,
+        filetype: file.filetype as u8,
+        readable: file.readable,
+        writable: file.writable,
+        host_read: file.host_read,
+        host_write: file.host_write,
+        flags: flags.bits(),
+        offset: *locked(&file.offset),
+    }
+}
+
+fn record_directory(directory: &OpenDirectory, place: Place) -> DirectoryRecord {
+    let listing = locked(&directory.listing);
+    let entries = listing.as_ref().map(|listing| {
+        let entries = listing.iter().map(|entry| EntryRecord {
+            name: entry.name.clone(),
+            inode: entry.inode,
+            filetype: entry.filetype,
+        });
+        entries.collect()
+    });
+    DirectoryRecord {
+        place,
+        preopened: directory.preopened_as.is_some(),
+        listing: entries,
+    }
+}
+
+fn record_connection(connection: &Connection) -> ConnectionRecord {
+    ConnectionRecord {
+        local: connection.local,
+        peer: connection.peer,
+        nonblocking: connection.nonblocking.load(Ordering::Relaxed),
+        shut: connection.shut.load(Ordering::Relaxed),
+        received: Vec::new(),
+    }
+}
+
+/// What tells this boot of this host from all others; empty if unknown.
+pub(crate) fn boot_id() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    id.map(|id| id.trim().to_owned()).unwrap_or_default()
+}

@@ -1,0 +1,269 @@
+//! Reads one function: its reachable operators, its constructs, and the points
+//! at which it can be left, with the types of all operands there.
+//!
+//! Unreachable code is dropped here, so that what follows never meets a stack
+//! of unknown types. Nothing is written here; `emit` does that.
+
+use super::InstrumentError;
+use super::callgraph::CallGraph;
+use wasmparser::{
+    BlockType, FuncValidator, FunctionBody, Operator, ValType, ValidatorResources, WasmModuleResources,
+};
+
+/// Why a point is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PointKind {
+    /// Poll at the function's entry.
+    Entry,
+    /// Poll at a loop's header.
+    Loop,
+    /// Return of a call that may unwind.
+    Call,
+}
+
+#[derive(Debug)]
+pub(crate) struct Point {
+    pub(crate) kind: PointKind,
+    /// The operator after which it stands; `None` for the entry.
+    pub(crate) op: Option<usize>,
+    /// Types of all operands there from the bottom, without call results.
+    pub(crate) operands: Vec<ValType>,
+    /// How many of them belong to the constructs around the innermost one.
+    pub(crate) outer: usize,
+    /// Types of the call's results.
+    pub(crate) results: Vec<ValType>,
+}
+
+/// A block, loop or if.
+#[derive(Debug)]
+pub(crate) struct Construct {
+    /// Types of the operands of the frame it stands in, from that frame's
+    /// bottom, with its own parameters but without an `if`'s condition.
+    pub(crate) operands: Vec<ValType>,
+    /// Height of that frame's bottom.
+    pub(crate) base: usize,
+    /// How many of `operands` are its parameters.
+    pub(crate) params: usize,
+    /// Points inside: numbers `points.start..points.end`.
+    pub(crate) points: std::ops::Range<u32>,
+    /// First point of the else arm (the end of `points` where there is none).
+    pub(crate) else_point: u32,
+    /// Sequence of its (first) arm, and of its else arm.
+    pub(crate) sequences: [usize; 2],
+}
+
+/// Somewhere in a sequence that a resume must be able to jump to.
+#[derive(Debug, Clone)]
+pub(crate) struct Landing {
+    /// The points behind it.
+    pub(crate) points: std::ops::Range<u32>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Body<'a> {
+    /// Types of parameters and declared locals.
+    pub(crate) locals: Vec<ValType>,
+    pub(crate) params: usize,
+    pub(crate) results: Vec<ValType>,
+    pub(crate) ops: Vec<Operator<'a>>,
+    pub(crate) points: Vec<Point>,
+    /// In the order of their starts.
+    pub(crate) constructs: Vec<Construct>,
+    /// Sequence 0 is the function's own.
+    pub(crate) sequences: Vec<Vec<Landing>>,
+}
+
+struct Open {
+    construct: Option<usize>,
+    sequence: usize,
+}
+
+pub(crate) fn read<'a>(
+    body: &FunctionBody<'a>,
+    validator: &mut FuncValidator<ValidatorResources>,
+    graph: &CallGraph,
+    function: u32,
+) -> Result<Body<'a>, InstrumentError> {
+    validator.read_locals(&mut body.get_binary_reader())?;
+    let mut reader = body.get_operators_reader()?;
+    let locals: Vec<ValType> = (0..validator.len_locals())
+        .filter_map(|local| validator.get_local_type(local))
+        .collect();
+    let ty = graph.function_type(function);
+    let mut out = Body {
+        params: ty.params().len(),
+        results: ty.results().to_vec(),
+        locals,
+        ops: Vec::new(),
+        points: Vec::new(),
+        constructs: Vec::new(),
+        sequences: vec![Vec::new()],
+    };
+    let mut open = vec![Open {
+        construct: None,
+        sequence: 0,
+    }];
+    if graph.polls_at_entry(function) {
+        out.point(PointKind::Entry, None, validator, &open, &[]);
+    }
+    // Depth of constructs opened inside unreachable code.
+    let mut dead_depth: Option<u32> = None;
+    while !reader.eof() {
+        let offset = reader.original_position();
+        let op = reader.read()?;
+        if let Some(depth) = dead_depth {
+            match op {
+                Operator::Block { .. } | Operator::Loop { .. } | Operator::If { .. } => {
+                    dead_depth = Some(depth + 1);
+                }
+                Operator::End if depth > 0 => dead_depth = Some(depth - 1),
+                Operator::End | Operator::Else if depth == 0 => dead_depth = None,
+                _ => {}
+            }
+            if dead_depth.is_some() {
+                validator.op(offset, &op)?;
+                continue;
+            }
+        }
+        let position = out.ops.len();
+        match op {
+            Operator::Block { blockty } | Operator::Loop { blockty } | Operator::If { blockty } => {
+                let (params, _) = block_types(blockty, validator.resources());
+                let condition = usize::from(matches!(op, Operator::If { .. }));
+                let (all, base) = operands(validator);
+                let sequence = out.sequences.len();
+                out.sequences.push(Vec::new());
+                let point = out.points.len() as u32;
+                open.push(Open {
+                    construct: Some(out.constructs.len()),
+                    sequence,
+                });
+                out.constructs.push(Construct {
+                    operands: all[base..all.len() - condition].to_vec(),
+                    base,
+                    params: params.len(),
+                    points: point..point,
+                    else_point: point,
+                    sequences: [sequence, sequence],
+                });
+            }
+            Operator::Else => {
+                if let Some(frame) = open.last_mut()
+                    && let Some(construct) = frame.construct
+                {
+                    frame.sequence = out.sequences.len();
+                    out.sequences.push(Vec::new());
+                    out.constructs[construct].else_point = out.points.len() as u32;
+                    out.constructs[construct].sequences[1] = frame.sequence;
+                }
+            }
+            Operator::End => {
+                if let Some(Open {
+                    construct: Some(construct),
+                    ..
+                }) = open.pop()
+                {
+                    let construct = &mut out.constructs[construct];
+                    construct.points.end = out.points.len() as u32;
+                    if construct.sequences[0] == construct.sequences[1] {
+                        construct.else_point = construct.points.end;
+                    }
+                    let points = construct.points.clone();
+                    if !points.is_empty()
+                        && let Some(parent) = open.last()
+                    {
+                        out.sequences[parent.sequence].push(Landing { points });
+                    }
+                }
+            }
+            _ => {}
+        }
+        validator.op(offset, &op)?;
+        let ends_here = matches!(
+            op,
+            Operator::Br { .. }
+                | Operator::BrTable { .. }
+                | Operator::Return
+                | Operator::Unreachable
+                | Operator::ReturnCall { .. }
+                | Operator::ReturnCallIndirect { .. }
+        );
+        let point = match op {
+            Operator::Loop { .. } => Some((PointKind::Loop, Vec::new())),
+            Operator::Call { function_index } if graph.may_unwind(function_index) => Some((
+                PointKind::Call,
+                graph.function_type(function_index).results().to_vec(),
+            )),
+            Operator::CallIndirect { type_index, .. } => {
+                Some((PointKind::Call, graph.ty(type_index).results().to_vec()))
+            }
+            _ => None,
+        };
+        out.ops.push(op);
+        if let Some((kind, results)) = point {
+            out.point(kind, Some(position), validator, &open, &results);
+        }
+        if ends_here {
+            dead_depth = Some(0);
+        }
+    }
+    Ok(out)
+}
+
+impl Body<'_> {
+    fn point(
+        &mut self,
+        kind: PointKind,
+        op: Option<usize>,
+        validator: &FuncValidator<ValidatorResources>,
+        open: &[Open],
+        results: &[ValType],
+    ) {
+        let (mut all, base) = operands(validator);
+        all.truncate(all.len() - results.len());
+        let number = self.points.len() as u32;
+        self.points.push(Point {
+            kind,
+            op,
+            operands: all,
+            outer: base,
+            results: results.to_vec(),
+        });
+        if let Some(frame) = open.last() {
+            self.sequences[frame.sequence].push(Landing {
+                points: number..number + 1,
+            });
+        }
+    }
+}
+
+/// All operand types from the bottom, and the height at which the innermost
+/// frame begins.
+fn operands(validator: &FuncValidator<ValidatorResources>) -> (Vec<ValType>, usize) {
+    let height = validator.operand_stack_height() as usize;
+    let types = (0..height)
+        .rev()
+        // Reachable code has no operand of unknown type.
+        .filter_map(|depth| validator.get_operand_type(depth).flatten())
+        .collect();
+    let base = validator.get_control_frame(0).map_or(0, |frame| frame.height);
+    (types, base)
+}
+
+/// Parameters and results of a block type.
+pub(crate) fn block_types(
+    ty: BlockType,
+    resources: &impl WasmModuleResources,
+) -> (Vec<ValType>, Vec<ValType>) {
+    match ty {
+        BlockType::Empty => (Vec::new(), Vec::new()),
+        BlockType::Type(ty) => (Vec::new(), vec![ty]),
+        BlockType::FuncType(index) => match resources.sub_type_at(index) {
+            Some(sub) => {
+                let ty = sub.unwrap_func();
+                (ty.params().to_vec(), ty.results().to_vec())
+            }
+            None => (Vec::new(), Vec::new()),
+        },
+    }
+}

@@ -1,0 +1,849 @@
+//! Writes a function's two versions.
+//!
+//! The *hot* version is the function as it was, with polls, status checks and
+//! the cold code that saves a frame and leaves for good. The *clone* can be
+//! entered at any point: it loads all locals that any point saved, jumps
+//! forward to the point (each sequence of code on the way begins with a branch
+//! over what lies before the landing), and goes on to the function's end. The
+//! runtime calls clones one frame at a time, innermost first, and hands each
+//! the results of the one before it; so no native stack is ever rebuilt.
+//!
+//! In a clone every value that crosses a landing lies in a local: originals in
+//! their own, operands in *temporaries*, one for each height and type.
+
+use super::body::{Body, Construct, Landing, PointKind};
+use super::callgraph::CallGraph;
+use super::liveness::{self, LocalSet};
+use super::meta::{self, SlotType};
+use super::{InstrumentError, slot_type};
+use std::collections::HashMap;
+use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
+use wasm_encoder::{BlockType, BranchHint, Function, Instruction, MemArg, MemArgTarget};
+use wasmparser::{Operator, ValType};
+
+/// Block types that instrumented code needs beside the module's own types.
+#[derive(Default)]
+pub(crate) struct BlockTypes {
+    first: u32,
+    known: HashMap<(Vec<ValType>, Vec<ValType>), u32>,
+    pub(crate) list: Vec<(Vec<ValType>, Vec<ValType>)>,
+}
+
+impl BlockTypes {
+    /// `first`: index that the first new type will have.
+    pub(crate) fn new(first: u32) -> Self {
+        BlockTypes {
+            first,
+            ..Self::default()
+        }
+    }
+
+    pub(crate) fn function(&mut self, params: &[ValType], results: &[ValType]) -> u32 {
+        let key = (params.to_vec(), results.to_vec());
+        *self.known.entry(key).or_insert_with_key(|key| {
+            self.list.push(key.clone());
+            self.first + self.list.len() as u32 - 1
+        })
+    }
+
+    fn block(
+        &mut self,
+        params: &[ValType],
+        results: &[ValType],
+    ) -> Result<BlockType, InstrumentError> {
+        Ok(match (params, results) {
+            ([], []) => BlockType::Empty,
+            ([], [one]) => BlockType::Result(RoundtripReencoder.val_type(*one)?),
+            _ => BlockType::FunctionType(self.function(params, results)),
+        })
+    }
+}
+
+/// What both versions of a function share.
+pub(crate) struct Plan<'a> {
+    body: &'a Body<'a>,
+    graph: &'a CallGraph,
+    function: u32,
+    /// Index of the control memory and of the references table.
+    control: u32,
+    refs: u32,
+    /// Index that type T gets when a status is added: `status_types + T`.
+    status_types: u32,
+    first_point: u32,
+    temps: HashMap<(usize, ValType), u32>,
+    temp_types: Vec<ValType>,
+    /// Locals (temporaries included) by slot, with their types.
+    slots: Vec<(u32, ValType)>,
+    /// Byte offset of each slot in the restore area.
+    slot_offsets: Vec<u32>,
+    saved: Vec<Vec<u32>>,
+}
+
+pub(crate) struct PlanContext<'a> {
+    pub(crate) graph: &'a CallGraph,
+    pub(crate) control: u32,
+    pub(crate) refs: u32,
+    pub(crate) status_types: u32,
+}
+
+impl<'a> Plan<'a> {
+    pub(crate) fn new(
+        body: &'a Body<'a>,
+        context: &PlanContext<'a>,
+        function: u32,
+        first_point: u32,
+    ) -> Result<Self, InstrumentError> {
+        let mut plan = Plan {
+            body,
+            graph: context.graph,
+            function,
+            control: context.control,
+            refs: context.refs,
+            status_types: context.status_types,
+            first_point,
+            temps: HashMap::new(),
+            temp_types: Vec::new(),
+            slots: Vec::new(),
+            slot_offsets: Vec::new(),
+            saved: Vec::new(),
+        };
+        if body.points.is_empty() {
+            return Ok(plan);
+        }
+        plan.make_temps();
+        let positions: Vec<Option<usize>> = body.points.iter().map(|point| point.op).collect();
+        let live = liveness::live_at(&body.ops, body.locals.len(), &positions);
+        plan.make_slots(&live);
+        let mut offset = 0;
+        for (_, ty) in &plan.slots {
+            plan.slot_offsets.push(offset);
+            offset += slot_type(*ty)?.bytes();
+        }
+        if meta::RESTORE + offset > meta::SAVE {
+            return Err(InstrumentError::Unsupported {
+                what: format!("{} locals and operands", plan.slots.len()),
+                place: format!("function {function}"),
+            });
+        }
+        Ok(plan)
+    }
+
+    fn make_temps(&mut self) {
+        let mut wanted = Vec::new();
+        for point in &self.body.points {
+            let all = point.operands.iter().chain(&point.results);
+            wanted.extend(all.enumerate().map(|(height, ty)| (height, *ty)));
+        }
+        for construct in &self.body.constructs {
+            if !construct.points.is_empty() {
+                let all = construct.operands.iter().chain(&[ValType::I32]);
+                wanted.extend(
+                    all.enumerate()
+                        .map(|(height, ty)| (construct.base + height, *ty)),
+                );
+            }
+        }
+        wanted.extend(self.body.results.iter().map(|ty| (RESULT, *ty)));
+        for key in wanted {
+            let next = (self.body.locals.len() + self.temp_types.len()) as u32;
+            self.temps.entry(key).or_insert_with(|| {
+                self.temp_types.push(key.1);
+                next
+            });
+        }
+    }
+
+    fn make_slots(&mut self, live: &[LocalSet]) {
+        let mut slot_of: HashMap<u32, u32> = HashMap::new();
+        for (point, live) in self.body.points.iter().zip(live) {
+            let locals = live
+                .iter()
+                // Other locals are zero at the entry.
+                .filter(|local| {
+                    point.kind != PointKind::Entry || (*local as usize) < self.body.params
+                })
+                .map(|local| (local, self.body.locals[local as usize]));
+            let operands = point
+                .operands
+                .iter()
+                .enumerate()
+                .map(|(height, ty)| (self.temps[&(height, *ty)], *ty));
+            let mut saved = Vec::new();
+            for (local, ty) in locals.chain(operands) {
+                let slot = *slot_of.entry(local).or_insert_with(|| {
+                    self.slots.push((local, ty));
+                    self.slots.len() as u32 - 1
+                });
+                saved.push(slot);
+            }
+            self.saved.push(saved);
+            for (at, ty) in point.results.iter().enumerate() {
+                let local = self.temps[&(point.operands.len() + at, *ty)];
+                slot_of.entry(local).or_insert_with(|| {
+                    self.slots.push((local, *ty));
+                    self.slots.len() as u32 - 1
+                });
+            }
+        }
+    }
+
+    /// The metadata of this function; `None` where it cannot be captured.
+    pub(crate) fn meta(&self) -> Result<Option<meta::Function>, InstrumentError> {
+        if self.body.points.is_empty() {
+            return Ok(None);
+        }
+        let slot_of: HashMap<u32, u32> = self
+            .slots
+            .iter()
+            .enumerate()
+            .map(|(slot, (local, _))| (*local, slot as u32))
+            .collect();
+        let points = self
+            .body
+            .points
+            .iter()
+            .zip(&self.saved)
+            .map(|(point, saved)| meta::Point {
+                saved: saved.clone(),
+                results: point
+                    .results
+                    .iter()
+                    .enumerate()
+                    .map(|(at, ty)| slot_of[&self.temps[&(point.operands.len() + at, *ty)]])
+                    .collect(),
+            })
+            .collect();
+        Ok(Some(meta::Function {
+            index: self.function,
+            first_point: self.first_point,
+            slots: self
+                .slots
+                .iter()
+                .map(|(_, ty)| slot_type(*ty))
+                .collect::<Result<_, _>>()?,
+            results: self
+                .body
+                .results
+                .iter()
+                .map(|ty| slot_type(*ty))
+                .collect::<Result<_, _>>()?,
+            points,
+        }))
+    }
+
+    /// The hot version, with hints for its cold branches.
+    pub(crate) fn hot(
+        &self,
+        types: &mut BlockTypes,
+    ) -> Result<(Function, Vec<BranchHint>), InstrumentError> {
+        Writer::new(self, Version::Hot, types)?.write()
+    }
+
+    /// The clone: `(resume number) -> status`.
+    pub(crate) fn clone_version(
+        &self,
+        types: &mut BlockTypes,
+    ) -> Result<(Function, Vec<BranchHint>), InstrumentError> {
+        Writer::new(self, Version::Clone, types)?.write()
+    }
+}
+
+/// Height of the temporaries through which a clone's results pass at its end.
+const RESULT: usize = usize::MAX;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Version {
+    Hot,
+    Clone,
+}
+
+/// An open construct of the original, as it stands in the output.
+struct Open {
+    /// Position of its label among all open labels of the output.
+    label: u32,
+    construct: Option<usize>,
+    /// Sequence being written.
+    sequence: usize,
+}
+
+struct Writer<'a, 'p> {
+    plan: &'p Plan<'a>,
+    version: Version,
+    types: &'p mut BlockTypes,
+    out: Function,
+    hints: Vec<BranchHint>,
+    /// Labels open in the output, the function's own included.
+    labels: u32,
+    open: Vec<Open>,
+    next_construct: usize,
+    next_point: usize,
+    scratch: u32,
+}
+
+/// The function's own label, and the block around its body.
+const BODY_LABEL: u32 = 1;
+
+impl<'a, 'p> Writer<'a, 'p> {
+    fn new(
+        plan: &'p Plan<'a>,
+        version: Version,
+        types: &'p mut BlockTypes,
+    ) -> Result<Self, InstrumentError> {
+        let body = plan.body;
+        let own = match version {
+            Version::Hot => &body.locals[body.params..],
+            Version::Clone => &body.locals[..],
+        };
+        let mut locals: Vec<(u32, wasm_encoder::ValType)> = Vec::new();
+        let all = own.iter().chain(&plan.temp_types).chain(&[ValType::I32]);
+        for ty in all {
+            let ty = RoundtripReencoder.val_type(*ty)?;
+            match locals.last_mut() {
+                Some((count, last)) if *last == ty => *count += 1,
+                _ => locals.push((1, ty)),
+            }
+        }
+        let shift = u32::from(version == Version::Clone);
+        Ok(Writer {
+            plan,
+            version,
+            types,
+            out: Function::new(locals),
+            hints: Vec::new(),
+            labels: 1,
+            open: Vec::new(),
+            next_construct: 0,
+            next_point: 0,
+            scratch: shift + (body.locals.len() + plan.temp_types.len()) as u32,
+        })
+    }
+
+    fn write(mut self) -> Result<(Function, Vec<BranchHint>), InstrumentError> {
+        let body = self.plan.body;
+        if self.version == Version::Clone {
+            self.load_slots()?;
+        }
+        let ty = self.types.block(&[], &body.results)?;
+        self.out.instruction(&Instruction::Block(ty));
+        self.labels += 1;
+        self.open.push(Open {
+            label: BODY_LABEL,
+            construct: None,
+            sequence: 0,
+        });
+        self.open_sequence(&[], 0)?;
+        if body.points.first().is_some_and(|point| point.op.is_none()) {
+            self.poll()?;
+        }
+        for position in 0..body.ops.len() {
+            self.op(position)?;
+        }
+        Ok((self.out, self.hints))
+    }
+
+    fn i(&mut self, instruction: &Instruction<'_>) -> &mut Self {
+        self.out.instruction(instruction);
+        self
+    }
+
+    fn konst(&mut self, value: u32) -> &mut Self {
+        self.i(&Instruction::I32Const(value as i32))
+    }
+
+    /// Where an original local or a temporary lies in this version.
+    fn local(&self, local: u32) -> u32 {
+        local + u32::from(self.version == Version::Clone)
+    }
+
+    fn get(&mut self, local: u32) {
+        let local = self.local(local);
+        self.i(&Instruction::LocalGet(local));
+    }
+
+    fn set(&mut self, local: u32) {
+        let local = self.local(local);
+        self.i(&Instruction::LocalSet(local));
+    }
+
+    fn control_arg(&self, offset: u32, align: u32) -> MemArg {
+        MemArg {
+            offset: offset.into(),
+            align,
+            target: MemArgTarget::Memory(self.plan.control),
+            ordering: None,
+        }
+    }
+
+    /// Stores `operands`, whose first has height `base`, into temporaries.
+    fn spill(&mut self, operands: &[ValType], base: usize) {
+        for (at, ty) in operands.iter().enumerate().rev() {
+            let temp = self.plan.temps[&(base + at, *ty)];
+            self.set(temp);
+        }
+    }
+
+    fn reload(&mut self, operands: &[ValType], base: usize) {
+        for (at, ty) in operands.iter().enumerate() {
+            let temp = self.plan.temps[&(base + at, *ty)];
+            self.get(temp);
+        }
+    }
+
+    fn op(&mut self, position: usize) -> Result<(), InstrumentError> {
+        let op = &self.plan.body.ops[position];
+        match op {
+            Operator::Block { .. } | Operator::Loop { .. } | Operator::If { .. } => {
+                self.open_construct(op)?;
+                if matches!(op, Operator::Loop { .. }) {
+                    self.poll()?;
+                }
+            }
+            Operator::Else => {
+                self.i(&Instruction::Else);
+                if let Some(frame) = self.open.last_mut()
+                    && let Some(construct) = frame.construct
+                {
+                    let construct = &self.plan.body.constructs[construct];
+                    frame.sequence = construct.sequences[1];
+                    self.open_arm(construct)?;
+                }
+            }
+            Operator::End => {
+                self.open.pop();
+                self.i(&Instruction::End);
+                self.labels -= 1;
+                if self.open.is_empty() {
+                    self.finish()?;
+                }
+            }
+            Operator::Br { relative_depth } => {
+                let depth = self.depth(*relative_depth);
+                self.i(&Instruction::Br(depth));
+            }
+            Operator::BrIf { relative_depth } => {
+                let depth = self.depth(*relative_depth);
+                self.i(&Instruction::BrIf(depth));
+            }
+            Operator::BrTable { targets } => {
+                let all = targets
+                    .targets()
+                    .map(|target| target.map(|depth| self.depth(depth)))
+                    .collect::<Result<Vec<u32>, _>>()?;
+                let default = self.depth(targets.default());
+                self.i(&Instruction::BrTable(all.into(), default));
+            }
+            Operator::Return => self.write_return(),
+            Operator::Call { function_index } => self.call(*function_index)?,
+            Operator::CallIndirect {
+                type_index,
+                table_index,
+            } => {
+                self.i(&Instruction::CallIndirect {
+                    type_index: self.plan.status_types + type_index,
+                    table_index: *table_index,
+                });
+                self.check_status()?;
+            }
+            Operator::ReturnCall { function_index } => self.tail_call(*function_index)?,
+            Operator::ReturnCallIndirect {
+                type_index,
+                table_index,
+            } => {
+                let type_index = self.plan.status_types + type_index;
+                let table_index = *table_index;
+                if self.version == Version::Hot {
+                    self.i(&Instruction::ReturnCallIndirect {
+                        type_index,
+                        table_index,
+                    });
+                } else {
+                    self.i(&Instruction::CallIndirect {
+                        type_index,
+                        table_index,
+                    });
+                    self.after_clone_tail_call();
+                }
+            }
+            Operator::LocalGet { local_index } => self.get(*local_index),
+            Operator::LocalSet { local_index } => self.set(*local_index),
+            Operator::LocalTee { local_index } => {
+                let local = self.local(*local_index);
+                self.i(&Instruction::LocalTee(local));
+            }
+            other => {
+                let instruction = RoundtripReencoder.instruction(other.clone())?;
+                self.i(&instruction);
+            }
+        }
+        Ok(())
+    }
+
+    /// Relative depth in the output of an original label.
+    fn depth(&self, original: u32) -> u32 {
+        let frame = &self.open[self.open.len() - 1 - original as usize];
+        self.labels - 1 - frame.label
+    }
+
+    /// A landing for the next point or construct of the sequence being
+    /// written. `operands` are those of its frame.
+    fn land(&mut self, operands: &[ValType], base: usize) {
+        if self.version == Version::Hot {
+            return;
+        }
+        self.spill(operands, base);
+        self.i(&Instruction::End);
+        self.labels -= 1;
+    }
+
+    fn open_construct(&mut self, op: &Operator<'_>) -> Result<(), InstrumentError> {
+        let number = self.next_construct;
+        self.next_construct += 1;
+        let construct = &self.plan.body.constructs[number];
+        let is_if = matches!(op, Operator::If { .. });
+        if !construct.points.is_empty() {
+            let mut operands = construct.operands.clone();
+            if is_if {
+                operands.push(ValType::I32);
+            }
+            let below = construct.operands.len() - construct.params;
+            if self.version == Version::Clone {
+                self.land(&operands, construct.base);
+                self.reload(&construct.operands, construct.base);
+                if is_if {
+                    self.choose_arm(construct);
+                }
+            } else if below > 0 {
+                // Code inside cannot reach the operands below it.
+                self.spill(&operands, construct.base);
+                self.reload(&operands, construct.base);
+            }
+        }
+        let instruction = RoundtripReencoder.instruction(op.clone())?;
+        self.i(&instruction);
+        self.open.push(Open {
+            label: self.labels,
+            construct: Some(number),
+            sequence: construct.sequences[0],
+        });
+        self.labels += 1;
+        self.open_arm(construct)
+    }
+
+    fn open_arm(&mut self, construct: &Construct) -> Result<(), InstrumentError> {
+        let params = &construct.operands[construct.operands.len() - construct.params..];
+        let base = construct.base + construct.operands.len() - construct.params;
+        self.open_sequence(params, base)
+    }
+
+    /// The condition of an `if` in a clone: its own, or on the way to a point
+    /// the arm that the point is in.
+    fn choose_arm(&mut self, construct: &Construct) {
+        let condition =
+            self.plan.temps[&(construct.base + construct.operands.len(), ValType::I32)];
+        self.i(&Instruction::LocalGet(0));
+        self.konst(construct.else_point);
+        self.i(&Instruction::I32LeU);
+        self.get(condition);
+        self.i(&Instruction::LocalGet(0));
+        self.i(&Instruction::Select);
+    }
+
+    /// Start of a sequence: in a clone, one block for each landing, and the
+    /// branch to the one that the resume number names.
+    fn open_sequence(&mut self, params: &[ValType], base: usize) -> Result<(), InstrumentError> {
+        let Some(frame) = self.open.last() else {
+            return Ok(());
+        };
+        let landings: &[Landing] = &self.plan.body.sequences[frame.sequence];
+        let (Some(first), Some(last)) = (landings.first(), landings.last()) else {
+            return Ok(());
+        };
+        if self.version == Version::Hot {
+            return Ok(());
+        }
+        let (low, high) = (first.points.start, last.points.end);
+        self.spill(params, base);
+        for _ in landings {
+            self.i(&Instruction::Block(BlockType::Empty));
+        }
+        self.labels += landings.len() as u32;
+        if landings.len() == 1 {
+            self.i(&Instruction::LocalGet(0));
+            self.i(&Instruction::BrIf(0));
+        } else if landings.len() > 8 && ((high - low) as usize) <= 4 * landings.len() {
+            // Resume number n is point n - 1; the block around is for zero.
+            let mut table = Vec::new();
+            for (at, landing) in landings.iter().enumerate() {
+                table.extend(landing.points.clone().map(|_| at as u32 + 1));
+            }
+            self.i(&Instruction::Block(BlockType::Empty));
+            self.i(&Instruction::LocalGet(0));
+            self.konst(low + 1);
+            self.i(&Instruction::I32Sub);
+            self.i(&Instruction::BrTable(table.into(), 0));
+            self.i(&Instruction::End);
+        } else {
+            self.i(&Instruction::Block(BlockType::Empty));
+            self.i(&Instruction::LocalGet(0));
+            self.i(&Instruction::I32Eqz);
+            self.i(&Instruction::BrIf(0));
+            for (at, landing) in landings.iter().enumerate() {
+                self.i(&Instruction::LocalGet(0));
+                self.konst(landing.points.end);
+                self.i(&Instruction::I32LeU);
+                self.i(&Instruction::BrIf(at as u32 + 1));
+            }
+            self.i(&Instruction::Unreachable);
+            self.i(&Instruction::End);
+        }
+        self.reload(params, base);
+        Ok(())
+    }
+
+    /// Asks whether this thread shall leave, at the next point.
+    fn poll(&mut self) -> Result<(), InstrumentError> {
+        let request = self.control_arg(meta::REQUEST, 2);
+        self.konst(0);
+        self.i(&Instruction::I32AtomicLoad(request));
+        self.leave_if()
+    }
+
+    /// Behind a call that may have unwound: the status is on the stack.
+    fn check_status(&mut self) -> Result<(), InstrumentError> {
+        self.leave_if()
+    }
+
+    fn cold_if(&mut self, ty: BlockType) {
+        self.hints.push(BranchHint {
+            branch_func_offset: self.out.byte_len() as u32,
+            branch_hint_value: 0,
+        });
+        self.i(&Instruction::If(ty));
+    }
+
+    /// With a condition on the stack: if it is set, saves the frame of the
+    /// next point and leaves; else goes on. Then lands.
+    fn leave_if(&mut self) -> Result<(), InstrumentError> {
+        let number = self.next_point;
+        self.next_point += 1;
+        let point = &self.plan.body.points[number];
+        let mut visible = point.operands[point.outer..].to_vec();
+        let operands = visible.len();
+        visible.extend(&point.results);
+        let ty = self.types.block(&visible, &visible)?;
+        self.cold_if(ty);
+        for _ in &point.results {
+            self.i(&Instruction::Drop);
+        }
+        self.spill(&visible[..operands], point.outer);
+        self.save(number)?;
+        self.leave()?;
+        self.i(&Instruction::End);
+        if self.version == Version::Clone {
+            self.land(&visible, point.outer);
+            self.konst(0);
+            self.i(&Instruction::LocalSet(0));
+            self.reload(&visible, point.outer);
+        }
+        Ok(())
+    }
+
+    /// Writes the frame of a point to the save area.
+    fn save(&mut self, number: usize) -> Result<(), InstrumentError> {
+        let pointer = self.control_arg(meta::SAVE_POINTER, 2);
+        let scratch = self.scratch;
+        self.konst(0);
+        self.i(&Instruction::I32Load(pointer));
+        self.i(&Instruction::LocalTee(scratch));
+        self.konst(self.plan.first_point + number as u32);
+        let header = self.control_arg(0, 2);
+        self.i(&Instruction::I32Store(header));
+        let mut offset = meta::FRAME_HEADER_BYTES;
+        for slot in &self.plan.saved[number] {
+            let (local, ty) = self.plan.slots[*slot as usize];
+            self.save_slot(local, ty, offset)?;
+            offset += slot_type(ty)?.bytes();
+        }
+        self.konst(0);
+        self.i(&Instruction::LocalGet(scratch));
+        self.konst(offset.next_multiple_of(8));
+        self.i(&Instruction::I32Add);
+        self.i(&Instruction::I32Store(pointer));
+        Ok(())
+    }
+
+    fn save_slot(
+        &mut self,
+        local: u32,
+        ty: ValType,
+        offset: u32,
+    ) -> Result<(), InstrumentError> {
+        let scratch = self.scratch;
+        let arg = self.control_arg(offset, 0);
+        if slot_type(ty)? == SlotType::FuncRef {
+            // A reference cannot lie in memory: it goes to the next entry of
+            // the references table, and the entry's index into the frame.
+            let next = self.control_arg(meta::REF_POINTER, 2);
+            self.konst(0).i(&Instruction::I32Load(next));
+            self.get(local);
+            self.i(&Instruction::TableSet(self.plan.refs));
+            self.i(&Instruction::LocalGet(scratch));
+            self.konst(0).i(&Instruction::I32Load(next));
+            self.i(&Instruction::I32Store(arg));
+            self.konst(0);
+            self.konst(0).i(&Instruction::I32Load(next));
+            self.konst(1).i(&Instruction::I32Add);
+            self.i(&Instruction::I32Store(next));
+            return Ok(());
+        }
+        self.i(&Instruction::LocalGet(scratch));
+        self.get(local);
+        self.i(&store(ty, arg));
+        Ok(())
+    }
+
+    /// Returns with the status set.
+    fn leave(&mut self) -> Result<(), InstrumentError> {
+        if self.version == Version::Hot {
+            for ty in &self.plan.body.results {
+                let zero = zero(*ty);
+                self.i(&zero);
+            }
+        }
+        self.konst(1).i(&Instruction::Return);
+        Ok(())
+    }
+
+    fn write_return(&mut self) {
+        if self.version == Version::Hot {
+            if self.plan.graph.has_status(self.plan.function) {
+                self.konst(0);
+            }
+            self.i(&Instruction::Return);
+        } else {
+            let depth = self.labels - 1 - BODY_LABEL;
+            self.i(&Instruction::Br(depth));
+        }
+    }
+
+    fn call(&mut self, callee: u32) -> Result<(), InstrumentError> {
+        self.i(&Instruction::Call(callee));
+        if self.plan.graph.may_unwind(callee) {
+            self.check_status()?;
+        } else if self.plan.graph.has_status(callee) {
+            self.i(&Instruction::Drop);
+        }
+        Ok(())
+    }
+
+    fn tail_call(&mut self, callee: u32) -> Result<(), InstrumentError> {
+        let graph = self.plan.graph;
+        let (mine, theirs) = (
+            graph.has_status(self.plan.function),
+            graph.has_status(callee),
+        );
+        if self.version == Version::Hot && mine == theirs {
+            self.i(&Instruction::ReturnCall(callee));
+            return Ok(());
+        }
+        self.i(&Instruction::Call(callee));
+        match (self.version, mine, theirs) {
+            (Version::Clone, _, true) => self.after_clone_tail_call(),
+            (Version::Hot, false, true) => {
+                // The callee cannot unwind, else this function would carry a
+                // status too.
+                self.i(&Instruction::Drop);
+                self.write_return();
+            }
+            _ => self.write_return(),
+        }
+        Ok(())
+    }
+
+    /// A clone stands on the runtime, so it cannot be replaced by its tail
+    /// callee on the native stack. It is in the frames: when the callee unwinds,
+    /// nothing of the clone is saved.
+    fn after_clone_tail_call(&mut self) {
+        self.cold_if(BlockType::Empty);
+        self.konst(1).i(&Instruction::Return);
+        self.i(&Instruction::End);
+        self.write_return();
+    }
+
+    /// Loads every slot from the restore area.
+    fn load_slots(&mut self) -> Result<(), InstrumentError> {
+        for (slot, (local, ty)) in self.plan.slots.iter().enumerate() {
+            let arg = self.control_arg(meta::RESTORE + self.plan.slot_offsets[slot], 0);
+            self.konst(0);
+            if slot_type(*ty)? == SlotType::FuncRef {
+                self.i(&Instruction::I32Load(arg));
+                self.i(&Instruction::TableGet(self.plan.refs));
+            } else {
+                self.i(&load(*ty, arg));
+            }
+            self.set(*local);
+        }
+        Ok(())
+    }
+
+    /// Behind the body's block: the results, then the status.
+    fn finish(&mut self) -> Result<(), InstrumentError> {
+        if self.version == Version::Hot {
+            if self.plan.graph.has_status(self.plan.function) {
+                self.konst(0);
+            }
+            self.i(&Instruction::End);
+            return Ok(());
+        }
+        // Results were only kept on the stack: one local of each type holds
+        // them on their way, the last result first.
+        for (at, ty) in self.plan.body.results.iter().enumerate().rev() {
+            let temp = self.plan.temps[&(RESULT, *ty)];
+            let local = self.local(temp);
+            self.i(&Instruction::LocalSet(local));
+            if slot_type(*ty)? == SlotType::FuncRef {
+                self.konst(at as u32);
+                self.i(&Instruction::LocalGet(local));
+                self.i(&Instruction::TableSet(self.plan.refs));
+            } else {
+                let arg = self.control_arg(meta::RESULTS + 16 * at as u32, 0);
+                self.konst(0);
+                self.i(&Instruction::LocalGet(local));
+                self.i(&store(*ty, arg));
+            }
+        }
+        self.konst(0).i(&Instruction::End);
+        Ok(())
+    }
+}
+
+fn store(ty: ValType, arg: MemArg) -> Instruction<'static> {
+    match ty {
+        ValType::I64 => Instruction::I64Store(arg),
+        ValType::F32 => Instruction::F32Store(arg),
+        ValType::F64 => Instruction::F64Store(arg),
+        ValType::V128 => Instruction::V128Store(arg),
+        ValType::I32 | ValType::Ref(_) => Instruction::I32Store(arg),
+    }
+}
+
+fn load(ty: ValType, arg: MemArg) -> Instruction<'static> {
+    match ty {
+        ValType::I64 => Instruction::I64Load(arg),
+        ValType::F32 => Instruction::F32Load(arg),
+        ValType::F64 => Instruction::F64Load(arg),
+        ValType::V128 => Instruction::V128Load(arg),
+        ValType::I32 | ValType::Ref(_) => Instruction::I32Load(arg),
+    }
+}
+
+fn zero(ty: ValType) -> Instruction<'static> {
+    match ty {
+        ValType::I32 => Instruction::I32Const(0),
+        ValType::I64 => Instruction::I64Const(0),
+        ValType::F32 => Instruction::F32Const(0.0_f32.into()),
+        ValType::F64 => Instruction::F64Const(0.0_f64.into()),
+        ValType::V128 => Instruction::V128Const(0),
+        ValType::Ref(_) => Instruction::RefNull(wasm_encoder::HeapType::FUNC),
+    }
+}

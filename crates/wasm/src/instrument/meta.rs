@@ -1,0 +1,200 @@
+//! What the runtime must know of an instrumented module: where frames are
+//! saved, what they hold, and what the module looked like to its author.
+//!
+//! The metadata travels inside the module, in the custom section
+//! [`SECTION`], so that an instrumented module is one self-contained file that
+//! is named by its hash. It is made once, by the instrumenter, and never
+//! re-made by a newer one: frames refer to it by number.
+//!
+//! The control memory is a private second memory that each thread's instance
+//! defines for itself. Its layout is fixed here for both sides.
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the custom section that holds the metadata.
+pub const SECTION: &str = "keel.meta";
+
+/// Version of the metadata and of the frame format. Raised when either
+/// changes; other versions are refused by name.
+pub const VERSION: u32 = 1;
+
+/// Address of the request word (`u32`): not zero asks the thread to come to a
+/// safepoint.
+pub const REQUEST: u32 = 0;
+/// Address of the save pointer (`u32`): the next free byte of the save area.
+pub const SAVE_POINTER: u32 = 8;
+/// Address of the next free index (`u32`) of the references table.
+pub const REF_POINTER: u32 = 16;
+/// Address of the results that a resumed frame leaves, 16 bytes each.
+pub const RESULTS: u32 = 64;
+/// The most results that a function may have (the engine's limit is the same).
+pub const RESULTS_MAX: u32 = 1000;
+/// Address of the locals that a resumed frame starts with.
+pub const RESTORE: u32 = 32 << 10;
+/// Address of the save area, which grows upwards to the end of the memory.
+pub const SAVE: u32 = 2 << 20;
+/// Size of the control memory in 64 KiB pages (sparse: 128 MiB).
+pub const CONTROL_PAGES: u32 = 2048;
+/// Bytes in front of the slots of a saved frame: point (`u32`), zero (`u32`).
+pub const FRAME_HEADER_BYTES: u32 = 8;
+/// Entries of the references table; the first [`RESULTS_MAX`] hold results.
+pub const REFS_ENTRIES: u32 = 65_536;
+
+/// Prefix of everything that the instrumenter adds to a module's exports and
+/// imports. Guests may not use it.
+pub const PREFIX: &str = "keel:";
+/// Module name of the host functions that lowering introduces.
+pub const HOST_MODULE: &str = "keel";
+
+/// Type of one saved value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum SlotType {
+    /// 4 bytes.
+    I32,
+    /// 8 bytes.
+    I64,
+    /// 4 bytes, the bits as they are.
+    F32,
+    /// 8 bytes, the bits as they are.
+    F64,
+    /// 16 bytes.
+    V128,
+    /// 4 bytes: function index + 1, or 0 for null.
+    FuncRef,
+}
+
+impl SlotType {
+    /// Bytes that a value of this type takes in a frame.
+    pub fn bytes(self) -> u32 {
+        match self {
+            SlotType::I32 | SlotType::F32 | SlotType::FuncRef => 4,
+            SlotType::I64 | SlotType::F64 => 8,
+            SlotType::V128 => 16,
+        }
+    }
+}
+
+/// One place at which a function can be left and entered again.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Point {
+    /// Slots saved here, as positions in [`Function::slots`], in frame order.
+    pub saved: Vec<u32>,
+    /// Slots that receive the callee's results on resume, in result order.
+    pub results: Vec<u32>,
+}
+
+/// A function that can be captured.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Function {
+    /// Its index in the module.
+    pub index: u32,
+    /// Number of its first point among all points of the module.
+    pub first_point: u32,
+    /// Types of everything any of its points saves or receives, in the order
+    /// in which the clone loads them from [`RESTORE`].
+    pub slots: Vec<SlotType>,
+    /// Types of its results.
+    pub results: Vec<SlotType>,
+    /// Its points, in the order of the code.
+    pub points: Vec<Point>,
+}
+
+/// One memory of the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Initial size in 64 KiB pages.
+    pub minimum_pages: u64,
+    /// Limit in 64 KiB pages, as the module declares it.
+    pub maximum_pages: Option<u64>,
+    /// Whether addresses are 64 bits wide.
+    pub memory64: bool,
+    /// Whether the module declared it shared (`wait` traps where it did not).
+    pub shared: bool,
+}
+
+/// A mutable global: part of a thread's state.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Global {
+    /// Name of its export in the instrumented module.
+    pub export: String,
+    /// Its type.
+    pub ty: SlotType,
+}
+
+/// An active data segment: applied once per machine, by the runtime.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DataSegment {
+    /// Memory that it fills.
+    pub memory: u32,
+    /// Byte offset in that memory.
+    pub offset: u64,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// What an imported function is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Import {
+    /// Module name.
+    pub module: String,
+    /// Field name.
+    pub name: String,
+    /// Parameter types.
+    pub params: Vec<SlotType>,
+    /// Result types, without the status.
+    pub results: Vec<SlotType>,
+}
+
+/// All of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Meta {
+    /// [`VERSION`].
+    pub version: u32,
+    /// Hash (BLAKE3) of the module before instrumentation.
+    pub original: [u8; 32],
+    /// Imported functions in the order of their indices.
+    pub imports: Vec<Import>,
+    /// Functions that can be captured, by rising `first_point`.
+    pub functions: Vec<Function>,
+    /// Number of all points.
+    pub points: u32,
+    /// The machine's memories; the control memory follows them.
+    pub memories: Vec<Memory>,
+    /// Mutable globals.
+    pub globals: Vec<Global>,
+    /// Tables whose content can change: index and export name.
+    pub tables: Vec<(u32, String)>,
+    /// Active data segments in order.
+    pub data: Vec<DataSegment>,
+    /// Functions whose reference can be taken, in the order of the directory
+    /// table.
+    pub directory: Vec<u32>,
+    /// Index of the start function.
+    pub start: Option<u32>,
+    /// Names of functions by index, from the name section.
+    pub names: Vec<(u32, String)>,
+}
+
+impl Meta {
+    /// The function that holds a point, with the point; `None` for a number
+    /// that the module does not have.
+    pub fn point(&self, number: u32) -> Option<(usize, &Function, &Point)> {
+        let after = self
+            .functions
+            .partition_point(|function| function.first_point <= number);
+        let position = after.checked_sub(1)?;
+        let function = self.functions.get(position)?;
+        let point = function
+            .points
+            .get((number - function.first_point) as usize)?;
+        Some((position, function, point))
+    }
+
+    /// The name that a person knows a function by.
+    pub fn function_name(&self, index: u32) -> String {
+        match self.names.binary_search_by_key(&index, |(at, _)| *at) {
+            Ok(at) => self.names[at].1.clone(),
+            Err(_) => format!("function {index}"),
+        }
+    }
+}

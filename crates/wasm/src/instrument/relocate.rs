@@ -1,0 +1,475 @@
+//! Second pass: polls, status results, frames that are saved, clones that are
+//! entered in the middle. Input is a lowered module; see [`super::lower`].
+
+use super::callgraph::{self, CallGraph, Calls};
+use super::emit::{BlockTypes, Plan, PlanContext};
+use super::lower::Lowered;
+use super::meta::{self, Global, Import, Meta, PREFIX};
+use super::scan::{self, Scan};
+use super::{InstrumentError, body, slot_type};
+use std::collections::BTreeSet;
+use wasm_encoder::reencode::{Reencode, RoundtripReencoder, utils};
+use wasm_encoder::{
+    BranchHint, BranchHints, CodeSection, ConstExpr, CustomSection, DataCountSection, DataSection,
+    ElementSection, Elements, EntityType, ExportKind, ExportSection, FunctionSection,
+    GlobalSection, ImportSection, IndirectNameMap, MemorySection, MemoryType, Module, NameMap,
+    NameSection, RefType, TableSection, TableType, TypeSection,
+};
+use wasmparser::{
+    FuncToValidate, FuncType, FuncValidatorAllocations, FunctionBody, Operator, Parser, Payload,
+    TypeRef, ValidPayload, Validator, ValidatorResources,
+};
+
+/// Everything of the lowered module that the second pass reads.
+struct Input<'a> {
+    types: Vec<FuncType>,
+    functions: Vec<u32>,
+    imports: Vec<(&'a str, &'a str)>,
+    bodies: Vec<(FuncToValidate<ValidatorResources>, FunctionBody<'a>)>,
+    calls: Vec<Calls>,
+    /// Functions whose reference can be taken or that the host may call.
+    referenced: BTreeSet<u32>,
+    mutable_globals: Vec<(u32, wasmparser::ValType)>,
+    tables: u32,
+    changing_tables: BTreeSet<u32>,
+    memories: MemorySection,
+    memory_count: u32,
+    table_section: TableSection,
+    globals: GlobalSection,
+    exports: ExportSection,
+    elements: ElementSection,
+    element_count: u32,
+    data: DataSection,
+    data_count: Option<u32>,
+}
+
+pub(crate) fn relocate(
+    lowered: Lowered,
+    scan: &Scan,
+    original: [u8; 32],
+) -> Result<Vec<u8>, InstrumentError> {
+    let mut input = read(&lowered.bytes, lowered.start)?;
+    let imported = input.imports.len() as u32;
+    let referenced: Vec<u32> = input.referenced.iter().copied().collect();
+    let graph = CallGraph::new(
+        std::mem::take(&mut input.types),
+        std::mem::take(&mut input.functions),
+        imported,
+        &referenced,
+        std::mem::take(&mut input.calls),
+    );
+    let written = write_functions(&mut input, &graph)?;
+
+    let mut meta = Meta {
+        version: meta::VERSION,
+        original,
+        imports: imports(&input, &graph)?,
+        points: written
+            .functions
+            .last()
+            .map_or(0, |last| last.first_point + last.points.len() as u32),
+        functions: written.functions,
+        memories: scan.memories.clone(),
+        globals: Vec::new(),
+        tables: Vec::new(),
+        data: lowered.data,
+        directory: referenced,
+        start: lowered.start,
+        names: lowered.names,
+    };
+    let mut out = Output {
+        types: types(&graph, &written.block_types)?,
+        clone_type: written.clone_type,
+        ..Output::default()
+    };
+    out.functions(&input, &graph, &written.clones);
+    out.hidden(&mut input, &mut meta, &graph, &written.clones)?;
+    for function in written.hot.iter().chain(&written.clones) {
+        out.code.function(&function.0);
+    }
+    let hints = |functions: &[Written], first: u32, out: &mut BranchHints| {
+        for (at, function) in (first..).zip(functions) {
+            if !function.1.is_empty() {
+                out.function_hints(at, function.1.iter().copied());
+            }
+        }
+    };
+    hints(&written.hot, imported, &mut out.hints);
+    hints(&written.clones, graph.functions(), &mut out.hints);
+    out.names(&meta, &graph);
+    out.finish(&input, &meta)
+}
+
+fn read(bytes: &[u8], start: Option<u32>) -> Result<Input<'_>, InstrumentError> {
+    let mut validator = Validator::new_with_features(scan::features());
+    let mut input = Input {
+        types: Vec::new(),
+        functions: Vec::new(),
+        imports: Vec::new(),
+        bodies: Vec::new(),
+        calls: Vec::new(),
+        referenced: start.into_iter().collect(),
+        mutable_globals: Vec::new(),
+        tables: 0,
+        changing_tables: BTreeSet::new(),
+        memories: MemorySection::new(),
+        memory_count: 0,
+        table_section: TableSection::new(),
+        globals: GlobalSection::new(),
+        exports: ExportSection::new(),
+        elements: ElementSection::new(),
+        element_count: 0,
+        data: DataSection::new(),
+        data_count: None,
+    };
+    for payload in Parser::new(0).parse_all(bytes) {
+        let payload = payload?;
+        if let ValidPayload::Func(function, body) = validator.payload(&payload)? {
+            let mut calls = Calls::default();
+            for op in body.get_operators_reader()? {
+                let op = op?;
+                callgraph::note(&mut calls, &op);
+                input.note(&op);
+            }
+            input.calls.push(calls);
+            input.bodies.push((function, body));
+        }
+        input.section(payload)?;
+    }
+    Ok(input)
+}
+
+impl<'a> Input<'a> {
+    fn section(&mut self, payload: Payload<'a>) -> Result<(), InstrumentError> {
+        let mut same = Collect(&mut self.referenced);
+        match payload {
+            Payload::TypeSection(section) => {
+                for ty in section.into_iter_err_on_gc_types() {
+                    self.types.push(ty?);
+                }
+            }
+            Payload::ImportSection(section) => {
+                for import in section.into_imports() {
+                    let import = import?;
+                    if let TypeRef::Func(ty) = import.ty {
+                        self.functions.push(ty);
+                        self.imports.push((import.module, import.name));
+                    }
+                }
+            }
+            Payload::FunctionSection(section) => {
+                for ty in section {
+                    self.functions.push(ty?);
+                }
+            }
+            Payload::TableSection(section) => {
+                self.tables = section.count();
+                utils::parse_table_section(&mut same, &mut self.table_section, section)?;
+            }
+            Payload::MemorySection(section) => {
+                self.memory_count = section.count();
+                utils::parse_memory_section(&mut same, &mut self.memories, section)?;
+            }
+            Payload::GlobalSection(section) => {
+                for (index, global) in (0..).zip(section.clone()) {
+                    let ty = global?.ty;
+                    if ty.mutable {
+                        self.mutable_globals.push((index, ty.content_type));
+                    }
+                }
+                utils::parse_global_section(&mut same, &mut self.globals, section)?;
+            }
+            Payload::ExportSection(section) => {
+                utils::parse_export_section(&mut same, &mut self.exports, section)?;
+            }
+            Payload::ElementSection(section) => {
+                self.element_count = section.count();
+                utils::parse_element_section(&mut same, &mut self.elements, section)?;
+            }
+            Payload::DataCountSection { count, .. } => self.data_count = Some(count),
+            Payload::DataSection(section) => {
+                utils::parse_data_section(&mut same, &mut self.data, section)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, op: &Operator<'_>) {
+        match *op {
+            Operator::RefFunc { function_index } => {
+                self.referenced.insert(function_index);
+            }
+            Operator::TableSet { table }
+            | Operator::TableFill { table }
+            | Operator::TableGrow { table }
+            | Operator::TableInit { table, .. }
+            | Operator::TableCopy {
+                dst_table: table, ..
+            } => {
+                self.changing_tables.insert(table);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Re-encodes unchanged, and notes every function that a section names: in
+/// exports, elements and initial values a name is a reference.
+struct Collect<'a>(&'a mut BTreeSet<u32>);
+
+impl Reencode for Collect<'_> {
+    type Error = std::convert::Infallible;
+
+    fn function_index(
+        &mut self,
+        index: u32,
+    ) -> Result<u32, wasm_encoder::reencode::Error<Self::Error>> {
+        self.0.insert(index);
+        Ok(index)
+    }
+}
+
+type Written = (wasm_encoder::Function, Vec<BranchHint>);
+
+struct Functions {
+    hot: Vec<Written>,
+    clones: Vec<Written>,
+    functions: Vec<meta::Function>,
+    block_types: BlockTypes,
+    clone_type: u32,
+}
+
+fn write_functions(
+    input: &mut Input<'_>,
+    graph: &CallGraph,
+) -> Result<Functions, InstrumentError> {
+    let types = graph.types().len() as u32;
+    let mut out = Functions {
+        hot: Vec::new(),
+        clones: Vec::new(),
+        functions: Vec::new(),
+        block_types: BlockTypes::new(2 * types),
+        clone_type: 0,
+    };
+    let i32 = wasmparser::ValType::I32;
+    out.clone_type = out.block_types.function(&[i32], &[i32]);
+    let context = PlanContext {
+        graph,
+        control: input.memory_count,
+        refs: input.tables,
+        status_types: types,
+    };
+    let mut allocations = FuncValidatorAllocations::default();
+    let mut next_point = 0;
+    for (function, (to_validate, code)) in
+        (graph.imported()..).zip(std::mem::take(&mut input.bodies))
+    {
+        let mut validator = to_validate.into_validator(allocations);
+        let body = body::read(&code, &mut validator, graph, function)?;
+        allocations = validator.into_allocations();
+        let plan = Plan::new(&body, &context, function, next_point)?;
+        out.hot.push(plan.hot(&mut out.block_types)?);
+        if let Some(meta) = plan.meta()? {
+            next_point += meta.points.len() as u32;
+            out.clones.push(plan.clone_version(&mut out.block_types)?);
+            out.functions.push(meta);
+        }
+    }
+    Ok(out)
+}
+
+fn imports(input: &Input<'_>, graph: &CallGraph) -> Result<Vec<Import>, InstrumentError> {
+    (0u32..)
+        .zip(&input.imports)
+        .map(|(function, (module, name))| {
+            let ty = graph.function_type(function);
+            let slots = |types: &[wasmparser::ValType]| {
+                types.iter().map(|ty| slot_type(*ty)).collect::<Result<_, _>>()
+            };
+            Ok(Import {
+                module: (*module).into(),
+                name: (*name).into(),
+                params: slots(ty.params())?,
+                results: slots(ty.results())?,
+            })
+        })
+        .collect()
+}
+
+/// The module's own types, the same with a status, and block types.
+fn types(graph: &CallGraph, blocks: &BlockTypes) -> Result<TypeSection, InstrumentError> {
+    let mut section = TypeSection::new();
+    let mut add = |params: &[wasmparser::ValType],
+                   results: &[wasmparser::ValType],
+                   status: bool|
+     -> Result<(), InstrumentError> {
+        let convert = |types: &[wasmparser::ValType]| {
+            types
+                .iter()
+                .map(|ty| RoundtripReencoder.val_type(*ty))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        let mut results = convert(results)?;
+        results.extend(status.then_some(wasm_encoder::ValType::I32));
+        section.ty().function(convert(params)?, results);
+        Ok(())
+    };
+    for status in [false, true] {
+        for ty in graph.types() {
+            if ty.results().len() >= meta::RESULTS_MAX as usize {
+                return Err(InstrumentError::Unsupported {
+                    what: format!("a function type with {} results", ty.results().len()),
+                    place: format!("fewer than {} are accepted", meta::RESULTS_MAX),
+                });
+            }
+            add(ty.params(), ty.results(), status)?;
+        }
+    }
+    for (params, results) in &blocks.list {
+        add(params, results, false)?;
+    }
+    Ok(section)
+}
+
+#[derive(Default)]
+struct Output {
+    types: TypeSection,
+    clone_type: u32,
+    imports: ImportSection,
+    functions: FunctionSection,
+    hints: BranchHints,
+    code: CodeSection,
+    names: NameSection,
+}
+
+impl Output {
+    fn functions(&mut self, input: &Input<'_>, graph: &CallGraph, clones: &[Written]) {
+        let status = graph.types().len() as u32;
+        for (function, (module, name)) in (0u32..).zip(&input.imports) {
+            let ty = EntityType::Function(status + graph.type_index(function));
+            self.imports.import(module, name, ty);
+        }
+        for function in graph.imported()..graph.functions() {
+            let ty = graph.type_index(function);
+            self.functions.function(if graph.has_status(function) {
+                status + ty
+            } else {
+                ty
+            });
+        }
+        for _ in clones {
+            self.functions.function(self.clone_type);
+        }
+    }
+
+    /// Adds the control memory, the hidden tables and the hidden exports.
+    fn hidden(
+        &mut self,
+        input: &mut Input<'_>,
+        meta: &mut Meta,
+        graph: &CallGraph,
+        clones: &[Written],
+    ) -> Result<(), InstrumentError> {
+        input.memories.memory(MemoryType {
+            minimum: meta::CONTROL_PAGES.into(),
+            maximum: Some(meta::CONTROL_PAGES.into()),
+            memory64: false,
+            shared: false,
+            page_size_log2: None,
+        });
+        let lengths = [
+            meta::REFS_ENTRIES,
+            meta.directory.len() as u32,
+            clones.len() as u32,
+        ];
+        for length in lengths {
+            input.table_section.table(TableType {
+                element_type: RefType::FUNCREF,
+                table64: false,
+                minimum: length.into(),
+                maximum: Some(length.into()),
+                shared: false,
+            });
+        }
+        let clone_indices: Vec<u32> =
+            (graph.functions()..graph.functions() + clones.len() as u32).collect();
+        for (table, functions) in [(1, &meta.directory), (2, &clone_indices)] {
+            input.elements.active(
+                Some(input.tables + table),
+                &ConstExpr::i32_const(0),
+                Elements::Functions(functions.into()),
+            );
+        }
+        let exports = &mut input.exports;
+        for (table, name) in ["refs", "dir", "clones"].iter().enumerate() {
+            exports.export(
+                &format!("{PREFIX}{name}"),
+                ExportKind::Table,
+                input.tables + table as u32,
+            );
+        }
+        for memory in 0..input.memory_count {
+            exports.export(&format!("{PREFIX}m{memory}"), ExportKind::Memory, memory);
+        }
+        for (index, ty) in &input.mutable_globals {
+            let name = format!("{PREFIX}g{index}");
+            exports.export(&name, ExportKind::Global, *index);
+            meta.globals.push(Global {
+                export: name,
+                ty: slot_type(*ty)?,
+            });
+        }
+        for table in &input.changing_tables {
+            let name = format!("{PREFIX}t{table}");
+            exports.export(&name, ExportKind::Table, *table);
+            meta.tables.push((*table, name));
+        }
+        if let Some(start) = meta.start {
+            exports.export(&format!("{PREFIX}start"), ExportKind::Func, start);
+        }
+        Ok(())
+    }
+
+    fn names(&mut self, meta: &Meta, graph: &CallGraph) {
+        let mut names = NameMap::new();
+        for (index, name) in &meta.names {
+            names.append(*index, name);
+        }
+        for (at, function) in (graph.functions()..).zip(&meta.functions) {
+            names.append(at, &meta.function_name(function.index));
+        }
+        self.names.functions(&names);
+        self.names.locals(&IndirectNameMap::new());
+    }
+
+    fn finish(self, input: &Input<'_>, meta: &Meta) -> Result<Vec<u8>, InstrumentError> {
+        let encoded = postcard::to_stdvec(meta)
+            .map_err(|error| InstrumentError::Malformed(error.to_string()))?;
+        let mut module = Module::new();
+        module
+            .section(&CustomSection {
+                name: meta::SECTION.into(),
+                data: (&encoded).into(),
+            })
+            .section(&self.types)
+            .section(&self.imports)
+            .section(&self.functions)
+            .section(&input.table_section)
+            .section(&input.memories)
+            .section(&input.globals)
+            .section(&input.exports)
+            .section(&input.elements);
+        if let Some(count) = input.data_count {
+            module.section(&DataCountSection { count });
+        }
+        module
+            .section(&self.hints)
+            .section(&self.code)
+            .section(&input.data)
+            .section(&self.names);
+        let bytes = module.finish();
+        Validator::new_with_features(scan::features()).validate_all(&bytes)?;
+        Ok(bytes)
+    }
+}

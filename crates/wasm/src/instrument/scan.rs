@@ -1,0 +1,324 @@
+//! Validates a module and notes what lowering must know before it starts.
+//!
+//! This is where a module is refused: for what the WebAssembly validator says,
+//! for proposals that machines do not support, and for imports that only
+//! another instance could give.
+
+use super::meta::{DataSegment, Memory, PREFIX};
+use super::{InstrumentError, MODULE_BYTES_MAX};
+use std::collections::{BTreeMap, BTreeSet};
+use wasmparser::{
+    BinaryReader, DataKind, FuncType, KnownCustom, Name, Operator, Parser, Payload, TypeRef,
+    Validator, WasmFeatures,
+};
+
+/// What the code does with one memory.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct MemoryUses {
+    pub(crate) grow: bool,
+    pub(crate) size: bool,
+    pub(crate) bulk: bool,
+    pub(crate) wait32: bool,
+    pub(crate) wait64: bool,
+    pub(crate) notify: bool,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Scan {
+    pub(crate) types: Vec<FuncType>,
+    /// Type index of each function, imported ones first.
+    pub(crate) functions: Vec<u32>,
+    pub(crate) imported_functions: u32,
+    pub(crate) memories: Vec<Memory>,
+    pub(crate) memory_uses: Vec<MemoryUses>,
+    pub(crate) globals: u32,
+    pub(crate) start: Option<u32>,
+    pub(crate) active_data: Vec<DataSegment>,
+    /// Bytes of each data segment.
+    pub(crate) data_bytes: Vec<u64>,
+    pub(crate) fills: BTreeSet<u32>,
+    pub(crate) copies: BTreeSet<(u32, u32)>,
+    pub(crate) inits: BTreeSet<(u32, u32)>,
+    /// Segments that code drops: (is an element segment, index).
+    pub(crate) drops: Vec<(bool, u32)>,
+    /// Names of functions by index.
+    pub(crate) names: BTreeMap<u32, String>,
+}
+
+/// What machines run: WebAssembly 2.0 without `externref`, and tail calls,
+/// threads, relaxed SIMD, several memories, 64-bit memories, extended constant
+/// expressions.
+pub(crate) fn features() -> WasmFeatures {
+    WasmFeatures::MUTABLE_GLOBAL
+        | WasmFeatures::SATURATING_FLOAT_TO_INT
+        | WasmFeatures::SIGN_EXTENSION
+        | WasmFeatures::REFERENCE_TYPES
+        | WasmFeatures::CALL_INDIRECT_OVERLONG
+        | WasmFeatures::MULTI_VALUE
+        | WasmFeatures::BULK_MEMORY
+        | WasmFeatures::BULK_MEMORY_OPT
+        | WasmFeatures::SIMD
+        | WasmFeatures::RELAXED_SIMD
+        | WasmFeatures::THREADS
+        | WasmFeatures::TAIL_CALL
+        | WasmFeatures::FLOATS
+        | WasmFeatures::MULTI_MEMORY
+        | WasmFeatures::MEMORY64
+        | WasmFeatures::EXTENDED_CONST
+}
+
+pub(crate) fn scan(bytes: &[u8]) -> Result<Scan, InstrumentError> {
+    if bytes.len() > MODULE_BYTES_MAX {
+        return Err(InstrumentError::Unsupported {
+            what: format!("a module of {} bytes", bytes.len()),
+            place: format!("at most {MODULE_BYTES_MAX} bytes are accepted"),
+        });
+    }
+    if Parser::is_component(bytes) {
+        return Err(InstrumentError::Unsupported {
+            what: "a component".into(),
+            place: "only core modules (WASI preview 1) are machines; build for wasm32-wasip1"
+                .into(),
+        });
+    }
+    Validator::new_with_features(features()).validate_all(bytes)?;
+    let mut scan = Scan::default();
+    let mut globals = Vec::new();
+    for payload in Parser::new(0).parse_all(bytes) {
+        scan.payload(payload?, &mut globals)?;
+    }
+    for (index, memory) in scan.memories.iter().enumerate() {
+        if memory.shared && memory.memory64 {
+            return Err(InstrumentError::Unsupported {
+                what: "a shared 64-bit memory".into(),
+                place: format!("memory {index}"),
+            });
+        }
+    }
+    Ok(scan)
+}
+
+impl Scan {
+    fn payload(
+        &mut self,
+        payload: Payload<'_>,
+        globals: &mut Vec<Option<u64>>,
+    ) -> Result<(), InstrumentError> {
+        match payload {
+            Payload::TypeSection(section) => {
+                for ty in section.into_iter_err_on_gc_types() {
+                    self.types.push(ty?);
+                }
+            }
+            Payload::ImportSection(section) => {
+                for import in section.into_imports() {
+                    let import = import?;
+                    match import.ty {
+                        TypeRef::Func(ty) => {
+                            self.functions.push(ty);
+                            self.imported_functions += 1;
+                        }
+                        TypeRef::Memory(ty) => self.memory(ty),
+                        other => {
+                            let what = match other {
+                                TypeRef::Global(_) => "an imported global",
+                                TypeRef::Table(_) => "an imported table",
+                                _ => "an import that is neither function nor memory",
+                            };
+                            return Err(InstrumentError::Unsupported {
+                                what: what.into(),
+                                place: format!("import {}.{}", import.module, import.name),
+                            });
+                        }
+                    }
+                }
+            }
+            Payload::FunctionSection(section) => {
+                for ty in section {
+                    self.functions.push(ty?);
+                }
+            }
+            Payload::MemorySection(section) => {
+                for ty in section {
+                    self.memory(ty?);
+                }
+            }
+            Payload::GlobalSection(section) => {
+                for global in section {
+                    let global = global?;
+                    globals.push(evaluate(global.init_expr.get_operators_reader(), globals)?);
+                    self.globals += 1;
+                }
+            }
+            Payload::ExportSection(section) => {
+                for export in section {
+                    let export = export?;
+                    if export.name.starts_with(PREFIX) {
+                        return Err(InstrumentError::Unsupported {
+                            what: format!("an export whose name begins with {PREFIX:?}"),
+                            place: format!("export {:?}", export.name),
+                        });
+                    }
+                }
+            }
+            Payload::StartSection { func, .. } => self.start = Some(func),
+            Payload::DataSection(section) => {
+                for data in section {
+                    let data = data?;
+                    let passive = matches!(data.kind, DataKind::Passive);
+                    self.data_bytes
+                        .push(if passive { data.data.len() as u64 } else { 0 });
+                    if let DataKind::Active {
+                        memory_index,
+                        offset_expr,
+                    } = data.kind
+                    {
+                        let offset = evaluate(offset_expr.get_operators_reader(), globals)?;
+                        self.active_data.push(DataSegment {
+                            memory: memory_index,
+                            offset: offset.ok_or_else(|| {
+                                InstrumentError::Malformed(
+                                    "offset of a data segment is no integer".into(),
+                                )
+                            })?,
+                            bytes: data.data.to_vec(),
+                        });
+                    }
+                }
+            }
+            Payload::CodeSectionEntry(body) => {
+                for op in body.get_operators_reader()? {
+                    self.op(&op?)?;
+                }
+            }
+            Payload::CustomSection(section) => {
+                if let KnownCustom::Name(names) = section.as_known() {
+                    // A broken name section is no reason to refuse a module.
+                    for name in names.into_iter().flatten() {
+                        if let Name::Function(map) = name {
+                            self.names.extend(
+                                map.into_iter()
+                                    .flatten()
+                                    .map(|naming| (naming.index, naming.name.to_owned())),
+                            );
+                        }
+                    }
+                    let count = self.functions.len() as u32;
+                    self.names.retain(|index, _| *index < count);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn memory(&mut self, ty: wasmparser::MemoryType) {
+        self.memories.push(Memory {
+            minimum_pages: ty.initial,
+            maximum_pages: ty.maximum,
+            memory64: ty.memory64,
+            shared: ty.shared,
+        });
+        self.memory_uses.push(MemoryUses::default());
+    }
+
+    fn op(&mut self, op: &Operator<'_>) -> Result<(), InstrumentError> {
+        match *op {
+            Operator::MemoryGrow { mem } => self.memory_uses[mem as usize].grow = true,
+            Operator::MemorySize { mem } => self.memory_uses[mem as usize].size = true,
+            Operator::MemoryFill { mem } => {
+                self.memory_uses[mem as usize].bulk = true;
+                self.fills.insert(mem);
+            }
+            Operator::MemoryCopy { dst_mem, src_mem } => {
+                self.memory_uses[dst_mem as usize].bulk = true;
+                self.memory_uses[src_mem as usize].bulk = true;
+                self.copies.insert((dst_mem, src_mem));
+            }
+            Operator::MemoryInit { data_index, mem } => {
+                self.memory_uses[mem as usize].bulk = true;
+                self.inits.insert((data_index, mem));
+            }
+            Operator::MemoryAtomicWait32 { memarg } => {
+                self.memory_uses[memory_of(memarg)? as usize].wait32 = true;
+            }
+            Operator::MemoryAtomicWait64 { memarg } => {
+                self.memory_uses[memory_of(memarg)? as usize].wait64 = true;
+            }
+            Operator::MemoryAtomicNotify { memarg } => {
+                self.memory_uses[memory_of(memarg)? as usize].notify = true;
+            }
+            Operator::DataDrop { data_index } => self.note_drop((false, data_index)),
+            Operator::ElemDrop { elem_index } => self.note_drop((true, elem_index)),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn note_drop(&mut self, key: (bool, u32)) {
+        if let Err(at) = self.drops.binary_search(&key) {
+            self.drops.insert(at, key);
+        }
+    }
+}
+
+/// Value of a constant expression of integer type; `None` for another type.
+fn evaluate(
+    reader: wasmparser::OperatorsReader<'_>,
+    globals: &[Option<u64>],
+) -> Result<Option<u64>, InstrumentError> {
+    let mut stack: Vec<Option<u64>> = Vec::new();
+    for op in reader {
+        let op = op?;
+        let value = match op {
+            Operator::I32Const { value } => Some(u64::from(value as u32)),
+            Operator::I64Const { value } => Some(value as u64),
+            Operator::GlobalGet { global_index } => {
+                globals.get(global_index as usize).copied().flatten()
+            }
+            Operator::End => break,
+            _ => {
+                let binary: Option<fn(u64, u64) -> u64> = match op {
+                    Operator::I32Add => Some(|a, b| u64::from((a as u32).wrapping_add(b as u32))),
+                    Operator::I32Sub => Some(|a, b| u64::from((a as u32).wrapping_sub(b as u32))),
+                    Operator::I32Mul => Some(|a, b| u64::from((a as u32).wrapping_mul(b as u32))),
+                    Operator::I64Add => Some(u64::wrapping_add),
+                    Operator::I64Sub => Some(u64::wrapping_sub),
+                    Operator::I64Mul => Some(u64::wrapping_mul),
+                    _ => None,
+                };
+                match binary {
+                    Some(function) => {
+                        let (b, a) = (stack.pop().flatten(), stack.pop().flatten());
+                        a.zip(b).map(|(a, b)| function(a, b))
+                    }
+                    None => None,
+                }
+            }
+        };
+        stack.push(value);
+    }
+    Ok(stack.pop().flatten())
+}
+
+/// Fails early and by name on bytes that are no module at all.
+pub(crate) fn looks_like_module(bytes: &[u8]) -> Result<(), InstrumentError> {
+    let mut reader = BinaryReader::new(bytes, 0);
+    match reader.read_bytes(4) {
+        Ok(b"\0asm") => Ok(()),
+        _ => Err(InstrumentError::Malformed(
+            "not a WebAssembly module (it does not begin with \\0asm)".into(),
+        )),
+    }
+}
+
+/// The memory that an instruction works on.
+pub(crate) fn memory_of(arg: wasmparser::MemArg) -> Result<u32, InstrumentError> {
+    match arg.target {
+        wasmparser::MemArgTarget::Memory(memory) => Ok(memory),
+        wasmparser::MemArgTarget::Array(_) => Err(InstrumentError::Unsupported {
+            what: "access to a GC array".into(),
+            place: "a memory instruction".into(),
+        }),
+    }
+}

@@ -1,0 +1,357 @@
+//! A machine's memory: bytes on a memfd that every thread's instance maps at
+//! the same place.
+//!
+//! The guest reaches them through the mapping, at full speed; moves and
+//! checkpoints read and write them through the file. This module and its
+//! children hold all `unsafe` code about memory behind safe functions.
+//!
+//! - `creator`: gives wasmtime our mappings when it makes an instance
+//! - `dirty`: which pages were written since the last look
+//!
+//! The reservation is mapped at once, without access; growing makes the file
+//! longer and then opens the range, so that an access beyond the size always
+//! faults and never reads past the file's end.
+
+mod creator;
+mod dirty;
+
+pub use creator::{Control, Creator, with_memories};
+pub use dirty::{DirtyTracker, Method, TrackError};
+
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};
+use std::cell::UnsafeCell;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// Bytes of one WebAssembly page.
+pub const WASM_PAGE_BYTES: u64 = 64 << 10;
+/// Bytes of one page of the host, the unit of moving.
+pub const PAGE_BYTES: u64 = 4096;
+/// Address space that a 32-bit memory reserves: all that an index can reach.
+const RESERVE_32_BYTES: usize = 4 << 30;
+/// Address space that a 64-bit memory reserves, which is also its limit.
+const RESERVE_64_BYTES: usize = 64 << 30;
+/// Inaccessible space behind a reservation. Code elides bounds checks for
+/// constant offsets up to this.
+pub(crate) const GUARD_BYTES: usize = 32 << 20;
+
+/// Why a memory cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The kernel refused.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Its answer.
+        source: std::io::Error,
+    },
+    /// The module wants more than it may have.
+    #[error(
+        "the module starts with {wanted_bytes} bytes of memory, the limit is {limit_bytes} (raise it with --memory)"
+    )]
+    Limit {
+        /// Initial size.
+        wanted_bytes: u64,
+        /// Limit.
+        limit_bytes: u64,
+    },
+    /// A range that the memory does not have.
+    #[error("bytes {}..{} are outside a memory of {size_bytes} bytes", range.start, range.end)]
+    Outside {
+        /// The range.
+        range: Range<u64>,
+        /// Current size.
+        size_bytes: u64,
+    },
+}
+
+fn system(what: &'static str) -> impl FnOnce(rustix::io::Errno) -> MemoryError {
+    move |errno| MemoryError::System {
+        what,
+        source: errno.into(),
+    }
+}
+
+/// An address range that is unmapped when dropped.
+#[derive(Debug)]
+struct Reservation {
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: the range is plain address space; all access to it goes through
+// atomic operations, `UnsafeCell`s or the kernel.
+unsafe impl Send for Reservation {}
+// SAFETY: as above.
+unsafe impl Sync for Reservation {}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by this module, and its owner is gone,
+        // so nothing refers to it.
+        let result = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
+        debug_assert!(result.is_ok());
+    }
+}
+
+/// One linear memory of a machine.
+#[derive(Debug)]
+pub struct GuestMemory {
+    file: std::fs::File,
+    reservation: Reservation,
+    /// Bytes that the guest may access.
+    size: AtomicUsize,
+    /// Bytes that it may grow to, by module and by spec.
+    limit: AtomicU64,
+    memory64: bool,
+    growing: Mutex<()>,
+}
+
+impl GuestMemory {
+    /// A zeroed memory of `minimum_pages` that may grow to `maximum_pages` (as
+    /// far as `limit_bytes` allows); both in units of 64 KiB.
+    ///
+    /// # Errors
+    /// [`MemoryError::Limit`] if it does not fit, [`MemoryError::System`] if
+    /// the kernel gives no memfd or no address space.
+    pub fn new(
+        minimum_pages: u64,
+        maximum_pages: Option<u64>,
+        memory64: bool,
+        limit_bytes: u64,
+    ) -> Result<Self, MemoryError> {
+        let reserve = if memory64 {
+            RESERVE_64_BYTES
+        } else {
+            RESERVE_32_BYTES
+        };
+        let maximum = maximum_pages
+            .map_or(u64::MAX, |pages| pages.saturating_mul(WASM_PAGE_BYTES))
+            .min(reserve as u64);
+        let minimum = minimum_pages.saturating_mul(WASM_PAGE_BYTES);
+        let limit = maximum.min(limit_bytes / WASM_PAGE_BYTES * WASM_PAGE_BYTES);
+        if minimum > limit {
+            return Err(MemoryError::Limit {
+                wanted_bytes: minimum,
+                limit_bytes: limit,
+            });
+        }
+        let fd = memfd_create("keel-guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(system("make a memfd"))?;
+        // A file that never shrinks cannot pull pages from under the guest.
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(system("seal a memfd"))?;
+        let bytes = reserve + GUARD_BYTES;
+        // SAFETY: a fresh mapping at an address of the kernel's choice, without
+        // access; nothing else knows it.
+        let base = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                bytes,
+                ProtFlags::empty(),
+                MapFlags::SHARED | MapFlags::NORESERVE,
+                &fd,
+                0,
+            )
+        }
+        .map_err(system("reserve address space"))?;
+        let base = NonNull::new(base.cast::<u8>()).ok_or(MemoryError::System {
+            what: "reserve address space",
+            source: std::io::ErrorKind::OutOfMemory.into(),
+        })?;
+        let memory = GuestMemory {
+            file: fd.into(),
+            reservation: Reservation { base, bytes },
+            size: AtomicUsize::new(0),
+            limit: AtomicU64::new(limit),
+            memory64,
+            growing: Mutex::new(()),
+        };
+        memory.open(minimum)?;
+        Ok(memory)
+    }
+
+    /// Current size in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.size.load(Ordering::Acquire) as u64
+    }
+
+    /// Bytes that it may grow to.
+    pub fn limit_bytes(&self) -> u64 {
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Grows by `delta_pages` of 64 KiB; the size before, in pages, or `None`
+    /// where the limit or the host does not allow it.
+    pub fn grow(&self, delta_pages: u64) -> Option<u64> {
+        let _growing = self.growing.lock().unwrap_or_else(|error| error.into_inner());
+        let before = self.size_bytes();
+        let wanted = delta_pages
+            .checked_mul(WASM_PAGE_BYTES)
+            .and_then(|bytes| bytes.checked_add(before))?;
+        if wanted > self.limit_bytes() {
+            return None;
+        }
+        if let Err(error) = self.open(wanted) {
+            tracing::warn!(%error, wanted, "guest memory cannot grow");
+            return None;
+        }
+        Some(before / WASM_PAGE_BYTES)
+    }
+
+    /// Makes the first `bytes` accessible: the file first, then the range.
+    fn open(&self, bytes: u64) -> Result<(), MemoryError> {
+        if bytes > self.size_bytes() {
+            ftruncate(&self.file, bytes).map_err(system("make the memory longer"))?;
+            // SAFETY: the range lies in our own reservation, and the file now
+            // reaches to its end.
+            unsafe {
+                mprotect(
+                    self.reservation.base.as_ptr().cast(),
+                    bytes as usize,
+                    MprotectFlags::READ | MprotectFlags::WRITE,
+                )
+            }
+            .map_err(system("open the memory"))?;
+        }
+        self.size.store(bytes as usize, Ordering::Release);
+        Ok(())
+    }
+
+    /// The bytes, as cells that guest threads may change at any time.
+    pub fn cells(&self) -> &[UnsafeCell<u8>] {
+        let size = self.size.load(Ordering::Acquire);
+        // SAFETY: the first `size` bytes are mapped readable and writable for
+        // as long as `self` lives, and never shrink. `UnsafeCell` allows that
+        // others write them meanwhile.
+        unsafe {
+            std::slice::from_raw_parts(self.reservation.base.as_ptr().cast::<UnsafeCell<u8>>(), size)
+        }
+    }
+
+    /// A 32-bit word of the memory, for comparing with what `wait` expects.
+    /// `None` outside the memory or unaligned.
+    pub fn load_u32(&self, address: u64) -> Option<u32> {
+        let pointer = self.word(address, 4)?.cast::<u32>();
+        // SAFETY: `word` checked bounds and alignment; the guest accesses the
+        // word atomically or races, which WebAssembly defines.
+        let value = unsafe { std::sync::atomic::AtomicU32::from_ptr(pointer) };
+        Some(value.load(Ordering::SeqCst))
+    }
+
+    /// A 64-bit word; see [`Self::load_u32`].
+    pub fn load_u64(&self, address: u64) -> Option<u64> {
+        let pointer = self.word(address, 8)?.cast::<u64>();
+        // SAFETY: as in `load_u32`.
+        let value = unsafe { AtomicU64::from_ptr(pointer) };
+        Some(value.load(Ordering::SeqCst))
+    }
+
+    fn word(&self, address: u64, bytes: u64) -> Option<*mut u8> {
+        let end = address.checked_add(bytes)?;
+        if end > self.size_bytes() || !address.is_multiple_of(bytes) {
+            return None;
+        }
+        // SAFETY: within the mapping, as just checked.
+        Some(unsafe { self.reservation.base.as_ptr().add(address as usize) })
+    }
+
+    /// Copies bytes out, through the file. Guest threads that write meanwhile
+    /// are seen or not, byte by byte.
+    ///
+    /// # Errors
+    /// [`MemoryError::Outside`] for a range beyond the size.
+    pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryError> {
+        self.check(offset, buffer.len())?;
+        self.file
+            .read_exact_at(buffer, offset)
+            .map_err(|source| MemoryError::System {
+                what: "read guest memory",
+                source,
+            })
+    }
+
+    /// Copies bytes in, through the file; for a machine that is not running
+    /// (such writes are not seen by a [`DirtyTracker`]).
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.check(offset, bytes.len())?;
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(|source| MemoryError::System {
+                what: "write guest memory",
+                source,
+            })
+    }
+
+    fn check(&self, offset: u64, bytes: usize) -> Result<(), MemoryError> {
+        let size = self.size_bytes();
+        match offset.checked_add(bytes as u64) {
+            Some(end) if end <= size => Ok(()),
+            end => Err(MemoryError::Outside {
+                range: offset..end.unwrap_or(u64::MAX),
+                size_bytes: size,
+            }),
+        }
+    }
+
+    /// Ranges of bytes that were ever touched, rising, in whole host pages.
+    /// Everything else is zero.
+    ///
+    /// # Errors
+    /// [`MemoryError::System`].
+    pub fn populated(&self) -> Result<Vec<Range<u64>>, MemoryError> {
+        let size = self.size_bytes();
+        let mut ranges = Vec::new();
+        let mut at = 0;
+        while at < size {
+            let data = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                Ok(data) => data,
+                Err(rustix::io::Errno::NXIO) => break,
+                Err(errno) => return Err(system("find populated pages")(errno)),
+            };
+            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(data))
+                .map_err(system("find populated pages"))?;
+            if data >= size {
+                break;
+            }
+            ranges.push(data..hole.min(size));
+            at = hole;
+        }
+        Ok(ranges)
+    }
+
+    /// Whether addresses are 64 bits wide.
+    pub fn memory64(&self) -> bool {
+        self.memory64
+    }
+
+    /// The file behind the memory, for mapping or sending it.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.reservation.base.as_ptr()
+    }
+
+    pub(crate) fn reserved_bytes(&self) -> usize {
+        self.reservation.bytes - GUARD_BYTES
+    }
+}
+
+/// Opens a file that belongs to this process alone.
+fn open_private(path: &str) -> Result<OwnedFd, rustix::io::Errno> {
+    rustix::fs::open(
+        path,
+        rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    )
+}

@@ -1,0 +1,967 @@
+//! A whole machine: its threads, its memories, its WASI state.
+//!
+//! ```text
+//!             freeze                 all at safepoints
+//!   Running ─────────▶ Freezing ──────────────────────▶ Frozen
+//!      ▲ ▲                │ too late                      │  thaw
+//!      │ └────────────────┘◀──────────────────────────────┘
+//!      │ thaw                      exit, trap, stop: from anywhere ─▶ Ended
+//!   Frozen ◀── prepare (a machine that was captured elsewhere)
+//! ```
+//!
+//! While it is frozen its [`Image`] and its memories are all of it. A machine
+//! that is thawed in place goes on in the same instances.
+
+use super::fiber::{
+    Fiber, FiberError, Host, HostOutcome, HostThread, ImportKind, Run, Stop, Trap,
+};
+use super::frame::{FrameError, Progress, ThreadState, Value};
+use super::program::{Program, STACK_BYTES};
+use super::signal::Signal;
+use super::wait::WaitQueues;
+use crate::instrument::meta::{Meta, PREFIX};
+use crate::memory::{GuestMemory, MemoryError};
+use keel_wasi::{Outcome as WasiOutcome, Wasi};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// First bytes of an encoded image.
+const IMAGE_MAGIC: [u8; 4] = *b"KIMG";
+/// Version of the image's format.
+const IMAGE_VERSION: u32 = 1;
+/// The entry point of a command.
+const MAIN_EXPORT: &str = "_start";
+/// The entry point of a thread (wasi-threads).
+const THREAD_EXPORT: &str = "wasi_thread_start";
+/// Largest thread number that wasi-threads allows.
+const TID_MAX: u32 = (1 << 29) - 1;
+
+/// Bounds on what a machine may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Bytes of each memory.
+    pub memory_bytes: u64,
+    /// Guest threads at a time.
+    pub threads_max: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            memory_bytes: 4 << 30,
+            threads_max: 256,
+        }
+    }
+}
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// By itself, with this code.
+    Exit(u32),
+    /// By a guest's fault.
+    Trap(Trap),
+    /// It was told to.
+    Stopped,
+}
+
+/// Why a machine does not start or resume.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// No instance for a thread.
+    #[error(transparent)]
+    Fiber(#[from] FiberError),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The module is no command.
+    #[error(
+        "the module exports no function \"_start\": it is a library, not a program (build it as a WASI command)"
+    )]
+    NoStart,
+    /// A data segment lies outside its memory.
+    #[error("out of bounds memory access: data segment {0} lies outside its memory")]
+    Data(usize),
+    /// What was captured does not fit.
+    #[error(transparent)]
+    Frames(#[from] FrameError),
+    /// The image is damaged, or of another version or module.
+    #[error("the captured machine cannot be used: {0}")]
+    Image(String),
+    /// Its WASI state cannot be kept or had again.
+    #[error(transparent)]
+    Wasi(#[from] keel_wasi::Error),
+    /// The process has no thread or descriptor left.
+    #[error("no resources for a guest thread: {0}")]
+    System(#[from] std::io::Error),
+    /// It is not frozen.
+    #[error("the machine is not frozen")]
+    NotFrozen,
+    /// It ended.
+    #[error("the machine has ended")]
+    Ended,
+    /// A thread did not come to a safepoint in time; the machine goes on.
+    #[error("{0} thread(s) did not come to a safepoint in time; the machine goes on")]
+    Late(usize),
+}
+
+/// What a thread was started for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Entry {
+    Main,
+    Spawned { arg: u32 },
+}
+
+/// A machine without its memories, as plain data.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Image {
+    /// Hash of the instrumented module.
+    pub module: [u8; 32],
+    threads: BTreeMap<u32, (Entry, Option<ThreadState>)>,
+    next_tid: u32,
+    waits: WaitQueues,
+    /// Size of each memory in 64 KiB pages.
+    pub memory_pages: Vec<u64>,
+    /// Descriptors, clocks, random numbers.
+    pub wasi: keel_wasi::Snapshot,
+}
+
+impl Image {
+    /// `"KIMG"`, version (`u32`), then postcard.
+    ///
+    /// # Errors
+    /// [`MachineError::Image`] if it cannot be encoded.
+    pub fn encode(&self) -> Result<Vec<u8>, MachineError> {
+        let mut bytes = IMAGE_MAGIC.to_vec();
+        bytes.extend(IMAGE_VERSION.to_le_bytes());
+        postcard::to_extend(self, bytes).map_err(|error| MachineError::Image(error.to_string()))
+    }
+
+    /// Reads an image and checks it against the module.
+    ///
+    /// # Errors
+    /// [`MachineError::Image`], [`MachineError::Frames`].
+    pub fn decode(bytes: &[u8], program: &Program) -> Result<Self, MachineError> {
+        let bad = |what: &str| MachineError::Image(what.to_owned());
+        let (header, body) = bytes.split_at_checked(8).ok_or(bad("it is too short"))?;
+        if header[..4] != IMAGE_MAGIC {
+            return Err(bad("it does not begin with \"KIMG\""));
+        }
+        if header[4..] != IMAGE_VERSION.to_le_bytes() {
+            return Err(bad("it is of another version"));
+        }
+        let image: Image =
+            postcard::from_bytes(body).map_err(|error| MachineError::Image(error.to_string()))?;
+        if image.module != *program.hash() {
+            return Err(bad("it is of another module"));
+        }
+        if image.memory_pages.len() != program.meta.memories.len() {
+            return Err(bad("it has other memories than the module"));
+        }
+        for (_, state) in image.threads.values() {
+            if let Some(state) = state {
+                state.check(&program.meta)?;
+            }
+        }
+        Ok(image)
+    }
+
+    /// Number of guest threads.
+    pub fn threads(&self) -> usize {
+        self.threads.len()
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Running,
+    Freezing,
+    Frozen,
+    Ended,
+}
+
+struct Thread {
+    entry: Entry,
+    signal: Arc<Signal>,
+    /// Set while it stands at a safepoint; `None` inside for one that has not
+    /// begun.
+    parked: Option<Option<ThreadState>>,
+    /// Whether an OS thread runs it.
+    launched: bool,
+    /// Whether it is to move into a fresh instance before it goes on.
+    rebuild: bool,
+}
+
+struct Threads {
+    phase: Phase,
+    table: BTreeMap<u32, Thread>,
+    next_tid: u32,
+    outcome: Option<Outcome>,
+    /// OS threads that still exist.
+    launched: usize,
+}
+
+struct Shared {
+    program: Arc<Program>,
+    memories: Arc<[Arc<GuestMemory>]>,
+    wasi: Arc<Wasi>,
+    limits: Limits,
+    threads: Mutex<Threads>,
+    changed: Condvar,
+    waits: Mutex<WaitQueues>,
+    captures: AtomicU64,
+}
+
+/// A machine in this process.
+#[derive(Clone)]
+pub struct Machine {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine")
+            .field("program", &self.shared.program)
+            .finish_non_exhaustive()
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|error| error.into_inner())
+}
+
+/// Makes a program's memories, zeroed.
+///
+/// # Errors
+/// [`MemoryError`].
+fn make_memories(
+    meta: &Meta,
+    limit_bytes: u64,
+) -> Result<Arc<[Arc<GuestMemory>]>, MemoryError> {
+    meta.memories
+        .iter()
+        .map(|memory| {
+            GuestMemory::new(
+                memory.minimum_pages,
+                memory.maximum_pages,
+                memory.memory64,
+                limit_bytes,
+            )
+            .map(Arc::new)
+        })
+        .collect()
+}
+
+/// Writes a program's active data segments, in order.
+///
+/// # Errors
+/// The number of the first segment that lies outside its memory.
+fn apply_data(meta: &Meta, memories: &[Arc<GuestMemory>]) -> Result<(), usize> {
+    for (number, segment) in meta.data.iter().enumerate() {
+        memories
+            .get(segment.memory as usize)
+            .and_then(|memory| memory.write(segment.offset, &segment.bytes).ok())
+            .ok_or(number)?;
+    }
+    Ok(())
+}
+
+impl Machine {
+    /// Starts a command from its beginning.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn start(
+        program: Arc<Program>,
+        wasi: Wasi,
+        limits: Limits,
+    ) -> Result<Self, MachineError> {
+        if !program.exports_function(MAIN_EXPORT) {
+            return Err(MachineError::NoStart);
+        }
+        let machine = Machine::idle(program, wasi, limits)?;
+        {
+            let mut threads = locked(&machine.shared.threads);
+            threads.phase = Phase::Running;
+            threads.add(0, Entry::Main, None)?;
+            machine.shared.launch(&mut threads, 0)?;
+        }
+        Ok(machine)
+    }
+
+    /// A machine without threads: memories are made and filled. Its exports can
+    /// be called in a [`Fiber`] on [`Self::host`].
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn idle(program: Arc<Program>, wasi: Wasi, limits: Limits) -> Result<Self, MachineError> {
+        let memories = make_memories(&program.meta, limits.memory_bytes)?;
+        apply_data(&program.meta, &memories).map_err(MachineError::Data)?;
+        let waits = WaitQueues::default();
+        Ok(Machine::new(program, memories, wasi, limits, 1, waits))
+    }
+
+    /// What its threads' host calls lead to.
+    pub fn host(&self) -> Arc<dyn Host> {
+        Arc::new(self.shared.clone())
+    }
+
+    /// Brings a captured machine to where [`Self::thaw`] lets it go on:
+    /// threads and instances are made, nothing runs. `memories` hold what the
+    /// machine's memories held.
+    ///
+    /// # Errors
+    /// [`MachineError`]; nothing of it is left then.
+    pub fn prepare(
+        program: Arc<Program>,
+        image: Image,
+        memories: Arc<[Arc<GuestMemory>]>,
+        wasi: Wasi,
+        limits: Limits,
+    ) -> Result<Self, MachineError> {
+        let machine = Machine::new(
+            program,
+            memories,
+            wasi,
+            limits,
+            image.next_tid,
+            image.waits,
+        );
+        let mut threads = locked(&machine.shared.threads);
+        for (tid, (entry, state)) in image.threads {
+            threads.add(tid, entry, Some(state))?;
+        }
+        let tids: Vec<u32> = threads.table.keys().copied().collect();
+        for tid in tids {
+            if let Err(error) = machine.shared.launch(&mut threads, tid) {
+                threads.phase = Phase::Ended;
+                machine.shared.changed.notify_all();
+                return Err(error.into());
+            }
+        }
+        drop(threads);
+        Ok(machine)
+    }
+
+    fn new(
+        program: Arc<Program>,
+        memories: Arc<[Arc<GuestMemory>]>,
+        wasi: Wasi,
+        limits: Limits,
+        next_tid: u32,
+        waits: WaitQueues,
+    ) -> Self {
+        Machine {
+            shared: Arc::new(Shared {
+                program,
+                memories,
+                wasi: Arc::new(wasi),
+                limits,
+                threads: Mutex::new(Threads {
+                    phase: Phase::Frozen,
+                    table: BTreeMap::new(),
+                    next_tid,
+                    outcome: None,
+                    launched: 0,
+                }),
+                changed: Condvar::new(),
+                waits: Mutex::new(waits),
+                captures: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    /// Its program.
+    pub fn program(&self) -> &Arc<Program> {
+        &self.shared.program
+    }
+
+    /// Its memories.
+    pub fn memories(&self) -> &Arc<[Arc<GuestMemory>]> {
+        &self.shared.memories
+    }
+
+    /// Its WASI state.
+    pub fn wasi(&self) -> &Arc<Wasi> {
+        &self.shared.wasi
+    }
+
+    /// Threads captured so far.
+    pub fn captures(&self) -> u64 {
+        self.shared.captures.load(Ordering::Relaxed)
+    }
+
+    /// Numbers of its threads.
+    pub fn threads(&self) -> Vec<u32> {
+        locked(&self.shared.threads).table.keys().copied().collect()
+    }
+
+    /// Brings all threads to safepoints. A thread in a long host call has
+    /// until `patience` is over; then the machine goes on as if not asked.
+    ///
+    /// # Errors
+    /// [`MachineError::Late`], [`MachineError::Ended`]; freezing a frozen
+    /// machine is fine.
+    pub fn freeze(&self, patience: Duration) -> Result<(), MachineError> {
+        let shared = &self.shared;
+        let deadline = Instant::now() + patience;
+        let mut threads = locked(&shared.threads);
+        loop {
+            match threads.phase {
+                Phase::Ended => return Err(MachineError::Ended),
+                Phase::Frozen => return Ok(()),
+                Phase::Running => {
+                    threads.phase = Phase::Freezing;
+                    for thread in threads.table.values() {
+                        thread.signal.request();
+                    }
+                }
+                Phase::Freezing => {}
+            }
+            let running = threads.running();
+            if running == 0 {
+                threads.phase = Phase::Frozen;
+                return Ok(());
+            }
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                shared.go_on(&mut threads);
+                return Err(MachineError::Late(running));
+            }
+            threads = shared
+                .changed
+                .wait_timeout(threads, rest)
+                .unwrap_or_else(|error| error.into_inner())
+                .0;
+        }
+    }
+
+    /// The frozen machine as plain data, without its memories.
+    ///
+    /// # Errors
+    /// [`MachineError::NotFrozen`], [`MachineError::Wasi`].
+    pub fn image(&self) -> Result<Image, MachineError> {
+        let shared = &self.shared;
+        let threads = locked(&shared.threads);
+        if threads.phase != Phase::Frozen {
+            return Err(MachineError::NotFrozen);
+        }
+        Ok(Image {
+            module: *shared.program.hash(),
+            threads: threads
+                .table
+                .iter()
+                .map(|(tid, thread)| (*tid, (thread.entry, thread.parked.clone().flatten())))
+                .collect(),
+            next_tid: threads.next_tid,
+            waits: locked(&shared.waits).clone(),
+            memory_pages: shared
+                .memories
+                .iter()
+                .map(|memory| memory.size_bytes() >> 16)
+                .collect(),
+            wasi: shared.wasi.snapshot()?,
+        })
+    }
+
+    /// Lets a frozen machine go on.
+    ///
+    /// # Errors
+    /// [`MachineError::NotFrozen`], [`MachineError::Ended`], or no OS thread
+    /// for a guest thread that was spawned meanwhile.
+    pub fn thaw(&self) -> Result<(), MachineError> {
+        let mut threads = locked(&self.shared.threads);
+        match threads.phase {
+            Phase::Ended => return Err(MachineError::Ended),
+            Phase::Running => return Ok(()),
+            Phase::Freezing => return Err(MachineError::NotFrozen),
+            Phase::Frozen => {}
+        }
+        self.shared.go_on(&mut threads);
+        let waiting: Vec<u32> = threads
+            .table
+            .iter()
+            .filter(|(_, thread)| !thread.launched)
+            .map(|(tid, _)| *tid)
+            .collect();
+        for tid in waiting {
+            self.shared.launch(&mut threads, tid)?;
+        }
+        Ok(())
+    }
+
+    /// Ends it: no guest code runs after this returns, except a host call
+    /// that is under way.
+    pub fn stop(&self) {
+        self.shared.end(Outcome::Stopped);
+    }
+
+    /// Waits until it ended and its threads are gone; `None` if it still runs
+    /// after `timeout`.
+    pub fn wait(&self, timeout: Option<Duration>) -> Option<Outcome> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let mut threads = locked(&self.shared.threads);
+        loop {
+            if threads.phase == Phase::Ended && threads.launched == 0 {
+                return threads.outcome.clone();
+            }
+            let changed = &self.shared.changed;
+            threads = match deadline {
+                None => changed
+                    .wait(threads)
+                    .unwrap_or_else(|error| error.into_inner()),
+                Some(deadline) => {
+                    let rest = deadline.saturating_duration_since(Instant::now());
+                    if rest.is_zero() {
+                        return None;
+                    }
+                    changed
+                        .wait_timeout(threads, rest)
+                        .unwrap_or_else(|error| error.into_inner())
+                        .0
+                }
+            };
+        }
+    }
+
+    /// Moves one running thread through its serialised form into a fresh
+    /// instance: for testing. False if there is no such thread or the machine
+    /// is not running.
+    pub fn shake(&self, tid: u32) -> bool {
+        let mut threads = locked(&self.shared.threads);
+        if threads.phase != Phase::Running {
+            return false;
+        }
+        let Some(thread) = threads.table.get_mut(&tid) else {
+            return false;
+        };
+        thread.rebuild = true;
+        thread.signal.request();
+        true
+    }
+
+    /// Freezes it and moves every thread into a fresh instance: for testing.
+    ///
+    /// # Errors
+    /// As [`Self::freeze`].
+    pub fn shake_all(&self, patience: Duration) -> Result<(), MachineError> {
+        self.freeze(patience)?;
+        let image = self.image()?.encode()?;
+        Image::decode(&image, &self.shared.program)?;
+        for thread in locked(&self.shared.threads).table.values_mut() {
+            thread.rebuild = thread.parked.as_ref().is_some_and(Option::is_some);
+        }
+        self.thaw()
+    }
+}
+
+impl Threads {
+    fn add(
+        &mut self,
+        tid: u32,
+        entry: Entry,
+        parked: Option<Option<ThreadState>>,
+    ) -> std::io::Result<()> {
+        let signal = Arc::new(Signal::new()?);
+        self.table.insert(
+            tid,
+            Thread {
+                entry,
+                signal,
+                parked,
+                launched: false,
+                rebuild: false,
+            },
+        );
+        Ok(())
+    }
+
+    /// Threads that are not at a safepoint.
+    fn running(&self) -> usize {
+        self.table
+            .values()
+            .filter(|thread| thread.parked.is_none())
+            .count()
+    }
+}
+
+/// What a thread does after it came to a safepoint.
+enum Next {
+    GoOn,
+    Rebuild,
+    Leave,
+}
+
+impl Shared {
+    fn go_on(&self, threads: &mut Threads) {
+        threads.phase = Phase::Running;
+        for thread in threads.table.values_mut() {
+            if !thread.rebuild {
+                thread.signal.clear();
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    fn launch(self: &Arc<Self>, threads: &mut Threads, tid: u32) -> std::io::Result<()> {
+        let Some(thread) = threads.table.get_mut(&tid) else {
+            return Ok(());
+        };
+        let shared = self.clone();
+        let (entry, signal) = (thread.entry, thread.signal.clone());
+        std::thread::Builder::new()
+            .name(format!("guest-{tid}"))
+            .stack_size(STACK_BYTES + (1 << 20))
+            .spawn(move || {
+                shared.run(tid, entry, signal);
+                let mut threads = locked(&shared.threads);
+                threads.launched -= 1;
+                shared.changed.notify_all();
+            })?;
+        thread.launched = true;
+        threads.launched += 1;
+        Ok(())
+    }
+
+    fn fiber(self: &Arc<Self>, tid: u32, signal: &Arc<Signal>) -> Result<Fiber, Stop> {
+        let thread = HostThread {
+            tid,
+            signal: signal.clone(),
+            memories: self.memories.clone(),
+        };
+        Fiber::new(self.program.clone(), Arc::new(self.clone()), thread).map_err(|error| {
+            Stop::Trap(Trap {
+                message: error.to_string(),
+                backtrace: Vec::new(),
+            })
+        })
+    }
+
+    /// A guest thread's whole life in this process.
+    fn run(self: &Arc<Self>, tid: u32, entry: Entry, signal: Arc<Signal>) {
+        match self.run_stages(tid, entry, &signal) {
+            Ok(true) if tid == 0 => self.end(Outcome::Exit(0)),
+            Ok(true) => {
+                let mut threads = locked(&self.threads);
+                threads.table.remove(&tid);
+                self.changed.notify_all();
+            }
+            Ok(false) => {}
+            Err(Stop::Exit(code)) => self.end(Outcome::Exit(code)),
+            Err(Stop::Trap(trap)) => self.end(Outcome::Trap(trap)),
+        }
+    }
+
+    /// True when all its functions returned, false when it is to disappear.
+    fn run_stages(
+        self: &Arc<Self>,
+        tid: u32,
+        entry: Entry,
+        signal: &Arc<Signal>,
+    ) -> Result<bool, Stop> {
+        let mut stages = Vec::new();
+        if self.program.meta.start.is_some() {
+            stages.push((format!("{PREFIX}start"), Vec::new()));
+        }
+        stages.push(match entry {
+            Entry::Main => (MAIN_EXPORT.to_owned(), Vec::new()),
+            Entry::Spawned { arg } => (
+                THREAD_EXPORT.to_owned(),
+                vec![Value::I32(tid), Value::I32(arg)],
+            ),
+        });
+        let mut fiber = self.fiber(tid, signal)?;
+        let mut stage = 0;
+        let state = locked(&self.threads)
+            .table
+            .get(&tid)
+            .and_then(|thread| thread.parked.clone())
+            .flatten();
+        let mut run = match state {
+            Some(state) => {
+                stage = state.stage as usize;
+                fiber.load(state)?;
+                match self.pause(tid, signal, None) {
+                    Next::Leave => return Ok(false),
+                    Next::GoOn | Next::Rebuild => fiber.resume()?,
+                }
+            }
+            None => match self.pause(tid, signal, None) {
+                Next::Leave => return Ok(false),
+                Next::GoOn | Next::Rebuild => fiber.call(&stages[0].0, &stages[0].1)?,
+            },
+        };
+        loop {
+            run = match run {
+                Run::Finished(_) => {
+                    stage += 1;
+                    let Some((export, args)) = stages.get(stage) else {
+                        return Ok(true);
+                    };
+                    fiber.call(export, args)?
+                }
+                Run::Captured => {
+                    let mut state = fiber.state()?;
+                    state.stage = stage as u32;
+                    self.captures.fetch_add(1, Ordering::Relaxed);
+                    match self.pause(tid, signal, Some(&state)) {
+                        Next::Leave => return Ok(false),
+                        Next::GoOn => {}
+                        Next::Rebuild => {
+                            let hash = self.program.hash();
+                            let bytes = state.encode(hash);
+                            let meta = &self.program.meta;
+                            let state = ThreadState::decode(&bytes, hash, meta)
+                                .map_err(|error| {
+                                    Stop::Trap(Trap {
+                                        message: error.to_string(),
+                                        backtrace: Vec::new(),
+                                    })
+                                })?;
+                            fiber = self.fiber(tid, signal)?;
+                            fiber.load(state)?;
+                        }
+                    }
+                    fiber.resume()?
+                }
+            };
+        }
+    }
+
+    /// At a safepoint: waits while the machine is frozen.
+    fn pause(&self, tid: u32, signal: &Signal, state: Option<&ThreadState>) -> Next {
+        let mut threads = locked(&self.threads);
+        loop {
+            let phase = threads.phase;
+            let Some(thread) = threads.table.get_mut(&tid) else {
+                return Next::Leave;
+            };
+            match phase {
+                Phase::Ended => return Next::Leave,
+                Phase::Running => {
+                    thread.parked = None;
+                    signal.clear();
+                    return if std::mem::take(&mut thread.rebuild) {
+                        Next::Rebuild
+                    } else {
+                        Next::GoOn
+                    };
+                }
+                Phase::Freezing | Phase::Frozen => {
+                    if thread.parked.is_none() {
+                        thread.parked = Some(state.cloned());
+                        self.changed.notify_all();
+                    }
+                }
+            }
+            threads = self
+                .changed
+                .wait(threads)
+                .unwrap_or_else(|error| error.into_inner());
+        }
+    }
+
+    /// Ends all threads. The first reason counts.
+    fn end(&self, outcome: Outcome) {
+        let mut threads = locked(&self.threads);
+        if threads.phase == Phase::Ended {
+            return;
+        }
+        threads.phase = Phase::Ended;
+        threads.outcome = Some(outcome);
+        for thread in threads.table.values() {
+            thread.signal.request();
+        }
+        self.changed.notify_all();
+    }
+
+    fn spawn(self: &Arc<Self>, arg: u32) -> i32 {
+        let mut threads = locked(&self.threads);
+        if threads.table.len() >= self.limits.threads_max as usize || threads.phase == Phase::Ended
+        {
+            return -1;
+        }
+        let mut tid = threads.next_tid;
+        while threads.table.contains_key(&tid) || tid == 0 || tid > TID_MAX {
+            tid = if tid >= TID_MAX { 1 } else { tid + 1 };
+        }
+        threads.next_tid = tid + 1;
+        // While the machine is being frozen it stays an entry that has not
+        // begun; thawing launches it.
+        let frozen = threads.phase != Phase::Running;
+        let entry = Entry::Spawned { arg };
+        let added = threads.add(tid, entry, frozen.then_some(None));
+        let launched = added.and_then(|()| {
+            if frozen {
+                Ok(())
+            } else {
+                self.launch(&mut threads, tid)
+            }
+        });
+        match launched {
+            Ok(()) => tid as i32,
+            Err(error) => {
+                tracing::warn!(%error, tid, "no OS thread for a guest thread");
+                threads.table.remove(&tid);
+                -1
+            }
+        }
+    }
+
+    fn atomic_wait(
+        &self,
+        memory: u32,
+        wide: bool,
+        args: &[u64],
+        progress: &mut Progress,
+        thread: &HostThread,
+    ) -> HostOutcome {
+        let address = match self.checked_address(memory, args[0], args[3], wide) {
+            Ok(address) => address,
+            Err(message) => return HostOutcome::Trap(message),
+        };
+        if !self.program.meta.memories[memory as usize].shared {
+            return HostOutcome::Trap("atomic wait on non-shared memory".into());
+        }
+        let timeout = match *progress {
+            Progress::Waiting { remaining_ns } => remaining_ns,
+            _ => {
+                let mut waits = locked(&self.waits);
+                let bytes = &self.memories[memory as usize];
+                let equal = if wide {
+                    bytes.load_u64(address) == Some(args[1])
+                } else {
+                    bytes.load_u32(address) == Some(args[1] as u32)
+                };
+                if !equal {
+                    return HostOutcome::Done(vec![1]);
+                }
+                waits.enter(memory, address, thread.tid);
+                u64::try_from(args[2] as i64).ok()
+            }
+        };
+        let begun = Instant::now();
+        let limit = timeout.map(Duration::from_nanos);
+        thread
+            .signal
+            .park(limit, || locked(&self.waits).is_woken(thread.tid));
+        let mut waits = locked(&self.waits);
+        if waits.take_woken(thread.tid) {
+            return HostOutcome::Done(vec![0]);
+        }
+        let rest = limit.map(|limit| limit.saturating_sub(begun.elapsed()));
+        if rest == Some(Duration::ZERO) {
+            waits.leave(memory, address, thread.tid);
+            return HostOutcome::Done(vec![2]);
+        }
+        *progress = Progress::Waiting {
+            remaining_ns: rest.map(|rest| u64::try_from(rest.as_nanos()).unwrap_or(u64::MAX)),
+        };
+        HostOutcome::Interrupted
+    }
+
+    fn notify(&self, memory: u32, args: &[u64]) -> HostOutcome {
+        let address = match self.checked_address(memory, args[0], args[2], false) {
+            Ok(address) => address,
+            Err(message) => return HostOutcome::Trap(message),
+        };
+        let woken = locked(&self.waits).notify(memory, address, args[1] as u32);
+        let signals: Vec<Arc<Signal>> = {
+            let threads = locked(&self.threads);
+            woken
+                .iter()
+                .filter_map(|tid| threads.table.get(tid))
+                .map(|thread| thread.signal.clone())
+                .collect()
+        };
+        for signal in signals {
+            signal.wake();
+        }
+        HostOutcome::Done(vec![woken.len() as u64])
+    }
+
+    /// The effective address of an atomic operation, as the instruction would
+    /// check it.
+    fn checked_address(
+        &self,
+        memory: u32,
+        base: u64,
+        offset: u64,
+        wide: bool,
+    ) -> Result<u64, String> {
+        let bytes = if wide { 8 } else { 4 };
+        let size = self.memories[memory as usize].size_bytes();
+        let address = base
+            .checked_add(offset)
+            .filter(|address| address.checked_add(bytes).is_some_and(|end| end <= size))
+            .ok_or("out of bounds memory access")?;
+        if address.is_multiple_of(bytes) {
+            Ok(address)
+        } else {
+            Err("unaligned atomic".into())
+        }
+    }
+
+    fn wasi_call(
+        &self,
+        function: keel_wasi::Function,
+        args: &[u64],
+        progress: &mut Progress,
+        thread: &HostThread,
+    ) -> HostOutcome {
+        let mut state = match std::mem::take(progress) {
+            Progress::Wasi(state) => state,
+            _ => keel_wasi::CallState::default(),
+        };
+        let cells = self.memories.first().map_or(&[][..], |memory| memory.cells());
+        let mut memory = wiggle::GuestMemory::Shared(cells);
+        let outcome = self.wasi.call(
+            function,
+            args,
+            &mut memory,
+            &mut state,
+            thread.tid,
+            &*thread.signal,
+        );
+        match outcome {
+            WasiOutcome::Done(errno) if function.has_result() => {
+                HostOutcome::Done(vec![u64::from(errno as u32)])
+            }
+            WasiOutcome::Done(_) => HostOutcome::Done(Vec::new()),
+            WasiOutcome::Interrupted => {
+                *progress = Progress::Wasi(state);
+                HostOutcome::Interrupted
+            }
+            WasiOutcome::Exit(code) => HostOutcome::Exit(code),
+            WasiOutcome::Trap(message) => HostOutcome::Trap(message),
+        }
+    }
+}
+
+/// The host side of a machine's imports, shared by its threads.
+impl Host for Arc<Shared> {
+    fn call(
+        &self,
+        import: u32,
+        args: &[u64],
+        progress: &mut Progress,
+        thread: &HostThread,
+    ) -> HostOutcome {
+        match self.program.kinds[import as usize] {
+            ImportKind::Wasi(function) => self.wasi_call(function, args, progress, thread),
+            ImportKind::ThreadSpawn => {
+                HostOutcome::Done(vec![u64::from(self.spawn(args[0] as u32) as u32)])
+            }
+            ImportKind::Wait32(memory) => self.atomic_wait(memory, false, args, progress, thread),
+            ImportKind::Wait64(memory) => self.atomic_wait(memory, true, args, progress, thread),
+            ImportKind::Notify(memory) => self.notify(memory, args),
+            ImportKind::Print
+            | ImportKind::Grow(_)
+            | ImportKind::Size(_)
+            | ImportKind::Sync(_) => HostOutcome::Done(Vec::new()),
+        }
+    }
+}

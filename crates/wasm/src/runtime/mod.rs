@@ -1,0 +1,24 @@
+//! Runs instrumented modules: threads that can be captured and resumed.
+//!
+//! - `program`: from bytes to compiled code, with a cache
+//! - `fiber`: one thread and its instance; the unwind and resume loop
+//! - `frame`: a thread as plain data, and its format
+//! - `machine`: all threads, memories and WASI state; freezing and thawing
+//! - `plain`: the untouched module on plain wasmtime, for comparing
+//! - `wait`: `memory.atomic.wait` and `notify`
+//! - `signal`: how a thread is asked to come to a safepoint
+
+mod fiber;
+pub mod frame;
+mod machine;
+mod plain;
+mod program;
+mod signal;
+mod wait;
+
+pub use fiber::{Fiber, FiberError, Host, HostOutcome, HostThread, ImportKind, Run, Stop, Trap};
+pub use machine::{Image, Limits, Machine, MachineError, Outcome};
+pub use plain::run_plain;
+pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES};
+pub use signal::Signal;
+pub use wait::WaitQueues;

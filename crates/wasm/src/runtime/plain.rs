@@ -1,0 +1,245 @@
+//! Runs a module as its author built it, on wasmtime as it is, with the same
+//! WASI: what instrumented runs are compared with. Nothing here can be captured.
+
+use super::fiber::Trap;
+use super::machine::{Limits, Outcome};
+use super::program::{self, Options, ProgramError};
+use super::signal::Signal;
+use keel_wasi::{CallState, Function, Outcome as WasiOutcome, ParamType, Wasi};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use wasmtime::{
+    Caller, Engine, Extern, FuncType, InstancePre, Linker, Module, SharedMemory, Store, Val,
+    ValType,
+};
+
+#[derive(Debug, thiserror::Error)]
+#[error("exit with code {0}")]
+struct Exited(u32);
+
+struct Plain {
+    engine: Engine,
+    wasi: Arc<Wasi>,
+    signal: Signal,
+    threads: AtomicU32,
+    next_tid: AtomicU32,
+    limits: Limits,
+    shared: Option<SharedMemory>,
+    instance: Mutex<Option<InstancePre<Context>>>,
+    ended: mpsc::Sender<Outcome>,
+}
+
+struct Context {
+    plain: Arc<Plain>,
+    tid: u32,
+}
+
+/// Runs a command to its end.
+///
+/// # Errors
+/// [`ProgramError`] if it is no module, or imports what machines do not have.
+pub fn run_plain(
+    bytes: &[u8],
+    wasi: Arc<Wasi>,
+    limits: Limits,
+    options: Options,
+) -> Result<Outcome, ProgramError> {
+    let mut config = program::config(options);
+    config.shared_memory(true);
+    let engine = Engine::new(&config).map_err(ProgramError::Compile)?;
+    let module = Module::new(&engine, bytes).map_err(ProgramError::Compile)?;
+    let shared = module
+        .imports()
+        .find_map(|import| import.ty().memory().cloned())
+        .filter(wasmtime::MemoryType::is_shared)
+        .map(|ty| SharedMemory::new(&engine, ty))
+        .transpose()
+        .map_err(ProgramError::Compile)?;
+    let (ended, end) = mpsc::channel();
+    let plain = Arc::new(Plain {
+        engine: engine.clone(),
+        wasi,
+        signal: Signal::new().map_err(|source| ProgramError::Cache {
+            path: "eventfd".into(),
+            source,
+        })?,
+        threads: AtomicU32::new(1),
+        next_tid: AtomicU32::new(1),
+        limits,
+        shared,
+        instance: Mutex::new(None),
+        ended,
+    });
+    let linker = link(&plain, &module)?;
+    let instance = linker
+        .instantiate_pre(&module)
+        .map_err(ProgramError::Compile)?;
+    if let Ok(mut slot) = plain.instance.lock() {
+        *slot = Some(instance);
+    }
+    launch(&plain, 0, None).map_err(|source| ProgramError::Cache {
+        path: "thread".into(),
+        source,
+    })?;
+    Ok(end.recv().unwrap_or(Outcome::Stopped))
+}
+
+fn link(plain: &Arc<Plain>, module: &Module) -> Result<Linker<Context>, ProgramError> {
+    let mut linker = Linker::new(&plain.engine);
+    linker.allow_shadowing(true);
+    let mut unknown = Vec::new();
+    for import in module.imports() {
+        let (module, name) = (import.module(), import.name());
+        let function = Function::by_name(name).filter(|_| module == "wasi_snapshot_preview1");
+        let defined = if let Some(function) = function {
+            define(&mut linker, &plain.engine, function)
+        } else if (module, name) == ("wasi", "thread-spawn") {
+            linker
+                .func_wrap(module, name, |caller: Caller<'_, Context>, arg: i32| {
+                    spawn(&caller.data().plain, arg as u32)
+                })
+                .map(drop)
+        } else if let Some(memory) = &plain.shared
+            && import.ty().memory().is_some()
+        {
+            let store = Store::new(
+                &plain.engine,
+                Context {
+                    plain: plain.clone(),
+                    tid: 0,
+                },
+            );
+            linker
+                .define(&store, module, name, memory.clone())
+                .map(drop)
+        } else {
+            unknown.push(format!("{module}.{name}"));
+            Ok(())
+        };
+        defined.map_err(ProgramError::Compile)?;
+    }
+    if unknown.is_empty() {
+        Ok(linker)
+    } else {
+        Err(ProgramError::UnknownImports(unknown.join(", ")))
+    }
+}
+
+fn define(
+    linker: &mut Linker<Context>,
+    engine: &Engine,
+    function: Function,
+) -> wasmtime::Result<()> {
+    let params = function.params().iter().map(|ty| match ty {
+        ParamType::I32 => ValType::I32,
+        ParamType::I64 => ValType::I64,
+    });
+    let results = function.has_result().then_some(ValType::I32);
+    let ty = FuncType::new(engine, params, results);
+    linker.func_new(
+        "wasi_snapshot_preview1",
+        function.name(),
+        ty,
+        move |mut caller, params, results| {
+            let args: Vec<u64> = params
+                .iter()
+                .map(|val| match val {
+                    Val::I32(value) => u64::from(*value as u32),
+                    Val::I64(value) => *value as u64,
+                    _ => 0,
+                })
+                .collect();
+            let plain = caller.data().plain.clone();
+            let tid = caller.data().tid;
+            let mut state = CallState::default();
+            let mut call = |memory: &mut wiggle::GuestMemory<'_>| {
+                plain
+                    .wasi
+                    .call(function, &args, memory, &mut state, tid, &plain.signal)
+            };
+            let outcome = match (&plain.shared, caller.get_export("memory")) {
+                (Some(memory), _) => call(&mut wiggle::GuestMemory::Shared(memory.data())),
+                (None, Some(Extern::Memory(memory))) => {
+                    call(&mut wiggle::GuestMemory::Unshared(memory.data_mut(&mut caller)))
+                }
+                _ => call(&mut wiggle::GuestMemory::Unshared(&mut [])),
+            };
+            match outcome {
+                WasiOutcome::Done(errno) => {
+                    if let Some(result) = results.first_mut() {
+                        *result = Val::I32(errno);
+                    }
+                    Ok(())
+                }
+                WasiOutcome::Exit(code) => Err(Exited(code).into()),
+                WasiOutcome::Trap(message) => Err(wasmtime::Error::msg(message)),
+                WasiOutcome::Interrupted => Err(wasmtime::Error::msg("interrupted")),
+            }
+        },
+    )?;
+    Ok(())
+}
+
+fn spawn(plain: &Arc<Plain>, arg: u32) -> i32 {
+    if plain.threads.fetch_add(1, Ordering::Relaxed) >= plain.limits.threads_max {
+        plain.threads.fetch_sub(1, Ordering::Relaxed);
+        return -1;
+    }
+    let tid = plain.next_tid.fetch_add(1, Ordering::Relaxed);
+    match launch(plain, tid, Some(arg)) {
+        Ok(()) => tid as i32,
+        Err(_) => -1,
+    }
+}
+
+fn launch(plain: &Arc<Plain>, tid: u32, arg: Option<u32>) -> std::io::Result<()> {
+    let plain = plain.clone();
+    std::thread::Builder::new()
+        .stack_size(program::STACK_BYTES + (1 << 20))
+        .spawn(move || {
+            let result = run_thread(&plain, tid, arg);
+            plain.threads.fetch_sub(1, Ordering::Relaxed);
+            let outcome = match result {
+                Ok(()) if tid != 0 => return,
+                Ok(()) => Outcome::Exit(0),
+                Err(error) => match error.downcast_ref() {
+                    Some(Exited(code)) => Outcome::Exit(*code),
+                    None => Outcome::Trap(Trap {
+                        message: match error.downcast_ref::<wasmtime::Trap>() {
+                            Some(trap) => trap.to_string(),
+                            None => format!("{error:#}"),
+                        },
+                        backtrace: Vec::new(),
+                    }),
+                },
+            };
+            // Nobody listens any more when another thread ended the program.
+            let _ = plain.ended.send(outcome);
+        })
+        .map(drop)
+}
+
+fn run_thread(plain: &Arc<Plain>, tid: u32, arg: Option<u32>) -> wasmtime::Result<()> {
+    let instance = plain
+        .instance
+        .lock()
+        .unwrap_or_else(|error| error.into_inner())
+        .clone()
+        .ok_or_else(|| wasmtime::Error::msg("no program"))?;
+    let mut store = Store::new(
+        &plain.engine,
+        Context {
+            plain: plain.clone(),
+            tid,
+        },
+    );
+    let instance = instance.instantiate(&mut store)?;
+    match arg {
+        None => instance
+            .get_typed_func::<(), ()>(&mut store, "_start")?
+            .call(&mut store, ()),
+        Some(arg) => instance
+            .get_typed_func::<(i32, i32), ()>(&mut store, "wasi_thread_start")?
+            .call(&mut store, (tid as i32, arg as i32)),
+    }
+}
