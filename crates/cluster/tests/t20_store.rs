@@ -102,15 +102,15 @@ conformance!(
 async fn a_restart_keeps_everything_and_gives_leases_their_full_time() -> Outcome {
     let directory = tempfile::tempdir()?;
     let store = open(directory.path())?;
-    let lease = store.lease_grant(1000).await?;
-    let revoked = store.lease_grant(1000).await?;
+    let lease = store.lease_grant(2000).await?;
+    let revoked = store.lease_grant(2000).await?;
     store.lease_revoke(revoked).await?;
     store.txn(Txn::new().put("a", "1")).await?;
     store.txn(Txn::new().put("a", "2").put("b", "x")).await?;
     store.txn(Txn::new().delete("b")).await?;
     store.txn(Txn::new().put_leased("l", "", lease)).await?;
     let before = store.list("").await?;
-    tokio::time::sleep(Duration::from_millis(600)).await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
     drop(store);
 
     let reopened = Instant::now();
@@ -134,7 +134,7 @@ async fn a_restart_keeps_everything_and_gives_leases_their_full_time() -> Outcom
     let mut watch = store.watch("l", 5).await?;
     let ended = tokio::time::timeout(Duration::from_secs(10), watch.next()).await?;
     assert_eq!(ended.ok_or("over")??.changes[0].key(), "l");
-    assert!(reopened.elapsed() >= Duration::from_millis(900));
+    assert!(reopened.elapsed() >= Duration::from_millis(1900));
     drop(store);
     assert_eq!(open(directory.path())?.get("l").await?, None);
     Ok(())

@@ -253,18 +253,21 @@ impl Wasi {
         };
         let source_dir = source.dir.open_dir(source_parent)?;
         let target_dir = target.dir.open_dir(target_parent)?;
-        let (Ok(moved), Ok(victim)) = (
-            source_dir.symlink_metadata(source_name),
-            target_dir.symlink_metadata(target_name),
-        ) else {
+        let Ok(moved) = source_dir.symlink_metadata(source_name) else {
+            return Ok(plain()?);
+        };
+        // cap-std overlooks a slash at the end of the target.
+        let slashes = source_path.ends_with('/') || target_path.ends_with('/');
+        if slashes && !moved.is_dir() {
+            return Err(Errno::Notdir.into());
+        }
+        let Ok(victim) = target_dir.symlink_metadata(target_name) else {
             return Ok(plain()?);
         };
         let id = FileId::of_path(&victim);
-        let slashes = source_path.ends_with('/') || target_path.ends_with('/');
         if !self.files.is_open(id)
             || id == FileId::of_path(&moved)
             || moved.is_dir() != victim.is_dir()
-            || (slashes && !moved.is_dir())
         {
             return Ok(plain()?);
         }

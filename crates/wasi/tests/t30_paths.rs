@@ -96,7 +96,9 @@ fn renames() {
     assert_eq!(guest.rename("d", "f"), Err(Errno::Notdir));
     assert_eq!(guest.rename("d", "full"), Err(Errno::Notempty));
     assert_eq!(guest.rename("full", "full/x/y"), Err(Errno::Inval));
-    assert_eq!(guest.rename("f/", "x"), Err(Errno::Notdir));
+    for (source, target) in [("f/", "x"), ("f", "x/"), ("f", "g/"), ("f/", "g")] {
+        assert_eq!(guest.rename(source, target), Err(Errno::Notdir));
+    }
     assert_eq!(guest.rename("f", "x/y"), Err(Errno::Noent));
     assert_eq!(guest.rename("f", "g"), Ok(()));
     assert_eq!(guest.rename("full", "d/"), Ok(()));

@@ -248,7 +248,7 @@ pub(crate) async fn a_watch_has_no_gaps(store: Shared) -> Outcome {
 
 pub(crate) async fn an_ended_lease_deletes_its_keys_and_wakes_watches(store: Shared) -> Outcome {
     let begun = Instant::now();
-    let lease = store.lease_grant(300).await?;
+    let lease = store.lease_grant(1500).await?;
     let kept = store.lease_grant(60_000).await?;
     assert_ne!(lease, kept);
     let txn = Txn::new()
@@ -261,7 +261,7 @@ pub(crate) async fn an_ended_lease_deletes_its_keys_and_wakes_watches(store: Sha
     committed(&store, Txn::new().put_leased("alive/b", "", kept)).await?;
     let mut watch = store.watch("alive/", revision + 2).await?;
     let ended = next(&mut watch).await?;
-    assert!(begun.elapsed() >= Duration::from_millis(300));
+    assert!(begun.elapsed() >= Duration::from_millis(1500));
     let key = "alive/a".to_owned();
     assert_eq!(ended.changes, vec![Change::Delete { key }]);
     assert_eq!(store.list("alive/").await?.entries.len(), 3);
@@ -282,11 +282,11 @@ pub(crate) async fn an_ended_lease_deletes_its_keys_and_wakes_watches(store: Sha
 }
 
 pub(crate) async fn a_renewed_lease_lives_on(store: Shared) -> Outcome {
-    let lease = store.lease_grant(400).await?;
+    let lease = store.lease_grant(1000).await?;
     let revision = committed(&store, Txn::new().put_leased("k", "", lease)).await?;
     let begun = Instant::now();
-    while begun.elapsed() < Duration::from_millis(1200) {
-        assert_eq!(store.lease_renew(lease).await?, 400);
+    while begun.elapsed() < Duration::from_millis(2200) {
+        assert_eq!(store.lease_renew(lease).await?, 1000);
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!(store.get("k").await?.is_some());

@@ -1,0 +1,146 @@
+//! One machine's move, as two state machines without any I/O.
+//!
+//! `source` is seen from the node that gives the machine away and decides,
+//! `target` from the worker that receives it. Both are stepped with events by a
+//! thin runtime (`keel-node` for the source, [`crate::worker`] for the target),
+//! which carries out their commands in order.
+
+mod source;
+mod target;
+
+pub use source::{SourceCommand, SourceEvent, SourceMove, SourceState};
+pub use target::{TargetCommand, TargetEvent, TargetMove, TargetState};
+
+use keel_cluster::{Epoch, MachineName, NodeName};
+use serde::{Deserialize, Serialize};
+
+/// What a move is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// The target checks, fetches and compiles the module.
+    Offer,
+    /// Memory is copied while the machine runs.
+    Copy,
+    /// Its threads come to safepoints.
+    Freeze,
+    /// What was written since the last round is copied.
+    LastPages,
+    /// Threads and WASI state are copied, and made ready at the target.
+    State,
+    /// The store changes the owner.
+    Commit,
+    /// The target lets it go on.
+    Resume,
+}
+
+/// One round of copying.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Bytes of pages sent.
+    pub bytes: u64,
+    /// How long it took.
+    pub micros: u64,
+}
+
+/// How a move ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ending {
+    /// The machine runs at the target.
+    Moved,
+    /// It runs on at the source.
+    Stayed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A move, told afterwards. Times in microseconds; downtime is what the source
+/// saw, from asking the threads to stop to the target's word that they run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MoveReport {
+    /// The machine.
+    pub machine: MachineName,
+    /// From.
+    pub source: NodeName,
+    /// To.
+    pub target: NodeName,
+    /// Epoch afterwards.
+    pub epoch: Epoch,
+    /// When it began, in milliseconds since 1970-01-01 UTC.
+    pub started_unix_ms: u64,
+    /// How it ended.
+    pub ending: Ending,
+    /// From the offer to its acceptance.
+    pub offer_micros: u64,
+    /// Copying while the machine ran.
+    pub copy_micros: u64,
+    /// The rounds of that.
+    pub rounds: Vec<Round>,
+    /// Whether the guest had to be slowed down for copying to catch up.
+    pub slowed: bool,
+    /// Threads to safepoints.
+    pub freeze_micros: u64,
+    /// The last pages.
+    pub last_pages_micros: u64,
+    /// Bytes of them.
+    pub last_bytes: u64,
+    /// Threads and WASI state, sent and made ready.
+    pub state_micros: u64,
+    /// The change of owner in the store.
+    pub commit_micros: u64,
+    /// From the word to go to the target's answer.
+    pub resume_micros: u64,
+    /// All of the time that the machine stood still.
+    pub downtime_micros: u64,
+    /// Bytes of memory and state sent in all.
+    pub bytes: u64,
+    /// All of it.
+    pub total_micros: u64,
+}
+
+impl MoveReport {
+    /// One line for people.
+    pub fn line(&self) -> String {
+        let ms = |micros: u64| micros as f64 / 1000.0;
+        match &self.ending {
+            Ending::Stayed { reason } => format!(
+                "{} stayed on {}: {reason}",
+                self.machine, self.source
+            ),
+            Ending::Moved => format!(
+                "{} {} → {} in {:.0} ms, {:.1} MB in {} rounds; stood still {:.2} ms (freeze {:.2}, last pages {:.2}, state {:.2}, commit {:.2}, resume {:.2})",
+                self.machine,
+                self.source,
+                self.target,
+                ms(self.total_micros),
+                self.bytes as f64 / 1e6,
+                self.rounds.len(),
+                ms(self.downtime_micros),
+                ms(self.freeze_micros),
+                ms(self.last_pages_micros),
+                ms(self.state_micros),
+                ms(self.commit_micros),
+                ms(self.resume_micros),
+            ),
+        }
+    }
+}
+
+/// What a running move tells those who watch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// What it is doing.
+    pub phase: Phase,
+    /// Round of copying, from 1.
+    pub round: u32,
+    /// Bytes sent so far.
+    pub sent_bytes: u64,
+    /// Bytes known to be left.
+    pub remaining_bytes: u64,
+    /// Bytes a second in the last round.
+    pub bytes_per_s: u64,
+    /// How long the machine stands still already.
+    pub downtime_micros: u64,
+}

@@ -1,0 +1,475 @@
+//! One machine move, seen from the source.
+//!
+//! ```text
+//!   Offered ──accepted──▶ Copying ──converged, store answers──▶ Freezing ──all arrived──▶ Committing
+//!      │ refused             │ cancelled / peer lost /             │ too late /              │      │
+//!      │                     │ store away                          │ peer lost / cancelled   │      │ answer lost
+//!      ▼                     ▼                                     ▼                         │      ▼
+//!   Stayed ◀─────────────────┴─────────────────────────────────────┘◀──────── refused ───────┤   InDoubt
+//!      ▲                                                                                     │    │    │
+//!      │ own write won (new epoch)                                                           │won │    │ own write lost:
+//!      └─────────────────────────────────────────────────────────────────────────────────────┼────┘    │ commit had won
+//!                                                                                            ▼         ▼
+//!   Gone ◀──────────────────────────── target resumed ─────────────────────────────────── Handed ◀─────┘
+//! ```
+//!
+//! Until the commit wins, every way out leads to `Stayed`: the machine runs on,
+//! unharmed. A read never settles `InDoubt`; only a write does. In `Handed` the
+//! frozen copy is kept until the target's agent says that the machine resumed,
+//! or that it did not and never will: then the source takes it back, by a write
+//! under a new epoch.
+
+use keel_cluster::Epoch;
+
+/// Where the move is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceState {
+    /// The target was asked.
+    Offered,
+    /// Memory is being copied; the machine runs.
+    Copying,
+    /// Copied often enough; the store is asked whether it is there.
+    AskingStore,
+    /// The machine is frozen, the rest is being sent.
+    Freezing,
+    /// The transaction is on its way.
+    Committing,
+    /// Nobody knows whether the transaction won. Frozen.
+    InDoubt,
+    /// The transaction won; the target was told to go on. Frozen copy kept.
+    Handed,
+    /// The target does not have it; a write takes it back. Frozen.
+    TakingBack,
+    /// The machine runs here.
+    Stayed {
+        /// Under this epoch.
+        epoch: Epoch,
+        /// Why it did not move.
+        reason: String,
+    },
+    /// The machine runs at the target.
+    Gone {
+        /// Under this epoch.
+        epoch: Epoch,
+    },
+    /// The machine ended before it was handed over.
+    Ended,
+}
+
+/// What happens to a move.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceEvent {
+    /// The target has reserved room and waits for pages.
+    Accepted,
+    /// The target does not take it.
+    Refused(String),
+    /// What is left is small enough.
+    Converged,
+    /// The user changed their mind.
+    Cancel(String),
+    /// The connection to the target's worker is lost, or it gave up.
+    PeerLost(String),
+    /// The store answered a round trip.
+    StoreAnswered,
+    /// The store cannot be reached.
+    StoreAway(String),
+    /// Threads did not stop in time; they run on.
+    FreezeLate(String),
+    /// The target has everything and is ready to go on.
+    Prepared,
+    /// The transaction was applied.
+    CommitWon,
+    /// It was refused: nothing changed.
+    CommitRefused(String),
+    /// Its answer was lost.
+    CommitUnknown,
+    /// The source's own write was applied: the pending commit cannot win.
+    OwnWriteWon,
+    /// The own write was refused, since the commit had won.
+    OwnWriteLost,
+    /// The own write could not be made, or its answer was lost.
+    OwnWriteUnknown,
+    /// The target says that the machine runs there.
+    TargetResumed,
+    /// The target's agent says that it does not run there and never will.
+    TargetWithout,
+    /// The machine ended by itself.
+    MachineEnded,
+}
+
+/// What the runtime is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceCommand {
+    /// Begin to copy: the target is ready.
+    StartCopy,
+    /// Make a round trip to the store: an outage must show before any downtime.
+    AskStore,
+    /// Freeze the machine and send the last pages and the state.
+    FreezeAndSend,
+    /// Run the transaction that changes the owner to the target, under `epoch`.
+    Commit {
+        /// The new epoch.
+        epoch: Epoch,
+    },
+    /// Write owner = source under `epoch`, on the condition that nothing
+    /// changed since the move began. Repeat until answered.
+    SettleByWrite {
+        /// The new epoch.
+        epoch: Epoch,
+    },
+    /// Tell the target to go on under `epoch`. Repeat, over its agent if need
+    /// be, until it answers.
+    TellTarget {
+        /// The epoch that won.
+        epoch: Epoch,
+    },
+    /// Write owner = source under `epoch`, on the condition that the target
+    /// still is the owner. Repeat until answered.
+    TakeBack {
+        /// The new epoch.
+        epoch: Epoch,
+    },
+    /// Let the machine go on here under `epoch`, dirty pages still known.
+    Thaw {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// Tell the target to forget what it got and to drop its reservation.
+    AbortTarget {
+        /// Why.
+        reason: String,
+    },
+    /// Drop the frozen copy and end the worker.
+    Forget,
+}
+
+/// One machine move, seen from the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceMove {
+    state: SourceState,
+    /// Epoch under which the machine runs here.
+    epoch: Epoch,
+    /// Whether the machine is frozen.
+    frozen: bool,
+}
+
+impl SourceMove {
+    /// A move that was just offered; the machine runs here under `epoch`.
+    pub fn new(epoch: Epoch) -> Self {
+        SourceMove {
+            state: SourceState::Offered,
+            epoch,
+            frozen: false,
+        }
+    }
+
+    /// Where it is.
+    pub fn state(&self) -> &SourceState {
+        &self.state
+    }
+
+    /// Whether it is over.
+    pub fn is_over(&self) -> bool {
+        matches!(
+            self.state,
+            SourceState::Stayed { .. } | SourceState::Gone { .. } | SourceState::Ended
+        )
+    }
+
+    /// Takes an event, answers with what to do. Events that come too late for
+    /// the state they meet change nothing.
+    pub fn step(&mut self, event: SourceEvent) -> Vec<SourceCommand> {
+        use SourceCommand as C;
+        use SourceEvent as E;
+        use SourceState as S;
+        match (&self.state, event) {
+            (S::Offered, E::Accepted) => {
+                self.state = S::Copying;
+                vec![C::StartCopy]
+            }
+            (S::Copying, E::Converged) => {
+                self.state = S::AskingStore;
+                vec![C::AskStore]
+            }
+            (S::AskingStore, E::StoreAnswered) => {
+                self.state = S::Freezing;
+                self.frozen = true;
+                vec![C::FreezeAndSend]
+            }
+            (S::Freezing, E::Prepared) => {
+                self.state = S::Committing;
+                vec![C::Commit {
+                    epoch: self.epoch.next(),
+                }]
+            }
+            (S::Committing, E::CommitWon) | (S::InDoubt, E::OwnWriteLost) => {
+                self.state = S::Handed;
+                vec![C::TellTarget {
+                    epoch: self.epoch.next(),
+                }]
+            }
+            // While the transaction is on its way, a lost peer or a cancel
+            // changes nothing: its answer decides.
+            (S::Committing, E::CommitUnknown) => {
+                self.state = S::InDoubt;
+                vec![C::SettleByWrite {
+                    epoch: self.epoch.next(),
+                }]
+            }
+            (S::InDoubt, E::OwnWriteUnknown) => vec![C::SettleByWrite {
+                epoch: self.epoch.next(),
+            }],
+            (S::InDoubt, E::OwnWriteWon) => {
+                self.epoch = self.epoch.next();
+                self.stay("the store's answer to the commit was lost".into())
+            }
+            (S::Handed, E::TargetResumed) => {
+                self.state = S::Gone {
+                    epoch: self.epoch.next(),
+                };
+                vec![C::Forget]
+            }
+            (S::Handed, E::PeerLost(_)) => vec![C::TellTarget {
+                epoch: self.epoch.next(),
+            }],
+            (S::Handed, E::TargetWithout) => {
+                self.state = S::TakingBack;
+                vec![C::TakeBack {
+                    epoch: self.epoch.next().next(),
+                }]
+            }
+            (S::TakingBack, E::OwnWriteUnknown) => vec![C::TakeBack {
+                epoch: self.epoch.next().next(),
+            }],
+            (S::TakingBack, E::OwnWriteWon) => {
+                self.epoch = self.epoch.next().next();
+                self.stay("the target was lost before the machine resumed there".into())
+            }
+            (S::TakingBack, E::OwnWriteLost) => {
+                // Somebody else acted on the machine; it is not ours any more.
+                self.state = S::Gone {
+                    epoch: self.epoch.next(),
+                };
+                vec![C::Forget]
+            }
+            (
+                S::Offered | S::Copying | S::AskingStore | S::Freezing,
+                E::Refused(reason)
+                | E::Cancel(reason)
+                | E::PeerLost(reason)
+                | E::StoreAway(reason)
+                | E::FreezeLate(reason),
+            )
+            | (S::Committing, E::CommitRefused(reason)) => self.stay(reason),
+            (S::Offered | S::Copying | S::AskingStore | S::Freezing, E::MachineEnded) => {
+                self.state = S::Ended;
+                vec![C::AbortTarget {
+                    reason: "the machine ended".into(),
+                }]
+            }
+            // Everything else is late or repeated.
+            (
+                S::Offered
+                | S::Copying
+                | S::AskingStore
+                | S::Freezing
+                | S::Committing
+                | S::InDoubt
+                | S::Handed
+                | S::TakingBack
+                | S::Stayed { .. }
+                | S::Gone { .. }
+                | S::Ended,
+                _,
+            ) => Vec::new(),
+        }
+    }
+
+    fn stay(&mut self, reason: String) -> Vec<SourceCommand> {
+        self.state = SourceState::Stayed {
+            epoch: self.epoch,
+            reason: reason.clone(),
+        };
+        let mut commands = Vec::new();
+        if std::mem::take(&mut self.frozen) {
+            commands.push(SourceCommand::Thaw { epoch: self.epoch });
+        }
+        commands.push(SourceCommand::AbortTarget { reason });
+        commands
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EPOCH: Epoch = Epoch {
+        incarnation: 1,
+        counter: 7,
+    };
+
+    fn after(events: &[SourceEvent]) -> (SourceMove, Vec<SourceCommand>) {
+        let mut source = SourceMove::new(EPOCH);
+        let mut last = Vec::new();
+        for event in events {
+            last = source.step(event.clone());
+        }
+        (source, last)
+    }
+
+    use SourceEvent as E;
+
+    const TO_COMMIT: [SourceEvent; 4] = [
+        E::Accepted,
+        E::Converged,
+        E::StoreAnswered,
+        E::Prepared,
+    ];
+
+    fn to_commit(rest: &[SourceEvent]) -> Vec<SourceEvent> {
+        TO_COMMIT.iter().chain(rest).cloned().collect()
+    }
+
+    #[test]
+    fn the_straight_way() {
+        let (source, last) = after(&to_commit(&[E::CommitWon, E::TargetResumed]));
+        assert_eq!(last, [SourceCommand::Forget]);
+        assert_eq!(
+            *source.state(),
+            SourceState::Gone {
+                epoch: EPOCH.next()
+            }
+        );
+    }
+
+    #[test]
+    fn every_way_out_before_the_freeze_leaves_it_running() {
+        for prefix in 0..3 {
+            for event in [
+                E::Refused("no".into()),
+                E::Cancel("no".into()),
+                E::PeerLost("no".into()),
+                E::StoreAway("no".into()),
+            ] {
+                let events: Vec<_> = TO_COMMIT[..prefix].iter().cloned().chain([event]).collect();
+                let (source, last) = after(&events);
+                assert!(matches!(source.state(), SourceState::Stayed { epoch, .. } if *epoch == EPOCH));
+                assert!(!last.iter().any(|c| matches!(c, SourceCommand::Thaw { .. })));
+            }
+        }
+    }
+
+    #[test]
+    fn a_lost_peer_after_the_freeze_thaws() {
+        let events: Vec<_> = TO_COMMIT[..3]
+            .iter()
+            .cloned()
+            .chain([E::PeerLost("gone".into())])
+            .collect();
+        let (_, last) = after(&events);
+        assert_eq!(last[0], SourceCommand::Thaw { epoch: EPOCH });
+    }
+
+    #[test]
+    fn a_lost_peer_during_the_commit_decides_nothing() {
+        let (source, last) = after(&to_commit(&[E::PeerLost("gone".into())]));
+        assert_eq!(*source.state(), SourceState::Committing);
+        assert_eq!(last, []);
+    }
+
+    #[test]
+    fn doubt_is_settled_by_a_write_only() {
+        let (mut source, last) = after(&to_commit(&[E::CommitUnknown]));
+        let write = SourceCommand::SettleByWrite {
+            epoch: EPOCH.next(),
+        };
+        assert_eq!(last, [write.clone()]);
+        assert_eq!(source.step(E::StoreAnswered), []);
+        assert_eq!(source.step(E::TargetResumed), []);
+        assert_eq!(source.step(E::OwnWriteUnknown), [write]);
+        let mut other = source.clone();
+        assert_eq!(
+            source.step(E::OwnWriteWon)[0],
+            SourceCommand::Thaw {
+                epoch: EPOCH.next()
+            }
+        );
+        assert!(matches!(
+            other.step(E::OwnWriteLost)[0],
+            SourceCommand::TellTarget { .. }
+        ));
+    }
+
+    #[test]
+    fn a_target_without_the_machine_gives_it_back_under_a_new_epoch() {
+        let (mut source, last) = after(&to_commit(&[E::CommitWon, E::TargetWithout]));
+        let epoch = EPOCH.next().next();
+        assert_eq!(last, [SourceCommand::TakeBack { epoch }]);
+        assert_eq!(source.step(E::OwnWriteWon)[0], SourceCommand::Thaw { epoch });
+    }
+
+    /// The machine never runs in two places, whatever happens: a source that
+    /// thaws after the transaction was sent has written a newer epoch first.
+    #[test]
+    fn random_events_never_thaw_under_an_epoch_that_the_target_may_have() {
+        use rand::{RngExt, SeedableRng, rngs::StdRng};
+        let all = |random: &mut StdRng| match random.random_range(0..18) {
+            0 => E::Accepted,
+            1 => E::Refused(String::new()),
+            2 => E::Converged,
+            3 => E::Cancel(String::new()),
+            4 => E::PeerLost(String::new()),
+            5 => E::StoreAnswered,
+            6 => E::StoreAway(String::new()),
+            7 => E::FreezeLate(String::new()),
+            8 => E::Prepared,
+            9 => E::CommitWon,
+            10 => E::CommitRefused(String::new()),
+            11 => E::CommitUnknown,
+            12 => E::OwnWriteWon,
+            13 => E::OwnWriteLost,
+            14 => E::OwnWriteUnknown,
+            15 => E::TargetResumed,
+            16 => E::TargetWithout,
+            _ => E::MachineEnded,
+        };
+        for seed in 0..20_000 {
+            let mut random = StdRng::seed_from_u64(seed);
+            let mut source = SourceMove::new(EPOCH);
+            let (mut committed, mut settled, mut told) = (false, false, false);
+            for _ in 0..40 {
+                let event = all(&mut random);
+                // The store's answers come only to what was asked.
+                match event {
+                    E::CommitWon | E::CommitRefused(_) | E::CommitUnknown if !committed => continue,
+                    E::OwnWriteWon if settled => {}
+                    E::OwnWriteWon | E::OwnWriteLost => continue,
+                    _ => {}
+                }
+                let refused = matches!(event, E::CommitRefused(_));
+                for command in source.step(event) {
+                    match command {
+                        SourceCommand::Commit { .. } => committed = true,
+                        SourceCommand::SettleByWrite { .. } | SourceCommand::TakeBack { .. } => {
+                            settled = true;
+                        }
+                        SourceCommand::TellTarget { .. } => told = true,
+                        SourceCommand::Thaw { epoch } => {
+                            if committed && !refused {
+                                assert!(epoch > EPOCH, "seed {seed}");
+                            }
+                            if told {
+                                assert!(epoch > EPOCH.next(), "seed {seed}");
+                            }
+                        }
+                        SourceCommand::Forget => assert!(committed, "seed {seed}"),
+                        SourceCommand::StartCopy
+                        | SourceCommand::AskStore
+                        | SourceCommand::FreezeAndSend
+                        | SourceCommand::AbortTarget { .. } => {}
+                    }
+                }
+            }
+        }
+    }
+}

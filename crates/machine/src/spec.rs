@@ -1,0 +1,139 @@
+//! What a user asks for, and what the store says of a machine.
+
+use crate::moves::MoveReport;
+use keel_cluster::{Epoch, MachineName, NodeName};
+use serde::{Deserialize, Serialize};
+
+/// Reports of moves that a record keeps; older ones are dropped.
+pub const REPORTS_MAX: usize = 16;
+/// Version of [`Record`]'s encoding.
+const RECORD_VERSION: u8 = 1;
+
+/// A directory of the host that a machine may reach. Every node that runs the
+/// machine must see the same directory under this path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Absolute path on the host.
+    pub host: String,
+    /// Its name for the guest.
+    pub guest: String,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+}
+
+/// What a user asks for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spec {
+    /// Hash (BLAKE3, hex) of the module as its author built it.
+    pub module: String,
+    /// The program's name and arguments.
+    pub args: Vec<String>,
+    /// Its environment.
+    pub env: Vec<(String, String)>,
+    /// Its directories.
+    pub volumes: Vec<Volume>,
+    /// Limit of each of its memories, in bytes.
+    pub memory_bytes: u64,
+    /// Limit of its threads.
+    pub threads_max: u32,
+    /// Bytes of output a second that it may write; more waits.
+    pub output_bytes_per_s: u64,
+    /// Whether the machine is removed when it ends.
+    pub remove_at_end: bool,
+}
+
+/// Where a machine is in its life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Status {
+    /// In its owner's schedule, not running yet.
+    Scheduled,
+    /// Running on its owner.
+    Running,
+    /// Ended by itself with a code.
+    Exited {
+        /// The program's exit code.
+        code: u32,
+    },
+    /// Ended by a guest's fault.
+    Trapped {
+        /// What happened, with the guest's backtrace.
+        message: String,
+    },
+    /// Ended by a command.
+    Stopped,
+    /// It could not start, or its worker was lost.
+    Failed {
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+impl Status {
+    /// Whether it has ended.
+    pub fn ended(&self) -> bool {
+        !matches!(self, Status::Scheduled | Status::Running)
+    }
+
+    /// One word for tables.
+    pub fn word(&self) -> String {
+        match self {
+            Status::Scheduled => "scheduled".into(),
+            Status::Running => "running".into(),
+            Status::Exited { code } => format!("exited ({code})"),
+            Status::Trapped { .. } => "trapped".into(),
+            Status::Stopped => "stopped".into(),
+            Status::Failed { .. } => "failed".into(),
+        }
+    }
+}
+
+/// What the store says of a machine, at `machine/NAME`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its name.
+    pub name: MachineName,
+    /// What was asked for.
+    pub spec: Spec,
+    /// The node that runs it, or ran it last.
+    pub owner: NodeName,
+    /// Raised by each change of owner.
+    pub epoch: Epoch,
+    /// Where it is in its life.
+    pub status: Status,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub created_unix_ms: u64,
+    /// Its last moves, oldest first.
+    pub reports: Vec<MoveReport>,
+}
+
+impl Record {
+    /// The form in which it is stored.
+    ///
+    /// # Errors
+    /// If it cannot be encoded.
+    pub fn encode(&self) -> Result<Vec<u8>, String> {
+        postcard::to_extend(self, vec![RECORD_VERSION]).map_err(|error| error.to_string())
+    }
+
+    /// Reads the stored form.
+    ///
+    /// # Errors
+    /// A sentence for a damaged record or one of another version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+        match bytes.split_first() {
+            Some((&RECORD_VERSION, body)) => postcard::from_bytes(body)
+                .map_err(|error| format!("a machine's record is damaged: {error}")),
+            Some((version, _)) => Err(format!(
+                "a machine's record is of version {version}, this is version {RECORD_VERSION}"
+            )),
+            None => Err("a machine's record is empty".into()),
+        }
+    }
+
+    /// Adds a report, and drops the oldest beyond [`REPORTS_MAX`].
+    pub fn add_report(&mut self, report: MoveReport) {
+        self.reports.push(report);
+        let excess = self.reports.len().saturating_sub(REPORTS_MAX);
+        self.reports.drain(..excess);
+    }
+}
