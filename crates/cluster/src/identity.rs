@@ -392,6 +392,19 @@ impl NodeIdentity {
         ClientTls::node(&self.credentials()?)
     }
 
+    /// Fingerprint of the authority that it trusts (the first, while the CA is
+    /// being replaced).
+    ///
+    /// # Errors
+    /// [`IdentityError`] when the stored certificates cannot be read.
+    pub fn authority(&self) -> Result<Fingerprint, IdentityError> {
+        let credentials = self.credentials()?;
+        let first = credentials.authorities.first();
+        first
+            .map(Fingerprint::of)
+            .ok_or_else(|| bad("the authorities of this node", "there is none"))
+    }
+
     /// Verifies the certificate against the authorities and the key against
     /// the certificate.
     ///

@@ -1,31 +1,111 @@
 //! `keel`: the one binary of Evenkeel.
 //!
 //! - `wasm`: `keel wasm`, one program in the foreground, without a cluster
+//! - `up`: `keel up`, `keel join` and the processes behind them
+//! - `machines`: `run`, `ps`, `logs`, `inspect`, `stop`, `kill`, `rm`, `move`
+//! - `cluster`: `status`, `nodes`, `schedule`, `token`
+//! - `demo`: `keel demo`
+//! - `output`: tables and JSON
 //! - `size`: sizes as people write them
 
+mod cluster;
+mod demo;
+mod machines;
+mod output;
 mod size;
+mod up;
 mod wasm;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
 /// A self-balancing cluster of virtual machines.
+///
+/// `keel demo` shows what it does. `keel up --name a` makes a cluster of one
+/// node, `keel token join` and `keel join` add others, `keel run APP.wasm` starts
+/// a machine, and `keel move M --to NODE` moves it while it runs.
 #[derive(Parser)]
 #[command(name = "keel", version, about, max_term_width = 100)]
 struct Cli {
+    #[command(flatten)]
+    reach: cluster::Reach,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
 enum Command {
+    /// Shows three nodes on this computer, machines that move, and a node that dies.
+    Demo(demo::Args),
     /// Runs one WebAssembly program in the foreground, without a cluster.
     Wasm(wasm::Args),
+    /// Starts this computer's node; makes a cluster where there is none yet.
+    Up(up::UpArgs),
+    /// Makes this computer a node of an existing cluster, and starts it.
+    Join(up::JoinArgs),
+    /// Says how the cluster is.
+    Status,
+    /// Lists the nodes.
+    Nodes,
+    /// Lists the machines that a node is to run.
+    Schedule {
+        /// The node.
+        node: String,
+    },
+    /// Makes a token: for a node to join, or for a user.
+    Token {
+        #[command(subcommand)]
+        what: cluster::TokenKind,
+    },
+    /// Starts a machine.
+    Run(machines::RunArgs),
+    /// Lists machines.
+    Ps {
+        /// Ended ones too.
+        #[arg(short, long)]
+        all: bool,
+    },
+    /// Shows a machine's output.
+    Logs(machines::LogArgs),
+    /// Tells all about a machine, its moves included.
+    Inspect {
+        /// The machine.
+        machine: String,
+    },
+    /// Ends a machine.
+    Stop {
+        /// The machines.
+        #[arg(required = true)]
+        machines: Vec<String>,
+    },
+    /// Ends a machine's process at once.
+    Kill {
+        /// The machines.
+        #[arg(required = true)]
+        machines: Vec<String>,
+    },
+    /// Removes ended machines with their output.
+    Rm {
+        /// The machines.
+        #[arg(required = true)]
+        machines: Vec<String>,
+        /// Stops those that run.
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Moves a running machine to another node.
+    Move(machines::MoveArgs),
     /// Prints a completion script for a shell.
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
     },
+    /// Runs a node's agent (started by `keel up`).
+    #[command(hide = true)]
+    Agent(up::AgentArgs),
+    /// Runs one machine (started by an agent).
+    #[command(hide = true)]
+    Worker(up::WorkerArgs),
 }
 
 fn main() -> ExitCode {
@@ -37,18 +117,55 @@ fn main() -> ExitCode {
         )
         .with_writer(std::io::stderr)
         .init();
-    let result = match cli.command {
-        Command::Wasm(args) => wasm::run(args),
-        Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "keel", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
-        }
-    };
-    match result {
+    match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("keel: {error:#}");
             ExitCode::from(1)
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    // What runs guests has no async runtime of its own.
+    match cli.command {
+        Command::Wasm(args) => return wasm::run(args),
+        Command::Worker(args) => return up::worker(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "keel", &mut std::io::stdout());
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {}
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(with_runtime(cli))
+}
+
+async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
+    let reach = cli.reach;
+    match cli.command {
+        Command::Demo(args) => demo::run(&args, reach.json()).await,
+        Command::Up(args) => up::up(&reach, &args).await,
+        Command::Join(args) => up::join(&reach, &args).await,
+        Command::Agent(args) => up::agent(&args).await,
+        Command::Status => cluster::status(&reach).await,
+        Command::Nodes => cluster::nodes(&reach).await,
+        Command::Schedule { node } => cluster::schedule(&reach, &node).await,
+        Command::Token { what } => cluster::token(&reach, what).await,
+        Command::Run(args) => machines::run(&reach, &args).await,
+        Command::Ps { all } => machines::ps(&reach, all).await,
+        Command::Logs(args) => machines::logs(&reach, &args).await,
+        Command::Inspect { machine } => machines::inspect(&reach, &machine).await,
+        Command::Stop { machines } => machines::end(&reach, &machines, "stop").await,
+        Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,
+        Command::Rm { machines, force } => machines::rm(&reach, &machines, force).await,
+        Command::Move(args) => machines::move_machine(&reach, &args).await,
+        // Dispatched before, without a runtime.
+        Command::Wasm(_) | Command::Worker(_) | Command::Completions { .. } => {
+            Ok(ExitCode::SUCCESS)
         }
     }
 }

@@ -13,3 +13,13 @@ pub mod log;
 pub mod moves;
 pub mod spec;
 pub mod worker;
+
+/// What this host lacks for fast moves, and what follows; `None` if nothing.
+pub fn missing_for_moves() -> Option<String> {
+    let probe = keel_wasm::memory::GuestMemory::new(1, Some(1), false, 1 << 16).ok()?;
+    let tracker = keel_wasm::memory::DirtyTracker::start(std::sync::Arc::new(probe)).ok()?;
+    tracker.missing().map(ToString::to_string)
+}
+
+/// The largest module that is accepted, in bytes.
+pub const MODULE_BYTES_MAX: usize = keel_wasm::instrument::MODULE_BYTES_MAX;

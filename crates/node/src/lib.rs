@@ -1,1 +1,34 @@
-//! node
+//! The agent of one node: makes what runs here equal to this node's schedule
+//! in the store, moves machines, and answers users.
+//!
+//! - `state_dir`: the folder that a node keeps
+//! - `parent`: the tiny process that restarts the agent
+//! - `agent`: the agent's parts and its start
+//! - `lease`: keeps this node alive in the store
+//! - `record`: machines and nodes in the store
+//! - `workers`: the processes of this node's machines
+//! - `reconcile`: schedule → workers, ends of machines → store
+//! - `offer`: target of a move
+//! - `moving`: source of a move: feeds the state machine of `keel-machine`
+//! - `service`: what other nodes ask
+//! - `operate`: what users ask, wherever the machine is
+//! - `http`: the API
+
+#![forbid(unsafe_code)]
+
+mod agent;
+mod http;
+mod lease;
+mod moving;
+mod offer;
+mod operate;
+mod parent;
+mod reconcile;
+mod record;
+mod service;
+mod state_dir;
+mod workers;
+
+pub use agent::{AgentError, AgentOptions, found, join, run};
+pub use parent::{Restart, supervise};
+pub use state_dir::StateDir;

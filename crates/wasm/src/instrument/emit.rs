@@ -11,226 +11,15 @@
 //! In a clone every value that crosses a landing lies in a local: originals in
 //! their own, operands in *temporaries*, one for each height and type.
 
-use super::body::{Body, Construct, Landing, PointKind};
-use super::callgraph::CallGraph;
-use super::liveness::{self, LocalSet};
+use super::body::{Construct, Landing};
 use super::meta::{self, SlotType};
+use super::plan::{BlockTypes, Plan, RESULT};
 use super::{InstrumentError, slot_type};
-use std::collections::HashMap;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
 use wasm_encoder::{BlockType, BranchHint, Function, Instruction, MemArg, MemArgTarget};
 use wasmparser::{Operator, ValType};
 
-/// Block types that instrumented code needs beside the module's own types.
-#[derive(Default)]
-pub(crate) struct BlockTypes {
-    first: u32,
-    known: HashMap<(Vec<ValType>, Vec<ValType>), u32>,
-    pub(crate) list: Vec<(Vec<ValType>, Vec<ValType>)>,
-}
-
-impl BlockTypes {
-    /// `first`: index that the first new type will have.
-    pub(crate) fn new(first: u32) -> Self {
-        BlockTypes {
-            first,
-            ..Self::default()
-        }
-    }
-
-    pub(crate) fn function(&mut self, params: &[ValType], results: &[ValType]) -> u32 {
-        let key = (params.to_vec(), results.to_vec());
-        *self.known.entry(key).or_insert_with_key(|key| {
-            self.list.push(key.clone());
-            self.first + self.list.len() as u32 - 1
-        })
-    }
-
-    fn block(
-        &mut self,
-        params: &[ValType],
-        results: &[ValType],
-    ) -> Result<BlockType, InstrumentError> {
-        Ok(match (params, results) {
-            ([], []) => BlockType::Empty,
-            ([], [one]) => BlockType::Result(RoundtripReencoder.val_type(*one)?),
-            _ => BlockType::FunctionType(self.function(params, results)),
-        })
-    }
-}
-
-/// What both versions of a function share.
-pub(crate) struct Plan<'a> {
-    body: &'a Body<'a>,
-    graph: &'a CallGraph,
-    function: u32,
-    /// Index of the control memory and of the references table.
-    control: u32,
-    refs: u32,
-    /// Index that type T gets when a status is added: `status_types + T`.
-    status_types: u32,
-    first_point: u32,
-    temps: HashMap<(usize, ValType), u32>,
-    temp_types: Vec<ValType>,
-    /// Locals (temporaries included) by slot, with their types.
-    slots: Vec<(u32, ValType)>,
-    /// Byte offset of each slot in the restore area.
-    slot_offsets: Vec<u32>,
-    saved: Vec<Vec<u32>>,
-}
-
-pub(crate) struct PlanContext<'a> {
-    pub(crate) graph: &'a CallGraph,
-    pub(crate) control: u32,
-    pub(crate) refs: u32,
-    pub(crate) status_types: u32,
-}
-
-impl<'a> Plan<'a> {
-    pub(crate) fn new(
-        body: &'a Body<'a>,
-        context: &PlanContext<'a>,
-        function: u32,
-        first_point: u32,
-    ) -> Result<Self, InstrumentError> {
-        let mut plan = Plan {
-            body,
-            graph: context.graph,
-            function,
-            control: context.control,
-            refs: context.refs,
-            status_types: context.status_types,
-            first_point,
-            temps: HashMap::new(),
-            temp_types: Vec::new(),
-            slots: Vec::new(),
-            slot_offsets: Vec::new(),
-            saved: Vec::new(),
-        };
-        if body.points.is_empty() {
-            return Ok(plan);
-        }
-        plan.make_temps();
-        let positions: Vec<Option<usize>> = body.points.iter().map(|point| point.op).collect();
-        let live = liveness::live_at(&body.ops, body.locals.len(), &positions);
-        plan.make_slots(&live);
-        let mut offset = 0;
-        for (_, ty) in &plan.slots {
-            plan.slot_offsets.push(offset);
-            offset += slot_type(*ty)?.bytes();
-        }
-        if meta::RESTORE + offset > meta::SAVE {
-            return Err(InstrumentError::Unsupported {
-                what: format!("{} locals and operands", plan.slots.len()),
-                place: format!("function {function}"),
-            });
-        }
-        Ok(plan)
-    }
-
-    fn make_temps(&mut self) {
-        let mut wanted = Vec::new();
-        for point in &self.body.points {
-            let all = point.operands.iter().chain(&point.results);
-            wanted.extend(all.enumerate().map(|(height, ty)| (height, *ty)));
-        }
-        for construct in &self.body.constructs {
-            if !construct.points.is_empty() {
-                let all = construct.operands.iter().chain(&[ValType::I32]);
-                wanted.extend(
-                    all.enumerate()
-                        .map(|(height, ty)| (construct.base + height, *ty)),
-                );
-            }
-        }
-        wanted.extend(self.body.results.iter().map(|ty| (RESULT, *ty)));
-        for key in wanted {
-            let next = (self.body.locals.len() + self.temp_types.len()) as u32;
-            self.temps.entry(key).or_insert_with(|| {
-                self.temp_types.push(key.1);
-                next
-            });
-        }
-    }
-
-    fn make_slots(&mut self, live: &[LocalSet]) {
-        let mut slot_of: HashMap<u32, u32> = HashMap::new();
-        for (point, live) in self.body.points.iter().zip(live) {
-            let locals = live
-                .iter()
-                // Other locals are zero at the entry.
-                .filter(|local| {
-                    point.kind != PointKind::Entry || (*local as usize) < self.body.params
-                })
-                .map(|local| (local, self.body.locals[local as usize]));
-            let operands = point
-                .operands
-                .iter()
-                .enumerate()
-                .map(|(height, ty)| (self.temps[&(height, *ty)], *ty));
-            let mut saved = Vec::new();
-            for (local, ty) in locals.chain(operands) {
-                let slot = *slot_of.entry(local).or_insert_with(|| {
-                    self.slots.push((local, ty));
-                    self.slots.len() as u32 - 1
-                });
-                saved.push(slot);
-            }
-            self.saved.push(saved);
-            for (at, ty) in point.results.iter().enumerate() {
-                let local = self.temps[&(point.operands.len() + at, *ty)];
-                slot_of.entry(local).or_insert_with(|| {
-                    self.slots.push((local, *ty));
-                    self.slots.len() as u32 - 1
-                });
-            }
-        }
-    }
-
-    /// The metadata of this function; `None` where it cannot be captured.
-    pub(crate) fn meta(&self) -> Result<Option<meta::Function>, InstrumentError> {
-        if self.body.points.is_empty() {
-            return Ok(None);
-        }
-        let slot_of: HashMap<u32, u32> = self
-            .slots
-            .iter()
-            .enumerate()
-            .map(|(slot, (local, _))| (*local, slot as u32))
-            .collect();
-        let points = self
-            .body
-            .points
-            .iter()
-            .zip(&self.saved)
-            .map(|(point, saved)| meta::Point {
-                saved: saved.clone(),
-                results: point
-                    .results
-                    .iter()
-                    .enumerate()
-                    .map(|(at, ty)| slot_of[&self.temps[&(point.operands.len() + at, *ty)]])
-                    .collect(),
-            })
-            .collect();
-        Ok(Some(meta::Function {
-            index: self.function,
-            first_point: self.first_point,
-            slots: self
-                .slots
-                .iter()
-                .map(|(_, ty)| slot_type(*ty))
-                .collect::<Result<_, _>>()?,
-            results: self
-                .body
-                .results
-                .iter()
-                .map(|ty| slot_type(*ty))
-                .collect::<Result<_, _>>()?,
-            points,
-        }))
-    }
-
+impl Plan<'_> {
     /// The hot version, with hints for its cold branches.
     pub(crate) fn hot(
         &self,
@@ -247,9 +36,6 @@ impl<'a> Plan<'a> {
         Writer::new(self, Version::Clone, types)?.write()
     }
 }
-
-/// Height of the temporaries through which a clone's results pass at its end.
-const RESULT: usize = usize::MAX;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Version {
@@ -278,10 +64,13 @@ struct Writer<'a, 'p> {
     next_construct: usize,
     next_point: usize,
     scratch: u32,
+    /// The block around the body.
+    body_label: u32,
 }
 
-/// The function's own label, and the block around its body.
-const BODY_LABEL: u32 = 1;
+/// Behind this block's end is what all points of a function share on their way
+/// out.
+const LEAVE_LABEL: u32 = 1;
 
 impl<'a, 'p> Writer<'a, 'p> {
     fn new(
@@ -315,6 +104,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             next_construct: 0,
             next_point: 0,
             scratch: shift + (body.locals.len() + plan.temp_types.len()) as u32,
+            body_label: LEAVE_LABEL + u32::from(!body.points.is_empty()),
         })
     }
 
@@ -323,11 +113,14 @@ impl<'a, 'p> Writer<'a, 'p> {
         if self.version == Version::Clone {
             self.load_slots()?;
         }
+        if !body.points.is_empty() {
+            self.i(&Instruction::Block(BlockType::Empty));
+        }
         let ty = self.types.block(&[], &body.results)?;
-        self.out.instruction(&Instruction::Block(ty));
-        self.labels += 1;
+        self.i(&Instruction::Block(ty));
+        self.labels = self.body_label + 1;
         self.open.push(Open {
-            label: BODY_LABEL,
+            label: self.body_label,
             construct: None,
             sequence: 0,
         });
@@ -637,7 +430,9 @@ impl<'a, 'p> Writer<'a, 'p> {
         }
         self.spill(&visible[..operands], point.outer);
         self.save(number)?;
-        self.leave()?;
+        // The `if` itself is one label more.
+        let depth = self.labels - LEAVE_LABEL;
+        self.i(&Instruction::Br(depth));
         self.i(&Instruction::End);
         if self.version == Version::Clone {
             self.land(&visible, point.outer);
@@ -648,7 +443,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// Writes the frame of a point to the save area.
+    /// Writes the frame of a point to the save area, and leaves the address
+    /// behind it in the scratch local.
     fn save(&mut self, number: usize) -> Result<(), InstrumentError> {
         let pointer = self.control_arg(meta::SAVE_POINTER, 2);
         let scratch = self.scratch;
@@ -664,11 +460,10 @@ impl<'a, 'p> Writer<'a, 'p> {
             self.save_slot(local, ty, offset)?;
             offset += slot_type(ty)?.bytes();
         }
-        self.konst(0);
         self.i(&Instruction::LocalGet(scratch));
         self.konst(offset.next_multiple_of(8));
         self.i(&Instruction::I32Add);
-        self.i(&Instruction::I32Store(pointer));
+        self.i(&Instruction::LocalSet(scratch));
         Ok(())
     }
 
@@ -702,16 +497,22 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// Returns with the status set.
-    fn leave(&mut self) -> Result<(), InstrumentError> {
+    /// Where all points come together on their way out: returns with the status
+    /// set. One exit makes far less code than one for each point.
+    fn leave(&mut self) {
+        self.i(&Instruction::End);
+        let pointer = self.control_arg(meta::SAVE_POINTER, 2);
+        let scratch = self.scratch;
+        self.konst(0);
+        self.i(&Instruction::LocalGet(scratch));
+        self.i(&Instruction::I32Store(pointer));
         if self.version == Version::Hot {
             for ty in &self.plan.body.results {
                 let zero = zero(*ty);
                 self.i(&zero);
             }
         }
-        self.konst(1).i(&Instruction::Return);
-        Ok(())
+        self.konst(1);
     }
 
     fn write_return(&mut self) {
@@ -721,7 +522,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             }
             self.i(&Instruction::Return);
         } else {
-            let depth = self.labels - 1 - BODY_LABEL;
+            let depth = self.labels - 1 - self.body_label;
             self.i(&Instruction::Br(depth));
         }
     }
@@ -789,8 +590,13 @@ impl<'a, 'p> Writer<'a, 'p> {
     /// Behind the body's block: the results, then the status.
     fn finish(&mut self) -> Result<(), InstrumentError> {
         if self.version == Version::Hot {
-            if self.plan.graph.has_status(self.plan.function) {
-                self.konst(0);
+            if self.plan.body.points.is_empty() {
+                if self.plan.graph.has_status(self.plan.function) {
+                    self.konst(0);
+                }
+            } else {
+                self.konst(0).i(&Instruction::Return);
+                self.leave();
             }
             self.i(&Instruction::End);
             return Ok(());
@@ -812,7 +618,9 @@ impl<'a, 'p> Writer<'a, 'p> {
                 self.i(&store(*ty, arg));
             }
         }
-        self.konst(0).i(&Instruction::End);
+        self.konst(0).i(&Instruction::Return);
+        self.leave();
+        self.i(&Instruction::End);
         Ok(())
     }
 }
@@ -846,4 +654,27 @@ fn zero(ty: ValType) -> Instruction<'static> {
         ValType::V128 => Instruction::V128Const(0),
         ValType::Ref(_) => Instruction::RefNull(wasm_encoder::HeapType::FUNC),
     }
+}
+
+/// The function through which the runtime enters clones: `(clone, resume
+/// number) -> status`. Were each clone reachable by a table, the engine would
+/// make an entry of its own for each: a fourth of the time to compile them.
+pub(crate) fn resume_dispatcher(first_clone: u32, clones: u32) -> Function {
+    let mut out = Function::new([]);
+    for _ in 0..=clones {
+        out.instruction(&Instruction::Block(BlockType::Empty));
+    }
+    let targets: Vec<u32> = (0..clones).collect();
+    out.instruction(&Instruction::LocalGet(0))
+        .instruction(&Instruction::BrTable(targets.into(), clones))
+        .instruction(&Instruction::End);
+    for clone in first_clone..first_clone + clones {
+        out.instruction(&Instruction::LocalGet(1))
+            .instruction(&Instruction::Call(clone))
+            .instruction(&Instruction::Return)
+            .instruction(&Instruction::End);
+    }
+    out.instruction(&Instruction::Unreachable)
+        .instruction(&Instruction::End);
+    out
 }

@@ -16,7 +16,7 @@ pub const SECTION: &str = "keel.meta";
 
 /// Version of the metadata and of the frame format. Raised when either
 /// changes; other versions are refused by name.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Address of the request word (`u32`): not zero asks the thread to come to a
 /// safepoint.
@@ -33,8 +33,10 @@ pub const RESULTS_MAX: u32 = 1000;
 pub const RESTORE: u32 = 32 << 10;
 /// Address of the save area, which grows upwards to the end of the memory.
 pub const SAVE: u32 = 2 << 20;
-/// Size of the control memory in 64 KiB pages (sparse: 128 MiB).
-pub const CONTROL_PAGES: u32 = 2048;
+/// Size of the control memory in 64 KiB pages (sparse: 2 GiB). A native frame
+/// takes 32 bytes or more of a stack of 1 MiB, so that 32,768 frames with 64 KiB
+/// of live values each find room: unwinding does not run out.
+pub const CONTROL_PAGES: u32 = 32_768;
 /// Bytes in front of the slots of a saved frame: point (`u32`), zero (`u32`).
 pub const FRAME_HEADER_BYTES: u32 = 8;
 /// Entries of the references table; the first [`RESULTS_MAX`] hold results.
@@ -43,6 +45,8 @@ pub const REFS_ENTRIES: u32 = 65_536;
 /// Prefix of everything that the instrumenter adds to a module's exports and
 /// imports. Guests may not use it.
 pub const PREFIX: &str = "keel:";
+/// Name under which the function that enters clones is exported.
+pub const RESUME_EXPORT: &str = "keel:resume";
 /// Module name of the host functions that lowering introduces.
 pub const HOST_MODULE: &str = "keel";
 
@@ -190,11 +194,23 @@ impl Meta {
         Some((position, function, point))
     }
 
+    /// A function's index as the module's author counts: without the imports
+    /// that the instrumenter added behind theirs.
+    pub fn original_index(&self, index: u32) -> u32 {
+        let is_added = |import: &&Import| import.module == HOST_MODULE;
+        let added = self.imports.iter().filter(is_added).count() as u32;
+        if (index as usize) < self.imports.len() {
+            index
+        } else {
+            index - added
+        }
+    }
+
     /// The name that a person knows a function by.
     pub fn function_name(&self, index: u32) -> String {
         match self.names.binary_search_by_key(&index, |(at, _)| *at) {
             Ok(at) => self.names[at].1.clone(),
-            Err(_) => format!("function {index}"),
+            Err(_) => format!("function {}", self.original_index(index)),
         }
     }
 }

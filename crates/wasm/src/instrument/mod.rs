@@ -17,9 +17,11 @@
 //! - `callgraph`: who may unwind, who carries a status, who polls at entry
 //! - `body`: one function's operators, constructs and points
 //! - `liveness`: which locals matter at a point
+//! - `plan`: what a function's frames hold, and where
 //! - `emit`: writes the hot version and the clone
 //! - `relocate`: the second pass
 //! - `meta`: what the runtime needs to know; travels in the module
+//! - `strip`: the module without its clones, with which a program starts
 
 mod body;
 mod callgraph;
@@ -27,8 +29,12 @@ mod emit;
 mod liveness;
 mod lower;
 pub mod meta;
+mod plan;
 mod relocate;
 mod scan;
+mod strip;
+
+pub use strip::without_clones;
 
 use meta::SlotType;
 use wasmparser::ValType;

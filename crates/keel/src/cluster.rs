@@ -1,0 +1,177 @@
+//! How the command line reaches a node, and what it asks about the cluster.
+
+use crate::output::{self, Format};
+use anyhow::{Context, Result};
+use keel_api::{Client, ClusterInfo, NodeInfo, Token, TokenRequest};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// How to reach a node, and how to print answers.
+#[derive(clap::Args)]
+pub(crate) struct Reach {
+    /// Folder of this computer's node.
+    #[arg(long, global = true, env = "KEEL_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// A node's API elsewhere (with --token and --authority).
+    #[arg(long, global = true, env = "KEEL_SERVER", value_name = "HOST:PORT")]
+    server: Option<String>,
+    /// Token for --server.
+    #[arg(long, global = true, env = "KEEL_TOKEN", hide_env_values = true)]
+    user_token: Option<String>,
+    /// Fingerprint of the cluster's authority for --server.
+    #[arg(long, global = true, env = "KEEL_AUTHORITY", value_name = "HEX")]
+    authority: Option<String>,
+    /// How to print answers.
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "FORMAT",
+        default_value = "text"
+    )]
+    output: Format,
+}
+
+impl Reach {
+    /// The folder of this computer's node.
+    pub(crate) fn state_dir(&self) -> PathBuf {
+        if let Some(dir) = &self.state_dir {
+            return dir.clone();
+        }
+        if rustix::process::geteuid().is_root() {
+            return "/var/lib/keel".into();
+        }
+        std::env::home_dir()
+            .unwrap_or_default()
+            .join(".local/state/keel")
+    }
+
+    pub(crate) fn format(&self) -> Format {
+        self.output
+    }
+
+    pub(crate) fn json(&self) -> bool {
+        self.output == Format::Json
+    }
+
+    pub(crate) fn client(&self) -> Result<Client> {
+        let Some(server) = &self.server else {
+            return Ok(Client::socket(self.state_dir().join("api.socket")));
+        };
+        let token = self
+            .user_token
+            .as_ref()
+            .context("--server needs --user-token (make one with `keel token user`)")?;
+        let authority = self
+            .authority
+            .as_ref()
+            .context("--server needs --authority (printed with the token)")?
+            .parse()
+            .context("--authority")?;
+        Ok(Client::tls(server, token, authority)?)
+    }
+}
+
+pub(crate) async fn status(reach: &Reach) -> Result<ExitCode> {
+    let info: ClusterInfo = reach.client()?.get("/v1/status").await?;
+    output::one(reach.format(), &info, &info.cluster, |info| {
+        format!(
+            "cluster {}\nnode {} (keel {})\nstore on {}: {}\nnodes {} alive of {}\nmachines {} running of {}{}",
+            info.cluster,
+            info.node,
+            info.version,
+            info.voters.join(", "),
+            info.store,
+            info.nodes_alive,
+            info.nodes,
+            info.machines_running,
+            info.machines,
+            if info.voters.len() == 1 && info.nodes > 1 {
+                "\nno failover: the store has one voter"
+            } else {
+                ""
+            },
+        )
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn nodes(reach: &Reach) -> Result<ExitCode> {
+    let nodes: Vec<NodeInfo> = reach.client()?.get("/v1/nodes").await?;
+    output::list(
+        reach.format(),
+        &nodes,
+        &["name", "state", "address", "cpus", "memory", "machines", "lacks"],
+        |node| node.name.clone(),
+        |node| {
+            vec![
+                node.name.clone(),
+                format!(
+                    "{}{}",
+                    if node.alive { "alive" } else { "away" },
+                    if node.voter { ", store" } else { "" }
+                ),
+                node.address.clone(),
+                node.cpus.to_string(),
+                output::bytes(node.memory_bytes),
+                node.machines.to_string(),
+                node.lacks.join("; "),
+            ]
+        },
+    )?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn schedule(reach: &Reach, node: &str) -> Result<ExitCode> {
+    let machines: Vec<String> = reach
+        .client()?
+        .get(&format!("/v1/schedule/{node}"))
+        .await?;
+    output::list(
+        reach.format(),
+        &machines,
+        &["machine"],
+        Clone::clone,
+        |machine| vec![machine.clone()],
+    )?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(clap::Subcommand)]
+pub(crate) enum TokenKind {
+    /// Lets one node join, once.
+    Join {
+        /// Minutes until it expires.
+        #[arg(long, default_value_t = 60)]
+        minutes: u64,
+    },
+    /// Lets a user in over TLS.
+    User {
+        /// Who it is for.
+        name: String,
+        /// `viewer`, `operator` or `admin`.
+        #[arg(long, default_value = "viewer")]
+        role: String,
+    },
+}
+
+pub(crate) async fn token(reach: &Reach, what: TokenKind) -> Result<ExitCode> {
+    let (request, for_user) = match what {
+        TokenKind::Join { minutes } => (
+            TokenRequest::Join {
+                ttl_s: minutes.saturating_mul(60),
+            },
+            false,
+        ),
+        TokenKind::User { name, role } => (TokenRequest::User { name, role }, true),
+    };
+    let token: Token = reach.client()?.post("/v1/tokens", &request).await?;
+    output::one(reach.format(), &token, &token.token, |token| {
+        if for_user {
+            format!("{}\nauthority {}", token.token, token.authority)
+        } else {
+            token.token.clone()
+        }
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,367 @@
+//! What the command line does with machines.
+
+use crate::cluster::Reach;
+use crate::output::{self, Format};
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use hyper::Method;
+use keel_api::{
+    Client, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, VolumeRequest,
+};
+use keel_machine::log::{StreamKind, split_records};
+use keel_machine::moves::{Ending, Phase};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+#[derive(clap::Args)]
+pub(crate) struct RunArgs {
+    /// The program: a WASI preview 1 core module, with or without threads.
+    module: PathBuf,
+    /// Arguments of the program.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+    /// Name of the machine (made up without).
+    #[arg(long)]
+    name: Option<String>,
+    /// Node to start it on (the one that is asked, without).
+    #[arg(long, value_name = "NODE")]
+    on: Option<String>,
+    /// Prints the name and leaves it running.
+    #[arg(short, long)]
+    detach: bool,
+    /// Removes it when it ends.
+    #[arg(long)]
+    rm: bool,
+    /// Lets it reach a directory that all nodes see; `::ro` makes it read-only.
+    #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
+    dir: Vec<String>,
+    /// Sets an environment variable.
+    #[arg(long, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// Limit of each of its memories.
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "4G")]
+    memory: u64,
+    /// Limit of its threads.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    threads: u32,
+    /// Limit of its output, a second.
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "16M")]
+    output_rate: u64,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct LogArgs {
+    /// The machine.
+    machine: String,
+    /// Goes on until it ends, wherever it moves.
+    #[arg(short, long)]
+    follow: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct MoveArgs {
+    /// The machine.
+    machine: String,
+    /// The node to move it to.
+    #[arg(long, value_name = "NODE", required_unless_present = "cancel")]
+    to: Option<String>,
+    /// Cancels the move that is under way.
+    #[arg(long, conflicts_with = "to")]
+    cancel: bool,
+}
+
+/// Starts a machine; its name.
+pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo> {
+    let module = std::fs::read(&args.module)
+        .with_context(|| format!("cannot read {}", args.module.display()))?;
+    let uploaded: Uploaded = client
+        .call(Method::PUT, "/v1/modules", Bytes::from(module))
+        .await?;
+    let mut program = vec![
+        args.module
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
+    ];
+    program.extend(args.args.iter().cloned());
+    let mut env = Vec::new();
+    for variable in &args.env {
+        let (name, value) = variable
+            .split_once('=')
+            .with_context(|| format!("--env {variable}: NAME=VALUE is expected"))?;
+        env.push((name.to_owned(), value.to_owned()));
+    }
+    let mut volumes = Vec::new();
+    for dir in &args.dir {
+        volumes.push(volume(dir)?);
+    }
+    let request = RunRequest {
+        name: args.name.clone(),
+        on: args.on.clone(),
+        module: uploaded.module,
+        args: program,
+        env,
+        volumes,
+        memory_bytes: args.memory,
+        threads_max: args.threads,
+        output_bytes_per_s: args.output_rate,
+        remove_at_end: args.rm,
+    };
+    Ok(client.post("/v1/machines", &request).await?)
+}
+
+fn volume(text: &str) -> Result<VolumeRequest> {
+    let mut parts = text.split("::");
+    let host = parts.next().unwrap_or_default();
+    let absolute = std::path::Path::new(host)
+        .canonicalize()
+        .with_context(|| format!("--dir {text}: no such directory"))?;
+    Ok(VolumeRequest {
+        host: absolute.to_string_lossy().into_owned(),
+        guest: parts.next().unwrap_or(host).to_owned(),
+        read_only: parts.next() == Some("ro"),
+    })
+}
+
+pub(crate) async fn run(reach: &Reach, args: &RunArgs) -> Result<ExitCode> {
+    let client = reach.client()?;
+    let machine = start(&client, args).await?;
+    if args.detach {
+        output::one(reach.format(), &machine, &machine.name, |machine| {
+            machine.name.clone()
+        })?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    follow(&client, &machine.name, true).await?;
+    // With --rm it may be gone already, and its code with it.
+    match client
+        .get::<MachineInfo>(&format!("/v1/machines/{}", machine.name))
+        .await
+    {
+        Ok(machine) => Ok(exit_code(&machine)),
+        Err(_) if args.rm => Ok(ExitCode::SUCCESS),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn exit_code(machine: &MachineInfo) -> ExitCode {
+    match (machine.exit_code, &machine.message) {
+        (Some(code), _) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        (None, Some(message)) => {
+            eprintln!("keel: machine {}: {message}", machine.name);
+            ExitCode::from(if machine.status == "trapped" { 134 } else { 1 })
+        }
+        (None, None) => ExitCode::from(1),
+    }
+}
+
+/// Prints a machine's output, and waits for its end if `follow`.
+async fn follow(client: &Client, machine: &str, follow: bool) -> Result<()> {
+    let mut offset = 0u64;
+    let mut rest = Vec::new();
+    let mut first = true;
+    loop {
+        let path = format!("/v1/machines/{machine}/logs?from={offset}&follow={follow}");
+        let mut stream = match client.get_stream(&path).await {
+            Ok(stream) => stream,
+            Err(error) if first => return Err(error.into()),
+            // The node that was asked is restarting.
+            Err(_) => {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                continue;
+            }
+        };
+        first = false;
+        while let Ok(Some(bytes)) = stream.chunk().await {
+            offset += bytes.len() as u64;
+            rest.extend_from_slice(&bytes);
+            print(&mut rest)?;
+        }
+        if !follow {
+            return Ok(());
+        }
+        match client
+            .get::<MachineInfo>(&format!("/v1/machines/{machine}"))
+            .await
+        {
+            Ok(info) if info.status == "running" || info.status == "scheduled" => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            _ => return Ok(()),
+        }
+    }
+}
+
+fn print(records: &mut Vec<u8>) -> Result<()> {
+    for (stream, text) in split_records(records) {
+        match stream {
+            StreamKind::Output => {
+                let mut out = std::io::stdout().lock();
+                out.write_all(&text)?;
+                out.flush()?;
+            }
+            StreamKind::Error => std::io::stderr().lock().write_all(&text)?,
+        }
+    }
+    Ok(())
+}
+
+pub(crate) async fn logs(reach: &Reach, args: &LogArgs) -> Result<ExitCode> {
+    follow(&reach.client()?, &args.machine, args.follow).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn ps(reach: &Reach, all: bool) -> Result<ExitCode> {
+    let mut machines: Vec<MachineInfo> = reach.client()?.get("/v1/machines").await?;
+    if !all {
+        machines.retain(|machine| machine.status == "running" || machine.status == "scheduled");
+    }
+    output::list(
+        reach.format(),
+        &machines,
+        &["name", "node", "status", "epoch", "age", "moves", "program"],
+        |machine| machine.name.clone(),
+        |machine| {
+            vec![
+                machine.name.clone(),
+                machine.node.clone(),
+                machine.status.clone(),
+                machine.epoch.clone(),
+                output::ago(machine.created_unix_ms),
+                machine.moves.len().to_string(),
+                machine.args.join(" "),
+            ]
+        },
+    )?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn inspect(reach: &Reach, name: &str) -> Result<ExitCode> {
+    let machine: MachineInfo = reach
+        .client()?
+        .get(&format!("/v1/machines/{name}"))
+        .await?;
+    output::one(reach.format(), &machine, name, describe)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn describe(machine: &MachineInfo) -> String {
+    let mut lines = vec![
+        format!("{} on {}, {}", machine.name, machine.node, machine.status),
+        format!("epoch {}", machine.epoch),
+        format!("program {}", machine.args.join(" ")),
+        format!("module {}", machine.module),
+    ];
+    if let (Some(bytes), Some(threads), Some(cpu), Some(pid)) = (
+        machine.memory_bytes,
+        machine.threads,
+        machine.cpu_micros,
+        machine.pid,
+    ) {
+        lines.push(format!(
+            "memory {} of {}, {threads} thread(s), {:.1} s of CPU here, process {pid}",
+            output::bytes(bytes),
+            output::bytes(machine.memory_limit_bytes),
+            cpu as f64 / 1e6,
+        ));
+    }
+    lines.extend(machine.message.clone());
+    for report in &machine.moves {
+        lines.push(format!("move: {}", report.line()));
+    }
+    lines.join("\n")
+}
+
+pub(crate) async fn end(reach: &Reach, machines: &[String], how: &str) -> Result<ExitCode> {
+    let client = reach.client()?;
+    for machine in machines {
+        let _: serde_json::Value = client
+            .post(&format!("/v1/machines/{machine}/{how}"), &())
+            .await?;
+        println!("{machine}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn rm(reach: &Reach, machines: &[String], force: bool) -> Result<ExitCode> {
+    let client = reach.client()?;
+    for machine in machines {
+        if force {
+            let _: serde_json::Value = client
+                .post(&format!("/v1/machines/{machine}/stop"), &())
+                .await?;
+        }
+        let removed = client
+            .call::<serde_json::Value>(
+                Method::DELETE,
+                &format!("/v1/machines/{machine}"),
+                Bytes::new(),
+            )
+            .await;
+        match removed {
+            Ok(_) => {}
+            // One that was to be removed at its end is gone already.
+            Err(error) if force && error.to_string().contains("there is no machine") => {}
+            Err(error) => return Err(error.into()),
+        }
+        println!("{machine}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitCode> {
+    let client = reach.client()?;
+    let path = format!("/v1/machines/{}", args.machine);
+    let Some(to) = &args.to else {
+        let _: serde_json::Value = client.post(&format!("{path}/cancel-move"), &()).await?;
+        return Ok(ExitCode::SUCCESS);
+    };
+    let request = MoveRequest { to: to.clone() };
+    let mut lines = client.post_stream(&format!("{path}/move"), &request).await?;
+    let bar = (reach.format() == Format::Text).then(|| {
+        indicatif::ProgressBar::new_spinner().with_message(format!("{to} checks and compiles"))
+    });
+    if let Some(bar) = &bar {
+        bar.enable_steady_tick(Duration::from_millis(100));
+    }
+    while let Some(line) = lines.line::<MoveLine>().await? {
+        match line {
+            MoveLine::Progress(progress) => {
+                if let Some(bar) = &bar {
+                    bar.set_message(format!(
+                        "{} round {}: {} sent, {} left, {}/s",
+                        match progress.phase {
+                            Phase::Copy => "copying",
+                            _ => "moving",
+                        },
+                        progress.round,
+                        output::bytes(progress.sent_bytes),
+                        output::bytes(progress.remaining_bytes),
+                        output::bytes(progress.bytes_per_s),
+                    ));
+                }
+            }
+            MoveLine::Report(report) => {
+                if let Some(bar) = &bar {
+                    bar.finish_and_clear();
+                }
+                output::one(reach.format(), &report, &args.machine, |report| {
+                    report.line()
+                })?;
+                return Ok(match report.ending {
+                    Ending::Moved => ExitCode::SUCCESS,
+                    Ending::Stayed { .. } => ExitCode::from(1),
+                });
+            }
+            MoveLine::Error(error) => bail!(error),
+        }
+    }
+    bail!(
+        "the node that moves {} no longer answers; `keel inspect {}` tells where it is",
+        args.machine,
+        args.machine
+    )
+}

@@ -1,0 +1,178 @@
+//! `keel up` and `keel join`: a node on this computer. The command is the tiny
+//! parent; the agent and the workers are processes of their own.
+
+use crate::cluster::Reach;
+use anyhow::{Context, Result, bail};
+use keel_node::{AgentError, AgentOptions};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::process::Stdio;
+use std::time::Duration;
+
+/// How long a node may take until it answers, with `--detach`.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(clap::Args)]
+pub(crate) struct UpArgs {
+    /// Name of the node; needed the first time.
+    #[arg(long)]
+    name: Option<String>,
+    #[command(flatten)]
+    place: Place,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct JoinArgs {
+    /// Any node of the cluster.
+    via: String,
+    /// Token made by `keel token join`.
+    #[arg(long)]
+    token: String,
+    /// Name of the new node.
+    #[arg(long)]
+    name: String,
+    #[command(flatten)]
+    place: Place,
+}
+
+#[derive(clap::Args)]
+struct Place {
+    /// Where other nodes reach this one; port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDRESS:PORT")]
+    listen: SocketAddr,
+    /// Where users reach it over TLS (without it: only on this computer).
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    api: Option<SocketAddr>,
+    /// Goes on in the background once the node answers.
+    #[arg(short, long)]
+    detach: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct AgentArgs {
+    /// The node's folder.
+    #[arg(long)]
+    folder: PathBuf,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct WorkerArgs {
+    /// The machine's folder.
+    #[arg(long)]
+    folder: PathBuf,
+    /// Compiled code.
+    #[arg(long)]
+    cache: PathBuf,
+    /// Instrumented modules.
+    #[arg(long)]
+    programs: PathBuf,
+}
+
+fn options(reach: &Reach, name: &str, place: &Place) -> AgentOptions {
+    AgentOptions {
+        state_dir: reach.state_dir(),
+        name: name.to_owned(),
+        listen: place.listen,
+        api: place.api,
+    }
+}
+
+pub(crate) async fn up(reach: &Reach, args: &UpArgs) -> Result<ExitCode> {
+    if let Some(name) = &args.name {
+        match keel_node::found(&options(reach, name, &args.place)) {
+            Ok(()) => eprintln!("made a cluster with node {name}"),
+            // Starting an existing node again under its own name is fine.
+            Err(AgentError::Taken(_, existing)) if existing == *name => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    start(&reach.state_dir(), args.place.detach).await
+}
+
+pub(crate) async fn join(reach: &Reach, args: &JoinArgs) -> Result<ExitCode> {
+    keel_node::join(
+        &options(reach, &args.name, &args.place),
+        &args.via,
+        &args.token,
+    )
+    .await
+    .with_context(|| format!("joining through {}", args.via))?;
+    eprintln!("joined the cluster as node {}", args.name);
+    start(&reach.state_dir(), args.place.detach).await
+}
+
+async fn start(folder: &Path, detach: bool) -> Result<ExitCode> {
+    let program = std::env::current_exe().context("this program's own file")?;
+    if detach {
+        return start_in_background(&program, folder).await;
+    }
+    keel_node::supervise(|| {
+        let mut command = tokio::process::Command::new(&program);
+        command.arg("agent").arg("--folder").arg(folder);
+        command
+    })
+    .await
+    .context("the agent")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn start_in_background(program: &Path, folder: &Path) -> Result<ExitCode> {
+    let socket = folder.join("api.socket");
+    // What an earlier agent left would look like an answer.
+    if socket.exists() && std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+        bail!("a node runs in {} already", folder.display());
+    }
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(folder.join("agent.log"))
+        .with_context(|| format!("{} has no node yet (keel up --name NAME)", folder.display()))?;
+    let mut command = std::process::Command::new(program);
+    command
+        .arg("--state-dir")
+        .arg(folder)
+        .arg("up")
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    let mut parent = command.spawn().context("the node")?;
+    let client = keel_api::Client::socket(socket);
+    let deadline = tokio::time::Instant::now() + START_PATIENCE;
+    loop {
+        if client
+            .get::<keel_api::ClusterInfo>("/v1/status")
+            .await
+            .is_ok()
+        {
+            println!("{}", parent.id());
+            return Ok(ExitCode::SUCCESS);
+        }
+        if let Some(status) = parent.try_wait()? {
+            bail!(
+                "the node ended at once ({status}); see {}",
+                folder.join("agent.log").display()
+            );
+        }
+        if tokio::time::Instant::now() > deadline {
+            bail!(
+                "the node does not answer; see {}",
+                folder.join("agent.log").display()
+            );
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+pub(crate) async fn agent(args: &AgentArgs) -> Result<ExitCode> {
+    keel_node::run(&args.folder).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn worker(args: &WorkerArgs) -> Result<ExitCode> {
+    match keel_machine::worker::run(&args.folder, &args.cache, &args.programs) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(error) => bail!(error),
+    }
+}

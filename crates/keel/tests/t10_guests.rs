@@ -1,0 +1,121 @@
+//! The guests plain, instrumented, and shaken: the same output, the same exit
+//! code, however often their threads are captured and resumed.
+
+mod common;
+
+use common::{Finished, MODES, finish, guest, keel, run};
+
+/// Runs a guest in every mode and compares with the first. Returns how often
+/// it was captured.
+fn same_in_every_mode(name: &str, args: &[&str]) -> u64 {
+    let plain = run(MODES[0], name, args);
+    assert_eq!(plain.code, Some(0), "{plain:?}");
+    let mut captures = 0;
+    for mode in &MODES[1..] {
+        let other = run(mode, name, args);
+        assert_same(&plain, &other, &format!("{name} {mode:?}"));
+        captures += other.captures;
+    }
+    captures
+}
+
+fn assert_same(plain: &Finished, other: &Finished, what: &str) {
+    assert_eq!(plain.code, other.code, "{what}: {other:?}");
+    assert_eq!(plain.stderr, other.stderr, "{what}");
+    assert!(
+        plain.stdout == other.stdout,
+        "{what}: {:?}, not {:?}",
+        other.stdout,
+        plain.stdout
+    );
+}
+
+#[test]
+fn counter() {
+    assert!(same_in_every_mode("counter", &["40", "2"]) > 20);
+}
+
+#[test]
+fn spinner() {
+    assert!(same_in_every_mode("spinner", &["4", "8000000"]) > 50);
+}
+
+#[test]
+fn writer() {
+    // Its own time decides how much it writes; what it prints is the same.
+    assert!(same_in_every_mode("writer", &["24", "200", "3"]) > 50);
+}
+
+#[test]
+fn threads() {
+    assert!(same_in_every_mode("threads", &["8", "20000"]) > 50);
+}
+
+#[test]
+fn zstd() {
+    assert!(same_in_every_mode("zstd", &["4", "5", "6144", "3"]) > 50);
+}
+
+/// zstd's output does not depend on the number of its workers.
+#[test]
+fn zstd_with_another_number_of_workers() {
+    let one = run(&[], "zstd", &["1", "3", "4096"]);
+    let many = run(&["--shake", "5000"], "zstd", &["7", "3", "4096"]);
+    assert_same(&one, &many, "seven workers");
+}
+
+#[test]
+fn files() {
+    let mut first = None;
+    for mode in MODES {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = format!("{}::/data", folder.path().display());
+        let options: Vec<&str> = mode.iter().copied().chain(["--dir", &dir]).collect();
+        let finished = run(&options, "files", &["/data", "150"]);
+        assert_eq!(finished.code, Some(0), "{mode:?}: {finished:?}");
+        let left: Vec<_> = folder.path().read_dir().unwrap().collect();
+        assert!(left.is_empty(), "{mode:?} leaves {left:?}");
+        match &first {
+            None => first = Some(finished),
+            Some(first) => assert_same(first, &finished, &format!("{mode:?}")),
+        }
+    }
+}
+
+/// Many threads, captured as often as it goes, with many seeds.
+#[test]
+fn threads_at_a_high_rate() {
+    let plain = run(&["--plain"], "threads", &["16", "6000"]);
+    let mut captures = 0;
+    for seed in 0..12 {
+        let seed = seed.to_string();
+        let options = ["--shake", "50000", "--seed", &seed];
+        let shaken = run(&options, "threads", &["16", "6000"]);
+        assert_same(&plain, &shaken, &format!("seed {seed}"));
+        captures += shaken.captures;
+    }
+    assert!(captures > 500, "{captures}");
+}
+
+#[test]
+fn exit_codes() {
+    for mode in MODES {
+        for code in [0, 1, 7, 255] {
+            let finished = run(mode, "hostile", &["exit", &code.to_string()]);
+            assert_eq!(finished.code, Some(code), "{mode:?}");
+        }
+    }
+}
+
+#[test]
+fn standard_input_is_passed_on() {
+    for mode in MODES {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, vec![7; 1_000_003]).unwrap();
+        let mut command = keel();
+        command.args(mode).arg(guest("hostile")).arg("stdin");
+        command.stdin(file.reopen().unwrap());
+        let finished = finish(&mut command);
+        assert_eq!(finished.stdout, "1000003 bytes\n", "{mode:?}");
+    }
+}

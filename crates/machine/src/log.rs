@@ -1,0 +1,398 @@
+//! A machine's output: every byte has an offset that never changes, so that it
+//! survives moves in order, nothing twice and nothing lost, and readers can go
+//! on where they were.
+//!
+//! Format: records of `stream (u8: 1 output, 2 error), length (u32, little-
+//! endian), bytes`, one after the other. The newest [`SEGMENT_BYTES_MAX`] to
+//! twice that are kept, in two files.
+
+use keel_wasi::{Interrupt, Sink, SinkResult};
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// Bytes of one file of the log.
+pub const SEGMENT_BYTES_MAX: u64 = 32 << 20;
+/// Bytes in front of a record's text.
+pub const HEADER_BYTES: usize = 5;
+/// Bytes of text in one record.
+const RECORD_BYTES_MAX: usize = 64 << 10;
+
+/// Which stream a record is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[repr(u8)]
+pub enum StreamKind {
+    /// Standard output.
+    Output = 1,
+    /// Standard error.
+    Error = 2,
+}
+
+#[derive(Debug)]
+struct Segment {
+    base: u64,
+    file: File,
+    path: PathBuf,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Oldest first; at most two.
+    segments: Vec<Segment>,
+    end: u64,
+    closed: bool,
+}
+
+/// The log of one machine on one node.
+#[derive(Debug)]
+pub struct Log {
+    folder: PathBuf,
+    state: Mutex<State>,
+    grown: Condvar,
+}
+
+impl Log {
+    /// Opens the log in a folder, or begins one whose first byte has offset
+    /// `base` where there is none.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn open(folder: &Path, base: u64) -> std::io::Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let mut segments = Vec::new();
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            let found = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .and_then(|name| name.strip_prefix("log."))
+                .and_then(|base| base.parse().ok());
+            if let Some(base) = found {
+                segments.push(Segment {
+                    base,
+                    file: open_file(&path)?,
+                    path,
+                });
+            }
+        }
+        segments.sort_by_key(|segment| segment.base);
+        if segments.is_empty() {
+            segments.push(new_segment(folder, base)?);
+        }
+        let end = match segments.last() {
+            Some(last) => last.base + last.file.metadata()?.len(),
+            None => base,
+        };
+        Ok(Log {
+            folder: folder.to_owned(),
+            state: Mutex::new(State {
+                segments,
+                end,
+                closed: false,
+            }),
+            grown: Condvar::new(),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|error| error.into_inner())
+    }
+
+    /// Offset of the first byte that is kept.
+    pub fn base(&self) -> u64 {
+        self.state().segments.first().map_or(0, |first| first.base)
+    }
+
+    /// Offset behind the last byte.
+    pub fn end(&self) -> u64 {
+        self.state().end
+    }
+
+    /// Adds a record.
+    ///
+    /// # Errors
+    /// The file system's; nothing was added then.
+    pub fn append(&self, stream: StreamKind, text: &[u8]) -> std::io::Result<()> {
+        let mut record = Vec::with_capacity(HEADER_BYTES + text.len());
+        record.push(stream as u8);
+        record.extend((text.len() as u32).to_le_bytes());
+        record.extend(text);
+        let end = self.end();
+        self.write_at(end, &record)
+    }
+
+    /// Puts bytes of whole records at an offset: the end, or before it where
+    /// they are known already (a move sends what it is not sure of twice).
+    ///
+    /// # Errors
+    /// `InvalidInput` for an offset behind the end, and the file system's.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+        let mut state = self.state();
+        if offset > state.end {
+            return Err(std::io::Error::new(
+                std::io::ErrorKind::InvalidInput,
+                format!("output has a gap from {} to {offset}", state.end),
+            ));
+        }
+        let known = usize::try_from(state.end - offset).unwrap_or(usize::MAX);
+        let Some(new) = bytes.get(known..).filter(|new| !new.is_empty()) else {
+            return Ok(());
+        };
+        let end = state.end;
+        if let Some(last) = state.segments.last()
+            && end - last.base >= SEGMENT_BYTES_MAX
+        {
+            let segment = new_segment(&self.folder, end)?;
+            state.segments.push(segment);
+            if state.segments.len() > 2 {
+                let old = state.segments.remove(0);
+                if let Err(error) = std::fs::remove_file(&old.path) {
+                    tracing::warn!(%error, path = %old.path.display(), "old output stays");
+                }
+            }
+        }
+        if let Some(last) = state.segments.last() {
+            last.file.write_all_at(new, end - last.base)?;
+        }
+        state.end = end + new.len() as u64;
+        self.grown.notify_all();
+        Ok(())
+    }
+
+    /// Bytes from `offset` on, at most `max`; empty at the end. An offset that
+    /// is no longer kept reads from the first that is. Answers the offset too.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn read(&self, offset: u64, max: usize) -> std::io::Result<(u64, Vec<u8>)> {
+        let state = self.state();
+        let offset = offset.max(state.segments.first().map_or(0, |first| first.base));
+        let position = state
+            .segments
+            .iter()
+            .rposition(|segment| segment.base <= offset);
+        let Some(position) = position else {
+            return Ok((offset, Vec::new()));
+        };
+        let segment = &state.segments[position];
+        let limit = match state.segments.get(position + 1) {
+            Some(next) => next.base,
+            None => state.end,
+        };
+        let count = usize::try_from(limit.saturating_sub(offset)).unwrap_or(max).min(max);
+        let mut bytes = vec![0; count];
+        segment
+            .file
+            .read_exact_at(&mut bytes, offset - segment.base)?;
+        Ok((offset, bytes))
+    }
+
+    /// Waits until there is something at `offset`, the log is closed, or the
+    /// time is over.
+    pub fn wait(&self, offset: u64, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.state();
+        while state.end <= offset && !state.closed {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return;
+            }
+            state = self
+                .grown
+                .wait_timeout(state, rest)
+                .unwrap_or_else(|error| error.into_inner())
+                .0;
+        }
+    }
+
+    /// Lets those who wait go.
+    pub fn close(&self) {
+        self.state().closed = true;
+        self.grown.notify_all();
+    }
+}
+
+fn open_file(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+}
+
+fn new_segment(folder: &Path, base: u64) -> std::io::Result<Segment> {
+    let path = folder.join(format!("log.{base}"));
+    Ok(Segment {
+        base,
+        file: open_file(&path)?,
+        path,
+    })
+}
+
+/// Takes whole records off the front of `bytes`.
+pub fn split_records(bytes: &mut Vec<u8>) -> Vec<(StreamKind, Vec<u8>)> {
+    let mut records = Vec::new();
+    let mut at = 0;
+    while let Some(header) = bytes.get(at..at + HEADER_BYTES) {
+        let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize;
+        let Some(text) = bytes.get(at + HEADER_BYTES..at + HEADER_BYTES + length) else {
+            break;
+        };
+        let stream = if header[0] == StreamKind::Error as u8 {
+            StreamKind::Error
+        } else {
+            StreamKind::Output
+        };
+        records.push((stream, text.to_vec()));
+        at += HEADER_BYTES + length;
+    }
+    bytes.drain(..at);
+    records
+}
+
+/// Limits output to a number of bytes a second, with one second's worth at
+/// once: more waits.
+#[derive(Debug)]
+struct Rate {
+    bytes_per_s: f64,
+    allowance: f64,
+    since: Instant,
+}
+
+impl Rate {
+    /// How long to wait before anything may be written.
+    fn delay(&mut self) -> Duration {
+        let now = Instant::now();
+        let earned = now.duration_since(self.since).as_secs_f64() * self.bytes_per_s;
+        self.allowance = (self.allowance + earned).min(self.bytes_per_s);
+        self.since = now;
+        if self.allowance > 0.0 {
+            Duration::ZERO
+        } else {
+            Duration::from_secs_f64((-self.allowance / self.bytes_per_s).clamp(0.001, 1.0))
+        }
+    }
+}
+
+/// A guest's standard output or error that goes into a log.
+#[derive(Debug)]
+pub struct LogSink {
+    log: Arc<Log>,
+    stream: StreamKind,
+    rate: Mutex<Rate>,
+}
+
+impl LogSink {
+    /// Writes to `log` at most `bytes_per_s`.
+    pub fn new(log: Arc<Log>, stream: StreamKind, bytes_per_s: u64) -> Self {
+        let bytes_per_s = bytes_per_s.max(1) as f64;
+        LogSink {
+            log,
+            stream,
+            rate: Mutex::new(Rate {
+                bytes_per_s,
+                allowance: bytes_per_s,
+                since: Instant::now(),
+            }),
+        }
+    }
+}
+
+impl Sink for LogSink {
+    fn write(&self, bytes: &[u8], interrupt: &dyn Interrupt) -> SinkResult {
+        loop {
+            let delay = {
+                let mut rate = self.rate.lock().unwrap_or_else(|error| error.into_inner());
+                let delay = rate.delay();
+                if delay.is_zero() {
+                    let count = bytes.len().min(RECORD_BYTES_MAX);
+                    rate.allowance -= count as f64;
+                    return match self.log.append(self.stream, &bytes[..count]) {
+                        Ok(()) => SinkResult::Written(count),
+                        Err(error) => {
+                            tracing::warn!(%error, "output cannot be kept");
+                            SinkResult::Errno(keel_wasi::Errno::Io)
+                        }
+                    };
+                }
+                delay
+            };
+            if interrupt.requested() {
+                return SinkResult::Interrupted;
+            }
+            let wakeup = interrupt.wakeup();
+            let mut wait = [rustix::event::PollFd::new(
+                &wakeup,
+                rustix::event::PollFlags::IN,
+            )];
+            let timeout = rustix::event::Timespec {
+                tv_sec: delay.as_secs() as i64,
+                tv_nsec: delay.subsec_nanos().into(),
+            };
+            // Woken early or not: the loop looks again.
+            let _ = rustix::event::poll(&mut wait, Some(&timeout));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offsets_last_over_segments_and_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log::open(folder.path(), 100).unwrap();
+        log.append(StreamKind::Output, b"one").unwrap();
+        log.append(StreamKind::Error, b"two").unwrap();
+        let end = log.end();
+        assert_eq!(end, 100 + 16);
+        drop(log);
+        let log = Log::open(folder.path(), 0).unwrap();
+        assert_eq!((log.base(), log.end()), (100, end));
+        let (offset, mut bytes) = log.read(0, 1000).unwrap();
+        assert_eq!(offset, 100);
+        assert_eq!(
+            split_records(&mut bytes),
+            [
+                (StreamKind::Output, b"one".to_vec()),
+                (StreamKind::Error, b"two".to_vec())
+            ]
+        );
+        // Known bytes are not added again, a gap is refused.
+        let (_, again) = log.read(108, 8).unwrap();
+        log.write_at(108, &again).unwrap();
+        assert_eq!(log.end(), end);
+        assert!(log.write_at(end + 1, b"x").is_err());
+    }
+
+    #[test]
+    fn old_segments_go_and_the_rest_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log::open(folder.path(), 0).unwrap();
+        let text = vec![b'x'; 1 << 20];
+        for _ in 0..80 {
+            log.append(StreamKind::Output, &text).unwrap();
+        }
+        assert!(log.base() > 0 && log.end() - log.base() <= 3 * SEGMENT_BYTES_MAX);
+        let mut at = log.base();
+        let mut rest = Vec::new();
+        let mut records = 0;
+        while at < log.end() {
+            let (offset, bytes) = log.read(at, 1 << 20).unwrap();
+            assert_eq!(offset, at);
+            at += bytes.len() as u64;
+            rest.extend(bytes);
+            for (_, record) in split_records(&mut rest) {
+                assert_eq!(record, text);
+                records += 1;
+            }
+        }
+        assert!(rest.is_empty() && records >= 32);
+    }
+}

@@ -1,0 +1,216 @@
+//! Requests, answers and events between an agent and its workers, over
+//! `keel-net`'s rpc on a Unix socket that only this user can reach.
+
+use crate::moves::{Progress, Round};
+use crate::spec::{Spec, Status};
+use keel_cluster::{Epoch, MachineName};
+use keel_net::{Bytes, Fingerprint, RpcError};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::path::PathBuf;
+
+/// Kinds of requests.
+pub mod kind {
+    /// [`super::Start`] → `()`.
+    pub const START: u16 = 0x0401;
+    /// [`super::Receive`] → [`super::Receiving`].
+    pub const RECEIVE: u16 = 0x0402;
+    /// `()` → [`super::Report`].
+    pub const REPORT: u16 = 0x0403;
+    /// `()` → stream of [`super::State`], the present one first.
+    pub const STATES: u16 = 0x0404;
+    /// `()` → [`keel_net::Fingerprint`] of the certificate for the next move.
+    pub const IDENTITY: u16 = 0x0405;
+    /// [`super::Copy`] → stream of [`super::CopyEvent`].
+    pub const COPY: u16 = 0x0406;
+    /// `()` → [`super::Frozen`].
+    pub const FREEZE: u16 = 0x0407;
+    /// [`keel_cluster::Epoch`] → microseconds until the answer.
+    pub const GO: u16 = 0x0408;
+    /// [`keel_cluster::Epoch`] → `()`.
+    pub const THAW: u16 = 0x0409;
+    /// `String` → `()`: gives the move up.
+    pub const ABORT: u16 = 0x040a;
+    /// `()` → `()`: ends the machine.
+    pub const STOP: u16 = 0x040b;
+    /// `()` → `()`: ends the worker.
+    pub const FORGET: u16 = 0x040c;
+    /// [`super::ReadLog`] → stream of [`super::LogChunk`].
+    pub const LOG: u16 = 0x040d;
+}
+
+/// Where a worker is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum State {
+    /// It has no machine yet.
+    Empty,
+    /// Its machine runs under an epoch.
+    Running {
+        /// The epoch.
+        epoch: Epoch,
+    },
+    /// A machine that ran under this epoch elsewhere arrives.
+    Receiving {
+        /// The epoch that it was offered under.
+        offered: Epoch,
+    },
+    /// It has arrived; the word to go is awaited.
+    Prepared {
+        /// The epoch that it was offered under.
+        offered: Epoch,
+        /// Whether the source can no longer say how it goes on: only the store
+        /// can.
+        source_lost: bool,
+    },
+    /// The machine ended.
+    Ended {
+        /// The epoch under which it ran.
+        epoch: Epoch,
+        /// How.
+        status: Status,
+    },
+    /// What arrived was dropped.
+    Dropped {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Starts a machine from its beginning.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Start {
+    /// Its name.
+    pub machine: MachineName,
+    /// What was asked for.
+    pub spec: Spec,
+    /// The module as its author built it.
+    pub module: PathBuf,
+    /// Under this epoch.
+    pub epoch: Epoch,
+}
+
+/// Receives a machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Receive {
+    /// Its name.
+    pub machine: MachineName,
+    /// What was asked for.
+    pub spec: Spec,
+    /// The instrumented module.
+    pub program: PathBuf,
+    /// The epoch under which it runs at the source.
+    pub offered: Epoch,
+    /// Certificate of the source's worker.
+    pub source: Fingerprint,
+    /// Address to listen on (without port).
+    pub address: String,
+    /// Present size of each memory, in 64 KiB pages.
+    pub memory_pages: Vec<u64>,
+}
+
+/// Where a worker waits for the source.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Receiving {
+    /// `address:port`.
+    pub address: String,
+    /// Its certificate.
+    pub fingerprint: Fingerprint,
+}
+
+/// Gives the machine to a target.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Copy {
+    /// Where the target's worker listens.
+    pub target: Receiving,
+}
+
+/// How copying goes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum CopyEvent {
+    /// It goes on.
+    Progress(Progress),
+    /// What is left is small enough.
+    Converged {
+        /// The rounds that it took.
+        rounds: Vec<Round>,
+        /// Whether the guest was slowed down.
+        slowed: bool,
+    },
+    /// It cannot go on; the machine runs here.
+    Lost {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// The machine is frozen and all of it is at the target, ready to go on.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Frozen {
+    /// Threads to safepoints, in microseconds.
+    pub freeze_micros: u64,
+    /// The last pages.
+    pub last_pages_micros: u64,
+    /// Bytes of them.
+    pub last_bytes: u64,
+    /// Threads and WASI state, sent and made ready.
+    pub state_micros: u64,
+    /// Bytes sent in all.
+    pub bytes: u64,
+}
+
+/// What a worker says of its machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// Where it is.
+    pub state: State,
+    /// The worker's process.
+    pub pid: u32,
+    /// Hash of the instrumented module; its file is in the agent's folder.
+    pub program: Option<[u8; 32]>,
+    /// Guest threads.
+    pub threads: u32,
+    /// Bytes of memory that the guest has.
+    pub memory_bytes: u64,
+    /// Size of each memory in 64 KiB pages.
+    pub memory_pages: Vec<u64>,
+    /// CPU time of the worker, in microseconds.
+    pub cpu_micros: u64,
+    /// First and last offset of the output.
+    pub log: (u64, u64),
+}
+
+/// Reads output.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReadLog {
+    /// From this offset.
+    pub from: u64,
+    /// Whether to wait for more until the machine ends or leaves.
+    pub follow: bool,
+}
+
+/// Some output.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LogChunk {
+    /// Offset of its first byte.
+    pub offset: u64,
+    /// Bytes of the log; records may be cut.
+    pub bytes: Vec<u8>,
+}
+
+/// Encodes a message.
+///
+/// # Errors
+/// [`RpcError::Refused`] if it cannot be encoded.
+pub fn pack<T: Serialize>(value: &T) -> Result<Bytes, RpcError> {
+    postcard::to_stdvec(value)
+        .map(Bytes::from)
+        .map_err(RpcError::refused)
+}
+
+/// Decodes a message.
+///
+/// # Errors
+/// [`RpcError::Refused`] if it is none.
+pub fn unpack<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, RpcError> {
+    postcard::from_bytes(bytes)
+        .map_err(|error| RpcError::refused(format!("unreadable message: {error}")))
+}

@@ -1,0 +1,180 @@
+//! Receives a machine: pages, output, then threads and WASI state, from which
+//! it makes a machine that stands ready. Blocking; has a thread of its own.
+
+use super::control::Receive;
+use crate::link::{ImageBytes, Link, LinkError, Message};
+use crate::log::Log;
+use keel_cluster::Epoch;
+use keel_net::{PinnedIdentity, ServerTls};
+use keel_wasm::memory::{GuestMemory, MemoryError};
+use keel_wasm::runtime::{Image, Limits, Machine, MachineError, Program, make_memories};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long the source has to connect.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(20);
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum IncomingError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error("the machine's output cannot be kept: {0}")]
+    Log(#[from] std::io::Error),
+    #[error(transparent)]
+    Tls(#[from] keel_net::TlsError),
+    #[error("its surroundings cannot be had here: {0}")]
+    Wasi(#[from] keel_wasi::Error),
+    #[error("the source did not connect in time")]
+    NobodyCame,
+    #[error("the source says {0}, which was not agreed")]
+    Other(String),
+}
+
+/// A machine that has arrived and stands ready, with the way to its source.
+pub(super) struct Arrived {
+    pub(super) machine: Machine,
+    pub(super) log: Arc<Log>,
+    pub(super) link: Link,
+}
+
+/// Makes WASI state out of a snapshot, with this node's resources and a log.
+pub(super) type Restore<'a> =
+    dyn Fn(keel_wasi::Snapshot, Arc<Log>) -> Result<keel_wasi::Wasi, keel_wasi::Error> + 'a;
+
+/// Waits for the source and takes the machine in.
+pub(super) fn receive(
+    listener: &TcpListener,
+    identity: &PinnedIdentity,
+    request: &Receive,
+    program: Arc<Program>,
+    folder: &std::path::Path,
+    restore: &Restore<'_>,
+) -> Result<Arrived, IncomingError> {
+    let tls = ServerTls::pinned(identity, request.source)?;
+    let (mut link, log_base) = accept(listener, &tls, request, &program)?;
+    let limits = Limits {
+        memory_bytes: request.spec.memory_bytes,
+        threads_max: request.spec.threads_max,
+    };
+    let memories = make_memories(program.meta(), limits.memory_bytes)?;
+    let log = Arc::new(Log::open(folder, log_base)?);
+    let mut image = ImageBytes::default();
+    loop {
+        match link.receive()? {
+            Message::Size { memory, pages } => {
+                let memory = find(&memories, memory)?;
+                let missing = pages.saturating_sub(memory.size_bytes() >> 16);
+                if memory.grow(missing).is_none() {
+                    return Err(IncomingError::Other(format!(
+                        "{pages} pages of memory (the limit is {} bytes)",
+                        memory.limit_bytes()
+                    )));
+                }
+            }
+            Message::Pages {
+                memory,
+                offset,
+                bytes,
+            } => find(&memories, memory)?.write(offset, &bytes)?,
+            Message::Log { offset, bytes } => log.write_at(offset, &bytes)?,
+            Message::RoundEnd => {
+                link.send(&Message::RoundDone)?;
+                link.flush()?;
+            }
+            Message::Image(bytes) => image.add(&bytes)?,
+            Message::ImageEnd => break,
+            other => return Err(IncomingError::Other(format!("{other:?}"))),
+        }
+    }
+    let image = Image::decode(&image.take(), &program)?;
+    let wasi = restore(image.wasi.clone(), log.clone())?;
+    let machine = Machine::prepare(program, image, memories, wasi, limits)?;
+    Ok(Arrived { machine, log, link })
+}
+
+fn find(memories: &[Arc<GuestMemory>], number: u32) -> Result<&Arc<GuestMemory>, IncomingError> {
+    memories
+        .get(number as usize)
+        .ok_or_else(|| IncomingError::Other(format!("memory {number}")))
+}
+
+/// Waits for a peer that has the agreed certificate and says the agreed hello.
+/// Others are turned away and do not end the move.
+fn accept(
+    listener: &TcpListener,
+    tls: &ServerTls,
+    request: &Receive,
+    program: &Program,
+) -> Result<(Link, u64), IncomingError> {
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + CONNECT_PATIENCE;
+    loop {
+        match listener.accept() {
+            Ok((socket, peer)) => {
+                socket.set_nonblocking(false)?;
+                match greet(socket, tls, request, program) {
+                    Ok(link) => return Ok(link),
+                    Err(error) => tracing::warn!(%peer, %error, "turned a peer away"),
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                let rest = deadline.saturating_duration_since(Instant::now());
+                if rest.is_zero() {
+                    return Err(IncomingError::NobodyCame);
+                }
+                let mut wait = [rustix::event::PollFd::new(
+                    listener,
+                    rustix::event::PollFlags::IN,
+                )];
+                let timeout = rustix::event::Timespec {
+                    tv_sec: rest.as_secs() as i64,
+                    tv_nsec: rest.subsec_nanos().into(),
+                };
+                rustix::event::poll(&mut wait, Some(&timeout)).map_err(std::io::Error::from)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn greet(
+    socket: std::net::TcpStream,
+    tls: &ServerTls,
+    request: &Receive,
+    program: &Program,
+) -> Result<(Link, u64), IncomingError> {
+    let mut link = Link::accept(socket, tls)?;
+    let Message::Hello(hello) = link.receive()? else {
+        return Err(IncomingError::Other("no hello".into()));
+    };
+    if hello.machine != request.machine
+        || hello.epoch != request.offered
+        || hello.program != *program.hash()
+    {
+        return Err(IncomingError::Other(format!(
+            "machine {} under epoch {}",
+            hello.machine, hello.epoch
+        )));
+    }
+    Ok((link, hello.log_base))
+}
+
+impl Arrived {
+    /// Tells the source that all is ready.
+    pub(super) fn say_prepared(&mut self) -> Result<(), LinkError> {
+        self.link.send(&Message::Prepared)?;
+        self.link.flush()?;
+        self.link.be_patient()
+    }
+}
+
+/// Tells the source that the machine runs here.
+pub(super) fn say_resumed(link: &mut Link, epoch: Epoch) -> Result<(), LinkError> {
+    link.send(&Message::Resumed(epoch))?;
+    link.flush()
+}

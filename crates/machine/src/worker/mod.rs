@@ -1,0 +1,20 @@
+//! The process around one machine, and what its agent says to it.
+//!
+//! - `control`: requests, answers and events between agent and worker
+//! - `process`: the process itself
+//! - `outgoing`: gives the machine away (source of a move)
+//! - `incoming`: receives a machine (target of a move)
+//!
+//! A worker outlives its agent: it is found again through the socket in its
+//! folder. It never decides who owns the machine; it does what its agent, which
+//! reads the store, tells it.
+
+pub mod control;
+mod incoming;
+mod outgoing;
+mod process;
+
+pub use process::run;
+
+/// Name of the socket in a worker's folder.
+pub const SOCKET: &str = "socket";

@@ -1,0 +1,692 @@
+//! The worker process: one machine, a socket for its agent, and the threads
+//! that moves need.
+
+use super::control::{
+    Copy, CopyEvent, Frozen, LogChunk, ReadLog, Receive, Receiving, Report, Start, State, kind,
+    pack, unpack,
+};
+use super::incoming::{self, IncomingError};
+use super::outgoing::Outgoing;
+use super::SOCKET;
+use crate::link::{Link, LinkError, Message};
+use crate::log::{Log, LogSink, StreamKind};
+use crate::moves::{TargetCommand, TargetEvent, TargetMove, TargetState};
+use crate::spec::{Spec, Status};
+use keel_cluster::{Epoch, MachineName};
+use keel_net::rpc::everyone_is_member;
+use keel_net::{
+    BoxFuture, Bytes, Fingerprint, Handler, Options as RpcOptions, PeerId, PinnedIdentity, Reply,
+    RpcError, Server,
+};
+use keel_wasi::{Config, Preopen, Resources, Wasi};
+use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+
+/// Bytes of output in one answer.
+const LOG_CHUNK_BYTES: usize = 64 << 10;
+
+struct Worker {
+    folder: PathBuf,
+    programs: PathBuf,
+    engine: Engine,
+    inner: Mutex<Inner>,
+    state: watch::Sender<State>,
+}
+
+#[derive(Default)]
+struct Inner {
+    name: Option<MachineName>,
+    machine: Option<Machine>,
+    log: Option<Arc<Log>>,
+    epoch: Epoch,
+    identity: Option<PinnedIdentity>,
+    outgoing: Option<Outgoing>,
+    /// Breaks the connection of a copy that another thread is busy with.
+    closer: Option<std::net::TcpStream>,
+    target: Option<TargetMove>,
+}
+
+/// Runs a worker until its agent ends it. `folder` holds its socket and
+/// output, `cache` the node's compiled code, `programs` its instrumented
+/// modules.
+///
+/// # Errors
+/// If its folder or socket cannot be used.
+pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
+    std::fs::create_dir_all(programs)
+        .map_err(|error| format!("{}: {error}", programs.display()))?;
+    let engine = Engine::with_cache(Options::default(), cache)
+        .map_err(|error| format!("the engine: {error}"))?;
+    let worker = Arc::new(Worker {
+        folder: folder.to_owned(),
+        programs: programs.to_owned(),
+        engine,
+        inner: Mutex::default(),
+        state: watch::Sender::new(State::Empty),
+    });
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .map_err(|error| format!("no runtime: {error}"))?;
+    runtime.block_on(serve(worker))
+}
+
+async fn serve(worker: Arc<Worker>) -> Result<(), String> {
+    let path = worker.folder.join(SOCKET);
+    let temporary = worker.folder.join("socket.new");
+    // A socket that exists answers: it is put in place once it listens.
+    let _ = std::fs::remove_file(&temporary);
+    let listener = tokio::net::UnixListener::bind(&temporary)
+        .and_then(|listener| std::fs::rename(&temporary, &path).map(|()| listener))
+        .map_err(|error| format!("{}: {error}", path.display()))?;
+    let handler = Arc::new(Service(worker));
+    loop {
+        let (stream, _) = listener
+            .accept()
+            .await
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+        tokio::spawn(Server::serve_connection(
+            stream,
+            // The socket lies in a folder that only this user can enter.
+            PeerId::Pinned(Fingerprint([0; 32])),
+            everyone_is_member(),
+            handler.clone(),
+            RpcOptions::default(),
+        ));
+    }
+}
+
+struct Service(Arc<Worker>);
+
+impl Handler for Service {
+    fn call(
+        &self,
+        _peer: PeerId,
+        kind: u16,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<Reply, RpcError>> {
+        let worker = self.0.clone();
+        Box::pin(async move { worker.answer(kind, payload).await })
+    }
+}
+
+/// Runs something that may block away from the runtime.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RpcError> + Send + 'static,
+) -> Result<T, RpcError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(RpcError::unknown)?
+}
+
+impl Worker {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(|error| error.into_inner())
+    }
+
+    async fn answer(self: Arc<Self>, kind: u16, payload: Bytes) -> Result<Reply, RpcError> {
+        match kind {
+            kind::START => {
+                let start: Start = unpack(&payload)?;
+                blocking(move || self.start(start)).await?;
+                Ok(pack(&())?.into())
+            }
+            kind::RECEIVE => {
+                let request: Receive = unpack(&payload)?;
+                let receiving = blocking(move || self.receive(request)).await?;
+                Ok(pack(&receiving)?.into())
+            }
+            kind::REPORT => {
+                let report = blocking(move || Ok(self.report())).await?;
+                Ok(pack(&report)?.into())
+            }
+            kind::STATES => Ok(Reply::Stream(self.states())),
+            kind::IDENTITY => {
+                let identity = PinnedIdentity::generate().map_err(RpcError::refused)?;
+                let fingerprint = identity.fingerprint;
+                self.inner().identity = Some(identity);
+                Ok(pack(&fingerprint)?.into())
+            }
+            kind::COPY => {
+                let copy: Copy = unpack(&payload)?;
+                let (send, events) = mpsc::channel(64);
+                std::thread::Builder::new()
+                    .name("move-out".into())
+                    .spawn(move || self.copy(&copy, &send))
+                    .map_err(RpcError::refused)?;
+                Ok(Reply::Stream(events))
+            }
+            kind::FREEZE => {
+                let frozen = blocking(move || self.freeze()).await?;
+                Ok(pack(&frozen)?.into())
+            }
+            kind::GO => {
+                let epoch: Epoch = unpack(&payload)?;
+                let micros = blocking(move || self.go(epoch)).await?;
+                Ok(pack(&micros)?.into())
+            }
+            kind::THAW => {
+                let epoch: Epoch = unpack(&payload)?;
+                blocking(move || self.thaw(epoch)).await?;
+                Ok(pack(&())?.into())
+            }
+            kind::ABORT => {
+                let reason: String = unpack(&payload)?;
+                blocking(move || {
+                    self.abort(reason);
+                    Ok(())
+                })
+                .await?;
+                Ok(pack(&())?.into())
+            }
+            kind::STOP => {
+                if let Some(machine) = &self.inner().machine {
+                    machine.stop();
+                }
+                Ok(pack(&())?.into())
+            }
+            kind::FORGET => {
+                // The answer goes out first; nothing here is worth keeping.
+                tokio::spawn(async {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    std::process::exit(0);
+                });
+                Ok(pack(&())?.into())
+            }
+            kind::LOG => {
+                let read: ReadLog = unpack(&payload)?;
+                let (send, chunks) = mpsc::channel(16);
+                std::thread::Builder::new()
+                    .name("log".into())
+                    .spawn(move || self.read_log(&read, &send))
+                    .map_err(RpcError::refused)?;
+                Ok(Reply::Stream(chunks))
+            }
+            other => Err(RpcError::refused(format!("no request of kind {other:#x}"))),
+        }
+    }
+
+    fn start(self: &Arc<Self>, start: Start) -> Result<(), RpcError> {
+        if *self.state.borrow() != State::Empty {
+            return Err(RpcError::refused("this worker has a machine already"));
+        }
+        let bytes = std::fs::read(&start.module)
+            .map_err(|error| RpcError::failed(format!("{}: {error}", start.module.display())))?;
+        let program = self.engine.load(&bytes).map_err(RpcError::failed)?;
+        self.keep_program(program.hash(), program.bytes())?;
+        let log = Arc::new(Log::open(&self.folder, 0).map_err(RpcError::failed)?);
+        let wasi = Wasi::new(config(&start.spec, &log)).map_err(RpcError::failed)?;
+        let machine =
+            Machine::start(program, wasi, limits(&start.spec)).map_err(RpcError::failed)?;
+        let mut inner = self.inner();
+        inner.name = Some(start.machine);
+        inner.log = Some(log);
+        inner.epoch = start.epoch;
+        inner.machine = Some(machine.clone());
+        drop(inner);
+        self.state.send_replace(State::Running { epoch: start.epoch });
+        self.watch_end(machine)
+    }
+
+    /// Keeps an instrumented module where other nodes can get it.
+    fn keep_program(&self, hash: &[u8; 32], bytes: &[u8]) -> Result<(), RpcError> {
+        let path = self.programs.join(format!("{}.wasm", Fingerprint(*hash)));
+        if path.exists() {
+            return Ok(());
+        }
+        let temporary = path.with_extension(format!("{}.new", std::process::id()));
+        std::fs::write(&temporary, bytes)
+            .and_then(|()| std::fs::rename(&temporary, &path))
+            .map_err(|error| RpcError::failed(format!("{}: {error}", path.display())))
+    }
+
+    /// Tells the agent when the machine ends.
+    fn watch_end(self: &Arc<Self>, machine: Machine) -> Result<(), RpcError> {
+        let worker = self.clone();
+        std::thread::Builder::new()
+            .name("end".into())
+            .spawn(move || {
+                let Some(outcome) = machine.wait(None) else {
+                    return;
+                };
+                let epoch = {
+                    let inner = worker.inner();
+                    if inner.machine.is_none() {
+                        return;
+                    }
+                    inner.epoch
+                };
+                machine.wasi().finish();
+                let log = worker.inner().log.clone();
+                let status = match outcome {
+                    Outcome::Exit(code) => Status::Exited { code },
+                    Outcome::Trap(trap) => {
+                        if let Some(log) = &log {
+                            let text = format!("keel: {trap}\n");
+                            if let Err(error) = log.append(StreamKind::Error, text.as_bytes()) {
+                                tracing::warn!(%error, "a trap is not in the output");
+                            }
+                        }
+                        Status::Trapped {
+                            message: trap.to_string(),
+                        }
+                    }
+                    Outcome::Stopped => Status::Stopped,
+                };
+                worker.state.send_replace(State::Ended { epoch, status });
+                if let Some(log) = log {
+                    log.close();
+                }
+            })
+            .map(drop)
+            .map_err(RpcError::failed)
+    }
+
+    fn report(&self) -> Report {
+        let inner = self.inner();
+        let machine = inner.machine.as_ref();
+        let pages: Vec<u64> = machine.map_or_else(Vec::new, |machine| {
+            machine
+                .memories()
+                .iter()
+                .map(|memory| memory.size_bytes() >> 16)
+                .collect()
+        });
+        let log = inner.log.as_ref();
+        Report {
+            state: self.state.borrow().clone(),
+            pid: std::process::id(),
+            program: machine.map(|machine| *machine.program().hash()),
+            threads: machine.map_or(0, |machine| machine.threads().len() as u32),
+            memory_bytes: pages.iter().sum::<u64>() << 16,
+            memory_pages: pages,
+            cpu_micros: cpu_micros(),
+            log: log.map_or((0, 0), |log| (log.base(), log.end())),
+        }
+    }
+
+    fn states(&self) -> mpsc::Receiver<Bytes> {
+        let (send, receive) = mpsc::channel(16);
+        let mut states = self.state.subscribe();
+        tokio::spawn(async move {
+            loop {
+                let state = states.borrow_and_update().clone();
+                let Ok(bytes) = pack(&state) else { return };
+                if send.send(bytes).await.is_err() || states.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
+        receive
+    }
+
+    // ── giving the machine away ─────────────────────────────────────────
+
+    fn copy(&self, copy: &Copy, events: &mpsc::Sender<Bytes>) {
+        let mut tell = |event: CopyEvent| match pack(&event) {
+            Ok(bytes) => events.blocking_send(bytes).is_ok(),
+            Err(_) => false,
+        };
+        let prepared = {
+            let mut inner = self.inner();
+            match (&inner.machine, &inner.log, &inner.name) {
+                (Some(machine), Some(log), Some(name)) if inner.outgoing.is_none() => {
+                    let parts = (machine.clone(), log.clone(), name.clone(), inner.epoch);
+                    inner.identity.take().map(|identity| (identity, parts))
+                }
+                _ => None,
+            }
+        };
+        let Some((identity, (machine, log, name, epoch))) = prepared else {
+            tell(CopyEvent::Lost {
+                reason: "this worker has no machine to give away".into(),
+            });
+            return;
+        };
+        let result = Outgoing::connect(&name, epoch, machine, log, &identity, copy).and_then(
+            |mut outgoing| {
+                self.inner().closer = Some(outgoing.closer()?);
+                outgoing.copy(&mut tell).map(|()| outgoing)
+            },
+        );
+        match result {
+            Ok(outgoing) => self.inner().outgoing = Some(outgoing),
+            Err(error) => {
+                tell(CopyEvent::Lost {
+                    reason: error.to_string(),
+                });
+            }
+        }
+    }
+
+    fn freeze(&self) -> Result<Frozen, RpcError> {
+        // `copy` says that it converged a moment before it puts this back.
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let mut outgoing = loop {
+            if let Some(outgoing) = self.inner().outgoing.take() {
+                break outgoing;
+            }
+            if Instant::now() > deadline {
+                return Err(RpcError::refused("nothing was copied"));
+            }
+            std::thread::yield_now();
+        };
+        let result = outgoing.freeze_and_send();
+        self.inner().outgoing = Some(outgoing);
+        result.map_err(RpcError::failed)
+    }
+
+    /// Source: tells the target to go on. Target: goes on.
+    fn go(self: &Arc<Self>, epoch: Epoch) -> Result<u64, RpcError> {
+        let begun = Instant::now();
+        if self.inner().target.is_some() {
+            return match self.step_target(TargetEvent::Go(epoch)) {
+                commands if commands.is_empty() => {
+                    Err(RpcError::refused("not ready, or an older epoch"))
+                }
+                _ => Ok(begun.elapsed().as_micros() as u64),
+            };
+        }
+        let outgoing = self.inner().outgoing.take();
+        let Some(mut outgoing) = outgoing else {
+            return Err(RpcError::refused("no move is under way"));
+        };
+        let result = outgoing.go(epoch);
+        self.inner().outgoing = Some(outgoing);
+        result.map_err(RpcError::unknown)?;
+        Ok(begun.elapsed().as_micros() as u64)
+    }
+
+    fn thaw(&self, epoch: Epoch) -> Result<(), RpcError> {
+        let (machine, outgoing) = {
+            let mut inner = self.inner();
+            inner.epoch = epoch;
+            (inner.machine.clone(), inner.outgoing.take())
+        };
+        if let Some(outgoing) = outgoing {
+            outgoing.abort("the machine stays at its source");
+        }
+        let machine = machine.ok_or_else(|| RpcError::refused("no machine"))?;
+        machine.thaw().map_err(RpcError::failed)?;
+        self.state.send_replace(State::Running { epoch });
+        Ok(())
+    }
+
+    fn abort(self: &Arc<Self>, reason: String) {
+        let (outgoing, closer, is_target) = {
+            let mut inner = self.inner();
+            (
+                inner.outgoing.take(),
+                inner.closer.take(),
+                inner.target.is_some(),
+            )
+        };
+        if is_target {
+            self.step_target(TargetEvent::Abort(reason));
+            return;
+        }
+        match (outgoing, closer) {
+            (Some(outgoing), _) => outgoing.abort(&reason),
+            (None, Some(closer)) => {
+                // It may be gone already.
+                let _ = closer.shutdown(std::net::Shutdown::Both);
+            }
+            (None, None) => {}
+        }
+    }
+
+    // ── receiving a machine ─────────────────────────────────────────────
+
+    fn receive(self: &Arc<Self>, request: Receive) -> Result<Receiving, RpcError> {
+        if *self.state.borrow() != State::Empty {
+            return Err(RpcError::refused("this worker has a machine already"));
+        }
+        let bytes = std::fs::read(&request.program)
+            .map_err(|error| RpcError::failed(format!("{}: {error}", request.program.display())))?;
+        let program = self
+            .engine
+            .load_instrumented(bytes)
+            .map_err(RpcError::failed)?;
+        let identity = PinnedIdentity::generate().map_err(RpcError::failed)?;
+        let listener = std::net::TcpListener::bind((request.address.as_str(), 0))
+            .map_err(|error| RpcError::failed(format!("{}: {error}", request.address)))?;
+        let address = listener.local_addr().map_err(RpcError::failed)?;
+        let receiving = Receiving {
+            address: address.to_string(),
+            fingerprint: identity.fingerprint,
+        };
+        let offered = request.offered;
+        {
+            let mut inner = self.inner();
+            inner.name = Some(request.machine.clone());
+            inner.target = Some(TargetMove::new(offered));
+        }
+        self.state.send_replace(State::Receiving { offered });
+        let worker = self.clone();
+        std::thread::Builder::new()
+            .name("move-in".into())
+            .spawn(move || {
+                let restore = |snapshot, log: Arc<Log>| {
+                    Wasi::restore(snapshot, resources(&request.spec, &log))
+                };
+                let arrived = incoming::receive(
+                    &listener,
+                    &identity,
+                    &request,
+                    program,
+                    &worker.folder,
+                    &restore,
+                );
+                worker.arrived(arrived, offered);
+            })
+            .map_err(RpcError::failed)?;
+        Ok(receiving)
+    }
+
+    fn arrived(
+        self: &Arc<Self>,
+        arrived: Result<incoming::Arrived, IncomingError>,
+        offered: Epoch,
+    ) {
+        let mut arrived = match arrived {
+            Ok(arrived) => arrived,
+            Err(error) => {
+                self.step_target(TargetEvent::Failed(error.to_string()));
+                return;
+            }
+        };
+        {
+            let mut inner = self.inner();
+            inner.machine = Some(arrived.machine.clone());
+            inner.log = Some(arrived.log.clone());
+        }
+        self.step_target(TargetEvent::StateArrived);
+        let commands = self.step_target(TargetEvent::InstancesMade);
+        if !commands.contains(&TargetCommand::SayPrepared) {
+            return;
+        }
+        self.state.send_replace(State::Prepared {
+            offered,
+            source_lost: false,
+        });
+        if let Err(error) = arrived.say_prepared() {
+            self.source_lost(error.to_string(), offered);
+            return;
+        }
+        self.await_word(&mut arrived.link, offered);
+    }
+
+    /// Hears the source out until it is gone.
+    fn await_word(self: &Arc<Self>, link: &mut Link, offered: Epoch) {
+        loop {
+            let event = match link.receive() {
+                Ok(Message::Go(epoch)) => TargetEvent::Go(epoch),
+                Ok(_) => TargetEvent::Abort("the source said something out of turn".into()),
+                Err(LinkError::Aborted(reason)) => TargetEvent::Abort(reason),
+                Err(error) => return self.source_lost(error.to_string(), offered),
+            };
+            let last = !matches!(event, TargetEvent::Go(_));
+            for command in self.step_target(event) {
+                if let TargetCommand::SayResumed(epoch) = command
+                    && let Err(error) = incoming::say_resumed(link, epoch)
+                {
+                    // The source asks again over the agents.
+                    tracing::info!(%error, "the source did not hear that the machine runs");
+                }
+            }
+            if last {
+                return;
+            }
+        }
+    }
+
+    fn source_lost(self: &Arc<Self>, reason: String, offered: Epoch) {
+        let commands = self.step_target(TargetEvent::SourceLost(reason));
+        if commands.contains(&TargetCommand::AskAgent) {
+            self.state.send_replace(State::Prepared {
+                offered,
+                source_lost: true,
+            });
+        }
+    }
+
+    /// Steps the target's state machine and does what it says, but for
+    /// speaking to the source.
+    fn step_target(self: &Arc<Self>, event: TargetEvent) -> Vec<TargetCommand> {
+        let mut inner = self.inner();
+        let Some(target) = &mut inner.target else {
+            return Vec::new();
+        };
+        let commands = target.step(event);
+        let state = target.state();
+        for command in &commands {
+            match command {
+                TargetCommand::Thaw(epoch) => {
+                    inner.epoch = *epoch;
+                    if let Some(machine) = inner.machine.clone() {
+                        // It stands ready; a guest that ended cannot be here.
+                        if let Err(error) = machine.thaw() {
+                            tracing::error!(%error, "an arrived machine does not go on");
+                        }
+                        if let Err(error) = self.watch_end(machine) {
+                            tracing::error!(%error, "its end will not be noticed");
+                        }
+                    }
+                }
+                TargetCommand::Drop(reason) => {
+                    if let Some(machine) = inner.machine.take() {
+                        machine.stop();
+                    }
+                    self.state.send_replace(State::Dropped {
+                        reason: reason.clone(),
+                    });
+                }
+                TargetCommand::Prepare
+                | TargetCommand::SayPrepared
+                | TargetCommand::SayResumed(_)
+                | TargetCommand::AskAgent => {}
+            }
+        }
+        if let TargetState::Running { epoch } = state
+            && !commands.is_empty()
+            && !matches!(*self.state.borrow(), State::Ended { .. })
+        {
+            self.state.send_replace(State::Running { epoch });
+        }
+        commands
+    }
+
+    // ── output ──────────────────────────────────────────────────────────
+
+    fn read_log(&self, read: &ReadLog, chunks: &mpsc::Sender<Bytes>) {
+        let Some(log) = self.inner().log.clone() else {
+            return;
+        };
+        let mut at = read.from;
+        loop {
+            let (offset, bytes) = match log.read(at, LOG_CHUNK_BYTES) {
+                Ok(read) => read,
+                Err(error) => {
+                    tracing::warn!(%error, "output cannot be read");
+                    return;
+                }
+            };
+            if bytes.is_empty() {
+                let over = matches!(
+                    *self.state.borrow(),
+                    State::Ended { .. } | State::Dropped { .. }
+                );
+                if !read.follow || over || chunks.is_closed() {
+                    return;
+                }
+                log.wait(offset, Duration::from_millis(500));
+                continue;
+            }
+            at = offset + bytes.len() as u64;
+            let sent = pack(&LogChunk { offset, bytes })
+                .ok()
+                .is_some_and(|bytes| chunks.blocking_send(bytes).is_ok());
+            if !sent {
+                return;
+            }
+        }
+    }
+}
+
+fn limits(spec: &Spec) -> Limits {
+    Limits {
+        memory_bytes: spec.memory_bytes,
+        threads_max: spec.threads_max,
+    }
+}
+
+fn sinks(spec: &Spec, log: &Arc<Log>) -> (Box<LogSink>, Box<LogSink>) {
+    let sink = |stream| Box::new(LogSink::new(log.clone(), stream, spec.output_bytes_per_s));
+    (sink(StreamKind::Output), sink(StreamKind::Error))
+}
+
+fn config(spec: &Spec, log: &Arc<Log>) -> Config {
+    let (stdout, stderr) = sinks(spec, log);
+    Config {
+        args: spec.args.clone(),
+        env: spec.env.clone(),
+        preopens: spec
+            .volumes
+            .iter()
+            .map(|volume| Preopen {
+                host: volume.host.clone().into(),
+                guest: volume.guest.clone(),
+                read_only: volume.read_only,
+            })
+            .collect(),
+        stdout,
+        stderr,
+        ..Config::default()
+    }
+}
+
+fn resources(spec: &Spec, log: &Arc<Log>) -> Resources {
+    let (stdout, stderr) = sinks(spec, log);
+    Resources {
+        preopens: spec
+            .volumes
+            .iter()
+            .map(|volume| volume.host.clone().into())
+            .collect(),
+        stdout,
+        stderr,
+        ..Resources::default()
+    }
+}
+
+/// CPU time of this process so far.
+fn cpu_micros() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    let rest = u64::try_from(time.tv_nsec).unwrap_or(0) / 1000;
+    seconds.saturating_mul(1_000_000).saturating_add(rest)
+}

@@ -1,0 +1,372 @@
+//! The agent's parts, how a node comes to be, and how its agent starts.
+
+use crate::record::NodeRecord;
+use crate::state_dir::StateDir;
+use crate::workers::Workers;
+use crate::{http, lease, moving, reconcile, service};
+use keel_cluster::clock::unix_ms;
+use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
+use keel_cluster::join::JoinError;
+use keel_cluster::keys::Key;
+use keel_cluster::members::{self, MemberError, MemberSet, Voter};
+use keel_cluster::service::ClusterService;
+use keel_cluster::store::{LeaseId, RedbOptions, RedbStore, RemoteStore, Txn};
+use keel_cluster::tokens::JoinToken;
+use keel_cluster::{MachineName, NodeName, Store, StoreError};
+use keel_net::{Options as RpcOptions, Peers, Server, TlsError};
+use serde::{Deserialize, Serialize};
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// How long the store of another node may take to answer.
+const STORE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How a node is to be made.
+#[derive(Debug, Clone)]
+pub struct AgentOptions {
+    /// The folder that it keeps.
+    pub state_dir: PathBuf,
+    /// Its name.
+    pub name: String,
+    /// Where other nodes reach it; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Where users reach it over TLS, if at all.
+    pub api: Option<SocketAddr>,
+}
+
+/// Why a node does not come to be, or its agent does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A file or socket.
+    #[error("{what}: {source}")]
+    System {
+        /// Which.
+        what: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The name.
+    #[error(transparent)]
+    Name(#[from] keel_net::NameError),
+    /// Keys and certificates.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The list of members.
+    #[error(transparent)]
+    Members(#[from] MemberError),
+    /// Joining.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The folder has a node already.
+    #[error("{0} belongs to node {1:?} of a cluster already; use another --state-dir")]
+    Taken(String, String),
+    /// The folder has no node.
+    #[error("{0} has no node yet: `keel up --name NAME` makes a cluster, `keel join` joins one")]
+    NoNode(String),
+    /// The settings file.
+    #[error("{0} is damaged: {1}")]
+    Settings(String, String),
+    /// A token.
+    #[error("the join token is not valid: {0}")]
+    Token(String),
+}
+
+fn system(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
+    let what = what.into();
+    move |source| AgentError::System { what, source }
+}
+
+/// What the agent keeps about itself.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    pub(crate) listen: SocketAddr,
+    pub(crate) api: Option<SocketAddr>,
+    /// Nodes that hold the store: name and address.
+    pub(crate) voters: Vec<(NodeName, String)>,
+}
+
+/// A running agent.
+pub(crate) struct Agent {
+    pub(crate) name: NodeName,
+    pub(crate) cluster: ClusterId,
+    pub(crate) dir: StateDir,
+    pub(crate) settings: Settings,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) members: Arc<MemberSet>,
+    pub(crate) workers: Arc<Workers>,
+    pub(crate) lease: watch::Receiver<Option<LeaseId>>,
+    pub(crate) identity: NodeIdentity,
+    /// Moves away from here.
+    pub(crate) moves: Mutex<HashMap<MachineName, moving::Handle>>,
+    /// Machines that are arriving, or being started.
+    pub(crate) busy: Mutex<HashSet<MachineName>>,
+}
+
+/// Makes the first node of a new cluster; nothing runs yet.
+///
+/// # Errors
+/// [`AgentError`].
+pub fn found(options: &AgentOptions) -> Result<(), AgentError> {
+    let (dir, name, listen) = prepare(options)?;
+    let authority = CertificateAuthority::create(ClusterId::random())?;
+    let identity = NodeIdentity::first(&authority, &name)?;
+    authority.save(dir.root())?;
+    write_settings(
+        &dir,
+        &Settings {
+            listen,
+            api: options.api,
+            voters: vec![(name, listen.to_string())],
+        },
+    )?;
+    // Last, since it makes the folder a node's.
+    identity.save(dir.root())?;
+    Ok(())
+}
+
+/// Makes a node of an existing cluster, through the node at `via`; nothing runs
+/// yet.
+///
+/// # Errors
+/// [`AgentError`].
+pub async fn join(options: &AgentOptions, via: &str, token: &str) -> Result<(), AgentError> {
+    let (dir, name, listen) = prepare(options)?;
+    let token: JoinToken = token
+        .trim()
+        .parse()
+        .map_err(|error| AgentError::Token(format!("{error}")))?;
+    let (identity, voters) =
+        keel_cluster::join::join(via, &token, &name, &listen.to_string()).await?;
+    write_settings(
+        &dir,
+        &Settings {
+            listen,
+            api: options.api,
+            voters: voters
+                .into_iter()
+                .map(|voter| (voter.node, voter.address))
+                .collect(),
+        },
+    )?;
+    identity.save(dir.root())?;
+    Ok(())
+}
+
+fn prepare(options: &AgentOptions) -> Result<(StateDir, NodeName, SocketAddr), AgentError> {
+    let name = NodeName::new(&options.name)?;
+    let shown = options.state_dir.display().to_string();
+    let dir = StateDir::open(&options.state_dir).map_err(system(shown.clone()))?;
+    if let Some(identity) = NodeIdentity::load(dir.root())? {
+        return Err(AgentError::Taken(shown, identity.node.to_string()));
+    }
+    let mut listen = options.listen;
+    if listen.port() == 0 {
+        let probe = std::net::TcpListener::bind(listen)
+            .and_then(|listener| listener.local_addr())
+            .map_err(system(listen.to_string()))?;
+        listen.set_port(probe.port());
+    }
+    Ok((dir, name, listen))
+}
+
+fn write_settings(dir: &StateDir, settings: &Settings) -> Result<(), AgentError> {
+    let path = dir.settings();
+    let shown = path.display().to_string();
+    let text = serde_json::to_vec_pretty(settings)
+        .map_err(|error| AgentError::Settings(shown.clone(), error.to_string()))?;
+    crate::state_dir::write_whole(&path, &text).map_err(system(shown))
+}
+
+fn read_settings(dir: &StateDir) -> Result<Settings, AgentError> {
+    let path = dir.settings();
+    let shown = path.display().to_string();
+    let text = std::fs::read(&path).map_err(system(shown.clone()))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| AgentError::Settings(shown, error.to_string()))
+}
+
+/// Runs the agent of the node in a folder until it is told to stop.
+///
+/// # Errors
+/// [`AgentError`] if it cannot start.
+pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
+    let shown = state_dir.display().to_string();
+    let dir = StateDir::open(state_dir).map_err(system(shown.clone()))?;
+    let identity = NodeIdentity::load(dir.root())?.ok_or(AgentError::NoNode(shown))?;
+    let settings = read_settings(&dir)?;
+    let authority = CertificateAuthority::load(dir.root())?.map(Arc::new);
+    let peers = Arc::new(Peers::new(identity.client_tls()?, RpcOptions::default()));
+    for (voter, address) in &settings.voters {
+        peers.set_address(voter, address);
+    }
+    let (store, cluster): (Arc<dyn Store>, _) = match authority {
+        Some(authority) => {
+            let store: Arc<dyn Store> =
+                Arc::new(RedbStore::open(&dir.store(), RedbOptions::default())?);
+            let voter = Voter {
+                node: identity.node.clone(),
+                address: settings.listen.to_string(),
+            };
+            members::found(store.as_ref(), identity.cluster, &voter, unix_ms()).await?;
+            let service = ClusterService::new(store.clone(), authority);
+            (store, Some(service))
+        }
+        None => {
+            let voters = settings.voters.iter().map(|(node, _)| node.clone());
+            let store = RemoteStore::new(peers.clone(), voters.collect(), STORE_PATIENCE);
+            (Arc::new(store), None)
+        }
+    };
+    let members = follow_members(&store).await;
+    let lease = lease::keep(store.clone(), identity.node.clone())
+        .map_err(system("the thread that renews the lease"))?;
+    let agent = Arc::new(Agent {
+        name: identity.node.clone(),
+        cluster: identity.cluster,
+        workers: Arc::new(Workers::default()),
+        dir,
+        settings,
+        store,
+        peers,
+        members,
+        lease,
+        identity,
+        moves: Mutex::default(),
+        busy: Mutex::default(),
+    });
+    serve(agent, cluster).await
+}
+
+/// The members, as soon as the store answers.
+async fn follow_members(store: &Arc<dyn Store>) -> Arc<MemberSet> {
+    loop {
+        match MemberSet::follow(store.clone()).await {
+            Ok((members, _task)) => return members,
+            Err(error) => {
+                tracing::warn!(%error, "the store does not answer yet");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        }
+    }
+}
+
+async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(), AgentError> {
+    tokio::spawn(follow_addresses(agent.clone()));
+    let address = agent.settings.listen;
+    let listener = tokio::net::TcpListener::bind(address)
+        .await
+        .map_err(system(format!("listening on {address}")))?;
+    let server = Server::serve(
+        listener,
+        agent.identity.server_tls()?,
+        agent.members.check(),
+        Arc::new(service::Service::new(agent.clone(), cluster)),
+        RpcOptions::default(),
+    )
+    .map_err(system(format!("listening on {address}")))?;
+    agent.workers.adopt(&agent.dir).await;
+    for machine in agent.workers.names() {
+        reconcile::watch_worker(&agent, &machine);
+    }
+    tokio::spawn(publish(agent.clone()));
+    tokio::spawn(reconcile::follow_schedule(agent.clone()));
+    http::serve(agent.clone()).await.map_err(system("the API"))?;
+    server.shutdown().await;
+    Ok(())
+}
+
+/// Keeps the addresses of all members known.
+async fn follow_addresses(agent: Arc<Agent>) {
+    let mut changes = agent.members.changes();
+    loop {
+        for (node, member) in agent.members.all().iter() {
+            agent.peers.set_address(node, &member.address);
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Writes what this node is into the store, until it is there.
+async fn publish(agent: Arc<Agent>) {
+    let record = describe(&agent);
+    let Ok(value) = keel_cluster::wire::encode("a node's record", &record) else {
+        return;
+    };
+    loop {
+        let txn = Txn::new().put(Key::Node(agent.name.clone()), value.clone());
+        match agent.store.txn(txn).await {
+            Ok(_) => return,
+            Err(error) => {
+                tracing::warn!(%error, "this node is not in the store yet");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        }
+    }
+}
+
+fn describe(agent: &Agent) -> NodeRecord {
+    let mut lacks = Vec::new();
+    if let Some(missing) = keel_machine::missing_for_moves() {
+        lacks.push(missing);
+    }
+    NodeRecord {
+        address: agent.settings.listen.to_string(),
+        cpus: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
+        memory_bytes: memory_bytes(),
+        features: cpu_features(),
+        lacks,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
+/// Memory of the host, in bytes; 0 where `/proc` does not say.
+pub(crate) fn memory_bytes() -> u64 {
+    meminfo("MemTotal:")
+}
+
+/// Memory that could be had now, in bytes.
+pub(crate) fn memory_available_bytes() -> u64 {
+    meminfo("MemAvailable:")
+}
+
+fn meminfo(field: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix(field))
+        .and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|kib| kib.trim().parse::<u64>().ok())
+        .map_or(0, |kib| kib << 10)
+}
+
+/// What the CPU can do, as the kernel names it.
+pub(crate) fn cpu_features() -> Vec<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("flags"))
+        .and_then(|rest| rest.split_once(':'))
+        .map(|(_, flags)| flags.split_whitespace().map(str::to_owned).collect())
+        .unwrap_or_default()
+}
+
+impl Agent {
+    pub(crate) fn busy(&self) -> std::sync::MutexGuard<'_, HashSet<MachineName>> {
+        self.busy.lock().unwrap_or_else(|error| error.into_inner())
+    }
+
+    pub(crate) fn moves(&self) -> std::sync::MutexGuard<'_, HashMap<MachineName, moving::Handle>> {
+        self.moves.lock().unwrap_or_else(|error| error.into_inner())
+    }
+}

@@ -1,0 +1,339 @@
+//! The API: JSON over HTTP on the node's own socket, and over TLS with a
+//! token. Only maps requests to `operate`; decides nothing.
+
+use crate::agent::Agent;
+use crate::operate::{self, OperateError, Operation};
+use crate::record;
+use crate::state_dir::write_whole;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Extension, Path, Query, Request, State};
+use axum::http::{Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post, put};
+use axum::{Json, Router};
+use bytes::Bytes;
+use futures::StreamExt;
+use keel_api::{MachineInfo, MoveRequest, NodeInfo, Problem, RunRequest, TokenRequest, Uploaded};
+use keel_cluster::clock::unix_ms;
+use keel_cluster::tokens::{self, Role};
+use keel_cluster::{MachineName, NodeName};
+use serde::Deserialize;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
+use tower::ServiceExt;
+
+/// How long a TLS handshake may take.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Who asks.
+#[derive(Debug, Clone, Copy)]
+struct Caller(Role);
+
+struct Failure(OperateError);
+
+impl From<OperateError> for Failure {
+    fn from(error: OperateError) -> Self {
+        Failure(error)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = match &self.0 {
+            OperateError::Bad(_) => StatusCode::BAD_REQUEST,
+            OperateError::Missing(_) => StatusCode::NOT_FOUND,
+            OperateError::Conflict(_) => StatusCode::CONFLICT,
+            OperateError::Away(_) => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        problem(status, self.0.to_string())
+    }
+}
+
+fn problem(status: StatusCode, error: String) -> Response {
+    (status, Json(Problem { error })).into_response()
+}
+
+type Reply<T> = Result<Json<T>, Failure>;
+type Shared = State<Arc<Agent>>;
+
+fn router(agent: Arc<Agent>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/nodes", get(nodes))
+        .route("/v1/schedule/{node}", get(schedule))
+        .route("/v1/tokens", post(make_token))
+        .route(
+            "/v1/modules",
+            put(upload).layer(DefaultBodyLimit::max(keel_machine::MODULE_BYTES_MAX)),
+        )
+        .route("/v1/machines", get(machines).post(run))
+        .route("/v1/machines/{name}", get(inspect))
+        .route("/v1/machines/{name}", delete(remove))
+        .route("/v1/machines/{name}/stop", post(stop))
+        .route("/v1/machines/{name}/kill", post(kill))
+        .route("/v1/machines/{name}/move", post(move_machine))
+        .route("/v1/machines/{name}/cancel-move", post(cancel_move))
+        .route("/v1/machines/{name}/logs", get(logs))
+        .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such request (see /v1)".into()) })
+        .layer(middleware::from_fn(check_role))
+        .with_state(agent)
+}
+
+/// Reading needs a viewer, tokens an admin, everything else an operator.
+async fn check_role(request: Request, next: Next) -> Response {
+    let needed = match (request.method(), request.uri().path()) {
+        (_, "/v1/tokens") => Role::Admin,
+        (&Method::GET, _) => Role::Viewer,
+        _ => Role::Operator,
+    };
+    match request.extensions().get::<Caller>() {
+        Some(Caller(role)) if role.includes(needed) => next.run(request).await,
+        Some(_) => problem(
+            StatusCode::FORBIDDEN,
+            format!("this needs a token of role {needed}"),
+        ),
+        None => problem(
+            StatusCode::UNAUTHORIZED,
+            "no valid token (make one with `keel token user`)".into(),
+        ),
+    }
+}
+
+/// Serves until the process is told to stop.
+pub(crate) async fn serve(agent: Arc<Agent>) -> std::io::Result<()> {
+    let path = agent.dir.api_socket();
+    let temporary = agent.dir.root().join("api.new");
+    // A socket that exists answers: it is put in place once it listens.
+    let _ = std::fs::remove_file(&temporary);
+    let listener = UnixListener::bind(&temporary)?;
+    std::fs::rename(&temporary, &path)?;
+    let router = router(agent.clone());
+    if let Some(address) = agent.settings.api {
+        let listener = TcpListener::bind(address).await?;
+        tokio::spawn(serve_tls(agent.clone(), listener, router.clone()));
+    }
+    // The socket lies in a folder that only this user can enter.
+    let local = router.layer(Extension(Caller(Role::Admin)));
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        result = axum::serve(listener, local) => result,
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+async fn serve_tls(agent: Arc<Agent>, listener: TcpListener, router: Router) {
+    let tls = match agent.identity.server_tls() {
+        Ok(tls) => tls,
+        Err(error) => {
+            tracing::error!(%error, "no API over TLS");
+            return;
+        }
+    };
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "a connection to the API was not accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (agent, router, tls) = (agent.clone(), router.clone(), tls.clone());
+        tokio::spawn(async move {
+            match tls
+                .accept(stream, &peer.to_string(), HANDSHAKE_PATIENCE)
+                .await
+            {
+                Ok((stream, _)) => serve_one(agent, router, stream, peer).await,
+                Err(error) => tracing::debug!(%error, "no TLS with a caller of the API"),
+            }
+        });
+    }
+}
+
+async fn serve_one<S>(agent: Arc<Agent>, router: Router, stream: S, peer: SocketAddr)
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+        let (agent, router) = (agent.clone(), router.clone());
+        async move {
+            let mut request = request.map(Body::new);
+            if let Some(token) = bearer(&request)
+                && let Some(caller) = caller(&agent, &token).await
+            {
+                request.extensions_mut().insert(caller);
+            }
+            router.oneshot(request).await
+        }
+    });
+    let served = hyper::server::conn::http1::Builder::new()
+        .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
+        .await;
+    if let Err(error) = served {
+        tracing::debug!(%peer, %error, "a connection to the API broke");
+    }
+}
+
+fn bearer(request: &Request) -> Option<String> {
+    let header = request.headers().get(header::AUTHORIZATION)?.to_str().ok()?;
+    header.strip_prefix("Bearer ").map(str::to_owned)
+}
+
+async fn caller(agent: &Agent, token: &str) -> Option<Caller> {
+    match tokens::verify_user_token(&*agent.store, token, unix_ms()).await {
+        Ok(user) => Some(Caller(user.role)),
+        Err(error) => {
+            tracing::info!(%error, "a token was refused");
+            None
+        }
+    }
+}
+
+fn machine_name(name: &str) -> Result<MachineName, Failure> {
+    MachineName::new(name).map_err(|error| Failure(OperateError::Bad(error.to_string())))
+}
+
+async fn status(State(agent): Shared) -> Reply<keel_api::ClusterInfo> {
+    Ok(Json(operate::status(&agent).await?))
+}
+
+async fn nodes(State(agent): Shared) -> Reply<Vec<NodeInfo>> {
+    Ok(Json(operate::nodes(&agent).await?))
+}
+
+async fn schedule(State(agent): Shared, Path(node): Path<String>) -> Reply<Vec<String>> {
+    let node = NodeName::new(&node).map_err(|error| OperateError::Bad(error.to_string()))?;
+    if !agent.members.contains(&node) {
+        return Err(OperateError::Missing(format!("there is no node {node:?}")).into());
+    }
+    let machines = record::schedule(&*agent.store, &node)
+        .await
+        .map_err(OperateError::from)?;
+    Ok(Json(machines.iter().map(ToString::to_string).collect()))
+}
+
+async fn make_token(
+    State(agent): Shared,
+    Json(request): Json<TokenRequest>,
+) -> Reply<keel_api::Token> {
+    Ok(Json(operate::make_token(&agent, request).await?))
+}
+
+async fn upload(State(agent): Shared, body: Bytes) -> Reply<Uploaded> {
+    if !body.starts_with(b"\0asm") {
+        let what = "that is not a WebAssembly module (it does not begin with \\0asm)";
+        return Err(OperateError::Bad(what.into()).into());
+    }
+    let kept = tokio::task::spawn_blocking(move || {
+        let hash = blake3::hash(&body).to_hex().to_string();
+        let path = agent.dir.module(&hash);
+        if !path.exists() {
+            write_whole(&path, &body)
+                .map_err(|error| OperateError::Away(format!("{}: {error}", path.display())))?;
+        }
+        Ok::<_, OperateError>(hash)
+    })
+    .await
+    .map_err(|error| OperateError::Away(error.to_string()))??;
+    Ok(Json(Uploaded { module: kept }))
+}
+
+async fn machines(State(agent): Shared) -> Reply<Vec<MachineInfo>> {
+    let records = record::all(&*agent.store)
+        .await
+        .map_err(OperateError::from)?;
+    Ok(Json(
+        records
+            .iter()
+            .map(|record| operate::info(record, None))
+            .collect(),
+    ))
+}
+
+async fn run(State(agent): Shared, Json(request): Json<RunRequest>) -> Reply<MachineInfo> {
+    Ok(Json(operate::run(&agent, request).await?))
+}
+
+async fn inspect(State(agent): Shared, Path(name): Path<String>) -> Reply<MachineInfo> {
+    Ok(Json(operate::inspect(&agent, &machine_name(&name)?).await?))
+}
+
+async fn remove(State(agent): Shared, Path(name): Path<String>) -> Reply<serde_json::Value> {
+    let machine = machine_name(&name)?;
+    operate::anywhere(&agent, Operation::Remove { machine }).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+async fn stop(State(agent): Shared, Path(name): Path<String>) -> Reply<serde_json::Value> {
+    end(&agent, &name, false).await
+}
+
+async fn kill(State(agent): Shared, Path(name): Path<String>) -> Reply<serde_json::Value> {
+    end(&agent, &name, true).await
+}
+
+async fn end(agent: &Arc<Agent>, name: &str, kill: bool) -> Reply<serde_json::Value> {
+    let machine = machine_name(name)?;
+    operate::anywhere(agent, Operation::Stop { machine, kill }).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+async fn cancel_move(State(agent): Shared, Path(name): Path<String>) -> Reply<serde_json::Value> {
+    let machine = machine_name(&name)?;
+    operate::anywhere(&agent, Operation::CancelMove { machine }).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+async fn move_machine(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<MoveRequest>,
+) -> Result<Response, Failure> {
+    let machine = machine_name(&name)?;
+    let target = NodeName::new(&request.to)
+        .map_err(|error| OperateError::Bad(error.to_string()))?;
+    let lines = operate::move_anywhere(&agent, &machine, &target).await?;
+    let lines = futures::stream::unfold(lines, |mut lines| async {
+        let line = lines.recv().await?;
+        let mut text = serde_json::to_vec(&line).unwrap_or_default();
+        text.push(b'\n');
+        Some((Bytes::from(text), lines))
+    });
+    Ok(streamed(lines, "application/x-ndjson"))
+}
+
+#[derive(Deserialize)]
+struct LogQuery {
+    #[serde(default)]
+    from: u64,
+    #[serde(default)]
+    follow: bool,
+}
+
+async fn logs(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Query(query): Query<LogQuery>,
+) -> Result<Response, Failure> {
+    let machine = machine_name(&name)?;
+    let bytes = operate::log_anywhere(&agent, &machine, query.from, query.follow).await?;
+    let bytes = futures::stream::unfold(bytes, |mut bytes| async {
+        Some((bytes.recv().await?, bytes))
+    });
+    Ok(streamed(bytes, "application/octet-stream"))
+}
+
+fn streamed(
+    stream: impl futures::Stream<Item = Bytes> + Send + 'static,
+    content: &'static str,
+) -> Response {
+    let body = Body::from_stream(stream.map(Ok::<_, std::convert::Infallible>));
+    ([(header::CONTENT_TYPE, content)], body).into_response()
+}

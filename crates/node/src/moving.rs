@@ -1,0 +1,628 @@
+//! Source of a move: feeds the state machine of `keel-machine` with what
+//! happens, and carries out what it says.
+
+use crate::agent::{Agent, cpu_features};
+use crate::offer::{Arrival, Offer};
+use crate::record;
+use crate::service::kind as node_kind;
+use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
+use keel_api::MoveLine;
+use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Compare, Txn, TxnOutcome};
+use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
+use keel_machine::moves::{
+    Ending, MoveReport, SourceCommand, SourceEvent, SourceMove, SourceState,
+};
+use keel_machine::spec::{Record, Spec, Status};
+use keel_machine::worker::control::{Copy, CopyEvent, Frozen, Receiving, kind, pack, unpack};
+use keel_net::{Fingerprint, RpcError};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+
+/// How long the store may take before a move is given up.
+const STORE_PATIENCE: Duration = Duration::from_secs(3);
+/// Pause between attempts to settle what is unknown.
+const RETRY_AFTER: Duration = Duration::from_millis(200);
+/// How long freezing and sending the rest may take.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What others can do to a move that is under way.
+#[derive(Debug, Clone)]
+pub(crate) struct Handle {
+    interrupt: watch::Sender<Option<SourceEvent>>,
+    over: watch::Receiver<bool>,
+}
+
+impl Handle {
+    /// Asks the move to stop; it may be too late.
+    pub(crate) fn cancel(&self, reason: &str) {
+        self.interrupt
+            .send_replace(Some(SourceEvent::Cancel(reason.to_owned())));
+    }
+
+    /// Waits until the move is over, one way or the other.
+    pub(crate) async fn over(mut self) {
+        // A sender that is gone means the same.
+        let _ = self.over.wait_for(|over| *over).await;
+    }
+}
+
+/// The machine ended by itself: a move of it, if there is one, is told.
+pub(crate) fn machine_ended(agent: &Agent, machine: &MachineName) {
+    if let Some(handle) = agent.moves().get(machine) {
+        handle.interrupt.send_replace(Some(SourceEvent::MachineEnded));
+    }
+}
+
+/// Begins a move of a machine that runs here. What comes is told line by line.
+pub(crate) async fn begin(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    target: &NodeName,
+) -> Result<mpsc::Receiver<MoveLine>, String> {
+    let found = record::get(&*agent.store, machine)
+        .await
+        .map_err(|error| error.to_string())?;
+    let record = found.record;
+    if record.owner != agent.name {
+        return Err(format!("machine {machine:?} is on {} now; try again", record.owner));
+    }
+    if record.status != Status::Running {
+        return Err(format!(
+            "machine {machine:?} is {}, only a running one can move",
+            record.status.word()
+        ));
+    }
+    if *target == agent.name {
+        return Err(format!("machine {machine:?} is on {target} already"));
+    }
+    if !agent.members.contains(target) {
+        return Err(format!("there is no node {target:?} (see `keel nodes`)"));
+    }
+    let worker = agent
+        .workers
+        .get(machine)
+        .ok_or_else(|| format!("machine {machine:?} has no worker here"))?;
+    let (interrupt, interrupted) = watch::channel(None);
+    let (over_sender, over) = watch::channel(false);
+    {
+        let mut moves = agent.moves();
+        if moves.contains_key(machine) {
+            return Err(format!(
+                "machine {machine:?} is moving already (see `keel inspect {machine}`)"
+            ));
+        }
+        moves.insert(machine.clone(), Handle { interrupt, over });
+    }
+    let (lines, receiver) = mpsc::channel(64);
+    let mut driver = Driver {
+        agent: agent.clone(),
+        report: new_report(&record, target),
+        source: SourceMove::new(record.epoch),
+        record,
+        revision: found.revision,
+        target: target.clone(),
+        worker,
+        interrupted,
+        lines,
+        receiving: None,
+        begun: Instant::now(),
+        froze: None,
+    };
+    let (agent, machine) = (agent.clone(), machine.clone());
+    tokio::spawn(async move {
+        driver.drive().await;
+        agent.moves().remove(&machine);
+        over_sender.send_replace(true);
+    });
+    Ok(receiver)
+}
+
+fn new_report(record: &Record, target: &NodeName) -> MoveReport {
+    MoveReport {
+        machine: record.name.clone(),
+        source: record.owner.clone(),
+        target: target.clone(),
+        epoch: record.epoch,
+        started_unix_ms: unix_ms(),
+        ending: Ending::Moved,
+        offer_micros: 0,
+        copy_micros: 0,
+        rounds: Vec::new(),
+        slowed: false,
+        freeze_micros: 0,
+        last_pages_micros: 0,
+        last_bytes: 0,
+        state_micros: 0,
+        commit_micros: 0,
+        resume_micros: 0,
+        downtime_micros: 0,
+        bytes: 0,
+        total_micros: 0,
+    }
+}
+
+struct Driver {
+    agent: Arc<Agent>,
+    record: Record,
+    revision: u64,
+    target: NodeName,
+    worker: Worker,
+    source: SourceMove,
+    interrupted: watch::Receiver<Option<SourceEvent>>,
+    lines: mpsc::Sender<MoveLine>,
+    receiving: Option<Receiving>,
+    report: MoveReport,
+    begun: Instant,
+    froze: Option<Instant>,
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Driver {
+    async fn drive(&mut self) {
+        let offered = self.offer().await;
+        let mut commands: VecDeque<SourceCommand> = self.source.step(offered).into();
+        while let Some(command) = commands.pop_front() {
+            tracing::debug!(machine = %self.record.name, ?command, "move");
+            if let Some(event) = self.carry_out(command).await {
+                commands.extend(self.source.step(event));
+            }
+        }
+        self.conclude().await;
+    }
+
+    async fn carry_out(&mut self, command: SourceCommand) -> Option<SourceEvent> {
+        match command {
+            SourceCommand::StartCopy => Some(self.copy().await),
+            SourceCommand::AskStore => Some(self.ask_store().await),
+            SourceCommand::FreezeAndSend => Some(self.freeze().await),
+            SourceCommand::Commit { epoch } => Some(self.commit(epoch).await),
+            SourceCommand::SettleByWrite { epoch } => Some(self.settle(epoch).await),
+            SourceCommand::TellTarget { epoch } => Some(self.tell_target(epoch).await),
+            SourceCommand::TakeBack { epoch } => Some(self.take_back(epoch).await),
+            SourceCommand::Thaw { epoch } => {
+                let thawed: Result<(), _> = self.worker.ask(kind::THAW, &epoch, PROMPT).await;
+                if let Err(error) = thawed {
+                    tracing::error!(machine = %self.record.name, %error, "it stays frozen");
+                }
+                None
+            }
+            SourceCommand::AbortTarget { reason } => {
+                self.abort_target(&reason).await;
+                None
+            }
+            SourceCommand::Forget => {
+                let (agent, machine) = (&self.agent, &self.record.name);
+                agent.workers.forget(&agent.dir, machine).await;
+                None
+            }
+        }
+    }
+
+    // ── offer ───────────────────────────────────────────────────────────
+
+    async fn offer(&mut self) -> SourceEvent {
+        let proofs = match Proofs::make(&self.record.spec).await {
+            Ok(proofs) => proofs,
+            Err(reason) => return SourceEvent::Refused(reason),
+        };
+        let result = self.ask_target(&proofs).await;
+        proofs.remove().await;
+        self.report.offer_micros = micros(self.begun);
+        match result {
+            Ok(receiving) => {
+                self.receiving = Some(receiving);
+                SourceEvent::Accepted
+            }
+            Err(reason) => {
+                SourceEvent::Refused(format!("{} does not take it: {reason}", self.target))
+            }
+        }
+    }
+
+    async fn ask_target(&mut self, proofs: &Proofs) -> Result<Receiving, String> {
+        let text = |error: RpcError| match error {
+            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
+            other => other.to_string(),
+        };
+        let report = self.worker.report().await.map_err(text)?;
+        let program = report.program.ok_or("it has no program")?;
+        let worker: Fingerprint = self
+            .worker
+            .ask(kind::IDENTITY, &(), PROMPT)
+            .await
+            .map_err(text)?;
+        let offer = Offer {
+            machine: self.record.name.clone(),
+            spec: self.record.spec.clone(),
+            program: Fingerprint(program),
+            epoch: self.record.epoch,
+            revision: self.revision,
+            worker,
+            memory_pages: report.memory_pages,
+            features: needed_features(),
+            proofs: proofs.list(),
+        };
+        let payload = pack(&offer).map_err(text)?;
+        let answer = self
+            .agent
+            .peers
+            .call(&self.target, node_kind::OFFER, payload, COMPILE_PATIENCE)
+            .await
+            .map_err(text)?;
+        unpack(&answer).map_err(text)
+    }
+
+    // ── copying ─────────────────────────────────────────────────────────
+
+    async fn copy(&mut self) -> SourceEvent {
+        let Some(target) = self.receiving.clone() else {
+            return SourceEvent::PeerLost("the target said nothing".into());
+        };
+        let begun = Instant::now();
+        let mut events = match self.worker.stream(kind::COPY, &Copy { target }).await {
+            Ok(events) => events,
+            Err(error) => return SourceEvent::PeerLost(error.to_string()),
+        };
+        loop {
+            let item = tokio::select! {
+                item = events.recv() => item,
+                event = interruption(&mut self.interrupted) => return event,
+            };
+            let event: Result<CopyEvent, RpcError> = match item {
+                Some(item) => item.and_then(|bytes| unpack(&bytes)),
+                None => return SourceEvent::PeerLost("copying ended early".into()),
+            };
+            match event {
+                Ok(CopyEvent::Progress(progress)) => {
+                    // Whoever watches may have gone.
+                    let _ = self.lines.try_send(MoveLine::Progress(progress));
+                }
+                Ok(CopyEvent::Converged { rounds, slowed }) => {
+                    self.report.rounds = rounds;
+                    self.report.slowed = slowed;
+                    self.report.copy_micros = micros(begun);
+                    return SourceEvent::Converged;
+                }
+                Ok(CopyEvent::Lost { reason }) => return SourceEvent::PeerLost(reason),
+                Err(error) => return SourceEvent::PeerLost(error.to_string()),
+            }
+        }
+    }
+
+    async fn ask_store(&self) -> SourceEvent {
+        match tokio::time::timeout(STORE_PATIENCE, self.agent.store.revision()).await {
+            Ok(Ok(_)) => SourceEvent::StoreAnswered,
+            Ok(Err(error)) => SourceEvent::StoreAway(error.to_string()),
+            Err(_) => SourceEvent::StoreAway("the store does not answer".into()),
+        }
+    }
+
+    // ── the change of owner ─────────────────────────────────────────────
+
+    async fn freeze(&mut self) -> SourceEvent {
+        let interrupted = self.interrupted.borrow().clone();
+        if let Some(event) = interrupted {
+            return event;
+        }
+        self.froze = Some(Instant::now());
+        match self
+            .worker
+            .ask::<_, Frozen>(kind::FREEZE, &(), FREEZE_PATIENCE)
+            .await
+        {
+            Ok(frozen) => {
+                self.report.freeze_micros = frozen.freeze_micros;
+                self.report.last_pages_micros = frozen.last_pages_micros;
+                self.report.last_bytes = frozen.last_bytes;
+                self.report.state_micros = frozen.state_micros;
+                self.report.bytes = frozen.bytes;
+                SourceEvent::Prepared
+            }
+            Err(RpcError::Failed { reason, .. }) if reason.contains("has ended") => {
+                SourceEvent::MachineEnded
+            }
+            Err(RpcError::Failed { reason, .. }) => SourceEvent::FreezeLate(reason),
+            Err(error) => SourceEvent::PeerLost(error.to_string()),
+        }
+    }
+
+    fn machine_key(&self) -> Key {
+        Key::Machine(self.record.name.clone())
+    }
+
+    fn owned_by(&self, owner: &NodeName, epoch: Epoch) -> Result<Vec<u8>, String> {
+        let record = Record {
+            owner: owner.clone(),
+            epoch,
+            ..self.record.clone()
+        };
+        record.encode()
+    }
+
+    /// One transaction: the two schedule entries, the owner, the epoch and the
+    /// reservation.
+    async fn commit(&mut self, epoch: Epoch) -> SourceEvent {
+        let begun = Instant::now();
+        let value = match self.owned_by(&self.target, epoch) {
+            Ok(value) => value,
+            Err(error) => return SourceEvent::CommitRefused(error),
+        };
+        let machine = &self.record.name;
+        let (source, target) = (&self.agent.name, &self.target);
+        let exists = |key: Key| Compare::Exists {
+            key: key.to_string(),
+        };
+        let reservation = Key::Reservation(target.clone(), machine.clone());
+        let entry = Key::Schedule(source.clone(), machine.clone());
+        let txn = Txn::new()
+            .when_modified_at(self.machine_key(), self.revision)
+            .when(exists(entry.clone()))
+            .when(exists(reservation.clone()))
+            .when(exists(Key::Alive(source.clone())))
+            .when(exists(Key::Alive(target.clone())))
+            .delete(entry)
+            .put(Key::Schedule(target.clone(), machine.clone()), Vec::new())
+            .put(self.machine_key(), value)
+            .delete(reservation);
+        let outcome = self.agent.store.txn(txn).await;
+        self.report.commit_micros = micros(begun);
+        match outcome {
+            Ok(TxnOutcome::Committed { .. }) => SourceEvent::CommitWon,
+            Ok(TxnOutcome::Refused { failed, .. }) => SourceEvent::CommitRefused(
+                match failed {
+                    0 | 1 => "the machine was changed by others meanwhile",
+                    2 => "the target gave its reservation up",
+                    3 => "this node's lease ended",
+                    _ => "the target's lease ended",
+                }
+                .to_owned(),
+            ),
+            Err(StoreError::Unknown { .. }) => SourceEvent::CommitUnknown,
+            Err(error) => SourceEvent::CommitRefused(error.to_string()),
+        }
+    }
+
+    /// A write of the source's own, that makes a pending commit impossible.
+    async fn settle(&mut self, epoch: Epoch) -> SourceEvent {
+        let txn = self
+            .owned_by(&self.agent.name, epoch)
+            .map(|value| {
+                Txn::new()
+                    .when_modified_at(self.machine_key(), self.revision)
+                    .put(self.machine_key(), value)
+            });
+        self.own_write(txn, epoch).await
+    }
+
+    /// Takes the machine back from a target that does not run it.
+    async fn take_back(&mut self, epoch: Epoch) -> SourceEvent {
+        let machine = &self.record.name;
+        let found = match record::get(&*self.agent.store, machine).await {
+            Ok(found) => found,
+            Err(error) => return self.later(&error.to_string()).await,
+        };
+        if found.record.owner == self.agent.name && found.record.epoch == epoch {
+            // An earlier attempt, whose answer was lost.
+            return SourceEvent::OwnWriteWon;
+        }
+        if found.record.owner != self.target || found.record.status.ended() {
+            return SourceEvent::OwnWriteLost;
+        }
+        let entry = |node: &NodeName| Key::Schedule(node.clone(), machine.clone());
+        let txn = self.owned_by(&self.agent.name, epoch).map(|value| {
+            Txn::new()
+                .when_modified_at(self.machine_key(), found.revision)
+                .put(self.machine_key(), value)
+                .delete(entry(&self.target))
+                .put(entry(&self.agent.name), Vec::new())
+        });
+        self.own_write(txn, epoch).await
+    }
+
+    async fn own_write(&mut self, txn: Result<Txn, String>, epoch: Epoch) -> SourceEvent {
+        let txn = match txn {
+            Ok(txn) => txn,
+            Err(error) => return self.later(&error).await,
+        };
+        match self.agent.store.txn(txn).await {
+            Ok(TxnOutcome::Committed { .. }) => SourceEvent::OwnWriteWon,
+            Ok(TxnOutcome::Refused { .. }) => {
+                // Refused because something was written: by an earlier attempt
+                // of this very write, or by the commit.
+                match record::get(&*self.agent.store, &self.record.name).await {
+                    Ok(found)
+                        if found.record.owner == self.agent.name
+                            && found.record.epoch == epoch =>
+                    {
+                        SourceEvent::OwnWriteWon
+                    }
+                    Ok(_) | Err(record::RecordError::NoMachine(_)) => SourceEvent::OwnWriteLost,
+                    Err(error) => self.later(&error.to_string()).await,
+                }
+            }
+            Err(error) => self.later(&error.to_string()).await,
+        }
+    }
+
+    async fn later(&self, error: &str) -> SourceEvent {
+        tracing::warn!(machine = %self.record.name, error, "the owner is not settled yet");
+        tokio::time::sleep(RETRY_AFTER).await;
+        SourceEvent::OwnWriteUnknown
+    }
+
+    // ── handing over ────────────────────────────────────────────────────
+
+    async fn tell_target(&mut self, epoch: Epoch) -> SourceEvent {
+        let told = Instant::now();
+        let direct: Result<u64, RpcError> = self.worker.ask(kind::GO, &epoch, PROMPT).await;
+        let event = match direct {
+            Ok(_) => SourceEvent::TargetResumed,
+            Err(error) => {
+                tracing::warn!(machine = %self.record.name, %error, "asking the target's agent");
+                self.ask_arrival(epoch).await
+            }
+        };
+        self.report.resume_micros = micros(told);
+        if let Some(froze) = self.froze {
+            self.report.downtime_micros = micros(froze);
+        }
+        event
+    }
+
+    /// Asks the target's agent until it answers: only it knows.
+    async fn ask_arrival(&self, epoch: Epoch) -> SourceEvent {
+        loop {
+            let payload = match pack(&(self.record.name.clone(), epoch)) {
+                Ok(payload) => payload,
+                Err(error) => return SourceEvent::PeerLost(error.to_string()),
+            };
+            let answer = self
+                .agent
+                .peers
+                .call(&self.target, node_kind::ARRIVAL, payload, PROMPT)
+                .await
+                .and_then(|bytes| unpack(&bytes));
+            match answer {
+                Ok(Arrival::Resumed) => return SourceEvent::TargetResumed,
+                Ok(Arrival::Without) => return SourceEvent::TargetWithout,
+                Err(error) => {
+                    tracing::warn!(machine = %self.record.name, %error, "the target does not answer; the frozen copy is kept");
+                    tokio::time::sleep(RETRY_AFTER).await;
+                }
+            }
+        }
+    }
+
+    async fn abort_target(&self, reason: &str) {
+        let aborted: Result<(), _> = self
+            .worker
+            .ask(kind::ABORT, &reason.to_owned(), PROMPT)
+            .await;
+        if let Err(error) = aborted {
+            tracing::debug!(%error, "the worker has no move to abort");
+        }
+        if let Ok(payload) = pack(&self.record.name) {
+            // If it does not hear it, its worker sees the connection end.
+            let _ = self
+                .agent
+                .peers
+                .call(&self.target, node_kind::WITHDRAW, payload, PROMPT)
+                .await;
+        }
+    }
+
+    async fn conclude(&mut self) {
+        self.report.total_micros = micros(self.begun);
+        self.report.ending = match self.source.state() {
+            SourceState::Gone { epoch } => {
+                self.report.epoch = *epoch;
+                Ending::Moved
+            }
+            SourceState::Stayed { epoch, reason } => {
+                self.report.epoch = *epoch;
+                Ending::Stayed {
+                    reason: reason.clone(),
+                }
+            }
+            _ => Ending::Stayed {
+                reason: "the machine ended".into(),
+            },
+        };
+        tracing::info!("{}", self.report.line());
+        let report = self.report.clone();
+        let add = |record: &mut Record| {
+            record.add_report(report.clone());
+            true
+        };
+        let (store, machine) = (&*self.agent.store, &self.record.name);
+        if let Err(error) = record::update(store, machine, add, |txn, _| txn).await {
+            tracing::warn!(%machine, %error, "the move's report is not kept");
+        }
+        // Whoever watched may have gone.
+        let _ = self
+            .lines
+            .send(MoveLine::Report(self.report.clone()))
+            .await;
+    }
+}
+
+async fn interruption(interrupted: &mut watch::Receiver<Option<SourceEvent>>) -> SourceEvent {
+    let event = match interrupted.wait_for(Option::is_some).await {
+        Ok(event) => event.clone(),
+        // The handle is gone: nobody can interrupt.
+        Err(_) => None,
+    };
+    match event {
+        Some(event) => event,
+        None => std::future::pending().await,
+    }
+}
+
+/// CPU features that a target must have: guests see none of them, since every
+/// node compiles for itself, so the baseline of the architecture is enough.
+fn needed_features() -> Vec<String> {
+    let baseline = ["sse2", "ssse3", "sse4_1", "sse4_2"];
+    let here = cpu_features();
+    baseline
+        .iter()
+        .filter(|feature| here.iter().any(|mine| mine == **feature))
+        .map(|feature| (*feature).to_owned())
+        .collect()
+}
+
+/// Files that prove to the target that it sees the same directories.
+struct Proofs(Vec<Option<(std::path::PathBuf, String, String)>>);
+
+impl Proofs {
+    async fn make(spec: &Spec) -> Result<Self, String> {
+        let volumes = spec.volumes.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut proofs = Vec::new();
+            for volume in &volumes {
+                if volume.read_only {
+                    proofs.push(None);
+                    continue;
+                }
+                let name = format!(".keel-unlinked-proof-{:016x}", rand::random::<u64>());
+                let content = format!("{:032x}", rand::random::<u128>());
+                let path = std::path::Path::new(&volume.host).join(&name);
+                std::fs::write(&path, &content)
+                    .map_err(|error| format!("volume {}: {error}", volume.host))?;
+                proofs.push(Some((path, name, content)));
+            }
+            Ok(Proofs(proofs))
+        })
+        .await
+        .map_err(|error| error.to_string())?
+    }
+
+    fn list(&self) -> Vec<Option<(String, String)>> {
+        self.0
+            .iter()
+            .map(|proof| {
+                proof
+                    .as_ref()
+                    .map(|(_, name, content)| (name.clone(), content.clone()))
+            })
+            .collect()
+    }
+
+    async fn remove(self) {
+        let removed = tokio::task::spawn_blocking(move || {
+            for (path, _, _) in self.0.into_iter().flatten() {
+                if let Err(error) = std::fs::remove_file(&path) {
+                    tracing::warn!(%error, path = %path.display(), "a proof stays behind");
+                }
+            }
+        });
+        // A panic in it has removed nothing; the names tell what they are.
+        let _ = removed.await;
+    }
+}

@@ -1,0 +1,263 @@
+//! Target of a move: checks, fetches and compiles the module, reserves room,
+//! starts a worker that receives, and settles what a lost source left behind.
+
+use crate::agent::{Agent, cpu_features, memory_available_bytes};
+use crate::record::{self, Reservation};
+use crate::workers::{COMPILE_PATIENCE, PROMPT};
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Compare, Txn, TxnOutcome};
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::spec::Spec;
+use keel_machine::worker::control::{Receive, Receiving, State, kind};
+use keel_net::{Fingerprint, RpcError};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Memory that a node keeps for itself.
+const SPARE_BYTES: u64 = 256 << 20;
+/// Pause between attempts to settle.
+const RETRY_AFTER: Duration = Duration::from_millis(300);
+
+/// What a source asks of a target.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Offer {
+    pub(crate) machine: MachineName,
+    pub(crate) spec: Spec,
+    pub(crate) program: Fingerprint,
+    pub(crate) epoch: Epoch,
+    /// Revision of the machine's record: the reservation holds only for it.
+    pub(crate) revision: u64,
+    /// Certificate of the source's worker.
+    pub(crate) worker: Fingerprint,
+    /// Size of each memory in 64 KiB pages.
+    pub(crate) memory_pages: Vec<u64>,
+    /// CPU features that the source's compiled code may use are of no matter;
+    /// those that the cluster's baseline names must be here.
+    pub(crate) features: Vec<String>,
+    /// A file that the source just made in each writable volume, and what is in
+    /// it: proof that this node sees the same directory.
+    pub(crate) proofs: Vec<Option<(String, String)>>,
+}
+
+/// Answers an offer. Whatever was begun is undone when it fails.
+pub(crate) async fn accept(
+    agent: &Arc<Agent>,
+    source: NodeName,
+    offer: Offer,
+) -> Result<Receiving, String> {
+    let machine = offer.machine.clone();
+    check(&offer).await?;
+    if !agent.busy().insert(machine.clone()) {
+        return Err(format!("machine {machine:?} is arriving here already"));
+    }
+    let result = take_in(agent, source, offer).await;
+    if result.is_err() {
+        drop_reservation(agent, &machine).await;
+    }
+    agent.busy().remove(&machine);
+    result
+}
+
+async fn check(offer: &Offer) -> Result<(), String> {
+    let wanted: u64 = offer.memory_pages.iter().sum::<u64>() << 16;
+    let free = memory_available_bytes().saturating_sub(SPARE_BYTES);
+    if wanted > free {
+        return Err(format!(
+            "it needs {:.1} GiB of memory, {:.1} GiB are free",
+            wanted as f64 / f64::from(1 << 30),
+            free as f64 / f64::from(1 << 30)
+        ));
+    }
+    let here = cpu_features();
+    let missing: Vec<&str> = offer
+        .features
+        .iter()
+        .filter(|feature| !here.contains(feature))
+        .map(String::as_str)
+        .collect();
+    if !missing.is_empty() {
+        return Err(format!("this node's CPU lacks {}", missing.join(", ")));
+    }
+    let (volumes, proofs) = (offer.spec.volumes.clone(), offer.proofs.clone());
+    tokio::task::spawn_blocking(move || {
+        for (volume, proof) in volumes.iter().zip(&proofs) {
+            let folder = std::path::Path::new(&volume.host);
+            if !folder.is_dir() {
+                return Err(format!("volume {} is no directory here", volume.host));
+            }
+            let Some((name, content)) = proof else {
+                continue;
+            };
+            // A name without slashes: nothing outside the volume is looked at.
+            let seen = (!name.contains('/'))
+                .then(|| std::fs::read_to_string(folder.join(name)).ok())
+                .flatten();
+            if seen.as_ref() != Some(content) {
+                return Err(format!(
+                    "volume {} is another directory here: every node must see the same one (NFS or the like)",
+                    volume.host
+                ));
+            }
+        }
+        Ok(())
+    })
+    .await
+    .map_err(|error| error.to_string())?
+}
+
+async fn take_in(
+    agent: &Arc<Agent>,
+    source: NodeName,
+    offer: Offer,
+) -> Result<Receiving, String> {
+    let machine = &offer.machine;
+    if let Some(worker) = agent.workers.get(machine) {
+        match worker.state().await {
+            Ok(State::Ended { .. } | State::Dropped { .. } | State::Empty) | Err(_) => {
+                agent.workers.forget(&agent.dir, machine).await;
+            }
+            Ok(_) => return Err(format!("machine {machine:?} has a worker here already")),
+        }
+    }
+    let program = crate::service::find_program(agent, &source, &offer.program).await?;
+    reserve(agent, &source, &offer).await?;
+    let worker = agent.workers.start(&agent.dir, machine).await?;
+    let request = Receive {
+        machine: machine.clone(),
+        spec: offer.spec.clone(),
+        program,
+        offered: offer.epoch,
+        source: offer.worker,
+        address: agent.settings.listen.ip().to_string(),
+        memory_pages: offer.memory_pages.clone(),
+    };
+    match worker.ask(kind::RECEIVE, &request, COMPILE_PATIENCE).await {
+        Ok(receiving) => {
+            crate::reconcile::watch_worker(agent, machine);
+            Ok(receiving)
+        }
+        Err(error) => {
+            agent.workers.forget(&agent.dir, machine).await;
+            Err(match error {
+                RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
+                other => other.to_string(),
+            })
+        }
+    }
+}
+
+/// Reserves room in the store: the commit demands that the reservation is
+/// there, so whoever deletes it makes the commit impossible.
+async fn reserve(agent: &Arc<Agent>, source: &NodeName, offer: &Offer) -> Result<(), String> {
+    let lease = (*agent.lease.borrow())
+        .ok_or("this node has no lease in the store just now; try again")?;
+    let reservation = Reservation {
+        source: source.clone(),
+        bytes: offer.memory_pages.iter().sum::<u64>() << 16,
+    };
+    let value = keel_cluster::wire::encode("a reservation", &reservation)
+        .map_err(|error| error.to_string())?;
+    let key = Key::Reservation(agent.name.clone(), offer.machine.clone());
+    let txn = Txn::new()
+        .when_modified_at(Key::Machine(offer.machine.clone()), offer.revision)
+        .put_leased(key, value, lease);
+    match agent.store.txn(txn).await {
+        Ok(TxnOutcome::Committed { .. }) => Ok(()),
+        Ok(TxnOutcome::Refused { .. }) => {
+            Err("the machine changed meanwhile; try again".to_owned())
+        }
+        Err(error) => Err(format!("room cannot be reserved: {error}")),
+    }
+}
+
+async fn drop_reservation(agent: &Arc<Agent>, machine: &MachineName) {
+    let key = Key::Reservation(agent.name.clone(), machine.clone());
+    if let Err(error) = agent.store.txn(Txn::new().delete(key)).await {
+        // It ends with this node's lease at the latest.
+        tracing::warn!(%machine, %error, "a reservation stays for a while");
+    }
+}
+
+/// Settles an arrival whose source is lost: takes the reservation away, which
+/// makes a commit that is still on its way impossible. Where it is gone
+/// already, the commit had won, and the machine is this node's.
+pub(crate) async fn settle(agent: &Arc<Agent>, machine: &MachineName) {
+    loop {
+        match settle_once(agent, machine).await {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::warn!(%machine, error, "an arrival is not settled yet");
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+        }
+    }
+}
+
+async fn settle_once(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), String> {
+    let Some(worker) = agent.workers.get(machine) else {
+        return Ok(());
+    };
+    let state = worker.state().await.map_err(|error| error.to_string())?;
+    let key = Key::Reservation(agent.name.clone(), machine.clone()).to_string();
+    let txn = Txn::new()
+        .when(Compare::Exists { key: key.clone() })
+        .delete(key);
+    let taken = agent
+        .store
+        .txn(txn)
+        .await
+        .map_err(|error| error.to_string())?
+        .is_committed();
+    if !taken {
+        match record::get(&*agent.store, machine).await {
+            Ok(found) if found.record.owner == agent.name && !found.record.status.ended() => {
+                if let State::Prepared { .. } = state {
+                    let gone: Result<u64, RpcError> =
+                        worker.ask(kind::GO, &found.record.epoch, PROMPT).await;
+                    gone.map_err(|error| error.to_string())?;
+                }
+                if !matches!(state, State::Dropped { .. }) {
+                    return Ok(());
+                }
+            }
+            Ok(_) | Err(record::RecordError::NoMachine(_)) => {}
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    agent.workers.forget(&agent.dir, machine).await;
+    Ok(())
+}
+
+/// What became of a machine that was handed over to this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Arrival {
+    /// It runs here, or ran and ended.
+    Resumed,
+    /// It does not, and never will.
+    Without,
+}
+
+/// Answers a source that does not know whether its machine runs here: makes it
+/// go on, or makes sure that it never will.
+pub(crate) async fn arrival(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    epoch: Epoch,
+) -> Result<Arrival, String> {
+    let Some(worker) = agent.workers.get(machine) else {
+        return Ok(Arrival::Without);
+    };
+    match worker.state().await.map_err(|error| error.to_string())? {
+        State::Running { .. } | State::Ended { .. } => Ok(Arrival::Resumed),
+        State::Prepared { .. } => {
+            let gone: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
+            gone.map(|_| Arrival::Resumed)
+                .map_err(|error| error.to_string())
+        }
+        State::Empty | State::Receiving { .. } | State::Dropped { .. } => {
+            agent.workers.forget(&agent.dir, machine).await;
+            Ok(Arrival::Without)
+        }
+    }
+}

@@ -1,0 +1,584 @@
+//! What users want done, wherever the machine is: operations go to its owner.
+
+use crate::agent::Agent;
+use crate::record::{self, RecordError};
+use crate::service::kind as node_kind;
+use crate::state_dir::is_hash;
+use crate::workers::PROMPT;
+use keel_api::{ClusterInfo, MachineInfo, MoveLine, NodeInfo, RunRequest, Token, TokenRequest};
+use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Compare, Txn, TxnOutcome};
+use keel_cluster::tokens::{self, Role};
+use keel_cluster::{Epoch, MachineName, NodeName, members};
+use keel_machine::spec::{Record, Spec, Status, Volume};
+use keel_machine::worker::control::{ReadLog, Report, State, kind, pack, unpack};
+use keel_net::{Bytes, RpcError};
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// How long a stopped machine may take to end.
+const STOP_PATIENCE: Duration = Duration::from_secs(15);
+/// Attempts to find a machine that is moving about.
+const CHASES_MAX: u32 = 20;
+/// Largest limits that a machine may ask for.
+const MEMORY_BYTES_MAX: u64 = 64 << 30;
+const THREADS_MAX: u32 = 16_384;
+
+/// Why something was not done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub(crate) enum OperateError {
+    /// The user can mend it.
+    #[error("{0}")]
+    Bad(String),
+    /// There is no such thing.
+    #[error("{0}")]
+    Missing(String),
+    /// It contradicts what is.
+    #[error("{0}")]
+    Conflict(String),
+    /// Somebody does not answer.
+    #[error("{0}")]
+    Away(String),
+}
+
+impl From<RecordError> for OperateError {
+    fn from(error: RecordError) -> Self {
+        match error {
+            RecordError::NoMachine(_) => OperateError::Missing(error.to_string()),
+            RecordError::Contended(_) | RecordError::Refused(_) => {
+                OperateError::Conflict(error.to_string())
+            }
+            RecordError::Store(_) | RecordError::Damaged(_) => {
+                OperateError::Away(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<keel_cluster::StoreError> for OperateError {
+    fn from(error: keel_cluster::StoreError) -> Self {
+        OperateError::Away(error.to_string())
+    }
+}
+
+/// What an owner is asked to do with a machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Operation {
+    Stop { machine: MachineName, kill: bool },
+    Remove { machine: MachineName },
+    CancelMove { machine: MachineName },
+    Report { machine: MachineName },
+}
+
+impl Operation {
+    fn machine(&self) -> &MachineName {
+        match self {
+            Operation::Stop { machine, .. }
+            | Operation::Remove { machine }
+            | Operation::CancelMove { machine }
+            | Operation::Report { machine } => machine,
+        }
+    }
+}
+
+type Answer = Result<Option<Report>, OperateError>;
+
+/// Does what was asked on a machine that this node owns.
+pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
+    match operation {
+        Operation::Stop { machine, kill } => stop(agent, &machine, kill).await.map(|()| None),
+        Operation::Remove { machine } => {
+            let found = record::get(&*agent.store, &machine).await?;
+            if !found.record.status.ended() {
+                return Err(OperateError::Conflict(format!(
+                    "machine {machine:?} is {}; stop it first (`keel stop {machine}`)",
+                    found.record.status.word()
+                )));
+            }
+            remove_here(agent, &machine).await?;
+            Ok(None)
+        }
+        Operation::CancelMove { machine } => match agent.moves().get(&machine) {
+            Some(handle) => {
+                handle.cancel("it was cancelled");
+                Ok(None)
+            }
+            None => Err(OperateError::Conflict(format!(
+                "machine {machine:?} is not moving"
+            ))),
+        },
+        Operation::Report { machine } => match agent.workers.get(&machine) {
+            Some(worker) => Ok(worker.report().await.ok()),
+            None => Ok(None),
+        },
+    }
+}
+
+async fn stop(agent: &Arc<Agent>, machine: &MachineName, kill: bool) -> Result<(), OperateError> {
+    // A move in progress is ended first: what is stopped must not go on
+    // elsewhere.
+    let handle = agent.moves().get(machine).cloned();
+    if let Some(handle) = handle {
+        handle.cancel("the machine is being stopped");
+        handle.over().await;
+    }
+    let found = record::get(&*agent.store, machine).await?;
+    if found.record.owner != agent.name {
+        return Err(OperateError::Conflict(format!(
+            "machine {machine:?} just moved to {}; try again",
+            found.record.owner
+        )));
+    }
+    if found.record.status.ended() {
+        return Ok(());
+    }
+    let Some(worker) = agent.workers.get(machine) else {
+        return Err(OperateError::Conflict(format!(
+            "machine {machine:?} is only just starting; try again"
+        )));
+    };
+    if kill {
+        let report = worker.report().await;
+        if let Ok(report) = report
+            && let Some(pid) = i32::try_from(report.pid)
+                .ok()
+                .and_then(rustix::process::Pid::from_raw)
+        {
+            // What follows is seen as a lost worker.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    } else {
+        let asked: Result<(), RpcError> = worker.ask(kind::STOP, &(), PROMPT).await;
+        asked.map_err(|error| OperateError::Away(error.to_string()))?;
+    }
+    let deadline = tokio::time::Instant::now() + STOP_PATIENCE;
+    loop {
+        match record::get(&*agent.store, machine).await {
+            Ok(found) if found.record.status.ended() => return Ok(()),
+            Err(RecordError::NoMachine(_)) => return Ok(()),
+            Err(error) => return Err(error.into()),
+            Ok(_) => {}
+        }
+        if tokio::time::Instant::now() > deadline {
+            return Err(OperateError::Away(format!(
+                "machine {machine:?} does not end; `keel kill {machine}` ends its process"
+            )));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Removes an ended machine that this node owned: record, output, worker.
+pub(crate) async fn remove_here(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+) -> Result<(), RecordError> {
+    let found = record::get(&*agent.store, machine).await?;
+    if !found.record.status.ended() {
+        return Err(RecordError::Refused(format!(
+            "machine {machine:?} is {}",
+            found.record.status.word()
+        )));
+    }
+    let key = Key::Machine(machine.clone());
+    let txn = Txn::new()
+        .when_modified_at(key.clone(), found.revision)
+        .delete(key);
+    match agent.store.txn(txn).await? {
+        TxnOutcome::Committed { .. } => {
+            agent.workers.forget(&agent.dir, machine).await;
+            Ok(())
+        }
+        TxnOutcome::Refused { .. } => Err(RecordError::Contended(machine.to_string())),
+    }
+}
+
+/// Does what was asked wherever the machine is.
+pub(crate) async fn anywhere(agent: &Arc<Agent>, operation: Operation) -> Answer {
+    let owner = record::get(&*agent.store, operation.machine()).await?.record.owner;
+    if owner == agent.name {
+        return here(agent, operation).await;
+    }
+    let payload = pack(&operation).map_err(|error| OperateError::Bad(error.to_string()))?;
+    let answer = agent
+        .peers
+        .call(&owner, node_kind::OPERATE, payload, 2 * STOP_PATIENCE)
+        .await
+        .map_err(|error| OperateError::Away(error.to_string()))?;
+    unpack(&answer).map_err(|error| OperateError::Away(error.to_string()))?
+}
+
+/// Moves a machine, wherever it is.
+pub(crate) async fn move_anywhere(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    target: &NodeName,
+) -> Result<mpsc::Receiver<MoveLine>, OperateError> {
+    let owner = record::get(&*agent.store, machine).await?.record.owner;
+    if owner == agent.name {
+        return crate::moving::begin(agent, machine, target)
+            .await
+            .map_err(OperateError::Conflict);
+    }
+    let payload = pack(&(machine.clone(), target.clone()))
+        .map_err(|error| OperateError::Bad(error.to_string()))?;
+    let mut stream = agent
+        .peers
+        .stream(&owner, node_kind::MOVE, payload)
+        .await
+        .map_err(|error| match error {
+            RpcError::Failed { reason, .. } => OperateError::Conflict(reason),
+            other => OperateError::Away(other.to_string()),
+        })?;
+    let (send, lines) = mpsc::channel(64);
+    tokio::spawn(async move {
+        while let Some(item) = stream.recv().await {
+            let line = item
+                .and_then(|bytes| unpack(&bytes))
+                .unwrap_or_else(|error: RpcError| MoveLine::Error(error.to_string()));
+            if send.send(line).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(lines)
+}
+
+// ── output ──────────────────────────────────────────────────────────────
+
+/// The output of a machine that runs, or ended, on this node.
+pub(crate) async fn log_here(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    from: u64,
+    follow: bool,
+) -> Result<mpsc::Receiver<Bytes>, String> {
+    let worker = agent
+        .workers
+        .get(machine)
+        .ok_or_else(|| format!("machine {machine:?} has no worker here"))?;
+    let mut stream = worker
+        .stream(kind::LOG, &ReadLog { from, follow })
+        .await
+        .map_err(|error| error.to_string())?;
+    let (send, chunks) = mpsc::channel(16);
+    tokio::spawn(async move {
+        while let Some(Ok(bytes)) = stream.recv().await {
+            if send.send(bytes).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(chunks)
+}
+
+/// The output of a machine from an offset on, following it from node to node.
+/// The first word is an error if there is no such machine.
+pub(crate) async fn log_anywhere(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    from: u64,
+    follow: bool,
+) -> Result<mpsc::Receiver<Bytes>, OperateError> {
+    record::get(&*agent.store, machine).await?;
+    let (send, bytes) = mpsc::channel(16);
+    let (agent, machine) = (agent.clone(), machine.clone());
+    tokio::spawn(async move {
+        let mut at = from;
+        let mut idle = 0;
+        while idle < CHASES_MAX && !send.is_closed() {
+            let before = at;
+            let ended = match record::get(&*agent.store, &machine).await {
+                Ok(found) => {
+                    pass_on(&agent, &found.record, &mut at, follow, &send).await;
+                    found.record.status.ended()
+                }
+                Err(RecordError::NoMachine(_)) => true,
+                Err(_) => false,
+            };
+            if ended || !follow {
+                return;
+            }
+            // It moved, or its node is away for a moment.
+            idle = if at > before { 0 } else { idle + 1 };
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    Ok(bytes)
+}
+
+async fn pass_on(
+    agent: &Arc<Agent>,
+    record: &Record,
+    at: &mut u64,
+    follow: bool,
+    send: &mpsc::Sender<Bytes>,
+) {
+    let read = |chunk: Bytes| -> Option<(u64, Vec<u8>)> {
+        let chunk: keel_machine::worker::control::LogChunk = unpack(&chunk).ok()?;
+        Some((chunk.offset, chunk.bytes))
+    };
+    let mut local = None;
+    let mut remote = None;
+    if record.owner == agent.name {
+        local = log_here(agent, &record.name, *at, follow).await.ok();
+    } else if let Ok(question) = pack(&(record.name.clone(), *at, follow)) {
+        let stream = agent.peers.stream(&record.owner, node_kind::LOG, question);
+        remote = stream.await.ok();
+    }
+    loop {
+        let chunk = match (&mut local, &mut remote) {
+            (Some(local), _) => local.recv().await,
+            (None, Some(remote)) => match remote.recv().await {
+                Some(Ok(chunk)) => Some(chunk),
+                _ => None,
+            },
+            (None, None) => None,
+        };
+        let Some((offset, bytes)) = chunk.and_then(read) else {
+            return;
+        };
+        // A log that lost its oldest part begins later.
+        let known = usize::try_from(at.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let Some(new) = bytes.get(known..) else {
+            continue;
+        };
+        *at = offset + bytes.len() as u64;
+        if send.send(Bytes::copy_from_slice(new)).await.is_err() {
+            return;
+        }
+    }
+}
+
+// ── starting and listing ────────────────────────────────────────────────
+
+/// Puts a new machine into a node's schedule.
+pub(crate) async fn run(
+    agent: &Arc<Agent>,
+    request: RunRequest,
+) -> Result<MachineInfo, OperateError> {
+    let bad = |what: String| OperateError::Bad(what);
+    let name = match &request.name {
+        Some(name) => MachineName::new(name).map_err(|error| bad(error.to_string()))?,
+        None => MachineName::new(&format!("m-{:08x}", rand::random::<u32>()))
+            .map_err(|error| bad(error.to_string()))?,
+    };
+    let node = match &request.on {
+        Some(node) => NodeName::new(node).map_err(|error| bad(error.to_string()))?,
+        None => agent.name.clone(),
+    };
+    if !agent.members.contains(&node) {
+        return Err(OperateError::Missing(format!(
+            "there is no node {node:?} (see `keel nodes`)"
+        )));
+    }
+    let spec = spec(&request)?;
+    if !is_hash(&spec.module) || !agent.dir.module(&spec.module).exists() {
+        crate::service::find_module(agent, &spec.module)
+            .await
+            .map_err(OperateError::Missing)?;
+    }
+    let (_, incarnation) = members::cluster_of(&*agent.store)
+        .await
+        .map_err(|error| OperateError::Away(error.to_string()))?;
+    let record = Record {
+        name: name.clone(),
+        spec,
+        owner: node.clone(),
+        epoch: Epoch {
+            incarnation,
+            counter: 1,
+        },
+        status: Status::Scheduled,
+        created_unix_ms: unix_ms(),
+        reports: Vec::new(),
+    };
+    let alive = Key::Alive(node.clone());
+    let txn = Txn::new()
+        .when_absent(Key::Machine(name.clone()))
+        .when(Compare::Exists {
+            key: alive.to_string(),
+        })
+        .put(Key::Machine(name.clone()), record::encode(&record)?)
+        .put(Key::Schedule(node.clone(), name.clone()), Vec::new());
+    match agent.store.txn(txn).await? {
+        TxnOutcome::Committed { .. } => Ok(info(&record, None)),
+        TxnOutcome::Refused { failed: 0, .. } => Err(OperateError::Conflict(format!(
+            "the name {name:?} is in use (`keel rm {name}` frees it once the machine has ended)"
+        ))),
+        TxnOutcome::Refused { .. } => Err(OperateError::Away(format!(
+            "node {node:?} is not alive (see `keel nodes`)"
+        ))),
+    }
+}
+
+fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
+    let bad = |what: String| Err(OperateError::Bad(what));
+    if request.memory_bytes > MEMORY_BYTES_MAX || request.memory_bytes < 1 << 16 {
+        return bad(format!(
+            "a memory limit of {} bytes: 64 KiB to 64 GiB are possible",
+            request.memory_bytes
+        ));
+    }
+    if request.threads_max == 0 || request.threads_max > THREADS_MAX {
+        return bad(format!(
+            "a limit of {} threads: 1 to {THREADS_MAX} are possible",
+            request.threads_max
+        ));
+    }
+    if request.args.is_empty() {
+        return bad("no program name: the first argument is missing".into());
+    }
+    for volume in &request.volumes {
+        if !volume.host.starts_with('/') {
+            return bad(format!("volume {:?}: the path must be absolute", volume.host));
+        }
+    }
+    Ok(Spec {
+        module: request.module.clone(),
+        args: request.args.clone(),
+        env: request.env.clone(),
+        volumes: request
+            .volumes
+            .iter()
+            .map(|volume| Volume {
+                host: volume.host.clone(),
+                guest: volume.guest.clone(),
+                read_only: volume.read_only,
+            })
+            .collect(),
+        memory_bytes: request.memory_bytes,
+        threads_max: request.threads_max,
+        output_bytes_per_s: request.output_bytes_per_s,
+        remove_at_end: request.remove_at_end,
+    })
+}
+
+/// A machine as users see it.
+pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
+    let running = report.filter(|report| matches!(report.state, State::Running { .. }));
+    MachineInfo {
+        name: record.name.to_string(),
+        node: record.owner.to_string(),
+        status: record.status.word(),
+        exit_code: match record.status {
+            Status::Exited { code } => Some(code),
+            _ => None,
+        },
+        message: match &record.status {
+            Status::Trapped { message } => Some(message.clone()),
+            Status::Failed { reason } => Some(reason.clone()),
+            _ => None,
+        },
+        epoch: record.epoch.to_string(),
+        created_unix_ms: record.created_unix_ms,
+        module: record.spec.module.clone(),
+        args: record.spec.args.clone(),
+        memory_limit_bytes: record.spec.memory_bytes,
+        memory_bytes: running.map(|report| report.memory_bytes),
+        threads: running.map(|report| report.threads),
+        cpu_micros: running.map(|report| report.cpu_micros),
+        pid: running.map(|report| report.pid),
+        moves: record.reports.clone(),
+    }
+}
+
+pub(crate) async fn inspect(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+) -> Result<MachineInfo, OperateError> {
+    let record = record::get(&*agent.store, machine).await?.record;
+    let machine = machine.clone();
+    // What its node does not say just now is left out.
+    let report = anywhere(agent, Operation::Report { machine })
+        .await
+        .ok()
+        .flatten();
+    Ok(info(&record, report.as_ref()))
+}
+
+pub(crate) async fn nodes(agent: &Arc<Agent>) -> Result<Vec<NodeInfo>, OperateError> {
+    let store = &*agent.store;
+    let alive = record::alive(store).await?;
+    let records = record::nodes(store).await?;
+    let voters = members::voters(store)
+        .await
+        .map_err(|error| OperateError::Away(error.to_string()))?;
+    let mut nodes = Vec::new();
+    for (name, member) in agent.members.all().iter() {
+        let record = records.iter().find(|(node, _)| node == name);
+        let record = record.map(|(_, record)| record);
+        nodes.push(NodeInfo {
+            name: name.to_string(),
+            address: member.address.clone(),
+            alive: alive.contains(name),
+            voter: voters.iter().any(|voter| voter.node == *name),
+            cpus: record.map_or(0, |record| record.cpus),
+            memory_bytes: record.map_or(0, |record| record.memory_bytes),
+            machines: record::schedule(store, name).await?.len() as u32,
+            lacks: record.map_or_else(Vec::new, |record| record.lacks.clone()),
+            version: record.map_or_else(String::new, |record| record.version.clone()),
+        });
+    }
+    Ok(nodes)
+}
+
+pub(crate) async fn status(agent: &Arc<Agent>) -> Result<ClusterInfo, OperateError> {
+    let nodes = nodes(agent).await?;
+    let machines = record::all(&*agent.store).await?;
+    Ok(ClusterInfo {
+        cluster: agent.cluster.to_string(),
+        node: agent.name.to_string(),
+        voters: nodes
+            .iter()
+            .filter(|node| node.voter)
+            .map(|node| node.name.clone())
+            .collect(),
+        store: format!("answers, revision {}", agent.store.revision().await?),
+        nodes: nodes.len() as u32,
+        nodes_alive: nodes.iter().filter(|node| node.alive).count() as u32,
+        machines: machines.len() as u32,
+        machines_running: machines
+            .iter()
+            .filter(|record| record.status == Status::Running)
+            .count() as u32,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+pub(crate) async fn make_token(
+    agent: &Arc<Agent>,
+    request: TokenRequest,
+) -> Result<Token, OperateError> {
+    let store = &*agent.store;
+    let authority = agent
+        .identity
+        .authority()
+        .map_err(|error| OperateError::Away(error.to_string()))?;
+    let bad = |error: tokens::TokenError| OperateError::Bad(error.to_string());
+    let token = match request {
+        TokenRequest::Join { ttl_s } => {
+            let ttl_ms = ttl_s.saturating_mul(1000);
+            tokens::create_join_token(store, authority, ttl_ms, unix_ms())
+                .await
+                .map_err(bad)?
+                .to_string()
+        }
+        TokenRequest::User { name, role } => {
+            let role: Role = role
+                .parse()
+                .map_err(|_| OperateError::Bad(format!("{role:?} is no role: viewer, operator or admin")))?;
+            tokens::create_user_token(store, &name, role, None)
+                .await
+                .map_err(bad)?
+                .to_string()
+        }
+    };
+    Ok(Token {
+        token,
+        authority: authority.to_string(),
+    })
+}

@@ -1,0 +1,104 @@
+//! The tiny process above an agent: starts it again at once when it dies, and
+//! passes on the signals to stop. Machines are not its children's concern: they
+//! run in workers of their own.
+
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// An agent that lived this long starts again at once.
+const GOOD_LIFE: Duration = Duration::from_secs(5);
+/// The longest pause before starting again.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// How an agent's end is to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Restart {
+    /// It ended on purpose.
+    No,
+    /// It did not.
+    After(Duration),
+}
+
+/// Whether, and when, to start an agent again that lived for `life`.
+fn decide(status: ExitStatus, life: Duration, failures: u32) -> Restart {
+    if status.success() {
+        Restart::No
+    } else if life >= GOOD_LIFE {
+        Restart::After(Duration::ZERO)
+    } else {
+        // A first quick death may be an accident; then slower and slower.
+        Restart::After((Duration::from_millis(20) * 2u32.pow(failures.min(8))).min(PAUSE_MAX))
+    }
+}
+
+/// Runs `agent` until it ends on purpose, or this process is told to stop.
+///
+/// # Errors
+/// If the agent cannot be started, or signals cannot be caught.
+pub async fn supervise(mut agent: impl FnMut() -> Command) -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut failures = 0;
+    loop {
+        let begun = Instant::now();
+        let mut child = agent().kill_on_drop(true).spawn()?;
+        let status = tokio::select! {
+            status = child.wait() => status?,
+            _ = terminate.recv() => return stop(child).await,
+            _ = interrupt.recv() => return stop(child).await,
+        };
+        if begun.elapsed() >= GOOD_LIFE {
+            failures = 0;
+        }
+        match decide(status, begun.elapsed(), failures) {
+            Restart::No => return Ok(()),
+            Restart::After(pause) => {
+                tracing::warn!(%status, "the agent ended, starting it again");
+                failures += 1;
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    _ = terminate.recv() => return Ok(()),
+                    _ = interrupt.recv() => return Ok(()),
+                }
+            }
+        }
+    }
+}
+
+async fn stop(mut child: tokio::process::Child) -> std::io::Result<()> {
+    if let Some(pid) = child
+        .id()
+        .and_then(|pid| i32::try_from(pid).ok())
+        .and_then(rustix::process::Pid::from_raw)
+    {
+        // It may have ended this instant.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+    }
+    child.wait().await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn only_a_purposeful_end_is_final() {
+        let killed = ExitStatus::from_raw(9);
+        assert_eq!(decide(ExitStatus::from_raw(0), GOOD_LIFE, 0), Restart::No);
+        assert_eq!(
+            decide(killed, GOOD_LIFE, 7),
+            Restart::After(Duration::ZERO)
+        );
+        let Restart::After(first) = decide(killed, Duration::ZERO, 0) else {
+            panic!("not started again");
+        };
+        assert!(first <= Duration::from_millis(20));
+        assert_eq!(
+            decide(killed, Duration::ZERO, 60),
+            Restart::After(PAUSE_MAX)
+        );
+    }
+}

@@ -1,0 +1,251 @@
+//! What other nodes ask of this one, over `keel-net`'s rpc: offers, modules,
+//! arrivals, and what users want done with machines that run here.
+
+use crate::agent::Agent;
+use crate::offer::{self, Offer};
+use crate::operate::{self, Operation};
+use crate::state_dir::{is_hash, write_whole};
+use crate::workers::PROMPT;
+use futures::FutureExt;
+use keel_cluster::service::ClusterService;
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::worker::control::{pack, unpack};
+use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// Kinds of requests between agents.
+pub(crate) mod kind {
+    /// `Offer` → `Receiving`.
+    pub(crate) const OFFER: u16 = 0x0301;
+    /// `(is program, hash)` → stream of the file's pieces.
+    pub(crate) const FETCH: u16 = 0x0302;
+    /// `(machine, epoch)` → `Arrival`.
+    pub(crate) const ARRIVAL: u16 = 0x0303;
+    /// `machine` → `()`: the source gives an offer up.
+    pub(crate) const WITHDRAW: u16 = 0x0304;
+    /// `Operation` → its answer.
+    pub(crate) const OPERATE: u16 = 0x0305;
+    /// `(machine, target)` → stream of `MoveLine`.
+    pub(crate) const MOVE: u16 = 0x0306;
+    /// `(machine, from, follow)` → stream of `LogChunk`.
+    pub(crate) const LOG: u16 = 0x0307;
+}
+
+/// Bytes of a module in one piece.
+const PIECE_BYTES: usize = 1 << 20;
+
+pub(crate) struct Service {
+    agent: Arc<Agent>,
+    cluster: Option<ClusterService>,
+}
+
+impl Service {
+    pub(crate) fn new(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Self {
+        Service { agent, cluster }
+    }
+
+    async fn answer(
+        &self,
+        source: NodeName,
+        kind: u16,
+        payload: Bytes,
+    ) -> Result<Reply, RpcError> {
+        let agent = &self.agent;
+        match kind {
+            kind::OFFER => {
+                let request: Offer = unpack(&payload)?;
+                let receiving = offer::accept(agent, source, request)
+                    .await
+                    .map_err(RpcError::failed)?;
+                Ok(pack(&receiving)?.into())
+            }
+            kind::FETCH => {
+                let (is_program, hash): (bool, String) = unpack(&payload)?;
+                if !is_hash(&hash) {
+                    return Err(RpcError::refused("that is no hash of a module"));
+                }
+                let path = if is_program {
+                    agent.dir.program(&hash)
+                } else {
+                    agent.dir.module(&hash)
+                };
+                send_file(&path)
+            }
+            kind::ARRIVAL => {
+                let (machine, epoch): (MachineName, Epoch) = unpack(&payload)?;
+                let arrival = offer::arrival(agent, &machine, epoch)
+                    .await
+                    .map_err(RpcError::failed)?;
+                Ok(pack(&arrival)?.into())
+            }
+            kind::WITHDRAW => {
+                let machine: MachineName = unpack(&payload)?;
+                offer::settle(agent, &machine).await;
+                Ok(pack(&())?.into())
+            }
+            kind::OPERATE => {
+                let operation: Operation = unpack(&payload)?;
+                let answer = operate::here(agent, operation).await;
+                Ok(pack(&answer)?.into())
+            }
+            kind::MOVE => {
+                let (machine, target): (MachineName, NodeName) = unpack(&payload)?;
+                let mut lines = crate::moving::begin(agent, &machine, &target)
+                    .await
+                    .map_err(RpcError::failed)?;
+                let (send, stream) = mpsc::channel(64);
+                tokio::spawn(async move {
+                    while let Some(line) = lines.recv().await {
+                        let Ok(bytes) = pack(&line) else { return };
+                        if send.send(bytes).await.is_err() {
+                            return;
+                        }
+                    }
+                });
+                Ok(Reply::Stream(stream))
+            }
+            kind::LOG => {
+                let (machine, from, follow): (MachineName, u64, bool) = unpack(&payload)?;
+                let stream = operate::log_here(agent, &machine, from, follow)
+                    .await
+                    .map_err(RpcError::failed)?;
+                Ok(Reply::Stream(stream))
+            }
+            other => Err(RpcError::refused(format!(
+                "this node knows no request of kind {other:#06x}; is it older?"
+            ))),
+        }
+    }
+}
+
+impl Handler for Service {
+    fn permits(&self, peer: &PeerId, kind: u16) -> bool {
+        match &self.cluster {
+            Some(cluster) if ClusterService::handles(kind) => cluster.permits(peer, kind),
+            _ => matches!(peer, PeerId::Node(_)),
+        }
+    }
+
+    fn call(
+        &self,
+        peer: PeerId,
+        kind: u16,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<Reply, RpcError>> {
+        if let Some(cluster) = &self.cluster
+            && ClusterService::handles(kind)
+        {
+            return cluster.call(peer, kind, payload);
+        }
+        async move {
+            match peer {
+                PeerId::Node(source) => self.answer(source, kind, payload).await,
+                other => Err(RpcError::refused(format!("{other} is no node"))),
+            }
+        }
+        .boxed()
+    }
+}
+
+fn send_file(path: &Path) -> Result<Reply, RpcError> {
+    let mut file = std::fs::File::open(path)
+        .map_err(|_| RpcError::refused("this node does not have that module"))?;
+    let (send, stream) = mpsc::channel(4);
+    std::thread::Builder::new()
+        .name("send-file".into())
+        .spawn(move || {
+            use std::io::Read;
+            loop {
+                let mut piece = Vec::with_capacity(PIECE_BYTES);
+                let read = (&mut file).take(PIECE_BYTES as u64).read_to_end(&mut piece);
+                match read {
+                    Ok(0) => return,
+                    Ok(_) => {
+                        if send.blocking_send(piece.into()).is_err() {
+                            return;
+                        }
+                    }
+                    // The receiver checks the hash of the whole.
+                    Err(error) => {
+                        tracing::warn!(%error, "a module cannot be sent");
+                        return;
+                    }
+                }
+            }
+        })
+        .map_err(RpcError::failed)?;
+    Ok(Reply::Stream(stream))
+}
+
+/// Gets a file from a node and keeps it, if it is what its hash says.
+async fn fetch(
+    agent: &Agent,
+    node: &NodeName,
+    is_program: bool,
+    hash: &str,
+    path: &Path,
+) -> Result<(), String> {
+    let question = pack(&(is_program, hash.to_owned())).map_err(|error| error.to_string())?;
+    let mut stream = agent
+        .peers
+        .stream(node, kind::FETCH, question)
+        .await
+        .map_err(|error| error.to_string())?;
+    let mut bytes = Vec::new();
+    while let Some(piece) = stream.recv().await {
+        bytes.extend_from_slice(&piece.map_err(|error| error.to_string())?);
+        if bytes.len() > 2 * keel_machine::MODULE_BYTES_MAX {
+            return Err("the module is too large".into());
+        }
+    }
+    let (hash, path) = (hash.to_owned(), path.to_owned());
+    tokio::task::spawn_blocking(move || {
+        if blake3::hash(&bytes).to_hex().as_str() != hash {
+            return Err("the module is not what its hash says".to_owned());
+        }
+        write_whole(&path, &bytes).map_err(|error| format!("{}: {error}", path.display()))
+    })
+    .await
+    .map_err(|error| error.to_string())?
+}
+
+/// The file of an instrumented module, fetched from a move's source if need be.
+pub(crate) async fn find_program(
+    agent: &Agent,
+    source: &NodeName,
+    hash: &Fingerprint,
+) -> Result<PathBuf, String> {
+    let hash = hash.to_string();
+    let path = agent.dir.program(&hash);
+    if !path.exists() {
+        fetch(agent, source, true, &hash, &path)
+            .await
+            .map_err(|error| format!("its module cannot be fetched: {error}"))?;
+    }
+    Ok(path)
+}
+
+/// The file of a module as its author built it, fetched from whichever node has
+/// it if need be.
+pub(crate) async fn find_module(agent: &Agent, hash: &str) -> Result<PathBuf, String> {
+    if !is_hash(hash) {
+        return Err(format!("{hash:?} is no hash of a module"));
+    }
+    let path = agent.dir.module(hash);
+    if path.exists() {
+        return Ok(path);
+    }
+    for node in agent.members.all().keys() {
+        if *node == agent.name {
+            continue;
+        }
+        match tokio::time::timeout(6 * PROMPT, fetch(agent, node, false, hash, &path)).await {
+            Ok(Ok(())) => return Ok(path),
+            Ok(Err(error)) => tracing::debug!(%node, error, "no module from there"),
+            Err(_) => tracing::warn!(%node, "a module takes too long"),
+        }
+    }
+    Err(format!("no node that answers has module {hash}; run it again with its file"))
+}

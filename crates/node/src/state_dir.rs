@@ -1,0 +1,108 @@
+//! The folder that a node keeps, readable by its user only.
+//!
+//! ```text
+//!   identity files, store.redb, node.json     what keel-cluster and the agent keep
+//!   api.socket                                the local API
+//!   workers/MACHINE/                          socket and output of a machine
+//!   modules/HASH.wasm                         modules as their authors built them
+//!   programs/HASH.wasm                        instrumented modules
+//!   cache/                                    compiled code, sealed
+//! ```
+
+use keel_cluster::MachineName;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+/// A node's folder.
+#[derive(Debug, Clone)]
+pub struct StateDir {
+    root: PathBuf,
+}
+
+impl StateDir {
+    /// The folder at `root`, made if need be.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn open(root: &Path) -> std::io::Result<Self> {
+        let make = |path: &Path| {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(path)
+        };
+        make(root)?;
+        let dir = StateDir {
+            root: root.canonicalize()?,
+        };
+        for part in ["workers", "modules", "programs", "cache"] {
+            make(&dir.root.join(part))?;
+        }
+        Ok(dir)
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The local API's socket.
+    pub fn api_socket(&self) -> PathBuf {
+        self.root.join("api.socket")
+    }
+
+    /// The store's file.
+    pub fn store(&self) -> PathBuf {
+        self.root.join("store.redb")
+    }
+
+    /// What the agent keeps about itself.
+    pub fn settings(&self) -> PathBuf {
+        self.root.join("node.json")
+    }
+
+    /// The folders of all machines.
+    pub fn workers(&self) -> PathBuf {
+        self.root.join("workers")
+    }
+
+    /// One machine's folder.
+    pub fn worker(&self, machine: &MachineName) -> PathBuf {
+        self.workers().join(machine.as_str())
+    }
+
+    /// A module as its author built it.
+    pub fn module(&self, hash: &str) -> PathBuf {
+        self.root.join("modules").join(format!("{hash}.wasm"))
+    }
+
+    /// Instrumented modules.
+    pub fn programs(&self) -> PathBuf {
+        self.root.join("programs")
+    }
+
+    /// An instrumented module.
+    pub fn program(&self, hash: &str) -> PathBuf {
+        self.programs().join(format!("{hash}.wasm"))
+    }
+
+    /// Compiled code.
+    pub fn cache(&self) -> PathBuf {
+        self.root.join("cache")
+    }
+}
+
+/// Whether a text is a module's hash: 64 hex digits. Nothing else becomes part
+/// of a path.
+pub(crate) fn is_hash(text: &str) -> bool {
+    text.len() == 64
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+/// Writes a file whole or not at all.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let temporary = path.with_extension(format!("{:x}.new", rand::random::<u64>()));
+    std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, path))
+}

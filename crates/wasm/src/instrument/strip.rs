@@ -1,0 +1,113 @@
+//! The instrumented module without its clones: what a program starts with.
+//!
+//! Clones are half of an instrumented module, and most programs are never
+//! moved. All indices, types, memories and tables are those of the whole
+//! module, so a thread that was captured in an instance of this one goes on in
+//! an instance of the whole.
+
+use super::InstrumentError;
+use super::meta::{self, Meta};
+use wasm_encoder::reencode::{Reencode, RoundtripReencoder, utils};
+use wasm_encoder::{
+    BranchHint, BranchHints, CodeSection, ExportSection, FunctionSection, Module, RawSection,
+};
+use wasmparser::{CustomSectionReader, KnownCustom, Parser, Payload};
+
+/// Takes the clones, what enters them and the metadata out of an instrumented
+/// module.
+///
+/// # Errors
+/// [`InstrumentError`] if it is none.
+pub fn without_clones(module: &[u8], meta: &Meta) -> Result<Vec<u8>, InstrumentError> {
+    let mut out = Module::new();
+    // Clones and the function that enters them come last.
+    let clones = meta.functions.len() as u32 + 1;
+    let imported = meta.imports.len() as u32;
+    let mut kept = 0;
+    let mut code = CodeSection::new();
+    let mut left = 0;
+    for payload in Parser::new(0).parse_all(module) {
+        let payload = payload?;
+        match &payload {
+            Payload::FunctionSection(section) => {
+                kept = section.count().checked_sub(clones).ok_or_else(|| {
+                    InstrumentError::Malformed("it has fewer functions than clones".into())
+                })?;
+                let mut functions = FunctionSection::new();
+                for ty in section.clone().into_iter().take(kept as usize) {
+                    functions.function(ty?);
+                }
+                out.section(&functions);
+            }
+            Payload::ExportSection(section) => {
+                let mut exports = ExportSection::new();
+                for export in section.clone() {
+                    let export = export?;
+                    if export.name != meta::RESUME_EXPORT {
+                        utils::parse_export(&mut RoundtripReencoder, &mut exports, export)?;
+                    }
+                }
+                out.section(&exports);
+            }
+            Payload::CodeSectionStart { .. } => left = kept,
+            Payload::CodeSectionEntry(body) => {
+                if left > 0 {
+                    code.raw(bytes(module, body.range())?);
+                    left -= 1;
+                    if left == 0 {
+                        out.section(&code);
+                    }
+                }
+            }
+            Payload::CustomSection(section) => custom(&mut out, section, imported + kept)?,
+            other => {
+                if let Some((id, range)) = other.as_section() {
+                    let data = bytes(module, range)?;
+                    out.section(&RawSection { id, data });
+                }
+            }
+        }
+    }
+    Ok(out.finish())
+}
+
+/// Branch hints of the functions that stay, and names.
+fn custom(
+    out: &mut Module,
+    section: &CustomSectionReader<'_>,
+    functions: u32,
+) -> Result<(), InstrumentError> {
+    match section.as_known() {
+        KnownCustom::BranchHints(reader) => {
+            let mut hints = BranchHints::new();
+            for function in reader {
+                let function = function?;
+                if function.func < functions {
+                    let list = function
+                        .hints
+                        .into_iter()
+                        .map(|hint| {
+                            hint.map(|hint| BranchHint {
+                                branch_func_offset: hint.func_offset,
+                                branch_hint_value: u32::from(hint.taken),
+                            })
+                        })
+                        .collect::<Result<Vec<_>, _>>()?;
+                    hints.function_hints(function.func, list);
+                }
+            }
+            out.section(&hints);
+        }
+        KnownCustom::Name(_) => {
+            out.section(&RoundtripReencoder.custom_section(section.clone())?);
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn bytes(module: &[u8], range: std::ops::Range<u64>) -> Result<&[u8], InstrumentError> {
+    module
+        .get(range.start as usize..range.end as usize)
+        .ok_or_else(|| InstrumentError::Malformed("a section is cut off".into()))
+}

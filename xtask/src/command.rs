@@ -1,0 +1,117 @@
+//! Running programs: with their output passed on, or kept, within a time.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The workspace's folder.
+pub(crate) fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_owned()
+}
+
+/// `cargo`, as this program was started by, in the workspace.
+pub(crate) fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// Runs it with its output passed on; fails if it does.
+pub(crate) fn check(command: &mut Command) -> Result<()> {
+    let shown = show(command);
+    println!("$ {shown}");
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run {shown}"))?;
+    ensure!(status.success(), "{shown}: {status}");
+    Ok(())
+}
+
+fn show(command: &Command) -> String {
+    std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|part| part.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// Whether a program can be found.
+pub(crate) fn has(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    })
+}
+
+/// Builds `keel` and says where it is.
+pub(crate) fn keel() -> Result<PathBuf> {
+    check(cargo().args(["build", "--release", "--package", "keel"]))?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root().join("target"), PathBuf::from);
+    Ok(target.join("release/keel"))
+}
+
+/// What a finished program left.
+pub(crate) struct Finished {
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: String,
+    /// `None` when a signal ended it.
+    pub(crate) code: Option<i32>,
+    pub(crate) took: Duration,
+}
+
+/// Runs it to its end and keeps its output; it is killed after `limit`. Its
+/// standard input stays open and empty.
+pub(crate) fn finish(command: &mut Command, limit: Duration) -> Result<Finished> {
+    let begun = Instant::now();
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {}", show(command)))?;
+    let stdin = child.stdin.take();
+    let stdout = collect(child.stdout.take());
+    let stderr = collect(child.stderr.take());
+    let code = wait(&mut child, begun + limit);
+    let took = begun.elapsed();
+    drop(stdin);
+    let text = |thread: std::thread::JoinHandle<Vec<u8>>| thread.join().unwrap_or_default();
+    let (stdout, stderr) = (text(stdout), text(stderr));
+    match code? {
+        Some(status) => Ok(Finished {
+            stdout,
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+            code: status.code(),
+            took,
+        }),
+        None => bail!("it did not end within {} s", limit.as_secs()),
+    }
+}
+
+fn collect(stream: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut stream) = stream {
+            // What came before an error counts.
+            let _ = stream.read_to_end(&mut bytes);
+        }
+        bytes
+    })
+}
+
+/// `None` after it was killed at the deadline.
+fn wait(child: &mut Child, deadline: Instant) -> Result<Option<std::process::ExitStatus>> {
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

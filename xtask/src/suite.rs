@@ -1,0 +1,42 @@
+//! The whole test-suite, and what it needs from the system.
+
+use crate::command::{cargo, check, has};
+use anyhow::{Result, bail};
+use std::process::Command;
+
+/// Programs that tests or builds need, and the Debian packages that have them.
+const NEEDED: [(&str, &str); 1] = [("cc", "gcc")];
+
+pub(crate) fn run(args: &[String]) -> Result<()> {
+    provide()?;
+    if has("cargo-nextest") {
+        check(
+            cargo()
+                .args(["nextest", "run", "--release", "--workspace"])
+                .args(args),
+        )
+    } else {
+        check(cargo().args(["test", "--release", "--workspace"]).args(args))
+    }
+}
+
+/// Installs what is missing, or names it.
+fn provide() -> Result<()> {
+    let packages: Vec<&str> = NEEDED
+        .iter()
+        .filter(|(program, _)| !has(program))
+        .map(|(_, package)| *package)
+        .collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let is_root = std::env::var_os("HOME").is_some_and(|home| home == "/root");
+    if !(is_root && has("apt-get")) {
+        bail!("missing: {0} (apt-get install {0})", packages.join(" "));
+    }
+    check(
+        Command::new("apt-get")
+            .args(["install", "--yes", "--no-install-recommends"])
+            .args(packages),
+    )
+}
