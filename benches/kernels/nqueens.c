@@ -11,6 +11,7 @@ static NOINLINE uint32_t place(uint32_t all, uint32_t cols, uint32_t left, uint3
 }
 uint32_t kernel(int scale) {
     uint32_t sum = 0;
-    for (int n = 0; n < scale; n++) sum += place((1 << 9) - 1, 0, 0, 0) + n;
+    volatile int size = 9;
+    for (int n = 0; n < scale; n++) sum += place((1 << size) - 1, 0, 0, 0) + n;
     return sum;
 }

@@ -12,21 +12,21 @@ use std::sync::Arc;
 
 /// Names of the kernels, and a scale at which each takes about 0.3 s.
 const KERNELS: &[(&str, u32)] = &[
-    ("fib", 60),
-    ("hashmap", 60),
+    ("fib", 400),
+    ("hashmap", 400),
     ("indirect", 60),
-    ("interpreter", 100),
-    ("json", 100),
-    ("lz", 100),
-    ("mandelbrot", 100),
-    ("matmul", 60),
-    ("nbody", 60),
+    ("interpreter", 400),
+    ("json", 500),
+    ("lz", 300),
+    ("mandelbrot", 400),
+    ("matmul", 120),
+    ("nbody", 300),
     ("nqueens", 100),
-    ("quicksort", 60),
-    ("sha256", 40),
-    ("sieve", 100),
-    ("spectral", 100),
-    ("strings", 60),
+    ("quicksort", 80),
+    ("sha256", 200),
+    ("sieve", 250),
+    ("spectral", 2500),
+    ("strings", 1000),
 ];
 
 /// What `wasm-opt` may use and keep.

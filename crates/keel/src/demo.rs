@@ -1,6 +1,347 @@
-//! x
-use anyhow::Result;
+//! `keel demo`: three nodes as real processes on loopback, machines that move
+//! among them under load, and a node that is switched off. Ends by checking
+//! that nothing was lost: every numbered line once and in order.
+//!
+//! - `view`: what is shown on a terminal while it runs
+
+mod view;
+
+use anyhow::{Context, Result, bail, ensure};
+use keel_api::{MachineInfo, NodeInfo};
+use keel_machine::moves::{Ending, MoveReport};
+use keel_testkit::{Guest, LocalCluster, check_numbered};
+use serde::Serialize;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// The longest that `--once` may take.
+const ONCE_MAX: Duration = Duration::from_secs(55);
+/// Rounds of moving everything to the next node.
+const ROUNDS: usize = 3;
+
+const COUNTER: &[u8] = include_bytes!("../../../guests/counter.wasm");
+const THREADS: &[u8] = include_bytes!("../../../guests/threads.wasm");
+const SPINNER: &[u8] = include_bytes!("../../../guests/spinner.wasm");
+const WRITER: &[u8] = include_bytes!("../../../guests/writer.wasm");
+
+const NODES: [&str; 3] = ["a", "b", "c"];
+/// Holds the store, so it is not the one that is switched off.
+const STORE_NODE: &str = "a";
+const DOOMED_NODE: &str = "c";
+
 #[derive(clap::Args)]
-pub(crate) struct Args {}
-pub(crate) async fn run(_: &Args, _json: bool) -> Result<ExitCode> { Ok(ExitCode::SUCCESS) }
+pub(crate) struct Args {
+    /// Runs once without a terminal, bounded to a minute; fails unless every
+    /// line was seen once and in order.
+    #[arg(long)]
+    once: bool,
+}
+
+/// A machine of the demo.
+struct Part {
+    name: &'static str,
+    node: &'static str,
+    module: &'static [u8],
+    args: &'static [&'static str],
+    /// Whether its output is numbered lines.
+    numbered: bool,
+}
+
+const PARTS: [Part; 4] = [
+    Part {
+        name: "counter",
+        node: "a",
+        module: COUNTER,
+        args: &["1000000", "5"],
+        numbered: true,
+    },
+    Part {
+        name: "writer",
+        node: "b",
+        module: WRITER,
+        args: &["32", "50"],
+        numbered: true,
+    },
+    Part {
+        name: "spinner",
+        node: "c",
+        module: SPINNER,
+        args: &["1000000"],
+        numbered: true,
+    },
+    Part {
+        name: "threads",
+        node: "a",
+        module: THREADS,
+        args: &["4", "2000000000"],
+        numbered: false,
+    },
+];
+
+/// What the demo says at its end.
+#[derive(Debug, Serialize)]
+struct Summary {
+    /// Whether nothing was lost.
+    ok: bool,
+    /// The nodes.
+    nodes: Vec<String>,
+    /// The node that was switched off.
+    switched_off: String,
+    /// What is wrong, if anything.
+    problems: Vec<String>,
+    /// Machines and what they printed.
+    machines: Vec<MachineSummary>,
+    /// All moves.
+    moves: Vec<MoveReport>,
+    /// Milliseconds from start to end.
+    took_ms: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct MachineSummary {
+    name: String,
+    node: String,
+    status: String,
+    /// Numbered lines, each seen once and in order.
+    lines: Option<u64>,
+    /// Lines printed after the node was switched off.
+    lines_after: Option<u64>,
+}
+
+/// What is going on, for those who watch.
+#[derive(Debug, Default, Clone)]
+struct Scene {
+    headline: String,
+    nodes: Vec<NodeInfo>,
+    machines: Vec<MachineInfo>,
+    last_lines: Vec<(String, String)>,
+    moves: Vec<MoveReport>,
+}
+
+type SharedScene = Arc<Mutex<Scene>>;
+
+fn with_scene<R>(scene: &SharedScene, change: impl FnOnce(&mut Scene) -> R) -> R {
+    change(&mut scene.lock().unwrap_or_else(|error| error.into_inner()))
+}
+
+pub(crate) async fn run(args: &Args, json: bool) -> Result<ExitCode> {
+    let scene = SharedScene::default();
+    let interactive = !args.once && !json && std::io::IsTerminal::is_terminal(&std::io::stdout());
+    let folder = tempfile::Builder::new()
+        .prefix("keel-demo-")
+        .tempdir()
+        .context("a folder for the demo")?;
+    let program = std::env::current_exe().context("this program's own file")?;
+    let screen = interactive
+        .then(|| view::Screen::start(scene.clone()))
+        .transpose()?;
+    let played = tokio::select! {
+        played = tokio::time::timeout(ONCE_MAX, play(&scene, &program, folder.path())) => {
+            played.unwrap_or_else(|_| bail!("not done after {ONCE_MAX:?}"))
+        }
+        () = view::quit(screen.as_ref()) => bail!("quit"),
+        _ = tokio::signal::ctrl_c() => bail!("interrupted"),
+    };
+    drop(screen);
+    let summary = played?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&summary)?);
+    } else {
+        print_summary(&summary);
+    }
+    Ok(if summary.ok {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(1)
+    })
+}
+
+fn print_summary(summary: &Summary) {
+    for report in &summary.moves {
+        println!("{}", report.line());
+    }
+    for machine in &summary.machines {
+        let lines = match (machine.lines, machine.lines_after) {
+            (Some(lines), Some(after)) => format!(
+                ": {lines} lines, each once and in order, {after} of them after node {} was switched off",
+                summary.switched_off
+            ),
+            _ => String::new(),
+        };
+        println!(
+            "{} runs on {} ({}){lines}",
+            machine.name, machine.node, machine.status
+        );
+    }
+    for problem in &summary.problems {
+        println!("PROBLEM: {problem}");
+    }
+    println!(
+        "{} in {:.1} s",
+        if summary.ok {
+            "nothing was lost"
+        } else {
+            "something was lost"
+        },
+        summary.took_ms as f64 / 1000.0
+    );
+}
+
+async fn play(
+    scene: &SharedScene,
+    program: &std::path::Path,
+    folder: &std::path::Path,
+) -> Result<Summary> {
+    let begun = Instant::now();
+    headline(scene, "starting three nodes");
+    let mut cluster = LocalCluster::start(program, folder, &NODES).await?;
+    headline(scene, "starting machines (their modules are compiled once per node)");
+    for part in &PARTS {
+        let started = cluster
+            .run(&Guest::new(part.name, part.node, part.module, part.args))
+            .await?;
+        ensure!(
+            started.status == "running",
+            "machine {} is {}: {}",
+            part.name,
+            started.status,
+            started.message.unwrap_or_default()
+        );
+    }
+    look(scene, &cluster).await;
+    let mut moves = Vec::new();
+    for round in 0..ROUNDS {
+        for (number, part) in PARTS.iter().enumerate() {
+            let at = NODES.iter().position(|node| *node == part.node).unwrap_or(0);
+            let target = NODES[(at + round + 1) % NODES.len()];
+            headline(scene, &format!("moving {} to {target}", part.name));
+            let via = NODES[(number + round) % NODES.len()];
+            moves.push(move_one(scene, &cluster, via, part.name, target).await?);
+        }
+    }
+    headline(scene, &format!("emptying node {DOOMED_NODE}"));
+    for part in &PARTS {
+        let info = cluster.inspect(STORE_NODE, part.name).await?;
+        if info.node == DOOMED_NODE {
+            moves.push(move_one(scene, &cluster, STORE_NODE, part.name, "b").await?);
+        }
+    }
+    headline(scene, &format!("switching node {DOOMED_NODE} off"));
+    cluster.power_off(DOOMED_NODE);
+    let before = lines_of_all(&cluster).await?;
+    settle(scene, &cluster, &before).await?;
+    let summary = sum_up(&cluster, moves, &before, begun).await;
+    look(scene, &cluster).await;
+    headline(scene, "done");
+    summary
+}
+
+fn headline(scene: &SharedScene, text: &str) {
+    with_scene(scene, |scene| scene.headline = text.to_owned());
+}
+
+async fn look(scene: &SharedScene, cluster: &LocalCluster) {
+    let client = cluster.client(STORE_NODE);
+    let nodes = client.get::<Vec<NodeInfo>>("/v1/nodes").await;
+    let machines = client.get::<Vec<MachineInfo>>("/v1/machines").await;
+    let mut last_lines = Vec::new();
+    for part in &PARTS {
+        if let Ok(output) = cluster.output(STORE_NODE, part.name).await {
+            let last = output.lines().last().unwrap_or_default().to_owned();
+            last_lines.push((part.name.to_owned(), last));
+        }
+    }
+    with_scene(scene, |scene| {
+        scene.nodes = nodes.unwrap_or_default();
+        scene.machines = machines.unwrap_or_default();
+        scene.last_lines = last_lines;
+    });
+}
+
+async fn move_one(
+    scene: &SharedScene,
+    cluster: &LocalCluster,
+    via: &str,
+    machine: &str,
+    target: &str,
+) -> Result<MoveReport> {
+    let report = cluster.move_machine(via, machine, target).await?;
+    with_scene(scene, |scene| scene.moves.push(report.clone()));
+    look(scene, cluster).await;
+    Ok(report)
+}
+
+async fn lines_of_all(cluster: &LocalCluster) -> Result<Vec<u64>> {
+    let mut lines = Vec::new();
+    for part in &PARTS {
+        let output = cluster.output(STORE_NODE, part.name).await?;
+        lines.push(output.lines().count() as u64);
+    }
+    Ok(lines)
+}
+
+/// Waits until every machine that prints has printed more.
+async fn settle(scene: &SharedScene, cluster: &LocalCluster, before: &[u64]) -> Result<()> {
+    keel_testkit::wait_for("all machines go on", || async {
+        look(scene, cluster).await;
+        let now = lines_of_all(cluster).await.ok()?;
+        PARTS
+            .iter()
+            .zip(before)
+            .zip(&now)
+            .all(|((part, before), now)| !part.numbered || *now > before + 2)
+            .then_some(())
+    })
+    .await
+}
+
+async fn sum_up(
+    cluster: &LocalCluster,
+    moves: Vec<MoveReport>,
+    before: &[u64],
+    begun: Instant,
+) -> Result<Summary> {
+    let mut problems = Vec::new();
+    for report in &moves {
+        if let Ending::Stayed { reason } = &report.ending {
+            problems.push(format!("{} did not move: {reason}", report.machine));
+        }
+    }
+    let mut machines = Vec::new();
+    for (part, before) in PARTS.iter().zip(before) {
+        let info = cluster.inspect(STORE_NODE, part.name).await?;
+        if info.status != "running" {
+            problems.push(format!(
+                "{} is {}: {}",
+                part.name,
+                info.status,
+                info.message.clone().unwrap_or_default()
+            ));
+        }
+        let mut lines = None;
+        if part.numbered {
+            let output = cluster.output(STORE_NODE, part.name).await?;
+            match check_numbered(&output, 0) {
+                Ok(count) => lines = Some(count),
+                Err(error) => problems.push(format!("{}: {error}", part.name)),
+            }
+        }
+        machines.push(MachineSummary {
+            name: part.name.to_owned(),
+            node: info.node,
+            status: info.status,
+            lines,
+            lines_after: lines.map(|lines| lines.saturating_sub(*before)),
+        });
+    }
+    Ok(Summary {
+        ok: problems.is_empty(),
+        nodes: NODES.iter().map(|node| (*node).to_owned()).collect(),
+        switched_off: DOOMED_NODE.to_owned(),
+        problems,
+        machines,
+        moves,
+        took_ms: begun.elapsed().as_millis() as u64,
+    })
+}

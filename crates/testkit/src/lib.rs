@@ -1,1 +1,410 @@
-//! testkit
+//! Clusters of real processes on this computer: for tests, and for the demo,
+//! which is a test that one can watch.
+//!
+//! Everything happens on loopback, in one folder; only processes that name that
+//! folder on their command line are ever signalled.
+
+#![forbid(unsafe_code)]
+
+use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
+use hyper::Method;
+use keel_api::{
+    Client, ClusterInfo, MachineInfo, MoveLine, MoveRequest, RunRequest, Token, TokenRequest,
+    Uploaded, VolumeRequest,
+};
+use keel_machine::log::{StreamKind, split_records};
+use keel_machine::moves::MoveReport;
+use rustix::process::{Pid, Signal, kill_process};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long anything here may take.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until `done` answers with something.
+///
+/// # Errors
+/// If it does not within [`PATIENCE`], naming `what`.
+pub async fn wait_for<T, F>(what: &str, mut done: impl FnMut() -> F) -> Result<T>
+where
+    F: Future<Output = Option<T>>,
+{
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = done().await {
+            return Ok(value);
+        }
+        ensure!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A node's processes.
+struct Node {
+    folder: PathBuf,
+    parent: Option<Child>,
+}
+
+/// A cluster. Dropping it ends all its processes.
+pub struct LocalCluster {
+    program: PathBuf,
+    nodes: BTreeMap<String, Node>,
+}
+
+impl std::fmt::Debug for LocalCluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LocalCluster")
+            .field("nodes", &self.nodes.keys())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A machine to start.
+#[derive(Debug, Clone)]
+pub struct Guest<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The node to start it on.
+    pub node: &'a str,
+    /// The module.
+    pub module: &'a [u8],
+    /// The program's arguments, without its name.
+    pub args: &'a [&'a str],
+    /// Limit of its memory, in bytes.
+    pub memory_bytes: u64,
+    /// A directory that it may reach, under the same name.
+    pub volume: Option<&'a Path>,
+}
+
+impl<'a> Guest<'a> {
+    /// A machine with the usual limits.
+    pub fn new(name: &'a str, node: &'a str, module: &'a [u8], args: &'a [&'a str]) -> Self {
+        Guest {
+            name,
+            node,
+            module,
+            args,
+            memory_bytes: 4 << 30,
+            volume: None,
+        }
+    }
+}
+
+impl LocalCluster {
+    /// Starts a cluster of these nodes, the first of which holds the store.
+    /// `program` is the `keel` binary.
+    ///
+    /// # Errors
+    /// What a node said that did not start.
+    pub async fn start(program: &Path, folder: &Path, names: &[&str]) -> Result<Self> {
+        let mut cluster = LocalCluster {
+            program: program.to_owned(),
+            nodes: BTreeMap::new(),
+        };
+        for (number, name) in names.iter().enumerate() {
+            let state = folder.join(name);
+            std::fs::create_dir_all(&state)?;
+            let mut command = cluster.command(&state)?;
+            if number == 0 {
+                command.args(["up", "--name", name]);
+            } else {
+                let first = cluster.client(names[0]);
+                let nodes: Vec<keel_api::NodeInfo> = first.get("/v1/nodes").await?;
+                let via = nodes.first().context("no first node")?.address.clone();
+                let token: Token = first
+                    .post("/v1/tokens", &TokenRequest::Join { ttl_s: 60 })
+                    .await?;
+                command.args(["join", &via, "--name", name, "--token", &token.token]);
+            }
+            command.args(["--listen", "127.0.0.1:0"]);
+            cluster.spawn(name, state, command).await?;
+        }
+        Ok(cluster)
+    }
+
+    fn command(&self, state: &Path) -> Result<Command> {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(state.join("agent.log"))?;
+        let mut command = Command::new(&self.program);
+        command
+            .arg("--state-dir")
+            .arg(state)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        // A Ctrl-C at the terminal is the caller's to handle.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        Ok(command)
+    }
+
+    async fn spawn(&mut self, name: &str, folder: PathBuf, mut command: Command) -> Result<()> {
+        let parent = command
+            .spawn()
+            .with_context(|| format!("starting {}", self.program.display()))?;
+        self.nodes.insert(
+            name.to_owned(),
+            Node {
+                folder: folder.clone(),
+                parent: Some(parent),
+            },
+        );
+        let client = self.client(name);
+        let alive = wait_for(&format!("node {name} answers"), || async {
+            let info: ClusterInfo = client.get("/v1/status").await.ok()?;
+            (info.nodes_alive as usize >= 1).then_some(())
+        })
+        .await;
+        if let Err(error) = alive {
+            let log = std::fs::read_to_string(folder.join("agent.log")).unwrap_or_default();
+            bail!("{error}; its log: {log}");
+        }
+        self.wait_alive(name).await
+    }
+
+    /// Waits until a node renews its lease and lists itself.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub async fn wait_alive(&self, name: &str) -> Result<()> {
+        let client = self.client(name);
+        wait_for(&format!("node {name} is alive"), || async {
+            let nodes: Vec<keel_api::NodeInfo> = client.get("/v1/nodes").await.ok()?;
+            let node = nodes.iter().find(|node| node.name == name)?;
+            (node.alive && node.cpus > 0).then_some(())
+        })
+        .await
+    }
+
+    /// A client of a node's own socket.
+    pub fn client(&self, name: &str) -> Client {
+        let folder = self.nodes.get(name).map(|node| node.folder.clone());
+        Client::socket(folder.unwrap_or_default().join("api.socket"))
+    }
+
+    /// A node's folder.
+    pub fn folder(&self, name: &str) -> PathBuf {
+        self.nodes
+            .get(name)
+            .map(|node| node.folder.clone())
+            .unwrap_or_default()
+    }
+
+    /// Starts a machine and waits until it runs, or ended.
+    ///
+    /// # Errors
+    /// The node's answer.
+    pub async fn run(&self, guest: &Guest<'_>) -> Result<MachineInfo> {
+        let client = self.client(guest.node);
+        let module = Bytes::copy_from_slice(guest.module);
+        let uploaded: Uploaded = client.call(Method::PUT, "/v1/modules", module).await?;
+        let mut args = vec![guest.name.to_owned()];
+        args.extend(guest.args.iter().map(|arg| (*arg).to_owned()));
+        let request = RunRequest {
+            name: Some(guest.name.to_owned()),
+            on: Some(guest.node.to_owned()),
+            module: uploaded.module,
+            args,
+            env: Vec::new(),
+            volumes: guest
+                .volume
+                .iter()
+                .map(|volume| VolumeRequest {
+                    host: volume.display().to_string(),
+                    guest: volume.display().to_string(),
+                    read_only: false,
+                })
+                .collect(),
+            memory_bytes: guest.memory_bytes,
+            threads_max: 64,
+            output_bytes_per_s: 16 << 20,
+            remove_at_end: false,
+        };
+        let _: MachineInfo = client.post("/v1/machines", &request).await?;
+        wait_for(&format!("machine {} starts", guest.name), || async {
+            let info = self.inspect(guest.node, guest.name).await.ok()?;
+            (info.status != "scheduled").then_some(info)
+        })
+        .await
+    }
+
+    /// What a node says of a machine.
+    ///
+    /// # Errors
+    /// The node's answer.
+    pub async fn inspect(&self, node: &str, machine: &str) -> Result<MachineInfo> {
+        let path = format!("/v1/machines/{machine}");
+        Ok(self.client(node).get(&path).await?)
+    }
+
+    /// Waits until a machine has ended.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub async fn wait_end(&self, node: &str, machine: &str) -> Result<MachineInfo> {
+        wait_for(&format!("machine {machine} ends"), || async {
+            let info = self.inspect(node, machine).await.ok()?;
+            (info.status != "running" && info.status != "scheduled").then_some(info)
+        })
+        .await
+    }
+
+    /// Moves a machine; asks the node `via`.
+    ///
+    /// # Errors
+    /// The node's answer; a move whose machine stayed has a report all the same.
+    pub async fn move_machine(&self, via: &str, machine: &str, to: &str) -> Result<MoveReport> {
+        let request = MoveRequest { to: to.to_owned() };
+        let path = format!("/v1/machines/{machine}/move");
+        let mut lines = self.client(via).post_stream(&path, &request).await?;
+        while let Some(line) = lines.line().await? {
+            match line {
+                MoveLine::Progress(_) => {}
+                MoveLine::Report(report) => return Ok(report),
+                MoveLine::Error(error) => bail!(error),
+            }
+        }
+        bail!("the move of {machine} brought no report")
+    }
+
+    /// A machine's standard output so far.
+    ///
+    /// # Errors
+    /// The node's answer.
+    pub async fn output(&self, node: &str, machine: &str) -> Result<String> {
+        let path = format!("/v1/machines/{machine}/logs");
+        let mut stream = self.client(node).get_stream(&path).await?;
+        let mut bytes = Vec::new();
+        while let Some(chunk) = stream.chunk().await? {
+            bytes.extend_from_slice(&chunk);
+        }
+        let text: Vec<u8> = split_records(&mut bytes)
+            .into_iter()
+            .filter(|(kind, _)| *kind == StreamKind::Output)
+            .flat_map(|(_, text)| text)
+            .collect();
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// Ends a node's agent only (its parent starts it again).
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn kill_agent(&self, name: &str) -> Result<()> {
+        let killed = self.signal(name, Signal::KILL, &|line| {
+            line.iter().any(|word| word == "agent")
+        });
+        ensure!(killed > 0, "node {name} has no agent");
+        Ok(())
+    }
+
+    /// Ends the processes of one machine on a node.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn kill_worker(&self, name: &str, machine: &str) -> Result<()> {
+        let folder = self.folder(name).join("workers").join(machine);
+        let folder = folder.display().to_string();
+        let killed = self.signal(name, Signal::KILL, &|line| line.contains(&folder));
+        ensure!(killed > 0, "machine {machine} has no worker on node {name}");
+        Ok(())
+    }
+
+    /// Ends everything of a node at once, as if its computer were switched off.
+    pub fn power_off(&mut self, name: &str) {
+        // Processes may start others while they are being ended.
+        for _ in 0..5 {
+            if self.signal(name, Signal::KILL, &|_| true) == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if let Some(node) = self.nodes.get_mut(name)
+            && let Some(mut parent) = node.parent.take()
+        {
+            // Reaps it.
+            let _ = parent.wait();
+        }
+    }
+
+    /// Starts a node again that was switched off.
+    ///
+    /// # Errors
+    /// What it said.
+    pub async fn power_on(&mut self, name: &str) -> Result<()> {
+        let folder = self.folder(name);
+        // What the dead agent left would look like an answer.
+        let _ = std::fs::remove_file(folder.join("api.socket"));
+        let mut command = self.command(&folder)?;
+        command.arg("up");
+        self.spawn(name, folder, command).await
+    }
+
+    /// Signals the processes of a node whose command line fits; how many.
+    fn signal(&self, name: &str, signal: Signal, fits: &dyn Fn(&[String]) -> bool) -> usize {
+        let Some(node) = self.nodes.get(name) else {
+            return 0;
+        };
+        let folder = node.folder.display().to_string();
+        let below = format!("{folder}/");
+        let mut count = 0;
+        for (pid, line) in processes() {
+            let ours = line
+                .iter()
+                .any(|word| *word == folder || word.starts_with(&below));
+            if ours && fits(&line) && kill_process(pid, signal).is_ok() {
+                count += 1;
+            }
+        }
+        count
+    }
+}
+
+impl Drop for LocalCluster {
+    fn drop(&mut self) {
+        let names: Vec<String> = self.nodes.keys().cloned().collect();
+        for name in names {
+            self.power_off(&name);
+        }
+    }
+}
+
+/// All processes with their command lines; zombies have none.
+fn processes() -> Vec<(Pid, Vec<String>)> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+            let words = line
+                .split(|byte| *byte == 0)
+                .filter(|word| !word.is_empty())
+                .map(|word| String::from_utf8_lossy(word).into_owned())
+                .collect::<Vec<_>>();
+            (!words.is_empty()).then_some((Pid::from_raw(pid)?, words))
+        })
+        .collect()
+}
+
+/// Whether a text is the lines `first`, `first + 1`, … each once and in order,
+/// each beginning with its number; the number behind the last.
+///
+/// # Errors
+/// The first line that is not as it must be. An unfinished last line is fine.
+pub fn check_numbered(text: &str, first: u64) -> Result<u64> {
+    let mut next = first;
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    for line in whole.lines() {
+        let number = line.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
+        ensure!(number == Some(next), "line {next} is {line:?}");
+        next += 1;
+    }
+    Ok(next)
+}
