@@ -327,16 +327,12 @@ fn imports_memory_of_module(bytes: &[u8]) -> bool {
         })
 }
 
-/// Whether it is 2.0 that refuses a module, not WebAssembly as it is today.
+/// Whether it is an older WebAssembly that refuses a module, not that of today.
 fn valid_later(bytes: &[u8]) -> bool {
     use wasmparser::{Validator, WasmFeatures};
-    let accepts = |features| {
-        Validator::new_with_features(features)
-            .validate_all(bytes)
-            .is_ok()
-    };
-    accepts(WasmFeatures::WASM3 | WasmFeatures::THREADS)
-        && !accepts(WasmFeatures::WASM2 | WasmFeatures::THREADS)
+    Validator::new_with_features(WasmFeatures::WASM3 | WasmFeatures::THREADS)
+        .validate_all(bytes)
+        .is_ok()
 }
 
 fn argument(arg: &WastArg<'_>) -> Option<Value> {

@@ -9,7 +9,7 @@ use crate::moves::{Phase, Progress, Round};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{ClientTls, PinnedIdentity};
 use keel_wasm::memory::{DirtyTracker, MemoryError, PAGE_BYTES};
-use keel_wasm::runtime::{Machine, MachineError};
+use keel_wasm::runtime::{Machine, MachineError, ProgramError};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -37,6 +37,8 @@ pub(super) enum OutgoingError {
     Memory(#[from] MemoryError),
     #[error(transparent)]
     Machine(#[from] MachineError),
+    #[error(transparent)]
+    Program(#[from] ProgramError),
     #[error("its output cannot be read: {0}")]
     Log(#[from] std::io::Error),
     #[error(transparent)]
@@ -96,6 +98,9 @@ impl Outgoing {
         &mut self,
         tell: &mut dyn FnMut(CopyEvent) -> bool,
     ) -> Result<(), OutgoingError> {
+        // Threads must be able to go on here if the move fails; what that
+        // needs is compiled now, while they run.
+        self.machine.program().prepare_resume()?;
         let memories = self.machine.memories().clone();
         for memory in memories.iter() {
             let tracker = DirtyTracker::start(memory.clone())?;

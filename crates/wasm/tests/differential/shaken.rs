@@ -13,7 +13,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::sync::Arc;
 
 /// A call that was captured so often goes on unshaken.
-const CAPTURES_MAX: u64 = 1500;
+const CAPTURES_MAX: u64 = 300;
 
 pub(crate) struct Shaken {
     program: Arc<Program>,

@@ -1,0 +1,234 @@
+//! Whole machines that go on as others while they run, again and again, and
+//! machines that do not end by themselves.
+
+mod common;
+
+use common::{LIMIT, Running, guest, program};
+use keel_wasi::{Config, MemorySink, Wasi};
+use keel_wasm::runtime::{Limits, Machine, MachineError, Outcome};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Moves a machine until it ends; checks output and exit code. Returns the
+/// number of moves.
+fn moved(name: &str, args: &[&str], wanted: &str) -> u32 {
+    let program = program(&guest(name));
+    let mut running = Running::start(&program, args);
+    let mut moves = 0;
+    let outcome = loop {
+        if let Some(outcome) = running.machine.wait(Some(Duration::from_millis(3))) {
+            break outcome;
+        }
+        moves += u32::from(running.move_on());
+    };
+    assert_eq!(outcome, Outcome::Exit(0), "{}", running.text());
+    assert_eq!(running.text(), wanted);
+    moves
+}
+
+/// What it prints when it is left alone.
+fn alone(name: &str, args: &[&str]) -> String {
+    let running = Running::start(&program(&guest(name)), args);
+    assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
+    running.text()
+}
+
+#[test]
+fn counter() {
+    let wanted: String = (0..60).map(|line| format!("{line}\n")).collect();
+    assert!(moved("counter", &["60", "5"], &wanted) >= 20);
+}
+
+#[test]
+fn spinner() {
+    let args = ["3", "10000000"];
+    assert!(moved("spinner", &args, &alone("spinner", &args)) >= 20);
+}
+
+#[test]
+fn writer() {
+    let wanted: String = (0..5).map(|line| format!("{line}\n")).collect();
+    assert!(moved("writer", &["24", "200", "5"], &wanted) >= 10);
+}
+
+#[test]
+fn threads() {
+    let args = ["6", "60000"];
+    assert!(moved("threads", &args, &alone("threads", &args)) >= 20);
+}
+
+#[test]
+fn zstd() {
+    let args = ["4", "5", "4096", "8"];
+    assert!(moved("zstd", &args, &alone("zstd", &args)) >= 20);
+}
+
+#[test]
+fn files() {
+    let program = program(&guest("files"));
+    let folder = tempfile::tempdir().unwrap();
+    let mut running = Running::start_in(&program, &["/data", "1500"], Some(folder.path()));
+    let mut moves = 0;
+    let outcome = loop {
+        if let Some(outcome) = running.machine.wait(Some(Duration::from_millis(1))) {
+            break outcome;
+        }
+        moves += u32::from(running.move_on());
+    };
+    running.machine.wasi().finish();
+    assert_eq!(outcome, Outcome::Exit(0), "{}", running.text());
+    assert!(running.text().contains("in each, sum"));
+    let left: Vec<_> = folder.path().read_dir().unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert!(moves >= 10, "{moves}");
+}
+
+#[test]
+fn a_spinning_machine_freezes_and_stops() {
+    let running = Running::start(&program(&guest("hostile")), &["spin"]);
+    for _ in 0..50 {
+        running.machine.freeze(LIMIT).unwrap();
+        running.machine.thaw().unwrap();
+    }
+    running.machine.stop();
+    assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Stopped));
+    assert!(matches!(running.machine.freeze(LIMIT), Err(MachineError::Ended)));
+    assert!(matches!(running.machine.thaw(), Err(MachineError::Ended)));
+}
+
+/// A trap in one thread ends all, with the names of that thread's functions.
+#[test]
+fn a_trap_ends_all_threads() {
+    let module = wat::parse_str(
+        r#"(module
+          (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
+          (import "env" "memory" (memory 1 1 shared))
+          (func (export "_start")
+            (drop (call $spawn (i32.const 0)))
+            (drop (call $spawn (i32.const 1)))
+            (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1))))
+          (func $bad (param i32) (drop (i32.div_u (i32.const 1) (local.get 0))))
+          (func (export "wasi_thread_start") (param i32 i32)
+            (if (local.get 1) (then (loop $l (br $l))))
+            (call $bad (local.get 1))))"#,
+    )
+    .unwrap();
+    let running = Running::start(&program(&module), &[]);
+    let Some(Outcome::Trap(trap)) = running.machine.wait(Some(LIMIT)) else {
+        panic!("no trap");
+    };
+    assert!(trap.message.contains("integer divide by zero"), "{trap}");
+    assert_eq!(trap.backtrace[0], "bad");
+    assert_eq!(trap.backtrace.len(), 2, "{trap}");
+}
+
+/// Functions without names are called by the index that their author knows.
+#[test]
+fn a_backtrace_has_the_authors_indices() {
+    let module = wat::parse_str(
+        r#"(module
+          (memory 1)
+          (func (drop (memory.grow (i32.const 0))))
+          (func (param i32) (drop (i32.div_u (i32.const 1) (local.get 0))))
+          (func (export "_start") (call 0) (call 1 (i32.const 0))))"#,
+    )
+    .unwrap();
+    let running = Running::start(&program(&module), &[]);
+    let Some(Outcome::Trap(trap)) = running.machine.wait(Some(LIMIT)) else {
+        panic!("no trap");
+    };
+    assert_eq!(trap.backtrace, ["function 1", "function 2"]);
+}
+
+/// Threads that wait, sleep and spin come to safepoints at once.
+#[test]
+fn a_machine_freezes_whatever_its_threads_do() {
+    let module = wat::parse_str(
+        r#"(module
+          (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
+          (import "wasi_snapshot_preview1" "poll_oneoff"
+            (func $poll (param i32 i32 i32 i32) (result i32)))
+          (import "wasi_snapshot_preview1" "fd_read"
+            (func $read (param i32 i32 i32 i32) (result i32)))
+          (import "env" "memory" (memory 4 4 shared))
+          (func (export "_start")
+            (local $i i32)
+            (loop $l
+              (drop (call $spawn (local.get $i)))
+              (br_if $l (i32.lt_u (local.tee $i (i32.add (local.get $i) (i32.const 1))) (i32.const 8))))
+            (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1))))
+          (func (export "wasi_thread_start") (param i32 i32)
+            (block $d (block $c (block $b (block $a
+              (br_table $a $b $c $d (i32.and (local.get 1) (i32.const 3))))
+              (loop $l (br $l)))
+              (loop $l
+                (drop (memory.atomic.wait32 (i32.const 4) (i32.const 0) (i64.const 1000000)))
+                (br $l)))
+              (loop $l
+                (memory.fill (i32.const 65536) (local.get 0) (i32.const 196608))
+                (br $l)))
+            ;; clock subscription: an hour
+            (i32.store8 offset=8 (i32.const 1024) (i32.const 0))
+            (i32.store offset=16 (i32.const 1024) (i32.const 1))
+            (i64.store offset=24 (i32.const 1024) (i64.const 3600000000000))
+            (loop $l
+              (drop (call $poll (i32.const 1024) (i32.const 2048) (i32.const 1) (i32.const 4096)))
+              (br $l))))"#,
+    )
+    .unwrap();
+    let mut running = Running::start(&program(&module), &[]);
+    while running.machine.threads().len() < 9 {
+        std::thread::yield_now();
+    }
+    let begun = Instant::now();
+    for _ in 0..20 {
+        assert!(running.move_on());
+    }
+    assert_eq!(running.machine.threads().len(), 9);
+    assert!(begun.elapsed() < LIMIT);
+}
+
+/// Connections stay with the machine while its thread is captured.
+#[test]
+fn echo_is_shaken() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let output = Arc::new(MemorySink::default());
+    let wasi = Wasi::new(Config {
+        args: vec!["echo".into(), "3".into()],
+        listeners: vec![listener],
+        stdout: Box::new(output.clone()),
+        ..Config::default()
+    })
+    .unwrap();
+    let program = program(&guest("echo"));
+    let machine = Machine::start(program, wasi, Limits::default()).unwrap();
+    let shaker = {
+        let machine = machine.clone();
+        std::thread::spawn(move || {
+            while machine.wait(Some(Duration::from_micros(200))).is_none() {
+                machine.shake(0);
+            }
+        })
+    };
+    let sent: Vec<u8> = (0..3_000_000_u32).map(|at| (at * at >> 7) as u8).collect();
+    for _ in 0..3 {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let mut writer = stream.try_clone().unwrap();
+        let bytes = sent.clone();
+        let writing = std::thread::spawn(move || {
+            writer.write_all(&bytes).unwrap();
+            writer.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back).unwrap();
+        writing.join().unwrap();
+        assert!(back == sent);
+    }
+    assert_eq!(machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
+    shaker.join().unwrap();
+    assert_eq!(output.bytes(), b"3000000 bytes\n".repeat(3));
+    assert!(machine.captures() > 10);
+}
