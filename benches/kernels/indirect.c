@@ -1,14 +1,21 @@
+// Objects of four kinds, each called through a pointer in its table.
 #include "bench.h"
-typedef uint32_t (*Op)(uint32_t, uint32_t);
-static NOINLINE uint32_t add(uint32_t a, uint32_t b) { return a + b; }
-static NOINLINE uint32_t sub(uint32_t a, uint32_t b) { return a - b; }
-static NOINLINE uint32_t mix(uint32_t a, uint32_t b) { return (a ^ b) * 2654435761u; }
-static NOINLINE uint32_t turn(uint32_t a, uint32_t b) { return a << (b & 7) | a >> (25 - (b & 7)); }
-static Op volatile ops_source[4] = {add, sub, mix, turn};
+typedef struct Shape Shape;
+typedef struct { uint32_t (*area)(const Shape *, uint32_t); uint32_t (*turn)(Shape *, uint32_t); } Methods;
+struct Shape { const Methods *methods; uint32_t a, b; };
+static uint32_t square(const Shape *s, uint32_t x) { return s->a * s->a + x; }
+static uint32_t rectangle(const Shape *s, uint32_t x) { return s->a * s->b ^ x; }
+static uint32_t triangle(const Shape *s, uint32_t x) { return s->a * s->b / 2 - x; }
+static uint32_t circle(const Shape *s, uint32_t x) { return s->a * s->a * 3 + (x >> 3); }
+static uint32_t swap(Shape *s, uint32_t x) { uint32_t t = s->a; s->a = s->b; s->b = t; return x; }
+static uint32_t grow(Shape *s, uint32_t x) { s->a += x & 3; return x + 1; }
+static const Methods KINDS[4] = {{square, grow}, {rectangle, swap}, {triangle, swap}, {circle, grow}};
 uint32_t kernel(int scale) {
-    Op ops[4];
-    for (int i = 0; i < 4; i++) ops[i] = ops_source[i];
+    enum { N = 64 };
+    static Shape shapes[N];
+    for (int i = 0; i < N; i++) shapes[i] = (Shape){&KINDS[next_random() % 4], next_random() % 100, next_random() % 100};
     uint32_t x = 1;
-    for (int n = 0; n < scale * 1500000; n++) x = ops[(n ^ (n >> 3)) & 3](x, n);
+    for (int n = 0; n < scale * 5000; n++)
+        for (int i = 0; i < N; i++) x = shapes[i].methods->turn(&shapes[i], shapes[i].methods->area(&shapes[i], x));
     return x;
 }

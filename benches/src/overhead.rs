@@ -21,7 +21,7 @@ const KERNELS: &[(&str, u32)] = &[
     ("mandelbrot", 400),
     ("matmul", 120),
     ("nbody", 300),
-    ("nqueens", 100),
+    ("nqueens", 12000),
     ("quicksort", 80),
     ("sha256", 200),
     ("sieve", 250),

@@ -12,7 +12,10 @@ use std::time::Duration;
 
 /// Folders of the suite with preview-1 modules, by the names given here.
 const FOLDERS: [(&str, &str); 4] = [
-    ("assemblyscript", "tests/assemblyscript/testsuite/wasm32-wasip1"),
+    (
+        "assemblyscript",
+        "tests/assemblyscript/testsuite/wasm32-wasip1",
+    ),
     ("c", "tests/c/testsuite/wasm32-wasip1"),
     ("rust", "tests/rust/testsuite/wasm32-wasip1"),
     ("threads", "tests/proposals/wasi-threads"),
@@ -90,13 +93,20 @@ pub(crate) fn run(suite: &Path, only: Option<&str>, times: u32) -> Result<()> {
         suite.display()
     );
     let mut tally = Tally::default();
-    println!("{:<56} {:<13} {:<13} shaken", "test", "plain", "instrumented");
+    println!(
+        "{:<56} {:<13} {:<13} shaken",
+        "test", "plain", "instrumented"
+    );
     for test in &tests {
         let mut cells = Vec::new();
         let mut differs = Vec::new();
         let before = tally.captures;
         for (mode, label) in MODES {
-            let runs = if matches!(mode, Mode::Shaken) { times } else { 1 };
+            let runs = if matches!(mode, Mode::Shaken) {
+                times
+            } else {
+                1
+            };
             let failure = (0..runs).find_map(|seed| {
                 differences(&keel, test, mode, seed, &mut tally.captures)
                     .unwrap_or_else(|error| Some(format!("{error:#}")))
@@ -111,7 +121,10 @@ pub(crate) fn run(suite: &Path, only: Option<&str>, times: u32) -> Result<()> {
             differs.extend(failure.map(|failure| format!("{label}: {failure}")));
         }
         tally.captured += u32::from(tally.captures > before);
-        println!("{:<56} {:<13} {:<13} {}", test.name, cells[0], cells[1], cells[2]);
+        println!(
+            "{:<56} {:<13} {:<13} {}",
+            test.name, cells[0], cells[1], cells[2]
+        );
         match reasons.get(test.name.as_str()) {
             Some(reason) if !differs.is_empty() => println!("    {reason}"),
             Some(_) => tally.stale.push(test.name.clone()),
@@ -151,7 +164,9 @@ impl Tally {
         println!();
         for (_, mode) in MODES {
             let [passed, listed, failed] = self.counts.get(mode).copied().unwrap_or_default();
-            println!("{mode:<13} {passed} of {tests} pass, {listed} differ as listed, {failed} fail");
+            println!(
+                "{mode:<13} {passed} of {tests} pass, {listed} differ as listed, {failed} fail"
+            );
         }
         println!("{} captures, in {} tests", self.captures, self.captured);
         let failed: u32 = self.counts.values().map(|counts| counts[2]).sum();
@@ -161,7 +176,10 @@ impl Tally {
                 self.stale.join(", ")
             );
         }
-        ensure!(failed == 0, "{failed} runs differ from the suite's expectations");
+        ensure!(
+            failed == 0,
+            "{failed} runs differ from the suite's expectations"
+        );
         Ok(())
     }
 }
@@ -227,7 +245,9 @@ fn differences(
         let host = scratch.path().join(name);
         let original = test.module.with_file_name(name);
         copy(&original, &host).with_context(|| format!("{}", original.display()))?;
-        command.arg("--dir").arg(format!("{}::{name}", host.display()));
+        command
+            .arg("--dir")
+            .arg(format!("{}::{name}", host.display()));
     }
     command.arg(&test.module).args(&wanted.args);
     let finished = command::finish(&mut command, LIMIT)?;
@@ -240,7 +260,11 @@ fn compare(wanted: &Expectations, finished: &Finished, captures: &mut u64) -> Op
         .stderr
         .split_inclusive('\n')
         .partition(|line| line.starts_with("keel: ") && line.contains(" captures, "));
-    let count = |line: &&str| line.split(' ').nth(1).and_then(|word| word.parse::<u64>().ok());
+    let count = |line: &&str| {
+        line.split(' ')
+            .nth(1)
+            .and_then(|word| word.parse::<u64>().ok())
+    };
     *captures += ours.iter().filter_map(count).sum::<u64>();
     let stderr = theirs.concat();
     if finished.code != Some(wanted.exit_code) {

@@ -48,7 +48,10 @@ pub(crate) fn check() -> Result<()> {
         }
     }
     if refused.is_empty() {
-        println!("licences of {} packages are allowed", metadata.packages.len());
+        println!(
+            "licences of {} packages are allowed",
+            metadata.packages.len()
+        );
         return Ok(());
     }
     bail!("not allowed by deny.toml:\n  {}", refused.join("\n  "))

@@ -122,7 +122,13 @@ async fn take_in(
     }
     let program = crate::service::find_program(agent, &source, &offer.program).await?;
     reserve(agent, &source, &offer).await?;
-    let worker = agent.workers.start(&agent.dir, machine).await?;
+    let worker = match agent.workers.start(&agent.dir, machine).await {
+        Ok(worker) => worker,
+        Err(error) => {
+            agent.workers.forget(&agent.dir, machine).await;
+            return Err(error);
+        }
+    };
     let request = Receive {
         machine: machine.clone(),
         spec: offer.spec.clone(),
@@ -171,11 +177,25 @@ async fn reserve(agent: &Arc<Agent>, source: &NodeName, offer: &Offer) -> Result
     }
 }
 
-async fn drop_reservation(agent: &Arc<Agent>, machine: &MachineName) {
+pub(crate) async fn drop_reservation(agent: &Arc<Agent>, machine: &MachineName) {
     let key = Key::Reservation(agent.name.clone(), machine.clone());
     if let Err(error) = agent.store.txn(Txn::new().delete(key)).await {
         // It ends with this node's lease at the latest.
         tracing::warn!(%machine, %error, "a reservation stays for a while");
+    }
+}
+
+/// Whether the store says that a machine is this node's. Waits for the store.
+pub(crate) async fn is_owner(agent: &Arc<Agent>, machine: &MachineName) -> bool {
+    loop {
+        match record::get(&*agent.store, machine).await {
+            Ok(found) => return found.record.owner == agent.name,
+            Err(record::RecordError::Store(error)) => {
+                tracing::warn!(%machine, %error, "not known yet whose it is");
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+            Err(_) => return false,
+        }
     }
 }
 

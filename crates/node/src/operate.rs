@@ -11,8 +11,9 @@ use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::tokens::{self, Role};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
+use keel_machine::log::Log;
 use keel_machine::spec::{Record, Spec, Status, Volume};
-use keel_machine::worker::control::{ReadLog, Report, State, kind, pack, unpack};
+use keel_machine::worker::control::{LogChunk, ReadLog, Report, State, kind, pack, unpack};
 use keel_net::{Bytes, RpcError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -21,6 +22,8 @@ use tokio::sync::mpsc;
 
 /// How long a stopped machine may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
+/// Bytes of output in one piece.
+const LOG_PIECE_BYTES: usize = 64 << 10;
 /// Attempts to find a machine that is moving about.
 const CHASES_MAX: u32 = 20;
 /// Largest limits that a machine may ask for.
@@ -256,15 +259,23 @@ pub(crate) async fn log_here(
     from: u64,
     follow: bool,
 ) -> Result<mpsc::Receiver<Bytes>, String> {
-    let worker = agent
-        .workers
-        .get(machine)
-        .ok_or_else(|| format!("machine {machine:?} has no worker here"))?;
+    let (send, chunks) = mpsc::channel(16);
+    let Some(worker) = agent.workers.get(machine) else {
+        let folder = agent.dir.worker(machine);
+        if !folder.is_dir() {
+            return Err(format!("machine {machine:?} has no output here"));
+        }
+        let log = Log::open(&folder, 0).map_err(|error| error.to_string())?;
+        std::thread::Builder::new()
+            .name("log".into())
+            .spawn(move || send_log(&log, from, &send))
+            .map_err(|error| error.to_string())?;
+        return Ok(chunks);
+    };
     let mut stream = worker
         .stream(kind::LOG, &ReadLog { from, follow })
         .await
         .map_err(|error| error.to_string())?;
-    let (send, chunks) = mpsc::channel(16);
     tokio::spawn(async move {
         while let Some(Ok(bytes)) = stream.recv().await {
             if send.send(bytes).await.is_err() {
@@ -273,6 +284,23 @@ pub(crate) async fn log_here(
         }
     });
     Ok(chunks)
+}
+
+/// Sends what an ended machine left.
+fn send_log(log: &Log, from: u64, send: &mpsc::Sender<Bytes>) {
+    let mut at = from;
+    while let Ok((offset, bytes)) = log.read(at, LOG_PIECE_BYTES) {
+        if bytes.is_empty() {
+            return;
+        }
+        at = offset + bytes.len() as u64;
+        let sent = pack(&LogChunk { offset, bytes })
+            .ok()
+            .is_some_and(|bytes| send.blocking_send(bytes).is_ok());
+        if !sent {
+            return;
+        }
+    }
 }
 
 /// The output of a machine from an offset on, following it from node to node.
@@ -318,7 +346,7 @@ async fn pass_on(
     send: &mpsc::Sender<Bytes>,
 ) {
     let read = |chunk: Bytes| -> Option<(u64, Vec<u8>)> {
-        let chunk: keel_machine::worker::control::LogChunk = unpack(&chunk).ok()?;
+        let chunk: LogChunk = unpack(&chunk).ok()?;
         Some((chunk.offset, chunk.bytes))
     };
     let mut local = None;

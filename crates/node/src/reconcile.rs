@@ -8,7 +8,7 @@
 
 use crate::agent::Agent;
 use crate::record::{self, RecordError};
-use crate::workers::COMPILE_PATIENCE;
+use crate::workers::{COMPILE_PATIENCE, Worker};
 use keel_cluster::keys::{self, Key};
 use keel_cluster::{MachineName, StoreError};
 use keel_machine::spec::{Record, Status};
@@ -146,21 +146,25 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
 
 /// A worker whose machine is not in this node's schedule.
 async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
-    if agent.moves().contains_key(machine) || agent.busy().contains(machine) {
-        return;
-    }
     let Some(worker) = agent.workers.get(machine) else {
         return;
     };
+    // What was seen may be long past: the machine may have come back since.
+    let entry = Key::Schedule(agent.name.clone(), machine.clone()).to_string();
+    match agent.store.get(&entry).await {
+        Ok(None) => {}
+        Ok(Some(_)) => return,
+        Err(error) => {
+            tracing::warn!(%machine, %error, "not known whether it is to run here");
+            return;
+        }
+    }
+    if agent.moves().contains_key(machine) || agent.busy().contains(machine) {
+        return;
+    }
     match worker.state().await {
-        // An ended machine's output is kept until it is removed.
-        Ok(State::Ended { .. }) => match record::get(&*agent.store, machine).await {
-            Err(RecordError::NoMachine(_)) => agent.workers.forget(&agent.dir, machine).await,
-            Ok(found) if found.record.owner != agent.name => {
-                agent.workers.forget(&agent.dir, machine).await;
-            }
-            _ => {}
-        },
+        // Its end is on its way into the store.
+        Ok(State::Ended { .. }) => {}
         Ok(State::Receiving { .. } | State::Prepared { .. }) => {
             crate::offer::settle(agent, machine).await;
         }
@@ -184,7 +188,7 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
                 let state: Result<State, _> = item.and_then(|bytes| unpack(&bytes));
                 match state {
                     Ok(State::Ended { status, .. }) => {
-                        ended(&agent, &machine, status).await;
+                        ended(&agent, &machine, &worker, status).await;
                         return;
                     }
                     Ok(State::Dropped { reason }) => {
@@ -196,28 +200,45 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
                         source_lost: true, ..
                     }) => crate::offer::settle(&agent, &machine).await,
                     Ok(_) => {}
-                    Err(error) => lost = error.to_string(),
+                    Err(error) => {
+                        lost = error.to_string();
+                        break;
+                    }
                 }
             }
         }
-        worker_lost(&agent, &machine, &lost).await;
+        worker_lost(&agent, &machine, &worker, &lost).await;
     });
 }
 
-async fn ended(agent: &Arc<Agent>, machine: &MachineName, status: Status) {
+async fn ended(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker, status: Status) {
     crate::moving::machine_ended(agent, machine);
+    let handle = agent.moves().get(machine).cloned();
+    if let Some(handle) = handle {
+        handle.over().await;
+    }
     if let Err(error) = finish(agent, machine, status).await {
         tracing::error!(%machine, %error, "its end is not in the store");
     }
+    // Its output stays in its folder; nobody needs the process any more.
+    if agent.workers.remove_exactly(machine, worker) {
+        worker.forget().await;
+    }
 }
 
-async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, reason: &str) {
+async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker, reason: &str) {
     // A worker that was told to go away is not in the table any more.
-    if agent.workers.remove(machine).is_none() {
+    if !agent.workers.remove_exactly(machine, worker) {
         return;
     }
     tracing::warn!(%machine, reason, "its worker was lost");
     crate::moving::machine_ended(agent, machine);
+    if !crate::offer::is_owner(agent, machine).await {
+        // It was only arriving.
+        crate::offer::drop_reservation(agent, machine).await;
+        agent.workers.forget(&agent.dir, machine).await;
+        return;
+    }
     let status = Status::Failed {
         reason: format!("its worker process was lost ({reason})"),
     };

@@ -25,6 +25,8 @@ pub(crate) const COMPILE_PATIENCE: Duration = Duration::from_secs(1800);
 #[derive(Debug, Clone)]
 pub(crate) struct Worker {
     client: Client,
+    /// Tells it from earlier and later workers of the same machine.
+    id: u64,
 }
 
 impl Worker {
@@ -38,7 +40,10 @@ impl Worker {
         let client = Client::over(stream, "worker", &place, Options::default())
             .await
             .map_err(|error| error.to_string())?;
-        Ok(Worker { client })
+        Ok(Worker {
+            client,
+            id: rand::random(),
+        })
     }
 
     pub(crate) async fn ask<Q: Serialize, A: DeserializeOwned>(
@@ -93,8 +98,19 @@ impl Workers {
         self.table().keys().cloned().collect()
     }
 
-    pub(crate) fn remove(&self, machine: &MachineName) -> Option<Worker> {
+    fn remove(&self, machine: &MachineName) -> Option<Worker> {
         self.table().remove(machine)
+    }
+
+    /// Takes this very worker out: a machine that left and came back has
+    /// another one. False if it was not there any more.
+    pub(crate) fn remove_exactly(&self, machine: &MachineName, worker: &Worker) -> bool {
+        let mut table = self.table();
+        let same = table.get(machine).is_some_and(|known| known.id == worker.id);
+        if same {
+            table.remove(machine);
+        }
+        same
     }
 
     /// Finds the workers that an earlier agent started.

@@ -5,9 +5,9 @@
 //! Machines import functions of the host only, so modules that take globals,
 //! tables or functions of other modules are counted as skipped, by reason.
 
+use keel_wasi::{Config, Wasi};
 use keel_wasm::instrument::{self, InstrumentError};
 use keel_wasm::runtime::frame::{ThreadState, Value};
-use keel_wasi::{Config, Wasi};
 use keel_wasm::runtime::{
     Engine, Fiber, FiberError, HostThread, Limits, Machine, MachineError, Options, Program,
     ProgramError, Run, Signal, Stop,
@@ -227,9 +227,7 @@ impl Runner<'_> {
         match directive {
             WastDirective::Module(mut module) => {
                 let name = match &module {
-                    QuoteWat::Wat(Wat::Module(module)) => {
-                        module.id.map(|id| id.name().to_owned())
-                    }
+                    QuoteWat::Wat(Wat::Module(module)) => module.id.map(|id| id.name().to_owned()),
                     _ => None,
                 };
                 if let Ok(bytes) = module.encode() {
@@ -263,7 +261,10 @@ impl Runner<'_> {
                 Some(Ok(values)) => {
                     self.tally.returns += 1;
                     let same = values.len() == results.len()
-                        && results.iter().zip(&values).all(|(want, is)| matches(want, *is));
+                        && results
+                            .iter()
+                            .zip(&values)
+                            .all(|(want, is)| matches(want, *is));
                     if !same {
                         self.fail(format!("{}: {values:?}, not {results:?}", invoke.name));
                     }
@@ -392,10 +393,22 @@ fn v128_matches(want: &V128Pattern, is: [u8; 16]) -> bool {
         (0..16 / N).map(move |lane| bytes[lane * N..][..N].try_into().unwrap())
     }
     match want {
-        V128Pattern::I8x16(want) => want.iter().zip(lanes(is)).all(|(w, i)| w.to_le_bytes() == i),
-        V128Pattern::I16x8(want) => want.iter().zip(lanes(is)).all(|(w, i)| w.to_le_bytes() == i),
-        V128Pattern::I32x4(want) => want.iter().zip(lanes(is)).all(|(w, i)| w.to_le_bytes() == i),
-        V128Pattern::I64x2(want) => want.iter().zip(lanes(is)).all(|(w, i)| w.to_le_bytes() == i),
+        V128Pattern::I8x16(want) => want
+            .iter()
+            .zip(lanes(is))
+            .all(|(w, i)| w.to_le_bytes() == i),
+        V128Pattern::I16x8(want) => want
+            .iter()
+            .zip(lanes(is))
+            .all(|(w, i)| w.to_le_bytes() == i),
+        V128Pattern::I32x4(want) => want
+            .iter()
+            .zip(lanes(is))
+            .all(|(w, i)| w.to_le_bytes() == i),
+        V128Pattern::I64x2(want) => want
+            .iter()
+            .zip(lanes(is))
+            .all(|(w, i)| w.to_le_bytes() == i),
         V128Pattern::F32x4(want) => want
             .iter()
             .zip(lanes(is))
@@ -412,12 +425,18 @@ fn same_trap(want: &str, is: &str) -> bool {
     let known = [
         ("out of bounds memory access", "out of bounds memory access"),
         ("out of bounds table access", "out of bounds table access"),
-        ("undefined element", "undefined element: out of bounds table access"),
+        (
+            "undefined element",
+            "undefined element: out of bounds table access",
+        ),
         ("uninitialized element", "uninitialized element"),
         ("indirect call type mismatch", "indirect call type mismatch"),
         ("integer divide by zero", "integer divide by zero"),
         ("integer overflow", "integer overflow"),
-        ("invalid conversion to integer", "invalid conversion to integer"),
+        (
+            "invalid conversion to integer",
+            "invalid conversion to integer",
+        ),
         ("unreachable", "wasm `unreachable` instruction executed"),
         ("call stack exhausted", "call stack exhausted"),
         ("unaligned atomic", "unaligned atomic"),
@@ -438,7 +457,10 @@ fn run<'a>(files: impl Iterator<Item = TestFile<'a>>) -> Tally {
             Err(error) => panic!("{}: {error}", file.name()),
         };
         let Ok(directives) = buffer.directives() else {
-            *total.skipped.entry("files of newer syntax".into()).or_default() += 1;
+            *total
+                .skipped
+                .entry("files of newer syntax".into())
+                .or_default() += 1;
             continue;
         };
         let mut runner = Runner {
@@ -470,8 +492,16 @@ fn check<'a>(files: impl Iterator<Item = TestFile<'a>>, returns_min: u32) {
     for failure in tally.failures.iter().take(20) {
         println!("FAILED {failure}");
     }
-    assert!(tally.failures.is_empty(), "{} failures", tally.failures.len());
-    assert!(tally.returns >= returns_min, "only {} returns", tally.returns);
+    assert!(
+        tally.failures.is_empty(),
+        "{} failures",
+        tally.failures.len()
+    );
+    assert!(
+        tally.returns >= returns_min,
+        "only {} returns",
+        tally.returns
+    );
 }
 
 #[test]

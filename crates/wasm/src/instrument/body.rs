@@ -50,6 +50,14 @@ pub(crate) struct Construct {
     pub(crate) else_point: u32,
     /// Sequence of its (first) arm, and of its else arm.
     pub(crate) sequences: [usize; 2],
+    pub(crate) is_loop: bool,
+}
+
+impl Construct {
+    /// Whether it is a loop with no other point than its header's.
+    pub(crate) fn is_simple_loop(&self) -> bool {
+        self.is_loop && self.points.len() == 1
+    }
 }
 
 /// Somewhere in a sequence that a resume must be able to jump to.
@@ -57,6 +65,8 @@ pub(crate) struct Construct {
 pub(crate) struct Landing {
     /// The points behind it.
     pub(crate) points: std::ops::Range<u32>,
+    /// Whether it is a loop with no other point than its header's.
+    pub(crate) is_simple_loop: bool,
 }
 
 #[derive(Debug)]
@@ -145,6 +155,7 @@ pub(crate) fn read<'a>(
                     points: point..point,
                     else_point: point,
                     sequences: [sequence, sequence],
+                    is_loop: matches!(op, Operator::Loop { .. }),
                 });
             }
             Operator::Else => {
@@ -168,11 +179,14 @@ pub(crate) fn read<'a>(
                     if construct.sequences[0] == construct.sequences[1] {
                         construct.else_point = construct.points.end;
                     }
-                    let points = construct.points.clone();
-                    if !points.is_empty()
+                    let landing = Landing {
+                        points: construct.points.clone(),
+                        is_simple_loop: construct.is_simple_loop(),
+                    };
+                    if !landing.points.is_empty()
                         && let Some(parent) = open.last()
                     {
-                        out.sequences[parent.sequence].push(Landing { points });
+                        out.sequences[parent.sequence].push(landing);
                     }
                 }
             }
@@ -232,6 +246,7 @@ impl Body<'_> {
         if let Some(frame) = open.last() {
             self.sequences[frame.sequence].push(Landing {
                 points: number..number + 1,
+                is_simple_loop: false,
             });
         }
     }

@@ -351,8 +351,7 @@ impl<'s> Lower<'s> {
 
     /// Adds types, imports, helper functions and globals.
     fn add(&mut self, out: &mut Sections) -> Result<(), InstrumentError> {
-        let mut ty = self.scan.types.len() as u32;
-        for add in self.added.clone() {
+        for (ty, add) in (self.scan.types.len() as u32..).zip(self.added.clone()) {
             let (params, results) = self.signature(add);
             out.types.ty().function(params, results);
             match add.host_name() {
@@ -373,7 +372,6 @@ impl<'s> Lower<'s> {
                     self.index[&add],
                 );
             }
-            ty += 1;
         }
         for _ in &self.scan.drops {
             out.globals.global(

@@ -103,6 +103,26 @@ pub struct Function {
     pub points: Vec<Point>,
 }
 
+impl Function {
+    fn check(&self) -> Result<(), &'static str> {
+        let bytes: u64 = self.slots.iter().map(|ty| u64::from(ty.bytes())).sum();
+        let is_reference = |ty: &&SlotType| **ty == SlotType::FuncRef;
+        let references = self.slots.iter().filter(is_reference).count();
+        if bytes > u64::from(SAVE - RESTORE)
+            || references > (REFS_ENTRIES - RESULTS_MAX) as usize
+            || self.results.len() > RESULTS_MAX as usize
+        {
+            return Err("a function has too many values");
+        }
+        let has_slot = |slot: &u32| (*slot as usize) < self.slots.len();
+        let fits = |point: &Point| point.saved.iter().chain(&point.results).all(has_slot);
+        if !self.points.iter().all(fits) {
+            return Err("a point names a slot that its function does not have");
+        }
+        Ok(())
+    }
+}
+
 /// One memory of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
@@ -192,6 +212,39 @@ impl Meta {
             .points
             .get((number - function.first_point) as usize)?;
         Some((position, function, point))
+    }
+
+    /// Whether its parts fit each other, so that nothing that follows a number
+    /// in it comes to nothing. (That they fit the module shows when that is
+    /// linked; the code itself runs in a sandbox.)
+    ///
+    /// # Errors
+    /// What does not fit.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let mut points = 0_u32;
+        for function in &self.functions {
+            if function.first_point != points {
+                return Err("points are not numbered in order");
+            }
+            points = u32::try_from(function.points.len())
+                .ok()
+                .and_then(|count| points.checked_add(count))
+                .ok_or("too many points")?;
+            function.check()?;
+        }
+        if points != self.points {
+            return Err("the number of points is wrong");
+        }
+        let has_memory = |segment: &DataSegment| (segment.memory as usize) < self.memories.len();
+        if !self.data.iter().all(has_memory) {
+            return Err("a data segment has no memory");
+        }
+        if !self.directory.is_sorted_by(|one, next| one < next)
+            || !self.names.is_sorted_by_key(|(index, _)| *index)
+        {
+            return Err("indices are out of order");
+        }
+        Ok(())
     }
 
     /// A function's index as the module's author counts: without the imports

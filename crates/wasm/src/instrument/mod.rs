@@ -97,8 +97,11 @@ pub fn read_meta(module: &[u8]) -> Result<meta::Meta, InstrumentError> {
                     meta::VERSION
                 )));
             }
-            return postcard::from_bytes(section.data())
-                .map_err(|error| InstrumentError::Malformed(error.to_string()));
+            let meta: meta::Meta = postcard::from_bytes(section.data())
+                .map_err(|error| InstrumentError::Malformed(error.to_string()))?;
+            meta.check()
+                .map_err(|what| InstrumentError::Malformed(format!("its metadata: {what}")))?;
+            return Ok(meta);
         }
     }
     Err(InstrumentError::Malformed(format!(

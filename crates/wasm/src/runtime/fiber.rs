@@ -340,6 +340,9 @@ impl Fiber {
         }
         for (slot, value) in point.results.iter().zip(values) {
             let at = offsets[*slot as usize];
+            if function.slots[*slot as usize] != value.ty() {
+                return Err(plain_trap("a frame waits for other results than it got".into()));
+            }
             let bytes = value.bits().to_le_bytes();
             let count = value.ty().bytes() as usize;
             area[at..at + count].copy_from_slice(&bytes[..count]);
@@ -386,6 +389,11 @@ impl Fiber {
             .control
             .word(meta::SAVE_POINTER)
             .load(Ordering::Relaxed);
+        // The pointer is the code's; so is what it saved.
+        let damaged = || plain_trap("code saved a damaged frame".into());
+        if end > meta::CONTROL_PAGES << 16 {
+            return Err(damaged());
+        }
         let mut saved = vec![0; end.saturating_sub(meta::SAVE) as usize];
         self.control.read(meta::SAVE, &mut saved);
         if saved.len() > SAVED_KEPT_BYTES {
@@ -397,26 +405,25 @@ impl Fiber {
         while at + meta::FRAME_HEADER_BYTES as usize <= saved.len() {
             let number =
                 u32::from_le_bytes([saved[at], saved[at + 1], saved[at + 2], saved[at + 3]]);
-            let (_, function, point) = program
-                .meta
-                .point(number)
-                .ok_or_else(|| plain_trap("code saved a frame of no point".into()))?;
+            let (_, function, point) = program.meta.point(number).ok_or_else(damaged)?;
             let mut length = 0;
             let start = at + meta::FRAME_HEADER_BYTES as usize;
             for slot in &point.saved {
                 let ty = function.slots[*slot as usize];
                 if ty == SlotType::FuncRef {
                     let place = start + length..start + length + 4;
+                    let bytes = saved.get(place.clone()).ok_or_else(damaged)?;
                     let mut entry = [0; 4];
-                    entry.copy_from_slice(&saved[place.clone()]);
+                    entry.copy_from_slice(bytes);
                     let index = self.index_in(self.refs, u32::from_le_bytes(entry))?;
                     saved[place].copy_from_slice(&index.to_le_bytes());
                 }
                 length += ty.bytes() as usize;
             }
+            let payload = saved.get(start..start + length).ok_or_else(damaged)?;
             self.frames.push(Frame {
                 point: number,
-                payload: saved[start..start + length].to_vec(),
+                payload: payload.to_vec(),
             });
             at = (start + length).next_multiple_of(8);
         }
@@ -567,6 +574,7 @@ impl Fiber {
             .ok_or_else(|| plain_trap("a reference to an unknown function".into()))
     }
 
+    #[expect(clippy::wrong_self_convention, reason = "needs the store")]
     fn to_val(&mut self, value: Value) -> Result<Val, Stop> {
         Ok(match value {
             Value::FuncRef(index) => Val::FuncRef(self.reference(index)?),

@@ -174,11 +174,8 @@ impl ThreadState {
         bytes.extend(MAGIC);
         bytes.extend(meta::VERSION.to_le_bytes());
         bytes.extend(module);
-        match postcard::to_extend(self, bytes) {
-            Ok(bytes) => bytes,
-            // Writing to memory does not fail.
-            Err(_) => Vec::new(),
-        }
+        // Writing to memory does not fail.
+        postcard::to_extend(self, bytes).unwrap_or_default()
     }
 
     /// Reads the documented form, and checks that every frame fits the module.
@@ -209,8 +206,11 @@ impl ThreadState {
                 expected: hex(module),
             });
         }
-        let state: ThreadState =
-            postcard::from_bytes(body).map_err(|error| damaged(error.to_string()))?;
+        let (state, rest): (ThreadState, _) =
+            postcard::take_from_bytes(body).map_err(|error| damaged(error.to_string()))?;
+        if !rest.is_empty() {
+            return Err(damaged("it goes on after its end"));
+        }
         state.check(meta)?;
         Ok(state)
     }

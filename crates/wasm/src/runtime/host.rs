@@ -84,7 +84,7 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
     let mut kinds = Vec::new();
     for import in &meta.imports {
         let kind = match import.module.as_str() {
-            HOST_MODULE => lowered_kind(&import.name, meta),
+            HOST_MODULE => lowered_kind(import, meta),
             "wasi_snapshot_preview1" => wasi_kind(import),
             "wasi"
                 if import.name == "thread-spawn"
@@ -110,19 +110,24 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
     }
 }
 
-fn lowered_kind(name: &str, meta: &Meta) -> Option<ImportKind> {
-    let (what, memory) = name.split_once(':')?;
+fn lowered_kind(import: &meta::Import, meta: &Meta) -> Option<ImportKind> {
+    let (what, memory) = import.name.split_once(':')?;
     let memory: u32 = memory.parse().ok()?;
-    meta.memories.get(memory as usize)?;
-    Some(match what {
-        "grow" => ImportKind::Grow(memory),
-        "size" => ImportKind::Size(memory),
-        "sync" => ImportKind::Sync(memory),
-        "wait32" => ImportKind::Wait32(memory),
-        "wait64" => ImportKind::Wait64(memory),
-        "notify" => ImportKind::Notify(memory),
+    let address = match meta.memories.get(memory as usize)?.memory64 {
+        true => SlotType::I64,
+        false => SlotType::I32,
+    };
+    let (i32, i64) = (SlotType::I32, SlotType::I64);
+    let (kind, params, results) = match what {
+        "grow" => (ImportKind::Grow(memory), vec![address], vec![address]),
+        "size" => (ImportKind::Size(memory), vec![], vec![address]),
+        "sync" => (ImportKind::Sync(memory), vec![], vec![]),
+        "wait32" => (ImportKind::Wait32(memory), vec![address, i32, i64, i64], vec![i32]),
+        "wait64" => (ImportKind::Wait64(memory), vec![address, i64, i64, i64], vec![i32]),
+        "notify" => (ImportKind::Notify(memory), vec![address, i32, i64], vec![i32]),
         _ => return None,
-    })
+    };
+    (import.params == params && import.results == results).then_some(kind)
 }
 
 fn wasi_kind(import: &meta::Import) -> Option<ImportKind> {

@@ -155,8 +155,11 @@ impl Image {
         if header[4..] != IMAGE_VERSION.to_le_bytes() {
             return Err(bad("it is of another version"));
         }
-        let image: Image =
-            postcard::from_bytes(body).map_err(|error| MachineError::Image(error.to_string()))?;
+        let (image, rest): (Image, _) = postcard::take_from_bytes(body)
+            .map_err(|error| MachineError::Image(error.to_string()))?;
+        if !rest.is_empty() {
+            return Err(bad("it goes on after its end"));
+        }
         if image.module != *program.hash() {
             return Err(bad("it is of another module"));
         }

@@ -9,8 +9,8 @@ use keel_wasi::{CallState, Function, Outcome as WasiOutcome, ParamType, Wasi};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use wasmtime::{
-    Caller, Engine, Extern, FuncType, InstancePre, Linker, Module, SharedMemory, Store, Val,
-    ValType,
+    Caller, Engine, Extern, FuncType, InstancePre, Linker, Module, SharedMemory, Store, StoreLimits,
+    StoreLimitsBuilder, Val, ValType,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +32,18 @@ struct Plain {
 struct Context {
     plain: Arc<Plain>,
     tid: u32,
+    limits: StoreLimits,
+}
+
+impl Context {
+    fn new(plain: &Arc<Plain>, tid: u32) -> Self {
+        let bytes = usize::try_from(plain.limits.memory_bytes).unwrap_or(usize::MAX);
+        Context {
+            plain: plain.clone(),
+            tid,
+            limits: StoreLimitsBuilder::new().memory_size(bytes).build(),
+        }
+    }
 }
 
 /// Runs a command to its end.
@@ -102,13 +114,7 @@ fn link(plain: &Arc<Plain>, module: &Module) -> Result<Linker<Context>, ProgramE
         } else if let Some(memory) = &plain.shared
             && import.ty().memory().is_some()
         {
-            let store = Store::new(
-                &plain.engine,
-                Context {
-                    plain: plain.clone(),
-                    tid: 0,
-                },
-            );
+            let store = Store::new(&plain.engine, Context::new(plain, 0));
             linker
                 .define(&store, module, name, memory.clone())
                 .map(drop)
@@ -226,13 +232,8 @@ fn run_thread(plain: &Arc<Plain>, tid: u32, arg: Option<u32>) -> wasmtime::Resul
         .unwrap_or_else(|error| error.into_inner())
         .clone()
         .ok_or_else(|| wasmtime::Error::msg("no program"))?;
-    let mut store = Store::new(
-        &plain.engine,
-        Context {
-            plain: plain.clone(),
-            tid,
-        },
-    );
+    let mut store = Store::new(&plain.engine, Context::new(plain, tid));
+    store.limiter(|context| &mut context.limits);
     let instance = instance.instantiate(&mut store)?;
     match arg {
         None => instance

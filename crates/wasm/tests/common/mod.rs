@@ -21,7 +21,10 @@ pub(crate) fn guest(name: &str) -> Vec<u8> {
 }
 
 pub(crate) fn program(bytes: &[u8]) -> Arc<Program> {
-    Engine::new(Options::default()).unwrap().load(bytes).unwrap()
+    Engine::new(Options::default())
+        .unwrap()
+        .load(bytes)
+        .unwrap()
 }
 
 /// A machine whose output is kept.

@@ -12,9 +12,9 @@ mod shaken;
 mod written;
 
 use plain::Plain;
-use std::collections::BTreeMap;
 use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 use shaken::Shaken;
+use std::collections::BTreeMap;
 use wasm_encoder::HeapType;
 use wasm_encoder::reencode::{self, Reencode};
 use wasm_smith::{Config, Module};
@@ -163,7 +163,11 @@ fn compare(
             right.err()
         ),
     };
-    assert_eq!(plain.observe(), shaken.observe(&mut plain), "after the start");
+    assert_eq!(
+        plain.observe(),
+        shaken.observe(&mut plain),
+        "after the start"
+    );
     for (name, params) in plain.functions() {
         for _ in 0..CALLS {
             let args: Vec<Value> = params.iter().map(|ty| argument(random, ty)).collect();
@@ -176,7 +180,11 @@ fn compare(
             }
             tally.traps += u32::from(matches!(left, Ended::Trapped(_)));
             assert_eq!(left, right, "{name}({args:?})");
-            assert_eq!(plain.observe(), shaken.observe(&mut plain), "after {name}({args:?})");
+            assert_eq!(
+                plain.observe(),
+                shaken.observe(&mut plain),
+                "after {name}({args:?})"
+            );
         }
     }
     tally.captures += shaken.captures;

@@ -47,8 +47,8 @@ impl Plain {
     pub(crate) fn new(bytes: &[u8]) -> Result<Self, String> {
         let module = Module::new(engine(), bytes).unwrap();
         let mut store = Store::new(engine(), ());
-        let instance = Instance::new(&mut store, &module, &[])
-            .map_err(|error| format!("{error:#}"))?;
+        let instance =
+            Instance::new(&mut store, &module, &[]).map_err(|error| format!("{error:#}"))?;
         let mut names = BTreeMap::new();
         for payload in Parser::new(0).parse_all(bytes) {
             if let Payload::ExportSection(section) = payload.unwrap() {

@@ -111,7 +111,12 @@ impl Shaken {
                     let hash = self.program.hash();
                     let bytes = state.encode(hash);
                     let again = ThreadState::decode(&bytes, hash, self.program.meta());
-                    let again = again.unwrap_or_else(|error| panic!("{error}: {}", format!("{state:?}").chars().take(600).collect::<String>()));
+                    let again = again.unwrap_or_else(|error| {
+                        panic!(
+                            "{error}: {}",
+                            format!("{state:?}").chars().take(600).collect::<String>()
+                        )
+                    });
                     assert_eq!(state, again);
                     if self.random.random_range(0..3) == 0 {
                         self.fiber = Fiber::new(
@@ -149,7 +154,9 @@ impl Shaken {
             let mut bytes = vec![0; memory.size_bytes() as usize];
             memory.read(0, &mut bytes).unwrap();
             let pages = memory.size_bytes() >> 16;
-            observed.memories.push((pages, *blake3::hash(&bytes).as_bytes()));
+            observed
+                .memories
+                .push((pages, *blake3::hash(&bytes).as_bytes()));
         }
         for (index, entries) in theirs.tables {
             let at = meta.tables.iter().position(|(table, _)| *table == index);

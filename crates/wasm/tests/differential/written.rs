@@ -29,7 +29,11 @@ fn same(wat: &str, calls: &[(&str, &[Value])]) {
         for (name, args) in calls {
             let ended = plain.call(name, args);
             assert_eq!(ended, shaken.call(name, args), "{name}({args:?})");
-            assert_eq!(plain.observe(), shaken.observe(&mut plain), "{name}({args:?})");
+            assert_eq!(
+                plain.observe(),
+                shaken.observe(&mut plain),
+                "{name}({args:?})"
+            );
         }
         assert!(shaken.captures > 0);
     }
@@ -277,7 +281,11 @@ fn the_deepest_recursion_is_captured() {
     assert!(reaches(below) && !reaches(above));
     while above - below > 50 {
         let middle = (below + above) / 2;
-        *(if reaches(middle) { &mut below } else { &mut above }) = middle;
+        *(if reaches(middle) {
+            &mut below
+        } else {
+            &mut above
+        }) = middle;
     }
     println!("{below} frames");
 }
@@ -307,7 +315,9 @@ fn deep_recursion_with_many_locals() {
                 assert_eq!(values, [Value::I32(each.wrapping_mul(depth))]);
                 assert_eq!(frames, depth as usize + 1);
             }
-            Err(Stop::Trap(trap)) => assert_eq!(trap_name(&trap.message), "stack", "{depth}: {trap}"),
+            Err(Stop::Trap(trap)) => {
+                assert_eq!(trap_name(&trap.message), "stack", "{depth}: {trap}")
+            }
             Err(other) => panic!("{other:?}"),
         }
     }
@@ -333,7 +343,9 @@ fn deep_recursion_with_references() {
     for depth in [1000_u32, 12_000, 20_000, 25_000, 30_000] {
         match Deep::new(&wat).run(depth, 1) {
             Ok((values, _)) => assert_eq!(values, [Value::I32(depth + depth / 2)]),
-            Err(Stop::Trap(trap)) => assert_eq!(trap_name(&trap.message), "stack", "{depth}: {trap}"),
+            Err(Stop::Trap(trap)) => {
+                assert_eq!(trap_name(&trap.message), "stack", "{depth}: {trap}")
+            }
             Err(other) => panic!("{other:?}"),
         }
     }
@@ -413,7 +425,19 @@ fn misaligned_and_outside() {
         assert_eq!(left, right, "{name}({at})");
         left
     };
-    for at in [0, 1, 2, 3, 4, 65_530, 65_532, 65_534, 65_535, u32::MAX, u32::MAX - 1] {
+    for at in [
+        0,
+        1,
+        2,
+        3,
+        4,
+        65_530,
+        65_532,
+        65_534,
+        65_535,
+        u32::MAX,
+        u32::MAX - 1,
+    ] {
         ended("notify", at);
         ended("wait", at);
     }

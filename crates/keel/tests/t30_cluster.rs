@@ -1,0 +1,506 @@
+//! Clusters of real processes on loopback: machines run, move, and outlive
+//! agents; whatever fails leaves them running.
+
+use keel_api::{Client, MachineInfo, NodeInfo, Token, TokenRequest};
+use keel_machine::moves::{Ending, MoveReport};
+use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use std::path::Path;
+use std::process::Command;
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+
+fn guest(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
+    std::fs::read(path).expect("a prebuilt guest")
+}
+
+struct Bench {
+    cluster: LocalCluster,
+    folder: tempfile::TempDir,
+}
+
+async fn cluster(names: &[&str]) -> Bench {
+    let folder = tempfile::Builder::new()
+        .prefix("keel-")
+        .tempdir()
+        .expect("a folder");
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), names)
+        .await
+        .expect("a cluster");
+    Bench { cluster, folder }
+}
+
+fn keel(bench: &Bench, node: &str, args: &[&str]) -> (i32, String, String) {
+    let output = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(bench.folder.path().join(node))
+        .args(args)
+        .output()
+        .expect("keel runs");
+    (
+        output.status.code().unwrap_or(-1),
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        String::from_utf8_lossy(&output.stderr).into_owned(),
+    )
+}
+
+async fn lines(cluster: &LocalCluster, node: &str, machine: &str) -> u64 {
+    let output = cluster.output(node, machine).await.expect("output");
+    check_numbered(&output, 0).expect("every line once and in order")
+}
+
+async fn wait_lines(cluster: &LocalCluster, node: &str, machine: &str, count: u64) {
+    wait_for(&format!("{machine} prints line {count}"), || async {
+        (lines(cluster, node, machine).await > count).then_some(())
+    })
+    .await
+    .expect("it goes on");
+}
+
+fn moved(report: &MoveReport) {
+    assert_eq!(report.ending, Ending::Moved, "{}", report.line());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_move_and_nothing_is_lost() {
+    let bench = cluster(&["a", "b", "c"]).await;
+    let cluster = &bench.cluster;
+    let counter = guest("counter");
+    let started = cluster
+        .run(&Guest::new("counter", "a", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+    assert_eq!((started.status.as_str(), started.epoch.as_str()), ("running", "1.1"));
+    let nodes = ["b", "c", "a"];
+    for round in 0..12 {
+        let before = lines(cluster, "a", "counter").await;
+        // Whichever node is asked, the owner is found.
+        let via = nodes[(round + round / 3) % 3];
+        let to = nodes[round % 3];
+        let report = cluster
+            .move_machine(via, "counter", to)
+            .await
+            .expect("a report");
+        moved(&report);
+        assert_eq!(report.epoch.counter, round as u64 + 2);
+        wait_lines(cluster, via, "counter", before).await;
+    }
+    let info = cluster.inspect("b", "counter").await.expect("info");
+    assert_eq!((info.node.as_str(), info.moves.len()), ("a", 12));
+    let schedule: Vec<String> = cluster
+        .client("c")
+        .get("/v1/schedule/a")
+        .await
+        .expect("schedule");
+    assert_eq!(schedule, ["counter"]);
+    // The nodes that it left keep nothing of it.
+    assert!(!cluster.folder("b").join("workers/counter").exists());
+
+    let (code, out, err) = keel(&bench, "c", &["stop", "counter"]);
+    assert_eq!(code, 0, "{out}{err}");
+    let info = cluster.inspect("a", "counter").await.expect("info");
+    assert_eq!(info.status, "stopped");
+    assert_eq!(keel(&bench, "b", &["rm", "counter"]).0, 0);
+    assert!(cluster.inspect("a", "counter").await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn threads_move_with_their_machine_and_results_are_the_same() {
+    let bench = cluster(&["a", "b"]).await;
+    let cluster = &bench.cluster;
+    let threads = guest("threads");
+    let args = ["4", "3000000"];
+    cluster
+        .run(&Guest::new("still", "a", &threads, &args))
+        .await
+        .expect("it starts");
+    let still = cluster.wait_end("a", "still").await.expect("it ends");
+    assert_eq!(still.exit_code, Some(0), "{still:?}");
+    cluster
+        .run(&Guest::new("moving", "a", &threads, &args))
+        .await
+        .expect("it starts");
+    let mut moves = 0;
+    for round in 0..40 {
+        let to = ["b", "a"][round % 2];
+        // It may end while it moves.
+        match cluster.move_machine("a", "moving", to).await {
+            Ok(report) if report.ending == Ending::Moved => moves += 1,
+            _ => break,
+        }
+    }
+    let moving = cluster.wait_end("a", "moving").await.expect("it ends");
+    assert_eq!(moving.exit_code, Some(0), "{moving:?}");
+    assert!(moves > 0);
+    let output = |machine: &'static str| cluster.output("b", machine);
+    assert_eq!(
+        output("still").await.expect("output"),
+        output("moving").await.expect("output")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_agent_finds_its_machines_running() {
+    let bench = cluster(&["a", "b"]).await;
+    let cluster = &bench.cluster;
+    let counter = guest("counter");
+    for (name, node) in [("on-a", "a"), ("on-b", "b")] {
+        cluster
+            .run(&Guest::new(name, node, &counter, &["1000000", "2"]))
+            .await
+            .expect("it starts");
+    }
+    let before = cluster.inspect("b", "on-b").await.expect("info");
+    for node in ["b", "a"] {
+        cluster.kill_agent(node).expect("an agent to kill");
+        cluster.wait_alive(node).await.expect("it comes back");
+    }
+    let after = wait_for("the machine is found", || async {
+        let info = cluster.inspect("b", "on-b").await.ok()?;
+        info.pid.is_some().then_some(info)
+    })
+    .await
+    .expect("it is found");
+    assert_eq!(before.pid, after.pid);
+    for (name, to) in [("on-a", "b"), ("on-b", "a")] {
+        let count = lines(cluster, "a", name).await;
+        wait_lines(cluster, "a", name, count).await;
+        // A new agent needs a moment until it has a lease again.
+        wait_for("it can move", || async {
+            let report = cluster.move_machine("a", name, to).await.ok()?;
+            (report.ending == Ending::Moved).then_some(())
+        })
+        .await
+        .expect("it moves");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_was_left_can_be_switched_off_and_on() {
+    let mut bench = cluster(&["a", "b"]).await;
+    let counter = guest("counter");
+    bench
+        .cluster
+        .run(&Guest::new("counter", "b", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+    let report = bench
+        .cluster
+        .move_machine("b", "counter", "a")
+        .await
+        .expect("a report");
+    moved(&report);
+    bench.cluster.power_off("b");
+    let count = lines(&bench.cluster, "a", "counter").await;
+    wait_lines(&bench.cluster, "a", "counter", count + 3).await;
+    wait_for("b is seen to be away", || async {
+        let nodes: Vec<NodeInfo> = bench.cluster.client("a").get("/v1/nodes").await.ok()?;
+        nodes.iter().any(|node| node.name == "b" && !node.alive).then_some(())
+    })
+    .await
+    .expect("it is noticed");
+    // To a node that is away nothing moves, and the machine goes on.
+    let report = bench
+        .cluster
+        .move_machine("a", "counter", "b")
+        .await
+        .expect("a report");
+    assert!(matches!(report.ending, Ending::Stayed { .. }), "{}", report.line());
+    bench.cluster.power_on("b").await.expect("it starts again");
+    wait_for("it moves again", || async {
+        let report = bench.cluster.move_machine("a", "counter", "b").await.ok()?;
+        (report.ending == Ending::Moved).then_some(())
+    })
+    .await
+    .expect("it moves");
+    let count = lines(&bench.cluster, "b", "counter").await;
+    wait_lines(&bench.cluster, "b", "counter", count).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_killed_at_any_moment_leaves_the_machine_running() {
+    let mut bench = cluster(&["a", "b"]).await;
+    let writer = guest("writer");
+    bench
+        .cluster
+        .run(&Guest::new("writer", "a", &writer, &["48", "20"]))
+        .await
+        .expect("it starts");
+    for round in 0..4 {
+        let folder = bench.cluster.folder("b").join("workers/writer");
+        wait_for("the last attempt is cleared away", || async {
+            (!folder.exists()).then_some(())
+        })
+        .await
+        .expect("it is cleared away");
+        let to_b = bench.cluster.move_machine("a", "writer", "b");
+        let kill = async {
+            // At another moment of the move each time, by what the target
+            // has of it so far.
+            let sought = ["worker.log", "socket", "log.0", "log.0"][round];
+            wait_for("the move has come so far", || async {
+                folder.join(sought).exists().then_some(())
+            })
+            .await
+            .expect("it comes so far");
+            bench.cluster.kill_worker("b", "writer")
+        };
+        let (report, killed) = tokio::join!(to_b, kill);
+        let report = report.expect("a report");
+        match report.ending {
+            Ending::Stayed { .. } => {
+                killed.expect("it was killed");
+                let count = lines(&bench.cluster, "a", "writer").await;
+                wait_lines(&bench.cluster, "a", "writer", count).await;
+            }
+            // The kill came when the machine ran there already: then it is
+            // lost with its process, and said to be.
+            Ending::Moved => {
+                let info = bench.cluster.wait_end("a", "writer").await.expect("it is noticed");
+                assert_eq!(info.status, "failed", "{info:?}");
+                return;
+            }
+        }
+    }
+    // And after all that it still can move.
+    let report = wait_for("the target is free again", || async {
+        let report = bench.cluster.move_machine("a", "writer", "b").await.ok()?;
+        (report.ending == Ending::Moved).then_some(report)
+    })
+    .await
+    .expect("it moves");
+    moved(&report);
+    bench.cluster.power_off("a");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_worker_is_reported_and_others_are_unharmed() {
+    let bench = cluster(&["a"]).await;
+    let cluster = &bench.cluster;
+    let counter = guest("counter");
+    for name in ["one", "two"] {
+        cluster
+            .run(&Guest::new(name, "a", &counter, &["1000000", "2"]))
+            .await
+            .expect("it starts");
+    }
+    cluster.kill_worker("a", "one").expect("a worker to kill");
+    let info = cluster.wait_end("a", "one").await.expect("it is noticed");
+    assert_eq!(info.status, "failed");
+    assert!(info.message.unwrap_or_default().contains("worker process was lost"));
+    let count = lines(cluster, "a", "two").await;
+    wait_lines(cluster, "a", "two", count).await;
+    assert_eq!(keel(&bench, "a", &["kill", "two"]).0, 0);
+    assert_eq!(keel(&bench, "a", &["rm", "one", "two"]).0, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mistakes_are_answered_by_name_and_harm_nothing() {
+    let bench = cluster(&["a", "b"]).await;
+    let cluster = &bench.cluster;
+    let counter = guest("counter");
+    cluster
+        .run(&Guest::new("counter", "a", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+    let folder = bench.folder.path();
+    let module = folder.join("counter.wasm");
+    std::fs::write(&module, &counter).expect("a file");
+    let module = module.to_str().expect("a path");
+    let broken = folder.join("broken.wasm");
+    std::fs::write(&broken, &counter[..counter.len() / 2]).expect("a file");
+    let broken = broken.to_str().expect("a path");
+    let cases: &[(&[&str], &str)] = &[
+        (&["run", "-d", "--name", "counter", module], "is in use"),
+        (&["run", "-d", "--name", "Counter", module], "Counter"),
+        (&["run", "-d", "--on", "x", module], "no node"),
+        (&["run", "-d", "--memory", "1k", module], "memory limit"),
+        (&["run", "-d", "--dir", "/nowhere-at-all", module], "no such directory"),
+        (&["run", "-d", "/nowhere.wasm"], "/nowhere.wasm"),
+        (&["run", "-d", "/etc/passwd"], "not a WebAssembly module"),
+        (&["run", "--name", "broken", broken], "not valid"),
+        (&["move", "counter", "--to", "a"], "on a already"),
+        (&["move", "counter", "--to", "nowhere"], "no node"),
+        (&["move", "nothing", "--to", "b"], "no machine"),
+        (&["move", "counter", "--cancel"], "not moving"),
+        (&["rm", "counter"], "stop it first"),
+        (&["stop", "nothing"], "no machine"),
+        (&["logs", "nothing"], "no machine"),
+        (&["inspect", "../../etc"], "keel:"),
+        (&["schedule", "nowhere"], "no node"),
+        (&["up", "--name", "other"], "already"),
+    ];
+    for (args, words) in cases {
+        let (code, out, err) = keel(&bench, "a", args);
+        assert_ne!(code, 0, "{args:?}: {out}");
+        assert!(err.contains(words), "{args:?}: {err:?} does not say {words:?}");
+    }
+    let info = cluster.inspect("a", "broken").await.expect("info");
+    assert_eq!(info.status, "failed");
+    let count = lines(cluster, "a", "counter").await;
+    wait_lines(cluster, "a", "counter", count).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_move_and_a_stop_find_a_moving_machine() {
+    let bench = cluster(&["a", "b"]).await;
+    let cluster = &bench.cluster;
+    let writer = guest("writer");
+    cluster
+        .run(&Guest::new("writer", "a", &writer, &["64", "30"]))
+        .await
+        .expect("it starts");
+    let first = cluster.move_machine("a", "writer", "b");
+    let second = async {
+        wait_for("the first move has begun", || async {
+            match cluster.move_machine("a", "writer", "b").await {
+                Err(error) => Some(error.to_string()),
+                Ok(_) => None,
+            }
+        })
+        .await
+    };
+    let (first, second) = tokio::join!(first, second);
+    moved(&first.expect("a report"));
+    let second = second.expect("an answer");
+    assert!(second.contains("moving already") || second.contains("on b already"), "{second}");
+
+    // A stop cancels the move: the machine must not go on elsewhere.
+    let back = cluster.move_machine("a", "writer", "a");
+    let (report, stopped) = tokio::join!(back, async {
+        wait_for("the move back is under way", || async {
+            cluster.folder("a").join("workers/writer").exists().then_some(())
+        })
+        .await
+        .expect("it begins");
+        keel(&bench, "a", &["stop", "writer"])
+    });
+    drop(report);
+    let ended = wait_for("it is stopped", || async {
+        // A stop that met the very end of the move says so.
+        if stopped.0 != 0 {
+            keel(&bench, "a", &["stop", "writer"]);
+        }
+        let info = cluster.inspect("b", "writer").await.ok()?;
+        (info.status == "stopped").then_some(info)
+    })
+    .await;
+    assert!(ended.is_ok(), "{stopped:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exit_codes_output_and_removal() {
+    let bench = cluster(&["a"]).await;
+    let folder = bench.folder.path();
+    let write = |name: &str, text: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, wat::parse_str(text).expect("wat")).expect("a file");
+        path.to_str().expect("a path").to_owned()
+    };
+    let seven = write(
+        "seven.wasm",
+        r#"(module
+            (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+            (memory (export "memory") 1)
+            (func (export "_start") (call $exit (i32.const 7))))"#,
+    );
+    let trap = write(
+        "trap.wasm",
+        r#"(module (memory (export "memory") 1)
+            (func $deep unreachable) (func (export "_start") (call $deep)))"#,
+    );
+    let strange = write(
+        "strange.wasm",
+        r#"(module (import "env" "magic" (func)) (func (export "_start")))"#,
+    );
+    let (code, _, err) = keel(&bench, "a", &["run", "--name", "seven", &seven]);
+    assert_eq!(code, 7, "{err}");
+    let (code, _, err) = keel(&bench, "a", &["run", "--name", "trap", &trap]);
+    assert_eq!(code, 134, "{err}");
+    assert!(err.contains("unreachable") && err.contains("deep"), "{err}");
+    let (code, _, err) = keel(&bench, "a", &["run", "--name", "strange", &strange]);
+    assert_eq!(code, 1);
+    assert!(err.contains("env.magic"), "{err}");
+    let (_, out, _) = keel(&bench, "a", &["ps", "-a", "-o", "json"]);
+    let machines: Vec<MachineInfo> = serde_json::from_str(&out).expect("JSON");
+    assert_eq!(machines.len(), 3);
+    assert_eq!(keel(&bench, "a", &["rm", "seven", "trap", "strange"]).0, 0);
+    let (code, _, err) = keel(&bench, "a", &["run", "--rm", "--name", "seven", &seven]);
+    assert_eq!(code, 0, "{err}");
+    wait_for("it is removed", || async {
+        let machines: Vec<MachineInfo> = bench.cluster.client("a").get("/v1/machines").await.ok()?;
+        machines.is_empty().then_some(())
+    })
+    .await
+    .expect("it is gone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn users_come_in_over_tls_with_a_token_and_its_role_only() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let probe = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let api = probe.local_addr().expect("an address").to_string();
+    drop(probe);
+    let state = folder.path().join("a");
+    let (up, _) = (
+        Command::new(KEEL)
+            .arg("--state-dir")
+            .arg(&state)
+            .args(["up", "--name", "a", "--listen", "127.0.0.1:0", "--api", &api, "-d"])
+            .output()
+            .expect("keel runs"),
+        (),
+    );
+    assert!(up.status.success(), "{}", String::from_utf8_lossy(&up.stderr));
+    let _guard = Stop(String::from_utf8_lossy(&up.stdout).trim().to_owned());
+    let local = Client::socket(state.join("api.socket"));
+    let token = |role: &str| {
+        let request = TokenRequest::User {
+            name: "ada".into(),
+            role: role.into(),
+        };
+        let local = local.clone();
+        async move {
+            local
+                .post::<_, Token>("/v1/tokens", &request)
+                .await
+                .expect("a token")
+        }
+    };
+    let viewer = token("viewer").await;
+    let authority = viewer.authority.parse().expect("a fingerprint");
+    let as_viewer = Client::tls(&api, &viewer.token, authority).expect("a client");
+    let nodes: Vec<NodeInfo> = as_viewer.get("/v1/nodes").await.expect("nodes");
+    assert_eq!(nodes.len(), 1);
+    let refused = as_viewer
+        .post::<_, serde_json::Value>("/v1/machines/x/stop", &())
+        .await
+        .expect_err("a viewer stops nothing");
+    assert!(refused.to_string().contains("role operator"), "{refused}");
+    let nobody = Client::tls(&api, "keelu1-nonsense", authority).expect("a client");
+    let refused = nobody
+        .get::<Vec<NodeInfo>>("/v1/nodes")
+        .await
+        .expect_err("no valid token");
+    assert!(refused.to_string().contains("no valid token"), "{refused}");
+    // A server of another cluster is not spoken to.
+    let other = keel_net::Fingerprint([7; 32]);
+    let foreign = Client::tls(&api, &viewer.token, other).expect("a client");
+    assert!(foreign.get::<Vec<NodeInfo>>("/v1/nodes").await.is_err());
+}
+
+/// Ends a node that was started in the background.
+struct Stop(String);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        if let Some(pid) = self
+            .0
+            .parse()
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+        {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+    }
+}
