@@ -14,9 +14,7 @@ use crate::Options;
 use crate::guest::Start;
 use crate::table::{Table, micros, percentile};
 use anyhow::{Context, Result, bail};
-use keel_wasm::runtime::{
-    Engine, Fiber, HostThread, Limits, Machine, Program, Run, Signal,
-};
+use keel_wasm::runtime::{Engine, Fiber, HostThread, Limits, Machine, Program, Run, Signal};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -46,8 +44,16 @@ struct Times {
 pub(crate) fn bench(options: &Options) -> Result<()> {
     let engine = Engine::new(keel_wasm::runtime::Options::default())?;
     let mut table = Table::new(&[
-        "guest", "frames", "bytes", "to safepoint p50", "p99", "capture p50", "p99", "step p50",
-        "freeze p50", "p99",
+        "guest",
+        "frames",
+        "bytes",
+        "to safepoint p50",
+        "p99",
+        "capture p50",
+        "p99",
+        "step p50",
+        "freeze p50",
+        "p99",
     ]);
     for (blocked, guests) in [(false, GUESTS), (true, SLEEPERS)] {
         for (name, args, what) in guests {
@@ -58,12 +64,13 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
             let start = Start::args(args);
             let mut times = capture(&program, &start, options.captures, blocked)?;
             freeze(&program, &start, options.captures, &mut times)?;
-            let mut cell = |values: fn(&mut Times) -> &mut Vec<f64>, share: f64| {
-                match values(&mut times).as_mut_slice() {
+            let mut cell =
+                |values: fn(&mut Times) -> &mut Vec<f64>, share: f64| match values(&mut times)
+                    .as_mut_slice()
+                {
                     [] => "-".to_owned(),
                     values => format!("{:.1} µs", percentile(values, share)),
-                }
-            };
+                };
             let cells = vec![
                 cell(|times| &mut times.leave, 0.5),
                 cell(|times| &mut times.leave, 0.99),
@@ -90,12 +97,7 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
 /// When the thread was last asked; `None` while nobody asked.
 type Asked = Mutex<Option<Instant>>;
 
-fn capture(
-    program: &Arc<Program>,
-    start: &Start,
-    captures: usize,
-    blocked: bool,
-) -> Result<Times> {
+fn capture(program: &Arc<Program>, start: &Start, captures: usize, blocked: bool) -> Result<Times> {
     let (wasi, _) = start.wasi()?;
     let machine = Machine::idle(program.clone(), wasi, Limits::default())?;
     let signal = Arc::new(Signal::new()?);
@@ -173,12 +175,7 @@ fn ask(signal: &Signal, asked: &Asked, over: &AtomicBool) {
     signal.request();
 }
 
-fn freeze(
-    program: &Arc<Program>,
-    start: &Start,
-    captures: usize,
-    times: &mut Times,
-) -> Result<()> {
+fn freeze(program: &Arc<Program>, start: &Start, captures: usize, times: &mut Times) -> Result<()> {
     let (wasi, _) = start.wasi()?;
     let machine = Machine::start(program.clone(), wasi, Limits::default())?;
     std::thread::sleep(Duration::from_millis(20));

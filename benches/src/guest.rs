@@ -88,7 +88,12 @@ impl Sink for Output {
 /// Runs a program to its end, on plain wasmtime.
 pub(crate) fn plain(module: &[u8], start: &Start) -> Result<String> {
     let (wasi, output) = start.wasi()?;
-    let outcome = run_plain(module, Arc::new(wasi), Limits::default(), Options::default())?;
+    let outcome = run_plain(
+        module,
+        Arc::new(wasi),
+        Limits::default(),
+        Options::default(),
+    )?;
     ended_well(&outcome, &output)
 }
 

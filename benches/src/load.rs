@@ -43,9 +43,11 @@ fn measure(name: &str, bytes: &[u8]) -> Result<Vec<String>> {
     for _ in 0..ROUNDS {
         let mut config = wasmtime::Config::new();
         config.wasm_threads(true).wasm_tail_call(true);
-        let engine = wasmtime::Engine::new(&config).map_err(|error| anyhow::anyhow!("{error:#}"))?;
+        let engine =
+            wasmtime::Engine::new(&config).map_err(|error| anyhow::anyhow!("{error:#}"))?;
         let begun = Instant::now();
-        let module = wasmtime::Module::new(&engine, bytes).map_err(|error| anyhow::anyhow!("{error:#}"))?;
+        let module =
+            wasmtime::Module::new(&engine, bytes).map_err(|error| anyhow::anyhow!("{error:#}"))?;
         plain.push(begun.elapsed().as_secs_f64());
         plain_bytes = module.text().len();
         drop(module);

@@ -70,7 +70,11 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
     let mut table = Table::new(&["program", "plain ms", "evenkeel", "asyncify"]);
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for (name, scale) in KERNELS {
-        if options.only.as_ref().is_some_and(|only| !name.contains(only.as_str())) {
+        if options
+            .only
+            .as_ref()
+            .is_some_and(|only| !name.contains(only.as_str()))
+        {
             continue;
         }
         let path = options.kernels.join(format!("{name}.wasm"));
@@ -86,7 +90,10 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
             env: vec![("PYTHONHASHSEED".into(), "0".into())],
             dirs: vec![(root.clone(), "/".into())],
         };
-        let wasm_opt = options.wasm_opt.as_deref().filter(|_| options.python_asyncify);
+        let wasm_opt = options
+            .wasm_opt
+            .as_deref()
+            .filter(|_| options.python_asyncify);
         let variants = Variants::new(&engine, "CPython 3.11", path, wasm_opt, start)?;
         let ratios = measure(&variants, options.rounds.min(5), &mut table)?;
         ours.push(ratios.0);
@@ -100,7 +107,9 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
         table.row(vec![name.into(), String::new(), cell(&ours), cell(&theirs)]);
     };
     summary("**geomean**", &geomean);
-    summary("**worst**", &|ratios| ratios.iter().copied().fold(0.0, f64::max));
+    summary("**worst**", &|ratios| {
+        ratios.iter().copied().fold(0.0, f64::max)
+    });
     table.print("Run time, as a ratio to plain wasmtime");
     Ok(())
 }
@@ -141,11 +150,7 @@ fn asyncify(tool: &Path, module: &Path) -> Result<Vec<u8>> {
 }
 
 /// Adds a row; the ratios of ours and of Asyncify.
-fn measure(
-    variants: &Variants,
-    rounds: usize,
-    table: &mut Table,
-) -> Result<(f64, Option<f64>)> {
+fn measure(variants: &Variants, rounds: usize, table: &mut Table) -> Result<(f64, Option<f64>)> {
     let mut times = Vec::new();
     let mut ours = Vec::new();
     let mut theirs = Vec::new();
@@ -177,6 +182,9 @@ fn measure(
         format!("{ours:.3}"),
         theirs.map_or("-".into(), |ratio| format!("{ratio:.3}")),
     ]);
-    eprintln!("{}: plain {time:.0} ms, evenkeel {ours:.3}, asyncify {theirs:?}", variants.name);
+    eprintln!(
+        "{}: plain {time:.0} ms, evenkeel {ours:.3}, asyncify {theirs:?}",
+        variants.name
+    );
     Ok((ours, theirs))
 }

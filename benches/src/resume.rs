@@ -31,14 +31,21 @@ pub(crate) fn bench(options: &Options) -> Result<()> {
             .wait(Some(Duration::from_secs(120)))
             .unwrap_or(Outcome::Stopped);
         let text = guest::ended_well(&outcome, &output)?;
-        ensure!(machine.captures() == 1, "captured {} times", machine.captures());
+        ensure!(
+            machine.captures() == 1,
+            "captured {} times",
+            machine.captures()
+        );
         let steps = steps(&text)?;
         // The move is at about a half.
         let third = steps.len() / 3;
         before.push(median(steps[..third].to_vec()));
         after.push(median(steps[steps.len() - third..].to_vec()));
     }
-    let ratios = before.iter().zip(&after).map(|(before, after)| before / after);
+    let ratios = before
+        .iter()
+        .zip(&after)
+        .map(|(before, after)| before / after);
     let ratio = median(ratios.collect());
     let mut table = Table::new(&["", "ms for a step", "speed"]);
     let mut row = |name: &str, time: f64, speed: f64| {

@@ -114,13 +114,13 @@ impl Client {
                 exchange(TokioIo::new(stream), request).await?
             }
             Place::Tls { address, tls, .. } => {
-                let stream = tls
-                    .connect(address, None, CONNECT_PATIENCE)
-                    .await
-                    .map_err(|error| ClientError::Connect {
-                        place: address.clone(),
-                        reason: error.to_string(),
-                    })?;
+                let stream =
+                    tls.connect(address, None, CONNECT_PATIENCE)
+                        .await
+                        .map_err(|error| ClientError::Connect {
+                            place: address.clone(),
+                            reason: error.to_string(),
+                        })?;
                 exchange(TokioIo::new(stream), request).await?
             }
         };

@@ -101,7 +101,9 @@ pub(crate) async fn nodes(reach: &Reach) -> Result<ExitCode> {
     output::list(
         reach.format(),
         &nodes,
-        &["name", "state", "address", "cpus", "memory", "machines", "lacks"],
+        &[
+            "name", "state", "address", "cpus", "memory", "machines", "lacks",
+        ],
         |node| node.name.clone(),
         |node| {
             vec![
@@ -123,10 +125,7 @@ pub(crate) async fn nodes(reach: &Reach) -> Result<ExitCode> {
 }
 
 pub(crate) async fn schedule(reach: &Reach, node: &str) -> Result<ExitCode> {
-    let machines: Vec<String> = reach
-        .client()?
-        .get(&format!("/v1/schedule/{node}"))
-        .await?;
+    let machines: Vec<String> = reach.client()?.get(&format!("/v1/schedule/{node}")).await?;
     output::list(
         reach.format(),
         &machines,

@@ -196,7 +196,10 @@ async fn play(
     let begun = Instant::now();
     headline(scene, "starting three nodes");
     let mut cluster = LocalCluster::start(program, folder, &NODES).await?;
-    headline(scene, "starting machines (their modules are compiled once per node)");
+    headline(
+        scene,
+        "starting machines (their modules are compiled once per node)",
+    );
     for part in &PARTS {
         let started = cluster
             .run(&Guest::new(part.name, part.node, part.module, part.args))
@@ -213,7 +216,10 @@ async fn play(
     let mut moves = Vec::new();
     for round in 0..ROUNDS {
         for (number, part) in PARTS.iter().enumerate() {
-            let at = NODES.iter().position(|node| *node == part.node).unwrap_or(0);
+            let at = NODES
+                .iter()
+                .position(|node| *node == part.node)
+                .unwrap_or(0);
             let target = NODES[(at + round + 1) % NODES.len()];
             headline(scene, &format!("moving {} to {target}", part.name));
             let via = NODES[(number + round) % NODES.len()];

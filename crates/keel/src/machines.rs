@@ -5,9 +5,7 @@ use crate::output::{self, Format};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use hyper::Method;
-use keel_api::{
-    Client, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, VolumeRequest,
-};
+use keel_api::{Client, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, VolumeRequest};
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
 use std::io::Write;
@@ -240,10 +238,7 @@ pub(crate) async fn ps(reach: &Reach, all: bool) -> Result<ExitCode> {
 }
 
 pub(crate) async fn inspect(reach: &Reach, name: &str) -> Result<ExitCode> {
-    let machine: MachineInfo = reach
-        .client()?
-        .get(&format!("/v1/machines/{name}"))
-        .await?;
+    let machine: MachineInfo = reach.client()?.get(&format!("/v1/machines/{name}")).await?;
     output::one(reach.format(), &machine, name, describe)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -320,7 +315,9 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
         return Ok(ExitCode::SUCCESS);
     };
     let request = MoveRequest { to: to.clone() };
-    let mut lines = client.post_stream(&format!("{path}/move"), &request).await?;
+    let mut lines = client
+        .post_stream(&format!("{path}/move"), &request)
+        .await?;
     let bar = (reach.format() == Format::Text).then(|| {
         indicatif::ProgressBar::new_spinner().with_message(format!("{to} checks and compiles"))
     });

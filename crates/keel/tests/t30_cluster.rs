@@ -70,7 +70,10 @@ async fn machines_move_and_nothing_is_lost() {
         .run(&Guest::new("counter", "a", &counter, &["1000000", "2"]))
         .await
         .expect("it starts");
-    assert_eq!((started.status.as_str(), started.epoch.as_str()), ("running", "1.1"));
+    assert_eq!(
+        (started.status.as_str(), started.epoch.as_str()),
+        ("running", "1.1")
+    );
     let nodes = ["b", "c", "a"];
     for round in 0..12 {
         let before = lines(cluster, "a", "counter").await;
@@ -195,7 +198,10 @@ async fn a_node_that_was_left_can_be_switched_off_and_on() {
     wait_lines(&bench.cluster, "a", "counter", count + 3).await;
     wait_for("b is seen to be away", || async {
         let nodes: Vec<NodeInfo> = bench.cluster.client("a").get("/v1/nodes").await.ok()?;
-        nodes.iter().any(|node| node.name == "b" && !node.alive).then_some(())
+        nodes
+            .iter()
+            .any(|node| node.name == "b" && !node.alive)
+            .then_some(())
     })
     .await
     .expect("it is noticed");
@@ -205,7 +211,11 @@ async fn a_node_that_was_left_can_be_switched_off_and_on() {
         .move_machine("a", "counter", "b")
         .await
         .expect("a report");
-    assert!(matches!(report.ending, Ending::Stayed { .. }), "{}", report.line());
+    assert!(
+        matches!(report.ending, Ending::Stayed { .. }),
+        "{}",
+        report.line()
+    );
     bench.cluster.power_on("b").await.expect("it starts again");
     wait_for("it moves again", || async {
         let report = bench.cluster.move_machine("a", "counter", "b").await.ok()?;
@@ -256,7 +266,11 @@ async fn a_target_killed_at_any_moment_leaves_the_machine_running() {
             // The kill came when the machine ran there already: then it is
             // lost with its process, and said to be.
             Ending::Moved => {
-                let info = bench.cluster.wait_end("a", "writer").await.expect("it is noticed");
+                let info = bench
+                    .cluster
+                    .wait_end("a", "writer")
+                    .await
+                    .expect("it is noticed");
                 assert_eq!(info.status, "failed", "{info:?}");
                 return;
             }
@@ -287,7 +301,11 @@ async fn a_lost_worker_is_reported_and_others_are_unharmed() {
     cluster.kill_worker("a", "one").expect("a worker to kill");
     let info = cluster.wait_end("a", "one").await.expect("it is noticed");
     assert_eq!(info.status, "failed");
-    assert!(info.message.unwrap_or_default().contains("worker process was lost"));
+    assert!(
+        info.message
+            .unwrap_or_default()
+            .contains("worker process was lost")
+    );
     let count = lines(cluster, "a", "two").await;
     wait_lines(cluster, "a", "two", count).await;
     assert_eq!(keel(&bench, "a", &["kill", "two"]).0, 0);
@@ -315,7 +333,10 @@ async fn mistakes_are_answered_by_name_and_harm_nothing() {
         (&["run", "-d", "--name", "Counter", module], "Counter"),
         (&["run", "-d", "--on", "x", module], "no node"),
         (&["run", "-d", "--memory", "1k", module], "memory limit"),
-        (&["run", "-d", "--dir", "/nowhere-at-all", module], "no such directory"),
+        (
+            &["run", "-d", "--dir", "/nowhere-at-all", module],
+            "no such directory",
+        ),
         (&["run", "-d", "/nowhere.wasm"], "/nowhere.wasm"),
         (&["run", "-d", "/etc/passwd"], "not a WebAssembly module"),
         (&["run", "--name", "broken", broken], "not valid"),
@@ -333,7 +354,10 @@ async fn mistakes_are_answered_by_name_and_harm_nothing() {
     for (args, words) in cases {
         let (code, out, err) = keel(&bench, "a", args);
         assert_ne!(code, 0, "{args:?}: {out}");
-        assert!(err.contains(words), "{args:?}: {err:?} does not say {words:?}");
+        assert!(
+            err.contains(words),
+            "{args:?}: {err:?} does not say {words:?}"
+        );
     }
     let info = cluster.inspect("a", "broken").await.expect("info");
     assert_eq!(info.status, "failed");
@@ -363,13 +387,20 @@ async fn a_second_move_and_a_stop_find_a_moving_machine() {
     let (first, second) = tokio::join!(first, second);
     moved(&first.expect("a report"));
     let second = second.expect("an answer");
-    assert!(second.contains("moving already") || second.contains("on b already"), "{second}");
+    assert!(
+        second.contains("moving already") || second.contains("on b already"),
+        "{second}"
+    );
 
     // A stop cancels the move: the machine must not go on elsewhere.
     let back = cluster.move_machine("a", "writer", "a");
     let (report, stopped) = tokio::join!(back, async {
         wait_for("the move back is under way", || async {
-            cluster.folder("a").join("workers/writer").exists().then_some(())
+            cluster
+                .folder("a")
+                .join("workers/writer")
+                .exists()
+                .then_some(())
         })
         .await
         .expect("it begins");
@@ -428,7 +459,8 @@ async fn exit_codes_output_and_removal() {
     let (code, _, err) = keel(&bench, "a", &["run", "--rm", "--name", "seven", &seven]);
     assert_eq!(code, 0, "{err}");
     wait_for("it is removed", || async {
-        let machines: Vec<MachineInfo> = bench.cluster.client("a").get("/v1/machines").await.ok()?;
+        let machines: Vec<MachineInfo> =
+            bench.cluster.client("a").get("/v1/machines").await.ok()?;
         machines.is_empty().then_some(())
     })
     .await
@@ -446,12 +478,25 @@ async fn users_come_in_over_tls_with_a_token_and_its_role_only() {
         Command::new(KEEL)
             .arg("--state-dir")
             .arg(&state)
-            .args(["up", "--name", "a", "--listen", "127.0.0.1:0", "--api", &api, "-d"])
+            .args([
+                "up",
+                "--name",
+                "a",
+                "--listen",
+                "127.0.0.1:0",
+                "--api",
+                &api,
+                "-d",
+            ])
             .output()
             .expect("keel runs"),
         (),
     );
-    assert!(up.status.success(), "{}", String::from_utf8_lossy(&up.stderr));
+    assert!(
+        up.status.success(),
+        "{}",
+        String::from_utf8_lossy(&up.stderr)
+    );
     let _guard = Stop(String::from_utf8_lossy(&up.stdout).trim().to_owned());
     let local = Client::socket(state.join("api.socket"));
     let token = |role: &str| {
@@ -494,12 +539,7 @@ struct Stop(String);
 
 impl Drop for Stop {
     fn drop(&mut self) {
-        if let Some(pid) = self
-            .0
-            .parse()
-            .ok()
-            .and_then(rustix::process::Pid::from_raw)
-        {
+        if let Some(pid) = self.0.parse().ok().and_then(rustix::process::Pid::from_raw) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
     }

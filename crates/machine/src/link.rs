@@ -434,7 +434,9 @@ impl ImageBytes {
     /// [`LinkError::Message`] beyond the limit (1 GiB).
     pub fn add(&mut self, bytes: &[u8]) -> Result<(), LinkError> {
         if self.0.len() + bytes.len() > IMAGE_BYTES_MAX {
-            return Err(LinkError::Message("the captured machine is too large".into()));
+            return Err(LinkError::Message(
+                "the captured machine is too large".into(),
+            ));
         }
         self.0.extend_from_slice(bytes);
         Ok(())

@@ -182,7 +182,9 @@ impl Log {
             Some(next) => next.base,
             None => state.end,
         };
-        let count = usize::try_from(limit.saturating_sub(offset)).unwrap_or(max).min(max);
+        let count = usize::try_from(limit.saturating_sub(offset))
+            .unwrap_or(max)
+            .min(max);
         let mut bytes = vec![0; count];
         segment
             .file

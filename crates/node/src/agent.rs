@@ -192,8 +192,7 @@ fn read_settings(dir: &StateDir) -> Result<Settings, AgentError> {
     let path = dir.settings();
     let shown = path.display().to_string();
     let text = std::fs::read(&path).map_err(system(shown.clone()))?;
-    serde_json::from_slice(&text)
-        .map_err(|error| AgentError::Settings(shown, error.to_string()))
+    serde_json::from_slice(&text).map_err(|error| AgentError::Settings(shown, error.to_string()))
 }
 
 /// Runs the agent of the node in a folder until it is told to stop.
@@ -281,7 +280,9 @@ async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(),
     }
     tokio::spawn(publish(agent.clone()));
     tokio::spawn(reconcile::follow_schedule(agent.clone()));
-    http::serve(agent.clone()).await.map_err(system("the API"))?;
+    http::serve(agent.clone())
+        .await
+        .map_err(system("the API"))?;
     server.shutdown().await;
     Ok(())
 }

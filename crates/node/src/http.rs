@@ -161,18 +161,19 @@ async fn serve_one<S>(agent: Arc<Agent>, router: Router, stream: S, peer: Socket
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
-    let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-        let (agent, router) = (agent.clone(), router.clone());
-        async move {
-            let mut request = request.map(Body::new);
-            if let Some(token) = bearer(&request)
-                && let Some(caller) = caller(&agent, &token).await
-            {
-                request.extensions_mut().insert(caller);
+    let service =
+        hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+            let (agent, router) = (agent.clone(), router.clone());
+            async move {
+                let mut request = request.map(Body::new);
+                if let Some(token) = bearer(&request)
+                    && let Some(caller) = caller(&agent, &token).await
+                {
+                    request.extensions_mut().insert(caller);
+                }
+                router.oneshot(request).await
             }
-            router.oneshot(request).await
-        }
-    });
+        });
     let served = hyper::server::conn::http1::Builder::new()
         .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
         .await;
@@ -182,7 +183,11 @@ where
 }
 
 fn bearer(request: &Request) -> Option<String> {
-    let header = request.headers().get(header::AUTHORIZATION)?.to_str().ok()?;
+    let header = request
+        .headers()
+        .get(header::AUTHORIZATION)?
+        .to_str()
+        .ok()?;
     header.strip_prefix("Bearer ").map(str::to_owned)
 }
 
@@ -297,8 +302,8 @@ async fn move_machine(
     Json(request): Json<MoveRequest>,
 ) -> Result<Response, Failure> {
     let machine = machine_name(&name)?;
-    let target = NodeName::new(&request.to)
-        .map_err(|error| OperateError::Bad(error.to_string()))?;
+    let target =
+        NodeName::new(&request.to).map_err(|error| OperateError::Bad(error.to_string()))?;
     let lines = operate::move_anywhere(&agent, &machine, &target).await?;
     let lines = futures::stream::unfold(lines, |mut lines| async {
         let line = lines.recv().await?;

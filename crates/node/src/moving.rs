@@ -53,7 +53,9 @@ impl Handle {
 /// The machine ended by itself: a move of it, if there is one, is told.
 pub(crate) fn machine_ended(agent: &Agent, machine: &MachineName) {
     if let Some(handle) = agent.moves().get(machine) {
-        handle.interrupt.send_replace(Some(SourceEvent::MachineEnded));
+        handle
+            .interrupt
+            .send_replace(Some(SourceEvent::MachineEnded));
     }
 }
 
@@ -68,7 +70,10 @@ pub(crate) async fn begin(
         .map_err(|error| error.to_string())?;
     let record = found.record;
     if record.owner != agent.name {
-        return Err(format!("machine {machine:?} is on {} now; try again", record.owner));
+        return Err(format!(
+            "machine {machine:?} is on {} now; try again",
+            record.owner
+        ));
     }
     if record.status != Status::Running {
         return Err(format!(
@@ -391,13 +396,11 @@ impl Driver {
 
     /// A write of the source's own, that makes a pending commit impossible.
     async fn settle(&mut self, epoch: Epoch) -> SourceEvent {
-        let txn = self
-            .owned_by(&self.agent.name, epoch)
-            .map(|value| {
-                Txn::new()
-                    .when_modified_at(self.machine_key(), self.revision)
-                    .put(self.machine_key(), value)
-            });
+        let txn = self.owned_by(&self.agent.name, epoch).map(|value| {
+            Txn::new()
+                .when_modified_at(self.machine_key(), self.revision)
+                .put(self.machine_key(), value)
+        });
         self.own_write(txn, epoch).await
     }
 
@@ -438,8 +441,7 @@ impl Driver {
                 // of this very write, or by the commit.
                 match record::get(&*self.agent.store, &self.record.name).await {
                     Ok(found)
-                        if found.record.owner == self.agent.name
-                            && found.record.epoch == epoch =>
+                        if found.record.owner == self.agent.name && found.record.epoch == epoch =>
                     {
                         SourceEvent::OwnWriteWon
                     }
@@ -546,10 +548,7 @@ impl Driver {
             tracing::warn!(%machine, %error, "the move's report is not kept");
         }
         // Whoever watched may have gone.
-        let _ = self
-            .lines
-            .send(MoveLine::Report(self.report.clone()))
-            .await;
+        let _ = self.lines.send(MoveLine::Report(self.report.clone())).await;
     }
 }
 

@@ -106,11 +106,7 @@ async fn check(offer: &Offer) -> Result<(), String> {
     .map_err(|error| error.to_string())?
 }
 
-async fn take_in(
-    agent: &Arc<Agent>,
-    source: NodeName,
-    offer: Offer,
-) -> Result<Receiving, String> {
+async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<Receiving, String> {
     let machine = &offer.machine;
     if let Some(worker) = agent.workers.get(machine) {
         match worker.state().await {
@@ -156,8 +152,8 @@ async fn take_in(
 /// Reserves room in the store: the commit demands that the reservation is
 /// there, so whoever deletes it makes the commit impossible.
 async fn reserve(agent: &Arc<Agent>, source: &NodeName, offer: &Offer) -> Result<(), String> {
-    let lease = (*agent.lease.borrow())
-        .ok_or("this node has no lease in the store just now; try again")?;
+    let lease =
+        (*agent.lease.borrow()).ok_or("this node has no lease in the store just now; try again")?;
     let reservation = Reservation {
         source: source.clone(),
         bytes: offer.memory_pages.iter().sum::<u64>() << 16,

@@ -201,7 +201,10 @@ pub(crate) async fn remove_here(
 
 /// Does what was asked wherever the machine is.
 pub(crate) async fn anywhere(agent: &Arc<Agent>, operation: Operation) -> Answer {
-    let owner = record::get(&*agent.store, operation.machine()).await?.record.owner;
+    let owner = record::get(&*agent.store, operation.machine())
+        .await?
+        .record
+        .owner;
     if owner == agent.name {
         return here(agent, operation).await;
     }
@@ -462,7 +465,10 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     }
     for volume in &request.volumes {
         if !volume.host.starts_with('/') {
-            return bad(format!("volume {:?}: the path must be absolute", volume.host));
+            return bad(format!(
+                "volume {:?}: the path must be absolute",
+                volume.host
+            ));
         }
     }
     Ok(Spec {
@@ -596,9 +602,9 @@ pub(crate) async fn make_token(
                 .to_string()
         }
         TokenRequest::User { name, role } => {
-            let role: Role = role
-                .parse()
-                .map_err(|_| OperateError::Bad(format!("{role:?} is no role: viewer, operator or admin")))?;
+            let role: Role = role.parse().map_err(|_| {
+                OperateError::Bad(format!("{role:?} is no role: viewer, operator or admin"))
+            })?;
             tokens::create_user_token(store, &name, role, None)
                 .await
                 .map_err(bad)?

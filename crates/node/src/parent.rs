@@ -88,10 +88,7 @@ mod tests {
     fn only_a_purposeful_end_is_final() {
         let killed = ExitStatus::from_raw(9);
         assert_eq!(decide(ExitStatus::from_raw(0), GOOD_LIFE, 0), Restart::No);
-        assert_eq!(
-            decide(killed, GOOD_LIFE, 7),
-            Restart::After(Duration::ZERO)
-        );
+        assert_eq!(decide(killed, GOOD_LIFE, 7), Restart::After(Duration::ZERO));
         let Restart::After(first) = decide(killed, Duration::ZERO, 0) else {
             panic!("not started again");
         };

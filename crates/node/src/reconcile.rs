@@ -263,8 +263,10 @@ async fn finish(
             }
             mine
         };
-        let written =
-            record::update(&*agent.store, machine, end, |txn, _| txn.delete(entry.clone())).await;
+        let written = record::update(&*agent.store, machine, end, |txn, _| {
+            txn.delete(entry.clone())
+        })
+        .await;
         match written {
             Ok(record) => {
                 if record.spec.remove_at_end && record.status.ended() && record.owner == agent.name

@@ -134,9 +134,7 @@ pub(crate) async fn schedule(
 }
 
 /// All nodes' own records, by name.
-pub(crate) async fn nodes(
-    store: &dyn Store,
-) -> Result<Vec<(NodeName, NodeRecord)>, StoreError> {
+pub(crate) async fn nodes(store: &dyn Store) -> Result<Vec<(NodeName, NodeRecord)>, StoreError> {
     let listing = store.list(keys::NODES).await?;
     Ok(listing
         .entries

@@ -46,12 +46,7 @@ impl Service {
         Service { agent, cluster }
     }
 
-    async fn answer(
-        &self,
-        source: NodeName,
-        kind: u16,
-        payload: Bytes,
-    ) -> Result<Reply, RpcError> {
+    async fn answer(&self, source: NodeName, kind: u16, payload: Bytes) -> Result<Reply, RpcError> {
         let agent = &self.agent;
         match kind {
             kind::OFFER => {
@@ -247,5 +242,7 @@ pub(crate) async fn find_module(agent: &Agent, hash: &str) -> Result<PathBuf, St
             Err(_) => tracing::warn!(%node, "a module takes too long"),
         }
     }
-    Err(format!("no node that answers has module {hash}; run it again with its file"))
+    Err(format!(
+        "no node that answers has module {hash}; run it again with its file"
+    ))
 }

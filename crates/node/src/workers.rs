@@ -106,7 +106,9 @@ impl Workers {
     /// another one. False if it was not there any more.
     pub(crate) fn remove_exactly(&self, machine: &MachineName, worker: &Worker) -> bool {
         let mut table = self.table();
-        let same = table.get(machine).is_some_and(|known| known.id == worker.id);
+        let same = table
+            .get(machine)
+            .is_some_and(|known| known.id == worker.id);
         if same {
             table.remove(machine);
         }
@@ -141,7 +143,9 @@ impl Workers {
         machine: &MachineName,
     ) -> Result<Worker, String> {
         if self.get(machine).is_some() {
-            return Err(format!("machine {machine:?} has a worker on this node already"));
+            return Err(format!(
+                "machine {machine:?} has a worker on this node already"
+            ));
         }
         let folder = dir.worker(machine);
         let fail = |what: &str, error: std::io::Error| format!("{what}: {error}");
@@ -179,7 +183,10 @@ impl Workers {
             }
             if let Ok(Some(status)) = child.try_wait() {
                 let log = std::fs::read_to_string(folder.join("worker.log")).unwrap_or_default();
-                return Err(format!("the worker ended at once ({status}): {}", log.trim()));
+                return Err(format!(
+                    "the worker ended at once ({status}): {}",
+                    log.trim()
+                ));
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         };

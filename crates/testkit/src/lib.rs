@@ -402,7 +402,10 @@ pub fn check_numbered(text: &str, first: u64) -> Result<u64> {
     let mut next = first;
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     for line in whole.lines() {
-        let number = line.split_whitespace().next().and_then(|word| word.parse::<u64>().ok());
+        let number = line
+            .split_whitespace()
+            .next()
+            .and_then(|word| word.parse::<u64>().ok());
         ensure!(number == Some(next), "line {next} is {line:?}");
         next += 1;
     }

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let path = args.first().ok_or("usage: freeze_and_resume APP.wasm [ARGS]")?;
+    let path = args
+        .first()
+        .ok_or("usage: freeze_and_resume APP.wasm [ARGS]")?;
     let engine = Engine::new(Options::default())?;
     let program = engine.load(&std::fs::read(path)?)?;
     let wasi = Wasi::new(Config {
@@ -29,7 +31,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         machine.freeze(Duration::from_secs(5))?;
         let frozen = begun.elapsed();
         let bytes = machine.image()?.encode()?;
-        eprintln!("frozen in {frozen:?}: {} bytes beside the memory", bytes.len());
+        eprintln!(
+            "frozen in {frozen:?}: {} bytes beside the memory",
+            bytes.len()
+        );
 
         // From here on this might be another process on another computer, with
         // a copy of the memories.

@@ -108,7 +108,10 @@ fn draw(frame: &mut Frame<'_>, scene: &Scene) {
         nodes,
     );
     let rows = scene.machines.iter().map(|machine| {
-        let line = scene.last_lines.iter().find(|(name, _)| *name == machine.name);
+        let line = scene
+            .last_lines
+            .iter()
+            .find(|(name, _)| *name == machine.name);
         Row::new([
             machine.name.clone(),
             machine.node.clone(),

@@ -105,10 +105,9 @@ impl MoveReport {
     pub fn line(&self) -> String {
         let ms = |micros: u64| micros as f64 / 1000.0;
         match &self.ending {
-            Ending::Stayed { reason } => format!(
-                "{} stayed on {}: {reason}",
-                self.machine, self.source
-            ),
+            Ending::Stayed { reason } => {
+                format!("{} stayed on {}: {reason}", self.machine, self.source)
+            }
             Ending::Moved => format!(
                 "{} {} → {} in {:.0} ms, {:.1} MB in {} rounds; stood still {:.2} ms (freeze {:.2}, last pages {:.2}, state {:.2}, commit {:.2}, resume {:.2})",
                 self.machine,

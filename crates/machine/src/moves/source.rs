@@ -319,12 +319,7 @@ mod tests {
 
     use SourceEvent as E;
 
-    const TO_COMMIT: [SourceEvent; 4] = [
-        E::Accepted,
-        E::Converged,
-        E::StoreAnswered,
-        E::Prepared,
-    ];
+    const TO_COMMIT: [SourceEvent; 4] = [E::Accepted, E::Converged, E::StoreAnswered, E::Prepared];
 
     fn to_commit(rest: &[SourceEvent]) -> Vec<SourceEvent> {
         TO_COMMIT.iter().chain(rest).cloned().collect()
@@ -353,7 +348,9 @@ mod tests {
             ] {
                 let events: Vec<_> = TO_COMMIT[..prefix].iter().cloned().chain([event]).collect();
                 let (source, last) = after(&events);
-                assert!(matches!(source.state(), SourceState::Stayed { epoch, .. } if *epoch == EPOCH));
+                assert!(
+                    matches!(source.state(), SourceState::Stayed { epoch, .. } if *epoch == EPOCH)
+                );
                 assert!(!last.iter().any(|c| matches!(c, SourceCommand::Thaw { .. })));
             }
         }
@@ -383,7 +380,7 @@ mod tests {
         let write = SourceCommand::SettleByWrite {
             epoch: EPOCH.next(),
         };
-        assert_eq!(last, [write.clone()]);
+        assert_eq!(last, std::slice::from_ref(&write));
         assert_eq!(source.step(E::StoreAnswered), []);
         assert_eq!(source.step(E::TargetResumed), []);
         assert_eq!(source.step(E::OwnWriteUnknown), [write]);
@@ -405,7 +402,10 @@ mod tests {
         let (mut source, last) = after(&to_commit(&[E::CommitWon, E::TargetWithout]));
         let epoch = EPOCH.next().next();
         assert_eq!(last, [SourceCommand::TakeBack { epoch }]);
-        assert_eq!(source.step(E::OwnWriteWon)[0], SourceCommand::Thaw { epoch });
+        assert_eq!(
+            source.step(E::OwnWriteWon)[0],
+            SourceCommand::Thaw { epoch }
+        );
     }
 
     /// The machine never runs in two places, whatever happens: a source that

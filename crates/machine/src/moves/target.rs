@@ -113,10 +113,9 @@ impl TargetMove {
                 self.state = S::Dropped;
                 vec![C::Drop(reason)]
             }
-            (
-                S::Receiving | S::Preparing | S::Prepared | S::Running { .. } | S::Dropped,
-                _,
-            ) => Vec::new(),
+            (S::Receiving | S::Preparing | S::Prepared | S::Running { .. } | S::Dropped, _) => {
+                Vec::new()
+            }
         }
     }
 }
@@ -132,7 +131,10 @@ mod tests {
 
     fn prepared() -> TargetMove {
         let mut target = TargetMove::new(EPOCH);
-        assert_eq!(target.step(TargetEvent::StateArrived), [TargetCommand::Prepare]);
+        assert_eq!(
+            target.step(TargetEvent::StateArrived),
+            [TargetCommand::Prepare]
+        );
         assert_eq!(
             target.step(TargetEvent::InstancesMade),
             [TargetCommand::SayPrepared]

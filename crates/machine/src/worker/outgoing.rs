@@ -134,7 +134,10 @@ impl Outgoing {
             let mut left = 0;
             for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
                 *ranges = tracker.take()?;
-                left += ranges.iter().map(|range| range.end - range.start).sum::<u64>();
+                left += ranges
+                    .iter()
+                    .map(|range| range.end - range.start)
+                    .sum::<u64>();
             }
             let rate = best_rate(&rounds);
             let goes_on = tell(CopyEvent::Progress(Progress {
@@ -353,8 +356,11 @@ impl Slowdown {
         if self.thread.is_some() {
             return;
         }
-        let (machine, percent, stop) =
-            (self.machine.clone(), self.percent.clone(), self.stop.clone());
+        let (machine, percent, stop) = (
+            self.machine.clone(),
+            self.percent.clone(),
+            self.stop.clone(),
+        );
         self.thread = std::thread::Builder::new()
             .name("slowdown".into())
             .spawn(move || {

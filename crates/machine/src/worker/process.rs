@@ -1,13 +1,13 @@
 //! The worker process: one machine, a socket for its agent, and the threads
 //! that moves need.
 
+use super::SOCKET;
 use super::control::{
     Copy, CopyEvent, Frozen, LogChunk, ReadLog, Receive, Receiving, Report, Start, State, kind,
     pack, unpack,
 };
 use super::incoming::{self, IncomingError};
 use super::outgoing::Outgoing;
-use super::SOCKET;
 use crate::link::{Link, LinkError, Message};
 use crate::log::{Log, LogSink, StreamKind};
 use crate::moves::{TargetCommand, TargetEvent, TargetMove, TargetState};
@@ -228,7 +228,8 @@ impl Worker {
         inner.epoch = start.epoch;
         inner.machine = Some(machine.clone());
         drop(inner);
-        self.state.send_replace(State::Running { epoch: start.epoch });
+        self.state
+            .send_replace(State::Running { epoch: start.epoch });
         self.watch_end(machine)
     }
 

@@ -7,7 +7,8 @@
 use super::InstrumentError;
 use super::callgraph::CallGraph;
 use wasmparser::{
-    BlockType, FuncValidator, FunctionBody, Operator, ValType, ValidatorResources, WasmModuleResources,
+    BlockType, FuncValidator, FunctionBody, Operator, ValType, ValidatorResources,
+    WasmModuleResources,
 };
 
 /// Why a point is there.
@@ -261,7 +262,9 @@ fn operands(validator: &FuncValidator<ValidatorResources>) -> (Vec<ValType>, usi
         // Reachable code has no operand of unknown type.
         .filter_map(|depth| validator.get_operand_type(depth).flatten())
         .collect();
-    let base = validator.get_control_frame(0).map_or(0, |frame| frame.height);
+    let base = validator
+        .get_control_frame(0)
+        .map_or(0, |frame| frame.height);
     (types, base)
 }
 

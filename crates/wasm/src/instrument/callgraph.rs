@@ -66,12 +66,7 @@ impl CallGraph {
         for (defined, calls) in calls.iter().enumerate() {
             let node = imported as usize + defined;
             edges[node].extend(&calls.direct);
-            edges[node].extend(
-                calls
-                    .indirect
-                    .iter()
-                    .map(|ty| count as u32 + ty),
-            );
+            edges[node].extend(calls.indirect.iter().map(|ty| count as u32 + ty));
             edges[node].sort_unstable();
             edges[node].dedup();
         }
@@ -80,14 +75,7 @@ impl CallGraph {
         }
         let roots: Vec<u32> = referenced.to_vec();
         let (mut entry_polls, postorder) = cut_cycles(&edges, count, imported, &roots);
-        cut_costs(
-            &edges,
-            count,
-            imported,
-            calls,
-            &postorder,
-            &mut entry_polls,
-        );
+        cut_costs(&edges, count, imported, calls, &postorder, &mut entry_polls);
         let unwinds = may_unwind(&edges, count, imported, calls, &entry_polls);
         let status = (0..count)
             .map(|function| unwinds[function] || referenced_set[function])
@@ -239,10 +227,7 @@ fn cut_costs(
                 .iter()
                 .filter(|callee| !polls[**callee as usize])
                 .map(|callee| cost[*callee as usize]);
-            let indirect = own
-                .indirect
-                .iter()
-                .map(|ty| cost[functions + *ty as usize]);
+            let indirect = own.indirect.iter().map(|ty| cost[functions + *ty as usize]);
             direct
                 .chain(indirect)
                 .fold(own.operators, u64::saturating_add)

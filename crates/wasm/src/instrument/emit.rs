@@ -245,7 +245,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                     table_index: *table_index,
                 });
                 self.leave_if()?;
-            self.land_at_point();
+                self.land_at_point();
             }
             Operator::ReturnCall { function_index } => self.tail_call(*function_index)?,
             Operator::ReturnCallIndirect {
@@ -392,8 +392,7 @@ impl<'a, 'p> Writer<'a, 'p> {
     /// The condition of an `if` in a clone: its own, or on the way to a point
     /// the arm that the point is in.
     fn choose_arm(&mut self, construct: &Construct) {
-        let condition =
-            self.plan.temps[&(construct.base + construct.operands.len(), ValType::I32)];
+        let condition = self.plan.temps[&(construct.base + construct.operands.len(), ValType::I32)];
         self.i(&Instruction::LocalGet(0));
         self.konst(construct.else_point);
         self.i(&Instruction::I32LeU);
@@ -554,12 +553,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    fn save_slot(
-        &mut self,
-        local: u32,
-        ty: ValType,
-        offset: u32,
-    ) -> Result<(), InstrumentError> {
+    fn save_slot(&mut self, local: u32, ty: ValType, offset: u32) -> Result<(), InstrumentError> {
         let scratch = self.scratch;
         let arg = self.control_arg(offset, 0);
         if slot_type(ty)? == SlotType::FuncRef {

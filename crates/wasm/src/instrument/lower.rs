@@ -12,9 +12,9 @@
 //!   per machine; `start` becomes a call of the runtime's; dropped segments are
 //!   remembered in globals, so that an instance made later drops them too.
 
+use super::InstrumentError;
 use super::meta::{DataSegment, HOST_MODULE, PREFIX};
 use super::scan::{Scan, memory_of};
-use super::InstrumentError;
 use std::collections::HashMap;
 use wasm_encoder::reencode::{Error as ReencodeError, Reencode, utils};
 use wasm_encoder::{
@@ -170,7 +170,11 @@ impl<'s> Lower<'s> {
         let hosts = added.len() as u32;
         added.extend(scan.fills.iter().map(|memory| Added::Fill(*memory)));
         added.extend(scan.copies.iter().map(|(to, from)| Added::Copy(*to, *from)));
-        added.extend(scan.inits.iter().map(|(data, mem)| Added::Init(*data, *mem)));
+        added.extend(
+            scan.inits
+                .iter()
+                .map(|(data, mem)| Added::Init(*data, *mem)),
+        );
         if !scan.drops.is_empty() {
             added.push(Added::Redrop);
         }
@@ -242,8 +246,7 @@ impl<'s> Lower<'s> {
                     utils::parse_export_section(self, &mut out.exports, section).map_err(user)?;
                 }
                 Payload::ElementSection(section) => {
-                    utils::parse_element_section(self, &mut out.elements, section)
-                        .map_err(user)?;
+                    utils::parse_element_section(self, &mut out.elements, section).map_err(user)?;
                 }
                 Payload::DataCountSection { count, .. } => out.data_count = Some(count),
                 Payload::DataSection(section) => {
@@ -266,10 +269,7 @@ impl<'s> Lower<'s> {
         Ok(())
     }
 
-    fn body(
-        &mut self,
-        body: &wasmparser::FunctionBody<'_>,
-    ) -> Result<Function, InstrumentError> {
+    fn body(&mut self, body: &wasmparser::FunctionBody<'_>) -> Result<Function, InstrumentError> {
         let mut out = self.new_function_with_parsed_locals(body).map_err(user)?;
         let mut last_const = None;
         for op in body.get_operators_reader()? {
@@ -419,8 +419,11 @@ impl<'s> Lower<'s> {
 
     fn redrop(&self) -> Function {
         let mut out = Function::new([]);
-        for ((is_elem, segment), global) in
-            self.scan.drops.iter().map(|key| (*key, self.drop_global[key]))
+        for ((is_elem, segment), global) in self
+            .scan
+            .drops
+            .iter()
+            .map(|key| (*key, self.drop_global[key]))
         {
             out.instruction(&I::GlobalGet(global))
                 .instruction(&I::If(BlockType::Empty))
@@ -507,7 +510,8 @@ impl<'s> Lower<'s> {
         ];
         self.whole(&mut out, &[(memory, 0)], length, &all);
         forward(&mut out, &[(0, address)], length, |out| {
-            out.instruction(&I::LocalGet(0)).instruction(&I::LocalGet(1));
+            out.instruction(&I::LocalGet(0))
+                .instruction(&I::LocalGet(1));
             konst(out, address, CHUNK_BYTES);
             out.instruction(&I::MemoryFill(memory));
         });
@@ -575,7 +579,8 @@ impl<'s> Lower<'s> {
             out.instruction(&I::Return).instruction(&I::End);
         }
         forward(&mut out, &[(0, to_type), (1, from_type)], length, |out| {
-            out.instruction(&I::LocalGet(0)).instruction(&I::LocalGet(1));
+            out.instruction(&I::LocalGet(0))
+                .instruction(&I::LocalGet(1));
             konst(out, length_type, CHUNK_BYTES);
             out.instruction(&operation);
         });
@@ -621,7 +626,8 @@ impl<'s> Lower<'s> {
             &[(0, address), (1, ValType::I32)],
             length,
             |out| {
-                out.instruction(&I::LocalGet(0)).instruction(&I::LocalGet(1));
+                out.instruction(&I::LocalGet(0))
+                    .instruction(&I::LocalGet(1));
                 konst(out, ValType::I32, CHUNK_BYTES);
                 out.instruction(&operation);
             },

@@ -246,10 +246,7 @@ struct Functions {
     resume_type: u32,
 }
 
-fn write_functions(
-    input: &mut Input<'_>,
-    graph: &CallGraph,
-) -> Result<Functions, InstrumentError> {
+fn write_functions(input: &mut Input<'_>, graph: &CallGraph) -> Result<Functions, InstrumentError> {
     let types = graph.types().len() as u32;
     let mut out = Functions {
         hot: Vec::new(),
@@ -293,7 +290,10 @@ fn imports(input: &Input<'_>, graph: &CallGraph) -> Result<Vec<Import>, Instrume
         .map(|(function, (module, name))| {
             let ty = graph.function_type(function);
             let slots = |types: &[wasmparser::ValType]| {
-                types.iter().map(|ty| slot_type(*ty)).collect::<Result<_, _>>()
+                types
+                    .iter()
+                    .map(|ty| slot_type(*ty))
+                    .collect::<Result<_, _>>()
             };
             Ok(Import {
                 module: (*module).into(),

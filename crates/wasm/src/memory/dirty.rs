@@ -23,7 +23,9 @@ pub enum Method {
 
 /// Why the fast way is not to be had: what was missing.
 #[derive(Debug, thiserror::Error)]
-#[error("{what} is not available ({source}); writes are found by hashing, which is slower. {remedy}")]
+#[error(
+    "{what} is not available ({source}); writes are found by hashing, which is slower. {remedy}"
+)]
 pub struct TrackError {
     what: &'static str,
     remedy: &'static str,
@@ -235,9 +237,11 @@ fn protect(memory: &GuestMemory) -> Result<Found, TrackError> {
         )
     };
     if fd < 0 {
-        return Err(fail("userfaultfd", "Allow the system call in the sandbox.")(
-            std::io::Error::last_os_error(),
-        ));
+        return Err(
+            fail("userfaultfd", "Allow the system call in the sandbox.")(
+                std::io::Error::last_os_error(),
+            ),
+        );
     }
     // SAFETY: the descriptor was just made and belongs to nobody else.
     let uffd = unsafe { OwnedFd::from_raw_fd(fd as i32) };

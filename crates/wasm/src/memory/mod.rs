@@ -142,8 +142,11 @@ impl GuestMemory {
                 limit_bytes: limit,
             });
         }
-        let fd = memfd_create("keel-guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .map_err(system("make a memfd"))?;
+        let fd = memfd_create(
+            "keel-guest",
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+        )
+        .map_err(system("make a memfd"))?;
         // A file that never shrinks cannot pull pages from under the guest.
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(system("seal a memfd"))?;
         let bytes = reserve + GUARD_BYTES;
@@ -189,7 +192,10 @@ impl GuestMemory {
     /// Grows by `delta_pages` of 64 KiB; the size before, in pages, or `None`
     /// where the limit or the host does not allow it.
     pub fn grow(&self, delta_pages: u64) -> Option<u64> {
-        let _growing = self.growing.lock().unwrap_or_else(|error| error.into_inner());
+        let _growing = self
+            .growing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
         let before = self.size_bytes();
         let wanted = delta_pages
             .checked_mul(WASM_PAGE_BYTES)
@@ -230,7 +236,10 @@ impl GuestMemory {
         // as long as `self` lives, and never shrink. `UnsafeCell` allows that
         // others write them meanwhile.
         unsafe {
-            std::slice::from_raw_parts(self.reservation.base.as_ptr().cast::<UnsafeCell<u8>>(), size)
+            std::slice::from_raw_parts(
+                self.reservation.base.as_ptr().cast::<UnsafeCell<u8>>(),
+                size,
+            )
         }
     }
 

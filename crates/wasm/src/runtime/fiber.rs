@@ -130,9 +130,7 @@ impl Fiber {
                 pending: Pending::Nothing,
             },
         );
-        let instance = with_memories(&memories, &control, || {
-            linked.instantiate(&mut store)
-        })?;
+        let instance = with_memories(&memories, &control, || linked.instantiate(&mut store))?;
         let table = |store: &mut Store<ThreadContext>, name: &str| {
             instance
                 .get_table(&mut *store, name)
@@ -341,7 +339,9 @@ impl Fiber {
         for (slot, value) in point.results.iter().zip(values) {
             let at = offsets[*slot as usize];
             if function.slots[*slot as usize] != value.ty() {
-                return Err(plain_trap("a frame waits for other results than it got".into()));
+                return Err(plain_trap(
+                    "a frame waits for other results than it got".into(),
+                ));
             }
             let bytes = value.bits().to_le_bytes();
             let count = value.ty().bytes() as usize;

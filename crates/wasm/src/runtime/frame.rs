@@ -224,9 +224,7 @@ impl ThreadState {
             return Err(damaged(format!("{} frames", self.frames.len())));
         }
         let directory = meta.directory.as_slice();
-        let reference = |value: u32| {
-            value == 0 || directory.binary_search(&(value - 1)).is_ok()
-        };
+        let reference = |value: u32| value == 0 || directory.binary_search(&(value - 1)).is_ok();
         for frame in &self.frames {
             let (_, function, point) = meta
                 .point(frame.point)

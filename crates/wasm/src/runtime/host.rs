@@ -122,9 +122,21 @@ fn lowered_kind(import: &meta::Import, meta: &Meta) -> Option<ImportKind> {
         "grow" => (ImportKind::Grow(memory), vec![address], vec![address]),
         "size" => (ImportKind::Size(memory), vec![], vec![address]),
         "sync" => (ImportKind::Sync(memory), vec![], vec![]),
-        "wait32" => (ImportKind::Wait32(memory), vec![address, i32, i64, i64], vec![i32]),
-        "wait64" => (ImportKind::Wait64(memory), vec![address, i64, i64, i64], vec![i32]),
-        "notify" => (ImportKind::Notify(memory), vec![address, i32, i64], vec![i32]),
+        "wait32" => (
+            ImportKind::Wait32(memory),
+            vec![address, i32, i64, i64],
+            vec![i32],
+        ),
+        "wait64" => (
+            ImportKind::Wait64(memory),
+            vec![address, i64, i64, i64],
+            vec![i32],
+        ),
+        "notify" => (
+            ImportKind::Notify(memory),
+            vec![address, i32, i64],
+            vec![i32],
+        ),
         _ => return None,
     };
     (import.params == params && import.results == results).then_some(kind)

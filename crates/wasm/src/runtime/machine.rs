@@ -279,11 +279,7 @@ impl Machine {
     ///
     /// # Errors
     /// [`MachineError`].
-    pub fn start(
-        program: Arc<Program>,
-        wasi: Wasi,
-        limits: Limits,
-    ) -> Result<Self, MachineError> {
+    pub fn start(program: Arc<Program>, wasi: Wasi, limits: Limits) -> Result<Self, MachineError> {
         if !program.exports_function(MAIN_EXPORT) {
             return Err(MachineError::NoStart);
         }
@@ -327,14 +323,7 @@ impl Machine {
         wasi: Wasi,
         limits: Limits,
     ) -> Result<Self, MachineError> {
-        let machine = Machine::new(
-            program,
-            memories,
-            wasi,
-            limits,
-            image.next_tid,
-            image.waits,
-        );
+        let machine = Machine::new(program, memories, wasi, limits, image.next_tid, image.waits);
         let mut threads = locked(&machine.shared.threads);
         for (tid, (entry, state)) in image.threads {
             threads.add(tid, entry, Some(state))?;
@@ -721,8 +710,8 @@ impl Shared {
                             let hash = self.program.hash();
                             let bytes = state.encode(hash);
                             let meta = &self.program.meta;
-                            let state = ThreadState::decode(&bytes, hash, meta)
-                                .map_err(|error| {
+                            let state =
+                                ThreadState::decode(&bytes, hash, meta).map_err(|error| {
                                     Stop::Trap(Trap {
                                         message: error.to_string(),
                                         backtrace: Vec::new(),
@@ -926,7 +915,10 @@ impl Shared {
             Progress::Wasi(state) => state,
             _ => keel_wasi::CallState::default(),
         };
-        let cells = self.memories.first().map_or(&[][..], |memory| memory.cells());
+        let cells = self
+            .memories
+            .first()
+            .map_or(&[][..], |memory| memory.cells());
         let mut memory = wiggle::GuestMemory::Shared(cells);
         let outcome = self.wasi.call(
             function,
@@ -968,10 +960,9 @@ impl Host for Arc<Shared> {
             ImportKind::Wait32(memory) => self.atomic_wait(memory, false, args, progress, thread),
             ImportKind::Wait64(memory) => self.atomic_wait(memory, true, args, progress, thread),
             ImportKind::Notify(memory) => self.notify(memory, args),
-            ImportKind::Print
-            | ImportKind::Grow(_)
-            | ImportKind::Size(_)
-            | ImportKind::Sync(_) => HostOutcome::Done(Vec::new()),
+            ImportKind::Print | ImportKind::Grow(_) | ImportKind::Size(_) | ImportKind::Sync(_) => {
+                HostOutcome::Done(Vec::new())
+            }
         }
     }
 }

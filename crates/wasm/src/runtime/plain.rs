@@ -9,8 +9,8 @@ use keel_wasi::{CallState, Function, Outcome as WasiOutcome, ParamType, Wasi};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use wasmtime::{
-    Caller, Engine, Extern, FuncType, InstancePre, Linker, Module, SharedMemory, Store, StoreLimits,
-    StoreLimitsBuilder, Val, ValType,
+    Caller, Engine, Extern, FuncType, InstancePre, Linker, Module, SharedMemory, Store,
+    StoreLimits, StoreLimitsBuilder, Val, ValType,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -165,9 +165,9 @@ fn define(
             };
             let outcome = match (&plain.shared, caller.get_export("memory")) {
                 (Some(memory), _) => call(&mut wiggle::GuestMemory::Shared(memory.data())),
-                (None, Some(Extern::Memory(memory))) => {
-                    call(&mut wiggle::GuestMemory::Unshared(memory.data_mut(&mut caller)))
-                }
+                (None, Some(Extern::Memory(memory))) => call(&mut wiggle::GuestMemory::Unshared(
+                    memory.data_mut(&mut caller),
+                )),
                 _ => call(&mut wiggle::GuestMemory::Unshared(&mut [])),
             };
             match outcome {

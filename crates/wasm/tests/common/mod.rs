@@ -21,10 +21,13 @@ pub(crate) fn guest(name: &str) -> Vec<u8> {
 }
 
 pub(crate) fn program(bytes: &[u8]) -> Arc<Program> {
-    Engine::new(Options::default())
+    let program = Engine::new(Options::default())
         .unwrap()
         .load(bytes)
-        .unwrap()
+        .unwrap();
+    // Else a short program may end before it is ready for its first move.
+    program.prepare_resume().unwrap();
+    program
 }
 
 /// A machine whose output is kept.
