@@ -3,9 +3,11 @@
 //!
 //! - `guest`: runs a program plain or as a machine, and takes what it prints
 //! - `overhead`: run time against plain wasmtime and Binaryen's Asyncify
+//! - `polls`: what makes Asyncify comparable: polls where ours has them
 //! - `load`: from bytes to something that runs: time and size
 //! - `resume`: speed of a long loop before and after a move in its middle
 //! - `capture`: time to reach a safepoint, and to capture what stands there
+//! - `moves`: downtime and throughput of moves, beside a plain TLS stream
 //! - `table`: medians, percentiles, Markdown
 
 #![forbid(unsafe_code)]
@@ -13,7 +15,9 @@
 mod capture;
 mod guest;
 mod load;
+mod moves;
 mod overhead;
+mod polls;
 mod resume;
 mod table;
 
@@ -52,6 +56,15 @@ pub(crate) struct Options {
     /// More modules to load.
     #[arg(long)]
     module: Vec<PathBuf>,
+    /// The `keel` binary.
+    #[arg(long, default_value = "target/release/keel")]
+    keel: PathBuf,
+    /// Where the prebuilt guests are.
+    #[arg(long, default_value = "guests")]
+    guests: PathBuf,
+    /// Moves of each machine.
+    #[arg(long, default_value_t = 20)]
+    moves: usize,
     /// Captures of each guest.
     #[arg(long, default_value_t = 2000)]
     captures: usize,
@@ -63,6 +76,7 @@ enum What {
     Load,
     Resume,
     Capture,
+    Moves,
 }
 
 fn main() -> Result<()> {
@@ -80,6 +94,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Capture) {
         capture::bench(&options)?;
+    }
+    if wanted(What::Moves) {
+        moves::bench(&options.keel, &options.guests, options.moves)?;
     }
     Ok(())
 }

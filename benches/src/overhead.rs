@@ -4,6 +4,7 @@
 
 use crate::Options;
 use crate::guest::{self, Start};
+use crate::polls::with_polls;
 use crate::table::{Table, geomean, median};
 use anyhow::{Context, Result, ensure};
 use keel_wasm::runtime::{Engine, Program};
@@ -126,20 +127,23 @@ impl Variants {
         Ok(Variants {
             name: name.to_owned(),
             program: engine.load(&module)?,
-            asyncify: wasm_opt.map(|tool| asyncify(tool, path)).transpose()?,
+            asyncify: wasm_opt.map(|tool| asyncify(tool, &module)).transpose()?,
             module,
             start,
         })
     }
 }
 
-/// The module as `wasm-opt --asyncify -O3` rewrites it.
-fn asyncify(tool: &Path, module: &Path) -> Result<Vec<u8>> {
+/// The module as `wasm-opt --asyncify -O3` rewrites it, with polls where ours
+/// has them, or most loops could not be left at all.
+fn asyncify(tool: &Path, module: &[u8]) -> Result<Vec<u8>> {
+    let polled = tempfile::NamedTempFile::new()?;
+    std::fs::write(polled.path(), with_polls(module)?)?;
     let out = tempfile::NamedTempFile::new()?;
     let status = std::process::Command::new(tool)
         .args(["--asyncify", "-O3"])
         .args(FEATURES.iter().map(|feature| format!("--enable-{feature}")))
-        .arg(module)
+        .arg(polled.path())
         .arg("-o")
         .arg(out.path())
         .stderr(std::process::Stdio::null())

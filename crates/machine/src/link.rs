@@ -31,6 +31,8 @@ use std::time::Duration;
 pub const HELLO_VERSION: u32 = 1;
 /// Bytes of pages or output in one frame.
 pub const CHUNK_BYTES: usize = 256 << 10;
+/// Parts of a message longer than this are not copied before encryption.
+const LONG_BYTES: usize = 4096;
 /// The most bytes that a captured machine without its memory may have.
 const IMAGE_BYTES_MAX: usize = 1 << 30;
 /// How long a silent peer is waited for.
@@ -240,6 +242,8 @@ pub struct Link {
     stream: Stream,
     out: BytesMut,
     input: BytesMut,
+    /// Where bytes arrive before they are appended to `input`.
+    scratch: Vec<u8>,
     sent_bytes: u64,
 }
 
@@ -295,6 +299,7 @@ impl Link {
             stream,
             out: BytesMut::with_capacity(CHUNK_BYTES + 64),
             input: BytesMut::with_capacity(2 * CHUNK_BYTES),
+            scratch: vec![0; 64 << 10],
             sent_bytes: 0,
         }
     }
@@ -325,8 +330,7 @@ impl Link {
     fn write(&mut self, kind: u16, parts: &[&[u8]]) -> Result<(), LinkError> {
         let length: usize = parts.iter().map(|part| part.len()).sum();
         self.out.clear();
-        // The envelope of an empty frame, then the true length: the parts go
-        // into one buffer without another copy.
+        // The envelope of an empty frame, then the true length.
         Frame {
             kind,
             request: 0,
@@ -338,14 +342,21 @@ impl Link {
         }
         let at = self.out.len() - 4;
         self.out[at..].copy_from_slice(&(length as u32).to_le_bytes());
-        for part in parts {
+        // What is long goes to TLS from where it lies.
+        let (long, short) = match parts.split_last() {
+            Some((last, rest)) if last.len() > LONG_BYTES => (*last, rest),
+            _ => (&[][..], parts),
+        };
+        for part in short {
             self.out.extend_from_slice(part);
         }
-        match &mut self.stream {
-            Stream::Client(stream) => stream.write_all(&self.out)?,
-            Stream::Server(stream) => stream.write_all(&self.out)?,
+        for bytes in [&self.out[..], long] {
+            match &mut self.stream {
+                Stream::Client(stream) => stream.write_all(bytes)?,
+                Stream::Server(stream) => stream.write_all(bytes)?,
+            }
         }
-        self.sent_bytes += self.out.len() as u64;
+        self.sent_bytes += (self.out.len() + long.len()) as u64;
         Ok(())
     }
 
@@ -373,25 +384,15 @@ impl Link {
                     message => Ok(message),
                 };
             }
-            let filled = self.input.len();
-            self.input.resize(filled + (64 << 10), 0);
             let read = match &mut self.stream {
-                Stream::Client(stream) => stream.read(&mut self.input[filled..]),
-                Stream::Server(stream) => stream.read(&mut self.input[filled..]),
+                Stream::Client(stream) => stream.read(&mut self.scratch),
+                Stream::Server(stream) => stream.read(&mut self.scratch),
             };
-            let count = match read {
-                Ok(count) => count,
-                Err(error) => {
-                    self.input.truncate(filled);
-                    if error.kind() == std::io::ErrorKind::Interrupted {
-                        continue;
-                    }
-                    return Err(error.into());
-                }
-            };
-            self.input.truncate(filled + count);
-            if count == 0 {
-                return Err(LinkError::Closed);
+            match read {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(count) => self.input.extend_from_slice(&self.scratch[..count]),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
             }
         }
     }

@@ -115,7 +115,7 @@ pub(crate) async fn begin(
         lines,
         receiving: None,
         begun: Instant::now(),
-        froze: None,
+        prepared: None,
     };
     let (agent, machine) = (agent.clone(), machine.clone());
     tokio::spawn(async move {
@@ -162,7 +162,8 @@ struct Driver {
     receiving: Option<Receiving>,
     report: MoveReport,
     begun: Instant,
-    froze: Option<Instant>,
+    /// When the target had everything.
+    prepared: Option<Instant>,
 }
 
 fn micros(since: Instant) -> u64 {
@@ -316,7 +317,6 @@ impl Driver {
         if let Some(event) = interrupted {
             return event;
         }
-        self.froze = Some(Instant::now());
         match self
             .worker
             .ask::<_, Frozen>(kind::FREEZE, &(), FREEZE_PATIENCE)
@@ -328,6 +328,7 @@ impl Driver {
                 self.report.last_bytes = frozen.last_bytes;
                 self.report.state_micros = frozen.state_micros;
                 self.report.bytes = frozen.bytes;
+                self.prepared = Some(Instant::now());
                 SourceEvent::Prepared
             }
             Err(RpcError::Failed { reason, .. }) if reason.contains("has ended") => {
@@ -472,9 +473,11 @@ impl Driver {
             }
         };
         self.report.resume_micros = micros(told);
-        if let Some(froze) = self.froze {
-            self.report.downtime_micros = micros(froze);
-        }
+        let report = &mut self.report;
+        report.downtime_micros = report.freeze_micros
+            + report.last_pages_micros
+            + report.state_micros
+            + self.prepared.map_or(0, micros);
         event
     }
 

@@ -21,6 +21,9 @@ const ROUNDS_MAX: usize = 40;
 const LAST_PAGES_BUDGET: Duration = Duration::from_micros(1500);
 /// At the most this many bytes may be left, however fast the link.
 const LAST_BYTES_MAX: u64 = 2 << 20;
+/// Rounds of catching up just before the freeze, and what is little enough.
+const CATCH_UP_ROUNDS_MAX: u32 = 4;
+const CATCH_UP_BYTES: u64 = 256 << 10;
 /// From this round on a guest that writes faster than can be copied is slowed.
 const SLOW_FROM_ROUND: usize = 4;
 /// How long threads may take to their safepoints.
@@ -54,7 +57,6 @@ pub(super) struct Outgoing {
     log_sent: u64,
     slowed: bool,
     buffer: Vec<u8>,
-    frozen_at: Option<Instant>,
 }
 
 impl Outgoing {
@@ -84,7 +86,6 @@ impl Outgoing {
             trackers: Vec::new(),
             slowed: false,
             buffer: vec![0; CHUNK_BYTES],
-            frozen_at: None,
         })
     }
 
@@ -176,9 +177,9 @@ impl Outgoing {
     /// Freezes the machine and sends all that the target lacks; returns when
     /// the target is ready to go on.
     pub(super) fn freeze_and_send(&mut self) -> Result<Frozen, OutgoingError> {
+        self.catch_up()?;
         let begun = Instant::now();
         self.machine.freeze(FREEZE_PATIENCE)?;
-        self.frozen_at = Some(begun);
         let frozen = Instant::now();
         let mut last_bytes = 0;
         for number in 0..self.trackers.len() {
@@ -206,6 +207,23 @@ impl Outgoing {
             state_micros: micros(pages_sent.elapsed()),
             bytes: self.link.sent_bytes(),
         })
+    }
+
+    /// Sends what was written since the last round, which was before the store
+    /// was asked: every millisecond of that is pages less to send while frozen.
+    fn catch_up(&mut self) -> Result<(), OutgoingError> {
+        for _ in 0..CATCH_UP_ROUNDS_MAX {
+            let mut ranges = Vec::with_capacity(self.trackers.len());
+            for tracker in &mut self.trackers {
+                ranges.push(tracker.take()?);
+            }
+            let bytes = self.send_ranges(&ranges, false)?;
+            self.link.flush()?;
+            if bytes <= CATCH_UP_BYTES {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Tells the target that the commit won; returns when the machine runs
