@@ -51,7 +51,10 @@ async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     let mut idle = Vec::new();
     for round in 0..moves {
         let to = ["b", "a"][round % 2];
-        idle.push(ms(cluster.move_machine("a", "idle", to).await?.total_micros));
+        idle.push(ms(cluster
+            .move_machine("a", "idle", to)
+            .await?
+            .total_micros));
     }
     print_busy(&reports, streams);
     println!(
@@ -150,8 +153,10 @@ fn stream_rate() -> Result<f64> {
     let socket = TcpStream::connect(address)?;
     socket.set_nodelay(true)?;
     let name = rustls::pki_types::ServerName::try_from("worker.keel")?;
-    let mut stream =
-        StreamOwned::new(ClientConnection::new(client.config().clone(), name)?, socket);
+    let mut stream = StreamOwned::new(
+        ClientConnection::new(client.config().clone(), name)?,
+        socket,
+    );
     let bytes = vec![0x5a; WRITE_BYTES];
     let begun = Instant::now();
     for _ in 0..STREAM_BYTES / WRITE_BYTES {
