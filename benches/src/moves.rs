@@ -91,8 +91,11 @@ async fn wait_memory(cluster: &LocalCluster, machine: &str, bytes: u64) -> Resul
     .await
 }
 
+/// Microseconds of one phase of a move.
+type Phase = fn(&MoveReport) -> u64;
+
 fn print_busy(reports: &[MoveReport], streams: Vec<f64>) {
-    let phases: [(&str, fn(&MoveReport) -> u64); 7] = [
+    let phases: [(&str, Phase); 7] = [
         ("stood still", |report| report.downtime_micros),
         ("freeze", |report| report.freeze_micros),
         ("last pages", |report| report.last_pages_micros),

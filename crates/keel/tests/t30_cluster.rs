@@ -179,6 +179,67 @@ async fn a_killed_agent_finds_its_machines_running() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_agent_killed_in_the_middle_of_a_move_leaves_one_machine_running() {
+    let bench = cluster(&["a", "b", "c"]).await;
+    let cluster = &bench.cluster;
+    let writer = guest("writer");
+    cluster
+        .run(&Guest::new("writer", "b", &writer, &["64", "50"]))
+        .await
+        .expect("it starts");
+    for (round, sought) in ["socket", "log.0", "log.0"].iter().enumerate() {
+        let at = cluster.inspect("a", "writer").await.expect("info").node;
+        let to = if at == "b" { "c" } else { "b" };
+        let folder = cluster.folder(to).join("workers/writer");
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let moving = async {
+            let report = cluster.move_machine(&at, "writer", to).await;
+            over.store(true, std::sync::atomic::Ordering::SeqCst);
+            report
+        };
+        let killing = async {
+            // A move that is refused (no lease yet) or done never comes so far.
+            let seen = wait_for("the move has come so far, or is over", || async {
+                if over.load(std::sync::atomic::Ordering::SeqCst) {
+                    return Some(false);
+                }
+                folder.join(sought).exists().then_some(true)
+            })
+            .await
+            .expect("it comes so far");
+            if seen {
+                for _ in 0..round * 200 {
+                    tokio::task::yield_now().await;
+                }
+                cluster.kill_agent(&at).expect("an agent to kill");
+            }
+        };
+        // Whether the move was done or cut off: one machine goes on, and has
+        // lost nothing.
+        let (report, ()) = tokio::join!(moving, killing);
+        drop(report);
+        for node in [at.as_str(), to] {
+            cluster.wait_alive(node).await.expect("it is back");
+        }
+        let before = wait_for("its output is found", || async {
+            let output = cluster.output("a", "writer").await.ok()?;
+            Some(check_numbered(&output, 0).expect("once and in order"))
+        })
+        .await
+        .expect("its output");
+        wait_for("it prints more", || async {
+            let output = cluster.output("a", "writer").await.ok()?;
+            let lines = check_numbered(&output, 0).expect("once and in order");
+            (lines > before + 1).then_some(())
+        })
+        .await
+        .expect("it goes on");
+        let info = cluster.inspect("a", "writer").await.expect("info");
+        assert_eq!(info.status, "running", "{info:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_was_left_can_be_switched_off_and_on() {
     let mut bench = cluster(&["a", "b"]).await;
     let counter = guest("counter");
@@ -259,12 +320,15 @@ async fn a_target_killed_at_any_moment_leaves_the_machine_running() {
         let report = report.expect("a report");
         match report.ending {
             Ending::Stayed { .. } => {
-                killed.expect("it was killed");
                 let count = lines(&bench.cluster, "a", "writer").await;
                 wait_lines(&bench.cluster, "a", "writer", count).await;
             }
-            // The kill came when the machine ran there already: then it is
-            // lost with its process, and said to be.
+            // The kill came before there was a process, or after the machine
+            // had arrived; then it is lost with its process, and said to be.
+            Ending::Moved if killed.is_err() => {
+                let back = bench.cluster.move_machine("b", "writer", "a").await;
+                moved(&back.expect("a report"));
+            }
             Ending::Moved => {
                 let info = bench
                     .cluster

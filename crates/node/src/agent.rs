@@ -277,6 +277,8 @@ async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(),
     agent.workers.adopt(&agent.dir).await;
     for machine in agent.workers.names() {
         reconcile::watch_worker(&agent, &machine);
+        let agent = agent.clone();
+        tokio::spawn(async move { reconcile::resume_after_move(&agent, &machine).await });
     }
     tokio::spawn(publish(agent.clone()));
     tokio::spawn(reconcile::follow_schedule(agent.clone()));

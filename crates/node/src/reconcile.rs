@@ -144,6 +144,48 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
         })
 }
 
+/// Takes up a machine that an earlier agent was giving away when it died: the
+/// machine may be frozen, and the commit may have been sent. A write of this
+/// node's own, under a new epoch, makes that commit impossible; where it had won
+/// already, the machine is not this node's any more.
+pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName) {
+    let Some(worker) = agent.workers.get(machine) else {
+        return;
+    };
+    match worker.report().await {
+        Ok(report) if report.giving_away => {}
+        _ => return,
+    }
+    loop {
+        let mut mine = false;
+        let claim = |record: &mut Record| {
+            mine = record.owner == agent.name && !record.status.ended();
+            if mine {
+                record.epoch = record.epoch.next();
+            }
+            mine
+        };
+        match record::update(&*agent.store, machine, claim, |txn, _| txn).await {
+            Ok(record) if mine => {
+                tracing::warn!(%machine, "a move was cut off by the agent's end; it goes on here");
+                let thawed: Result<(), RpcError> = worker
+                    .ask(kind::THAW, &record.epoch, crate::workers::PROMPT)
+                    .await;
+                if let Err(error) = thawed {
+                    tracing::error!(%machine, %error, "it stays frozen");
+                }
+                return;
+            }
+            // The commit had won: the schedule says that it is not here.
+            Ok(_) | Err(RecordError::NoMachine(_)) => return,
+            Err(error) => {
+                tracing::warn!(%machine, %error, "whose it is is not settled yet");
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+        }
+    }
+}
+
 /// A worker whose machine is not in this node's schedule.
 async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
     let Some(worker) = agent.workers.get(machine) else {

@@ -164,6 +164,8 @@ pub struct Report {
     pub state: State,
     /// The worker's process.
     pub pid: u32,
+    /// Whether it is giving its machine away: it may be frozen.
+    pub giving_away: bool,
     /// Hash of the instrumented module; its file is in the agent's folder.
     pub program: Option<[u8; 32]>,
     /// Guest threads.

@@ -18,9 +18,11 @@ use std::time::{Duration, Instant};
 /// Rounds of copying after which the machine is frozen whatever is left.
 const ROUNDS_MAX: usize = 40;
 /// What is left may take this long to send while the machine stands still.
-const LAST_PAGES_BUDGET: Duration = Duration::from_micros(1500);
-/// At the most this many bytes may be left, however fast the link.
-const LAST_BYTES_MAX: u64 = 2 << 20;
+const LAST_PAGES_BUDGET: Duration = Duration::from_millis(2);
+/// This little may always be left (a round costs more than sending it), and at
+/// the most this much, however fast the link.
+const LAST_BYTES_MIN: u64 = 1 << 20;
+const LAST_BYTES_MAX: u64 = 4 << 20;
 /// Rounds of catching up just before the freeze, and what is little enough.
 const CATCH_UP_ROUNDS_MAX: u32 = 4;
 const CATCH_UP_BYTES: u64 = 256 << 10;
@@ -153,7 +155,7 @@ impl Outgoing {
                 return Err(LinkError::Aborted("nobody waits for it".into()).into());
             }
             let budget = (rate * LAST_PAGES_BUDGET.as_secs_f64()) as u64;
-            let small = left <= budget.clamp(256 << 10, LAST_BYTES_MAX);
+            let small = left <= budget.clamp(LAST_BYTES_MIN, LAST_BYTES_MAX);
             if small || rounds.len() >= ROUNDS_MAX {
                 // What was found dirty is sent with the rest.
                 self.send_ranges(&ranges, false)?;

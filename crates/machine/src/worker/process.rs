@@ -44,6 +44,8 @@ struct Inner {
     epoch: Epoch,
     identity: Option<PinnedIdentity>,
     outgoing: Option<Outgoing>,
+    /// From the first page sent until the machine goes on here.
+    giving_away: bool,
     /// Breaks the connection of a copy that another thread is busy with.
     closer: Option<std::net::TcpStream>,
     target: Option<TargetMove>,
@@ -301,6 +303,7 @@ impl Worker {
         Report {
             state: self.state.borrow().clone(),
             pid: std::process::id(),
+            giving_away: inner.giving_away,
             program: machine.map(|machine| *machine.program().hash()),
             threads: machine.map_or(0, |machine| machine.threads().len() as u32),
             memory_bytes: pages.iter().sum::<u64>() << 16,
@@ -337,7 +340,9 @@ impl Worker {
             match (&inner.machine, &inner.log, &inner.name) {
                 (Some(machine), Some(log), Some(name)) if inner.outgoing.is_none() => {
                     let parts = (machine.clone(), log.clone(), name.clone(), inner.epoch);
-                    inner.identity.take().map(|identity| (identity, parts))
+                    let identity = inner.identity.take();
+                    inner.giving_away = identity.is_some();
+                    identity.map(|identity| (identity, parts))
                 }
                 _ => None,
             }
@@ -357,6 +362,7 @@ impl Worker {
         match result {
             Ok(outgoing) => self.inner().outgoing = Some(outgoing),
             Err(error) => {
+                self.inner().giving_away = false;
                 tell(CopyEvent::Lost {
                     reason: error.to_string(),
                 });
@@ -406,6 +412,7 @@ impl Worker {
         let (machine, outgoing) = {
             let mut inner = self.inner();
             inner.epoch = epoch;
+            inner.giving_away = false;
             (inner.machine.clone(), inner.outgoing.take())
         };
         if let Some(outgoing) = outgoing {
