@@ -8,8 +8,8 @@
 //! live value through it); a *clone* of the function, entered at that point,
 //! goes on in its place.
 //!
-//! Two passes: [`lower`] says in plain WebAssembly what cannot be left in the
-//! middle of (long bulk operations, waiting, growing); [`relocate`] adds polls,
+//! Two passes: `lower` says in plain WebAssembly what cannot be left in the
+//! middle of (long bulk operations, waiting, growing); `relocate` adds polls,
 //! status results, saving and clones. Each pass reads and writes a whole module.
 //!
 //! - `scan`: validates, refuses by name, notes what lowering needs
