@@ -15,7 +15,7 @@ use std::sync::Arc;
 const KERNELS: &[(&str, u32)] = &[
     ("fib", 400),
     ("hashmap", 400),
-    ("indirect", 60),
+    ("indirect", 240),
     ("interpreter", 400),
     ("json", 500),
     ("lz", 300),

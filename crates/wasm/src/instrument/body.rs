@@ -7,9 +7,12 @@
 use super::InstrumentError;
 use super::callgraph::CallGraph;
 use wasmparser::{
-    BlockType, FuncValidator, FunctionBody, Operator, ValType, ValidatorResources,
+    BlockType, FuncValidator, FunctionBody, Operator, OperatorsReader, ValType, ValidatorResources,
     WasmModuleResources,
 };
+
+/// How far a loop's body is searched for a call that polls, in operators.
+const LOOKAHEAD_MAX: usize = 200;
 
 /// Why a point is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,13 +54,14 @@ pub(crate) struct Construct {
     pub(crate) else_point: u32,
     /// Sequence of its (first) arm, and of its else arm.
     pub(crate) sequences: [usize; 2],
-    pub(crate) is_loop: bool,
+    /// Whether it is a loop with a poll at its header, its first point.
+    pub(crate) polls: bool,
 }
 
 impl Construct {
     /// Whether it is a loop with no other point than its header's.
     pub(crate) fn is_simple_loop(&self) -> bool {
-        self.is_loop && self.points.len() == 1
+        self.polls && self.points.len() == 1
     }
 }
 
@@ -156,7 +160,8 @@ pub(crate) fn read<'a>(
                     points: point..point,
                     else_point: point,
                     sequences: [sequence, sequence],
-                    is_loop: matches!(op, Operator::Loop { .. }),
+                    polls: matches!(op, Operator::Loop { .. })
+                        && !polls_by_a_call(reader.clone(), graph)?,
                 });
             }
             Operator::Else => {
@@ -204,7 +209,9 @@ pub(crate) fn read<'a>(
                 | Operator::ReturnCallIndirect { .. }
         );
         let point = match op {
-            Operator::Loop { .. } => Some((PointKind::Loop, Vec::new())),
+            Operator::Loop { .. } if out.constructs.last().is_some_and(|loop_| loop_.polls) => {
+                Some((PointKind::Loop, Vec::new()))
+            }
             Operator::Call { function_index } if graph.may_unwind(function_index) => Some((
                 PointKind::Call,
                 graph.function_type(function_index).results().to_vec(),
@@ -251,6 +258,36 @@ impl Body<'_> {
             });
         }
     }
+}
+
+/// Whether each turn of a loop calls a function that polls at its entry, so
+/// that its header need not: the first call before any way back. `reader`
+/// stands behind the loop's start.
+fn polls_by_a_call(
+    mut reader: OperatorsReader<'_>,
+    graph: &CallGraph,
+) -> Result<bool, InstrumentError> {
+    for _ in 0..LOOKAHEAD_MAX {
+        match reader.read()? {
+            Operator::Call { function_index } if graph.polls_at_entry(function_index) => {
+                return Ok(true);
+            }
+            Operator::Block { .. }
+            | Operator::Loop { .. }
+            | Operator::If { .. }
+            | Operator::Else
+            | Operator::End
+            | Operator::Br { .. }
+            | Operator::BrIf { .. }
+            | Operator::BrTable { .. }
+            | Operator::Return
+            | Operator::Unreachable
+            | Operator::ReturnCall { .. }
+            | Operator::ReturnCallIndirect { .. } => return Ok(false),
+            _ => {}
+        }
+    }
+    Ok(false)
 }
 
 /// All operand types from the bottom, and the height at which the innermost

@@ -51,7 +51,8 @@ struct Open {
     construct: Option<usize>,
     /// Sequence being written.
     sequence: usize,
-    is_loop: bool,
+    /// Whether it is a loop with a poll at its header.
+    polls: bool,
 }
 
 struct Writer<'a, 'p> {
@@ -132,11 +133,12 @@ impl<'a, 'p> Writer<'a, 'p> {
             label: self.body_label,
             construct: None,
             sequence: 0,
-            is_loop: false,
+            polls: false,
         });
         self.open_sequence(&[], 0)?;
         if body.points.first().is_some_and(|point| point.op.is_none()) {
-            self.poll();
+            // A memory of its own, see `meta`.
+            self.poll(self.plan.control + 1);
             self.leave_if()?;
             self.land_at_point();
         }
@@ -325,8 +327,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                 self.reload(&operands, construct.base);
             }
         }
-        let is_loop = matches!(op, Operator::Loop { .. });
-        if is_loop && !construct.is_simple_loop() && self.version == Version::Clone {
+        if construct.polls && !construct.is_simple_loop() && self.version == Version::Clone {
             self.arrive_at_loop()?;
         }
         let instruction = RoundtripReencoder.instruction(op.clone())?;
@@ -335,11 +336,15 @@ impl<'a, 'p> Writer<'a, 'p> {
             label: self.labels,
             construct: Some(number),
             sequence: construct.sequences[0],
-            is_loop,
+            polls: construct.polls,
         });
         self.labels += 1;
         self.open_arm(construct)?;
-        if is_loop { self.poll_loop() } else { Ok(()) }
+        if construct.polls {
+            self.poll_loop()
+        } else {
+            Ok(())
+        }
     }
 
     /// A landing in front of a loop whose only point is its header: a landing
@@ -408,7 +413,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             return Ok(());
         };
         let mut landings: &[Landing] = &self.plan.body.sequences[frame.sequence];
-        if frame.is_loop {
+        if frame.polls {
             // Its header is the first; it is landed at in front of the loop.
             landings = landings.get(1..).unwrap_or_default();
         }
@@ -466,15 +471,18 @@ impl<'a, 'p> Writer<'a, 'p> {
     }
 
     /// Asks whether this thread shall leave, at the next point.
-    fn poll(&mut self) {
-        let request = self.control_arg(meta::REQUEST, 2);
+    fn poll(&mut self, memory: u32) {
+        let request = MemArg {
+            target: MemArgTarget::Memory(memory),
+            ..self.control_arg(meta::REQUEST, 2)
+        };
         self.konst(0);
         self.i(&Instruction::I32AtomicLoad(request));
     }
 
     /// Poll at a loop's header.
     fn poll_loop(&mut self) -> Result<(), InstrumentError> {
-        self.poll();
+        self.poll(self.plan.control);
         if self.version == Version::Hot {
             return self.leave_if();
         }

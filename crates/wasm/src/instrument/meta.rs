@@ -7,7 +7,12 @@
 //! re-made by a newer one: frames refer to it by number.
 //!
 //! The control memory is a private second memory that each thread's instance
-//! defines for itself. Its layout is fixed here for both sides.
+//! defines for itself. Its layout is fixed here for both sides. Instances
+//! define it twice, as two memories over the same bytes, the second for polls
+//! at entries: the compiler keeps a memory's base in a register wherever it is
+//! used again, and so short functions that call themselves would pay with a
+//! register for the cold code that saves their frames. (In loops the poll needs
+//! that register anyway; two memories would cost two.)
 
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +21,7 @@ pub const SECTION: &str = "keel.meta";
 
 /// Version of the metadata and of the frame format. Raised when either
 /// changes; other versions are refused by name.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Address of the request word (`u32`): not zero asks the thread to come to a
 /// safepoint.

@@ -381,13 +381,16 @@ impl Output {
         graph: &CallGraph,
         clones: &[Written],
     ) -> Result<(), InstrumentError> {
-        input.memories.memory(MemoryType {
-            minimum: meta::CONTROL_PAGES.into(),
-            maximum: Some(meta::CONTROL_PAGES.into()),
-            memory64: false,
-            shared: false,
-            page_size_log2: None,
-        });
+        // Twice, see `meta`.
+        for _ in 0..2 {
+            input.memories.memory(MemoryType {
+                minimum: meta::CONTROL_PAGES.into(),
+                maximum: Some(meta::CONTROL_PAGES.into()),
+                memory64: false,
+                shared: false,
+                page_size_log2: None,
+            });
+        }
         let lengths = [meta::REFS_ENTRIES, meta.directory.len() as u32];
         for length in lengths {
             input.table_section.table(TableType {

@@ -161,6 +161,8 @@ pub fn with_memories<R>(
 ) -> R {
     NEXT.with_borrow_mut(|next| {
         next.clear();
+        // Two memories over the same bytes, see `instrument::meta`.
+        next.push(Next::Control(control.clone()));
         next.push(Next::Control(control.clone()));
         next.extend(memories.iter().rev().cloned().map(Next::Guest));
     });
