@@ -42,6 +42,7 @@ async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         let to = ["b", "a"][round % 2];
         let report = cluster.move_machine("a", "busy", to).await?;
         ensure!(report.ending == Ending::Moved, "{}", report.line());
+        eprintln!("{}", rounds_line(&report));
         reports.push(report);
     }
     cluster
@@ -69,6 +70,26 @@ async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         ms(cold.offer_micros)
     );
     Ok(())
+}
+
+/// How copying went, for people who tune it.
+fn rounds_line(report: &MoveReport) -> String {
+    let rounds: Vec<String> = report
+        .rounds
+        .iter()
+        .map(|round| {
+            format!(
+                "{:.1} MB in {:.1} ms",
+                round.bytes as f64 / 1e6,
+                ms(round.micros)
+            )
+        })
+        .collect();
+    format!(
+        "{}; then {:.2} MB while it stood still",
+        rounds.join(", "),
+        report.last_bytes as f64 / 1e6
+    )
 }
 
 async fn cold_move(keel: &Path, writer: &[u8]) -> Result<MoveReport> {

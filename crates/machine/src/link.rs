@@ -14,25 +14,31 @@
 //!     │ ABORT (reason) at any time ────────────────────▶│
 //! ```
 //!
+//! Pages are written to their memory as they are decrypted, never collected
+//! first; what is sent is collected into whole TLS records, since scattered
+//! pages would otherwise cost a record, a system call and a packet each.
+//!
 //! Versions: that of the frame is the envelope's; [`HELLO_VERSION`] is that of
 //! the messages here. A peer of another version is refused by name.
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use keel_cluster::{Epoch, MachineName};
-use keel_net::frame::{Class, Decoder, Frame, FrameError};
-use keel_net::{ClientTls, ServerTls};
-use rustls::{ClientConnection, ServerConnection, StreamOwned};
+use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
+use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
+use keel_wasm::memory::{MemoryError, PAGE_BYTES};
 use serde::{Deserialize, Serialize};
-use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::ops::Range;
 use std::time::Duration;
 
 /// Version of these messages.
 pub const HELLO_VERSION: u32 = 1;
 /// Bytes of pages or output in one frame.
-pub const CHUNK_BYTES: usize = 256 << 10;
-/// Parts of a message longer than this are not copied before encryption.
-const LONG_BYTES: usize = 4096;
+pub const CHUNK_BYTES: usize = 64 << 10;
+/// Bytes that are collected before they are encrypted and sent.
+const BATCH_BYTES: usize = 128 << 10;
+/// What stands before the bytes in the payload of pages: memory and offset.
+const PAGES_HEAD_BYTES: usize = 16;
 /// The most bytes that a captured machine without its memory may have.
 const IMAGE_BYTES_MAX: usize = 1 << 30;
 /// How long a silent peer is waited for.
@@ -66,7 +72,8 @@ pub struct Hello {
     pub log_base: u64,
 }
 
-/// One message.
+/// One message; pages travel apart, see [`Link::send_pages`] and
+/// [`Link::receive_pages`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
     /// The source's first.
@@ -77,15 +84,6 @@ pub enum Message {
         memory: u32,
         /// Its size.
         pages: u64,
-    },
-    /// Bytes of a memory.
-    Pages {
-        /// Number of the memory.
-        memory: u32,
-        /// Where they belong.
-        offset: u64,
-        /// The bytes.
-        bytes: Bytes,
     },
     /// Bytes of the output.
     Log {
@@ -118,24 +116,24 @@ pub enum LinkError {
     /// The socket.
     #[error("the connection to the other worker: {0}")]
     Io(#[from] std::io::Error),
-    /// TLS.
-    #[error("TLS with the other worker: {0}")]
-    Tls(#[from] rustls::Error),
+    /// TLS, or what is under it.
+    #[error("the connection to the other worker: {0}")]
+    Bulk(#[from] BulkError),
     /// Bytes that are no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
     /// A frame that is no message.
     #[error("the other worker sent something unreadable: {0}")]
     Message(String),
+    /// Pages could not be read here, or have no place here.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// The other side gave up.
     #[error("the other side gave up: {0}")]
     Aborted(String),
-    /// The other side closed the connection.
-    #[error("the other worker closed the connection")]
-    Closed,
 }
 
-fn number(bytes: &Bytes, at: usize) -> Result<u64, LinkError> {
+fn number(bytes: &[u8], at: usize) -> Result<u64, LinkError> {
     bytes
         .get(at..at + 8)
         .and_then(|bytes| bytes.try_into().ok())
@@ -143,18 +141,17 @@ fn number(bytes: &Bytes, at: usize) -> Result<u64, LinkError> {
         .ok_or_else(|| LinkError::Message("a message is too short".into()))
 }
 
-fn plain<'a, T: Deserialize<'a>>(bytes: &'a Bytes) -> Result<T, LinkError> {
+fn plain<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, LinkError> {
     postcard::from_bytes(bytes).map_err(|error| LinkError::Message(error.to_string()))
 }
 
 impl Message {
-    /// Reads one from a frame.
+    /// Reads one from the payload of a frame.
     ///
     /// # Errors
     /// [`LinkError::Message`].
-    pub fn decode(frame: &Frame) -> Result<Self, LinkError> {
-        let payload = &frame.payload;
-        Ok(match frame.kind {
+    pub fn decode(kind: u16, payload: &[u8]) -> Result<Self, LinkError> {
+        Ok(match kind {
             KIND_HELLO => {
                 let (version, _) = postcard::take_from_bytes::<u32>(payload)
                     .map_err(|error| LinkError::Message(error.to_string()))?;
@@ -169,18 +166,13 @@ impl Message {
                 memory: number(payload, 0)? as u32,
                 pages: number(payload, 8)?,
             },
-            KIND_PAGES => Message::Pages {
-                memory: number(payload, 0)? as u32,
-                offset: number(payload, 8)?,
-                bytes: payload.slice(payload.len().min(16)..),
-            },
             KIND_LOG => Message::Log {
                 offset: number(payload, 0)?,
-                bytes: payload.slice(8..),
+                bytes: Bytes::copy_from_slice(&payload[8..]),
             },
             KIND_ROUND_END => Message::RoundEnd,
             KIND_ROUND_DONE => Message::RoundDone,
-            KIND_IMAGE => Message::Image(payload.clone()),
+            KIND_IMAGE => Message::Image(Bytes::copy_from_slice(payload)),
             KIND_IMAGE_END => Message::ImageEnd,
             KIND_PREPARED => Message::Prepared,
             KIND_GO => Message::Go(plain(payload)?),
@@ -205,16 +197,6 @@ impl Message {
                 bytes.extend(pages.to_le_bytes());
                 (KIND_SIZE, bytes)
             }
-            Message::Pages {
-                memory,
-                offset,
-                bytes,
-            } => {
-                let mut out = u64::from(*memory).to_le_bytes().to_vec();
-                out.extend(offset.to_le_bytes());
-                out.extend(bytes);
-                (KIND_PAGES, out)
-            }
             Message::Log { offset, bytes } => {
                 let mut out = offset.to_le_bytes().to_vec();
                 out.extend(bytes);
@@ -232,19 +214,120 @@ impl Message {
     }
 }
 
-enum Stream {
-    Client(Box<StreamOwned<ClientConnection, TcpStream>>),
-    Server(Box<StreamOwned<ServerConnection, TcpStream>>),
+/// Fills a buffer with the bytes of a memory from an offset on.
+pub type ReadPages<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), MemoryError> + 'a;
+/// Takes bytes of the memory with that number, for that offset.
+pub type WritePages<'a> = dyn FnMut(u32, u64, &[u8]) -> Result<(), LinkError> + 'a;
+
+/// Pages of which a part has arrived.
+#[derive(Debug)]
+struct Arriving {
+    memory: u32,
+    /// What is still to come.
+    range: Range<u64>,
 }
 
 /// One end of the connection.
 pub struct Link {
-    stream: Stream,
-    out: BytesMut,
-    input: BytesMut,
-    /// Where bytes arrive before they are appended to `input`.
+    stream: BulkStream,
+    /// What is to be sent.
+    out: Vec<u8>,
+    /// Pages on their way into `out`.
     scratch: Vec<u8>,
+    parser: Parser,
     sent_bytes: u64,
+}
+
+/// Cuts what arrives into messages, and pages into pieces.
+#[derive(Debug, Default)]
+struct Parser {
+    /// The beginning of a frame, up to the bytes of pages.
+    input: Vec<u8>,
+    arriving: Option<Arriving>,
+}
+
+impl Parser {
+    /// Takes bytes up to the end of the first message; how many, and it.
+    fn feed(
+        &mut self,
+        bytes: &[u8],
+        write: &mut WritePages<'_>,
+    ) -> Result<(usize, Option<Message>), LinkError> {
+        let mut at = 0;
+        loop {
+            if let Some(message) = self.parse()? {
+                return Ok((at, Some(message)));
+            }
+            let bytes = &bytes[at..];
+            if bytes.is_empty() {
+                return Ok((at, None));
+            }
+            let taken = match &mut self.arriving {
+                Some(arriving) => {
+                    let left = arriving.range.end - arriving.range.start;
+                    let taken = bytes.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                    write(arriving.memory, arriving.range.start, &bytes[..taken])?;
+                    arriving.range.start += taken as u64;
+                    if arriving.range.is_empty() {
+                        self.arriving = None;
+                    }
+                    taken
+                }
+                None => {
+                    let taken = bytes
+                        .len()
+                        .min(self.wanted()?.saturating_sub(self.input.len()));
+                    self.input.extend_from_slice(&bytes[..taken]);
+                    taken
+                }
+            };
+            at += taken;
+        }
+    }
+
+    /// Bytes that [`Self::parse`] needs of the frame that has begun.
+    fn wanted(&self) -> Result<usize, LinkError> {
+        Ok(match Decoder::new(Class::BULK).header(&self.input)? {
+            None => HEADER_BYTES,
+            Some(header) if header.kind == KIND_PAGES => HEADER_BYTES + PAGES_HEAD_BYTES,
+            Some(header) => HEADER_BYTES + header.payload_bytes,
+        })
+    }
+
+    /// A message, if all of it is there. The head of pages becomes
+    /// `self.arriving`.
+    fn parse(&mut self) -> Result<Option<Message>, LinkError> {
+        let Some(header) = Decoder::new(Class::BULK).header(&self.input)? else {
+            return Ok(None);
+        };
+        if self.input.len() < self.wanted()? {
+            return Ok(None);
+        }
+        let payload = &self.input[HEADER_BYTES..];
+        if header.kind != KIND_PAGES {
+            let message = Message::decode(header.kind, payload)?;
+            self.input.clear();
+            return Ok(Some(message));
+        }
+        let memory = number(payload, 0)?;
+        let start = number(payload, 8)?;
+        let range = u32::try_from(memory)
+            .ok()
+            .zip(header.payload_bytes.checked_sub(PAGES_HEAD_BYTES))
+            .and_then(|(memory, bytes)| {
+                let end = start.checked_add(bytes as u64)?;
+                (end > start).then_some((memory, start..end))
+            });
+        let Some((memory, range)) = range else {
+            return Err(LinkError::Message(format!(
+                "pages at {start} of memory {memory}, {} bytes",
+                header.payload_bytes
+            )));
+        };
+        self.arriving = Some(Arriving { memory, range });
+        self.input.clear();
+        Ok(None)
+    }
 }
 
 impl std::fmt::Debug for Link {
@@ -269,13 +352,7 @@ impl Link {
     pub fn connect(address: &str, tls: &ClientTls) -> Result<Self, LinkError> {
         let socket = TcpStream::connect(address)?;
         prepare(&socket)?;
-        // The name is not looked at: the certificate is pinned.
-        let name = rustls::pki_types::ServerName::try_from("worker.keel")
-            .map_err(|error| LinkError::Message(error.to_string()))?;
-        let connection = ClientConnection::new(tls.config().clone(), name)?;
-        Ok(Link::over(Stream::Client(Box::new(StreamOwned::new(
-            connection, socket,
-        )))))
+        Ok(Link::over(BulkStream::client(socket, tls)?))
     }
 
     /// Takes over a connection that the source's worker made.
@@ -284,22 +361,15 @@ impl Link {
     /// [`LinkError`].
     pub fn accept(socket: TcpStream, tls: &ServerTls) -> Result<Self, LinkError> {
         prepare(&socket)?;
-        let connection = ServerConnection::new(tls.config().clone())?;
-        Ok(Link::over(Stream::Server(Box::new(StreamOwned::new(
-            connection, socket,
-        )))))
+        Ok(Link::over(BulkStream::server(socket, tls)?))
     }
 
-    fn over(mut stream: Stream) -> Self {
-        match &mut stream {
-            Stream::Client(stream) => stream.conn.set_buffer_limit(Some(1 << 20)),
-            Stream::Server(stream) => stream.conn.set_buffer_limit(Some(1 << 20)),
-        }
+    fn over(stream: BulkStream) -> Self {
         Link {
             stream,
-            out: BytesMut::with_capacity(CHUNK_BYTES + 64),
-            input: BytesMut::with_capacity(2 * CHUNK_BYTES),
-            scratch: vec![0; 64 << 10],
+            out: Vec::with_capacity(BATCH_BYTES + CHUNK_BYTES + 64),
+            scratch: vec![0; CHUNK_BYTES],
+            parser: Parser::default(),
             sent_bytes: 0,
         }
     }
@@ -309,91 +379,115 @@ impl Link {
         self.sent_bytes
     }
 
-    /// Sends a message.
+    /// Sends a message, sooner or later: see [`Self::flush`].
     ///
     /// # Errors
     /// [`LinkError`].
     pub fn send(&mut self, message: &Message) -> Result<(), LinkError> {
         let (kind, payload) = message.encode()?;
-        self.write(kind, &[&payload])
+        self.begin(kind, payload.len())?;
+        self.out.extend_from_slice(&payload);
+        self.write_batch()
     }
 
-    /// Sends pages without an allocation for each.
+    /// Sends pages, sooner or later. `read` fills the buffer that it gets with
+    /// the bytes at an offset. Whole pages of zeros are left out if
+    /// `skip_zero`. Answers with the bytes sent.
     ///
     /// # Errors
-    /// [`LinkError`].
-    pub fn send_pages(&mut self, memory: u32, offset: u64, bytes: &[u8]) -> Result<(), LinkError> {
-        let memory = u64::from(memory).to_le_bytes();
-        self.write(KIND_PAGES, &[&memory, &offset.to_le_bytes(), bytes])
+    /// [`LinkError`], or that of `read`.
+    pub fn send_pages(
+        &mut self,
+        memory: u32,
+        range: Range<u64>,
+        skip_zero: bool,
+        read: &ReadPages<'_>,
+    ) -> Result<u64, LinkError> {
+        let mut sent = 0;
+        let mut at = range.start;
+        while at < range.end {
+            let count = (range.end - at).min(CHUNK_BYTES as u64) as usize;
+            let bytes = &mut self.scratch[..count];
+            read(at, bytes)?;
+            let runs = if skip_zero && has_zero_page(bytes) {
+                runs_not_zero(bytes)
+            } else {
+                std::iter::once(0..count).collect()
+            };
+            for run in runs {
+                self.begin(KIND_PAGES, PAGES_HEAD_BYTES + run.len())?;
+                self.out.extend(u64::from(memory).to_le_bytes());
+                self.out.extend((at + run.start as u64).to_le_bytes());
+                sent += run.len() as u64;
+                self.out.extend_from_slice(&self.scratch[run]);
+            }
+            self.write_batch()?;
+            at += count as u64;
+        }
+        Ok(sent)
     }
 
-    fn write(&mut self, kind: u16, parts: &[&[u8]]) -> Result<(), LinkError> {
-        let length: usize = parts.iter().map(|part| part.len()).sum();
-        self.out.clear();
-        // The envelope of an empty frame, then the true length.
-        Frame {
+    fn begin(&mut self, kind: u16, payload_bytes: usize) -> Result<(), LinkError> {
+        let header = Header {
             kind,
             request: 0,
-            payload: Bytes::new(),
-        }
-        .encode(&Class::BULK, &mut self.out)?;
-        if length > Class::BULK.payload_bytes_max as usize {
-            return Err(LinkError::Message(format!("a message of {length} bytes")));
-        }
-        let at = self.out.len() - 4;
-        self.out[at..].copy_from_slice(&(length as u32).to_le_bytes());
-        // What is long goes to TLS from where it lies.
-        let (long, short) = match parts.split_last() {
-            Some((last, rest)) if last.len() > LONG_BYTES => (*last, rest),
-            _ => (&[][..], parts),
+            payload_bytes,
         };
-        for part in short {
-            self.out.extend_from_slice(part);
+        Ok(header.encode(&Class::BULK, &mut self.out)?)
+    }
+
+    fn write_batch(&mut self) -> Result<(), LinkError> {
+        if self.out.len() >= BATCH_BYTES {
+            self.write_out()?;
         }
-        for bytes in [&self.out[..], long] {
-            match &mut self.stream {
-                Stream::Client(stream) => stream.write_all(bytes)?,
-                Stream::Server(stream) => stream.write_all(bytes)?,
-            }
-        }
-        self.sent_bytes += (self.out.len() + long.len()) as u64;
         Ok(())
     }
 
-    /// Pushes out what is buffered.
+    fn write_out(&mut self) -> Result<(), LinkError> {
+        self.stream.write(&self.out)?;
+        self.sent_bytes += self.out.len() as u64;
+        self.out.clear();
+        Ok(())
+    }
+
+    /// Sends what was collected.
     ///
     /// # Errors
     /// [`LinkError::Io`].
     pub fn flush(&mut self) -> Result<(), LinkError> {
-        match &mut self.stream {
-            Stream::Client(stream) => stream.flush()?,
-            Stream::Server(stream) => stream.flush()?,
-        }
-        Ok(())
+        self.write_out()
     }
 
-    /// Waits for a message. The peer's `Abort` is an error.
+    /// Waits for a message where no pages may come. The peer's `Abort` is an
+    /// error.
     ///
     /// # Errors
     /// [`LinkError`].
     pub fn receive(&mut self) -> Result<Message, LinkError> {
-        loop {
-            if let Some(frame) = Decoder::new(Class::BULK).decode(&mut self.input)? {
-                return match Message::decode(&frame)? {
-                    Message::Abort(reason) => Err(LinkError::Aborted(reason)),
-                    message => Ok(message),
-                };
-            }
-            let read = match &mut self.stream {
-                Stream::Client(stream) => stream.read(&mut self.scratch),
-                Stream::Server(stream) => stream.read(&mut self.scratch),
-            };
-            match read {
-                Ok(0) => return Err(LinkError::Closed),
-                Ok(count) => self.input.extend_from_slice(&self.scratch[..count]),
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
-            }
+        self.receive_pages(&mut |_, _, _| {
+            Err(LinkError::Message("pages that nobody asked for".into()))
+        })
+    }
+
+    /// Waits for a message and gives pages that come before it to `write`, in
+    /// pieces: the memory's number, the offset, the bytes.
+    ///
+    /// # Errors
+    /// [`LinkError`], or that of `write`.
+    pub fn receive_pages(&mut self, write: &mut WritePages<'_>) -> Result<Message, LinkError> {
+        let mut message = None;
+        while message.is_none() {
+            let parser = &mut self.parser;
+            self.stream.read(&mut |bytes| {
+                let (taken, found) = parser.feed(bytes, write)?;
+                message = found;
+                Ok::<_, LinkError>(taken)
+            })?;
+        }
+        match message {
+            Some(Message::Abort(reason)) => Err(LinkError::Aborted(reason)),
+            Some(message) => Ok(message),
+            None => Err(LinkError::Bulk(BulkError::Closed)),
         }
     }
 
@@ -403,11 +497,7 @@ impl Link {
     /// # Errors
     /// [`LinkError::Io`].
     pub fn be_patient(&self) -> Result<(), LinkError> {
-        let socket = match &self.stream {
-            Stream::Client(stream) => &stream.sock,
-            Stream::Server(stream) => &stream.sock,
-        };
-        socket.set_read_timeout(None)?;
+        self.stream.socket().set_read_timeout(None)?;
         Ok(())
     }
 
@@ -416,12 +506,32 @@ impl Link {
     /// # Errors
     /// [`LinkError::Io`] without a descriptor left.
     pub fn closer(&self) -> Result<TcpStream, LinkError> {
-        let socket = match &self.stream {
-            Stream::Client(stream) => &stream.sock,
-            Stream::Server(stream) => &stream.sock,
-        };
-        Ok(socket.try_clone()?)
+        Ok(self.stream.socket().try_clone()?)
     }
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    page.iter().all(|byte| *byte == 0)
+}
+
+fn has_zero_page(bytes: &[u8]) -> bool {
+    bytes.chunks(PAGE_BYTES as usize).any(is_zero)
+}
+
+/// The runs of pages that are not zero.
+fn runs_not_zero(bytes: &[u8]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut at = 0;
+    for page in bytes.chunks(PAGE_BYTES as usize) {
+        let end = at + page.len();
+        match runs.last_mut() {
+            _ if is_zero(page) => {}
+            Some(run) if run.end == at => run.end = end,
+            _ => runs.push(at..end),
+        }
+        at = end;
+    }
+    runs
 }
 
 /// Collects the pieces of an image, up to a limit.
@@ -490,11 +600,6 @@ mod tests {
                 memory: 1,
                 pages: 1 << 40,
             },
-            Message::Pages {
-                memory: 0,
-                offset: 4096,
-                bytes: Bytes::from(vec![3; CHUNK_BYTES]),
-            },
             Message::Log {
                 offset: 5,
                 bytes: Bytes::from_static(b"hello"),
@@ -516,8 +621,84 @@ mod tests {
             assert_eq!(&target.receive().unwrap(), message);
         }
         target.send(&Message::Prepared).unwrap();
+        target.flush().unwrap();
         sending.join().unwrap();
         assert!(target.receive().is_err());
+    }
+
+    #[test]
+    fn pages_arrive_whole_and_zeros_are_left_out() {
+        const PAGE: usize = PAGE_BYTES as usize;
+        let (mut source, mut target) = pair();
+        // Pages 0, 5 and 6 are zeros; the rest is told apart by its bytes.
+        let mut memory = vec![0u8; 100 * PAGE + 10];
+        for (at, byte) in memory.iter_mut().enumerate() {
+            if ![0, 5, 6].contains(&(at / PAGE)) {
+                *byte = (at % 251) as u8 + 1;
+            }
+        }
+        let sent = memory.clone();
+        let sending = std::thread::spawn(move || {
+            let read = |at: u64, buffer: &mut [u8]| {
+                buffer.copy_from_slice(&sent[at as usize..at as usize + buffer.len()]);
+                Ok(())
+            };
+            let all = 0..sent.len() as u64;
+            let bytes = source.send_pages(7, all.clone(), true, &read).unwrap();
+            assert_eq!(bytes, all.end - 3 * PAGE_BYTES);
+            source.send(&Message::RoundEnd).unwrap();
+            // Scattered, and zeros too.
+            for page in [3u64, 5, 90] {
+                let range = page * PAGE_BYTES..(page + 1) * PAGE_BYTES;
+                assert_eq!(
+                    source.send_pages(7, range, false, &read).unwrap(),
+                    PAGE_BYTES
+                );
+            }
+            source.send(&Message::RoundEnd).unwrap();
+            source.flush().unwrap();
+        });
+        let mut got = vec![0u8; memory.len()];
+        let mut count = 0;
+        for expected in [memory.len() - 3 * PAGE, 3 * PAGE] {
+            count = 0;
+            let mut write = |memory: u32, at: u64, bytes: &[u8]| {
+                assert_eq!(memory, 7);
+                got[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+                count += bytes.len();
+                Ok(())
+            };
+            assert_eq!(target.receive_pages(&mut write).unwrap(), Message::RoundEnd);
+            assert_eq!(count, expected);
+        }
+        assert_eq!(count, 3 * PAGE);
+        assert!(got == memory);
+        sending.join().unwrap();
+    }
+
+    #[test]
+    fn absurd_pages_are_refused() {
+        let absurd: [(&[u64], usize); 4] = [
+            (&[u64::MAX, 0, 1], 24),
+            (&[0, u64::MAX - 5, 1], 24),
+            // None at all, and not even a place.
+            (&[0, 0], 16),
+            (&[0, 0], 3),
+        ];
+        for (words, bytes) in absurd {
+            let (mut source, mut target) = pair();
+            source.begin(KIND_PAGES, bytes).unwrap();
+            for word in words {
+                source.out.extend(u64::to_le_bytes(*word));
+            }
+            let sending = std::thread::spawn(move || {
+                source.flush().unwrap();
+                source
+            });
+            let error = target.receive_pages(&mut |_, _, _| Ok(())).unwrap_err();
+            assert!(matches!(error, LinkError::Message(_)), "{error}");
+            drop(sending.join().unwrap());
+        }
     }
 
     #[test]
@@ -525,6 +706,7 @@ mod tests {
         let (mut source, mut target) = pair();
         let sending = std::thread::spawn(move || {
             source.send(&Message::Abort("no room".into())).unwrap();
+            source.flush().unwrap();
             source
         });
         let error = target.receive().unwrap_err().to_string();
@@ -539,13 +721,8 @@ mod tests {
             let mut random = StdRng::seed_from_u64(seed);
             let mut payload = vec![0; random.random_range(0..64)];
             random.fill_bytes(&mut payload);
-            let frame = Frame {
-                kind: random.random_range(0..16),
-                request: 0,
-                payload: payload.into(),
-            };
             // Either it is a message, or an error says why not.
-            let _ = Message::decode(&frame);
+            let _ = Message::decode(random.random_range(0..16), &payload);
         }
     }
 }

@@ -122,24 +122,50 @@ impl Frame {
     /// [`FrameError::KindZero`], or [`FrameError::TooLong`] when the payload
     /// is over the class's limit; `out` is then unchanged.
     pub fn encode(&self, class: &Class, out: &mut BytesMut) -> Result<(), FrameError> {
+        let header = Header {
+            kind: self.kind,
+            request: self.request,
+            payload_bytes: self.payload.len(),
+        };
+        header.encode(class, out)?;
+        out.extend_from_slice(&self.payload);
+        Ok(())
+    }
+}
+
+/// What stands before a payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// What the payload is; never 0.
+    pub kind: u16,
+    /// The request this belongs to.
+    pub request: u64,
+    /// Bytes of payload that follow, within the class's limit.
+    pub payload_bytes: usize,
+}
+
+impl Header {
+    /// Appends the header's bytes to `out`; the payload is to follow.
+    ///
+    /// # Errors
+    /// As [`Frame::encode`].
+    pub fn encode(&self, class: &Class, out: &mut impl BufMut) -> Result<(), FrameError> {
         if self.kind == 0 {
             return Err(FrameError::KindZero);
         }
-        let length = u32::try_from(self.payload.len()).unwrap_or(u32::MAX);
-        if length > class.payload_bytes_max || self.payload.len() as u64 != u64::from(length) {
-            return Err(FrameError::TooLong {
+        let length = u32::try_from(self.payload_bytes)
+            .ok()
+            .filter(|length| *length <= class.payload_bytes_max)
+            .ok_or(FrameError::TooLong {
                 kind: self.kind,
-                length: self.payload.len() as u64,
+                length: self.payload_bytes as u64,
                 max: class.payload_bytes_max,
-            });
-        }
-        out.reserve(HEADER_BYTES + self.payload.len());
+            })?;
         out.put_u32_le(class.magic);
         out.put_u16_le(class.version);
         out.put_u16_le(self.kind);
         out.put_u64_le(self.request);
         out.put_u32_le(length);
-        out.extend_from_slice(&self.payload);
         Ok(())
     }
 }
@@ -156,15 +182,13 @@ impl Decoder {
         Self { class }
     }
 
-    /// Takes the next whole frame off the front of `buffer`, or `None` when
-    /// more bytes are needed. Each header field is checked as soon as its
-    /// bytes are there.
+    /// Reads the header at the front of `bytes`, or `None` when more are
+    /// needed. Each field is checked as soon as its bytes are there.
     ///
     /// # Errors
-    /// Any [`FrameError`] but `Truncated` and `Io`. The connection cannot be
-    /// used further after one.
-    pub fn decode(&self, buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
-        let mut header = &buffer[..];
+    /// As [`Self::decode`].
+    pub fn header(&self, bytes: &[u8]) -> Result<Option<Header>, FrameError> {
+        let mut header = bytes;
         if header.len() < 4 {
             return Ok(None);
         }
@@ -201,16 +225,33 @@ impl Decoder {
                 max: self.class.payload_bytes_max,
             });
         }
-        let length = length as usize;
-        if header.len() < length {
-            buffer.reserve(HEADER_BYTES + length - buffer.len());
+        Ok(Some(Header {
+            kind,
+            request,
+            payload_bytes: length as usize,
+        }))
+    }
+
+    /// Takes the next whole frame off the front of `buffer`, or `None` when
+    /// more bytes are needed.
+    ///
+    /// # Errors
+    /// Any [`FrameError`] but `Truncated` and `Io`. The connection cannot be
+    /// used further after one.
+    pub fn decode(&self, buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
+        let Some(header) = self.header(buffer)? else {
+            return Ok(None);
+        };
+        let whole = HEADER_BYTES + header.payload_bytes;
+        if buffer.len() < whole {
+            buffer.reserve(whole - buffer.len());
             return Ok(None);
         }
         buffer.advance(HEADER_BYTES);
         Ok(Some(Frame {
-            kind,
-            request,
-            payload: buffer.split_to(length).freeze(),
+            kind: header.kind,
+            request: header.request,
+            payload: buffer.split_to(header.payload_bytes).freeze(),
         }))
     }
 

@@ -13,11 +13,13 @@
 //! "certainly not executed"; [`rpc::RpcError::Unknown`] means "may have been".
 #![forbid(unsafe_code)]
 
+pub mod bulk;
 pub mod frame;
 pub mod name;
 pub mod rpc;
 pub mod tls;
 
+pub use bulk::{BulkError, BulkStream};
 pub use bytes::Bytes;
 pub use futures::future::BoxFuture;
 pub use name::{MachineName, NameError, NodeName};

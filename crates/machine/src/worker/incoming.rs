@@ -6,7 +6,7 @@ use crate::link::{ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
 use keel_cluster::Epoch;
 use keel_net::{PinnedIdentity, ServerTls};
-use keel_wasm::memory::{GuestMemory, MemoryError};
+use keel_wasm::memory::MemoryError;
 use keel_wasm::runtime::{Image, Limits, Machine, MachineError, Program, make_memories};
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -64,10 +64,18 @@ pub(super) fn receive(
     let memories = make_memories(program.meta(), limits.memory_bytes)?;
     let log = Arc::new(Log::open(folder, log_base)?);
     let mut image = ImageBytes::default();
+    let mut write = |memory: u32, offset: u64, bytes: &[u8]| {
+        let memory = memories
+            .get(memory as usize)
+            .ok_or_else(|| LinkError::Message(format!("pages of memory {memory}")))?;
+        Ok(memory.write(offset, bytes)?)
+    };
     loop {
-        match link.receive()? {
+        match link.receive_pages(&mut write)? {
             Message::Size { memory, pages } => {
-                let memory = find(&memories, memory)?;
+                let memory = memories
+                    .get(memory as usize)
+                    .ok_or_else(|| IncomingError::Other(format!("memory {memory}")))?;
                 let missing = pages.saturating_sub(memory.size_bytes() >> 16);
                 if memory.grow(missing).is_none() {
                     return Err(IncomingError::Other(format!(
@@ -76,11 +84,6 @@ pub(super) fn receive(
                     )));
                 }
             }
-            Message::Pages {
-                memory,
-                offset,
-                bytes,
-            } => find(&memories, memory)?.write(offset, &bytes)?,
             Message::Log { offset, bytes } => log.write_at(offset, &bytes)?,
             Message::RoundEnd => {
                 link.send(&Message::RoundDone)?;
@@ -95,12 +98,6 @@ pub(super) fn receive(
     let wasi = restore(image.wasi.clone(), log.clone())?;
     let machine = Machine::prepare(program, image, memories, wasi, limits)?;
     Ok(Arrived { machine, log, link })
-}
-
-fn find(memories: &[Arc<GuestMemory>], number: u32) -> Result<&Arc<GuestMemory>, IncomingError> {
-    memories
-        .get(number as usize)
-        .ok_or_else(|| IncomingError::Other(format!("memory {number}")))
 }
 
 /// Waits for a peer that has the agreed certificate and says the agreed hello.

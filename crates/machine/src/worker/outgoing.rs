@@ -8,11 +8,10 @@ use crate::log::Log;
 use crate::moves::{Phase, Progress, Round};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{ClientTls, PinnedIdentity};
-use keel_wasm::memory::{DirtyTracker, MemoryError, PAGE_BYTES};
+use keel_wasm::memory::{DirtyTracker, MemoryError};
 use keel_wasm::runtime::{Machine, MachineError, ProgramError};
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Rounds of copying after which the machine is frozen whatever is left.
@@ -30,8 +29,10 @@ const CATCH_UP_BYTES: u64 = 256 << 10;
 const SLOW_FROM_ROUND: usize = 4;
 /// How long threads may take to their safepoints.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
-/// Period of slowing a guest down.
+/// Period of slowing a guest down, and the largest share of it, in percent, in
+/// which the guest stands.
 const SLOW_PERIOD: Duration = Duration::from_millis(4);
+const SLOW_PERCENT_MAX: u32 = 97;
 
 /// Why the machine could not be given away. It runs on here, unless it ended.
 #[derive(Debug, thiserror::Error)]
@@ -57,8 +58,7 @@ pub(super) struct Outgoing {
     link: Link,
     trackers: Vec<DirtyTracker>,
     log_sent: u64,
-    slowed: bool,
-    buffer: Vec<u8>,
+    slowdown: Slowdown,
 }
 
 impl Outgoing {
@@ -82,12 +82,11 @@ impl Outgoing {
         }))?;
         Ok(Outgoing {
             log_sent: log.base(),
+            slowdown: Slowdown::new(machine.clone()),
             machine,
             log,
             link,
             trackers: Vec::new(),
-            slowed: false,
-            buffer: vec![0; CHUNK_BYTES],
         })
     }
 
@@ -117,7 +116,6 @@ impl Outgoing {
             ranges.push(memory.populated()?);
         }
         let mut rounds: Vec<Round> = Vec::new();
-        let mut slowdown = Slowdown::new(self.machine.clone());
         loop {
             let begun = Instant::now();
             let first = rounds.is_empty();
@@ -155,7 +153,10 @@ impl Outgoing {
                 return Err(LinkError::Aborted("nobody waits for it".into()).into());
             }
             let budget = (rate * LAST_PAGES_BUDGET.as_secs_f64()) as u64;
-            let small = left <= budget.clamp(LAST_BYTES_MIN, LAST_BYTES_MAX);
+            let shrinks = left * 10 < bytes * 7;
+            let small = left <= budget.clamp(LAST_BYTES_MIN, LAST_BYTES_MAX)
+                // More rounds of this size would not help.
+                || left <= LAST_BYTES_MAX && !shrinks;
             if small || rounds.len() >= ROUNDS_MAX {
                 // What was found dirty is sent with the rest.
                 self.send_ranges(&ranges, false)?;
@@ -163,15 +164,13 @@ impl Outgoing {
             }
             // Only a round in which no progress was made counts: the guest
             // writes as fast as the link carries.
-            if rounds.len() >= SLOW_FROM_ROUND && left * 10 >= bytes * 7 {
-                slowdown.more();
-                self.slowed = true;
+            if rounds.len() >= SLOW_FROM_ROUND && !shrinks {
+                self.slowdown.more();
             }
         }
-        slowdown.end();
         tell(CopyEvent::Converged {
             rounds,
-            slowed: self.slowed,
+            slowed: self.slowdown.is_on(),
         });
         Ok(())
     }
@@ -180,7 +179,9 @@ impl Outgoing {
     /// the target is ready to go on.
     pub(super) fn freeze_and_send(&mut self) -> Result<Frozen, OutgoingError> {
         self.catch_up()?;
-        let begun = Instant::now();
+        // A guest that had to be slowed down is kept slow up to here; if it
+        // stands still just now, its downtime has begun.
+        let begun = self.slowdown.hold().unwrap_or_else(Instant::now);
         self.machine.freeze(FREEZE_PATIENCE)?;
         let frozen = Instant::now();
         let mut last_bytes = 0;
@@ -269,21 +270,12 @@ impl Outgoing {
             memory: number,
             pages: memory.size_bytes() >> 16,
         })?;
+        let read = |at: u64, bytes: &mut [u8]| memory.read(at, bytes);
         let mut sent = 0;
         for range in ranges {
-            let mut at = range.start;
-            while at < range.end {
-                let count = (range.end - at).min(CHUNK_BYTES as u64);
-                let bytes = &mut self.buffer[..count as usize];
-                memory.read(at, bytes)?;
-                if skip_zero {
-                    sent += send_nonzero(&mut self.link, number, at, bytes)?;
-                } else {
-                    self.link.send_pages(number, at, bytes)?;
-                    sent += count;
-                }
-                at += count;
-            }
+            sent += self
+                .link
+                .send_pages(number, range.clone(), skip_zero, &read)?;
         }
         Ok(sent)
     }
@@ -319,97 +311,100 @@ fn best_rate(rounds: &[Round]) -> f64 {
         .fold(0.0, f64::max)
 }
 
-/// Sends the runs of pages that are not zero: the target's memory is.
-fn send_nonzero(
-    link: &mut Link,
-    memory: u32,
-    offset: u64,
-    bytes: &[u8],
-) -> Result<u64, OutgoingError> {
-    let page = PAGE_BYTES as usize;
-    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
-    let mut sent = 0;
-    let mut start = None;
-    let pages = bytes.len().div_ceil(page);
-    for number in 0..=pages {
-        let full = bytes
-            .get(number * page..bytes.len().min((number + 1) * page))
-            .is_some_and(|page| !page.is_empty() && !is_zero(page));
-        match (start, full) {
-            (None, true) => start = Some(number * page),
-            (Some(from), false) => {
-                let run = &bytes[from..(number * page).min(bytes.len())];
-                link.send_pages(memory, offset + from as u64, run)?;
-                sent += run.len() as u64;
-                start = None;
-            }
-            _ => {}
-        }
-    }
-    Ok(sent)
-}
-
-/// Slows a guest down: its threads stand at safepoints for a share of the time.
+/// Slows a guest down: its threads stand at safepoints for a share of the time,
+/// until it is held for good or dropped.
 struct Slowdown {
     machine: Machine,
-    /// Share of the time, in percent.
-    percent: Arc<AtomicU32>,
-    stop: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
+    shared: Arc<Pace>,
+    thread: Option<std::thread::JoinHandle<Option<Instant>>>,
+}
+
+#[derive(Default)]
+struct Pace {
+    /// Share of the time in which it stands, in percent; `None` at the end.
+    percent: Mutex<Option<u32>>,
+    changed: Condvar,
+}
+
+impl Pace {
+    fn locked(&self) -> MutexGuard<'_, Option<u32>> {
+        self.percent
+            .lock()
+            .unwrap_or_else(|error| error.into_inner())
+    }
+
+    /// Sleeps; `false` if it was woken since the end has come.
+    fn sleep(&self, time: Duration) -> bool {
+        let (percent, _) = self
+            .changed
+            .wait_timeout_while(self.locked(), time, |percent| percent.is_some())
+            .unwrap_or_else(|error| error.into_inner());
+        percent.is_some()
+    }
+
+    /// Freezes and thaws until the end; since when the machine is frozen then.
+    fn keep(&self, machine: &Machine) -> Option<Instant> {
+        loop {
+            let percent = (*self.locked())?;
+            let begun = Instant::now();
+            if machine.freeze(SLOW_PERIOD * 50).is_ok() {
+                if !self.sleep(SLOW_PERIOD * percent / 100) {
+                    return Some(begun);
+                }
+                // It may have ended meanwhile.
+                let _ = machine.thaw();
+            }
+            if !self.sleep(SLOW_PERIOD * (100 - percent) / 100) {
+                return None;
+            }
+        }
+    }
 }
 
 impl Slowdown {
     fn new(machine: Machine) -> Self {
         Slowdown {
             machine,
-            percent: Arc::new(AtomicU32::new(0)),
-            stop: Arc::new(AtomicBool::new(false)),
+            shared: Arc::default(),
             thread: None,
         }
     }
 
+    fn is_on(&self) -> bool {
+        self.thread.is_some()
+    }
+
     fn more(&mut self) {
-        let percent = self.percent.load(Ordering::Relaxed);
-        // 0, 50, 75, 87, 93, 96 …
-        self.percent
-            .store(percent + (100 - percent) / 2, Ordering::Relaxed);
+        {
+            let mut percent = self.shared.locked();
+            // 50, 75, 87, 93, 96, 97
+            let now = percent.unwrap_or(0);
+            *percent = Some((now + (100 - now) / 2).min(SLOW_PERCENT_MAX));
+        }
         if self.thread.is_some() {
             return;
         }
-        let (machine, percent, stop) = (
-            self.machine.clone(),
-            self.percent.clone(),
-            self.stop.clone(),
-        );
+        let (machine, pace) = (self.machine.clone(), self.shared.clone());
         self.thread = std::thread::Builder::new()
             .name("slowdown".into())
-            .spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    let share = percent.load(Ordering::Relaxed).min(97);
-                    if machine.freeze(Duration::from_millis(200)).is_ok() {
-                        std::thread::sleep(SLOW_PERIOD * share / 100);
-                        // It may have ended meanwhile.
-                        let _ = machine.thaw();
-                    }
-                    std::thread::sleep(SLOW_PERIOD * (100 - share) / 100);
-                }
-            })
+            .spawn(move || pace.keep(&machine))
             .ok();
     }
 
-    fn end(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // It only sleeps and freezes; a panic in it has thawed nothing, so
-            // thaw once more.
-            let _ = thread.join();
-            let _ = self.machine.thaw();
-        }
+    /// Ends; if the machine stands still just now, it is left so, and the
+    /// answer is since when.
+    fn hold(&mut self) -> Option<Instant> {
+        *self.shared.locked() = None;
+        self.shared.changed.notify_all();
+        // It only sleeps, freezes and thaws.
+        self.thread.take()?.join().unwrap_or_default()
     }
 }
 
 impl Drop for Slowdown {
     fn drop(&mut self) {
-        self.end();
+        if self.hold().is_some() {
+            let _ = self.machine.thaw();
+        }
     }
 }
