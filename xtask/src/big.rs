@@ -58,19 +58,14 @@ const PROGRAMS: [Program; 3] = [
 ];
 
 pub(crate) fn run(seconds: u32, package: Option<PathBuf>) -> Result<()> {
-    let package = match package {
-        Some(package) => package,
-        None => download()?,
-    };
-    let modules = package.join("dist/langs");
     let keel = command::keel()?;
     println!(
         "{:<16} {:<14} {:>8} {:>10}  output",
         "program", "mode", "seconds", "captures"
     );
     let mut unlike = 0;
-    for program in &PROGRAMS {
-        unlike += compare(&keel, &modules, program, seconds)?;
+    for program in programs(seconds, package)? {
+        unlike += compare(&keel, &program, seconds)?;
     }
     ensure!(
         unlike == 0,
@@ -114,28 +109,67 @@ fn unpack(archive: &Path, folder: &Path) -> Result<()> {
     )
 }
 
-/// Runs a program in all modes; the number of runs that differ from the first.
-fn compare(keel: &Path, modules: &Path, program: &Program, seconds: u32) -> Result<u32> {
-    let root = tempfile::tempdir()?;
-    if let Some(library) = program.library {
-        unpack(&modules.join(library), root.path())?;
+/// A program with the folder that it sees as its root.
+pub(crate) struct Ready {
+    pub(crate) name: &'static str,
+    module: PathBuf,
+    root: tempfile::TempDir,
+    options: &'static [&'static str],
+}
+
+impl Ready {
+    fn new(program: &Program, modules: &Path, seconds: u32) -> Result<Self> {
+        let root = tempfile::tempdir()?;
+        if let Some(library) = program.library {
+            unpack(&modules.join(library), root.path())?;
+        }
+        let rounds = program.rounds * u64::from(seconds);
+        for (name, rounds) in [("script", rounds), ("short", 10)] {
+            let script = program.script.replace("ROUNDS", &rounds.to_string());
+            std::fs::write(root.path().join(name), script)?;
+        }
+        Ok(Ready {
+            name: program.name,
+            module: modules.join(program.module),
+            root,
+            options: program.options,
+        })
     }
-    let write = |name: &str, rounds: u64| {
-        let script = program.script.replace("ROUNDS", &rounds.to_string());
-        std::fs::write(root.path().join(name), script)
+
+    /// The folder, the module and the program's arguments, for `keel`.
+    pub(crate) fn arguments(&self, script: &str) -> Vec<String> {
+        let mut arguments = vec![
+            "--dir".to_owned(),
+            format!("{}::/", self.root.path().display()),
+            self.module.display().to_string(),
+        ];
+        arguments.extend(self.options.iter().map(|option| (*option).to_owned()));
+        arguments.push(format!("/{script}"));
+        arguments
+    }
+}
+
+/// All programs, with scripts that take about so many seconds.
+pub(crate) fn programs(seconds: u32, package: Option<PathBuf>) -> Result<Vec<Ready>> {
+    let package = match package {
+        Some(package) => package,
+        None => download()?,
     };
-    write("script", program.rounds * u64::from(seconds))?;
-    write("short", 10)?;
+    let modules = package.join("dist/langs");
+    PROGRAMS
+        .iter()
+        .map(|program| Ready::new(program, &modules, seconds))
+        .collect()
+}
+
+/// Runs a program in all modes; the number of runs that differ from the first.
+fn compare(keel: &Path, program: &Ready, seconds: u32) -> Result<u32> {
     let start = |options: &[&str], script: &str| -> Result<Finished> {
         let mut command = Command::new(keel);
         command
             .args(["wasm", "--seed", "7"])
             .args(options)
-            .arg("--dir")
-            .arg(format!("{}::/", root.path().display()))
-            .arg(modules.join(program.module))
-            .args(program.options)
-            .arg(format!("/{script}"));
+            .args(program.arguments(script));
         let limit = Duration::from_secs(300 + 20 * u64::from(seconds));
         command::finish(&mut command, limit).with_context(|| program.name.to_owned())
     };

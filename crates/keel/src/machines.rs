@@ -44,6 +44,9 @@ pub(crate) struct RunArgs {
     /// Limit of its threads.
     #[arg(long, value_name = "N", default_value_t = 256)]
     threads: u32,
+    /// Limit of the CPU time of all its threads, in cores (0.01 and more).
+    #[arg(long, value_name = "CORES", value_parser = crate::size::cores)]
+    cpu_limit: Option<u32>,
     /// Limit of its output, a second.
     #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "16M")]
     output_rate: u64,
@@ -105,6 +108,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
         volumes,
         memory_bytes: args.memory,
         threads_max: args.threads,
+        cpu_limit_millis: args.cpu_limit,
         output_bytes_per_s: args.output_rate,
         remove_at_end: args.rm,
     };
@@ -262,6 +266,9 @@ fn describe(machine: &MachineInfo) -> String {
             output::bytes(machine.memory_limit_bytes),
             cpu as f64 / 1e6,
         ));
+    }
+    if let Some(limit) = machine.cpu_limit_millis {
+        lines.push(format!("cpu limit {} core(s)", f64::from(limit) / 1000.0));
     }
     lines.extend(machine.message.clone());
     for report in &machine.moves {

@@ -1,4 +1,4 @@
-//! Sizes as people write them: `64M`, `1.5G`, `4096`.
+//! Sizes and shares as people write them: `64M`, `1.5G`, `4096`; `0.5` cores.
 
 /// Bytes of a size such as `512`, `64K`, `64MiB`, `1.5G` (powers of 1024).
 ///
@@ -27,9 +27,34 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Thousandths of a core of a number of cores such as `0.5`, `2`.
+///
+/// # Errors
+/// A sentence that names what was given and what is expected.
+pub(crate) fn cores(text: &str) -> Result<u32, String> {
+    let cores: f64 = text
+        .parse()
+        .map_err(|_| format!("{text:?} is not a number of cores (examples: 0.5, 2)"))?;
+    // NaN is in no range.
+    if (0.01..=1000.0).contains(&cores) {
+        Ok((cores * 1000.0).round() as u32)
+    } else {
+        Err(format!("{text} cores: 0.01 to 1000 are possible"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::{cores, parse};
+
+    #[test]
+    fn reads_cores() {
+        assert_eq!(cores("0.5"), Ok(500));
+        assert_eq!(cores("2"), Ok(2000));
+        for bad in ["", "0", "-1", "NaN", "inf", "1e9", "half", "0.001"] {
+            assert!(cores(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn reads_what_people_write() {

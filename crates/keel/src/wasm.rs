@@ -40,6 +40,9 @@ pub(crate) struct Args {
     /// Limit of its threads.
     #[arg(long, value_name = "N", default_value_t = 256)]
     threads: u32,
+    /// Limit of the CPU time of all its threads, in cores (0.01 and more).
+    #[arg(long, value_name = "CORES", value_parser = crate::size::cores)]
+    cpu_limit: Option<u32>,
     /// Captures and resumes a random thread, or all, so many times a second:
     /// through the serialised form, into fresh instances.
     #[arg(long, value_name = "RATE", conflicts_with = "plain")]
@@ -67,6 +70,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let limits = Limits {
         memory_bytes: args.memory,
         threads_max: args.threads,
+        cpu_millis: args.cpu_limit,
     };
     let wasi = Wasi::new(config(&args)?).context("the program's surroundings")?;
     let name = args.module.display();

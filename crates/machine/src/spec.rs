@@ -2,12 +2,13 @@
 
 use crate::moves::MoveReport;
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_wasm::runtime::Limits;
 use serde::{Deserialize, Serialize};
 
 /// Reports of moves that a record keeps; older ones are dropped.
 pub const REPORTS_MAX: usize = 16;
 /// Version of [`Record`]'s encoding.
-const RECORD_VERSION: u8 = 1;
+const RECORD_VERSION: u8 = 2;
 
 /// A directory of the host that a machine may reach. Every node that runs the
 /// machine must see the same directory under this path.
@@ -36,6 +37,9 @@ pub struct Spec {
     pub memory_bytes: u64,
     /// Limit of its threads.
     pub threads_max: u32,
+    /// CPU time a second that its threads may use together, in thousandths of
+    /// a core (`cpu.limit`).
+    pub cpu_limit_millis: Option<u32>,
     /// Bytes of output a second that it may write; more waits.
     pub output_bytes_per_s: u64,
     /// Whether the machine is removed when it ends.
@@ -104,6 +108,17 @@ pub struct Record {
     pub created_unix_ms: u64,
     /// Its last moves, oldest first.
     pub reports: Vec<MoveReport>,
+}
+
+impl Spec {
+    /// What its runtime enforces.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            memory_bytes: self.memory_bytes,
+            threads_max: self.threads_max,
+            cpu_millis: self.cpu_limit_millis,
+        }
+    }
 }
 
 impl Record {

@@ -29,6 +29,9 @@ const CHASES_MAX: u32 = 20;
 /// Largest limits that a machine may ask for.
 const MEMORY_BYTES_MAX: u64 = 64 << 30;
 const THREADS_MAX: u32 = 16_384;
+/// The smallest and largest `cpu.limit`, in thousandths of a core.
+const CPU_LIMIT_MILLIS_MIN: u32 = 10;
+const CPU_LIMIT_MILLIS_MAX: u32 = 1_000_000;
 
 /// Why something was not done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -460,6 +463,15 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
             request.threads_max
         ));
     }
+    if request
+        .cpu_limit_millis
+        .is_some_and(|limit| !(CPU_LIMIT_MILLIS_MIN..=CPU_LIMIT_MILLIS_MAX).contains(&limit))
+    {
+        return bad(format!(
+            "a cpu limit of {} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible",
+            request.cpu_limit_millis.unwrap_or_default()
+        ));
+    }
     if request.args.is_empty() {
         return bad("no program name: the first argument is missing".into());
     }
@@ -486,6 +498,7 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
             .collect(),
         memory_bytes: request.memory_bytes,
         threads_max: request.threads_max,
+        cpu_limit_millis: request.cpu_limit_millis,
         output_bytes_per_s: request.output_bytes_per_s,
         remove_at_end: request.remove_at_end,
     })
@@ -512,6 +525,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         module: record.spec.module.clone(),
         args: record.spec.args.clone(),
         memory_limit_bytes: record.spec.memory_bytes,
+        cpu_limit_millis: record.spec.cpu_limit_millis,
         memory_bytes: running.map(|report| report.memory_bytes),
         threads: running.map(|report| report.threads),
         cpu_micros: running.map(|report| report.cpu_micros),

@@ -221,6 +221,7 @@ impl LocalCluster {
                 .collect(),
             memory_bytes: guest.memory_bytes,
             threads_max: 64,
+            cpu_limit_millis: None,
             output_bytes_per_s: 16 << 20,
             remove_at_end: false,
         };

@@ -5,7 +5,7 @@ mod common;
 
 use common::{LIMIT, Running, guest, program};
 use keel_wasi::{Config, MemorySink, Wasi};
-use keel_wasm::runtime::{Limits, Machine, MachineError, Outcome};
+use keel_wasm::runtime::{Hold, Limits, Machine, MachineError, Outcome};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -33,6 +33,44 @@ fn alone(name: &str, args: &[&str]) -> String {
     let running = Running::start(&program(&guest(name)), args);
     assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
     running.text()
+}
+
+/// Held threads stand, whatever else is asked of their machine meanwhile.
+#[test]
+fn held_threads_stand_until_they_are_released() {
+    let program = program(&guest("counter"));
+    let mut running = Running::start(&program, &["0", "1"]);
+    let length = |running: &Running| running.output.bytes().len();
+    let goes_on = |running: &Running| {
+        let (before, begun) = (length(running), Instant::now());
+        while length(running) == before {
+            assert!(begun.elapsed() < LIMIT, "it stands still");
+            std::thread::yield_now();
+        }
+    };
+    goes_on(&running);
+    for _ in 0..10 {
+        let machine = &running.machine;
+        machine.hold(Hold::Slowdown, None).unwrap();
+        machine.hold(Hold::CpuLimit, Some(&[0])).unwrap();
+        // It stands once it is frozen; and thawing does not release it.
+        machine.freeze(LIMIT).unwrap();
+        let stood = length(&running);
+        machine.thaw().unwrap();
+        machine.release(Hold::CpuLimit);
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(length(&running), stood);
+        machine.release(Hold::Slowdown);
+        goes_on(&running);
+        // A machine that is moved while it is held goes on at the target.
+        running.machine.hold(Hold::Slowdown, None).unwrap();
+        assert!(running.move_on());
+        goes_on(&running);
+    }
+    // And it can be ended while it is held.
+    running.machine.hold(Hold::Slowdown, None).unwrap();
+    running.machine.stop();
+    assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Stopped));
 }
 
 /// Without end, so that it can be moved as often as wanted.

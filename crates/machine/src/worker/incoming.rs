@@ -7,7 +7,7 @@ use crate::log::Log;
 use keel_cluster::Epoch;
 use keel_net::{PinnedIdentity, ServerTls};
 use keel_wasm::memory::MemoryError;
-use keel_wasm::runtime::{Image, Limits, Machine, MachineError, Program, make_memories};
+use keel_wasm::runtime::{Image, Machine, MachineError, Program, make_memories};
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -57,10 +57,7 @@ pub(super) fn receive(
 ) -> Result<Arrived, IncomingError> {
     let tls = ServerTls::pinned(identity, request.source)?;
     let (mut link, log_base) = accept(listener, &tls, request, &program)?;
-    let limits = Limits {
-        memory_bytes: request.spec.memory_bytes,
-        threads_max: request.spec.threads_max,
-    };
+    let limits = request.spec.limits();
     let memories = make_memories(program.meta(), limits.memory_bytes)?;
     let log = Arc::new(Log::open(folder, log_base)?);
     let mut image = ImageBytes::default();

@@ -9,7 +9,7 @@ use crate::moves::{Phase, Progress, Round};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{ClientTls, PinnedIdentity};
 use keel_wasm::memory::{DirtyTracker, MemoryError};
-use keel_wasm::runtime::{Machine, MachineError, ProgramError};
+use keel_wasm::runtime::{Hold, Machine, MachineError, ProgramError};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -181,8 +181,9 @@ impl Outgoing {
         self.catch_up()?;
         // A guest that had to be slowed down is kept slow up to here; if it
         // stands still just now, its downtime has begun.
-        let begun = self.slowdown.hold().unwrap_or_else(Instant::now);
+        let begun = self.slowdown.stop().unwrap_or_else(Instant::now);
         self.machine.freeze(FREEZE_PATIENCE)?;
+        self.slowdown.release();
         let frozen = Instant::now();
         let mut last_bytes = 0;
         for number in 0..self.trackers.len() {
@@ -311,8 +312,7 @@ fn best_rate(rounds: &[Round]) -> f64 {
         .fold(0.0, f64::max)
 }
 
-/// Slows a guest down: its threads stand at safepoints for a share of the time,
-/// until it is held for good or dropped.
+/// Slows a guest down: its threads stand at safepoints for a share of the time.
 struct Slowdown {
     machine: Machine,
     shared: Arc<Pace>,
@@ -342,18 +342,19 @@ impl Pace {
         percent.is_some()
     }
 
-    /// Freezes and thaws until the end; since when the machine is frozen then.
+    /// Holds and releases until the end; since when it is held then.
     fn keep(&self, machine: &Machine) -> Option<Instant> {
         loop {
             let percent = (*self.locked())?;
             let begun = Instant::now();
-            if machine.freeze(SLOW_PERIOD * 50).is_ok() {
-                if !self.sleep(SLOW_PERIOD * percent / 100) {
-                    return Some(begun);
-                }
-                // It may have ended meanwhile.
-                let _ = machine.thaw();
+            if let Err(error) = machine.hold(Hold::Slowdown, None) {
+                tracing::warn!(%error, "the machine cannot be slowed down");
+                return None;
             }
+            if !self.sleep(SLOW_PERIOD * percent / 100) {
+                return Some(begun);
+            }
+            machine.release(Hold::Slowdown);
             if !self.sleep(SLOW_PERIOD * (100 - percent) / 100) {
                 return None;
             }
@@ -391,20 +392,23 @@ impl Slowdown {
             .ok();
     }
 
-    /// Ends; if the machine stands still just now, it is left so, and the
-    /// answer is since when.
-    fn hold(&mut self) -> Option<Instant> {
+    /// Ends; threads that are held just now stay so, and the answer is since
+    /// when.
+    fn stop(&mut self) -> Option<Instant> {
         *self.shared.locked() = None;
         self.shared.changed.notify_all();
-        // It only sleeps, freezes and thaws.
+        // It only sleeps, holds and releases.
         self.thread.take()?.join().unwrap_or_default()
+    }
+
+    fn release(&self) {
+        self.machine.release(Hold::Slowdown);
     }
 }
 
 impl Drop for Slowdown {
     fn drop(&mut self) {
-        if self.hold().is_some() {
-            let _ = self.machine.thaw();
-        }
+        self.stop();
+        self.release();
     }
 }

@@ -19,7 +19,7 @@ use keel_net::{
     RpcError, Server,
 };
 use keel_wasi::{Config, Preopen, Resources, Wasi};
-use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome};
+use keel_wasm::runtime::{Engine, Machine, Options, Outcome};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -223,7 +223,7 @@ impl Worker {
         let log = Arc::new(Log::open(&self.folder, 0).map_err(RpcError::failed)?);
         let wasi = Wasi::new(config(&start.spec, &log)).map_err(RpcError::failed)?;
         let machine =
-            Machine::start(program, wasi, limits(&start.spec)).map_err(RpcError::failed)?;
+            Machine::start(program, wasi, start.spec.limits()).map_err(RpcError::failed)?;
         let mut inner = self.inner();
         inner.name = Some(start.machine);
         inner.log = Some(log);
@@ -642,13 +642,6 @@ impl Worker {
                 return;
             }
         }
-    }
-}
-
-fn limits(spec: &Spec) -> Limits {
-    Limits {
-        memory_bytes: spec.memory_bytes,
-        threads_max: spec.threads_max,
     }
 }
 

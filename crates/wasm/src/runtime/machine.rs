@@ -11,26 +11,29 @@
 //!
 //! While it is frozen its [`Image`] and its memories are all of it. A machine
 //! that is thawed in place goes on in the same instances.
+//!
+//! Apart from that, threads can be *held* at safepoints, for reasons of which
+//! each is taken back by itself ([`Hold`]). A held thread does not run; whether
+//! the machine is frozen or thawed meanwhile does not matter to it, and freezing
+//! need not wait for it.
 
 use super::fiber::{Fiber, FiberError, Run, Stop, Trap};
-use super::frame::{FrameError, Progress, ThreadState, Value};
-use super::host::{Host, HostOutcome, HostThread, ImportKind};
+use super::frame::{FrameError, ThreadState, Value};
+use super::governor::{ThreadClock, govern};
+use super::host::{Host, HostThread};
+use super::image::{Entry, Image};
 use super::program::{Program, ProgramError, STACK_BYTES};
 use super::signal::Signal;
 use super::wait::WaitQueues;
 use crate::instrument::meta::{Meta, PREFIX};
 use crate::memory::{GuestMemory, MemoryError};
-use keel_wasi::{Outcome as WasiOutcome, Wasi};
+use keel_wasi::Wasi;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// First bytes of an encoded image.
-const IMAGE_MAGIC: [u8; 4] = *b"KIMG";
-/// Version of the image's format.
-const IMAGE_VERSION: u32 = 1;
 /// The entry point of a command.
 const MAIN_EXPORT: &str = "_start";
 /// The entry point of a thread (wasi-threads).
@@ -45,6 +48,27 @@ pub struct Limits {
     pub memory_bytes: u64,
     /// Guest threads at a time.
     pub threads_max: u32,
+    /// CPU time a second that its threads may use together, in thousandths of
+    /// a core (`cpu.limit`); not zero.
+    pub cpu_millis: Option<u32>,
+}
+
+/// Why threads are held at safepoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// They used more than their `cpu.limit`.
+    CpuLimit,
+    /// They write faster than a move can copy.
+    Slowdown,
+}
+
+impl Hold {
+    fn bit(self) -> u8 {
+        match self {
+            Hold::CpuLimit => 1,
+            Hold::Slowdown => 2,
+        }
+    }
 }
 
 impl Default for Limits {
@@ -52,6 +76,7 @@ impl Default for Limits {
         Limits {
             memory_bytes: 4 << 30,
             threads_max: 256,
+            cpu_millis: None,
         }
     }
 }
@@ -110,76 +135,6 @@ pub enum MachineError {
     Late(usize),
 }
 
-/// What a thread was started for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-enum Entry {
-    Main,
-    Spawned { arg: u32 },
-}
-
-/// A machine without its memories, as plain data.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Image {
-    /// Hash of the instrumented module.
-    pub module: [u8; 32],
-    threads: BTreeMap<u32, (Entry, Option<ThreadState>)>,
-    next_tid: u32,
-    waits: WaitQueues,
-    /// Size of each memory in 64 KiB pages.
-    pub memory_pages: Vec<u64>,
-    /// Descriptors, clocks, random numbers.
-    pub wasi: keel_wasi::Snapshot,
-}
-
-impl Image {
-    /// `"KIMG"`, version (`u32`), then postcard.
-    ///
-    /// # Errors
-    /// [`MachineError::Image`] if it cannot be encoded.
-    pub fn encode(&self) -> Result<Vec<u8>, MachineError> {
-        let mut bytes = IMAGE_MAGIC.to_vec();
-        bytes.extend(IMAGE_VERSION.to_le_bytes());
-        postcard::to_extend(self, bytes).map_err(|error| MachineError::Image(error.to_string()))
-    }
-
-    /// Reads an image and checks it against the module.
-    ///
-    /// # Errors
-    /// [`MachineError::Image`], [`MachineError::Frames`].
-    pub fn decode(bytes: &[u8], program: &Program) -> Result<Self, MachineError> {
-        let bad = |what: &str| MachineError::Image(what.to_owned());
-        let (header, body) = bytes.split_at_checked(8).ok_or(bad("it is too short"))?;
-        if header[..4] != IMAGE_MAGIC {
-            return Err(bad("it does not begin with \"KIMG\""));
-        }
-        if header[4..] != IMAGE_VERSION.to_le_bytes() {
-            return Err(bad("it is of another version"));
-        }
-        let (image, rest): (Image, _) = postcard::take_from_bytes(body)
-            .map_err(|error| MachineError::Image(error.to_string()))?;
-        if !rest.is_empty() {
-            return Err(bad("it goes on after its end"));
-        }
-        if image.module != *program.hash() {
-            return Err(bad("it is of another module"));
-        }
-        if image.memory_pages.len() != program.meta.memories.len() {
-            return Err(bad("it has other memories than the module"));
-        }
-        for (_, state) in image.threads.values() {
-            if let Some(state) = state {
-                state.check(&program.meta)?;
-            }
-        }
-        Ok(image)
-    }
-
-    /// Number of guest threads.
-    pub fn threads(&self) -> usize {
-        self.threads.len()
-    }
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Running,
@@ -188,9 +143,9 @@ enum Phase {
     Ended,
 }
 
-struct Thread {
+pub(super) struct Thread {
     entry: Entry,
-    signal: Arc<Signal>,
+    pub(super) signal: Arc<Signal>,
     /// Set while it stands at a safepoint; `None` inside for one that has not
     /// begun.
     parked: Option<Option<ThreadState>>,
@@ -198,25 +153,29 @@ struct Thread {
     launched: bool,
     /// Whether it is to move into a fresh instance before it goes on.
     rebuild: bool,
+    /// Reasons for which it is held ([`Hold`]).
+    held: u8,
+    /// Set by the OS thread that runs it.
+    clock: Option<ThreadClock>,
 }
 
-struct Threads {
+pub(super) struct Threads {
     phase: Phase,
-    table: BTreeMap<u32, Thread>,
+    pub(super) table: BTreeMap<u32, Thread>,
     next_tid: u32,
     outcome: Option<Outcome>,
     /// OS threads that still exist.
     launched: usize,
 }
 
-struct Shared {
-    program: Arc<Program>,
-    memories: Arc<[Arc<GuestMemory>]>,
-    wasi: Arc<Wasi>,
+pub(super) struct Shared {
+    pub(super) program: Arc<Program>,
+    pub(super) memories: Arc<[Arc<GuestMemory>]>,
+    pub(super) wasi: Arc<Wasi>,
     limits: Limits,
-    threads: Mutex<Threads>,
+    pub(super) threads: Mutex<Threads>,
     changed: Condvar,
-    waits: Mutex<WaitQueues>,
+    pub(super) waits: Mutex<WaitQueues>,
     captures: AtomicU64,
 }
 
@@ -234,7 +193,7 @@ impl std::fmt::Debug for Machine {
     }
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
@@ -340,6 +299,10 @@ impl Machine {
         Ok(machine)
     }
 
+    pub(super) fn of(shared: Arc<Shared>) -> Self {
+        Machine { shared }
+    }
+
     fn new(
         program: Arc<Program>,
         memories: Arc<[Arc<GuestMemory>]>,
@@ -348,7 +311,7 @@ impl Machine {
         next_tid: u32,
         waits: WaitQueues,
     ) -> Self {
-        Machine {
+        let machine = Machine {
             shared: Arc::new(Shared {
                 program,
                 memories,
@@ -365,7 +328,17 @@ impl Machine {
                 waits: Mutex::new(waits),
                 captures: AtomicU64::new(0),
             }),
+        };
+        if limits.cpu_millis.is_some() {
+            let shared = Arc::downgrade(&machine.shared);
+            let governor = std::thread::Builder::new()
+                .name("governor".into())
+                .spawn(move || govern(shared));
+            if let Err(error) = governor {
+                tracing::warn!(%error, "no thread keeps the machine within its cpu.limit");
+            }
         }
+        machine
     }
 
     /// Its program.
@@ -489,6 +462,54 @@ impl Machine {
         Ok(())
     }
 
+    /// Holds threads (all, or these) at their next safepoint until
+    /// [`Self::release`]; does not wait for them. The first time it may have to
+    /// compile; the machine runs meanwhile. Threads that are spawned later are
+    /// not held.
+    ///
+    /// # Errors
+    /// [`MachineError::Program`].
+    pub fn hold(&self, why: Hold, tids: Option<&[u32]>) -> Result<(), MachineError> {
+        self.shared.program.prepare_resume()?;
+        let mut threads = locked(&self.shared.threads);
+        for (tid, thread) in &mut threads.table {
+            if tids.is_none_or(|tids| tids.contains(tid)) {
+                thread.held |= why.bit();
+                thread.signal.request();
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes [`Self::hold`] back for all threads.
+    pub fn release(&self, why: Hold) {
+        let mut threads = locked(&self.shared.threads);
+        let running = threads.phase == Phase::Running;
+        for thread in threads.table.values_mut() {
+            let was = thread.held;
+            thread.held &= !why.bit();
+            if was != 0 && thread.held == 0 && running && !thread.rebuild {
+                thread.signal.clear();
+            }
+        }
+        self.shared.changed.notify_all();
+    }
+
+    /// The limit of its CPU time in thousandths of a core, and the nanoseconds
+    /// that each thread ran so far. `None` once it ended.
+    pub(super) fn usage(&self) -> Option<(u32, Vec<(u32, u64)>)> {
+        let threads = locked(&self.shared.threads);
+        if threads.phase == Phase::Ended {
+            return None;
+        }
+        let used = threads
+            .table
+            .iter()
+            .filter_map(|(tid, thread)| Some((*tid, thread.clock.as_ref()?.run_ns()?)))
+            .collect();
+        Some((self.shared.limits.cpu_millis?, used))
+    }
+
     /// Ends it: no guest code runs after this returns, except a host call
     /// that is under way.
     pub fn stop(&self) {
@@ -570,6 +591,8 @@ impl Threads {
                 parked,
                 launched: false,
                 rebuild: false,
+                held: 0,
+                clock: None,
             },
         );
         Ok(())
@@ -595,7 +618,7 @@ impl Shared {
     fn go_on(&self, threads: &mut Threads) {
         threads.phase = Phase::Running;
         for thread in threads.table.values_mut() {
-            if !thread.rebuild {
+            if !thread.rebuild && thread.held == 0 {
                 thread.signal.clear();
             }
         }
@@ -671,6 +694,9 @@ impl Shared {
         });
         let mut fiber = self.fiber(tid, signal)?;
         let mut stage = 0;
+        if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
+            thread.clock = ThreadClock::of_this_thread();
+        }
         let state = locked(&self.threads)
             .table
             .get(&tid)
@@ -737,7 +763,7 @@ impl Shared {
             };
             match phase {
                 Phase::Ended => return Next::Leave,
-                Phase::Running => {
+                Phase::Running if thread.held == 0 => {
                     thread.parked = None;
                     signal.clear();
                     return if std::mem::take(&mut thread.rebuild) {
@@ -746,7 +772,7 @@ impl Shared {
                         Next::GoOn
                     };
                 }
-                Phase::Freezing | Phase::Frozen => {
+                Phase::Running | Phase::Freezing | Phase::Frozen => {
                     if thread.parked.is_none() {
                         thread.parked = Some(state.cloned());
                         self.changed.notify_all();
@@ -774,7 +800,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn spawn(self: &Arc<Self>, arg: u32) -> i32 {
+    pub(super) fn spawn(self: &Arc<Self>, arg: u32) -> i32 {
         let mut threads = locked(&self.threads);
         if threads.table.len() >= self.limits.threads_max as usize || threads.phase == Phase::Ended
         {
@@ -803,165 +829,6 @@ impl Shared {
                 tracing::warn!(%error, tid, "no OS thread for a guest thread");
                 threads.table.remove(&tid);
                 -1
-            }
-        }
-    }
-
-    fn atomic_wait(
-        &self,
-        memory: u32,
-        wide: bool,
-        args: &[u64],
-        progress: &mut Progress,
-        thread: &HostThread,
-    ) -> HostOutcome {
-        let address = match self.checked_address(memory, args[0], args[3], wide) {
-            Ok(address) => address,
-            Err(message) => return HostOutcome::Trap(message),
-        };
-        if !self.program.meta.memories[memory as usize].shared {
-            return HostOutcome::Trap("atomic wait on non-shared memory".into());
-        }
-        let timeout = match *progress {
-            Progress::Waiting { remaining_ns } => remaining_ns,
-            _ => {
-                let mut waits = locked(&self.waits);
-                let bytes = &self.memories[memory as usize];
-                let equal = if wide {
-                    bytes.load_u64(address) == Some(args[1])
-                } else {
-                    bytes.load_u32(address) == Some(args[1] as u32)
-                };
-                if !equal {
-                    return HostOutcome::Done(vec![1]);
-                }
-                waits.enter(memory, address, thread.tid);
-                u64::try_from(args[2] as i64).ok()
-            }
-        };
-        let begun = Instant::now();
-        let limit = timeout.map(Duration::from_nanos);
-        thread
-            .signal
-            .park(limit, || locked(&self.waits).is_woken(thread.tid));
-        let mut waits = locked(&self.waits);
-        if waits.take_woken(thread.tid) {
-            return HostOutcome::Done(vec![0]);
-        }
-        let rest = limit.map(|limit| limit.saturating_sub(begun.elapsed()));
-        if rest == Some(Duration::ZERO) {
-            waits.leave(memory, address, thread.tid);
-            return HostOutcome::Done(vec![2]);
-        }
-        *progress = Progress::Waiting {
-            remaining_ns: rest.map(|rest| u64::try_from(rest.as_nanos()).unwrap_or(u64::MAX)),
-        };
-        HostOutcome::Interrupted
-    }
-
-    fn notify(&self, memory: u32, args: &[u64]) -> HostOutcome {
-        let address = match self.checked_address(memory, args[0], args[2], false) {
-            Ok(address) => address,
-            Err(message) => return HostOutcome::Trap(message),
-        };
-        let woken = locked(&self.waits).notify(memory, address, args[1] as u32);
-        let signals: Vec<Arc<Signal>> = {
-            let threads = locked(&self.threads);
-            woken
-                .iter()
-                .filter_map(|tid| threads.table.get(tid))
-                .map(|thread| thread.signal.clone())
-                .collect()
-        };
-        for signal in signals {
-            signal.wake();
-        }
-        HostOutcome::Done(vec![woken.len() as u64])
-    }
-
-    /// The effective address of an atomic operation, as the instruction would
-    /// check it.
-    fn checked_address(
-        &self,
-        memory: u32,
-        base: u64,
-        offset: u64,
-        wide: bool,
-    ) -> Result<u64, String> {
-        let bytes = if wide { 8 } else { 4 };
-        let size = self.memories[memory as usize].size_bytes();
-        let address = base
-            .checked_add(offset)
-            .filter(|address| self.memories[memory as usize].memory64() || *address >> 32 == 0)
-            .ok_or("out of bounds memory access")?;
-        // In the order in which the engine checks.
-        if !address.is_multiple_of(bytes) {
-            return Err("unaligned atomic".into());
-        }
-        if address.checked_add(bytes).is_none_or(|end| end > size) {
-            return Err("out of bounds memory access".into());
-        }
-        Ok(address)
-    }
-
-    fn wasi_call(
-        &self,
-        function: keel_wasi::Function,
-        args: &[u64],
-        progress: &mut Progress,
-        thread: &HostThread,
-    ) -> HostOutcome {
-        let mut state = match std::mem::take(progress) {
-            Progress::Wasi(state) => state,
-            _ => keel_wasi::CallState::default(),
-        };
-        let cells = self
-            .memories
-            .first()
-            .map_or(&[][..], |memory| memory.cells());
-        let mut memory = wiggle::GuestMemory::Shared(cells);
-        let outcome = self.wasi.call(
-            function,
-            args,
-            &mut memory,
-            &mut state,
-            thread.tid,
-            &*thread.signal,
-        );
-        match outcome {
-            WasiOutcome::Done(errno) if function.has_result() => {
-                HostOutcome::Done(vec![u64::from(errno as u32)])
-            }
-            WasiOutcome::Done(_) => HostOutcome::Done(Vec::new()),
-            WasiOutcome::Interrupted => {
-                *progress = Progress::Wasi(state);
-                HostOutcome::Interrupted
-            }
-            WasiOutcome::Exit(code) => HostOutcome::Exit(code),
-            WasiOutcome::Trap(message) => HostOutcome::Trap(message),
-        }
-    }
-}
-
-/// The host side of a machine's imports, shared by its threads.
-impl Host for Arc<Shared> {
-    fn call(
-        &self,
-        import: u32,
-        args: &[u64],
-        progress: &mut Progress,
-        thread: &HostThread,
-    ) -> HostOutcome {
-        match self.program.kinds[import as usize] {
-            ImportKind::Wasi(function) => self.wasi_call(function, args, progress, thread),
-            ImportKind::ThreadSpawn => {
-                HostOutcome::Done(vec![u64::from(self.spawn(args[0] as u32) as u32)])
-            }
-            ImportKind::Wait32(memory) => self.atomic_wait(memory, false, args, progress, thread),
-            ImportKind::Wait64(memory) => self.atomic_wait(memory, true, args, progress, thread),
-            ImportKind::Notify(memory) => self.notify(memory, args),
-            ImportKind::Print | ImportKind::Grow(_) | ImportKind::Size(_) | ImportKind::Sync(_) => {
-                HostOutcome::Done(Vec::new())
             }
         }
     }

@@ -4,14 +4,20 @@
 //! - `host`: what imports lead to
 //! - `fiber`: one thread and its instance; the unwind and resume loop
 //! - `frame`: a thread as plain data, and its format
-//! - `machine`: all threads, memories and WASI state; freezing and thawing
+//! - `machine`: all threads, memories and WASI state; freezing, thawing, holding
+//! - `image`: a frozen machine as plain data
+//! - `calls`: what a machine's host calls do
+//! - `governor`: keeps a machine within its `cpu.limit`
 //! - `plain`: the untouched module on plain wasmtime, for comparing
 //! - `wait`: `memory.atomic.wait` and `notify`
 //! - `signal`: how a thread is asked to come to a safepoint
 
+mod calls;
 mod fiber;
 pub mod frame;
+mod governor;
 mod host;
+mod image;
 mod machine;
 mod plain;
 mod program;
@@ -20,7 +26,8 @@ mod wait;
 
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
 pub use host::{Host, HostOutcome, HostThread, ImportKind};
-pub use machine::{Image, Limits, Machine, MachineError, Outcome, make_memories};
+pub use image::Image;
+pub use machine::{Hold, Limits, Machine, MachineError, Outcome, make_memories};
 pub use plain::run_plain;
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES};
 pub use signal::Signal;

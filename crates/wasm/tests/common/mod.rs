@@ -35,15 +35,29 @@ pub(crate) struct Running {
     pub(crate) machine: Machine,
     pub(crate) output: Arc<MemorySink>,
     folder: Option<PathBuf>,
+    limits: Limits,
 }
 
 impl Running {
     pub(crate) fn start(program: &Arc<Program>, args: &[&str]) -> Self {
-        Self::start_in(program, args, None)
+        Self::start_as(program, args, None, Limits::default())
+    }
+
+    pub(crate) fn start_within(program: &Arc<Program>, args: &[&str], limits: Limits) -> Self {
+        Self::start_as(program, args, None, limits)
     }
 
     /// With a folder that the guest sees as `/data`.
     pub(crate) fn start_in(program: &Arc<Program>, args: &[&str], folder: Option<&Path>) -> Self {
+        Self::start_as(program, args, folder, Limits::default())
+    }
+
+    fn start_as(
+        program: &Arc<Program>,
+        args: &[&str],
+        folder: Option<&Path>,
+        limits: Limits,
+    ) -> Self {
         let output = Arc::new(MemorySink::default());
         let mut config = Config {
             args: vec!["guest".into()],
@@ -58,8 +72,9 @@ impl Running {
         }));
         let wasi = Wasi::new(config).unwrap();
         Running {
-            machine: Machine::start(program.clone(), wasi, Limits::default()).unwrap(),
+            machine: Machine::start(program.clone(), wasi, limits).unwrap(),
             output,
+            limits,
             folder: folder.map(Path::to_owned),
         }
     }
@@ -87,7 +102,7 @@ impl Running {
             ..Resources::default()
         };
         let wasi = Wasi::restore(image.wasi.clone(), resources).unwrap();
-        let moved = Machine::prepare(program, image, memories, wasi, Limits::default()).unwrap();
+        let moved = Machine::prepare(program, image, memories, wasi, self.limits).unwrap();
         self.machine.stop();
         self.machine.wait(Some(LIMIT)).unwrap();
         moved.thaw().unwrap();

@@ -1,0 +1,170 @@
+//! What a machine does when its guest calls the host: WASI, threads, waiting.
+
+use super::frame::Progress;
+use super::host::{Host, HostOutcome, HostThread, ImportKind};
+use super::machine::{Shared, locked};
+use super::signal::Signal;
+use keel_wasi::Outcome as WasiOutcome;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+impl Shared {
+    fn atomic_wait(
+        &self,
+        memory: u32,
+        wide: bool,
+        args: &[u64],
+        progress: &mut Progress,
+        thread: &HostThread,
+    ) -> HostOutcome {
+        let address = match self.checked_address(memory, args[0], args[3], wide) {
+            Ok(address) => address,
+            Err(message) => return HostOutcome::Trap(message),
+        };
+        if !self.program.meta.memories[memory as usize].shared {
+            return HostOutcome::Trap("atomic wait on non-shared memory".into());
+        }
+        let timeout = match *progress {
+            Progress::Waiting { remaining_ns } => remaining_ns,
+            _ => {
+                let mut waits = locked(&self.waits);
+                let bytes = &self.memories[memory as usize];
+                let equal = if wide {
+                    bytes.load_u64(address) == Some(args[1])
+                } else {
+                    bytes.load_u32(address) == Some(args[1] as u32)
+                };
+                if !equal {
+                    return HostOutcome::Done(vec![1]);
+                }
+                waits.enter(memory, address, thread.tid);
+                u64::try_from(args[2] as i64).ok()
+            }
+        };
+        let begun = Instant::now();
+        let limit = timeout.map(Duration::from_nanos);
+        thread
+            .signal
+            .park(limit, || locked(&self.waits).is_woken(thread.tid));
+        let mut waits = locked(&self.waits);
+        if waits.take_woken(thread.tid) {
+            return HostOutcome::Done(vec![0]);
+        }
+        let rest = limit.map(|limit| limit.saturating_sub(begun.elapsed()));
+        if rest == Some(Duration::ZERO) {
+            waits.leave(memory, address, thread.tid);
+            return HostOutcome::Done(vec![2]);
+        }
+        *progress = Progress::Waiting {
+            remaining_ns: rest.map(|rest| u64::try_from(rest.as_nanos()).unwrap_or(u64::MAX)),
+        };
+        HostOutcome::Interrupted
+    }
+
+    fn notify(&self, memory: u32, args: &[u64]) -> HostOutcome {
+        let address = match self.checked_address(memory, args[0], args[2], false) {
+            Ok(address) => address,
+            Err(message) => return HostOutcome::Trap(message),
+        };
+        let woken = locked(&self.waits).notify(memory, address, args[1] as u32);
+        let signals: Vec<Arc<Signal>> = {
+            let threads = locked(&self.threads);
+            woken
+                .iter()
+                .filter_map(|tid| threads.table.get(tid))
+                .map(|thread| thread.signal.clone())
+                .collect()
+        };
+        for signal in signals {
+            signal.wake();
+        }
+        HostOutcome::Done(vec![woken.len() as u64])
+    }
+
+    /// The effective address of an atomic operation, as the instruction would
+    /// check it.
+    fn checked_address(
+        &self,
+        memory: u32,
+        base: u64,
+        offset: u64,
+        wide: bool,
+    ) -> Result<u64, String> {
+        let bytes = if wide { 8 } else { 4 };
+        let size = self.memories[memory as usize].size_bytes();
+        let address = base
+            .checked_add(offset)
+            .filter(|address| self.memories[memory as usize].memory64() || *address >> 32 == 0)
+            .ok_or("out of bounds memory access")?;
+        // In the order in which the engine checks.
+        if !address.is_multiple_of(bytes) {
+            return Err("unaligned atomic".into());
+        }
+        if address.checked_add(bytes).is_none_or(|end| end > size) {
+            return Err("out of bounds memory access".into());
+        }
+        Ok(address)
+    }
+
+    fn wasi_call(
+        &self,
+        function: keel_wasi::Function,
+        args: &[u64],
+        progress: &mut Progress,
+        thread: &HostThread,
+    ) -> HostOutcome {
+        let mut state = match std::mem::take(progress) {
+            Progress::Wasi(state) => state,
+            _ => keel_wasi::CallState::default(),
+        };
+        let cells = self
+            .memories
+            .first()
+            .map_or(&[][..], |memory| memory.cells());
+        let mut memory = wiggle::GuestMemory::Shared(cells);
+        let outcome = self.wasi.call(
+            function,
+            args,
+            &mut memory,
+            &mut state,
+            thread.tid,
+            &*thread.signal,
+        );
+        match outcome {
+            WasiOutcome::Done(errno) if function.has_result() => {
+                HostOutcome::Done(vec![u64::from(errno as u32)])
+            }
+            WasiOutcome::Done(_) => HostOutcome::Done(Vec::new()),
+            WasiOutcome::Interrupted => {
+                *progress = Progress::Wasi(state);
+                HostOutcome::Interrupted
+            }
+            WasiOutcome::Exit(code) => HostOutcome::Exit(code),
+            WasiOutcome::Trap(message) => HostOutcome::Trap(message),
+        }
+    }
+}
+
+/// The host side of a machine's imports, shared by its threads.
+impl Host for Arc<Shared> {
+    fn call(
+        &self,
+        import: u32,
+        args: &[u64],
+        progress: &mut Progress,
+        thread: &HostThread,
+    ) -> HostOutcome {
+        match self.program.kinds[import as usize] {
+            ImportKind::Wasi(function) => self.wasi_call(function, args, progress, thread),
+            ImportKind::ThreadSpawn => {
+                HostOutcome::Done(vec![u64::from(self.spawn(args[0] as u32) as u32)])
+            }
+            ImportKind::Wait32(memory) => self.atomic_wait(memory, false, args, progress, thread),
+            ImportKind::Wait64(memory) => self.atomic_wait(memory, true, args, progress, thread),
+            ImportKind::Notify(memory) => self.notify(memory, args),
+            ImportKind::Print | ImportKind::Grow(_) | ImportKind::Size(_) | ImportKind::Sync(_) => {
+                HostOutcome::Done(Vec::new())
+            }
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! A frozen machine without its memories, as plain data.
+
+use super::frame::ThreadState;
+use super::machine::MachineError;
+use super::program::Program;
+use super::wait::WaitQueues;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// First bytes of an encoded image.
+const IMAGE_MAGIC: [u8; 4] = *b"KIMG";
+/// Version of the image's format.
+const IMAGE_VERSION: u32 = 1;
+/// What a thread was started for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Entry {
+    Main,
+    Spawned { arg: u32 },
+}
+
+/// A machine without its memories, as plain data.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Image {
+    /// Hash of the instrumented module.
+    pub module: [u8; 32],
+    pub(super) threads: BTreeMap<u32, (Entry, Option<ThreadState>)>,
+    pub(super) next_tid: u32,
+    pub(super) waits: WaitQueues,
+    /// Size of each memory in 64 KiB pages.
+    pub memory_pages: Vec<u64>,
+    /// Descriptors, clocks, random numbers.
+    pub wasi: keel_wasi::Snapshot,
+}
+
+impl Image {
+    /// `"KIMG"`, version (`u32`), then postcard.
+    ///
+    /// # Errors
+    /// [`MachineError::Image`] if it cannot be encoded.
+    pub fn encode(&self) -> Result<Vec<u8>, MachineError> {
+        let mut bytes = IMAGE_MAGIC.to_vec();
+        bytes.extend(IMAGE_VERSION.to_le_bytes());
+        postcard::to_extend(self, bytes).map_err(|error| MachineError::Image(error.to_string()))
+    }
+
+    /// Reads an image and checks it against the module.
+    ///
+    /// # Errors
+    /// [`MachineError::Image`], [`MachineError::Frames`].
+    pub fn decode(bytes: &[u8], program: &Program) -> Result<Self, MachineError> {
+        let bad = |what: &str| MachineError::Image(what.to_owned());
+        let (header, body) = bytes.split_at_checked(8).ok_or(bad("it is too short"))?;
+        if header[..4] != IMAGE_MAGIC {
+            return Err(bad("it does not begin with \"KIMG\""));
+        }
+        if header[4..] != IMAGE_VERSION.to_le_bytes() {
+            return Err(bad("it is of another version"));
+        }
+        let (image, rest): (Image, _) = postcard::take_from_bytes(body)
+            .map_err(|error| MachineError::Image(error.to_string()))?;
+        if !rest.is_empty() {
+            return Err(bad("it goes on after its end"));
+        }
+        if image.module != *program.hash() {
+            return Err(bad("it is of another module"));
+        }
+        if image.memory_pages.len() != program.meta.memories.len() {
+            return Err(bad("it has other memories than the module"));
+        }
+        for (_, state) in image.threads.values() {
+            if let Some(state) = state {
+                state.check(&program.meta)?;
+            }
+        }
+        Ok(image)
+    }
+
+    /// Number of guest threads.
+    pub fn threads(&self) -> usize {
+        self.threads.len()
+    }
+}
