@@ -5,8 +5,8 @@
 //!   instance maps the same bytes, so code is as fast as in a single-threaded
 //!   module); `memory.grow`, `wait`, `notify` and, where threads may grow the
 //!   memory, `memory.size` become host calls.
-//! - Bulk operations that may be long run in chunks of 64 KiB inside helper
-//!   functions, whose loops then get polls like any other. The bounds of the
+//! - Bulk operations on memories and tables that may be long run in chunks of
+//!   64 KiB inside helper functions, whose loops then get polls like any other. The bounds of the
 //!   whole are checked first.
 //! - Active data segments become data of the runtime, which applies them once
 //!   per machine; `start` becomes a call of the runtime's; dropped segments are
@@ -14,7 +14,7 @@
 
 use super::InstrumentError;
 use super::meta::{DataSegment, HOST_MODULE, PREFIX};
-use super::scan::{Scan, memory_of};
+use super::scan::{Scan, Store, memory_of};
 use std::collections::HashMap;
 use wasm_encoder::reencode::{Error as ReencodeError, Reencode, utils};
 use wasm_encoder::{
@@ -24,8 +24,10 @@ use wasm_encoder::{
 };
 use wasmparser::{DataKind, Operator, Parser, Payload, TypeRef};
 
-/// Bulk operations of up to this many bytes run in one piece.
+/// Bulk operations of up to this many bytes run in one piece, and of up to this
+/// many entries of a table.
 pub(crate) const CHUNK_BYTES: u64 = 64 << 10;
+const CHUNK_ENTRIES: u64 = CHUNK_BYTES / 8;
 
 /// The lowered module, with what its encoding does not say.
 pub(crate) struct Lowered {
@@ -45,9 +47,9 @@ enum Added {
     Wait32(u32),
     Wait64(u32),
     Notify(u32),
-    Fill(u32),
-    Copy(u32, u32),
-    Init(u32, u32),
+    Fill(Store),
+    Copy(Store, Store),
+    Init(u32, Store),
     Redrop,
 }
 
@@ -168,12 +170,12 @@ impl<'s> Lower<'s> {
             added.extend(wanted.iter().filter(|(used, _)| *used).map(|(_, add)| *add));
         }
         let hosts = added.len() as u32;
-        added.extend(scan.fills.iter().map(|memory| Added::Fill(*memory)));
+        added.extend(scan.fills.iter().map(|store| Added::Fill(*store)));
         added.extend(scan.copies.iter().map(|(to, from)| Added::Copy(*to, *from)));
         added.extend(
             scan.inits
                 .iter()
-                .map(|(data, mem)| Added::Init(*data, *mem)),
+                .map(|(segment, store)| Added::Init(*segment, *store)),
         );
         if !scan.drops.is_empty() {
             added.push(Added::Redrop);
@@ -274,13 +276,13 @@ impl<'s> Lower<'s> {
         let mut last_const = None;
         for op in body.get_operators_reader()? {
             let op = op?;
-            let short = last_const.is_some_and(|bytes: u64| bytes <= CHUNK_BYTES);
+            let constant = last_const;
             last_const = match op {
                 Operator::I32Const { value } => Some(u64::from(value as u32)),
                 Operator::I64Const { value } => Some(value as u64),
                 _ => None,
             };
-            self.op(&mut out, op, short)?;
+            self.op(&mut out, op, constant)?;
         }
         Ok(out)
     }
@@ -289,20 +291,32 @@ impl<'s> Lower<'s> {
         &mut self,
         out: &mut Function,
         op: Operator<'_>,
-        short: bool,
+        constant: Option<u64>,
     ) -> Result<(), InstrumentError> {
+        let short = constant.is_some_and(|bytes| bytes <= CHUNK_BYTES);
+        let few = constant.is_some_and(|entries| entries <= CHUNK_ENTRIES);
         let shared = |memory: u32| self.scan.memories[memory as usize].shared;
         let add = match op {
             Operator::MemoryGrow { mem } => Added::Grow(mem),
             Operator::MemorySize { mem } if shared(mem) => Added::Size(mem),
-            Operator::MemoryFill { mem } if !short || shared(mem) => Added::Fill(mem),
+            Operator::MemoryFill { mem } if !short || shared(mem) => {
+                Added::Fill(Store::Memory(mem))
+            }
             Operator::MemoryCopy { dst_mem, src_mem }
                 if !short || shared(dst_mem) || shared(src_mem) =>
             {
-                Added::Copy(dst_mem, src_mem)
+                Added::Copy(Store::Memory(dst_mem), Store::Memory(src_mem))
             }
             Operator::MemoryInit { data_index, mem } if !short || shared(mem) => {
-                Added::Init(data_index, mem)
+                Added::Init(data_index, Store::Memory(mem))
+            }
+            Operator::TableFill { table } if !few => Added::Fill(Store::Table(table)),
+            Operator::TableCopy {
+                dst_table,
+                src_table,
+            } if !few => Added::Copy(Store::Table(dst_table), Store::Table(src_table)),
+            Operator::TableInit { elem_index, table } if !few => {
+                Added::Init(elem_index, Store::Table(table))
             }
             Operator::MemoryAtomicWait32 { memarg } => {
                 out.instruction(&I::I64Const(memarg.offset as i64));
@@ -346,6 +360,15 @@ impl<'s> Lower<'s> {
             ValType::I64
         } else {
             ValType::I32
+        }
+    }
+
+    /// Type of an index into a memory or a table.
+    fn place(&self, store: Store) -> ValType {
+        match store {
+            Store::Memory(memory) => self.address(memory),
+            Store::Table(table) if self.scan.tables[table as usize].table64 => ValType::I64,
+            Store::Table(_) => ValType::I32,
         }
     }
 
@@ -395,24 +418,28 @@ impl<'s> Lower<'s> {
             Added::Wait32(memory) => (vec![self.address(memory), I32, I64, I64], vec![I32]),
             Added::Wait64(memory) => (vec![self.address(memory), I64, I64, I64], vec![I32]),
             Added::Notify(memory) => (vec![self.address(memory), I32, I64], vec![I32]),
-            Added::Fill(memory) => {
-                let address = self.address(memory);
-                (vec![address, I32, address], vec![])
+            Added::Fill(store) => {
+                let place = self.place(store);
+                let value = match store {
+                    Store::Memory(_) => I32,
+                    Store::Table(_) => ValType::FUNCREF,
+                };
+                (vec![place, value, place], vec![])
             }
             Added::Copy(to, from) => {
-                let (to, from) = (self.address(to), self.address(from));
+                let (to, from) = (self.place(to), self.place(from));
                 let length = if to == I64 && from == I64 { I64 } else { I32 };
                 (vec![to, from, length], vec![])
             }
-            Added::Init(_, memory) => (vec![self.address(memory), I32, I32], vec![]),
+            Added::Init(_, store) => (vec![self.place(store), I32, I32], vec![]),
         }
     }
 
     fn helper(&self, add: Added) -> Function {
         match add {
-            Added::Fill(memory) => self.fill(memory),
+            Added::Fill(store) => self.fill(store),
             Added::Copy(to, from) => self.copy(to, from),
-            Added::Init(data, memory) => self.init(data, memory),
+            Added::Init(segment, store) => self.init(segment, store),
             _ => self.redrop(),
         }
     }
@@ -438,13 +465,19 @@ impl<'s> Lower<'s> {
         out
     }
 
-    /// Leaves on the stack whether `address + length` is outside `memory` as
+    /// Leaves on the stack whether `address + length` is outside `store` as
     /// this instance sees it.
-    fn outside(&self, out: &mut Function, memory: u32, address: u32, length: (u32, ValType)) {
-        let size = |out: &mut Function| {
-            out.instruction(&I::MemorySize(memory));
-            widen(out, self.address(memory));
-            out.instruction(&I::I64Const(16)).instruction(&I::I64Shl);
+    fn outside(&self, out: &mut Function, store: Store, address: u32, length: (u32, ValType)) {
+        let size = |out: &mut Function| match store {
+            Store::Memory(memory) => {
+                out.instruction(&I::MemorySize(memory));
+                widen(out, self.address(memory));
+                out.instruction(&I::I64Const(16)).instruction(&I::I64Shl);
+            }
+            Store::Table(table) => {
+                out.instruction(&I::TableSize(table));
+                widen(out, self.place(store));
+            }
         };
         // length > size || address > size - length
         out.instruction(&I::LocalGet(length.0));
@@ -452,7 +485,7 @@ impl<'s> Lower<'s> {
         size(out);
         out.instruction(&I::I64GtU);
         out.instruction(&I::LocalGet(address));
-        widen(out, self.address(memory));
+        widen(out, self.place(store));
         size(out);
         out.instruction(&I::LocalGet(length.0));
         widen(out, length.1);
@@ -462,11 +495,14 @@ impl<'s> Lower<'s> {
     }
 
     /// Lets this instance see the true size, if the range seems to be outside.
-    fn sync(&self, out: &mut Function, memory: u32, address: u32, length: (u32, ValType)) {
+    fn sync(&self, out: &mut Function, store: Store, address: u32, length: (u32, ValType)) {
+        let Store::Memory(memory) = store else {
+            return;
+        };
         let Some(index) = self.index.get(&Added::Sync(memory)) else {
             return;
         };
-        self.outside(out, memory, address, length);
+        self.outside(out, store, address, length);
         out.instruction(&I::If(BlockType::Empty))
             .instruction(&I::Call(*index))
             .instruction(&I::End);
@@ -476,18 +512,18 @@ impl<'s> Lower<'s> {
     fn whole(
         &self,
         out: &mut Function,
-        ranges: &[(u32, u32)],
+        ranges: &[(Store, u32)],
         length: (u32, ValType),
         operation: &[I<'_>],
     ) {
         out.instruction(&I::LocalGet(length.0));
-        konst(out, length.1, CHUNK_BYTES);
+        konst(out, length.1, chunk_of(ranges[0].0));
         out.instruction(&match length.1 {
             ValType::I64 => I::I64LeU,
             _ => I::I32LeU,
         });
-        for (memory, address) in ranges {
-            self.outside(out, *memory, *address, length);
+        for (store, address) in ranges {
+            self.outside(out, *store, *address, length);
             out.instruction(&I::I32Or);
         }
         out.instruction(&I::If(BlockType::Empty));
@@ -497,23 +533,28 @@ impl<'s> Lower<'s> {
         out.instruction(&I::Return).instruction(&I::End);
     }
 
-    fn fill(&self, memory: u32) -> Function {
-        let address = self.address(memory);
+    fn fill(&self, store: Store) -> Function {
+        let place = self.place(store);
         let mut out = Function::new([]);
-        let length = (2, address);
-        self.sync(&mut out, memory, 0, length);
+        let length = (2, place);
+        self.sync(&mut out, store, 0, length);
+        let operation = match store {
+            Store::Memory(memory) => I::MemoryFill(memory),
+            Store::Table(table) => I::TableFill(table),
+        };
         let all = [
             I::LocalGet(0),
             I::LocalGet(1),
             I::LocalGet(2),
-            I::MemoryFill(memory),
+            operation.clone(),
         ];
-        self.whole(&mut out, &[(memory, 0)], length, &all);
-        forward(&mut out, &[(0, address)], length, |out| {
+        self.whole(&mut out, &[(store, 0)], length, &all);
+        let chunk = chunk_of(store);
+        forward(&mut out, &[(0, place)], length, chunk, |out| {
             out.instruction(&I::LocalGet(0))
                 .instruction(&I::LocalGet(1));
-            konst(out, address, CHUNK_BYTES);
-            out.instruction(&I::MemoryFill(memory));
+            konst(out, place, chunk);
+            out.instruction(&operation);
         });
         for instruction in &all {
             out.instruction(instruction);
@@ -522,8 +563,9 @@ impl<'s> Lower<'s> {
         out
     }
 
-    fn copy(&self, to: u32, from: u32) -> Function {
-        let (to_type, from_type) = (self.address(to), self.address(from));
+    fn copy(&self, to: Store, from: Store) -> Function {
+        let (to_type, from_type) = (self.place(to), self.place(from));
+        let chunk = chunk_of(to);
         let length_type = if (to_type, from_type) == (ValType::I64, ValType::I64) {
             ValType::I64
         } else {
@@ -533,9 +575,17 @@ impl<'s> Lower<'s> {
         let mut out = Function::new([]);
         self.sync(&mut out, to, 0, length);
         self.sync(&mut out, from, 1, length);
-        let operation = I::MemoryCopy {
-            src_mem: from,
-            dst_mem: to,
+        let operation = match (to, from) {
+            (Store::Table(to), Store::Table(from)) => I::TableCopy {
+                src_table: from,
+                dst_table: to,
+            },
+            (Store::Memory(to) | Store::Table(to), Store::Memory(from) | Store::Table(from)) => {
+                I::MemoryCopy {
+                    src_mem: from,
+                    dst_mem: to,
+                }
+            }
         };
         let all = [
             I::LocalGet(0),
@@ -559,17 +609,17 @@ impl<'s> Lower<'s> {
                 (I::I32Sub, I::I32Add)
             };
             out.instruction(&I::LocalGet(2));
-            konst(&mut out, length_type, CHUNK_BYTES);
+            konst(&mut out, length_type, chunk);
             out.instruction(&sub).instruction(&I::LocalSet(2));
             for base in [0, 1] {
                 out.instruction(&I::LocalGet(base))
                     .instruction(&I::LocalGet(2))
                     .instruction(&add);
             }
-            konst(&mut out, length_type, CHUNK_BYTES);
+            konst(&mut out, length_type, chunk);
             out.instruction(&operation);
             out.instruction(&I::LocalGet(2));
-            konst(&mut out, length_type, CHUNK_BYTES);
+            konst(&mut out, length_type, chunk);
             out.instruction(if wide { &I::I64GtU } else { &I::I32GtU })
                 .instruction(&I::BrIf(0))
                 .instruction(&I::End);
@@ -578,12 +628,18 @@ impl<'s> Lower<'s> {
             }
             out.instruction(&I::Return).instruction(&I::End);
         }
-        forward(&mut out, &[(0, to_type), (1, from_type)], length, |out| {
-            out.instruction(&I::LocalGet(0))
-                .instruction(&I::LocalGet(1));
-            konst(out, length_type, CHUNK_BYTES);
-            out.instruction(&operation);
-        });
+        forward(
+            &mut out,
+            &[(0, to_type), (1, from_type)],
+            length,
+            chunk,
+            |out| {
+                out.instruction(&I::LocalGet(0))
+                    .instruction(&I::LocalGet(1));
+                konst(out, length_type, chunk);
+                out.instruction(&operation);
+            },
+        );
         for instruction in &all {
             out.instruction(instruction);
         }
@@ -591,21 +647,34 @@ impl<'s> Lower<'s> {
         out
     }
 
-    fn init(&self, data: u32, memory: u32) -> Function {
+    fn init(&self, segment: u32, store: Store) -> Function {
         let mut out = Function::new([]);
         let length = (2, ValType::I32);
-        self.sync(&mut out, memory, 0, length);
-        let operation = I::MemoryInit {
-            mem: memory,
-            data_index: data,
+        self.sync(&mut out, store, 0, length);
+        let (operation, items) = match store {
+            Store::Memory(mem) => (
+                I::MemoryInit {
+                    mem,
+                    data_index: segment,
+                },
+                self.scan.data_bytes[segment as usize],
+            ),
+            Store::Table(table) => (
+                I::TableInit {
+                    elem_index: segment,
+                    table,
+                },
+                self.scan.elem_items[segment as usize],
+            ),
         };
+        let chunk = chunk_of(store);
         let all = [
             I::LocalGet(0),
             I::LocalGet(1),
             I::LocalGet(2),
             operation.clone(),
         ];
-        self.whole(&mut out, &[(memory, 0)], length, &all);
+        self.whole(&mut out, &[(store, 0)], length, &all);
         // Out of the segment: let the one instruction trap before any effect.
         // (Of a dropped segment the first chunk traps.)
         out.instruction(&I::LocalGet(1))
@@ -613,22 +682,23 @@ impl<'s> Lower<'s> {
             .instruction(&I::LocalGet(2))
             .instruction(&I::I64ExtendI32U)
             .instruction(&I::I64Add)
-            .instruction(&I::I64Const(self.scan.data_bytes[data as usize] as i64))
+            .instruction(&I::I64Const(items as i64))
             .instruction(&I::I64GtU)
             .instruction(&I::If(BlockType::Empty));
         for instruction in &all {
             out.instruction(instruction);
         }
         out.instruction(&I::Return).instruction(&I::End);
-        let address = self.address(memory);
+        let place = self.place(store);
         forward(
             &mut out,
-            &[(0, address), (1, ValType::I32)],
+            &[(0, place), (1, ValType::I32)],
             length,
+            chunk,
             |out| {
                 out.instruction(&I::LocalGet(0))
                     .instruction(&I::LocalGet(1));
-                konst(out, ValType::I32, CHUNK_BYTES);
+                konst(out, ValType::I32, chunk);
                 out.instruction(&operation);
             },
         );
@@ -640,19 +710,28 @@ impl<'s> Lower<'s> {
     }
 }
 
-/// A loop that does `chunk` and steps `pointers` and `length`, while more than
-/// one chunk is left.
+/// Bytes of a memory or entries of a table that are done in one piece.
+fn chunk_of(store: Store) -> u64 {
+    match store {
+        Store::Memory(_) => CHUNK_BYTES,
+        Store::Table(_) => CHUNK_ENTRIES,
+    }
+}
+
+/// A loop that does `piece` of length `chunk` and steps `pointers` and `length`, while more than
+/// one piece is left.
 fn forward(
     out: &mut Function,
     pointers: &[(u32, ValType)],
     length: (u32, ValType),
-    chunk: impl Fn(&mut Function),
+    chunk: u64,
+    piece: impl Fn(&mut Function),
 ) {
     out.instruction(&I::Loop(BlockType::Empty));
-    chunk(out);
+    piece(out);
     for (pointer, ty) in pointers {
         out.instruction(&I::LocalGet(*pointer));
-        konst(out, *ty, CHUNK_BYTES);
+        konst(out, *ty, chunk);
         out.instruction(if *ty == ValType::I64 {
             &I::I64Add
         } else {
@@ -662,10 +741,10 @@ fn forward(
     }
     let wide = length.1 == ValType::I64;
     out.instruction(&I::LocalGet(length.0));
-    konst(out, length.1, CHUNK_BYTES);
+    konst(out, length.1, chunk);
     out.instruction(if wide { &I::I64Sub } else { &I::I32Sub })
         .instruction(&I::LocalTee(length.0));
-    konst(out, length.1, CHUNK_BYTES);
+    konst(out, length.1, chunk);
     out.instruction(if wide { &I::I64GtU } else { &I::I32GtU })
         .instruction(&I::BrIf(0))
         .instruction(&I::End);

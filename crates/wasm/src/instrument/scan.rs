@@ -8,8 +8,8 @@ use super::meta::{DataSegment, Memory, PREFIX};
 use super::{InstrumentError, MODULE_BYTES_MAX};
 use std::collections::{BTreeMap, BTreeSet};
 use wasmparser::{
-    BinaryReader, DataKind, FuncType, KnownCustom, Name, Operator, Parser, Payload, TypeRef,
-    Validator, WasmFeatures,
+    BinaryReader, DataKind, ElementItems, ElementKind, FuncType, KnownCustom, Name, Operator,
+    Parser, Payload, TypeRef, Validator, WasmFeatures,
 };
 
 /// What the code does with one memory.
@@ -21,6 +21,19 @@ pub(crate) struct MemoryUses {
     pub(crate) wait32: bool,
     pub(crate) wait64: bool,
     pub(crate) notify: bool,
+}
+
+/// What a bulk operation works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Store {
+    Memory(u32),
+    Table(u32),
+}
+
+/// One table.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Table {
+    pub(crate) table64: bool,
 }
 
 #[derive(Debug, Default)]
@@ -36,9 +49,14 @@ pub(crate) struct Scan {
     pub(crate) active_data: Vec<DataSegment>,
     /// Bytes of each data segment.
     pub(crate) data_bytes: Vec<u64>,
-    pub(crate) fills: BTreeSet<u32>,
-    pub(crate) copies: BTreeSet<(u32, u32)>,
-    pub(crate) inits: BTreeSet<(u32, u32)>,
+    pub(crate) tables: Vec<Table>,
+    /// Items of each element segment.
+    pub(crate) elem_items: Vec<u64>,
+    pub(crate) fills: BTreeSet<Store>,
+    /// Target and source.
+    pub(crate) copies: BTreeSet<(Store, Store)>,
+    /// Segment and target.
+    pub(crate) inits: BTreeSet<(u32, Store)>,
     /// Segments that code drops: (is an element segment, index).
     pub(crate) drops: Vec<(bool, u32)>,
     /// Names of functions by index.
@@ -143,6 +161,25 @@ impl Scan {
                     self.memory(ty?);
                 }
             }
+            Payload::TableSection(section) => {
+                for table in section {
+                    self.tables.push(Table {
+                        table64: table?.ty.table64,
+                    });
+                }
+            }
+            Payload::ElementSection(section) => {
+                for element in section {
+                    let element = element?;
+                    let items = match &element.items {
+                        ElementItems::Functions(items) => items.count(),
+                        ElementItems::Expressions(_, items) => items.count(),
+                    };
+                    let passive = matches!(element.kind, ElementKind::Passive);
+                    self.elem_items
+                        .push(if passive { u64::from(items) } else { 0 });
+                }
+            }
             Payload::GlobalSection(section) => {
                 for global in section {
                     let global = global?;
@@ -228,16 +265,30 @@ impl Scan {
             Operator::MemorySize { mem } => self.memory_uses[mem as usize].size = true,
             Operator::MemoryFill { mem } => {
                 self.memory_uses[mem as usize].bulk = true;
-                self.fills.insert(mem);
+                self.fills.insert(Store::Memory(mem));
             }
             Operator::MemoryCopy { dst_mem, src_mem } => {
                 self.memory_uses[dst_mem as usize].bulk = true;
                 self.memory_uses[src_mem as usize].bulk = true;
-                self.copies.insert((dst_mem, src_mem));
+                self.copies
+                    .insert((Store::Memory(dst_mem), Store::Memory(src_mem)));
             }
             Operator::MemoryInit { data_index, mem } => {
                 self.memory_uses[mem as usize].bulk = true;
-                self.inits.insert((data_index, mem));
+                self.inits.insert((data_index, Store::Memory(mem)));
+            }
+            Operator::TableFill { table } => {
+                self.fills.insert(Store::Table(table));
+            }
+            Operator::TableCopy {
+                dst_table,
+                src_table,
+            } => {
+                self.copies
+                    .insert((Store::Table(dst_table), Store::Table(src_table)));
+            }
+            Operator::TableInit { elem_index, table } => {
+                self.inits.insert((elem_index, Store::Table(table)));
             }
             Operator::MemoryAtomicWait32 { memarg } => {
                 self.memory_uses[memory_of(memarg)? as usize].wait32 = true;

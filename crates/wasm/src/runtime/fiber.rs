@@ -24,7 +24,9 @@ use crate::memory::{Control, MemoryError, with_memories};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use wasmtime::{Func, Global, Instance, Ref, Store, Table, TypedFunc, Val};
+use wasmtime::{
+    Func, Global, Instance, Ref, Store, StoreLimits, StoreLimitsBuilder, Table, TypedFunc, Val,
+};
 
 /// How a run ended for good.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,6 +107,17 @@ pub struct Fiber {
     restore: Vec<u8>,
 }
 
+/// The most entries of a table: each thread's instance has its own, 8 bytes
+/// each.
+pub(super) const TABLE_ENTRIES_MAX: usize = 1 << 20;
+
+/// What a store may have; memories have limits of their own.
+fn table_limits() -> StoreLimits {
+    StoreLimitsBuilder::new()
+        .table_elements(TABLE_ENTRIES_MAX)
+        .build()
+}
+
 impl Fiber {
     /// A fresh instance for a thread.
     ///
@@ -128,8 +141,10 @@ impl Fiber {
                 host,
                 thread,
                 pending: Pending::Nothing,
+                limits: table_limits(),
             },
         );
+        store.limiter(|context| &mut context.limits);
         let instance = with_memories(&memories, &control, || linked.instantiate(&mut store))?;
         let table = |store: &mut Store<ThreadContext>, name: &str| {
             instance

@@ -50,6 +50,7 @@ pub(crate) struct ThreadContext {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) thread: HostThread,
     pub(crate) pending: Pending,
+    pub(crate) limits: wasmtime::StoreLimits,
 }
 
 /// What an import is to the runtime.

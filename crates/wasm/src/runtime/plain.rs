@@ -1,6 +1,7 @@
 //! Runs a module as its author built it, on wasmtime as it is, with the same
 //! WASI: what instrumented runs are compared with. Nothing here can be captured.
 
+use super::fiber::TABLE_ENTRIES_MAX;
 use super::fiber::Trap;
 use super::machine::{Limits, Outcome};
 use super::program::{self, Options, ProgramError};
@@ -41,7 +42,10 @@ impl Context {
         Context {
             plain: plain.clone(),
             tid,
-            limits: StoreLimitsBuilder::new().memory_size(bytes).build(),
+            limits: StoreLimitsBuilder::new()
+                .memory_size(bytes)
+                .table_elements(TABLE_ENTRIES_MAX)
+                .build(),
         }
     }
 }

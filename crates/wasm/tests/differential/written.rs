@@ -403,6 +403,87 @@ fn a_trap_leaves_nothing_behind() {
     );
 }
 
+/// As [`bulk`], on tables: chunks of 8192 entries.
+fn bulk_on_tables(index: &str) {
+    let items = vec!["$f $g $h"; 7000].join(" ");
+    let wat = format!(
+        r#"(module
+          (table $t (export "t") {index} 60000 funcref)
+          (table $u (export "u") {index} 30000 funcref)
+          (elem $e func {items})
+          (func $f (export "f")) (func $g (export "g")) (func $h (export "h"))
+          (func $pick (param i32) (result funcref)
+            (if (result funcref) (local.get 0) (then (ref.func $g)) (else (ref.null func))))
+          (func (export "fill") (param {index} i32 {index})
+            (table.fill $t (local.get 0) (call $pick (local.get 1)) (local.get 2)))
+          (func (export "copy") (param {index} {index} {index})
+            (table.copy $t $t (local.get 0) (local.get 1) (local.get 2)))
+          (func (export "across") (param {index} {index} {index})
+            (table.copy $u $t (local.get 0) (local.get 1) (local.get 2)))
+          (func (export "init") (param {index} i32 i32)
+            (table.init $t $e (local.get 0) (local.get 1) (local.get 2)))
+          (func (export "drop") (elem.drop $e)))"#
+    );
+    let at = |value: i64| match index {
+        "i64" => Value::I64(value as u64),
+        _ => Value::I32(value as u32),
+    };
+    let word = |value: u32| Value::I32(value);
+    let three = |a, b, c| vec![at(a), at(b), at(c)];
+    let filled = |a, value, c| vec![at(a), word(value), at(c)];
+    let calls: Vec<(&str, Vec<Value>)> = vec![
+        ("init", vec![at(100), word(7), word(20_900)]),
+        ("fill", filled(40_000, 1, 20_000)),
+        ("fill", filled(40_001, 1, 20_000)),
+        ("fill", filled(45_000, 0, 8192)),
+        ("fill", filled(-1, 0, 8192)),
+        ("copy", three(5000, 100, 30_000)),
+        ("copy", three(100, 9000, 30_000)),
+        ("copy", three(40_000, 30_000, 20_001)),
+        ("copy", three(3, 3, 50_000)),
+        ("across", three(10, 4000, 29_990)),
+        ("across", three(11, 4000, 29_990)),
+        ("init", vec![at(0), word(2), word(21_000)]),
+        ("init", vec![at(0), word(0), word(21_000)]),
+        ("drop", vec![]),
+        ("init", vec![at(0), word(0), word(9000)]),
+        ("init", vec![at(0), word(0), word(0)]),
+    ];
+    let calls: Vec<(&str, &[Value])> = calls
+        .iter()
+        .map(|(name, args)| (*name, &args[..]))
+        .collect();
+    same(&wat, &calls);
+}
+
+#[test]
+fn bulk_operations_on_32_bit_tables() {
+    bulk_on_tables("i32");
+}
+
+#[test]
+fn bulk_operations_on_64_bit_tables() {
+    bulk_on_tables("i64");
+}
+
+/// A table cannot take more of the host than it may have.
+#[test]
+fn a_table_ends_at_its_limit() {
+    let wat = r#"(module
+      (table $t (export "t") 1 funcref)
+      (func (export "grow") (param i32) (result i32)
+        (loop) (table.grow $t (ref.null func) (local.get 0))))"#;
+    let bytes = wat::parse_str(wat).unwrap();
+    let mut shaken = Shaken::new(&engine(), &bytes, 0).unwrap().unwrap();
+    let mut grow = |by: u32| shaken.call("grow", &[Value::I32(by)]);
+    let failed = Ended::Returned(vec![Value::I32(u32::MAX)]);
+    assert_eq!(grow(1 << 30), failed);
+    assert_eq!(grow(1000), Ended::Returned(vec![Value::I32(1)]));
+    assert_eq!(grow(1 << 20), failed);
+    let bytes = wat::parse_str("(module (table 5000000 funcref))").unwrap();
+    assert!(matches!(Shaken::new(&engine(), &bytes, 0), Ok(Err(_))));
+}
+
 /// `memory.atomic.notify` finds a wrong address as the engine does: alignment
 /// first.
 #[test]
