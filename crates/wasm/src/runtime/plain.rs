@@ -10,8 +10,8 @@ use keel_wasi::{CallState, Function, Outcome as WasiOutcome, ParamType, Wasi};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use wasmtime::{
-    Caller, Engine, Extern, FuncType, InstancePre, Linker, Module, SharedMemory, Store,
-    StoreLimits, StoreLimitsBuilder, Val, ValType,
+    Caller, Engine, Extern, FuncType, InstancePre, Linker, MemoryType, MemoryTypeBuilder, Module,
+    SharedMemory, Store, StoreLimits, StoreLimitsBuilder, Val, ValType,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +50,25 @@ impl Context {
     }
 }
 
+/// The same memory, ending at the limit: the module may import one that ends
+/// sooner than it asks for.
+fn within(ty: &MemoryType, limit_bytes: u64) -> wasmtime::Result<MemoryType> {
+    let limit = limit_bytes >> 16;
+    if ty.minimum() > limit {
+        return Err(wasmtime::Error::msg(format!(
+            "the module starts with {} bytes of memory, the limit is {limit_bytes} (raise it with --memory)",
+            ty.minimum() << 16
+        )));
+    }
+    let maximum = ty.maximum().unwrap_or(limit).min(limit);
+    MemoryTypeBuilder::default()
+        .memory64(ty.is_64())
+        .shared(true)
+        .min(ty.minimum())
+        .max(Some(maximum))
+        .build()
+}
+
 /// Runs a command to its end.
 ///
 /// # Errors
@@ -67,8 +86,8 @@ pub fn run_plain(
     let shared = module
         .imports()
         .find_map(|import| import.ty().memory().cloned())
-        .filter(wasmtime::MemoryType::is_shared)
-        .map(|ty| SharedMemory::new(&engine, ty))
+        .filter(MemoryType::is_shared)
+        .map(|ty| SharedMemory::new(&engine, within(&ty, limits.memory_bytes)?))
         .transpose()
         .map_err(ProgramError::Compile)?;
     let (ended, end) = mpsc::channel();
