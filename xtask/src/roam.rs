@@ -100,7 +100,12 @@ impl Drop for Cluster {
     }
 }
 
-pub(crate) fn run(seconds: u32, moves: u32, package: Option<PathBuf>) -> Result<()> {
+pub(crate) fn run(
+    seconds: u32,
+    moves: u32,
+    only: Option<&str>,
+    package: Option<PathBuf>,
+) -> Result<()> {
     let keel = command::keel()?;
     let cluster = Cluster::start(&keel)?;
     let others = big::programs(seconds, package)?;
@@ -112,7 +117,7 @@ pub(crate) fn run(seconds: u32, moves: u32, package: Option<PathBuf>) -> Result<
         .join("guests/zstd.wasm")
         .display()
         .to_string();
-    // About a second a round of 4 MiB at level 12.
+    // About a third of a second a round of 4 MiB at level 12.
     let rounds = (seconds * 3).to_string();
     let zstd = [zstd.as_str(), "4", "12", "4096", &rounds].map(str::to_owned);
     programs.push(("zstd, 4 workers".into(), zstd.to_vec()));
@@ -122,6 +127,9 @@ pub(crate) fn run(seconds: u32, moves: u32, package: Option<PathBuf>) -> Result<
     );
     let mut unlike = 0;
     for (number, (name, arguments)) in programs.iter().enumerate() {
+        if only.is_some_and(|only| !name.contains(only)) {
+            continue;
+        }
         let machine = format!("m{number}");
         let roamed =
             roam(&cluster, &machine, arguments, seconds, moves).with_context(|| name.clone())?;
@@ -162,6 +170,31 @@ impl Roamed {
     }
 }
 
+/// Moves it to every node once, so that all have compiled it.
+fn warm(cluster: &Cluster, arguments: &[String]) -> Result<()> {
+    let run = ["run", "-d", "--name", "warm", "--on", NODES[0]];
+    let all: Vec<&str> = run
+        .into_iter()
+        .chain(arguments.iter().map(String::as_str))
+        .collect();
+    cluster.ask(&all)?;
+    for to in [NODES[1], NODES[2], NODES[0]] {
+        let deadline = Instant::now() + COMPILING;
+        // Refused until it has started.
+        while let Err(error) = cluster.ask(&["move", "warm", "--to", to]) {
+            ensure!(Instant::now() < deadline, "{error}");
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    }
+    cluster.ask(&["kill", "warm"])?;
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = cluster.ask(&["rm", "warm"]) {
+        ensure!(Instant::now() < deadline, "{error}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
 /// Runs a program alone and on the cluster, where it is moved all the time.
 fn roam(
     cluster: &Cluster,
@@ -177,6 +210,7 @@ fn roam(
         .args(arguments);
     let alone = command::finish(&mut alone, limit)?;
     ensure!(alone.code == Some(0), "alone: {}", alone.stderr);
+    warm(cluster, arguments)?;
     let mut command = cluster.command(NODES[0]);
     command
         .args(["run", "--name", machine, "--on", NODES[0]])

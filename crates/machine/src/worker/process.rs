@@ -25,6 +25,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
+/// Age at which a machine is made ready for its first move: many programs end
+/// sooner.
+const PREPARE_AFTER: Duration = Duration::from_secs(1);
+/// How much less a compiling thread gets than a guest's.
+const COMPILE_NICE: i32 = 5;
 /// Bytes of output in one answer.
 const LOG_CHUNK_BYTES: usize = 64 << 10;
 
@@ -60,6 +65,17 @@ struct Inner {
 pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
     std::fs::create_dir_all(programs)
         .map_err(|error| format!("{}: {error}", programs.display()))?;
+    // Compiling uses all processors; running guests come first.
+    rayon::ThreadPoolBuilder::new()
+        .thread_name(|number| format!("compile-{number}"))
+        .start_handler(|_| {
+            // (On Linux that of a thread.)
+            if let Err(error) = rustix::process::nice(COMPILE_NICE) {
+                tracing::debug!(%error, "compiling is as important as running");
+            }
+        })
+        .build_global()
+        .map_err(|error| format!("no threads to compile: {error}"))?;
     let engine = Engine::with_cache(Options::default(), cache)
         .map_err(|error| format!("the engine: {error}"))?;
     let worker = Arc::new(Worker {
@@ -151,6 +167,8 @@ impl Worker {
                 let identity = PinnedIdentity::generate().map_err(RpcError::refused)?;
                 let fingerprint = identity.fingerprint;
                 self.inner().identity = Some(identity);
+                // A move is being offered: the target compiles, and so can we.
+                self.prepare_resume(Duration::ZERO);
                 Ok(pack(&fingerprint)?.into())
             }
             kind::COPY => {
@@ -232,7 +250,29 @@ impl Worker {
         drop(inner);
         self.state
             .send_replace(State::Running { epoch: start.epoch });
+        self.prepare_resume(PREPARE_AFTER);
         self.watch_end(machine)
+    }
+
+    /// Compiles what its threads need to go on after a safepoint, in the
+    /// background: its first move shall not wait for that.
+    fn prepare_resume(&self, after: Duration) {
+        let Some(machine) = self.inner().machine.clone() else {
+            return;
+        };
+        let thread = std::thread::Builder::new()
+            .name("prepare".into())
+            .spawn(move || {
+                if machine.program().can_resume() || machine.wait(Some(after)).is_some() {
+                    return;
+                }
+                if let Err(error) = machine.program().prepare_resume() {
+                    tracing::warn!(%error, "the machine cannot be moved");
+                }
+            });
+        if let Err(error) = thread {
+            tracing::warn!(%error, "the first move will have to compile");
+        }
     }
 
     /// Keeps an instrumented module where other nodes can get it.
