@@ -119,6 +119,13 @@ pub struct MachineInfo {
     pub moves: Vec<MoveReport>,
 }
 
+impl MachineInfo {
+    /// Whether it is to run: it has not ended.
+    pub fn is_live(&self) -> bool {
+        matches!(self.status.as_str(), "scheduled" | "running" | "arriving")
+    }
+}
+
 /// A module that the cluster keeps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Uploaded {

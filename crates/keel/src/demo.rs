@@ -317,7 +317,7 @@ async fn sum_up(
     let mut machines = Vec::new();
     for (part, before) in PARTS.iter().zip(before) {
         let info = cluster.inspect(STORE_NODE, part.name).await?;
-        if info.status != "running" {
+        if !info.is_live() {
             problems.push(format!(
                 "{} is {}: {}",
                 part.name,

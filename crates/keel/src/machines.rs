@@ -189,7 +189,7 @@ async fn follow(client: &Client, machine: &str, follow: bool) -> Result<()> {
             .get::<MachineInfo>(&format!("/v1/machines/{machine}"))
             .await
         {
-            Ok(info) if info.status == "running" || info.status == "scheduled" => {
+            Ok(info) if info.is_live() => {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
             _ => return Ok(()),
@@ -219,7 +219,7 @@ pub(crate) async fn logs(reach: &Reach, args: &LogArgs) -> Result<ExitCode> {
 pub(crate) async fn ps(reach: &Reach, all: bool) -> Result<ExitCode> {
     let mut machines: Vec<MachineInfo> = reach.client()?.get("/v1/machines").await?;
     if !all {
-        machines.retain(|machine| machine.status == "running" || machine.status == "scheduled");
+        machines.retain(MachineInfo::is_live);
     }
     output::list(
         reach.format(),

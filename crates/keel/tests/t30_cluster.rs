@@ -6,6 +6,7 @@ use keel_machine::moves::{Ending, MoveReport};
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
@@ -349,6 +350,71 @@ async fn a_target_killed_at_any_moment_leaves_the_machine_running() {
     .expect("it moves");
     moved(&report);
     bench.cluster.power_off("a");
+}
+
+/// An agent that stands still loses its connections, but not its machines; and
+/// a worker that does not answer for long is ended before it is called lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn silence_is_no_proof_of_death() {
+    let bench = cluster(&["a", "b"]).await;
+    let cluster = &bench.cluster;
+    let counter = guest("counter");
+    for name in ["one", "two"] {
+        cluster
+            .run(&Guest::new(name, "b", &counter, &["1000000", "2"]))
+            .await
+            .expect("it starts");
+    }
+    // Longer than connections live without a sign of life.
+    cluster.stop_agent("b", true).expect("an agent");
+    tokio::time::sleep(Duration::from_secs(13)).await;
+    cluster.stop_agent("b", false).expect("an agent");
+    let count = lines(cluster, "b", "one").await;
+    wait_lines(cluster, "b", "one", count + 2).await;
+    wait_for("it moves", || async {
+        let report = cluster.move_machine("b", "one", "a").await.ok()?;
+        (report.ending == Ending::Moved).then_some(())
+    })
+    .await
+    .expect("it moves");
+    let count = lines(cluster, "a", "one").await;
+    wait_lines(cluster, "a", "one", count).await;
+    let info = cluster.inspect("b", "two").await.expect("info");
+    assert_eq!(info.status, "running", "{info:?}");
+    let pid = info.pid.expect("a process");
+    cluster.stop_worker("b", "two", true).expect("a worker");
+    let info = cluster.wait_end("b", "two").await.expect("it is noticed");
+    assert_eq!(info.status, "failed", "{info:?}");
+    let gone = !std::path::Path::new(&format!("/proc/{pid}/cmdline")).exists()
+        || std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.is_empty());
+    assert!(gone, "its process is still there");
+}
+
+/// To and fro without a pause: each move begins as soon as the last one is
+/// reported, wherever the machine then is.
+#[tokio::test(flavor = "multi_thread")]
+async fn moves_may_follow_one_another_at_once() {
+    let bench = cluster(&["a", "b"]).await;
+    let cluster = &bench.cluster;
+    cluster
+        .run(&Guest::new(
+            "counter",
+            "a",
+            &guest("counter"),
+            &["1000000", "2"],
+        ))
+        .await
+        .expect("it starts");
+    for round in 0..20 {
+        let (from, to) = [("a", "b"), ("b", "a")][round % 2];
+        let report = cluster.move_machine(from, "counter", to).await;
+        let report = report.expect("a report");
+        moved(&report);
+        // It was told to go on by its source, not found by its agent.
+        assert!(report.resume_micros > 0);
+    }
+    let count = lines(cluster, "a", "counter").await;
+    wait_lines(cluster, "a", "counter", count).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,6 +44,13 @@ const IMAGE_BYTES_MAX: usize = 1 << 30;
 /// How long a silent peer is waited for.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How long a connection is quiet before the peer's host is probed, and how
+/// often in vain.
+const KEEPALIVE: Duration = Duration::from_secs(3);
+const KEEPALIVE_PROBES: u32 = 3;
+/// The same while the machine stands still.
+const FROZEN_PATIENCE: Duration = Duration::from_secs(3);
+
 const KIND_HELLO: u16 = 1;
 const KIND_SIZE: u16 = 2;
 const KIND_PAGES: u16 = 3;
@@ -340,6 +347,12 @@ impl std::fmt::Debug for Link {
 
 fn prepare(socket: &TcpStream) -> std::io::Result<()> {
     socket.set_nodelay(true)?;
+    // A host that is switched off says nothing, and a target that is ready
+    // waits without limit.
+    rustix::net::sockopt::set_socket_keepalive(socket, true)?;
+    rustix::net::sockopt::set_tcp_keepidle(socket, KEEPALIVE)?;
+    rustix::net::sockopt::set_tcp_keepintvl(socket, KEEPALIVE)?;
+    rustix::net::sockopt::set_tcp_keepcnt(socket, KEEPALIVE_PROBES)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.set_write_timeout(Some(PATIENCE))
 }
@@ -444,10 +457,11 @@ impl Link {
     }
 
     fn write_out(&mut self) -> Result<(), LinkError> {
-        self.stream.write(&self.out)?;
+        let written = self.stream.write(&self.out);
         self.sent_bytes += self.out.len() as u64;
+        // After an error too: what was cut off must not be sent again.
         self.out.clear();
-        Ok(())
+        Ok(written?)
     }
 
     /// Sends what was collected.
@@ -491,7 +505,18 @@ impl Link {
         }
     }
 
-    /// Lets reads and writes wait without limit: the rest of the move is up to
+    /// Waits less long for a silent peer from now on: the machine stands still.
+    ///
+    /// # Errors
+    /// [`LinkError::Io`].
+    pub fn be_quick(&self) -> Result<(), LinkError> {
+        let socket = self.stream.socket();
+        socket.set_read_timeout(Some(FROZEN_PATIENCE))?;
+        socket.set_write_timeout(Some(FROZEN_PATIENCE))?;
+        Ok(())
+    }
+
+    /// Lets reads wait without limit: the rest of the move is up to
     /// the store.
     ///
     /// # Errors

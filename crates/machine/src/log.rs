@@ -120,8 +120,9 @@ impl Log {
         record.push(stream as u8);
         record.extend((text.len() as u32).to_le_bytes());
         record.extend(text);
-        let end = self.end();
-        self.write_at(end, &record)
+        // Two streams write at once: where the end is must not be asked first.
+        let mut state = self.state();
+        self.add(&mut state, &record)
     }
 
     /// Puts bytes of whole records at an offset: the end, or before it where
@@ -141,6 +142,10 @@ impl Log {
         let Some(new) = bytes.get(known..).filter(|new| !new.is_empty()) else {
             return Ok(());
         };
+        self.add(&mut state, new)
+    }
+
+    fn add(&self, state: &mut State, new: &[u8]) -> std::io::Result<()> {
         let end = state.end;
         if let Some(last) = state.segments.last()
             && end - last.base >= SEGMENT_BYTES_MAX
@@ -345,6 +350,41 @@ impl Sink for LogSink {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn streams_that_write_at_once_lose_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log::open(folder.path(), 0).unwrap();
+        std::thread::scope(|scope| {
+            for (stream, letter) in [(StreamKind::Output, b'o'), (StreamKind::Error, b'e')] {
+                let log = &log;
+                scope.spawn(move || {
+                    for round in 0..5000usize {
+                        log.append(stream, &vec![letter; 1 + round % 40]).unwrap();
+                    }
+                });
+            }
+        });
+        let mut bytes = Vec::new();
+        while let (_, piece) = log.read(bytes.len() as u64, 1 << 16).unwrap()
+            && !piece.is_empty()
+        {
+            bytes.extend(piece);
+        }
+        for (stream, letter) in [(StreamKind::Output, b'o'), (StreamKind::Error, b'e')] {
+            let records = split_records(&mut bytes.clone());
+            let lengths: Vec<usize> = records
+                .iter()
+                .filter(|(kind, _)| *kind == stream)
+                .map(|(_, text)| {
+                    assert!(text.iter().all(|byte| *byte == letter));
+                    text.len()
+                })
+                .collect();
+            let expected: Vec<usize> = (0..5000).map(|round| 1 + round % 40).collect();
+            assert_eq!(lengths, expected);
+        }
+    }
 
     #[test]
     fn offsets_last_over_segments_and_reopening() {

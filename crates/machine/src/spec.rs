@@ -70,12 +70,21 @@ pub enum Status {
         /// Why, and what to do.
         reason: String,
     },
+    /// Its owner by the commit of a move, but not known to run there yet: the
+    /// source keeps its frozen copy, and may take it back.
+    Arriving {
+        /// The source.
+        from: NodeName,
+    },
 }
 
 impl Status {
     /// Whether it has ended.
     pub fn ended(&self) -> bool {
-        !matches!(self, Status::Scheduled | Status::Running)
+        !matches!(
+            self,
+            Status::Scheduled | Status::Running | Status::Arriving { .. }
+        )
     }
 
     /// One word for tables.
@@ -87,6 +96,7 @@ impl Status {
             Status::Trapped { .. } => "trapped".into(),
             Status::Stopped => "stopped".into(),
             Status::Failed { .. } => "failed".into(),
+            Status::Arriving { .. } => "arriving".into(),
         }
     }
 }

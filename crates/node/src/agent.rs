@@ -266,6 +266,8 @@ async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(),
     let listener = tokio::net::TcpListener::bind(address)
         .await
         .map_err(system(format!("listening on {address}")))?;
+    // Before anybody can ask what runs here.
+    agent.workers.adopt(&agent.dir).await;
     let server = Server::serve(
         listener,
         agent.identity.server_tls()?,
@@ -274,7 +276,6 @@ async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(),
         RpcOptions::default(),
     )
     .map_err(system(format!("listening on {address}")))?;
-    agent.workers.adopt(&agent.dir).await;
     for machine in agent.workers.names() {
         reconcile::watch_worker(&agent, &machine);
         let agent = agent.clone();

@@ -15,7 +15,9 @@ use keel_machine::moves::{
     Ending, MoveReport, SourceCommand, SourceEvent, SourceMove, SourceState,
 };
 use keel_machine::spec::{Record, Spec, Status};
-use keel_machine::worker::control::{Copy, CopyEvent, Frozen, Receiving, kind, pack, unpack};
+use keel_machine::worker::control::{
+    Copy, CopyEvent, Frozen, Receiving, State, kind, pack, unpack,
+};
 use keel_net::{Fingerprint, RpcError};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -26,6 +28,8 @@ use tokio::sync::{mpsc, watch};
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause between attempts to settle what is unknown.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
+/// How long a machine that just arrived may take to be known to run.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long freezing and sending the rest may take.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -65,9 +69,7 @@ pub(crate) async fn begin(
     machine: &MachineName,
     target: &NodeName,
 ) -> Result<mpsc::Receiver<MoveLine>, String> {
-    let found = record::get(&*agent.store, machine)
-        .await
-        .map_err(|error| error.to_string())?;
+    let found = settled(agent, machine).await?;
     let record = found.record;
     if record.owner != agent.name {
         return Err(format!(
@@ -91,6 +93,16 @@ pub(crate) async fn begin(
         .workers
         .get(machine)
         .ok_or_else(|| format!("machine {machine:?} has no worker here"))?;
+    // It may have been given to this node and not have gone on yet.
+    match worker.state().await {
+        Ok(State::Running { epoch }) if epoch == record.epoch => {}
+        Ok(state) => {
+            return Err(format!(
+                "machine {machine:?} is not ready to move ({state:?}); try again"
+            ));
+        }
+        Err(error) => return Err(format!("its worker does not answer: {error}")),
+    }
     let (interrupt, interrupted) = watch::channel(None);
     let (over_sender, over) = watch::channel(false);
     {
@@ -124,6 +136,21 @@ pub(crate) async fn begin(
         over_sender.send_replace(true);
     });
     Ok(receiver)
+}
+
+/// A machine's record, once a move that brought it here is over.
+async fn settled(agent: &Agent, machine: &MachineName) -> Result<record::Found, String> {
+    let deadline = Instant::now() + SETTLE_PATIENCE;
+    loop {
+        let found = record::get(&*agent.store, machine)
+            .await
+            .map_err(|error| error.to_string())?;
+        let arriving = matches!(found.record.status, Status::Arriving { .. });
+        if !arriving || Instant::now() > deadline {
+            return Ok(found);
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 fn new_report(record: &Record, target: &NodeName) -> MoveReport {
@@ -205,7 +232,7 @@ impl Driver {
             }
             SourceCommand::Forget => {
                 let (agent, machine) = (&self.agent, &self.record.name);
-                agent.workers.forget(&agent.dir, machine).await;
+                agent.workers.forget_later(&agent.dir, machine);
                 None
             }
         }
@@ -343,10 +370,19 @@ impl Driver {
         Key::Machine(self.record.name.clone())
     }
 
+    /// The record after the commit, or after a write that keeps it here.
     fn owned_by(&self, owner: &NodeName, epoch: Epoch) -> Result<Vec<u8>, String> {
+        let status = if *owner == self.agent.name {
+            Status::Running
+        } else {
+            Status::Arriving {
+                from: self.agent.name.clone(),
+            }
+        };
         let record = Record {
             owner: owner.clone(),
             epoch,
+            status,
             ..self.record.clone()
         };
         record.encode()
@@ -410,13 +446,19 @@ impl Driver {
         let machine = &self.record.name;
         let found = match record::get(&*self.agent.store, machine).await {
             Ok(found) => found,
+            Err(record::RecordError::NoMachine(_)) => return SourceEvent::OwnWriteLost,
             Err(error) => return self.later(&error.to_string()).await,
         };
-        if found.record.owner == self.agent.name && found.record.epoch == epoch {
+        let record = &found.record;
+        if record.owner == self.agent.name && record.epoch == epoch {
             // An earlier attempt, whose answer was lost.
             return SourceEvent::OwnWriteWon;
         }
-        if found.record.owner != self.target || found.record.status.ended() {
+        // Only what never ran there is taken back.
+        let arriving = record.owner == self.target
+            && record.epoch == self.record.epoch.next()
+            && matches!(record.status, Status::Arriving { .. });
+        if !arriving {
             return SourceEvent::OwnWriteLost;
         }
         let entry = |node: &NodeName| Key::Schedule(node.clone(), machine.clone());
@@ -445,6 +487,18 @@ impl Driver {
                         if found.record.owner == self.agent.name && found.record.epoch == epoch =>
                     {
                         SourceEvent::OwnWriteWon
+                    }
+                    // Something else was written, say the report of an earlier
+                    // move. That made the commit impossible, but was no write
+                    // of this move's.
+                    Ok(found)
+                        if found.record.owner == self.agent.name
+                            && found.record.epoch == self.record.epoch
+                            && !found.record.status.ended() =>
+                    {
+                        self.revision = found.revision;
+                        self.record.reports = found.record.reports;
+                        SourceEvent::OwnWriteUnknown
                     }
                     Ok(_) | Err(record::RecordError::NoMachine(_)) => SourceEvent::OwnWriteLost,
                     Err(error) => self.later(&error.to_string()).await,

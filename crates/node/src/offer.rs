@@ -181,20 +181,6 @@ pub(crate) async fn drop_reservation(agent: &Arc<Agent>, machine: &MachineName) 
     }
 }
 
-/// Whether the store says that a machine is this node's. Waits for the store.
-pub(crate) async fn is_owner(agent: &Arc<Agent>, machine: &MachineName) -> bool {
-    loop {
-        match record::get(&*agent.store, machine).await {
-            Ok(found) => return found.record.owner == agent.name,
-            Err(record::RecordError::Store(error)) => {
-                tracing::warn!(%machine, %error, "not known yet whose it is");
-                tokio::time::sleep(RETRY_AFTER).await;
-            }
-            Err(_) => return false,
-        }
-    }
-}
-
 /// Settles an arrival whose source is lost: takes the reservation away, which
 /// makes a commit that is still on its way impossible. Where it is gone
 /// already, the commit had won, and the machine is this node's.
@@ -215,6 +201,11 @@ async fn settle_once(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), St
         return Ok(());
     };
     let state = worker.state().await.map_err(|error| error.to_string())?;
+    // Only what arrives is settled: it may be the source that asks to withdraw,
+    // while this node gives the machine to it.
+    if matches!(state, State::Running { .. } | State::Ended { .. }) {
+        return Ok(());
+    }
     let key = Key::Reservation(agent.name.clone(), machine.clone()).to_string();
     let txn = Txn::new()
         .when(Compare::Exists { key: key.clone() })

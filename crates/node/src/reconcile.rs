@@ -10,7 +10,7 @@ use crate::agent::Agent;
 use crate::record::{self, RecordError};
 use crate::workers::{COMPILE_PATIENCE, Worker};
 use keel_cluster::keys::{self, Key};
-use keel_cluster::{MachineName, StoreError};
+use keel_cluster::{MachineName, NodeName, StoreError};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Start, State, kind, unpack};
 use keel_net::RpcError;
@@ -77,20 +77,34 @@ fn spawn_ensure(agent: &Arc<Agent>, machine: MachineName) {
 /// Makes a scheduled machine run, or says in the store why it does not.
 async fn ensure(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordError> {
     if let Some(worker) = agent.workers.get(machine) {
-        // It arrived, and the commit won: the source may not live to say so.
         let found = record::get(&*agent.store, machine).await?;
-        if let Ok(State::Prepared { offered, .. }) = worker.state().await
-            && found.record.owner == agent.name
-            && found.record.epoch > offered
-        {
-            let go: Result<u64, RpcError> = worker
-                .ask(kind::GO, &found.record.epoch, crate::workers::PROMPT)
-                .await;
-            if let Err(error) = go {
-                tracing::info!(%machine, %error, "it was told to go on by its source first");
+        let record = &found.record;
+        match worker.state().await {
+            // It arrived, and the commit won: the source may not live to say so.
+            Ok(State::Prepared { offered, .. })
+                if record.owner == agent.name && record.epoch > offered =>
+            {
+                let go: Result<u64, RpcError> = worker
+                    .ask(kind::GO, &record.epoch, crate::workers::PROMPT)
+                    .await;
+                if let Err(error) = go {
+                    tracing::info!(%machine, %error, "it was told to go on by its source first");
+                }
+                return Ok(());
             }
+            // An earlier agent died while it started the machine.
+            Ok(State::Running { epoch })
+                if record.status == Status::Scheduled && record.epoch == epoch =>
+            {
+                return is_running(agent, machine).await;
+            }
+            Ok(State::Empty)
+                if record.status == Status::Scheduled && !agent.busy().contains(machine) =>
+            {
+                agent.workers.forget(&agent.dir, machine).await;
+            }
+            _ => return Ok(()),
         }
-        return Ok(());
     }
     if !agent.busy().insert(machine.clone()) {
         return Ok(());
@@ -108,22 +122,75 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<()
     let failure = match found.record.status {
         Status::Scheduled => match start(agent, &found.record).await {
             Ok(()) => {
-                let running = |record: &mut Record| {
-                    let scheduled = record.status == Status::Scheduled;
-                    record.status = Status::Running;
-                    scheduled
-                };
-                record::update(&*agent.store, machine, running, |txn, _| txn).await?;
+                // First: its end must be seen, whatever the store does.
                 watch_worker(agent, machine);
-                return Ok(());
+                return is_running(agent, machine).await;
             }
             Err(reason) => reason,
         },
         Status::Running => "its worker process was lost".to_owned(),
+        Status::Arriving { from } => return lost_on_arrival(agent, machine, &from).await,
         _ => return Ok(()),
     };
     agent.workers.forget(&agent.dir, machine).await;
     finish(agent, machine, Status::Failed { reason: failure }).await
+}
+
+/// Writes that a machine which was started here, or arrived here, runs, until
+/// the store has it.
+async fn is_running(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordError> {
+    let running = |record: &mut Record| {
+        let expected = matches!(record.status, Status::Scheduled | Status::Arriving { .. });
+        let mine = expected && record.owner == agent.name;
+        if mine {
+            record.status = Status::Running;
+        }
+        mine
+    };
+    loop {
+        match record::update(&*agent.store, machine, running, |txn, _| txn).await {
+            Err(RecordError::Store(error)) => {
+                tracing::warn!(%machine, %error, "that it runs is not in the store yet");
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+            Ok(_) | Err(RecordError::NoMachine(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// A machine whose move was committed, but whose worker here was lost before it
+/// went on. Its source has the frozen copy and takes it back; only when the
+/// source's node is gone too, the machine is lost.
+async fn lost_on_arrival(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    from: &NodeName,
+) -> Result<(), RecordError> {
+    loop {
+        let waits = |record: &Record| {
+            record.owner == agent.name && matches!(record.status, Status::Arriving { .. })
+        };
+        let still = match record::get(&*agent.store, machine).await {
+            Ok(found) => waits(&found.record),
+            Err(RecordError::NoMachine(_)) => return Ok(()),
+            Err(error) => {
+                tracing::warn!(%machine, %error, "not known yet who has it");
+                true
+            }
+        };
+        if !still {
+            return Ok(());
+        }
+        let alive = record::alive(&*agent.store).await;
+        if alive.is_ok_and(|alive| !alive.contains(from)) {
+            let reason = format!(
+                "its worker process was lost when it arrived, and so was its source {from}"
+            );
+            return finish(agent, machine, Status::Failed { reason }).await;
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
 }
 
 async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
@@ -171,10 +238,18 @@ pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName)
                 let thawed: Result<(), RpcError> = worker
                     .ask(kind::THAW, &record.epoch, crate::workers::PROMPT)
                     .await;
-                if let Err(error) = thawed {
-                    tracing::error!(%machine, %error, "it stays frozen");
+                match thawed {
+                    Ok(()) => return,
+                    // It ended, or its worker is lost: others see to that.
+                    Err(error) if !worker.report().await.is_ok_and(|it| it.giving_away) => {
+                        tracing::warn!(%machine, %error, "it does not go on");
+                        return;
+                    }
+                    Err(error) => {
+                        tracing::error!(%machine, %error, "it does not go on yet");
+                        tokio::time::sleep(RETRY_AFTER).await;
+                    }
                 }
-                return;
             }
             // The commit had won: the schedule says that it is not here.
             Ok(_) | Err(RecordError::NoMachine(_)) => return,
@@ -191,7 +266,9 @@ async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
     let Some(worker) = agent.workers.get(machine) else {
         return;
     };
-    // What was seen may be long past: the machine may have come back since.
+    // In this order: what runs before its entry is looked for, and has none
+    // then, is not to run.
+    let state = worker.state().await;
     let entry = Key::Schedule(agent.name.clone(), machine.clone()).to_string();
     match agent.store.get(&entry).await {
         Ok(None) => {}
@@ -204,13 +281,30 @@ async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
     if agent.moves().contains_key(machine) || agent.busy().contains(machine) {
         return;
     }
-    match worker.state().await {
+    if !agent
+        .workers
+        .get(machine)
+        .is_some_and(|now| now.is(&worker))
+    {
+        return;
+    }
+    match state {
         // Its end is on its way into the store.
         Ok(State::Ended { .. }) => {}
-        Ok(State::Receiving { .. } | State::Prepared { .. }) => {
+        // What arrives has no entry yet. Its worker sees when the source is
+        // lost.
+        Ok(
+            State::Receiving { .. }
+            | State::Prepared {
+                source_lost: false, ..
+            },
+        ) => {}
+        Ok(State::Prepared { .. } | State::Dropped { .. }) => {
             crate::offer::settle(agent, machine).await;
         }
-        _ => {
+        // Whether it is lost is found out where it is watched.
+        Err(error) => tracing::warn!(%machine, %error, "its worker does not answer"),
+        Ok(State::Empty | State::Running { .. }) => {
             tracing::warn!(%machine, "it is not in the schedule here any more, ending its worker");
             agent.workers.forget(&agent.dir, machine).await;
         }
@@ -241,6 +335,11 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
                     Ok(State::Prepared {
                         source_lost: true, ..
                     }) => crate::offer::settle(&agent, &machine).await,
+                    Ok(State::Running { .. }) => {
+                        if let Err(error) = is_running(&agent, &machine).await {
+                            tracing::warn!(%machine, %error, "that it runs is not in the store");
+                        }
+                    }
                     Ok(_) => {}
                     Err(error) => {
                         lost = error.to_string();
@@ -270,16 +369,47 @@ async fn ended(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker, statu
 
 async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker, reason: &str) {
     // A worker that was told to go away is not in the table any more.
-    if !agent.workers.remove_exactly(machine, worker) {
+    if !agent.workers.get(machine).is_some_and(|now| now.is(worker)) {
         return;
     }
-    tracing::warn!(%machine, reason, "its worker was lost");
-    crate::moving::machine_ended(agent, machine);
-    if !crate::offer::is_owner(agent, machine).await {
-        // It was only arriving.
-        crate::offer::drop_reservation(agent, machine).await;
-        agent.workers.forget(&agent.dir, machine).await;
+    tracing::warn!(%machine, reason, "the connection to its worker was lost");
+    if agent.workers.reconnect(&agent.dir, machine, worker).await {
+        watch_worker(agent, machine);
         return;
+    }
+    // From here on it is certain that nothing of it runs here.
+    crate::moving::machine_ended(agent, machine);
+    let found = loop {
+        match record::get(&*agent.store, machine).await {
+            Ok(found) => break Some(found.record),
+            Err(RecordError::Store(error)) => {
+                tracing::warn!(%machine, %error, "not known yet whose it is");
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+            Err(_) => break None,
+        }
+    };
+    // Another may have come meanwhile.
+    if !agent.workers.get(machine).is_some_and(|now| now.is(worker)) {
+        return;
+    }
+    match found {
+        Some(record) if record.owner == agent.name => {
+            // Its output stays.
+            agent.workers.remove_exactly(machine, worker);
+            if let Status::Arriving { from } = record.status {
+                if let Err(error) = lost_on_arrival(agent, machine, &from).await {
+                    tracing::error!(%machine, %error, "what became of it is not in the store");
+                }
+                return;
+            }
+        }
+        _ => {
+            // It was only arriving.
+            agent.workers.forget(&agent.dir, machine).await;
+            crate::offer::drop_reservation(agent, machine).await;
+            return;
+        }
     }
     let status = Status::Failed {
         reason: format!("its worker process was lost ({reason})"),

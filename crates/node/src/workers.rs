@@ -6,18 +6,27 @@ use keel_cluster::MachineName;
 use keel_machine::worker::SOCKET;
 use keel_machine::worker::control::{Report, State, kind, pack, unpack};
 use keel_net::{Client, Options, RpcError, rpc::StreamReceiver};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Serialize, de::DeserializeOwned};
 use std::collections::HashMap;
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::net::UnixStream;
 
+/// Begins the names of folders whose machine is gone; no machine's does.
+const GRAVE: &str = ".gone-";
 /// How long a new worker has until it answers.
 const START_PATIENCE: Duration = Duration::from_secs(20);
 /// How long a worker may take for what takes no time.
 pub(crate) const PROMPT: Duration = Duration::from_secs(10);
+/// How long a worker has to end by itself.
+const FORGET_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a worker whose connection was lost may take to answer anew.
+const RECONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long it may take to compile a module.
 pub(crate) const COMPILE_PATIENCE: Duration = Duration::from_secs(1800);
 
@@ -27,6 +36,8 @@ pub(crate) struct Worker {
     client: Client,
     /// Tells it from earlier and later workers of the same machine.
     id: u64,
+    /// The process: what its socket does not say is asked of the kernel.
+    process: Arc<OwnedFd>,
 }
 
 impl Worker {
@@ -37,12 +48,21 @@ impl Worker {
             .await
             .map_err(|error| format!("{}: {error}", path.display()))?;
         let place = path.display().to_string();
+        let process = stream
+            .peer_cred()
+            .ok()
+            .and_then(|peer| Pid::from_raw(peer.pid()?))
+            .ok_or_else(|| format!("{place}: whose it is is not known"))
+            .and_then(|pid| {
+                pidfd_open(pid, PidfdFlags::empty()).map_err(|error| format!("{place}: {error}"))
+            })?;
         let client = Client::over(stream, "worker", &place, Options::default())
             .await
             .map_err(|error| error.to_string())?;
         Ok(Worker {
             client,
             id: rand::random(),
+            process: Arc::new(process),
         })
     }
 
@@ -72,10 +92,43 @@ impl Worker {
         Ok(self.report().await?.state)
     }
 
-    /// Ends the process.
+    /// Whether these are the same process.
+    pub(crate) fn is(&self, other: &Worker) -> bool {
+        self.id == other.id
+    }
+
+    /// Ends the process; returns when it is gone.
     pub(crate) async fn forget(&self) {
-        // It may have ended already.
-        let _: Result<(), _> = self.ask(kind::FORGET, &(), PROMPT).await;
+        // It may have ended already, or may not be able to answer.
+        let _: Result<(), _> = self.ask(kind::FORGET, &(), FORGET_PATIENCE).await;
+        if !self.gone_within(FORGET_PATIENCE).await {
+            self.kill().await;
+        }
+    }
+
+    /// Ends the process whatever it is doing; returns when it is gone. From
+    /// then on nothing of its machine runs here.
+    pub(crate) async fn kill(&self) {
+        // An error means that it is gone already.
+        let _ = pidfd_send_signal(&*self.process, Signal::KILL);
+        while !self.gone_within(PROMPT).await {
+            tracing::error!("a worker cannot be killed: is its disk stuck?");
+        }
+    }
+
+    /// Whether the process is gone, or goes within a time.
+    async fn gone_within(&self, patience: Duration) -> bool {
+        let process = self.process.clone();
+        let waited = tokio::task::spawn_blocking(move || {
+            // A process that ended is readable.
+            let mut ended = [PollFd::new(&*process, PollFlags::IN)];
+            let patience = Timespec {
+                tv_sec: patience.as_secs() as i64,
+                tv_nsec: patience.subsec_nanos().into(),
+            };
+            poll(&mut ended, Some(&patience))
+        });
+        matches!(waited.await, Ok(Ok(1..)))
     }
 }
 
@@ -106,9 +159,7 @@ impl Workers {
     /// another one. False if it was not there any more.
     pub(crate) fn remove_exactly(&self, machine: &MachineName, worker: &Worker) -> bool {
         let mut table = self.table();
-        let same = table
-            .get(machine)
-            .is_some_and(|known| known.id == worker.id);
+        let same = table.get(machine).is_some_and(|known| known.is(worker));
         if same {
             table.remove(machine);
         }
@@ -122,6 +173,14 @@ impl Workers {
         };
         for entry in entries.flatten() {
             let name = entry.file_name();
+            if name.to_str().is_some_and(|name| name.starts_with(GRAVE)) {
+                // An earlier agent was ending it.
+                if let Ok(worker) = Worker::connect(&entry.path()).await {
+                    worker.forget().await;
+                }
+                remove_folder(&entry.path());
+                continue;
+            }
             let Some(machine) = name.to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
@@ -133,6 +192,38 @@ impl Workers {
                 Err(error) => tracing::debug!(%machine, error, "no worker runs in its folder"),
             }
         }
+    }
+
+    /// Connects anew to a worker whose connection was lost, which does not say
+    /// that its process is. Where it does not answer, it is killed: then it is
+    /// lost for certain.
+    pub(crate) async fn reconnect(
+        &self,
+        dir: &StateDir,
+        machine: &MachineName,
+        worker: &Worker,
+    ) -> bool {
+        let folder = dir.worker(machine);
+        let deadline = tokio::time::Instant::now() + RECONNECT_PATIENCE;
+        while !worker.gone_within(Duration::from_millis(20)).await
+            && tokio::time::Instant::now() < deadline
+        {
+            let connected = tokio::time::timeout_at(deadline, Worker::connect(&folder)).await;
+            if let Ok(Ok(anew)) = connected {
+                let anew = Worker {
+                    id: worker.id,
+                    ..anew
+                };
+                let mut table = self.table();
+                if table.get(machine).is_some_and(|known| known.is(worker)) {
+                    table.insert(machine.clone(), anew);
+                }
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        worker.kill().await;
+        false
     }
 
     /// Starts a worker for a machine that has none here. What an earlier one
@@ -198,16 +289,46 @@ impl Workers {
         Ok(worker)
     }
 
-    /// Ends a machine's worker and removes its folder.
+    /// Ends a machine's worker and removes its folder; returns when nothing of
+    /// it runs here any more.
     pub(crate) async fn forget(&self, dir: &StateDir, machine: &MachineName) {
-        if let Some(worker) = self.remove(machine) {
+        let (worker, grave) = self.bury(dir, machine);
+        if let Some(worker) = worker {
             worker.forget().await;
         }
+        remove_folder(&grave);
+    }
+
+    /// As [`Self::forget`], for a machine that is frozen for good: its process
+    /// ends in its own time.
+    pub(crate) fn forget_later(&self, dir: &StateDir, machine: &MachineName) {
+        let (worker, grave) = self.bury(dir, machine);
+        tokio::spawn(async move {
+            if let Some(worker) = worker {
+                worker.forget().await;
+            }
+            remove_folder(&grave);
+        });
+    }
+
+    /// Takes a worker out of the table, and its folder out of the way first: a
+    /// new worker of that name may come at once.
+    fn bury(&self, dir: &StateDir, machine: &MachineName) -> (Option<Worker>, PathBuf) {
         let folder = dir.worker(machine);
-        if let Err(error) = std::fs::remove_dir_all(&folder)
+        let grave = folder.with_file_name(format!("{GRAVE}{:016x}", rand::random::<u64>()));
+        if let Err(error) = std::fs::rename(&folder, &grave)
             && error.kind() != std::io::ErrorKind::NotFound
         {
             tracing::warn!(%error, folder = %folder.display(), "a machine's folder stays");
         }
+        (self.remove(machine), grave)
+    }
+}
+
+fn remove_folder(folder: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(folder)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, folder = %folder.display(), "a machine's folder stays");
     }
 }

@@ -249,7 +249,7 @@ impl LocalCluster {
     pub async fn wait_end(&self, node: &str, machine: &str) -> Result<MachineInfo> {
         wait_for(&format!("machine {machine} ends"), || async {
             let info = self.inspect(node, machine).await.ok()?;
-            (info.status != "running" && info.status != "scheduled").then_some(info)
+            (!info.is_live()).then_some(info)
         })
         .await
     }
@@ -300,6 +300,35 @@ impl LocalCluster {
             line.iter().any(|word| word == "agent")
         });
         ensure!(killed > 0, "node {name} has no agent");
+        Ok(())
+    }
+
+    /// Stops a node's agent as SIGSTOP does, or lets it go on.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn stop_agent(&self, name: &str, stop: bool) -> Result<()> {
+        let signal = if stop { Signal::STOP } else { Signal::CONT };
+        let signalled = self.signal(name, signal, &|line| {
+            line.iter().any(|word| word == "agent")
+        });
+        ensure!(signalled > 0, "node {name} has no agent");
+        Ok(())
+    }
+
+    /// Stops a machine's process as SIGSTOP does, or lets it go on.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn stop_worker(&self, name: &str, machine: &str, stop: bool) -> Result<()> {
+        let signal = if stop { Signal::STOP } else { Signal::CONT };
+        let folder = self.folder(name).join("workers").join(machine);
+        let folder = folder.display().to_string();
+        let signalled = self.signal(name, signal, &|line| line.contains(&folder));
+        ensure!(
+            signalled > 0,
+            "machine {machine} has no worker on node {name}"
+        );
         Ok(())
     }
 

@@ -35,6 +35,32 @@ fn alone(name: &str, args: &[&str]) -> String {
     running.text()
 }
 
+/// Threads that are spawned while a freeze comes too late begin all the same.
+#[test]
+fn freezes_that_come_too_late_lose_no_thread() {
+    let expected = alone("threads", &["2"]);
+    let program = program(&guest("threads"));
+    for _ in 0..5 {
+        let running = Running::start(&program, &["2"]);
+        let begun = Instant::now();
+        let mut late = 0;
+        let outcome = loop {
+            if let Some(outcome) = running.machine.wait(Some(Duration::ZERO)) {
+                break outcome;
+            }
+            match running.machine.freeze(Duration::ZERO) {
+                Err(MachineError::Late(_)) => late += 1,
+                Ok(()) => running.machine.thaw().unwrap(),
+                Err(_) => {}
+            }
+            assert!(begun.elapsed() < LIMIT, "it stands still");
+        };
+        assert_eq!(outcome, Outcome::Exit(0));
+        assert_eq!(running.text(), expected);
+        assert!(late > 0);
+    }
+}
+
 /// Held threads stand, whatever else is asked of their machine meanwhile.
 #[test]
 fn held_threads_stand_until_they_are_released() {

@@ -182,6 +182,7 @@ impl Outgoing {
         // A guest that had to be slowed down is kept slow up to here; if it
         // stands still just now, its downtime has begun.
         let begun = self.slowdown.stop().unwrap_or_else(Instant::now);
+        self.link.be_quick()?;
         self.machine.freeze(FREEZE_PATIENCE)?;
         self.slowdown.release();
         let frozen = Instant::now();

@@ -34,6 +34,8 @@ const COMPILE_NICE: i32 = 5;
 const LOG_CHUNK_BYTES: usize = 64 << 10;
 
 struct Worker {
+    /// Held while the machine is being frozen and sent, or thawed.
+    freezing: Mutex<()>,
     folder: PathBuf,
     programs: PathBuf,
     engine: Engine,
@@ -51,6 +53,9 @@ struct Inner {
     outgoing: Option<Outgoing>,
     /// From the first page sent until the machine goes on here.
     giving_away: bool,
+    /// The move was given up: a freeze that comes, or is under way, must not
+    /// leave the machine frozen.
+    given_up: bool,
     /// Breaks the connection of a copy that another thread is busy with.
     closer: Option<std::net::TcpStream>,
     target: Option<TargetMove>,
@@ -79,6 +84,7 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
     let engine = Engine::with_cache(Options::default(), cache)
         .map_err(|error| format!("the engine: {error}"))?;
     let worker = Arc::new(Worker {
+        freezing: Mutex::default(),
         folder: folder.to_owned(),
         programs: programs.to_owned(),
         engine,
@@ -382,6 +388,7 @@ impl Worker {
                     let parts = (machine.clone(), log.clone(), name.clone(), inner.epoch);
                     let identity = inner.identity.take();
                     inner.giving_away = identity.is_some();
+                    inner.given_up = false;
                     identity.map(|identity| (identity, parts))
                 }
                 _ => None,
@@ -413,10 +420,19 @@ impl Worker {
     fn freeze(&self) -> Result<Frozen, RpcError> {
         // `copy` says that it converged a moment before it puts this back.
         let deadline = Instant::now() + Duration::from_secs(1);
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
         let mut outgoing = loop {
-            if let Some(outgoing) = self.inner().outgoing.take() {
+            let mut inner = self.inner();
+            if inner.given_up {
+                return Err(RpcError::refused("the move was given up"));
+            }
+            if let Some(outgoing) = inner.outgoing.take() {
                 break outgoing;
             }
+            drop(inner);
             if Instant::now() > deadline {
                 return Err(RpcError::refused("nothing was copied"));
             }
@@ -430,17 +446,19 @@ impl Worker {
     /// Source: tells the target to go on. Target: goes on.
     fn go(self: &Arc<Self>, epoch: Epoch) -> Result<u64, RpcError> {
         let begun = Instant::now();
-        if self.inner().target.is_some() {
+        // A machine that came by a move may be on its next: what it gives away
+        // counts, not how it came.
+        let outgoing = self.inner().outgoing.take();
+        let Some(mut outgoing) = outgoing else {
+            if self.inner().target.is_none() {
+                return Err(RpcError::refused("no move is under way"));
+            }
             return match self.step_target(TargetEvent::Go(epoch)) {
                 commands if commands.is_empty() => {
                     Err(RpcError::refused("not ready, or an older epoch"))
                 }
                 _ => Ok(begun.elapsed().as_micros() as u64),
             };
-        }
-        let outgoing = self.inner().outgoing.take();
-        let Some(mut outgoing) = outgoing else {
-            return Err(RpcError::refused("no move is under way"));
         };
         let result = outgoing.go(epoch);
         self.inner().outgoing = Some(outgoing);
@@ -449,42 +467,51 @@ impl Worker {
     }
 
     fn thaw(&self, epoch: Epoch) -> Result<(), RpcError> {
+        self.give_up();
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
         let (machine, outgoing) = {
             let mut inner = self.inner();
             inner.epoch = epoch;
-            inner.giving_away = false;
             (inner.machine.clone(), inner.outgoing.take())
         };
-        if let Some(outgoing) = outgoing {
-            outgoing.abort("the machine stays at its source");
-        }
         let machine = machine.ok_or_else(|| RpcError::refused("no machine"))?;
         machine.thaw().map_err(RpcError::failed)?;
+        self.inner().giving_away = false;
         self.state.send_replace(State::Running { epoch });
+        // It runs: saying goodbye may take its time.
+        abort_apart(outgoing, "the machine stays at its source".into());
         Ok(())
     }
 
+    /// Ends what is under way of a move from here, wherever it is.
+    fn give_up(&self) {
+        let mut inner = self.inner();
+        inner.given_up = true;
+        // Where the connection is another thread's, it is broken.
+        if inner.outgoing.is_none()
+            && let Some(closer) = inner.closer.take()
+        {
+            // It may be gone already.
+            let _ = closer.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
     fn abort(self: &Arc<Self>, reason: String) {
-        let (outgoing, closer, is_target) = {
-            let mut inner = self.inner();
-            (
-                inner.outgoing.take(),
-                inner.closer.take(),
-                inner.target.is_some(),
+        let arriving = self.inner().target.as_ref().is_some_and(|target| {
+            !matches!(
+                target.state(),
+                TargetState::Running { .. } | TargetState::Dropped
             )
-        };
-        if is_target {
+        });
+        if arriving {
             self.step_target(TargetEvent::Abort(reason));
             return;
         }
-        match (outgoing, closer) {
-            (Some(outgoing), _) => outgoing.abort(&reason),
-            (None, Some(closer)) => {
-                // It may be gone already.
-                let _ = closer.shutdown(std::net::Shutdown::Both);
-            }
-            (None, None) => {}
-        }
+        self.give_up();
+        abort_apart(self.inner().outgoing.take(), reason);
     }
 
     // ── receiving a machine ─────────────────────────────────────────────
@@ -682,6 +709,19 @@ impl Worker {
                 return;
             }
         }
+    }
+}
+
+/// Tells the target that the move is given up, on a thread of its own: a target
+/// that does not listen is waited for.
+fn abort_apart(outgoing: Option<Outgoing>, reason: String) {
+    let Some(outgoing) = outgoing else { return };
+    let thread = std::thread::Builder::new()
+        .name("goodbye".into())
+        .spawn(move || outgoing.abort(&reason));
+    if let Err(error) = thread {
+        // The connection ends with it, which says the same.
+        tracing::debug!(%error, "the target is not told why");
     }
 }
 

@@ -397,7 +397,7 @@ impl Machine {
             }
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {
-                shared.go_on(&mut threads);
+                shared.go_on(&mut threads)?;
                 return Err(MachineError::Late(running));
             }
             threads = shared
@@ -449,17 +449,7 @@ impl Machine {
             Phase::Freezing => return Err(MachineError::NotFrozen),
             Phase::Frozen => {}
         }
-        self.shared.go_on(&mut threads);
-        let waiting: Vec<u32> = threads
-            .table
-            .iter()
-            .filter(|(_, thread)| !thread.launched)
-            .map(|(tid, _)| *tid)
-            .collect();
-        for tid in waiting {
-            self.shared.launch(&mut threads, tid)?;
-        }
-        Ok(())
+        Ok(self.shared.go_on(&mut threads)?)
     }
 
     /// Holds threads (all, or these) at their next safepoint until
@@ -615,7 +605,9 @@ enum Next {
 }
 
 impl Shared {
-    fn go_on(&self, threads: &mut Threads) {
+    /// Lets threads go on, and launches those that were spawned meanwhile; an
+    /// error is that of one which could not be, the others run.
+    fn go_on(self: &Arc<Self>, threads: &mut Threads) -> std::io::Result<()> {
         threads.phase = Phase::Running;
         for thread in threads.table.values_mut() {
             if !thread.rebuild && thread.held == 0 {
@@ -623,6 +615,19 @@ impl Shared {
             }
         }
         self.changed.notify_all();
+        let spawned: Vec<u32> = threads
+            .table
+            .iter()
+            .filter(|(_, thread)| !thread.launched)
+            .map(|(tid, _)| *tid)
+            .collect();
+        let mut result = Ok(());
+        for tid in spawned {
+            if let Err(error) = self.launch(threads, tid) {
+                result = Err(error);
+            }
+        }
+        result
     }
 
     fn launch(self: &Arc<Self>, threads: &mut Threads, tid: u32) -> std::io::Result<()> {
