@@ -180,6 +180,66 @@ pub struct RunRequest {
     pub remove_at_end: bool,
 }
 
+/// A checkpoint to make.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointRequest {
+    /// URL of the place; the node's own folder without.
+    #[serde(default)]
+    pub to: Option<String>,
+    /// Whether all of it is stored, whatever was stored before.
+    #[serde(default)]
+    pub full: bool,
+    /// How many checkpoints of the machine are kept there; all without.
+    #[serde(default)]
+    pub keep: Option<u32>,
+}
+
+/// A checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointInfo {
+    /// The machine.
+    pub machine: String,
+    /// Its name; later ones are greater.
+    pub id: String,
+    /// Where it is.
+    pub vault: String,
+    /// The checkpoint that it stands on.
+    pub parent: Option<String>,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub created_unix_ms: u64,
+    /// Bytes of pages in it.
+    pub stored_bytes: u64,
+    /// How long the machine stood still, in microseconds; only when it is made.
+    pub pause_micros: Option<u64>,
+    /// How long all of it took, in microseconds; only when it is made.
+    pub total_micros: Option<u64>,
+    /// Older ones that were deleted.
+    pub deleted: u32,
+    /// Why it cannot be used.
+    pub damage: Option<String>,
+}
+
+/// A machine to make of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreRequest {
+    /// The machine that the checkpoint was made of.
+    pub machine: String,
+    /// Which; the newest that is whole without.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// URL of the place; the node's own folder without.
+    #[serde(default)]
+    pub from: Option<String>,
+    /// Another name: the machine is then another one.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// The node to start it on; the one that is asked, without.
+    #[serde(default)]
+    pub on: Option<String>,
+}
+
 /// A move to make.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -3,6 +3,7 @@
 //! - `wasm`: `keel wasm`, one program in the foreground, without a cluster
 //! - `up`: `keel up`, `keel join` and the processes behind them
 //! - `machines`: `run`, `ps`, `logs`, `inspect`, `stop`, `kill`, `rm`, `move`
+//! - `keep`: `checkpoint`, `checkpoints`, `restore`, `clone`
 //! - `cluster`: `status`, `nodes`, `schedule`, `token`
 //! - `demo`: `keel demo`
 //! - `output`: tables and JSON
@@ -10,6 +11,7 @@
 
 mod cluster;
 mod demo;
+mod keep;
 mod machines;
 mod output;
 mod size;
@@ -95,6 +97,20 @@ enum Command {
     },
     /// Moves a running machine to another node.
     Move(machines::MoveArgs),
+    /// Makes a checkpoint of a running machine.
+    Checkpoint(keep::CheckpointArgs),
+    /// Lists a machine's checkpoints.
+    Checkpoints {
+        /// The machine.
+        machine: String,
+        /// Where they are: a directory or s3://bucket/prefix (the node's own folder without).
+        #[arg(long, value_name = "PLACE")]
+        from: Option<String>,
+    },
+    /// Makes a machine of a checkpoint.
+    Restore(keep::RestoreArgs),
+    /// Makes another machine of a running one: a copy that goes on by itself.
+    Clone(keep::CloneArgs),
     /// Prints a completion script for a shell.
     Completions {
         /// The shell.
@@ -164,6 +180,10 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,
         Command::Rm { machines, force } => machines::rm(&reach, &machines, force).await,
         Command::Move(args) => machines::move_machine(&reach, &args).await,
+        Command::Checkpoint(args) => keep::checkpoint(&reach, &args).await,
+        Command::Checkpoints { machine, from } => keep::list(&reach, &machine, from).await,
+        Command::Restore(args) => keep::restore(&reach, &args).await,
+        Command::Clone(args) => keep::clone(&reach, &args).await,
         // Dispatched before, without a runtime.
         Command::Wasm(_) | Command::Worker(_) | Command::Completions { .. } => {
             Ok(ExitCode::SUCCESS)

@@ -203,9 +203,10 @@ fn shaken(machine: &Machine, rate: f64, seed: u64) -> Result<Outcome> {
                 whole += 1;
             }
         } else {
-            machine.shake(threads[random.random_range(0..threads.len())]);
+            let asked = machine.shake(threads[random.random_range(0..threads.len())]);
             // (A thread that waits for long comes when it comes.)
-            while machine.captures() == before
+            while asked
+                && machine.captures() == before
                 && begun.elapsed() < CAPTURE_PATIENCE
                 && machine.wait(Some(Duration::ZERO)).is_none()
             {

@@ -1,7 +1,7 @@
 //! Clusters of real processes on loopback: machines run, move, and outlive
 //! agents; whatever fails leaves them running.
 
-use keel_api::{Client, MachineInfo, NodeInfo, Token, TokenRequest};
+use keel_api::{CheckpointInfo, Client, MachineInfo, NodeInfo, Token, TokenRequest};
 use keel_machine::moves::{Ending, MoveReport};
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use std::path::Path;
@@ -440,6 +440,139 @@ async fn a_lost_worker_is_reported_and_others_are_unharmed() {
     wait_lines(cluster, "a", "two", count).await;
     assert_eq!(keel(&bench, "a", &["kill", "two"]).0, 0);
     assert_eq!(keel(&bench, "a", &["rm", "one", "two"]).0, 0);
+}
+
+/// A machine is kept, lost with its worker, made again; and copied.
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_are_kept_and_made_again() {
+    let bench = cluster(&["a", "b"]).await;
+    let cluster = &bench.cluster;
+    let shared = bench.folder.path().join("kept");
+    let place = shared.to_str().expect("a path");
+    cluster
+        .run(&Guest::new("writer", "a", &guest("writer"), &["8", "10"]))
+        .await
+        .expect("it starts");
+    wait_lines(cluster, "a", "writer", 3).await;
+    let take = |more: &[&str]| {
+        let args = [&["checkpoint", "writer", "--to", place, "-o", "json"], more].concat();
+        let (code, out, err) = keel(&bench, "b", &args);
+        assert_eq!(code, 0, "{err}");
+        let info: CheckpointInfo = serde_json::from_str(&out).expect("JSON");
+        info
+    };
+    let first = take(&[]);
+    assert!(
+        first.parent.is_none() && first.stored_bytes >= 8 << 20,
+        "{first:?}"
+    );
+    let before = lines(cluster, "a", "writer").await;
+    wait_lines(cluster, "a", "writer", before + 2).await;
+    let second = take(&[]);
+    assert_eq!(second.parent.as_ref(), Some(&first.id));
+    assert!(second.stored_bytes < 6 << 20, "{second:?}");
+    // It can still move, and be kept elsewhere: a full one, since b knows
+    // nothing of what a had stored.
+    moved(
+        &cluster
+            .move_machine("a", "writer", "b")
+            .await
+            .expect("a report"),
+    );
+    let third = take(&["--keep", "2"]);
+    assert!(third.parent.is_none(), "{third:?}");
+    let (_, out, _) = keel(
+        &bench,
+        "a",
+        &["checkpoints", "writer", "--from", place, "-o", "name"],
+    );
+    // What the second stands on is kept too.
+    assert_eq!(out.lines().count(), 3, "{out}");
+
+    let (code, _, err) = keel(&bench, "a", &["restore", "writer", "--from", place]);
+    assert!(code != 0 && err.contains("is in use"), "{err}");
+    cluster.kill_worker("b", "writer").expect("a worker");
+    cluster
+        .wait_end("a", "writer")
+        .await
+        .expect("it is noticed");
+    assert_eq!(keel(&bench, "a", &["rm", "writer"]).0, 0);
+    let (code, _, err) = keel(
+        &bench,
+        "b",
+        &["restore", "writer", "--from", place, "--on", "a"],
+    );
+    assert_eq!(code, 0, "{err}");
+    wait_for("it goes on", || async {
+        let output = cluster.output("a", "writer").await.ok()?;
+        let first: u64 = output.lines().next()?.parse().ok()?;
+        assert!(first > before, "{first} after {before}");
+        let next = check_numbered(&output, first).expect("once and in order");
+        (next > first + 2).then_some(())
+    })
+    .await
+    .expect("it goes on");
+    let info = cluster.inspect("a", "writer").await.expect("info");
+    assert_ne!(info.epoch, "1.1", "a newer epoch than it ever had");
+    let (_, _, notice) = keel(&bench, "a", &["logs", "writer"]);
+    assert!(notice.contains("restored from checkpoint"), "{notice}");
+
+    // An older one, under another name, while the other runs.
+    let older = [
+        "restore", "writer", "--from", place, "--id", &first.id, "--as", "old",
+    ];
+    assert_eq!(keel(&bench, "b", &older).0, 0);
+    let (code, _, err) = keel(&bench, "a", &["clone", "writer", "--as", "copy"]);
+    assert_eq!(code, 0, "{err}");
+    for (node, name) in [("b", "old"), ("a", "copy")] {
+        wait_for("it goes on from there", || async {
+            let output = cluster.output(node, name).await.ok()?;
+            let first: u64 = output.lines().next()?.parse().ok()?;
+            assert!(first > 0);
+            let next = check_numbered(&output, first).expect("once and in order");
+            (next > first + 2).then_some(())
+        })
+        .await
+        .expect("it goes on");
+    }
+    let copy = cluster.inspect("a", "copy").await.expect("info");
+    assert_eq!(
+        (copy.epoch.as_str(), copy.status.as_str()),
+        ("1.1", "running")
+    );
+
+    let cases: &[(&[&str], &str)] = &[
+        (
+            &["checkpoint", "writer", "--to", "ftp://x"],
+            "no place for checkpoints",
+        ),
+        (&["checkpoint", "writer", "--keep", "0"], "0 is not in"),
+        (&["checkpoint", "nothing"], "no machine"),
+        (&["restore", "nothing"], "has no checkpoint there"),
+        (
+            &["restore", "writer", "--as", "x", "--id", "../../x"],
+            "no name of a checkpoint",
+        ),
+        (
+            &[
+                "restore",
+                "writer",
+                "--as",
+                "x",
+                "--id",
+                "0000000000001-00000000",
+            ],
+            "missing",
+        ),
+        (&["restore", "writer", "--as", "x", "--on", "b"], "--from"),
+        (&["clone", "writer", "--as", "writer"], "a name of its own"),
+        (&["clone", "writer", "--as", "copy"], "is in use"),
+    ];
+    for (args, words) in cases {
+        let (code, out, err) = keel(&bench, "a", args);
+        assert_ne!(code, 0, "{args:?}: {out}");
+        assert!(err.contains(words), "{args:?}: {err}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

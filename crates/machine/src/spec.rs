@@ -1,5 +1,6 @@
 //! What a user asks for, and what the store says of a machine.
 
+use crate::checkpoint::Origin;
 use crate::moves::MoveReport;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_wasm::runtime::Limits;
@@ -116,6 +117,8 @@ pub struct Record {
     pub status: Status,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
+    /// The checkpoint that it is made of, where it is.
+    pub origin: Option<Origin>,
     /// Its last moves, oldest first.
     pub reports: Vec<MoveReport>,
 }

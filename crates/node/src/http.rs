@@ -2,7 +2,8 @@
 //! token. Only maps requests to `operate`; decides nothing.
 
 use crate::agent::Agent;
-use crate::operate::{self, OperateError, Operation};
+use crate::keep;
+use crate::operate::{self, Done, OperateError, Operation};
 use crate::record;
 use crate::state_dir::write_whole;
 use axum::body::Body;
@@ -14,7 +15,10 @@ use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
 use bytes::Bytes;
 use futures::StreamExt;
-use keel_api::{MachineInfo, MoveRequest, NodeInfo, Problem, RunRequest, TokenRequest, Uploaded};
+use keel_api::{
+    CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest, NodeInfo, Problem, RestoreRequest,
+    RunRequest, TokenRequest, Uploaded,
+};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::tokens::{self, Role};
 use keel_cluster::{MachineName, NodeName};
@@ -78,6 +82,11 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/machines/{name}/move", post(move_machine))
         .route("/v1/machines/{name}/cancel-move", post(cancel_move))
         .route("/v1/machines/{name}/logs", get(logs))
+        .route(
+            "/v1/machines/{name}/checkpoints",
+            get(checkpoints).post(checkpoint),
+        )
+        .route("/v1/restore", post(restore))
         .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such request (see /v1)".into()) })
         .layer(middleware::from_fn(check_role))
         .with_state(agent)
@@ -312,6 +321,39 @@ async fn move_machine(
         Some((Bytes::from(text), lines))
     });
     Ok(streamed(lines, "application/x-ndjson"))
+}
+
+async fn checkpoint(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<CheckpointRequest>,
+) -> Reply<CheckpointInfo> {
+    let machine = machine_name(&name)?;
+    let operation = Operation::Checkpoint { machine, request };
+    match operate::anywhere(&agent, operation).await? {
+        Done::Checkpoint(info) => Ok(Json(info)),
+        _ => Err(OperateError::Away("the node answered something else".into()).into()),
+    }
+}
+
+#[derive(Deserialize)]
+struct VaultQuery {
+    from: Option<String>,
+}
+
+async fn checkpoints(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Query(query): Query<VaultQuery>,
+) -> Reply<Vec<CheckpointInfo>> {
+    let machine = machine_name(&name)?;
+    Ok(Json(
+        keep::list(&agent, &machine, query.from.as_deref()).await?,
+    ))
+}
+
+async fn restore(State(agent): Shared, Json(request): Json<RestoreRequest>) -> Reply<MachineInfo> {
+    Ok(Json(keep::restore(&agent, request).await?))
 }
 
 #[derive(Deserialize)]

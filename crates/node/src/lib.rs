@@ -12,12 +12,14 @@
 //! - `moving`: source of a move: feeds the state machine of `keel-machine`
 //! - `service`: what other nodes ask
 //! - `operate`: what users ask, wherever the machine is
+//! - `keep`: checkpoints, and machines made of them
 //! - `http`: the API
 
 #![forbid(unsafe_code)]
 
 mod agent;
 mod http;
+mod keep;
 mod lease;
 mod moving;
 mod offer;

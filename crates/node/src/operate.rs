@@ -5,7 +5,10 @@ use crate::record::{self, RecordError};
 use crate::service::kind as node_kind;
 use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
-use keel_api::{ClusterInfo, MachineInfo, MoveLine, NodeInfo, RunRequest, Token, TokenRequest};
+use keel_api::{
+    CheckpointInfo, CheckpointRequest, ClusterInfo, MachineInfo, MoveLine, NodeInfo, RunRequest,
+    Token, TokenRequest,
+};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
@@ -73,10 +76,23 @@ impl From<keel_cluster::StoreError> for OperateError {
 /// What an owner is asked to do with a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Operation {
-    Stop { machine: MachineName, kill: bool },
-    Remove { machine: MachineName },
-    CancelMove { machine: MachineName },
-    Report { machine: MachineName },
+    Stop {
+        machine: MachineName,
+        kill: bool,
+    },
+    Remove {
+        machine: MachineName,
+    },
+    CancelMove {
+        machine: MachineName,
+    },
+    Report {
+        machine: MachineName,
+    },
+    Checkpoint {
+        machine: MachineName,
+        request: CheckpointRequest,
+    },
 }
 
 impl Operation {
@@ -85,17 +101,29 @@ impl Operation {
             Operation::Stop { machine, .. }
             | Operation::Remove { machine }
             | Operation::CancelMove { machine }
+            | Operation::Checkpoint { machine, .. }
             | Operation::Report { machine } => machine,
         }
     }
 }
 
-type Answer = Result<Option<Report>, OperateError>;
+/// What an owner answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Done {
+    Nothing,
+    Report(Report),
+    Checkpoint(CheckpointInfo),
+}
+
+type Answer = Result<Done, OperateError>;
 
 /// Does what was asked on a machine that this node owns.
 pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
     match operation {
-        Operation::Stop { machine, kill } => stop(agent, &machine, kill).await.map(|()| None),
+        Operation::Stop { machine, kill } => {
+            stop(agent, &machine, kill).await?;
+            Ok(Done::Nothing)
+        }
         Operation::Remove { machine } => {
             let found = record::get(&*agent.store, &machine).await?;
             if !found.record.status.ended() {
@@ -105,21 +133,26 @@ pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
                 )));
             }
             remove_here(agent, &machine).await?;
-            Ok(None)
+            Ok(Done::Nothing)
         }
         Operation::CancelMove { machine } => match agent.moves().get(&machine) {
             Some(handle) => {
                 handle.cancel("it was cancelled");
-                Ok(None)
+                Ok(Done::Nothing)
             }
             None => Err(OperateError::Conflict(format!(
                 "machine {machine:?} is not moving"
             ))),
         },
         Operation::Report { machine } => match agent.workers.get(&machine) {
-            Some(worker) => Ok(worker.report().await.ok()),
-            None => Ok(None),
+            Some(worker) => Ok(worker.report().await.map_or(Done::Nothing, Done::Report)),
+            None => Ok(Done::Nothing),
         },
+        Operation::Checkpoint { machine, request } => {
+            crate::keep::checkpoint(agent, &machine, request)
+                .await
+                .map(Done::Checkpoint)
+        }
     }
 }
 
@@ -147,15 +180,8 @@ async fn stop(agent: &Arc<Agent>, machine: &MachineName, kill: bool) -> Result<(
         )));
     };
     if kill {
-        let report = worker.report().await;
-        if let Ok(report) = report
-            && let Some(pid) = i32::try_from(report.pid)
-                .ok()
-                .and_then(rustix::process::Pid::from_raw)
-        {
-            // What follows is seen as a lost worker.
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
+        // What follows is seen as a lost worker.
+        worker.kill().await;
     } else {
         let asked: Result<(), RpcError> = worker.ask(kind::STOP, &(), PROMPT).await;
         asked.map_err(|error| OperateError::Away(error.to_string()))?;
@@ -211,10 +237,14 @@ pub(crate) async fn anywhere(agent: &Arc<Agent>, operation: Operation) -> Answer
     if owner == agent.name {
         return here(agent, operation).await;
     }
+    let patience = match &operation {
+        Operation::Checkpoint { .. } => crate::keep::PATIENCE,
+        _ => 2 * STOP_PATIENCE,
+    };
     let payload = pack(&operation).map_err(|error| OperateError::Bad(error.to_string()))?;
     let answer = agent
         .peers
-        .call(&owner, node_kind::OPERATE, payload, 2 * STOP_PATIENCE)
+        .call(&owner, node_kind::OPERATE, payload, patience)
         .await
         .map_err(|error| OperateError::Away(error.to_string()))?;
     unpack(&answer).map_err(|error| OperateError::Away(error.to_string()))?
@@ -428,8 +458,18 @@ pub(crate) async fn run(
         },
         status: Status::Scheduled,
         created_unix_ms: unix_ms(),
+        origin: None,
         reports: Vec::new(),
     };
+    schedule(agent, record).await
+}
+
+/// Puts a new machine into its owner's schedule.
+pub(crate) async fn schedule(
+    agent: &Arc<Agent>,
+    record: Record,
+) -> Result<MachineInfo, OperateError> {
+    let (name, node) = (record.name.clone(), record.owner.clone());
     let alive = Key::Alive(node.clone());
     let txn = Txn::new()
         .when_absent(Key::Machine(name.clone()))
@@ -541,10 +581,10 @@ pub(crate) async fn inspect(
     let record = record::get(&*agent.store, machine).await?.record;
     let machine = machine.clone();
     // What its node does not say just now is left out.
-    let report = anywhere(agent, Operation::Report { machine })
-        .await
-        .ok()
-        .flatten();
+    let report = match anywhere(agent, Operation::Report { machine }).await {
+        Ok(Done::Report(report)) => Some(report),
+        _ => None,
+    };
     Ok(info(&record, report.as_ref()))
 }
 

@@ -12,7 +12,7 @@ use crate::workers::{COMPILE_PATIENCE, Worker};
 use keel_cluster::keys::{self, Key};
 use keel_cluster::{MachineName, NodeName, StoreError};
 use keel_machine::spec::{Record, Status};
-use keel_machine::worker::control::{Start, State, kind, unpack};
+use keel_machine::worker::control::{Start, StartFrom, State, kind, unpack};
 use keel_net::RpcError;
 use std::sync::Arc;
 use std::time::Duration;
@@ -194,12 +194,15 @@ async fn lost_on_arrival(
 }
 
 async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
-    let module = crate::service::find_module(agent, &record.spec.module).await?;
+    let from = match &record.origin {
+        Some(origin) => StartFrom::Checkpoint(origin.clone()),
+        None => StartFrom::Module(crate::service::find_module(agent, &record.spec.module).await?),
+    };
     let worker = agent.workers.start(&agent.dir, &record.name).await?;
     let start = Start {
         machine: record.name.clone(),
         spec: record.spec.clone(),
-        module,
+        from,
         epoch: record.epoch,
     };
     worker

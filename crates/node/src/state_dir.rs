@@ -35,7 +35,7 @@ impl StateDir {
         let dir = StateDir {
             root: root.canonicalize()?,
         };
-        for part in ["workers", "modules", "programs", "cache"] {
+        for part in ["workers", "modules", "programs", "cache", "checkpoints"] {
             make(&dir.root.join(part))?;
         }
         Ok(dir)
@@ -84,6 +84,11 @@ impl StateDir {
     /// An instrumented module.
     pub fn program(&self, hash: &str) -> PathBuf {
         self.programs().join(format!("{hash}.wasm"))
+    }
+
+    /// Checkpoints that were given no other place.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
     }
 
     /// Compiled code.

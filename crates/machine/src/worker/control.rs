@@ -1,6 +1,7 @@
 //! Requests, answers and events between an agent and its workers, over
 //! `keel-net`'s rpc on a Unix socket that only this user can reach.
 
+use crate::checkpoint::{CheckpointId, Origin};
 use crate::moves::{Progress, Round};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName};
@@ -36,6 +37,8 @@ pub mod kind {
     pub const FORGET: u16 = 0x040c;
     /// [`super::ReadLog`] → stream of [`super::LogChunk`].
     pub const LOG: u16 = 0x040d;
+    /// [`super::Checkpoint`] → [`super::Checkpointed`].
+    pub const CHECKPOINT: u16 = 0x040e;
 }
 
 /// Where a worker is.
@@ -82,10 +85,47 @@ pub struct Start {
     pub machine: MachineName,
     /// What was asked for.
     pub spec: Spec,
-    /// The module as its author built it.
-    pub module: PathBuf,
+    /// What it is made of.
+    pub from: StartFrom,
     /// Under this epoch.
     pub epoch: Epoch,
+}
+
+/// What a machine is made of.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum StartFrom {
+    /// The module as its author built it, from its beginning.
+    Module(PathBuf),
+    /// A checkpoint.
+    Checkpoint(Origin),
+}
+
+/// Makes a checkpoint of the machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// URL of the vault.
+    pub vault: String,
+    /// Whether all of it is stored, whatever was stored before.
+    pub full: bool,
+    /// How many checkpoints of the machine are kept then; all without.
+    pub keep: Option<u32>,
+}
+
+/// A checkpoint that was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpointed {
+    /// Its name.
+    pub id: CheckpointId,
+    /// The one that it stands on.
+    pub parent: Option<CheckpointId>,
+    /// Bytes of pages in it.
+    pub stored_bytes: u64,
+    /// How long the machine stood still, in microseconds.
+    pub pause_micros: u64,
+    /// How long all of it took, in microseconds.
+    pub total_micros: u64,
+    /// Older ones that were deleted.
+    pub deleted: u32,
 }
 
 /// Receives a machine.

@@ -3,11 +3,12 @@
 
 use super::SOCKET;
 use super::control::{
-    Copy, CopyEvent, Frozen, LogChunk, ReadLog, Receive, Receiving, Report, Start, State, kind,
-    pack, unpack,
+    Checkpoint, Checkpointed, Copy, CopyEvent, Frozen, LogChunk, ReadLog, Receive, Receiving,
+    Report, Start, StartFrom, State, kind, pack, unpack,
 };
 use super::incoming::{self, IncomingError};
 use super::outgoing::Outgoing;
+use crate::checkpoint::{self, Destination, Origin, Subject, Taker, Vault};
 use crate::link::{Link, LinkError, Message};
 use crate::log::{Log, LogSink, StreamKind};
 use crate::moves::{TargetCommand, TargetEvent, TargetMove, TargetState};
@@ -21,8 +22,10 @@ use keel_net::{
 use keel_wasi::{Config, Preopen, Resources, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options, Outcome};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
 /// Age at which a machine is made ready for its first move: many programs end
@@ -49,6 +52,11 @@ struct Inner {
     machine: Option<Machine>,
     log: Option<Arc<Log>>,
     epoch: Epoch,
+    spec: Option<Spec>,
+    /// Makes checkpoints; not here while it does.
+    taker: Option<Taker>,
+    /// Set while one is being made; ends it early.
+    taking: Option<Arc<AtomicBool>>,
     identity: Option<PinnedIdentity>,
     outgoing: Option<Outgoing>,
     /// From the first page sent until the machine goes on here.
@@ -156,7 +164,8 @@ impl Worker {
         match kind {
             kind::START => {
                 let start: Start = unpack(&payload)?;
-                blocking(move || self.start(start)).await?;
+                let runtime = Handle::current();
+                blocking(move || self.start(start, &runtime)).await?;
                 Ok(pack(&())?.into())
             }
             kind::RECEIVE => {
@@ -223,6 +232,12 @@ impl Worker {
                 });
                 Ok(pack(&())?.into())
             }
+            kind::CHECKPOINT => {
+                let request: Checkpoint = unpack(&payload)?;
+                let runtime = Handle::current();
+                let taken = blocking(move || self.checkpoint(&request, &runtime)).await?;
+                Ok(pack(&taken)?.into())
+            }
             kind::LOG => {
                 let read: ReadLog = unpack(&payload)?;
                 let (send, chunks) = mpsc::channel(16);
@@ -236,20 +251,17 @@ impl Worker {
         }
     }
 
-    fn start(self: &Arc<Self>, start: Start) -> Result<(), RpcError> {
+    fn start(self: &Arc<Self>, start: Start, runtime: &Handle) -> Result<(), RpcError> {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
-        let bytes = std::fs::read(&start.module)
-            .map_err(|error| RpcError::failed(format!("{}: {error}", start.module.display())))?;
-        let program = self.engine.load(&bytes).map_err(RpcError::failed)?;
-        self.keep_program(program.hash(), program.bytes())?;
-        let log = Arc::new(Log::open(&self.folder, 0).map_err(RpcError::failed)?);
-        let wasi = Wasi::new(config(&start.spec, &log)).map_err(RpcError::failed)?;
-        let machine =
-            Machine::start(program, wasi, start.spec.limits()).map_err(RpcError::failed)?;
+        let (machine, log) = match &start.from {
+            StartFrom::Module(module) => self.begin(module, &start.spec)?,
+            StartFrom::Checkpoint(origin) => self.restore(origin, &start.spec, runtime)?,
+        };
         let mut inner = self.inner();
         inner.name = Some(start.machine);
+        inner.spec = Some(start.spec);
         inner.log = Some(log);
         inner.epoch = start.epoch;
         inner.machine = Some(machine.clone());
@@ -258,6 +270,145 @@ impl Worker {
             .send_replace(State::Running { epoch: start.epoch });
         self.prepare_resume(PREPARE_AFTER);
         self.watch_end(machine)
+    }
+
+    /// A machine at its beginning; it runs.
+    fn begin(&self, module: &Path, spec: &Spec) -> Result<(Machine, Arc<Log>), RpcError> {
+        let bytes = std::fs::read(module)
+            .map_err(|error| RpcError::failed(format!("{}: {error}", module.display())))?;
+        let program = self.engine.load(&bytes).map_err(RpcError::failed)?;
+        self.keep_program(program.hash(), program.bytes())?;
+        let log = Arc::new(Log::open(&self.folder, 0).map_err(RpcError::failed)?);
+        let wasi = Wasi::new(config(spec, &log)).map_err(RpcError::failed)?;
+        let machine = Machine::start(program, wasi, spec.limits()).map_err(RpcError::failed)?;
+        Ok((machine, log))
+    }
+
+    /// A machine where its checkpoint was; it runs.
+    fn restore(
+        &self,
+        origin: &Origin,
+        spec: &Spec,
+        runtime: &Handle,
+    ) -> Result<(Machine, Arc<Log>), RpcError> {
+        let vault = Vault::open(&origin.vault).map_err(RpcError::failed)?;
+        let restored = checkpoint::restore(origin, &vault, &self.engine, spec.limits(), runtime)
+            .map_err(RpcError::failed)?;
+        let program = restored.program;
+        self.keep_program(program.hash(), program.bytes())?;
+        let manifest = &restored.manifest;
+        // A clone's output is its own.
+        let base = if origin.is_clone { 0 } else { manifest.log_end };
+        let log = Arc::new(Log::open(&self.folder, base).map_err(RpcError::failed)?);
+        for why in &restored.passed_over {
+            say(&log, &format!("passed over: {why}"));
+        }
+        say(
+            &log,
+            &format!(
+                "restored from checkpoint {} of machine {}; what it did after that is undone",
+                manifest.id, manifest.machine
+            ),
+        );
+        let wasi = Wasi::restore(restored.image.wasi.clone(), resources(spec, &log))
+            .map_err(RpcError::failed)?;
+        let machine = Machine::prepare(
+            program,
+            restored.image,
+            restored.memories,
+            wasi,
+            spec.limits(),
+        )
+        .map_err(RpcError::failed)?;
+        machine.thaw().map_err(RpcError::failed)?;
+        Ok((machine, log))
+    }
+
+    // ── checkpoints ─────────────────────────────────────────────────────
+
+    fn checkpoint(&self, request: &Checkpoint, runtime: &Handle) -> Result<Checkpointed, RpcError> {
+        let vault = Vault::open(&request.vault).map_err(RpcError::failed)?;
+        let give_up = Arc::new(AtomicBool::new(false));
+        let (machine, log, subject, mut taker) = {
+            let mut inner = self.inner();
+            if inner.giving_away {
+                return Err(RpcError::failed("the machine is moving; try again"));
+            }
+            if inner.taking.is_some() {
+                return Err(RpcError::failed("a checkpoint of it is being made already"));
+            }
+            let running = matches!(*self.state.borrow(), State::Running { .. });
+            match (&inner.machine, &inner.log, &inner.name, &inner.spec) {
+                (Some(machine), Some(log), Some(name), Some(spec)) if running => {
+                    let subject = Subject {
+                        name: name.clone(),
+                        spec: spec.clone(),
+                        epoch: inner.epoch,
+                    };
+                    let parts = (machine.clone(), log.clone(), subject);
+                    inner.taking = Some(give_up.clone());
+                    let taker = inner.taker.take().unwrap_or_default();
+                    (parts.0, parts.1, parts.2, taker)
+                }
+                _ => return Err(RpcError::failed("no machine runs here")),
+            }
+        };
+        let destination = Destination {
+            vault: &vault,
+            runtime,
+            full: request.full,
+            give_up: &give_up,
+        };
+        let name = subject.name.clone();
+        let taken = taker.take(&machine, subject, &log, &destination);
+        {
+            let mut inner = self.inner();
+            inner.taking = None;
+            // What is to move has its writes tracked for that from now on.
+            if !give_up.load(Ordering::Relaxed) {
+                inner.taker = Some(taker);
+            }
+        }
+        let taken = taken.map_err(RpcError::failed)?;
+        let deleted = match request.keep {
+            Some(keep) => runtime.block_on(vault.keep_newest(&name, keep as usize)),
+            None => Ok(0),
+        };
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Ok(Checkpointed {
+            stored_bytes: taken.manifest.stored_bytes(),
+            id: taken.manifest.id,
+            parent: taken.manifest.parent,
+            pause_micros: micros(taken.pause),
+            total_micros: micros(taken.total),
+            deleted: match deleted {
+                Ok(count) => count as u32,
+                Err(error) => {
+                    tracing::warn!(%error, "old checkpoints stay");
+                    0
+                }
+            },
+        })
+    }
+
+    /// A move comes first: a checkpoint in the making is given up, and what is
+    /// known for the next one is dropped.
+    fn end_checkpoints(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let mut inner = self.inner();
+            let Some(taking) = &inner.taking else {
+                inner.taker = None;
+                return;
+            };
+            taking.store(true, Ordering::Relaxed);
+            drop(inner);
+            if Instant::now() > deadline {
+                // It is waiting for its store; writes are then found the slow way.
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Compiles what its threads need to go on after a safepoint, in the
@@ -400,6 +551,7 @@ impl Worker {
             });
             return;
         };
+        self.end_checkpoints();
         let result = Outgoing::connect(&name, epoch, machine, log, &identity, copy).and_then(
             |mut outgoing| {
                 self.inner().closer = Some(outgoing.closer()?);
@@ -538,6 +690,7 @@ impl Worker {
         {
             let mut inner = self.inner();
             inner.name = Some(request.machine.clone());
+            inner.spec = Some(request.spec.clone());
             inner.target = Some(TargetMove::new(offered));
         }
         self.state.send_replace(State::Receiving { offered });
@@ -709,6 +862,13 @@ impl Worker {
                 return;
             }
         }
+    }
+}
+
+/// Says something in a machine's error output, among what it says itself.
+fn say(log: &Log, text: &str) {
+    if let Err(error) = log.append(StreamKind::Error, format!("keel: {text}\n").as_bytes()) {
+        tracing::warn!(%error, "a notice is not in the output");
     }
 }
 

@@ -1,0 +1,173 @@
+//! `keel checkpoint`, `checkpoints`, `restore`, `clone`.
+
+use crate::cluster::Reach;
+use crate::output;
+use anyhow::Result;
+use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
+use std::process::ExitCode;
+
+#[derive(clap::Args)]
+pub(crate) struct CheckpointArgs {
+    /// The machine.
+    machine: String,
+    /// Where it is kept: a directory or s3://bucket/prefix (the node's own folder without).
+    #[arg(long, value_name = "PLACE")]
+    to: Option<String>,
+    /// Stores all of it, not only what was written since the last one.
+    #[arg(long)]
+    full: bool,
+    /// Deletes older ones, until so many are left.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    keep: Option<u32>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct RestoreArgs {
+    /// The machine that the checkpoint was made of.
+    machine: String,
+    /// Which checkpoint (the newest that is whole without).
+    #[arg(long, value_name = "CHECKPOINT")]
+    id: Option<String>,
+    /// Where it is: a directory or s3://bucket/prefix (the node's own folder without).
+    #[arg(long, value_name = "PLACE")]
+    from: Option<String>,
+    /// Name of the new machine (that of the old one without).
+    #[arg(long = "as", value_name = "NAME")]
+    name: Option<String>,
+    /// Node to start it on (the one that is asked, without).
+    #[arg(long, value_name = "NODE")]
+    on: Option<String>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct CloneArgs {
+    /// The machine.
+    machine: String,
+    /// Name of the copy.
+    #[arg(long = "as", value_name = "NAME")]
+    name: String,
+    /// Node to start it on (the one that is asked, without).
+    #[arg(long, value_name = "NODE")]
+    on: Option<String>,
+    /// Where the copy is kept meanwhile: a place that both nodes see.
+    #[arg(long, value_name = "PLACE")]
+    through: Option<String>,
+}
+
+/// What the user calls a place, as the node will.
+fn place(text: &str) -> Result<String> {
+    if text.contains("://") {
+        return Ok(text.to_owned());
+    }
+    Ok(std::path::absolute(text)?.display().to_string())
+}
+
+fn optional(text: Option<&String>) -> Result<Option<String>> {
+    text.map(|text| place(text)).transpose()
+}
+
+async fn make(reach: &Reach, machine: &str, request: &CheckpointRequest) -> Result<CheckpointInfo> {
+    let path = format!("/v1/machines/{machine}/checkpoints");
+    Ok(reach.client()?.post(&path, request).await?)
+}
+
+pub(crate) async fn checkpoint(reach: &Reach, args: &CheckpointArgs) -> Result<ExitCode> {
+    let request = CheckpointRequest {
+        to: optional(args.to.as_ref())?,
+        full: args.full,
+        keep: args.keep,
+    };
+    let info = make(reach, &args.machine, &request).await?;
+    output::one(reach.format(), &info, &info.id, |info| {
+        let ms = |micros: Option<u64>| micros.unwrap_or_default() as f64 / 1000.0;
+        let kind = match &info.parent {
+            Some(parent) => format!("{} since {parent}", output::bytes(info.stored_bytes)),
+            None => format!("{}, full", output::bytes(info.stored_bytes)),
+        };
+        let deleted = match info.deleted {
+            0 => String::new(),
+            count => format!("; {count} older deleted"),
+        };
+        format!(
+            "{} ({kind}) in {:.0} ms, stood still {:.1} ms{deleted}",
+            info.id,
+            ms(info.total_micros),
+            ms(info.pause_micros)
+        )
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn list(reach: &Reach, machine: &str, from: Option<String>) -> Result<ExitCode> {
+    let mut path = format!("/v1/machines/{machine}/checkpoints");
+    if let Some(from) = optional(from.as_ref())? {
+        path += "?from=";
+        path.extend(form_urlencoded::byte_serialize(from.as_bytes()));
+    }
+    let found: Vec<CheckpointInfo> = reach.client()?.get(&path).await?;
+    output::list(
+        reach.format(),
+        &found,
+        &["checkpoint", "age", "bytes", "since", "state"],
+        |info| info.id.clone(),
+        |info| {
+            let age = match info.created_unix_ms {
+                0 => "-".to_owned(),
+                created => output::ago(created),
+            };
+            vec![
+                info.id.clone(),
+                age,
+                output::bytes(info.stored_bytes),
+                info.parent.clone().unwrap_or_else(|| "(full)".into()),
+                info.damage.clone().unwrap_or_else(|| "whole".into()),
+            ]
+        },
+    )?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn make_machine(reach: &Reach, request: &RestoreRequest) -> Result<ExitCode> {
+    let machine: MachineInfo = reach.client()?.post("/v1/restore", request).await?;
+    output::one(reach.format(), &machine, &machine.name, |machine| {
+        machine.name.clone()
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) async fn restore(reach: &Reach, args: &RestoreArgs) -> Result<ExitCode> {
+    let request = RestoreRequest {
+        machine: args.machine.clone(),
+        id: args.id.clone(),
+        from: optional(args.from.as_ref())?,
+        name: args.name.clone(),
+        on: args.on.clone(),
+    };
+    make_machine(reach, &request).await
+}
+
+pub(crate) async fn clone(reach: &Reach, args: &CloneArgs) -> Result<ExitCode> {
+    anyhow::ensure!(
+        args.name != args.machine,
+        "--as {}: a copy needs a name of its own",
+        args.name
+    );
+    let through = optional(args.through.as_ref())?;
+    let taken = make(
+        reach,
+        &args.machine,
+        &CheckpointRequest {
+            to: through.clone(),
+            ..CheckpointRequest::default()
+        },
+    )
+    .await?;
+    let request = RestoreRequest {
+        machine: args.machine.clone(),
+        id: Some(taken.id),
+        from: through,
+        name: Some(args.name.clone()),
+        on: args.on.clone(),
+    };
+    make_machine(reach, &request).await
+}

@@ -1,0 +1,393 @@
+//! What is stored.
+//!
+//! ```text
+//!  manifest:  "KCKP" │ version u32 │ body length u64 │ body (postcard) │ BLAKE3 of all before
+//!  pack:      pages without any frame; the manifest has a BLAKE3 of each MiB
+//! ```
+//!
+//! Numbers are little-endian. Raise [`VERSION`] with every change of the body;
+//! other versions are refused by name.
+
+use crate::spec::Spec;
+use keel_cluster::{Epoch, MachineName};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+const MAGIC: [u8; 4] = *b"KCKP";
+/// Version of the manifest's body.
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 16;
+const HASH_BYTES: usize = 32;
+/// Bytes of a pack that share a checksum.
+const BLOCK_BYTES: usize = 1 << 20;
+
+/// Names a checkpoint of a machine: later ones are greater.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct CheckpointId(String);
+
+impl CheckpointId {
+    /// A new one, of this moment.
+    pub fn new(unix_ms: u64) -> Self {
+        CheckpointId(format!("{unix_ms:013}-{:08x}", rand::random::<u32>()))
+    }
+}
+
+impl fmt::Display for CheckpointId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<CheckpointId> for String {
+    fn from(id: CheckpointId) -> Self {
+        id.0
+    }
+}
+
+impl TryFrom<String> for CheckpointId {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl FromStr for CheckpointId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let well = text.split_once('-').is_some_and(|(time, rest)| {
+            time.len() == 13
+                && time.bytes().all(|byte| byte.is_ascii_digit())
+                && rest.len() == 8
+                && rest.bytes().all(|byte| byte.is_ascii_hexdigit())
+        });
+        if well {
+            Ok(CheckpointId(text.to_owned()))
+        } else {
+            Err(format!(
+                "{text:?} is no name of a checkpoint (see `keel checkpoints MACHINE`)"
+            ))
+        }
+    }
+}
+
+/// A checkpoint that a machine is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Where it is: the URL of a vault.
+    pub vault: String,
+    /// The machine that it was taken of.
+    pub machine: MachineName,
+    /// Which; without it the newest that is whole.
+    pub id: Option<CheckpointId>,
+    /// Whether the machine is to be another one than that: with random numbers
+    /// of its own.
+    pub is_clone: bool,
+}
+
+/// Pages of one memory, in the order in which they lie in the packs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// Number of the memory.
+    pub memory: u32,
+    /// First host page.
+    pub first: u32,
+    /// How many.
+    pub pages: u32,
+}
+
+/// One stored piece.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pack {
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of each [`BLOCK_BYTES`] of it.
+    pub blocks: Vec<[u8; HASH_BYTES]>,
+}
+
+impl Pack {
+    /// What describes these bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Pack {
+            bytes: bytes.len() as u64,
+            blocks: bytes
+                .chunks(BLOCK_BYTES)
+                .map(|block| *blake3::hash(block).as_bytes())
+                .collect(),
+        }
+    }
+
+    /// Whether these are the bytes.
+    pub fn describes(&self, bytes: &[u8]) -> bool {
+        bytes.len() as u64 == self.bytes && *self == Pack::of(bytes)
+    }
+}
+
+/// One checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Its name.
+    pub id: CheckpointId,
+    /// The machine.
+    pub machine: MachineName,
+    /// The checkpoint that this one stands on.
+    pub parent: Option<CheckpointId>,
+    /// The epoch under which the machine ran.
+    pub epoch: Epoch,
+    /// Milliseconds since 1970-01-01 UTC at the instant that it holds.
+    pub created_unix_ms: u64,
+    /// What was asked for.
+    pub spec: Spec,
+    /// Hash of the instrumented module.
+    pub program: [u8; 32],
+    /// Bytes of output that came before.
+    pub log_end: u64,
+    /// Size of each memory in 64 KiB pages.
+    pub memory_pages: Vec<u64>,
+    /// What lies in the packs, in order; of a page that comes twice the later
+    /// one counts.
+    pub runs: Vec<Run>,
+    /// The packs, in order.
+    pub packs: Vec<Pack>,
+    /// Threads and WASI state.
+    pub image: Vec<u8>,
+}
+
+/// Why bytes are no manifest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FormatError {
+    /// Cut, changed, or something else.
+    #[error("it is damaged: {0}")]
+    Damaged(&'static str),
+    /// Of another version of this program.
+    #[error("it is of version {0}, this program reads version {VERSION}")]
+    Version(u32),
+}
+
+impl Manifest {
+    /// The stored form.
+    ///
+    /// # Errors
+    /// [`FormatError::Damaged`] if it cannot be encoded.
+    pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
+        let body =
+            postcard::to_stdvec(self).map_err(|_| FormatError::Damaged("it cannot be encoded"))?;
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend((body.len() as u64).to_le_bytes());
+        bytes.extend(body);
+        let hash = blake3::hash(&bytes);
+        bytes.extend(hash.as_bytes());
+        Ok(bytes)
+    }
+
+    /// Reads the stored form. Nothing is decoded before its checksum is right.
+    ///
+    /// # Errors
+    /// [`FormatError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+        let damaged = FormatError::Damaged;
+        let (header, rest) = bytes
+            .split_at_checked(HEADER_BYTES)
+            .ok_or(damaged("its header is cut"))?;
+        let word = |at: usize| -> [u8; 4] { header[at..at + 4].try_into().unwrap_or_default() };
+        if word(0) != MAGIC {
+            return Err(damaged("it does not begin with \"KCKP\""));
+        }
+        let version = u32::from_le_bytes(word(4));
+        if version != VERSION {
+            return Err(FormatError::Version(version));
+        }
+        let length = u64::from_le_bytes(header[8..16].try_into().unwrap_or_default());
+        if usize::try_from(length)
+            .ok()
+            .and_then(|length| length.checked_add(HASH_BYTES))
+            != Some(rest.len())
+        {
+            return Err(damaged("its length is wrong"));
+        }
+        let (content, hash) = bytes.split_at(bytes.len() - HASH_BYTES);
+        if blake3::hash(content).as_bytes() != hash {
+            return Err(damaged("its checksum is wrong"));
+        }
+        let manifest: Manifest = postcard::from_bytes(&content[HEADER_BYTES..])
+            .map_err(|_| damaged("its body is none"))?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// What decoding alone does not show.
+    fn check(&self) -> Result<(), FormatError> {
+        let damaged = FormatError::Damaged;
+        let mut stored: u64 = 0;
+        for run in &self.runs {
+            let size = self
+                .memory_pages
+                .get(run.memory as usize)
+                .ok_or(damaged("it has pages of a memory that is not there"))?;
+            let end = u64::from(run.first) + u64::from(run.pages);
+            if run.pages == 0 || end > size.saturating_mul(16) {
+                return Err(damaged("it has pages outside its memory"));
+            }
+            stored += u64::from(run.pages) * keel_wasm::memory::PAGE_BYTES;
+        }
+        let packed = self
+            .packs
+            .iter()
+            .try_fold(0u64, |sum, pack| sum.checked_add(pack.bytes));
+        if packed != Some(stored) {
+            return Err(damaged("its packs are not as long as its pages"));
+        }
+        Ok(())
+    }
+
+    /// Bytes of pages in it.
+    pub fn stored_bytes(&self) -> u64 {
+        self.packs.iter().map(|pack| pack.bytes).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn example() -> Manifest {
+        let pages = vec![7u8; 3 * 4096];
+        Manifest {
+            id: CheckpointId::new(1_700_000_000_000),
+            machine: "web-1".parse().unwrap(),
+            parent: None,
+            epoch: Epoch {
+                incarnation: 1,
+                counter: 5,
+            },
+            created_unix_ms: 1_700_000_000_000,
+            spec: Spec {
+                module: "ab".repeat(32),
+                args: vec!["web".into()],
+                env: Vec::new(),
+                volumes: Vec::new(),
+                memory_bytes: 1 << 20,
+                threads_max: 4,
+                cpu_limit_millis: None,
+                output_bytes_per_s: 1000,
+                remove_at_end: false,
+            },
+            program: [3; 32],
+            log_end: 77,
+            memory_pages: vec![2],
+            runs: vec![
+                Run {
+                    memory: 0,
+                    first: 0,
+                    pages: 2,
+                },
+                Run {
+                    memory: 0,
+                    first: 31,
+                    pages: 1,
+                },
+            ],
+            packs: vec![Pack::of(&pages)],
+            image: vec![1, 2, 3],
+        }
+    }
+
+    #[test]
+    fn comes_back_as_it_was() {
+        let manifest = example();
+        let bytes = manifest.encode().unwrap();
+        assert_eq!(Manifest::decode(&bytes).unwrap(), manifest);
+    }
+
+    #[test]
+    fn cut_anywhere_it_is_found() {
+        let bytes = example().encode().unwrap();
+        for length in 0..bytes.len() {
+            assert!(
+                matches!(
+                    Manifest::decode(&bytes[..length]),
+                    Err(FormatError::Damaged(_))
+                ),
+                "{length}"
+            );
+        }
+        let mut longer = bytes.clone();
+        longer.push(0);
+        assert!(Manifest::decode(&longer).is_err());
+    }
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_found() {
+        let bytes = example().encode().unwrap();
+        for bit in 0..bytes.len() * 8 {
+            let mut changed = bytes.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            assert!(Manifest::decode(&changed).is_err(), "{bit}");
+        }
+    }
+
+    #[test]
+    fn other_versions_are_named() {
+        let mut bytes = example().encode().unwrap();
+        bytes[4] = 9;
+        assert_eq!(Manifest::decode(&bytes), Err(FormatError::Version(9)));
+    }
+
+    /// Whoever can write a right checksum still cannot name pages that are not
+    /// there.
+    #[test]
+    fn contradictions_are_found() {
+        let changes: [fn(&mut Manifest); 5] = [
+            |manifest| manifest.runs[0].memory = 1,
+            |manifest| manifest.runs[1].first = 32,
+            |manifest| manifest.runs[0].pages = 0,
+            |manifest| manifest.packs[0].bytes += 1,
+            |manifest| manifest.packs.clear(),
+        ];
+        for change in changes {
+            let mut manifest = example();
+            change(&mut manifest);
+            let bytes = manifest.encode().unwrap();
+            assert!(matches!(
+                Manifest::decode(&bytes),
+                Err(FormatError::Damaged(_))
+            ));
+        }
+    }
+
+    #[test]
+    fn a_pack_knows_its_bytes() {
+        let bytes: Vec<u8> = (0..3 * BLOCK_BYTES + 5)
+            .map(|at| (at % 250) as u8)
+            .collect();
+        let pack = Pack::of(&bytes);
+        assert_eq!(pack.blocks.len(), 4);
+        assert!(pack.describes(&bytes));
+        assert!(!pack.describes(&bytes[1..]));
+        for at in [0, BLOCK_BYTES, bytes.len() - 1] {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            assert!(!pack.describes(&changed));
+        }
+    }
+
+    #[test]
+    fn names_are_in_order_of_time() {
+        let (early, late) = (CheckpointId::new(999), CheckpointId::new(1_700_000_000_000));
+        assert!(early < late);
+        assert_eq!(late.to_string().parse(), Ok(late));
+        for bad in [
+            "",
+            "x",
+            "1700000000000-xyz",
+            "../../../etc-12345678",
+            "170000000000-00000000",
+        ] {
+            assert!(bad.parse::<CheckpointId>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Checkpoints: machines kept in time, as moves keep them in space.
+//!
+//! - `format`: what is stored, and how it is checked when it is read
+//! - `vault`: where it is stored: a directory or an S3-compatible store
+//! - `take`: makes one while the machine runs
+//! - `restore`: makes a machine of one
+//!
+//! ```text
+//!   machines/NAME/ID.manifest     what it is, which pages are where, threads and WASI state
+//!   machines/NAME/ID.N.pack       pages, as they came; later ones count
+//!   programs/HASH.wasm            the instrumented module, once for all
+//! ```
+//!
+//! The manifest is written last, so a checkpoint is there as a whole or not at
+//! all; each block of a pack and each manifest has a checksum, so what was torn
+//! or changed later is found. An incremental checkpoint names its parent and has
+//! only the pages that were written since; after [`CHAIN_MAX`] of them comes a
+//! full one.
+//!
+//! Architecture Invariant: the machine stands still only while its last pages
+//! are copied *within memory*; no store is waited for meanwhile.
+
+mod format;
+mod restore;
+mod take;
+mod vault;
+
+pub use format::{CheckpointId, FormatError, Manifest, Origin, Pack, Run};
+pub use restore::{RestoreError, Restored, restore};
+pub use take::{Destination, Subject, TakeError, Taken, Taker};
+pub use vault::{Candidates, Vault, VaultError};
+
+/// Checkpoints that may stand on one another, the full one counted.
+pub const CHAIN_MAX: usize = 16;

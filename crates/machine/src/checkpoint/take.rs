@@ -1,0 +1,378 @@
+//! Makes a checkpoint while the machine runs: copies memory to the store round
+//! by round, freezes the machine for what was written last, and lets it go on
+//! before any of that is stored. Blocking; has a thread of its own.
+
+use super::CHAIN_MAX;
+use super::format::{CheckpointId, Manifest, Pack, Run};
+use super::vault::{Vault, VaultError};
+use crate::log::Log;
+use crate::spec::Spec;
+use keel_cluster::clock::unix_ms;
+use keel_cluster::{Epoch, MachineName};
+use keel_net::Bytes;
+use keel_wasm::memory::{DirtyTracker, GuestMemory, MemoryError, PAGE_BYTES};
+use keel_wasm::runtime::{Machine, MachineError, ProgramError};
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
+
+/// Bytes of one stored piece.
+const PACK_BYTES: usize = 32 << 20;
+/// Pieces that are being stored at a time.
+const IN_FLIGHT_MAX: usize = 3;
+/// Bytes of one read of a memory.
+const READ_BYTES: u64 = 256 << 10;
+/// What may be left when the machine is frozen: copying so much takes about
+/// 2 ms.
+const LAST_BYTES: u64 = 4 << 20;
+/// Rounds after which it is frozen whatever is left.
+const ROUNDS_MAX: u32 = 8;
+/// How long threads may take to their safepoints.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why there is no checkpoint. The machine runs on.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeError {
+    /// The store.
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+    /// The memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The machine ended, or a thread was late.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// It cannot be frozen.
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    /// Something more important came.
+    #[error("the checkpoint was given up: the machine is to move")]
+    GivenUp,
+    /// A task of this process died.
+    #[error("storing was cut off")]
+    CutOff,
+}
+
+/// A checkpoint that was made.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    /// What was stored.
+    pub manifest: Manifest,
+    /// How long the machine stood still.
+    pub pause: Duration,
+    /// How long all of it took.
+    pub total: Duration,
+}
+
+/// Whose checkpoint it is.
+#[derive(Debug, Clone)]
+pub struct Subject {
+    /// The machine's name.
+    pub name: MachineName,
+    /// What was asked for.
+    pub spec: Spec,
+    /// The epoch under which it runs.
+    pub epoch: Epoch,
+}
+
+/// Where a checkpoint goes, and how.
+#[derive(Debug)]
+pub struct Destination<'a> {
+    /// The store.
+    pub vault: &'a Vault,
+    /// Where its requests run.
+    pub runtime: &'a Handle,
+    /// Whether a full one is wanted in any case.
+    pub full: bool,
+    /// Set by others to end it early.
+    pub give_up: &'a AtomicBool,
+}
+
+/// Makes the checkpoints of one machine, and knows what was written since the
+/// last one.
+#[derive(Debug, Default)]
+pub struct Taker {
+    trackers: Vec<DirtyTracker>,
+    last: Option<Last>,
+}
+
+#[derive(Debug)]
+struct Last {
+    vault: String,
+    id: CheckpointId,
+    /// Checkpoints in its chain.
+    length: usize,
+}
+
+impl Taker {
+    /// Makes a checkpoint: a full one, if it is the first there, or wanted, or
+    /// the chain has become long.
+    ///
+    /// # Errors
+    /// [`TakeError`]; the machine runs on, and nothing counts that was stored.
+    pub fn take(
+        &mut self,
+        machine: &Machine,
+        subject: Subject,
+        log: &Log,
+        destination: &Destination<'_>,
+    ) -> Result<Taken, TakeError> {
+        let Destination {
+            vault,
+            runtime,
+            full,
+            give_up,
+        } = *destination;
+        let parent = self
+            .last
+            .take()
+            .filter(|last| !full && last.vault == vault.url() && last.length < CHAIN_MAX);
+        let begun = Instant::now();
+        machine.program().prepare_resume()?;
+        let id = CheckpointId::new(unix_ms());
+        let mut packer = Packer {
+            vault: vault.clone(),
+            machine: subject.name.clone(),
+            id: id.clone(),
+            runtime: runtime.clone(),
+            buffer: Vec::with_capacity(PACK_BYTES),
+            runs: Vec::new(),
+            packs: Vec::new(),
+            storing: VecDeque::new(),
+            count: 0,
+        };
+        let (image, log_end, memory_pages, pause) =
+            self.copy(machine, log, parent.is_some(), &mut packer, give_up)?;
+        let created_unix_ms = unix_ms();
+        let (runs, packs) = packer.finish()?;
+        let program = *machine.program().hash();
+        let bytes = Bytes::copy_from_slice(machine.program().bytes());
+        runtime.block_on(vault.put_program(&program, bytes))?;
+        let manifest = Manifest {
+            id: id.clone(),
+            machine: subject.name,
+            parent: parent.as_ref().map(|last| last.id.clone()),
+            epoch: subject.epoch,
+            created_unix_ms,
+            spec: subject.spec,
+            program,
+            log_end,
+            memory_pages,
+            runs,
+            packs,
+            image,
+        };
+        runtime.block_on(vault.put_manifest(&manifest))?;
+        self.last = Some(Last {
+            vault: vault.url().to_owned(),
+            id,
+            length: parent.map_or(1, |last| last.length + 1),
+        });
+        Ok(Taken {
+            manifest,
+            pause,
+            total: begun.elapsed(),
+        })
+    }
+
+    /// Copies until little is left, then freezes for the rest; the image, the
+    /// end of the output, the memories' sizes, the pause.
+    fn copy(
+        &mut self,
+        machine: &Machine,
+        log: &Log,
+        incremental: bool,
+        packer: &mut Packer,
+        give_up: &AtomicBool,
+    ) -> Result<(Vec<u8>, u64, Vec<u64>, Duration), TakeError> {
+        let memories = machine.memories().clone();
+        if !incremental {
+            // What was known of an earlier checkpoint no longer counts.
+            self.trackers.clear();
+            for memory in memories.iter() {
+                self.trackers.push(DirtyTracker::start(memory.clone())?);
+            }
+        }
+        let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
+        for (memory, tracker) in memories.iter().zip(&mut self.trackers) {
+            ranges.push(if incremental {
+                tracker.take()?
+            } else {
+                memory.populated()?
+            });
+        }
+        let mut before = u64::MAX;
+        for round in 0.. {
+            packer.add(&memories, &ranges, Some(give_up))?;
+            let mut left = 0;
+            for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
+                *ranges = tracker.take()?;
+                left += bytes_of(ranges);
+            }
+            // Half of it again would not be worth a round.
+            if left <= LAST_BYTES || round >= ROUNDS_MAX || left > before / 2 {
+                packer.add(&memories, &ranges, Some(give_up))?;
+                break;
+            }
+            before = left;
+        }
+        packer.make_room();
+        let begun = Instant::now();
+        machine.freeze(FREEZE_PATIENCE)?;
+        let frozen = self.last_pages(machine, &memories, packer);
+        let log_end = log.end();
+        let thawed = machine.thaw();
+        let pause = begun.elapsed();
+        let image = frozen?;
+        thawed?;
+        let pages = memories.iter().map(|memory| memory.size_bytes() >> 16);
+        Ok((image.encode()?, log_end, pages.collect(), pause))
+    }
+
+    fn last_pages(
+        &mut self,
+        machine: &Machine,
+        memories: &[Arc<GuestMemory>],
+        packer: &mut Packer,
+    ) -> Result<keel_wasm::runtime::Image, TakeError> {
+        let mut ranges = Vec::new();
+        for tracker in &mut self.trackers {
+            ranges.push(tracker.take()?);
+        }
+        packer.add(memories, &ranges, None)?;
+        Ok(machine.image()?)
+    }
+}
+
+fn bytes_of(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
+}
+
+/// Collects pages into packs and stores them meanwhile.
+struct Packer {
+    vault: Vault,
+    machine: MachineName,
+    id: CheckpointId,
+    runtime: Handle,
+    buffer: Vec<u8>,
+    runs: Vec<Run>,
+    packs: Vec<Pack>,
+    storing: VecDeque<JoinHandle<Result<Pack, VaultError>>>,
+    /// Packs begun so far.
+    count: usize,
+}
+
+impl Packer {
+    /// Adds pages. With `give_up` it waits where the store is behind; without,
+    /// while the machine stands still, it never does.
+    fn add(
+        &mut self,
+        memories: &[Arc<GuestMemory>],
+        ranges: &[Vec<Range<u64>>],
+        give_up: Option<&AtomicBool>,
+    ) -> Result<(), TakeError> {
+        for ((number, memory), ranges) in (0u32..).zip(memories).zip(ranges) {
+            for range in ranges {
+                let mut at = range.start;
+                while at < range.end {
+                    if give_up.is_some_and(|give_up| give_up.load(Ordering::Relaxed)) {
+                        return Err(TakeError::GivenUp);
+                    }
+                    let count = (range.end - at).min(READ_BYTES);
+                    let start = self.buffer.len();
+                    self.buffer.resize(start + count as usize, 0);
+                    memory.read(at, &mut self.buffer[start..])?;
+                    self.note(number, at, count);
+                    at += count;
+                    if self.buffer.len() >= PACK_BYTES {
+                        self.store_pack();
+                        if give_up.is_some() {
+                            self.wait_below(IN_FLIGHT_MAX)?;
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, memory: u32, at: u64, bytes: u64) {
+        // Memories have at most 64 GiB, which is 2^24 pages.
+        let (first, pages) = ((at / PAGE_BYTES) as u32, (bytes / PAGE_BYTES) as u32);
+        match self.runs.last_mut() {
+            Some(run) if run.memory == memory && run.first + run.pages == first => {
+                run.pages += pages;
+            }
+            _ => self.runs.push(Run {
+                memory,
+                first,
+                pages,
+            }),
+        }
+    }
+
+    /// Leaves room for the last pages, so that nothing is allocated for them.
+    fn make_room(&mut self) {
+        if self.buffer.capacity() - self.buffer.len() < 2 * LAST_BYTES as usize {
+            self.store_pack();
+        }
+    }
+
+    fn store_pack(&mut self) {
+        if self.buffer.is_empty() {
+            return;
+        }
+        let bytes = std::mem::replace(&mut self.buffer, Vec::with_capacity(PACK_BYTES));
+        let number = self.count;
+        self.count += 1;
+        let (vault, machine, id) = (self.vault.clone(), self.machine.clone(), self.id.clone());
+        self.storing.push_back(self.runtime.spawn(async move {
+            let bytes = Bytes::from(bytes);
+            let content = bytes.clone();
+            let pack = tokio::task::spawn_blocking(move || Pack::of(&content)).await;
+            vault.put_pack(&machine, &id, number, bytes).await?;
+            pack.map_err(|error| {
+                VaultError::Store(object_store::Error::Generic {
+                    store: "vault",
+                    source: error.into(),
+                })
+            })
+        }));
+    }
+
+    fn wait_below(&mut self, limit: usize) -> Result<(), TakeError> {
+        while self.storing.len() >= limit.max(1) {
+            let Some(task) = self.storing.pop_front() else {
+                break;
+            };
+            let pack = self
+                .runtime
+                .block_on(task)
+                .map_err(|_| TakeError::CutOff)??;
+            self.packs.push(pack);
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<(Vec<Run>, Vec<Pack>), TakeError> {
+        self.store_pack();
+        self.wait_below(1)?;
+        Ok((
+            std::mem::take(&mut self.runs),
+            std::mem::take(&mut self.packs),
+        ))
+    }
+}
+
+impl Drop for Packer {
+    fn drop(&mut self) {
+        // Of a checkpoint that was given up nothing more need be stored.
+        for task in &self.storing {
+            task.abort();
+        }
+    }
+}

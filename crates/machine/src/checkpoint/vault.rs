@@ -1,0 +1,405 @@
+//! Where checkpoints are stored: a directory, or an S3-compatible store.
+//!
+//! Names are made of machine names and checkpoint ids only, which have no
+//! separators. Async; for a worker's own runtime, never for an agent's hot
+//! paths: stores may be slow.
+
+use super::format::{CheckpointId, FormatError, Manifest, Pack};
+use futures::{StreamExt, TryStreamExt};
+use keel_cluster::MachineName;
+use keel_net::{Bytes, Fingerprint};
+use object_store::aws::AmazonS3Builder;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as Place;
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload, RetryConfig};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long one request to a store may be repeated.
+const RETRY_FOR: Duration = Duration::from_secs(30);
+/// The most bytes of a manifest or a module.
+const READ_BYTES_MAX: u64 = 1 << 30;
+
+/// Why a vault cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum VaultError {
+    /// The URL names no store.
+    #[error(
+        "{url:?} is no place for checkpoints: {reason} (use /a/directory, file:///a/directory or s3://bucket/prefix)"
+    )]
+    Url {
+        /// What was given.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The store failed.
+    #[error("checkpoint store: {0}")]
+    Store(#[from] object_store::Error),
+    /// Something stored is not what it should be.
+    #[error("checkpoint {id} of machine {machine:?} cannot be used: {part}: {reason}")]
+    Part {
+        /// The machine.
+        machine: MachineName,
+        /// The checkpoint.
+        id: CheckpointId,
+        /// Which part of it.
+        part: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// There is none.
+    #[error("machine {0:?} has no checkpoint there (`keel checkpoint {0}` makes one)")]
+    None(MachineName),
+}
+
+/// A store of checkpoints.
+#[derive(Debug, Clone)]
+pub struct Vault {
+    store: Arc<dyn ObjectStore>,
+    prefix: Place,
+    url: String,
+}
+
+/// Checkpoints of a machine, newest first.
+pub type Candidates = Vec<CheckpointId>;
+
+impl Vault {
+    /// Opens a vault: `/a/directory`, `file:///a/directory` (made if missing),
+    /// or `s3://bucket/prefix` with the usual `AWS_…` variables
+    /// (`AWS_ENDPOINT_URL` for stores that are not Amazon's).
+    ///
+    /// # Errors
+    /// [`VaultError::Url`].
+    pub fn open(url: &str) -> Result<Self, VaultError> {
+        let bad = |reason: String| VaultError::Url {
+            url: url.to_owned(),
+            reason,
+        };
+        let folder = url.strip_prefix("file://").unwrap_or(url);
+        if folder.starts_with('/') {
+            std::fs::create_dir_all(folder).map_err(|error| bad(error.to_string()))?;
+            let store = LocalFileSystem::new_with_prefix(folder)
+                .map_err(|error| bad(error.to_string()))?
+                .with_fsync(true);
+            return Ok(Vault {
+                store: Arc::new(store),
+                prefix: Place::default(),
+                url: url.to_owned(),
+            });
+        }
+        let Some(rest) = url.strip_prefix("s3://") else {
+            return Err(bad("neither a directory nor s3://".into()));
+        };
+        // Whoever came first has installed the same one.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        let retry = RetryConfig {
+            retry_timeout: RETRY_FOR,
+            ..RetryConfig::default()
+        };
+        let store = AmazonS3Builder::from_env()
+            .with_bucket_name(bucket)
+            .with_allow_http(true)
+            .with_retry(retry)
+            .build()
+            .map_err(|error| bad(error.to_string()))?;
+        Ok(Vault {
+            store: Arc::new(store),
+            prefix: Place::parse(prefix).map_err(|error| bad(error.to_string()))?,
+            url: url.to_owned(),
+        })
+    }
+
+    /// Its URL, as it was given.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    fn place(&self, parts: &[&str]) -> Place {
+        let mut place = self.prefix.clone();
+        for part in parts {
+            place = place.join(*part);
+        }
+        place
+    }
+
+    fn pack_place(&self, machine: &MachineName, id: &CheckpointId, number: usize) -> Place {
+        self.place(&["machines", machine.as_ref(), &format!("{id}.{number}.pack")])
+    }
+
+    fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Place {
+        self.place(&["machines", machine.as_ref(), &format!("{id}.manifest")])
+    }
+
+    fn program_place(&self, program: &[u8; 32]) -> Place {
+        self.place(&["programs", &format!("{}.wasm", Fingerprint(*program))])
+    }
+
+    async fn read(&self, place: &Place) -> Result<Bytes, object_store::Error> {
+        let got = self.store.get(place).await?;
+        if got.meta.size > READ_BYTES_MAX {
+            return Err(object_store::Error::Generic {
+                store: "vault",
+                source: format!("{place} has {} bytes", got.meta.size).into(),
+            });
+        }
+        got.bytes().await
+    }
+
+    /// Stores a pack.
+    ///
+    /// # Errors
+    /// [`VaultError::Store`].
+    pub async fn put_pack(
+        &self,
+        machine: &MachineName,
+        id: &CheckpointId,
+        number: usize,
+        bytes: Bytes,
+    ) -> Result<(), VaultError> {
+        let place = self.pack_place(machine, id, number);
+        self.store.put(&place, PutPayload::from(bytes)).await?;
+        Ok(())
+    }
+
+    /// Reads a pack and checks it.
+    ///
+    /// # Errors
+    /// [`VaultError`].
+    pub async fn pack(
+        &self,
+        machine: &MachineName,
+        id: &CheckpointId,
+        number: usize,
+        expected: &Pack,
+    ) -> Result<Bytes, VaultError> {
+        let part = |reason: String| VaultError::Part {
+            machine: machine.clone(),
+            id: id.clone(),
+            part: format!("pack {number}"),
+            reason,
+        };
+        let place = self.pack_place(machine, id, number);
+        let bytes = match self.read(&place).await {
+            Ok(bytes) => bytes,
+            Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing".into())),
+            Err(error) => return Err(error.into()),
+        };
+        if expected.describes(&bytes) {
+            Ok(bytes)
+        } else {
+            Err(part("it is damaged: its checksum is wrong".into()))
+        }
+    }
+
+    /// Stores a manifest: from now on the checkpoint is there.
+    ///
+    /// # Errors
+    /// [`VaultError`].
+    pub async fn put_manifest(&self, manifest: &Manifest) -> Result<(), VaultError> {
+        let bytes = manifest.encode().map_err(|error| VaultError::Part {
+            machine: manifest.machine.clone(),
+            id: manifest.id.clone(),
+            part: "its manifest".into(),
+            reason: error.to_string(),
+        })?;
+        let place = self.manifest_place(&manifest.machine, &manifest.id);
+        self.store.put(&place, PutPayload::from(bytes)).await?;
+        Ok(())
+    }
+
+    /// Reads a manifest and checks it.
+    ///
+    /// # Errors
+    /// [`VaultError`].
+    pub async fn manifest(
+        &self,
+        machine: &MachineName,
+        id: &CheckpointId,
+    ) -> Result<Manifest, VaultError> {
+        let part = |reason: String| VaultError::Part {
+            machine: machine.clone(),
+            id: id.clone(),
+            part: "its manifest".into(),
+            reason,
+        };
+        let bytes = match self.read(&self.manifest_place(machine, id)).await {
+            Ok(bytes) => bytes,
+            Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing".into())),
+            Err(error) => return Err(error.into()),
+        };
+        let manifest =
+            Manifest::decode(&bytes).map_err(|error: FormatError| part(error.to_string()))?;
+        if manifest.machine != *machine || manifest.id != *id {
+            return Err(part(format!(
+                "it is of checkpoint {} of machine {:?}",
+                manifest.id, manifest.machine
+            )));
+        }
+        Ok(manifest)
+    }
+
+    /// A checkpoint and those that it stands on, the full one first.
+    ///
+    /// # Errors
+    /// [`VaultError`], also where a chain is longer than it can be.
+    pub async fn chain(
+        &self,
+        machine: &MachineName,
+        id: &CheckpointId,
+    ) -> Result<Vec<Manifest>, VaultError> {
+        let mut chain = vec![self.manifest(machine, id).await?];
+        while let Some(parent) = chain.last().and_then(|manifest| manifest.parent.clone()) {
+            let last = chain.last().map(|manifest| manifest.id.clone());
+            if chain.len() >= super::CHAIN_MAX || last.is_some_and(|last| parent >= last) {
+                return Err(VaultError::Part {
+                    machine: machine.clone(),
+                    id: id.clone(),
+                    part: "its chain".into(),
+                    reason: "it does not end".into(),
+                });
+            }
+            chain.push(self.manifest(machine, &parent).await?);
+        }
+        chain.reverse();
+        Ok(chain)
+    }
+
+    /// Names of a machine's checkpoints, newest first.
+    ///
+    /// # Errors
+    /// [`VaultError::Store`].
+    pub async fn list(&self, machine: &MachineName) -> Result<Candidates, VaultError> {
+        let folder = self.place(&["machines", machine.as_ref()]);
+        let mut found: Candidates = self
+            .store
+            .list(Some(&folder))
+            .try_filter_map(|object| async move {
+                let name = object.location.filename().unwrap_or_default();
+                Ok(name
+                    .strip_suffix(".manifest")
+                    .and_then(|id| id.parse().ok()))
+            })
+            .try_collect()
+            .await?;
+        found.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(found)
+    }
+
+    /// Machines that have something here, by name.
+    ///
+    /// # Errors
+    /// [`VaultError::Store`].
+    pub async fn machines(&self) -> Result<Vec<MachineName>, VaultError> {
+        let folder = self.place(&["machines"]);
+        let listing = self.store.list_with_delimiter(Some(&folder)).await?;
+        let mut names: Vec<MachineName> = listing
+            .common_prefixes
+            .iter()
+            .filter_map(|place| place.filename()?.parse().ok())
+            .collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Stores an instrumented module, unless it is there.
+    ///
+    /// # Errors
+    /// [`VaultError::Store`].
+    pub async fn put_program(&self, hash: &[u8; 32], bytes: Bytes) -> Result<(), VaultError> {
+        let place = self.program_place(hash);
+        match self.store.head(&place).await {
+            Ok(meta) if meta.size == bytes.len() as u64 => return Ok(()),
+            Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.store.put(&place, PutPayload::from(bytes)).await?;
+        Ok(())
+    }
+
+    /// Reads a checkpoint's instrumented module and checks it.
+    ///
+    /// # Errors
+    /// [`VaultError`].
+    pub async fn program(&self, manifest: &Manifest) -> Result<Bytes, VaultError> {
+        let part = |reason: &str| VaultError::Part {
+            machine: manifest.machine.clone(),
+            id: manifest.id.clone(),
+            part: "its program".into(),
+            reason: reason.into(),
+        };
+        let bytes = match self.read(&self.program_place(&manifest.program)).await {
+            Ok(bytes) => bytes,
+            Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing")),
+            Err(error) => return Err(error.into()),
+        };
+        if *blake3::hash(&bytes).as_bytes() == manifest.program {
+            Ok(bytes)
+        } else {
+            Err(part("it is damaged: its checksum is wrong"))
+        }
+    }
+
+    /// Deletes a machine's checkpoints but the newest `keep` and those that they
+    /// stand on, and pieces of checkpoints that were never finished. How many
+    /// checkpoints went.
+    ///
+    /// # Errors
+    /// [`VaultError`]; nothing that is needed is gone then.
+    pub async fn keep_newest(
+        &self,
+        machine: &MachineName,
+        keep: usize,
+    ) -> Result<usize, VaultError> {
+        let all = self.list(machine).await?;
+        let mut needed = std::collections::BTreeSet::new();
+        for id in all.iter().take(keep.max(1)) {
+            // One that cannot be read is kept: it may be readable tomorrow.
+            needed.insert(id.clone());
+            if let Ok(chain) = self.chain(machine, id).await {
+                needed.extend(chain.into_iter().map(|manifest| manifest.id));
+            }
+        }
+        let newest = all.first().cloned();
+        let folder = self.place(&["machines", machine.as_ref()]);
+        let objects: Vec<Place> = self
+            .store
+            .list(Some(&folder))
+            .map_ok(|object| object.location)
+            .try_collect()
+            .await?;
+        let id_of = |place: &Place| -> Option<CheckpointId> {
+            place.filename()?.split_once('.')?.0.parse().ok()
+        };
+        let mut gone = std::collections::BTreeSet::new();
+        let (mut manifests, mut packs) = (Vec::new(), Vec::new());
+        for place in objects {
+            // What is newer than the newest may just be in the making.
+            let Some(id) =
+                id_of(&place).filter(|id| newest.as_ref().is_some_and(|newest| id < newest))
+            else {
+                continue;
+            };
+            if needed.contains(&id) {
+                continue;
+            }
+            let is_manifest = place.extension() == Some("manifest");
+            if is_manifest {
+                gone.insert(id);
+                manifests.push(Ok(place));
+            } else {
+                packs.push(Ok(place));
+            }
+        }
+        // Without its manifest a checkpoint is not there: it never lacks a part.
+        for places in [manifests, packs] {
+            let places = futures::stream::iter(places).boxed();
+            self.store
+                .delete_stream(places)
+                .try_collect::<Vec<_>>()
+                .await?;
+        }
+        Ok(gone.len())
+    }
+}

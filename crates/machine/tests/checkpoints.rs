@@ -1,0 +1,386 @@
+//! Checkpoints of running machines, in a directory: whole, incremental,
+//! damaged, and made into machines again.
+
+use keel_cluster::Epoch;
+use keel_machine::checkpoint::{
+    CHAIN_MAX, CheckpointId, Destination, Origin, RestoreError, Restored, Subject, TakeError,
+    Taken, Taker, Vault, restore,
+};
+use keel_machine::log::Log;
+use keel_machine::spec::Spec;
+use keel_wasi::{Config, MemorySink, Resources, Wasi};
+use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+/// After so long something hangs.
+const LIMIT: Duration = Duration::from_secs(120);
+
+struct Running {
+    machine: Machine,
+    output: Arc<MemorySink>,
+    log: Log,
+    engine: Engine,
+    taker: Taker,
+    runtime: tokio::runtime::Runtime,
+    folder: tempfile::TempDir,
+}
+
+fn guest(name: &str) -> Vec<u8> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../../guests")
+        .join(name)
+        .with_extension("wasm");
+    std::fs::read(path).unwrap()
+}
+
+fn spec() -> Spec {
+    Spec {
+        module: String::new(),
+        args: vec!["guest".into()],
+        env: Vec::new(),
+        volumes: Vec::new(),
+        memory_bytes: 256 << 20,
+        threads_max: 64,
+        cpu_limit_millis: None,
+        output_bytes_per_s: 1 << 20,
+        remove_at_end: false,
+    }
+}
+
+impl Running {
+    fn start(name: &str, args: &[&str]) -> Self {
+        let engine = Engine::new(Options::default()).unwrap();
+        let program = engine.load(&guest(name)).unwrap();
+        // Else a short program may end before it is ready.
+        program.prepare_resume().unwrap();
+        let output = Arc::new(MemorySink::default());
+        let mut config = Config {
+            args: vec!["guest".into()],
+            stdout: Box::new(output.clone()),
+            ..Config::default()
+        };
+        config.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        let wasi = Wasi::new(config).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        Running {
+            machine: Machine::start(program, wasi, spec().limits()).unwrap(),
+            output,
+            log: Log::open(&folder.path().join("log"), 0).unwrap(),
+            engine,
+            taker: Taker::default(),
+            runtime: tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap(),
+            folder,
+        }
+    }
+
+    fn vault(&self) -> Vault {
+        Vault::open(&self.place().display().to_string()).unwrap()
+    }
+
+    fn place(&self) -> PathBuf {
+        self.folder.path().join("vault")
+    }
+
+    fn take(&mut self, full: bool) -> Taken {
+        self.try_take(full, &AtomicBool::new(false)).unwrap()
+    }
+
+    fn try_take(&mut self, full: bool, give_up: &AtomicBool) -> Result<Taken, TakeError> {
+        let subject = Subject {
+            name: "m".parse().unwrap(),
+            spec: spec(),
+            epoch: Epoch::default(),
+        };
+        let vault = self.vault();
+        let destination = Destination {
+            vault: &vault,
+            runtime: self.runtime.handle(),
+            full,
+            give_up,
+        };
+        self.taker
+            .take(&self.machine, subject, &self.log, &destination)
+    }
+
+    fn restore(&self, id: Option<&CheckpointId>) -> Result<Restored, RestoreError> {
+        let origin = Origin {
+            vault: self.place().display().to_string(),
+            machine: "m".parse().unwrap(),
+            id: id.cloned(),
+            is_clone: false,
+        };
+        let limits = spec().limits();
+        restore(
+            &origin,
+            &self.vault(),
+            &self.engine,
+            limits,
+            self.runtime.handle(),
+        )
+    }
+
+    /// Lets it go on and returns what it prints from there on.
+    fn finish(&self, restored: Restored) -> String {
+        let output = Arc::new(MemorySink::default());
+        let resources = Resources {
+            stdout: Box::new(output.clone()),
+            ..Resources::default()
+        };
+        let wasi = Wasi::restore(restored.image.wasi.clone(), resources).unwrap();
+        let limits = Limits::default();
+        let machine = Machine::prepare(
+            restored.program,
+            restored.image,
+            restored.memories,
+            wasi,
+            limits,
+        )
+        .unwrap();
+        machine.thaw().unwrap();
+        let outcome = machine.wait(Some(LIMIT));
+        let text = String::from_utf8(output.bytes()).unwrap();
+        assert_eq!(outcome, Some(Outcome::Exit(0)), "{text}");
+        text
+    }
+
+    fn wait_lines(&self, count: usize) {
+        let begun = Instant::now();
+        while self.lines() < count {
+            assert!(begun.elapsed() < LIMIT, "it stands still");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn lines(&self) -> usize {
+        self.output
+            .bytes()
+            .iter()
+            .filter(|byte| **byte == b'\n')
+            .count()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.machine.stop();
+    }
+}
+
+/// The writer checks its memory whenever it writes; its lines are numbered.
+#[test]
+fn every_checkpoint_of_a_chain_goes_on_where_it_was() {
+    let mut running = Running::start("writer", &["16", "50", "12"]);
+    running.wait_lines(2);
+    let mut taken = Vec::new();
+    for round in 0..5 {
+        let before = running.lines();
+        taken.push((before, running.take(round == 3), running.lines()));
+        running.wait_lines(running.lines() + 1);
+    }
+    for (round, (_, taken, _)) in taken.iter().enumerate() {
+        let full = round == 0 || round == 3;
+        assert_eq!(taken.manifest.parent.is_none(), full, "{round}");
+        let stored = taken.manifest.stored_bytes();
+        assert_eq!(stored >= 16 << 20, full, "{round}: {stored} bytes");
+    }
+    for (before, taken, after) in taken.iter().rev() {
+        let text = running.finish(running.restore(Some(&taken.manifest.id)).unwrap());
+        let numbers: Vec<usize> = text.lines().map(|line| line.parse().unwrap()).collect();
+        assert!((*before..=*after).contains(&numbers[0]), "{numbers:?}");
+        assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1));
+        assert_eq!(numbers.last(), Some(&11));
+    }
+    // And the machine itself noticed nothing.
+    assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
+    assert_eq!(running.lines(), 12);
+}
+
+#[test]
+fn threads_and_what_they_wait_for_are_in_it() {
+    let alone = {
+        let running = Running::start("threads", &["3", "100000"]);
+        assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
+        String::from_utf8(running.output.bytes()).unwrap()
+    };
+    let mut running = Running::start("threads", &["3", "100000"]);
+    let mut taken = Vec::new();
+    while running
+        .machine
+        .wait(Some(Duration::from_millis(20)))
+        .is_none()
+    {
+        let before = running.output.bytes();
+        // It may end meanwhile.
+        if let Ok(checkpoint) = running.try_take(false, &AtomicBool::new(false))
+            && running.output.bytes() == before
+        {
+            taken.push((before, checkpoint.manifest.id));
+        }
+    }
+    assert!(!taken.is_empty());
+    for (before, id) in taken.iter().take(10) {
+        let rest = running.finish(running.restore(Some(id)).unwrap());
+        let whole = String::from_utf8(before.clone()).unwrap() + &rest;
+        assert_eq!(whole, alone);
+    }
+}
+
+fn files(folder: &Path, end: &str) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.to_string_lossy().ends_with(end))
+        .collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn of_damaged_checkpoints_the_newest_whole_one_is_used() {
+    let mut running = Running::start("counter", &["0", "1"]);
+    running.wait_lines(1);
+    let ids: Vec<CheckpointId> = (0..4).map(|_| running.take(true).manifest.id).collect();
+    running.machine.stop();
+    let folder = running.place().join("machines/m");
+    let restored = running.restore(None).unwrap();
+    assert_eq!(restored.manifest.id, ids[3]);
+    // Cut, as by a full disk or a lost write.
+    let manifests = files(&folder, ".manifest");
+    let bytes = std::fs::read(&manifests[3]).unwrap();
+    std::fs::write(&manifests[3], &bytes[..bytes.len() / 2]).unwrap();
+    // A bit of a page.
+    let pack = files(&folder, "pack")
+        .into_iter()
+        .find(|path| path.to_string_lossy().contains(&ids[2].to_string()))
+        .unwrap();
+    let mut bytes = std::fs::read(&pack).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 4;
+    std::fs::write(&pack, bytes).unwrap();
+    let restored = running.restore(None).unwrap();
+    assert_eq!(restored.manifest.id, ids[1]);
+    assert_eq!(restored.passed_over.len(), 2);
+    assert!(restored.passed_over[0].contains("manifest"));
+    assert!(restored.passed_over[1].contains("pack 0"));
+    // One that was asked for by name is not replaced by another.
+    let error = running.restore(Some(&ids[2])).err().unwrap().to_string();
+    assert!(
+        error.contains("pack 0") && error.contains("damaged"),
+        "{error}"
+    );
+    // Gone altogether.
+    std::fs::remove_file(&pack).unwrap();
+    let error = running.restore(Some(&ids[2])).err().unwrap().to_string();
+    assert!(error.contains("missing"), "{error}");
+    std::fs::remove_dir_all(running.place().join("programs")).unwrap();
+    let error = running.restore(None).err().unwrap().to_string();
+    assert!(
+        error.contains("is whole") && error.contains("its program"),
+        "{error}"
+    );
+    std::fs::remove_dir_all(&folder).unwrap();
+    let error = running.restore(None).err().unwrap().to_string();
+    assert!(error.contains("has no checkpoint there"), "{error}");
+}
+
+#[test]
+fn old_ones_go_and_what_others_stand_on_stays() {
+    let mut running = Running::start("counter", &["0", "1"]);
+    running.wait_lines(1);
+    // Two chains: 0-1-2 and 3-4.
+    let mut ids = Vec::new();
+    for round in 0..5 {
+        ids.push(running.take(round == 3).manifest.id);
+        running.wait_lines(running.lines() + 1);
+    }
+    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let keep = |count| {
+        running
+            .runtime
+            .block_on(vault.keep_newest(&name, count))
+            .unwrap()
+    };
+    let list = || running.runtime.block_on(vault.list(&name)).unwrap();
+    assert_eq!(keep(3), 0);
+    assert_eq!(list().len(), 5);
+    assert_eq!(keep(1), 3);
+    assert_eq!(list(), [ids[4].clone(), ids[3].clone()]);
+    let packs = files(&running.place().join("machines/m"), "pack");
+    assert!(packs.iter().all(|pack| {
+        let pack = pack.to_string_lossy();
+        pack.contains(&ids[4].to_string()) || pack.contains(&ids[3].to_string())
+    }));
+    assert!(running.restore(None).is_ok());
+    let all = running.runtime.block_on(vault.machines()).unwrap();
+    assert_eq!(all, [name]);
+}
+
+#[test]
+fn chains_end_and_what_was_given_up_does_not_count() {
+    let mut running = Running::start("counter", &["0", "1"]);
+    running.wait_lines(1);
+    let full: Vec<bool> = (0..=CHAIN_MAX)
+        .map(|_| running.take(false).manifest.parent.is_none())
+        .collect();
+    let expected: Vec<bool> = (0..=CHAIN_MAX)
+        .map(|number| number % CHAIN_MAX == 0)
+        .collect();
+    assert_eq!(full, expected);
+    let before = running.restore(None).unwrap().manifest.id;
+    running.wait_lines(running.lines() + 1);
+    let error = running.try_take(false, &AtomicBool::new(true));
+    assert!(matches!(error, Err(TakeError::GivenUp)));
+    assert_eq!(running.restore(None).unwrap().manifest.id, before);
+    // What was written meanwhile is not forgotten: the next is a full one.
+    assert!(running.take(false).manifest.parent.is_none());
+}
+
+#[test]
+fn a_machine_that_is_too_large_or_ended_is_named() {
+    let mut running = Running::start("writer", &["16", "1"]);
+    running.wait_lines(1);
+    running.take(false);
+    let origin = Origin {
+        vault: String::new(),
+        machine: "m".parse().unwrap(),
+        id: None,
+        is_clone: false,
+    };
+    let limits = Limits {
+        memory_bytes: 20 << 20,
+        ..Limits::default()
+    };
+    let vault = running.vault();
+    let result = restore(
+        &origin,
+        &vault,
+        &running.engine,
+        limits,
+        running.runtime.handle(),
+    );
+    let error = result.err().unwrap().to_string();
+    assert!(error.contains("the limit is 20971520 bytes"), "{error}");
+    running.machine.stop();
+    running.machine.wait(Some(LIMIT)).unwrap();
+    let error = running.try_take(false, &AtomicBool::new(false));
+    assert!(matches!(error, Err(TakeError::Machine(_))));
+}
+
+#[test]
+fn places_that_cannot_be_are_named() {
+    for (url, part) in [
+        ("ftp://somewhere", "neither a directory nor s3://"),
+        ("relative/path", "neither a directory nor s3://"),
+        ("/dev/null/no", "Not a directory"),
+    ] {
+        let error = Vault::open(url).unwrap_err().to_string();
+        assert!(error.contains(part) && error.contains(url), "{error}");
+    }
+}

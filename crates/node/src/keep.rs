@@ -1,0 +1,214 @@
+//! Checkpoints of this node's machines, and machines made of checkpoints.
+//!
+//! The work is the workers'; here it is decided where and as what. Vaults are
+//! opened and read in tasks that may wait: a slow store holds up nobody else.
+
+use crate::agent::Agent;
+use crate::operate::{self, OperateError};
+use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
+use keel_cluster::clock::unix_ms;
+use keel_cluster::{Epoch, MachineName, NodeName, members};
+use keel_machine::checkpoint::{CheckpointId, Manifest, Origin, Vault, VaultError};
+use keel_machine::spec::{Record, Status};
+use keel_machine::worker::control::{Checkpoint, Checkpointed, kind};
+use keel_net::RpcError;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long making a checkpoint may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Where checkpoints are, if nothing else is said: with this node.
+fn place(agent: &Agent, given: Option<&str>) -> String {
+    match given {
+        Some(url) => url.to_owned(),
+        None => agent.dir.checkpoints().display().to_string(),
+    }
+}
+
+async fn open(url: String) -> Result<Vault, OperateError> {
+    tokio::task::spawn_blocking(move || Vault::open(&url))
+        .await
+        .map_err(|error| OperateError::Away(error.to_string()))?
+        .map_err(|error| OperateError::Bad(error.to_string()))
+}
+
+fn vault_error(error: &VaultError) -> OperateError {
+    let text = error.to_string();
+    match error {
+        VaultError::Url { .. } => OperateError::Bad(text),
+        VaultError::None(_) => OperateError::Missing(text),
+        VaultError::Part { .. } => OperateError::Conflict(text),
+        VaultError::Store(_) => OperateError::Away(text),
+    }
+}
+
+/// Makes a checkpoint of a machine that runs here.
+pub(crate) async fn checkpoint(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    request: CheckpointRequest,
+) -> Result<CheckpointInfo, OperateError> {
+    let vault = place(agent, request.to.as_deref());
+    // A place that cannot be is named before anything is begun.
+    open(vault.clone()).await?;
+    if request.keep == Some(0) {
+        return Err(OperateError::Bad(
+            "keeping no checkpoint at all: 1 is the least".into(),
+        ));
+    }
+    let worker = agent.workers.get(machine).ok_or_else(|| {
+        OperateError::Conflict(format!(
+            "machine {machine:?} does not run: there is nothing to checkpoint"
+        ))
+    })?;
+    let question = Checkpoint {
+        vault: vault.clone(),
+        full: request.full,
+        keep: request.keep,
+    };
+    let taken: Checkpointed = worker
+        .ask(kind::CHECKPOINT, &question, PATIENCE)
+        .await
+        .map_err(|error| match error {
+            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
+                OperateError::Conflict(format!("no checkpoint of machine {machine:?}: {reason}"))
+            }
+            other => OperateError::Away(other.to_string()),
+        })?;
+    Ok(CheckpointInfo {
+        machine: machine.to_string(),
+        id: taken.id.to_string(),
+        vault,
+        parent: taken.parent.map(|id| id.to_string()),
+        created_unix_ms: unix_ms(),
+        stored_bytes: taken.stored_bytes,
+        pause_micros: Some(taken.pause_micros),
+        total_micros: Some(taken.total_micros),
+        deleted: taken.deleted,
+        damage: None,
+    })
+}
+
+/// A machine's checkpoints, newest first; what cannot be read is listed with
+/// what is wrong.
+pub(crate) async fn list(
+    agent: &Agent,
+    machine: &MachineName,
+    from: Option<&str>,
+) -> Result<Vec<CheckpointInfo>, OperateError> {
+    let vault = open(place(agent, from)).await?;
+    let ids = vault
+        .list(machine)
+        .await
+        .map_err(|error| vault_error(&error))?;
+    let mut found = Vec::with_capacity(ids.len());
+    for id in ids {
+        let mut info = CheckpointInfo {
+            machine: machine.to_string(),
+            id: id.to_string(),
+            vault: vault.url().to_owned(),
+            parent: None,
+            created_unix_ms: 0,
+            stored_bytes: 0,
+            pause_micros: None,
+            total_micros: None,
+            deleted: 0,
+            damage: None,
+        };
+        match vault.manifest(machine, &id).await {
+            Ok(manifest) => {
+                info.created_unix_ms = manifest.created_unix_ms;
+                info.stored_bytes = manifest.stored_bytes();
+                info.parent = manifest.parent.map(|id| id.to_string());
+            }
+            Err(error) => info.damage = Some(error.to_string()),
+        }
+        found.push(info);
+    }
+    Ok(found)
+}
+
+/// The manifest that says what the machine was: of the one that was asked for,
+/// or of the newest that can be read.
+async fn manifest(
+    vault: &Vault,
+    machine: &MachineName,
+    id: Option<&CheckpointId>,
+) -> Result<Manifest, VaultError> {
+    if let Some(id) = id {
+        return vault.manifest(machine, id).await;
+    }
+    let mut damaged = None;
+    for id in vault.list(machine).await? {
+        match vault.manifest(machine, &id).await {
+            Ok(manifest) => return Ok(manifest),
+            Err(error @ VaultError::Part { .. }) => damaged = damaged.or(Some(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(damaged.unwrap_or_else(|| VaultError::None(machine.clone())))
+}
+
+/// Puts a machine that is made of a checkpoint into a node's schedule.
+pub(crate) async fn restore(
+    agent: &Arc<Agent>,
+    request: RestoreRequest,
+) -> Result<MachineInfo, OperateError> {
+    let bad = |what: String| OperateError::Bad(what);
+    let machine = MachineName::new(&request.machine).map_err(|error| bad(error.to_string()))?;
+    let name = match &request.name {
+        Some(name) => MachineName::new(name).map_err(|error| bad(error.to_string()))?,
+        None => machine.clone(),
+    };
+    let node = match &request.on {
+        Some(node) => NodeName::new(node).map_err(|error| bad(error.to_string()))?,
+        None => agent.name.clone(),
+    };
+    if !agent.members.contains(&node) {
+        return Err(OperateError::Missing(format!(
+            "there is no node {node:?} (see `keel nodes`)"
+        )));
+    }
+    if node != agent.name && request.from.is_none() {
+        return Err(bad(format!(
+            "the checkpoints in {}'s own folder are not seen by {node}: make them in a place that both see (`keel checkpoint {machine} --to PLACE`) and name it here with --from",
+            agent.name
+        )));
+    }
+    let id: Option<CheckpointId> = request
+        .id
+        .as_deref()
+        .map(str::parse)
+        .transpose()
+        .map_err(bad)?;
+    let vault = open(place(agent, request.from.as_deref())).await?;
+    let manifest = manifest(&vault, &machine, id.as_ref())
+        .await
+        .map_err(|error| vault_error(&error))?;
+    let (_, incarnation) = members::cluster_of(&*agent.store)
+        .await
+        .map_err(|error| OperateError::Away(error.to_string()))?;
+    let is_clone = name != machine;
+    // Newer than any under which it ran before, in this incarnation.
+    let ran = if is_clone { 0 } else { manifest.epoch.counter };
+    let record = Record {
+        name,
+        spec: manifest.spec,
+        owner: node,
+        epoch: Epoch {
+            incarnation,
+            counter: ran + 1,
+        },
+        status: Status::Scheduled,
+        created_unix_ms: unix_ms(),
+        origin: Some(Origin {
+            vault: vault.url().to_owned(),
+            machine,
+            id,
+            is_clone,
+        }),
+        reports: Vec::new(),
+    };
+    operate::schedule(agent, record).await
+}
