@@ -8,7 +8,7 @@ use super::format::{CheckpointId, FormatError, Manifest, Pack};
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use keel_net::{Bytes, Fingerprint};
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Place;
 use object_store::{ObjectStore, ObjectStoreExt, PutPayload, RetryConfig};
@@ -72,6 +72,18 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Url`].
     pub fn open(url: &str) -> Result<Self, VaultError> {
+        let settings = std::env::vars().filter(|(name, _)| name.starts_with("AWS_"));
+        Self::open_with(url, settings)
+    }
+
+    /// As [`Self::open`], with these in place of the environment's variables.
+    ///
+    /// # Errors
+    /// [`VaultError::Url`].
+    pub fn open_with(
+        url: &str,
+        settings: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, VaultError> {
         let bad = |reason: String| VaultError::Url {
             url: url.to_owned(),
             reason,
@@ -98,7 +110,14 @@ impl Vault {
             retry_timeout: RETRY_FOR,
             ..RetryConfig::default()
         };
-        let store = AmazonS3Builder::from_env()
+        let mut builder = AmazonS3Builder::new();
+        for (name, value) in settings {
+            // Others are for other programs.
+            if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
+                builder = builder.with_config(key, value);
+            }
+        }
+        let store = builder
             .with_bucket_name(bucket)
             .with_allow_http(true)
             .with_retry(retry)

@@ -1,0 +1,173 @@
+//! Checkpoints in an S3-compatible store: that of `moto` (PyPI `moto[server]`),
+//! where it is installed.
+
+use keel_cluster::Epoch;
+use keel_machine::checkpoint::{CheckpointId, Manifest, Pack, Run, Vault, VaultError};
+use keel_machine::spec::Spec;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+struct Server {
+    process: Child,
+    address: String,
+}
+
+impl Server {
+    /// `None` where there is no such program.
+    fn start() -> Option<Self> {
+        // Free a moment ago; nobody else asks for it on loopback.
+        let port = TcpListener::bind("127.0.0.1:0")
+            .and_then(|listener| listener.local_addr())
+            .unwrap()
+            .port();
+        let process = Command::new("moto_server")
+            .args(["-H", "127.0.0.1", "-p", &port.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .ok()?;
+        let mut server = Server {
+            process,
+            address: format!("http://127.0.0.1:{port}"),
+        };
+        let mut lines = BufReader::new(server.process.stderr.take().unwrap());
+        let begun = Instant::now();
+        let mut line = String::new();
+        while !line.contains("Running on") {
+            line.clear();
+            let ended = lines.read_line(&mut line).unwrap() == 0;
+            assert!(!ended && begun.elapsed() < Duration::from_secs(60));
+        }
+        // It may say more than a pipe holds.
+        std::thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
+        Some(server)
+    }
+
+    fn make_bucket(&self, name: &str) {
+        let host = self.address.trim_start_matches("http://");
+        let mut stream = TcpStream::connect(host).unwrap();
+        let request = format!(
+            "PUT /{name} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        );
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest {
+    Manifest {
+        id: CheckpointId::new(time),
+        machine: "web-1".parse().unwrap(),
+        parent: parent.cloned(),
+        epoch: Epoch::default(),
+        created_unix_ms: time,
+        spec: Spec {
+            module: String::new(),
+            args: vec!["web".into()],
+            env: Vec::new(),
+            volumes: Vec::new(),
+            memory_bytes: 1 << 20,
+            threads_max: 4,
+            cpu_limit_millis: None,
+            output_bytes_per_s: 1000,
+            remove_at_end: false,
+        },
+        program: [3; 32],
+        log_end: 0,
+        memory_pages: vec![16],
+        runs: vec![Run {
+            memory: 0,
+            first: 1,
+            pages: (pages.len() / 4096) as u32,
+        }],
+        packs: vec![Pack::of(pages)],
+        image: vec![1, 2, 3],
+    }
+}
+
+#[test]
+fn a_bucket_keeps_checkpoints() {
+    let Some(server) = Server::start() else {
+        println!("skipped: moto_server is not installed (pip install 'moto[server]')");
+        return;
+    };
+    let settings = || {
+        [
+            ("AWS_ENDPOINT_URL", server.address.as_str()),
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_REGION", "us-east-1"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let vault = Vault::open_with("s3://kept/some/prefix", settings()).unwrap();
+        let name = "web-1".parse().unwrap();
+        // There is no bucket yet.
+        let error = vault.list(&name).await.unwrap_err();
+        assert!(matches!(error, VaultError::Store(_)), "{error}");
+        server.make_bucket("kept");
+        assert!(vault.list(&name).await.unwrap().is_empty());
+        let mut ids: Vec<CheckpointId> = Vec::new();
+        for number in 0..3u8 {
+            let pages = vec![number; 5 * 4096];
+            let manifest = manifest(ids.last(), 1000 + u64::from(number), &pages);
+            vault
+                .put_pack(&name, &manifest.id, 0, pages.clone().into())
+                .await
+                .unwrap();
+            // Not there before its manifest is.
+            assert_eq!(vault.list(&name).await.unwrap().len(), ids.len());
+            vault.put_manifest(&manifest).await.unwrap();
+            let pack = vault.pack(&name, &manifest.id, 0, &manifest.packs[0]).await;
+            assert_eq!(pack.unwrap(), pages);
+            ids.push(manifest.id);
+        }
+        let newest_first: Vec<_> = ids.iter().rev().cloned().collect();
+        assert_eq!(vault.list(&name).await.unwrap(), newest_first);
+        let chain = vault.chain(&name, &ids[2]).await.unwrap();
+        assert!(chain.iter().map(|manifest| &manifest.id).eq(&ids));
+        // Another prefix is another vault.
+        let other = Vault::open_with("s3://kept/other", settings()).unwrap();
+        assert!(other.machines().await.unwrap().is_empty());
+        assert_eq!(vault.machines().await.unwrap(), std::slice::from_ref(&name));
+        let program = b"\0asm of a kind";
+        let hash = *blake3::hash(program).as_bytes();
+        for _ in 0..2 {
+            let bytes = program.to_vec().into();
+            vault.put_program(&hash, bytes).await.unwrap();
+        }
+        let full = manifest(None, 2000, &[1; 4096]);
+        let of_it = Manifest {
+            program: hash,
+            ..full.clone()
+        };
+        assert_eq!(vault.program(&of_it).await.unwrap(), &program[..]);
+        let error = vault.program(&full).await.unwrap_err().to_string();
+        assert!(error.contains("its program: it is missing"), "{error}");
+        // A full one makes the chain before it superfluous.
+        vault.put_manifest(&full).await.unwrap();
+        assert_eq!(vault.keep_newest(&name, 1).await.unwrap(), 3);
+        assert_eq!(
+            vault.list(&name).await.unwrap(),
+            std::slice::from_ref(&full.id)
+        );
+        // Its pack was never stored.
+        let error = vault.pack(&name, &full.id, 0, &full.packs[0]).await;
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("pack 0: it is missing"), "{error}");
+    });
+}
