@@ -138,6 +138,48 @@ pub(crate) async fn begin(
     Ok(receiver)
 }
 
+/// Takes up a move that was handed over by an agent that has died since: the
+/// frozen copy is kept until the target says that the machine runs, or taken
+/// back. `record` is what the commit wrote.
+pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker) {
+    let target = record.owner.clone();
+    let epoch = Epoch {
+        counter: record.epoch.counter.saturating_sub(1),
+        ..record.epoch
+    };
+    let record = Record {
+        owner: agent.name.clone(),
+        epoch,
+        status: Status::Running,
+        ..record
+    };
+    let machine = record.name.clone();
+    let (interrupt, interrupted) = watch::channel(None);
+    let (over_sender, over) = watch::channel(false);
+    agent
+        .moves()
+        .insert(machine.clone(), Handle { interrupt, over });
+    let (source, commands) = SourceMove::handed(epoch);
+    let (lines, _) = mpsc::channel(1);
+    let mut driver = Driver {
+        agent: agent.clone(),
+        report: new_report(&record, &target),
+        source,
+        record,
+        revision: 0,
+        target,
+        worker,
+        interrupted,
+        lines,
+        receiving: None,
+        begun: Instant::now(),
+        prepared: None,
+    };
+    driver.carry_on(commands.into()).await;
+    agent.moves().remove(&machine);
+    over_sender.send_replace(true);
+}
+
 /// A machine's record, once a move that brought it here is over.
 async fn settled(agent: &Agent, machine: &MachineName) -> Result<record::Found, String> {
     let deadline = Instant::now() + SETTLE_PATIENCE;
@@ -200,7 +242,11 @@ fn micros(since: Instant) -> u64 {
 impl Driver {
     async fn drive(&mut self) {
         let offered = self.offer().await;
-        let mut commands: VecDeque<SourceCommand> = self.source.step(offered).into();
+        let commands = self.source.step(offered).into();
+        self.carry_on(commands).await;
+    }
+
+    async fn carry_on(&mut self, mut commands: VecDeque<SourceCommand>) {
         while let Some(command) = commands.pop_front() {
             tracing::debug!(machine = %self.record.name, ?command, "move");
             if let Some(event) = self.carry_out(command).await {

@@ -8,11 +8,12 @@
 
 use crate::agent::Agent;
 use crate::record::{self, RecordError};
+use crate::service::kind as node_kind;
 use crate::workers::{COMPILE_PATIENCE, Worker};
 use keel_cluster::keys::{self, Key};
 use keel_cluster::{MachineName, NodeName, StoreError};
 use keel_machine::spec::{Record, Status};
-use keel_machine::worker::control::{Start, StartFrom, State, kind, unpack};
+use keel_machine::worker::control::{Start, StartFrom, State, kind, pack, unpack};
 use keel_net::RpcError;
 use std::sync::Arc;
 use std::time::Duration;
@@ -160,8 +161,9 @@ async fn is_running(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), Rec
 }
 
 /// A machine whose move was committed, but whose worker here was lost before it
-/// went on. Its source has the frozen copy and takes it back; only when the
-/// source's node is gone too, the machine is lost.
+/// was known to go on. Its source has the frozen copy and takes it back. It is
+/// lost only when the source has none any more (it was told that the machine
+/// runs here, which then was true), or its node is gone too.
 async fn lost_on_arrival(
     agent: &Arc<Agent>,
     machine: &MachineName,
@@ -183,14 +185,30 @@ async fn lost_on_arrival(
             return Ok(());
         }
         let alive = record::alive(&*agent.store).await;
-        if alive.is_ok_and(|alive| !alive.contains(from)) {
+        let gone = alive.is_ok_and(|alive| !alive.contains(from));
+        if gone || source_holds(agent, machine, from).await == Some(false) {
             let reason = format!(
-                "its worker process was lost when it arrived, and so was its source {from}"
+                "its worker process was lost just after it arrived, and {from} has no copy any more"
             );
             return finish(agent, machine, Status::Failed { reason }).await;
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }
+}
+
+/// Whether a source has the frozen copy; `None` if it does not say.
+async fn source_holds(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    source: &NodeName,
+) -> Option<bool> {
+    let payload = pack(machine).ok()?;
+    let answer = agent
+        .peers
+        .call(source, node_kind::HELD, payload, crate::workers::PROMPT)
+        .await
+        .ok()?;
+    unpack(&answer).ok()
 }
 
 async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
@@ -254,13 +272,27 @@ pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName)
                     }
                 }
             }
-            // The commit had won: the schedule says that it is not here.
-            Ok(_) | Err(RecordError::NoMachine(_)) => return,
+            // The commit had won, and the target may not live to go on.
+            Ok(record) if record.status == arriving_from(agent) => {
+                crate::moving::take_up(agent, record, worker).await;
+                return;
+            }
+            // It runs elsewhere, or ended: the frozen copy is of no use.
+            Ok(_) | Err(RecordError::NoMachine(_)) => {
+                agent.workers.forget(&agent.dir, machine).await;
+                return;
+            }
             Err(error) => {
                 tracing::warn!(%machine, %error, "whose it is is not settled yet");
                 tokio::time::sleep(RETRY_AFTER).await;
             }
         }
+    }
+}
+
+fn arriving_from(agent: &Agent) -> Status {
+    Status::Arriving {
+        from: agent.name.clone(),
     }
 }
 
@@ -271,7 +303,9 @@ async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
     };
     // In this order: what runs before its entry is looked for, and has none
     // then, is not to run.
-    let state = worker.state().await;
+    let report = worker.report().await;
+    let giving_away = report.as_ref().is_ok_and(|report| report.giving_away);
+    let state = report.map(|report| report.state);
     let entry = Key::Schedule(agent.name.clone(), machine.clone()).to_string();
     match agent.store.get(&entry).await {
         Ok(None) => {}
@@ -281,7 +315,9 @@ async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
             return;
         }
     }
-    if agent.moves().contains_key(machine) || agent.busy().contains(machine) {
+    // What gives its machine away is the move's, or is taken up after the death
+    // of the agent that began the move.
+    if giving_away || agent.moves().contains_key(machine) || agent.busy().contains(machine) {
         return;
     }
     if !agent

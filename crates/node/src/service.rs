@@ -31,6 +31,8 @@ pub(crate) mod kind {
     pub(crate) const MOVE: u16 = 0x0306;
     /// `(machine, from, follow)` → stream of `LogChunk`.
     pub(crate) const LOG: u16 = 0x0307;
+    /// `machine` → `bool`: whether a source still has the frozen copy.
+    pub(crate) const HELD: u16 = 0x0308;
 }
 
 /// Bytes of a module in one piece.
@@ -74,6 +76,11 @@ impl Service {
                     .await
                     .map_err(RpcError::failed)?;
                 Ok(pack(&arrival)?.into())
+            }
+            kind::HELD => {
+                let machine: MachineName = unpack(&payload)?;
+                let held = agent.workers.get(&machine).is_some();
+                Ok(pack(&held)?.into())
             }
             kind::WITHDRAW => {
                 let machine: MachineName = unpack(&payload)?;

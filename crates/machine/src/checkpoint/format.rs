@@ -104,7 +104,7 @@ pub struct Run {
 pub struct Pack {
     /// Its size in bytes.
     pub bytes: u64,
-    /// BLAKE3 of each [`BLOCK_BYTES`] of it.
+    /// BLAKE3 of each MiB of it.
     pub blocks: Vec<[u8; HASH_BYTES]>,
 }
 

@@ -163,6 +163,19 @@ impl SourceMove {
         }
     }
 
+    /// A move whose commit has won, taken up by an agent that did not begin it:
+    /// the machine ran here under `epoch`, and is frozen. What to do first comes
+    /// with it.
+    pub fn handed(epoch: Epoch) -> (Self, Vec<SourceCommand>) {
+        let source = SourceMove {
+            state: SourceState::Handed,
+            epoch,
+            frozen: true,
+        };
+        let epoch = epoch.next();
+        (source, vec![SourceCommand::TellTarget { epoch }])
+    }
+
     /// Where it is.
     pub fn state(&self) -> &SourceState {
         &self.state

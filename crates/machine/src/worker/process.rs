@@ -663,7 +663,13 @@ impl Worker {
             return;
         }
         self.give_up();
-        abort_apart(self.inner().outgoing.take(), reason);
+        let outgoing = {
+            let mut inner = self.inner();
+            // (A machine that was frozen for it is thawed first.)
+            inner.giving_away = false;
+            inner.outgoing.take()
+        };
+        abort_apart(outgoing, reason);
     }
 
     // ── receiving a machine ─────────────────────────────────────────────
