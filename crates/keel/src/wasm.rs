@@ -10,12 +10,10 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long a thread may take to a safepoint while the program is shaken.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long the next capture waits for the last one.
-const CAPTURE_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Exit code for a guest's fault: as a shell reports an aborted process.
 const TRAP_CODE: u8 = 134;
@@ -185,14 +183,10 @@ fn shaken(machine: &Machine, rate: f64, seed: u64) -> Result<Outcome> {
     let pause = Duration::from_secs_f64((1.0 / rate).min(3600.0));
     let mut random = StdRng::seed_from_u64(seed);
     let mut whole = 0u64;
-    let mut took = Duration::ZERO;
     let outcome = loop {
-        // A deep stack takes long to capture and to make again: the program
-        // gets as much time as that, or it would not come on.
-        if let Some(outcome) = machine.wait(Some(pause.max(2 * took))) {
+        if let Some(outcome) = machine.wait(Some(pause)) {
             break outcome;
         }
-        let (begun, before) = (Instant::now(), machine.captures());
         let threads = machine.threads();
         if threads.is_empty() {
             continue;
@@ -203,17 +197,8 @@ fn shaken(machine: &Machine, rate: f64, seed: u64) -> Result<Outcome> {
                 whole += 1;
             }
         } else {
-            let asked = machine.shake(threads[random.random_range(0..threads.len())]);
-            // (A thread that waits for long comes when it comes.)
-            while asked
-                && machine.captures() == before
-                && begun.elapsed() < CAPTURE_PATIENCE
-                && machine.wait(Some(Duration::ZERO)).is_none()
-            {
-                std::thread::sleep(Duration::from_micros(50));
-            }
+            machine.shake(threads[random.random_range(0..threads.len())]);
         }
-        took = begun.elapsed();
     };
     eprintln!(
         "keel: {} captures, {whole} of them of the whole machine",

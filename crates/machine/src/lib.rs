@@ -20,7 +20,10 @@ pub mod worker;
 pub fn missing_for_moves() -> Option<String> {
     let probe = keel_wasm::memory::GuestMemory::new(1, Some(1), false, 1 << 16).ok()?;
     let tracker = keel_wasm::memory::DirtyTracker::start(std::sync::Arc::new(probe)).ok()?;
-    tracker.missing().map(ToString::to_string)
+    let missing = tracker.missing()?;
+    Some(format!(
+        "{missing} Until then writes are found by hashing, which is slower."
+    ))
 }
 
 /// The largest module that is accepted, in bytes.

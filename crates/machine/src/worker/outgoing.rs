@@ -107,7 +107,7 @@ impl Outgoing {
         for memory in memories.iter() {
             let tracker = DirtyTracker::start(memory.clone())?;
             if let Some(missing) = tracker.missing() {
-                tracing::warn!(%missing);
+                tracing::warn!(%missing, "writes are found by hashing, which is slower");
             }
             self.trackers.push(tracker);
         }

@@ -7,9 +7,10 @@
 //! hashed at each look and compared with the hash before: slower (about 1 GB/s),
 //! but right everywhere.
 
+use super::uffd::{self, Unavailable, unavailable};
 use super::{GuestMemory, MemoryError, PAGE_BYTES, open_private};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// How writes are found.
@@ -21,23 +22,12 @@ pub enum Method {
     Hash,
 }
 
-/// Why the fast way is not to be had: what was missing.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "{what} is not available ({source}); writes are found by hashing, which is slower. {remedy}"
-)]
-pub struct TrackError {
-    what: &'static str,
-    remedy: &'static str,
-    source: std::io::Error,
-}
-
 /// Finds written pages of one memory while the guest runs.
 #[derive(Debug)]
 pub struct DirtyTracker {
     memory: Arc<GuestMemory>,
     found: Found,
-    missing: Option<TrackError>,
+    missing: Option<Unavailable>,
 }
 
 #[derive(Debug)]
@@ -92,7 +82,7 @@ impl DirtyTracker {
     }
 
     /// Why it is not the fast way.
-    pub fn missing(&self) -> Option<&TrackError> {
+    pub fn missing(&self) -> Option<&Unavailable> {
         self.missing.as_ref()
     }
 
@@ -147,42 +137,10 @@ fn push(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
     }
 }
 
-// From linux/userfaultfd.h and linux/fs.h; no crate has all of them.
-const UFFD_USER_MODE_ONLY: i32 = 1;
-const UFFD_API: u64 = 0xAA;
-const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
-const UFFDIO_API: u64 = 0xC018_AA3F;
-const UFFDIO_REGISTER: u64 = 0xC020_AA00;
-const UFFDIO_WRITEPROTECT: u64 = 0xC018_AA06;
-const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
-const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1;
+// From linux/fs.h.
 const PAGEMAP_SCAN: u64 = 0xC060_6610;
 const PM_SCAN_WP_MATCHING: u64 = 1;
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
-
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioRegister {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct UffdioWriteprotect {
-    start: u64,
-    len: u64,
-    mode: u64,
-}
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -209,91 +167,44 @@ struct PmScanArg {
     return_mask: u64,
 }
 
-/// # Safety
-/// `argument` is the structure that the kernel expects for `request`.
-unsafe fn ioctl<T>(fd: &OwnedFd, request: u64, argument: &mut T) -> std::io::Result<i32> {
-    // SAFETY: the caller passes the right structure, which outlives the call.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) };
-    if result < 0 {
-        Err(std::io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
-}
+const WRITEPROTECT_MODE_WP: u64 = 1;
 
-fn protect(memory: &GuestMemory) -> Result<Found, TrackError> {
-    let fail = |what, remedy| {
-        move |source| TrackError {
-            what,
-            remedy,
-            source,
-        }
-    };
-    // SAFETY: the system call takes flags only and returns a new descriptor.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_userfaultfd,
-            libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY,
-        )
-    };
-    if fd < 0 {
-        return Err(
-            fail("userfaultfd", "Allow the system call in the sandbox.")(
-                std::io::Error::last_os_error(),
-            ),
-        );
-    }
-    // SAFETY: the descriptor was just made and belongs to nobody else.
-    let uffd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+fn protect(memory: &GuestMemory) -> Result<Found, Unavailable> {
     let newer = "Linux 6.7 or newer has it.";
-    let mut api = UffdioApi {
-        api: UFFD_API,
-        features: UFFD_FEATURE_WP_ASYNC
-            | UFFD_FEATURE_WP_UNPOPULATED
-            | UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
-        ioctls: 0,
-    };
-    // SAFETY: the structure of this request.
-    unsafe { ioctl(&uffd, UFFDIO_API, &mut api) }
-        .map_err(fail("asynchronous write protection", newer))?;
-    let (start, len) = (memory.base() as u64, memory.reserved_bytes() as u64);
-    let mut register = UffdioRegister {
-        start,
-        len,
-        mode: UFFDIO_REGISTER_MODE_WP,
-        ioctls: 0,
-    };
-    // SAFETY: the structure of this request; the range is our own mapping.
-    unsafe { ioctl(&uffd, UFFDIO_REGISTER, &mut register) }
-        .map_err(fail("write protection of shared memory", newer))?;
-    let mut arm = UffdioWriteprotect {
+    let features =
+        uffd::FEATURE_WP_ASYNC | uffd::FEATURE_WP_UNPOPULATED | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
+    let uffd = uffd::open(features, "asynchronous write protection", newer)?;
+    uffd::register(&uffd, memory, uffd::MODE_WP)
+        .map_err(unavailable("write protection of shared memory", newer))?;
+    let start = memory.base() as u64;
+    let mut arm = uffd::Request {
         start,
         len: memory.size_bytes(),
-        mode: UFFDIO_WRITEPROTECT_MODE_WP,
+        mode: WRITEPROTECT_MODE_WP,
+        ..uffd::Request::default()
     };
     if arm.len > 0 {
-        // SAFETY: as above.
-        unsafe { ioctl(&uffd, UFFDIO_WRITEPROTECT, &mut arm) }
-            .map_err(fail("write protection", newer))?;
+        // SAFETY: the structure of this request begins so; the range is our own
+        // mapping.
+        unsafe { uffd::ioctl(&uffd, uffd::WRITEPROTECT, &mut arm) }
+            .map_err(unavailable("write protection", newer))?;
     }
     let pagemap = open_private("/proc/self/pagemap")
-        .map_err(|errno| fail("/proc/self/pagemap", "Mount /proc.")(errno.into()))?;
-    let found = Found::Protect {
+        .map_err(|errno| unavailable("/proc/self/pagemap", "Mount /proc.")(errno.into()))?;
+    // An empty look shows whether the kernel knows the request.
+    let mut probe = PmScanArg {
+        size: size_of::<PmScanArg>() as u64,
+        start,
+        end: start + PAGE_BYTES,
+        ..PmScanArg::default()
+    };
+    // SAFETY: the structure of this request, without an output vector.
+    unsafe { uffd::ioctl(&pagemap, PAGEMAP_SCAN, &mut probe) }
+        .map_err(unavailable("PAGEMAP_SCAN", newer))?;
+    Ok(Found::Protect {
         _uffd: uffd,
         pagemap,
-    };
-    if let Found::Protect { pagemap, .. } = &found {
-        // An empty look shows whether the kernel knows the request.
-        let mut probe = PmScanArg {
-            size: size_of::<PmScanArg>() as u64,
-            start,
-            end: start + PAGE_BYTES,
-            ..PmScanArg::default()
-        };
-        // SAFETY: the structure of this request, without an output vector.
-        unsafe { ioctl(pagemap, PAGEMAP_SCAN, &mut probe) }.map_err(fail("PAGEMAP_SCAN", newer))?;
-    }
-    Ok(found)
+    })
 }
 
 /// Regions that one call reports.
@@ -323,12 +234,13 @@ fn scan(
         };
         // SAFETY: the structure of this request; the vector it names holds
         // `vec_len` regions and outlives the call.
-        let filled = unsafe { ioctl(pagemap, PAGEMAP_SCAN, &mut argument) }.map_err(|source| {
-            MemoryError::System {
-                what: "scan for written pages",
-                source,
-            }
-        })?;
+        let filled =
+            unsafe { uffd::ioctl(pagemap, PAGEMAP_SCAN, &mut argument) }.map_err(|source| {
+                MemoryError::System {
+                    what: "scan for written pages",
+                    source,
+                }
+            })?;
         for region in &regions[..filled as usize] {
             push(&mut ranges, region.start - base..region.end - base);
         }

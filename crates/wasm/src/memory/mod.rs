@@ -7,6 +7,8 @@
 //!
 //! - `creator`: gives wasmtime our mappings when it makes an instance
 //! - `dirty`: which pages were written since the last look
+//! - `faults`: pages that are not there yet
+//! - `uffd`: the kernel's interface behind both
 //!
 //! The reservation is mapped at once, without access; growing makes the file
 //! longer and then opens the range, so that an access beyond the size always
@@ -14,9 +16,13 @@
 
 mod creator;
 mod dirty;
+mod faults;
+mod uffd;
 
 pub use creator::{Control, Creator, with_memories};
-pub use dirty::{DirtyTracker, Method, TrackError};
+pub use dirty::{DirtyTracker, Method};
+pub use faults::{Fault, FaultKind, PageFaults};
+pub use uffd::Unavailable;
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};

@@ -153,6 +153,9 @@ pub(super) struct Thread {
     launched: bool,
     /// Whether it is to move into a fresh instance before it goes on.
     rebuild: bool,
+    /// Until then it is not shaken again: a deep stack takes long to make anew,
+    /// and a thread that got less time than that would not come on.
+    rests_until: Option<Instant>,
     /// Reasons for which it is held ([`Hold`]).
     held: u8,
     /// Set by the OS thread that runs it.
@@ -535,14 +538,15 @@ impl Machine {
     }
 
     /// Moves one running thread through its serialised form into a fresh
-    /// instance: for testing. False if there is no such thread or the machine
-    /// is not running.
+    /// instance: for testing. False if there is no such thread, if the machine
+    /// is not running, or if the thread ran no longer since the last time than
+    /// that took.
     pub fn shake(&self, tid: u32) -> bool {
         let mut threads = locked(&self.shared.threads);
         if threads.phase != Phase::Running {
             return false;
         }
-        let Some(thread) = threads.table.get_mut(&tid) else {
+        let Some(thread) = threads.table.get_mut(&tid).filter(|thread| thread.rested()) else {
             return false;
         };
         thread.rebuild = true;
@@ -550,7 +554,8 @@ impl Machine {
         true
     }
 
-    /// Freezes it and moves every thread into a fresh instance: for testing.
+    /// Freezes it and moves every thread into a fresh instance, but those that
+    /// [`Self::shake`] would leave alone: for testing.
     ///
     /// # Errors
     /// As [`Self::freeze`].
@@ -559,9 +564,16 @@ impl Machine {
         let image = self.image()?.encode()?;
         Image::decode(&image, &self.shared.program)?;
         for thread in locked(&self.shared.threads).table.values_mut() {
-            thread.rebuild = thread.parked.as_ref().is_some_and(Option::is_some);
+            let is_parked = thread.parked.as_ref().is_some_and(Option::is_some);
+            thread.rebuild = is_parked && thread.rested();
         }
         self.thaw()
+    }
+}
+
+impl Thread {
+    fn rested(&self) -> bool {
+        self.rests_until.is_none_or(|until| Instant::now() >= until)
     }
 }
 
@@ -581,6 +593,7 @@ impl Threads {
                 parked,
                 launched: false,
                 rebuild: false,
+                rests_until: None,
                 held: 0,
                 clock: None,
             },
@@ -738,6 +751,7 @@ impl Shared {
                         Next::Leave => return Ok(false),
                         Next::GoOn => {}
                         Next::Rebuild => {
+                            let begun = Instant::now();
                             let hash = self.program.hash();
                             let bytes = state.encode(hash);
                             let meta = &self.program.meta;
@@ -750,6 +764,9 @@ impl Shared {
                                 })?;
                             fiber = self.fiber(tid, signal)?;
                             fiber.load(state)?;
+                            if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
+                                thread.rests_until = Some(Instant::now() + begun.elapsed());
+                            }
                         }
                     }
                     fiber.resume()?

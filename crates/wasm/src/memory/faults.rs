@@ -1,0 +1,395 @@
+//! Pages that a memory does not have yet: an access of the guest waits until
+//! somebody brings them.
+//!
+//! ```text
+//!   guest thread ── touches a page ──▶ stands ──▶ [`PageFaults::wait`] says which
+//!                                        ▲                     │
+//!                                        └── goes on ◀── `provide`, `provide_zeros`, `map`
+//! ```
+//!
+//! A *missing* page is in nobody's memory; a *minor* fault is of a page that the
+//! file behind the memory has, but the mapping does not show. Guests and the
+//! WASI layer reach memory through the mapping and wait; what goes through the
+//! file ([`GuestMemory::read`], [`GuestMemory::write`]) does not, and is for
+//! whoever brings the pages. A memory has either its writes tracked
+//! ([`super::DirtyTracker`]) or its faults served: the kernel knows one
+//! descriptor for a range.
+//!
+//! Where the kernel lacks it, [`PageFaults::start`] says what is missing: then
+//! all pages must be there before the guest runs.
+
+use super::uffd::{self, Unavailable, unavailable};
+use super::{GuestMemory, MemoryError, PAGE_BYTES};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The kernel's word for a page fault, and its flags.
+const EVENT_PAGEFAULT: u8 = 0x12;
+const FLAG_WRITE: u64 = 1;
+const FLAG_MINOR: u64 = 1 << 2;
+const MESSAGE_BYTES: usize = 32;
+
+/// What a guest thread waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultKind {
+    /// Nobody has the page.
+    Missing,
+    /// The file has it; [`PageFaults::map`] shows it.
+    Minor,
+}
+
+/// An access that waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fault {
+    /// Offset of the page in the memory.
+    pub page: u64,
+    /// What is wanted.
+    pub kind: FaultKind,
+    /// Whether it wants to write.
+    pub write: bool,
+}
+
+/// Serves the accesses to pages that one memory does not have.
+///
+/// When it is dropped, accesses that wait go on, and find zeros in missing
+/// pages: end the machine first, or bring all pages.
+#[derive(Debug)]
+pub struct PageFaults {
+    memory: Arc<GuestMemory>,
+    uffd: OwnedFd,
+}
+
+impl PageFaults {
+    /// From now on, accesses to pages that the mapping does not have wait:
+    /// missing ones, and with `minor` also those that only the file has.
+    ///
+    /// # Errors
+    /// [`Unavailable`] where the kernel or the process's rights lack it.
+    pub fn start(memory: Arc<GuestMemory>, minor: bool) -> Result<Self, Unavailable> {
+        let remedy = "Linux 5.13 or newer has it.";
+        let (features, mode) = if minor {
+            (
+                uffd::FEATURE_MISSING_SHMEM | uffd::FEATURE_MINOR_SHMEM,
+                uffd::MODE_MISSING | uffd::MODE_MINOR,
+            )
+        } else {
+            (uffd::FEATURE_MISSING_SHMEM, uffd::MODE_MISSING)
+        };
+        let what = "serving page faults of shared memory";
+        let uffd = uffd::open(features, what, remedy)?;
+        uffd::register(&uffd, &memory, mode).map_err(unavailable(what, remedy))?;
+        Ok(PageFaults { memory, uffd })
+    }
+
+    /// Waits for an access; `None` if there was none in that time. Several
+    /// threads may wait.
+    ///
+    /// # Errors
+    /// [`MemoryError::System`].
+    pub fn wait(&self, timeout: Duration) -> Result<Option<Fault>, MemoryError> {
+        let failed = |source| MemoryError::System {
+            what: "wait for page faults",
+            source,
+        };
+        let timeout = Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        let mut ready = [PollFd::new(&self.uffd, PollFlags::IN)];
+        match poll(&mut ready, Some(&timeout)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
+            Ok(_) => {}
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        let mut message = [0u8; MESSAGE_BYTES];
+        match rustix::io::read(&self.uffd, &mut message) {
+            Ok(MESSAGE_BYTES) => {}
+            // Another thread was faster.
+            Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(None),
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        let word = |at: usize| {
+            let bytes: [u8; 8] = message[at..at + 8].try_into().unwrap_or_default();
+            u64::from_ne_bytes(bytes)
+        };
+        if message[0] != EVENT_PAGEFAULT {
+            return Ok(None);
+        }
+        let (flags, address) = (word(8), word(16));
+        Ok(Some(Fault {
+            page: (address - self.memory.base() as u64) / PAGE_BYTES * PAGE_BYTES,
+            kind: if flags & FLAG_MINOR == 0 {
+                FaultKind::Missing
+            } else {
+                FaultKind::Minor
+            },
+            write: flags & FLAG_WRITE != 0,
+        }))
+    }
+
+    /// Brings whole pages. `false` if the first that could not be put was there
+    /// already: whoever waits for it goes on with that.
+    ///
+    /// # Errors
+    /// [`MemoryError::Outside`], [`MemoryError::System`].
+    pub fn provide(&self, offset: u64, bytes: &[u8]) -> Result<bool, MemoryError> {
+        let range = self.pages(offset, bytes.len() as u64)?;
+        let mut done = 0;
+        while done < bytes.len() {
+            let mut request = uffd::CopyRequest {
+                to: range.start + done as u64,
+                from: bytes[done..].as_ptr() as u64,
+                len: (bytes.len() - done) as u64,
+                ..uffd::CopyRequest::default()
+            };
+            // SAFETY: the structure of this request; the source is a slice of
+            // that length, the target whole pages within our own mapping, which
+            // the kernel fills only where nothing is.
+            let result = unsafe { uffd::ioctl(&self.uffd, uffd::COPY, &mut request) };
+            match (result, usize::try_from(request.done)) {
+                (Ok(_), _) => return Ok(true),
+                // Stopped in the middle: again from there.
+                (Err(_), Ok(count)) if count > 0 => done += count,
+                (Err(error), _) => return self.was_there(error, range.start + done as u64),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Says that pages are zero. `false` as in [`Self::provide`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn provide_zeros(&self, offset: u64, bytes: u64) -> Result<bool, MemoryError> {
+        self.range_request(uffd::ZEROPAGE, offset, bytes)
+    }
+
+    /// Shows pages that the file has: answers minor faults. `false` as in
+    /// [`Self::provide`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn map(&self, offset: u64, bytes: u64) -> Result<bool, MemoryError> {
+        self.range_request(uffd::CONTINUE, offset, bytes)
+    }
+
+    fn range_request(&self, what: u64, offset: u64, bytes: u64) -> Result<bool, MemoryError> {
+        let range = self.pages(offset, bytes)?;
+        let mut at = range.start;
+        while at < range.end {
+            let mut request = uffd::Request {
+                start: at,
+                len: range.end - at,
+                ..uffd::Request::default()
+            };
+            // SAFETY: the structure of these requests, whole pages within our
+            // own mapping.
+            let result = unsafe { uffd::ioctl(&self.uffd, what, &mut request) };
+            match (result, u64::try_from(request.done)) {
+                (Ok(_), _) => return Ok(true),
+                (Err(_), Ok(count)) if count > 0 => at += count,
+                (Err(error), _) => return self.was_there(error, at),
+            }
+        }
+        Ok(true)
+    }
+
+    /// A page that is there already: its waiters are woken, since the kernel
+    /// does not do it then.
+    fn was_there(&self, error: std::io::Error, at: u64) -> Result<bool, MemoryError> {
+        if error.raw_os_error() != Some(libc::EEXIST) {
+            return Err(MemoryError::System {
+                what: "bring pages",
+                source: error,
+            });
+        }
+        let mut range = [at, PAGE_BYTES];
+        // SAFETY: the structure of this request: a range of our own mapping.
+        unsafe { uffd::ioctl(&self.uffd, uffd::WAKE, &mut range) }.map_err(|source| {
+            MemoryError::System {
+                what: "wake those who wait for a page",
+                source,
+            }
+        })?;
+        Ok(false)
+    }
+
+    /// Addresses of whole pages of the memory.
+    fn pages(&self, offset: u64, bytes: u64) -> Result<Range<u64>, MemoryError> {
+        let size = self.memory.size_bytes();
+        let end = offset.checked_add(bytes).filter(|end| {
+            *end <= size && offset.is_multiple_of(PAGE_BYTES) && bytes.is_multiple_of(PAGE_BYTES)
+        });
+        match end {
+            Some(end) => {
+                let base = self.memory.base() as u64;
+                Ok(base + offset..base + end)
+            }
+            None => Err(MemoryError::Outside {
+                range: offset..offset.saturating_add(bytes),
+                size_bytes: size,
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: usize = PAGE_BYTES as usize;
+    const LONG: Duration = Duration::from_secs(20);
+
+    fn memory() -> Arc<GuestMemory> {
+        Arc::new(GuestMemory::new(2, Some(8), false, 1 << 30).unwrap())
+    }
+
+    fn load(memory: &GuestMemory, at: usize) -> u8 {
+        // SAFETY: within the memory; nobody else writes this byte meanwhile.
+        unsafe { std::ptr::read_volatile(memory.cells()[at].get()) }
+    }
+
+    fn store(memory: &GuestMemory, at: usize, byte: u8) {
+        // SAFETY: as in `load`.
+        unsafe { std::ptr::write_volatile(memory.cells()[at].get(), byte) }
+    }
+
+    /// Reads a byte on a thread of its own while `serve` brings what it needs.
+    fn served(memory: &Arc<GuestMemory>, at: usize, serve: impl FnOnce()) -> u8 {
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(|| load(memory, at));
+            serve();
+            reading.join().unwrap()
+        })
+    }
+
+    fn expect(faults: &PageFaults) -> Fault {
+        faults.wait(LONG).unwrap().expect("an access")
+    }
+
+    #[test]
+    fn missing_pages_come_when_they_are_touched() {
+        let memory = memory();
+        let faults = PageFaults::start(memory.clone(), false).unwrap();
+        let byte = served(&memory, 3 * PAGE + 17, || {
+            let fault = expect(&faults);
+            let expected = Fault {
+                page: 3 * PAGE_BYTES,
+                kind: FaultKind::Missing,
+                write: false,
+            };
+            assert_eq!(fault, expected);
+            assert!(faults.provide(fault.page, &[42; PAGE]).unwrap());
+        });
+        assert_eq!(byte, 42);
+        // It is there now, whoever brings it again.
+        assert!(!faults.provide(3 * PAGE_BYTES, &[9; PAGE]).unwrap());
+        assert_eq!(load(&memory, 3 * PAGE), 42);
+        // And no further access waits for it.
+        assert_eq!(faults.wait(Duration::ZERO).unwrap(), None);
+    }
+
+    #[test]
+    fn runs_of_pages_and_zeros_can_be_brought_ahead() {
+        let memory = memory();
+        let faults = PageFaults::start(memory.clone(), false).unwrap();
+        let bytes: Vec<u8> = (0..4 * PAGE).map(|at| (at / PAGE) as u8 + 1).collect();
+        assert!(faults.provide(0, &bytes).unwrap());
+        assert!(
+            faults
+                .provide_zeros(4 * PAGE_BYTES, 2 * PAGE_BYTES)
+                .unwrap()
+        );
+        for page in 0..6 {
+            let expected = [1, 2, 3, 4, 0, 0][page];
+            assert_eq!(load(&memory, page * PAGE + 5), expected);
+        }
+        assert!(!faults.provide_zeros(0, PAGE_BYTES).unwrap());
+        assert_eq!(faults.wait(Duration::ZERO).unwrap(), None);
+    }
+
+    #[test]
+    fn writes_are_told_from_reads_and_kept() {
+        let memory = memory();
+        let faults = PageFaults::start(memory.clone(), false).unwrap();
+        std::thread::scope(|scope| {
+            let writing = scope.spawn(|| store(&memory, PAGE + 1, 7));
+            let fault = expect(&faults);
+            assert!(fault.write);
+            faults.provide(fault.page, &[1; PAGE]).unwrap();
+            writing.join().unwrap();
+        });
+        assert_eq!((load(&memory, PAGE), load(&memory, PAGE + 1)), (1, 7));
+    }
+
+    #[test]
+    fn what_the_file_has_is_shown_when_it_is_asked_for() {
+        let memory = memory();
+        memory.write(2 * PAGE_BYTES, &[5; PAGE]).unwrap();
+        let faults = PageFaults::start(memory.clone(), true).unwrap();
+        let byte = served(&memory, 2 * PAGE, || {
+            let fault = expect(&faults);
+            assert_eq!((fault.page, fault.kind), (2 * PAGE_BYTES, FaultKind::Minor));
+            // Newer content, before anybody sees the old one.
+            memory.write(2 * PAGE_BYTES, &[6; PAGE]).unwrap();
+            assert!(faults.map(fault.page, PAGE_BYTES).unwrap());
+        });
+        assert_eq!(byte, 6);
+        assert!(!faults.map(2 * PAGE_BYTES, PAGE_BYTES).unwrap());
+        // What nobody has is missing all the same.
+        let byte = served(&memory, 7 * PAGE, || {
+            let fault = expect(&faults);
+            assert_eq!(fault.kind, FaultKind::Missing);
+            faults.provide_zeros(fault.page, PAGE_BYTES).unwrap();
+        });
+        assert_eq!(byte, 0);
+    }
+
+    #[test]
+    fn all_who_wait_for_a_page_go_on() {
+        let memory = memory();
+        let faults = PageFaults::start(memory.clone(), false).unwrap();
+        std::thread::scope(|scope| {
+            let reading: Vec<_> = (0..4)
+                .map(|number| {
+                    let memory = &memory;
+                    scope.spawn(move || load(memory, 9 * PAGE + number))
+                })
+                .collect();
+            let mut provided = false;
+            while !reading.iter().all(|thread| thread.is_finished()) {
+                if let Some(fault) = faults.wait(Duration::from_millis(10)).unwrap() {
+                    // Later ones may come for a page that is there by now.
+                    let first = faults.provide(fault.page, &[3; PAGE]).unwrap();
+                    assert_eq!(first, !std::mem::replace(&mut provided, true));
+                }
+            }
+            assert!(
+                reading
+                    .into_iter()
+                    .all(|thread| thread.join().unwrap() == 3)
+            );
+        });
+    }
+
+    #[test]
+    fn grown_memory_is_served_too_and_nothing_outside_it() {
+        let memory = memory();
+        let faults = PageFaults::start(memory.clone(), false).unwrap();
+        let outside = memory.size_bytes();
+        for (offset, bytes) in [(outside, PAGE), (1, PAGE), (0, 5), (u64::MAX - 4095, PAGE)] {
+            let error = faults.provide(offset, &vec![0; bytes]).unwrap_err();
+            assert!(matches!(error, MemoryError::Outside { .. }), "{offset}");
+        }
+        memory.grow(1).unwrap();
+        let byte = served(&memory, outside as usize, || {
+            let fault = expect(&faults);
+            assert_eq!(fault.page, outside);
+            faults.provide(fault.page, &[8; PAGE]).unwrap();
+        });
+        assert_eq!(byte, 8);
+    }
+}
