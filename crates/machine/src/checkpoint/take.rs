@@ -29,6 +29,11 @@ const READ_BYTES: u64 = 256 << 10;
 /// What may be left when the machine is frozen: copying so much takes about
 /// 2 ms.
 const LAST_BYTES: u64 = 4 << 20;
+/// Room that is made ready for all that is copied after the last storing.
+const LAST_ROOM_BYTES: usize = 16 << 20;
+/// Rounds of catching up just before the freeze, and what is little enough.
+const CATCH_UP_ROUNDS_MAX: u32 = 8;
+const CATCH_UP_BYTES: u64 = 256 << 10;
 /// Rounds after which it is frozen whatever is left.
 const ROUNDS_MAX: u32 = 8;
 /// How long threads may take to their safepoints.
@@ -215,12 +220,27 @@ impl Taker {
             }
             // Half of it again would not be worth a round.
             if left <= LAST_BYTES || round >= ROUNDS_MAX || left > before / 2 {
-                packer.add(&memories, &ranges, Some(give_up))?;
                 break;
             }
             before = left;
         }
-        packer.make_room();
+        // All that was copied is stored first: hashing and storing would take
+        // the processors from the guest and from the last copying. From then on
+        // nothing is stored and no store is waited for; rounds within memory
+        // catch up with what was written meanwhile.
+        packer.add(&memories, &ranges, Some(give_up))?;
+        packer.settle()?;
+        for _ in 0..CATCH_UP_ROUNDS_MAX {
+            let mut left = 0;
+            for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
+                *ranges = tracker.take()?;
+                left += bytes_of(ranges);
+            }
+            packer.add(&memories, &ranges, None)?;
+            if left <= CATCH_UP_BYTES {
+                break;
+            }
+        }
         let begun = Instant::now();
         machine.freeze(FREEZE_PATIENCE)?;
         let frozen = self.last_pages(machine, &memories, packer);
@@ -267,8 +287,8 @@ struct Packer {
 }
 
 impl Packer {
-    /// Adds pages. With `give_up` it waits where the store is behind; without,
-    /// while the machine stands still, it never does.
+    /// Adds pages. With `give_up` it stores full packs, and waits where the store
+    /// is behind; without, it does neither: the last pack becomes longer.
     fn add(
         &mut self,
         memories: &[Arc<GuestMemory>],
@@ -288,11 +308,9 @@ impl Packer {
                     memory.read(at, &mut self.buffer[start..])?;
                     self.note(number, at, count);
                     at += count;
-                    if self.buffer.len() >= PACK_BYTES {
+                    if self.buffer.len() >= PACK_BYTES && give_up.is_some() {
                         self.store_pack();
-                        if give_up.is_some() {
-                            self.wait_below(IN_FLIGHT_MAX)?;
-                        }
+                        self.wait_below(IN_FLIGHT_MAX)?;
                     }
                 }
             }
@@ -315,11 +333,14 @@ impl Packer {
         }
     }
 
-    /// Leaves room for the last pages, so that nothing is allocated for them.
-    fn make_room(&mut self) {
-        if self.buffer.capacity() - self.buffer.len() < 2 * LAST_BYTES as usize {
-            self.store_pack();
-        }
+    /// Stores what there is, and makes room for the last pages, so that nothing
+    /// is allocated for them.
+    fn settle(&mut self) -> Result<(), TakeError> {
+        self.store_pack();
+        self.wait_below(1)?;
+        self.buffer.resize(LAST_ROOM_BYTES, 0);
+        self.buffer.clear();
+        Ok(())
     }
 
     fn store_pack(&mut self) {
