@@ -35,21 +35,27 @@ fn a_limited_machine_uses_no_more_than_its_share() {
     program.prepare_resume().unwrap();
     let mut running = Running::start_within(&program, &["1000000"], limits);
     let begun = Instant::now();
-    let mut last = Duration::ZERO;
-    for round in 0..6 {
-        std::thread::sleep(Duration::from_millis(400));
+    let check = || {
         let used = guest_cpu();
-        // A busy host can only lower it; what was saved up and one tick come
-        // on top. A moved thread is another to the kernel.
-        let allowed = begun.elapsed() / 10 + Duration::from_millis(60);
+        // A busy host can only lower it, but for the governor being late; what
+        // was saved up and one tick come on top.
+        let allowed = begun.elapsed() / 10 + Duration::from_millis(250);
         assert!(used <= allowed, "{used:?} of {allowed:?}");
-        if round == 2 {
-            assert!(running.move_on());
-            last = Duration::ZERO;
-        } else {
-            assert!(used > last, "it stands still");
-            last = used;
+        used
+    };
+    for _ in 0..2 {
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(400));
+            check();
         }
+        // It goes on, slowly.
+        let before = check();
+        while check() == before {
+            assert!(begun.elapsed() < LIMIT, "it stands still");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        // A moved thread is another to the kernel.
+        assert!(running.move_on());
     }
     running.machine.stop();
     assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Stopped));
