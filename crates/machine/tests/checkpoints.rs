@@ -81,7 +81,7 @@ impl Running {
     }
 
     fn vault(&self) -> Vault {
-        Vault::open(&self.place().display().to_string()).unwrap()
+        Vault::create(&self.place().display().to_string()).unwrap()
     }
 
     fn place(&self) -> PathBuf {
@@ -380,7 +380,15 @@ fn places_that_cannot_be_are_named() {
         ("relative/path", "neither a directory nor s3://"),
         ("/dev/null/no", "Not a directory"),
     ] {
-        let error = Vault::open(url).unwrap_err().to_string();
-        assert!(error.contains(part) && error.contains(url), "{error}");
+        for vault in [Vault::open(url), Vault::create(url)] {
+            let error = vault.unwrap_err().to_string();
+            assert!(error.contains(part) && error.contains(url), "{error}");
+        }
     }
+    // Looking makes nothing.
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("missing");
+    assert!(Vault::open(&missing.display().to_string()).is_err());
+    assert!(!missing.exists());
+    assert!(Vault::create(&missing.display().to_string()).is_ok());
 }

@@ -27,7 +27,13 @@ fn place(agent: &Agent, given: Option<&str>) -> String {
 }
 
 async fn open(url: String) -> Result<Vault, OperateError> {
-    tokio::task::spawn_blocking(move || Vault::open(&url))
+    opened(move || Vault::open(&url)).await
+}
+
+async fn opened(
+    open: impl FnOnce() -> Result<Vault, VaultError> + Send + 'static,
+) -> Result<Vault, OperateError> {
+    tokio::task::spawn_blocking(open)
         .await
         .map_err(|error| OperateError::Away(error.to_string()))?
         .map_err(|error| OperateError::Bad(error.to_string()))
@@ -51,7 +57,8 @@ pub(crate) async fn checkpoint(
 ) -> Result<CheckpointInfo, OperateError> {
     let vault = place(agent, request.to.as_deref());
     // A place that cannot be is named before anything is begun.
-    open(vault.clone()).await?;
+    let url = vault.clone();
+    opened(move || Vault::create(&url)).await?;
     if request.keep == Some(0) {
         return Err(OperateError::Bad(
             "keeping no checkpoint at all: 1 is the least".into(),

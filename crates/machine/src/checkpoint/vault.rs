@@ -64,8 +64,29 @@ pub struct Vault {
 /// Checkpoints of a machine, newest first.
 pub type Candidates = Vec<CheckpointId>;
 
+/// The directory that a URL names, if it names one.
+fn directory(url: &str) -> Option<&str> {
+    let folder = url.strip_prefix("file://").unwrap_or(url);
+    folder.starts_with('/').then_some(folder)
+}
+
 impl Vault {
-    /// Opens a vault: `/a/directory`, `file:///a/directory` (made if missing),
+    /// Opens a vault and makes its directory where it is missing: for storing.
+    /// Reading makes nothing.
+    ///
+    /// # Errors
+    /// [`VaultError::Url`].
+    pub fn create(url: &str) -> Result<Self, VaultError> {
+        if let Some(folder) = directory(url) {
+            std::fs::create_dir_all(folder).map_err(|error| VaultError::Url {
+                url: url.to_owned(),
+                reason: error.to_string(),
+            })?;
+        }
+        Self::open(url)
+    }
+
+    /// Opens a vault: `/a/directory`, `file:///a/directory` (which must exist),
     /// or `s3://bucket/prefix` with the usual `AWS_…` variables
     /// (`AWS_ENDPOINT_URL` for stores that are not Amazon's).
     ///
@@ -88,9 +109,9 @@ impl Vault {
             url: url.to_owned(),
             reason,
         };
-        let folder = url.strip_prefix("file://").unwrap_or(url);
-        if folder.starts_with('/') {
-            std::fs::create_dir_all(folder).map_err(|error| bad(error.to_string()))?;
+        if let Some(folder) = directory(url) {
+            // The store's own error does not say why.
+            std::fs::metadata(folder).map_err(|error| bad(error.to_string()))?;
             let store = LocalFileSystem::new_with_prefix(folder)
                 .map_err(|error| bad(error.to_string()))?
                 .with_fsync(true);

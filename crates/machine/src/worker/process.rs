@@ -327,7 +327,7 @@ impl Worker {
     // ── checkpoints ─────────────────────────────────────────────────────
 
     fn checkpoint(&self, request: &Checkpoint, runtime: &Handle) -> Result<Checkpointed, RpcError> {
-        let vault = Vault::open(&request.vault).map_err(RpcError::failed)?;
+        let vault = Vault::create(&request.vault).map_err(RpcError::failed)?;
         let give_up = Arc::new(AtomicBool::new(false));
         let (machine, log, subject, mut taker) = {
             let mut inner = self.inner();
