@@ -13,6 +13,12 @@ pub(crate) fn run() -> Result<()> {
     )?;
     check(
         cargo()
+            .args(["clippy", "--release", "--workspace", "--all-targets"])
+            .args(suite::FAILPOINTS)
+            .args(["--", "-D", "warnings"]),
+    )?;
+    check(
+        cargo()
             .args(["doc", "--release", "--workspace", "--no-deps"])
             .env("RUSTDOCFLAGS", "-D warnings"),
     )?;

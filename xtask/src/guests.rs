@@ -30,6 +30,7 @@ fn guests() -> Vec<(&'static str, Vec<&'static str>)> {
         ("hostile", vec!["hostile.c", "keep_names.py"]),
         ("spinner", vec!["spinner.c"]),
         ("threads", with_shim(&["threads.c"])),
+        ("witness", vec!["witness.c", "evenkeel.h"]),
         ("writer", vec!["writer.c"]),
         ("zstd", with_shim(&["zstd/main.c", "zstd/build.sh"])),
     ]

@@ -7,6 +7,7 @@
 //! - `conformance`: the public WASI test-suite
 //! - `big`: programs of others, plain against shaken
 //! - `roam`: programs of others, moved among three nodes
+//! - `nemesis`: everything fails that can
 //! - `command`: running programs
 
 #![forbid(unsafe_code)]
@@ -17,6 +18,7 @@ mod command;
 mod conformance;
 mod guests;
 mod licences;
+mod nemesis;
 mod roam;
 mod suite;
 
@@ -70,6 +72,18 @@ enum Task {
         #[arg(long)]
         package: Option<PathBuf>,
     },
+    /// Moves machines while everything fails that can.
+    Nemesis {
+        /// Minutes that it takes in all.
+        #[arg(long, default_value_t = 30)]
+        minutes: u64,
+        /// Goes on with a run that was cut off.
+        #[arg(long)]
+        resume: bool,
+        /// What the random choices begin from; printed in any case.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Moves CPython, others and zstd among three nodes, and compares.
     Roam {
         /// Seconds that they shall take alone, about.
@@ -102,6 +116,11 @@ fn main() -> ExitCode {
             only,
             package,
         } => roam::run(seconds, moves, only.as_deref(), package),
+        Task::Nemesis {
+            minutes,
+            resume,
+            seed,
+        } => nemesis::run(minutes, resume, seed),
         Task::Big { seconds, package } => big::run(seconds, package),
     };
     match result {

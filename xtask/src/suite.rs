@@ -7,18 +7,23 @@ use std::process::Command;
 /// Programs that tests or builds need, and the Debian packages that have them.
 const NEEDED: [(&str, &str); 1] = [("cc", "gcc")];
 
+/// Nodes in tests can be made to fail at any step.
+pub(crate) const FAILPOINTS: [&str; 2] = ["--features", "keel/failpoints"];
+
 pub(crate) fn run(args: &[String]) -> Result<()> {
     provide()?;
     if has("cargo-nextest") {
         check(
             cargo()
                 .args(["nextest", "run", "--release", "--workspace"])
+                .args(FAILPOINTS)
                 .args(args),
         )
     } else {
         check(
             cargo()
                 .args(["test", "--release", "--workspace"])
+                .args(FAILPOINTS)
                 .args(args),
         )
     }

@@ -26,6 +26,7 @@ mod client;
 pub use client::{Client, ClientError, Lines};
 
 use keel_machine::moves::{MoveReport, Progress};
+use keel_machine::restart::Restart;
 use serde::{Deserialize, Serialize};
 
 /// An error.
@@ -107,6 +108,15 @@ pub struct MachineInfo {
     /// Limit of its CPU time, in thousandths of a core.
     #[serde(default)]
     pub cpu_limit_millis: Option<u32>,
+    /// When it is started again after its end.
+    #[serde(default)]
+    pub restart: Restart,
+    /// Restarts since it last ran for long.
+    #[serde(default)]
+    pub restarts: u32,
+    /// Since when it has its status, in milliseconds since 1970-01-01 UTC.
+    #[serde(default)]
+    pub since_unix_ms: u64,
     /// Bytes of memory that it has; only while it runs.
     pub memory_bytes: Option<u64>,
     /// Threads that it has; only while it runs.
@@ -122,7 +132,10 @@ pub struct MachineInfo {
 impl MachineInfo {
     /// Whether it is to run: it has not ended.
     pub fn is_live(&self) -> bool {
-        matches!(self.status.as_str(), "scheduled" | "running" | "arriving")
+        matches!(
+            self.status.as_str(),
+            "scheduled" | "running" | "arriving" | "restarting"
+        )
     }
 }
 
@@ -178,7 +191,26 @@ pub struct RunRequest {
     /// Whether it is removed when it ends.
     #[serde(default)]
     pub remove_at_end: bool,
+    /// When it is started again after its end.
+    #[serde(default)]
+    pub restart: Restart,
 }
+
+/// An order for a failpoint; only nodes that were built for tests take it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailpointRequest {
+    /// Its name.
+    pub name: String,
+    /// `kill`, `stop`, `error` or `delay(MILLISECONDS)`, `@N` or `*` behind it;
+    /// takes an order back without.
+    #[serde(default)]
+    pub order: Option<String>,
+}
+
+/// An answer without content.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nothing {}
 
 /// A checkpoint to make.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

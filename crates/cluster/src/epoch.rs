@@ -28,6 +28,12 @@ impl Epoch {
         }
     }
 
+    /// As one number that rises with the epoch, for guests: the incarnation in
+    /// the upper 24 bits.
+    pub fn token(self) -> u64 {
+        u64::from(self.incarnation) << 40 | self.counter & ((1 << 40) - 1)
+    }
+
     /// The first epoch of a later incarnation that follows this one.
     #[must_use]
     pub fn in_incarnation(self, incarnation: u32) -> Self {

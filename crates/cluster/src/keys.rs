@@ -9,6 +9,7 @@
 //! | `node/NODE` | what its agent says of it: labels, capacity |
 //! | `alive/NODE` | the node's lease, attached to it: gone when the node is |
 //! | `machine/MACHINE` | spec, epoch, owner |
+//! | `kept/MACHINE` | where its newest checkpoint is |
 //! | `schedule/NODE/MACHINE` | that the node is to run (a part of) the machine |
 //! | `reservation/NODE/MACHINE` | room kept at the node for an incoming machine |
 //! | `lease/NAME` | who holds a role of which there is one in the cluster |
@@ -39,6 +40,8 @@ pub enum Key {
     Alive(NodeName),
     /// `machine/MACHINE`
     Machine(MachineName),
+    /// `kept/MACHINE`
+    Kept(MachineName),
     /// `schedule/NODE/MACHINE`
     Schedule(NodeName, MachineName),
     /// `reservation/NODE/MACHINE`
@@ -99,6 +102,8 @@ pub const NODES: &str = "node/";
 pub const ALIVE: &str = "alive/";
 /// Prefix of all machines.
 pub const MACHINES: &str = "machine/";
+/// Prefix of where machines' newest checkpoints are.
+pub const KEPT: &str = "kept/";
 /// Prefix of all nodes' schedules.
 pub const SCHEDULES: &str = "schedule/";
 /// Prefix of all nodes' reservations.
@@ -138,6 +143,7 @@ impl fmt::Display for Key {
             Key::Node(node) => write!(f, "{NODES}{node}"),
             Key::Alive(node) => write!(f, "{ALIVE}{node}"),
             Key::Machine(machine) => write!(f, "{MACHINES}{machine}"),
+            Key::Kept(machine) => write!(f, "{KEPT}{machine}"),
             Key::Schedule(node, machine) => write!(f, "{SCHEDULES}{node}/{machine}"),
             Key::Reservation(node, machine) => write!(f, "{RESERVATIONS}{node}/{machine}"),
             Key::Lease(role) => write!(f, "{LEASES}{role}"),
@@ -177,6 +183,7 @@ fn parse(text: &str) -> Option<Key> {
         ("node", Some(node), None) => Key::Node(node.parse().ok()?),
         ("alive", Some(node), None) => Key::Alive(node.parse().ok()?),
         ("machine", Some(machine), None) => Key::Machine(machine.parse().ok()?),
+        ("kept", Some(machine), None) => Key::Kept(machine.parse().ok()?),
         ("schedule", Some(node), Some(machine)) => {
             Key::Schedule(node.parse().ok()?, machine.parse().ok()?)
         }
@@ -211,6 +218,7 @@ mod tests {
             "node/a-1",
             "alive/a",
             "machine/web-3",
+            "kept/web-3",
             "schedule/a/web-3",
             "reservation/a/web-3",
             "lease/balancer",

@@ -8,6 +8,7 @@ use hyper::Method;
 use keel_api::{Client, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, VolumeRequest};
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
+use keel_machine::restart::Restart;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,6 +33,10 @@ pub(crate) struct RunArgs {
     /// Removes it when it ends.
     #[arg(long)]
     rm: bool,
+    /// When it is started again after its end. One whose worker was lost goes on
+    /// from its newest checkpoint; `keel stop` and `keel kill` end it for good.
+    #[arg(long, value_name = "WHEN", default_value = "no", conflicts_with = "rm")]
+    restart: RestartWhen,
     /// Lets it reach a directory that all nodes see; `::ro` makes it read-only.
     #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
     dir: Vec<String>,
@@ -50,6 +55,26 @@ pub(crate) struct RunArgs {
     /// Limit of its output, a second.
     #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "16M")]
     output_rate: u64,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum RestartWhen {
+    /// Never.
+    No,
+    /// When it trapped, exited with another code than 0, or its worker was lost.
+    OnFailure,
+    /// Whenever it ended by itself.
+    Always,
+}
+
+impl From<RestartWhen> for Restart {
+    fn from(when: RestartWhen) -> Self {
+        match when {
+            RestartWhen::No => Restart::No,
+            RestartWhen::OnFailure => Restart::OnFailure,
+            RestartWhen::Always => Restart::Always,
+        }
+    }
 }
 
 #[derive(clap::Args)]
@@ -111,6 +136,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
         cpu_limit_millis: args.cpu_limit,
         output_bytes_per_s: args.output_rate,
         remove_at_end: args.rm,
+        restart: args.restart.into(),
     };
     Ok(client.post("/v1/machines", &request).await?)
 }
@@ -269,6 +295,13 @@ fn describe(machine: &MachineInfo) -> String {
     }
     if let Some(limit) = machine.cpu_limit_millis {
         lines.push(format!("cpu limit {} core(s)", f64::from(limit) / 1000.0));
+    }
+    if machine.restart != Restart::No {
+        lines.push(format!(
+            "restart {}, {} so far",
+            machine.restart.word(),
+            machine.restarts
+        ));
     }
     lines.extend(machine.message.clone());
     for report in &machine.moves {

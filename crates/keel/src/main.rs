@@ -116,12 +116,46 @@ enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
+    /// Makes things go wrong on purpose, in builds for tests.
+    #[cfg(feature = "failpoints")]
+    #[command(subcommand)]
+    Debug(DebugCommand),
     /// Runs a node's agent (started by `keel up`).
     #[command(hide = true)]
     Agent(up::AgentArgs),
     /// Runs one machine (started by an agent).
     #[command(hide = true)]
     Worker(up::WorkerArgs),
+}
+
+#[cfg(feature = "failpoints")]
+#[derive(Subcommand)]
+enum DebugCommand {
+    /// Lists the failpoints, or gives the node that is asked an order for one.
+    Failpoint {
+        /// Its name.
+        name: Option<String>,
+        /// kill, stop, error or delay(MILLISECONDS); `@N` for the N-th pass, `*`
+        /// for all. Takes the order back without.
+        order: Option<String>,
+    },
+}
+
+#[cfg(feature = "failpoints")]
+async fn debug(reach: &cluster::Reach, command: DebugCommand) -> anyhow::Result<ExitCode> {
+    let DebugCommand::Failpoint { name, order } = command;
+    let Some(name) = name else {
+        for failpoint in keel_machine::failpoint::ALL {
+            println!("{:<18} {}", failpoint.name, failpoint.when);
+        }
+        return Ok(ExitCode::SUCCESS);
+    };
+    let request = keel_api::FailpointRequest { name, order };
+    let _: serde_json::Value = reach
+        .client()?
+        .post("/v1/debug/failpoint", &request)
+        .await?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn main() -> ExitCode {
@@ -184,6 +218,8 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Checkpoints { machine, from } => keep::list(&reach, &machine, from).await,
         Command::Restore(args) => keep::restore(&reach, &args).await,
         Command::Clone(args) => keep::clone(&reach, &args).await,
+        #[cfg(feature = "failpoints")]
+        Command::Debug(command) => debug(&reach, command).await,
         // Dispatched before, without a runtime.
         Command::Wasm(_) | Command::Worker(_) | Command::Completions { .. } => {
             Ok(ExitCode::SUCCESS)

@@ -3,6 +3,7 @@
 
 use keel_api::{CheckpointInfo, Client, MachineInfo, NodeInfo, Token, TokenRequest};
 use keel_machine::moves::{Ending, MoveReport};
+use keel_machine::restart::Restart;
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use std::path::Path;
 use std::process::Command;
@@ -810,4 +811,79 @@ impl Drop for Stop {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_are_started_again_as_their_policy_says() {
+    let bench = cluster(&["a"]).await;
+    let cluster = &bench.cluster;
+    let (counter, hostile) = (guest("counter"), guest("hostile"));
+    let with = |name, module, args, restart| {
+        let mut guest = Guest::new(name, "a", module, args);
+        guest.restart = restart;
+        guest
+    };
+    let always = with("always", &counter, &["3", "1"][..], Restart::Always);
+    let failing = with("failing", &hostile, &["exit", "7"][..], Restart::OnFailure);
+    let done = with("done", &counter, &["3", "1"][..], Restart::OnFailure);
+    for guest in [&always, &failing, &done] {
+        cluster.run(guest).await.expect("it starts");
+    }
+    for name in ["always", "failing"] {
+        wait_for(&format!("{name} is started again"), || async {
+            let info = cluster.inspect("a", name).await.ok()?;
+            (info.restarts >= 2 && info.epoch != "1.1").then_some(())
+        })
+        .await
+        .expect("restarts");
+    }
+    let info = cluster.wait_end("a", "done").await.expect("its end");
+    assert_eq!((info.status.as_str(), info.restarts), ("exited (0)", 0));
+    // What it printed before stays, and says that it began anew.
+    let (_, out, err) = keel(&bench, "a", &["logs", "always"]);
+    assert!(out.starts_with("0\n1\n2\n0\n1\n"), "{out}");
+    let notice = "keel: restart 1 under epoch 1.2, since it exited with code 0; it begins anew";
+    assert!(err.contains(notice), "{err}");
+    // Ended by a command they stay so, also while they wait.
+    for name in ["always", "failing"] {
+        assert_eq!(keel(&bench, "a", &["stop", name]).0, 0);
+        let epoch = cluster.inspect("a", name).await.expect("info").epoch;
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let info = cluster.inspect("a", name).await.expect("info");
+        assert_eq!((info.status.as_str(), info.epoch), ("stopped", epoch));
+    }
+
+    // One whose worker is lost goes on from its newest checkpoint.
+    let lost = with("lost", &counter, &["1000000", "2"][..], Restart::OnFailure);
+    cluster.run(&lost).await.expect("it starts");
+    wait_lines(cluster, "a", "lost", 50).await;
+    assert_eq!(keel(&bench, "a", &["checkpoint", "lost"]).0, 0);
+    let kept = lines(cluster, "a", "lost").await;
+    wait_lines(cluster, "a", "lost", kept + 50).await;
+    cluster.kill_worker("a", "lost").expect("a worker");
+    wait_for("it is running again", || async {
+        let info = cluster.inspect("a", "lost").await.ok()?;
+        (info.status == "running" && info.restarts == 1).then_some(())
+    })
+    .await
+    .expect("a restart");
+    let again = wait_for("it writes on", || async {
+        let text = cluster.output("a", "lost").await.ok()?;
+        let numbers: Vec<u64> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        let back = numbers.windows(2).position(|pair| pair[1] != pair[0] + 1)?;
+        (numbers.len() > back + 30).then(|| numbers[back + 1])
+    })
+    .await
+    .expect("lines");
+    assert!((40..=kept).contains(&again), "{again} after {kept}");
+    // A kill by command is no failure.
+    assert_eq!(keel(&bench, "a", &["kill", "lost"]).0, 0);
+    let info = cluster.inspect("a", "lost").await.expect("info");
+    assert_eq!(info.status, "stopped");
+    let (code, _, err) = keel(
+        &bench,
+        "a",
+        &["run", "x.wasm", "--rm", "--restart", "always"],
+    );
+    assert_eq!(code, 2, "{err}");
 }

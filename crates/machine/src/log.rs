@@ -56,7 +56,8 @@ pub struct Log {
 
 impl Log {
     /// Opens the log in a folder, or begins one whose first byte has offset
-    /// `base` where there is none.
+    /// `base` where there is none. A record that a dying process left
+    /// unfinished is cut off.
     ///
     /// # Errors
     /// The file system's.
@@ -83,7 +84,11 @@ impl Log {
             segments.push(new_segment(folder, base)?);
         }
         let end = match segments.last() {
-            Some(last) => last.base + last.file.metadata()?.len(),
+            Some(last) => {
+                let whole = whole_records(&last.file)?;
+                last.file.set_len(whole)?;
+                last.base + whole
+            }
             None => base,
         };
         Ok(Log {
@@ -222,6 +227,23 @@ impl Log {
     }
 }
 
+/// Bytes of the whole records in a segment, which begins with one.
+fn whole_records(file: &File) -> std::io::Result<u64> {
+    let length = file.metadata()?.len();
+    let mut at = 0;
+    let mut header = [0; HEADER_BYTES];
+    while at + HEADER_BYTES as u64 <= length {
+        file.read_exact_at(&mut header, at)?;
+        let text = u32::from_le_bytes([header[1], header[2], header[3], header[4]]);
+        let next = at + HEADER_BYTES as u64 + u64::from(text);
+        if next > length {
+            break;
+        }
+        at = next;
+    }
+    Ok(at)
+}
+
 fn open_file(path: &Path) -> std::io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -350,6 +372,27 @@ impl Sink for LogSink {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_dying_process_left_unfinished_is_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log::open(folder.path(), 7).unwrap();
+        log.append(StreamKind::Output, b"one\n").unwrap();
+        let whole = log.end();
+        log.append(StreamKind::Output, b"two\n").unwrap();
+        let path = folder.path().join("log.7");
+        let bytes = std::fs::read(&path).unwrap();
+        for length in whole - 7..bytes.len() as u64 {
+            std::fs::write(&path, &bytes[..length as usize]).unwrap();
+            let log = Log::open(folder.path(), 0).unwrap();
+            assert_eq!((log.base(), log.end()), (7, whole), "{length}");
+            log.append(StreamKind::Error, b"3\n").unwrap();
+            let (_, mut text) = log.read(7, 1000).unwrap();
+            let records = split_records(&mut text);
+            assert_eq!(records.len(), 2, "{length}");
+            assert_eq!(records[1], (StreamKind::Error, b"3\n".to_vec()));
+        }
+    }
 
     #[test]
     fn streams_that_write_at_once_lose_nothing() {

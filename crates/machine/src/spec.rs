@@ -2,6 +2,7 @@
 
 use crate::checkpoint::Origin;
 use crate::moves::MoveReport;
+use crate::restart::Restart;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_wasm::runtime::Limits;
 use serde::{Deserialize, Serialize};
@@ -9,7 +10,7 @@ use serde::{Deserialize, Serialize};
 /// Reports of moves that a record keeps; older ones are dropped.
 pub const REPORTS_MAX: usize = 16;
 /// Version of [`Record`]'s encoding.
-const RECORD_VERSION: u8 = 2;
+const RECORD_VERSION: u8 = 3;
 
 /// A directory of the host that a machine may reach. Every node that runs the
 /// machine must see the same directory under this path.
@@ -45,6 +46,8 @@ pub struct Spec {
     pub output_bytes_per_s: u64,
     /// Whether the machine is removed when it ends.
     pub remove_at_end: bool,
+    /// When it is started again after its end.
+    pub restart: Restart,
 }
 
 /// Where a machine is in its life.
@@ -77,6 +80,15 @@ pub enum Status {
         /// The source.
         from: NodeName,
     },
+    /// It ended by itself, and is to be started again.
+    Restarting {
+        /// How it ended.
+        reason: String,
+        /// Milliseconds since 1970-01-01 UTC.
+        at_unix_ms: u64,
+        /// Whether it goes on from its newest checkpoint, if there is one.
+        from_checkpoint: bool,
+    },
 }
 
 impl Status {
@@ -84,8 +96,25 @@ impl Status {
     pub fn ended(&self) -> bool {
         !matches!(
             self,
-            Status::Scheduled | Status::Running | Status::Arriving { .. }
+            Status::Scheduled
+                | Status::Running
+                | Status::Arriving { .. }
+                | Status::Restarting { .. }
         )
+    }
+
+    /// How it ended, in a sentence; `None` if it has not.
+    pub fn end(&self) -> Option<String> {
+        match self {
+            Status::Exited { code } => Some(format!("it exited with code {code}")),
+            Status::Trapped { message } => Some(format!("it trapped: {message}")),
+            Status::Stopped => Some("it was stopped".into()),
+            Status::Failed { reason } => Some(reason.clone()),
+            Status::Scheduled
+            | Status::Running
+            | Status::Arriving { .. }
+            | Status::Restarting { .. } => None,
+        }
     }
 
     /// One word for tables.
@@ -98,6 +127,7 @@ impl Status {
             Status::Stopped => "stopped".into(),
             Status::Failed { .. } => "failed".into(),
             Status::Arriving { .. } => "arriving".into(),
+            Status::Restarting { .. } => "restarting".into(),
         }
     }
 }
@@ -115,6 +145,12 @@ pub struct Record {
     pub epoch: Epoch,
     /// Where it is in its life.
     pub status: Status,
+    /// Since when it is there, in milliseconds since 1970-01-01 UTC.
+    pub since_unix_ms: u64,
+    /// Whether a user wants it to end: it is not started again then.
+    pub stop_wanted: bool,
+    /// Restarts since it last ran for long.
+    pub restarts: u32,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
     /// The checkpoint that it is made of, where it is.
@@ -156,6 +192,12 @@ impl Record {
             )),
             None => Err("a machine's record is empty".into()),
         }
+    }
+
+    /// Takes a status, from now on.
+    pub fn enter(&mut self, status: Status, now_unix_ms: u64) {
+        self.status = status;
+        self.since_unix_ms = now_unix_ms;
     }
 
     /// Adds a report, and drops the oldest beyond [`REPORTS_MAX`].

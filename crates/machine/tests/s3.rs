@@ -83,6 +83,7 @@ fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest 
             cpu_limit_millis: None,
             output_bytes_per_s: 1000,
             remove_at_end: false,
+            restart: keel_machine::restart::Restart::No,
         },
         program: [3; 32],
         log_end: 0,

@@ -3,7 +3,7 @@
 use crate::record::NodeRecord;
 use crate::state_dir::StateDir;
 use crate::workers::Workers;
-use crate::{http, lease, moving, reconcile, service};
+use crate::{http, lease, moving, offer, reconcile, service};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
 use keel_cluster::join::JoinError;
@@ -281,6 +281,7 @@ async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(),
         let agent = agent.clone();
         tokio::spawn(async move { reconcile::resume_after_move(&agent, &machine).await });
     }
+    tokio::spawn(offer::withdraw_old(agent.clone()));
     tokio::spawn(publish(agent.clone()));
     tokio::spawn(reconcile::follow_schedule(agent.clone()));
     http::serve(agent.clone())

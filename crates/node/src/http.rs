@@ -65,7 +65,7 @@ type Reply<T> = Result<Json<T>, Failure>;
 type Shared = State<Arc<Agent>>;
 
 fn router(agent: Arc<Agent>) -> Router {
-    Router::new()
+    let router = Router::new()
         .route("/v1/status", get(status))
         .route("/v1/nodes", get(nodes))
         .route("/v1/schedule/{node}", get(schedule))
@@ -86,7 +86,10 @@ fn router(agent: Arc<Agent>) -> Router {
             "/v1/machines/{name}/checkpoints",
             get(checkpoints).post(checkpoint),
         )
-        .route("/v1/restore", post(restore))
+        .route("/v1/restore", post(restore));
+    #[cfg(feature = "failpoints")]
+    let router = router.route("/v1/debug/failpoint", post(failpoint));
+    router
         .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such request (see /v1)".into()) })
         .layer(middleware::from_fn(check_role))
         .with_state(agent)
@@ -95,7 +98,7 @@ fn router(agent: Arc<Agent>) -> Router {
 /// Reading needs a viewer, tokens an admin, everything else an operator.
 async fn check_role(request: Request, next: Next) -> Response {
     let needed = match (request.method(), request.uri().path()) {
-        (_, "/v1/tokens") => Role::Admin,
+        (_, "/v1/tokens" | "/v1/debug/failpoint") => Role::Admin,
         (&Method::GET, _) => Role::Viewer,
         _ => Role::Operator,
     };
@@ -354,6 +357,15 @@ async fn checkpoints(
 
 async fn restore(State(agent): Shared, Json(request): Json<RestoreRequest>) -> Reply<MachineInfo> {
     Ok(Json(keep::restore(&agent, request).await?))
+}
+
+#[cfg(feature = "failpoints")]
+async fn failpoint(
+    State(agent): Shared,
+    Json(request): Json<keel_api::FailpointRequest>,
+) -> Reply<serde_json::Value> {
+    crate::debug::order(&agent, request).await?;
+    Ok(Json(serde_json::json!({})))
 }
 
 #[derive(Deserialize)]

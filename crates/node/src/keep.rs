@@ -7,8 +7,11 @@ use crate::agent::Agent;
 use crate::operate::{self, OperateError};
 use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
 use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Compare, Txn};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
 use keel_machine::checkpoint::{CheckpointId, Manifest, Origin, Vault, VaultError};
+use keel_machine::failpoint;
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Checkpoint, Checkpointed, kind};
 use keel_net::RpcError;
@@ -74,6 +77,10 @@ pub(crate) async fn checkpoint(
         full: request.full,
         keep: request.keep,
     };
+    let injected = |error: failpoint::Injected| OperateError::Away(error.to_string());
+    failpoint::pass_async("keep.asked")
+        .await
+        .map_err(injected)?;
     let taken: Checkpointed = worker
         .ask(kind::CHECKPOINT, &question, PATIENCE)
         .await
@@ -83,6 +90,10 @@ pub(crate) async fn checkpoint(
             }
             other => OperateError::Away(other.to_string()),
         })?;
+    failpoint::pass_async("keep.taken")
+        .await
+        .map_err(injected)?;
+    note_newest(agent, machine, &vault).await;
     Ok(CheckpointInfo {
         machine: machine.to_string(),
         id: taken.id.to_string(),
@@ -95,6 +106,48 @@ pub(crate) async fn checkpoint(
         deleted: taken.deleted,
         damage: None,
     })
+}
+
+/// Writes down where a machine's newest checkpoint is: that is what it goes on
+/// from when it is lost.
+async fn note_newest(agent: &Agent, machine: &MachineName, vault: &str) {
+    let origin = Origin {
+        vault: vault.to_owned(),
+        machine: machine.clone(),
+        id: None,
+        is_clone: false,
+    };
+    let written = match keel_cluster::wire::encode("where a checkpoint is", &origin) {
+        Ok(value) => {
+            let txn = Txn::new()
+                .when(Compare::Exists {
+                    key: Key::Machine(machine.clone()).to_string(),
+                })
+                .put(Key::Kept(machine.clone()), value);
+            agent
+                .store
+                .txn(txn)
+                .await
+                .map(drop)
+                .map_err(|error| error.to_string())
+        }
+        Err(error) => Err(error.to_string()),
+    };
+    if let Err(error) = written {
+        tracing::warn!(%machine, error, "where its newest checkpoint is, is not in the store");
+    }
+}
+
+/// Where a machine's newest checkpoint is, if there is any.
+pub(crate) async fn newest(agent: &Agent, machine: &MachineName) -> Result<Option<Origin>, String> {
+    let key = Key::Kept(machine.clone()).to_string();
+    match agent.store.get(&key).await {
+        Ok(Some(entry)) => keel_cluster::wire::decode("where a checkpoint is", &entry.value)
+            .map(Some)
+            .map_err(|error| error.to_string()),
+        Ok(None) => Ok(None),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// A machine's checkpoints, newest first; what cannot be read is listed with
@@ -208,6 +261,9 @@ pub(crate) async fn restore(
             counter: ran + 1,
         },
         status: Status::Scheduled,
+        since_unix_ms: unix_ms(),
+        stop_wanted: false,
+        restarts: 0,
         created_unix_ms: unix_ms(),
         origin: Some(Origin {
             vault: vault.url().to_owned(),

@@ -18,6 +18,8 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+#[cfg(feature = "failpoints")]
+mod debug;
 mod http;
 mod keep;
 mod lease;

@@ -11,6 +11,7 @@ use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
+use keel_machine::failpoint::{self, Injected};
 use keel_machine::moves::{
     Ending, MoveReport, SourceCommand, SourceEvent, SourceMove, SourceState,
 };
@@ -266,10 +267,7 @@ impl Driver {
             SourceCommand::TellTarget { epoch } => Some(self.tell_target(epoch).await),
             SourceCommand::TakeBack { epoch } => Some(self.take_back(epoch).await),
             SourceCommand::Thaw { epoch } => {
-                let thawed: Result<(), _> = self.worker.ask(kind::THAW, &epoch, PROMPT).await;
-                if let Err(error) = thawed {
-                    tracing::error!(machine = %self.record.name, %error, "it stays frozen");
-                }
+                self.thaw(epoch).await;
                 None
             }
             SourceCommand::AbortTarget { reason } => {
@@ -277,10 +275,37 @@ impl Driver {
                 None
             }
             SourceCommand::Forget => {
+                if passed("move.forget").await.is_err() {
+                    // As if it had come later.
+                    tokio::time::sleep(RETRY_AFTER).await;
+                }
                 let (agent, machine) = (&self.agent, &self.record.name);
                 agent.workers.forget_later(&agent.dir, machine);
                 None
             }
+        }
+    }
+
+    /// Lets the machine go on here, however often that must be said: a machine
+    /// that stays must not stand still.
+    async fn thaw(&self, epoch: Epoch) {
+        loop {
+            // A lost worker is seen to elsewhere; one whose connection was lost
+            // has another by now.
+            let worker = self.agent.workers.get(&self.record.name);
+            let Some(worker) = worker.filter(|now| now.is(&self.worker)) else {
+                return;
+            };
+            let thawed: Result<(), RpcError> = match failpoint::pass_async("move.thaw").await {
+                Ok(()) => worker.ask(kind::THAW, &epoch, PROMPT).await,
+                Err(injected) => Err(RpcError::unknown(injected)),
+            };
+            let Err(error) = thawed else { return };
+            if matches!(worker.state().await, Ok(State::Ended { .. })) {
+                return;
+            }
+            tracing::error!(machine = %self.record.name, %error, "it does not go on yet");
+            tokio::time::sleep(RETRY_AFTER).await;
         }
     }
 
@@ -291,10 +316,17 @@ impl Driver {
             Ok(proofs) => proofs,
             Err(reason) => return SourceEvent::Refused(reason),
         };
-        let result = self.ask_target(&proofs).await;
+        let result = match passed("move.offer").await {
+            Ok(()) => self.ask_target(&proofs).await,
+            Err(reason) => Err(reason),
+        };
         proofs.remove().await;
         self.report.offer_micros = micros(self.begun);
-        match result {
+        let accepted = match result {
+            Ok(receiving) => passed("move.accepted").await.map(|()| receiving),
+            Err(reason) => Err(reason),
+        };
+        match accepted {
             Ok(receiving) => {
                 self.receiving = Some(receiving);
                 SourceEvent::Accepted
@@ -376,6 +408,9 @@ impl Driver {
     }
 
     async fn ask_store(&self) -> SourceEvent {
+        if let Err(reason) = passed("move.store").await {
+            return SourceEvent::StoreAway(reason);
+        }
         match tokio::time::timeout(STORE_PATIENCE, self.agent.store.revision()).await {
             Ok(Ok(_)) => SourceEvent::StoreAnswered,
             Ok(Err(error)) => SourceEvent::StoreAway(error.to_string()),
@@ -389,6 +424,9 @@ impl Driver {
         let interrupted = self.interrupted.borrow().clone();
         if let Some(event) = interrupted {
             return event;
+        }
+        if let Err(reason) = passed("move.freeze").await {
+            return SourceEvent::FreezeLate(reason);
         }
         match self
             .worker
@@ -429,6 +467,7 @@ impl Driver {
             owner: owner.clone(),
             epoch,
             status,
+            since_unix_ms: unix_ms(),
             ..self.record.clone()
         };
         record.encode()
@@ -459,8 +498,14 @@ impl Driver {
             .put(Key::Schedule(target.clone(), machine.clone()), Vec::new())
             .put(self.machine_key(), value)
             .delete(reservation);
+        if let Err(reason) = passed("move.commit").await {
+            return SourceEvent::CommitRefused(reason);
+        }
         let outcome = self.agent.store.txn(txn).await;
         self.report.commit_micros = micros(begun);
+        if passed("move.committed").await.is_err() {
+            return SourceEvent::CommitUnknown;
+        }
         match outcome {
             Ok(TxnOutcome::Committed { .. }) => SourceEvent::CommitWon,
             Ok(TxnOutcome::Refused { failed, .. }) => SourceEvent::CommitRefused(
@@ -484,11 +529,21 @@ impl Driver {
                 .when_modified_at(self.machine_key(), self.revision)
                 .put(self.machine_key(), value)
         });
-        self.own_write(txn, epoch).await
+        if let Err(reason) = passed("move.settle").await {
+            return self.later(&reason).await;
+        }
+        let event = self.own_write(txn, epoch).await;
+        match passed("move.settled").await {
+            Ok(()) => event,
+            Err(reason) => self.later(&reason).await,
+        }
     }
 
     /// Takes the machine back from a target that does not run it.
     async fn take_back(&mut self, epoch: Epoch) -> SourceEvent {
+        if let Err(reason) = passed("move.take-back").await {
+            return self.later(&reason).await;
+        }
         let machine = &self.record.name;
         let found = match record::get(&*self.agent.store, machine).await {
             Ok(found) => found,
@@ -515,7 +570,11 @@ impl Driver {
                 .delete(entry(&self.target))
                 .put(entry(&self.agent.name), Vec::new())
         });
-        self.own_write(txn, epoch).await
+        let event = self.own_write(txn, epoch).await;
+        match passed("move.taken-back").await {
+            Ok(()) => event,
+            Err(reason) => self.later(&reason).await,
+        }
     }
 
     async fn own_write(&mut self, txn: Result<Txn, String>, epoch: Epoch) -> SourceEvent {
@@ -564,7 +623,10 @@ impl Driver {
 
     async fn tell_target(&mut self, epoch: Epoch) -> SourceEvent {
         let told = Instant::now();
-        let direct: Result<u64, RpcError> = self.worker.ask(kind::GO, &epoch, PROMPT).await;
+        let direct: Result<u64, RpcError> = match failpoint::pass_async("move.go").await {
+            Ok(()) => self.worker.ask(kind::GO, &epoch, PROMPT).await,
+            Err(injected) => Err(RpcError::unknown(injected)),
+        };
         let event = match direct {
             Ok(_) => SourceEvent::TargetResumed,
             Err(error) => {
@@ -606,6 +668,9 @@ impl Driver {
     }
 
     async fn abort_target(&self, reason: &str) {
+        if passed("move.abort").await.is_err() {
+            return;
+        }
         let aborted: Result<(), _> = self
             .worker
             .ask(kind::ABORT, &reason.to_owned(), PROMPT)
@@ -641,6 +706,10 @@ impl Driver {
             },
         };
         tracing::info!("{}", self.report.line());
+        if let Err(reason) = passed("move.report").await {
+            tracing::warn!(reason, "the move's report is not kept");
+            return;
+        }
         let report = self.report.clone();
         let add = |record: &mut Record| {
             record.add_report(report.clone());
@@ -653,6 +722,13 @@ impl Driver {
         // Whoever watched may have gone.
         let _ = self.lines.send(MoveLine::Report(self.report.clone())).await;
     }
+}
+
+/// Passes a failpoint; why the step fails.
+async fn passed(name: &'static str) -> Result<(), String> {
+    failpoint::pass_async(name)
+        .await
+        .map_err(|injected: Injected| injected.to_string())
 }
 
 async fn interruption(interrupted: &mut watch::Receiver<Option<SourceEvent>>) -> SourceEvent {

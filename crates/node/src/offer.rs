@@ -3,12 +3,14 @@
 
 use crate::agent::{Agent, cpu_features, memory_available_bytes};
 use crate::record::{self, Reservation};
-use crate::workers::{COMPILE_PATIENCE, PROMPT};
-use keel_cluster::keys::Key;
+use crate::service::kind as node_kind;
+use crate::workers::{COMPILE_PATIENCE, Leftovers, PROMPT};
+use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::failpoint;
 use keel_machine::spec::Spec;
-use keel_machine::worker::control::{Receive, Receiving, State, kind};
+use keel_machine::worker::control::{Receive, Receiving, State, kind, pack};
 use keel_net::{Fingerprint, RpcError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -48,6 +50,7 @@ pub(crate) async fn accept(
 ) -> Result<Receiving, String> {
     let machine = offer.machine.clone();
     check(&offer).await?;
+    passed("offer.checked").await?;
     if !agent.busy().insert(machine.clone()) {
         return Err(format!("machine {machine:?} is arriving here already"));
     }
@@ -117,14 +120,24 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
         }
     }
     let program = crate::service::find_program(agent, &source, &offer.program).await?;
+    passed("offer.fetched").await?;
     reserve(agent, &source, &offer).await?;
-    let worker = match agent.workers.start(&agent.dir, machine).await {
+    passed("offer.reserved").await?;
+    let worker = match agent
+        .workers
+        .start(&agent.dir, machine, Leftovers::Remove)
+        .await
+    {
         Ok(worker) => worker,
         Err(error) => {
             agent.workers.forget(&agent.dir, machine).await;
             return Err(error);
         }
     };
+    if let Err(reason) = passed("offer.started").await {
+        agent.workers.forget(&agent.dir, machine).await;
+        return Err(reason);
+    }
     let request = Receive {
         machine: machine.clone(),
         spec: offer.spec.clone(),
@@ -137,6 +150,10 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
     match worker.ask(kind::RECEIVE, &request, COMPILE_PATIENCE).await {
         Ok(receiving) => {
             crate::reconcile::watch_worker(agent, machine);
+            if let Err(reason) = passed("offer.accepted").await {
+                agent.workers.forget(&agent.dir, machine).await;
+                return Err(reason);
+            }
             Ok(receiving)
         }
         Err(error) => {
@@ -181,6 +198,38 @@ pub(crate) async fn drop_reservation(agent: &Arc<Agent>, machine: &MachineName) 
     }
 }
 
+/// Withdraws what an earlier agent of this node offered and can no longer go on
+/// with, so that the targets need not wait for it.
+pub(crate) async fn withdraw_old(agent: Arc<Agent>) {
+    let listing = match agent.store.list(keys::RESERVATIONS).await {
+        Ok(listing) => listing,
+        Err(error) => {
+            tracing::warn!(%error, "old offers end by themselves");
+            return;
+        }
+    };
+    for entry in &listing.entries {
+        let Ok(Key::Reservation(target, machine)) = entry.key.parse() else {
+            continue;
+        };
+        let made_here = keel_cluster::wire::decode("a reservation", &entry.value)
+            .is_ok_and(|reservation: Reservation| reservation.source == agent.name);
+        if !made_here || agent.moves().contains_key(&machine) {
+            continue;
+        }
+        tracing::info!(%machine, %target, "withdrawing the offer of an earlier agent");
+        if let Ok(payload) = pack(&machine) {
+            let told = agent
+                .peers
+                .call(&target, node_kind::WITHDRAW, payload, PROMPT)
+                .await;
+            if let Err(error) = told {
+                tracing::info!(%machine, %target, %error, "it ends by itself there");
+            }
+        }
+    }
+}
+
 /// Settles an arrival whose source is lost: takes the reservation away, which
 /// makes a commit that is still on its way impossible. Where it is gone
 /// already, the commit had won, and the machine is this node's.
@@ -206,6 +255,7 @@ async fn settle_once(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), St
     if matches!(state, State::Running { .. } | State::Ended { .. }) {
         return Ok(());
     }
+    passed("arrival.settle").await?;
     let key = Key::Reservation(agent.name.clone(), machine.clone()).to_string();
     let txn = Txn::new()
         .when(Compare::Exists { key: key.clone() })
@@ -216,6 +266,7 @@ async fn settle_once(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), St
         .await
         .map_err(|error| error.to_string())?
         .is_committed();
+    passed("arrival.settled").await?;
     if !taken {
         match record::get(&*agent.store, machine).await {
             Ok(found) if found.record.owner == agent.name && !found.record.status.ended() => {
@@ -236,6 +287,13 @@ async fn settle_once(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), St
     Ok(())
 }
 
+/// Passes a failpoint; why the step fails.
+async fn passed(name: &'static str) -> Result<(), String> {
+    failpoint::pass_async(name)
+        .await
+        .map_err(|injected| injected.to_string())
+}
+
 /// What became of a machine that was handed over to this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Arrival {
@@ -252,6 +310,7 @@ pub(crate) async fn arrival(
     machine: &MachineName,
     epoch: Epoch,
 ) -> Result<Arrival, String> {
+    passed("arrival.asked").await?;
     let Some(worker) = agent.workers.get(machine) else {
         return Ok(Arrival::Without);
     };

@@ -15,6 +15,7 @@ use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::tokens::{self, Role};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
 use keel_machine::log::Log;
+use keel_machine::restart::Restart;
 use keel_machine::spec::{Record, Spec, Status, Volume};
 use keel_machine::worker::control::{LogChunk, ReadLog, Report, State, kind, pack, unpack};
 use keel_net::{Bytes, RpcError};
@@ -174,6 +175,10 @@ async fn stop(agent: &Arc<Agent>, machine: &MachineName, kill: bool) -> Result<(
     if found.record.status.ended() {
         return Ok(());
     }
+    // First: whatever becomes of it, it is not started again.
+    if mark_stopped(agent, machine).await?.status.ended() {
+        return Ok(());
+    }
     let Some(worker) = agent.workers.get(machine) else {
         return Err(OperateError::Conflict(format!(
             "machine {machine:?} is only just starting; try again"
@@ -203,6 +208,31 @@ async fn stop(agent: &Arc<Agent>, machine: &MachineName, kill: bool) -> Result<(
     }
 }
 
+/// Writes that a user wants a machine to end. One that waits for its restart has
+/// ended with that.
+async fn mark_stopped(agent: &Arc<Agent>, machine: &MachineName) -> Result<Record, OperateError> {
+    let entry = Key::Schedule(agent.name.clone(), machine.clone()).to_string();
+    let starting = agent.busy().contains(machine) && agent.workers.get(machine).is_some();
+    let mark = |record: &mut Record| {
+        let changes = !record.stop_wanted && !record.status.ended();
+        if changes {
+            record.stop_wanted = true;
+            if matches!(record.status, Status::Restarting { .. }) && !starting {
+                record.enter(Status::Stopped, unix_ms());
+            }
+        }
+        changes
+    };
+    let marked = record::update(&*agent.store, machine, mark, |txn, record| {
+        match record.status.ended() {
+            true => txn.delete(entry.clone()),
+            false => txn,
+        }
+    })
+    .await?;
+    Ok(marked)
+}
+
 /// Removes an ended machine that this node owned: record, output, worker.
 pub(crate) async fn remove_here(
     agent: &Arc<Agent>,
@@ -218,7 +248,8 @@ pub(crate) async fn remove_here(
     let key = Key::Machine(machine.clone());
     let txn = Txn::new()
         .when_modified_at(key.clone(), found.revision)
-        .delete(key);
+        .delete(key)
+        .delete(Key::Kept(machine.clone()));
     match agent.store.txn(txn).await? {
         TxnOutcome::Committed { .. } => {
             agent.workers.forget(&agent.dir, machine).await;
@@ -457,6 +488,9 @@ pub(crate) async fn run(
             counter: 1,
         },
         status: Status::Scheduled,
+        since_unix_ms: unix_ms(),
+        stop_wanted: false,
+        restarts: 0,
         created_unix_ms: unix_ms(),
         origin: None,
         reports: Vec::new(),
@@ -515,6 +549,12 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     if request.args.is_empty() {
         return bad("no program name: the first argument is missing".into());
     }
+    if request.remove_at_end && request.restart != Restart::No {
+        return bad(format!(
+            "a machine that is removed when it ends cannot be restarted too (restart = {:?})",
+            request.restart.word()
+        ));
+    }
     for volume in &request.volumes {
         if !volume.host.starts_with('/') {
             return bad(format!(
@@ -541,6 +581,7 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
         cpu_limit_millis: request.cpu_limit_millis,
         output_bytes_per_s: request.output_bytes_per_s,
         remove_at_end: request.remove_at_end,
+        restart: request.restart,
     })
 }
 
@@ -557,7 +598,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         },
         message: match &record.status {
             Status::Trapped { message } => Some(message.clone()),
-            Status::Failed { reason } => Some(reason.clone()),
+            Status::Failed { reason } | Status::Restarting { reason, .. } => Some(reason.clone()),
             _ => None,
         },
         epoch: record.epoch.to_string(),
@@ -566,6 +607,9 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         args: record.spec.args.clone(),
         memory_limit_bytes: record.spec.memory_bytes,
         cpu_limit_millis: record.spec.cpu_limit_millis,
+        restart: record.spec.restart,
+        restarts: record.restarts,
+        since_unix_ms: record.since_unix_ms,
         memory_bytes: running.map(|report| report.memory_bytes),
         threads: running.map(|report| report.threads),
         cpu_micros: running.map(|report| report.cpu_micros),

@@ -8,9 +8,10 @@ use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// An agent that lived this long starts again at once.
-const GOOD_LIFE: Duration = Duration::from_secs(5);
-/// The longest pause before starting again.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+const GOOD_LIFE: Duration = Duration::from_secs(1);
+/// The longest pause before starting again: a machine that is frozen for a move
+/// waits for the agent, and others take a node for gone when its lease ends.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// How an agent's end is to be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,15 +3,18 @@
 //!
 //! The schedule in the store is the truth. An entry without a worker is
 //! started, if its machine was never started; a machine whose worker is lost is
-//! reported as failed. A worker whose entry is gone is ended, unless a move or
+//! reported as failed, or started again where its restart policy says so. A worker whose entry is gone is ended, unless a move or
 //! an arrival is under way, whose own protocol decides.
 
 use crate::agent::Agent;
 use crate::record::{self, RecordError};
 use crate::service::kind as node_kind;
-use crate::workers::{COMPILE_PATIENCE, Worker};
+use crate::workers::{COMPILE_PATIENCE, Leftovers, Worker};
+use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::{MachineName, NodeName, StoreError};
+use keel_machine::failpoint;
+use keel_machine::restart;
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Start, StartFrom, State, kind, pack, unpack};
 use keel_net::RpcError;
@@ -20,6 +23,12 @@ use std::time::Duration;
 
 /// Pause after the store did not answer.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// Pause between looks at a machine that something else is done with.
+const BUSY_AGAIN_AFTER: Duration = Duration::from_millis(10);
+/// How long a source without a lease may still come back with its copy.
+const GONE_PATIENCE: Duration = Duration::from_secs(10);
+/// The longest that a restart is waited for, whatever the clock says.
+const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Follows this node's schedule for ever.
 pub(crate) async fn follow_schedule(agent: Arc<Agent>) {
@@ -77,6 +86,16 @@ fn spawn_ensure(agent: &Arc<Agent>, machine: MachineName) {
 
 /// Makes a scheduled machine run, or says in the store why it does not.
 async fn ensure(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordError> {
+    // Its earlier end may still be being written.
+    while !agent.busy().insert(machine.clone()) {
+        tokio::time::sleep(BUSY_AGAIN_AFTER).await;
+    }
+    let result = ensure_guarded(agent, machine).await;
+    agent.busy().remove(machine);
+    start_again(agent, machine, result)
+}
+
+async fn ensure_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<Again, RecordError> {
     if let Some(worker) = agent.workers.get(machine) {
         let found = record::get(&*agent.store, machine).await?;
         let record = &found.record;
@@ -91,64 +110,104 @@ async fn ensure(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordE
                 if let Err(error) = go {
                     tracing::info!(%machine, %error, "it was told to go on by its source first");
                 }
-                return Ok(());
+                return Ok(Again::No);
             }
             // An earlier agent died while it started the machine.
-            Ok(State::Running { epoch })
-                if record.status == Status::Scheduled && record.epoch == epoch =>
-            {
-                return is_running(agent, machine).await;
+            Ok(State::Running { epoch }) if starts(&record.status) && record.epoch == epoch => {
+                is_running(agent, machine).await?;
+                return Ok(Again::No);
             }
-            Ok(State::Empty)
-                if record.status == Status::Scheduled && !agent.busy().contains(machine) =>
-            {
-                agent.workers.forget(&agent.dir, machine).await;
+            Ok(State::Empty) if starts(&record.status) => {
+                agent.workers.end(machine).await;
             }
-            _ => return Ok(()),
+            _ => return Ok(Again::No),
         }
     }
-    if !agent.busy().insert(machine.clone()) {
-        return Ok(());
-    }
-    let result = start_scheduled(agent, machine).await;
-    agent.busy().remove(machine);
-    result
+    start_scheduled(agent, machine).await
 }
 
-async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordError> {
-    let found = record::get(&*agent.store, machine).await?;
+/// Whether a machine is to be started again after its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Again {
+    Yes,
+    No,
+}
+
+/// Acts on the answer, once the machine is no longer busy with its end.
+fn start_again(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    end: Result<Again, RecordError>,
+) -> Result<(), RecordError> {
+    if end? == Again::Yes {
+        spawn_ensure(agent, machine.clone());
+    }
+    Ok(())
+}
+
+async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Again, RecordError> {
+    let mut found = record::get(&*agent.store, machine).await?;
+    if let Status::Restarting { at_unix_ms, .. } = found.record.status {
+        let rest = Duration::from_millis(at_unix_ms.saturating_sub(unix_ms()));
+        tokio::time::sleep(rest.min(RESTART_WAIT_MAX)).await;
+        // It may have been stopped meanwhile.
+        found = record::get(&*agent.store, machine).await?;
+    }
     if found.record.owner != agent.name {
-        return Ok(());
+        return Ok(Again::No);
     }
     let failure = match found.record.status {
-        Status::Scheduled => match start(agent, &found.record).await {
+        Status::Scheduled | Status::Restarting { .. } => match start(agent, &found.record).await {
             Ok(()) => {
                 // First: its end must be seen, whatever the store does.
                 watch_worker(agent, machine);
-                return is_running(agent, machine).await;
+                let passed = failpoint::pass_async("start.running").await;
+                if passed.is_ok() {
+                    is_running(agent, machine).await?;
+                }
+                // (Else the watch says it.) It may have been stopped while it
+                // was started.
+                if record::get(&*agent.store, machine)
+                    .await?
+                    .record
+                    .status
+                    .ended()
+                {
+                    agent.workers.end(machine).await;
+                }
+                return Ok(Again::No);
             }
             Err(reason) => reason,
         },
         Status::Running => "its worker process was lost".to_owned(),
         Status::Arriving { from } => return lost_on_arrival(agent, machine, &from).await,
-        _ => return Ok(()),
+        _ => return Ok(Again::No),
     };
-    agent.workers.forget(&agent.dir, machine).await;
+    agent.workers.end(machine).await;
     finish(agent, machine, Status::Failed { reason: failure }).await
+}
+
+/// Whether a machine of this status is to be started where it is scheduled.
+fn starts(status: &Status) -> bool {
+    matches!(status, Status::Scheduled | Status::Restarting { .. })
 }
 
 /// Writes that a machine which was started here, or arrived here, runs, until
 /// the store has it.
 async fn is_running(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordError> {
     let running = |record: &mut Record| {
-        let expected = matches!(record.status, Status::Scheduled | Status::Arriving { .. });
+        let expected = starts(&record.status) || matches!(record.status, Status::Arriving { .. });
         let mine = expected && record.owner == agent.name;
         if mine {
-            record.status = Status::Running;
+            record.enter(Status::Running, unix_ms());
         }
         mine
     };
     loop {
+        if failpoint::pass_async("arrived.running").await.is_err() {
+            tokio::time::sleep(RETRY_AFTER).await;
+            continue;
+        }
         match record::update(&*agent.store, machine, running, |txn, _| txn).await {
             Err(RecordError::Store(error)) => {
                 tracing::warn!(%machine, %error, "that it runs is not in the store yet");
@@ -168,24 +227,29 @@ async fn lost_on_arrival(
     agent: &Arc<Agent>,
     machine: &MachineName,
     from: &NodeName,
-) -> Result<(), RecordError> {
+) -> Result<Again, RecordError> {
+    let mut gone_since = None;
     loop {
         let waits = |record: &Record| {
             record.owner == agent.name && matches!(record.status, Status::Arriving { .. })
         };
         let still = match record::get(&*agent.store, machine).await {
             Ok(found) => waits(&found.record),
-            Err(RecordError::NoMachine(_)) => return Ok(()),
+            Err(RecordError::NoMachine(_)) => return Ok(Again::No),
             Err(error) => {
                 tracing::warn!(%machine, %error, "not known yet who has it");
                 true
             }
         };
         if !still {
-            return Ok(());
+            return Ok(Again::No);
         }
         let alive = record::alive(&*agent.store).await;
         let gone = alive.is_ok_and(|alive| !alive.contains(from));
+        let since = gone.then(|| gone_since.unwrap_or_else(tokio::time::Instant::now));
+        gone_since = since;
+        // An agent that is only away for a moment still has the copy.
+        let gone = since.is_some_and(|since| since.elapsed() > GONE_PATIENCE);
         if gone || source_holds(agent, machine, from).await == Some(false) {
             let reason = format!(
                 "its worker process was lost just after it arrived, and {from} has no copy any more"
@@ -212,16 +276,42 @@ async fn source_holds(
 }
 
 async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
-    let from = match &record.origin {
-        Some(origin) => StartFrom::Checkpoint(origin.clone()),
+    let (kept, leftovers) = match &record.status {
+        Status::Restarting {
+            from_checkpoint, ..
+        } => {
+            // What it said before stays.
+            let kept = match from_checkpoint {
+                true => crate::keep::newest(agent, &record.name).await?,
+                false => None,
+            };
+            (kept, Leftovers::KeepOutput)
+        }
+        _ => (None, Leftovers::Remove),
+    };
+    let from = match kept.or_else(|| record.origin.clone()) {
+        Some(origin) => StartFrom::Checkpoint(origin),
         None => StartFrom::Module(crate::service::find_module(agent, &record.spec.module).await?),
     };
-    let worker = agent.workers.start(&agent.dir, &record.name).await?;
+    let worker = agent
+        .workers
+        .start(&agent.dir, &record.name, leftovers)
+        .await?;
+    failpoint::pass_async("start.worker")
+        .await
+        .map_err(|injected| injected.to_string())?;
     let start = Start {
         machine: record.name.clone(),
         spec: record.spec.clone(),
         from,
         epoch: record.epoch,
+        notice: match &record.status {
+            Status::Restarting { reason, .. } => Some(format!(
+                "restart {} under epoch {}, since {reason}",
+                record.restarts, record.epoch
+            )),
+            _ => None,
+        },
     };
     worker
         .ask(kind::START, &start, COMPILE_PATIENCE)
@@ -392,17 +482,36 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
 }
 
 async fn ended(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker, status: Status) {
+    if failpoint::pass_async("end.seen").await.is_err() {
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
     crate::moving::machine_ended(agent, machine);
     let handle = agent.moves().get(machine).cloned();
     if let Some(handle) = handle {
         handle.over().await;
     }
-    if let Err(error) = finish(agent, machine, status).await {
-        tracing::error!(%machine, %error, "its end is not in the store");
-    }
-    // Its output stays in its folder; nobody needs the process any more.
+    // Its output stays in its folder; nobody needs the process any more, and
+    // where the machine is started again it must be gone.
+    let guarded = agent.busy().insert(machine.clone());
     if agent.workers.remove_exactly(machine, worker) {
         worker.forget().await;
+    }
+    let end = finish(agent, machine, status).await;
+    settled(agent, machine, guarded, end);
+}
+
+/// After a machine's end was written, or not.
+fn settled(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    guarded: bool,
+    end: Result<Again, RecordError>,
+) {
+    if guarded {
+        agent.busy().remove(machine);
+    }
+    if let Err(error) = start_again(agent, machine, end) {
+        tracing::error!(%machine, %error, "its end is not in the store");
     }
 }
 
@@ -435,62 +544,100 @@ async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker,
     match found {
         Some(record) if record.owner == agent.name => {
             // Its output stays.
+            let guarded = agent.busy().insert(machine.clone());
             agent.workers.remove_exactly(machine, worker);
-            if let Status::Arriving { from } = record.status {
-                if let Err(error) = lost_on_arrival(agent, machine, &from).await {
-                    tracing::error!(%machine, %error, "what became of it is not in the store");
+            let end = match record.status {
+                Status::Arriving { from } => lost_on_arrival(agent, machine, &from).await,
+                _ => {
+                    let reason = format!("its worker process was lost ({reason})");
+                    finish(agent, machine, Status::Failed { reason }).await
                 }
-                return;
-            }
+            };
+            settled(agent, machine, guarded, end);
         }
         _ => {
             // It was only arriving.
             agent.workers.forget(&agent.dir, machine).await;
             crate::offer::drop_reservation(agent, machine).await;
-            return;
         }
-    }
-    let status = Status::Failed {
-        reason: format!("its worker process was lost ({reason})"),
-    };
-    if let Err(error) = finish(agent, machine, status).await {
-        tracing::error!(%machine, %error, "its end is not in the store");
     }
 }
 
+/// What a machine's end makes of its record.
+fn end_or_restart(record: &mut Record, status: &Status) {
+    let now = unix_ms();
+    let lived_ms = match record.status {
+        Status::Running => now.saturating_sub(record.since_unix_ms),
+        _ => 0,
+    };
+    let plan = match record.stop_wanted {
+        true => None,
+        false => restart::decide(record.spec.restart, status, record.restarts, lived_ms),
+    };
+    let Some(plan) = plan else {
+        // One that was killed has ended by a command too.
+        let killed = record.stop_wanted && matches!(status, Status::Failed { .. });
+        let status = if killed {
+            Status::Stopped
+        } else {
+            status.clone()
+        };
+        record.enter(status, now);
+        return;
+    };
+    record.epoch = record.epoch.next();
+    record.restarts = plan.restarts;
+    let at_unix_ms = now.saturating_add(plan.delay.as_millis() as u64);
+    let restarting = Status::Restarting {
+        reason: status.end().unwrap_or_default(),
+        at_unix_ms,
+        from_checkpoint: plan.from_checkpoint,
+    };
+    record.enter(restarting, now);
+}
+
 /// Writes a machine's end, and takes it out of the schedule, until the store
-/// has it; removes the machine if it was to be.
+/// has it; removes the machine if it was to be. Where its policy says so, it
+/// stays scheduled under its next epoch instead, and is started again.
 async fn finish(
     agent: &Arc<Agent>,
     machine: &MachineName,
     status: Status,
-) -> Result<(), RecordError> {
+) -> Result<Again, RecordError> {
     loop {
         let entry = Key::Schedule(agent.name.clone(), machine.clone()).to_string();
         let end = |record: &mut Record| {
             let mine = record.owner == agent.name && !record.status.ended();
             if mine {
-                record.status = status.clone();
+                end_or_restart(record, &status);
             }
             mine
         };
-        let written = record::update(&*agent.store, machine, end, |txn, _| {
-            txn.delete(entry.clone())
+        let written = record::update(&*agent.store, machine, end, |txn, record| {
+            match record.status.ended() {
+                true => txn.delete(entry.clone()),
+                false => txn,
+            }
         })
         .await;
         match written {
+            Ok(record) if matches!(record.status, Status::Restarting { .. }) => {
+                let reason = status.end().unwrap_or_default();
+                tracing::info!(%machine, restarts = record.restarts, reason, "it is started again");
+                return Ok(Again::Yes);
+            }
             Ok(record) => {
                 if record.spec.remove_at_end && record.status.ended() && record.owner == agent.name
                 {
-                    return crate::operate::remove_here(agent, machine).await;
+                    crate::operate::remove_here(agent, machine).await?;
                 }
-                return Ok(());
+                return Ok(Again::No);
             }
             Err(RecordError::Store(error)) => {
                 tracing::warn!(%machine, %error, "its end is not in the store yet");
                 tokio::time::sleep(RETRY_AFTER).await;
             }
-            Err(RecordError::NoMachine(_)) => return Ok(()),
+            Err(RecordError::NoMachine(_)) => return Ok(Again::No),
             Err(error) => return Err(error),
         }
     }

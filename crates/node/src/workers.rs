@@ -132,6 +132,15 @@ impl Worker {
     }
 }
 
+/// What an earlier worker of a machine left in its folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leftovers {
+    /// Is another machine's, which had the name.
+    Remove,
+    /// Is this machine's: what it said stays.
+    KeepOutput,
+}
+
 /// All workers of this node.
 #[derive(Debug, Default)]
 pub(crate) struct Workers {
@@ -226,12 +235,12 @@ impl Workers {
         false
     }
 
-    /// Starts a worker for a machine that has none here. What an earlier one
-    /// left in the machine's folder is removed.
+    /// Starts a worker for a machine that has none here.
     pub(crate) async fn start(
         self: &Arc<Self>,
         dir: &StateDir,
         machine: &MachineName,
+        leftovers: Leftovers,
     ) -> Result<Worker, String> {
         if self.get(machine).is_some() {
             return Err(format!(
@@ -240,12 +249,8 @@ impl Workers {
         }
         let folder = dir.worker(machine);
         let fail = |what: &str, error: std::io::Error| format!("{what}: {error}");
-        match std::fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(fail("an earlier folder of the machine", error));
-            }
-            _ => {}
-        }
+        clear(&folder, leftovers)
+            .map_err(|error| fail("an earlier folder of the machine", error))?;
         std::fs::create_dir_all(&folder).map_err(|error| fail("the machine's folder", error))?;
         let log = std::fs::File::create(folder.join("worker.log"))
             .map_err(|error| fail("the worker's log", error))?;
@@ -264,6 +269,11 @@ impl Workers {
             .stderr(log)
             // It outlives the agent, and a Ctrl-C at the agent's terminal.
             .process_group(0);
+        #[cfg(feature = "failpoints")]
+        command.env(
+            keel_machine::failpoint::ENVIRONMENT,
+            crate::debug::for_new_worker(),
+        );
         let mut child = command.spawn().map_err(|error| fail("a worker", error))?;
         let deadline = tokio::time::Instant::now() + START_PATIENCE;
         let worker = loop {
@@ -287,6 +297,13 @@ impl Workers {
         });
         self.table().insert(machine.clone(), worker.clone());
         Ok(worker)
+    }
+
+    /// Ends a machine's worker; what it said stays in its folder.
+    pub(crate) async fn end(&self, machine: &MachineName) {
+        if let Some(worker) = self.remove(machine) {
+            worker.forget().await;
+        }
     }
 
     /// Ends a machine's worker and removes its folder; returns when nothing of
@@ -322,6 +339,19 @@ impl Workers {
             tracing::warn!(%error, folder = %folder.display(), "a machine's folder stays");
         }
         (self.remove(machine), grave)
+    }
+}
+
+/// Removes what an earlier worker left.
+fn clear(folder: &Path, leftovers: Leftovers) -> std::io::Result<()> {
+    let found = match leftovers {
+        Leftovers::Remove => std::fs::remove_dir_all(folder),
+        // A socket that is there would be taken for an answer.
+        Leftovers::KeepOutput => std::fs::remove_file(folder.join(SOCKET)),
+    };
+    match found {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

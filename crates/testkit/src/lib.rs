@@ -15,11 +15,22 @@ use keel_api::{
 };
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::MoveReport;
+use keel_machine::restart::Restart;
+use network::Network;
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+pub mod drill;
+pub mod nemesis;
+pub mod network;
+pub mod witness;
+
+/// Where nodes of a cluster note the failpoints that they pass, if they were
+/// built with them.
+pub const FAILPOINT_LOG: &str = "failpoints.log";
 
 /// How long anything here may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -51,6 +62,7 @@ struct Node {
 /// A cluster. Dropping it ends all its processes.
 pub struct LocalCluster {
     program: PathBuf,
+    network: Option<Network>,
     nodes: BTreeMap<String, Node>,
 }
 
@@ -77,6 +89,8 @@ pub struct Guest<'a> {
     pub memory_bytes: u64,
     /// A directory that it may reach, under the same name.
     pub volume: Option<&'a Path>,
+    /// When it is started again after its end.
+    pub restart: Restart,
 }
 
 impl<'a> Guest<'a> {
@@ -89,6 +103,7 @@ impl<'a> Guest<'a> {
             args,
             memory_bytes: 4 << 30,
             volume: None,
+            restart: Restart::No,
         }
     }
 }
@@ -100,38 +115,66 @@ impl LocalCluster {
     /// # Errors
     /// What a node said that did not start.
     pub async fn start(program: &Path, folder: &Path, names: &[&str]) -> Result<Self> {
+        Self::start_in(program, folder, names, None).await
+    }
+
+    /// As [`Self::start`], in a network of their own, or on loopback without.
+    ///
+    /// # Errors
+    /// What a node said that did not start.
+    pub async fn start_in(
+        program: &Path,
+        folder: &Path,
+        names: &[&str],
+        network: Option<Network>,
+    ) -> Result<Self> {
         let mut cluster = LocalCluster {
             program: program.to_owned(),
+            network,
             nodes: BTreeMap::new(),
         };
         for (number, name) in names.iter().enumerate() {
             let state = folder.join(name);
             std::fs::create_dir_all(&state)?;
-            let mut command = cluster.command(&state)?;
+            let mut command = cluster.command(name, &state)?;
             if number == 0 {
                 command.args(["up", "--name", name]);
             } else {
                 let first = cluster.client(names[0]);
                 let nodes: Vec<keel_api::NodeInfo> = first.get("/v1/nodes").await?;
-                let via = nodes.first().context("no first node")?.address.clone();
+                let via = nodes.iter().find(|node| node.name == names[0]);
+                let via = via.context("no first node")?.address.clone();
                 let token: Token = first
                     .post("/v1/tokens", &TokenRequest::Join { ttl_s: 60 })
                     .await?;
                 command.args(["join", &via, "--name", name, "--token", &token.token]);
             }
-            command.args(["--listen", "127.0.0.1:0"]);
+            let listen = match &cluster.network {
+                Some(network) => network.address(name)?,
+                None => "127.0.0.1:0".to_owned(),
+            };
+            command.args(["--listen", &listen]);
             cluster.spawn(name, state, command).await?;
         }
         Ok(cluster)
     }
 
-    fn command(&self, state: &Path) -> Result<Command> {
+    /// The network in which the nodes are, if they have one of their own.
+    pub fn network(&self) -> Option<&Network> {
+        self.network.as_ref()
+    }
+
+    fn command(&self, node: &str, state: &Path) -> Result<Command> {
         let log = std::fs::OpenOptions::new()
             .create(true)
             .append(true)
             .open(state.join("agent.log"))?;
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.network {
+            Some(network) => network.command(node, &self.program),
+            None => Command::new(&self.program),
+        };
         command
+            .env("KEEL_FAILPOINT_LOG", state.join(FAILPOINT_LOG))
             .arg("--state-dir")
             .arg(state)
             .stdin(Stdio::null())
@@ -224,6 +267,7 @@ impl LocalCluster {
             cpu_limit_millis: None,
             output_bytes_per_s: 16 << 20,
             remove_at_end: false,
+            restart: guest.restart,
         };
         let _: MachineInfo = client.post("/v1/machines", &request).await?;
         wait_for(&format!("machine {} starts", guest.name), || async {
@@ -259,17 +303,7 @@ impl LocalCluster {
     /// # Errors
     /// The node's answer; a move whose machine stayed has a report all the same.
     pub async fn move_machine(&self, via: &str, machine: &str, to: &str) -> Result<MoveReport> {
-        let request = MoveRequest { to: to.to_owned() };
-        let path = format!("/v1/machines/{machine}/move");
-        let mut lines = self.client(via).post_stream(&path, &request).await?;
-        while let Some(line) = lines.line().await? {
-            match line {
-                MoveLine::Progress(_) => {}
-                MoveLine::Report(report) => return Ok(report),
-                MoveLine::Error(error) => bail!(error),
-            }
-        }
-        bail!("the move of {machine} brought no report")
+        move_by(&self.client(via), machine, to).await
     }
 
     /// A machine's standard output so far.
@@ -344,6 +378,44 @@ impl LocalCluster {
         Ok(())
     }
 
+    /// Orders what is to happen at a failpoint on a node; `None` takes it back.
+    ///
+    /// # Errors
+    /// The node's answer.
+    pub async fn failpoint(&self, node: &str, name: &str, order: Option<&str>) -> Result<()> {
+        let request = keel_api::FailpointRequest {
+            name: name.to_owned(),
+            order: order.map(str::to_owned),
+        };
+        let _: keel_api::Nothing = self
+            .client(node)
+            .post("/v1/debug/failpoint", &request)
+            .await?;
+        Ok(())
+    }
+
+    /// Failpoints at which something happened on a node so far, in order.
+    pub fn failpoints_passed(&self, node: &str) -> Vec<String> {
+        let path = self.folder(node).join(FAILPOINT_LOG);
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    /// Lets all processes of a node go on that were stopped.
+    pub fn wake(&self, name: &str) {
+        self.signal(name, Signal::CONT, &|_| true);
+    }
+
+    /// Worker processes of a machine on a node.
+    pub fn workers_of(&self, name: &str, machine: &str) -> usize {
+        let folder = self.folder(name).join("workers").join(machine);
+        let folder = folder.display().to_string();
+        processes()
+            .iter()
+            .filter(|(_, line)| line.contains(&folder))
+            .count()
+    }
+
     /// Ends everything of a node at once, as if its computer were switched off.
     pub fn power_off(&mut self, name: &str) {
         // Processes may start others while they are being ended.
@@ -369,7 +441,7 @@ impl LocalCluster {
         let folder = self.folder(name);
         // What the dead agent left would look like an answer.
         let _ = std::fs::remove_file(folder.join("api.socket"));
-        let mut command = self.command(&folder)?;
+        let mut command = self.command(name, &folder)?;
         command.arg("up");
         self.spawn(name, folder, command).await
     }
@@ -421,6 +493,24 @@ fn processes() -> Vec<(Pid, Vec<String>)> {
             (!words.is_empty()).then_some((Pid::from_raw(pid)?, words))
         })
         .collect()
+}
+
+/// Moves a machine, and waits for its report.
+///
+/// # Errors
+/// As [`LocalCluster::move_machine`].
+pub async fn move_by(client: &Client, machine: &str, to: &str) -> Result<MoveReport> {
+    let request = MoveRequest { to: to.to_owned() };
+    let path = format!("/v1/machines/{machine}/move");
+    let mut lines = client.post_stream(&path, &request).await?;
+    while let Some(line) = lines.line().await? {
+        match line {
+            MoveLine::Progress(_) => {}
+            MoveLine::Report(report) => return Ok(report),
+            MoveLine::Error(error) => bail!(error),
+        }
+    }
+    bail!("the move of {machine} brought no report")
 }
 
 /// Whether a text is the lines `first`, `first + 1`, … each once and in order,

@@ -16,7 +16,7 @@ use std::str::FromStr;
 
 const MAGIC: [u8; 4] = *b"KCKP";
 /// Version of the manifest's body.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.
@@ -275,6 +275,7 @@ mod tests {
                 cpu_limit_millis: None,
                 output_bytes_per_s: 1000,
                 remove_at_end: false,
+                restart: crate::restart::Restart::No,
             },
             program: [3; 32],
             log_end: 77,

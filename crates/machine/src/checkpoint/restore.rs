@@ -5,6 +5,7 @@
 
 use super::format::{CheckpointId, Manifest, Origin, Run};
 use super::vault::{Vault, VaultError};
+use crate::failpoint::{self, Injected};
 use futures::StreamExt;
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES};
 use keel_wasm::runtime::{
@@ -31,6 +32,9 @@ pub enum RestoreError {
     /// Its threads.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// A test wanted it to fail.
+    #[error(transparent)]
+    Injected(#[from] Injected),
     /// All are damaged.
     #[error("no checkpoint of machine {machine:?} is whole: {}", reasons.join("; "))]
     NoneWhole {
@@ -119,6 +123,7 @@ fn restore_one(
 ) -> Result<Restored, RestoreError> {
     let machine = &origin.machine;
     let mut chain = runtime.block_on(vault.chain(machine, id))?;
+    failpoint::pass("restore.manifest")?;
     let part = |what: &str, reason: String| VaultError::Part {
         machine: machine.clone(),
         id: id.clone(),
@@ -152,6 +157,7 @@ fn restore_one(
     for manifest in &chain {
         fill(manifest, vault, &memories, runtime)?;
     }
+    failpoint::pass("restore.pages")?;
     let mut image = Image::decode(&newest.image, &program)
         .map_err(|error| part("its threads", error.to_string()))?;
     if origin.is_clone {

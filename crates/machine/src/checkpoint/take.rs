@@ -5,6 +5,7 @@
 use super::CHAIN_MAX;
 use super::format::{CheckpointId, Manifest, Pack, Run};
 use super::vault::{Vault, VaultError};
+use crate::failpoint::{self, Injected};
 use crate::log::Log;
 use crate::spec::Spec;
 use keel_cluster::clock::unix_ms;
@@ -57,6 +58,9 @@ pub enum TakeError {
     /// Something more important came.
     #[error("the checkpoint was given up: the machine is to move")]
     GivenUp,
+    /// A test wanted it to fail.
+    #[error(transparent)]
+    Injected(#[from] Injected),
     /// A task of this process died.
     #[error("storing was cut off")]
     CutOff,
@@ -153,6 +157,7 @@ impl Taker {
         let (image, log_end, memory_pages, pause) =
             self.copy(machine, log, parent.is_some(), &mut packer, give_up)?;
         let created_unix_ms = unix_ms();
+        failpoint::pass("take.packs")?;
         let (runs, packs) = packer.finish()?;
         let program = *machine.program().hash();
         let bytes = Bytes::copy_from_slice(machine.program().bytes());
@@ -171,7 +176,9 @@ impl Taker {
             packs,
             image,
         };
+        failpoint::pass("take.manifest")?;
         runtime.block_on(vault.put_manifest(&manifest))?;
+        failpoint::pass("take.stored")?;
         self.last = Some(Last {
             vault: vault.url().to_owned(),
             id,
@@ -213,6 +220,7 @@ impl Taker {
         let mut before = u64::MAX;
         for round in 0.. {
             packer.add(&memories, &ranges, Some(give_up))?;
+            failpoint::pass("take.round")?;
             let mut left = 0;
             for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
                 *ranges = tracker.take()?;
@@ -264,6 +272,7 @@ impl Taker {
             ranges.push(tracker.take()?);
         }
         packer.add(memories, &ranges, None)?;
+        failpoint::pass("take.frozen")?;
         Ok(machine.image()?)
     }
 }

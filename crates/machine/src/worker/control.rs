@@ -37,6 +37,9 @@ pub mod kind {
     pub const FORGET: u16 = 0x040c;
     /// [`super::ReadLog`] → stream of [`super::LogChunk`].
     pub const LOG: u16 = 0x040d;
+    /// `(name, order)` → `()`: an order for a failpoint, or none.
+    #[cfg(feature = "failpoints")]
+    pub const FAILPOINT: u16 = 0x0410;
     /// [`super::Checkpoint`] → [`super::Checkpointed`].
     pub const CHECKPOINT: u16 = 0x040e;
 }
@@ -89,6 +92,8 @@ pub struct Start {
     pub from: StartFrom,
     /// Under this epoch.
     pub epoch: Epoch,
+    /// What is said of it in its output first.
+    pub notice: Option<String>,
 }
 
 /// What a machine is made of.

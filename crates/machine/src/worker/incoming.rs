@@ -2,6 +2,7 @@
 //! it makes a machine that stands ready. Blocking; has a thread of its own.
 
 use super::control::Receive;
+use crate::failpoint::{self, Injected};
 use crate::link::{ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
 use keel_cluster::Epoch;
@@ -29,6 +30,8 @@ pub(super) enum IncomingError {
     Tls(#[from] keel_net::TlsError),
     #[error("its surroundings cannot be had here: {0}")]
     Wasi(#[from] keel_wasi::Error),
+    #[error(transparent)]
+    Injected(#[from] Injected),
     #[error("the source did not connect in time")]
     NobodyCame,
     #[error("the source says {0}, which was not agreed")]
@@ -57,6 +60,7 @@ pub(super) fn receive(
 ) -> Result<Arrived, IncomingError> {
     let tls = ServerTls::pinned(identity, request.source)?;
     let (mut link, log_base) = accept(listener, &tls, request, &program)?;
+    failpoint::pass("in.greeted")?;
     let limits = request.spec.limits();
     let memories = make_memories(program.meta(), limits.memory_bytes)?;
     let log = Arc::new(Log::open(folder, log_base)?);
@@ -83,6 +87,7 @@ pub(super) fn receive(
             }
             Message::Log { offset, bytes } => log.write_at(offset, &bytes)?,
             Message::RoundEnd => {
+                failpoint::pass("in.round")?;
                 link.send(&Message::RoundDone)?;
                 link.flush()?;
             }
@@ -91,9 +96,11 @@ pub(super) fn receive(
             other => return Err(IncomingError::Other(format!("{other:?}"))),
         }
     }
+    failpoint::pass("in.image")?;
     let image = Image::decode(&image.take(), &program)?;
     let wasi = restore(image.wasi.clone(), log.clone())?;
     let machine = Machine::prepare(program, image, memories, wasi, limits)?;
+    failpoint::pass("in.ready")?;
     Ok(Arrived { machine, log, link })
 }
 

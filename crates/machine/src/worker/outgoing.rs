@@ -3,6 +3,7 @@
 //! own.
 
 use super::control::{Copy, CopyEvent, Frozen};
+use crate::failpoint::{self, Injected};
 use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message};
 use crate::log::Log;
 use crate::moves::{Phase, Progress, Round};
@@ -49,6 +50,8 @@ pub(super) enum OutgoingError {
     Log(#[from] std::io::Error),
     #[error(transparent)]
     Tls(#[from] keel_net::TlsError),
+    #[error(transparent)]
+    Injected(#[from] Injected),
 }
 
 /// One attempt to give a machine away.
@@ -71,6 +74,7 @@ impl Outgoing {
         identity: &PinnedIdentity,
         copy: &Copy,
     ) -> Result<Self, OutgoingError> {
+        failpoint::pass("out.connect")?;
         let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
         let mut link = Link::connect(&copy.target.address, &tls)?;
         link.send(&Message::Hello(Hello {
@@ -103,6 +107,7 @@ impl Outgoing {
         // Threads must be able to go on here if the move fails; what that
         // needs is compiled now, while they run.
         self.machine.program().prepare_resume()?;
+        failpoint::pass("out.hello")?;
         let memories = self.machine.memories().clone();
         for memory in memories.iter() {
             let tracker = DirtyTracker::start(memory.clone())?;
@@ -123,6 +128,7 @@ impl Outgoing {
             self.send_log()?;
             self.link.send(&Message::RoundEnd)?;
             self.link.flush()?;
+            failpoint::pass("out.round")?;
             match self.link.receive()? {
                 Message::RoundDone => {}
                 other => return Err(unexpected(&other)),
@@ -168,6 +174,7 @@ impl Outgoing {
                 self.slowdown.more();
             }
         }
+        failpoint::pass("out.converged")?;
         tell(CopyEvent::Converged {
             rounds,
             slowed: self.slowdown.is_on(),
@@ -183,8 +190,10 @@ impl Outgoing {
         // stands still just now, its downtime has begun.
         let begun = self.slowdown.stop().unwrap_or_else(Instant::now);
         self.link.be_quick()?;
+        failpoint::pass("out.freeze")?;
         self.machine.freeze(FREEZE_PATIENCE)?;
         self.slowdown.release();
+        failpoint::pass("out.frozen")?;
         let frozen = Instant::now();
         let mut last_bytes = 0;
         for number in 0..self.trackers.len() {
@@ -193,16 +202,19 @@ impl Outgoing {
         }
         self.send_log()?;
         let pages_sent = Instant::now();
+        failpoint::pass("out.last-pages")?;
         let image = self.machine.image()?.encode()?;
         for piece in image.chunks(CHUNK_BYTES) {
             self.link.send(&Message::Image(piece.to_vec().into()))?;
         }
         self.link.send(&Message::ImageEnd)?;
         self.link.flush()?;
+        failpoint::pass("out.image")?;
         match self.link.receive()? {
             Message::Prepared => {}
             other => return Err(unexpected(&other)),
         }
+        failpoint::pass("out.prepared")?;
         // From here on the store decides, however long that takes.
         self.link.be_patient()?;
         Ok(Frozen {
@@ -234,10 +246,11 @@ impl Outgoing {
     /// Tells the target that the commit won; returns when the machine runs
     /// there.
     pub(super) fn go(&mut self, epoch: Epoch) -> Result<(), OutgoingError> {
+        failpoint::pass("out.go")?;
         self.link.send(&Message::Go(epoch))?;
         self.link.flush()?;
         match self.link.receive()? {
-            Message::Resumed(_) => Ok(()),
+            Message::Resumed(_) => Ok(failpoint::pass("out.gone")?),
             other => Err(unexpected(&other)),
         }
     }

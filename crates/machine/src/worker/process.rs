@@ -9,6 +9,7 @@ use super::control::{
 use super::incoming::{self, IncomingError};
 use super::outgoing::Outgoing;
 use crate::checkpoint::{self, Destination, Origin, Subject, Taker, Vault};
+use crate::failpoint;
 use crate::link::{Link, LinkError, Message};
 use crate::log::{Log, LogSink, StreamKind};
 use crate::moves::{TargetCommand, TargetEvent, TargetMove, TargetState};
@@ -76,6 +77,8 @@ struct Inner {
 /// # Errors
 /// If its folder or socket cannot be used.
 pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
+    #[cfg(feature = "failpoints")]
+    failpoint::set_from_environment();
     std::fs::create_dir_all(programs)
         .map_err(|error| format!("{}: {error}", programs.display()))?;
     // Compiling uses all processors; running guests come first.
@@ -247,6 +250,13 @@ impl Worker {
                     .map_err(RpcError::refused)?;
                 Ok(Reply::Stream(chunks))
             }
+            #[cfg(feature = "failpoints")]
+            kind::FAILPOINT => {
+                let (name, order): (String, Option<String>) = unpack(&payload)?;
+                let order = order.map(|order| order.parse()).transpose();
+                failpoint::set(&name, order.map_err(RpcError::refused)?);
+                Ok(pack(&())?.into())
+            }
             other => Err(RpcError::refused(format!("no request of kind {other:#x}"))),
         }
     }
@@ -256,8 +266,8 @@ impl Worker {
             return Err(RpcError::refused("this worker has a machine already"));
         }
         let (machine, log) = match &start.from {
-            StartFrom::Module(module) => self.begin(module, &start.spec)?,
-            StartFrom::Checkpoint(origin) => self.restore(origin, &start.spec, runtime)?,
+            StartFrom::Module(module) => self.begin(module, &start)?,
+            StartFrom::Checkpoint(origin) => self.restore(origin, &start, runtime)?,
         };
         let mut inner = self.inner();
         inner.name = Some(start.machine);
@@ -273,14 +283,19 @@ impl Worker {
     }
 
     /// A machine at its beginning; it runs.
-    fn begin(&self, module: &Path, spec: &Spec) -> Result<(Machine, Arc<Log>), RpcError> {
+    fn begin(&self, module: &Path, start: &Start) -> Result<(Machine, Arc<Log>), RpcError> {
+        let spec = &start.spec;
         let bytes = std::fs::read(module)
             .map_err(|error| RpcError::failed(format!("{}: {error}", module.display())))?;
         let program = self.engine.load(&bytes).map_err(RpcError::failed)?;
         self.keep_program(program.hash(), program.bytes())?;
         let log = Arc::new(Log::open(&self.folder, 0).map_err(RpcError::failed)?);
+        if let Some(notice) = &start.notice {
+            say(&log, &format!("{notice}; it begins anew"));
+        }
         let wasi = Wasi::new(config(spec, &log)).map_err(RpcError::failed)?;
-        let machine = Machine::start(program, wasi, spec.limits()).map_err(RpcError::failed)?;
+        let machine = Machine::start_under(start.epoch.token(), program, wasi, spec.limits())
+            .map_err(RpcError::failed)?;
         Ok((machine, log))
     }
 
@@ -288,9 +303,10 @@ impl Worker {
     fn restore(
         &self,
         origin: &Origin,
-        spec: &Spec,
+        start: &Start,
         runtime: &Handle,
     ) -> Result<(Machine, Arc<Log>), RpcError> {
+        let spec = &start.spec;
         let vault = Vault::open(&origin.vault).map_err(RpcError::failed)?;
         let restored = checkpoint::restore(origin, &vault, &self.engine, spec.limits(), runtime)
             .map_err(RpcError::failed)?;
@@ -300,6 +316,9 @@ impl Worker {
         // A clone's output is its own.
         let base = if origin.is_clone { 0 } else { manifest.log_end };
         let log = Arc::new(Log::open(&self.folder, base).map_err(RpcError::failed)?);
+        if let Some(notice) = &start.notice {
+            say(&log, notice);
+        }
         for why in &restored.passed_over {
             say(&log, &format!("passed over: {why}"));
         }
@@ -320,6 +339,7 @@ impl Worker {
             spec.limits(),
         )
         .map_err(RpcError::failed)?;
+        machine.set_epoch(start.epoch.token());
         machine.thaw().map_err(RpcError::failed)?;
         Ok((machine, log))
     }
@@ -605,6 +625,7 @@ impl Worker {
             if self.inner().target.is_none() {
                 return Err(RpcError::refused("no move is under way"));
             }
+            failpoint::pass("in.go").map_err(RpcError::unknown)?;
             return match self.step_target(TargetEvent::Go(epoch)) {
                 commands if commands.is_empty() => {
                     Err(RpcError::refused("not ready, or an older epoch"))
@@ -619,17 +640,30 @@ impl Worker {
     }
 
     fn thaw(&self, epoch: Epoch) -> Result<(), RpcError> {
+        failpoint::pass("out.thaw").map_err(RpcError::unknown)?;
         self.give_up();
         let _freezing = self
             .freezing
             .lock()
             .unwrap_or_else(|error| error.into_inner());
-        let (machine, outgoing) = {
+        let (machine, outgoing, taken_back) = {
             let mut inner = self.inner();
+            // Its own epoch, or the one after it, was never another's.
+            let taken_back = epoch > inner.epoch.next();
             inner.epoch = epoch;
-            (inner.machine.clone(), inner.outgoing.take())
+            let outgoing = inner.outgoing.take();
+            (inner.machine.clone(), outgoing, taken_back)
         };
+        if taken_back && let Some(log) = &self.inner().log {
+            say(
+                log,
+                &format!(
+                    "the target of its move was lost; it goes on here under epoch {epoch}, and what it may have done there is undone"
+                ),
+            );
+        }
         let machine = machine.ok_or_else(|| RpcError::refused("no machine"))?;
+        machine.set_epoch(epoch.token());
         machine.thaw().map_err(RpcError::failed)?;
         self.inner().giving_away = false;
         self.state.send_replace(State::Running { epoch });
@@ -699,6 +733,7 @@ impl Worker {
             inner.spec = Some(request.spec.clone());
             inner.target = Some(TargetMove::new(offered));
         }
+        failpoint::pass("in.listening").map_err(RpcError::failed)?;
         self.state.send_replace(State::Receiving { offered });
         let worker = self.clone();
         std::thread::Builder::new()
@@ -747,8 +782,14 @@ impl Worker {
             offered,
             source_lost: false,
         });
-        if let Err(error) = arrived.say_prepared() {
-            self.source_lost(error.to_string(), offered);
+        let said = arrived.say_prepared();
+        let passed = failpoint::pass("in.prepared");
+        if let Some(error) = said
+            .err()
+            .map(|it| it.to_string())
+            .or(passed.err().map(|it| it.to_string()))
+        {
+            self.source_lost(error, offered);
             return;
         }
         self.await_word(&mut arrived.link, offered);
@@ -758,7 +799,10 @@ impl Worker {
     fn await_word(self: &Arc<Self>, link: &mut Link, offered: Epoch) {
         loop {
             let event = match link.receive() {
-                Ok(Message::Go(epoch)) => TargetEvent::Go(epoch),
+                Ok(Message::Go(epoch)) => match failpoint::pass("in.go") {
+                    Ok(()) => TargetEvent::Go(epoch),
+                    Err(error) => return self.source_lost(error.to_string(), offered),
+                },
                 Ok(_) => TargetEvent::Abort("the source said something out of turn".into()),
                 Err(LinkError::Aborted(reason)) => TargetEvent::Abort(reason),
                 Err(error) => return self.source_lost(error.to_string(), offered),
@@ -766,7 +810,9 @@ impl Worker {
             let last = !matches!(event, TargetEvent::Go(_));
             for command in self.step_target(event) {
                 if let TargetCommand::SayResumed(epoch) = command
-                    && let Err(error) = incoming::say_resumed(link, epoch)
+                    && let Err(error) = failpoint::pass("in.gone")
+                        .map_err(|error| LinkError::Aborted(error.to_string()))
+                        .and_then(|()| incoming::say_resumed(link, epoch))
                 {
                     // The source asks again over the agents.
                     tracing::info!(%error, "the source did not hear that the machine runs");
@@ -802,6 +848,7 @@ impl Worker {
                 TargetCommand::Thaw(epoch) => {
                     inner.epoch = *epoch;
                     if let Some(machine) = inner.machine.clone() {
+                        machine.set_epoch(epoch.token());
                         // It stands ready; a guest that ended cannot be here.
                         if let Err(error) = machine.thaw() {
                             tracing::error!(%error, "an arrived machine does not go on");

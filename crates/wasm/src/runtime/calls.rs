@@ -6,6 +6,7 @@ use super::machine::{Shared, locked};
 use super::signal::Signal;
 use keel_wasi::Outcome as WasiOutcome;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 impl Shared {
@@ -159,6 +160,7 @@ impl Host for Arc<Shared> {
             ImportKind::ThreadSpawn => {
                 HostOutcome::Done(vec![u64::from(self.spawn(args[0] as u32) as u32)])
             }
+            ImportKind::Epoch => HostOutcome::Done(vec![self.epoch.load(Ordering::Acquire)]),
             ImportKind::Wait32(memory) => self.atomic_wait(memory, false, args, progress, thread),
             ImportKind::Wait64(memory) => self.atomic_wait(memory, true, args, progress, thread),
             ImportKind::Notify(memory) => self.notify(memory, args),

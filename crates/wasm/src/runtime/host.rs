@@ -70,6 +70,8 @@ pub enum ImportKind {
     Notify(u32),
     /// A function of WASI preview 1.
     Wasi(keel_wasi::Function),
+    /// `evenkeel.epoch`.
+    Epoch,
     /// `wasi.thread-spawn`.
     ThreadSpawn,
     /// A function of the spec test-suite that prints its arguments.
@@ -93,6 +95,13 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
                     && import.results == [SlotType::I32] =>
             {
                 Some(ImportKind::ThreadSpawn)
+            }
+            "evenkeel"
+                if import.name == "epoch"
+                    && import.params.is_empty()
+                    && import.results == [SlotType::I64] =>
+            {
+                Some(ImportKind::Epoch)
             }
             "spectest" if import.name.starts_with("print") && import.results.is_empty() => {
                 Some(ImportKind::Print)

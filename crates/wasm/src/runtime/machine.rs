@@ -180,6 +180,8 @@ pub(super) struct Shared {
     changed: Condvar,
     pub(super) waits: Mutex<WaitQueues>,
     captures: AtomicU64,
+    /// What `evenkeel.epoch` answers.
+    pub(super) epoch: AtomicU64,
 }
 
 /// A machine in this process.
@@ -242,10 +244,24 @@ impl Machine {
     /// # Errors
     /// [`MachineError`].
     pub fn start(program: Arc<Program>, wasi: Wasi, limits: Limits) -> Result<Self, MachineError> {
+        Machine::start_under(0, program, wasi, limits)
+    }
+
+    /// As [`Self::start`]; the guest is told this epoch.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn start_under(
+        epoch: u64,
+        program: Arc<Program>,
+        wasi: Wasi,
+        limits: Limits,
+    ) -> Result<Self, MachineError> {
         if !program.exports_function(MAIN_EXPORT) {
             return Err(MachineError::NoStart);
         }
         let machine = Machine::idle(program, wasi, limits)?;
+        machine.set_epoch(epoch);
         {
             let mut threads = locked(&machine.shared.threads);
             threads.phase = Phase::Running;
@@ -330,6 +346,7 @@ impl Machine {
                 changed: Condvar::new(),
                 waits: Mutex::new(waits),
                 captures: AtomicU64::new(0),
+                epoch: AtomicU64::new(0),
             }),
         };
         if limits.cpu_millis.is_some() {
@@ -342,6 +359,12 @@ impl Machine {
             }
         }
         machine
+    }
+
+    /// What the guest is told of its epoch from now on; 0 outside of a cluster.
+    /// Set before it runs under that epoch.
+    pub fn set_epoch(&self, epoch: u64) {
+        self.shared.epoch.store(epoch, Ordering::Release);
     }
 
     /// Its program.

@@ -1,0 +1,113 @@
+//! Every failpoint, driven: a kill and a failure at each step of moves,
+//! checkpoints, restores, starts and ends. The table of ARCHITECTURE.md names the
+//! tests of this file.
+
+use keel_machine::failpoint::{ALL, Failpoint, Place};
+use keel_testkit::LocalCluster;
+use keel_testkit::drill::Drill;
+use std::path::Path;
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+
+/// Drills all failpoints that fit, with each order.
+async fn drill_all(fits: impl Fn(&Failpoint) -> bool, orders: &[&str]) {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let names = ["calm", "b", "c"];
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &names)
+        .await
+        .unwrap();
+    let shared = folder.path().join("shared");
+    std::fs::create_dir(&shared).unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/witness.wasm");
+    std::fs::copy(path, shared.join("witness.wasm")).unwrap();
+    let drill = Drill {
+        cluster: &cluster,
+        calm: "calm",
+        nodes: ["b", "c"],
+        machine: "w",
+        folder: &shared,
+        mib: 4,
+        pause_us: 1000,
+    };
+    drill.start().await.unwrap();
+    let mut drilled = 0;
+    for failpoint in ALL.iter().filter(|failpoint| fits(failpoint)) {
+        for order in orders {
+            let outcome = match drill.run(failpoint, order.parse().unwrap()).await {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    for node in names {
+                        let log = cluster.folder(node).join("agent.log");
+                        let log = std::fs::read_to_string(log).unwrap_or_default();
+                        let from = log.len().saturating_sub(20_000);
+                        println!("── {node}\n{}", log.get(from..).unwrap_or(&log));
+                    }
+                    panic!("{} {order}: {error:?}", failpoint.name);
+                }
+            };
+            println!("{:<18} {order:<12} {outcome:?}", failpoint.name);
+            drilled += 1;
+            if outcome.rewound {
+                drill.start_afresh().await.unwrap();
+            }
+        }
+    }
+    assert!(drilled > 0);
+    println!("{drilled} drills: {:?}", drill.testimony().unwrap());
+}
+
+fn begins(failpoint: &Failpoint, words: &[&str]) -> bool {
+    words.iter().any(|word| failpoint.name.starts_with(word))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_target_agent() {
+    drill_all(|it| it.place == Place::TargetAgent, &["kill", "error"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_source_agent() {
+    drill_all(|it| it.place == Place::SourceAgent, &["kill", "error"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_target_worker() {
+    drill_all(|it| it.place == Place::TargetWorker, &["kill", "error"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_the_source_worker() {
+    drill_all(|it| it.place == Place::SourceWorker, &["kill", "error"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_checkpoints() {
+    drill_all(|it| begins(it, &["keep.", "take."]), &["kill", "error"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_restores_starts_and_ends() {
+    drill_all(
+        |it| begins(it, &["restore.", "start.", "end."]),
+        &["kill", "error"],
+    )
+    .await;
+}
+
+#[test]
+fn every_failpoint_is_in_one_of_these() {
+    for it in ALL {
+        let of_moves = [
+            Place::TargetAgent,
+            Place::SourceAgent,
+            Place::TargetWorker,
+            Place::SourceWorker,
+        ];
+        let others = ["keep.", "take.", "restore.", "start.", "end."];
+        assert!(
+            of_moves.contains(&it.place) != begins(it, &others),
+            "{}",
+            it.name
+        );
+    }
+}

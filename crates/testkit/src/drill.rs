@@ -1,0 +1,305 @@
+//! Drills: one failpoint and one order at a time. The failpoint is provoked, what
+//! was broken is mended, and then the machine must run on exactly one node, go on
+//! writing its lines, and have rewound only where its process was taken from it.
+
+use crate::witness::{Testimony, examine};
+use crate::{Guest, LocalCluster, wait_for};
+use anyhow::{Context, Result, ensure};
+use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo};
+use keel_machine::failpoint::{Action, Failpoint, Order, Place};
+use keel_machine::restart::Restart;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a request that a fault may hang is waited for.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(25);
+/// Pause between attempts to lead to a failpoint.
+const AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// How long stopped processes stand.
+const STOPPED: Duration = Duration::from_millis(700);
+
+/// What makes a failpoint be passed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trigger {
+    Move,
+    Checkpoint,
+    Restart,
+    End,
+}
+
+/// What makes it be passed, and the orders that lead there.
+fn way_to(name: &str) -> (Trigger, &'static [(&'static str, &'static str)]) {
+    let kind = name.split('.').next().unwrap_or_default();
+    match (kind, name) {
+        (_, "move.settle" | "move.settled") => (Trigger::Move, &[("move.committed", "error")]),
+        (_, "move.take-back" | "move.taken-back") => (Trigger::Move, &[("in.go", "kill")]),
+        (_, "arrival.asked") => (Trigger::Move, &[("out.go", "error")]),
+        (_, "arrival.settle" | "arrival.settled") => (Trigger::Move, &[("out.prepared", "error")]),
+        (_, "move.thaw" | "out.thaw" | "move.abort") => (Trigger::Move, &[("out.image", "error")]),
+        ("keep" | "take", _) => (Trigger::Checkpoint, &[]),
+        ("restore" | "start", _) => (Trigger::Restart, &[]),
+        ("end", _) => (Trigger::End, &[]),
+        _ => (Trigger::Move, &[]),
+    }
+}
+
+/// What came of a drill.
+#[derive(Debug, Clone, Copy)]
+pub struct Outcome {
+    /// From the fault to the machine's next line.
+    pub recovery: Duration,
+    /// Whether the machine went on from an earlier line.
+    pub rewound: bool,
+}
+
+/// A machine that drills are made with. Its cluster has a node that is not
+/// touched, and others among which it moves.
+#[derive(Debug)]
+pub struct Drill<'a> {
+    /// The cluster.
+    pub cluster: &'a LocalCluster,
+    /// The node that is asked.
+    pub calm: &'a str,
+    /// The nodes among which the machine moves; two.
+    pub nodes: [&'a str; 2],
+    /// The machine.
+    pub machine: &'a str,
+    /// Folder of the witness's file and the checkpoints, which all nodes see.
+    pub folder: &'a Path,
+    /// Memory of the machine, in MiB.
+    pub mib: u32,
+    /// Time between its lines, in microseconds.
+    pub pause_us: u32,
+}
+
+impl Drill<'_> {
+    fn file(&self) -> PathBuf {
+        self.folder.join(format!("{}.lines", self.machine))
+    }
+
+    fn vault(&self) -> String {
+        self.folder.join("vault").display().to_string()
+    }
+
+    /// Starts the machine, and makes its first checkpoint. Its module is
+    /// `witness.wasm` in the folder.
+    ///
+    /// # Errors
+    /// A node's answer.
+    pub async fn start(&self) -> Result<()> {
+        let witness = std::fs::read(self.folder.join("witness.wasm"))?;
+        let (file, mib) = (self.file().display().to_string(), self.mib.to_string());
+        let pause = self.pause_us.to_string();
+        let args = [file.as_str(), mib.as_str(), pause.as_str()];
+        let mut guest = Guest::new(self.machine, self.nodes[0], &witness, &args);
+        guest.volume = Some(self.folder);
+        guest.restart = Restart::OnFailure;
+        self.cluster.run(&guest).await?;
+        self.goes_on(0).await?;
+        self.checkpoint().await?;
+        Ok(())
+    }
+
+    /// Ends the machine and starts another one in its place: its restarts are not
+    /// those of the next drill.
+    ///
+    /// # Errors
+    /// A node's answer.
+    pub async fn start_afresh(&self) -> Result<()> {
+        let client = self.cluster.client(self.calm);
+        let path = format!("/v1/machines/{}", self.machine);
+        let _: keel_api::Nothing = client.post(&format!("{path}/stop"), &()).await?;
+        let _: keel_api::Nothing = client
+            .call(hyper::Method::DELETE, &path, bytes::Bytes::new())
+            .await?;
+        std::fs::remove_file(self.file())?;
+        std::fs::remove_dir_all(self.folder.join("vault"))?;
+        self.start().await
+    }
+
+    /// What the machine has written.
+    ///
+    /// # Errors
+    /// If two copies wrote, or lines are missing.
+    pub fn testimony(&self) -> Result<Testimony> {
+        examine(&std::fs::read_to_string(self.file())?)
+    }
+
+    async fn checkpoint(&self) -> Result<CheckpointInfo> {
+        let path = format!("/v1/machines/{}/checkpoints", self.machine);
+        let request = CheckpointRequest {
+            to: Some(self.vault()),
+            keep: Some(3),
+            ..CheckpointRequest::default()
+        };
+        Ok(self.cluster.client(self.calm).post(&path, &request).await?)
+    }
+
+    async fn info(&self) -> Option<MachineInfo> {
+        self.cluster.inspect(self.calm, self.machine).await.ok()
+    }
+
+    /// Waits until the machine runs on one node only and writes on.
+    async fn goes_on(&self, lines: u64) -> Result<String> {
+        let runs = wait_for(&format!("{} runs again", self.machine), || async {
+            let info = self.info().await?;
+            let settled = self.nodes.iter().all(|node| {
+                let expected = usize::from(*node == info.node);
+                self.cluster.workers_of(node, self.machine) == expected
+            });
+            let told = self.testimony().ok()?;
+            (info.status == "running" && settled && told.lines > lines).then_some(info.node)
+        })
+        .await;
+        match runs {
+            Ok(node) => Ok(node),
+            Err(error) => {
+                // What it wrote says more than that it does not write.
+                self.testimony()?;
+                let info = self.info().await;
+                Err(error.context(format!("{info:?}")))
+            }
+        }
+    }
+
+    async fn order(&self, node: &str, name: &str, order: Option<&str>) -> Result<()> {
+        wait_for(&format!("{node} takes an order for {name}"), || async {
+            self.cluster.failpoint(node, name, order).await.ok()
+        })
+        .await
+    }
+
+    /// Where a failpoint is passed, if the machine moves from `source`.
+    fn place<'b>(&'b self, place: Place, source: &'b str) -> &'b str {
+        let [one, other] = self.nodes;
+        match place.is_target() {
+            false => source,
+            true if one == source => other,
+            true => one,
+        }
+    }
+
+    /// Makes one drill.
+    ///
+    /// # Errors
+    /// What was not as it must be, or that the failpoint was not passed.
+    pub async fn run(&self, failpoint: &Failpoint, order: Order) -> Result<Outcome> {
+        let source = self.goes_on(0).await?;
+        let before = self.testimony()?;
+        let (trigger, ways) = way_to(failpoint.name);
+        let at = self.place(failpoint.place, &source).to_owned();
+        let passed = self.cluster.failpoints_passed(&at).len();
+        let mut orders = vec![(failpoint.name, order.to_string())];
+        orders.extend(
+            ways.iter()
+                .map(|(name, order)| (*name, (*order).to_owned())),
+        );
+        let mut given = Vec::new();
+        for (name, order) in &orders {
+            let place = keel_machine::failpoint::find(name).context("an unknown failpoint")?;
+            let node = self.place(place.place, &source).to_owned();
+            self.order(&node, name, Some(order)).await?;
+            given.push((node, *name));
+        }
+        let begun = Instant::now();
+        // A first attempt may meet what the drill before left behind.
+        let provoked = async {
+            loop {
+                self.provoke(trigger, &source).await;
+                tokio::time::sleep(AGAIN_AFTER).await;
+            }
+        };
+        let watched = async {
+            wait_for(&format!("{} passes {}", at, failpoint.name), || async {
+                let names = self.cluster.failpoints_passed(&at);
+                names[passed..]
+                    .iter()
+                    .any(|name| name == failpoint.name)
+                    .then_some(())
+            })
+            .await?;
+            let fault = Instant::now();
+            if order.action == Action::Stop {
+                tokio::time::sleep(STOPPED).await;
+                self.cluster.wake(&at);
+            }
+            anyhow::Ok(fault)
+        };
+        let fault: Result<Instant> = tokio::select! {
+            fault = watched => fault,
+            never = provoked => match never {},
+        };
+        let fault = fault.with_context(|| format!("after {:?}", begun.elapsed()))?;
+        for (node, name) in &given {
+            self.order(node, name, None).await?;
+        }
+        let lines = self.testimony()?.lines;
+        self.goes_on(lines.max(before.lines)).await?;
+        let recovery = fault.elapsed();
+        let after = self.testimony()?;
+        let rewinds = after.rewinds - before.rewinds;
+        let taken = may_rewind(failpoint, order.action, trigger);
+        ensure!(
+            rewinds == 0 || taken,
+            "it went back {} lines, although its process lived",
+            after.repeated - before.repeated
+        );
+        Ok(Outcome {
+            recovery,
+            rewound: rewinds > 0,
+        })
+    }
+
+    /// Does what leads to the failpoint; its answer does not matter.
+    async fn provoke(&self, trigger: Trigger, source: &str) {
+        let asked = async {
+            match trigger {
+                Trigger::Move => {
+                    let to = self.place(Place::TargetAgent, source);
+                    let moved = self.cluster.move_machine(self.calm, self.machine, to).await;
+                    drop(moved);
+                }
+                Trigger::Checkpoint => drop(self.checkpoint().await),
+                Trigger::Restart => {
+                    drop(self.cluster.kill_worker(source, self.machine));
+                    tokio::time::sleep(STOPPED).await;
+                }
+                Trigger::End => drop(self.brief(source).await),
+            }
+        };
+        // One that hangs is of no interest here.
+        let _ = tokio::time::timeout(REQUEST_PATIENCE, asked).await;
+    }
+
+    /// A machine that ends at once, and whose end must be known.
+    async fn brief(&self, node: &str) -> Result<()> {
+        let witness = std::fs::read(self.folder.join("witness.wasm"))?;
+        let name = format!("{}-{:08x}", self.machine, rand::random::<u32>());
+        let guest = Guest::new(&name, node, &witness, &["-", "1", "1000", "5"]);
+        self.cluster.run(&guest).await?;
+        let info = self.cluster.wait_end(self.calm, &name).await?;
+        ensure!(info.exit_code == Some(0), "{name} is {}", info.status);
+        let path = format!("/v1/machines/{name}");
+        let client = self.cluster.client(self.calm);
+        let _: keel_api::Nothing = client
+            .call(hyper::Method::DELETE, &path, bytes::Bytes::new())
+            .await?;
+        Ok(())
+    }
+}
+
+/// Where the machine may run at the target already, told to by its agent or by
+/// the source, whichever is first.
+const WENT_ON: [&str; 2] = ["in.go", "in.gone"];
+
+/// Whether the machine's own process is taken from it.
+fn may_rewind(failpoint: &Failpoint, action: Action, trigger: Trigger) -> bool {
+    let killed = action == Action::Kill
+        && (matches!(failpoint.place, Place::SourceWorker | Place::Worker)
+            || WENT_ON.contains(&failpoint.name));
+    let lost_there = way_to(failpoint.name)
+        .1
+        .iter()
+        .any(|(name, order)| WENT_ON.contains(name) && *order == "kill");
+    killed || lost_there || trigger == Trigger::Restart
+}

@@ -1,0 +1,490 @@
+//! The nemesis: machines move and are kept while everything that can fail does, at
+//! random but from a seed. After each round everything is mended, and then every
+//! machine must run on one node and write on; its file must be what one copy would
+//! have written, and it may have gone back to a checkpoint only if its own process
+//! was killed.
+
+use crate::network::Network;
+use crate::witness::{Testimony, examine};
+use crate::{Guest, LocalCluster, wait_for};
+use anyhow::{Context, Result, ensure};
+use keel_api::{CheckpointRequest, MachineInfo};
+use keel_machine::failpoint::{ALL, Action, Order};
+use keel_machine::moves::Ending;
+use keel_machine::restart::Restart;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// The nodes; the first holds the store.
+pub const NODES: [&str; 3] = ["a", "b", "c"];
+/// Name and memory in MiB of each machine.
+const MACHINES: [(&str, u32); 3] = [("small", 2), ("middle", 16), ("large", 64)];
+/// Time between the lines of a machine, in microseconds.
+const PAUSE_US: u32 = 2000;
+/// The longest that anything stays broken: less than a worker may be silent.
+const BROKEN_MAX: Duration = Duration::from_secs(4);
+/// How long a request may hang.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(40);
+
+/// What happened so far.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Rounds.
+    pub rounds: u64,
+    /// Moves that were asked for.
+    pub moves: AtomicU64,
+    /// Of these, while something was broken.
+    pub disturbed: AtomicU64,
+    /// Of these, those that came to the target.
+    pub moved: AtomicU64,
+    /// Those whose machine stayed.
+    pub stayed: AtomicU64,
+    /// Those that were refused, or whose answer was lost.
+    pub refused: AtomicU64,
+    /// Checkpoints that were made.
+    pub checkpoints: AtomicU64,
+    /// Faults, by kind.
+    pub faults: std::collections::BTreeMap<&'static str, u64>,
+    /// How often a machine went back to a checkpoint, its process being killed.
+    pub rewinds: u64,
+    /// From mending to the next line of all machines, in milliseconds: where no
+    /// process of a machine was killed, and where one was.
+    pub recoveries_ms: [Vec<u64>; 2],
+}
+
+impl std::fmt::Display for Tally {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        writeln!(
+            f,
+            "{} rounds; {} moves asked for, {} of them disturbed: {} moved, {} stayed, {} refused or unanswered; {} checkpoints; {} rewinds of killed machines",
+            self.rounds,
+            of(&self.moves),
+            of(&self.disturbed),
+            of(&self.moved),
+            of(&self.stayed),
+            of(&self.refused),
+            of(&self.checkpoints),
+            self.rewinds
+        )?;
+        for (kind, count) in &self.faults {
+            write!(f, "{kind} {count}, ")?;
+        }
+        let [unharmed, killed] = self.recoveries_ms.each_ref().map(|times| {
+            let mut times = times.clone();
+            times.sort_unstable();
+            let at = |share: usize| times.get(times.len() * share / 100).or(times.last());
+            let ms = |time: Option<&u64>| time.copied().unwrap_or(0);
+            format!(
+                "p50 {} p99 {} max {} ms",
+                ms(at(50)),
+                ms(at(99)),
+                ms(times.last())
+            )
+        });
+        write!(
+            f,
+            "going on after mending: {unharmed}; where a machine was killed: {killed}"
+        )
+    }
+}
+
+/// What is broken for a while.
+#[derive(Debug, Clone)]
+enum Fault {
+    Nothing,
+    Failpoint(String, &'static str, Order),
+    KillAgent(String),
+    KillWorker(String, &'static str),
+    StopAgent(String),
+    StopWorker(String, &'static str),
+    PowerOff(String),
+    Cut(String),
+    CutOneWay(String, String),
+}
+
+impl Fault {
+    fn kind(&self) -> &'static str {
+        match self {
+            Fault::Nothing => "nothing",
+            Fault::Failpoint(_, _, order) => match order.action {
+                Action::Kill => "failpoint kill",
+                Action::Stop => "failpoint stop",
+                Action::Error => "failpoint error",
+                Action::Delay(_) => "failpoint delay",
+            },
+            Fault::KillAgent(_) => "agent killed",
+            Fault::KillWorker(..) => "worker killed",
+            Fault::StopAgent(_) => "agent stopped",
+            Fault::StopWorker(..) => "worker stopped",
+            Fault::PowerOff(_) => "node off",
+            Fault::Cut(_) => "link cut",
+            Fault::CutOneWay(..) => "link cut one way",
+        }
+    }
+
+    /// Whether machines' own processes may die of it.
+    fn kills_machines(&self) -> bool {
+        match self {
+            Fault::KillWorker(..) | Fault::PowerOff(_) => true,
+            Fault::Failpoint(_, name, order) => {
+                order.action == Action::Kill
+                    && keel_machine::failpoint::find(name).is_some_and(|it| it.place.is_worker())
+            }
+            Fault::Nothing
+            | Fault::KillAgent(_)
+            | Fault::StopAgent(_)
+            | Fault::StopWorker(..)
+            | Fault::Cut(_)
+            | Fault::CutOneWay(..) => false,
+        }
+    }
+}
+
+/// A cluster, its machines, and what is done to them.
+#[derive(Debug)]
+pub struct Nemesis {
+    cluster: LocalCluster,
+    shared: PathBuf,
+    random: StdRng,
+    told: Vec<Testimony>,
+    /// Where each machine was last seen to run.
+    owners: Vec<String>,
+    /// What happened so far.
+    pub tally: Arc<Tally>,
+}
+
+impl Nemesis {
+    /// Starts nodes and machines below a folder. `network` says whether every node
+    /// gets a namespace of its own; without, links are not cut.
+    ///
+    /// # Errors
+    /// What a node said that did not start.
+    pub async fn start(
+        program: &Path,
+        witness: &Path,
+        folder: &Path,
+        network: Option<Network>,
+        seed: u64,
+    ) -> Result<Self> {
+        let cluster = LocalCluster::start_in(program, folder, &NODES, network).await?;
+        let shared = folder.join("shared");
+        std::fs::create_dir_all(&shared)?;
+        let module = std::fs::read(witness)?;
+        for (number, (name, mib)) in MACHINES.iter().enumerate() {
+            let file = shared.join(format!("{name}.lines")).display().to_string();
+            let (mib, pause) = (mib.to_string(), PAUSE_US.to_string());
+            let args = [file.as_str(), mib.as_str(), pause.as_str()];
+            let mut guest = Guest::new(name, NODES[number], &module, &args);
+            guest.volume = Some(&shared);
+            guest.restart = Restart::OnFailure;
+            cluster.run(&guest).await?;
+        }
+        let mut nemesis = Nemesis {
+            cluster,
+            shared,
+            random: StdRng::seed_from_u64(seed),
+            told: vec![Testimony::default(); MACHINES.len()],
+            owners: vec![String::new(); MACHINES.len()],
+            tally: Arc::default(),
+        };
+        nemesis.all_go_on().await?;
+        for (name, _) in MACHINES {
+            nemesis.checkpoint(name).await?;
+        }
+        Ok(nemesis)
+    }
+
+    async fn checkpoint(&self, machine: &str) -> Result<()> {
+        let request = CheckpointRequest {
+            to: Some(self.shared.join("vault").display().to_string()),
+            keep: Some(2),
+            ..CheckpointRequest::default()
+        };
+        let path = format!("/v1/machines/{machine}/checkpoints");
+        let _: keel_api::CheckpointInfo =
+            self.cluster.client(NODES[0]).post(&path, &request).await?;
+        Ok(())
+    }
+
+    fn testimony(&self, machine: &str) -> Result<Testimony> {
+        let text = std::fs::read_to_string(self.shared.join(format!("{machine}.lines")))?;
+        examine(&text).with_context(|| format!("machine {machine}"))
+    }
+
+    /// Waits until each machine runs on one node and has written more.
+    async fn all_go_on(&mut self) -> Result<()> {
+        for (number, (name, _)) in MACHINES.iter().enumerate() {
+            let lines = self.told[number].lines;
+            let cluster = &self.cluster;
+            let inspect = || async { cluster.inspect(NODES[0], name).await.ok() };
+            let runs = wait_for(&format!("{name} goes on"), || async {
+                let info: MachineInfo = inspect().await?;
+                let one = NODES.iter().all(|node| {
+                    let expected = usize::from(*node == info.node);
+                    cluster.workers_of(node, name) == expected
+                });
+                let more = self
+                    .testimony(name)
+                    .is_ok_and(|told| told.lines > lines + 1);
+                (info.status == "running" && one && more).then_some(info.node)
+            })
+            .await;
+            match runs {
+                Ok(owner) => self.owners[number] = owner,
+                Err(error) => {
+                    // What it wrote says more than that it does not write.
+                    self.testimony(name)?;
+                    return Err(error.context(format!("{:?}", inspect().await)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn some_node(&mut self) -> String {
+        NODES
+            .choose(&mut self.random)
+            .copied()
+            .unwrap_or_default()
+            .to_owned()
+    }
+
+    /// Another node than the one where a machine runs.
+    fn elsewhere(&mut self, machine: &str) -> String {
+        let number = MACHINES.iter().position(|(name, _)| *name == machine);
+        let owner = number.map_or("", |number| self.owners[number].as_str());
+        let others: Vec<&str> = NODES.iter().copied().filter(|it| *it != owner).collect();
+        let some = others.choose(&mut self.random).copied();
+        some.unwrap_or_default().to_owned()
+    }
+
+    fn some_machine(&mut self) -> &'static str {
+        MACHINES
+            .choose(&mut self.random)
+            .map_or("", |(name, _)| name)
+    }
+
+    fn some_fault(&mut self) -> Fault {
+        let node = self.some_node();
+        let machine = self.some_machine();
+        let linked = self.cluster.network().is_some();
+        match self.random.random_range(0..100) {
+            0..45 => {
+                let failpoint = ALL.choose(&mut self.random);
+                let name = failpoint.map_or("", |failpoint| failpoint.name);
+                let (ms, pass) = (
+                    self.random.random_range(1..1500),
+                    self.random.random_range(0..2),
+                );
+                let action = match self.random.random_range(0..4) {
+                    0 => Action::Kill,
+                    1 => Action::Stop,
+                    2 => Action::Error,
+                    _ => Action::Delay(Duration::from_millis(ms)),
+                };
+                let order = Order {
+                    action,
+                    skip: pass,
+                    always: false,
+                };
+                Fault::Failpoint(node, name, order)
+            }
+            45..60 => Fault::KillAgent(node),
+            60..66 => Fault::KillWorker(node, machine),
+            66..74 => Fault::StopAgent(node),
+            74..84 => Fault::StopWorker(node, machine),
+            84..87 => Fault::PowerOff(node),
+            87..94 if linked => Fault::Cut(node),
+            94..100 if linked => {
+                let others: Vec<&str> = NODES.iter().copied().filter(|it| *it != node).collect();
+                let to = others.choose(&mut self.random).copied().unwrap_or_default();
+                Fault::CutOneWay(node, to.to_owned())
+            }
+            _ => Fault::KillAgent(node),
+        }
+    }
+
+    /// Breaks something. What is not there to be broken is left.
+    async fn break_it(&mut self, fault: &Fault) {
+        match fault {
+            Fault::Nothing => {}
+            Fault::Failpoint(node, name, order) => {
+                let order = order.to_string();
+                drop(self.cluster.failpoint(node, name, Some(&order)).await);
+            }
+            Fault::KillAgent(node) => drop(self.cluster.kill_agent(node)),
+            Fault::KillWorker(node, machine) => drop(self.cluster.kill_worker(node, machine)),
+            Fault::StopAgent(node) => drop(self.cluster.stop_agent(node, true)),
+            Fault::StopWorker(node, machine) => {
+                drop(self.cluster.stop_worker(node, machine, true));
+            }
+            Fault::PowerOff(node) => self.cluster.power_off(node),
+            Fault::Cut(node) => self.cut(|network| network.cut(node, true)),
+            Fault::CutOneWay(from, to) => {
+                self.cut(|network| network.cut_one_way(from, to, true));
+            }
+        }
+    }
+
+    fn cut(&self, change: impl FnOnce(&Network) -> Result<()>) {
+        if let Some(network) = self.cluster.network()
+            && let Err(error) = change(network)
+        {
+            eprintln!("{error:#}");
+        }
+    }
+
+    async fn mend(&mut self, fault: &Fault) -> Result<()> {
+        match fault {
+            Fault::Nothing | Fault::KillAgent(_) | Fault::KillWorker(..) => {}
+            Fault::Failpoint(node, name, _) => {
+                let cluster = &self.cluster;
+                wait_for(&format!("{node} forgets {name}"), || async {
+                    cluster.wake(node);
+                    cluster.failpoint(node, name, None).await.ok()
+                })
+                .await?;
+            }
+            Fault::StopAgent(node) | Fault::StopWorker(node, _) => self.cluster.wake(node),
+            Fault::PowerOff(node) => self.cluster.power_on(node).await?,
+            Fault::Cut(node) => self.cut(|network| network.cut(node, false)),
+            Fault::CutOneWay(from, to) => {
+                self.cut(|network| network.cut_one_way(from, to, false));
+            }
+        }
+        Ok(())
+    }
+
+    /// One round; what was done.
+    ///
+    /// # Errors
+    /// What must not be.
+    pub async fn round(&mut self) -> Result<String> {
+        let fault = match self.random.random_bool(0.5) {
+            true => self.some_fault(),
+            false => Fault::Nothing,
+        };
+        let disturbed = !matches!(fault, Fault::Nothing);
+        // In both orders: failpoints wait for what follows, a kill may come at
+        // any time of it.
+        let first = self.random.random_bool(0.5) || matches!(fault, Fault::Failpoint(..));
+        let wait = Duration::from_millis(self.random.random_range(0..120));
+        if first {
+            self.break_it(&fault).await;
+        }
+        let mut what = Vec::new();
+        let mut tasks = tokio::task::JoinSet::new();
+        let mut busy = BTreeSet::new();
+        for _ in 0..self.random.random_range(1..=2) {
+            let machine = self.some_machine();
+            if !busy.insert(machine) {
+                continue;
+            }
+            let (via, to) = (self.some_node(), self.elsewhere(machine));
+            let client = self.cluster.client(&via);
+            if self.random.random_bool(0.2) {
+                what.push(format!("checkpoint {machine}"));
+                tasks.spawn(checkpoint(
+                    client,
+                    self.shared.clone(),
+                    machine,
+                    self.tally.clone(),
+                ));
+            } else {
+                what.push(format!("{machine} to {to} by {via}"));
+                self.tally.moves.fetch_add(1, Ordering::Relaxed);
+                if disturbed {
+                    self.tally.disturbed.fetch_add(1, Ordering::Relaxed);
+                }
+                tasks.spawn(moved(client, machine, to, self.tally.clone()));
+            }
+        }
+        if !first {
+            tokio::time::sleep(wait).await;
+            self.break_it(&fault).await;
+        }
+        if let Fault::Failpoint(..) = fault {
+            // Until it was passed, or nothing more passes it.
+            let all = async { while tasks.join_next().await.is_some() {} };
+            let _ = tokio::time::timeout(BROKEN_MAX / 2, all).await;
+        } else if disturbed {
+            let most = BROKEN_MAX.as_millis() as u64;
+            let ms = self.random.random_range(1..most);
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+        }
+        self.mend(&fault)
+            .await
+            .with_context(|| format!("{fault:?}"))?;
+        let mended = Instant::now();
+        let all = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(REQUEST_PATIENCE, all).await.is_err() {
+            what.push("some requests hang".into());
+        }
+        tasks.abort_all();
+        let before = self.told.clone();
+        for (number, (name, _)) in MACHINES.iter().enumerate() {
+            // A tail that is being written is read again below.
+            if let Ok(told) = self.testimony(name) {
+                self.told[number] = told;
+            }
+        }
+        self.all_go_on()
+            .await
+            .with_context(|| format!("after {fault:?}, {}", what.join(", ")))?;
+        let recovery = mended.elapsed().as_millis() as u64;
+        let mut rewinds = 0;
+        for (number, (name, _)) in MACHINES.iter().enumerate() {
+            let told = self.testimony(name)?;
+            let back = told.rewinds - before[number].rewinds;
+            ensure!(
+                back == 0 || fault.kills_machines(),
+                "{name} went back, although its process lived, after {fault:?}, {}",
+                what.join(", ")
+            );
+            rewinds += back;
+            self.told[number] = told;
+        }
+        if let Some(tally) = Arc::get_mut(&mut self.tally) {
+            tally.rounds += 1;
+            tally.rewinds += rewinds;
+            *tally.faults.entry(fault.kind()).or_default() += 1;
+            tally.recoveries_ms[usize::from(fault.kills_machines())].push(recovery);
+        }
+        Ok(format!("{fault:?}; {} ({recovery} ms)", what.join(", ")))
+    }
+}
+
+async fn moved(client: keel_api::Client, machine: &'static str, to: String, tally: Arc<Tally>) {
+    let ending = crate::move_by(&client, machine, &to).await;
+    let count = match ending.map(|report| report.ending) {
+        Ok(Ending::Moved) => &tally.moved,
+        Ok(Ending::Stayed { .. }) => &tally.stayed,
+        Err(_) => &tally.refused,
+    };
+    count.fetch_add(1, Ordering::Relaxed);
+}
+
+async fn checkpoint(
+    client: keel_api::Client,
+    shared: PathBuf,
+    machine: &'static str,
+    tally: Arc<Tally>,
+) {
+    let request = CheckpointRequest {
+        to: Some(shared.join("vault").display().to_string()),
+        keep: Some(2),
+        ..CheckpointRequest::default()
+    };
+    let path = format!("/v1/machines/{machine}/checkpoints");
+    let made: Result<keel_api::CheckpointInfo, _> = client.post(&path, &request).await;
+    if made.is_ok() {
+        tally.checkpoints.fetch_add(1, Ordering::Relaxed);
+    }
+}

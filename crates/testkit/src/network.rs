@@ -1,0 +1,158 @@
+//! Nodes in network namespaces of their own, whose links can be cut.
+//!
+//! ```text
+//!   keel-ID-a ── eth0 ─┐
+//!   keel-ID-b ── eth0 ─┼─ bridge in keel-ID-switch
+//!   keel-ID-c ── eth0 ─┘
+//! ```
+//!
+//! Made by `ip`, which root may use; [`Network::new`] says what is missing
+//! elsewhere. Nothing of it is seen outside of the namespaces, and it goes when it
+//! is dropped.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+/// The port at which every node listens.
+const PORT: u16 = 7411;
+/// Nobody's address.
+const NOBODY: &str = "02:00:00:00:de:ad";
+
+/// Namespaces and the switch between them.
+#[derive(Debug)]
+pub struct Network {
+    prefix: String,
+    /// Numbers of the nodes, from 1.
+    nodes: BTreeMap<String, u8>,
+}
+
+fn ip(arguments: &[&str]) -> Result<()> {
+    let output = Command::new("ip")
+        .args(arguments)
+        .output()
+        .context("running ip (apt-get install iproute2)")?;
+    ensure!(
+        output.status.success(),
+        "ip {}: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+impl Network {
+    /// Makes a network for these nodes.
+    ///
+    /// # Errors
+    /// What is not permitted or missing; nothing is left then.
+    pub fn new(names: &[&str]) -> Result<Self> {
+        let mut network = Network {
+            prefix: format!("keel-{:06x}", rand::random::<u32>() & 0xff_ffff),
+            nodes: BTreeMap::new(),
+        };
+        let switch = network.switch();
+        ip(&["netns", "add", &switch])?;
+        ip(&["-n", &switch, "link", "add", "bridge", "type", "bridge"])?;
+        ip(&["-n", &switch, "link", "set", "bridge", "up"])?;
+        for (number, name) in (1u8..).zip(names) {
+            network.nodes.insert((*name).to_owned(), number);
+            let (space, port) = (network.space(name), format!("port{number}"));
+            ip(&["netns", "add", &space])?;
+            ip(&["-n", &space, "link", "set", "lo", "up"])?;
+            ip(&[
+                "-n", &space, "link", "add", "eth0", "type", "veth", "peer", "name", &port,
+                "netns", &switch,
+            ])?;
+            ip(&["-n", &switch, "link", "set", &port, "master", "bridge"])?;
+            ip(&["-n", &switch, "link", "set", &port, "up"])?;
+            let address = format!("{}/24", network.host(name)?);
+            ip(&["-n", &space, "addr", "add", &address, "dev", "eth0"])?;
+            ip(&["-n", &space, "link", "set", "eth0", "up"])?;
+        }
+        Ok(network)
+    }
+
+    fn switch(&self) -> String {
+        format!("{}-switch", self.prefix)
+    }
+
+    fn space(&self, node: &str) -> String {
+        format!("{}-{node}", self.prefix)
+    }
+
+    fn number(&self, node: &str) -> Result<u8> {
+        match self.nodes.get(node) {
+            Some(number) => Ok(*number),
+            None => bail!("no node {node:?} in this network"),
+        }
+    }
+
+    fn host(&self, node: &str) -> Result<String> {
+        Ok(format!("10.214.0.{}", self.number(node)?))
+    }
+
+    /// Where a node listens.
+    ///
+    /// # Errors
+    /// For a node that is not in this network.
+    pub fn address(&self, node: &str) -> Result<String> {
+        Ok(format!("{}:{PORT}", self.host(node)?))
+    }
+
+    /// A command that runs a program as a process of this node.
+    pub fn command(&self, node: &str, program: &Path) -> Command {
+        let mut command = Command::new("ip");
+        command
+            .args(["netns", "exec", &self.space(node)])
+            .arg(program);
+        command
+    }
+
+    /// Cuts a node off, or joins it again.
+    ///
+    /// # Errors
+    /// What `ip` says.
+    pub fn cut(&self, node: &str, cut: bool) -> Result<()> {
+        let port = format!("port{}", self.number(node)?);
+        let state = if cut { "down" } else { "up" };
+        ip(&["-n", &self.switch(), "link", "set", &port, state])
+    }
+
+    /// Lets nothing pass from one node to another, or all again; the other way is
+    /// not changed.
+    ///
+    /// # Errors
+    /// What `ip` says.
+    pub fn cut_one_way(&self, from: &str, to: &str, cut: bool) -> Result<()> {
+        let (space, host) = (self.space(from), self.host(to)?);
+        let mut arguments = vec!["-n", &space, "neigh"];
+        match cut {
+            // A wrong neighbour: what is sent there nobody takes.
+            true => arguments.extend([
+                "replace",
+                &host,
+                "lladdr",
+                NOBODY,
+                "dev",
+                "eth0",
+                "nud",
+                "permanent",
+            ]),
+            false => arguments.extend(["del", &host, "dev", "eth0"]),
+        }
+        ip(&arguments)
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        let spaces: Vec<String> = self.nodes.keys().map(|node| self.space(node)).collect();
+        for space in spaces.iter().chain([&self.switch()]) {
+            if let Err(error) = ip(&["netns", "del", space]) {
+                eprintln!("{error}");
+            }
+        }
+    }
+}

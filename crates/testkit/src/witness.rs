@@ -1,0 +1,133 @@
+//! What the guest `witness` wrote, and whether it can be: its lines are `N EPOCH`,
+//! in a file that outlives the machine and that every node sees.
+
+use anyhow::{Result, bail, ensure};
+
+/// What a witness's file tells.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Testimony {
+    /// Whole lines.
+    pub lines: u64,
+    /// Number of the last one.
+    pub last: u64,
+    /// Epochs that wrote.
+    pub epochs: u64,
+    /// How often it went on from an earlier line, under a later epoch: restarts
+    /// from a checkpoint or from the beginning.
+    pub rewinds: u64,
+    /// Lines that were written more than once because of that.
+    pub repeated: u64,
+}
+
+/// Reads the lines of a witness.
+///
+/// Numbers rise by one, and epochs never fall: two copies that ran at once would
+/// write a number twice, or fall back. An earlier number may come only with a
+/// later epoch than any before; the one line that follows a rewind may still have
+/// an older epoch, since the machine may have been captured between asking for
+/// the epoch and writing it.
+///
+/// # Errors
+/// The first line that cannot be.
+pub fn examine(text: &str) -> Result<Testimony> {
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let mut lines = Vec::new();
+    for (at, line) in whole.lines().enumerate() {
+        let mut words = line.split(' ');
+        let numbers = (words.next(), words.next(), words.next());
+        let (Some(number), Some(epoch), None) = numbers else {
+            bail!("line {at} is {line:?}");
+        };
+        let read = |word: &str| word.parse::<u64>();
+        let (Ok(number), Ok(epoch)) = (read(number), read(epoch)) else {
+            bail!("line {at} is {line:?}");
+        };
+        lines.push((number, epoch));
+    }
+    let mut told = Testimony {
+        lines: lines.len() as u64,
+        ..Testimony::default()
+    };
+    let mut newest = 0;
+    let mut before: Option<u64> = None;
+    for (at, (number, epoch)) in lines.iter().copied().enumerate() {
+        let follows = before.map_or(0, |before| before + 1);
+        let near = || {
+            let from = at.saturating_sub(3);
+            let until = (at + 3).min(lines.len());
+            format!("line {at}, around it {:?}", &lines[from..until])
+        };
+        if number == follows {
+            ensure!(
+                epoch >= newest || told.rewinds > 0 && stale(&lines, at, newest),
+                "an older epoch writes again: {}",
+                near()
+            );
+        } else {
+            ensure!(number < follows, "lines are missing: {}", near());
+            ensure!(
+                epoch > newest || stale(&lines, at, newest),
+                "a line comes twice under one epoch: {}",
+                near()
+            );
+            told.rewinds += 1;
+            told.repeated += follows - number;
+        }
+        if epoch > newest {
+            told.epochs += 1;
+            newest = epoch;
+        }
+        before = Some(number);
+    }
+    told.last = before.unwrap_or(0);
+    Ok(told)
+}
+
+/// Whether a line of an older epoch is the first after a rewind: the next one
+/// has a newer epoch than all before.
+fn stale(lines: &[(u64, u64)], at: usize, newest: u64) -> bool {
+    match lines.get(at + 1) {
+        Some((number, epoch)) => *number == lines[at].0 + 1 && *epoch > newest,
+        None => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(lines: &[(u64, u64)]) -> Result<Testimony> {
+        let lines: Vec<String> = lines
+            .iter()
+            .map(|(number, epoch)| format!("{number} {epoch}\n"))
+            .collect();
+        examine(&lines.concat())
+    }
+
+    #[test]
+    fn moves_and_restarts_are_told_apart() {
+        let moved = told(&[(0, 1), (1, 1), (2, 2), (3, 4)]).unwrap();
+        assert_eq!((moved.rewinds, moved.epochs, moved.last), (0, 3, 3));
+        let restarted = told(&[(0, 1), (1, 1), (2, 1), (1, 2), (2, 2)]).unwrap();
+        assert_eq!((restarted.rewinds, restarted.repeated), (1, 2));
+        let stale = told(&[(0, 1), (1, 2), (2, 2), (1, 1), (2, 3), (3, 3)]).unwrap();
+        assert_eq!(stale.rewinds, 1);
+        assert_eq!(examine("0 1\n1 1\n2").unwrap().lines, 2);
+    }
+
+    #[test]
+    fn what_two_copies_would_write_is_found() {
+        for lines in [
+            // Twice under one epoch, in turns, gaps, going back to an old epoch.
+            &[(0, 1), (1, 1), (1, 1)][..],
+            &[(0, 1), (1, 2), (1, 1), (2, 2)],
+            &[(0, 1), (1, 1), (3, 1)],
+            &[(0, 1), (1, 2), (2, 1), (3, 2)],
+            &[(1, 1)],
+        ] {
+            assert!(told(lines).is_err(), "{lines:?}");
+        }
+        assert!(examine("0 1\nx 1\n").is_err());
+        assert!(examine("0 1 2\n").is_err());
+    }
+}

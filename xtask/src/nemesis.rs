@@ -1,0 +1,50 @@
+//! Lets everything fail that can, for some minutes; `keel_testkit::nemesis` says
+//! how. A run that was cut off goes on with `--resume`.
+
+use crate::command::{cargo, check, root};
+use crate::suite::FAILPOINTS;
+use anyhow::{Context, Result};
+use std::process::Command;
+
+pub(crate) fn run(minutes: u64, resume: bool, seed: Option<u64>) -> Result<()> {
+    check(
+        cargo()
+            .args(["build", "--release", "--workspace"])
+            .args(FAILPOINTS),
+    )?;
+    let built = root().join("target/release");
+    let note = root().join("target/nemesis");
+    let (done, last) = match resume {
+        true => read(&note).context("there is no run to resume")?,
+        false => (0.0, rand()),
+    };
+    let seed = seed.unwrap_or(last);
+    println!("seed {seed}, {done:.1} of {minutes} minutes done");
+    check(
+        Command::new(built.join("nemesis"))
+            .arg("--keel")
+            .arg(built.join("keel"))
+            .arg("--witness")
+            .arg(root().join("guests/witness.wasm"))
+            .arg("--note")
+            .arg(&note)
+            .args(["--minutes", &minutes.to_string()])
+            .args(["--done", &done.to_string()])
+            .args(["--seed", &seed.to_string()]),
+    )
+}
+
+/// Minutes that were done, and a seed that was not used for them.
+fn read(note: &std::path::Path) -> Option<(f64, u64)> {
+    let text = std::fs::read_to_string(note).ok()?;
+    let (done, seed) = text.trim().split_once(' ')?;
+    let seed: u64 = seed.parse().ok()?;
+    Some((done.parse().ok()?, seed.wrapping_add(1)))
+}
+
+/// Any number: the time.
+fn rand() -> u64 {
+    std::time::UNIX_EPOCH
+        .elapsed()
+        .map_or(1, |time| time.as_nanos() as u64 % 1_000_000_007)
+}
