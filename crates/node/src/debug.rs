@@ -3,7 +3,7 @@
 
 use crate::agent::Agent;
 use crate::operate::OperateError;
-use crate::workers::PROMPT;
+use crate::workers::{PROMPT, Worker};
 use keel_api::FailpointRequest;
 use keel_machine::failpoint::{self, Order};
 use keel_machine::worker::control::kind;
@@ -27,6 +27,20 @@ pub(crate) fn for_new_worker() -> String {
         .map(|(name, order)| format!("{name}={order}"))
         .collect();
     orders.join(";")
+}
+
+/// Takes back from a new worker, which is in the table now, the orders that were
+/// taken back while it was being started.
+pub(crate) async fn refresh(worker: &Worker, given: &str) {
+    for (name, _) in given.split(';').filter_map(|part| part.split_once('=')) {
+        if !for_workers().contains_key(name) {
+            let question = (name.to_owned(), None::<String>);
+            let told: Result<(), _> = worker.ask(kind::FAILPOINT, &question, PROMPT).await;
+            if let Err(error) = told {
+                tracing::debug!(%error, "a worker does not hear of a failpoint");
+            }
+        }
+    }
 }
 
 /// Gives an order, or takes it back.

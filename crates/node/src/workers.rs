@@ -270,10 +270,9 @@ impl Workers {
             // It outlives the agent, and a Ctrl-C at the agent's terminal.
             .process_group(0);
         #[cfg(feature = "failpoints")]
-        command.env(
-            keel_machine::failpoint::ENVIRONMENT,
-            crate::debug::for_new_worker(),
-        );
+        let orders = crate::debug::for_new_worker();
+        #[cfg(feature = "failpoints")]
+        command.env(keel_machine::failpoint::ENVIRONMENT, &orders);
         let mut child = command.spawn().map_err(|error| fail("a worker", error))?;
         let deadline = tokio::time::Instant::now() + START_PATIENCE;
         let worker = loop {
@@ -296,6 +295,8 @@ impl Workers {
             let _ = child.wait().await;
         });
         self.table().insert(machine.clone(), worker.clone());
+        #[cfg(feature = "failpoints")]
+        crate::debug::refresh(&worker, &orders).await;
         Ok(worker)
     }
 
