@@ -134,7 +134,7 @@ impl MachineInfo {
     pub fn is_live(&self) -> bool {
         matches!(
             self.status.as_str(),
-            "scheduled" | "running" | "arriving" | "restarting"
+            "scheduled" | "running" | "arriving" | "filling" | "restarting"
         )
     }
 }
@@ -278,6 +278,14 @@ pub struct RestoreRequest {
 pub struct MoveRequest {
     /// The target node.
     pub to: String,
+    /// Whether the machine goes first, and a part of its memory after it
+    /// (post-copy): it stands still for less, but does not survive the loss of its
+    /// source before all is there. A checkpoint is made first.
+    #[serde(default)]
+    pub post_copy: bool,
+    /// Where that checkpoint goes; the node's own folder without.
+    #[serde(default)]
+    pub checkpoint_to: Option<String>,
 }
 
 /// One line of a move's answer.

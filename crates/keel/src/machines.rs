@@ -93,6 +93,15 @@ pub(crate) struct MoveArgs {
     /// The node to move it to.
     #[arg(long, value_name = "NODE", required_unless_present = "cancel")]
     to: Option<String>,
+    /// Lets the machine go first and a part of its memory after it: it stands still
+    /// for less, but goes back to the checkpoint that is made first if its source is
+    /// lost before all is there.
+    #[arg(long)]
+    post_copy: bool,
+    /// Where that checkpoint goes: a directory that all nodes see, or s3://bucket/prefix
+    /// (the node's own folder without).
+    #[arg(long, value_name = "PLACE", requires = "post_copy")]
+    checkpoint_to: Option<String>,
     /// Cancels the move that is under way.
     #[arg(long, conflicts_with = "to")]
     cancel: bool,
@@ -354,7 +363,11 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
         let _: serde_json::Value = client.post(&format!("{path}/cancel-move"), &()).await?;
         return Ok(ExitCode::SUCCESS);
     };
-    let request = MoveRequest { to: to.clone() };
+    let request = MoveRequest {
+        to: to.clone(),
+        post_copy: args.post_copy,
+        checkpoint_to: args.checkpoint_to.clone(),
+    };
     let mut lines = client
         .post_stream(&format!("{path}/move"), &request)
         .await?;
@@ -372,6 +385,7 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
                         "{} round {}: {} sent, {} left, {}/s",
                         match progress.phase {
                             Phase::Copy => "copying",
+                            Phase::Fill => "runs there, the rest of its memory comes",
                             _ => "moving",
                         },
                         progress.round,

@@ -1,10 +1,10 @@
 //! Clusters of real processes on loopback: machines run, move, and outlive
 //! agents; whatever fails leaves them running.
 
-use keel_api::{CheckpointInfo, Client, MachineInfo, NodeInfo, Token, TokenRequest};
+use keel_api::{CheckpointInfo, Client, MachineInfo, MoveRequest, NodeInfo, Token, TokenRequest};
 use keel_machine::moves::{Ending, MoveReport};
 use keel_machine::restart::Restart;
-use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use keel_testkit::{Guest, LocalCluster, check_numbered, move_as, wait_for};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -886,4 +886,68 @@ async fn machines_are_started_again_as_their_policy_says() {
         &["run", "x.wasm", "--rm", "--restart", "always"],
     );
     assert_eq!(code, 2, "{err}");
+}
+
+/// Memory that comes after the machine: to and fro, while it writes; then the
+/// source's worker is killed before all has come.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_comes_after_the_machine() {
+    let bench = cluster(&["a", "b"]).await;
+    let cluster = &bench.cluster;
+    let shared = bench.folder.path().join("kept").display().to_string();
+    let writer = guest("writer");
+    cluster
+        .run(&Guest::new("writer", "a", &writer, &["64", "100"]))
+        .await
+        .expect("it starts");
+    wait_lines(cluster, "a", "writer", 5).await;
+    let post_copy = |to: &str| MoveRequest {
+        to: to.to_owned(),
+        post_copy: true,
+        checkpoint_to: Some(shared.clone()),
+    };
+    let mut remote = 0;
+    for to in ["b", "a", "b", "a"] {
+        let before = lines(cluster, "a", "writer").await;
+        let report = move_as(&cluster.client("a"), "writer", &post_copy(to))
+            .await
+            .expect("a report");
+        moved(&report);
+        let fill = report.fill.as_ref().expect("how its memory came");
+        assert!(
+            fill.pushed_pages + fill.pulled_pages > 0,
+            "{}",
+            report.line()
+        );
+        remote += fill.remote_faults();
+        wait_lines(cluster, "b", "writer", before + 2).await;
+        let info = cluster.inspect("b", "writer").await.expect("info");
+        assert_eq!((info.status.as_str(), info.node.as_str()), ("running", to));
+        // An ordinary move is possible again at once, and a checkpoint.
+        let (code, _, err) = keel(&bench, "a", &["checkpoint", "writer", "--to", &shared]);
+        assert_eq!(code, 0, "{err}");
+    }
+    assert!(remote > 0, "no access had to wait for a page");
+    let (code, out, err) = keel(
+        &bench,
+        "a",
+        &[
+            "move",
+            "writer",
+            "--to",
+            "b",
+            "--post-copy",
+            "--checkpoint-to",
+            &shared,
+        ],
+    );
+    assert_eq!(code, 0, "{err}");
+    assert!(out.contains("memory came behind it"), "{out}");
+    let (code, _, err) = keel(
+        &bench,
+        "a",
+        &["move", "writer", "--to", "b", "--checkpoint-to", "x"],
+    );
+    assert_eq!(code, 2, "{err}");
+    assert_eq!(keel(&bench, "a", &["stop", "writer"]).0, 0);
 }

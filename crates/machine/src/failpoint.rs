@@ -230,6 +230,41 @@ pub const ALL: &[Failpoint] = &[
         "after that write; an error loses its answer",
     ),
     at(
+        "fill.serve",
+        Place::SourceWorker,
+        "post-copy: it runs there, no page was sent since",
+    ),
+    at(
+        "fill.push",
+        Place::SourceWorker,
+        "post-copy: some pages were sent unasked",
+    ),
+    at(
+        "fill.pull",
+        Place::SourceWorker,
+        "post-copy: a page is asked for",
+    ),
+    at(
+        "fill.page",
+        Place::TargetWorker,
+        "post-copy: before what came is put in place",
+    ),
+    at(
+        "fill.wait",
+        Place::TargetWorker,
+        "post-copy: before a page is asked for",
+    ),
+    at(
+        "fill.all",
+        Place::TargetWorker,
+        "post-copy: all is there, not yet said",
+    ),
+    at(
+        "move.served",
+        Place::SourceAgent,
+        "post-copy: the target has everything",
+    ),
+    at(
         "move.take-back",
         Place::SourceAgent,
         "before the machine is taken back",

@@ -30,5 +30,14 @@ pub fn missing_for_moves() -> Option<String> {
     ))
 }
 
+/// What this host lacks to let memory come after a machine, and what would help;
+/// `None` if nothing.
+pub fn missing_for_post_copy() -> Option<String> {
+    let probe = keel_wasm::memory::GuestMemory::new(1, Some(1), false, 1 << 16).ok()?;
+    keel_wasm::memory::PageFaults::start(std::sync::Arc::new(probe), true)
+        .err()
+        .map(|missing| missing.to_string())
+}
+
 /// The largest module that is accepted, in bytes.
 pub const MODULE_BYTES_MAX: usize = keel_wasm::instrument::MODULE_BYTES_MAX;

@@ -12,6 +12,8 @@
 //!     │  commit in the store                            │
 //!     │ GO (epoch) ────────────────────────────────────▶│ RESUMED (epoch)
 //!     │ ABORT (reason) at any time ────────────────────▶│
+//!     │ REMOTE before IMAGE, and what follows RESUMED, in a post-copy move: see
+//!     │ `worker::filling`
 //! ```
 //!
 //! Pages are written to their memory as they are decrypted, never collected
@@ -21,6 +23,7 @@
 //! Versions: that of the frame is the envelope's; [`HELLO_VERSION`] is that of
 //! the messages here. A peer of another version is refused by name.
 
+use crate::moves::FillReport;
 use bytes::Bytes;
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
@@ -32,7 +35,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 /// Version of these messages.
-pub const HELLO_VERSION: u32 = 1;
+pub const HELLO_VERSION: u32 = 2;
 /// Bytes of pages or output in one frame.
 pub const CHUNK_BYTES: usize = 64 << 10;
 /// Bytes that are collected before they are encrypted and sent.
@@ -63,6 +66,10 @@ const KIND_PREPARED: u16 = 9;
 const KIND_GO: u16 = 10;
 const KIND_RESUMED: u16 = 11;
 const KIND_ABORT: u16 = 12;
+const KIND_REMOTE: u16 = 13;
+const KIND_PULL: u16 = 14;
+const KIND_ALL_SENT: u16 = 15;
+const KIND_FILLED: u16 = 16;
 
 /// What the source says first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +84,28 @@ pub struct Hello {
     pub program: [u8; 32],
     /// Offset of the first byte of output that the source still has.
     pub log_base: u64,
+    /// Whether memory comes after the machine (post-copy).
+    pub post_copy: bool,
+    /// What the connection is for.
+    pub purpose: Purpose,
+}
+
+impl Hello {
+    /// Whether it is of the same move.
+    pub fn is_like(&self, other: &Hello) -> bool {
+        self.machine == other.machine && self.epoch == other.epoch && self.program == other.program
+    }
+}
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// The move itself.
+    Move,
+    /// Pages that come unasked, after the first connection was lost.
+    Push,
+    /// Pages that threads wait for.
+    Pull,
 }
 
 /// One message; pages travel apart, see [`Link::send_pages`] and
@@ -115,6 +144,27 @@ pub enum Message {
     Resumed(Epoch),
     /// The sender gives the move up.
     Abort(String),
+    /// Pages that only the source has: bit n of the bits, the lowest of each byte
+    /// first, is page `first_page + n`.
+    Remote {
+        /// Number of the memory.
+        memory: u32,
+        /// Page of the first bit.
+        first_page: u64,
+        /// The bits.
+        bits: Bytes,
+    },
+    /// A thread waits for a page.
+    Pull {
+        /// Number of the memory.
+        memory: u32,
+        /// The page.
+        page: u64,
+    },
+    /// There is nothing more to send.
+    AllSent,
+    /// The target has everything.
+    Filled(FillReport),
 }
 
 /// Why a connection between workers ended.
@@ -185,6 +235,17 @@ impl Message {
             KIND_GO => Message::Go(plain(payload)?),
             KIND_RESUMED => Message::Resumed(plain(payload)?),
             KIND_ABORT => Message::Abort(String::from_utf8_lossy(payload).into_owned()),
+            KIND_REMOTE => Message::Remote {
+                memory: number(payload, 0)? as u32,
+                first_page: number(payload, 8)?,
+                bits: Bytes::copy_from_slice(&payload[16..]),
+            },
+            KIND_PULL => Message::Pull {
+                memory: number(payload, 0)? as u32,
+                page: number(payload, 8)?,
+            },
+            KIND_ALL_SENT => Message::AllSent,
+            KIND_FILLED => Message::Filled(plain(payload)?),
             other => return Err(LinkError::Message(format!("a message of kind {other}"))),
         })
     }
@@ -217,6 +278,27 @@ impl Message {
             Message::Go(epoch) => (KIND_GO, pack(epoch)?),
             Message::Resumed(epoch) => (KIND_RESUMED, pack(epoch)?),
             Message::Abort(reason) => (KIND_ABORT, reason.as_bytes().to_vec()),
+            Message::Remote {
+                memory,
+                first_page,
+                bits,
+            } => {
+                let mut bytes = u64::from(*memory).to_le_bytes().to_vec();
+                bytes.extend(first_page.to_le_bytes());
+                bytes.extend(bits);
+                (KIND_REMOTE, bytes)
+            }
+            Message::Pull { memory, page } => {
+                let mut bytes = u64::from(*memory).to_le_bytes().to_vec();
+                bytes.extend(page.to_le_bytes());
+                (KIND_PULL, bytes)
+            }
+            Message::AllSent => (KIND_ALL_SENT, Vec::new()),
+            Message::Filled(report) => (
+                KIND_FILLED,
+                postcard::to_stdvec(report)
+                    .map_err(|error| LinkError::Message(error.to_string()))?,
+            ),
         })
     }
 }
@@ -620,6 +702,8 @@ mod tests {
                 epoch,
                 program: [7; 32],
                 log_base: 12,
+                post_copy: true,
+                purpose: Purpose::Pull,
             }),
             Message::Size {
                 memory: 1,

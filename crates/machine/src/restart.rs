@@ -70,6 +70,7 @@ pub fn decide(policy: Restart, end: &Status, restarts: u32, lived_ms: u64) -> Op
         | Status::Scheduled
         | Status::Running
         | Status::Arriving { .. }
+        | Status::Filling { .. }
         | Status::Restarting { .. } => return None,
     };
     match policy {

@@ -80,6 +80,12 @@ pub enum Status {
         /// The source.
         from: NodeName,
     },
+    /// Running on its owner, while a part of its memory is still at the source of
+    /// its last move: if that is lost, so is what it did since its checkpoint.
+    Filling {
+        /// The source.
+        from: NodeName,
+    },
     /// It ended by itself, and is to be started again.
     Restarting {
         /// How it ended.
@@ -99,6 +105,7 @@ impl Status {
             Status::Scheduled
                 | Status::Running
                 | Status::Arriving { .. }
+                | Status::Filling { .. }
                 | Status::Restarting { .. }
         )
     }
@@ -113,6 +120,7 @@ impl Status {
             Status::Scheduled
             | Status::Running
             | Status::Arriving { .. }
+            | Status::Filling { .. }
             | Status::Restarting { .. } => None,
         }
     }
@@ -127,6 +135,7 @@ impl Status {
             Status::Stopped => "stopped".into(),
             Status::Failed { .. } => "failed".into(),
             Status::Arriving { .. } => "arriving".into(),
+            Status::Filling { .. } => "filling".into(),
             Status::Restarting { .. } => "restarting".into(),
         }
     }

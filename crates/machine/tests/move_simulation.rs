@@ -104,7 +104,7 @@ impl World {
             status: Status::Running,
             revision: 10,
         };
-        let mut source = SourceMove::new(epoch);
+        let mut source = SourceMove::new(epoch, false);
         let commands = source.step(SourceEvent::Accepted).into();
         World {
             random: StdRng::seed_from_u64(seed),
@@ -323,6 +323,8 @@ impl World {
                 }
                 return None;
             }
+            // The simulated moves copy before.
+            SourceCommand::Serve => SourceEvent::Served,
             SourceCommand::Forget => {
                 self.a = WorkerA::Gone;
                 return None;
@@ -479,7 +481,7 @@ impl World {
                     counter: record.epoch.counter - 1,
                     ..record.epoch
                 };
-                let (source, commands) = SourceMove::handed(began);
+                let (source, commands) = SourceMove::handed(began, false);
                 self.driver = Some(Driver {
                     source,
                     commands: commands.into(),

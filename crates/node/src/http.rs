@@ -3,6 +3,7 @@
 
 use crate::agent::Agent;
 use crate::keep;
+use crate::moving::MoveOrder;
 use crate::operate::{self, Done, OperateError, Operation};
 use crate::record;
 use crate::state_dir::write_whole;
@@ -316,7 +317,13 @@ async fn move_machine(
     let machine = machine_name(&name)?;
     let target =
         NodeName::new(&request.to).map_err(|error| OperateError::Bad(error.to_string()))?;
-    let lines = operate::move_anywhere(&agent, &machine, &target).await?;
+    let order = MoveOrder {
+        machine,
+        target,
+        post_copy: request.post_copy,
+        checkpoint_to: request.checkpoint_to,
+    };
+    let lines = operate::move_anywhere(&agent, &order).await?;
     let lines = futures::stream::unfold(lines, |mut lines| async {
         let line = lines.recv().await?;
         let mut text = serde_json::to_vec(&line).unwrap_or_default();

@@ -6,20 +6,21 @@ use crate::offer::{Arrival, Offer};
 use crate::record;
 use crate::service::kind as node_kind;
 use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
-use keel_api::MoveLine;
+use keel_api::{CheckpointRequest, MoveLine};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
 use keel_machine::failpoint::{self, Injected};
 use keel_machine::moves::{
-    Ending, MoveReport, SourceCommand, SourceEvent, SourceMove, SourceState,
+    Ending, MoveReport, Phase, Progress, SourceCommand, SourceEvent, SourceMove, SourceState,
 };
 use keel_machine::spec::{Record, Spec, Status};
 use keel_machine::worker::control::{
     Copy, CopyEvent, Frozen, Receiving, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,6 +34,17 @@ const RETRY_AFTER: Duration = Duration::from_millis(200);
 const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long freezing and sending the rest may take.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a user wants moved, and how.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct MoveOrder {
+    pub(crate) machine: MachineName,
+    pub(crate) target: NodeName,
+    /// Whether memory comes after the machine.
+    pub(crate) post_copy: bool,
+    /// Where the checkpoint goes that such a move begins with.
+    pub(crate) checkpoint_to: Option<String>,
+}
 
 /// What others can do to a move that is under way.
 #[derive(Debug, Clone)]
@@ -68,8 +80,9 @@ pub(crate) fn machine_ended(agent: &Agent, machine: &MachineName) {
 pub(crate) async fn begin(
     agent: &Arc<Agent>,
     machine: &MachineName,
-    target: &NodeName,
+    order: &MoveOrder,
 ) -> Result<mpsc::Receiver<MoveLine>, String> {
+    let target = &order.target;
     let found = settled(agent, machine).await?;
     let record = found.record;
     if record.owner != agent.name {
@@ -89,6 +102,17 @@ pub(crate) async fn begin(
     }
     if !agent.members.contains(target) {
         return Err(format!("there is no node {target:?} (see `keel nodes`)"));
+    }
+    if order.post_copy {
+        let request = CheckpointRequest {
+            to: order.checkpoint_to.clone(),
+            ..CheckpointRequest::default()
+        };
+        crate::keep::checkpoint(agent, machine, request)
+            .await
+            .map_err(|error| {
+                format!("a post-copy move needs a checkpoint to fall back on: {error}")
+            })?;
     }
     let worker = agent
         .workers
@@ -119,7 +143,8 @@ pub(crate) async fn begin(
     let mut driver = Driver {
         agent: agent.clone(),
         report: new_report(&record, target),
-        source: SourceMove::new(record.epoch),
+        source: SourceMove::new(record.epoch, order.post_copy),
+        post_copy: order.post_copy,
         record,
         revision: found.revision,
         target: target.clone(),
@@ -142,7 +167,7 @@ pub(crate) async fn begin(
 /// Takes up a move that was handed over by an agent that has died since: the
 /// frozen copy is kept until the target says that the machine runs, or taken
 /// back. `record` is what the commit wrote.
-pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker) {
+pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker, post_copy: bool) {
     let target = record.owner.clone();
     let epoch = Epoch {
         counter: record.epoch.counter.saturating_sub(1),
@@ -160,12 +185,13 @@ pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker) 
     agent
         .moves()
         .insert(machine.clone(), Handle { interrupt, over });
-    let (source, commands) = SourceMove::handed(epoch);
+    let (source, commands) = SourceMove::handed(epoch, post_copy);
     let (lines, _) = mpsc::channel(1);
     let mut driver = Driver {
         agent: agent.clone(),
         report: new_report(&record, &target),
         source,
+        post_copy,
         record,
         revision: 0,
         target,
@@ -217,6 +243,7 @@ fn new_report(record: &Record, target: &NodeName) -> MoveReport {
         downtime_micros: 0,
         bytes: 0,
         total_micros: 0,
+        fill: None,
     }
 }
 
@@ -227,6 +254,7 @@ struct Driver {
     target: NodeName,
     worker: Worker,
     source: SourceMove,
+    post_copy: bool,
     interrupted: watch::Receiver<Option<SourceEvent>>,
     lines: mpsc::Sender<MoveLine>,
     receiving: Option<Receiving>,
@@ -274,6 +302,7 @@ impl Driver {
                 self.abort_target(&reason).await;
                 None
             }
+            SourceCommand::Serve => Some(self.serve().await),
             SourceCommand::Forget => {
                 if passed("move.forget").await.is_err() {
                     // As if it had come later.
@@ -359,6 +388,7 @@ impl Driver {
             memory_pages: report.memory_pages,
             features: needed_features(),
             proofs: proofs.list(),
+            post_copy: self.post_copy,
         };
         let payload = pack(&offer).map_err(text)?;
         let answer = self
@@ -377,7 +407,11 @@ impl Driver {
             return SourceEvent::PeerLost("the target said nothing".into());
         };
         let begun = Instant::now();
-        let mut events = match self.worker.stream(kind::COPY, &Copy { target }).await {
+        let copy = Copy {
+            target,
+            post_copy: self.post_copy,
+        };
+        let mut events = match self.worker.stream(kind::COPY, &copy).await {
             Ok(events) => events,
             Err(error) => return SourceEvent::PeerLost(error.to_string()),
         };
@@ -664,6 +698,52 @@ impl Driver {
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
             }
+        }
+    }
+
+    /// Keeps the frozen copy and lets its worker send pages of it until nobody
+    /// needs them: the target has all of them, or the machine ended there.
+    async fn serve(&mut self) -> SourceEvent {
+        let asked: Result<(), RpcError> = self.worker.ask(kind::SERVE, &(), PROMPT).await;
+        if let Err(error) = asked {
+            tracing::warn!(machine = %self.record.name, %error, "its memory is not sent");
+        }
+        loop {
+            match self.worker.report().await {
+                Ok(report) if report.fill.is_some() => {
+                    self.report.fill = report.fill;
+                    if let Err(reason) = passed("move.served").await {
+                        tracing::warn!(reason, "asking again");
+                        continue;
+                    }
+                    return SourceEvent::Served;
+                }
+                Ok(report) => {
+                    let progress = Progress {
+                        phase: Phase::Fill,
+                        round: self.report.rounds.len() as u32,
+                        sent_bytes: self.report.bytes,
+                        remaining_bytes: report.unsent_bytes,
+                        bytes_per_s: 0,
+                        downtime_micros: self.report.downtime_micros,
+                    };
+                    // Whoever watches may have gone.
+                    let _ = self.lines.try_send(MoveLine::Progress(progress));
+                }
+                // The target finds out that there is no copy any more.
+                Err(error) => {
+                    tracing::warn!(machine = %self.record.name, %error, "its frozen copy is lost");
+                    return SourceEvent::Served;
+                }
+            }
+            match record::get(&*self.agent.store, &self.record.name).await {
+                Ok(found) if crate::reconcile::needs_copy(&self.agent, &found.record.status) => {}
+                Ok(_) | Err(record::RecordError::NoMachine(_)) => return SourceEvent::Served,
+                Err(error) => {
+                    tracing::debug!(%error, "not known whether its memory is still needed");
+                }
+            }
+            tokio::time::sleep(RETRY_AFTER).await;
         }
     }
 

@@ -40,6 +40,8 @@ pub(crate) struct Offer {
     /// A file that the source just made in each writable volume, and what is in
     /// it: proof that this node sees the same directory.
     pub(crate) proofs: Vec<Option<(String, String)>>,
+    /// Whether memory comes after the machine.
+    pub(crate) post_copy: bool,
 }
 
 /// Answers an offer. Whatever was begun is undone when it fails.
@@ -70,6 +72,13 @@ async fn check(offer: &Offer) -> Result<(), String> {
             "it needs {:.1} GiB of memory, {:.1} GiB are free",
             wanted as f64 / f64::from(1 << 30),
             free as f64 / f64::from(1 << 30)
+        ));
+    }
+    if offer.post_copy
+        && let Some(missing) = keel_machine::missing_for_post_copy()
+    {
+        return Err(format!(
+            "memory cannot come after a machine here: {missing}"
         ));
     }
     let here = cpu_features();
@@ -146,6 +155,7 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
         source: offer.worker,
         address: agent.settings.listen.ip().to_string(),
         memory_pages: offer.memory_pages.clone(),
+        post_copy: offer.post_copy,
     };
     match worker.ask(kind::RECEIVE, &request, COMPILE_PATIENCE).await {
         Ok(receiving) => {
@@ -252,7 +262,10 @@ async fn settle_once(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), St
     let state = worker.state().await.map_err(|error| error.to_string())?;
     // Only what arrives is settled: it may be the source that asks to withdraw,
     // while this node gives the machine to it.
-    if matches!(state, State::Running { .. } | State::Ended { .. }) {
+    if matches!(
+        state,
+        State::Running { .. } | State::Filling { .. } | State::Ended { .. }
+    ) {
         return Ok(());
     }
     passed("arrival.settle").await?;
@@ -315,7 +328,7 @@ pub(crate) async fn arrival(
         return Ok(Arrival::Without);
     };
     match worker.state().await.map_err(|error| error.to_string())? {
-        State::Running { .. } | State::Ended { .. } => Ok(Arrival::Resumed),
+        State::Running { .. } | State::Filling { .. } | State::Ended { .. } => Ok(Arrival::Resumed),
         State::Prepared { .. } => {
             let gone: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
             gone.map(|_| Arrival::Resumed)

@@ -1,6 +1,7 @@
 //! What users want done, wherever the machine is: operations go to its owner.
 
 use crate::agent::Agent;
+use crate::moving::MoveOrder;
 use crate::record::{self, RecordError};
 use crate::service::kind as node_kind;
 use crate::state_dir::is_hash;
@@ -284,17 +285,16 @@ pub(crate) async fn anywhere(agent: &Arc<Agent>, operation: Operation) -> Answer
 /// Moves a machine, wherever it is.
 pub(crate) async fn move_anywhere(
     agent: &Arc<Agent>,
-    machine: &MachineName,
-    target: &NodeName,
+    order: &MoveOrder,
 ) -> Result<mpsc::Receiver<MoveLine>, OperateError> {
+    let machine = &order.machine;
     let owner = record::get(&*agent.store, machine).await?.record.owner;
     if owner == agent.name {
-        return crate::moving::begin(agent, machine, target)
+        return crate::moving::begin(agent, machine, order)
             .await
             .map_err(OperateError::Conflict);
     }
-    let payload = pack(&(machine.clone(), target.clone()))
-        .map_err(|error| OperateError::Bad(error.to_string()))?;
+    let payload = pack(order).map_err(|error| OperateError::Bad(error.to_string()))?;
     let mut stream = agent
         .peers
         .stream(&owner, node_kind::MOVE, payload)
@@ -587,7 +587,8 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
 
 /// A machine as users see it.
 pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
-    let running = report.filter(|report| matches!(report.state, State::Running { .. }));
+    let running = report
+        .filter(|report| matches!(report.state, State::Running { .. } | State::Filling { .. }));
     MachineInfo {
         name: record.name.to_string(),
         node: record.owner.to_string(),
@@ -675,7 +676,7 @@ pub(crate) async fn status(agent: &Arc<Agent>) -> Result<ClusterInfo, OperateErr
         machines: machines.len() as u32,
         machines_running: machines
             .iter()
-            .filter(|record| record.status == Status::Running)
+            .filter(|record| matches!(record.status, Status::Running | Status::Filling { .. }))
             .count() as u32,
         version: env!("CARGO_PKG_VERSION").to_owned(),
     })

@@ -14,7 +14,7 @@ use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::{MachineName, NodeName, StoreError};
 use keel_machine::failpoint;
-use keel_machine::restart;
+use keel_machine::restart::{self, Restart};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Start, StartFrom, State, kind, pack, unpack};
 use keel_net::RpcError;
@@ -179,7 +179,7 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Ag
             }
             Err(reason) => reason,
         },
-        Status::Running => "its worker process was lost".to_owned(),
+        Status::Running | Status::Filling { .. } => "its worker process was lost".to_owned(),
         Status::Arriving { from } => return lost_on_arrival(agent, machine, &from).await,
         _ => return Ok(Again::No),
     };
@@ -195,11 +195,23 @@ fn starts(status: &Status) -> bool {
 /// Writes that a machine which was started here, or arrived here, runs, until
 /// the store has it.
 async fn is_running(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordError> {
+    runs(agent, machine, false).await
+}
+
+/// As [`is_running`]; of a machine that is `filling` a part of the memory is still
+/// to come.
+async fn runs(agent: &Arc<Agent>, machine: &MachineName, filling: bool) -> Result<(), RecordError> {
     let running = |record: &mut Record| {
-        let expected = starts(&record.status) || matches!(record.status, Status::Arriving { .. });
+        let next = match &record.status {
+            Status::Arriving { from } if filling => Status::Filling { from: from.clone() },
+            _ => Status::Running,
+        };
+        let expected = starts(&record.status)
+            || matches!(record.status, Status::Arriving { .. })
+            || !filling && matches!(record.status, Status::Filling { .. });
         let mine = expected && record.owner == agent.name;
         if mine {
-            record.enter(Status::Running, unix_ms());
+            record.enter(next, unix_ms());
         }
         mine
     };
@@ -255,6 +267,38 @@ async fn lost_on_arrival(
                 "its worker process was lost just after it arrived, and {from} has no copy any more"
             );
             return finish(agent, machine, Status::Failed { reason }).await;
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+/// A machine runs here whose memory is not all here, and its source is not
+/// connected: waits for it. When the source is gone for good, so are pages of the
+/// machine, and it can only go on from its checkpoint.
+async fn await_source(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) {
+    let mut gone_since = None;
+    loop {
+        match worker.state().await {
+            Ok(State::Filling {
+                source_lost: true, ..
+            }) => {}
+            // It came back, or the worker is seen to elsewhere.
+            _ => return,
+        }
+        if let Ok(found) = record::get(&*agent.store, machine).await
+            && let Status::Filling { from } = &found.record.status
+        {
+            let alive = record::alive(&*agent.store).await;
+            let gone = alive.is_ok_and(|alive| !alive.contains(from));
+            let since = gone.then(|| gone_since.unwrap_or_else(tokio::time::Instant::now));
+            gone_since = since;
+            let gone = since.is_some_and(|since| since.elapsed() > GONE_PATIENCE);
+            if gone || source_holds(agent, machine, from).await == Some(false) {
+                tracing::error!(%machine, %from, "a part of its memory is lost with its source");
+                // What follows is seen as a lost worker.
+                worker.kill().await;
+                return;
+            }
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }
@@ -363,8 +407,9 @@ pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName)
                 }
             }
             // The commit had won, and the target may not live to go on.
-            Ok(record) if record.status == arriving_from(agent) => {
-                crate::moving::take_up(agent, record, worker).await;
+            Ok(record) if needs_copy(agent, &record.status) => {
+                let post_copy = worker.report().await.is_ok_and(|report| report.post_copy);
+                crate::moving::take_up(agent, record, worker, post_copy).await;
                 return;
             }
             // It runs elsewhere, or ended: the frozen copy is of no use.
@@ -380,9 +425,11 @@ pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName)
     }
 }
 
-fn arriving_from(agent: &Agent) -> Status {
-    Status::Arriving {
-        from: agent.name.clone(),
+/// Whether a machine of this status still needs the frozen copy that is here.
+pub(crate) fn needs_copy(agent: &Agent, status: &Status) -> bool {
+    match status {
+        Status::Arriving { from } | Status::Filling { from } => *from == agent.name,
+        _ => false,
     }
 }
 
@@ -433,7 +480,7 @@ async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
         }
         // Whether it is lost is found out where it is watched.
         Err(error) => tracing::warn!(%machine, %error, "its worker does not answer"),
-        Ok(State::Empty | State::Running { .. }) => {
+        Ok(State::Empty | State::Running { .. } | State::Filling { .. }) => {
             tracing::warn!(%machine, "it is not in the schedule here any more, ending its worker");
             agent.workers.forget(&agent.dir, machine).await;
         }
@@ -467,6 +514,18 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
                     Ok(State::Running { .. }) => {
                         if let Err(error) = is_running(&agent, &machine).await {
                             tracing::warn!(%machine, %error, "that it runs is not in the store");
+                        }
+                    }
+                    Ok(State::Filling { source_lost, .. }) => {
+                        if let Err(error) = runs(&agent, &machine, true).await {
+                            tracing::warn!(%machine, %error, "that it runs is not in the store");
+                        }
+                        if source_lost {
+                            let (agent, machine) = (agent.clone(), machine.clone());
+                            let worker = worker.clone();
+                            tokio::spawn(async move {
+                                await_source(&agent, &machine, &worker).await;
+                            });
                         }
                     }
                     Ok(_) => {}
@@ -570,9 +629,15 @@ fn end_or_restart(record: &mut Record, status: &Status) {
         Status::Running => now.saturating_sub(record.since_unix_ms),
         _ => 0,
     };
+    // One whose memory was not all here is what the user chose to risk; the
+    // checkpoint before its move is what it goes on from.
+    let policy = match record.status {
+        Status::Filling { .. } => Restart::OnFailure,
+        _ => record.spec.restart,
+    };
     let plan = match record.stop_wanted {
         true => None,
-        false => restart::decide(record.spec.restart, status, record.restarts, lived_ms),
+        false => restart::decide(policy, status, record.restarts, lived_ms),
     };
     let Some(plan) = plan else {
         // One that was killed has ended by a command too.

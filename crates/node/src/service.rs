@@ -27,7 +27,7 @@ pub(crate) mod kind {
     pub(crate) const WITHDRAW: u16 = 0x0304;
     /// `Operation` → its answer.
     pub(crate) const OPERATE: u16 = 0x0305;
-    /// `(machine, target)` → stream of `MoveLine`.
+    /// `MoveOrder` → stream of `MoveLine`.
     pub(crate) const MOVE: u16 = 0x0306;
     /// `(machine, from, follow)` → stream of `LogChunk`.
     pub(crate) const LOG: u16 = 0x0307;
@@ -93,8 +93,8 @@ impl Service {
                 Ok(pack(&answer)?.into())
             }
             kind::MOVE => {
-                let (machine, target): (MachineName, NodeName) = unpack(&payload)?;
-                let mut lines = crate::moving::begin(agent, &machine, &target)
+                let order: crate::moving::MoveOrder = unpack(&payload)?;
+                let mut lines = crate::moving::begin(agent, &order.machine, &order)
                     .await
                     .map_err(RpcError::failed)?;
                 let (send, stream) = mpsc::channel(64);

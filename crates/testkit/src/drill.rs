@@ -5,7 +5,7 @@
 use crate::witness::{Testimony, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
-use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo};
+use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest};
 use keel_machine::failpoint::{Action, Failpoint, Order, Place};
 use keel_machine::restart::Restart;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,7 @@ const STOPPED: Duration = Duration::from_millis(700);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trigger {
     Move,
+    PostCopy,
     Checkpoint,
     Restart,
     End,
@@ -36,6 +37,8 @@ fn way_to(name: &str) -> (Trigger, &'static [(&'static str, &'static str)]) {
         (_, "arrival.asked") => (Trigger::Move, &[("out.go", "error")]),
         (_, "arrival.settle" | "arrival.settled") => (Trigger::Move, &[("out.prepared", "error")]),
         (_, "move.thaw" | "out.thaw" | "move.abort") => (Trigger::Move, &[("out.image", "error")]),
+        (_, "fill.pull" | "fill.wait") => (Trigger::PostCopy, &[("fill.push", "delay(200)")]),
+        ("fill", _) | (_, "move.served") => (Trigger::PostCopy, &[]),
         ("keep" | "take", _) => (Trigger::Checkpoint, &[]),
         ("restore" | "start", _) => (Trigger::Restart, &[]),
         ("end", _) => (Trigger::End, &[]),
@@ -259,6 +262,16 @@ impl Drill<'_> {
                     let moved = self.cluster.move_machine(self.calm, self.machine, to).await;
                     drop(moved);
                 }
+                Trigger::PostCopy => {
+                    let to = self.place(Place::TargetAgent, source);
+                    let request = MoveRequest {
+                        to: to.to_owned(),
+                        post_copy: true,
+                        checkpoint_to: Some(self.vault()),
+                    };
+                    let client = self.cluster.client(self.calm);
+                    drop(crate::move_as(&client, self.machine, &request).await);
+                }
                 Trigger::Checkpoint => drop(self.checkpoint().await),
                 Trigger::Restart => {
                     drop(self.cluster.kill_worker(source, self.machine));
@@ -296,6 +309,8 @@ const WENT_ON: [&str; 2] = ["in.go", "in.gone"];
 fn may_rewind(failpoint: &Failpoint, action: Action, trigger: Trigger) -> bool {
     let killed = action == Action::Kill
         && (matches!(failpoint.place, Place::SourceWorker | Place::Worker)
+            // A part of it is still at the source.
+            || trigger == Trigger::PostCopy && failpoint.place.is_worker()
             || WENT_ON.contains(&failpoint.name));
     let lost_there = way_to(failpoint.name)
         .1

@@ -500,9 +500,21 @@ fn processes() -> Vec<(Pid, Vec<String>)> {
 /// # Errors
 /// As [`LocalCluster::move_machine`].
 pub async fn move_by(client: &Client, machine: &str, to: &str) -> Result<MoveReport> {
-    let request = MoveRequest { to: to.to_owned() };
+    let request = MoveRequest {
+        to: to.to_owned(),
+        post_copy: false,
+        checkpoint_to: None,
+    };
+    move_as(client, machine, &request).await
+}
+
+/// Moves a machine as a request says, and waits for its report.
+///
+/// # Errors
+/// As [`LocalCluster::move_machine`].
+pub async fn move_as(client: &Client, machine: &str, request: &MoveRequest) -> Result<MoveReport> {
     let path = format!("/v1/machines/{machine}/move");
-    let mut lines = client.post_stream(&path, &request).await?;
+    let mut lines = client.post_stream(&path, request).await?;
     while let Some(line) = lines.line().await? {
         match line {
             MoveLine::Progress(_) => {}

@@ -32,6 +32,8 @@ pub enum Phase {
     Commit,
     /// The target lets it go on.
     Resume,
+    /// It runs at the target, and the rest of its memory comes behind it.
+    Fill,
 }
 
 /// One round of copying.
@@ -54,6 +56,62 @@ pub enum Ending {
         /// Why.
         reason: String,
     },
+}
+
+/// How memory came to a machine that ran already.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FillReport {
+    /// From the first step at the target until all was there, in microseconds.
+    pub micros: u64,
+    /// Pages (4 KiB) that were sent unasked.
+    pub pushed_pages: u64,
+    /// Pages that were sent because a thread waited, and those behind them.
+    pub pulled_pages: u64,
+    /// Accesses that waited for nothing from elsewhere.
+    pub local_faults: u64,
+    /// Times that the source connected anew.
+    pub reconnects: u64,
+    /// Accesses that waited for the source: how many took 2^n to 2^(n+1)
+    /// microseconds, for each n from 0.
+    pub latency_log2_micros: Vec<u64>,
+}
+
+impl FillReport {
+    /// Counts an access that waited for the source.
+    pub fn add_latency(&mut self, latency: std::time::Duration) {
+        let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+        let bucket = micros.max(1).ilog2() as usize;
+        if self.latency_log2_micros.len() <= bucket {
+            self.latency_log2_micros.resize(bucket + 1, 0);
+        }
+        self.latency_log2_micros[bucket] += 1;
+    }
+
+    /// Accesses that waited for the source.
+    pub fn remote_faults(&self) -> u64 {
+        self.latency_log2_micros.iter().sum()
+    }
+
+    /// One line for people.
+    pub fn line(&self) -> String {
+        let mib = |pages: u64| pages as f64 / 256.0;
+        let mut line = format!(
+            "memory came behind it in {:.0} ms: {:.1} MiB unasked, {:.1} MiB waited for; {} accesses waited",
+            self.micros as f64 / 1000.0,
+            mib(self.pushed_pages),
+            mib(self.pulled_pages),
+            self.remote_faults(),
+        );
+        for (bucket, count) in self.latency_log2_micros.iter().enumerate() {
+            if *count > 0 {
+                line += &format!(", {count} of {}-{} µs", 1u64 << bucket, 2u64 << bucket);
+            }
+        }
+        if self.reconnects > 0 {
+            line += &format!("; the source connected anew {} time(s)", self.reconnects);
+        }
+        line
+    }
 }
 
 /// A move, told afterwards. Times in microseconds; downtime is what the source
@@ -98,6 +156,9 @@ pub struct MoveReport {
     pub bytes: u64,
     /// All of it.
     pub total_micros: u64,
+    /// How its memory came after it ran there already, if it did (post-copy).
+    #[serde(default)]
+    pub fill: Option<FillReport>,
 }
 
 impl MoveReport {
@@ -108,21 +169,27 @@ impl MoveReport {
             Ending::Stayed { reason } => {
                 format!("{} stayed on {}: {reason}", self.machine, self.source)
             }
-            Ending::Moved => format!(
-                "{} {} → {} in {:.0} ms, {:.1} MB in {} rounds; stood still {:.2} ms (freeze {:.2}, last pages {:.2}, state {:.2}, commit {:.2}, resume {:.2})",
-                self.machine,
-                self.source,
-                self.target,
-                ms(self.total_micros),
-                self.bytes as f64 / 1e6,
-                self.rounds.len(),
-                ms(self.downtime_micros),
-                ms(self.freeze_micros),
-                ms(self.last_pages_micros),
-                ms(self.state_micros),
-                ms(self.commit_micros),
-                ms(self.resume_micros),
-            ),
+            Ending::Moved => {
+                let line = format!(
+                    "{} {} → {} in {:.0} ms, {:.1} MB in {} rounds; stood still {:.2} ms (freeze {:.2}, last pages {:.2}, state {:.2}, commit {:.2}, resume {:.2})",
+                    self.machine,
+                    self.source,
+                    self.target,
+                    ms(self.total_micros),
+                    self.bytes as f64 / 1e6,
+                    self.rounds.len(),
+                    ms(self.downtime_micros),
+                    ms(self.freeze_micros),
+                    ms(self.last_pages_micros),
+                    ms(self.state_micros),
+                    ms(self.commit_micros),
+                    ms(self.resume_micros),
+                );
+                match &self.fill {
+                    Some(fill) => format!("{line}; {}", fill.line()),
+                    None => line,
+                }
+            }
         }
     }
 }

@@ -11,13 +11,16 @@
 //!      └─────────────────────────────────────────────────────────────────────────────────────┼────┘    │ commit had won
 //!                                                                                            ▼         ▼
 //!   Gone ◀──────────────────────────── target resumed ─────────────────────────────────── Handed ◀─────┘
+//!      ▲                                                                                     │ target resumed (post-copy)
+//!      └──────────────────────────── target has all pages ──────────────────────────────── Serving
 //! ```
 //!
 //! Until the commit wins, every way out leads to `Stayed`: the machine runs on,
 //! unharmed. A read never settles `InDoubt`; only a write does. In `Handed` the
 //! frozen copy is kept until the target's agent says that the machine resumed,
 //! or that it did not and never will: then the source takes it back, by a write
-//! under a new epoch.
+//! under a new epoch. In `Serving` it runs there, and takes the pages of the
+//! frozen copy one by one: nothing brings it back here any more.
 
 use keel_cluster::Epoch;
 
@@ -38,6 +41,8 @@ pub enum SourceState {
     InDoubt,
     /// The transaction won; the target was told to go on. Frozen copy kept.
     Handed,
+    /// It runs at the target; the rest of its memory is sent behind it.
+    Serving,
     /// The target does not have it; a write takes it back. Frozen.
     TakingBack,
     /// The machine runs here.
@@ -93,6 +98,9 @@ pub enum SourceEvent {
     TargetResumed,
     /// The target's agent says that it does not run there and never will.
     TargetWithout,
+    /// Nobody needs the frozen copy any more: the target has all pages, or the
+    /// machine ended or was lost there.
+    Served,
     /// The machine ended by itself.
     MachineEnded,
 }
@@ -139,6 +147,8 @@ pub enum SourceCommand {
         /// Why.
         reason: String,
     },
+    /// Send the pages that the target lacks, until nobody needs them.
+    Serve,
     /// Drop the frozen copy and end the worker.
     Forget,
 }
@@ -151,26 +161,31 @@ pub struct SourceMove {
     epoch: Epoch,
     /// Whether the machine is frozen.
     frozen: bool,
+    /// Whether memory comes after the machine.
+    post_copy: bool,
 }
 
 impl SourceMove {
-    /// A move that was just offered; the machine runs here under `epoch`.
-    pub fn new(epoch: Epoch) -> Self {
+    /// A move that was just offered; the machine runs here under `epoch`. With
+    /// `post_copy` a part of its memory comes after it.
+    pub fn new(epoch: Epoch, post_copy: bool) -> Self {
         SourceMove {
             state: SourceState::Offered,
             epoch,
             frozen: false,
+            post_copy,
         }
     }
 
     /// A move whose commit has won, taken up by an agent that did not begin it:
     /// the machine ran here under `epoch`, and is frozen. What to do first comes
     /// with it.
-    pub fn handed(epoch: Epoch) -> (Self, Vec<SourceCommand>) {
+    pub fn handed(epoch: Epoch, post_copy: bool) -> (Self, Vec<SourceCommand>) {
         let source = SourceMove {
             state: SourceState::Handed,
             epoch,
             frozen: true,
+            post_copy,
         };
         let epoch = epoch.next();
         (source, vec![SourceCommand::TellTarget { epoch }])
@@ -236,7 +251,11 @@ impl SourceMove {
                 self.epoch = self.epoch.next();
                 self.stay("the store's answer to the commit was lost".into())
             }
-            (S::Handed, E::TargetResumed) => {
+            (S::Handed, E::TargetResumed) if self.post_copy => {
+                self.state = S::Serving;
+                vec![C::Serve]
+            }
+            (S::Handed, E::TargetResumed) | (S::Serving, E::Served) => {
                 self.state = S::Gone {
                     epoch: self.epoch.next(),
                 };
@@ -289,6 +308,7 @@ impl SourceMove {
                 | S::Committing
                 | S::InDoubt
                 | S::Handed
+                | S::Serving
                 | S::TakingBack
                 | S::Stayed { .. }
                 | S::Gone { .. }
@@ -322,7 +342,7 @@ mod tests {
     };
 
     fn after(events: &[SourceEvent]) -> (SourceMove, Vec<SourceCommand>) {
-        let mut source = SourceMove::new(EPOCH);
+        let mut source = SourceMove::new(EPOCH, false);
         let mut last = Vec::new();
         for event in events {
             last = source.step(event.clone());
@@ -348,6 +368,21 @@ mod tests {
                 epoch: EPOCH.next()
             }
         );
+    }
+
+    #[test]
+    fn the_rest_of_the_memory_comes_behind() {
+        let mut source = SourceMove::new(EPOCH, true);
+        for event in to_commit(&[E::CommitWon]) {
+            source.step(event);
+        }
+        assert_eq!(source.step(E::TargetResumed), [SourceCommand::Serve]);
+        // It runs there: nothing brings it back.
+        for late in [E::TargetWithout, E::PeerLost("gone".into()), E::OwnWriteWon] {
+            assert_eq!(source.step(late), []);
+        }
+        assert!(!source.is_over());
+        assert_eq!(source.step(E::Served), [SourceCommand::Forget]);
     }
 
     #[test]
@@ -426,7 +461,7 @@ mod tests {
     #[test]
     fn random_events_never_thaw_under_an_epoch_that_the_target_may_have() {
         use rand::{RngExt, SeedableRng, rngs::StdRng};
-        let all = |random: &mut StdRng| match random.random_range(0..18) {
+        let all = |random: &mut StdRng| match random.random_range(0..19) {
             0 => E::Accepted,
             1 => E::Refused(String::new()),
             2 => E::Converged,
@@ -444,11 +479,12 @@ mod tests {
             14 => E::OwnWriteUnknown,
             15 => E::TargetResumed,
             16 => E::TargetWithout,
+            17 => E::Served,
             _ => E::MachineEnded,
         };
         for seed in 0..20_000 {
             let mut random = StdRng::seed_from_u64(seed);
-            let mut source = SourceMove::new(EPOCH);
+            let mut source = SourceMove::new(EPOCH, seed % 2 == 0);
             let (mut committed, mut settled, mut told) = (false, false, false);
             for _ in 0..40 {
                 let event = all(&mut random);
@@ -479,6 +515,7 @@ mod tests {
                         SourceCommand::StartCopy
                         | SourceCommand::AskStore
                         | SourceCommand::FreezeAndSend
+                        | SourceCommand::Serve
                         | SourceCommand::AbortTarget { .. } => {}
                     }
                 }

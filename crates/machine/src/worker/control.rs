@@ -2,7 +2,7 @@
 //! `keel-net`'s rpc on a Unix socket that only this user can reach.
 
 use crate::checkpoint::{CheckpointId, Origin};
-use crate::moves::{Progress, Round};
+use crate::moves::{FillReport, Progress, Round};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{Bytes, Fingerprint, RpcError};
@@ -31,6 +31,8 @@ pub mod kind {
     pub const THAW: u16 = 0x0409;
     /// `String` → `()`: gives the move up.
     pub const ABORT: u16 = 0x040a;
+    /// `()` → `()`: sends the memory that the target lacks (post-copy).
+    pub const SERVE: u16 = 0x0411;
     /// `()` → `()`: ends the machine.
     pub const STOP: u16 = 0x040b;
     /// `()` → `()`: ends the worker.
@@ -53,6 +55,13 @@ pub enum State {
     Running {
         /// The epoch.
         epoch: Epoch,
+    },
+    /// Its machine runs, and a part of its memory is still to come (post-copy).
+    Filling {
+        /// The epoch.
+        epoch: Epoch,
+        /// Whether the source is not connected.
+        source_lost: bool,
     },
     /// A machine that ran under this epoch elsewhere arrives.
     Receiving {
@@ -150,6 +159,8 @@ pub struct Receive {
     pub address: String,
     /// Present size of each memory, in 64 KiB pages.
     pub memory_pages: Vec<u64>,
+    /// Whether memory comes after the machine (post-copy).
+    pub post_copy: bool,
 }
 
 /// Where a worker waits for the source.
@@ -166,6 +177,8 @@ pub struct Receiving {
 pub struct Copy {
     /// Where the target's worker listens.
     pub target: Receiving,
+    /// Whether memory comes after the machine (post-copy).
+    pub post_copy: bool,
 }
 
 /// How copying goes.
@@ -211,6 +224,12 @@ pub struct Report {
     pub pid: u32,
     /// Whether it is giving its machine away: it may be frozen.
     pub giving_away: bool,
+    /// Whether memory comes after the machine that it gives away.
+    pub post_copy: bool,
+    /// Bytes that are still to be sent behind it.
+    pub unsent_bytes: u64,
+    /// How that went, once the target has everything.
+    pub fill: Option<FillReport>,
     /// Hash of the instrumented module; its file is in the agent's folder.
     pub program: Option<[u8; 32]>,
     /// Guest threads.

@@ -2,12 +2,13 @@
 //! it makes a machine that stands ready. Blocking; has a thread of its own.
 
 use super::control::Receive;
+use super::filling::Filler;
 use crate::failpoint::{self, Injected};
-use crate::link::{ImageBytes, Link, LinkError, Message};
+use crate::link::{Hello, ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
 use keel_cluster::Epoch;
 use keel_net::{PinnedIdentity, ServerTls};
-use keel_wasm::memory::MemoryError;
+use keel_wasm::memory::{MemoryError, Unavailable};
 use keel_wasm::runtime::{Image, Machine, MachineError, Program, make_memories};
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -31,6 +32,8 @@ pub(super) enum IncomingError {
     #[error("its surroundings cannot be had here: {0}")]
     Wasi(#[from] keel_wasi::Error),
     #[error(transparent)]
+    Faults(#[from] Unavailable),
+    #[error(transparent)]
     Injected(#[from] Injected),
     #[error("the source did not connect in time")]
     NobodyCame,
@@ -43,6 +46,9 @@ pub(super) struct Arrived {
     pub(super) machine: Machine,
     pub(super) log: Arc<Log>,
     pub(super) link: Link,
+    /// In a post-copy move: what brings the rest of its memory, and what tells
+    /// further connections of the source from others'.
+    pub(super) filler: Option<(Filler, ServerTls, Hello)>,
 }
 
 /// Makes WASI state out of a snapshot, with this node's resources and a log.
@@ -59,11 +65,15 @@ pub(super) fn receive(
     restore: &Restore<'_>,
 ) -> Result<Arrived, IncomingError> {
     let tls = ServerTls::pinned(identity, request.source)?;
-    let (mut link, log_base) = accept(listener, &tls, request, &program)?;
+    let (mut link, hello) = accept(listener, &tls, request, &program)?;
     failpoint::pass("in.greeted")?;
     let limits = request.spec.limits();
     let memories = make_memories(program.meta(), limits.memory_bytes)?;
-    let log = Arc::new(Log::open(folder, log_base)?);
+    let log = Arc::new(Log::open(folder, hello.log_base)?);
+    let filler = match hello.post_copy {
+        true => Some(Filler::new(memories.clone())?),
+        false => None,
+    };
     let mut image = ImageBytes::default();
     let mut write = |memory: u32, offset: u64, bytes: &[u8]| {
         let memory = memories
@@ -91,6 +101,14 @@ pub(super) fn receive(
                 link.send(&Message::RoundDone)?;
                 link.flush()?;
             }
+            Message::Remote {
+                memory,
+                first_page,
+                bits,
+            } => match &filler {
+                Some(filler) => filler.remote(memory, first_page, &bits)?,
+                None => return Err(IncomingError::Other("memory that comes later".into())),
+            },
             Message::Image(bytes) => image.add(&bytes)?,
             Message::ImageEnd => break,
             other => return Err(IncomingError::Other(format!("{other:?}"))),
@@ -101,7 +119,12 @@ pub(super) fn receive(
     let wasi = restore(image.wasi.clone(), log.clone())?;
     let machine = Machine::prepare(program, image, memories, wasi, limits)?;
     failpoint::pass("in.ready")?;
-    Ok(Arrived { machine, log, link })
+    Ok(Arrived {
+        machine,
+        log,
+        link,
+        filler: filler.map(|filler| (filler, tls, hello)),
+    })
 }
 
 /// Waits for a peer that has the agreed certificate and says the agreed hello.
@@ -111,7 +134,7 @@ fn accept(
     tls: &ServerTls,
     request: &Receive,
     program: &Program,
-) -> Result<(Link, u64), IncomingError> {
+) -> Result<(Link, Hello), IncomingError> {
     listener.set_nonblocking(true)?;
     let deadline = Instant::now() + CONNECT_PATIENCE;
     loop {
@@ -148,7 +171,7 @@ fn greet(
     tls: &ServerTls,
     request: &Receive,
     program: &Program,
-) -> Result<(Link, u64), IncomingError> {
+) -> Result<(Link, Hello), IncomingError> {
     let mut link = Link::accept(socket, tls)?;
     let Message::Hello(hello) = link.receive()? else {
         return Err(IncomingError::Other("no hello".into()));
@@ -162,7 +185,7 @@ fn greet(
             hello.machine, hello.epoch
         )));
     }
-    Ok((link, hello.log_base))
+    Ok((link, hello))
 }
 
 impl Arrived {

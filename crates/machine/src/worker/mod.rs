@@ -10,6 +10,7 @@
 //! reads the store, tells it.
 
 pub mod control;
+mod filling;
 mod incoming;
 mod outgoing;
 mod process;

@@ -3,10 +3,11 @@
 //! own.
 
 use super::control::{Copy, CopyEvent, Frozen};
+use super::filling::{self, PageSet};
 use crate::failpoint::{self, Injected};
-use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message};
+use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose};
 use crate::log::Log;
-use crate::moves::{Phase, Progress, Round};
+use crate::moves::{FillReport, Phase, Progress, Round};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{ClientTls, PinnedIdentity};
 use keel_wasm::memory::{DirtyTracker, MemoryError};
@@ -54,14 +55,38 @@ pub(super) enum OutgoingError {
     Injected(#[from] Injected),
 }
 
+/// How the target's worker is reached.
+pub(super) struct Way {
+    address: String,
+    tls: ClientTls,
+    hello: Hello,
+}
+
+impl Way {
+    /// Connects, and says what for.
+    pub(super) fn connect(&self, purpose: Purpose) -> Result<Link, LinkError> {
+        let mut link = Link::connect(&self.address, &self.tls)?;
+        let hello = Hello {
+            purpose,
+            ..self.hello.clone()
+        };
+        link.send(&Message::Hello(hello))?;
+        link.flush()?;
+        Ok(link)
+    }
+}
+
 /// One attempt to give a machine away.
 pub(super) struct Outgoing {
     machine: Machine,
     log: Arc<Log>,
     link: Link,
+    way: Way,
     trackers: Vec<DirtyTracker>,
     log_sent: u64,
     slowdown: Slowdown,
+    /// For each memory, pages that were found written and not sent.
+    unsent: Vec<PageSet>,
 }
 
 impl Outgoing {
@@ -76,17 +101,25 @@ impl Outgoing {
     ) -> Result<Self, OutgoingError> {
         failpoint::pass("out.connect")?;
         let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
-        let mut link = Link::connect(&copy.target.address, &tls)?;
-        link.send(&Message::Hello(Hello {
-            version: HELLO_VERSION,
-            machine: name.clone(),
-            epoch,
-            program: *machine.program().hash(),
-            log_base: log.base(),
-        }))?;
+        let way = Way {
+            address: copy.target.address.clone(),
+            tls,
+            hello: Hello {
+                version: HELLO_VERSION,
+                machine: name.clone(),
+                epoch,
+                program: *machine.program().hash(),
+                log_base: log.base(),
+                post_copy: copy.post_copy,
+                purpose: Purpose::Move,
+            },
+        };
+        let link = way.connect(Purpose::Move)?;
         Ok(Outgoing {
+            way,
             log_sent: log.base(),
             slowdown: Slowdown::new(machine.clone()),
+            unsent: vec![PageSet::default(); machine.memories().len()],
             machine,
             log,
             link,
@@ -163,6 +196,13 @@ impl Outgoing {
             let small = left <= budget.clamp(LAST_BYTES_MIN, LAST_BYTES_MAX)
                 // More rounds of this size would not help.
                 || left <= LAST_BYTES_MAX && !shrinks;
+            if self.way.hello.post_copy {
+                // One round; what was written since comes behind the machine.
+                for (set, ranges) in self.unsent.iter_mut().zip(&ranges) {
+                    ranges.iter().for_each(|range| set.add_bytes(range));
+                }
+                break;
+            }
             if small || rounds.len() >= ROUNDS_MAX {
                 // What was found dirty is sent with the rest.
                 self.send_ranges(&ranges, false)?;
@@ -185,7 +225,10 @@ impl Outgoing {
     /// Freezes the machine and sends all that the target lacks; returns when
     /// the target is ready to go on.
     pub(super) fn freeze_and_send(&mut self) -> Result<Frozen, OutgoingError> {
-        self.catch_up()?;
+        let post_copy = self.way.hello.post_copy;
+        if !post_copy {
+            self.catch_up()?;
+        }
         // A guest that had to be slowed down is kept slow up to here; if it
         // stands still just now, its downtime has begun.
         let begun = self.slowdown.stop().unwrap_or_else(Instant::now);
@@ -198,7 +241,10 @@ impl Outgoing {
         let mut last_bytes = 0;
         for number in 0..self.trackers.len() {
             let ranges = self.trackers[number].take()?;
-            last_bytes += self.send_memory(number as u32, &ranges, false)?;
+            match post_copy {
+                true => self.keep_pages(number as u32, &ranges)?,
+                false => last_bytes += self.send_memory(number as u32, &ranges, false)?,
+            }
         }
         self.send_log()?;
         let pages_sent = Instant::now();
@@ -253,6 +299,28 @@ impl Outgoing {
             Message::Resumed(_) => Ok(failpoint::pass("out.gone")?),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// Says which pages the target does not get yet.
+    fn keep_pages(&mut self, number: u32, ranges: &[Range<u64>]) -> Result<(), OutgoingError> {
+        let memory = self.machine.memories()[number as usize].clone();
+        self.link.send(&Message::Size {
+            memory: number,
+            pages: memory.size_bytes() >> 16,
+        })?;
+        let mut set = std::mem::take(&mut self.unsent[number as usize]);
+        for range in ranges {
+            set.add_bytes(range);
+        }
+        for message in set.messages(number) {
+            self.link.send(&message)?;
+        }
+        Ok(())
+    }
+
+    /// Sends all pages that were kept, for as long as it takes.
+    pub(super) fn serve(self, unsent: &std::sync::atomic::AtomicU64) -> FillReport {
+        filling::serve(&self.way, self.machine.memories(), Some(self.link), unsent)
     }
 
     /// Gives up. The machine is not thawed here.

@@ -6,13 +6,14 @@ use super::control::{
     Checkpoint, Checkpointed, Copy, CopyEvent, Frozen, LogChunk, ReadLog, Receive, Receiving,
     Report, Start, StartFrom, State, kind, pack, unpack,
 };
+use super::filling::{Filler, Filling};
 use super::incoming::{self, IncomingError};
 use super::outgoing::Outgoing;
 use crate::checkpoint::{self, Destination, Origin, Subject, Taker, Vault};
 use crate::failpoint;
 use crate::link::{Link, LinkError, Message};
 use crate::log::{Log, LogSink, StreamKind};
-use crate::moves::{TargetCommand, TargetEvent, TargetMove, TargetState};
+use crate::moves::{FillReport, TargetCommand, TargetEvent, TargetMove, TargetState};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::rpc::everyone_is_member;
@@ -23,7 +24,7 @@ use keel_net::{
 use keel_wasi::{Config, Preopen, Resources, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options, Outcome};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -68,6 +69,15 @@ struct Inner {
     /// Breaks the connection of a copy that another thread is busy with.
     closer: Option<std::net::TcpStream>,
     target: Option<TargetMove>,
+    /// Brings the memory of a machine that arrived, while it runs.
+    filler: Option<Filler>,
+    /// Set from the first page that is sent behind the machine on.
+    serving: bool,
+    post_copy: bool,
+    /// Bytes that are still to be sent.
+    unsent: Arc<AtomicU64>,
+    /// How that went.
+    fill: Option<FillReport>,
 }
 
 /// Runs a worker until its agent ends it. `folder` holds its socket and
@@ -221,6 +231,10 @@ impl Worker {
                 .await?;
                 Ok(pack(&())?.into())
             }
+            kind::SERVE => {
+                self.serve()?;
+                Ok(pack(&())?.into())
+            }
             kind::STOP => {
                 if let Some(machine) = &self.inner().machine {
                     machine.stop();
@@ -356,6 +370,11 @@ impl Worker {
             }
             if inner.taking.is_some() {
                 return Err(RpcError::failed("a checkpoint of it is being made already"));
+            }
+            if inner.filler.is_some() {
+                return Err(RpcError::failed(
+                    "a part of its memory is still to come; try again",
+                ));
             }
             let running = matches!(*self.state.borrow(), State::Running { .. });
             match (&inner.machine, &inner.log, &inner.name, &inner.spec) {
@@ -521,6 +540,9 @@ impl Worker {
             state: self.state.borrow().clone(),
             pid: std::process::id(),
             giving_away: inner.giving_away,
+            post_copy: inner.post_copy,
+            unsent_bytes: inner.unsent.load(Ordering::Relaxed),
+            fill: inner.fill.clone(),
             program: machine.map(|machine| *machine.program().hash()),
             threads: machine.map_or(0, |machine| machine.threads().len() as u32),
             memory_bytes: pages.iter().sum::<u64>() << 16,
@@ -560,6 +582,7 @@ impl Worker {
                     let identity = inner.identity.take();
                     inner.giving_away = identity.is_some();
                     inner.given_up = false;
+                    inner.post_copy = copy.post_copy;
                     identity.map(|identity| (identity, parts))
                 }
                 _ => None,
@@ -636,7 +659,42 @@ impl Worker {
         let result = outgoing.go(epoch);
         self.inner().outgoing = Some(outgoing);
         result.map_err(RpcError::unknown)?;
-        Ok(begun.elapsed().as_micros() as u64)
+        let took = begun.elapsed().as_micros() as u64;
+        if self.inner().post_copy {
+            // At once: threads there wait.
+            self.serve()?;
+        }
+        Ok(took)
+    }
+
+    /// Source of a post-copy move: sends the rest, for as long as it takes.
+    fn serve(self: &Arc<Self>) -> Result<(), RpcError> {
+        let outgoing = {
+            let mut inner = self.inner();
+            if inner.serving {
+                return Ok(());
+            }
+            let outgoing = inner
+                .outgoing
+                .take()
+                .ok_or_else(|| RpcError::refused("no move is under way"))?;
+            inner.serving = true;
+            // Nothing gives this move up any more; and a connection ends only with
+            // its last handle.
+            inner.closer = None;
+            outgoing
+        };
+        let worker = self.clone();
+        let unsent = self.inner().unsent.clone();
+        std::thread::Builder::new()
+            .name("fill-push".into())
+            .spawn(move || {
+                // The agent ends this process when nobody needs it any more.
+                let fill = outgoing.serve(&unsent);
+                worker.inner().fill = Some(fill);
+            })
+            .map(drop)
+            .map_err(RpcError::failed)
     }
 
     fn thaw(&self, epoch: Epoch) -> Result<(), RpcError> {
@@ -750,7 +808,7 @@ impl Worker {
                     &worker.folder,
                     &restore,
                 );
-                worker.arrived(arrived, offered);
+                worker.arrived(arrived, listener, offered);
             })
             .map_err(RpcError::failed)?;
         Ok(receiving)
@@ -759,6 +817,7 @@ impl Worker {
     fn arrived(
         self: &Arc<Self>,
         arrived: Result<incoming::Arrived, IncomingError>,
+        listener: std::net::TcpListener,
         offered: Epoch,
     ) {
         let mut arrived = match arrived {
@@ -768,6 +827,19 @@ impl Worker {
                 return;
             }
         };
+        let mut push = None;
+        if let Some((filler, tls, hello)) = arrived.filler.take() {
+            let worker = self.clone();
+            let tell = move |filling| worker.filling(filling);
+            match filler.begin(listener, tls, hello, tell) {
+                Ok(links) => push = Some(links),
+                Err(error) => {
+                    self.step_target(TargetEvent::Failed(error.to_string()));
+                    return;
+                }
+            }
+            self.inner().filler = Some(filler);
+        }
         {
             let mut inner = self.inner();
             inner.machine = Some(arrived.machine.clone());
@@ -793,6 +865,38 @@ impl Worker {
             return;
         }
         self.await_word(&mut arrived.link, offered);
+        // The rest of its memory comes the same way.
+        let runs = matches!(*self.state.borrow(), State::Filling { .. });
+        if let Some(push) = push.filter(|_| runs)
+            && push.send(arrived.link).is_err()
+        {
+            tracing::warn!("nobody takes the rest of the memory");
+        }
+    }
+
+    /// Shows how the rest of the memory comes.
+    fn filling(&self, filling: Filling) {
+        self.state.send_if_modified(|state| {
+            let State::Filling { epoch, source_lost } = state else {
+                return false;
+            };
+            let epoch = *epoch;
+            let was_lost = *source_lost;
+            let now = match filling {
+                Filling::Done => State::Running { epoch },
+                Filling::Comes | Filling::Waits => State::Filling {
+                    epoch,
+                    source_lost: filling == Filling::Waits,
+                },
+            };
+            let changes = filling == Filling::Done || was_lost != (filling == Filling::Waits);
+            *state = now;
+            changes
+        });
+        if filling == Filling::Done {
+            // (Its threads have ended, or are about to.)
+            self.inner().filler = None;
+        }
     }
 
     /// Hears the source out until it is gone.
@@ -807,7 +911,7 @@ impl Worker {
                 Err(LinkError::Aborted(reason)) => TargetEvent::Abort(reason),
                 Err(error) => return self.source_lost(error.to_string(), offered),
             };
-            let last = !matches!(event, TargetEvent::Go(_));
+            let last = !matches!(event, TargetEvent::Go(_)) || self.inner().filler.is_some();
             for command in self.step_target(event) {
                 if let TargetCommand::SayResumed(epoch) = command
                     && let Err(error) = failpoint::pass("in.gone")
@@ -847,6 +951,9 @@ impl Worker {
             match command {
                 TargetCommand::Thaw(epoch) => {
                     inner.epoch = *epoch;
+                    if let Some(filler) = &inner.filler {
+                        filler.go_on();
+                    }
                     if let Some(machine) = inner.machine.clone() {
                         machine.set_epoch(epoch.token());
                         // It stands ready; a guest that ended cannot be here.
@@ -876,7 +983,14 @@ impl Worker {
             && !commands.is_empty()
             && !matches!(*self.state.borrow(), State::Ended { .. })
         {
-            self.state.send_replace(State::Running { epoch });
+            let state = match inner.filler.is_some() {
+                true => State::Filling {
+                    epoch,
+                    source_lost: false,
+                },
+                false => State::Running { epoch },
+            };
+            self.state.send_replace(state);
         }
         commands
     }

@@ -176,6 +176,35 @@ impl PageFaults {
         self.range_request(uffd::CONTINUE, offset, bytes)
     }
 
+    /// Shows all pages of a range that the file has, those left out that are shown
+    /// already. The file must have the whole range.
+    ///
+    /// # Errors
+    /// As [`Self::provide`].
+    pub fn map_rest(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
+        let range = self.pages(offset, bytes)?;
+        let mut at = range.start;
+        while at < range.end {
+            let mut request = uffd::Request {
+                start: at,
+                len: range.end - at,
+                ..uffd::Request::default()
+            };
+            // SAFETY: the structure of this request, whole pages within our own
+            // mapping.
+            let result = unsafe { uffd::ioctl(&self.uffd, uffd::CONTINUE, &mut request) };
+            match (result, u64::try_from(request.done)) {
+                (Ok(_), _) => break,
+                (Err(_), Ok(count)) if count > 0 => at += count,
+                (Err(error), _) => {
+                    self.was_there(error, at)?;
+                    at += PAGE_BYTES;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn range_request(&self, what: u64, offset: u64, bytes: u64) -> Result<bool, MemoryError> {
         let range = self.pages(offset, bytes)?;
         let mut at = range.start;
@@ -346,6 +375,24 @@ mod tests {
             faults.provide_zeros(fault.page, PAGE_BYTES).unwrap();
         });
         assert_eq!(byte, 0);
+    }
+
+    #[test]
+    fn what_is_shown_already_is_left_out() {
+        let memory = memory();
+        let bytes: Vec<u8> = (0..8 * PAGE).map(|at| (at / PAGE) as u8 + 1).collect();
+        memory.write(0, &bytes).unwrap();
+        let faults = PageFaults::start(memory.clone(), true).unwrap();
+        for page in [0, 3, 4, 7] {
+            assert!(faults.map(page * PAGE_BYTES, PAGE_BYTES).unwrap());
+        }
+        faults.map_rest(0, 8 * PAGE_BYTES).unwrap();
+        for page in 0..8 {
+            assert_eq!(load(&memory, page * PAGE + 9), page as u8 + 1);
+        }
+        assert_eq!(faults.wait(Duration::ZERO).unwrap(), None);
+        assert_eq!(memory.populated_from(0).unwrap(), Some(0));
+        assert_eq!(memory.populated_from(8 * PAGE_BYTES).unwrap(), None);
     }
 
     #[test]

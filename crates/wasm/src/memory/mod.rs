@@ -343,6 +343,19 @@ impl GuestMemory {
         Ok(ranges)
     }
 
+    /// Offset of the first host page at or behind `at` that was ever touched;
+    /// `None` if all behind it is zero.
+    ///
+    /// # Errors
+    /// [`MemoryError::System`].
+    pub fn populated_from(&self, at: u64) -> Result<Option<u64>, MemoryError> {
+        match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+            Ok(data) if data < self.size_bytes() => Ok(Some(data)),
+            Ok(_) | Err(rustix::io::Errno::NXIO) => Ok(None),
+            Err(errno) => Err(system("find populated pages")(errno)),
+        }
+    }
+
     /// Whether addresses are 64 bits wide.
     pub fn memory64(&self) -> bool {
         self.memory64

@@ -1,0 +1,930 @@
+//! Post-copy: the machine runs at the target before all of its memory is there.
+//!
+//! ```text
+//!   source                                            target
+//!     │ REMOTE (which pages it keeps), image ──────────▶│
+//!     │ GO ────────────────────────────────────────────▶│ runs; an access to such a page waits
+//!     │ pages, in order ───────────────────────────────▶│ written, then shown   (first connection)
+//!     │◀──────────────────────────────────────── PULL ──│ what a thread waits for
+//!     │ that page and the next ────────────────────────▶│                       (second connection)
+//!     │ ALL_SENT ──────────────────────────────────────▶│
+//!     │◀────────────────────────────────────── FILLED ──│ all is there
+//! ```
+//!
+//! A page is shown to the guest only when its newest content is in place: the
+//! target's file holds what earlier rounds copied, but the guest's mapping shows
+//! nothing at first, so every first access is a minor or missing fault, and only
+//! this module answers those. Whichever connection brings a page first counts;
+//! what comes later is older than what the guest may have written, and is dropped.
+//!
+//! When a connection is lost, threads that need a page wait, the others run on;
+//! the source connects anew and is told what is still wanted. A source that is
+//! gone for good is the agents' business: the machine cannot go on.
+
+use super::outgoing::Way;
+use crate::link::{Hello, Link, LinkError, Message, Purpose, WritePages};
+use crate::moves::FillReport;
+use keel_net::ServerTls;
+use keel_wasm::memory::{FaultKind, GuestMemory, MemoryError, PAGE_BYTES, PageFaults, Unavailable};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::net::{TcpListener, TcpStream};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// Pages that are sent for one that is waited for: it, and those behind it.
+const PULL_PAGES: u64 = 8;
+/// Pages of one message when they are sent unasked.
+const PUSH_PAGES: u64 = 16;
+/// Pages that are shown at a time.
+const SHOW_BYTES: u64 = 1 << 20;
+/// How long a thread of this module waits before it looks whether all is done.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Pause before a source connects anew.
+const CONNECT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// Bytes of a set of pages in one message.
+const SET_BYTES: usize = 32 << 10;
+
+/// A set of the pages of one memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct PageSet {
+    words: Vec<u64>,
+    count: u64,
+}
+
+impl PageSet {
+    fn contains(&self, page: u64) -> bool {
+        self.words
+            .get((page / 64) as usize)
+            .is_some_and(|word| word >> (page % 64) & 1 == 1)
+    }
+
+    /// False if it was in already.
+    fn insert(&mut self, page: u64) -> bool {
+        let at = (page / 64) as usize;
+        if at >= self.words.len() {
+            self.words.resize(at + 1, 0);
+        }
+        let bit = 1 << (page % 64);
+        let new = self.words[at] & bit == 0;
+        self.words[at] |= bit;
+        self.count += u64::from(new);
+        new
+    }
+
+    /// False if it was not in.
+    fn remove(&mut self, page: u64) -> bool {
+        let was = self.contains(page);
+        if was {
+            self.words[(page / 64) as usize] &= !(1 << (page % 64));
+            self.count -= 1;
+        }
+        was
+    }
+
+    pub(super) fn add_bytes(&mut self, range: &Range<u64>) {
+        for page in range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES) {
+            self.insert(page);
+        }
+    }
+
+    /// The first page at or behind `from`, and how many follow it, at most `max`.
+    fn run(&self, from: u64, max: u64) -> Option<Range<u64>> {
+        let mut at = (from / 64) as usize;
+        let mut word = *self.words.get(at)? & (u64::MAX << (from % 64));
+        while word == 0 {
+            at += 1;
+            word = *self.words.get(at)?;
+        }
+        let first = at as u64 * 64 + u64::from(word.trailing_zeros());
+        let mut end = first + 1;
+        while end - first < max && self.contains(end) {
+            end += 1;
+        }
+        Some(first..end)
+    }
+
+    /// As messages.
+    pub(super) fn messages(&self, memory: u32) -> Vec<Message> {
+        let bytes: Vec<u8> = self
+            .words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect();
+        bytes
+            .chunks(SET_BYTES)
+            .enumerate()
+            .map(|(number, bytes)| Message::Remote {
+                memory,
+                first_page: (number * SET_BYTES * 8) as u64,
+                bits: bytes.to_vec().into(),
+            })
+            .collect()
+    }
+
+    /// Adds what a message says.
+    fn add_message(&mut self, first_page: u64, bits: &[u8]) {
+        for (at, byte) in bits.iter().enumerate() {
+            for bit in 0..8 {
+                if byte >> bit & 1 == 1 {
+                    self.insert(first_page + at as u64 * 8 + bit);
+                }
+            }
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|error| error.into_inner())
+}
+
+fn passed(name: &'static str) -> Result<(), LinkError> {
+    crate::failpoint::pass(name).map_err(|injected| LinkError::Aborted(injected.to_string()))
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+// ── target ──────────────────────────────────────────────────────────────
+
+/// The target's side.
+#[derive(Clone)]
+pub(super) struct Filler {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Filler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Filler").finish_non_exhaustive()
+    }
+}
+
+struct Shared {
+    memories: Arc<[Arc<GuestMemory>]>,
+    faults: Vec<PageFaults>,
+    pages: Mutex<Pages>,
+    changed: Condvar,
+    done: AtomicBool,
+    /// What ends the connections in use, for pages unasked and asked for: a newer
+    /// one of the source means that they are dead, whatever this side sees.
+    closers: Mutex<[Option<TcpStream>; 2]>,
+}
+
+#[derive(Default)]
+struct Pages {
+    /// For each memory, the pages that only the source has.
+    remote: Vec<PageSet>,
+    /// Set once the guest may run, that is, once `remote` is complete.
+    begun: Option<Instant>,
+    /// When a thread began to wait for a page, by memory and page.
+    waited: Vec<(u32, u64, Instant)>,
+    report: FillReport,
+}
+
+/// What becomes of filling, for whoever shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Filling {
+    /// Pages come.
+    Comes,
+    /// The source is not connected.
+    Waits,
+    /// All is there.
+    Done,
+}
+
+impl Filler {
+    /// From now on every access of a guest to these memories is answered here.
+    pub(super) fn new(memories: Arc<[Arc<GuestMemory>]>) -> Result<Self, Unavailable> {
+        let mut faults = Vec::with_capacity(memories.len());
+        for memory in memories.iter() {
+            faults.push(PageFaults::start(memory.clone(), true)?);
+        }
+        let remote = vec![PageSet::default(); memories.len()];
+        Ok(Filler {
+            shared: Arc::new(Shared {
+                memories,
+                faults,
+                pages: Mutex::new(Pages {
+                    remote,
+                    ..Pages::default()
+                }),
+                changed: Condvar::new(),
+                done: AtomicBool::new(false),
+                closers: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Pages that the source keeps for now.
+    pub(super) fn remote(
+        &self,
+        memory: u32,
+        first_page: u64,
+        bits: &[u8],
+    ) -> Result<(), LinkError> {
+        let mut pages = locked(&self.shared.pages);
+        let size = self.shared.memories.get(memory as usize);
+        let last = first_page.saturating_add(bits.len() as u64 * 8);
+        // (Sets are sent in whole words: 64 pages.)
+        if size.is_none_or(|size| last > size.limit_bytes() / PAGE_BYTES + 64) {
+            return Err(LinkError::Message(format!(
+                "pages {first_page} to {last} of memory {memory} are outside of it"
+            )));
+        }
+        if let Some(set) = pages.remote.get_mut(memory as usize) {
+            set.add_message(first_page, bits);
+        }
+        Ok(())
+    }
+
+    /// The guest runs from now on.
+    pub(super) fn go_on(&self) {
+        let mut pages = locked(&self.shared.pages);
+        pages.begun.get_or_insert_with(Instant::now);
+        self.shared.changed.notify_all();
+    }
+
+    /// Begins to answer accesses. `listener` takes the source's further
+    /// connections.
+    pub(super) fn begin(
+        &self,
+        listener: TcpListener,
+        tls: ServerTls,
+        expected: Hello,
+        tell: impl Fn(Filling) + Send + Sync + 'static,
+    ) -> std::io::Result<Sender<Link>> {
+        let (push, pushes) = channel();
+        let (pull, pulls) = channel();
+        let (want, wants) = channel();
+        let spawn = |name: &str, work: Box<dyn FnOnce(Arc<Shared>) + Send>| {
+            let shared = self.shared.clone();
+            std::thread::Builder::new()
+                .name(name.into())
+                .spawn(move || work(shared))
+                .map(drop)
+        };
+        let pushes_in = push.clone();
+        spawn(
+            "fill-accept",
+            Box::new(move |shared| shared.accept(&listener, &tls, &expected, &pushes_in, &pull)),
+        )?;
+        for memory in 0..self.shared.memories.len() {
+            let want = want.clone();
+            spawn(
+                "fill-faults",
+                Box::new(move |shared| shared.answer(memory, &want)),
+            )?;
+        }
+        spawn(
+            "fill-pull",
+            Box::new(move |shared| shared.pull(&wants, &pulls)),
+        )?;
+        spawn("fill-show", Box::new(|shared| shared.show_all()))?;
+        spawn(
+            "fill-push",
+            Box::new(move |shared| shared.receive(&pushes, &tell)),
+        )?;
+        Ok(push)
+    }
+}
+
+impl Shared {
+    fn is_done(&self) -> bool {
+        self.done.load(Ordering::Acquire)
+    }
+
+    /// Takes connections that the source makes.
+    fn accept(
+        &self,
+        listener: &TcpListener,
+        tls: &ServerTls,
+        expected: &Hello,
+        push: &Sender<Link>,
+        pull: &Sender<Link>,
+    ) {
+        while !self.is_done() {
+            let (socket, peer) = match listener.accept() {
+                Ok(accepted) => accepted,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    let mut ready = [PollFd::new(listener, PollFlags::IN)];
+                    let patience = Timespec {
+                        tv_sec: 0,
+                        tv_nsec: LOOK_EVERY.subsec_nanos().into(),
+                    };
+                    // Whatever it answers, the listener is asked again.
+                    let _ = poll(&mut ready, Some(&patience));
+                    continue;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "no connection for pages");
+                    std::thread::sleep(LOOK_EVERY);
+                    continue;
+                }
+            };
+            let greeted = socket
+                .set_nonblocking(false)
+                .map_err(LinkError::from)
+                .and_then(|()| Link::accept(socket, tls))
+                .and_then(|mut link| match link.receive()? {
+                    Message::Hello(hello) if hello.is_like(expected) => Ok((link, hello.purpose)),
+                    other => Err(LinkError::Message(format!("{other:?} out of turn"))),
+                });
+            let sent = match greeted {
+                Ok((link, Purpose::Push)) => {
+                    self.replace(0, &link);
+                    push.send(link).is_ok()
+                }
+                Ok((link, Purpose::Pull)) => {
+                    self.replace(1, &link);
+                    pull.send(link).is_ok()
+                }
+                Ok((_, Purpose::Move)) => true,
+                Err(error) => {
+                    tracing::warn!(%peer, %error, "turned a peer away");
+                    true
+                }
+            };
+            if !sent {
+                return;
+            }
+        }
+    }
+
+    /// Ends the connection that a new one takes the place of.
+    fn replace(&self, number: usize, link: &Link) {
+        self.end(number);
+        locked(&self.closers)[number] = link.closer().ok();
+    }
+
+    /// Ends a connection, so that the source makes another.
+    fn end(&self, number: usize) {
+        shut(locked(&self.closers)[number].take());
+    }
+
+    /// Answers the accesses to one memory.
+    fn answer(&self, memory: usize, want: &Sender<(u32, u64)>) {
+        while !self.is_done() {
+            let fault = match self.faults[memory].wait(LOOK_EVERY) {
+                Ok(Some(fault)) => fault,
+                Ok(None) => continue,
+                Err(error) => {
+                    tracing::error!(%error, "accesses to memory are not answered");
+                    return;
+                }
+            };
+            let page = fault.page / PAGE_BYTES;
+            let mut pages = locked(&self.pages);
+            if pages.remote[memory].contains(page) {
+                // Whoever waits for it a second time is woken with the first.
+                pages.waited.push((memory as u32, page, Instant::now()));
+                drop(pages);
+                if want.send((memory as u32, page)).is_err() {
+                    return;
+                }
+                continue;
+            }
+            pages.report.local_faults += 1;
+            drop(pages);
+            let answered = match fault.kind {
+                FaultKind::Minor => self.faults[memory].map(fault.page, PAGE_BYTES),
+                // Not in the file: untouched so far, or just arrived.
+                FaultKind::Missing => match self.has(memory, fault.page) {
+                    true => self.faults[memory].map(fault.page, PAGE_BYTES),
+                    false => self.faults[memory].provide_zeros(fault.page, PAGE_BYTES),
+                },
+            };
+            if let Err(error) = answered {
+                tracing::error!(%error, page, "a page cannot be shown");
+            }
+        }
+    }
+
+    /// Whether the file has a page.
+    fn has(&self, memory: usize, at: u64) -> bool {
+        self.memories[memory]
+            .populated_from(at)
+            .is_ok_and(|first| first == Some(at))
+    }
+
+    /// Puts pages in place that were not there; answers how many.
+    fn install(&self, memory: u32, offset: u64, bytes: &[u8]) -> Result<u64, LinkError> {
+        passed("fill.page")?;
+        let number = memory as usize;
+        let (Some(of), Some(faults)) = (self.memories.get(number), self.faults.get(number)) else {
+            return Err(LinkError::Message(format!("pages of memory {memory}")));
+        };
+        let first = offset / PAGE_BYTES;
+        let count = bytes.len() as u64 / PAGE_BYTES;
+        let mut new = 0;
+        let mut pages = locked(&self.pages);
+        let mut at = 0;
+        while at < count {
+            // A run of pages that are still wanted.
+            let mut end = at;
+            while end < count && pages.remote[number].contains(first + end) {
+                end += 1;
+            }
+            if end == at {
+                at += 1;
+                continue;
+            }
+            let from = offset + at * PAGE_BYTES;
+            let piece = &bytes[(at * PAGE_BYTES) as usize..(end * PAGE_BYTES) as usize];
+            // Under the lock: nobody else writes them, and no access is answered
+            // as if they were not to come, before they are in place.
+            of.write(from, piece)?;
+            for page in first + at..first + end {
+                pages.remote[number].remove(page);
+            }
+            faults.map_rest(from, piece.len() as u64)?;
+            new += end - at;
+            at = end;
+        }
+        let now = Instant::now();
+        let Pages { waited, report, .. } = &mut *pages;
+        waited.retain(|(of, page, since)| {
+            let came = *of == memory && (first..first + count).contains(page);
+            if came {
+                report.add_latency(now - *since);
+            }
+            !came
+        });
+        if pages.remote.iter().all(|set| set.count == 0) {
+            self.changed.notify_all();
+        }
+        Ok(new)
+    }
+
+    /// Brings what threads wait for.
+    fn pull(&self, wants: &Receiver<(u32, u64)>, links: &Receiver<Link>) {
+        let mut link: Option<Link> = None;
+        let mut open: Vec<(u32, u64)> = Vec::new();
+        while !self.is_done() {
+            if open.is_empty() {
+                match wants.recv_timeout(LOOK_EVERY) {
+                    Ok(want) => open.push(want),
+                    Err(RecvTimeoutError::Timeout) => continue,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+            }
+            open.extend(wants.try_iter());
+            open.dedup();
+            {
+                let pages = locked(&self.pages);
+                open.retain(|(memory, page)| pages.remote[*memory as usize].contains(*page));
+            }
+            // A newer connection replaces one that may be dead.
+            if let Some(newer) = links.try_iter().last() {
+                link = Some(newer);
+            }
+            let Some(now) = &mut link else {
+                match links.recv_timeout(LOOK_EVERY) {
+                    Ok(new) => link = Some(new),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+                continue;
+            };
+            match self.pull_once(now, &open) {
+                Ok(new) => {
+                    locked(&self.pages).report.pulled_pages += new;
+                    open.clear();
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "pages that threads wait for do not come");
+                    self.end(1);
+                    link = None;
+                }
+            }
+        }
+    }
+
+    fn pull_once(&self, link: &mut Link, wanted: &[(u32, u64)]) -> Result<u64, LinkError> {
+        if wanted.is_empty() {
+            return Ok(0);
+        }
+        passed("fill.wait")?;
+        for (memory, page) in wanted {
+            link.send(&Message::Pull {
+                memory: *memory,
+                page: *page,
+            })?;
+        }
+        link.flush()?;
+        let mut new = 0;
+        for _ in wanted {
+            let mut whole = WholePages::default();
+            let message = link.receive_pages(&mut |memory, offset, bytes| {
+                whole.add(memory, offset, bytes, &mut |memory, offset, bytes| {
+                    new += self.install(memory, offset, bytes)?;
+                    Ok(())
+                })
+            })?;
+            if message != Message::RoundEnd {
+                return Err(LinkError::Message(format!("{message:?} out of turn")));
+            }
+        }
+        Ok(new)
+    }
+
+    /// Takes what comes unasked, over as many connections as it takes.
+    fn receive(&self, links: &Receiver<Link>, tell: &dyn Fn(Filling)) {
+        let mut first = true;
+        loop {
+            let mut link = match links.recv_timeout(LOOK_EVERY) {
+                Ok(link) => link,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            if std::mem::take(&mut first) {
+                locked(&self.closers)[0] = link.closer().ok();
+            } else {
+                locked(&self.pages).report.reconnects += 1;
+                tell(Filling::Comes);
+            }
+            match self.receive_from(&mut link) {
+                Ok(()) => break,
+                Err(error) => {
+                    tracing::warn!(%error, "pages do not come any more; waiting for the source");
+                    // A connection ends only with its last handle.
+                    self.end(0);
+                    tell(Filling::Waits);
+                }
+            }
+        }
+        self.done.store(true, Ordering::Release);
+        tell(Filling::Done);
+    }
+
+    fn receive_from(&self, link: &mut Link) -> Result<(), LinkError> {
+        // What is wanted now: after a lost connection it is less than at first.
+        let sets = locked(&self.pages).remote.clone();
+        for (memory, set) in (0u32..).zip(&sets) {
+            for message in set.messages(memory) {
+                link.send(&message)?;
+            }
+        }
+        link.send(&Message::RoundEnd)?;
+        link.flush()?;
+        let mut whole = WholePages::default();
+        let mut new = 0;
+        let message = link.receive_pages(&mut |memory, offset, bytes| {
+            whole.add(memory, offset, bytes, &mut |memory, offset, bytes| {
+                new += self.install(memory, offset, bytes)?;
+                Ok(())
+            })
+        });
+        locked(&self.pages).report.pushed_pages += new;
+        match message? {
+            Message::AllSent => {}
+            other => return Err(LinkError::Message(format!("{other:?} out of turn"))),
+        }
+        let mut pages = locked(&self.pages);
+        while pages.remote.iter().any(|set| set.count > 0) {
+            let (rest, waited) = self
+                .changed
+                .wait_timeout(pages, Duration::from_secs(5))
+                .unwrap_or_else(|error| error.into_inner());
+            pages = rest;
+            if waited.timed_out() {
+                return Err(LinkError::Message("some pages did not come".into()));
+            }
+        }
+        let begun = pages.begun;
+        pages.report.micros = begun.map_or(0, |begun| micros(begun.elapsed()));
+        let report = pages.report.clone();
+        drop(pages);
+        passed("fill.all")?;
+        // The source is let go when all is shown too: nothing waits then.
+        link.send(&Message::Filled(report))?;
+        link.flush()
+    }
+
+    /// Shows what earlier rounds brought, so that accesses to it need not wait.
+    fn show_all(&self) {
+        {
+            // Not while the machine stands still for its move.
+            let mut pages = locked(&self.pages);
+            while pages.begun.is_none() && !self.is_done() {
+                pages = self
+                    .changed
+                    .wait_timeout(pages, LOOK_EVERY)
+                    .unwrap_or_else(|error| error.into_inner())
+                    .0;
+            }
+        }
+        for ((number, memory), faults) in self.memories.iter().enumerate().zip(&self.faults) {
+            let Ok(ranges) = memory.populated() else {
+                continue;
+            };
+            for range in ranges {
+                let mut at = range.start;
+                while at < range.end && !self.is_done() {
+                    let end = (at + SHOW_BYTES).min(range.end);
+                    if let Err(error) = self.show(number, faults, at..end) {
+                        tracing::debug!(%error, "pages are shown when they are used");
+                    }
+                    at = end;
+                }
+            }
+        }
+    }
+
+    fn show(
+        &self,
+        number: usize,
+        faults: &PageFaults,
+        range: Range<u64>,
+    ) -> Result<(), MemoryError> {
+        let mut at = range.start / PAGE_BYTES;
+        let last = range.end / PAGE_BYTES;
+        while at < last {
+            // Under the lock: what is still to come must not be shown.
+            let pages = locked(&self.pages);
+            let remote = pages.remote[number].run(at, u64::MAX);
+            let until = remote.as_ref().map_or(last, |run| run.start.min(last));
+            if until > at {
+                faults.map_rest(at * PAGE_BYTES, (until - at) * PAGE_BYTES)?;
+            }
+            at = remote.map_or(last, |run| run.end.max(until));
+        }
+        Ok(())
+    }
+}
+
+/// Puts pieces of pages together.
+#[derive(Debug, Default)]
+struct WholePages {
+    memory: u32,
+    offset: u64,
+    bytes: Vec<u8>,
+}
+
+impl WholePages {
+    /// Takes a piece; gives whole pages on.
+    fn add(
+        &mut self,
+        memory: u32,
+        offset: u64,
+        bytes: &[u8],
+        take: &mut WritePages<'_>,
+    ) -> Result<(), LinkError> {
+        let page = PAGE_BYTES as usize;
+        let follows = memory == self.memory && offset == self.offset + self.bytes.len() as u64;
+        if !self.bytes.is_empty() && !follows {
+            return Err(LinkError::Message("a page was cut off".into()));
+        }
+        if self.bytes.is_empty() {
+            if !offset.is_multiple_of(PAGE_BYTES) {
+                return Err(LinkError::Message("a page begins in its middle".into()));
+            }
+            (self.memory, self.offset) = (memory, offset);
+            let whole = bytes.len() / page * page;
+            if whole > 0 {
+                take(memory, offset, &bytes[..whole])?;
+            }
+            self.offset += whole as u64;
+            self.bytes.extend_from_slice(&bytes[whole..]);
+            return Ok(());
+        }
+        let missing = (page - self.bytes.len()).min(bytes.len());
+        self.bytes.extend_from_slice(&bytes[..missing]);
+        if self.bytes.len() == page {
+            take(self.memory, self.offset, &self.bytes)?;
+            self.offset += PAGE_BYTES;
+            self.bytes.clear();
+            if missing < bytes.len() {
+                return self.add(memory, offset + missing as u64, &bytes[missing..], take);
+            }
+        }
+        Ok(())
+    }
+}
+
+// ── source ──────────────────────────────────────────────────────────────
+
+/// The source's side: sends all that the target lacks, until it has everything.
+/// `first` is the connection of the move, if it still stands; `unsent` is told
+/// how many bytes are left.
+pub(super) fn serve(
+    way: &Way,
+    memories: &[Arc<GuestMemory>],
+    first: Option<Link>,
+    unsent: &AtomicU64,
+) -> FillReport {
+    let mut first = first;
+    loop {
+        let served = first
+            .take()
+            .map_or_else(|| way.connect(Purpose::Push), Ok)
+            .and_then(|push| serve_once(way, memories, push, unsent));
+        match served {
+            Ok(report) => return report,
+            Err(error) => {
+                tracing::warn!(%error, "pages are not sent; trying again");
+                std::thread::sleep(CONNECT_AGAIN_AFTER);
+            }
+        }
+    }
+}
+
+fn serve_once(
+    way: &Way,
+    memories: &[Arc<GuestMemory>],
+    mut push: Link,
+    unsent: &AtomicU64,
+) -> Result<FillReport, LinkError> {
+    let done = AtomicBool::new(false);
+    let closer = Mutex::new(None);
+    let report = passed("fill.serve").and_then(|()| {
+        let pull = way.connect(Purpose::Pull)?;
+        std::thread::scope(|scope| {
+            let (done, closer) = (&done, &closer);
+            let report = std::thread::Builder::new()
+                .name("fill-pull".into())
+                .spawn_scoped(scope, move || {
+                    serve_pulls(way, pull, memories, done, closer)
+                })
+                .map_err(LinkError::from)
+                .and_then(|_| push_all(&mut push, memories, unsent));
+            done.store(true, Ordering::Release);
+            shut(locked(closer).take());
+            report
+        })
+    });
+    if report.is_err() {
+        // The target may hold on to it.
+        shut(push.closer().ok());
+    }
+    report
+}
+
+fn shut(socket: Option<TcpStream>) {
+    if let Some(socket) = socket {
+        // It may be closed already.
+        let _ = socket.shutdown(std::net::Shutdown::Both);
+    }
+}
+
+/// Sends what is waited for, over as many connections as it takes, until all is
+/// done.
+fn serve_pulls(
+    way: &Way,
+    first: Link,
+    memories: &[Arc<GuestMemory>],
+    done: &AtomicBool,
+    closer: &Mutex<Option<TcpStream>>,
+) {
+    let mut link = Some(first);
+    while !done.load(Ordering::Acquire) {
+        let connected = match link.take() {
+            Some(link) => Ok(link),
+            None => way.connect(Purpose::Pull),
+        };
+        match connected {
+            Ok(now) => {
+                *locked(closer) = now.closer().ok();
+                // It may have been done before that was there to be closed.
+                if !done.load(Ordering::Acquire) {
+                    answer_pulls(now, memories);
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "pages that are waited for come with the others");
+                std::thread::sleep(CONNECT_AGAIN_AFTER);
+            }
+        }
+    }
+}
+
+fn read(memory: &GuestMemory) -> impl Fn(u64, &mut [u8]) -> Result<(), MemoryError> + '_ {
+    |at, bytes| memory.read(at, bytes)
+}
+
+/// Sends what is waited for, until the connection ends.
+fn answer_pulls(mut link: Link, memories: &[Arc<GuestMemory>]) {
+    if let Err(error) = link.be_patient() {
+        tracing::debug!(%error, "a target that is silent is not waited for");
+    }
+    loop {
+        let answered = link.receive().and_then(|message| {
+            passed("fill.pull")?;
+            let Message::Pull { memory, page } = message else {
+                return Err(LinkError::Message(format!("{message:?} out of turn")));
+            };
+            let of = memories
+                .get(memory as usize)
+                .ok_or_else(|| LinkError::Message(format!("pages of memory {memory}")))?;
+            let start = page.saturating_mul(PAGE_BYTES);
+            let end = of.size_bytes().min(start + PULL_PAGES * PAGE_BYTES);
+            link.send_pages(memory, start..end, false, &read(of))?;
+            link.send(&Message::RoundEnd)?;
+            link.flush()
+        });
+        if let Err(error) = answered {
+            tracing::debug!(%error, "nobody waits for pages any more");
+            return;
+        }
+    }
+}
+
+fn push_all(
+    link: &mut Link,
+    memories: &[Arc<GuestMemory>],
+    unsent: &AtomicU64,
+) -> Result<FillReport, LinkError> {
+    let mut sets = vec![PageSet::default(); memories.len()];
+    loop {
+        match link.receive()? {
+            Message::Remote {
+                memory,
+                first_page,
+                bits,
+            } => match sets.get_mut(memory as usize) {
+                Some(set) => set.add_message(first_page, &bits),
+                None => return Err(LinkError::Message(format!("pages of memory {memory}"))),
+            },
+            Message::RoundEnd => break,
+            other => return Err(LinkError::Message(format!("{other:?} out of turn"))),
+        }
+    }
+    let all: u64 = sets.iter().map(|set| set.count).sum();
+    unsent.store(all * PAGE_BYTES, Ordering::Relaxed);
+    for ((number, memory), set) in (0u32..).zip(memories).zip(&sets) {
+        let mut at = 0;
+        while let Some(run) = set.run(at, PUSH_PAGES) {
+            passed("fill.push")?;
+            unsent.fetch_sub((run.end - run.start) * PAGE_BYTES, Ordering::Relaxed);
+            at = run.end;
+            let end = (run.end * PAGE_BYTES).min(memory.size_bytes());
+            link.send_pages(number, run.start * PAGE_BYTES..end, false, &read(memory))?;
+        }
+    }
+    link.send(&Message::AllSent)?;
+    link.flush()?;
+    match link.receive()? {
+        Message::Filled(report) => Ok(report),
+        other => Err(LinkError::Message(format!("{other:?} out of turn"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sets_of_pages() {
+        let mut set = PageSet::default();
+        set.add_bytes(&(3 * PAGE_BYTES..5 * PAGE_BYTES));
+        set.add_bytes(&(64 * PAGE_BYTES..200 * PAGE_BYTES + 1));
+        assert_eq!(set.count, 2 + 137);
+        assert_eq!(set.run(0, 16), Some(3..5));
+        assert_eq!(set.run(4, 16), Some(4..5));
+        assert_eq!(set.run(5, 16), Some(64..80));
+        assert_eq!(set.run(5, u64::MAX), Some(64..201));
+        assert_eq!(set.run(201, 16), None);
+        let mut other = PageSet::default();
+        for message in set.messages(0) {
+            let Message::Remote {
+                first_page, bits, ..
+            } = message
+            else {
+                panic!("{message:?}");
+            };
+            other.add_message(first_page, &bits);
+        }
+        assert_eq!(other, set);
+        assert!(set.remove(3) && !set.remove(3));
+        assert_eq!(set.run(0, 16), Some(4..5));
+    }
+
+    #[test]
+    fn pages_are_put_together_however_they_are_cut() {
+        let content: Vec<u8> = (0..5 * PAGE_BYTES).map(|at| (at % 251) as u8).collect();
+        for size in [1, 7, 4095, 4096, 4097, 9000, 20480] {
+            let mut whole = WholePages::default();
+            let mut got = Vec::new();
+            let mut at = 0;
+            for piece in content.chunks(size) {
+                whole
+                    .add(0, 8192 + at, piece, &mut |_, offset, bytes| {
+                        assert_eq!(offset, 8192 + got.len() as u64);
+                        assert!(bytes.len().is_multiple_of(PAGE_BYTES as usize));
+                        got.extend_from_slice(bytes);
+                        Ok(())
+                    })
+                    .unwrap();
+                at += piece.len() as u64;
+            }
+            assert_eq!(got, content, "{size}");
+        }
+        let mut whole = WholePages::default();
+        let mut none = |_: u32, _: u64, _: &[u8]| Ok(());
+        assert!(whole.add(0, 5, &[1], &mut none).is_err());
+        assert!(whole.add(0, 4096, &[1], &mut none).is_ok());
+        assert!(whole.add(0, 8192, &[1], &mut none).is_err());
+    }
+}
