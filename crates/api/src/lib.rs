@@ -295,7 +295,7 @@ pub enum MoveLine {
     /// It goes on.
     Progress(Progress),
     /// It is over.
-    Report(MoveReport),
+    Report(Box<MoveReport>),
     /// It could not even begin.
     Error(String),
 }

@@ -20,8 +20,9 @@ use std::time::Duration;
 const FIRST_DELAY: Duration = Duration::from_millis(200);
 /// The longest delay.
 const DELAY_MAX: Duration = Duration::from_secs(60);
-/// A machine that ran this long starts afresh in the count.
-const GOOD_LIFE_MS: u64 = 60_000;
+/// A machine that ran this long starts afresh in the count, as in other container
+/// engines.
+const GOOD_LIFE_MS: u64 = 10_000;
 
 /// When a machine is started again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -800,7 +800,10 @@ impl Driver {
             tracing::warn!(%machine, %error, "the move's report is not kept");
         }
         // Whoever watched may have gone.
-        let _ = self.lines.send(MoveLine::Report(self.report.clone())).await;
+        let _ = self
+            .lines
+            .send(MoveLine::Report(Box::new(self.report.clone())))
+            .await;
     }
 }
 

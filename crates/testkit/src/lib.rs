@@ -518,7 +518,7 @@ pub async fn move_as(client: &Client, machine: &str, request: &MoveRequest) -> R
     while let Some(line) = lines.line().await? {
         match line {
             MoveLine::Progress(_) => {}
-            MoveLine::Report(report) => return Ok(report),
+            MoveLine::Report(report) => return Ok(*report),
             MoveLine::Error(error) => bail!(error),
         }
     }

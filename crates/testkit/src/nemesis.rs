@@ -241,7 +241,11 @@ impl Nemesis {
                 Err(error) => {
                     // What it wrote says more than that it does not write.
                     self.testimony(name)?;
-                    return Err(error.context(format!("{:?}", inspect().await)));
+                    let info = inspect().await.map(|info| MachineInfo {
+                        moves: Vec::new(),
+                        ..info
+                    });
+                    return Err(error.context(format!("{info:?}")));
                 }
             }
         }
