@@ -10,8 +10,29 @@ const NEEDED: [(&str, &str); 1] = [("cc", "gcc")];
 /// Nodes in tests can be made to fail at any step.
 pub(crate) const FAILPOINTS: [&str; 2] = ["--features", "keel/failpoints"];
 
+/// Tests of several nodes, which must hold on slow networks too, and how late each
+/// message is there.
+const NODES: &str = "t30_cluster";
+const DELAY_MS: &str = "30";
+
+/// All tests, or those that the arguments name. Without any, the tests of several
+/// nodes come first with every message delayed.
 pub(crate) fn run(args: &[String]) -> Result<()> {
     provide()?;
+    if args.is_empty() {
+        let mut delayed = cargo();
+        match has("cargo-nextest") {
+            true => delayed
+                .args(["nextest", "run", "--release", "--workspace"])
+                .args(FAILPOINTS)
+                .args(["-E", &format!("binary({NODES})")]),
+            false => delayed
+                .args(["test", "--release", "--workspace"])
+                .args(FAILPOINTS)
+                .args(["--test", NODES]),
+        };
+        check(delayed.env("KEEL_NET_DELAY_MS", DELAY_MS))?;
+    }
     if has("cargo-nextest") {
         check(
             cargo()

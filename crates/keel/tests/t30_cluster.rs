@@ -451,7 +451,7 @@ async fn machines_are_kept_and_made_again() {
     let shared = bench.folder.path().join("kept");
     let place = shared.to_str().expect("a path");
     cluster
-        .run(&Guest::new("writer", "a", &guest("writer"), &["8", "10"]))
+        .run(&Guest::new("writer", "a", &guest("writer"), &["8", "2"]))
         .await
         .expect("it starts");
     wait_lines(cluster, "a", "writer", 3).await;

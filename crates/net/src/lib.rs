@@ -14,6 +14,8 @@
 #![forbid(unsafe_code)]
 
 pub mod bulk;
+#[cfg(feature = "delays")]
+pub mod delay;
 pub mod frame;
 pub mod name;
 pub mod rpc;

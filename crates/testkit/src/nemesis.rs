@@ -8,7 +8,7 @@ use crate::network::Network;
 use crate::witness::{Testimony, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
-use keel_api::{CheckpointRequest, MachineInfo};
+use keel_api::{CheckpointRequest, MachineInfo, MoveRequest};
 use keel_machine::failpoint::{ALL, Action, Order};
 use keel_machine::moves::Ending;
 use keel_machine::restart::Restart;
@@ -407,7 +407,14 @@ impl Nemesis {
                 if disturbed {
                     self.tally.disturbed.fetch_add(1, Ordering::Relaxed);
                 }
-                tasks.spawn(moved(client, machine, to, self.tally.clone()));
+                let post_copy = self.random.random_bool(0.3);
+                let request = MoveRequest {
+                    to,
+                    post_copy,
+                    checkpoint_to: post_copy
+                        .then(|| self.shared.join("vault").display().to_string()),
+                };
+                tasks.spawn(moved(client, machine, request, self.tally.clone()));
             }
         }
         if !first {
@@ -465,8 +472,13 @@ impl Nemesis {
     }
 }
 
-async fn moved(client: keel_api::Client, machine: &'static str, to: String, tally: Arc<Tally>) {
-    let ending = crate::move_by(&client, machine, &to).await;
+async fn moved(
+    client: keel_api::Client,
+    machine: &'static str,
+    request: MoveRequest,
+    tally: Arc<Tally>,
+) {
+    let ending = crate::move_as(&client, machine, &request).await;
     let count = match ending.map(|report| report.ending) {
         Ok(Ending::Moved) => &tally.moved,
         Ok(Ending::Stayed { .. }) => &tally.stayed,
