@@ -6,11 +6,13 @@
 //! - `keep`: `checkpoint`, `checkpoints`, `restore`, `clone`
 //! - `cluster`: `status`, `nodes`, `schedule`, `token`
 //! - `demo`: `keel demo`
+//! - `doctor`: `keel doctor`
 //! - `output`: tables and JSON
 //! - `size`: sizes as people write them
 
 mod cluster;
 mod demo;
+mod doctor;
 mod keep;
 mod machines;
 mod output;
@@ -47,6 +49,11 @@ enum Command {
     Join(up::JoinArgs),
     /// Says how the cluster is.
     Status,
+    /// Looks at this computer: what a node has here, what it lacks, and what to do.
+    ///
+    /// Needs no running node; where one runs, it is asked too. Exit code 1 if a
+    /// node does not work here.
+    Doctor(doctor::Args),
     /// Lists the nodes.
     Nodes,
     /// Lists the machines that a node is to run.
@@ -203,6 +210,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Join(args) => up::join(&reach, &args).await,
         Command::Agent(args) => up::agent(&args).await,
         Command::Status => cluster::status(&reach).await,
+        Command::Doctor(args) => doctor::run(&reach, &args).await,
         Command::Nodes => cluster::nodes(&reach).await,
         Command::Schedule { node } => cluster::schedule(&reach, &node).await,
         Command::Token { what } => cluster::token(&reach, what).await,

@@ -13,6 +13,9 @@ use std::time::Duration;
 /// How long a node may take until it answers, with `--detach`.
 const START_PATIENCE: Duration = Duration::from_secs(30);
 
+/// What a node listens on if nothing else is said.
+pub(crate) const DEFAULT_LISTEN: &str = "127.0.0.1:7070";
+
 #[derive(clap::Args)]
 pub(crate) struct UpArgs {
     /// Name of the node; needed the first time.
@@ -39,7 +42,7 @@ pub(crate) struct JoinArgs {
 #[derive(clap::Args)]
 struct Place {
     /// Where other nodes reach this one; port 0 takes a free one.
-    #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDRESS:PORT")]
+    #[arg(long, default_value = DEFAULT_LISTEN, value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
     /// Where users reach it over TLS (without it: only on this computer).
     #[arg(long, value_name = "ADDRESS:PORT")]

@@ -4,14 +4,16 @@
 //! - `moves`: the move as two pure state machines, and its report
 //! - `log`: a machine's output, by offset, so that it survives moves
 //! - `checkpoint`: machines kept in time
+//! - `clock`: whether this host's wall clock is right
 //! - `failpoint`: where tests make things go wrong
 //! - `link`: the connection between the two workers of a move
 //! - `restart`: whether a machine that ended is started again
 //! - `worker`: the process around one machine
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod checkpoint;
+pub mod clock;
 pub mod failpoint;
 pub mod link;
 pub mod log;

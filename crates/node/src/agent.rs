@@ -188,11 +188,42 @@ fn write_settings(dir: &StateDir, settings: &Settings) -> Result<(), AgentError>
     crate::state_dir::write_whole(&path, &text).map_err(system(shown))
 }
 
-fn read_settings(dir: &StateDir) -> Result<Settings, AgentError> {
-    let path = dir.settings();
+fn read_settings(path: &Path) -> Result<Settings, AgentError> {
     let shown = path.display().to_string();
-    let text = std::fs::read(&path).map_err(system(shown.clone()))?;
+    let text = std::fs::read(path).map_err(system(shown.clone()))?;
     serde_json::from_slice(&text).map_err(|error| AgentError::Settings(shown, error.to_string()))
+}
+
+/// Where a node listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses {
+    /// For other nodes.
+    pub listen: SocketAddr,
+    /// For users over TLS, if at all.
+    pub api: Option<SocketAddr>,
+}
+
+/// Where the node in a folder listens; `None` if the folder has no node. Makes
+/// nothing, and needs no running agent.
+///
+/// # Errors
+/// [`AgentError`] if its settings cannot be read.
+pub fn addresses(state_dir: &Path) -> Result<Option<Addresses>, AgentError> {
+    match read_settings(&StateDir::settings_in(state_dir)) {
+        Ok(settings) => Ok(Some(Addresses {
+            listen: settings.listen,
+            api: settings.api,
+        })),
+        Err(AgentError::System { source, .. })
+            if matches!(
+                source.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Runs the agent of the node in a folder until it is told to stop.
@@ -203,7 +234,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
     let shown = state_dir.display().to_string();
     let dir = StateDir::open(state_dir).map_err(system(shown.clone()))?;
     let identity = NodeIdentity::load(dir.root())?.ok_or(AgentError::NoNode(shown))?;
-    let settings = read_settings(&dir)?;
+    let settings = read_settings(&dir.settings())?;
     let authority = CertificateAuthority::load(dir.root())?.map(Arc::new);
     let peers = Arc::new(Peers::new(identity.client_tls()?, RpcOptions::default()));
     for (voter, address) in &settings.voters {

@@ -33,6 +33,6 @@ mod service;
 mod state_dir;
 mod workers;
 
-pub use agent::{AgentError, AgentOptions, found, join, run};
+pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};
 pub use parent::{Restart, supervise};
 pub use state_dir::StateDir;

@@ -58,7 +58,12 @@ impl StateDir {
 
     /// What the agent keeps about itself.
     pub fn settings(&self) -> PathBuf {
-        self.root.join("node.json")
+        Self::settings_in(&self.root)
+    }
+
+    /// The same in a folder that may not be a node's yet.
+    pub(crate) fn settings_in(root: &Path) -> PathBuf {
+        root.join("node.json")
     }
 
     /// The folders of all machines.

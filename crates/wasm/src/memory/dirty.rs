@@ -169,13 +169,23 @@ struct PmScanArg {
 
 const WRITEPROTECT_MODE_WP: u64 = 1;
 
+/// What to do where the fast way is missing.
+const NEWER: &str = "Linux 6.7 or newer has it.";
+
 fn protect(memory: &GuestMemory) -> Result<Found, Unavailable> {
-    let newer = "Linux 6.7 or newer has it.";
+    Ok(Found::Protect {
+        _uffd: open_protection(memory)?,
+        pagemap: open_pagemap(memory)?,
+    })
+}
+
+/// Write protection in asynchronous mode, over all that the memory has now.
+pub(super) fn open_protection(memory: &GuestMemory) -> Result<OwnedFd, Unavailable> {
     let features =
         uffd::FEATURE_WP_ASYNC | uffd::FEATURE_WP_UNPOPULATED | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
-    let uffd = uffd::open(features, "asynchronous write protection", newer)?;
+    let uffd = uffd::open(features, "asynchronous write protection", NEWER)?;
     uffd::register(&uffd, memory, uffd::MODE_WP)
-        .map_err(unavailable("write protection of shared memory", newer))?;
+        .map_err(unavailable("write protection of shared memory", NEWER))?;
     let start = memory.base() as u64;
     let mut arm = uffd::Request {
         start,
@@ -187,10 +197,16 @@ fn protect(memory: &GuestMemory) -> Result<Found, Unavailable> {
         // SAFETY: the structure of this request begins so; the range is our own
         // mapping.
         unsafe { uffd::ioctl(&uffd, uffd::WRITEPROTECT, &mut arm) }
-            .map_err(unavailable("write protection", newer))?;
+            .map_err(unavailable("write protection", NEWER))?;
     }
+    Ok(uffd)
+}
+
+/// The file that answers `PAGEMAP_SCAN`, if the kernel knows the request.
+pub(super) fn open_pagemap(memory: &GuestMemory) -> Result<OwnedFd, Unavailable> {
     let pagemap = open_private("/proc/self/pagemap")
         .map_err(|errno| unavailable("/proc/self/pagemap", "Mount /proc.")(errno.into()))?;
+    let start = memory.base() as u64;
     // An empty look shows whether the kernel knows the request.
     let mut probe = PmScanArg {
         size: size_of::<PmScanArg>() as u64,
@@ -200,11 +216,8 @@ fn protect(memory: &GuestMemory) -> Result<Found, Unavailable> {
     };
     // SAFETY: the structure of this request, without an output vector.
     unsafe { uffd::ioctl(&pagemap, PAGEMAP_SCAN, &mut probe) }
-        .map_err(unavailable("PAGEMAP_SCAN", newer))?;
-    Ok(Found::Protect {
-        _uffd: uffd,
-        pagemap,
-    })
+        .map_err(unavailable("PAGEMAP_SCAN", NEWER))?;
+    Ok(pagemap)
 }
 
 /// Regions that one call reports.

@@ -8,6 +8,7 @@
 //! - `creator`: gives wasmtime our mappings when it makes an instance
 //! - `dirty`: which pages were written since the last look
 //! - `faults`: pages that are not there yet
+//! - `probe`: what of it this host offers
 //! - `uffd`: the kernel's interface behind both
 //!
 //! The reservation is mapped at once, without access; growing makes the file
@@ -17,11 +18,13 @@
 mod creator;
 mod dirty;
 mod faults;
+mod probe;
 mod uffd;
 
 pub use creator::{Control, Creator, with_memories};
 pub use dirty::{DirtyTracker, Method};
 pub use faults::{Fault, FaultKind, PageFaults};
+pub use probe::{Offered, probe};
 pub use uffd::Unavailable;
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};

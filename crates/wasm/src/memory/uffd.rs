@@ -33,6 +33,13 @@ pub struct Unavailable {
     pub(super) source: std::io::Error,
 }
 
+impl Unavailable {
+    /// What to do about it.
+    pub fn remedy(&self) -> &'static str {
+        self.remedy
+    }
+}
+
 pub(super) fn unavailable(
     what: &'static str,
     remedy: &'static str,
