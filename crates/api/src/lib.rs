@@ -14,6 +14,7 @@
 //! | `POST /v1/machines/NAME/cancel-move` | `{}` |
 //! | `DELETE /v1/machines/NAME` | `{}` |
 //! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, as `keel_machine::log` says |
+//! | `GET /v1/events?machine=NAME&since=UNIX_MS&limit=N&follow=true` | lines of [`EventLine`] |
 //! | `POST /v1/tokens` [`TokenRequest`] | [`Token`] |
 //!
 //! Errors are [`Problem`]s with status 4xx for what the user can mend and 5xx
@@ -22,8 +23,10 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod event;
 
 pub use client::{Client, ClientError, Lines};
+pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 
 use keel_machine::moves::{MoveReport, Progress};
 use keel_machine::restart::Restart;

@@ -7,18 +7,22 @@
 //! - `cluster`: `status`, `nodes`, `schedule`, `token`
 //! - `demo`: `keel demo`
 //! - `doctor`: `keel doctor`
+//! - `events`: `keel events`
 //! - `output`: tables and JSON
 //! - `size`: sizes as people write them
+//! - `when`: times as people write them
 
 mod cluster;
 mod demo;
 mod doctor;
+mod events;
 mod keep;
 mod machines;
 mod output;
 mod size;
 mod up;
 mod wasm;
+mod when;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
@@ -81,6 +85,8 @@ enum Command {
         /// The machine.
         machine: String,
     },
+    /// Tells what happened to machines, moves, checkpoints and nodes.
+    Events(events::Args),
     /// Ends a machine.
     Stop {
         /// The machines.
@@ -218,6 +224,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Ps { all } => machines::ps(&reach, all).await,
         Command::Logs(args) => machines::logs(&reach, &args).await,
         Command::Inspect { machine } => machines::inspect(&reach, &machine).await,
+        Command::Events(args) => events::run(&reach, &args).await,
         Command::Stop { machines } => machines::end(&reach, &machines, "stop").await,
         Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,
         Command::Rm { machines, force } => machines::rm(&reach, &machines, force).await,

@@ -1,9 +1,11 @@
 //! The agent's parts, how a node comes to be, and how its agent starts.
 
+use crate::events::{Events, Note};
 use crate::record::NodeRecord;
 use crate::state_dir::StateDir;
 use crate::workers::Workers;
 use crate::{http, lease, moving, offer, reconcile, service};
+use keel_api::EventKind;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
 use keel_cluster::join::JoinError;
@@ -107,6 +109,8 @@ pub(crate) struct Agent {
     pub(crate) workers: Arc<Workers>,
     pub(crate) lease: watch::Receiver<Option<LeaseId>>,
     pub(crate) identity: NodeIdentity,
+    /// What happened here.
+    pub(crate) events: Events,
     /// Moves away from here.
     pub(crate) moves: Mutex<HashMap<MachineName, moving::Handle>>,
     /// Machines that are arriving, or being started.
@@ -235,6 +239,8 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
     let dir = StateDir::open(state_dir).map_err(system(shown.clone()))?;
     let identity = NodeIdentity::load(dir.root())?.ok_or(AgentError::NoNode(shown))?;
     let settings = read_settings(&dir.settings())?;
+    let events = Events::open(&dir.events(), &identity.node)
+        .map_err(system(dir.events().display().to_string()))?;
     let authority = CertificateAuthority::load(dir.root())?.map(Arc::new);
     let peers = Arc::new(Peers::new(identity.client_tls()?, RpcOptions::default()));
     for (voter, address) in &settings.voters {
@@ -259,7 +265,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         }
     };
     let members = follow_members(&store).await;
-    let lease = lease::keep(store.clone(), identity.node.clone())
+    let lease = lease::keep(store.clone(), identity.node.clone(), events.clone())
         .map_err(system("the thread that renews the lease"))?;
     let agent = Arc::new(Agent {
         name: identity.node.clone(),
@@ -272,6 +278,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         members,
         lease,
         identity,
+        events,
         moves: Mutex::default(),
         busy: Mutex::default(),
     });
@@ -299,6 +306,11 @@ async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(),
         .map_err(system(format!("listening on {address}")))?;
     // Before anybody can ask what runs here.
     agent.workers.adopt(&agent.dir).await;
+    tell_start(&agent);
+    if cluster.is_some() {
+        let (store, events) = (agent.store.clone(), agent.events.clone());
+        tokio::spawn(lease::tell_of_nodes(store, events));
+    }
     let server = Server::serve(
         listener,
         agent.identity.server_tls()?,
@@ -319,7 +331,22 @@ async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(),
         .await
         .map_err(system("the API"))?;
     server.shutdown().await;
+    let stopped = Note::node(EventKind::NodeStopped, "the agent was told to stop");
+    agent.events.record(stopped);
+    agent.events.flush().await;
     Ok(())
+}
+
+fn tell_start(agent: &Agent) {
+    let version = env!("CARGO_PKG_VERSION");
+    let text = format!("the agent started (keel {version})");
+    let started = Note::node(EventKind::NodeStarted, text).with("version", version);
+    agent.events.record(started);
+    for machine in agent.workers.names() {
+        let text = "its process was found when the agent started";
+        let found = Note::machine(EventKind::MachineFound, &machine, text);
+        agent.events.record(found);
+    }
 }
 
 /// Keeps the addresses of all members known.

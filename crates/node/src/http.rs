@@ -2,10 +2,11 @@
 //! token. Only maps requests to `operate`; decides nothing.
 
 use crate::agent::Agent;
+use crate::events::{self, Question};
 use crate::keep;
 use crate::moving::MoveOrder;
 use crate::operate::{self, Done, OperateError, Operation};
-use crate::record;
+use crate::record::{self, RecordError};
 use crate::state_dir::write_whole;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, Request, State};
@@ -17,8 +18,8 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use futures::StreamExt;
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest, NodeInfo, Problem, RestoreRequest,
-    RunRequest, TokenRequest, Uploaded,
+    CheckpointInfo, CheckpointRequest, EVENTS_DEFAULT, EVENTS_MAX, EventLine, MachineInfo,
+    MoveRequest, NodeInfo, Problem, RestoreRequest, RunRequest, TokenRequest, Uploaded,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::tokens::{self, Role};
@@ -87,7 +88,8 @@ fn router(agent: Arc<Agent>) -> Router {
             "/v1/machines/{name}/checkpoints",
             get(checkpoints).post(checkpoint),
         )
-        .route("/v1/restore", post(restore));
+        .route("/v1/restore", post(restore))
+        .route("/v1/events", get(tell_events));
     #[cfg(feature = "failpoints")]
     let router = router.route("/v1/debug/failpoint", post(failpoint));
     router
@@ -394,6 +396,57 @@ async fn logs(
         Some((bytes.recv().await?, bytes))
     });
     Ok(streamed(bytes, "application/octet-stream"))
+}
+
+#[derive(Deserialize)]
+struct EventQuery {
+    machine: Option<String>,
+    #[serde(default)]
+    since: u64,
+    limit: Option<u32>,
+    #[serde(default)]
+    follow: bool,
+}
+
+async fn tell_events(
+    State(agent): Shared,
+    Query(query): Query<EventQuery>,
+) -> Result<Response, Failure> {
+    let limit = query.limit.unwrap_or(EVENTS_DEFAULT);
+    if !(1..=EVENTS_MAX).contains(&limit) {
+        let what = format!("a limit of {limit} events: 1 to {EVENTS_MAX} are possible");
+        return Err(OperateError::Bad(what).into());
+    }
+    let question = Question {
+        machine: query.machine.as_deref().map(machine_name).transpose()?,
+        since_unix_ms: query.since,
+        after: 0,
+        limit,
+        follow: query.follow,
+    };
+    let gathered = events::of_cluster(&agent, &question).await;
+    // Removed machines have events too; a name without either is a mistake.
+    if let Some(machine) = &question.machine
+        && gathered.events.is_empty()
+        && let Err(error @ RecordError::NoMachine(_)) = record::get(&*agent.store, machine).await
+    {
+        return Err(OperateError::from(error).into());
+    }
+    let lines = if question.follow {
+        let lines = events::follow_cluster(&agent, &question, gathered);
+        futures::stream::unfold(lines, |mut lines| async {
+            Some((lines.recv().await?, lines))
+        })
+        .left_stream()
+    } else {
+        futures::stream::iter(gathered.lines()).right_stream()
+    };
+    let lines = lines.map(|line: EventLine| {
+        let mut text = serde_json::to_vec(&line).unwrap_or_default();
+        text.push(b'\n');
+        Bytes::from(text)
+    });
+    Ok(streamed(lines, "application/x-ndjson"))
 }
 
 fn streamed(

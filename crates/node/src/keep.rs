@@ -4,6 +4,7 @@
 //! opened and read in tasks that may wait: a slow store holds up nobody else.
 
 use crate::agent::Agent;
+use crate::events::Note;
 use crate::operate::{self, OperateError};
 use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
 use keel_cluster::clock::unix_ms;
@@ -54,6 +55,16 @@ fn vault_error(error: &VaultError) -> OperateError {
 
 /// Makes a checkpoint of a machine that runs here.
 pub(crate) async fn checkpoint(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    request: CheckpointRequest,
+) -> Result<CheckpointInfo, OperateError> {
+    let result = make(agent, machine, request).await;
+    agent.events.record(Note::checkpoint(machine, &result));
+    result
+}
+
+async fn make(
     agent: &Arc<Agent>,
     machine: &MachineName,
     request: CheckpointRequest,

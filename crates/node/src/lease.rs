@@ -1,9 +1,13 @@
 //! Keeps this node alive in the store: a lease with the key `alive/NODE`,
-//! renewed on a thread of its own, away from everything that may be busy.
+//! renewed on a thread of its own, away from everything that may be busy. On the
+//! node with the store it is told which nodes come and go.
 
-use keel_cluster::keys::Key;
-use keel_cluster::store::{LeaseId, Txn};
+use crate::events::{Events, Note};
+use keel_api::EventKind;
+use keel_cluster::keys::{self, Key};
+use keel_cluster::store::{Change, LeaseId, Txn};
 use keel_cluster::{NodeName, Store, StoreError};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -12,12 +16,15 @@ use tokio::sync::watch;
 const TTL_MS: u64 = 3_000;
 /// How often it renews.
 const RENEW_EVERY: Duration = Duration::from_millis(750);
+/// Pause after the store did not answer.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// Renews until the process ends. The receiver has the present lease, or
 /// `None` while there is none.
 pub(crate) fn keep(
     store: Arc<dyn Store>,
     node: NodeName,
+    events: Events,
 ) -> std::io::Result<watch::Receiver<Option<LeaseId>>> {
     let (current, receiver) = watch::channel(None);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -28,7 +35,7 @@ pub(crate) fn keep(
         .spawn(move || {
             // Without the right to it, it renews at normal priority.
             let _ = rustix::process::nice(-5);
-            runtime.block_on(renew_for_ever(&*store, &node, &current));
+            runtime.block_on(renew_for_ever(&*store, &node, &events, &current));
         })?;
     Ok(receiver)
 }
@@ -36,8 +43,11 @@ pub(crate) fn keep(
 async fn renew_for_ever(
     store: &dyn Store,
     node: &NodeName,
+    events: &Events,
     current: &watch::Sender<Option<LeaseId>>,
 ) {
+    let tell = |kind, text: String| events.record(Note::node(kind, text));
+    let mut late = false;
     loop {
         let lease = *current.borrow();
         let result = match lease {
@@ -45,18 +55,33 @@ async fn renew_for_ever(
             None => match take(store, node).await {
                 Ok(lease) => {
                     current.send_replace(Some(lease));
+                    late = false;
+                    tell(EventKind::LeaseTaken, "this node counts as alive".into());
                     Ok(())
                 }
                 Err(error) => Err(error),
             },
         };
         match result {
+            Ok(()) if late => {
+                late = false;
+                tell(EventKind::LeaseRenewed, "the lease is renewed again".into());
+            }
             Ok(()) => {}
             Err(StoreError::NoSuchLease { .. }) => {
                 current.send_replace(None);
+                let text = "the lease ended: this node counted as dead";
+                tell(EventKind::LeaseLost, text.into());
                 continue;
             }
-            Err(error) => tracing::warn!(%error, "this node's lease was not renewed"),
+            Err(error) => {
+                if !late {
+                    late = true;
+                    let text = format!("the lease was not renewed: {error}");
+                    tell(EventKind::LeaseLate, text);
+                }
+                tracing::warn!(%error, "this node's lease was not renewed");
+            }
         }
         tokio::time::sleep(RENEW_EVERY).await;
     }
@@ -67,4 +92,60 @@ async fn take(store: &dyn Store, node: &NodeName) -> Result<LeaseId, StoreError>
     let txn = Txn::new().put_leased(Key::Alive(node.clone()), Vec::new(), lease);
     store.txn(txn).await?;
     Ok(lease)
+}
+
+/// Records which nodes come and go, until the process ends. The node with the
+/// store does it for all: else each node would tell the same.
+pub(crate) async fn tell_of_nodes(store: Arc<dyn Store>, events: Events) {
+    let mut alive = None;
+    loop {
+        if let Err(error) = follow_nodes(&*store, &events, &mut alive).await {
+            tracing::warn!(%error, "which nodes come and go is not known just now");
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+/// `alive` is what is known, and nothing at first.
+async fn follow_nodes(
+    store: &dyn Store,
+    events: &Events,
+    alive: &mut Option<BTreeSet<NodeName>>,
+) -> Result<(), StoreError> {
+    let node_of = |key: &str| match key.parse() {
+        Ok(Key::Alive(node)) => Some(node),
+        _ => None,
+    };
+    let listing = store.list(keys::ALIVE).await?;
+    let now: BTreeSet<NodeName> = listing
+        .entries
+        .iter()
+        .filter_map(|entry| node_of(&entry.key))
+        .collect();
+    let known = alive.get_or_insert_with(|| now.clone());
+    for node in now.symmetric_difference(&known.clone()) {
+        tell_of_node(events, known, node, now.contains(node));
+    }
+    let mut watch = store.watch(keys::ALIVE, listing.revision + 1).await?;
+    while let Some(changes) = watch.next().await {
+        for change in changes?.changes {
+            if let Some(node) = node_of(change.key()) {
+                tell_of_node(events, known, &node, matches!(change, Change::Put(_)));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn tell_of_node(events: &Events, known: &mut BTreeSet<NodeName>, node: &NodeName, alive: bool) {
+    let (changed, kind, text) = if alive {
+        let text = format!("node {node} renews its lease");
+        (known.insert(node.clone()), EventKind::NodeAlive, text)
+    } else {
+        let text = format!("node {node} no longer renews its lease");
+        (known.remove(node), EventKind::NodeAway, text)
+    };
+    if changed {
+        events.record(Note::node(kind, text).with("of", node));
+    }
 }

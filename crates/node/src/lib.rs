@@ -13,6 +13,7 @@
 //! - `service`: what other nodes ask
 //! - `operate`: what users ask, wherever the machine is
 //! - `keep`: checkpoints, and machines made of them
+//! - `events`: what happened here, kept and told
 //! - `http`: the API
 
 #![forbid(unsafe_code)]
@@ -20,6 +21,7 @@
 mod agent;
 #[cfg(feature = "failpoints")]
 mod debug;
+mod events;
 mod http;
 mod keep;
 mod lease;

@@ -2,11 +2,12 @@
 //! happens, and carries out what it says.
 
 use crate::agent::{Agent, cpu_features};
+use crate::events::Note;
 use crate::offer::{Arrival, Offer};
 use crate::record;
 use crate::service::kind as node_kind;
 use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
-use keel_api::{CheckpointRequest, MoveLine};
+use keel_api::{CheckpointRequest, EventKind, MoveLine};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
@@ -139,6 +140,13 @@ pub(crate) async fn begin(
         }
         moves.insert(machine.clone(), Handle { interrupt, over });
     }
+    let begun = Note::machine(
+        EventKind::MoveStarted,
+        machine,
+        format!("moves to {target}"),
+    );
+    let begun = begun.under(record.epoch).with("target", target);
+    agent.events.record(begun);
     let (lines, receiver) = mpsc::channel(64);
     let mut driver = Driver {
         agent: agent.clone(),
@@ -786,6 +794,7 @@ impl Driver {
             },
         };
         tracing::info!("{}", self.report.line());
+        self.agent.events.record(Note::moved(&self.report));
         if let Err(reason) = passed("move.report").await {
             tracing::warn!(reason, "the move's report is not kept");
             return;

@@ -1,14 +1,15 @@
 //! What users want done, wherever the machine is: operations go to its owner.
 
 use crate::agent::Agent;
+use crate::events::Note;
 use crate::moving::MoveOrder;
 use crate::record::{self, RecordError};
 use crate::service::kind as node_kind;
 use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, ClusterInfo, MachineInfo, MoveLine, NodeInfo, RunRequest,
-    Token, TokenRequest,
+    CheckpointInfo, CheckpointRequest, ClusterInfo, EventKind, MachineInfo, MoveLine, NodeInfo,
+    RunRequest, Token, TokenRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
@@ -140,6 +141,9 @@ pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
         Operation::CancelMove { machine } => match agent.moves().get(&machine) {
             Some(handle) => {
                 handle.cancel("it was cancelled");
+                let text = "its move is to be cancelled";
+                let asked = Note::machine(EventKind::MoveCancelled, &machine, text);
+                agent.events.record(asked);
                 Ok(Done::Nothing)
             }
             None => Err(OperateError::Conflict(format!(
@@ -176,8 +180,19 @@ async fn stop(agent: &Arc<Agent>, machine: &MachineName, kill: bool) -> Result<(
     if found.record.status.ended() {
         return Ok(());
     }
+    let how = if kill { "kill" } else { "stop" };
+    agent.events.record(
+        Note::machine(EventKind::StopAsked, machine, format!("is to end ({how})"))
+            .under(found.record.epoch)
+            .with("how", how),
+    );
     // First: whatever becomes of it, it is not started again.
-    if mark_stopped(agent, machine).await?.status.ended() {
+    let marked = mark_stopped(agent, machine).await?;
+    if marked.status.ended() {
+        if matches!(found.record.status, Status::Restarting { .. }) {
+            let stopped = Note::status(&marked, &found.record.status);
+            agent.events.record(stopped);
+        }
         return Ok(());
     }
     let Some(worker) = agent.workers.get(machine) else {
@@ -254,6 +269,9 @@ pub(crate) async fn remove_here(
     match agent.store.txn(txn).await? {
         TxnOutcome::Committed { .. } => {
             agent.workers.forget(&agent.dir, machine).await;
+            let text = "was removed with its output";
+            let removed = Note::machine(EventKind::MachineRemoved, machine, text);
+            agent.events.record(removed.under(found.record.epoch));
             Ok(())
         }
         TxnOutcome::Refused { .. } => Err(RecordError::Contended(machine.to_string())),
@@ -513,7 +531,10 @@ pub(crate) async fn schedule(
         .put(Key::Machine(name.clone()), record::encode(&record)?)
         .put(Key::Schedule(node.clone(), name.clone()), Vec::new());
     match agent.store.txn(txn).await? {
-        TxnOutcome::Committed { .. } => Ok(info(&record, None)),
+        TxnOutcome::Committed { .. } => {
+            agent.events.record(Note::status(&record, &record.status));
+            Ok(info(&record, None))
+        }
         TxnOutcome::Refused { failed: 0, .. } => Err(OperateError::Conflict(format!(
             "the name {name:?} is in use (`keel rm {name}` frees it once the machine has ended)"
         ))),

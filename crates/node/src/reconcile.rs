@@ -7,9 +7,11 @@
 //! an arrival is under way, whose own protocol decides.
 
 use crate::agent::Agent;
+use crate::events::Note;
 use crate::record::{self, RecordError};
 use crate::service::kind as node_kind;
 use crate::workers::{COMPILE_PATIENCE, Leftovers, Worker};
+use keel_api::EventKind;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::{MachineName, NodeName, StoreError};
@@ -201,26 +203,33 @@ async fn is_running(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), Rec
 /// As [`is_running`]; of a machine that is `filling` a part of the memory is still
 /// to come.
 async fn runs(agent: &Arc<Agent>, machine: &MachineName, filling: bool) -> Result<(), RecordError> {
-    let running = |record: &mut Record| {
-        let next = match &record.status {
-            Status::Arriving { from } if filling => Status::Filling { from: from.clone() },
-            _ => Status::Running,
-        };
-        let expected = starts(&record.status)
-            || matches!(record.status, Status::Arriving { .. })
-            || !filling && matches!(record.status, Status::Filling { .. });
-        let mine = expected && record.owner == agent.name;
-        if mine {
-            record.enter(next, unix_ms());
-        }
-        mine
-    };
+    let mut before = None;
     loop {
         if failpoint::pass_async("arrived.running").await.is_err() {
             tokio::time::sleep(RETRY_AFTER).await;
             continue;
         }
-        match record::update(&*agent.store, machine, running, |txn, _| txn).await {
+        let running = |record: &mut Record| {
+            let next = match &record.status {
+                Status::Arriving { from } if filling => Status::Filling { from: from.clone() },
+                _ => Status::Running,
+            };
+            let expected = starts(&record.status)
+                || matches!(record.status, Status::Arriving { .. })
+                || !filling && matches!(record.status, Status::Filling { .. });
+            let mine = expected && record.owner == agent.name;
+            // Of two that are here at once, the one that writes it tells it.
+            before = mine.then(|| record.status.clone());
+            if mine {
+                record.enter(next, unix_ms());
+            }
+            mine
+        };
+        let written = record::update(&*agent.store, machine, running, |txn, _| txn).await;
+        if let (Ok(record), Some(before)) = (&written, &before) {
+            agent.events.record(Note::status(record, before));
+        }
+        match written {
             Err(RecordError::Store(error)) => {
                 tracing::warn!(%machine, %error, "that it runs is not in the store yet");
                 tokio::time::sleep(RETRY_AFTER).await;
@@ -390,6 +399,9 @@ pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName)
         match record::update(&*agent.store, machine, claim, |txn, _| txn).await {
             Ok(record) if mine => {
                 tracing::warn!(%machine, "a move was cut off by the agent's end; it goes on here");
+                let text = "its move was cut off by the agent's end; it goes on here";
+                let taken_up = Note::machine(EventKind::MoveTakenUp, machine, text);
+                agent.events.record(taken_up.under(record.epoch));
                 let thawed: Result<(), RpcError> = worker
                     .ask(kind::THAW, &record.epoch, crate::workers::PROMPT)
                     .await;
@@ -408,6 +420,9 @@ pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName)
             }
             // The commit had won, and the target may not live to go on.
             Ok(record) if needs_copy(agent, &record.status) => {
+                let text = "its move was committed when the agent ended; it is taken up";
+                let taken_up = Note::machine(EventKind::MoveTakenUp, machine, text);
+                agent.events.record(taken_up.under(record.epoch));
                 let post_copy = worker.report().await.is_ok_and(|report| report.post_copy);
                 crate::moving::take_up(agent, record, worker, post_copy).await;
                 return;
@@ -482,6 +497,10 @@ async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
         Err(error) => tracing::warn!(%machine, %error, "its worker does not answer"),
         Ok(State::Empty | State::Running { .. } | State::Filling { .. }) => {
             tracing::warn!(%machine, "it is not in the schedule here any more, ending its worker");
+            let text = "is not to run here any more; its process is ended";
+            agent
+                .events
+                .record(Note::machine(EventKind::WorkerEnded, machine, text));
             agent.workers.forget(&agent.dir, machine).await;
         }
     }
@@ -505,6 +524,9 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
                     }
                     Ok(State::Dropped { reason }) => {
                         tracing::info!(%machine, reason, "an arriving machine was dropped");
+                        let text = format!("what had arrived of it was dropped: {reason}");
+                        let dropped = Note::machine(EventKind::ArrivalDropped, &machine, text);
+                        agent.events.record(dropped);
                         crate::offer::settle(&agent, &machine).await;
                         return;
                     }
@@ -580,6 +602,10 @@ async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker,
         return;
     }
     tracing::warn!(%machine, reason, "the connection to its worker was lost");
+    let text = format!("the connection to its process was lost ({reason})");
+    agent
+        .events
+        .record(Note::machine(EventKind::WorkerSilent, machine, text));
     if agent.workers.reconnect(&agent.dir, machine, worker).await {
         watch_worker(agent, machine);
         return;
@@ -669,11 +695,13 @@ async fn finish(
     machine: &MachineName,
     status: Status,
 ) -> Result<Again, RecordError> {
+    let mut before = None;
     loop {
         let entry = Key::Schedule(agent.name.clone(), machine.clone()).to_string();
         let end = |record: &mut Record| {
             let mine = record.owner == agent.name && !record.status.ended();
             if mine {
+                before = Some(record.status.clone());
                 end_or_restart(record, &status);
             }
             mine
@@ -685,6 +713,9 @@ async fn finish(
             }
         })
         .await;
+        if let (Ok(record), Some(before)) = (&written, &before) {
+            agent.events.record(Note::status(record, before));
+        }
         match written {
             Ok(record) if matches!(record.status, Status::Restarting { .. }) => {
                 let reason = status.end().unwrap_or_default();

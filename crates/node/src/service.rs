@@ -2,6 +2,7 @@
 //! arrivals, and what users want done with machines that run here.
 
 use crate::agent::Agent;
+use crate::events::{self, Note, Question};
 use crate::offer::{self, Offer};
 use crate::operate::{self, Operation};
 use crate::state_dir::{is_hash, write_whole};
@@ -33,6 +34,8 @@ pub(crate) mod kind {
     pub(crate) const LOG: u16 = 0x0307;
     /// `machine` → `bool`: whether a source still has the frozen copy.
     pub(crate) const HELD: u16 = 0x0308;
+    /// `events::Question` → stream of `EventLine` as JSON.
+    pub(crate) const EVENTS: u16 = 0x0309;
 }
 
 /// Bytes of a module in one piece.
@@ -53,10 +56,12 @@ impl Service {
         match kind {
             kind::OFFER => {
                 let request: Offer = unpack(&payload)?;
-                let receiving = offer::accept(agent, source, request)
-                    .await
-                    .map_err(RpcError::failed)?;
-                Ok(pack(&receiving)?.into())
+                let (machine, epoch) = (request.machine.clone(), request.epoch);
+                let answer = offer::accept(agent, source.clone(), request).await;
+                let refused = answer.as_ref().err();
+                let offered = Note::offered(&machine, epoch, &source, refused);
+                agent.events.record(offered);
+                Ok(pack(&answer.map_err(RpcError::failed)?)?.into())
             }
             kind::FETCH => {
                 let (is_program, hash): (bool, String) = unpack(&payload)?;
@@ -114,6 +119,11 @@ impl Service {
                     .await
                     .map_err(RpcError::failed)?;
                 Ok(Reply::Stream(stream))
+            }
+            kind::EVENTS => {
+                let question: Question = unpack(&payload)?;
+                let lines = events::answer_peer(&agent.events, question);
+                Ok(Reply::Stream(lines))
             }
             other => Err(RpcError::refused(format!(
                 "this node knows no request of kind {other:#06x}; is it older?"

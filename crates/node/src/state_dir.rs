@@ -7,6 +7,7 @@
 //!   modules/HASH.wasm                         modules as their authors built them
 //!   programs/HASH.wasm                        instrumented modules
 //!   cache/                                    compiled code, sealed
+//!   events/                                   what happened here
 //! ```
 
 use keel_cluster::MachineName;
@@ -94,6 +95,11 @@ impl StateDir {
     /// Checkpoints that were given no other place.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
+    }
+
+    /// What happened here.
+    pub fn events(&self) -> PathBuf {
+        self.root.join("events")
     }
 
     /// Compiled code.
