@@ -106,8 +106,26 @@ pub struct MachineInfo {
     pub module: String,
     /// Program name and arguments.
     pub args: Vec<String>,
+    /// Names of the variables in its environment.
+    #[serde(default)]
+    pub env_names: Vec<String>,
+    /// Directories that it may reach.
+    #[serde(default)]
+    pub volumes: Vec<VolumeRequest>,
     /// Limit of each memory in bytes.
     pub memory_limit_bytes: u64,
+    /// Limit of its threads.
+    #[serde(default)]
+    pub threads_max: u32,
+    /// Limit of its output, in bytes a second.
+    #[serde(default)]
+    pub output_bytes_per_s: u64,
+    /// Whether it is removed when it ends.
+    #[serde(default)]
+    pub remove_at_end: bool,
+    /// The checkpoint that it was made of, in words.
+    #[serde(default)]
+    pub made_of: Option<String>,
     /// Limit of its CPU time, in thousandths of a core.
     #[serde(default)]
     pub cpu_limit_millis: Option<u32>,
@@ -128,6 +146,10 @@ pub struct MachineInfo {
     pub cpu_micros: Option<u64>,
     /// Its worker's process.
     pub pid: Option<u32>,
+    /// Bytes of output that it wrote (with 5 for each piece), wherever it was;
+    /// only while it runs.
+    #[serde(default)]
+    pub output_bytes: Option<u64>,
     /// Its last moves, oldest first.
     pub moves: Vec<MoveReport>,
 }

@@ -6,6 +6,7 @@
 //! - `keep`: `checkpoint`, `checkpoints`, `restore`, `clone`
 //! - `cluster`: `status`, `nodes`, `schedule`, `token`
 //! - `demo`: `keel demo`
+//! - `describe`: `keel describe`
 //! - `doctor`: `keel doctor`
 //! - `events`: `keel events`
 //! - `output`: tables and JSON
@@ -14,6 +15,7 @@
 
 mod cluster;
 mod demo;
+mod describe;
 mod doctor;
 mod events;
 mod keep;
@@ -82,6 +84,11 @@ enum Command {
     Logs(machines::LogArgs),
     /// Tells all about a machine, its moves included.
     Inspect {
+        /// The machine.
+        machine: String,
+    },
+    /// Shows a machine on one page: what it is, has, may touch, and what happened to it last.
+    Describe {
         /// The machine.
         machine: String,
     },
@@ -224,6 +231,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Ps { all } => machines::ps(&reach, all).await,
         Command::Logs(args) => machines::logs(&reach, &args).await,
         Command::Inspect { machine } => machines::inspect(&reach, &machine).await,
+        Command::Describe { machine } => describe::run(&reach, &machine).await,
         Command::Events(args) => events::run(&reach, &args).await,
         Command::Stop { machines } => machines::end(&reach, &machines, "stop").await,
         Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,

@@ -73,7 +73,8 @@ impl Bench {
         })
         .await;
         if let Err(error) = waited {
-            panic!("{error}: {:#?}", self.told(node, machine).0);
+            let (events, silent) = self.told(node, machine);
+            panic!("{error}: not {expected:?} but {events:#?}, silent {silent:?}");
         }
     }
 }
@@ -329,4 +330,117 @@ async fn the_doctor_asks_the_agent() {
     let (code, out, err) = bench.keel("a", &["doctor", "-o", "name"]);
     assert_eq!(code, 0, "{out}{err}");
     assert!(out.lines().any(|line| line == "agent"), "{out}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_is_described_on_one_page() {
+    let bench = Bench::new(&["a", "b"]).await;
+    let counter = guest("counter");
+    let volume = bench.folder.path().join("data");
+    std::fs::create_dir(&volume).expect("a folder");
+    let shown = volume.to_str().expect("a path");
+    let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/counter.wasm");
+    let module = module.to_str().expect("a path");
+    let (code, _, err) = bench.keel(
+        "a",
+        &[
+            "run",
+            "--detach",
+            "--name",
+            "lines",
+            "--env",
+            "COLOUR=secret",
+            "--cpu-limit",
+            "0.5",
+            "--memory",
+            "64M",
+            "--threads",
+            "7",
+            "--dir",
+            &format!("{shown}::/data::ro"),
+            module,
+            "1000000",
+            "2",
+        ],
+    );
+    assert_eq!(code, 0, "{err}");
+    bench
+        .cluster
+        .run(&Guest::new("other", "a", &counter, &["1000000", "2"]))
+        .await
+        .expect("it starts");
+    // What was only scheduled cannot move yet.
+    wait_for("lines runs", || async {
+        let info = bench.cluster.inspect("a", "lines").await.ok()?;
+        (info.status == "running").then_some(())
+    })
+    .await
+    .expect("it runs");
+    bench
+        .cluster
+        .move_machine("a", "lines", "b")
+        .await
+        .expect("it moves");
+    let kept = bench.folder.path().join("kept");
+    let kept = kept.to_str().expect("a path");
+    assert_eq!(bench.keel("a", &["checkpoint", "lines", "--to", kept]).0, 0);
+    wait_for("the arrival", || async {
+        let (events, _) = bench.told("a", "lines");
+        let arrived = |event: &Event| event.kind == EventKind::MachineArrived;
+        events.iter().any(arrived).then_some(())
+    })
+    .await
+    .expect("it is told");
+    let (code, page, err) = bench.keel("a", &["describe", "lines"]);
+    assert_eq!(code, 0, "{err}");
+    for part in [
+        "lines\n",
+        "  status      running, since 2",
+        "  node        b, epoch 1.2\n",
+        "  program     counter.wasm 1000000 2\n",
+        " of at most 7\n",
+        "at most 64.00 MiB in each",
+        "at most 0.5 core(s)\n",
+        &format!("  directory   {shown} as /data (read only)\n"),
+        "  environment COLOUR\n",
+        "  network     none\n",
+        "  restart     no (0 so far)\n",
+        "Last moves\n  2",
+        "lines a → b in ",
+        &format!(" in {kept}\n"),
+        " machine-arrived ",
+    ] {
+        assert!(page.contains(part), "{part:?} is not in\n{page}");
+    }
+    // Values may be secrets, and other machines are another matter.
+    assert!(
+        !page.contains("secret") && !page.contains("other"),
+        "{page}"
+    );
+
+    // A machine made of the checkpoint under the same name has its own story.
+    assert_eq!(bench.keel("a", &["rm", "--force", "lines"]).0, 0);
+    let (code, _, err) = bench.keel("a", &["restore", "lines", "--from", kept]);
+    assert_eq!(code, 0, "{err}");
+    let page = wait_for("it runs again", || async {
+        let (_, page, _) = bench.keel("b", &["describe", "lines"]);
+        page.contains("  status      running, ").then_some(page)
+    })
+    .await
+    .expect("it runs again");
+    assert!(
+        page.contains("  made of     the newest checkpoint of lines in "),
+        "{page}"
+    );
+    assert!(page.contains("Last moves\n  none\n"), "{page}");
+    assert!(!page.contains(" machine-removed "), "{page}");
+
+    let (code, out, _) = bench.keel("a", &["describe", "lines", "-o", "json"]);
+    let described: serde_json::Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!(code, 0);
+    assert_eq!(described["machine"]["name"], "lines");
+    assert!(described["events"].is_array() && described["machine"]["since_unix_ms"].is_u64());
+    let (code, _, err) = bench.keel("a", &["describe", "nobody"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("there is no machine \"nobody\""), "{err}");
 }

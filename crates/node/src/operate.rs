@@ -9,7 +9,7 @@ use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterInfo, EventKind, MachineInfo, MoveLine, NodeInfo,
-    RunRequest, Token, TokenRequest,
+    RunRequest, Token, TokenRequest, VolumeRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
@@ -627,7 +627,27 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         created_unix_ms: record.created_unix_ms,
         module: record.spec.module.clone(),
         args: record.spec.args.clone(),
+        env_names: record
+            .spec
+            .env
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect(),
+        volumes: record
+            .spec
+            .volumes
+            .iter()
+            .map(|volume| VolumeRequest {
+                host: volume.host.clone(),
+                guest: volume.guest.clone(),
+                read_only: volume.read_only,
+            })
+            .collect(),
         memory_limit_bytes: record.spec.memory_bytes,
+        threads_max: record.spec.threads_max,
+        output_bytes_per_s: record.spec.output_bytes_per_s,
+        remove_at_end: record.spec.remove_at_end,
+        made_of: record.origin.as_ref().map(Note::origin),
         cpu_limit_millis: record.spec.cpu_limit_millis,
         restart: record.spec.restart,
         restarts: record.restarts,
@@ -636,6 +656,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         threads: running.map(|report| report.threads),
         cpu_micros: running.map(|report| report.cpu_micros),
         pid: running.map(|report| report.pid),
+        output_bytes: running.map(|report| report.log.1),
         moves: record.reports.clone(),
     }
 }

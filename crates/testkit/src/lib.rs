@@ -133,6 +133,10 @@ impl LocalCluster {
             network,
             nodes: BTreeMap::new(),
         };
+        // An address of its own: a port that a node leaves while its agent is
+        // started again would else be taken by other clusters, or by connections.
+        let [a, b, c]: [u8; 3] = rand::random();
+        let own = std::net::Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254));
         for (number, name) in names.iter().enumerate() {
             let state = folder.join(name);
             std::fs::create_dir_all(&state)?;
@@ -151,7 +155,7 @@ impl LocalCluster {
             }
             let listen = match &cluster.network {
                 Some(network) => network.address(name)?,
-                None => "127.0.0.1:0".to_owned(),
+                None => format!("{own}:0"),
             };
             command.args(["--listen", &listen]);
             cluster.spawn(name, state, command).await?;

@@ -4,10 +4,20 @@ use super::Note;
 use crate::operate::OperateError;
 use keel_api::{CheckpointInfo, EventKind};
 use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::checkpoint::Origin;
 use keel_machine::moves::{Ending, MoveReport};
 use keel_machine::spec::{Record, Status};
 
 impl Note {
+    /// The checkpoint that a machine is made of, in words.
+    pub(crate) fn origin(origin: &Origin) -> String {
+        let (machine, vault) = (&origin.machine, &origin.vault);
+        match &origin.id {
+            Some(id) => format!("checkpoint {id} of {machine} in {vault}"),
+            None => format!("the newest checkpoint of {machine} in {vault}"),
+        }
+    }
+
     /// A machine's record, after its status changed from `before`.
     pub(crate) fn status(record: &Record, before: &Status) -> Note {
         let owner = &record.owner;
@@ -16,15 +26,9 @@ impl Note {
                 EventKind::MachineScheduled,
                 match &record.origin {
                     None => format!("is to run on {owner}"),
-                    Some(origin) => format!(
-                        "is to run on {owner}, made of {} checkpoint of {} in {}",
-                        origin
-                            .id
-                            .as_ref()
-                            .map_or_else(|| "the newest".to_owned(), |id| format!("the {id}")),
-                        origin.machine,
-                        origin.vault
-                    ),
+                    Some(origin) => {
+                        format!("is to run on {owner}, made of {}", Note::origin(origin))
+                    }
                 },
             ),
             (Status::Running, Status::Arriving { from }) => (

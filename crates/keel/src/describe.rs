@@ -1,0 +1,212 @@
+//! `keel describe`: a machine on one page, for people: what it is, where it is
+//! in its life, what it has and may touch, and what happened to it last.
+
+use crate::cluster::Reach;
+use crate::events::{self, Told};
+use crate::output::{self, Format};
+use crate::when;
+use anyhow::Result;
+use keel_api::{EventKind, MachineInfo};
+use serde::Serialize;
+use std::process::ExitCode;
+
+/// Moves, checkpoints and events that are shown.
+const MOVES: usize = 5;
+const CHECKPOINTS: usize = 5;
+const EVENTS: usize = 10;
+/// Events that are looked at.
+const EVENTS_ASKED: u32 = 1000;
+
+/// A machine and what happened to it.
+#[derive(Serialize)]
+struct Described {
+    machine: MachineInfo,
+    #[serde(flatten)]
+    told: Told,
+}
+
+pub(crate) async fn run(reach: &Reach, name: &str) -> Result<ExitCode> {
+    let client = reach.client()?;
+    let machine: MachineInfo = client.get(&format!("/v1/machines/{name}")).await?;
+    let mut told = events::newest(&client, Some(name), None, EVENTS_ASKED).await?;
+    // An earlier machine may have had the same name.
+    told.events
+        .retain(|event| event.at_unix_ms >= machine.created_unix_ms);
+    let described = Described { machine, told };
+    match reach.format() {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&described)?),
+        Format::Name => println!("{name}"),
+        Format::Text => println!("{}", page(&described)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Lines of a page: a word on the left, what it is on the right.
+struct Page(Vec<String>);
+
+impl Page {
+    fn head(&mut self, title: &str) {
+        self.0.push(title.to_owned());
+    }
+
+    fn line(&mut self, word: &str, text: impl AsRef<str>) {
+        for (number, line) in text.as_ref().lines().enumerate() {
+            let word = if number == 0 { word } else { "" };
+            self.0.push(format!("  {word:<12}{line}"));
+        }
+    }
+
+    fn list(&mut self, title: &str, items: impl IntoIterator<Item = String>) {
+        let before = self.0.len();
+        self.head(title);
+        self.0
+            .extend(items.into_iter().map(|item| format!("  {item}")));
+        if self.0.len() == before + 1 {
+            self.0.push("  none".to_owned());
+        }
+    }
+}
+
+fn moment(unix_ms: u64) -> String {
+    format!("{} ({} ago)", when::show(unix_ms), output::ago(unix_ms))
+}
+
+fn page(described: &Described) -> String {
+    let (machine, told) = (&described.machine, &described.told);
+    let mut page = Page(Vec::new());
+    what_it_is(&mut page, machine);
+    what_it_has(&mut page, machine);
+    what_it_may_touch(&mut page, machine);
+    page.list(
+        "Last moves",
+        machine.moves.iter().rev().take(MOVES).map(|report| {
+            let begun = when::show(report.started_unix_ms);
+            format!("{begun}  {}", report.line())
+        }),
+    );
+    let checkpoints = told.events.iter().rev().filter(|event| {
+        matches!(
+            event.kind,
+            EventKind::CheckpointMade | EventKind::CheckpointFailed
+        )
+    });
+    page.list(
+        "Last checkpoints",
+        checkpoints
+            .take(CHECKPOINTS)
+            .map(|event| format!("{}  {}", when::show(event.at_unix_ms), event.text)),
+    );
+    page.list(
+        "Last events",
+        told.events.iter().rev().take(EVENTS).map(events::sentence),
+    );
+    for silence in &told.silent {
+        page.0.push(format!(
+            "  node {} does not answer ({}): what it would tell is missing",
+            silence.node, silence.reason
+        ));
+    }
+    page.0.join("\n")
+}
+
+fn what_it_is(page: &mut Page, machine: &MachineInfo) {
+    page.head(&machine.name);
+    page.line(
+        "status",
+        format!(
+            "{}, since {}",
+            machine.status,
+            moment(machine.since_unix_ms)
+        ),
+    );
+    if let Some(message) = &machine.message {
+        page.line("because", message);
+    }
+    page.line("node", format!("{}, epoch {}", machine.node, machine.epoch));
+    page.line("created", moment(machine.created_unix_ms));
+    page.line("program", machine.args.join(" "));
+    page.line("module", &machine.module);
+    if let Some(origin) = &machine.made_of {
+        page.line("made of", origin);
+    }
+    page.line(
+        "restart",
+        format!("{} ({} so far)", machine.restart.word(), machine.restarts),
+    );
+    if machine.remove_at_end {
+        page.line("at its end", "it is removed, with its output");
+    }
+}
+
+fn what_it_has(page: &mut Page, machine: &MachineInfo) {
+    page.head("Has");
+    let now = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    page.line(
+        "threads",
+        format!(
+            "{} of at most {}",
+            now(machine.threads.map(|threads| threads.to_string())),
+            machine.threads_max
+        ),
+    );
+    page.line(
+        "memory",
+        format!(
+            "{}, at most {} in each of its memories",
+            now(machine.memory_bytes.map(output::bytes)),
+            output::bytes(machine.memory_limit_bytes)
+        ),
+    );
+    page.line(
+        "cpu",
+        format!(
+            "{}, {}",
+            match machine.cpu_micros {
+                Some(micros) => format!("{:.1} s on this node", micros as f64 / 1e6),
+                None => "-".to_owned(),
+            },
+            match machine.cpu_limit_millis {
+                Some(millis) => format!("at most {} core(s)", f64::from(millis) / 1000.0),
+                None => "without limit".to_owned(),
+            }
+        ),
+    );
+    page.line(
+        "output",
+        format!(
+            "{} so far, at most {} a second",
+            now(machine.output_bytes.map(output::bytes)),
+            output::bytes(machine.output_bytes_per_s)
+        ),
+    );
+    if let Some(pid) = machine.pid {
+        page.line("process", format!("{pid} on {}", machine.node));
+    }
+}
+
+fn what_it_may_touch(page: &mut Page, machine: &MachineInfo) {
+    page.head("May touch");
+    if machine.volumes.is_empty() {
+        page.line("directories", "none");
+    }
+    for volume in &machine.volumes {
+        let how = if volume.read_only {
+            "read only"
+        } else {
+            "read and write"
+        };
+        page.line(
+            "directory",
+            format!("{} as {} ({how})", volume.host, volume.guest),
+        );
+    }
+    page.line(
+        "environment",
+        if machine.env_names.is_empty() {
+            "none".to_owned()
+        } else {
+            machine.env_names.join(", ")
+        },
+    );
+    page.line("network", "none");
+}
