@@ -311,6 +311,22 @@ pub struct MoveRequest {
     /// Where that checkpoint goes; the node's own folder without.
     #[serde(default)]
     pub checkpoint_to: Option<String>,
+    /// Which of the moves that wait for this node's links is next.
+    #[serde(default)]
+    pub urgency: Urgency,
+}
+
+/// How soon a move shall begin where many wait.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Urgency {
+    /// After the others.
+    Low,
+    /// In turn.
+    #[default]
+    Normal,
+    /// Before the others.
+    High,
 }
 
 /// One line of a move's answer.

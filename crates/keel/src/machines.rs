@@ -5,7 +5,9 @@ use crate::output::{self, Format};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use hyper::Method;
-use keel_api::{Client, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, VolumeRequest};
+use keel_api::{
+    Client, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, Urgency, VolumeRequest,
+};
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
 use keel_machine::restart::Restart;
@@ -102,9 +104,22 @@ pub(crate) struct MoveArgs {
     /// (the node's own folder without).
     #[arg(long, value_name = "PLACE", requires = "post_copy")]
     checkpoint_to: Option<String>,
+    /// Which of the moves that wait for the node's links is next.
+    #[arg(long, value_name = "HOW", default_value = "normal")]
+    urgency: HowUrgent,
     /// Cancels the move that is under way.
     #[arg(long, conflicts_with = "to")]
     cancel: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum HowUrgent {
+    /// After the others.
+    Low,
+    /// In turn.
+    Normal,
+    /// Before the others.
+    High,
 }
 
 /// Starts a machine; its name.
@@ -367,6 +382,11 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
         to: to.clone(),
         post_copy: args.post_copy,
         checkpoint_to: args.checkpoint_to.clone(),
+        urgency: match args.urgency {
+            HowUrgent::Low => Urgency::Low,
+            HowUrgent::Normal => Urgency::Normal,
+            HowUrgent::High => Urgency::High,
+        },
     };
     let mut lines = client
         .post_stream(&format!("{path}/move"), &request)
@@ -385,6 +405,7 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
                         "{} round {}: {} sent, {} left, {}/s",
                         match progress.phase {
                             Phase::Copy => "copying",
+                            Phase::Wait => "others move first,",
                             Phase::Fill => "runs there, the rest of its memory comes",
                             _ => "moving",
                         },

@@ -1,7 +1,9 @@
 //! Clusters of real processes on loopback: machines run, move, and outlive
 //! agents; whatever fails leaves them running.
 
-use keel_api::{CheckpointInfo, Client, MachineInfo, MoveRequest, NodeInfo, Token, TokenRequest};
+use keel_api::{
+    CheckpointInfo, Client, MachineInfo, MoveRequest, NodeInfo, Token, TokenRequest, Urgency,
+};
 use keel_machine::moves::{Ending, MoveReport};
 use keel_machine::restart::Restart;
 use keel_testkit::{Guest, LocalCluster, check_numbered, move_as, wait_for};
@@ -905,6 +907,7 @@ async fn memory_comes_after_the_machine() {
         to: to.to_owned(),
         post_copy: true,
         checkpoint_to: Some(shared.clone()),
+        urgency: Urgency::Normal,
     };
     let mut remote = 0;
     for to in ["b", "a", "b", "a"] {
@@ -950,4 +953,44 @@ async fn memory_comes_after_the_machine() {
     );
     assert_eq!(code, 2, "{err}");
     assert_eq!(keel(&bench, "a", &["stop", "writer"]).0, 0);
+}
+
+/// Many machines leave a node at once, and others come to it: all arrive, the
+/// report of none is lost, and no more copy at a time than may.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_machines_move_at_once() {
+    let bench = cluster(&["a", "b", "c"]).await;
+    let cluster = &bench.cluster;
+    let counter = guest("counter");
+    let names: Vec<String> = (0..12).map(|number| format!("m{number}")).collect();
+    for (number, name) in names.iter().enumerate() {
+        let node = ["a", "b", "c"][number % 3];
+        cluster
+            .run(&Guest::new(name, node, &counter, &["1000000", "5"]))
+            .await
+            .expect("it starts");
+    }
+    for round in 0..2 {
+        let mut moves = tokio::task::JoinSet::new();
+        for (number, name) in names.iter().enumerate() {
+            let to = ["b", "c", "a"][(number + round) % 3].to_owned();
+            let (client, name) = (cluster.client("a"), name.clone());
+            moves.spawn(async move {
+                let request = MoveRequest {
+                    to,
+                    post_copy: false,
+                    checkpoint_to: None,
+                    urgency: [Urgency::Low, Urgency::Normal, Urgency::High][number % 3],
+                };
+                move_as(&client, &name, &request).await
+            });
+        }
+        while let Some(report) = moves.join_next().await {
+            moved(&report.expect("no panic").expect("a report"));
+        }
+    }
+    for name in &names {
+        let count = lines(cluster, "a", name).await;
+        wait_lines(cluster, "b", name, count).await;
+    }
 }

@@ -177,7 +177,7 @@ impl Drop for Running {
 /// The writer checks its memory whenever it writes; its lines are numbered.
 #[test]
 fn every_checkpoint_of_a_chain_goes_on_where_it_was() {
-    let mut running = Running::start("writer", &["16", "50", "30"]);
+    let mut running = Running::start("writer", &["16", "8", "30"]);
     running.wait_lines(2);
     let mut taken = Vec::new();
     for round in 0..5 {

@@ -1,6 +1,7 @@
 //! The agent's parts, how a node comes to be, and how its agent starts.
 
 use crate::events::{Events, Note};
+use crate::lanes::Lanes;
 use crate::record::NodeRecord;
 use crate::state_dir::StateDir;
 use crate::workers::Workers;
@@ -115,6 +116,10 @@ pub(crate) struct Agent {
     pub(crate) moves: Mutex<HashMap<MachineName, moving::Handle>>,
     /// Machines that are arriving, or being started.
     pub(crate) busy: Mutex<HashSet<MachineName>>,
+    /// Which moves away from here copy at a time.
+    pub(crate) lanes: Arc<Lanes>,
+    /// Held while room for an arriving machine is looked for and reserved.
+    pub(crate) reserving: tokio::sync::Mutex<()>,
 }
 
 /// Makes the first node of a new cluster; nothing runs yet.
@@ -281,6 +286,8 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         events,
         moves: Mutex::default(),
         busy: Mutex::default(),
+        lanes: Arc::default(),
+        reserving: tokio::sync::Mutex::default(),
     });
     serve(agent, cluster).await
 }

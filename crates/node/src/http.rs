@@ -324,6 +324,7 @@ async fn move_machine(
         target,
         post_copy: request.post_copy,
         checkpoint_to: request.checkpoint_to,
+        urgency: request.urgency,
     };
     let lines = operate::move_anywhere(&agent, &order).await?;
     let lines = futures::stream::unfold(lines, |mut lines| async {

@@ -24,6 +24,7 @@ mod debug;
 mod events;
 mod http;
 mod keep;
+mod lanes;
 mod lease;
 mod moving;
 mod offer;

@@ -3,11 +3,12 @@
 
 use crate::agent::{Agent, cpu_features};
 use crate::events::Note;
+use crate::lanes::Lane;
 use crate::offer::{Arrival, Offer};
 use crate::record;
 use crate::service::kind as node_kind;
 use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
-use keel_api::{CheckpointRequest, EventKind, MoveLine};
+use keel_api::{CheckpointRequest, EventKind, MoveLine, Urgency};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
@@ -33,6 +34,8 @@ const STORE_PATIENCE: Duration = Duration::from_secs(3);
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// How long a machine that just arrived may take to be known to run.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the word may be on its way that the target has all memory.
+const LAST_WORD_PATIENCE: Duration = Duration::from_secs(1);
 /// How long freezing and sending the rest may take.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -45,6 +48,7 @@ pub(crate) struct MoveOrder {
     pub(crate) post_copy: bool,
     /// Where the checkpoint goes that such a move begins with.
     pub(crate) checkpoint_to: Option<String>,
+    pub(crate) urgency: Urgency,
 }
 
 /// What others can do to a move that is under way.
@@ -162,10 +166,11 @@ pub(crate) async fn begin(
         receiving: None,
         begun: Instant::now(),
         prepared: None,
+        lane: None,
     };
-    let (agent, machine) = (agent.clone(), machine.clone());
+    let (agent, machine, urgency) = (agent.clone(), machine.clone(), order.urgency);
     tokio::spawn(async move {
-        driver.drive().await;
+        driver.drive(urgency).await;
         agent.moves().remove(&machine);
         over_sender.send_replace(true);
     });
@@ -209,6 +214,7 @@ pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker, 
         receiving: None,
         begun: Instant::now(),
         prepared: None,
+        lane: None,
     };
     driver.carry_on(commands.into()).await;
     agent.moves().remove(&machine);
@@ -270,6 +276,8 @@ struct Driver {
     begun: Instant,
     /// When the target had everything.
     prepared: Option<Instant>,
+    /// Its place among the moves that copy.
+    lane: Option<Lane>,
 }
 
 fn micros(since: Instant) -> u64 {
@@ -277,8 +285,11 @@ fn micros(since: Instant) -> u64 {
 }
 
 impl Driver {
-    async fn drive(&mut self) {
-        let offered = self.offer().await;
+    async fn drive(&mut self, urgency: Urgency) {
+        let offered = match self.wait_for_turn(urgency).await {
+            None => self.offer().await,
+            Some(interrupted) => interrupted,
+        };
         let commands = self.source.step(offered).into();
         self.carry_on(commands).await;
     }
@@ -344,6 +355,35 @@ impl Driver {
             tracing::error!(machine = %self.record.name, %error, "it does not go on yet");
             tokio::time::sleep(RETRY_AFTER).await;
         }
+    }
+
+    // ── its turn ────────────────────────────────────────────────────────
+
+    /// Waits until not too many others copy; what came first if it is not let go.
+    async fn wait_for_turn(&mut self, urgency: Urgency) -> Option<SourceEvent> {
+        // Its worker says how large it is; one that does not will not move anyway.
+        let bytes = self.worker.report().await.map_or(0, |it| it.memory_bytes);
+        let lanes = &self.agent.lanes;
+        let lane = lanes.enter(&self.record.name, bytes, urgency);
+        while let Some(ahead) = lane.ahead() {
+            let waits = Progress {
+                phase: Phase::Wait,
+                round: ahead as u32,
+                sent_bytes: 0,
+                remaining_bytes: bytes,
+                bytes_per_s: 0,
+                downtime_micros: 0,
+            };
+            // Whoever watches may have gone.
+            let _ = self.lines.try_send(MoveLine::Progress(waits));
+            tokio::select! {
+                () = lane.changed() => {}
+                event = interruption(&mut self.interrupted) => return Some(event),
+            }
+        }
+        self.lane = Some(lane);
+        self.begun = Instant::now();
+        None
     }
 
     // ── offer ───────────────────────────────────────────────────────────
@@ -746,7 +786,16 @@ impl Driver {
             }
             match record::get(&*self.agent.store, &self.record.name).await {
                 Ok(found) if crate::reconcile::needs_copy(&self.agent, &found.record.status) => {}
-                Ok(_) | Err(record::RecordError::NoMachine(_)) => return SourceEvent::Served,
+                Ok(_) | Err(record::RecordError::NoMachine(_)) => {
+                    // The target tells its agent and this worker at once.
+                    let deadline = Instant::now() + LAST_WORD_PATIENCE;
+                    while self.report.fill.is_none() && Instant::now() < deadline {
+                        tokio::time::sleep(RETRY_AFTER / 10).await;
+                        let report = self.worker.report().await;
+                        self.report.fill = report.ok().and_then(|report| report.fill);
+                    }
+                    return SourceEvent::Served;
+                }
                 Err(error) => {
                     tracing::debug!(%error, "not known whether its memory is still needed");
                 }

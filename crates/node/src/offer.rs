@@ -65,15 +65,6 @@ pub(crate) async fn accept(
 }
 
 async fn check(offer: &Offer) -> Result<(), String> {
-    let wanted: u64 = offer.memory_pages.iter().sum::<u64>() << 16;
-    let free = memory_available_bytes().saturating_sub(SPARE_BYTES);
-    if wanted > free {
-        return Err(format!(
-            "it needs {:.1} GiB of memory, {:.1} GiB are free",
-            wanted as f64 / f64::from(1 << 30),
-            free as f64 / f64::from(1 << 30)
-        ));
-    }
     if offer.post_copy
         && let Some(missing) = keel_machine::missing_for_post_copy()
     {
@@ -130,7 +121,12 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
     }
     let program = crate::service::find_program(agent, &source, &offer.program).await?;
     passed("offer.fetched").await?;
-    reserve(agent, &source, &offer).await?;
+    {
+        // One at a time: two that fit alone may not fit together.
+        let _reserving = agent.reserving.lock().await;
+        check_room(agent, &offer).await?;
+        reserve(agent, &source, &offer).await?;
+    }
     passed("offer.reserved").await?;
     let worker = match agent
         .workers
@@ -174,6 +170,44 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
             })
         }
     }
+}
+
+/// Whether its memory fits beside what other arriving machines were promised.
+async fn check_room(agent: &Agent, offer: &Offer) -> Result<(), String> {
+    let listing = agent
+        .store
+        .list(&keys::reservations_of(&agent.name))
+        .await
+        .map_err(|error| format!("what is reserved here is not known: {error}"))?;
+    let own = Key::Reservation(agent.name.clone(), offer.machine.clone()).to_string();
+    let promised: u64 = listing
+        .entries
+        .iter()
+        .filter(|entry| entry.key != own)
+        .filter_map(|entry| keel_cluster::wire::decode("a reservation", &entry.value).ok())
+        .map(|reservation: Reservation| reservation.bytes)
+        .fold(0, u64::saturating_add);
+    let available = memory_available_bytes().saturating_sub(SPARE_BYTES);
+    room(&offer.memory_pages, available, promised)
+}
+
+/// Whether memories (in 64 KiB pages) fit. What has arrived of a promised machine
+/// counts twice for a while: too little is taken rather than too much.
+fn room(memory_pages: &[u64], available: u64, promised: u64) -> Result<(), String> {
+    let wanted = memory_pages.iter().fold(0u64, |sum, pages| {
+        sum.saturating_add(pages.saturating_mul(1 << 16))
+    });
+    let free = available.saturating_sub(promised);
+    if wanted <= free {
+        return Ok(());
+    }
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(format!(
+        "it needs {:.1} GiB of memory; {:.1} GiB are free here, of which {:.1} GiB are promised to others that arrive",
+        gib(wanted),
+        gib(available),
+        gib(promised)
+    ))
 }
 
 /// Reserves room in the store: the commit demands that the reservation is
@@ -338,5 +372,22 @@ pub(crate) async fn arrival(
             agent.workers.forget(&agent.dir, machine).await;
             Ok(Arrival::Without)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::room;
+
+    #[test]
+    fn what_is_promised_is_not_free() {
+        let gib = 1u64 << 30;
+        // 16,384 pages of 64 KiB are 1 GiB.
+        assert_eq!(room(&[16_384], gib, 0), Ok(()));
+        assert_eq!(room(&[8192, 8192], 3 * gib, 2 * gib), Ok(()));
+        let error = room(&[16_384], 2 * gib, 2 * gib).unwrap_err();
+        assert!(error.contains("2.0 GiB are promised"), "{error}");
+        assert!(room(&[16_384], gib, 2 * gib).is_err());
+        assert!(room(&[u64::MAX, 1], gib, 0).is_err());
     }
 }

@@ -5,7 +5,7 @@
 use crate::witness::{Testimony, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
-use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest};
+use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest, Urgency};
 use keel_machine::failpoint::{Action, Failpoint, Order, Place};
 use keel_machine::restart::Restart;
 use std::path::{Path, PathBuf};
@@ -268,6 +268,7 @@ impl Drill<'_> {
                         to: to.to_owned(),
                         post_copy: true,
                         checkpoint_to: Some(self.vault()),
+                        urgency: Urgency::Normal,
                     };
                     let client = self.cluster.client(self.calm);
                     drop(crate::move_as(&client, self.machine, &request).await);

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
     Client, ClusterInfo, MachineInfo, MoveLine, MoveRequest, RunRequest, Token, TokenRequest,
-    Uploaded, VolumeRequest,
+    Uploaded, Urgency, VolumeRequest,
 };
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::MoveReport;
@@ -508,6 +508,7 @@ pub async fn move_by(client: &Client, machine: &str, to: &str) -> Result<MoveRep
         to: to.to_owned(),
         post_copy: false,
         checkpoint_to: None,
+        urgency: Urgency::Normal,
     };
     move_as(client, machine, &request).await
 }

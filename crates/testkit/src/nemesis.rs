@@ -8,7 +8,7 @@ use crate::network::Network;
 use crate::witness::{Testimony, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
-use keel_api::{CheckpointRequest, MachineInfo, MoveRequest};
+use keel_api::{CheckpointRequest, MachineInfo, MoveRequest, Urgency};
 use keel_machine::failpoint::{ALL, Action, Order};
 use keel_machine::moves::Ending;
 use keel_machine::restart::Restart;
@@ -413,6 +413,7 @@ impl Nemesis {
                     post_copy,
                     checkpoint_to: post_copy
                         .then(|| self.shared.join("vault").display().to_string()),
+                    urgency: Urgency::Normal,
                 };
                 tasks.spawn(moved(client, machine, request, self.tally.clone()));
             }

@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
+    /// It waits for its turn: others leave the node just now.
+    Wait,
     /// The target checks, fetches and compiles the module.
     Offer,
     /// Memory is copied while the machine runs.
