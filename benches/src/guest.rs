@@ -1,7 +1,9 @@
 //! Runs a program plain or as a machine, and takes what it prints.
 
 use anyhow::{Context, Result, bail};
-use keel_wasi::{Config, HostClock, Interrupt, Preopen, Sink, SinkResult, SystemClock, Wasi};
+use keel_wasi::{
+    Config, HostClock, Interrupt, Preopen, Sink, SinkResult, Source, SystemClock, Wasi,
+};
 use keel_wasm::runtime::{Limits, Machine, Options, Outcome, Program, run_plain};
 use rustix::time::{ClockId, clock_gettime};
 use std::path::PathBuf;
@@ -35,7 +37,7 @@ impl Start {
                 .dirs
                 .iter()
                 .map(|(host, guest)| Preopen {
-                    host: host.clone(),
+                    source: Source::Host(host.clone()),
                     guest: guest.clone(),
                     read_only: true,
                 })

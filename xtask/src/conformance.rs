@@ -74,7 +74,8 @@ const MODES: [(Mode, &str); 3] = [
     (Mode::Shaken, "shaken"),
 ];
 
-pub(crate) fn run(suite: &Path, only: Option<&str>, times: u32) -> Result<()> {
+/// With `volumes`, tests get copies of their folders in volumes.
+pub(crate) fn run(suite: &Path, only: Option<&str>, times: u32, volumes: bool) -> Result<()> {
     let file = command::root().join("xtask/conformance.toml");
     let deviations: Deviations = toml::from_str(&std::fs::read_to_string(file)?)?;
     let reasons: BTreeMap<&str, &str> = deviations
@@ -108,7 +109,7 @@ pub(crate) fn run(suite: &Path, only: Option<&str>, times: u32) -> Result<()> {
                 1
             };
             let failure = (0..runs).find_map(|seed| {
-                differences(&keel, test, mode, seed, &mut tally.captures)
+                differences(&keel, test, (mode, volumes), seed, &mut tally.captures)
                     .unwrap_or_else(|error| Some(format!("{error:#}")))
             });
             let listed = reasons.contains_key(test.name.as_str());
@@ -221,7 +222,7 @@ fn find(suite: &Path) -> Result<Vec<Test>> {
 fn differences(
     keel: &Path,
     test: &Test,
-    mode: Mode,
+    (mode, volumes): (Mode, bool),
     seed: u32,
     captures: &mut u64,
 ) -> Result<Option<String>> {
@@ -246,7 +247,7 @@ fn differences(
         let original = test.module.with_file_name(name);
         copy(&original, &host).with_context(|| format!("{}", original.display()))?;
         command
-            .arg("--dir")
+            .arg(if volumes { "--copy" } else { "--dir" })
             .arg(format!("{}::{name}", host.display()));
     }
     command.arg(&test.module).args(&wanted.args);

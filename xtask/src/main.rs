@@ -62,6 +62,9 @@ enum Task {
         /// How many times each test runs shaken.
         #[arg(long, default_value_t = 3)]
         times: u32,
+        /// Gives the tests copies of their folders in volumes of keel's own.
+        #[arg(long)]
+        volumes: bool,
     },
     /// Runs CPython and others plain and shaken, and compares.
     Big {
@@ -107,9 +110,12 @@ fn main() -> ExitCode {
         Task::Ci => ci::run(),
         Task::Licences => licences::check(),
         Task::Guests { names } => guests::build(&names),
-        Task::Conformance { suite, only, times } => {
-            conformance::run(&suite, only.as_deref(), times)
-        }
+        Task::Conformance {
+            suite,
+            only,
+            times,
+            volumes,
+        } => conformance::run(&suite, only.as_deref(), times, volumes),
         Task::Roam {
             seconds,
             moves,

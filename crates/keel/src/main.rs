@@ -23,6 +23,7 @@ mod machines;
 mod output;
 mod size;
 mod up;
+mod volume;
 mod wasm;
 mod when;
 

@@ -1,19 +1,24 @@
 //! `keel wasm APP.wasm`: one program in the foreground, in this process, as
 //! people use `wasmtime run`. The same machine as in a cluster, without one.
 
+use crate::volume::VolumeArg;
 use anyhow::{Context, Result};
-use keel_wasi::{Config, FdSink, Input, Preopen, Wasi};
+use keel_wasi::volume::VolumeLimits;
+use keel_wasi::{Config, FdSink, HostClock, Input, Preopen, Source, SystemClock, Wasi};
 use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome, run_plain};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a thread may take to a safepoint while the program is shaken.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Room of a volume that `--copy` makes.
+const COPY_BYTES: u64 = 1 << 40;
 
 /// Exit code for a guest's fault: as a shell reports an aborted process.
 const TRAP_CODE: u8 = 134;
@@ -28,6 +33,14 @@ pub(crate) struct Args {
     /// Lets the program reach a directory; `::ro` makes it read-only.
     #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
     dir: Vec<String>,
+    /// Gives the program a volume: `tmp:SIZE:GUEST`, of its own and gone with
+    /// it, or a directory, `HOST:GUEST[:ro]`.
+    #[arg(long, value_name = "VOLUME", value_parser = crate::volume::parse)]
+    volume: Vec<VolumeArg>,
+    /// Gives the program a volume of its own with a copy of a directory: what
+    /// it changes there ends with it.
+    #[arg(long, value_name = "HOST[::GUEST]")]
+    copy: Vec<String>,
     /// Sets an environment variable (without value: passes it on).
     #[arg(long, value_name = "NAME[=VALUE]")]
     env: Vec<String>,
@@ -72,7 +85,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         threads_max: args.threads,
         cpu_millis: args.cpu_limit,
     };
-    let wasi = Wasi::new(config(&args)?).context("the program's surroundings")?;
+    // The bytes of its volumes, until it ends.
+    let scratch = tempfile::tempdir().context("a folder for volumes")?;
+    let wasi = Wasi::new(config(&args, scratch.path())?).context("the program's surroundings")?;
+    copy(&args, &wasi)?;
     let name = args.module.display();
     let outcome = if args.plain {
         let wasi = Arc::new(wasi);
@@ -121,7 +137,7 @@ fn engine(args: &Args, options: Options) -> Result<Engine> {
     })
 }
 
-fn config(args: &Args) -> Result<Config> {
+fn config(args: &Args, scratch: &Path) -> Result<Config> {
     let mut config = Config {
         stdin: Input::Fd(std::io::stdin().as_fd().try_clone_to_owned()?),
         stdout: Box::new(FdSink::duplicate(std::io::stdout())?),
@@ -149,6 +165,30 @@ fn config(args: &Args) -> Result<Config> {
     for dir in &args.dir {
         config.preopens.push(preopen(dir));
     }
+    for (number, volume) in args.volume.iter().enumerate() {
+        let (source, guest, read_only) = match volume {
+            VolumeArg::Host {
+                host,
+                guest,
+                read_only,
+            } => (Source::Host(host.clone()), guest, *read_only),
+            VolumeArg::Tmp { bytes, guest } => {
+                let folder = scratch.join(format!("volume-{number}"));
+                (own(folder, *bytes), guest, false)
+            }
+        };
+        config.preopens.push(Preopen {
+            source,
+            guest: guest.clone(),
+            read_only,
+        });
+    }
+    for (number, dir) in args.copy.iter().enumerate() {
+        config.preopens.push(Preopen {
+            source: own(scratch.join(format!("copy-{number}")), COPY_BYTES),
+            ..preopen(dir)
+        });
+    }
     for address in &args.listen {
         config.listeners.push(
             TcpListener::bind(address)
@@ -168,10 +208,32 @@ fn preopen(text: &str) -> Preopen {
     let host = parts.next().unwrap_or_default();
     let guest = parts.next().unwrap_or(host);
     Preopen {
-        host: host.into(),
+        source: Source::Host(host.into()),
         guest: guest.to_owned(),
         read_only: parts.next() == Some("ro"),
     }
+}
+
+fn own(folder: PathBuf, bytes: u64) -> Source {
+    Source::Volume {
+        folder,
+        limits: VolumeLimits::of_bytes(bytes),
+        stalls: Arc::default(),
+    }
+}
+
+/// Fills the volumes of `--copy`, which come last.
+fn copy(args: &Args, wasi: &Wasi) -> Result<()> {
+    let volumes = wasi.volumes();
+    let first = volumes.len().saturating_sub(args.copy.len());
+    for (dir, (_, volume)) in args.copy.iter().zip(&volumes[first..]) {
+        if let Source::Host(host) = preopen(dir).source {
+            volume
+                .import(&host, SystemClock.realtime_ns())
+                .with_context(|| format!("--copy {dir}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Waits for the end, and shakes meanwhile.

@@ -201,7 +201,7 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         let descriptor = self.get(fd)?;
         let file = file::file_of(&descriptor)?;
         descriptor.require(Rights::FD_DATASYNC)?;
-        Ok(file.file.sync_data()?)
+        file.data.sync(true)
     }
 
     fn fd_fdstat_get(
@@ -253,7 +253,7 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         fd: types::Fd,
         size: types::Filesize,
     ) -> Result<()> {
-        file::set_size(&*self.get(fd)?, size)
+        self.wasi.set_size(&*self.get(fd)?, size)
     }
 
     fn fd_filestat_set_times(
@@ -265,7 +265,7 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         fst_flags: types::Fstflags,
     ) -> Result<()> {
         let times = file::timestamps(atim, mtim, fst_flags)?;
-        file::set_times(&*self.get(fd)?, &times)
+        self.wasi.set_times(&*self.get(fd)?, &times)
     }
 
     fn fd_pread(
@@ -377,7 +377,7 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         let descriptor = self.get(fd)?;
         let file = file::file_of(&descriptor)?;
         descriptor.require(Rights::FD_SYNC)?;
-        Ok(file.file.sync_all()?)
+        file.data.sync(false)
     }
 
     fn fd_tell(&mut self, _memory: &mut GuestMemory<'_>, fd: types::Fd) -> Result<types::Filesize> {

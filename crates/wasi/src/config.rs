@@ -3,6 +3,7 @@
 use crate::clock::{HostClock, SystemClock};
 use crate::error::Error;
 use crate::stream::{DiscardSink, Input, Sink};
+use crate::volume::{Stalls, VolumeLimits};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -52,11 +53,27 @@ impl Default for Config {
     }
 }
 
-/// A directory of the host that the guest may reach.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where the files of a preopen are.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// In a directory of the host, which others may change, too.
+    Host(PathBuf),
+    /// In a volume of our own, which the machine takes along.
+    Volume {
+        /// Folder for its files' bytes; of nobody else.
+        folder: PathBuf,
+        /// How large it may become.
+        limits: VolumeLimits,
+        /// Is told when the guest waits for room on the host's disk.
+        stalls: Arc<Stalls>,
+    },
+}
+
+/// A directory that the guest may reach.
+#[derive(Clone, Debug)]
 pub struct Preopen {
-    /// The directory on the host.
-    pub host: PathBuf,
+    /// Where its files are.
+    pub source: Source,
     /// Its name for the guest, such as `/data`. No NUL bytes.
     pub guest: String,
     /// Whether everything that changes files fails with `perm`.

@@ -7,6 +7,7 @@
 use crate::abi::{Result, types};
 use crate::directory::Listing;
 use crate::locked;
+use crate::volume::OpenNode;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -40,11 +41,19 @@ impl FileId {
     }
 }
 
+/// Where a file is that a guest has open.
+#[derive(Debug)]
+pub(crate) enum Data {
+    /// In a directory of the host.
+    Host { file: File, id: FileId },
+    /// In a volume of our own.
+    Volume(OpenNode),
+}
+
 /// An open file that is not a directory.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
-    pub(crate) file: File,
-    pub(crate) id: FileId,
+    pub(crate) data: Data,
     /// The preopen that it was opened under.
     pub(crate) root: u32,
     pub(crate) filetype: Filetype,
@@ -54,7 +63,7 @@ pub(crate) struct OpenFile {
     /// What the guest asked for.
     pub(crate) readable: bool,
     pub(crate) writable: bool,
-    /// What the host's descriptor was opened for (creating needs writing).
+    /// What it was opened for (creating needs writing).
     pub(crate) host_read: bool,
     pub(crate) host_write: bool,
     /// Of `sync`, `dsync` and `rsync`; fixed when opened.
@@ -66,11 +75,19 @@ pub(crate) struct OpenFile {
     pub(crate) offset: Mutex<u64>,
 }
 
+/// Where a directory is that a guest has open.
+#[derive(Debug)]
+pub(crate) enum Place {
+    /// On the host.
+    Host { dir: Dir, id: FileId },
+    /// In a volume of our own.
+    Volume(OpenNode),
+}
+
 /// An open directory.
 #[derive(Debug)]
 pub(crate) struct OpenDirectory {
-    pub(crate) dir: Dir,
-    pub(crate) id: FileId,
+    pub(crate) place: Place,
     /// The preopen that it is or was opened under.
     pub(crate) root: u32,
     /// The guest's name, if this is a preopen itself.
@@ -143,11 +160,18 @@ impl Descriptor {
         }
     }
 
-    /// What distinguishes the file behind it; `None` for other things.
+    /// What distinguishes the host's file behind it; `None` for other things.
     pub(crate) fn file_id(&self) -> Option<FileId> {
         match &self.kind {
-            Kind::File(file) => Some(file.id),
-            Kind::Directory(directory) => Some(directory.id),
+            Kind::File(OpenFile {
+                data: Data::Host { id, .. },
+                ..
+            })
+            | Kind::Directory(OpenDirectory {
+                place: Place::Host { id, .. },
+                ..
+            }) => Some(*id),
+            Kind::File(_) | Kind::Directory(_) => None,
             Kind::Stdin | Kind::Stdout | Kind::Stderr | Kind::Listener(_) | Kind::Connection(_) => {
                 None
             }

@@ -3,7 +3,7 @@
 //! and over a move.
 
 use crate::abi::{Result, types};
-use crate::descriptor::OpenDirectory;
+use crate::descriptor::{OpenDirectory, Place};
 use crate::hidden::is_hidden_name;
 use crate::locked;
 use cap_std::fs::Dir;
@@ -37,12 +37,18 @@ pub(crate) fn read(
     let mut kept = locked(&directory.listing);
     if cookie == 0 || kept.is_none() {
         *kept = None;
-        *kept = Some(list(directory, entries_max)?);
+        *kept = Some(match &directory.place {
+            Place::Host { dir, .. } => list(dir, entries_max)?,
+            Place::Volume(node) => node.volume.list(node.inode, entries_max)?,
+        });
     }
     let Some(listing) = kept.as_ref() else {
         return Err(Errno::Io.into());
     };
-    let own = directory.id.inode;
+    let own = match &directory.place {
+        Place::Host { id, .. } => id.inode,
+        Place::Volume(node) => node.inode,
+    };
     let mut bytes = Vec::new();
     let skip = usize::try_from(cookie).unwrap_or(usize::MAX);
     // wasmtime, too, gives `..` the number of the directory itself.
@@ -69,9 +75,9 @@ pub(crate) fn read(
 }
 
 /// The entries, sorted by name so that all hosts agree on the order.
-fn list(directory: &OpenDirectory, entries_max: usize) -> Result<Listing> {
+fn list(dir: &Dir, entries_max: usize) -> Result<Listing> {
     let mut listing = Listing::new();
-    for entry in entries(&directory.dir)? {
+    for entry in entries(dir)? {
         let entry = entry?;
         let name = entry.file_name().to_bytes();
         if name == b"." || name == b".." || is_hidden_name(name) {
@@ -83,7 +89,7 @@ fn list(directory: &OpenDirectory, entries_max: usize) -> Result<Listing> {
         let name = str::from_utf8(name).map_err(|_| Errno::Ilseq)?.to_owned();
         let filetype = match entry.file_type() {
             // Some file systems do not say.
-            FileType::Unknown => match directory.dir.symlink_metadata(&name) {
+            FileType::Unknown => match dir.symlink_metadata(&name) {
                 Ok(metadata) => filetype_of_path(&metadata),
                 Err(_) => Filetype::Unknown,
             },

@@ -2,9 +2,10 @@
 //! offsets, seeking, attributes and times.
 
 use crate::abi::{Result, types};
-use crate::descriptor::{Descriptor, Kind, OpenFile};
+use crate::descriptor::{Data, Descriptor, Kind, OpenFile, Place};
 use crate::directory::filetype_of_path;
 use crate::stream::sink_result;
+use crate::volume::{OpenNode, WriteFault};
 use crate::wait::{Interrupt, retry};
 use crate::{Wasi, locked, socket};
 use cap_std::fs::{Metadata, MetadataExt};
@@ -54,6 +55,41 @@ fn seekable(descriptor: &Descriptor) -> Result<&OpenFile> {
     }
 }
 
+impl OpenFile {
+    /// The host's pipe or device, if it is one.
+    pub(crate) fn stream(&self) -> Option<&File> {
+        match &self.data {
+            Data::Host { file, .. } if self.is_stream => Some(file),
+            Data::Host { .. } | Data::Volume(_) => None,
+        }
+    }
+}
+
+impl Data {
+    pub(crate) fn size(&self) -> Result<u64> {
+        match self {
+            Self::Host { file, .. } => Ok(file.metadata()?.len()),
+            Self::Volume(node) => Ok(node.size()),
+        }
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+        match self {
+            Self::Host { file, .. } => Ok(file.read_at(buffer, offset)?),
+            Self::Volume(node) => Ok(node.read_at(buffer, offset)?),
+        }
+    }
+
+    /// `fd_sync` and `fd_datasync`.
+    pub(crate) fn sync(&self, data_only: bool) -> Result<()> {
+        match self {
+            Self::Host { file, .. } if data_only => Ok(file.sync_data()?),
+            Self::Host { file, .. } => Ok(file.sync_all()?),
+            Self::Volume(node) => Ok(node.sync(data_only)?),
+        }
+    }
+}
+
 impl Wasi {
     /// `fd_read` and `fd_pread`: fills the start of `buffer`.
     pub(crate) fn read(
@@ -94,7 +130,17 @@ impl Wasi {
             descriptor.require(Rights::FD_SEEK)?;
         }
         match (&descriptor.kind, position) {
-            (Kind::File(file), _) => Ok(write_file(file, bytes, position, interrupt)?.try_into()?),
+            (Kind::File(file), _) => {
+                let count = match &file.data {
+                    Data::Host { file: host, .. } => {
+                        write_file(file, host, bytes, position, interrupt)?
+                    }
+                    Data::Volume(node) => {
+                        self.write_volume(file, node, bytes, position, interrupt)?
+                    }
+                };
+                Ok(count.try_into()?)
+            }
             (Kind::Stdout | Kind::Stderr | Kind::Connection(_), Position::At(_)) => {
                 Err(Errno::Spipe.into())
             }
@@ -128,8 +174,14 @@ impl Wasi {
     pub(crate) fn filestat(&self, descriptor: &Descriptor) -> Result<Filestat> {
         descriptor.require(Rights::FD_FILESTAT_GET)?;
         let metadata = match &descriptor.kind {
-            Kind::File(file) => Metadata::from_file(&file.file)?,
-            Kind::Directory(directory) => directory.dir.dir_metadata()?,
+            Kind::File(OpenFile { data, root, .. }) => match data {
+                Data::Host { file, .. } => Metadata::from_file(file)?,
+                Data::Volume(node) => return volume_stat(node, *root),
+            },
+            Kind::Directory(directory) => match &directory.place {
+                Place::Host { dir, .. } => dir.dir_metadata()?,
+                Place::Volume(node) => return volume_stat(node, directory.root),
+            },
             kind @ (Kind::Stdin
             | Kind::Stdout
             | Kind::Stderr
@@ -153,6 +205,118 @@ impl Wasi {
         }
         Ok(stat)
     }
+
+    /// Writes to a file of a volume. Where the host has no room, it waits and
+    /// tries again; nothing is held meanwhile that other threads need.
+    fn write_volume(
+        &self,
+        file: &OpenFile,
+        node: &OpenNode,
+        bytes: &[u8],
+        position: Position,
+        interrupt: &dyn Interrupt,
+    ) -> Result<usize> {
+        if !file.writable {
+            return Err(Errno::Badf.into());
+        }
+        let stalls = node.volume.stalls();
+        let folder = node.volume.folder().to_string_lossy();
+        loop {
+            match self.write_volume_once(file, node, bytes, position) {
+                Ok(count) => {
+                    stalls.written(&folder);
+                    return Ok(count);
+                }
+                Err(WriteFault::Errno(errno)) => return Err(errno.into()),
+                Err(WriteFault::HostFull) => stalls.wait(&folder, interrupt)?,
+            }
+        }
+    }
+
+    fn write_volume_once(
+        &self,
+        file: &OpenFile,
+        node: &OpenNode,
+        bytes: &[u8],
+        position: Position,
+    ) -> Result<usize, WriteFault> {
+        let append = file.append.load(Ordering::Relaxed);
+        let now = self.clock.realtime_ns();
+        let count = match position {
+            // As on Linux, a file in append mode ignores the position.
+            Position::At(offset) => node.write_at(bytes, (!append).then_some(offset), now)?.1,
+            Position::Current => {
+                let mut offset = locked(&file.offset);
+                let at = (!append).then_some(*offset);
+                let (at, count) = node.write_at(bytes, at, now)?;
+                *offset = at + count as u64;
+                count
+            }
+        };
+        if !file.sync.is_empty() {
+            let data_only = !file.sync.intersects(Fdflags::SYNC | Fdflags::RSYNC);
+            node.sync(data_only)?;
+        }
+        Ok(count)
+    }
+
+    /// `fd_filestat_set_size`.
+    pub(crate) fn set_size(&self, descriptor: &Descriptor, size: u64) -> Result<()> {
+        let file = file_of(descriptor)?;
+        descriptor.require(Rights::FD_FILESTAT_SET_SIZE)?;
+        if file.read_only_root {
+            return Err(Errno::Perm.into());
+        }
+        match &file.data {
+            Data::Host { file, .. } => Ok(file.set_len(size)?),
+            Data::Volume(_) if !file.host_write => Err(Errno::Inval.into()),
+            Data::Volume(node) => Ok(node.set_size(size, self.clock.realtime_ns())?),
+        }
+    }
+
+    /// `fd_filestat_set_times`.
+    pub(crate) fn set_times(&self, descriptor: &Descriptor, times: &Timestamps) -> Result<()> {
+        let (fd, node, read_only) = match &descriptor.kind {
+            Kind::File(file) => match &file.data {
+                Data::Host { file: host, .. } => (Some(host.as_fd()), None, file.read_only_root),
+                Data::Volume(node) => (None, Some(node), file.read_only_root),
+            },
+            Kind::Directory(directory) => match &directory.place {
+                Place::Host { dir, .. } => (Some(dir.as_fd()), None, directory.read_only),
+                Place::Volume(node) => (None, Some(node), directory.read_only),
+            },
+            Kind::Stdin | Kind::Stdout | Kind::Stderr | Kind::Listener(_) | Kind::Connection(_) => {
+                return Err(Errno::Badf.into());
+            }
+        };
+        descriptor.require(Rights::FD_FILESTAT_SET_TIMES)?;
+        if read_only {
+            return Err(Errno::Perm.into());
+        }
+        if let Some(fd) = fd {
+            rustix::fs::futimens(fd, times)?;
+        }
+        if let Some(node) = node {
+            let now = self.clock.realtime_ns();
+            node.volume.set_times(node.inode, times, now)?;
+        }
+        Ok(())
+    }
+}
+
+/// The device number of volumes of our own, but for the preopen's number.
+const VOLUME_DEVICE: u64 = 0x6b65_656c_0000_0000;
+
+/// The number by which guests tell preopens apart.
+pub(crate) fn volume_device(root: u32) -> u64 {
+    VOLUME_DEVICE + u64::from(root)
+}
+
+fn volume_stat(node: &OpenNode, root: u32) -> Result<Filestat> {
+    Ok(Filestat {
+        dev: volume_device(root),
+        ..node.volume.filestat(node.inode)?
+    })
 }
 
 fn read_file(
@@ -164,21 +328,24 @@ fn read_file(
     if !file.readable {
         return Err(Errno::Badf.into());
     }
-    match position {
-        Position::At(offset) => Ok(file.file.read_at(buffer, offset)?),
-        Position::Current if file.is_stream => {
-            let nonblocking = file.nonblocking.load(Ordering::Relaxed);
-            retry(
-                file.file.as_fd(),
-                PollFlags::IN,
-                nonblocking,
-                interrupt,
-                || rustix::io::read(&file.file, &mut *buffer),
-            )
+    if let Some(stream) = file.stream() {
+        if let Position::At(offset) = position {
+            return Ok(stream.read_at(buffer, offset)?);
         }
+        let nonblocking = file.nonblocking.load(Ordering::Relaxed);
+        return retry(
+            stream.as_fd(),
+            PollFlags::IN,
+            nonblocking,
+            interrupt,
+            || rustix::io::read(stream, &mut *buffer),
+        );
+    }
+    match position {
+        Position::At(offset) => file.data.read_at(buffer, offset),
         Position::Current => {
             let mut offset = locked(&file.offset);
-            let count = file.file.read_at(buffer, *offset)?;
+            let count = file.data.read_at(buffer, *offset)?;
             *offset = offset.checked_add(count as u64).ok_or(Errno::Overflow)?;
             Ok(count)
         }
@@ -187,6 +354,7 @@ fn read_file(
 
 fn write_file(
     file: &OpenFile,
+    host: &File,
     bytes: &[u8],
     position: Position,
     interrupt: &dyn Interrupt,
@@ -199,9 +367,8 @@ fn write_file(
             return Err(Errno::Spipe.into());
         }
         let nonblocking = file.nonblocking.load(Ordering::Relaxed);
-        let fd = file.file.as_fd();
-        return retry(fd, PollFlags::OUT, nonblocking, interrupt, || {
-            rustix::io::write(&file.file, bytes)
+        return retry(host.as_fd(), PollFlags::OUT, nonblocking, interrupt, || {
+            rustix::io::write(host, bytes)
         });
     }
     let append = file.append.load(Ordering::Relaxed);
@@ -209,17 +376,17 @@ fn write_file(
         // As on Linux, a file in append mode ignores the position.
         Position::At(_) if append => {
             let _turn = locked(&file.offset);
-            Ok(append_bytes(&file.file, bytes)?)
+            Ok(append_bytes(host, bytes)?)
         }
-        Position::At(offset) => Ok(file.file.write_at(bytes, offset)?),
+        Position::At(offset) => Ok(host.write_at(bytes, offset)?),
         Position::Current => {
             let mut offset = locked(&file.offset);
             if append {
-                let count = append_bytes(&file.file, bytes)?;
-                *offset = file.file.metadata()?.len();
+                let count = append_bytes(host, bytes)?;
+                *offset = host.metadata()?.len();
                 return Ok(count);
             }
-            let count = file.file.write_at(bytes, *offset)?;
+            let count = host.write_at(bytes, *offset)?;
             *offset = offset.checked_add(count as u64).ok_or(Errno::Overflow)?;
             Ok(count)
         }
@@ -250,7 +417,7 @@ pub(crate) fn seek(descriptor: &Descriptor, delta: i64, whence: Whence) -> Resul
     let base = match whence {
         Whence::Set => 0,
         Whence::Cur => *offset,
-        Whence::End => file.file.metadata()?.len(),
+        Whence::End => file.data.size()?,
     };
     let target = base.checked_add_signed(delta).ok_or(Errno::Inval)?;
     *offset = target;
@@ -307,18 +474,15 @@ pub(crate) fn advise(
         types::Advice::Dontneed => rustix::fs::Advice::DontNeed,
         types::Advice::Noreuse => rustix::fs::Advice::NoReuse,
     };
-    let length = std::num::NonZeroU64::new(length);
-    Ok(rustix::fs::fadvise(&file.file, offset, length, advice)?)
-}
-
-/// `fd_filestat_set_size`.
-pub(crate) fn set_size(descriptor: &Descriptor, size: u64) -> Result<()> {
-    let file = file_of(descriptor)?;
-    descriptor.require(Rights::FD_FILESTAT_SET_SIZE)?;
-    if file.read_only_root {
-        return Err(Errno::Perm.into());
+    match &file.data {
+        Data::Host { file, .. } => {
+            let length = std::num::NonZeroU64::new(length);
+            Ok(rustix::fs::fadvise(file, offset, length, advice)?)
+        }
+        Data::Volume(_) if i64::try_from(length).is_err() => Err(Errno::Inval.into()),
+        // The host caches the backing file as it thinks best.
+        Data::Volume(_) => Ok(()),
     }
-    Ok(file.file.set_len(size)?)
 }
 
 /// Access and modification times to set, checked.
@@ -351,22 +515,6 @@ pub(crate) fn timestamps(
             modification_ns,
         )?,
     })
-}
-
-/// `fd_filestat_set_times`.
-pub(crate) fn set_times(descriptor: &Descriptor, times: &Timestamps) -> Result<()> {
-    let (fd, read_only) = match &descriptor.kind {
-        Kind::File(file) => (file.file.as_fd(), file.read_only_root),
-        Kind::Directory(directory) => (directory.dir.as_fd(), directory.read_only),
-        Kind::Stdin | Kind::Stdout | Kind::Stderr | Kind::Listener(_) | Kind::Connection(_) => {
-            return Err(Errno::Badf.into());
-        }
-    };
-    descriptor.require(Rights::FD_FILESTAT_SET_TIMES)?;
-    if read_only {
-        return Err(Errno::Perm.into());
-    }
-    Ok(rustix::fs::futimens(fd, times)?)
 }
 
 pub(crate) fn filestat_of(metadata: &Metadata) -> Filestat {

@@ -13,9 +13,9 @@
 //! nobody removes a file between its opening and its appearance in the table.
 
 use crate::abi::{Result, types};
-use crate::descriptor::{Descriptor, FileId, Kind, OpenDirectory};
+use crate::descriptor::{Data, Descriptor, FileId, Kind, Place};
 use crate::directory::entries;
-use crate::{Root, Wasi, locked};
+use crate::{Root, RootPlace, Wasi, locked};
 use cap_std::fs::Dir;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd};
 use rustix::fs::RenameFlags;
@@ -132,11 +132,17 @@ impl OpenFiles {
     }
 }
 
-/// The host descriptor of a file or directory.
+/// The host descriptor of a host's file or directory.
 pub(crate) fn file_fd(descriptor: &Descriptor) -> Option<BorrowedFd<'_>> {
     match &descriptor.kind {
-        Kind::File(file) => Some(file.file.as_fd()),
-        Kind::Directory(directory) => Some(directory.dir.as_fd()),
+        Kind::File(file) => match &file.data {
+            Data::Host { file, .. } => Some(file.as_fd()),
+            Data::Volume(_) => None,
+        },
+        Kind::Directory(directory) => match &directory.place {
+            Place::Host { dir, .. } => Some(dir.as_fd()),
+            Place::Volume(_) => None,
+        },
         Kind::Stdin | Kind::Stdout | Kind::Stderr | Kind::Listener(_) | Kind::Connection(_) => None,
     }
 }
@@ -159,13 +165,16 @@ pub(crate) fn locate(
     let path = host_path(fd)?;
     let first = roots.iter().enumerate().skip(prefer as usize).take(1);
     for (index, root) in first.chain(roots.iter().enumerate()) {
-        let Ok(below) = path.strip_prefix(host_path(root.dir.as_fd())?) else {
+        let RootPlace::Host { dir, .. } = &root.place else {
+            continue;
+        };
+        let Ok(below) = path.strip_prefix(host_path(dir.as_fd())?) else {
             continue;
         };
         let found = if below.as_os_str().is_empty() {
-            root.dir.dir_metadata()
+            dir.dir_metadata()
         } else {
-            root.dir.symlink_metadata(below)
+            dir.symlink_metadata(below)
         };
         if found.is_ok_and(|metadata| FileId::of_path(&metadata) == id) {
             let index = u32::try_from(index).map_err(io::Error::other)?;
@@ -192,32 +201,32 @@ fn parent_and_name(path: &str) -> Option<(&str, &str)> {
 
 impl Wasi {
     /// `unlink` of anything but a directory.
-    pub(crate) fn remove_file(&self, at: &OpenDirectory, path: &str) -> Result<()> {
+    pub(crate) fn remove_file(&self, at: &Dir, path: &str) -> Result<()> {
         let _namespace = self.files.exclusive();
         let keep = || -> Option<FileId> {
             if path.ends_with('/') {
                 return None;
             }
-            let metadata = at.dir.symlink_metadata(path).ok()?;
+            let metadata = at.symlink_metadata(path).ok()?;
             let id = FileId::of_path(&metadata);
             (!metadata.is_dir() && self.files.is_open(id)).then_some(id)
         };
         let (Some(id), Some((parent, name))) = (keep(), parent_and_name(path)) else {
-            return Ok(at.dir.remove_file(path)?);
+            return Ok(at.remove_file(path)?);
         };
-        let parent = at.dir.open_dir(parent)?;
+        let parent = at.open_dir(parent)?;
         let hidden = self.files.new_name();
         parent.rename(name, &parent, &hidden)?;
         self.settle(&parent, &hidden, id)
     }
 
     /// `rmdir`.
-    pub(crate) fn remove_directory(&self, at: &OpenDirectory, path: &str) -> Result<()> {
+    pub(crate) fn remove_directory(&self, at: &Dir, path: &str) -> Result<()> {
         let _namespace = self.files.exclusive();
         let Some((parent, name)) = parent_and_name(path) else {
-            return Ok(at.dir.remove_dir(path)?);
+            return Ok(at.remove_dir(path)?);
         };
-        let parent = at.dir.open_dir(parent)?;
+        let parent = at.open_dir(parent)?;
         // Not of the path: a slash at its end would follow a link.
         let metadata = parent.symlink_metadata(name)?;
         let id = FileId::of_path(&metadata);
@@ -239,20 +248,20 @@ impl Wasi {
     /// `rename`; what was at the new path stays if it is open.
     pub(crate) fn rename(
         &self,
-        source: &OpenDirectory,
+        source: &Dir,
         source_path: &str,
-        target: &OpenDirectory,
+        target: &Dir,
         target_path: &str,
     ) -> Result<()> {
         let _namespace = self.files.exclusive();
-        let plain = || source.dir.rename(source_path, &target.dir, target_path);
+        let plain = || source.rename(source_path, target, target_path);
         let (Some((source_parent, source_name)), Some((target_parent, target_name))) =
             (parent_and_name(source_path), parent_and_name(target_path))
         else {
             return Ok(plain()?);
         };
-        let source_dir = source.dir.open_dir(source_parent)?;
-        let target_dir = target.dir.open_dir(target_parent)?;
+        let source_dir = source.open_dir(source_parent)?;
+        let target_dir = target.open_dir(target_parent)?;
         let Ok(moved) = source_dir.symlink_metadata(source_name) else {
             return Ok(plain()?);
         };
@@ -362,7 +371,9 @@ impl Wasi {
         };
         let removed = match locate(&self.roots, fd, id, 0) {
             Ok((root, below)) => {
-                let root = &self.roots[root as usize].dir;
+                let RootPlace::Host { dir: root, .. } = &self.roots[root as usize].place else {
+                    return Ok(());
+                };
                 if matches!(descriptor.kind, Kind::Directory(_)) {
                     root.remove_dir(&below)
                 } else {

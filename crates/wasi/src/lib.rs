@@ -18,6 +18,7 @@
 //! | `directory.rs` | `fd_readdir` |
 //! | `path.rs` | `path_*` |
 //! | `hidden.rs` | files removed while open; where an open file is |
+//! | `volume/` | file systems of our own, that machines take along |
 //! | `stream.rs` | standard input, output, error |
 //! | `socket.rs` | `sock_*` |
 //! | `poll.rs` | `poll_oneoff` |
@@ -46,31 +47,36 @@ mod restore;
 mod snapshot;
 mod socket;
 mod stream;
+pub mod volume;
 mod wait;
 
 pub use abi::types::Errno;
 pub use clock::{HostClock, SystemClock};
-pub use config::{Config, Limits, Preopen};
+pub use config::{Config, Limits, Preopen, Source};
 pub use error::Error;
 pub use function::{Function, ParamType};
 pub use restore::Resources;
 pub use snapshot::{
     ConnectionRecord, DescriptorKind, DescriptorRecord, DirectoryRecord, EntryRecord, FileRecord,
-    ListenerRecord, Place, PreopenRecord, SNAPSHOT_VERSION, Snapshot, StdinRecord,
+    HostPlace, ListenerRecord, Place, PreopenRecord, SNAPSHOT_VERSION, Snapshot, StdinRecord,
 };
 pub use stream::{DiscardSink, FdSink, Input, MemorySink, Sink, SinkResult};
 pub use wait::Interrupt;
 pub use wiggle::GuestMemory;
 
 use crate::clock::GuestClock;
-use crate::descriptor::{Descriptor, Dropped, FileId, Kind, OpenDirectory, Table};
+use crate::descriptor::{
+    Descriptor, Dropped, FileId, Kind, OpenDirectory, Place as DirPlace, Table,
+};
 use crate::hidden::OpenFiles;
 use crate::random::Random;
 use crate::stream::Stdin;
+use crate::volume::Volume;
 use cap_std::fs::Dir;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What became of a call.
@@ -118,10 +124,16 @@ pub struct Wasi {
 /// what it opened below is found through it.
 #[derive(Debug)]
 pub(crate) struct Root {
-    dir: Dir,
-    id: FileId,
+    place: RootPlace,
     guest: String,
     read_only: bool,
+}
+
+/// Where a preopen is.
+#[derive(Debug)]
+pub(crate) enum RootPlace {
+    Host { dir: Dir, id: FileId },
+    Volume(Arc<Volume>),
 }
 
 impl std::fmt::Debug for Wasi {
@@ -154,10 +166,11 @@ impl Wasi {
             None => random_bytes()?,
         };
         let machine = u64::from_le_bytes(random_bytes()?);
+        let clock = GuestClock::start(config.clock);
         let roots = config
             .preopens
             .iter()
-            .map(open_root)
+            .map(|preopen| open_root(preopen, None, clock.realtime_ns()))
             .collect::<Result<Vec<_>, _>>()?;
         let limits = config.limits.clamped();
         let table = first_table(&roots, &config.listeners, limits)?;
@@ -171,7 +184,7 @@ impl Wasi {
             stdin: Stdin::new(config.stdin),
             stdout: config.stdout,
             stderr: config.stderr,
-            clock: GuestClock::start(config.clock),
+            clock,
             random: Random::new(seed, BTreeMap::new()),
             limits,
         };
@@ -187,13 +200,22 @@ impl Wasi {
         }
         for index in 0..self.roots.len() {
             let root = &self.roots[index];
-            let dir = root.dir.try_clone().map_err(|source| Error::Host {
+            let failed = |source| Error::Host {
                 what: format!("preopen {:?}", root.guest),
                 source,
-            })?;
+            };
+            let place = match &root.place {
+                RootPlace::Host { dir, id } => DirPlace::Host {
+                    dir: dir.try_clone().map_err(failed)?,
+                    id: *id,
+                },
+                RootPlace::Volume(volume) => {
+                    let opened = volume.open_root();
+                    DirPlace::Volume(opened.map_err(|errno| failed(errno.into()))?)
+                }
+            };
             let kind = Kind::Directory(OpenDirectory {
-                dir,
-                id: root.id,
+                place,
                 root: index as u32,
                 preopened_as: Some(root.guest.clone()),
                 read_only: root.read_only,
@@ -218,6 +240,16 @@ impl Wasi {
         })
     }
 
+    /// The volumes of our own, with their places among the preopens of the
+    /// configuration.
+    pub fn volumes(&self) -> Vec<(u32, Arc<Volume>)> {
+        let volume = |(index, root): (u32, &Root)| match &root.place {
+            RootPlace::Host { .. } => None,
+            RootPlace::Volume(volume) => Some((index, volume.clone())),
+        };
+        (0_u32..).zip(&self.roots).filter_map(volume).collect()
+    }
+
     /// Ends the machine for good: flushes output, closes every descriptor and
     /// removes the files that were kept only because they were open. Not for
     /// a machine that was handed over, nor for one that a checkpoint shall
@@ -240,25 +272,56 @@ impl Wasi {
     }
 }
 
-fn open_root(preopen: &Preopen) -> Result<Root, Error> {
-    let failed = |source| Error::Preopen {
-        guest: preopen.guest.clone(),
-        host: preopen.host.display().to_string(),
-        source,
+/// Opens a preopen; with `record` a volume that was written down.
+fn open_root(
+    preopen: &Preopen,
+    record: Option<volume::VolumeRecord>,
+    now_ns: u64,
+) -> Result<Root, Error> {
+    let place = match &preopen.source {
+        Source::Host(host) => open_host(preopen, host)?,
+        Source::Volume {
+            folder,
+            limits,
+            stalls,
+        } => {
+            let opened = match record {
+                Some(record) => {
+                    Volume::restore(record, folder, *limits, stalls.clone()).map_err(|what| {
+                        Error::Damaged(format!("volume {:?}: {what}", preopen.guest))
+                    })?
+                }
+                None => Volume::new(folder, *limits, stalls.clone(), now_ns)
+                    .map_err(|source| failed_preopen(preopen, folder, source))?,
+            };
+            RootPlace::Volume(opened)
+        }
     };
+    Ok(Root {
+        place,
+        guest: preopen.guest.clone(),
+        read_only: preopen.read_only,
+    })
+}
+
+fn failed_preopen(preopen: &Preopen, host: &Path, source: std::io::Error) -> Error {
+    Error::Preopen {
+        guest: preopen.guest.clone(),
+        host: host.display().to_string(),
+        source,
+    }
+}
+
+fn open_host(preopen: &Preopen, host: &Path) -> Result<RootPlace, Error> {
+    let failed = |source| failed_preopen(preopen, host, source);
     // Not `O_PATH`, as cap-std would: its times must be settable.
     let directory = std::fs::OpenOptions::new()
         .read(true)
         .custom_flags(rustix::fs::OFlags::DIRECTORY.bits().cast_signed())
-        .open(&preopen.host);
+        .open(host);
     let dir = Dir::from_std_file(directory.map_err(failed)?);
     let id = FileId::of_path(&dir.dir_metadata().map_err(failed)?);
-    Ok(Root {
-        dir,
-        id,
-        guest: preopen.guest.clone(),
-        read_only: preopen.read_only,
-    })
+    Ok(RootPlace::Host { dir, id })
 }
 
 fn first_table(

@@ -2,10 +2,11 @@
 //! directory; absolute paths, `..` and links out of it end in `perm`.
 
 use crate::abi::{Result, types};
-use crate::descriptor::{Descriptor, Dropped, FileId, Kind, OpenDirectory, OpenFile};
+use crate::descriptor::{Data, Descriptor, Dropped, FileId, Kind, OpenDirectory, OpenFile, Place};
 use crate::directory::filetype_of;
-use crate::file::filestat_of;
+use crate::file::{filestat_of, volume_device};
 use crate::hidden::names_hidden;
+use crate::volume::{How, OpenNode};
 use crate::{Wasi, locked};
 use cap_fs_ext::{
     DirExt, FollowSymlinks, OpenOptionsFollowExt, OpenOptionsSyncExt, SystemTimeSpec,
@@ -81,6 +82,10 @@ impl Wasi {
         if creates && directory.read_only {
             return Err(Errno::Perm.into());
         }
+        // Volumes of our own hide nothing.
+        if let Place::Volume(_) = directory.place {
+            return Ok(directory);
+        }
         if names_hidden(path) {
             return Err(if creates { Errno::Acces } else { Errno::Noent }.into());
         }
@@ -132,24 +137,28 @@ impl Wasi {
             return Err(Errno::Perm.into());
         }
         self.resolve(at, path, creates)?;
-        let mut options = mode.options();
-        options.truncate(truncates);
-        if request.oflags.contains(Oflags::EXCL) {
-            options.create_new(creates);
-        } else {
-            options.create(creates);
-        }
         let _namespace = self.files.shared();
         locked(&self.table).check_room()?;
-        let file = directory.dir.open_with(path, &options)?.into_std();
-        let metadata = file.metadata()?;
-        if wants_directory && !metadata.is_dir() {
+        let place = match &directory.place {
+            Place::Host { dir, .. } => open_host(dir, path, mode, request.oflags)?,
+            Place::Volume(node) => {
+                let how = How {
+                    follow: mode.follow,
+                    write: mode.write,
+                    create: creates,
+                    exclusive: request.oflags.contains(Oflags::EXCL),
+                    truncate: truncates,
+                };
+                let now = self.clock.realtime_ns();
+                OpenedPlace::Volume(node.volume.open(node.inode, path, how, now)?)
+            }
+        };
+        if wants_directory && !place.is_directory() {
             return Err(Errno::Notdir.into());
         }
-        let kind = if metadata.is_dir() {
+        let kind = if place.is_directory() {
             Kind::Directory(OpenDirectory {
-                id: FileId::of(&metadata),
-                dir: Dir::from_std_file(file),
+                place: place.into_directory(),
                 root: directory.root,
                 preopened_as: None,
                 read_only: directory.read_only,
@@ -158,7 +167,7 @@ impl Wasi {
         } else {
             let root = (directory.root, directory.read_only);
             let flags = (readable, writable, request.fdflags);
-            Kind::File(open_file(file, &metadata, root, mode, flags))
+            Kind::File(place.into_file(root, mode, flags))
         };
         let inherited = at.dropped().inheriting;
         let dropped = Dropped {
@@ -182,7 +191,13 @@ impl Wasi {
         let directory = directory_of(at)?;
         at.require(Rights::PATH_CREATE_DIRECTORY)?;
         self.resolve(at, path, true)?;
-        Ok(directory.dir.create_dir(path)?)
+        match &directory.place {
+            Place::Host { dir, .. } => Ok(dir.create_dir(path)?),
+            Place::Volume(node) => {
+                let now = self.clock.realtime_ns();
+                Ok(node.volume.create_directory(node.inode, path, now)?)
+            }
+        }
     }
 
     /// `path_filestat_get`.
@@ -194,12 +209,15 @@ impl Wasi {
     ) -> Result<Filestat> {
         let directory = self.resolve(at, path, false)?;
         at.require(Rights::PATH_FILESTAT_GET)?;
-        let metadata = if flags.contains(Lookupflags::SYMLINK_FOLLOW) {
-            directory.dir.metadata(path)?
-        } else {
-            directory.dir.symlink_metadata(path)?
-        };
-        Ok(filestat_of(&metadata))
+        let follow = flags.contains(Lookupflags::SYMLINK_FOLLOW);
+        match &directory.place {
+            Place::Host { dir, .. } if follow => Ok(filestat_of(&dir.metadata(path)?)),
+            Place::Host { dir, .. } => Ok(filestat_of(&dir.symlink_metadata(path)?)),
+            Place::Volume(node) => Ok(Filestat {
+                dev: volume_device(directory.root),
+                ..node.volume.filestat_at(node.inode, path, follow)?
+            }),
+        }
     }
 
     /// `path_filestat_set_times`.
@@ -214,14 +232,16 @@ impl Wasi {
         at.require(Rights::PATH_FILESTAT_SET_TIMES)?;
         let access = time_spec(times.last_access)?;
         let modification = time_spec(times.last_modification)?;
-        if flags.contains(Lookupflags::SYMLINK_FOLLOW) {
-            directory.dir.set_times(path, access, modification)?;
-        } else {
-            directory
-                .dir
-                .set_symlink_times(path, access, modification)?;
+        let follow = flags.contains(Lookupflags::SYMLINK_FOLLOW);
+        match &directory.place {
+            Place::Host { dir, .. } if follow => Ok(dir.set_times(path, access, modification)?),
+            Place::Host { dir, .. } => Ok(dir.set_symlink_times(path, access, modification)?),
+            Place::Volume(node) => {
+                let now = self.clock.realtime_ns();
+                let volume = &node.volume;
+                Ok(volume.set_times_at(node.inode, path, follow, times, now)?)
+            }
         }
-        Ok(())
     }
 
     /// `path_link`.
@@ -238,17 +258,30 @@ impl Wasi {
             return Err(Errno::Inval.into());
         }
         let _namespace = self.files.shared();
-        Ok(source_dir
-            .dir
-            .hard_link(source_path, &target_dir.dir, target_path)?)
+        match (&source_dir.place, &target_dir.place) {
+            (Place::Host { dir: source, .. }, Place::Host { dir: target, .. }) => {
+                Ok(source.hard_link(source_path, target, target_path)?)
+            }
+            (Place::Volume(source), Place::Volume(target)) if source.is_beside(target) => {
+                let now = self.clock.realtime_ns();
+                let (from, to) = ((source.inode, source_path), (target.inode, target_path));
+                Ok(source.volume.link(from, to, now)?)
+            }
+            _ => Err(Errno::Xdev.into()),
+        }
     }
 
     /// `path_readlink`.
     pub(crate) fn read_link(&self, at: &Descriptor, path: &str) -> Result<Vec<u8>> {
         let directory = self.resolve(at, path, false)?;
         at.require(Rights::PATH_READLINK)?;
-        let target = directory.dir.read_link(path)?.into_os_string();
-        let target = target.into_string().map_err(|_| Errno::Ilseq)?;
+        let target = match &directory.place {
+            Place::Host { dir, .. } => {
+                let target = dir.read_link(path)?.into_os_string();
+                target.into_string().map_err(|_| Errno::Ilseq)?
+            }
+            Place::Volume(node) => node.volume.read_link(node.inode, path)?,
+        };
         Ok(target.into_bytes())
     }
 
@@ -256,7 +289,13 @@ impl Wasi {
     pub(crate) fn remove_directory_at(&self, at: &Descriptor, path: &str) -> Result<()> {
         let directory = self.resolve_removed(at, path)?;
         at.require(Rights::PATH_REMOVE_DIRECTORY)?;
-        self.remove_directory(directory, path)
+        match &directory.place {
+            Place::Host { dir, .. } => self.remove_directory(dir, path),
+            Place::Volume(node) => {
+                let now = self.clock.realtime_ns();
+                Ok(node.volume.remove_directory(node.inode, path, now)?)
+            }
+        }
     }
 
     /// `path_rename`.
@@ -269,24 +308,44 @@ impl Wasi {
         let target_dir = self.resolve(target, target_path, true)?;
         source.require(Rights::PATH_RENAME_SOURCE)?;
         target.require(Rights::PATH_RENAME_TARGET)?;
-        self.rename(source_dir, source_path, target_dir, target_path)
+        match (&source_dir.place, &target_dir.place) {
+            (Place::Host { dir: source, .. }, Place::Host { dir: target, .. }) => {
+                self.rename(source, source_path, target, target_path)
+            }
+            (Place::Volume(source), Place::Volume(target)) if source.is_beside(target) => {
+                let now = self.clock.realtime_ns();
+                let (from, to) = ((source.inode, source_path), (target.inode, target_path));
+                Ok(source.volume.rename(from, to, now)?)
+            }
+            _ => Err(Errno::Xdev.into()),
+        }
     }
 
     /// `path_symlink`.
     pub(crate) fn symlink(&self, contents: &str, at: &Descriptor, path: &str) -> Result<()> {
         let directory = self.resolve(at, path, true)?;
         at.require(Rights::PATH_SYMLINK)?;
-        if names_hidden(contents) {
-            return Err(Errno::Acces.into());
+        match &directory.place {
+            Place::Host { .. } if names_hidden(contents) => Err(Errno::Acces.into()),
+            Place::Host { dir, .. } => Ok(dir.symlink(contents, path)?),
+            Place::Volume(node) => {
+                let now = self.clock.realtime_ns();
+                Ok(node.volume.symlink(contents, node.inode, path, now)?)
+            }
         }
-        Ok(directory.dir.symlink(contents, path)?)
     }
 
     /// `path_unlink_file`.
     pub(crate) fn unlink(&self, at: &Descriptor, path: &str) -> Result<()> {
         let directory = self.resolve_removed(at, path)?;
         at.require(Rights::PATH_UNLINK_FILE)?;
-        self.remove_file(directory, path)
+        match &directory.place {
+            Place::Host { dir, .. } => self.remove_file(dir, path),
+            Place::Volume(node) => {
+                let now = self.clock.realtime_ns();
+                Ok(node.volume.remove_file(node.inode, path, now)?)
+            }
+        }
     }
 }
 
@@ -305,21 +364,91 @@ fn check_open_rights(at: &Descriptor, request: Request) -> Result<()> {
     Ok(())
 }
 
-/// An opened file, fresh at offset 0. `flags` are (readable, writable,
+/// What `path_open` found.
+enum OpenedPlace {
+    Host(File, std::fs::Metadata),
+    Volume(OpenNode),
+}
+
+fn open_host(dir: &Dir, path: &str, mode: Mode, oflags: Oflags) -> Result<OpenedPlace> {
+    let mut options = mode.options();
+    options.truncate(oflags.contains(Oflags::TRUNC));
+    let creates = oflags.contains(Oflags::CREAT);
+    if oflags.contains(Oflags::EXCL) {
+        options.create_new(creates);
+    } else {
+        options.create(creates);
+    }
+    let file = dir.open_with(path, &options)?.into_std();
+    let metadata = file.metadata()?;
+    Ok(OpenedPlace::Host(file, metadata))
+}
+
+impl OpenedPlace {
+    fn is_directory(&self) -> bool {
+        match self {
+            Self::Host(_, metadata) => metadata.is_dir(),
+            Self::Volume(node) => node.is_directory(),
+        }
+    }
+
+    fn into_directory(self) -> Place {
+        match self {
+            Self::Host(file, metadata) => Place::Host {
+                id: FileId::of(&metadata),
+                dir: Dir::from_std_file(file),
+            },
+            Self::Volume(node) => Place::Volume(node),
+        }
+    }
+
+    fn into_file(self, root: (u32, bool), mode: Mode, flags: (bool, bool, Fdflags)) -> OpenFile {
+        match self {
+            Self::Host(file, metadata) => open_file(file, &metadata, root, mode, flags),
+            Self::Volume(node) => open_node(node, root, mode, flags),
+        }
+    }
+}
+
+/// A host's opened file, fresh at offset 0. `flags` are (readable, writable,
 /// fdflags).
 pub(crate) fn open_file(
     file: File,
     metadata: &std::fs::Metadata,
+    root: (u32, bool),
+    mode: Mode,
+    flags: (bool, bool, Fdflags),
+) -> OpenFile {
+    let filetype = FileType::from_raw_mode(metadata.mode());
+    let id = FileId::of(metadata);
+    OpenFile {
+        filetype: filetype_of(filetype),
+        is_stream: !matches!(filetype, FileType::RegularFile | FileType::BlockDevice),
+        ..opened(Data::Host { file, id }, root, mode, flags)
+    }
+}
+
+/// A volume's opened file, fresh at offset 0.
+pub(crate) fn open_node(
+    node: OpenNode,
+    root: (u32, bool),
+    mode: Mode,
+    flags: (bool, bool, Fdflags),
+) -> OpenFile {
+    opened(Data::Volume(node), root, mode, flags)
+}
+
+fn opened(
+    data: Data,
     (root, read_only_root): (u32, bool),
     mode: Mode,
     (readable, writable, fdflags): (bool, bool, Fdflags),
 ) -> OpenFile {
-    let filetype = FileType::from_raw_mode(metadata.mode());
     OpenFile {
-        id: FileId::of(metadata),
+        data,
         root,
-        filetype: filetype_of(filetype),
-        is_stream: !matches!(filetype, FileType::RegularFile | FileType::BlockDevice),
+        filetype: types::Filetype::RegularFile,
+        is_stream: false,
         read_only_root,
         readable,
         writable,
@@ -329,7 +458,6 @@ pub(crate) fn open_file(
         append: AtomicBool::new(fdflags.contains(Fdflags::APPEND)),
         nonblocking: AtomicBool::new(fdflags.contains(Fdflags::NONBLOCK)),
         offset: Mutex::new(0),
-        file,
     }
 }
 

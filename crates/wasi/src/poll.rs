@@ -130,7 +130,7 @@ impl Wasi {
             Kind::Stdin => self.stdin.poll_fd(),
             Kind::Stdout => self.stdout.poll_fd(),
             Kind::Stderr => self.stderr.poll_fd(),
-            Kind::File(file) => file.is_stream.then(|| file.file.as_fd()),
+            Kind::File(file) => file.stream().map(AsFd::as_fd),
             Kind::Listener(listener) => Some(listener.listener.as_fd()),
             Kind::Connection(connection) => connection.stream.as_ref().map(AsFd::as_fd),
             Kind::Directory(_) => None,
@@ -201,15 +201,17 @@ impl Wasi {
                 let bytes = self.stdin.available_bytes();
                 (bytes, bytes == 0)
             }
-            Kind::File(file) if file.is_stream => {
-                let bytes = rustix::io::ioctl_fionread(&file.file).unwrap_or(1);
-                (bytes, bytes == 0 && hung_up)
-            }
-            Kind::File(file) => {
-                let size = file.file.metadata().map_or(0, |metadata| metadata.len());
-                let bytes = size.saturating_sub(*locked(&file.offset));
-                (bytes, bytes == 0)
-            }
+            Kind::File(file) => match file.stream() {
+                Some(stream) => {
+                    let bytes = rustix::io::ioctl_fionread(stream).unwrap_or(1);
+                    (bytes, bytes == 0 && hung_up)
+                }
+                None => {
+                    let size = file.data.size().unwrap_or(0);
+                    let bytes = size.saturating_sub(*locked(&file.offset));
+                    (bytes, bytes == 0)
+                }
+            },
             Kind::Connection(connection) => match &connection.stream {
                 Some(stream) => {
                     let bytes = rustix::io::ioctl_fionread(stream).unwrap_or(1);

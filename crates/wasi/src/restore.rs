@@ -3,32 +3,35 @@
 
 use crate::abi::types;
 use crate::clock::{GuestClock, HostClock, SystemClock};
-use crate::config::{Limits, Preopen, check_preopen_names, check_strings};
-use crate::descriptor::{Connection, Descriptor, Dropped, FileId, Kind, OpenDirectory, Table};
+use crate::config::{Limits, Preopen, Source, check_preopen_names, check_strings};
+use crate::descriptor::{
+    Connection, Descriptor, Dropped, FileId, Kind, OpenDirectory, Place as DirPlace, Table,
+};
 use crate::directory::{Entry, filetype_of};
 use crate::error::Error;
 use crate::hidden::OpenFiles;
-use crate::path::{Mode, open_file};
+use crate::path::{Mode, open_file, open_node};
 use crate::random::Random;
 use crate::snapshot::{
-    DescriptorKind, DirectoryRecord, FileRecord, Place, SNAPSHOT_VERSION, Snapshot, StdinRecord,
-    boot_id,
+    DescriptorKind, DirectoryRecord, FileRecord, HostPlace, Place, SNAPSHOT_VERSION, Snapshot,
+    StdinRecord, boot_id,
 };
 use crate::stream::{DiscardSink, Input, Sink, Stdin};
-use crate::{Root, Wasi, open_root, socket};
+use crate::volume::OpenNode;
+use crate::{Root, RootPlace, Wasi, open_root, socket};
 use cap_std::fs::Dir;
 use rustix::fs::FileType;
 use std::net::TcpListener;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8};
 use std::sync::{Arc, Mutex};
 use types::{Fdflags, Rights, Sdflags};
 
 /// What the target host brings to a restore.
 pub struct Resources {
-    /// The host directory of each preopen, in the snapshot's order.
-    pub preopens: Vec<PathBuf>,
+    /// Where each preopen is here, in the snapshot's order. The folder of a
+    /// volume has its files' bytes.
+    pub preopens: Vec<Source>,
     /// The listening sockets, in the snapshot's order.
     pub listeners: Vec<TcpListener>,
     /// Standard input, if the snapshot says [`StdinRecord::Host`].
@@ -66,15 +69,16 @@ impl Wasi {
     /// # Errors
     /// If the snapshot is of another version or damaged, resources are
     /// missing, or an open file is not there or another one.
-    pub fn restore(snapshot: Snapshot, resources: Resources) -> Result<Wasi, Error> {
+    pub fn restore(mut snapshot: Snapshot, resources: Resources) -> Result<Wasi, Error> {
         check(&snapshot, &resources)?;
         let mut roots = Vec::with_capacity(snapshot.preopens.len());
-        for (record, host) in snapshot.preopens.iter().zip(resources.preopens) {
-            roots.push(open_root(&Preopen {
-                host,
+        for (record, source) in snapshot.preopens.iter_mut().zip(resources.preopens) {
+            let preopen = Preopen {
+                source,
                 guest: record.guest.clone(),
                 read_only: record.read_only,
-            })?);
+            };
+            roots.push(open_root(&preopen, record.volume.take(), 0)?);
         }
         let limits = Limits {
             descriptors_max: snapshot.descriptors_max,
@@ -110,6 +114,11 @@ impl Wasi {
             StdinRecord::Bytes(bytes) => Input::Bytes(bytes),
         };
         let files = restorer.files;
+        for root in &roots {
+            if let RootPlace::Volume(volume) = &root.place {
+                volume.drop_orphans();
+            }
+        }
         let (monotonic_ns, realtime_ns) = (snapshot.monotonic_ns, snapshot.realtime_ns);
         Ok(Wasi {
             args: snapshot.args,
@@ -159,6 +168,15 @@ fn check(snapshot: &Snapshot, resources: &Resources) -> Result<(), Error> {
             });
         }
     }
+    for (record, source) in snapshot.preopens.iter().zip(&resources.preopens) {
+        let is_volume = matches!(source, Source::Volume { .. });
+        if record.volume.is_some() != is_volume {
+            return Err(Error::Damaged(format!(
+                "preopen {:?} is of another kind",
+                record.guest
+            )));
+        }
+    }
     let descriptors_max = snapshot.descriptors_max.min(Limits::DESCRIPTORS_MAX) as usize;
     let bounds = [
         ("descriptors", snapshot.descriptors.len(), descriptors_max),
@@ -182,7 +200,7 @@ fn strict_roots(snapshot: &Snapshot, roots: &[Root]) -> Vec<bool> {
                 device: record.device,
                 inode: record.inode,
             };
-            same_boot && id == root.id
+            same_boot && matches!(root.place, RootPlace::Host { id: here, .. } if here == id)
         })
         .collect()
 }
@@ -249,44 +267,62 @@ impl Restorer<'_> {
         if !open_at_all || more_than_open || (mode.write && root.read_only) {
             return Err(damaged(fd, "is open in an impossible way"));
         }
-        let file = self.open(fd, &record.place, mode)?;
-        let metadata = file
-            .metadata()
-            .map_err(|source| self.reopen(fd, &record.place, source))?;
-        let filetype = filetype_of(FileType::from_raw_mode(metadata.mode())) as u8;
-        self.check_same(
-            fd,
-            &record.place,
-            FileId::of(&metadata),
-            filetype == record.filetype,
-        )?;
-        self.files.adopt(&record.place.path);
         let access = (record.readable, record.writable, flags);
-        let origin = (record.place.preopen, root.read_only);
-        let mut file = open_file(file, &metadata, origin, mode, access);
+        let mut file = match &record.place {
+            Place::Volume { preopen, inode } => {
+                let node = self.open_inode(fd, root, *inode)?;
+                let regular = record.filetype == types::Filetype::RegularFile as u8;
+                if node.is_directory() || !regular {
+                    return Err(damaged(fd, "is no file in its volume"));
+                }
+                open_node(node, (*preopen, root.read_only), mode, access)
+            }
+            Place::Host(place) => {
+                let (file, metadata) = self.open_host(fd, place, mode)?;
+                let filetype = filetype_of(FileType::from_raw_mode(metadata.mode())) as u8;
+                let same_type = filetype == record.filetype;
+                self.check_same(fd, place, FileId::of(&metadata), same_type)?;
+                self.files.adopt(&place.path);
+                let origin = (place.preopen, root.read_only);
+                open_file(file, &metadata, origin, mode, access)
+            }
+        };
         file.offset = Mutex::new(record.offset);
         Ok(Kind::File(file))
     }
 
     fn directory(&self, fd: u32, record: DirectoryRecord) -> Result<Kind, Error> {
-        let place = &record.place;
-        let root = self.root(fd, place)?;
-        if record.preopened && !place.path.is_empty() {
+        let root = self.root(fd, &record.place)?;
+        let (preopen, is_root) = match &record.place {
+            Place::Host(place) => (place.preopen, place.path.is_empty()),
+            Place::Volume { preopen, inode } => (*preopen, *inode == crate::volume::ROOT),
+        };
+        if record.preopened && !is_root {
             return Err(damaged(fd, "is a preopen below a preopen"));
         }
-        let mode = Mode {
-            read: true,
-            write: false,
-            sync: Fdflags::empty(),
-            follow: false,
+        let place = match &record.place {
+            Place::Host(place) => {
+                let mode = Mode {
+                    read: true,
+                    write: false,
+                    sync: Fdflags::empty(),
+                    follow: false,
+                };
+                let (file, metadata) = self.open_host(fd, place, mode)?;
+                let id = FileId::of(&metadata);
+                self.check_same(fd, place, id, metadata.is_dir())?;
+                self.files.adopt(&place.path);
+                let dir = Dir::from_std_file(file);
+                DirPlace::Host { dir, id }
+            }
+            Place::Volume { inode, .. } => {
+                let node = self.open_inode(fd, root, *inode)?;
+                if !node.is_directory() {
+                    return Err(damaged(fd, "is no directory in its volume"));
+                }
+                DirPlace::Volume(node)
+            }
         };
-        let file = self.open(fd, place, mode)?;
-        let metadata = file
-            .metadata()
-            .map_err(|source| self.reopen(fd, place, source))?;
-        let id = FileId::of(&metadata);
-        self.check_same(fd, place, id, metadata.is_dir())?;
-        self.files.adopt(&place.path);
         let listing = record.listing.map(|entries| {
             let entries = entries.into_iter().map(|entry| Entry {
                 name: entry.name,
@@ -296,9 +332,8 @@ impl Restorer<'_> {
             entries.collect()
         });
         Ok(Kind::Directory(OpenDirectory {
-            dir: Dir::from_std_file(file),
-            id,
-            root: place.preopen,
+            place,
+            root: preopen,
             preopened_as: record.preopened.then(|| root.guest.clone()),
             read_only: root.read_only,
             listing: Mutex::new(listing),
@@ -306,31 +341,54 @@ impl Restorer<'_> {
     }
 
     fn root(&self, fd: u32, place: &Place) -> Result<&Root, Error> {
-        let plain = place.path.is_empty()
-            || place
-                .path
-                .split('/')
-                .all(|part| !matches!(part, "" | "." | "..") && !part.contains('\0'));
-        if !plain {
-            return Err(damaged(fd, "has a path that is not plain"));
-        }
+        let preopen = match place {
+            Place::Volume { preopen, .. } => *preopen,
+            Place::Host(place) => {
+                let plain = |part: &str| !matches!(part, "" | "." | "..") && !part.contains('\0');
+                if !place.path.is_empty() && !place.path.split('/').all(plain) {
+                    return Err(damaged(fd, "has a path that is not plain"));
+                }
+                place.preopen
+            }
+        };
         self.roots
-            .get(place.preopen as usize)
+            .get(preopen as usize)
             .ok_or_else(|| damaged(fd, "is in a preopen that does not exist"))
     }
 
-    fn open(&self, fd: u32, place: &Place, mode: Mode) -> Result<std::fs::File, Error> {
+    fn open_inode(&self, fd: u32, root: &Root, inode: u64) -> Result<OpenNode, Error> {
+        let RootPlace::Volume(volume) = &root.place else {
+            return Err(damaged(fd, "is in a volume that is none"));
+        };
+        volume
+            .open_inode(inode)
+            .map_err(|_| damaged(fd, "is not in its volume"))
+    }
+
+    fn open_host(
+        &self,
+        fd: u32,
+        place: &HostPlace,
+        mode: Mode,
+    ) -> Result<(std::fs::File, std::fs::Metadata), Error> {
         let path = if place.path.is_empty() {
             "."
         } else {
             &place.path
         };
-        let opened = self.root(fd, place)?.dir.open_with(path, &mode.options());
-        let file = opened.map_err(|source| self.reopen(fd, place, source))?;
-        Ok(file.into_std())
+        let root = self.roots.get(place.preopen as usize);
+        let Some(RootPlace::Host { dir, .. }) = root.map(|root| &root.place) else {
+            return Err(damaged(fd, "is not in a volume"));
+        };
+        let opened = dir.open_with(path, &mode.options()).and_then(|file| {
+            let file = file.into_std();
+            let metadata = file.metadata()?;
+            Ok((file, metadata))
+        });
+        opened.map_err(|source| self.reopen(fd, place, source))
     }
 
-    fn reopen(&self, fd: u32, place: &Place, source: std::io::Error) -> Error {
+    fn reopen(&self, fd: u32, place: &HostPlace, source: std::io::Error) -> Error {
         Error::Reopen {
             fd,
             guest: self.guest(place),
@@ -339,12 +397,18 @@ impl Restorer<'_> {
         }
     }
 
-    fn guest(&self, place: &Place) -> String {
+    fn guest(&self, place: &HostPlace) -> String {
         let root = self.roots.get(place.preopen as usize);
         root.map(|root| root.guest.clone()).unwrap_or_default()
     }
 
-    fn check_same(&self, fd: u32, place: &Place, id: FileId, same_type: bool) -> Result<(), Error> {
+    fn check_same(
+        &self,
+        fd: u32,
+        place: &HostPlace,
+        id: FileId,
+        same_type: bool,
+    ) -> Result<(), Error> {
         let recorded = FileId {
             device: place.device,
             inode: place.inode,

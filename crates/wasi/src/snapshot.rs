@@ -4,17 +4,20 @@
 //! them means raising [`SNAPSHOT_VERSION`].
 
 use crate::abi::types;
-use crate::descriptor::{Connection, Descriptor, Kind, OpenDirectory, OpenFile};
+use crate::descriptor::{
+    Connection, Data, Descriptor, Kind, OpenDirectory, OpenFile, Place as DirPlace,
+};
 use crate::error::Error;
 use crate::hidden::{self, file_fd};
 use crate::stream::Stdin;
-use crate::{Wasi, locked};
+use crate::volume::VolumeRecord;
+use crate::{Root, RootPlace, Wasi, locked};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 
 /// The version that this program writes and reads.
-pub const SNAPSHOT_VERSION: u32 = 1;
+pub const SNAPSHOT_VERSION: u32 = 2;
 
 /// The WASI state of a machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,9 +66,11 @@ pub struct PreopenRecord {
     pub guest: String,
     /// Whether the guest may change nothing in it.
     pub read_only: bool,
-    /// Device number on the source host.
+    /// What is in it, if it is a volume of our own.
+    pub volume: Option<VolumeRecord>,
+    /// Device number on the source host; 0 for a volume.
     pub device: u64,
-    /// Inode number on the source host.
+    /// Inode number on the source host; 0 for a volume.
     pub inode: u64,
 }
 
@@ -114,7 +119,21 @@ pub enum DescriptorKind {
 
 /// Where an open file is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Place {
+pub enum Place {
+    /// In a directory of the host.
+    Host(HostPlace),
+    /// In a volume of our own.
+    Volume {
+        /// Index of the preopen.
+        preopen: u32,
+        /// Its number.
+        inode: u64,
+    },
+}
+
+/// Where an open file of the host is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPlace {
     /// Index of the preopen.
     pub preopen: u32,
     /// Path under it, without `..` or links; empty for the preopen itself.
@@ -214,12 +233,6 @@ impl Wasi {
                 kind: self.record_kind(fd, &descriptor)?,
             });
         }
-        let preopens = self.roots.iter().map(|root| PreopenRecord {
-            guest: root.guest.clone(),
-            read_only: root.read_only,
-            device: root.id.device,
-            inode: root.id.inode,
-        });
         Ok(Snapshot {
             version: SNAPSHOT_VERSION,
             args: self.args.clone(),
@@ -231,7 +244,7 @@ impl Wasi {
             realtime_ns: self.clock.realtime_ns(),
             seed: self.random.seed(),
             random: self.random.drawn().into_iter().collect(),
-            preopens: preopens.collect(),
+            preopens: self.roots.iter().map(record_root).collect(),
             listeners: self.listeners,
             stdin: match &self.stdin {
                 Stdin::Empty => StdinRecord::Empty,
@@ -251,11 +264,23 @@ impl Wasi {
             Kind::Stdout => DescriptorKind::Stdout,
             Kind::Stderr => DescriptorKind::Stderr,
             Kind::File(file) => {
-                let place = self.place(fd, descriptor, file.root)?;
+                let place = match &file.data {
+                    Data::Host { .. } => self.place(fd, descriptor, file.root)?,
+                    Data::Volume(node) => Place::Volume {
+                        preopen: file.root,
+                        inode: node.inode,
+                    },
+                };
                 DescriptorKind::File(record_file(file, place, descriptor.flags()))
             }
             Kind::Directory(directory) => {
-                let place = self.place(fd, descriptor, directory.root)?;
+                let place = match &directory.place {
+                    DirPlace::Host { .. } => self.place(fd, descriptor, directory.root)?,
+                    DirPlace::Volume(node) => Place::Volume {
+                        preopen: directory.root,
+                        inode: node.inode,
+                    },
+                };
                 DescriptorKind::Directory(record_directory(directory, place))
             }
             Kind::Listener(listener) => DescriptorKind::Listener(ListenerRecord {
@@ -281,7 +306,7 @@ impl Wasi {
             Some(_) => Error::Locate { fd, source },
         })?;
         let path = path.into_os_string().into_string();
-        Ok(Place {
+        Ok(Place::Host(HostPlace {
             preopen,
             path: path.map_err(|path| Error::NotUtf8 {
                 fd,
@@ -289,7 +314,21 @@ impl Wasi {
             })?,
             device: id.device,
             inode: id.inode,
-        })
+        }))
+    }
+}
+
+fn record_root(root: &Root) -> PreopenRecord {
+    let (volume, device, inode) = match &root.place {
+        RootPlace::Host { id, .. } => (None, id.device, id.inode),
+        RootPlace::Volume(volume) => (Some(volume.record()), 0, 0),
+    };
+    PreopenRecord {
+        guest: root.guest.clone(),
+        read_only: root.read_only,
+        volume,
+        device,
+        inode,
     }
 }
 

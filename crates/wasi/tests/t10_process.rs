@@ -155,7 +155,7 @@ fn process() {
 
 #[test]
 fn bad_pointers_trap_and_bad_values_fail() {
-    let (_dir, guest) = in_sandbox();
+    let (_dir, guest) = in_sandbox(Kind::Host);
     let file = guest.open("f", CREAT, RW).unwrap();
     let end = MEMORY_BYTES as u64;
     let traps: &[(&str, &[u64])] = &[

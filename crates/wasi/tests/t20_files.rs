@@ -4,13 +4,26 @@ mod common;
 use common::*;
 use keel_wasi::*;
 
+both! {
+    offsets
+    several_buffers_and_large_transfers
+    append
+    open_modes
+    attributes
+    directories_are_no_files
+    prestat
+    numbers
+    rights_can_only_be_dropped
+    cookies
+    too_many_entries
+}
+
 const SET: u64 = 0;
 const CUR: u64 = 1;
 const END: u64 = 2;
 
-#[test]
-fn offsets() {
-    let (_dir, guest) = in_sandbox();
+fn offsets(kind: Kind) {
+    let (_sandbox, guest) = in_sandbox(kind);
     let fd = guest.open("f", CREAT | EXCL, RW).unwrap();
     assert_eq!(fd, 4);
     assert_eq!(guest.write(fd, b"0123456789"), Ok(10));
@@ -37,9 +50,8 @@ fn offsets() {
     assert_eq!(guest.pwrite(fd, b"x", u64::MAX), Err(Errno::Inval));
 }
 
-#[test]
-fn several_buffers_and_large_transfers() {
-    let (_dir, guest) = in_sandbox();
+fn several_buffers_and_large_transfers(kind: Kind) {
+    let (_sandbox, guest) = in_sandbox(kind);
     let fd = guest.open("f", CREAT, RW).unwrap();
     guest.put(65536, b"abcdef");
     let [iovs, count] = guest.vectors(&[2, 0, 3, 1]);
@@ -66,9 +78,8 @@ fn several_buffers_and_large_transfers() {
     );
 }
 
-#[test]
-fn append() {
-    let (dir, guest) = in_sandbox();
+fn append(kind: Kind) {
+    let (sandbox, guest) = in_sandbox(kind);
     let open = || guest.open_at(3, 0, "f", [CREAT, RW, APPEND]).unwrap();
     let (a, b) = (open(), open());
     guest.write(a, b"one").unwrap();
@@ -79,7 +90,7 @@ fn append() {
     // As on Linux, even a positioned write appends.
     guest.pwrite(a, b"4", 0).unwrap();
     assert_eq!(guest.tell(a), Ok(7));
-    let read = || std::fs::read(dir.path().join("f")).unwrap();
+    let read = || sandbox.read(&guest, "f");
     assert_eq!(read(), b"onetwo34");
     assert_eq!(guest.fdstat(a).unwrap().1, APPEND);
     let set = |flags| guest.run("fd_fdstat_set_flags", &[a.into(), flags]);
@@ -94,9 +105,8 @@ fn append() {
     assert_eq!((set(SYNC | APPEND), set(2)), (Ok(()), Err(Errno::Inval)));
 }
 
-#[test]
-fn open_modes() {
-    let (_dir, guest) = in_sandbox();
+fn open_modes(kind: Kind) {
+    let (_sandbox, guest) = in_sandbox(kind);
     let full = guest.open("f", CREAT, RW).unwrap();
     guest.write(full, b"abc").unwrap();
     let reader = guest.open("f", 0, READ).unwrap();
@@ -134,9 +144,8 @@ fn open_modes() {
     assert!(guest.open("d/", DIRECTORY, 0).is_ok());
 }
 
-#[test]
-fn attributes() {
-    let (_dir, guest) = in_sandbox();
+fn attributes(kind: Kind) {
+    let (_sandbox, guest) = in_sandbox(kind);
     let fd = guest.open("f", CREAT, RW).unwrap();
     let times =
         |a: u64, m: u64, flags: u64| guest.run("fd_filestat_set_times", &[fd.into(), a, m, flags]);
@@ -178,9 +187,8 @@ fn attributes() {
     assert_eq!(guest.stat(3).unwrap().filetype, 3);
 }
 
-#[test]
-fn directories_are_no_files() {
-    let (_dir, guest) = in_sandbox();
+fn directories_are_no_files(kind: Kind) {
+    let (_sandbox, guest) = in_sandbox(kind);
     assert_eq!(guest.read(3, 1), Err(Errno::Badf));
     assert_eq!(guest.write(3, b"x"), Err(Errno::Badf));
     assert_eq!(guest.pread(3, 1, 0), Err(Errno::Badf));
@@ -203,9 +211,8 @@ fn directories_are_no_files() {
     assert_eq!(guest.readdir(file, 100, 0), Err(Errno::Badf));
 }
 
-#[test]
-fn prestat() {
-    let (_dir, guest) = in_sandbox();
+fn prestat(kind: Kind) {
+    let (_sandbox, guest) = in_sandbox(kind);
     guest.run("fd_prestat_get", &[3, 0]).unwrap();
     assert_eq!((guest.bytes(0, 1)[0], guest.u32_at(4)), (0, 1));
     let name = |fd: u64, room| guest.run("fd_prestat_dir_name", &[fd, 8192, room]);
@@ -219,16 +226,13 @@ fn prestat() {
     }
 }
 
-#[test]
-fn numbers() {
-    let (_dir, config) = sandbox();
-    let guest = Guest::new(Config {
-        limits: Limits {
-            descriptors_max: 7,
-            ..Limits::default()
-        },
-        ..config
-    });
+fn numbers(kind: Kind) {
+    let limits = Limits {
+        descriptors_max: 7,
+        ..Limits::default()
+    };
+    let sandbox = Sandbox::new(kind);
+    let guest = sandbox.guest_with(false, limits, |_| {});
     let open = || guest.open("f", CREAT, RW);
     assert_eq!([open(), open(), open()], [Ok(4), Ok(5), Ok(6)]);
     assert_eq!(open(), Err(Errno::Mfile));
@@ -249,9 +253,8 @@ fn numbers() {
     assert_eq!(guest.write(1, b"x"), Err(Errno::Badf));
 }
 
-#[test]
-fn rights_can_only_be_dropped() {
-    let (dir, guest) = in_sandbox();
+fn rights_can_only_be_dropped(kind: Kind) {
+    let (_sandbox, guest) = in_sandbox(kind);
     let fd = guest.open("f", CREAT, RW).unwrap();
     let set = |fd: u32, base, inheriting| {
         guest.run("fd_fdstat_set_rights", &[fd.into(), base, inheriting])
@@ -288,24 +291,23 @@ fn rights_can_only_be_dropped() {
         (26, |g| g.unlink("f")),
     ];
     for (bit, action) in one_by_one {
-        let guest = Guest::new(Config {
-            preopens: vec![preopen(dir.path(), false)],
-            ..Config::default()
+        let sandbox = Sandbox::new(kind);
+        let guest = sandbox.guest_with(false, Limits::default(), |dir| {
+            std::fs::write(dir.join("f"), "").unwrap();
         });
         let (_, _, base, inheriting) = guest.fdstat(3).unwrap();
         assert_ne!(base & (1 << bit), 0, "{bit}");
         let args = [3, base & !(1 << bit), inheriting];
         guest.run("fd_fdstat_set_rights", &args).unwrap();
         // They stay dropped over a move.
-        let guest = guest.moved(dir.path());
+        let guest = sandbox.moved(guest);
         assert_eq!(action(&guest), Err(Errno::Notcapable), "{bit}");
+        assert_eq!(sandbox.names(&guest), ["f"]);
     }
-    assert_eq!(names(dir.path()), ["f"]);
 }
 
-#[test]
-fn cookies() {
-    let (dir, guest) = in_sandbox();
+fn cookies(kind: Kind) {
+    let (sandbox, guest) = in_sandbox(kind);
     guest.mkdir("d").unwrap();
     let fd = guest.open("d", DIRECTORY, 0).unwrap();
     assert_eq!(guest.list(fd), [""; 0]);
@@ -329,7 +331,7 @@ fn cookies() {
     let next = first.last().unwrap().1;
     guest.unlink("d/f0").unwrap();
     guest.open("d/a", CREAT, RW).unwrap();
-    let guest = guest.moved(dir.path());
+    let guest = sandbox.moved(guest);
     let (_, rest) = guest.readdir(fd, 1 << 16, next).unwrap();
     assert_eq!([first, rest].concat(), entries);
     assert_eq!(guest.list(fd).len(), 10);
@@ -339,17 +341,15 @@ fn cookies() {
     assert_eq!(guest.u64_at(65536 + 8), ino);
 }
 
-#[test]
-fn too_many_entries() {
-    let (dir, config) = sandbox();
-    std::fs::write(dir.path().join("a"), "").unwrap();
-    std::fs::write(dir.path().join("b"), "").unwrap();
-    let guest = Guest::new(Config {
-        limits: Limits {
-            directory_entries_max: 1,
-            ..Limits::default()
-        },
-        ..config
+fn too_many_entries(kind: Kind) {
+    let limits = Limits {
+        directory_entries_max: 1,
+        ..Limits::default()
+    };
+    let sandbox = Sandbox::new(kind);
+    let guest = sandbox.guest_with(false, limits, |dir| {
+        std::fs::write(dir.join("a"), "").unwrap();
+        std::fs::write(dir.join("b"), "").unwrap();
     });
     assert_eq!(guest.readdir(3, 100, 0), Err(Errno::Nomem));
 }

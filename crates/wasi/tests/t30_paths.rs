@@ -3,11 +3,19 @@
 mod common;
 use common::*;
 use keel_wasi::*;
+
+both! {
+    directories
+    links
+    renames
+    no_way_out
+    read_only
+    trailing_slashes_and_odd_paths
+}
 use std::os::unix::fs::symlink;
 
-#[test]
-fn directories() {
-    let (dir, guest) = in_sandbox();
+fn directories(kind: Kind) {
+    let (sandbox, guest) = in_sandbox(kind);
     assert_eq!(guest.mkdir("d"), Ok(()));
     assert_eq!(guest.mkdir("d"), Err(Errno::Exist));
     assert_eq!(guest.mkdir("d/e/"), Ok(()));
@@ -32,12 +40,11 @@ fn directories() {
         guest.path("path_create_directory", 1, "d"),
         Err(Errno::Badf)
     );
-    assert_eq!(names(dir.path()), ["f"]);
+    assert_eq!(sandbox.names(&guest), ["f"]);
 }
 
-#[test]
-fn links() {
-    let (dir, guest) = in_sandbox();
+fn links(kind: Kind) {
+    let (sandbox, guest) = in_sandbox(kind);
     let fd = guest.open("f", CREAT, RW).unwrap();
     guest.write(fd, b"abc").unwrap();
     assert_eq!(guest.symlink("f", "s"), Ok(()));
@@ -76,21 +83,17 @@ fn links() {
     guest.mkdir("d").unwrap();
     assert_eq!(guest.link(0, "d", "l2"), Err(Errno::Perm));
     let all = ["d", "dangling", "f", "hard", "l", "loop", "s"];
-    assert_eq!(names(dir.path()), all);
+    assert_eq!(sandbox.names(&guest), all);
 }
 
-#[test]
-fn renames() {
-    let (dir, guest) = in_sandbox();
+fn renames(kind: Kind) {
+    let (sandbox, guest) = in_sandbox(kind);
     guest.open("f", CREAT, RW).unwrap();
     guest.open("g", CREAT, RW).unwrap();
     guest.mkdir("d").unwrap();
     guest.mkdir("full").unwrap();
     guest.mkdir("full/x").unwrap();
-    let guest = Guest::new(Config {
-        preopens: vec![preopen(dir.path(), false)],
-        ..Config::default()
-    });
+    let guest = sandbox.reopened(guest);
     assert_eq!(guest.rename("none", "x"), Err(Errno::Noent));
     assert_eq!(guest.rename("f", "d"), Err(Errno::Isdir));
     assert_eq!(guest.rename("d", "f"), Err(Errno::Notdir));
@@ -103,11 +106,10 @@ fn renames() {
     assert_eq!(guest.rename("f", "g"), Ok(()));
     assert_eq!(guest.rename("full", "d/"), Ok(()));
     assert_eq!(guest.rename("g", "g"), Ok(()));
-    assert_eq!(names(dir.path()), ["d", "g"]);
+    assert_eq!(sandbox.names(&guest), ["d", "g"]);
 }
 
-#[test]
-fn no_way_out() {
+fn no_way_out(kind: Kind) {
     let outside = tempfile::tempdir().unwrap();
     let secret = outside.path().join("secret");
     std::fs::write(&secret, "secret").unwrap();
@@ -119,10 +121,23 @@ fn no_way_out() {
     symlink("../secret", inside.join("relative")).unwrap();
     symlink("..", inside.join("up")).unwrap();
     symlink("../up/secret", inside.join("d/deep")).unwrap();
-    let guest = Guest::new(Config {
-        preopens: vec![preopen(&inside, false)],
+    let config = |source| Config {
+        preopens: vec![Preopen {
+            source,
+            ..preopen(&inside, false)
+        }],
         ..Config::default()
-    });
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let guest = match kind {
+        Kind::Host => Guest::new(config(Source::Host(inside.clone()))),
+        Kind::Own => {
+            let guest = Guest::new(config(volume_source(folder.path())));
+            let (_, volume) = guest.wasi.volumes().remove(0);
+            volume.import(&inside, 1).unwrap();
+            guest
+        }
+    };
     let absolute = secret.to_str().unwrap().to_owned();
     let ways = [
         "../secret",
@@ -180,14 +195,11 @@ fn no_way_out() {
     assert_eq!(names(outside.path()), ["inside", "secret"]);
 }
 
-#[test]
-fn read_only() {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("f"), "abc").unwrap();
-    std::fs::create_dir(dir.path().join("d")).unwrap();
-    let mut guest = Guest::new(Config {
-        preopens: vec![preopen(dir.path(), true)],
-        ..Config::default()
+fn read_only(kind: Kind) {
+    let sandbox = Sandbox::new(kind);
+    let mut guest = sandbox.guest_with(true, Limits::default(), |dir| {
+        std::fs::write(dir.join("f"), "abc").unwrap();
+        std::fs::create_dir(dir.join("d")).unwrap();
     });
     for _ in 0..2 {
         let fd = guest.open("f", 0, READ).unwrap();
@@ -212,15 +224,14 @@ fn read_only() {
         let below = guest.open("d", DIRECTORY, 0).unwrap();
         let created = guest.open_at(below, 0, "n", [CREAT, RW, 0]);
         assert_eq!(created, Err(Errno::Perm));
-        guest = guest.moved(dir.path());
+        guest = sandbox.moved(guest);
     }
-    assert_eq!(names(dir.path()), ["d", "f"]);
+    assert_eq!(sandbox.names(&guest), ["d", "f"]);
 }
 
 /// What the public wasi-testsuite expects, as far as not above.
-#[test]
-fn trailing_slashes_and_odd_paths() {
-    let (_dir, guest) = in_sandbox();
+fn trailing_slashes_and_odd_paths(kind: Kind) {
+    let (_sandbox, guest) = in_sandbox(kind);
     assert_eq!(guest.symlink("source", "target/"), Err(Errno::Noent));
     guest.mkdir("target").unwrap();
     assert_eq!(guest.symlink("source", "target/"), Err(Errno::Exist));

@@ -159,8 +159,8 @@ fn output_to_a_file() {
 
 #[test]
 fn fifos_block_and_are_interrupted() {
-    let (dir, guest) = in_sandbox();
-    let path = dir.path().join("fifo");
+    let (sandbox, guest) = in_sandbox(Kind::Host);
+    let path = sandbox.dir.path().join("fifo");
     rustix::fs::mknodat(
         rustix::fs::CWD,
         &path,
@@ -174,7 +174,7 @@ fn fifos_block_and_are_interrupted() {
     assert_eq!(guest.try_read(reader, &[4]), Outcome::Interrupted);
     assert_eq!(guest.seek(reader, 0, 0), Err(Errno::Spipe));
     assert_eq!(guest.pread(reader, 1, 0), Err(Errno::Spipe));
-    let guest = guest.moved(dir.path());
+    let guest = sandbox.moved(guest);
     let writer = guest.open("fifo", 0, WRITE).unwrap();
     assert_eq!(guest.write(writer, b"abc"), Ok(3));
     assert_eq!(guest.pwrite(writer, b"abc", 0), Err(Errno::Spipe));

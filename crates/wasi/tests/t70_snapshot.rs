@@ -3,6 +3,13 @@
 mod common;
 use common::*;
 use keel_wasi::*;
+
+both! {
+    files_are_opened_again_as_they_were
+    a_snapshot_does_no_harm
+    closed_preopens_and_renumbered_descriptors
+    threads_and_hidden_files
+}
 use std::sync::Arc;
 
 fn restore(guest: &Guest, dir: &std::path::Path) -> Result<Guest, String> {
@@ -11,9 +18,8 @@ fn restore(guest: &Guest, dir: &std::path::Path) -> Result<Guest, String> {
     wasi.map(Guest::with).map_err(|error| error.to_string())
 }
 
-#[test]
-fn files_are_opened_again_as_they_were() {
-    let (dir, guest) = in_sandbox();
+fn files_are_opened_again_as_they_were(kind: Kind) {
+    let (sandbox, guest) = in_sandbox(kind);
     let made = guest
         .open_at(3, 0, "made", [CREAT | EXCL, RW, APPEND])
         .unwrap();
@@ -28,7 +34,7 @@ fn files_are_opened_again_as_they_were() {
         [3, made, truncated, reader, only_created].map(|fd| guest.fdstat(fd).unwrap())
     };
     let before = fdstats(&guest);
-    let guest = guest.moved(dir.path());
+    let guest = sandbox.moved(guest);
     assert_eq!(fdstats(&guest), before);
     assert_eq!(guest.read(truncated, 3), Ok(b"456".to_vec()));
     assert_eq!(guest.tell(made), Ok(3));
@@ -37,13 +43,11 @@ fn files_are_opened_again_as_they_were() {
     assert_eq!(guest.write(reader, b"x"), Err(Errno::Badf));
     assert_eq!(guest.run("fd_prestat_get", &[3, 0]), Ok(()));
     assert_eq!(guest.open("next", CREAT, RW), Ok(only_created + 1));
-    let content = std::fs::read(dir.path().join("made")).unwrap();
-    assert_eq!(content, b"0123456789!");
+    assert_eq!(sandbox.read(&guest, "made"), b"0123456789!");
 }
 
-#[test]
-fn a_snapshot_does_no_harm() {
-    let (dir, guest) = in_sandbox();
+fn a_snapshot_does_no_harm(kind: Kind) {
+    let (sandbox, guest) = in_sandbox(kind);
     let fd = guest.open("f", CREAT, RW).unwrap();
     guest.write(fd, b"abc").unwrap();
     guest.unlink("f").unwrap();
@@ -54,12 +58,11 @@ fn a_snapshot_does_no_harm() {
     assert_eq!(first, second);
     assert_eq!(guest.pread(fd, 9, 0), Ok(b"abc".to_vec()));
     guest.close(fd).unwrap();
-    assert_eq!(names(dir.path()), [""; 0]);
+    assert_eq!(sandbox.names(&guest), [""; 0]);
 }
 
-#[test]
-fn closed_preopens_and_renumbered_descriptors() {
-    let (dir, guest) = in_sandbox();
+fn closed_preopens_and_renumbered_descriptors(kind: Kind) {
+    let (sandbox, guest) = in_sandbox(kind);
     guest.mkdir("d").unwrap();
     let below = guest.open("d", DIRECTORY, 0).unwrap();
     let file = guest.open_at(below, 0, "f", [CREAT, RW, 0]).unwrap();
@@ -68,7 +71,7 @@ fn closed_preopens_and_renumbered_descriptors() {
     guest
         .run("fd_renumber", &[file.into(), below.into()])
         .unwrap();
-    let guest = guest.moved(dir.path());
+    let guest = sandbox.moved(guest);
     assert_eq!(guest.close(3), Err(Errno::Badf));
     assert_eq!(guest.read(0, 1), Err(Errno::Badf));
     assert_eq!(guest.write(below, b"x"), Ok(1));
@@ -77,7 +80,7 @@ fn closed_preopens_and_renumbered_descriptors() {
 
 #[test]
 fn a_copied_directory_is_checked_by_type() {
-    let (dir, guest) = in_sandbox();
+    let (sandbox, guest) = in_sandbox(Kind::Host);
     let fd = guest.open("f", CREAT, RW).unwrap();
     guest.seek(fd, 1, 0).unwrap();
     let copy = tempfile::tempdir().unwrap();
@@ -98,10 +101,10 @@ fn a_copied_directory_is_checked_by_type() {
     assert_eq!(moved.read(fd, 9), Ok(b"opy".to_vec()));
 
     // In the same directory it must be the same file.
-    std::fs::write(dir.path().join("new"), "").unwrap();
+    std::fs::write(sandbox.dir.path().join("new"), "").unwrap();
     let snapshot = guest.wasi.snapshot().unwrap();
-    std::fs::rename(dir.path().join("new"), dir.path().join("f")).unwrap();
-    let changed = Wasi::restore(snapshot, resources(dir.path())).unwrap_err();
+    std::fs::rename(sandbox.dir.path().join("new"), sandbox.dir.path().join("f")).unwrap();
+    let changed = Wasi::restore(snapshot, resources(sandbox.dir.path())).unwrap_err();
     assert!(matches!(changed, Error::Changed { fd: 4, .. }), "{changed}");
     // And now the source cannot be captured, as its file is gone.
     let gone = guest.wasi.snapshot().unwrap_err();
@@ -124,7 +127,9 @@ fn two_preopens() {
     // Someone moves it from one to the other.
     std::fs::rename(a.path().join("f"), b.path().join("g")).unwrap();
     let guest = guest.moved_with(Resources {
-        preopens: vec![a.path().to_owned(), b.path().to_owned()],
+        preopens: [&a, &b]
+            .map(|dir| Source::Host(dir.path().to_owned()))
+            .into(),
         ..Resources::default()
     });
     assert_eq!(guest.pread(fd, 9, 0), Ok(b"abc".to_vec()));
@@ -132,26 +137,26 @@ fn two_preopens() {
 
 #[test]
 fn resources_must_fit() {
-    let (dir, guest) = in_sandbox();
+    let (sandbox, guest) = in_sandbox(Kind::Host);
     let snapshot = guest.wasi.snapshot().unwrap();
     let error = Wasi::restore(snapshot.clone(), Resources::default()).unwrap_err();
     assert_eq!(error.to_string(), "the snapshot needs 1 preopens, 0 given");
     let listeners = vec![std::net::TcpListener::bind("127.0.0.1:0").unwrap()];
     let resources = Resources {
         listeners,
-        ..resources(dir.path())
+        ..resources(sandbox.dir.path())
     };
     Wasi::restore(snapshot, resources).unwrap_err();
 }
 
 #[test]
 fn damaged_snapshots_are_refused() {
-    let (dir, guest) = in_sandbox();
+    let (sandbox, guest) = in_sandbox(Kind::Host);
     guest.open("f", CREAT, RW).unwrap();
     guest.mkdir("d").unwrap();
     guest.open("d", DIRECTORY, 0).unwrap();
     let good = guest.wasi.snapshot().unwrap();
-    assert!(Wasi::restore(good.clone(), resources(dir.path())).is_ok());
+    assert!(Wasi::restore(good.clone(), resources(sandbox.dir.path())).is_ok());
     type Damage = fn(&mut Snapshot);
     fn file(snapshot: &mut Snapshot) -> &mut FileRecord {
         match &mut snapshot.descriptors[4].kind {
@@ -165,8 +170,20 @@ fn damaged_snapshots_are_refused() {
             other => panic!("{other:?}"),
         }
     }
+    fn place(file: &mut FileRecord) -> &mut HostPlace {
+        match &mut file.place {
+            Place::Host(place) => place,
+            other => panic!("{other:?}"),
+        }
+    }
+    fn directory_place(snapshot: &mut Snapshot) -> &mut HostPlace {
+        match &mut directory(snapshot).place {
+            Place::Host(place) => place,
+            other => panic!("{other:?}"),
+        }
+    }
     let damages: &[Damage] = &[
-        |s| s.version = 2,
+        |s| s.version = 1,
         |s| s.args = vec!["\0".into()],
         |s| s.env = vec![("=".into(), String::new())],
         |s| s.preopens[0].guest = "\0".into(),
@@ -176,17 +193,17 @@ fn damaged_snapshots_are_refused() {
         |s| s.descriptors[0].dropped_base = u64::MAX,
         |s| s.descriptors[0].dropped_inheriting = 1 << 40,
         |s| s.random = vec![(0, 0); (1 << 20) + 1],
-        |s| file(s).place.preopen = 1,
-        |s| file(s).place.path = "../f".into(),
-        |s| file(s).place.path = "/f".into(),
-        |s| file(s).place.path = "d/../f".into(),
-        |s| file(s).place.path = "f\0".into(),
-        |s| file(s).place.path = String::new(),
-        |s| file(s).place.path = "d".into(),
+        |s| place(file(s)).preopen = 1,
+        |s| place(file(s)).path = "../f".into(),
+        |s| place(file(s)).path = "/f".into(),
+        |s| place(file(s)).path = "d/../f".into(),
+        |s| place(file(s)).path = "f\0".into(),
+        |s| place(file(s)).path = String::new(),
+        |s| place(file(s)).path = "d".into(),
         |s| file(s).flags = 1 << 9,
         |s| file(s).filetype = 77,
         |s| file(s).host_read = false,
-        |s| file(s).place.inode += 1,
+        |s| place(file(s)).inode += 1,
         |s| {
             file(s).host_read = false;
             file(s).host_write = false;
@@ -194,7 +211,7 @@ fn damaged_snapshots_are_refused() {
             file(s).writable = false;
         },
         |s| s.preopens[0].read_only = true,
-        |s| directory(s).place.path = "f".into(),
+        |s| directory_place(s).path = "f".into(),
         |s| directory(s).preopened = true,
         |s| {
             s.descriptors[0].kind = DescriptorKind::Listener(ListenerRecord {
@@ -206,7 +223,7 @@ fn damaged_snapshots_are_refused() {
     for (index, damage) in damages.iter().enumerate() {
         let mut snapshot = good.clone();
         damage(&mut snapshot);
-        let restored = Wasi::restore(snapshot, resources(dir.path()));
+        let restored = Wasi::restore(snapshot, resources(sandbox.dir.path()));
         assert!(restored.is_err(), "damage {index}");
     }
     // Extremes that are legal must not panic.
@@ -216,7 +233,7 @@ fn damaged_snapshots_are_refused() {
     snapshot.hidden_next = u64::MAX;
     snapshot.random = vec![(1, u64::MAX), (1, 5)];
     file(&mut snapshot).offset = u64::MAX;
-    let guest = Guest::with(Wasi::restore(snapshot, resources(dir.path())).unwrap());
+    let guest = Guest::with(Wasi::restore(snapshot, resources(sandbox.dir.path())).unwrap());
     assert_eq!(guest.time(1), u64::MAX);
     guest.random(100);
     assert_eq!(guest.read(4, 1), Err(Errno::Inval));
@@ -228,16 +245,15 @@ fn damaged_snapshots_are_refused() {
         let mut flipped = bytes.clone();
         flipped[index] ^= 1 << (index % 8);
         if let Ok(snapshot) = postcard::from_bytes(&flipped) {
-            let _ = Wasi::restore(snapshot, resources(dir.path()));
+            let _ = Wasi::restore(snapshot, resources(sandbox.dir.path()));
         }
     }
 }
 
 /// Threads open, write, replace and remove the same names; afterwards
 /// everything open can be captured, and nothing hidden is left.
-#[test]
-fn threads_and_hidden_files() {
-    let (dir, guest) = in_sandbox();
+fn threads_and_hidden_files(kind: Kind) {
+    let (sandbox, guest) = in_sandbox(kind);
     let threads = (0..4_u32).map(|tid| {
         let wasi = Arc::clone(&guest.wasi);
         std::thread::spawn(move || {
@@ -266,11 +282,12 @@ fn threads_and_hidden_files() {
         .into_iter()
         .flat_map(|thread| thread.join().unwrap());
     let kept = kept.collect::<Vec<_>>();
-    let guest = guest.moved(dir.path());
+    let guest = sandbox.moved(guest);
     for fd in kept {
         assert!(guest.pread(fd, 4, 0).unwrap().len() == 4);
         guest.close(fd).unwrap();
     }
-    let left = names(dir.path());
+    assert_eq!(sandbox.hidden(&guest), 0);
+    let left = sandbox.names(&guest);
     assert!(left.iter().all(|name| !name.starts_with('.')), "{left:?}");
 }

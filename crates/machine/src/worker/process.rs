@@ -21,7 +21,7 @@ use keel_net::{
     BoxFuture, Bytes, Fingerprint, Handler, Options as RpcOptions, PeerId, PinnedIdentity, Reply,
     RpcError, Server,
 };
-use keel_wasi::{Config, Preopen, Resources, Wasi};
+use keel_wasi::{Config, Preopen, Resources, Source, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options, Outcome};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -1066,7 +1066,7 @@ fn config(spec: &Spec, log: &Arc<Log>) -> Config {
             .volumes
             .iter()
             .map(|volume| Preopen {
-                host: volume.host.clone().into(),
+                source: Source::Host(volume.host.clone().into()),
                 guest: volume.guest.clone(),
                 read_only: volume.read_only,
             })
@@ -1083,7 +1083,7 @@ fn resources(spec: &Spec, log: &Arc<Log>) -> Resources {
         preopens: spec
             .volumes
             .iter()
-            .map(|volume| volume.host.clone().into())
+            .map(|volume| Source::Host(volume.host.clone().into()))
             .collect(),
         stdout,
         stderr,

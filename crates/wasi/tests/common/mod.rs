@@ -1,11 +1,14 @@
 //! A guest for tests: some memory, one thread, and the functions by name.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
+use keel_wasi::volume::{
+    BLOCK_BYTES, BlockReader, BlockWriter, NodeBody, Stalls, Tracker, Volume, VolumeLimits,
+};
 use keel_wasi::*;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::cell::{RefCell, UnsafeCell};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use wiggle::{GuestMemory, GuestPtr};
@@ -111,6 +114,234 @@ pub struct Event {
     pub hangup: bool,
 }
 
+/// Where the files of a sandbox are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// In a directory of the host.
+    Host,
+    /// In a volume of our own.
+    Own,
+}
+
+/// Runs tests that take a [`Kind`] with both.
+#[macro_export]
+macro_rules! both {
+    ($($name:ident)*) => {
+        mod host {
+            $(#[test] fn $name() { super::$name(super::common::Kind::Host); })*
+        }
+        mod own {
+            $(#[test] fn $name() { super::$name(super::common::Kind::Own); })*
+        }
+    };
+}
+
+/// Room in a sandbox's volume.
+pub const VOLUME_BYTES: u64 = 64 << 20;
+
+/// What a guest's `/` (descriptor 3) is.
+pub struct Sandbox {
+    pub kind: Kind,
+    pub dir: tempfile::TempDir,
+    copying: RefCell<Option<Copying>>,
+}
+
+/// A volume on its way into another folder, as in a move.
+struct Copying {
+    tracker: Tracker,
+    reader: BlockReader,
+    writer: BlockWriter,
+    folder: tempfile::TempDir,
+}
+
+impl Copying {
+    fn begin(volume: Arc<Volume>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self {
+            tracker: volume.track(),
+            reader: BlockReader::new(volume),
+            writer: BlockWriter::new(folder.path()).unwrap(),
+            folder,
+        }
+    }
+
+    fn round(&mut self) {
+        let changes = self.tracker.take();
+        for &(inode, from) in &changes.cuts {
+            self.writer.cut(inode, from).unwrap();
+        }
+        let mut buffer = vec![0; BLOCK_BYTES as usize];
+        for (inode, piece) in changes.pieces() {
+            let buffer = &mut buffer[..(piece.end - piece.start) as usize];
+            let count = self.reader.read(inode, piece.start, buffer).unwrap();
+            let written = self.writer.write(inode, piece.start, &buffer[..count]);
+            written.unwrap();
+        }
+    }
+}
+
+pub fn volume_source(folder: &Path) -> Source {
+    Source::Volume {
+        folder: folder.to_owned(),
+        limits: VolumeLimits::of_bytes(VOLUME_BYTES),
+        stalls: Arc::new(Stalls::default()),
+    }
+}
+
+impl Sandbox {
+    pub fn new(kind: Kind) -> Self {
+        Self {
+            kind,
+            dir: tempfile::tempdir().unwrap(),
+            copying: RefCell::new(None),
+        }
+    }
+
+    /// A guest in it, which finds what `prepare` puts there.
+    pub fn guest_with(
+        &self,
+        read_only: bool,
+        limits: Limits,
+        prepare: impl FnOnce(&Path),
+    ) -> Guest {
+        let prepared = tempfile::tempdir().unwrap();
+        let source = match self.kind {
+            Kind::Host => {
+                prepare(self.dir.path());
+                Source::Host(self.dir.path().to_owned())
+            }
+            Kind::Own => {
+                prepare(prepared.path());
+                volume_source(self.dir.path())
+            }
+        };
+        let guest = Guest::new(Config {
+            preopens: vec![Preopen {
+                source,
+                guest: "/".to_owned(),
+                read_only,
+            }],
+            seed: Some([3; 32]),
+            limits,
+            ..Config::default()
+        });
+        if self.kind == Kind::Own {
+            let (_, volume) = guest.wasi.volumes().remove(0);
+            volume.import(prepared.path(), 1).unwrap();
+            self.watch(&guest);
+        }
+        guest
+    }
+
+    fn watch(&self, guest: &Guest) {
+        let volume = guest.wasi.volumes().pop();
+        self.copying
+            .replace(volume.map(|(_, volume)| Copying::begin(volume)));
+    }
+
+    /// Copies what is new, as a move does while the guest runs.
+    pub fn round(&self) {
+        if let Some(copying) = &mut *self.copying.borrow_mut() {
+            copying.round();
+        }
+    }
+
+    /// Captures, sends as bytes, and goes on: with the same directory, or with
+    /// what was copied of the volume.
+    pub fn moved(&self, guest: Guest) -> Guest {
+        let snapshot = guest.wasi.snapshot().unwrap();
+        self.moved_as(guest, &snapshot)
+    }
+
+    /// The same guest without any descriptor but the first four.
+    pub fn reopened(&self, guest: Guest) -> Guest {
+        let mut snapshot = guest.wasi.snapshot().unwrap();
+        snapshot.descriptors.truncate(4);
+        self.moved_as(guest, &snapshot)
+    }
+
+    fn moved_as(&self, guest: Guest, snapshot: &Snapshot) -> Guest {
+        self.round();
+        let copied = self.copying.take();
+        let source = match &copied {
+            None => Source::Host(self.dir.path().to_owned()),
+            Some(copying) => volume_source(copying.folder.path()),
+        };
+        let moved = guest.moved_as(
+            snapshot,
+            Resources {
+                preopens: vec![source],
+                ..Resources::default()
+            },
+        );
+        self.watch(&moved);
+        // The volume's folder must outlive it.
+        if let Some(copying) = copied {
+            let _ = copying.folder.keep();
+        }
+        moved
+    }
+
+    /// Names in the root, hidden ones too.
+    pub fn names(&self, guest: &Guest) -> Vec<String> {
+        match self.kind {
+            Kind::Host => names(self.dir.path()),
+            Kind::Own => {
+                let snapshot = guest.wasi.snapshot().unwrap();
+                let volume = snapshot.preopens[0].volume.as_ref().unwrap();
+                match &volume.nodes[0].body {
+                    NodeBody::Directory { entries, .. } => {
+                        entries.iter().map(|(name, _)| name.clone()).collect()
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+
+    /// All bytes of a file.
+    pub fn read(&self, guest: &Guest, name: &str) -> Vec<u8> {
+        match self.kind {
+            Kind::Host => std::fs::read(self.dir.path().join(name)).unwrap(),
+            Kind::Own => {
+                let fd = guest.open(name, 0, READ).unwrap();
+                let size = guest.stat(fd).unwrap().size;
+                let bytes = guest.pread(fd, size as u32, 0).unwrap();
+                guest.close(fd).unwrap();
+                bytes
+            }
+        }
+    }
+
+    /// Files that are kept only because they are open.
+    pub fn hidden(&self, guest: &Guest) -> usize {
+        match self.kind {
+            Kind::Host => {
+                let names = names(self.dir.path()).into_iter();
+                names
+                    .filter(|name| name.starts_with(".keel-unlinked-"))
+                    .count()
+            }
+            Kind::Own => {
+                let snapshot = guest.wasi.snapshot().unwrap();
+                let volume = snapshot.preopens[0].volume.as_ref().unwrap();
+                let named = |inode: u64| {
+                    volume.nodes.iter().any(|node| match &node.body {
+                        NodeBody::Directory { entries, .. } => {
+                            entries.iter().any(|(_, entry)| *entry == inode)
+                        }
+                        _ => inode == 1,
+                    })
+                };
+                let nodes = volume.nodes.iter();
+                nodes
+                    .filter(|node| node.inode != 1 && !named(node.inode))
+                    .count()
+            }
+        }
+    }
+}
+
 /// A host directory and a config that preopens it as `/` (descriptor 3).
 pub fn sandbox() -> (tempfile::TempDir, Config) {
     let dir = tempfile::tempdir().unwrap();
@@ -124,15 +355,16 @@ pub fn sandbox() -> (tempfile::TempDir, Config) {
 
 pub fn preopen(host: &Path, read_only: bool) -> Preopen {
     Preopen {
-        host: host.to_owned(),
+        source: Source::Host(host.to_owned()),
         guest: "/".to_owned(),
         read_only,
     }
 }
 
-pub fn in_sandbox() -> (tempfile::TempDir, Guest) {
-    let (dir, config) = sandbox();
-    (dir, Guest::new(config))
+pub fn in_sandbox(kind: Kind) -> (Sandbox, Guest) {
+    let sandbox = Sandbox::new(kind);
+    let guest = sandbox.guest_with(false, Limits::default(), |_| {});
+    (sandbox, guest)
 }
 
 pub fn names(dir: &Path) -> Vec<String> {
@@ -168,14 +400,19 @@ impl Guest {
     /// Captures, sends as bytes, and goes on with the same directory.
     pub fn moved(self, dir: &Path) -> Self {
         let resources = Resources {
-            preopens: vec![dir.to_owned()],
+            preopens: vec![Source::Host(dir.to_owned())],
             ..Resources::default()
         };
         self.moved_with(resources)
     }
 
     pub fn moved_with(self, resources: Resources) -> Self {
-        let bytes = postcard::to_allocvec(&self.wasi.snapshot().unwrap()).unwrap();
+        let snapshot = self.wasi.snapshot().unwrap();
+        self.moved_as(&snapshot, resources)
+    }
+
+    pub fn moved_as(self, snapshot: &Snapshot, resources: Resources) -> Self {
+        let bytes = postcard::to_allocvec(snapshot).unwrap();
         let snapshot = postcard::from_bytes(&bytes).unwrap();
         let state = postcard::to_allocvec(&self.state.take()).unwrap();
         drop(self);
@@ -475,7 +712,7 @@ pub fn pipe() -> (OwnedFd, OwnedFd) {
 
 pub fn resources(dir: &Path) -> Resources {
     Resources {
-        preopens: vec![PathBuf::from(dir)],
+        preopens: vec![Source::Host(dir.to_owned())],
         ..Resources::default()
     }
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 /// First bytes of an encoded image.
 const IMAGE_MAGIC: [u8; 4] = *b"KIMG";
 /// Version of the image's format.
-const IMAGE_VERSION: u32 = 1;
+const IMAGE_VERSION: u32 = 2;
 /// What a thread was started for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Entry {

@@ -3,7 +3,7 @@
 
 #![allow(dead_code, reason = "not every test file uses all of it")]
 
-use keel_wasi::{Config, MemorySink, Preopen, Resources, Wasi};
+use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
 use keel_wasm::runtime::{Engine, Image, Limits, Machine, Options, Program, make_memories};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -66,7 +66,7 @@ impl Running {
         };
         config.args.extend(args.iter().map(|arg| (*arg).to_owned()));
         config.preopens.extend(folder.map(|folder| Preopen {
-            host: folder.to_owned(),
+            source: Source::Host(folder.to_owned()),
             guest: "/data".into(),
             read_only: false,
         }));
@@ -97,7 +97,7 @@ impl Running {
             to.write(0, &bytes).unwrap();
         }
         let resources = Resources {
-            preopens: self.folder.iter().cloned().collect(),
+            preopens: self.folder.iter().cloned().map(Source::Host).collect(),
             stdout: Box::new(self.output.clone()),
             ..Resources::default()
         };

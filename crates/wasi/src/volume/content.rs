@@ -1,0 +1,366 @@
+//! A file's bytes: a sparse backing file on the host, and what is known of it.
+//!
+//! The backing file never has other bytes than the guest's, but it may be
+//! shorter (what is missing reads as zeros), or missing altogether. It is made
+//! by the first write.
+
+use super::blocks::{BLOCK_BYTES, BlockSet, UNIT_BYTES, blocks_of};
+use super::tree::Times;
+use crate::locked;
+use rustix::io::Errno;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// The largest file, in bytes: no host's file system is content with less.
+pub(crate) const FILE_BYTES_MAX: u64 = 1 << 43;
+
+/// What a volume lets its files take, and what they have taken, in bytes.
+#[derive(Debug)]
+pub(crate) struct Quota {
+    pub(crate) bytes_max: u64,
+    used: Mutex<u64>,
+}
+
+impl Quota {
+    pub(crate) fn new(bytes_max: u64, used: u64) -> Self {
+        Self {
+            bytes_max,
+            used: Mutex::new(used),
+        }
+    }
+
+    pub(crate) fn used(&self) -> u64 {
+        *locked(&self.used)
+    }
+
+    /// Takes so much more, or nothing.
+    fn take(&self, bytes: u64) -> bool {
+        let mut used = locked(&self.used);
+        let fits = used
+            .checked_add(bytes)
+            .is_some_and(|sum| sum <= self.bytes_max);
+        if fits {
+            *used += bytes;
+        }
+        fits
+    }
+
+    pub(crate) fn give_back(&self, bytes: u64) {
+        let mut used = locked(&self.used);
+        *used = used.saturating_sub(bytes);
+    }
+}
+
+/// Why a write did not happen.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum WriteFault {
+    /// The guest is told so.
+    Errno(Errno),
+    /// The host's disk is full: to be repeated when it is not.
+    HostFull,
+}
+
+impl From<Errno> for WriteFault {
+    fn from(errno: Errno) -> Self {
+        Self::Errno(errno)
+    }
+}
+
+impl From<io::Error> for WriteFault {
+    fn from(error: io::Error) -> Self {
+        match Errno::from_io_error(&error) {
+            Some(Errno::NOSPC | Errno::DQUOT) => Self::HostFull,
+            Some(errno) => Self::Errno(errno),
+            None => Self::Errno(Errno::IO),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct State {
+    pub(crate) size: u64,
+    /// Blocks that have data; all others are zeros.
+    pub(crate) present: BlockSet,
+    pub(crate) times: Times,
+}
+
+impl State {
+    /// What it counts against the quota: its blocks, the last one up to the end
+    /// of the file.
+    pub(crate) fn cost(&self) -> u64 {
+        self.cost_after(0, 0)
+    }
+
+    /// The same, once these bytes are written.
+    fn cost_after(&self, offset: u64, length: u64) -> u64 {
+        let blocks = blocks_of(offset..offset + length);
+        let whole = (self.present.len() + self.present.missing(blocks.clone())) * BLOCK_BYTES;
+        let size = match length {
+            0 => self.size,
+            _ => self.size.max(offset + length),
+        };
+        let Some(last) = size.checked_sub(1).map(|last| last / BLOCK_BYTES) else {
+            return whole;
+        };
+        if !blocks.contains(&last) && !self.present.contains(last) {
+            return whole;
+        }
+        let tail = size - last * BLOCK_BYTES;
+        whole - BLOCK_BYTES + tail.next_multiple_of(UNIT_BYTES)
+    }
+
+    fn extend(&mut self, offset: u64, length: u64) {
+        self.present.insert(blocks_of(offset..offset + length));
+        self.size = self.size.max(offset + length);
+    }
+}
+
+/// One file.
+#[derive(Debug)]
+pub(crate) struct Content {
+    path: PathBuf,
+    /// Held over a write or a change of the size.
+    turn: Mutex<()>,
+    state: Mutex<State>,
+    backing: Mutex<Backing>,
+}
+
+#[derive(Debug, Default)]
+struct Backing {
+    /// Open while a descriptor is.
+    file: Option<Arc<File>>,
+    /// What came by a move may have a last block that is too long. It is cut
+    /// when the file is opened first, before anything is written.
+    trimmed: bool,
+}
+
+/// Where an inode's bytes are.
+pub(crate) fn data_path(folder: &Path, inode: u64) -> PathBuf {
+    folder.join(inode.to_string())
+}
+
+impl Content {
+    pub(crate) fn new(folder: &Path, inode: u64, state: State) -> Self {
+        Self {
+            path: data_path(folder, inode),
+            turn: Mutex::new(()),
+            state: Mutex::new(state),
+            backing: Mutex::default(),
+        }
+    }
+
+    /// Held briefly, never over disk work.
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        locked(&self.state)
+    }
+
+    pub(crate) fn changed(&self, now: u64) {
+        self.state().times.change = now;
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The backing file; `None` if there is none and none is to be made.
+    fn file(&self, make: bool) -> io::Result<Option<Arc<File>>> {
+        let mut backing = locked(&self.backing);
+        if let Some(file) = &backing.file {
+            return Ok(Some(file.clone()));
+        }
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(make)
+            .truncate(false)
+            .mode(0o600)
+            .open(&self.path);
+        let file = match opened {
+            Err(error) if !make && error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => Arc::new(opened?),
+        };
+        let size = self.state().size;
+        if !backing.trimmed && file.metadata()?.len() > size {
+            file.set_len(size)?;
+        }
+        backing.trimmed = true;
+        backing.file = Some(file.clone());
+        Ok(Some(file))
+    }
+
+    /// Closes the backing file; it is opened again when it is needed.
+    pub(crate) fn close(&self) {
+        locked(&self.backing).file = None;
+    }
+
+    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
+        if i64::try_from(offset).is_err() {
+            return Err(Errno::INVAL);
+        }
+        let size = self.state().size;
+        let room = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let length = room.min(buffer.len());
+        let buffer = &mut buffer[..length];
+        let file = self
+            .file(false)
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+        let mut done = 0;
+        while let Some(file) = file.as_ref().filter(|_| done < length) {
+            match file.read_at(&mut buffer[done..], offset + done as u64) {
+                Ok(0) => break,
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+            }
+        }
+        buffer[done..].fill(0);
+        Ok(length)
+    }
+
+    /// Writes some of `bytes`, all unless the quota or the disk is nearly full.
+    /// Without an offset at the end. `written` is told which bytes are new.
+    /// Answers where the bytes are and how many.
+    pub(crate) fn write_at(
+        &self,
+        bytes: &[u8],
+        offset: Option<u64>,
+        quota: &Quota,
+        now: u64,
+        written: &dyn Fn(std::ops::Range<u64>),
+    ) -> Result<(u64, usize), WriteFault> {
+        let _turn = locked(&self.turn);
+        let offset = offset.unwrap_or_else(|| self.state().size);
+        if i64::try_from(offset).is_err() {
+            return Err(Errno::INVAL.into());
+        }
+        if bytes.is_empty() {
+            return Ok((offset, 0));
+        }
+        let room = FILE_BYTES_MAX.saturating_sub(offset);
+        if room == 0 {
+            return Err(Errno::FBIG.into());
+        }
+        let wanted = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+        let (count, taken) = self.admit(offset, wanted, quota)?;
+        let file = self.file(true);
+        let result = file.and_then(|file| match file {
+            Some(file) => write_some(&file, &bytes[..count], offset),
+            None => Err(io::Error::other("no backing file was made")),
+        });
+        let count = match result {
+            Ok(count) => count,
+            Err(error) => {
+                quota.give_back(taken);
+                return Err(error.into());
+            }
+        };
+        {
+            let mut state = self.state();
+            let before = state.cost();
+            state.extend(offset, count as u64);
+            (state.times.modification, state.times.change) = (now, now);
+            // Less, where less was written.
+            quota.give_back((before + taken).saturating_sub(state.cost()));
+        }
+        written(offset..offset + count as u64);
+        Ok((offset, count))
+    }
+
+    /// Takes room for a write of up to `wanted` bytes: how many may be written,
+    /// and what they cost.
+    fn admit(&self, offset: u64, wanted: usize, quota: &Quota) -> Result<(usize, u64), WriteFault> {
+        let state = self.state();
+        let cost = |length: usize| {
+            let after = state.cost_after(offset, length as u64);
+            after.saturating_sub(state.cost())
+        };
+        let mut length = wanted;
+        loop {
+            let more = cost(length);
+            if quota.take(more) {
+                return Ok((length, more));
+            }
+            // One unit less: at most 256 steps, as writes are at most 1 MiB.
+            let end = offset + length as u64;
+            let shorter = (end - 1) / UNIT_BYTES * UNIT_BYTES;
+            if shorter <= offset {
+                return Err(Errno::NOSPC.into());
+            }
+            length = usize::try_from(shorter - offset).map_err(|_| Errno::FBIG)?;
+        }
+    }
+
+    /// Sets the size; `cut` is told from which byte on nothing is left.
+    pub(crate) fn set_size(
+        &self,
+        size: u64,
+        quota: &Quota,
+        now: u64,
+        cut: &dyn Fn(u64),
+    ) -> Result<(), Errno> {
+        if i64::try_from(size).is_err() {
+            return Err(Errno::INVAL);
+        }
+        if size > FILE_BYTES_MAX {
+            return Err(Errno::FBIG);
+        }
+        let _turn = locked(&self.turn);
+        let before = self.state().size;
+        if size < before {
+            let file = self.file(false);
+            let file = file.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+            if let Some(file) = file {
+                file.set_len(size.min(file_length(&file)?))
+                    .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
+            }
+        }
+        let mut state = self.state();
+        let old = state.cost();
+        state.size = size;
+        state.present.remove_from(size.div_ceil(BLOCK_BYTES));
+        let new = state.cost();
+        // Only what becomes longer can cost more: nothing was taken out then.
+        if new > old && !quota.take(new - old) {
+            state.size = before;
+            return Err(Errno::NOSPC);
+        }
+        quota.give_back(old.saturating_sub(new));
+        (state.times.modification, state.times.change) = (now, now);
+        drop(state);
+        if size < before {
+            cut(size);
+        }
+        Ok(())
+    }
+
+    /// Pushes written bytes to the disk.
+    pub(crate) fn sync(&self, data_only: bool) -> Result<(), Errno> {
+        let synced = self.file(false).and_then(|file| match file {
+            Some(file) if data_only => file.sync_data(),
+            Some(file) => file.sync_all(),
+            None => Ok(()),
+        });
+        synced.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+    }
+}
+
+fn file_length(file: &File) -> Result<u64, Errno> {
+    let metadata = file.metadata();
+    metadata
+        .map(|metadata| metadata.len())
+        .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+}
+
+/// Some bytes, at least one.
+fn write_some(file: &File, bytes: &[u8], offset: u64) -> io::Result<usize> {
+    loop {
+        match file.write_at(bytes, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}

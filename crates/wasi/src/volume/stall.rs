@@ -1,0 +1,113 @@
+//! Guests that wait because the host's disk is full: who waits where, for
+//! whoever shows it to people.
+
+use crate::abi::{Result, interrupted};
+use crate::locked;
+use crate::wait::{Interrupt, wait};
+use rustix::io::Errno;
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// How often what waits for room is tried again.
+pub const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// What waits for room on the host's disk just now, by path. A path is kept until
+/// something is written there, also over interruptions.
+#[derive(Default)]
+pub struct Stalls {
+    full: Mutex<BTreeSet<String>>,
+    changed: Option<Box<dyn Fn(Option<String>) + Send + Sync>>,
+}
+
+impl std::fmt::Debug for Stalls {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("Stalls").field(&self.full).finish()
+    }
+}
+
+impl Stalls {
+    /// Calls `changed` when the first begins to wait, with its path, and when
+    /// none waits any more.
+    pub fn new(changed: impl Fn(Option<String>) + Send + Sync + 'static) -> Self {
+        Self {
+            full: Mutex::default(),
+            changed: Some(Box::new(changed)),
+        }
+    }
+
+    /// Where room is missing; `None` if nothing waits.
+    pub fn full(&self) -> Option<String> {
+        locked(&self.full).first().cloned()
+    }
+
+    /// Nothing could be written at `path`: waits a moment, or until `interrupt`
+    /// is requested.
+    ///
+    /// # Errors
+    /// The call is interrupted, and to be repeated.
+    pub(crate) fn wait(&self, path: &str, interrupt: &dyn Interrupt) -> Result<()> {
+        if self.wait_briefly(path, interrupt) {
+            Ok(())
+        } else {
+            Err(interrupted())
+        }
+    }
+
+    /// Nothing could be written at `path`: waits a moment. False if `interrupt`
+    /// was requested: what was to be written is to be written later.
+    pub fn wait_briefly(&self, path: &str, interrupt: &dyn Interrupt) -> bool {
+        let first = {
+            let mut full = locked(&self.full);
+            let first = full.is_empty();
+            full.insert(path.to_owned());
+            first
+        };
+        if first {
+            tracing::warn!(path, "the disk is full; the machine waits for room");
+            self.tell(Some(path.to_owned()));
+        }
+        if interrupt.requested() {
+            return false;
+        }
+        let timeout = u64::try_from(RETRY_AFTER.as_nanos()).unwrap_or(u64::MAX);
+        match wait(&[], Some(timeout), interrupt.wakeup()) {
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "waiting for room");
+                std::thread::sleep(RETRY_AFTER);
+            }
+        }
+        !interrupt.requested()
+    }
+
+    /// Something was written at `path`.
+    pub fn written(&self, path: &str) {
+        let last = {
+            let mut full = locked(&self.full);
+            // Nearly always.
+            if full.is_empty() {
+                return;
+            }
+            full.remove(path) && full.is_empty()
+        };
+        if last {
+            tracing::info!(path, "there is room on the disk again");
+            self.tell(None);
+        }
+    }
+
+    fn tell(&self, full: Option<String>) {
+        if let Some(changed) = &self.changed {
+            changed(full);
+        }
+    }
+}
+
+/// Whether a host's error says that its disk is full.
+pub fn is_disk_full(error: &std::io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::NOSPC | Errno::DQUOT)
+    )
+}

@@ -1,0 +1,222 @@
+//! What was written to a volume since the last look.
+//!
+//! A write is noted *after* it reached the backing file: whoever takes the note
+//! and reads then finds the new bytes. (A note taken before the bytes would be
+//! gone when they come.) A file that is cut has what lies behind taken out
+//! of the notes, and the cut is noted instead; so cuts are to be repeated before
+//! bytes are copied. Cuts of files that are younger than the last look are not
+//! noted: a program that makes and removes files all day makes no notes.
+
+use super::blocks::{BLOCK_BYTES, BlockSet, UNIT_BYTES, units_of};
+use crate::locked;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+
+/// Changes of one volume. First come the cuts, then the bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Inode number, and the byte from which on all was taken away.
+    pub cuts: Vec<(u64, u64)>,
+    /// Inode number and bytes that may be new, in order; they may go on behind
+    /// the file's end.
+    pub bytes: Vec<(u64, Range<u64>)>,
+}
+
+impl Changes {
+    /// How many bytes, at the most.
+    pub fn bytes(&self) -> u64 {
+        let runs = self.bytes.iter();
+        runs.map(|(_, run)| run.end - run.start).sum()
+    }
+
+    /// The bytes in pieces of at most [`BLOCK_BYTES`].
+    pub fn pieces(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
+        self.bytes.iter().flat_map(|(inode, run)| {
+            let starts = (run.start..run.end).step_by(BLOCK_BYTES as usize);
+            starts.map(|start| (*inode, start..run.end.min(start + BLOCK_BYTES)))
+        })
+    }
+}
+
+#[derive(Debug, Default)]
+struct Notes {
+    cuts: BTreeMap<u64, u64>,
+    /// Units of 4 KiB.
+    units: BTreeMap<u64, BlockSet>,
+    /// Whoever takes the notes has heard of no inode from here on.
+    known_below: u64,
+}
+
+/// Collects the changes of one volume until they are taken. Several can, each
+/// for itself; one that is dropped stops.
+#[derive(Debug)]
+pub struct Tracker {
+    notes: Arc<Mutex<Notes>>,
+    next_inode: Arc<AtomicU64>,
+}
+
+impl Tracker {
+    /// All changes since the tracker began, or since this was asked last. Right
+    /// after the beginning, that is all data that there is.
+    pub fn take(&self) -> Changes {
+        let notes = {
+            let mut notes = locked(&self.notes);
+            let fresh = Notes {
+                known_below: self.next_inode.load(Ordering::Acquire),
+                ..Notes::default()
+            };
+            std::mem::replace(&mut *notes, fresh)
+        };
+        let runs = |(inode, set): (&u64, &BlockSet)| {
+            let inode = *inode;
+            let runs = set.runs().into_iter();
+            runs.map(move |run| (inode, run.start * UNIT_BYTES..run.end * UNIT_BYTES))
+        };
+        Changes {
+            cuts: notes.cuts.into_iter().collect(),
+            bytes: notes.units.iter().flat_map(runs).collect(),
+        }
+    }
+}
+
+/// The trackers of a volume.
+#[derive(Debug, Default)]
+pub(crate) struct Trackers {
+    all: RwLock<Vec<Weak<Mutex<Notes>>>>,
+    next_inode: Arc<AtomicU64>,
+}
+
+impl Trackers {
+    /// Of a volume whose next file gets this inode number.
+    pub(crate) fn new(next_inode: u64) -> Self {
+        Self {
+            all: RwLock::default(),
+            next_inode: Arc::new(AtomicU64::new(next_inode)),
+        }
+    }
+
+    /// Takes the next inode number; none comes twice.
+    pub(crate) fn take_inode(&self) -> u64 {
+        self.next_inode.fetch_add(1, Ordering::AcqRel)
+    }
+
+    pub(crate) fn next_inode(&self) -> u64 {
+        self.next_inode.load(Ordering::Acquire)
+    }
+
+    /// A new one that knows nothing yet.
+    pub(crate) fn add(&self) -> Tracker {
+        let notes = Arc::default();
+        let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|other| other.strong_count() > 0);
+        all.push(Arc::downgrade(&notes));
+        Tracker {
+            notes,
+            next_inode: self.next_inode.clone(),
+        }
+    }
+
+    fn each(&self, note: impl Fn(&mut Notes)) {
+        let all = self.all.read().unwrap_or_else(PoisonError::into_inner);
+        for tracker in all.iter().filter_map(Weak::upgrade) {
+            note(&mut locked(&tracker));
+        }
+    }
+
+    /// These bytes are new.
+    pub(crate) fn written(&self, inode: u64, bytes: Range<u64>) {
+        self.each(|notes| notes.written(inode, bytes.clone()));
+    }
+
+    /// From this byte on there is nothing any more.
+    pub(crate) fn cut(&self, inode: u64, from: u64) {
+        self.each(|notes| {
+            if inode < notes.known_below {
+                let cut = notes.cuts.entry(inode).or_insert(from);
+                *cut = from.min(*cut);
+            }
+            if let Some(set) = notes.units.get_mut(&inode) {
+                set.remove_from(from.div_ceil(UNIT_BYTES));
+                if set.is_empty() {
+                    notes.units.remove(&inode);
+                }
+            }
+        });
+    }
+}
+
+impl Notes {
+    fn written(&mut self, inode: u64, bytes: Range<u64>) {
+        if !bytes.is_empty() {
+            let units = units_of(bytes);
+            self.units.entry(inode).or_default().insert(units);
+        }
+    }
+}
+
+impl Tracker {
+    /// Notes what was there before it began.
+    pub(crate) fn seed(&self, inode: u64, bytes: Range<u64>) {
+        locked(&self.notes).written(inode, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: u64 = UNIT_BYTES;
+
+    #[test]
+    fn notes_are_taken_once_by_each() {
+        let trackers = Trackers::new(3);
+        let first = trackers.add();
+        trackers.written(1, 0..3 * UNIT);
+        assert_eq!(first.take().bytes, [(1, 0..3 * UNIT)]);
+        let second = trackers.add();
+        trackers.written(1, 2 * UNIT + 1..4 * UNIT + 1);
+        trackers.written(2, 7 * UNIT..7 * UNIT + 1);
+        trackers.cut(1, 4 * UNIT - 9);
+        trackers.cut(1, 6 * UNIT);
+        let bytes = vec![(1, 2 * UNIT..4 * UNIT), (2, 7 * UNIT..8 * UNIT)];
+        let expected = Changes {
+            cuts: vec![(1, 4 * UNIT - 9)],
+            bytes: bytes.clone(),
+        };
+        assert_eq!(expected.bytes(), 3 * UNIT);
+        assert_eq!(first.take(), expected);
+        assert_eq!(first.take(), Changes::default());
+        // Whoever knows nothing need not forget anything.
+        let cuts = Vec::new();
+        assert_eq!(second.take(), Changes { cuts, bytes });
+        drop(second);
+        // Removed.
+        trackers.cut(2, 0);
+        trackers.written(1, 9..9);
+        assert_eq!(first.take().cuts, [(2, 0)]);
+        // Made and removed between two looks.
+        assert_eq!((trackers.take_inode(), trackers.next_inode()), (3, 4));
+        trackers.written(3, 0..1);
+        trackers.cut(3, 0);
+        assert_eq!(first.take(), Changes::default());
+        trackers.cut(3, 0);
+        assert_eq!(first.take().cuts, [(3, 0)]);
+    }
+
+    #[test]
+    fn pieces_are_not_too_long() {
+        let changes = Changes {
+            cuts: Vec::new(),
+            bytes: vec![(1, UNIT..2 * BLOCK_BYTES), (2, 0..UNIT)],
+        };
+        let pieces = changes.pieces().collect::<Vec<_>>();
+        let expected = [
+            (1, UNIT..BLOCK_BYTES + UNIT),
+            (1, BLOCK_BYTES + UNIT..2 * BLOCK_BYTES),
+            (2, 0..UNIT),
+        ];
+        assert_eq!(pieces, expected);
+    }
+}

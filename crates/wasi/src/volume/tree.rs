@@ -1,0 +1,523 @@
+//! Names, directories and links of a volume: plain data in memory.
+//!
+//! Paths are resolved as Linux does with `RESOLVE_BENEATH`, by which `cap-std`
+//! opens files on a host: `..` never leaves the directory that a path starts
+//! from, and links that would are refused. Removing and the like resolve the
+//! directory first and act on the last name, as `cap-std` does.
+
+use super::content::Content;
+use rustix::io::Errno;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+/// The root's inode number.
+pub(crate) const ROOT: u64 = 1;
+/// Bytes of a name.
+pub(crate) const NAME_BYTES_MAX: usize = 255;
+/// Bytes of a link's contents.
+pub(crate) const LINK_BYTES_MAX: usize = 4095;
+/// Names that one file may have.
+const LINKS_MAX: u64 = 65_000;
+/// Links followed in one path.
+const FOLLOWS_MAX: u32 = 40;
+/// Bytes of all names and links of a volume: it all lies in memory, and travels
+/// while the machine stands still.
+pub(crate) const TEXT_BYTES_MAX: u64 = 64 << 20;
+
+type Result<T> = std::result::Result<T, Errno>;
+
+/// Times of a directory or link, in nanoseconds since 1970-01-01 UTC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Times {
+    pub(crate) access: u64,
+    pub(crate) modification: u64,
+    pub(crate) change: u64,
+}
+
+impl Times {
+    pub(crate) fn at(now: u64) -> Self {
+        Self {
+            access: now,
+            modification: now,
+            change: now,
+        }
+    }
+}
+
+/// What an inode is.
+#[derive(Debug)]
+pub(crate) enum Body {
+    File(Arc<Content>),
+    Directory {
+        parent: u64,
+        entries: BTreeMap<String, u64>,
+        times: Times,
+    },
+    Link {
+        contents: String,
+        times: Times,
+    },
+}
+
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) body: Body,
+    /// Names of it; of a directory 1 or, once it is removed, 0.
+    pub(crate) links: u64,
+    /// Descriptors of it.
+    pub(crate) open: u64,
+}
+
+/// The last part of a path whose directory was resolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Last {
+    /// The directory itself.
+    Dot,
+    /// A name in it.
+    Name(String),
+}
+
+/// How `walk` treats the last part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Final {
+    /// A link is an answer.
+    Keep,
+    /// A link is followed.
+    Follow,
+    /// As `Keep`, and what does not exist may be made (but no directory).
+    MakeKeep,
+    /// As `Follow`, and what does not exist may be made.
+    MakeFollow,
+}
+
+/// Where a path leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Walked {
+    Found(u64),
+    /// Only for making: it is not there.
+    Missing {
+        directory: u64,
+        name: String,
+    },
+}
+
+/// All names of a volume.
+#[derive(Debug)]
+pub(crate) struct Tree {
+    nodes: HashMap<u64, Node>,
+    pub(crate) inodes_max: u64,
+    /// Bytes of names and links.
+    text_bytes: u64,
+    /// Entries of all directories.
+    names: u64,
+}
+
+impl Tree {
+    pub(crate) fn new(inodes_max: u64, now: u64) -> Self {
+        let mut tree = Self::empty(inodes_max);
+        let root = Body::Directory {
+            parent: ROOT,
+            entries: BTreeMap::new(),
+            times: Times::at(now),
+        };
+        tree.put(ROOT, root);
+        tree
+    }
+
+    pub(crate) fn empty(inodes_max: u64) -> Self {
+        Self {
+            nodes: HashMap::new(),
+            inodes_max,
+            text_bytes: 0,
+            names: 0,
+        }
+    }
+
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = (u64, &Node)> {
+        self.nodes.iter().map(|(inode, node)| (*inode, node))
+    }
+
+    pub(crate) fn inodes(&self) -> u64 {
+        self.nodes.len() as u64
+    }
+
+    /// Puts a node without a name in.
+    pub(crate) fn put(&mut self, inode: u64, body: Body) {
+        self.text_bytes += text_of(&body);
+        if let Body::Directory { entries, .. } = &body {
+            self.names += entries.len() as u64;
+        }
+        let links = u64::from(inode == ROOT);
+        let node = Node {
+            body,
+            links,
+            open: 0,
+        };
+        self.nodes.insert(inode, node);
+    }
+
+    pub(crate) fn node(&self, inode: u64) -> Result<&Node> {
+        self.nodes.get(&inode).ok_or(Errno::STALE)
+    }
+
+    pub(crate) fn node_mut(&mut self, inode: u64) -> Result<&mut Node> {
+        self.nodes.get_mut(&inode).ok_or(Errno::STALE)
+    }
+
+    pub(crate) fn is_directory(&self, inode: u64) -> bool {
+        let node = self.nodes.get(&inode);
+        node.is_some_and(|node| matches!(node.body, Body::Directory { .. }))
+    }
+
+    pub(crate) fn entries(&self, directory: u64) -> Result<&BTreeMap<String, u64>> {
+        match &self.node(directory)?.body {
+            Body::Directory { entries, .. } => Ok(entries),
+            Body::File(_) | Body::Link { .. } => Err(Errno::NOTDIR),
+        }
+    }
+
+    fn parent(&self, directory: u64) -> Result<u64> {
+        match &self.node(directory)?.body {
+            Body::Directory { parent, .. } => Ok(*parent),
+            Body::File(_) | Body::Link { .. } => Err(Errno::NOTDIR),
+        }
+    }
+
+    pub(crate) fn lookup(&self, directory: u64, name: &str) -> Result<Option<u64>> {
+        if name.len() > NAME_BYTES_MAX {
+            return Err(Errno::NAMETOOLONG);
+        }
+        Ok(self.entries(directory)?.get(name).copied())
+    }
+
+    /// The contents of a link, if it is one.
+    fn link(&self, inode: u64) -> Result<Option<&str>> {
+        match &self.node(inode)?.body {
+            Body::Link { contents, .. } => Ok(Some(contents)),
+            Body::File(_) | Body::Directory { .. } => Ok(None),
+        }
+    }
+
+    /// Follows a path from `start`, below which all of it must be.
+    ///
+    /// # Errors
+    /// Linux's, with `PERM` for what leads out of `start`.
+    pub(crate) fn walk(&self, start: u64, path: &str, last: Final) -> Result<Walked> {
+        if path.contains('\0') {
+            return Err(Errno::INVAL);
+        }
+        if path.is_empty() {
+            return Err(Errno::NOENT);
+        }
+        let makes = matches!(last, Final::MakeKeep | Final::MakeFollow);
+        let follows = matches!(last, Final::Follow | Final::MakeFollow);
+        let mut at = start;
+        let mut rest = path.to_owned();
+        let mut followed = 0;
+        loop {
+            if rest.starts_with('/') {
+                return Err(Errno::PERM);
+            }
+            let (part, after) = match rest.split_once('/') {
+                Some((part, after)) => (part, Some(after.trim_start_matches('/'))),
+                None => (&*rest, None),
+            };
+            let is_last = after.is_none_or(str::is_empty);
+            // Behind a slash only a directory can be, and links are followed.
+            let slash = after.is_some();
+            let next = match part {
+                "." => at,
+                ".." if at == start => return Err(Errno::PERM),
+                ".." => self.parent(at)?,
+                name => {
+                    if is_last && slash && makes {
+                        return Err(Errno::ISDIR);
+                    }
+                    match self.lookup(at, name)? {
+                        Some(inode) => inode,
+                        None if is_last && makes => {
+                            let name = name.to_owned();
+                            return Ok(Walked::Missing {
+                                directory: at,
+                                name,
+                            });
+                        }
+                        None => return Err(Errno::NOENT),
+                    }
+                }
+            };
+            if let Some(contents) = self.link(next)?
+                && (!is_last || slash || follows)
+            {
+                followed += 1;
+                if followed > FOLLOWS_MAX {
+                    return Err(Errno::LOOP);
+                }
+                rest = match after {
+                    Some(after) => format!("{contents}/{after}"),
+                    None => contents.to_owned(),
+                };
+                continue;
+            }
+            if slash && !self.is_directory(next) {
+                return Err(Errno::NOTDIR);
+            }
+            if is_last {
+                return Ok(Walked::Found(next));
+            }
+            at = next;
+            rest = after.unwrap_or_default().to_owned();
+        }
+    }
+
+    /// What is there, a link at the end followed if `follow`.
+    pub(crate) fn find(&self, start: u64, path: &str, follow: bool) -> Result<u64> {
+        let last = if follow { Final::Follow } else { Final::Keep };
+        match self.walk(start, path, last)? {
+            Walked::Found(inode) => Ok(inode),
+            Walked::Missing { .. } => Err(Errno::NOENT),
+        }
+    }
+
+    fn find_directory(&self, start: u64, path: &str) -> Result<u64> {
+        let inode = self.find(start, path, true)?;
+        if self.is_directory(inode) {
+            Ok(inode)
+        } else {
+            Err(Errno::NOTDIR)
+        }
+    }
+
+    /// The directory of a path and its last part. A path that ends in a slash,
+    /// `/.` or `..` is the directory itself.
+    pub(crate) fn split(&self, start: u64, path: &str) -> Result<(u64, Last)> {
+        if path.contains('\0') {
+            return Err(Errno::INVAL);
+        }
+        if path.is_empty() {
+            return Err(Errno::NOENT);
+        }
+        let (before, name) = match path.rsplit_once('/') {
+            Some((before, name)) => (Some(before), name),
+            None => (None, path),
+        };
+        match (before, name) {
+            (None, ".") => Ok((start, Last::Dot)),
+            (_, "" | "." | "..") => Ok((self.find_directory(start, path)?, Last::Dot)),
+            (None, name) => Ok((start, Last::Name(name.to_owned()))),
+            (Some(""), _) => Err(Errno::PERM),
+            (Some(before), name) => {
+                let directory = self.find_directory(start, before)?;
+                Ok((directory, Last::Name(name.to_owned())))
+            }
+        }
+    }
+
+    /// As `split`, but slashes at the end are ignored.
+    pub(crate) fn split_trimmed(&self, start: u64, path: &str) -> Result<(u64, Last)> {
+        self.split(start, trimmed(path))
+    }
+
+    /// Refuses a name that is taken, or in a removed directory.
+    fn check_free(&self, directory: u64, name: &str) -> Result<()> {
+        if self.lookup(directory, name)?.is_some() {
+            return Err(Errno::EXIST);
+        }
+        if self.node(directory)?.links == 0 {
+            return Err(Errno::NOENT);
+        }
+        Ok(())
+    }
+
+    /// As `check_free`, and refuses one name more than there may be.
+    pub(crate) fn check_new(&self, directory: u64, name: &str) -> Result<()> {
+        self.check_free(directory, name)?;
+        let text = self.text_bytes + name.len() as u64;
+        if self.names >= self.inodes_max.saturating_mul(2) || text > TEXT_BYTES_MAX {
+            return Err(Errno::NOSPC);
+        }
+        Ok(())
+    }
+
+    /// Refuses one inode more than there may be.
+    pub(crate) fn check_room(&self, link_bytes: usize) -> Result<()> {
+        let text = self.text_bytes + link_bytes as u64;
+        if self.inodes() >= self.inodes_max || text > TEXT_BYTES_MAX {
+            return Err(Errno::NOSPC);
+        }
+        Ok(())
+    }
+
+    /// Gives a node a name; checked before.
+    pub(crate) fn enter(&mut self, directory: u64, name: String, inode: u64, now: u64) {
+        self.text_bytes += name.len() as u64;
+        self.names += 1;
+        if let Some(node) = self.nodes.get_mut(&inode) {
+            node.links += 1;
+            if let Body::Directory { parent, .. } = &mut node.body {
+                *parent = directory;
+            }
+            node.changed(now);
+        }
+        if let Some(Node {
+            body: Body::Directory { entries, times, .. },
+            ..
+        }) = self.nodes.get_mut(&directory)
+        {
+            entries.insert(name, inode);
+            (times.modification, times.change) = (now, now);
+        }
+    }
+
+    /// Takes a name away; the node stays until `drop_unused`.
+    pub(crate) fn leave(&mut self, directory: u64, name: &str, now: u64) -> Option<u64> {
+        let Some(Node {
+            body: Body::Directory { entries, times, .. },
+            ..
+        }) = self.nodes.get_mut(&directory)
+        else {
+            return None;
+        };
+        let inode = entries.remove(name)?;
+        (times.modification, times.change) = (now, now);
+        self.names -= 1;
+        self.text_bytes -= name.len() as u64;
+        if let Some(node) = self.nodes.get_mut(&inode) {
+            node.links = node.links.saturating_sub(1);
+            node.changed(now);
+        }
+        Some(inode)
+    }
+
+    /// Removes a node without names and descriptors; a file's content is left
+    /// to the caller.
+    pub(crate) fn drop_unused(&mut self, inode: u64) -> Option<Arc<Content>> {
+        let node = self.nodes.get(&inode)?;
+        if node.links > 0 || node.open > 0 {
+            return None;
+        }
+        let node = self.nodes.remove(&inode)?;
+        self.text_bytes -= text_of(&node.body);
+        match node.body {
+            Body::File(content) => Some(content),
+            Body::Directory { .. } | Body::Link { .. } => None,
+        }
+    }
+
+    /// Whether one more name may be given.
+    pub(crate) fn check_linkable(&self, inode: u64) -> Result<()> {
+        let node = self.node(inode)?;
+        match &node.body {
+            Body::Directory { .. } => Err(Errno::PERM),
+            _ if node.links == 0 => Err(Errno::NOENT),
+            _ if node.links >= LINKS_MAX => Err(Errno::MLINK),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether `inode` is `below` or above it.
+    fn holds(&self, inode: u64, below: u64) -> bool {
+        let mut at = below;
+        loop {
+            if at == inode {
+                return true;
+            }
+            if at == ROOT {
+                return false;
+            }
+            // Above a removed directory there may be nothing any more.
+            let Ok(parent) = self.parent(at) else {
+                return false;
+            };
+            at = parent;
+        }
+    }
+
+    /// `rename`, after both directories were resolved; the node that lost its
+    /// name, if any. `slashes` are those at the ends of the two paths.
+    pub(crate) fn rename(
+        &mut self,
+        (source_dir, source): (u64, Last),
+        (target_dir, target): (u64, Last),
+        slashes: bool,
+        now: u64,
+    ) -> Result<Option<u64>> {
+        let (Last::Name(source), Last::Name(target)) = (source, target) else {
+            return Err(Errno::BUSY);
+        };
+        let moved = self.lookup(source_dir, &source)?.ok_or(Errno::NOENT)?;
+        let victim = self.lookup(target_dir, &target)?;
+        let is_directory = self.is_directory(moved);
+        if slashes && !is_directory {
+            return Err(Errno::NOTDIR);
+        }
+        if is_directory && self.holds(moved, target_dir) {
+            return Err(Errno::INVAL);
+        }
+        if let Some(victim) = victim
+            && self.is_directory(victim)
+            && self.holds(victim, source_dir)
+        {
+            return Err(Errno::NOTEMPTY);
+        }
+        if victim == Some(moved) {
+            return Ok(None);
+        }
+        match victim {
+            None => {
+                self.check_free(target_dir, &target)?;
+                let longer = target.len().saturating_sub(source.len()) as u64;
+                if self.text_bytes + longer > TEXT_BYTES_MAX {
+                    return Err(Errno::NOSPC);
+                }
+            }
+            Some(victim) => match (is_directory, self.is_directory(victim)) {
+                (true, false) => return Err(Errno::NOTDIR),
+                (false, true) => return Err(Errno::ISDIR),
+                (true, true) if !self.entries(victim)?.is_empty() => return Err(Errno::NOTEMPTY),
+                _ => {}
+            },
+        }
+        self.leave(source_dir, &source, now);
+        let replaced = self.leave(target_dir, &target, now);
+        self.enter(target_dir, target, moved, now);
+        Ok(replaced)
+    }
+
+    /// Sub-directories of a directory.
+    pub(crate) fn directories_in(&self, directory: u64) -> u64 {
+        let Ok(entries) = self.entries(directory) else {
+            return 0;
+        };
+        let inodes = entries.values();
+        inodes.filter(|inode| self.is_directory(**inode)).count() as u64
+    }
+}
+
+/// A path without the slashes at its end.
+pub(crate) fn trimmed(path: &str) -> &str {
+    let short = path.trim_end_matches('/');
+    if short.is_empty() && !path.is_empty() {
+        "/"
+    } else {
+        short
+    }
+}
+
+fn text_of(body: &Body) -> u64 {
+    match body {
+        Body::File(_) => 0,
+        Body::Link { contents, .. } => contents.len() as u64,
+        Body::Directory { entries, .. } => entries.keys().map(|name| name.len() as u64).sum(),
+    }
+}
+
+impl Node {
+    /// Something about the node itself changed.
+    pub(crate) fn changed(&mut self, now: u64) {
+        match &mut self.body {
+            Body::File(content) => content.changed(now),
+            Body::Directory { times, .. } | Body::Link { times, .. } => times.change = now,
+        }
+    }
+}
