@@ -25,6 +25,7 @@ fn guests() -> Vec<(&'static str, Vec<&'static str>)> {
     let with_shim = |more: &[&'static str]| SHIM.iter().chain(more).copied().collect();
     vec![
         ("counter", vec!["counter.c"]),
+        ("disk", vec!["disk.c"]),
         ("echo", vec!["echo.c"]),
         ("files", vec!["files.c"]),
         ("hostile", vec!["hostile.c", "keep_names.py"]),

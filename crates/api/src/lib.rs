@@ -92,11 +92,12 @@ pub struct MachineInfo {
     pub name: String,
     /// Its owner: the node that runs it, or ran it last.
     pub node: String,
-    /// `scheduled`, `running`, `exited (N)`, `trapped`, `stopped`, `failed`.
+    /// `scheduled`, `running`, `paused` (it waits for room on a disk),
+    /// `arriving`, `exited (N)`, `trapped`, `stopped`, `failed`.
     pub status: String,
     /// Exit code, once it exited.
     pub exit_code: Option<u32>,
-    /// Why it trapped or failed.
+    /// Why it trapped, failed or is paused.
     pub message: Option<String>,
     /// Raised by each change of owner.
     pub epoch: String,
@@ -111,7 +112,7 @@ pub struct MachineInfo {
     pub env_names: Vec<String>,
     /// Directories that it may reach.
     #[serde(default)]
-    pub volumes: Vec<VolumeRequest>,
+    pub volumes: Vec<VolumeInfo>,
     /// Limit of each memory in bytes.
     pub memory_limit_bytes: u64,
     /// Limit of its threads.
@@ -159,7 +160,7 @@ impl MachineInfo {
     pub fn is_live(&self) -> bool {
         matches!(
             self.status.as_str(),
-            "scheduled" | "running" | "arriving" | "filling" | "restarting"
+            "scheduled" | "running" | "paused" | "arriving" | "filling" | "restarting"
         )
     }
 }
@@ -171,17 +172,49 @@ pub struct Uploaded {
     pub module: String,
 }
 
-/// A directory of the host for a machine.
+/// A directory for a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VolumeRequest {
-    /// Absolute path on the host.
-    pub host: String,
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum VolumeRequest {
+    /// A directory of the host, which every node that runs the machine sees.
+    Host {
+        /// Absolute path on the host.
+        host: String,
+        /// Its name for the guest.
+        guest: String,
+        /// Whether the guest may only read.
+        #[serde(default)]
+        read_only: bool,
+    },
+    /// The machine's own: it moves along and ends with the machine.
+    Tmp {
+        /// Bytes that its files may take.
+        bytes: u64,
+        /// Files, directories and links that there may be; as many as volumes
+        /// of that size usually have, without.
+        #[serde(default)]
+        inodes: Option<u64>,
+        /// Its name for the guest.
+        guest: String,
+    },
+}
+
+/// A machine's directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeInfo {
     /// Its name for the guest.
     pub guest: String,
+    /// `tmp`, or the path on the host.
+    pub kind: String,
     /// Whether the guest may only read.
     #[serde(default)]
     pub read_only: bool,
+    /// Bytes that its files may take.
+    pub bytes_max: Option<u64>,
+    /// Bytes that they take; only while it runs.
+    pub bytes: Option<u64>,
+    /// Files, directories and links; only while it runs.
+    pub inodes: Option<u64>,
 }
 
 /// A machine to start.

@@ -190,15 +190,7 @@ fn what_it_may_touch(page: &mut Page, machine: &MachineInfo) {
         page.line("directories", "none");
     }
     for volume in &machine.volumes {
-        let how = if volume.read_only {
-            "read only"
-        } else {
-            "read and write"
-        };
-        page.line(
-            "directory",
-            format!("{} as {} ({how})", volume.host, volume.guest),
-        );
+        page.line("directory", crate::volume::line(volume));
     }
     page.line(
         "environment",

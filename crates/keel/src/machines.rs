@@ -2,6 +2,7 @@
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
+use crate::volume::VolumeArg;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use hyper::Method;
@@ -42,6 +43,10 @@ pub(crate) struct RunArgs {
     /// Lets it reach a directory that all nodes see; `::ro` makes it read-only.
     #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
     dir: Vec<String>,
+    /// Gives it a volume: `tmp:SIZE:GUEST`, of its own, which moves along and
+    /// ends with it, or a directory that all nodes see, `HOST:GUEST[:ro]`.
+    #[arg(long, value_name = "VOLUME", value_parser = crate::volume::parse)]
+    volume: Vec<VolumeArg>,
     /// Sets an environment variable.
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
@@ -146,7 +151,10 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
     }
     let mut volumes = Vec::new();
     for dir in &args.dir {
-        volumes.push(volume(dir)?);
+        volumes.push(directory(dir)?);
+    }
+    for volume in &args.volume {
+        volumes.push(request(volume)?);
     }
     let request = RunRequest {
         name: args.name.clone(),
@@ -165,13 +173,37 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
     Ok(client.post("/v1/machines", &request).await?)
 }
 
-fn volume(text: &str) -> Result<VolumeRequest> {
+fn request(volume: &VolumeArg) -> Result<VolumeRequest> {
+    Ok(match volume {
+        VolumeArg::Host {
+            host,
+            guest,
+            read_only,
+        } => {
+            let absolute = host.canonicalize();
+            let absolute = absolute
+                .with_context(|| format!("--volume {}: no such directory", host.display()))?;
+            VolumeRequest::Host {
+                host: absolute.to_string_lossy().into_owned(),
+                guest: guest.clone(),
+                read_only: *read_only,
+            }
+        }
+        VolumeArg::Tmp { bytes, guest } => VolumeRequest::Tmp {
+            bytes: *bytes,
+            inodes: None,
+            guest: guest.clone(),
+        },
+    })
+}
+
+fn directory(text: &str) -> Result<VolumeRequest> {
     let mut parts = text.split("::");
     let host = parts.next().unwrap_or_default();
     let absolute = std::path::Path::new(host)
         .canonicalize()
         .with_context(|| format!("--dir {text}: no such directory"))?;
-    Ok(VolumeRequest {
+    Ok(VolumeRequest::Host {
         host: absolute.to_string_lossy().into_owned(),
         guest: parts.next().unwrap_or(host).to_owned(),
         read_only: parts.next() == Some("ro"),
@@ -326,6 +358,9 @@ fn describe(machine: &MachineInfo) -> String {
             machine.restart.word(),
             machine.restarts
         ));
+    }
+    for volume in &machine.volumes {
+        lines.push(format!("directory {}", crate::volume::line(volume)));
     }
     lines.extend(machine.message.clone());
     for report in &machine.moves {

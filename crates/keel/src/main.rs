@@ -188,6 +188,9 @@ fn main() -> ExitCode {
         )
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        // It would print that it cannot print, which panics: on a full disk a
+        // word in a log would end the thread that said it.
+        .log_internal_errors(false)
         .init();
     match dispatch(cli) {
         Ok(code) => code,

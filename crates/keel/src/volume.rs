@@ -1,5 +1,7 @@
 //! Volumes as people write them: `tmp:1G:/scratch`, `/srv/data:/data:ro`.
 
+use crate::output;
+use keel_api::VolumeInfo;
 use std::path::PathBuf;
 
 /// A volume that a command names.
@@ -42,6 +44,23 @@ pub(crate) fn parse(text: &str) -> Result<VolumeArg, String> {
         }
         _ => bad("this is no volume"),
     }
+}
+
+/// A machine's directory in one line.
+pub(crate) fn line(volume: &VolumeInfo) -> String {
+    let how = if volume.read_only {
+        "read only"
+    } else {
+        "read and write"
+    };
+    let size = match (volume.bytes, volume.bytes_max) {
+        (Some(bytes), Some(max)) => {
+            format!(", {} of {}", output::bytes(bytes), output::bytes(max))
+        }
+        (None, Some(max)) => format!(", at most {}", output::bytes(max)),
+        _ => String::new(),
+    };
+    format!("{} as {} ({how}){size}", volume.kind, volume.guest)
 }
 
 #[cfg(test)]

@@ -82,6 +82,46 @@ fn files() {
     }
 }
 
+/// In volumes of the program's own.
+#[test]
+fn volumes() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = format!("{}::/data", folder.path().display());
+    let host = run(&["--dir", &dir], "files", &["/data", "150"]);
+    for mode in MODES {
+        let with = |more: &[&'static str]| [mode, more].concat();
+        let own = with(&["--volume", "tmp:1M:/data"]);
+        let files = run(&own, "files", &["/data", "150"]);
+        assert_same(&host, &files, &format!("{mode:?}"));
+        let disk = run(
+            &with(&["--volume", "tmp:9M:/d"]),
+            "disk",
+            &["/d", "8", "300"],
+        );
+        assert_eq!(disk.code, Some(0), "{mode:?}: {disk:?}");
+        assert!(disk.stdout.ends_with("\n300\nall of it is as it must be\n"));
+        // A quota is a full disk to the program.
+        let small = run(
+            &with(&["--volume", "tmp:4M:/d"]),
+            "disk",
+            &["/d", "8", "300"],
+        );
+        assert_eq!(small.code, Some(4), "{mode:?}: {small:?}");
+    }
+    // Copies are changed, originals are not.
+    std::fs::write(folder.path().join("big"), "in the way").unwrap();
+    let copy = format!("{}::/d", folder.path().display());
+    let refused = run(&["--copy", &copy], "disk", &["/d", "1", "1"]);
+    assert!(
+        refused.stdout.contains("create big: File exists"),
+        "{refused:?}"
+    );
+    std::fs::rename(folder.path().join("big"), folder.path().join("other")).unwrap();
+    let copied = run(&["--copy", &copy], "disk", &["/d", "1", "1"]);
+    assert_eq!(copied.code, Some(0), "{copied:?}");
+    assert_eq!(folder.path().read_dir().unwrap().count(), 1);
+}
+
 /// Many threads, captured as often as it goes, with many seeds.
 #[test]
 fn threads_at_a_high_rate() {

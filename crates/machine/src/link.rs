@@ -6,9 +6,9 @@
 //! ```text
 //!   source                                            target
 //!     │ HELLO (machine, epoch, sizes)                   │
-//!     │ SIZE, PAGES …, LOG …, ROUND_END ───────────────▶│ ROUND_DONE     (each round)
+//!     │ SIZE, PAGES …, CUT …, BLOCK …, LOG …, ROUND_END ▶│ ROUND_DONE     (each round)
 //!     │  freeze                                         │
-//!     │ SIZE, PAGES …, LOG …, IMAGE …, IMAGE_END ──────▶│ PREPARED
+//!     │ the same, IMAGE …, IMAGE_END ──────────────────▶│ PREPARED
 //!     │  commit in the store                            │
 //!     │ GO (epoch) ────────────────────────────────────▶│ RESUMED (epoch)
 //!     │ ABORT (reason) at any time ────────────────────▶│
@@ -35,7 +35,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 /// Version of these messages.
-pub const HELLO_VERSION: u32 = 2;
+pub const HELLO_VERSION: u32 = 3;
 /// Bytes of pages or output in one frame.
 pub const CHUNK_BYTES: usize = 64 << 10;
 /// Bytes that are collected before they are encrypted and sent.
@@ -70,6 +70,8 @@ const KIND_REMOTE: u16 = 13;
 const KIND_PULL: u16 = 14;
 const KIND_ALL_SENT: u16 = 15;
 const KIND_FILLED: u16 = 16;
+const KIND_BLOCK: u16 = 17;
+const KIND_CUT: u16 = 18;
 
 /// What the source says first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -127,6 +129,26 @@ pub enum Message {
         offset: u64,
         /// The bytes.
         bytes: Bytes,
+    },
+    /// Bytes of a file in one of the machine's own volumes.
+    Block {
+        /// Number of the volume in the spec.
+        volume: u32,
+        /// Number of the file.
+        inode: u64,
+        /// Where they belong.
+        offset: u64,
+        /// The bytes.
+        bytes: Bytes,
+    },
+    /// A file lost all from a byte on; all of it: the file is gone.
+    Cut {
+        /// Number of the volume in the spec.
+        volume: u32,
+        /// Number of the file.
+        inode: u64,
+        /// Its bytes now, at the most.
+        bytes: u64,
     },
     /// All of a round was sent.
     RoundEnd,
@@ -198,6 +220,11 @@ fn number(bytes: &[u8], at: usize) -> Result<u64, LinkError> {
         .ok_or_else(|| LinkError::Message("a message is too short".into()))
 }
 
+fn volume_number(payload: &[u8]) -> Result<u32, LinkError> {
+    let volume = number(payload, 0)?;
+    u32::try_from(volume).map_err(|_| LinkError::Message(format!("volume {volume}")))
+}
+
 fn plain<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, LinkError> {
     postcard::from_bytes(bytes).map_err(|error| LinkError::Message(error.to_string()))
 }
@@ -226,6 +253,17 @@ impl Message {
             KIND_LOG => Message::Log {
                 offset: number(payload, 0)?,
                 bytes: Bytes::copy_from_slice(&payload[8..]),
+            },
+            KIND_BLOCK => Message::Block {
+                volume: volume_number(payload)?,
+                inode: number(payload, 8)?,
+                offset: number(payload, 16)?,
+                bytes: Bytes::copy_from_slice(&payload[24..]),
+            },
+            KIND_CUT => Message::Cut {
+                volume: volume_number(payload)?,
+                inode: number(payload, 8)?,
+                bytes: number(payload, 16)?,
             },
             KIND_ROUND_END => Message::RoundEnd,
             KIND_ROUND_DONE => Message::RoundDone,
@@ -269,6 +307,28 @@ impl Message {
                 let mut out = offset.to_le_bytes().to_vec();
                 out.extend(bytes);
                 (KIND_LOG, out)
+            }
+            Message::Block {
+                volume,
+                inode,
+                offset,
+                bytes,
+            } => {
+                let mut out = Vec::with_capacity(24 + bytes.len());
+                for word in [u64::from(*volume), *inode, *offset] {
+                    out.extend(word.to_le_bytes());
+                }
+                out.extend(bytes);
+                (KIND_BLOCK, out)
+            }
+            Message::Cut {
+                volume,
+                inode,
+                bytes,
+            } => {
+                let words = [u64::from(*volume), *inode, *bytes];
+                let words = words.iter().flat_map(|word| word.to_le_bytes());
+                (KIND_CUT, words.collect())
             }
             Message::RoundEnd => (KIND_ROUND_END, Vec::new()),
             Message::RoundDone => (KIND_ROUND_DONE, Vec::new()),
@@ -715,6 +775,17 @@ mod tests {
                 offset: 5,
                 bytes: Bytes::from_static(b"hello"),
             },
+            Message::Block {
+                volume: 3,
+                inode: 1 << 40,
+                offset: 65536,
+                bytes: Bytes::from_static(b"abc"),
+            },
+            Message::Cut {
+                volume: u32::MAX,
+                inode: 7,
+                bytes: 0,
+            },
             Message::RoundEnd,
             Message::Image(Bytes::from_static(b"x")),
             Message::ImageEnd,
@@ -833,7 +904,7 @@ mod tests {
             let mut payload = vec![0; random.random_range(0..64)];
             random.fill_bytes(&mut payload);
             // Either it is a message, or an error says why not.
-            let _ = Message::decode(random.random_range(0..16), &payload);
+            let _ = Message::decode(random.random_range(0..20), &payload);
         }
     }
 }

@@ -6,6 +6,7 @@
 //! endian), bytes`, one after the other. The newest [`SEGMENT_BYTES_MAX`] to
 //! twice that are kept, in two files.
 
+use keel_wasi::volume::{Stalls, is_disk_full};
 use keel_wasi::{Interrupt, Sink, SinkResult};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
@@ -50,6 +51,8 @@ struct State {
 #[derive(Debug)]
 pub struct Log {
     folder: PathBuf,
+    /// The folder as text.
+    place: String,
     state: Mutex<State>,
     grown: Condvar,
 }
@@ -93,6 +96,7 @@ impl Log {
         };
         Ok(Log {
             folder: folder.to_owned(),
+            place: folder.display().to_string(),
             state: Mutex::new(State {
                 segments,
                 end,
@@ -100,6 +104,11 @@ impl Log {
             }),
             grown: Condvar::new(),
         })
+    }
+
+    /// Where it is, as text.
+    pub fn place(&self) -> &str {
+        &self.place
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -164,8 +173,13 @@ impl Log {
                 }
             }
         }
-        if let Some(last) = state.segments.last() {
-            last.file.write_all_at(new, end - last.base)?;
+        if let Some(last) = state.segments.last()
+            && let Err(error) = last.file.write_all_at(new, end - last.base)
+        {
+            // A part of it may be there: whoever opens the log later counts
+            // what is in the file.
+            let _ = last.file.set_len(end - last.base);
+            return Err(error);
         }
         state.end = end + new.len() as u64;
         self.grown.notify_all();
@@ -314,11 +328,13 @@ pub struct LogSink {
     log: Arc<Log>,
     stream: StreamKind,
     rate: Mutex<Rate>,
+    stalls: Arc<Stalls>,
 }
 
 impl LogSink {
-    /// Writes to `log` at most `bytes_per_s`.
-    pub fn new(log: Arc<Log>, stream: StreamKind, bytes_per_s: u64) -> Self {
+    /// Writes to `log` at most `bytes_per_s`. Where the disk has no room the
+    /// guest waits for it, which `stalls` is told.
+    pub fn new(log: Arc<Log>, stream: StreamKind, bytes_per_s: u64, stalls: Arc<Stalls>) -> Self {
         let bytes_per_s = bytes_per_s.max(1) as f64;
         LogSink {
             log,
@@ -328,28 +344,44 @@ impl LogSink {
                 allowance: bytes_per_s,
                 since: Instant::now(),
             }),
+            stalls,
         }
+    }
+
+    /// Adds to the log what the rate lets through; how many bytes, or how long
+    /// to wait.
+    fn write_some(&self, bytes: &[u8]) -> std::io::Result<Result<usize, Duration>> {
+        let mut rate = self.rate.lock().unwrap_or_else(|error| error.into_inner());
+        let delay = rate.delay();
+        if !delay.is_zero() {
+            return Ok(Err(delay));
+        }
+        let count = bytes.len().min(RECORD_BYTES_MAX);
+        self.log.append(self.stream, &bytes[..count])?;
+        rate.allowance -= count as f64;
+        Ok(Ok(count))
     }
 }
 
 impl Sink for LogSink {
     fn write(&self, bytes: &[u8], interrupt: &dyn Interrupt) -> SinkResult {
         loop {
-            let delay = {
-                let mut rate = self.rate.lock().unwrap_or_else(|error| error.into_inner());
-                let delay = rate.delay();
-                if delay.is_zero() {
-                    let count = bytes.len().min(RECORD_BYTES_MAX);
-                    rate.allowance -= count as f64;
-                    return match self.log.append(self.stream, &bytes[..count]) {
-                        Ok(()) => SinkResult::Written(count),
-                        Err(error) => {
-                            tracing::warn!(%error, "output cannot be kept");
-                            SinkResult::Errno(keel_wasi::Errno::Io)
-                        }
-                    };
+            let delay = match self.write_some(bytes) {
+                Ok(Ok(count)) => {
+                    self.stalls.written(self.log.place());
+                    return SinkResult::Written(count);
                 }
-                delay
+                Ok(Err(delay)) => delay,
+                Err(error) if is_disk_full(&error) => {
+                    if self.stalls.wait_briefly(self.log.place(), interrupt) {
+                        continue;
+                    }
+                    return SinkResult::Interrupted;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "output cannot be kept");
+                    return SinkResult::Errno(keel_wasi::Errno::Io);
+                }
             };
             if interrupt.requested() {
                 return SinkResult::Interrupted;

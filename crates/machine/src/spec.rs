@@ -10,14 +10,31 @@ use serde::{Deserialize, Serialize};
 /// Reports of moves that a record keeps; older ones are dropped.
 pub const REPORTS_MAX: usize = 16;
 /// Version of [`Record`]'s encoding.
-const RECORD_VERSION: u8 = 3;
+const RECORD_VERSION: u8 = 4;
 
-/// A directory of the host that a machine may reach. Every node that runs the
-/// machine must see the same directory under this path.
+/// Where the files of a volume are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeKind {
+    /// In a directory of the host. Every node that runs the machine must see
+    /// the same directory under this path.
+    Host {
+        /// Absolute path on the host.
+        path: String,
+    },
+    /// With the machine: it moves along, is in checkpoints, and ends with it.
+    Tmp {
+        /// Bytes that its files may take.
+        bytes: u64,
+        /// Files, directories and links that there may be.
+        inodes: u64,
+    },
+}
+
+/// A directory that a machine may reach.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
-    /// Absolute path on the host.
-    pub host: String,
+    /// Where its files are.
+    pub kind: VolumeKind,
     /// Its name for the guest.
     pub guest: String,
     /// Whether the guest may only read.
@@ -162,6 +179,8 @@ pub struct Record {
     pub restarts: u32,
     /// Milliseconds since 1970-01-01 UTC.
     pub created_unix_ms: u64,
+    /// Why it waits although it runs: where room on a disk is missing.
+    pub paused: Option<String>,
     /// The checkpoint that it is made of, where it is.
     pub origin: Option<Origin>,
     /// Its last moves, oldest first.
@@ -169,6 +188,15 @@ pub struct Record {
 }
 
 impl Spec {
+    /// Numbers of the volumes that are the machine's own.
+    pub fn own_volumes(&self) -> Vec<u32> {
+        let own = |(number, volume): (u32, &Volume)| match volume.kind {
+            VolumeKind::Host { .. } => None,
+            VolumeKind::Tmp { .. } => Some(number),
+        };
+        (0..).zip(&self.volumes).filter_map(own).collect()
+    }
+
     /// What its runtime enforces.
     pub fn limits(&self) -> Limits {
         Limits {
@@ -180,6 +208,14 @@ impl Spec {
 }
 
 impl Record {
+    /// One word for tables.
+    pub fn word(&self) -> String {
+        match (&self.status, &self.paused) {
+            (Status::Running, Some(_)) => "paused".into(),
+            (status, _) => status.word(),
+        }
+    }
+
     /// The form in which it is stored.
     ///
     /// # Errors
@@ -206,6 +242,8 @@ impl Record {
     /// Takes a status, from now on.
     pub fn enter(&mut self, status: Status, now_unix_ms: u64) {
         self.status = status;
+        // Where it waited for room was another worker's matter.
+        self.paused = None;
         self.since_unix_ms = now_unix_ms;
     }
 

@@ -7,13 +7,17 @@ use keel_machine::checkpoint::{
     Taken, Taker, Vault, restore,
 };
 use keel_machine::log::Log;
-use keel_machine::spec::Spec;
-use keel_wasi::{Config, MemorySink, Resources, Wasi};
+use keel_machine::spec::{Spec, Volume, VolumeKind};
+use keel_wasi::volume::VolumeLimits;
+use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
 use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+
+/// Room in a machine's volume.
+const VOLUME_BYTES: u64 = 64 << 20;
 
 /// After so long something hangs.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -36,18 +40,37 @@ fn guest(name: &str) -> Vec<u8> {
     std::fs::read(path).unwrap()
 }
 
+/// With a volume of its own at `/own`.
 fn spec() -> Spec {
     Spec {
         module: String::new(),
         args: vec!["guest".into()],
         env: Vec::new(),
-        volumes: Vec::new(),
+        volumes: vec![Volume {
+            kind: VolumeKind::Tmp {
+                bytes: VOLUME_BYTES,
+                inodes: 1000,
+            },
+            guest: "/own".into(),
+            read_only: false,
+        }],
         memory_bytes: 256 << 20,
         threads_max: 64,
         cpu_limit_millis: None,
         output_bytes_per_s: 1 << 20,
         remove_at_end: false,
         restart: keel_machine::restart::Restart::No,
+    }
+}
+
+fn volume(folder: PathBuf) -> Source {
+    Source::Volume {
+        folder,
+        limits: VolumeLimits {
+            bytes_max: VOLUME_BYTES,
+            inodes_max: 1000,
+        },
+        stalls: Arc::default(),
     }
 }
 
@@ -58,14 +81,19 @@ impl Running {
         // Else a short program may end before it is ready.
         program.prepare_resume().unwrap();
         let output = Arc::new(MemorySink::default());
+        let folder = tempfile::tempdir().unwrap();
         let mut config = Config {
             args: vec!["guest".into()],
             stdout: Box::new(output.clone()),
+            preopens: vec![Preopen {
+                source: volume(folder.path().join("own")),
+                guest: "/own".into(),
+                read_only: false,
+            }],
             ..Config::default()
         };
         config.args.extend(args.iter().map(|arg| (*arg).to_owned()));
         let wasi = Wasi::new(config).unwrap();
-        let folder = tempfile::tempdir().unwrap();
         Running {
             machine: Machine::start(program, wasi, spec().limits()).unwrap(),
             output,
@@ -83,6 +111,11 @@ impl Running {
 
     fn vault(&self) -> Vault {
         Vault::create(&self.place().display().to_string()).unwrap()
+    }
+
+    /// Where restored volumes go.
+    fn volumes(&self) -> PathBuf {
+        self.folder.path().join("volumes")
     }
 
     fn place(&self) -> PathBuf {
@@ -124,6 +157,7 @@ impl Running {
             &self.engine,
             limits,
             self.runtime.handle(),
+            &self.volumes(),
         )
     }
 
@@ -132,6 +166,7 @@ impl Running {
         let output = Arc::new(MemorySink::default());
         let resources = Resources {
             stdout: Box::new(output.clone()),
+            preopens: vec![volume(self.volumes().join("0"))],
             ..Resources::default()
         };
         let wasi = Wasi::restore(restored.image.wasi.clone(), resources).unwrap();
@@ -231,6 +266,44 @@ fn threads_and_what_they_wait_for_are_in_it() {
         let whole = String::from_utf8(before.clone()).unwrap() + &rest;
         assert_eq!(whole, alone);
     }
+}
+
+/// The guest keeps a file that it checks against what it remembers: pages of
+/// memory and blocks of the file must be of one instant.
+#[test]
+fn volumes_are_in_it() {
+    let mut running = Running::start("disk", &["/own", "32", "3000", "1"]);
+    running.wait_lines(1);
+    let mut taken = Vec::new();
+    for round in 0..6 {
+        taken.push(running.take(round == 4).manifest);
+        running.wait_lines(running.lines() + 40);
+    }
+    for (round, manifest) in taken.iter().enumerate() {
+        let full = round == 0 || round == 4;
+        assert_eq!(manifest.parent.is_none(), full, "{round}");
+        let bytes: u64 = manifest.block_packs.iter().map(|pack| pack.bytes).sum();
+        // (What the guest just cut away is not there.)
+        assert_eq!(bytes >= 31 << 20, full, "{round}: {bytes} bytes");
+        assert!(bytes > 0 && !manifest.block_runs.is_empty());
+    }
+    for manifest in taken.iter().rev() {
+        let restored = running.restore(Some(&manifest.id)).unwrap();
+        let text = running.finish(restored);
+        assert!(text.ends_with("\n3000\nall of it is as it must be\n"));
+    }
+    assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
+    // A bit of a block.
+    let folder = running.place().join("machines/m");
+    let pack = folder.join(format!("{}.v0.pack", taken[5].id));
+    let mut bytes = std::fs::read(&pack).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&pack, bytes).unwrap();
+    let restored = running.restore(None).unwrap();
+    assert_eq!(restored.manifest.id, taken[4].id);
+    assert!(restored.passed_over[0].contains("pack v0"));
+    let text = running.finish(restored);
+    assert!(text.ends_with("all of it is as it must be\n"));
 }
 
 fn files(folder: &Path, end: &str) -> Vec<PathBuf> {
@@ -365,6 +438,7 @@ fn a_machine_that_is_too_large_or_ended_is_named() {
         &running.engine,
         limits,
         running.runtime.handle(),
+        &running.volumes(),
     );
     let error = result.err().unwrap().to_string();
     assert!(error.contains("the limit is 20971520 bytes"), "{error}");

@@ -2,7 +2,7 @@
 //! where it is installed.
 
 use keel_cluster::Epoch;
-use keel_machine::checkpoint::{CheckpointId, Manifest, Pack, Run, Vault, VaultError};
+use keel_machine::checkpoint::{CheckpointId, Manifest, Pack, Piece, Run, Vault, VaultError};
 use keel_machine::spec::Spec;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -94,6 +94,8 @@ fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest 
             pages: (pages.len() / 4096) as u32,
         }],
         packs: vec![Pack::of(pages)],
+        block_runs: Vec::new(),
+        block_packs: Vec::new(),
         image: vec![1, 2, 3],
     }
 }
@@ -127,13 +129,15 @@ fn a_bucket_keeps_checkpoints() {
             let pages = vec![number; 5 * 4096];
             let manifest = manifest(ids.last(), 1000 + u64::from(number), &pages);
             vault
-                .put_pack(&name, &manifest.id, 0, pages.clone().into())
+                .put_pack(&name, &manifest.id, Piece::Pages(0), pages.clone().into())
                 .await
                 .unwrap();
             // Not there before its manifest is.
             assert_eq!(vault.list(&name).await.unwrap().len(), ids.len());
             vault.put_manifest(&manifest).await.unwrap();
-            let pack = vault.pack(&name, &manifest.id, 0, &manifest.packs[0]).await;
+            let pack = vault
+                .pack(&name, &manifest.id, Piece::Pages(0), &manifest.packs[0])
+                .await;
             assert_eq!(pack.unwrap(), pages);
             ids.push(manifest.id);
         }
@@ -167,7 +171,9 @@ fn a_bucket_keeps_checkpoints() {
             std::slice::from_ref(&full.id)
         );
         // Its pack was never stored.
-        let error = vault.pack(&name, &full.id, 0, &full.packs[0]).await;
+        let error = vault
+            .pack(&name, &full.id, Piece::Pages(0), &full.packs[0])
+            .await;
         let error = error.unwrap_err().to_string();
         assert!(error.contains("pack 0: it is missing"), "{error}");
     });

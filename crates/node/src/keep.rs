@@ -276,6 +276,7 @@ pub(crate) async fn restore(
         stop_wanted: false,
         restarts: 0,
         created_unix_ms: unix_ms(),
+        paused: None,
         origin: Some(Origin {
             vault: vault.url().to_owned(),
             machine,

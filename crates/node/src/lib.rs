@@ -30,6 +30,7 @@ mod moving;
 mod offer;
 mod operate;
 mod parent;
+mod pauses;
 mod reconcile;
 mod record;
 mod service;

@@ -17,7 +17,7 @@ use keel_machine::failpoint::{self, Injected};
 use keel_machine::moves::{
     Ending, MoveReport, Phase, Progress, SourceCommand, SourceEvent, SourceMove, SourceState,
 };
-use keel_machine::spec::{Record, Spec, Status};
+use keel_machine::spec::{Record, Spec, Status, VolumeKind};
 use keel_machine::worker::control::{
     Copy, CopyEvent, Frozen, Receiving, State, kind, pack, unpack,
 };
@@ -434,6 +434,7 @@ impl Driver {
             revision: self.revision,
             worker,
             memory_pages: report.memory_pages,
+            volume_bytes: report.volumes.iter().map(|volume| volume.bytes).sum(),
             features: needed_features(),
             proofs: proofs.list(),
             post_copy: self.post_copy,
@@ -905,15 +906,19 @@ impl Proofs {
         tokio::task::spawn_blocking(move || {
             let mut proofs = Vec::new();
             for volume in &volumes {
+                let VolumeKind::Host { path: host } = &volume.kind else {
+                    proofs.push(None);
+                    continue;
+                };
                 if volume.read_only {
                     proofs.push(None);
                     continue;
                 }
                 let name = format!(".keel-unlinked-proof-{:016x}", rand::random::<u64>());
                 let content = format!("{:032x}", rand::random::<u128>());
-                let path = std::path::Path::new(&volume.host).join(&name);
+                let path = std::path::Path::new(host).join(&name);
                 std::fs::write(&path, &content)
-                    .map_err(|error| format!("volume {}: {error}", volume.host))?;
+                    .map_err(|error| format!("volume {host}: {error}"))?;
                 proofs.push(Some((path, name, content)));
             }
             Ok(Proofs(proofs))

@@ -9,8 +9,9 @@ use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::failpoint;
-use keel_machine::spec::Spec;
+use keel_machine::spec::{Spec, VolumeKind};
 use keel_machine::worker::control::{Receive, Receiving, State, kind, pack};
+use keel_machine::worker::volumes;
 use keel_net::{Fingerprint, RpcError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -34,6 +35,8 @@ pub(crate) struct Offer {
     pub(crate) worker: Fingerprint,
     /// Size of each memory in 64 KiB pages.
     pub(crate) memory_pages: Vec<u64>,
+    /// Bytes that its own volumes take.
+    pub(crate) volume_bytes: u64,
     /// CPU features that the source's compiled code may use are of no matter;
     /// those that the cluster's baseline names must be here.
     pub(crate) features: Vec<String>,
@@ -51,7 +54,7 @@ pub(crate) async fn accept(
     offer: Offer,
 ) -> Result<Receiving, String> {
     let machine = offer.machine.clone();
-    check(&offer).await?;
+    check(agent, &offer).await?;
     passed("offer.checked").await?;
     if !agent.busy().insert(machine.clone()) {
         return Err(format!("machine {machine:?} is arriving here already"));
@@ -64,7 +67,7 @@ pub(crate) async fn accept(
     result
 }
 
-async fn check(offer: &Offer) -> Result<(), String> {
+async fn check(agent: &Agent, offer: &Offer) -> Result<(), String> {
     if offer.post_copy
         && let Some(missing) = keel_machine::missing_for_post_copy()
     {
@@ -82,12 +85,23 @@ async fn check(offer: &Offer) -> Result<(), String> {
     if !missing.is_empty() {
         return Err(format!("this node's CPU lacks {}", missing.join(", ")));
     }
-    let (volumes, proofs) = (offer.spec.volumes.clone(), offer.proofs.clone());
+    let (spec_volumes, proofs) = (offer.spec.volumes.clone(), offer.proofs.clone());
+    let (workers, volume_bytes) = (agent.dir.workers(), offer.volume_bytes);
     tokio::task::spawn_blocking(move || {
-        for (volume, proof) in volumes.iter().zip(&proofs) {
-            let folder = std::path::Path::new(&volume.host);
+        if volume_bytes > 0 {
+            let free = volumes::free_bytes(&workers)
+                .map_err(|error| format!("{}: {error}", workers.display()))?;
+            if volume_bytes > free {
+                return Err(volumes::no_room(volume_bytes, free, &workers));
+            }
+        }
+        for (volume, proof) in spec_volumes.iter().zip(&proofs) {
+            let VolumeKind::Host { path } = &volume.kind else {
+                continue;
+            };
+            let folder = std::path::Path::new(path);
             if !folder.is_dir() {
-                return Err(format!("volume {} is no directory here", volume.host));
+                return Err(format!("volume {path} is no directory here"));
             }
             let Some((name, content)) = proof else {
                 continue;
@@ -98,8 +112,7 @@ async fn check(offer: &Offer) -> Result<(), String> {
                 .flatten();
             if seen.as_ref() != Some(content) {
                 return Err(format!(
-                    "volume {} is another directory here: every node must see the same one (NFS or the like)",
-                    volume.host
+                    "volume {path} is another directory here: every node must see the same one (NFS or the like)"
                 ));
             }
         }
@@ -152,6 +165,7 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
         address: agent.settings.listen.ip().to_string(),
         memory_pages: offer.memory_pages.clone(),
         post_copy: offer.post_copy,
+        volume_bytes: offer.volume_bytes,
     };
     match worker.ask(kind::RECEIVE, &request, COMPILE_PATIENCE).await {
         Ok(receiving) => {

@@ -9,7 +9,7 @@ use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterInfo, EventKind, MachineInfo, MoveLine, NodeInfo,
-    RunRequest, Token, TokenRequest, VolumeRequest,
+    RunRequest, Token, TokenRequest, VolumeInfo, VolumeRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
@@ -18,9 +18,10 @@ use keel_cluster::tokens::{self, Role};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
-use keel_machine::spec::{Record, Spec, Status, Volume};
+use keel_machine::spec::{Record, Spec, Status, Volume, VolumeKind};
 use keel_machine::worker::control::{LogChunk, ReadLog, Report, State, kind, pack, unpack};
 use keel_net::{Bytes, RpcError};
+use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,6 +36,10 @@ const CHASES_MAX: u32 = 20;
 /// Largest limits that a machine may ask for.
 const MEMORY_BYTES_MAX: u64 = 64 << 30;
 const THREADS_MAX: u32 = 16_384;
+/// Volumes of one machine, and the size of its own ones.
+const VOLUMES_MAX: usize = 64;
+const VOLUME_BYTES_MIN: u64 = 64 << 10;
+const VOLUME_BYTES_MAX: u64 = 8 << 40;
 /// The smallest and largest `cpu.limit`, in thousandths of a core.
 const CPU_LIMIT_MILLIS_MIN: u32 = 10;
 const CPU_LIMIT_MILLIS_MAX: u32 = 1_000_000;
@@ -510,6 +515,7 @@ pub(crate) async fn run(
         stop_wanted: false,
         restarts: 0,
         created_unix_ms: unix_ms(),
+        paused: None,
         origin: None,
         reports: Vec::new(),
     };
@@ -576,27 +582,12 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
             request.restart.word()
         ));
     }
-    for volume in &request.volumes {
-        if !volume.host.starts_with('/') {
-            return bad(format!(
-                "volume {:?}: the path must be absolute",
-                volume.host
-            ));
-        }
-    }
+    let volumes = volumes(&request.volumes)?;
     Ok(Spec {
         module: request.module.clone(),
         args: request.args.clone(),
         env: request.env.clone(),
-        volumes: request
-            .volumes
-            .iter()
-            .map(|volume| Volume {
-                host: volume.host.clone(),
-                guest: volume.guest.clone(),
-                read_only: volume.read_only,
-            })
-            .collect(),
+        volumes,
         memory_bytes: request.memory_bytes,
         threads_max: request.threads_max,
         cpu_limit_millis: request.cpu_limit_millis,
@@ -606,6 +597,88 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     })
 }
 
+/// The volumes that a machine asks for, checked.
+fn volumes(requests: &[VolumeRequest]) -> Result<Vec<Volume>, OperateError> {
+    let bad = |what: String| Err(OperateError::Bad(what));
+    if requests.len() > VOLUMES_MAX {
+        return bad(format!("more than {VOLUMES_MAX} volumes"));
+    }
+    let mut volumes: Vec<Volume> = Vec::with_capacity(requests.len());
+    for request in requests {
+        let volume = match request {
+            VolumeRequest::Host {
+                host,
+                guest,
+                read_only,
+            } => {
+                if !host.starts_with('/') {
+                    return bad(format!("volume {host:?}: the path must be absolute"));
+                }
+                Volume {
+                    kind: VolumeKind::Host { path: host.clone() },
+                    guest: guest.clone(),
+                    read_only: *read_only,
+                }
+            }
+            VolumeRequest::Tmp {
+                bytes,
+                inodes,
+                guest,
+            } => {
+                let usual = VolumeLimits::of_bytes(*bytes);
+                let inodes = inodes.unwrap_or(usual.inodes_max);
+                if !(VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(bytes) {
+                    return bad(format!(
+                        "volume {guest:?} of {bytes} bytes: 64 KiB to 8 TiB are possible"
+                    ));
+                }
+                if !(1..=VolumeLimits::INODES_MAX).contains(&inodes) {
+                    return bad(format!(
+                        "volume {guest:?} for {inodes} files: 1 to {} are possible",
+                        VolumeLimits::INODES_MAX
+                    ));
+                }
+                Volume {
+                    kind: VolumeKind::Tmp {
+                        bytes: *bytes,
+                        inodes,
+                    },
+                    guest: guest.clone(),
+                    read_only: false,
+                }
+            }
+        };
+        if volumes.iter().any(|other| other.guest == volume.guest) {
+            return bad(format!("two volumes are named {:?}", volume.guest));
+        }
+        volumes.push(volume);
+    }
+    Ok(volumes)
+}
+
+/// What a machine's volumes are, and hold while it runs.
+fn volume_infos(record: &Record, report: Option<&Report>) -> Vec<VolumeInfo> {
+    let held = |number: u32| {
+        let volumes = report.map_or(&[][..], |report| &report.volumes);
+        volumes.iter().find(|volume| volume.number == number)
+    };
+    let info = |(number, volume): (u32, &Volume)| VolumeInfo {
+        guest: volume.guest.clone(),
+        read_only: volume.read_only,
+        kind: match &volume.kind {
+            VolumeKind::Host { path } => path.clone(),
+            VolumeKind::Tmp { .. } => "tmp".into(),
+        },
+        bytes_max: match volume.kind {
+            VolumeKind::Tmp { bytes, .. } => Some(bytes),
+            VolumeKind::Host { .. } => None,
+        },
+        bytes: held(number).map(|held| held.bytes),
+        inodes: held(number).map(|held| held.inodes),
+    };
+    (0..).zip(&record.spec.volumes).map(info).collect()
+}
+
 /// A machine as users see it.
 pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
     let running = report
@@ -613,7 +686,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
     MachineInfo {
         name: record.name.to_string(),
         node: record.owner.to_string(),
-        status: record.status.word(),
+        status: record.word(),
         exit_code: match record.status {
             Status::Exited { code } => Some(code),
             _ => None,
@@ -621,6 +694,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         message: match &record.status {
             Status::Trapped { message } => Some(message.clone()),
             Status::Failed { reason } | Status::Restarting { reason, .. } => Some(reason.clone()),
+            Status::Running => record.paused.clone(),
             _ => None,
         },
         epoch: record.epoch.to_string(),
@@ -633,16 +707,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
             .iter()
             .map(|(name, _)| name.clone())
             .collect(),
-        volumes: record
-            .spec
-            .volumes
-            .iter()
-            .map(|volume| VolumeRequest {
-                host: volume.host.clone(),
-                guest: volume.guest.clone(),
-                read_only: volume.read_only,
-            })
-            .collect(),
+        volumes: volume_infos(record, running),
         memory_limit_bytes: record.spec.memory_bytes,
         threads_max: record.spec.threads_max,
         output_bytes_per_s: record.spec.output_bytes_per_s,

@@ -19,6 +19,7 @@ use keel_machine::failpoint;
 use keel_machine::restart::{self, Restart};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Start, StartFrom, State, kind, pack, unpack};
+use keel_machine::worker::volumes;
 use keel_net::RpcError;
 use std::sync::Arc;
 use std::time::Duration;
@@ -513,6 +514,7 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
         let Some(worker) = agent.workers.get(&machine) else {
             return;
         };
+        crate::pauses::watch(&agent, &machine, &worker);
         let mut lost = "it does not answer".to_owned();
         if let Ok(mut states) = worker.stream(kind::STATES, &()).await {
             while let Some(item) = states.recv().await {
@@ -612,6 +614,9 @@ async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker,
     }
     // From here on it is certain that nothing of it runs here.
     crate::moving::machine_ended(agent, machine);
+    let folder = agent.dir.worker(machine);
+    // Its volumes are lost with its memory. (A panic in it removes nothing.)
+    let _ = tokio::task::spawn_blocking(move || volumes::remove(&folder)).await;
     let found = loop {
         match record::get(&*agent.store, machine).await {
             Ok(found) => break Some(found.record),

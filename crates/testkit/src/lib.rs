@@ -91,6 +91,8 @@ pub struct Guest<'a> {
     pub volume: Option<&'a Path>,
     /// When it is started again after its end.
     pub restart: Restart,
+    /// Size of a volume of its own at `/tmp`.
+    pub tmp_bytes: Option<u64>,
 }
 
 impl<'a> Guest<'a> {
@@ -104,6 +106,7 @@ impl<'a> Guest<'a> {
             memory_bytes: 4 << 30,
             volume: None,
             restart: Restart::No,
+            tmp_bytes: None,
         }
     }
 }
@@ -260,11 +263,16 @@ impl LocalCluster {
             volumes: guest
                 .volume
                 .iter()
-                .map(|volume| VolumeRequest {
+                .map(|volume| VolumeRequest::Host {
                     host: volume.display().to_string(),
                     guest: volume.display().to_string(),
                     read_only: false,
                 })
+                .chain(guest.tmp_bytes.map(|bytes| VolumeRequest::Tmp {
+                    bytes,
+                    inodes: None,
+                    guest: "/tmp".into(),
+                }))
                 .collect(),
             memory_bytes: guest.memory_bytes,
             threads_max: 64,

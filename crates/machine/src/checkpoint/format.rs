@@ -16,7 +16,7 @@ use std::str::FromStr;
 
 const MAGIC: [u8; 4] = *b"KCKP";
 /// Version of the manifest's body.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.
@@ -99,6 +99,32 @@ pub struct Run {
     pub pages: u32,
 }
 
+/// What a checkpoint has of the machine's own volumes, in the order in which it
+/// happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BlockRun {
+    /// A file lost all from a byte on; all of it: the file is gone.
+    Cut {
+        /// Number of the volume in the spec.
+        volume: u32,
+        /// Number of the file.
+        inode: u64,
+        /// Its bytes then, at the most.
+        bytes: u64,
+    },
+    /// Bytes of a file; they are the next ones in the packs.
+    Blocks {
+        /// Number of the volume in the spec.
+        volume: u32,
+        /// Number of the file.
+        inode: u64,
+        /// Where they belong.
+        offset: u64,
+        /// How many.
+        bytes: u64,
+    },
+}
+
 /// One stored piece.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pack {
@@ -152,6 +178,10 @@ pub struct Manifest {
     pub runs: Vec<Run>,
     /// The packs, in order.
     pub packs: Vec<Pack>,
+    /// What was written to the machine's own volumes since the parent.
+    pub block_runs: Vec<BlockRun>,
+    /// The packs of that, in order.
+    pub block_packs: Vec<Pack>,
     /// Threads and WASI state.
     pub image: Vec<u8>,
 }
@@ -234,28 +264,66 @@ impl Manifest {
             }
             stored += u64::from(run.pages) * keel_wasm::memory::PAGE_BYTES;
         }
-        let packed = self
-            .packs
-            .iter()
-            .try_fold(0u64, |sum, pack| sum.checked_add(pack.bytes));
-        if packed != Some(stored) {
+        if sum_of(&self.packs) != Some(stored) {
             return Err(damaged("its packs are not as long as its pages"));
+        }
+        self.check_volumes()
+    }
+
+    fn check_volumes(&self) -> Result<(), FormatError> {
+        let damaged = FormatError::Damaged;
+        let own = self.spec.own_volumes();
+        let mut stored: u64 = 0;
+        for run in &self.block_runs {
+            let (volume, end) = match *run {
+                BlockRun::Cut { volume, bytes, .. } => (volume, Some(bytes)),
+                BlockRun::Blocks {
+                    volume,
+                    offset,
+                    bytes,
+                    ..
+                } => {
+                    stored = stored
+                        .checked_add(bytes)
+                        .ok_or(damaged("it has too many blocks"))?;
+                    (volume, offset.checked_add(bytes).filter(|_| bytes > 0))
+                }
+            };
+            if !own.contains(&volume) || end.is_none() {
+                return Err(damaged("it has blocks of a volume that is not there"));
+            }
+        }
+        if sum_of(&self.block_packs) != Some(stored) {
+            return Err(damaged("its packs are not as long as its blocks"));
         }
         Ok(())
     }
 
-    /// Bytes of pages in it.
+    /// Bytes of pages and blocks in it.
     pub fn stored_bytes(&self) -> u64 {
-        self.packs.iter().map(|pack| pack.bytes).sum()
+        let packs = self.packs.iter().chain(&self.block_packs);
+        packs.map(|pack| pack.bytes).sum()
     }
+}
+
+fn sum_of(packs: &[Pack]) -> Option<u64> {
+    packs
+        .iter()
+        .try_fold(0u64, |sum, pack| sum.checked_add(pack.bytes))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::{Volume, VolumeKind};
 
     pub(crate) fn example() -> Manifest {
         let pages = vec![7u8; 3 * 4096];
+        let volume = |kind| Volume {
+            kind,
+            guest: "/data".into(),
+            read_only: false,
+        };
         Manifest {
             id: CheckpointId::new(1_700_000_000_000),
             machine: "web-1".parse().unwrap(),
@@ -269,7 +337,13 @@ mod tests {
                 module: "ab".repeat(32),
                 args: vec!["web".into()],
                 env: Vec::new(),
-                volumes: Vec::new(),
+                volumes: vec![
+                    volume(VolumeKind::Host { path: "/a".into() }),
+                    volume(VolumeKind::Tmp {
+                        bytes: 1 << 30,
+                        inodes: 1000,
+                    }),
+                ],
                 memory_bytes: 1 << 20,
                 threads_max: 4,
                 cpu_limit_millis: None,
@@ -293,6 +367,20 @@ mod tests {
                 },
             ],
             packs: vec![Pack::of(&pages)],
+            block_runs: vec![
+                BlockRun::Cut {
+                    volume: 1,
+                    inode: 3,
+                    bytes: 0,
+                },
+                BlockRun::Blocks {
+                    volume: 1,
+                    inode: 4,
+                    offset: 65536,
+                    bytes: 5,
+                },
+            ],
+            block_packs: vec![Pack::of(b"block")],
             image: vec![1, 2, 3],
         }
     }
@@ -342,7 +430,33 @@ mod tests {
     /// there.
     #[test]
     fn contradictions_are_found() {
-        let changes: [fn(&mut Manifest); 5] = [
+        let blocks = |volume, offset, bytes| BlockRun::Blocks {
+            volume,
+            inode: 4,
+            offset,
+            bytes,
+        };
+        for run in [
+            blocks(0, 0, 5),
+            blocks(2, 0, 5),
+            blocks(1, u64::MAX, 5),
+            blocks(1, 0, 0),
+            blocks(1, 0, 4),
+            blocks(1, 0, u64::MAX),
+            BlockRun::Cut {
+                volume: 0,
+                inode: 4,
+                bytes: 5,
+            },
+        ] {
+            let mut manifest = example();
+            manifest.block_runs[1] = run;
+            let bytes = manifest.encode().unwrap();
+            let decoded = Manifest::decode(&bytes);
+            assert!(matches!(decoded, Err(FormatError::Damaged(_))), "{run:?}");
+        }
+        let changes: [fn(&mut Manifest); 6] = [
+            |manifest| manifest.block_packs.clear(),
             |manifest| manifest.runs[0].memory = 1,
             |manifest| manifest.runs[1].first = 32,
             |manifest| manifest.runs[0].pages = 0,

@@ -4,10 +4,12 @@
 //! - `vault`: where it is stored: a directory or an S3-compatible store
 //! - `take`: makes one while the machine runs
 //! - `restore`: makes a machine of one
+//! - `volumes`: the machine's own volumes in both
 //!
 //! ```text
 //!   machines/NAME/ID.manifest     what it is, which pages are where, threads and WASI state
 //!   machines/NAME/ID.N.pack       pages, as they came; later ones count
+//!   machines/NAME/ID.vN.pack      blocks of files in the machine's own volumes
 //!   programs/HASH.wasm            the instrumented module, once for all
 //! ```
 //!
@@ -24,11 +26,12 @@ mod format;
 mod restore;
 mod take;
 mod vault;
+mod volumes;
 
-pub use format::{CheckpointId, FormatError, Manifest, Origin, Pack, Run};
+pub use format::{BlockRun, CheckpointId, FormatError, Manifest, Origin, Pack, Run};
 pub use restore::{RestoreError, Restored, restore};
 pub use take::{Destination, Subject, TakeError, Taken, Taker};
-pub use vault::{Candidates, Vault, VaultError};
+pub use vault::{Candidates, Piece, Vault, VaultError};
 
 /// Checkpoints that may stand on one another, the full one counted.
 pub const CHAIN_MAX: usize = 16;

@@ -4,13 +4,15 @@
 //! whose part is missing or damaged is passed over, and the answer says so.
 
 use super::format::{CheckpointId, Manifest, Origin, Run};
-use super::vault::{Vault, VaultError};
+use super::vault::{Piece, Vault, VaultError};
+use super::volumes;
 use crate::failpoint::{self, Injected};
 use futures::StreamExt;
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES};
 use keel_wasm::runtime::{
     Engine, Image, Limits, MachineError, Program, ProgramError, make_memories,
 };
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::runtime::Handle;
 
@@ -35,6 +37,14 @@ pub enum RestoreError {
     /// A test wanted it to fail.
     #[error(transparent)]
     Injected(#[from] Injected),
+    /// Its own volumes cannot be made here.
+    #[error("the machine's volumes cannot be made in {}: {source}", folder.display())]
+    Volume {
+        /// Where they were to be.
+        folder: PathBuf,
+        /// What the host says.
+        source: std::io::Error,
+    },
     /// All are damaged.
     #[error("no checkpoint of machine {machine:?} is whole: {}", reasons.join("; "))]
     NoneWhole {
@@ -73,7 +83,8 @@ pub struct Restored {
     pub passed_over: Vec<String>,
 }
 
-/// Reads a checkpoint.
+/// Reads a checkpoint. The bytes of the machine's own volumes go into folders
+/// in `folder`, by the volumes' numbers; what is there is removed first.
 ///
 /// # Errors
 /// [`RestoreError`]; nothing is left then.
@@ -83,9 +94,10 @@ pub fn restore(
     engine: &Engine,
     limits: Limits,
     runtime: &Handle,
+    folder: &Path,
 ) -> Result<Restored, RestoreError> {
     if let Some(id) = &origin.id {
-        return restore_one(origin, id, vault, engine, limits, runtime);
+        return restore_one(origin, id, vault, engine, limits, runtime, folder);
     }
     let candidates = runtime.block_on(vault.list(&origin.machine))?;
     if candidates.is_empty() {
@@ -93,7 +105,7 @@ pub fn restore(
     }
     let mut passed_over = Vec::new();
     for id in &candidates {
-        match restore_one(origin, id, vault, engine, limits, runtime) {
+        match restore_one(origin, id, vault, engine, limits, runtime, folder) {
             Ok(restored) => {
                 return Ok(Restored {
                     passed_over,
@@ -120,6 +132,7 @@ fn restore_one(
     engine: &Engine,
     limits: Limits,
     runtime: &Handle,
+    folder: &Path,
 ) -> Result<Restored, RestoreError> {
     let machine = &origin.machine;
     let mut chain = runtime.block_on(vault.chain(machine, id))?;
@@ -154,8 +167,16 @@ fn restore_one(
             });
         }
     }
+    match std::fs::remove_dir_all(folder) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            let folder = folder.to_owned();
+            return Err(RestoreError::Volume { folder, source });
+        }
+        _ => {}
+    }
     for manifest in &chain {
         fill(manifest, vault, &memories, runtime)?;
+        volumes::fill(manifest, vault, folder, runtime)?;
     }
     failpoint::pass("restore.pages")?;
     let mut image = Image::decode(&newest.image, &program)
@@ -185,7 +206,10 @@ fn fill(
     runtime: &Handle,
 ) -> Result<(), RestoreError> {
     let mut packs = futures::stream::iter(manifest.packs.iter().enumerate())
-        .map(|(number, pack)| vault.pack(&manifest.machine, &manifest.id, number, pack))
+        .map(|(number, pack)| {
+            let piece = Piece::Pages(number);
+            vault.pack(&manifest.machine, &manifest.id, piece, pack)
+        })
         .buffered(READ_AHEAD);
     let mut runs = manifest.runs.iter().copied();
     let mut run: Option<Run> = None;

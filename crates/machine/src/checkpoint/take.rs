@@ -3,14 +3,16 @@
 //! before any of that is stored. Blocking; has a thread of its own.
 
 use super::CHAIN_MAX;
-use super::format::{CheckpointId, Manifest, Pack, Run};
-use super::vault::{Vault, VaultError};
+use super::format::{BlockRun, CheckpointId, Manifest, Pack, Run};
+use super::vault::{Piece, Vault, VaultError};
+use super::volumes::VolumeTrackers;
 use crate::failpoint::{self, Injected};
 use crate::log::Log;
 use crate::spec::Spec;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName};
 use keel_net::Bytes;
+use keel_wasi::volume::Changes;
 use keel_wasm::memory::{DirtyTracker, GuestMemory, MemoryError, PAGE_BYTES};
 use keel_wasm::runtime::{Machine, MachineError, ProgramError};
 use std::collections::VecDeque;
@@ -52,6 +54,9 @@ pub enum TakeError {
     /// The machine ended, or a thread was late.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// Its own volumes.
+    #[error("a file of its volumes cannot be read: {0}")]
+    Volume(#[from] std::io::Error),
     /// It cannot be frozen.
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -106,7 +111,16 @@ pub struct Destination<'a> {
 #[derive(Debug, Default)]
 pub struct Taker {
     trackers: Vec<DirtyTracker>,
+    volumes: VolumeTrackers,
     last: Option<Last>,
+}
+
+/// What is collected on the way.
+struct Collected {
+    pages: Packer,
+    runs: Vec<Run>,
+    blocks: Packer,
+    block_runs: Vec<BlockRun>,
 }
 
 #[derive(Debug)]
@@ -143,22 +157,29 @@ impl Taker {
         let begun = Instant::now();
         machine.program().prepare_resume()?;
         let id = CheckpointId::new(unix_ms());
-        let mut packer = Packer {
+        let packer = |piece: fn(usize) -> Piece| Packer {
             vault: vault.clone(),
             machine: subject.name.clone(),
             id: id.clone(),
             runtime: runtime.clone(),
-            buffer: Vec::with_capacity(PACK_BYTES),
-            runs: Vec::new(),
+            piece,
+            buffer: Vec::new(),
             packs: Vec::new(),
             storing: VecDeque::new(),
             count: 0,
         };
+        let mut collected = Collected {
+            pages: packer(Piece::Pages),
+            runs: Vec::new(),
+            blocks: packer(Piece::Blocks),
+            block_runs: Vec::new(),
+        };
         let (image, log_end, memory_pages, pause) =
-            self.copy(machine, log, parent.is_some(), &mut packer, give_up)?;
+            self.copy(machine, log, parent.is_some(), &mut collected, give_up)?;
         let created_unix_ms = unix_ms();
         failpoint::pass("take.packs")?;
-        let (runs, packs) = packer.finish()?;
+        let packs = collected.pages.finish()?;
+        let block_packs = collected.blocks.finish()?;
         let program = *machine.program().hash();
         let bytes = Bytes::copy_from_slice(machine.program().bytes());
         runtime.block_on(vault.put_program(&program, bytes))?;
@@ -172,8 +193,10 @@ impl Taker {
             program,
             log_end,
             memory_pages,
-            runs,
+            runs: collected.runs,
             packs,
+            block_runs: collected.block_runs,
+            block_packs,
             image,
         };
         failpoint::pass("take.manifest")?;
@@ -198,7 +221,7 @@ impl Taker {
         machine: &Machine,
         log: &Log,
         incremental: bool,
-        packer: &mut Packer,
+        collected: &mut Collected,
         give_up: &AtomicBool,
     ) -> Result<(Vec<u8>, u64, Vec<u64>, Duration), TakeError> {
         let memories = machine.memories().clone();
@@ -208,6 +231,7 @@ impl Taker {
             for memory in memories.iter() {
                 self.trackers.push(DirtyTracker::start(memory.clone())?);
             }
+            self.volumes = VolumeTrackers::start(machine.wasi());
         }
         let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
         for (memory, tracker) in memories.iter().zip(&mut self.trackers) {
@@ -218,10 +242,13 @@ impl Taker {
             });
         }
         let mut before = u64::MAX;
+        let (mut blocks, _) = self.volumes.take();
         for round in 0.. {
-            packer.add(&memories, &ranges, Some(give_up))?;
+            collected.add_pages(&memories, &ranges, Some(give_up))?;
+            self.add_blocks(blocks, collected, Some(give_up))?;
             failpoint::pass("take.round")?;
-            let mut left = 0;
+            let mut left;
+            (blocks, left) = self.volumes.take();
             for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
                 *ranges = tracker.take()?;
                 left += bytes_of(ranges);
@@ -236,22 +263,27 @@ impl Taker {
         // the processors from the guest and from the last copying. From then on
         // nothing is stored and no store is waited for; rounds within memory
         // catch up with what was written meanwhile.
-        packer.add(&memories, &ranges, Some(give_up))?;
-        packer.settle()?;
+        collected.add_pages(&memories, &ranges, Some(give_up))?;
+        self.add_blocks(blocks, collected, Some(give_up))?;
+        collected.pages.settle()?;
+        if !self.volumes.is_empty() {
+            collected.blocks.settle()?;
+        }
         for _ in 0..CATCH_UP_ROUNDS_MAX {
-            let mut left = 0;
+            let (blocks, mut left) = self.volumes.take();
             for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
                 *ranges = tracker.take()?;
                 left += bytes_of(ranges);
             }
-            packer.add(&memories, &ranges, None)?;
+            collected.add_pages(&memories, &ranges, None)?;
+            self.add_blocks(blocks, collected, None)?;
             if left <= CATCH_UP_BYTES {
                 break;
             }
         }
         let begun = Instant::now();
         machine.freeze(FREEZE_PATIENCE)?;
-        let frozen = self.last_pages(machine, &memories, packer);
+        let frozen = self.last_pages(machine, &memories, collected);
         let log_end = log.end();
         let thawed = machine.thaw();
         let pause = begun.elapsed();
@@ -265,15 +297,27 @@ impl Taker {
         &mut self,
         machine: &Machine,
         memories: &[Arc<GuestMemory>],
-        packer: &mut Packer,
+        collected: &mut Collected,
     ) -> Result<keel_wasm::runtime::Image, TakeError> {
         let mut ranges = Vec::new();
         for tracker in &mut self.trackers {
             ranges.push(tracker.take()?);
         }
-        packer.add(memories, &ranges, None)?;
+        collected.add_pages(memories, &ranges, None)?;
+        let (blocks, _) = self.volumes.take();
+        self.add_blocks(blocks, collected, None)?;
         failpoint::pass("take.frozen")?;
         Ok(machine.image()?)
+    }
+
+    fn add_blocks(
+        &mut self,
+        blocks: Vec<Changes>,
+        collected: &mut Collected,
+        give_up: Option<&AtomicBool>,
+    ) -> Result<(), TakeError> {
+        let (packer, runs) = (&mut collected.blocks, &mut collected.block_runs);
+        self.volumes.add(blocks, packer, runs, give_up)
     }
 }
 
@@ -281,24 +325,24 @@ fn bytes_of(ranges: &[Range<u64>]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()
 }
 
-/// Collects pages into packs and stores them meanwhile.
-struct Packer {
+/// Collects bytes into packs and stores them meanwhile.
+pub(super) struct Packer {
     vault: Vault,
     machine: MachineName,
     id: CheckpointId,
     runtime: Handle,
+    piece: fn(usize) -> Piece,
     buffer: Vec<u8>,
-    runs: Vec<Run>,
     packs: Vec<Pack>,
     storing: VecDeque<JoinHandle<Result<Pack, VaultError>>>,
     /// Packs begun so far.
     count: usize,
 }
 
-impl Packer {
+impl Collected {
     /// Adds pages. With `give_up` it stores full packs, and waits where the store
     /// is behind; without, it does neither: the last pack becomes longer.
-    fn add(
+    fn add_pages(
         &mut self,
         memories: &[Arc<GuestMemory>],
         ranges: &[Vec<Range<u64>>],
@@ -308,19 +352,12 @@ impl Packer {
             for range in ranges {
                 let mut at = range.start;
                 while at < range.end {
-                    if give_up.is_some_and(|give_up| give_up.load(Ordering::Relaxed)) {
-                        return Err(TakeError::GivenUp);
-                    }
                     let count = (range.end - at).min(READ_BYTES);
-                    let start = self.buffer.len();
-                    self.buffer.resize(start + count as usize, 0);
-                    memory.read(at, &mut self.buffer[start..])?;
+                    self.pages.add_bytes(count as usize, give_up, |buffer| {
+                        memory.read(at, buffer).map(|()| buffer.len())
+                    })?;
                     self.note(number, at, count);
                     at += count;
-                    if self.buffer.len() >= PACK_BYTES && give_up.is_some() {
-                        self.store_pack();
-                        self.wait_below(IN_FLIGHT_MAX)?;
-                    }
                 }
             }
         }
@@ -341,6 +378,35 @@ impl Packer {
             }),
         }
     }
+}
+
+impl Packer {
+    /// Adds up to `count` bytes that `read` puts into a buffer; how many it put.
+    pub(super) fn add_bytes<E>(
+        &mut self,
+        count: usize,
+        give_up: Option<&AtomicBool>,
+        read: impl FnOnce(&mut [u8]) -> Result<usize, E>,
+    ) -> Result<usize, TakeError>
+    where
+        TakeError: From<E>,
+    {
+        if give_up.is_some_and(|give_up| give_up.load(Ordering::Relaxed)) {
+            return Err(TakeError::GivenUp);
+        }
+        if self.buffer.capacity() == 0 {
+            self.buffer.reserve(PACK_BYTES);
+        }
+        let start = self.buffer.len();
+        self.buffer.resize(start + count, 0);
+        let added = read(&mut self.buffer[start..])?;
+        self.buffer.truncate(start + added);
+        if self.buffer.len() >= PACK_BYTES && give_up.is_some() {
+            self.store_pack();
+            self.wait_below(IN_FLIGHT_MAX)?;
+        }
+        Ok(added)
+    }
 
     /// Stores what there is, and makes room for the last pages, so that nothing
     /// is allocated for them.
@@ -356,15 +422,15 @@ impl Packer {
         if self.buffer.is_empty() {
             return;
         }
-        let bytes = std::mem::replace(&mut self.buffer, Vec::with_capacity(PACK_BYTES));
-        let number = self.count;
+        let bytes = std::mem::take(&mut self.buffer);
+        let piece = (self.piece)(self.count);
         self.count += 1;
         let (vault, machine, id) = (self.vault.clone(), self.machine.clone(), self.id.clone());
         self.storing.push_back(self.runtime.spawn(async move {
             let bytes = Bytes::from(bytes);
             let content = bytes.clone();
             let pack = tokio::task::spawn_blocking(move || Pack::of(&content)).await;
-            vault.put_pack(&machine, &id, number, bytes).await?;
+            vault.put_pack(&machine, &id, piece, bytes).await?;
             pack.map_err(|error| {
                 VaultError::Store(object_store::Error::Generic {
                     store: "vault",
@@ -388,13 +454,10 @@ impl Packer {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<(Vec<Run>, Vec<Pack>), TakeError> {
+    fn finish(mut self) -> Result<Vec<Pack>, TakeError> {
         self.store_pack();
         self.wait_below(1)?;
-        Ok((
-            std::mem::take(&mut self.runs),
-            std::mem::take(&mut self.packs),
-        ))
+        Ok(std::mem::take(&mut self.packs))
     }
 }
 

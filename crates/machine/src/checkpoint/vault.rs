@@ -53,6 +53,24 @@ pub enum VaultError {
     None(MachineName),
 }
 
+/// Which pack of a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Piece {
+    /// Pages of memory.
+    Pages(usize),
+    /// Blocks of volumes.
+    Blocks(usize),
+}
+
+impl std::fmt::Display for Piece {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Piece::Pages(number) => write!(f, "{number}"),
+            Piece::Blocks(number) => write!(f, "v{number}"),
+        }
+    }
+}
+
 /// A store of checkpoints.
 #[derive(Debug, Clone)]
 pub struct Vault {
@@ -164,8 +182,8 @@ impl Vault {
         place
     }
 
-    fn pack_place(&self, machine: &MachineName, id: &CheckpointId, number: usize) -> Place {
-        self.place(&["machines", machine.as_ref(), &format!("{id}.{number}.pack")])
+    fn pack_place(&self, machine: &MachineName, id: &CheckpointId, piece: Piece) -> Place {
+        self.place(&["machines", machine.as_ref(), &format!("{id}.{piece}.pack")])
     }
 
     fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Place {
@@ -195,10 +213,10 @@ impl Vault {
         &self,
         machine: &MachineName,
         id: &CheckpointId,
-        number: usize,
+        piece: Piece,
         bytes: Bytes,
     ) -> Result<(), VaultError> {
-        let place = self.pack_place(machine, id, number);
+        let place = self.pack_place(machine, id, piece);
         self.store.put(&place, PutPayload::from(bytes)).await?;
         Ok(())
     }
@@ -211,16 +229,16 @@ impl Vault {
         &self,
         machine: &MachineName,
         id: &CheckpointId,
-        number: usize,
+        piece: Piece,
         expected: &Pack,
     ) -> Result<Bytes, VaultError> {
         let part = |reason: String| VaultError::Part {
             machine: machine.clone(),
             id: id.clone(),
-            part: format!("pack {number}"),
+            part: format!("pack {piece}"),
             reason,
         };
-        let place = self.pack_place(machine, id, number);
+        let place = self.pack_place(machine, id, piece);
         let bytes = match self.read(&place).await {
             Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing".into())),

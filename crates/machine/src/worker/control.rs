@@ -44,6 +44,9 @@ pub mod kind {
     pub const FAILPOINT: u16 = 0x0410;
     /// [`super::Checkpoint`] → [`super::Checkpointed`].
     pub const CHECKPOINT: u16 = 0x040e;
+    /// `()` → stream of `Option<String>`: where the machine waits for room on
+    /// a disk, the present state first.
+    pub const PAUSES: u16 = 0x0410;
 }
 
 /// Where a worker is.
@@ -161,6 +164,8 @@ pub struct Receive {
     pub memory_pages: Vec<u64>,
     /// Whether memory comes after the machine (post-copy).
     pub post_copy: bool,
+    /// Bytes that its own volumes take at present.
+    pub volume_bytes: u64,
 }
 
 /// Where a worker waits for the source.
@@ -242,6 +247,21 @@ pub struct Report {
     pub cpu_micros: u64,
     /// First and last offset of the output.
     pub log: (u64, u64),
+    /// The machine's own volumes.
+    pub volumes: Vec<VolumeReport>,
+    /// Where it waits for room on a disk.
+    pub paused: Option<String>,
+}
+
+/// What one of a machine's own volumes holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeReport {
+    /// Its number in the spec.
+    pub number: u32,
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// Files, directories and links.
+    pub inodes: u64,
 }
 
 /// Reads output.

@@ -3,6 +3,7 @@
 
 use super::control::Receive;
 use super::filling::Filler;
+use super::volumes::{IncomingVolumes, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::link::{Hello, ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
@@ -23,6 +24,8 @@ pub(super) enum IncomingError {
     Link(#[from] LinkError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     #[error(transparent)]
     Machine(#[from] MachineError),
     #[error("the machine's output cannot be kept: {0}")]
@@ -62,6 +65,7 @@ pub(super) fn receive(
     request: &Receive,
     program: Arc<Program>,
     folder: &std::path::Path,
+    mut volumes: IncomingVolumes,
     restore: &Restore<'_>,
 ) -> Result<Arrived, IncomingError> {
     let tls = ServerTls::pinned(identity, request.source)?;
@@ -95,6 +99,17 @@ pub(super) fn receive(
                     )));
                 }
             }
+            Message::Block {
+                volume,
+                inode,
+                offset,
+                bytes,
+            } => volumes.block(volume, inode, offset, &bytes)?,
+            Message::Cut {
+                volume,
+                inode,
+                bytes,
+            } => volumes.cut(volume, inode, bytes)?,
             Message::Log { offset, bytes } => log.write_at(offset, &bytes)?,
             Message::RoundEnd => {
                 failpoint::pass("in.round")?;
@@ -114,6 +129,8 @@ pub(super) fn receive(
             other => return Err(IncomingError::Other(format!("{other:?}"))),
         }
     }
+    // What was reserved is here, or was not needed.
+    drop(volumes);
     failpoint::pass("in.image")?;
     let image = Image::decode(&image.take(), &program)?;
     let wasi = restore(image.wasi.clone(), log.clone())?;

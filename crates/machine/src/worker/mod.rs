@@ -4,6 +4,7 @@
 //! - `process`: the process itself
 //! - `outgoing`: gives the machine away (source of a move)
 //! - `incoming`: receives a machine (target of a move)
+//! - `volumes`: the machine's own volumes, in both directions
 //!
 //! A worker outlives its agent: it is found again through the socket in its
 //! folder. It never decides who owns the machine; it does what its agent, which
@@ -14,6 +15,7 @@ mod filling;
 mod incoming;
 mod outgoing;
 mod process;
+pub mod volumes;
 
 pub use process::run;
 

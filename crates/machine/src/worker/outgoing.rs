@@ -4,6 +4,7 @@
 
 use super::control::{Copy, CopyEvent, Frozen};
 use super::filling::{self, PageSet};
+use super::volumes::{OutgoingVolumes, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose};
 use crate::log::Log;
@@ -44,6 +45,8 @@ pub(super) enum OutgoingError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error(transparent)]
     Machine(#[from] MachineError),
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -83,6 +86,7 @@ pub(super) struct Outgoing {
     link: Link,
     way: Way,
     trackers: Vec<DirtyTracker>,
+    volumes: OutgoingVolumes,
     log_sent: u64,
     slowdown: Slowdown,
     /// For each memory, pages that were found written and not sent.
@@ -124,6 +128,7 @@ impl Outgoing {
             log,
             link,
             trackers: Vec::new(),
+            volumes: OutgoingVolumes::default(),
         })
     }
 
@@ -149,6 +154,7 @@ impl Outgoing {
             }
             self.trackers.push(tracker);
         }
+        self.volumes = OutgoingVolumes::start(self.machine.wasi());
         let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
         for memory in memories.iter() {
             ranges.push(memory.populated()?);
@@ -157,7 +163,8 @@ impl Outgoing {
         loop {
             let begun = Instant::now();
             let first = rounds.is_empty();
-            let bytes = self.send_ranges(&ranges, first)?;
+            let mut bytes = self.send_ranges(&ranges, first)?;
+            bytes += self.volumes.send(&mut self.link)?;
             self.send_log()?;
             self.link.send(&Message::RoundEnd)?;
             self.link.flush()?;
@@ -171,7 +178,7 @@ impl Outgoing {
                 bytes,
                 micros: micros(took),
             });
-            let mut left = 0;
+            let mut left = self.volumes.look();
             for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
                 *ranges = tracker.take()?;
                 left += ranges
@@ -198,6 +205,8 @@ impl Outgoing {
                 || left <= LAST_BYTES_MAX && !shrinks;
             if self.way.hello.post_copy {
                 // One round; what was written since comes behind the machine.
+                // Files do not: nobody waits for a block that is not there.
+                self.volumes.catch_up(&mut self.link)?;
                 for (set, ranges) in self.unsent.iter_mut().zip(&ranges) {
                     ranges.iter().for_each(|range| set.add_bytes(range));
                 }
@@ -206,6 +215,7 @@ impl Outgoing {
             if small || rounds.len() >= ROUNDS_MAX {
                 // What was found dirty is sent with the rest.
                 self.send_ranges(&ranges, false)?;
+                self.volumes.send(&mut self.link)?;
                 break;
             }
             // Only a round in which no progress was made counts: the guest
@@ -226,8 +236,9 @@ impl Outgoing {
     /// the target is ready to go on.
     pub(super) fn freeze_and_send(&mut self) -> Result<Frozen, OutgoingError> {
         let post_copy = self.way.hello.post_copy;
-        if !post_copy {
-            self.catch_up()?;
+        match post_copy {
+            true => self.volumes.catch_up(&mut self.link)?,
+            false => self.catch_up()?,
         }
         // A guest that had to be slowed down is kept slow up to here; if it
         // stands still just now, its downtime has begun.
@@ -246,6 +257,7 @@ impl Outgoing {
                 false => last_bytes += self.send_memory(number as u32, &ranges, false)?,
             }
         }
+        last_bytes += self.volumes.send_all(&mut self.link)?;
         self.send_log()?;
         let pages_sent = Instant::now();
         failpoint::pass("out.last-pages")?;
@@ -280,7 +292,8 @@ impl Outgoing {
             for tracker in &mut self.trackers {
                 ranges.push(tracker.take()?);
             }
-            let bytes = self.send_ranges(&ranges, false)?;
+            let mut bytes = self.send_ranges(&ranges, false)?;
+            bytes += self.volumes.send_all(&mut self.link)?;
             self.link.flush()?;
             if bytes <= CATCH_UP_BYTES {
                 break;

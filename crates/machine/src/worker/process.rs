@@ -4,25 +4,28 @@
 use super::SOCKET;
 use super::control::{
     Checkpoint, Checkpointed, Copy, CopyEvent, Frozen, LogChunk, ReadLog, Receive, Receiving,
-    Report, Start, StartFrom, State, kind, pack, unpack,
+    Report, Start, StartFrom, State, VolumeReport, kind, pack, unpack,
 };
 use super::filling::{Filler, Filling};
 use super::incoming::{self, IncomingError};
 use super::outgoing::Outgoing;
+use super::volumes::{self, IncomingVolumes};
 use crate::checkpoint::{self, Destination, Origin, Subject, Taker, Vault};
 use crate::failpoint;
 use crate::link::{Link, LinkError, Message};
 use crate::log::{Log, LogSink, StreamKind};
 use crate::moves::{FillReport, TargetCommand, TargetEvent, TargetMove, TargetState};
-use crate::spec::{Spec, Status};
+use crate::spec::{Spec, Status, VolumeKind};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::rpc::everyone_is_member;
 use keel_net::{
     BoxFuture, Bytes, Fingerprint, Handler, Options as RpcOptions, PeerId, PinnedIdentity, Reply,
     RpcError, Server,
 };
-use keel_wasi::{Config, Preopen, Resources, Source, Wasi};
+use keel_wasi::volume::Stalls;
+use keel_wasi::{Config, Resources, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options, Outcome};
+use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -46,6 +49,9 @@ struct Worker {
     engine: Engine,
     inner: Mutex<Inner>,
     state: watch::Sender<State>,
+    stalls: Arc<Stalls>,
+    /// Where the machine waits for room on a disk.
+    paused: watch::Sender<Option<String>>,
 }
 
 #[derive(Default)]
@@ -104,7 +110,13 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
         .map_err(|error| format!("no threads to compile: {error}"))?;
     let engine = Engine::with_cache(Options::default(), cache)
         .map_err(|error| format!("the engine: {error}"))?;
+    let paused = watch::Sender::new(None);
+    let stalled = paused.clone();
     let worker = Arc::new(Worker {
+        stalls: Arc::new(Stalls::new(move |full| {
+            stalled.send_replace(full);
+        })),
+        paused,
         freezing: Mutex::default(),
         folder: folder.to_owned(),
         programs: programs.to_owned(),
@@ -190,7 +202,8 @@ impl Worker {
                 let report = blocking(move || Ok(self.report())).await?;
                 Ok(pack(&report)?.into())
             }
-            kind::STATES => Ok(Reply::Stream(self.states())),
+            kind::STATES => Ok(Reply::Stream(follow(self.state.subscribe()))),
+            kind::PAUSES => Ok(Reply::Stream(follow(self.paused.subscribe()))),
             kind::IDENTITY => {
                 let identity = PinnedIdentity::generate().map_err(RpcError::refused)?;
                 let fingerprint = identity.fingerprint;
@@ -307,7 +320,9 @@ impl Worker {
         if let Some(notice) = &start.notice {
             say(&log, &format!("{notice}; it begins anew"));
         }
-        let wasi = Wasi::new(config(spec, &log)).map_err(RpcError::failed)?;
+        // Those of a worker that was lost, if it is started again.
+        volumes::remove(&self.folder);
+        let wasi = Wasi::new(self.config(spec, &log)).map_err(RpcError::failed)?;
         let machine = Machine::start_under(start.epoch.token(), program, wasi, spec.limits())
             .map_err(RpcError::failed)?;
         Ok((machine, log))
@@ -322,7 +337,9 @@ impl Worker {
     ) -> Result<(Machine, Arc<Log>), RpcError> {
         let spec = &start.spec;
         let vault = Vault::open(&origin.vault).map_err(RpcError::failed)?;
-        let restored = checkpoint::restore(origin, &vault, &self.engine, spec.limits(), runtime)
+        let folder = volumes::folder(&self.folder);
+        let (engine, limits) = (&self.engine, spec.limits());
+        let restored = checkpoint::restore(origin, &vault, engine, limits, runtime, &folder)
             .map_err(RpcError::failed)?;
         let program = restored.program;
         self.keep_program(program.hash(), program.bytes())?;
@@ -343,7 +360,18 @@ impl Worker {
                 manifest.id, manifest.machine
             ),
         );
-        let wasi = Wasi::restore(restored.image.wasi.clone(), resources(spec, &log))
+        for volume in &spec.volumes {
+            if let VolumeKind::Host { path } = &volume.kind
+                && !volume.read_only
+            {
+                let guest = &volume.guest;
+                say(
+                    &log,
+                    &format!("files in {guest} are as {path} has them now"),
+                );
+            }
+        }
+        let wasi = Wasi::restore(restored.image.wasi.clone(), self.resources(spec, &log))
             .map_err(RpcError::failed)?;
         let machine = Machine::prepare(
             program,
@@ -500,6 +528,7 @@ impl Worker {
                     inner.epoch
                 };
                 machine.wasi().finish();
+                volumes::remove(&worker.folder);
                 let log = worker.inner().log.clone();
                 let status = match outcome {
                     Outcome::Exit(code) => Status::Exited { code },
@@ -549,22 +578,9 @@ impl Worker {
             memory_pages: pages,
             cpu_micros: cpu_micros(),
             log: log.map_or((0, 0), |log| (log.base(), log.end())),
+            volumes: machine.map_or_else(Vec::new, volume_reports),
+            paused: self.paused.borrow().clone(),
         }
-    }
-
-    fn states(&self) -> mpsc::Receiver<Bytes> {
-        let (send, receive) = mpsc::channel(16);
-        let mut states = self.state.subscribe();
-        tokio::spawn(async move {
-            loop {
-                let state = states.borrow_and_update().clone();
-                let Ok(bytes) = pack(&state) else { return };
-                if send.send(bytes).await.is_err() || states.changed().await.is_err() {
-                    return;
-                }
-            }
-        });
-        receive
     }
 
     // ── giving the machine away ─────────────────────────────────────────
@@ -770,6 +786,8 @@ impl Worker {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
+        let volumes = IncomingVolumes::new(&request.spec, &self.folder, request.volume_bytes)
+            .map_err(RpcError::failed)?;
         let bytes = std::fs::read(&request.program)
             .map_err(|error| RpcError::failed(format!("{}: {error}", request.program.display())))?;
         let program = self
@@ -798,7 +816,7 @@ impl Worker {
             .name("move-in".into())
             .spawn(move || {
                 let restore = |snapshot, log: Arc<Log>| {
-                    Wasi::restore(snapshot, resources(&request.spec, &log))
+                    Wasi::restore(snapshot, worker.resources(&request.spec, &log))
                 };
                 let arrived = incoming::receive(
                     &listener,
@@ -806,6 +824,7 @@ impl Worker {
                     &request,
                     program,
                     &worker.folder,
+                    volumes,
                     &restore,
                 );
                 worker.arrived(arrived, listener, offered);
@@ -1052,42 +1071,68 @@ fn abort_apart(outgoing: Option<Outgoing>, reason: String) {
     }
 }
 
-fn sinks(spec: &Spec, log: &Arc<Log>) -> (Box<LogSink>, Box<LogSink>) {
-    let sink = |stream| Box::new(LogSink::new(log.clone(), stream, spec.output_bytes_per_s));
-    (sink(StreamKind::Output), sink(StreamKind::Error))
+/// What a value is, and becomes.
+fn follow<T>(mut values: watch::Receiver<T>) -> mpsc::Receiver<Bytes>
+where
+    T: Clone + Serialize + Send + Sync + 'static,
+{
+    let (send, receive) = mpsc::channel(16);
+    tokio::spawn(async move {
+        loop {
+            let value = values.borrow_and_update().clone();
+            let Ok(bytes) = pack(&value) else { return };
+            if send.send(bytes).await.is_err() || values.changed().await.is_err() {
+                return;
+            }
+        }
+    });
+    receive
 }
 
-fn config(spec: &Spec, log: &Arc<Log>) -> Config {
-    let (stdout, stderr) = sinks(spec, log);
-    Config {
-        args: spec.args.clone(),
-        env: spec.env.clone(),
-        preopens: spec
-            .volumes
-            .iter()
-            .map(|volume| Preopen {
-                source: Source::Host(volume.host.clone().into()),
-                guest: volume.guest.clone(),
-                read_only: volume.read_only,
-            })
-            .collect(),
-        stdout,
-        stderr,
-        ..Config::default()
+fn volume_reports(machine: &Machine) -> Vec<VolumeReport> {
+    let volumes = machine.wasi().volumes().into_iter();
+    volumes
+        .map(|(number, volume)| {
+            let usage = volume.usage();
+            VolumeReport {
+                number,
+                bytes: usage.bytes,
+                inodes: usage.inodes,
+            }
+        })
+        .collect()
+}
+
+impl Worker {
+    fn sinks(&self, spec: &Spec, log: &Arc<Log>) -> (Box<LogSink>, Box<LogSink>) {
+        let sink = |stream| {
+            let (log, stalls) = (log.clone(), self.stalls.clone());
+            Box::new(LogSink::new(log, stream, spec.output_bytes_per_s, stalls))
+        };
+        (sink(StreamKind::Output), sink(StreamKind::Error))
     }
-}
 
-fn resources(spec: &Spec, log: &Arc<Log>) -> Resources {
-    let (stdout, stderr) = sinks(spec, log);
-    Resources {
-        preopens: spec
-            .volumes
-            .iter()
-            .map(|volume| Source::Host(volume.host.clone().into()))
-            .collect(),
-        stdout,
-        stderr,
-        ..Resources::default()
+    fn config(&self, spec: &Spec, log: &Arc<Log>) -> Config {
+        let (stdout, stderr) = self.sinks(spec, log);
+        Config {
+            args: spec.args.clone(),
+            env: spec.env.clone(),
+            preopens: volumes::preopens(spec, &self.folder, &self.stalls),
+            stdout,
+            stderr,
+            ..Config::default()
+        }
+    }
+
+    fn resources(&self, spec: &Spec, log: &Arc<Log>) -> Resources {
+        let (stdout, stderr) = self.sinks(spec, log);
+        let preopens = volumes::preopens(spec, &self.folder, &self.stalls);
+        Resources {
+            preopens: preopens.into_iter().map(|preopen| preopen.source).collect(),
+            stdout,
+            stderr,
+            ..Resources::default()
+        }
     }
 }
 

@@ -148,7 +148,7 @@ impl Engine {
             Some(bytes) => bytes,
             None => {
                 let bytes = instrument::instrument(module)?;
-                self.keep(&name, &bytes)?;
+                self.keep(&name, &bytes);
                 bytes
             }
         };
@@ -201,7 +201,7 @@ impl Engine {
         let module = Module::new(&self.inner, bytes).map_err(ProgramError::Compile)?;
         if self.cache.is_some() {
             let code = module.serialize().map_err(ProgramError::Compile)?;
-            self.keep(name, &code)?;
+            self.keep(name, &code);
         }
         Ok(module)
     }
@@ -235,14 +235,19 @@ impl Engine {
         Some(bytes)
     }
 
-    fn keep(&self, name: &str, bytes: &[u8]) -> Result<(), ProgramError> {
+    /// Puts something into the cache. Where that is not possible it is made anew
+    /// when it is needed again: a full disk must not keep a machine from moving
+    /// away.
+    fn keep(&self, name: &str, bytes: &[u8]) {
         let Some(cache) = &self.cache else {
-            return Ok(());
+            return;
         };
         let path = cache.folder.join(name);
         let mut sealed = bytes.to_vec();
         sealed.extend(cache.seal(name, bytes).as_bytes());
-        write_private(&path, &sealed).map_err(|source| ProgramError::Cache { path, source })
+        if let Err(error) = write_private(&path, &sealed) {
+            tracing::warn!(path = %path.display(), %error, "compiled code is not kept");
+        }
     }
 }
 
@@ -267,8 +272,14 @@ fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
         .truncate(true)
         .mode(0o600)
         .open(&temporary)?;
-    file.write_all(bytes)?;
-    std::fs::rename(&temporary, path)
+    let written = file
+        .write_all(bytes)
+        .and_then(|()| std::fs::rename(&temporary, path));
+    if written.is_err() {
+        // It would take room that is missing.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written
 }
 
 /// What names cached code of the whole module, and of the one without clones.
