@@ -1,6 +1,6 @@
 //! Machines with volumes of their own, in clusters of real processes.
 
-use keel_api::{MachineInfo, MoveRequest};
+use keel_api::{MachineInfo, MoveRequest, Urgency};
 use keel_machine::moves::Ending;
 use keel_machine::restart::Restart;
 use keel_testkit::{Guest, LocalCluster, check_numbered, move_as, wait_for};
@@ -148,6 +148,7 @@ async fn volumes_move_along_and_are_kept() {
             to: to.to_owned(),
             post_copy: true,
             checkpoint_to: Some(place.to_owned()),
+            urgency: Urgency::Normal,
         };
         let report = move_as(&bench.cluster.client("s"), "disk", &request).await;
         let report = report.expect("a report");

@@ -41,7 +41,7 @@ pub mod kind {
     pub const LOG: u16 = 0x040d;
     /// `(name, order)` → `()`: an order for a failpoint, or none.
     #[cfg(feature = "failpoints")]
-    pub const FAILPOINT: u16 = 0x0410;
+    pub const FAILPOINT: u16 = 0x04ff;
     /// [`super::Checkpoint`] → [`super::Checkpointed`].
     pub const CHECKPOINT: u16 = 0x040e;
     /// `()` → stream of `Option<String>`: where the machine waits for room on
