@@ -184,7 +184,12 @@ async fn volumes_move_along_and_are_kept() {
         assert_eq!(bench.inspect(machine).await.status, "running");
     }
     bench.moves("copy", "s").await;
-    assert_eq!(bench.inspect("copy").await.status, "running");
+    wait_for("the copy runs there", || async {
+        let info = bench.inspect("copy").await;
+        (info.status == "running" && info.node == "s").then_some(())
+    })
+    .await
+    .expect("it does");
 }
 
 /// The guest makes its file anew, which must not be there.

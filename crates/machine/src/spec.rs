@@ -173,6 +173,9 @@ pub struct Record {
     pub status: Status,
     /// Since when it is there, in milliseconds since 1970-01-01 UTC.
     pub since_unix_ms: u64,
+    /// Since when it has run without an end, over all moves, in milliseconds since
+    /// 1970-01-01 UTC; 0 before it ran.
+    pub started_unix_ms: u64,
     /// Whether a user wants it to end: it is not started again then.
     pub stop_wanted: bool,
     /// Restarts since it last ran for long.

@@ -273,6 +273,7 @@ pub(crate) async fn restore(
         },
         status: Status::Scheduled,
         since_unix_ms: unix_ms(),
+        started_unix_ms: 0,
         stop_wanted: false,
         restarts: 0,
         created_unix_ms: unix_ms(),

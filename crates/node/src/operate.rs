@@ -512,6 +512,7 @@ pub(crate) async fn run(
         },
         status: Status::Scheduled,
         since_unix_ms: unix_ms(),
+        started_unix_ms: 0,
         stop_wanted: false,
         restarts: 0,
         created_unix_ms: unix_ms(),

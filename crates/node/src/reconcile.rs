@@ -222,6 +222,9 @@ async fn runs(agent: &Arc<Agent>, machine: &MachineName, filling: bool) -> Resul
             // Of two that are here at once, the one that writes it tells it.
             before = mine.then(|| record.status.clone());
             if mine {
+                if starts(&record.status) {
+                    record.started_unix_ms = unix_ms();
+                }
                 record.enter(next, unix_ms());
             }
             mine
@@ -656,9 +659,10 @@ async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker,
 /// What a machine's end makes of its record.
 fn end_or_restart(record: &mut Record, status: &Status) {
     let now = unix_ms();
-    let lived_ms = match record.status {
-        Status::Running => now.saturating_sub(record.since_unix_ms),
-        _ => 0,
+    let lived_ms = match starts(&record.status) {
+        true => 0,
+        // Moves do not count: it is the same life.
+        false => now.saturating_sub(record.started_unix_ms),
     };
     // One whose memory was not all here is what the user chose to risk; the
     // checkpoint before its move is what it goes on from.
