@@ -852,7 +852,9 @@ async fn machines_are_started_again_as_their_policy_says() {
         let epoch = cluster.inspect("a", name).await.expect("info").epoch;
         tokio::time::sleep(Duration::from_millis(700)).await;
         let info = cluster.inspect("a", name).await.expect("info");
-        assert_eq!((info.status.as_str(), info.epoch), ("stopped", epoch));
+        // (It may have come to its own end just before.)
+        assert!(!info.is_live(), "{info:?}");
+        assert_eq!(info.epoch, epoch);
     }
 
     // One whose worker is lost goes on from its newest checkpoint.

@@ -92,6 +92,17 @@ impl Bench {
         .expect("it waits")
     }
 
+    /// Waits until the store says that a machine runs.
+    async fn runs(&self, machine: &str) {
+        wait_for(&format!("{machine} runs"), || async {
+            let info = self.inspect(machine).await;
+            assert!(info.is_live(), "{info:?}");
+            (info.status == "running" && info.message.is_none()).then_some(())
+        })
+        .await
+        .expect("it runs");
+    }
+
     async fn inspect(&self, machine: &str) -> MachineInfo {
         let asked = self.cluster.inspect("s", machine).await;
         asked.expect("info")
@@ -181,15 +192,11 @@ async fn volumes_move_along_and_are_kept() {
         })
         .await
         .expect("it goes on");
-        assert_eq!(bench.inspect(machine).await.status, "running");
+        bench.runs(machine).await;
     }
     bench.moves("copy", "s").await;
-    wait_for("the copy runs there", || async {
-        let info = bench.inspect("copy").await;
-        (info.status == "running" && info.node == "s").then_some(())
-    })
-    .await
-    .expect("it does");
+    bench.runs("copy").await;
+    assert_eq!(bench.inspect("copy").await.node, "s");
 }
 
 /// The guest makes its file anew, which must not be there.
@@ -213,7 +220,7 @@ async fn a_machine_that_begins_anew_has_empty_volumes() {
     })
     .await
     .expect("it begins anew");
-    assert_eq!(bench.inspect("disk").await.status, "running");
+    bench.runs("disk").await;
 }
 
 /// Node `a` has a small disk. The test runs itself in a namespace of its own,
@@ -262,7 +269,7 @@ async fn full_disk(folder: &Path) {
     bench.moves("disk", "s").await;
     bench.goes_on("disk", 1).await;
     assert!(bench.lines("disk", 1).await > at);
-    assert_eq!(bench.inspect("disk").await.status, "running");
+    bench.runs("disk").await;
     // And does not fit back, which is said.
     bench.paused("other", &ballast).await;
     let back = bench.cluster.move_machine("s", "disk", "a").await;
@@ -274,12 +281,7 @@ async fn full_disk(folder: &Path) {
     // With room it goes on by itself.
     std::fs::remove_file(&ballast).expect("room");
     bench.goes_on("other", 1).await;
-    wait_for("it runs", || async {
-        let info = bench.inspect("other").await;
-        (info.status == "running" && info.message.is_none()).then_some(())
-    })
-    .await
-    .expect("it runs");
+    bench.runs("other").await;
     bench.goes_on("disk", 1).await;
 }
 

@@ -523,6 +523,8 @@ impl Driver {
                 self.report.state_micros = frozen.state_micros;
                 self.report.bytes = frozen.bytes;
                 self.prepared = Some(Instant::now());
+                // What follows takes no room on the links.
+                self.lane = None;
                 SourceEvent::Prepared
             }
             Err(RpcError::Failed { reason, .. }) if reason.contains("has ended") => {
@@ -779,14 +781,27 @@ impl Driver {
                     // Whoever watches may have gone.
                     let _ = self.lines.try_send(MoveLine::Progress(progress));
                 }
-                // The target finds out that there is no copy any more.
                 Err(error) => {
-                    tracing::warn!(machine = %self.record.name, %error, "its frozen copy is lost");
-                    return SourceEvent::Served;
+                    tracing::warn!(machine = %self.record.name, %error, "its frozen copy does not answer");
+                    let worker = self.agent.workers.get(&self.record.name);
+                    match worker.filter(|now| now.is(&self.worker)) {
+                        // The connection may be another by now.
+                        Some(worker) => self.worker = worker,
+                        // The target finds out that there is no copy any more.
+                        None => return SourceEvent::Served,
+                    }
                 }
             }
             match record::get(&*self.agent.store, &self.record.name).await {
-                Ok(found) if crate::reconcile::needs_copy(&self.agent, &found.record.status) => {}
+                Ok(found) if crate::reconcile::needs_copy(&self.agent, &found.record.status) => {
+                    // It went on there; its worker may have died before that was
+                    // written.
+                    if matches!(found.record.status, Status::Arriving { .. })
+                        && self.is_lost_there(found.record.epoch).await
+                    {
+                        return SourceEvent::Served;
+                    }
+                }
                 Ok(_) | Err(record::RecordError::NoMachine(_)) => {
                     // The target tells its agent and this worker at once.
                     let deadline = Instant::now() + LAST_WORD_PATIENCE;
@@ -803,6 +818,21 @@ impl Driver {
             }
             tokio::time::sleep(RETRY_AFTER).await;
         }
+    }
+
+    /// Whether the target's agent says that a machine which went on there does not
+    /// run any more.
+    async fn is_lost_there(&self, epoch: Epoch) -> bool {
+        let Ok(payload) = pack(&(self.record.name.clone(), epoch)) else {
+            return false;
+        };
+        let answer = self
+            .agent
+            .peers
+            .call(&self.target, node_kind::ARRIVAL, payload, PROMPT)
+            .await
+            .and_then(|bytes| unpack::<Arrival>(&bytes));
+        matches!(answer, Ok(Arrival::Without))
     }
 
     async fn abort_target(&self, reason: &str) {

@@ -200,17 +200,15 @@ async fn stop(agent: &Arc<Agent>, machine: &MachineName, kill: bool) -> Result<(
         }
         return Ok(());
     }
-    let Some(worker) = agent.workers.get(machine) else {
-        return Err(OperateError::Conflict(format!(
-            "machine {machine:?} is only just starting; try again"
-        )));
-    };
-    if kill {
+    match agent.workers.get(machine) {
         // What follows is seen as a lost worker.
-        worker.kill().await;
-    } else {
-        let asked: Result<(), RpcError> = worker.ask(kind::STOP, &(), PROMPT).await;
-        asked.map_err(|error| OperateError::Away(error.to_string()))?;
+        Some(worker) if kill => worker.kill().await,
+        Some(worker) => {
+            let asked: Result<(), RpcError> = worker.ask(kind::STOP, &(), PROMPT).await;
+            asked.map_err(|error| OperateError::Away(error.to_string()))?;
+        }
+        // Whoever starts it just now sees that it is not wanted any more.
+        None => {}
     }
     let deadline = tokio::time::Instant::now() + STOP_PATIENCE;
     loop {
@@ -235,7 +233,9 @@ async fn mark_stopped(agent: &Arc<Agent>, machine: &MachineName) -> Result<Recor
     let entry = Key::Schedule(agent.name.clone(), machine.clone()).to_string();
     let starting = agent.busy().contains(machine) && agent.workers.get(machine).is_some();
     let mark = |record: &mut Record| {
-        let changes = !record.stop_wanted && !record.status.ended();
+        // It may have moved away meanwhile: then it is another node's to stop.
+        let mine = record.owner == agent.name;
+        let changes = mine && !record.stop_wanted && !record.status.ended();
         if changes {
             record.stop_wanted = true;
             if matches!(record.status, Status::Restarting { .. }) && !starting {

@@ -14,7 +14,7 @@ use crate::workers::{COMPILE_PATIENCE, Leftovers, Worker};
 use keel_api::EventKind;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
-use keel_cluster::{MachineName, NodeName, StoreError};
+use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
 use keel_machine::failpoint;
 use keel_machine::restart::{self, Restart};
 use keel_machine::spec::{Record, Status};
@@ -117,7 +117,7 @@ async fn ensure_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<Aga
             }
             // An earlier agent died while it started the machine.
             Ok(State::Running { epoch }) if starts(&record.status) && record.epoch == epoch => {
-                is_running(agent, machine).await?;
+                is_running(agent, machine, epoch).await?;
                 return Ok(Again::No);
             }
             Ok(State::Empty) if starts(&record.status) => {
@@ -159,6 +159,9 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Ag
     if found.record.owner != agent.name {
         return Ok(Again::No);
     }
+    if found.record.stop_wanted && starts(&found.record.status) {
+        return finish(agent, machine, Status::Stopped).await;
+    }
     let failure = match found.record.status {
         Status::Scheduled | Status::Restarting { .. } => match start(agent, &found.record).await {
             Ok(()) => {
@@ -166,17 +169,21 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Ag
                 watch_worker(agent, machine);
                 let passed = failpoint::pass_async("start.running").await;
                 if passed.is_ok() {
-                    is_running(agent, machine).await?;
+                    is_running(agent, machine, found.record.epoch).await?;
                 }
                 // (Else the watch says it.) It may have been stopped while it
                 // was started.
-                if record::get(&*agent.store, machine)
-                    .await?
-                    .record
-                    .status
-                    .ended()
-                {
+                let now = record::get(&*agent.store, machine).await?.record;
+                if now.status.ended() {
                     agent.workers.end(machine).await;
+                } else if now.stop_wanted
+                    && let Some(worker) = agent.workers.get(machine)
+                {
+                    let told: Result<(), RpcError> =
+                        worker.ask(kind::STOP, &(), crate::workers::PROMPT).await;
+                    if let Err(error) = told {
+                        tracing::warn!(%machine, %error, "it is not stopped yet");
+                    }
                 }
                 return Ok(Again::No);
             }
@@ -197,13 +204,22 @@ fn starts(status: &Status) -> bool {
 
 /// Writes that a machine which was started here, or arrived here, runs, until
 /// the store has it.
-async fn is_running(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordError> {
-    runs(agent, machine, false).await
+async fn is_running(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    epoch: Epoch,
+) -> Result<(), RecordError> {
+    runs(agent, machine, epoch, false).await
 }
 
 /// As [`is_running`]; of a machine that is `filling` a part of the memory is still
 /// to come.
-async fn runs(agent: &Arc<Agent>, machine: &MachineName, filling: bool) -> Result<(), RecordError> {
+async fn runs(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    epoch: Epoch,
+    filling: bool,
+) -> Result<(), RecordError> {
     let mut before = None;
     loop {
         if failpoint::pass_async("arrived.running").await.is_err() {
@@ -218,7 +234,8 @@ async fn runs(agent: &Arc<Agent>, machine: &MachineName, filling: bool) -> Resul
             let expected = starts(&record.status)
                 || matches!(record.status, Status::Arriving { .. })
                 || !filling && matches!(record.status, Status::Filling { .. });
-            let mine = expected && record.owner == agent.name;
+            // A word that comes late must not count for its next life.
+            let mine = expected && record.owner == agent.name && record.epoch == epoch;
             // Of two that are here at once, the one that writes it tells it.
             before = mine.then(|| record.status.clone());
             if mine {
@@ -295,8 +312,14 @@ async fn await_source(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker
             Ok(State::Filling {
                 source_lost: true, ..
             }) => {}
-            // It came back, or the worker is seen to elsewhere.
-            _ => return,
+            // It came back, or all is there.
+            Ok(_) => return,
+            // Busy, or lost, which is seen to elsewhere.
+            Err(_) => {
+                if !agent.workers.get(machine).is_some_and(|now| now.is(worker)) {
+                    return;
+                }
+            }
         }
         if let Ok(found) = record::get(&*agent.store, machine).await
             && let Status::Filling { from } = &found.record.status
@@ -538,13 +561,13 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
                     Ok(State::Prepared {
                         source_lost: true, ..
                     }) => crate::offer::settle(&agent, &machine).await,
-                    Ok(State::Running { .. }) => {
-                        if let Err(error) = is_running(&agent, &machine).await {
+                    Ok(State::Running { epoch }) => {
+                        if let Err(error) = is_running(&agent, &machine, epoch).await {
                             tracing::warn!(%machine, %error, "that it runs is not in the store");
                         }
                     }
-                    Ok(State::Filling { source_lost, .. }) => {
-                        if let Err(error) = runs(&agent, &machine, true).await {
+                    Ok(State::Filling { epoch, source_lost }) => {
+                        if let Err(error) = runs(&agent, &machine, epoch, true).await {
                             tracing::warn!(%machine, %error, "that it runs is not in the store");
                         }
                         if source_lost {
@@ -579,10 +602,11 @@ async fn ended(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker, statu
     // Its output stays in its folder; nobody needs the process any more, and
     // where the machine is started again it must be gone.
     let guarded = agent.busy().insert(machine.clone());
-    if agent.workers.remove_exactly(machine, worker) {
-        worker.forget().await;
-    }
+    // It stays in the table until its end is written: a source that asks what
+    // became of it must not be told that it never ran.
+    worker.forget().await;
     let end = finish(agent, machine, status).await;
+    agent.workers.remove_exactly(machine, worker);
     settled(agent, machine, guarded, end);
 }
 
@@ -666,9 +690,9 @@ fn end_or_restart(record: &mut Record, status: &Status) {
     };
     // One whose memory was not all here is what the user chose to risk; the
     // checkpoint before its move is what it goes on from.
-    let policy = match record.status {
-        Status::Filling { .. } => Restart::OnFailure,
-        _ => record.spec.restart,
+    let policy = match (&record.status, status, record.spec.restart) {
+        (Status::Filling { .. }, Status::Failed { .. }, Restart::No) => Restart::OnFailure,
+        (_, _, policy) => policy,
     };
     let plan = match record.stop_wanted {
         true => None,

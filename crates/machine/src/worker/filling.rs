@@ -44,6 +44,9 @@ const SHOW_BYTES: u64 = 1 << 20;
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Pause before a source connects anew.
 const CONNECT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// How long a machine may run without its source being connected until that is
+/// said.
+const ALONE_PATIENCE: Duration = Duration::from_secs(1);
 /// Bytes of a set of pages in one message.
 const SET_BYTES: usize = 32 << 10;
 
@@ -533,20 +536,33 @@ impl Shared {
     /// Takes what comes unasked, over as many connections as it takes.
     fn receive(&self, links: &Receiver<Link>, tell: &dyn Fn(Filling)) {
         let mut first = true;
+        let mut alone_since = None;
         loop {
             let mut link = match links.recv_timeout(LOOK_EVERY) {
                 Ok(link) => link,
-                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Timeout) => {
+                    // One whose source died before it said go has no connection
+                    // to lose.
+                    if locked(&self.pages).begun.is_some()
+                        && alone_since.get_or_insert_with(Instant::now).elapsed() > ALONE_PATIENCE
+                    {
+                        tell(Filling::Waits);
+                    }
+                    continue;
+                }
                 Err(RecvTimeoutError::Disconnected) => return,
             };
+            alone_since = None;
+            tell(Filling::Comes);
             if std::mem::take(&mut first) {
                 locked(&self.closers)[0] = link.closer().ok();
             } else {
                 locked(&self.pages).report.reconnects += 1;
-                tell(Filling::Comes);
             }
             match self.receive_from(&mut link) {
                 Ok(()) => break,
+                // Nothing is missing: the source need not live to say so.
+                Err(_) if locked(&self.pages).remote.iter().all(|set| set.count == 0) => break,
                 Err(error) => {
                     tracing::warn!(%error, "pages do not come any more; waiting for the source");
                     // A connection ends only with its last handle.

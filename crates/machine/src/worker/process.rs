@@ -599,6 +599,10 @@ impl Worker {
                     inner.giving_away = identity.is_some();
                     inner.given_up = false;
                     inner.post_copy = copy.post_copy;
+                    // What was known of an earlier move does not count.
+                    inner.serving = false;
+                    inner.fill = None;
+                    inner.unsent = Arc::default();
                     identity.map(|identity| (identity, parts))
                 }
                 _ => None,
@@ -661,6 +665,10 @@ impl Worker {
         // counts, not how it came.
         let outgoing = self.inner().outgoing.take();
         let Some(mut outgoing) = outgoing else {
+            if self.inner().giving_away {
+                // Said already, or being said: only the target knows.
+                return Err(RpcError::unknown("the target is being told"));
+            }
             if self.inner().target.is_none() {
                 return Err(RpcError::refused("no move is under way"));
             }
@@ -999,7 +1007,9 @@ impl Worker {
             }
         }
         if let TargetState::Running { epoch } = state
-            && !commands.is_empty()
+            && commands
+                .iter()
+                .any(|command| matches!(command, TargetCommand::Thaw(_)))
             && !matches!(*self.state.borrow(), State::Ended { .. })
         {
             let state = match inner.filler.is_some() {
