@@ -8,16 +8,20 @@
 //! - `resume`: speed of a long loop before and after a move in its middle
 //! - `capture`: time to reach a safepoint, and to capture what stands there
 //! - `moves`: downtime and throughput of moves, beside a plain TLS stream
+//! - `checkpoints`: taking and restoring, beside plain writing and reading
+//! - `qemu`: the pause of a move with a hot loop, beside QEMU's, seen from outside
 //! - `table`: medians, percentiles, Markdown
 
 #![forbid(unsafe_code)]
 
 mod capture;
+mod checkpoints;
 mod guest;
 mod load;
 mod moves;
 mod overhead;
 mod polls;
+mod qemu;
 mod resume;
 mod table;
 
@@ -77,6 +81,8 @@ enum What {
     Resume,
     Capture,
     Moves,
+    Checkpoints,
+    Qemu,
 }
 
 fn main() -> Result<()> {
@@ -97,6 +103,12 @@ fn main() -> Result<()> {
     }
     if wanted(What::Moves) {
         moves::bench(&options.keel, &options.guests, options.moves)?;
+    }
+    if wanted(What::Checkpoints) {
+        checkpoints::bench(&options.guests, options.rounds)?;
+    }
+    if wanted(What::Qemu) {
+        qemu::bench(&options.keel, &options.guests, options.moves)?;
     }
     Ok(())
 }

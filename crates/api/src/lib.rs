@@ -11,6 +11,7 @@
 //! | `POST /v1/machines` [`RunRequest`] | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/stop`, `/kill` | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
+//! | `POST /v1/machines/NAME/dry-run` [`MoveRequest`] | [`DryRun`] |
 //! | `POST /v1/machines/NAME/cancel-move` | `{}` |
 //! | `DELETE /v1/machines/NAME` | `{}` |
 //! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, as `keel_machine::log` says |
@@ -28,8 +29,10 @@ mod event;
 pub use client::{Client, ClientError, Lines};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 
+use keel_machine::moves::predict::Prediction;
 use keel_machine::moves::{MoveReport, Progress};
 use keel_machine::restart::Restart;
+use keel_machine::spec::CheckpointPlan;
 use serde::{Deserialize, Serialize};
 
 /// An error.
@@ -133,6 +136,9 @@ pub struct MachineInfo {
     /// When it is started again after its end.
     #[serde(default)]
     pub restart: Restart,
+    /// Checkpoints that are made by themselves.
+    #[serde(default)]
+    pub checkpoints: Option<CheckpointPlan>,
     /// Restarts since it last ran for long.
     #[serde(default)]
     pub restarts: u32,
@@ -252,6 +258,9 @@ pub struct RunRequest {
     /// When it is started again after its end.
     #[serde(default)]
     pub restart: Restart,
+    /// Checkpoints that are made by themselves.
+    #[serde(default)]
+    pub checkpoints: Option<CheckpointPlan>,
 }
 
 /// An order for a failpoint; only nodes that were built for tests take it.
@@ -283,6 +292,9 @@ pub struct CheckpointRequest {
     /// How many checkpoints of the machine are kept there; all without.
     #[serde(default)]
     pub keep: Option<u32>,
+    /// Checkpoints that are not older are kept too, in seconds.
+    #[serde(default)]
+    pub keep_for_s: Option<u64>,
 }
 
 /// A checkpoint.
@@ -328,6 +340,10 @@ pub struct RestoreRequest {
     /// The node to start it on; the one that is asked, without.
     #[serde(default)]
     pub on: Option<String>,
+    /// Whether it runs before its memory is read: sooner, but damage is found only
+    /// then, and ends it.
+    #[serde(default)]
+    pub warm: bool,
 }
 
 /// A move to make.
@@ -347,6 +363,41 @@ pub struct MoveRequest {
     /// Which of the moves that wait for this node's links is next.
     #[serde(default)]
     pub urgency: Urgency,
+    /// How long the machine may stand still, in milliseconds: with more than the
+    /// usual few, a fast writer is slowed down less, or not at all, before.
+    #[serde(default)]
+    pub downtime_ms: Option<u32>,
+}
+
+impl MoveRequest {
+    /// How long sending what is left may take then, in microseconds: freezing and
+    /// the commit need some of the time.
+    pub fn budget_micros(&self) -> Option<u64> {
+        const BESIDE_MS: u32 = 3;
+        let ms = self.downtime_ms?.saturating_sub(BESIDE_MS).max(1);
+        Some(u64::from(ms) * 1000)
+    }
+}
+
+/// What a move would be like; nothing was begun.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DryRun {
+    /// The machine.
+    pub machine: String,
+    /// Where it is.
+    pub source: String,
+    /// Where it would go.
+    pub target: String,
+    /// Why the target would not take it.
+    pub refusal: Option<String>,
+    /// Bytes of memory that it ever touched.
+    pub memory_bytes: u64,
+    /// Bytes in its own volumes.
+    pub volume_bytes: u64,
+    /// With memory first.
+    pub pre_copy: Prediction,
+    /// With the machine first.
+    pub post_copy: Prediction,
 }
 
 /// How soon a move shall begin where many wait.

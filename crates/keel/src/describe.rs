@@ -133,6 +133,9 @@ fn what_it_is(page: &mut Page, machine: &MachineInfo) {
         "restart",
         format!("{} ({} so far)", machine.restart.word(), machine.restarts),
     );
+    if let Some(plan) = &machine.checkpoints {
+        page.line("checkpoints", crate::keep::plan_words(plan));
+    }
     if machine.remove_at_end {
         page.line("at its end", "it is removed, with its output");
     }

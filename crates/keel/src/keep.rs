@@ -4,7 +4,9 @@ use crate::cluster::Reach;
 use crate::output;
 use anyhow::Result;
 use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
+use keel_machine::spec::CheckpointPlan;
 use std::process::ExitCode;
+use std::time::Duration;
 
 #[derive(clap::Args)]
 pub(crate) struct CheckpointArgs {
@@ -19,6 +21,9 @@ pub(crate) struct CheckpointArgs {
     /// Deletes older ones, until so many are left.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     keep: Option<u32>,
+    /// Deletes those that are older (examples: 12h, 7d); with --keep, what either keeps stays.
+    #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
+    keep_for: Option<Duration>,
 }
 
 #[derive(clap::Args)]
@@ -37,6 +42,9 @@ pub(crate) struct RestoreArgs {
     /// Node to start it on (the one that is asked, without).
     #[arg(long, value_name = "NODE")]
     on: Option<String>,
+    /// Runs it before its memory is read: sooner, but damage is found only then, and ends it.
+    #[arg(long)]
+    warm: bool,
 }
 
 #[derive(clap::Args)]
@@ -55,7 +63,7 @@ pub(crate) struct CloneArgs {
 }
 
 /// What the user calls a place, as the node will.
-fn place(text: &str) -> Result<String> {
+pub(crate) fn place(text: &str) -> Result<String> {
     if text.contains("://") {
         return Ok(text.to_owned());
     }
@@ -76,6 +84,7 @@ pub(crate) async fn checkpoint(reach: &Reach, args: &CheckpointArgs) -> Result<E
         to: optional(args.to.as_ref())?,
         full: args.full,
         keep: args.keep,
+        keep_for_s: args.keep_for.map(|time| time.as_secs()),
     };
     let info = make(reach, &args.machine, &request).await?;
     output::one(reach.format(), &info, &info.id, |info| {
@@ -142,6 +151,7 @@ pub(crate) async fn restore(reach: &Reach, args: &RestoreArgs) -> Result<ExitCod
         from: optional(args.from.as_ref())?,
         name: args.name.clone(),
         on: args.on.clone(),
+        warm: args.warm,
     };
     make_machine(reach, &request).await
 }
@@ -168,6 +178,28 @@ pub(crate) async fn clone(reach: &Reach, args: &CloneArgs) -> Result<ExitCode> {
         from: through,
         name: Some(args.name.clone()),
         on: args.on.clone(),
+        warm: false,
     };
     make_machine(reach, &request).await
+}
+
+/// Checkpoints that are made by themselves, in words.
+pub(crate) fn plan_words(plan: &CheckpointPlan) -> String {
+    let time = |s| humantime::format_duration(Duration::from_secs(s));
+    let mut kept = Vec::new();
+    if let Some(newest) = plan.retention.newest {
+        kept.push(format!("the newest {newest}"));
+    }
+    if let Some(for_s) = plan.retention.for_s {
+        kept.push(format!("those of the last {}", time(for_s)));
+    }
+    if kept.is_empty() {
+        kept.push("all".into());
+    }
+    format!(
+        "every {}, to {}; kept: {}",
+        time(plan.every_s),
+        plan.to.as_deref().unwrap_or("the node's own folder"),
+        kept.join(" and ")
+    )
 }

@@ -9,13 +9,60 @@ use hyper::Method;
 use keel_api::{
     Client, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, Urgency, VolumeRequest,
 };
+use keel_machine::checkpoint::Retention;
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
 use keel_machine::restart::Restart;
+use keel_machine::spec::CheckpointPlan;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+
+/// Checkpoints that are kept of a machine that makes them by itself, if nothing is
+/// said of that.
+const CHECKPOINTS_KEPT: u32 = 16;
+
+/// Checkpoints that are made by themselves.
+#[derive(clap::Args)]
+struct CheckpointsArgs {
+    /// Makes a checkpoint so long after the one before (examples: 30s, 10m, 1d).
+    #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
+    checkpoint_every: Option<Duration>,
+    /// Where these are kept: a directory that all nodes see or s3://bucket/prefix (the node's own
+    /// folder without: of no use when the node is lost).
+    #[arg(long, value_name = "PLACE", requires = "checkpoint_every")]
+    checkpoint_to: Option<String>,
+    /// How many are kept (16, if nothing is said of that).
+    #[arg(long, value_name = "N", requires = "checkpoint_every",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    checkpoint_keep: Option<u32>,
+    /// For how long they are kept (examples: 12h, 7d); with the number, what either keeps stays.
+    #[arg(long, value_name = "TIME", requires = "checkpoint_every",
+          value_parser = crate::when::duration)]
+    checkpoint_keep_for: Option<Duration>,
+}
+
+impl CheckpointsArgs {
+    fn plan(&self) -> Result<Option<CheckpointPlan>> {
+        let Some(every) = self.checkpoint_every else {
+            return Ok(None);
+        };
+        let mut retention = Retention {
+            newest: self.checkpoint_keep,
+            for_s: self.checkpoint_keep_for.map(|time| time.as_secs()),
+        };
+        if retention.is_all() {
+            retention.newest = Some(CHECKPOINTS_KEPT);
+        }
+        let to = self.checkpoint_to.as_deref().map(crate::keep::place);
+        Ok(Some(CheckpointPlan {
+            every_s: every.as_secs(),
+            to: to.transpose()?,
+            retention,
+        }))
+    }
+}
 
 #[derive(clap::Args)]
 pub(crate) struct RunArgs {
@@ -40,6 +87,8 @@ pub(crate) struct RunArgs {
     /// from its newest checkpoint; `keel stop` and `keel kill` end it for good.
     #[arg(long, value_name = "WHEN", default_value = "no", conflicts_with = "rm")]
     restart: RestartWhen,
+    #[command(flatten)]
+    checkpoints: CheckpointsArgs,
     /// Lets it reach a directory that all nodes see; `::ro` makes it read-only.
     #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
     dir: Vec<String>,
@@ -112,8 +161,16 @@ pub(crate) struct MoveArgs {
     /// Which of the moves that wait for the node's links is next.
     #[arg(long, value_name = "HOW", default_value = "normal")]
     urgency: HowUrgent,
+    /// How long it may stand still, in milliseconds: with more than the usual few, one that
+    /// writes fast is slowed down less, or not at all, before.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    downtime: Option<u32>,
+    /// Tells what the move would be like, and whether the target would take the machine;
+    /// changes nothing.
+    #[arg(long)]
+    dry_run: bool,
     /// Cancels the move that is under way.
-    #[arg(long, conflicts_with = "to")]
+    #[arg(long, conflicts_with_all = ["to", "dry_run"])]
     cancel: bool,
 }
 
@@ -169,6 +226,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
         output_bytes_per_s: args.output_rate,
         remove_at_end: args.rm,
         restart: args.restart.into(),
+        checkpoints: args.checkpoints.plan()?,
     };
     Ok(client.post("/v1/machines", &request).await?)
 }
@@ -220,15 +278,15 @@ pub(crate) async fn run(reach: &Reach, args: &RunArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     follow(&client, &machine.name, true).await?;
-    // With --rm it may be gone already, and its code with it.
-    match client
-        .get::<MachineInfo>(&format!("/v1/machines/{}", machine.name))
-        .await
-    {
-        Ok(machine) => Ok(exit_code(&machine)),
-        Err(_) if args.rm => Ok(ExitCode::SUCCESS),
-        Err(error) => Err(error.into()),
+    let path = format!("/v1/machines/{}", machine.name);
+    let code = exit_code(&client.get::<MachineInfo>(&path).await?);
+    if args.rm {
+        // Its node would do so a little later: the name is free at once. It may have.
+        let _ = client
+            .call::<serde_json::Value>(Method::DELETE, &path, Bytes::new())
+            .await;
     }
+    Ok(code)
 }
 
 fn exit_code(machine: &MachineInfo) -> ExitCode {
@@ -422,7 +480,11 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
             HowUrgent::Normal => Urgency::Normal,
             HowUrgent::High => Urgency::High,
         },
+        downtime_ms: args.downtime,
     };
+    if args.dry_run {
+        return crate::dry_run::dry_run(reach, &args.machine, &request).await;
+    }
     let mut lines = client
         .post_stream(&format!("{path}/move"), &request)
         .await?;

@@ -17,6 +17,7 @@ mod cluster;
 mod demo;
 mod describe;
 mod doctor;
+mod dry_run;
 mod events;
 mod keep;
 mod machines;

@@ -13,6 +13,15 @@ pub(crate) fn since(text: &str) -> Result<u64, String> {
     since_at(text, SystemTime::now())
 }
 
+/// A length of time: `30s`, `10m`, `12h`, `7d`.
+///
+/// # Errors
+/// A sentence that names what was given and what is expected.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text.trim())
+        .map_err(|error| format!("{text:?} is no length of time ({error}; examples: 30s, 10m, 7d)"))
+}
+
 fn since_at(text: &str, now: SystemTime) -> Result<u64, String> {
     let text = text.trim();
     if let Ok(ago) = humantime::parse_duration(text) {

@@ -726,7 +726,12 @@ async fn exit_codes_output_and_removal() {
     let machines: Vec<MachineInfo> = serde_json::from_str(&out).expect("JSON");
     assert_eq!(machines.len(), 3);
     assert_eq!(keel(&bench, "a", &["rm", "seven", "trap", "strange"]).0, 0);
-    let (code, _, err) = keel(&bench, "a", &["run", "--rm", "--name", "seven", &seven]);
+    // Its code is known, and its name free at once.
+    for _ in 0..3 {
+        let (code, _, err) = keel(&bench, "a", &["run", "--rm", "--name", "seven", &seven]);
+        assert_eq!(code, 7, "{err}");
+    }
+    let (code, _, err) = keel(&bench, "a", &["run", "-d", "--rm", &seven]);
     assert_eq!(code, 0, "{err}");
     wait_for("it is removed", || async {
         let machines: Vec<MachineInfo> =
@@ -910,6 +915,7 @@ async fn memory_comes_after_the_machine() {
         post_copy: true,
         checkpoint_to: Some(shared.clone()),
         urgency: Urgency::Normal,
+        downtime_ms: None,
     };
     let mut remote = 0;
     for to in ["b", "a", "b", "a"] {
@@ -983,6 +989,7 @@ async fn many_machines_move_at_once() {
                     post_copy: false,
                     checkpoint_to: None,
                     urgency: [Urgency::Low, Urgency::Normal, Urgency::High][number % 3],
+                    downtime_ms: None,
                 };
                 move_as(&client, &name, &request).await
             });

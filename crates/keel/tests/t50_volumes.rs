@@ -160,6 +160,7 @@ async fn volumes_move_along_and_are_kept() {
             post_copy: true,
             checkpoint_to: Some(place.to_owned()),
             urgency: Urgency::Normal,
+            downtime_ms: None,
         };
         let report = move_as(&bench.cluster.client("s"), "disk", &request).await;
         let report = report.expect("a report");

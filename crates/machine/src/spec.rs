@@ -1,6 +1,6 @@
 //! What a user asks for, and what the store says of a machine.
 
-use crate::checkpoint::Origin;
+use crate::checkpoint::{Origin, Retention};
 use crate::moves::MoveReport;
 use crate::restart::Restart;
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -65,6 +65,19 @@ pub struct Spec {
     pub remove_at_end: bool,
     /// When it is started again after its end.
     pub restart: Restart,
+    /// Checkpoints that are made by themselves.
+    pub checkpoints: Option<CheckpointPlan>,
+}
+
+/// Checkpoints that are made by themselves, while a machine runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointPlan {
+    /// Seconds from one to the next.
+    pub every_s: u64,
+    /// Where they are kept; the folder of the node where it is then, without.
+    pub to: Option<String>,
+    /// Which are kept.
+    pub retention: Retention,
 }
 
 /// Where a machine is in its life.

@@ -2,14 +2,16 @@
 //! damaged, and made into machines again.
 
 use keel_cluster::Epoch;
+use keel_cluster::clock::unix_ms;
 use keel_machine::checkpoint::{
-    CHAIN_MAX, CheckpointId, Destination, Origin, RestoreError, Restored, Subject, TakeError,
-    Taken, Taker, Vault, restore,
+    CHAIN_MAX, CheckpointId, Destination, Origin, RestoreError, Restored, Retention, Subject,
+    TakeError, Taken, Taker, Vault, compact, restore,
 };
 use keel_machine::log::Log;
 use keel_machine::spec::{Spec, Volume, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
+use keel_wasm::memory::DirtyTracker;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -60,6 +62,7 @@ fn spec() -> Spec {
         output_bytes_per_s: 1 << 20,
         remove_at_end: false,
         restart: keel_machine::restart::Restart::No,
+        checkpoints: None,
     }
 }
 
@@ -144,11 +147,16 @@ impl Running {
     }
 
     fn restore(&self, id: Option<&CheckpointId>) -> Result<Restored, RestoreError> {
+        self.restore_as(id, false)
+    }
+
+    fn restore_as(&self, id: Option<&CheckpointId>, warm: bool) -> Result<Restored, RestoreError> {
         let origin = Origin {
             vault: self.place().display().to_string(),
             machine: "m".parse().unwrap(),
             id: id.cloned(),
             is_clone: false,
+            warm,
         };
         let limits = spec().limits();
         restore(
@@ -171,6 +179,9 @@ impl Running {
         };
         let wasi = Wasi::restore(restored.image.wasi.clone(), resources).unwrap();
         let limits = Limits::default();
+        if let Some(behind) = &restored.behind {
+            behind.begin(|result| result.unwrap()).unwrap();
+        }
         let machine = Machine::prepare(
             restored.program,
             restored.image,
@@ -226,8 +237,9 @@ fn every_checkpoint_of_a_chain_goes_on_where_it_was() {
         let stored = taken.manifest.stored_bytes();
         assert_eq!(stored >= 16 << 20, full, "{round}: {stored} bytes");
     }
-    for (before, taken, after) in taken.iter().rev() {
-        let text = running.finish(running.restore(Some(&taken.manifest.id)).unwrap());
+    for (round, (before, taken, after)) in taken.iter().enumerate().rev() {
+        let restored = running.restore_as(Some(&taken.manifest.id), round % 2 == 1);
+        let text = running.finish(restored.unwrap());
         let numbers: Vec<usize> = text.lines().map(|line| line.parse().unwrap()).collect();
         assert!((*before..=*after).contains(&numbers[0]), "{numbers:?}");
         assert!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1));
@@ -364,9 +376,92 @@ fn of_damaged_checkpoints_the_newest_whole_one_is_used() {
     assert!(error.contains("has no checkpoint there"), "{error}");
 }
 
+/// It runs at once; what comes behind is checked, and what it stands on too.
+#[test]
+fn a_warm_start_needs_no_memory_at_first() {
+    let mut running = Running::start("writer", &["16", "8", "60"]);
+    running.wait_lines(2);
+    running.take(false);
+    running.wait_lines(running.lines() + 1);
+    let taken = running.take(false);
+    running.machine.stop();
+    let restored = running.restore_as(None, true).unwrap();
+    let populated: u64 = restored
+        .memories
+        .iter()
+        .flat_map(|memory| memory.populated().unwrap())
+        .map(|range| range.end - range.start)
+        .sum();
+    assert_eq!(populated, 0);
+    let behind = restored.behind.as_ref().unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    behind
+        .begin(move |result| tell.send(result).unwrap())
+        .unwrap();
+    assert_eq!(told.recv_timeout(LIMIT).unwrap(), Ok(()));
+    assert_eq!(behind.wait(), Ok(()));
+    // All is as a cold start has it, and writes can be tracked.
+    let cold = running.restore(None).unwrap();
+    for (warm, cold) in restored.memories.iter().zip(cold.memories.iter()) {
+        assert_eq!(warm.size_bytes(), cold.size_bytes());
+        let mut bytes = [vec![0; 1 << 20], vec![0; 1 << 20]];
+        for at in (0..warm.size_bytes()).step_by(1 << 16) {
+            warm.read(at, &mut bytes[0][..1 << 16]).unwrap();
+            cold.read(at, &mut bytes[1][..1 << 16]).unwrap();
+            assert!(bytes[0] == bytes[1], "at {at}");
+        }
+        DirtyTracker::start(warm.clone()).unwrap();
+    }
+    // Damage of what comes behind is told.
+    let pack = files(&running.place().join("machines/m"), "pack")
+        .into_iter()
+        .find(|path| {
+            !path
+                .to_string_lossy()
+                .contains(&taken.manifest.id.to_string())
+        })
+        .unwrap();
+    let mut bytes = std::fs::read(&pack).unwrap();
+    let last = bytes.len() - 1;
+    for at in (0..=last).step_by(4096) {
+        bytes[at] ^= 4;
+    }
+    std::fs::write(&pack, &bytes).unwrap();
+    let restored = running.restore_as(None, true).unwrap();
+    let behind = restored.behind.unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    behind
+        .begin(move |result| tell.send(result).unwrap())
+        .unwrap();
+    let error = told.recv_timeout(LIMIT).unwrap().unwrap_err();
+    assert!(error.contains("pack 0: it is damaged"), "{error}");
+    assert_eq!(behind.wait(), Err(error));
+    // What is cut or missing is seen before anything runs.
+    std::fs::write(&pack, &bytes[..last]).unwrap();
+    let error = running.restore_as(None, true).err().unwrap().to_string();
+    assert!(error.contains("no checkpoint of machine"), "{error}");
+}
+
+/// Somebody deleted what the next one would have stood on.
+#[test]
+fn nothing_is_built_on_what_is_gone() {
+    let mut running = Running::start("counter", &["0", "1"]);
+    running.wait_lines(1);
+    running.take(false);
+    assert!(running.take(false).manifest.parent.is_some());
+    let packs = files(&running.place().join("machines/m"), ".0.pack");
+    std::fs::remove_file(&packs[0]).unwrap();
+    assert!(running.take(false).manifest.parent.is_none());
+    assert!(running.take(false).manifest.parent.is_some());
+    let packs = files(&running.place().join("machines/m"), ".manifest");
+    std::fs::remove_file(packs.last().unwrap()).unwrap();
+    assert!(running.take(false).manifest.parent.is_none());
+    assert!(running.restore(None).is_ok());
+}
+
 #[test]
 fn old_ones_go_and_what_others_stand_on_stays() {
-    let mut running = Running::start("counter", &["0", "1"]);
+    let mut running = Running::start("writer", &["16", "1", "100000"]);
     running.wait_lines(1);
     // Two chains: 0-1-2 and 3-4.
     let mut ids = Vec::new();
@@ -376,10 +471,12 @@ fn old_ones_go_and_what_others_stand_on_stays() {
     }
     let (vault, name) = (running.vault(), "m".parse().unwrap());
     let keep = |count| {
-        running
-            .runtime
-            .block_on(vault.keep_newest(&name, count))
-            .unwrap()
+        let retention = Retention {
+            newest: Some(count),
+            for_s: None,
+        };
+        let runtime = running.runtime.handle();
+        vault.keep(runtime, &name, retention, unix_ms()).unwrap()
     };
     let list = || running.runtime.block_on(vault.list(&name)).unwrap();
     assert_eq!(keep(3), 0);
@@ -394,6 +491,107 @@ fn old_ones_go_and_what_others_stand_on_stays() {
     assert!(running.restore(None).is_ok());
     let all = running.runtime.block_on(vault.machines()).unwrap();
     assert_eq!(all, [name]);
+}
+
+/// A chain becomes one full checkpoint within the store, and is the same machine;
+/// what stood on it stands on it still.
+#[test]
+fn chains_are_made_full_ones_and_nothing_changes() {
+    let mut running = Running::start("disk", &["/own", "8", "3000", "1"]);
+    running.wait_lines(1);
+    let mut taken = Vec::new();
+    for _ in 0..4 {
+        taken.push(running.take(false).manifest);
+        running.wait_lines(running.lines() + 20);
+    }
+    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let runtime = running.runtime.handle().clone();
+    let state = |id: &CheckpointId| {
+        let restored = running.restore(Some(id)).unwrap();
+        let mut hash = blake3::Hasher::new();
+        for memory in restored.memories.iter() {
+            let mut bytes = vec![0; memory.size_bytes() as usize];
+            memory.read(0, &mut bytes).unwrap();
+            hash.update(&bytes);
+        }
+        let mut volume = Vec::new();
+        for path in files(&running.volumes().join("0"), "") {
+            let name = path.file_name().unwrap().to_owned();
+            let mut bytes = std::fs::read(path).unwrap();
+            // How long a file is, its machine knows.
+            while bytes.last() == Some(&0) {
+                bytes.pop();
+            }
+            volume.push((name, blake3::hash(&bytes)));
+        }
+        (hash.finalize(), volume, restored.manifest.parent.is_none())
+    };
+    let before: Vec<_> = taken.iter().map(|it| state(&it.id)).collect();
+    assert!(!before[2].1.is_empty() && !before[2].2);
+    let bytes = compact(&vault, &runtime, &name, &taken[2].id).unwrap();
+    let all: u64 = taken[..3].iter().map(|it| it.stored_bytes()).sum();
+    assert!(bytes.is_some_and(|bytes| bytes < all), "{bytes:?} of {all}");
+    let after = state(&taken[2].id);
+    assert!(after.2);
+    assert_eq!((after.0, after.1), (before[2].0, before[2].1.clone()));
+    assert_eq!(state(&taken[3].id), before[3]);
+    // It is full: there is nothing more to do.
+    assert_eq!(
+        compact(&vault, &runtime, &name, &taken[2].id).unwrap(),
+        None
+    );
+    // What it stood on can go now, with its own old packs; and again.
+    let two = Retention {
+        newest: Some(2),
+        for_s: None,
+    };
+    assert_eq!(vault.keep(&runtime, &name, two, unix_ms()).unwrap(), 2);
+    assert_eq!(state(&taken[3].id), before[3]);
+    for pack in files(&running.place().join("machines/m"), "pack") {
+        let pack = pack.to_string_lossy().into_owned();
+        let old = pack.contains(&taken[2].id.to_string()) && !pack.contains(".g1.");
+        assert!(!old, "{pack}");
+    }
+    assert!(running.restore(Some(&taken[0].id)).is_err());
+    // The machine goes on with increments.
+    let next = running.take(false).manifest;
+    assert_eq!(next.parent.as_ref(), Some(&taken[3].id));
+    running.machine.stop();
+    let text = running.finish(running.restore(Some(&next.id)).unwrap());
+    assert!(text.ends_with("all of it is as it must be\n"));
+}
+
+/// What is kept by age, and that superseded chains are made full ones by
+/// themselves.
+#[test]
+fn old_ones_are_kept_for_a_time_and_superseded_bytes_are_not() {
+    let mut running = Running::start("writer", &["16", "400", "100000"]);
+    running.wait_lines(2);
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        ids.push(running.take(false).manifest.id);
+        running.wait_lines(running.lines() + 2);
+    }
+    running.machine.stop();
+    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let runtime = running.runtime.handle();
+    let list = || runtime.block_on(vault.list(&name)).unwrap();
+    let now = ids[4].unix_ms() + 1000;
+    let keep = |newest, for_s| {
+        let retention = Retention { newest, for_s };
+        vault.keep(runtime, &name, retention, now).unwrap()
+    };
+    assert!(Retention::default().is_all());
+    assert_eq!(keep(None, None), 0);
+    assert_eq!(keep(None, Some(3600)), 0);
+    assert_eq!(keep(Some(1), Some(3600)), 0);
+    assert_eq!(list().len(), 5);
+    // Each has most of the 16 MiB anew: the fifth alone is a fifth of it.
+    assert_eq!(keep(None, Some(0)), 4);
+    assert_eq!(list(), [ids[4].clone()]);
+    let restored = running.restore(None).unwrap();
+    assert_eq!(restored.manifest.generation, 1);
+    assert!(restored.manifest.stored_bytes() < 20 << 20);
 }
 
 #[test]
@@ -426,6 +624,7 @@ fn a_machine_that_is_too_large_or_ended_is_named() {
         machine: "m".parse().unwrap(),
         id: None,
         is_clone: false,
+        warm: false,
     };
     let limits = Limits {
         memory_bytes: 20 << 20,

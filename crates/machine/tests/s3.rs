@@ -2,7 +2,9 @@
 //! where it is installed.
 
 use keel_cluster::Epoch;
-use keel_machine::checkpoint::{CheckpointId, Manifest, Pack, Piece, Run, Vault, VaultError};
+use keel_machine::checkpoint::{
+    CheckpointId, Manifest, Pack, Piece, Retention, Run, Vault, VaultError,
+};
 use keel_machine::spec::Spec;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -71,6 +73,7 @@ fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest 
         id: CheckpointId::new(time),
         machine: "web-1".parse().unwrap(),
         parent: parent.cloned(),
+        generation: 0,
         epoch: Epoch::default(),
         created_unix_ms: time,
         spec: Spec {
@@ -84,6 +87,7 @@ fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest 
             output_bytes_per_s: 1000,
             remove_at_end: false,
             restart: keel_machine::restart::Restart::No,
+            checkpoints: None,
         },
         program: [3; 32],
         log_end: 0,
@@ -129,16 +133,25 @@ fn a_bucket_keeps_checkpoints() {
             let pages = vec![number; 5 * 4096];
             let manifest = manifest(ids.last(), 1000 + u64::from(number), &pages);
             vault
-                .put_pack(&name, &manifest.id, Piece::Pages(0), pages.clone().into())
+                .put_pack(
+                    &name,
+                    (&manifest.id, 0),
+                    Piece::Pages(0),
+                    pages.clone().into(),
+                )
                 .await
                 .unwrap();
             // Not there before its manifest is.
             assert_eq!(vault.list(&name).await.unwrap().len(), ids.len());
             vault.put_manifest(&manifest).await.unwrap();
-            let pack = vault
-                .pack(&name, &manifest.id, Piece::Pages(0), &manifest.packs[0])
+            let block = vault
+                .block(&manifest, Piece::Pages(0), &manifest.packs[0], 0)
                 .await;
-            assert_eq!(pack.unwrap(), pages);
+            assert_eq!(block.unwrap(), pages);
+            vault
+                .check_parts(&name, &[manifest.outline()])
+                .await
+                .unwrap();
             ids.push(manifest.id);
         }
         let newest_first: Vec<_> = ids.iter().rev().cloned().collect();
@@ -165,15 +178,24 @@ fn a_bucket_keeps_checkpoints() {
         assert!(error.contains("its program: it is missing"), "{error}");
         // A full one makes the chain before it superfluous.
         vault.put_manifest(&full).await.unwrap();
-        assert_eq!(vault.keep_newest(&name, 1).await.unwrap(), 3);
+        let retention = Retention {
+            newest: Some(1),
+            for_s: None,
+        };
+        let (vault_2, name_2) = (vault.clone(), name.clone());
+        let runtime = tokio::runtime::Handle::current();
+        let kept =
+            tokio::task::spawn_blocking(move || vault_2.keep(&runtime, &name_2, retention, 3000));
+        assert_eq!(kept.await.unwrap().unwrap(), 3);
         assert_eq!(
             vault.list(&name).await.unwrap(),
             std::slice::from_ref(&full.id)
         );
         // Its pack was never stored.
-        let error = vault
-            .pack(&name, &full.id, Piece::Pages(0), &full.packs[0])
-            .await;
+        let error = vault.block(&full, Piece::Pages(0), &full.packs[0], 0).await;
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("pack 0: it is missing"), "{error}");
+        let error = vault.check_parts(&name, &[full.outline()]).await;
         let error = error.unwrap_err().to_string();
         assert!(error.contains("pack 0: it is missing"), "{error}");
     });

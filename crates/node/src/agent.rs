@@ -1,5 +1,6 @@
 //! The agent's parts, how a node comes to be, and how its agent starts.
 
+use crate::dry_run::History;
 use crate::events::{Events, Note};
 use crate::lanes::Lanes;
 use crate::record::NodeRecord;
@@ -120,6 +121,8 @@ pub(crate) struct Agent {
     pub(crate) lanes: Arc<Lanes>,
     /// Held while room for an arriving machine is looked for and reserved.
     pub(crate) reserving: tokio::sync::Mutex<()>,
+    /// How moves away from here went.
+    pub(crate) history: Mutex<History>,
 }
 
 /// Makes the first node of a new cluster; nothing runs yet.
@@ -287,6 +290,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         moves: Mutex::default(),
         busy: Mutex::default(),
         lanes: Arc::default(),
+        history: Mutex::default(),
         reserving: tokio::sync::Mutex::default(),
     });
     serve(agent, cluster).await

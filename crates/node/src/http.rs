@@ -18,7 +18,7 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use futures::StreamExt;
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, EVENTS_DEFAULT, EVENTS_MAX, EventLine, MachineInfo,
+    CheckpointInfo, CheckpointRequest, DryRun, EVENTS_DEFAULT, EVENTS_MAX, EventLine, MachineInfo,
     MoveRequest, NodeInfo, Problem, RestoreRequest, RunRequest, TokenRequest, Uploaded,
 };
 use keel_cluster::clock::unix_ms;
@@ -82,6 +82,7 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/machines/{name}/stop", post(stop))
         .route("/v1/machines/{name}/kill", post(kill))
         .route("/v1/machines/{name}/move", post(move_machine))
+        .route("/v1/machines/{name}/dry-run", post(dry_run))
         .route("/v1/machines/{name}/cancel-move", post(cancel_move))
         .route("/v1/machines/{name}/logs", get(logs))
         .route(
@@ -319,7 +320,9 @@ async fn move_machine(
     let machine = machine_name(&name)?;
     let target =
         NodeName::new(&request.to).map_err(|error| OperateError::Bad(error.to_string()))?;
+    let budget_micros = request.budget_micros();
     let order = MoveOrder {
+        budget_micros,
         machine,
         target,
         post_copy: request.post_copy,
@@ -334,6 +337,25 @@ async fn move_machine(
         Some((Bytes::from(text), lines))
     });
     Ok(streamed(lines, "application/x-ndjson"))
+}
+
+async fn dry_run(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<MoveRequest>,
+) -> Reply<DryRun> {
+    let machine = machine_name(&name)?;
+    let target =
+        NodeName::new(&request.to).map_err(|error| OperateError::Bad(error.to_string()))?;
+    let operation = Operation::DryRun {
+        machine,
+        target,
+        budget_micros: request.budget_micros(),
+    };
+    match operate::anywhere(&agent, operation).await? {
+        Done::DryRun(dry_run) => Ok(Json(*dry_run)),
+        _ => Err(OperateError::Away("the node answered something else".into()).into()),
+    }
 }
 
 async fn checkpoint(

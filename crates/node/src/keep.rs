@@ -11,9 +11,9 @@ use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
-use keel_machine::checkpoint::{CheckpointId, Manifest, Origin, Vault, VaultError};
+use keel_machine::checkpoint::{CheckpointId, Manifest, Origin, Retention, Vault, VaultError};
 use keel_machine::failpoint;
-use keel_machine::spec::{Record, Status};
+use keel_machine::spec::{CheckpointPlan, Record, Status};
 use keel_machine::worker::control::{Checkpoint, Checkpointed, kind};
 use keel_net::RpcError;
 use std::sync::Arc;
@@ -21,6 +21,9 @@ use std::time::Duration;
 
 /// How long making a checkpoint may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Seconds between checkpoints that are made by themselves.
+const EVERY_S: std::ops::RangeInclusive<u64> = 1..=31 * 24 * 3600;
 
 /// Where checkpoints are, if nothing else is said: with this node.
 fn place(agent: &Agent, given: Option<&str>) -> String {
@@ -73,11 +76,11 @@ async fn make(
     // A place that cannot be is named before anything is begun.
     let url = vault.clone();
     opened(move || Vault::create(&url)).await?;
-    if request.keep == Some(0) {
-        return Err(OperateError::Bad(
-            "keeping no checkpoint at all: 1 is the least".into(),
-        ));
-    }
+    let retention = Retention {
+        newest: request.keep,
+        for_s: request.keep_for_s,
+    };
+    check_retention(retention)?;
     let worker = agent.workers.get(machine).ok_or_else(|| {
         OperateError::Conflict(format!(
             "machine {machine:?} does not run: there is nothing to checkpoint"
@@ -86,7 +89,7 @@ async fn make(
     let question = Checkpoint {
         vault: vault.clone(),
         full: request.full,
-        keep: request.keep,
+        keep: retention,
     };
     let injected = |error: failpoint::Injected| OperateError::Away(error.to_string());
     failpoint::pass_async("keep.asked")
@@ -119,6 +122,40 @@ async fn make(
     })
 }
 
+fn check_retention(retention: Retention) -> Result<(), OperateError> {
+    if retention.newest == Some(0) {
+        return Err(OperateError::Bad(
+            "keeping no checkpoint at all: 1 is the least".into(),
+        ));
+    }
+    Ok(())
+}
+
+/// Whether checkpoints can be made so by themselves.
+pub(crate) fn check_plan(plan: &CheckpointPlan) -> Result<(), OperateError> {
+    if !EVERY_S.contains(&plan.every_s) {
+        return Err(OperateError::Bad(format!(
+            "a checkpoint every {} seconds: {} to {} are possible",
+            plan.every_s,
+            EVERY_S.start(),
+            EVERY_S.end()
+        )));
+    }
+    check_retention(plan.retention)
+}
+
+/// When a machine's newest checkpoint in a place was made, in milliseconds since
+/// 1970-01-01 UTC; `None` without any.
+pub(crate) async fn newest_ms(
+    agent: &Agent,
+    machine: &MachineName,
+    to: Option<&str>,
+) -> Option<u64> {
+    let vault = open(place(agent, to)).await.ok()?;
+    let all = vault.list(machine).await.ok()?;
+    all.first().map(CheckpointId::unix_ms)
+}
+
 /// Writes down where a machine's newest checkpoint is: that is what it goes on
 /// from when it is lost.
 async fn note_newest(agent: &Agent, machine: &MachineName, vault: &str) {
@@ -127,6 +164,7 @@ async fn note_newest(agent: &Agent, machine: &MachineName, vault: &str) {
         machine: machine.clone(),
         id: None,
         is_clone: false,
+        warm: false,
     };
     let written = match keel_cluster::wire::encode("where a checkpoint is", &origin) {
         Ok(value) => {
@@ -283,6 +321,7 @@ pub(crate) async fn restore(
             machine,
             id,
             is_clone,
+            warm: request.warm,
         }),
         reports: Vec::new(),
     };

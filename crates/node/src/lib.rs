@@ -21,6 +21,7 @@
 mod agent;
 #[cfg(feature = "failpoints")]
 mod debug;
+mod dry_run;
 mod events;
 mod http;
 mod keep;
@@ -33,6 +34,7 @@ mod parent;
 mod pauses;
 mod reconcile;
 mod record;
+mod regular;
 mod service;
 mod state_dir;
 mod workers;

@@ -2,6 +2,7 @@
 //! happens, and carries out what it says.
 
 use crate::agent::{Agent, cpu_features};
+use crate::dry_run;
 use crate::events::Note;
 use crate::lanes::Lane;
 use crate::offer::{Arrival, Offer};
@@ -14,12 +15,13 @@ use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
 use keel_machine::failpoint::{self, Injected};
+use keel_machine::moves::converge::LAST_PAGES_BUDGET;
 use keel_machine::moves::{
     Ending, MoveReport, Phase, Progress, SourceCommand, SourceEvent, SourceMove, SourceState,
 };
 use keel_machine::spec::{Record, Spec, Status, VolumeKind};
 use keel_machine::worker::control::{
-    Copy, CopyEvent, Frozen, Receiving, State, kind, pack, unpack,
+    Copy, CopyEvent, Frozen, Receiving, Report, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
 use serde::{Deserialize, Serialize};
@@ -49,6 +51,16 @@ pub(crate) struct MoveOrder {
     /// Where the checkpoint goes that such a move begins with.
     pub(crate) checkpoint_to: Option<String>,
     pub(crate) urgency: Urgency,
+    /// How long sending what is left may take while the machine stands still, in
+    /// microseconds.
+    pub(crate) budget_micros: Option<u64>,
+}
+
+impl MoveOrder {
+    fn budget(&self) -> Duration {
+        self.budget_micros
+            .map_or(LAST_PAGES_BUDGET, Duration::from_micros)
+    }
 }
 
 /// What others can do to a move that is under way.
@@ -167,6 +179,7 @@ pub(crate) async fn begin(
         begun: Instant::now(),
         prepared: None,
         lane: None,
+        budget: order.budget(),
     };
     let (agent, machine, urgency) = (agent.clone(), machine.clone(), order.urgency);
     tokio::spawn(async move {
@@ -215,6 +228,7 @@ pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker, 
         begun: Instant::now(),
         prepared: None,
         lane: None,
+        budget: LAST_PAGES_BUDGET,
     };
     driver.carry_on(commands.into()).await;
     agent.moves().remove(&machine);
@@ -258,7 +272,32 @@ fn new_report(record: &Record, target: &NodeName) -> MoveReport {
         bytes: 0,
         total_micros: 0,
         fill: None,
+        predicted: None,
     }
+}
+
+/// What is asked of a target.
+pub(crate) fn offer_of(
+    record: &Record,
+    revision: u64,
+    report: &Report,
+    worker: Fingerprint,
+    proofs: &Proofs,
+    post_copy: bool,
+) -> Result<Offer, String> {
+    Ok(Offer {
+        machine: record.name.clone(),
+        spec: record.spec.clone(),
+        program: Fingerprint(report.program.ok_or("it has no program")?),
+        epoch: record.epoch,
+        revision,
+        worker,
+        memory_pages: report.memory_pages.clone(),
+        volume_bytes: report.volumes.iter().map(|volume| volume.bytes).sum(),
+        features: needed_features(),
+        proofs: proofs.list(),
+        post_copy,
+    })
 }
 
 struct Driver {
@@ -278,6 +317,8 @@ struct Driver {
     prepared: Option<Instant>,
     /// Its place among the moves that copy.
     lane: Option<Lane>,
+    /// How long sending what is left may take while the machine stands still.
+    budget: Duration,
 }
 
 fn micros(since: Instant) -> u64 {
@@ -287,7 +328,20 @@ fn micros(since: Instant) -> u64 {
 impl Driver {
     async fn drive(&mut self, urgency: Urgency) {
         let offered = match self.wait_for_turn(urgency).await {
-            None => self.offer().await,
+            None => {
+                // Foretold meanwhile: the target has to compile anyway.
+                let predicted = dry_run::before_move(
+                    self.agent.clone(),
+                    self.record.clone(),
+                    self.worker.clone(),
+                    self.target.clone(),
+                    self.post_copy,
+                    self.budget,
+                );
+                let (offered, predicted) = tokio::join!(self.offer(), predicted);
+                self.report.predicted = predicted;
+                offered
+            }
             Some(interrupted) => interrupted,
         };
         let commands = self.source.step(offered).into();
@@ -420,25 +474,13 @@ impl Driver {
             other => other.to_string(),
         };
         let report = self.worker.report().await.map_err(text)?;
-        let program = report.program.ok_or("it has no program")?;
         let worker: Fingerprint = self
             .worker
             .ask(kind::IDENTITY, &(), PROMPT)
             .await
             .map_err(text)?;
-        let offer = Offer {
-            machine: self.record.name.clone(),
-            spec: self.record.spec.clone(),
-            program: Fingerprint(program),
-            epoch: self.record.epoch,
-            revision: self.revision,
-            worker,
-            memory_pages: report.memory_pages,
-            volume_bytes: report.volumes.iter().map(|volume| volume.bytes).sum(),
-            features: needed_features(),
-            proofs: proofs.list(),
-            post_copy: self.post_copy,
-        };
+        let (record, post_copy) = (&self.record, self.post_copy);
+        let offer = offer_of(record, self.revision, &report, worker, proofs, post_copy)?;
         let payload = pack(&offer).map_err(text)?;
         let answer = self
             .agent
@@ -459,6 +501,7 @@ impl Driver {
         let copy = Copy {
             target,
             post_copy: self.post_copy,
+            budget_micros: u64::try_from(self.budget.as_micros()).unwrap_or(u64::MAX),
         };
         let mut events = match self.worker.stream(kind::COPY, &copy).await {
             Ok(events) => events,
@@ -874,6 +917,11 @@ impl Driver {
             },
         };
         tracing::info!("{}", self.report.line());
+        self.agent
+            .history
+            .lock()
+            .unwrap_or_else(|error| error.into_inner())
+            .add(&self.report);
         self.agent.events.record(Note::moved(&self.report));
         if let Err(reason) = passed("move.report").await {
             tracing::warn!(reason, "the move's report is not kept");
@@ -928,10 +976,10 @@ fn needed_features() -> Vec<String> {
 }
 
 /// Files that prove to the target that it sees the same directories.
-struct Proofs(Vec<Option<(std::path::PathBuf, String, String)>>);
+pub(crate) struct Proofs(Vec<Option<(std::path::PathBuf, String, String)>>);
 
 impl Proofs {
-    async fn make(spec: &Spec) -> Result<Self, String> {
+    pub(crate) async fn make(spec: &Spec) -> Result<Self, String> {
         let volumes = spec.volumes.clone();
         tokio::task::spawn_blocking(move || {
             let mut proofs = Vec::new();
@@ -968,7 +1016,7 @@ impl Proofs {
             .collect()
     }
 
-    async fn remove(self) {
+    pub(crate) async fn remove(self) {
         let removed = tokio::task::spawn_blocking(move || {
             for (path, _, _) in self.0.into_iter().flatten() {
                 if let Err(error) = std::fs::remove_file(&path) {

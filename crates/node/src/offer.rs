@@ -67,6 +67,12 @@ pub(crate) async fn accept(
     result
 }
 
+/// Whether an offer would be taken, as far as that shows without beginning.
+pub(crate) async fn would_take(agent: &Agent, offer: &Offer) -> Result<(), String> {
+    check(agent, offer).await?;
+    check_room(agent, offer).await
+}
+
 async fn check(agent: &Agent, offer: &Offer) -> Result<(), String> {
     if offer.post_copy
         && let Some(missing) = keel_machine::missing_for_post_copy()

@@ -8,8 +8,8 @@ use crate::service::kind as node_kind;
 use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, ClusterInfo, EventKind, MachineInfo, MoveLine, NodeInfo,
-    RunRequest, Token, TokenRequest, VolumeInfo, VolumeRequest,
+    CheckpointInfo, CheckpointRequest, ClusterInfo, DryRun, EventKind, MachineInfo, MoveLine,
+    NodeInfo, RunRequest, Token, TokenRequest, VolumeInfo, VolumeRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
@@ -101,6 +101,12 @@ pub(crate) enum Operation {
         machine: MachineName,
         request: CheckpointRequest,
     },
+    DryRun {
+        machine: MachineName,
+        target: NodeName,
+        /// How long sending what is left may take, in microseconds.
+        budget_micros: Option<u64>,
+    },
 }
 
 impl Operation {
@@ -110,6 +116,7 @@ impl Operation {
             | Operation::Remove { machine }
             | Operation::CancelMove { machine }
             | Operation::Checkpoint { machine, .. }
+            | Operation::DryRun { machine, .. }
             | Operation::Report { machine } => machine,
         }
     }
@@ -121,6 +128,7 @@ pub(crate) enum Done {
     Nothing,
     Report(Report),
     Checkpoint(CheckpointInfo),
+    DryRun(Box<DryRun>),
 }
 
 type Answer = Result<Done, OperateError>;
@@ -163,6 +171,16 @@ pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
             crate::keep::checkpoint(agent, &machine, request)
                 .await
                 .map(Done::Checkpoint)
+        }
+        Operation::DryRun {
+            machine,
+            target,
+            budget_micros,
+        } => {
+            let budget = budget_micros.map(Duration::from_micros);
+            crate::dry_run::dry_run(agent, &machine, &target, budget)
+                .await
+                .map(|it| Done::DryRun(Box::new(it)))
         }
     }
 }
@@ -583,6 +601,9 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
             request.restart.word()
         ));
     }
+    if let Some(plan) = &request.checkpoints {
+        crate::keep::check_plan(plan)?;
+    }
     let volumes = volumes(&request.volumes)?;
     Ok(Spec {
         module: request.module.clone(),
@@ -595,6 +616,7 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
         output_bytes_per_s: request.output_bytes_per_s,
         remove_at_end: request.remove_at_end,
         restart: request.restart,
+        checkpoints: request.checkpoints.clone(),
     })
 }
 
@@ -716,6 +738,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         made_of: record.origin.as_ref().map(Note::origin),
         cpu_limit_millis: record.spec.cpu_limit_millis,
         restart: record.spec.restart,
+        checkpoints: record.spec.checkpoints.clone(),
         restarts: record.restarts,
         since_unix_ms: record.since_unix_ms,
         memory_bytes: running.map(|report| report.memory_bytes),

@@ -15,6 +15,7 @@ use keel_api::EventKind;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
+use keel_machine::checkpoint::Origin;
 use keel_machine::failpoint;
 use keel_machine::restart::{self, Restart};
 use keel_machine::spec::{Record, Status};
@@ -30,11 +31,58 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 const BUSY_AGAIN_AFTER: Duration = Duration::from_millis(10);
 /// How long a source without a lease may still come back with its copy.
 const GONE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a machine that is removed at its end can still be asked about.
+const REMOVE_AFTER: Duration = Duration::from_secs(3);
 /// The longest that a restart is waited for, whatever the clock says.
 const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
 
+/// Removes a machine that is not wanted any more, a little later: whoever waits for
+/// its end wants to know how it ended.
+fn remove_later(agent: &Arc<Agent>, record: &Record) {
+    let (agent, machine) = (agent.clone(), record.name.clone());
+    let (created, epoch) = (record.created_unix_ms, record.epoch);
+    tokio::spawn(async move {
+        tokio::time::sleep(REMOVE_AFTER).await;
+        loop {
+            match record::get(&*agent.store, &machine).await {
+                // Another of that name is not meant.
+                Ok(found)
+                    if found.record.created_unix_ms == created && found.record.epoch == epoch => {}
+                Ok(_) | Err(RecordError::NoMachine(_)) => return,
+                Err(_) => {
+                    tokio::time::sleep(RETRY_AFTER).await;
+                    continue;
+                }
+            }
+            match crate::operate::remove_here(&agent, &machine).await {
+                Ok(()) => return,
+                Err(error) => {
+                    tracing::warn!(%machine, %error, "it is not removed yet");
+                    tokio::time::sleep(RETRY_AFTER).await;
+                }
+            }
+        }
+    });
+}
+
+/// Removes what an earlier agent was to remove.
+async fn sweep_ended(agent: &Arc<Agent>) {
+    let all = loop {
+        match record::all(&*agent.store).await {
+            Ok(all) => break all,
+            Err(_) => tokio::time::sleep(RETRY_AFTER).await,
+        }
+    };
+    for record in all {
+        if record.spec.remove_at_end && record.status.ended() && record.owner == agent.name {
+            remove_later(agent, &record);
+        }
+    }
+}
+
 /// Follows this node's schedule for ever.
 pub(crate) async fn follow_schedule(agent: Arc<Agent>) {
+    sweep_ended(&agent).await;
     loop {
         if let Err(error) = follow_once(&agent).await {
             tracing::warn!(%error, "the schedule cannot be followed, trying again");
@@ -370,7 +418,11 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
         _ => (None, Leftovers::Remove),
     };
     let from = match kept.or_else(|| record.origin.clone()) {
-        Some(origin) => StartFrom::Checkpoint(origin),
+        // What is started again has time to look for damage first.
+        Some(origin) => StartFrom::Checkpoint(Origin {
+            warm: origin.warm && record.restarts == 0,
+            ..origin
+        }),
         None => StartFrom::Module(crate::service::find_module(agent, &record.spec.module).await?),
     };
     let worker = agent
@@ -541,6 +593,7 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
             return;
         };
         crate::pauses::watch(&agent, &machine, &worker);
+        crate::regular::watch(&agent, &machine, &worker);
         let mut lost = "it does not answer".to_owned();
         if let Ok(mut states) = worker.stream(kind::STATES, &()).await {
             while let Some(item) = states.recv().await {
@@ -758,7 +811,7 @@ async fn finish(
             Ok(record) => {
                 if record.spec.remove_at_end && record.status.ended() && record.owner == agent.name
                 {
-                    crate::operate::remove_here(agent, machine).await?;
+                    remove_later(agent, &record);
                 }
                 return Ok(Again::No);
             }

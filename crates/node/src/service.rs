@@ -36,6 +36,10 @@ pub(crate) mod kind {
     pub(crate) const HELD: u16 = 0x0308;
     /// `events::Question` → stream of `EventLine` as JSON.
     pub(crate) const EVENTS: u16 = 0x0309;
+    /// Any bytes → `()`: how fast they come.
+    pub(crate) const TRIAL: u16 = 0x030a;
+    /// `Offer` → `()`: whether it would be taken; nothing is reserved.
+    pub(crate) const WOULD_TAKE: u16 = 0x030b;
 }
 
 /// Bytes of a module in one piece.
@@ -119,6 +123,12 @@ impl Service {
                     .await
                     .map_err(RpcError::failed)?;
                 Ok(Reply::Stream(stream))
+            }
+            kind::TRIAL => Ok(pack(&())?.into()),
+            kind::WOULD_TAKE => {
+                let request: Offer = unpack(&payload)?;
+                let would = offer::would_take(agent, &request).await;
+                Ok(pack(&would.map_err(RpcError::failed)?)?.into())
             }
             kind::EVENTS => {
                 let question: Question = unpack(&payload)?;

@@ -269,6 +269,7 @@ impl Drill<'_> {
                         post_copy: true,
                         checkpoint_to: Some(self.vault()),
                         urgency: Urgency::Normal,
+                        downtime_ms: None,
                     };
                     let client = self.cluster.client(self.calm);
                     drop(crate::move_as(&client, self.machine, &request).await);

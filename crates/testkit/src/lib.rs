@@ -16,6 +16,7 @@ use keel_api::{
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::MoveReport;
 use keel_machine::restart::Restart;
+use keel_machine::spec::CheckpointPlan;
 use network::Network;
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
@@ -91,6 +92,8 @@ pub struct Guest<'a> {
     pub volume: Option<&'a Path>,
     /// When it is started again after its end.
     pub restart: Restart,
+    /// Checkpoints that are made by themselves.
+    pub checkpoints: Option<CheckpointPlan>,
     /// Size of a volume of its own at `/tmp`.
     pub tmp_bytes: Option<u64>,
 }
@@ -106,6 +109,7 @@ impl<'a> Guest<'a> {
             memory_bytes: 4 << 30,
             volume: None,
             restart: Restart::No,
+            checkpoints: None,
             tmp_bytes: None,
         }
     }
@@ -280,6 +284,7 @@ impl LocalCluster {
             output_bytes_per_s: 16 << 20,
             remove_at_end: false,
             restart: guest.restart,
+            checkpoints: guest.checkpoints.clone(),
         };
         let _: MachineInfo = client.post("/v1/machines", &request).await?;
         wait_for(&format!("machine {} starts", guest.name), || async {
@@ -517,6 +522,7 @@ pub async fn move_by(client: &Client, machine: &str, to: &str) -> Result<MoveRep
         post_copy: false,
         checkpoint_to: None,
         urgency: Urgency::Normal,
+        downtime_ms: None,
     };
     move_as(client, machine, &request).await
 }

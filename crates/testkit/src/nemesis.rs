@@ -414,6 +414,7 @@ impl Nemesis {
                     checkpoint_to: post_copy
                         .then(|| self.shared.join("vault").display().to_string()),
                     urgency: Urgency::Normal,
+                    downtime_ms: None,
                 };
                 tasks.spawn(moved(client, machine, request, self.tally.clone()));
             }

@@ -8,19 +8,21 @@
 //! Numbers are little-endian. Raise [`VERSION`] with every change of the body;
 //! other versions are refused by name.
 
+use super::vault::{Outline, Piece};
 use crate::spec::Spec;
 use keel_cluster::{Epoch, MachineName};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 const MAGIC: [u8; 4] = *b"KCKP";
 /// Version of the manifest's body.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 const HEADER_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.
-const BLOCK_BYTES: usize = 1 << 20;
+pub(super) const BLOCK_BYTES: usize = 1 << 20;
 
 /// Names a checkpoint of a machine: later ones are greater.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -31,6 +33,12 @@ impl CheckpointId {
     /// A new one, of this moment.
     pub fn new(unix_ms: u64) -> Self {
         CheckpointId(format!("{unix_ms:013}-{:08x}", rand::random::<u32>()))
+    }
+
+    /// The moment that it is of, in milliseconds since 1970-01-01 UTC.
+    pub fn unix_ms(&self) -> u64 {
+        let time = self.0.split('-').next();
+        time.and_then(|time| time.parse().ok()).unwrap_or(0)
     }
 }
 
@@ -86,6 +94,9 @@ pub struct Origin {
     /// Whether the machine is to be another one than that: with random numbers
     /// of its own.
     pub is_clone: bool,
+    /// Whether it runs before its pages are read: sooner, but damage is found
+    /// only then, and ends it.
+    pub warm: bool,
 }
 
 /// Pages of one memory, in the order in which they lie in the packs.
@@ -146,9 +157,17 @@ impl Pack {
         }
     }
 
-    /// Whether these are the bytes.
-    pub fn describes(&self, bytes: &[u8]) -> bool {
-        bytes.len() as u64 == self.bytes && *self == Pack::of(bytes)
+    /// Whether these are the bytes of one of its blocks.
+    pub fn has_block(&self, number: usize, bytes: &[u8]) -> bool {
+        self.blocks
+            .get(number)
+            .is_some_and(|hash| blake3::hash(bytes).as_bytes() == hash)
+    }
+
+    /// Bytes of it that share a checksum: from where to where.
+    pub(super) fn block_range(&self, number: usize) -> Range<u64> {
+        let start = (number * BLOCK_BYTES) as u64;
+        start.min(self.bytes)..(start + BLOCK_BYTES as u64).min(self.bytes)
     }
 }
 
@@ -161,6 +180,8 @@ pub struct Manifest {
     pub machine: MachineName,
     /// The checkpoint that this one stands on.
     pub parent: Option<CheckpointId>,
+    /// How often it was made a full one: part of its packs' names.
+    pub generation: u32,
     /// The epoch under which the machine ran.
     pub epoch: Epoch,
     /// Milliseconds since 1970-01-01 UTC at the instant that it holds.
@@ -267,6 +288,11 @@ impl Manifest {
         if sum_of(&self.packs) != Some(stored) {
             return Err(damaged("its packs are not as long as its pages"));
         }
+        for pack in self.packs.iter().chain(&self.block_packs) {
+            if pack.bytes.div_ceil(BLOCK_BYTES as u64) != pack.blocks.len() as u64 {
+                return Err(damaged("a pack has too few or too many checksums"));
+            }
+        }
         self.check_volumes()
     }
 
@@ -299,6 +325,25 @@ impl Manifest {
         Ok(())
     }
 
+    /// What is to be in the store of it.
+    pub fn outline(&self) -> Outline {
+        let pieces = self.pieces();
+        Outline {
+            id: self.id.clone(),
+            generation: self.generation,
+            packs: pieces.map(|(piece, pack)| (piece, pack.bytes)).collect(),
+        }
+    }
+
+    /// Its packs.
+    pub fn pieces(&self) -> impl Iterator<Item = (Piece, &Pack)> {
+        let pages = self.packs.iter().enumerate();
+        let blocks = self.block_packs.iter().enumerate();
+        pages
+            .map(|(number, pack)| (Piece::Pages(number), pack))
+            .chain(blocks.map(|(number, pack)| (Piece::Blocks(number), pack)))
+    }
+
     /// Bytes of pages and blocks in it.
     pub fn stored_bytes(&self) -> u64 {
         let packs = self.packs.iter().chain(&self.block_packs);
@@ -313,7 +358,7 @@ fn sum_of(packs: &[Pack]) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::spec::{Volume, VolumeKind};
 
@@ -328,6 +373,7 @@ mod tests {
             id: CheckpointId::new(1_700_000_000_000),
             machine: "web-1".parse().unwrap(),
             parent: None,
+            generation: 0,
             epoch: Epoch {
                 incarnation: 1,
                 counter: 5,
@@ -350,6 +396,7 @@ mod tests {
                 output_bytes_per_s: 1000,
                 remove_at_end: false,
                 restart: crate::restart::Restart::No,
+                checkpoints: None,
             },
             program: [3; 32],
             log_end: 77,
@@ -481,12 +528,18 @@ mod tests {
             .collect();
         let pack = Pack::of(&bytes);
         assert_eq!(pack.blocks.len(), 4);
-        assert!(pack.describes(&bytes));
-        assert!(!pack.describes(&bytes[1..]));
+        let block = |number, bytes: &[u8]| {
+            let range = pack.block_range(number);
+            pack.has_block(number, &bytes[range.start as usize..range.end as usize])
+        };
+        assert!((0..4).all(|number| block(number, &bytes)));
+        assert!(!pack.has_block(0, &bytes[1..=BLOCK_BYTES]) && !pack.has_block(4, &[]));
+        assert!(pack.block_range(4).is_empty());
         for at in [0, BLOCK_BYTES, bytes.len() - 1] {
             let mut changed = bytes.clone();
             changed[at] ^= 1;
-            assert!(!pack.describes(&changed));
+            let wrong: Vec<usize> = (0..4).filter(|number| !block(*number, &changed)).collect();
+            assert_eq!(wrong, [at / BLOCK_BYTES]);
         }
     }
 

@@ -4,12 +4,16 @@
 //! - `vault`: where it is stored: a directory or an S3-compatible store
 //! - `take`: makes one while the machine runs
 //! - `restore`: makes a machine of one
+//! - `compact`: makes an incremental one full, within the store
+//! - `layout`: which page of which one counts
+//! - `warm`: lets the machine run before its pages are read
 //! - `volumes`: the machine's own volumes in both
 //!
 //! ```text
 //!   machines/NAME/ID.manifest     what it is, which pages are where, threads and WASI state
 //!   machines/NAME/ID.N.pack       pages, as they came; later ones count
 //!   machines/NAME/ID.vN.pack      blocks of files in the machine's own volumes
+//!   machines/NAME/ID.gG.…pack     the same, after it was made a full one
 //!   programs/HASH.wasm            the instrumented module, once for all
 //! ```
 //!
@@ -22,16 +26,21 @@
 //! Architecture Invariant: the machine stands still only while its last pages
 //! are copied *within memory*; no store is waited for meanwhile.
 
+mod compact;
 mod format;
+mod layout;
 mod restore;
 mod take;
 mod vault;
 mod volumes;
+mod warm;
 
+pub use compact::compact;
 pub use format::{BlockRun, CheckpointId, FormatError, Manifest, Origin, Pack, Run};
 pub use restore::{RestoreError, Restored, restore};
 pub use take::{Destination, Subject, TakeError, Taken, Taker};
-pub use vault::{Candidates, Piece, Vault, VaultError};
+pub use vault::{Candidates, Outline, Piece, Retention, TakeBlock, Vault, VaultError};
+pub use warm::Behind;
 
 /// Checkpoints that may stand on one another, the full one counted.
 pub const CHAIN_MAX: usize = 16;

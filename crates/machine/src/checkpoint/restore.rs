@@ -3,21 +3,23 @@
 //! Without a checkpoint being named, the newest that is whole is taken: one
 //! whose part is missing or damaged is passed over, and the answer says so.
 
-use super::format::{CheckpointId, Manifest, Origin, Run};
+use super::format::{CheckpointId, Manifest, Origin};
+use super::layout::{Block, Layout};
 use super::vault::{Piece, Vault, VaultError};
 use super::volumes;
+use super::warm::Behind;
 use crate::failpoint::{self, Injected};
-use futures::StreamExt;
-use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES};
+use keel_wasm::memory::{GuestMemory, MemoryError, Unavailable};
 use keel_wasm::runtime::{
     Engine, Image, Limits, MachineError, Program, ProgramError, make_memories,
 };
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use tokio::runtime::Handle;
 
-/// Packs that are read at a time.
-const READ_AHEAD: usize = 3;
+/// Threads that read packs, at most.
+const READING_MAX: usize = 4;
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +33,9 @@ pub enum RestoreError {
     /// Its memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// It cannot run before all of its memory is there.
+    #[error("it cannot start warm here: {0} (without --warm it can)")]
+    NotWarm(#[from] Unavailable),
     /// Its threads.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -81,6 +86,9 @@ pub struct Restored {
     pub manifest: Manifest,
     /// Why newer checkpoints were passed over.
     pub passed_over: Vec<String>,
+    /// What brings the pages, if the machine may run before all are there: begin
+    /// it first.
+    pub behind: Option<Behind>,
 }
 
 /// Reads a checkpoint. The bytes of the machine's own volumes go into folders
@@ -97,7 +105,7 @@ pub fn restore(
     folder: &Path,
 ) -> Result<Restored, RestoreError> {
     if let Some(id) = &origin.id {
-        return restore_one(origin, id, vault, engine, limits, runtime, folder);
+        return restore_steady(origin, id, vault, engine, limits, runtime, folder);
     }
     let candidates = runtime.block_on(vault.list(&origin.machine))?;
     if candidates.is_empty() {
@@ -105,7 +113,7 @@ pub fn restore(
     }
     let mut passed_over = Vec::new();
     for id in &candidates {
-        match restore_one(origin, id, vault, engine, limits, runtime, folder) {
+        match restore_steady(origin, id, vault, engine, limits, runtime, folder) {
             Ok(restored) => {
                 return Ok(Restored {
                     passed_over,
@@ -125,6 +133,29 @@ pub fn restore(
     })
 }
 
+/// As [`restore_one`]; again, if it was made a full one meanwhile.
+fn restore_steady(
+    origin: &Origin,
+    id: &CheckpointId,
+    vault: &Vault,
+    engine: &Engine,
+    limits: Limits,
+    runtime: &Handle,
+    folder: &Path,
+) -> Result<Restored, RestoreError> {
+    let generation = || {
+        let manifest = runtime.block_on(vault.manifest(&origin.machine, id));
+        manifest.ok().map(|manifest| manifest.generation)
+    };
+    loop {
+        let before = generation();
+        match restore_one(origin, id, vault, engine, limits, runtime, folder) {
+            Err(RestoreError::Vault(VaultError::Part { .. })) if generation() != before => {}
+            other => return other,
+        }
+    }
+}
+
 fn restore_one(
     origin: &Origin,
     id: &CheckpointId,
@@ -135,7 +166,7 @@ fn restore_one(
     folder: &Path,
 ) -> Result<Restored, RestoreError> {
     let machine = &origin.machine;
-    let mut chain = runtime.block_on(vault.chain(machine, id))?;
+    let chain = runtime.block_on(vault.chain(machine, id))?;
     failpoint::pass("restore.manifest")?;
     let part = |what: &str, reason: String| VaultError::Part {
         machine: machine.clone(),
@@ -174,9 +205,12 @@ fn restore_one(
         }
         _ => {}
     }
+    let layout = Layout::new(&chain).map_err(|why| part("its chain", why.to_owned()))?;
     for manifest in &chain {
-        fill(manifest, vault, &memories, runtime)?;
         volumes::fill(manifest, vault, folder, runtime)?;
+    }
+    if !origin.warm {
+        fill(&layout, &chain, vault, &memories, runtime)?;
     }
     failpoint::pass("restore.pages")?;
     let mut image = Image::decode(&newest.image, &program)
@@ -186,8 +220,20 @@ fn restore_one(
         image.wasi.machine = rand::random();
         image.wasi.random.clear();
     }
-    let Some(manifest) = chain.pop() else {
-        return Err(VaultError::None(machine.clone()).into());
+    let manifest = newest.clone();
+    let behind = if origin.warm {
+        // What is missing is found now; what is damaged, only when it is read.
+        let outlines: Vec<_> = chain.iter().map(Manifest::outline).collect();
+        runtime.block_on(vault.check_parts(machine, &outlines))?;
+        Some(Behind::new(
+            vault.clone(),
+            runtime.clone(),
+            chain,
+            layout,
+            &memories,
+        )?)
+    } else {
+        None
     };
     Ok(Restored {
         program,
@@ -195,47 +241,65 @@ fn restore_one(
         memories,
         manifest,
         passed_over: Vec::new(),
+        behind,
     })
 }
 
-/// Writes the pages of one checkpoint.
+/// Writes the pages of a chain, several packs at a time.
 fn fill(
-    manifest: &Manifest,
+    layout: &Layout,
+    chain: &[Manifest],
     vault: &Vault,
     memories: &[Arc<GuestMemory>],
     runtime: &Handle,
 ) -> Result<(), RestoreError> {
-    let mut packs = futures::stream::iter(manifest.packs.iter().enumerate())
-        .map(|(number, pack)| {
-            let piece = Piece::Pages(number);
-            vault.pack(&manifest.machine, &manifest.id, piece, pack)
-        })
-        .buffered(READ_AHEAD);
-    let mut runs = manifest.runs.iter().copied();
-    let mut run: Option<Run> = None;
-    while let Some(bytes) = runtime.block_on(packs.next()) {
-        let bytes = bytes?;
-        let mut rest = &bytes[..];
-        while !rest.is_empty() {
-            let Some(now) = run.take().or_else(|| runs.next()) else {
-                break;
+    let next = AtomicUsize::new(0);
+    let failure = Mutex::new(None);
+    let read = || {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let Some(at) = layout.packs().get(number) else {
+                return;
             };
-            // (The manifest's check has made sure that all of it fits.)
-            let wanted = now.pages as usize * PAGE_BYTES as usize;
-            let (piece, after) = rest.split_at(wanted.min(rest.len()));
-            let pages = (piece.len() / PAGE_BYTES as usize) as u32;
-            if let Some(memory) = memories.get(now.memory as usize) {
-                memory.write(u64::from(now.first) * PAGE_BYTES, piece)?;
+            let manifest = &chain[at.checkpoint];
+            let block = |of_pack| Block {
+                pack: number,
+                number: of_pack,
+            };
+            let result = vault.read_blocks::<RestoreError>(
+                runtime,
+                (manifest, Piece::Pages(at.number)),
+                &manifest.packs[at.number],
+                &mut |of_pack| !layout.pieces(block(of_pack)).is_empty(),
+                &mut |of_pack, bytes| {
+                    for piece in layout.pieces(block(of_pack)) {
+                        memories[piece.memory].write(piece.offset, &bytes[piece.within])?;
+                    }
+                    Ok(())
+                },
+            );
+            if let Err(error) = result {
+                next.store(layout.packs().len(), Ordering::Relaxed);
+                failure
+                    .lock()
+                    .unwrap_or_else(|error| error.into_inner())
+                    .get_or_insert(error);
+                return;
             }
-            if pages < now.pages {
-                run = Some(Run {
-                    first: now.first + pages,
-                    pages: now.pages - pages,
-                    ..now
-                });
-            }
-            rest = after;
         }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 1..threads.min(READING_MAX).min(layout.packs().len()) {
+            scope.spawn(read);
+        }
+        read();
+    });
+    match failure
+        .into_inner()
+        .unwrap_or_else(|error| error.into_inner())
+    {
+        Some(error) => Err(error),
+        None => Ok(()),
     }
-    Ok(())
 }

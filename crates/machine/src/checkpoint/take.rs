@@ -3,8 +3,8 @@
 //! before any of that is stored. Blocking; has a thread of its own.
 
 use super::CHAIN_MAX;
-use super::format::{BlockRun, CheckpointId, Manifest, Pack, Run};
-use super::vault::{Piece, Vault, VaultError};
+use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest, Pack, Run};
+use super::vault::{Outline, Piece, Vault, VaultError};
 use super::volumes::VolumeTrackers;
 use crate::failpoint::{self, Injected};
 use crate::log::Log;
@@ -17,8 +17,8 @@ use keel_wasm::memory::{DirtyTracker, GuestMemory, MemoryError, PAGE_BYTES};
 use keel_wasm::runtime::{Machine, MachineError, ProgramError};
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -111,6 +111,8 @@ pub struct Destination<'a> {
 #[derive(Debug, Default)]
 pub struct Taker {
     trackers: Vec<DirtyTracker>,
+    /// For each of them, what was found already and is in no checkpoint.
+    seen: Vec<Vec<Range<u64>>>,
     volumes: VolumeTrackers,
     last: Option<Last>,
 }
@@ -127,11 +129,76 @@ struct Collected {
 struct Last {
     vault: String,
     id: CheckpointId,
-    /// Checkpoints in its chain.
-    length: usize,
+    /// Its chain, the full one first.
+    chain: Vec<Outline>,
+}
+
+impl Last {
+    /// Itself, if all that a further one would stand on is still there, by names
+    /// and sizes: somebody may have deleted it.
+    async fn if_whole(
+        self,
+        vault: &Vault,
+        machine: &MachineName,
+    ) -> Result<Option<Self>, VaultError> {
+        if vault.check_parts(machine, &self.chain).await.is_ok() {
+            return Ok(Some(self));
+        }
+        // It may have been made a full one since, and be whole all the same.
+        let chain = match vault.chain(machine, &self.id).await {
+            Ok(chain) => {
+                let chain: Vec<Outline> = chain.iter().map(Manifest::outline).collect();
+                vault.check_parts(machine, &chain).await.map(|()| chain)
+            }
+            Err(error) => Err(error),
+        };
+        match chain {
+            Ok(chain) => Ok(Some(Last { chain, ..self })),
+            Err(error @ VaultError::Part { .. }) => {
+                tracing::warn!(%error, "the next checkpoint is a full one");
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Ranges in order, none of which overlaps another.
+fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut merged: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    merged
 }
 
 impl Taker {
+    /// Whether it knows what was written since a checkpoint.
+    pub fn tracks(&self) -> bool {
+        !self.trackers.is_empty()
+    }
+
+    /// What was written since it was looked at last, for each memory. It counts
+    /// for the next checkpoint all the same.
+    ///
+    /// # Errors
+    /// [`MemoryError`].
+    pub fn peek(&mut self) -> Result<Vec<Vec<Range<u64>>>, MemoryError> {
+        self.seen.resize(self.trackers.len(), Vec::new());
+        let mut found = Vec::with_capacity(self.trackers.len());
+        for (tracker, seen) in self.trackers.iter_mut().zip(&mut self.seen) {
+            let written = tracker.take()?;
+            seen.extend(written.iter().cloned());
+            *seen = merged(std::mem::take(seen));
+            found.push(written);
+        }
+        Ok(found)
+    }
+
     /// Makes a checkpoint: a full one, if it is the first there, or wanted, or
     /// the chain has become long.
     ///
@@ -150,23 +217,20 @@ impl Taker {
             full,
             give_up,
         } = *destination;
+        let begun = Instant::now();
         let parent = self
             .last
             .take()
-            .filter(|last| !full && last.vault == vault.url() && last.length < CHAIN_MAX);
-        let begun = Instant::now();
+            .filter(|last| !full && last.vault == vault.url() && last.chain.len() < CHAIN_MAX);
+        let parent = match parent {
+            Some(parent) => runtime.block_on(parent.if_whole(vault, &subject.name))?,
+            None => None,
+        };
         machine.program().prepare_resume()?;
         let id = CheckpointId::new(unix_ms());
-        let packer = |piece: fn(usize) -> Piece| Packer {
-            vault: vault.clone(),
-            machine: subject.name.clone(),
-            id: id.clone(),
-            runtime: runtime.clone(),
-            piece,
-            buffer: Vec::new(),
-            packs: Vec::new(),
-            storing: VecDeque::new(),
-            count: 0,
+        let packer = |piece: fn(usize) -> Piece| {
+            let name = subject.name.clone();
+            Packer::new(vault.clone(), name, (id.clone(), 0), runtime.clone(), piece)
         };
         let mut collected = Collected {
             pages: packer(Piece::Pages),
@@ -187,6 +251,7 @@ impl Taker {
             id: id.clone(),
             machine: subject.name,
             parent: parent.as_ref().map(|last| last.id.clone()),
+            generation: 0,
             epoch: subject.epoch,
             created_unix_ms,
             spec: subject.spec,
@@ -202,10 +267,12 @@ impl Taker {
         failpoint::pass("take.manifest")?;
         runtime.block_on(vault.put_manifest(&manifest))?;
         failpoint::pass("take.stored")?;
+        let mut chain = parent.map_or_else(Vec::new, |last| last.chain);
+        chain.push(manifest.outline());
         self.last = Some(Last {
             vault: vault.url().to_owned(),
             id,
-            length: parent.map_or(1, |last| last.length + 1),
+            chain,
         });
         Ok(Taken {
             manifest,
@@ -228,15 +295,20 @@ impl Taker {
         if !incremental {
             // What was known of an earlier checkpoint no longer counts.
             self.trackers.clear();
+            self.seen.clear();
             for memory in memories.iter() {
                 self.trackers.push(DirtyTracker::start(memory.clone())?);
             }
             self.volumes = VolumeTrackers::start(machine.wasi());
         }
         let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
-        for (memory, tracker) in memories.iter().zip(&mut self.trackers) {
+        self.seen.resize(self.trackers.len(), Vec::new());
+        let trackers = self.trackers.iter_mut().zip(&mut self.seen);
+        for (memory, (tracker, seen)) in memories.iter().zip(trackers) {
             ranges.push(if incremental {
-                tracker.take()?
+                let mut written = std::mem::take(seen);
+                written.extend(tracker.take()?);
+                merged(written)
             } else {
                 memory.populated()?
             });
@@ -329,14 +401,85 @@ fn bytes_of(ranges: &[Range<u64>]) -> u64 {
 pub(super) struct Packer {
     vault: Vault,
     machine: MachineName,
-    id: CheckpointId,
+    /// The checkpoint and its generation.
+    of: (CheckpointId, u32),
     runtime: Handle,
     piece: fn(usize) -> Piece,
-    buffer: Vec<u8>,
+    buffer: Buffer,
+    /// Buffers of packs that are stored: fresh ones would cost a page fault for
+    /// each of their pages.
+    spare: Spare,
     packs: Vec<Pack>,
-    storing: VecDeque<JoinHandle<Result<Pack, VaultError>>>,
+    storing: VecDeque<JoinHandle<Result<(), VaultError>>>,
     /// Packs begun so far.
     count: usize,
+}
+
+type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
+
+/// A pack in the making.
+#[derive(Default)]
+struct Buffer {
+    /// As long as it ever was: what is behind `used` counts no more.
+    bytes: Vec<u8>,
+    used: usize,
+    /// Checksums of the blocks that are full, as far as there was time for them.
+    hashed: Vec<[u8; 32]>,
+}
+
+impl Buffer {
+    /// Room for so many more.
+    fn room(&mut self, count: usize) -> &mut [u8] {
+        let end = self.used + count;
+        if self.bytes.len() < end {
+            self.bytes.resize(end.max(PACK_BYTES), 0);
+        }
+        &mut self.bytes[self.used..end]
+    }
+
+    /// Hashes full blocks, which are still in the processor's cache then.
+    fn hash_full(&mut self) {
+        while (self.hashed.len() + 1) * BLOCK_BYTES <= self.used {
+            let at = self.hashed.len() * BLOCK_BYTES;
+            let block = &self.bytes[at..at + BLOCK_BYTES];
+            self.hashed.push(*blake3::hash(block).as_bytes());
+        }
+    }
+
+    /// What describes it; all of it is hashed.
+    fn describe(&mut self) -> Pack {
+        self.hash_full();
+        let rest = self.hashed.len() * BLOCK_BYTES;
+        if rest < self.used {
+            let block = &self.bytes[rest..self.used];
+            self.hashed.push(*blake3::hash(block).as_bytes());
+        }
+        Pack {
+            bytes: self.used as u64,
+            blocks: std::mem::take(&mut self.hashed),
+        }
+    }
+}
+
+/// A pack's bytes while they are stored; its buffer is used again then.
+struct Lent {
+    buffer: Vec<u8>,
+    used: usize,
+    spare: Spare,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer[..self.used]
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let buffer = std::mem::take(&mut self.buffer);
+        let mut spare = self.spare.lock().unwrap_or_else(|error| error.into_inner());
+        spare.push(buffer);
+    }
 }
 
 impl Collected {
@@ -356,31 +499,63 @@ impl Collected {
                     self.pages.add_bytes(count as usize, give_up, |buffer| {
                         memory.read(at, buffer).map(|()| buffer.len())
                     })?;
-                    self.note(number, at, count);
+                    note_page(&mut self.runs, number, at, count);
                     at += count;
                 }
             }
         }
         Ok(())
     }
+}
 
-    fn note(&mut self, memory: u32, at: u64, bytes: u64) {
-        // Memories have at most 64 GiB, which is 2^24 pages.
-        let (first, pages) = ((at / PAGE_BYTES) as u32, (bytes / PAGE_BYTES) as u32);
-        match self.runs.last_mut() {
-            Some(run) if run.memory == memory && run.first + run.pages == first => {
-                run.pages += pages;
-            }
-            _ => self.runs.push(Run {
-                memory,
-                first,
-                pages,
-            }),
+/// Notes pages that were put into a pack.
+pub(super) fn note_page(runs: &mut Vec<Run>, memory: u32, at: u64, bytes: u64) {
+    // Memories have at most 64 GiB, which is 2^24 pages.
+    let (first, pages) = ((at / PAGE_BYTES) as u32, (bytes / PAGE_BYTES) as u32);
+    match runs.last_mut() {
+        Some(run) if run.memory == memory && run.first + run.pages == first => {
+            run.pages += pages;
         }
+        _ => runs.push(Run {
+            memory,
+            first,
+            pages,
+        }),
     }
 }
 
 impl Packer {
+    /// Without anything in it.
+    pub(super) fn new(
+        vault: Vault,
+        machine: MachineName,
+        of: (CheckpointId, u32),
+        runtime: Handle,
+        piece: fn(usize) -> Piece,
+    ) -> Self {
+        Packer {
+            vault,
+            machine,
+            of,
+            runtime,
+            piece,
+            buffer: Buffer::default(),
+            spare: Spare::default(),
+            packs: Vec::new(),
+            storing: VecDeque::new(),
+            count: 0,
+        }
+    }
+
+    /// Adds bytes, and stores full packs.
+    pub(super) fn add(&mut self, bytes: &[u8], give_up: &AtomicBool) -> Result<(), TakeError> {
+        let copy = |buffer: &mut [u8]| -> Result<usize, TakeError> {
+            buffer.copy_from_slice(bytes);
+            Ok(bytes.len())
+        };
+        self.add_bytes(bytes.len(), Some(give_up), copy).map(drop)
+    }
+
     /// Adds up to `count` bytes that `read` puts into a buffer; how many it put.
     pub(super) fn add_bytes<E>(
         &mut self,
@@ -394,18 +569,24 @@ impl Packer {
         if give_up.is_some_and(|give_up| give_up.load(Ordering::Relaxed)) {
             return Err(TakeError::GivenUp);
         }
-        if self.buffer.capacity() == 0 {
-            self.buffer.reserve(PACK_BYTES);
+        if self.buffer.bytes.is_empty() {
+            self.buffer.bytes = self.spare_buffer();
         }
-        let start = self.buffer.len();
-        self.buffer.resize(start + count, 0);
-        let added = read(&mut self.buffer[start..])?;
-        self.buffer.truncate(start + added);
-        if self.buffer.len() >= PACK_BYTES && give_up.is_some() {
-            self.store_pack();
-            self.wait_below(IN_FLIGHT_MAX)?;
+        let added = read(self.buffer.room(count))?;
+        self.buffer.used += added;
+        if give_up.is_some() {
+            self.buffer.hash_full();
+            if self.buffer.used >= PACK_BYTES {
+                self.store_pack();
+                self.wait_below(IN_FLIGHT_MAX)?;
+            }
         }
         Ok(added)
+    }
+
+    fn spare_buffer(&self) -> Vec<u8> {
+        let mut spare = self.spare.lock().unwrap_or_else(|error| error.into_inner());
+        spare.pop().unwrap_or_default()
     }
 
     /// Stores what there is, and makes room for the last pages, so that nothing
@@ -413,31 +594,34 @@ impl Packer {
     fn settle(&mut self) -> Result<(), TakeError> {
         self.store_pack();
         self.wait_below(1)?;
-        self.buffer.resize(LAST_ROOM_BYTES, 0);
-        self.buffer.clear();
+        self.buffer.bytes = self.spare_buffer();
+        if self.buffer.bytes.len() < LAST_ROOM_BYTES {
+            self.buffer.bytes.resize(LAST_ROOM_BYTES, 0);
+        }
         Ok(())
     }
 
     fn store_pack(&mut self) {
-        if self.buffer.is_empty() {
+        if self.buffer.used == 0 {
             return;
         }
-        let bytes = std::mem::take(&mut self.buffer);
+        self.packs.push(self.buffer.describe());
+        let Buffer { bytes, used, .. } = std::mem::take(&mut self.buffer);
+        let lent = Bytes::from_owner(Lent {
+            buffer: bytes,
+            used,
+            spare: self.spare.clone(),
+        });
         let piece = (self.piece)(self.count);
         self.count += 1;
-        let (vault, machine, id) = (self.vault.clone(), self.machine.clone(), self.id.clone());
-        self.storing.push_back(self.runtime.spawn(async move {
-            let bytes = Bytes::from(bytes);
-            let content = bytes.clone();
-            let pack = tokio::task::spawn_blocking(move || Pack::of(&content)).await;
-            vault.put_pack(&machine, &id, piece, bytes).await?;
-            pack.map_err(|error| {
-                VaultError::Store(object_store::Error::Generic {
-                    store: "vault",
-                    source: error.into(),
-                })
-            })
-        }));
+        let (vault, machine) = (self.vault.clone(), self.machine.clone());
+        let (id, generation) = self.of.clone();
+        let store = async move {
+            vault
+                .put_pack(&machine, (&id, generation), piece, lent)
+                .await
+        };
+        self.storing.push_back(self.runtime.spawn(store));
     }
 
     fn wait_below(&mut self, limit: usize) -> Result<(), TakeError> {
@@ -445,16 +629,14 @@ impl Packer {
             let Some(task) = self.storing.pop_front() else {
                 break;
             };
-            let pack = self
-                .runtime
-                .block_on(task)
-                .map_err(|_| TakeError::CutOff)??;
-            self.packs.push(pack);
+            let stored = self.runtime.block_on(task);
+            stored.map_err(|_| TakeError::CutOff)??;
         }
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Vec<Pack>, TakeError> {
+    /// Stores the rest; all of it is stored then.
+    pub(super) fn finish(mut self) -> Result<Vec<Pack>, TakeError> {
         self.store_pack();
         self.wait_below(1)?;
         Ok(std::mem::take(&mut self.packs))

@@ -4,16 +4,22 @@
 //! separators. Async; for a worker's own runtime, never for an agent's hot
 //! paths: stores may be slow.
 
-use super::format::{CheckpointId, FormatError, Manifest, Pack};
+use super::compact::compact;
+use super::format::{BLOCK_BYTES, CheckpointId, FormatError, Manifest, Pack};
+use super::take::TakeError;
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use keel_net::{Bytes, Fingerprint};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Place;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload, RetryConfig};
+use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::runtime::Handle;
 
 /// How long one request to a store may be repeated.
 const RETRY_FOR: Duration = Duration::from_secs(30);
@@ -71,6 +77,17 @@ impl std::fmt::Display for Piece {
     }
 }
 
+/// What is to be in the store of a checkpoint beside its manifest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outline {
+    /// The checkpoint.
+    pub id: CheckpointId,
+    /// How often it was made a full one.
+    pub generation: u32,
+    /// Its packs, with their bytes.
+    pub packs: Vec<(Piece, u64)>,
+}
+
 /// A store of checkpoints.
 #[derive(Debug, Clone)]
 pub struct Vault {
@@ -78,6 +95,9 @@ pub struct Vault {
     prefix: Place,
     url: String,
 }
+
+/// What becomes of a block, by its number.
+pub type TakeBlock<'a, E> = dyn FnMut(usize, &[u8]) -> Result<(), E> + 'a;
 
 /// Checkpoints of a machine, newest first.
 pub type Candidates = Vec<CheckpointId>;
@@ -182,8 +202,17 @@ impl Vault {
         place
     }
 
-    fn pack_place(&self, machine: &MachineName, id: &CheckpointId, piece: Piece) -> Place {
-        self.place(&["machines", machine.as_ref(), &format!("{id}.{piece}.pack")])
+    fn pack_place(
+        &self,
+        machine: &MachineName,
+        (id, generation): (&CheckpointId, u32),
+        piece: Piece,
+    ) -> Place {
+        let name = match generation {
+            0 => format!("{id}.{piece}.pack"),
+            _ => format!("{id}.g{generation}.{piece}.pack"),
+        };
+        self.place(&["machines", machine.as_ref(), &name])
     }
 
     fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Place {
@@ -205,49 +234,191 @@ impl Vault {
         got.bytes().await
     }
 
-    /// Stores a pack.
+    /// Stores a pack of a checkpoint's generation.
     ///
     /// # Errors
     /// [`VaultError::Store`].
     pub async fn put_pack(
         &self,
         machine: &MachineName,
-        id: &CheckpointId,
+        of: (&CheckpointId, u32),
         piece: Piece,
         bytes: Bytes,
     ) -> Result<(), VaultError> {
-        let place = self.pack_place(machine, id, piece);
+        let place = self.pack_place(machine, of, piece);
         self.store.put(&place, PutPayload::from(bytes)).await?;
         Ok(())
     }
 
-    /// Reads a pack and checks it.
+    /// Reads the blocks of a pack that are wanted, one at a time and in order,
+    /// and gives on those whose checksum is right. Blocking, outside of the
+    /// runtime.
+    ///
+    /// # Errors
+    /// [`VaultError`], or what `take` answers; blocks that came before were whole.
+    pub fn read_blocks<E: From<VaultError>>(
+        &self,
+        runtime: &Handle,
+        (manifest, piece): (&Manifest, Piece),
+        expected: &Pack,
+        wanted: &mut dyn FnMut(usize) -> bool,
+        take: &mut TakeBlock<'_, E>,
+    ) -> Result<(), E> {
+        let part = |reason: String| -> E { Self::part(manifest, piece, reason).into() };
+        let store = |error: object_store::Error| -> E { VaultError::Store(error).into() };
+        let place = self.pack_place(
+            &manifest.machine,
+            (&manifest.id, manifest.generation),
+            piece,
+        );
+        let got = match runtime.block_on(self.store.get(&place)) {
+            Ok(got) => got,
+            Err(object_store::Error::NotFound { .. }) => {
+                return Err(part("it is missing".into()));
+            }
+            Err(error) => return Err(store(error)),
+        };
+        if got.meta.size != expected.bytes {
+            return Err(part(format!(
+                "it is damaged: it has {} bytes instead of {}",
+                got.meta.size, expected.bytes
+            )));
+        }
+        let damaged = |number: usize| {
+            part(format!(
+                "it is damaged: the checksum of its MiB {number} is wrong"
+            ))
+        };
+        let mut buffer = Vec::with_capacity(BLOCK_BYTES);
+        match got.payload {
+            GetResultPayload::File(file, _) => {
+                for number in 0..expected.blocks.len() {
+                    if !wanted(number) {
+                        continue;
+                    }
+                    let range = expected.block_range(number);
+                    buffer.resize((range.end - range.start) as usize, 0);
+                    file.read_exact_at(&mut buffer, range.start)
+                        .map_err(|error| part(error.to_string()))?;
+                    if !expected.has_block(number, &buffer) {
+                        return Err(damaged(number));
+                    }
+                    take(number, &buffer)?;
+                }
+            }
+            GetResultPayload::Stream(mut stream) => {
+                let mut number = 0;
+                while number < expected.blocks.len() {
+                    let mut bytes = match runtime.block_on(stream.next()) {
+                        Some(bytes) => bytes.map_err(store)?,
+                        None => return Err(part("it ends too early".into())),
+                    };
+                    while !bytes.is_empty() && number < expected.blocks.len() {
+                        let range = expected.block_range(number);
+                        let length = (range.end - range.start) as usize;
+                        let now = bytes.split_to((length - buffer.len()).min(bytes.len()));
+                        buffer.extend_from_slice(&now);
+                        if buffer.len() < length {
+                            continue;
+                        }
+                        if wanted(number) {
+                            if !expected.has_block(number, &buffer) {
+                                return Err(damaged(number));
+                            }
+                            take(number, &buffer)?;
+                        }
+                        buffer.clear();
+                        number += 1;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all parts of these checkpoints of a machine are there, by name and
+    /// size.
+    ///
+    /// # Errors
+    /// [`VaultError::Part`] for what is missing or cut, [`VaultError::Store`].
+    pub async fn check_parts(
+        &self,
+        machine: &MachineName,
+        chain: &[Outline],
+    ) -> Result<(), VaultError> {
+        let folder = self.place(&["machines", machine.as_ref()]);
+        let there: HashMap<Place, u64> = self
+            .store
+            .list(Some(&folder))
+            .map_ok(|object| (object.location, object.size))
+            .try_collect()
+            .await?;
+        for outline in chain {
+            let part = |part: String, reason: String| VaultError::Part {
+                machine: machine.clone(),
+                id: outline.id.clone(),
+                part,
+                reason,
+            };
+            if !there.contains_key(&self.manifest_place(machine, &outline.id)) {
+                return Err(part("its manifest".into(), "it is missing".into()));
+            }
+            for (piece, expected) in &outline.packs {
+                let reason = match there.get(&self.pack_place(
+                    machine,
+                    (&outline.id, outline.generation),
+                    *piece,
+                )) {
+                    Some(bytes) if bytes == expected => continue,
+                    Some(bytes) => {
+                        format!("it is damaged: it has {bytes} bytes instead of {expected}")
+                    }
+                    None => "it is missing".into(),
+                };
+                return Err(part(format!("pack {piece}"), reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one block of a pack and checks it.
     ///
     /// # Errors
     /// [`VaultError`].
-    pub async fn pack(
+    pub async fn block(
         &self,
-        machine: &MachineName,
-        id: &CheckpointId,
+        manifest: &Manifest,
         piece: Piece,
         expected: &Pack,
+        number: usize,
     ) -> Result<Bytes, VaultError> {
-        let part = |reason: String| VaultError::Part {
-            machine: machine.clone(),
-            id: id.clone(),
-            part: format!("pack {piece}"),
-            reason,
-        };
-        let place = self.pack_place(machine, id, piece);
-        let bytes = match self.read(&place).await {
+        let place = self.pack_place(
+            &manifest.machine,
+            (&manifest.id, manifest.generation),
+            piece,
+        );
+        let range = expected.block_range(number);
+        let bytes = match self.store.get_range(&place, range).await {
             Ok(bytes) => bytes,
-            Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing".into())),
+            Err(object_store::Error::NotFound { .. }) => {
+                return Err(Self::part(manifest, piece, "it is missing".into()));
+            }
             Err(error) => return Err(error.into()),
         };
-        if expected.describes(&bytes) {
+        if expected.has_block(number, &bytes) {
             Ok(bytes)
         } else {
-            Err(part("it is damaged: its checksum is wrong".into()))
+            let reason = format!("it is damaged: the checksum of its MiB {number} is wrong");
+            Err(Self::part(manifest, piece, reason))
+        }
+    }
+
+    fn part(manifest: &Manifest, piece: Piece, reason: String) -> VaultError {
+        VaultError::Part {
+            machine: manifest.machine.clone(),
+            id: manifest.id.clone(),
+            part: format!("pack {piece}"),
+            reason,
         }
     }
 
@@ -399,27 +570,58 @@ impl Vault {
         }
     }
 
-    /// Deletes a machine's checkpoints but the newest `keep` and those that they
-    /// stand on, and pieces of checkpoints that were never finished. How many
-    /// checkpoints went.
+    /// Deletes a machine's checkpoints but those that are to be kept and those that
+    /// they stand on, and pieces of checkpoints that were never finished. Where
+    /// what is kept only for the sake of others is mostly superseded, the oldest
+    /// that is wanted is made a full one first. How many checkpoints went. Blocking,
+    /// outside of the runtime.
     ///
     /// # Errors
-    /// [`VaultError`]; nothing that is needed is gone then.
-    pub async fn keep_newest(
+    /// [`TakeError`]; nothing that is needed is gone then.
+    pub fn keep(
         &self,
+        runtime: &Handle,
         machine: &MachineName,
-        keep: usize,
-    ) -> Result<usize, VaultError> {
-        let all = self.list(machine).await?;
-        let mut needed = std::collections::BTreeSet::new();
-        for id in all.iter().take(keep.max(1)) {
-            // One that cannot be read is kept: it may be readable tomorrow.
-            needed.insert(id.clone());
-            if let Ok(chain) = self.chain(machine, id).await {
-                needed.extend(chain.into_iter().map(|manifest| manifest.id));
+        retention: Retention,
+        now_unix_ms: u64,
+    ) -> Result<usize, TakeError> {
+        let all = runtime.block_on(self.list(machine))?;
+        let wanted: Vec<&CheckpointId> = (0..)
+            .zip(&all)
+            .filter(|(newer, id)| retention.keeps(*newer, id, now_unix_ms))
+            .map(|(_, id)| id)
+            .collect();
+        if let Some(oldest) = wanted.last() {
+            // One that cannot be read is kept as it is: it may be readable tomorrow.
+            let chain = runtime.block_on(self.chain(machine, oldest));
+            if let Ok(chain) = chain
+                && chain.len() > 1
+                && let Ok((stored, counts)) = super::compact::bytes_of(&chain)
+                && stored - counts >= counts
+            {
+                let bytes = compact(self, runtime, machine, oldest)?;
+                tracing::info!(%machine, %oldest, stored, ?bytes, "made a full checkpoint of it");
             }
         }
-        let newest = all.first().cloned();
+        Ok(runtime.block_on(self.delete_others(machine, &all, &wanted))?)
+    }
+
+    async fn delete_others(
+        &self,
+        machine: &MachineName,
+        all: &[CheckpointId],
+        wanted: &[&CheckpointId],
+    ) -> Result<usize, VaultError> {
+        // With the generation of each, where its manifest can be read.
+        let mut needed: BTreeMap<CheckpointId, Option<u32>> = BTreeMap::new();
+        for id in wanted {
+            needed.entry((*id).clone()).or_insert(None);
+            if let Ok(chain) = self.chain(machine, id).await {
+                let of = |it: Manifest| (it.id, Some(it.generation));
+                needed.extend(chain.into_iter().map(of));
+            }
+        }
+        let newest = all.first();
         let folder = self.place(&["machines", machine.as_ref()]);
         let objects: Vec<Place> = self
             .store
@@ -427,27 +629,27 @@ impl Vault {
             .map_ok(|object| object.location)
             .try_collect()
             .await?;
-        let id_of = |place: &Place| -> Option<CheckpointId> {
-            place.filename()?.split_once('.')?.0.parse().ok()
-        };
-        let mut gone = std::collections::BTreeSet::new();
+        let mut gone = BTreeSet::new();
         let (mut manifests, mut packs) = (Vec::new(), Vec::new());
         for place in objects {
-            // What is newer than the newest may just be in the making.
-            let Some(id) =
-                id_of(&place).filter(|id| newest.as_ref().is_some_and(|newest| id < newest))
-            else {
+            let Some((id, generation)) = place.filename().and_then(id_of) else {
                 continue;
             };
-            if needed.contains(&id) {
+            // What is newer than the newest may just be in the making.
+            if newest.is_none_or(|newest| id > *newest) {
                 continue;
             }
             let is_manifest = place.extension() == Some("manifest");
-            if is_manifest {
-                gone.insert(id);
-                manifests.push(Ok(place));
-            } else {
-                packs.push(Ok(place));
+            match needed.get(&id) {
+                // Before it was made a full one it had others.
+                Some(Some(now)) if !is_manifest && generation < *now => packs.push(Ok(place)),
+                Some(_) => {}
+                None if newest == Some(&id) => {}
+                None if is_manifest => {
+                    gone.insert(id);
+                    manifests.push(Ok(place));
+                }
+                None => packs.push(Ok(place)),
             }
         }
         // Without its manifest a checkpoint is not there: it never lacks a part.
@@ -459,5 +661,38 @@ impl Vault {
                 .await?;
         }
         Ok(gone.len())
+    }
+}
+
+/// The checkpoint and the generation that an object is of.
+fn id_of(name: &str) -> Option<(CheckpointId, u32)> {
+    let (id, rest) = name.split_once('.')?;
+    let generation = rest
+        .strip_prefix('g')
+        .and_then(|rest| rest.split_once('.')?.0.parse().ok());
+    Some((id.parse().ok()?, generation.unwrap_or(0)))
+}
+
+/// Which of a machine's checkpoints are kept: those that any of these names. The
+/// newest always is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retention {
+    /// So many of the newest.
+    pub newest: Option<u32>,
+    /// Those that are not older, in seconds.
+    pub for_s: Option<u64>,
+}
+
+impl Retention {
+    /// Whether everything is kept.
+    pub fn is_all(&self) -> bool {
+        *self == Retention::default()
+    }
+
+    fn keeps(&self, newer: u32, id: &CheckpointId, now_unix_ms: u64) -> bool {
+        let young = self
+            .for_s
+            .is_some_and(|s| id.unix_ms().saturating_add(s.saturating_mul(1000)) >= now_unix_ms);
+        newer == 0 || self.is_all() || young || self.newest.is_some_and(|newest| newer < newest)
     }
 }

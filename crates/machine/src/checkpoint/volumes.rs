@@ -1,20 +1,16 @@
 //! A machine's own volumes in checkpoints: blocks of its files in packs of their
 //! own, and in the manifest which ones they are.
 
+use super::RestoreError;
 use super::format::{BlockRun, Manifest};
 use super::take::{Packer, TakeError};
 use super::vault::{Piece, Vault};
-use super::{RestoreError, VaultError};
-use futures::StreamExt;
 use keel_wasi::Wasi;
 use keel_wasi::volume::{BlockReader, BlockWriter, Changes, Tracker};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use tokio::runtime::Handle;
-
-/// Packs that are read at a time.
-const READ_AHEAD: usize = 3;
 
 /// Knows what was written to a machine's volumes since its last checkpoint.
 #[derive(Debug, Default)]
@@ -65,15 +61,15 @@ impl VolumeTrackers {
                 let (offset, count) = (piece.start, (piece.end - piece.start) as usize);
                 let read = |buffer: &mut [u8]| reader.read(inode, offset, buffer);
                 let bytes = packer.add_bytes(count, give_up, read)? as u64;
-                note(runs, volume, inode, offset, bytes);
+                note_block(runs, volume, inode, offset, bytes);
             }
         }
         Ok(())
     }
 }
 
-/// Notes bytes that were put into a pack.
-fn note(runs: &mut Vec<BlockRun>, number: u32, file: u64, at: u64, length: u64) {
+/// Notes bytes of a file that were put into a pack.
+pub(super) fn note_block(runs: &mut Vec<BlockRun>, number: u32, file: u64, at: u64, length: u64) {
     if length == 0 {
         return;
     }
@@ -109,51 +105,93 @@ pub(super) fn fill(
         let writer = BlockWriter::new(&folder.join(number.to_string())).map_err(disk)?;
         writers.insert(number, writer);
     }
-    let absent = |volume: u32| {
-        disk(std::io::Error::other(format!(
-            "there is no volume {volume}"
-        )))
+    let mut filling = Filling {
+        runs: manifest.block_runs.iter(),
+        now: None,
+        writers,
+        folder,
     };
-    let mut packs = futures::stream::iter(manifest.block_packs.iter().enumerate())
-        .map(|(number, pack)| {
-            let piece = Piece::Blocks(number);
-            vault.pack(&manifest.machine, &manifest.id, piece, pack)
-        })
-        .buffered(READ_AHEAD);
-    let mut rest = keel_net::Bytes::new();
-    for run in &manifest.block_runs {
-        match *run {
-            BlockRun::Cut {
-                volume,
-                inode,
-                bytes,
-            } => {
-                let writer = writers.get_mut(&volume).ok_or_else(|| absent(volume))?;
-                writer.cut(inode, bytes).map_err(disk)?;
-            }
-            BlockRun::Blocks {
-                volume,
-                inode,
-                offset,
-                bytes,
-            } => {
-                let writer = writers.get_mut(&volume).ok_or_else(|| absent(volume))?;
-                let (mut at, end) = (offset, offset + bytes);
-                while at < end {
-                    if rest.is_empty() {
-                        rest = match runtime.block_on(packs.next()) {
-                            Some(bytes) => bytes?,
-                            // (The manifest's check has made sure that it fits.)
-                            None => return Err(VaultError::None(manifest.machine.clone()).into()),
-                        };
-                    }
-                    let count = usize::try_from(end - at).unwrap_or(usize::MAX);
-                    let piece = rest.split_to(count.min(rest.len()));
-                    writer.write(inode, at, &piece).map_err(disk)?;
-                    at += piece.len() as u64;
+    filling.cuts()?;
+    for (number, pack) in manifest.block_packs.iter().enumerate() {
+        vault.read_blocks(
+            runtime,
+            (manifest, Piece::Blocks(number)),
+            pack,
+            &mut |_| true,
+            &mut |_, bytes| filling.add(bytes),
+        )?;
+    }
+    Ok(())
+}
+
+/// Repeats what happened to files, as its bytes come.
+struct Filling<'a> {
+    runs: std::slice::Iter<'a, BlockRun>,
+    /// What the next bytes are of: file, where, and how many of them.
+    now: Option<(u32, u64, u64, u64)>,
+    writers: HashMap<u32, BlockWriter>,
+    folder: &'a Path,
+}
+
+impl Filling<'_> {
+    fn failed(&self, source: std::io::Error) -> RestoreError {
+        RestoreError::Volume {
+            folder: self.folder.to_owned(),
+            source,
+        }
+    }
+
+    fn writer(&mut self, volume: u32) -> Result<&mut BlockWriter, RestoreError> {
+        let missing = self.failed(std::io::Error::other(format!(
+            "there is no volume {volume}"
+        )));
+        self.writers.get_mut(&volume).ok_or(missing)
+    }
+
+    /// Goes on to the next run that has bytes.
+    fn cuts(&mut self) -> Result<(), RestoreError> {
+        while let Some(run) = self.runs.next() {
+            match *run {
+                BlockRun::Cut {
+                    volume,
+                    inode,
+                    bytes,
+                } => {
+                    let cut = self.writer(volume)?.cut(inode, bytes);
+                    cut.map_err(|error| self.failed(error))?;
+                }
+                BlockRun::Blocks {
+                    volume,
+                    inode,
+                    offset,
+                    bytes,
+                } => {
+                    self.now = Some((volume, inode, offset, bytes));
+                    return Ok(());
                 }
             }
         }
+        Ok(())
     }
-    Ok(())
+
+    fn add(&mut self, mut bytes: &[u8]) -> Result<(), RestoreError> {
+        while !bytes.is_empty() {
+            // (The manifest's check has made sure that it fits.)
+            let Some((volume, inode, offset, left)) = self.now.take() else {
+                return Ok(());
+            };
+            let count = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
+            let (piece, rest) = bytes.split_at(count);
+            let written = self.writer(volume)?.write(inode, offset, piece);
+            written.map_err(|error| self.failed(error))?;
+            bytes = rest;
+            let count = count as u64;
+            if count < left {
+                self.now = Some((volume, inode, offset + count, left - count));
+            } else {
+                self.cuts()?;
+            }
+        }
+        Ok(())
+    }
 }

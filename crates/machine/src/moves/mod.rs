@@ -3,14 +3,18 @@
 //! `source` is seen from the node that gives the machine away and decides,
 //! `target` from the worker that receives it. Both are stepped with events by a
 //! thin runtime (`keel-node` for the source, [`crate::worker`] for the target),
-//! which carries out their commands in order.
+//! which carries out their commands in order. `converge` says when copying is over,
+//! `predict` how a move will go.
 
+pub mod converge;
+pub mod predict;
 mod source;
 mod target;
 
 pub use source::{SourceCommand, SourceEvent, SourceMove, SourceState};
 pub use target::{TargetCommand, TargetEvent, TargetMove, TargetState};
 
+use self::predict::Prediction;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use serde::{Deserialize, Serialize};
 
@@ -161,9 +165,40 @@ pub struct MoveReport {
     /// How its memory came after it ran there already, if it did (post-copy).
     #[serde(default)]
     pub fill: Option<FillReport>,
+    /// What was foretold of it, where that was to be had.
+    #[serde(default)]
+    pub predicted: Option<Prediction>,
 }
 
 impl MoveReport {
+    /// Of a move that took no time.
+    #[cfg(test)]
+    pub(crate) fn example() -> Self {
+        MoveReport {
+            machine: "m".parse().unwrap(),
+            source: "n".parse().unwrap(),
+            target: "n".parse().unwrap(),
+            epoch: Epoch::default(),
+            started_unix_ms: 0,
+            ending: Ending::Moved,
+            offer_micros: 0,
+            copy_micros: 0,
+            rounds: Vec::new(),
+            slowed: false,
+            freeze_micros: 0,
+            last_pages_micros: 0,
+            last_bytes: 0,
+            state_micros: 0,
+            commit_micros: 0,
+            resume_micros: 0,
+            downtime_micros: 0,
+            bytes: 0,
+            total_micros: 0,
+            fill: None,
+            predicted: None,
+        }
+    }
+
     /// One line for people.
     pub fn line(&self) -> String {
         let ms = |micros: u64| micros as f64 / 1000.0;
@@ -187,8 +222,20 @@ impl MoveReport {
                     ms(self.commit_micros),
                     ms(self.resume_micros),
                 );
-                match &self.fill {
+                let line = match &self.fill {
                     Some(fill) => format!("{line}; {}", fill.line()),
+                    None => line,
+                };
+                match &self.predicted {
+                    Some(predicted) => format!(
+                        "{line}; foretold: {:.0} ms ({:.0} to {:.0}), standing still {:.2} ({:.2} to {:.2})",
+                        ms(predicted.total_micros.likely),
+                        ms(predicted.total_micros.low),
+                        ms(predicted.total_micros.high),
+                        ms(predicted.downtime_micros.likely),
+                        ms(predicted.downtime_micros.low),
+                        ms(predicted.downtime_micros.high),
+                    ),
                     None => line,
                 }
             }

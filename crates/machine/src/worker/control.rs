@@ -1,7 +1,7 @@
 //! Requests, answers and events between an agent and its workers, over
 //! `keel-net`'s rpc on a Unix socket that only this user can reach.
 
-use crate::checkpoint::{CheckpointId, Origin};
+use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName};
@@ -44,6 +44,8 @@ pub mod kind {
     pub const FAILPOINT: u16 = 0x04ff;
     /// [`super::Checkpoint`] → [`super::Checkpointed`].
     pub const CHECKPOINT: u16 = 0x040e;
+    /// `()` → [`crate::moves::predict::Activity`]: what it does with its memory.
+    pub const ACTIVITY: u16 = 0x0412;
     /// `()` → stream of `Option<String>`: where the machine waits for room on
     /// a disk, the present state first.
     pub const PAUSES: u16 = 0x0410;
@@ -124,8 +126,8 @@ pub struct Checkpoint {
     pub vault: String,
     /// Whether all of it is stored, whatever was stored before.
     pub full: bool,
-    /// How many checkpoints of the machine are kept then; all without.
-    pub keep: Option<u32>,
+    /// Which checkpoints of the machine are kept then.
+    pub keep: Retention,
 }
 
 /// A checkpoint that was made.
@@ -184,6 +186,9 @@ pub struct Copy {
     pub target: Receiving,
     /// Whether memory comes after the machine (post-copy).
     pub post_copy: bool,
+    /// How long sending what is left may take while it stands still, in
+    /// microseconds.
+    pub budget_micros: u64,
 }
 
 /// How copying goes.

@@ -10,6 +10,7 @@
 //! folder. It never decides who owns the machine; it does what its agent, which
 //! reads the store, tells it.
 
+mod activity;
 pub mod control;
 mod filling;
 mod incoming;

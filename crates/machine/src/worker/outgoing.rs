@@ -8,6 +8,7 @@ use super::volumes::{OutgoingVolumes, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose};
 use crate::log::Log;
+use crate::moves::converge::{self, Next, best_rate};
 use crate::moves::{FillReport, Phase, Progress, Round};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{ClientTls, PinnedIdentity};
@@ -17,19 +18,9 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Rounds of copying after which the machine is frozen whatever is left.
-const ROUNDS_MAX: usize = 40;
-/// What is left may take this long to send while the machine stands still.
-const LAST_PAGES_BUDGET: Duration = Duration::from_millis(2);
-/// This little may always be left (a round costs more than sending it), and at
-/// the most this much, however fast the link.
-const LAST_BYTES_MIN: u64 = 1 << 20;
-const LAST_BYTES_MAX: u64 = 4 << 20;
 /// Rounds of catching up just before the freeze, and what is little enough.
 const CATCH_UP_ROUNDS_MAX: u32 = 4;
 const CATCH_UP_BYTES: u64 = 256 << 10;
-/// From this round on a guest that writes faster than can be copied is slowed.
-const SLOW_FROM_ROUND: usize = 4;
 /// How long threads may take to their safepoints.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 /// Period of slowing a guest down, and the largest share of it, in percent, in
@@ -91,6 +82,8 @@ pub(super) struct Outgoing {
     slowdown: Slowdown,
     /// For each memory, pages that were found written and not sent.
     unsent: Vec<PageSet>,
+    /// What is left at the freeze may take this long to send.
+    budget: Duration,
 }
 
 impl Outgoing {
@@ -129,6 +122,7 @@ impl Outgoing {
             link,
             trackers: Vec::new(),
             volumes: OutgoingVolumes::default(),
+            budget: Duration::from_micros(copy.budget_micros),
         })
     }
 
@@ -186,23 +180,17 @@ impl Outgoing {
                     .map(|range| range.end - range.start)
                     .sum::<u64>();
             }
-            let rate = best_rate(&rounds);
             let goes_on = tell(CopyEvent::Progress(Progress {
                 phase: Phase::Copy,
                 round: rounds.len() as u32,
                 sent_bytes: self.link.sent_bytes(),
                 remaining_bytes: left,
-                bytes_per_s: rate as u64,
+                bytes_per_s: best_rate(&rounds) as u64,
                 downtime_micros: 0,
             }));
             if !goes_on {
                 return Err(LinkError::Aborted("nobody waits for it".into()).into());
             }
-            let budget = (rate * LAST_PAGES_BUDGET.as_secs_f64()) as u64;
-            let shrinks = left * 10 < bytes * 7;
-            let small = left <= budget.clamp(LAST_BYTES_MIN, LAST_BYTES_MAX)
-                // More rounds of this size would not help.
-                || left <= LAST_BYTES_MAX && !shrinks;
             if self.way.hello.post_copy {
                 // One round; what was written since comes behind the machine.
                 // Files do not: nobody waits for a block that is not there.
@@ -212,16 +200,15 @@ impl Outgoing {
                 }
                 break;
             }
-            if small || rounds.len() >= ROUNDS_MAX {
-                // What was found dirty is sent with the rest.
-                self.send_ranges(&ranges, false)?;
-                self.volumes.send(&mut self.link)?;
-                break;
-            }
-            // Only a round in which no progress was made counts: the guest
-            // writes as fast as the link carries.
-            if rounds.len() >= SLOW_FROM_ROUND && !shrinks {
-                self.slowdown.more();
+            match converge::next(&rounds, left, self.budget) {
+                Next::Freeze => {
+                    // What was found dirty is sent with the rest.
+                    self.send_ranges(&ranges, false)?;
+                    self.volumes.send(&mut self.link)?;
+                    break;
+                }
+                Next::Slower => self.slowdown.more(),
+                Next::Round => {}
             }
         }
         failpoint::pass("out.converged")?;
@@ -397,14 +384,6 @@ fn unexpected(message: &Message) -> OutgoingError {
 
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// The link's rate, in bytes a second: short rounds say little about it.
-fn best_rate(rounds: &[Round]) -> f64 {
-    rounds
-        .iter()
-        .map(|round| round.bytes as f64 / (round.micros.max(1) as f64 / 1e6))
-        .fold(0.0, f64::max)
 }
 
 /// Slows a guest down: its threads stand at safepoints for a share of the time.

@@ -2,6 +2,7 @@
 //! that moves need.
 
 use super::SOCKET;
+use super::activity;
 use super::control::{
     Checkpoint, Checkpointed, Copy, CopyEvent, Frozen, LogChunk, ReadLog, Receive, Receiving,
     Report, Start, StartFrom, State, VolumeReport, kind, pack, unpack,
@@ -10,12 +11,14 @@ use super::filling::{Filler, Filling};
 use super::incoming::{self, IncomingError};
 use super::outgoing::Outgoing;
 use super::volumes::{self, IncomingVolumes};
-use crate::checkpoint::{self, Destination, Origin, Subject, Taker, Vault};
+use crate::checkpoint::{self, Behind, Destination, Origin, Subject, Taker, Vault};
 use crate::failpoint;
 use crate::link::{Link, LinkError, Message};
 use crate::log::{Log, LogSink, StreamKind};
+use crate::moves::predict::Activity;
 use crate::moves::{FillReport, TargetCommand, TargetEvent, TargetMove, TargetState};
 use crate::spec::{Spec, Status, VolumeKind};
+use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName};
 use keel_net::rpc::everyone_is_member;
 use keel_net::{
@@ -44,6 +47,8 @@ const LOG_CHUNK_BYTES: usize = 64 << 10;
 struct Worker {
     /// Held while the machine is being frozen and sent, or thawed.
     freezing: Mutex<()>,
+    /// Held by whoever tracks the machine's writes, but for a move.
+    tracking: Mutex<()>,
     folder: PathBuf,
     programs: PathBuf,
     engine: Engine,
@@ -77,6 +82,8 @@ struct Inner {
     target: Option<TargetMove>,
     /// Brings the memory of a machine that arrived, while it runs.
     filler: Option<Filler>,
+    /// Brings that of a machine made of a checkpoint, while it runs.
+    behind: Option<Arc<Behind>>,
     /// Set from the first page that is sent behind the machine on.
     serving: bool,
     post_copy: bool,
@@ -118,6 +125,7 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
         })),
         paused,
         freezing: Mutex::default(),
+        tracking: Mutex::default(),
         folder: folder.to_owned(),
         programs: programs.to_owned(),
         engine,
@@ -268,6 +276,10 @@ impl Worker {
                 let taken = blocking(move || self.checkpoint(&request, &runtime)).await?;
                 Ok(pack(&taken)?.into())
             }
+            kind::ACTIVITY => {
+                let activity = blocking(move || self.activity()).await?;
+                Ok(pack(&activity)?.into())
+            }
             kind::LOG => {
                 let read: ReadLog = unpack(&payload)?;
                 let (send, chunks) = mpsc::channel(16);
@@ -303,8 +315,14 @@ impl Worker {
         inner.epoch = start.epoch;
         inner.machine = Some(machine.clone());
         drop(inner);
-        self.state
-            .send_replace(State::Running { epoch: start.epoch });
+        self.state.send_if_modified(|state| {
+            // Damage may have been found already.
+            let first = *state == State::Empty;
+            if first {
+                *state = State::Running { epoch: start.epoch };
+            }
+            first
+        });
         self.prepare_resume(PREPARE_AFTER);
         self.watch_end(machine)
     }
@@ -330,7 +348,7 @@ impl Worker {
 
     /// A machine where its checkpoint was; it runs.
     fn restore(
-        &self,
+        self: &Arc<Self>,
         origin: &Origin,
         start: &Start,
         runtime: &Handle,
@@ -373,6 +391,9 @@ impl Worker {
         }
         let wasi = Wasi::restore(restored.image.wasi.clone(), self.resources(spec, &log))
             .map_err(RpcError::failed)?;
+        if let Some(behind) = restored.behind {
+            self.bring(behind, start.epoch)?;
+        }
         let machine = Machine::prepare(
             program,
             restored.image,
@@ -386,11 +407,53 @@ impl Worker {
         Ok((machine, log))
     }
 
+    /// Lets the memory of a machine come while it runs. What is damaged is found
+    /// only then, and is the machine's end.
+    fn bring(self: &Arc<Self>, behind: Behind, epoch: Epoch) -> Result<(), RpcError> {
+        let behind = Arc::new(behind);
+        self.inner().behind = Some(behind.clone());
+        let worker = self.clone();
+        behind
+            .begin(move |result| {
+                let Err(reason) = result else {
+                    worker.inner().behind = None;
+                    return;
+                };
+                tracing::error!(reason, "the machine cannot go on");
+                let log = worker.inner().log.clone();
+                if let Some(log) = &log {
+                    say(log, &format!("it cannot go on: {reason}"));
+                }
+                let status = Status::Failed { reason };
+                worker.state.send_replace(State::Ended { epoch, status });
+            })
+            .map_err(RpcError::failed)
+    }
+
+    /// Waits until all of its memory is here.
+    fn await_memory(&self) -> Result<(), String> {
+        let behind = self.inner().behind.clone();
+        behind.map_or(Ok(()), |behind| behind.wait())
+    }
+
     // ── checkpoints ─────────────────────────────────────────────────────
 
     fn checkpoint(&self, request: &Checkpoint, runtime: &Handle) -> Result<Checkpointed, RpcError> {
         let vault = Vault::create(&request.vault).map_err(RpcError::failed)?;
+        self.await_memory().map_err(RpcError::failed)?;
         let give_up = Arc::new(AtomicBool::new(false));
+        let _tracking = match self.tracking.try_lock() {
+            Ok(tracking) => tracking,
+            Err(std::sync::TryLockError::Poisoned(error)) => error.into_inner(),
+            Err(std::sync::TryLockError::WouldBlock) if self.inner().taking.is_some() => {
+                return Err(RpcError::failed("a checkpoint of it is being made already"));
+            }
+            // It is only looked at, for a moment.
+            Err(std::sync::TryLockError::WouldBlock) => self
+                .tracking
+                .lock()
+                .unwrap_or_else(|error| error.into_inner()),
+        };
         let (machine, log, subject, mut taker) = {
             let mut inner = self.inner();
             if inner.giving_away {
@@ -438,8 +501,8 @@ impl Worker {
         }
         let taken = taken.map_err(RpcError::failed)?;
         let deleted = match request.keep {
-            Some(keep) => runtime.block_on(vault.keep_newest(&name, keep as usize)),
-            None => Ok(0),
+            all if all.is_all() => Ok(0),
+            some => vault.keep(runtime, &name, some, unix_ms()),
         };
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(Checkpointed {
@@ -456,6 +519,35 @@ impl Worker {
                 }
             },
         })
+    }
+
+    /// Looks for a moment at what the machine writes.
+    fn activity(&self) -> Result<Activity, RpcError> {
+        let busy = |why| Err(RpcError::failed(format!("{why}; try again")));
+        let Ok(_tracking) = self.tracking.try_lock() else {
+            return busy("a checkpoint of it is being made");
+        };
+        let (machine, mut taker) = {
+            let mut inner = self.inner();
+            if inner.giving_away {
+                return busy("the machine is moving");
+            }
+            if inner.filler.is_some() || inner.behind.is_some() {
+                return busy("a part of its memory is still to come");
+            }
+            let machine = inner.machine.clone();
+            let machine = machine.ok_or_else(|| RpcError::failed("no machine runs here"))?;
+            (machine, inner.taker.take())
+        };
+        let volumes = volume_reports(&machine);
+        let volume_bytes = volumes.iter().map(|volume| volume.bytes).sum();
+        let sampled = activity::sample(machine.memories(), taker.as_mut(), volume_bytes);
+        let mut inner = self.inner();
+        // A move that began meanwhile has its own.
+        if !inner.giving_away {
+            inner.taker = taker;
+        }
+        sampled.map_err(RpcError::failed)
     }
 
     /// A move comes first: a checkpoint in the making is given up, and what is
@@ -615,12 +707,17 @@ impl Worker {
             return;
         };
         self.end_checkpoints();
-        let result = Outgoing::connect(&name, epoch, machine, log, &identity, copy).and_then(
-            |mut outgoing| {
-                self.inner().closer = Some(outgoing.closer()?);
-                outgoing.copy(&mut tell).map(|()| outgoing)
-            },
-        );
+        // Nor is it looked at any more.
+        drop(self.tracking.lock());
+        self.inner().taker = None;
+        let result = self
+            .await_memory()
+            .map_err(|reason| LinkError::Aborted(reason).into())
+            .and_then(|()| Outgoing::connect(&name, epoch, machine, log, &identity, copy));
+        let result = result.and_then(|mut outgoing| {
+            self.inner().closer = Some(outgoing.closer()?);
+            outgoing.copy(&mut tell).map(|()| outgoing)
+        });
         match result {
             Ok(outgoing) => self.inner().outgoing = Some(outgoing),
             Err(error) => {

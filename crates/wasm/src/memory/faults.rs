@@ -84,6 +84,18 @@ impl PageFaults {
         Ok(PageFaults { memory, uffd })
     }
 
+    /// All pages are there: from now on no access waits, though other threads
+    /// still hold this. What is missing is zero.
+    ///
+    /// # Errors
+    /// [`MemoryError::System`].
+    pub fn stop(&self) -> Result<(), MemoryError> {
+        uffd::unregister(&self.uffd, &self.memory).map_err(|source| MemoryError::System {
+            what: "end the serving of page faults",
+            source,
+        })
+    }
+
     /// Waits for an access; `None` if there was none in that time. Several
     /// threads may wait.
     ///
@@ -420,6 +432,24 @@ mod tests {
                     .all(|thread| thread.join().unwrap() == 3)
             );
         });
+    }
+
+    #[test]
+    fn after_the_end_nothing_waits_and_writes_can_be_tracked() {
+        let memory = memory();
+        let faults = PageFaults::start(memory.clone(), false).unwrap();
+        let byte = served(&memory, 5 * PAGE, || {
+            expect(&faults);
+            // Whoever waits goes on, with zeros.
+            faults.stop().unwrap();
+        });
+        assert_eq!(byte, 0);
+        assert_eq!(load(&memory, 6 * PAGE), 0);
+        let mut tracker = crate::memory::DirtyTracker::start(memory.clone()).unwrap();
+        store(&memory, 7 * PAGE, 1);
+        let written = tracker.take().unwrap();
+        assert_eq!(written.len(), 1);
+        assert_eq!(written[0], 7 * PAGE_BYTES..8 * PAGE_BYTES);
     }
 
     #[test]

@@ -23,6 +23,7 @@ const USER_MODE_ONLY: i32 = 1;
 const API: u64 = 0xAA;
 const API_REQUEST: u64 = 0xC018_AA3F;
 const REGISTER: u64 = 0xC020_AA00;
+const UNREGISTER: u64 = 0x8010_AA01;
 
 /// Why something is not to be had: what was missing.
 #[derive(Debug, thiserror::Error)]
@@ -143,4 +144,11 @@ pub(super) fn register(uffd: &OwnedFd, memory: &GuestMemory, mode: u64) -> std::
     };
     // SAFETY: the structure of this request; the range is our own mapping.
     unsafe { ioctl(uffd, REGISTER, &mut register) }.map(drop)
+}
+
+/// Takes that back; whoever waits goes on.
+pub(super) fn unregister(uffd: &OwnedFd, memory: &GuestMemory) -> std::io::Result<()> {
+    let mut range = [memory.base() as u64, memory.reserved_bytes() as u64];
+    // SAFETY: the structure of this request; the range is our own mapping.
+    unsafe { ioctl(uffd, UNREGISTER, &mut range) }.map(drop)
 }

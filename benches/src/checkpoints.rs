@@ -1,0 +1,241 @@
+//! Checkpoints into a directory beside plain writing and reading of as many bytes
+//! there, in turns; and what an incremental one costs.
+//!
+//! *Plain writing* is one file, written in pieces of 1 MiB from a buffer, and synced
+//! once; *plain reading* reads those files again in such pieces. Before each reading
+//! the files are dropped from the page cache, so that both come from the disk.
+
+use crate::table::{Table, median};
+use anyhow::{Context, Result};
+use keel_machine::checkpoint::{Destination, Origin, Subject, Taken, Taker, Vault, restore};
+use keel_machine::log::Log;
+use keel_machine::restart::Restart;
+use keel_machine::spec::Spec;
+use keel_wasi::{Config, MemorySink, Wasi};
+use keel_wasm::runtime::{Engine, Machine, Options};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+
+/// Bytes of one plain write or read.
+const PIECE_BYTES: usize = 1 << 20;
+const MEMORY_MIB: &str = "1024";
+
+struct Bench {
+    machine: Machine,
+    output: Arc<MemorySink>,
+    engine: Engine,
+    log: Log,
+    runtime: Runtime,
+    place: PathBuf,
+    spec: Spec,
+}
+
+pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
+    let folder = tempfile::tempdir_in(".")?;
+    let mut table = Table::new(&["", "MB/s p50", "beside it, plain", "ratio"]);
+    let quiet = Bench::start(guests, folder.path(), "1")?;
+    let (mut taking, mut writing) = (Vec::new(), Vec::new());
+    let (mut cold, mut reading) = (Vec::new(), Vec::new());
+    let mut pauses = Vec::new();
+    for _ in 0..rounds {
+        let (taken, rate) = quiet.take(&mut Taker::default())?;
+        taking.push(rate);
+        pauses.push(taken.pause.as_secs_f64() * 1e3);
+        writing.push(plain_write(&quiet.place, taken.manifest.stored_bytes())?);
+        cold.push(quiet.restore()?);
+        reading.push(plain_read(&quiet.place)?);
+        std::fs::remove_dir_all(&quiet.place)?;
+    }
+    for (name, ours, plain) in [
+        ("taking a full one", taking, writing),
+        ("restoring it", cold, reading),
+    ] {
+        let (ours, plain) = (median(ours), median(plain));
+        table.row(vec![
+            name.to_owned(),
+            format!("{ours:.0}"),
+            format!("{plain:.0}"),
+            format!("{:.2}", ours / plain),
+        ]);
+    }
+    table.print(&format!("Checkpoints of 1 GiB ({rounds} rounds)"));
+    println!("\nstood still for one: {:.2} ms p50", median(pauses));
+    drop(quiet);
+    increments(guests, folder.path(), rounds)
+}
+
+/// What increments cost that have different shares of memory.
+fn increments(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
+    let mut table = Table::new(&[
+        "written in between, MB/s",
+        "stored MB p50",
+        "ms p50",
+        "MB/s",
+    ]);
+    for rate in ["10", "50", "200"] {
+        let bench = Bench::start(guests, folder, rate)?;
+        let mut taker = Taker::default();
+        bench.take(&mut taker)?;
+        let (mut stored, mut times) = (Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            std::thread::sleep(Duration::from_millis(500));
+            let (taken, _) = bench.take(&mut taker)?;
+            stored.push(taken.manifest.stored_bytes() as f64 / 1e6);
+            times.push(taken.total.as_secs_f64() * 1e3);
+        }
+        let (stored, time) = (median(stored), median(times));
+        table.row(vec![
+            rate.to_owned(),
+            format!("{stored:.1}"),
+            format!("{time:.0}"),
+            format!("{:.0}", stored / time * 1e3),
+        ]);
+        std::fs::remove_dir_all(&bench.place)?;
+    }
+    table.print("Incremental checkpoints of 1 GiB, one each half second");
+    Ok(())
+}
+
+impl Bench {
+    fn start(guests: &Path, folder: &Path, rate: &str) -> Result<Self> {
+        let module = std::fs::read(guests.join("writer.wasm")).context("the guest `writer`")?;
+        let engine = Engine::new(Options::default())?;
+        let program = engine.load(&module)?;
+        program.prepare_resume()?;
+        let output = Arc::new(MemorySink::default());
+        let args = ["writer", MEMORY_MIB, rate];
+        let config = Config {
+            args: args.map(str::to_owned).to_vec(),
+            stdout: Box::new(output.clone()),
+            ..Config::default()
+        };
+        let spec = Spec {
+            module: String::new(),
+            args: args.map(str::to_owned).to_vec(),
+            env: Vec::new(),
+            volumes: Vec::new(),
+            memory_bytes: 2 << 30,
+            threads_max: 1,
+            cpu_limit_millis: None,
+            output_bytes_per_s: 1 << 20,
+            remove_at_end: false,
+            restart: Restart::No,
+            checkpoints: None,
+        };
+        let bench = Bench {
+            machine: Machine::start(program, Wasi::new(config)?, spec.limits())?,
+            output,
+            engine,
+            log: Log::open(&folder.join("log"), 0)?,
+            runtime: Runtime::new()?,
+            place: folder.join("kept"),
+            spec,
+        };
+        while bench.output.bytes().len() < 4 {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(bench)
+    }
+
+    fn vault(&self) -> Result<Vault> {
+        let place = std::path::absolute(&self.place)?;
+        Ok(Vault::create(&place.display().to_string())?)
+    }
+
+    /// Takes one, and how many megabytes a second that were.
+    fn take(&self, taker: &mut Taker) -> Result<(Taken, f64)> {
+        let vault = self.vault()?;
+        let destination = Destination {
+            vault: &vault,
+            runtime: self.runtime.handle(),
+            full: false,
+            give_up: &AtomicBool::new(false),
+        };
+        let subject = Subject {
+            name: "m".parse().map_err(anyhow::Error::msg)?,
+            spec: self.spec.clone(),
+            epoch: keel_cluster::Epoch::default(),
+        };
+        let taken = taker.take(&self.machine, subject, &self.log, &destination)?;
+        let rate = taken.manifest.stored_bytes() as f64 / taken.total.as_micros() as f64;
+        Ok((taken, rate))
+    }
+
+    fn restore(&self) -> Result<f64> {
+        let bytes = drop_from_cache(&self.place)?;
+        let vault = self.vault()?;
+        let origin = Origin {
+            vault: vault.url().to_owned(),
+            machine: "m".parse().map_err(anyhow::Error::msg)?,
+            id: None,
+            is_clone: false,
+            warm: false,
+        };
+        let limits = self.spec.limits();
+        let begun = Instant::now();
+        let volumes = self.place.with_extension("volumes");
+        let runtime = self.runtime.handle();
+        let restored = restore(&origin, &vault, &self.engine, limits, runtime, &volumes)?;
+        let took = begun.elapsed();
+        drop(restored);
+        Ok(bytes as f64 / took.as_micros() as f64)
+    }
+}
+
+fn packs(place: &Path) -> Result<Vec<PathBuf>> {
+    let folder = place.join("machines/m");
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|it| it == "pack") {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+/// The next reading comes from the disk; bytes of all packs.
+fn drop_from_cache(place: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for path in packs(place)? {
+        let file = File::open(path)?;
+        bytes += file.metadata()?.len();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    }
+    Ok(bytes)
+}
+
+/// Megabytes a second of writing so many bytes to one file.
+fn plain_write(place: &Path, bytes: u64) -> Result<f64> {
+    let path = place.join("plain");
+    let piece: Vec<u8> = (0..PIECE_BYTES).map(|at| (at * 31) as u8).collect();
+    let begun = Instant::now();
+    let mut file = File::create(&path)?;
+    let mut left = bytes;
+    while left > 0 {
+        let now = left.min(PIECE_BYTES as u64);
+        file.write_all(&piece[..now as usize])?;
+        left -= now;
+    }
+    file.sync_all()?;
+    let rate = bytes as f64 / begun.elapsed().as_micros() as f64;
+    std::fs::remove_file(&path)?;
+    Ok(rate)
+}
+
+/// Megabytes a second of reading all packs.
+fn plain_read(place: &Path) -> Result<f64> {
+    let bytes = drop_from_cache(place)?;
+    let mut piece = vec![0; PIECE_BYTES];
+    let begun = Instant::now();
+    for path in packs(place)? {
+        let mut file = File::open(path)?;
+        while file.read(&mut piece)? > 0 {}
+    }
+    Ok(bytes as f64 / begun.elapsed().as_micros() as f64)
+}

@@ -1,0 +1,203 @@
+//! Checkpoints that are made by themselves, and machines that start warm, in
+//! clusters of real processes.
+
+use keel_api::CheckpointInfo;
+use keel_machine::checkpoint::Retention;
+use keel_machine::spec::CheckpointPlan;
+use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+
+fn guest(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
+    std::fs::read(path).expect("a prebuilt guest")
+}
+
+struct Bench {
+    cluster: LocalCluster,
+    folder: PathBuf,
+}
+
+impl Bench {
+    async fn new(folder: &Path, names: &[&str]) -> Self {
+        let cluster = LocalCluster::start(Path::new(KEEL), folder, names).await;
+        Bench {
+            cluster: cluster.expect("a cluster"),
+            folder: folder.to_owned(),
+        }
+    }
+
+    fn keel(&self, node: &str, args: &[&str]) -> (bool, String) {
+        let output = Command::new(KEEL)
+            .arg("--state-dir")
+            .arg(self.folder.join(node))
+            .args(args)
+            .output()
+            .expect("keel runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (
+            output.status.success(),
+            text(&output.stdout) + &text(&output.stderr),
+        )
+    }
+}
+
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir();
+    folder.expect("a folder")
+}
+
+/// Each second one, the newest three are kept, also after a move and a new agent;
+/// none is made too many.
+#[tokio::test(flavor = "multi_thread")]
+async fn checkpoints_are_made_by_themselves() {
+    let folder = folder();
+    let bench = Bench::new(folder.path(), &["a", "b"]).await;
+    let kept = folder.path().join("kept").display().to_string();
+    let module = guest("counter");
+    let machine = Guest {
+        checkpoints: Some(CheckpointPlan {
+            every_s: 1,
+            to: Some(kept.clone()),
+            retention: Retention {
+                newest: Some(3),
+                for_s: None,
+            },
+        }),
+        ..Guest::new("regular", "a", &module, &["1000000", "20"])
+    };
+    bench.cluster.run(&machine).await.expect("it starts");
+    let several = |bench: &Bench, newer: Option<String>| {
+        let path = format!("/v1/machines/regular/checkpoints?from={kept}");
+        let client = bench.cluster.client("b");
+        async move {
+            wait_for("three newer checkpoints", || async {
+                let all: Vec<CheckpointInfo> = client.get(&path).await.ok()?;
+                let newer = all.iter().filter(|info| Some(&info.id) > newer.as_ref());
+                (newer.count() >= 3).then(|| all.clone())
+            })
+            .await
+            .expect("they are made")
+        }
+    };
+    let first = several(&bench, None).await;
+    assert!(first.len() <= 4, "{} are kept", first.len());
+    // (One may just be in the making.)
+    for pair in first.windows(2) {
+        let apart = pair[0].created_unix_ms - pair[1].created_unix_ms;
+        assert!(apart >= 900, "{apart} ms apart");
+    }
+    let (moved, text) = bench.keel("a", &["move", "regular", "--to", "b"]);
+    assert!(moved, "{text}");
+    let second = several(&bench, Some(first[0].id.clone())).await;
+    bench.cluster.kill_agent("b").expect("it is killed");
+    let third = several(&bench, Some(second[0].id.clone())).await;
+    let (described, text) = bench.keel("a", &["describe", "regular"]);
+    assert!(
+        described && text.contains("every 1s") && text.contains("the newest 3"),
+        "{text}"
+    );
+    let (killed, text) = bench.keel("a", &["kill", "regular"]);
+    assert!(killed, "{text}");
+    let (restored, text) = bench.keel(
+        "a",
+        &["restore", "regular", "--from", &kept, "--as", "again"],
+    );
+    assert!(restored, "{text}");
+    drop(third);
+    for args in [
+        ["run", "x.wasm", "--checkpoint-keep", "3"],
+        ["run", "x.wasm", "--checkpoint-every", "soon"],
+    ] {
+        assert!(!bench.keel("a", &args).0);
+    }
+}
+
+/// A template becomes machines at once, with their memory coming behind; each is
+/// whole, can be kept, moved and lost like any other.
+#[tokio::test(flavor = "multi_thread")]
+async fn machines_start_warm() {
+    let folder = folder();
+    let bench = Bench::new(folder.path(), &["a", "b"]).await;
+    let kept = folder.path().join("kept").display().to_string();
+    let module = guest("writer");
+    let machine = Guest::new("template", "a", &module, &["64", "20"]);
+    bench.cluster.run(&machine).await.expect("it starts");
+    let lines = |text: &str| {
+        text.lines()
+            .filter_map(|line| line.parse::<u64>().ok())
+            .collect::<Vec<u64>>()
+    };
+    let output = |node: &'static str, name: &'static str| {
+        let cluster = &bench.cluster;
+        async move { cluster.output(node, name).await.unwrap_or_default() }
+    };
+    wait_for("lines", || async {
+        (lines(&output("a", "template").await).len() > 2).then_some(())
+    })
+    .await
+    .expect("lines");
+    let (done, text) = bench.keel("a", &["checkpoint", "template", "--to", &kept]);
+    assert!(done, "{text}");
+    let (done, text) = bench.keel("a", &["kill", "template"]);
+    assert!(done, "{text}");
+    for name in ["warm-1", "warm-2"] {
+        let args = [
+            "restore", "template", "--from", &kept, "--as", name, "--warm",
+        ];
+        let (done, text) = bench.keel("a", &args);
+        assert!(done, "{text}");
+    }
+    // At once: what is still to come of its memory is waited for.
+    let client = bench.cluster.client("a");
+    wait_for("warm-1 runs", || async {
+        let info = bench.cluster.inspect("a", "warm-1").await.ok()?;
+        (info.status == "running").then_some(())
+    })
+    .await
+    .expect("it runs");
+    let report = keel_testkit::move_by(&client, "warm-1", "b").await;
+    let report = report.expect("a report");
+    assert_eq!(report.ending, keel_machine::moves::Ending::Moved);
+    let (done, text) = bench.keel("a", &["checkpoint", "warm-2", "--to", &kept]);
+    assert!(done, "{text}");
+    for (node, name) in [("b", "warm-1"), ("a", "warm-2")] {
+        let before = lines(&output(node, name).await).len();
+        wait_for("it checks its memory and goes on", || async {
+            (lines(&output(node, name).await).len() > before + 3).then_some(())
+        })
+        .await
+        .expect("it goes on");
+        let numbers = lines(&output(node, name).await);
+        let first = numbers[0];
+        let text: String = numbers.iter().map(|it| format!("{it}\n")).collect();
+        check_numbered(&text, first).expect("none is missing or doubled");
+    }
+    // One whose pages are damaged is ended by name, and starts nowhere else.
+    let pack = std::fs::read_dir(format!("{kept}/machines/template"))
+        .expect("packs")
+        .map(|entry| entry.expect("an entry").path())
+        .find(|path| path.extension().is_some_and(|it| it == "pack"))
+        .expect("a pack");
+    let mut bytes = std::fs::read(&pack).expect("its bytes");
+    for byte in bytes.iter_mut().step_by(1 << 16) {
+        *byte ^= 1;
+    }
+    std::fs::write(&pack, bytes).expect("written");
+    let args = [
+        "restore", "template", "--from", &kept, "--as", "torn", "--warm",
+    ];
+    let (done, text) = bench.keel("a", &args);
+    assert!(done, "{text}");
+    let info = wait_for("torn ends", || async {
+        let info = bench.cluster.inspect("a", "torn").await.ok()?;
+        (!info.is_live()).then_some(info)
+    })
+    .await
+    .expect("it ends");
+    assert_eq!(info.status, "failed");
+    let message = info.message.unwrap_or_default();
+    assert!(message.contains("is damaged"), "{message}");
+}

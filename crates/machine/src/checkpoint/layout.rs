@@ -1,0 +1,296 @@
+//! Where each page of a machine lies in a chain of checkpoints: of a page that
+//! was stored several times, only the newest counts, so that each page is
+//! brought once, in any order and by several threads.
+
+use super::format::{BLOCK_BYTES, Manifest};
+use keel_wasm::memory::PAGE_BYTES;
+use std::ops::Range;
+
+/// Pages that share a checksum.
+const BLOCK_PAGES: u32 = (BLOCK_BYTES as u64 / PAGE_BYTES) as u32;
+/// The most that a memory can have, in 64 KiB pages: 64 GiB.
+const SIZE_MAX: u64 = 1 << 20;
+/// A page that is in no pack: it is zero.
+const NOWHERE: u32 = u32::MAX;
+
+/// A MiB of a pack: what is read and checked at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Block {
+    /// Number of the pack in the layout.
+    pub pack: usize,
+    /// Number of the block in the pack.
+    pub number: usize,
+}
+
+/// A pack of one of the chain's checkpoints.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PackAt {
+    /// Number of the checkpoint in the chain.
+    pub checkpoint: usize,
+    /// Number of the pack in it.
+    pub number: usize,
+    /// Its first page, counted over the whole chain.
+    first: u32,
+    pages: u32,
+}
+
+/// Pages as they came.
+#[derive(Debug, Clone, Copy)]
+struct Stored {
+    /// Its first page, counted over the whole chain.
+    first: u32,
+    pages: u32,
+    memory: u32,
+    /// Page of the memory.
+    to: u32,
+}
+
+/// Pages of a block that are the newest of their kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Piece {
+    /// The memory that they belong to.
+    pub memory: usize,
+    /// Where they belong, in bytes.
+    pub offset: u64,
+    /// Where they lie in the block, in bytes.
+    pub within: Range<usize>,
+}
+
+/// All of a chain, the full one first.
+#[derive(Debug)]
+pub(super) struct Layout {
+    packs: Vec<PackAt>,
+    stored: Vec<Stored>,
+    /// For each memory and page, which stored page counts.
+    newest: Vec<Vec<u32>>,
+}
+
+impl Layout {
+    /// Of a chain whose manifests were checked one by one.
+    ///
+    /// # Errors
+    /// A sentence, where they do not belong together.
+    pub(super) fn new(chain: &[Manifest]) -> Result<Self, &'static str> {
+        let last = chain.last().ok_or("it is empty")?;
+        if last.memory_pages.iter().any(|size| *size > SIZE_MAX) {
+            return Err("it is larger than any machine");
+        }
+        let mut newest: Vec<Vec<u32>> = last
+            .memory_pages
+            .iter()
+            .map(|size| vec![NOWHERE; *size as usize * 16])
+            .collect();
+        let (mut packs, mut stored) = (Vec::new(), Vec::new());
+        let (mut next, mut pack_next) = (0u32, 0u32);
+        let add = |a: u32, b: u32| a.checked_add(b).ok_or("it has too many pages");
+        for (checkpoint, manifest) in chain.iter().enumerate() {
+            for run in &manifest.runs {
+                let (from, to) = (run.first as usize, (run.first + run.pages) as usize);
+                let places = newest
+                    .get_mut(run.memory as usize)
+                    .and_then(|memory| memory.get_mut(from..to))
+                    .ok_or("an older one is of a larger machine")?;
+                for (at, place) in (next..).zip(places) {
+                    *place = at;
+                }
+                stored.push(Stored {
+                    first: next,
+                    pages: run.pages,
+                    memory: run.memory,
+                    to: run.first,
+                });
+                next = add(next, run.pages)?;
+            }
+            for (number, pack) in manifest.packs.iter().enumerate() {
+                if !pack.bytes.is_multiple_of(PAGE_BYTES) {
+                    return Err("a pack ends in the middle of a page");
+                }
+                let pages = u32::try_from(pack.bytes / PAGE_BYTES).map_err(|_| "a pack is huge")?;
+                packs.push(PackAt {
+                    checkpoint,
+                    number,
+                    first: pack_next,
+                    pages,
+                });
+                pack_next = add(pack_next, pages)?;
+            }
+        }
+        Ok(Layout {
+            packs,
+            stored,
+            newest,
+        })
+    }
+
+    /// The packs, by their numbers.
+    pub(super) fn packs(&self) -> &[PackAt] {
+        &self.packs
+    }
+
+    /// Blocks of a pack.
+    pub(super) fn blocks(&self, pack: usize) -> impl Iterator<Item = Block> + use<> {
+        let pages = self.packs.get(pack).map_or(0, |pack| pack.pages);
+        (0..pages.div_ceil(BLOCK_PAGES) as usize).map(move |number| Block { pack, number })
+    }
+
+    /// Where a page of a memory lies; `None` if it is zero.
+    pub(super) fn find(&self, memory: usize, page: u64) -> Option<Block> {
+        let at = *self
+            .newest
+            .get(memory)?
+            .get(usize::try_from(page).ok()?)
+            .filter(|at| **at != NOWHERE)?;
+        let pack = self.packs.partition_point(|pack| pack.first <= at) - 1;
+        let number = ((at - self.packs[pack].first) / BLOCK_PAGES) as usize;
+        Some(Block { pack, number })
+    }
+
+    /// What counts of a block.
+    pub(super) fn pieces(&self, block: Block) -> Vec<Piece> {
+        let mut pieces: Vec<Piece> = Vec::new();
+        let Some(pack) = self.packs.get(block.pack) else {
+            return pieces;
+        };
+        let from = pack.first + block.number as u32 * BLOCK_PAGES;
+        let end = (from + BLOCK_PAGES).min(pack.first + pack.pages);
+        let mut at = self
+            .stored
+            .partition_point(|stored| stored.first + stored.pages <= from);
+        while let Some(stored) = self.stored.get(at).filter(|stored| stored.first < end) {
+            at += 1;
+            let memory = stored.memory as usize;
+            for page in stored.first.max(from)..(stored.first + stored.pages).min(end) {
+                let to = stored.to + (page - stored.first);
+                if self.newest[memory][to as usize] != page {
+                    continue;
+                }
+                let offset = u64::from(to) * PAGE_BYTES;
+                let start = ((page - from) as u64 * PAGE_BYTES) as usize;
+                let bytes = start..start + PAGE_BYTES as usize;
+                match pieces.last_mut() {
+                    Some(last)
+                        if last.memory == memory
+                            && last.within.end == bytes.start
+                            && last.offset + last.within.len() as u64 == offset =>
+                    {
+                        last.within.end = bytes.end;
+                    }
+                    _ => pieces.push(Piece {
+                        memory,
+                        offset,
+                        within: bytes,
+                    }),
+                }
+            }
+        }
+        pieces
+    }
+
+    /// Bytes of pages that count.
+    pub(super) fn bytes(&self) -> u64 {
+        let pages = self.newest.iter().flatten();
+        pages.filter(|at| **at != NOWHERE).count() as u64 * PAGE_BYTES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::format::tests::example;
+    use crate::checkpoint::format::{Pack, Run};
+
+    /// Random chains, beside doing literally what the format says.
+    #[test]
+    fn the_newest_of_each_page_counts() {
+        let mut random = 7u64;
+        let mut below = move |limit: u64| {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
+            (random >> 33) % limit
+        };
+        for _ in 0..50 {
+            let sizes = [1 + below(40), 1 + below(4)];
+            let mut chain = Vec::new();
+            let mut expected = [vec![], vec![]];
+            for (memory, size) in sizes.iter().enumerate() {
+                expected[memory] = vec![None; *size as usize * 16];
+            }
+            for checkpoint in 0..1 + below(4) as usize {
+                let mut manifest = example();
+                manifest.memory_pages = sizes.to_vec();
+                (manifest.runs, manifest.packs) = (Vec::new(), Vec::new());
+                let mut pages = 0;
+                for _ in 0..below(30) {
+                    let memory = below(2);
+                    let all = sizes[memory as usize] * 16;
+                    let first = below(all);
+                    let count = 1 + below((all - first).min(90));
+                    for page in first..first + count {
+                        expected[memory as usize][page as usize] = Some((checkpoint, pages));
+                        pages += 1;
+                    }
+                    manifest.runs.push(Run {
+                        memory: memory as u32,
+                        first: first as u32,
+                        pages: count as u32,
+                    });
+                }
+                let mut left = pages;
+                while left > 0 {
+                    let now = (1 + below(600)).min(left);
+                    left -= now;
+                    manifest.packs.push(Pack {
+                        bytes: now * PAGE_BYTES,
+                        blocks: Vec::new(),
+                    });
+                }
+                chain.push(manifest);
+            }
+            let layout = Layout::new(&chain).unwrap();
+            let mut found = [vec![None; expected[0].len()], vec![None; expected[1].len()]];
+            let mut bytes = 0;
+            for (number, pack) in layout.packs().iter().enumerate() {
+                let before: u64 = chain[pack.checkpoint].packs[..pack.number]
+                    .iter()
+                    .map(|pack| pack.bytes / PAGE_BYTES)
+                    .sum();
+                for block in layout.blocks(number) {
+                    for piece in layout.pieces(block) {
+                        bytes += piece.within.len() as u64;
+                        for at in piece.within.clone().step_by(PAGE_BYTES as usize) {
+                            let to = piece.offset + (at - piece.within.start) as u64;
+                            let page = before + block.number as u64 * 256 + at as u64 / PAGE_BYTES;
+                            let place = &mut found[piece.memory][(to / PAGE_BYTES) as usize];
+                            assert_eq!(place.replace((pack.checkpoint, page)), None);
+                            let at = layout.find(piece.memory, to / PAGE_BYTES);
+                            assert_eq!(at, Some(block));
+                        }
+                    }
+                }
+            }
+            assert_eq!(found, expected);
+            assert_eq!(bytes, layout.bytes());
+            let nowhere = expected[1].iter().position(Option::is_none);
+            if let Some(page) = nowhere {
+                assert_eq!(layout.find(1, page as u64), None);
+            }
+            assert_eq!(layout.find(1, 1 << 40), None);
+            assert_eq!(layout.find(2, 0), None);
+        }
+    }
+
+    #[test]
+    fn chains_of_other_machines_are_refused() {
+        let mut old = example();
+        old.memory_pages = vec![4];
+        old.runs = vec![Run {
+            memory: 0,
+            first: 40,
+            pages: 2,
+        }];
+        let mut new = old.clone();
+        new.memory_pages = vec![2];
+        new.runs.clear();
+        assert!(Layout::new(&[old, new]).is_err());
+        assert!(Layout::new(&[]).is_err());
+    }
+}

@@ -1,0 +1,225 @@
+//! What a move would be like: whether the target would take the machine, how long
+//! it would take and stand still. Nothing is reserved or changed.
+//!
+//! The figures are `keel-machine`'s to compute ([`predict`]); here is gathered what
+//! it needs to know: what the machine writes (looked at for a moment), and what the
+//! link carries (by earlier moves, or by a trial of a few hundred milliseconds at
+//! the most, where there were none).
+
+use crate::agent::Agent;
+use crate::moving::{self, Proofs};
+use crate::operate::OperateError;
+use crate::record;
+use crate::service::kind as node_kind;
+use crate::workers::{PROMPT, Worker};
+use keel_api::DryRun;
+use keel_cluster::{MachineName, NodeName};
+use keel_machine::moves::converge::LAST_PAGES_BUDGET;
+use keel_machine::moves::predict::{Activity, Known, Prediction, predict};
+use keel_machine::moves::{Ending, MoveReport};
+use keel_machine::spec::{Record, Status};
+use keel_machine::worker::control::{kind, pack};
+use keel_net::{Bytes, Fingerprint, RpcError};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Bytes of one message of a trial of a link, and how many there are.
+const TRIAL_BYTES: usize = 256 << 10;
+const TRIAL_MESSAGES: usize = 8;
+/// Moves that are remembered for each target.
+const REMEMBERED: usize = 16;
+/// How long a move waits for its prediction beside its offer.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Earlier moves away from here, by target.
+#[derive(Debug, Default)]
+pub(crate) struct History(HashMap<NodeName, VecDeque<MoveReport>>);
+
+impl History {
+    pub(crate) fn add(&mut self, report: &MoveReport) {
+        if report.ending != Ending::Moved {
+            return;
+        }
+        let of = self.0.entry(report.target.clone()).or_default();
+        of.push_back(report.clone());
+        if of.len() > REMEMBERED {
+            of.pop_front();
+        }
+    }
+
+    /// All that is known of moves to a target: of this node's memory, or, after it
+    /// was started anew, of the machine's record.
+    fn of(&self, record: &Record, source: &NodeName, target: &NodeName) -> Vec<MoveReport> {
+        match self.0.get(target) {
+            Some(known) => known.iter().cloned().collect(),
+            None => {
+                let same =
+                    |report: &&MoveReport| report.source == *source && report.target == *target;
+                record.reports.iter().filter(same).cloned().collect()
+            }
+        }
+    }
+}
+
+/// What a user's move of a machine that runs here would be like.
+pub(crate) async fn dry_run(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    target: &NodeName,
+    budget: Option<Duration>,
+) -> Result<DryRun, OperateError> {
+    let found = record::get(&*agent.store, machine).await?;
+    let record = found.record;
+    if record.status != Status::Running {
+        return Err(OperateError::Conflict(format!(
+            "machine {machine:?} is {}, only a running one can move",
+            record.status.word()
+        )));
+    }
+    if *target == agent.name {
+        return Err(OperateError::Conflict(format!(
+            "machine {machine:?} is on {target} already"
+        )));
+    }
+    if !agent.members.contains(target) {
+        return Err(OperateError::Missing(format!(
+            "there is no node {target:?} (see `keel nodes`)"
+        )));
+    }
+    let worker = agent.workers.get(machine).ok_or_else(|| {
+        OperateError::Conflict(format!("machine {machine:?} has no worker here; try again"))
+    })?;
+    let away = |reason: String| OperateError::Away(format!("machine {machine:?}: {reason}"));
+    let history = history(agent, &record, target);
+    let (activity, trial) = look(agent, &worker, target, &history).await.map_err(away)?;
+    let known = Known {
+        activity: &activity,
+        trial_bytes_per_s: trial,
+        history: &history,
+        budget: budget.unwrap_or(LAST_PAGES_BUDGET),
+    };
+    let unknown = || away(format!("what the link to {target} carries is not known"));
+    let pre_copy = predict(&known, false).ok_or_else(unknown)?;
+    let post_copy = predict(&known, true).ok_or_else(unknown)?;
+    let refusal = would_take(agent, &record, found.revision, &worker, target)
+        .await
+        .err();
+    Ok(DryRun {
+        machine: machine.to_string(),
+        source: agent.name.to_string(),
+        target: target.to_string(),
+        refusal,
+        memory_bytes: activity.populated_bytes,
+        volume_bytes: activity.volume_bytes,
+        pre_copy,
+        post_copy,
+    })
+}
+
+/// The prediction for a move that begins; `None` where it is not to be had soon.
+pub(crate) async fn before_move(
+    agent: Arc<Agent>,
+    record: Record,
+    worker: Worker,
+    target: NodeName,
+    post_copy: bool,
+    budget: Duration,
+) -> Option<Prediction> {
+    let history = history(&agent, &record, &target);
+    let looked = look(&agent, &worker, &target, &history);
+    let (activity, trial) = match tokio::time::timeout(PATIENCE, looked).await {
+        Ok(Ok(looked)) => looked,
+        Ok(Err(reason)) => {
+            tracing::debug!(machine = %record.name, reason, "no prediction of its move");
+            return None;
+        }
+        Err(_) => return None,
+    };
+    let known = Known {
+        activity: &activity,
+        trial_bytes_per_s: trial,
+        history: &history,
+        budget,
+    };
+    predict(&known, post_copy)
+}
+
+fn history(agent: &Agent, record: &Record, target: &NodeName) -> Vec<MoveReport> {
+    let history = agent.history.lock();
+    let history = history.unwrap_or_else(|error| error.into_inner());
+    history.of(record, &agent.name, target)
+}
+
+/// Looks at what the machine writes, and at the link if nothing is known of it.
+async fn look(
+    agent: &Agent,
+    worker: &Worker,
+    target: &NodeName,
+    history: &[MoveReport],
+) -> Result<(Activity, Option<u64>), String> {
+    let activity = async {
+        let looked: Result<Activity, RpcError> = worker.ask(kind::ACTIVITY, &(), PROMPT).await;
+        looked.map_err(|error| match error {
+            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
+            other => other.to_string(),
+        })
+    };
+    let trial = async {
+        match history.is_empty() {
+            true => trial(agent, target).await.ok(),
+            false => None,
+        }
+    };
+    // One after the other: a trial would take the processor from the guest.
+    let activity = activity.await?;
+    Ok((activity, trial.await))
+}
+
+/// Bytes a second that a link carries.
+async fn trial(agent: &Agent, target: &NodeName) -> Result<u64, RpcError> {
+    let payload = Bytes::from(vec![0x5a; TRIAL_BYTES]);
+    // The connection, and the way there and back.
+    let call = |payload: Bytes| agent.peers.call(target, node_kind::TRIAL, payload, PROMPT);
+    call(Bytes::new()).await?;
+    let begun = Instant::now();
+    call(Bytes::new()).await?;
+    let there_and_back = begun.elapsed();
+    let begun = Instant::now();
+    let calls = (0..TRIAL_MESSAGES).map(|_| call(payload.clone()));
+    for answer in futures::future::join_all(calls).await {
+        answer?;
+    }
+    let took = begun.elapsed().saturating_sub(there_and_back);
+    let bytes = (TRIAL_BYTES * TRIAL_MESSAGES) as f64;
+    Ok((bytes / took.as_secs_f64().max(1e-6)) as u64)
+}
+
+/// Whether the target would take it.
+async fn would_take(
+    agent: &Agent,
+    record: &Record,
+    revision: u64,
+    worker: &Worker,
+    target: &NodeName,
+) -> Result<(), String> {
+    let text = |error: RpcError| match error {
+        RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
+        other => other.to_string(),
+    };
+    let report = worker.report().await.map_err(text)?;
+    let proofs = Proofs::make(&record.spec).await?;
+    let nobody = Fingerprint([0; 32]);
+    let offer = moving::offer_of(record, revision, &report, nobody, &proofs, false);
+    let answer = match offer.and_then(|offer| pack(&offer).map_err(text)) {
+        Ok(payload) => agent
+            .peers
+            .call(target, node_kind::WOULD_TAKE, payload, PROMPT)
+            .await
+            .map(drop)
+            .map_err(text),
+        Err(reason) => Err(reason),
+    };
+    proofs.remove().await;
+    answer
+}

@@ -1,0 +1,119 @@
+//! Checkpoints that are made by themselves, as a machine's spec says: each so
+//! long after the one before, wherever the machine is by then.
+//!
+//! What it is counted from is the newest checkpoint in the store, so that neither
+//! a move nor a new agent makes one too many or too few.
+
+use crate::agent::Agent;
+use crate::keep;
+use crate::record::{self, RecordError};
+use crate::workers::Worker;
+use keel_api::CheckpointRequest;
+use keel_cluster::MachineName;
+use keel_cluster::clock::unix_ms;
+use keel_machine::spec::{CheckpointPlan, Status};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The longest pause between two looks at a machine.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// The longest pause after one that failed.
+const RETRY_MAX: Duration = Duration::from_secs(60);
+
+/// Makes a machine's checkpoints until its worker is gone.
+pub(crate) fn watch(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) {
+    let (agent, machine, worker) = (agent.clone(), machine.clone(), worker.clone());
+    tokio::spawn(async move {
+        let mut newest = None;
+        let mut failed = 0;
+        while agent
+            .workers
+            .get(&machine)
+            .is_some_and(|now| now.is(&worker))
+        {
+            let record = match record::get(&*agent.store, &machine).await {
+                Ok(found) => found.record,
+                Err(RecordError::NoMachine(_)) => return,
+                Err(_) => {
+                    tokio::time::sleep(LOOK_EVERY).await;
+                    continue;
+                }
+            };
+            let Some(plan) = &record.spec.checkpoints else {
+                // One that may come is seen when the spec is changed.
+                return;
+            };
+            if newest.is_none() {
+                newest = keep::newest_ms(&agent, &machine, plan.to.as_deref()).await;
+            }
+            let since = newest.unwrap_or(record.started_unix_ms);
+            let due = due(plan, since, failed);
+            let now = unix_ms();
+            let runs = record.owner == agent.name && record.status == Status::Running;
+            if !runs || due > now {
+                let rest = Duration::from_millis(due.saturating_sub(now));
+                // (A machine that arrives is about to run.)
+                let least = Duration::from_millis(if runs { 1 } else { 500 });
+                tokio::time::sleep(rest.clamp(least, LOOK_EVERY)).await;
+                continue;
+            }
+            let request = CheckpointRequest {
+                to: plan.to.clone(),
+                full: false,
+                keep: plan.retention.newest,
+                keep_for_s: plan.retention.for_s,
+            };
+            match keep::checkpoint(&agent, &machine, request).await {
+                Ok(taken) => {
+                    newest = Some(taken.created_unix_ms);
+                    failed = 0;
+                }
+                Err(error) => {
+                    tracing::warn!(%machine, %error, "the checkpoint that was due was not made");
+                    newest = Some(since.max(now.saturating_sub(plan.every_s * 1000)));
+                    failed += 1;
+                }
+            }
+        }
+    });
+}
+
+/// When the next one is due: so long after the newest, or a little after the last
+/// attempt.
+fn due(plan: &CheckpointPlan, newest_ms: u64, failed: u32) -> u64 {
+    let every = Duration::from_secs(plan.every_s);
+    let pause = match failed {
+        0 => Duration::ZERO,
+        // Doubling: a store that is away is not asked each second.
+        _ => Duration::from_secs(1)
+            .saturating_mul(2u32.saturating_pow(failed))
+            .min(RETRY_MAX)
+            .min(every),
+    };
+    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    newest_ms
+        .saturating_add(ms(every))
+        .saturating_add(ms(pause))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_machine::checkpoint::Retention;
+
+    #[test]
+    fn one_follows_the_other_and_failures_are_spaced() {
+        let plan = |every_s| CheckpointPlan {
+            every_s,
+            to: None,
+            retention: Retention::default(),
+        };
+        assert_eq!(due(&plan(10), 5_000, 0), 15_000);
+        assert_eq!(due(&plan(600), 5_000, 1), 607_000);
+        assert_eq!(due(&plan(600), 5_000, 3), 613_000);
+        assert_eq!(due(&plan(600), 5_000, 99), 665_000);
+        // Never so rarely that more than one is left out.
+        assert_eq!(due(&plan(2), 5_000, 99), 9_000);
+        assert_eq!(due(&plan(u64::MAX), 5_000, 0), u64::MAX);
+    }
+}
