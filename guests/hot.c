@@ -1,12 +1,13 @@
 // A hot loop: touches argv[1] MiB once, then writes a word in each page of the
-// first argv[2] MiB of it, over and over, as fast as it can; prints a numbered
-// line at most every half millisecond, argv[3] of them (for ever without).
+// first argv[2] MiB of it, over and over, as fast as it can; after each MiB it
+// prints a numbered line if half a millisecond is over since the last, argv[3] of
+// them (for ever without).
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 
-enum { PAGE = 4096, WORDS = PAGE / 8, TICK_NS = 500000 };
+enum { PAGE = 4096, WORDS = PAGE / 8, MIB = 256, TICK_NS = 500000 };
 
 static uint64_t now_ns(void) {
     struct timespec t;
@@ -24,7 +25,15 @@ int main(int argc, char **argv) {
     for (uint64_t page = 0; page < pages; page++) memory[page][0] = page + 1;
     uint64_t ticked = 0, passes = 0;
     for (uint64_t line = 0; lines == 0 || line < lines;) {
-        for (uint64_t page = 0; page < hot; page++) memory[page][0]++;
+        for (uint64_t page = 0; page < hot; page++) {
+            memory[page][0]++;
+            if (page % MIB) continue;
+            uint64_t now = now_ns();
+            if (now - ticked < TICK_NS) continue;
+            ticked = now;
+            printf("%llu\n", (unsigned long long)line++);
+            fflush(stdout);
+        }
         passes++;
         // All were written equally often, or memory was lost.
         uint64_t page = passes * 7919 % hot;
@@ -32,11 +41,6 @@ int main(int argc, char **argv) {
             printf("page %llu is wrong in pass %llu\n", (unsigned long long)page, (unsigned long long)passes);
             return 3;
         }
-        uint64_t now = now_ns();
-        if (now - ticked < TICK_NS) continue;
-        ticked = now;
-        printf("%llu\n", (unsigned long long)line++);
-        fflush(stdout);
     }
     return 0;
 }

@@ -2,8 +2,8 @@
 //! QEMU under TCG in turns: for how long it stands still as seen from outside.
 //!
 //! Both guests do the same: they touch all of their memory once, then write a word
-//! in each page of 64 MiB over and over as fast as they can, and say something about
-//! every half millisecond. A prober beside them notes when it hears what; the longest
+//! in each page of 64 MiB over and over as fast as they can, and after each MiB say
+//! something if about half a millisecond is over. A prober beside them notes when it hears what; the longest
 //! silence around a move is the pause. QEMU's guest runs without an operating system
 //! and speaks through its debug console on a socket; ours through `keel logs
 //! --follow`, so its figure has all of that command's way in it.
@@ -29,8 +29,8 @@ const AROUND: Duration = Duration::from_millis(300);
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Multiboot, 32 bits, no paging: a word in each page of 2 to 255 MiB, then the hot
-/// loop over 64 MiB from 32 MiB on; a byte to the debug console whenever bit 20 of
-/// the time stamp counter has changed (some 0.4 ms).
+/// loop over 64 MiB from 32 MiB on; after each MiB a byte to the debug console if bit
+/// 20 of the time stamp counter has changed (some 0.4 ms).
 const PAYLOAD: &str = r#"
     .section .text
     .long 0x1BADB002, 0, -0x1BADB002
@@ -43,22 +43,26 @@ fill:
     cmpl $0xff00000, %edi
     jb fill
     xorl %ebx, %ebx
-again:
     movl $0x2000000, %edi
-    movl $16384, %ecx
+mib:
+    movl $256, %ecx
 page:
     addl $1, (%edi)
     addl $4096, %edi
     decl %ecx
     jnz page
+    cmpl $0x6000000, %edi
+    jb time
+    movl $0x2000000, %edi
+time:
     rdtsc
     shrdl $20, %edx, %eax
     cmpl %ebx, %eax
-    je again
+    je mib
     movl %eax, %ebx
     movb $'.', %al
     outb %al, $0xe9
-    jmp again
+    jmp mib
 "#;
 
 /// One move: what the mover says of the pause, and what was heard, in milliseconds.

@@ -300,11 +300,16 @@ fn exit_code(machine: &MachineInfo) -> ExitCode {
     }
 }
 
+/// Pauses before the output of a machine that left its node is asked for again.
+const FOLLOW_AGAIN_MIN: Duration = Duration::from_millis(1);
+const FOLLOW_AGAIN_MAX: Duration = Duration::from_millis(100);
+
 /// Prints a machine's output, and waits for its end if `follow`.
 async fn follow(client: &Client, machine: &str, follow: bool) -> Result<()> {
     let mut offset = 0u64;
     let mut rest = Vec::new();
     let mut first = true;
+    let mut pause = FOLLOW_AGAIN_MIN;
     loop {
         let path = format!("/v1/machines/{machine}/logs?from={offset}&follow={follow}");
         let mut stream = match client.get_stream(&path).await {
@@ -321,6 +326,7 @@ async fn follow(client: &Client, machine: &str, follow: bool) -> Result<()> {
             offset += bytes.len() as u64;
             rest.extend_from_slice(&bytes);
             print(&mut rest)?;
+            pause = FOLLOW_AGAIN_MIN;
         }
         if !follow {
             return Ok(());
@@ -330,7 +336,9 @@ async fn follow(client: &Client, machine: &str, follow: bool) -> Result<()> {
             .await
         {
             Ok(info) if info.is_live() => {
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                // It moves, and goes on elsewhere in a moment.
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(FOLLOW_AGAIN_MAX);
             }
             _ => return Ok(()),
         }

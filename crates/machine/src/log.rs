@@ -234,7 +234,12 @@ impl Log {
         }
     }
 
-    /// Lets those who wait go.
+    /// Whether nothing more comes here.
+    pub fn is_closed(&self) -> bool {
+        self.state().closed
+    }
+
+    /// Lets those who wait go: nothing more comes here.
     pub fn close(&self) {
         self.state().closed = true;
         self.grown.notify_all();

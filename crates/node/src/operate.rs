@@ -32,7 +32,9 @@ const STOP_PATIENCE: Duration = Duration::from_secs(15);
 /// Bytes of output in one piece.
 const LOG_PIECE_BYTES: usize = 64 << 10;
 /// Attempts to find a machine that is moving about.
-const CHASES_MAX: u32 = 20;
+const CHASES_MAX: u32 = 25;
+/// The longest pause between them; the first is the shortest.
+const CHASE_PAUSE_MAX: Duration = Duration::from_millis(50);
 /// Largest limits that a machine may ask for.
 const MEMORY_BYTES_MAX: u64 = 64 << 30;
 const THREADS_MAX: u32 = 16_384;
@@ -440,7 +442,8 @@ pub(crate) async fn log_anywhere(
             }
             // It moved, or its node is away for a moment.
             idle = if at > before { 0 } else { idle + 1 };
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            let pause = Duration::from_millis(1) * 2u32.pow(idle.min(10));
+            tokio::time::sleep(pause.min(CHASE_PAUSE_MAX)).await;
         }
     });
     Ok(bytes)

@@ -781,6 +781,10 @@ impl Worker {
         self.inner().outgoing = Some(outgoing);
         result.map_err(RpcError::unknown)?;
         let took = begun.elapsed().as_micros() as u64;
+        // Whoever reads its output goes on there.
+        if let Some(log) = &self.inner().log {
+            log.close();
+        }
         if self.inner().post_copy {
             // At once: threads there wait.
             self.serve()?;
@@ -1137,10 +1141,11 @@ impl Worker {
                 }
             };
             if bytes.is_empty() {
-                let over = matches!(
-                    *self.state.borrow(),
-                    State::Ended { .. } | State::Dropped { .. }
-                );
+                let over = log.is_closed()
+                    || matches!(
+                        *self.state.borrow(),
+                        State::Ended { .. } | State::Dropped { .. }
+                    );
                 if !read.follow || over || chunks.is_closed() {
                     return;
                 }
