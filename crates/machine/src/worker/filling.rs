@@ -47,8 +47,12 @@ const CONNECT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// How long a machine may run without its source being connected until that is
 /// said.
 const ALONE_PATIENCE: Duration = Duration::from_secs(1);
-/// Bytes of a set of pages in one message.
-const SET_BYTES: usize = 32 << 10;
+/// Bytes of a set of pages in one message; those without any page are not sent.
+const SET_BYTES: usize = 2 << 10;
+/// How long a machine has the processors for itself before what is there already is
+/// shown unasked, and how much less threads get that work unasked.
+const SHOW_AFTER: Duration = Duration::from_millis(5);
+const UNASKED_NICE: i32 = 10;
 
 /// A set of the pages of one memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -119,6 +123,7 @@ impl PageSet {
         bytes
             .chunks(SET_BYTES)
             .enumerate()
+            .filter(|(_, bytes)| bytes.iter().any(|byte| *byte != 0))
             .map(|(number, bytes)| Message::Remote {
                 memory,
                 first_page: (number * SET_BYTES * 8) as u64,
@@ -129,12 +134,24 @@ impl PageSet {
 
     /// Adds what a message says.
     fn add_message(&mut self, first_page: u64, bits: &[u8]) {
-        for (at, byte) in bits.iter().enumerate() {
-            for bit in 0..8 {
-                if byte >> bit & 1 == 1 {
+        let first = (first_page / 64) as usize;
+        let (words, rest) = bits.as_chunks::<8>();
+        if !first_page.is_multiple_of(64) || !rest.is_empty() {
+            // Nobody sends such; page by page they are right all the same.
+            for (at, byte) in bits.iter().enumerate() {
+                for bit in (0..8).filter(|bit| byte >> bit & 1 == 1) {
                     self.insert(first_page + at as u64 * 8 + bit);
                 }
             }
+            return;
+        }
+        if self.words.len() < first + words.len() {
+            self.words.resize(first + words.len(), 0);
+        }
+        for (word, bits) in self.words[first..].iter_mut().zip(words) {
+            let new = u64::from_le_bytes(*bits) & !*word;
+            *word |= new;
+            self.count += u64::from(new.count_ones());
         }
     }
 }
@@ -535,6 +552,7 @@ impl Shared {
 
     /// Takes what comes unasked, over as many connections as it takes.
     fn receive(&self, links: &Receiver<Link>, tell: &dyn Fn(Filling)) {
+        step_back();
         let mut first = true;
         let mut alone_since = None;
         loop {
@@ -621,6 +639,7 @@ impl Shared {
 
     /// Shows what earlier rounds brought, so that accesses to it need not wait.
     fn show_all(&self) {
+        step_back();
         {
             // Not while the machine stands still for its move.
             let mut pages = locked(&self.pages);
@@ -632,6 +651,7 @@ impl Shared {
                     .0;
             }
         }
+        std::thread::sleep(SHOW_AFTER);
         for ((number, memory), faults) in self.memories.iter().enumerate().zip(&self.faults) {
             let Ok(ranges) = memory.populated() else {
                 continue;
@@ -731,6 +751,7 @@ pub(super) fn serve(
     first: Option<Link>,
     unsent: &AtomicU64,
 ) -> FillReport {
+    step_back();
     let mut first = first;
     loop {
         let served = first
@@ -776,6 +797,14 @@ fn serve_once(
         shut(push.closer().ok());
     }
     report
+}
+
+/// Lets guests and what they wait for go first.
+fn step_back() {
+    // (On Linux that of a thread.)
+    if let Err(error) = rustix::process::nice(UNASKED_NICE) {
+        tracing::debug!(%error, "pages that nobody waits for are as important as those");
+    }
 }
 
 fn shut(socket: Option<TcpStream>) {
@@ -913,6 +942,18 @@ mod tests {
             other.add_message(first_page, &bits);
         }
         assert_eq!(other, set);
+        // In any pieces, and more than once.
+        let mut odd = PageSet::default();
+        for (first, bits) in [
+            (3, [3u8].as_slice()),
+            (3, &[1]),
+            (64, &[0xff; 17]),
+            (200, &[1]),
+        ] {
+            odd.add_message(first, bits);
+        }
+        odd.add_message(192, &[0xff, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(odd, set);
         assert!(set.remove(3) && !set.remove(3));
         assert_eq!(set.run(0, 16), Some(4..5));
     }

@@ -132,9 +132,24 @@ pub(super) fn receive(
     // What was reserved is here, or was not needed.
     drop(volumes);
     failpoint::pass("in.image")?;
-    let image = Image::decode(&image.take(), &program)?;
-    let wasi = restore(image.wasi.clone(), log.clone())?;
-    let machine = Machine::prepare(program, image, memories, wasi, limits)?;
+    let make = || -> Result<Machine, IncomingError> {
+        let image = Image::decode(&image.take(), &program)?;
+        let wasi = restore(image.wasi.clone(), log.clone())?;
+        Ok(Machine::prepare(program, image, memories, wasi, limits)?)
+    };
+    let machine = match &filler {
+        None => make()?,
+        // Meanwhile the source names the pages that were written last. None may be
+        // unnamed when the machine goes on.
+        Some(filler) => std::thread::scope(|scope| {
+            let naming = scope.spawn(|| receive_names(&mut link, filler));
+            let machine = make();
+            let named = naming
+                .join()
+                .unwrap_or_else(|_| Err(IncomingError::Other("a thread died".into())));
+            named.and(machine)
+        })?,
+    };
     failpoint::pass("in.ready")?;
     Ok(Arrived {
         machine,
@@ -142,6 +157,23 @@ pub(super) fn receive(
         link,
         filler: filler.map(|filler| (filler, tls, hello)),
     })
+}
+
+/// Receives the last names of pages that come after the machine.
+fn receive_names(link: &mut Link, filler: &Filler) -> Result<(), IncomingError> {
+    loop {
+        match link.receive()? {
+            // (It cannot have grown since its threads stand.)
+            Message::Size { .. } => {}
+            Message::Remote {
+                memory,
+                first_page,
+                bits,
+            } => filler.remote(memory, first_page, &bits)?,
+            Message::RoundEnd => return Ok(()),
+            other => return Err(IncomingError::Other(format!("{other:?} out of turn"))),
+        }
+    }
 }
 
 /// Waits for a peer that has the agreed certificate and says the agreed hello.

@@ -224,7 +224,15 @@ impl Outgoing {
     pub(super) fn freeze_and_send(&mut self) -> Result<Frozen, OutgoingError> {
         let post_copy = self.way.hello.post_copy;
         match post_copy {
-            true => self.volumes.catch_up(&mut self.link)?,
+            true => {
+                self.volumes.catch_up(&mut self.link)?;
+                // Named while it runs; what is written from now on is little.
+                for number in 0..self.trackers.len() {
+                    let ranges = self.trackers[number].take()?;
+                    self.keep_pages(number as u32, &ranges)?;
+                }
+                self.link.flush()?;
+            }
             false => self.catch_up()?,
         }
         // A guest that had to be slowed down is kept slow up to here; if it
@@ -237,11 +245,10 @@ impl Outgoing {
         failpoint::pass("out.frozen")?;
         let frozen = Instant::now();
         let mut last_bytes = 0;
-        for number in 0..self.trackers.len() {
-            let ranges = self.trackers[number].take()?;
-            match post_copy {
-                true => self.keep_pages(number as u32, &ranges)?,
-                false => last_bytes += self.send_memory(number as u32, &ranges, false)?,
+        if !post_copy {
+            for number in 0..self.trackers.len() {
+                let ranges = self.trackers[number].take()?;
+                last_bytes += self.send_memory(number as u32, &ranges, false)?;
             }
         }
         last_bytes += self.volumes.send_all(&mut self.link)?;
@@ -254,6 +261,16 @@ impl Outgoing {
         }
         self.link.send(&Message::ImageEnd)?;
         self.link.flush()?;
+        if post_copy {
+            // While the target makes the machine of that: it says that it is ready
+            // only when it has these too.
+            for number in 0..self.trackers.len() {
+                let ranges = self.trackers[number].take()?;
+                self.keep_pages(number as u32, &ranges)?;
+            }
+            self.link.send(&Message::RoundEnd)?;
+            self.link.flush()?;
+        }
         failpoint::pass("out.image")?;
         match self.link.receive()? {
             Message::Prepared => {}

@@ -1079,14 +1079,14 @@ impl Worker {
             match command {
                 TargetCommand::Thaw(epoch) => {
                     inner.epoch = *epoch;
-                    if let Some(filler) = &inner.filler {
-                        filler.go_on();
-                    }
                     if let Some(machine) = inner.machine.clone() {
                         machine.set_epoch(epoch.token());
                         // It stands ready; a guest that ended cannot be here.
                         if let Err(error) = machine.thaw() {
                             tracing::error!(%error, "an arrived machine does not go on");
+                        }
+                        if let Some(filler) = &inner.filler {
+                            filler.go_on();
                         }
                         if let Err(error) = self.watch_end(machine) {
                             tracing::error!(%error, "its end will not be noticed");
