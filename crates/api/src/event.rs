@@ -103,6 +103,8 @@ kinds! {
     StopAsked = "stop-asked",
     /// The connection to a machine's process was lost.
     WorkerSilent = "worker-silent",
+    /// The kernel ended a machine's process for want of memory.
+    OutOfMemory = "out-of-memory",
     /// The process of a machine that is not to run here was ended.
     WorkerEnded = "worker-ended",
     /// A move away from here began.

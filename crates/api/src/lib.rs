@@ -28,6 +28,7 @@ mod event;
 pub use client::{Client, ClientError, Lines};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 
+use keel_machine::cgroup::GroupUsage;
 use keel_machine::moves::{MoveReport, Progress};
 use keel_machine::restart::Restart;
 use serde::{Deserialize, Serialize};
@@ -151,6 +152,10 @@ pub struct MachineInfo {
     /// only while it runs.
     #[serde(default)]
     pub output_bytes: Option<u64>,
+    /// What the kernel counts of its process; only while it runs, where it has a
+    /// cgroup.
+    #[serde(default)]
+    pub cgroup: Option<GroupUsage>,
     /// Its last moves, oldest first.
     pub moves: Vec<MoveReport>,
 }

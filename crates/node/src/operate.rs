@@ -723,6 +723,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         cpu_micros: running.map(|report| report.cpu_micros),
         pid: running.map(|report| report.pid),
         output_bytes: running.map(|report| report.log.1),
+        cgroup: running.and_then(|report| report.group.clone()),
         moves: record.reports.clone(),
     }
 }

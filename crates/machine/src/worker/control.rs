@@ -1,6 +1,7 @@
 //! Requests, answers and events between an agent and its workers, over
 //! `keel-net`'s rpc on a Unix socket that only this user can reach.
 
+use crate::cgroup::GroupUsage;
 use crate::checkpoint::{CheckpointId, Origin};
 use crate::moves::{FillReport, Progress, Round};
 use crate::spec::{Spec, Status};
@@ -251,6 +252,8 @@ pub struct Report {
     pub volumes: Vec<VolumeReport>,
     /// Where it waits for room on a disk.
     pub paused: Option<String>,
+    /// What the kernel counts of the worker, if it has a cgroup.
+    pub group: Option<GroupUsage>,
 }
 
 /// What one of a machine's own volumes holds.

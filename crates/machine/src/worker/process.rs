@@ -10,6 +10,7 @@ use super::filling::{Filler, Filling};
 use super::incoming::{self, IncomingError};
 use super::outgoing::Outgoing;
 use super::volumes::{self, IncomingVolumes};
+use crate::cgroup::{self, Group};
 use crate::checkpoint::{self, Destination, Origin, Subject, Taker, Vault};
 use crate::failpoint;
 use crate::link::{Link, LinkError, Message};
@@ -52,6 +53,8 @@ struct Worker {
     stalls: Arc<Stalls>,
     /// Where the machine waits for room on a disk.
     paused: watch::Sender<Option<String>>,
+    /// The cgroup that this process is in, if it has one of its own.
+    group: Option<Group>,
 }
 
 #[derive(Default)]
@@ -95,6 +98,15 @@ struct Inner {
 pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
     #[cfg(feature = "failpoints")]
     failpoint::set_from_environment();
+    cgroup::spend_worker();
+    // First: what is allocated from here on is counted there.
+    let group = Group::load(folder).filter(|group| {
+        let joined = group.join();
+        if let Err(error) = &joined {
+            tracing::warn!(error, "this worker is in no cgroup of its own");
+        }
+        joined.is_ok()
+    });
     std::fs::create_dir_all(programs)
         .map_err(|error| format!("{}: {error}", programs.display()))?;
     // Compiling uses all processors; running guests come first.
@@ -117,6 +129,7 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
             stalled.send_replace(full);
         })),
         paused,
+        group,
         freezing: Mutex::default(),
         folder: folder.to_owned(),
         programs: programs.to_owned(),
@@ -323,6 +336,7 @@ impl Worker {
         // Those of a worker that was lost, if it is started again.
         volumes::remove(&self.folder);
         let wasi = Wasi::new(self.config(spec, &log)).map_err(RpcError::failed)?;
+        self.bound(program.meta().memories.len(), spec);
         let machine = Machine::start_under(start.epoch.token(), program, wasi, spec.limits())
             .map_err(RpcError::failed)?;
         Ok((machine, log))
@@ -342,6 +356,7 @@ impl Worker {
         let restored = checkpoint::restore(origin, &vault, engine, limits, runtime, &folder)
             .map_err(RpcError::failed)?;
         let program = restored.program;
+        self.bound(program.meta().memories.len(), spec);
         self.keep_program(program.hash(), program.bytes())?;
         let manifest = &restored.manifest;
         // A clone's output is its own.
@@ -580,6 +595,16 @@ impl Worker {
             log: log.map_or((0, 0), |log| (log.base(), log.end())),
             volumes: machine.map_or_else(Vec::new, volume_reports),
             paused: self.paused.borrow().clone(),
+            group: self.group.as_ref().map(Group::usage),
+        }
+    }
+
+    /// Bounds this process's cgroup for a machine of so many memories.
+    fn bound(&self, memories: usize, spec: &Spec) {
+        let Some(group) = &self.group else { return };
+        let limit = cgroup::memory_limit_bytes(memories, spec.memory_bytes, spec.threads_max);
+        if let Err(error) = group.limit_memory(limit) {
+            tracing::warn!(error, "this worker's memory is not bounded");
         }
     }
 
@@ -794,6 +819,7 @@ impl Worker {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
+        self.bound(request.memory_pages.len(), &request.spec);
         let volumes = IncomingVolumes::new(&request.spec, &self.folder, request.volume_bytes)
             .map_err(RpcError::failed)?;
         let bytes = std::fs::read(&request.program)
