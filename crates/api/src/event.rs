@@ -99,6 +99,8 @@ kinds! {
     MachineFailed = "machine-failed",
     /// A machine was removed, with its output.
     MachineRemoved = "machine-removed",
+    /// Limits of a machine, or its restart policy, were changed.
+    MachineChanged = "machine-changed",
     /// A user asked to end a machine.
     StopAsked = "stop-asked",
     /// The connection to a machine's process was lost.

@@ -12,8 +12,10 @@
 //! | `POST /v1/machines/NAME/stop`, `/kill` | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
 //! | `POST /v1/machines/NAME/cancel-move` | `{}` |
+//! | `POST /v1/machines/NAME/set` [`SetRequest`] | [`MachineInfo`] |
 //! | `DELETE /v1/machines/NAME` | `{}` |
 //! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, as `keel_machine::log` says |
+//! | `GET /v1/machines/NAME/logs/offset?since=UNIX_MS` | [`LogOffset`] |
 //! | `GET /v1/events?machine=NAME&since=UNIX_MS&limit=N&follow=true` | lines of [`EventLine`] |
 //! | `POST /v1/tokens` [`TokenRequest`] | [`Token`] |
 //!
@@ -148,7 +150,8 @@ pub struct MachineInfo {
     pub cpu_micros: Option<u64>,
     /// Its worker's process.
     pub pid: Option<u32>,
-    /// Bytes of output that it wrote (with 5 for each piece), wherever it was;
+    /// Bytes of output that it wrote (with 5 for each piece, and times in between),
+    /// wherever it was;
     /// only while it runs.
     #[serde(default)]
     pub output_bytes: Option<u64>,
@@ -257,6 +260,28 @@ pub struct RunRequest {
     /// When it is started again after its end.
     #[serde(default)]
     pub restart: Restart,
+}
+
+/// A place in a machine's output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogOffset {
+    /// What `from` of a request for the log says to begin there.
+    pub offset: u64,
+}
+
+/// What is to change of a machine, while it runs; what is left out stays.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetRequest {
+    /// Limit of each of its memories, in bytes.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// Limit of its CPU time (`cpu.limit`), in thousandths of a core; 0 for none.
+    #[serde(default)]
+    pub cpu_limit_millis: Option<u32>,
+    /// When it is started again after its end.
+    #[serde(default)]
+    pub restart: Option<Restart>,
 }
 
 /// An order for a failpoint; only nodes that were built for tests take it.

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
-    Client, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, Urgency, VolumeRequest,
+    Client, LogOffset, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, Urgency,
+    VolumeRequest,
 };
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
@@ -65,7 +66,7 @@ pub(crate) struct RunArgs {
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum RestartWhen {
+pub(crate) enum RestartWhen {
     /// Never.
     No,
     /// When it trapped, exited with another code than 0, or its worker was lost.
@@ -91,6 +92,10 @@ pub(crate) struct LogArgs {
     /// Goes on until it ends, wherever it moves.
     #[arg(short, long)]
     follow: bool,
+    /// Only what was written since: a duration ago (10m, 2h, 1d) or a UTC time
+    /// (2026-01-31T12:00:00Z, 2026-01-31).
+    #[arg(long, value_name = "TIME", value_parser = crate::when::since)]
+    since: Option<u64>,
 }
 
 #[derive(clap::Args)]
@@ -219,7 +224,7 @@ pub(crate) async fn run(reach: &Reach, args: &RunArgs) -> Result<ExitCode> {
         })?;
         return Ok(ExitCode::SUCCESS);
     }
-    follow(&client, &machine.name, true).await?;
+    follow(&client, &machine.name, 0, true).await?;
     // With --rm it may be gone already, and its code with it.
     match client
         .get::<MachineInfo>(&format!("/v1/machines/{}", machine.name))
@@ -242,9 +247,8 @@ fn exit_code(machine: &MachineInfo) -> ExitCode {
     }
 }
 
-/// Prints a machine's output, and waits for its end if `follow`.
-async fn follow(client: &Client, machine: &str, follow: bool) -> Result<()> {
-    let mut offset = 0u64;
+/// Prints a machine's output from an offset on, and waits for its end if `follow`.
+async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -> Result<()> {
     let mut rest = Vec::new();
     let mut first = true;
     loop {
@@ -294,7 +298,15 @@ fn print(records: &mut Vec<u8>) -> Result<()> {
 }
 
 pub(crate) async fn logs(reach: &Reach, args: &LogArgs) -> Result<ExitCode> {
-    follow(&reach.client()?, &args.machine, args.follow).await?;
+    let (client, machine) = (reach.client()?, &args.machine);
+    let from = match args.since {
+        Some(since) => {
+            let path = format!("/v1/machines/{machine}/logs/offset?since={since}");
+            client.get::<LogOffset>(&path).await?.offset
+        }
+        None => 0,
+    };
+    follow(&client, machine, from, args.follow).await?;
     Ok(ExitCode::SUCCESS)
 }
 

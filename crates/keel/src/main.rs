@@ -9,6 +9,7 @@
 //! - `describe`: `keel describe`
 //! - `doctor`: `keel doctor`
 //! - `events`: `keel events`
+//! - `set`: `keel set`
 //! - `output`: tables and JSON
 //! - `size`: sizes as people write them
 //! - `when`: times as people write them
@@ -21,6 +22,7 @@ mod events;
 mod keep;
 mod machines;
 mod output;
+mod set;
 mod size;
 mod up;
 mod volume;
@@ -95,6 +97,8 @@ enum Command {
     },
     /// Tells what happened to machines, moves, checkpoints and nodes.
     Events(events::Args),
+    /// Changes limits of a machine, or its restart policy, while it runs.
+    Set(set::Args),
     /// Ends a machine.
     Stop {
         /// The machines.
@@ -237,6 +241,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Inspect { machine } => machines::inspect(&reach, &machine).await,
         Command::Describe { machine } => describe::run(&reach, &machine).await,
         Command::Events(args) => events::run(&reach, &args).await,
+        Command::Set(args) => set::run(&reach, &args).await,
         Command::Stop { machines } => machines::end(&reach, &machines, "stop").await,
         Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,
         Command::Rm { machines, force } => machines::rm(&reach, &machines, force).await,

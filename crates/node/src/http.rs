@@ -18,8 +18,9 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use futures::StreamExt;
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, EVENTS_DEFAULT, EVENTS_MAX, EventLine, MachineInfo,
-    MoveRequest, NodeInfo, Problem, RestoreRequest, RunRequest, TokenRequest, Uploaded,
+    CheckpointInfo, CheckpointRequest, EVENTS_DEFAULT, EVENTS_MAX, EventLine, LogOffset,
+    MachineInfo, MoveRequest, NodeInfo, Problem, RestoreRequest, RunRequest, SetRequest,
+    TokenRequest, Uploaded,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::tokens::{self, Role};
@@ -83,7 +84,9 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/machines/{name}/kill", post(kill))
         .route("/v1/machines/{name}/move", post(move_machine))
         .route("/v1/machines/{name}/cancel-move", post(cancel_move))
+        .route("/v1/machines/{name}/set", post(set))
         .route("/v1/machines/{name}/logs", get(logs))
+        .route("/v1/machines/{name}/logs/offset", get(log_offset))
         .route(
             "/v1/machines/{name}/checkpoints",
             get(checkpoints).post(checkpoint),
@@ -311,6 +314,20 @@ async fn cancel_move(State(agent): Shared, Path(name): Path<String>) -> Reply<se
     Ok(Json(serde_json::json!({})))
 }
 
+async fn set(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<SetRequest>,
+) -> Reply<MachineInfo> {
+    let machine = machine_name(&name)?;
+    let operation = Operation::Set {
+        machine: machine.clone(),
+        request,
+    };
+    operate::anywhere(&agent, operation).await?;
+    Ok(Json(operate::inspect(&agent, &machine).await?))
+}
+
 async fn move_machine(
     State(agent): Shared,
     Path(name): Path<String>,
@@ -397,6 +414,26 @@ async fn logs(
         Some((bytes.recv().await?, bytes))
     });
     Ok(streamed(bytes, "application/octet-stream"))
+}
+
+#[derive(Deserialize)]
+struct OffsetQuery {
+    since: u64,
+}
+
+async fn log_offset(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Query(query): Query<OffsetQuery>,
+) -> Reply<LogOffset> {
+    let operation = Operation::LogSince {
+        machine: machine_name(&name)?,
+        since_unix_ms: query.since,
+    };
+    match operate::anywhere(&agent, operation).await? {
+        Done::Offset(offset) => Ok(Json(LogOffset { offset })),
+        _ => Err(OperateError::Away("the node answered something else".into()).into()),
+    }
 }
 
 #[derive(Deserialize)]

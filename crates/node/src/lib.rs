@@ -11,6 +11,7 @@
 //! - `offer`: target of a move
 //! - `moving`: source of a move: feeds the state machine of `keel-machine`
 //! - `service`: what other nodes ask
+//! - `set`: other limits for a machine that runs
 //! - `operate`: what users ask, wherever the machine is
 //! - `keep`: checkpoints, and machines made of them
 //! - `events`: what happened here, kept and told
@@ -34,6 +35,7 @@ mod pauses;
 mod reconcile;
 mod record;
 mod service;
+mod set;
 mod state_dir;
 mod workers;
 

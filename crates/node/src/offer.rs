@@ -137,7 +137,7 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
     {
         // One at a time: two that fit alone may not fit together.
         let _reserving = agent.reserving.lock().await;
-        check_room(agent, &offer).await?;
+        check_room(agent, machine, &offer.memory_pages).await?;
         reserve(agent, &source, &offer).await?;
     }
     passed("offer.reserved").await?;
@@ -186,14 +186,19 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
     }
 }
 
-/// Whether its memory fits beside what other arriving machines were promised.
-async fn check_room(agent: &Agent, offer: &Offer) -> Result<(), String> {
+/// Whether memories of a machine (in 64 KiB pages) fit beside what other arriving
+/// machines were promised.
+pub(crate) async fn check_room(
+    agent: &Agent,
+    machine: &MachineName,
+    memory_pages: &[u64],
+) -> Result<(), String> {
     let listing = agent
         .store
         .list(&keys::reservations_of(&agent.name))
         .await
         .map_err(|error| format!("what is reserved here is not known: {error}"))?;
-    let own = Key::Reservation(agent.name.clone(), offer.machine.clone()).to_string();
+    let own = Key::Reservation(agent.name.clone(), machine.clone()).to_string();
     let promised: u64 = listing
         .entries
         .iter()
@@ -202,7 +207,7 @@ async fn check_room(agent: &Agent, offer: &Offer) -> Result<(), String> {
         .map(|reservation: Reservation| reservation.bytes)
         .fold(0, u64::saturating_add);
     let available = memory_available_bytes().saturating_sub(SPARE_BYTES);
-    room(&offer.memory_pages, available, promised)
+    room(memory_pages, available, promised)
 }
 
 /// Whether memories (in 64 KiB pages) fit. What has arrived of a promised machine

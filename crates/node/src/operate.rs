@@ -9,7 +9,7 @@ use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterInfo, EventKind, MachineInfo, MoveLine, NodeInfo,
-    RunRequest, Token, TokenRequest, VolumeInfo, VolumeRequest,
+    RunRequest, SetRequest, Token, TokenRequest, VolumeInfo, VolumeRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
@@ -101,6 +101,15 @@ pub(crate) enum Operation {
         machine: MachineName,
         request: CheckpointRequest,
     },
+    Set {
+        machine: MachineName,
+        request: SetRequest,
+    },
+    /// Where the output begins that was written at a time or later.
+    LogSince {
+        machine: MachineName,
+        since_unix_ms: u64,
+    },
 }
 
 impl Operation {
@@ -110,6 +119,8 @@ impl Operation {
             | Operation::Remove { machine }
             | Operation::CancelMove { machine }
             | Operation::Checkpoint { machine, .. }
+            | Operation::Set { machine, .. }
+            | Operation::LogSince { machine, .. }
             | Operation::Report { machine } => machine,
         }
     }
@@ -121,6 +132,7 @@ pub(crate) enum Done {
     Nothing,
     Report(Report),
     Checkpoint(CheckpointInfo),
+    Offset(u64),
 }
 
 type Answer = Result<Done, OperateError>;
@@ -164,6 +176,16 @@ pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
                 .await
                 .map(Done::Checkpoint)
         }
+        Operation::Set { machine, request } => {
+            crate::set::set(agent, &machine, &request).await?;
+            Ok(Done::Nothing)
+        }
+        Operation::LogSince {
+            machine,
+            since_unix_ms,
+        } => log_since(agent, &machine, since_unix_ms)
+            .await
+            .map(Done::Offset),
     }
 }
 
@@ -376,6 +398,31 @@ pub(crate) async fn log_here(
     Ok(chunks)
 }
 
+/// Where the output begins that a machine, which runs or ended on this node, wrote
+/// at a time or later.
+async fn log_since(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    since_unix_ms: u64,
+) -> Result<u64, OperateError> {
+    if let Some(worker) = agent.workers.get(machine) {
+        let offset = worker.ask(kind::LOG_SINCE, &since_unix_ms, PROMPT).await;
+        return offset.map_err(|error| OperateError::Away(error.to_string()));
+    }
+    let folder = agent.dir.worker(machine);
+    let found = tokio::task::spawn_blocking(move || {
+        match folder.is_dir() {
+            true => Log::open(&folder, 0)?.offset_since(since_unix_ms),
+            // It has not begun.
+            false => Ok(0),
+        }
+    });
+    found
+        .await
+        .map_err(|error| OperateError::Away(error.to_string()))?
+        .map_err(|error| OperateError::Away(format!("the output of {machine:?}: {error}")))
+}
+
 /// Sends what an ended machine left.
 fn send_log(log: &Log, from: u64, send: &mpsc::Sender<Bytes>) {
     let mut at = from;
@@ -553,26 +600,15 @@ pub(crate) async fn schedule(
 
 fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     let bad = |what: String| Err(OperateError::Bad(what));
-    if request.memory_bytes > MEMORY_BYTES_MAX || request.memory_bytes < 1 << 16 {
-        return bad(format!(
-            "a memory limit of {} bytes: 64 KiB to 64 GiB are possible",
-            request.memory_bytes
-        ));
-    }
+    check_memory(request.memory_bytes)?;
     if request.threads_max == 0 || request.threads_max > THREADS_MAX {
         return bad(format!(
             "a limit of {} threads: 1 to {THREADS_MAX} are possible",
             request.threads_max
         ));
     }
-    if request
-        .cpu_limit_millis
-        .is_some_and(|limit| !(CPU_LIMIT_MILLIS_MIN..=CPU_LIMIT_MILLIS_MAX).contains(&limit))
-    {
-        return bad(format!(
-            "a cpu limit of {} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible",
-            request.cpu_limit_millis.unwrap_or_default()
-        ));
+    if let Some(millis) = request.cpu_limit_millis {
+        check_cpu(millis)?;
     }
     if request.args.is_empty() {
         return bad("no program name: the first argument is missing".into());
@@ -596,6 +632,26 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
         remove_at_end: request.remove_at_end,
         restart: request.restart,
     })
+}
+
+/// Whether a machine may ask for such a limit of each of its memories.
+pub(crate) fn check_memory(bytes: u64) -> Result<(), OperateError> {
+    if (1 << 16..=MEMORY_BYTES_MAX).contains(&bytes) {
+        return Ok(());
+    }
+    Err(OperateError::Bad(format!(
+        "a memory limit of {bytes} bytes: 64 KiB to 64 GiB are possible"
+    )))
+}
+
+/// Whether a machine may ask for such a `cpu.limit`.
+pub(crate) fn check_cpu(millis: u32) -> Result<(), OperateError> {
+    if (CPU_LIMIT_MILLIS_MIN..=CPU_LIMIT_MILLIS_MAX).contains(&millis) {
+        return Ok(());
+    }
+    Err(OperateError::Bad(format!(
+        "a cpu limit of {millis} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible"
+    )))
 }
 
 /// The volumes that a machine asks for, checked.

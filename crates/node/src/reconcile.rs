@@ -123,6 +123,11 @@ async fn ensure_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<Aga
             Ok(State::Empty) if starts(&record.status) => {
                 agent.workers.end(&agent.dir, machine).await;
             }
+            // Its limits may have been changed while no agent told it.
+            Ok(State::Running { epoch }) if record.owner == agent.name && record.epoch == epoch => {
+                crate::set::tell(&worker, record).await;
+                return Ok(Again::No);
+            }
             _ => return Ok(Again::No),
         }
     }
@@ -176,7 +181,13 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Ag
                 let now = record::get(&*agent.store, machine).await?.record;
                 if now.status.ended() {
                     agent.workers.end(&agent.dir, machine).await;
-                } else if now.stop_wanted
+                } else if now.spec != found.record.spec
+                    && let Some(worker) = agent.workers.get(machine)
+                {
+                    crate::set::tell(&worker, &now).await;
+                }
+                if now.stop_wanted
+                    && !now.status.ended()
                     && let Some(worker) = agent.workers.get(machine)
                 {
                     let told: Result<(), RpcError> =

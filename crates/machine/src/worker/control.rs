@@ -40,11 +40,17 @@ pub mod kind {
     pub const FORGET: u16 = 0x040c;
     /// [`super::ReadLog`] → stream of [`super::LogChunk`].
     pub const LOG: u16 = 0x040d;
+    /// `u64`, milliseconds since 1970-01-01 UTC → `u64`: where the output begins that
+    /// was written then or later.
+    pub const LOG_SINCE: u16 = 0x0413;
     /// `(name, order)` → `()`: an order for a failpoint, or none.
     #[cfg(feature = "failpoints")]
     pub const FAILPOINT: u16 = 0x04ff;
     /// [`super::Checkpoint`] → [`super::Checkpointed`].
     pub const CHECKPOINT: u16 = 0x040e;
+    /// [`super::Spec`] → `()`: other limits of memory and CPU from now on, and what
+    /// else of the spec matters here. Nothing changes where it is refused.
+    pub const SET: u16 = 0x0412;
     /// `()` → stream of `Option<String>`: where the machine waits for room on
     /// a disk, the present state first.
     pub const PAUSES: u16 = 0x0410;

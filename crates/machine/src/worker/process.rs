@@ -267,6 +267,11 @@ impl Worker {
                 }
                 Ok(pack(&())?.into())
             }
+            kind::SET => {
+                let spec: Spec = unpack(&payload)?;
+                blocking(move || self.set(spec)).await?;
+                Ok(pack(&())?.into())
+            }
             kind::FORGET => {
                 // The answer goes out first; nothing here is worth keeping.
                 tokio::spawn(async {
@@ -289,6 +294,16 @@ impl Worker {
                     .spawn(move || self.read_log(&read, &send))
                     .map_err(RpcError::refused)?;
                 Ok(Reply::Stream(chunks))
+            }
+            kind::LOG_SINCE => {
+                let since: u64 = unpack(&payload)?;
+                let log = self.inner().log.clone();
+                let log = log.ok_or_else(|| RpcError::failed("it has no output here yet"))?;
+                let offset = blocking(move || {
+                    let offset = log.offset_since(since);
+                    offset.map_err(|error| RpcError::failed(format!("{}: {error}", log.place())))
+                });
+                Ok(pack(&offset.await?)?.into())
             }
             #[cfg(feature = "failpoints")]
             kind::FAILPOINT => {
@@ -597,6 +612,38 @@ impl Worker {
             paused: self.paused.borrow().clone(),
             group: self.group.as_ref().map(Group::usage),
         }
+    }
+
+    /// Takes other limits for the machine that runs here.
+    fn set(&self, spec: Spec) -> Result<(), RpcError> {
+        // A move has told its target what the machine may have.
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let (machine, before) = {
+            let inner = self.inner();
+            match (&inner.machine, &inner.spec) {
+                _ if inner.giving_away => return Err(RpcError::failed("it is moving")),
+                (Some(machine), Some(spec)) => (machine.clone(), spec.clone()),
+                _ => return Err(RpcError::failed("no machine runs here")),
+            }
+        };
+        let memories = machine.memories().len();
+        // The kernel's bound is never below the machine's own.
+        if spec.memory_bytes > before.memory_bytes {
+            self.bound(memories, &spec);
+        }
+        if let Err(size) = machine.limit_memory(spec.memory_bytes) {
+            return Err(RpcError::failed(format!(
+                "a memory of it has {size} bytes already, and memory does not shrink: {} bytes are too few",
+                spec.memory_bytes
+            )));
+        }
+        machine.limit_cpu(spec.cpu_limit_millis);
+        self.bound(memories, &spec);
+        self.inner().spec = Some(spec);
+        Ok(())
     }
 
     /// Bounds this process's cgroup for a machine of so many memories.
