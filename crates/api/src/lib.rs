@@ -16,6 +16,11 @@
 //! | `DELETE /v1/machines/NAME` | `{}` |
 //! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, as `keel_machine::log` says |
 //! | `GET /v1/machines/NAME/logs/offset?since=UNIX_MS` | [`LogOffset`] |
+//! | `GET /v1/machines/NAME/files/stat?path=PATH` | [`FileStat`] |
+//! | `GET /v1/machines/NAME/files?path=PATH&offset=N&length=N` | bytes, fewer at the end of the file |
+//! | `PUT /v1/machines/NAME/files?path=PATH&offset=N&begin=true` (bytes; begins a file that must not be there) | `{}` |
+//! | `DELETE /v1/machines/NAME/files?path=PATH` | `{}` |
+//! | `POST /v1/machines/NAME/files/rename` [`RenameRequest`] | `{}` |
 //! | `GET /v1/events?machine=NAME&since=UNIX_MS&limit=N&follow=true` | lines of [`EventLine`] |
 //! | `POST /v1/tokens` [`TokenRequest`] | [`Token`] |
 //!
@@ -33,6 +38,7 @@ pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence
 use keel_machine::cgroup::GroupUsage;
 use keel_machine::moves::{MoveReport, Progress};
 use keel_machine::restart::Restart;
+pub use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize};
 
 /// An error.
@@ -260,6 +266,16 @@ pub struct RunRequest {
     /// When it is started again after its end.
     #[serde(default)]
     pub restart: Restart,
+}
+
+/// Another name for a file in a machine's volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RenameRequest {
+    /// Its path for the guest.
+    pub from: String,
+    /// Its new one, in the same volume; a file that has it is replaced.
+    pub to: String,
 }
 
 /// A place in a machine's output.

@@ -5,6 +5,7 @@
 //! - `machines`: `run`, `ps`, `logs`, `inspect`, `stop`, `kill`, `rm`, `move`
 //! - `keep`: `checkpoint`, `checkpoints`, `restore`, `clone`
 //! - `cluster`: `status`, `nodes`, `schedule`, `token`
+//! - `cp`: `keel cp`
 //! - `demo`: `keel demo`
 //! - `describe`: `keel describe`
 //! - `doctor`: `keel doctor`
@@ -15,6 +16,7 @@
 //! - `when`: times as people write them
 
 mod cluster;
+mod cp;
 mod demo;
 mod describe;
 mod doctor;
@@ -97,6 +99,8 @@ enum Command {
     },
     /// Tells what happened to machines, moves, checkpoints and nodes.
     Events(events::Args),
+    /// Copies a file from or to a volume of a machine, which may run and move meanwhile.
+    Cp(cp::Args),
     /// Changes limits of a machine, or its restart policy, while it runs.
     Set(set::Args),
     /// Ends a machine.
@@ -241,6 +245,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Inspect { machine } => machines::inspect(&reach, &machine).await,
         Command::Describe { machine } => describe::run(&reach, &machine).await,
         Command::Events(args) => events::run(&reach, &args).await,
+        Command::Cp(args) => cp::run(&reach, &args).await,
         Command::Set(args) => set::run(&reach, &args).await,
         Command::Stop { machines } => machines::end(&reach, &machines, "stop").await,
         Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,

@@ -1,6 +1,8 @@
 //! The API: JSON over HTTP on the node's own socket, and over TLS with a
 //! token. Only maps requests to `operate`; decides nothing.
 
+mod file;
+
 use crate::agent::Agent;
 use crate::events::{self, Question};
 use crate::keep;
@@ -85,6 +87,15 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/machines/{name}/move", post(move_machine))
         .route("/v1/machines/{name}/cancel-move", post(cancel_move))
         .route("/v1/machines/{name}/set", post(set))
+        .route(
+            "/v1/machines/{name}/files",
+            get(file::read)
+                .put(file::write)
+                .delete(file::remove)
+                .layer(DefaultBodyLimit::max(crate::files::PIECE_BYTES_MAX)),
+        )
+        .route("/v1/machines/{name}/files/stat", get(file::stat))
+        .route("/v1/machines/{name}/files/rename", post(file::rename))
         .route("/v1/machines/{name}/logs", get(logs))
         .route("/v1/machines/{name}/logs/offset", get(log_offset))
         .route(
@@ -101,10 +112,12 @@ fn router(agent: Arc<Agent>) -> Router {
         .with_state(agent)
 }
 
-/// Reading needs a viewer, tokens an admin, everything else an operator.
+/// Reading needs a viewer, tokens an admin, everything else an operator, what is in
+/// machines' files too.
 async fn check_role(request: Request, next: Next) -> Response {
     let needed = match (request.method(), request.uri().path()) {
         (_, "/v1/tokens" | "/v1/debug/failpoint") => Role::Admin,
+        (_, path) if path.starts_with("/v1/machines/") && path.contains("/files") => Role::Operator,
         (&Method::GET, _) => Role::Viewer,
         _ => Role::Operator,
     };

@@ -14,6 +14,7 @@
 //! - `set`: other limits for a machine that runs
 //! - `operate`: what users ask, wherever the machine is
 //! - `keep`: checkpoints, and machines made of them
+//! - `files`: files in machines' volumes, for users
 //! - `events`: what happened here, kept and told
 //! - `http`: the API
 
@@ -23,6 +24,7 @@ mod agent;
 #[cfg(feature = "failpoints")]
 mod debug;
 mod events;
+mod files;
 mod http;
 mod keep;
 mod lanes;

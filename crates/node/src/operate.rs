@@ -19,7 +19,9 @@ use keel_cluster::{Epoch, MachineName, NodeName, members};
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
 use keel_machine::spec::{Record, Spec, Status, Volume, VolumeKind};
-use keel_machine::worker::control::{LogChunk, ReadLog, Report, State, kind, pack, unpack};
+use keel_machine::worker::control::{
+    FileDone, FileOp, LogChunk, ReadLog, Report, State, kind, pack, unpack,
+};
 use keel_net::{Bytes, RpcError};
 use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};
@@ -105,6 +107,11 @@ pub(crate) enum Operation {
         machine: MachineName,
         request: SetRequest,
     },
+    /// Something with a file in a volume; paths are the guest's.
+    File {
+        machine: MachineName,
+        op: FileOp,
+    },
     /// Where the output begins that was written at a time or later.
     LogSince {
         machine: MachineName,
@@ -121,6 +128,7 @@ impl Operation {
             | Operation::Checkpoint { machine, .. }
             | Operation::Set { machine, .. }
             | Operation::LogSince { machine, .. }
+            | Operation::File { machine, .. }
             | Operation::Report { machine } => machine,
         }
     }
@@ -133,6 +141,7 @@ pub(crate) enum Done {
     Report(Report),
     Checkpoint(CheckpointInfo),
     Offset(u64),
+    File(FileDone),
 }
 
 type Answer = Result<Done, OperateError>;
@@ -180,6 +189,9 @@ pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
             crate::set::set(agent, &machine, &request).await?;
             Ok(Done::Nothing)
         }
+        Operation::File { machine, op } => crate::files::here(agent, &machine, op)
+            .await
+            .map(Done::File),
         Operation::LogSince {
             machine,
             since_unix_ms,

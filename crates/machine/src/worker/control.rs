@@ -7,6 +7,7 @@ use crate::moves::{FillReport, Progress, Round};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{Bytes, Fingerprint, RpcError};
+use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::path::PathBuf;
 
@@ -43,6 +44,8 @@ pub mod kind {
     /// `u64`, milliseconds since 1970-01-01 UTC → `u64`: where the output begins that
     /// was written then or later.
     pub const LOG_SINCE: u16 = 0x0413;
+    /// [`super::FileRequest`] → [`super::FileDone`].
+    pub const FILE: u16 = 0x0414;
     /// `(name, order)` → `()`: an order for a failpoint, or none.
     #[cfg(feature = "failpoints")]
     pub const FAILPOINT: u16 = 0x04ff;
@@ -271,6 +274,106 @@ pub struct VolumeReport {
     pub bytes: u64,
     /// Files, directories and links.
     pub inodes: u64,
+}
+
+/// Something to do with a file in a volume, in one piece.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileOp {
+    /// What a path is.
+    Stat {
+        /// The path.
+        path: String,
+    },
+    /// Reads bytes; fewer than asked for at the end of the file.
+    Read {
+        /// The file.
+        path: String,
+        /// From here.
+        offset: u64,
+        /// So many.
+        bytes_max: u32,
+    },
+    /// Writes bytes.
+    Write {
+        /// The file.
+        path: String,
+        /// To here.
+        offset: u64,
+        /// The bytes.
+        bytes: Vec<u8>,
+        /// Whether the file is made, which then must not be there.
+        begin: bool,
+    },
+    /// Gives a file another name in the same volume.
+    Rename {
+        /// Its name.
+        from: String,
+        /// Its new one; a file that has it is replaced.
+        to: String,
+    },
+    /// Removes a file.
+    Remove {
+        /// The file.
+        path: String,
+    },
+}
+
+impl FileOp {
+    /// The path that it is about.
+    pub fn path(&self) -> &str {
+        match self {
+            FileOp::Stat { path }
+            | FileOp::Read { path, .. }
+            | FileOp::Write { path, .. }
+            | FileOp::Remove { path } => path,
+            FileOp::Rename { from, .. } => from,
+        }
+    }
+
+    /// Whether it changes anything.
+    pub fn writes(&self) -> bool {
+        match self {
+            FileOp::Stat { .. } | FileOp::Read { .. } => false,
+            FileOp::Write { .. } | FileOp::Rename { .. } | FileOp::Remove { .. } => true,
+        }
+    }
+
+    /// The same with other paths; `None` where one has none.
+    pub fn map_paths(mut self, other: impl Fn(&str) -> Option<String>) -> Option<Self> {
+        match &mut self {
+            FileOp::Stat { path }
+            | FileOp::Read { path, .. }
+            | FileOp::Write { path, .. }
+            | FileOp::Remove { path } => *path = other(path)?,
+            FileOp::Rename { from, to } => {
+                *from = other(from)?;
+                *to = other(to)?;
+            }
+        }
+        Some(self)
+    }
+}
+
+/// The same, in one of a machine's own volumes; paths are relative to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRequest {
+    /// Number of the volume in the spec.
+    pub volume: u32,
+    /// What to do.
+    pub op: FileOp,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileDone {
+    /// It is done.
+    Nothing,
+    /// What the path is.
+    Stat(FileStat),
+    /// The bytes.
+    Bytes(Vec<u8>),
+    /// Nothing was done: the machine is moving, or being kept.
+    Later,
 }
 
 /// Reads output.

@@ -3,9 +3,10 @@
 
 use super::SOCKET;
 use super::control::{
-    Checkpoint, Checkpointed, Copy, CopyEvent, Frozen, LogChunk, ReadLog, Receive, Receiving,
-    Report, Start, StartFrom, State, VolumeReport, kind, pack, unpack,
+    Checkpoint, Checkpointed, Copy, CopyEvent, FileDone, FileRequest, Frozen, LogChunk, ReadLog,
+    Receive, Receiving, Report, Start, StartFrom, State, VolumeReport, kind, pack, unpack,
 };
+use super::files;
 use super::filling::{Filler, Filling};
 use super::incoming::{self, IncomingError};
 use super::outgoing::Outgoing;
@@ -24,7 +25,7 @@ use keel_net::{
     RpcError, Server,
 };
 use keel_wasi::volume::Stalls;
-use keel_wasi::{Config, Resources, Wasi};
+use keel_wasi::{Config, Files, Resources, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options, Outcome};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -272,6 +273,11 @@ impl Worker {
                 blocking(move || self.set(spec)).await?;
                 Ok(pack(&())?.into())
             }
+            kind::FILE => {
+                let request: FileRequest = unpack(&payload)?;
+                let done = blocking(move || self.file(request)).await?;
+                Ok(pack(&done)?.into())
+            }
             kind::FORGET => {
                 // The answer goes out first; nothing here is worth keeping.
                 tokio::spawn(async {
@@ -456,6 +462,8 @@ impl Worker {
             full: request.full,
             give_up: &give_up,
         };
+        // What a user is writing to its volumes ends first.
+        drop(self.freezing.lock());
         let name = subject.name.clone();
         let taken = taker.take(&machine, subject, &log, &destination);
         {
@@ -612,6 +620,31 @@ impl Worker {
             paused: self.paused.borrow().clone(),
             group: self.group.as_ref().map(Group::usage),
         }
+    }
+
+    /// Does something with a file in one of the machine's own volumes.
+    fn file(&self, request: FileRequest) -> Result<FileDone, RpcError> {
+        // What is written while the machine stands still would be in no move and no
+        // checkpoint, or in half of one: freezing waits for this, and this for that.
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let machine = {
+            let inner = self.inner();
+            let stands = inner.giving_away || inner.taking.is_some();
+            match &inner.machine {
+                _ if stands && request.op.writes() => return Ok(FileDone::Later),
+                Some(machine) => machine.clone(),
+                None => return Ok(FileDone::Later),
+            }
+        };
+        let volumes = machine.wasi().volumes().into_iter();
+        let mut volumes = volumes.filter(|(number, _)| *number == request.volume);
+        let (_, volume) = volumes
+            .next()
+            .ok_or_else(|| RpcError::failed("the machine has no such volume"))?;
+        files::act(&Files::Volume(volume), request.op).map_err(RpcError::failed)
     }
 
     /// Takes other limits for the machine that runs here.
