@@ -18,7 +18,7 @@ const THREAD_BYTES: u64 = 8 << 20;
 /// A limit that is this near was reached: what is counted is counted in batches.
 const NEAR_BYTES: u64 = 1 << 20;
 /// How long the kernel may take to let go of a group whose process is gone.
-const REMOVE_PATIENCE: Duration = Duration::from_secs(2);
+pub(super) const REMOVE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// One hierarchy's folder of the group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

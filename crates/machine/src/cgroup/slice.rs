@@ -1,8 +1,9 @@
 //! The folder of all groups of one node's workers, in each hierarchy of use.
 
-use super::group::{Folder, Group};
+use super::group::{Folder, Group, REMOVE_PATIENCE};
 use super::layout::{AGENT_LEAF, Base, Layout, Version};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Where a node's workers get their groups.
 #[derive(Debug)]
@@ -121,14 +122,19 @@ impl Slice {
         }
     }
 
-    /// Removes all groups of a node whose processes were killed, from outside; for
-    /// tests, which leave nothing behind.
+    /// Removes all groups of a node whose processes were killed, from outside; waits
+    /// until they are gone. For tests, which leave nothing behind.
     pub fn remove_all(state_dir: &Path) {
         let Ok(layout) = Layout::read() else { return };
         for base in layout.bases(&layout.on_unified()) {
             let path = base.folder.join(name(state_dir));
-            remove_children(&path, |_| true);
-            let _ = std::fs::remove_dir(&path);
+            let deadline = Instant::now() + REMOVE_PATIENCE;
+            while path.exists() && Instant::now() < deadline {
+                remove_children(&path, |_| true);
+                if std::fs::remove_dir(&path).is_err() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
         }
     }
 }
@@ -146,21 +152,17 @@ fn enable(base: &Base, path: &Path, parent: Option<u32>) -> Result<(), String> {
     if base.version == Version::V1 {
         return Ok(());
     }
-    let words: Vec<String> = base
-        .controllers
-        .iter()
-        .map(|controller| format!("+{controller}"))
-        .collect();
-    let words = words.join(" ");
-    let control = |folder: &Path| folder.join("cgroup.subtree_control");
-    let enabled = std::fs::write(control(&base.folder), &words);
-    if let Err(error) = enabled {
+    // One alone first: it may be all that can be had.
+    let [first, others @ ..] = &base.controllers[..] else {
+        return Ok(());
+    };
+    if let Err(error) = give(&base.folder, first) {
         // A group with controllers for others has no processes of its own.
         if error.kind() != std::io::ErrorKind::ResourceBusy {
-            return Err(named(&control(&base.folder))(error));
+            return Err(named(&base.folder)(error));
         }
         go_aside(&base.folder, parent)?;
-        if let Err(error) = std::fs::write(control(&base.folder), &words) {
+        if let Err(error) = give(&base.folder, first) {
             go_back(&base.folder, parent);
             return Err(format!(
                 "{} has processes that are not this node's ({error})",
@@ -168,8 +170,22 @@ fn enable(base: &Base, path: &Path, parent: Option<u32>) -> Result<(), String> {
             ));
         }
     }
-    let inner = control(path);
-    std::fs::write(&inner, &words).map_err(named(&inner))
+    give(path, first).map_err(named(path))?;
+    for other in others {
+        let given = give(&base.folder, other).and_then(|()| give(path, other));
+        if let Err(error) = given {
+            tracing::debug!(%error, controller = other, "machines' groups lack it");
+        }
+    }
+    Ok(())
+}
+
+/// Lets the groups in a group have a controller.
+fn give(group: &Path, controller: &str) -> std::io::Result<()> {
+    std::fs::write(
+        group.join("cgroup.subtree_control"),
+        format!("+{controller}"),
+    )
 }
 
 /// Puts this process and its parent into a group beside the workers'.

@@ -34,7 +34,7 @@ pub(super) fn mark(now_unix_ms: u64) -> [u8; HEADER_BYTES + 8] {
 
 impl Log {
     /// Where the output begins that was written at a time (milliseconds since
-    /// 1970-01-01 UTC) or later, exact to [`EVERY_MS`]; the end if there is none.
+    /// 1970-01-01 UTC) or later, exact to a tenth of a second; the end if there is none.
     /// Rather a little too much is told than too little.
     ///
     /// # Errors
@@ -169,7 +169,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 0).unwrap();
         let text = vec![b'x'; 1 << 20];
-        let count = 3 * SEGMENT_BYTES_MAX >> 20;
+        let count = (3 * SEGMENT_BYTES_MAX) >> 20;
         for number in 0..count {
             log.append_at(StreamKind::Output, &text, 1000 + number)
                 .unwrap();
