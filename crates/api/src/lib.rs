@@ -12,6 +12,7 @@
 //! | `POST /v1/machines/NAME/stop`, `/kill` | [`MachineInfo`] |
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
 //! | `POST /v1/machines/NAME/cancel-move` | `{}` |
+//! | `POST /v1/machines/NAME/diff` [`RunRequest`] | [`MachineDiff`]; nothing is changed |
 //! | `POST /v1/machines/NAME/set` [`SetRequest`] | [`MachineInfo`] |
 //! | `DELETE /v1/machines/NAME` | `{}` |
 //! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, as `keel_machine::log` says |
@@ -266,6 +267,30 @@ pub struct RunRequest {
     /// When it is started again after its end.
     #[serde(default)]
     pub restart: Restart,
+}
+
+/// What would change of a machine if it were as a request says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineDiff {
+    /// The node that runs it, or ran it last; none if there is no such machine.
+    pub node: Option<String>,
+    /// Whether it is to run: it has not ended.
+    pub live: bool,
+    /// What differs; not that it was moved.
+    pub changes: Vec<FieldChange>,
+}
+
+/// One thing that would change of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FieldChange {
+    /// What: an option of `keel run`, with a name behind it where there are several.
+    pub field: String,
+    /// As it is.
+    pub old: String,
+    /// As it would be.
+    pub new: String,
+    /// Whether it can be changed while the machine runs (`set`).
+    pub live: bool,
 }
 
 /// Another name for a file in a machine's volume.

@@ -189,7 +189,7 @@ fn what_it_has(page: &mut Page, machine: &MachineInfo) {
 }
 
 /// What the kernel counts of its process.
-fn kernel(group: &GroupUsage) -> String {
+pub(crate) fn kernel(group: &GroupUsage) -> String {
     let now = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), output::bytes);
     let mut parts = vec![format!(
         "memory {}, at most {} so far, limit {}",

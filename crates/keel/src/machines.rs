@@ -18,6 +18,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+/// Limits of a machine that is given no others.
+pub(crate) const MEMORY_DEFAULT: &str = "4G";
+pub(crate) const THREADS_DEFAULT: u32 = 256;
+pub(crate) const OUTPUT_RATE_DEFAULT: &str = "16M";
+
 #[derive(clap::Args)]
 pub(crate) struct RunArgs {
     /// The program: a WASI preview 1 core module, with or without threads.
@@ -52,16 +57,16 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
     /// Limit of each of its memories.
-    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "4G")]
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = MEMORY_DEFAULT)]
     memory: u64,
     /// Limit of its threads.
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = THREADS_DEFAULT)]
     threads: u32,
     /// Limit of the CPU time of all its threads, in cores (0.01 and more).
     #[arg(long, value_name = "CORES", value_parser = crate::size::cores)]
     cpu_limit: Option<u32>,
     /// Limit of its output, a second.
-    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "16M")]
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = OUTPUT_RATE_DEFAULT)]
     output_rate: u64,
 }
 
@@ -178,7 +183,8 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
     Ok(client.post("/v1/machines", &request).await?)
 }
 
-fn request(volume: &VolumeArg) -> Result<VolumeRequest> {
+/// What is asked of a node for a volume that a command or a file names.
+pub(crate) fn request(volume: &VolumeArg) -> Result<VolumeRequest> {
     Ok(match volume {
         VolumeArg::Host {
             host,
@@ -360,6 +366,9 @@ fn describe(machine: &MachineInfo) -> String {
             output::bytes(machine.memory_limit_bytes),
             cpu as f64 / 1e6,
         ));
+    }
+    if let Some(group) = &machine.cgroup {
+        lines.push(format!("kernel: {}", crate::describe::kernel(group)));
     }
     if let Some(limit) = machine.cpu_limit_millis {
         lines.push(format!("cpu limit {} core(s)", f64::from(limit) / 1000.0));

@@ -21,8 +21,8 @@ use bytes::Bytes;
 use futures::StreamExt;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, EVENTS_DEFAULT, EVENTS_MAX, EventLine, LogOffset,
-    MachineInfo, MoveRequest, NodeInfo, Problem, RestoreRequest, RunRequest, SetRequest,
-    TokenRequest, Uploaded,
+    MachineDiff, MachineInfo, MoveRequest, NodeInfo, Problem, RestoreRequest, RunRequest,
+    SetRequest, TokenRequest, Uploaded,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::tokens::{self, Role};
@@ -87,6 +87,7 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/machines/{name}/move", post(move_machine))
         .route("/v1/machines/{name}/cancel-move", post(cancel_move))
         .route("/v1/machines/{name}/set", post(set))
+        .route("/v1/machines/{name}/diff", post(diff))
         .route(
             "/v1/machines/{name}/files",
             get(file::read)
@@ -117,7 +118,7 @@ fn router(agent: Arc<Agent>) -> Router {
 async fn check_role(request: Request, next: Next) -> Response {
     let needed = match (request.method(), request.uri().path()) {
         (_, "/v1/tokens" | "/v1/debug/failpoint") => Role::Admin,
-        (_, path) if path.starts_with("/v1/machines/") && path.contains("/files") => Role::Operator,
+        (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
         (&Method::GET, _) => Role::Viewer,
         _ => Role::Operator,
     };
@@ -339,6 +340,15 @@ async fn set(
     };
     operate::anywhere(&agent, operation).await?;
     Ok(Json(operate::inspect(&agent, &machine).await?))
+}
+
+async fn diff(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<RunRequest>,
+) -> Reply<MachineDiff> {
+    let machine = machine_name(&name)?;
+    Ok(Json(crate::diff::diff(&agent, &machine, &request).await?))
 }
 
 async fn move_machine(

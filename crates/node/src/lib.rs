@@ -14,6 +14,7 @@
 //! - `set`: other limits for a machine that runs
 //! - `operate`: what users ask, wherever the machine is
 //! - `keep`: checkpoints, and machines made of them
+//! - `diff`: what would change of a machine
 //! - `files`: files in machines' volumes, for users
 //! - `events`: what happened here, kept and told
 //! - `http`: the API
@@ -23,6 +24,7 @@
 mod agent;
 #[cfg(feature = "failpoints")]
 mod debug;
+mod diff;
 mod events;
 mod files;
 mod http;

@@ -610,7 +610,8 @@ pub(crate) async fn schedule(
     }
 }
 
-fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
+/// The spec that a request asks for, checked.
+pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     let bad = |what: String| Err(OperateError::Bad(what));
     check_memory(request.memory_bytes)?;
     if request.threads_max == 0 || request.threads_max > THREADS_MAX {
