@@ -8,6 +8,7 @@
 //! - `big`: programs of others, plain against shaken
 //! - `roam`: programs of others, moved among three nodes
 //! - `nemesis`: everything fails that can
+//! - `package`: what is installed on a server
 //! - `command`: running programs
 
 #![forbid(unsafe_code)]
@@ -19,6 +20,7 @@ mod conformance;
 mod guests;
 mod licences;
 mod nemesis;
+mod package;
 mod roam;
 mod suite;
 
@@ -75,6 +77,8 @@ enum Task {
         #[arg(long)]
         package: Option<PathBuf>,
     },
+    /// Makes an archive of what is installed on a server: binary, manual, completions, service.
+    Package,
     /// Moves machines while everything fails that can.
     Nemesis {
         /// Minutes that it takes in all.
@@ -109,6 +113,7 @@ fn main() -> ExitCode {
         Task::Test { args } => suite::run(&args),
         Task::Ci => ci::run(),
         Task::Licences => licences::check(),
+        Task::Package => package::make(),
         Task::Guests { names } => guests::build(&names),
         Task::Conformance {
             suite,

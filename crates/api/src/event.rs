@@ -99,10 +99,14 @@ kinds! {
     MachineFailed = "machine-failed",
     /// A machine was removed, with its output.
     MachineRemoved = "machine-removed",
+    /// Limits of a machine, or its restart policy, were changed.
+    MachineChanged = "machine-changed",
     /// A user asked to end a machine.
     StopAsked = "stop-asked",
     /// The connection to a machine's process was lost.
     WorkerSilent = "worker-silent",
+    /// The kernel ended a machine's process for want of memory.
+    OutOfMemory = "out-of-memory",
     /// The process of a machine that is not to run here was ended.
     WorkerEnded = "worker-ended",
     /// A move away from here began.

@@ -13,8 +13,16 @@
 //! | `POST /v1/machines/NAME/move` [`MoveRequest`] | lines of [`MoveLine`] |
 //! | `POST /v1/machines/NAME/dry-run` [`MoveRequest`] | [`DryRun`] |
 //! | `POST /v1/machines/NAME/cancel-move` | `{}` |
+//! | `POST /v1/machines/NAME/diff` [`RunRequest`] | [`MachineDiff`]; nothing is changed |
+//! | `POST /v1/machines/NAME/set` [`SetRequest`] | [`MachineInfo`] |
 //! | `DELETE /v1/machines/NAME` | `{}` |
 //! | `GET /v1/machines/NAME/logs?from=N&follow=true` | the log, as `keel_machine::log` says |
+//! | `GET /v1/machines/NAME/logs/offset?since=UNIX_MS` | [`LogOffset`] |
+//! | `GET /v1/machines/NAME/files/stat?path=PATH` | [`FileStat`] |
+//! | `GET /v1/machines/NAME/files?path=PATH&offset=N&length=N` | bytes, fewer at the end of the file |
+//! | `PUT /v1/machines/NAME/files?path=PATH&offset=N&begin=true` (bytes; begins a file that must not be there) | `{}` |
+//! | `DELETE /v1/machines/NAME/files?path=PATH` | `{}` |
+//! | `POST /v1/machines/NAME/files/rename` [`RenameRequest`] | `{}` |
 //! | `GET /v1/events?machine=NAME&since=UNIX_MS&limit=N&follow=true` | lines of [`EventLine`] |
 //! | `POST /v1/tokens` [`TokenRequest`] | [`Token`] |
 //!
@@ -29,10 +37,12 @@ mod event;
 pub use client::{Client, ClientError, Lines};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 
+use keel_machine::cgroup::GroupUsage;
 use keel_machine::moves::predict::Prediction;
 use keel_machine::moves::{MoveReport, Progress};
 use keel_machine::restart::Restart;
 use keel_machine::spec::CheckpointPlan;
+pub use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize};
 
 /// An error.
@@ -153,10 +163,15 @@ pub struct MachineInfo {
     pub cpu_micros: Option<u64>,
     /// Its worker's process.
     pub pid: Option<u32>,
-    /// Bytes of output that it wrote (with 5 for each piece), wherever it was;
+    /// Bytes of output that it wrote (with 5 for each piece, and times in between),
+    /// wherever it was;
     /// only while it runs.
     #[serde(default)]
     pub output_bytes: Option<u64>,
+    /// What the kernel counts of its process; only while it runs, where it has a
+    /// cgroup.
+    #[serde(default)]
+    pub cgroup: Option<GroupUsage>,
     /// Its last moves, oldest first.
     pub moves: Vec<MoveReport>,
 }
@@ -261,6 +276,75 @@ pub struct RunRequest {
     /// Checkpoints that are made by themselves.
     #[serde(default)]
     pub checkpoints: Option<CheckpointPlan>,
+}
+
+/// What would change of a machine if it were as a request says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineDiff {
+    /// The node that runs it, or ran it last; none if there is no such machine.
+    pub node: Option<String>,
+    /// Whether it is to run: it has not ended.
+    pub live: bool,
+    /// What differs; not that it was moved.
+    pub changes: Vec<FieldChange>,
+}
+
+/// One thing that would change of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FieldChange {
+    /// What: an option of `keel run`, with a name behind it where there are several.
+    pub field: String,
+    /// As it is.
+    pub old: String,
+    /// As it would be.
+    pub new: String,
+    /// Whether it can be changed while the machine runs (`set`).
+    pub live: bool,
+}
+
+/// Another name for a file in a machine's volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RenameRequest {
+    /// Its path for the guest.
+    pub from: String,
+    /// Its new one, in the same volume; a file that has it is replaced.
+    pub to: String,
+}
+
+/// A place in a machine's output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogOffset {
+    /// What `from` of a request for the log says to begin there.
+    pub offset: u64,
+}
+
+/// What is to change of a machine, while it runs; what is left out stays.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetRequest {
+    /// Limit of each of its memories, in bytes.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// Limit of its CPU time (`cpu.limit`), in thousandths of a core; 0 for none.
+    #[serde(default)]
+    pub cpu_limit_millis: Option<u32>,
+    /// When it is started again after its end.
+    #[serde(default)]
+    pub restart: Option<Restart>,
+    /// Checkpoints that are made by themselves.
+    #[serde(default)]
+    pub checkpoints: Option<CheckpointChange>,
+}
+
+/// What is to become of the checkpoints that are made by themselves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CheckpointChange {
+    /// No more are made; those that there are stay.
+    None,
+    /// They are made so.
+    Plan(CheckpointPlan),
 }
 
 /// An order for a failpoint; only nodes that were built for tests take it.

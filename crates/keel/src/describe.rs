@@ -7,6 +7,7 @@ use crate::output::{self, Format};
 use crate::when;
 use anyhow::Result;
 use keel_api::{EventKind, MachineInfo};
+use keel_machine::cgroup::GroupUsage;
 use serde::Serialize;
 use std::process::ExitCode;
 
@@ -134,7 +135,7 @@ fn what_it_is(page: &mut Page, machine: &MachineInfo) {
         format!("{} ({} so far)", machine.restart.word(), machine.restarts),
     );
     if let Some(plan) = &machine.checkpoints {
-        page.line("checkpoints", crate::keep::plan_words(plan));
+        page.line("checkpoints", plan.line());
     }
     if machine.remove_at_end {
         page.line("at its end", "it is removed, with its output");
@@ -182,9 +183,30 @@ fn what_it_has(page: &mut Page, machine: &MachineInfo) {
             output::bytes(machine.output_bytes_per_s)
         ),
     );
+    if let Some(group) = &machine.cgroup {
+        page.line("kernel", kernel(group));
+    }
     if let Some(pid) = machine.pid {
         page.line("process", format!("{pid} on {}", machine.node));
     }
+}
+
+/// What the kernel counts of its process.
+pub(crate) fn kernel(group: &GroupUsage) -> String {
+    let now = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), output::bytes);
+    let mut parts = vec![format!(
+        "memory {}, at most {} so far, limit {}",
+        now(group.memory_bytes),
+        now(group.memory_peak_bytes),
+        now(group.memory_limit_bytes)
+    )];
+    if let Some(micros) = group.cpu_micros {
+        parts.push(format!("cpu {:.1} s", micros as f64 / 1e6));
+    }
+    if let Some(micros) = group.throttled_micros.filter(|micros| *micros > 0) {
+        parts.push(format!("throttled {:.1} s", micros as f64 / 1e6));
+    }
+    parts.join("; ")
 }
 
 fn what_it_may_touch(page: &mut Page, machine: &MachineInfo) {

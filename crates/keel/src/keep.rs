@@ -4,7 +4,6 @@ use crate::cluster::Reach;
 use crate::output;
 use anyhow::Result;
 use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
-use keel_machine::spec::CheckpointPlan;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -181,25 +180,4 @@ pub(crate) async fn clone(reach: &Reach, args: &CloneArgs) -> Result<ExitCode> {
         warm: false,
     };
     make_machine(reach, &request).await
-}
-
-/// Checkpoints that are made by themselves, in words.
-pub(crate) fn plan_words(plan: &CheckpointPlan) -> String {
-    let time = |s| humantime::format_duration(Duration::from_secs(s));
-    let mut kept = Vec::new();
-    if let Some(newest) = plan.retention.newest {
-        kept.push(format!("the newest {newest}"));
-    }
-    if let Some(for_s) = plan.retention.for_s {
-        kept.push(format!("those of the last {}", time(for_s)));
-    }
-    if kept.is_empty() {
-        kept.push("all".into());
-    }
-    format!(
-        "every {}, to {}; kept: {}",
-        time(plan.every_s),
-        plan.to.as_deref().unwrap_or("the node's own folder"),
-        kept.join(" and ")
-    )
 }

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
-    Client, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, Urgency, VolumeRequest,
+    Client, LogOffset, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, Urgency,
+    VolumeRequest,
 };
 use keel_machine::checkpoint::Retention;
 use keel_machine::log::{StreamKind, split_records};
@@ -25,7 +26,7 @@ const CHECKPOINTS_KEPT: u32 = 16;
 
 /// Checkpoints that are made by themselves.
 #[derive(clap::Args)]
-struct CheckpointsArgs {
+pub(crate) struct CheckpointsArgs {
     /// Makes a checkpoint so long after the one before (examples: 30s, 10m, 1d).
     #[arg(long, value_name = "TIME", value_parser = crate::when::duration)]
     checkpoint_every: Option<Duration>,
@@ -44,25 +45,39 @@ struct CheckpointsArgs {
 }
 
 impl CheckpointsArgs {
-    fn plan(&self) -> Result<Option<CheckpointPlan>> {
+    pub(crate) fn plan(&self) -> Result<Option<CheckpointPlan>> {
         let Some(every) = self.checkpoint_every else {
             return Ok(None);
         };
-        let mut retention = Retention {
-            newest: self.checkpoint_keep,
-            for_s: self.checkpoint_keep_for.map(|time| time.as_secs()),
-        };
-        if retention.is_all() {
-            retention.newest = Some(CHECKPOINTS_KEPT);
-        }
-        let to = self.checkpoint_to.as_deref().map(crate::keep::place);
-        Ok(Some(CheckpointPlan {
-            every_s: every.as_secs(),
-            to: to.transpose()?,
-            retention,
-        }))
+        let to = self.checkpoint_to.as_deref();
+        checkpoint_plan(every, to, self.checkpoint_keep, self.checkpoint_keep_for).map(Some)
     }
 }
+
+/// Checkpoints that are made by themselves, with what is usual where nothing is said.
+pub(crate) fn checkpoint_plan(
+    every: Duration,
+    to: Option<&str>,
+    keep: Option<u32>,
+    keep_for: Option<Duration>,
+) -> Result<CheckpointPlan> {
+    let mut retention = Retention {
+        newest: keep,
+        for_s: keep_for.map(|time| time.as_secs()),
+    };
+    if retention.is_all() {
+        retention.newest = Some(CHECKPOINTS_KEPT);
+    }
+    Ok(CheckpointPlan {
+        every_s: every.as_secs(),
+        to: to.map(crate::keep::place).transpose()?,
+        retention,
+    })
+}
+/// Limits of a machine that is given no others.
+pub(crate) const MEMORY_DEFAULT: &str = "4G";
+pub(crate) const THREADS_DEFAULT: u32 = 256;
+pub(crate) const OUTPUT_RATE_DEFAULT: &str = "16M";
 
 #[derive(clap::Args)]
 pub(crate) struct RunArgs {
@@ -100,21 +115,21 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "NAME=VALUE")]
     env: Vec<String>,
     /// Limit of each of its memories.
-    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "4G")]
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = MEMORY_DEFAULT)]
     memory: u64,
     /// Limit of its threads.
-    #[arg(long, value_name = "N", default_value_t = 256)]
+    #[arg(long, value_name = "N", default_value_t = THREADS_DEFAULT)]
     threads: u32,
     /// Limit of the CPU time of all its threads, in cores (0.01 and more).
     #[arg(long, value_name = "CORES", value_parser = crate::size::cores)]
     cpu_limit: Option<u32>,
     /// Limit of its output, a second.
-    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "16M")]
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = OUTPUT_RATE_DEFAULT)]
     output_rate: u64,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum RestartWhen {
+pub(crate) enum RestartWhen {
     /// Never.
     No,
     /// When it trapped, exited with another code than 0, or its worker was lost.
@@ -140,6 +155,10 @@ pub(crate) struct LogArgs {
     /// Goes on until it ends, wherever it moves.
     #[arg(short, long)]
     follow: bool,
+    /// Only what was written since: a duration ago (10m, 2h, 1d) or a UTC time
+    /// (2026-01-31T12:00:00Z, 2026-01-31).
+    #[arg(long, value_name = "TIME", value_parser = crate::when::since)]
+    since: Option<u64>,
 }
 
 #[derive(clap::Args)]
@@ -231,7 +250,8 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
     Ok(client.post("/v1/machines", &request).await?)
 }
 
-fn request(volume: &VolumeArg) -> Result<VolumeRequest> {
+/// What is asked of a node for a volume that a command or a file names.
+pub(crate) fn request(volume: &VolumeArg) -> Result<VolumeRequest> {
     Ok(match volume {
         VolumeArg::Host {
             host,
@@ -277,7 +297,7 @@ pub(crate) async fn run(reach: &Reach, args: &RunArgs) -> Result<ExitCode> {
         })?;
         return Ok(ExitCode::SUCCESS);
     }
-    follow(&client, &machine.name, true).await?;
+    follow(&client, &machine.name, 0, true).await?;
     let path = format!("/v1/machines/{}", machine.name);
     let code = exit_code(&client.get::<MachineInfo>(&path).await?);
     if args.rm {
@@ -304,9 +324,8 @@ fn exit_code(machine: &MachineInfo) -> ExitCode {
 const FOLLOW_AGAIN_MIN: Duration = Duration::from_millis(1);
 const FOLLOW_AGAIN_MAX: Duration = Duration::from_millis(100);
 
-/// Prints a machine's output, and waits for its end if `follow`.
-async fn follow(client: &Client, machine: &str, follow: bool) -> Result<()> {
-    let mut offset = 0u64;
+/// Prints a machine's output from an offset on, and waits for its end if `follow`.
+async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -> Result<()> {
     let mut rest = Vec::new();
     let mut first = true;
     let mut pause = FOLLOW_AGAIN_MIN;
@@ -360,7 +379,15 @@ fn print(records: &mut Vec<u8>) -> Result<()> {
 }
 
 pub(crate) async fn logs(reach: &Reach, args: &LogArgs) -> Result<ExitCode> {
-    follow(&reach.client()?, &args.machine, args.follow).await?;
+    let (client, machine) = (reach.client()?, &args.machine);
+    let from = match args.since {
+        Some(since) => {
+            let path = format!("/v1/machines/{machine}/logs/offset?since={since}");
+            client.get::<LogOffset>(&path).await?.offset
+        }
+        None => 0,
+    };
+    follow(&client, machine, from, args.follow).await?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -414,6 +441,9 @@ fn describe(machine: &MachineInfo) -> String {
             output::bytes(machine.memory_limit_bytes),
             cpu as f64 / 1e6,
         ));
+    }
+    if let Some(group) = &machine.cgroup {
+        lines.push(format!("kernel: {}", crate::describe::kernel(group)));
     }
     if let Some(limit) = machine.cpu_limit_millis {
         lines.push(format!("cpu limit {} core(s)", f64::from(limit) / 1000.0));

@@ -5,15 +5,20 @@
 //! - `machines`: `run`, `ps`, `logs`, `inspect`, `stop`, `kill`, `rm`, `move`
 //! - `keep`: `checkpoint`, `checkpoints`, `restore`, `clone`
 //! - `cluster`: `status`, `nodes`, `schedule`, `token`
+//! - `apply`: `keel apply`
+//! - `cp`: `keel cp`
 //! - `demo`: `keel demo`
 //! - `describe`: `keel describe`
 //! - `doctor`: `keel doctor`
 //! - `events`: `keel events`
+//! - `set`: `keel set`
 //! - `output`: tables and JSON
 //! - `size`: sizes as people write them
 //! - `when`: times as people write them
 
+mod apply;
 mod cluster;
+mod cp;
 mod demo;
 mod describe;
 mod doctor;
@@ -22,12 +27,14 @@ mod events;
 mod keep;
 mod machines;
 mod output;
+mod set;
 mod size;
 mod up;
 mod volume;
 mod wasm;
 mod when;
 
+use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -76,6 +83,8 @@ enum Command {
     },
     /// Starts a machine.
     Run(machines::RunArgs),
+    /// Makes machines be as a file says; what is so already stays untouched.
+    Apply(apply::Args),
     /// Lists machines.
     Ps {
         /// Ended ones too.
@@ -96,6 +105,10 @@ enum Command {
     },
     /// Tells what happened to machines, moves, checkpoints and nodes.
     Events(events::Args),
+    /// Copies a file from or to a volume of a machine, which may run and move meanwhile.
+    Cp(cp::Args),
+    /// Changes limits of a machine, or its restart policy, while it runs.
+    Set(set::Args),
     /// Ends a machine.
     Stop {
         /// The machines.
@@ -133,6 +146,11 @@ enum Command {
     Restore(keep::RestoreArgs),
     /// Makes another machine of a running one: a copy that goes on by itself.
     Clone(keep::CloneArgs),
+    /// Writes the manual: a page for each command.
+    Man {
+        /// Folder for the pages; it must exist.
+        folder: std::path::PathBuf,
+    },
     /// Prints a completion script for a shell.
     Completions {
         /// The shell.
@@ -207,6 +225,11 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Wasm(args) => return wasm::run(args),
         Command::Worker(args) => return up::worker(&args),
+        Command::Man { folder } => {
+            clap_mangen::generate_to(Cli::command(), &folder)
+                .with_context(|| format!("no pages in {}", folder.display()))?;
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "keel", &mut std::io::stdout());
             return Ok(ExitCode::SUCCESS);
@@ -233,11 +256,14 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Schedule { node } => cluster::schedule(&reach, &node).await,
         Command::Token { what } => cluster::token(&reach, what).await,
         Command::Run(args) => machines::run(&reach, &args).await,
+        Command::Apply(args) => apply::run(&reach, &args).await,
         Command::Ps { all } => machines::ps(&reach, all).await,
         Command::Logs(args) => machines::logs(&reach, &args).await,
         Command::Inspect { machine } => machines::inspect(&reach, &machine).await,
         Command::Describe { machine } => describe::run(&reach, &machine).await,
         Command::Events(args) => events::run(&reach, &args).await,
+        Command::Cp(args) => cp::run(&reach, &args).await,
+        Command::Set(args) => set::run(&reach, &args).await,
         Command::Stop { machines } => machines::end(&reach, &machines, "stop").await,
         Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,
         Command::Rm { machines, force } => machines::rm(&reach, &machines, force).await,
@@ -249,8 +275,9 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         #[cfg(feature = "failpoints")]
         Command::Debug(command) => debug(&reach, command).await,
         // Dispatched before, without a runtime.
-        Command::Wasm(_) | Command::Worker(_) | Command::Completions { .. } => {
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Wasm(_)
+        | Command::Worker(_)
+        | Command::Man { .. }
+        | Command::Completions { .. } => Ok(ExitCode::SUCCESS),
     }
 }

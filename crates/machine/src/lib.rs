@@ -3,6 +3,7 @@
 //! - `spec`: what a user asks for, and what the store says of a machine
 //! - `moves`: the move as two pure state machines, and its report
 //! - `log`: a machine's output, by offset, so that it survives moves
+//! - `cgroup`: the control groups of workers
 //! - `checkpoint`: machines kept in time
 //! - `clock`: whether this host's wall clock is right
 //! - `failpoint`: where tests make things go wrong
@@ -12,6 +13,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod cgroup;
 pub mod checkpoint;
 pub mod clock;
 pub mod failpoint;

@@ -2,10 +2,13 @@
 //! survives moves in order, nothing twice and nothing lost, and readers can go
 //! on where they were.
 //!
-//! Format: records of `stream (u8: 1 output, 2 error), length (u32, little-
-//! endian), bytes`, one after the other. The newest [`SEGMENT_BYTES_MAX`] to
-//! twice that are kept, in two files.
+//! Format: records of `stream (u8: 1 output, 2 error, 3 the time), length (u32,
+//! little-endian), bytes`, one after the other. The newest [`SEGMENT_BYTES_MAX`] to
+//! twice that are kept, in two files. See `time` for the times in between.
 
+mod time;
+
+use keel_cluster::clock::unix_ms;
 use keel_wasi::volume::{Stalls, is_disk_full};
 use keel_wasi::{Interrupt, Sink, SinkResult};
 use serde::{Deserialize, Serialize};
@@ -45,6 +48,16 @@ struct State {
     segments: Vec<Segment>,
     end: u64,
     closed: bool,
+    /// The last time that was written here, in milliseconds since 1970-01-01 UTC.
+    marked: Option<u64>,
+}
+
+impl State {
+    /// Whether what comes next goes into a new file.
+    fn segment_is_full(&self) -> bool {
+        let last = self.segments.last();
+        last.is_some_and(|last| self.end - last.base >= SEGMENT_BYTES_MAX)
+    }
 }
 
 /// The log of one machine on one node.
@@ -101,6 +114,7 @@ impl Log {
                 segments,
                 end,
                 closed: false,
+                marked: None,
             }),
             grown: Condvar::new(),
         })
@@ -130,13 +144,26 @@ impl Log {
     /// # Errors
     /// The file system's; nothing was added then.
     pub fn append(&self, stream: StreamKind, text: &[u8]) -> std::io::Result<()> {
-        let mut record = Vec::with_capacity(HEADER_BYTES + text.len());
+        self.append_at(stream, text, unix_ms())
+    }
+
+    /// As [`Self::append`], at a time in milliseconds since 1970-01-01 UTC.
+    fn append_at(&self, stream: StreamKind, text: &[u8], now: u64) -> std::io::Result<()> {
+        let mut record = Vec::with_capacity(2 * HEADER_BYTES + 8 + text.len());
+        // Two streams write at once: where the end is must not be asked first.
+        let mut state = self.state();
+        let marks = state.segment_is_full() || time::is_due(state.marked, now);
+        if marks {
+            record.extend(time::mark(now));
+        }
         record.push(stream as u8);
         record.extend((text.len() as u32).to_le_bytes());
         record.extend(text);
-        // Two streams write at once: where the end is must not be asked first.
-        let mut state = self.state();
-        self.add(&mut state, &record)
+        self.add(&mut state, &record)?;
+        if marks {
+            state.marked = Some(now);
+        }
+        Ok(())
     }
 
     /// Puts bytes of whole records at an offset: the end, or before it where
@@ -161,9 +188,7 @@ impl Log {
 
     fn add(&self, state: &mut State, new: &[u8]) -> std::io::Result<()> {
         let end = state.end;
-        if let Some(last) = state.segments.last()
-            && end - last.base >= SEGMENT_BYTES_MAX
-        {
+        if state.segment_is_full() {
             let segment = new_segment(&self.folder, end)?;
             state.segments.push(segment);
             if state.segments.len() > 2 {
@@ -282,7 +307,7 @@ fn new_segment(folder: &Path, base: u64) -> std::io::Result<Segment> {
     })
 }
 
-/// Takes whole records off the front of `bytes`.
+/// Takes whole records off the front of `bytes`; those with times are left out.
 pub fn split_records(bytes: &mut Vec<u8>) -> Vec<(StreamKind, Vec<u8>)> {
     let mut records = Vec::new();
     let mut at = 0;
@@ -291,12 +316,14 @@ pub fn split_records(bytes: &mut Vec<u8>) -> Vec<(StreamKind, Vec<u8>)> {
         let Some(text) = bytes.get(at + HEADER_BYTES..at + HEADER_BYTES + length) else {
             break;
         };
-        let stream = if header[0] == StreamKind::Error as u8 {
-            StreamKind::Error
-        } else {
-            StreamKind::Output
+        let stream = match header[0] {
+            kind if kind == StreamKind::Error as u8 => Some(StreamKind::Error),
+            time::KIND => None,
+            _ => Some(StreamKind::Output),
         };
-        records.push((stream, text.to_vec()));
+        if let Some(stream) = stream {
+            records.push((stream, text.to_vec()));
+        }
         at += HEADER_BYTES + length;
     }
     bytes.drain(..at);
@@ -414,9 +441,9 @@ mod tests {
     fn what_a_dying_process_left_unfinished_is_cut_off() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 7).unwrap();
-        log.append(StreamKind::Output, b"one\n").unwrap();
+        log.append_at(StreamKind::Output, b"one\n", 1000).unwrap();
         let whole = log.end();
-        log.append(StreamKind::Output, b"two\n").unwrap();
+        log.append_at(StreamKind::Output, b"two\n", 1000).unwrap();
         let path = folder.path().join("log.7");
         let bytes = std::fs::read(&path).unwrap();
         for length in whole - 7..bytes.len() as u64 {
@@ -470,10 +497,11 @@ mod tests {
     fn offsets_last_over_segments_and_reopening() {
         let folder = tempfile::tempdir().unwrap();
         let log = Log::open(folder.path(), 100).unwrap();
-        log.append(StreamKind::Output, b"one").unwrap();
-        log.append(StreamKind::Error, b"two").unwrap();
+        log.append_at(StreamKind::Output, b"one", 1000).unwrap();
+        log.append_at(StreamKind::Error, b"two", 1000).unwrap();
         let end = log.end();
-        assert_eq!(end, 100 + 16);
+        // One time, two records.
+        assert_eq!(end, 100 + 13 + 16);
         drop(log);
         let log = Log::open(folder.path(), 0).unwrap();
         assert_eq!((log.base(), log.end()), (100, end));
@@ -487,8 +515,8 @@ mod tests {
             ]
         );
         // Known bytes are not added again, a gap is refused.
-        let (_, again) = log.read(108, 8).unwrap();
-        log.write_at(108, &again).unwrap();
+        let (_, again) = log.read(121, 8).unwrap();
+        log.write_at(121, &again).unwrap();
         assert_eq!(log.end(), end);
         assert!(log.write_at(end + 1, b"x").is_err());
     }

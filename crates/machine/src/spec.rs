@@ -80,6 +80,38 @@ pub struct CheckpointPlan {
     pub retention: Retention,
 }
 
+impl CheckpointPlan {
+    /// In words.
+    pub fn line(&self) -> String {
+        let mut kept = Vec::new();
+        if let Some(newest) = self.retention.newest {
+            kept.push(format!("the newest {newest}"));
+        }
+        if let Some(for_s) = self.retention.for_s {
+            kept.push(format!("those of the last {}", time(for_s)));
+        }
+        if kept.is_empty() {
+            kept.push("all".into());
+        }
+        format!(
+            "every {}, to {}; kept: {}",
+            time(self.every_s),
+            self.to.as_deref().unwrap_or("the node's own folder"),
+            kept.join(" and ")
+        )
+    }
+}
+
+/// A time in seconds, as people write it where that is exact.
+fn time(s: u64) -> String {
+    for (unit, seconds) in [("d", 86_400), ("h", 3600), ("m", 60)] {
+        if s != 0 && s.is_multiple_of(seconds) {
+            return format!("{}{unit}", s / seconds);
+        }
+    }
+    format!("{s}s")
+}
+
 /// Where a machine is in its life.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Status {

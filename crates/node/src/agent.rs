@@ -17,6 +17,7 @@ use keel_cluster::service::ClusterService;
 use keel_cluster::store::{LeaseId, RedbOptions, RedbStore, RemoteStore, Txn};
 use keel_cluster::tokens::JoinToken;
 use keel_cluster::{MachineName, NodeName, Store, StoreError};
+use keel_machine::cgroup::Slice;
 use keel_net::{Options as RpcOptions, Peers, Server, TlsError};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
@@ -123,6 +124,8 @@ pub(crate) struct Agent {
     pub(crate) reserving: tokio::sync::Mutex<()>,
     /// How moves away from here went.
     pub(crate) history: Mutex<History>,
+    /// Workers whose machines are kept regularly.
+    pub(crate) kept_regularly: Mutex<HashSet<u64>>,
 }
 
 /// Makes the first node of a new cluster; nothing runs yet.
@@ -278,7 +281,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
     let agent = Arc::new(Agent {
         name: identity.node.clone(),
         cluster: identity.cluster,
-        workers: Arc::new(Workers::default()),
+        workers: Arc::new(Workers::new(make_slice(&dir))),
         dir,
         settings,
         store,
@@ -291,9 +294,26 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         busy: Mutex::default(),
         lanes: Arc::default(),
         history: Mutex::default(),
+        kept_regularly: Mutex::default(),
         reserving: tokio::sync::Mutex::default(),
     });
     serve(agent, cluster).await
+}
+
+/// Where this node's workers get their cgroups.
+fn make_slice(dir: &StateDir) -> Slice {
+    // What started this process, where that is `keel up` and not a shell.
+    let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
+    let program = |process: &str| std::fs::read_link(format!("/proc/{process}/exe")).ok();
+    let parent = parent.filter(|parent| {
+        let own = program("self");
+        own.is_some() && own == program(&parent.to_string())
+    });
+    let slice = Slice::prepare(dir.root(), parent);
+    if let Some(missing) = slice.missing() {
+        tracing::warn!("{missing}");
+    }
+    slice
 }
 
 /// The members, as soon as the store answers.
@@ -345,6 +365,7 @@ async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(),
     let stopped = Note::node(EventKind::NodeStopped, "the agent was told to stop");
     agent.events.record(stopped);
     agent.events.flush().await;
+    agent.workers.slice().remove_if_empty();
     Ok(())
 }
 
@@ -396,6 +417,7 @@ fn describe(agent: &Agent) -> NodeRecord {
     if let Some(missing) = keel_machine::missing_for_moves() {
         lacks.push(missing);
     }
+    lacks.extend(agent.workers.slice().missing());
     NodeRecord {
         address: agent.settings.listen.to_string(),
         cpus: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
@@ -438,6 +460,12 @@ pub(crate) fn cpu_features() -> Vec<String> {
 impl Agent {
     pub(crate) fn busy(&self) -> std::sync::MutexGuard<'_, HashSet<MachineName>> {
         self.busy.lock().unwrap_or_else(|error| error.into_inner())
+    }
+
+    pub(crate) fn kept_regularly(&self) -> std::sync::MutexGuard<'_, HashSet<u64>> {
+        self.kept_regularly
+            .lock()
+            .unwrap_or_else(|error| error.into_inner())
     }
 
     pub(crate) fn moves(&self) -> std::sync::MutexGuard<'_, HashMap<MachineName, moving::Handle>> {

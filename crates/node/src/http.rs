@@ -1,6 +1,8 @@
 //! The API: JSON over HTTP on the node's own socket, and over TLS with a
 //! token. Only maps requests to `operate`; decides nothing.
 
+mod file;
+
 use crate::agent::Agent;
 use crate::events::{self, Question};
 use crate::keep;
@@ -18,8 +20,9 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use futures::StreamExt;
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, DryRun, EVENTS_DEFAULT, EVENTS_MAX, EventLine, MachineInfo,
-    MoveRequest, NodeInfo, Problem, RestoreRequest, RunRequest, TokenRequest, Uploaded,
+    CheckpointInfo, CheckpointRequest, DryRun, EVENTS_DEFAULT, EVENTS_MAX, EventLine, LogOffset,
+    MachineDiff, MachineInfo, MoveRequest, NodeInfo, Problem, RestoreRequest, RunRequest,
+    SetRequest, TokenRequest, Uploaded,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::tokens::{self, Role};
@@ -84,7 +87,19 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/machines/{name}/move", post(move_machine))
         .route("/v1/machines/{name}/dry-run", post(dry_run))
         .route("/v1/machines/{name}/cancel-move", post(cancel_move))
+        .route("/v1/machines/{name}/set", post(set))
+        .route("/v1/machines/{name}/diff", post(diff))
+        .route(
+            "/v1/machines/{name}/files",
+            get(file::read)
+                .put(file::write)
+                .delete(file::remove)
+                .layer(DefaultBodyLimit::max(crate::files::PIECE_BYTES_MAX)),
+        )
+        .route("/v1/machines/{name}/files/stat", get(file::stat))
+        .route("/v1/machines/{name}/files/rename", post(file::rename))
         .route("/v1/machines/{name}/logs", get(logs))
+        .route("/v1/machines/{name}/logs/offset", get(log_offset))
         .route(
             "/v1/machines/{name}/checkpoints",
             get(checkpoints).post(checkpoint),
@@ -99,10 +114,12 @@ fn router(agent: Arc<Agent>) -> Router {
         .with_state(agent)
 }
 
-/// Reading needs a viewer, tokens an admin, everything else an operator.
+/// Reading needs a viewer, tokens an admin, everything else an operator, what is in
+/// machines' files too.
 async fn check_role(request: Request, next: Next) -> Response {
     let needed = match (request.method(), request.uri().path()) {
         (_, "/v1/tokens" | "/v1/debug/failpoint") => Role::Admin,
+        (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
         (&Method::GET, _) => Role::Viewer,
         _ => Role::Operator,
     };
@@ -312,6 +329,29 @@ async fn cancel_move(State(agent): Shared, Path(name): Path<String>) -> Reply<se
     Ok(Json(serde_json::json!({})))
 }
 
+async fn set(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<SetRequest>,
+) -> Reply<MachineInfo> {
+    let machine = machine_name(&name)?;
+    let operation = Operation::Set {
+        machine: machine.clone(),
+        request,
+    };
+    operate::anywhere(&agent, operation).await?;
+    Ok(Json(operate::inspect(&agent, &machine).await?))
+}
+
+async fn diff(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<RunRequest>,
+) -> Reply<MachineDiff> {
+    let machine = machine_name(&name)?;
+    Ok(Json(crate::diff::diff(&agent, &machine, &request).await?))
+}
+
 async fn move_machine(
     State(agent): Shared,
     Path(name): Path<String>,
@@ -419,6 +459,26 @@ async fn logs(
         Some((bytes.recv().await?, bytes))
     });
     Ok(streamed(bytes, "application/octet-stream"))
+}
+
+#[derive(Deserialize)]
+struct OffsetQuery {
+    since: u64,
+}
+
+async fn log_offset(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Query(query): Query<OffsetQuery>,
+) -> Reply<LogOffset> {
+    let operation = Operation::LogSince {
+        machine: machine_name(&name)?,
+        since_unix_ms: query.since,
+    };
+    match operate::anywhere(&agent, operation).await? {
+        Done::Offset(offset) => Ok(Json(LogOffset { offset })),
+        _ => Err(OperateError::Away("the node answered something else".into()).into()),
+    }
 }
 
 #[derive(Deserialize)]

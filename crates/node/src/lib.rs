@@ -11,8 +11,11 @@
 //! - `offer`: target of a move
 //! - `moving`: source of a move: feeds the state machine of `keel-machine`
 //! - `service`: what other nodes ask
+//! - `set`: other limits for a machine that runs
 //! - `operate`: what users ask, wherever the machine is
 //! - `keep`: checkpoints, and machines made of them
+//! - `diff`: what would change of a machine
+//! - `files`: files in machines' volumes, for users
 //! - `events`: what happened here, kept and told
 //! - `http`: the API
 
@@ -21,8 +24,10 @@
 mod agent;
 #[cfg(feature = "failpoints")]
 mod debug;
+mod diff;
 mod dry_run;
 mod events;
+mod files;
 mod http;
 mod keep;
 mod lanes;
@@ -36,6 +41,7 @@ mod reconcile;
 mod record;
 mod regular;
 mod service;
+mod set;
 mod state_dir;
 mod workers;
 

@@ -70,7 +70,7 @@ pub(crate) async fn accept(
 /// Whether an offer would be taken, as far as that shows without beginning.
 pub(crate) async fn would_take(agent: &Agent, offer: &Offer) -> Result<(), String> {
     check(agent, offer).await?;
-    check_room(agent, offer).await
+    check_room(agent, &offer.machine, &offer.memory_pages).await
 }
 
 async fn check(agent: &Agent, offer: &Offer) -> Result<(), String> {
@@ -143,7 +143,7 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
     {
         // One at a time: two that fit alone may not fit together.
         let _reserving = agent.reserving.lock().await;
-        check_room(agent, &offer).await?;
+        check_room(agent, machine, &offer.memory_pages).await?;
         reserve(agent, &source, &offer).await?;
     }
     passed("offer.reserved").await?;
@@ -192,14 +192,19 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
     }
 }
 
-/// Whether its memory fits beside what other arriving machines were promised.
-async fn check_room(agent: &Agent, offer: &Offer) -> Result<(), String> {
+/// Whether memories of a machine (in 64 KiB pages) fit beside what other arriving
+/// machines were promised.
+pub(crate) async fn check_room(
+    agent: &Agent,
+    machine: &MachineName,
+    memory_pages: &[u64],
+) -> Result<(), String> {
     let listing = agent
         .store
         .list(&keys::reservations_of(&agent.name))
         .await
         .map_err(|error| format!("what is reserved here is not known: {error}"))?;
-    let own = Key::Reservation(agent.name.clone(), offer.machine.clone()).to_string();
+    let own = Key::Reservation(agent.name.clone(), machine.clone()).to_string();
     let promised: u64 = listing
         .entries
         .iter()
@@ -208,7 +213,7 @@ async fn check_room(agent: &Agent, offer: &Offer) -> Result<(), String> {
         .map(|reservation: Reservation| reservation.bytes)
         .fold(0, u64::saturating_add);
     let available = memory_available_bytes().saturating_sub(SPARE_BYTES);
-    room(&offer.memory_pages, available, promised)
+    room(memory_pages, available, promised)
 }
 
 /// Whether memories (in 64 KiB pages) fit. What has arrived of a promised machine

@@ -9,7 +9,7 @@ use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterInfo, DryRun, EventKind, MachineInfo, MoveLine,
-    NodeInfo, RunRequest, Token, TokenRequest, VolumeInfo, VolumeRequest,
+    NodeInfo, RunRequest, SetRequest, Token, TokenRequest, VolumeInfo, VolumeRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
@@ -19,7 +19,9 @@ use keel_cluster::{Epoch, MachineName, NodeName, members};
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
 use keel_machine::spec::{Record, Spec, Status, Volume, VolumeKind};
-use keel_machine::worker::control::{LogChunk, ReadLog, Report, State, kind, pack, unpack};
+use keel_machine::worker::control::{
+    FileDone, FileOp, LogChunk, ReadLog, Report, State, kind, pack, unpack,
+};
 use keel_net::{Bytes, RpcError};
 use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};
@@ -109,6 +111,20 @@ pub(crate) enum Operation {
         /// How long sending what is left may take, in microseconds.
         budget_micros: Option<u64>,
     },
+    Set {
+        machine: MachineName,
+        request: SetRequest,
+    },
+    /// Something with a file in a volume; paths are the guest's.
+    File {
+        machine: MachineName,
+        op: FileOp,
+    },
+    /// Where the output begins that was written at a time or later.
+    LogSince {
+        machine: MachineName,
+        since_unix_ms: u64,
+    },
 }
 
 impl Operation {
@@ -119,6 +135,9 @@ impl Operation {
             | Operation::CancelMove { machine }
             | Operation::Checkpoint { machine, .. }
             | Operation::DryRun { machine, .. }
+            | Operation::Set { machine, .. }
+            | Operation::LogSince { machine, .. }
+            | Operation::File { machine, .. }
             | Operation::Report { machine } => machine,
         }
     }
@@ -131,6 +150,8 @@ pub(crate) enum Done {
     Report(Report),
     Checkpoint(CheckpointInfo),
     DryRun(Box<DryRun>),
+    Offset(u64),
+    File(FileDone),
 }
 
 type Answer = Result<Done, OperateError>;
@@ -184,6 +205,19 @@ pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
                 .await
                 .map(|it| Done::DryRun(Box::new(it)))
         }
+        Operation::Set { machine, request } => {
+            crate::set::set(agent, &machine, &request).await?;
+            Ok(Done::Nothing)
+        }
+        Operation::File { machine, op } => crate::files::here(agent, &machine, op)
+            .await
+            .map(Done::File),
+        Operation::LogSince {
+            machine,
+            since_unix_ms,
+        } => log_since(agent, &machine, since_unix_ms)
+            .await
+            .map(Done::Offset),
     }
 }
 
@@ -396,6 +430,31 @@ pub(crate) async fn log_here(
     Ok(chunks)
 }
 
+/// Where the output begins that a machine, which runs or ended on this node, wrote
+/// at a time or later.
+async fn log_since(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    since_unix_ms: u64,
+) -> Result<u64, OperateError> {
+    if let Some(worker) = agent.workers.get(machine) {
+        let offset = worker.ask(kind::LOG_SINCE, &since_unix_ms, PROMPT).await;
+        return offset.map_err(|error| OperateError::Away(error.to_string()));
+    }
+    let folder = agent.dir.worker(machine);
+    let found = tokio::task::spawn_blocking(move || {
+        match folder.is_dir() {
+            true => Log::open(&folder, 0)?.offset_since(since_unix_ms),
+            // It has not begun.
+            false => Ok(0),
+        }
+    });
+    found
+        .await
+        .map_err(|error| OperateError::Away(error.to_string()))?
+        .map_err(|error| OperateError::Away(format!("the output of {machine:?}: {error}")))
+}
+
 /// Sends what an ended machine left.
 fn send_log(log: &Log, from: u64, send: &mpsc::Sender<Bytes>) {
     let mut at = from;
@@ -572,28 +631,18 @@ pub(crate) async fn schedule(
     }
 }
 
-fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
+/// The spec that a request asks for, checked.
+pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     let bad = |what: String| Err(OperateError::Bad(what));
-    if request.memory_bytes > MEMORY_BYTES_MAX || request.memory_bytes < 1 << 16 {
-        return bad(format!(
-            "a memory limit of {} bytes: 64 KiB to 64 GiB are possible",
-            request.memory_bytes
-        ));
-    }
+    check_memory(request.memory_bytes)?;
     if request.threads_max == 0 || request.threads_max > THREADS_MAX {
         return bad(format!(
             "a limit of {} threads: 1 to {THREADS_MAX} are possible",
             request.threads_max
         ));
     }
-    if request
-        .cpu_limit_millis
-        .is_some_and(|limit| !(CPU_LIMIT_MILLIS_MIN..=CPU_LIMIT_MILLIS_MAX).contains(&limit))
-    {
-        return bad(format!(
-            "a cpu limit of {} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible",
-            request.cpu_limit_millis.unwrap_or_default()
-        ));
+    if let Some(millis) = request.cpu_limit_millis {
+        check_cpu(millis)?;
     }
     if request.args.is_empty() {
         return bad("no program name: the first argument is missing".into());
@@ -621,6 +670,26 @@ fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
         restart: request.restart,
         checkpoints: request.checkpoints.clone(),
     })
+}
+
+/// Whether a machine may ask for such a limit of each of its memories.
+pub(crate) fn check_memory(bytes: u64) -> Result<(), OperateError> {
+    if (1 << 16..=MEMORY_BYTES_MAX).contains(&bytes) {
+        return Ok(());
+    }
+    Err(OperateError::Bad(format!(
+        "a memory limit of {bytes} bytes: 64 KiB to 64 GiB are possible"
+    )))
+}
+
+/// Whether a machine may ask for such a `cpu.limit`.
+pub(crate) fn check_cpu(millis: u32) -> Result<(), OperateError> {
+    if (CPU_LIMIT_MILLIS_MIN..=CPU_LIMIT_MILLIS_MAX).contains(&millis) {
+        return Ok(());
+    }
+    Err(OperateError::Bad(format!(
+        "a cpu limit of {millis} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible"
+    )))
 }
 
 /// The volumes that a machine asks for, checked.
@@ -749,6 +818,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         cpu_micros: running.map(|report| report.cpu_micros),
         pid: running.map(|report| report.pid),
         output_bytes: running.map(|report| report.log.1),
+        cgroup: running.and_then(|report| report.group.clone()),
         moves: record.reports.clone(),
     }
 }

@@ -42,6 +42,8 @@ pub async fn supervise(mut agent: impl FnMut() -> Command) -> std::io::Result<()
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut failures = 0;
+    // The agent inherits it.
+    keel_machine::cgroup::spare_agent();
     loop {
         let begun = Instant::now();
         let mut child = agent().kill_on_drop(true).spawn()?;

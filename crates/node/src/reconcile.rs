@@ -169,7 +169,12 @@ async fn ensure_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<Aga
                 return Ok(Again::No);
             }
             Ok(State::Empty) if starts(&record.status) => {
-                agent.workers.end(machine).await;
+                agent.workers.end(&agent.dir, machine).await;
+            }
+            // Its limits may have been changed while no agent told it.
+            Ok(State::Running { epoch }) if record.owner == agent.name && record.epoch == epoch => {
+                crate::set::tell(&worker, record).await;
+                return Ok(Again::No);
             }
             _ => return Ok(Again::No),
         }
@@ -223,8 +228,14 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Ag
                 // was started.
                 let now = record::get(&*agent.store, machine).await?.record;
                 if now.status.ended() {
-                    agent.workers.end(machine).await;
-                } else if now.stop_wanted
+                    agent.workers.end(&agent.dir, machine).await;
+                } else if now.spec != found.record.spec
+                    && let Some(worker) = agent.workers.get(machine)
+                {
+                    crate::set::tell(&worker, &now).await;
+                }
+                if now.stop_wanted
+                    && !now.status.ended()
                     && let Some(worker) = agent.workers.get(machine)
                 {
                     let told: Result<(), RpcError> =
@@ -241,8 +252,21 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Ag
         Status::Arriving { from } => return lost_on_arrival(agent, machine, &from).await,
         _ => return Ok(Again::No),
     };
-    agent.workers.end(machine).await;
-    finish(agent, machine, Status::Failed { reason: failure }).await
+    let reason = named_end(agent, machine).unwrap_or(failure);
+    agent.workers.end(&agent.dir, machine).await;
+    finish(agent, machine, Status::Failed { reason }).await
+}
+
+/// Why the kernel ended a machine's process, if it did for want of memory.
+fn named_end(agent: &Agent, machine: &MachineName) -> Option<String> {
+    let reason = agent
+        .workers
+        .out_of_memory(&agent.dir, machine)?
+        .to_string();
+    tracing::error!(%machine, reason, "the kernel ended its process");
+    let told = Note::machine(EventKind::OutOfMemory, machine, &reason);
+    agent.events.record(told);
+    Some(reason)
 }
 
 /// Whether a machine of this status is to be started where it is scheduled.
@@ -658,6 +682,7 @@ async fn ended(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker, statu
     // It stays in the table until its end is written: a source that asks what
     // became of it must not be told that it never ran.
     worker.forget().await;
+    agent.workers.drop_group(&agent.dir, machine).await;
     let end = finish(agent, machine, status).await;
     agent.workers.remove_exactly(machine, worker);
     settled(agent, machine, guarded, end);
@@ -693,6 +718,9 @@ async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker,
         return;
     }
     // From here on it is certain that nothing of it runs here.
+    let reason = named_end(agent, machine)
+        .unwrap_or_else(|| format!("its worker process was lost ({reason})"));
+    agent.workers.drop_group(&agent.dir, machine).await;
     crate::moving::machine_ended(agent, machine);
     let folder = agent.dir.worker(machine);
     // Its volumes are lost with its memory. (A panic in it removes nothing.)
@@ -718,10 +746,7 @@ async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker,
             agent.workers.remove_exactly(machine, worker);
             let end = match record.status {
                 Status::Arriving { from } => lost_on_arrival(agent, machine, &from).await,
-                _ => {
-                    let reason = format!("its worker process was lost ({reason})");
-                    finish(agent, machine, Status::Failed { reason }).await
-                }
+                _ => finish(agent, machine, Status::Failed { reason }).await,
             };
             settled(agent, machine, guarded, end);
         }

@@ -23,7 +23,12 @@ const RETRY_MAX: Duration = Duration::from_secs(60);
 /// Makes a machine's checkpoints until its worker is gone.
 pub(crate) fn watch(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) {
     let (agent, machine, worker) = (agent.clone(), machine.clone(), worker.clone());
+    // One for each connection to a process: another one has another.
+    let Some(_watching) = Watching::begin(&agent, &worker) else {
+        return;
+    };
     tokio::spawn(async move {
+        let _watching = _watching;
         let mut newest = None;
         let mut failed = 0;
         while agent
@@ -76,6 +81,29 @@ pub(crate) fn watch(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) 
             }
         }
     });
+}
+
+/// Says that a worker is watched, as long as it is.
+struct Watching {
+    agent: Arc<Agent>,
+    worker: u64,
+}
+
+impl Watching {
+    fn begin(agent: &Arc<Agent>, worker: &Worker) -> Option<Self> {
+        let worker = worker.id();
+        let mut all = agent.kept_regularly();
+        all.insert(worker).then(|| Watching {
+            agent: agent.clone(),
+            worker,
+        })
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.agent.kept_regularly().remove(&self.worker);
+    }
 }
 
 /// When the next one is due: so long after the newest, or a little after the last

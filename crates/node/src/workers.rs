@@ -3,6 +3,7 @@
 
 use crate::state_dir::StateDir;
 use keel_cluster::MachineName;
+use keel_machine::cgroup::{Group, OutOfMemory, Slice};
 use keel_machine::worker::SOCKET;
 use keel_machine::worker::control::{Report, State, kind, pack, unpack};
 use keel_net::{Client, Options, RpcError, rpc::StreamReceiver};
@@ -97,6 +98,11 @@ impl Worker {
         self.id == other.id
     }
 
+    /// Tells this connection to a process apart from others.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
     /// Ends the process; returns when it is gone.
     pub(crate) async fn forget(&self) {
         // It may have ended already, or may not be able to answer.
@@ -142,12 +148,25 @@ pub(crate) enum Leftovers {
 }
 
 /// All workers of this node.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Workers {
     table: Mutex<HashMap<MachineName, Worker>>,
+    /// Where they get their cgroups.
+    slice: Slice,
 }
 
 impl Workers {
+    pub(crate) fn new(slice: Slice) -> Self {
+        Workers {
+            table: Mutex::default(),
+            slice,
+        }
+    }
+
+    pub(crate) fn slice(&self) -> &Slice {
+        &self.slice
+    }
+
     fn table(&self) -> MutexGuard<'_, HashMap<MachineName, Worker>> {
         self.table.lock().unwrap_or_else(|error| error.into_inner())
     }
@@ -187,7 +206,7 @@ impl Workers {
                 if let Ok(worker) = Worker::connect(&entry.path()).await {
                     worker.forget().await;
                 }
-                remove_folder(&entry.path());
+                remove_remains(entry.path()).await;
                 continue;
             }
             let Some(machine) = name.to_str().and_then(|name| name.parse().ok()) else {
@@ -201,6 +220,7 @@ impl Workers {
                 Err(error) => tracing::debug!(%machine, error, "no worker runs in its folder"),
             }
         }
+        self.slice.sweep(&dir.workers());
     }
 
     /// Connects anew to a worker whose connection was lost, which does not say
@@ -249,9 +269,13 @@ impl Workers {
         }
         let folder = dir.worker(machine);
         let fail = |what: &str, error: std::io::Error| format!("{what}: {error}");
+        self.drop_group(dir, machine).await;
         clear(&folder, leftovers)
             .map_err(|error| fail("an earlier folder of the machine", error))?;
         std::fs::create_dir_all(&folder).map_err(|error| fail("the machine's folder", error))?;
+        if let Err(error) = self.make_group(machine, &folder) {
+            tracing::warn!(%machine, error, "its worker gets no cgroup of its own");
+        }
         let log = std::fs::File::create(folder.join("worker.log"))
             .map_err(|error| fail("the worker's log", error))?;
         let program = std::env::current_exe().map_err(|error| fail("this program", error))?;
@@ -300,11 +324,37 @@ impl Workers {
         Ok(worker)
     }
 
+    /// Makes the group that a new worker finds in its folder.
+    fn make_group(&self, machine: &MachineName, folder: &Path) -> Result<(), String> {
+        let Some(group) = self.slice.make(machine.as_str())? else {
+            return Ok(());
+        };
+        group.save(folder).inspect_err(|_| group.remove())
+    }
+
+    /// Whether the kernel ended a machine's process for want of memory; to be
+    /// asked before [`Self::drop_group`].
+    pub(crate) fn out_of_memory(
+        &self,
+        dir: &StateDir,
+        machine: &MachineName,
+    ) -> Option<OutOfMemory> {
+        Group::load(&dir.worker(machine))?.out_of_memory()
+    }
+
+    /// Removes the cgroup of a worker that has ended.
+    pub(crate) async fn drop_group(&self, dir: &StateDir, machine: &MachineName) {
+        let folder = dir.worker(machine);
+        // (A panic in it removes nothing; the next agent sweeps.)
+        let _ = tokio::task::spawn_blocking(move || Group::remove_saved(&folder)).await;
+    }
+
     /// Ends a machine's worker; what it said stays in its folder.
-    pub(crate) async fn end(&self, machine: &MachineName) {
+    pub(crate) async fn end(&self, dir: &StateDir, machine: &MachineName) {
         if let Some(worker) = self.remove(machine) {
             worker.forget().await;
         }
+        self.drop_group(dir, machine).await;
     }
 
     /// Ends a machine's worker and removes its folder; returns when nothing of
@@ -314,7 +364,7 @@ impl Workers {
         if let Some(worker) = worker {
             worker.forget().await;
         }
-        remove_folder(&grave);
+        remove_remains(grave).await;
     }
 
     /// As [`Self::forget`], for a machine that is frozen for good: its process
@@ -325,7 +375,7 @@ impl Workers {
             if let Some(worker) = worker {
                 worker.forget().await;
             }
-            remove_folder(&grave);
+            remove_remains(grave).await;
         });
     }
 
@@ -354,6 +404,16 @@ fn clear(folder: &Path, leftovers: Leftovers) -> std::io::Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Removes the folder of a worker that has ended, and its cgroup.
+async fn remove_remains(folder: PathBuf) {
+    // (A panic in it removes nothing; the next agent does.)
+    let _ = tokio::task::spawn_blocking(move || {
+        Group::remove_saved(&folder);
+        remove_folder(&folder);
+    })
+    .await;
 }
 
 fn remove_folder(folder: &Path) {

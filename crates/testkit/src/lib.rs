@@ -488,6 +488,9 @@ impl Drop for LocalCluster {
         let names: Vec<String> = self.nodes.keys().cloned().collect();
         for name in names {
             self.power_off(&name);
+            if let Ok(folder) = self.folder(&name).canonicalize() {
+                keel_machine::cgroup::Slice::remove_all(&folder);
+            }
         }
     }
 }

@@ -40,6 +40,7 @@ mod file;
 mod function;
 mod guest;
 mod hidden;
+mod outside;
 mod path;
 mod poll;
 mod random;
@@ -55,6 +56,7 @@ pub use clock::{HostClock, SystemClock};
 pub use config::{Config, Limits, Preopen, Source};
 pub use error::Error;
 pub use function::{Function, ParamType};
+pub use outside::{FileStat, Files};
 pub use restore::Resources;
 pub use snapshot::{
     ConnectionRecord, DescriptorKind, DescriptorRecord, DirectoryRecord, EntryRecord, FileRecord,

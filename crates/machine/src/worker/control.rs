@@ -1,11 +1,13 @@
 //! Requests, answers and events between an agent and its workers, over
 //! `keel-net`'s rpc on a Unix socket that only this user can reach.
 
+use crate::cgroup::GroupUsage;
 use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{Bytes, Fingerprint, RpcError};
+use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::path::PathBuf;
 
@@ -39,13 +41,21 @@ pub mod kind {
     pub const FORGET: u16 = 0x040c;
     /// [`super::ReadLog`] → stream of [`super::LogChunk`].
     pub const LOG: u16 = 0x040d;
+    /// `u64`, milliseconds since 1970-01-01 UTC → `u64`: where the output begins that
+    /// was written then or later.
+    pub const LOG_SINCE: u16 = 0x0413;
+    /// [`super::FileRequest`] → [`super::FileDone`].
+    pub const FILE: u16 = 0x0414;
     /// `(name, order)` → `()`: an order for a failpoint, or none.
     #[cfg(feature = "failpoints")]
     pub const FAILPOINT: u16 = 0x04ff;
     /// [`super::Checkpoint`] → [`super::Checkpointed`].
     pub const CHECKPOINT: u16 = 0x040e;
     /// `()` → [`crate::moves::predict::Activity`]: what it does with its memory.
-    pub const ACTIVITY: u16 = 0x0412;
+    pub const ACTIVITY: u16 = 0x0415;
+    /// [`super::Spec`] → `()`: other limits of memory and CPU from now on, and what
+    /// else of the spec matters here. Nothing changes where it is refused.
+    pub const SET: u16 = 0x0412;
     /// `()` → stream of `Option<String>`: where the machine waits for room on
     /// a disk, the present state first.
     pub const PAUSES: u16 = 0x0410;
@@ -256,6 +266,8 @@ pub struct Report {
     pub volumes: Vec<VolumeReport>,
     /// Where it waits for room on a disk.
     pub paused: Option<String>,
+    /// What the kernel counts of the worker, if it has a cgroup.
+    pub group: Option<GroupUsage>,
 }
 
 /// What one of a machine's own volumes holds.
@@ -267,6 +279,106 @@ pub struct VolumeReport {
     pub bytes: u64,
     /// Files, directories and links.
     pub inodes: u64,
+}
+
+/// Something to do with a file in a volume, in one piece.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileOp {
+    /// What a path is.
+    Stat {
+        /// The path.
+        path: String,
+    },
+    /// Reads bytes; fewer than asked for at the end of the file.
+    Read {
+        /// The file.
+        path: String,
+        /// From here.
+        offset: u64,
+        /// So many.
+        bytes_max: u32,
+    },
+    /// Writes bytes.
+    Write {
+        /// The file.
+        path: String,
+        /// To here.
+        offset: u64,
+        /// The bytes.
+        bytes: Vec<u8>,
+        /// Whether the file is made, which then must not be there.
+        begin: bool,
+    },
+    /// Gives a file another name in the same volume.
+    Rename {
+        /// Its name.
+        from: String,
+        /// Its new one; a file that has it is replaced.
+        to: String,
+    },
+    /// Removes a file.
+    Remove {
+        /// The file.
+        path: String,
+    },
+}
+
+impl FileOp {
+    /// The path that it is about.
+    pub fn path(&self) -> &str {
+        match self {
+            FileOp::Stat { path }
+            | FileOp::Read { path, .. }
+            | FileOp::Write { path, .. }
+            | FileOp::Remove { path } => path,
+            FileOp::Rename { from, .. } => from,
+        }
+    }
+
+    /// Whether it changes anything.
+    pub fn writes(&self) -> bool {
+        match self {
+            FileOp::Stat { .. } | FileOp::Read { .. } => false,
+            FileOp::Write { .. } | FileOp::Rename { .. } | FileOp::Remove { .. } => true,
+        }
+    }
+
+    /// The same with other paths; `None` where one has none.
+    pub fn map_paths(mut self, other: impl Fn(&str) -> Option<String>) -> Option<Self> {
+        match &mut self {
+            FileOp::Stat { path }
+            | FileOp::Read { path, .. }
+            | FileOp::Write { path, .. }
+            | FileOp::Remove { path } => *path = other(path)?,
+            FileOp::Rename { from, to } => {
+                *from = other(from)?;
+                *to = other(to)?;
+            }
+        }
+        Some(self)
+    }
+}
+
+/// The same, in one of a machine's own volumes; paths are relative to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRequest {
+    /// Number of the volume in the spec.
+    pub volume: u32,
+    /// What to do.
+    pub op: FileOp,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileDone {
+    /// It is done.
+    Nothing,
+    /// What the path is.
+    Stat(FileStat),
+    /// The bytes.
+    Bytes(Vec<u8>),
+    /// Nothing was done: the machine is moving, or being kept.
+    Later,
 }
 
 /// Reads output.

@@ -4,6 +4,7 @@
 //! - `process`: the process itself
 //! - `outgoing`: gives the machine away (source of a move)
 //! - `incoming`: receives a machine (target of a move)
+//! - `files`: what users do with files in volumes
 //! - `volumes`: the machine's own volumes, in both directions
 //!
 //! A worker outlives its agent: it is found again through the socket in its
@@ -12,6 +13,7 @@
 
 mod activity;
 pub mod control;
+pub mod files;
 mod filling;
 mod incoming;
 mod outgoing;

@@ -4,13 +4,15 @@
 use super::SOCKET;
 use super::activity;
 use super::control::{
-    Checkpoint, Checkpointed, Copy, CopyEvent, Frozen, LogChunk, ReadLog, Receive, Receiving,
-    Report, Start, StartFrom, State, VolumeReport, kind, pack, unpack,
+    Checkpoint, Checkpointed, Copy, CopyEvent, FileDone, FileRequest, Frozen, LogChunk, ReadLog,
+    Receive, Receiving, Report, Start, StartFrom, State, VolumeReport, kind, pack, unpack,
 };
+use super::files;
 use super::filling::{Filler, Filling};
 use super::incoming::{self, IncomingError};
 use super::outgoing::Outgoing;
 use super::volumes::{self, IncomingVolumes};
+use crate::cgroup::{self, Group};
 use crate::checkpoint::{self, Behind, Destination, Origin, Subject, Taker, Vault};
 use crate::failpoint;
 use crate::link::{Link, LinkError, Message};
@@ -26,7 +28,7 @@ use keel_net::{
     RpcError, Server,
 };
 use keel_wasi::volume::Stalls;
-use keel_wasi::{Config, Resources, Wasi};
+use keel_wasi::{Config, Files, Resources, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options, Outcome};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -57,6 +59,8 @@ struct Worker {
     stalls: Arc<Stalls>,
     /// Where the machine waits for room on a disk.
     paused: watch::Sender<Option<String>>,
+    /// The cgroup that this process is in, if it has one of its own.
+    group: Option<Group>,
 }
 
 #[derive(Default)]
@@ -102,6 +106,15 @@ struct Inner {
 pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
     #[cfg(feature = "failpoints")]
     failpoint::set_from_environment();
+    cgroup::spend_worker();
+    // First: what is allocated from here on is counted there.
+    let group = Group::load(folder).filter(|group| {
+        let joined = group.join();
+        if let Err(error) = &joined {
+            tracing::warn!(error, "this worker is in no cgroup of its own");
+        }
+        joined.is_ok()
+    });
     std::fs::create_dir_all(programs)
         .map_err(|error| format!("{}: {error}", programs.display()))?;
     // Compiling uses all processors; running guests come first.
@@ -124,6 +137,7 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
             stalled.send_replace(full);
         })),
         paused,
+        group,
         freezing: Mutex::default(),
         tracking: Mutex::default(),
         folder: folder.to_owned(),
@@ -262,6 +276,16 @@ impl Worker {
                 }
                 Ok(pack(&())?.into())
             }
+            kind::SET => {
+                let spec: Spec = unpack(&payload)?;
+                blocking(move || self.set(spec)).await?;
+                Ok(pack(&())?.into())
+            }
+            kind::FILE => {
+                let request: FileRequest = unpack(&payload)?;
+                let done = blocking(move || self.file(request)).await?;
+                Ok(pack(&done)?.into())
+            }
             kind::FORGET => {
                 // The answer goes out first; nothing here is worth keeping.
                 tokio::spawn(async {
@@ -288,6 +312,16 @@ impl Worker {
                     .spawn(move || self.read_log(&read, &send))
                     .map_err(RpcError::refused)?;
                 Ok(Reply::Stream(chunks))
+            }
+            kind::LOG_SINCE => {
+                let since: u64 = unpack(&payload)?;
+                let log = self.inner().log.clone();
+                let log = log.ok_or_else(|| RpcError::failed("it has no output here yet"))?;
+                let offset = blocking(move || {
+                    let offset = log.offset_since(since);
+                    offset.map_err(|error| RpcError::failed(format!("{}: {error}", log.place())))
+                });
+                Ok(pack(&offset.await?)?.into())
             }
             #[cfg(feature = "failpoints")]
             kind::FAILPOINT => {
@@ -341,6 +375,7 @@ impl Worker {
         // Those of a worker that was lost, if it is started again.
         volumes::remove(&self.folder);
         let wasi = Wasi::new(self.config(spec, &log)).map_err(RpcError::failed)?;
+        self.bound(program.meta().memories.len(), spec);
         let machine = Machine::start_under(start.epoch.token(), program, wasi, spec.limits())
             .map_err(RpcError::failed)?;
         Ok((machine, log))
@@ -360,6 +395,7 @@ impl Worker {
         let restored = checkpoint::restore(origin, &vault, engine, limits, runtime, &folder)
             .map_err(RpcError::failed)?;
         let program = restored.program;
+        self.bound(program.meta().memories.len(), spec);
         self.keep_program(program.hash(), program.bytes())?;
         let manifest = &restored.manifest;
         // A clone's output is its own.
@@ -489,6 +525,8 @@ impl Worker {
             full: request.full,
             give_up: &give_up,
         };
+        // What a user is writing to its volumes ends first.
+        drop(self.freezing.lock());
         let name = subject.name.clone();
         let taken = taker.take(&machine, subject, &log, &destination);
         {
@@ -672,6 +710,73 @@ impl Worker {
             log: log.map_or((0, 0), |log| (log.base(), log.end())),
             volumes: machine.map_or_else(Vec::new, volume_reports),
             paused: self.paused.borrow().clone(),
+            group: self.group.as_ref().map(Group::usage),
+        }
+    }
+
+    /// Does something with a file in one of the machine's own volumes.
+    fn file(&self, request: FileRequest) -> Result<FileDone, RpcError> {
+        // What is written while the machine stands still would be in no move and no
+        // checkpoint, or in half of one: freezing waits for this, and this for that.
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let machine = {
+            let inner = self.inner();
+            let stands = inner.giving_away || inner.taking.is_some();
+            match &inner.machine {
+                _ if stands && request.op.writes() => return Ok(FileDone::Later),
+                Some(machine) => machine.clone(),
+                None => return Ok(FileDone::Later),
+            }
+        };
+        let volumes = machine.wasi().volumes().into_iter();
+        let mut volumes = volumes.filter(|(number, _)| *number == request.volume);
+        let (_, volume) = volumes
+            .next()
+            .ok_or_else(|| RpcError::failed("the machine has no such volume"))?;
+        files::act(&Files::Volume(volume), request.op).map_err(RpcError::failed)
+    }
+
+    /// Takes other limits for the machine that runs here.
+    fn set(&self, spec: Spec) -> Result<(), RpcError> {
+        // A move has told its target what the machine may have.
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let (machine, before) = {
+            let inner = self.inner();
+            match (&inner.machine, &inner.spec) {
+                _ if inner.giving_away => return Err(RpcError::failed("it is moving")),
+                (Some(machine), Some(spec)) => (machine.clone(), spec.clone()),
+                _ => return Err(RpcError::failed("no machine runs here")),
+            }
+        };
+        let memories = machine.memories().len();
+        // The kernel's bound is never below the machine's own.
+        if spec.memory_bytes > before.memory_bytes {
+            self.bound(memories, &spec);
+        }
+        if let Err(size) = machine.limit_memory(spec.memory_bytes) {
+            return Err(RpcError::failed(format!(
+                "a memory of it has {size} bytes already, and memory does not shrink: {} bytes are too few",
+                spec.memory_bytes
+            )));
+        }
+        machine.limit_cpu(spec.cpu_limit_millis);
+        self.bound(memories, &spec);
+        self.inner().spec = Some(spec);
+        Ok(())
+    }
+
+    /// Bounds this process's cgroup for a machine of so many memories.
+    fn bound(&self, memories: usize, spec: &Spec) {
+        let Some(group) = &self.group else { return };
+        let limit = cgroup::memory_limit_bytes(memories, spec.memory_bytes, spec.threads_max);
+        if let Err(error) = group.limit_memory(limit) {
+            tracing::warn!(error, "this worker's memory is not bounded");
         }
     }
 
@@ -895,6 +1000,7 @@ impl Worker {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
+        self.bound(request.memory_pages.len(), &request.spec);
         let volumes = IncomingVolumes::new(&request.spec, &self.folder, request.volume_bytes)
             .map_err(RpcError::failed)?;
         let bytes = std::fs::read(&request.program)

@@ -118,6 +118,8 @@ pub struct GuestMemory {
     size: AtomicUsize,
     /// Bytes that it may grow to, by module and by spec.
     limit: AtomicU64,
+    /// Bytes that it may grow to by module and reservation, whatever the spec says.
+    maximum: u64,
     memory64: bool,
     growing: Mutex<()>,
 }
@@ -181,6 +183,7 @@ impl GuestMemory {
             reservation: Reservation { base, bytes },
             size: AtomicUsize::new(0),
             limit: AtomicU64::new(limit),
+            maximum,
             memory64,
             growing: Mutex::new(()),
         };
@@ -196,6 +199,26 @@ impl GuestMemory {
     /// Bytes that it may grow to.
     pub fn limit_bytes(&self) -> u64 {
         self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Bounds from now on what it may grow to, as far as the module allows it.
+    ///
+    /// # Errors
+    /// The bytes that it has, where those are more; nothing changes then.
+    pub fn set_limit(&self, limit_bytes: u64) -> Result<(), u64> {
+        let _growing = self
+            .growing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let limit = self
+            .maximum
+            .min(limit_bytes / WASM_PAGE_BYTES * WASM_PAGE_BYTES);
+        let size = self.size_bytes();
+        if size > limit {
+            return Err(size);
+        }
+        self.limit.store(limit, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Grows by `delta_pages` of 64 KiB; the size before, in pages, or `None`

@@ -171,11 +171,20 @@ pub(super) struct Threads {
     launched: usize,
 }
 
+/// What its threads may use together.
+struct CpuLimit {
+    /// Thousandths of a core.
+    millis: Option<u32>,
+    /// Whether a governor runs; it ends when there is no limit any more.
+    governed: bool,
+}
+
 pub(super) struct Shared {
     pub(super) program: Arc<Program>,
     pub(super) memories: Arc<[Arc<GuestMemory>]>,
     pub(super) wasi: Arc<Wasi>,
-    limits: Limits,
+    threads_max: u32,
+    cpu: Mutex<CpuLimit>,
     pub(super) threads: Mutex<Threads>,
     changed: Condvar,
     pub(super) waits: Mutex<WaitQueues>,
@@ -335,7 +344,11 @@ impl Machine {
                 program,
                 memories,
                 wasi: Arc::new(wasi),
-                limits,
+                threads_max: limits.threads_max,
+                cpu: Mutex::new(CpuLimit {
+                    millis: None,
+                    governed: false,
+                }),
                 threads: Mutex::new(Threads {
                     phase: Phase::Frozen,
                     table: BTreeMap::new(),
@@ -349,16 +362,50 @@ impl Machine {
                 epoch: AtomicU64::new(0),
             }),
         };
-        if limits.cpu_millis.is_some() {
-            let shared = Arc::downgrade(&machine.shared);
-            let governor = std::thread::Builder::new()
-                .name("governor".into())
-                .spawn(move || govern(shared));
-            if let Err(error) = governor {
+        machine.limit_cpu(limits.cpu_millis);
+        machine
+    }
+
+    /// Bounds the CPU time of its threads from now on, in thousandths of a core.
+    pub fn limit_cpu(&self, millis: Option<u32>) {
+        let mut cpu = locked(&self.shared.cpu);
+        cpu.millis = millis;
+        if millis.is_none() || cpu.governed {
+            return;
+        }
+        let shared = Arc::downgrade(&self.shared);
+        let governor = std::thread::Builder::new()
+            .name("governor".into())
+            .spawn(move || govern(shared));
+        match governor {
+            Ok(_) => cpu.governed = true,
+            Err(error) => {
                 tracing::warn!(%error, "no thread keeps the machine within its cpu.limit");
             }
         }
-        machine
+    }
+
+    /// Bounds from now on what each of its memories may grow to.
+    ///
+    /// # Errors
+    /// The bytes of the first memory that has more; nothing changes then.
+    pub fn limit_memory(&self, bytes: u64) -> Result<(), u64> {
+        let before: Vec<u64> = self
+            .memories()
+            .iter()
+            .map(|memory| memory.limit_bytes())
+            .collect();
+        for (number, memory) in self.memories().iter().enumerate() {
+            if let Err(size) = memory.set_limit(bytes) {
+                for (memory, limit) in self.memories().iter().zip(before).take(number) {
+                    // It has not grown beyond what it may meanwhile.
+                    let restored = memory.set_limit(limit);
+                    debug_assert!(restored.is_ok());
+                }
+                return Err(size);
+            }
+        }
+        Ok(())
     }
 
     /// What the guest is told of its epoch from now on; 0 outside of a cluster.
@@ -512,8 +559,18 @@ impl Machine {
     }
 
     /// The limit of its CPU time in thousandths of a core, and the nanoseconds
-    /// that each thread ran so far. `None` once it ended.
+    /// that each thread ran so far. `None` once it ended, or has no limit any more:
+    /// then nothing is governed.
     pub(super) fn usage(&self) -> Option<(u32, Vec<(u32, u64)>)> {
+        let limit = {
+            let mut cpu = locked(&self.shared.cpu);
+            cpu.governed = cpu.millis.is_some();
+            cpu.millis
+        };
+        let Some(limit) = limit else {
+            self.release(Hold::CpuLimit);
+            return None;
+        };
         let threads = locked(&self.shared.threads);
         if threads.phase == Phase::Ended {
             return None;
@@ -523,7 +580,7 @@ impl Machine {
             .iter()
             .filter_map(|(tid, thread)| Some((*tid, thread.clock.as_ref()?.run_ns()?)))
             .collect();
-        Some((self.shared.limits.cpu_millis?, used))
+        Some((limit, used))
     }
 
     /// Ends it: no guest code runs after this returns, except a host call
@@ -847,8 +904,7 @@ impl Shared {
 
     pub(super) fn spawn(self: &Arc<Self>, arg: u32) -> i32 {
         let mut threads = locked(&self.threads);
-        if threads.table.len() >= self.limits.threads_max as usize || threads.phase == Phase::Ended
-        {
+        if threads.table.len() >= self.threads_max as usize || threads.phase == Phase::Ended {
             return -1;
         }
         let mut tid = threads.next_tid;

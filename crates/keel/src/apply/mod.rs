@@ -1,0 +1,261 @@
+//! `keel apply`: makes machines be as a file says. Applied again, it changes nothing.
+//!
+//! All of the file is read, and all machines compared, before anything is changed:
+//! what cannot be done is refused as a whole.
+//!
+//! - `file`: the file
+
+mod file;
+
+use crate::cluster::Reach;
+use crate::output::Format;
+use anyhow::{Context, Result, anyhow, bail};
+use bytes::Bytes;
+use file::Wanted;
+use form_urlencoded::byte_serialize;
+use hyper::Method;
+use keel_api::{
+    CheckpointChange, Client, FieldChange, MachineDiff, MachineInfo, Nothing, RunRequest,
+    SetRequest, Uploaded, VolumeRequest,
+};
+use keel_machine::restart::Restart;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// How long a machine that is to be replaced may take to be removed.
+const REMOVE_PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The file: a table [machine.NAME] for each machine, with `module` and what else of the
+    /// options of `keel run` it needs (args, env, volume, memory, threads, cpu-limit,
+    /// output-rate, restart, rm, on, checkpoint-every, -to, -keep, -keep-for).
+    #[arg(short, long, value_name = "FILE")]
+    file: PathBuf,
+    /// Only shows what would change.
+    #[arg(long)]
+    diff: bool,
+    /// Stops machines and starts them anew where that is needed: what they hold in memory and
+    /// in volumes of their own is lost.
+    #[arg(long)]
+    replace: bool,
+}
+
+/// What becomes of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Fate {
+    Create,
+    Change,
+    Replace,
+    Unchanged,
+}
+
+/// A machine of the file, beside the one that there is.
+#[derive(Serialize)]
+struct Plan {
+    machine: String,
+    fate: Fate,
+    changes: Vec<FieldChange>,
+    /// Whether it was done, and not only looked at.
+    done: bool,
+    #[serde(skip)]
+    wanted: RunRequest,
+    #[serde(skip)]
+    module: Bytes,
+    #[serde(skip)]
+    found: MachineDiff,
+}
+
+pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
+    let shown = args.file.display();
+    let text =
+        std::fs::read_to_string(&args.file).with_context(|| format!("cannot read {shown}"))?;
+    let wanted = file::read(&args.file, &text).map_err(|error| anyhow!(error))?;
+    let client = reach.client()?;
+    let mut plans = Vec::new();
+    for wanted in wanted {
+        plans.push(plan(&client, wanted).await?);
+    }
+    for plan in &plans {
+        warn(plan);
+    }
+    if !args.diff {
+        if !args.replace {
+            refuse_replacing(&plans)?;
+        }
+        for plan in &mut plans {
+            carry_out(&client, plan)
+                .await
+                .with_context(|| format!("machine {:?}", plan.machine))?;
+            plan.done = true;
+        }
+    }
+    match reach.format() {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&plans)?),
+        Format::Name => {
+            for plan in plans.iter().filter(|plan| plan.fate != Fate::Unchanged) {
+                println!("{}", plan.machine);
+            }
+        }
+        Format::Text => print!("{}", page(&plans)),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn plan(client: &Client, wanted: Wanted) -> Result<Plan> {
+    let Wanted {
+        module,
+        mut request,
+    } = wanted;
+    let machine = request.name.clone().unwrap_or_default();
+    let of = || format!("machine {machine:?}");
+    let bytes = std::fs::read(&module)
+        .with_context(|| format!("cannot read {}", module.display()))
+        .with_context(of)?;
+    request.module = blake3::hash(&bytes).to_hex().to_string();
+    // Whether it is a name at all is the node's to say.
+    let name: String = byte_serialize(machine.as_bytes()).collect();
+    let path = format!("/v1/machines/{name}/diff");
+    let found: MachineDiff = client.post(&path, &request).await.with_context(of)?;
+    let fate = match (&found.node, &found.changes[..]) {
+        (None, _) => Fate::Create,
+        (Some(_), []) => Fate::Unchanged,
+        (Some(_), changes) if changes.iter().all(|change| change.live) => Fate::Change,
+        (Some(_), _) => Fate::Replace,
+    };
+    Ok(Plan {
+        machine,
+        fate,
+        changes: found.changes.clone(),
+        done: false,
+        wanted: request,
+        module: bytes.into(),
+        found,
+    })
+}
+
+/// Says what a checkpoint does not bring back.
+fn warn(plan: &Plan) {
+    if plan.fate == Fate::Unchanged || plan.wanted.restart == Restart::No {
+        return;
+    }
+    for volume in &plan.wanted.volumes {
+        if let VolumeRequest::Host {
+            host,
+            guest,
+            read_only: false,
+        } = volume
+        {
+            eprintln!(
+                "keel: warning: machine {:?} goes on from its newest checkpoint when its process is lost; its files in {guest} do not go back with it, they are as {host} has them then",
+                plan.machine
+            );
+        }
+    }
+}
+
+fn refuse_replacing(plans: &[Plan]) -> Result<()> {
+    let mut lines = Vec::new();
+    for plan in plans.iter().filter(|plan| plan.fate == Fate::Replace) {
+        for change in plan.changes.iter().filter(|change| !change.live) {
+            lines.push(format!("  {}: {}", plan.machine, line(change)));
+        }
+    }
+    if lines.is_empty() {
+        return Ok(());
+    }
+    bail!(
+        "these need machines to be started anew, which loses what they hold (--replace does it); nothing was changed:\n{}",
+        lines.join("\n")
+    )
+}
+
+async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
+    match plan.fate {
+        Fate::Unchanged => Ok(()),
+        Fate::Create => create(client, plan, plan.wanted.on.clone()).await,
+        Fate::Change => {
+            let wanted = &plan.wanted;
+            let changes = |field| plan.changes.iter().any(|change| change.field == field);
+            let request = SetRequest {
+                memory_bytes: changes("memory").then_some(wanted.memory_bytes),
+                // 0 is none.
+                cpu_limit_millis: changes("cpu-limit")
+                    .then(|| wanted.cpu_limit_millis.unwrap_or(0)),
+                restart: changes("restart").then_some(wanted.restart),
+                checkpoints: changes("checkpoints").then(|| match &wanted.checkpoints {
+                    Some(plan) => CheckpointChange::Plan(plan.clone()),
+                    None => CheckpointChange::None,
+                }),
+            };
+            let path = format!("/v1/machines/{}/set", plan.machine);
+            let _: MachineInfo = client.post(&path, &request).await?;
+            Ok(())
+        }
+        Fate::Replace => {
+            remove(client, plan).await?;
+            let node = plan.wanted.on.clone().or_else(|| plan.found.node.clone());
+            create(client, plan, node).await
+        }
+    }
+}
+
+async fn create(client: &Client, plan: &Plan, on: Option<String>) -> Result<()> {
+    let module = plan.module.clone();
+    let _: Uploaded = client.call(Method::PUT, "/v1/modules", module).await?;
+    let request = RunRequest {
+        on,
+        ..plan.wanted.clone()
+    };
+    let _: MachineInfo = client.post("/v1/machines", &request).await?;
+    Ok(())
+}
+
+/// Ends and removes a machine; one that removes itself at its end may be quicker.
+async fn remove(client: &Client, plan: &Plan) -> Result<()> {
+    let path = format!("/v1/machines/{}", plan.machine);
+    if plan.found.live {
+        let _: Nothing = client.post(&format!("{path}/stop"), &()).await?;
+    }
+    let deadline = tokio::time::Instant::now() + REMOVE_PATIENCE;
+    loop {
+        let removed = client
+            .call::<Nothing>(Method::DELETE, &path, Bytes::new())
+            .await;
+        let machines: Vec<MachineInfo> = client.get("/v1/machines").await?;
+        if machines.iter().all(|machine| machine.name != plan.machine) {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() > deadline {
+            removed?;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+fn line(change: &FieldChange) -> String {
+    format!("{} {} → {}", change.field, change.old, change.new)
+}
+
+fn page(plans: &[Plan]) -> String {
+    let mut text = String::new();
+    for plan in plans {
+        let word = match (plan.fate, plan.done) {
+            (Fate::Unchanged, _) => "unchanged",
+            (Fate::Create, false) => "create",
+            (Fate::Create, true) => "created",
+            (Fate::Change, false) => "change",
+            (Fate::Change, true) => "changed",
+            (Fate::Replace, false) => "replace",
+            (Fate::Replace, true) => "replaced",
+        };
+        text += &format!("{word:<10}{}\n", plan.machine);
+        for change in &plan.changes {
+            text += &format!("{:<10}  {}\n", "", line(change));
+        }
+    }
+    text
+}

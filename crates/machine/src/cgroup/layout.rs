@@ -1,0 +1,271 @@
+//! The layout of control groups: version 2, version 1, or both (hybrid), which
+//! controllers are where, and where this process is.
+
+use procfs::process::{MountInfos, Process};
+use procfs::{ProcResult, ProcessCGroups};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// The version 2 group that an agent makes for itself.
+pub(super) const AGENT_LEAF: &str = "keel-agent";
+
+/// Version of a hierarchy.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+pub(super) enum Version {
+    V1,
+    V2,
+}
+
+/// Where workers' groups are made in one hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Base {
+    pub(super) version: Version,
+    pub(super) folder: PathBuf,
+    /// Controllers that groups there are to have.
+    pub(super) controllers: Vec<&'static str>,
+}
+
+/// Where this process's groups are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// Folder of the version 2 group.
+    unified: Option<PathBuf>,
+    /// Folders of version 1 groups, by controller.
+    legacy: BTreeMap<String, PathBuf>,
+}
+
+impl Layout {
+    /// Controllers that machines are bounded and accounted by.
+    pub const WANTED: [&str; 3] = ["cpu", "memory", "io"];
+
+    /// That of this process.
+    ///
+    /// # Errors
+    /// If `/proc` does not tell.
+    pub fn read() -> ProcResult<Self> {
+        let process = Process::myself()?;
+        Ok(Layout::of(&process.mountinfo()?, &process.cgroups()?))
+    }
+
+    fn of(mounts: &MountInfos, groups: &ProcessCGroups) -> Self {
+        let mut layout = Layout {
+            unified: None,
+            legacy: BTreeMap::new(),
+        };
+        for group in groups {
+            let unified = group.hierarchy == 0;
+            let mount = mounts.iter().find(|mount| match mount.fs_type.as_str() {
+                "cgroup2" => unified,
+                "cgroup" => group
+                    .controllers
+                    .iter()
+                    .any(|name| mount.super_options.contains_key(name)),
+                _ => false,
+            });
+            let Some(mount) = mount else { continue };
+            // In a container the mount may begin further down, and the group
+            // may be outside of it.
+            let inner = Path::new(&group.pathname)
+                .strip_prefix(&mount.root)
+                .unwrap_or(Path::new(""));
+            let inside = !inner
+                .components()
+                .any(|part| part == std::path::Component::ParentDir);
+            let folder = if inside && inner != Path::new("") {
+                mount.mount_point.join(inner)
+            } else {
+                mount.mount_point.clone()
+            };
+            if unified {
+                layout.unified = Some(folder);
+            } else {
+                for controller in &group.controllers {
+                    layout.legacy.insert(controller.clone(), folder.clone());
+                }
+            }
+        }
+        layout
+    }
+
+    /// One word for people.
+    pub fn word(&self) -> &'static str {
+        match (&self.unified, self.legacy.is_empty()) {
+            (Some(_), true) => "version 2",
+            (Some(_), false) => "hybrid",
+            (None, false) => "version 1",
+            (None, true) => "none mounted",
+        }
+    }
+
+    /// Where groups are made in version 2: this process's group, or the one above
+    /// where an agent went into a group of its own.
+    fn unified_base(&self) -> Option<&Path> {
+        let own = self.unified.as_deref()?;
+        if own.file_name().is_some_and(|name| name == AGENT_LEAF) {
+            return own.parent();
+        }
+        Some(own)
+    }
+
+    /// Controllers that version 2 groups could have here, as the kernel lists
+    /// them; empty without version 2.
+    pub fn on_unified(&self) -> String {
+        self.unified_base()
+            .and_then(|folder| std::fs::read_to_string(folder.join("cgroup.controllers")).ok())
+            .unwrap_or_default()
+    }
+
+    /// Where groups would be made: in which folder, for which of the
+    /// controllers [`Self::WANTED`]. `on_unified` is as [`Self::on_unified`] has it.
+    pub fn places(&self, on_unified: &str) -> BTreeMap<PathBuf, BTreeSet<&'static str>> {
+        let mut places: BTreeMap<PathBuf, BTreeSet<&'static str>> = BTreeMap::new();
+        for wanted in Layout::WANTED {
+            // Version 1 has another name for it.
+            let legacy = if wanted == "io" { "blkio" } else { wanted };
+            let unified = self.unified_base().filter(|_| has(on_unified, wanted));
+            let legacy = self.legacy.get(legacy).map(PathBuf::as_path);
+            if let Some(folder) = unified.or(legacy) {
+                places.entry(folder.to_owned()).or_default().insert(wanted);
+            }
+        }
+        places
+    }
+
+    /// The hierarchies that workers' groups are made in.
+    ///
+    /// The `cpu` controller is taken from version 2 only. There a node's machines
+    /// stand beside nothing but its agent; in version 1 one group of a machine's
+    /// threads would weigh as much as any single process of the host.
+    pub(super) fn bases(&self, on_unified: &str) -> Vec<Base> {
+        let mut bases = Vec::new();
+        if let Some(folder) = self.unified_base() {
+            let wanted = ["memory", "cpu"].into_iter();
+            bases.push(Base {
+                version: Version::V2,
+                folder: folder.to_owned(),
+                controllers: wanted.filter(|name| has(on_unified, name)).collect(),
+            });
+        }
+        if !has(on_unified, "memory")
+            && let Some(folder) = self.legacy.get("memory")
+        {
+            bases.push(Base {
+                version: Version::V1,
+                folder: folder.clone(),
+                controllers: vec!["memory"],
+            });
+        }
+        bases
+    }
+}
+
+fn has(list: &str, controller: &str) -> bool {
+    list.split_whitespace().any(|name| name == controller)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use procfs::FromRead;
+
+    fn layout(mounts: &str, groups: &str) -> Layout {
+        Layout::of(
+            &MountInfos::from_read(mounts.as_bytes()).unwrap(),
+            &ProcessCGroups::from_read(groups.as_bytes()).unwrap(),
+        )
+    }
+
+    const UNIFIED: &str = "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+    const HYBRID: &str = "\
+            31 30 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
+            32 30 0:28 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n\
+            33 30 0:29 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+            34 30 0:30 / /sys/fs/cgroup/blkio rw - cgroup cgroup rw,blkio\n";
+    const HYBRID_GROUPS: &str =
+        "4:blkio:/a\n3:memory:/b\n2:cpu,cpuacct:/c\n1:name=systemd:/d\n0::/e\n";
+
+    fn base(version: Version, folder: &str, controllers: &[&'static str]) -> Base {
+        Base {
+            version,
+            folder: folder.into(),
+            controllers: controllers.to_vec(),
+        }
+    }
+
+    #[test]
+    fn version_2_has_one_folder() {
+        let layout = layout(UNIFIED, "0::/user.slice/me\n");
+        assert_eq!(layout.word(), "version 2");
+        let mine = PathBuf::from("/sys/fs/cgroup/user.slice/me");
+        assert_eq!(
+            layout.places("cpuset cpu io memory pids\n"),
+            BTreeMap::from([(mine.clone(), BTreeSet::from(["cpu", "io", "memory"]))])
+        );
+        // What was not delegated is not there.
+        assert_eq!(
+            layout.places("memory\n"),
+            BTreeMap::from([(mine, BTreeSet::from(["memory"]))])
+        );
+        let mine = "/sys/fs/cgroup/user.slice/me";
+        assert_eq!(
+            layout.bases("cpu io memory\n"),
+            [base(Version::V2, mine, &["memory", "cpu"])]
+        );
+        assert_eq!(layout.bases("\n"), [base(Version::V2, mine, &[])]);
+    }
+
+    #[test]
+    fn an_agent_that_went_aside_makes_groups_where_it_was() {
+        let layout = layout(UNIFIED, "0::/system.slice/keel.service/keel-agent\n");
+        let mine = "/sys/fs/cgroup/system.slice/keel.service";
+        assert_eq!(
+            layout.bases("memory\n"),
+            [base(Version::V2, mine, &["memory"])]
+        );
+        assert_eq!(
+            layout.places("memory\n"),
+            BTreeMap::from([(mine.into(), BTreeSet::from(["memory"]))])
+        );
+    }
+
+    #[test]
+    fn hybrid_takes_controllers_where_they_are() {
+        let layout = layout(HYBRID, HYBRID_GROUPS);
+        assert_eq!(layout.word(), "hybrid");
+        let place = |path: &str, what| (PathBuf::from(path), BTreeSet::from([what]));
+        assert_eq!(
+            layout.places(""),
+            BTreeMap::from([
+                place("/sys/fs/cgroup/cpu,cpuacct/c", "cpu"),
+                place("/sys/fs/cgroup/memory/b", "memory"),
+                place("/sys/fs/cgroup/blkio/a", "io"),
+            ])
+        );
+        let unified = "/sys/fs/cgroup/unified/e";
+        assert_eq!(
+            layout.bases("hugetlb\n"),
+            [
+                base(Version::V2, unified, &[]),
+                base(Version::V1, "/sys/fs/cgroup/memory/b", &["memory"]),
+            ]
+        );
+        // A controller is in one hierarchy only.
+        assert_eq!(
+            layout.bases("memory\n"),
+            [base(Version::V2, unified, &["memory"])]
+        );
+    }
+
+    #[test]
+    fn containers_begin_further_down() {
+        let mounts = "30 23 0:26 /docker/x /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        let inside = layout(mounts, "0::/docker/x/inner\n");
+        assert_eq!(inside.unified, Some("/sys/fs/cgroup/inner".into()));
+        let outside = layout(UNIFIED, "0::/../other\n");
+        assert_eq!(outside.unified, Some("/sys/fs/cgroup".into()));
+        let none = layout("", "0::/\n");
+        assert_eq!((none.word(), none.bases("")), ("none mounted", Vec::new()));
+    }
+}

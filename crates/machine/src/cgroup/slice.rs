@@ -1,0 +1,352 @@
+//! The folder of all groups of one node's workers, in each hierarchy of use.
+
+use super::group::{Folder, Group, REMOVE_PATIENCE};
+use super::layout::{AGENT_LEAF, Base, Layout, Version};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Where a node's workers get their groups.
+#[derive(Debug)]
+pub struct Slice {
+    folders: Vec<Folder>,
+    /// What its groups lack, and why.
+    missing: Option<String>,
+}
+
+/// Name of the folder of the node whose state is in `state_dir`.
+fn name(state_dir: &Path) -> String {
+    let hash = blake3::hash(state_dir.as_os_str().as_encoded_bytes());
+    format!("keel-{}", &hash.to_hex()[..12])
+}
+
+fn named(path: &Path) -> impl Fn(std::io::Error) -> String {
+    move |error| format!("{}: {error}", path.display())
+}
+
+impl Slice {
+    /// Makes the folder of a node's groups. Where the kernel wants it, this
+    /// process and `parent`, another of the same program, go into a group
+    /// beside it.
+    pub fn prepare(state_dir: &Path, parent: Option<u32>) -> Self {
+        let bases = match Layout::read() {
+            Ok(layout) => layout.bases(&layout.on_unified()),
+            Err(error) => {
+                return Slice {
+                    folders: Vec::new(),
+                    missing: Some(format!("where they would be is not known: {error}")),
+                };
+            }
+        };
+        let name = name(state_dir);
+        let mut folders = Vec::new();
+        let mut missing = None;
+        for base in bases {
+            let path = base.folder.join(&name);
+            if let Err(error) = make(&path) {
+                missing = Some(error);
+                continue;
+            }
+            let memory = base.controllers.contains(&"memory");
+            let memory = memory
+                && match enable(&base, &path, parent) {
+                    Ok(()) => true,
+                    Err(error) => {
+                        missing = Some(error);
+                        false
+                    }
+                };
+            folders.push(Folder {
+                version: base.version,
+                path,
+                memory,
+            });
+        }
+        if missing.is_none() && !folders.iter().any(|folder| folder.memory) {
+            missing = Some("this system has no memory controller where they would be".into());
+        }
+        Slice { folders, missing }
+    }
+
+    /// What this node's groups lack, and what follows; `None` if nothing.
+    pub fn missing(&self) -> Option<String> {
+        let missing = self.missing.as_ref()?;
+        Some(format!(
+            "Machines' memory is not bounded by cgroups: {missing} (`keel doctor` says what to do)."
+        ))
+    }
+
+    /// Makes a group for a machine's worker; `None` where none can be made.
+    ///
+    /// # Errors
+    /// The kernel's, in a sentence; nothing is left then.
+    pub fn make(&self, machine: &str) -> Result<Option<Group>, String> {
+        let inner = format!("{machine}.{:08x}", rand::random::<u32>());
+        let mut group = Group {
+            folders: Vec::new(),
+        };
+        for folder in &self.folders {
+            let path = folder.path.join(&inner);
+            if let Err(error) = make(&path) {
+                group.remove();
+                return Err(error);
+            }
+            group.folders.push(Folder {
+                path,
+                ..folder.clone()
+            });
+        }
+        Ok((!group.folders.is_empty()).then_some(group))
+    }
+
+    /// Removes groups that have no process and are not in use by the workers whose
+    /// folders are in `workers`: what agents left that died.
+    pub fn sweep(&self, workers: &Path) {
+        let used: Vec<PathBuf> = std::fs::read_dir(workers)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| Group::load(&entry.path()))
+            .flat_map(|group| group.folders)
+            .map(|folder| folder.path)
+            .collect();
+        for folder in &self.folders {
+            remove_children(&folder.path, |child| !used.contains(child));
+        }
+    }
+
+    /// Removes the folder where no machine is left in it.
+    pub fn remove_if_empty(&self) {
+        for folder in &self.folders {
+            // It is not empty where a machine runs on.
+            let _ = std::fs::remove_dir(&folder.path);
+        }
+    }
+
+    /// Removes all groups of a node whose processes were killed, from outside; waits
+    /// until they are gone. For tests, which leave nothing behind.
+    pub fn remove_all(state_dir: &Path) {
+        let Ok(layout) = Layout::read() else { return };
+        for base in layout.bases(&layout.on_unified()) {
+            let path = base.folder.join(name(state_dir));
+            let deadline = Instant::now() + REMOVE_PATIENCE;
+            while path.exists() && Instant::now() < deadline {
+                remove_children(&path, |_| true);
+                if std::fs::remove_dir(&path).is_err() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        }
+    }
+}
+
+fn make(path: &Path) -> Result<(), String> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(named(path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Lets the groups in `path`, which lies in the base, have the base's
+/// controllers. Version 1 has them always.
+fn enable(base: &Base, path: &Path, parent: Option<u32>) -> Result<(), String> {
+    if base.version == Version::V1 {
+        return Ok(());
+    }
+    // One alone first: it may be all that can be had.
+    let [first, others @ ..] = &base.controllers[..] else {
+        return Ok(());
+    };
+    if let Err(error) = give(&base.folder, first) {
+        // A group with controllers for others has no processes of its own.
+        if error.kind() != std::io::ErrorKind::ResourceBusy {
+            return Err(named(&base.folder)(error));
+        }
+        go_aside(&base.folder, parent)?;
+        if let Err(error) = give(&base.folder, first) {
+            go_back(&base.folder, parent);
+            return Err(format!(
+                "{} has processes that are not this node's ({error})",
+                base.folder.display()
+            ));
+        }
+    }
+    give(path, first).map_err(named(path))?;
+    for other in others {
+        let given = give(&base.folder, other).and_then(|()| give(path, other));
+        if let Err(error) = given {
+            tracing::debug!(%error, controller = other, "machines' groups lack it");
+        }
+    }
+    Ok(())
+}
+
+/// Lets the groups in a group have a controller.
+fn give(group: &Path, controller: &str) -> std::io::Result<()> {
+    std::fs::write(
+        group.join("cgroup.subtree_control"),
+        format!("+{controller}"),
+    )
+}
+
+/// Puts this process and its parent into a group beside the workers'.
+fn go_aside(base: &Path, parent: Option<u32>) -> Result<(), String> {
+    let leaf = base.join(AGENT_LEAF);
+    make(&leaf)?;
+    enter(&leaf, parent).inspect_err(|_| go_back(base, parent))
+}
+
+fn go_back(base: &Path, parent: Option<u32>) {
+    if let Err(error) = enter(base, parent) {
+        tracing::debug!(error, "the agent stays in a group of its own");
+    }
+    // Another node's agent may be in it.
+    let _ = std::fs::remove_dir(base.join(AGENT_LEAF));
+}
+
+fn enter(group: &Path, parent: Option<u32>) -> Result<(), String> {
+    let path = group.join("cgroup.procs");
+    for process in parent.into_iter().chain([std::process::id()]) {
+        std::fs::write(&path, process.to_string()).map_err(named(&path))?;
+    }
+    Ok(())
+}
+
+fn remove_children(folder: &Path, unused: impl Fn(&PathBuf) -> bool) {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    for entry in entries {
+        let path = entry.path();
+        if path.is_dir() && unused(&path) {
+            // One that has a process stays.
+            if let Err(error) = std::fs::remove_dir(&path) {
+                tracing::debug!(%error, group = %path.display(), "an old group stays");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slice(folder: &Path) -> Slice {
+        Slice {
+            folders: vec![Folder {
+                version: Version::V1,
+                path: folder.to_owned(),
+                memory: true,
+            }],
+            missing: None,
+        }
+    }
+
+    #[test]
+    fn what_dead_agents_left_is_swept_and_nothing_else() {
+        let (groups, workers) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let slice = slice(groups.path());
+        let [old, used] = ["old", "used"].map(|name| slice.make(name).unwrap().unwrap());
+        let worker = workers.path().join("used");
+        std::fs::create_dir(&worker).unwrap();
+        used.save(&worker).unwrap();
+        slice.sweep(workers.path());
+        assert!(!old.folders[0].path.exists() && used.folders[0].path.exists());
+        Group::remove_saved(&worker);
+        assert!(!used.folders[0].path.exists() && Group::load(&worker).is_none());
+        slice.remove_if_empty();
+        assert!(!groups.path().exists());
+    }
+
+    #[test]
+    fn without_hierarchies_there_are_no_groups() {
+        let slice = Slice {
+            folders: Vec::new(),
+            missing: Some("no rights".into()),
+        };
+        assert_eq!(slice.make("m"), Ok(None));
+        assert!(slice.missing().unwrap().contains("no rights"));
+    }
+
+    #[test]
+    fn nodes_on_one_computer_are_told_apart() {
+        assert_ne!(name(Path::new("/tmp/a")), name(Path::new("/tmp/b")));
+    }
+
+    /// A group of this process in the real version 2 hierarchy whose groups have
+    /// a controller, and back out of it.
+    struct Real {
+        home: PathBuf,
+        base: Base,
+    }
+
+    impl Real {
+        fn new() -> Option<Self> {
+            let bases = Layout::read().ok()?.bases("");
+            let home = bases.into_iter().next()?.folder;
+            let given = std::fs::read_to_string(home.join("cgroup.subtree_control")).ok()?;
+            let given = given.split_whitespace().collect::<Vec<_>>();
+            let of_processes = ["hugetlb", "memory", "io"];
+            let controller = of_processes.into_iter().find(|name| given.contains(name))?;
+            let folder = home.join(format!("keel-test-{:x}", rand::random::<u64>()));
+            std::fs::create_dir(&folder).ok()?;
+            let base = Base {
+                version: Version::V2,
+                folder,
+                controllers: vec![controller],
+            };
+            enter(&base.folder, None).ok()?;
+            Some(Real { home, base })
+        }
+
+        fn processes(&self, inner: &str) -> Vec<u32> {
+            let path = self.base.folder.join(inner).join("cgroup.procs");
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            text.lines().map(|line| line.parse().unwrap()).collect()
+        }
+    }
+
+    impl Drop for Real {
+        fn drop(&mut self) {
+            enter(&self.home, None).unwrap();
+            remove_children(&self.base.folder, |_| true);
+            std::fs::remove_dir(&self.base.folder).unwrap();
+        }
+    }
+
+    /// One test, since a process is in one group at a time.
+    #[test]
+    fn an_agent_goes_aside_where_the_kernel_wants_it() {
+        let Some(real) = Real::new() else {
+            eprintln!("not tested: no version 2 group here gives its groups a controller");
+            return;
+        };
+        let workers = real.base.folder.join("workers");
+        std::fs::create_dir(&workers).unwrap();
+        let me = std::process::id();
+        // Another's process stays where it is: the agent comes back.
+        let mut other = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let error = enable(&real.base, &workers, None).unwrap_err();
+        assert!(
+            error.contains("processes that are not this node's"),
+            "{error}"
+        );
+        let mut both = vec![me, other.id()];
+        both.sort_unstable();
+        let mut there = real.processes("");
+        there.sort_unstable();
+        assert_eq!(there, both);
+        // One that is the agent's parent goes along.
+        enable(&real.base, &workers, Some(other.id())).unwrap();
+        assert_eq!(real.processes(""), Vec::<u32>::new());
+        let mut there = real.processes(AGENT_LEAF);
+        there.sort_unstable();
+        assert_eq!(there, both);
+        other.kill().unwrap();
+        other.wait().unwrap();
+        // An agent that is started again finds all done.
+        enable(&real.base, &workers, None).unwrap();
+        let given = std::fs::read_to_string(workers.join("cgroup.subtree_control")).unwrap();
+        assert_eq!(given.trim(), real.base.controllers[0]);
+    }
+}

@@ -1,0 +1,303 @@
+//! Other limits, or another restart policy, for a machine that has not ended.
+//!
+//! The worker is told first: it alone knows whether its memories fit. Then the
+//! record is changed, on the condition that nobody else did; where that fails the
+//! worker gets the old limits back. What the record says is told to the worker
+//! again whenever an agent finds it, so an agent that dies in between leaves
+//! nothing half-done for long. A move that begins meanwhile fails, or has failed
+//! by then: it holds for one revision of the record only.
+
+use crate::agent::Agent;
+use crate::events::Note;
+use crate::operate::{OperateError, check_cpu, check_memory};
+use crate::record;
+use crate::workers::{PROMPT, Worker};
+use keel_api::{CheckpointChange, EventKind, SetRequest};
+use keel_cluster::MachineName;
+use keel_machine::spec::{Record, Spec, Status};
+use keel_machine::worker::control::kind;
+use keel_net::RpcError;
+use std::sync::Arc;
+
+/// Changes a machine that this node owns.
+pub(crate) async fn set(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    request: &SetRequest,
+) -> Result<(), OperateError> {
+    check(request)?;
+    if agent.moves().contains_key(machine) {
+        return Err(moving(machine));
+    }
+    let before = record::get(&*agent.store, machine).await?.record;
+    can_change(agent, &before)?;
+    let spec = changed(&before.spec, request);
+    if spec == before.spec {
+        return Ok(());
+    }
+    let worker = match before.status {
+        Status::Running => agent.workers.get(machine),
+        // It is started with what the record says then.
+        _ => None,
+    };
+    if let Some(worker) = &worker {
+        check_room(agent, machine, worker, &before.spec, &spec).await?;
+        ask(worker, &spec).await.map_err(|error| match error {
+            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
+                OperateError::Conflict(format!("machine {machine:?} stays as it is: {reason}"))
+            }
+            other => OperateError::Away(other.to_string()),
+        })?;
+    }
+    let written = write(agent, &before, request).await;
+    match written {
+        Ok(after) => {
+            let told = Note::machine(
+                EventKind::MachineChanged,
+                machine,
+                text(&before.spec, &spec),
+            );
+            agent.events.record(told.under(after.epoch));
+            if let Some(worker) = &worker {
+                crate::regular::watch(agent, machine, worker);
+            }
+            Ok(())
+        }
+        Err(error) => {
+            if let Some(worker) = &worker {
+                tell(worker, &before).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Tells a worker what its machine's record says; where it cannot be done any more
+/// (it has grown meanwhile), the machine goes on as it is.
+pub(crate) async fn tell(worker: &Worker, record: &Record) {
+    if let Err(error) = ask(worker, &record.spec).await {
+        tracing::warn!(machine = %record.name, %error, "its limits are not those of its record");
+    }
+}
+
+async fn ask(worker: &Worker, spec: &Spec) -> Result<(), RpcError> {
+    worker.ask(kind::SET, spec, PROMPT).await
+}
+
+fn check(request: &SetRequest) -> Result<(), OperateError> {
+    if *request == SetRequest::default() {
+        let what =
+            "nothing to set: name a memory limit, a cpu limit, a restart policy or checkpoints";
+        return Err(OperateError::Bad(what.into()));
+    }
+    if let Some(bytes) = request.memory_bytes {
+        check_memory(bytes)?;
+    }
+    if let Some(CheckpointChange::Plan(plan)) = &request.checkpoints {
+        crate::keep::check_plan(plan)?;
+    }
+    if let Some(millis) = request.cpu_limit_millis.filter(|millis| *millis != 0) {
+        check_cpu(millis)?;
+    }
+    Ok(())
+}
+
+fn moving(machine: &MachineName) -> OperateError {
+    OperateError::Conflict(format!(
+        "machine {machine:?} is moving: try again when it has arrived, or cancel that first (`keel move {machine} --cancel`)"
+    ))
+}
+
+/// Whether a machine is where it can be changed.
+fn can_change(agent: &Agent, record: &Record) -> Result<(), OperateError> {
+    let machine = &record.name;
+    if record.owner != agent.name {
+        return Err(OperateError::Conflict(format!(
+            "machine {machine:?} just moved to {}; try again",
+            record.owner
+        )));
+    }
+    match record.status {
+        Status::Running | Status::Scheduled | Status::Restarting { .. } => Ok(()),
+        Status::Arriving { .. } | Status::Filling { .. } => Err(moving(machine)),
+        Status::Exited { .. }
+        | Status::Trapped { .. }
+        | Status::Stopped
+        | Status::Failed { .. } => Err(OperateError::Conflict(format!(
+            "machine {machine:?} has ended ({}): only one that runs, or is to run, can be changed",
+            record.status.word()
+        ))),
+    }
+}
+
+fn changed(spec: &Spec, request: &SetRequest) -> Spec {
+    Spec {
+        memory_bytes: request.memory_bytes.unwrap_or(spec.memory_bytes),
+        cpu_limit_millis: match request.cpu_limit_millis {
+            None => spec.cpu_limit_millis,
+            Some(0) => None,
+            Some(millis) => Some(millis),
+        },
+        restart: request.restart.unwrap_or(spec.restart),
+        checkpoints: match &request.checkpoints {
+            None => spec.checkpoints.clone(),
+            Some(CheckpointChange::None) => None,
+            Some(CheckpointChange::Plan(plan)) => Some(plan.clone()),
+        },
+        ..spec.clone()
+    }
+}
+
+/// Whether this node has room for what its memories may have more from now on.
+async fn check_room(
+    agent: &Agent,
+    machine: &MachineName,
+    worker: &Worker,
+    before: &Spec,
+    after: &Spec,
+) -> Result<(), OperateError> {
+    let more = after.memory_bytes.saturating_sub(before.memory_bytes) >> 16;
+    if more == 0 {
+        return Ok(());
+    }
+    let report = worker
+        .report()
+        .await
+        .map_err(|error| OperateError::Away(error.to_string()))?;
+    let pages = vec![more; report.memory_pages.len()];
+    crate::offer::check_room(agent, machine, &pages)
+        .await
+        .map_err(|reason| {
+            OperateError::Conflict(format!(
+                "machine {machine:?} stays as it is: {reason} (move it to a node with more, or others away)"
+            ))
+        })
+}
+
+/// Writes the change into the record that was looked at, or one that differs in
+/// nothing that matters here.
+async fn write(
+    agent: &Agent,
+    before: &Record,
+    request: &SetRequest,
+) -> Result<Record, OperateError> {
+    let mut refused = None;
+    let change = |record: &mut Record| {
+        refused = can_change(agent, record).err();
+        let same = record.epoch == before.epoch && record.spec == before.spec;
+        if refused.is_none() && !same {
+            refused = Some(OperateError::Conflict(format!(
+                "machine {:?} was changed by another; try again",
+                record.name
+            )));
+        }
+        if refused.is_some() {
+            return false;
+        }
+        record.spec = changed(&record.spec, request);
+        true
+    };
+    let written = record::update(&*agent.store, &before.name, change, |txn, _| txn).await;
+    match (refused, written) {
+        // An answer that was lost: it is there.
+        (Some(_), Ok(record)) if record.spec == changed(&before.spec, request) => Ok(record),
+        (Some(error), Ok(_)) => Err(error),
+        (_, written) => Ok(written?),
+    }
+}
+
+/// What changed, for people.
+fn text(before: &Spec, after: &Spec) -> String {
+    let mut parts = Vec::new();
+    if before.memory_bytes != after.memory_bytes {
+        let (before, after) = (before.memory_bytes, after.memory_bytes);
+        parts.push(format!("memory limit {before} → {after} bytes"));
+    }
+    if before.cpu_limit_millis != after.cpu_limit_millis {
+        let cores = |millis: Option<u32>| match millis {
+            Some(millis) => (f64::from(millis) / 1000.0).to_string(),
+            None => "none".to_owned(),
+        };
+        let (before, after) = (
+            cores(before.cpu_limit_millis),
+            cores(after.cpu_limit_millis),
+        );
+        parts.push(format!("cpu limit {before} → {after}"));
+    }
+    if before.restart != after.restart {
+        let (before, after) = (before.restart.word(), after.restart.word());
+        parts.push(format!("restart {before} → {after}"));
+    }
+    if before.checkpoints != after.checkpoints {
+        parts.push(match &after.checkpoints {
+            Some(plan) => format!("checkpoints {}", plan.line()),
+            None => "checkpoints none".to_owned(),
+        });
+    }
+    format!("was changed: {}", parts.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_machine::restart::Restart;
+
+    fn spec() -> Spec {
+        Spec {
+            module: String::new(),
+            args: Vec::new(),
+            env: Vec::new(),
+            volumes: Vec::new(),
+            memory_bytes: 1 << 20,
+            threads_max: 1,
+            cpu_limit_millis: None,
+            output_bytes_per_s: 1,
+            remove_at_end: false,
+            restart: Restart::No,
+            checkpoints: None,
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_stays_and_zero_is_no_limit() {
+        let request = SetRequest {
+            cpu_limit_millis: Some(1500),
+            ..SetRequest::default()
+        };
+        let limited = changed(&spec(), &request);
+        assert_eq!(limited.cpu_limit_millis, Some(1500));
+        assert_eq!(limited.memory_bytes, spec().memory_bytes);
+        assert_eq!(text(&spec(), &limited), "was changed: cpu limit none → 1.5");
+        let request = SetRequest {
+            cpu_limit_millis: Some(0),
+            memory_bytes: Some(1 << 21),
+            restart: Some(Restart::Always),
+            checkpoints: None,
+        };
+        let free = changed(&limited, &request);
+        assert_eq!(free.cpu_limit_millis, None);
+        assert_eq!(
+            text(&limited, &free),
+            "was changed: memory limit 1048576 → 2097152 bytes, cpu limit 1.5 → none, restart no → always"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        assert!(check(&SetRequest::default()).is_err());
+        for (memory_bytes, cpu_limit_millis) in [
+            (Some(0), None),
+            (Some(u64::MAX), None),
+            (None, Some(1)),
+            (None, Some(u32::MAX)),
+        ] {
+            let request = SetRequest {
+                memory_bytes,
+                cpu_limit_millis,
+                restart: None,
+                checkpoints: None,
+            };
+            assert!(check(&request).is_err(), "{request:?}");
+        }
+    }
+}
