@@ -20,6 +20,7 @@ pub mod failpoint;
 pub mod link;
 pub mod log;
 pub mod moves;
+mod past;
 pub mod restart;
 pub mod spec;
 pub mod worker;

@@ -2,6 +2,7 @@
 
 use crate::checkpoint::{Origin, Retention};
 use crate::moves::MoveReport;
+use crate::past;
 use crate::restart::Restart;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_wasm::runtime::Limits;
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// Reports of moves that a record keeps; older ones are dropped.
 pub const REPORTS_MAX: usize = 16;
 /// Version of [`Record`]'s encoding.
-const RECORD_VERSION: u8 = 4;
+const RECORD_VERSION: u8 = 5;
 
 /// Where the files of a volume are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -280,8 +281,11 @@ impl Record {
         match bytes.split_first() {
             Some((&RECORD_VERSION, body)) => postcard::from_bytes(body)
                 .map_err(|error| format!("a machine's record is damaged: {error}")),
+            Some((&past::VERSION, body)) => past::decode(body)
+                .map_err(|error| format!("a machine's record is damaged: {error}")),
             Some((version, _)) => Err(format!(
-                "a machine's record is of version {version}, this is version {RECORD_VERSION}"
+                "a machine's record is of version {version}, this reads versions {} and {RECORD_VERSION}: upgrade one version at a time",
+                past::VERSION
             )),
             None => Err("a machine's record is empty".into()),
         }

@@ -5,6 +5,9 @@
 //! And once the faults stop: the machine runs, unless the process that held the
 //! only copy was killed.
 //!
+//! Every second machine moves by post-copy: what the target lacks must stay with the
+//! source until the target has it, unless the source's process is killed.
+//!
 //! The state machines are the real ones. What is around them (agents, workers'
 //! processes, transactions) is modelled after `keel-node`, rule by rule.
 //!
@@ -24,6 +27,8 @@ const SEEDS: u64 = 300_000;
 /// Steps with faults, and without them after that.
 const FAULTY_STEPS: u32 = 60;
 const CALM_STEPS: u32 = 400;
+/// Pieces of memory that come after a machine which moves by post-copy.
+const PIECES: u32 = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Node {
@@ -36,6 +41,8 @@ enum Status {
     Running,
     /// At B by the commit; not known to run there.
     Arriving,
+    /// It runs there, and a part of its memory is still at A.
+    Filling,
     Failed,
 }
 
@@ -62,6 +69,8 @@ struct WorkerB {
     target: TargetMove,
     /// It was seen that the source is lost; its agent is to settle.
     source_lost: bool,
+    /// Pieces of memory that only the source has.
+    missing: u32,
 }
 
 /// The agent at the source drives the move, if it lives.
@@ -88,6 +97,7 @@ struct World {
     faults: bool,
     /// The newest epoch under which a copy ran.
     newest: Epoch,
+    post_copy: bool,
     /// A process with the only copy was killed.
     excused: bool,
 }
@@ -104,7 +114,8 @@ impl World {
             status: Status::Running,
             revision: 10,
         };
-        let mut source = SourceMove::new(epoch, false);
+        let post_copy = seed % 2 == 1;
+        let mut source = SourceMove::new(epoch, post_copy);
         let commands = source.step(SourceEvent::Accepted).into();
         World {
             random: StdRng::seed_from_u64(seed),
@@ -115,6 +126,7 @@ impl World {
             b: Some(WorkerB {
                 target: TargetMove::new(epoch),
                 source_lost: false,
+                missing: if post_copy { PIECES } else { 0 },
             }),
             driver: Some(Driver {
                 source,
@@ -126,6 +138,7 @@ impl World {
             link: true,
             faults: true,
             newest: epoch,
+            post_copy,
             excused: false,
         }
     }
@@ -166,6 +179,18 @@ impl World {
             assert!(*epoch >= self.newest, "epoch {epoch:?} is not the newest");
             self.newest = *epoch;
         }
+        let lacks = self.lacking();
+        assert!(
+            !lacks || self.a != WorkerA::Gone || self.excused,
+            "the source dropped what the target lacks"
+        );
+    }
+
+    /// Whether it runs at B without all of its memory.
+    fn lacking(&self) -> bool {
+        self.b.as_ref().is_some_and(|b| {
+            b.missing > 0 && matches!(b.target.state(), TargetState::Running { .. })
+        })
     }
 
     // ── the store ───────────────────────────────────────────────────────
@@ -251,14 +276,28 @@ impl World {
             }
             return;
         }
+        let lacks = self.lacking();
+        if lacks && self.a == WorkerA::Gone {
+            // `await_source`: what it lacks is nowhere.
+            self.b = None;
+            return;
+        }
         match (state, self.record.status) {
             (Some(TargetState::Prepared), Status::Arriving) => {
                 self.go(self.record.epoch);
             }
+            (Some(TargetState::Running { .. }), Status::Arriving) if lacks => {
+                self.write(|record| record.status = Status::Filling);
+            }
             (Some(TargetState::Running { .. }), Status::Arriving) => {
                 self.write(|record| record.status = Status::Running);
             }
-            (None, Status::Running) => self.write(|record| record.status = Status::Failed),
+            (Some(TargetState::Running { .. }), Status::Filling) if !lacks => {
+                self.write(|record| record.status = Status::Running);
+            }
+            (None, Status::Running | Status::Filling) => {
+                self.write(|record| record.status = Status::Failed)
+            }
             // Its worker is lost, and so is the source's copy.
             (None, Status::Arriving) if self.a == WorkerA::Gone => {
                 self.write(|record| record.status = Status::Failed);
@@ -323,14 +362,42 @@ impl World {
                 }
                 return None;
             }
-            // The simulated moves copy before.
-            SourceCommand::Serve => SourceEvent::Served,
+            SourceCommand::Serve => return self.serve(),
             SourceCommand::Forget => {
                 self.a = WorkerA::Gone;
                 return None;
             }
         };
         Some(event)
+    }
+
+    /// Sends one piece, if it can, and goes on with that until nobody needs any.
+    fn serve(&mut self) -> Option<SourceEvent> {
+        let lost = self.fault(4);
+        if self.a == WorkerA::Gone || !self.needs_copy() {
+            return Some(SourceEvent::Served);
+        }
+        // (A lost connection is made anew.)
+        if let Some(b) = self.b.as_mut().filter(|_| !lost) {
+            b.missing = b.missing.saturating_sub(1);
+        }
+        let lacks = self.b.as_ref().is_none_or(|b| b.missing > 0);
+        if !lacks && !self.fault(4) {
+            return Some(SourceEvent::Served);
+        }
+        if let Some(driver) = &mut self.driver {
+            driver.commands.push_front(SourceCommand::Serve);
+        }
+        None
+    }
+
+    /// `reconcile::needs_copy`, and whether it was lost there.
+    fn needs_copy(&self) -> bool {
+        match self.record.status {
+            Status::Filling => true,
+            Status::Arriving => self.b.is_some(),
+            Status::Running | Status::Failed => false,
+        }
     }
 
     fn freeze_and_send(&mut self) -> SourceEvent {
@@ -476,12 +543,12 @@ impl World {
                     self.thaw_a(self.record.epoch);
                 }
             }
-            (Node::B, Status::Arriving) => {
+            (Node::B, Status::Arriving | Status::Filling) => {
                 let began = Epoch {
                     counter: record.epoch.counter - 1,
                     ..record.epoch
                 };
-                let (source, commands) = SourceMove::handed(began, false);
+                let (source, commands) = SourceMove::handed(began, self.post_copy);
                 self.driver = Some(Driver {
                     source,
                     commands: commands.into(),
@@ -552,6 +619,12 @@ impl World {
                     self.say("the worker at B dies");
                 }
             }
+            5 if self.lacking() && self.a == WorkerA::Frozen => {
+                // What only it had is lost, and the machine with it.
+                self.a = WorkerA::Gone;
+                self.excused = true;
+                self.say("the worker at A dies");
+            }
             _ => {}
         }
     }
@@ -565,7 +638,8 @@ impl World {
             }
             _ => false,
         };
-        self.driver.is_none() && runs_where_it_should && self.in_flight.is_none()
+        let whole = !self.lacking();
+        whole && self.driver.is_none() && runs_where_it_should && self.in_flight.is_none()
     }
 }
 
@@ -645,6 +719,31 @@ fn never_two_and_never_none() {
 
 fn setting(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
+}
+
+/// A source that does not wait until the target has all of it is found too.
+#[test]
+fn dropping_too_early_is_found() {
+    std::panic::set_hook(Box::new(|_| {}));
+    let found = (0..2000).any(|seed| {
+        std::panic::catch_unwind(|| {
+            let mut world = World::new(2 * seed + 1, false);
+            for _ in 0..FAULTY_STEPS {
+                let serves = world
+                    .driver
+                    .as_ref()
+                    .is_some_and(|driver| *driver.source.state() == SourceState::Serving);
+                if serves {
+                    world.driver = None;
+                    world.a = WorkerA::Gone;
+                }
+                world.step();
+            }
+        })
+        .is_err()
+    });
+    let _ = std::panic::take_hook();
+    assert!(found);
 }
 
 /// The simulation finds what it is there to find: without the rule that only a

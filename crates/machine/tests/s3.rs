@@ -121,7 +121,8 @@ fn a_bucket_keeps_checkpoints() {
     };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let vault = Vault::open_with("s3://kept/some/prefix", settings()).unwrap();
+        let vault =
+            Vault::open_with("s3://kept/some/prefix", settings(), Duration::from_secs(30)).unwrap();
         let name = "web-1".parse().unwrap();
         // There is no bucket yet.
         let error = vault.list(&name).await.unwrap_err();
@@ -159,7 +160,8 @@ fn a_bucket_keeps_checkpoints() {
         let chain = vault.chain(&name, &ids[2]).await.unwrap();
         assert!(chain.iter().map(|manifest| &manifest.id).eq(&ids));
         // Another prefix is another vault.
-        let other = Vault::open_with("s3://kept/other", settings()).unwrap();
+        let other =
+            Vault::open_with("s3://kept/other", settings(), Duration::from_secs(30)).unwrap();
         assert!(other.machines().await.unwrap().is_empty());
         assert_eq!(vault.machines().await.unwrap(), std::slice::from_ref(&name));
         let program = b"\0asm of a kind";

@@ -4,6 +4,7 @@
 //! have written, and it may have gone back to a checkpoint only if its own process
 //! was killed.
 
+use crate::disk::SmallDisk;
 use crate::network::Network;
 use crate::witness::{Testimony, examine};
 use crate::{Guest, LocalCluster, wait_for};
@@ -15,7 +16,7 @@ use keel_machine::restart::Restart;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,6 +28,8 @@ pub const NODES: [&str; 3] = ["a", "b", "c"];
 const MACHINES: [(&str, u32); 3] = [("small", 2), ("middle", 16), ("large", 64)];
 /// Time between the lines of a machine, in microseconds.
 const PAUSE_US: u32 = 2000;
+/// Room on the disk of each node, in MiB.
+const DISK_MIB: u32 = 512;
 /// The longest that anything stays broken: less than a worker may be silent.
 const BROKEN_MAX: Duration = Duration::from_secs(4);
 /// How long a request may hang.
@@ -107,6 +110,7 @@ enum Fault {
     PowerOff(String),
     Cut(String),
     CutOneWay(String, String),
+    FullDisk(String),
 }
 
 impl Fault {
@@ -126,6 +130,7 @@ impl Fault {
             Fault::PowerOff(_) => "node off",
             Fault::Cut(_) => "link cut",
             Fault::CutOneWay(..) => "link cut one way",
+            Fault::FullDisk(_) => "disk full",
         }
     }
 
@@ -142,7 +147,8 @@ impl Fault {
             | Fault::StopAgent(_)
             | Fault::StopWorker(..)
             | Fault::Cut(_)
-            | Fault::CutOneWay(..) => false,
+            | Fault::CutOneWay(..)
+            | Fault::FullDisk(_) => false,
         }
     }
 }
@@ -151,6 +157,8 @@ impl Fault {
 #[derive(Debug)]
 pub struct Nemesis {
     cluster: LocalCluster,
+    /// That of each node, where disks of their own may be mounted.
+    disks: BTreeMap<&'static str, SmallDisk>,
     shared: PathBuf,
     random: StdRng,
     told: Vec<Testimony>,
@@ -173,6 +181,16 @@ impl Nemesis {
         network: Option<Network>,
         seed: u64,
     ) -> Result<Self> {
+        let mut disks = BTreeMap::new();
+        for node in NODES {
+            match SmallDisk::mount(&folder.join(node), DISK_MIB) {
+                Ok(disk) => disks.insert(node, disk),
+                Err(error) => {
+                    println!("no disk is ever full: {error:#}");
+                    break;
+                }
+            };
+        }
         let cluster = LocalCluster::start_in(program, folder, &NODES, network).await?;
         let shared = folder.join("shared");
         std::fs::create_dir_all(&shared)?;
@@ -188,6 +206,7 @@ impl Nemesis {
         }
         let mut nemesis = Nemesis {
             cluster,
+            disks,
             shared,
             random: StdRng::seed_from_u64(seed),
             told: vec![Testimony::default(); MACHINES.len()],
@@ -279,7 +298,9 @@ impl Nemesis {
         let node = self.some_node();
         let machine = self.some_machine();
         let linked = self.cluster.network().is_some();
-        match self.random.random_range(0..100) {
+        let disks = self.disks.len() == NODES.len();
+        match self.random.random_range(0..106) {
+            100.. if disks => Fault::FullDisk(node),
             0..45 => {
                 let failpoint = ALL.choose(&mut self.random);
                 let name = failpoint.map_or("", |failpoint| failpoint.name);
@@ -334,6 +355,22 @@ impl Nemesis {
             Fault::CutOneWay(from, to) => {
                 self.cut(|network| network.cut_one_way(from, to, true));
             }
+            Fault::FullDisk(node) => self.disk(node, SmallDisk::fill),
+        }
+    }
+
+    fn disk(&self, node: &str, change: impl FnOnce(&SmallDisk) -> Result<()>) {
+        if let Some(disk) = self.disks.get(node)
+            && let Err(error) = change(disk)
+        {
+            eprintln!("the disk of {node}: {error:#}");
+        }
+    }
+
+    /// Leaves the nodes' disks mounted, for people who want to look.
+    pub fn keep_disks(&mut self) {
+        for (_, disk) in std::mem::take(&mut self.disks) {
+            disk.keep();
         }
     }
 
@@ -362,6 +399,7 @@ impl Nemesis {
             Fault::CutOneWay(from, to) => {
                 self.cut(|network| network.cut_one_way(from, to, false));
             }
+            Fault::FullDisk(node) => self.disk(node, SmallDisk::free),
         }
         Ok(())
     }
@@ -436,8 +474,18 @@ impl Nemesis {
             .await
             .with_context(|| format!("{fault:?}"))?;
         let mended = Instant::now();
+        // A machine may run on long before a request about it is answered.
+        let running = MACHINES
+            .iter()
+            .map(|(name, _)| grows(self.shared.join(format!("{name}.lines"))));
         let all = async { while tasks.join_next().await.is_some() {} };
-        if tokio::time::timeout(REQUEST_PATIENCE, all).await.is_err() {
+        let (answered, running) = tokio::join!(
+            tokio::time::timeout(REQUEST_PATIENCE, all),
+            futures::future::join_all(running)
+        );
+        let recovery = running.into_iter().max().unwrap_or_default();
+        let recovery = recovery.as_millis() as u64;
+        if answered.is_err() {
             what.push("some requests hang".into());
         }
         tasks.abort_all();
@@ -451,7 +499,7 @@ impl Nemesis {
         self.all_go_on()
             .await
             .with_context(|| format!("after {fault:?}, {}", what.join(", ")))?;
-        let recovery = mended.elapsed().as_millis() as u64;
+        let settled = mended.elapsed().as_millis() as u64;
         let mut rewinds = 0;
         for (number, (name, _)) in MACHINES.iter().enumerate() {
             let told = self.testimony(name)?;
@@ -470,8 +518,22 @@ impl Nemesis {
             *tally.faults.entry(fault.kind()).or_default() += 1;
             tally.recoveries_ms[usize::from(fault.kills_machines())].push(recovery);
         }
-        Ok(format!("{fault:?}; {} ({recovery} ms)", what.join(", ")))
+        Ok(format!(
+            "{fault:?}; {} (all wrote after {recovery} ms, settled after {settled})",
+            what.join(", ")
+        ))
     }
+}
+
+/// How long it takes until a file has grown.
+async fn grows(path: PathBuf) -> Duration {
+    let begun = Instant::now();
+    let bytes = || std::fs::metadata(&path).map_or(0, |meta| meta.len());
+    let before = bytes();
+    while bytes() <= before && begun.elapsed() < REQUEST_PATIENCE {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    begun.elapsed()
 }
 
 async fn moved(

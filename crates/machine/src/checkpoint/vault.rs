@@ -132,16 +132,18 @@ impl Vault {
     /// [`VaultError::Url`].
     pub fn open(url: &str) -> Result<Self, VaultError> {
         let settings = std::env::vars().filter(|(name, _)| name.starts_with("AWS_"));
-        Self::open_with(url, settings)
+        Self::open_with(url, settings, RETRY_FOR)
     }
 
-    /// As [`Self::open`], with these in place of the environment's variables.
+    /// As [`Self::open`], with these in place of the environment's variables, and so
+    /// long for one request to be repeated.
     ///
     /// # Errors
     /// [`VaultError::Url`].
     pub fn open_with(
         url: &str,
         settings: impl IntoIterator<Item = (String, String)>,
+        retry_for: Duration,
     ) -> Result<Self, VaultError> {
         let bad = |reason: String| VaultError::Url {
             url: url.to_owned(),
@@ -166,7 +168,7 @@ impl Vault {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         let retry = RetryConfig {
-            retry_timeout: RETRY_FOR,
+            retry_timeout: retry_for,
             ..RetryConfig::default()
         };
         let mut builder = AmazonS3Builder::new();
@@ -360,16 +362,19 @@ impl Vault {
                 part,
                 reason,
             };
-            if !there.contains_key(&self.manifest_place(machine, &outline.id)) {
+            let manifest = self.manifest_place(machine, &outline.id);
+            if !there.contains_key(&manifest) && self.size(&manifest).await?.is_none() {
                 return Err(part("its manifest".into(), "it is missing".into()));
             }
             for (piece, expected) in &outline.packs {
-                let reason = match there.get(&self.pack_place(
-                    machine,
-                    (&outline.id, outline.generation),
-                    *piece,
-                )) {
-                    Some(bytes) if bytes == expected => continue,
+                let of = (&outline.id, outline.generation);
+                let place = self.pack_place(machine, of, *piece);
+                if there.get(&place) == Some(expected) {
+                    continue;
+                }
+                // Lists may be of a while ago: the object itself counts.
+                let reason = match self.size(&place).await? {
+                    Some(bytes) if bytes == *expected => continue,
                     Some(bytes) => {
                         format!("it is damaged: it has {bytes} bytes instead of {expected}")
                     }
@@ -379,6 +384,15 @@ impl Vault {
             }
         }
         Ok(())
+    }
+
+    /// Bytes of an object; `None` if it is not there.
+    async fn size(&self, place: &Place) -> Result<Option<u64>, VaultError> {
+        match self.store.head(place).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Reads one block of a pack and checks it.

@@ -399,6 +399,9 @@ pub struct LogChunk {
     pub bytes: Vec<u8>,
 }
 
+/// Bytes that added fields have at the most when they are left out.
+const ADDED_BYTES_MAX: usize = 64;
+
 /// Encodes a message.
 ///
 /// # Errors
@@ -409,11 +412,101 @@ pub fn pack<T: Serialize>(value: &T) -> Result<Bytes, RpcError> {
         .map_err(RpcError::refused)
 }
 
-/// Decodes a message.
+/// Decodes a message, also one of the version before this: a worker lives on when its
+/// agent is upgraded. Fields are only ever added at a message's end, and such as are
+/// nothing, 0 or false when they are left out: those that an older writer did not
+/// know are so then, those that a newer one added are not read.
 ///
 /// # Errors
 /// [`RpcError::Refused`] if it is none.
 pub fn unpack<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, RpcError> {
-    postcard::from_bytes(bytes)
-        .map_err(|error| RpcError::refused(format!("unreadable message: {error}")))
+    let decoded = match postcard::from_bytes(bytes) {
+        Err(postcard::Error::DeserializeUnexpectedEnd) => {
+            let mut longer = bytes.to_vec();
+            longer.resize(bytes.len() + ADDED_BYTES_MAX, 0);
+            postcard::from_bytes(&longer)
+        }
+        decoded => decoded,
+    };
+    decoded.map_err(|error| RpcError::refused(format!("unreadable message: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Serialize, serde::Deserialize, Debug, PartialEq)]
+    struct Before {
+        number: u64,
+        text: String,
+    }
+
+    #[derive(Serialize, serde::Deserialize, Debug, PartialEq)]
+    struct After {
+        number: u64,
+        text: String,
+        more: Option<GroupUsage>,
+        list: Vec<u32>,
+        flag: bool,
+    }
+
+    #[test]
+    fn messages_of_the_version_before_are_read_and_of_the_next() {
+        let before = Before {
+            number: 7,
+            text: "x".into(),
+        };
+        let after: After = unpack(&pack(&before).unwrap()).unwrap();
+        let expected = After {
+            number: 7,
+            text: "x".into(),
+            more: None,
+            list: Vec::new(),
+            flag: false,
+        };
+        assert_eq!(after, expected);
+        let after = After {
+            list: vec![1, 2],
+            flag: true,
+            ..expected
+        };
+        assert_eq!(unpack::<Before>(&pack(&after).unwrap()).unwrap(), before);
+        // What says that more comes than can be left out is none.
+        assert!(unpack::<Before>(&Bytes::from_static(&[7, 200, 200, 3])).is_err());
+        assert!(unpack::<Before>(&Bytes::from_static(&[0xff; 12])).is_err());
+    }
+
+    /// What workers of the version before say and are told.
+    #[test]
+    fn workers_of_the_version_before_are_understood() {
+        #[derive(Serialize)]
+        struct OldCheckpoint {
+            vault: String,
+            full: bool,
+            keep: Option<u32>,
+        }
+        #[derive(serde::Deserialize)]
+        struct OldCopy {
+            target: Receiving,
+            post_copy: bool,
+        }
+        let old = OldCheckpoint {
+            vault: "/kept".into(),
+            full: true,
+            keep: Some(3),
+        };
+        let new: Checkpoint = unpack(&pack(&old).unwrap()).unwrap();
+        assert_eq!((new.keep.newest, new.keep.for_s), (Some(3), None));
+        let copy = Copy {
+            target: Receiving {
+                address: "127.0.0.1:1".into(),
+                fingerprint: Fingerprint([7; 32]),
+            },
+            post_copy: true,
+            budget_micros: 2000,
+        };
+        let old: OldCopy = unpack(&pack(&copy).unwrap()).unwrap();
+        assert_eq!(old.target.address, "127.0.0.1:1");
+        assert!(old.post_copy);
+    }
 }

@@ -70,6 +70,7 @@ async fn run(args: &Args) -> Result<()> {
             Ok(what) => println!("{:>6.1} s  {what}", begun.elapsed().as_secs_f64()),
             Err(error) => {
                 // What the nodes said is worth more than the room it takes.
+                nemesis.keep_disks();
                 let kept = folder.keep();
                 println!("{}", nemesis.tally);
                 return Err(error.context(format!("all of it is kept in {}", kept.display())));
