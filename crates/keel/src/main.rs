@@ -163,6 +163,9 @@ enum Command {
     /// Runs a node's agent (started by `keel up`).
     #[command(hide = true)]
     Agent(up::AgentArgs),
+    /// Makes room for the start of a service whose machines run on (see the unit).
+    #[command(hide = true)]
+    ReleaseGroups,
     /// Runs one machine (started by an agent).
     #[command(hide = true)]
     Worker(up::WorkerArgs),
@@ -225,6 +228,15 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Wasm(args) => return wasm::run(args),
         Command::Worker(args) => return up::worker(&args),
+        Command::ReleaseGroups => {
+            // As the agent names it.
+            let folder = cli.reach.state_dir();
+            let folder = folder
+                .canonicalize()
+                .with_context(|| folder.display().to_string())?;
+            keel_machine::cgroup::Slice::release(&folder);
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Man { folder } => {
             clap_mangen::generate_to(Cli::command(), &folder)
                 .with_context(|| format!("no pages in {}", folder.display()))?;
@@ -277,6 +289,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         // Dispatched before, without a runtime.
         Command::Wasm(_)
         | Command::Worker(_)
+        | Command::ReleaseGroups
         | Command::Man { .. }
         | Command::Completions { .. } => Ok(ExitCode::SUCCESS),
     }

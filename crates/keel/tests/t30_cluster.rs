@@ -797,6 +797,11 @@ async fn users_come_in_over_tls_with_a_token_and_its_role_only() {
         .await
         .expect_err("a viewer stops nothing");
     assert!(refused.to_string().contains("role operator"), "{refused}");
+    let refused = as_viewer
+        .get::<keel_api::FileStat>("/v1/machines/lines/files/stat?path=/")
+        .await
+        .expect_err("nor reads files");
+    assert!(refused.to_string().contains("operator"), "{refused}");
     let nobody = Client::tls(&api, "keelu1-nonsense", authority).expect("a client");
     let refused = nobody
         .get::<Vec<NodeInfo>>("/v1/nodes")

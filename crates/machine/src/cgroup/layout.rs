@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 /// The version 2 group that an agent makes for itself.
 pub(super) const AGENT_LEAF: &str = "keel-agent";
 
+/// The one that systemd makes for what it runs after a service has stopped.
+const CONTROL_LEAF: &str = ".control";
+
 /// Version of a hierarchy.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
@@ -103,10 +106,10 @@ impl Layout {
     /// where an agent went into a group of its own.
     fn unified_base(&self) -> Option<&Path> {
         let own = self.unified.as_deref()?;
-        if own.file_name().is_some_and(|name| name == AGENT_LEAF) {
-            return own.parent();
+        match own.file_name() {
+            Some(name) if name == AGENT_LEAF || name == CONTROL_LEAF => own.parent(),
+            _ => Some(own),
         }
-        Some(own)
     }
 
     /// Controllers that version 2 groups could have here, as the kernel lists
@@ -218,12 +221,13 @@ mod tests {
 
     #[test]
     fn an_agent_that_went_aside_makes_groups_where_it_was() {
-        let layout = layout(UNIFIED, "0::/system.slice/keel.service/keel-agent\n");
         let mine = "/sys/fs/cgroup/system.slice/keel.service";
-        assert_eq!(
-            layout.bases("memory\n"),
-            [base(Version::V2, mine, &["memory"])]
-        );
+        for leaf in ["keel-agent", ".control"] {
+            let layout = layout(UNIFIED, &format!("0::/system.slice/keel.service/{leaf}\n"));
+            let expected = [base(Version::V2, mine, &["memory"])];
+            assert_eq!(layout.bases("memory\n"), expected);
+        }
+        let layout = layout(UNIFIED, "0::/system.slice/keel.service/keel-agent\n");
         assert_eq!(
             layout.places("memory\n"),
             BTreeMap::from([(mine.into(), BTreeSet::from(["memory"]))])

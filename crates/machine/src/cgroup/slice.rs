@@ -122,6 +122,20 @@ impl Slice {
         }
     }
 
+    /// Takes controllers back from the groups of a node whose agent is gone, while its
+    /// machines run on, so that its service can be started in the group around them:
+    /// one with controllers for others takes no processes, which systemd before 254
+    /// does not reckon with. The next agent gives them again, and machines' limits with
+    /// them.
+    pub fn release(state_dir: &Path) {
+        let Ok(layout) = Layout::read() else { return };
+        for base in layout.bases(&layout.on_unified()) {
+            if base.version == Version::V2 {
+                take_back(&base, &base.folder.join(name(state_dir)));
+            }
+        }
+    }
+
     /// Removes all groups of a node whose processes were killed, from outside; waits
     /// until they are gone. For tests, which leave nothing behind.
     pub fn remove_all(state_dir: &Path) {
@@ -186,6 +200,19 @@ fn give(group: &Path, controller: &str) -> std::io::Result<()> {
         group.join("cgroup.subtree_control"),
         format!("+{controller}"),
     )
+}
+
+/// Undoes [`enable`].
+fn take_back(base: &Base, path: &Path) {
+    // The inner ones first.
+    for group in [path, &base.folder] {
+        for controller in &base.controllers {
+            let control = group.join("cgroup.subtree_control");
+            if let Err(error) = std::fs::write(&control, format!("-{controller}")) {
+                tracing::debug!(%error, group = %control.display(), "a controller stays");
+            }
+        }
+    }
 }
 
 /// Puts this process and its parent into a group beside the workers'.
@@ -346,7 +373,25 @@ mod tests {
         other.wait().unwrap();
         // An agent that is started again finds all done.
         enable(&real.base, &workers, None).unwrap();
-        let given = std::fs::read_to_string(workers.join("cgroup.subtree_control")).unwrap();
+        let control = workers.join("cgroup.subtree_control");
+        let given = std::fs::read_to_string(&control).unwrap();
         assert_eq!(given.trim(), real.base.controllers[0]);
+        // Now nothing can be started around them, until that is taken back.
+        let machine = workers.join("machine");
+        std::fs::create_dir(&machine).unwrap();
+        let mut running = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        std::fs::write(machine.join("cgroup.procs"), running.id().to_string()).unwrap();
+        assert!(enter(&real.base.folder, None).is_err());
+        take_back(&real.base, &workers);
+        enter(&real.base.folder, None).unwrap();
+        enable(&real.base, &workers, None).unwrap();
+        let given = std::fs::read_to_string(&control).unwrap();
+        assert_eq!(given.trim(), real.base.controllers[0]);
+        running.kill().unwrap();
+        running.wait().unwrap();
+        std::fs::remove_dir(&machine).unwrap();
     }
 }
