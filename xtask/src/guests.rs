@@ -29,6 +29,7 @@ fn guests() -> Vec<(&'static str, Vec<&'static str>)> {
         ("echo", vec!["echo.c"]),
         ("files", vec!["files.c"]),
         ("hostile", vec!["hostile.c", "keep_names.py"]),
+        ("ledger", vec!["ledger.c"]),
         ("spinner", vec!["spinner.c"]),
         ("threads", with_shim(&["threads.c"])),
         ("witness", vec!["witness.c", "evenkeel.h"]),

@@ -55,7 +55,7 @@ pub(crate) struct CloneArgs {
 }
 
 /// What the user calls a place, as the node will.
-fn place(text: &str) -> Result<String> {
+pub(crate) fn place(text: &str) -> Result<String> {
     if text.contains("://") {
         return Ok(text.to_owned());
     }

@@ -10,6 +10,7 @@
 //! - `doctor`: `keel doctor`
 //! - `events`: `keel events`
 //! - `output`: tables and JSON
+//! - `volume`: volumes on command lines, and `keel volume`
 //! - `size`: sizes as people write them
 //! - `when`: times as people write them
 
@@ -130,6 +131,9 @@ enum Command {
     },
     /// Makes a machine of a checkpoint.
     Restore(keep::RestoreArgs),
+    /// Makes, lists and removes the cluster's volumes.
+    #[command(subcommand)]
+    Volume(volume::VolumeCommand),
     /// Makes another machine of a running one: a copy that goes on by itself.
     Clone(keep::CloneArgs),
     /// Prints a completion script for a shell.
@@ -244,6 +248,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Checkpoint(args) => keep::checkpoint(&reach, &args).await,
         Command::Checkpoints { machine, from } => keep::list(&reach, &machine, from).await,
         Command::Restore(args) => keep::restore(&reach, &args).await,
+        Command::Volume(command) => volume::run(&reach, command).await,
         Command::Clone(args) => keep::clone(&reach, &args).await,
         #[cfg(feature = "failpoints")]
         Command::Debug(command) => debug(&reach, command).await,

@@ -4,9 +4,11 @@
 //! - `moves`: the move as two pure state machines, and its report
 //! - `log`: a machine's output, by offset, so that it survives moves
 //! - `checkpoint`: machines kept in time
+//! - `cluster_volume`: volumes that outlive their machines, kept outside nodes
 //! - `clock`: whether this host's wall clock is right
 //! - `failpoint`: where tests make things go wrong
 //! - `link`: the connection between the two workers of a move
+//! - `place`: directories and object stores in which things are kept
 //! - `restart`: whether a machine that ended is started again
 //! - `worker`: the process around one machine
 
@@ -14,10 +16,12 @@
 
 pub mod checkpoint;
 pub mod clock;
+pub mod cluster_volume;
 pub mod failpoint;
 pub mod link;
 pub mod log;
 pub mod moves;
+pub mod place;
 pub mod restart;
 pub mod spec;
 pub mod worker;

@@ -138,9 +138,10 @@ impl Running {
             runtime: self.runtime.handle(),
             full,
             give_up,
+            keepers: Vec::new(),
         };
         self.taker
-            .take(&self.machine, subject, &self.log, &destination)
+            .take(&self.machine, subject, &self.log, destination)
     }
 
     fn restore(&self, id: Option<&CheckpointId>) -> Result<Restored, RestoreError> {
@@ -380,6 +381,7 @@ fn old_ones_go_and_what_others_stand_on_stays() {
             .runtime
             .block_on(vault.keep_newest(&name, count))
             .unwrap()
+            .len()
     };
     let list = || running.runtime.block_on(vault.list(&name)).unwrap();
     assert_eq!(keep(3), 0);

@@ -13,6 +13,7 @@
 //! - `service`: what other nodes ask
 //! - `operate`: what users ask, wherever the machine is
 //! - `keep`: checkpoints, and machines made of them
+//! - `volumes`: the cluster's volumes, and which machine has which
 //! - `events`: what happened here, kept and told
 //! - `http`: the API
 
@@ -35,6 +36,7 @@ mod reconcile;
 mod record;
 mod service;
 mod state_dir;
+mod volumes;
 mod workers;
 
 pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};

@@ -426,6 +426,10 @@ impl Driver {
             .ask(kind::IDENTITY, &(), PROMPT)
             .await
             .map_err(text)?;
+        // (Of cluster volumes next to nothing comes.)
+        let own = self.record.spec.own_volumes();
+        let volumes = report.volumes.iter();
+        let volumes = volumes.filter(|volume| own.contains(&volume.number));
         let offer = Offer {
             machine: self.record.name.clone(),
             spec: self.record.spec.clone(),
@@ -434,7 +438,7 @@ impl Driver {
             revision: self.revision,
             worker,
             memory_pages: report.memory_pages,
-            volume_bytes: report.volumes.iter().map(|volume| volume.bytes).sum(),
+            volume_bytes: volumes.map(|volume| volume.bytes).sum(),
             features: needed_features(),
             proofs: proofs.list(),
             post_copy: self.post_copy,

@@ -5,34 +5,19 @@
 //! paths: stores may be slow.
 
 use super::format::{CheckpointId, FormatError, Manifest, Pack};
+use crate::place::{Place, PlaceError};
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use keel_net::{Bytes, Fingerprint};
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
-use object_store::local::LocalFileSystem;
-use object_store::path::Path as Place;
-use object_store::{ObjectStore, ObjectStoreExt, PutPayload, RetryConfig};
-use std::sync::Arc;
-use std::time::Duration;
-
-/// How long one request to a store may be repeated.
-const RETRY_FOR: Duration = Duration::from_secs(30);
-/// The most bytes of a manifest or a module.
-const READ_BYTES_MAX: u64 = 1 << 30;
+use object_store::path::Path;
+use object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 
 /// Why a vault cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum VaultError {
     /// The URL names no store.
-    #[error(
-        "{url:?} is no place for checkpoints: {reason} (use /a/directory, file:///a/directory or s3://bucket/prefix)"
-    )]
-    Url {
-        /// What was given.
-        url: String,
-        /// What is wrong with it.
-        reason: String,
-    },
+    #[error(transparent)]
+    Url(#[from] PlaceError),
     /// The store failed.
     #[error("checkpoint store: {0}")]
     Store(#[from] object_store::Error),
@@ -74,19 +59,11 @@ impl std::fmt::Display for Piece {
 /// A store of checkpoints.
 #[derive(Debug, Clone)]
 pub struct Vault {
-    store: Arc<dyn ObjectStore>,
-    prefix: Place,
-    url: String,
+    place: Place,
 }
 
 /// Checkpoints of a machine, newest first.
 pub type Candidates = Vec<CheckpointId>;
-
-/// The directory that a URL names, if it names one.
-fn directory(url: &str) -> Option<&str> {
-    let folder = url.strip_prefix("file://").unwrap_or(url);
-    folder.starts_with('/').then_some(folder)
-}
 
 impl Vault {
     /// Opens a vault and makes its directory where it is missing: for storing.
@@ -95,24 +72,17 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Url`].
     pub fn create(url: &str) -> Result<Self, VaultError> {
-        if let Some(folder) = directory(url) {
-            std::fs::create_dir_all(folder).map_err(|error| VaultError::Url {
-                url: url.to_owned(),
-                reason: error.to_string(),
-            })?;
-        }
-        Self::open(url)
+        let place = Place::create(url)?;
+        Ok(Vault { place })
     }
 
-    /// Opens a vault: `/a/directory`, `file:///a/directory` (which must exist),
-    /// or `s3://bucket/prefix` with the usual `AWS_…` variables
-    /// (`AWS_ENDPOINT_URL` for stores that are not Amazon's).
+    /// Opens a vault in a [`Place`].
     ///
     /// # Errors
     /// [`VaultError::Url`].
     pub fn open(url: &str) -> Result<Self, VaultError> {
-        let settings = std::env::vars().filter(|(name, _)| name.starts_with("AWS_"));
-        Self::open_with(url, settings)
+        let place = Place::open(url)?;
+        Ok(Vault { place })
     }
 
     /// As [`Self::open`], with these in place of the environment's variables.
@@ -123,86 +93,32 @@ impl Vault {
         url: &str,
         settings: impl IntoIterator<Item = (String, String)>,
     ) -> Result<Self, VaultError> {
-        let bad = |reason: String| VaultError::Url {
-            url: url.to_owned(),
-            reason,
-        };
-        if let Some(folder) = directory(url) {
-            // The store's own error does not say why.
-            std::fs::metadata(folder).map_err(|error| bad(error.to_string()))?;
-            let store = LocalFileSystem::new_with_prefix(folder)
-                .map_err(|error| bad(error.to_string()))?
-                .with_fsync(true);
-            return Ok(Vault {
-                store: Arc::new(store),
-                prefix: Place::default(),
-                url: url.to_owned(),
-            });
-        }
-        let Some(rest) = url.strip_prefix("s3://") else {
-            return Err(bad("neither a directory nor s3://".into()));
-        };
-        // Whoever came first has installed the same one.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        let retry = RetryConfig {
-            retry_timeout: RETRY_FOR,
-            ..RetryConfig::default()
-        };
-        let mut builder = AmazonS3Builder::new();
-        for (name, value) in settings {
-            // Others are for other programs.
-            if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
-                builder = builder.with_config(key, value);
-            }
-        }
-        let store = builder
-            .with_bucket_name(bucket)
-            .with_allow_http(true)
-            .with_retry(retry)
-            .build()
-            .map_err(|error| bad(error.to_string()))?;
-        Ok(Vault {
-            store: Arc::new(store),
-            prefix: Place::parse(prefix).map_err(|error| bad(error.to_string()))?,
-            url: url.to_owned(),
-        })
+        let place = Place::open_with(url, settings)?;
+        Ok(Vault { place })
     }
 
     /// Its URL, as it was given.
     pub fn url(&self) -> &str {
-        &self.url
+        self.place.url()
     }
 
-    fn place(&self, parts: &[&str]) -> Place {
-        let mut place = self.prefix.clone();
-        for part in parts {
-            place = place.join(*part);
-        }
-        place
+    fn store(&self) -> &dyn ObjectStore {
+        &**self.place.store()
     }
 
-    fn pack_place(&self, machine: &MachineName, id: &CheckpointId, piece: Piece) -> Place {
-        self.place(&["machines", machine.as_ref(), &format!("{id}.{piece}.pack")])
+    fn pack_place(&self, machine: &MachineName, id: &CheckpointId, piece: Piece) -> Path {
+        self.place
+            .path(&["machines", machine.as_ref(), &format!("{id}.{piece}.pack")])
     }
 
-    fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Place {
-        self.place(&["machines", machine.as_ref(), &format!("{id}.manifest")])
+    fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Path {
+        self.place
+            .path(&["machines", machine.as_ref(), &format!("{id}.manifest")])
     }
 
-    fn program_place(&self, program: &[u8; 32]) -> Place {
-        self.place(&["programs", &format!("{}.wasm", Fingerprint(*program))])
-    }
-
-    async fn read(&self, place: &Place) -> Result<Bytes, object_store::Error> {
-        let got = self.store.get(place).await?;
-        if got.meta.size > READ_BYTES_MAX {
-            return Err(object_store::Error::Generic {
-                store: "vault",
-                source: format!("{place} has {} bytes", got.meta.size).into(),
-            });
-        }
-        got.bytes().await
+    fn program_place(&self, program: &[u8; 32]) -> Path {
+        self.place
+            .path(&["programs", &format!("{}.wasm", Fingerprint(*program))])
     }
 
     /// Stores a pack.
@@ -217,7 +133,7 @@ impl Vault {
         bytes: Bytes,
     ) -> Result<(), VaultError> {
         let place = self.pack_place(machine, id, piece);
-        self.store.put(&place, PutPayload::from(bytes)).await?;
+        self.store().put(&place, PutPayload::from(bytes)).await?;
         Ok(())
     }
 
@@ -239,7 +155,7 @@ impl Vault {
             reason,
         };
         let place = self.pack_place(machine, id, piece);
-        let bytes = match self.read(&place).await {
+        let bytes = match self.place.read(&place).await {
             Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing".into())),
             Err(error) => return Err(error.into()),
@@ -263,7 +179,7 @@ impl Vault {
             reason: error.to_string(),
         })?;
         let place = self.manifest_place(&manifest.machine, &manifest.id);
-        self.store.put(&place, PutPayload::from(bytes)).await?;
+        self.store().put(&place, PutPayload::from(bytes)).await?;
         Ok(())
     }
 
@@ -282,7 +198,7 @@ impl Vault {
             part: "its manifest".into(),
             reason,
         };
-        let bytes = match self.read(&self.manifest_place(machine, id)).await {
+        let bytes = match self.place.read(&self.manifest_place(machine, id)).await {
             Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing".into())),
             Err(error) => return Err(error.into()),
@@ -329,9 +245,9 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Store`].
     pub async fn list(&self, machine: &MachineName) -> Result<Candidates, VaultError> {
-        let folder = self.place(&["machines", machine.as_ref()]);
+        let folder = self.place.path(&["machines", machine.as_ref()]);
         let mut found: Candidates = self
-            .store
+            .store()
             .list(Some(&folder))
             .try_filter_map(|object| async move {
                 let name = object.location.filename().unwrap_or_default();
@@ -350,8 +266,8 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Store`].
     pub async fn machines(&self) -> Result<Vec<MachineName>, VaultError> {
-        let folder = self.place(&["machines"]);
-        let listing = self.store.list_with_delimiter(Some(&folder)).await?;
+        let folder = self.place.path(&["machines"]);
+        let listing = self.store().list_with_delimiter(Some(&folder)).await?;
         let mut names: Vec<MachineName> = listing
             .common_prefixes
             .iter()
@@ -367,12 +283,12 @@ impl Vault {
     /// [`VaultError::Store`].
     pub async fn put_program(&self, hash: &[u8; 32], bytes: Bytes) -> Result<(), VaultError> {
         let place = self.program_place(hash);
-        match self.store.head(&place).await {
+        match self.store().head(&place).await {
             Ok(meta) if meta.size == bytes.len() as u64 => return Ok(()),
             Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
             Err(error) => return Err(error.into()),
         }
-        self.store.put(&place, PutPayload::from(bytes)).await?;
+        self.store().put(&place, PutPayload::from(bytes)).await?;
         Ok(())
     }
 
@@ -387,7 +303,11 @@ impl Vault {
             part: "its program".into(),
             reason: reason.into(),
         };
-        let bytes = match self.read(&self.program_place(&manifest.program)).await {
+        let bytes = match self
+            .place
+            .read(&self.program_place(&manifest.program))
+            .await
+        {
             Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing")),
             Err(error) => return Err(error.into()),
@@ -400,7 +320,7 @@ impl Vault {
     }
 
     /// Deletes a machine's checkpoints but the newest `keep` and those that they
-    /// stand on, and pieces of checkpoints that were never finished. How many
+    /// stand on, and pieces of checkpoints that were never finished. Which
     /// checkpoints went.
     ///
     /// # Errors
@@ -409,7 +329,7 @@ impl Vault {
         &self,
         machine: &MachineName,
         keep: usize,
-    ) -> Result<usize, VaultError> {
+    ) -> Result<Vec<CheckpointId>, VaultError> {
         let all = self.list(machine).await?;
         let mut needed = std::collections::BTreeSet::new();
         for id in all.iter().take(keep.max(1)) {
@@ -420,14 +340,14 @@ impl Vault {
             }
         }
         let newest = all.first().cloned();
-        let folder = self.place(&["machines", machine.as_ref()]);
-        let objects: Vec<Place> = self
-            .store
+        let folder = self.place.path(&["machines", machine.as_ref()]);
+        let objects: Vec<Path> = self
+            .store()
             .list(Some(&folder))
             .map_ok(|object| object.location)
             .try_collect()
             .await?;
-        let id_of = |place: &Place| -> Option<CheckpointId> {
+        let id_of = |place: &Path| -> Option<CheckpointId> {
             place.filename()?.split_once('.')?.0.parse().ok()
         };
         let mut gone = std::collections::BTreeSet::new();
@@ -453,11 +373,11 @@ impl Vault {
         // Without its manifest a checkpoint is not there: it never lacks a part.
         for places in [manifests, packs] {
             let places = futures::stream::iter(places).boxed();
-            self.store
+            self.store()
                 .delete_stream(places)
                 .try_collect::<Vec<_>>()
                 .await?;
         }
-        Ok(gone.len())
+        Ok(gone.into_iter().collect())
     }
 }

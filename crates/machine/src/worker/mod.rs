@@ -5,6 +5,7 @@
 //! - `outgoing`: gives the machine away (source of a move)
 //! - `incoming`: receives a machine (target of a move)
 //! - `volumes`: the machine's own volumes, in both directions
+//! - `kept`: the keepers of its cluster volumes
 //!
 //! A worker outlives its agent: it is found again through the socket in its
 //! folder. It never decides who owns the machine; it does what its agent, which
@@ -13,6 +14,7 @@
 pub mod control;
 mod filling;
 mod incoming;
+mod kept;
 mod outgoing;
 mod process;
 pub mod volumes;
