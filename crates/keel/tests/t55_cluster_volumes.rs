@@ -58,7 +58,11 @@ fn story(text: &str) -> Story {
 
 impl Bench {
     async fn start(folder: &Path) -> Self {
-        let cluster = LocalCluster::start(Path::new(KEEL), folder, &["s", "b"]).await;
+        Self::start_with(folder, &["s", "b"]).await
+    }
+
+    async fn start_with(folder: &Path, names: &[&str]) -> Self {
+        let cluster = LocalCluster::start(Path::new(KEEL), folder, names).await;
         Bench {
             cluster: cluster.expect("a cluster"),
             folder: folder.to_owned(),
@@ -179,6 +183,16 @@ impl Bench {
         let report = report.expect("a report");
         assert_eq!(report.ending, Ending::Moved, "{}", report.line());
     }
+}
+
+/// The last segment of a volume's log.
+fn newest_segment(log: &Path) -> Segment {
+    let names = std::fs::read_dir(log).expect("a log");
+    let names = names.map(|entry| entry.expect("an entry").path());
+    // (The store's own names for what it is just writing have a `#`.)
+    let names = names.filter(|path| !path.to_string_lossy().contains('#'));
+    let newest = names.max().expect("a segment");
+    Segment::decode(&std::fs::read(newest).expect("bytes")).expect("a segment")
 }
 
 fn files_below(folder: &Path) -> usize {
@@ -407,14 +421,7 @@ async fn a_fenced_machine_writes_nothing() {
     bench.run("m", "s", &[]);
     bench.goes_on("m", 1).await;
     let log = folder.path().join("place/data/log");
-    let newest = || {
-        let names = std::fs::read_dir(&log).expect("a log");
-        let names = names.map(|entry| entry.expect("an entry").path());
-        let names = names
-            .filter(|path| path.extension().is_none() && !path.to_string_lossy().contains('#'));
-        let newest = names.max().expect("a segment");
-        Segment::decode(&std::fs::read(newest).expect("bytes")).expect("a segment")
-    };
+    let newest = || newest_segment(&log);
     let segment = newest();
     let name = "data".parse().expect("a name");
     let store = VolumeStore::open(&name, segment.volume, &bench.place()).expect("a place");
@@ -471,4 +478,133 @@ async fn a_damaged_chunk_is_named() {
     let said = String::from_utf8_lossy(&output.stderr);
     let named = said.contains("volume \"data\" cannot be used: object data/chunks/");
     assert!(named && said.contains("checksum is wrong"), "{said}");
+}
+
+#[cfg(feature = "failpoints")]
+impl Bench {
+    async fn order(&self, node: &str, name: &str, order: Option<&str>) {
+        let what = format!("{node} takes an order for {name}");
+        let ordered = wait_for(&what, || async {
+            self.cluster.failpoint(node, name, order).await.ok()
+        });
+        ordered.await.expect("it takes it");
+    }
+}
+
+/// The target goes on and writes, but is lost before anybody knows: the machine is
+/// taken back to its source, and the volume with it.
+#[cfg(feature = "failpoints")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_is_taken_back_takes_its_volume_back() {
+    let folder = folder();
+    let bench = Bench::start_with(folder.path(), &["s", "b", "c"]).await;
+    bench.create("data");
+    bench.run("m", "b", &[]);
+    let log = folder.path().join("place/data/log");
+    for (source, target) in [("b", "c"), ("b", "c")] {
+        bench.goes_on("m", 1).await;
+        bench
+            .order(target, "arrived.running", Some("delay(20000)*"))
+            .await;
+        bench.order(target, "in.gone", Some("delay(20000)")).await;
+        let epoch = newest_segment(&log).writer;
+        let client = bench.cluster.client("s");
+        let request = MoveRequest {
+            to: target.to_owned(),
+            post_copy: false,
+            checkpoint_to: None,
+            urgency: Urgency::Normal,
+        };
+        let moving = tokio::spawn(async move { move_as(&client, "m", &request).await });
+        // Some segments of the target's.
+        let mut first = None;
+        wait_for("the target writes", || {
+            let newest = newest_segment(&log);
+            let first = (newest.writer > epoch).then(|| *first.get_or_insert(newest.number));
+            let written = first.is_some_and(|first| newest.number > first + 5);
+            async move { written.then_some(()) }
+        })
+        .await
+        .expect("it writes");
+        bench.cluster.kill_worker(target, "m").expect("a worker");
+        // The agent is about to say that it runs. The next one has no orders.
+        bench.cluster.kill_agent(target).expect("an agent");
+        bench.goes_on("m", 1).await;
+        bench.status("m", "running").await;
+        assert_eq!(bench.inspect("m").await.node, source);
+        let _ = moving.await.expect("it ends");
+    }
+    // What was to arrive there before is cleared away in its own time.
+    wait_for("it moves", || async {
+        let report = bench.cluster.move_machine("s", "m", "c").await.ok()?;
+        (report.ending == Ending::Moved).then_some(())
+    })
+    .await
+    .expect("it moves");
+    bench.goes_on("m", 1).await;
+}
+
+/// Whatever dies at whichever step of a move: what was synced is there, and what is
+/// there is of one instant.
+#[cfg(feature = "failpoints")]
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_synced_is_lost_at_any_step_of_a_move() {
+    let folder = folder();
+    let bench = Bench::start_with(folder.path(), &["s", "b", "c"]).await;
+    bench.create("data");
+    let steps = keel_machine::failpoint::ALL.iter().filter(|failpoint| {
+        let kinds = ["move.", "offer.", "in.", "out.", "arrived."];
+        kinds.iter().any(|kind| failpoint.name.starts_with(kind))
+            // Those are on the way of moves that go otherwise.
+            && !["move.settle", "move.served", "move.take", "move.thaw", "move.abort", "out.thaw"]
+                .iter()
+                .any(|name| failpoint.name.starts_with(name))
+    });
+    let mut machine = String::new();
+    let mut drilled = 0;
+    for failpoint in steps {
+        // Restarts take longer and longer.
+        let lives = match machine.as_str() {
+            "" => 9,
+            machine => bench.story(machine).await.begun,
+        };
+        if lives > 2 {
+            if !machine.is_empty() {
+                bench.keel(&["rm", "--force", &machine]);
+            }
+            machine = format!("m{drilled}");
+            bench.run(&machine, "b", &["--restart", "on-failure"]);
+        }
+        bench.goes_on(&machine, 1).await;
+        bench.status(&machine, "running").await;
+        let source = bench.inspect(&machine).await.node;
+        let target = if source == "b" { "c" } else { "b" };
+        let at = match failpoint.place.is_target() {
+            true => target,
+            false => &source,
+        };
+        let passed = bench.cluster.failpoints_passed(at).len();
+        bench.order(at, failpoint.name, Some("kill")).await;
+        let client = bench.cluster.client("s");
+        let request = MoveRequest {
+            to: target.to_owned(),
+            post_copy: false,
+            checkpoint_to: None,
+            urgency: Urgency::Normal,
+        };
+        wait_for(failpoint.name, || async {
+            // It may end in any way, also since the one before left something behind.
+            let _ = move_as(&client, &machine, &request).await;
+            let names = bench.cluster.failpoints_passed(at);
+            let mut names = names[passed..].iter();
+            names.any(|name| name == failpoint.name).then_some(())
+        })
+        .await
+        .expect("it is passed");
+        bench.order(at, failpoint.name, None).await;
+        let story = bench.goes_on(&machine, 1).await;
+        println!("{:<18} {story:?}", failpoint.name);
+        drilled += 1;
+    }
+    assert!(drilled > 25, "{drilled}");
 }
