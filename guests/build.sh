@@ -27,5 +27,5 @@ build() {
     echo "built $1.wasm ($(stat -c %s "$OUT/$1.wasm") bytes)"
 }
 
-if [ $# -eq 0 ]; then set -- counter disk echo files hostile hot spinner threads witness writer zstd; fi
+if [ $# -eq 0 ]; then set -- counter disk echo files hostile hot ledger spinner threads witness writer zstd; fi
 for guest in "$@"; do build "$guest"; done

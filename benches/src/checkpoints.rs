@@ -155,13 +155,14 @@ impl Bench {
             runtime: self.runtime.handle(),
             full: false,
             give_up: &AtomicBool::new(false),
+            keepers: Vec::new(),
         };
         let subject = Subject {
             name: "m".parse().map_err(anyhow::Error::msg)?,
             spec: self.spec.clone(),
             epoch: keel_cluster::Epoch::default(),
         };
-        let taken = taker.take(&self.machine, subject, &self.log, &destination)?;
+        let taken = taker.take(&self.machine, subject, &self.log, destination)?;
         let rate = taken.manifest.stored_bytes() as f64 / taken.total.as_micros() as f64;
         Ok((taken, rate))
     }

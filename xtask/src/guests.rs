@@ -30,6 +30,7 @@ fn guests() -> Vec<(&'static str, Vec<&'static str>)> {
         ("files", vec!["files.c"]),
         ("hostile", vec!["hostile.c", "keep_names.py"]),
         ("hot", vec!["hot.c"]),
+        ("ledger", vec!["ledger.c"]),
         ("spinner", vec!["spinner.c"]),
         ("threads", with_shim(&["threads.c"])),
         ("witness", vec!["witness.c", "evenkeel.h"]),

@@ -105,7 +105,7 @@ pub struct MachineInfo {
     pub name: String,
     /// Its owner: the node that runs it, or ran it last.
     pub node: String,
-    /// `scheduled`, `running`, `paused` (it waits for room on a disk),
+    /// `scheduled`, `running`, `paused` (it waits for room on a disk, or a store),
     /// `arriving`, `exited (N)`, `trapped`, `stopped`, `failed`.
     pub status: String,
     /// Exit code, once it exited.
@@ -218,6 +218,73 @@ pub enum VolumeRequest {
         /// Its name for the guest.
         guest: String,
     },
+    /// One of the cluster's, which outlives the machine. It has one machine at a
+    /// time.
+    Cluster {
+        /// Its name in the cluster.
+        name: String,
+        /// Its name for the guest.
+        guest: String,
+        /// Whether the guest may only read.
+        #[serde(default)]
+        read_only: bool,
+    },
+}
+
+/// A volume of the cluster to make.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeCreateRequest {
+    /// Its name.
+    pub name: String,
+    /// Where it is kept: a directory that all nodes see, or `s3://bucket/prefix`.
+    pub at: String,
+    /// Bytes that its files may take.
+    pub bytes: u64,
+    /// Files, directories and links that there may be; as many as volumes of that
+    /// size usually have, without.
+    #[serde(default)]
+    pub inodes: Option<u64>,
+}
+
+/// A volume of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterVolumeInfo {
+    /// Its name.
+    pub name: String,
+    /// Where it is kept.
+    pub at: String,
+    /// Bytes that its files may take.
+    pub bytes_max: u64,
+    /// Files, directories and links that there may be.
+    pub inodes_max: u64,
+    /// The machine that has it.
+    pub machine: Option<String>,
+    /// Milliseconds since 1970-01-01 UTC.
+    pub created_unix_ms: u64,
+    /// Whether it is being removed.
+    pub removing: bool,
+    /// What is in its place, where that was asked for and can be read.
+    pub content: Option<VolumeContent>,
+    /// Why its content cannot be read.
+    pub damage: Option<String>,
+}
+
+/// What is kept of a volume of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeContent {
+    /// Bytes of its files.
+    pub bytes: u64,
+    /// Files, directories and links.
+    pub inodes: u64,
+    /// Number of the last segment of its log.
+    pub segment: u64,
+    /// Epoch of who wrote that.
+    pub writer: String,
+    /// When, in milliseconds since 1970-01-01 UTC.
+    pub written_unix_ms: u64,
+    /// What is kept of it for checkpoints: MACHINE.CHECKPOINT.
+    pub snapshots: Vec<String>,
 }
 
 /// A machine's directory.
@@ -225,7 +292,7 @@ pub enum VolumeRequest {
 pub struct VolumeInfo {
     /// Its name for the guest.
     pub guest: String,
-    /// `tmp`, or the path on the host.
+    /// `tmp`, `cluster:NAME`, or the path on the host.
     pub kind: String,
     /// Whether the guest may only read.
     #[serde(default)]

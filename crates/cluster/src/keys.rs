@@ -10,6 +10,7 @@
 //! | `alive/NODE` | the node's lease, attached to it: gone when the node is |
 //! | `machine/MACHINE` | spec, epoch, owner |
 //! | `kept/MACHINE` | where its newest checkpoint is |
+//! | `volume/VOLUME` | where a volume of the cluster is, its quota, which machine has it |
 //! | `schedule/NODE/MACHINE` | that the node is to run (a part of) the machine |
 //! | `reservation/NODE/MACHINE` | room kept at the node for an incoming machine |
 //! | `lease/NAME` | who holds a role of which there is one in the cluster |
@@ -42,6 +43,8 @@ pub enum Key {
     Machine(MachineName),
     /// `kept/MACHINE`
     Kept(MachineName),
+    /// `volume/VOLUME`; volumes have the form of names of machines.
+    Volume(MachineName),
     /// `schedule/NODE/MACHINE`
     Schedule(NodeName, MachineName),
     /// `reservation/NODE/MACHINE`
@@ -104,6 +107,8 @@ pub const ALIVE: &str = "alive/";
 pub const MACHINES: &str = "machine/";
 /// Prefix of where machines' newest checkpoints are.
 pub const KEPT: &str = "kept/";
+/// Prefix of all volumes of the cluster.
+pub const VOLUMES: &str = "volume/";
 /// Prefix of all nodes' schedules.
 pub const SCHEDULES: &str = "schedule/";
 /// Prefix of all nodes' reservations.
@@ -144,6 +149,7 @@ impl fmt::Display for Key {
             Key::Alive(node) => write!(f, "{ALIVE}{node}"),
             Key::Machine(machine) => write!(f, "{MACHINES}{machine}"),
             Key::Kept(machine) => write!(f, "{KEPT}{machine}"),
+            Key::Volume(volume) => write!(f, "{VOLUMES}{volume}"),
             Key::Schedule(node, machine) => write!(f, "{SCHEDULES}{node}/{machine}"),
             Key::Reservation(node, machine) => write!(f, "{RESERVATIONS}{node}/{machine}"),
             Key::Lease(role) => write!(f, "{LEASES}{role}"),
@@ -184,6 +190,7 @@ fn parse(text: &str) -> Option<Key> {
         ("alive", Some(node), None) => Key::Alive(node.parse().ok()?),
         ("machine", Some(machine), None) => Key::Machine(machine.parse().ok()?),
         ("kept", Some(machine), None) => Key::Kept(machine.parse().ok()?),
+        ("volume", Some(volume), None) => Key::Volume(volume.parse().ok()?),
         ("schedule", Some(node), Some(machine)) => {
             Key::Schedule(node.parse().ok()?, machine.parse().ok()?)
         }
@@ -219,6 +226,7 @@ mod tests {
             "alive/a",
             "machine/web-3",
             "kept/web-3",
+            "volume/data",
             "schedule/a/web-3",
             "reservation/a/web-3",
             "lease/balancer",

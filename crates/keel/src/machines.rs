@@ -108,7 +108,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
     dir: Vec<String>,
     /// Gives it a volume: `tmp:SIZE:GUEST`, of its own, which moves along and
-    /// ends with it, or a directory that all nodes see, `HOST:GUEST[:ro]`.
+    /// ends with it; `cluster:NAME:GUEST[:ro]`, one of the cluster's (`keel volume`),
+    /// which outlives it; or a directory that all nodes see, `HOST:GUEST[:ro]`.
     #[arg(long, value_name = "VOLUME", value_parser = crate::volume::parse)]
     volume: Vec<VolumeArg>,
     /// Sets an environment variable.
@@ -271,6 +272,15 @@ pub(crate) fn request(volume: &VolumeArg) -> Result<VolumeRequest> {
             bytes: *bytes,
             inodes: None,
             guest: guest.clone(),
+        },
+        VolumeArg::Cluster {
+            name,
+            guest,
+            read_only,
+        } => VolumeRequest::Cluster {
+            name: name.clone(),
+            guest: guest.clone(),
+            read_only: *read_only,
         },
     })
 }

@@ -13,6 +13,7 @@
 //! - `events`: `keel events`
 //! - `set`: `keel set`
 //! - `output`: tables and JSON
+//! - `volume`: volumes on command lines, and `keel volume`
 //! - `size`: sizes as people write them
 //! - `when`: times as people write them
 
@@ -144,6 +145,9 @@ enum Command {
     },
     /// Makes a machine of a checkpoint.
     Restore(keep::RestoreArgs),
+    /// Makes, lists and removes the cluster's volumes.
+    #[command(subcommand)]
+    Volume(volume::VolumeCommand),
     /// Makes another machine of a running one: a copy that goes on by itself.
     Clone(keep::CloneArgs),
     /// Writes the manual: a page for each command.
@@ -283,6 +287,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Checkpoint(args) => keep::checkpoint(&reach, &args).await,
         Command::Checkpoints { machine, from } => keep::list(&reach, &machine, from).await,
         Command::Restore(args) => keep::restore(&reach, &args).await,
+        Command::Volume(command) => volume::run(&reach, command).await,
         Command::Clone(args) => keep::clone(&reach, &args).await,
         #[cfg(feature = "failpoints")]
         Command::Debug(command) => debug(&reach, command).await,

@@ -1,8 +1,13 @@
-//! Volumes as people write them: `tmp:1G:/scratch`, `/srv/data:/data:ro`.
+//! Volumes as people write them: `tmp:1G:/scratch`, `cluster:data:/data`,
+//! `/srv/data:/data:ro`; and `keel volume`.
 
+use crate::cluster::Reach;
 use crate::output;
-use keel_api::VolumeInfo;
+use anyhow::Result;
+use hyper::Method;
+use keel_api::{ClusterVolumeInfo, VolumeCreateRequest, VolumeInfo};
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 /// A volume that a command names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,16 +20,141 @@ pub(crate) enum VolumeArg {
     },
     /// The machine's own.
     Tmp { bytes: u64, guest: String },
+    /// One of the cluster's.
+    Cluster {
+        name: String,
+        guest: String,
+        read_only: bool,
+    },
 }
 
-/// Reads `tmp:SIZE:GUEST` or `HOST:GUEST[:ro]`.
+#[derive(clap::Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Makes a volume that machines can have one after the other.
+    Create {
+        /// Its name.
+        name: String,
+        /// Where it is kept: a directory that all nodes see, or s3://bucket/prefix.
+        #[arg(long, value_name = "PLACE")]
+        at: String,
+        /// Bytes that its files may take.
+        #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, default_value = "1G")]
+        size: u64,
+    },
+    /// Lists the cluster's volumes.
+    Ls,
+    /// Tells all about a volume, and what is kept of it.
+    Inspect {
+        /// The volume.
+        name: String,
+    },
+    /// Removes volumes that no machine has, with all that is kept of them.
+    Rm {
+        /// The volumes.
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+pub(crate) async fn run(reach: &Reach, command: VolumeCommand) -> Result<ExitCode> {
+    let client = reach.client()?;
+    match command {
+        VolumeCommand::Create { name, at, size } => {
+            let request = VolumeCreateRequest {
+                name,
+                at: crate::keep::place(&at)?,
+                bytes: size,
+                inodes: None,
+            };
+            let made: ClusterVolumeInfo = client.post("/v1/volumes", &request).await?;
+            output::one(reach.format(), &made, &made.name, |made| made.name.clone())?;
+        }
+        VolumeCommand::Ls => {
+            let found: Vec<ClusterVolumeInfo> = client.get("/v1/volumes").await?;
+            output::list(
+                reach.format(),
+                &found,
+                &["volume", "machine", "size", "age", "at"],
+                |info| info.name.clone(),
+                |info| {
+                    vec![
+                        info.name.clone(),
+                        holder(info),
+                        output::bytes(info.bytes_max),
+                        output::ago(info.created_unix_ms),
+                        info.at.clone(),
+                    ]
+                },
+            )?;
+        }
+        VolumeCommand::Inspect { name } => {
+            let path = format!("/v1/volumes/{name}");
+            let info: ClusterVolumeInfo = client.get(&path).await?;
+            output::one(reach.format(), &info, &info.name, page)?;
+            if info.damage.is_some() {
+                return Ok(ExitCode::from(1));
+            }
+        }
+        VolumeCommand::Rm { names } => {
+            for name in names {
+                let path = format!("/v1/volumes/{name}");
+                let _: serde_json::Value = client
+                    .call(Method::DELETE, &path, bytes::Bytes::new())
+                    .await?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn holder(info: &ClusterVolumeInfo) -> String {
+    match (&info.machine, info.removing) {
+        (Some(machine), _) => machine.clone(),
+        (None, true) => "(being removed)".into(),
+        (None, false) => "-".into(),
+    }
+}
+
+fn page(info: &ClusterVolumeInfo) -> String {
+    let mut lines = vec![
+        format!("volume    {}", info.name),
+        format!("at        {}", info.at),
+        format!("machine   {}", holder(info)),
+        format!("made      {} ago", output::ago(info.created_unix_ms)),
+    ];
+    match (&info.content, &info.damage) {
+        (Some(content), _) => {
+            let (used, most) = (output::bytes(content.bytes), output::bytes(info.bytes_max));
+            lines.push(format!(
+                "content   {used} of {most} in {} files",
+                content.inodes
+            ));
+            lines.push(format!(
+                "log       segment {}, {} ago, by writer {}",
+                content.segment,
+                output::ago(content.written_unix_ms),
+                content.writer
+            ));
+            for snapshot in &content.snapshots {
+                lines.push(format!("snapshot  {snapshot}"));
+            }
+        }
+        (None, damage) => lines.push(format!(
+            "content   cannot be read: {}",
+            damage.as_deref().unwrap_or("not known why")
+        )),
+    }
+    lines.join("\n")
+}
+
+/// Reads `tmp:SIZE:GUEST`, `cluster:NAME:GUEST[:ro]` or `HOST:GUEST[:ro]`.
 ///
 /// # Errors
 /// A sentence that names what was given and what is expected.
 pub(crate) fn parse(text: &str) -> Result<VolumeArg, String> {
     let bad = |what: &str| {
         Err(format!(
-            "{text:?}: {what} (examples: tmp:1G:/scratch, /srv/data:/data, /srv/data:/data:ro)"
+            "{text:?}: {what} (examples: tmp:1G:/scratch, cluster:data:/data, /srv/data:/data, /srv/data:/data:ro)"
         ))
     };
     let parts = text.split(':').collect::<Vec<_>>();
@@ -35,6 +165,18 @@ pub(crate) fn parse(text: &str) -> Result<VolumeArg, String> {
             guest: guest.to_owned(),
         }),
         ["tmp", ..] => bad("a size and the program's name for it, an absolute path, are expected"),
+        ["cluster", name, guest] | ["cluster", name, guest, "ro"]
+            if !name.is_empty() && absolute(guest) =>
+        {
+            Ok(VolumeArg::Cluster {
+                name: name.to_owned(),
+                guest: guest.to_owned(),
+                read_only: parts.len() == 4,
+            })
+        }
+        ["cluster", ..] => {
+            bad("a volume's name and the program's name for it, an absolute path, are expected")
+        }
         [host, guest] | [host, guest, "ro"] if absolute(host) && absolute(guest) => {
             Ok(VolumeArg::Host {
                 host: host.into(),
@@ -82,7 +224,20 @@ mod tests {
             };
             assert_eq!(parse(text), Ok(host), "{text}");
         }
+        for (text, read_only) in [("cluster:data:/c", false), ("cluster:data:/c:ro", true)] {
+            let cluster = VolumeArg::Cluster {
+                name: "data".into(),
+                guest: "/c".into(),
+                read_only,
+            };
+            assert_eq!(parse(text), Ok(cluster), "{text}");
+        }
         for bad in [
+            "cluster",
+            "cluster:data",
+            "cluster::/c",
+            "cluster:data:c",
+            "cluster:data:/c:rw",
             "",
             "tmp",
             "tmp:1G",

@@ -176,6 +176,9 @@ fn config(args: &Args, scratch: &Path) -> Result<Config> {
                 let folder = scratch.join(format!("volume-{number}"));
                 (own(folder, *bytes), guest, false)
             }
+            VolumeArg::Cluster { name, .. } => anyhow::bail!(
+                "--volume cluster:{name}: only a cluster has such volumes (use `keel run`)"
+            ),
         };
         config.preopens.push(Preopen {
             source,

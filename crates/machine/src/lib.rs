@@ -5,9 +5,11 @@
 //! - `log`: a machine's output, by offset, so that it survives moves
 //! - `cgroup`: the control groups of workers
 //! - `checkpoint`: machines kept in time
+//! - `cluster_volume`: volumes that outlive their machines, kept outside nodes
 //! - `clock`: whether this host's wall clock is right
 //! - `failpoint`: where tests make things go wrong
 //! - `link`: the connection between the two workers of a move
+//! - `place`: directories and object stores in which things are kept
 //! - `restart`: whether a machine that ended is started again
 //! - `worker`: the process around one machine
 
@@ -16,11 +18,13 @@
 pub mod cgroup;
 pub mod checkpoint;
 pub mod clock;
+pub mod cluster_volume;
 pub mod failpoint;
 pub mod link;
 pub mod log;
 pub mod moves;
 mod past;
+pub mod place;
 pub mod restart;
 pub mod spec;
 pub mod worker;

@@ -29,6 +29,22 @@ pub enum VolumeKind {
         /// Files, directories and links that there may be.
         inodes: u64,
     },
+    /// Kept by the cluster outside of nodes: it outlives the machine, which is the
+    /// only one that has it.
+    Cluster {
+        /// Its name in the cluster.
+        name: MachineName,
+        /// Tells it from others that had its name.
+        id: [u8; 16],
+        /// The directory or store that it is in.
+        place: String,
+        /// Bytes that its files may take.
+        bytes: u64,
+        /// Files, directories and links that there may be.
+        inodes: u64,
+        /// The machine is its holder of this number.
+        holding: u64,
+    },
 }
 
 /// A directory that a machine may reach.
@@ -240,10 +256,18 @@ impl Spec {
     /// Numbers of the volumes that are the machine's own.
     pub fn own_volumes(&self) -> Vec<u32> {
         let own = |(number, volume): (u32, &Volume)| match volume.kind {
-            VolumeKind::Host { .. } => None,
+            VolumeKind::Host { .. } | VolumeKind::Cluster { .. } => None,
             VolumeKind::Tmp { .. } => Some(number),
         };
         (0..).zip(&self.volumes).filter_map(own).collect()
+    }
+
+    /// The cluster's volumes that it has, with their numbers.
+    pub fn cluster_volumes(&self) -> Vec<(u32, &VolumeKind)> {
+        let kinds = (0..).zip(self.volumes.iter().map(|volume| &volume.kind));
+        kinds
+            .filter(|(_, kind)| matches!(kind, VolumeKind::Cluster { .. }))
+            .collect()
     }
 
     /// What its runtime enforces.

@@ -280,9 +280,10 @@ impl Running {
             runtime: self.runtime.handle(),
             full: false,
             give_up: &AtomicBool::new(false),
+            keepers: Vec::new(),
         };
         self.taker
-            .take(&self.machine, subject, &self.log, &destination)
+            .take(&self.machine, subject, &self.log, destination)
             .map_err(|error| error.to_string())
     }
 

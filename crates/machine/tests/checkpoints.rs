@@ -141,9 +141,10 @@ impl Running {
             runtime: self.runtime.handle(),
             full,
             give_up,
+            keepers: Vec::new(),
         };
         self.taker
-            .take(&self.machine, subject, &self.log, &destination)
+            .take(&self.machine, subject, &self.log, destination)
     }
 
     fn restore(&self, id: Option<&CheckpointId>) -> Result<Restored, RestoreError> {
@@ -476,7 +477,10 @@ fn old_ones_go_and_what_others_stand_on_stays() {
             for_s: None,
         };
         let runtime = running.runtime.handle();
-        vault.keep(runtime, &name, retention, unix_ms()).unwrap()
+        vault
+            .keep(runtime, &name, retention, unix_ms())
+            .unwrap()
+            .len()
     };
     let list = || running.runtime.block_on(vault.list(&name)).unwrap();
     assert_eq!(keep(3), 0);

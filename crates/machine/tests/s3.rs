@@ -1,11 +1,14 @@
-//! Checkpoints in an S3-compatible store: that of `moto` (PyPI `moto[server]`),
-//! where it is installed.
+//! Checkpoints and cluster volumes in an S3-compatible store: that of `moto` (PyPI
+//! `moto[server]`), where it is installed.
 
 use keel_cluster::Epoch;
 use keel_machine::checkpoint::{
     CheckpointId, Manifest, Pack, Piece, Retention, Run, Vault, VaultError,
 };
+use keel_machine::cluster_volume::{DirtyBlock, VolumeError, VolumeStore, Writer, WriterEpoch};
+use keel_machine::place::Place;
 use keel_machine::spec::Spec;
+use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -68,6 +71,18 @@ impl Drop for Server {
     }
 }
 
+impl Server {
+    fn settings(&self) -> [(String, String); 4] {
+        [
+            ("AWS_ENDPOINT_URL", self.address.as_str()),
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_REGION", "us-east-1"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    }
+}
+
 fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest {
     Manifest {
         id: CheckpointId::new(time),
@@ -110,15 +125,7 @@ fn a_bucket_keeps_checkpoints() {
         println!("skipped: moto_server is not installed (pip install 'moto[server]')");
         return;
     };
-    let settings = || {
-        [
-            ("AWS_ENDPOINT_URL", server.address.as_str()),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_REGION", "us-east-1"),
-        ]
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-    };
+    let settings = || server.settings();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let vault =
@@ -188,7 +195,7 @@ fn a_bucket_keeps_checkpoints() {
         let runtime = tokio::runtime::Handle::current();
         let kept =
             tokio::task::spawn_blocking(move || vault_2.keep(&runtime, &name_2, retention, 3000));
-        assert_eq!(kept.await.unwrap().unwrap(), 3);
+        assert_eq!(kept.await.unwrap().unwrap().len(), 3);
         assert_eq!(
             vault.list(&name).await.unwrap(),
             std::slice::from_ref(&full.id)
@@ -200,5 +207,79 @@ fn a_bucket_keeps_checkpoints() {
         let error = vault.check_parts(&name, &[full.outline()]).await;
         let error = error.unwrap_err().to_string();
         assert!(error.contains("pack 0: it is missing"), "{error}");
+    });
+}
+
+/// Conditional puts decide who writes.
+#[test]
+fn a_bucket_keeps_volumes() {
+    let Some(server) = Server::start() else {
+        println!("skipped: moto_server is not installed (pip install 'moto[server]')");
+        return;
+    };
+    server.make_bucket("volumes");
+    let place = Place::open_with("s3://volumes/some/prefix", server.settings()).unwrap();
+    let store = VolumeStore::new("data".parse().unwrap(), [1; 16], place);
+    let epoch = |counter| WriterEpoch {
+        incarnation: 1,
+        holding: 1,
+        counter,
+    };
+    let content = |byte: u8, bytes: usize| {
+        let mut record = VolumeRecord::empty(1);
+        record.next_inode = 3;
+        record.nodes[0].body = NodeBody::Directory {
+            parent: 1,
+            entries: vec![("f".into(), 2)],
+        };
+        record.nodes.push(NodeRecord {
+            inode: 2,
+            body: NodeBody::File {
+                size: bytes as u64,
+                blocks: vec![(0, 1)],
+            },
+            ..record.nodes[0].clone()
+        });
+        let bytes = vec![byte; bytes].into();
+        (record, vec![DirtyBlock::new(2, 0, bytes)])
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let error = Writer::claim(store.clone(), epoch(1), None)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, VolumeError::Vanished { .. }), "{error}");
+        let limits = VolumeLimits::of_bytes(1 << 20);
+        store.create(limits).await.unwrap();
+        let error = store.create(limits).await.unwrap_err();
+        assert!(matches!(error, VolumeError::Exists { .. }), "{error}");
+        let mut first = Writer::claim(store.clone(), epoch(1), None).await.unwrap();
+        let (record, dirty) = content(1, 5000);
+        first.commit(record, dirty).await.unwrap();
+        first.snapshot("m.1").await.unwrap();
+        let mut second = Writer::claim(store.clone(), epoch(2), None).await.unwrap();
+        let (record, dirty) = content(2, 65_536);
+        let error = first
+            .commit(record.clone(), dirty.clone())
+            .await
+            .unwrap_err();
+        let fenced = matches!(&error, VolumeError::Fenced { by, .. } if *by == epoch(2));
+        assert!(fenced, "{error}");
+        second.commit(record, dirty).await.unwrap();
+        second.compact().await.unwrap();
+        // What the first stored and could not commit.
+        assert_eq!(second.collect().await.unwrap(), 1);
+        let third = Writer::claim(store.clone(), epoch(3), None).await.unwrap();
+        let chunk = third.state().chunk(2, 0).unwrap();
+        let bytes = store.chunk(&chunk).await.unwrap().unwrap();
+        assert!(bytes.len() == 65_536 && bytes.iter().all(|byte| *byte == 2));
+        let kept = store.snapshot("m.1").await.unwrap();
+        let bytes = store.chunk(&kept.chunk(2, 0).unwrap()).await.unwrap();
+        assert_eq!(bytes.unwrap(), vec![1; 5000]);
+        let summary = store.summary().await.unwrap();
+        assert_eq!((summary.inodes, summary.bytes), (2, 65_536));
+        store.destroy().await.unwrap();
+        let error = store.summary().await.unwrap_err();
+        assert!(matches!(error, VolumeError::Vanished { .. }), "{error}");
     });
 }

@@ -127,6 +127,7 @@ fn volumes(spec: &Spec) -> BTreeMap<&str, String> {
         let text = match &volume.kind {
             VolumeKind::Host { path } => path.clone(),
             VolumeKind::Tmp { bytes, .. } => format!("tmp:{}", size(*bytes)),
+            VolumeKind::Cluster { name, .. } => format!("cluster:{name}"),
         };
         match volume.read_only {
             true => format!("{text} (read only)"),

@@ -93,7 +93,9 @@ pub(crate) async fn here(
                 .map_err(|error| OperateError::Away(error.to_string()))?
                 .map_err(|error| OperateError::Conflict(format!("{what}: {error}")))
         }
-        VolumeKind::Tmp { .. } => in_worker(agent, &record, number, op, &what).await,
+        VolumeKind::Tmp { .. } | VolumeKind::Cluster { .. } => {
+            in_worker(agent, &record, number, op, &what).await
+        }
     }
 }
 
@@ -113,8 +115,13 @@ async fn in_worker(
         | Status::Trapped { .. }
         | Status::Stopped
         | Status::Failed { .. } => {
+            let kept = record.spec.volumes.get(volume as usize);
+            let why = match kept.map(|volume| &volume.kind) {
+                Some(VolumeKind::Cluster { .. }) => "its volume can be reached while it runs",
+                _ => "the volume was its own and ended with it",
+            };
             return Err(OperateError::Conflict(format!(
-                "{what}: the volume was machine {:?}'s own and ended with it ({})",
+                "{what}: machine {:?} has ended ({}): {why}",
                 record.name,
                 record.status.word()
             )));

@@ -10,6 +10,7 @@ use crate::moving::MoveOrder;
 use crate::operate::{self, Done, OperateError, Operation};
 use crate::record::{self, RecordError};
 use crate::state_dir::write_whole;
+use crate::volumes;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, Request, State};
 use axum::http::{Method, StatusCode, header};
@@ -20,9 +21,9 @@ use axum::{Json, Router};
 use bytes::Bytes;
 use futures::StreamExt;
 use keel_api::{
-    CheckpointInfo, CheckpointRequest, DryRun, EVENTS_DEFAULT, EVENTS_MAX, EventLine, LogOffset,
-    MachineDiff, MachineInfo, MoveRequest, NodeInfo, Problem, RestoreRequest, RunRequest,
-    SetRequest, TokenRequest, Uploaded,
+    CheckpointInfo, CheckpointRequest, ClusterVolumeInfo, DryRun, EVENTS_DEFAULT, EVENTS_MAX,
+    EventLine, LogOffset, MachineDiff, MachineInfo, MoveRequest, NodeInfo, Problem, RestoreRequest,
+    RunRequest, SetRequest, TokenRequest, Uploaded, VolumeCreateRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::tokens::{self, Role};
@@ -105,6 +106,11 @@ fn router(agent: Arc<Agent>) -> Router {
             get(checkpoints).post(checkpoint),
         )
         .route("/v1/restore", post(restore))
+        .route("/v1/volumes", get(list_volumes).post(create_volume))
+        .route(
+            "/v1/volumes/{name}",
+            get(inspect_volume).delete(remove_volume),
+        )
         .route("/v1/events", get(tell_events));
     #[cfg(feature = "failpoints")]
     let router = router.route("/v1/debug/failpoint", post(failpoint));
@@ -429,6 +435,29 @@ async fn checkpoints(
 
 async fn restore(State(agent): Shared, Json(request): Json<RestoreRequest>) -> Reply<MachineInfo> {
     Ok(Json(keep::restore(&agent, request).await?))
+}
+
+async fn create_volume(
+    State(agent): Shared,
+    Json(request): Json<VolumeCreateRequest>,
+) -> Reply<ClusterVolumeInfo> {
+    Ok(Json(volumes::create(&agent, request).await?))
+}
+
+async fn list_volumes(State(agent): Shared) -> Reply<Vec<ClusterVolumeInfo>> {
+    Ok(Json(volumes::list(&agent).await?))
+}
+
+async fn inspect_volume(
+    State(agent): Shared,
+    Path(name): Path<String>,
+) -> Reply<ClusterVolumeInfo> {
+    Ok(Json(volumes::inspect(&agent, &name).await?))
+}
+
+async fn remove_volume(State(agent): Shared, Path(name): Path<String>) -> Reply<serde_json::Value> {
+    volumes::remove(&agent, &name).await?;
+    Ok(Json(serde_json::json!({})))
 }
 
 #[cfg(feature = "failpoints")]

@@ -16,6 +16,7 @@
 //! - `keep`: checkpoints, and machines made of them
 //! - `diff`: what would change of a machine
 //! - `files`: files in machines' volumes, for users
+//! - `volumes`: the cluster's volumes, and which machine has which
 //! - `events`: what happened here, kept and told
 //! - `http`: the API
 
@@ -43,6 +44,7 @@ mod regular;
 mod service;
 mod set;
 mod state_dir;
+mod volumes;
 mod workers;
 
 pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};

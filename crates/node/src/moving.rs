@@ -285,6 +285,10 @@ pub(crate) fn offer_of(
     proofs: &Proofs,
     post_copy: bool,
 ) -> Result<Offer, String> {
+    // (Of cluster volumes next to nothing comes.)
+    let own = record.spec.own_volumes();
+    let volumes = report.volumes.iter();
+    let volumes = volumes.filter(|volume| own.contains(&volume.number));
     Ok(Offer {
         machine: record.name.clone(),
         spec: record.spec.clone(),
@@ -293,7 +297,7 @@ pub(crate) fn offer_of(
         revision,
         worker,
         memory_pages: report.memory_pages.clone(),
-        volume_bytes: report.volumes.iter().map(|volume| volume.bytes).sum(),
+        volume_bytes: volumes.map(|volume| volume.bytes).sum(),
         features: needed_features(),
         proofs: proofs.list(),
         post_copy,

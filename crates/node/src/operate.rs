@@ -325,6 +325,8 @@ pub(crate) async fn remove_here(
         .when_modified_at(key.clone(), found.revision)
         .delete(key)
         .delete(Key::Kept(machine.clone()));
+    let spec = &found.record.spec;
+    let txn = crate::volumes::give_back(&*agent.store, machine, spec, txn).await?;
     match agent.store.txn(txn).await? {
         TxnOutcome::Committed { .. } => {
             agent.workers.forget(&agent.dir, machine).await;
@@ -606,7 +608,7 @@ pub(crate) async fn run(
 /// Puts a new machine into its owner's schedule.
 pub(crate) async fn schedule(
     agent: &Arc<Agent>,
-    record: Record,
+    mut record: Record,
 ) -> Result<MachineInfo, OperateError> {
     let (name, node) = (record.name.clone(), record.owner.clone());
     let alive = Key::Alive(node.clone());
@@ -614,7 +616,9 @@ pub(crate) async fn schedule(
         .when_absent(Key::Machine(name.clone()))
         .when(Compare::Exists {
             key: alive.to_string(),
-        })
+        });
+    let txn = crate::volumes::take(agent, &mut record, txn).await?;
+    let txn = txn
         .put(Key::Machine(name.clone()), record::encode(&record)?)
         .put(Key::Schedule(node.clone(), name.clone()), Vec::new());
     match agent.store.txn(txn).await? {
@@ -625,9 +629,12 @@ pub(crate) async fn schedule(
         TxnOutcome::Refused { failed: 0, .. } => Err(OperateError::Conflict(format!(
             "the name {name:?} is in use (`keel rm {name}` frees it once the machine has ended)"
         ))),
-        TxnOutcome::Refused { .. } => Err(OperateError::Away(format!(
+        TxnOutcome::Refused { failed: 1, .. } => Err(OperateError::Away(format!(
             "node {node:?} is not alive (see `keel nodes`)"
         ))),
+        TxnOutcome::Refused { .. } => Err(OperateError::Conflict(
+            "a volume of it was just taken by another machine (see `keel volume ls`)".into(),
+        )),
     }
 }
 
@@ -742,6 +749,24 @@ fn volumes(requests: &[VolumeRequest]) -> Result<Vec<Volume>, OperateError> {
                     read_only: false,
                 }
             }
+            // The rest is filled in when the machine gets it.
+            VolumeRequest::Cluster {
+                name,
+                guest,
+                read_only,
+            } => Volume {
+                kind: VolumeKind::Cluster {
+                    name: MachineName::new(name)
+                        .map_err(|error| OperateError::Bad(format!("volume: {error}")))?,
+                    id: [0; 16],
+                    place: String::new(),
+                    bytes: 0,
+                    inodes: 0,
+                    holding: 0,
+                },
+                guest: guest.clone(),
+                read_only: *read_only,
+            },
         };
         if volumes.iter().any(|other| other.guest == volume.guest) {
             return bad(format!("two volumes are named {:?}", volume.guest));
@@ -763,9 +788,10 @@ fn volume_infos(record: &Record, report: Option<&Report>) -> Vec<VolumeInfo> {
         kind: match &volume.kind {
             VolumeKind::Host { path } => path.clone(),
             VolumeKind::Tmp { .. } => "tmp".into(),
+            VolumeKind::Cluster { name, .. } => format!("cluster:{name}"),
         },
         bytes_max: match volume.kind {
-            VolumeKind::Tmp { bytes, .. } => Some(bytes),
+            VolumeKind::Tmp { bytes, .. } | VolumeKind::Cluster { bytes, .. } => Some(bytes),
             VolumeKind::Host { .. } => None,
         },
         bytes: held(number).map(|held| held.bytes),

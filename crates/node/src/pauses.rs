@@ -1,5 +1,6 @@
-//! Writes into the store which machines of this node wait for room on a disk:
-//! a full disk pauses a machine, and people must see why it does nothing.
+//! Writes into the store which machines of this node wait for room on a disk, or
+//! for the store of a volume: that pauses a machine, and people must see why it does
+//! nothing.
 
 use crate::agent::Agent;
 use crate::record::{self, RecordError};
@@ -37,6 +38,11 @@ pub(crate) fn watch(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) 
 /// Writes it until the store has it.
 async fn write(agent: &Arc<Agent>, machine: &MachineName, full: Option<String>) {
     let paused = full.map(|path| {
+        // A worker names the folder that is full, or says in a sentence what else it
+        // waits for.
+        if !path.starts_with('/') {
+            return format!("{path}: it goes on by itself when that is mended");
+        }
         format!(
             "the disk of {} is full ({path}): it goes on by itself when there is room; \
              or move it away (`keel move {machine} --to NODE`)",

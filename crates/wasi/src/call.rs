@@ -3,7 +3,7 @@
 //! on; ranges to be written are checked before there is an effect.
 
 use crate::abi::{self, Exited, Interrupted, Result, types, wasi_snapshot_preview1 as p1};
-use crate::descriptor::Descriptor;
+use crate::descriptor::{Descriptor, Kind};
 use crate::file::{self, Position};
 use crate::guest::{Scatter, check_range, gather, read_path, write_strings};
 use crate::path::{Request, directory_of};
@@ -100,6 +100,26 @@ impl Call<'_> {
         let count = wasi.read(&descriptor, &mut buffer, position, self.interrupt)?;
         target.write(memory, &buffer[..count])?;
         Ok(count.try_into()?)
+    }
+}
+
+impl Call<'_> {
+    /// Writes; a call that is repeated while what it wrote is made safe does not
+    /// write again.
+    fn write(&mut self, descriptor: &Descriptor, bytes: &[u8], position: Position) -> Result<Size> {
+        let count = match u32::try_from(self.state.progress_bytes)? {
+            0 => self
+                .wasi
+                .write(descriptor, bytes, position, self.interrupt)?,
+            written => written,
+        };
+        if let Kind::File(file) = &descriptor.kind
+            && count > 0
+        {
+            self.state.progress_bytes = count.into();
+            file.settle_write(self.interrupt)?;
+        }
+        Ok(count)
     }
 }
 
@@ -201,7 +221,7 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         let descriptor = self.get(fd)?;
         let file = file::file_of(&descriptor)?;
         descriptor.require(Rights::FD_DATASYNC)?;
-        file.data.sync(true)
+        file.data.sync(true, self.interrupt)
     }
 
     fn fd_fdstat_get(
@@ -253,7 +273,8 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         fd: types::Fd,
         size: types::Filesize,
     ) -> Result<()> {
-        self.wasi.set_size(&*self.get(fd)?, size)
+        let descriptor = self.get(fd)?;
+        self.wasi.set_size(&descriptor, size, self.interrupt)
     }
 
     fn fd_filestat_set_times(
@@ -317,8 +338,7 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         let bytes = gather(memory, iovs)?;
         let descriptor = self.get(fd)?;
         let position = Position::At(offset);
-        self.wasi
-            .write(&descriptor, &bytes, position, self.interrupt)
+        self.write(&descriptor, &bytes, position)
     }
 
     fn fd_read(
@@ -377,7 +397,7 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         let descriptor = self.get(fd)?;
         let file = file::file_of(&descriptor)?;
         descriptor.require(Rights::FD_SYNC)?;
-        file.data.sync(false)
+        file.data.sync(false, self.interrupt)
     }
 
     fn fd_tell(&mut self, _memory: &mut GuestMemory<'_>, fd: types::Fd) -> Result<types::Filesize> {
@@ -393,8 +413,7 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         let bytes = gather(memory, iovs)?;
         let descriptor = self.get(fd)?;
         let position = Position::Current;
-        self.wasi
-            .write(&descriptor, &bytes, position, self.interrupt)
+        self.write(&descriptor, &bytes, position)
     }
 
     fn path_create_directory(

@@ -3,7 +3,7 @@
 use crate::clock::{HostClock, SystemClock};
 use crate::error::Error;
 use crate::stream::{DiscardSink, Input, Sink};
-use crate::volume::{Stalls, VolumeLimits};
+use crate::volume::{Backed, Stalls, VolumeLimits};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -66,6 +66,18 @@ pub enum Source {
         limits: VolumeLimits,
         /// Is told when the guest waits for room on the host's disk.
         stalls: Arc<Stalls>,
+    },
+    /// In a volume of our own whose bytes are kept elsewhere: the folder only has
+    /// those that were needed here.
+    Backed {
+        /// Folder for those bytes; of nobody else.
+        folder: PathBuf,
+        /// How large it may become.
+        limits: VolumeLimits,
+        /// Is told when the guest waits for room, or for who keeps the bytes.
+        stalls: Arc<Stalls>,
+        /// Where the bytes are.
+        backed: Backed,
     },
 }
 

@@ -5,7 +5,7 @@ use crate::abi::{Result, types};
 use crate::descriptor::{Data, Descriptor, Kind, OpenFile, Place};
 use crate::directory::filetype_of_path;
 use crate::stream::sink_result;
-use crate::volume::{OpenNode, WriteFault};
+use crate::volume::{OpenNode, WriteFault, done};
 use crate::wait::{Interrupt, retry};
 use crate::{Wasi, locked, socket};
 use cap_std::fs::{Metadata, MetadataExt};
@@ -73,19 +73,61 @@ impl Data {
         }
     }
 
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize, WriteFault> {
         match self {
-            Self::Host { file, .. } => Ok(file.read_at(buffer, offset)?),
-            Self::Volume(node) => Ok(node.read_at(buffer, offset)?),
+            Self::Host { file, .. } => file.read_at(buffer, offset).map_err(WriteFault::from),
+            Self::Volume(node) => node.read_at(buffer, offset),
         }
     }
 
     /// `fd_sync` and `fd_datasync`.
-    pub(crate) fn sync(&self, data_only: bool) -> Result<()> {
+    pub(crate) fn sync(&self, data_only: bool, interrupt: &dyn Interrupt) -> Result<()> {
         match self {
             Self::Host { file, .. } if data_only => Ok(file.sync_data()?),
             Self::Host { file, .. } => Ok(file.sync_all()?),
-            Self::Volume(node) => Ok(node.sync(data_only)?),
+            Self::Volume(node) => {
+                node.sync(data_only)?;
+                make_safe(node, interrupt)
+            }
+        }
+    }
+}
+
+/// Waits until what was written is safe where it is kept, if that is elsewhere.
+fn make_safe(node: &OpenNode, interrupt: &dyn Interrupt) -> Result<()> {
+    done(&node.volume, interrupt, || node.make_safe())
+}
+
+/// Does something with a file of a volume, again and again while blocks that it
+/// needs are fetched. Nothing is held meanwhile that other threads need.
+fn with_blocks<T>(
+    node: &OpenNode,
+    interrupt: &dyn Interrupt,
+    mut work: impl FnMut() -> Result<T, WriteFault>,
+) -> Result<T> {
+    let folder = node.volume.folder().to_string_lossy();
+    loop {
+        match work() {
+            Ok(value) => {
+                node.volume.stalls().written(&folder);
+                return Ok(value);
+            }
+            Err(WriteFault::Errno(errno)) => return Err(errno.into()),
+            Err(WriteFault::HostFull) => node.volume.stalls().wait(&folder, interrupt)?,
+            Err(WriteFault::Absent(blocks)) => {
+                done(&node.volume, interrupt, || node.fetch(blocks.clone()))?;
+            }
+        }
+    }
+}
+
+impl OpenFile {
+    /// Waits until what was written with `sync` or `dsync` is safe, where the
+    /// host's disk is not all that it takes.
+    pub(crate) fn settle_write(&self, interrupt: &dyn Interrupt) -> Result<()> {
+        match &self.data {
+            Data::Volume(node) if !self.sync.is_empty() => make_safe(node, interrupt),
+            Data::Volume(_) | Data::Host { .. } => Ok(()),
         }
     }
 }
@@ -219,18 +261,12 @@ impl Wasi {
         if !file.writable {
             return Err(Errno::Badf.into());
         }
-        let stalls = node.volume.stalls();
-        let folder = node.volume.folder().to_string_lossy();
-        loop {
-            match self.write_volume_once(file, node, bytes, position) {
-                Ok(count) => {
-                    stalls.written(&folder);
-                    return Ok(count);
-                }
-                Err(WriteFault::Errno(errno)) => return Err(errno.into()),
-                Err(WriteFault::HostFull) => stalls.wait(&folder, interrupt)?,
-            }
+        if let Some(backing) = node.volume.backing() {
+            done(&node.volume, interrupt, || backing.behind())?;
         }
+        with_blocks(node, interrupt, || {
+            self.write_volume_once(file, node, bytes, position)
+        })
     }
 
     fn write_volume_once(
@@ -261,7 +297,12 @@ impl Wasi {
     }
 
     /// `fd_filestat_set_size`.
-    pub(crate) fn set_size(&self, descriptor: &Descriptor, size: u64) -> Result<()> {
+    pub(crate) fn set_size(
+        &self,
+        descriptor: &Descriptor,
+        size: u64,
+        interrupt: &dyn Interrupt,
+    ) -> Result<()> {
         let file = file_of(descriptor)?;
         descriptor.require(Rights::FD_FILESTAT_SET_SIZE)?;
         if file.read_only_root {
@@ -270,7 +311,9 @@ impl Wasi {
         match &file.data {
             Data::Host { file, .. } => Ok(file.set_len(size)?),
             Data::Volume(_) if !file.host_write => Err(Errno::Inval.into()),
-            Data::Volume(node) => Ok(node.set_size(size, self.clock.realtime_ns())?),
+            Data::Volume(node) => with_blocks(node, interrupt, || {
+                node.set_size(size, self.clock.realtime_ns())
+            }),
         }
     }
 
@@ -341,14 +384,23 @@ fn read_file(
             || rustix::io::read(stream, &mut *buffer),
         );
     }
-    match position {
+    let mut read = || match position {
         Position::At(offset) => file.data.read_at(buffer, offset),
         Position::Current => {
             let mut offset = locked(&file.offset);
             let count = file.data.read_at(buffer, *offset)?;
-            *offset = offset.checked_add(count as u64).ok_or(Errno::Overflow)?;
+            let after = offset.checked_add(count as u64);
+            *offset = after.ok_or(WriteFault::Errno(HostErrno::OVERFLOW))?;
             Ok(count)
         }
+    };
+    match &file.data {
+        Data::Volume(node) => with_blocks(node, interrupt, read),
+        Data::Host { .. } => match read() {
+            Ok(count) => Ok(count),
+            Err(WriteFault::Errno(errno)) => Err(errno.into()),
+            Err(WriteFault::HostFull | WriteFault::Absent(_)) => Err(Errno::Io.into()),
+        },
     }
 }
 

@@ -102,7 +102,8 @@ pub struct CallState {
     /// The guest's monotonic clock, in nanoseconds, when the first attempt
     /// began: relative time-outs count from here.
     pub started_ns: Option<u64>,
-    /// Bytes of `random_get` already in place.
+    /// Bytes of `random_get` already in place, or of `fd_write` and `fd_pwrite`
+    /// already written that are still to be made safe.
     pub progress_bytes: u64,
 }
 
@@ -288,14 +289,28 @@ fn open_root(
             stalls,
         } => {
             let opened = match record {
-                Some(record) => {
-                    Volume::restore(record, folder, *limits, stalls.clone()).map_err(|what| {
-                        Error::Damaged(format!("volume {:?}: {what}", preopen.guest))
-                    })?
-                }
+                Some(record) => Volume::restore(record, folder, *limits, stalls.clone(), None)
+                    .map_err(|what| damaged_volume(preopen, &what))?,
                 None => Volume::new(folder, *limits, stalls.clone(), now_ns)
                     .map_err(|source| failed_preopen(preopen, folder, source))?,
             };
+            RootPlace::Volume(opened)
+        }
+        Source::Backed {
+            folder,
+            limits,
+            stalls,
+            backed,
+        } => {
+            // What a machine begins with has nothing open.
+            let begins = record.is_none();
+            let record = record.or_else(|| backed.record.clone());
+            let record = record.unwrap_or_else(|| volume::VolumeRecord::empty(now_ns));
+            let opened = Volume::restore(record, folder, *limits, stalls.clone(), Some(backed))
+                .map_err(|what| damaged_volume(preopen, &what))?;
+            if begins {
+                opened.drop_orphans();
+            }
             RootPlace::Volume(opened)
         }
     };
@@ -304,6 +319,10 @@ fn open_root(
         guest: preopen.guest.clone(),
         read_only: preopen.read_only,
     })
+}
+
+fn damaged_volume(preopen: &Preopen, what: &str) -> Error {
+    Error::Damaged(format!("volume {:?}: {what}", preopen.guest))
 }
 
 fn failed_preopen(preopen: &Preopen, host: &Path, source: std::io::Error) -> Error {

@@ -6,7 +6,7 @@
 //! Paths are relative to the preopen. Each call stands for itself: nothing is
 //! open in between, so that a machine may move from one to the next.
 
-use crate::volume::{How, ROOT, Volume, WriteFault};
+use crate::volume::{Fault, How, OpenNode, ROOT, Volume, WriteFault};
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, OpenOptions};
 use rustix::io::Errno;
@@ -15,7 +15,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The files of one preopen.
 #[derive(Debug)]
@@ -47,6 +47,47 @@ fn named(path: &str) -> &str {
         path => path,
     }
 }
+
+/// Does something with a file of a volume, again when blocks that it needs have been
+/// fetched. Nobody is paused for it: what cannot be done now is an error.
+fn with_blocks<T>(
+    node: &OpenNode,
+    mut work: impl FnMut() -> Result<T, WriteFault>,
+) -> io::Result<T> {
+    let deadline = Instant::now() + FETCH_PATIENCE;
+    loop {
+        let blocks = match work() {
+            Ok(value) => return Ok(value),
+            Err(WriteFault::Errno(Errno::NOSPC)) => {
+                return Err(io::Error::other("the volume's quota is used up"));
+            }
+            Err(WriteFault::Errno(errno)) => return Err(errno.into()),
+            Err(WriteFault::HostFull) => {
+                return Err(io::Error::other("the node's disk is full"));
+            }
+            Err(WriteFault::Absent(blocks)) => blocks,
+        };
+        let Some(pending) = node.fetch(blocks) else {
+            return Err(io::Error::other("the volume has no place to fetch from"));
+        };
+        while pending.outcome().is_none() && Instant::now() < deadline {
+            std::thread::sleep(LOOK_EVERY);
+        }
+        let why = match pending.outcome() {
+            Some(Ok(())) => continue,
+            Some(Err(Fault::Away(why))) => why,
+            Some(Err(Fault::DiskFull)) => "the node's disk is full".into(),
+            Some(Err(Fault::Lost)) => "a part of it is lost".into(),
+            None => "its place does not answer; try again".into(),
+        };
+        return Err(io::Error::other(why));
+    }
+}
+
+/// How long blocks that are elsewhere may take to come, and how often it is looked
+/// whether they have.
+const FETCH_PATIENCE: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_millis(2);
 
 /// Opens nothing that is not there, and changes nothing.
 const LOOK: How = How {
@@ -112,7 +153,8 @@ impl Files {
             let count = match self {
                 Files::Host(dir) => dir.open(path)?.into_std().read_at(rest, at)?,
                 Files::Volume(volume) => {
-                    volume.open(ROOT, path, LOOK, now_ns())?.read_at(rest, at)?
+                    let node = volume.open(ROOT, path, LOOK, now_ns())?;
+                    with_blocks(&node, || node.read_at(rest, at))?
                 }
             };
             if count == 0 {
@@ -148,16 +190,10 @@ impl Files {
                 let mut done = 0;
                 while done < bytes.len() {
                     let at = Some(offset + done as u64);
-                    match node.write_at(&bytes[done..], at, now_ns()) {
-                        Ok((_, 0)) => return Err(io::ErrorKind::WriteZero.into()),
-                        Ok((_, count)) => done += count,
-                        Err(WriteFault::Errno(Errno::NOSPC)) => {
-                            return Err(io::Error::other("the volume's quota is used up"));
-                        }
-                        Err(WriteFault::Errno(errno)) => return Err(errno.into()),
-                        Err(WriteFault::HostFull) => {
-                            return Err(io::Error::other("the node's disk is full"));
-                        }
+                    let rest = &bytes[done..];
+                    match with_blocks(&node, || node.write_at(rest, at, now_ns()))? {
+                        (_, 0) => return Err(io::ErrorKind::WriteZero.into()),
+                        (_, count) => done += count,
                     }
                 }
                 Ok(())

@@ -169,7 +169,7 @@ fn check(snapshot: &Snapshot, resources: &Resources) -> Result<(), Error> {
         }
     }
     for (record, source) in snapshot.preopens.iter().zip(&resources.preopens) {
-        let is_volume = matches!(source, Source::Volume { .. });
+        let is_volume = matches!(source, Source::Volume { .. } | Source::Backed { .. });
         if record.volume.is_some() != is_volume {
             return Err(Error::Damaged(format!(
                 "preopen {:?} is of another kind",

@@ -131,7 +131,7 @@ fn no_way_out(kind: Kind) {
     let folder = tempfile::tempdir().unwrap();
     let guest = match kind {
         Kind::Host => Guest::new(config(Source::Host(inside.clone()))),
-        Kind::Own => {
+        Kind::Own | Kind::Kept => {
             let guest = Guest::new(config(volume_source(folder.path())));
             let (_, volume) = guest.wasi.volumes().remove(0);
             volume.import(&inside, 1).unwrap();

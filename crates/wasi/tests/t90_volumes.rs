@@ -4,8 +4,8 @@
 mod common;
 use common::*;
 use keel_wasi::volume::{
-    BLOCK_BYTES, BlockReader, BlockWriter, NodeBody, NodeRecord, Stalls, Usage, VolumeLimits,
-    VolumeRecord,
+    BLOCK_BYTES, Backed, Backing, BlockReader, BlockWriter, Fault, LocalBlocks, NodeBody,
+    NodeRecord, Pending, Promise, Stalls, Usage, Volume, VolumeLimits, VolumeRecord,
 };
 use keel_wasi::*;
 use rand::rngs::ChaCha8Rng;
@@ -464,4 +464,127 @@ fn a_full_disk_is_waited_for() {
     assert!(usage(&guest).bytes > used);
     let all = block.iter().cycle().take(600_000).copied();
     assert!(guest.pread(fd, 600_000, 0).unwrap() == all.collect::<Vec<_>>());
+}
+
+/// A backing that answers when the test says so.
+#[derive(Debug, Default)]
+struct Slow {
+    asked: Mutex<Vec<Promise>>,
+    behind: std::sync::atomic::AtomicBool,
+}
+
+impl Slow {
+    fn ask(&self) -> Pending {
+        let (pending, promise) = Pending::new();
+        self.asked.lock().unwrap().push(promise);
+        pending
+    }
+
+    fn answer(&self, outcome: Result<(), Fault>) {
+        let asked = std::mem::take(&mut *self.asked.lock().unwrap());
+        assert!(!asked.is_empty());
+        asked.into_iter().for_each(|it| it.settle(outcome.clone()));
+    }
+}
+
+impl Backing for Slow {
+    fn fetch(&self, _: &Arc<Volume>, _: u64, _: std::ops::Range<u64>) -> Pending {
+        self.ask()
+    }
+
+    fn sync(&self) -> Pending {
+        self.ask()
+    }
+
+    fn behind(&self) -> Option<Pending> {
+        let behind = self.behind.load(std::sync::atomic::Ordering::Relaxed);
+        behind.then(|| self.ask())
+    }
+}
+
+/// Calls that wait for who keeps a volume leave when they are asked to, are repeated
+/// without being done twice, and say what they wait for.
+#[test]
+fn a_slow_backing_is_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let slow = Arc::new(Slow::default());
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let tell = told.clone();
+    let stalls = Arc::new(Stalls::new(move |full| tell.lock().unwrap().push(full)));
+    let guest = Guest::new(config(Source::Backed {
+        folder: dir.path().join("volume"),
+        limits: VolumeLimits::of_bytes(1 << 20),
+        stalls: stalls.clone(),
+        backed: Backed {
+            backing: slow.clone(),
+            record: None,
+            local: LocalBlocks::default(),
+        },
+    }));
+    // In append mode a second write would be seen.
+    let fd = guest
+        .open_at(3, 0, "f", [CREAT, RW, APPEND | SYNC])
+        .unwrap();
+    guest.put(65536, b"abc");
+    let [iovs, count] = guest.vectors(&[3]);
+    let write = || guest.outcome("fd_write", &[fd.into(), iovs, count, 0]);
+    guest.flag.request();
+    for _ in 0..3 {
+        assert_eq!(write(), Outcome::Interrupted);
+    }
+    guest.flag.clear();
+    // (Another call of this guest would make it a new one.)
+    let node = guest.wasi.volumes()[0].1.record().nodes.pop().unwrap();
+    assert!(
+        matches!(node.body, NodeBody::File { size: 3, .. }),
+        "{node:?}"
+    );
+    let answered = |outcome: Result<(), Fault>, call: &dyn Fn() -> Outcome| {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while slow.asked.lock().unwrap().is_empty() {
+                    std::thread::yield_now();
+                }
+                slow.answer(outcome);
+            });
+            call()
+        })
+    };
+    slow.asked.lock().unwrap().clear();
+    assert_eq!(answered(Ok(()), &write), Outcome::Done(0));
+    assert_eq!((guest.u32_at(0), guest.stat(fd).unwrap().size), (3, 3));
+    // Lost: an I/O error. Away: it is paused, and tries again.
+    let sync = || guest.outcome("fd_sync", &[fd.into()]);
+    let lost = answered(Err(Fault::Lost), &sync);
+    assert_eq!(lost, Outcome::Done(Errno::Io as i32));
+    assert_eq!(*told.lock().unwrap(), []);
+    guest.flag.request();
+    let away = Err(Fault::Away("the store is away".into()));
+    assert_eq!(sync(), Outcome::Interrupted);
+    guest.flag.clear();
+    slow.asked.lock().unwrap().clear();
+    let repeated = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for outcome in [away, Ok(())] {
+                while slow.asked.lock().unwrap().is_empty() {
+                    std::thread::yield_now();
+                }
+                if outcome.is_ok() {
+                    assert_eq!(stalls.full().as_deref(), Some("the store is away"));
+                }
+                slow.answer(outcome);
+            }
+        });
+        sync()
+    });
+    assert_eq!((repeated, stalls.full()), (Outcome::Done(0), None));
+    let heard = [Some("the store is away".to_owned()), None];
+    assert_eq!(*told.lock().unwrap(), heard);
+    // Who writes faster than is kept waits before the write.
+    slow.behind
+        .store(true, std::sync::atomic::Ordering::Relaxed);
+    guest.flag.request();
+    assert_eq!(write(), Outcome::Interrupted);
+    guest.flag.clear();
+    assert_eq!(guest.stat(fd).unwrap().size, 3);
 }

@@ -9,6 +9,9 @@
 //! - `warm`: lets the machine run before its pages are read
 //! - `volumes`: the machine's own volumes in both
 //!
+//! Of `cluster:` volumes a checkpoint only has the names and sizes, in the image:
+//! a snapshot under the checkpoint's name stays with the volume (`cluster_volume`).
+//!
 //! ```text
 //!   machines/NAME/ID.manifest     what it is, which pages are where, threads and WASI state
 //!   machines/NAME/ID.N.pack       pages, as they came; later ones count
@@ -41,6 +44,11 @@ pub use restore::{RestoreError, Restored, restore};
 pub use take::{Destination, Subject, TakeError, Taken, Taker};
 pub use vault::{Candidates, Outline, Piece, Retention, TakeBlock, Vault, VaultError};
 pub use warm::Behind;
+
+/// The name that a cluster volume's snapshot for a checkpoint has.
+pub fn snapshot_name(machine: &keel_cluster::MachineName, id: &CheckpointId) -> String {
+    format!("{machine}.{id}")
+}
 
 /// Checkpoints that may stand on one another, the full one counted.
 pub const CHAIN_MAX: usize = 16;

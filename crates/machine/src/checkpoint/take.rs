@@ -6,6 +6,7 @@ use super::CHAIN_MAX;
 use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest, Pack, Run};
 use super::vault::{Outline, Piece, Vault, VaultError};
 use super::volumes::VolumeTrackers;
+use crate::cluster_volume::{Held, Keeper, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::log::Log;
 use crate::spec::Spec;
@@ -57,6 +58,9 @@ pub enum TakeError {
     /// Its own volumes.
     #[error("a file of its volumes cannot be read: {0}")]
     Volume(#[from] std::io::Error),
+    /// A cluster volume.
+    #[error(transparent)]
+    Kept(#[from] VolumeError),
     /// It cannot be frozen.
     #[error(transparent)]
     Program(#[from] ProgramError),
@@ -104,6 +108,8 @@ pub struct Destination<'a> {
     pub full: bool,
     /// Set by others to end it early.
     pub give_up: &'a AtomicBool,
+    /// Those of its cluster volumes.
+    pub keepers: Vec<Keeper>,
 }
 
 /// Makes the checkpoints of one machine, and knows what was written since the
@@ -209,14 +215,15 @@ impl Taker {
         machine: &Machine,
         subject: Subject,
         log: &Log,
-        destination: &Destination<'_>,
+        destination: Destination<'_>,
     ) -> Result<Taken, TakeError> {
         let Destination {
             vault,
             runtime,
             full,
             give_up,
-        } = *destination;
+            keepers,
+        } = destination;
         let begun = Instant::now();
         let parent = self
             .last
@@ -238,9 +245,20 @@ impl Taker {
             blocks: packer(Piece::Blocks),
             block_runs: Vec::new(),
         };
-        let (image, log_end, memory_pages, pause) =
-            self.copy(machine, log, parent.is_some(), &mut collected, give_up)?;
+        let mut held = Vec::new();
+        let (image, log_end, memory_pages, pause) = self.copy(
+            machine,
+            log,
+            parent.is_some(),
+            &mut collected,
+            (&keepers, &mut held),
+            give_up,
+        )?;
         let created_unix_ms = unix_ms();
+        // First: while they are held nothing of them is committed.
+        for volume in held {
+            volume.keep(&super::snapshot_name(&subject.name, &id))?;
+        }
         failpoint::pass("take.packs")?;
         let packs = collected.pages.finish()?;
         let block_packs = collected.blocks.finish()?;
@@ -289,6 +307,7 @@ impl Taker {
         log: &Log,
         incremental: bool,
         collected: &mut Collected,
+        (keepers, held): (&[Keeper], &mut Vec<Held>),
         give_up: &AtomicBool,
     ) -> Result<(Vec<u8>, u64, Vec<u64>, Duration), TakeError> {
         let memories = machine.memories().clone();
@@ -341,6 +360,9 @@ impl Taker {
         if !self.volumes.is_empty() {
             collected.blocks.settle()?;
         }
+        for keeper in keepers {
+            held.push(keeper.hold()?);
+        }
         for _ in 0..CATCH_UP_ROUNDS_MAX {
             let (blocks, mut left) = self.volumes.take();
             for (tracker, ranges) in self.trackers.iter_mut().zip(&mut ranges) {
@@ -355,7 +377,7 @@ impl Taker {
         }
         let begun = Instant::now();
         machine.freeze(FREEZE_PATIENCE)?;
-        let frozen = self.last_pages(machine, &memories, collected);
+        let frozen = self.last_pages(machine, &memories, collected, held);
         let log_end = log.end();
         let thawed = machine.thaw();
         let pause = begun.elapsed();
@@ -370,6 +392,7 @@ impl Taker {
         machine: &Machine,
         memories: &[Arc<GuestMemory>],
         collected: &mut Collected,
+        held: &mut [Held],
     ) -> Result<keel_wasm::runtime::Image, TakeError> {
         let mut ranges = Vec::new();
         for tracker in &mut self.trackers {
@@ -378,6 +401,9 @@ impl Taker {
         collected.add_pages(memories, &ranges, None)?;
         let (blocks, _) = self.volumes.take();
         self.add_blocks(blocks, collected, None)?;
+        for volume in held {
+            volume.freeze()?;
+        }
         failpoint::pass("take.frozen")?;
         Ok(machine.image()?)
     }

@@ -7,38 +7,24 @@
 use super::compact::compact;
 use super::format::{BLOCK_BYTES, CheckpointId, FormatError, Manifest, Pack};
 use super::take::TakeError;
+use crate::place::{Place, PlaceError};
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use keel_net::{Bytes, Fingerprint};
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
-use object_store::local::LocalFileSystem;
-use object_store::path::Path as Place;
-use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig};
+use object_store::path::Path;
+use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt, PutPayload};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
-
-/// How long one request to a store may be repeated.
-const RETRY_FOR: Duration = Duration::from_secs(30);
-/// The most bytes of a manifest or a module.
-const READ_BYTES_MAX: u64 = 1 << 30;
 
 /// Why a vault cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum VaultError {
     /// The URL names no store.
-    #[error(
-        "{url:?} is no place for checkpoints: {reason} (use /a/directory, file:///a/directory or s3://bucket/prefix)"
-    )]
-    Url {
-        /// What was given.
-        url: String,
-        /// What is wrong with it.
-        reason: String,
-    },
+    #[error(transparent)]
+    Url(#[from] PlaceError),
     /// The store failed.
     #[error("checkpoint store: {0}")]
     Store(#[from] object_store::Error),
@@ -91,9 +77,7 @@ pub struct Outline {
 /// A store of checkpoints.
 #[derive(Debug, Clone)]
 pub struct Vault {
-    store: Arc<dyn ObjectStore>,
-    prefix: Place,
-    url: String,
+    place: Place,
 }
 
 /// What becomes of a block, by its number.
@@ -102,12 +86,6 @@ pub type TakeBlock<'a, E> = dyn FnMut(usize, &[u8]) -> Result<(), E> + 'a;
 /// Checkpoints of a machine, newest first.
 pub type Candidates = Vec<CheckpointId>;
 
-/// The directory that a URL names, if it names one.
-fn directory(url: &str) -> Option<&str> {
-    let folder = url.strip_prefix("file://").unwrap_or(url);
-    folder.starts_with('/').then_some(folder)
-}
-
 impl Vault {
     /// Opens a vault and makes its directory where it is missing: for storing.
     /// Reading makes nothing.
@@ -115,24 +93,17 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Url`].
     pub fn create(url: &str) -> Result<Self, VaultError> {
-        if let Some(folder) = directory(url) {
-            std::fs::create_dir_all(folder).map_err(|error| VaultError::Url {
-                url: url.to_owned(),
-                reason: error.to_string(),
-            })?;
-        }
-        Self::open(url)
+        let place = Place::create(url)?;
+        Ok(Vault { place })
     }
 
-    /// Opens a vault: `/a/directory`, `file:///a/directory` (which must exist),
-    /// or `s3://bucket/prefix` with the usual `AWS_…` variables
-    /// (`AWS_ENDPOINT_URL` for stores that are not Amazon's).
+    /// Opens a vault in a [`Place`].
     ///
     /// # Errors
     /// [`VaultError::Url`].
     pub fn open(url: &str) -> Result<Self, VaultError> {
-        let settings = std::env::vars().filter(|(name, _)| name.starts_with("AWS_"));
-        Self::open_with(url, settings, RETRY_FOR)
+        let place = Place::open(url)?;
+        Ok(Vault { place })
     }
 
     /// As [`Self::open`], with these in place of the environment's variables, and so
@@ -145,63 +116,17 @@ impl Vault {
         settings: impl IntoIterator<Item = (String, String)>,
         retry_for: Duration,
     ) -> Result<Self, VaultError> {
-        let bad = |reason: String| VaultError::Url {
-            url: url.to_owned(),
-            reason,
-        };
-        if let Some(folder) = directory(url) {
-            // The store's own error does not say why.
-            std::fs::metadata(folder).map_err(|error| bad(error.to_string()))?;
-            let store = LocalFileSystem::new_with_prefix(folder)
-                .map_err(|error| bad(error.to_string()))?
-                .with_fsync(true);
-            return Ok(Vault {
-                store: Arc::new(store),
-                prefix: Place::default(),
-                url: url.to_owned(),
-            });
-        }
-        let Some(rest) = url.strip_prefix("s3://") else {
-            return Err(bad("neither a directory nor s3://".into()));
-        };
-        // Whoever came first has installed the same one.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        let retry = RetryConfig {
-            retry_timeout: retry_for,
-            ..RetryConfig::default()
-        };
-        let mut builder = AmazonS3Builder::new();
-        for (name, value) in settings {
-            // Others are for other programs.
-            if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
-                builder = builder.with_config(key, value);
-            }
-        }
-        let store = builder
-            .with_bucket_name(bucket)
-            .with_allow_http(true)
-            .with_retry(retry)
-            .build()
-            .map_err(|error| bad(error.to_string()))?;
-        Ok(Vault {
-            store: Arc::new(store),
-            prefix: Place::parse(prefix).map_err(|error| bad(error.to_string()))?,
-            url: url.to_owned(),
-        })
+        let place = Place::open_with(url, settings, retry_for)?;
+        Ok(Vault { place })
     }
 
     /// Its URL, as it was given.
     pub fn url(&self) -> &str {
-        &self.url
+        self.place.url()
     }
 
-    fn place(&self, parts: &[&str]) -> Place {
-        let mut place = self.prefix.clone();
-        for part in parts {
-            place = place.join(*part);
-        }
-        place
+    fn store(&self) -> &dyn ObjectStore {
+        &**self.place.store()
     }
 
     fn pack_place(
@@ -209,31 +134,22 @@ impl Vault {
         machine: &MachineName,
         (id, generation): (&CheckpointId, u32),
         piece: Piece,
-    ) -> Place {
+    ) -> Path {
         let name = match generation {
             0 => format!("{id}.{piece}.pack"),
             _ => format!("{id}.g{generation}.{piece}.pack"),
         };
-        self.place(&["machines", machine.as_ref(), &name])
+        self.place.path(&["machines", machine.as_ref(), &name])
     }
 
-    fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Place {
-        self.place(&["machines", machine.as_ref(), &format!("{id}.manifest")])
+    fn manifest_place(&self, machine: &MachineName, id: &CheckpointId) -> Path {
+        self.place
+            .path(&["machines", machine.as_ref(), &format!("{id}.manifest")])
     }
 
-    fn program_place(&self, program: &[u8; 32]) -> Place {
-        self.place(&["programs", &format!("{}.wasm", Fingerprint(*program))])
-    }
-
-    async fn read(&self, place: &Place) -> Result<Bytes, object_store::Error> {
-        let got = self.store.get(place).await?;
-        if got.meta.size > READ_BYTES_MAX {
-            return Err(object_store::Error::Generic {
-                store: "vault",
-                source: format!("{place} has {} bytes", got.meta.size).into(),
-            });
-        }
-        got.bytes().await
+    fn program_place(&self, program: &[u8; 32]) -> Path {
+        self.place
+            .path(&["programs", &format!("{}.wasm", Fingerprint(*program))])
     }
 
     /// Stores a pack of a checkpoint's generation.
@@ -248,7 +164,7 @@ impl Vault {
         bytes: Bytes,
     ) -> Result<(), VaultError> {
         let place = self.pack_place(machine, of, piece);
-        self.store.put(&place, PutPayload::from(bytes)).await?;
+        self.store().put(&place, PutPayload::from(bytes)).await?;
         Ok(())
     }
 
@@ -273,7 +189,7 @@ impl Vault {
             (&manifest.id, manifest.generation),
             piece,
         );
-        let got = match runtime.block_on(self.store.get(&place)) {
+        let got = match runtime.block_on(self.store().get(&place)) {
             Ok(got) => got,
             Err(object_store::Error::NotFound { .. }) => {
                 return Err(part("it is missing".into()));
@@ -348,9 +264,9 @@ impl Vault {
         machine: &MachineName,
         chain: &[Outline],
     ) -> Result<(), VaultError> {
-        let folder = self.place(&["machines", machine.as_ref()]);
-        let there: HashMap<Place, u64> = self
-            .store
+        let folder = self.place.path(&["machines", machine.as_ref()]);
+        let there: HashMap<Path, u64> = self
+            .store()
             .list(Some(&folder))
             .map_ok(|object| (object.location, object.size))
             .try_collect()
@@ -387,8 +303,8 @@ impl Vault {
     }
 
     /// Bytes of an object; `None` if it is not there.
-    async fn size(&self, place: &Place) -> Result<Option<u64>, VaultError> {
-        match self.store.head(place).await {
+    async fn size(&self, place: &Path) -> Result<Option<u64>, VaultError> {
+        match self.store().head(place).await {
             Ok(meta) => Ok(Some(meta.size)),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(error.into()),
@@ -412,7 +328,7 @@ impl Vault {
             piece,
         );
         let range = expected.block_range(number);
-        let bytes = match self.store.get_range(&place, range).await {
+        let bytes = match self.store().get_range(&place, range).await {
             Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => {
                 return Err(Self::part(manifest, piece, "it is missing".into()));
@@ -448,7 +364,7 @@ impl Vault {
             reason: error.to_string(),
         })?;
         let place = self.manifest_place(&manifest.machine, &manifest.id);
-        self.store.put(&place, PutPayload::from(bytes)).await?;
+        self.store().put(&place, PutPayload::from(bytes)).await?;
         Ok(())
     }
 
@@ -467,7 +383,7 @@ impl Vault {
             part: "its manifest".into(),
             reason,
         };
-        let bytes = match self.read(&self.manifest_place(machine, id)).await {
+        let bytes = match self.place.read(&self.manifest_place(machine, id)).await {
             Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing".into())),
             Err(error) => return Err(error.into()),
@@ -514,9 +430,9 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Store`].
     pub async fn list(&self, machine: &MachineName) -> Result<Candidates, VaultError> {
-        let folder = self.place(&["machines", machine.as_ref()]);
+        let folder = self.place.path(&["machines", machine.as_ref()]);
         let mut found: Candidates = self
-            .store
+            .store()
             .list(Some(&folder))
             .try_filter_map(|object| async move {
                 let name = object.location.filename().unwrap_or_default();
@@ -535,8 +451,8 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Store`].
     pub async fn machines(&self) -> Result<Vec<MachineName>, VaultError> {
-        let folder = self.place(&["machines"]);
-        let listing = self.store.list_with_delimiter(Some(&folder)).await?;
+        let folder = self.place.path(&["machines"]);
+        let listing = self.store().list_with_delimiter(Some(&folder)).await?;
         let mut names: Vec<MachineName> = listing
             .common_prefixes
             .iter()
@@ -552,12 +468,12 @@ impl Vault {
     /// [`VaultError::Store`].
     pub async fn put_program(&self, hash: &[u8; 32], bytes: Bytes) -> Result<(), VaultError> {
         let place = self.program_place(hash);
-        match self.store.head(&place).await {
+        match self.store().head(&place).await {
             Ok(meta) if meta.size == bytes.len() as u64 => return Ok(()),
             Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
             Err(error) => return Err(error.into()),
         }
-        self.store.put(&place, PutPayload::from(bytes)).await?;
+        self.store().put(&place, PutPayload::from(bytes)).await?;
         Ok(())
     }
 
@@ -572,7 +488,11 @@ impl Vault {
             part: "its program".into(),
             reason: reason.into(),
         };
-        let bytes = match self.read(&self.program_place(&manifest.program)).await {
+        let bytes = match self
+            .place
+            .read(&self.program_place(&manifest.program))
+            .await
+        {
             Ok(bytes) => bytes,
             Err(object_store::Error::NotFound { .. }) => return Err(part("it is missing")),
             Err(error) => return Err(error.into()),
@@ -587,7 +507,7 @@ impl Vault {
     /// Deletes a machine's checkpoints but those that are to be kept and those that
     /// they stand on, and pieces of checkpoints that were never finished. Where
     /// what is kept only for the sake of others is mostly superseded, the oldest
-    /// that is wanted is made a full one first. How many checkpoints went. Blocking,
+    /// that is wanted is made a full one first. Which checkpoints went. Blocking,
     /// outside of the runtime.
     ///
     /// # Errors
@@ -598,7 +518,7 @@ impl Vault {
         machine: &MachineName,
         retention: Retention,
         now_unix_ms: u64,
-    ) -> Result<usize, TakeError> {
+    ) -> Result<Vec<CheckpointId>, TakeError> {
         let all = runtime.block_on(self.list(machine))?;
         let wanted: Vec<&CheckpointId> = (0..)
             .zip(&all)
@@ -625,7 +545,7 @@ impl Vault {
         machine: &MachineName,
         all: &[CheckpointId],
         wanted: &[&CheckpointId],
-    ) -> Result<usize, VaultError> {
+    ) -> Result<Vec<CheckpointId>, VaultError> {
         // With the generation of each, where its manifest can be read.
         let mut needed: BTreeMap<CheckpointId, Option<u32>> = BTreeMap::new();
         for id in wanted {
@@ -636,9 +556,9 @@ impl Vault {
             }
         }
         let newest = all.first();
-        let folder = self.place(&["machines", machine.as_ref()]);
-        let objects: Vec<Place> = self
-            .store
+        let folder = self.place.path(&["machines", machine.as_ref()]);
+        let objects: Vec<Path> = self
+            .store()
             .list(Some(&folder))
             .map_ok(|object| object.location)
             .try_collect()
@@ -669,12 +589,12 @@ impl Vault {
         // Without its manifest a checkpoint is not there: it never lacks a part.
         for places in [manifests, packs] {
             let places = futures::stream::iter(places).boxed();
-            self.store
+            self.store()
                 .delete_stream(places)
                 .try_collect::<Vec<_>>()
                 .await?;
         }
-        Ok(gone.len())
+        Ok(gone.into_iter().collect())
     }
 }
 

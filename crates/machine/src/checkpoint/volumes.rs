@@ -17,9 +17,11 @@ use tokio::runtime::Handle;
 pub(super) struct VolumeTrackers(Vec<(u32, Tracker, BlockReader)>);
 
 impl VolumeTrackers {
-    /// Begins anew: all that is there counts as written.
+    /// Begins anew: all that is there counts as written. Volumes that are kept
+    /// elsewhere have snapshots there.
     pub(super) fn start(wasi: &Wasi) -> Self {
         let volumes = wasi.volumes().into_iter();
+        let volumes = volumes.filter(|(_, volume)| volume.backing().is_none());
         VolumeTrackers(
             volumes
                 .map(|(number, volume)| (number, volume.track(), BlockReader::new(volume)))

@@ -9,6 +9,7 @@ use crate::link::{Hello, ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
 use keel_cluster::Epoch;
 use keel_net::{PinnedIdentity, ServerTls};
+use keel_wasi::volume::LocalBlocks;
 use keel_wasm::memory::{MemoryError, Unavailable};
 use keel_wasm::runtime::{Image, Machine, MachineError, Program, make_memories};
 use std::net::TcpListener;
@@ -34,6 +35,8 @@ pub(super) enum IncomingError {
     Tls(#[from] keel_net::TlsError),
     #[error("its surroundings cannot be had here: {0}")]
     Wasi(#[from] keel_wasi::Error),
+    #[error("{0}")]
+    Keepers(#[from] keel_net::RpcError),
     #[error(transparent)]
     Faults(#[from] Unavailable),
     #[error(transparent)]
@@ -54,9 +57,14 @@ pub(super) struct Arrived {
     pub(super) filler: Option<(Filler, ServerTls, Hello)>,
 }
 
-/// Makes WASI state out of a snapshot, with this node's resources and a log.
-pub(super) type Restore<'a> =
-    dyn Fn(keel_wasi::Snapshot, Arc<Log>) -> Result<keel_wasi::Wasi, keel_wasi::Error> + 'a;
+/// Makes WASI state out of a snapshot, with this node's resources, a log, and what
+/// came of cluster volumes.
+pub(super) type Restore<'a> = dyn Fn(
+        keel_wasi::Snapshot,
+        Arc<Log>,
+        Vec<(u32, LocalBlocks)>,
+    ) -> Result<keel_wasi::Wasi, IncomingError>
+    + 'a;
 
 /// Waits for the source and takes the machine in.
 pub(super) fn receive(
@@ -130,11 +138,11 @@ pub(super) fn receive(
         }
     }
     // What was reserved is here, or was not needed.
-    drop(volumes);
+    let local = volumes.finish();
     failpoint::pass("in.image")?;
     let make = || -> Result<Machine, IncomingError> {
         let image = Image::decode(&image.take(), &program)?;
-        let wasi = restore(image.wasi.clone(), log.clone())?;
+        let wasi = restore(image.wasi.clone(), log.clone(), local)?;
         Ok(Machine::prepare(program, image, memories, wasi, limits)?)
     };
     let machine = match &filler {

@@ -6,6 +6,7 @@
 //! - `incoming`: receives a machine (target of a move)
 //! - `files`: what users do with files in volumes
 //! - `volumes`: the machine's own volumes, in both directions
+//! - `kept`: the keepers of its cluster volumes
 //!
 //! A worker outlives its agent: it is found again through the socket in its
 //! folder. It never decides who owns the machine; it does what its agent, which
@@ -16,6 +17,7 @@ pub mod control;
 pub mod files;
 mod filling;
 mod incoming;
+mod kept;
 mod outgoing;
 mod process;
 pub mod volumes;

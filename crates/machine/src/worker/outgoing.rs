@@ -4,6 +4,7 @@
 
 use super::control::{Copy, CopyEvent, Frozen};
 use super::filling::{self, PageSet};
+use super::kept::Keepers;
 use super::volumes::{OutgoingVolumes, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose};
@@ -131,11 +132,13 @@ impl Outgoing {
         Ok(self.link.closer()?)
     }
 
-    /// Copies memory until little is left.
+    /// Copies memory until little is left; of cluster volumes what is in no segment.
     pub(super) fn copy(
         &mut self,
+        keepers: &Keepers,
         tell: &mut dyn FnMut(CopyEvent) -> bool,
     ) -> Result<(), OutgoingError> {
+        keepers.wait_claimed().map_err(VolumeError::NotClaimed)?;
         // Threads must be able to go on here if the move fails; what that
         // needs is compiled now, while they run.
         self.machine.program().prepare_resume()?;
@@ -148,7 +151,7 @@ impl Outgoing {
             }
             self.trackers.push(tracker);
         }
-        self.volumes = OutgoingVolumes::start(self.machine.wasi());
+        self.volumes = OutgoingVolumes::start(self.machine.wasi(), keepers);
         let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
         for memory in memories.iter() {
             ranges.push(memory.populated()?);

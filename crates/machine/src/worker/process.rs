@@ -10,6 +10,7 @@ use super::control::{
 use super::files;
 use super::filling::{Filler, Filling};
 use super::incoming::{self, IncomingError};
+use super::kept::Keepers;
 use super::outgoing::Outgoing;
 use super::volumes::{self, IncomingVolumes};
 use crate::cgroup::{self, Group};
@@ -28,7 +29,7 @@ use keel_net::{
     RpcError, Server,
 };
 use keel_wasi::volume::Stalls;
-use keel_wasi::{Config, Files, Resources, Wasi};
+use keel_wasi::{Config, Files, Preopen, Resources, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options, Outcome};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -95,6 +96,10 @@ struct Inner {
     unsent: Arc<AtomicU64>,
     /// How that went.
     fill: Option<FillReport>,
+    /// Of its cluster volumes.
+    keepers: Keepers,
+    /// Why it had to be ended.
+    ended_for: Option<String>,
 }
 
 /// Runs a worker until its agent ends it. `folder` holds its socket and
@@ -217,7 +222,8 @@ impl Worker {
             }
             kind::RECEIVE => {
                 let request: Receive = unpack(&payload)?;
-                let receiving = blocking(move || self.receive(request)).await?;
+                let runtime = Handle::current();
+                let receiving = blocking(move || self.receive(request, &runtime)).await?;
                 Ok(pack(&receiving)?.into())
             }
             kind::REPORT => {
@@ -338,11 +344,12 @@ impl Worker {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
-        let (machine, log) = match &start.from {
-            StartFrom::Module(module) => self.begin(module, &start)?,
+        let (machine, log, keepers) = match &start.from {
+            StartFrom::Module(module) => self.begin(module, &start, runtime)?,
             StartFrom::Checkpoint(origin) => self.restore(origin, &start, runtime)?,
         };
         let mut inner = self.inner();
+        inner.keepers = keepers;
         inner.name = Some(start.machine);
         inner.spec = Some(start.spec);
         inner.log = Some(log);
@@ -362,7 +369,12 @@ impl Worker {
     }
 
     /// A machine at its beginning; it runs.
-    fn begin(&self, module: &Path, start: &Start) -> Result<(Machine, Arc<Log>), RpcError> {
+    fn begin(
+        self: &Arc<Self>,
+        module: &Path,
+        start: &Start,
+        runtime: &Handle,
+    ) -> Result<(Machine, Arc<Log>, Keepers), RpcError> {
         let spec = &start.spec;
         let bytes = std::fs::read(module)
             .map_err(|error| RpcError::failed(format!("{}: {error}", module.display())))?;
@@ -374,11 +386,14 @@ impl Worker {
         }
         // Those of a worker that was lost, if it is started again.
         volumes::remove(&self.folder);
-        let wasi = Wasi::new(self.config(spec, &log)).map_err(RpcError::failed)?;
+        let mut keepers = self.keepers(spec, &log, runtime)?;
+        keepers.begin(start.epoch).map_err(RpcError::failed)?;
+        let wasi = Wasi::new(self.config(spec, &log, &keepers)?).map_err(RpcError::failed)?;
+        keepers.attach(&wasi);
         self.bound(program.meta().memories.len(), spec);
         let machine = Machine::start_under(start.epoch.token(), program, wasi, spec.limits())
             .map_err(RpcError::failed)?;
-        Ok((machine, log))
+        Ok((machine, log, keepers))
     }
 
     /// A machine where its checkpoint was; it runs.
@@ -387,7 +402,7 @@ impl Worker {
         origin: &Origin,
         start: &Start,
         runtime: &Handle,
-    ) -> Result<(Machine, Arc<Log>), RpcError> {
+    ) -> Result<(Machine, Arc<Log>, Keepers), RpcError> {
         let spec = &start.spec;
         let vault = Vault::open(&origin.vault).map_err(RpcError::failed)?;
         let folder = volumes::folder(&self.folder);
@@ -414,19 +429,28 @@ impl Worker {
                 manifest.id, manifest.machine
             ),
         );
+        let mut keepers = self.keepers(spec, &log, runtime)?;
+        keepers
+            .roll_back(start.epoch, &manifest.machine, &manifest.id)
+            .map_err(RpcError::failed)?;
         for volume in &spec.volumes {
-            if let VolumeKind::Host { path } = &volume.kind
-                && !volume.read_only
-            {
-                let guest = &volume.guest;
-                say(
+            let guest = &volume.guest;
+            match &volume.kind {
+                VolumeKind::Host { path } if !volume.read_only => say(
                     &log,
                     &format!("files in {guest} are as {path} has them now"),
-                );
+                ),
+                VolumeKind::Cluster { name, .. } => say(
+                    &log,
+                    &format!("volume {name} in {guest} is what it was at that checkpoint again"),
+                ),
+                VolumeKind::Host { .. } | VolumeKind::Tmp { .. } => {}
             }
         }
-        let wasi = Wasi::restore(restored.image.wasi.clone(), self.resources(spec, &log))
-            .map_err(RpcError::failed)?;
+        let resources = self.resources(spec, &log, &keepers)?;
+        let wasi =
+            Wasi::restore(restored.image.wasi.clone(), resources).map_err(RpcError::failed)?;
+        keepers.attach(&wasi);
         if let Some(behind) = restored.behind {
             self.bring(behind, start.epoch)?;
         }
@@ -440,7 +464,7 @@ impl Worker {
         .map_err(RpcError::failed)?;
         machine.set_epoch(start.epoch.token());
         machine.thaw().map_err(RpcError::failed)?;
-        Ok((machine, log))
+        Ok((machine, log, keepers))
     }
 
     /// Lets the memory of a machine come while it runs. What is damaged is found
@@ -490,7 +514,7 @@ impl Worker {
                 .lock()
                 .unwrap_or_else(|error| error.into_inner()),
         };
-        let (machine, log, subject, mut taker) = {
+        let (machine, log, subject, mut taker, keepers) = {
             let mut inner = self.inner();
             if inner.giving_away {
                 return Err(RpcError::failed("the machine is moving; try again"));
@@ -514,7 +538,8 @@ impl Worker {
                     let parts = (machine.clone(), log.clone(), subject);
                     inner.taking = Some(give_up.clone());
                     let taker = inner.taker.take().unwrap_or_default();
-                    (parts.0, parts.1, parts.2, taker)
+                    let keepers = inner.keepers.clone();
+                    (parts.0, parts.1, parts.2, taker, keepers)
                 }
                 _ => return Err(RpcError::failed("no machine runs here")),
             }
@@ -524,11 +549,12 @@ impl Worker {
             runtime,
             full: request.full,
             give_up: &give_up,
+            keepers: keepers.all(),
         };
         // What a user is writing to its volumes ends first.
         drop(self.freezing.lock());
         let name = subject.name.clone();
-        let taken = taker.take(&machine, subject, &log, &destination);
+        let taken = taker.take(&machine, subject, &log, destination);
         {
             let mut inner = self.inner();
             inner.taking = None;
@@ -539,7 +565,7 @@ impl Worker {
         }
         let taken = taken.map_err(RpcError::failed)?;
         let deleted = match request.keep {
-            all if all.is_all() => Ok(0),
+            all if all.is_all() => Ok(Vec::new()),
             some => vault.keep(runtime, &name, some, unix_ms()),
         };
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
@@ -550,7 +576,10 @@ impl Worker {
             pause_micros: micros(taken.pause),
             total_micros: micros(taken.total),
             deleted: match deleted {
-                Ok(count) => count as u32,
+                Ok(gone) => {
+                    keepers.forget_checkpoints(&name, &gone);
+                    gone.len() as u32
+                }
                 Err(error) => {
                     tracing::warn!(%error, "old checkpoints stay");
                     0
@@ -658,6 +687,9 @@ impl Worker {
                     inner.epoch
                 };
                 machine.wasi().finish();
+                // Who takes its volumes next finds all that it wrote.
+                let keepers = worker.inner().keepers.clone();
+                keepers.finish();
                 volumes::remove(&worker.folder);
                 let log = worker.inner().log.clone();
                 let status = match outcome {
@@ -673,7 +705,10 @@ impl Worker {
                             message: trap.to_string(),
                         }
                     }
-                    Outcome::Stopped => Status::Stopped,
+                    Outcome::Stopped => match worker.inner().ended_for.take() {
+                        Some(reason) => Status::Failed { reason },
+                        None => Status::Stopped,
+                    },
                 };
                 worker.state.send_replace(State::Ended { epoch, status });
                 if let Some(log) = log {
@@ -791,7 +826,14 @@ impl Worker {
             let mut inner = self.inner();
             match (&inner.machine, &inner.log, &inner.name) {
                 (Some(machine), Some(log), Some(name)) if inner.outgoing.is_none() => {
-                    let parts = (machine.clone(), log.clone(), name.clone(), inner.epoch);
+                    let keepers = inner.keepers.clone();
+                    let parts = (
+                        machine.clone(),
+                        log.clone(),
+                        name.clone(),
+                        inner.epoch,
+                        keepers,
+                    );
                     let identity = inner.identity.take();
                     inner.giving_away = identity.is_some();
                     inner.given_up = false;
@@ -805,7 +847,7 @@ impl Worker {
                 _ => None,
             }
         };
-        let Some((identity, (machine, log, name, epoch))) = prepared else {
+        let Some((identity, (machine, log, name, epoch, keepers))) = prepared else {
             tell(CopyEvent::Lost {
                 reason: "this worker has no machine to give away".into(),
             });
@@ -821,7 +863,7 @@ impl Worker {
             .and_then(|()| Outgoing::connect(&name, epoch, machine, log, &identity, copy));
         let result = result.and_then(|mut outgoing| {
             self.inner().closer = Some(outgoing.closer()?);
-            outgoing.copy(&mut tell).map(|()| outgoing)
+            outgoing.copy(&keepers, &mut tell).map(|()| outgoing)
         });
         match result {
             Ok(outgoing) => self.inner().outgoing = Some(outgoing),
@@ -855,6 +897,8 @@ impl Worker {
             }
             std::thread::yield_now();
         };
+        let keepers = self.inner().keepers.clone();
+        keepers.rest();
         let result = outgoing.freeze_and_send();
         self.inner().outgoing = Some(outgoing);
         result.map_err(RpcError::failed)
@@ -952,6 +996,8 @@ impl Worker {
         }
         let machine = machine.ok_or_else(|| RpcError::refused("no machine"))?;
         machine.set_epoch(epoch.token());
+        let keepers = self.inner().keepers.clone();
+        keepers.claim_under(epoch);
         machine.thaw().map_err(RpcError::failed)?;
         self.inner().giving_away = false;
         self.state.send_replace(State::Running { epoch });
@@ -996,11 +1042,16 @@ impl Worker {
 
     // ── receiving a machine ─────────────────────────────────────────────
 
-    fn receive(self: &Arc<Self>, request: Receive) -> Result<Receiving, RpcError> {
+    fn receive(
+        self: &Arc<Self>,
+        request: Receive,
+        runtime: &Handle,
+    ) -> Result<Receiving, RpcError> {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
         self.bound(request.memory_pages.len(), &request.spec);
+        Keepers::probe(&request.spec, runtime).map_err(RpcError::failed)?;
         let volumes = IncomingVolumes::new(&request.spec, &self.folder, request.volume_bytes)
             .map_err(RpcError::failed)?;
         let bytes = std::fs::read(&request.program)
@@ -1027,11 +1078,18 @@ impl Worker {
         failpoint::pass("in.listening").map_err(RpcError::failed)?;
         self.state.send_replace(State::Receiving { offered });
         let worker = self.clone();
+        let runtime = runtime.clone();
         std::thread::Builder::new()
             .name("move-in".into())
             .spawn(move || {
-                let restore = |snapshot, log: Arc<Log>| {
-                    Wasi::restore(snapshot, worker.resources(&request.spec, &log))
+                let restore = |snapshot, log: Arc<Log>, local| {
+                    let keepers = worker.keepers(&request.spec, &log, &runtime)?;
+                    let keepers = keepers.with_local(local);
+                    let resources = worker.resources(&request.spec, &log, &keepers)?;
+                    let wasi = Wasi::restore(snapshot, resources)?;
+                    keepers.attach(&wasi);
+                    worker.inner().keepers = keepers;
+                    Ok(wasi)
                 };
                 let arrived = incoming::receive(
                     &listener,
@@ -1185,6 +1243,7 @@ impl Worker {
             match command {
                 TargetCommand::Thaw(epoch) => {
                     inner.epoch = *epoch;
+                    inner.keepers.claim_under(*epoch);
                     if let Some(machine) = inner.machine.clone() {
                         machine.set_epoch(epoch.token());
                         // It stands ready; a guest that ended cannot be here.
@@ -1330,27 +1389,67 @@ impl Worker {
         (sink(StreamKind::Output), sink(StreamKind::Error))
     }
 
-    fn config(&self, spec: &Spec, log: &Arc<Log>) -> Config {
+    fn config(&self, spec: &Spec, log: &Arc<Log>, keepers: &Keepers) -> Result<Config, RpcError> {
         let (stdout, stderr) = self.sinks(spec, log);
-        Config {
+        Ok(Config {
             args: spec.args.clone(),
             env: spec.env.clone(),
-            preopens: volumes::preopens(spec, &self.folder, &self.stalls),
+            preopens: self.preopens(spec, keepers)?,
             stdout,
             stderr,
             ..Config::default()
-        }
+        })
     }
 
-    fn resources(&self, spec: &Spec, log: &Arc<Log>) -> Resources {
+    fn resources(
+        &self,
+        spec: &Spec,
+        log: &Arc<Log>,
+        keepers: &Keepers,
+    ) -> Result<Resources, RpcError> {
         let (stdout, stderr) = self.sinks(spec, log);
-        let preopens = volumes::preopens(spec, &self.folder, &self.stalls);
-        Resources {
+        let preopens = self.preopens(spec, keepers)?;
+        Ok(Resources {
             preopens: preopens.into_iter().map(|preopen| preopen.source).collect(),
             stdout,
             stderr,
             ..Resources::default()
-        }
+        })
+    }
+
+    fn preopens(&self, spec: &Spec, keepers: &Keepers) -> Result<Vec<Preopen>, RpcError> {
+        volumes::preopens(spec, &self.folder, &self.stalls, keepers).map_err(RpcError::failed)
+    }
+}
+
+impl Worker {
+    /// Keepers of the machine's cluster volumes, which have claimed nothing yet. One
+    /// that loses its volume ends the machine.
+    fn keepers(
+        self: &Arc<Self>,
+        spec: &Spec,
+        log: &Arc<Log>,
+        runtime: &Handle,
+    ) -> Result<Keepers, RpcError> {
+        let (worker, output) = (Arc::downgrade(self), log.clone());
+        let lost = move |reason: &str| {
+            say(&output, &format!("the machine is ended: {reason}"));
+            let Some(worker) = worker.upgrade() else {
+                return;
+            };
+            let machine = {
+                let mut inner = worker.inner();
+                inner.ended_for = Some(reason.to_owned());
+                inner.machine.clone()
+            };
+            if let Some(machine) = machine {
+                machine.stop();
+            }
+        };
+        let output = log.clone();
+        let damaged = move |what: &str| say(&output, what);
+        Keepers::open(spec, &self.folder, &self.stalls, runtime, lost, damaged)
+            .map_err(RpcError::failed)
     }
 }
 

@@ -5,13 +5,15 @@
 //! folder. Names and sizes travel in the machine's image; until that is there,
 //! a target only knows numbers of files.
 
+use super::kept::Keepers;
 use crate::link::{Link, LinkError, Message};
 use crate::spec::{Spec, VolumeKind};
 use keel_net::Bytes;
 use keel_wasi::volume::{
-    BLOCK_BYTES, BlockReader, BlockWriter, Changes, Stalls, Tracker, VolumeLimits,
+    BLOCK_BYTES, BlockReader, BlockWriter, Changes, LocalBlocks, Stalls, Tracker, VolumeLimits,
 };
 use keel_wasi::{Preopen, Source, Wasi};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,8 +30,10 @@ pub(super) enum VolumeError {
     Read(std::io::Error),
     #[error("its volumes cannot be kept here: {0}")]
     Write(std::io::Error),
-    #[error("the other worker speaks of volume {0}, which the machine has not")]
+    #[error("the machine has no volume {0} of its own, or of the cluster")]
     NoVolume(u32),
+    #[error("{0}")]
+    NotClaimed(String),
 }
 
 /// Rounds of catching up, and what is little enough.
@@ -51,26 +55,50 @@ pub fn free_bytes(folder: &Path) -> std::io::Result<u64> {
 }
 
 /// A machine's directories as they are in a worker's folder.
-pub(super) fn preopens(spec: &Spec, worker: &Path, stalls: &Arc<Stalls>) -> Vec<Preopen> {
-    let source = |number: usize, kind: &VolumeKind| match kind {
-        VolumeKind::Host { path } => Source::Host(path.into()),
-        VolumeKind::Tmp { bytes, inodes } => Source::Volume {
-            folder: folder(worker).join(number.to_string()),
-            limits: VolumeLimits {
-                bytes_max: *bytes,
-                inodes_max: *inodes,
+pub(super) fn preopens(
+    spec: &Spec,
+    worker: &Path,
+    stalls: &Arc<Stalls>,
+    keepers: &Keepers,
+) -> Result<Vec<Preopen>, VolumeError> {
+    let source = |number: u32, kind: &VolumeKind| {
+        let folder = folder(worker).join(number.to_string());
+        let stalls = stalls.clone();
+        Ok(match kind {
+            VolumeKind::Host { path } => Source::Host(path.into()),
+            VolumeKind::Tmp { bytes, inodes } => Source::Volume {
+                folder,
+                limits: limits(*bytes, *inodes),
+                stalls,
             },
-            stalls: stalls.clone(),
-        },
+            VolumeKind::Cluster { bytes, inodes, .. } => match keepers.backed(number) {
+                Some(backed) => Source::Backed {
+                    folder,
+                    limits: limits(*bytes, *inodes),
+                    stalls,
+                    backed,
+                },
+                None => return Err(VolumeError::NoVolume(number)),
+            },
+        })
     };
-    let volumes = spec.volumes.iter().enumerate();
+    let volumes = (0..).zip(&spec.volumes);
     volumes
-        .map(|(number, volume)| Preopen {
-            source: source(number, &volume.kind),
-            guest: volume.guest.clone(),
-            read_only: volume.read_only,
+        .map(|(number, volume)| {
+            Ok(Preopen {
+                source: source(number, &volume.kind)?,
+                guest: volume.guest.clone(),
+                read_only: volume.read_only,
+            })
         })
         .collect()
+}
+
+fn limits(bytes_max: u64, inodes_max: u64) -> VolumeLimits {
+    VolumeLimits {
+        bytes_max,
+        inodes_max,
+    }
 }
 
 /// Removes the bytes of what ended, if there are any.
@@ -93,23 +121,44 @@ pub(super) struct OutgoingVolumes {
 
 struct OutgoingVolume {
     number: u32,
+    /// The target fetches blocks that it does not get: those that it gets must be
+    /// whole.
+    is_kept: bool,
     tracker: Tracker,
     reader: BlockReader,
     /// Noted, but not sent yet.
     pending: Changes,
 }
 
+fn noted(tracker: &Tracker, whole_blocks: bool) -> Changes {
+    match whole_blocks {
+        true => tracker.take().whole_blocks(),
+        false => tracker.take(),
+    }
+}
+
 impl OutgoingVolumes {
-    /// Begins to note what is written; all that is there counts.
-    pub(super) fn start(wasi: &Wasi) -> Self {
+    /// Begins to note what is written. All that is there counts, but of cluster
+    /// volumes only what is in no segment for certain.
+    pub(super) fn start(wasi: &Wasi, keepers: &Keepers) -> Self {
         let volumes = wasi.volumes().into_iter();
         OutgoingVolumes {
             volumes: volumes
                 .map(|(number, volume)| {
-                    let tracker = volume.track();
+                    let is_kept = volume.backing().is_some();
+                    let tracker = match is_kept {
+                        // In this order: what is written meanwhile is in both.
+                        true => {
+                            let tracker = volume.track_changes();
+                            tracker.note(&keepers.uncommitted(number));
+                            tracker
+                        }
+                        false => volume.track(),
+                    };
                     OutgoingVolume {
                         number,
-                        pending: tracker.take(),
+                        is_kept,
+                        pending: noted(&tracker, is_kept),
                         tracker,
                         reader: BlockReader::new(volume),
                     }
@@ -124,7 +173,7 @@ impl OutgoingVolumes {
         for volume in &mut self.volumes {
             // What was not sent yet stays before what came later.
             if volume.pending == Changes::default() {
-                volume.pending = volume.tracker.take();
+                volume.pending = noted(&volume.tracker, volume.is_kept);
             }
             bytes += volume.pending.bytes();
         }
@@ -272,6 +321,8 @@ pub fn no_room(wanted: u64, free: u64, folder: &Path) -> String {
 pub(super) struct IncomingVolumes {
     /// By their numbers; none for directories of the host.
     writers: Vec<Option<BlockWriter>>,
+    /// What came of cluster volumes, by their numbers.
+    local: BTreeMap<u32, LocalBlocks>,
     ballast: Option<Ballast>,
 }
 
@@ -284,13 +335,24 @@ impl IncomingVolumes {
         for (number, volume) in spec.volumes.iter().enumerate() {
             writers.push(match volume.kind {
                 VolumeKind::Host { .. } => None,
-                VolumeKind::Tmp { .. } => Some(
+                VolumeKind::Tmp { .. } | VolumeKind::Cluster { .. } => Some(
                     BlockWriter::new(&folder.join(number.to_string()))
                         .map_err(|error| format!("{}: {error}", folder.display()))?,
                 ),
             });
         }
-        Ok(IncomingVolumes { writers, ballast })
+        let local = spec.cluster_volumes().into_iter();
+        let local = local.map(|(number, _)| (number, LocalBlocks::default()));
+        Ok(IncomingVolumes {
+            writers,
+            local: local.collect(),
+            ballast,
+        })
+    }
+
+    /// All has come: of cluster volumes, which blocks.
+    pub(super) fn finish(self) -> Vec<(u32, LocalBlocks)> {
+        self.local.into_iter().collect()
     }
 
     fn writer(&mut self, volume: u32) -> Result<&mut BlockWriter, VolumeError> {
@@ -312,11 +374,19 @@ impl IncomingVolumes {
             given.map_err(VolumeError::Write)?;
         }
         let written = self.writer(volume)?.write(inode, offset, bytes);
-        written.map_err(VolumeError::Write)
+        written.map_err(VolumeError::Write)?;
+        if let Some(local) = self.local.get_mut(&volume) {
+            local.insert(inode, offset..offset + bytes.len() as u64);
+        }
+        Ok(())
     }
 
     pub(super) fn cut(&mut self, volume: u32, inode: u64, bytes: u64) -> Result<(), VolumeError> {
         let cut = self.writer(volume)?.cut(inode, bytes);
-        cut.map_err(VolumeError::Write)
+        cut.map_err(VolumeError::Write)?;
+        if let Some(local) = self.local.get_mut(&volume) {
+            local.cut(inode, bytes);
+        }
+        Ok(())
     }
 }

@@ -94,6 +94,37 @@ impl BlockSet {
         self.count -= gone.sum::<u64>();
     }
 
+    /// Takes a range out.
+    pub(crate) fn remove(&mut self, range: Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
+        let (first, last) = (range.start / 64, (range.end - 1) / 64);
+        let words = self.words.range_mut(first..=last);
+        let mut emptied = Vec::new();
+        for (word, bits) in words {
+            let gone = mask(*word, &range) & *bits;
+            *bits &= !gone;
+            self.count -= u64::from(gone.count_ones());
+            if *bits == 0 {
+                emptied.push(*word);
+            }
+        }
+        for word in emptied {
+            self.words.remove(&word);
+        }
+    }
+
+    /// The first run of those within `range`.
+    pub(crate) fn first_run(&self, range: Range<u64>) -> Option<Range<u64>> {
+        if self.is_empty() {
+            return None;
+        }
+        let start = range.clone().find(|block| self.contains(*block))?;
+        let end = (start..range.end).find(|block| !self.contains(*block));
+        Some(start..end.unwrap_or(range.end))
+    }
+
     /// All, as runs in order.
     pub(crate) fn runs(&self) -> Vec<Range<u64>> {
         let mut runs: Vec<Range<u64>> = Vec::new();
@@ -137,14 +168,25 @@ mod tests {
                 if random.random_ratio(1, 4) {
                     set.remove_from(start);
                     plain.retain(|block| *block < start);
+                } else if random.random_ratio(1, 4) {
+                    set.remove(range.clone());
+                    plain.retain(|block| !range.contains(block));
+                    assert_eq!(set.first_run(range.clone()), None);
                 } else {
                     set.insert(range.clone());
                     plain.extend(range.clone());
                 }
                 let missing = range.clone().filter(|block| !plain.contains(block));
-                assert_eq!(set.missing(range), missing.count() as u64);
+                assert_eq!(set.missing(range.clone()), missing.count() as u64);
                 assert_eq!(set.len(), plain.len() as u64);
                 assert_eq!(set.contains(start), plain.contains(&start));
+                let first = plain.range(range.clone()).next().copied();
+                let run = set.first_run(range.clone());
+                assert_eq!(run.as_ref().map(|run| run.start), first);
+                if let Some(run) = run {
+                    assert!(run.clone().all(|block| plain.contains(&block)));
+                    assert!(run.end == range.end || !plain.contains(&run.end));
+                }
                 let runs = set.runs();
                 assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start));
                 assert!(runs.iter().cloned().flatten().eq(plain.iter().copied()));

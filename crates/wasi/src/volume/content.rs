@@ -10,6 +10,7 @@ use crate::locked;
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -54,13 +55,15 @@ impl Quota {
     }
 }
 
-/// Why a write did not happen.
+/// Why a read or write did not happen.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum WriteFault {
     /// The guest is told so.
     Errno(Errno),
     /// The host's disk is full: to be repeated when it is not.
     HostFull,
+    /// These blocks are not in the folder yet: to be repeated when they are.
+    Absent(Range<u64>),
 }
 
 impl From<Errno> for WriteFault {
@@ -84,6 +87,8 @@ pub(crate) struct State {
     pub(crate) size: u64,
     /// Blocks that have data; all others are zeros.
     pub(crate) present: BlockSet,
+    /// Those of them whose data is not in the folder yet.
+    pub(crate) remote: BlockSet,
     pub(crate) times: Times,
 }
 
@@ -110,6 +115,22 @@ impl State {
         }
         let tail = size - last * BLOCK_BYTES;
         whole - BLOCK_BYTES + tail.next_multiple_of(UNIT_BYTES)
+    }
+
+    /// Remote blocks that a write of these bytes leaves a part of.
+    fn remote_below(&self, offset: u64, length: u64) -> Option<Range<u64>> {
+        if self.remote.is_empty() || length == 0 {
+            return None;
+        }
+        let end = offset + length;
+        let blocks = blocks_of(offset..end);
+        let ends = [blocks.start, blocks.end - 1];
+        let partly = |block: &u64| {
+            let bytes = block * BLOCK_BYTES..(block * BLOCK_BYTES + BLOCK_BYTES).min(self.size);
+            self.remote.contains(*block) && (bytes.start < offset || bytes.end > end)
+        };
+        let block = ends.into_iter().find(partly)?;
+        Some(block..block + 1)
     }
 
     fn extend(&mut self, offset: u64, length: u64) {
@@ -196,13 +217,20 @@ impl Content {
         locked(&self.backing).file = None;
     }
 
-    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize, Errno> {
+    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize, WriteFault> {
         if i64::try_from(offset).is_err() {
-            return Err(Errno::INVAL);
+            return Err(Errno::INVAL.into());
         }
-        let size = self.state().size;
-        let room = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let length = room.min(buffer.len());
+        let length = {
+            let state = self.state();
+            let room = usize::try_from(state.size.saturating_sub(offset)).unwrap_or(usize::MAX);
+            let length = room.min(buffer.len());
+            let blocks = blocks_of(offset..offset.saturating_add(length as u64));
+            if let Some(absent) = state.remote.first_run(blocks) {
+                return Err(WriteFault::Absent(absent));
+            }
+            length
+        };
         let buffer = &mut buffer[..length];
         let file = self
             .file(false)
@@ -213,11 +241,33 @@ impl Content {
                 Ok(0) => break,
                 Ok(count) => done += count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+                Err(error) => return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO).into()),
             }
         }
         buffer[done..].fill(0);
         Ok(length)
+    }
+
+    /// Puts a block's bytes into the folder, unless it was overwritten or cut away
+    /// meanwhile. What is missing at the end is zeros.
+    pub(crate) fn fill(&self, block: u64, bytes: &[u8]) -> io::Result<()> {
+        let _turn = locked(&self.turn);
+        let start = block * BLOCK_BYTES;
+        let length = {
+            let state = self.state();
+            if !state.remote.contains(block) {
+                return Ok(());
+            }
+            state.size.saturating_sub(start).min(BLOCK_BYTES)
+        };
+        let mut whole = bytes.to_vec();
+        // (Its length is at most that of a block.)
+        whole.resize(usize::try_from(length).unwrap_or(0), 0);
+        let file = self.file(true)?;
+        let file = file.ok_or_else(|| io::Error::other("no backing file was made"))?;
+        file.write_all_at(&whole, start)?;
+        self.state().remote.remove(block..block + 1);
+        Ok(())
     }
 
     /// Writes some of `bytes`, all unless the quota or the disk is nearly full.
@@ -245,6 +295,11 @@ impl Content {
         }
         let wanted = bytes.len().min(usize::try_from(room).unwrap_or(usize::MAX));
         let (count, taken) = self.admit(offset, wanted, quota)?;
+        let absent = self.state().remote_below(offset, count as u64);
+        if let Some(absent) = absent {
+            quota.give_back(taken);
+            return Err(WriteFault::Absent(absent));
+        }
         let file = self.file(true);
         let result = file.and_then(|file| match file {
             Some(file) => write_some(&file, &bytes[..count], offset),
@@ -257,14 +312,27 @@ impl Content {
                 return Err(error.into());
             }
         };
-        {
+        let count = {
             let mut state = self.state();
+            // The disk may have taken less: of what is to be fetched nothing counts
+            // that is not whole.
+            let count = match state.remote_below(offset, count as u64) {
+                Some(absent) => (absent.start * BLOCK_BYTES).saturating_sub(offset) as usize,
+                None => count,
+            };
+            if count == 0 {
+                quota.give_back(taken);
+                return Err(WriteFault::HostFull);
+            }
             let before = state.cost();
             state.extend(offset, count as u64);
+            let written = blocks_of(offset..offset + count as u64);
+            state.remote.remove(written);
             (state.times.modification, state.times.change) = (now, now);
             // Less, where less was written.
             quota.give_back((before + taken).saturating_sub(state.cost()));
-        }
+            count
+        };
         written(offset..offset + count as u64);
         Ok((offset, count))
     }
@@ -300,16 +368,21 @@ impl Content {
         quota: &Quota,
         now: u64,
         cut: &dyn Fn(u64),
-    ) -> Result<(), Errno> {
+    ) -> Result<(), WriteFault> {
         if i64::try_from(size).is_err() {
-            return Err(Errno::INVAL);
+            return Err(Errno::INVAL.into());
         }
         if size > FILE_BYTES_MAX {
-            return Err(Errno::FBIG);
+            return Err(Errno::FBIG.into());
         }
         let _turn = locked(&self.turn);
         let before = self.state().size;
         if size < before {
+            // What is left of a block is needed, since its rest becomes zeros.
+            let block = size / BLOCK_BYTES;
+            if !size.is_multiple_of(BLOCK_BYTES) && self.state().remote.contains(block) {
+                return Err(WriteFault::Absent(block..block + 1));
+            }
             let file = self.file(false);
             let file = file.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
             if let Some(file) = file {
@@ -321,11 +394,12 @@ impl Content {
         let old = state.cost();
         state.size = size;
         state.present.remove_from(size.div_ceil(BLOCK_BYTES));
+        state.remote.remove_from(size.div_ceil(BLOCK_BYTES));
         let new = state.cost();
         // Only what becomes longer can cost more: nothing was taken out then.
         if new > old && !quota.take(new - old) {
             state.size = before;
-            return Err(Errno::NOSPC);
+            return Err(Errno::NOSPC.into());
         }
         quota.give_back(old.saturating_sub(new));
         (state.times.modification, state.times.change) = (now, now);

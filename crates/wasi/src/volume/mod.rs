@@ -15,11 +15,14 @@
 //! | `transfer.rs` | reading blocks here, writing them in another folder |
 //! | `record.rs` | a volume as plain data, checked when it is read |
 //! | `stall.rs` | guests that wait for room on the host's disk |
+//! | `backing.rs` | bytes that are kept elsewhere, and fetched when they are read |
 //!
 //! A volume is full for its guest (`nospc`) when its quota is used up, in bytes
 //! or in files. That the *host's* disk is full is none of the guest's business:
-//! the write waits, and is repeated when there is room.
+//! the write waits, and is repeated when there is room. So it is with a volume
+//! that has a [`Backing`] which does not answer.
 
+mod backing;
 mod blocks;
 mod content;
 mod record;
@@ -28,6 +31,7 @@ mod track;
 mod transfer;
 mod tree;
 
+pub use backing::{Backed, Backing, Fault, LocalBlocks, Pending, Promise};
 pub use blocks::BLOCK_BYTES;
 pub use record::{NodeBody, NodeRecord, VolumeRecord};
 pub use stall::{RETRY_AFTER, Stalls, is_disk_full};
@@ -41,11 +45,14 @@ use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use track::Trackers;
 use tree::{Body, Final, LINK_BYTES_MAX, Last, Times, Tree, Walked};
 
+pub(crate) use backing::done;
 pub(crate) use tree::ROOT;
 
 pub(crate) use content::WriteFault;
@@ -95,6 +102,11 @@ pub struct Volume {
     tree: Mutex<Tree>,
     trackers: Trackers,
     stalls: Arc<Stalls>,
+    backing: Option<Arc<dyn Backing>>,
+    /// Read-held over each change; never while anything is waited for.
+    still: RwLock<()>,
+    /// Changes so far, and what may have been one.
+    changes: AtomicU64,
 }
 
 /// What an open file or directory holds on to; dropping it closes.
@@ -140,6 +152,9 @@ impl Volume {
             tree: Mutex::new(Tree::new(limits.inodes_max, now_ns)),
             trackers: Trackers::new(ROOT + 1),
             stalls,
+            backing: None,
+            still: RwLock::default(),
+            changes: AtomicU64::new(0),
         }))
     }
 
@@ -185,6 +200,58 @@ impl Volume {
             }
         }
         tracker
+    }
+
+    /// As [`Self::track`], but only what changes from now on counts.
+    pub fn track_changes(&self) -> Tracker {
+        self.trackers.add()
+    }
+
+    /// Who keeps its bytes, if they are kept elsewhere.
+    pub fn backing(&self) -> Option<&Arc<dyn Backing>> {
+        self.backing.as_ref()
+    }
+
+    /// Does something while nothing in the volume changes. It must not wait for
+    /// anything but the host's disk, and not change the volume.
+    pub fn hold_still<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _still = self.still.write().unwrap_or_else(PoisonError::into_inner);
+        work()
+    }
+
+    fn changing(&self) -> RwLockReadGuard<'_, ()> {
+        let guard = self.still.read().unwrap_or_else(PoisonError::into_inner);
+        self.changes.fetch_add(1, Ordering::Relaxed);
+        guard
+    }
+
+    /// A number that is another one after each change.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
+    }
+
+    /// Puts a block that was fetched into the folder, unless it was overwritten or
+    /// cut away meanwhile. `bytes` are at most [`BLOCK_BYTES`]; what is missing at
+    /// the end is zeros.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn fill(&self, inode: u64, block: u64, bytes: &[u8]) -> io::Result<()> {
+        match self.content(inode) {
+            Some(content) => content.fill(block, bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// Blocks of these that are not in the folder.
+    pub fn absent(&self, inode: u64, blocks: Range<u64>) -> Vec<u64> {
+        let Some(content) = self.content(inode) else {
+            return Vec::new();
+        };
+        let state = content.state();
+        blocks
+            .filter(|block| state.remote.contains(*block))
+            .collect()
     }
 
     /// A file's content; `None` for anything else, or if it is gone.
@@ -253,6 +320,7 @@ impl Volume {
             (false, _) => Final::Keep,
         };
         let node = {
+            let _change = self.changing();
             let mut tree = self.tree();
             let inode = match tree.walk(start, path, last)? {
                 Walked::Missing { directory, name } => {
@@ -262,6 +330,7 @@ impl Volume {
                     let state = State {
                         size: 0,
                         present: blocks::BlockSet::default(),
+                        remote: blocks::BlockSet::default(),
                         times: Times::at(now),
                     };
                     let content = Arc::new(Content::new(&self.folder, inode, state));
@@ -280,7 +349,12 @@ impl Volume {
             self.opened(&mut tree, inode)?
         };
         if how.truncate && node.content.is_some() {
-            node.set_size(0, now)?;
+            match node.set_size(0, now) {
+                Ok(()) => {}
+                Err(WriteFault::Errno(errno)) => return Err(errno),
+                // Emptying a file needs neither.
+                Err(WriteFault::HostFull | WriteFault::Absent(_)) => return Err(Errno::IO),
+            }
         }
         Ok(node)
     }
@@ -288,6 +362,7 @@ impl Volume {
     // ── names ───────────────────────────────────────────────────────────
 
     pub(crate) fn create_directory(&self, start: u64, path: &str, now: u64) -> Result<()> {
+        let _change = self.changing();
         let mut tree = self.tree();
         let (directory, last) = tree.split_trimmed(start, path)?;
         let Last::Name(name) = last else {
@@ -314,6 +389,7 @@ impl Volume {
     }
 
     fn make_link(&self, contents: &str, start: u64, path: &str, now: u64) -> Result<()> {
+        let _change = self.changing();
         let mut tree = self.tree();
         let (directory, last) = tree.split(start, path)?;
         if contents.contains('\0') {
@@ -361,6 +437,7 @@ impl Volume {
         (target_start, target): (u64, &str),
         now: u64,
     ) -> Result<()> {
+        let _change = self.changing();
         let mut tree = self.tree();
         let (source_dir, source) = tree.split(source_start, source)?;
         let (target_dir, target) = tree.split(target_start, target)?;
@@ -378,6 +455,7 @@ impl Volume {
     }
 
     pub(crate) fn remove_file(&self, start: u64, path: &str, now: u64) -> Result<()> {
+        let _change = self.changing();
         let removed = {
             let mut tree = self.tree();
             let (directory, last) = tree.split(start, path)?;
@@ -397,6 +475,7 @@ impl Volume {
     }
 
     pub(crate) fn remove_directory(&self, start: u64, path: &str, now: u64) -> Result<()> {
+        let _change = self.changing();
         let removed = {
             let mut tree = self.tree();
             let (directory, last) = tree.split_trimmed(start, path)?;
@@ -421,6 +500,7 @@ impl Volume {
         (target_start, target): (u64, &str),
         now: u64,
     ) -> Result<()> {
+        let _change = self.changing();
         let replaced = {
             let mut tree = self.tree();
             let source_split = tree.split_trimmed(source_start, source)?;
@@ -475,6 +555,7 @@ impl Volume {
         times: &Timestamps,
         now: u64,
     ) -> Result<()> {
+        let _change = self.changing();
         let mut tree = self.tree();
         let inode = if follow {
             tree.find(start, path, true)?
@@ -490,6 +571,7 @@ impl Volume {
     }
 
     pub(crate) fn set_times(&self, inode: u64, times: &Timestamps, now: u64) -> Result<()> {
+        let _change = self.changing();
         set_times(&mut self.tree(), inode, times, now)
     }
 }
@@ -601,8 +683,18 @@ impl OpenNode {
         content.map_or(0, |content| content.state().size)
     }
 
-    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<usize> {
+    pub(crate) fn read_at(
+        &self,
+        buffer: &mut [u8],
+        offset: u64,
+    ) -> std::result::Result<usize, WriteFault> {
         self.file()?.read_at(buffer, offset)
+    }
+
+    /// Asks for blocks that a read or write found absent.
+    pub(crate) fn fetch(&self, blocks: Range<u64>) -> Option<Pending> {
+        let backing = self.volume.backing.as_ref()?;
+        Some(backing.fetch(&self.volume, self.inode, blocks))
     }
 
     /// Writes some bytes at an offset, or at the end; where and how many.
@@ -613,24 +705,44 @@ impl OpenNode {
         now: u64,
     ) -> std::result::Result<(u64, usize), WriteFault> {
         let (inode, volume) = (self.inode, &self.volume);
+        let _change = volume.changing();
         let written = |bytes| volume.trackers.written(inode, bytes);
         self.file()?
             .write_at(bytes, offset, &volume.quota, now, &written)
     }
 
-    pub(crate) fn set_size(&self, size: u64, now: u64) -> Result<()> {
+    pub(crate) fn set_size(&self, size: u64, now: u64) -> std::result::Result<(), WriteFault> {
         let (inode, volume) = (self.inode, &self.volume);
-        let cut = |from| volume.trackers.cut(inode, from);
+        let _change = volume.changing();
+        let cut = |from: u64| {
+            volume.trackers.cut(inode, from);
+            // Whole blocks are kept elsewhere: this one has other bytes now.
+            if volume.backing.is_some() && !from.is_multiple_of(BLOCK_BYTES) {
+                volume.trackers.written(inode, from - 1..from);
+            }
+        };
         self.file()?.set_size(size, &volume.quota, now, &cut)
     }
 
+    /// Pushes written bytes to the host's disk; of a volume that is kept elsewhere
+    /// nothing is on it that must stay.
     pub(crate) fn sync(&self, data_only: bool) -> Result<()> {
-        self.file()?.sync(data_only)
+        match self.volume.backing {
+            Some(_) => self.file().map(drop),
+            None => self.file()?.sync(data_only),
+        }
+    }
+
+    /// Asks for all that was written to be made safe, where that is not the disk's
+    /// business.
+    pub(crate) fn make_safe(&self) -> Option<Pending> {
+        self.volume.backing.as_ref().map(|backing| backing.sync())
     }
 }
 
 impl Drop for OpenNode {
     fn drop(&mut self) {
+        let _change = self.volume.changing();
         let last = match self.volume.tree().node_mut(self.inode) {
             Ok(node) => {
                 node.open = node.open.saturating_sub(1);

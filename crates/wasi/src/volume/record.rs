@@ -1,6 +1,7 @@
 //! A volume's names, sizes and links as plain data: part of the snapshot. It
 //! may come from anywhere; what contradicts itself is refused.
 
+use super::backing::Backed;
 use super::blocks::{BLOCK_BYTES, BlockSet};
 use super::content::{Content, FILE_BYTES_MAX, Quota, State};
 use super::stall::Stalls;
@@ -10,7 +11,7 @@ use super::{Volume, VolumeLimits};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock};
 
 /// A volume without its files' bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,10 +61,37 @@ pub enum NodeBody {
     },
 }
 
+impl VolumeRecord {
+    /// A volume without files.
+    pub fn empty(now_ns: u64) -> Self {
+        VolumeRecord {
+            next_inode: ROOT + 1,
+            nodes: vec![NodeRecord {
+                inode: ROOT,
+                access_ns: now_ns,
+                modification_ns: now_ns,
+                change_ns: now_ns,
+                body: NodeBody::Directory {
+                    parent: ROOT,
+                    entries: Vec::new(),
+                },
+            }],
+        }
+    }
+
+    /// Refuses what contradicts itself or is larger than it may be.
+    ///
+    /// # Errors
+    /// A sentence that says what.
+    pub fn check(&self, limits: VolumeLimits) -> Result<(), String> {
+        check(self, limits)
+    }
+}
+
 impl Volume {
     /// Writes the volume down, but for the bytes of its files. The guest must
-    /// stand still.
-    pub(crate) fn record(&self) -> VolumeRecord {
+    /// stand still ([`Volume::hold_still`]).
+    pub fn record(&self) -> VolumeRecord {
         let tree = self.tree();
         let record = |(inode, node): (u64, &super::tree::Node)| {
             let (times, body) = match &node.body {
@@ -119,6 +147,7 @@ impl Volume {
         folder: &Path,
         limits: VolumeLimits,
         stalls: Arc<Stalls>,
+        backed: Option<&Backed>,
     ) -> Result<Arc<Self>, String> {
         check(&record, limits)?;
         std::fs::create_dir_all(folder)
@@ -145,9 +174,22 @@ impl Volume {
                     for (first, count) in blocks {
                         present.insert(first..first + count);
                     }
+                    let mut remote = BlockSet::default();
+                    if let Some(backed) = backed {
+                        remote = present.clone();
+                        for run in backed
+                            .local
+                            .of(node.inode)
+                            .into_iter()
+                            .flat_map(BlockSet::runs)
+                        {
+                            remote.remove(run);
+                        }
+                    }
                     let state = State {
                         size,
                         present,
+                        remote,
                         times,
                     };
                     used = used.saturating_add(state.cost());
@@ -171,6 +213,9 @@ impl Volume {
             tree: Mutex::new(tree),
             trackers: Trackers::new(record.next_inode),
             stalls,
+            backing: backed.map(|backed| backed.backing.clone()),
+            still: RwLock::default(),
+            changes: std::sync::atomic::AtomicU64::new(0),
         }))
     }
 

@@ -1,22 +1,23 @@
-//! Guests that wait because the host's disk is full: who waits where, for
-//! whoever shows it to people.
+//! Guests that wait because the host's disk is full, or a volume's store away:
+//! who waits for what, for whoever shows it to people.
 
 use crate::abi::{Result, interrupted};
 use crate::locked;
 use crate::wait::{Interrupt, wait};
 use rustix::io::Errno;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
 /// How often what waits for room is tried again.
 pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// What waits for room on the host's disk just now, by path. A path is kept until
-/// something is written there, also over interruptions.
+/// What waits for room on the host's disk just now, by path, or for something
+/// else, in a sentence. A path is kept until something is written there, also over
+/// interruptions.
 #[derive(Default)]
 pub struct Stalls {
-    full: Mutex<BTreeSet<String>>,
+    full: Mutex<BTreeMap<String, String>>,
     changed: Option<Box<dyn Fn(Option<String>) + Send + Sync>>,
 }
 
@@ -27,8 +28,8 @@ impl std::fmt::Debug for Stalls {
 }
 
 impl Stalls {
-    /// Calls `changed` when the first begins to wait, with its path, and when
-    /// none waits any more.
+    /// Calls `changed` when the first begins to wait, with its path or a sentence
+    /// that says for what, and when none waits any more.
     pub fn new(changed: impl Fn(Option<String>) + Send + Sync + 'static) -> Self {
         Self {
             full: Mutex::default(),
@@ -36,9 +37,9 @@ impl Stalls {
         }
     }
 
-    /// Where room is missing; `None` if nothing waits.
+    /// Where room is missing, or what else is; `None` if nothing waits.
     pub fn full(&self) -> Option<String> {
-        locked(&self.full).first().cloned()
+        locked(&self.full).values().next().cloned()
     }
 
     /// Nothing could be written at `path`: waits a moment, or until `interrupt`
@@ -57,16 +58,43 @@ impl Stalls {
     /// Nothing could be written at `path`: waits a moment. False if `interrupt`
     /// was requested: what was to be written is to be written later.
     pub fn wait_briefly(&self, path: &str, interrupt: &dyn Interrupt) -> bool {
-        let first = {
-            let mut full = locked(&self.full);
-            let first = full.is_empty();
-            full.insert(path.to_owned());
-            first
-        };
-        if first {
-            tracing::warn!(path, "the disk is full; the machine waits for room");
-            self.tell(Some(path.to_owned()));
+        self.begin(path, path);
+        self.pause(interrupt)
+    }
+
+    /// As [`Self::wait`], for the reason that a sentence says. It counts until
+    /// something is written at `path`.
+    pub(crate) fn wait_saying(
+        &self,
+        path: &str,
+        reason: &str,
+        interrupt: &dyn Interrupt,
+    ) -> Result<()> {
+        self.begin(path, reason);
+        if self.pause(interrupt) {
+            Ok(())
+        } else {
+            Err(interrupted())
         }
+    }
+
+    /// Something waits from now on, until [`Self::written`]: for room at `path`, or
+    /// for what a sentence says.
+    pub fn begin(&self, path: &str, reason: &str) {
+        let news = {
+            let mut full = locked(&self.full);
+            let before = full.values().next().cloned();
+            full.insert(path.to_owned(), reason.to_owned());
+            let now = full.values().next().cloned();
+            now.filter(|now| before.as_ref() != Some(now))
+        };
+        if let Some(reason) = news {
+            tracing::warn!(reason, "the machine waits for room or for a store");
+            self.tell(Some(reason));
+        }
+    }
+
+    fn pause(&self, interrupt: &dyn Interrupt) -> bool {
         if interrupt.requested() {
             return false;
         }
@@ -89,10 +117,10 @@ impl Stalls {
             if full.is_empty() {
                 return;
             }
-            full.remove(path) && full.is_empty()
+            full.remove(path).is_some() && full.is_empty()
         };
         if last {
-            tracing::info!(path, "there is room on the disk again");
+            tracing::info!(path, "it need not wait any more");
             self.tell(None);
         }
     }

@@ -31,6 +31,24 @@ impl Changes {
         runs.map(|(_, run)| run.end - run.start).sum()
     }
 
+    /// The same with whole blocks.
+    #[must_use]
+    pub fn whole_blocks(self) -> Changes {
+        let mut bytes: Vec<(u64, Range<u64>)> = Vec::with_capacity(self.bytes.len());
+        for (inode, run) in self.bytes {
+            let start = run.start / BLOCK_BYTES * BLOCK_BYTES;
+            let end = run.end.next_multiple_of(BLOCK_BYTES);
+            match bytes.last_mut() {
+                Some((last, run)) if *last == inode && start <= run.end => {
+                    run.end = end.max(run.end);
+                }
+                _ => bytes.push((inode, start..end)),
+            }
+        }
+        let cuts = self.cuts;
+        Changes { cuts, bytes }
+    }
+
     /// The bytes in pieces of at most [`BLOCK_BYTES`].
     pub fn pieces(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
         self.bytes.iter().flat_map(|(inode, run)| {
@@ -69,15 +87,44 @@ impl Tracker {
             };
             std::mem::replace(&mut *notes, fresh)
         };
-        let runs = |(inode, set): (&u64, &BlockSet)| {
-            let inode = *inode;
-            let runs = set.runs().into_iter();
-            runs.map(move |run| (inode, run.start * UNIT_BYTES..run.end * UNIT_BYTES))
-        };
-        Changes {
-            cuts: notes.cuts.into_iter().collect(),
-            bytes: notes.units.iter().flat_map(runs).collect(),
+        changes_of(&notes)
+    }
+}
+
+impl Tracker {
+    /// The changes so far; they are not taken.
+    pub fn peek(&self) -> Changes {
+        changes_of(&locked(&self.notes))
+    }
+
+    /// Bytes of what was noted.
+    pub fn noted_bytes(&self) -> u64 {
+        let notes = locked(&self.notes);
+        notes.units.values().map(|set| set.len() * UNIT_BYTES).sum()
+    }
+
+    /// Notes changes that happened before it began, or that were taken in vain.
+    pub fn note(&self, bytes: &[(u64, Range<u64>)]) {
+        let mut notes = locked(&self.notes);
+        for (inode, bytes) in bytes {
+            notes.written(*inode, bytes.clone());
         }
+    }
+}
+
+fn changes_of(notes: &Notes) -> Changes {
+    let runs = |(inode, set): (&u64, &BlockSet)| {
+        let inode = *inode;
+        let runs = set.runs().into_iter();
+        runs.map(move |run| (inode, run.start * UNIT_BYTES..run.end * UNIT_BYTES))
+    };
+    Changes {
+        cuts: notes
+            .cuts
+            .iter()
+            .map(|(inode, from)| (*inode, *from))
+            .collect(),
+        bytes: notes.units.iter().flat_map(runs).collect(),
     }
 }
 

@@ -199,6 +199,10 @@ impl Volume {
                 match node.write_at(rest, None, now_ns) {
                     Ok((_, written)) => rest = &rest[written..],
                     Err(WriteFault::Errno(errno)) => return Err(errno.into()),
+                    Err(WriteFault::Absent(blocks)) => {
+                        let what = format!("blocks {blocks:?} of {path} are not here");
+                        return Err(io::Error::other(what));
+                    }
                     Err(WriteFault::HostFull) => return Err(io::ErrorKind::StorageFull.into()),
                 }
             }

@@ -2,12 +2,15 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part")]
 
 use keel_wasi::volume::{
-    BLOCK_BYTES, BlockReader, BlockWriter, NodeBody, Stalls, Tracker, Volume, VolumeLimits,
+    BLOCK_BYTES, Backed, Backing, BlockReader, BlockWriter, LocalBlocks, NodeBody, Pending, Stalls,
+    Tracker, Volume, VolumeLimits,
 };
 use keel_wasi::*;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::cell::{RefCell, UnsafeCell};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -121,9 +124,12 @@ pub enum Kind {
     Host,
     /// In a volume of our own.
     Own,
+    /// In a volume of our own whose bytes are kept elsewhere: after each move all
+    /// of them are fetched anew.
+    Kept,
 }
 
-/// Runs tests that take a [`Kind`] with both.
+/// Runs tests that take a [`Kind`] with all.
 #[macro_export]
 macro_rules! both {
     ($($name:ident)*) => {
@@ -132,6 +138,9 @@ macro_rules! both {
         }
         mod own {
             $(#[test] fn $name() { super::$name(super::common::Kind::Own); })*
+        }
+        mod kept {
+            $(#[test] fn $name() { super::$name(super::common::Kind::Kept); })*
         }
     };
 }
@@ -143,7 +152,43 @@ pub const VOLUME_BYTES: u64 = 64 << 20;
 pub struct Sandbox {
     pub kind: Kind,
     pub dir: tempfile::TempDir,
+    /// Where a kept volume's bytes are.
+    elsewhere: Arc<Elsewhere>,
     copying: RefCell<Option<Copying>>,
+}
+
+/// Keeps a volume's bytes in another folder.
+#[derive(Debug)]
+struct Elsewhere {
+    folder: tempfile::TempDir,
+    fetched: AtomicU64,
+}
+
+impl Backing for Elsewhere {
+    fn fetch(&self, volume: &Arc<Volume>, inode: u64, blocks: Range<u64>) -> Pending {
+        let (pending, promise) = Pending::new();
+        let file = std::fs::File::open(self.folder.path().join(inode.to_string())).unwrap();
+        let absent = volume.absent(inode, blocks.clone());
+        assert_eq!(absent, blocks.collect::<Vec<_>>());
+        for block in absent {
+            let mut bytes = vec![0; BLOCK_BYTES as usize];
+            let count = file.read_at(&mut bytes, block * BLOCK_BYTES).unwrap();
+            volume.fill(inode, block, &bytes[..count]).unwrap();
+            self.fetched.fetch_add(1, Ordering::Relaxed);
+        }
+        promise.settle(Ok(()));
+        pending
+    }
+
+    fn sync(&self) -> Pending {
+        let (pending, promise) = Pending::new();
+        promise.settle(Ok(()));
+        pending
+    }
+
+    fn behind(&self) -> Option<Pending> {
+        None
+    }
 }
 
 /// A volume on its way into another folder, as in a move.
@@ -151,22 +196,38 @@ struct Copying {
     tracker: Tracker,
     reader: BlockReader,
     writer: BlockWriter,
+    /// Of a kept volume only whole blocks are copied, to where they are kept.
+    is_kept: bool,
     folder: tempfile::TempDir,
 }
 
 impl Copying {
+    fn keep(volume: Arc<Volume>, elsewhere: &Elsewhere) -> Self {
+        Self {
+            tracker: volume.track_changes(),
+            reader: BlockReader::new(volume),
+            writer: BlockWriter::new(elsewhere.folder.path()).unwrap(),
+            is_kept: true,
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
     fn begin(volume: Arc<Volume>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         Self {
             tracker: volume.track(),
             reader: BlockReader::new(volume),
             writer: BlockWriter::new(folder.path()).unwrap(),
+            is_kept: false,
             folder,
         }
     }
 
     fn round(&mut self) {
-        let changes = self.tracker.take();
+        let mut changes = self.tracker.take();
+        if self.is_kept {
+            changes = changes.whole_blocks();
+        }
         for &(inode, from) in &changes.cuts {
             self.writer.cut(inode, from).unwrap();
         }
@@ -189,10 +250,32 @@ pub fn volume_source(folder: &Path) -> Source {
 }
 
 impl Sandbox {
+    /// Blocks that were fetched for a kept volume.
+    pub fn fetched(&self) -> u64 {
+        self.elsewhere.fetched.load(Ordering::Relaxed)
+    }
+
+    fn kept_source(&self, folder: &Path) -> Source {
+        Source::Backed {
+            folder: folder.to_owned(),
+            limits: VolumeLimits::of_bytes(VOLUME_BYTES),
+            stalls: Arc::new(Stalls::default()),
+            backed: Backed {
+                backing: self.elsewhere.clone(),
+                record: None,
+                local: LocalBlocks::default(),
+            },
+        }
+    }
+
     pub fn new(kind: Kind) -> Self {
         Self {
             kind,
             dir: tempfile::tempdir().unwrap(),
+            elsewhere: Arc::new(Elsewhere {
+                folder: tempfile::tempdir().unwrap(),
+                fetched: AtomicU64::new(0),
+            }),
             copying: RefCell::new(None),
         }
     }
@@ -214,6 +297,10 @@ impl Sandbox {
                 prepare(prepared.path());
                 volume_source(self.dir.path())
             }
+            Kind::Kept => {
+                prepare(prepared.path());
+                self.kept_source(self.dir.path())
+            }
         };
         let guest = Guest::new(Config {
             preopens: vec![Preopen {
@@ -225,18 +312,26 @@ impl Sandbox {
             limits,
             ..Config::default()
         });
-        if self.kind == Kind::Own {
+        if self.kind != Kind::Host {
             let (_, volume) = guest.wasi.volumes().remove(0);
+            if self.kind == Kind::Kept {
+                self.watch(&guest);
+            }
             volume.import(prepared.path(), 1).unwrap();
-            self.watch(&guest);
+            if self.kind == Kind::Own {
+                self.watch(&guest);
+            }
         }
         guest
     }
 
     fn watch(&self, guest: &Guest) {
         let volume = guest.wasi.volumes().pop();
-        self.copying
-            .replace(volume.map(|(_, volume)| Copying::begin(volume)));
+        let copying = volume.map(|(_, volume)| match self.kind {
+            Kind::Kept => Copying::keep(volume, &self.elsewhere),
+            Kind::Host | Kind::Own => Copying::begin(volume),
+        });
+        self.copying.replace(copying);
     }
 
     /// Copies what is new, as a move does while the guest runs.
@@ -265,6 +360,7 @@ impl Sandbox {
         let copied = self.copying.take();
         let source = match &copied {
             None => Source::Host(self.dir.path().to_owned()),
+            Some(copying) if copying.is_kept => self.kept_source(copying.folder.path()),
             Some(copying) => volume_source(copying.folder.path()),
         };
         let moved = guest.moved_as(
@@ -286,7 +382,7 @@ impl Sandbox {
     pub fn names(&self, guest: &Guest) -> Vec<String> {
         match self.kind {
             Kind::Host => names(self.dir.path()),
-            Kind::Own => {
+            Kind::Own | Kind::Kept => {
                 let snapshot = guest.wasi.snapshot().unwrap();
                 let volume = snapshot.preopens[0].volume.as_ref().unwrap();
                 match &volume.nodes[0].body {
@@ -303,7 +399,7 @@ impl Sandbox {
     pub fn read(&self, guest: &Guest, name: &str) -> Vec<u8> {
         match self.kind {
             Kind::Host => std::fs::read(self.dir.path().join(name)).unwrap(),
-            Kind::Own => {
+            Kind::Own | Kind::Kept => {
                 let fd = guest.open(name, 0, READ).unwrap();
                 let size = guest.stat(fd).unwrap().size;
                 let bytes = guest.pread(fd, size as u32, 0).unwrap();
@@ -322,7 +418,7 @@ impl Sandbox {
                     .filter(|name| name.starts_with(".keel-unlinked-"))
                     .count()
             }
-            Kind::Own => {
+            Kind::Own | Kind::Kept => {
                 let snapshot = guest.wasi.snapshot().unwrap();
                 let volume = snapshot.preopens[0].volume.as_ref().unwrap();
                 let named = |inode: u64| {

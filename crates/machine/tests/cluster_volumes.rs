@@ -1,0 +1,654 @@
+//! Writers of cluster volumes against stores that fail at any put: what is found
+//! after a crash is what was at some instant at or after the last commit, and of
+//! two writers only the newer one writes.
+
+use async_trait::async_trait;
+use futures::stream::BoxStream;
+use keel_cluster::MachineName;
+use keel_machine::cluster_volume::{
+    DirtyBlock, VolumeError, VolumeState, VolumeStore, Writer, WriterEpoch,
+};
+use keel_machine::place::Place;
+use keel_net::Bytes;
+use keel_wasi::volume::{BLOCK_BYTES, NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::{
+    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta,
+    ObjectStore, ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+};
+use rand::rngs::ChaCha8Rng;
+use rand::{RngExt, SeedableRng};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+const BLOCK: usize = BLOCK_BYTES as usize;
+const ID: [u8; 16] = [7; 16];
+
+/// How a store treats the next requests that change something.
+#[derive(Debug, Clone, Copy)]
+enum Plan {
+    Works,
+    /// All fail once so many were done; the first that fails is done all the same
+    /// if `done`.
+    Fails {
+        after: u32,
+        done: bool,
+    },
+    /// Each fails with this probability, in percent, half of them after it was done.
+    Flaky(u32),
+}
+
+/// A store in memory that fails as it is told, and lets others go first.
+#[derive(Debug)]
+struct Faulty {
+    inner: InMemory,
+    state: Mutex<(Plan, ChaCha8Rng)>,
+    yields: bool,
+}
+
+impl Faulty {
+    fn new(seed: u64, yields: bool) -> Arc<Self> {
+        Arc::new(Faulty {
+            inner: InMemory::new(),
+            state: Mutex::new((Plan::Works, ChaCha8Rng::seed_from_u64(seed))),
+            yields,
+        })
+    }
+
+    fn plan(&self, plan: Plan) {
+        self.state.lock().unwrap().0 = plan;
+    }
+
+    /// Whether it fails before, or after it was done.
+    fn fate(&self) -> (bool, bool) {
+        let mut state = self.state.lock().unwrap();
+        let (plan, random) = &mut *state;
+        match plan {
+            Plan::Works => (false, false),
+            Plan::Fails { after: 0, done } => {
+                let done = std::mem::take(done);
+                (!done, true)
+            }
+            Plan::Fails { after, .. } => {
+                *after -= 1;
+                (false, false)
+            }
+            Plan::Flaky(percent) => {
+                let fails = random.random_ratio(*percent, 100);
+                (fails && random.random(), fails)
+            }
+        }
+    }
+
+    async fn others_first(&self) {
+        while self.yields && self.state.lock().unwrap().1.random_ratio(1, 2) {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+fn failure() -> Error {
+    Error::Generic {
+        store: "faulty",
+        source: "as it was told".into(),
+    }
+}
+
+impl std::fmt::Display for Faulty {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("faulty")
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Faulty {
+    async fn put_opts(
+        &self,
+        location: &Path,
+        payload: PutPayload,
+        opts: PutOptions,
+    ) -> Result<PutResult> {
+        self.others_first().await;
+        let (before, after) = self.fate();
+        if before {
+            return Err(failure());
+        }
+        let put = self.inner.put_opts(location, payload, opts).await;
+        if after { Err(failure()) } else { put }
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &Path,
+        opts: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        self.inner.put_multipart_opts(location, opts).await
+    }
+
+    async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        self.others_first().await;
+        self.inner.get_opts(location, options).await
+    }
+
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
+        match self.fate() {
+            (true, _) => Box::pin(futures::stream::iter([Err(failure())])),
+            _ => self.inner.delete_stream(locations),
+        }
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.inner.copy_opts(from, to, options).await
+    }
+}
+
+fn name() -> MachineName {
+    "data".parse().unwrap()
+}
+
+fn volume(store: Arc<dyn ObjectStore>) -> VolumeStore {
+    let place = Place::of(store, Path::from("some/prefix"), "memory");
+    VolumeStore::new(name(), ID, place)
+}
+
+fn limits() -> VolumeLimits {
+    VolumeLimits::of_bytes(1 << 30)
+}
+
+fn epoch(counter: u64) -> WriterEpoch {
+    WriterEpoch {
+        incarnation: 1,
+        holding: 1,
+        counter,
+    }
+}
+
+/// Files of a volume, all in its root, as their programs see them.
+type Files = BTreeMap<u64, Vec<u8>>;
+
+/// A volume that is written here.
+#[derive(Debug, Clone)]
+struct Model {
+    files: Files,
+    next_inode: u64,
+    dirty: BTreeSet<(u64, u64)>,
+}
+
+impl Model {
+    fn new(files: Files, next_inode: u64) -> Self {
+        Model {
+            files,
+            next_inode,
+            dirty: BTreeSet::new(),
+        }
+    }
+
+    fn change(&mut self, random: &mut ChaCha8Rng) {
+        let known = self.files.keys().copied().collect::<Vec<_>>();
+        let some = (!known.is_empty()).then(|| known[random.random_range(0..known.len())]);
+        match (some, random.random_range(0..10)) {
+            (None, _) | (_, 0) => {
+                self.files.insert(self.next_inode, Vec::new());
+                self.next_inode += 1;
+            }
+            (Some(file), 1) => {
+                self.files.remove(&file);
+                self.dirty.retain(|(inode, _)| *inode != file);
+            }
+            (Some(file), 2) => {
+                let bytes = self.files.get_mut(&file).unwrap();
+                let size = random.random_range(0..=bytes.len());
+                bytes.truncate(size);
+                self.dirty
+                    .retain(|(inode, block)| *inode != file || (*block as usize) * BLOCK < size);
+                if !size.is_multiple_of(BLOCK) {
+                    self.dirty.insert((file, (size / BLOCK) as u64));
+                }
+            }
+            (Some(file), _) => {
+                let bytes = self.files.get_mut(&file).unwrap();
+                let at = random.random_range(0..=bytes.len().min(3 * BLOCK));
+                // Few values: the same chunks come again.
+                let new = vec![random.random_range(0..3_u8); random.random_range(1..BLOCK)];
+                let end = at + new.len();
+                bytes.resize(end.max(bytes.len()), 0);
+                bytes[at..end].copy_from_slice(&new);
+                let blocks = at / BLOCK..end.div_ceil(BLOCK);
+                self.dirty.extend(blocks.map(|block| (file, block as u64)));
+            }
+        }
+    }
+
+    fn record(&self) -> VolumeRecord {
+        let mut record = VolumeRecord::empty(1);
+        record.next_inode = self.next_inode;
+        let entries = self
+            .files
+            .keys()
+            .map(|inode| (format!("{inode:08}"), *inode));
+        record.nodes[0].body = NodeBody::Directory {
+            parent: 1,
+            entries: entries.collect(),
+        };
+        for (inode, bytes) in &self.files {
+            let blocks = bytes.len().div_ceil(BLOCK) as u64;
+            record.nodes.push(NodeRecord {
+                inode: *inode,
+                access_ns: 1,
+                modification_ns: 2,
+                change_ns: 3,
+                body: NodeBody::File {
+                    size: bytes.len() as u64,
+                    blocks: (blocks > 0).then_some((0, blocks)).into_iter().collect(),
+                },
+            });
+        }
+        record
+    }
+
+    fn blocks(&self) -> Vec<DirtyBlock> {
+        let block = |(inode, block): &(u64, u64)| {
+            let bytes = self.files.get(inode)?;
+            let rest = bytes.get(*block as usize * BLOCK..)?;
+            let bytes = Bytes::copy_from_slice(&rest[..rest.len().min(BLOCK)]);
+            Some(DirtyBlock::new(*inode, *block, bytes))
+        };
+        self.dirty.iter().filter_map(block).collect()
+    }
+}
+
+/// Reads all files; each chunk must be there and whole.
+async fn files_of(store: &VolumeStore, state: &VolumeState) -> Files {
+    let mut files = Files::new();
+    for node in state.record().nodes {
+        let NodeBody::File { size, blocks } = node.body else {
+            continue;
+        };
+        let mut bytes = vec![0; size as usize];
+        for block in blocks
+            .iter()
+            .flat_map(|(first, count)| *first..first + count)
+        {
+            let chunk = state.chunk(node.inode, block).expect("a chunk");
+            let content = store.chunk(&chunk).await.expect("a store").expect("bytes");
+            let at = block as usize * BLOCK;
+            let end = (at + content.len()).min(bytes.len());
+            bytes[at..end].copy_from_slice(&content[..end - at]);
+        }
+        files.insert(node.inode, bytes);
+    }
+    files
+}
+
+async fn commit(writer: &mut Writer, model: &mut Model) -> Result<(), VolumeError> {
+    writer.commit(model.record(), model.blocks()).await?;
+    model.dirty.clear();
+    Ok(())
+}
+
+/// Random changes; the store fails at any request, or the writer's process ends
+/// there. The next one finds the last commit, or the one that was under way.
+#[tokio::test]
+async fn crashes_lose_nothing_that_was_committed() {
+    let mut crashes = 0;
+    for seed in 0..300 {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let faulty = Faulty::new(seed, false);
+        let store = volume(faulty.clone());
+        store.create(limits()).await.unwrap();
+        let mut counter = 1;
+        let mut writer = Writer::claim(store.clone(), epoch(counter), None)
+            .await
+            .unwrap();
+        let mut model = Model::new(Files::new(), 2);
+        // What is there for certain, and what may be there since.
+        let mut committed = model.files.clone();
+        let mut doubts: Vec<Files> = Vec::new();
+        let mut snapshots: Vec<(String, Files)> = Vec::new();
+        for _ in 0..30 {
+            for _ in 0..random.random_range(0..6) {
+                model.change(&mut random);
+            }
+            faulty.plan(match random.random_range(0..4) {
+                0 => Plan::Fails {
+                    after: random.random_range(0..8),
+                    done: random.random(),
+                },
+                1 => Plan::Flaky(20),
+                _ => Plan::Works,
+            });
+            let outcome = match random.random_range(0..14) {
+                0 => writer.compact().await,
+                1 => writer.collect().await.map(drop),
+                2 => writer.tidy(3).await,
+                3 => {
+                    let kept = format!("m.{}", snapshots.len());
+                    let kept_now = writer.snapshot(&kept).await;
+                    if kept_now.is_ok() {
+                        let files = files_of(&store, writer.state()).await;
+                        assert!(committed == files || doubts.contains(&files), "seed {seed}");
+                        snapshots.push((kept, files));
+                    }
+                    kept_now
+                }
+                _ => {
+                    let done = commit(&mut writer, &mut model).await;
+                    match &done {
+                        Ok(()) => {
+                            committed.clone_from(&model.files);
+                            doubts.clear();
+                        }
+                        Err(_) => doubts.push(model.files.clone()),
+                    }
+                    done
+                }
+            };
+            if let Err(error) = &outcome {
+                assert!(error.is_away(), "seed {seed}: {error}");
+            }
+            // It tries again, or its process ends.
+            if outcome.is_err() && random.random() {
+                crashes += 1;
+                faulty.plan(Plan::Works);
+                counter += 1;
+                writer = Writer::claim(store.clone(), epoch(counter), None)
+                    .await
+                    .unwrap();
+                let found = files_of(&store, writer.state()).await;
+                assert!(
+                    found == committed || doubts.contains(&found),
+                    "seed {seed}: neither what was committed nor what was to be"
+                );
+                model = Model::new(found, model.next_inode);
+                committed.clone_from(&model.files);
+                doubts.clear();
+            }
+            if random.random_ratio(1, 20)
+                && let Some((kept, files)) = snapshots.last()
+            {
+                faulty.plan(Plan::Works);
+                counter += 1;
+                let state = store.snapshot(kept).await.unwrap();
+                let wanted = Some(Arc::new(state));
+                writer = Writer::claim(store.clone(), epoch(counter), wanted)
+                    .await
+                    .unwrap();
+                assert!(
+                    files_of(&store, writer.state()).await == *files,
+                    "seed {seed}"
+                );
+                model = Model::new(files.clone(), model.next_inode);
+                committed.clone_from(&model.files);
+                doubts.clear();
+            }
+        }
+        faulty.plan(Plan::Works);
+        commit(&mut writer, &mut model).await.unwrap();
+        writer.compact().await.unwrap();
+        writer.forget_found();
+        writer.collect().await.unwrap();
+        let last = Writer::claim(store.clone(), epoch(counter + 1), None)
+            .await
+            .unwrap();
+        assert_eq!(
+            files_of(&store, last.state()).await,
+            model.files,
+            "seed {seed}"
+        );
+        for (kept, files) in &snapshots {
+            let state = store.snapshot(kept).await.unwrap();
+            assert!(files_of(&store, &state).await == *files, "seed {seed}");
+        }
+    }
+    assert!(crashes > 300, "{crashes}");
+}
+
+/// One that writes until it is fenced; what it committed, in order.
+async fn write_on(
+    mut writer: Writer,
+    mut model: Model,
+    seed: u64,
+    rounds: u32,
+) -> (Vec<Files>, Option<VolumeError>) {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let mut committed = vec![model.files.clone()];
+    for _ in 0..rounds {
+        model.change(&mut random);
+        let done = match random.random_range(0..9) {
+            0 => writer.compact().await,
+            1 => writer.collect().await.map(drop),
+            2 => writer.tidy(9).await,
+            _ => {
+                let done = commit(&mut writer, &mut model).await;
+                if done.is_ok() {
+                    committed.push(model.files.clone());
+                }
+                done
+            }
+        };
+        if let Err(error) = done {
+            return (committed, Some(error));
+        }
+    }
+    (committed, None)
+}
+
+/// A second writer claims the volume while the first is anywhere in its work, and
+/// still thinks that it is the one.
+#[tokio::test]
+async fn of_two_writers_one_writes() {
+    let mut fenced = 0;
+    for seed in 0..400 {
+        let faulty = Faulty::new(seed, true);
+        let store = volume(faulty.clone());
+        store.create(limits()).await.unwrap();
+        let first = Writer::claim(store.clone(), epoch(1), None).await.unwrap();
+        let old = tokio::spawn(write_on(first, Model::new(Files::new(), 2), seed, 40));
+        for _ in 0..seed % 200 {
+            tokio::task::yield_now().await;
+        }
+        let second = Writer::claim(store.clone(), epoch(2), None).await.unwrap();
+        let found = files_of(&store, second.state()).await;
+        let next_inode = second.state().record().next_inode;
+        let (new, none) = write_on(second, Model::new(found.clone(), next_inode), !seed, 20).await;
+        assert!(none.is_none(), "seed {seed}: {none:?}");
+        let (old, error) = old.await.unwrap();
+        // All that the first was told to be committed was found, and maybe what it
+        // was just committing; nothing came later.
+        let last = old.last().unwrap();
+        if let Some(error) = error {
+            fenced += 1;
+            let by_second = matches!(&error, VolumeError::Fenced { by, .. } if *by == epoch(2));
+            assert!(by_second, "seed {seed}: {error}");
+            let known = old.iter().rev().take(1).any(|files| *files == found);
+            // (What was in doubt for the first may have been found.)
+            assert!(
+                known || !old.contains(&found),
+                "seed {seed}: an older state was found"
+            );
+        } else {
+            assert!(*last == found, "seed {seed}");
+        }
+        let third = Writer::claim(store.clone(), epoch(3), None).await.unwrap();
+        let now = files_of(&store, third.state()).await;
+        assert!(now == *new.last().unwrap(), "seed {seed}");
+        // One that is late does not claim.
+        for late in [epoch(1), epoch(2)] {
+            let error = Writer::claim(store.clone(), late, None).await.unwrap_err();
+            assert!(matches!(error, VolumeError::Fenced { .. }), "{error}");
+        }
+    }
+    assert!(fenced > 200, "{fenced}");
+}
+
+async fn with_a_file() -> (Arc<Faulty>, VolumeStore, Writer, Model) {
+    let faulty = Faulty::new(1, false);
+    let store = volume(faulty.clone());
+    store.create(limits()).await.unwrap();
+    let mut writer = Writer::claim(store.clone(), epoch(1), None).await.unwrap();
+    let mut model = Model::new(Files::new(), 3);
+    model.files.insert(2, vec![9; BLOCK + 5]);
+    model.dirty.extend([(2, 0), (2, 1)]);
+    commit(&mut writer, &mut model).await.unwrap();
+    (faulty, store, writer, model)
+}
+
+async fn objects(faulty: &Faulty, part: &str) -> Vec<Path> {
+    use futures::TryStreamExt;
+    let all = faulty.inner.list(None).map_ok(|object| object.location);
+    let all: Vec<Path> = all.try_collect().await.unwrap();
+    all.into_iter()
+        .filter(|path| path.as_ref().contains(part))
+        .collect()
+}
+
+#[tokio::test]
+async fn what_is_damaged_or_gone_is_named() {
+    let (faulty, store, mut writer, mut model) = with_a_file().await;
+    let state = writer.state().clone();
+    let other = VolumeStore::new(
+        name(),
+        [8; 16],
+        Place::of(faulty.clone(), Path::from("some/prefix"), "memory"),
+    );
+    let error = Writer::claim(other, epoch(9), None).await.unwrap_err();
+    assert!(error.to_string().contains("another volume"), "{error}");
+    // A chunk, then a segment, with another bit in it.
+    for part in ["/chunks/", "/log/00000000000000000003"] {
+        let path = objects(&faulty, part).await.remove(0);
+        let good = faulty
+            .inner
+            .get(&path)
+            .await
+            .unwrap()
+            .bytes()
+            .await
+            .unwrap();
+        let mut bad = good.to_vec();
+        bad[3] ^= 1;
+        faulty.inner.put(&path, bad.into()).await.unwrap();
+        let error = match part {
+            "/chunks/" => {
+                let mut errors = Vec::new();
+                for chunk in state.chunks() {
+                    errors.extend(store.chunk(&chunk).await.err());
+                }
+                errors.remove(0)
+            }
+            _ => Writer::claim(store.clone(), epoch(9), None)
+                .await
+                .unwrap_err(),
+        };
+        let damaged =
+            matches!(&error, VolumeError::Damaged { object, .. } if *object == path.to_string());
+        assert!(damaged && error.to_string().contains("data"), "{error}");
+        faulty.inner.put(&path, good.into()).await.unwrap();
+    }
+    // There is one already.
+    let error = store.create(limits()).await.unwrap_err();
+    assert!(matches!(error, VolumeError::Exists { .. }), "{error}");
+    // A segment in the middle.
+    let path = objects(&faulty, "/log/00000000000000000002")
+        .await
+        .remove(0);
+    let segment = faulty
+        .inner
+        .get(&path)
+        .await
+        .unwrap()
+        .bytes()
+        .await
+        .unwrap();
+    faulty.inner.delete(&path).await.unwrap();
+    let error = Writer::claim(store.clone(), epoch(9), None)
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("is missing"), "{error}");
+    faulty.inner.put(&path, segment.into()).await.unwrap();
+    assert!(matches!(
+        store.snapshot("m.1").await.unwrap_err(),
+        VolumeError::NoSnapshot { .. }
+    ));
+    // All of it: nothing is put where nothing is any more.
+    store.destroy().await.unwrap();
+    assert_eq!(objects(&faulty, "").await, []);
+    model.files.insert(2, vec![1; 9]);
+    model.dirty.insert((2, 0));
+    let error = commit(&mut writer, &mut model).await.unwrap_err();
+    assert!(matches!(error, VolumeError::Vanished { .. }), "{error}");
+    assert_eq!(objects(&faulty, "").await, []);
+    let error = Writer::claim(store.clone(), epoch(9), None)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, VolumeError::Vanished { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn what_nobody_needs_is_deleted() {
+    let (faulty, store, mut writer, mut model) = with_a_file().await;
+    writer.snapshot("m.1").await.unwrap();
+    let chunks = async || objects(&faulty, "/chunks/").await.len();
+    assert_eq!(chunks().await, 2);
+    for byte in 0..10 {
+        model.files.insert(2, vec![byte; BLOCK]);
+        model.dirty.insert((2, 0));
+        commit(&mut writer, &mut model).await.unwrap();
+    }
+    assert!(!writer.is_littered());
+    // The first block of the snapshot has the same bytes as one of those.
+    assert_eq!(chunks().await, 11);
+    assert_eq!(writer.collect().await.unwrap(), 9);
+    store
+        .delete_snapshots(&["m.1".to_owned(), "m.2".to_owned()])
+        .await
+        .unwrap();
+    assert_eq!(store.snapshots().await.unwrap(), [""; 0]);
+    writer.collect().await.unwrap();
+    assert_eq!(chunks().await, 1);
+    writer.compact().await.unwrap();
+    writer.tidy(usize::MAX).await.unwrap();
+    assert_eq!(objects(&faulty, "/log/").await.len(), 1);
+    // The log does not grow without end.
+    for byte in 0..400_u32 {
+        model.files.insert(2, byte.to_le_bytes().to_vec());
+        model.dirty.insert((2, 0));
+        commit(&mut writer, &mut model).await.unwrap();
+        writer.tidy(2).await.unwrap();
+    }
+    assert!(objects(&faulty, "/log/").await.len() <= 200);
+    let mut last = Writer::claim(store.clone(), epoch(2), None).await.unwrap();
+    assert_eq!(files_of(&store, last.state()).await, model.files);
+    // What it found stays as long as its predecessor may come back.
+    let found = model.clone();
+    last.collect().await.unwrap();
+    for number in 0..1100_u32 {
+        assert!(!last.is_littered());
+        model.files.insert(2, number.to_be_bytes().to_vec());
+        model.dirty.insert((2, 0));
+        commit(&mut last, &mut model).await.unwrap();
+        if last.is_littered() {
+            assert!(number >= 1024 && last.collect().await.unwrap() > 1000);
+            break;
+        }
+    }
+    let left = chunks().await;
+    assert_eq!(left, 2);
+    let wanted = writer.state().clone();
+    let first = Writer::claim(store.clone(), epoch(3), Some(wanted))
+        .await
+        .unwrap();
+    assert_eq!(files_of(&store, first.state()).await, found.files);
+    last.forget_found();
+}

@@ -1,0 +1,202 @@
+//! What a volume asks of whoever keeps its bytes for it: to bring blocks that
+//! are not in its folder yet, and to make safe what was written.
+//!
+//! Both take as long as a network does. So asking gives a [`Pending`], for which
+//! a guest's thread waits together with the wake-up of its next safepoint; work
+//! that was asked for goes on when nobody waits for it any more. How bytes are
+//! kept is left to who implements [`Backing`].
+
+use super::Volume;
+use crate::abi::{Result, interrupted, types};
+use crate::locked;
+use crate::wait::{Interrupt, Waited, wait};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
+use rustix::fd::{AsFd, OwnedFd};
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+/// Keeps a volume's bytes elsewhere than in its folder.
+pub trait Backing: Send + Sync + Debug {
+    /// Brings blocks of a file into the folder, by [`Volume::fill`].
+    fn fetch(&self, volume: &Arc<Volume>, inode: u64, blocks: Range<u64>) -> Pending;
+
+    /// Makes safe all that was written before.
+    fn sync(&self) -> Pending;
+
+    /// Asked before a write: what is to be waited for where too much was written
+    /// that is not safe yet.
+    fn behind(&self) -> Option<Pending>;
+}
+
+/// Why something asked of a [`Backing`] was not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Not now: it is to be tried again. People are shown this sentence.
+    Away(String),
+    /// The host's disk has no room for what was fetched.
+    DiskFull,
+    /// Never: the guest gets an I/O error.
+    Lost,
+}
+
+#[derive(Debug)]
+struct Shared {
+    outcome: Mutex<Option<std::result::Result<(), Fault>>>,
+    /// Readable once there is an outcome; `None` if the host has no descriptor
+    /// left, which counts as [`Fault::Away`].
+    event: Option<OwnedFd>,
+}
+
+/// Something that was asked for.
+#[derive(Debug)]
+pub struct Pending(Arc<Shared>);
+
+/// The other end of a [`Pending`]; one that is dropped without a word counts as
+/// [`Fault::Away`].
+#[derive(Debug)]
+pub struct Promise(Arc<Shared>);
+
+impl Pending {
+    /// Both ends.
+    pub fn new() -> (Pending, Promise) {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let shared = Arc::new(Shared {
+            outcome: Mutex::new(match &event {
+                Ok(_) => None,
+                Err(error) => Some(Err(Fault::Away(format!(
+                    "no descriptor to wait on: {error}"
+                )))),
+            }),
+            event: event.ok(),
+        });
+        (Pending(shared.clone()), Promise(shared))
+    }
+
+    /// What became of it, if that is known.
+    pub fn outcome(&self) -> Option<std::result::Result<(), Fault>> {
+        locked(&self.0.outcome).clone()
+    }
+
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// The call is interrupted, and to be repeated.
+    fn wait(&self, interrupt: &dyn Interrupt) -> Result<std::result::Result<(), Fault>> {
+        loop {
+            if let Some(outcome) = self.outcome() {
+                return Ok(outcome);
+            }
+            let Some(event) = &self.0.event else {
+                return Ok(Err(Fault::Lost));
+            };
+            let fds = [PollFd::from_borrowed_fd(event.as_fd(), PollFlags::IN)];
+            let (waited, _) = wait(&fds, None, interrupt.wakeup())?;
+            if waited == Waited::Interrupted {
+                return Err(interrupted());
+            }
+        }
+    }
+}
+
+impl Promise {
+    /// Says what became of it.
+    pub fn settle(self, outcome: std::result::Result<(), Fault>) {
+        self.put(outcome);
+    }
+
+    fn put(&self, outcome: std::result::Result<(), Fault>) {
+        {
+            let mut known = locked(&self.0.outcome);
+            if known.is_some() {
+                return;
+            }
+            *known = Some(outcome);
+        }
+        if let Some(event) = &self.0.event
+            && let Err(error) = rustix::io::write(event, &1_u64.to_ne_bytes())
+        {
+            tracing::error!(%error, "who waits for a volume is not woken");
+        }
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        self.put(Err(Fault::Away("it was given up".into())));
+    }
+}
+
+/// Asks until it is done. While it cannot be, the guest counts as paused.
+///
+/// # Errors
+/// The call is interrupted, or the guest gets an I/O error.
+pub(crate) fn done(
+    volume: &Volume,
+    interrupt: &dyn Interrupt,
+    mut ask: impl FnMut() -> Option<Pending>,
+) -> Result<()> {
+    let folder = volume.folder().to_string_lossy();
+    loop {
+        let Some(pending) = ask() else {
+            break;
+        };
+        let reason = match pending.wait(interrupt)? {
+            Ok(()) => break,
+            Err(Fault::Lost) => return Err(types::Errno::Io.into()),
+            Err(Fault::Away(reason)) => reason,
+            Err(Fault::DiskFull) => folder.to_string(),
+        };
+        volume.stalls().wait_saying(&folder, &reason, interrupt)?;
+    }
+    volume.stalls().written(&folder);
+    Ok(())
+}
+
+/// What a machine's own volume is made of that has a [`Backing`].
+#[derive(Clone, Debug)]
+pub struct Backed {
+    /// Keeps its bytes.
+    pub backing: Arc<dyn Backing>,
+    /// What it holds when a machine begins; a snapshot has its own.
+    pub record: Option<super::VolumeRecord>,
+    /// Blocks that are in the folder, by file; all others are fetched.
+    pub local: LocalBlocks,
+}
+
+/// Blocks of files, by inode number.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LocalBlocks(std::collections::BTreeMap<u64, super::blocks::BlockSet>);
+
+impl LocalBlocks {
+    /// Bytes of a file came; they begin with a block.
+    pub fn insert(&mut self, inode: u64, bytes: Range<u64>) {
+        let blocks = super::blocks::blocks_of(bytes);
+        self.0.entry(inode).or_default().insert(blocks);
+    }
+
+    /// A file lost all from a byte on.
+    pub fn cut(&mut self, inode: u64, from: u64) {
+        if let Some(set) = self.0.get_mut(&inode) {
+            set.remove_from(from.div_ceil(super::BLOCK_BYTES));
+            if set.is_empty() {
+                self.0.remove(&inode);
+            }
+        }
+    }
+
+    pub(super) fn of(&self, inode: u64) -> Option<&super::blocks::BlockSet> {
+        self.0.get(&inode)
+    }
+
+    /// The blocks' bytes, in order.
+    pub fn bytes(&self) -> Vec<(u64, Range<u64>)> {
+        let runs = |(inode, set): (&u64, &super::blocks::BlockSet)| {
+            let inode = *inode;
+            let runs = set.runs().into_iter();
+            let bytes = |block: u64| block * super::BLOCK_BYTES;
+            runs.map(move |run| (inode, bytes(run.start)..bytes(run.end)))
+        };
+        self.0.iter().flat_map(runs).collect()
+    }
+}
