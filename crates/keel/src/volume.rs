@@ -53,6 +53,9 @@ pub(crate) enum VolumeCommand {
         /// The volumes.
         #[arg(required = true)]
         names: Vec<String>,
+        /// Leaves what is kept of them where it is: for places that are gone.
+        #[arg(long)]
+        forget: bool,
     },
 }
 
@@ -95,9 +98,9 @@ pub(crate) async fn run(reach: &Reach, command: VolumeCommand) -> Result<ExitCod
                 return Ok(ExitCode::from(1));
             }
         }
-        VolumeCommand::Rm { names } => {
+        VolumeCommand::Rm { names, forget } => {
             for name in names {
-                let path = format!("/v1/volumes/{name}");
+                let path = format!("/v1/volumes/{name}?forget={forget}");
                 let _: serde_json::Value = client
                     .call(Method::DELETE, &path, bytes::Bytes::new())
                     .await?;

@@ -455,8 +455,18 @@ async fn inspect_volume(
     Ok(Json(volumes::inspect(&agent, &name).await?))
 }
 
-async fn remove_volume(State(agent): Shared, Path(name): Path<String>) -> Reply<serde_json::Value> {
-    volumes::remove(&agent, &name).await?;
+#[derive(Deserialize)]
+struct RemoveVolumeQuery {
+    #[serde(default)]
+    forget: bool,
+}
+
+async fn remove_volume(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Query(query): Query<RemoveVolumeQuery>,
+) -> Reply<serde_json::Value> {
+    volumes::remove(&agent, &name, query.forget).await?;
     Ok(Json(serde_json::json!({})))
 }
 

@@ -228,9 +228,9 @@ async fn look(name: &MachineName, entry: &VolumeEntry) -> Result<VolumeContent, 
     })
 }
 
-/// Removes a volume that no machine has, with all that is kept of it. What could not
-/// be deleted is deleted when it is asked for again.
-pub(crate) async fn remove(agent: &Agent, name: &str) -> Result<(), OperateError> {
+/// Removes a volume that no machine has, with all that is kept of it, or with
+/// `forget` without. What could not be deleted is deleted when it is asked for again.
+pub(crate) async fn remove(agent: &Agent, name: &str, forget: bool) -> Result<(), OperateError> {
     let name = volume_name(name)?;
     let key = Key::Volume(name.clone()).to_string();
     let (mut entry, revision) = get(&*agent.store, &name).await?;
@@ -246,8 +246,17 @@ pub(crate) async fn remove(agent: &Agent, name: &str) -> Result<(), OperateError
             "volume {name:?} was just changed by others; try again"
         )));
     }
-    let objects = open(&name, entry.id, entry.place.clone(), false).await?;
-    objects.destroy().await.map_err(volume_error)?;
+    if !forget {
+        let deleted = async {
+            let objects = open(&name, entry.id, entry.place.clone(), false).await?;
+            objects.destroy().await.map_err(volume_error)
+        };
+        deleted.await.map_err(|error| {
+            OperateError::Away(format!(
+                "{error}; nothing can be deleted there (`keel volume rm --forget {name}` leaves it as it is)"
+            ))
+        })?;
+    }
     agent.store.txn(Txn::new().delete(key)).await?;
     Ok(())
 }
