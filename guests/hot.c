@@ -1,7 +1,7 @@
 // A hot loop: touches argv[1] MiB once, then writes a word in each page of the
 // first argv[2] MiB of it, over and over, as fast as it can; after each MiB it
-// prints a numbered line if half a millisecond is over since the last, argv[3] of
-// them (for ever without).
+// prints a line with its number and the MiB written so far if half a millisecond is
+// over since the last, argv[3] of them (for ever without).
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,15 +23,16 @@ int main(int argc, char **argv) {
     volatile uint64_t(*memory)[WORDS] = aligned_alloc(PAGE, pages * PAGE);
     if (!memory) return 2;
     for (uint64_t page = 0; page < pages; page++) memory[page][0] = page + 1;
-    uint64_t ticked = 0, passes = 0;
+    uint64_t ticked = 0, passes = 0, written = 0;
     for (uint64_t line = 0; lines == 0 || line < lines;) {
         for (uint64_t page = 0; page < hot; page++) {
             memory[page][0]++;
             if (page % MIB) continue;
+            written++;
             uint64_t now = now_ns();
             if (now - ticked < TICK_NS) continue;
             ticked = now;
-            printf("%llu\n", (unsigned long long)line++);
+            printf("%llu %llu\n", (unsigned long long)line++, (unsigned long long)written);
             fflush(stdout);
         }
         passes++;

@@ -8,6 +8,7 @@
 //! - `resume`: speed of a long loop before and after a move in its middle
 //! - `capture`: time to reach a safepoint, and to capture what stands there
 //! - `moves`: downtime and throughput of moves, beside a plain TLS stream
+//! - `postcopy`: moves in which memory comes after the machine
 //! - `checkpoints`: taking and restoring, beside plain writing and reading
 //! - `qemu`: the pause of a move with a hot loop, beside QEMU's, seen from outside
 //! - `table`: medians, percentiles, Markdown
@@ -21,6 +22,7 @@ mod load;
 mod moves;
 mod overhead;
 mod polls;
+mod postcopy;
 mod qemu;
 mod resume;
 mod table;
@@ -81,6 +83,7 @@ enum What {
     Resume,
     Capture,
     Moves,
+    PostCopy,
     Checkpoints,
     Qemu,
 }
@@ -103,6 +106,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Moves) {
         moves::bench(&options.keel, &options.guests, options.moves)?;
+    }
+    if wanted(What::PostCopy) {
+        postcopy::bench(&options.keel, &options.guests, options.moves)?;
     }
     if wanted(What::Checkpoints) {
         checkpoints::bench(&options.guests, options.rounds)?;

@@ -530,7 +530,20 @@ async fn a_machine_that_is_taken_back_takes_its_volume_back() {
             urgency: Urgency::Normal,
             downtime_ms: None,
         };
-        let moving = tokio::spawn(async move { move_as(&client, "m", &request).await });
+        let enough = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let over = enough.clone();
+        let moving = tokio::spawn(async move {
+            // What was to arrive there before may still be being cleared away.
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                if move_as(&client, "m", &request)
+                    .await
+                    .is_ok_and(|report| report.ending == Ending::Moved)
+                {
+                    return;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        });
         // Some segments of the target's.
         let mut first = None;
         wait_for("the target writes", || {
@@ -541,13 +554,14 @@ async fn a_machine_that_is_taken_back_takes_its_volume_back() {
         })
         .await
         .expect("it writes");
+        enough.store(true, std::sync::atomic::Ordering::Relaxed);
         bench.cluster.kill_worker(target, "m").expect("a worker");
         // The agent is about to say that it runs. The next one has no orders.
         bench.cluster.kill_agent(target).expect("an agent");
         bench.goes_on("m", 1).await;
         bench.status("m", "running").await;
         assert_eq!(bench.inspect("m").await.node, source);
-        let _ = moving.await.expect("it ends");
+        moving.await.expect("it ends");
     }
     // What was to arrive there before is cleared away in its own time.
     wait_for("it moves", || async {

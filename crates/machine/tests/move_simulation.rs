@@ -531,10 +531,17 @@ impl World {
     /// A new agent at the source finds a worker that was giving its machine
     /// away: `reconcile::resume_after_move`.
     fn agent_a_again(&mut self) {
-        if self.driver.is_some() || self.a == WorkerA::Gone {
+        if self.driver.is_some() {
             return;
         }
         let record = self.record;
+        if self.a == WorkerA::Gone {
+            // Its schedule says that it runs here, and it does not.
+            if record.owner == Node::A && record.status == Status::Running {
+                self.write(|record| record.status = Status::Failed);
+            }
+            return;
+        }
         match (record.owner, record.status) {
             (Node::A, Status::Running) => {
                 // A write under a new epoch, then the thaw.

@@ -218,7 +218,12 @@ fn a_bucket_keeps_volumes() {
         return;
     };
     server.make_bucket("volumes");
-    let place = Place::open_with("s3://volumes/some/prefix", server.settings()).unwrap();
+    let place = Place::open_with(
+        "s3://volumes/some/prefix",
+        server.settings(),
+        Duration::from_secs(30),
+    )
+    .unwrap();
     let store = VolumeStore::new("data".parse().unwrap(), [1; 16], place);
     let epoch = |counter| WriterEpoch {
         incarnation: 1,
