@@ -30,12 +30,17 @@ use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
 use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};
 use serde::{Deserialize, Serialize};
-use std::net::TcpStream;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::ops::Range;
 use std::time::Duration;
 
 /// Version of these messages.
-pub const HELLO_VERSION: u32 = 3;
+pub const HELLO_VERSION: u32 = 4;
+/// The version before: with it, pages that come after the machine are all named
+/// before its image.
+pub const HELLO_BEFORE: u32 = 3;
+/// How long a target may take to answer a connection.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of pages or output in one frame.
 pub const CHUNK_BYTES: usize = 64 << 10;
 /// Bytes that are collected before they are encrypted and sent.
@@ -239,7 +244,7 @@ impl Message {
             KIND_HELLO => {
                 let (version, _) = postcard::take_from_bytes::<u32>(payload)
                     .map_err(|error| LinkError::Message(error.to_string()))?;
-                if version != HELLO_VERSION {
+                if version != HELLO_VERSION && version != HELLO_BEFORE {
                     return Err(LinkError::Message(format!(
                         "the source speaks version {version} of moves, this node {HELLO_VERSION}: upgrade the older one"
                     )));
@@ -505,7 +510,13 @@ impl Link {
     /// # Errors
     /// [`LinkError`].
     pub fn connect(address: &str, tls: &ClientTls) -> Result<Self, LinkError> {
-        let socket = TcpStream::connect(address)?;
+        let mut last = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
+        let socket = address.to_socket_addrs()?.find_map(|address| {
+            TcpStream::connect_timeout(&address, CONNECT_PATIENCE)
+                .inspect_err(|error| last = error.kind().into())
+                .ok()
+        });
+        let socket = socket.ok_or(last)?;
         prepare(&socket)?;
         Ok(Link::over(BulkStream::client(socket, tls)?))
     }

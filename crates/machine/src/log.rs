@@ -264,6 +264,11 @@ impl Log {
         self.state().closed
     }
 
+    /// More comes here after all.
+    pub fn open_again(&self) {
+        self.state().closed = false;
+    }
+
     /// Lets those who wait go: nothing more comes here.
     pub fn close(&self) {
         self.state().closed = true;

@@ -160,3 +160,56 @@ impl From<PastReport> for MoveReport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A record as a node of that version wrote it.
+    const WRITTEN: &str = "\
+         0164403033313066303962626565643065653365316338616534353233626432303136613231313939613932\
+         353939376333383261663365343965656539626538383705096469736b2e7761736d042f746d700132013002\
+         3230000101808080048008042f746d700080808080108002008080800800000161010101f8c9f7d29f34f8c9\
+         f7d29f340000a2c8f7d29f34000000\
+         ";
+
+    fn bytes() -> Vec<u8> {
+        let digits: Vec<u8> = WRITTEN.trim().bytes().collect();
+        let byte = |pair: &[u8]| {
+            let text = std::str::from_utf8(pair).unwrap();
+            u8::from_str_radix(text, 16).unwrap()
+        };
+        let mut bytes = vec![VERSION];
+        bytes.extend(digits.chunks(2).map(byte));
+        bytes
+    }
+
+    #[test]
+    fn a_record_of_the_version_before_is_read_and_written_anew() {
+        let record = Record::decode(&bytes()).unwrap();
+        assert_eq!((record.name.as_ref(), record.owner.as_ref()), ("d", "a"));
+        assert_eq!(record.spec.args, ["disk.wasm", "/tmp", "2", "0", "20"]);
+        assert_eq!(record.status, Status::Running);
+        assert_eq!(record.spec.own_volumes(), [0]);
+        assert_eq!(record.spec.memory_bytes, 4 << 30);
+        assert_eq!(
+            (record.spec.checkpoints.clone(), record.origin.clone()),
+            (None, None)
+        );
+        let anew = record.encode().unwrap();
+        assert_ne!(anew[0], VERSION);
+        assert_eq!(Record::decode(&anew).unwrap(), record);
+    }
+
+    #[test]
+    fn cut_anywhere_it_is_no_record_and_older_ones_are_named() {
+        let bytes = bytes();
+        for end in 1..bytes.len() {
+            assert!(Record::decode(&bytes[..end]).is_err(), "{end}");
+        }
+        let mut older = bytes;
+        older[0] = VERSION - 1;
+        let error = Record::decode(&older).unwrap_err();
+        assert!(error.contains("one version at a time"), "{error}");
+    }
+}

@@ -32,6 +32,8 @@ struct Bad {
     one_fails_of: AtomicU64,
     /// Milliseconds that each answer takes.
     slow_ms: AtomicU64,
+    /// No object can be read; lists can.
+    unreadable: AtomicBool,
     asked: AtomicU64,
     failed: AtomicU64,
 }
@@ -130,6 +132,11 @@ impl Bad {
                         return;
                     }
                 }
+            }
+            let reads = request.method == "GET" && !request.path.is_empty();
+            if reads && self.unreadable.load(Ordering::Relaxed) {
+                answer(&mut out, "500 Internal Server Error", "", b"<Error/>");
+                continue;
             }
             if !self.reply(&request, Some(&mut out)) {
                 return;
@@ -419,4 +426,26 @@ fn a_store_that_is_gone_is_named() {
     let next = running.take().unwrap().manifest;
     assert!(next.parent.is_none());
     assert_eq!(running.restore(false).unwrap().0, next.id.to_string());
+}
+
+/// Who cannot read what a checkpoint stands on deletes nothing of it.
+#[test]
+fn what_is_needed_is_not_deleted_unread() {
+    let bad = Arc::new(Bad::default());
+    let mut running = Running::start(&bad.serve());
+    running.take().unwrap();
+    let second = running.take().unwrap().manifest;
+    assert!(second.parent.is_some());
+    let one = Retention {
+        newest: Some(1),
+        for_s: None,
+    };
+    let (runtime, name) = (running.runtime.handle().clone(), "m".parse().unwrap());
+    let before = bad.objects.lock().unwrap().len();
+    bad.unreadable.store(true, Ordering::Relaxed);
+    let kept = running.vault.keep(&runtime, &name, one, unix_ms());
+    assert!(kept.is_err());
+    bad.unreadable.store(false, Ordering::Relaxed);
+    assert_eq!(bad.objects.lock().unwrap().len(), before);
+    assert_eq!(running.restore(false).unwrap().0, second.id.to_string());
 }

@@ -568,6 +568,73 @@ fn chains_are_made_full_ones_and_nothing_changes() {
     assert!(text.ends_with("all of it is as it must be\n"));
 }
 
+/// Nodes whose clocks differ make checkpoints of one machine.
+#[test]
+fn later_ones_are_greater_whatever_the_clock_says() {
+    let mut running = Running::start("writer", &["16", "1", "100000"]);
+    running.wait_lines(1);
+    let first = running.take(false).manifest;
+    // One of a node that was ahead by an hour.
+    let ahead = CheckpointId::new(first.id.unix_ms() + 3_600_000);
+    let folder = running.place().join("machines/m");
+    std::fs::write(folder.join(format!("{ahead}.manifest")), "torn").unwrap();
+    let second = running.take(false).manifest;
+    assert!(second.id > ahead && second.parent == Some(first.id.clone()));
+    let third = running.take(true).manifest;
+    assert!(third.id > second.id);
+    let one = Retention {
+        newest: Some(1),
+        for_s: None,
+    };
+    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let runtime = running.runtime.handle();
+    let gone = vault.keep(runtime, &name, one, unix_ms()).unwrap();
+    assert_eq!(gone, [first.id, ahead, second.id]);
+    assert_eq!(running.restore(None).unwrap().manifest.id, third.id);
+}
+
+/// A machine that starts warm reads for a while: what it reads stays.
+#[test]
+fn what_is_being_read_is_not_deleted() {
+    let mut running = Running::start("writer", &["16", "1", "100000"]);
+    running.wait_lines(1);
+    let first = running.take(false).manifest;
+    let second = running.take(false).manifest;
+    let (vault, name) = (running.vault(), "m".parse().unwrap());
+    let runtime = running.runtime.handle().clone();
+    let reading = runtime.block_on(vault.begin_reading(&second)).unwrap();
+    let third = running.take(true).manifest;
+    let one = Retention {
+        newest: Some(1),
+        for_s: None,
+    };
+    let keep = |now| vault.keep(&runtime, &name, one, now).unwrap();
+    assert_eq!(keep(unix_ms()), []);
+    let restored = running.restore_as(Some(&second.id), true).unwrap();
+    let behind = restored.behind.as_ref().unwrap();
+    runtime
+        .block_on(vault.end_reading(&second, &reading))
+        .unwrap();
+    // The machine's own word counts as well, until it has all.
+    assert_eq!(keep(unix_ms()), []);
+    let (tell, told) = std::sync::mpsc::channel();
+    behind
+        .begin(move |result| tell.send(result).unwrap())
+        .unwrap();
+    assert_eq!(told.recv_timeout(LIMIT).unwrap(), Ok(()));
+    assert_eq!(keep(unix_ms()), [first.id, second.id]);
+    // One that was forgotten counts for an hour.
+    runtime.block_on(vault.begin_reading(&third)).unwrap();
+    let fourth = running.take(true).manifest;
+    assert_eq!(keep(unix_ms()), []);
+    assert_eq!(keep(unix_ms() + 3_700_000), [third.id]);
+    let left = std::fs::read_dir(running.place().join("machines/m")).unwrap();
+    let all_of_it = left
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .all(|name| name.starts_with(&fourth.id.to_string()));
+    assert!(all_of_it);
+}
+
 /// What is kept by age, and that superseded chains are made full ones by
 /// themselves.
 #[test]

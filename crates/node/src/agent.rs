@@ -124,6 +124,8 @@ pub(crate) struct Agent {
     pub(crate) reserving: tokio::sync::Mutex<()>,
     /// How moves away from here went.
     pub(crate) history: Mutex<History>,
+    /// Held while a machine's limits are changed.
+    pub(crate) setting: tokio::sync::Mutex<()>,
     /// Workers whose machines are kept regularly.
     pub(crate) kept_regularly: Mutex<HashSet<u64>>,
 }
@@ -294,6 +296,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         busy: Mutex::default(),
         lanes: Arc::default(),
         history: Mutex::default(),
+        setting: tokio::sync::Mutex::default(),
         kept_regularly: Mutex::default(),
         reserving: tokio::sync::Mutex::default(),
     });

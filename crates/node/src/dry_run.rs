@@ -11,7 +11,7 @@ use crate::moving::{self, Proofs};
 use crate::operate::OperateError;
 use crate::record;
 use crate::service::kind as node_kind;
-use crate::workers::{PROMPT, Worker};
+use crate::workers::{OLDER, PROMPT, Worker, is_older};
 use keel_api::DryRun;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::moves::converge::LAST_PAGES_BUDGET;
@@ -161,6 +161,7 @@ async fn look(
     let activity = async {
         let looked: Result<Activity, RpcError> = worker.ask(kind::ACTIVITY, &(), PROMPT).await;
         looked.map_err(|error| match error {
+            RpcError::Refused { reason, .. } if is_older(&reason) => OLDER.to_owned(),
             RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
             other => other.to_string(),
         })

@@ -173,7 +173,7 @@ async fn ensure_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<Aga
             }
             // Its limits may have been changed while no agent told it.
             Ok(State::Running { epoch }) if record.owner == agent.name && record.epoch == epoch => {
-                crate::set::tell(&worker, record).await;
+                crate::set::tell(agent, machine, &worker).await;
                 return Ok(Again::No);
             }
             _ => return Ok(Again::No),
@@ -232,7 +232,7 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Ag
                 } else if now.spec != found.record.spec
                     && let Some(worker) = agent.workers.get(machine)
                 {
-                    crate::set::tell(&worker, &now).await;
+                    crate::set::tell(agent, machine, &worker).await;
                 }
                 if now.stop_wanted
                     && !now.status.ended()

@@ -24,11 +24,11 @@ const RETRY_MAX: Duration = Duration::from_secs(60);
 pub(crate) fn watch(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) {
     let (agent, machine, worker) = (agent.clone(), machine.clone(), worker.clone());
     // One for each connection to a process: another one has another.
-    let Some(_watching) = Watching::begin(&agent, &worker) else {
+    let Some(watching) = Watching::begin(&agent, &worker) else {
         return;
     };
     tokio::spawn(async move {
-        let _watching = _watching;
+        let mut watching = Some(watching);
         let mut newest = None;
         let mut failed = 0;
         while agent
@@ -45,13 +45,24 @@ pub(crate) fn watch(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) 
                 }
             };
             let Some(plan) = &record.spec.checkpoints else {
-                // One that may come is seen when the spec is changed.
-                return;
+                // Whoever changes the spec begins anew; one that was changed just now
+                // found this still watching.
+                if watching.take().is_none() {
+                    return;
+                }
+                continue;
             };
+            if watching.is_none() {
+                watching = Watching::begin(&agent, &worker);
+                if watching.is_none() {
+                    return;
+                }
+            }
             if newest.is_none() {
                 newest = keep::newest_ms(&agent, &machine, plan.to.as_deref()).await;
             }
-            let since = newest.unwrap_or(record.started_unix_ms);
+            // (A clock may have been ahead.)
+            let since = newest.unwrap_or(record.started_unix_ms).min(unix_ms());
             let due = due(plan, since, failed);
             let now = unix_ms();
             let runs = record.owner == agent.name && record.status == Status::Running;

@@ -11,7 +11,7 @@ use crate::agent::Agent;
 use crate::events::Note;
 use crate::operate::{OperateError, check_cpu, check_memory};
 use crate::record;
-use crate::workers::{PROMPT, Worker};
+use crate::workers::{OLDER, PROMPT, Worker, is_older};
 use keel_api::{CheckpointChange, EventKind, SetRequest};
 use keel_cluster::MachineName;
 use keel_machine::spec::{Record, Spec, Status};
@@ -26,6 +26,8 @@ pub(crate) async fn set(
     request: &SetRequest,
 ) -> Result<(), OperateError> {
     check(request)?;
+    // One at a time: two would undo each other at the worker.
+    let _setting = agent.setting.lock().await;
     if agent.moves().contains_key(machine) {
         return Err(moving(machine));
     }
@@ -43,6 +45,9 @@ pub(crate) async fn set(
     if let Some(worker) = &worker {
         check_room(agent, machine, worker, &before.spec, &spec).await?;
         ask(worker, &spec).await.map_err(|error| match error {
+            RpcError::Refused { reason, .. } if is_older(&reason) => {
+                OperateError::Conflict(format!("machine {machine:?} stays as it is: {OLDER}"))
+            }
             RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
                 OperateError::Conflict(format!("machine {machine:?} stays as it is: {reason}"))
             }
@@ -64,8 +69,11 @@ pub(crate) async fn set(
             Ok(())
         }
         Err(error) => {
-            if let Some(worker) = &worker {
-                tell(worker, &before).await;
+            // What the store has counts, whatever was to be written.
+            if let Some(worker) = &worker
+                && let Ok(found) = record::get(&*agent.store, machine).await
+            {
+                tell_spec(worker, &found.record).await;
             }
             Err(error)
         }
@@ -74,7 +82,16 @@ pub(crate) async fn set(
 
 /// Tells a worker what its machine's record says; where it cannot be done any more
 /// (it has grown meanwhile), the machine goes on as it is.
-pub(crate) async fn tell(worker: &Worker, record: &Record) {
+pub(crate) async fn tell(agent: &Agent, machine: &MachineName, worker: &Worker) {
+    let _setting = agent.setting.lock().await;
+    match record::get(&*agent.store, machine).await {
+        Ok(found) if found.record.owner == agent.name => tell_spec(worker, &found.record).await,
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%machine, %error, "its limits may not be those of its record"),
+    }
+}
+
+async fn tell_spec(worker: &Worker, record: &Record) {
     if let Err(error) = ask(worker, &record.spec).await {
         tracing::warn!(machine = %record.name, %error, "its limits are not those of its record");
     }

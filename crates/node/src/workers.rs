@@ -31,6 +31,15 @@ const RECONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long it may take to compile a module.
 pub(crate) const COMPILE_PATIENCE: Duration = Duration::from_secs(1800);
 
+/// What is said of a worker that an older agent started.
+pub(crate) const OLDER: &str = "its worker is of the version before and cannot do that; \
+     it can once the machine was moved or started again";
+
+/// Whether a refusal says that a worker does not know what was asked.
+pub(crate) fn is_older(reason: &str) -> bool {
+    reason.starts_with("no request of kind")
+}
+
 /// A worker that answers.
 #[derive(Debug, Clone)]
 pub(crate) struct Worker {
@@ -49,14 +58,7 @@ impl Worker {
             .await
             .map_err(|error| format!("{}: {error}", path.display()))?;
         let place = path.display().to_string();
-        let process = stream
-            .peer_cred()
-            .ok()
-            .and_then(|peer| Pid::from_raw(peer.pid()?))
-            .ok_or_else(|| format!("{place}: whose it is is not known"))
-            .and_then(|pid| {
-                pidfd_open(pid, PidfdFlags::empty()).map_err(|error| format!("{place}: {error}"))
-            })?;
+        let process = peer_of(&stream, &place)?;
         let client = Client::over(stream, "worker", &place, Options::default())
             .await
             .map_err(|error| error.to_string())?;
@@ -65,6 +67,13 @@ impl Worker {
             id: rand::random(),
             process: Arc::new(process),
         })
+    }
+
+    /// The process that has a socket open, if any has.
+    async fn process_of(socket: &Path) -> Option<Arc<OwnedFd>> {
+        let stream = UnixStream::connect(socket).await.ok()?;
+        let place = socket.display().to_string();
+        peer_of(&stream, &place).ok().map(Arc::new)
     }
 
     pub(crate) async fn ask<Q: Serialize, A: DeserializeOwned>(
@@ -124,18 +133,32 @@ impl Worker {
 
     /// Whether the process is gone, or goes within a time.
     async fn gone_within(&self, patience: Duration) -> bool {
-        let process = self.process.clone();
-        let waited = tokio::task::spawn_blocking(move || {
-            // A process that ended is readable.
-            let mut ended = [PollFd::new(&*process, PollFlags::IN)];
-            let patience = Timespec {
-                tv_sec: patience.as_secs() as i64,
-                tv_nsec: patience.subsec_nanos().into(),
-            };
-            poll(&mut ended, Some(&patience))
-        });
-        matches!(waited.await, Ok(Ok(1..)))
+        gone_within(&self.process, patience).await
     }
+}
+
+/// The process at the other end of a worker's socket.
+fn peer_of(stream: &UnixStream, place: &str) -> Result<OwnedFd, String> {
+    let peer = stream.peer_cred().ok();
+    peer.and_then(|peer| Pid::from_raw(peer.pid()?))
+        .ok_or_else(|| format!("{place}: whose it is is not known"))
+        .and_then(|pid| {
+            pidfd_open(pid, PidfdFlags::empty()).map_err(|error| format!("{place}: {error}"))
+        })
+}
+
+async fn gone_within(process: &Arc<OwnedFd>, patience: Duration) -> bool {
+    let process = process.clone();
+    let waited = tokio::task::spawn_blocking(move || {
+        // A process that ended is readable.
+        let mut ended = [PollFd::new(&*process, PollFlags::IN)];
+        let patience = Timespec {
+            tv_sec: patience.as_secs() as i64,
+            tv_nsec: patience.subsec_nanos().into(),
+        };
+        poll(&mut ended, Some(&patience))
+    });
+    matches!(waited.await, Ok(Ok(1..)))
 }
 
 /// What an earlier worker of a machine left in its folder.
@@ -217,10 +240,39 @@ impl Workers {
                     tracing::info!(%machine, "found its worker running");
                     self.table().insert(machine, worker);
                 }
-                Err(error) => tracing::debug!(%machine, error, "no worker runs in its folder"),
+                Err(error) => match self.silent(&entry.path()).await {
+                    Some(worker) => {
+                        tracing::info!(%machine, "found its worker running, late");
+                        self.table().insert(machine, worker);
+                    }
+                    None => tracing::debug!(%machine, error, "no worker runs in its folder"),
+                },
             }
         }
         self.slice.sweep(&dir.workers());
+    }
+
+    /// A process that has a worker's socket open and says nothing may only stand
+    /// still: it is waited for, and then killed. `None` once nothing runs there.
+    async fn silent(&self, folder: &Path) -> Option<Worker> {
+        let deadline = tokio::time::Instant::now() + RECONNECT_PATIENCE;
+        let process = Worker::process_of(&folder.join(SOCKET)).await?;
+        while tokio::time::Instant::now() < deadline {
+            let connected = tokio::time::timeout_at(deadline, Worker::connect(folder)).await;
+            if let Ok(Ok(worker)) = connected {
+                return Some(worker);
+            }
+            if gone_within(&process, Duration::from_millis(100)).await {
+                return None;
+            }
+        }
+        tracing::error!(folder = %folder.display(), "a worker that does not answer is killed");
+        // An error means that it is gone already.
+        let _ = pidfd_send_signal(&*process, Signal::KILL);
+        while !gone_within(&process, PROMPT).await {
+            tracing::error!("a worker cannot be killed: is its disk stuck?");
+        }
+        None
     }
 
     /// Connects anew to a worker whose connection was lost, which does not say
@@ -302,7 +354,11 @@ impl Workers {
         let worker = loop {
             match Worker::connect(&folder).await {
                 Ok(worker) => break worker,
-                Err(error) if tokio::time::Instant::now() > deadline => return Err(error),
+                Err(error) if tokio::time::Instant::now() > deadline => {
+                    // What nobody knows must not run; an error means that it does not.
+                    let _ = child.kill().await;
+                    return Err(error);
+                }
                 Err(_) => {}
             }
             if let Ok(Some(status)) = child.try_wait() {

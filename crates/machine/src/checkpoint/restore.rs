@@ -222,15 +222,19 @@ fn restore_one(
     }
     let manifest = newest.clone();
     let behind = if origin.warm {
-        // What is missing is found now; what is damaged, only when it is read.
+        // From now on nobody deletes it. What is missing is found now; what is
+        // damaged, only when it is read.
+        let reading = runtime.block_on(vault.begin_reading(newest))?;
         let outlines: Vec<_> = chain.iter().map(Manifest::outline).collect();
-        runtime.block_on(vault.check_parts(machine, &outlines))?;
+        let checked = runtime.block_on(vault.check_parts(machine, &outlines));
+        if let Err(error) = checked {
+            // It is kept for an hour otherwise.
+            let _ = runtime.block_on(vault.end_reading(newest, &reading));
+            return Err(error.into());
+        }
+        let (vault, runtime) = (vault.clone(), runtime.clone());
         Some(Behind::new(
-            vault.clone(),
-            runtime.clone(),
-            chain,
-            layout,
-            &memories,
+            vault, runtime, chain, reading, layout, &memories,
         )?)
     } else {
         None

@@ -234,7 +234,14 @@ impl Taker {
             None => None,
         };
         machine.program().prepare_resume()?;
-        let id = CheckpointId::new(unix_ms());
+        // Later ones are greater, whatever the clocks of the nodes say that made them.
+        let newest = runtime.block_on(vault.list(&subject.name))?;
+        let newest = newest
+            .iter()
+            .chain(parent.as_ref().map(|last| &last.id))
+            .max();
+        let after = newest.map_or(0, |newest| newest.unix_ms() + 1);
+        let id = CheckpointId::new(unix_ms().max(after));
         let packer = |piece: fn(usize) -> Piece| {
             let name = subject.name.clone();
             Packer::new(vault.clone(), name, (id.clone(), 0), runtime.clone(), piece)

@@ -19,6 +19,11 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
+/// Ending of the names that say that a checkpoint is being read, and for how long
+/// that counts, in milliseconds.
+const READING: &str = "reading";
+const READ_MS: u64 = 3_600_000;
+
 /// Why a vault cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum VaultError {
@@ -368,6 +373,31 @@ impl Vault {
         Ok(())
     }
 
+    /// Says that a checkpoint is being read, so that it is not deleted meanwhile, for
+    /// an hour at the most. The name of that.
+    ///
+    /// # Errors
+    /// [`VaultError::Store`].
+    pub async fn begin_reading(&self, manifest: &Manifest) -> Result<String, VaultError> {
+        let name = format!("{}.{:016x}.{READING}", manifest.id, rand::random::<u64>());
+        let place = self
+            .place
+            .path(&["machines", manifest.machine.as_ref(), &name]);
+        self.store().put(&place, PutPayload::new()).await?;
+        Ok(name)
+    }
+
+    /// Takes that back.
+    ///
+    /// # Errors
+    /// [`VaultError::Store`].
+    pub async fn end_reading(&self, manifest: &Manifest, name: &str) -> Result<(), VaultError> {
+        let place = self
+            .place
+            .path(&["machines", manifest.machine.as_ref(), name]);
+        Ok(self.store().delete(&place).await?)
+    }
+
     /// Reads a manifest and checks it.
     ///
     /// # Errors
@@ -511,7 +541,8 @@ impl Vault {
     /// outside of the runtime.
     ///
     /// # Errors
-    /// [`TakeError`]; nothing that is needed is gone then.
+    /// [`TakeError`], also where it is not known what is needed; nothing of that is
+    /// gone then.
     pub fn keep(
         &self,
         runtime: &Handle,
@@ -537,7 +568,7 @@ impl Vault {
                 tracing::info!(%machine, %oldest, stored, ?bytes, "made a full checkpoint of it");
             }
         }
-        Ok(runtime.block_on(self.delete_others(machine, &all, &wanted))?)
+        Ok(runtime.block_on(self.delete_others(machine, &all, &wanted, now_unix_ms))?)
     }
 
     async fn delete_others(
@@ -545,30 +576,62 @@ impl Vault {
         machine: &MachineName,
         all: &[CheckpointId],
         wanted: &[&CheckpointId],
+        now_unix_ms: u64,
     ) -> Result<Vec<CheckpointId>, VaultError> {
+        let folder = self.place.path(&["machines", machine.as_ref()]);
+        let objects: Vec<(Path, i64)> = self
+            .store()
+            .list(Some(&folder))
+            .map_ok(|object| (object.location, object.last_modified.timestamp_millis()))
+            .try_collect()
+            .await?;
+        // What is just being read stays, as it is: generations and all.
+        let mut read = BTreeSet::new();
+        let mut over = Vec::new();
+        for (place, since) in &objects {
+            if place.extension() != Some(READING) {
+                continue;
+            }
+            let young = now_unix_ms.saturating_sub(u64::try_from(*since).unwrap_or(0)) < READ_MS;
+            match place.filename().and_then(id_of).filter(|_| young) {
+                Some((id, _)) => drop(read.insert(id)),
+                None => over.push(Ok(place.clone())),
+            }
+        }
         // With the generation of each, where its manifest can be read.
         let mut needed: BTreeMap<CheckpointId, Option<u32>> = BTreeMap::new();
-        for id in wanted {
-            needed.entry((*id).clone()).or_insert(None);
-            if let Ok(chain) = self.chain(machine, id).await {
-                let of = |it: Manifest| (it.id, Some(it.generation));
-                needed.extend(chain.into_iter().map(of));
+        // What is not newer than one that cannot be read may belong to it.
+        let mut below = None;
+        for id in wanted.iter().copied().chain(&read) {
+            needed.entry(id.clone()).or_insert(None);
+            match self.chain(machine, id).await {
+                Ok(chain) => {
+                    let of = |it: Manifest| {
+                        let now = (!read.contains(id)).then_some(it.generation);
+                        (it.id, now)
+                    };
+                    for (id, generation) in chain.into_iter().map(of) {
+                        let known = needed.entry(id).or_insert(generation);
+                        *known = (*known).and(generation);
+                    }
+                }
+                Err(VaultError::Part { .. }) => below = below.max(Some(id.clone())),
+                Err(error) => return Err(error),
             }
         }
         let newest = all.first();
-        let folder = self.place.path(&["machines", machine.as_ref()]);
-        let objects: Vec<Path> = self
-            .store()
-            .list(Some(&folder))
-            .map_ok(|object| object.location)
-            .try_collect()
-            .await?;
         let mut gone = BTreeSet::new();
         let (mut manifests, mut packs) = (Vec::new(), Vec::new());
-        for place in objects {
+        for (place, _) in objects {
+            if place.extension() == Some(READING) {
+                continue;
+            }
             let Some((id, generation)) = place.filename().and_then(id_of) else {
                 continue;
             };
+            if below.as_ref().is_some_and(|below| id <= *below) {
+                continue;
+            }
             // What is newer than the newest may just be in the making.
             if newest.is_none_or(|newest| id > *newest) {
                 continue;
@@ -587,7 +650,7 @@ impl Vault {
             }
         }
         // Without its manifest a checkpoint is not there: it never lacks a part.
-        for places in [manifests, packs] {
+        for places in [manifests, packs, over] {
             let places = futures::stream::iter(places).boxed();
             self.store()
                 .delete_stream(places)

@@ -55,6 +55,8 @@ struct Shared {
     vault: Vault,
     runtime: Handle,
     chain: Vec<Manifest>,
+    /// Says in the store that the chain is being read.
+    reading: String,
     layout: Layout,
     faults: Vec<PageFaults>,
     /// Blocks that somebody reads, or has read.
@@ -76,6 +78,7 @@ impl Behind {
         vault: Vault,
         runtime: Handle,
         chain: Vec<Manifest>,
+        reading: String,
         layout: Layout,
         memories: &[Arc<GuestMemory>],
     ) -> Result<Self, Unavailable> {
@@ -91,6 +94,7 @@ impl Behind {
                 vault,
                 runtime,
                 chain,
+                reading,
                 layout,
                 faults,
                 claimed: Mutex::default(),
@@ -128,7 +132,9 @@ impl Behind {
                 for pack in 0..shared.layout.packs().len() {
                     shared.read(pack);
                 }
-                tell(shared.wait());
+                let result = shared.wait();
+                shared.let_go();
+                tell(result);
             })
             .map(drop)
     }
@@ -239,12 +245,20 @@ impl Shared {
 
     /// Waits a moment where another try may help.
     fn failed(&self, error: VaultError) {
-        if let VaultError::Store(error) = &error {
-            tracing::warn!(%error, "pages of a checkpoint do not come; trying again");
-            std::thread::sleep(RETRY_AFTER);
-        } else {
-            self.end(Err(error.to_string()));
+        let VaultError::Store(error) = &error else {
+            return self.end(Err(error.to_string()));
+        };
+        // A part that was cut since is no part any more, however often it is read.
+        let machine = self.chain.last().map(|manifest| &manifest.machine);
+        if let Some(machine) = machine {
+            let chain: Vec<_> = self.chain.iter().map(Manifest::outline).collect();
+            let checked = self.vault.check_parts(machine, &chain);
+            if let Err(part @ VaultError::Part { .. }) = self.runtime.block_on(checked) {
+                return self.end(Err(part.to_string()));
+            }
         }
+        tracing::warn!(%error, "pages of a checkpoint do not come; trying again");
+        std::thread::sleep(RETRY_AFTER);
     }
 
     /// Puts what counts of a block in place.
@@ -266,17 +280,22 @@ impl Shared {
         Ok(())
     }
 
+    /// What is read need not be kept any longer for this.
+    fn let_go(&self) {
+        if let Some(manifest) = self.chain.last() {
+            let ended = self.vault.end_reading(manifest, &self.reading);
+            if let Err(error) = self.runtime.block_on(ended) {
+                tracing::debug!(%error, "a checkpoint is kept for an hour that was read");
+            }
+        }
+    }
+
     /// The first end counts.
     fn end(&self, result: Result<(), String>) {
-        let mut ended = locked(&self.ended);
-        if ended.is_some() {
+        if self.done.swap(true, Ordering::AcqRel) {
             return;
         }
-        let whole = result.is_ok();
-        *ended = Some(result);
-        drop(ended);
-        self.done.store(true, Ordering::Release);
-        if whole {
+        if result.is_ok() {
             // The rest is zero, as the kernel has it anyway.
             for faults in &self.faults {
                 if let Err(error) = faults.stop() {
@@ -284,6 +303,8 @@ impl Shared {
                 }
             }
         }
+        // Whoever waits for this may track writes at once.
+        *locked(&self.ended) = Some(result);
         self.changed.notify_all();
     }
 

@@ -29,3 +29,18 @@ pub fn act(files: &Files, op: FileOp) -> std::io::Result<FileDone> {
         FileOp::Remove { path } => files.remove(&path).map(|()| FileDone::Nothing),
     }
 }
+
+/// Lets blocks come that a write needs, as far as they can: what holds others up
+/// while it is written must not wait for them then.
+pub(super) fn fetch_for(files: &Files, op: &FileOp) {
+    if let FileOp::Write {
+        path,
+        offset,
+        bytes,
+        begin: false,
+    } = op
+        && let Err(error) = files.read_at(path, *offset, bytes.len())
+    {
+        tracing::debug!(%error, path, "what is written over is not here");
+    }
+}

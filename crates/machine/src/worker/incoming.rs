@@ -5,7 +5,7 @@ use super::control::Receive;
 use super::filling::Filler;
 use super::volumes::{IncomingVolumes, VolumeError};
 use crate::failpoint::{self, Injected};
-use crate::link::{Hello, ImageBytes, Link, LinkError, Message};
+use crate::link::{HELLO_BEFORE, Hello, ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
 use keel_cluster::Epoch;
 use keel_net::{PinnedIdentity, ServerTls};
@@ -145,8 +145,10 @@ pub(super) fn receive(
         let wasi = restore(image.wasi.clone(), log.clone(), local)?;
         Ok(Machine::prepare(program, image, memories, wasi, limits)?)
     };
+    let named = hello.version <= HELLO_BEFORE;
     let machine = match &filler {
         None => make()?,
+        Some(_) if named => make()?,
         // Meanwhile the source names the pages that were written last. None may be
         // unnamed when the machine goes on.
         Some(filler) => std::thread::scope(|scope| {

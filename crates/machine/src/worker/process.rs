@@ -44,6 +44,8 @@ use tokio::sync::{mpsc, watch};
 const PREPARE_AFTER: Duration = Duration::from_secs(1);
 /// How much less a compiling thread gets than a guest's.
 const COMPILE_NICE: i32 = 5;
+/// How long a move waits for a checkpoint to be given up.
+const CHECKPOINT_PATIENCE: Duration = Duration::from_secs(15);
 /// Bytes of output in one answer.
 const LOG_CHUNK_BYTES: usize = 64 << 10;
 
@@ -79,6 +81,9 @@ struct Inner {
     outgoing: Option<Outgoing>,
     /// From the first page sent until the machine goes on here.
     giving_away: bool,
+    /// Counts what was begun of giving the machine away: a thread of an attempt that
+    /// was given up may wake late, and must leave the next one alone.
+    attempt: u64,
     /// The move was given up: a freeze that comes, or is under way, must not
     /// leave the machine frozen.
     given_up: bool,
@@ -100,6 +105,13 @@ struct Inner {
     keepers: Keepers,
     /// Why it had to be ended.
     ended_for: Option<String>,
+}
+
+impl Inner {
+    /// Whether an attempt to give the machine away is the one under way.
+    fn is_attempt(&self, attempt: u64) -> bool {
+        self.attempt == attempt && !self.given_up
+    }
 }
 
 /// Runs a worker until its agent ends it. `folder` holds its socket and
@@ -502,7 +514,7 @@ impl Worker {
         let vault = Vault::create(&request.vault).map_err(RpcError::failed)?;
         self.await_memory().map_err(RpcError::failed)?;
         let give_up = Arc::new(AtomicBool::new(false));
-        let _tracking = match self.tracking.try_lock() {
+        let tracking = match self.tracking.try_lock() {
             Ok(tracking) => tracking,
             Err(std::sync::TryLockError::Poisoned(error)) => error.into_inner(),
             Err(std::sync::TryLockError::WouldBlock) if self.inner().taking.is_some() => {
@@ -563,6 +575,8 @@ impl Worker {
                 inner.taker = Some(taker);
             }
         }
+        // What is left is the store's business: a move need not wait for it.
+        drop(tracking);
         let taken = taken.map_err(RpcError::failed)?;
         let deleted = match request.keep {
             all if all.is_all() => Ok(Vec::new()),
@@ -618,20 +632,23 @@ impl Worker {
     }
 
     /// A move comes first: a checkpoint in the making is given up, and what is
-    /// known for the next one is dropped.
-    fn end_checkpoints(&self) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+    /// known for the next one is dropped. Nor is the machine looked at any more.
+    fn end_checkpoints(&self) -> Result<(), String> {
+        let deadline = Instant::now() + CHECKPOINT_PATIENCE;
         loop {
-            let mut inner = self.inner();
-            let Some(taking) = &inner.taking else {
-                inner.taker = None;
-                return;
-            };
-            taking.store(true, Ordering::Relaxed);
-            drop(inner);
+            if let Some(taking) = &self.inner().taking {
+                taking.store(true, Ordering::Relaxed);
+            }
+            match self.tracking.try_lock() {
+                Err(std::sync::TryLockError::WouldBlock) => {}
+                // (Nobody begins another one now.)
+                Ok(_) | Err(std::sync::TryLockError::Poisoned(_)) => {
+                    self.inner().taker = None;
+                    return Ok(());
+                }
+            }
             if Instant::now() > deadline {
-                // It is waiting for its store; writes are then found the slow way.
-                return;
+                return Err("a checkpoint of it waits for its store; try again".into());
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -753,25 +770,31 @@ impl Worker {
     fn file(&self, request: FileRequest) -> Result<FileDone, RpcError> {
         // What is written while the machine stands still would be in no move and no
         // checkpoint, or in half of one: freezing waits for this, and this for that.
-        let _freezing = self
-            .freezing
-            .lock()
-            .unwrap_or_else(|error| error.into_inner());
-        let machine = {
-            let inner = self.inner();
-            let stands = inner.giving_away || inner.taking.is_some();
-            match &inner.machine {
-                _ if stands && request.op.writes() => return Ok(FileDone::Later),
-                Some(machine) => machine.clone(),
-                None => return Ok(FileDone::Later),
-            }
+        let Some(machine) = self.inner().machine.clone() else {
+            return Ok(FileDone::Later);
         };
         let volumes = machine.wasi().volumes().into_iter();
         let mut volumes = volumes.filter(|(number, _)| *number == request.volume);
         let (_, volume) = volumes
             .next()
             .ok_or_else(|| RpcError::failed("the machine has no such volume"))?;
-        files::act(&Files::Volume(volume), request.op).map_err(RpcError::failed)
+        let files = Files::Volume(volume);
+        if !request.op.writes() {
+            // It may have to wait for blocks that are elsewhere, and holds up nobody.
+            return files::act(&files, request.op).map_err(RpcError::failed);
+        }
+        files::fetch_for(&files, &request.op);
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        {
+            let inner = self.inner();
+            if inner.giving_away || inner.taking.is_some() || inner.machine.is_none() {
+                return Ok(FileDone::Later);
+            }
+        }
+        files::act(&files, request.op).map_err(RpcError::failed)
     }
 
     /// Takes other limits for the machine that runs here.
@@ -837,6 +860,7 @@ impl Worker {
                     let identity = inner.identity.take();
                     inner.giving_away = identity.is_some();
                     inner.given_up = false;
+                    inner.attempt += 1;
                     inner.post_copy = copy.post_copy;
                     // What was known of an earlier move does not count.
                     inner.serving = false;
@@ -853,22 +877,36 @@ impl Worker {
             });
             return;
         };
-        self.end_checkpoints();
-        // Nor is it looked at any more.
-        drop(self.tracking.lock());
-        self.inner().taker = None;
+        let attempt = self.inner().attempt;
+        let aborted = |reason: &str| LinkError::Aborted(reason.to_owned());
         let result = self
-            .await_memory()
-            .map_err(|reason| LinkError::Aborted(reason).into())
+            .end_checkpoints()
+            .and_then(|()| self.await_memory())
+            .map_err(|reason| aborted(&reason).into())
             .and_then(|()| Outgoing::connect(&name, epoch, machine, log, &identity, copy));
         let result = result.and_then(|mut outgoing| {
-            self.inner().closer = Some(outgoing.closer()?);
+            {
+                let mut inner = self.inner();
+                if !inner.is_attempt(attempt) {
+                    return Err(aborted("the move was given up").into());
+                }
+                inner.closer = Some(outgoing.closer()?);
+            }
             outgoing.copy(&keepers, &mut tell).map(|()| outgoing)
         });
+        let mut inner = self.inner();
+        let current = inner.is_attempt(attempt);
         match result {
-            Ok(outgoing) => self.inner().outgoing = Some(outgoing),
+            Ok(outgoing) if current => inner.outgoing = Some(outgoing),
+            Ok(outgoing) => {
+                drop(inner);
+                abort_apart(Some(outgoing), "the move was given up".into());
+            }
             Err(error) => {
-                self.inner().giving_away = false;
+                if inner.attempt == attempt {
+                    inner.giving_away = false;
+                }
+                drop(inner);
                 tell(CopyEvent::Lost {
                     reason: error.to_string(),
                 });
@@ -999,7 +1037,14 @@ impl Worker {
         let keepers = self.inner().keepers.clone();
         keepers.claim_under(epoch);
         machine.thaw().map_err(RpcError::failed)?;
-        self.inner().giving_away = false;
+        {
+            let mut inner = self.inner();
+            inner.giving_away = false;
+            // It may have been told already that it runs there.
+            if let Some(log) = &inner.log {
+                log.open_again();
+            }
+        }
         self.state.send_replace(State::Running { epoch });
         // It runs: saying goodbye may take its time.
         abort_apart(outgoing, "the machine stays at its source".into());
