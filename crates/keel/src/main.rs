@@ -108,7 +108,7 @@ enum Command {
     Events(events::Args),
     /// Copies a file from or to a volume of a machine, which may run and move meanwhile.
     Cp(cp::Args),
-    /// Changes limits of a machine, or its restart policy, while it runs.
+    /// Changes limits of a machine, its restart policy or its checkpoints, while it runs.
     Set(set::Args),
     /// Ends a machine.
     Stop {

@@ -102,9 +102,16 @@ pub(crate) async fn dry_run(
     let unknown = || away(format!("what the link to {target} carries is not known"));
     let pre_copy = predict(&known, false).ok_or_else(unknown)?;
     let post_copy = predict(&known, true).ok_or_else(unknown)?;
-    let refusal = would_take(agent, &record, found.revision, &worker, target)
-        .await
-        .err();
+    // Apart: what it leaves in volumes for a moment goes also if nobody waits any more.
+    let (asking, to) = (agent.clone(), target.clone());
+    let asked =
+        tokio::spawn(
+            async move { would_take(&asking, &record, found.revision, &worker, &to).await },
+        );
+    let refusal = match asked.await {
+        Ok(would) => would.err(),
+        Err(error) => return Err(OperateError::Away(error.to_string())),
+    };
     Ok(DryRun {
         machine: machine.to_string(),
         source: agent.name.to_string(),
