@@ -499,9 +499,6 @@ impl Shared {
                 let mut taken = attached.tracker.take();
                 // What was taken in vain before comes again.
                 taken.bytes.append(&mut inner.taken);
-                taken
-                    .bytes
-                    .sort_unstable_by_key(|(inode, run)| (*inode, run.start));
                 let taken = taken.whole_blocks();
                 inner.taken.clone_from(&taken.bytes);
                 taken
