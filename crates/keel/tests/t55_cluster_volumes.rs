@@ -514,6 +514,26 @@ impl Bench {
     }
 }
 
+/// A checkpoint that fails after its volumes were kept leaves nothing of that.
+#[cfg(feature = "failpoints")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_checkpoint_leaves_no_snapshot() {
+    let folder = folder();
+    let bench = Bench::start(folder.path()).await;
+    bench.create("data");
+    bench.run("m", "s", &[]);
+    bench.goes_on("m", 1).await;
+    let kept = folder.path().join("kept").display().to_string();
+    bench.order("s", "take.manifest", Some("error")).await;
+    let error = bench.fails(&["checkpoint", "m", "--to", &kept]);
+    assert!(error.contains("failpoint"), "{error}");
+    let content = bench.volume("data").content.expect("it can be read");
+    assert_eq!(content.snapshots, [""; 0]);
+    bench.keel(&["checkpoint", "m", "--to", &kept]);
+    let content = bench.volume("data").content.expect("it can be read");
+    assert_eq!(content.snapshots.len(), 1, "{content:?}");
+}
+
 /// The target goes on and writes, but is lost before anybody knows: the machine is
 /// taken back to its source, and the volume with it.
 #[cfg(feature = "failpoints")]

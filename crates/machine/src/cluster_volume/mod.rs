@@ -6,6 +6,7 @@
 //! - `store`: the objects of one volume
 //! - `writer`: the one who writes: claims, commits, compacts
 //! - `keeper`: between a volume of `keel-wasi` and its writer, in a worker
+//! - `unfinished`: snapshots of checkpoints that fail
 //!
 //! ```text
 //!   NAME-ID/log/NUMBER               a segment: names, sizes and which chunk each
@@ -47,12 +48,14 @@ mod format;
 mod keeper;
 mod state;
 mod store;
+mod unfinished;
 mod writer;
 
 pub use format::{ChunkRef, FileBlocks, FormatError, Segment, WriterEpoch};
 pub use keeper::{Frozen, Held, Keeper, KeeperOptions};
 pub use state::VolumeState;
 pub use store::{VolumeError, VolumeStore, VolumeSummary};
+pub use unfinished::UnfinishedSnapshots;
 pub use writer::{DirtyBlock, Writer};
 
 /// The most bytes of a cluster volume: its map of blocks lies in memory, 64 MiB

@@ -1,6 +1,7 @@
 //! A keeper whose store is held back at a chosen step.
 
 use super::*;
+use crate::cluster_volume::UnfinishedSnapshots;
 use crate::place::Place;
 use async_trait::async_trait;
 use futures::stream::BoxStream;
@@ -234,6 +235,24 @@ fn one_that_rests_deletes_nothing() {
         counter: 3,
     });
     bench.keeper.wait_claimed(Duration::from_secs(60)).unwrap();
+}
+
+#[test]
+fn snapshots_of_what_was_not_made_are_deleted() {
+    let bench = Bench::new();
+    let volume = bench.volume();
+    bench.keeper.attach(&volume, &LocalBlocks::default());
+    let snapshots = || bench.runtime.block_on(bench.store.snapshots()).unwrap();
+    let keep = |name: &str| {
+        let unfinished = UnfinishedSnapshots::new(vec![bench.keeper.clone()], name.to_owned());
+        bench.keeper.hold().unwrap().keep(name).unwrap();
+        unfinished
+    };
+    keep("m.1").done();
+    let unfinished = keep("m.2");
+    assert_eq!(snapshots(), ["m.1", "m.2"]);
+    drop(unfinished);
+    assert_eq!(snapshots(), ["m.1"]);
 }
 
 #[test]
