@@ -196,6 +196,14 @@ fn newest_segment(log: &Path) -> Segment {
     Segment::decode(&std::fs::read(newest).expect("bytes")).expect("a segment")
 }
 
+/// Where the objects of the volume `data` are.
+fn objects_of_data(place: &Path) -> PathBuf {
+    let folders = std::fs::read_dir(place).expect("a place");
+    let mut folders = folders.map(|entry| entry.expect("an entry").path());
+    let is_data = |path: &PathBuf| path.to_string_lossy().contains("/data-");
+    folders.find(is_data).expect("a volume")
+}
+
 fn files_below(folder: &Path) -> usize {
     let mut count = 0;
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -430,7 +438,7 @@ async fn a_fenced_machine_writes_nothing() {
     bench.create("data");
     bench.run("m", "s", &[]);
     bench.goes_on("m", 1).await;
-    let log = folder.path().join("place/data/log");
+    let log = objects_of_data(&folder.path().join("place")).join("log");
     let newest = || newest_segment(&log);
     let segment = newest();
     let name = "data".parse().expect("a name");
@@ -469,7 +477,8 @@ async fn a_damaged_chunk_is_named() {
     bench.keel(&["stop", "first"]);
     bench.keel(&["rm", "first"]);
     let mut damaged = 0;
-    let chunks = std::fs::read_dir(folder.path().join("place/data/chunks")).expect("chunks");
+    let chunks = objects_of_data(&folder.path().join("place")).join("chunks");
+    let chunks = std::fs::read_dir(chunks).expect("chunks");
     for file in chunks.flat_map(|folder| {
         let files = std::fs::read_dir(folder.expect("a folder").path()).expect("chunks");
         files.map(|file| file.expect("a file").path())
@@ -490,7 +499,7 @@ async fn a_damaged_chunk_is_named() {
         .output()
         .expect("keel runs");
     let said = String::from_utf8_lossy(&output.stderr);
-    let named = said.contains("volume \"data\" cannot be used: object data/chunks/");
+    let named = said.contains("volume \"data\" cannot be used: object data-");
     assert!(named && said.contains("checksum is wrong"), "{said}");
 }
 
@@ -505,6 +514,26 @@ impl Bench {
     }
 }
 
+/// A checkpoint that fails after its volumes were kept leaves nothing of that.
+#[cfg(feature = "failpoints")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_checkpoint_leaves_no_snapshot() {
+    let folder = folder();
+    let bench = Bench::start(folder.path()).await;
+    bench.create("data");
+    bench.run("m", "s", &[]);
+    bench.goes_on("m", 1).await;
+    let kept = folder.path().join("kept").display().to_string();
+    bench.order("s", "take.manifest", Some("error")).await;
+    let error = bench.fails(&["checkpoint", "m", "--to", &kept]);
+    assert!(error.contains("failpoint"), "{error}");
+    let content = bench.volume("data").content.expect("it can be read");
+    assert_eq!(content.snapshots, [""; 0]);
+    bench.keel(&["checkpoint", "m", "--to", &kept]);
+    let content = bench.volume("data").content.expect("it can be read");
+    assert_eq!(content.snapshots.len(), 1, "{content:?}");
+}
+
 /// The target goes on and writes, but is lost before anybody knows: the machine is
 /// taken back to its source, and the volume with it.
 #[cfg(feature = "failpoints")]
@@ -514,7 +543,7 @@ async fn a_machine_that_is_taken_back_takes_its_volume_back() {
     let bench = Bench::start_with(folder.path(), &["s", "b", "c"]).await;
     bench.create("data");
     bench.run("m", "b", &[]);
-    let log = folder.path().join("place/data/log");
+    let log = objects_of_data(&folder.path().join("place")).join("log");
     for (source, target) in [("b", "c"), ("b", "c")] {
         bench.goes_on("m", 1).await;
         bench

@@ -159,8 +159,12 @@ fn name() -> MachineName {
 }
 
 fn volume(store: Arc<dyn ObjectStore>) -> VolumeStore {
+    volume_of(ID, store)
+}
+
+fn volume_of(id: [u8; 16], store: Arc<dyn ObjectStore>) -> VolumeStore {
     let place = Place::of(store, Path::from("some/prefix"), "memory");
-    VolumeStore::new(name(), ID, place)
+    VolumeStore::new(name(), id, place)
 }
 
 fn limits() -> VolumeLimits {
@@ -518,13 +522,17 @@ async fn objects(faulty: &Faulty, part: &str) -> Vec<Path> {
 async fn what_is_damaged_or_gone_is_named() {
     let (faulty, store, mut writer, mut model) = with_a_file().await;
     let state = writer.state().clone();
-    let other = VolumeStore::new(
-        name(),
-        [8; 16],
-        Place::of(faulty.clone(), Path::from("some/prefix"), "memory"),
-    );
-    let error = Writer::claim(other, epoch(9), None).await.unwrap_err();
+    // Somebody copied a log.
+    let other = volume_of([8; 16], faulty.clone());
+    for path in objects(&faulty, "/log/").await {
+        let to = path.as_ref().replace(&"07".repeat(16), &"08".repeat(16));
+        faulty.inner.copy(&path, &Path::from(to)).await.unwrap();
+    }
+    let error = Writer::claim(other.clone(), epoch(9), None)
+        .await
+        .unwrap_err();
     assert!(error.to_string().contains("another volume"), "{error}");
+    other.destroy().await.unwrap();
     // A chunk, then a segment, with another bit in it.
     for part in ["/chunks/", "/log/00000000000000000003"] {
         let path = objects(&faulty, part).await.remove(0);
@@ -651,4 +659,82 @@ async fn what_nobody_needs_is_deleted() {
         .unwrap();
     assert_eq!(files_of(&store, first.state()).await, found.files);
     last.forget_found();
+}
+
+/// One that stood still while another claimed the volume deletes nothing of it, nor
+/// any that is newer than itself at all.
+#[tokio::test]
+async fn a_writer_deletes_nothing_of_newer_ones() {
+    let (faulty, store, mut first, mut old) = with_a_file().await;
+    old.files.insert(2, vec![1; BLOCK]);
+    old.dirty.insert((2, 0));
+    commit(&mut first, &mut old).await.unwrap();
+    let mut second = Writer::claim(store.clone(), epoch(2), None).await.unwrap();
+    let mut new = Model::new(old.files.clone(), 3);
+    new.files.insert(2, vec![2; 2 * BLOCK]);
+    new.dirty.extend([(2, 0), (2, 1)]);
+    commit(&mut second, &mut new).await.unwrap();
+    let before = objects(&faulty, "").await;
+    let error = first.collect().await.unwrap_err();
+    let by_second = matches!(&error, VolumeError::Fenced { by, .. } if *by == epoch(2));
+    assert!(by_second, "{error}");
+    assert_eq!(objects(&faulty, "").await, before);
+    // Nobody has claimed it as far as this one sees, and what is no chunk stays, too.
+    second.forget_found();
+    let folder = before[0].as_ref().split_once("/log/");
+    let folder = folder
+        .or_else(|| before[0].as_ref().split_once("/chunks/"))
+        .unwrap()
+        .0;
+    let chunk =
+        |writer: &str| Path::from(format!("{folder}/chunks/ab/{}-{writer}", "ab".repeat(32)));
+    let stays = [
+        chunk("1.1.3"),
+        chunk("1.2.0"),
+        chunk("2.0.0"),
+        chunk("1.1"),
+        chunk("1.1.2.0"),
+    ];
+    let goes = [
+        chunk("1.1.2"),
+        chunk("1.1.1"),
+        chunk("1.0.9"),
+        chunk("0.9.9"),
+    ];
+    for path in stays.iter().chain(&goes) {
+        faulty.inner.put(path, "chunk".into()).await.unwrap();
+    }
+    // Those, and what only the first one had.
+    assert_eq!(second.collect().await.unwrap(), goes.len() as u64 + 3);
+    let after = objects(&faulty, "/chunks/").await;
+    assert!(stays.iter().all(|path| after.contains(path)), "{after:?}");
+    assert!(!goes.iter().any(|path| after.contains(path)), "{after:?}");
+    assert_eq!(files_of(&store, second.state()).await, new.files);
+}
+
+/// A volume that is removed, and made again under its name in the same place: who
+/// still works on the first one does nothing to the second.
+#[tokio::test]
+async fn a_volume_that_is_made_again_is_another() {
+    let (faulty, first, mut writer, mut model) = with_a_file().await;
+    first.destroy().await.unwrap();
+    let second = volume_of([8; 16], faulty.clone());
+    second.create(limits()).await.unwrap();
+    let mut claimed = Writer::claim(second.clone(), epoch(1), None).await.unwrap();
+    let mut made = Model::new(Files::new(), 3);
+    made.files.insert(2, vec![3; BLOCK]);
+    made.dirty.insert((2, 0));
+    commit(&mut claimed, &mut made).await.unwrap();
+    claimed.snapshot("m.1").await.unwrap();
+    let before = objects(&faulty, "").await;
+    assert_eq!(writer.collect().await.unwrap(), 0);
+    model.files.insert(2, vec![4; 9]);
+    model.dirty.insert((2, 0));
+    let error = commit(&mut writer, &mut model).await.unwrap_err();
+    assert!(matches!(error, VolumeError::Vanished { .. }), "{error}");
+    // A removal that was slow.
+    first.delete_snapshots(&["m.1".to_owned()]).await.unwrap();
+    first.destroy().await.unwrap();
+    assert_eq!(objects(&faulty, "").await, before);
+    assert_eq!(files_of(&second, claimed.state()).await, made.files);
 }

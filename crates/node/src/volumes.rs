@@ -25,7 +25,7 @@ use std::time::Duration;
 
 const WHAT: &str = "a volume's record";
 const VOLUME_BYTES_MIN: u64 = 64 << 10;
-/// How long a place may take to show that a volume is there.
+/// How long a place may take to open, and to show that a volume is there.
 const LOOK_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the store says of a volume.
@@ -87,6 +87,7 @@ async fn open(
     url: String,
     make: bool,
 ) -> Result<VolumeStore, OperateError> {
+    let silent = silent(name, &url);
     let name = name.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let place = match make {
@@ -99,10 +100,15 @@ async fn open(
         })?;
         Ok(VolumeStore::new(name, id, place))
     });
-    let opened = opened
-        .await
-        .map_err(|error| OperateError::Away(error.to_string()))?;
+    let Ok(opened) = tokio::time::timeout(LOOK_PATIENCE, opened).await else {
+        return Err(silent);
+    };
+    let opened = opened.map_err(|error| OperateError::Away(error.to_string()))?;
     opened.map_err(volume_error)
+}
+
+fn silent(name: &MachineName, place: &str) -> OperateError {
+    OperateError::Away(format!("volume {name:?}: {place} does not answer"))
 }
 
 /// Makes a volume.
@@ -212,12 +218,7 @@ async fn look(name: &MachineName, entry: &VolumeEntry) -> Result<VolumeContent, 
         objects.summary().await.map_err(volume_error)
     };
     let looked = tokio::time::timeout(LOOK_PATIENCE, looking).await;
-    let summary = looked.unwrap_or_else(|_| {
-        Err(OperateError::Away(format!(
-            "volume {name:?}: {} does not answer",
-            entry.place
-        )))
-    })?;
+    let summary = looked.unwrap_or_else(|_| Err(silent(name, &entry.place)))?;
     Ok(VolumeContent {
         bytes: summary.bytes,
         inodes: summary.inodes,
@@ -232,20 +233,7 @@ async fn look(name: &MachineName, entry: &VolumeEntry) -> Result<VolumeContent, 
 /// `forget` without. What could not be deleted is deleted when it is asked for again.
 pub(crate) async fn remove(agent: &Agent, name: &str, forget: bool) -> Result<(), OperateError> {
     let name = volume_name(name)?;
-    let key = Key::Volume(name.clone()).to_string();
-    let (mut entry, revision) = get(&*agent.store, &name).await?;
-    if let Some(machine) = &entry.holder {
-        return Err(in_use(&name, machine));
-    }
-    entry.removing = true;
-    let mark = Txn::new()
-        .when_modified_at(key.clone(), revision)
-        .put(key.clone(), encode(&entry)?);
-    if let TxnOutcome::Refused { .. } = agent.store.txn(mark).await? {
-        return Err(OperateError::Conflict(format!(
-            "volume {name:?} was just changed by others; try again"
-        )));
-    }
+    let (entry, marked) = mark_removing(&*agent.store, &name).await?;
     if !forget {
         let deleted = async {
             let objects = open(&name, entry.id, entry.place.clone(), false).await?;
@@ -257,8 +245,58 @@ pub(crate) async fn remove(agent: &Agent, name: &str, forget: bool) -> Result<()
             ))
         })?;
     }
-    agent.store.txn(Txn::new().delete(key)).await?;
-    Ok(())
+    delete_entry(&*agent.store, &name, &entry, marked).await
+}
+
+/// From now on no machine gets a volume; what it is, and at which revision. Several
+/// may remove the same one.
+async fn mark_removing(
+    store: &dyn Store,
+    name: &MachineName,
+) -> Result<(VolumeEntry, Revision), OperateError> {
+    let key = Key::Volume(name.clone()).to_string();
+    let (mut entry, revision) = get(store, name).await?;
+    if let Some(machine) = &entry.holder {
+        return Err(in_use(name, machine));
+    }
+    if entry.removing {
+        return Ok((entry, revision));
+    }
+    entry.removing = true;
+    let mark = Txn::new()
+        .when_modified_at(key.clone(), revision)
+        .put(key, encode(&entry)?);
+    match store.txn(mark).await? {
+        TxnOutcome::Committed { revision } => Ok((entry, revision)),
+        TxnOutcome::Refused { .. } => Err(changed(name)),
+    }
+}
+
+/// Forgets a volume that was marked, but not another one that has its name by now.
+async fn delete_entry(
+    store: &dyn Store,
+    name: &MachineName,
+    marked: &VolumeEntry,
+    revision: Revision,
+) -> Result<(), OperateError> {
+    let key = Key::Volume(name.clone()).to_string();
+    let delete = Txn::new()
+        .when_modified_at(key.clone(), revision)
+        .delete(key);
+    let TxnOutcome::Refused { current, .. } = store.txn(delete).await? else {
+        return Ok(());
+    };
+    match current {
+        Some(found) if entry(&found)?.id == marked.id => Err(changed(name)),
+        // Somebody else has removed it meanwhile.
+        _ => Ok(()),
+    }
+}
+
+fn changed(name: &MachineName) -> OperateError {
+    OperateError::Conflict(format!(
+        "volume {name:?} was just changed by others; try again"
+    ))
 }
 
 fn in_use(name: &MachineName, machine: &MachineName) -> OperateError {
@@ -347,4 +385,64 @@ pub(crate) async fn give_back(
             .put(key, encode(&entry).map_err(damaged)?);
     }
     Ok(txn)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_cluster::store::{RedbOptions, RedbStore};
+
+    async fn put(store: &dyn Store, name: &MachineName, id: u8) {
+        let made = VolumeEntry {
+            id: [id; 16],
+            place: "/nowhere".into(),
+            bytes: VOLUME_BYTES_MIN,
+            inodes: 1,
+            holder: None,
+            holding: 0,
+            created_unix_ms: 1,
+            removing: false,
+        };
+        let key = Key::Volume(name.clone()).to_string();
+        let txn = Txn::new()
+            .when_absent(key.clone())
+            .put(key, encode(&made).unwrap());
+        let outcome = store.txn(txn).await.unwrap();
+        assert!(matches!(outcome, TxnOutcome::Committed { .. }));
+    }
+
+    /// Two remove the same volume, and before the slower one is done the name is
+    /// another's.
+    #[tokio::test]
+    async fn of_two_removals_the_slower_spares_the_next_volume() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("store.redb");
+        let store = RedbStore::open(&file, RedbOptions::default()).unwrap();
+        let name: MachineName = "data".parse().unwrap();
+        put(&store, &name, 1).await;
+        let (quick, quick_marked) = mark_removing(&store, &name).await.unwrap();
+        let (slow, slow_marked) = mark_removing(&store, &name).await.unwrap();
+        assert_eq!((&quick, quick_marked), (&slow, slow_marked));
+        assert!(quick.removing);
+        delete_entry(&store, &name, &quick, quick_marked)
+            .await
+            .unwrap();
+        assert!(get(&store, &name).await.is_err());
+        delete_entry(&store, &name, &slow, slow_marked)
+            .await
+            .unwrap();
+        put(&store, &name, 2).await;
+        delete_entry(&store, &name, &slow, slow_marked)
+            .await
+            .unwrap();
+        let (next, _) = get(&store, &name).await.unwrap();
+        assert_eq!((next.id, next.removing), ([2; 16], false));
+        // The same one, changed meanwhile.
+        let (entry, marked) = mark_removing(&store, &name).await.unwrap();
+        let key = Key::Volume(name.clone()).to_string();
+        let change = Txn::new().put(key, encode(&entry).unwrap());
+        store.txn(change).await.unwrap();
+        let error = delete_entry(&store, &name, &entry, marked).await;
+        assert!(matches!(error, Err(OperateError::Conflict(_))));
+    }
 }

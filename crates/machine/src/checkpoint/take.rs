@@ -6,7 +6,7 @@ use super::CHAIN_MAX;
 use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest, Pack, Run};
 use super::vault::{Outline, Piece, Vault, VaultError};
 use super::volumes::VolumeTrackers;
-use crate::cluster_volume::{Held, Keeper, VolumeError};
+use crate::cluster_volume::{Held, Keeper, UnfinishedSnapshots, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::log::Log;
 use crate::spec::Spec;
@@ -263,8 +263,10 @@ impl Taker {
         )?;
         let created_unix_ms = unix_ms();
         // First: while they are held nothing of them is committed.
+        let snapshot = super::snapshot_name(&subject.name, &id);
+        let snapshots = UnfinishedSnapshots::new(keepers, snapshot.clone());
         for volume in held {
-            volume.keep(&super::snapshot_name(&subject.name, &id))?;
+            volume.keep(&snapshot)?;
         }
         failpoint::pass("take.packs")?;
         let packs = collected.pages.finish()?;
@@ -290,6 +292,8 @@ impl Taker {
             image,
         };
         failpoint::pass("take.manifest")?;
+        // If that has no answer, the checkpoint may be there all the same.
+        snapshots.done();
         runtime.block_on(vault.put_manifest(&manifest))?;
         failpoint::pass("take.stored")?;
         let mut chain = parent.map_or_else(Vec::new, |last| last.chain);

@@ -44,6 +44,19 @@ impl WriterEpoch {
     }
 }
 
+impl WriterEpoch {
+    /// As [`fmt::Display`] writes it.
+    fn parse(text: &str) -> Option<Self> {
+        let mut numbers = text.split('.');
+        let epoch = WriterEpoch {
+            incarnation: numbers.next()?.parse().ok()?,
+            holding: numbers.next()?.parse().ok()?,
+            counter: numbers.next()?.parse().ok()?,
+        };
+        numbers.next().is_none().then_some(epoch)
+    }
+}
+
 impl fmt::Display for WriterEpoch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}.{}", self.incarnation, self.holding, self.counter)
@@ -80,6 +93,13 @@ impl ChunkRef {
     pub fn place(&self) -> (String, String) {
         let hash = Fingerprint(self.hash).to_string();
         (hash[..2].to_owned(), format!("{hash}-{}", self.writer))
+    }
+
+    /// Who stored the chunk of this name; `None` if it is no chunk's.
+    pub(super) fn writer_of(name: &str) -> Option<WriterEpoch> {
+        let (hash, writer) = name.split_once('-')?;
+        let is_hash = hash.len() == 2 * HASH_BYTES && hash.bytes().all(|it| it.is_ascii_hexdigit());
+        is_hash.then(|| WriterEpoch::parse(writer))?
     }
 }
 

@@ -75,6 +75,8 @@ struct Shared {
     attached: OnceLock<Attached>,
     inner: Mutex<Inner>,
     standing: watch::Sender<Standing>,
+    /// The machine is frozen to be given away: it may be another's to write.
+    resting: watch::Sender<bool>,
     wake: Notify,
     /// Held over each commit.
     writer: Arc<tokio::sync::Mutex<Option<Writer>>>,
@@ -111,8 +113,6 @@ struct Inner {
     away: bool,
     /// File and block after the last one that was fetched.
     last_fetch: (u64, u64),
-    /// The machine is frozen to be given away: it may be another's to write.
-    resting: bool,
     closed: bool,
 }
 
@@ -133,6 +133,7 @@ impl Keeper {
             attached: OnceLock::new(),
             inner: Mutex::default(),
             standing: watch::Sender::new(Standing::Opening(None)),
+            resting: watch::Sender::new(false),
             wake: Notify::new(),
             writer: Arc::default(),
         }))
@@ -205,7 +206,7 @@ impl Keeper {
     /// background. Where it was claimed before, it is made what it was then.
     pub fn claim_under(&self, epoch: WriterEpoch) {
         let mut inner = self.0.inner();
-        inner.resting = false;
+        self.0.resting.send_replace(false);
         if inner.epoch == Some(epoch) {
             return;
         }
@@ -221,11 +222,11 @@ impl Keeper {
         self.0.wake.notify_one();
     }
 
-    /// The machine is being frozen to be given away: nothing is committed until it
-    /// goes on here ([`Self::claim_under`]), and that somebody else has claimed the
-    /// volume is no reason to end it.
+    /// The machine is being frozen to be given away: nothing is committed nor deleted
+    /// until it goes on here ([`Self::claim_under`]), and that somebody else has
+    /// claimed the volume is no reason to end it.
     pub fn rest(&self) {
-        self.0.inner().resting = true;
+        self.0.resting.send_replace(true);
     }
 
     /// Waits until the volume is claimed. Blocking.
@@ -401,7 +402,7 @@ impl Shared {
                     return;
                 }
                 // Nobody's yet, or maybe not any more.
-                if inner.epoch.is_none() || inner.resting {
+                if inner.epoch.is_none() || self.is_resting() {
                     continue;
                 }
                 let waiters = std::mem::take(&mut inner.waiters);
@@ -435,9 +436,19 @@ impl Shared {
                 tokio::time::sleep(RETRY_AFTER).await;
                 continue;
             }
-            // Nobody waits for that.
-            self.tidy(&mut claimed).await;
+            // Nobody waits for that; and what somebody else may have now is not this
+            // one's to delete.
+            let mut resting = self.resting.subscribe();
+            tokio::select! {
+                biased;
+                _ = resting.wait_for(|resting| *resting) => {}
+                () = self.tidy(&mut claimed) => {}
+            }
         }
+    }
+
+    fn is_resting(&self) -> bool {
+        *self.resting.borrow()
     }
 
     fn has_noted(&self) -> bool {
@@ -499,9 +510,6 @@ impl Shared {
                 let mut taken = attached.tracker.take();
                 // What was taken in vain before comes again.
                 taken.bytes.append(&mut inner.taken);
-                taken
-                    .bytes
-                    .sort_unstable_by_key(|(inode, run)| (*inode, run.start));
                 let taken = taken.whole_blocks();
                 inner.taken.clone_from(&taken.bytes);
                 taken
@@ -575,7 +583,8 @@ impl Shared {
     /// claimed.
     async fn tidy(&self, claimed: &mut Option<(WriterEpoch, Instant)>) {
         let mut writer = self.writer.lock().await;
-        let Some(writer) = writer.as_mut() else {
+        let epoch = self.inner().epoch;
+        let Some(writer) = writer.as_mut().filter(|it| Some(it.epoch()) == epoch) else {
             return;
         };
         if let Err(error) = writer.tidy(TIDY_SEGMENTS).await {
@@ -601,7 +610,7 @@ impl Shared {
 
     /// Nothing can be done with the volume any more.
     fn lose(&self, error: &VolumeError) {
-        if self.inner().resting {
+        if self.is_resting() {
             return;
         }
         let reason = error.to_string();
@@ -742,3 +751,6 @@ impl Backing for Keeper {
         (lost || full || self.0.inner().away).then(|| self.sync())
     }
 }
+
+#[cfg(test)]
+mod tests;

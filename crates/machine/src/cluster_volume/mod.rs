@@ -6,13 +6,17 @@
 //! - `store`: the objects of one volume
 //! - `writer`: the one who writes: claims, commits, compacts
 //! - `keeper`: between a volume of `keel-wasi` and its writer, in a worker
+//! - `unfinished`: snapshots of checkpoints that fail
 //!
 //! ```text
-//!   NAME/log/NUMBER               a segment: names, sizes and which chunk each
-//!                                 changed block now is, of one instant
-//!   NAME/chunks/HH/HASH-WRITER    bytes of blocks, by what they are
-//!   NAME/snapshots/MACHINE.ID     all of a volume at a checkpoint's instant
+//!   NAME-ID/log/NUMBER               a segment: names, sizes and which chunk each
+//!                                    changed block now is, of one instant
+//!   NAME-ID/chunks/HH/HASH-WRITER    bytes of blocks, by what they are
+//!   NAME-ID/snapshots/MACHINE.ID     all of a volume at a checkpoint's instant
 //! ```
+//!
+//! The id is the volume's own: who still works on one that was removed, and made
+//! again under its name, touches nothing of its successor.
 //!
 //! A segment is put only where none is (a conditional put), so of two that write
 //! the same number one fails. Each carries its writer's [`WriterEpoch`]. A new
@@ -31,9 +35,10 @@
 //! instant, so what a crash leaves is what the volume was at some instant at or
 //! after the last sync.
 //!
-//! A chunk's name has its writer's epoch behind the hash. Without it a writer that
-//! was fenced while it deletes what nobody needs could delete a chunk that its
-//! successor found there, and relied on.
+//! A chunk's name has its writer's epoch behind the hash, and a writer deletes none
+//! that is newer than itself. Without that one which was fenced while it deletes what
+//! nobody needs could delete a chunk that its successor stored, or found there and
+//! relied on.
 //!
 //! Architecture Invariant: a machine stands still for no store: not in a move,
 //! whose target gets the blocks that are in no segment yet from the source, nor in
@@ -43,12 +48,14 @@ mod format;
 mod keeper;
 mod state;
 mod store;
+mod unfinished;
 mod writer;
 
 pub use format::{ChunkRef, FileBlocks, FormatError, Segment, WriterEpoch};
 pub use keeper::{Frozen, Held, Keeper, KeeperOptions};
 pub use state::VolumeState;
 pub use store::{VolumeError, VolumeStore, VolumeSummary};
+pub use unfinished::UnfinishedSnapshots;
 pub use writer::{DirtyBlock, Writer};
 
 /// The most bytes of a cluster volume: its map of blocks lies in memory, 64 MiB

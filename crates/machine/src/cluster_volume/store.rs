@@ -4,7 +4,7 @@
 use super::format::{ChunkRef, FormatError, Segment, WriterEpoch};
 use super::state::VolumeState;
 use crate::place::{Place, PlaceError};
-use futures::{StreamExt, TryStreamExt};
+use futures::StreamExt;
 use keel_cluster::MachineName;
 use keel_cluster::clock::unix_ms;
 use keel_net::Bytes;
@@ -12,11 +12,15 @@ use keel_wasi::volume::{VolumeLimits, VolumeRecord};
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutMode, PutPayload};
 use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
 
 /// Segments that are read at a time.
 const READ_AHEAD: usize = 8;
 /// Attempts to read a log that is being compacted.
 const LOAD_ATTEMPTS: u32 = 8;
+/// How long one step of listing or deleting may take: longer than a request to an
+/// S3-compatible store is repeated. A directory may hang for ever.
+const STEP_PATIENCE: Duration = Duration::from_secs(60);
 /// Segments behind the last one that a list showed: lists may be old.
 const PROBES_MAX: u64 = 10_000;
 
@@ -157,12 +161,19 @@ pub struct VolumeStore {
     /// Tells it from others that had its name.
     id: [u8; 16],
     place: Place,
+    /// For one step of listing or deleting.
+    pub(super) patience: Duration,
 }
 
 impl VolumeStore {
     /// The volume of this name and id at a place.
     pub fn new(name: MachineName, id: [u8; 16], place: Place) -> Self {
-        VolumeStore { name, id, place }
+        VolumeStore {
+            name,
+            id,
+            place,
+            patience: STEP_PATIENCE,
+        }
     }
 
     /// As [`Self::new`], at a URL. Blocking.
@@ -183,7 +194,8 @@ impl VolumeStore {
     }
 
     fn path(&self, parts: &[&str]) -> Path {
-        let mut all = vec![self.name.as_ref()];
+        let folder = format!("{}-{:032x}", self.name, u128::from_be_bytes(self.id));
+        let mut all = vec![folder.as_str()];
         all.extend(parts);
         self.place.path(&all)
     }
@@ -331,17 +343,24 @@ impl VolumeStore {
     }
 
     async fn list(&self, folder: &[&str]) -> Result<Vec<Path>, VolumeError> {
-        let store = self.place.store();
-        let listed = store.list(Some(&self.path(folder)));
-        let listed = listed.map_ok(|object| object.location).try_collect();
-        listed.await.map_err(|error| self.failed(&error))
+        let mut listed = self.place.store().list(Some(&self.path(folder)));
+        let mut found = Vec::new();
+        while let Some(object) = self.in_time(listed.next()).await? {
+            found.push(object.map_err(|error| self.failed(&error))?.location);
+        }
+        Ok(found)
     }
 
-    async fn delete(&self, objects: Vec<Path>) -> Result<(), VolumeError> {
+    async fn in_time<T>(&self, step: impl Future<Output = T>) -> Result<T, VolumeError> {
+        let step = tokio::time::timeout(self.patience, step).await;
+        step.map_err(|_| self.silent())
+    }
+
+    pub(super) async fn delete(&self, objects: Vec<Path>) -> Result<(), VolumeError> {
         let store = self.place.store();
         let objects = futures::stream::iter(objects.into_iter().map(Ok)).boxed();
         let mut deleted = store.delete_stream(objects);
-        while let Some(outcome) = deleted.next().await {
+        while let Some(outcome) = self.in_time(deleted.next()).await? {
             match outcome {
                 Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
                 Err(error) => return Err(self.failed(&error)),
@@ -507,11 +526,16 @@ impl VolumeStore {
         self.damaged(&self.chunk_path(chunk), "is missing")
     }
 
-    /// Deletes all chunks but these and those that a snapshot has; how many.
-    pub(super) async fn delete_unused(
+    /// All chunks but these and those that a snapshot has, of this writer and those
+    /// before it: whoever came after it may need what it stored itself.
+    pub(super) async fn unused_chunks(
         &self,
         mut used: BTreeSet<ChunkRef>,
-    ) -> Result<u64, VolumeError> {
+        writer: WriterEpoch,
+    ) -> Result<Vec<Path>, VolumeError> {
+        // Before the snapshots: one that is made meanwhile has nothing that is not in
+        // use now, or newer than this list.
+        let mut listed = self.list(&["chunks"]).await?;
         for snapshot in self.snapshots().await? {
             // One that was deleted meanwhile needs nothing.
             if let Some(state) = self.read_snapshot(&snapshot).await? {
@@ -519,11 +543,11 @@ impl VolumeStore {
             }
         }
         let used: BTreeSet<Path> = used.iter().map(|chunk| self.chunk_path(chunk)).collect();
-        let mut listed = self.list(&["chunks"]).await?;
-        listed.retain(|path| !used.contains(path));
-        let count = listed.len() as u64;
-        self.delete(listed).await?;
-        Ok(count)
+        listed.retain(|path| {
+            let by = path.filename().and_then(ChunkRef::writer_of);
+            by.is_some_and(|by| by <= writer) && !used.contains(path)
+        });
+        Ok(listed)
     }
 
     // ── snapshots ───────────────────────────────────────────────────────

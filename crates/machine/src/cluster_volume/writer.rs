@@ -22,6 +22,8 @@ const GROWTH_MAX: u64 = 4;
 const GROWTH_BYTES_MIN: u64 = 1 << 20;
 /// Chunks that nobody needs and that are not worth a look at all.
 const GARBAGE_MIN: u64 = 1024;
+/// Chunks that are deleted before it is looked again whether it may.
+const DELETED_AT_A_TIME: usize = 256;
 
 /// A block that was written.
 #[derive(Debug, Clone)]
@@ -351,17 +353,35 @@ impl Writer {
     }
 
     /// Deletes chunks that neither the volume nor a snapshot has, nor what was found
-    /// when it was claimed; how many.
+    /// when it was claimed, but none that a newer writer stored; how many.
     ///
     /// # Errors
-    /// The store's.
+    /// [`VolumeError::Fenced`] if somebody with a newer epoch was here, and the
+    /// store's; some may be deleted.
     pub async fn collect(&mut self) -> Result<u64, VolumeError> {
         self.settle().await?;
         let found = self.found.iter().flat_map(|found| found.chunks());
         let used = self.state.chunks().chain(found).collect();
-        let count = self.store.delete_unused(used).await?;
+        let unused = self.store.unused_chunks(used, self.epoch).await?;
+        // After the list: what it has of others they stored after their claim.
+        for some in unused.chunks(DELETED_AT_A_TIME) {
+            self.check_unfenced().await?;
+            self.store.delete(some.to_vec()).await?;
+        }
         self.garbage = 0;
-        Ok(count)
+        Ok(unused.len() as u64)
+    }
+
+    /// Refuses if the log went on without this writer, or is gone. Nothing of its own
+    /// is in doubt.
+    async fn check_unfenced(&self) -> Result<(), VolumeError> {
+        if let Some(next) = self.store.segment(self.head.number + 1).await? {
+            return Err(self.fenced(next.writer));
+        }
+        match self.store.has(&self.head).await? {
+            true => Ok(()),
+            false => Err(self.gone().await),
+        }
     }
 
     /// Keeps all that was committed under a name.

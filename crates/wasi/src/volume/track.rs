@@ -31,9 +31,12 @@ impl Changes {
         runs.map(|(_, run)| run.end - run.start).sum()
     }
 
-    /// The same with whole blocks.
+    /// The same with whole blocks, in order; the bytes may be given in any.
     #[must_use]
-    pub fn whole_blocks(self) -> Changes {
+    pub fn whole_blocks(mut self) -> Changes {
+        // Only of what is sorted can runs be joined by their ends.
+        self.bytes
+            .sort_unstable_by_key(|(inode, run)| (*inode, run.start));
         let mut bytes: Vec<(u64, Range<u64>)> = Vec::with_capacity(self.bytes.len());
         for (inode, run) in self.bytes {
             let start = run.start / BLOCK_BYTES * BLOCK_BYTES;
@@ -265,5 +268,29 @@ mod tests {
             (2, 0..UNIT),
         ];
         assert_eq!(pieces, expected);
+    }
+
+    #[test]
+    fn whole_blocks_of_runs_in_any_order_miss_none() {
+        let runs = vec![
+            (7, 10 * BLOCK_BYTES..11 * BLOCK_BYTES),
+            (9, UNIT..2 * UNIT),
+            (7, UNIT..9 * BLOCK_BYTES + 1),
+            (7, 12 * BLOCK_BYTES..12 * BLOCK_BYTES + UNIT),
+            (7, 2 * UNIT..3 * UNIT),
+        ];
+        let changes = Changes {
+            cuts: vec![(7, 5)],
+            bytes: runs,
+        };
+        let expected = Changes {
+            cuts: vec![(7, 5)],
+            bytes: vec![
+                (7, 0..11 * BLOCK_BYTES),
+                (7, 12 * BLOCK_BYTES..13 * BLOCK_BYTES),
+                (9, 0..BLOCK_BYTES),
+            ],
+        };
+        assert_eq!(changes.whole_blocks(), expected);
     }
 }
