@@ -210,6 +210,7 @@ impl Drill<'_> {
             loop {
                 self.provoke(trigger, &source).await;
                 tokio::time::sleep(AGAIN_AFTER).await;
+                self.back_to(&source).await;
             }
         };
         let watched = async {
@@ -251,6 +252,17 @@ impl Drill<'_> {
             recovery,
             rewound: rewinds > 0,
         })
+    }
+
+    /// A move that did not pass the failpoint (no thread waited for a page, say) is made
+    /// back, or the next attempt would begin elsewhere.
+    async fn back_to(&self, source: &str) {
+        let info = self.cluster.inspect(self.calm, self.machine).await;
+        if info.is_ok_and(|info| info.status == "running" && info.node != source) {
+            let back = self.cluster.move_machine(self.calm, self.machine, source);
+            // One that hangs, or fails, is made again.
+            let _ = tokio::time::timeout(REQUEST_PATIENCE, back).await;
+        }
     }
 
     /// Does what leads to the failpoint; its answer does not matter.

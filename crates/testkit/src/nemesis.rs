@@ -111,6 +111,8 @@ enum Fault {
     Cut(String),
     CutOneWay(String, String),
     FullDisk(String),
+    /// With so many Mbit a second.
+    SlowLink(String, u32),
 }
 
 impl Fault {
@@ -131,6 +133,7 @@ impl Fault {
             Fault::Cut(_) => "link cut",
             Fault::CutOneWay(..) => "link cut one way",
             Fault::FullDisk(_) => "disk full",
+            Fault::SlowLink(..) => "link slow",
         }
     }
 
@@ -148,7 +151,8 @@ impl Fault {
             | Fault::StopWorker(..)
             | Fault::Cut(_)
             | Fault::CutOneWay(..)
-            | Fault::FullDisk(_) => false,
+            | Fault::FullDisk(_)
+            | Fault::SlowLink(..) => false,
         }
     }
 }
@@ -299,8 +303,9 @@ impl Nemesis {
         let machine = self.some_machine();
         let linked = self.cluster.network().is_some();
         let disks = self.disks.len() == NODES.len();
-        match self.random.random_range(0..106) {
-            100.. if disks => Fault::FullDisk(node),
+        match self.random.random_range(0..114) {
+            100..106 if disks => Fault::FullDisk(node),
+            106.. if linked => Fault::SlowLink(node, self.random.random_range(2..60)),
             0..45 => {
                 let failpoint = ALL.choose(&mut self.random);
                 let name = failpoint.map_or("", |failpoint| failpoint.name);
@@ -356,6 +361,9 @@ impl Nemesis {
                 self.cut(|network| network.cut_one_way(from, to, true));
             }
             Fault::FullDisk(node) => self.disk(node, SmallDisk::fill),
+            Fault::SlowLink(node, mbit) => {
+                self.cut(|network| network.slow(node, Some(*mbit)));
+            }
         }
     }
 
@@ -400,6 +408,7 @@ impl Nemesis {
                 self.cut(|network| network.cut_one_way(from, to, false));
             }
             Fault::FullDisk(node) => self.disk(node, SmallDisk::free),
+            Fault::SlowLink(node, _) => self.cut(|network| network.slow(node, None)),
         }
         Ok(())
     }

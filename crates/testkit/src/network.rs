@@ -29,13 +29,17 @@ pub struct Network {
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {
-    let output = Command::new("ip")
+    run("ip", arguments)
+}
+
+fn run(program: &str, arguments: &[&str]) -> Result<()> {
+    let output = Command::new(program)
         .args(arguments)
         .output()
-        .context("running ip (apt-get install iproute2)")?;
+        .with_context(|| format!("running {program} (apt-get install iproute2)"))?;
     ensure!(
         output.status.success(),
-        "ip {}: {}",
+        "{program} {}: {}",
         arguments.join(" "),
         String::from_utf8_lossy(&output.stderr).trim()
     );
@@ -118,6 +122,34 @@ impl Network {
         let port = format!("port{}", self.number(node)?);
         let state = if cut { "down" } else { "up" };
         ip(&["-n", &self.switch(), "link", "set", &port, state])
+    }
+
+    /// Makes the link of a node slow, both ways, or as fast as it was: so many Mbit a
+    /// second, and what is sent faster waits in a queue, up to 200 ms, or is lost.
+    ///
+    /// # Errors
+    /// What `tc` says.
+    pub fn slow(&self, node: &str, mbit: Option<u32>) -> Result<()> {
+        let port = format!("port{}", self.number(node)?);
+        let (space, switch) = (self.space(node), self.switch());
+        for (space, device) in [(&space, "eth0"), (&switch, port.as_str())] {
+            let of = ["dev", device, "root"];
+            match mbit {
+                Some(mbit) => {
+                    let rate = format!("{mbit}mbit");
+                    let bucket = ["tbf", "rate", &rate, "burst", "64kbit", "latency", "200ms"];
+                    let mut arguments = vec!["-n", space, "qdisc", "replace"];
+                    arguments.extend(of.iter().chain(&bucket));
+                    run("tc", &arguments)?;
+                }
+                None => {
+                    let mut arguments = vec!["-n", space, "qdisc", "del"];
+                    arguments.extend(of);
+                    run("tc", &arguments)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Lets nothing pass from one node to another, or all again; the other way is
