@@ -1,0 +1,256 @@
+//! What a move is worth and what it takes, each with an interval, in one unit:
+//! *core-seconds*. A move is made when even the least that it is likely to be worth
+//! is more than the most that it is likely to take.
+//!
+//! The gain is integrated over the time for which the load is expected to last. A
+//! load that has lasted for `t` lasts for another `t` in the median, and for `t/3` to
+//! `3t` in half of all cases: lifetimes of processes have a Pareto tail of exponent
+//! near 1 (Harchol-Balter and Downey, "Exploiting Process Lifetime Distributions for
+//! Dynamic Load Balancing", TOCS 1997).
+//!
+//! What moves take is learned: the model keeps how far its predictions were off, as
+//! a factor with a spread, and corrects the next by it.
+
+use crate::load::Factors;
+use serde::{Deserialize, Serialize};
+
+/// Bytes a second that a move copies before anything was learned.
+const RATE_BYTES_PER_S: f64 = 800e6;
+/// Bytes that one core sends or receives in a second.
+const CORE_BYTES_PER_S: f64 = 1.5e9;
+/// What each move takes before its first byte, in milliseconds and core-seconds.
+const BEGIN_MS: f64 = 100.0;
+const BEGIN_CORE_S: f64 = 0.05;
+/// Milliseconds for which a machine stands still, without what it wrote last.
+const STILL_MS: f64 = 3.0;
+/// Share of a round that may be written again in the next at most: writers are
+/// slowed beyond.
+const AGAIN_MAX: f64 = 0.8;
+/// Weight of the newest error.
+const NEWEST: f64 = 0.2;
+/// The spread before anything was learned, as a logarithm: a factor of 2.
+const SPREAD: f64 = std::f64::consts::LN_2;
+/// Standard deviations that hold four fifths of all cases.
+const DEVIATIONS: f64 = 1.28;
+
+/// A number that is not known exactly: four of five cases are between `low` and
+/// `high`.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Hardly less.
+    pub low: f64,
+    /// Most likely.
+    pub mid: f64,
+    /// Hardly more.
+    pub high: f64,
+}
+
+/// What a move takes.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Cost {
+    /// Bytes over the network.
+    pub bytes: f64,
+    /// Milliseconds from the offer to the end.
+    pub duration_ms: Estimate,
+    /// Milliseconds for which the machine stands still.
+    pub downtime_ms: Estimate,
+    /// All of it in core-seconds.
+    pub core_s: Estimate,
+}
+
+/// What a move is worth, in core-seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Gain {
+    /// By how much it lowers the sum over both nodes of power times load squared.
+    pub lowers: f64,
+    /// Seconds for which the load is expected to last.
+    pub lasts_s: Estimate,
+    /// The worth.
+    pub core_s: Estimate,
+}
+
+/// How far predictions of one quantity were off, as the logarithm of a factor.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+struct Error {
+    mean: f64,
+    variance: f64,
+    seen: u32,
+}
+
+impl Default for Error {
+    fn default() -> Self {
+        Error {
+            mean: 0.0,
+            variance: SPREAD * SPREAD,
+            seen: 0,
+        }
+    }
+}
+
+impl Error {
+    fn learn(&mut self, predicted: f64, actual: f64) {
+        if !(predicted > 0.0 && actual > 0.0 && predicted.is_finite() && actual.is_finite()) {
+            return;
+        }
+        // One that is off by more than a thousand is an accident, not a model's error.
+        let off = (actual / predicted).ln().clamp(-7.0, 7.0);
+        let weight = NEWEST.max(1.0 / f64::from(self.seen + 2));
+        let away = off - self.mean;
+        self.mean += weight * away;
+        self.variance = (1.0 - weight) * (self.variance + weight * away * away);
+        self.seen = self.seen.saturating_add(1);
+    }
+
+    fn correct(&self, raw: f64) -> Estimate {
+        let spread = DEVIATIONS * self.variance.sqrt();
+        Estimate {
+            low: raw * (self.mean - spread).exp(),
+            mid: raw * self.mean.exp(),
+            high: raw * (self.mean + spread).exp(),
+        }
+    }
+}
+
+/// Predicts what moves away from a node take, and learns from what they took.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct CostModel {
+    duration: Error,
+    downtime: Error,
+}
+
+/// What the rule of copying gives before it is corrected.
+struct Raw {
+    bytes: f64,
+    duration_ms: f64,
+    downtime_ms: f64,
+}
+
+impl CostModel {
+    fn raw(factors: &Factors) -> Raw {
+        let again = (factors.dirty_bytes_per_s / RATE_BYTES_PER_S).min(AGAIN_MAX);
+        let bytes = factors.memory_bytes as f64 / (1.0 - again);
+        Raw {
+            bytes,
+            duration_ms: BEGIN_MS + bytes / RATE_BYTES_PER_S * 1e3,
+            downtime_ms: STILL_MS * (1.0 + again),
+        }
+    }
+
+    /// What moving such a machine takes.
+    pub fn predict(&self, factors: &Factors) -> Cost {
+        let raw = Self::raw(factors);
+        let duration_ms = self.duration.correct(raw.duration_ms);
+        let downtime_ms = self.downtime.correct(raw.downtime_ms);
+        // Both ends copy; and what the machine would have done, it does later.
+        let work = |still_ms: f64| {
+            BEGIN_CORE_S + 2.0 * raw.bytes / CORE_BYTES_PER_S + still_ms / 1e3 * factors.cpu_cores
+        };
+        Cost {
+            bytes: raw.bytes,
+            duration_ms,
+            downtime_ms,
+            core_s: Estimate {
+                low: work(downtime_ms.low),
+                mid: work(downtime_ms.mid),
+                high: work(downtime_ms.high),
+            },
+        }
+    }
+
+    /// What a move of such a machine came to.
+    pub fn learn(&mut self, factors: &Factors, duration_ms: f64, downtime_ms: f64) {
+        let raw = Self::raw(factors);
+        self.duration.learn(raw.duration_ms, duration_ms);
+        self.downtime.learn(raw.downtime_ms, downtime_ms);
+    }
+
+    /// How far durations and downtimes are off, typically, as factors above 1, and
+    /// from how many moves that is known.
+    pub fn error(&self) -> (f64, f64, u32) {
+        let factor = |error: &Error| error.variance.sqrt().exp();
+        (
+            factor(&self.duration),
+            factor(&self.downtime),
+            self.duration.seen,
+        )
+    }
+}
+
+/// What it is worth to lower the sum of power times load squared by so much, of a
+/// load that has lasted so long.
+pub fn gain(lowers: f64, lasted_ms: u64, horizon_s: u64) -> Gain {
+    let lasted_s = lasted_ms as f64 / 1e3;
+    let bound = |s: f64| s.min(horizon_s as f64);
+    let lasts_s = Estimate {
+        low: bound(lasted_s / 3.0),
+        mid: bound(lasted_s),
+        high: bound(lasted_s * 3.0),
+    };
+    let worth = |s: f64| lowers / 2.0 * s;
+    Gain {
+        lowers,
+        lasts_s,
+        core_s: Estimate {
+            low: worth(lasts_s.low),
+            mid: worth(lasts_s.mid),
+            high: worth(lasts_s.high),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_writes_much_costs_more() {
+        let model = CostModel::default();
+        let quiet = Factors {
+            memory_bytes: 1 << 30,
+            cpu_cores: 1.0,
+            ..Factors::default()
+        };
+        let busy = Factors {
+            dirty_bytes_per_s: 400e6,
+            ..quiet
+        };
+        let (quiet, busy) = (model.predict(&quiet), model.predict(&busy));
+        assert!(busy.bytes > 1.9 * quiet.bytes);
+        assert!(busy.core_s.mid > quiet.core_s.mid);
+        assert!(quiet.duration_ms.low < quiet.duration_ms.mid);
+        assert!(quiet.duration_ms.mid < quiet.duration_ms.high);
+    }
+
+    #[test]
+    fn it_learns_a_slow_link_and_grows_sure() {
+        let factors = Factors {
+            memory_bytes: 1 << 30,
+            ..Factors::default()
+        };
+        let mut model = CostModel::default();
+        let before = model.predict(&factors);
+        let actual = before.duration_ms.mid * 8.0;
+        for _ in 0..30 {
+            model.learn(&factors, actual, 4.0);
+        }
+        let after = model.predict(&factors);
+        assert!((after.duration_ms.mid / actual - 1.0).abs() < 0.1);
+        assert!(after.duration_ms.high / after.duration_ms.low < 1.6);
+        // Nonsense teaches nothing.
+        let known = model;
+        for nonsense in [f64::NAN, f64::INFINITY, -1.0, 0.0] {
+            model.learn(&factors, nonsense, nonsense);
+        }
+        assert_eq!(model, known);
+    }
+
+    #[test]
+    fn what_lasted_lasts() {
+        let short = gain(2.0, 3_000, 600);
+        let long = gain(2.0, 300_000, 600);
+        assert_eq!(short.core_s.low, 1.0);
+        assert_eq!(long.core_s.low, 100.0);
+        assert_eq!(long.lasts_s.high, 600.0);
+        assert_eq!(gain(-1.0, 300_000, 600).core_s.mid, -150.0);
+    }
+}

@@ -1,0 +1,350 @@
+//! Decisions as they are kept and told. A decision names what it was made of: the
+//! two loads, who was considered and what became of them, what it costs and is
+//! worth, and the rule that decided. Not acting is a decision too: each change of its
+//! reason is one entry.
+
+use crate::Name;
+use crate::load::Absurd;
+use crate::policy::Mode;
+use crate::select::{Bound, Considered, Side, Verdict};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Why nothing is moved.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stay {
+    /// The policy's mode is `off`.
+    Off,
+    /// There is no other node.
+    Alone,
+    /// Fewer samples than it takes to be sure.
+    Measuring,
+    /// Neither this node nor the other one waits for anything.
+    NobodyPressed,
+    /// The loads are within the margin, or this node is the lighter one.
+    Level,
+    /// The difference has not lasted.
+    Unsteady,
+    /// This node has no machine that can be considered.
+    NoMachines,
+    /// None of its machines may go; the nearest one's verdict.
+    NoneMayGo {
+        /// Which is nearest.
+        nearest: Name,
+        /// Why not.
+        verdict: Verdict,
+    },
+    /// The other node did not answer.
+    NoAnswer,
+    /// The other node takes part in another round or move.
+    Busy,
+    /// The other node did not take it.
+    Refused {
+        /// Why.
+        why: String,
+    },
+    /// The other node measures with another policy.
+    OtherPolicy,
+    /// As many moves as the policy allows are under way in the cluster.
+    Capped,
+    /// A move to that node failed not long ago.
+    Avoided {
+        /// Milliseconds until it is tried again.
+        for_ms: u64,
+    },
+    /// Others changed what a rule holds at the same time.
+    Raced {
+        /// The rule.
+        rule: String,
+    },
+}
+
+/// How a move ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The machine runs at the target.
+    Moved {
+        /// Milliseconds from the offer to the end.
+        duration_ms: f64,
+        /// Milliseconds for which the machine stood still.
+        downtime_ms: f64,
+        /// Bytes sent.
+        bytes: u64,
+    },
+    /// It runs on at the source.
+    Stayed {
+        /// Why.
+        why: String,
+    },
+    /// It was not begun: as many moves as the policy allows are under way.
+    Capped,
+    /// It was not begun: others changed what a rule holds.
+    Raced {
+        /// The rule.
+        rule: String,
+    },
+}
+
+/// What was decided, or seen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Decision {
+    /// A machine is to move.
+    Move {
+        /// Which.
+        machine: Name,
+        /// Where to.
+        target: Name,
+        /// How far the balancer went by itself.
+        mode: Mode,
+        /// This node.
+        here: Side,
+        /// The other one.
+        there: Side,
+        /// The difference that showed in most of the last samples.
+        steady: f64,
+        /// Who was considered, the chosen one first.
+        considered: Vec<Considered>,
+    },
+    /// Nothing is moved, for another reason than before.
+    Stay {
+        /// Why.
+        why: Stay,
+        /// The other node, where there was one.
+        peer: Option<Name>,
+        /// This node, where it was measured.
+        here: Option<Side>,
+        /// The other one.
+        there: Option<Side>,
+        /// Who was considered.
+        considered: Vec<Considered>,
+    },
+    /// A move that was decided here is over.
+    Ended {
+        /// Which machine.
+        machine: Name,
+        /// Where to.
+        target: Name,
+        /// How.
+        outcome: Outcome,
+        /// The load that this node was to have, and has.
+        load: Option<(f64, f64)>,
+    },
+    /// Another node's numbers were not believed.
+    Absurd {
+        /// Whose.
+        peer: Name,
+        /// Which.
+        fields: Vec<Absurd>,
+    },
+}
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let s = |ms: &u64| *ms as f64 / 1e3;
+        match self {
+            Bound::Held { for_ms } => {
+                write!(
+                    f,
+                    "it arrived not long ago and stays for {:.0} s more",
+                    s(for_ms)
+                )
+            }
+            Bound::CoolDown { for_ms } => write!(
+                f,
+                "it came from there, and is not sent back for {:.0} s more",
+                s(for_ms)
+            ),
+            Bound::Failed { for_ms } => write!(
+                f,
+                "its last move failed; it is tried again in {:.0} s",
+                s(for_ms)
+            ),
+            Bound::Moving => f.write_str("it is moving already"),
+            Bound::OptedOut => f.write_str("its spec says that it is not to be balanced"),
+            Bound::Rule { rule, says } => write!(f, "rule {rule:?}: {says}"),
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gib = |bytes: &u64| *bytes as f64 / f64::from(1 << 30);
+        match self {
+            Verdict::Chosen => f.write_str("it levels the two nodes best"),
+            Verdict::Further => f.write_str("another machine levels the two nodes better"),
+            Verdict::Dearer => {
+                f.write_str("another machine levels about as well and costs less to move")
+            }
+            Verdict::Bound(bound) => bound.fmt(f),
+            Verdict::NoRoom {
+                needs_bytes,
+                free_bytes,
+            } => write!(
+                f,
+                "it needs {:.1} GiB, and {:.1} GiB are free there beside what is kept for failovers",
+                gib(needs_bytes),
+                gib(free_bytes)
+            ),
+            Verdict::Overshoots => f.write_str("the target would be as heavy as the source is now"),
+            Verdict::TooLittle { lowers, least } => write!(
+                f,
+                "it would level too little ({lowers:.3}, at least {least:.3} is asked)"
+            ),
+            Verdict::NotWorth => f.write_str("it is not surely worth what the move takes"),
+            Verdict::Overfills => {
+                f.write_str("the target would be filled beyond the policy's fill_load")
+            }
+        }
+    }
+}
+
+impl fmt::Display for Stay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Stay::Off => f.write_str("balancing is off"),
+            Stay::Alone => f.write_str("there is no other node"),
+            Stay::Measuring => f.write_str("loads have not been measured for long enough"),
+            Stay::NobodyPressed => f.write_str("nobody is pressed: nothing would run faster"),
+            Stay::Level => f.write_str("the loads are level"),
+            Stay::Unsteady => f.write_str("the difference has not lasted"),
+            Stay::NoMachines => f.write_str("no machine runs here"),
+            Stay::NoneMayGo { nearest, verdict } => {
+                write!(
+                    f,
+                    "no machine may go; of {nearest:?}, the nearest: {verdict}"
+                )
+            }
+            Stay::NoAnswer => f.write_str("the other node did not answer"),
+            Stay::Busy => f.write_str("the other node takes part in another move"),
+            Stay::Refused { why } => write!(f, "the other node did not take it: {why}"),
+            Stay::OtherPolicy => f.write_str("the other node has another policy yet"),
+            Stay::Capped => f.write_str("as many moves as the policy allows are under way"),
+            Stay::Avoided { for_ms } => write!(
+                f,
+                "a move to that node failed; it is tried again in {:.0} s",
+                *for_ms as f64 / 1e3
+            ),
+            Stay::Raced { rule } => write!(f, "raced with another change of rule {rule:?}"),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::Moved {
+                duration_ms,
+                downtime_ms,
+                ..
+            } => write!(
+                f,
+                "moved in {:.2} s, stood still for {downtime_ms:.1} ms",
+                duration_ms / 1e3
+            ),
+            Outcome::Stayed { why } => write!(f, "stayed: {why}"),
+            Outcome::Capped => Stay::Capped.fmt(f),
+            Outcome::Raced { rule } => Stay::Raced { rule: rule.clone() }.fmt(f),
+        }
+    }
+}
+
+impl Decision {
+    /// The machine that it is about, if it is about one.
+    pub fn machine(&self) -> Option<&Name> {
+        match self {
+            Decision::Move { machine, .. } | Decision::Ended { machine, .. } => Some(machine),
+            Decision::Stay { .. } | Decision::Absurd { .. } => None,
+        }
+    }
+
+    /// What it says of a machine.
+    pub fn considered(&self, machine: &str) -> Option<&Considered> {
+        match self {
+            Decision::Move { considered, .. } | Decision::Stay { considered, .. } => {
+                considered.iter().find(|it| &*it.machine == machine)
+            }
+            Decision::Ended { .. } | Decision::Absurd { .. } => None,
+        }
+    }
+}
+
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Decision::Move {
+                machine,
+                target,
+                mode,
+                here,
+                there,
+                considered,
+                ..
+            } => {
+                let would = match mode {
+                    Mode::Automatic => "moves",
+                    Mode::Confirm => "is to move, once confirmed,",
+                    Mode::Suggest | Mode::Off => "would move",
+                };
+                write!(
+                    f,
+                    "{machine} {would} to {target}: load {:.2} here, {:.2} there",
+                    here.load, there.load
+                )?;
+                if let Some(chosen) = considered.first() {
+                    write!(
+                        f,
+                        "; it weighs {:.2} here and {:.2} there, so {:.2} and {:.2} are left; \
+                         worth {:.1} core-s, takes {:.2}",
+                        chosen.here,
+                        chosen.there,
+                        here.load - chosen.here,
+                        there.load + chosen.there,
+                        chosen.gain.core_s.mid,
+                        chosen.cost.core_s.mid
+                    )?;
+                }
+                Ok(())
+            }
+            Decision::Stay {
+                why,
+                peer,
+                here,
+                there,
+                ..
+            } => {
+                write!(f, "nothing moves: {why}")?;
+                match (peer, here, there) {
+                    (Some(peer), Some(here), Some(there)) => write!(
+                        f,
+                        " (load {:.2} here, {:.2} on {peer})",
+                        here.load, there.load
+                    ),
+                    (Some(peer), ..) => write!(f, " (asked: {peer})"),
+                    _ => Ok(()),
+                }
+            }
+            Decision::Ended {
+                machine,
+                target,
+                outcome,
+                load,
+            } => {
+                write!(f, "{machine} to {target}: {outcome}")?;
+                if let Some((predicted, actual)) = load {
+                    write!(f, "; load here {actual:.2}, predicted {predicted:.2}")?;
+                }
+                Ok(())
+            }
+            Decision::Absurd { peer, fields } => {
+                write!(f, "numbers of {peer} were not believed:")?;
+                for field in fields.iter().take(4) {
+                    write!(f, " {field};")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}

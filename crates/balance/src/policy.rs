@@ -1,0 +1,269 @@
+//! What the cluster wants of its balancer. Part of the cluster's spec; each field
+//! has a default with which most clusters are well served.
+
+use crate::load::Weights;
+use serde::{Deserialize, Serialize};
+
+/// How far the balancer goes by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// It measures only.
+    Off,
+    /// It records what it would do.
+    Suggest,
+    /// It does what a person confirms.
+    Confirm,
+    /// It acts.
+    #[default]
+    Automatic,
+}
+
+/// What is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Strategy {
+    /// Nodes that are pressed give load to those that are less so. Where nobody is
+    /// pressed nothing moves.
+    #[default]
+    Level,
+    /// As few nodes as carry the load, the others free; a pressed node is relieved
+    /// first.
+    Pack,
+    /// Like `level`, also where nobody is pressed.
+    Spread,
+}
+
+/// Which load of a machine counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Basis {
+    /// What was measured.
+    #[default]
+    Actual,
+    /// What its spec promises (`cpu.target`, ...), where it does.
+    Target,
+}
+
+/// The balancer's policy.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Policy {
+    /// How far it goes by itself.
+    pub mode: Mode,
+    /// What is wanted.
+    pub strategy: Strategy,
+    /// Which load counts.
+    pub basis: Basis,
+    /// How resources become one number.
+    pub weights: Weights,
+    /// Difference of two loads below which they count as level.
+    pub margin: f64,
+    /// The same as a share of their mean; the greater one holds.
+    pub margin_share: f64,
+    /// Load from which a node is pressed.
+    pub pressed_load: f64,
+    /// Share of time waited (PSI) from which a node is pressed.
+    pub pressed_share: f64,
+    /// Load to which `pack` fills a node.
+    pub fill_load: f64,
+    /// Milliseconds from one round of a node to its next, on average.
+    pub interval_ms: u64,
+    /// One-second samples that are looked at.
+    pub window_samples: usize,
+    /// Milliseconds that a machine stays after it arrived.
+    pub hold_ms: u64,
+    /// Milliseconds within which a move is not reversed, but by a rule's repair, a
+    /// drain or a failover.
+    pub cool_down_ms: u64,
+    /// Least that a move must lower the sum over nodes of power times load squared.
+    pub gain_min: f64,
+    /// Seconds for which a load is expected to last at most.
+    pub horizon_s: u64,
+    /// Share of a node's memory that is kept free for failovers.
+    pub memory_headroom: f64,
+    /// Moves at a time in the cluster; without, one for every two nodes.
+    pub moves_at_once_max: Option<u32>,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Policy {
+            mode: Mode::default(),
+            strategy: Strategy::default(),
+            basis: Basis::default(),
+            weights: Weights::default(),
+            margin: 0.10,
+            margin_share: 0.10,
+            pressed_load: 0.8,
+            pressed_share: 0.10,
+            fill_load: 0.7,
+            interval_ms: 1000,
+            window_samples: 20,
+            hold_ms: 30_000,
+            cool_down_ms: 300_000,
+            gain_min: 0.01,
+            horizon_s: 600,
+            memory_headroom: 0.05,
+            moves_at_once_max: None,
+        }
+    }
+}
+
+/// A policy that makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("balance.{field} is {found}; it must be {range}")]
+pub struct PolicyError {
+    /// The field.
+    pub field: &'static str,
+    /// What it is.
+    pub found: String,
+    /// What it may be.
+    pub range: &'static str,
+}
+
+impl Policy {
+    /// Whether it makes sense.
+    ///
+    /// # Errors
+    /// [`PolicyError`] for the first field that does not.
+    pub fn check(&self) -> Result<(), PolicyError> {
+        let share = "from 0 to 1";
+        let weight = "from 0 to 100";
+        let numbers = [
+            ("weights.cpu", self.weights.cpu, 0.0, 100.0, weight),
+            ("weights.memory", self.weights.memory, 0.0, 100.0, weight),
+            ("weights.io", self.weights.io, 0.0, 100.0, weight),
+            (
+                "weights.pressure",
+                self.weights.pressure,
+                0.0,
+                100.0,
+                weight,
+            ),
+            ("margin", self.margin, 0.01, 100.0, "from 0.01 to 100"),
+            ("margin_share", self.margin_share, 0.0, 1.0, share),
+            (
+                "pressed_load",
+                self.pressed_load,
+                0.0,
+                100.0,
+                "from 0 to 100",
+            ),
+            ("pressed_share", self.pressed_share, 0.0, 1.0, share),
+            ("fill_load", self.fill_load, 0.0, 1.0, share),
+            ("gain_min", self.gain_min, 1e-6, 1e6, "from 1e-6 to 1e6"),
+            (
+                "memory_headroom",
+                self.memory_headroom,
+                0.0,
+                0.9,
+                "from 0 to 0.9",
+            ),
+        ];
+        for (field, found, least, most, range) in numbers {
+            if !(least..=most).contains(&found) {
+                let found = found.to_string();
+                return Err(PolicyError {
+                    field,
+                    found,
+                    range,
+                });
+            }
+        }
+        let window = self.window_samples as u64;
+        let day = 24 * 3600 * 1000;
+        let counts = [
+            (
+                "interval_ms",
+                self.interval_ms,
+                100,
+                3_600_000,
+                "from 100 to 3600000",
+            ),
+            ("window_samples", window, 5, 120, "from 5 to 120"),
+            ("hold_ms", self.hold_ms, 0, day, "at most a day"),
+            (
+                "cool_down_ms",
+                self.cool_down_ms,
+                0,
+                7 * day,
+                "at most a week",
+            ),
+            ("horizon_s", self.horizon_s, 1, 86_400, "from 1 to 86400"),
+        ];
+        for (field, found, least, most, range) in counts {
+            if !(least..=most).contains(&found) {
+                let found = found.to_string();
+                return Err(PolicyError {
+                    field,
+                    found,
+                    range,
+                });
+            }
+        }
+        if self.moves_at_once_max == Some(0) {
+            return Err(PolicyError {
+                field: "moves_at_once_max",
+                found: "0".into(),
+                range: "at least 1; `mode = \"off\"` stops balancing",
+            });
+        }
+        if self.strategy == Strategy::Pack && self.fill_load >= self.pressed_load {
+            return Err(PolicyError {
+                field: "fill_load",
+                found: self.fill_load.to_string(),
+                range: "below balance.pressed_load, or packed nodes would be relieved at once",
+            });
+        }
+        Ok(())
+    }
+
+    /// The difference of two loads from which they are uneven.
+    pub fn margin_between(&self, one: f64, other: f64) -> f64 {
+        self.margin.max(self.margin_share * (one + other) / 2.0)
+    }
+
+    /// Moves that may be under way in a cluster of so many nodes.
+    pub fn moves_at_once(&self, nodes: usize) -> u32 {
+        let half = u32::try_from(nodes / 2).unwrap_or(u32::MAX).max(1);
+        self.moves_at_once_max.unwrap_or(half)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_makes_sense_and_nonsense_is_named() {
+        assert_eq!(Policy::default().check(), Ok(()));
+        let broken = Policy {
+            margin: f64::NAN,
+            ..Policy::default()
+        };
+        assert_eq!(broken.check().unwrap_err().field, "margin");
+        let broken = Policy {
+            window_samples: 4,
+            ..Policy::default()
+        };
+        assert_eq!(broken.check().unwrap_err().field, "window_samples");
+        let broken = Policy {
+            strategy: Strategy::Pack,
+            fill_load: 0.9,
+            ..Policy::default()
+        };
+        assert_eq!(broken.check().unwrap_err().field, "fill_load");
+    }
+
+    #[test]
+    fn it_is_written_in_toml() {
+        let text = "mode = \"suggest\"\nmargin = 0.2\n[weights]\nmemory = 0.5\n";
+        let policy: Policy = toml::from_str(text).unwrap();
+        assert_eq!(policy.mode, Mode::Suggest);
+        assert_eq!(policy.weights.memory, 0.5);
+        assert_eq!(policy.weights.cpu, 1.0);
+        let error = toml::from_str::<Policy>("margn = 0.2").unwrap_err();
+        assert!(error.to_string().contains("margn"), "{error}");
+    }
+}

@@ -1,0 +1,450 @@
+//! Which machine goes from one node to another, and why not the others.
+//!
+//! With `A` and `B` the loads of the two nodes, `a` what a machine weighs here and
+//! `b` what it would weigh there, moving it leaves `A - a` and `B + b`. These are
+//! equal when `(a + b)/2 = (A - B)/2`: of all machines that may go, the one nearest
+//! to that goes. Where nodes are unlike, `a` and `b` differ, and each node computes
+//! its own.
+//!
+//! Every move lowers the sum over all nodes of power times load squared by at least
+//! [`Policy::gain_min`](crate::policy::Policy::gain_min). That sum cannot fall below
+//! zero, so moves end: from a sum `S` there are at most `S / gain_min` of them. The
+//! nodes' powers (cores times speed) are in the sum because without them a small node
+//! and a large one would be uneven at its minimum.
+
+use crate::Name;
+use crate::cost::{Cost, CostModel, Gain, gain};
+use crate::load::{Capacity, Factors};
+use crate::policy::{Policy, Strategy};
+use serde::{Deserialize, Serialize};
+
+/// Distances that are within this share of half the difference count as one: the
+/// cheaper machine goes.
+pub const NEAR_SHARE: f64 = 0.10;
+/// Considered machines that a decision names; the nearest ones.
+pub const CONSIDERED_MAX: usize = 32;
+
+/// A node as the other one of a round sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Side {
+    /// What it can give.
+    pub capacity: Capacity,
+    /// Its load, moves in flight included.
+    pub load: f64,
+    /// Memory that nobody occupies or was promised, in bytes.
+    pub memory_free_bytes: u64,
+    /// Whether demand waits there.
+    pub pressed: bool,
+}
+
+/// Why a machine cannot go by itself, before any numbers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bound {
+    /// It arrived not long ago.
+    Held {
+        /// Milliseconds that this lasts.
+        for_ms: u64,
+    },
+    /// It came from there not long ago.
+    CoolDown {
+        /// Milliseconds that this lasts.
+        for_ms: u64,
+    },
+    /// A move of it failed not long ago.
+    Failed {
+        /// Milliseconds until it is tried again.
+        for_ms: u64,
+    },
+    /// It is moving already.
+    Moving,
+    /// Its spec says that it is not to be balanced.
+    OptedOut,
+    /// A rule.
+    Rule {
+        /// Which.
+        rule: Name,
+        /// What it says.
+        says: String,
+    },
+}
+
+/// What became of a machine that was considered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// It goes.
+    Chosen,
+    /// Another one is nearer to half the difference.
+    Further,
+    /// Another one is about as near, and takes less.
+    Dearer,
+    /// It is bound.
+    Bound(Bound),
+    /// It does not fit there.
+    NoRoom {
+        /// Bytes that it needs.
+        needs_bytes: u64,
+        /// Bytes that are free there, without what is kept for failovers.
+        free_bytes: u64,
+    },
+    /// The target would be as heavy as the source is now, or heavier.
+    Overshoots,
+    /// It would level too little.
+    TooLittle {
+        /// By how much it lowers the sum of squares.
+        lowers: f64,
+        /// By how much it must.
+        least: f64,
+    },
+    /// It is not surely worth what it takes.
+    NotWorth,
+    /// The target would be filled beyond what `pack` allows.
+    Overfills,
+}
+
+/// A machine that was considered.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Considered {
+    /// Its name.
+    pub machine: Name,
+    /// What it weighs here.
+    pub here: f64,
+    /// What it would weigh there.
+    pub there: f64,
+    /// How far it is from half the difference.
+    pub distance: f64,
+    /// What moving it takes.
+    pub cost: Cost,
+    /// What moving it is worth.
+    pub gain: Gain,
+    /// What became of it.
+    pub verdict: Verdict,
+}
+
+/// A machine that may be considered.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// Its name.
+    pub machine: Name,
+    /// Its load factors here.
+    pub factors: Factors,
+    /// What it would weigh there, as the target computed it.
+    pub there: f64,
+    /// For how long its load has been what it is.
+    pub lasted_ms: u64,
+    /// Why it cannot go anyway.
+    pub bound: Option<Bound>,
+}
+
+/// The sum over both nodes of power times load squared, before minus after.
+pub fn lowers(source: &Side, target: &Side, here: f64, there: f64) -> f64 {
+    let square = |side: &Side, load: f64| side.capacity.power() * load * load;
+    let before = square(source, source.load) + square(target, target.load);
+    before - square(source, source.load - here) - square(target, target.load + there)
+}
+
+/// Considers each of the source's machines for the target: all of them, the chosen
+/// one first, then by distance.
+pub fn select(
+    source: &Side,
+    target: &Side,
+    candidates: &[Candidate],
+    model: &CostModel,
+    policy: &Policy,
+) -> Vec<Considered> {
+    let packs = packs(source, target, policy);
+    let half = (source.load - target.load) / 2.0;
+    let mut considered: Vec<Considered> = candidates
+        .iter()
+        .map(|it| weigh(it, source, target, half, packs, model, policy))
+        .collect();
+    choose(&mut considered, half.abs());
+    let rank = |it: &Considered| match it.verdict {
+        Verdict::Chosen => 0,
+        Verdict::Dearer | Verdict::Further => 1,
+        _ => 2,
+    };
+    considered.sort_by(|one, other| {
+        rank(one)
+            .cmp(&rank(other))
+            .then(one.distance.total_cmp(&other.distance))
+            .then(one.machine.cmp(&other.machine))
+    });
+    considered
+}
+
+/// Whether the source is to be emptied onto the target.
+pub fn packs(source: &Side, target: &Side, policy: &Policy) -> bool {
+    policy.strategy == Strategy::Pack && !source.pressed && !target.pressed
+}
+
+fn weigh(
+    candidate: &Candidate,
+    source: &Side,
+    target: &Side,
+    half: f64,
+    packs: bool,
+    model: &CostModel,
+    policy: &Policy,
+) -> Considered {
+    let here = candidate.factors.weigh(&source.capacity, &policy.weights);
+    let there = candidate.there;
+    let lowers = lowers(source, target, here, there);
+    let cost = model.predict(&candidate.factors);
+    // Packing is worth what it frees; it is not the levelling that counts.
+    let worth = if packs { -lowers } else { lowers };
+    let gain = gain(worth, candidate.lasted_ms, policy.horizon_s);
+    // When packing the largest goes first: fewest moves empty a node.
+    let distance = if packs {
+        (source.load - here).abs()
+    } else {
+        ((here + there) / 2.0 - half).abs()
+    };
+    let kept = (target.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
+    let free_bytes = target.memory_free_bytes.saturating_sub(kept);
+    let needs_bytes = candidate.factors.memory_bytes;
+    let verdict = if let Some(bound) = &candidate.bound {
+        Verdict::Bound(bound.clone())
+    } else if needs_bytes > free_bytes {
+        Verdict::NoRoom {
+            needs_bytes,
+            free_bytes,
+        }
+    } else if packs && target.load + there > policy.fill_load {
+        Verdict::Overfills
+    } else if !packs && target.load + there >= source.load {
+        Verdict::Overshoots
+    } else if worth < policy.gain_min {
+        Verdict::TooLittle {
+            lowers: worth,
+            least: policy.gain_min,
+        }
+    } else if gain.core_s.low <= cost.core_s.high {
+        Verdict::NotWorth
+    } else {
+        Verdict::Further
+    };
+    Considered {
+        machine: candidate.machine.clone(),
+        here,
+        there,
+        distance,
+        cost,
+        gain,
+        verdict,
+    }
+}
+
+/// Of those that may go the nearest; among those that are about as near, the
+/// cheapest.
+fn choose(considered: &mut [Considered], half: f64) {
+    let may_go = |it: &Considered| it.verdict == Verdict::Further;
+    let nearest = considered
+        .iter()
+        .filter(|it| may_go(it))
+        .map(|it| it.distance)
+        .min_by(f64::total_cmp);
+    let Some(nearest) = nearest else { return };
+    let near = nearest + NEAR_SHARE * half;
+    let mut best: Option<usize> = None;
+    for (number, it) in considered.iter().enumerate() {
+        if !may_go(it) || it.distance > near {
+            continue;
+        }
+        let better = best.is_none_or(|best| {
+            let other = &considered[best];
+            it.cost
+                .core_s
+                .mid
+                .total_cmp(&other.cost.core_s.mid)
+                .then(it.distance.total_cmp(&other.distance))
+                .then(it.machine.cmp(&other.machine))
+                .is_lt()
+        });
+        if better {
+            best = Some(number);
+        }
+    }
+    for it in considered.iter_mut() {
+        if may_go(it) && it.distance <= near {
+            it.verdict = Verdict::Dearer;
+        }
+    }
+    if let Some(best) = best {
+        considered[best].verdict = Verdict::Chosen;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Strategy;
+    use proptest::prelude::{prop_assert, prop_assert_eq, proptest};
+
+    fn side(cores: f64, load: f64) -> Side {
+        Side {
+            capacity: Capacity {
+                cores,
+                speed: 1.0,
+                memory_bytes: 16 << 30,
+                io_bytes_per_s: 1e9,
+            },
+            load,
+            memory_free_bytes: 8 << 30,
+            pressed: load > 0.8,
+        }
+    }
+
+    fn burner(name: &str, cores: f64, target: &Side) -> Candidate {
+        let factors = Factors {
+            cpu_cores: cores,
+            cpu_bound_cores: cores,
+            ..Factors::default()
+        };
+        Candidate {
+            machine: name.into(),
+            there: factors.weigh(&target.capacity, &Policy::default().weights),
+            factors,
+            lasted_ms: 60_000,
+            bound: None,
+        }
+    }
+
+    fn decide(source: &Side, target: &Side, candidates: &[Candidate]) -> Vec<Considered> {
+        select(
+            source,
+            target,
+            candidates,
+            &CostModel::default(),
+            &Policy::default(),
+        )
+    }
+
+    fn verdict(considered: &[Considered], machine: &str) -> Verdict {
+        let found = considered.iter().find(|it| &*it.machine == machine);
+        found.unwrap().verdict.clone()
+    }
+
+    #[test]
+    fn the_nearest_to_half_the_difference_goes() {
+        let (source, target) = (side(1.0, 5.0), side(1.0, 1.0));
+        let candidates = [
+            burner("small", 0.5, &target),
+            burner("right", 2.0, &target),
+            burner("large", 2.5, &target),
+        ];
+        let considered = decide(&source, &target, &candidates);
+        assert_eq!(&*considered[0].machine, "right");
+        assert_eq!(considered[0].verdict, Verdict::Chosen);
+        assert_eq!(verdict(&considered, "large"), Verdict::Further);
+        assert_eq!(verdict(&considered, "small"), Verdict::Further);
+    }
+
+    #[test]
+    fn among_equals_the_cheaper_goes() {
+        let (source, target) = (side(1.0, 5.0), side(1.0, 1.0));
+        let mut heavy = burner("a-heavy", 2.0, &target);
+        heavy.factors.memory_bytes = 1 << 30;
+        let light = burner("b-light", 1.9, &target);
+        let considered = decide(&source, &target, &[heavy, light]);
+        assert_eq!(&*considered[0].machine, "b-light");
+        assert_eq!(verdict(&considered, "a-heavy"), Verdict::Dearer);
+    }
+
+    #[test]
+    fn between_unlike_nodes_both_numbers_count() {
+        // One core against four: 5 burners on one, none on the other.
+        let (source, target) = (side(1.0, 5.0), side(4.0, 0.0));
+        let one = burner("one", 1.0, &target);
+        let considered = decide(&source, &target, &[one]);
+        assert_eq!((considered[0].here, considered[0].there), (1.0, 0.25));
+        assert_eq!(considered[0].verdict, Verdict::Chosen);
+        // Level in relative load: nothing moves, in either direction.
+        let (small, large) = (side(1.0, 1.0), side(4.0, 1.0));
+        let to_large = decide(&small, &large, &[burner("one", 1.0, &large)]);
+        assert_eq!(to_large[0].verdict, Verdict::Overshoots);
+        let to_small = decide(&large, &small, &[burner("one", 1.0, &small)]);
+        assert_eq!(to_small[0].verdict, Verdict::Overshoots);
+    }
+
+    #[test]
+    fn each_reason_has_its_name() {
+        let (source, target) = (side(1.0, 3.0), side(1.0, 0.5));
+        let mut roomy = burner("roomy", 1.0, &target);
+        roomy.factors.memory_bytes = 9 << 30;
+        let mut held = burner("held", 1.0, &target);
+        held.bound = Some(Bound::Held { for_ms: 5 });
+        let mut fresh = burner("fresh", 1.0, &target);
+        fresh.lasted_ms = 10;
+        let large = burner("large", 2.6, &target);
+        let idle = burner("idle", 0.0, &target);
+        let considered = decide(&source, &target, &[roomy, held, fresh, large, idle]);
+        assert!(matches!(
+            verdict(&considered, "roomy"),
+            Verdict::NoRoom { .. }
+        ));
+        assert!(matches!(verdict(&considered, "held"), Verdict::Bound(_)));
+        assert_eq!(verdict(&considered, "fresh"), Verdict::NotWorth);
+        assert_eq!(verdict(&considered, "large"), Verdict::Overshoots);
+        assert!(matches!(
+            verdict(&considered, "idle"),
+            Verdict::TooLittle { .. }
+        ));
+    }
+
+    #[test]
+    fn packing_fills_and_never_presses() {
+        let policy = Policy {
+            strategy: Strategy::Pack,
+            ..Policy::default()
+        };
+        let (source, target) = (side(1.0, 0.3), side(1.0, 0.5));
+        let candidates = [
+            burner("small", 0.1, &target),
+            burner("fits", 0.2, &target),
+            burner("large", 0.25, &target),
+        ];
+        let considered = select(
+            &source,
+            &target,
+            &candidates,
+            &CostModel::default(),
+            &policy,
+        );
+        assert_eq!(&*considered[0].machine, "fits");
+        assert_eq!(considered[0].verdict, Verdict::Chosen);
+        assert_eq!(verdict(&considered, "large"), Verdict::Overfills);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_chosen_levels(
+            powers in (0.1f64..8.0, 0.1f64..8.0),
+            loads in (0.0f64..10.0, 0.0f64..10.0),
+            cores in proptest::collection::vec(0.0f64..6.0, 0..8),
+        ) {
+            let (source, target) = (side(powers.0, loads.0), side(powers.1, loads.1));
+            let candidates: Vec<Candidate> = cores
+                .iter()
+                .enumerate()
+                .map(|(number, &cores)| burner(&format!("m{number}"), cores, &target))
+                .collect();
+            let considered = decide(&source, &target, &candidates);
+            prop_assert_eq!(considered.len(), candidates.len());
+            let chosen: Vec<_> = considered
+                .iter()
+                .filter(|it| it.verdict == Verdict::Chosen)
+                .collect();
+            prop_assert!(chosen.len() <= 1);
+            for it in chosen {
+                prop_assert!(it.gain.lowers >= Policy::default().gain_min);
+                prop_assert!(target.load + it.there < source.load);
+                // And its way back would not be taken.
+                let left = Side { load: source.load - it.here, ..source };
+                let came = Side { load: target.load + it.there, ..target };
+                prop_assert!(lowers(&came, &left, it.there, it.here) < 0.0);
+            }
+        }
+    }
+}
