@@ -42,7 +42,8 @@ use tokio::sync::{mpsc, watch};
 /// Age at which a machine is made ready for its first move: many programs end
 /// sooner.
 const PREPARE_AFTER: Duration = Duration::from_secs(1);
-/// How much less a compiling thread gets than a guest's.
+/// How much less a compiling thread gets than what moves a machine; a move that waits
+/// for it is not to wait for guests as well.
 const COMPILE_NICE: i32 = 5;
 /// How long a move waits for a checkpoint to be given up.
 const CHECKPOINT_PATIENCE: Duration = Duration::from_secs(15);
@@ -147,6 +148,10 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
         .map_err(|error| format!("no threads to compile: {error}"))?;
     let engine = Engine::with_cache(Options::default(), cache)
         .map_err(|error| format!("the engine: {error}"))?;
+    let engine = match cgroup::guest_nice() {
+        Some(nice) => engine.with_guest_nice(nice),
+        None => engine,
+    };
     let paused = watch::Sender::new(None);
     let stalled = paused.clone();
     let worker = Arc::new(Worker {
