@@ -119,7 +119,8 @@ impl Bench {
             args: args.map(str::to_owned).to_vec(),
             env: Vec::new(),
             volumes: Vec::new(),
-            memory_bytes: 2 << 30,
+            // Twice the size passes by while the guest allocates.
+            memory_bytes: 3 << 30,
             threads_max: 1,
             cpu_limit_millis: None,
             output_bytes_per_s: 1 << 20,
@@ -137,7 +138,9 @@ impl Bench {
             spec,
         };
         while bench.output.bytes().len() < 4 {
-            std::thread::sleep(Duration::from_millis(20));
+            if let Some(outcome) = bench.machine.wait(Some(Duration::from_millis(20))) {
+                anyhow::bail!("the guest `writer` ended before it wrote: {outcome:?}");
+            }
         }
         Ok(bench)
     }
