@@ -408,7 +408,7 @@ impl Taker {
     ) -> Result<keel_wasm::runtime::Image, TakeError> {
         let mut ranges = Vec::new();
         for tracker in &mut self.trackers {
-            ranges.push(tracker.take()?);
+            ranges.push(tracker.take_at_once()?);
         }
         collected.add_pages(memories, &ranges, None)?;
         let (blocks, _) = self.volumes.take();
