@@ -6,6 +6,7 @@
 //! the files are dropped from the page cache, so that both come from the disk.
 
 use crate::table::{Table, median};
+use crate::told;
 use anyhow::{Context, Result};
 use keel_machine::checkpoint::{Destination, Origin, Subject, Taken, Taker, Vault, restore};
 use keel_machine::log::Log;
@@ -43,6 +44,7 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
     let (mut cold, mut reading) = (Vec::new(), Vec::new());
     let mut pauses = Vec::new();
     for _ in 0..rounds {
+        told::check()?;
         let (taken, rate) = quiet.take(&mut Taker::default())?;
         taking.push(rate);
         pauses.push(taken.pause.as_secs_f64() * 1e3);
@@ -83,6 +85,7 @@ fn increments(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
         bench.take(&mut taker)?;
         let (mut stored, mut times) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
+            told::check()?;
             std::thread::sleep(Duration::from_millis(500));
             let (taken, _) = bench.take(&mut taker)?;
             stored.push(taken.manifest.stored_bytes() as f64 / 1e6);
