@@ -1141,6 +1141,11 @@ impl Worker {
                     worker.inner().keepers = keepers;
                     Ok(wasi)
                 };
+                let telling = worker.clone();
+                let fill = move |filler: &Filler, listener, tls, hello| {
+                    let worker = telling.clone();
+                    filler.begin(listener, tls, hello, move |it| worker.filling(it))
+                };
                 let arrived = incoming::receive(
                     &listener,
                     &identity,
@@ -1148,9 +1153,12 @@ impl Worker {
                     program,
                     &worker.folder,
                     volumes,
-                    &restore,
+                    &incoming::Surroundings {
+                        restore: &restore,
+                        fill: &fill,
+                    },
                 );
-                worker.arrived(arrived, listener, offered);
+                worker.arrived(arrived, offered);
             })
             .map_err(RpcError::failed)?;
         Ok(receiving)
@@ -1159,7 +1167,6 @@ impl Worker {
     fn arrived(
         self: &Arc<Self>,
         arrived: Result<incoming::Arrived, IncomingError>,
-        listener: std::net::TcpListener,
         offered: Epoch,
     ) {
         let mut arrived = match arrived {
@@ -1170,16 +1177,8 @@ impl Worker {
             }
         };
         let mut push = None;
-        if let Some((filler, tls, hello)) = arrived.filler.take() {
-            let worker = self.clone();
-            let tell = move |filling| worker.filling(filling);
-            match filler.begin(listener, tls, hello, tell) {
-                Ok(links) => push = Some(links),
-                Err(error) => {
-                    self.step_target(TargetEvent::Failed(error.to_string()));
-                    return;
-                }
-            }
+        if let Some((filler, links)) = arrived.filler.take() {
+            push = Some(links);
             self.inner().filler = Some(filler);
         }
         {
