@@ -11,6 +11,7 @@
 //! - `postcopy`: moves in which memory comes after the machine
 //! - `checkpoints`: taking and restoring, beside plain writing and reading
 //! - `qemu`: the pause of a move with a hot loop, beside QEMU's, seen from outside
+//! - `plan`: plans for whole clusters, beside Ganeti's hbal
 //! - `table`: medians, percentiles, Markdown
 //! - `told`: what was started ends when this is told to end
 
@@ -22,6 +23,7 @@ mod guest;
 mod load;
 mod moves;
 mod overhead;
+mod plan;
 mod polls;
 mod postcopy;
 mod qemu;
@@ -88,6 +90,7 @@ enum What {
     PostCopy,
     Checkpoints,
     Qemu,
+    Plan,
 }
 
 fn main() -> Result<()> {
@@ -105,6 +108,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Capture) {
         capture::bench(&options)?;
+    }
+    if wanted(What::Plan) {
+        plan::bench()?;
     }
     told::listen()?;
     if wanted(What::Moves) {

@@ -8,6 +8,7 @@
 //! - [`cost`]: what a move is worth and what it takes, each with an interval
 //! - [`select`]: which machine goes, and why not the others
 //! - [`round`]: one node's side of the masterless rounds
+//! - [`plan`]: moves for the whole cluster at once, in order
 //! - [`rules`]: where machines may be
 //! - [`ledger`]: decisions as they are kept and told
 //!
@@ -18,6 +19,7 @@
 pub mod cost;
 pub mod ledger;
 pub mod load;
+pub mod plan;
 pub mod policy;
 pub mod round;
 pub mod rules;

@@ -1,0 +1,885 @@
+//! Plans for a whole cluster: which machines go where, in which order, so that all
+//! nodes are level, packed, or some of them empty. Rounds of two nodes come to the same
+//! end by themselves; a plan sees all nodes at once, needs fewer moves, and can be
+//! looked at before anything moves.
+//!
+//! Unevenness is the weighted sum, over resources, of the standard deviation of nodes'
+//! shares: the measure of Ganeti's `hbal` (htools), so that the two can be compared.
+//!
+//! A plan is made in three steps. *Descent*: of all moves the one that lowers the
+//! unevenness most, again and again. *Polish*: a machine that was moved goes elsewhere,
+//! stays after all, or another one goes in its place, wherever that is better; so what
+//! early moves did that later ones made needless is undone. *Order*: waves of moves that
+//! can go at the same time, memory first freed then taken, with a stop at a third node
+//! where a cycle leaves no other way.
+
+use crate::Name;
+use crate::rules::{Labels, Rule, Says, Thing};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Resources that a plan can weigh.
+pub const RESOURCES: usize = 7;
+/// Amounts of each resource.
+pub type Amounts = [f64; RESOURCES];
+
+/// Moves that the descent looks at, about, in all and in one step: a large cluster is
+/// looked at where it is most uneven.
+const LOOKED_AT: usize = 30_000_000;
+const LOOKED_AT_A_STEP: (usize, usize) = (1_500, 60_000);
+/// Targets that are looked at for each source, where not all are.
+const TARGETS_A_SOURCE: usize = 4;
+/// How often all sites are looked at in turn, when the extremes have no move left.
+const ROUNDABOUT_MAX: usize = 64;
+/// Moved machines that are polished by the same view of the sites.
+const POLISHED_AT_ONCE: usize = 32;
+/// Passes of polishing.
+const PASSES_MAX: usize = 6;
+/// Exchanges that are looked at for one moved machine.
+const EXCHANGES_MAX: usize = 64;
+
+/// A node of a plan.
+#[derive(Debug, Clone)]
+pub struct Site {
+    /// Its name.
+    pub name: Name,
+    /// Its labels.
+    pub labels: Labels,
+    /// What it has of each resource; 0 where a resource does not count.
+    pub capacity: Amounts,
+    /// What others than these machines use.
+    pub base: Amounts,
+    /// Whether machines may come to it.
+    pub open: bool,
+}
+
+/// A machine of a plan.
+#[derive(Debug, Clone)]
+pub struct Load {
+    /// Its name.
+    pub name: Name,
+    /// Its labels.
+    pub labels: Labels,
+    /// The number of its site.
+    pub site: usize,
+    /// What it uses of each resource.
+    pub demand: Amounts,
+    /// Whether it must stay.
+    pub fixed: bool,
+    /// Bytes that moving it sends.
+    pub bytes: f64,
+}
+
+/// What is wanted.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Goal {
+    /// All sites level.
+    Level,
+    /// As few sites as carry the load, none filled beyond this share of a resource.
+    Pack {
+        /// The share.
+        fill: f64,
+    },
+    /// These sites empty, by number.
+    Drain(Vec<usize>),
+}
+
+/// What a plan is made of.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    /// The nodes.
+    pub sites: Vec<Site>,
+    /// The machines.
+    pub loads: Vec<Load>,
+    /// How much each resource's unevenness counts.
+    pub weights: Amounts,
+    /// Resources of which no site may be used beyond its capacity.
+    pub hard: [bool; RESOURCES],
+    /// Rules to keep.
+    pub rules: Vec<Rule>,
+    /// By how much a move must lower the unevenness.
+    pub gain_min: f64,
+}
+
+/// A move of a plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// The machine's number.
+    pub load: usize,
+    /// From which site.
+    pub from: usize,
+    /// To which site.
+    pub to: usize,
+    /// Moves of one wave go at the same time, when those of the wave before are over.
+    pub wave: usize,
+    /// Whether it is a stop on the way: another step takes it on.
+    pub hop: bool,
+}
+
+/// A plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// In order.
+    pub steps: Vec<Step>,
+    /// Unevenness before.
+    pub before: f64,
+    /// Unevenness after.
+    pub after: f64,
+    /// Bytes that it sends.
+    pub bytes: f64,
+    /// Machines that should go and cannot, by number, with the reason.
+    pub left: Vec<(usize, String)>,
+}
+
+/// Makes a plan.
+pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
+    let mut state = State::new(problem);
+    let before = state.unevenness();
+    let mut left = Vec::new();
+    match goal {
+        Goal::Level => {
+            descend(&mut state);
+            polish(&mut state);
+        }
+        Goal::Pack { fill } => pack(&mut state, *fill),
+        Goal::Drain(sites) => left = drain(&mut state, sites),
+    }
+    let after = state.unevenness();
+    let (steps, stuck) = order(problem, &state.at);
+    left.extend(stuck);
+    let bytes = steps
+        .iter()
+        .map(|step| problem.loads[step.load].bytes)
+        .sum();
+    Plan {
+        steps,
+        before,
+        after,
+        bytes,
+        left,
+    }
+}
+
+/// How uneven the sites are now.
+pub fn unevenness(problem: &Problem) -> f64 {
+    State::new(problem).unevenness()
+}
+
+/// A rule as it is counted while a plan is made.
+struct Counted {
+    says: Says,
+    /// The domain of each site, as a number.
+    domain_of: Vec<usize>,
+    counts: Vec<u32>,
+    total: u32,
+    /// For rules that name sites: which are allowed.
+    allowed: Vec<bool>,
+}
+
+impl Counted {
+    fn new(rule: &Rule, sites: &[Site]) -> Self {
+        let mut numbers: BTreeMap<String, usize> = BTreeMap::new();
+        let mut domain_of = Vec::with_capacity(sites.len());
+        for site in sites {
+            let domain = rule.per().of(&site.name, &site.labels);
+            let next = numbers.len();
+            domain_of.push(*numbers.entry(domain).or_insert(next));
+        }
+        let allowed = |site: &Site| match &rule.says {
+            Says::Pin { nodes } => nodes.fits(&site.name, &site.labels),
+            Says::Avoid { nodes } => !nodes.fits(&site.name, &site.labels),
+            _ => true,
+        };
+        Counted {
+            says: rule.says.clone(),
+            counts: vec![0; numbers.len()],
+            total: 0,
+            allowed: sites.iter().map(allowed).collect(),
+            domain_of,
+        }
+    }
+
+    fn count(&mut self, site: usize, by: i32) {
+        let count = &mut self.counts[self.domain_of[site]];
+        *count = count.saturating_add_signed(by);
+        self.total = self.total.saturating_add_signed(by);
+    }
+
+    /// Whether one of its machines may go from one site to another.
+    fn allows(&self, from: usize, to: usize) -> bool {
+        if !self.allowed[to] {
+            return false;
+        }
+        let (before, after) = (self.domain_of[from], self.domain_of[to]);
+        if before == after {
+            return true;
+        }
+        let there = self.counts[after];
+        match &self.says {
+            Says::Apart { max, .. } => there < *max,
+            Says::Together { .. } => there + 1 == self.total,
+            Says::Spread { skew, .. } => {
+                let left = |domain: usize| self.counts[domain] - u32::from(domain == before);
+                let least = (0..self.counts.len())
+                    .filter(|domain| *domain != after)
+                    .map(left)
+                    .min();
+                least.is_none_or(|least| there < least.saturating_add(*skew))
+            }
+            Says::Licence { nodes_max } => {
+                let used = self.counts.iter().filter(|count| **count > 0).count() as u32;
+                let frees = u32::from(self.counts[before] == 1);
+                there > 0 || used - frees < *nodes_max
+            }
+            Says::Pin { .. } | Says::Avoid { .. } | Says::Stay | Says::Hours { .. } => true,
+        }
+    }
+}
+
+/// Where everything is while a plan is made.
+struct State<'a> {
+    problem: &'a Problem,
+    /// The site of each load.
+    at: Vec<usize>,
+    /// Loads of each site.
+    on: Vec<Vec<usize>>,
+    used: Vec<Amounts>,
+    /// Sums of shares and of their squares, of each resource.
+    sum: Amounts,
+    squares: Amounts,
+    counted: Vec<Counted>,
+    /// Rules of each load, by number.
+    rules_of: Vec<Vec<usize>>,
+}
+
+impl<'a> State<'a> {
+    fn new(problem: &'a Problem) -> Self {
+        let mut state = State {
+            problem,
+            at: problem.loads.iter().map(|load| load.site).collect(),
+            on: vec![Vec::new(); problem.sites.len()],
+            used: problem.sites.iter().map(|site| site.base).collect(),
+            sum: [0.0; RESOURCES],
+            squares: [0.0; RESOURCES],
+            counted: problem
+                .rules
+                .iter()
+                .map(|rule| Counted::new(rule, &problem.sites))
+                .collect(),
+            rules_of: Vec::with_capacity(problem.loads.len()),
+        };
+        for (number, load) in problem.loads.iter().enumerate() {
+            state.on[load.site].push(number);
+            add(&mut state.used[load.site], &load.demand, 1.0);
+            let thing = Thing {
+                name: load.name.clone(),
+                labels: load.labels.clone(),
+            };
+            let about = |rule: &(usize, &Rule)| rule.1.is_about(&thing);
+            let rules = problem.rules.iter().enumerate().filter(about);
+            let rules: Vec<usize> = rules.map(|(rule, _)| rule).collect();
+            for &rule in &rules {
+                state.counted[rule].count(load.site, 1);
+            }
+            state.rules_of.push(rules);
+        }
+        for site in 0..problem.sites.len() {
+            state.take_share(site, 1.0);
+        }
+        state
+    }
+
+    fn share(&self, site: usize, resource: usize) -> f64 {
+        let capacity = self.problem.sites[site].capacity[resource];
+        if capacity > 0.0 {
+            self.used[site][resource] / capacity
+        } else {
+            0.0
+        }
+    }
+
+    fn take_share(&mut self, site: usize, sign: f64) {
+        for resource in 0..RESOURCES {
+            let share = self.share(site, resource);
+            self.sum[resource] += sign * share;
+            self.squares[resource] += sign * share * share;
+        }
+    }
+
+    fn deviation(&self, resource: usize, sum: f64, squares: f64) -> f64 {
+        let count = self.problem.sites.len().max(1) as f64;
+        let mean = sum / count;
+        // (Rounding may make it less than nothing.)
+        self.problem.weights[resource] * (squares / count - mean * mean).max(0.0).sqrt()
+    }
+
+    fn unevenness(&self) -> f64 {
+        (0..RESOURCES)
+            .map(|it| self.deviation(it, self.sum[it], self.squares[it]))
+            .sum()
+    }
+
+    /// The unevenness if so much went from one site to another.
+    fn if_moved(&self, demand: &Amounts, from: usize, to: usize) -> f64 {
+        let sites = &self.problem.sites;
+        let mut total = 0.0;
+        for (resource, amount) in demand.iter().enumerate() {
+            if self.problem.weights[resource] == 0.0 {
+                continue;
+            }
+            let (mut sum, mut squares) = (self.sum[resource], self.squares[resource]);
+            for (site, amount) in [(from, -amount), (to, *amount)] {
+                let capacity = sites[site].capacity[resource];
+                if capacity > 0.0 {
+                    let before = self.used[site][resource] / capacity;
+                    let after = before + amount / capacity;
+                    sum += after - before;
+                    squares += after * after - before * before;
+                }
+            }
+            total += self.deviation(resource, sum, squares);
+        }
+        total
+    }
+
+    fn fits(&self, demand: &Amounts, to: usize) -> bool {
+        (0..RESOURCES).all(|resource| {
+            !self.problem.hard[resource]
+                || demand[resource] <= 0.0
+                || self.used[to][resource] + demand[resource]
+                    <= self.problem.sites[to].capacity[resource]
+        })
+    }
+
+    fn may_go(&self, load: usize, to: usize) -> bool {
+        let from = self.at[load];
+        from != to
+            && self.problem.sites[to].open
+            && self.fits(&self.problem.loads[load].demand, to)
+            && self.rules_of[load]
+                .iter()
+                .all(|rule| self.counted[*rule].allows(from, to))
+    }
+
+    /// Whether a rule lets the balancer move it at all.
+    fn is_bound(&self, load: usize) -> bool {
+        self.problem.loads[load].fixed
+            || self.rules_of[load]
+                .iter()
+                .any(|rule| matches!(self.counted[*rule].says, Says::Stay))
+    }
+
+    fn go(&mut self, load: usize, to: usize) {
+        let from = self.at[load];
+        let demand = self.problem.loads[load].demand;
+        for (site, sign) in [(from, -1.0), (to, 1.0)] {
+            self.take_share(site, -1.0);
+            add(&mut self.used[site], &demand, sign);
+            self.take_share(site, 1.0);
+        }
+        for &rule in &self.rules_of[load] {
+            self.counted[rule].count(from, -1);
+            self.counted[rule].count(to, 1);
+        }
+        self.on[from].retain(|it| *it != load);
+        self.on[to].push(load);
+        self.at[load] = to;
+    }
+
+    fn moved(&self) -> Vec<usize> {
+        let loads = self.problem.loads.iter().enumerate();
+        loads
+            .filter(|(number, load)| self.at[*number] != load.site)
+            .map(|(number, _)| number)
+            .collect()
+    }
+
+    /// Sites by how much more than others they are used, the heaviest first.
+    fn by_excess(&self) -> Vec<usize> {
+        let count = self.problem.sites.len().max(1) as f64;
+        let mut scale = [0.0; RESOURCES];
+        for (resource, scale) in scale.iter_mut().enumerate() {
+            let mean = self.sum[resource] / count;
+            let deviation = (self.squares[resource] / count - mean * mean)
+                .max(0.0)
+                .sqrt();
+            if deviation > 0.0 {
+                *scale = self.problem.weights[resource] / deviation;
+            }
+        }
+        let excess = |site: usize| -> f64 {
+            (0..RESOURCES)
+                .map(|it| scale[it] * (self.share(site, it) - self.sum[it] / count))
+                .sum()
+        };
+        let mut sites: Vec<(f64, usize)> = (0..self.problem.sites.len())
+            .map(|it| (excess(it), it))
+            .collect();
+        sites.sort_by(|one, other| other.0.total_cmp(&one.0).then(one.1.cmp(&other.1)));
+        sites.into_iter().map(|(_, site)| site).collect()
+    }
+}
+
+fn add(to: &mut Amounts, amounts: &Amounts, sign: f64) {
+    for (to, amount) in to.iter_mut().zip(amounts) {
+        *to += sign * amount;
+    }
+}
+
+/// The best single move, again and again, as long as it is worth one.
+fn descend(state: &mut State<'_>) {
+    let sites = state.problem.sites.len();
+    let per_site = state.problem.loads.len() / sites.max(1) + 1;
+    // How many of the heaviest, and of the lightest, are looked at.
+    let (least, most) = LOOKED_AT_A_STEP;
+    let budget = (LOOKED_AT / state.problem.loads.len().max(1)).clamp(least, most);
+    let (mut heaviest, mut lightest) = (sites, sites);
+    if sites * sites * per_site > budget {
+        let wide = (budget / per_site / TARGETS_A_SOURCE).isqrt().max(1);
+        heaviest = wide.min(sites);
+        lightest = (wide * TARGETS_A_SOURCE).min(sites);
+    }
+    let moves_max = 2 * state.problem.loads.len();
+    let mut roundabouts = 0;
+    for _ in 0..moves_max {
+        let by_excess = state.by_excess();
+        let sources = &by_excess[..heaviest];
+        let targets = &by_excess[sites - lightest..];
+        let mut best = best_move(state, sources, targets);
+        if best.is_none() && heaviest < sites && roundabouts < ROUNDABOUT_MAX {
+            roundabouts += 1;
+            best = by_excess
+                .chunks(heaviest)
+                .find_map(|sources| best_move(state, sources, targets));
+        }
+        let Some((load, to)) = best else { return };
+        state.go(load, to);
+    }
+}
+
+/// The best move between these, if one lowers the unevenness by enough.
+fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<(usize, usize)> {
+    let now = state.unevenness();
+    let mut best = (now - state.problem.gain_min, None);
+    for &source in sources {
+        for &load in &state.on[source] {
+            if state.is_bound(load) {
+                continue;
+            }
+            let demand = &state.problem.loads[load].demand;
+            for &target in targets {
+                if target == source {
+                    continue;
+                }
+                let then = state.if_moved(demand, source, target);
+                if then < best.0 && state.may_go(load, target) {
+                    best = (then, Some((load, target)));
+                }
+            }
+        }
+    }
+    best.1
+}
+
+/// Makes fewer moves, and better ones, of those that were made.
+fn polish(state: &mut State<'_>) {
+    for _ in 0..PASSES_MAX {
+        let mut changed = false;
+        for loads in state.moved().chunks(POLISHED_AT_ONCE) {
+            let by_excess = state.by_excess();
+            for &load in loads {
+                changed |=
+                    undo(state, load) || redirect(state, load, &by_excess) || exchange(state, load);
+            }
+        }
+        if !changed {
+            return;
+        }
+        descend(state);
+    }
+}
+
+/// A move that is not worth one any more is not made.
+fn undo(state: &mut State<'_>, load: usize) -> bool {
+    let home = state.problem.loads[load].site;
+    let (now, at) = (state.unevenness(), state.at[load]);
+    let demand = &state.problem.loads[load].demand;
+    let worth = state.if_moved(demand, at, home) - now;
+    // (Its site may be closed to others; it never left.)
+    let may = state.fits(demand, home)
+        && state.rules_of[load]
+            .iter()
+            .all(|rule| state.counted[*rule].allows(at, home));
+    if worth >= state.problem.gain_min || !may {
+        return false;
+    }
+    state.go(load, home);
+    true
+}
+
+/// A moved machine goes to where it is best.
+fn redirect(state: &mut State<'_>, load: usize, by_excess: &[usize]) -> bool {
+    let (mut best, mut to) = (state.unevenness() - 1e-9, None);
+    let demand = &state.problem.loads[load].demand;
+    for &site in by_excess.iter().rev().take(EXCHANGES_MAX) {
+        if site == state.problem.loads[load].site {
+            continue;
+        }
+        let then = state.if_moved(demand, state.at[load], site);
+        if then < best && state.may_go(load, site) {
+            (best, to) = (then, Some(site));
+        }
+    }
+    let Some(to) = to else { return false };
+    state.go(load, to);
+    true
+}
+
+/// Another machine of the same source goes in its place.
+fn exchange(state: &mut State<'_>, load: usize) -> bool {
+    let home = state.problem.loads[load].site;
+    let there = state.at[load];
+    let now = state.unevenness();
+    let others: Vec<usize> = state.on[home]
+        .iter()
+        .copied()
+        .filter(|it| state.problem.loads[*it].site == home && !state.is_bound(*it))
+        .take(EXCHANGES_MAX)
+        .collect();
+    let demand = state.problem.loads[load].demand;
+    let mut best = (now - 1e-9, None);
+    for other in others {
+        // What goes instead, less what comes back.
+        let mut net = state.problem.loads[other].demand;
+        add(&mut net, &demand, -1.0);
+        let then = state.if_moved(&net, home, there);
+        if then < best.0 {
+            best = (then, Some(other));
+        }
+    }
+    let Some(other) = best.1 else { return false };
+    state.go(load, home);
+    if state.may_go(other, there) && state.fits(&[0.0; RESOURCES], home) {
+        state.go(other, there);
+        return true;
+    }
+    state.go(load, there);
+    false
+}
+
+/// Empties one site after the other into those that are used, the lightest first.
+fn pack(state: &mut State<'_>, fill: f64) {
+    let mut sites: Vec<usize> = (0..state.problem.sites.len()).collect();
+    let fullest = |state: &State<'_>, site: usize| {
+        (0..RESOURCES)
+            .map(|it| state.share(site, it))
+            .fold(0.0, f64::max)
+    };
+    sites.sort_by(|one, other| {
+        fullest(state, *one)
+            .total_cmp(&fullest(state, *other))
+            .then(one.cmp(other))
+    });
+    for site in sites {
+        if state.on[site].is_empty() {
+            continue;
+        }
+        let mut loads = state.on[site].clone();
+        loads.sort_by(|one, other| by_size(state, *one, *other));
+        let mut gone = Vec::new();
+        for &load in &loads {
+            let demand = &state.problem.loads[load].demand;
+            let within = |to: usize| {
+                (0..RESOURCES).all(|it| {
+                    let capacity = state.problem.sites[to].capacity[it];
+                    capacity <= 0.0
+                        || demand[it] <= 0.0
+                        || (state.used[to][it] + demand[it]) / capacity <= fill
+                })
+            };
+            // Into the fullest that takes it: others may be emptied yet.
+            let target = (0..state.problem.sites.len())
+                .filter(|to| *to != site && !state.on[*to].is_empty() && !state.is_bound(load))
+                .filter(|to| within(*to) && state.may_go(load, *to))
+                .max_by(|one, other| fullest(state, *one).total_cmp(&fullest(state, *other)));
+            let Some(target) = target else { break };
+            state.go(load, target);
+            gone.push(load);
+        }
+        // A site that is not empty in the end is no gain.
+        if gone.len() < loads.len() {
+            for load in gone {
+                state.go(load, site);
+            }
+        }
+    }
+}
+
+/// Empties sites; what cannot go, and why.
+fn drain(state: &mut State<'_>, sites: &[usize]) -> Vec<(usize, String)> {
+    let mut loads: Vec<usize> = sites
+        .iter()
+        .flat_map(|site| state.on[*site].clone())
+        .collect();
+    loads.sort_by(|one, other| by_size(state, *one, *other));
+    let mut left = Vec::new();
+    for load in loads {
+        let demand = &state.problem.loads[load].demand;
+        let from = state.at[load];
+        if state.problem.loads[load].fixed {
+            left.push((load, "it cannot be moved".to_owned()));
+            continue;
+        }
+        let open = (0..state.problem.sites.len()).filter(|to| !sites.contains(to));
+        let target = open
+            .clone()
+            .filter(|to| state.may_go(load, *to))
+            .min_by(|one, other| {
+                let then = |to: usize| state.if_moved(demand, from, to);
+                then(*one).total_cmp(&then(*other)).then(one.cmp(other))
+            });
+        match target {
+            Some(target) => state.go(load, target),
+            None if open.clone().any(|to| state.fits(demand, to)) => {
+                left.push((load, "no rule lets it go where there is room".to_owned()));
+            }
+            None => left.push((load, "no other node has room for it".to_owned())),
+        }
+    }
+    left
+}
+
+/// Larger first: small ones fit into what is left.
+fn by_size(state: &State<'_>, one: usize, other: usize) -> std::cmp::Ordering {
+    let size = |load: usize| {
+        let load = &state.problem.loads[load];
+        let capacity = &state.problem.sites[load.site].capacity;
+        let shares = load.demand.iter().zip(capacity);
+        let shares = shares.map(|(amount, of)| if *of > 0.0 { amount / of } else { 0.0 });
+        shares.fold(0.0, f64::max)
+    };
+    size(other).total_cmp(&size(one)).then(one.cmp(&other))
+}
+
+/// Waves of moves that lead to where `to` has each load; what cannot get there.
+fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
+    let mut state = State::new(problem);
+    let mut pending: Vec<usize> = (0..to.len())
+        .filter(|it| to[*it] != state.at[*it])
+        .collect();
+    let mut hopped: Vec<bool> = vec![false; to.len()];
+    let mut steps = Vec::new();
+    for wave in 0.. {
+        if pending.is_empty() {
+            break;
+        }
+        // One machine leaves and one comes at a time, to each node.
+        let mut leaving = vec![false; problem.sites.len()];
+        let mut coming = vec![false; problem.sites.len()];
+        let mut going: Vec<(usize, usize, bool)> = Vec::new();
+        for &load in &pending {
+            let (from, target) = (state.at[load], to[load]);
+            if !leaving[from] && !coming[target] && state.may_go(load, target) {
+                (leaving[from], coming[target]) = (true, true);
+                going.push((load, target, false));
+            }
+        }
+        if going.is_empty() {
+            // Everybody waits for somebody: one steps aside.
+            let aside = pending.iter().filter(|it| !hopped[**it]).find_map(|&load| {
+                let open = (0..problem.sites.len()).filter(|it| *it != to[load]);
+                let mut open = open.filter(|it| state.may_go(load, *it));
+                open.next().map(|site| (load, site, true))
+            });
+            let Some(aside) = aside else {
+                let why =
+                    "it waits for others that wait for it, and no node has room to step aside";
+                return (
+                    steps,
+                    pending.into_iter().map(|it| (it, why.to_owned())).collect(),
+                );
+            };
+            hopped[aside.0] = true;
+            going.push(aside);
+        }
+        // Those of a wave go together: what leaves frees nothing before it is gone.
+        for (load, target, hop) in going {
+            if !state.may_go(load, target) {
+                continue;
+            }
+            steps.push(Step {
+                load,
+                from: state.at[load],
+                to: target,
+                wave,
+                hop,
+            });
+            state.go(load, target);
+        }
+        pending.retain(|load| state.at[*load] != to[*load]);
+    }
+    (steps, Vec::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::{Domain, Selector};
+    use proptest::prelude::{prop_assert, proptest};
+
+    /// Resources 0 (CPU, soft) and 1 (memory, hard).
+    fn problem(sites: &[(f64, f64)], loads: &[(usize, f64, f64)]) -> Problem {
+        let amounts = |cpu: f64, memory: f64| {
+            let mut amounts = [0.0; RESOURCES];
+            (amounts[0], amounts[1]) = (cpu, memory);
+            amounts
+        };
+        Problem {
+            sites: sites
+                .iter()
+                .enumerate()
+                .map(|(number, &(cpu, memory))| Site {
+                    name: format!("n{number}").into(),
+                    labels: Labels::new(),
+                    capacity: amounts(cpu, memory),
+                    base: [0.0; RESOURCES],
+                    open: true,
+                })
+                .collect(),
+            loads: loads
+                .iter()
+                .enumerate()
+                .map(|(number, &(site, cpu, memory))| Load {
+                    name: format!("m{number}").into(),
+                    labels: Labels::new(),
+                    site,
+                    demand: amounts(cpu, memory),
+                    fixed: false,
+                    bytes: memory,
+                })
+                .collect(),
+            weights: amounts(1.0, 1.0),
+            hard: [false, true, false, false, false, false, false],
+            rules: Vec::new(),
+            gain_min: 0.001,
+        }
+    }
+
+    fn rule(name: &str, machines: &[&str], says: Says) -> Rule {
+        Rule {
+            name: name.into(),
+            machines: Selector {
+                names: machines.iter().map(|it| (*it).to_owned()).collect(),
+                labels: Labels::new(),
+            },
+            says,
+        }
+    }
+
+    fn ends(problem: &Problem, plan: &Plan) -> Vec<usize> {
+        let mut at: Vec<usize> = problem.loads.iter().map(|load| load.site).collect();
+        for step in &plan.steps {
+            assert_eq!(at[step.load], step.from);
+            at[step.load] = step.to;
+        }
+        at
+    }
+
+    #[test]
+    fn a_crowd_is_spread_by_no_more_moves_than_needed() {
+        let problem = problem(&[(4.0, 64.0); 3], &[(0, 1.0, 4.0); 12]);
+        let plan = plan(&problem, &Goal::Level);
+        assert_eq!(plan.steps.len(), 8);
+        assert!(plan.after < 1e-6 && plan.before > 1.0, "{plan:?}");
+        let ends = ends(&problem, &plan);
+        for site in 0..3 {
+            assert_eq!(ends.iter().filter(|it| **it == site).count(), 4);
+        }
+        // One leaves at a time: eight waves.
+        assert_eq!(plan.steps.last().unwrap().wave, 7);
+    }
+
+    #[test]
+    fn a_full_cluster_moves_by_a_third_node() {
+        // Two full nodes whose machines are to change places, and a third with room for
+        // one: by rules, since load alone would not ask for it.
+        let mut problem = problem(&[(9.0, 10.0); 3], &[(0, 1.0, 8.0), (1, 1.0, 8.0)]);
+        let named = |name: &str| Selector {
+            names: vec![name.to_owned()],
+            labels: Labels::new(),
+        };
+        problem.rules = vec![
+            rule("one", &["m0"], Says::Avoid { nodes: named("n9") }),
+            rule("two", &["m1"], Says::Avoid { nodes: named("n9") }),
+        ];
+        let (steps, stuck) = order(&problem, &[1, 0]);
+        assert!(stuck.is_empty());
+        assert_eq!(steps.len(), 3);
+        assert!(steps[0].hop && steps[0].to == 2);
+        problem.sites[2].open = false;
+        let (steps, stuck) = order(&problem, &[1, 0]);
+        assert!(steps.is_empty() && stuck.len() == 2, "{stuck:?}");
+    }
+
+    #[test]
+    fn a_drain_says_what_cannot_go() {
+        let mut problem = problem(
+            &[(4.0, 16.0), (4.0, 16.0), (4.0, 4.0)],
+            &[(0, 1.0, 12.0), (0, 1.0, 12.0), (0, 0.5, 2.0), (0, 0.1, 1.0)],
+        );
+        problem.loads[3].fixed = true;
+        let plan = plan(&problem, &Goal::Drain(vec![0]));
+        let ends = ends(&problem, &plan);
+        assert_eq!(ends[0], 1);
+        assert_ne!(ends[2], 0);
+        let left: Vec<usize> = plan.left.iter().map(|(load, _)| *load).collect();
+        assert_eq!(left, [1, 3], "{:?}", plan.left);
+    }
+
+    #[test]
+    fn packing_empties_nodes_and_keeps_to_the_fill() {
+        let problem = problem(
+            &[(4.0, 16.0); 4],
+            &[(0, 1.0, 2.0), (1, 1.0, 2.0), (2, 1.0, 2.0), (3, 1.0, 2.0)],
+        );
+        let plan = plan(&problem, &Goal::Pack { fill: 0.8 });
+        let ends = ends(&problem, &plan);
+        let used: std::collections::BTreeSet<usize> = ends.iter().copied().collect();
+        assert_eq!(used.len(), 2, "three of four cores are 0.75: {ends:?}");
+    }
+
+    #[test]
+    fn rules_are_kept_on_the_way() {
+        let mut problem = problem(&[(4.0, 64.0); 3], &[(0, 1.0, 4.0); 6]);
+        let per = Domain::Node;
+        problem.rules = vec![
+            rule("stay", &["m0"], Says::Stay),
+            rule("pair", &["m1", "m2"], Says::Apart { per, max: 1 }),
+        ];
+        let plan = plan(&problem, &Goal::Level);
+        let ends = ends(&problem, &plan);
+        assert_eq!(ends[0], 0);
+        assert_ne!(ends[1], ends[2]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_plan_makes_anything_worse(
+            loads in proptest::collection::vec((0usize..5, 0.01f64..2.0, 0.1f64..6.0), 0..40),
+        ) {
+            let problem = problem(&[(4.0, 48.0), (8.0, 48.0), (2.0, 24.0), (4.0, 96.0), (4.0, 48.0)], &loads);
+            let before = State::new(&problem);
+            let plan = plan(&problem, &Goal::Level);
+            prop_assert!(plan.after <= plan.before + 1e-9);
+            prop_assert!(plan.left.is_empty());
+            // At no step is a node filled beyond what it has, unless it was before.
+            let mut state = State::new(&problem);
+            for step in &plan.steps {
+                state.go(step.load, step.to);
+                let most = before.used[step.to][1].max(problem.sites[step.to].capacity[1]);
+                prop_assert!(state.used[step.to][1] <= most + 1e-9);
+            }
+            prop_assert!((state.unevenness() - plan.after).abs() < 1e-6);
+        }
+    }
+}
