@@ -69,7 +69,10 @@ pub struct Policy {
     pub fill_load: f64,
     /// Milliseconds from one round of a node to its next, on average.
     pub interval_ms: u64,
-    /// One-second samples that are looked at.
+    /// Milliseconds from one sample of a node to the next. With longer ones balancing
+    /// is cheaper, and slower.
+    pub sample_ms: u64,
+    /// Samples that are looked at.
     pub window_samples: usize,
     /// Milliseconds that a machine stays after it arrived.
     pub hold_ms: u64,
@@ -99,6 +102,7 @@ impl Default for Policy {
             pressed_share: 0.10,
             fill_load: 0.7,
             interval_ms: 1000,
+            sample_ms: 1000,
             window_samples: 20,
             hold_ms: 30_000,
             cool_down_ms: 300_000,
@@ -177,6 +181,13 @@ impl Policy {
             (
                 "interval_ms",
                 self.interval_ms,
+                100,
+                3_600_000,
+                "from 100 to 3600000",
+            ),
+            (
+                "sample_ms",
+                self.sample_ms,
                 100,
                 3_600_000,
                 "from 100 to 3600000",

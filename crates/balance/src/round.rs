@@ -29,8 +29,9 @@ use crate::window::{NEWEST, Window, steady_difference};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::mem::{Discriminant, discriminant};
+use std::sync::Arc;
 
 /// Milliseconds that an answer may take.
 const ANSWER_MS: u64 = 2_000;
@@ -38,9 +39,9 @@ const ANSWER_MS: u64 = 2_000;
 const GRANT_MS: u64 = 5_000;
 /// Milliseconds that what began to come may take.
 const ARRIVAL_MS: u64 = 3_600_000;
-/// Milliseconds for which a machine that arrived counts as what was promised: its
-/// own samples do not show it yet.
-const SETTLE_MS: u64 = 3_000;
+/// Samples for which a machine that arrived counts as what was promised: its own do
+/// not show it yet.
+const SETTLE_SAMPLES: u64 = 3;
 /// Milliseconds for which a node, or a machine, is left alone after a failed move;
 /// doubled by each further failure, so often at most.
 const AVOID_MS: u64 = 15_000;
@@ -53,8 +54,8 @@ const WEIGHED_MAX: usize = 256;
 const NEWEST_WEIGHT: f64 = 0.4;
 /// Samples that must differ by half before a load counts as another one.
 const CHANGED_SAMPLES: u32 = 3;
-/// Milliseconds without a sample after which older ones say nothing.
-const GAP_MS: u64 = 10_000;
+/// Samples that may be missing; after more of them older ones say nothing.
+const GAP_SAMPLES: u64 = 10;
 /// Milliseconds for which a node is pressed, and nothing can be done, before that is
 /// an alert.
 const HELPLESS_MS: u64 = 60_000;
@@ -154,6 +155,50 @@ pub enum Answer {
     Released,
 }
 
+/// The nodes that a balancer may ask.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Peers {
+    nodes: Arc<[Name]>,
+    /// Which of them is the balancer's own.
+    this: Option<usize>,
+}
+
+impl Peers {
+    /// Those that are alive, of which one is the balancer's own: so thousands of
+    /// simulated balancers share one list. A number that is none of theirs counts as
+    /// none.
+    pub fn among(nodes: Arc<[Name]>, this: usize) -> Self {
+        let this = (this < nodes.len()).then_some(this);
+        Peers { nodes, this }
+    }
+
+    /// How many others there are.
+    pub fn len(&self) -> usize {
+        self.nodes.len() - usize::from(self.this.is_some())
+    }
+
+    /// Whether there are no others.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// One of the others, by its number from 0 to [`len`](Self::len).
+    fn get(&self, number: usize) -> Option<&Name> {
+        let skips = self.this.is_some_and(|this| number >= this);
+        self.nodes.get(number + usize::from(skips))
+    }
+}
+
+impl From<Vec<Name>> for Peers {
+    /// Of the others, without the balancer's own.
+    fn from(others: Vec<Name>) -> Self {
+        Peers {
+            nodes: others.into(),
+            this: None,
+        }
+    }
+}
+
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
@@ -162,7 +207,7 @@ pub enum Event {
     /// This node was measured.
     Sample(NodeSample),
     /// The other nodes that are alive.
-    Peers(Vec<Name>),
+    Peers(Peers),
     /// The cluster's policy, and its revision.
     Policy(Box<Policy>, u64),
     /// Another node asks; `ticket` is given back with the reply.
@@ -306,6 +351,8 @@ struct Known {
     level_since_ms: u64,
     /// Samples in a row that were far from it.
     differing: u32,
+    /// Number of the last sample that showed it.
+    seen: u64,
     held_until_ms: u64,
     came_from: Option<(Name, u64)>,
     /// What was promised when it came, until its own samples show it.
@@ -344,11 +391,16 @@ pub struct Balancer {
     rng: SmallRng,
     policy: Policy,
     revision: u64,
-    peers: Vec<Name>,
+    peers: Peers,
     sample: Option<NodeSample>,
     sampled_ms: u64,
     window: Window,
-    known: HashMap<Name, Known>,
+    /// In an order, so that sums over it are the same in each run.
+    known: BTreeMap<Name, Known>,
+    /// Samples so far.
+    samples: u64,
+    /// Whether this node's own last sample was absurd.
+    absurd: bool,
     arriving: Option<Arriving>,
     state: State,
     round: u64,
@@ -376,10 +428,12 @@ impl Balancer {
             window: Window::new(policy.window_samples),
             policy,
             revision,
-            peers: Vec::new(),
+            peers: Peers::default(),
             sample: None,
             sampled_ms: 0,
-            known: HashMap::new(),
+            known: BTreeMap::new(),
+            samples: 0,
+            absurd: false,
             arriving: None,
             state: State::Resting,
             round: 0,
@@ -506,15 +560,24 @@ impl Balancer {
     // ── measuring ───────────────────────────────────────────────────────
 
     fn sampled(&mut self, mut sample: NodeSample, now_ms: u64, commands: &mut Vec<Command>) {
-        // The node's own numbers may be absurd too, after a clock that jumped.
+        // The node's own numbers may be absurd too. Taken as 0 they would make it the
+        // lightest of all, and everybody would send machines here: so it has none.
         let absurd = sample.sanitise();
         if !absurd.is_empty() {
-            tracked_absurd(commands, "this node", absurd);
+            if !self.absurd {
+                tracked_absurd(commands, "this node", absurd);
+            }
+            self.absurd = true;
+            self.window.clear();
+            return;
         }
-        if self.sample.is_some() && now_ms.saturating_sub(self.sampled_ms) > GAP_MS {
+        self.absurd = false;
+        let gap_ms = GAP_SAMPLES * self.policy.sample_ms;
+        if self.sample.is_some() && now_ms.saturating_sub(self.sampled_ms) > gap_ms {
             self.window.clear();
         }
         self.sampled_ms = now_ms;
+        self.samples += 1;
         let leaving = match &self.state {
             State::Moving { machine, .. } => Some(machine.clone()),
             _ => None,
@@ -533,22 +596,15 @@ impl Balancer {
         {
             load += arriving.weight;
         }
-        let present: std::collections::HashSet<&Name> =
-            sample.machines.iter().map(|it| &it.name).collect();
         // What just arrived may be missing in a sample that was begun before.
-        for (name, known) in &self.known {
-            if let Some((promised, until_ms)) = &known.promised
-                && *until_ms > now_ms
-                && !present.contains(name)
-            {
-                load += promised.weigh(&sample.capacity, &self.policy.weights);
+        let weights = &self.policy.weights;
+        self.known.retain(|_, known| {
+            if known.seen == self.samples {
+                return true;
             }
-        }
-        self.known.retain(|name, known| {
-            present.contains(name)
-                || known
-                    .promised
-                    .is_some_and(|(_, until_ms)| until_ms > now_ms)
+            let promised = known.promised.filter(|(_, until_ms)| *until_ms > now_ms);
+            load += promised.map_or(0.0, |(it, _)| it.weigh(&sample.capacity, weights));
+            promised.is_some()
         });
         self.window.add(load);
         self.sample = Some(sample);
@@ -565,18 +621,23 @@ impl Balancer {
         now_ms: u64,
     ) {
         let weights = &self.policy.weights;
-        let known = self
-            .known
-            .entry(machine.name.clone())
-            .or_insert_with(|| Known {
+        if !self.known.contains_key(&machine.name) {
+            let known = Known {
                 factors: machine.factors,
                 level: machine.factors.weigh(capacity, weights),
                 level_since_ms: now_ms.saturating_sub(machine.lasted_ms),
                 differing: 0,
+                seen: 0,
                 held_until_ms: 0,
                 came_from: None,
                 promised: None,
-            });
+            };
+            self.known.insert(machine.name.clone(), known);
+        }
+        let Some(known) = self.known.get_mut(&machine.name) else {
+            return;
+        };
+        known.seen = self.samples;
         if let Some((promised, until_ms)) = known.promised {
             if now_ms < until_ms {
                 machine.factors.cpu_cores = machine.factors.cpu_cores.max(promised.cpu_cores);
@@ -690,7 +751,11 @@ impl Balancer {
             self.rest(now_ms);
             return;
         }
-        let peer = self.peers[self.rng.random_range(0..self.peers.len())].clone();
+        let number = self.rng.random_range(0..self.peers.len());
+        let Some(peer) = self.peers.get(number).cloned() else {
+            self.rest(now_ms);
+            return;
+        };
         if let Some(avoided) = self.avoided_peers.get(&peer)
             && avoided.until_ms > now_ms
         {
@@ -1309,7 +1374,8 @@ impl Balancer {
 
     fn arrived(&mut self, machine: Name, from: Name, now_ms: u64) {
         let granted = self.arriving.take_if(|it| it.machine == machine);
-        let promised = granted.map(|it| (it.factors, now_ms + SETTLE_MS));
+        let settled_ms = now_ms + SETTLE_SAMPLES * self.policy.sample_ms;
+        let promised = granted.map(|it| (it.factors, settled_ms));
         let level = promised.map_or(0.0, |(factors, _)| self.weigh_here(&factors));
         self.known.insert(
             machine,
@@ -1318,6 +1384,7 @@ impl Balancer {
                 level,
                 level_since_ms: now_ms,
                 differing: 0,
+                seen: 0,
                 held_until_ms: now_ms + self.policy.hold_ms,
                 came_from: Some((from, now_ms + self.policy.cool_down_ms)),
                 promised,

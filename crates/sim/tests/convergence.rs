@@ -59,6 +59,7 @@ fn random_world(seed: u64) -> (World, Policy, usize) {
                 memory_bytes: 64 << 30,
                 io_bytes_per_s: 1e9,
             },
+            there: true,
         })
         .collect();
     let crowded = rng.random_range(1..=node_count);
@@ -72,6 +73,9 @@ fn random_world(seed: u64) -> (World, Policy, usize) {
             burns: rng.random_bool(0.5),
             memory_bytes: rng.random_range(1..512u64) << 20,
             dirty_bytes_per_s: rng.random_range(0.0..100e6),
+            io_bytes_per_s: 0.0,
+            runs: true,
+            balanced: true,
         })
         .collect();
     let rough = rng.random_bool(0.5);
@@ -89,9 +93,9 @@ fn random_world(seed: u64) -> (World, Policy, usize) {
     };
     let settings = Settings {
         seed,
-        sample_ms: 1000,
         network,
         policy: policy.clone(),
+        failover_ms: None,
     };
     (World::new(settings, &nodes, &machines), policy, node_count)
 }
