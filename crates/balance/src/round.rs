@@ -953,24 +953,7 @@ impl Balancer {
             steady_difference(&loads, &view.loads)
         };
         let steady = steady.ok_or(Stay::Measuring)?;
-        if packs {
-            // The lighter one empties itself; of equals the one with the lesser load.
-            if side.load >= view.side.load {
-                return Err(Stay::Level);
-            }
-        } else {
-            let margin = self.policy.margin_between(side.load, view.side.load);
-            if side.load - view.side.load <= margin {
-                return Err(Stay::Level);
-            }
-            let acts = self.policy.strategy == Strategy::Spread || side.pressed;
-            if !acts {
-                return Err(Stay::NobodyPressed);
-            }
-            if steady <= margin {
-                return Err(Stay::Unsteady);
-            }
-        }
+        offers(&side, &view.side, steady, &self.policy)?;
         if view.busy {
             return Err(Stay::Busy);
         }
@@ -1391,6 +1374,32 @@ impl Balancer {
             },
         );
     }
+}
+
+/// Whether a node offers anything to another one, of which it is heavier by `steady`
+/// for some time.
+///
+/// # Errors
+/// Why it does not.
+pub fn offers(here: &Side, there: &Side, steady: f64, policy: &Policy) -> Result<(), Stay> {
+    if packs(here, there, policy) {
+        // The lighter one empties itself.
+        if here.load >= there.load {
+            return Err(Stay::Level);
+        }
+        return Ok(());
+    }
+    let margin = policy.margin_between(here.load, there.load);
+    if here.load - there.load <= margin {
+        return Err(Stay::Level);
+    }
+    if policy.strategy != Strategy::Spread && !here.pressed {
+        return Err(Stay::NobodyPressed);
+    }
+    if steady <= margin {
+        return Err(Stay::Unsteady);
+    }
+    Ok(())
 }
 
 fn smooth(before: &Factors, now: &Factors) -> Factors {

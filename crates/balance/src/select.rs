@@ -108,6 +108,10 @@ pub enum Verdict {
 pub struct Considered {
     /// Its name.
     pub machine: Name,
+    /// Its load factors here.
+    pub factors: Factors,
+    /// For how many milliseconds its load has been what it is.
+    pub lasted_ms: u64,
     /// What it weighs here.
     pub here: f64,
     /// What it would weigh there.
@@ -120,6 +124,22 @@ pub struct Considered {
     pub gain: Gain,
     /// What became of it.
     pub verdict: Verdict,
+}
+
+impl Considered {
+    /// What was considered, so that it can be decided again.
+    pub fn candidate(&self) -> Candidate {
+        Candidate {
+            machine: self.machine.clone(),
+            factors: self.factors,
+            there: self.there,
+            lasted_ms: self.lasted_ms,
+            bound: match &self.verdict {
+                Verdict::Bound(bound) => Some(bound.clone()),
+                _ => None,
+            },
+        }
+    }
 }
 
 /// A machine that may be considered.
@@ -227,6 +247,8 @@ fn weigh(
     };
     Considered {
         machine: candidate.machine.clone(),
+        factors: candidate.factors,
+        lasted_ms: candidate.lasted_ms,
         here,
         there,
         distance,

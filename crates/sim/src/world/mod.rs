@@ -17,6 +17,7 @@ mod moves;
 mod queue;
 
 pub use befall::{Lie, What};
+pub use look::NodeNow;
 
 use crate::curve::Curve;
 use keel_balance::Name;
@@ -64,6 +65,26 @@ pub struct MachineSpec {
     pub runs: bool,
     /// Whether it may be moved.
     pub balanced: bool,
+}
+
+impl MachineSpec {
+    /// Its load factors at an instant, on a node.
+    pub(crate) fn factors(&self, at_ms: u64, on: &Capacity) -> Factors {
+        let demand = self.curve.cores(at_ms);
+        let cpu_cores = if self.burns {
+            demand
+        } else {
+            demand / on.speed
+        };
+        Factors {
+            cpu_cores,
+            cpu_bound_cores: if self.burns { demand } else { 0.0 },
+            memory_bytes: self.memory_bytes,
+            dirty_bytes_per_s: self.dirty_bytes_per_s,
+            io_bytes_per_s: self.io_bytes_per_s,
+            ..Factors::default()
+        }
+    }
 }
 
 /// How messages travel.
@@ -319,20 +340,7 @@ impl World {
     }
 
     fn factors(&self, machine: &Machine, capacity: &Capacity) -> Factors {
-        let demand = machine.spec.curve.cores(self.now_ms);
-        let cpu_cores = if machine.spec.burns {
-            demand
-        } else {
-            demand / capacity.speed
-        };
-        Factors {
-            cpu_cores,
-            cpu_bound_cores: if machine.spec.burns { demand } else { 0.0 },
-            memory_bytes: machine.spec.memory_bytes,
-            dirty_bytes_per_s: machine.spec.dirty_bytes_per_s,
-            io_bytes_per_s: machine.spec.io_bytes_per_s,
-            ..Factors::default()
-        }
+        machine.spec.factors(self.now_ms, capacity)
     }
 
     fn sample(&self, number: usize) -> NodeSample {
