@@ -67,6 +67,8 @@ pub struct Policy {
     pub pressed_share: f64,
     /// Load to which `pack` fills a node.
     pub fill_load: f64,
+    /// Load up to which `pack` empties a node; one that carries more stays.
+    pub empty_load: f64,
     /// Milliseconds from one round of a node to its next, on average.
     pub interval_ms: u64,
     /// Milliseconds from one sample of a node to the next. With longer ones balancing
@@ -101,6 +103,7 @@ impl Default for Policy {
             pressed_load: 0.8,
             pressed_share: 0.10,
             fill_load: 0.7,
+            empty_load: 0.35,
             interval_ms: 1000,
             sample_ms: 1000,
             window_samples: 20,
@@ -156,6 +159,7 @@ impl Policy {
             ),
             ("pressed_share", self.pressed_share, 0.0, 1.0, share),
             ("fill_load", self.fill_load, 0.0, 1.0, share),
+            ("empty_load", self.empty_load, 0.0, 1.0, share),
             ("gain_min", self.gain_min, 1e-6, 1e6, "from 1e-6 to 1e6"),
             (
                 "memory_headroom",

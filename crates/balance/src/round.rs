@@ -24,7 +24,9 @@ use crate::cost::CostModel;
 use crate::ledger::{Decision, Outcome, Stay};
 use crate::load::{Absurd, Capacity, Factors, LOAD_MAX, NodeSample};
 use crate::policy::{Mode, Policy, Strategy};
-use crate::select::{Bound, CONSIDERED_MAX, Candidate, Considered, Side, Verdict, packs, select};
+use crate::select::{
+    Aim, Bound, CONSIDERED_MAX, Candidate, Considered, Side, Verdict, aim, select,
+};
 use crate::window::{NEWEST, Window, steady_difference};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -59,6 +61,15 @@ const GAP_SAMPLES: u64 = 10;
 /// Milliseconds for which a node is pressed, and nothing can be done, before that is
 /// an alert.
 const HELPLESS_MS: u64 = 60_000;
+/// Rounds in a row in which a pressed node found no target before `pack` lets it use a
+/// free one.
+const WAKE_ROUNDS: usize = 6;
+/// Rounds for which a node is not asked again that was free when it was asked, since
+/// `pack` gives it nothing; and how often another one is picked instead.
+const FREE_ROUNDS: u64 = 60;
+const PICKS_MAX: usize = 16;
+/// Most free nodes that are remembered.
+const FREE_MAX: usize = 4096;
 /// Most reasons that are remembered, one for each other node.
 const STAYS_MAX: usize = 128;
 
@@ -123,7 +134,7 @@ pub enum Question {
         factors: Factors,
         /// The load of who asks: the target must stay below it.
         load: f64,
-        /// Whether the source is to be emptied.
+        /// Whether it is to be filled no further than `pack` allows, unless it is free.
         packs: bool,
     },
     /// What was granted is not needed.
@@ -392,6 +403,11 @@ pub struct Balancer {
     policy: Policy,
     revision: u64,
     peers: Peers,
+    /// Now, as of the last event.
+    now_ms: u64,
+    /// By how much the clock has jumped back so far: what waits for an instant would
+    /// wait that much longer.
+    jumped_back_ms: u64,
     sample: Option<NodeSample>,
     sampled_ms: u64,
     window: Window,
@@ -409,6 +425,8 @@ pub struct Balancer {
     proposed: HashMap<Name, (Name, u64)>,
     avoided_peers: HashMap<Name, Avoided>,
     avoided_machines: HashMap<Name, Avoided>,
+    /// Nodes that were free when they were asked, and until when that counts.
+    free_peers: HashMap<Name, u64>,
     stays: HashMap<Name, (Discriminant<Stay>, Option<Discriminant<Verdict>>)>,
     model: CostModel,
     pressed_since_ms: Option<u64>,
@@ -429,6 +447,8 @@ impl Balancer {
             policy,
             revision,
             peers: Peers::default(),
+            now_ms: 0,
+            jumped_back_ms: 0,
             sample: None,
             sampled_ms: 0,
             known: BTreeMap::new(),
@@ -442,6 +462,7 @@ impl Balancer {
             proposed: HashMap::new(),
             avoided_peers: HashMap::new(),
             avoided_machines: HashMap::new(),
+            free_peers: HashMap::new(),
             stays: HashMap::new(),
             model,
             pressed_since_ms: None,
@@ -466,6 +487,7 @@ impl Balancer {
             load,
             memory_free_bytes: sample.memory_free_bytes().saturating_sub(promised),
             pressed: self.is_pressed(sample, load),
+            free: self.known.is_empty() && self.arriving.is_none(),
         })
     }
 
@@ -491,11 +513,23 @@ impl Balancer {
             State::Moving { .. } => u64::MAX,
         };
         let arriving = self.arriving.as_ref().map_or(u64::MAX, |it| it.until_ms);
-        state.min(arriving)
+        match state.min(arriving) {
+            u64::MAX => u64::MAX,
+            wake_ms => wake_ms.saturating_sub(self.jumped_back_ms),
+        }
+    }
+
+    /// Time that never goes back, of a clock that may.
+    fn pass(&mut self, clock_ms: u64) -> u64 {
+        let now_ms = clock_ms.saturating_add(self.jumped_back_ms);
+        self.jumped_back_ms += self.now_ms.saturating_sub(now_ms);
+        self.now_ms = self.now_ms.max(now_ms);
+        self.now_ms
     }
 
     /// Takes an event; what is to be done.
     pub fn step(&mut self, event: Event, now_ms: u64, bounds: &dyn Bounds) -> Vec<Command> {
+        let now_ms = self.pass(now_ms);
         let mut commands = Vec::new();
         match event {
             Event::Tick => {}
@@ -751,8 +785,7 @@ impl Balancer {
             self.rest(now_ms);
             return;
         }
-        let number = self.rng.random_range(0..self.peers.len());
-        let Some(peer) = self.peers.get(number).cloned() else {
+        let Some(peer) = self.pick(now_ms) else {
             self.rest(now_ms);
             return;
         };
@@ -770,6 +803,22 @@ impl Balancer {
             peer,
             deadline_ms: now_ms + ANSWER_MS,
         };
+    }
+
+    /// One of the others, by chance. Where machines are packed most are free and are
+    /// given nothing: of those it knows it picks another one.
+    fn pick(&mut self, now_ms: u64) -> Option<Name> {
+        let packs = self.policy.strategy == Strategy::Pack && self.helpless < WAKE_ROUNDS;
+        for _ in 0..PICKS_MAX {
+            let number = self.rng.random_range(0..self.peers.len());
+            let peer = self.peers.get(number)?;
+            let free = packs && self.free_peers.get(peer).is_some_and(|it| *it > now_ms);
+            if !free {
+                return Some(peer.clone());
+            }
+        }
+        let number = self.rng.random_range(0..self.peers.len());
+        self.peers.get(number).cloned()
     }
 
     fn ask(&self, peer: &Name, question: Question, commands: &mut Vec<Command>) {
@@ -806,7 +855,7 @@ impl Balancer {
         considered: Vec<Considered>,
         commands: &mut Vec<Command>,
     ) {
-        if matches!(why, Stay::Level | Stay::NoneMayGo { .. }) {
+        if matches!(why, Stay::Level | Stay::KeptFree | Stay::NoneMayGo { .. }) {
             self.helpless += 1;
         }
         let verdict = match &why {
@@ -867,8 +916,12 @@ impl Balancer {
                 },
                 Some(Answer::Granted),
             ) => self.granted(peer, machine, decision, now_ms, commands),
-            // A late or doubled answer to what was asked before.
-            (state @ (State::Resting | State::Moving { .. }), _) => self.state = state,
+            // A late or doubled answer to what was asked before, in this round too.
+            (state @ (State::Resting | State::Moving { .. }), _)
+            | (state @ State::Weighing { .. }, Some(Answer::View(_)))
+            | (state @ State::Offering { .. }, Some(Answer::View(_) | Answer::Weights(_))) => {
+                self.state = state;
+            }
             (
                 State::Asking { peer, .. }
                 | State::Weighing { peer, .. }
@@ -899,6 +952,16 @@ impl Balancer {
             tracked_absurd(commands, &peer, absurd);
             self.rest(now_ms);
             return;
+        }
+        if self.policy.strategy == Strategy::Pack {
+            self.free_peers.remove(&peer);
+            if self.free_peers.len() >= FREE_MAX {
+                self.free_peers.clear();
+            }
+            if view.side.free {
+                let until_ms = now_ms + FREE_ROUNDS * self.policy.interval_ms;
+                self.free_peers.insert(peer.clone(), until_ms);
+            }
         }
         let (why, steady) = match self.compare(&view) {
             Ok(steady) => (None, steady),
@@ -946,14 +1009,9 @@ impl Balancer {
             return Err(Stay::OtherPolicy);
         }
         let loads: Vec<f64> = self.window.loads().collect();
-        let packs = packs(&side, &view.side, &self.policy);
-        let steady = if packs {
-            steady_difference(&view.loads, &loads)
-        } else {
-            steady_difference(&loads, &view.loads)
-        };
-        let steady = steady.ok_or(Stay::Measuring)?;
-        offers(&side, &view.side, steady, &self.policy)?;
+        let steady = steady_difference(&loads, &view.loads).ok_or(Stay::Measuring)?;
+        let wakes = self.helpless >= WAKE_ROUNDS;
+        offers(&side, &view.side, (steady, wakes), &self.policy)?;
         if view.busy {
             return Err(Stay::Busy);
         }
@@ -1082,7 +1140,7 @@ impl Balancer {
             capacity: side.capacity,
             factors: known.factors,
             load: side.load,
-            packs: self.policy.strategy == Strategy::Pack && !side.pressed,
+            packs: self.policy.strategy == Strategy::Pack,
         };
         self.ask(&peer, question, commands);
         self.state = State::Offering {
@@ -1219,6 +1277,7 @@ impl Balancer {
 
     /// Moves that wait for a person, with their targets.
     pub fn proposals(&self, now_ms: u64) -> Vec<(Name, Name)> {
+        let now_ms = now_ms.saturating_add(self.jumped_back_ms);
         let live = self.proposed.iter();
         let mut live: Vec<(Name, Name)> = live
             .filter(|(_, (_, until_ms))| *until_ms > now_ms)
@@ -1326,7 +1385,11 @@ impl Balancer {
                 ),
             };
         }
-        let most = if packs { self.policy.fill_load } else { load };
+        let most = if packs && !side.free {
+            self.policy.fill_load
+        } else {
+            load
+        };
         if side.load + weight > most {
             return Answer::Refused {
                 why: format!("its load has risen to {:.2} meanwhile", side.load),
@@ -1377,15 +1440,32 @@ impl Balancer {
 }
 
 /// Whether a node offers anything to another one, of which it is heavier by `steady`
-/// for some time.
+/// for some time. `wakes` says whether it may use a node that `pack` keeps free.
 ///
 /// # Errors
 /// Why it does not.
-pub fn offers(here: &Side, there: &Side, steady: f64, policy: &Policy) -> Result<(), Stay> {
-    if packs(here, there, policy) {
-        // The lighter one empties itself.
-        if here.load >= there.load {
+pub fn offers(
+    here: &Side,
+    there: &Side,
+    (steady, wakes): (f64, bool),
+    policy: &Policy,
+) -> Result<(), Stay> {
+    let aim = aim(here, there, policy);
+    if there.free && (aim == Aim::Empty || aim == Aim::Relieve && !wakes) {
+        return Err(Stay::KeptFree);
+    }
+    if aim == Aim::Empty {
+        // To a stronger node in any case; among equals the one that carries less
+        // empties itself. How steady they are does not matter: what fills the other
+        // one is bounded.
+        if there.stronger_than(here) {
+            return Ok(());
+        }
+        if here.stronger_than(there) || here.carries() >= there.carries() {
             return Err(Stay::Level);
+        }
+        if here.load > policy.empty_load {
+            return Err(Stay::Filled);
         }
         return Ok(());
     }

@@ -126,7 +126,8 @@ pub fn again(line: &Line) -> Again {
             considered,
             ..
         } => {
-            if let Err(why) = offers(here, there, *steady, &policy) {
+            // A free target was used since nothing else helped.
+            if let Err(why) = offers(here, there, (*steady, there.free), &policy) {
                 return Again::Differs(format!("nothing would move: {why}"));
             }
             let today = decide(here, there, considered, &model, &policy);
@@ -184,7 +185,12 @@ fn stays(
 ) -> Again {
     let compared = matches!(
         why,
-        Stay::Level | Stay::NobodyPressed | Stay::Unsteady | Stay::NoneMayGo { .. }
+        Stay::Level
+            | Stay::NobodyPressed
+            | Stay::Unsteady
+            | Stay::Filled
+            | Stay::KeptFree
+            | Stay::NoneMayGo { .. }
     );
     if !compared {
         return Again::NoDecision;
@@ -199,7 +205,8 @@ fn stays(
     } else {
         f64::INFINITY
     };
-    match (offers(here, there, steady, policy), why) {
+    let wakes = matches!(why, Stay::NoneMayGo { .. });
+    match (offers(here, there, (steady, wakes), policy), why) {
         (Err(today), _) if today == *why => Again::Same,
         (Err(today), _) => Again::Differs(format!("nothing would move, but since {today}")),
         (Ok(()), Stay::NoneMayGo { .. }) => {

@@ -1,7 +1,7 @@
 //! Changes of a scenario, to compare with: nodes less, nodes more, another policy.
 
 use crate::bad_input::hint;
-use crate::scenario::{Cluster, Scenario};
+use crate::scenario::{Cluster, change_policy, merge};
 use crate::world::{NodeSpec, What};
 use keel_balance::Name;
 use std::str::FromStr;
@@ -65,19 +65,20 @@ impl WhatIf {
     /// # Errors
     /// A sentence: which node or key there is not.
     pub(crate) fn change(&self, cluster: &mut Cluster) -> Result<(), String> {
+        // Keys of the policy count together: one alone may contradict another's default.
+        let mut policy = toml::Table::new();
         for change in &self.changes {
             match change {
                 Change::RemoveNode(name) => remove(cluster, name)?,
                 Change::AddNode(count) => add(cluster, *count)?,
-                Change::Policy(table) => {
-                    let settings = &mut cluster.settings;
-                    settings.policy = Scenario::change_policy(&settings.policy, table)?;
-                    for (_, what) in &mut cluster.events {
-                        if let What::Policy(policy) = what {
-                            **policy = Scenario::change_policy(policy, table)?;
-                        }
-                    }
-                }
+                Change::Policy(table) => merge(&mut policy, table),
+            }
+        }
+        let settings = &mut cluster.settings;
+        settings.policy = change_policy(&settings.policy, &policy)?;
+        for (_, what) in &mut cluster.events {
+            if let What::Policy(later) = what {
+                **later = change_policy(later, &policy)?;
             }
         }
         Ok(())

@@ -1,6 +1,8 @@
 //! The nodes, machines and events that a scenario comes to.
 
-use super::{Event, MACHINES_MAX, MachineGroup, NODES_MAX, NodeGroup, Placing, Scenario};
+use super::{
+    Event, MACHINES_MAX, MachineGroup, NODES_MAX, NodeGroup, Placing, Scenario, change_policy,
+};
 use crate::bad_input::{BadInput, hint};
 use crate::curve::Curve;
 use crate::energy::PowerTable;
@@ -41,6 +43,8 @@ struct Builder<'a> {
     power: Vec<Option<PowerTable>>,
     machines: Vec<MachineSpec>,
     names: HashSet<Name>,
+    /// Machines that were spread so far: the next group goes on from there.
+    spread: usize,
     traces: HashMap<PathBuf, Arc<[Trace]>>,
 }
 
@@ -59,6 +63,7 @@ impl Cluster {
             power: Vec::new(),
             machines: Vec::new(),
             names: HashSet::new(),
+            spread: 0,
             traces: HashMap::new(),
         };
         builder.ganeti()?;
@@ -211,14 +216,17 @@ impl Builder<'_> {
             return Err(self.scenario.bad(spanned, reason));
         }
         let places = self.places(spanned)?;
-        for (number, (name, curve)) in curves.into_iter().enumerate() {
+        for (name, curve) in curves {
             if !self.names.insert(name.clone()) {
                 return Err(self
                     .scenario
                     .bad(spanned, format!("there is a {name:?} already")));
             }
             let at = match group.place {
-                Placing::Spread => number % places.len(),
+                Placing::Spread => {
+                    self.spread += 1;
+                    (self.spread - 1) % places.len()
+                }
                 Placing::Random => self.rng.random_range(0..places.len()),
             };
             self.machines.push(MachineSpec {
@@ -451,7 +459,7 @@ impl Builder<'_> {
         policy: &Policy,
         change: &toml::Table,
     ) -> Result<Policy, BadInput> {
-        Scenario::change_policy(policy, change).map_err(|reason| self.scenario.bad(event, reason))
+        change_policy(policy, change).map_err(|reason| self.scenario.bad(event, reason))
     }
 
     fn machines(&self, event: &Spanned<Event>, wanted: &str) -> Result<Vec<usize>, BadInput> {

@@ -387,21 +387,6 @@ impl Scenario {
         Err(BadInput::file(&self.place, reason))
     }
 
-    /// Changes keys of the policy: `weights.cpu` is one, too.
-    ///
-    /// # Errors
-    /// A sentence: which key there is not, or what it cannot be.
-    pub fn change_policy(policy: &Policy, change: &toml::Table) -> Result<Policy, String> {
-        let text = toml::to_string(policy).map_err(|error| error.to_string())?;
-        let mut all: toml::Table = toml::from_str(&text).map_err(|error| error.to_string())?;
-        merge(&mut all, change);
-        let policy: Policy = all
-            .try_into()
-            .map_err(|error: toml::de::Error| bad_input::sentence(error.message()))?;
-        policy.check().map_err(|error| error.to_string())?;
-        Ok(policy)
-    }
-
     /// What is wrong with a group or an event, with its line.
     pub(crate) fn bad<T>(&self, of: &Spanned<T>, reason: impl ToString) -> BadInput {
         let line = bad_input::line_of(&self.text, of.span().start);
@@ -463,7 +448,23 @@ fn absolute(place: &Path) -> PathBuf {
     std::path::absolute(place).unwrap_or_else(|_| place.to_owned())
 }
 
-fn merge(all: &mut toml::Table, change: &toml::Table) {
+/// Changes keys of a policy.
+///
+/// # Errors
+/// A sentence: which key there is not, or what it cannot be.
+pub(crate) fn change_policy(policy: &Policy, change: &toml::Table) -> Result<Policy, String> {
+    let text = toml::to_string(policy).map_err(|error| error.to_string())?;
+    let mut all: toml::Table = toml::from_str(&text).map_err(|error| error.to_string())?;
+    merge(&mut all, change);
+    let policy: Policy = all
+        .try_into()
+        .map_err(|error: toml::de::Error| bad_input::sentence(error.message()))?;
+    policy.check().map_err(|error| error.to_string())?;
+    Ok(policy)
+}
+
+/// Puts keys over those that are there, in tables within tables too.
+pub(crate) fn merge(all: &mut toml::Table, change: &toml::Table) {
     for (key, value) in change {
         match (all.get_mut(key), value) {
             (Some(toml::Value::Table(inner)), toml::Value::Table(change)) => merge(inner, change),

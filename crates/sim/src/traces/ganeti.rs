@@ -333,7 +333,7 @@ i3|100|1000|1|running|Y|d||plain|
 
     #[test]
     fn what_is_wrong_is_named_with_its_line() {
-        assert!(bad("g|u|preferred|\n").starts_with("c.data: 2 sections instead of"));
+        assert!(bad("g|u|preferred|\n").starts_with("c.data: 1 sections instead of"));
         for (from, to, says) in [
             ("|M|", "|X|", "line 3: the role of \"a\" is \"X\""),
             (
@@ -387,7 +387,7 @@ i3|100|1000|1|running|Y|d||plain|
             ("i1 1 1 1\n", "u, line 1: 4 fields instead of 5"),
             (
                 "\ni9 1 1 1 1\n",
-                "u, line 2: there is no instance \"i9\"; did you",
+                "u, line 2: there is no instance \"i9\"; known",
             ),
             ("i1 1 1 x 1\n", "u, line 1: disk of \"i1\" is \"x\""),
             ("i1 -1 1 1 1\n", "u, line 1: CPU of \"i1\" is \"-1\""),

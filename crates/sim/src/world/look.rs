@@ -3,8 +3,9 @@
 use super::{Made, Moved, World};
 use keel_balance::Name;
 use keel_balance::load::Capacity;
-use keel_balance::policy::{Policy, Strategy};
-use keel_balance::select::{Candidate, Considered, Side, Verdict, packs, select};
+use keel_balance::policy::Policy;
+use keel_balance::round::offers;
+use keel_balance::select::{Candidate, Considered, Side, Verdict, select};
 
 /// A node as it is now, without anything in flight.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -133,6 +134,7 @@ impl World {
             load,
             memory_free_bytes: sample.memory_free_bytes(),
             pressed: load >= policy.pressed_load || sample.cpu_pressure >= policy.pressed_share,
+            free: sample.machines.is_empty(),
         }
     }
 
@@ -148,14 +150,7 @@ impl World {
                 continue;
             }
             for (target, there) in &sides {
-                let packs = packs(here, there, policy);
-                let uneven = here.load - there.load > policy.margin_between(here.load, there.load);
-                let acts = policy.strategy == Strategy::Spread || here.pressed;
-                let may = if packs {
-                    here.load < there.load
-                } else {
-                    uneven && acts
-                };
+                let may = offers(here, there, (f64::INFINITY, true), policy).is_ok();
                 if source == target || !may {
                     continue;
                 }

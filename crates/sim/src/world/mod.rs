@@ -33,6 +33,9 @@ use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap};
 
+/// What nodes' clocks show at first, in milliseconds, so that they can jump back.
+const CLOCK_MS: i64 = 1_000_000_000_000;
+
 /// A node to begin with.
 #[derive(Debug, Clone)]
 pub struct NodeSpec {
@@ -169,7 +172,7 @@ struct Node {
     life: u32,
     /// When it is to be woken, as far as that is in the queue.
     wakes_ms: u64,
-    /// By how much its clock differs.
+    /// By how much its clock differs from the world's time.
     clock_ms: i64,
     /// What is wrong with the numbers that it tells.
     lie: Option<Lie>,
@@ -322,7 +325,9 @@ impl World {
                 self.step(node, Event::Sample(sample));
             }
             Happening::Wake(node, life) => {
-                if self.lives(node, life) {
+                // One that was put before an earlier one says nothing any more; if it
+                // woke the node it would be put again, and they would only grow in number.
+                if self.lives(node, life) && self.nodes[node].wakes_ms == self.now_ms {
                     self.nodes[node].wakes_ms = u64::MAX;
                     self.step(node, Event::Tick);
                 }
@@ -427,7 +432,7 @@ impl Node {
             alive: spec.there,
             life: 0,
             wakes_ms: u64::MAX,
-            clock_ms: 0,
+            clock_ms: CLOCK_MS,
             lie: None,
             mismeasures: None,
             late_ms: 0,
