@@ -6,7 +6,7 @@ use crate::output::{self, Format};
 use anyhow::{Context, Result, bail};
 use keel_sim::picture;
 use keel_sim::replay::{Again, Replayed, replay};
-use keel_sim::run::{Report, run};
+use keel_sim::run::{Report, run, run_recorded};
 use keel_sim::scenario::Scenario;
 use keel_sim::what_if::{Change, WhatIf};
 use std::io::{IsTerminal, Write};
@@ -60,7 +60,8 @@ Examples:
   keel sim hot.toml --what-if remove-node=n3
   keel sim hot.toml --what-if policy.strategy=pack --what-if policy.fill_load=0.6
   keel sim -t cluster.data -U used.txt          # as hbal has them
-  keel sim --replay ledger.jsonl                # of keel ledger -o json
+  keel sim hot.toml --ledger hot.jsonl          # what was decided, and why
+  keel sim --replay ledger.jsonl                # of that, or of keel ledger -o json
 
 Exit code 0 when all is as expected; 1 when an expectation fails, a decision differs, or the \
 input is wrong.";
@@ -98,6 +99,9 @@ pub(crate) struct Args {
     /// Writes a page with the load of each node over time.
     #[arg(long, value_name = "FILE", conflicts_with = "replay")]
     html: Option<PathBuf>,
+    /// Writes all decisions of the run, as --replay reads them: JSON, one on a line.
+    #[arg(long, value_name = "FILE", conflicts_with = "replay")]
+    ledger: Option<PathBuf>,
     /// Decides a ledger's decisions again, and says which come out otherwise today.
     #[arg(long, value_name = "LEDGER", conflicts_with_all = ["scenario", "text_data"])]
     replay: Option<PathBuf>,
@@ -110,7 +114,20 @@ pub(crate) fn sim(args: &Args, format: Format) -> Result<ExitCode> {
     }
     let scenario = scenario(args)?;
     let begun = Instant::now();
-    let plain = run(&scenario, &WhatIf::default(), &mut progress())?;
+    let nothing = WhatIf::default();
+    let plain = match &args.ledger {
+        None => run(&scenario, &nothing, &mut progress())?,
+        Some(place) => {
+            let (report, lines) = run_recorded(&scenario, &nothing, &mut progress())?;
+            let mut text = String::new();
+            for line in lines {
+                text += &serde_json::to_string(&line)?;
+                text.push('\n');
+            }
+            std::fs::write(place, text).with_context(|| place.display().to_string())?;
+            report
+        }
+    };
     let what_if = WhatIf {
         changes: args.what_if.clone(),
     };

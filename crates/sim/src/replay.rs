@@ -205,9 +205,12 @@ fn stays(
     } else {
         f64::INFINITY
     };
-    let wakes = matches!(why, Stay::NoneMayGo { .. });
-    match (offers(here, there, (steady, wakes), policy), why) {
-        (Err(today), _) if today == *why => Again::Same,
+    // Whether it would have used a free node is not recorded.
+    let offered = |wakes: bool| offers(here, there, (steady, wakes), policy);
+    if [false, true].map(offered).contains(&Err(why.clone())) {
+        return Again::Same;
+    }
+    match (offered(true), why) {
         (Err(today), _) => Again::Differs(format!("nothing would move, but since {today}")),
         (Ok(()), Stay::NoneMayGo { .. }) => {
             if considered.is_empty() {

@@ -3,9 +3,10 @@
 use crate::bad_input::{BadInput, hint};
 use crate::energy::watts;
 use crate::expect::Checked;
+use crate::replay::Line;
 use crate::scenario::{Cluster, Scenario};
 use crate::what_if::WhatIf;
-use crate::world::{NodeNow, World};
+use crate::world::{NodeNow, What, World};
 use serde::Serialize;
 use std::collections::HashMap;
 
@@ -133,7 +134,8 @@ struct Sums {
     nodes: Vec<(f64, f64)>,
 }
 
-/// Runs a scenario, changed where that is asked. `done` is told the share that is done, from time to time.
+/// Runs a scenario, changed where that is asked. `done` is told the share that is done,
+/// from time to time.
 ///
 /// # Errors
 /// What makes no sense in the scenario, or cannot be changed.
@@ -142,6 +144,35 @@ pub fn run(
     what_if: &WhatIf,
     done: &mut dyn FnMut(f64),
 ) -> Result<Report, BadInput> {
+    let (report, _) = simulate(scenario, what_if, Keep::Nothing, done)?;
+    Ok(report)
+}
+
+/// As [`run`], with all decisions that were made; instants are of the simulation.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_recorded(
+    scenario: &Scenario,
+    what_if: &WhatIf,
+    done: &mut dyn FnMut(f64),
+) -> Result<(Report, Vec<Line>), BadInput> {
+    simulate(scenario, what_if, Keep::Decisions, done)
+}
+
+/// What is kept beside the report.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    Nothing,
+    Decisions,
+}
+
+fn simulate(
+    scenario: &Scenario,
+    what_if: &WhatIf,
+    keep: Keep,
+    done: &mut dyn FnMut(f64),
+) -> Result<(Report, Vec<Line>), BadInput> {
     let mut cluster = Cluster::of(scenario)?;
     what_if
         .change(&mut cluster)
@@ -155,7 +186,9 @@ pub fn run(
         }
     }
     let mut world = World::new(cluster.settings.clone(), &cluster.nodes, &cluster.machines);
-    world.forget_decisions();
+    if keep == Keep::Nothing {
+        world.forget_decisions();
+    }
     for (at_ms, what) in &cluster.events {
         world.at(*at_ms, what.clone());
     }
@@ -193,7 +226,33 @@ pub fn run(
         report.energy_kwh = None;
     }
     report.expectations = scenario.expect.check(&report);
-    Ok(report)
+    Ok((report, lines(&world, &cluster)))
+}
+
+/// Decisions as a ledger has them.
+fn lines(world: &World, cluster: &Cluster) -> Vec<Line> {
+    // The policy that was in force, by the instant from which on.
+    let mut policies = vec![(0, &cluster.settings.policy)];
+    for (at_ms, what) in &cluster.events {
+        if let What::Policy(policy) = what {
+            policies.push((*at_ms, policy));
+        }
+    }
+    let made = world.decisions().iter();
+    made.map(|made| {
+        let policy = policies
+            .iter()
+            .rev()
+            .find(|(at_ms, _)| *at_ms <= made.at_ms);
+        Line {
+            at_unix_ms: made.at_ms,
+            node: world.node_name(made.node).clone(),
+            policy: policy.map(|(_, policy)| (*policy).clone()),
+            model: Some(made.model),
+            decision: made.decision.clone(),
+        }
+    })
+    .collect()
 }
 
 fn look_s(scenario: &Scenario, cluster: &Cluster) -> u64 {

@@ -9,7 +9,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
 /// Seeds of one run; `EVENKEEL_SEEDS=N` for more, `EVENKEEL_SEED=N` for one.
-const SEEDS: u64 = 1_500;
+const SEEDS: u64 = 10_000;
 
 fn seeds() -> std::ops::Range<u64> {
     let number = |name: &str| std::env::var(name).ok().and_then(|it| it.parse().ok());

@@ -157,6 +157,8 @@ pub struct Made {
     pub at_ms: u64,
     /// The node's number.
     pub node: usize,
+    /// What it had learned of costs.
+    pub model: CostModel,
     /// What was decided.
     pub decision: Decision,
 }
@@ -413,6 +415,7 @@ impl World {
                     self.decisions.push(Made {
                         at_ms: self.now_ms,
                         node: number,
+                        model: *self.nodes[number].balancer.model(),
                         decision: *decision,
                     });
                 }
