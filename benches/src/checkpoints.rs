@@ -6,6 +6,7 @@
 //! the files are dropped from the page cache, so that both come from the disk.
 
 use crate::table::{Table, median};
+use crate::told;
 use anyhow::{Context, Result};
 use keel_machine::checkpoint::{Destination, Origin, Subject, Taken, Taker, Vault, restore};
 use keel_machine::log::Log;
@@ -43,6 +44,7 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
     let (mut cold, mut reading) = (Vec::new(), Vec::new());
     let mut pauses = Vec::new();
     for _ in 0..rounds {
+        told::check()?;
         let (taken, rate) = quiet.take(&mut Taker::default())?;
         taking.push(rate);
         pauses.push(taken.pause.as_secs_f64() * 1e3);
@@ -83,6 +85,7 @@ fn increments(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
         bench.take(&mut taker)?;
         let (mut stored, mut times) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
+            told::check()?;
             std::thread::sleep(Duration::from_millis(500));
             let (taken, _) = bench.take(&mut taker)?;
             stored.push(taken.manifest.stored_bytes() as f64 / 1e6);
@@ -119,7 +122,8 @@ impl Bench {
             args: args.map(str::to_owned).to_vec(),
             env: Vec::new(),
             volumes: Vec::new(),
-            memory_bytes: 2 << 30,
+            // Twice the size passes by while the guest allocates.
+            memory_bytes: 3 << 30,
             threads_max: 1,
             cpu_limit_millis: None,
             output_bytes_per_s: 1 << 20,
@@ -137,7 +141,9 @@ impl Bench {
             spec,
         };
         while bench.output.bytes().len() < 4 {
-            std::thread::sleep(Duration::from_millis(20));
+            if let Some(outcome) = bench.machine.wait(Some(Duration::from_millis(20))) {
+                anyhow::bail!("the guest `writer` ended before it wrote: {outcome:?}");
+            }
         }
         Ok(bench)
     }

@@ -12,6 +12,7 @@
 //! - `checkpoints`: taking and restoring, beside plain writing and reading
 //! - `qemu`: the pause of a move with a hot loop, beside QEMU's, seen from outside
 //! - `table`: medians, percentiles, Markdown
+//! - `told`: what was started ends when this is told to end
 
 #![forbid(unsafe_code)]
 
@@ -26,6 +27,7 @@ mod postcopy;
 mod qemu;
 mod resume;
 mod table;
+mod told;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
@@ -104,6 +106,7 @@ fn main() -> Result<()> {
     if wanted(What::Capture) {
         capture::bench(&options)?;
     }
+    told::listen()?;
     if wanted(What::Moves) {
         moves::bench(&options.keel, &options.guests, options.moves)?;
     }

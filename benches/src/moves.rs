@@ -2,6 +2,7 @@
 //! stream in the same run.
 
 use crate::table::{Table, median, percentile};
+use crate::told;
 use anyhow::{Context, Result, ensure};
 use keel_machine::moves::{Ending, MoveReport};
 use keel_net::{ClientTls, PinnedIdentity, ServerTls};
@@ -19,7 +20,7 @@ const WRITE_BYTES: usize = 256 << 10;
 
 pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
-    runtime.block_on(measure(keel, guests, moves))
+    runtime.block_on(told::until(measure(keel, guests, moves)))
 }
 
 async fn measure(keel: &Path, guests: &Path, moves: usize) -> Result<()> {

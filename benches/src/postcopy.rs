@@ -2,6 +2,7 @@
 //! same machine in turns, when all of its memory is there, and how fast it is again.
 
 use crate::table::{Table, median, percentile};
+use crate::told;
 use anyhow::{Context, Result, ensure};
 use keel_api::{MoveRequest, Urgency};
 use keel_machine::moves::{Ending, MoveReport};
@@ -18,7 +19,7 @@ const WINDOW: Duration = Duration::from_millis(1000);
 
 pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
-    runtime.block_on(measure(keel, guests, moves))
+    runtime.block_on(told::until(measure(keel, guests, moves)))
 }
 
 fn request(to: &str, place: Option<&Path>) -> MoveRequest {

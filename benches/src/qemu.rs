@@ -9,6 +9,7 @@
 //! --follow`, so its figure has all of that command's way in it.
 
 use crate::table::{Table, percentile};
+use crate::told;
 use anyhow::{Context, Result, bail, ensure};
 use keel_machine::moves::Ending;
 use keel_testkit::{Guest, LocalCluster, wait_for};
@@ -90,9 +91,11 @@ pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
         let place = folder.path().join(round.to_string());
         std::fs::create_dir_all(&place)?;
         for _ in 0..4 {
+            told::check()?;
             theirs.push(qemu_move(&place, &payload)?);
         }
-        ours.extend(runtime.block_on(our_moves(&keel, &place, &module, 4))?);
+        let moves = told::until(our_moves(&keel, &place, &module, 4));
+        ours.extend(runtime.block_on(moves)?);
     }
     print(&theirs, &ours);
     Ok(())

@@ -105,6 +105,10 @@ kinds! {
     StopAsked = "stop-asked",
     /// The connection to a machine's process was lost.
     WorkerSilent = "worker-silent",
+    /// The balancer decided a move (`keel why`).
+    BalanceDecided = "balance-decided",
+    /// A node has been pressed for long, and no move would help.
+    BalanceHelpless = "balance-helpless",
     /// The kernel ended a machine's process for want of memory.
     OutOfMemory = "out-of-memory",
     /// The process of a machine that is not to run here was ended.

@@ -24,6 +24,15 @@
 //! | `DELETE /v1/machines/NAME/files?path=PATH` | `{}` |
 //! | `POST /v1/machines/NAME/files/rename` [`RenameRequest`] | `{}` |
 //! | `GET /v1/events?machine=NAME&since=UNIX_MS&limit=N&follow=true` | lines of [`EventLine`] |
+//! | `GET /v1/balance` | [`BalanceInfo`] |
+//! | `POST /v1/balance/policy` [`PolicyRequest`] | `{}` |
+//! | `POST /v1/machines/NAME/confirm-move` | `{}`: a proposed move is made |
+//! | `GET /v1/machines/NAME/why-not?to=NODE` | [`WhyNot`] |
+//! | `GET /v1/ledger?machine=NAME&since=UNIX_MS&until=UNIX_MS&limit=N` | [`LedgerInfo`] |
+//! | `GET /v1/rules` | [`RulesInfo`] |
+//! | `POST /v1/rules` (a rule) | `{}` |
+//! | `DELETE /v1/rules/NAME` | `{}` |
+//! | `POST /v1/labels` [`LabelRequest`] | all labels of that node or machine |
 //! | `POST /v1/tokens` [`TokenRequest`] | [`Token`] |
 //!
 //! Errors are [`Problem`]s with status 4xx for what the user can mend and 5xx
@@ -31,9 +40,14 @@
 
 #![forbid(unsafe_code)]
 
+mod balance;
 mod client;
 mod event;
 
+pub use balance::{
+    BalanceInfo, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest, LedgerInfo, NodeLoad, PolicyRequest,
+    RulesInfo, WhyNot,
+};
 pub use client::{Client, ClientError, Lines};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 

@@ -4,8 +4,10 @@
 //! reason is one entry.
 
 use crate::Name;
+use crate::cost::CostModel;
 use crate::load::Absurd;
-use crate::policy::Mode;
+use crate::policy::{Mode, Policy};
+use crate::rules::Broken;
 use crate::select::{Bound, Considered, Side, Verdict};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -125,6 +127,15 @@ pub enum Decision {
         /// Who was considered.
         considered: Vec<Considered>,
     },
+    /// A machine is to move because it breaks a rule where it is.
+    Repair {
+        /// Which.
+        machine: Name,
+        /// Where to; `None` if no node may take it.
+        target: Option<Name>,
+        /// The rule, and what it says.
+        broken: Broken,
+    },
     /// A move that was decided here is over.
     Ended {
         /// Which machine.
@@ -143,6 +154,23 @@ pub enum Decision {
         /// Which.
         fields: Vec<Absurd>,
     },
+}
+
+/// A decision as it is kept: with what it takes to decide it again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Line {
+    /// When, in milliseconds since 1970-01-01 UTC.
+    pub at_unix_ms: u64,
+    /// The node whose balancer decided.
+    pub node: Name,
+    /// The policy by which it did.
+    #[serde(default)]
+    pub policy: Option<Policy>,
+    /// What it had learned of moves.
+    #[serde(default)]
+    pub model: Option<CostModel>,
+    /// What was decided.
+    pub decision: Decision,
 }
 
 impl fmt::Display for Bound {
@@ -193,6 +221,7 @@ impl fmt::Display for Verdict {
                 gib(free_bytes)
             ),
             Verdict::Overshoots => f.write_str("the target would be as heavy as the source is now"),
+            Verdict::OnlySwaps => f.write_str("the two nodes would be about as uneven as they are"),
             Verdict::TooLittle { lowers, least } => write!(
                 f,
                 "it would level too little ({lowers:.3}, at least {least:.3} is asked)"
@@ -261,7 +290,9 @@ impl Decision {
     /// The machine that it is about, if it is about one.
     pub fn machine(&self) -> Option<&Name> {
         match self {
-            Decision::Move { machine, .. } | Decision::Ended { machine, .. } => Some(machine),
+            Decision::Move { machine, .. }
+            | Decision::Repair { machine, .. }
+            | Decision::Ended { machine, .. } => Some(machine),
             Decision::Stay { .. } | Decision::Absurd { .. } => None,
         }
     }
@@ -272,7 +303,7 @@ impl Decision {
             Decision::Move { considered, .. } | Decision::Stay { considered, .. } => {
                 considered.iter().find(|it| &*it.machine == machine)
             }
-            Decision::Ended { .. } | Decision::Absurd { .. } => None,
+            Decision::Repair { .. } | Decision::Ended { .. } | Decision::Absurd { .. } => None,
         }
     }
 }
@@ -332,6 +363,22 @@ impl fmt::Display for Decision {
                     _ => Ok(()),
                 }
             }
+            Decision::Repair {
+                machine,
+                target: Some(target),
+                broken,
+            } => write!(
+                f,
+                "{machine} moves to {target} because it breaks rule {:?} where it is: {}",
+                &*broken.rule, broken.why
+            ),
+            Decision::Repair {
+                machine, broken, ..
+            } => write!(
+                f,
+                "{machine} breaks rule {:?} where it is, and no node may take it: {}",
+                &*broken.rule, broken.why
+            ),
             Decision::Ended {
                 machine,
                 target,

@@ -8,6 +8,7 @@
 //! - [`cost`]: what a move is worth and what it takes, each with an interval
 //! - [`select`]: which machine goes, and why not the others
 //! - [`round`]: one node's side of the masterless rounds
+//! - [`rules`]: where machines may be
 //! - [`ledger`]: decisions as they are kept and told
 //!
 //! Moving itself, the store, and measuring are the node's business.
@@ -19,6 +20,7 @@ pub mod ledger;
 pub mod load;
 pub mod policy;
 pub mod round;
+pub mod rules;
 pub mod select;
 pub mod window;
 

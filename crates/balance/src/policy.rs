@@ -83,6 +83,9 @@ pub struct Policy {
     pub cool_down_ms: u64,
     /// Least that a move must lower the sum over nodes of power times load squared.
     pub gain_min: f64,
+    /// Share by which the difference of the two loads must become smaller where a move
+    /// makes the lighter node the heavier one: what only exchanges them is noise.
+    pub shrink_min: f64,
     /// Seconds for which a load is expected to last at most.
     pub horizon_s: u64,
     /// Share of a node's memory that is kept free for failovers.
@@ -106,7 +109,8 @@ impl Default for Policy {
             empty_load: 0.35,
             interval_ms: 1000,
             sample_ms: 1000,
-            window_samples: 20,
+            shrink_min: 0.3,
+            window_samples: 8,
             hold_ms: 30_000,
             cool_down_ms: 300_000,
             gain_min: 0.01,
@@ -160,6 +164,7 @@ impl Policy {
             ("pressed_share", self.pressed_share, 0.0, 1.0, share),
             ("fill_load", self.fill_load, 0.0, 1.0, share),
             ("empty_load", self.empty_load, 0.0, 1.0, share),
+            ("shrink_min", self.shrink_min, 0.0, 0.9, "from 0 to 0.9"),
             ("gain_min", self.gain_min, 1e-6, 1e6, "from 1e-6 to 1e6"),
             (
                 "memory_headroom",
@@ -241,7 +246,7 @@ impl Policy {
 
     /// Moves that may be under way in a cluster of so many nodes.
     pub fn moves_at_once(&self, nodes: usize) -> u32 {
-        let half = u32::try_from(nodes / 2).unwrap_or(u32::MAX).max(1);
+        let half = u32::try_from(nodes.div_ceil(2)).unwrap_or(u32::MAX).max(1);
         self.moves_at_once_max.unwrap_or(half)
     }
 }

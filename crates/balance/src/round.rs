@@ -193,6 +193,11 @@ impl Peers {
         self.len() == 0
     }
 
+    /// The others.
+    pub fn iter(&self) -> impl Iterator<Item = &Name> {
+        (0..self.len()).filter_map(|number| self.get(number))
+    }
+
     /// One of the others, by its number from 0 to [`len`](Self::len).
     fn get(&self, number: usize) -> Option<&Name> {
         let skips = self.this.is_some_and(|this| number >= this);
@@ -208,6 +213,19 @@ impl From<Vec<Name>> for Peers {
             this: None,
         }
     }
+}
+
+/// What a round would come to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Explained {
+    /// This node.
+    pub here: Side,
+    /// The other one.
+    pub there: Side,
+    /// Why nothing would be offered at all, whatever becomes of single machines.
+    pub stay: Option<Stay>,
+    /// Every machine of this node, the chosen one first.
+    pub considered: Vec<Considered>,
 }
 
 /// What happened.
@@ -469,6 +487,16 @@ impl Balancer {
             helpless: 0,
             alerted: false,
         }
+    }
+
+    /// The newest sample, as it counts.
+    pub fn sample(&self) -> Option<&NodeSample> {
+        self.sample.as_ref()
+    }
+
+    /// The policy by which it decides, and its revision.
+    pub fn policy(&self) -> (&Policy, u64) {
+        (&self.policy, self.revision)
     }
 
     /// What it has learned of moves.
@@ -976,22 +1004,7 @@ impl Balancer {
             self.rest(now_ms);
             return;
         };
-        let mut machines: Vec<(Name, f64)> = sample
-            .machines
-            .iter()
-            .filter_map(|it| {
-                let known = self.known.get(&it.name)?;
-                Some((it.name.clone(), self.weigh_here(&known.factors)))
-            })
-            .collect();
-        machines.sort_by(|one, other| other.1.total_cmp(&one.1).then(one.0.cmp(&other.0)));
-        machines.truncate(WEIGHED_MAX);
-        let machines: Vec<Name> = machines.into_iter().map(|(name, _)| name).collect();
-        let factors = machines.iter().filter_map(|name| self.known.get(name));
-        let question = Question::Weigh {
-            capacity: sample.capacity,
-            factors: factors.map(|known| known.factors).collect(),
-        };
+        let (machines, question) = self.weigh_question(sample);
         self.ask(&peer, question, commands);
         self.state = State::Weighing {
             peer,
@@ -1000,6 +1013,81 @@ impl Balancer {
             machines,
             deadline_ms: now_ms + ANSWER_MS,
         };
+    }
+
+    /// Which machines are to be weighed, the heaviest first, and the question.
+    fn weigh_question(&self, sample: &NodeSample) -> (Vec<Name>, Question) {
+        let mut machines: Vec<(Name, f64, Factors)> = sample
+            .machines
+            .iter()
+            .filter_map(|it| {
+                let known = self.known.get(&it.name)?;
+                let weight = self.weigh_here(&known.factors);
+                Some((it.name.clone(), weight, known.factors))
+            })
+            .collect();
+        machines.sort_by(|one, other| other.1.total_cmp(&one.1).then(one.0.cmp(&other.0)));
+        machines.truncate(WEIGHED_MAX);
+        let question = Question::Weigh {
+            capacity: sample.capacity,
+            factors: machines.iter().map(|(_, _, factors)| *factors).collect(),
+        };
+        let names = machines.into_iter().map(|(name, ..)| name);
+        (names.collect(), question)
+    }
+
+    /// What to ask another node to explain what would go there; `None` before this one
+    /// was measured.
+    pub fn question(&self) -> Option<(Vec<Name>, Question)> {
+        Some(self.weigh_question(self.sample.as_ref()?))
+    }
+
+    /// What a round with another node would come to now, and why; nothing is changed.
+    /// `weights` are of `machines`, as [`question`](Self::question) named them.
+    pub fn explain(
+        &self,
+        peer: &Name,
+        mut view: View,
+        machines: &[Name],
+        weights: &[f64],
+        now_ms: u64,
+        bounds: &dyn Bounds,
+    ) -> Option<Explained> {
+        view.sanitise();
+        let now_ms = now_ms.saturating_add(self.jumped_back_ms);
+        let here = self.side()?;
+        let stay = self.compare(&view).err();
+        let candidates = self.candidates(peer, machines, weights, now_ms, bounds);
+        Some(Explained {
+            here,
+            there: view.side,
+            stay,
+            considered: select(&here, &view.side, &candidates, &self.model, &self.policy),
+        })
+    }
+
+    fn candidates(
+        &self,
+        peer: &Name,
+        machines: &[Name],
+        weights: &[f64],
+        now_ms: u64,
+        bounds: &dyn Bounds,
+    ) -> Vec<Candidate> {
+        machines
+            .iter()
+            .zip(weights)
+            .filter_map(|(machine, &there)| {
+                let known = self.known.get(machine)?;
+                Some(Candidate {
+                    machine: machine.clone(),
+                    factors: known.factors,
+                    there,
+                    lasted_ms: now_ms.saturating_sub(known.level_since_ms),
+                    bound: self.bound(machine, peer, now_ms, bounds),
+                })
+            })
+            .collect()
     }
 
     /// By how much this node is steadily heavier; why it does not offer.
@@ -1070,20 +1158,7 @@ impl Balancer {
             self.rest(now_ms);
             return;
         };
-        let candidates: Vec<Candidate> = machines
-            .iter()
-            .zip(weights)
-            .filter_map(|(machine, &there)| {
-                let known = self.known.get(machine)?;
-                Some(Candidate {
-                    machine: machine.clone(),
-                    factors: known.factors,
-                    there,
-                    lasted_ms: now_ms.saturating_sub(known.level_since_ms),
-                    bound: self.bound(machine, &peer, now_ms, bounds),
-                })
-            })
-            .collect();
+        let candidates = self.candidates(&peer, &machines, weights, now_ms, bounds);
         let considered = select(&side, &view.side, &candidates, &self.model, &self.policy);
         let first = considered.first().cloned();
         let Some(first) = first else {

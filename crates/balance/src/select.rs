@@ -122,6 +122,8 @@ pub enum Verdict {
     },
     /// The target would be as heavy as the source is now, or heavier.
     Overshoots,
+    /// The two nodes would be about as uneven, the other way round.
+    OnlySwaps,
     /// It would level too little.
     TooLittle {
         /// By how much it lowers the sum of squares; where a node is to be free, the
@@ -282,6 +284,10 @@ fn weigh(
         Verdict::Overfills
     } else if aim != Aim::Empty && target.load + there >= source.load {
         Verdict::Overshoots
+    } else if aim == Aim::Level
+        && turned_share(source, target, here + there) > 1.0 - policy.shrink_min
+    {
+        Verdict::OnlySwaps
     } else if worth < policy.gain_min {
         Verdict::TooLittle {
             lowers: worth,
@@ -303,6 +309,13 @@ fn weigh(
         gain,
         verdict,
     }
+}
+
+/// By how much the target would be the heavier one when so much is moved, as a share of
+/// the difference now; less than zero if it would not be.
+fn turned_share(source: &Side, target: &Side, moved: f64) -> f64 {
+    let difference = source.load - target.load;
+    (moved - difference) / difference
 }
 
 /// Of those that may go the nearest; among those that are about as near, the
@@ -448,8 +461,9 @@ mod tests {
         let mut fresh = burner("fresh", 1.0, &target);
         fresh.lasted_ms = 10;
         let large = burner("large", 2.6, &target);
+        let wide = burner("wide", 2.3, &target);
         let idle = burner("idle", 0.0, &target);
-        let considered = decide(&source, &target, &[roomy, held, fresh, large, idle]);
+        let considered = decide(&source, &target, &[roomy, held, fresh, large, wide, idle]);
         assert!(matches!(
             verdict(&considered, "roomy"),
             Verdict::NoRoom { .. }
@@ -457,6 +471,7 @@ mod tests {
         assert!(matches!(verdict(&considered, "held"), Verdict::Bound(_)));
         assert_eq!(verdict(&considered, "fresh"), Verdict::NotWorth);
         assert_eq!(verdict(&considered, "large"), Verdict::Overshoots);
+        assert_eq!(verdict(&considered, "wide"), Verdict::OnlySwaps);
         assert!(matches!(
             verdict(&considered, "idle"),
             Verdict::TooLittle { .. }

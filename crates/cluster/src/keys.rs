@@ -14,7 +14,11 @@
 //! | `schedule/NODE/MACHINE` | that the node is to run (a part of) the machine |
 //! | `reservation/NODE/MACHINE` | room kept at the node for an incoming machine |
 //! | `lease/NAME` | who holds a role of which there is one in the cluster |
+//! | `policy` | what the cluster wants of its balancer |
+//! | `move-slot/NUMBER` | who holds one of the tokens for moves |
+//! | `rules` | all placement rules |
 //! | `rule/ID/DOMAIN` | holders of a placement rule's domain |
+//! | `node-labels/NODE`, `machine-labels/MACHINE` | what rules select by |
 //! | `module/HASH` | a module known to the cluster, by 64 hex digits |
 //! | `token/ID` | a join token, hashed |
 //! | `user-token/ID` | a user's token, hashed |
@@ -51,6 +55,16 @@ pub enum Key {
     Reservation(NodeName, MachineName),
     /// `lease/NAME`; the role has the form of a name.
     Lease(MachineName),
+    /// `policy`
+    Policy,
+    /// `move-slot/NUMBER`
+    MoveSlot(u32),
+    /// `rules`
+    Rules,
+    /// `node-labels/NODE`
+    NodeLabels(NodeName),
+    /// `machine-labels/MACHINE`
+    MachineLabels(MachineName),
     /// `rule/ID/DOMAIN`; both have the form of a name.
     Rule(MachineName, MachineName),
     /// `module/HASH`: the BLAKE3 hash of a module.
@@ -115,7 +129,13 @@ pub const SCHEDULES: &str = "schedule/";
 pub const RESERVATIONS: &str = "reservation/";
 /// Prefix of all roles.
 pub const LEASES: &str = "lease/";
-/// Prefix of all rules.
+/// Prefix of all tokens for moves.
+pub const MOVE_SLOTS: &str = "move-slot/";
+/// Prefix of all nodes' labels.
+pub const NODE_LABELS: &str = "node-labels/";
+/// Prefix of all machines' labels.
+pub const MACHINE_LABELS: &str = "machine-labels/";
+/// Prefix of all domains of all rules.
 pub const RULES: &str = "rule/";
 /// Prefix of all modules.
 pub const MODULES: &str = "module/";
@@ -153,6 +173,11 @@ impl fmt::Display for Key {
             Key::Schedule(node, machine) => write!(f, "{SCHEDULES}{node}/{machine}"),
             Key::Reservation(node, machine) => write!(f, "{RESERVATIONS}{node}/{machine}"),
             Key::Lease(role) => write!(f, "{LEASES}{role}"),
+            Key::Policy => f.write_str("policy"),
+            Key::MoveSlot(number) => write!(f, "{MOVE_SLOTS}{number}"),
+            Key::Rules => f.write_str("rules"),
+            Key::NodeLabels(node) => write!(f, "{NODE_LABELS}{node}"),
+            Key::MachineLabels(machine) => write!(f, "{MACHINE_LABELS}{machine}"),
             Key::Rule(rule, domain) => write!(f, "{RULES}{rule}/{domain}"),
             Key::Module(hash) => write!(f, "{MODULES}{hash}"),
             Key::Token(id) => write!(f, "{TOKENS}{id}"),
@@ -198,6 +223,11 @@ fn parse(text: &str) -> Option<Key> {
             Key::Reservation(node.parse().ok()?, machine.parse().ok()?)
         }
         ("lease", Some(role), None) => Key::Lease(role.parse().ok()?),
+        ("policy", None, None) => Key::Policy,
+        ("move-slot", Some(number), None) => Key::MoveSlot(number.parse().ok()?),
+        ("rules", None, None) => Key::Rules,
+        ("node-labels", Some(node), None) => Key::NodeLabels(node.parse().ok()?),
+        ("machine-labels", Some(machine), None) => Key::MachineLabels(machine.parse().ok()?),
         ("rule", Some(rule), Some(domain)) => Key::Rule(rule.parse().ok()?, domain.parse().ok()?),
         ("module", Some(hash), None) => {
             let hash: Fingerprint = hash.parse().ok()?;
@@ -230,6 +260,11 @@ mod tests {
             "schedule/a/web-3",
             "reservation/a/web-3",
             "lease/balancer",
+            "policy",
+            "move-slot/17",
+            "rules",
+            "node-labels/a",
+            "machine-labels/web-3",
             "rule/spread/rack-1",
             &format!("module/{hash}"),
             "token/00000000000000ff",
@@ -257,6 +292,9 @@ mod tests {
             "module/ab",
             "other/a",
             "cluster/",
+            "policy/a",
+            "move-slot/01",
+            "move-slot/-1",
         ] {
             assert!(text.parse::<Key>().is_err(), "{text}");
         }

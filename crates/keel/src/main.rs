@@ -19,6 +19,7 @@
 //! - `when`: times as people write them
 
 mod apply;
+mod balance;
 mod cluster;
 mod cp;
 mod demo;
@@ -29,6 +30,7 @@ mod events;
 mod keep;
 mod machines;
 mod output;
+mod rule;
 mod set;
 mod sim;
 mod size;
@@ -140,6 +142,19 @@ enum Command {
     },
     /// Moves a running machine to another node.
     Move(machines::MoveArgs),
+    /// Shows how loaded the nodes are; shows and changes what the balancer is to do.
+    Balance(balance::BalanceArgs),
+    /// Says why a machine is where it is: what the balancer saw, considered and decided.
+    Why(balance::WhyArgs),
+    /// Says why a machine does not go to a node, or that it would.
+    WhyNot(balance::WhyNotArgs),
+    /// Lists the balancer's decisions, and each change of its reason for not acting.
+    Ledger(balance::LedgerArgs),
+    /// Lists, sets and removes rules of where machines may be.
+    #[command(subcommand)]
+    Rule(rule::RuleCommand),
+    /// Labels a machine, or a node, for rules to select by.
+    Label(rule::LabelArgs),
     /// Makes a checkpoint of a running machine.
     Checkpoint(keep::CheckpointArgs),
     /// Lists a machine's checkpoints.
@@ -292,6 +307,12 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,
         Command::Rm { machines, force } => machines::rm(&reach, &machines, force).await,
         Command::Move(args) => machines::move_machine(&reach, &args).await,
+        Command::Balance(args) => balance::balance(&reach, &args).await,
+        Command::Why(args) => balance::why(&reach, &args).await,
+        Command::WhyNot(args) => balance::why_not(&reach, &args).await,
+        Command::Ledger(args) => balance::ledger(&reach, &args).await,
+        Command::Rule(command) => rule::run(&reach, command).await,
+        Command::Label(args) => rule::label(&reach, &args).await,
         Command::Checkpoint(args) => keep::checkpoint(&reach, &args).await,
         Command::Checkpoints { machine, from } => keep::list(&reach, &machine, from).await,
         Command::Restore(args) => keep::restore(&reach, &args).await,

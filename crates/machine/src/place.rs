@@ -7,6 +7,7 @@ use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, S3ConditionalPut};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{ObjectStore, ObjectStoreExt, RetryConfig};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ pub struct PlaceError {
 #[derive(Debug, Clone)]
 pub struct Place {
     store: Arc<dyn ObjectStore>,
+    /// The same, if it is a directory.
+    folder: Option<Arc<LocalFileSystem>>,
     prefix: Path,
     url: String,
 }
@@ -88,7 +91,11 @@ impl Place {
             let store = LocalFileSystem::new_with_prefix(folder)
                 .map_err(|error| bad(error.to_string()))?
                 .with_fsync(true);
-            return Ok(Self::of(Arc::new(store), Path::default(), url));
+            let store = Arc::new(store);
+            return Ok(Place {
+                folder: Some(store.clone()),
+                ..Self::of(store, Path::default(), url)
+            });
         }
         let Some(rest) = url.strip_prefix("s3://") else {
             return Err(bad("neither a directory nor s3://".into()));
@@ -122,6 +129,7 @@ impl Place {
     pub fn of(store: Arc<dyn ObjectStore>, prefix: Path, url: &str) -> Self {
         Place {
             store,
+            folder: None,
             prefix,
             url: url.to_owned(),
         }
@@ -144,6 +152,17 @@ impl Place {
             path = path.join(*part);
         }
         path
+    }
+
+    /// The file that an object is; `None` if the place is no directory.
+    ///
+    /// # Errors
+    /// For names that no file can have.
+    pub fn file(&self, path: &Path) -> Result<Option<PathBuf>, object_store::Error> {
+        let folder = self.folder.as_ref();
+        folder
+            .map(|folder| folder.path_to_filesystem(path))
+            .transpose()
     }
 
     /// Reads an object of at most a GiB.

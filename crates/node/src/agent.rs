@@ -1,5 +1,6 @@
 //! The agent's parts, how a node comes to be, and how its agent starts.
 
+use crate::balancer::{self, Ledger};
 use crate::dry_run::History;
 use crate::events::{Events, Note};
 use crate::lanes::Lanes;
@@ -81,6 +82,9 @@ pub enum AgentError {
     /// The settings file.
     #[error("{0} is damaged: {1}")]
     Settings(String, String),
+    /// The ledger of the balancer's decisions.
+    #[error("the ledger of the balancer cannot be opened: {0}")]
+    Ledger(String),
     /// A token.
     #[error("the join token is not valid: {0}")]
     Token(String),
@@ -128,6 +132,8 @@ pub(crate) struct Agent {
     pub(crate) setting: tokio::sync::Mutex<()>,
     /// Workers whose machines are kept regularly.
     pub(crate) kept_regularly: Mutex<HashSet<u64>>,
+    /// What balances this node.
+    pub(crate) balancer: balancer::Handle,
 }
 
 /// Makes the first node of a new cluster; nothing runs yet.
@@ -254,6 +260,8 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
     let settings = read_settings(&dir.settings())?;
     let events = Events::open(&dir.events(), &identity.node)
         .map_err(system(dir.events().display().to_string()))?;
+    let ledger = Ledger::open(&dir.ledger(), identity.node.as_str()).map_err(AgentError::Ledger)?;
+    let (balancer, inbox) = balancer::prepare(ledger);
     let authority = CertificateAuthority::load(dir.root())?.map(Arc::new);
     let peers = Arc::new(Peers::new(identity.client_tls()?, RpcOptions::default()));
     for (voter, address) in &settings.voters {
@@ -299,8 +307,9 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         setting: tokio::sync::Mutex::default(),
         kept_regularly: Mutex::default(),
         reserving: tokio::sync::Mutex::default(),
+        balancer,
     });
-    serve(agent, cluster).await
+    serve(agent, cluster, inbox).await
 }
 
 /// Where this node's workers get their cgroups.
@@ -332,7 +341,11 @@ async fn follow_members(store: &Arc<dyn Store>) -> Arc<MemberSet> {
     }
 }
 
-async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(), AgentError> {
+async fn serve(
+    agent: Arc<Agent>,
+    cluster: Option<ClusterService>,
+    inbox: balancer::Inbox,
+) -> Result<(), AgentError> {
     tokio::spawn(follow_addresses(agent.clone()));
     let address = agent.settings.listen;
     let listener = tokio::net::TcpListener::bind(address)
@@ -361,6 +374,7 @@ async fn serve(agent: Arc<Agent>, cluster: Option<ClusterService>) -> Result<(),
     tokio::spawn(offer::withdraw_old(agent.clone()));
     tokio::spawn(publish(agent.clone()));
     tokio::spawn(reconcile::follow_schedule(agent.clone()));
+    balancer::start(&agent, inbox);
     http::serve(agent.clone())
         .await
         .map_err(system("the API"))?;

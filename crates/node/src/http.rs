@@ -1,6 +1,7 @@
 //! The API: JSON over HTTP on the node's own socket, and over TLS with a
 //! token. Only maps requests to `operate`; decides nothing.
 
+mod balance;
 mod file;
 
 use crate::agent::Agent;
@@ -111,6 +112,17 @@ fn router(agent: Arc<Agent>) -> Router {
             "/v1/volumes/{name}",
             get(inspect_volume).delete(remove_volume),
         )
+        .route("/v1/balance", get(balance::info))
+        .route("/v1/balance/policy", post(balance::change_policy))
+        .route("/v1/machines/{name}/confirm-move", post(balance::confirm))
+        .route("/v1/machines/{name}/why-not", get(balance::why_not))
+        .route("/v1/ledger", get(balance::ledger))
+        .route(
+            "/v1/rules",
+            get(balance::list_rules).post(balance::put_rule),
+        )
+        .route("/v1/rules/{name}", delete(balance::remove_rule))
+        .route("/v1/labels", post(balance::label))
         .route("/v1/events", get(tell_events));
     #[cfg(feature = "failpoints")]
     let router = router.route("/v1/debug/failpoint", post(failpoint));

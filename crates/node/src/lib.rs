@@ -11,6 +11,8 @@
 //! - `offer`: target of a move
 //! - `moving`: source of a move: feeds the state machine of `keel-machine`
 //! - `service`: what other nodes ask
+//! - `balancer`: measures this node, and balances it with others
+//! - `rules`: where machines may be, in the store's transactions
 //! - `set`: other limits for a machine that runs
 //! - `operate`: what users ask, wherever the machine is
 //! - `keep`: checkpoints, and machines made of them
@@ -23,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod balancer;
 #[cfg(feature = "failpoints")]
 mod debug;
 mod diff;
@@ -41,6 +44,7 @@ mod pauses;
 mod reconcile;
 mod record;
 mod regular;
+mod rules;
 mod service;
 mod set;
 mod state_dir;

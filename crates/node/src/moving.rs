@@ -7,6 +7,7 @@ use crate::events::Note;
 use crate::lanes::Lane;
 use crate::offer::{Arrival, Offer};
 use crate::record;
+use crate::rules::{self, ClaimError, Claims};
 use crate::service::kind as node_kind;
 use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
 use keel_api::{CheckpointRequest, EventKind, MoveLine, Urgency};
@@ -40,6 +41,9 @@ const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
 const LAST_WORD_PATIENCE: Duration = Duration::from_secs(1);
 /// How long freezing and sending the rest may take.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Begins what is said of a commit that lost against another placement.
+pub(crate) const RACED: &str = "raced with another change of what a rule holds:";
 
 /// What a user wants moved, and how.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -120,6 +124,9 @@ pub(crate) async fn begin(
     if !agent.members.contains(target) {
         return Err(format!("there is no node {target:?} (see `keel nodes`)"));
     }
+    rules::claim(agent, machine, target)
+        .await
+        .map_err(|error| error.to_string())?;
     if order.post_copy {
         let request = CheckpointRequest {
             to: order.checkpoint_to.clone(),
@@ -180,6 +187,7 @@ pub(crate) async fn begin(
         prepared: None,
         lane: None,
         budget: order.budget(),
+        claims: Claims::default(),
     };
     let (agent, machine, urgency) = (agent.clone(), machine.clone(), order.urgency);
     tokio::spawn(async move {
@@ -229,6 +237,7 @@ pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker, 
         prepared: None,
         lane: None,
         budget: LAST_PAGES_BUDGET,
+        claims: Claims::default(),
     };
     driver.carry_on(commands.into()).await;
     agent.moves().remove(&machine);
@@ -323,6 +332,8 @@ struct Driver {
     lane: Option<Lane>,
     /// How long sending what is left may take while the machine stands still.
     budget: Duration,
+    /// What rules demand of the commit.
+    claims: Claims,
 }
 
 fn micros(since: Instant) -> u64 {
@@ -537,12 +548,18 @@ impl Driver {
         }
     }
 
-    async fn ask_store(&self) -> SourceEvent {
+    /// A round trip to the store, in which it is asked what rules demand of the commit.
+    async fn ask_store(&mut self) -> SourceEvent {
         if let Err(reason) = passed("move.store").await {
             return SourceEvent::StoreAway(reason);
         }
-        match tokio::time::timeout(STORE_PATIENCE, self.agent.store.revision()).await {
-            Ok(Ok(_)) => SourceEvent::StoreAnswered,
+        let claims = rules::claim(&self.agent, &self.record.name, &self.target);
+        match tokio::time::timeout(STORE_PATIENCE, claims).await {
+            Ok(Ok(claims)) => {
+                self.claims = claims;
+                SourceEvent::StoreAnswered
+            }
+            Ok(Err(error @ ClaimError::Broken(_))) => SourceEvent::Cancel(error.to_string()),
             Ok(Err(error)) => SourceEvent::StoreAway(error.to_string()),
             Err(_) => SourceEvent::StoreAway("the store does not answer".into()),
         }
@@ -625,7 +642,11 @@ impl Driver {
             .when(exists(entry.clone()))
             .when(exists(reservation.clone()))
             .when(exists(Key::Alive(source.clone())))
-            .when(exists(Key::Alive(target.clone())))
+            .when(exists(Key::Alive(target.clone())));
+        let before = txn.compare.len();
+        let txn = self
+            .claims
+            .add_to(txn)
             .delete(entry)
             .put(Key::Schedule(target.clone(), machine.clone()), Vec::new())
             .put(self.machine_key(), value)
@@ -640,6 +661,11 @@ impl Driver {
         }
         match outcome {
             Ok(TxnOutcome::Committed { .. }) => SourceEvent::CommitWon,
+            Ok(TxnOutcome::Refused { failed, .. })
+                if let Some(rule) = self.claims.raced(failed, before) =>
+            {
+                SourceEvent::CommitRefused(format!("{RACED} {rule:?}"))
+            }
             Ok(TxnOutcome::Refused { failed, .. }) => SourceEvent::CommitRefused(
                 match failed {
                     0 | 1 => "the machine was changed by others meanwhile",

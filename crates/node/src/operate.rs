@@ -4,6 +4,7 @@ use crate::agent::Agent;
 use crate::events::Note;
 use crate::moving::MoveOrder;
 use crate::record::{self, RecordError};
+use crate::rules::{self, ClaimError};
 use crate::service::kind as node_kind;
 use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
@@ -74,6 +75,17 @@ impl From<RecordError> for OperateError {
             }
             RecordError::Store(_) | RecordError::Damaged(_) => {
                 OperateError::Away(error.to_string())
+            }
+        }
+    }
+}
+
+impl From<ClaimError> for OperateError {
+    fn from(error: ClaimError) -> Self {
+        match error {
+            ClaimError::Store(error) => error.into(),
+            error @ (ClaimError::Broken(_) | ClaimError::Damaged(_)) => {
+                OperateError::Conflict(error.to_string())
             }
         }
     }
@@ -612,13 +624,16 @@ pub(crate) async fn schedule(
 ) -> Result<MachineInfo, OperateError> {
     let (name, node) = (record.name.clone(), record.owner.clone());
     let alive = Key::Alive(node.clone());
+    let claims = rules::claim(agent, &name, &node).await?;
     let txn = Txn::new()
         .when_absent(Key::Machine(name.clone()))
         .when(Compare::Exists {
             key: alive.to_string(),
         });
     let txn = crate::volumes::take(agent, &mut record, txn).await?;
-    let txn = txn
+    let before = txn.compare.len();
+    let txn = claims
+        .add_to(txn)
         .put(Key::Machine(name.clone()), record::encode(&record)?)
         .put(Key::Schedule(node.clone(), name.clone()), Vec::new());
     match agent.store.txn(txn).await? {
@@ -632,9 +647,16 @@ pub(crate) async fn schedule(
         TxnOutcome::Refused { failed: 1, .. } => Err(OperateError::Away(format!(
             "node {node:?} is not alive (see `keel nodes`)"
         ))),
-        TxnOutcome::Refused { .. } => Err(OperateError::Conflict(
-            "a volume of it was just taken by another machine (see `keel volume ls`)".into(),
-        )),
+        TxnOutcome::Refused { failed, .. } => {
+            Err(OperateError::Conflict(match claims.raced(failed, before) {
+                Some(rule) => {
+                    format!("others changed what rule {rule:?} holds at the same time; try again")
+                }
+                None => {
+                    "a volume of it was just taken by another machine (see `keel volume ls`)".into()
+                }
+            }))
+        }
     }
 }
 

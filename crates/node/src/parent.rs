@@ -44,6 +44,7 @@ pub async fn supervise(mut agent: impl FnMut() -> Command) -> std::io::Result<()
     let mut failures = 0;
     // The agent inherits it.
     keel_machine::cgroup::spare_agent();
+    keel_machine::cgroup::go_first();
     loop {
         let begun = Instant::now();
         let mut child = agent().kill_on_drop(true).spawn()?;

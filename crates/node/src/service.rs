@@ -40,6 +40,16 @@ pub(crate) mod kind {
     pub(crate) const TRIAL: u16 = 0x030a;
     /// `Offer` → `()`: whether it would be taken; nothing is reserved.
     pub(crate) const WOULD_TAKE: u16 = 0x030b;
+    /// `keel_balance::round::Question` → `Answer`.
+    pub(crate) const BALANCE: u16 = 0x030c;
+    /// `balancer::Wanted`, which is not looked at → `NodeLoad` as JSON.
+    pub(crate) const LOAD: u16 = 0x030d;
+    /// `balancer::Wanted` → list of `Line` as JSON.
+    pub(crate) const LEDGER: u16 = 0x030e;
+    /// `(machine, node)` → `WhyNot` as JSON.
+    pub(crate) const WHY_NOT: u16 = 0x030f;
+    /// `machine` → `()` as JSON: a proposed move is to be made.
+    pub(crate) const CONFIRM: u16 = 0x0310;
 }
 
 /// Bytes of a module in one piece.
@@ -129,6 +139,15 @@ impl Service {
                 let request: Offer = unpack(&payload)?;
                 let would = offer::would_take(agent, &request).await;
                 Ok(pack(&would.map_err(RpcError::failed)?)?.into())
+            }
+            kind::BALANCE => {
+                let question = unpack(&payload)?;
+                let answer = agent.balancer.answer(&source, question).await;
+                Ok(pack(&answer.map_err(RpcError::failed)?)?.into())
+            }
+            kind::LOAD | kind::LEDGER | kind::WHY_NOT | kind::CONFIRM => {
+                let answer = crate::balancer::answer(agent, kind, payload).await;
+                Ok(Bytes::from(answer.map_err(RpcError::failed)?).into())
             }
             kind::EVENTS => {
                 let question: Question = unpack(&payload)?;

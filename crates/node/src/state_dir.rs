@@ -8,6 +8,7 @@
 //!   programs/HASH.wasm                        instrumented modules
 //!   cache/                                    compiled code, sealed
 //!   events/                                   what happened here
+//!   ledger.redb                               what its balancer decided, and why
 //! ```
 
 use keel_cluster::MachineName;
@@ -100,6 +101,11 @@ impl StateDir {
     /// What happened here.
     pub fn events(&self) -> PathBuf {
         self.root.join("events")
+    }
+
+    /// What its balancer decided.
+    pub fn ledger(&self) -> PathBuf {
+        self.root.join("ledger.redb")
     }
 
     /// Compiled code.

@@ -48,6 +48,8 @@ pub(crate) struct Worker {
     id: u64,
     /// The process: what its socket does not say is asked of the kernel.
     process: Arc<OwnedFd>,
+    /// Its number, to look up counters by: another process may have it one day.
+    pid: u32,
 }
 
 impl Worker {
@@ -58,7 +60,7 @@ impl Worker {
             .await
             .map_err(|error| format!("{}: {error}", path.display()))?;
         let place = path.display().to_string();
-        let process = peer_of(&stream, &place)?;
+        let (process, pid) = peer_of(&stream, &place)?;
         let client = Client::over(stream, "worker", &place, Options::default())
             .await
             .map_err(|error| error.to_string())?;
@@ -66,6 +68,7 @@ impl Worker {
             client,
             id: rand::random(),
             process: Arc::new(process),
+            pid,
         })
     }
 
@@ -73,7 +76,9 @@ impl Worker {
     async fn process_of(socket: &Path) -> Option<Arc<OwnedFd>> {
         let stream = UnixStream::connect(socket).await.ok()?;
         let place = socket.display().to_string();
-        peer_of(&stream, &place).ok().map(Arc::new)
+        peer_of(&stream, &place)
+            .ok()
+            .map(|(process, _)| Arc::new(process))
     }
 
     pub(crate) async fn ask<Q: Serialize, A: DeserializeOwned>(
@@ -138,12 +143,14 @@ impl Worker {
 }
 
 /// The process at the other end of a worker's socket.
-fn peer_of(stream: &UnixStream, place: &str) -> Result<OwnedFd, String> {
+fn peer_of(stream: &UnixStream, place: &str) -> Result<(OwnedFd, u32), String> {
     let peer = stream.peer_cred().ok();
     peer.and_then(|peer| Pid::from_raw(peer.pid()?))
         .ok_or_else(|| format!("{place}: whose it is is not known"))
         .and_then(|pid| {
-            pidfd_open(pid, PidfdFlags::empty()).map_err(|error| format!("{place}: {error}"))
+            let process = pidfd_open(pid, PidfdFlags::empty())
+                .map_err(|error| format!("{place}: {error}"))?;
+            Ok((process, pid.as_raw_nonzero().get().unsigned_abs()))
         })
 }
 
@@ -200,6 +207,15 @@ impl Workers {
 
     pub(crate) fn names(&self) -> Vec<MachineName> {
         self.table().keys().cloned().collect()
+    }
+
+    /// The numbers of all machines' processes.
+    pub(crate) fn processes(&self) -> Vec<(MachineName, u32)> {
+        let table = self.table();
+        let processes = table.iter();
+        processes
+            .map(|(machine, worker)| (machine.clone(), worker.pid))
+            .collect()
     }
 
     fn remove(&self, machine: &MachineName) -> Option<Worker> {

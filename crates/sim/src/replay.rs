@@ -5,27 +5,12 @@
 use crate::bad_input::{self, BadInput};
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
-use keel_balance::ledger::{Decision, Stay};
+use keel_balance::ledger::{Decision, Line, Stay};
 use keel_balance::policy::Policy;
 use keel_balance::round::offers;
 use keel_balance::select::{CONSIDERED_MAX, Candidate, Considered, Side, Verdict, select};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::path::Path;
-
-/// A decision of a ledger, as `keel ledger -o json` writes it: one on a line.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Line {
-    /// When, in milliseconds since 1970 UTC.
-    pub at_unix_ms: u64,
-    /// Who decided.
-    pub node: Name,
-    /// The policy then; the default one where it is not known.
-    pub policy: Option<Policy>,
-    /// What the node had learned of costs; nothing where it is not known.
-    pub model: Option<CostModel>,
-    /// What was decided.
-    pub decision: Decision,
-}
 
 /// What became of a decision.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -140,7 +125,10 @@ pub fn again(line: &Line) -> Again {
             considered,
             ..
         } => stays(why, here, there, considered, &model, &policy),
-        Decision::Ended { .. } | Decision::Absurd { .. } => Again::NoDecision,
+        // A repair follows a rule, whatever the loads are.
+        Decision::Repair { .. } | Decision::Ended { .. } | Decision::Absurd { .. } => {
+            Again::NoDecision
+        }
     }
 }
 

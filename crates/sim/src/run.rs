@@ -3,10 +3,10 @@
 use crate::bad_input::{BadInput, hint};
 use crate::energy::watts;
 use crate::expect::Checked;
-use crate::replay::Line;
 use crate::scenario::{Cluster, Scenario};
 use crate::what_if::WhatIf;
 use crate::world::{NodeNow, What, World};
+use keel_balance::ledger::Line;
 use serde::Serialize;
 use std::collections::HashMap;
 

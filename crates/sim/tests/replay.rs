@@ -1,9 +1,9 @@
 //! Decisions decided again: by the same code they come out the same, by another
 //! policy they do not, and it is said which and why.
 
-use keel_balance::ledger::Decision;
+use keel_balance::ledger::{Decision, Line};
 use keel_balance::policy::Policy;
-use keel_sim::replay::{Again, Line, Replayed, replay};
+use keel_sim::replay::{Again, Replayed, replay};
 use keel_sim::run::run_recorded;
 use keel_sim::scenario::Scenario;
 use keel_sim::what_if::WhatIf;

@@ -18,6 +18,7 @@ use keel_machine::moves::MoveReport;
 use keel_machine::restart::Restart;
 use keel_machine::spec::CheckpointPlan;
 use network::Network;
+use quota::Quotas;
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ pub mod disk;
 pub mod drill;
 pub mod nemesis;
 pub mod network;
+pub mod quota;
 pub mod witness;
 
 /// Where nodes of a cluster note the failpoints that they pass, if they were
@@ -65,6 +67,7 @@ struct Node {
 pub struct LocalCluster {
     program: PathBuf,
     network: Option<Network>,
+    quotas: Option<Quotas>,
     nodes: BTreeMap<String, Node>,
 }
 
@@ -126,6 +129,33 @@ impl LocalCluster {
         Self::start_in(program, folder, names, None).await
     }
 
+    /// As [`Self::start`], with a CPU quota for each node, and balancing as the
+    /// default policy has it. (Others do not balance: machines are where a test put
+    /// them.)
+    ///
+    /// # Errors
+    /// What a node said that did not start, or if there can be no quotas here.
+    pub async fn start_balancing(
+        program: &Path,
+        folder: &Path,
+        nodes: &[(&str, f64)],
+    ) -> Result<Self> {
+        let names: Vec<&str> = nodes.iter().map(|(name, _)| *name).collect();
+        let mut cluster = LocalCluster::empty(program, None);
+        cluster.quotas = Some(Quotas::new(nodes)?);
+        cluster.start_nodes(folder, &names).await?;
+        Ok(cluster)
+    }
+
+    fn empty(program: &Path, network: Option<Network>) -> Self {
+        LocalCluster {
+            program: program.to_owned(),
+            network,
+            quotas: None,
+            nodes: BTreeMap::new(),
+        }
+    }
+
     /// As [`Self::start`], in a network of their own, or on loopback without.
     ///
     /// # Errors
@@ -136,11 +166,13 @@ impl LocalCluster {
         names: &[&str],
         network: Option<Network>,
     ) -> Result<Self> {
-        let mut cluster = LocalCluster {
-            program: program.to_owned(),
-            network,
-            nodes: BTreeMap::new(),
-        };
+        let mut cluster = LocalCluster::empty(program, network);
+        cluster.start_nodes(folder, names).await?;
+        cluster.set_policy("mode", "off").await?;
+        Ok(cluster)
+    }
+
+    async fn start_nodes(&mut self, folder: &Path, names: &[&str]) -> Result<()> {
         // An address of its own: a port that a node leaves while its agent is
         // started again would else be taken by other clusters, or by connections.
         let [a, b, c]: [u8; 3] = rand::random();
@@ -148,11 +180,11 @@ impl LocalCluster {
         for (number, name) in names.iter().enumerate() {
             let state = folder.join(name);
             std::fs::create_dir_all(&state)?;
-            let mut command = cluster.command(name, &state)?;
+            let mut command = self.command(name, &state)?;
             if number == 0 {
                 command.args(["up", "--name", name]);
             } else {
-                let first = cluster.client(names[0]);
+                let first = self.client(names[0]);
                 let nodes: Vec<keel_api::NodeInfo> = first.get("/v1/nodes").await?;
                 let via = nodes.iter().find(|node| node.name == names[0]);
                 let via = via.context("no first node")?.address.clone();
@@ -161,14 +193,33 @@ impl LocalCluster {
                     .await?;
                 command.args(["join", &via, "--name", name, "--token", &token.token]);
             }
-            let listen = match &cluster.network {
+            let listen = match &self.network {
                 Some(network) => network.address(name)?,
                 None => format!("{own}:0"),
             };
             command.args(["--listen", &listen]);
-            cluster.spawn(name, state, command).await?;
+            self.spawn(name, state, command).await?;
         }
-        Ok(cluster)
+        Ok(())
+    }
+
+    /// Changes a field of the balancer's policy.
+    ///
+    /// # Errors
+    /// The first node's answer.
+    pub async fn set_policy(&self, field: &str, value: &str) -> Result<()> {
+        let first = self.nodes.keys().next().context("no node")?;
+        let state = self.folder(first);
+        let change = format!("{field}={value}");
+        let changed = tokio::process::Command::new(&self.program)
+            .arg("--state-dir")
+            .arg(state)
+            .args(["balance", "policy", &change])
+            .output()
+            .await?;
+        let said = String::from_utf8_lossy(&changed.stderr);
+        anyhow::ensure!(changed.status.success(), "{change}: {said}");
+        Ok(())
     }
 
     /// The network in which the nodes are, if they have one of their own.
@@ -183,7 +234,10 @@ impl LocalCluster {
             .open(state.join("agent.log"))?;
         let mut command = match &self.network {
             Some(network) => network.command(node, &self.program),
-            None => Command::new(&self.program),
+            None => match &self.quotas {
+                Some(quotas) => quotas.command(node, &self.program),
+                None => Command::new(&self.program),
+            },
         };
         command
             .env("KEEL_FAILPOINT_LOG", state.join(FAILPOINT_LOG))
@@ -302,6 +356,20 @@ impl LocalCluster {
     pub async fn inspect(&self, node: &str, machine: &str) -> Result<MachineInfo> {
         let path = format!("/v1/machines/{machine}");
         Ok(self.client(node).get(&path).await?)
+    }
+
+    /// Ends a machine and removes it.
+    ///
+    /// # Errors
+    /// The node's answer, or if it does not end.
+    pub async fn end(&self, node: &str, machine: &str) -> Result<()> {
+        let client = self.client(node);
+        let path = format!("/v1/machines/{machine}");
+        let _: serde::de::IgnoredAny = client.post(&format!("{path}/stop"), &()).await?;
+        self.wait_end(node, machine).await?;
+        let gone = client.call(Method::DELETE, &path, Bytes::new());
+        let _: serde::de::IgnoredAny = gone.await?;
+        Ok(())
     }
 
     /// Waits until a machine has ended.

@@ -92,6 +92,16 @@ impl Layout {
         layout
     }
 
+    /// Folder of this process's version 2 group.
+    pub(super) fn unified(&self) -> Option<&Path> {
+        self.unified.as_deref()
+    }
+
+    /// Folder of this process's version 1 group of a controller.
+    pub(super) fn legacy(&self, controller: &str) -> Option<&Path> {
+        self.legacy.get(controller).map(PathBuf::as_path)
+    }
+
     /// One word for people.
     pub fn word(&self) -> &'static str {
         match (&self.unified, self.legacy.is_empty()) {

@@ -5,7 +5,10 @@
 //! - `layout`: which hierarchies there are, and where this process is in them
 //! - `slice`: the folder of a node's groups: made, swept, removed
 //! - `group`: one worker's group: limit, counters, end
-//! - `priority`: whom the kernel ends first when the host has no memory left
+//! - `pressure`: for how long something of a group stood still
+//! - `budget`: what the groups around this process let it use
+//! - `priority`: whom the kernel ends first when the host has no memory left, and who
+//!   goes first where processors are scarce
 //!
 //! Version 2, version 1 and the hybrid of both are supported. A group is a
 //! folder in each hierarchy that is of use: where the `memory` controller is,
@@ -24,14 +27,18 @@
 //! What a group is decides nothing about machines: without rights all works as
 //! it does with them, less the bound, the counters and the name of the end.
 
+mod budget;
 mod group;
 mod layout;
+mod pressure;
 mod priority;
 mod slice;
 
+pub use budget::Budget;
 pub use group::{Group, GroupUsage, OutOfMemory, memory_limit_bytes};
 pub use layout::Layout;
-pub use priority::{spare_agent, spend_worker};
+pub use pressure::Pressure;
+pub use priority::{go_first, guest_nice, spare_agent, spend_worker};
 pub use slice::Slice;
 
 /// Bytes for people.

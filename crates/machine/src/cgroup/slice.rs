@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 /// Where a node's workers get their groups.
 #[derive(Debug)]
 pub struct Slice {
-    folders: Vec<Folder>,
+    pub(super) folders: Vec<Folder>,
     /// What its groups lack, and why.
     missing: Option<String>,
 }

@@ -2,6 +2,7 @@
 //!
 //! - `format`: what is stored, and how it is checked when it is read
 //! - `vault`: where it is stored: a directory or an S3-compatible store
+//! - `folder`: how packs are written to a directory, and read
 //! - `take`: makes one while the machine runs
 //! - `restore`: makes a machine of one
 //! - `compact`: makes an incremental one full, within the store
@@ -30,6 +31,7 @@
 //! are copied *within memory*; no store is waited for meanwhile.
 
 mod compact;
+mod folder;
 mod format;
 mod layout;
 mod restore;

@@ -292,9 +292,9 @@ fn fill(
             }
         }
     };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    // They wait for the store most of the time, however few processors there are.
     std::thread::scope(|scope| {
-        for _ in 1..threads.min(READING_MAX).min(layout.packs().len()) {
+        for _ in 1..READING_MAX.min(layout.packs().len()) {
             scope.spawn(read);
         }
         read();

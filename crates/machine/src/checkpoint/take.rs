@@ -3,6 +3,7 @@
 //! before any of that is stored. Blocking; has a thread of its own.
 
 use super::CHAIN_MAX;
+use super::folder::Aligned;
 use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest, Pack, Run};
 use super::vault::{Outline, Piece, Vault, VaultError};
 use super::volumes::VolumeTrackers;
@@ -407,7 +408,7 @@ impl Taker {
     ) -> Result<keel_wasm::runtime::Image, TakeError> {
         let mut ranges = Vec::new();
         for tracker in &mut self.trackers {
-            ranges.push(tracker.take()?);
+            ranges.push(tracker.take_at_once()?);
         }
         collected.add_pages(memories, &ranges, None)?;
         let (blocks, _) = self.volumes.take();
@@ -452,13 +453,13 @@ pub(super) struct Packer {
     count: usize,
 }
 
-type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
+type Spare = Arc<Mutex<Vec<Aligned>>>;
 
 /// A pack in the making.
 #[derive(Default)]
 struct Buffer {
     /// As long as it ever was: what is behind `used` counts no more.
-    bytes: Vec<u8>,
+    bytes: Aligned,
     used: usize,
     /// Checksums of the blocks that are full, as far as there was time for them.
     hashed: Vec<[u8; 32]>,
@@ -468,8 +469,10 @@ impl Buffer {
     /// Room for so many more.
     fn room(&mut self, count: usize) -> &mut [u8] {
         let end = self.used + count;
+        // (A pack that is long already becomes longer in large steps.)
         if self.bytes.len() < end {
-            self.bytes.resize(end.max(PACK_BYTES), 0);
+            let length = end.max(PACK_BYTES).next_multiple_of(PACK_BYTES);
+            self.bytes.grow(length, self.used);
         }
         &mut self.bytes[self.used..end]
     }
@@ -500,7 +503,7 @@ impl Buffer {
 
 /// A pack's bytes while they are stored; its buffer is used again then.
 struct Lent {
-    buffer: Vec<u8>,
+    buffer: Aligned,
     used: usize,
     spare: Spare,
 }
@@ -621,7 +624,7 @@ impl Packer {
         Ok(added)
     }
 
-    fn spare_buffer(&self) -> Vec<u8> {
+    fn spare_buffer(&self) -> Aligned {
         let mut spare = self.spare.lock().unwrap_or_else(|error| error.into_inner());
         spare.pop().unwrap_or_default()
     }
@@ -632,9 +635,9 @@ impl Packer {
         self.store_pack();
         self.wait_below(1)?;
         self.buffer.bytes = self.spare_buffer();
-        if self.buffer.bytes.len() < LAST_ROOM_BYTES {
-            self.buffer.bytes.resize(LAST_ROOM_BYTES, 0);
-        }
+        self.buffer.bytes.grow(LAST_ROOM_BYTES, 0);
+        // The host gives room only when it is written to.
+        self.buffer.bytes[..LAST_ROOM_BYTES].fill(0);
         Ok(())
     }
 

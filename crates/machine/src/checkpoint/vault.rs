@@ -5,6 +5,7 @@
 //! paths: stores may be slow.
 
 use super::compact::compact;
+use super::folder;
 use super::format::{BLOCK_BYTES, CheckpointId, FormatError, Manifest, Pack};
 use super::take::TakeError;
 use crate::place::{Place, PlaceError};
@@ -15,7 +16,6 @@ use object_store::path::Path;
 use object_store::{GetResultPayload, ObjectStore, ObjectStoreExt, PutPayload};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::os::unix::fs::FileExt;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
@@ -169,7 +169,10 @@ impl Vault {
         bytes: Bytes,
     ) -> Result<(), VaultError> {
         let place = self.pack_place(machine, of, piece);
-        self.store().put(&place, PutPayload::from(bytes)).await?;
+        match self.place.file(&place)? {
+            Some(path) => in_folder(move || folder::write(&path, &bytes)).await?,
+            None => drop(self.store().put(&place, PutPayload::from(bytes)).await?),
+        }
         Ok(())
     }
 
@@ -212,24 +215,24 @@ impl Vault {
                 "it is damaged: the checksum of its MiB {number} is wrong"
             ))
         };
-        let mut buffer = Vec::with_capacity(BLOCK_BYTES);
         match got.payload {
             GetResultPayload::File(file, _) => {
+                let mut reader = folder::Reader::new(file);
                 for number in 0..expected.blocks.len() {
                     if !wanted(number) {
                         continue;
                     }
-                    let range = expected.block_range(number);
-                    buffer.resize((range.end - range.start) as usize, 0);
-                    file.read_exact_at(&mut buffer, range.start)
+                    let bytes = reader
+                        .read(expected.block_range(number))
                         .map_err(|error| part(error.to_string()))?;
-                    if !expected.has_block(number, &buffer) {
+                    if !expected.has_block(number, bytes) {
                         return Err(damaged(number));
                     }
-                    take(number, &buffer)?;
+                    take(number, bytes)?;
                 }
             }
             GetResultPayload::Stream(mut stream) => {
+                let mut buffer = Vec::with_capacity(BLOCK_BYTES);
                 let mut number = 0;
                 while number < expected.blocks.len() {
                     let mut bytes = match runtime.block_on(stream.next()) {
@@ -369,6 +372,17 @@ impl Vault {
             reason: error.to_string(),
         })?;
         let place = self.manifest_place(&manifest.machine, &manifest.id);
+        // The names of its packs are on the disk before it is.
+        let folder = self.place.file(&place)?;
+        let folder = folder.as_deref().and_then(std::path::Path::parent);
+        if let Some(folder) = folder.map(std::path::Path::to_owned) {
+            in_folder(move || match folder::sync(&folder) {
+                // It has none.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                synced => synced,
+            })
+            .await?;
+        }
         self.store().put(&place, PutPayload::from(bytes)).await?;
         Ok(())
     }
@@ -659,6 +673,18 @@ impl Vault {
         }
         Ok(gone.into_iter().collect())
     }
+}
+
+/// Works on files, beside the runtime's own threads.
+async fn in_folder(
+    work: impl FnOnce() -> std::io::Result<()> + Send + 'static,
+) -> Result<(), VaultError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    let done = done.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+    Ok(done.map_err(|error| object_store::Error::Generic {
+        store: "directory",
+        source: error.into(),
+    })?)
 }
 
 /// The checkpoint and the generation that an object is of.

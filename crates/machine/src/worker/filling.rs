@@ -802,7 +802,11 @@ fn serve_once(
 /// Lets guests and what they wait for go first.
 fn step_back() {
     // (On Linux that of a thread.)
-    if let Err(error) = rustix::process::nice(UNASKED_NICE) {
+    let guests = crate::cgroup::guest_nice().map_or_else(
+        || rustix::process::nice(UNASKED_NICE).map(drop),
+        |guests| rustix::process::setpriority_process(None, guests + UNASKED_NICE),
+    );
+    if let Err(error) = guests {
         tracing::debug!(%error, "pages that nobody waits for are as important as those");
     }
 }

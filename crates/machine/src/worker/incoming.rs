@@ -14,6 +14,7 @@ use keel_wasm::memory::{MemoryError, Unavailable};
 use keel_wasm::runtime::{Image, Machine, MachineError, Program, make_memories};
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 /// How long the source has to connect.
@@ -39,6 +40,8 @@ pub(super) enum IncomingError {
     Keepers(#[from] keel_net::RpcError),
     #[error(transparent)]
     Faults(#[from] Unavailable),
+    #[error("what brings its memory behind it does not start: {0}")]
+    Fill(std::io::Error),
     #[error(transparent)]
     Injected(#[from] Injected),
     #[error("the source did not connect in time")]
@@ -52,10 +55,21 @@ pub(super) struct Arrived {
     pub(super) machine: Machine,
     pub(super) log: Arc<Log>,
     pub(super) link: Link,
-    /// In a post-copy move: what brings the rest of its memory, and what tells
-    /// further connections of the source from others'.
-    pub(super) filler: Option<(Filler, ServerTls, Hello)>,
+    /// In a post-copy move: what brings the rest of its memory, and who takes the
+    /// connection over which it comes.
+    pub(super) filler: Option<(Filler, Sender<Link>)>,
 }
+
+/// What a move needs of the worker that it comes to.
+pub(super) struct Surroundings<'a> {
+    pub(super) restore: &'a Restore<'a>,
+    pub(super) fill: &'a Fill<'a>,
+}
+
+/// Begins to answer accesses to memory, with what tells the source's further
+/// connections from others'.
+pub(super) type Fill<'a> =
+    dyn Fn(&Filler, TcpListener, ServerTls, Hello) -> std::io::Result<Sender<Link>> + 'a;
 
 /// Makes WASI state out of a snapshot, with this node's resources, a log, and what
 /// came of cluster volumes.
@@ -74,7 +88,7 @@ pub(super) fn receive(
     program: Arc<Program>,
     folder: &std::path::Path,
     mut volumes: IncomingVolumes,
-    restore: &Restore<'_>,
+    surroundings: &Surroundings<'_>,
 ) -> Result<Arrived, IncomingError> {
     let tls = ServerTls::pinned(identity, request.source)?;
     let (mut link, hello) = accept(listener, &tls, request, &program)?;
@@ -85,6 +99,15 @@ pub(super) fn receive(
     let filler = match hello.post_copy {
         true => Some(Filler::new(memories.clone())?),
         false => None,
+    };
+    // Its threads are made before the machine stands still.
+    let push = match &filler {
+        Some(filler) => {
+            let begin = |listener| (surroundings.fill)(filler, listener, tls, hello.clone());
+            let begun = listener.try_clone().and_then(begin);
+            Some(begun.map_err(IncomingError::Fill)?)
+        }
+        None => None,
     };
     let mut image = ImageBytes::default();
     let mut write = |memory: u32, offset: u64, bytes: &[u8]| {
@@ -142,7 +165,7 @@ pub(super) fn receive(
     failpoint::pass("in.image")?;
     let make = || -> Result<Machine, IncomingError> {
         let image = Image::decode(&image.take(), &program)?;
-        let wasi = restore(image.wasi.clone(), log.clone(), local)?;
+        let wasi = (surroundings.restore)(image.wasi.clone(), log.clone(), local)?;
         Ok(Machine::prepare(program, image, memories, wasi, limits)?)
     };
     let named = hello.version <= HELLO_BEFORE;
@@ -165,7 +188,7 @@ pub(super) fn receive(
         machine,
         log,
         link,
-        filler: filler.map(|filler| (filler, tls, hello)),
+        filler: filler.zip(push),
     })
 }
 

@@ -250,27 +250,29 @@ impl Outgoing {
         let mut last_bytes = 0;
         if !post_copy {
             for number in 0..self.trackers.len() {
-                let ranges = self.trackers[number].take()?;
+                let ranges = self.trackers[number].take_at_once()?;
                 last_bytes += self.send_memory(number as u32, &ranges, false)?;
             }
         }
-        last_bytes += self.volumes.send_all(&mut self.link)?;
-        self.send_log()?;
-        let pages_sent = Instant::now();
-        failpoint::pass("out.last-pages")?;
-        let image = self.machine.image()?.encode()?;
-        for piece in image.chunks(CHUNK_BYTES) {
-            self.link.send(&Message::Image(piece.to_vec().into()))?;
-        }
-        self.link.send(&Message::ImageEnd)?;
-        self.link.flush()?;
-        if post_copy {
-            // While the target makes the machine of that: it says that it is ready
-            // only when it has these too.
-            for number in 0..self.trackers.len() {
-                let ranges = self.trackers[number].take()?;
-                self.keep_pages(number as u32, &ranges)?;
+        let mut trackers = std::mem::take(&mut self.trackers);
+        let (pages_sent, looked) = std::thread::scope(|scope| {
+            // In a post-copy move pages are only named: they are looked for while
+            // the state is sent, and while the target makes the machine of it.
+            let looking = post_copy.then(|| scope.spawn(|| look(&mut trackers)));
+            let pages_sent = self.send_state(&mut last_bytes);
+            let looked = looking.map(|looking| {
+                let looked = looking.join();
+                looked.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
+            (pages_sent, looked)
+        });
+        self.trackers = trackers;
+        let pages_sent = pages_sent?;
+        if let Some(looked) = looked {
+            for (number, ranges) in (0..).zip(looked?) {
+                self.keep_pages(number, &ranges)?;
             }
+            // It says that it is ready only when it has these too.
             self.link.send(&Message::RoundEnd)?;
             self.link.flush()?;
         }
@@ -289,6 +291,22 @@ impl Outgoing {
             state_micros: micros(pages_sent.elapsed()),
             bytes: self.link.sent_bytes(),
         })
+    }
+
+    /// Sends what the target needs beside memory; when it began to send threads
+    /// and WASI state.
+    fn send_state(&mut self, last_bytes: &mut u64) -> Result<Instant, OutgoingError> {
+        *last_bytes += self.volumes.send_all(&mut self.link)?;
+        self.send_log()?;
+        let pages_sent = Instant::now();
+        failpoint::pass("out.last-pages")?;
+        let image = self.machine.image()?.encode()?;
+        for piece in image.chunks(CHUNK_BYTES) {
+            self.link.send(&Message::Image(piece.to_vec().into()))?;
+        }
+        self.link.send(&Message::ImageEnd)?;
+        self.link.flush()?;
+        Ok(pages_sent)
     }
 
     /// Sends what was written since the last round, which was before the store
@@ -396,6 +414,14 @@ impl Outgoing {
             })?;
         }
     }
+}
+
+/// What was written to each memory since it was looked at last; the machine stands.
+fn look(trackers: &mut [DirtyTracker]) -> Result<Vec<Vec<Range<u64>>>, MemoryError> {
+    trackers
+        .iter_mut()
+        .map(DirtyTracker::take_at_once)
+        .collect()
 }
 
 fn unexpected(message: &Message) -> OutgoingError {

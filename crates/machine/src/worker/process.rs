@@ -42,7 +42,8 @@ use tokio::sync::{mpsc, watch};
 /// Age at which a machine is made ready for its first move: many programs end
 /// sooner.
 const PREPARE_AFTER: Duration = Duration::from_secs(1);
-/// How much less a compiling thread gets than a guest's.
+/// How much less a compiling thread gets than what moves a machine; a move that waits
+/// for it is not to wait for guests as well.
 const COMPILE_NICE: i32 = 5;
 /// How long a move waits for a checkpoint to be given up.
 const CHECKPOINT_PATIENCE: Duration = Duration::from_secs(15);
@@ -147,6 +148,10 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
         .map_err(|error| format!("no threads to compile: {error}"))?;
     let engine = Engine::with_cache(Options::default(), cache)
         .map_err(|error| format!("the engine: {error}"))?;
+    let engine = match cgroup::guest_nice() {
+        Some(nice) => engine.with_guest_nice(nice),
+        None => engine,
+    };
     let paused = watch::Sender::new(None);
     let stalled = paused.clone();
     let worker = Arc::new(Worker {
@@ -1136,6 +1141,11 @@ impl Worker {
                     worker.inner().keepers = keepers;
                     Ok(wasi)
                 };
+                let telling = worker.clone();
+                let fill = move |filler: &Filler, listener, tls, hello| {
+                    let worker = telling.clone();
+                    filler.begin(listener, tls, hello, move |it| worker.filling(it))
+                };
                 let arrived = incoming::receive(
                     &listener,
                     &identity,
@@ -1143,9 +1153,12 @@ impl Worker {
                     program,
                     &worker.folder,
                     volumes,
-                    &restore,
+                    &incoming::Surroundings {
+                        restore: &restore,
+                        fill: &fill,
+                    },
                 );
-                worker.arrived(arrived, listener, offered);
+                worker.arrived(arrived, offered);
             })
             .map_err(RpcError::failed)?;
         Ok(receiving)
@@ -1154,7 +1167,6 @@ impl Worker {
     fn arrived(
         self: &Arc<Self>,
         arrived: Result<incoming::Arrived, IncomingError>,
-        listener: std::net::TcpListener,
         offered: Epoch,
     ) {
         let mut arrived = match arrived {
@@ -1165,16 +1177,8 @@ impl Worker {
             }
         };
         let mut push = None;
-        if let Some((filler, tls, hello)) = arrived.filler.take() {
-            let worker = self.clone();
-            let tell = move |filling| worker.filling(filling);
-            match filler.begin(listener, tls, hello, tell) {
-                Ok(links) => push = Some(links),
-                Err(error) => {
-                    self.step_target(TargetEvent::Failed(error.to_string()));
-                    return;
-                }
-            }
+        if let Some((filler, links)) = arrived.filler.take() {
+            push = Some(links);
             self.inner().filler = Some(filler);
         }
         {

@@ -733,6 +733,12 @@ impl Shared {
             .name(format!("guest-{tid}"))
             .stack_size(STACK_BYTES + (1 << 20))
             .spawn(move || {
+                if let Some(nice) = shared.program.guest_nice()
+                    // (On Linux that of a thread.)
+                    && let Err(error) = rustix::process::setpriority_process(None, nice)
+                {
+                    tracing::debug!(%error, "a guest is as important as what moves it");
+                }
                 shared.run(tid, entry, signal);
                 let mut threads = locked(&shared.threads);
                 threads.launched -= 1;

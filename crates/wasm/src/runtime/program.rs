@@ -55,6 +55,7 @@ pub struct Options {
 pub struct Engine {
     inner: wasmtime::Engine,
     cache: Option<Cache>,
+    guest_nice: Option<i32>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -100,7 +101,11 @@ impl Engine {
             .with_host_memory(Arc::new(Creator))
             .wasm_branch_hinting(true);
         let inner = wasmtime::Engine::new(&config).map_err(ProgramError::Compile)?;
-        Ok(Engine { inner, cache: None })
+        Ok(Engine {
+            inner,
+            cache: None,
+            guest_nice: None,
+        })
     }
 
     /// An engine that keeps what it compiles under `folder`, sealed with a key
@@ -134,6 +139,14 @@ impl Engine {
                 .map_err(|_| fail(std::io::ErrorKind::InvalidData.into()))?,
         });
         Ok(engine)
+    }
+
+    /// Guests' threads run at this nice value, whatever their process has: one that
+    /// moves machines must get to it also where guests take all there is.
+    #[must_use]
+    pub fn with_guest_nice(mut self, nice: i32) -> Self {
+        self.guest_nice = Some(nice);
+        self
     }
 
     /// Makes a program of a module as its author built it. Only what it needs
@@ -198,12 +211,34 @@ impl Engine {
         if let Some(module) = self.cached_code(name) {
             return Ok(module);
         }
+        // Of many workers that start the same module one compiles, and the others wait
+        // for what comes of it.
+        let lock = self.lock(name);
+        if lock.is_some()
+            && let Some(module) = self.cached_code(name)
+        {
+            return Ok(module);
+        }
         let module = Module::new(&self.inner, bytes).map_err(ProgramError::Compile)?;
         if self.cache.is_some() {
             let code = module.serialize().map_err(ProgramError::Compile)?;
             self.keep(name, &code);
         }
         Ok(module)
+    }
+
+    /// Held while something of this name is made; `None` where there is no lock to be
+    /// had: then it may be made twice.
+    fn lock(&self, name: &str) -> Option<std::fs::File> {
+        let path = self.cache.as_ref()?.folder.join(format!("{name}.lock"));
+        let file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .ok()?;
+        file.lock().ok()?;
+        Some(file)
     }
 
     fn cached_code(&self, name: &str) -> Option<Module> {
@@ -312,6 +347,11 @@ impl std::fmt::Debug for Program {
 }
 
 impl Program {
+    /// The nice value of guests' threads, if it is not their process's.
+    pub(super) fn guest_nice(&self) -> Option<i32> {
+        self.engine.guest_nice
+    }
+
     /// Hash (BLAKE3) of the instrumented module: what frames and machines name.
     pub fn hash(&self) -> &[u8; 32] {
         &self.hash

@@ -1,0 +1,816 @@
+//! Rules of where machines may be. A rule that spans nodes cannot be kept by two nodes
+//! of a round alone: so each has keys in the store, one for each *domain* (a node, or a
+//! value of a label of nodes), with the machines that hold it. Whoever places or moves
+//! a machine reads them, and compares and writes them in the very transaction that
+//! places it: [`Claim`] says which. So a rule holds while no balancer runs, and of two
+//! who race one is refused.
+
+use crate::Name;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+/// Rules that a cluster may have.
+pub const RULES_MAX: usize = 256;
+/// Steps after which the search for a placement that keeps all rules is given up: no
+/// contradiction is claimed then.
+const SEARCH_STEPS_MAX: u32 = 200_000;
+
+/// Labels of a node or a machine.
+pub type Labels = BTreeMap<String, String>;
+
+/// Which machines, or nodes, a rule is about: those that fit all that is given.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Selector {
+    /// Names; `*` at an end stands for anything.
+    pub names: Vec<String>,
+    /// Labels, all of which it must have.
+    pub labels: Labels,
+}
+
+impl Selector {
+    /// Whether it is about this one.
+    pub fn fits(&self, name: &str, labels: &Labels) -> bool {
+        let named = self.names.is_empty() || self.names.iter().any(|it| matches(it, name));
+        let labelled = self
+            .labels
+            .iter()
+            .all(|(key, value)| labels.get(key) == Some(value));
+        named && labelled
+    }
+
+    /// Whether it says nothing, and so would be about everything.
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty() && self.labels.is_empty()
+    }
+}
+
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(begin) => name.starts_with(begin),
+        None => pattern == name,
+    }
+}
+
+impl fmt::Display for Selector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let labels = self
+            .labels
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"));
+        let all: Vec<String> = self.names.iter().cloned().chain(labels).collect();
+        f.write_str(&all.join(" "))
+    }
+}
+
+/// What is counted as one place.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Domain {
+    /// Each node is one.
+    #[default]
+    Node,
+    /// All nodes with the same value of this label; nodes without it are one each.
+    Label(String),
+}
+
+impl Domain {
+    /// The domain of a node, as a part of a key. Two nodes are in one domain exactly if
+    /// these are equal.
+    pub fn of(&self, node: &str, labels: &Labels) -> String {
+        match self {
+            Domain::Node => node.to_owned(),
+            Domain::Label(label) => match labels.get(label) {
+                Some(value) => value.clone(),
+                None => node.to_owned(),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Domain::Node => f.write_str("node"),
+            Domain::Label(label) => f.write_str(label),
+        }
+    }
+}
+
+/// What a rule says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "rule", deny_unknown_fields)]
+pub enum Says {
+    /// All in one domain.
+    Together {
+        /// What is one place.
+        #[serde(default)]
+        per: Domain,
+    },
+    /// At most so many in one domain.
+    Apart {
+        /// What is one place.
+        #[serde(default)]
+        per: Domain,
+        /// How many.
+        #[serde(default = "one")]
+        max: u32,
+    },
+    /// Evenly over domains: counts of any two differ by at most `skew`.
+    Spread {
+        /// What is one place.
+        per: Domain,
+        /// By how much.
+        #[serde(default = "one")]
+        skew: u32,
+    },
+    /// On these nodes only.
+    Pin {
+        /// Which.
+        nodes: Selector,
+    },
+    /// Not on these nodes.
+    Avoid {
+        /// Which.
+        nodes: Selector,
+    },
+    /// Never moved by the balancer.
+    Stay,
+    /// On at most so many nodes at a time: licences that are counted by node.
+    Licence {
+        /// How many.
+        nodes_max: u32,
+    },
+    /// Moved by the balancer at these hours only.
+    Hours {
+        /// First minute of a day (UTC), 0 to 1439.
+        from_minute: u32,
+        /// The minute at which they are over; before `from_minute`, on the next day.
+        to_minute: u32,
+    },
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// A rule.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    /// Its name.
+    pub name: Name,
+    /// The machines that it is about.
+    pub machines: Selector,
+    /// What it says of them.
+    #[serde(flatten)]
+    pub says: Says,
+}
+
+impl fmt::Display for Says {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Says::Together { per } => write!(f, "together on one {per}"),
+            Says::Apart { per, max } => write!(f, "at most {max} on one {per}"),
+            Says::Spread { per, skew } => {
+                write!(f, "spread over every {per}, counts at most {skew} apart")
+            }
+            Says::Pin { nodes } => write!(f, "only on {nodes}"),
+            Says::Avoid { nodes } => write!(f, "not on {nodes}"),
+            Says::Stay => f.write_str("never moved by the balancer"),
+            Says::Licence { nodes_max } => write!(f, "on at most {nodes_max} nodes"),
+            Says::Hours {
+                from_minute,
+                to_minute,
+            } => write!(
+                f,
+                "moved by the balancer from {:02}:{:02} to {:02}:{:02} UTC only",
+                from_minute / 60,
+                from_minute % 60,
+                to_minute / 60,
+                to_minute % 60
+            ),
+        }
+    }
+}
+
+/// A node or a machine as rules see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Thing {
+    /// Its name.
+    pub name: Name,
+    /// Its labels.
+    pub labels: Labels,
+}
+
+/// Which domains of a rule a placement reads and writes: the holders of each.
+pub type Holders = BTreeMap<String, BTreeSet<Name>>;
+
+/// A rule that does not allow something.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Broken {
+    /// The rule.
+    pub rule: Name,
+    /// What it says, and what stands in the way.
+    pub why: String,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rule {:?} does not allow it: {}", &*self.rule, self.why)
+    }
+}
+
+/// What a placement changes of one rule's holders.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// The rule.
+    pub rule: Name,
+    /// Domains whose holders must still be what was read: all that the rule depends on.
+    pub reads: BTreeSet<String>,
+    /// Domains with their holders from then on.
+    pub writes: Holders,
+}
+
+impl Rule {
+    /// Whether its holders are kept in the store.
+    pub fn counts(&self) -> bool {
+        match self.says {
+            Says::Together { .. }
+            | Says::Apart { .. }
+            | Says::Spread { .. }
+            | Says::Licence { .. } => true,
+            Says::Pin { .. } | Says::Avoid { .. } | Says::Stay | Says::Hours { .. } => false,
+        }
+    }
+
+    /// What is one place for it.
+    pub fn per(&self) -> &Domain {
+        match &self.says {
+            Says::Together { per } | Says::Apart { per, .. } | Says::Spread { per, .. } => per,
+            _ => &Domain::Node,
+        }
+    }
+
+    /// Whether it is about a machine.
+    pub fn is_about(&self, machine: &Thing) -> bool {
+        self.machines.fits(&machine.name, &machine.labels)
+    }
+
+    fn broken(&self, why: String) -> Broken {
+        Broken {
+            rule: self.name.clone(),
+            why: format!("{} ({})", self.says, why),
+        }
+    }
+
+    /// What it takes to place a machine on a node: `None` if this rule is about others,
+    /// or asks for nothing. `holders` are those of all its domains, of machines that are
+    /// live; `domains` are all there are (of nodes that are alive).
+    ///
+    /// # Errors
+    /// [`Broken`] if the rule does not allow it.
+    pub fn claim(
+        &self,
+        machine: &Thing,
+        node: &Thing,
+        holders: &Holders,
+        domains: &BTreeSet<String>,
+    ) -> Result<Option<Claim>, Broken> {
+        if !self.is_about(machine) {
+            return Ok(None);
+        }
+        let name = &machine.name;
+        match &self.says {
+            Says::Pin { nodes } if !nodes.fits(&node.name, &node.labels) => {
+                return Err(self.broken(format!("{} is not one of them", node.name)));
+            }
+            Says::Avoid { nodes } if nodes.fits(&node.name, &node.labels) => {
+                return Err(self.broken(format!("{} is one of them", node.name)));
+            }
+            _ if !self.counts() => return Ok(None),
+            _ => {}
+        }
+        let target = self.per().of(&node.name, &node.labels);
+        let before: Vec<&String> = holders
+            .iter()
+            .filter(|(_, machines)| machines.contains(name))
+            .map(|(domain, _)| domain)
+            .collect();
+        if before == [&target] {
+            return Ok(None);
+        }
+        let mut after = holders.clone();
+        for machines in after.values_mut() {
+            machines.remove(name);
+        }
+        after
+            .entry(target.clone())
+            .or_default()
+            .insert(name.clone());
+        self.check_counts(&target, &after, domains)?;
+        let mut writes = Holders::new();
+        for domain in before.into_iter().chain([&target]) {
+            let machines = after.get(domain).cloned().unwrap_or_default();
+            writes.insert(domain.clone(), machines);
+        }
+        // An apart rule depends on the target's domain only; the others on all.
+        let reads = match self.says {
+            Says::Apart { .. } => writes.keys().cloned().collect(),
+            _ => {
+                let all = holders.keys().chain(domains).chain([&target]);
+                all.cloned().collect()
+            }
+        };
+        Ok(Some(Claim {
+            rule: self.name.clone(),
+            reads,
+            writes,
+        }))
+    }
+
+    fn check_counts(
+        &self,
+        target: &str,
+        after: &Holders,
+        domains: &BTreeSet<String>,
+    ) -> Result<(), Broken> {
+        let count = |domain: &str| after.get(domain).map_or(0, BTreeSet::len);
+        let used = after
+            .values()
+            .filter(|machines| !machines.is_empty())
+            .count();
+        match &self.says {
+            Says::Together { per } if used > 1 => {
+                let elsewhere = after
+                    .iter()
+                    .find(|(domain, machines)| domain.as_str() != target && !machines.is_empty());
+                let elsewhere = elsewhere.map_or("", |(domain, _)| domain.as_str());
+                Err(self.broken(format!("others are on {per} {elsewhere}")))
+            }
+            Says::Apart { per, max } if count(target) > *max as usize => {
+                Err(self.broken(format!("{per} {target} has {} already", count(target) - 1)))
+            }
+            Says::Spread { per, skew } => {
+                let least = domains
+                    .iter()
+                    .map(|domain| count(domain))
+                    .min()
+                    .unwrap_or(0);
+                if count(target) > least + *skew as usize {
+                    return Err(self.broken(format!(
+                        "{per} {target} would have {}, another one has {least}",
+                        count(target)
+                    )));
+                }
+                Ok(())
+            }
+            Says::Licence { nodes_max } if used > *nodes_max as usize => {
+                Err(self.broken(format!("{nodes_max} are in use already")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Why the balancer may not move a machine of its own accord at this minute of the
+    /// day (UTC), if it may not.
+    pub fn forbids_moving(&self, machine: &Thing, minute: u32) -> Option<Broken> {
+        if !self.is_about(machine) {
+            return None;
+        }
+        match self.says {
+            Says::Stay => Some(self.broken("as it says".into())),
+            Says::Hours {
+                from_minute,
+                to_minute,
+            } => {
+                let within = if from_minute <= to_minute {
+                    (from_minute..to_minute).contains(&minute)
+                } else {
+                    minute >= from_minute || minute < to_minute
+                };
+                let now = format!("it is {:02}:{:02}", minute / 60, minute % 60);
+                (!within).then(|| self.broken(now))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it makes sense by itself.
+    ///
+    /// # Errors
+    /// A sentence that says what does not.
+    pub fn check(&self) -> Result<(), String> {
+        let said = |what: &str| Err(format!("rule {:?}: {what}", &*self.name));
+        if self.machines.is_empty() {
+            return said("it names no machines (machines.names or machines.labels)");
+        }
+        match &self.says {
+            Says::Apart { max: 0, .. } => said("max = 0 would forbid its machines everywhere"),
+            Says::Spread { skew: 0, .. } => {
+                said("skew = 0 cannot be kept while machines are placed one by one")
+            }
+            Says::Licence { nodes_max: 0 } => {
+                said("nodes_max = 0 would forbid its machines everywhere")
+            }
+            Says::Pin { nodes } | Says::Avoid { nodes } if nodes.is_empty() => {
+                said("it names no nodes (nodes.names or nodes.labels)")
+            }
+            Says::Hours {
+                from_minute,
+                to_minute,
+            } if *from_minute >= 1440 || *to_minute >= 1440 => said("a day has minutes 0 to 1439"),
+            Says::Hours {
+                from_minute,
+                to_minute,
+            } if from_minute == to_minute => said("these hours have no length"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The holders of all rules, as a placement of all machines has them.
+pub fn holders_of(
+    rules: &[Rule],
+    placed: &[(Thing, Name)],
+    nodes: &[Thing],
+) -> BTreeMap<Name, Holders> {
+    let mut all = BTreeMap::new();
+    for rule in rules.iter().filter(|rule| rule.counts()) {
+        let holders: &mut Holders = all.entry(rule.name.clone()).or_default();
+        for (machine, node) in placed.iter().filter(|(machine, _)| rule.is_about(machine)) {
+            let labels = nodes
+                .iter()
+                .find(|it| it.name == *node)
+                .map(|it| &it.labels);
+            let domain = rule.per().of(node, labels.unwrap_or(&Labels::new()));
+            holders
+                .entry(domain)
+                .or_default()
+                .insert(machine.name.clone());
+        }
+    }
+    all
+}
+
+/// The machines that must move so that every rule holds again, each with the rule that
+/// it breaks: as few as that takes for each rule by itself. Every node finds the same.
+pub fn broken_by(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> Vec<(Name, Broken)> {
+    let all = holders_of(rules, placed, nodes);
+    let none = Holders::new();
+    let mut found: Vec<(Name, Broken)> = Vec::new();
+    for rule in rules {
+        let held = all.get(&rule.name).unwrap_or(&none);
+        for (machine, why) in rule.breakers(held, placed, nodes) {
+            if !found.iter().any(|(known, _)| *known == machine) {
+                found.push((machine, rule.broken(why)));
+            }
+        }
+    }
+    found
+}
+
+impl Rule {
+    /// Machines that break this rule where they are.
+    fn breakers(
+        &self,
+        held: &Holders,
+        placed: &[(Thing, Name)],
+        nodes: &[Thing],
+    ) -> Vec<(Name, String)> {
+        // The last ones of a domain, by name, that are too many for it.
+        let beyond = |domain: &str, machines: &BTreeSet<Name>, most: usize| {
+            let why = format!("{} {domain} has {}", self.per(), machines.len());
+            let many = machines.iter().skip(most);
+            many.map(|it| (it.clone(), why.clone())).collect::<Vec<_>>()
+        };
+        match &self.says {
+            Says::Apart { max, .. } => held
+                .iter()
+                .flat_map(|(domain, machines)| beyond(domain, machines, *max as usize))
+                .collect(),
+            Says::Together { .. } => by_size(held)
+                .skip(1)
+                .flat_map(|(d, m)| beyond(d, m, 0))
+                .collect(),
+            Says::Licence { nodes_max } => by_size(held)
+                .skip(*nodes_max as usize)
+                .flat_map(|(domain, machines)| beyond(domain, machines, 0))
+                .collect(),
+            Says::Spread { per, skew } => {
+                let domains: BTreeSet<String> = nodes
+                    .iter()
+                    .map(|node| per.of(&node.name, &node.labels))
+                    .collect();
+                let count = |domain: &String| held.get(domain).map_or(0, BTreeSet::len);
+                let least = domains.iter().map(count).min().unwrap_or(0);
+                held.iter()
+                    .filter(|(_, machines)| machines.len() > least + *skew as usize)
+                    .flat_map(|(domain, machines)| beyond(domain, machines, machines.len() - 1))
+                    .collect()
+            }
+            Says::Pin { .. } | Says::Avoid { .. } => placed
+                .iter()
+                .filter_map(|(machine, at)| {
+                    let node = nodes.iter().find(|it| it.name == *at)?;
+                    let broken = self.claim(machine, node, held, &BTreeSet::new()).err()?;
+                    Some((machine.name.clone(), broken.why))
+                })
+                .collect(),
+            Says::Stay | Says::Hours { .. } => Vec::new(),
+        }
+    }
+}
+
+/// Domains that have machines, those with the most first.
+fn by_size(held: &Holders) -> impl Iterator<Item = (&String, &BTreeSet<Name>)> {
+    let mut used: Vec<_> = held.iter().filter(|(_, it)| !it.is_empty()).collect();
+    used.sort_by_key(|(domain, machines)| (std::cmp::Reverse(machines.len()), *domain));
+    used.into_iter()
+}
+
+/// A set of rules that cannot be kept together with these machines and nodes, none of
+/// which could be left out: the smallest conflict that is found by leaving rules out
+/// one by one. `None` if all can be kept, or the search was given up.
+pub fn conflict(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<Vec<Name>> {
+    if can_be_kept(rules, machines, nodes) != Some(false) {
+        return None;
+    }
+    let mut needed: Vec<Rule> = rules.to_vec();
+    let mut at = 0;
+    while at < needed.len() {
+        let mut fewer = needed.clone();
+        fewer.remove(at);
+        if can_be_kept(&fewer, machines, nodes) == Some(false) {
+            needed = fewer;
+        } else {
+            at += 1;
+        }
+    }
+    Some(needed.into_iter().map(|rule| rule.name).collect())
+}
+
+/// Whether some placement keeps all rules; `None` if the search was given up.
+fn can_be_kept(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<bool> {
+    let about: Vec<&Thing> = machines
+        .iter()
+        .filter(|machine| rules.iter().any(|rule| rule.is_about(machine)))
+        .collect();
+    let mut steps = SEARCH_STEPS_MAX;
+    let mut placed = Vec::with_capacity(about.len());
+    search(rules, &about, nodes, &mut placed, &mut steps)
+}
+
+fn search(
+    rules: &[Rule],
+    left: &[&Thing],
+    nodes: &[Thing],
+    placed: &mut Vec<(Thing, Name)>,
+    steps: &mut u32,
+) -> Option<bool> {
+    let Some((machine, rest)) = left.split_first() else {
+        return Some(spread_is_kept(rules, placed, nodes));
+    };
+    let holders = holders_of(rules, placed, nodes);
+    for node in nodes {
+        *steps = steps.checked_sub(1)?;
+        let allowed = rules.iter().all(|rule| {
+            // On the way a spread may be uneven: it is looked at when all are placed.
+            if matches!(rule.says, Says::Spread { .. }) {
+                return true;
+            }
+            let none = Holders::new();
+            let held = holders.get(&rule.name).unwrap_or(&none);
+            rule.claim(machine, node, held, &BTreeSet::new()).is_ok()
+        });
+        if !allowed {
+            continue;
+        }
+        placed.push(((*machine).clone(), node.name.clone()));
+        let kept = search(rules, rest, nodes, placed, steps);
+        placed.pop();
+        if kept != Some(false) {
+            return kept;
+        }
+    }
+    Some(false)
+}
+
+fn spread_is_kept(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> bool {
+    let holders = holders_of(rules, placed, nodes);
+    rules.iter().all(|rule| {
+        let Says::Spread { per, skew } = &rule.says else {
+            return true;
+        };
+        let domains: BTreeSet<String> = nodes
+            .iter()
+            .map(|node| per.of(&node.name, &node.labels))
+            .collect();
+        let held = &holders[&rule.name];
+        let counts = domains
+            .iter()
+            .map(|it| held.get(it).map_or(0, BTreeSet::len));
+        let (least, most) = counts.fold((usize::MAX, 0), |(least, most), count| {
+            (least.min(count), most.max(count))
+        });
+        most.saturating_sub(least) <= *skew as usize
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn thing(name: &str, labels: &[(&str, &str)]) -> Thing {
+        Thing {
+            name: name.into(),
+            labels: labels
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+                .collect(),
+        }
+    }
+
+    fn rule(name: &str, machines: &str, says: Says) -> Rule {
+        Rule {
+            name: name.into(),
+            machines: Selector {
+                names: vec![machines.to_owned()],
+                labels: Labels::new(),
+            },
+            says,
+        }
+    }
+
+    fn named(node: &str) -> Selector {
+        Selector {
+            names: vec![node.to_owned()],
+            labels: Labels::new(),
+        }
+    }
+
+    fn holders(all: &[(&str, &[&str])]) -> Holders {
+        let set = |names: &[&str]| names.iter().map(|name| Name::from(*name)).collect();
+        all.iter()
+            .map(|(domain, names)| ((*domain).to_owned(), set(names)))
+            .collect()
+    }
+
+    fn domains(all: &[&str]) -> BTreeSet<String> {
+        all.iter().map(|it| (*it).to_owned()).collect()
+    }
+
+    #[test]
+    fn apart_is_kept_by_domain() {
+        let zone = Domain::Label("zone".into());
+        let apart = rule("ha", "web-*", Says::Apart { per: zone, max: 1 });
+        let (a, b) = (thing("a", &[("zone", "x")]), thing("b", &[("zone", "y")]));
+        let held = holders(&[("x", &["web-1"])]);
+        let web = thing("web-2", &[]);
+        let broken = apart
+            .claim(&web, &a, &held, &domains(&["x", "y"]))
+            .unwrap_err();
+        assert!(broken.why.contains("zone x has 1 already"), "{broken}");
+        let claim = apart
+            .claim(&web, &b, &held, &domains(&["x", "y"]))
+            .unwrap()
+            .unwrap();
+        assert_eq!(claim.writes, holders(&[("y", &["web-2"])]));
+        assert_eq!(claim.reads, domains(&["y"]));
+        // Where it is already nothing changes; others are not meant.
+        let there = apart.claim(&thing("web-1", &[]), &a, &held, &domains(&["x"]));
+        assert_eq!(there, Ok(None));
+        let other = apart.claim(&thing("db", &[]), &a, &held, &domains(&["x"]));
+        assert_eq!(other, Ok(None));
+        // A move frees what it leaves.
+        let moved = apart.claim(&thing("web-1", &[]), &b, &held, &domains(&["x", "y"]));
+        let moved = moved.unwrap().unwrap();
+        assert_eq!(moved.writes, holders(&[("x", &[]), ("y", &["web-1"])]));
+    }
+
+    #[test]
+    fn each_rule_says_why() {
+        let (a, b) = (thing("a", &[]), thing("b", &[]));
+        let held = holders(&[("a", &["m1", "m2"]), ("b", &["m3"])]);
+        let all = domains(&["a", "b", "c"]);
+        let m = thing("m4", &[]);
+        let why = |says: Says, node: &Thing| {
+            let rule = rule("r", "m*", says);
+            rule.check().unwrap();
+            rule.claim(&m, node, &held, &all).map_err(|it| it.why)
+        };
+        let together = Says::Together { per: Domain::Node };
+        assert!(
+            why(together, &a)
+                .unwrap_err()
+                .contains("others are on node b")
+        );
+        let spread = Says::Spread {
+            per: Domain::Node,
+            skew: 1,
+        };
+        assert!(
+            why(spread.clone(), &a)
+                .unwrap_err()
+                .contains("would have 3")
+        );
+        assert!(why(spread, &thing("c", &[])).is_ok());
+        let licence = Says::Licence { nodes_max: 2 };
+        assert!(why(licence.clone(), &b).is_ok());
+        assert!(
+            why(licence, &thing("c", &[]))
+                .unwrap_err()
+                .contains("2 are in use")
+        );
+        assert!(why(Says::Pin { nodes: named("b") }, &a).is_err());
+        assert_eq!(why(Says::Pin { nodes: named("a") }, &a), Ok(None));
+        assert!(why(Says::Avoid { nodes: named("a") }, &a).is_err());
+        assert_eq!(why(Says::Stay, &a), Ok(None));
+    }
+
+    #[test]
+    fn hours_may_pass_midnight() {
+        let night = Says::Hours {
+            from_minute: 22 * 60,
+            to_minute: 6 * 60,
+        };
+        let night = rule("night", "*", night);
+        let machine = thing("m", &[]);
+        assert!(night.forbids_moving(&machine, 23 * 60).is_none());
+        assert!(night.forbids_moving(&machine, 0).is_none());
+        let noon = night.forbids_moving(&machine, 12 * 60).unwrap();
+        assert!(noon.why.contains("22:00 to 06:00") && noon.why.contains("it is 12:00"));
+        assert!(
+            rule("s", "m", Says::Stay)
+                .forbids_moving(&machine, 0)
+                .is_some()
+        );
+    }
+
+    #[test]
+    fn the_smallest_conflict_is_named() {
+        let nodes = [thing("a", &[]), thing("b", &[]), thing("c", &[])];
+        let machines: Vec<Thing> = ["m1", "m2"].iter().map(|it| thing(it, &[])).collect();
+        let per = Domain::Node;
+        let apart = rule("apart", "m*", Says::Apart { per, max: 1 });
+        let pin = rule("pin", "m*", Says::Pin { nodes: named("a") });
+        let harmless = rule("harmless", "m1", Says::Avoid { nodes: named("c") });
+        let rules = [harmless.clone(), apart.clone(), pin.clone()];
+        let found = conflict(&rules, &machines, &nodes).unwrap();
+        assert_eq!(found, [apart.name.clone(), pin.name]);
+        assert_eq!(
+            conflict(&[harmless, apart.clone()], &machines, &nodes),
+            None
+        );
+        // Four that are to be apart on three nodes: one rule is enough.
+        let four: Vec<Thing> = (1..=4).map(|it| thing(&format!("m{it}"), &[])).collect();
+        assert_eq!(
+            conflict(std::slice::from_ref(&apart), &four, &nodes),
+            Some(vec![apart.name])
+        );
+    }
+
+    #[test]
+    fn a_broken_rule_is_repaired_by_the_fewest_moves() {
+        let nodes = [thing("a", &[]), thing("b", &[]), thing("c", &[])];
+        let placed: Vec<(Thing, Name)> = [("m1", "a"), ("m2", "a"), ("m3", "a"), ("m4", "b")]
+            .iter()
+            .map(|(machine, node)| (thing(machine, &[]), (*node).into()))
+            .collect();
+        let movers = |says: Says| {
+            let found = broken_by(&[rule("r", "m*", says)], &placed, &nodes);
+            let names = found.into_iter().map(|(machine, _)| machine.to_string());
+            names.collect::<Vec<_>>()
+        };
+        let per = Domain::Node;
+        let apart = |max| Says::Apart {
+            per: Domain::Node,
+            max,
+        };
+        assert_eq!(movers(apart(1)), ["m2", "m3"]);
+        assert_eq!(movers(apart(3)), [""; 0]);
+        assert_eq!(movers(Says::Together { per: per.clone() }), ["m4"]);
+        assert_eq!(movers(Says::Licence { nodes_max: 1 }), ["m4"]);
+        assert_eq!(movers(Says::Spread { per, skew: 1 }), ["m3"]);
+        assert_eq!(movers(Says::Pin { nodes: named("a") }), ["m4"]);
+        assert_eq!(movers(Says::Avoid { nodes: named("b") }), ["m4"]);
+    }
+
+    #[test]
+    fn nonsense_is_refused_and_toml_is_read() {
+        let nobody = Rule {
+            machines: Selector::default(),
+            ..rule("r", "m", Says::Stay)
+        };
+        assert!(nobody.check().unwrap_err().contains("names no machines"));
+        let per = Domain::Node;
+        assert!(rule("r", "m", Says::Apart { per, max: 0 }).check().is_err());
+        let text = "name = \"ha\"\nrule = \"apart\"\nper = { label = \"zone\" }\n\
+                    [machines]\nlabels = { app = \"web\" }\n";
+        let read: Rule = toml::from_str(text).unwrap();
+        let per = Domain::Label("zone".into());
+        assert_eq!(read.says, Says::Apart { per, max: 1 });
+        assert!(read.is_about(&thing("x", &[("app", "web")])));
+        assert!(!read.is_about(&thing("x", &[("app", "db")])));
+    }
+}

@@ -1,0 +1,157 @@
+//! `keel rule` and `keel label`: where machines may be.
+
+use crate::cluster::Reach;
+use crate::output::{self, Format};
+use anyhow::{Context, Result, bail};
+use hyper::Method;
+use keel_api::{LabelRequest, RulesInfo};
+use keel_balance::rules::{Labels, Rule};
+use serde::Deserialize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(clap::Subcommand)]
+pub(crate) enum RuleCommand {
+    /// Lists the rules, and the machines that break one where they are.
+    Ls,
+    /// Adds rules, or changes those of their names.
+    ///
+    /// In a TOML file, one [[rule]] each:
+    ///
+    ///   [[rule]]
+    ///   name = "web-apart"
+    ///   rule = "apart"            # together, apart, spread, pin, avoid, stay, licence, hours
+    ///   per = { label = "zone" }  # or "node", the default
+    ///   max = 1
+    ///   machines.names = ["web-*"]
+    ///
+    /// together: all in one place (per). apart: at most `max` in one place. spread: counts
+    /// of places at most `skew` apart. pin, avoid: only on, not on `nodes.names`,
+    /// `nodes.labels`. stay: never moved by the balancer. licence: on at most `nodes_max`
+    /// nodes. hours: moved by the balancer from `from_minute` to `to_minute` of a day (UTC)
+    /// only.
+    #[command(verbatim_doc_comment)]
+    Set {
+        /// The file.
+        #[arg(short, long)]
+        file: PathBuf,
+    },
+    /// Removes rules.
+    Rm {
+        /// Their names.
+        #[arg(required = true)]
+        rules: Vec<String>,
+    },
+}
+
+#[derive(clap::Args)]
+pub(crate) struct LabelArgs {
+    /// The machine, or with --node the node.
+    name: String,
+    /// It is a node's name.
+    #[arg(long)]
+    node: bool,
+    /// Labels to set; KEY= removes one. Without, they are shown.
+    #[arg(value_name = "KEY=VALUE")]
+    labels: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RuleFile {
+    rule: Vec<Rule>,
+}
+
+pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode> {
+    let client = reach.client()?;
+    match command {
+        RuleCommand::Ls => {
+            let info: RulesInfo = client.get("/v1/rules").await?;
+            if reach.format() == Format::Json {
+                println!("{}", serde_json::to_string_pretty(&info)?);
+                return Ok(ExitCode::SUCCESS);
+            }
+            output::list(
+                reach.format(),
+                &info.rules,
+                &["name", "machines", "says", "held by"],
+                |rule| rule.name.to_string(),
+                |rule| {
+                    vec![
+                        rule.name.to_string(),
+                        rule.machines.to_string(),
+                        rule.says.to_string(),
+                        held(&info, rule),
+                    ]
+                },
+            )?;
+            for (machine, broken) in &info.broken {
+                eprintln!(
+                    "keel: {machine} breaks rule {:?}: {}",
+                    &*broken.rule, broken.why
+                );
+            }
+        }
+        RuleCommand::Set { file } => {
+            let shown = file.display();
+            let text = std::fs::read_to_string(&file).with_context(|| shown.to_string())?;
+            let rules: RuleFile = toml::from_str(&text).with_context(|| shown.to_string())?;
+            if rules.rule.is_empty() {
+                bail!("{shown} has no [[rule]]");
+            }
+            // All or none, as far as they are wrong by themselves.
+            for rule in &rules.rule {
+                rule.check()
+                    .map_err(|error| anyhow::anyhow!("{shown}: {error}"))?;
+            }
+            for rule in &rules.rule {
+                let _: serde_json::Value = client.post("/v1/rules", rule).await?;
+                println!("{}", rule.name);
+            }
+        }
+        RuleCommand::Rm { rules } => {
+            for rule in rules {
+                let path = format!("/v1/rules/{rule}");
+                let _: serde_json::Value = client
+                    .call(Method::DELETE, &path, bytes::Bytes::new())
+                    .await?;
+                println!("{rule}");
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Which places of a rule have which machines.
+fn held(info: &RulesInfo, rule: &Rule) -> String {
+    let Some(holders) = info.holders.get(&rule.name) else {
+        return String::new();
+    };
+    let places = holders.iter().filter(|(_, machines)| !machines.is_empty());
+    let places = places.map(|(place, machines)| {
+        let machines: Vec<&str> = machines.iter().map(|it| &**it).collect();
+        format!("{place}: {}", machines.join(" "))
+    });
+    places.collect::<Vec<_>>().join("; ")
+}
+
+pub(crate) async fn label(reach: &Reach, args: &LabelArgs) -> Result<ExitCode> {
+    let mut labels = Labels::new();
+    for label in &args.labels {
+        let (key, value) = label
+            .split_once('=')
+            .with_context(|| format!("{label:?} is no KEY=VALUE (KEY= removes one)"))?;
+        labels.insert(key.to_owned(), value.to_owned());
+    }
+    let request = LabelRequest {
+        node: args.node,
+        name: args.name.clone(),
+        labels,
+    };
+    let labels: Labels = reach.client()?.post("/v1/labels", &request).await?;
+    output::one(reach.format(), &labels, &args.name, |labels| {
+        let shown = labels.iter().map(|(key, value)| format!("{key}={value}"));
+        shown.collect::<Vec<_>>().join(" ")
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

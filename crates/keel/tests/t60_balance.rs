@@ -1,0 +1,362 @@
+//! Clusters of real processes that balance themselves. Each node has a CPU quota of its
+//! own (a control group); where there can be none, these tests say so and fail.
+
+use keel_api::{BalanceInfo, LedgerInfo, MachineInfo, WhyNot};
+use keel_balance::ledger::Decision;
+use keel_testkit::{Guest, LocalCluster, wait_for};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+
+fn guest(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
+    std::fs::read(path).expect("a prebuilt guest")
+}
+
+/// One at a time: they measure processors.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+async fn start(folder: &Path, nodes: &[(&str, f64)]) -> LocalCluster {
+    LocalCluster::start_balancing(Path::new(KEEL), folder, nodes)
+        .await
+        .expect("a cluster whose nodes have quotas")
+}
+
+/// Starts so many machines that never rest on one node.
+async fn burn(cluster: &LocalCluster, node: &str, count: usize) {
+    let module = guest("spinner");
+    for number in 0..count {
+        let name = format!("burn-{number}");
+        let mut burner = Guest::new(&name, node, &module, &["0", "20000000"]);
+        burner.memory_bytes = 64 << 20;
+        cluster.run(&burner).await.expect("it starts");
+    }
+}
+
+async fn machines(cluster: &LocalCluster) -> Vec<MachineInfo> {
+    let machines = cluster.client("a").get("/v1/machines").await;
+    machines.expect("the machines")
+}
+
+/// How many machines each node has.
+async fn spread(cluster: &LocalCluster) -> BTreeMap<String, usize> {
+    let mut spread = BTreeMap::new();
+    for machine in machines(cluster).await {
+        assert_eq!(machine.exit_code, None, "{machine:?}");
+        *spread.entry(machine.node).or_default() += 1;
+    }
+    spread
+}
+
+async fn ledger(cluster: &LocalCluster) -> LedgerInfo {
+    let ledger = cluster.client("a").get("/v1/ledger?limit=10000").await;
+    ledger.expect("the ledger")
+}
+
+async fn moves(cluster: &LocalCluster) -> usize {
+    let mut moves = 0;
+    for machine in machines(cluster).await {
+        moves += machine.moves.len();
+    }
+    moves
+}
+
+fn keel(cluster: &LocalCluster, args: &[&str]) -> String {
+    let output = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(cluster.folder("a"))
+        .args(args)
+        .output()
+        .expect("keel runs");
+    assert!(output.status.success(), "{args:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hot_node_cures_itself_and_says_why() {
+    let _alone = ALONE.lock().await;
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = start(folder.path(), &[("a", 0.4), ("b", 0.4), ("c", 0.4)]).await;
+    burn(&cluster, "a", 12).await;
+    let begun = Instant::now();
+    let even = BTreeMap::from([("a".into(), 4), ("b".into(), 4), ("c".into(), 4)]);
+    let level = wait_for("four machines on each node", || async {
+        (spread(&cluster).await == even).then_some(())
+    });
+    if let Err(error) = level.await {
+        panic!("{error}; {}", keel(&cluster, &["ledger"]));
+    }
+    let took = begun.elapsed();
+    // The last move's report comes when its source has forgotten the machine.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let made = moves(&cluster).await;
+    println!("level after {took:?} with {made} moves");
+    assert!(made <= 10, "{made} moves; {}", keel(&cluster, &["ledger"]));
+    // And then nothing moves any more.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert_eq!(
+        moves(&cluster).await,
+        made,
+        "{}",
+        keel(&cluster, &["ledger"])
+    );
+    assert_eq!(spread(&cluster).await, even);
+
+    // Every move is explained, by what was seen.
+    let told = ledger(&cluster).await;
+    assert!(told.silent.is_empty());
+    let decided: Vec<&Decision> = told
+        .lines
+        .iter()
+        .map(|line| &line.decision)
+        .filter(|it| matches!(it, Decision::Move { .. }))
+        .collect();
+    assert!(decided.len() >= made);
+    for decision in decided {
+        let Decision::Move {
+            here,
+            there,
+            considered,
+            machine,
+            ..
+        } = decision
+        else {
+            continue;
+        };
+        assert!(here.load > there.load && here.pressed, "{decision}");
+        assert_eq!(considered[0].machine, *machine);
+        assert!((here.capacity.cores - 0.4).abs() < 0.01, "{here:?}");
+    }
+    let moved = machines(&cluster).await;
+    let moved = moved.iter().find(|it| it.node != "a").expect("one moved");
+    let why = keel(&cluster, &["why", &moved.name]);
+    assert!(
+        why.contains("moves to") && why.contains("levels the two nodes best"),
+        "{why}"
+    );
+    let path = format!("/v1/machines/{}/why-not?to=a", moved.name);
+    let why_not: WhyNot = cluster.client("a").get(&path).await.expect("a reason");
+    assert!(why_not.explained.stay.is_some(), "{why_not:?}");
+    let said = keel(&cluster, &["why-not", &moved.name, "--to", "a"]);
+    assert!(said.contains("nothing goes from"), "{said}");
+    let loads: BalanceInfo = cluster.client("b").get("/v1/balance").await.expect("loads");
+    assert_eq!(loads.nodes.len(), 3);
+    assert!(keel(&cluster, &["balance"]).contains("automatic"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unlike_nodes_end_level_in_relative_load() {
+    let _alone = ALONE.lock().await;
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = start(folder.path(), &[("a", 0.2), ("b", 0.4), ("c", 0.8)]).await;
+    burn(&cluster, "a", 14).await;
+    let level = wait_for("machines as the nodes' quotas", || async {
+        let spread = spread(&cluster).await;
+        let of = |node: &str| spread.get(node).copied().unwrap_or(0);
+        ((of("a"), of("b"), of("c")) == (2, 4, 8)).then_some(())
+    });
+    if let Err(error) = level.await {
+        panic!(
+            "{error}; {:?}\n{}",
+            spread(&cluster).await,
+            keel(&cluster, &["ledger"])
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_only_suggested_waits_for_a_person() {
+    let _alone = ALONE.lock().await;
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = start(folder.path(), &[("a", 0.5), ("b", 0.5)]).await;
+    cluster
+        .set_policy("mode", "confirm")
+        .await
+        .expect("a policy");
+    burn(&cluster, "a", 4).await;
+    let proposed = wait_for("a proposal", || async {
+        let loads: BalanceInfo = cluster.client("b").get("/v1/balance").await.ok()?;
+        let proposals = loads.nodes.into_iter().flat_map(|node| node.proposals);
+        proposals.into_iter().next()
+    });
+    let (machine, target) = proposed.await.expect("a proposal");
+    assert_eq!(&*target, "b");
+    assert_eq!(moves(&cluster).await, 0);
+    assert!(keel(&cluster, &["balance"]).contains(&format!("proposed: {machine}")));
+    keel(&cluster, &["balance", "confirm", &machine]);
+    wait_for("the confirmed move", || async {
+        let info = cluster.inspect("a", &machine).await.ok()?;
+        (info.node == "b").then_some(())
+    })
+    .await
+    .expect("it moves");
+    let refused = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(cluster.folder("a"))
+        .args(["balance", "confirm", "burn-nobody"])
+        .output()
+        .expect("keel runs");
+    assert!(!refused.status.success());
+    let bad = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(cluster.folder("a"))
+        .args(["balance", "policy", "margn=1"])
+        .output()
+        .expect("keel runs");
+    assert!(
+        String::from_utf8_lossy(&bad.stderr).contains("\"margin\""),
+        "{bad:?}"
+    );
+}
+
+/// Starts a machine that counts slowly, and does next to nothing.
+async fn quiet(cluster: &LocalCluster, name: &str, node: &str) -> anyhow::Result<MachineInfo> {
+    let module = guest("counter");
+    cluster
+        .run(&Guest::new(name, node, &module, &["1000000", "50"]))
+        .await
+}
+
+fn try_keel(cluster: &LocalCluster, args: &[&str]) -> (bool, String) {
+    let output = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(cluster.folder("a"))
+        .args(args)
+        .output()
+        .expect("keel runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.success(), said)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_hold_for_everyone_and_are_repaired() {
+    let _alone = ALONE.lock().await;
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let names = ["a", "b", "c"];
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &names)
+        .await
+        .expect("a cluster");
+    let set = |text: &str| {
+        let file = folder.path().join("rules.toml");
+        std::fs::write(&file, text).unwrap();
+        try_keel(&cluster, &["rule", "set", "-f", file.to_str().unwrap()])
+    };
+    for (node, zone) in [("a", "x"), ("b", "x"), ("c", "y")] {
+        keel(
+            &cluster,
+            &["label", "--node", node, &format!("zone={zone}")],
+        );
+    }
+    let apart = "[[rule]]\nname = \"web-apart\"\nrule = \"apart\"\n\
+                 per = { label = \"zone\" }\nmachines.names = [\"web-*\"]\n";
+    assert_eq!(set(apart), (true, String::new()));
+
+    // Placement and moves keep to it, whoever asks.
+    quiet(&cluster, "web-1", "a")
+        .await
+        .expect("it is the first");
+    let refused = quiet(&cluster, "web-2", "b").await.unwrap_err().to_string();
+    assert!(
+        refused.contains("web-apart") && refused.contains("zone x has 1"),
+        "{refused}"
+    );
+    quiet(&cluster, "web-2", "c")
+        .await
+        .expect("it is alone there");
+    let (moved, said) = try_keel(&cluster, &["move", "web-2", "--to", "b"]);
+    assert!(!moved && said.contains("web-apart"), "{said}");
+    let within = cluster
+        .move_machine("a", "web-1", "b")
+        .await
+        .expect("a report");
+    assert!(
+        matches!(within.ending, keel_machine::moves::Ending::Moved),
+        "{}",
+        within.line()
+    );
+    let shown = keel(&cluster, &["rule", "ls"]);
+    assert!(
+        shown.contains("x: web-1") && shown.contains("y: web-2"),
+        "{shown}"
+    );
+
+    // What cannot be kept is refused, with the rules that are in each other's way.
+    let pinned = "[[rule]]\nname = \"web-pin\"\nrule = \"pin\"\n\
+                  machines.names = [\"web-*\"]\nnodes.labels = { zone = \"x\" }\n";
+    let (taken, said) = set(pinned);
+    assert!(!taken && said.contains("web-apart, web-pin"), "{said}");
+    let (taken, said) = set("[[rule]]\nname = \"r\"\nrule = \"stay\"\n[rule.machines]\n");
+    assert!(!taken && said.contains("names no machines"), "{said}");
+
+    // A rule that is broken when it is set is repaired, where balancing may act.
+    cluster
+        .set_policy("mode", "automatic")
+        .await
+        .expect("a policy");
+    quiet(&cluster, "db-1", "a").await.expect("it starts");
+    quiet(&cluster, "db-2", "a").await.expect("it starts");
+    let alone = "[[rule]]\nname = \"db-apart\"\nrule = \"apart\"\nmachines.names = [\"db-*\"]\n";
+    assert_eq!(set(alone), (true, String::new()));
+    wait_for("one of them moves away", || async {
+        let (one, other) = (
+            cluster.inspect("a", "db-1").await.ok()?,
+            cluster.inspect("a", "db-2").await.ok()?,
+        );
+        (one.node == "a" && other.node != "a" && other.status == "running").then_some(())
+    })
+    .await
+    .expect("the rule is repaired");
+    let why = keel(&cluster, &["ledger", "db-2"]);
+    assert!(why.contains("because it breaks rule \"db-apart\""), "{why}");
+    let info = cluster.inspect("a", "db-1").await.expect("it is there");
+    assert!(info.moves.is_empty(), "the fewest moves");
+    keel(&cluster, &["rule", "rm", "db-apart", "web-apart"]);
+    assert!(!try_keel(&cluster, &["rule", "rm", "nobody"]).0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_who_race_for_a_rule_one_is_refused() {
+    let _alone = ALONE.lock().await;
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b", "c"])
+        .await
+        .expect("a cluster");
+    let file = folder.path().join("rules.toml");
+    let alone = "[[rule]]\nname = \"apart\"\nrule = \"apart\"\nmachines.names = [\"m-*\"]\n";
+    std::fs::write(&file, alone).unwrap();
+    keel(&cluster, &["rule", "set", "-f", file.to_str().unwrap()]);
+    quiet(&cluster, "m-1", "a").await.expect("it starts");
+    quiet(&cluster, "m-2", "b").await.expect("it starts");
+    for _ in 0..6 {
+        let (one, other) = tokio::join!(
+            cluster.move_machine("a", "m-1", "c"),
+            cluster.move_machine("b", "m-2", "c"),
+        );
+        let moved = |report: &anyhow::Result<keel_machine::moves::MoveReport>| {
+            let moved = report.as_ref().map(|it| it.ending.clone());
+            matches!(moved, Ok(keel_machine::moves::Ending::Moved))
+        };
+        assert!(
+            !(moved(&one) && moved(&other)),
+            "both are on c: {one:?} {other:?}"
+        );
+        let mut nodes: Vec<String> = Vec::new();
+        for machine in ["m-1", "m-2"] {
+            let info = cluster.inspect("a", machine).await.expect("it is there");
+            nodes.push(info.node.clone());
+            // Back to where it began, for the next time.
+            let home = if machine == "m-1" { "a" } else { "b" };
+            if info.node != home {
+                let back = cluster
+                    .move_machine("a", machine, home)
+                    .await
+                    .expect("a report");
+                assert!(moved(&Ok(back)));
+            }
+        }
+        assert_ne!(nodes[0], nodes[1], "at no revision both");
+    }
+}

@@ -1,0 +1,84 @@
+//! Pressure stall information (PSI): for how long something of a group stood still for
+//! want of CPU, memory or disks. Kept by version 2 groups, with or without
+//! controllers, and for the whole host.
+
+use super::group::{Folder, Group};
+use super::layout::Version;
+use super::slice::Slice;
+use std::path::Path;
+
+/// Microseconds in which some task of a group stood still, counted up; `None` where
+/// the kernel does not say.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pressure {
+    /// For want of a core.
+    pub cpu_micros: Option<u64>,
+    /// For want of memory.
+    pub memory_micros: Option<u64>,
+    /// For want of a disk.
+    pub io_micros: Option<u64>,
+}
+
+impl Pressure {
+    /// That of the host.
+    pub fn of_host() -> Self {
+        let total = |what: &str| total(&Path::new("/proc/pressure").join(what));
+        Pressure {
+            cpu_micros: total("cpu"),
+            memory_micros: total("memory"),
+            io_micros: total("io"),
+        }
+    }
+
+    fn of(folders: &[Folder]) -> Self {
+        let unified = folders.iter().find(|it| it.version == Version::V2);
+        let total = |what: &str| total(&unified?.path.join(what));
+        Pressure {
+            cpu_micros: total("cpu.pressure"),
+            memory_micros: total("memory.pressure"),
+            io_micros: total("io.pressure"),
+        }
+    }
+}
+
+impl Group {
+    /// That of one worker.
+    pub fn pressure(&self) -> Pressure {
+        Pressure::of(&self.folders)
+    }
+}
+
+impl Slice {
+    /// That of all machines of a node together.
+    pub fn pressure(&self) -> Pressure {
+        Pressure::of(&self.folders)
+    }
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=1026347`
+fn total(path: &Path) -> Option<u64> {
+    parse(&std::fs::read_to_string(path).ok()?)
+}
+
+fn parse(text: &str) -> Option<u64> {
+    let some = text.lines().find(|line| line.starts_with("some "))?;
+    let total = some
+        .split_whitespace()
+        .find_map(|it| it.strip_prefix("total="));
+    total?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+
+    #[test]
+    fn the_total_of_some_is_taken() {
+        let text = "some avg10=0.00 avg60=1.50 avg300=0.00 total=1026347\n\
+                    full avg10=0.00 avg60=0.00 avg300=0.00 total=848813\n";
+        assert_eq!(parse(text), Some(1_026_347));
+        for broken in ["", "full total=3", "some avg10=0", "some total=x"] {
+            assert_eq!(parse(broken), None);
+        }
+    }
+}

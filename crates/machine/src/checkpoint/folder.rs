@@ -1,0 +1,281 @@
+//! Packs in a directory of the host: written and read past its page cache, as
+//! nobody reads a pack again soon. Copying a machine's memory into the cache
+//! would cost more than the disk does, and push out what other programs have
+//! there. File systems that cannot do that are written through the cache.
+//!
+//! Names and what is behind them are as `object_store` has them, which reads and
+//! lists them: a file has its name only when its bytes are on the disk, and
+//! `NAME#DIGITS` before, which is in no list. The folder's own entries are synced
+//! once, by whoever makes the manifest.
+
+use keel_net::Bytes;
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::{Deref, DerefMut, Range};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Addresses, offsets and lengths are multiples of it past the page cache: no
+/// disk wants more.
+const ALIGN: usize = 4096;
+
+/// Bytes whose first one has an address that disks can write from.
+#[derive(Default)]
+pub(super) struct Aligned {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Aligned {
+    /// Makes it at least so long; of what it had, the first `kept` bytes stay.
+    pub(super) fn grow(&mut self, length: usize, kept: usize) {
+        if self.len() >= length {
+            return;
+        }
+        let mut bytes = vec![0; length + ALIGN];
+        // (By its contract this may know no answer: then nothing is aligned, and
+        // the page cache is used.)
+        let start = bytes.as_ptr().align_offset(ALIGN).min(ALIGN);
+        bytes[start..start + kept].copy_from_slice(&self[..kept]);
+        *self = Aligned { bytes, start };
+    }
+}
+
+impl Deref for Aligned {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+}
+
+impl DerefMut for Aligned {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..]
+    }
+}
+
+/// A file, past the page cache or through it.
+struct Direct {
+    file: File,
+    is_direct: bool,
+}
+
+impl Direct {
+    fn new(file: File) -> Self {
+        let mut file = Direct {
+            file,
+            is_direct: false,
+        };
+        file.is_direct = file.switch(true).is_ok();
+        file
+    }
+
+    fn switch(&self, is_direct: bool) -> io::Result<()> {
+        let mut flags = fcntl_getfl(&self.file)?;
+        flags.set(OFlags::DIRECT, is_direct);
+        Ok(fcntl_setfl(&self.file, flags)?)
+    }
+
+    /// Goes on through the page cache if it was past it.
+    fn fall_back(&mut self, error: io::Error) -> io::Result<()> {
+        if !self.is_direct || error.raw_os_error() != Some(libc::EINVAL) {
+            return Err(error);
+        }
+        self.switch(false)?;
+        self.is_direct = false;
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let whole = if self.is_direct && bytes.as_ptr().align_offset(ALIGN) == 0 {
+            bytes.len() - bytes.len() % ALIGN
+        } else {
+            0
+        };
+        let mut at = 0;
+        while at < bytes.len() {
+            if self.is_direct && at >= whole {
+                self.switch(false)?;
+                self.is_direct = false;
+            }
+            let end = if self.is_direct { whole } else { bytes.len() };
+            match self.file.write_at(&bytes[at..end], at as u64) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => at += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => self.fall_back(error)?,
+            }
+            // A write that was cut short may have ended anywhere.
+            if self.is_direct && at % ALIGN != 0 {
+                self.switch(false)?;
+                self.is_direct = false;
+            }
+        }
+        self.file.sync_data()
+    }
+}
+
+/// Writes a file as a whole; its bytes are on the disk then. Blocking.
+///
+/// # Errors
+/// The host's, with the file's name; nothing is left then.
+pub(super) fn write(path: &Path, bytes: &Bytes) -> io::Result<()> {
+    let mut staged = path.as_os_str().to_owned();
+    staged.push(format!("#{}", rand::random::<u32>()));
+    let staged = PathBuf::from(staged);
+    let named =
+        |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let open = || {
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).open(&staged)
+    };
+    let file = match open() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            make_parents(path).and_then(|()| open())
+        }
+        other => other,
+    };
+    let written = Direct::new(file.map_err(named)?).write(bytes);
+    let written = written.and_then(|()| std::fs::rename(&staged, path));
+    written.map_err(|error| {
+        // What is left of it is in no list.
+        let _ = std::fs::remove_file(&staged);
+        named(error)
+    })
+}
+
+/// Makes the folders above a path, to stay.
+fn make_parents(path: &Path) -> io::Result<()> {
+    let Some(folder) = path.parent() else {
+        return Ok(());
+    };
+    let first_there = folder.ancestors().find(|folder| folder.is_dir());
+    std::fs::create_dir_all(folder)?;
+    for folder in folder.ancestors() {
+        sync(folder)?;
+        if first_there.is_some_and(|there| folder == there) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Puts a folder's entries on the disk. Blocking.
+///
+/// # Errors
+/// The host's.
+pub(super) fn sync(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// Reads a file block by block.
+pub(super) struct Reader {
+    file: Direct,
+    room: Aligned,
+}
+
+impl Reader {
+    pub(super) fn new(file: File) -> Self {
+        Reader {
+            file: Direct::new(file),
+            room: Aligned::default(),
+        }
+    }
+
+    /// Reads a range; it begins at a multiple of [`ALIGN`] for the way past the
+    /// page cache.
+    ///
+    /// # Errors
+    /// The host's; [`io::ErrorKind::UnexpectedEof`] where the file is shorter.
+    pub(super) fn read(&mut self, range: Range<u64>) -> io::Result<&[u8]> {
+        let length = (range.end - range.start) as usize;
+        let whole = length.next_multiple_of(ALIGN);
+        self.room.grow(whole, 0);
+        let mut at = 0;
+        while at < length {
+            let room = &mut self.room[at..whole];
+            match self.file.file.read_at(room, range.start + at as u64) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => at += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => self.file.fall_back(error)?,
+            }
+        }
+        Ok(&self.room[..length])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(count: usize) -> Vec<u8> {
+        (0..count).map(|at| (at * 7 + at / 999) as u8).collect()
+    }
+
+    /// Lengths around the alignment, from addresses that have it and others.
+    #[test]
+    fn comes_back_whatever_its_length_and_address() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b/pack");
+        for length in [0, 1, ALIGN - 1, ALIGN, ALIGN + 1, 5 * ALIGN, (1 << 20) + 77] {
+            for shift in [0, 1, 512] {
+                let mut room = Aligned::default();
+                room.grow(shift + length, 0);
+                room[shift..shift + length].copy_from_slice(&bytes(length));
+                let written = Bytes::copy_from_slice(&room[shift..shift + length]);
+                write(&path, &written).unwrap();
+                let mut file = Direct::new(File::create(folder.path().join("c")).unwrap());
+                file.write(&room[shift..shift + length]).unwrap();
+                for path in [&path, &folder.path().join("c")] {
+                    assert_eq!(std::fs::read(path).unwrap(), bytes(length));
+                    let mut reader = Reader::new(File::open(path).unwrap());
+                    let read = reader.read(0..length as u64).unwrap();
+                    assert_eq!(read, bytes(length));
+                    let cut = reader.read(0..length as u64 + 1);
+                    assert_eq!(cut.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+                }
+            }
+        }
+        // Nothing else is left.
+        let names = std::fs::read_dir(path.parent().unwrap()).unwrap();
+        assert_eq!(names.count(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_read_past_the_cache_is_read_through_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pack");
+        write(&path, &Bytes::from(bytes(10 * ALIGN))).unwrap();
+        let mut reader = Reader::new(File::open(&path).unwrap());
+        // No file system reads from such an offset past it.
+        let read = reader.read(3..3 + ALIGN as u64).unwrap();
+        assert_eq!(read, &bytes(10 * ALIGN)[3..3 + ALIGN]);
+        let read = reader.read(ALIGN as u64..2 * ALIGN as u64).unwrap();
+        assert_eq!(read, &bytes(10 * ALIGN)[ALIGN..2 * ALIGN]);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        // Its name is taken by something that no file can replace.
+        let path = folder.path().join("pack");
+        std::fs::create_dir_all(path.join("in it")).unwrap();
+        let error = write(&path, &Bytes::from(bytes(10))).unwrap_err();
+        assert!(error.to_string().contains("pack: "), "{error}");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn growing_keeps_what_was_there() {
+        let mut room = Aligned::default();
+        room.grow(10, 0);
+        room[..10].copy_from_slice(&bytes(10));
+        room.grow(3 << 20, 10);
+        assert_eq!(room[..10], bytes(10));
+        assert_eq!(room.as_ptr().align_offset(ALIGN), 0);
+        assert!(room.len() >= 3 << 20);
+    }
+}

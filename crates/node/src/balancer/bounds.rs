@@ -1,0 +1,123 @@
+//! Rules as rounds see them: from what was followed, never by asking. The transaction
+//! of the move itself decides; this keeps what it would refuse from being tried, and
+//! finds machines that break a rule where they are.
+
+use super::placements::Placements;
+use crate::rules::Book;
+use keel_balance::Name;
+use keel_balance::round::Bounds;
+use keel_balance::rules::{Broken, Holders, Thing, broken_by, holders_of};
+use keel_balance::select::Bound;
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The rules, followed.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Followed(Arc<Mutex<Book>>);
+
+impl Followed {
+    pub(super) fn change(&self, change: impl FnOnce(&mut Book)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn book(&self) -> Book {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+/// Rules, nodes and machines of one instant.
+pub(super) struct Snapshot {
+    book: Book,
+    placed: Vec<(Thing, Name)>,
+    nodes: Vec<Thing>,
+    /// Minute of the day, UTC.
+    minute: u32,
+    holders: OnceCell<BTreeMap<Name, Holders>>,
+}
+
+impl Snapshot {
+    pub(super) fn new(
+        followed: &Followed,
+        placements: &Placements,
+        nodes: &[Name],
+        now_unix_ms: u64,
+    ) -> Self {
+        let book = followed.book();
+        // Where there are no rules nothing needs to be known.
+        let (placed, nodes) = if book.rules.is_empty() {
+            (Vec::new(), Vec::new())
+        } else {
+            let placed = placements.live().into_iter();
+            (
+                placed
+                    .map(|(machine, node)| (book.machine(&machine), node))
+                    .collect(),
+                nodes.iter().map(|node| book.node(node)).collect(),
+            )
+        };
+        Snapshot {
+            book,
+            placed,
+            nodes,
+            minute: (now_unix_ms / 60_000 % 1440) as u32,
+            holders: OnceCell::new(),
+        }
+    }
+
+    /// Machines of a node that break a rule where they are.
+    pub(super) fn broken_on(&self, node: &str) -> Vec<(Name, Broken)> {
+        if self.book.rules.is_empty() {
+            return Vec::new();
+        }
+        let here = |machine: &Name| {
+            let mut placed = self.placed.iter();
+            placed.any(|(it, at)| it.name == *machine && **at == *node)
+        };
+        let mut broken = broken_by(&self.book.rules, &self.placed, &self.nodes);
+        broken.retain(|(machine, _)| here(machine));
+        broken
+    }
+
+    /// The rule that does not allow a machine on a node.
+    pub(super) fn forbids(&self, machine: &Name, target: &Name) -> Option<Broken> {
+        let thing = self.book.machine(machine);
+        let node = self.book.node(target);
+        let none = Holders::new();
+        for rule in self.book.rules.iter().filter(|it| it.is_about(&thing)) {
+            let holders = self
+                .holders
+                .get_or_init(|| holders_of(&self.book.rules, &self.placed, &self.nodes));
+            let held = holders.get(&rule.name).unwrap_or(&none);
+            let domains: BTreeSet<String> = self
+                .nodes
+                .iter()
+                .map(|it| rule.per().of(&it.name, &it.labels))
+                .collect();
+            if let Err(broken) = rule.claim(&thing, &node, held, &domains) {
+                return Some(broken);
+            }
+        }
+        None
+    }
+}
+
+impl Bounds for Snapshot {
+    fn bound(&self, machine: &Name, target: &Name) -> Option<Bound> {
+        if self.book.rules.is_empty() {
+            return None;
+        }
+        let thing = self.book.machine(machine);
+        let mut rules = self.book.rules.iter();
+        let forbidden = rules
+            .find_map(|rule| rule.forbids_moving(&thing, self.minute))
+            .or_else(|| self.forbids(machine, target));
+        forbidden.map(|broken| Bound::Rule {
+            rule: broken.rule,
+            says: broken.why,
+        })
+    }
+}

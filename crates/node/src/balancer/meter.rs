@@ -1,0 +1,411 @@
+//! Measures this node: what its machines demand, and what it can give. Reads `/proc`
+//! and control groups; the kernel's counters rise, and differences of two readings
+//! are rates.
+//!
+//! Of a machine's process only guest threads count as its demand: those that copy it
+//! away do so for the node. A thread's demand is the time that it ran and the time
+//! that it waited for a core (`/proc/PID/task/TID/schedstat`), also where a quota
+//! around the node made it wait. A machine's own limit holds its threads asleep, so
+//! what it holds back is in neither.
+
+use crate::state_dir::StateDir;
+use crate::workers::Workers;
+use keel_balance::load::{Capacity, Factors};
+use keel_cluster::MachineName;
+use keel_machine::cgroup::{Budget, Group, Pressure};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What disks carry where nothing else is known, in bytes a second.
+const IO_BYTES_PER_S: f64 = 1e9;
+/// Readings that are nearer than this tell nothing.
+const APART_S_MIN: f64 = 0.05;
+
+/// What was measured.
+#[derive(Debug, Clone)]
+pub(super) struct Measured {
+    /// What the node can give.
+    pub(super) capacity: Capacity,
+    /// What others than machines use.
+    pub(super) base: Factors,
+    /// Each process of a machine here, whether the machine runs here or not.
+    pub(super) machines: HashMap<MachineName, Factors>,
+    /// Shares of time waited, by machines.
+    pub(super) cpu_pressure: f64,
+    pub(super) stall_pressure: f64,
+}
+
+/// Counters of one thread.
+#[derive(Debug, Default, Clone, Copy)]
+struct Thread {
+    is_guest: bool,
+    /// Nanoseconds run, and of guests waited for a core too. What the node itself does
+    /// does not weigh more because it waits: a compiling thread of low priority would
+    /// else count for a core.
+    nanos: u64,
+    /// Whether it ran, or waited for a core, when it was looked at.
+    runnable: bool,
+    /// How often it went to sleep.
+    rests: u64,
+}
+
+/// Counters of one process.
+#[derive(Debug, Default, Clone)]
+struct Counters {
+    threads: HashMap<u32, Thread>,
+    io_bytes: u64,
+    /// Microseconds stood still for memory and disks.
+    stalled_micros: u64,
+}
+
+/// Counters of the whole host, in ticks of all cores.
+#[derive(Debug, Default, Clone, Copy)]
+struct Host {
+    busy: u64,
+    stolen: u64,
+    all: u64,
+}
+
+/// Reads and remembers.
+pub(super) struct Meter {
+    dir: StateDir,
+    previous: HashMap<u32, Counters>,
+    own: Counters,
+    host: Host,
+    pressure: Pressure,
+    at: Option<Instant>,
+}
+
+impl Meter {
+    pub(super) fn new(dir: StateDir) -> Self {
+        Meter {
+            dir,
+            previous: HashMap::new(),
+            own: Counters::default(),
+            host: Host::default(),
+            pressure: Pressure::default(),
+            at: None,
+        }
+    }
+
+    /// What happened since the last call; `None` the first time.
+    pub(super) fn measure(&mut self, workers: &Workers, speed: f64) -> Option<Measured> {
+        let now = Instant::now();
+        let seconds = self.at.map(|at| now.duration_since(at).as_secs_f64());
+        if seconds.is_some_and(|seconds| seconds < APART_S_MIN) {
+            return None;
+        }
+        self.at = Some(now);
+        let budget = Budget::read();
+        let host = read_host();
+        let own = read_process(Path::new("/proc/self"), None);
+        let pressure = pressure(workers, &budget);
+        let mut counters = HashMap::new();
+        let mut machines = HashMap::new();
+        let mut helpers = Factors::default();
+        let mut memory_bytes = 0u64;
+        for (machine, pid) in workers.processes() {
+            let process = PathBuf::from(format!("/proc/{pid}"));
+            let group = Group::load(&self.dir.worker(&machine));
+            let now = read_process(&process, group.as_ref());
+            let resident = resident_bytes(&process);
+            memory_bytes = memory_bytes.saturating_add(resident);
+            if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
+                let (guest, other) = rates(before, &now, seconds);
+                helpers.cpu_cores += other.cpu_cores;
+                let factors = Factors {
+                    memory_bytes: resident,
+                    ..guest
+                };
+                machines.insert(machine, factors);
+            }
+            counters.insert(pid, now);
+        }
+        let measured = seconds.map(|seconds| {
+            let own_rates = rates(&self.own, &own, seconds);
+            let own_cores = own_rates.0.cpu_cores + own_rates.1.cpu_cores;
+            let guests: f64 = machines.values().map(|it: &Factors| it.cpu_cores).sum();
+            let cores_of_host = cores_of_host();
+            let host_share = host_shares(&self.host, &host);
+            // A node that is bounded shares with nobody what it is bounded to.
+            let (cores, others) = match budget.cores {
+                Some(cores) => (cores.min(cores_of_host), 0.0),
+                None => {
+                    let ours = own_cores + helpers.cpu_cores + guests;
+                    let busy = host_share.0 * cores_of_host;
+                    let stolen = host_share.1 * cores_of_host;
+                    (cores_of_host - stolen, (busy - ours).max(0.0))
+                }
+            };
+            let (capacity_bytes, base_bytes) = memory(&budget, memory_bytes);
+            Measured {
+                capacity: Capacity {
+                    cores: cores.max(0.01),
+                    speed,
+                    memory_bytes: capacity_bytes,
+                    io_bytes_per_s: IO_BYTES_PER_S,
+                },
+                base: Factors {
+                    cpu_cores: own_cores + helpers.cpu_cores + others,
+                    memory_bytes: base_bytes,
+                    ..Factors::default()
+                },
+                machines,
+                cpu_pressure: share(self.pressure.cpu_micros, pressure.cpu_micros, seconds),
+                stall_pressure: share(self.pressure.memory_micros, pressure.memory_micros, seconds)
+                    .max(share(self.pressure.io_micros, pressure.io_micros, seconds)),
+            }
+        });
+        self.previous = counters;
+        self.own = own;
+        self.host = host;
+        self.pressure = pressure;
+        measured
+    }
+}
+
+/// That of this node's machines; where the kernel keeps it for no group, that of the
+/// host, if the host is the node's alone.
+fn pressure(workers: &Workers, budget: &Budget) -> Pressure {
+    let own = workers.slice().pressure();
+    if own.cpu_micros.is_some() || budget.cores.is_some() {
+        return own;
+    }
+    Pressure::of_host()
+}
+
+fn share(before: Option<u64>, now: Option<u64>, seconds: f64) -> f64 {
+    match (before, now) {
+        (Some(before), Some(now)) => {
+            (now.saturating_sub(before) as f64 / 1e6 / seconds).clamp(0.0, 1.0)
+        }
+        _ => 0.0,
+    }
+}
+
+/// Rates of guests' threads, and of the others.
+fn rates(before: &Counters, now: &Counters, seconds: f64) -> (Factors, Factors) {
+    let (mut guest, mut other) = (Factors::default(), Factors::default());
+    for (tid, thread) in &now.threads {
+        let earlier = before.threads.get(tid);
+        let since = earlier.map_or(0, |it| it.nanos);
+        let cores = thread.nanos.saturating_sub(since) as f64 / 1e9 / seconds;
+        let never_rested =
+            earlier.is_some_and(|it| it.runnable && thread.runnable && it.rests == thread.rests);
+        if !thread.is_guest {
+            other.cpu_cores += cores;
+        } else if never_rested {
+            // Exactly one: the kernel counts waiting only once it is over.
+            guest.cpu_cores += 1.0;
+            guest.cpu_bound_cores += 1.0;
+        } else if earlier.is_some() {
+            guest.cpu_cores += cores;
+        } else {
+            // Of a thread that is younger than the last reading all counts: no more than
+            // there was time for.
+            guest.cpu_cores += cores.min(1.0);
+        }
+    }
+    guest.io_bytes_per_s = now.io_bytes.saturating_sub(before.io_bytes) as f64 / seconds;
+    let stalled = now.stalled_micros.saturating_sub(before.stalled_micros);
+    guest.stalled = (stalled as f64 / 1e6 / seconds).clamp(0.0, 1.0);
+    (guest, other)
+}
+
+fn read_process(process: &Path, group: Option<&Group>) -> Counters {
+    let mut counters = Counters::default();
+    let tasks = std::fs::read_dir(process.join("task"));
+    for task in tasks.into_iter().flatten().flatten() {
+        let path = task.path();
+        let tid = task.file_name().to_str().and_then(|tid| tid.parse().ok());
+        // A thread may end while it is looked at.
+        let (Some(tid), Ok(stat)) = (tid, std::fs::read_to_string(path.join("schedstat"))) else {
+            continue;
+        };
+        let (Some((ran, waited)), Ok(status)) = (
+            ran_and_waited_nanos(&stat),
+            std::fs::read_to_string(path.join("status")),
+        ) else {
+            continue;
+        };
+        let word = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap_or_default().trim()
+        };
+        let is_guest = word("Name:").starts_with("guest-");
+        let thread = Thread {
+            is_guest,
+            nanos: if is_guest {
+                ran.saturating_add(waited)
+            } else {
+                ran
+            },
+            runnable: word("State:").starts_with('R'),
+            rests: field(&status, "voluntary_ctxt_switches:"),
+        };
+        counters.threads.insert(tid, thread);
+    }
+    if let Ok(io) = std::fs::read_to_string(process.join("io")) {
+        counters.io_bytes = field(&io, "read_bytes:") + field(&io, "write_bytes:");
+    }
+    if let Some(group) = group {
+        let pressure = group.pressure();
+        let stalled = [pressure.memory_micros, pressure.io_micros];
+        counters.stalled_micros = stalled.into_iter().flatten().max().unwrap_or(0);
+    }
+    counters
+}
+
+/// Nanoseconds run and waited: `RUN WAITED SLICES`.
+fn ran_and_waited_nanos(schedstat: &str) -> Option<(u64, u64)> {
+    let mut words = schedstat.split_whitespace();
+    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+}
+
+fn field(text: &str, name: &str) -> u64 {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+fn resident_bytes(process: &Path) -> u64 {
+    let statm = std::fs::read_to_string(process.join("statm")).unwrap_or_default();
+    let pages: u64 = statm
+        .split_whitespace()
+        .nth(1)
+        .and_then(|pages| pages.parse().ok())
+        .unwrap_or(0);
+    pages.saturating_mul(rustix::param::page_size() as u64)
+}
+
+fn cores_of_host() -> f64 {
+    std::thread::available_parallelism().map_or(1.0, |cores| cores.get() as f64)
+}
+
+fn read_host() -> Host {
+    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    parse_host(&text).unwrap_or_default()
+}
+
+/// `cpu  user nice system idle iowait irq softirq steal guest guest_nice`
+fn parse_host(text: &str) -> Option<Host> {
+    let line = text.lines().find(|line| line.starts_with("cpu "))?;
+    let ticks: Vec<u64> = line
+        .split_whitespace()
+        .skip(1)
+        .map_while(|word| word.parse().ok())
+        .collect();
+    // What guests of KVM ran is in `user` already.
+    let all: u64 = ticks.iter().take(8).sum();
+    let idle = ticks.get(3)? + ticks.get(4)?;
+    let stolen = ticks.get(7).copied().unwrap_or(0);
+    Some(Host {
+        busy: all - idle - stolen,
+        stolen,
+        all,
+    })
+}
+
+/// Shares of all cores' time that were busy, and stolen by the host of this host.
+fn host_shares(before: &Host, now: &Host) -> (f64, f64) {
+    let all = now.all.saturating_sub(before.all);
+    if all == 0 {
+        return (0.0, 0.0);
+    }
+    let share = |before: u64, now: u64| now.saturating_sub(before) as f64 / all as f64;
+    (
+        share(before.busy, now.busy),
+        share(before.stolen, now.stolen),
+    )
+}
+
+/// Memory that the node has, and what of it others than machines occupy.
+fn memory(budget: &Budget, machines_bytes: u64) -> (u64, u64) {
+    let total = crate::agent::memory_bytes();
+    match budget.memory_bytes {
+        Some(limit) if limit < total => (limit, resident_bytes(Path::new("/proc/self"))),
+        _ => {
+            let used = total.saturating_sub(crate::agent::memory_available_bytes());
+            (total, used.saturating_sub(machines_bytes))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn thread(is_guest: bool, nanos: u64, rests: u64) -> Thread {
+        Thread {
+            is_guest,
+            nanos,
+            runnable: true,
+            rests,
+        }
+    }
+
+    fn counters(threads: &[(u32, Thread)]) -> Counters {
+        Counters {
+            threads: threads.iter().copied().collect(),
+            ..Counters::default()
+        }
+    }
+
+    #[test]
+    fn waiting_is_demand_and_copying_is_not_the_guests() {
+        let second = 1_000_000_000;
+        let before = counters(&[
+            (1, thread(true, 5 * second, 7)),
+            (2, thread(false, 0, 0)),
+            (3, thread(true, 0, 0)),
+        ]);
+        let now = counters(&[
+            // Waits since a while, which the kernel has not counted yet.
+            (1, thread(true, 5 * second + second / 3, 7)),
+            (2, thread(false, second / 2, 0)),
+            (3, thread(true, second / 4, 1)),
+            // Began meanwhile.
+            (4, thread(true, second / 4, 0)),
+        ]);
+        let (guest, other) = rates(&before, &now, 1.0);
+        assert_eq!(guest.cpu_cores, 1.5);
+        assert_eq!(guest.cpu_bound_cores, 1.0);
+        assert_eq!(other.cpu_cores, 0.5);
+        assert_eq!(ran_and_waited_nanos("300 700 5\n"), Some((300, 700)));
+        assert_eq!(ran_and_waited_nanos(""), None);
+    }
+
+    #[test]
+    fn a_thread_that_burns_here_is_seen_to() {
+        let burner = std::thread::Builder::new()
+            .name("guest-1".into())
+            .spawn(|| {
+                let end = Instant::now() + std::time::Duration::from_millis(400);
+                while Instant::now() < end {
+                    std::hint::spin_loop();
+                }
+            })
+            .unwrap();
+        let own = Path::new("/proc/self");
+        let before = read_process(own, None);
+        let at = Instant::now();
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let now = read_process(own, None);
+        let (guest, _) = rates(&before, &now, at.elapsed().as_secs_f64());
+        burner.join().unwrap();
+        // Run or waited for: however busy the host is.
+        assert!(guest.cpu_cores > 0.5, "{guest:?}");
+        assert!(resident_bytes(own) > 1 << 20);
+    }
+
+    #[test]
+    fn the_hosts_counters_are_read() {
+        let before = parse_host("cpu  100 0 100 700 100 0 0 0 0 0\ncpu0 1\n").unwrap();
+        let now = parse_host("cpu  150 0 100 730 100 0 0 20 50 0\n").unwrap();
+        assert_eq!(host_shares(&before, &now), (0.5, 0.2));
+        assert!(parse_host("nothing").is_none());
+        assert_eq!(host_shares(&now, &now), (0.0, 0.0));
+        assert!(read_host().all > 0);
+    }
+}

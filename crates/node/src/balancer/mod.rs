@@ -1,0 +1,639 @@
+//! The balancer of this node: feeds the state machine of `keel-balance` with what is
+//! measured, asked and answered, and carries out what it says.
+//!
+//! - `meter`, `speed`: measuring this node
+//! - `placements`: where all machines are
+//! - `bounds`: what rules allow
+//! - `slots`: how many moves may be under way
+//! - `ledger`: decisions as they are kept
+//! - `ask`: what users and other nodes ask of it
+//!
+//! ```text
+//!   meter thread ──┐
+//!   store's watches┼─▶ events ─▶ Balancer::step ─▶ asks, replies ─▶ other nodes
+//!   other nodes ───┘                            └▶ moves ─▶ `moving`
+//!                                               └▶ decisions ─▶ ledger thread
+//! ```
+
+mod ask;
+mod bounds;
+mod ledger;
+mod meter;
+mod placements;
+mod slots;
+mod speed;
+
+pub(crate) use ask::{answer, change_policy, confirm, gather_ledger, gather_loads, why_not};
+pub(crate) use ledger::{Ledger, Wanted};
+
+use crate::agent::Agent;
+use crate::events::Note;
+use crate::moving::{self, MoveOrder};
+use crate::service::kind as node_kind;
+use bounds::{Followed, Snapshot};
+use keel_api::{EventKind, MoveLine, Urgency};
+use keel_balance::Name;
+use keel_balance::cost::CostModel;
+use keel_balance::ledger::{Decision, Line, Outcome};
+use keel_balance::load::{Factors, MachineSample, NodeSample};
+use keel_balance::policy::{Mode, Policy};
+use keel_balance::round::{Answer, Balancer, Command, Event, Question};
+use keel_balance::rules::Broken;
+use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::{self, Key};
+use keel_cluster::store::{Change, KeyValue, Revision};
+use keel_cluster::{MachineName, NodeName, StoreError};
+use keel_machine::moves::{Ending, MoveReport};
+use keel_machine::worker::control::{pack, unpack};
+use meter::{Measured, Meter};
+use placements::Placements;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
+
+/// How long another node may take to answer.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
+/// Pause before the store is followed anew.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// Pause between two repairs, where one failed too.
+const REPAIR_EVERY: Duration = Duration::from_secs(2);
+/// Pause before a rule that no node can keep is told of again.
+const HELPLESS_EVERY: Duration = Duration::from_secs(60);
+/// How long a repair may take.
+const ARRIVAL_MAX: Duration = Duration::from_secs(3600);
+/// Samples between two tries to tell how fast this node is.
+const CALIBRATE_EVERY: u32 = 30;
+
+/// Looks at the balancer between two of its steps.
+type Look = Box<dyn FnOnce(&Balancer, u64, &Snapshot) + Send>;
+
+/// What comes to the balancer's task.
+enum Input {
+    Event(Event),
+    Measured(Box<Measured>),
+    Asked(Name, Question, oneshot::Sender<Answer>),
+    Look(Look),
+    /// A machine that broke a rule was moved, or was not.
+    RepairOver,
+}
+
+/// What the rest of the agent has of its balancer.
+#[derive(Clone)]
+pub(crate) struct Handle {
+    inputs: UnboundedSender<Input>,
+    ledger: Ledger,
+}
+
+/// The other end of a [`Handle`], until the balancer runs.
+pub(crate) struct Inbox(UnboundedReceiver<Input>);
+
+/// A balancer that does not run yet.
+pub(crate) fn prepare(ledger: Ledger) -> (Handle, Inbox) {
+    let (inputs, inbox) = unbounded_channel();
+    (Handle { inputs, ledger }, Inbox(inbox))
+}
+
+impl Handle {
+    /// This node's ledger.
+    pub(crate) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Answers another node's balancer.
+    pub(crate) async fn answer(
+        &self,
+        peer: &NodeName,
+        question: Question,
+    ) -> Result<Answer, String> {
+        let (reply, answer) = oneshot::channel();
+        let asked = Input::Asked(peer.as_str().into(), question, reply);
+        self.inputs.send(asked).map_err(|_| ENDED.to_owned())?;
+        answer.await.map_err(|_| ENDED.to_owned())
+    }
+
+    async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Balancer, u64, &Snapshot) -> T + Send + 'static,
+    ) -> Result<T, String> {
+        let (reply, answer) = oneshot::channel();
+        let look: Look = Box::new(|balancer, now_ms, snapshot| {
+            // Whoever asked may have gone.
+            let _ = reply.send(look(balancer, now_ms, snapshot));
+        });
+        self.inputs
+            .send(Input::Look(look))
+            .map_err(|_| ENDED.to_owned())?;
+        answer.await.map_err(|_| ENDED.to_owned())
+    }
+
+    fn tell(&self, event: Event) {
+        // It ends with the agent.
+        let _ = self.inputs.send(Input::Event(event));
+    }
+}
+
+const ENDED: &str = "this node's balancer has ended with its agent";
+
+/// Runs until the agent ends.
+pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
+    let placements = Arc::new(Placements::default());
+    let (events, mut told) = unbounded_channel();
+    tokio::spawn(placements::follow(
+        agent.clone(),
+        placements.clone(),
+        events.clone(),
+    ));
+    tokio::spawn(placements::follow_arrivals(agent.clone(), events.clone()));
+    let rules = Followed::default();
+    tokio::spawn(follow_policy(agent.clone(), events.clone()));
+    for prefix in [
+        Key::Rules.to_string(),
+        keys::NODE_LABELS.to_owned(),
+        keys::MACHINE_LABELS.to_owned(),
+    ] {
+        tokio::spawn(follow_rules(agent.clone(), prefix, rules.clone()));
+    }
+    tokio::spawn(follow_peers(agent.clone(), events));
+    let inputs = agent.balancer.inputs.clone();
+    tokio::spawn(async move {
+        while let Some(event) = told.recv().await {
+            if inputs.send(Input::Event(event)).is_err() {
+                return;
+            }
+        }
+    });
+    let sample_ms = Arc::new(AtomicU64::new(Policy::default().sample_ms));
+    if let Err(error) = measure_for_ever(agent, sample_ms.clone()) {
+        tracing::error!(%error, "this node is not measured, and takes no part in balancing");
+    }
+    let seed = rand::random();
+    let task = Task {
+        agent: agent.clone(),
+        placements,
+        balancer: Balancer::new(Policy::default(), 0, CostModel::default(), seed),
+        begun: Instant::now(),
+        replies: HashMap::new(),
+        tickets: 0,
+        peers: Vec::new(),
+        sample_ms,
+        rules,
+        repair_after: Instant::now(),
+    };
+    tokio::spawn(task.run(inbox.0));
+}
+
+/// Measures on a thread of its own: `/proc` may take its time.
+fn measure_for_ever(agent: &Arc<Agent>, sample_ms: Arc<AtomicU64>) -> std::io::Result<()> {
+    let inputs = agent.balancer.inputs.clone();
+    let workers = agent.workers.clone();
+    let mut meter = Meter::new(agent.dir.clone());
+    std::thread::Builder::new()
+        .name("measure".into())
+        .spawn(move || {
+            let mut speed = None;
+            for turn in 0u32.. {
+                if speed.is_none() && turn % CALIBRATE_EVERY == 0 {
+                    speed = speed::calibrate();
+                }
+                let measured = meter.measure(&workers, speed.unwrap_or(1.0));
+                if let Some(measured) = measured
+                    && inputs.send(Input::Measured(Box::new(measured))).is_err()
+                {
+                    return;
+                }
+                let sample_ms = sample_ms.load(Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(sample_ms));
+            }
+        })?;
+    Ok(())
+}
+
+struct Task {
+    agent: Arc<Agent>,
+    placements: Arc<Placements>,
+    balancer: Balancer,
+    begun: Instant,
+    replies: HashMap<u64, oneshot::Sender<Answer>>,
+    tickets: u64,
+    /// Other nodes that are alive.
+    peers: Vec<Name>,
+    /// Milliseconds from one sample to the next, as the policy says.
+    sample_ms: Arc<AtomicU64>,
+    rules: Followed,
+    /// When machines that break rules are looked for again.
+    repair_after: Instant,
+}
+
+impl Task {
+    async fn run(mut self, mut inputs: UnboundedReceiver<Input>) {
+        loop {
+            let now_ms = self.now_ms();
+            let wait = self.balancer.wake_at_ms().saturating_sub(now_ms).min(1000);
+            let input = tokio::time::timeout(Duration::from_millis(wait), inputs.recv()).await;
+            let event = match input {
+                Err(_) => Event::Tick,
+                Ok(None) => return,
+                Ok(Some(Input::Event(event))) => event,
+                Ok(Some(Input::Measured(measured))) => Event::Sample(self.sample(*measured)),
+                Ok(Some(Input::Asked(peer, question, reply))) => {
+                    self.tickets += 1;
+                    self.replies.insert(self.tickets, reply);
+                    Event::Asked {
+                        ticket: self.tickets,
+                        peer,
+                        question,
+                    }
+                }
+                Ok(Some(Input::Look(look))) => {
+                    look(&self.balancer, now_ms, &self.snapshot());
+                    continue;
+                }
+                Ok(Some(Input::RepairOver)) => {
+                    self.repair_after = Instant::now() + REPAIR_EVERY;
+                    continue;
+                }
+            };
+            if let Event::Policy(policy, _) = &event {
+                self.sample_ms.store(policy.sample_ms, Ordering::Relaxed);
+            }
+            if let Event::Peers(peers) = &event {
+                self.peers = peers.iter().cloned().collect();
+            }
+            let snapshot = self.snapshot();
+            if matches!(event, Event::Sample(_)) {
+                self.repair(&snapshot);
+            }
+            let now_ms = self.now_ms();
+            for command in self.balancer.step(event, now_ms, &snapshot) {
+                self.carry_out(command);
+            }
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let own = Name::from(self.agent.name.as_str());
+        let nodes: Vec<Name> = self.peers.iter().cloned().chain([own]).collect();
+        Snapshot::new(&self.rules, &self.placements, &nodes, unix_ms())
+    }
+
+    /// Moves a machine away that breaks a rule here, whatever the loads are.
+    fn repair(&mut self, snapshot: &Snapshot) {
+        if Instant::now() < self.repair_after || self.balancer.policy().0.mode != Mode::Automatic {
+            return;
+        }
+        let here = self.agent.name.as_str();
+        let movable = |machine: &Name| {
+            let placed = self.placements.get(machine);
+            placed.is_some_and(|placed| placed.movable)
+        };
+        let mut broken = snapshot.broken_on(here).into_iter();
+        let Some((machine, broken)) = broken.find(|(machine, _)| movable(machine)) else {
+            return;
+        };
+        let mut targets = self.peers.clone();
+        targets.retain(|target| snapshot.forbids(&machine, target).is_none());
+        let target = match targets.len() {
+            0 => None,
+            count => Some(targets[rand::random_range(0..count)].clone()),
+        };
+        let pause = if target.is_some() {
+            ARRIVAL_MAX
+        } else {
+            HELPLESS_EVERY
+        };
+        self.repair_after = Instant::now() + pause;
+        self.record(Decision::Repair {
+            machine: machine.clone(),
+            target: target.clone(),
+            broken: broken.clone(),
+        });
+        if let Some(target) = target {
+            let agent = self.agent.clone();
+            tokio::spawn(async move { repair_now(&agent, machine, target, broken).await });
+        }
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// What runs here of what was measured: a copy that is not this node's yet, or any
+    /// more, is not its load.
+    fn sample(&self, measured: Measured) -> NodeSample {
+        let mut base = measured.base;
+        let mut machines = Vec::with_capacity(measured.machines.len());
+        for (machine, mut factors) in measured.machines {
+            let placed = self.placements.get(machine.as_str());
+            let Some(placed) = placed.filter(|it| it.live && it.owner == self.agent.name) else {
+                base.cpu_cores += factors.cpu_cores;
+                base.memory_bytes = base.memory_bytes.saturating_add(factors.memory_bytes);
+                continue;
+            };
+            if let Some(most) = placed.cores_max {
+                factors.cpu_cores = factors.cpu_cores.min(most);
+                factors.cpu_bound_cores = factors.cpu_bound_cores.min(most);
+            }
+            machines.push(MachineSample {
+                name: machine.as_str().into(),
+                factors,
+                lasted_ms: 0,
+            });
+        }
+        machines.sort_by(|one, other| one.name.cmp(&other.name));
+        NodeSample {
+            capacity: measured.capacity,
+            base: Factors {
+                cpu_bound_cores: 0.0,
+                ..base
+            },
+            machines,
+            cpu_pressure: measured.cpu_pressure,
+            stall_pressure: measured.stall_pressure,
+        }
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        match command {
+            Command::Ask {
+                round,
+                peer,
+                question,
+            } => {
+                let agent = self.agent.clone();
+                tokio::spawn(async move {
+                    let answer = ask(&agent, &peer, &question).await;
+                    let answer = answer.inspect_err(|error| {
+                        tracing::debug!(%peer, error, "a balancer did not answer");
+                    });
+                    let answer = answer.ok();
+                    agent.balancer.tell(Event::Answered { round, answer });
+                });
+            }
+            Command::Reply { ticket, answer } => {
+                if let Some(reply) = self.replies.remove(&ticket) {
+                    // Whoever asked may have gone.
+                    let _ = reply.send(answer);
+                }
+            }
+            Command::Move { machine, target } => {
+                let agent = self.agent.clone();
+                let movable = self
+                    .placements
+                    .get(&machine)
+                    .is_some_and(|placed| placed.movable);
+                let slots_max = self.balancer.policy().0.moves_at_once(self.peers.len() + 1);
+                tokio::spawn(async move {
+                    let outcome = if movable {
+                        carry_out_move(&agent, &machine, &target, slots_max).await
+                    } else {
+                        Outcome::Stayed {
+                            why: "it does not run just now".into(),
+                        }
+                    };
+                    agent.balancer.tell(Event::MoveEnded { machine, outcome });
+                });
+            }
+            Command::Record(decision) => self.record(*decision),
+            Command::Alert(text) => {
+                tracing::warn!("{text}");
+                let note = Note::node(EventKind::BalanceHelpless, text);
+                self.agent.events.record(note);
+            }
+        }
+    }
+
+    fn record(&self, decision: Decision) {
+        tracing::info!(decision = %decision, "balancer");
+        if let Decision::Move {
+            machine, target, ..
+        } = &decision
+            && let Ok(name) = MachineName::new(machine)
+        {
+            let note = Note::machine(EventKind::BalanceDecided, &name, decision.to_string());
+            self.agent.events.record(note.with("target", target));
+        }
+        let decides = matches!(decision, Decision::Move { .. } | Decision::Stay { .. });
+        let ledger = self.agent.balancer.ledger();
+        ledger.keep(Line {
+            at_unix_ms: unix_ms(),
+            node: ledger.node().clone(),
+            policy: decides.then(|| self.balancer.policy().0.clone()),
+            model: decides.then(|| *self.balancer.model()),
+            decision,
+        });
+    }
+}
+
+/// Moves a machine that breaks a rule where it is.
+async fn repair_now(agent: &Arc<Agent>, machine: Name, target: Name, broken: Broken) {
+    let outcome = match run_move(agent, &machine, &target, Urgency::High).await {
+        Ok(report) => ended(&report),
+        Err(why) => Outcome::Stayed { why },
+    };
+    tracing::info!(%machine, %target, %broken, %outcome, "repair");
+    let ledger = agent.balancer.ledger();
+    ledger.keep(Line {
+        at_unix_ms: unix_ms(),
+        node: ledger.node().clone(),
+        policy: None,
+        model: None,
+        decision: Decision::Ended {
+            machine,
+            target,
+            outcome,
+            load: None,
+        },
+    });
+    // The balancer ends with the agent.
+    let _ = agent.balancer.inputs.send(Input::RepairOver);
+}
+
+/// Asks another node's balancer.
+async fn ask(agent: &Agent, peer: &str, question: &Question) -> Result<Answer, String> {
+    let peer = NodeName::new(peer).map_err(|error| error.to_string())?;
+    let payload = pack(question).map_err(|error| error.to_string())?;
+    let answer = agent
+        .peers
+        .call(&peer, node_kind::BALANCE, payload, ANSWER_PATIENCE)
+        .await
+        .map_err(|error| error.to_string())?;
+    unpack(&answer).map_err(|error| error.to_string())
+}
+
+/// Moves a machine with a token; how it ended.
+async fn carry_out_move(
+    agent: &Arc<Agent>,
+    machine: &str,
+    target: &str,
+    slots_max: u32,
+) -> Outcome {
+    let stayed = |why: String| Outcome::Stayed { why };
+    let slot = match slots::take(agent, slots_max).await {
+        Ok(Some(slot)) => slot,
+        Ok(None) => return Outcome::Capped,
+        Err(error) => return stayed(error.to_string()),
+    };
+    let report = run_move(agent, machine, target, Urgency::Low).await;
+    slots::give_back(agent, slot).await;
+    report.map_or_else(stayed, |report| ended(&report))
+}
+
+fn ended(report: &MoveReport) -> Outcome {
+    match &report.ending {
+        Ending::Moved => Outcome::Moved {
+            duration_ms: report.total_micros as f64 / 1e3,
+            downtime_ms: report.downtime_micros as f64 / 1e3,
+            bytes: report.bytes,
+        },
+        Ending::Stayed { reason } if reason.contains(moving::RACED) => Outcome::Raced {
+            rule: reason.rsplit('"').nth(1).unwrap_or_default().to_owned(),
+        },
+        Ending::Stayed { .. } => Outcome::Stayed { why: report.line() },
+    }
+}
+
+async fn run_move(
+    agent: &Arc<Agent>,
+    machine: &str,
+    target: &str,
+    urgency: Urgency,
+) -> Result<MoveReport, String> {
+    let order = MoveOrder {
+        machine: MachineName::new(machine).map_err(|error| error.to_string())?,
+        target: NodeName::new(target).map_err(|error| error.to_string())?,
+        post_copy: false,
+        checkpoint_to: None,
+        urgency,
+        budget_micros: None,
+    };
+    let mut lines = moving::begin(agent, &order.machine, &order).await?;
+    while let Some(line) = lines.recv().await {
+        match line {
+            MoveLine::Progress(_) => {}
+            MoveLine::Report(report) => return Ok(*report),
+            MoveLine::Error(error) => return Err(error),
+        }
+    }
+    Err("it was cut off".into())
+}
+
+// ── what the store says ─────────────────────────────────────────────────
+
+/// The policy in the store, and its revision; the default one where none was set.
+pub(crate) fn policy_of(entry: Option<&KeyValue>) -> Result<(Policy, Revision), String> {
+    let Some(entry) = entry else {
+        return Ok((Policy::default(), 0));
+    };
+    let policy: Policy = serde_json::from_slice(&entry.value)
+        .map_err(|error| format!("the balancer's policy in the store is damaged: {error}"))?;
+    policy.check().map_err(|error| error.to_string())?;
+    Ok((policy, entry.modified))
+}
+
+async fn follow_policy(agent: Arc<Agent>, events: UnboundedSender<Event>) {
+    let take = |entry: Option<&KeyValue>| match policy_of(entry) {
+        Ok((policy, revision)) => {
+            let _ = events.send(Event::Policy(Box::new(policy), revision));
+        }
+        // That of before goes on.
+        Err(error) => tracing::error!(error),
+    };
+    while !events.is_closed() {
+        let followed: Result<(), StoreError> = async {
+            let prefix = Key::Policy.to_string();
+            let listing = agent.store.list(&prefix).await?;
+            take(listing.entries.first());
+            let mut watch = agent.store.watch(&prefix, listing.revision + 1).await?;
+            while let Some(changes) = watch.next().await {
+                for change in changes?.changes {
+                    match change {
+                        Change::Put(entry) => take(Some(&entry)),
+                        Change::Delete { .. } => take(None),
+                    }
+                }
+            }
+            Ok(())
+        }
+        .await;
+        if let Err(error) = followed {
+            tracing::warn!(%error, "the balancer's policy cannot be followed, trying again");
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+/// Tells the balancer which other nodes are alive.
+async fn follow_peers(agent: Arc<Agent>, events: UnboundedSender<Event>) {
+    while !events.is_closed() {
+        let followed: Result<(), StoreError> = async {
+            let listing = agent.store.list(keys::ALIVE).await?;
+            let node = |key: &str| match key.parse() {
+                Ok(Key::Alive(node)) => Some(node),
+                _ => None,
+            };
+            let entries = listing.entries.iter();
+            let mut alive: BTreeSet<NodeName> =
+                entries.filter_map(|entry| node(&entry.key)).collect();
+            let tell = |alive: &BTreeSet<NodeName>| {
+                let others = alive.iter().filter(|it| **it != agent.name);
+                let peers: Vec<Name> = others.map(|it| it.as_str().into()).collect();
+                let _ = events.send(Event::Peers(peers.into()));
+            };
+            tell(&alive);
+            let mut watch = agent.store.watch(keys::ALIVE, listing.revision + 1).await?;
+            while let Some(changes) = watch.next().await {
+                for change in changes?.changes {
+                    let Some(node) = node(change.key()) else {
+                        continue;
+                    };
+                    match change {
+                        Change::Put(_) => alive.insert(node),
+                        Change::Delete { .. } => alive.remove(&node),
+                    };
+                }
+                tell(&alive);
+            }
+            Ok(())
+        }
+        .await;
+        if let Err(error) = followed {
+            tracing::warn!(%error, "which nodes are alive cannot be followed, trying again");
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+/// Keeps rules and labels as the store has them.
+async fn follow_rules(agent: Arc<Agent>, prefix: String, rules: Followed) {
+    loop {
+        let followed: Result<(), StoreError> = async {
+            let listing = agent.store.list(&prefix).await?;
+            rules.change(|book| {
+                for entry in &listing.entries {
+                    book.take(&entry.key, Some(entry));
+                }
+            });
+            let mut watch = agent.store.watch(&prefix, listing.revision + 1).await?;
+            while let Some(changes) = watch.next().await {
+                let changes = changes?.changes;
+                rules.change(|book| {
+                    for change in &changes {
+                        match change {
+                            Change::Put(entry) => book.take(&entry.key, Some(entry)),
+                            Change::Delete { key } => book.take(key, None),
+                        }
+                    }
+                });
+            }
+            Ok(())
+        }
+        .await;
+        if let Err(error) = followed {
+            tracing::warn!(%error, "the rules cannot be followed, trying again");
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}

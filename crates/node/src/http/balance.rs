@@ -1,0 +1,108 @@
+//! Requests about balancing.
+
+use super::{Failure, Reply, Shared, machine_name};
+use crate::balancer::{self, Wanted};
+use crate::operate::OperateError;
+use crate::rules;
+use axum::Json;
+use axum::extract::{Path, Query, State};
+use keel_api::{
+    BalanceInfo, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest, LedgerInfo, PolicyRequest, RulesInfo,
+    WhyNot,
+};
+use keel_balance::rules::{Labels, Rule};
+use keel_cluster::NodeName;
+use serde::Deserialize;
+
+pub(super) async fn info(State(agent): Shared) -> Reply<BalanceInfo> {
+    Ok(Json(balancer::gather_loads(&agent).await?))
+}
+
+pub(super) async fn change_policy(
+    State(agent): Shared,
+    Json(request): Json<PolicyRequest>,
+) -> Reply<serde_json::Value> {
+    balancer::change_policy(&agent, &request.policy, request.from).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+pub(super) async fn confirm(
+    State(agent): Shared,
+    Path(name): Path<String>,
+) -> Reply<serde_json::Value> {
+    balancer::confirm(&agent, &machine_name(&name)?).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+#[derive(Deserialize)]
+pub(super) struct WhyNotQuery {
+    to: String,
+}
+
+pub(super) async fn why_not(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Query(query): Query<WhyNotQuery>,
+) -> Reply<WhyNot> {
+    let to = NodeName::new(&query.to).map_err(|error| OperateError::Bad(error.to_string()))?;
+    let machine = machine_name(&name)?;
+    Ok(Json(balancer::why_not(&agent, &machine, &to).await?))
+}
+
+#[derive(Deserialize)]
+pub(super) struct LedgerQuery {
+    machine: Option<String>,
+    #[serde(default)]
+    since: u64,
+    #[serde(default)]
+    until: u64,
+    limit: Option<u32>,
+}
+
+pub(super) async fn ledger(
+    State(agent): Shared,
+    Query(query): Query<LedgerQuery>,
+) -> Result<Json<LedgerInfo>, Failure> {
+    let limit = query.limit.unwrap_or(LEDGER_DEFAULT);
+    if !(1..=LEDGER_MAX).contains(&limit) {
+        let what = format!("a limit of {limit} lines: 1 to {LEDGER_MAX} are possible");
+        return Err(OperateError::Bad(what).into());
+    }
+    if let Some(machine) = &query.machine {
+        machine_name(machine)?;
+    }
+    let wanted = Wanted {
+        machine: query.machine,
+        since_unix_ms: query.since,
+        until_unix_ms: query.until,
+        limit,
+    };
+    Ok(Json(balancer::gather_ledger(&agent, &wanted).await))
+}
+
+pub(super) async fn list_rules(State(agent): Shared) -> Reply<RulesInfo> {
+    Ok(Json(rules::list(&agent).await?))
+}
+
+pub(super) async fn put_rule(
+    State(agent): Shared,
+    Json(rule): Json<Rule>,
+) -> Reply<serde_json::Value> {
+    rules::put(&agent, rule).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+pub(super) async fn remove_rule(
+    State(agent): Shared,
+    Path(name): Path<String>,
+) -> Reply<serde_json::Value> {
+    rules::remove(&agent, &name).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+pub(super) async fn label(
+    State(agent): Shared,
+    Json(request): Json<LabelRequest>,
+) -> Reply<Labels> {
+    Ok(Json(rules::label(&agent, &request).await?))
+}
