@@ -96,7 +96,7 @@ pub(crate) struct Args {
     /// policy.KEY=VALUE. Several are made together.
     #[arg(long, value_name = "CHANGE", conflicts_with = "replay")]
     what_if: Vec<Change>,
-    /// Writes a page with the load of each node over time.
+    /// Writes a page with the load of each node over time; with --what-if, of that.
     #[arg(long, value_name = "FILE", conflicts_with = "replay")]
     html: Option<PathBuf>,
     /// Writes all decisions of the run, as --replay reads them: JSON, one on a line.

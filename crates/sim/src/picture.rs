@@ -103,7 +103,7 @@ fn lines(out: &mut String, report: &Report) {
             LEFT + WIDTH,
             y(load),
             y(load),
-            y(load) + 4.0
+            (y(load) + 4.0).max(10.0)
         );
     }
     let count = report.series.nodes.len();

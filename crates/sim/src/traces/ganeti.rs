@@ -19,11 +19,10 @@ const IO_BYTES_PER_S: f64 = 500e6;
 /// Instances that run, of Ganeti's states.
 const RUNNING: [&str; 3] = ["running", "ADMIN_up", "ERROR_up"];
 /// The other states.
-const STANDING: [&str; 8] = [
+const STANDING: [&str; 7] = [
     "ADMIN_down",
     "ADMIN_offline",
     "ERROR_down",
-    "ERROR_admin_offline",
     "ERROR_nodedown",
     "ERROR_nodeoffline",
     "ERROR_wrongnode",
