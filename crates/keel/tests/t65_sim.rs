@@ -123,7 +123,7 @@ fn what_is_wrong_is_named() {
         (vec!["sim", "none.toml"], "none.toml: No such file"),
         (
             vec!["sim", "bad.toml"],
-            "line 13: there is no key \"expct\" here; did you mean \"expect\"?",
+            "line 14: there is no key \"expct\" here; did you mean \"expect\"?",
         ),
         (
             vec!["sim", "-t", "bad.data"],
