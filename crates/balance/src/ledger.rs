@@ -28,6 +28,10 @@ pub enum Stay {
     Level,
     /// The difference has not lasted.
     Unsteady,
+    /// This node carries enough to stay (`pack`).
+    Filled,
+    /// The other node is free, and is to stay so (`pack`).
+    KeptFree,
     /// This node has no machine that can be considered.
     NoMachines,
     /// None of its machines may go; the nearest one's verdict.
@@ -239,6 +243,8 @@ impl fmt::Display for Stay {
             Stay::NobodyPressed => f.write_str("nobody is pressed: nothing would run faster"),
             Stay::Level => f.write_str("the loads are level"),
             Stay::Unsteady => f.write_str("the difference has not lasted"),
+            Stay::Filled => f.write_str("this node carries enough not to be emptied"),
+            Stay::KeptFree => f.write_str("the other node is free, and is kept so"),
             Stay::NoMachines => f.write_str("no machine runs here"),
             Stay::NoneMayGo { nearest, verdict } => {
                 write!(

@@ -67,9 +67,14 @@ pub struct Policy {
     pub pressed_share: f64,
     /// Load to which `pack` fills a node.
     pub fill_load: f64,
+    /// Load up to which `pack` empties a node; one that carries more stays.
+    pub empty_load: f64,
     /// Milliseconds from one round of a node to its next, on average.
     pub interval_ms: u64,
-    /// One-second samples that are looked at.
+    /// Milliseconds from one sample of a node to the next. With longer ones balancing
+    /// is cheaper, and slower.
+    pub sample_ms: u64,
+    /// Samples that are looked at.
     pub window_samples: usize,
     /// Milliseconds that a machine stays after it arrived.
     pub hold_ms: u64,
@@ -101,7 +106,9 @@ impl Default for Policy {
             pressed_load: 0.8,
             pressed_share: 0.10,
             fill_load: 0.7,
+            empty_load: 0.35,
             interval_ms: 1000,
+            sample_ms: 1000,
             shrink_min: 0.3,
             window_samples: 8,
             hold_ms: 30_000,
@@ -156,6 +163,7 @@ impl Policy {
             ),
             ("pressed_share", self.pressed_share, 0.0, 1.0, share),
             ("fill_load", self.fill_load, 0.0, 1.0, share),
+            ("empty_load", self.empty_load, 0.0, 1.0, share),
             ("shrink_min", self.shrink_min, 0.0, 0.9, "from 0 to 0.9"),
             ("gain_min", self.gain_min, 1e-6, 1e6, "from 1e-6 to 1e6"),
             (
@@ -182,6 +190,13 @@ impl Policy {
             (
                 "interval_ms",
                 self.interval_ms,
+                100,
+                3_600_000,
+                "from 100 to 3600000",
+            ),
+            (
+                "sample_ms",
+                self.sample_ms,
                 100,
                 3_600_000,
                 "from 100 to 3600000",

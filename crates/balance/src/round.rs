@@ -24,13 +24,16 @@ use crate::cost::CostModel;
 use crate::ledger::{Decision, Outcome, Stay};
 use crate::load::{Absurd, Capacity, Factors, LOAD_MAX, NodeSample};
 use crate::policy::{Mode, Policy, Strategy};
-use crate::select::{Bound, CONSIDERED_MAX, Candidate, Considered, Side, Verdict, packs, select};
+use crate::select::{
+    Aim, Bound, CONSIDERED_MAX, Candidate, Considered, Side, Verdict, aim, select,
+};
 use crate::window::{NEWEST, Window, steady_difference};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::mem::{Discriminant, discriminant};
+use std::sync::Arc;
 
 /// Milliseconds that an answer may take.
 const ANSWER_MS: u64 = 2_000;
@@ -38,9 +41,9 @@ const ANSWER_MS: u64 = 2_000;
 const GRANT_MS: u64 = 5_000;
 /// Milliseconds that what began to come may take.
 const ARRIVAL_MS: u64 = 3_600_000;
-/// Milliseconds for which a machine that arrived counts as what was promised: its
-/// own samples do not show it yet.
-const SETTLE_MS: u64 = 3_000;
+/// Samples for which a machine that arrived counts as what was promised: its own do
+/// not show it yet.
+const SETTLE_SAMPLES: u64 = 3;
 /// Milliseconds for which a node, or a machine, is left alone after a failed move;
 /// doubled by each further failure, so often at most.
 const AVOID_MS: u64 = 15_000;
@@ -53,11 +56,20 @@ const WEIGHED_MAX: usize = 256;
 const NEWEST_WEIGHT: f64 = 0.4;
 /// Samples that must differ by half before a load counts as another one.
 const CHANGED_SAMPLES: u32 = 3;
-/// Milliseconds without a sample after which older ones say nothing.
-const GAP_MS: u64 = 10_000;
+/// Samples that may be missing; after more of them older ones say nothing.
+const GAP_SAMPLES: u64 = 10;
 /// Milliseconds for which a node is pressed, and nothing can be done, before that is
 /// an alert.
 const HELPLESS_MS: u64 = 60_000;
+/// Rounds in a row in which a pressed node found no target before `pack` lets it use a
+/// free one.
+const WAKE_ROUNDS: usize = 6;
+/// Rounds for which a node is not asked again that was free when it was asked, since
+/// `pack` gives it nothing; and how often another one is picked instead.
+const FREE_ROUNDS: u64 = 60;
+const PICKS_MAX: usize = 16;
+/// Most free nodes that are remembered.
+const FREE_MAX: usize = 4096;
 /// Most reasons that are remembered, one for each other node.
 const STAYS_MAX: usize = 128;
 
@@ -122,7 +134,7 @@ pub enum Question {
         factors: Factors,
         /// The load of who asks: the target must stay below it.
         load: f64,
-        /// Whether the source is to be emptied.
+        /// Whether it is to be filled no further than `pack` allows, unless it is free.
         packs: bool,
     },
     /// What was granted is not needed.
@@ -154,6 +166,55 @@ pub enum Answer {
     Released,
 }
 
+/// The nodes that a balancer may ask.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Peers {
+    nodes: Arc<[Name]>,
+    /// Which of them is the balancer's own.
+    this: Option<usize>,
+}
+
+impl Peers {
+    /// Those that are alive, of which one is the balancer's own: so thousands of
+    /// simulated balancers share one list. A number that is none of theirs counts as
+    /// none.
+    pub fn among(nodes: Arc<[Name]>, this: usize) -> Self {
+        let this = (this < nodes.len()).then_some(this);
+        Peers { nodes, this }
+    }
+
+    /// How many others there are.
+    pub fn len(&self) -> usize {
+        self.nodes.len() - usize::from(self.this.is_some())
+    }
+
+    /// Whether there are no others.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The others.
+    pub fn iter(&self) -> impl Iterator<Item = &Name> {
+        (0..self.len()).filter_map(|number| self.get(number))
+    }
+
+    /// One of the others, by its number from 0 to [`len`](Self::len).
+    fn get(&self, number: usize) -> Option<&Name> {
+        let skips = self.this.is_some_and(|this| number >= this);
+        self.nodes.get(number + usize::from(skips))
+    }
+}
+
+impl From<Vec<Name>> for Peers {
+    /// Of the others, without the balancer's own.
+    fn from(others: Vec<Name>) -> Self {
+        Peers {
+            nodes: others.into(),
+            this: None,
+        }
+    }
+}
+
 /// What a round would come to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Explained {
@@ -175,7 +236,7 @@ pub enum Event {
     /// This node was measured.
     Sample(NodeSample),
     /// The other nodes that are alive.
-    Peers(Vec<Name>),
+    Peers(Peers),
     /// The cluster's policy, and its revision.
     Policy(Box<Policy>, u64),
     /// Another node asks; `ticket` is given back with the reply.
@@ -319,6 +380,8 @@ struct Known {
     level_since_ms: u64,
     /// Samples in a row that were far from it.
     differing: u32,
+    /// Number of the last sample that showed it.
+    seen: u64,
     held_until_ms: u64,
     came_from: Option<(Name, u64)>,
     /// What was promised when it came, until its own samples show it.
@@ -357,11 +420,21 @@ pub struct Balancer {
     rng: SmallRng,
     policy: Policy,
     revision: u64,
-    peers: Vec<Name>,
+    peers: Peers,
+    /// Now, as of the last event.
+    now_ms: u64,
+    /// By how much the clock has jumped back so far: what waits for an instant would
+    /// wait that much longer.
+    jumped_back_ms: u64,
     sample: Option<NodeSample>,
     sampled_ms: u64,
     window: Window,
-    known: HashMap<Name, Known>,
+    /// In an order, so that sums over it are the same in each run.
+    known: BTreeMap<Name, Known>,
+    /// Samples so far.
+    samples: u64,
+    /// Whether this node's own last sample was absurd.
+    absurd: bool,
     arriving: Option<Arriving>,
     state: State,
     round: u64,
@@ -370,6 +443,8 @@ pub struct Balancer {
     proposed: HashMap<Name, (Name, u64)>,
     avoided_peers: HashMap<Name, Avoided>,
     avoided_machines: HashMap<Name, Avoided>,
+    /// Nodes that were free when they were asked, and until when that counts.
+    free_peers: HashMap<Name, u64>,
     stays: HashMap<Name, (Discriminant<Stay>, Option<Discriminant<Verdict>>)>,
     model: CostModel,
     pressed_since_ms: Option<u64>,
@@ -389,10 +464,14 @@ impl Balancer {
             window: Window::new(policy.window_samples),
             policy,
             revision,
-            peers: Vec::new(),
+            peers: Peers::default(),
+            now_ms: 0,
+            jumped_back_ms: 0,
             sample: None,
             sampled_ms: 0,
-            known: HashMap::new(),
+            known: BTreeMap::new(),
+            samples: 0,
+            absurd: false,
             arriving: None,
             state: State::Resting,
             round: 0,
@@ -401,6 +480,7 @@ impl Balancer {
             proposed: HashMap::new(),
             avoided_peers: HashMap::new(),
             avoided_machines: HashMap::new(),
+            free_peers: HashMap::new(),
             stays: HashMap::new(),
             model,
             pressed_since_ms: None,
@@ -435,6 +515,7 @@ impl Balancer {
             load,
             memory_free_bytes: sample.memory_free_bytes().saturating_sub(promised),
             pressed: self.is_pressed(sample, load),
+            free: self.known.is_empty() && self.arriving.is_none(),
         })
     }
 
@@ -460,11 +541,23 @@ impl Balancer {
             State::Moving { .. } => u64::MAX,
         };
         let arriving = self.arriving.as_ref().map_or(u64::MAX, |it| it.until_ms);
-        state.min(arriving)
+        match state.min(arriving) {
+            u64::MAX => u64::MAX,
+            wake_ms => wake_ms.saturating_sub(self.jumped_back_ms),
+        }
+    }
+
+    /// Time that never goes back, of a clock that may.
+    fn pass(&mut self, clock_ms: u64) -> u64 {
+        let now_ms = clock_ms.saturating_add(self.jumped_back_ms);
+        self.jumped_back_ms += self.now_ms.saturating_sub(now_ms);
+        self.now_ms = self.now_ms.max(now_ms);
+        self.now_ms
     }
 
     /// Takes an event; what is to be done.
     pub fn step(&mut self, event: Event, now_ms: u64, bounds: &dyn Bounds) -> Vec<Command> {
+        let now_ms = self.pass(now_ms);
         let mut commands = Vec::new();
         match event {
             Event::Tick => {}
@@ -529,15 +622,24 @@ impl Balancer {
     // ── measuring ───────────────────────────────────────────────────────
 
     fn sampled(&mut self, mut sample: NodeSample, now_ms: u64, commands: &mut Vec<Command>) {
-        // The node's own numbers may be absurd too, after a clock that jumped.
+        // The node's own numbers may be absurd too. Taken as 0 they would make it the
+        // lightest of all, and everybody would send machines here: so it has none.
         let absurd = sample.sanitise();
         if !absurd.is_empty() {
-            tracked_absurd(commands, "this node", absurd);
+            if !self.absurd {
+                tracked_absurd(commands, "this node", absurd);
+            }
+            self.absurd = true;
+            self.window.clear();
+            return;
         }
-        if self.sample.is_some() && now_ms.saturating_sub(self.sampled_ms) > GAP_MS {
+        self.absurd = false;
+        let gap_ms = GAP_SAMPLES * self.policy.sample_ms;
+        if self.sample.is_some() && now_ms.saturating_sub(self.sampled_ms) > gap_ms {
             self.window.clear();
         }
         self.sampled_ms = now_ms;
+        self.samples += 1;
         let leaving = match &self.state {
             State::Moving { machine, .. } => Some(machine.clone()),
             _ => None,
@@ -556,22 +658,15 @@ impl Balancer {
         {
             load += arriving.weight;
         }
-        let present: std::collections::HashSet<&Name> =
-            sample.machines.iter().map(|it| &it.name).collect();
         // What just arrived may be missing in a sample that was begun before.
-        for (name, known) in &self.known {
-            if let Some((promised, until_ms)) = &known.promised
-                && *until_ms > now_ms
-                && !present.contains(name)
-            {
-                load += promised.weigh(&sample.capacity, &self.policy.weights);
+        let weights = &self.policy.weights;
+        self.known.retain(|_, known| {
+            if known.seen == self.samples {
+                return true;
             }
-        }
-        self.known.retain(|name, known| {
-            present.contains(name)
-                || known
-                    .promised
-                    .is_some_and(|(_, until_ms)| until_ms > now_ms)
+            let promised = known.promised.filter(|(_, until_ms)| *until_ms > now_ms);
+            load += promised.map_or(0.0, |(it, _)| it.weigh(&sample.capacity, weights));
+            promised.is_some()
         });
         self.window.add(load);
         self.sample = Some(sample);
@@ -588,18 +683,23 @@ impl Balancer {
         now_ms: u64,
     ) {
         let weights = &self.policy.weights;
-        let known = self
-            .known
-            .entry(machine.name.clone())
-            .or_insert_with(|| Known {
+        if !self.known.contains_key(&machine.name) {
+            let known = Known {
                 factors: machine.factors,
                 level: machine.factors.weigh(capacity, weights),
                 level_since_ms: now_ms.saturating_sub(machine.lasted_ms),
                 differing: 0,
+                seen: 0,
                 held_until_ms: 0,
                 came_from: None,
                 promised: None,
-            });
+            };
+            self.known.insert(machine.name.clone(), known);
+        }
+        let Some(known) = self.known.get_mut(&machine.name) else {
+            return;
+        };
+        known.seen = self.samples;
         if let Some((promised, until_ms)) = known.promised {
             if now_ms < until_ms {
                 machine.factors.cpu_cores = machine.factors.cpu_cores.max(promised.cpu_cores);
@@ -713,7 +813,10 @@ impl Balancer {
             self.rest(now_ms);
             return;
         }
-        let peer = self.peers[self.rng.random_range(0..self.peers.len())].clone();
+        let Some(peer) = self.pick(now_ms) else {
+            self.rest(now_ms);
+            return;
+        };
         if let Some(avoided) = self.avoided_peers.get(&peer)
             && avoided.until_ms > now_ms
         {
@@ -728,6 +831,22 @@ impl Balancer {
             peer,
             deadline_ms: now_ms + ANSWER_MS,
         };
+    }
+
+    /// One of the others, by chance. Where machines are packed most are free and are
+    /// given nothing: of those it knows it picks another one.
+    fn pick(&mut self, now_ms: u64) -> Option<Name> {
+        let packs = self.policy.strategy == Strategy::Pack && self.helpless < WAKE_ROUNDS;
+        for _ in 0..PICKS_MAX {
+            let number = self.rng.random_range(0..self.peers.len());
+            let peer = self.peers.get(number)?;
+            let free = packs && self.free_peers.get(peer).is_some_and(|it| *it > now_ms);
+            if !free {
+                return Some(peer.clone());
+            }
+        }
+        let number = self.rng.random_range(0..self.peers.len());
+        self.peers.get(number).cloned()
     }
 
     fn ask(&self, peer: &Name, question: Question, commands: &mut Vec<Command>) {
@@ -764,7 +883,7 @@ impl Balancer {
         considered: Vec<Considered>,
         commands: &mut Vec<Command>,
     ) {
-        if matches!(why, Stay::Level | Stay::NoneMayGo { .. }) {
+        if matches!(why, Stay::Level | Stay::KeptFree | Stay::NoneMayGo { .. }) {
             self.helpless += 1;
         }
         let verdict = match &why {
@@ -825,8 +944,12 @@ impl Balancer {
                 },
                 Some(Answer::Granted),
             ) => self.granted(peer, machine, decision, now_ms, commands),
-            // A late or doubled answer to what was asked before.
-            (state @ (State::Resting | State::Moving { .. }), _) => self.state = state,
+            // A late or doubled answer to what was asked before, in this round too.
+            (state @ (State::Resting | State::Moving { .. }), _)
+            | (state @ State::Weighing { .. }, Some(Answer::View(_)))
+            | (state @ State::Offering { .. }, Some(Answer::View(_) | Answer::Weights(_))) => {
+                self.state = state;
+            }
             (
                 State::Asking { peer, .. }
                 | State::Weighing { peer, .. }
@@ -857,6 +980,16 @@ impl Balancer {
             tracked_absurd(commands, &peer, absurd);
             self.rest(now_ms);
             return;
+        }
+        if self.policy.strategy == Strategy::Pack {
+            self.free_peers.remove(&peer);
+            if self.free_peers.len() >= FREE_MAX {
+                self.free_peers.clear();
+            }
+            if view.side.free {
+                let until_ms = now_ms + FREE_ROUNDS * self.policy.interval_ms;
+                self.free_peers.insert(peer.clone(), until_ms);
+            }
         }
         let (why, steady) = match self.compare(&view) {
             Ok(steady) => (None, steady),
@@ -921,6 +1054,7 @@ impl Balancer {
         bounds: &dyn Bounds,
     ) -> Option<Explained> {
         view.sanitise();
+        let now_ms = now_ms.saturating_add(self.jumped_back_ms);
         let here = self.side()?;
         let stay = self.compare(&view).err();
         let candidates = self.candidates(peer, machines, weights, now_ms, bounds);
@@ -963,31 +1097,9 @@ impl Balancer {
             return Err(Stay::OtherPolicy);
         }
         let loads: Vec<f64> = self.window.loads().collect();
-        let packs = packs(&side, &view.side, &self.policy);
-        let steady = if packs {
-            steady_difference(&view.loads, &loads)
-        } else {
-            steady_difference(&loads, &view.loads)
-        };
-        let steady = steady.ok_or(Stay::Measuring)?;
-        if packs {
-            // The lighter one empties itself; of equals the one with the lesser load.
-            if side.load >= view.side.load {
-                return Err(Stay::Level);
-            }
-        } else {
-            let margin = self.policy.margin_between(side.load, view.side.load);
-            if side.load - view.side.load <= margin {
-                return Err(Stay::Level);
-            }
-            let acts = self.policy.strategy == Strategy::Spread || side.pressed;
-            if !acts {
-                return Err(Stay::NobodyPressed);
-            }
-            if steady <= margin {
-                return Err(Stay::Unsteady);
-            }
-        }
+        let steady = steady_difference(&loads, &view.loads).ok_or(Stay::Measuring)?;
+        let wakes = self.helpless >= WAKE_ROUNDS;
+        offers(&side, &view.side, (steady, wakes), &self.policy)?;
         if view.busy {
             return Err(Stay::Busy);
         }
@@ -1103,7 +1215,7 @@ impl Balancer {
             capacity: side.capacity,
             factors: known.factors,
             load: side.load,
-            packs: self.policy.strategy == Strategy::Pack && !side.pressed,
+            packs: self.policy.strategy == Strategy::Pack,
         };
         self.ask(&peer, question, commands);
         self.state = State::Offering {
@@ -1240,6 +1352,7 @@ impl Balancer {
 
     /// Moves that wait for a person, with their targets.
     pub fn proposals(&self, now_ms: u64) -> Vec<(Name, Name)> {
+        let now_ms = now_ms.saturating_add(self.jumped_back_ms);
         let live = self.proposed.iter();
         let mut live: Vec<(Name, Name)> = live
             .filter(|(_, (_, until_ms))| *until_ms > now_ms)
@@ -1347,7 +1460,11 @@ impl Balancer {
                 ),
             };
         }
-        let most = if packs { self.policy.fill_load } else { load };
+        let most = if packs && !side.free {
+            self.policy.fill_load
+        } else {
+            load
+        };
         if side.load + weight > most {
             return Answer::Refused {
                 why: format!("its load has risen to {:.2} meanwhile", side.load),
@@ -1378,7 +1495,8 @@ impl Balancer {
 
     fn arrived(&mut self, machine: Name, from: Name, now_ms: u64) {
         let granted = self.arriving.take_if(|it| it.machine == machine);
-        let promised = granted.map(|it| (it.factors, now_ms + SETTLE_MS));
+        let settled_ms = now_ms + SETTLE_SAMPLES * self.policy.sample_ms;
+        let promised = granted.map(|it| (it.factors, settled_ms));
         let level = promised.map_or(0.0, |(factors, _)| self.weigh_here(&factors));
         self.known.insert(
             machine,
@@ -1387,12 +1505,56 @@ impl Balancer {
                 level,
                 level_since_ms: now_ms,
                 differing: 0,
+                seen: 0,
                 held_until_ms: now_ms + self.policy.hold_ms,
                 came_from: Some((from, now_ms + self.policy.cool_down_ms)),
                 promised,
             },
         );
     }
+}
+
+/// Whether a node offers anything to another one, of which it is heavier by `steady`
+/// for some time. `wakes` says whether it may use a node that `pack` keeps free.
+///
+/// # Errors
+/// Why it does not.
+pub fn offers(
+    here: &Side,
+    there: &Side,
+    (steady, wakes): (f64, bool),
+    policy: &Policy,
+) -> Result<(), Stay> {
+    let aim = aim(here, there, policy);
+    if there.free && (aim == Aim::Empty || aim == Aim::Relieve && !wakes) {
+        return Err(Stay::KeptFree);
+    }
+    if aim == Aim::Empty {
+        // To a stronger node in any case; among equals the one that carries less
+        // empties itself. How steady they are does not matter: what fills the other
+        // one is bounded.
+        if there.stronger_than(here) {
+            return Ok(());
+        }
+        if here.stronger_than(there) || here.carries() >= there.carries() {
+            return Err(Stay::Level);
+        }
+        if here.load > policy.empty_load {
+            return Err(Stay::Filled);
+        }
+        return Ok(());
+    }
+    let margin = policy.margin_between(here.load, there.load);
+    if here.load - there.load <= margin {
+        return Err(Stay::Level);
+    }
+    if policy.strategy != Strategy::Spread && !here.pressed {
+        return Err(Stay::NobodyPressed);
+    }
+    if steady <= margin {
+        return Err(Stay::Unsteady);
+    }
+    Ok(())
 }
 
 fn smooth(before: &Factors, now: &Factors) -> Factors {

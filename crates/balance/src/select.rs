@@ -11,6 +11,11 @@
 //! zero, so moves end: from a sum `S` there are at most `S / gain_min` of them. The
 //! nodes' powers (cores times speed) are in the sum because without them a small node
 //! and a large one would be uneven at its minimum.
+//!
+//! Packing (`pack`) empties nodes instead. It goes one way only, from the weaker node to
+//! the stronger, and between equals from the one that carries less to the other: each
+//! move raises what the stronger ones carry, or the sum of squares of equals. So no
+//! placement comes twice, and these moves end too.
 
 use crate::Name;
 use crate::cost::{Cost, CostModel, Gain, gain};
@@ -21,6 +26,8 @@ use serde::{Deserialize, Serialize};
 /// Distances that are within this share of half the difference count as one: the
 /// cheaper machine goes.
 pub const NEAR_SHARE: f64 = 0.10;
+/// Times the power of another node from which a node is the stronger one.
+const STRONGER: f64 = 1.1;
 /// Considered machines that a decision names; the nearest ones.
 pub const CONSIDERED_MAX: usize = 32;
 
@@ -35,6 +42,31 @@ pub struct Side {
     pub memory_free_bytes: u64,
     /// Whether demand waits there.
     pub pressed: bool,
+    /// Whether no machine runs there, nor is to come.
+    pub free: bool,
+}
+
+impl Side {
+    /// What it carries, in cores of the reference speed.
+    pub fn carries(&self) -> f64 {
+        self.load * self.capacity.power()
+    }
+
+    /// Whether it is a stronger node than another one.
+    pub fn stronger_than(&self, other: &Side) -> bool {
+        self.capacity.power() > STRONGER * other.capacity.power()
+    }
+}
+
+/// What a move between two nodes is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Aim {
+    /// Their loads are to be level.
+    Level,
+    /// The source is to be free (`pack`).
+    Empty,
+    /// The source is pressed, and the target is filled no further than `pack` allows.
+    Relieve,
 }
 
 /// Why a machine cannot go by itself, before any numbers.
@@ -94,7 +126,8 @@ pub enum Verdict {
     OnlySwaps,
     /// It would level too little.
     TooLittle {
-        /// By how much it lowers the sum of squares.
+        /// By how much it lowers the sum of squares; where a node is to be free, the
+        /// share of its power that it frees.
         lowers: f64,
         /// By how much it must.
         least: f64,
@@ -110,11 +143,16 @@ pub enum Verdict {
 pub struct Considered {
     /// Its name.
     pub machine: Name,
+    /// Its load factors here.
+    pub factors: Factors,
+    /// For how many milliseconds its load has been what it is.
+    pub lasted_ms: u64,
     /// What it weighs here.
     pub here: f64,
     /// What it would weigh there.
     pub there: f64,
-    /// How far it is from half the difference.
+    /// How far it is from what is wanted: half the difference, unless the policy is
+    /// `pack`.
     pub distance: f64,
     /// What moving it takes.
     pub cost: Cost,
@@ -122,6 +160,22 @@ pub struct Considered {
     pub gain: Gain,
     /// What became of it.
     pub verdict: Verdict,
+}
+
+impl Considered {
+    /// What was considered, so that it can be decided again.
+    pub fn candidate(&self) -> Candidate {
+        Candidate {
+            machine: self.machine.clone(),
+            factors: self.factors,
+            there: self.there,
+            lasted_ms: self.lasted_ms,
+            bound: match &self.verdict {
+                Verdict::Bound(bound) => Some(bound.clone()),
+                _ => None,
+            },
+        }
+    }
 }
 
 /// A machine that may be considered.
@@ -155,13 +209,19 @@ pub fn select(
     model: &CostModel,
     policy: &Policy,
 ) -> Vec<Considered> {
-    let packs = packs(source, target, policy);
-    let half = (source.load - target.load) / 2.0;
+    let aim = aim(source, target, policy);
+    let wanted = match aim {
+        Aim::Level => (source.load - target.load) / 2.0,
+        // The largest first: fewest moves empty a node.
+        Aim::Empty => source.load,
+        // One that is just enough: what more goes presses the target.
+        Aim::Relieve => source.load - policy.fill_load,
+    };
     let mut considered: Vec<Considered> = candidates
         .iter()
-        .map(|it| weigh(it, source, target, half, packs, model, policy))
+        .map(|it| weigh(it, source, target, (aim, wanted), model, policy))
         .collect();
-    choose(&mut considered, half.abs());
+    choose(&mut considered, wanted.abs());
     let rank = |it: &Considered| match it.verdict {
         Verdict::Chosen => 0,
         Verdict::Dearer | Verdict::Further => 1,
@@ -176,17 +236,21 @@ pub fn select(
     considered
 }
 
-/// Whether the source is to be emptied onto the target.
-pub fn packs(source: &Side, target: &Side, policy: &Policy) -> bool {
-    policy.strategy == Strategy::Pack && !source.pressed && !target.pressed
+/// What a move between two nodes would be for.
+pub fn aim(source: &Side, target: &Side, policy: &Policy) -> Aim {
+    match policy.strategy {
+        Strategy::Level | Strategy::Spread => Aim::Level,
+        Strategy::Pack if source.pressed => Aim::Relieve,
+        Strategy::Pack if target.pressed => Aim::Level,
+        Strategy::Pack => Aim::Empty,
+    }
 }
 
 fn weigh(
     candidate: &Candidate,
     source: &Side,
     target: &Side,
-    half: f64,
-    packs: bool,
+    (aim, wanted): (Aim, f64),
     model: &CostModel,
     policy: &Policy,
 ) -> Considered {
@@ -195,13 +259,16 @@ fn weigh(
     let lowers = lowers(source, target, here, there);
     let cost = model.predict(&candidate.factors);
     // Packing is worth what it frees; it is not the levelling that counts.
-    let worth = if packs { -lowers } else { lowers };
+    let worth = match aim {
+        // Of the node that gets free, the share that this machine is.
+        Aim::Empty if source.load > 0.0 => source.capacity.power() * here / source.load,
+        Aim::Empty => source.capacity.power(),
+        Aim::Level | Aim::Relieve => lowers,
+    };
     let gain = gain(worth, candidate.lasted_ms, policy.horizon_s);
-    // When packing the largest goes first: fewest moves empty a node.
-    let distance = if packs {
-        (source.load - here).abs()
-    } else {
-        ((here + there) / 2.0 - half).abs()
+    let distance = match aim {
+        Aim::Level => ((here + there) / 2.0 - wanted).abs(),
+        Aim::Empty | Aim::Relieve => (here - wanted).abs(),
     };
     let kept = (target.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
     let free_bytes = target.memory_free_bytes.saturating_sub(kept);
@@ -213,11 +280,13 @@ fn weigh(
             needs_bytes,
             free_bytes,
         }
-    } else if packs && target.load + there > policy.fill_load {
+    } else if aim != Aim::Level && !target.free && target.load + there > policy.fill_load {
         Verdict::Overfills
-    } else if !packs && target.load + there >= source.load {
+    } else if aim != Aim::Empty && target.load + there >= source.load {
         Verdict::Overshoots
-    } else if !packs && turned_share(source, target, here + there) > 1.0 - policy.shrink_min {
+    } else if aim == Aim::Level
+        && turned_share(source, target, here + there) > 1.0 - policy.shrink_min
+    {
         Verdict::OnlySwaps
     } else if worth < policy.gain_min {
         Verdict::TooLittle {
@@ -231,6 +300,8 @@ fn weigh(
     };
     Considered {
         machine: candidate.machine.clone(),
+        factors: candidate.factors,
+        lasted_ms: candidate.lasted_ms,
         here,
         there,
         distance,
@@ -304,6 +375,7 @@ mod tests {
             load,
             memory_free_bytes: 8 << 30,
             pressed: load > 0.8,
+            free: false,
         }
     }
 
@@ -428,6 +500,39 @@ mod tests {
         assert_eq!(&*considered[0].machine, "fits");
         assert_eq!(considered[0].verdict, Verdict::Chosen);
         assert_eq!(verdict(&considered, "large"), Verdict::Overfills);
+    }
+
+    #[test]
+    fn packing_relieves_by_just_enough_and_fills_no_node_beyond() {
+        let policy = Policy {
+            strategy: Strategy::Pack,
+            ..Policy::default()
+        };
+        let decide = |source: &Side, target: &Side, cores: &[f64]| {
+            let candidates: Vec<Candidate> = cores
+                .iter()
+                .enumerate()
+                .map(|(number, &cores)| burner(&format!("m{number}"), cores, target))
+                .collect();
+            let model = CostModel::default();
+            select(source, target, &candidates, &model, &policy)
+        };
+        // 0.9 is 0.2 above what a node is filled to.
+        let (source, target) = (side(1.0, 0.9), side(1.0, 0.3));
+        let considered = decide(&source, &target, &[0.05, 0.21, 0.4, 0.24]);
+        assert_eq!(&*considered[0].machine, "m1");
+        assert_eq!(considered[0].verdict, Verdict::Chosen);
+        // Levelling would have sent this one; it would press the next node.
+        let target = side(1.0, 0.6);
+        let considered = decide(&source, &target, &[0.15]);
+        assert_eq!(considered[0].verdict, Verdict::Overfills);
+        // A free node takes what fits nowhere else.
+        let free = Side {
+            free: true,
+            ..side(1.0, 0.0)
+        };
+        let considered = decide(&source, &free, &[0.75]);
+        assert_eq!(considered[0].verdict, Verdict::Chosen);
     }
 
     proptest! {

@@ -12,6 +12,7 @@
 //! - `doctor`: `keel doctor`
 //! - `events`: `keel events`
 //! - `set`: `keel set`
+//! - `sim`: `keel sim`
 //! - `output`: tables and JSON
 //! - `volume`: volumes on command lines, and `keel volume`
 //! - `size`: sizes as people write them
@@ -31,6 +32,7 @@ mod machines;
 mod output;
 mod rule;
 mod set;
+mod sim;
 mod size;
 mod up;
 mod volume;
@@ -112,6 +114,11 @@ enum Command {
     Cp(cp::Args),
     /// Changes limits of a machine, its restart policy or its checkpoints, while it runs.
     Set(set::Args),
+    /// Simulates a cluster and its balancer: what would move, and what it would come to.
+    ///
+    /// Needs no node. The same code as in the agents runs around simulated nodes, machines and
+    /// time; a seed says all of chance.
+    Sim(sim::Args),
     /// Ends a machine.
     Stop {
         /// The machines.
@@ -247,6 +254,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Wasm(args) => return wasm::run(args),
         Command::Worker(args) => return up::worker(&args),
+        Command::Sim(args) => return sim::sim(&args, cli.reach.format()),
         Command::ReleaseGroups => {
             // As the agent names it.
             let folder = cli.reach.state_dir();
@@ -314,6 +322,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Debug(command) => debug(&reach, command).await,
         // Dispatched before, without a runtime.
         Command::Wasm(_)
+        | Command::Sim(_)
         | Command::Worker(_)
         | Command::ReleaseGroups
         | Command::Man { .. }

@@ -49,12 +49,11 @@ use meter::{Measured, Meter};
 use placements::Placements;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
 
-/// Time from one sample to the next.
-const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 /// How long another node may take to answer.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 /// Pause before the store is followed anew.
@@ -166,7 +165,8 @@ pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
             }
         }
     });
-    if let Err(error) = measure_for_ever(agent) {
+    let sample_ms = Arc::new(AtomicU64::new(Policy::default().sample_ms));
+    if let Err(error) = measure_for_ever(agent, sample_ms.clone()) {
         tracing::error!(%error, "this node is not measured, and takes no part in balancing");
     }
     let seed = rand::random();
@@ -178,6 +178,7 @@ pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
         replies: HashMap::new(),
         tickets: 0,
         peers: Vec::new(),
+        sample_ms,
         rules,
         repair_after: Instant::now(),
     };
@@ -185,7 +186,7 @@ pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
 }
 
 /// Measures on a thread of its own: `/proc` may take its time.
-fn measure_for_ever(agent: &Arc<Agent>) -> std::io::Result<()> {
+fn measure_for_ever(agent: &Arc<Agent>, sample_ms: Arc<AtomicU64>) -> std::io::Result<()> {
     let inputs = agent.balancer.inputs.clone();
     let workers = agent.workers.clone();
     let mut meter = Meter::new(agent.dir.clone());
@@ -203,7 +204,8 @@ fn measure_for_ever(agent: &Arc<Agent>) -> std::io::Result<()> {
                 {
                     return;
                 }
-                std::thread::sleep(SAMPLE_EVERY);
+                let sample_ms = sample_ms.load(Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(sample_ms));
             }
         })?;
     Ok(())
@@ -218,6 +220,8 @@ struct Task {
     tickets: u64,
     /// Other nodes that are alive.
     peers: Vec<Name>,
+    /// Milliseconds from one sample to the next, as the policy says.
+    sample_ms: Arc<AtomicU64>,
     rules: Followed,
     /// When machines that break rules are looked for again.
     repair_after: Instant,
@@ -252,8 +256,11 @@ impl Task {
                     continue;
                 }
             };
+            if let Event::Policy(policy, _) = &event {
+                self.sample_ms.store(policy.sample_ms, Ordering::Relaxed);
+            }
             if let Event::Peers(peers) = &event {
-                self.peers.clone_from(peers);
+                self.peers = peers.iter().cloned().collect();
             }
             let snapshot = self.snapshot();
             if matches!(event, Event::Sample(_)) {
@@ -572,8 +579,8 @@ async fn follow_peers(agent: Arc<Agent>, events: UnboundedSender<Event>) {
                 entries.filter_map(|entry| node(&entry.key)).collect();
             let tell = |alive: &BTreeSet<NodeName>| {
                 let others = alive.iter().filter(|it| **it != agent.name);
-                let peers = others.map(|it| it.as_str().into()).collect();
-                let _ = events.send(Event::Peers(peers));
+                let peers: Vec<Name> = others.map(|it| it.as_str().into()).collect();
+                let _ = events.send(Event::Peers(peers.into()));
             };
             tell(&alive);
             let mut watch = agent.store.watch(keys::ALIVE, listing.revision + 1).await?;

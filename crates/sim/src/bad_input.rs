@@ -1,0 +1,98 @@
+//! What is wrong with a file, said to people: which file, which line, what, and what
+//! was probably meant.
+
+use std::path::{Path, PathBuf};
+
+/// Names that are this like another are taken for it, from 0 to 1.
+const LIKE: f64 = 0.7;
+
+/// A file that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}{}: {reason}", place.display(), line.map(|it| format!(", line {it}")).unwrap_or_default())]
+pub struct BadInput {
+    /// The file.
+    pub place: PathBuf,
+    /// The line, from 1, where there is one to name.
+    pub line: Option<usize>,
+    /// What is wrong.
+    pub reason: String,
+}
+
+impl BadInput {
+    /// The whole file.
+    pub fn file(place: &Path, reason: impl ToString) -> Self {
+        BadInput {
+            place: place.to_owned(),
+            line: None,
+            reason: reason.to_string(),
+        }
+    }
+
+    /// One of its lines, counted from 1.
+    pub fn line(place: &Path, line: usize, reason: impl ToString) -> Self {
+        BadInput {
+            line: Some(line),
+            ..BadInput::file(place, reason)
+        }
+    }
+}
+
+/// Reads a file as text.
+///
+/// # Errors
+/// When it cannot be read, or is not text.
+pub fn read(place: &Path) -> Result<String, BadInput> {
+    std::fs::read_to_string(place).map_err(|error| BadInput::file(place, error))
+}
+
+/// The line of a place in a text, from 1.
+pub(crate) fn line_of(text: &str, at: usize) -> usize {
+    text.as_bytes()
+        .iter()
+        .take(at)
+        .filter(|byte| **byte == b'\n')
+        .count()
+        + 1
+}
+
+/// What was probably meant, as the end of a sentence.
+pub(crate) fn hint<'a>(given: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
+    let nearest = known
+        .clone()
+        .map(|known| (strsim::jaro_winkler(known, given), known))
+        .max_by(|(one, _), (other, _)| one.total_cmp(other))
+        .filter(|(like, _)| *like >= LIKE);
+    match nearest {
+        Some((_, known)) => format!("did you mean {known:?}?"),
+        None => {
+            let known: Vec<&str> = known.take(40).collect();
+            format!("known are {}", known.join(", "))
+        }
+    }
+}
+
+/// An error of TOML, with its line, and for unknown keys the nearest known one.
+pub(crate) fn of_toml(place: &Path, text: &str, error: &toml::de::Error) -> BadInput {
+    let reason = sentence(error.message());
+    match error.span() {
+        Some(span) => BadInput::line(place, line_of(text, span.start), reason),
+        None => BadInput::file(place, reason),
+    }
+}
+
+/// What serde says of an unknown key or kind, as a sentence of ours.
+pub(crate) fn sentence(said: &str) -> String {
+    for (what, begins) in [("key", "unknown field `"), ("kind", "unknown variant `")] {
+        let Some(rest) = said.strip_prefix(begins) else {
+            continue;
+        };
+        let mut quoted = rest.split('`').step_by(2);
+        let given = quoted.next().unwrap_or_default();
+        let known: Vec<&str> = rest.split('`').skip(2).step_by(2).collect();
+        return format!(
+            "there is no {what} {given:?} here; {}",
+            hint(given, known.iter().copied())
+        );
+    }
+    said.to_owned()
+}

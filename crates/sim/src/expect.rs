@@ -1,0 +1,165 @@
+//! What is expected of a run, and whether it came so.
+
+use crate::run::Report;
+use serde::{Deserialize, Serialize};
+
+/// What is expected; nothing where nothing is said.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Expect {
+    /// From this second on no move is admissible, under way or made.
+    pub levelled_by_s: Option<u64>,
+    /// Most moves.
+    pub moves_max: Option<u64>,
+    /// Least moves.
+    pub moves_min: Option<u64>,
+    /// No move ends after this second.
+    pub no_move_after_s: Option<u64>,
+    /// Most unevenness at the end: the standard deviation of the nodes' loads, each
+    /// weighted with its power.
+    pub unevenness_max: Option<f64>,
+    /// Most load of a node at the end.
+    pub load_max: Option<f64>,
+    /// Most nodes that are pressed at the end.
+    pub pressed_max: Option<u64>,
+    /// Least nodes without machines at the end.
+    pub free_min: Option<u64>,
+    /// Most machines that came back within the cool-down.
+    pub returns_max: Option<u64>,
+    /// Most moves that fail.
+    pub failed_max: Option<u64>,
+    /// Most machines that do not run at the end because their node died.
+    pub stranded_max: Option<u64>,
+    /// Most alerts.
+    pub alerts_max: Option<u64>,
+    /// Least alerts.
+    pub alerts_min: Option<u64>,
+    /// Most of their time, as a share, that nodes have less CPU than is demanded.
+    pub overload_max: Option<f64>,
+    /// Most energy, in kWh.
+    pub energy_kwh_max: Option<f64>,
+    /// Nodes to which nothing moves and from which nothing moves.
+    pub untouched: Vec<String>,
+}
+
+/// An expectation and what was found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Checked {
+    /// Which, by its key.
+    pub expectation: String,
+    /// What was expected.
+    pub expected: String,
+    /// What was found.
+    pub found: String,
+    /// Whether it came so.
+    pub met: bool,
+}
+
+impl Expect {
+    /// Compares with what came.
+    pub fn check(&self, report: &Report) -> Vec<Checked> {
+        let mut checked = Vec::new();
+        let mut add = |key: &str, expected: String, found: String, met: bool| {
+            checked.push(Checked {
+                expectation: key.to_owned(),
+                expected,
+                found,
+                met,
+            });
+        };
+        if let Some(by_s) = self.levelled_by_s {
+            let found = match &report.levelled_at_s {
+                Ok(at_s) => format!("from {at_s} s on"),
+                Err(why) => why.clone(),
+            };
+            let met = report.levelled_at_s.as_ref().is_ok_and(|it| *it <= by_s);
+            add("levelled_by_s", format!("by {by_s} s"), found, met);
+        }
+        if let Some(after_s) = self.no_move_after_s {
+            let last = report.moves.last();
+            let found = last.map_or("no move at all".to_owned(), |last| {
+                format!("{} moved at {} s", last.machine, last.at_s)
+            });
+            let met = last.is_none_or(|last| last.at_s <= after_s as f64);
+            add(
+                "no_move_after_s",
+                format!("none after {after_s} s"),
+                found,
+                met,
+            );
+        }
+        let count = |it: usize| it as u64;
+        let most = [
+            ("moves_max", self.moves_max, count(report.moves.len())),
+            ("pressed_max", self.pressed_max, count(report.end.pressed)),
+            ("returns_max", self.returns_max, report.returns),
+            ("failed_max", self.failed_max, report.failed),
+            ("stranded_max", self.stranded_max, count(report.stranded)),
+            ("alerts_max", self.alerts_max, report.alerts),
+        ];
+        for (key, expected, found) in most {
+            if let Some(most) = expected {
+                add(
+                    key,
+                    format!("at most {most}"),
+                    found.to_string(),
+                    found <= most,
+                );
+            }
+        }
+        let least = [
+            ("moves_min", self.moves_min, count(report.moves.len())),
+            ("free_min", self.free_min, count(report.end.free)),
+            ("alerts_min", self.alerts_min, report.alerts),
+        ];
+        for (key, expected, found) in least {
+            if let Some(least) = expected {
+                add(
+                    key,
+                    format!("at least {least}"),
+                    found.to_string(),
+                    found >= least,
+                );
+            }
+        }
+        let numbers = [
+            ("unevenness_max", self.unevenness_max, report.end.unevenness),
+            ("load_max", self.load_max, report.end.load_max),
+            ("overload_max", self.overload_max, report.overload_share),
+            (
+                "energy_kwh_max",
+                self.energy_kwh_max,
+                report.energy_kwh.unwrap_or(f64::NAN),
+            ),
+        ];
+        for (key, expected, found) in numbers {
+            if let Some(most) = expected {
+                add(
+                    key,
+                    format!("at most {most}"),
+                    format!("{found:.4}"),
+                    found <= most,
+                );
+            }
+        }
+        for node in &self.untouched {
+            let touching = report
+                .moves
+                .iter()
+                .find(|it| it.source == *node || it.target == *node);
+            let found = touching.map_or("nothing moved".to_owned(), |it| {
+                format!(
+                    "{} moved from {} to {} at {} s",
+                    it.machine, it.source, it.target, it.at_s
+                )
+            });
+            add(
+                "untouched",
+                format!("nothing to or from {node}"),
+                found,
+                touching.is_none(),
+            );
+        }
+        checked
+    }
+}

@@ -1,0 +1,226 @@
+//! Decisions that were made, decided again by the code of today: from the sides and
+//! the machines that each decision names, by the policy and with the model of costs
+//! that were recorded beside it.
+
+use crate::bad_input::{self, BadInput};
+use keel_balance::Name;
+use keel_balance::cost::CostModel;
+use keel_balance::ledger::{Decision, Line, Stay};
+use keel_balance::policy::Policy;
+use keel_balance::round::offers;
+use keel_balance::select::{CONSIDERED_MAX, Candidate, Considered, Side, Verdict, select};
+use serde::Serialize;
+use std::path::Path;
+
+/// What became of a decision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Again {
+    /// The same is decided.
+    Same,
+    /// Something else is; what, and why.
+    Differs(String),
+    /// It was no decision of numbers: a peer was busy, a move ended.
+    NoDecision,
+    /// Not all that it was made of was recorded; what is missing.
+    Unknown(String),
+}
+
+/// A decision that differs, or of which too little is known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Other {
+    /// Its line in the ledger, from 1.
+    pub line: usize,
+    /// When, in milliseconds since 1970 UTC.
+    pub at_unix_ms: u64,
+    /// Who decided.
+    pub node: String,
+    /// What was decided.
+    pub was: String,
+    /// What is decided today.
+    pub again: Again,
+}
+
+/// What came of a ledger.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Replayed {
+    /// Lines.
+    pub lines: u64,
+    /// Decided the same.
+    pub same: u64,
+    /// Decided otherwise.
+    pub differ: u64,
+    /// Events that are no decisions of numbers.
+    pub no_decision: u64,
+    /// Without all that they were made of.
+    pub unknown: u64,
+    /// Those that differ, or are unknown.
+    pub others: Vec<Other>,
+}
+
+/// Decides a ledger's decisions again.
+///
+/// # Errors
+/// The file, line and reason of what cannot be read.
+pub fn replay(place: &Path) -> Result<Replayed, BadInput> {
+    let text = bad_input::read(place)?;
+    let mut replayed = Replayed::default();
+    for (number, text) in text.lines().enumerate() {
+        if text.trim().is_empty() {
+            continue;
+        }
+        let line: Line = serde_json::from_str(text).map_err(|error| {
+            let reason = bad_input::sentence(&error.to_string());
+            BadInput::line(place, number + 1, reason)
+        })?;
+        let again = again(&line);
+        replayed.lines += 1;
+        match &again {
+            Again::Same => replayed.same += 1,
+            Again::Differs(_) => replayed.differ += 1,
+            Again::NoDecision => replayed.no_decision += 1,
+            Again::Unknown(_) => replayed.unknown += 1,
+        }
+        if matches!(again, Again::Differs(_) | Again::Unknown(_)) {
+            replayed.others.push(Other {
+                line: number + 1,
+                at_unix_ms: line.at_unix_ms,
+                node: line.node.to_string(),
+                was: line.decision.to_string(),
+                again,
+            });
+        }
+    }
+    if replayed.lines == 0 {
+        let reason = "it has no decisions; `keel ledger -o json` writes one on each line";
+        return Err(BadInput::file(place, reason));
+    }
+    Ok(replayed)
+}
+
+/// Decides once more.
+pub fn again(line: &Line) -> Again {
+    let policy = line.policy.clone().unwrap_or_default();
+    let model = line.model.unwrap_or_default();
+    match &line.decision {
+        Decision::Move {
+            machine,
+            here,
+            there,
+            steady,
+            considered,
+            ..
+        } => {
+            // A free target was used since nothing else helped.
+            if let Err(why) = offers(here, there, (*steady, there.free), &policy) {
+                return Again::Differs(format!("nothing would move: {why}"));
+            }
+            let today = decide(here, there, considered, &model, &policy);
+            same_choice(machine, &today)
+        }
+        Decision::Stay {
+            why,
+            here,
+            there,
+            considered,
+            ..
+        } => stays(why, here, there, considered, &model, &policy),
+        // A repair follows a rule, whatever the loads are.
+        Decision::Repair { .. } | Decision::Ended { .. } | Decision::Absurd { .. } => {
+            Again::NoDecision
+        }
+    }
+}
+
+fn decide(
+    here: &Side,
+    there: &Side,
+    considered: &[Considered],
+    model: &CostModel,
+    policy: &Policy,
+) -> Vec<Considered> {
+    let candidates: Vec<Candidate> = considered.iter().map(Considered::candidate).collect();
+    select(here, there, &candidates, model, policy)
+}
+
+fn same_choice(machine: &Name, today: &[Considered]) -> Again {
+    match today.first() {
+        Some(first) if first.verdict == Verdict::Chosen => {
+            if first.machine == *machine {
+                return Again::Same;
+            }
+            let was = today.iter().find(|it| it.machine == *machine);
+            let why = was.map_or("it is not among those considered".to_owned(), |it| {
+                it.verdict.to_string()
+            });
+            Again::Differs(format!("{} would move; of {machine}: {why}", first.machine))
+        }
+        Some(first) => Again::Differs(format!(
+            "nothing would move; of {}: {}",
+            first.machine, first.verdict
+        )),
+        None => Again::Unknown("which machines were considered".into()),
+    }
+}
+
+fn stays(
+    why: &Stay,
+    here: &Option<Side>,
+    there: &Option<Side>,
+    considered: &[Considered],
+    model: &CostModel,
+    policy: &Policy,
+) -> Again {
+    let compared = matches!(
+        why,
+        Stay::Level
+            | Stay::NobodyPressed
+            | Stay::Unsteady
+            | Stay::Filled
+            | Stay::KeptFree
+            | Stay::NoneMayGo { .. }
+    );
+    if !compared {
+        return Again::NoDecision;
+    }
+    let (Some(here), Some(there)) = (here, there) else {
+        return Again::Unknown("the loads of both sides".into());
+    };
+    // How steady the difference was is recorded of moves only; where it was found
+    // steady, or was not asked, it is taken for so.
+    let steady = if matches!(why, Stay::Unsteady) {
+        0.0
+    } else {
+        f64::INFINITY
+    };
+    // Whether it would have used a free node is not recorded.
+    let offered = |wakes: bool| offers(here, there, (steady, wakes), policy);
+    if [false, true].map(offered).contains(&Err(why.clone())) {
+        return Again::Same;
+    }
+    match (offered(true), why) {
+        (Err(today), _) => Again::Differs(format!("nothing would move, but since {today}")),
+        (Ok(()), Stay::NoneMayGo { .. }) => {
+            if considered.is_empty() {
+                return Again::Unknown("which machines were considered".into());
+            }
+            let today = decide(here, there, considered, model, policy);
+            match today.first() {
+                Some(first) if first.verdict == Verdict::Chosen => {
+                    Again::Differs(format!("{} would move", first.machine))
+                }
+                _ if considered.len() >= CONSIDERED_MAX && differs(considered, &today) => {
+                    Again::Unknown("machines beyond the nearest ones".into())
+                }
+                _ => Again::Same,
+            }
+        }
+        (Ok(()), _) => Again::Differs("the loads would not count as level".into()),
+    }
+}
+
+/// Whether other reasons are given, so that one that was not recorded might go.
+fn differs(was: &[Considered], today: &[Considered]) -> bool {
+    let reason = |it: &Considered| std::mem::discriminant(&it.verdict);
+    was.iter().map(reason).ne(today.iter().map(reason))
+}

@@ -1,0 +1,439 @@
+//! Runs a scenario and says what came of it.
+
+use crate::bad_input::{BadInput, hint};
+use crate::energy::watts;
+use crate::expect::Checked;
+use crate::scenario::{Cluster, Scenario};
+use crate::what_if::WhatIf;
+use crate::world::{NodeNow, What, World};
+use keel_balance::ledger::Line;
+use serde::Serialize;
+use std::collections::HashMap;
+
+/// Looks at a run without `look_s`, about.
+const LOOKS: u64 = 480;
+/// Longest time between two looks where energy is counted, in seconds.
+const ENERGY_LOOK_S: u64 = 60;
+/// Alerts that a report quotes.
+const QUOTED: usize = 10;
+
+/// How a cluster is at an instant.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Shape {
+    /// Nodes that are alive.
+    pub alive: usize,
+    /// Machines that run.
+    pub machines: usize,
+    /// Mean load of nodes, each weighted with its power.
+    pub load_mean: f64,
+    /// Least load of a node.
+    pub load_min: f64,
+    /// Greatest load of a node.
+    pub load_max: f64,
+    /// Standard deviation of the nodes' loads, each weighted with its power.
+    pub unevenness: f64,
+    /// Nodes that are pressed.
+    pub pressed: usize,
+    /// Nodes without machines.
+    pub free: usize,
+}
+
+/// A move.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct MoveMade {
+    /// When it was over, in seconds.
+    pub at_s: f64,
+    /// Which machine.
+    pub machine: String,
+    /// From where.
+    pub source: String,
+    /// Where to.
+    pub target: String,
+    /// Bytes sent.
+    pub bytes: u64,
+}
+
+/// Loads over time.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Series {
+    /// Seconds from one look to the next.
+    pub every_s: u64,
+    /// The nodes.
+    pub nodes: Vec<String>,
+    /// Each look's loads of all nodes; NaN for those that are not alive.
+    pub looks: Vec<Vec<f32>>,
+}
+
+/// What came of a run.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// What the scenario shows.
+    pub about: String,
+    /// The seed.
+    pub seed: u64,
+    /// Seconds that were simulated.
+    pub length_s: u64,
+    /// How it was at the start.
+    pub start: Shape,
+    /// How it was at the end.
+    pub end: Shape,
+    /// The second from which on no move was admissible, under way or made, as far as
+    /// looks show it; or why it was never so.
+    pub levelled_at_s: Result<u64, String>,
+    /// Moves, by time.
+    pub moves: Vec<MoveMade>,
+    /// Bytes that all moves sent.
+    pub moved_bytes: f64,
+    /// Moves that failed.
+    pub failed: u64,
+    /// Moves that waited since as many as allowed were under way.
+    pub capped: u64,
+    /// Moves that took a machine back to where it came from within the cool-down.
+    pub returns: u64,
+    /// Rounds that were begun.
+    pub rounds: u64,
+    /// Machines that do not run because their node died.
+    pub stranded: usize,
+    /// How many alerts there were.
+    pub alerts: u64,
+    /// The first of them.
+    pub alerts_quoted: Vec<String>,
+    /// Share of their active time (with machines on them) for which nodes had no
+    /// more CPU than was demanded, mean of the nodes: SLATAH of Beloglazov and Buyya
+    /// 2012.
+    pub overload_share: f64,
+    /// Share of the demand for CPU that was beyond the node's capacity.
+    pub unmet_share: f64,
+    /// Nodes that were active on average.
+    pub active_mean: f64,
+    /// Energy, in kWh, where nodes have a table of power.
+    pub energy_kwh: Option<f64>,
+    /// What was expected.
+    pub expectations: Vec<Checked>,
+    /// Loads over time, for pictures.
+    #[serde(skip)]
+    pub series: Series,
+}
+
+impl Report {
+    /// Whether all came as expected.
+    pub fn met(&self) -> bool {
+        self.expectations.iter().all(|it| it.met)
+    }
+}
+
+/// What is summed over the looks.
+#[derive(Default)]
+struct Sums {
+    joules: f64,
+    demanded: f64,
+    unmet: f64,
+    active_nodes: f64,
+    looks: f64,
+    /// Seconds of each node: active, of these overloaded.
+    nodes: Vec<(f64, f64)>,
+}
+
+/// Runs a scenario, changed where that is asked. `done` is told the share that is done,
+/// from time to time.
+///
+/// # Errors
+/// What makes no sense in the scenario, or cannot be changed.
+pub fn run(
+    scenario: &Scenario,
+    what_if: &WhatIf,
+    done: &mut dyn FnMut(f64),
+) -> Result<Report, BadInput> {
+    let (report, _) = simulate(scenario, what_if, Keep::Nothing, done)?;
+    Ok(report)
+}
+
+/// As [`run`], with all decisions that were made; instants are of the simulation.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_recorded(
+    scenario: &Scenario,
+    what_if: &WhatIf,
+    done: &mut dyn FnMut(f64),
+) -> Result<(Report, Vec<Line>), BadInput> {
+    simulate(scenario, what_if, Keep::Decisions, done)
+}
+
+/// What is kept beside the report.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    Nothing,
+    Decisions,
+}
+
+fn simulate(
+    scenario: &Scenario,
+    what_if: &WhatIf,
+    keep: Keep,
+    done: &mut dyn FnMut(f64),
+) -> Result<(Report, Vec<Line>), BadInput> {
+    let mut cluster = Cluster::of(scenario)?;
+    what_if
+        .change(&mut cluster)
+        .map_err(|reason| BadInput::file(&scenario.place, reason))?;
+    for node in &scenario.expect.untouched {
+        let names = cluster.nodes.iter().map(|it| &*it.name);
+        if !names.clone().any(|it| it == node) {
+            let hint = hint(node, names);
+            let reason = format!("expect.untouched: there is no node {node:?}; {hint}");
+            return Err(BadInput::file(&scenario.place, reason));
+        }
+    }
+    let mut world = World::new(cluster.settings.clone(), &cluster.nodes, &cluster.machines);
+    if keep == Keep::Nothing {
+        world.forget_decisions();
+    }
+    for (at_ms, what) in &cluster.events {
+        world.at(*at_ms, what.clone());
+    }
+    let every_s = look_s(scenario, &cluster);
+    let mut sums = Sums {
+        nodes: vec![(0.0, 0.0); cluster.nodes.len()],
+        ..Sums::default()
+    };
+    let start: Vec<NodeNow> = world.nodes_now().collect();
+    let mut series = Series {
+        every_s,
+        nodes: cluster.nodes.iter().map(|it| it.name.to_string()).collect(),
+        looks: vec![loads(&start)],
+    };
+    let start = shape(&start, &world);
+    let mut level = Level::default();
+    let mut now_s = 0;
+    while now_s < scenario.length_s {
+        let next_s = (now_s + every_s).min(scenario.length_s);
+        let length_s = (next_s - now_s) as f64;
+        now_s = next_s;
+        world.run_until(now_s * 1000);
+        let nodes: Vec<NodeNow> = world.nodes_now().collect();
+        sums.add(&nodes, &cluster, length_s);
+        series.looks.push(loads(&nodes));
+        if scenario.expect.levelled_by_s.is_some_and(|it| it <= now_s) || now_s == scenario.length_s
+        {
+            level.look(&world, now_s);
+        }
+        done(now_s as f64 / scenario.length_s as f64);
+    }
+    let mut report = report(scenario, &world, start, &sums, level);
+    report.series = series;
+    if cluster.power.iter().all(Option::is_none) {
+        report.energy_kwh = None;
+    }
+    report.expectations = scenario.expect.check(&report);
+    Ok((report, lines(&world, &cluster)))
+}
+
+/// Decisions as a ledger has them.
+fn lines(world: &World, cluster: &Cluster) -> Vec<Line> {
+    // The policy that was in force, by the instant from which on.
+    let mut policies = vec![(0, &cluster.settings.policy)];
+    for (at_ms, what) in &cluster.events {
+        if let What::Policy(policy) = what {
+            policies.push((*at_ms, policy));
+        }
+    }
+    let made = world.decisions().iter();
+    made.map(|made| {
+        let policy = policies
+            .iter()
+            .rev()
+            .find(|(at_ms, _)| *at_ms <= made.at_ms);
+        Line {
+            at_unix_ms: made.at_ms,
+            node: world.node_name(made.node).clone(),
+            policy: policy.map(|(_, policy)| (*policy).clone()),
+            model: Some(made.model),
+            decision: made.decision.clone(),
+        }
+    })
+    .collect()
+}
+
+fn look_s(scenario: &Scenario, cluster: &Cluster) -> u64 {
+    let usual = (scenario.length_s / LOOKS).max(1);
+    let counts_energy = cluster.power.iter().any(Option::is_some);
+    scenario.look_s.unwrap_or(if counts_energy {
+        usual.min(ENERGY_LOOK_S)
+    } else {
+        usual
+    })
+}
+
+fn loads(nodes: &[NodeNow]) -> Vec<f32> {
+    let load = |it: &NodeNow| if it.alive { it.load as f32 } else { f32::NAN };
+    nodes.iter().map(load).collect()
+}
+
+/// Since when it is level.
+#[derive(Default)]
+struct Level {
+    since_s: Option<u64>,
+    moves: usize,
+    not: String,
+}
+
+impl Level {
+    fn look(&mut self, world: &World, now_s: u64) {
+        let not = if world.moving() > 0 {
+            Some(format!(
+                "{} moves are under way at {now_s} s",
+                world.moving()
+            ))
+        } else if let Some((target, what)) = world.admissible() {
+            Some(format!(
+                "{} could move to {target} at {now_s} s",
+                what.machine
+            ))
+        } else if world.moves().len() != self.moves && self.since_s.is_some() {
+            Some(format!("a machine moved before {now_s} s"))
+        } else {
+            None
+        };
+        self.moves = world.moves().len();
+        match not {
+            Some(not) => {
+                self.not = not;
+                self.since_s = None;
+            }
+            None => {
+                self.since_s.get_or_insert(now_s);
+            }
+        }
+    }
+}
+
+impl Sums {
+    fn add(&mut self, nodes: &[NodeNow], cluster: &Cluster, length_s: f64) {
+        self.looks += 1.0;
+        for (number, node) in nodes.iter().enumerate() {
+            if node.machines == 0 {
+                continue;
+            }
+            self.active_nodes += 1.0;
+            let (demand, cores) = (node.cpu_cores, node.capacity.cores);
+            // In cores of the reference speed, so that nodes can be summed.
+            let reference = node.capacity.speed * length_s;
+            self.demanded += demand * reference;
+            self.unmet += (demand - cores).max(0.0) * reference;
+            let (active_s, overloaded_s) = &mut self.nodes[number];
+            *active_s += length_s;
+            if demand >= cores {
+                *overloaded_s += length_s;
+            }
+            if let Some(table) = &cluster.power[number] {
+                self.joules += watts(table, demand / cores) * length_s;
+            }
+        }
+    }
+
+    fn overload_share(&self) -> f64 {
+        let active = self.nodes.iter().filter(|(active_s, _)| *active_s > 0.0);
+        let shares: Vec<f64> = active.map(|(active_s, over_s)| over_s / active_s).collect();
+        share(shares.iter().sum(), shares.len() as f64)
+    }
+}
+
+fn share(part: f64, of: f64) -> f64 {
+    if of > 0.0 { part / of } else { 0.0 }
+}
+
+/// How it is now.
+fn shape(nodes: &[NodeNow], world: &World) -> Shape {
+    let alive: Vec<&NodeNow> = nodes.iter().filter(|it| it.alive).collect();
+    let power: f64 = alive.iter().map(|it| it.capacity.power()).sum();
+    let weighted = |of: &dyn Fn(&NodeNow) -> f64| {
+        let sum: f64 = alive.iter().map(|it| it.capacity.power() * of(it)).sum();
+        share(sum, power)
+    };
+    let mean = weighted(&|it| it.load);
+    let variance = weighted(&|it| (it.load - mean) * (it.load - mean));
+    let policy = world.policy();
+    let waits = |it: &NodeNow| share((it.cpu_cores - it.capacity.cores).max(0.0), it.cpu_cores);
+    let pressed =
+        |it: &&&NodeNow| it.load >= policy.pressed_load || waits(it) >= policy.pressed_share;
+    Shape {
+        alive: alive.len(),
+        machines: alive.iter().map(|it| it.machines).sum(),
+        load_mean: mean,
+        load_min: alive
+            .iter()
+            .map(|it| it.load)
+            .reduce(f64::min)
+            .unwrap_or(0.0),
+        load_max: alive
+            .iter()
+            .map(|it| it.load)
+            .reduce(f64::max)
+            .unwrap_or(0.0),
+        unevenness: variance.sqrt(),
+        pressed: alive.iter().filter(pressed).count(),
+        free: alive.iter().filter(|it| it.machines == 0).count(),
+    }
+}
+
+fn report(scenario: &Scenario, world: &World, start: Shape, sums: &Sums, level: Level) -> Report {
+    let end: Vec<NodeNow> = world.nodes_now().collect();
+    let moves = world.moves();
+    let alerts = world.alerts();
+    Report {
+        about: scenario.about.clone(),
+        seed: scenario.seed,
+        length_s: scenario.length_s,
+        start,
+        end: shape(&end, world),
+        levelled_at_s: level.since_s.ok_or(level.not),
+        moved_bytes: moves.iter().map(|it| it.bytes).sum(),
+        failed: world.failed(),
+        capped: world.capped(),
+        returns: returns(world),
+        rounds: world.rounds(),
+        stranded: world.stranded(),
+        alerts: alerts.len() as u64,
+        alerts_quoted: alerts
+            .iter()
+            .take(QUOTED)
+            .map(|(at_ms, node, text)| {
+                let at_s = *at_ms as f64 / 1e3;
+                format!("{at_s:.0} s, {}: {text}", world.node_name(*node))
+            })
+            .collect(),
+        overload_share: sums.overload_share(),
+        unmet_share: share(sums.unmet, sums.demanded),
+        active_mean: share(sums.active_nodes, sums.looks),
+        energy_kwh: Some(sums.joules / 3.6e6),
+        expectations: Vec::new(),
+        series: Series::default(),
+        moves: moves
+            .iter()
+            .map(|it| MoveMade {
+                at_s: it.at_ms as f64 / 1e3,
+                machine: world.machine_name(it.machine).to_string(),
+                source: world.node_name(it.source).to_string(),
+                target: world.node_name(it.target).to_string(),
+                bytes: it.bytes as u64,
+            })
+            .collect(),
+    }
+}
+
+/// Moves that took a machine back within the cool-down.
+pub fn returns(world: &World) -> u64 {
+    let mut last: HashMap<usize, (usize, usize, u64)> = HashMap::new();
+    let mut returns = 0;
+    for it in world.moves() {
+        let before = last.insert(it.machine, (it.source, it.target, it.at_ms));
+        if let Some((source, target, at_ms)) = before
+            && (source, target) == (it.target, it.source)
+            && it.at_ms - at_ms < world.policy().cool_down_ms
+        {
+            returns += 1;
+        }
+    }
+    returns
+}

@@ -1,0 +1,476 @@
+//! Scenarios: files that say what a simulated cluster is made of, what befalls it,
+//! and what is expected of it.
+//!
+//! - here: the file as it is written
+//! - `cluster`: the nodes and machines that a scenario comes to
+
+mod cluster;
+
+pub use cluster::Cluster;
+
+use crate::bad_input::{self, BadInput};
+use crate::curve::Curve;
+use crate::energy::Power;
+use crate::expect::Expect;
+use crate::world::{Lie, Network};
+use keel_balance::policy::Policy;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use toml::Spanned;
+
+/// Longest simulation, in seconds: a year.
+const LENGTH_MAX_S: u64 = 366 * 86_400;
+/// Most nodes, and most machines.
+pub(crate) const NODES_MAX: usize = 100_000;
+pub(crate) const MACHINES_MAX: usize = 1_000_000;
+
+/// A scenario.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// What it shows, in a sentence.
+    #[serde(default)]
+    pub about: String,
+    /// Says all of chance.
+    #[serde(default = "one")]
+    pub seed: u64,
+    /// Seconds that it lasts.
+    pub length_s: u64,
+    /// Seconds from one look at all nodes to the next, for the picture, energy and
+    /// overload; without, about 480 looks.
+    pub look_s: Option<u64>,
+    /// Seconds after which machines of a node that died run on others; without, they
+    /// wait for their node.
+    pub failover_s: Option<u64>,
+    /// How messages and moves travel.
+    #[serde(default)]
+    pub network: Network,
+    /// What the cluster wants of its balancer.
+    #[serde(default)]
+    pub policy: Policy,
+    /// Nodes and machines of a file of Ganeti's tools.
+    pub ganeti: Option<Ganeti>,
+    /// Nodes.
+    #[serde(default)]
+    pub nodes: Vec<Spanned<NodeGroup>>,
+    /// Machines.
+    #[serde(default)]
+    pub machines: Vec<Spanned<MachineGroup>>,
+    /// What befalls it.
+    #[serde(default)]
+    pub events: Vec<Spanned<Event>>,
+    /// What is expected.
+    #[serde(default)]
+    pub expect: Expect,
+    /// The file.
+    #[serde(skip)]
+    pub place: PathBuf,
+    /// Its text.
+    #[serde(skip)]
+    text: String,
+}
+
+fn one() -> u64 {
+    1
+}
+
+/// A cluster of Ganeti's tools.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ganeti {
+    /// The file of `hbal -t`; relative to the scenario.
+    pub file: PathBuf,
+    /// The file of `hbal -U`.
+    pub utilisation: Option<PathBuf>,
+}
+
+/// Nodes that are alike.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeGroup {
+    /// How many.
+    #[serde(default = "single")]
+    pub count: usize,
+    /// Their name, in which `{}` is their number from 1.
+    pub name: String,
+    /// Cores of each.
+    pub cores: f64,
+    /// How fast a core is beside the reference core, 0.25 to 4.
+    #[serde(default = "reference_speed")]
+    pub speed: f64,
+    /// Memory of each, in MiB.
+    pub memory_mib: u64,
+    /// What its disks carry, in MiB a second.
+    #[serde(default = "usual_io")]
+    pub io_mib_per_s: f64,
+    /// Labels, by which machines are placed.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// What power it takes.
+    pub power: Option<Power>,
+}
+
+fn single() -> usize {
+    1
+}
+
+fn reference_speed() -> f64 {
+    1.0
+}
+
+fn usual_io() -> f64 {
+    500.0
+}
+
+/// Where machines are at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Placing {
+    /// One node after the other.
+    #[default]
+    Spread,
+    /// Anywhere.
+    Random,
+}
+
+/// Machines that are alike.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineGroup {
+    /// How many; without, one, or as many as there are traces.
+    pub count: Option<usize>,
+    /// Their name, in which `{}` is their number from 1. Machines of traces are named
+    /// by these without it.
+    pub name: Option<String>,
+    /// The node on which they all are.
+    pub on: Option<String>,
+    /// How they are placed, where `on` names no node.
+    #[serde(default)]
+    pub place: Placing,
+    /// Labels that their first nodes must have.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+    /// What each demands, in cores of the reference speed. Of `bursts` and `noise`
+    /// each machine has a seed of its own.
+    pub curve: Option<Curve>,
+    /// What each demanded when it was recorded.
+    pub traces: Option<Traces>,
+    /// Whether their threads never rest: they take as many cores on any node.
+    #[serde(default)]
+    pub burns: bool,
+    /// Memory of each, in MiB.
+    #[serde(default = "usual_memory")]
+    pub memory_mib: u64,
+    /// What each writes to memory, in MiB a second.
+    #[serde(default)]
+    pub dirty_mib_per_s: f64,
+    /// What each reads from and writes to disks, in MiB a second.
+    #[serde(default)]
+    pub io_mib_per_s: f64,
+    /// Whether they may be moved.
+    #[serde(default = "yes")]
+    pub balance: bool,
+}
+
+fn usual_memory() -> u64 {
+    256
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Loads that were recorded.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Traces {
+    /// A folder of PlanetLab's traces, as CloudSim has them; relative to the scenario.
+    pub planetlab: Option<PathBuf>,
+    /// A file with a column for each machine.
+    pub csv: Option<PathBuf>,
+    /// The first trace that is taken, from 0.
+    #[serde(default)]
+    pub first: usize,
+    /// Cores of a machine that uses all of its CPU (PlanetLab), or by which its cores
+    /// are multiplied (CSV).
+    #[serde(default = "reference_speed")]
+    pub cores: f64,
+}
+
+/// What befalls the cluster.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind", deny_unknown_fields)]
+pub enum Event {
+    /// A node dies.
+    NodeDies {
+        /// When, in seconds.
+        at_s: f64,
+        /// Which.
+        node: String,
+    },
+    /// A node comes; one whose first event this is was not there before.
+    NodeComes {
+        /// When, in seconds.
+        at_s: f64,
+        /// Which.
+        node: String,
+    },
+    /// Machines start; one whose first event this is did not run before.
+    MachineStarts {
+        /// When, in seconds.
+        at_s: f64,
+        /// Which; `web-*` means all whose names begin so.
+        machine: String,
+    },
+    /// Machines end.
+    MachineEnds {
+        /// When, in seconds.
+        at_s: f64,
+        /// Which; `web-*` means all whose names begin so.
+        machine: String,
+    },
+    /// The policy changes.
+    Policy {
+        /// When, in seconds.
+        at_s: f64,
+        /// Keys of the policy, and what they are now.
+        change: toml::Table,
+    },
+    /// A node's clock jumps.
+    ClockJumps {
+        /// When, in seconds.
+        at_s: f64,
+        /// Whose.
+        node: String,
+        /// By how many seconds; backwards if negative.
+        by_s: f64,
+    },
+    /// What a node tells others is wrong from now on.
+    NodeLies {
+        /// When, in seconds.
+        at_s: f64,
+        /// Which.
+        node: String,
+        /// What its numbers are; right again without.
+        numbers: Option<Lie>,
+    },
+    /// What a node measures is wrong from now on.
+    NodeMismeasures {
+        /// When, in seconds.
+        at_s: f64,
+        /// Which.
+        node: String,
+        /// What its numbers are; right again without.
+        numbers: Option<Lie>,
+    },
+    /// A node answers late from now on, or twice.
+    NodeLate {
+        /// When, in seconds.
+        at_s: f64,
+        /// Which.
+        node: String,
+        /// By how many milliseconds.
+        #[serde(default)]
+        by_ms: u64,
+        /// Share of its answers that come twice, 0 to 1.
+        #[serde(default)]
+        doubled: f64,
+    },
+}
+
+impl Event {
+    /// When, in seconds.
+    pub fn at_s(&self) -> f64 {
+        match self {
+            Event::NodeDies { at_s, .. }
+            | Event::NodeComes { at_s, .. }
+            | Event::MachineStarts { at_s, .. }
+            | Event::MachineEnds { at_s, .. }
+            | Event::Policy { at_s, .. }
+            | Event::ClockJumps { at_s, .. }
+            | Event::NodeLies { at_s, .. }
+            | Event::NodeMismeasures { at_s, .. }
+            | Event::NodeLate { at_s, .. } => *at_s,
+        }
+    }
+}
+
+impl Scenario {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// The file, line and reason of what is wrong; of unknown keys the nearest known.
+    pub fn read(place: &Path) -> Result<Self, BadInput> {
+        Self::parse(place, &bad_input::read(place)?)
+    }
+
+    /// Reads a file's text; `place` is the file.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn parse(place: &Path, text: &str) -> Result<Self, BadInput> {
+        let read: Result<Scenario, _> = toml::from_str(text);
+        let mut scenario = read.map_err(|error| bad_input::of_toml(place, text, &error))?;
+        scenario.place = place.to_owned();
+        scenario.text = text.to_owned();
+        scenario.check()?;
+        Ok(scenario)
+    }
+
+    /// Ten minutes of a cluster of Ganeti's tools.
+    pub fn of_ganeti(file: PathBuf, utilisation: Option<PathBuf>) -> Self {
+        Scenario {
+            about: format!("the cluster of {}", file.display()),
+            seed: one(),
+            length_s: 600,
+            look_s: None,
+            failover_s: None,
+            network: Network::default(),
+            policy: Policy::default(),
+            nodes: Vec::new(),
+            machines: Vec::new(),
+            events: Vec::new(),
+            expect: Expect::default(),
+            place: file.clone(),
+            text: String::new(),
+            ganeti: Some(Ganeti {
+                file: absolute(&file),
+                utilisation: utilisation.as_deref().map(absolute),
+            }),
+        }
+    }
+
+    /// Takes its nodes and machines from files of Ganeti's tools, in place of its own.
+    pub fn take_ganeti(&mut self, file: &Path, utilisation: Option<&Path>) {
+        self.nodes.clear();
+        self.machines.clear();
+        self.ganeti = Some(Ganeti {
+            file: absolute(file),
+            utilisation: utilisation.map(absolute),
+        });
+    }
+
+    /// Takes PlanetLab's traces from another folder than it names.
+    ///
+    /// # Errors
+    /// When it names none.
+    pub fn take_planetlab(&mut self, folder: &Path) -> Result<(), BadInput> {
+        self.take_traces("planetlab", |traces| traces.planetlab.as_mut(), folder)
+    }
+
+    /// Takes a table of loads from another file than it names.
+    ///
+    /// # Errors
+    /// When it names none.
+    pub fn take_csv(&mut self, file: &Path) -> Result<(), BadInput> {
+        self.take_traces("csv", |traces| traces.csv.as_mut(), file)
+    }
+
+    fn take_traces(
+        &mut self,
+        kind: &str,
+        of: impl Fn(&mut Traces) -> Option<&mut PathBuf>,
+        place: &Path,
+    ) -> Result<(), BadInput> {
+        let groups = self.machines.iter_mut().map(Spanned::get_mut);
+        let traces = groups.filter_map(|group| group.traces.as_mut());
+        let mut found = false;
+        for named in traces.filter_map(of) {
+            *named = absolute(place);
+            found = true;
+        }
+        if found {
+            return Ok(());
+        }
+        let reason = format!("it has no machines with traces = {{ {kind} = ... }}");
+        Err(BadInput::file(&self.place, reason))
+    }
+
+    /// What is wrong with a group or an event, with its line.
+    pub(crate) fn bad<T>(&self, of: &Spanned<T>, reason: impl ToString) -> BadInput {
+        let line = bad_input::line_of(&self.text, of.span().start);
+        BadInput::line(&self.place, line, reason)
+    }
+
+    fn check(&self) -> Result<(), BadInput> {
+        let bad = |reason: String| BadInput::file(&self.place, reason);
+        if !(1..=LENGTH_MAX_S).contains(&self.length_s) {
+            let reason = format!(
+                "length_s is {}; 1 to {LENGTH_MAX_S} are possible",
+                self.length_s
+            );
+            return Err(bad(reason));
+        }
+        if self.look_s == Some(0) {
+            return Err(bad("look_s is 0; at least 1 is possible".into()));
+        }
+        self.policy
+            .check()
+            .map_err(|error| bad(error.to_string()))?;
+        let network = &self.network;
+        for (name, share) in [
+            ("lost", network.lost),
+            ("doubled", network.doubled),
+            ("moves_failed", network.moves_failed),
+        ] {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(bad(format!(
+                    "network.{name} is {share}; 0 to 1 are possible"
+                )));
+            }
+        }
+        let (least, most) = network.delay_ms;
+        if least > most || most > 3_600_000 {
+            let reason = format!("network.delay_ms is [{least}, {most}]; it is [LEAST, MOST]");
+            return Err(bad(reason));
+        }
+        if !(1.0..=1e15).contains(&network.bytes_per_s) {
+            let reason = format!(
+                "network.bytes_per_s is {}; it is at least 1",
+                network.bytes_per_s
+            );
+            return Err(bad(reason));
+        }
+        for event in &self.events {
+            let at_s = event.get_ref().at_s();
+            if !(0.0..=self.length_s as f64).contains(&at_s) {
+                let reason = format!("at_s is {at_s}; the scenario lasts for {} s", self.length_s);
+                return Err(self.bad(event, reason));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A file of the command line: relative to where it was called, not to a scenario.
+fn absolute(place: &Path) -> PathBuf {
+    std::path::absolute(place).unwrap_or_else(|_| place.to_owned())
+}
+
+/// Changes keys of a policy.
+///
+/// # Errors
+/// A sentence: which key there is not, or what it cannot be.
+pub(crate) fn change_policy(policy: &Policy, change: &toml::Table) -> Result<Policy, String> {
+    let text = toml::to_string(policy).map_err(|error| error.to_string())?;
+    let mut all: toml::Table = toml::from_str(&text).map_err(|error| error.to_string())?;
+    merge(&mut all, change);
+    let policy: Policy = all
+        .try_into()
+        .map_err(|error: toml::de::Error| bad_input::sentence(error.message()))?;
+    policy.check().map_err(|error| error.to_string())?;
+    Ok(policy)
+}
+
+/// Puts keys over those that are there, in tables within tables too.
+pub(crate) fn merge(all: &mut toml::Table, change: &toml::Table) {
+    for (key, value) in change {
+        match (all.get_mut(key), value) {
+            (Some(toml::Value::Table(inner)), toml::Value::Table(change)) => merge(inner, change),
+            _ => {
+                all.insert(key.clone(), value.clone());
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! What others may look at.
+
+use super::{Made, Moved, World};
+use keel_balance::Name;
+use keel_balance::load::Capacity;
+use keel_balance::policy::Policy;
+use keel_balance::round::offers;
+use keel_balance::select::{Candidate, Considered, Side, Verdict, select};
+
+/// A node as it is now, without anything in flight.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NodeNow {
+    /// Whether it is alive.
+    pub alive: bool,
+    /// Its load; 0 when it is not alive.
+    pub load: f64,
+    /// Demand for CPU, in its cores.
+    pub cpu_cores: f64,
+    /// What it can give.
+    pub capacity: Capacity,
+    /// Machines that run there.
+    pub machines: usize,
+}
+
+impl World {
+    /// Now, in milliseconds.
+    pub fn now_ms(&self) -> u64 {
+        self.now_ms
+    }
+
+    /// The policy now.
+    pub fn policy(&self) -> &Policy {
+        &self.settings.policy
+    }
+
+    /// Moves so far.
+    pub fn moves(&self) -> &[Moved] {
+        &self.moves
+    }
+
+    /// Moves that failed.
+    pub fn failed(&self) -> u64 {
+        self.failed
+    }
+
+    /// Moves that were not begun because as many as are allowed were under way.
+    pub fn capped(&self) -> u64 {
+        self.capped
+    }
+
+    /// Rounds that were begun, of all nodes.
+    pub fn rounds(&self) -> u64 {
+        self.rounds
+    }
+
+    /// Decisions so far.
+    pub fn decisions(&self) -> &[Made] {
+        &self.decisions
+    }
+
+    /// Alerts so far: when, which node, what.
+    pub fn alerts(&self) -> &[(u64, usize, String)] {
+        &self.alerts
+    }
+
+    /// Moves under way.
+    pub fn moving(&self) -> usize {
+        self.moving
+    }
+
+    /// Machines of a node, by number.
+    pub fn machines_of(&self, node: usize) -> &[usize] {
+        &self.nodes[node].machines
+    }
+
+    /// A node's name.
+    pub fn node_name(&self, node: usize) -> &Name {
+        &self.nodes[node].name
+    }
+
+    /// A machine's name.
+    pub fn machine_name(&self, machine: usize) -> &Name {
+        &self.machines[machine].spec.name
+    }
+
+    /// Machines that were started and do not run, since their node died.
+    pub fn stranded(&self) -> usize {
+        let dead = self.nodes.iter().filter(|node| !node.alive);
+        dead.map(|node| node.machines.len()).sum()
+    }
+
+    /// Each node as it is.
+    pub fn nodes_now(&self) -> impl Iterator<Item = NodeNow> {
+        let weights = &self.settings.policy.weights;
+        self.nodes.iter().map(|node| {
+            let mut now = NodeNow {
+                alive: node.alive,
+                load: 0.0,
+                cpu_cores: 0.0,
+                capacity: node.capacity,
+                machines: 0,
+            };
+            if !node.alive {
+                return now;
+            }
+            for &machine in &node.machines {
+                let factors = self.factors(&self.machines[machine], &node.capacity);
+                now.load += factors.weigh(&node.capacity, weights);
+                now.cpu_cores += factors.cpu_cores;
+                now.machines += 1;
+            }
+            now
+        })
+    }
+
+    /// Each node's load as it is, without anything in flight.
+    pub fn loads(&self) -> Vec<f64> {
+        self.nodes_now().map(|it| it.load).collect()
+    }
+
+    /// The sum over all nodes of power times load squared.
+    pub fn sum_of_squares(&self) -> f64 {
+        self.nodes_now()
+            .map(|it| it.capacity.power() * it.load * it.load)
+            .sum()
+    }
+
+    fn side_now(&self, number: usize) -> Side {
+        let policy = &self.settings.policy;
+        let sample = self.sample(number);
+        let load = sample.load(&policy.weights);
+        Side {
+            capacity: sample.capacity,
+            load,
+            memory_free_bytes: sample.memory_free_bytes(),
+            pressed: load >= policy.pressed_load || sample.cpu_pressure >= policy.pressed_share,
+            free: sample.machines.is_empty(),
+        }
+    }
+
+    /// A move that the balancer's own rules admit now, hold times left aside: none is
+    /// left once a cluster has converged. The target and what would go there.
+    pub fn admissible(&self) -> Option<(Name, Considered)> {
+        let policy = &self.settings.policy;
+        let alive = (0..self.nodes.len()).filter(|&number| self.nodes[number].alive);
+        let mut sides: Vec<(usize, Side)> = alive.map(|it| (it, self.side_now(it))).collect();
+        sides.sort_by(|one, other| one.1.load.total_cmp(&other.1.load));
+        for (source, here) in sides.iter().rev() {
+            if self.nodes[*source].machines.is_empty() {
+                continue;
+            }
+            for (target, there) in &sides {
+                let may = offers(here, there, (f64::INFINITY, true), policy).is_ok();
+                if source == target || !may {
+                    continue;
+                }
+                if let Some(first) = self.first_of(*source, here, there) {
+                    return Some((self.nodes[*target].name.clone(), first));
+                }
+            }
+        }
+        None
+    }
+
+    fn first_of(&self, source: usize, here: &Side, there: &Side) -> Option<Considered> {
+        let policy = &self.settings.policy;
+        let machines = self.nodes[source].machines.iter();
+        let candidates: Vec<Candidate> = machines
+            .map(|&number| {
+                let machine = &self.machines[number];
+                let factors = self.factors(machine, &here.capacity);
+                let on = factors.on(&here.capacity, &there.capacity);
+                Candidate {
+                    machine: machine.spec.name.clone(),
+                    factors,
+                    there: on.weigh(&there.capacity, &policy.weights),
+                    lasted_ms: self.now_ms - machine.since_ms,
+                    bound: None,
+                }
+            })
+            .filter(|it| !self.stays.0.contains(&it.machine))
+            .collect();
+        let model = self.nodes[source].balancer.model();
+        let considered = select(here, there, &candidates, model, policy);
+        let first = considered.into_iter().next()?;
+        (first.verdict == Verdict::Chosen).then_some(first)
+    }
+}

@@ -1,0 +1,75 @@
+//! Questions and answers on their way.
+
+use super::{Happening, World};
+use keel_balance::Name;
+use keel_balance::round::{Answer, Event, Peers, Question};
+use rand::RngExt;
+use std::sync::Arc;
+
+/// Bits of a ticket that are the round; those above are who asked. So no table of
+/// open questions is needed, which lost messages would leave growing.
+const ROUND_BITS: u32 = 40;
+
+impl World {
+    pub(super) fn tell_peers(&mut self) {
+        let alive = self.nodes.iter().filter(|node| node.alive);
+        let alive: Arc<[Name]> = alive.map(|node| node.name.clone()).collect();
+        let mut this = 0;
+        for number in 0..self.nodes.len() {
+            if self.nodes[number].alive {
+                let peers = Peers::among(alive.clone(), this);
+                this += 1;
+                self.step(number, Event::Peers(peers));
+            }
+        }
+    }
+
+    /// Puts a message on its way: it comes once, twice, or never.
+    fn send(&mut self, to: usize, late_ms: u64, doubled: f64, event: Event) {
+        let network = self.settings.network;
+        if network.lost > 0.0 && self.rng.random_bool(network.lost) {
+            return;
+        }
+        let doubled = network.doubled.max(doubled);
+        let (least, most) = network.delay_ms;
+        let life = self.nodes[to].life;
+        let from_ms = self.now_ms + late_ms;
+        if doubled > 0.0 && self.rng.random_bool(doubled) {
+            let at_ms = from_ms + self.rng.random_range(least..=most);
+            self.queue
+                .put(at_ms, Happening::Tell(to, life, event.clone()));
+        }
+        let at_ms = from_ms + self.rng.random_range(least..=most);
+        self.queue.put(at_ms, Happening::Tell(to, life, event));
+    }
+
+    pub(super) fn ask(&mut self, asker: usize, round: u64, peer: &Name, mut question: Question) {
+        if matches!(question, Question::View) {
+            self.rounds += 1;
+        }
+        if let Some(lie) = self.nodes[asker].lie {
+            lie.question(&mut question);
+        }
+        let target = self.node_numbers[peer];
+        let event = Event::Asked {
+            ticket: (asker as u64) << ROUND_BITS | round,
+            peer: self.nodes[asker].name.clone(),
+            question,
+        };
+        self.send(target, 0, 0.0, event);
+    }
+
+    pub(super) fn reply(&mut self, number: usize, ticket: u64, mut answer: Answer) {
+        let node = &self.nodes[number];
+        if let Some(lie) = node.lie {
+            lie.answer(&mut answer);
+        }
+        let (late_ms, doubled) = (node.late_ms, node.doubled);
+        let asker = (ticket >> ROUND_BITS) as usize;
+        let event = Event::Answered {
+            round: ticket & ((1 << ROUND_BITS) - 1),
+            answer: Some(answer),
+        };
+        self.send(asker, late_ms, doubled, event);
+    }
+}

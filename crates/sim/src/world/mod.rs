@@ -1,0 +1,445 @@
+//! A simulated cluster: nodes with the balancer's own state machines, machines that
+//! demand what their curves say, messages that take time and get lost, moves that
+//! take time and fail, nodes that die, lie, or have wrong clocks. Time is a number;
+//! all of chance comes from one seed.
+//!
+//! - here: what a world is made of, and its running
+//! - `messages`: questions and answers on their way
+//! - `moves`: machines on their way
+//! - `befall`: what comes from outside
+//! - `look`: what others may look at
+//! - `queue`: what is going to happen
+
+mod befall;
+mod look;
+mod messages;
+mod moves;
+mod queue;
+
+pub use befall::{Lie, What};
+pub use look::NodeNow;
+
+use crate::curve::Curve;
+use keel_balance::Name;
+use keel_balance::cost::CostModel;
+use keel_balance::ledger::Decision;
+use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample};
+use keel_balance::policy::Policy;
+use keel_balance::round::{Balancer, Bounds, Command, Event};
+use keel_balance::select::Bound;
+use queue::Queue;
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeSet, HashMap};
+
+/// What nodes' clocks show at first, in milliseconds, so that they can jump back.
+const CLOCK_MS: i64 = 1_000_000_000_000;
+
+/// A node to begin with.
+#[derive(Debug, Clone)]
+pub struct NodeSpec {
+    /// Its name.
+    pub name: Name,
+    /// What it can give.
+    pub capacity: Capacity,
+    /// Whether it is there from the start; otherwise it comes later.
+    pub there: bool,
+}
+
+/// A machine to begin with.
+#[derive(Debug, Clone)]
+pub struct MachineSpec {
+    /// Its name.
+    pub name: Name,
+    /// Where it is, as the node's number.
+    pub node: usize,
+    /// What it demands. Cores of the reference speed; if it burns, cores of any.
+    pub curve: Curve,
+    /// Whether its threads never rest, so that it demands as many cores on any node.
+    pub burns: bool,
+    /// Memory that it occupies, in bytes.
+    pub memory_bytes: u64,
+    /// Bytes that it writes to memory, a second.
+    pub dirty_bytes_per_s: f64,
+    /// Bytes that it reads from and writes to disks, a second.
+    pub io_bytes_per_s: f64,
+    /// Whether it runs from the start; otherwise it starts later.
+    pub runs: bool,
+    /// Whether it may be moved.
+    pub balanced: bool,
+}
+
+impl MachineSpec {
+    /// Its load factors at an instant, on a node.
+    pub(crate) fn factors(&self, at_ms: u64, on: &Capacity) -> Factors {
+        let demand = self.curve.cores(at_ms);
+        let cpu_cores = if self.burns {
+            demand
+        } else {
+            demand / on.speed
+        };
+        Factors {
+            cpu_cores,
+            cpu_bound_cores: if self.burns { demand } else { 0.0 },
+            memory_bytes: self.memory_bytes,
+            dirty_bytes_per_s: self.dirty_bytes_per_s,
+            io_bytes_per_s: self.io_bytes_per_s,
+            ..Factors::default()
+        }
+    }
+}
+
+/// How messages travel.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Network {
+    /// Least and most milliseconds of a message.
+    pub delay_ms: (u64, u64),
+    /// Share of messages that get lost, 0 to 1.
+    pub lost: f64,
+    /// Share of messages that come twice, 0 to 1.
+    pub doubled: f64,
+    /// Bytes a second that one move copies.
+    pub bytes_per_s: f64,
+    /// Share of moves that fail, 0 to 1.
+    pub moves_failed: f64,
+    /// Milliseconds after which the others know of a node that died or came.
+    pub noticed_ms: u64,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Network {
+            delay_ms: (1, 3),
+            lost: 0.0,
+            doubled: 0.0,
+            bytes_per_s: 800e6,
+            moves_failed: 0.0,
+            noticed_ms: 3_000,
+        }
+    }
+}
+
+/// How a simulation is run.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Says all of chance.
+    pub seed: u64,
+    /// How messages travel.
+    pub network: Network,
+    /// What the cluster wants of its balancer.
+    pub policy: Policy,
+    /// Milliseconds after which machines of a node that died run on others, on that
+    /// with the least load that has the memory; without, they wait for their node.
+    pub failover_ms: Option<u64>,
+}
+
+/// A move that took place.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Moved {
+    /// When it was over, in milliseconds.
+    pub at_ms: u64,
+    /// The machine's number.
+    pub machine: usize,
+    /// The source's number.
+    pub source: usize,
+    /// The target's number.
+    pub target: usize,
+    /// Bytes that it sent.
+    pub bytes: f64,
+}
+
+/// A decision and who made it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Made {
+    /// When, in milliseconds.
+    pub at_ms: u64,
+    /// The node's number.
+    pub node: usize,
+    /// What it had learned of costs.
+    pub model: CostModel,
+    /// What was decided.
+    pub decision: Decision,
+}
+
+#[derive(Debug)]
+struct Node {
+    name: Name,
+    capacity: Capacity,
+    balancer: Balancer,
+    machines: Vec<usize>,
+    alive: bool,
+    /// Raised when it dies: what was on its way to the one before is lost.
+    life: u32,
+    /// When it is to be woken, as far as that is in the queue.
+    wakes_ms: u64,
+    /// By how much its clock differs from the world's time.
+    clock_ms: i64,
+    /// What is wrong with the numbers that it tells.
+    lie: Option<Lie>,
+    /// What is wrong with the numbers that it measures.
+    mismeasures: Option<Lie>,
+    /// How much later than others it answers, and the share of answers that come
+    /// twice.
+    late_ms: u64,
+    doubled: f64,
+}
+
+#[derive(Debug)]
+struct Machine {
+    spec: MachineSpec,
+    node: usize,
+    since_ms: u64,
+    runs: bool,
+}
+
+#[derive(Debug)]
+enum Happening {
+    Sample(usize, u32),
+    Wake(usize, u32),
+    Tell(usize, u32, Event),
+    MoveOver(moves::Under),
+    Befall(What),
+    /// The others notice who is alive.
+    Notice,
+    /// What ran on a node that died runs elsewhere.
+    FailOver(usize, u32),
+}
+
+/// Rules of the world: machines that stay where they are.
+#[derive(Debug, Default)]
+struct Stays(BTreeSet<Name>);
+
+impl Bounds for Stays {
+    fn bound(&self, machine: &Name, _target: &Name) -> Option<Bound> {
+        self.0.contains(machine).then_some(Bound::OptedOut)
+    }
+}
+
+/// A simulated cluster.
+pub struct World {
+    settings: Settings,
+    rng: SmallRng,
+    now_ms: u64,
+    queue: Queue<Happening>,
+    nodes: Vec<Node>,
+    machines: Vec<Machine>,
+    node_numbers: HashMap<Name, usize>,
+    machine_numbers: HashMap<Name, usize>,
+    stays: Stays,
+    policy_revision: u64,
+    moving: usize,
+    moves: Vec<Moved>,
+    failed: u64,
+    capped: u64,
+    rounds: u64,
+    decisions: Vec<Made>,
+    alerts: Vec<(u64, usize, String)>,
+    keep_decisions: bool,
+}
+
+impl World {
+    /// One of these nodes and machines. Names must differ.
+    pub fn new(settings: Settings, nodes: &[NodeSpec], machines: &[MachineSpec]) -> Self {
+        let mut rng = SmallRng::seed_from_u64(settings.seed);
+        let names: Vec<Name> = nodes.iter().map(|node| node.name.clone()).collect();
+        let stays = machines.iter().filter(|it| !it.balanced);
+        let mut world = World {
+            now_ms: 0,
+            queue: Queue::new(),
+            node_numbers: names.iter().cloned().zip(0..).collect(),
+            machine_numbers: machines.iter().map(|it| it.name.clone()).zip(0..).collect(),
+            nodes: nodes
+                .iter()
+                .map(|spec| Node::new(spec, &settings.policy, rng.random()))
+                .collect(),
+            machines: machines
+                .iter()
+                .map(|spec| Machine {
+                    node: spec.node,
+                    runs: spec.runs,
+                    spec: spec.clone(),
+                    since_ms: 0,
+                })
+                .collect(),
+            stays: Stays(stays.map(|it| it.name.clone()).collect()),
+            policy_revision: 1,
+            moving: 0,
+            moves: Vec::new(),
+            failed: 0,
+            capped: 0,
+            rounds: 0,
+            decisions: Vec::new(),
+            alerts: Vec::new(),
+            keep_decisions: true,
+            rng,
+            settings,
+        };
+        for (number, machine) in machines.iter().enumerate() {
+            if machine.runs {
+                world.nodes[machine.node].machines.push(number);
+            }
+        }
+        for number in 0..world.nodes.len() {
+            world.begin_sampling(number);
+        }
+        world.tell_peers();
+        world
+    }
+
+    /// Decisions are not kept: large worlds make many.
+    pub fn forget_decisions(&mut self) {
+        self.keep_decisions = false;
+    }
+
+    fn begin_sampling(&mut self, number: usize) {
+        let first_ms = self.now_ms + self.rng.random_range(0..self.settings.policy.sample_ms);
+        let life = self.nodes[number].life;
+        self.queue.put(first_ms, Happening::Sample(number, life));
+    }
+
+    /// Runs until an instant, in milliseconds.
+    pub fn run_until(&mut self, until_ms: u64) {
+        while let Some((at_ms, happening)) = self.queue.take(until_ms) {
+            self.now_ms = at_ms;
+            self.happen(happening);
+        }
+        self.now_ms = until_ms;
+    }
+
+    fn lives(&self, node: usize, life: u32) -> bool {
+        self.nodes[node].alive && self.nodes[node].life == life
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Sample(node, life) => {
+                if !self.lives(node, life) {
+                    return;
+                }
+                let next_ms = self.now_ms + self.settings.policy.sample_ms;
+                self.queue.put(next_ms, Happening::Sample(node, life));
+                let mut sample = self.sample(node);
+                if let Some(lie) = self.nodes[node].mismeasures {
+                    lie.sample(&mut sample);
+                }
+                self.step(node, Event::Sample(sample));
+            }
+            Happening::Wake(node, life) => {
+                // One that was put before an earlier one says nothing any more; if it
+                // woke the node it would be put again, and they would only grow in number.
+                if self.lives(node, life) && self.nodes[node].wakes_ms == self.now_ms {
+                    self.nodes[node].wakes_ms = u64::MAX;
+                    self.step(node, Event::Tick);
+                }
+            }
+            Happening::Tell(node, life, event) => {
+                if self.lives(node, life) {
+                    self.step(node, event);
+                }
+            }
+            Happening::MoveOver(under) => self.move_over(&under),
+            Happening::Befall(what) => self.befall(what),
+            Happening::Notice => self.tell_peers(),
+            Happening::FailOver(node, life) => self.fail_over(node, life),
+        }
+    }
+
+    fn factors(&self, machine: &Machine, capacity: &Capacity) -> Factors {
+        machine.spec.factors(self.now_ms, capacity)
+    }
+
+    fn sample(&self, number: usize) -> NodeSample {
+        let node = &self.nodes[number];
+        let mut wanted = 0.0;
+        let machines: Vec<MachineSample> = node
+            .machines
+            .iter()
+            .map(|&number| {
+                let machine = &self.machines[number];
+                let factors = self.factors(machine, &node.capacity);
+                wanted += factors.cpu_cores;
+                MachineSample {
+                    name: machine.spec.name.clone(),
+                    factors,
+                    lasted_ms: 0,
+                }
+            })
+            .collect();
+        let waits = (wanted - node.capacity.cores).max(0.0);
+        NodeSample {
+            capacity: node.capacity,
+            base: Factors::default(),
+            machines,
+            cpu_pressure: if wanted > 0.0 { waits / wanted } else { 0.0 },
+            stall_pressure: 0.0,
+        }
+    }
+
+    fn step(&mut self, number: usize, event: Event) {
+        if !self.nodes[number].alive {
+            return;
+        }
+        let now_ms = self.now_ms;
+        let node = &mut self.nodes[number];
+        let clock_ms = now_ms.saturating_add_signed(node.clock_ms);
+        let commands = node.balancer.step(event, clock_ms, &self.stays);
+        for command in commands {
+            self.carry_out(number, command);
+        }
+        let node = &mut self.nodes[number];
+        let wake_ms = node.balancer.wake_at_ms();
+        if wake_ms == u64::MAX {
+            return;
+        }
+        let wake_ms = wake_ms.saturating_add_signed(-node.clock_ms).max(now_ms);
+        if wake_ms < node.wakes_ms {
+            node.wakes_ms = wake_ms;
+            let wake = Happening::Wake(number, node.life);
+            self.queue.put(wake_ms, wake);
+        }
+    }
+
+    fn carry_out(&mut self, number: usize, command: Command) {
+        match command {
+            Command::Ask {
+                round,
+                peer,
+                question,
+            } => self.ask(number, round, &peer, question),
+            Command::Reply { ticket, answer } => self.reply(number, ticket, answer),
+            Command::Move { machine, target } => self.begin_move(number, &machine, &target),
+            Command::Record(decision) => {
+                if self.keep_decisions {
+                    self.decisions.push(Made {
+                        at_ms: self.now_ms,
+                        node: number,
+                        model: *self.nodes[number].balancer.model(),
+                        decision: *decision,
+                    });
+                }
+            }
+            Command::Alert(text) => self.alerts.push((self.now_ms, number, text)),
+        }
+    }
+}
+
+impl Node {
+    fn new(spec: &NodeSpec, policy: &Policy, seed: u64) -> Self {
+        Node {
+            name: spec.name.clone(),
+            capacity: spec.capacity,
+            balancer: Balancer::new(policy.clone(), 1, CostModel::default(), seed),
+            machines: Vec::new(),
+            alive: spec.there,
+            life: 0,
+            wakes_ms: u64::MAX,
+            clock_ms: CLOCK_MS,
+            lie: None,
+            mismeasures: None,
+            late_ms: 0,
+            doubled: 0.0,
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Machines on their way: how long it takes, what it sends, and how it ends.
+
+use super::{Happening, Moved, World};
+use keel_balance::Name;
+use keel_balance::ledger::Outcome;
+use keel_balance::round::Event;
+use rand::RngExt;
+
+/// Milliseconds of a move before its first byte.
+const BEGIN_MS: u64 = 100;
+/// Milliseconds for which a machine stands still.
+const STILL_MS: f64 = 4.0;
+/// Share of a round that may be written again in the next at most.
+const AGAIN_MAX: f64 = 0.8;
+
+/// A move under way.
+#[derive(Debug)]
+pub(super) struct Under {
+    machine: usize,
+    source: usize,
+    target: usize,
+    /// Lives of source and target when it began.
+    lives: (u32, u32),
+    duration_ms: u64,
+    fails: bool,
+}
+
+impl World {
+    pub(super) fn begin_move(&mut self, source: usize, machine: &Name, target: &Name) {
+        let number = self.machine_numbers[machine];
+        let target = self.node_numbers[target];
+        let most = self.settings.policy.moves_at_once(self.nodes.len());
+        let it = &self.machines[number];
+        let refused = if !(it.runs && it.node == source) {
+            Some(Outcome::Stayed {
+                why: "it does not run here any more".into(),
+            })
+        } else if !self.nodes[target].alive {
+            Some(Outcome::Stayed {
+                why: "the target is gone".into(),
+            })
+        } else if self.moving >= most as usize {
+            self.capped += 1;
+            Some(Outcome::Capped)
+        } else {
+            None
+        };
+        if let Some(outcome) = refused {
+            let event = Event::MoveEnded {
+                machine: machine.clone(),
+                outcome,
+            };
+            let life = self.nodes[source].life;
+            self.queue
+                .put(self.now_ms + 1, Happening::Tell(source, life, event));
+            return;
+        }
+        let chance = self.settings.network.moves_failed;
+        let fails = chance > 0.0 && self.rng.random_bool(chance);
+        let duration_ms = self.duration_ms(number);
+        self.moving += 1;
+        let coming = Event::Arriving {
+            machine: machine.clone(),
+        };
+        self.step(target, coming);
+        let under = Under {
+            machine: number,
+            source,
+            target,
+            lives: (self.nodes[source].life, self.nodes[target].life),
+            duration_ms,
+            fails,
+        };
+        self.queue
+            .put(self.now_ms + duration_ms, Happening::MoveOver(under));
+    }
+
+    fn bytes(&self, machine: usize) -> f64 {
+        let spec = &self.machines[machine].spec;
+        let rate = self.settings.network.bytes_per_s;
+        let again = (spec.dirty_bytes_per_s / rate).min(AGAIN_MAX);
+        spec.memory_bytes as f64 / (1.0 - again)
+    }
+
+    fn duration_ms(&self, machine: usize) -> u64 {
+        let rate = self.settings.network.bytes_per_s;
+        BEGIN_MS + (self.bytes(machine) / rate * 1e3) as u64
+    }
+
+    pub(super) fn move_over(&mut self, under: &Under) {
+        let &Under {
+            machine,
+            source,
+            target,
+            duration_ms,
+            ..
+        } = under;
+        self.moving -= 1;
+        let name = self.machines[machine].spec.name.clone();
+        let source_lives = self.lives(source, under.lives.0);
+        let target_lives = self.lives(target, under.lives.1);
+        let there = self.machines[machine].runs && self.machines[machine].node == source;
+        if under.fails || !source_lives || !target_lives || !there {
+            self.failed += 1;
+            let gone = Event::ArrivalFailed {
+                machine: name.clone(),
+            };
+            let why = if there {
+                "the connection was lost"
+            } else {
+                "the machine ended"
+            };
+            let outcome = Outcome::Stayed { why: why.into() };
+            let ended = Event::MoveEnded {
+                machine: name,
+                outcome,
+            };
+            if target_lives {
+                self.step(target, gone);
+            }
+            if source_lives {
+                self.step(source, ended);
+            }
+            return;
+        }
+        let bytes = self.bytes(machine);
+        self.nodes[source].machines.retain(|it| *it != machine);
+        self.nodes[target].machines.push(machine);
+        self.machines[machine].node = target;
+        self.machines[machine].since_ms = self.now_ms;
+        self.moves.push(Moved {
+            at_ms: self.now_ms,
+            machine,
+            source,
+            target,
+            bytes,
+        });
+        let arrived = Event::Arrived {
+            machine: name.clone(),
+            from: self.nodes[source].name.clone(),
+        };
+        self.step(target, arrived);
+        let outcome = Outcome::Moved {
+            duration_ms: duration_ms as f64,
+            downtime_ms: STILL_MS,
+            bytes: bytes as u64,
+        };
+        let ended = Event::MoveEnded {
+            machine: name,
+            outcome,
+        };
+        self.step(source, ended);
+    }
+}
