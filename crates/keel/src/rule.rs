@@ -10,6 +10,8 @@ use serde::Deserialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+// What looks like a link to rustdoc is a table of TOML.
+#[allow(rustdoc::broken_intra_doc_links)]
 #[derive(clap::Subcommand)]
 pub(crate) enum RuleCommand {
     /// Lists the rules, and the machines that break one where they are.
