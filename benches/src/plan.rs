@@ -162,7 +162,8 @@ fn cluster(nodes: usize, machines: usize, seed: u64) -> Problem {
         weights: [1.0; RESOURCES],
         hard: [true, true, false, false, false, false, false],
         rules: Vec::new(),
-        gain_min: 0.01,
+        // What one machine can do for the whole falls with the number of nodes.
+        gain_min: (1.0 / nodes as f64).min(0.01),
     }
 }
 
