@@ -199,6 +199,11 @@ pub const ALL: &[Failpoint] = &[
     ),
     at("out.go", Place::SourceWorker, "before its worker is told"),
     at(
+        "fill.name",
+        Place::SourceWorker,
+        "post-copy: committed, what was written last not named",
+    ),
+    at(
         "in.go",
         Place::TargetWorker,
         "before the machine goes on at the target",

@@ -8,12 +8,12 @@
 //!     │ HELLO (machine, epoch, sizes)                   │
 //!     │ SIZE, PAGES …, CUT …, BLOCK …, LOG …, ROUND_END ▶│ ROUND_DONE     (each round)
 //!     │  freeze                                         │
-//!     │ the same, IMAGE …, IMAGE_END ──────────────────▶│ PREPARED
+//!     │ STANDS, the same, IMAGE …, IMAGE_END ──────────▶│ PREPARED
 //!     │  commit in the store                            │
 //!     │ GO (epoch) ────────────────────────────────────▶│ RESUMED (epoch)
 //!     │ ABORT (reason) at any time ────────────────────▶│
-//!     │ REMOTE before IMAGE, and what follows RESUMED, in a post-copy move: see
-//!     │ `worker::filling`
+//!     │ REMOTE before IMAGE and before GO, and what follows RESUMED, in a post-copy
+//!     │ move: see `worker::filling`
 //! ```
 //!
 //! Pages are written to their memory as they are decrypted, never collected
@@ -35,10 +35,10 @@ use std::ops::Range;
 use std::time::Duration;
 
 /// Version of these messages.
-pub const HELLO_VERSION: u32 = 4;
+pub const HELLO_VERSION: u32 = 5;
 /// The version before: with it, pages that come after the machine are all named
-/// before its image.
-pub const HELLO_BEFORE: u32 = 3;
+/// before the target is ready.
+pub const HELLO_BEFORE: u32 = 4;
 /// How long a target may take to answer a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of pages or output in one frame.
@@ -77,6 +77,7 @@ const KIND_ALL_SENT: u16 = 15;
 const KIND_FILLED: u16 = 16;
 const KIND_BLOCK: u16 = 17;
 const KIND_CUT: u16 = 18;
+const KIND_STANDS: u16 = 19;
 
 /// What the source says first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -190,6 +191,8 @@ pub enum Message {
     },
     /// There is nothing more to send.
     AllSent,
+    /// The machine stands still from now on: what follows is waited for.
+    Stands,
     /// The target has everything.
     Filled(FillReport),
 }
@@ -235,6 +238,14 @@ fn plain<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, LinkError> {
 }
 
 impl Message {
+    /// Whether it is of those that name pages which come later.
+    pub fn names_pages(&self) -> bool {
+        matches!(
+            self,
+            Message::Size { .. } | Message::Remote { .. } | Message::RoundEnd
+        )
+    }
+
     /// Reads one from the payload of a frame.
     ///
     /// # Errors
@@ -288,6 +299,7 @@ impl Message {
                 page: number(payload, 8)?,
             },
             KIND_ALL_SENT => Message::AllSent,
+            KIND_STANDS => Message::Stands,
             KIND_FILLED => Message::Filled(plain(payload)?),
             other => return Err(LinkError::Message(format!("a message of kind {other}"))),
         })
@@ -359,6 +371,7 @@ impl Message {
                 (KIND_PULL, bytes)
             }
             Message::AllSent => (KIND_ALL_SENT, Vec::new()),
+            Message::Stands => (KIND_STANDS, Vec::new()),
             Message::Filled(report) => (
                 KIND_FILLED,
                 postcard::to_stdvec(report)
@@ -798,6 +811,7 @@ mod tests {
                 bytes: 0,
             },
             Message::RoundEnd,
+            Message::Stands,
             Message::Image(Bytes::from_static(b"x")),
             Message::ImageEnd,
             Message::Go(epoch),

@@ -38,7 +38,7 @@ pub use budget::Budget;
 pub use group::{Group, GroupUsage, OutOfMemory, memory_limit_bytes};
 pub use layout::Layout;
 pub use pressure::Pressure;
-pub use priority::{go_first, guest_nice, spare_agent, spend_worker};
+pub use priority::{Courtesy, go_first, guest_nice, spare_agent, spend_worker};
 pub use slice::Slice;
 
 /// Bytes for people.

@@ -3,6 +3,8 @@
 //! its parent, without which none is. And who goes first where processors are scarce:
 //! what balances and moves machines, before guests, or a hot node could not be helped.
 
+use std::time::{Duration, Instant};
+
 /// Added to the badness of a worker, in thousandths of all memory.
 const WORKER: i32 = 500;
 /// The same of an agent and its parent.
@@ -29,6 +31,91 @@ pub fn guest_nice() -> Option<i32> {
     (own < GUEST_NICE).then_some(GUEST_NICE)
 }
 
+/// Lets guests have their share beside the thread that made it, which copies a
+/// machine while it runs: nobody waits for that. Where so many want the processors
+/// that this share is too little to get a machine away, the thread goes first again.
+/// At the end, too.
+#[derive(Debug)]
+pub struct Courtesy {
+    own: i32,
+    looked: Instant,
+    /// Nanoseconds that it ran and that it waited for a processor.
+    used: (u64, u64),
+    on: bool,
+}
+
+/// What is looked at must be so long, in nanoseconds: several turns of everybody.
+const LOOKED_AT_NANOS: u64 = 20_000_000;
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// Of the time that it wants to run, the least share in which a thread is to run.
+const SHARE_MIN: f64 = 0.25;
+
+impl Courtesy {
+    /// `None` where guests and the rest have the same priority.
+    pub fn begin() -> Option<Self> {
+        let own = rustix::process::getpriority_process(None).ok()?;
+        let used = ran_and_waited()?;
+        (own < GUEST_NICE && set_own(GUEST_NICE)).then(|| Courtesy {
+            own,
+            looked: Instant::now(),
+            used,
+            on: true,
+        })
+    }
+
+    /// Ends if the thread gets too little; to be called often.
+    pub fn look(&mut self) {
+        if !self.on || self.looked.elapsed() < LOOK_EVERY {
+            return;
+        }
+        self.looked = Instant::now();
+        let Some((ran, waited)) = ran_and_waited() else {
+            return;
+        };
+        let now = (ran - self.used.0, waited - self.used.1);
+        if now.0 + now.1 < LOOKED_AT_NANOS {
+            return;
+        }
+        self.used = (ran, waited);
+        if is_starved(now) {
+            self.end();
+        }
+    }
+
+    /// The thread goes first from now on.
+    pub fn end(&mut self) {
+        if std::mem::take(&mut self.on) {
+            set_own(self.own);
+        }
+    }
+}
+
+impl Drop for Courtesy {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn is_starved((ran, waited): (u64, u64)) -> bool {
+    (ran as f64) < SHARE_MIN * (ran + waited) as f64
+}
+
+fn set_own(nice: i32) -> bool {
+    // (On Linux that of a thread.)
+    let set = rustix::process::setpriority_process(None, nice);
+    if let Err(error) = &set {
+        tracing::debug!(%error, nice, "this thread's priority stays as it is");
+    }
+    set.is_ok()
+}
+
+/// Nanoseconds that this thread ran, and that it waited for a processor.
+fn ran_and_waited() -> Option<(u64, u64)> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    let mut words = text.split_ascii_whitespace();
+    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+}
+
 /// Makes this process, and what it starts, one of the last to be ended. Needs a
 /// right (CAP_SYS_RESOURCE); without it nothing changes.
 pub fn spare_agent() {
@@ -50,5 +137,40 @@ fn adjust(change: impl Fn(i32) -> i32) {
     });
     if let Err(error) = adjusted {
         tracing::debug!(%error, "whom the kernel ends first stays as it is");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quarter_of_the_time_is_enough() {
+        assert!(!is_starved((0, 0)) && !is_starved((5, 15)) && !is_starved((9, 1)));
+        assert!(is_starved((0, 1)) && is_starved((5, 16)));
+    }
+
+    #[test]
+    fn the_priority_comes_back() {
+        std::thread::spawn(|| {
+            let nice = || rustix::process::getpriority_process(None).unwrap();
+            assert!(ran_and_waited().is_some());
+            if !set_own(CONTROL_NICE) {
+                eprintln!("skipped: priorities need CAP_SYS_NICE");
+                return;
+            }
+            let mut courtesy = Courtesy::begin().unwrap();
+            courtesy.look();
+            assert_eq!(nice(), GUEST_NICE);
+            courtesy.end();
+            assert_eq!(nice(), CONTROL_NICE);
+            drop(Courtesy::begin().unwrap());
+            assert_eq!(nice(), CONTROL_NICE);
+            assert!(set_own(GUEST_NICE));
+            // Nobody goes before anybody: there is nothing to do.
+            assert!(Courtesy::begin().is_none());
+        })
+        .join()
+        .unwrap();
     }
 }

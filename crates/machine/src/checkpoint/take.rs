@@ -26,9 +26,9 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 /// Bytes of one stored piece.
-const PACK_BYTES: usize = 32 << 20;
+const PACK_BYTES: usize = 16 << 20;
 /// Pieces that are being stored at a time.
-const IN_FLIGHT_MAX: usize = 3;
+const IN_FLIGHT_MAX: usize = 4;
 /// Bytes of one read of a memory.
 const READ_BYTES: u64 = 256 << 10;
 /// What may be left when the machine is frozen: copying so much takes about

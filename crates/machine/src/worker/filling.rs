@@ -3,7 +3,8 @@
 //! ```text
 //!   source                                            target
 //!     │ REMOTE (which pages it keeps), image ──────────▶│
-//!     │ GO ────────────────────────────────────────────▶│ runs; an access to such a page waits
+//!     │  commit in the store                            │
+//!     │ REMOTE (what was written last), ROUND_END, GO ─▶│ runs; an access to such a page waits
 //!     │ pages, in order ───────────────────────────────▶│ written, then shown   (first connection)
 //!     │◀──────────────────────────────────────── PULL ──│ what a thread waits for
 //!     │ that page and the next ────────────────────────▶│                       (second connection)
@@ -16,6 +17,9 @@
 //! nothing at first, so every first access is a minor or missing fault, and only
 //! this module answers those. Whichever connection brings a page first counts;
 //! what comes later is older than what the guest may have written, and is dropped.
+//!
+//! What was written last is named while the store commits. If those names do not
+//! come, and the machine was committed, every page counts as named.
 //!
 //! When a connection is lost, threads that need a page wait, the others run on;
 //! the source connects anew and is told what is still wanted. A source that is
@@ -53,6 +57,9 @@ const SET_BYTES: usize = 2 << 10;
 /// shown unasked, and how much less threads get that work unasked.
 const SHOW_AFTER: Duration = Duration::from_millis(5);
 const UNASKED_NICE: i32 = 10;
+/// How long a committed machine waits for the last names of pages, before it asks for
+/// all.
+const NAMES_PATIENCE: Duration = Duration::from_millis(200);
 
 /// A set of the pages of one memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -197,7 +204,13 @@ struct Shared {
 struct Pages {
     /// For each memory, the pages that only the source has.
     remote: Vec<PageSet>,
-    /// Set once the guest may run, that is, once `remote` is complete.
+    /// Whether the source has named all of them, or never will.
+    all_named: bool,
+    names_lost: bool,
+    /// Set before the guest may run. From then on `remote` is complete, and a name
+    /// that comes late would undo what the guest wrote.
+    sealed: bool,
+    /// When the guest began to run.
     begun: Option<Instant>,
     /// When a thread began to wait for a page, by memory and page.
     waited: Vec<(u32, u64, Instant)>,
@@ -254,10 +267,49 @@ impl Filler {
                 "pages {first_page} to {last} of memory {memory} are outside of it"
             )));
         }
-        if let Some(set) = pages.remote.get_mut(memory as usize) {
+        let Pages { remote, sealed, .. } = &mut *pages;
+        if let Some(set) = remote.get_mut(memory as usize)
+            && !*sealed
+        {
             set.add_message(first_page, bits);
         }
         Ok(())
+    }
+
+    /// The source has named all that it keeps.
+    pub(super) fn all_named(&self) {
+        locked(&self.shared.pages).all_named = true;
+        self.shared.changed.notify_all();
+    }
+
+    /// The source names nothing any more.
+    pub(super) fn names_lost(&self) {
+        locked(&self.shared.pages).names_lost = true;
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits a moment for the last names: the store may tell this node earlier than
+    /// the source does that the machine is its own.
+    pub(super) fn wait_named(&self) {
+        let pages = locked(&self.shared.pages);
+        let waiting = |pages: &mut Pages| !(pages.all_named || pages.names_lost || pages.sealed);
+        drop(
+            self.shared
+                .changed
+                .wait_timeout_while(pages, NAMES_PATIENCE, waiting),
+        );
+    }
+
+    /// The guest is about to run: what it has not, it has to ask for.
+    pub(super) fn seal(&self) {
+        let mut pages = locked(&self.shared.pages);
+        if std::mem::replace(&mut pages.sealed, true) || pages.all_named {
+            return;
+        }
+        tracing::warn!("not all pages that its source keeps were named: all are asked for");
+        for (set, memory) in pages.remote.iter_mut().zip(self.shared.memories.iter()) {
+            set.add_bytes(&(0..memory.size_bytes()));
+        }
     }
 
     /// The guest runs from now on.

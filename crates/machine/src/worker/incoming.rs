@@ -4,6 +4,7 @@
 use super::control::Receive;
 use super::filling::Filler;
 use super::volumes::{IncomingVolumes, VolumeError};
+use crate::cgroup::Courtesy;
 use crate::failpoint::{self, Injected};
 use crate::link::{HELLO_BEFORE, Hello, ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
@@ -12,6 +13,7 @@ use keel_net::{PinnedIdentity, ServerTls};
 use keel_wasi::volume::LocalBlocks;
 use keel_wasm::memory::{MemoryError, Unavailable};
 use keel_wasm::runtime::{Image, Machine, MachineError, Program, make_memories};
+use std::cell::RefCell;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -110,7 +112,13 @@ pub(super) fn receive(
         None => None,
     };
     let mut image = ImageBytes::default();
+    // (A source of the version before does not say when its machine stands.)
+    let begun = (hello.version > HELLO_BEFORE).then(Courtesy::begin);
+    let courtesy = RefCell::new(begun.flatten());
     let mut write = |memory: u32, offset: u64, bytes: &[u8]| {
+        if let Some(courtesy) = &mut *courtesy.borrow_mut() {
+            courtesy.look();
+        }
         let memory = memories
             .get(memory as usize)
             .ok_or_else(|| LinkError::Message(format!("pages of memory {memory}")))?;
@@ -118,6 +126,9 @@ pub(super) fn receive(
     };
     loop {
         match link.receive_pages(&mut write)? {
+            Message::Stands => {
+                courtesy.take();
+            }
             Message::Size { memory, pages } => {
                 let memory = memories
                     .get(memory as usize)
@@ -168,21 +179,12 @@ pub(super) fn receive(
         let wasi = (surroundings.restore)(image.wasi.clone(), log.clone(), local)?;
         Ok(Machine::prepare(program, image, memories, wasi, limits)?)
     };
-    let named = hello.version <= HELLO_BEFORE;
-    let machine = match &filler {
-        None => make()?,
-        Some(_) if named => make()?,
-        // Meanwhile the source names the pages that were written last. None may be
-        // unnamed when the machine goes on.
-        Some(filler) => std::thread::scope(|scope| {
-            let naming = scope.spawn(|| receive_names(&mut link, filler));
-            let machine = make();
-            let named = naming
-                .join()
-                .unwrap_or_else(|_| Err(IncomingError::Other("a thread died".into())));
-            named.and(machine)
-        })?,
-    };
+    let machine = make()?;
+    if let Some(filler) = &filler
+        && hello.version <= HELLO_BEFORE
+    {
+        while !hear_names(link.receive()?, filler)? {}
+    }
     failpoint::pass("in.ready")?;
     Ok(Arrived {
         machine,
@@ -192,21 +194,27 @@ pub(super) fn receive(
     })
 }
 
-/// Receives the last names of pages that come after the machine.
-fn receive_names(link: &mut Link, filler: &Filler) -> Result<(), IncomingError> {
-    loop {
-        match link.receive()? {
-            // (It cannot have grown since its threads stand.)
-            Message::Size { .. } => {}
-            Message::Remote {
-                memory,
-                first_page,
-                bits,
-            } => filler.remote(memory, first_page, &bits)?,
-            Message::RoundEnd => return Ok(()),
-            other => return Err(IncomingError::Other(format!("{other:?} out of turn"))),
+/// Hears which pages were written last, while the machine stood already; true at the
+/// end of them.
+///
+/// # Errors
+/// [`LinkError::Message`] for anything else.
+pub(super) fn hear_names(message: Message, filler: &Filler) -> Result<bool, LinkError> {
+    match message {
+        // (It cannot have grown since its threads stand.)
+        Message::Size { .. } => {}
+        Message::Remote {
+            memory,
+            first_page,
+            bits,
+        } => filler.remote(memory, first_page, &bits)?,
+        Message::RoundEnd => {
+            filler.all_named();
+            return Ok(true);
         }
+        other => return Err(LinkError::Message(format!("{other:?} out of turn"))),
     }
+    Ok(false)
 }
 
 /// Waits for a peer that has the agreed certificate and says the agreed hello.

@@ -6,6 +6,7 @@ use super::control::{Copy, CopyEvent, Frozen};
 use super::filling::{self, PageSet};
 use super::kept::Keepers;
 use super::volumes::{OutgoingVolumes, VolumeError};
+use crate::cgroup::Courtesy;
 use crate::failpoint::{self, Injected};
 use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose};
 use crate::log::Log;
@@ -17,8 +18,11 @@ use keel_wasm::memory::{DirtyTracker, MemoryError};
 use keel_wasm::runtime::{Hold, Machine, MachineError, ProgramError};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// Bytes of pages between two looks at what else wants the processors.
+const PIECE_BYTES: u64 = 1 << 20;
 /// Rounds of catching up just before the freeze, and what is little enough.
 const CATCH_UP_ROUNDS_MAX: u32 = 4;
 const CATCH_UP_BYTES: u64 = 256 << 10;
@@ -42,7 +46,7 @@ pub(super) enum OutgoingError {
     Machine(#[from] MachineError),
     #[error(transparent)]
     Program(#[from] ProgramError),
-    #[error("its output cannot be read: {0}")]
+    #[error("its output cannot be read, or there is no thread for its move: {0}")]
     Log(#[from] std::io::Error),
     #[error(transparent)]
     Tls(#[from] keel_net::TlsError),
@@ -71,6 +75,10 @@ impl Way {
     }
 }
 
+/// For each memory, what was written to it; and what found that, whose end takes a
+/// while.
+type Looked = (Result<Vec<Vec<Range<u64>>>, MemoryError>, Vec<DirtyTracker>);
+
 /// One attempt to give a machine away.
 pub(super) struct Outgoing {
     machine: Machine,
@@ -83,6 +91,10 @@ pub(super) struct Outgoing {
     slowdown: Slowdown,
     /// For each memory, pages that were found written and not sent.
     unsent: Vec<PageSet>,
+    /// In a post-copy move: what finds the last of them, since the machine stands.
+    looking: Option<JoinHandle<Looked>>,
+    /// While it copies.
+    courtesy: Option<Courtesy>,
     /// What is left at the freeze may take this long to send.
     budget: Duration,
 }
@@ -118,6 +130,8 @@ impl Outgoing {
             log_sent: log.base(),
             slowdown: Slowdown::new(machine.clone()),
             unsent: vec![PageSet::default(); machine.memories().len()],
+            looking: None,
+            courtesy: None,
             machine,
             log,
             link,
@@ -152,6 +166,7 @@ impl Outgoing {
             self.trackers.push(tracker);
         }
         self.volumes = OutgoingVolumes::start(self.machine.wasi(), keepers);
+        self.courtesy = Courtesy::begin();
         let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
         for memory in memories.iter() {
             ranges.push(memory.populated()?);
@@ -214,6 +229,7 @@ impl Outgoing {
                 Next::Round => {}
             }
         }
+        self.courtesy = None;
         failpoint::pass("out.converged")?;
         tell(CopyEvent::Converged {
             rounds,
@@ -247,6 +263,7 @@ impl Outgoing {
         self.slowdown.release();
         failpoint::pass("out.frozen")?;
         let frozen = Instant::now();
+        self.link.send(&Message::Stands)?;
         let mut last_bytes = 0;
         if !post_copy {
             for number in 0..self.trackers.len() {
@@ -254,28 +271,15 @@ impl Outgoing {
                 last_bytes += self.send_memory(number as u32, &ranges, false)?;
             }
         }
-        let mut trackers = std::mem::take(&mut self.trackers);
-        let (pages_sent, looked) = std::thread::scope(|scope| {
-            // In a post-copy move pages are only named: they are looked for while
-            // the state is sent, and while the target makes the machine of it.
-            let looking = post_copy.then(|| scope.spawn(|| look(&mut trackers)));
-            let pages_sent = self.send_state(&mut last_bytes);
-            let looked = looking.map(|looking| {
-                let looked = looking.join();
-                looked.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            });
-            (pages_sent, looked)
-        });
-        self.trackers = trackers;
-        let pages_sent = pages_sent?;
-        if let Some(looked) = looked {
-            for (number, ranges) in (0..).zip(looked?) {
-                self.keep_pages(number, &ranges)?;
-            }
-            // It says that it is ready only when it has these too.
-            self.link.send(&Message::RoundEnd)?;
-            self.link.flush()?;
+        if post_copy {
+            // Pages are only named, and before it goes on there: they are looked for
+            // while the target makes the machine of its state and the store commits.
+            let trackers = std::mem::take(&mut self.trackers);
+            let looking = std::thread::Builder::new().name("look".into());
+            let looking = looking.spawn(move || look(trackers))?;
+            self.looking = Some(looking);
         }
+        let pages_sent = self.send_state(&mut last_bytes)?;
         failpoint::pass("out.image")?;
         match self.link.receive()? {
             Message::Prepared => {}
@@ -331,6 +335,26 @@ impl Outgoing {
     /// there.
     pub(super) fn go(&mut self, epoch: Epoch) -> Result<(), OutgoingError> {
         failpoint::pass("out.go")?;
+        if let Some(looking) = self.looking.take() {
+            failpoint::pass("fill.name")?;
+            let (looked, trackers) = looking
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            self.trackers = trackers;
+            match looked {
+                Ok(written) => {
+                    for (number, ranges) in (0..).zip(written) {
+                        self.keep_pages(number, &ranges)?;
+                    }
+                    self.link.send(&Message::RoundEnd)?;
+                }
+                // It is the target's already, which takes every page for written
+                // until all are named.
+                Err(error) => {
+                    tracing::warn!(%error, "what was written last is not known: all of it is sent");
+                }
+            }
+        }
         self.link.send(&Message::Go(epoch))?;
         self.link.flush()?;
         match self.link.receive()? {
@@ -394,9 +418,13 @@ impl Outgoing {
         let read = |at: u64, bytes: &mut [u8]| memory.read(at, bytes);
         let mut sent = 0;
         for range in ranges {
-            sent += self
-                .link
-                .send_pages(number, range.clone(), skip_zero, &read)?;
+            for start in (range.start..range.end).step_by(PIECE_BYTES as usize) {
+                let piece = start..range.end.min(start + PIECE_BYTES);
+                sent += self.link.send_pages(number, piece, skip_zero, &read)?;
+                if let Some(courtesy) = &mut self.courtesy {
+                    courtesy.look();
+                }
+            }
         }
         Ok(sent)
     }
@@ -417,11 +445,12 @@ impl Outgoing {
 }
 
 /// What was written to each memory since it was looked at last; the machine stands.
-fn look(trackers: &mut [DirtyTracker]) -> Result<Vec<Vec<Range<u64>>>, MemoryError> {
-    trackers
+fn look(mut trackers: Vec<DirtyTracker>) -> Looked {
+    let looked = trackers
         .iter_mut()
         .map(DirtyTracker::take_at_once)
-        .collect()
+        .collect();
+    (looked, trackers)
 }
 
 fn unexpected(message: &Message) -> OutgoingError {
@@ -436,7 +465,7 @@ fn micros(duration: Duration) -> u64 {
 struct Slowdown {
     machine: Machine,
     shared: Arc<Pace>,
-    thread: Option<std::thread::JoinHandle<Option<Instant>>>,
+    thread: Option<JoinHandle<Option<Instant>>>,
 }
 
 #[derive(Default)]

@@ -962,6 +962,10 @@ impl Worker {
                 return Err(RpcError::refused("no move is under way"));
             }
             failpoint::pass("in.go").map_err(RpcError::unknown)?;
+            let filler = self.inner().filler.clone();
+            if let Some(filler) = filler {
+                filler.wait_named();
+            }
             return match self.step_target(TargetEvent::Go(epoch)) {
                 commands if commands.is_empty() => {
                     Err(RpcError::refused("not ready, or an older epoch"))
@@ -1242,8 +1246,20 @@ impl Worker {
 
     /// Hears the source out until it is gone.
     fn await_word(self: &Arc<Self>, link: &mut Link, offered: Epoch) {
+        let filler = self.inner().filler.clone();
+        let mut naming = filler.as_ref();
         loop {
             let event = match link.receive() {
+                Ok(message) if message.names_pages() && naming.is_some() => {
+                    match naming.map(|filler| incoming::hear_names(message, filler)) {
+                        Some(Ok(true)) => naming = None,
+                        Some(Err(error)) => {
+                            return self.source_lost(error.to_string(), offered);
+                        }
+                        Some(Ok(false)) | None => {}
+                    }
+                    continue;
+                }
                 Ok(Message::Go(epoch)) => match failpoint::pass("in.go") {
                     Ok(()) => TargetEvent::Go(epoch),
                     Err(error) => return self.source_lost(error.to_string(), offered),
@@ -1253,16 +1269,16 @@ impl Worker {
                 Err(error) => return self.source_lost(error.to_string(), offered),
             };
             let last = !matches!(event, TargetEvent::Go(_)) || self.inner().filler.is_some();
-            for command in self.step_target(event) {
-                if let TargetCommand::SayResumed(epoch) = command
-                    && let Err(error) = failpoint::pass("in.gone")
-                        .map_err(|error| LinkError::Aborted(error.to_string()))
-                        .and_then(|()| incoming::say_resumed(link, epoch))
+            // The source counts the time until it hears of it.
+            self.step_target_and(event, &mut |epoch| {
+                if let Err(error) = failpoint::pass("in.gone")
+                    .map_err(|error| LinkError::Aborted(error.to_string()))
+                    .and_then(|()| incoming::say_resumed(link, epoch))
                 {
                     // The source asks again over the agents.
                     tracing::info!(%error, "the source did not hear that the machine runs");
                 }
-            }
+            });
             if last {
                 return;
             }
@@ -1270,6 +1286,9 @@ impl Worker {
     }
 
     fn source_lost(self: &Arc<Self>, reason: String, offered: Epoch) {
+        if let Some(filler) = &self.inner().filler {
+            filler.names_lost();
+        }
         let commands = self.step_target(TargetEvent::SourceLost(reason));
         if commands.contains(&TargetCommand::AskAgent) {
             self.state.send_replace(State::Prepared {
@@ -1282,31 +1301,40 @@ impl Worker {
     /// Steps the target's state machine and does what it says, but for
     /// speaking to the source.
     fn step_target(self: &Arc<Self>, event: TargetEvent) -> Vec<TargetCommand> {
+        self.step_target_and(event, &mut |_| {})
+    }
+
+    /// As [`Self::step_target`]; tells the source at once when the machine runs.
+    fn step_target_and(
+        self: &Arc<Self>,
+        event: TargetEvent,
+        say_resumed: &mut dyn FnMut(Epoch),
+    ) -> Vec<TargetCommand> {
         let mut inner = self.inner();
         let Some(target) = &mut inner.target else {
             return Vec::new();
         };
         let commands = target.step(event);
         let state = target.state();
+        let mut thawed = None;
         for command in &commands {
             match command {
                 TargetCommand::Thaw(epoch) => {
                     inner.epoch = *epoch;
                     inner.keepers.claim_under(*epoch);
-                    if let Some(machine) = inner.machine.clone() {
+                    if let Some(filler) = &inner.filler {
+                        filler.seal();
+                    }
+                    thawed = inner.machine.clone();
+                    if let Some(machine) = &thawed {
                         machine.set_epoch(epoch.token());
                         // It stands ready; a guest that ended cannot be here.
                         if let Err(error) = machine.thaw() {
                             tracing::error!(%error, "an arrived machine does not go on");
                         }
-                        if let Some(filler) = &inner.filler {
-                            filler.go_on();
-                        }
-                        if let Err(error) = self.watch_end(machine) {
-                            tracing::error!(%error, "its end will not be noticed");
-                        }
                     }
                 }
+                TargetCommand::SayResumed(epoch) => say_resumed(*epoch),
                 TargetCommand::Drop(reason) => {
                     if let Some(machine) = inner.machine.take() {
                         machine.stop();
@@ -1315,10 +1343,15 @@ impl Worker {
                         reason: reason.clone(),
                     });
                 }
-                TargetCommand::Prepare
-                | TargetCommand::SayPrepared
-                | TargetCommand::SayResumed(_)
-                | TargetCommand::AskAgent => {}
+                TargetCommand::Prepare | TargetCommand::SayPrepared | TargetCommand::AskAgent => {}
+            }
+        }
+        if let Some(machine) = thawed {
+            if let Some(filler) = &inner.filler {
+                filler.go_on();
+            }
+            if let Err(error) = self.watch_end(machine) {
+                tracing::error!(%error, "its end will not be noticed");
             }
         }
         if let TargetState::Running { epoch } = state

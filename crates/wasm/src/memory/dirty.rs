@@ -273,6 +273,9 @@ pub(super) fn open_pagemap(memory: &GuestMemory) -> Result<OwnedFd, Unavailable>
     Ok(pagemap)
 }
 
+/// Bytes of memory that one request looks at: the kernel lets nobody else run on that
+/// processor before its end, and what a machine stands still for comes first.
+const SCAN_BYTES: u64 = 32 << 20;
 /// Regions that one call reports.
 const REGIONS: usize = 512;
 
@@ -291,7 +294,7 @@ fn scan(
             size: size_of::<PmScanArg>() as u64,
             flags: PM_SCAN_WP_MATCHING,
             start: at,
-            end,
+            end: end.min(at + SCAN_BYTES),
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
             category_mask: PAGE_IS_WRITTEN,
