@@ -164,6 +164,7 @@ fn cluster(nodes: usize, machines: usize, seed: u64) -> Problem {
         rules: Vec::new(),
         // What one machine can do for the whole falls with the number of nodes.
         gain_min: (1.0 / nodes as f64).min(0.01),
+        at_once: (1, 1),
     }
 }
 

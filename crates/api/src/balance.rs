@@ -2,7 +2,8 @@
 
 use crate::Silence;
 use keel_balance::Name;
-use keel_balance::ledger::Line;
+use keel_balance::cost::Estimate;
+use keel_balance::ledger::{Line, Outcome};
 use keel_balance::load::NodeSample;
 use keel_balance::policy::Policy;
 use keel_balance::round::Explained;
@@ -100,4 +101,140 @@ pub struct LabelRequest {
     pub name: String,
     /// Labels; an empty value removes one.
     pub labels: Labels,
+}
+
+/// What a plan is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum PlanGoal {
+    /// All nodes level.
+    Level,
+    /// As few nodes as carry the load.
+    Pack,
+    /// A node empty.
+    Drain {
+        /// Which.
+        node: String,
+    },
+}
+
+/// A move of a plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlanStep {
+    /// The machine.
+    pub machine: String,
+    /// Where it is then.
+    pub from: String,
+    /// Where it goes.
+    pub to: String,
+    /// Steps of one wave go at the same time, after those of the wave before.
+    pub wave: usize,
+    /// Whether it is a stop on the way.
+    pub hop: bool,
+    /// Bytes that are sent, as predicted.
+    pub bytes: u64,
+    /// How long it takes, in milliseconds.
+    pub duration_ms: Estimate,
+    /// For how long the machine stands still, in milliseconds.
+    pub downtime_ms: Estimate,
+}
+
+/// A machine that should go and cannot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftBehind {
+    /// The machine.
+    pub machine: String,
+    /// Where it is.
+    pub node: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// A plan for all nodes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PlanInfo {
+    /// What it is for.
+    pub goal: PlanGoal,
+    /// Moves, in order.
+    pub steps: Vec<PlanStep>,
+    /// Weighted sum of the standard deviations of nodes' shares, before.
+    pub before: f64,
+    /// The same after it.
+    pub after: f64,
+    /// How long it takes, in milliseconds.
+    pub duration_ms: f64,
+    /// Machines that should go and cannot.
+    pub left: Vec<LeftBehind>,
+    /// Nodes that did not answer: they are left as they are.
+    pub silent: Vec<Silence>,
+}
+
+/// Steps to carry out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanRequest {
+    /// The steps.
+    pub steps: Vec<PlanStep>,
+}
+
+/// What becomes of a plan that is carried out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PlanLine {
+    /// A move begins.
+    Begun(PlanStep),
+    /// A move is over.
+    Ended {
+        /// Which.
+        step: PlanStep,
+        /// How.
+        outcome: Outcome,
+    },
+}
+
+/// A node that is to be emptied.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrainRequest {
+    /// Milliseconds from now within which it is to be empty.
+    pub deadline_ms: Option<u64>,
+}
+
+/// How a node stands that is, or is not, to be emptied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrainState {
+    /// It is not to be emptied.
+    Open,
+    /// Machines leave it.
+    Draining,
+    /// None of those that are left can go.
+    Stuck,
+    /// Its time is over, and some are left; they stay.
+    Late,
+    /// No machine is left.
+    Empty,
+}
+
+/// How far emptying a node has come.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DrainInfo {
+    /// The node.
+    pub node: String,
+    /// How it stands.
+    pub state: DrainState,
+    /// Since when it is to be empty, in milliseconds since 1970-01-01 UTC.
+    pub since_unix_ms: Option<u64>,
+    /// Until when.
+    pub deadline_unix_ms: Option<u64>,
+    /// Machines that are still there.
+    pub machines: u32,
+    /// Machines that went.
+    pub moved: u32,
+    /// When it will be empty, as predicted.
+    pub end_unix_ms: Option<u64>,
+    /// Moves under way.
+    pub moving: Vec<PlanStep>,
+    /// Machines that should go and cannot just now.
+    pub left: Vec<LeftBehind>,
 }

@@ -45,8 +45,9 @@ mod client;
 mod event;
 
 pub use balance::{
-    BalanceInfo, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest, LedgerInfo, NodeLoad, PolicyRequest,
-    RulesInfo, WhyNot,
+    BalanceInfo, DrainInfo, DrainRequest, DrainState, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest,
+    LedgerInfo, LeftBehind, NodeLoad, PlanGoal, PlanInfo, PlanLine, PlanRequest, PlanStep,
+    PolicyRequest, RulesInfo, WhyNot,
 };
 pub use client::{Client, ClientError, Lines};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
@@ -98,6 +99,9 @@ pub struct NodeInfo {
     pub address: String,
     /// Whether it renews its lease.
     pub alive: bool,
+    /// Whether it is being emptied: nothing is placed there.
+    #[serde(default)]
+    pub draining: bool,
     /// Whether it holds the store.
     pub voter: bool,
     /// Processors.

@@ -136,6 +136,15 @@ pub enum Decision {
         /// The rule, and what it says.
         broken: Broken,
     },
+    /// A machine is to move because a plan says so: a person's, or a drain's.
+    Planned {
+        /// Which.
+        machine: Name,
+        /// Where to.
+        target: Name,
+        /// Which plan.
+        plan: String,
+    },
     /// A move that was decided here is over.
     Ended {
         /// Which machine.
@@ -292,6 +301,7 @@ impl Decision {
         match self {
             Decision::Move { machine, .. }
             | Decision::Repair { machine, .. }
+            | Decision::Planned { machine, .. }
             | Decision::Ended { machine, .. } => Some(machine),
             Decision::Stay { .. } | Decision::Absurd { .. } => None,
         }
@@ -303,7 +313,10 @@ impl Decision {
             Decision::Move { considered, .. } | Decision::Stay { considered, .. } => {
                 considered.iter().find(|it| &*it.machine == machine)
             }
-            Decision::Repair { .. } | Decision::Ended { .. } | Decision::Absurd { .. } => None,
+            Decision::Repair { .. }
+            | Decision::Planned { .. }
+            | Decision::Ended { .. }
+            | Decision::Absurd { .. } => None,
         }
     }
 }
@@ -379,6 +392,11 @@ impl fmt::Display for Decision {
                 "{machine} breaks rule {:?} where it is, and no node may take it: {}",
                 &*broken.rule, broken.why
             ),
+            Decision::Planned {
+                machine,
+                target,
+                plan,
+            } => write!(f, "{machine} moves to {target}: {plan}"),
             Decision::Ended {
                 machine,
                 target,

@@ -99,6 +99,8 @@ pub struct Problem {
     pub rules: Vec<Rule>,
     /// By how much a move must lower the unevenness.
     pub gain_min: f64,
+    /// How many machines may leave a site, and come to it, in one wave; at least one.
+    pub at_once: (usize, usize),
 }
 
 /// A move of a plan.
@@ -673,14 +675,15 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
         if pending.is_empty() {
             break;
         }
-        // One machine leaves and one comes at a time, to each node.
-        let mut leaving = vec![false; problem.sites.len()];
-        let mut coming = vec![false; problem.sites.len()];
+        let mut leaving = vec![0; problem.sites.len()];
+        let mut coming = vec![0; problem.sites.len()];
         let mut going: Vec<(usize, usize, bool)> = Vec::new();
         for &load in &pending {
             let (from, target) = (state.at[load], to[load]);
-            if !leaving[from] && !coming[target] && state.may_go(load, target) {
-                (leaving[from], coming[target]) = (true, true);
+            let free = leaving[from] < problem.at_once.0 && coming[target] < problem.at_once.1;
+            if free && state.may_go(load, target) {
+                leaving[from] += 1;
+                coming[target] += 1;
                 going.push((load, target, false));
             }
         }
@@ -762,6 +765,7 @@ mod tests {
             hard: [false, true, false, false, false, false, false],
             rules: Vec::new(),
             gain_min: 0.001,
+            at_once: (1, 1),
         }
     }
 

@@ -16,6 +16,7 @@
 //! | `lease/NAME` | who holds a role of which there is one in the cluster |
 //! | `policy` | what the cluster wants of its balancer |
 //! | `move-slot/NUMBER` | who holds one of the tokens for moves |
+//! | `drain/NODE` | that the node is being emptied: nothing is placed there |
 //! | `rules` | all placement rules |
 //! | `rule/ID/DOMAIN` | holders of a placement rule's domain |
 //! | `node-labels/NODE`, `machine-labels/MACHINE` | what rules select by |
@@ -59,6 +60,8 @@ pub enum Key {
     Policy,
     /// `move-slot/NUMBER`
     MoveSlot(u32),
+    /// `drain/NODE`
+    Drain(NodeName),
     /// `rules`
     Rules,
     /// `node-labels/NODE`
@@ -131,6 +134,8 @@ pub const RESERVATIONS: &str = "reservation/";
 pub const LEASES: &str = "lease/";
 /// Prefix of all tokens for moves.
 pub const MOVE_SLOTS: &str = "move-slot/";
+/// Prefix of the nodes that are being emptied.
+pub const DRAINS: &str = "drain/";
 /// Prefix of all nodes' labels.
 pub const NODE_LABELS: &str = "node-labels/";
 /// Prefix of all machines' labels.
@@ -175,6 +180,7 @@ impl fmt::Display for Key {
             Key::Lease(role) => write!(f, "{LEASES}{role}"),
             Key::Policy => f.write_str("policy"),
             Key::MoveSlot(number) => write!(f, "{MOVE_SLOTS}{number}"),
+            Key::Drain(node) => write!(f, "{DRAINS}{node}"),
             Key::Rules => f.write_str("rules"),
             Key::NodeLabels(node) => write!(f, "{NODE_LABELS}{node}"),
             Key::MachineLabels(machine) => write!(f, "{MACHINE_LABELS}{machine}"),
@@ -225,6 +231,7 @@ fn parse(text: &str) -> Option<Key> {
         ("lease", Some(role), None) => Key::Lease(role.parse().ok()?),
         ("policy", None, None) => Key::Policy,
         ("move-slot", Some(number), None) => Key::MoveSlot(number.parse().ok()?),
+        ("drain", Some(node), None) => Key::Drain(node.parse().ok()?),
         ("rules", None, None) => Key::Rules,
         ("node-labels", Some(node), None) => Key::NodeLabels(node.parse().ok()?),
         ("machine-labels", Some(machine), None) => Key::MachineLabels(machine.parse().ok()?),

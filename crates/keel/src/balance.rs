@@ -3,6 +3,7 @@
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
+use crate::plan::{self, PlanArgs};
 use crate::when;
 use anyhow::{Context, Result, bail};
 use keel_api::{
@@ -18,7 +19,10 @@ use std::process::ExitCode;
 const OTHERS_SHOWN: usize = 8;
 
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct BalanceArgs {
+    #[command(flatten)]
+    plan: PlanArgs,
     #[command(subcommand)]
     what: Option<BalanceCommand>,
 }
@@ -74,6 +78,9 @@ pub(crate) struct LedgerArgs {
 }
 
 pub(crate) async fn balance(reach: &Reach, args: &BalanceArgs) -> Result<ExitCode> {
+    if args.plan.is_wanted() {
+        return plan::balance(reach, &args.plan).await;
+    }
     let client = reach.client()?;
     match &args.what {
         None => show(reach, &client).await,
@@ -297,13 +304,25 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
         (Err(error), _) if told.lines.is_empty() => bail!("{error}"),
         _ => {}
     }
-    let decided = told.lines.iter().rev().find(
-        |line| matches!(&line.decision, Decision::Move { machine: it, .. } if **it == **machine),
-    );
+    let moves_it = |decision: &Decision| match decision {
+        Decision::Move { machine: it, .. }
+        | Decision::Planned { machine: it, .. }
+        | Decision::Repair {
+            machine: it,
+            target: Some(_),
+            ..
+        } => **it == **machine,
+        _ => false,
+    };
+    let mut lines = told.lines.iter().rev();
+    let decided = lines.find(|line| moves_it(&line.decision));
     match decided {
         Some(line) => {
             println!("\n{}", sentence(line));
-            println!("{}", detail(&line.decision, machine));
+            let detail = detail(&line.decision, machine);
+            if !detail.is_empty() {
+                println!("{detail}");
+            }
             let ended = told.lines.iter().find(|later| {
                 later.at_unix_ms >= line.at_unix_ms
                     && matches!(&later.decision, Decision::Ended { machine: it, .. } if **it == **machine)
@@ -313,7 +332,7 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
             }
         }
         None => println!(
-            "\nthe balancer never decided to move it; users and restarts did the rest (keel events {machine})"
+            "\nneither the balancer nor a plan ever decided to move it; users and restarts did the rest (keel events {machine})"
         ),
     }
     let stays = told.lines.iter().rev().find(|line| {

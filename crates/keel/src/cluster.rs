@@ -109,8 +109,9 @@ pub(crate) async fn nodes(reach: &Reach) -> Result<ExitCode> {
             vec![
                 node.name.clone(),
                 format!(
-                    "{}{}",
+                    "{}{}{}",
                     if node.alive { "alive" } else { "away" },
+                    if node.draining { ", drained" } else { "" },
                     if node.voter { ", store" } else { "" }
                 ),
                 node.address.clone(),

@@ -30,6 +30,7 @@ mod events;
 mod keep;
 mod machines;
 mod output;
+mod plan;
 mod rule;
 mod set;
 mod sim;
@@ -144,6 +145,13 @@ enum Command {
     Move(machines::MoveArgs),
     /// Shows how loaded the nodes are; shows and changes what the balancer is to do.
     Balance(balance::BalanceArgs),
+    /// Empties a node: its machines move to others, and nothing new is placed there.
+    Drain(plan::DrainArgs),
+    /// Opens a drained node again.
+    Undrain {
+        /// The node.
+        node: String,
+    },
     /// Says why a machine is where it is: what the balancer saw, considered and decided.
     Why(balance::WhyArgs),
     /// Says why a machine does not go to a node, or that it would.
@@ -308,6 +316,8 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Rm { machines, force } => machines::rm(&reach, &machines, force).await,
         Command::Move(args) => machines::move_machine(&reach, &args).await,
         Command::Balance(args) => balance::balance(&reach, &args).await,
+        Command::Drain(args) => plan::drain(&reach, &args).await,
+        Command::Undrain { node } => plan::undrain(&reach, &node).await,
         Command::Why(args) => balance::why(&reach, &args).await,
         Command::WhyNot(args) => balance::why_not(&reach, &args).await,
         Command::Ledger(args) => balance::ledger(&reach, &args).await,

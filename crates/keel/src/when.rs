@@ -41,7 +41,7 @@ fn since_at(text: &str, now: SystemTime) -> Result<u64, String> {
     Ok(unix_ms(moment))
 }
 
-fn unix_ms(moment: SystemTime) -> u64 {
+pub(crate) fn unix_ms(moment: SystemTime) -> u64 {
     moment.duration_since(UNIX_EPOCH).map_or(0, |since| {
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     })

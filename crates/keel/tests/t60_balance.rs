@@ -365,3 +365,70 @@ async fn of_two_who_race_for_a_rule_one_is_refused() {
         assert_ne!(nodes[0], nodes[1], "at no revision both");
     }
 }
+
+/// A person has all nodes levelled at once, while the balancer is off.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_levels_all_nodes_once_it_is_confirmed() {
+    let _alone = ALONE.lock().await;
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = start(folder.path(), &[("a", 0.4), ("b", 0.4), ("c", 0.4)]).await;
+    cluster.set_policy("mode", "off").await.unwrap();
+    burn(&cluster, "a", 6).await;
+    let plan = |args: &'static [&'static str]| {
+        let args = [&["-o", "json", "balance", "--plan"], args].concat();
+        let shown = keel(&cluster, &args);
+        async move { shown }
+    };
+    let planned = wait_for("a plan with moves", || async {
+        let shown = plan(&[]).await;
+        let plan: keel_api::PlanInfo = serde_json::from_str(&shown).ok()?;
+        (plan.steps.len() == 4).then_some(plan)
+    })
+    .await
+    .expect("the plan");
+    assert!(planned.after < planned.before / 2.0, "{planned:?}");
+    let shown = keel(&cluster, &["balance", "--plan"]);
+    assert!(
+        shown.contains("4 moves") && shown.contains("WAVE"),
+        "{shown}"
+    );
+    assert_eq!(spread(&cluster).await["a"], 6, "nothing moves unasked");
+    keel(&cluster, &["balance", "--plan", "--yes"]);
+    let spread = spread(&cluster).await;
+    assert!(spread.values().all(|count| *count == 2), "{spread:?}");
+    let (done, said) = try_keel(&cluster, &["balance", "--plan", "--aim", "nowhere"]);
+    assert!(!done && said.contains("possible values"), "{said}");
+}
+
+/// Who says nothing of a node leaves it to the loads; a directory of the host keeps the
+/// machine where it was named.
+#[tokio::test(flavor = "multi_thread")]
+async fn new_machines_start_where_there_is_least_to_do() {
+    let _alone = ALONE.lock().await;
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = start(folder.path(), &[("a", 0.4), ("b", 0.4), ("c", 0.4)]).await;
+    cluster.set_policy("mode", "suggest").await.unwrap();
+    wait_for("all have measured", || async {
+        let info: BalanceInfo = cluster.client("a").get("/v1/balance").await.ok()?;
+        let ready = |it: &keel_api::NodeLoad| it.side.is_some();
+        let suggests = info.policy.mode == keel_balance::policy::Mode::Suggest;
+        (suggests && info.nodes.len() == 3 && info.nodes.iter().all(ready)).then_some(())
+    })
+    .await
+    .expect("loads");
+    let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/spinner.wasm");
+    let module = module.to_str().unwrap();
+    for _ in 0..6 {
+        let args = ["run", "-d", "--memory", "64M", module, "0", "20000000"];
+        keel(&cluster, &args);
+    }
+    let started = spread(&cluster).await;
+    assert!(started.len() == 3 && started["a"] <= 3, "{started:?}");
+    let volume = format!("{}:/data", folder.path().display());
+    let args = [
+        "run", "-d", "--memory", "64M", "--volume", &volume, module, "0", "20000000",
+    ];
+    keel(&cluster, &args);
+    let there = spread(&cluster).await;
+    assert_eq!(there["a"], started["a"] + 1, "{there:?}");
+}

@@ -116,6 +116,14 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/balance/policy", post(balance::change_policy))
         .route("/v1/machines/{name}/confirm-move", post(balance::confirm))
         .route("/v1/machines/{name}/why-not", get(balance::why_not))
+        .route("/v1/plan", post(balance::make_plan))
+        .route("/v1/plan/run", post(balance::carry_out_plan))
+        .route(
+            "/v1/nodes/{name}/drain",
+            get(balance::drain_info)
+                .post(balance::begin_drain)
+                .delete(balance::end_drain),
+        )
         .route("/v1/ledger", get(balance::ledger))
         .route(
             "/v1/rules",
@@ -388,13 +396,20 @@ async fn move_machine(
         urgency: request.urgency,
     };
     let lines = operate::move_anywhere(&agent, &order).await?;
+    Ok(told_line_by_line(lines))
+}
+
+/// Lines as they come, as JSON.
+fn told_line_by_line<T: serde::Serialize + Send + 'static>(
+    lines: tokio::sync::mpsc::Receiver<T>,
+) -> Response {
     let lines = futures::stream::unfold(lines, |mut lines| async {
         let line = lines.recv().await?;
         let mut text = serde_json::to_vec(&line).unwrap_or_default();
         text.push(b'\n');
         Some((Bytes::from(text), lines))
     });
-    Ok(streamed(lines, "application/x-ndjson"))
+    streamed(lines, "application/x-ndjson")
 }
 
 async fn dry_run(

@@ -559,7 +559,9 @@ impl Driver {
                 self.claims = claims;
                 SourceEvent::StoreAnswered
             }
-            Ok(Err(error @ ClaimError::Broken(_))) => SourceEvent::Cancel(error.to_string()),
+            Ok(Err(error @ (ClaimError::Broken(_) | ClaimError::Draining(_)))) => {
+                SourceEvent::Cancel(error.to_string())
+            }
             Ok(Err(error)) => SourceEvent::StoreAway(error.to_string()),
             Err(_) => SourceEvent::StoreAway("the store does not answer".into()),
         }

@@ -13,7 +13,7 @@ use keel_api::{
     NodeInfo, RunRequest, SetRequest, Token, TokenRequest, VolumeInfo, VolumeRequest,
 };
 use keel_cluster::clock::unix_ms;
-use keel_cluster::keys::Key;
+use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::tokens::{self, Role};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
@@ -84,7 +84,7 @@ impl From<ClaimError> for OperateError {
     fn from(error: ClaimError) -> Self {
         match error {
             ClaimError::Store(error) => error.into(),
-            error @ (ClaimError::Broken(_) | ClaimError::Damaged(_)) => {
+            error @ (ClaimError::Broken(_) | ClaimError::Draining(_) | ClaimError::Damaged(_)) => {
                 OperateError::Conflict(error.to_string())
             }
         }
@@ -578,16 +578,19 @@ pub(crate) async fn run(
         None => MachineName::new(&format!("m-{:08x}", rand::random::<u32>()))
             .map_err(|error| bad(error.to_string()))?,
     };
+    let spec = spec(&request)?;
+    let of_host = |volume: &Volume| matches!(volume.kind, VolumeKind::Host { .. });
     let node = match &request.on {
         Some(node) => NodeName::new(node).map_err(|error| bad(error.to_string()))?,
-        None => agent.name.clone(),
+        // A directory of a host is meant of the host where it is named.
+        None if spec.volumes.iter().any(of_host) => agent.name.clone(),
+        None => crate::balancer::choose_node(agent, name.as_str(), request.memory_bytes).await,
     };
     if !agent.members.contains(&node) {
         return Err(OperateError::Missing(format!(
             "there is no node {node:?} (see `keel nodes`)"
         )));
     }
-    let spec = spec(&request)?;
     if !is_hash(&spec.module) || !agent.dir.module(&spec.module).exists() {
         crate::service::find_module(agent, &spec.module)
             .await
@@ -888,6 +891,7 @@ pub(crate) async fn inspect(
 pub(crate) async fn nodes(agent: &Arc<Agent>) -> Result<Vec<NodeInfo>, OperateError> {
     let store = &*agent.store;
     let alive = record::alive(store).await?;
+    let drains = store.list(keys::DRAINS).await?.entries;
     let records = record::nodes(store).await?;
     let voters = members::voters(store)
         .await
@@ -900,6 +904,9 @@ pub(crate) async fn nodes(agent: &Arc<Agent>) -> Result<Vec<NodeInfo>, OperateEr
             name: name.to_string(),
             address: member.address.clone(),
             alive: alive.contains(name),
+            draining: drains
+                .iter()
+                .any(|it| it.key == Key::Drain(name.clone()).to_string()),
             voter: voters.iter().any(|voter| voter.node == *name),
             cpus: record.map_or(0, |record| record.cpus),
             memory_bytes: record.map_or(0, |record| record.memory_bytes),

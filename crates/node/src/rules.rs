@@ -17,6 +17,7 @@ use keel_cluster::store::{Compare, KeyValue, Op, Revision, Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName, Store, StoreError};
 use keel_machine::spec::Record;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Labels that a node or machine may have.
@@ -29,6 +30,8 @@ pub(crate) enum ClaimError {
     Store(#[from] StoreError),
     #[error("{0}")]
     Broken(Broken),
+    #[error("node {0:?} is being drained (`keel undrain {0}` opens it again)")]
+    Draining(NodeName),
     #[error("{0}")]
     Damaged(String),
 }
@@ -64,6 +67,17 @@ pub(crate) struct Book {
     revision: Option<Revision>,
     node_labels: BTreeMap<Name, Labels>,
     machine_labels: BTreeMap<Name, Labels>,
+    /// Nodes that are being emptied.
+    pub(crate) drains: BTreeMap<Name, Drain>,
+}
+
+/// That a node is to be emptied, as the store has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Drain {
+    /// Since when, in milliseconds since 1970-01-01 UTC.
+    pub(crate) since_unix_ms: u64,
+    /// Until when it is to be empty.
+    pub(crate) deadline_unix_ms: Option<u64>,
 }
 
 impl Book {
@@ -92,6 +106,23 @@ impl Book {
             Ok(Key::MachineLabels(machine)) => {
                 let labels = entry.map(read).unwrap_or_default();
                 self.machine_labels.insert(machine.as_str().into(), labels);
+            }
+            Ok(Key::Drain(node)) => {
+                let node: Name = node.as_str().into();
+                match entry {
+                    // What cannot be read closes the node all the same.
+                    Some(entry) => {
+                        let drain = self::read(entry).unwrap_or_else(|error| {
+                            tracing::error!(error, "since when a node is drained is not known");
+                            Drain {
+                                since_unix_ms: 0,
+                                deadline_unix_ms: None,
+                            }
+                        });
+                        self.drains.insert(node, drain)
+                    }
+                    None => self.drains.remove(&node),
+                };
             }
             _ => {}
         }
@@ -152,9 +183,14 @@ pub(crate) async fn claim(
     target: &NodeName,
 ) -> Result<Claims, ClaimError> {
     let store = &*agent.store;
+    let drain = Key::Drain(target.clone()).to_string();
+    if store.get(&drain).await?.is_some() {
+        return Err(ClaimError::Draining(target.clone()));
+    }
     let book = Book::load(store).await?;
+    let open = (Compare::Absent { key: drain }, "(a drain)".to_owned());
     let mut claims = Claims {
-        compare: vec![book.unchanged()],
+        compare: vec![book.unchanged(), open],
         then: Vec::new(),
     };
     let this = book.machine(machine.as_str());

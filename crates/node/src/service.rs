@@ -50,6 +50,8 @@ pub(crate) mod kind {
     pub(crate) const WHY_NOT: u16 = 0x030f;
     /// `machine` → `()` as JSON: a proposed move is to be made.
     pub(crate) const CONFIRM: u16 = 0x0310;
+    /// nothing → `DrainInfo` as JSON.
+    pub(crate) const DRAIN: u16 = 0x0311;
 }
 
 /// Bytes of a module in one piece.
@@ -145,7 +147,7 @@ impl Service {
                 let answer = agent.balancer.answer(&source, question).await;
                 Ok(pack(&answer.map_err(RpcError::failed)?)?.into())
             }
-            kind::LOAD | kind::LEDGER | kind::WHY_NOT | kind::CONFIRM => {
+            kind::LOAD | kind::LEDGER | kind::WHY_NOT | kind::CONFIRM | kind::DRAIN => {
                 let answer = crate::balancer::answer(agent, kind, payload).await;
                 Ok(Bytes::from(answer.map_err(RpcError::failed)?).into())
             }

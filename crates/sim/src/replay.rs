@@ -125,10 +125,11 @@ pub fn again(line: &Line) -> Again {
             considered,
             ..
         } => stays(why, here, there, considered, &model, &policy),
-        // A repair follows a rule, whatever the loads are.
-        Decision::Repair { .. } | Decision::Ended { .. } | Decision::Absurd { .. } => {
-            Again::NoDecision
-        }
+        // A repair follows a rule, and a plan a person, whatever the loads are.
+        Decision::Repair { .. }
+        | Decision::Planned { .. }
+        | Decision::Ended { .. }
+        | Decision::Absurd { .. } => Again::NoDecision,
     }
 }
 

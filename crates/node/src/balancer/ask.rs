@@ -42,6 +42,7 @@ pub(crate) async fn answer(agent: &Agent, kind: u16, payload: Bytes) -> Result<V
             let machine = unpack(&payload).map_err(|error| error.to_string())?;
             serde_json::to_vec(&confirm_here(agent, &machine).await?)
         }
+        node_kind::DRAIN => serde_json::to_vec(&super::drain::info_here(agent).await?),
         other => {
             return Err(format!(
                 "the balancer knows no request of kind {other:#06x}"
@@ -52,7 +53,7 @@ pub(crate) async fn answer(agent: &Agent, kind: u16, payload: Bytes) -> Result<V
 }
 
 /// Asks a node, this one or another.
-async fn ask_node<Q: Serialize, A: DeserializeOwned>(
+pub(super) async fn ask_node<Q: Serialize, A: DeserializeOwned>(
     agent: &Agent,
     node: &NodeName,
     kind: u16,
@@ -104,7 +105,7 @@ async fn of_all<T: DeserializeOwned + Send + 'static>(
 }
 
 /// This node's load, as its balancer sees it.
-async fn load(agent: &Agent) -> Result<NodeLoad, String> {
+pub(super) async fn load(agent: &Agent) -> Result<NodeLoad, String> {
     let node = agent.name.to_string();
     let load = agent.balancer.look(move |balancer, now_ms, _| NodeLoad {
         node,

@@ -3,7 +3,7 @@
 //! finds machines that break a rule where they are.
 
 use super::placements::Placements;
-use crate::rules::Book;
+use crate::rules::{Book, Drain};
 use keel_balance::Name;
 use keel_balance::round::Bounds;
 use keel_balance::rules::{Broken, Holders, Thing, broken_by, holders_of};
@@ -21,17 +21,24 @@ impl Followed {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    fn book(&self) -> Book {
+    pub(super) fn book(&self) -> Book {
         self.0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// Whether a node is being emptied, and until when.
+    pub(super) fn drain_of(&self, node: &str) -> Option<Drain> {
+        let book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        book.drains.get(node).cloned()
     }
 }
 
 /// Rules, nodes and machines of one instant.
 pub(super) struct Snapshot {
     book: Book,
+    alive: Vec<Name>,
     placed: Vec<(Thing, Name)>,
     nodes: Vec<Thing>,
     /// Minute of the day, UTC.
@@ -47,6 +54,7 @@ impl Snapshot {
         now_unix_ms: u64,
     ) -> Self {
         let book = followed.book();
+        let alive = nodes.to_vec();
         // Where there are no rules nothing needs to be known.
         let (placed, nodes) = if book.rules.is_empty() {
             (Vec::new(), Vec::new())
@@ -61,11 +69,17 @@ impl Snapshot {
         };
         Snapshot {
             book,
+            alive,
             placed,
             nodes,
             minute: (now_unix_ms / 60_000 % 1440) as u32,
             holders: OnceCell::new(),
         }
+    }
+
+    /// Nodes that are alive.
+    pub(super) fn nodes(&self) -> &[Name] {
+        &self.alive
     }
 
     /// Machines of a node that break a rule where they are.
@@ -84,6 +98,12 @@ impl Snapshot {
 
     /// The rule that does not allow a machine on a node.
     pub(super) fn forbids(&self, machine: &Name, target: &Name) -> Option<Broken> {
+        if self.book.drains.contains_key(target) {
+            return Some(Broken {
+                rule: "drain".into(),
+                why: format!("{target} is being drained"),
+            });
+        }
         let thing = self.book.machine(machine);
         let node = self.book.node(target);
         let none = Holders::new();
@@ -107,7 +127,7 @@ impl Snapshot {
 
 impl Bounds for Snapshot {
     fn bound(&self, machine: &Name, target: &Name) -> Option<Bound> {
-        if self.book.rules.is_empty() {
+        if self.book.rules.is_empty() && self.book.drains.is_empty() {
             return None;
         }
         let thing = self.book.machine(machine);

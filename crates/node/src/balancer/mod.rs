@@ -7,6 +7,9 @@
 //! - `slots`: how many moves may be under way
 //! - `ledger`: decisions as they are kept
 //! - `ask`: what users and other nodes ask of it
+//! - `placing`: where new machines start
+//! - `plan`: plans for all nodes, and carrying them out
+//! - `drain`: emptying this node
 //!
 //! ```text
 //!   meter thread ──┐
@@ -17,14 +20,20 @@
 
 mod ask;
 mod bounds;
+mod drain;
 mod ledger;
 mod meter;
 mod placements;
+mod placing;
+mod plan;
 mod slots;
 mod speed;
 
 pub(crate) use ask::{answer, change_policy, confirm, gather_ledger, gather_loads, why_not};
+pub(crate) use drain::{begin as begin_drain, end as end_drain, info as drain_info};
 pub(crate) use ledger::{Ledger, Wanted};
+pub(crate) use placing::choose as choose_node;
+pub(crate) use plan::{carry_out as carry_out_plan, make as make_plan};
 
 use crate::agent::Agent;
 use crate::events::Note;
@@ -85,6 +94,9 @@ enum Input {
 pub(crate) struct Handle {
     inputs: UnboundedSender<Input>,
     ledger: Ledger,
+    rules: Followed,
+    placements: Arc<Placements>,
+    drain: drain::Progress,
 }
 
 /// The other end of a [`Handle`], until the balancer runs.
@@ -93,7 +105,14 @@ pub(crate) struct Inbox(UnboundedReceiver<Input>);
 /// A balancer that does not run yet.
 pub(crate) fn prepare(ledger: Ledger) -> (Handle, Inbox) {
     let (inputs, inbox) = unbounded_channel();
-    (Handle { inputs, ledger }, Inbox(inbox))
+    let handle = Handle {
+        inputs,
+        ledger,
+        rules: Followed::default(),
+        placements: Arc::default(),
+        drain: drain::Progress::default(),
+    };
+    (handle, Inbox(inbox))
 }
 
 impl Handle {
@@ -139,7 +158,7 @@ const ENDED: &str = "this node's balancer has ended with its agent";
 
 /// Runs until the agent ends.
 pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
-    let placements = Arc::new(Placements::default());
+    let placements = agent.balancer.placements.clone();
     let (events, mut told) = unbounded_channel();
     tokio::spawn(placements::follow(
         agent.clone(),
@@ -147,12 +166,14 @@ pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
         events.clone(),
     ));
     tokio::spawn(placements::follow_arrivals(agent.clone(), events.clone()));
-    let rules = Followed::default();
+    let rules = agent.balancer.rules.clone();
+    tokio::spawn(drain::follow(agent.clone()));
     tokio::spawn(follow_policy(agent.clone(), events.clone()));
     for prefix in [
         Key::Rules.to_string(),
         keys::NODE_LABELS.to_owned(),
         keys::MACHINE_LABELS.to_owned(),
+        keys::DRAINS.to_owned(),
     ] {
         tokio::spawn(follow_rules(agent.clone(), prefix, rules.clone()));
     }
@@ -429,26 +450,34 @@ impl Task {
 
 /// Moves a machine that breaks a rule where it is.
 async fn repair_now(agent: &Arc<Agent>, machine: Name, target: Name, broken: Broken) {
-    let outcome = match run_move(agent, &machine, &target, Urgency::High).await {
+    let outcome = match run_move(agent, &machine, &target, Urgency::High, None).await {
         Ok(report) => ended(&report),
         Err(why) => Outcome::Stayed { why },
     };
     tracing::info!(%machine, %target, %broken, %outcome, "repair");
+    keep(
+        agent,
+        Decision::Ended {
+            machine,
+            target,
+            outcome,
+            load: None,
+        },
+    );
+    // The balancer ends with the agent.
+    let _ = agent.balancer.inputs.send(Input::RepairOver);
+}
+
+/// Keeps a decision that no round came to.
+fn keep(agent: &Agent, decision: Decision) {
     let ledger = agent.balancer.ledger();
     ledger.keep(Line {
         at_unix_ms: unix_ms(),
         node: ledger.node().clone(),
         policy: None,
         model: None,
-        decision: Decision::Ended {
-            machine,
-            target,
-            outcome,
-            load: None,
-        },
+        decision,
     });
-    // The balancer ends with the agent.
-    let _ = agent.balancer.inputs.send(Input::RepairOver);
 }
 
 /// Asks another node's balancer.
@@ -476,7 +505,7 @@ async fn carry_out_move(
         Ok(None) => return Outcome::Capped,
         Err(error) => return stayed(error.to_string()),
     };
-    let report = run_move(agent, machine, target, Urgency::Low).await;
+    let report = run_move(agent, machine, target, Urgency::Low, None).await;
     slots::give_back(agent, slot).await;
     report.map_or_else(stayed, |report| ended(&report))
 }
@@ -500,6 +529,7 @@ async fn run_move(
     machine: &str,
     target: &str,
     urgency: Urgency,
+    budget_micros: Option<u64>,
 ) -> Result<MoveReport, String> {
     let order = MoveOrder {
         machine: MachineName::new(machine).map_err(|error| error.to_string())?,
@@ -507,9 +537,10 @@ async fn run_move(
         post_copy: false,
         checkpoint_to: None,
         urgency,
-        budget_micros: None,
+        budget_micros,
     };
-    let mut lines = moving::begin(agent, &order.machine, &order).await?;
+    let lines = crate::operate::move_anywhere(agent, &order).await;
+    let mut lines = lines.map_err(|error| error.to_string())?;
     while let Some(line) = lines.recv().await {
         match line {
             MoveLine::Progress(_) => {}

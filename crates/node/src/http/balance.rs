@@ -1,14 +1,15 @@
 //! Requests about balancing.
 
-use super::{Failure, Reply, Shared, machine_name};
+use super::{Failure, Reply, Shared, machine_name, told_line_by_line};
 use crate::balancer::{self, Wanted};
 use crate::operate::OperateError;
 use crate::rules;
 use axum::Json;
 use axum::extract::{Path, Query, State};
+use axum::response::Response;
 use keel_api::{
-    BalanceInfo, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest, LedgerInfo, PolicyRequest, RulesInfo,
-    WhyNot,
+    BalanceInfo, DrainInfo, DrainRequest, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest, LedgerInfo,
+    PlanGoal, PlanInfo, PlanRequest, PolicyRequest, RulesInfo, WhyNot,
 };
 use keel_balance::rules::{Labels, Rule};
 use keel_cluster::NodeName;
@@ -44,7 +45,7 @@ pub(super) async fn why_not(
     Path(name): Path<String>,
     Query(query): Query<WhyNotQuery>,
 ) -> Reply<WhyNot> {
-    let to = NodeName::new(&query.to).map_err(|error| OperateError::Bad(error.to_string()))?;
+    let to = node_name(&query.to)?;
     let machine = machine_name(&name)?;
     Ok(Json(balancer::why_not(&agent, &machine, &to).await?))
 }
@@ -78,6 +79,45 @@ pub(super) async fn ledger(
         limit,
     };
     Ok(Json(balancer::gather_ledger(&agent, &wanted).await))
+}
+
+fn node_name(text: &str) -> Result<NodeName, OperateError> {
+    NodeName::new(text).map_err(|error| OperateError::Bad(error.to_string()))
+}
+
+pub(super) async fn make_plan(State(agent): Shared, Json(goal): Json<PlanGoal>) -> Reply<PlanInfo> {
+    Ok(Json(balancer::make_plan(&agent, &goal).await?))
+}
+
+pub(super) async fn carry_out_plan(
+    State(agent): Shared,
+    Json(request): Json<PlanRequest>,
+) -> Result<Response, Failure> {
+    let lines = balancer::carry_out_plan(&agent, request.steps).await?;
+    Ok(told_line_by_line(lines))
+}
+
+pub(super) async fn drain_info(State(agent): Shared, Path(node): Path<String>) -> Reply<DrainInfo> {
+    Ok(Json(
+        balancer::drain_info(&agent, &node_name(&node)?).await?,
+    ))
+}
+
+pub(super) async fn begin_drain(
+    State(agent): Shared,
+    Path(node): Path<String>,
+    Json(request): Json<DrainRequest>,
+) -> Reply<serde_json::Value> {
+    balancer::begin_drain(&agent, &node_name(&node)?, &request).await?;
+    Ok(Json(serde_json::json!({})))
+}
+
+pub(super) async fn end_drain(
+    State(agent): Shared,
+    Path(node): Path<String>,
+) -> Reply<serde_json::Value> {
+    balancer::end_drain(&agent, &node_name(&node)?).await?;
+    Ok(Json(serde_json::json!({})))
 }
 
 pub(super) async fn list_rules(State(agent): Shared) -> Reply<RulesInfo> {

@@ -1,0 +1,292 @@
+//! `keel balance --plan`, `keel drain`, `keel undrain`: moves of many machines that are
+//! computed, shown, and then made.
+
+use crate::cluster::Reach;
+use crate::output::{self, Format};
+use crate::when;
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use keel_api::{
+    Client, DrainInfo, DrainRequest, DrainState, LeftBehind, PlanGoal, PlanInfo, PlanLine,
+    PlanRequest, PlanStep, Silence,
+};
+use keel_balance::ledger::Outcome;
+use std::collections::BTreeSet;
+use std::io::{BufRead, IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
+
+/// How often a drain is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(300);
+/// Looks that a node may leave unanswered.
+const UNANSWERED_MAX: u32 = 20;
+
+/// What a plan makes of the cluster.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(crate) enum Aim {
+    /// All nodes level.
+    Level,
+    /// As few nodes as carry the load.
+    Pack,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct PlanArgs {
+    /// Computes moves for all nodes at once, shows them, and makes them once confirmed.
+    #[arg(long)]
+    plan: bool,
+    /// What the plan is for.
+    #[arg(long, requires = "plan", value_enum, default_value = "level")]
+    aim: Aim,
+    /// Only shows the plan.
+    #[arg(long, requires = "plan")]
+    dry_run: bool,
+    /// Makes the moves without asking.
+    #[arg(long, requires = "plan", conflicts_with = "dry_run")]
+    yes: bool,
+}
+
+impl PlanArgs {
+    pub(crate) fn is_wanted(&self) -> bool {
+        self.plan
+    }
+}
+
+#[derive(clap::Args)]
+pub(crate) struct DrainArgs {
+    /// The node.
+    node: String,
+    /// How long that may take (30s, 10m): near its end moves go first and machines may
+    /// stand still for longer; after it, what is left stays. No machine is ever ended.
+    #[arg(long, value_name = "DURATION", value_parser = when::duration)]
+    deadline: Option<Duration>,
+    /// Only shows what would move, for how long, and what cannot.
+    #[arg(long)]
+    dry_run: bool,
+    /// Does not wait for the end.
+    #[arg(short, long, conflicts_with = "dry_run")]
+    detach: bool,
+}
+
+/// Makes a plan and, once confirmed, carries it out.
+pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> {
+    let client = reach.client()?;
+    let goal = match args.aim {
+        Aim::Level => PlanGoal::Level,
+        Aim::Pack => PlanGoal::Pack,
+    };
+    let plan: PlanInfo = client.post("/v1/plan", &goal).await?;
+    let text = reach.format() == Format::Text;
+    if !text && !args.yes {
+        println!("{}", serde_json::to_string_pretty(&plan)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    if text {
+        show(&plan);
+    }
+    if plan.steps.is_empty() || args.dry_run || !(args.yes || confirmed()?) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let request = PlanRequest { steps: plan.steps };
+    let mut lines = client.post_stream("/v1/plan/run", &request).await?;
+    let mut stayed = 0;
+    while let Some(line) = lines.line::<PlanLine>().await? {
+        if !text {
+            println!("{}", serde_json::to_string(&line)?);
+        }
+        match line {
+            PlanLine::Begun(_) => {}
+            PlanLine::Ended { step, outcome } => {
+                if !matches!(outcome, Outcome::Moved { .. }) {
+                    stayed += 1;
+                }
+                if text {
+                    println!("{} {} → {}: {outcome}", step.machine, step.from, step.to);
+                }
+            }
+        }
+    }
+    if stayed > 0 {
+        bail!("{stayed} of the plan's moves were not made (keel balance --plan makes a new plan)");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Asks the person before the terminal.
+fn confirmed() -> Result<bool> {
+    if !std::io::stdin().is_terminal() {
+        eprintln!("nothing was moved: add --yes to make these moves");
+        return Ok(false);
+    }
+    eprint!("make these moves? [y/N] ");
+    std::io::stderr().flush()?;
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+fn show(plan: &PlanInfo) {
+    if plan.steps.is_empty() {
+        println!("no move would help");
+    } else {
+        let head = [
+            "wave",
+            "machine",
+            "from",
+            "to",
+            "sends",
+            "takes",
+            "stands still",
+        ];
+        println!("{}", output::table(&head, plan.steps.iter().map(row)));
+        println!(
+            "\n{} moves, {} in all; about {}",
+            plan.steps.len(),
+            output::bytes(plan.steps.iter().map(|step| step.bytes).sum()),
+            length(plan.duration_ms)
+        );
+        if !matches!(plan.goal, PlanGoal::Drain { .. }) {
+            println!("unevenness {:.3}, then {:.3}", plan.before, plan.after);
+        }
+    }
+    tell_left(&plan.left);
+    tell_silent(&plan.silent);
+}
+
+fn row(step: &PlanStep) -> Vec<String> {
+    let downtime = &step.downtime_ms;
+    vec![
+        (step.wave + 1).to_string(),
+        step.machine.clone(),
+        step.from.clone(),
+        format!("{}{}", step.to, if step.hop { " (on the way)" } else { "" }),
+        output::bytes(step.bytes),
+        length(step.duration_ms.mid),
+        format!("{:.1} to {:.1} ms", downtime.low, downtime.high),
+    ]
+}
+
+fn length(ms: f64) -> String {
+    match ms {
+        ..1000.0 => format!("{ms:.0} ms"),
+        ..120_000.0 => format!("{:.1} s", ms / 1e3),
+        _ => format!("{:.0} min", ms / 60e3),
+    }
+}
+
+fn tell_left(left: &[LeftBehind]) {
+    for it in left {
+        println!("{} stays on {}: {}", it.machine, it.node, it.reason);
+    }
+}
+
+fn tell_silent(silent: &[Silence]) {
+    for it in silent {
+        eprintln!("{} did not answer: {}", it.node, it.reason);
+    }
+}
+
+/// Has a node emptied, and waits until it is.
+pub(crate) async fn drain(reach: &Reach, args: &DrainArgs) -> Result<ExitCode> {
+    let client = reach.client()?;
+    let node = &args.node;
+    if args.dry_run {
+        let goal = PlanGoal::Drain { node: node.clone() };
+        let plan: PlanInfo = client.post("/v1/plan", &goal).await?;
+        match reach.format() {
+            Format::Text => show(&plan),
+            _ => println!("{}", serde_json::to_string_pretty(&plan)?),
+        }
+        return Ok(ExitCode::from(u8::from(!plan.left.is_empty())));
+    }
+    let deadline_ms = match args.deadline {
+        Some(deadline) => Some(u64::try_from(deadline.as_millis()).context("such a deadline")?),
+        None => None,
+    };
+    let path = format!("/v1/nodes/{node}/drain");
+    let request = DrainRequest { deadline_ms };
+    let _: serde_json::Value = client.post(&path, &request).await?;
+    if args.detach {
+        if reach.format() == Format::Text {
+            println!("{node} is being drained (keel undrain {node} opens it again)");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let info = wait(reach, &client, &path).await?;
+    if reach.format() != Format::Text {
+        println!("{}", serde_json::to_string_pretty(&info)?);
+    }
+    match info.state {
+        DrainState::Empty => {
+            if reach.format() == Format::Text {
+                let since = info.since_unix_ms.unwrap_or_default();
+                println!(
+                    "{node} is empty after {}: {} moves; keel undrain {node} opens it again",
+                    length(when::unix_ms(SystemTime::now()).saturating_sub(since) as f64),
+                    info.moved
+                );
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        DrainState::Open => bail!("{node} was opened again (keel undrain) before it was empty"),
+        _ => {
+            if reach.format() == Format::Text {
+                tell_left(&info.left);
+            }
+            bail!(
+                "the time is over and {} machines are still on {node}; they run on there, and nothing new is placed (keel drain {node} goes on, keel undrain {node} opens it)",
+                info.machines
+            )
+        }
+    }
+}
+
+/// Waits until nothing more becomes of a drain; tells what does.
+async fn wait(reach: &Reach, client: &Client, path: &str) -> Result<DrainInfo> {
+    let mut told: BTreeSet<String> = BTreeSet::new();
+    let mut unanswered = 0;
+    loop {
+        let info: DrainInfo = match client.get(path).await {
+            Ok(info) => info,
+            // It may just be told, or have much to do.
+            Err(error) if unanswered >= UNANSWERED_MAX => return Err(error.into()),
+            Err(_) => {
+                unanswered += 1;
+                tokio::time::sleep(LOOK_EVERY).await;
+                continue;
+            }
+        };
+        unanswered = 0;
+        if reach.format() == Format::Text {
+            for step in &info.moving {
+                let line = format!("{} goes to {}", step.machine, step.to);
+                if told.insert(line.clone()) {
+                    println!("{line}");
+                }
+            }
+            for it in &info.left {
+                let line = format!("{} stays: {}", it.machine, it.reason);
+                if told.insert(line.clone()) {
+                    println!("{line}");
+                }
+            }
+        }
+        match info.state {
+            DrainState::Draining | DrainState::Stuck => tokio::time::sleep(LOOK_EVERY).await,
+            DrainState::Open | DrainState::Empty | DrainState::Late => return Ok(info),
+        }
+    }
+}
+
+/// Opens a node again.
+pub(crate) async fn undrain(reach: &Reach, node: &str) -> Result<ExitCode> {
+    let path = format!("/v1/nodes/{node}/drain");
+    let client = reach.client()?;
+    let _: serde_json::Value = client
+        .call(hyper::Method::DELETE, &path, Bytes::new())
+        .await?;
+    if reach.format() == Format::Text {
+        println!("{node} takes machines again");
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,259 @@
+//! Emptying a node. That it is to be empty is a key of the store, which every placement
+//! there compares; who empties it is the node itself, so that there is one who does,
+//! whatever else dies, and nobody if it is dead. After each plan's steps a new plan is
+//! made of what is left, until nothing is, or the key is gone.
+
+use super::ask::ask_node;
+use super::plan::{AT_ONCE, View, take_step};
+use crate::agent::Agent;
+use crate::operate::OperateError;
+use crate::rules::Drain;
+use crate::service::kind as node_kind;
+use futures::{StreamExt, stream};
+use keel_api::{DrainInfo, DrainRequest, DrainState, LeftBehind, PlanGoal, PlanStep, Urgency};
+use keel_balance::ledger::Outcome;
+use keel_cluster::NodeName;
+use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Txn, TxnOutcome};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How often it is looked whether this node is to be emptied.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Pause before a new plan, where the last one came to nothing.
+const AGAIN_AFTER: Duration = Duration::from_secs(2);
+/// For how long a machine may stand still where the time is nearly over, at most.
+const HURRIED_STILL: Duration = Duration::from_secs(1);
+
+/// How far emptying this node has come.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Progress(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    moved: u32,
+    moving: Vec<PlanStep>,
+    left: Vec<LeftBehind>,
+    /// What is left, in milliseconds, as predicted, and when that was.
+    rest: Option<(f64, u64)>,
+}
+
+impl Progress {
+    fn locked(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// ── ordering ────────────────────────────────────────────────────────────
+
+/// Has a node emptied, or changes until when.
+pub(crate) async fn begin(
+    agent: &Arc<Agent>,
+    node: &NodeName,
+    request: &DrainRequest,
+) -> Result<(), OperateError> {
+    if !agent.members.contains(node) {
+        let what = format!("there is no node {node:?} (see `keel nodes`)");
+        return Err(OperateError::Missing(what));
+    }
+    let key = Key::Drain(node.clone());
+    let now = unix_ms();
+    for _ in 0..8 {
+        let found = agent.store.get(&key.to_string()).await?;
+        let before = found.as_ref().and_then(|entry| {
+            let drain: Option<Drain> = serde_json::from_slice(&entry.value).ok();
+            drain
+        });
+        let drain = Drain {
+            since_unix_ms: before.map_or(now, |drain| drain.since_unix_ms),
+            deadline_unix_ms: request.deadline_ms.map(|ms| now.saturating_add(ms)),
+        };
+        let value =
+            serde_json::to_vec(&drain).map_err(|error| OperateError::Bad(error.to_string()))?;
+        let txn = match found {
+            Some(entry) => Txn::new().when_modified_at(key.clone(), entry.modified),
+            None => Txn::new().when_absent(key.clone()),
+        };
+        if agent
+            .store
+            .txn(txn.put(key.clone(), value))
+            .await?
+            .is_committed()
+        {
+            return Ok(());
+        }
+    }
+    Err(OperateError::Conflict(
+        "others change the same drain all the time; try again".into(),
+    ))
+}
+
+/// Opens a node again. What has moved away stays where it is.
+pub(crate) async fn end(agent: &Arc<Agent>, node: &NodeName) -> Result<(), OperateError> {
+    let key = Key::Drain(node.clone()).to_string();
+    let txn = Txn::new()
+        .when(keel_cluster::store::Compare::Exists { key: key.clone() })
+        .delete(key);
+    match agent.store.txn(txn).await? {
+        TxnOutcome::Committed { .. } => Ok(()),
+        TxnOutcome::Refused { .. } => Err(OperateError::Conflict(format!(
+            "node {node:?} is not being drained (see `keel nodes`)"
+        ))),
+    }
+}
+
+/// How far it has come, asked of any node.
+pub(crate) async fn info(agent: &Arc<Agent>, node: &NodeName) -> Result<DrainInfo, OperateError> {
+    if !agent.members.contains(node) {
+        let what = format!("there is no node {node:?} (see `keel nodes`)");
+        return Err(OperateError::Missing(what));
+    }
+    ask_node(agent, node, node_kind::DRAIN, &()).await
+}
+
+/// The same of this node.
+pub(super) async fn info_here(agent: &Agent) -> Result<DrainInfo, String> {
+    let node = agent.name.to_string();
+    let key = Key::Drain(agent.name.clone()).to_string();
+    let entry = agent.store.get(&key).await;
+    let entry = entry.map_err(|error| error.to_string())?;
+    let drain: Option<Drain> = match &entry {
+        Some(entry) => {
+            Some(serde_json::from_slice(&entry.value).map_err(|error| format!("{key}: {error}"))?)
+        }
+        None => None,
+    };
+    let live = agent.balancer.placements.live();
+    let here = live.iter().filter(|(_, owner)| **owner == *node).count();
+    let state = agent.balancer.drain.locked();
+    let deadline = drain.as_ref().and_then(|drain| drain.deadline_unix_ms);
+    let now = unix_ms();
+    Ok(DrainInfo {
+        state: match &drain {
+            None => DrainState::Open,
+            Some(_) if here == 0 => DrainState::Empty,
+            Some(_) if deadline.is_some_and(|deadline| deadline <= now) => DrainState::Late,
+            Some(_) if state.moving.is_empty() && !state.left.is_empty() => DrainState::Stuck,
+            Some(_) => DrainState::Draining,
+        },
+        node,
+        since_unix_ms: drain.as_ref().map(|drain| drain.since_unix_ms),
+        deadline_unix_ms: deadline,
+        machines: here as u32,
+        moved: state.moved,
+        end_unix_ms: state.rest.map(|(rest, at)| at + rest as u64),
+        moving: state.moving.clone(),
+        left: state.left.clone(),
+    })
+}
+
+// ── emptying ────────────────────────────────────────────────────────────
+
+/// Empties this node whenever the store says so.
+pub(super) async fn follow(agent: Arc<Agent>) {
+    let ordered = |agent: &Agent| agent.balancer.rules.drain_of(agent.name.as_str());
+    loop {
+        let Some(drain) = ordered(&agent) else {
+            if agent.balancer.drain.locked().moved > 0 {
+                *agent.balancer.drain.locked() = State::default();
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+            continue;
+        };
+        let late = drain.deadline_unix_ms.is_some_and(|at| at <= unix_ms());
+        let moved = if late { 0 } else { empty(&agent, &drain).await };
+        let pause = if moved > 0 { LOOK_EVERY } else { AGAIN_AFTER };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+/// Makes a plan and carries it out; how many machines went.
+async fn empty(agent: &Arc<Agent>, drain: &Drain) -> u32 {
+    let progress = &agent.balancer.drain;
+    let goal = PlanGoal::Drain {
+        node: agent.name.to_string(),
+    };
+    let planned = match View::gather(agent).await {
+        Ok(view) if view.machines_on(agent.name.as_str()) == 0 => {
+            let mut state = progress.locked();
+            (state.left, state.rest) = (Vec::new(), None);
+            return 0;
+        }
+        Ok(view) => view.plan(&goal),
+        Err(error) => Err(error),
+    };
+    let plan = match planned {
+        Ok(plan) => plan,
+        Err(error) => {
+            tracing::warn!(%error, "no plan to empty this node; trying again");
+            return 0;
+        }
+    };
+    {
+        let mut state = progress.locked();
+        state.left = plan.left;
+        state.rest = Some((plan.duration_ms, unix_ms()));
+    }
+    let (urgency, budget_micros) = hurry(drain, plan.duration_ms);
+    // Steps of one machine follow each other; those of several go at the same time.
+    let mut of_machines: Vec<Vec<PlanStep>> = Vec::new();
+    for step in plan.steps {
+        let known = of_machines
+            .iter_mut()
+            .find(|steps| steps[0].machine == step.machine);
+        match known {
+            Some(steps) => steps.push(step),
+            None => of_machines.push(vec![step]),
+        }
+    }
+    let moves = stream::iter(of_machines)
+        .map(|steps| async move { go(agent, &steps, urgency, budget_micros).await });
+    let ended: Vec<bool> = moves.buffer_unordered(AT_ONCE.0).collect().await;
+    ended.into_iter().filter(|went| *went).count() as u32
+}
+
+/// Moves one machine away, unless the node was opened again; whether it went.
+async fn go(
+    agent: &Arc<Agent>,
+    steps: &[PlanStep],
+    urgency: Urgency,
+    budget_micros: Option<u64>,
+) -> bool {
+    let progress = &agent.balancer.drain;
+    let why = format!("{} is being drained", agent.name);
+    for step in steps {
+        if agent.balancer.rules.drain_of(agent.name.as_str()).is_none() {
+            return false;
+        }
+        progress.locked().moving.push(step.clone());
+        let outcome = take_step(agent, step, &why, urgency, budget_micros).await;
+        let mut state = progress.locked();
+        state.moving.retain(|it| it != step);
+        if let Outcome::Moved { .. } = outcome {
+            state.moved += 1;
+        } else {
+            state.left.push(LeftBehind {
+                machine: step.machine.clone(),
+                node: agent.name.to_string(),
+                reason: outcome.to_string(),
+            });
+            return false;
+        }
+    }
+    true
+}
+
+/// Where the time that is left is less than twice what is predicted, moves go first, and
+/// machines may stand still for longer rather than stay.
+fn hurry(drain: &Drain, rest_ms: f64) -> (Urgency, Option<u64>) {
+    let Some(deadline) = drain.deadline_unix_ms else {
+        return (Urgency::Normal, None);
+    };
+    let left_ms = deadline.saturating_sub(unix_ms()) as f64;
+    if left_ms > 2.0 * rest_ms {
+        return (Urgency::Normal, None);
+    }
+    let still = u64::try_from(HURRIED_STILL.as_micros()).ok();
+    (Urgency::High, still)
+}

@@ -1,0 +1,382 @@
+//! Plans for all nodes: made of what they tell now, and carried out wave by wave. The
+//! planner is `keel-balance`'s; every move is an ordinary one, which the store may
+//! refuse, so a plan that is out of date does less, and nothing wrong.
+
+use super::ask::gather_loads;
+use super::{ended, keep, run_move};
+use crate::agent::Agent;
+use crate::operate::OperateError;
+use crate::rules::Book;
+use keel_api::{LeftBehind, NodeLoad, PlanGoal, PlanInfo, PlanLine, PlanStep, Silence, Urgency};
+use keel_balance::Name;
+use keel_balance::cost::CostModel;
+use keel_balance::ledger::{Decision, Outcome};
+use keel_balance::load::{Factors, MachineSample, Weights};
+use keel_balance::plan::{Amounts, Goal, Load, Plan, Problem, RESOURCES, Site, plan};
+use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Compare, Txn, TxnOutcome};
+use keel_cluster::{MachineName, NodeName};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+/// What a plan weighs: work in cores of the reference speed, memory, and disks.
+const CPU: usize = 0;
+const MEMORY: usize = 1;
+const IO: usize = 2;
+/// Least share of the unevenness of one node in a cluster of two that a move takes
+/// away; less with more nodes.
+const GAIN_MIN: f64 = 0.02;
+/// Machines that leave a node, and come to it, at the same time.
+pub(super) const AT_ONCE: (usize, usize) = (4, 2);
+/// The role of carrying out a plan: one at a time.
+const ROLE: &str = "plan";
+
+/// All nodes and machines, as they are told of now.
+pub(super) struct View {
+    problem: Problem,
+    /// Why a machine is not to be moved, by its number.
+    fixed: BTreeMap<usize, String>,
+    factors: Vec<Factors>,
+    fill: f64,
+    model: CostModel,
+    silent: Vec<Silence>,
+}
+
+impl View {
+    /// Asks all nodes.
+    pub(super) async fn gather(agent: &Arc<Agent>) -> Result<Self, OperateError> {
+        let told = gather_loads(agent).await?;
+        let book = agent.balancer.rules.book();
+        let model = agent.balancer.look(|balancer, _, _| *balancer.model());
+        let model = model.await.map_err(OperateError::Away)?;
+        let minute = (unix_ms() / 60_000 % 1440) as u32;
+        let sites: Vec<Site> = told.nodes.iter().map(|node| site(node, &book)).collect();
+        let weights = &told.policy.weights;
+        let mut samples: BTreeMap<&str, &MachineSample> = BTreeMap::new();
+        for sample in told.nodes.iter().filter_map(|node| node.sample.as_ref()) {
+            samples.extend(sample.machines.iter().map(|it| (&*it.name, it)));
+        }
+        let (mut loads, mut factors, mut fixed) = (Vec::new(), Vec::new(), BTreeMap::new());
+        let mut live = agent.balancer.placements.live();
+        live.sort();
+        for (name, owner) in live {
+            let Some(at) = sites.iter().position(|site| site.name == owner) else {
+                continue;
+            };
+            // (One that has just come is in no sample yet.)
+            let used = samples.get(&*name).map(|it| it.factors).unwrap_or_default();
+            let thing = book.machine(&name);
+            let placed = agent.balancer.placements.get(&name);
+            let mut rules = book.rules.iter();
+            let why = match rules.find_map(|rule| rule.forbids_moving(&thing, minute)) {
+                _ if placed.is_none_or(|placed| !placed.movable) => {
+                    Some("it does not run just now".to_owned())
+                }
+                broken => broken.map(|broken| broken.to_string()),
+            };
+            let is_fixed = why.is_some();
+            fixed.extend(why.map(|why| (loads.len(), why)));
+            let bytes = model.predict(&used).bytes;
+            loads.push(Load {
+                name,
+                labels: thing.labels,
+                site: at,
+                demand: amounts(&used, sites[at].capacity, &told.nodes[at]),
+                fixed: is_fixed,
+                bytes,
+            });
+            factors.push(used);
+        }
+        let count = sites.len().max(1) as f64;
+        let mut problem = Problem {
+            sites,
+            loads,
+            weights: weighed(weights),
+            hard: [false; RESOURCES],
+            rules: book.rules.clone(),
+            gain_min: GAIN_MIN / count,
+            at_once: AT_ONCE,
+        };
+        problem.hard[MEMORY] = true;
+        // What neither machines nor headroom leave free is others'.
+        for (number, node) in told.nodes.iter().enumerate() {
+            let of_machines: f64 = problem
+                .loads
+                .iter()
+                .filter(|load| load.site == number)
+                .map(|load| load.demand[MEMORY])
+                .sum();
+            let free = node.side.as_ref().map_or(0, |side| side.memory_free_bytes) as f64;
+            let site = &mut problem.sites[number];
+            site.base[MEMORY] = (site.capacity[MEMORY] - free - of_machines).max(0.0);
+        }
+        Ok(View {
+            problem,
+            fixed,
+            factors,
+            fill: told.policy.fill_load,
+            model,
+            silent: told.silent,
+        })
+    }
+
+    /// Machines that are on a node, or are to be.
+    pub(super) fn machines_on(&self, node: &str) -> usize {
+        let sites = &self.problem.sites;
+        let on = |load: &&Load| *sites[load.site].name == *node;
+        self.problem.loads.iter().filter(on).count()
+    }
+
+    /// Makes a plan.
+    ///
+    /// # Errors
+    /// [`OperateError::Missing`] if a node is to be emptied that does not tell its
+    /// load.
+    pub(super) fn plan(&self, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
+        let of_problem = match goal {
+            PlanGoal::Level => Goal::Level,
+            PlanGoal::Pack => Goal::Pack { fill: self.fill },
+            PlanGoal::Drain { node } => {
+                let sites = &self.problem.sites;
+                let number = sites.iter().position(|site| *site.name == **node);
+                let missing = || {
+                    let what = format!("node {node:?} does not answer (see `keel nodes`)");
+                    OperateError::Missing(what)
+                };
+                Goal::Drain(vec![number.ok_or_else(missing)?])
+            }
+        };
+        Ok(self.told(goal.clone(), &plan(&self.problem, &of_problem)))
+    }
+
+    fn told(&self, goal: PlanGoal, plan: &Plan) -> PlanInfo {
+        let name = |site: usize| self.problem.sites[site].name.to_string();
+        let steps: Vec<PlanStep> = plan
+            .steps
+            .iter()
+            .map(|step| {
+                let cost = self.model.predict(&self.factors[step.load]);
+                PlanStep {
+                    machine: self.problem.loads[step.load].name.to_string(),
+                    from: name(step.from),
+                    to: name(step.to),
+                    wave: step.wave,
+                    hop: step.hop,
+                    bytes: cost.bytes as u64,
+                    duration_ms: cost.duration_ms,
+                    downtime_ms: cost.downtime_ms,
+                }
+            })
+            .collect();
+        let left = plan.left.iter().map(|(load, why)| {
+            let it = &self.problem.loads[*load];
+            LeftBehind {
+                machine: it.name.to_string(),
+                node: name(it.site),
+                reason: self.fixed.get(load).unwrap_or(why).clone(),
+            }
+        });
+        PlanInfo {
+            goal,
+            left: left.collect(),
+            before: plan.before,
+            after: plan.after,
+            duration_ms: duration(&steps),
+            steps,
+            silent: self.silent.clone(),
+        }
+    }
+}
+
+/// How long steps take, of which those of a wave go at the same time.
+fn duration(steps: &[PlanStep]) -> f64 {
+    let mut waves: BTreeMap<usize, f64> = BTreeMap::new();
+    for step in steps {
+        let longest = waves.entry(step.wave).or_default();
+        *longest = longest.max(step.duration_ms.mid);
+    }
+    waves.values().sum()
+}
+
+fn weighed(weights: &Weights) -> Amounts {
+    let mut amounts = [0.0; RESOURCES];
+    (amounts[CPU], amounts[MEMORY], amounts[IO]) = (weights.cpu, weights.memory, weights.io);
+    amounts
+}
+
+/// A node; one that has not measured for long enough takes nothing.
+fn site(node: &NodeLoad, book: &Book) -> Site {
+    let name: Name = node.node.as_str().into();
+    let (mut capacity, mut base) = ([0.0; RESOURCES], [0.0; RESOURCES]);
+    if let Some(sample) = &node.sample {
+        let has = &sample.capacity;
+        (capacity[CPU], capacity[MEMORY]) = (has.power(), has.memory_bytes as f64);
+        capacity[IO] = has.io_bytes_per_s;
+        base[CPU] = sample.base.cpu_cores * has.speed;
+        base[IO] = sample.base.io_bytes_per_s;
+    }
+    Site {
+        labels: book.node(&name).labels,
+        open: node.side.is_some() && !book.drains.contains_key(&name),
+        name,
+        capacity,
+        base,
+    }
+}
+
+fn amounts(factors: &Factors, capacity: Amounts, node: &NodeLoad) -> Amounts {
+    let speed = node.sample.as_ref().map_or(1.0, |it| it.capacity.speed);
+    let mut amounts = [0.0; RESOURCES];
+    amounts[CPU] = factors.cpu_cores * speed;
+    amounts[MEMORY] = (factors.memory_bytes as f64).min(capacity[MEMORY]);
+    amounts[IO] = factors.io_bytes_per_s;
+    amounts
+}
+
+/// Makes a plan of what all nodes tell now.
+pub(crate) async fn make(agent: &Arc<Agent>, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
+    View::gather(agent).await?.plan(goal)
+}
+
+// ── carrying out ────────────────────────────────────────────────────────
+
+/// Moves the machine of a step; how that ended.
+pub(super) async fn take_step(
+    agent: &Arc<Agent>,
+    step: &PlanStep,
+    why: &str,
+    urgency: Urgency,
+    budget_micros: Option<u64>,
+) -> Outcome {
+    let (machine, target): (Name, Name) = (step.machine.as_str().into(), step.to.as_str().into());
+    keep(
+        agent,
+        Decision::Planned {
+            machine: machine.clone(),
+            target: target.clone(),
+            plan: why.to_owned(),
+        },
+    );
+    let outcome = match is_there(agent, step).await {
+        Ok(()) => run_move(agent, &machine, &target, urgency, budget_micros)
+            .await
+            .map_or_else(|why| Outcome::Stayed { why }, |report| ended(&report)),
+        Err(why) => Outcome::Stayed { why },
+    };
+    keep(
+        agent,
+        Decision::Ended {
+            machine,
+            target,
+            outcome: outcome.clone(),
+            load: None,
+        },
+    );
+    outcome
+}
+
+/// Whether a machine is still where a plan found it.
+async fn is_there(agent: &Agent, step: &PlanStep) -> Result<(), String> {
+    let machine = MachineName::new(&step.machine).map_err(|error| error.to_string())?;
+    let found = crate::record::get(&*agent.store, &machine).await;
+    let owner = found.map_err(|error| error.to_string())?.record.owner;
+    if owner.as_str() == step.from {
+        Ok(())
+    } else {
+        Err(format!("it is on {owner} by now"))
+    }
+}
+
+/// Carries out steps, wave by wave; what becomes of them is told. It goes on when
+/// nobody listens any more, and ends early with this node's agent: what has not begun
+/// then is not done.
+///
+/// # Errors
+/// [`OperateError::Conflict`] while another plan is carried out,
+/// [`OperateError::Bad`] for steps that name nobody.
+pub(crate) async fn carry_out(
+    agent: &Arc<Agent>,
+    steps: Vec<PlanStep>,
+) -> Result<mpsc::Receiver<PlanLine>, OperateError> {
+    let bad = |error: keel_net::NameError| OperateError::Bad(error.to_string());
+    for step in &steps {
+        MachineName::new(&step.machine).map_err(bad)?;
+        let target = NodeName::new(&step.to).map_err(bad)?;
+        if !agent.members.contains(&target) {
+            let what = format!("there is no node {target:?} (see `keel nodes`)");
+            return Err(OperateError::Missing(what));
+        }
+    }
+    let role = take_role(agent).await?;
+    let (send, lines) = mpsc::channel(64);
+    let agent = agent.clone();
+    tokio::spawn(async move {
+        let waves: BTreeSet<usize> = steps.iter().map(|step| step.wave).collect();
+        let mut stayed: BTreeSet<String> = BTreeSet::new();
+        for wave in waves {
+            let mut moves = JoinSet::new();
+            let of_wave = steps.iter().filter(|step| step.wave == wave);
+            for step in of_wave.filter(|step| !stayed.contains(&step.machine)) {
+                // (Whoever asked may have gone.)
+                let _ = send.send(PlanLine::Begun(step.clone())).await;
+                let (agent, step) = (agent.clone(), step.clone());
+                moves.spawn(async move {
+                    let why = "a plan that was confirmed";
+                    let outcome = take_step(&agent, &step, why, Urgency::Normal, None).await;
+                    (step, outcome)
+                });
+            }
+            while let Some(joined) = moves.join_next().await {
+                let Ok((step, outcome)) = joined else {
+                    continue;
+                };
+                if !matches!(outcome, Outcome::Moved { .. }) {
+                    stayed.insert(step.machine.clone());
+                }
+                let _ = send.send(PlanLine::Ended { step, outcome }).await;
+            }
+        }
+        give_role_back(&agent, &role).await;
+    });
+    Ok(lines)
+}
+
+async fn take_role(agent: &Agent) -> Result<Key, OperateError> {
+    let role = MachineName::new(ROLE).map_err(|error| OperateError::Bad(error.to_string()))?;
+    let key = Key::Lease(role);
+    let Some(lease) = *agent.lease.borrow() else {
+        return Err(OperateError::Away("this node has no lease just now".into()));
+    };
+    let txn =
+        Txn::new()
+            .when_absent(key.clone())
+            .put_leased(key.clone(), agent.name.as_str(), lease);
+    match agent.store.txn(txn).await? {
+        TxnOutcome::Committed { .. } => Ok(key),
+        TxnOutcome::Refused { .. } => {
+            let holder = agent.store.get(&key.to_string()).await?;
+            let holder = holder.map_or_else(String::new, |entry| {
+                format!(" by {}", String::from_utf8_lossy(&entry.value))
+            });
+            let what = format!("a plan is being carried out{holder}; wait for its end");
+            Err(OperateError::Conflict(what))
+        }
+    }
+}
+
+/// If that fails it is free when this node's lease ends.
+async fn give_role_back(agent: &Agent, key: &Key) {
+    let key = key.to_string();
+    let txn = Txn::new()
+        .when(Compare::Value {
+            key: key.clone(),
+            value: agent.name.as_str().into(),
+        })
+        .delete(key);
+    if let Err(error) = agent.store.txn(txn).await {
+        tracing::warn!(%error, "no other plan can be carried out before this node's lease ends");
+    }
+}
