@@ -858,7 +858,8 @@ async fn machines_are_started_again_as_their_policy_says() {
     assert!(err.contains(notice), "{err}");
     // Ended by a command they stay so, also while they wait.
     for name in ["always", "failing"] {
-        assert_eq!(keel(&bench, "a", &["stop", name]).0, 0);
+        let (code, out, err) = keel(&bench, "a", &["stop", name]);
+        assert_eq!(code, 0, "{name}: {out}{err}");
         let epoch = cluster.inspect("a", name).await.expect("info").epoch;
         tokio::time::sleep(Duration::from_millis(700)).await;
         let info = cluster.inspect("a", name).await.expect("info");

@@ -266,16 +266,17 @@ async fn stop(agent: &Arc<Agent>, machine: &MachineName, kill: bool) -> Result<(
         }
         return Ok(());
     }
-    match agent.workers.get(machine) {
-        // What follows is seen as a lost worker.
-        Some(worker) if kill => worker.kill().await,
-        Some(worker) => {
-            let asked: Result<(), RpcError> = worker.ask(kind::STOP, &(), PROMPT).await;
-            asked.map_err(|error| OperateError::Away(error.to_string()))?;
+    let asked: Result<(), RpcError> = match agent.workers.get(machine) {
+        Some(worker) if kill => {
+            // What follows is seen as a lost worker.
+            worker.kill().await;
+            Ok(())
         }
+        Some(worker) => worker.ask(kind::STOP, &(), PROMPT).await,
         // Whoever starts it just now sees that it is not wanted any more.
-        None => {}
-    }
+        None => Ok(()),
+    };
+    // (One that just came to its own end does not answer any more: its record says.)
     let deadline = tokio::time::Instant::now() + STOP_PATIENCE;
     loop {
         match record::get(&*agent.store, machine).await {
@@ -285,8 +286,11 @@ async fn stop(agent: &Arc<Agent>, machine: &MachineName, kill: bool) -> Result<(
             Ok(_) => {}
         }
         if tokio::time::Instant::now() > deadline {
+            let why = asked
+                .err()
+                .map_or_else(String::new, |error| format!(" ({error})"));
             return Err(OperateError::Away(format!(
-                "machine {machine:?} does not end; `keel kill {machine}` ends its process"
+                "machine {machine:?} does not end{why}; `keel kill {machine}` ends its process"
             )));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;

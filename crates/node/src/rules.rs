@@ -182,7 +182,16 @@ pub(crate) async fn claim(
     machine: &MachineName,
     target: &NodeName,
 ) -> Result<Claims, ClaimError> {
-    let store = &*agent.store;
+    let members: Vec<NodeName> = agent.members.all().keys().cloned().collect();
+    claim_in(&*agent.store, &members, machine, target).await
+}
+
+async fn claim_in(
+    store: &dyn Store,
+    members: &[NodeName],
+    machine: &MachineName,
+    target: &NodeName,
+) -> Result<Claims, ClaimError> {
     let drain = Key::Drain(target.clone()).to_string();
     if store.get(&drain).await?.is_some() {
         return Err(ClaimError::Draining(target.clone()));
@@ -208,7 +217,7 @@ pub(crate) async fn claim(
         }
     }
     let placed = placed(&book, &crate::record::all(store).await.map_err(damaged)?);
-    let nodes = nodes(agent, &book);
+    let nodes: Vec<Thing> = members.iter().map(|it| book.node(it.as_str())).collect();
     let holders = holders_of(&book.rules, &placed, &nodes);
     let alive = crate::record::alive(store).await?;
     for rule in about {
@@ -430,4 +439,192 @@ pub(crate) fn check_label(label: &str, value: &str) -> Result<(), OperateError> 
         }
     });
     checked.map_err(|error| OperateError::Bad(format!("label {label}={value}: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_balance::rules::{Domain, Says, Selector};
+    use keel_cluster::Epoch;
+    use keel_cluster::store::{Change, RedbOptions, RedbStore};
+    use keel_machine::restart::Restart;
+    use keel_machine::spec::{Spec, Status};
+    use rand::rngs::SmallRng;
+    use rand::{RngExt, SeedableRng};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const NODES: usize = 100;
+    const OFFERS: usize = 1_000;
+    const MACHINES: usize = 120;
+
+    fn node(number: usize) -> NodeName {
+        NodeName::new(&format!("n{number}")).unwrap()
+    }
+
+    fn machine(number: usize) -> MachineName {
+        let kind = ["web", "db", "lic", "pin", "free", "free"][number % 6];
+        MachineName::new(&format!("{kind}-{number}")).unwrap()
+    }
+
+    fn rule(name: &str, says: Says) -> Rule {
+        Rule {
+            name: name.into(),
+            machines: Selector {
+                names: vec![format!("{name}-*")],
+                labels: Labels::new(),
+            },
+            says,
+        }
+    }
+
+    fn rules() -> Vec<Rule> {
+        let zone = || Domain::Label("zone".into());
+        let pinned = Selector {
+            names: vec!["n1*".into()],
+            labels: Labels::new(),
+        };
+        vec![
+            rule(
+                "web",
+                Says::Apart {
+                    per: Domain::Node,
+                    max: 1,
+                },
+            ),
+            rule(
+                "db",
+                Says::Spread {
+                    per: zone(),
+                    skew: 1,
+                },
+            ),
+            rule("lic", Says::Licence { nodes_max: 3 }),
+            rule("pin", Says::Pin { nodes: pinned }),
+        ]
+    }
+
+    fn record(name: MachineName, owner: NodeName) -> Record {
+        Record {
+            name,
+            owner,
+            spec: Spec {
+                module: String::new(),
+                args: vec!["m".into()],
+                env: Vec::new(),
+                volumes: Vec::new(),
+                memory_bytes: 1 << 20,
+                threads_max: 1,
+                cpu_limit_millis: None,
+                output_bytes_per_s: 1 << 20,
+                remove_at_end: false,
+                restart: Restart::No,
+                checkpoints: None,
+            },
+            epoch: Epoch::default(),
+            status: Status::Running,
+            since_unix_ms: 0,
+            started_unix_ms: 0,
+            stop_wanted: false,
+            restarts: 0,
+            created_unix_ms: 0,
+            paused: None,
+            origin: None,
+            reports: Vec::new(),
+        }
+    }
+
+    /// Places or moves a machine as agents do: claims, then one transaction.
+    async fn offer(store: &dyn Store, members: &[NodeName], it: MachineName, to: NodeName) -> bool {
+        let Ok(claims) = claim_in(store, members, &it, &to).await else {
+            return false;
+        };
+        let key = Key::Machine(it.clone());
+        let found = store.get(&key.to_string()).await.unwrap();
+        let txn = match found {
+            Some(entry) => Txn::new().when_modified_at(key.clone(), entry.modified),
+            None => Txn::new().when_absent(key.clone()),
+        };
+        let value = crate::record::encode(&record(it, to)).unwrap();
+        let txn = claims.add_to(txn).put(key, value);
+        store.txn(txn).await.unwrap().is_committed()
+    }
+
+    /// A hundred nodes place and move machines at the same time, while others are
+    /// drained and opened: at no revision of the store is a rule broken, nor comes
+    /// anything to a node that is being drained.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn of_a_thousand_offers_at_once_none_breaks_a_rule_at_any_revision() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = RedbOptions::default();
+        let store = RedbStore::open(&folder.path().join("store"), options).unwrap();
+        let store: Arc<dyn Store> = Arc::new(store);
+        let members: Arc<Vec<NodeName>> = Arc::new((0..NODES).map(node).collect());
+        let labels = |number: usize| Labels::from([("zone".into(), format!("z{}", number % 5))]);
+        let json = |value: &Labels| serde_json::to_vec(value).unwrap();
+        let value = serde_json::to_vec(&rules()).unwrap();
+        store.txn(Txn::new().put(Key::Rules, value)).await.unwrap();
+        for number in 0..NODES {
+            let txn = Txn::new()
+                .put(Key::Alive(node(number)), Vec::new())
+                .put(Key::NodeLabels(node(number)), json(&labels(number)));
+            store.txn(txn).await.unwrap();
+        }
+        let first = store.revision().await.unwrap() + 1;
+
+        let won = Arc::new(AtomicUsize::new(0));
+        let mut nodes = tokio::task::JoinSet::new();
+        for number in 0..NODES {
+            let (store, members, won) = (store.clone(), members.clone(), won.clone());
+            nodes.spawn(async move {
+                let mut random = SmallRng::seed_from_u64(number as u64);
+                for _ in 0..OFFERS / NODES {
+                    let it = machine(random.random_range(0..MACHINES));
+                    let to = node(random.random_range(0..NODES));
+                    if offer(&*store, &members, it, to).await {
+                        won.fetch_add(1, Ordering::Relaxed);
+                    }
+                    if number < 5 {
+                        let drained = Key::Drain(node(random.random_range(0..NODES)));
+                        let close = Txn::new().put(drained.clone(), b"{}".to_vec());
+                        store.txn(close).await.unwrap();
+                        tokio::task::yield_now().await;
+                        let open = Txn::new().delete(drained.to_string());
+                        store.txn(open).await.unwrap();
+                    }
+                }
+            });
+        }
+        while let Some(joined) = nodes.join_next().await {
+            joined.unwrap();
+        }
+        assert!(won.load(Ordering::Relaxed) > OFFERS / 10, "{won:?}");
+
+        let last = store.revision().await.unwrap();
+        let mut book = Book::load(&*store).await.unwrap();
+        let things: Vec<Thing> = members.iter().map(|it| book.node(it.as_str())).collect();
+        let mut at: BTreeMap<String, Record> = BTreeMap::new();
+        let mut watch = store.watch("", first).await.unwrap();
+        let mut seen = first - 1;
+        while seen < last {
+            let changes = watch.next().await.unwrap().unwrap();
+            seen = changes.revision;
+            for change in changes.changes {
+                match change {
+                    Change::Put(entry) if entry.key.starts_with(keys::MACHINES) => {
+                        let record = Record::decode(&entry.value).unwrap();
+                        let drained = book.drains.contains_key(record.owner.as_str());
+                        assert!(!drained, "revision {seen}: {} came", entry.key);
+                        at.insert(entry.key, record);
+                    }
+                    Change::Put(entry) => book.take(&entry.key, Some(&entry)),
+                    Change::Delete { key } => book.take(&key, None),
+                }
+            }
+            let records: Vec<Record> = at.values().cloned().collect();
+            let broken = broken_by(&book.rules, &placed(&book, &records), &things);
+            assert!(broken.is_empty(), "revision {seen}: {broken:?}");
+        }
+        assert!(at.len() > MACHINES / 2, "{}", at.len());
+    }
 }
