@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 /// The speed of the machine is that of this long before a move, and in this long a
 /// second after it.
 const WINDOW: Duration = Duration::from_millis(1000);
+/// How long the machine may take to its first word.
+const FIRST_PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) fn bench(keel: &Path, guests: &Path, moves: usize) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
@@ -137,6 +139,9 @@ async fn speed(
             line.clear();
         }
     });
+    // It touches all of its memory first.
+    told.recv_timeout(FIRST_PATIENCE)
+        .context("the guest `hot` says nothing")?;
     let client = cluster.client("a");
     let place = folder.join("kept");
     let mut shares = Vec::new();
