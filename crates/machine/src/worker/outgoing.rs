@@ -334,6 +334,20 @@ impl Outgoing {
     /// Tells the target that the commit won; returns when the machine runs
     /// there.
     pub(super) fn go(&mut self, epoch: Epoch) -> Result<(), OutgoingError> {
+        let told = self.tell(epoch);
+        // The target may be told by its agent, and then waits for what else is said
+        // here, while this side waits to hear which pages are wanted.
+        if told.is_err()
+            && self.way.hello.post_copy
+            && let Ok(closer) = self.link.closer()
+        {
+            // It may be closed already.
+            let _ = closer.shutdown(std::net::Shutdown::Both);
+        }
+        told
+    }
+
+    fn tell(&mut self, epoch: Epoch) -> Result<(), OutgoingError> {
         failpoint::pass("out.go")?;
         if let Some(looking) = self.looking.take() {
             failpoint::pass("fill.name")?;
