@@ -155,9 +155,8 @@ pub(super) async fn follow(agent: Arc<Agent>) {
     let ordered = |agent: &Agent| agent.balancer.rules.drain_of(agent.name.as_str());
     loop {
         let Some(drain) = ordered(&agent) else {
-            if agent.balancer.drain.locked().moved > 0 {
-                *agent.balancer.drain.locked() = State::default();
-            }
+            // What was left behind, or went, is of a drain that is over.
+            *agent.balancer.drain.locked() = State::default();
             tokio::time::sleep(LOOK_EVERY).await;
             continue;
         };

@@ -311,7 +311,8 @@ pub(crate) async fn carry_out(
         }
     }
     let role = take_role(agent).await?;
-    let (send, lines) = mpsc::channel(64);
+    // Room for all: whoever listens slowly holds nothing up.
+    let (send, lines) = mpsc::channel(2 * steps.len() + 1);
     let agent = agent.clone();
     tokio::spawn(async move {
         let waves: BTreeSet<usize> = steps.iter().map(|step| step.wave).collect();
