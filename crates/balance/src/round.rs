@@ -1,18 +1,20 @@
 //! One node's side of the masterless rounds.
 //!
 //! ```text
-//!            round due         view: heavier,        weights: one        granted
+//!            round due         view: heavier,        weights: one
 //!            ask a random      steadily, pressed     may go
-//!   Resting ───────────▶ Asking ───────────▶ Weighing ───────────▶ Offering ───────▶ Moving
-//!      ▲                   │ level, busy, silent │ none may go        │ refused        │ ended
-//!      └───────────────────┴─────────────────────┴────────────────────┴────────────────┘
+//!   Resting ───────────▶ Asking ───────────▶ Weighing ───────────▶ Offering
+//!      ▲                   │ level, busy, silent │ none may go        │ refused; granted: the move
+//!      └───────────────────┴─────────────────────┴────────────────────┘ is on its way meanwhile
 //! ```
 //!
 //! Every node asks a randomly picked other one for its view at jittered intervals.
 //! Whoever is asked answers at once, whatever it does itself. A node has one round
 //! and one arriving machine at a time; one that has promised room to another answers
-//! `Busy`. What was granted counts in the loads of both sides from that moment, so
-//! that third nodes see the loads that will be.
+//! `Busy`. A move that was granted is no round any more: a node with much to give has
+//! several on their way, each to another node. What was granted counts in the loads of
+//! both sides from that moment, so that third nodes, and the next round, see the loads
+//! that will be.
 //!
 //! Messages may be lost, late, or come twice: answers carry the number of the round
 //! and are dropped when it is another one; what is granted lapses by itself. Nothing
@@ -39,6 +41,9 @@ use std::sync::Arc;
 const ANSWER_MS: u64 = 2_000;
 /// Milliseconds after which promised room is free again if nothing began to come.
 const GRANT_MS: u64 = 5_000;
+/// Most machines that are on their way from one node. Its network is one, and what
+/// leaves in turns leaves sooner than what leaves all at once.
+const LEAVING_MAX: usize = 4;
 /// Milliseconds that what began to come may take.
 const ARRIVAL_MS: u64 = 3_600_000;
 /// Samples for which a machine that arrived counts as what was promised: its own do
@@ -362,13 +367,18 @@ enum State {
         decision: Option<Box<Decision>>,
         deadline_ms: u64,
     },
-    Moving {
-        peer: Name,
-        machine: Name,
-        /// What it weighed here, which is taken off the window.
-        here: f64,
-        factors: Factors,
-    },
+}
+
+/// A machine on its way to another node.
+#[derive(Debug, Clone)]
+struct Leaving {
+    peer: Name,
+    machine: Name,
+    /// What it weighed here, which is taken off the window.
+    here: f64,
+    factors: Factors,
+    /// Whether the store has said already that it is not here any more.
+    left: bool,
 }
 
 /// What is known of a machine here.
@@ -436,11 +446,18 @@ pub struct Balancer {
     /// Whether this node's own last sample was absurd.
     absurd: bool,
     arriving: Option<Arriving>,
+    /// At most [`LEAVING_MAX`], each to another node.
+    leaving: Vec<Leaving>,
+    /// Machines that a move took away, and until when that counts: the store's word
+    /// that they are gone may come after the first sample without them.
+    gone: HashMap<Name, u64>,
     state: State,
     round: u64,
     due_ms: u64,
     checks: Vec<Check>,
     proposed: HashMap<Name, (Name, u64)>,
+    /// Proposed moves that a person confirmed, in that order.
+    confirmed: Vec<Name>,
     avoided_peers: HashMap<Name, Avoided>,
     avoided_machines: HashMap<Name, Avoided>,
     /// Nodes that were free when they were asked, and until when that counts.
@@ -473,11 +490,14 @@ impl Balancer {
             samples: 0,
             absurd: false,
             arriving: None,
+            leaving: Vec::new(),
+            gone: HashMap::new(),
             state: State::Resting,
             round: 0,
             due_ms,
             checks: Vec::new(),
             proposed: HashMap::new(),
+            confirmed: Vec::new(),
             avoided_peers: HashMap::new(),
             avoided_machines: HashMap::new(),
             free_peers: HashMap::new(),
@@ -534,11 +554,11 @@ impl Balancer {
     /// When something is due by itself, in milliseconds.
     pub fn wake_at_ms(&self) -> u64 {
         let state = match &self.state {
+            State::Resting if self.leaving.len() >= LEAVING_MAX => u64::MAX,
             State::Resting => self.due_ms,
             State::Asking { deadline_ms, .. }
             | State::Weighing { deadline_ms, .. }
             | State::Offering { deadline_ms, .. } => *deadline_ms,
-            State::Moving { .. } => u64::MAX,
         };
         let arriving = self.arriving.as_ref().map_or(u64::MAX, |it| it.until_ms);
         match state.min(arriving) {
@@ -597,20 +617,41 @@ impl Balancer {
                 }
             }
             Event::Arrived { machine, from } => self.arrived(machine, from, now_ms),
-            Event::Left { machine } => {
-                if let Some(known) = self.known.remove(&machine) {
-                    let weight = self.weigh_here(&known.factors);
-                    self.window.shift(-weight);
-                    if let Some(sample) = &mut self.sample {
-                        sample.machines.retain(|it| it.name != machine);
-                    }
-                }
-            }
+            Event::Left { machine } => self.left(&machine),
             Event::ArrivalFailed { machine } => self.release(&machine),
-            Event::Confirmed { machine } => self.confirmed(&machine, now_ms, &mut commands),
+            Event::Confirmed { machine } => self.confirmed(&machine, now_ms),
         }
         self.pass_time(now_ms, &mut commands);
         commands
+    }
+
+    /// Load came or went by a move.
+    fn shift(&mut self, by: f64) {
+        self.window.shift(by);
+        for check in &mut self.checks {
+            check.predicted = (check.predicted + by).max(0.0);
+        }
+    }
+
+    /// The store says that a machine is not here any more.
+    fn left(&mut self, machine: &Name) {
+        let known = self.known.remove(machine);
+        if let Some(sample) = &mut self.sample {
+            sample.machines.retain(|it| it.name != *machine);
+        }
+        if let Some(leaving) = self.leaving.iter_mut().find(|it| it.machine == *machine) {
+            // Its load was taken off when the move was granted.
+            leaving.left = true;
+        } else if self.gone.remove(machine).is_none()
+            && let Some(known) = known
+        {
+            let weight = self.weigh_here(&known.factors);
+            self.shift(-weight);
+        }
+    }
+
+    fn is_leaving(&self, machine: &Name) -> bool {
+        self.leaving.iter().any(|it| it.machine == *machine)
     }
 
     fn weigh_here(&self, factors: &Factors) -> f64 {
@@ -640,14 +681,14 @@ impl Balancer {
         }
         self.sampled_ms = now_ms;
         self.samples += 1;
-        let leaving = match &self.state {
-            State::Moving { machine, .. } => Some(machine.clone()),
-            _ => None,
-        };
+        self.gone.retain(|_, until_ms| *until_ms > now_ms);
+        sample
+            .machines
+            .retain(|machine| !self.gone.contains_key(&machine.name));
         let mut load = sample.base.weigh(&sample.capacity, &self.policy.weights);
         for machine in &mut sample.machines {
             self.learn_machine(machine, &sample.capacity, now_ms);
-            if leaving.as_ref() != Some(&machine.name) {
+            if !self.is_leaving(&machine.name) {
                 load += machine
                     .factors
                     .weigh(&sample.capacity, &self.policy.weights);
@@ -781,7 +822,8 @@ impl Balancer {
         if let Some(peer) = silent {
             self.give_up(peer, Stay::NoAnswer, now_ms, commands);
         }
-        if matches!(self.state, State::Resting) && self.due_ms <= now_ms {
+        let resting = matches!(self.state, State::Resting);
+        if resting && self.due_ms <= now_ms && self.leaving.len() < LEAVING_MAX {
             self.begin(now_ms, commands);
         }
     }
@@ -813,6 +855,10 @@ impl Balancer {
             self.rest(now_ms);
             return;
         }
+        if let Some((peer, machine)) = self.take_confirmed(now_ms) {
+            self.offer(peer, machine, None, now_ms, commands);
+            return;
+        }
         let Some(peer) = self.pick(now_ms) else {
             self.rest(now_ms);
             return;
@@ -833,20 +879,25 @@ impl Balancer {
         };
     }
 
-    /// One of the others, by chance. Where machines are packed most are free and are
-    /// given nothing: of those it knows it picks another one.
+    /// One of the others, by chance, to which nothing goes just now. Where machines are
+    /// packed most are free and are given nothing: of those it knows it picks another
+    /// one.
     fn pick(&mut self, now_ms: u64) -> Option<Name> {
         let packs = self.policy.strategy == Strategy::Pack && self.helpless < WAKE_ROUNDS;
+        let mut free_one = None;
         for _ in 0..PICKS_MAX {
             let number = self.rng.random_range(0..self.peers.len());
             let peer = self.peers.get(number)?;
+            if self.leaving.iter().any(|it| it.peer == *peer) {
+                continue;
+            }
             let free = packs && self.free_peers.get(peer).is_some_and(|it| *it > now_ms);
             if !free {
                 return Some(peer.clone());
             }
+            free_one = Some(peer.clone());
         }
-        let number = self.rng.random_range(0..self.peers.len());
-        self.peers.get(number).cloned()
+        free_one
     }
 
     fn ask(&self, peer: &Name, question: Question, commands: &mut Vec<Command>) {
@@ -945,7 +996,7 @@ impl Balancer {
                 Some(Answer::Granted),
             ) => self.granted(peer, machine, decision, now_ms, commands),
             // A late or doubled answer to what was asked before, in this round too.
-            (state @ (State::Resting | State::Moving { .. }), _)
+            (state @ State::Resting, _)
             | (state @ State::Weighing { .. }, Some(Answer::View(_)))
             | (state @ State::Offering { .. }, Some(Answer::View(_) | Answer::Weights(_))) => {
                 self.state = state;
@@ -1114,6 +1165,9 @@ impl Balancer {
         bounds: &dyn Bounds,
     ) -> Option<Bound> {
         let known = self.known.get(machine)?;
+        if self.is_leaving(machine) {
+            return Some(Bound::Moving);
+        }
         if let Some(bound) = bounds.bound(machine, peer) {
             return Some(bound);
         }
@@ -1247,7 +1301,7 @@ impl Balancer {
         };
         let factors = known.factors;
         let here = self.weigh_here(&factors);
-        self.window.shift(-here);
+        self.shift(-here);
         self.stays.clear();
         self.helpless = 0;
         commands.extend(decision.map(Command::Record));
@@ -1255,12 +1309,16 @@ impl Balancer {
             machine: machine.clone(),
             target: peer.clone(),
         });
-        self.state = State::Moving {
+        self.leaving.push(Leaving {
             peer,
             machine,
             here,
             factors,
-        };
+            left: false,
+        });
+        // The next one at once: both sides know what this one changes.
+        self.rest(now_ms);
+        self.due_ms = now_ms;
     }
 
     fn move_ended(
@@ -1270,26 +1328,16 @@ impl Balancer {
         now_ms: u64,
         commands: &mut Vec<Command>,
     ) {
-        let state = std::mem::replace(&mut self.state, State::Resting);
-        let State::Moving {
+        let Some(number) = self.leaving.iter().position(|it| it.machine == *ended) else {
+            return;
+        };
+        let Leaving {
             peer,
             machine,
             here,
             factors,
-        } = state
-        else {
-            self.state = state;
-            return;
-        };
-        if machine != *ended {
-            self.state = State::Moving {
-                peer,
-                machine,
-                here,
-                factors,
-            };
-            return;
-        }
+            left,
+        } = self.leaving.swap_remove(number);
         if let Outcome::Moved {
             duration_ms,
             downtime_ms,
@@ -1303,6 +1351,10 @@ impl Balancer {
             if let Some(sample) = &mut self.sample {
                 sample.machines.retain(|it| it.name != machine);
             }
+            if !left {
+                let until_ms = now_ms + SETTLE_SAMPLES * self.policy.sample_ms;
+                self.gone.insert(machine.clone(), until_ms);
+            }
             self.checks.push(Check {
                 machine,
                 target: peer,
@@ -1310,12 +1362,13 @@ impl Balancer {
                 predicted: self.load_now().unwrap_or(0.0),
                 samples_left: NEWEST,
             });
-            // The next one at once: both sides know what this one changed.
-            self.rest(now_ms);
-            self.due_ms = now_ms;
+            // It takes the next one now.
+            self.due_ms = self.due_ms.min(now_ms);
             return;
         }
-        self.window.shift(here);
+        if !left {
+            self.shift(here);
+        }
         if matches!(outcome, Outcome::Stayed { .. }) {
             avoid(&mut self.avoided_peers, &peer, now_ms);
             avoid(&mut self.avoided_machines, &machine, now_ms);
@@ -1333,21 +1386,32 @@ impl Balancer {
             outcome,
             load: None,
         })));
-        self.rest(now_ms);
+        if matches!(self.state, State::Resting) {
+            self.rest(now_ms);
+        }
     }
 
-    fn confirmed(&mut self, machine: &Name, now_ms: u64, commands: &mut Vec<Command>) {
-        // A round under way is given up for it; its answers come too late.
-        if matches!(self.state, State::Moving { .. }) {
-            return;
+    fn confirmed(&mut self, machine: &Name, now_ms: u64) {
+        if self.proposed.contains_key(machine) && !self.confirmed.contains(machine) {
+            self.confirmed.push(machine.clone());
+            self.due_ms = now_ms;
         }
-        let Some((peer, until_ms)) = self.proposed.remove(machine) else {
-            return;
-        };
-        if until_ms > now_ms {
-            self.round += 1;
-            self.offer(peer, machine.clone(), None, now_ms, commands);
-        }
+    }
+
+    /// A move that a person confirmed and that can begin now: to a node to which
+    /// nothing else goes.
+    fn take_confirmed(&mut self, now_ms: u64) -> Option<(Name, Name)> {
+        let proposed = &mut self.proposed;
+        proposed.retain(|_, (_, until_ms)| *until_ms > now_ms);
+        self.confirmed.retain(|it| proposed.contains_key(it));
+        let leaving = &self.leaving;
+        let number = self.confirmed.iter().position(|machine| {
+            let goes_there = |it: &Leaving| proposed.get(machine).is_some_and(|to| to.0 == it.peer);
+            !leaving.iter().any(goes_there)
+        })?;
+        let machine = self.confirmed.remove(number);
+        let (peer, _) = proposed.remove(&machine)?;
+        Some((peer, machine))
     }
 
     /// Moves that wait for a person, with their targets.
@@ -1470,7 +1534,7 @@ impl Balancer {
                 why: format!("its load has risen to {:.2} meanwhile", side.load),
             };
         }
-        self.window.shift(weight);
+        self.shift(weight);
         self.arriving = Some(Arriving {
             machine,
             from: peer.clone(),
@@ -1489,11 +1553,12 @@ impl Balancer {
             .is_some_and(|it| it.machine == *machine)
             && let Some(arriving) = self.arriving.take()
         {
-            self.window.shift(-arriving.weight);
+            self.shift(-arriving.weight);
         }
     }
 
     fn arrived(&mut self, machine: Name, from: Name, now_ms: u64) {
+        self.gone.remove(&machine);
         let granted = self.arriving.take_if(|it| it.machine == machine);
         let settled_ms = now_ms + SETTLE_SAMPLES * self.policy.sample_ms;
         let promised = granted.map(|it| (it.factors, settled_ms));

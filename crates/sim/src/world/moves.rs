@@ -8,6 +8,8 @@ use rand::RngExt;
 
 /// Milliseconds of a move before its first byte.
 const BEGIN_MS: u64 = 100;
+/// Milliseconds after which a node knows at the latest what the store says.
+const STORE_LAG_MS: u64 = 200;
 /// Milliseconds for which a machine stands still.
 const STILL_MS: f64 = 4.0;
 /// Share of a round that may be written again in the next at most.
@@ -140,6 +142,14 @@ impl World {
             from: self.nodes[source].name.clone(),
         };
         self.step(target, arrived);
+        let left = Event::Left {
+            machine: name.clone(),
+        };
+        // The store's word and the move's own end come in any order, and late.
+        let (told_ms, over_ms) = (
+            self.rng.random_range(0..=STORE_LAG_MS),
+            self.rng.random_range(0..=STORE_LAG_MS),
+        );
         let outcome = Outcome::Moved {
             duration_ms: duration_ms as f64,
             downtime_ms: STILL_MS,
@@ -149,6 +159,10 @@ impl World {
             machine: name,
             outcome,
         };
-        self.step(source, ended);
+        let life = under.lives.0;
+        for (after_ms, event) in [(told_ms, left), (over_ms, ended)] {
+            let tell = Happening::Tell(source, life, event);
+            self.queue.put(self.now_ms + after_ms, tell);
+        }
     }
 }

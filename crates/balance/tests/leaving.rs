@@ -1,0 +1,234 @@
+//! What becomes of a node's load while machines leave it.
+
+use keel_balance::Name;
+use keel_balance::cost::CostModel;
+use keel_balance::ledger::Outcome;
+use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample};
+use keel_balance::policy::Policy;
+use keel_balance::round::{Answer, Balancer, Command, Event, Peers, Question, Unbound, View};
+use keel_balance::select::Side;
+
+const CAPACITY: Capacity = Capacity {
+    cores: 1.0,
+    speed: 1.0,
+    memory_bytes: 16 << 30,
+    io_bytes_per_s: 1e9,
+};
+
+/// A node with so many machines that never rest, and what it does.
+struct Node {
+    balancer: Balancer,
+    now_ms: u64,
+    machines: Vec<Name>,
+    /// What it wants done and was not yet.
+    commands: Vec<Command>,
+}
+
+impl Node {
+    fn new(machines: usize, peers: &[&str]) -> Self {
+        let mut node = Node {
+            balancer: Balancer::new(Policy::default(), 1, CostModel::default(), 7),
+            now_ms: 1_000,
+            machines: (0..machines).map(|it| format!("m{it}").into()).collect(),
+            commands: Vec::new(),
+        };
+        let peers: Vec<Name> = peers.iter().map(|peer| (*peer).into()).collect();
+        node.step(Event::Peers(Peers::from(peers)));
+        node
+    }
+
+    fn step(&mut self, event: Event) {
+        let commands = self.balancer.step(event, self.now_ms, &Unbound);
+        self.commands.extend(commands);
+    }
+
+    /// Whom it asks, since this was asked last.
+    fn asks(&mut self) -> Vec<Name> {
+        let asks = std::mem::take(&mut self.commands).into_iter();
+        let asks = asks.filter_map(|command| match command {
+            Command::Ask { peer, .. } => Some(peer),
+            _ => None,
+        });
+        asks.collect()
+    }
+
+    /// A second passes, after which the node is measured.
+    fn sample(&mut self) {
+        self.now_ms += 1_000;
+        let factors = Factors {
+            cpu_cores: 1.0,
+            cpu_bound_cores: 1.0,
+            memory_bytes: 1 << 20,
+            ..Factors::default()
+        };
+        let machines = self.machines.iter().map(|name| MachineSample {
+            name: name.clone(),
+            factors,
+            lasted_ms: 0,
+        });
+        let sample = NodeSample {
+            capacity: CAPACITY,
+            base: Factors::default(),
+            machines: machines.collect(),
+            cpu_pressure: 0.9,
+            stall_pressure: 0.0,
+        };
+        self.step(Event::Sample(sample));
+    }
+
+    /// In cores, which are all but the whole of it.
+    fn load(&self) -> f64 {
+        let load = self.balancer.side().expect("it was measured").load;
+        (load * 100.0).round() / 100.0
+    }
+
+    /// Lets idle others answer one question, or a second pass if there is none.
+    fn go_on(&mut self) -> Option<Command> {
+        if self.commands.is_empty() {
+            self.sample();
+            return None;
+        }
+        let command = self.commands.remove(0);
+        if let Command::Ask {
+            round, question, ..
+        } = &command
+        {
+            let (round, answer) = (*round, Some(answer(question)));
+            self.step(Event::Answered { round, answer });
+        }
+        Some(command)
+    }
+
+    /// Lets idle others answer what it asks until it moves a machine: which, where to.
+    fn move_one(&mut self) -> (Name, Name) {
+        for _ in 0..200 {
+            if let Some(Command::Move { machine, target }) = self.go_on() {
+                return (machine, target);
+            }
+        }
+        panic!("it moves nothing");
+    }
+
+    fn gone(&mut self, machine: &Name) {
+        self.machines.retain(|it| it != machine);
+    }
+
+    fn ended(&mut self, machine: &Name) {
+        self.step(Event::MoveEnded {
+            machine: machine.clone(),
+            outcome: Outcome::Moved {
+                duration_ms: 100.0,
+                downtime_ms: 4.0,
+                bytes: 1 << 20,
+            },
+        });
+    }
+}
+
+/// Of a node on which nothing runs.
+fn answer(question: &Question) -> Answer {
+    match question {
+        Question::View => Answer::View(View {
+            policy_revision: 1,
+            side: Side {
+                capacity: CAPACITY,
+                load: 0.0,
+                memory_free_bytes: 15 << 30,
+                pressed: false,
+                free: true,
+            },
+            loads: vec![0.0; 8],
+            busy: false,
+        }),
+        Question::Weigh { factors, .. } => Answer::Weights(vec![1.0; factors.len()]),
+        Question::Take { .. } => Answer::Granted,
+        Question::Release { .. } => Answer::Released,
+    }
+}
+
+#[test]
+fn what_left_is_taken_off_once_whoever_tells_first() {
+    for store_first in [true, false] {
+        let mut node = Node::new(6, &["b"]);
+        let (machine, _) = node.move_one();
+        assert_eq!(node.load(), 5.0);
+        let left = Event::Left {
+            machine: machine.clone(),
+        };
+        if store_first {
+            node.step(left);
+            assert_eq!(node.load(), 5.0);
+            node.gone(&machine);
+            node.ended(&machine);
+        } else {
+            node.ended(&machine);
+            // It was measured before the store's word was there.
+            node.sample();
+            assert_eq!(node.load(), 5.0);
+            node.gone(&machine);
+            node.step(left);
+        }
+        assert_eq!(node.load(), 5.0, "store first: {store_first}");
+        for _ in 0..8 {
+            node.sample();
+            assert_eq!(node.load(), 5.0, "store first: {store_first}");
+        }
+    }
+}
+
+#[test]
+fn a_move_that_failed_gives_its_load_back() {
+    let mut node = Node::new(6, &["b"]);
+    let (machine, _) = node.move_one();
+    let outcome = Outcome::Stayed {
+        why: "the connection was lost".into(),
+    };
+    node.step(Event::MoveEnded { machine, outcome });
+    assert_eq!(node.load(), 6.0);
+}
+
+#[test]
+fn the_next_move_need_not_wait_but_goes_elsewhere() {
+    let mut node = Node::new(12, &["b", "c"]);
+    let (first, one) = node.move_one();
+    let (second, other) = node.move_one();
+    assert_ne!(first, second);
+    assert_ne!(one, other);
+    assert_eq!(node.load(), 10.0);
+    // Something goes to everybody: nobody is asked until a move is over.
+    node.asks();
+    for _ in 0..20 {
+        node.sample();
+    }
+    assert_eq!(node.asks(), [] as [Name; 0]);
+    node.gone(&first);
+    node.step(Event::Left {
+        machine: first.clone(),
+    });
+    node.ended(&first);
+    assert_eq!(node.asks(), [one]);
+}
+
+#[test]
+fn what_a_person_confirms_waits_for_its_target_and_is_not_forgotten() {
+    let mut node = Node::new(12, &["b"]);
+    let policy = Policy {
+        mode: keel_balance::policy::Mode::Confirm,
+        ..Policy::default()
+    };
+    node.step(Event::Policy(Box::new(policy), 1));
+    for _ in 0..200 {
+        node.go_on();
+        if !node.balancer.proposals(node.now_ms).is_empty() {
+            break;
+        }
+    }
+    let (machine, target) = node.balancer.proposals(node.now_ms)[0].clone();
+    assert_eq!(&*target, "b");
+    node.step(Event::Confirmed {
+        machine: machine.clone(),
+    });
+    // Confirmed is confirmed: whatever round was under way.
+    let moved = node.move_one();
+    assert_eq!(moved, (machine, target));
+}
