@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use keel_machine::checkpoint::{Destination, Origin, Subject, Taken, Taker, Vault, restore};
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
-use keel_machine::spec::Spec;
+use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::{Config, MemorySink, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options};
 use std::fs::File;
@@ -130,6 +130,7 @@ impl Bench {
             remove_at_end: false,
             restart: Restart::No,
             checkpoints: None,
+            balancing: Balancing::default(),
         };
         let bench = Bench {
             machine: Machine::start(program, Wasi::new(config)?, spec.limits())?,

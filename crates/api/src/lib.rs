@@ -56,7 +56,7 @@ use keel_machine::cgroup::GroupUsage;
 use keel_machine::moves::predict::Prediction;
 use keel_machine::moves::{MoveReport, Progress};
 use keel_machine::restart::Restart;
-use keel_machine::spec::CheckpointPlan;
+use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan};
 pub use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize};
 
@@ -167,6 +167,9 @@ pub struct MachineInfo {
     /// Checkpoints that are made by themselves.
     #[serde(default)]
     pub checkpoints: Option<CheckpointPlan>,
+    /// What balancing makes of it.
+    #[serde(default)]
+    pub balancing: Balancing,
     /// Restarts since it last ran for long.
     #[serde(default)]
     pub restarts: u32,
@@ -361,6 +364,9 @@ pub struct RunRequest {
     /// Checkpoints that are made by themselves.
     #[serde(default)]
     pub checkpoints: Option<CheckpointPlan>,
+    /// What balancing makes of it.
+    #[serde(default)]
+    pub balancing: Balancing,
 }
 
 /// What would change of a machine if it were as a request says.
@@ -420,6 +426,18 @@ pub struct SetRequest {
     /// Checkpoints that are made by themselves.
     #[serde(default)]
     pub checkpoints: Option<CheckpointChange>,
+    /// Which of its loads counts.
+    #[serde(default)]
+    pub balance: Option<BalanceBy>,
+    /// `cpu.target`, in thousandths of a core of the reference speed; 0 for none.
+    #[serde(default)]
+    pub cpu_target_millis: Option<u32>,
+    /// `memory.target`, in bytes; 0 for none.
+    #[serde(default)]
+    pub memory_target_bytes: Option<u64>,
+    /// `io.target`, in bytes a second; 0 for none.
+    #[serde(default)]
+    pub io_target_bytes_per_s: Option<u64>,
 }
 
 /// What is to become of the checkpoints that are made by themselves.

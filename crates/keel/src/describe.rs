@@ -137,6 +137,9 @@ fn what_it_is(page: &mut Page, machine: &MachineInfo) {
     if let Some(plan) = &machine.checkpoints {
         page.line("checkpoints", plan.line());
     }
+    if let Some(balancing) = machine.balancing.line() {
+        page.line("balanced", balancing);
+    }
     if machine.remove_at_end {
         page.line("at its end", "it is removed, with its output");
     }

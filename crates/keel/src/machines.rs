@@ -14,7 +14,7 @@ use keel_machine::checkpoint::Retention;
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
 use keel_machine::restart::Restart;
-use keel_machine::spec::CheckpointPlan;
+use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -51,6 +51,57 @@ impl CheckpointsArgs {
         };
         let to = self.checkpoint_to.as_deref();
         checkpoint_plan(every, to, self.checkpoint_keep, self.checkpoint_keep_for).map(Some)
+    }
+}
+
+#[derive(clap::Args)]
+pub(crate) struct BalancingArgs {
+    /// Which of its loads counts in balancing: what is measured, or what it promises;
+    /// or whether it stays where it is.
+    #[arg(long, value_name = "LOAD", default_value = "policy")]
+    balance: Balance,
+    /// CPU demand that it promises (cpu.target), in cores of the reference speed.
+    #[arg(long, value_name = "CORES", value_parser = crate::size::cores)]
+    cpu_target: Option<u32>,
+    /// Memory that it promises to occupy (memory.target).
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
+    memory_target: Option<u64>,
+    /// Disk traffic that it promises (io.target), a second.
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
+    io_target: Option<u64>,
+}
+
+impl BalancingArgs {
+    fn balancing(&self) -> Balancing {
+        Balancing {
+            by: self.balance.into(),
+            cpu_target_millis: self.cpu_target,
+            memory_target_bytes: self.memory_target,
+            io_target_bytes_per_s: self.io_target,
+        }
+    }
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub(crate) enum Balance {
+    /// As the cluster's policy says.
+    Policy,
+    /// What is measured.
+    Actual,
+    /// What it promises; what it promises nothing of is measured.
+    Target,
+    /// Balancing leaves it where it is; rules and drains do not.
+    Off,
+}
+
+impl From<Balance> for BalanceBy {
+    fn from(balance: Balance) -> Self {
+        match balance {
+            Balance::Policy => BalanceBy::Policy,
+            Balance::Actual => BalanceBy::Actual,
+            Balance::Target => BalanceBy::Target,
+            Balance::Off => BalanceBy::Off,
+        }
     }
 }
 
@@ -104,6 +155,8 @@ pub(crate) struct RunArgs {
     restart: RestartWhen,
     #[command(flatten)]
     checkpoints: CheckpointsArgs,
+    #[command(flatten)]
+    balancing: BalancingArgs,
     /// Lets it reach a directory that all nodes see; `::ro` makes it read-only.
     #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
     dir: Vec<String>,
@@ -247,6 +300,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
         remove_at_end: args.rm,
         restart: args.restart.into(),
         checkpoints: args.checkpoints.plan()?,
+        balancing: args.balancing.balancing(),
     };
     Ok(client.post("/v1/machines", &request).await?)
 }
@@ -457,6 +511,9 @@ fn describe(machine: &MachineInfo) -> String {
     }
     if let Some(limit) = machine.cpu_limit_millis {
         lines.push(format!("cpu limit {} core(s)", f64::from(limit) / 1000.0));
+    }
+    if let Some(balancing) = machine.balancing.line() {
+        lines.push(format!("balanced {balancing}"));
     }
     if machine.restart != Restart::No {
         lines.push(format!(

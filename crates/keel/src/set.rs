@@ -1,8 +1,8 @@
-//! `keel set`: other limits, another restart policy, other checkpoints for a machine
-//! while it runs.
+//! `keel set`: other limits and targets, another restart policy, other checkpoints for
+//! a machine while it runs.
 
 use crate::cluster::Reach;
-use crate::machines::{CheckpointsArgs, RestartWhen};
+use crate::machines::{Balance, CheckpointsArgs, RestartWhen};
 use crate::output;
 use anyhow::Result;
 use keel_api::{CheckpointChange, MachineInfo, SetRequest};
@@ -23,6 +23,18 @@ pub(crate) struct Args {
     /// When it is started again after its end.
     #[arg(long, value_name = "WHEN", group = "what")]
     restart: Option<RestartWhen>,
+    /// Which of its loads counts in balancing, or whether it stays where it is.
+    #[arg(long, value_name = "LOAD", group = "what")]
+    balance: Option<Balance>,
+    /// CPU demand that it promises (cpu.target), in cores of the reference speed, or `none`.
+    #[arg(long, value_name = "CORES", value_parser = cores_or_none, group = "what")]
+    cpu_target: Option<u32>,
+    /// Memory that it promises to occupy (memory.target), or `none`.
+    #[arg(long, value_name = "SIZE", value_parser = size_or_none, group = "what")]
+    memory_target: Option<u64>,
+    /// Disk traffic that it promises (io.target), a second, or `none`.
+    #[arg(long, value_name = "SIZE", value_parser = size_or_none, group = "what")]
+    io_target: Option<u64>,
     #[command(flatten)]
     checkpoints: CheckpointsArgs,
     /// Makes no more checkpoints by itself.
@@ -38,6 +50,14 @@ fn cores_or_none(text: &str) -> Result<u32, String> {
     }
 }
 
+/// Bytes; 0 for nothing promised.
+fn size_or_none(text: &str) -> Result<u64, String> {
+    match text {
+        "none" => Ok(0),
+        text => crate::size::parse(text),
+    }
+}
+
 pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     let request = SetRequest {
         memory_bytes: args.memory,
@@ -47,6 +67,10 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
             Some(plan) => Some(CheckpointChange::Plan(plan)),
             None => args.no_checkpoints.then_some(CheckpointChange::None),
         },
+        balance: args.balance.map(Into::into),
+        cpu_target_millis: args.cpu_target,
+        memory_target_bytes: args.memory_target,
+        io_target_bytes_per_s: args.io_target,
     };
     let path = format!("/v1/machines/{}/set", args.machine);
     let machine: MachineInfo = reach.client()?.post(&path, &request).await?;
@@ -55,8 +79,10 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
             Some(millis) => format!("{} cores", f64::from(millis) / 1000.0),
             None => "no limit".to_owned(),
         };
+        let balancing = machine.balancing.line();
+        let balanced = balancing.map_or_else(String::new, |it| format!(", balanced {it}"));
         format!(
-            "{}: memory {}, cpu {cpu}, restart {}",
+            "{}: memory {}, cpu {cpu}, restart {}{balanced}",
             machine.name,
             output::bytes(machine.memory_limit_bytes),
             machine.restart.word()

@@ -3,6 +3,7 @@
 
 use keel_api::{BalanceInfo, LedgerInfo, MachineInfo, WhyNot};
 use keel_balance::ledger::Decision;
+use keel_machine::spec::BalanceBy;
 use keel_testkit::{Guest, LocalCluster, wait_for};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -364,6 +365,68 @@ async fn of_two_who_race_for_a_rule_one_is_refused() {
         }
         assert_ne!(nodes[0], nodes[1], "at no revision both");
     }
+}
+
+/// By its promise a machine that rests weighs what it will need; one that opted out
+/// stays, but not in a drain.
+#[tokio::test(flavor = "multi_thread")]
+async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
+    let _alone = ALONE.lock().await;
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = start(folder.path(), &[("a", 0.5), ("b", 0.5)]).await;
+    cluster.set_policy("basis", "target").await.unwrap();
+    let (counter, spinner) = (guest("counter"), guest("spinner"));
+    let mut still = Guest::new("still", "a", &spinner, &["0", "20000000"]);
+    still.memory_bytes = 64 << 20;
+    still.balancing.by = BalanceBy::Off;
+    cluster.run(&still).await.expect("it starts");
+    for name in ["q-0", "q-1", "q-2", "q-3"] {
+        let mut quiet = Guest::new(name, "a", &counter, &["1000000", "50"]);
+        quiet.balancing.cpu_target_millis = Some(400);
+        cluster.run(&quiet).await.expect("it starts");
+    }
+    // A load of 2 that is measured and 0.8 of each promise: 2.8 and 2.4.
+    let even = BTreeMap::from([("a".into(), 2), ("b".into(), 3)]);
+    wait_for("promises level", || async {
+        (spread(&cluster).await == even).then_some(())
+    })
+    .await
+    .unwrap_or_else(|error| panic!("{error}; {}", keel(&cluster, &["ledger"])));
+    assert_eq!(cluster.inspect("a", "still").await.unwrap().node, "a");
+    let why_not = keel(&cluster, &["why-not", "still", "--to", "b"]);
+    assert!(why_not.contains("not to be balanced"), "{why_not}");
+
+    // What is measured of one that rests is next to nothing.
+    let one = wait_for("its move to be over", || async {
+        let output = Command::new(KEEL)
+            .arg("--state-dir")
+            .arg(cluster.folder("a"))
+            .args(["set", "q-0", "--balance", "actual"])
+            .output()
+            .ok()?;
+        let done = output.status.success();
+        done.then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    })
+    .await
+    .expect("it is set");
+    assert!(one.contains("balanced by actual, cpu.target 0.4"), "{one}");
+    let shown = keel(&cluster, &["describe", "q-0"]);
+    assert!(shown.contains("by actual, cpu.target 0.4"), "{shown}");
+    let node = cluster.inspect("a", "q-0").await.unwrap().node;
+    wait_for("its own load", || async {
+        let info: BalanceInfo = cluster.client("a").get("/v1/balance").await.ok()?;
+        let mut samples = info.nodes.into_iter().filter(|it| it.node == node);
+        let machines = samples.next()?.sample?.machines;
+        let it = machines.into_iter().find(|it| &*it.name == "q-0")?;
+        (it.factors.cpu_cores < 0.2).then_some(())
+    })
+    .await
+    .expect("a small load");
+    let (done, said) = try_keel(&cluster, &["set", "q-0", "--cpu-target", "0"]);
+    assert!(!done && said.contains("0.01 to 1000"), "{said}");
+
+    keel(&cluster, &["drain", "a"]);
+    assert_eq!(cluster.inspect("a", "still").await.unwrap().node, "b");
 }
 
 /// A person has all nodes levelled at once, while the balancer is off.

@@ -1,20 +1,27 @@
-//! Records as the version before this one wrote them: a cluster that is upgraded has
-//! them in its store. They are read, and written anew whenever they change. What is
-//! older is refused by name: versions are not skipped.
+//! What the version before this one wrote: a cluster that is upgraded has its records
+//! in the store, and its checkpoints. They are read, and written anew whenever they
+//! change. What is older is refused by name: versions are not skipped.
 
-use crate::checkpoint::{CheckpointId, Origin};
-use crate::moves::{Ending, FillReport, MoveReport, Round};
+use crate::checkpoint::{BlockRun, CheckpointId, Manifest, Origin, Pack, Run};
+use crate::moves::MoveReport;
 use crate::restart::Restart;
-use crate::spec::{Record, Spec, Status, Volume};
+use crate::spec::{Balancing, CheckpointPlan, Record, Spec, Status, Volume};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use serde::Deserialize;
 
-/// The version that is read here.
-pub(crate) const VERSION: u8 = 4;
+/// The version of records that is read here.
+pub(crate) const VERSION: u8 = 5;
+/// The version of checkpoints that is.
+pub(crate) const CHECKPOINT_VERSION: u32 = 4;
 
-/// Reads what stands behind the version.
+/// Reads what stands behind a record's version.
 pub(crate) fn decode(body: &[u8]) -> Result<Record, postcard::Error> {
     postcard::from_bytes::<PastRecord>(body).map(Record::from)
+}
+
+/// Reads a checkpoint's body.
+pub(crate) fn decode_checkpoint(body: &[u8]) -> Result<Manifest, postcard::Error> {
+    postcard::from_bytes::<PastManifest>(body).map(Manifest::from)
 }
 
 #[derive(Deserialize)]
@@ -30,11 +37,11 @@ struct PastRecord {
     restarts: u32,
     created_unix_ms: u64,
     paused: Option<String>,
-    origin: Option<PastOrigin>,
-    reports: Vec<PastReport>,
+    origin: Option<Origin>,
+    reports: Vec<MoveReport>,
 }
 
-/// Without checkpoints that are made by themselves.
+/// Without what balancing makes of it.
 #[derive(Deserialize)]
 struct PastSpec {
     module: String,
@@ -47,40 +54,26 @@ struct PastSpec {
     output_bytes_per_s: u64,
     remove_at_end: bool,
     restart: Restart,
+    checkpoints: Option<CheckpointPlan>,
 }
 
-/// Without warm starts.
 #[derive(Deserialize)]
-struct PastOrigin {
-    vault: String,
+struct PastManifest {
+    id: CheckpointId,
     machine: MachineName,
-    id: Option<CheckpointId>,
-    is_clone: bool,
-}
-
-/// Without what was foretold.
-#[derive(Deserialize)]
-struct PastReport {
-    machine: MachineName,
-    source: NodeName,
-    target: NodeName,
+    parent: Option<CheckpointId>,
+    generation: u32,
     epoch: Epoch,
-    started_unix_ms: u64,
-    ending: Ending,
-    offer_micros: u64,
-    copy_micros: u64,
-    rounds: Vec<Round>,
-    slowed: bool,
-    freeze_micros: u64,
-    last_pages_micros: u64,
-    last_bytes: u64,
-    state_micros: u64,
-    commit_micros: u64,
-    resume_micros: u64,
-    downtime_micros: u64,
-    bytes: u64,
-    total_micros: u64,
-    fill: Option<FillReport>,
+    created_unix_ms: u64,
+    spec: PastSpec,
+    program: [u8; 32],
+    log_end: u64,
+    memory_pages: Vec<u64>,
+    runs: Vec<Run>,
+    packs: Vec<Pack>,
+    block_runs: Vec<BlockRun>,
+    block_packs: Vec<Pack>,
+    image: Vec<u8>,
 }
 
 impl From<PastRecord> for Record {
@@ -97,8 +90,8 @@ impl From<PastRecord> for Record {
             restarts: past.restarts,
             created_unix_ms: past.created_unix_ms,
             paused: past.paused,
-            origin: past.origin.map(Origin::from),
-            reports: past.reports.into_iter().map(MoveReport::from).collect(),
+            origin: past.origin,
+            reports: past.reports,
         }
     }
 }
@@ -116,47 +109,30 @@ impl From<PastSpec> for Spec {
             output_bytes_per_s: past.output_bytes_per_s,
             remove_at_end: past.remove_at_end,
             restart: past.restart,
-            checkpoints: None,
+            checkpoints: past.checkpoints,
+            balancing: Balancing::default(),
         }
     }
 }
 
-impl From<PastOrigin> for Origin {
-    fn from(past: PastOrigin) -> Self {
-        Origin {
-            vault: past.vault,
-            machine: past.machine,
+impl From<PastManifest> for Manifest {
+    fn from(past: PastManifest) -> Self {
+        Manifest {
             id: past.id,
-            is_clone: past.is_clone,
-            warm: false,
-        }
-    }
-}
-
-impl From<PastReport> for MoveReport {
-    fn from(past: PastReport) -> Self {
-        MoveReport {
             machine: past.machine,
-            source: past.source,
-            target: past.target,
+            parent: past.parent,
+            generation: past.generation,
             epoch: past.epoch,
-            started_unix_ms: past.started_unix_ms,
-            ending: past.ending,
-            offer_micros: past.offer_micros,
-            copy_micros: past.copy_micros,
-            rounds: past.rounds,
-            slowed: past.slowed,
-            freeze_micros: past.freeze_micros,
-            last_pages_micros: past.last_pages_micros,
-            last_bytes: past.last_bytes,
-            state_micros: past.state_micros,
-            commit_micros: past.commit_micros,
-            resume_micros: past.resume_micros,
-            downtime_micros: past.downtime_micros,
-            bytes: past.bytes,
-            total_micros: past.total_micros,
-            fill: past.fill,
-            predicted: None,
+            created_unix_ms: past.created_unix_ms,
+            spec: past.spec.into(),
+            program: past.program,
+            log_end: past.log_end,
+            memory_pages: past.memory_pages,
+            runs: past.runs,
+            packs: past.packs,
+            block_runs: past.block_runs,
+            block_packs: past.block_packs,
+            image: past.image,
         }
     }
 }
@@ -167,43 +143,68 @@ mod tests {
 
     /// A record as a node of that version wrote it.
     const WRITTEN: &str = "\
-         0164403033313066303962626565643065653365316338616534353233626432303136613231313939613932\
+         0501644030333130663039626265656430656533653163386165343532336264323031366132313139396139\
+         32353939376333383261663365343965656539626538383705096469736b2e7761736d042f746d7001320130\
+         023230000101808080048008042f746d70008080808010800201dc0b80808008000001d80401072f6261636b\
+         75700103000161010101f8c9f7d29f34f8c9f7d29f340000a2c8f7d29f340001022f76016500010101016d01\
+         6e016e00000000000000000000000000000000000000\
+         ";
+    /// A checkpoint's manifest, likewise.
+    const CHECKPOINT: &str = "\
+         4b434b5004000000cf0000000000000016303030303030303030303030372d39343136623338630165000000\
+         0007403033313066303962626565643065653365316338616534353233626432303136613231313939613932\
          353939376333383261663365343965656539626538383705096469736b2e7761736d042f746d700132013002\
-         3230000101808080048008042f746d700080808080108002008080800800000161010101f8c9f7d29f34f8c9\
-         f7d29f340000a2c8f7d29f34000000\
+         3230000101808080048008042f746d70008080808010800201dc0b80808008000001d80401072f6261636b75\
+         7001030003030303030303030303030303030303030303030303030303030303030303030901010000000003\
+         0102037a195a91fe9a2e3a69e19ad29c4de75b3e355b45e3afa0a387714e6c449b58eb\
          ";
 
-    fn bytes() -> Vec<u8> {
-        let digits: Vec<u8> = WRITTEN.trim().bytes().collect();
+    fn bytes(text: &str) -> Vec<u8> {
+        let digits: Vec<u8> = text.trim().bytes().collect();
         let byte = |pair: &[u8]| {
             let text = std::str::from_utf8(pair).unwrap();
             u8::from_str_radix(text, 16).unwrap()
         };
-        let mut bytes = vec![VERSION];
-        bytes.extend(digits.chunks(2).map(byte));
-        bytes
+        digits.chunks(2).map(byte).collect()
     }
 
     #[test]
     fn a_record_of_the_version_before_is_read_and_written_anew() {
-        let record = Record::decode(&bytes()).unwrap();
+        let record = Record::decode(&bytes(WRITTEN)).unwrap();
         assert_eq!((record.name.as_ref(), record.owner.as_ref()), ("d", "a"));
         assert_eq!(record.spec.args, ["disk.wasm", "/tmp", "2", "0", "20"]);
         assert_eq!(record.status, Status::Running);
         assert_eq!(record.spec.own_volumes(), [0]);
         assert_eq!(record.spec.memory_bytes, 4 << 30);
-        assert_eq!(
-            (record.spec.checkpoints.clone(), record.origin.clone()),
-            (None, None)
-        );
+        assert_eq!(record.spec.cpu_limit_millis, Some(1500));
+        assert_eq!(record.spec.checkpoints.as_ref().unwrap().every_s, 600);
+        assert!(record.origin.as_ref().unwrap().warm);
+        assert_eq!(record.reports.len(), 1);
+        assert_eq!(record.spec.balancing, Balancing::default());
         let anew = record.encode().unwrap();
         assert_ne!(anew[0], VERSION);
         assert_eq!(Record::decode(&anew).unwrap(), record);
     }
 
     #[test]
+    fn a_checkpoint_of_the_version_before_is_read() {
+        let written = bytes(CHECKPOINT);
+        let manifest = Manifest::decode(&written).unwrap();
+        assert_eq!(manifest.machine.as_ref(), "e");
+        assert_eq!(manifest.spec.checkpoints.as_ref().unwrap().every_s, 600);
+        assert_eq!(manifest.spec.balancing, Balancing::default());
+        assert_eq!(manifest.image, [1, 2, 3]);
+        let anew = manifest.encode().unwrap();
+        assert_ne!(anew[4..8], written[4..8]);
+        assert_eq!(Manifest::decode(&anew).unwrap(), manifest);
+        for end in 0..written.len() {
+            assert!(Manifest::decode(&written[..end]).is_err(), "{end}");
+        }
+    }
+
+    #[test]
     fn cut_anywhere_it_is_no_record_and_older_ones_are_named() {
-        let bytes = bytes();
+        let bytes = bytes(WRITTEN);
         for end in 1..bytes.len() {
             assert!(Record::decode(&bytes[..end]).is_err(), "{end}");
         }

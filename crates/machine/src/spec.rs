@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// Reports of moves that a record keeps; older ones are dropped.
 pub const REPORTS_MAX: usize = 16;
 /// Version of [`Record`]'s encoding.
-const RECORD_VERSION: u8 = 5;
+const RECORD_VERSION: u8 = 6;
 
 /// Where the files of a volume are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +84,70 @@ pub struct Spec {
     pub restart: Restart,
     /// Checkpoints that are made by themselves.
     pub checkpoints: Option<CheckpointPlan>,
+    /// What balancing makes of it.
+    pub balancing: Balancing,
+}
+
+/// What balancing makes of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Balancing {
+    /// Which of its loads counts.
+    pub by: BalanceBy,
+    /// CPU demand that it promises (`cpu.target`), in thousandths of a core of the
+    /// reference speed.
+    pub cpu_target_millis: Option<u32>,
+    /// Memory that it promises to occupy (`memory.target`), in bytes.
+    pub memory_target_bytes: Option<u64>,
+    /// Disk traffic that it promises (`io.target`), in bytes a second.
+    pub io_target_bytes_per_s: Option<u64>,
+}
+
+/// Which of a machine's loads counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BalanceBy {
+    /// As the cluster's policy says.
+    #[default]
+    Policy,
+    /// What is measured.
+    Actual,
+    /// What it promises; what it promises nothing of is measured.
+    Target,
+    /// What is measured, and balancing leaves it where it is. Rules and drains do not.
+    Off,
+}
+
+impl BalanceBy {
+    /// The word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            BalanceBy::Policy => "policy",
+            BalanceBy::Actual => "actual",
+            BalanceBy::Target => "target",
+            BalanceBy::Off => "off",
+        }
+    }
+}
+
+impl Balancing {
+    /// In words; `None` if nothing was said.
+    pub fn line(&self) -> Option<String> {
+        let mut parts = Vec::new();
+        if self.by != BalanceBy::Policy {
+            parts.push(format!("by {}", self.by.word()));
+        }
+        if let Some(millis) = self.cpu_target_millis {
+            parts.push(format!("cpu.target {}", f64::from(millis) / 1e3));
+        }
+        if let Some(bytes) = self.memory_target_bytes {
+            parts.push(format!("memory.target {bytes} bytes"));
+        }
+        if let Some(rate) = self.io_target_bytes_per_s {
+            parts.push(format!("io.target {rate} bytes/s"));
+        }
+        (!parts.is_empty()).then(|| parts.join(", "))
+    }
 }
 
 /// Checkpoints that are made by themselves, while a machine runs.

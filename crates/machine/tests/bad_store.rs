@@ -9,7 +9,7 @@ use keel_machine::checkpoint::{
 };
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
-use keel_machine::spec::Spec;
+use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::{Config, MemorySink, Wasi};
 use keel_wasm::runtime::{Engine, Machine, Options};
 use std::collections::BTreeMap;
@@ -250,6 +250,7 @@ impl Running {
             remove_at_end: false,
             restart: Restart::No,
             checkpoints: None,
+            balancing: Balancing::default(),
         };
         let folder = tempfile::tempdir().unwrap();
         let settings = [

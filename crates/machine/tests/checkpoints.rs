@@ -8,7 +8,7 @@ use keel_machine::checkpoint::{
     TakeError, Taken, Taker, Vault, compact, restore,
 };
 use keel_machine::log::Log;
-use keel_machine::spec::{Spec, Volume, VolumeKind};
+use keel_machine::spec::{Balancing, Spec, Volume, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
 use keel_wasm::memory::DirtyTracker;
@@ -63,6 +63,7 @@ fn spec() -> Spec {
         remove_at_end: false,
         restart: keel_machine::restart::Restart::No,
         checkpoints: None,
+        balancing: Balancing::default(),
     }
 }
 

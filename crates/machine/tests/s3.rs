@@ -7,7 +7,7 @@ use keel_machine::checkpoint::{
 };
 use keel_machine::cluster_volume::{DirtyBlock, VolumeError, VolumeStore, Writer, WriterEpoch};
 use keel_machine::place::Place;
-use keel_machine::spec::Spec;
+use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -103,6 +103,7 @@ fn manifest(parent: Option<&CheckpointId>, time: u64, pages: &[u8]) -> Manifest 
             remove_at_end: false,
             restart: keel_machine::restart::Restart::No,
             checkpoints: None,
+            balancing: Balancing::default(),
         },
         program: [3; 32],
         log_end: 0,

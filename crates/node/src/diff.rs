@@ -7,7 +7,7 @@ use crate::operate::{OperateError, spec};
 use crate::record::{self, RecordError};
 use keel_api::{FieldChange, MachineDiff, RunRequest};
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::spec::{Spec, Volume, VolumeKind};
+use keel_machine::spec::{Balancing, Spec, Volume, VolumeKind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -108,6 +108,16 @@ fn changes(old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange> {
         None => "none".to_owned(),
     };
     compare("checkpoints", checkpoints(old), checkpoints(new), true);
+    let none = || "none".to_owned();
+    let (was, will) = (&old.balancing, &new.balancing);
+    let by = |it: &Balancing| it.by.word().to_owned();
+    compare("balance", by(was), by(will), true);
+    let cpu = |it: &Balancing| it.cpu_target_millis.map_or_else(none, in_cores);
+    compare("cpu-target", cpu(was), cpu(will), true);
+    let memory = |it: &Balancing| it.memory_target_bytes.map_or_else(none, size);
+    compare("memory-target", memory(was), memory(will), true);
+    let io = |it: &Balancing| it.io_target_bytes_per_s.map_or_else(none, size);
+    compare("io-target", io(was), io(will), true);
     changes
 }
 
@@ -151,10 +161,12 @@ fn size(bytes: u64) -> String {
 }
 
 fn cores(spec: &Spec) -> String {
-    match spec.cpu_limit_millis {
-        Some(millis) => (f64::from(millis) / 1000.0).to_string(),
-        None => "none".to_owned(),
-    }
+    spec.cpu_limit_millis
+        .map_or_else(|| "none".to_owned(), in_cores)
+}
+
+fn in_cores(millis: u32) -> String {
+    (f64::from(millis) / 1000.0).to_string()
 }
 
 #[cfg(test)]
@@ -184,6 +196,7 @@ mod tests {
             remove_at_end: false,
             restart: Restart::No,
             checkpoints: None,
+            balancing: Balancing::default(),
         }
     }
 
@@ -229,6 +242,10 @@ mod tests {
                     for_s: Some(7 * 86_400),
                 },
             }),
+            balancing: Balancing {
+                cpu_target_millis: Some(250),
+                ..Balancing::default()
+            },
         };
         let found = lines(&example(), &new, true);
         assert_eq!(
@@ -248,6 +265,7 @@ mod tests {
                 "rm: false → true",
                 "restart: no → always (live)",
                 "checkpoints: none → every 10m, to /kept; kept: the newest 3 and those of the last 7d (live)",
+                "cpu-target: none → 0.25 (live)",
             ]
         );
         // Of one that has ended nothing can be changed as it is.

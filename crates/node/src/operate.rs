@@ -588,7 +588,11 @@ pub(crate) async fn run(
         Some(node) => NodeName::new(node).map_err(|error| bad(error.to_string()))?,
         // A directory of a host is meant of the host where it is named.
         None if spec.volumes.iter().any(of_host) => agent.name.clone(),
-        None => crate::balancer::choose_node(agent, name.as_str(), request.memory_bytes).await,
+        None => {
+            let promised = request.balancing.memory_target_bytes;
+            let memory_bytes = promised.unwrap_or(request.memory_bytes);
+            crate::balancer::choose_node(agent, name.as_str(), memory_bytes).await
+        }
     };
     if !agent.members.contains(&node) {
         return Err(OperateError::Missing(format!(
@@ -680,6 +684,12 @@ pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     if let Some(millis) = request.cpu_limit_millis {
         check_cpu(millis)?;
     }
+    if let Some(millis) = request.balancing.cpu_target_millis {
+        check_cpu(millis)?;
+    }
+    if let Some(bytes) = request.balancing.memory_target_bytes {
+        check_memory(bytes)?;
+    }
     if request.args.is_empty() {
         return bad("no program name: the first argument is missing".into());
     }
@@ -705,6 +715,7 @@ pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
         remove_at_end: request.remove_at_end,
         restart: request.restart,
         checkpoints: request.checkpoints.clone(),
+        balancing: request.balancing,
     })
 }
 
@@ -714,7 +725,7 @@ pub(crate) fn check_memory(bytes: u64) -> Result<(), OperateError> {
         return Ok(());
     }
     Err(OperateError::Bad(format!(
-        "a memory limit of {bytes} bytes: 64 KiB to 64 GiB are possible"
+        "{bytes} bytes of memory: 64 KiB to 64 GiB are possible"
     )))
 }
 
@@ -724,7 +735,7 @@ pub(crate) fn check_cpu(millis: u32) -> Result<(), OperateError> {
         return Ok(());
     }
     Err(OperateError::Bad(format!(
-        "a cpu limit of {millis} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible"
+        "{millis} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible"
     )))
 }
 
@@ -866,6 +877,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         cpu_limit_millis: record.spec.cpu_limit_millis,
         restart: record.spec.restart,
         checkpoints: record.spec.checkpoints.clone(),
+        balancing: record.spec.balancing,
         restarts: record.restarts,
         since_unix_ms: record.since_unix_ms,
         memory_bytes: running.map(|report| report.memory_bytes),

@@ -520,6 +520,7 @@ mod tests {
                 remove_at_end: false,
                 restart: Restart::No,
                 checkpoints: None,
+                balancing: keel_machine::spec::Balancing::default(),
             },
             epoch: Epoch::default(),
             status: Status::Running,

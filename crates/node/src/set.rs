@@ -14,7 +14,7 @@ use crate::record;
 use crate::workers::{OLDER, PROMPT, Worker, is_older};
 use keel_api::{CheckpointChange, EventKind, SetRequest};
 use keel_cluster::MachineName;
-use keel_machine::spec::{Record, Spec, Status};
+use keel_machine::spec::{Balancing, Record, Spec, Status};
 use keel_machine::worker::control::kind;
 use keel_net::RpcError;
 use std::sync::Arc;
@@ -103,8 +103,7 @@ async fn ask(worker: &Worker, spec: &Spec) -> Result<(), RpcError> {
 
 fn check(request: &SetRequest) -> Result<(), OperateError> {
     if *request == SetRequest::default() {
-        let what =
-            "nothing to set: name a memory limit, a cpu limit, a restart policy or checkpoints";
+        let what = "nothing to set: name a limit, a target, a restart policy, checkpoints or how it is balanced";
         return Err(OperateError::Bad(what.into()));
     }
     if let Some(bytes) = request.memory_bytes {
@@ -113,8 +112,13 @@ fn check(request: &SetRequest) -> Result<(), OperateError> {
     if let Some(CheckpointChange::Plan(plan)) = &request.checkpoints {
         crate::keep::check_plan(plan)?;
     }
-    if let Some(millis) = request.cpu_limit_millis.filter(|millis| *millis != 0) {
-        check_cpu(millis)?;
+    for millis in [request.cpu_limit_millis, request.cpu_target_millis] {
+        if let Some(millis) = millis.filter(|millis| *millis != 0) {
+            check_cpu(millis)?;
+        }
+    }
+    if let Some(bytes) = request.memory_target_bytes.filter(|bytes| *bytes != 0) {
+        check_memory(bytes)?;
     }
     Ok(())
 }
@@ -148,20 +152,38 @@ fn can_change(agent: &Agent, record: &Record) -> Result<(), OperateError> {
 }
 
 fn changed(spec: &Spec, request: &SetRequest) -> Spec {
+    let balancing = &spec.balancing;
     Spec {
         memory_bytes: request.memory_bytes.unwrap_or(spec.memory_bytes),
-        cpu_limit_millis: match request.cpu_limit_millis {
-            None => spec.cpu_limit_millis,
-            Some(0) => None,
-            Some(millis) => Some(millis),
-        },
+        cpu_limit_millis: or_none(request.cpu_limit_millis, spec.cpu_limit_millis),
         restart: request.restart.unwrap_or(spec.restart),
         checkpoints: match &request.checkpoints {
             None => spec.checkpoints.clone(),
             Some(CheckpointChange::None) => None,
             Some(CheckpointChange::Plan(plan)) => Some(plan.clone()),
         },
+        balancing: Balancing {
+            by: request.balance.unwrap_or(balancing.by),
+            cpu_target_millis: or_none(request.cpu_target_millis, balancing.cpu_target_millis),
+            memory_target_bytes: or_none(
+                request.memory_target_bytes,
+                balancing.memory_target_bytes,
+            ),
+            io_target_bytes_per_s: or_none(
+                request.io_target_bytes_per_s,
+                balancing.io_target_bytes_per_s,
+            ),
+        },
         ..spec.clone()
+    }
+}
+
+/// What is asked for, 0 being none; what there is, where nothing is asked for.
+fn or_none<T: PartialEq + Default>(asked: Option<T>, there: Option<T>) -> Option<T> {
+    match asked {
+        None => there,
+        Some(none) if none == T::default() => None,
+        some => some,
     }
 }
 
@@ -251,6 +273,10 @@ fn text(before: &Spec, after: &Spec) -> String {
             None => "checkpoints none".to_owned(),
         });
     }
+    if before.balancing != after.balancing {
+        let line = |spec: &Spec| spec.balancing.line().unwrap_or_else(|| "by policy".into());
+        parts.push(format!("balanced {} → {}", line(before), line(after)));
+    }
     format!("was changed: {}", parts.join(", "))
 }
 
@@ -272,6 +298,7 @@ mod tests {
             remove_at_end: false,
             restart: Restart::No,
             checkpoints: None,
+            balancing: Balancing::default(),
         }
     }
 
@@ -289,13 +316,15 @@ mod tests {
             cpu_limit_millis: Some(0),
             memory_bytes: Some(1 << 21),
             restart: Some(Restart::Always),
-            checkpoints: None,
+            balance: Some(keel_machine::spec::BalanceBy::Target),
+            cpu_target_millis: Some(250),
+            ..SetRequest::default()
         };
         let free = changed(&limited, &request);
         assert_eq!(free.cpu_limit_millis, None);
         assert_eq!(
             text(&limited, &free),
-            "was changed: memory limit 1048576 → 2097152 bytes, cpu limit 1.5 → none, restart no → always"
+            "was changed: memory limit 1048576 → 2097152 bytes, cpu limit 1.5 → none, restart no → always, balanced by policy → by target, cpu.target 0.25"
         );
     }
 
@@ -311,8 +340,7 @@ mod tests {
             let request = SetRequest {
                 memory_bytes,
                 cpu_limit_millis,
-                restart: None,
-                checkpoints: None,
+                ..SetRequest::default()
             };
             assert!(check(&request).is_err(), "{request:?}");
         }

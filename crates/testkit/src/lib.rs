@@ -16,7 +16,7 @@ use keel_api::{
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::MoveReport;
 use keel_machine::restart::Restart;
-use keel_machine::spec::CheckpointPlan;
+use keel_machine::spec::{Balancing, CheckpointPlan};
 use network::Network;
 use quota::Quotas;
 use rustix::process::{Pid, Signal, kill_process};
@@ -98,6 +98,8 @@ pub struct Guest<'a> {
     pub restart: Restart,
     /// Checkpoints that are made by themselves.
     pub checkpoints: Option<CheckpointPlan>,
+    /// What balancing makes of it.
+    pub balancing: Balancing,
     /// Size of a volume of its own at `/tmp`.
     pub tmp_bytes: Option<u64>,
 }
@@ -114,6 +116,7 @@ impl<'a> Guest<'a> {
             volume: None,
             restart: Restart::No,
             checkpoints: None,
+            balancing: Balancing::default(),
             tmp_bytes: None,
         }
     }
@@ -340,6 +343,7 @@ impl LocalCluster {
             remove_at_end: false,
             restart: guest.restart,
             checkpoints: guest.checkpoints.clone(),
+            balancing: guest.balancing,
         };
         let _: MachineInfo = client.post("/v1/machines", &request).await?;
         wait_for(&format!("machine {} starts", guest.name), || async {

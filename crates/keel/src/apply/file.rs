@@ -15,6 +15,7 @@
 use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
 use keel_api::RunRequest;
 use keel_machine::restart::Restart;
+use keel_machine::spec::{BalanceBy, Balancing};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 use std::collections::BTreeMap;
@@ -25,7 +26,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 19] = [
     "module",
     "args",
     "on",
@@ -41,6 +42,10 @@ const KEYS: [&str; 15] = [
     "checkpoint-to",
     "checkpoint-keep",
     "checkpoint-keep-for",
+    "balance",
+    "cpu-target",
+    "memory-target",
+    "io-target",
 ];
 /// Names that are this like another are taken for it, from 0 to 1.
 const LIKE: f64 = 0.7;
@@ -83,6 +88,11 @@ struct Machine {
     checkpoint_to: Option<String>,
     checkpoint_keep: Option<u32>,
     checkpoint_keep_for: Option<Time>,
+    #[serde(default)]
+    balance: BalanceBy,
+    cpu_target: Option<Cores>,
+    memory_target: Option<Size>,
+    io_target: Option<Size>,
 }
 
 /// Reads a file's text; `place` is the file.
@@ -212,6 +222,12 @@ impl Machine {
             remove_at_end: self.rm,
             restart: self.restart,
             checkpoints,
+            balancing: Balancing {
+                by: self.balance,
+                cpu_target_millis: self.cpu_target.map(|Cores(millis)| millis),
+                memory_target_bytes: self.memory_target.map(|Size(bytes)| bytes),
+                io_target_bytes_per_s: self.io_target.map(|Size(bytes)| bytes),
+            },
         };
         Ok(Wanted { module, request })
     }
@@ -317,6 +333,9 @@ mod tests {
             checkpoint-every = "10m"
             checkpoint-to = "/kept"
             checkpoint-keep-for = "7d"
+            balance = "target"
+            cpu-target = 0.25
+            memory-target = "128M"
 
             [machine.plain]
             module = "/abs/plain.wasm"
@@ -346,6 +365,12 @@ mod tests {
             output_bytes_per_s: 1024,
             remove_at_end: false,
             restart: Restart::OnFailure,
+            balancing: Balancing {
+                by: BalanceBy::Target,
+                cpu_target_millis: Some(250),
+                memory_target_bytes: Some(128 << 20),
+                io_target_bytes_per_s: None,
+            },
             checkpoints: Some(CheckpointPlan {
                 every_s: 600,
                 to: Some("/kept".into()),
@@ -365,7 +390,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, balance, cpu-target, memory-target, io-target"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(

@@ -190,6 +190,13 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
                     Some(plan) => CheckpointChange::Plan(plan.clone()),
                     None => CheckpointChange::None,
                 }),
+                balance: changes("balance").then_some(wanted.balancing.by),
+                cpu_target_millis: changes("cpu-target")
+                    .then(|| wanted.balancing.cpu_target_millis.unwrap_or(0)),
+                memory_target_bytes: changes("memory-target")
+                    .then(|| wanted.balancing.memory_target_bytes.unwrap_or(0)),
+                io_target_bytes_per_s: changes("io-target")
+                    .then(|| wanted.balancing.io_target_bytes_per_s.unwrap_or(0)),
             };
             let path = format!("/v1/machines/{}/set", plan.machine);
             let _: MachineInfo = client.post(&path, &request).await?;

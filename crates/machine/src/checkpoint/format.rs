@@ -6,9 +6,10 @@
 //! ```
 //!
 //! Numbers are little-endian. Raise [`VERSION`] with every change of the body;
-//! other versions are refused by name.
+//! the one before is read too, others are refused by name.
 
 use super::vault::{Outline, Piece};
+use crate::past;
 use crate::spec::Spec;
 use keel_cluster::{Epoch, MachineName};
 use serde::{Deserialize, Serialize};
@@ -18,7 +19,7 @@ use std::str::FromStr;
 
 const MAGIC: [u8; 4] = *b"KCKP";
 /// Version of the manifest's body.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 const HEADER_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.
@@ -214,7 +215,10 @@ pub enum FormatError {
     #[error("it is damaged: {0}")]
     Damaged(&'static str),
     /// Of another version of this program.
-    #[error("it is of version {0}, this program reads version {VERSION}")]
+    #[error(
+        "it is of version {0}, this program reads versions {before} and {VERSION}",
+        before = past::CHECKPOINT_VERSION
+    )]
     Version(u32),
 }
 
@@ -249,7 +253,7 @@ impl Manifest {
             return Err(damaged("it does not begin with \"KCKP\""));
         }
         let version = u32::from_le_bytes(word(4));
-        if version != VERSION {
+        if version != VERSION && version != past::CHECKPOINT_VERSION {
             return Err(FormatError::Version(version));
         }
         let length = u64::from_le_bytes(header[8..16].try_into().unwrap_or_default());
@@ -264,8 +268,12 @@ impl Manifest {
         if blake3::hash(content).as_bytes() != hash {
             return Err(damaged("its checksum is wrong"));
         }
-        let manifest: Manifest = postcard::from_bytes(&content[HEADER_BYTES..])
-            .map_err(|_| damaged("its body is none"))?;
+        let body = &content[HEADER_BYTES..];
+        let manifest = match version {
+            VERSION => postcard::from_bytes(body),
+            _ => past::decode_checkpoint(body),
+        };
+        let manifest = manifest.map_err(|_| damaged("its body is none"))?;
         manifest.check()?;
         Ok(manifest)
     }
@@ -360,7 +368,7 @@ fn sum_of(packs: &[Pack]) -> Option<u64> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::spec::{Volume, VolumeKind};
+    use crate::spec::{Balancing, Volume, VolumeKind};
 
     pub(crate) fn example() -> Manifest {
         let pages = vec![7u8; 3 * 4096];
@@ -397,6 +405,7 @@ pub(super) mod tests {
                 remove_at_end: false,
                 restart: crate::restart::Restart::No,
                 checkpoints: None,
+                balancing: Balancing::default(),
             },
             program: [3; 32],
             log_end: 77,

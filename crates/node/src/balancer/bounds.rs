@@ -39,6 +39,7 @@ impl Followed {
 pub(super) struct Snapshot {
     book: Book,
     alive: Vec<Name>,
+    opted_out: BTreeSet<Name>,
     placed: Vec<(Thing, Name)>,
     nodes: Vec<Thing>,
     /// Minute of the day, UTC.
@@ -70,6 +71,7 @@ impl Snapshot {
         Snapshot {
             book,
             alive,
+            opted_out: placements.opted_out(),
             placed,
             nodes,
             minute: (now_unix_ms / 60_000 % 1440) as u32,
@@ -127,6 +129,9 @@ impl Snapshot {
 
 impl Bounds for Snapshot {
     fn bound(&self, machine: &Name, target: &Name) -> Option<Bound> {
+        if self.opted_out.contains(machine) {
+            return Some(Bound::OptedOut);
+        }
         if self.book.rules.is_empty() && self.book.drains.is_empty() {
             return None;
         }

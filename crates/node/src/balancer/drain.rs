@@ -173,7 +173,7 @@ async fn empty(agent: &Arc<Agent>, drain: &Drain) -> u32 {
     let goal = PlanGoal::Drain {
         node: agent.name.to_string(),
     };
-    let planned = match View::gather(agent).await {
+    let planned = match View::gather(agent, &goal).await {
         Ok(view) if view.machines_on(agent.name.as_str()) == 0 => {
             let mut state = progress.locked();
             (state.left, state.rest) = (Vec::new(), None);

@@ -44,8 +44,8 @@ use keel_api::{EventKind, MoveLine, Urgency};
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Line, Outcome};
-use keel_balance::load::{Factors, MachineSample, NodeSample};
-use keel_balance::policy::{Mode, Policy};
+use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample};
+use keel_balance::policy::{Basis, Mode, Policy};
 use keel_balance::round::{Answer, Balancer, Command, Event, Question};
 use keel_balance::rules::Broken;
 use keel_cluster::clock::unix_ms;
@@ -53,6 +53,7 @@ use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Change, KeyValue, Revision};
 use keel_cluster::{MachineName, NodeName, StoreError};
 use keel_machine::moves::{Ending, MoveReport};
+use keel_machine::spec::{BalanceBy, Balancing};
 use keel_machine::worker::control::{pack, unpack};
 use meter::{Measured, Meter};
 use placements::Placements;
@@ -345,6 +346,7 @@ impl Task {
     /// more, is not its load.
     fn sample(&self, measured: Measured) -> NodeSample {
         let mut base = measured.base;
+        let basis = self.balancer.policy().0.basis;
         let mut machines = Vec::with_capacity(measured.machines.len());
         for (machine, mut factors) in measured.machines {
             let placed = self.placements.get(machine.as_str());
@@ -357,6 +359,7 @@ impl Task {
                 factors.cpu_cores = factors.cpu_cores.min(most);
                 factors.cpu_bound_cores = factors.cpu_bound_cores.min(most);
             }
+            let factors = promised(&placed.balancing, factors, &measured.capacity, basis);
             machines.push(MachineSample {
                 name: machine.as_str().into(),
                 factors,
@@ -446,6 +449,36 @@ impl Task {
             decision,
         });
     }
+}
+
+/// A machine's load as it counts: what it promises, where that is wanted. Memory that
+/// it occupies beyond its promise is occupied all the same.
+fn promised(
+    balancing: &Balancing,
+    measured: Factors,
+    capacity: &Capacity,
+    basis: Basis,
+) -> Factors {
+    let by_target = match balancing.by {
+        BalanceBy::Policy => basis == Basis::Target,
+        BalanceBy::Target => true,
+        BalanceBy::Actual | BalanceBy::Off => false,
+    };
+    if !by_target {
+        return measured;
+    }
+    let mut counted = measured;
+    if let Some(millis) = balancing.cpu_target_millis {
+        counted.cpu_cores = f64::from(millis) / 1e3 / capacity.speed;
+        counted.cpu_bound_cores = 0.0;
+    }
+    if let Some(bytes) = balancing.memory_target_bytes {
+        counted.memory_bytes = measured.memory_bytes.max(bytes);
+    }
+    if let Some(rate) = balancing.io_target_bytes_per_s {
+        counted.io_bytes_per_s = rate as f64;
+    }
+    counted
 }
 
 /// Moves a machine that breaks a rule where it is.

@@ -7,8 +7,8 @@ use keel_balance::round::Event;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Change, KeyValue};
 use keel_cluster::{MachineName, NodeName, StoreError};
-use keel_machine::spec::{Record, Status};
-use std::collections::HashMap;
+use keel_machine::spec::{BalanceBy, Balancing, Record, Status};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
@@ -26,6 +26,8 @@ pub(super) struct Placed {
     pub(super) movable: bool,
     /// Limit of its CPU time, in cores.
     pub(super) cores_max: Option<f64>,
+    /// What balancing makes of it.
+    pub(super) balancing: Balancing,
 }
 
 impl Placed {
@@ -38,6 +40,7 @@ impl Placed {
                 .spec
                 .cpu_limit_millis
                 .map(|millis| f64::from(millis) / 1e3),
+            balancing: record.spec.balancing,
         }
     }
 }
@@ -62,6 +65,15 @@ impl Placements {
         let live = table.iter().filter(|(_, placed)| placed.live);
         live.map(|(machine, placed)| (machine.as_str().into(), placed.owner.as_str().into()))
             .collect()
+    }
+
+    /// Machines whose spec says that they are not to be balanced.
+    pub(super) fn opted_out(&self) -> BTreeSet<Name> {
+        let table = self.table();
+        let out = table
+            .iter()
+            .filter(|(_, placed)| placed.balancing.by == BalanceBy::Off);
+        out.map(|(machine, _)| machine.as_str().into()).collect()
     }
 
     /// Takes what the store says; what that is for this node's balancer.

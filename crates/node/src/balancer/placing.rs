@@ -64,8 +64,8 @@ pub(crate) async fn choose(agent: &Arc<Agent>, machine: &str, memory_bytes: u64)
     lightest(may_stay, own.as_ref(), &sides, memory_bytes).unwrap_or(here)
 }
 
-/// A node as it tells of itself, with what was placed there since: a core for each
-/// machine that it has not measured.
+/// A node as it tells of itself, with what was placed there since: for each machine
+/// that it has not measured what that promises, or a core.
 fn with_newest(agent: &Agent, told: NodeLoad) -> Option<Side> {
     let mut side = told.side?;
     let sample = told.sample?;
@@ -74,7 +74,12 @@ fn with_newest(agent: &Agent, told: NodeLoad) -> Option<Side> {
     let newest = live
         .iter()
         .filter(|(machine, owner)| **owner == *told.node && !measured(machine));
-    side.load += newest.count() as f64 / side.capacity.power();
+    let promises = |(machine, _): &(Name, Name)| {
+        let placed = agent.balancer.placements.get(machine);
+        let millis = placed.and_then(|placed| placed.balancing.cpu_target_millis);
+        millis.map_or(1.0, |millis| f64::from(millis) / 1e3)
+    };
+    side.load += newest.map(promises).sum::<f64>() / side.capacity.power();
     Some(side)
 }
 

@@ -13,10 +13,12 @@ use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Outcome};
 use keel_balance::load::{Factors, MachineSample, Weights};
 use keel_balance::plan::{Amounts, Goal, Load, Plan, Problem, RESOURCES, Site, plan};
+use keel_balance::select::Bound;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};
+use keel_machine::spec::BalanceBy;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -47,7 +49,8 @@ pub(super) struct View {
 
 impl View {
     /// Asks all nodes.
-    pub(super) async fn gather(agent: &Arc<Agent>) -> Result<Self, OperateError> {
+    pub(super) async fn gather(agent: &Arc<Agent>, goal: &PlanGoal) -> Result<Self, OperateError> {
+        let for_drain = matches!(goal, PlanGoal::Drain { .. });
         let told = gather_loads(agent).await?;
         let book = agent.balancer.rules.book();
         let model = agent.balancer.look(|balancer, _, _| *balancer.model());
@@ -72,8 +75,15 @@ impl View {
             let placed = agent.balancer.placements.get(&name);
             let mut rules = book.rules.iter();
             let why = match rules.find_map(|rule| rule.forbids_moving(&thing, minute)) {
-                _ if placed.is_none_or(|placed| !placed.movable) => {
+                _ if placed.as_ref().is_none_or(|placed| !placed.movable) => {
                     Some("it does not run just now".to_owned())
+                }
+                None if !for_drain
+                    && placed
+                        .as_ref()
+                        .is_some_and(|it| it.balancing.by == BalanceBy::Off) =>
+                {
+                    Some(Bound::OptedOut.to_string())
                 }
                 broken => broken.map(|broken| broken.to_string()),
             };
@@ -238,7 +248,7 @@ fn amounts(factors: &Factors, capacity: Amounts, node: &NodeLoad) -> Amounts {
 
 /// Makes a plan of what all nodes tell now.
 pub(crate) async fn make(agent: &Arc<Agent>, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
-    View::gather(agent).await?.plan(goal)
+    View::gather(agent, goal).await?.plan(goal)
 }
 
 // ── carrying out ────────────────────────────────────────────────────────
