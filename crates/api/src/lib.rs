@@ -28,6 +28,7 @@
 //! | `POST /v1/balance/policy` [`PolicyRequest`] | `{}` |
 //! | `POST /v1/machines/NAME/confirm-move` | `{}`: a proposed move is made |
 //! | `GET /v1/machines/NAME/why-not?to=NODE` | [`WhyNot`] |
+//! | `GET /v1/nodes/NAME/history?since=UNIX_MS&until=UNIX_MS&points=N`, `GET /v1/machines/NAME/history?...` | [`HistoryInfo`] |
 //! | `GET /v1/ledger?machine=NAME&since=UNIX_MS&until=UNIX_MS&limit=N` | [`LedgerInfo`] |
 //! | `GET /v1/rules` | [`RulesInfo`] |
 //! | `POST /v1/rules` (a rule) | `{}` |
@@ -43,6 +44,7 @@
 mod balance;
 mod client;
 mod event;
+mod history;
 
 pub use balance::{
     BalanceInfo, DrainInfo, DrainRequest, DrainState, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest,
@@ -51,6 +53,7 @@ pub use balance::{
 };
 pub use client::{Client, ClientError, Lines};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
+pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
 
 use keel_machine::cgroup::GroupUsage;
 use keel_machine::moves::predict::Prediction;

@@ -206,6 +206,23 @@ pub struct MachineSample {
     pub factors: Factors,
     /// Milliseconds for which its load has been about what it is now.
     pub lasted_ms: u64,
+    /// What is told to people beside it; nothing is decided by it.
+    #[serde(default)]
+    pub usage: Usage,
+}
+
+/// What a machine uses beside its load factors. What the kernel does not count here is
+/// missing.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Usage {
+    /// Of its CPU demand, cores that it waited for.
+    pub cpu_waited_cores: f64,
+    /// Memory that it touched since about a minute, in bytes: what must be near.
+    pub working_set_bytes: Option<u64>,
+    /// Pages a second that it needed again after they had been taken from it.
+    pub refaults_per_s: Option<f64>,
+    /// Reads from and writes to disks, a second.
+    pub io_operations_per_s: Option<f64>,
 }
 
 /// A node as it sees itself now.
@@ -303,6 +320,7 @@ mod tests {
                         ..Factors::default()
                     },
                     lasted_ms: 0,
+                    usage: Usage::default(),
                 })
                 .collect(),
             cpu_pressure: 0.9,

@@ -3,7 +3,7 @@
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::Outcome;
-use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample};
+use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_balance::policy::Policy;
 use keel_balance::round::{Answer, Balancer, Command, Event, Peers, Question, Unbound, View};
 use keel_balance::select::Side;
@@ -65,6 +65,7 @@ impl Node {
             name: name.clone(),
             factors,
             lasted_ms: 0,
+            usage: Usage::default(),
         });
         let sample = NodeSample {
             capacity: CAPACITY,

@@ -426,7 +426,7 @@ fn why_not_text(why: &WhyNot) -> String {
     lines.join("\n")
 }
 
-fn tell_silent(silent: &[Silence]) {
+pub(crate) fn tell_silent(silent: &[Silence]) {
     for silence in silent {
         eprintln!(
             "keel: node {} does not answer ({}): what it would tell is missing",

@@ -27,6 +27,7 @@ mod describe;
 mod doctor;
 mod dry_run;
 mod events;
+mod history;
 mod keep;
 mod machines;
 mod output;
@@ -158,6 +159,8 @@ enum Command {
     WhyNot(balance::WhyNotArgs),
     /// Lists the balancer's decisions, and each change of its reason for not acting.
     Ledger(balance::LedgerArgs),
+    /// Shows what nodes and machines were measured to be, up to a month ago.
+    History(history::Args),
     /// Lists, sets and removes rules of where machines may be.
     #[command(subcommand)]
     Rule(rule::RuleCommand),
@@ -321,6 +324,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Why(args) => balance::why(&reach, &args).await,
         Command::WhyNot(args) => balance::why_not(&reach, &args).await,
         Command::Ledger(args) => balance::ledger(&reach, &args).await,
+        Command::History(args) => history::run(&reach, &args).await,
         Command::Rule(command) => rule::run(&reach, command).await,
         Command::Label(args) => rule::label(&reach, &args).await,
         Command::Checkpoint(args) => keep::checkpoint(&reach, &args).await,

@@ -367,6 +367,68 @@ async fn of_two_who_race_for_a_rule_one_is_refused() {
     }
 }
 
+/// Where a machine has been, and why, its node knows when the nodes it came from are
+/// gone; and what they and it did is known by time.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_past_is_known_when_the_source_is_gone() {
+    let _alone = ALONE.lock().await;
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let mut cluster = start(folder.path(), &[("b", 0.4), ("a", 0.4), ("c", 0.4)]).await;
+    cluster.set_policy("mode", "suggest").await.unwrap();
+    burn(&cluster, "a", 2).await;
+    cluster.set_policy("mode", "automatic").await.unwrap();
+    let moved = wait_for("a move", || async {
+        let machines: Vec<MachineInfo> = cluster.client("b").get("/v1/machines").await.ok()?;
+        let moved = machines.into_iter().find(|it| it.node != "a");
+        moved.filter(|it| it.status == "running" && !it.moves.is_empty())
+    })
+    .await
+    .expect("a move");
+    cluster.set_policy("mode", "off").await.unwrap();
+    let state = cluster.folder("b");
+    let via = |args: &[&str]| {
+        let output = Command::new(KEEL)
+            .arg("--state-dir")
+            .arg(&state)
+            .args(args)
+            .output()
+            .expect("keel runs");
+        let said = [output.stdout, output.stderr].concat();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
+    };
+    let path = format!("/v1/ledger?machine={}", moved.name);
+    // What b and c know without a: the line that says why, from its own hand.
+    wait_for("the ledger to go along", || async {
+        let told: LedgerInfo = cluster.client("b").get(&path).await.ok()?;
+        let ended = |it: &Decision| matches!(it, Decision::Ended { .. });
+        told.lines
+            .iter()
+            .any(|it| ended(&it.decision))
+            .then_some(())
+    })
+    .await
+    .expect("its end in the ledger");
+    let (done, shown) = via(&["history", "--since", "1m"]);
+    assert!(done && shown.contains('█'), "{shown}");
+    let (done, shown) = via(&["history", "a", "--since", "1m", "--points", "3"]);
+    assert!(done && shown.contains("MACHINES"), "{shown}");
+    let args = ["history", "--machine", &moved.name, "--since", "5m"];
+    let (done, shown) = via(&args);
+    assert!(done && shown.contains("WORKING SET"), "{shown}");
+    let (done, said) = via(&["history", "nobody"]);
+    assert!(!done && said.contains("there is no node"), "{said}");
+    let (done, said) = via(&["history", "--machine", "nobody"]);
+    assert!(!done && said.contains("nothing is known"), "{said}");
+
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    cluster.power_off("a");
+    let (done, why) = via(&["why", &moved.name]);
+    assert!(done && why.contains("levels the two nodes best"), "{why}");
+}
+
 /// By its promise a machine that rests weighs what it will need; one that opted out
 /// stays, but not in a drain.
 #[tokio::test(flavor = "multi_thread")]

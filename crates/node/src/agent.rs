@@ -1,6 +1,6 @@
 //! The agent's parts, how a node comes to be, and how its agent starts.
 
-use crate::balancer::{self, Ledger};
+use crate::balancer::{self, Ledger, Recorder};
 use crate::dry_run::History;
 use crate::events::{Events, Note};
 use crate::lanes::Lanes;
@@ -261,7 +261,8 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
     let events = Events::open(&dir.events(), &identity.node)
         .map_err(system(dir.events().display().to_string()))?;
     let ledger = Ledger::open(&dir.ledger(), identity.node.as_str()).map_err(AgentError::Ledger)?;
-    let (balancer, inbox) = balancer::prepare(ledger);
+    let recorder = Recorder::open(&dir.loads()).map_err(AgentError::Ledger)?;
+    let (balancer, inbox) = balancer::prepare(ledger, recorder);
     let authority = CertificateAuthority::load(dir.root())?.map(Arc::new);
     let peers = Arc::new(Peers::new(identity.client_tls()?, RpcOptions::default()));
     for (voter, address) in &settings.voters {

@@ -116,6 +116,8 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/balance/policy", post(balance::change_policy))
         .route("/v1/machines/{name}/confirm-move", post(balance::confirm))
         .route("/v1/machines/{name}/why-not", get(balance::why_not))
+        .route("/v1/nodes/{name}/history", get(balance::node_history))
+        .route("/v1/machines/{name}/history", get(balance::machine_history))
         .route("/v1/plan", post(balance::make_plan))
         .route("/v1/plan/run", post(balance::carry_out_plan))
         .route(

@@ -955,6 +955,9 @@ impl Driver {
             .unwrap_or_else(|error| error.into_inner())
             .add(&self.report);
         self.agent.events.record(Note::moved(&self.report));
+        if self.report.ending == Ending::Moved {
+            crate::balancer::send_along(&self.agent, &self.report.machine, &self.target);
+        }
         if let Err(reason) = passed("move.report").await {
             tracing::warn!(reason, "the move's report is not kept");
             return;

@@ -52,6 +52,10 @@ pub(crate) mod kind {
     pub(crate) const CONFIRM: u16 = 0x0310;
     /// nothing → `DrainInfo` as JSON.
     pub(crate) const DRAIN: u16 = 0x0311;
+    /// `balancer::Span` → list of `HistoryPoint` as JSON.
+    pub(crate) const HISTORY: u16 = 0x0312;
+    /// List of `Line` as JSON, of a machine that came → `()` as JSON.
+    pub(crate) const LEDGER_ALONG: u16 = 0x0313;
 }
 
 /// Bytes of a module in one piece.
@@ -147,7 +151,13 @@ impl Service {
                 let answer = agent.balancer.answer(&source, question).await;
                 Ok(pack(&answer.map_err(RpcError::failed)?)?.into())
             }
-            kind::LOAD | kind::LEDGER | kind::WHY_NOT | kind::CONFIRM | kind::DRAIN => {
+            kind::LOAD
+            | kind::LEDGER
+            | kind::LEDGER_ALONG
+            | kind::HISTORY
+            | kind::WHY_NOT
+            | kind::CONFIRM
+            | kind::DRAIN => {
                 let answer = crate::balancer::answer(agent, kind, payload).await;
                 Ok(Bytes::from(answer.map_err(RpcError::failed)?).into())
             }

@@ -108,6 +108,11 @@ impl StateDir {
         self.root.join("ledger.redb")
     }
 
+    /// What it and its machines were measured to be.
+    pub fn loads(&self) -> PathBuf {
+        self.root.join("loads.redb")
+    }
+
     /// Compiled code.
     pub fn cache(&self) -> PathBuf {
         self.root.join("cache")

@@ -50,6 +50,15 @@ pub struct GroupUsage {
     pub throttled_micros: Option<u64>,
 }
 
+/// What a group did, counted by the kernel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GroupCounts {
+    /// Pages that were needed again after they had been taken away.
+    pub refaults: Option<u64>,
+    /// Reads from and writes to disks.
+    pub io_operations: Option<u64>,
+}
+
 /// The kernel ended a group's process for want of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OutOfMemory {
@@ -190,6 +199,31 @@ impl Group {
         usage
     }
 
+    /// Pages that were needed again after they had been taken away, and operations on
+    /// disks, since the group was made; as far as the kernel counts them.
+    pub fn counts(&self) -> GroupCounts {
+        let mut counts = GroupCounts::default();
+        if let Some(memory) = self.memory() {
+            let text = read(&memory.path.join("memory.stat"));
+            let kinds = ["workingset_refault_anon", "workingset_refault_file"];
+            let found = kinds.iter().filter_map(|name| field(&text, name));
+            counts.refaults = found.reduce(u64::saturating_add);
+        }
+        if let Some(unified) = self.unified() {
+            // A line for each disk: `8:0 rbytes=1 wbytes=2 rios=3 wios=4 ...`
+            if let Ok(text) = std::fs::read_to_string(unified.path.join("io.stat")) {
+                let words = text.split_whitespace();
+                let operations = words.filter_map(|word| {
+                    let (name, number) = word.split_once('=')?;
+                    let counts = name == "rios" || name == "wios";
+                    counts.then(|| number.parse::<u64>().ok())?
+                });
+                counts.io_operations = Some(operations.sum());
+            }
+        }
+        counts
+    }
+
     /// Whether, and why, the kernel ended its process for want of memory.
     pub fn out_of_memory(&self) -> Option<OutOfMemory> {
         let memory = self.memory()?;
@@ -295,6 +329,14 @@ mod tests {
                     "low 0\nhigh 0\nmax 3\noom 0\noom_kill 0\noom_group_kill 0\n",
                 ),
                 (
+                    "memory.stat",
+                    "anon 4096\nworkingset_refault_anon 5\nworkingset_refault_file 2\n",
+                ),
+                (
+                    "io.stat",
+                    "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n8:16 rios=1 wios=0\n",
+                ),
+                (
                     "cpu.stat",
                     "usage_usec 120\nuser_usec 100\nnr_throttled 0\nthrottled_usec 7\n",
                 ),
@@ -308,6 +350,11 @@ mod tests {
             throttled_micros: Some(7),
         };
         assert_eq!(group.usage(), expected);
+        let counts = GroupCounts {
+            refaults: Some(7),
+            io_operations: Some(8),
+        };
+        assert_eq!(group.counts(), counts);
         assert_eq!(group.out_of_memory(), None);
         let events = |text| std::fs::write(folder.path().join("memory.events"), text).unwrap();
         events("oom 0\noom_kill 1\n");
@@ -357,6 +404,7 @@ mod tests {
     fn what_is_not_there_is_not_counted() {
         let (_folder, group) = group(Version::V2, &[]);
         assert_eq!(group.usage(), GroupUsage::default());
+        assert_eq!(group.counts(), GroupCounts::default());
         assert_eq!(group.out_of_memory(), None);
     }
 

@@ -35,7 +35,7 @@ mod priority;
 mod slice;
 
 pub use budget::Budget;
-pub use group::{Group, GroupUsage, OutOfMemory, memory_limit_bytes};
+pub use group::{Group, GroupCounts, GroupUsage, OutOfMemory, memory_limit_bytes};
 pub use layout::Layout;
 pub use pressure::Pressure;
 pub use priority::{Courtesy, go_first, guest_nice, spare_agent, spend_worker};

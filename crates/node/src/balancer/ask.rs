@@ -1,11 +1,11 @@
 //! What users and other nodes ask of balancers: loads, the ledger, why something does
 //! not move; and what users change: the policy, confirmed moves.
 
-use super::{Wanted, ask, policy_of};
+use super::{Span, Wanted, ask, policy_of};
 use crate::agent::Agent;
 use crate::operate::OperateError;
 use crate::service::kind as node_kind;
-use keel_api::{BalanceInfo, LedgerInfo, NodeLoad, Silence, WhyNot};
+use keel_api::{BalanceInfo, HistoryInfo, HistoryPoint, LedgerInfo, NodeLoad, Silence, WhyNot};
 use keel_balance::Name;
 use keel_balance::ledger::Line;
 use keel_balance::policy::Policy;
@@ -33,6 +33,15 @@ pub(crate) async fn answer(agent: &Agent, kind: u16, payload: Bytes) -> Result<V
             let wanted: Wanted = unpack(&payload).map_err(|error| error.to_string())?;
             let lines = agent.balancer.ledger().newest(wanted).await?;
             serde_json::to_vec(&lines)
+        }
+        node_kind::LEDGER_ALONG => {
+            let json: Vec<u8> = unpack(&payload).map_err(|error| error.to_string())?;
+            let lines = serde_json::from_slice(&json).map_err(|error| error.to_string())?;
+            serde_json::to_vec(&agent.balancer.ledger().take_along(lines).await?)
+        }
+        node_kind::HISTORY => {
+            let span = unpack(&payload).map_err(|error| error.to_string())?;
+            serde_json::to_vec(&agent.balancer.recorder.of(span).await?)
         }
         node_kind::WHY_NOT => {
             let (machine, to) = unpack(&payload).map_err(|error| error.to_string())?;
@@ -76,11 +85,11 @@ pub(super) async fn ask_node<Q: Serialize, A: DeserializeOwned>(
 }
 
 /// Asks all nodes; what they told, and who did not answer.
-async fn of_all<T: DeserializeOwned + Send + 'static>(
-    agent: &Arc<Agent>,
-    kind: u16,
-    question: &Wanted,
-) -> (Vec<T>, Vec<Silence>) {
+async fn of_all<Q, T>(agent: &Arc<Agent>, kind: u16, question: &Q) -> (Vec<T>, Vec<Silence>)
+where
+    Q: Serialize + Clone + Send + Sync + 'static,
+    T: DeserializeOwned + Send + 'static,
+{
     let mut asked = JoinSet::new();
     for node in agent.members.all().keys().cloned() {
         let (agent, question) = (agent.clone(), question.clone());
@@ -122,7 +131,8 @@ pub(super) async fn load(agent: &Agent) -> Result<NodeLoad, String> {
 pub(crate) async fn gather_loads(agent: &Arc<Agent>) -> Result<BalanceInfo, OperateError> {
     let entry = agent.store.get(&Key::Policy.to_string()).await?;
     let (policy, revision) = policy_of(entry.as_ref()).map_err(OperateError::Conflict)?;
-    let (mut nodes, silent) = of_all::<NodeLoad>(agent, node_kind::LOAD, &Wanted::default()).await;
+    let (mut nodes, silent) =
+        of_all::<_, NodeLoad>(agent, node_kind::LOAD, &Wanted::default()).await;
     nodes.sort_by(|one, other| one.node.cmp(&other.node));
     Ok(BalanceInfo {
         policy,
@@ -132,11 +142,40 @@ pub(crate) async fn gather_loads(agent: &Arc<Agent>) -> Result<BalanceInfo, Oper
     })
 }
 
+/// What a node was measured to be, or a machine wherever it was.
+///
+/// # Errors
+/// [`OperateError::Missing`] if there is no such node, or it does not answer.
+pub(crate) async fn history(
+    agent: &Arc<Agent>,
+    node: Option<&NodeName>,
+    span: &Span,
+) -> Result<HistoryInfo, OperateError> {
+    let Some(node) = node else {
+        let (told, silent) = of_all::<_, Vec<HistoryPoint>>(agent, node_kind::HISTORY, span).await;
+        let points = told.into_iter().flatten().collect();
+        let points = keel_api::history_in_points(points, span.points_max);
+        return Ok(HistoryInfo { points, silent });
+    };
+    if !agent.members.contains(node) {
+        let what = format!("there is no node {node:?} (see `keel nodes`)");
+        return Err(OperateError::Missing(what));
+    }
+    let points = ask_node(agent, node, node_kind::HISTORY, span).await?;
+    Ok(HistoryInfo {
+        points,
+        silent: Vec::new(),
+    })
+}
+
 /// The ledgers of all nodes, oldest line first.
 pub(crate) async fn gather_ledger(agent: &Arc<Agent>, wanted: &Wanted) -> LedgerInfo {
-    let (told, silent) = of_all::<Vec<Line>>(agent, node_kind::LEDGER, wanted).await;
+    let (told, silent) = of_all::<_, Vec<Line>>(agent, node_kind::LEDGER, wanted).await;
     let mut lines: Vec<Line> = told.into_iter().flatten().collect();
-    lines.sort_by_key(|line| line.at_unix_ms);
+    // Some nodes have lines of others, which came with machines.
+    let order = |line: &Line| (line.at_unix_ms, line.node.clone());
+    lines.sort_by_cached_key(|line| (order(line), line.decision.to_string()));
+    lines.dedup();
     let excess = lines.len().saturating_sub(wanted.limit as usize);
     lines.drain(..excess);
     LedgerInfo { lines, silent }

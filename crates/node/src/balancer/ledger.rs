@@ -1,12 +1,22 @@
 //! The ledger of one node: decisions of its balancer, kept in a database of its own,
 //! bounded. Writing has a thread of its own; nobody waits for it.
+//!
+//! What says something of a machine goes after it when it moves, so that its node can
+//! explain where it has been when those nodes are gone. Lines that are known already
+//! are not kept twice.
 
+use super::ask::ask_node;
+use super::database;
+use crate::agent::Agent;
+use crate::service::kind as node_kind;
 use keel_balance::Name;
 use keel_balance::ledger::Line;
+use keel_cluster::{MachineName, NodeName};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 
 /// Lines by number, as JSON.
 const LINES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("lines");
@@ -16,6 +26,13 @@ const LINES_MAX: u64 = 50_000;
 const QUEUE_MAX: usize = 1024;
 /// Lines that are written together at most.
 const BATCH_MAX: usize = 256;
+
+/// Lines that go with a machine.
+const ALONG_MAX: u32 = 64;
+/// Newest lines among which one that came along is looked for.
+const LOOKED_THROUGH: usize = 2_000;
+/// How long the node may take to keep its last line before it goes along.
+const ALONG_AFTER: Duration = Duration::from_millis(300);
 
 /// What of a ledger is wanted.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
@@ -58,18 +75,7 @@ impl Ledger {
     /// If the file cannot be used, in a sentence.
     pub(crate) fn open(path: &Path, node: &str) -> Result<Self, String> {
         let said = |error: redb::Error| format!("{}: {error}", path.display());
-        let database = match Database::create(path) {
-            Ok(database) => database,
-            // It explains, and nothing depends on it: a node must not be down for it.
-            Err(error @ redb::DatabaseError::Storage(redb::StorageError::Corrupted(_))) => {
-                tracing::error!(%error, "the ledger is damaged: it is put aside, a new one begins");
-                let aside = path.with_extension("damaged");
-                std::fs::rename(path, &aside)
-                    .map_err(|error| format!("{} cannot be put aside: {error}", path.display()))?;
-                Database::create(path).map_err(|error| said(error.into()))?
-            }
-            Err(error) => return Err(said(error.into())),
-        };
+        let database = database::open(path, "the ledger")?;
         let mut next = last(&database).map_err(said)?.map_or(0, |last| last + 1);
         let database = Arc::new(database);
         let (queue, lines) = sync_channel::<Line>(QUEUE_MAX);
@@ -105,13 +111,29 @@ impl Ledger {
         }
     }
 
+    /// Keeps what another node told of a machine that came from there.
+    ///
+    /// # Errors
+    /// The database's, in a sentence.
+    pub(super) async fn take_along(&self, lines: Vec<Line>) -> Result<(), String> {
+        let database = self.database.clone();
+        let known = tokio::task::spawn_blocking(move || known_of(&database, lines)).await;
+        let unknown = known
+            .map_err(|error| error.to_string())?
+            .map_err(|error| format!("the ledger cannot be read: {error}"))?;
+        for line in unknown {
+            self.keep(line);
+        }
+        Ok(())
+    }
+
     /// The newest lines that are wanted, oldest first.
     ///
     /// # Errors
     /// The database's, in a sentence.
     pub(crate) async fn newest(&self, wanted: Wanted) -> Result<Vec<Line>, String> {
-        let database = self.database.clone();
-        tokio::task::spawn_blocking(move || read(&database, &wanted))
+        let (database, own) = (self.database.clone(), self.node.clone());
+        tokio::task::spawn_blocking(move || read(&database, &wanted, &own))
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("the ledger cannot be read: {error}"))
@@ -146,7 +168,52 @@ fn write(database: &Database, next: &mut u64, batch: &[Line]) -> Result<(), redb
     Ok(())
 }
 
-fn read(database: &Database, wanted: &Wanted) -> Result<Vec<Line>, redb::Error> {
+/// Of lines that came with a machine, those that are not here yet. Further back than
+/// the newest [`LOOKED_THROUGH`] nobody looks: whoever reads takes equal lines for one.
+fn known_of(database: &Database, mut lines: Vec<Line>) -> Result<Vec<Line>, redb::Error> {
+    lines.truncate(ALONG_MAX as usize);
+    let txn = database.begin_read()?;
+    let table = txn.open_table(LINES)?;
+    for entry in table.iter()?.rev().take(LOOKED_THROUGH) {
+        let (_, json) = entry?;
+        let Ok(here) = serde_json::from_slice::<Line>(json.value()) else {
+            continue;
+        };
+        lines.retain(|line| *line != here);
+    }
+    Ok(lines)
+}
+
+/// Sends what this node's ledger says of a machine after it, in the background; what
+/// does not arrive is still here.
+pub(crate) fn send_along(agent: &Arc<Agent>, machine: &MachineName, target: &NodeName) {
+    let (agent, machine, target) = (agent.clone(), machine.clone(), target.clone());
+    tokio::spawn(async move {
+        // The line that says why it went may not be written yet.
+        tokio::time::sleep(ALONG_AFTER).await;
+        let wanted = Wanted {
+            machine: Some(machine.to_string()),
+            limit: ALONG_MAX,
+            ..Wanted::default()
+        };
+        let sent: Result<(), String> = async {
+            let lines = agent.balancer.ledger().newest(wanted).await?;
+            if lines.is_empty() {
+                return Ok(());
+            }
+            let json = serde_json::to_vec(&lines).map_err(|error| error.to_string())?;
+            let taken: Result<(), _> =
+                ask_node(&agent, &target, node_kind::LEDGER_ALONG, &json).await;
+            taken.map_err(|error| error.to_string())
+        }
+        .await;
+        if let Err(error) = sent {
+            tracing::debug!(%machine, %target, error, "the ledger did not go along");
+        }
+    });
+}
+
+fn read(database: &Database, wanted: &Wanted, own: &Name) -> Result<Vec<Line>, redb::Error> {
     let txn = database.begin_read()?;
     let table = txn.open_table(LINES)?;
     let mut found = Vec::new();
@@ -156,7 +223,8 @@ fn read(database: &Database, wanted: &Wanted) -> Result<Vec<Line>, redb::Error> 
         let Ok(line) = serde_json::from_slice::<Line>(json.value()) else {
             continue;
         };
-        if line.at_unix_ms < wanted.since_unix_ms {
+        // Those that came with a machine are older than their place here.
+        if line.at_unix_ms < wanted.since_unix_ms && line.node == *own {
             break;
         }
         if wanted.fits(&line) {
@@ -239,6 +307,32 @@ mod tests {
         until_found(&reopened, &wanted(Some("odd")), 3).await;
     }
 
+    #[tokio::test]
+    async fn what_came_with_a_machine_is_kept_once_and_found_by_its_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&folder.path().join("ledger.redb"), "b").unwrap();
+        let own = Line {
+            node: "b".into(),
+            ..line(50, "m")
+        };
+        ledger.keep(own.clone());
+        until_found(&ledger, &wanted(None), 1).await;
+        for _ in 0..3 {
+            ledger
+                .take_along(vec![line(10, "m"), line(20, "m")])
+                .await
+                .unwrap();
+            until_found(&ledger, &wanted(Some("m")), 3).await;
+        }
+        // An own line that is newer than what came does not hide it, nor the reverse.
+        let since = Wanted {
+            since_unix_ms: 20,
+            ..wanted(None)
+        };
+        let found = ledger.newest(since).await.unwrap();
+        assert_eq!(found, [own, line(20, "m")]);
+    }
+
     #[test]
     fn the_oldest_go() {
         let folder = tempfile::tempdir().unwrap();
@@ -246,12 +340,12 @@ mod tests {
         let mut next = LINES_MAX - 2;
         let batch: Vec<Line> = (0..6).map(|at| line(at, "m")).collect();
         write(&database, &mut next, &batch).unwrap();
-        let found = read(&database, &wanted(None)).unwrap();
+        let found = read(&database, &wanted(None), &"a".into()).unwrap();
         let kept: Vec<u64> = found.iter().map(|line| line.at_unix_ms).collect();
         assert_eq!(kept, [0, 1, 2, 3, 4, 5]);
         next = 2 * LINES_MAX + 1;
         write(&database, &mut next, &batch[..1]).unwrap();
-        let found = read(&database, &wanted(None)).unwrap();
+        let found = read(&database, &wanted(None), &"a".into()).unwrap();
         let kept: Vec<u64> = found.iter().map(|line| line.at_unix_ms).collect();
         assert_eq!(kept, [4, 5, 0], "those before the newest 50,000 went");
     }

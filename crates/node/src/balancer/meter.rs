@@ -7,20 +7,27 @@
 //! that it waited for a core (`/proc/PID/task/TID/schedstat`), also where a quota
 //! around the node made it wait. A machine's own limit holds its threads asleep, so
 //! what it holds back is in neither.
+//!
+//! A working set is found by having the kernel forget which pages were touched, and
+//! looking later which were touched again (`/proc/PID/clear_refs`, `smaps_rollup`):
+//! seldom, and the more so the more memory there is to go through.
 
 use crate::state_dir::StateDir;
 use crate::workers::Workers;
-use keel_balance::load::{Capacity, Factors};
+use keel_balance::load::{Capacity, Factors, Usage};
 use keel_cluster::MachineName;
-use keel_machine::cgroup::{Budget, Group, Pressure};
+use keel_machine::cgroup::{Budget, Group, GroupCounts, Pressure};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What disks carry where nothing else is known, in bytes a second.
 const IO_BYTES_PER_S: f64 = 1e9;
 /// Readings that are nearer than this tell nothing.
 const APART_S_MIN: f64 = 0.05;
+/// How long touched pages are gathered for a working set; so long again for each GiB
+/// that the machine occupies.
+const WORKING_SET_SPAN: Duration = Duration::from_secs(60);
 
 /// What was measured.
 #[derive(Debug, Clone)]
@@ -30,7 +37,7 @@ pub(super) struct Measured {
     /// What others than machines use.
     pub(super) base: Factors,
     /// Each process of a machine here, whether the machine runs here or not.
-    pub(super) machines: HashMap<MachineName, Factors>,
+    pub(super) machines: HashMap<MachineName, (Factors, Usage)>,
     /// Shares of time waited, by machines.
     pub(super) cpu_pressure: f64,
     pub(super) stall_pressure: f64,
@@ -40,6 +47,8 @@ pub(super) struct Measured {
 #[derive(Debug, Default, Clone, Copy)]
 struct Thread {
     is_guest: bool,
+    /// Nanoseconds that it waited for a core.
+    waited: u64,
     /// Nanoseconds run, and of guests waited for a core too. What the node itself does
     /// does not weigh more because it waits: a compiling thread of low priority would
     /// else count for a core.
@@ -57,6 +66,14 @@ struct Counters {
     io_bytes: u64,
     /// Microseconds stood still for memory and disks.
     stalled_micros: u64,
+    group: GroupCounts,
+}
+
+/// Looking for what a process touches.
+#[derive(Debug)]
+struct Touched {
+    since: Instant,
+    bytes: Option<u64>,
 }
 
 /// Counters of the whole host, in ticks of all cores.
@@ -71,6 +88,7 @@ struct Host {
 pub(super) struct Meter {
     dir: StateDir,
     previous: HashMap<u32, Counters>,
+    touched: HashMap<u32, Touched>,
     own: Counters,
     host: Host,
     pressure: Pressure,
@@ -82,6 +100,7 @@ impl Meter {
         Meter {
             dir,
             previous: HashMap::new(),
+            touched: HashMap::new(),
             own: Counters::default(),
             host: Host::default(),
             pressure: Pressure::default(),
@@ -111,6 +130,7 @@ impl Meter {
             let now = read_process(&process, group.as_ref());
             let resident = resident_bytes(&process);
             memory_bytes = memory_bytes.saturating_add(resident);
+            let working_set_bytes = self.working_set(pid, &process, resident);
             if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
                 let (guest, other) = rates(before, &now, seconds);
                 helpers.cpu_cores += other.cpu_cores;
@@ -118,14 +138,18 @@ impl Meter {
                     memory_bytes: resident,
                     ..guest
                 };
-                machines.insert(machine, factors);
+                let usage = Usage {
+                    working_set_bytes,
+                    ..usage(before, &now, seconds)
+                };
+                machines.insert(machine, (factors, usage));
             }
             counters.insert(pid, now);
         }
         let measured = seconds.map(|seconds| {
             let own_rates = rates(&self.own, &own, seconds);
             let own_cores = own_rates.0.cpu_cores + own_rates.1.cpu_cores;
-            let guests: f64 = machines.values().map(|it: &Factors| it.cpu_cores).sum();
+            let guests: f64 = machines.values().map(|(it, _)| it.cpu_cores).sum();
             let cores_of_host = cores_of_host();
             let host_share = host_shares(&self.host, &host);
             // A node that is bounded shares with nobody what it is bounded to.
@@ -157,11 +181,68 @@ impl Meter {
                     .max(share(self.pressure.io_micros, pressure.io_micros, seconds)),
             }
         });
+        self.touched.retain(|pid, _| counters.contains_key(pid));
         self.previous = counters;
         self.own = own;
         self.host = host;
         self.pressure = pressure;
         measured
+    }
+}
+
+impl Meter {
+    /// What a process touched in the last span; `None` until that is known, and where
+    /// the kernel does not tell.
+    fn working_set(&mut self, pid: u32, process: &Path, resident: u64) -> Option<u64> {
+        let gibs = u32::try_from(resident >> 30).unwrap_or(u32::MAX);
+        let span = WORKING_SET_SPAN.saturating_mul(gibs.saturating_add(1));
+        let before = self.touched.get(&pid);
+        let last = before.and_then(|it| it.bytes);
+        if before.is_some_and(|it| it.since.elapsed() < span) {
+            return last;
+        }
+        let bytes = match before {
+            None => None,
+            Some(_) => referenced_bytes(process),
+        };
+        // 1: of all pages.
+        let forgotten = std::fs::write(process.join("clear_refs"), "1").is_ok();
+        let bytes = bytes.filter(|_| forgotten);
+        let since = Instant::now();
+        self.touched.insert(pid, Touched { since, bytes });
+        bytes
+    }
+}
+
+/// Bytes of a process that were touched since the kernel was told to forget it.
+fn referenced_bytes(process: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(process.join("smaps_rollup")).ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Referenced:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib.saturating_mul(1024))
+}
+
+/// What else of a process is a rate.
+fn usage(before: &Counters, now: &Counters, seconds: f64) -> Usage {
+    let rate = |before: Option<u64>, now: Option<u64>| {
+        let more = now?.saturating_sub(before?);
+        Some(more as f64 / seconds)
+    };
+    let waited = now.threads.iter().filter(|(_, thread)| thread.is_guest);
+    let waited = waited.map(|(tid, thread)| {
+        let earlier = before
+            .threads
+            .get(tid)
+            .map_or(thread.waited, |it| it.waited);
+        thread.waited.saturating_sub(earlier)
+    });
+    Usage {
+        cpu_waited_cores: waited.sum::<u64>() as f64 / 1e9 / seconds,
+        working_set_bytes: None,
+        refaults_per_s: rate(before.group.refaults, now.group.refaults),
+        io_operations_per_s: rate(before.group.io_operations, now.group.io_operations),
     }
 }
 
@@ -236,6 +317,7 @@ fn read_process(process: &Path, group: Option<&Group>) -> Counters {
         let is_guest = word("Name:").starts_with("guest-");
         let thread = Thread {
             is_guest,
+            waited,
             nanos: if is_guest {
                 ran.saturating_add(waited)
             } else {
@@ -253,6 +335,7 @@ fn read_process(process: &Path, group: Option<&Group>) -> Counters {
         let pressure = group.pressure();
         let stalled = [pressure.memory_micros, pressure.io_micros];
         counters.stalled_micros = stalled.into_iter().flatten().max().unwrap_or(0);
+        counters.group = group.counts();
     }
     counters
 }
@@ -339,6 +422,7 @@ mod tests {
     fn thread(is_guest: bool, nanos: u64, rests: u64) -> Thread {
         Thread {
             is_guest,
+            waited: nanos / 2,
             nanos,
             runnable: true,
             rests,
@@ -372,6 +456,9 @@ mod tests {
         assert_eq!(guest.cpu_cores, 1.5);
         assert_eq!(guest.cpu_bound_cores, 1.0);
         assert_eq!(other.cpu_cores, 0.5);
+        // (Half of each is waiting here.)
+        let waited = usage(&before, &now, 1.0).cpu_waited_cores;
+        assert!((waited - 1.0 / 6.0 - 1.0 / 8.0).abs() < 1e-6, "{waited}");
         assert_eq!(ran_and_waited_nanos("300 700 5\n"), Some((300, 700)));
         assert_eq!(ran_and_waited_nanos(""), None);
     }
@@ -397,6 +484,23 @@ mod tests {
         // Run or waited for: however busy the host is.
         assert!(guest.cpu_cores > 0.5, "{guest:?}");
         assert!(resident_bytes(own) > 1 << 20);
+    }
+
+    #[test]
+    fn what_was_touched_is_seen() {
+        let mut held = vec![1u8; 32 << 20];
+        let own = Path::new("/proc/self");
+        if std::fs::write("/proc/self/clear_refs", "1").is_err() {
+            println!("skipped: /proc/self/clear_refs cannot be written here");
+            return;
+        }
+        for at in (0..8 << 20).step_by(4096) {
+            held[at] = 2;
+        }
+        let touched = referenced_bytes(own).expect("the kernel tells");
+        std::hint::black_box(&held);
+        // (Other tests run in processes of their own.)
+        assert!((8 << 20..24 << 20).contains(&touched), "{touched}");
     }
 
     #[test]

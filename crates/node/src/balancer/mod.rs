@@ -5,7 +5,9 @@
 //! - `placements`: where all machines are
 //! - `bounds`: what rules allow
 //! - `slots`: how many moves may be under way
+//! - `writes`: how much machines write
 //! - `ledger`: decisions as they are kept
+//! - `recorder`: loads as they are kept
 //! - `ask`: what users and other nodes ask of it
 //! - `placing`: where new machines start
 //! - `plan`: plans for all nodes, and carrying them out
@@ -20,20 +22,26 @@
 
 mod ask;
 mod bounds;
+mod database;
 mod drain;
 mod ledger;
 mod meter;
 mod placements;
 mod placing;
 mod plan;
+mod recorder;
 mod slots;
 mod speed;
+mod writes;
 
-pub(crate) use ask::{answer, change_policy, confirm, gather_ledger, gather_loads, why_not};
+pub(crate) use ask::{
+    answer, change_policy, confirm, gather_ledger, gather_loads, history, why_not,
+};
 pub(crate) use drain::{begin as begin_drain, end as end_drain, info as drain_info};
-pub(crate) use ledger::{Ledger, Wanted};
+pub(crate) use ledger::{Ledger, Wanted, send_along};
 pub(crate) use placing::choose as choose_node;
 pub(crate) use plan::{carry_out as carry_out_plan, make as make_plan};
+pub(crate) use recorder::{Recorder, Span};
 
 use crate::agent::Agent;
 use crate::events::Note;
@@ -95,6 +103,8 @@ enum Input {
 pub(crate) struct Handle {
     inputs: UnboundedSender<Input>,
     ledger: Ledger,
+    recorder: Recorder,
+    writes: writes::Writes,
     rules: Followed,
     placements: Arc<Placements>,
     drain: drain::Progress,
@@ -104,11 +114,13 @@ pub(crate) struct Handle {
 pub(crate) struct Inbox(UnboundedReceiver<Input>);
 
 /// A balancer that does not run yet.
-pub(crate) fn prepare(ledger: Ledger) -> (Handle, Inbox) {
+pub(crate) fn prepare(ledger: Ledger, recorder: Recorder) -> (Handle, Inbox) {
     let (inputs, inbox) = unbounded_channel();
     let handle = Handle {
         inputs,
         ledger,
+        recorder,
+        writes: writes::Writes::default(),
         rules: Followed::default(),
         placements: Arc::default(),
         drain: drain::Progress::default(),
@@ -169,6 +181,7 @@ pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
     tokio::spawn(placements::follow_arrivals(agent.clone(), events.clone()));
     let rules = agent.balancer.rules.clone();
     tokio::spawn(drain::follow(agent.clone()));
+    tokio::spawn(writes::follow(agent.clone()));
     tokio::spawn(follow_policy(agent.clone(), events.clone()));
     for prefix in [
         Key::Rules.to_string(),
@@ -285,12 +298,18 @@ impl Task {
                 self.peers = peers.iter().cloned().collect();
             }
             let snapshot = self.snapshot();
-            if matches!(event, Event::Sample(_)) {
+            let measured = matches!(event, Event::Sample(_));
+            if measured {
                 self.repair(&snapshot);
             }
             let now_ms = self.now_ms();
             for command in self.balancer.step(event, now_ms, &snapshot) {
                 self.carry_out(command);
+            }
+            if measured && let Some(sample) = self.balancer.sample() {
+                let weights = self.balancer.policy().0.weights;
+                let recorder = &self.agent.balancer.recorder;
+                recorder.take(unix_ms(), sample.load(&weights), sample, weights);
             }
         }
     }
@@ -348,7 +367,7 @@ impl Task {
         let mut base = measured.base;
         let basis = self.balancer.policy().0.basis;
         let mut machines = Vec::with_capacity(measured.machines.len());
-        for (machine, mut factors) in measured.machines {
+        for (machine, (mut factors, usage)) in measured.machines {
             let placed = self.placements.get(machine.as_str());
             let Some(placed) = placed.filter(|it| it.live && it.owner == self.agent.name) else {
                 base.cpu_cores += factors.cpu_cores;
@@ -359,11 +378,13 @@ impl Task {
                 factors.cpu_cores = factors.cpu_cores.min(most);
                 factors.cpu_bound_cores = factors.cpu_bound_cores.min(most);
             }
+            factors.dirty_bytes_per_s = self.agent.balancer.writes.of(&machine);
             let factors = promised(&placed.balancing, factors, &measured.capacity, basis);
             machines.push(MachineSample {
                 name: machine.as_str().into(),
                 factors,
                 lasted_ms: 0,
+                usage,
             });
         }
         machines.sort_by(|one, other| one.name.cmp(&other.name));
@@ -438,6 +459,14 @@ impl Task {
         {
             let note = Note::machine(EventKind::BalanceDecided, &name, decision.to_string());
             self.agent.events.record(note.with("target", target));
+        }
+        // What is said of a move when it is over goes after the machine.
+        if let Decision::Ended {
+            machine, target, ..
+        } = &decision
+            && let (Ok(machine), Ok(target)) = (MachineName::new(machine), NodeName::new(target))
+        {
+            send_along(&self.agent, &machine, &target);
         }
         let decides = matches!(decision, Decision::Move { .. } | Decision::Stay { .. });
         let ledger = self.agent.balancer.ledger();

@@ -1,15 +1,16 @@
 //! Requests about balancing.
 
 use super::{Failure, Reply, Shared, machine_name, told_line_by_line};
-use crate::balancer::{self, Wanted};
+use crate::balancer::{self, Span, Wanted};
 use crate::operate::OperateError;
 use crate::rules;
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
 use keel_api::{
-    BalanceInfo, DrainInfo, DrainRequest, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest, LedgerInfo,
-    PlanGoal, PlanInfo, PlanRequest, PolicyRequest, RulesInfo, WhyNot,
+    BalanceInfo, DrainInfo, DrainRequest, HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo,
+    LEDGER_DEFAULT, LEDGER_MAX, LabelRequest, LedgerInfo, PlanGoal, PlanInfo, PlanRequest,
+    PolicyRequest, RulesInfo, WhyNot,
 };
 use keel_balance::rules::{Labels, Rule};
 use keel_cluster::NodeName;
@@ -48,6 +49,54 @@ pub(super) async fn why_not(
     let to = node_name(&query.to)?;
     let machine = machine_name(&name)?;
     Ok(Json(balancer::why_not(&agent, &machine, &to).await?))
+}
+
+#[derive(Deserialize)]
+pub(super) struct HistoryQuery {
+    #[serde(default)]
+    since: u64,
+    until: Option<u64>,
+    points: Option<u32>,
+}
+
+impl HistoryQuery {
+    fn span(&self, machine: Option<String>) -> Result<Span, OperateError> {
+        let points_max = self.points.unwrap_or(HISTORY_DEFAULT);
+        if !(1..=HISTORY_MAX).contains(&points_max) {
+            let what = format!("{points_max} points: 1 to {HISTORY_MAX} are possible");
+            return Err(OperateError::Bad(what));
+        }
+        let until_unix_ms = self.until.unwrap_or(u64::MAX);
+        if self.since > until_unix_ms {
+            let what = "a span that ends before it begins".to_owned();
+            return Err(OperateError::Bad(what));
+        }
+        Ok(Span {
+            machine,
+            since_unix_ms: self.since,
+            until_unix_ms,
+            points_max,
+        })
+    }
+}
+
+pub(super) async fn node_history(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Query(query): Query<HistoryQuery>,
+) -> Reply<HistoryInfo> {
+    let node = node_name(&name)?;
+    let span = query.span(None)?;
+    Ok(Json(balancer::history(&agent, Some(&node), &span).await?))
+}
+
+pub(super) async fn machine_history(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Query(query): Query<HistoryQuery>,
+) -> Reply<HistoryInfo> {
+    let span = query.span(Some(machine_name(&name)?.to_string()))?;
+    Ok(Json(balancer::history(&agent, None, &span).await?))
 }
 
 #[derive(Deserialize)]

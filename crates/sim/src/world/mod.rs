@@ -23,7 +23,7 @@ use crate::curve::Curve;
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::Decision;
-use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample};
+use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_balance::policy::Policy;
 use keel_balance::round::{Balancer, Bounds, Command, Event};
 use keel_balance::select::Bound;
@@ -364,6 +364,7 @@ impl World {
                     name: machine.spec.name.clone(),
                     factors,
                     lasted_ms: 0,
+                    usage: Usage::default(),
                 }
             })
             .collect();

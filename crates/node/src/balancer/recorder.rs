@@ -1,0 +1,459 @@
+//! What this node and its machines were measured to be, for a month, at falling
+//! resolution: the day before yesterday is known by the minute, last month by ten.
+//! Kept in a database of its own, by a thread of its own; nobody waits for it.
+//!
+//! Samples are added up in buckets of each resolution; a bucket that is over is
+//! written. What was measured last is in no file yet, and lost with the agent.
+
+use super::database;
+use keel_api::HistoryPoint;
+use keel_balance::load::{NodeSample, Weights};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Points by tier, series, and when they begin (milliseconds since 1970-01-01 UTC), as
+/// postcard. Another form of them needs another name.
+const POINTS: TableDefinition<'_, (u8, &str, u64), &[u8]> = TableDefinition::new("points-1");
+/// The series of the node itself; a machine's has its name.
+const NODE: &str = "";
+/// Samples that may wait.
+const QUEUE_MAX: usize = 64;
+/// How often what is over is written.
+const WRITE_EVERY: Duration = Duration::from_secs(30);
+/// How often what is too old is deleted.
+const PRUNE_EVERY: Duration = Duration::from_secs(3600);
+
+/// A resolution.
+#[derive(Debug, Clone, Copy)]
+struct Tier {
+    bucket_ms: u64,
+    kept_ms: u64,
+    /// Whether it has machines too, and not the node alone.
+    machines: bool,
+}
+
+const SECOND_MS: u64 = 1000;
+const DAY_MS: u64 = 86_400 * SECOND_MS;
+/// Finest first.
+const TIERS: [Tier; 3] = [
+    Tier {
+        bucket_ms: 10 * SECOND_MS,
+        kept_ms: DAY_MS / 4,
+        machines: false,
+    },
+    Tier {
+        bucket_ms: 60 * SECOND_MS,
+        kept_ms: 2 * DAY_MS,
+        machines: true,
+    },
+    Tier {
+        bucket_ms: 600 * SECOND_MS,
+        kept_ms: 31 * DAY_MS,
+        machines: true,
+    },
+];
+
+/// What of the past is wanted.
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Span {
+    /// Of this machine; of the node, without.
+    pub(crate) machine: Option<String>,
+    /// From then on, in milliseconds since 1970-01-01 UTC.
+    pub(crate) since_unix_ms: u64,
+    /// Until then.
+    pub(crate) until_unix_ms: u64,
+    /// In so many points at most.
+    pub(crate) points_max: u32,
+}
+
+/// A sample of a moment.
+struct Measured {
+    at_unix_ms: u64,
+    load: f64,
+    sample: NodeSample,
+    weights: Weights,
+}
+
+type Bucket = (u8, String);
+
+/// Points that are not written: those that are not over, and those that are.
+#[derive(Default)]
+struct Unwritten {
+    open: HashMap<Bucket, HistoryPoint>,
+    over: Vec<(Bucket, HistoryPoint)>,
+}
+
+/// A node's recorder.
+#[derive(Clone)]
+pub(crate) struct Recorder {
+    database: Arc<Database>,
+    unwritten: Arc<Mutex<Unwritten>>,
+    queue: SyncSender<Measured>,
+}
+
+impl Recorder {
+    /// Goes on with what is in a file. Its writer ends with the last handle.
+    ///
+    /// # Errors
+    /// If the file cannot be used, in a sentence.
+    pub(crate) fn open(path: &Path) -> Result<Self, String> {
+        let database = Arc::new(database::open(path, "the history of loads")?);
+        let said = |error: redb::Error| format!("{}: {error}", path.display());
+        // (Makes the table where there is none yet.)
+        write(&database, &[]).map_err(said)?;
+        let unwritten = Arc::new(Mutex::new(Unwritten::default()));
+        let (queue, samples) = sync_channel::<Measured>(QUEUE_MAX);
+        let (of_thread, buckets) = (database.clone(), unwritten.clone());
+        std::thread::Builder::new()
+            .name("history".into())
+            .spawn(move || {
+                let mut written = Instant::now();
+                let mut pruned: Option<Instant> = None;
+                loop {
+                    match samples.recv_timeout(WRITE_EVERY) {
+                        Ok(measured) => lock(&buckets).add(&measured),
+                        Err(RecvTimeoutError::Timeout) => {}
+                        Err(RecvTimeoutError::Disconnected) => break,
+                    }
+                    if written.elapsed() >= WRITE_EVERY {
+                        written = Instant::now();
+                        keep(&of_thread, &buckets);
+                    }
+                    if pruned.is_none_or(|at| at.elapsed() >= PRUNE_EVERY) {
+                        pruned = Some(Instant::now());
+                        let now_unix_ms = keel_cluster::clock::unix_ms();
+                        if let Err(error) = prune(&of_thread, now_unix_ms) {
+                            tracing::warn!(%error, "old loads are not deleted");
+                        }
+                    }
+                }
+                let mut last = lock(&buckets);
+                let open: Vec<_> = last.open.drain().collect();
+                last.over.extend(open);
+                drop(last);
+                keep(&of_thread, &buckets);
+            })
+            .map_err(|error| error.to_string())?;
+        Ok(Recorder {
+            database,
+            unwritten,
+            queue,
+        })
+    }
+
+    /// Takes a sample. Never waits: what finds no room is missing.
+    pub(super) fn take(&self, at_unix_ms: u64, load: f64, sample: &NodeSample, weights: Weights) {
+        let measured = Measured {
+            at_unix_ms,
+            load,
+            sample: sample.clone(),
+            weights,
+        };
+        if self.queue.try_send(measured).is_err() {
+            tracing::debug!("a sample is missing in the history: its disk is slow");
+        }
+    }
+
+    /// What is known of a span, oldest first, in the finest resolution that has all of
+    /// it.
+    ///
+    /// # Errors
+    /// The database's, in a sentence.
+    pub(crate) async fn of(&self, span: Span) -> Result<Vec<HistoryPoint>, String> {
+        let recorder = self.clone();
+        tokio::task::spawn_blocking(move || recorder.read(&span, keel_cluster::clock::unix_ms()))
+            .await
+            .map_err(|error| error.to_string())?
+            .map_err(|error| format!("the history of loads cannot be read: {error}"))
+    }
+
+    fn read(&self, span: &Span, now_unix_ms: u64) -> Result<Vec<HistoryPoint>, redb::Error> {
+        let series = span.machine.as_deref().unwrap_or(NODE);
+        let tier = tier_of(span, now_unix_ms);
+        let bucket_ms = TIERS[usize::from(tier)].bucket_ms;
+        let first = span.since_unix_ms / bucket_ms * bucket_ms;
+        let mut points = Vec::new();
+        let txn = self.database.begin_read()?;
+        let table = txn.open_table(POINTS)?;
+        for entry in table.range((tier, series, first)..=(tier, series, span.until_unix_ms))? {
+            let (_, bytes) = entry?;
+            points.extend(postcard::from_bytes::<HistoryPoint>(bytes.value()));
+        }
+        let unwritten = lock(&self.unwritten);
+        let open = unwritten.open.iter();
+        let over = unwritten.over.iter().map(|(bucket, point)| (bucket, point));
+        for ((of_tier, of_series), point) in over.chain(open) {
+            let within = (first..=span.until_unix_ms).contains(&point.at_unix_ms);
+            if *of_tier == tier && of_series == series && within {
+                points.push(*point);
+            }
+        }
+        drop(unwritten);
+        Ok(keel_api::history_in_points(points, span.points_max))
+    }
+}
+
+/// The finest tier that has a span from its beginning, and the series.
+fn tier_of(span: &Span, now_unix_ms: u64) -> u8 {
+    let ago_ms = now_unix_ms.saturating_sub(span.since_unix_ms);
+    let has = |tier: &Tier| tier.kept_ms >= ago_ms && (tier.machines || span.machine.is_none());
+    let number = TIERS.iter().position(has).unwrap_or(TIERS.len() - 1);
+    u8::try_from(number).unwrap_or(0)
+}
+
+fn lock(unwritten: &Mutex<Unwritten>) -> MutexGuard<'_, Unwritten> {
+    unwritten.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Unwritten {
+    fn add(&mut self, measured: &Measured) {
+        let sample = &measured.sample;
+        let all = |of: fn(&keel_balance::load::MachineSample) -> f64| -> f64 {
+            sample.machines.iter().map(of).sum()
+        };
+        let machines_bytes: u64 = sample
+            .machines
+            .iter()
+            .map(|it| it.factors.memory_bytes)
+            .sum();
+        let at_unix_ms = measured.at_unix_ms;
+        let node = HistoryPoint {
+            at_unix_ms,
+            load: measured.load,
+            load_max: measured.load,
+            cpu_cores: all(|it| it.factors.cpu_cores) + sample.base.cpu_cores,
+            memory_bytes: machines_bytes.saturating_add(sample.base.memory_bytes),
+            io_bytes_per_s: all(|it| it.factors.io_bytes_per_s) + sample.base.io_bytes_per_s,
+            cpu_pressure: sample.cpu_pressure,
+            stalled: sample.stall_pressure,
+            machines: u32::try_from(sample.machines.len()).unwrap_or(u32::MAX),
+            ..HistoryPoint::ONE
+        };
+        let all = (0u8..).zip(&TIERS);
+        for (number, tier) in all {
+            self.add_to(number, tier, NODE, node);
+            if !tier.machines {
+                continue;
+            }
+            for machine in &sample.machines {
+                let factors = &machine.factors;
+                let load = factors.weigh(&sample.capacity, &measured.weights);
+                let point = HistoryPoint {
+                    at_unix_ms,
+                    load,
+                    load_max: load,
+                    cpu_cores: factors.cpu_cores,
+                    memory_bytes: factors.memory_bytes,
+                    working_set_bytes: machine.usage.working_set_bytes,
+                    io_bytes_per_s: factors.io_bytes_per_s,
+                    cpu_pressure: machine.usage.cpu_waited_cores,
+                    stalled: factors.stalled,
+                    machines: 1,
+                    ..HistoryPoint::ONE
+                };
+                self.add_to(number, tier, &machine.name, point);
+            }
+        }
+        // What has gone, or ended, has no more samples.
+        let old = |((tier, _), point): &(Bucket, HistoryPoint)| {
+            let bucket_ms = TIERS[usize::from(*tier)].bucket_ms;
+            point.at_unix_ms + bucket_ms <= at_unix_ms
+        };
+        let over = self
+            .open
+            .iter()
+            .map(|(bucket, point)| (bucket.clone(), *point));
+        let over: Vec<_> = over.filter(old).collect();
+        for (bucket, _) in &over {
+            self.open.remove(bucket);
+        }
+        self.over.extend(over);
+    }
+
+    fn add_to(&mut self, number: u8, tier: &Tier, series: &str, mut point: HistoryPoint) {
+        point.at_unix_ms = point.at_unix_ms / tier.bucket_ms * tier.bucket_ms;
+        point.lasts_ms = tier.bucket_ms;
+        let bucket = (number, series.to_owned());
+        match self.open.get_mut(&bucket) {
+            Some(open) if open.at_unix_ms == point.at_unix_ms => open.add(&point),
+            // (Also where a clock went back.)
+            _ => {
+                let before = self.open.insert(bucket.clone(), point);
+                self.over.extend(before.map(|it| (bucket, it)));
+            }
+        }
+    }
+}
+
+/// Writes what is over; what cannot be written is lost.
+fn keep(database: &Database, unwritten: &Mutex<Unwritten>) {
+    let over = std::mem::take(&mut lock(unwritten).over);
+    if over.is_empty() {
+        return;
+    }
+    if let Err(error) = write(database, &over) {
+        tracing::error!(%error, "measured loads are not kept: is the disk full?");
+    }
+}
+
+fn write(database: &Database, over: &[(Bucket, HistoryPoint)]) -> Result<(), redb::Error> {
+    let txn = database.begin_write()?;
+    {
+        let mut table = txn.open_table(POINTS)?;
+        for ((tier, series), point) in over {
+            let key = (*tier, series.as_str(), point.at_unix_ms);
+            // A machine that came back, or an agent that was started again, goes on.
+            let before = table.get(key)?;
+            let before =
+                before.and_then(|it| postcard::from_bytes::<HistoryPoint>(it.value()).ok());
+            let mut whole = *point;
+            if let Some(before) = before {
+                whole.add(&before);
+            }
+            let Ok(bytes) = postcard::to_stdvec(&whole) else {
+                continue;
+            };
+            table.insert(key, bytes.as_slice())?;
+        }
+    }
+    txn.commit()?;
+    Ok(())
+}
+
+/// Deletes what is older than its tier keeps.
+fn prune(database: &Database, now_unix_ms: u64) -> Result<(), redb::Error> {
+    let txn = database.begin_write()?;
+    let mut table = txn.open_table(POINTS)?;
+    table.retain(|(tier, _, at), _| {
+        let tier = TIERS.get(usize::from(tier));
+        tier.is_some_and(|tier| at + tier.kept_ms >= now_unix_ms)
+    })?;
+    drop(table);
+    txn.commit()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_balance::load::{Capacity, Factors, MachineSample, Usage};
+
+    fn measured(at_unix_ms: u64, cores: f64) -> Measured {
+        Measured {
+            at_unix_ms,
+            load: cores,
+            sample: NodeSample {
+                capacity: Capacity {
+                    cores: 1.0,
+                    speed: 1.0,
+                    memory_bytes: 1 << 30,
+                    io_bytes_per_s: 1e9,
+                },
+                base: Factors::default(),
+                machines: vec![MachineSample {
+                    name: "m".into(),
+                    factors: Factors {
+                        cpu_cores: cores,
+                        memory_bytes: 1 << 20,
+                        ..Factors::default()
+                    },
+                    lasted_ms: 0,
+                    usage: Usage {
+                        working_set_bytes: Some(4096),
+                        ..Usage::default()
+                    },
+                }],
+                cpu_pressure: 0.5,
+                stall_pressure: 0.0,
+            },
+            weights: Weights::default(),
+        }
+    }
+
+    fn span(machine: Option<&str>, since: u64, until: u64) -> Span {
+        Span {
+            machine: machine.map(str::to_owned),
+            since_unix_ms: since,
+            until_unix_ms: until,
+            points_max: 1000,
+        }
+    }
+
+    #[test]
+    fn a_month_is_known_ever_less_finely_and_then_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let recorder = Recorder::open(&folder.path().join("loads.redb")).unwrap();
+        let begun = 100 * DAY_MS;
+        // A day, a sample every ten seconds: a core in the first half of each minute.
+        for at in (0..DAY_MS).step_by(10_000) {
+            let cores = if at % 60_000 < 30_000 { 1.0 } else { 0.0 };
+            let mut unwritten = lock(&recorder.unwritten);
+            unwritten.add(&measured(begun + at, cores));
+            drop(unwritten);
+            if at % 3_600_000 == 0 {
+                keep(&recorder.database, &recorder.unwritten);
+            }
+        }
+        let end = begun + DAY_MS;
+        let hour = 3_600_000;
+        let fine = recorder.read(&span(None, end - hour, end), end).unwrap();
+        assert_eq!(fine.len(), 360);
+        assert_eq!((fine[0].load, fine[3].load), (1.0, 0.0));
+        let by_minute = recorder.read(&span(None, begun, end), end).unwrap();
+        assert_eq!(by_minute.len(), 720, "1440 minutes in 1000 points at most");
+        let minute = &by_minute[7];
+        assert!((minute.load - 0.5).abs() < 1e-9 && minute.load_max == 1.0);
+        // A machine has no seconds.
+        let machine = recorder.read(&span(Some("m"), end - hour, end), end);
+        let machine = machine.unwrap();
+        assert_eq!((machine.len(), machine[0].samples), (60, 6));
+        assert_eq!(machine[0].working_set_bytes, Some(4096));
+        assert_eq!(
+            recorder.read(&span(Some("x"), begun, end), end).unwrap(),
+            []
+        );
+
+        keep(&recorder.database, &recorder.unwritten);
+        prune(&recorder.database, end + 20 * DAY_MS).unwrap();
+        let later = end + 20 * DAY_MS;
+        let coarse = recorder.read(&span(None, begun, end), later).unwrap();
+        assert!((143..=144).contains(&coarse.len()), "{}", coarse.len());
+        assert_eq!(coarse[0].lasts_ms, 600_000);
+        prune(&recorder.database, end + 40 * DAY_MS).unwrap();
+        let all = recorder.read(&span(None, begun, end), end).unwrap();
+        assert!(all.len() <= 2, "what is not written yet: {}", all.len());
+    }
+
+    #[test]
+    fn it_goes_on_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("loads.redb");
+        // (What is old is deleted when it begins.)
+        let at = keel_cluster::clock::unix_ms() / 60_000 * 60_000;
+        for turn in 0..2u64 {
+            let recorder = loop {
+                // The writer lets the file go after its last handle.
+                match Recorder::open(&path) {
+                    Ok(recorder) => break recorder,
+                    Err(_) => std::thread::sleep(Duration::from_millis(10)),
+                }
+            };
+            let one = measured(at + turn * 2_000, 1.0 + turn as f64);
+            recorder.take(one.at_unix_ms, one.load, &one.sample, one.weights);
+            drop(recorder);
+        }
+        let recorder = loop {
+            match Recorder::open(&path) {
+                Ok(recorder) => break recorder,
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        };
+        let read = recorder.read(&span(None, at, at + 10_000), at + 10_000);
+        let read = read.unwrap();
+        assert_eq!((read.len(), read[0].samples, read[0].load), (1, 2, 1.5));
+    }
+}
