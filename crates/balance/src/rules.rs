@@ -453,6 +453,66 @@ pub fn holders_of(
     all
 }
 
+/// All domains of the rules that count, of nodes that are alive.
+pub fn domains_of(rules: &[Rule], nodes: &[Thing]) -> BTreeMap<Name, BTreeSet<String>> {
+    let counting = rules.iter().filter(|rule| rule.counts());
+    let of = |rule: &Rule| -> BTreeSet<String> {
+        let domains = nodes.iter().map(|it| rule.per().of(&it.name, &it.labels));
+        domains.collect()
+    };
+    counting.map(|rule| (rule.name.clone(), of(rule))).collect()
+}
+
+/// The first rule that does not allow a machine on a node. `holders` and `domains` are
+/// those of all rules.
+pub fn forbidden(
+    rules: &[Rule],
+    machine: &Thing,
+    node: &Thing,
+    holders: &BTreeMap<Name, Holders>,
+    domains: &BTreeMap<Name, BTreeSet<String>>,
+) -> Option<Broken> {
+    let (nobody, nowhere) = (Holders::new(), BTreeSet::new());
+    rules.iter().find_map(|rule| {
+        let held = holders.get(&rule.name).unwrap_or(&nobody);
+        let domains = domains.get(&rule.name).unwrap_or(&nowhere);
+        rule.claim(machine, node, held, domains).err()
+    })
+}
+
+/// A move that lets a rule hold again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repair {
+    /// The machine.
+    pub machine: Name,
+    /// What it breaks where it is.
+    pub broken: Broken,
+    /// Where it is to go; `None` if no node may have it.
+    pub target: Option<Name>,
+}
+
+/// What a node repairs next: the first of its machines that break a rule and can be
+/// moved, to a node that is drawn from those that may have it.
+pub fn repair(
+    broken: Vec<(Name, Broken)>,
+    movable: impl Fn(&Name) -> bool,
+    targets: impl Fn(&Name) -> Vec<Name>,
+    draw: impl FnOnce(usize) -> usize,
+) -> Option<Repair> {
+    let mut broken = broken.into_iter();
+    let (machine, broken) = broken.find(|(machine, _)| movable(machine))?;
+    let mut targets = targets(&machine);
+    let target = match targets.len() {
+        0 => None,
+        count => Some(targets.swap_remove(draw(count).min(count - 1))),
+    };
+    Some(Repair {
+        machine,
+        broken,
+        target,
+    })
+}
+
 /// The machines that must move so that every rule holds again, each with the rule that
 /// it breaks: as few as that takes for each rule by itself. Every node finds the same.
 pub fn broken_by(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> Vec<(Name, Broken)> {

@@ -216,13 +216,16 @@ fn progress() -> impl FnMut(f64) {
 
 type Figure = (&'static str, fn(&Report) -> String);
 
-const FIGURES: [Figure; 20] = [
+const FIGURES: [Figure; 23] = [
     ("nodes", |it| it.end.alive.to_string()),
     ("machines", |it| it.end.machines.to_string()),
     ("moves", |it| it.moves.len().to_string()),
     ("bytes moved", |it| output::bytes(it.moved_bytes as u64)),
     ("moves failed", |it| it.failed.to_string()),
     ("moves put off (cap)", |it| it.capped.to_string()),
+    ("moves stopped by rules", |it| it.raced.to_string()),
+    ("moves for rules", |it| it.repairs.to_string()),
+    ("machines against a rule", |it| it.broken.len().to_string()),
     ("came back within the cool-down", |it| {
         it.returns.to_string()
     }),

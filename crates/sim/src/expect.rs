@@ -34,6 +34,12 @@ pub struct Expect {
     pub alerts_max: Option<u64>,
     /// Least alerts.
     pub alerts_min: Option<u64>,
+    /// Most machines that break a rule where they are at the end.
+    pub broken_max: Option<u64>,
+    /// Least moves that were made so that rules hold again.
+    pub repairs_min: Option<u64>,
+    /// Most of them.
+    pub repairs_max: Option<u64>,
     /// Most of their time, as a share, that nodes have less CPU than is demanded.
     pub overload_max: Option<f64>,
     /// Most energy, in kWh.
@@ -96,6 +102,8 @@ impl Expect {
             ("failed_max", self.failed_max, report.failed),
             ("stranded_max", self.stranded_max, count(report.stranded)),
             ("alerts_max", self.alerts_max, report.alerts),
+            ("broken_max", self.broken_max, count(report.broken.len())),
+            ("repairs_max", self.repairs_max, report.repairs),
         ];
         for (key, expected, found) in most {
             if let Some(most) = expected {
@@ -111,6 +119,7 @@ impl Expect {
             ("moves_min", self.moves_min, count(report.moves.len())),
             ("free_min", self.free_min, count(report.end.free)),
             ("alerts_min", self.alerts_min, report.alerts),
+            ("repairs_min", self.repairs_min, report.repairs),
         ];
         for (key, expected, found) in least {
             if let Some(least) = expected {

@@ -90,6 +90,12 @@ pub struct Report {
     pub capped: u64,
     /// Moves that took a machine back to where it came from within the cool-down.
     pub returns: u64,
+    /// Moves that a rule stopped at their end, since another one was faster.
+    pub raced: u64,
+    /// Moves that were made so that rules hold again.
+    pub repairs: u64,
+    /// Machines that break a rule where they are at the end, with what it says.
+    pub broken: Vec<String>,
     /// Rounds that were begun.
     pub rounds: u64,
     /// Machines that do not run because their node died.
@@ -392,6 +398,14 @@ fn report(scenario: &Scenario, world: &World, start: Shape, sums: &Sums, level: 
         failed: world.failed(),
         capped: world.capped(),
         returns: returns(world),
+        raced: world.raced(),
+        repairs: world.repairs(),
+        broken: {
+            let broken = world.broken().iter();
+            broken
+                .map(|(machine, broken)| format!("{machine}: {broken}"))
+                .collect()
+        },
         rounds: world.rounds(),
         stranded: world.stranded(),
         alerts: alerts.len() as u64,

@@ -44,6 +44,7 @@ fn settings(seed: u64, policy: Policy) -> Settings {
         network: Network::default(),
         policy,
         failover_ms: None,
+        rules: keel_sim::world::Rulebook::default(),
     }
 }
 

@@ -96,6 +96,7 @@ fn random_world(seed: u64) -> (World, Policy, usize) {
         network,
         policy: policy.clone(),
         failover_ms: None,
+        rules: keel_sim::world::Rulebook::default(),
     };
     (World::new(settings, &nodes, &machines), policy, node_count)
 }

@@ -3,8 +3,9 @@
 
 use keel_sim::picture;
 use keel_sim::run::{Report, run};
-use keel_sim::scenario::Scenario;
+use keel_sim::scenario::{Cluster, Scenario};
 use keel_sim::what_if::WhatIf;
+use keel_sim::world::World;
 use std::path::Path;
 
 fn parse(text: &str) -> Scenario {
@@ -52,7 +53,7 @@ fn those_that_come_along_hold() {
         assert!(missed.is_empty(), "{}: {missed:?}", scenario.about);
         count += 1;
     }
-    assert_eq!(count, 3);
+    assert_eq!(count, 4);
 }
 
 #[test]
@@ -66,6 +67,66 @@ fn a_seed_says_everything() {
     assert_eq!(once, again);
     scenario.seed += 1;
     assert_ne!(plain(&scenario).moves, once.moves);
+}
+
+/// Whatever two nodes want at the same time: no move is committed that a rule forbids.
+#[test]
+fn no_move_breaks_a_rule_on_any_seed() {
+    let text = include_str!("../scenarios/rules.toml");
+    let (mut raced, mut repairs) = (0, 0);
+    for seed in 1..=30 {
+        let mut scenario = parse(text);
+        scenario.seed = seed;
+        scenario.network.moves_failed = 0.1;
+        scenario.network.lost = 0.05;
+        let cluster = Cluster::of(&scenario).unwrap();
+        let mut world = World::new(cluster.settings.clone(), &cluster.nodes, &cluster.machines);
+        for (at_ms, what) in &cluster.events {
+            world.at(*at_ms, what.clone());
+        }
+        let mut before = world.broken().len();
+        for s in 1..=900 {
+            world.run_until(s * 1000);
+            let broken = world.broken().len();
+            // Only a rule that came, or a node that died, breaks any.
+            let comes = (300..=301).contains(&s) || (500..=540).contains(&s);
+            assert!(
+                broken <= before || comes,
+                "seed {seed}, {s} s: {:?}",
+                world.broken()
+            );
+            before = broken;
+        }
+        assert_eq!(world.broken(), [], "seed {seed}");
+        raced += world.raced();
+        repairs += world.repairs();
+    }
+    assert!(repairs >= 150 && raced > 0, "{repairs}, {raced}");
+    println!("{repairs} repairs, {raced} moves stopped at their end");
+}
+
+#[test]
+fn rules_that_make_no_sense_are_named_with_their_line() {
+    let begin = "length_s = 10\n[[nodes]]\nname = \"n{}\"\ncount = 2\ncores = 1\nmemory_mib = 64\n\
+        [[machines]]\nname = \"m{}\"\ncount = 3\ncurve = { kind = \"steady\", cores = 1 }\n";
+    let of = |rule: &str| error(&format!("{begin}{rule}"));
+    let said = of("[[rules]]\nname = \"r\"\nmachines = { names = [\"x\"] }\nrule = \"stay\"\n");
+    assert!(
+        said.contains("line 11") && said.contains("about no machine"),
+        "{said}"
+    );
+    let said = of(
+        "[[rules]]\nname = \"r\"\nmachines = { names = [\"m*\"] }\nrule = \"pin\"\nnodes = { names = [\"z\"] }\n",
+    );
+    assert!(said.contains("names no node"), "{said}");
+    let said = of(
+        "[[rules]]\nname = \"one\"\nmachines = { names = [\"m*\"] }\nrule = \"apart\"\n\
+         [[rules]]\nname = \"idle\"\nmachines = { names = [\"m1\"] }\nrule = \"stay\"\n",
+    );
+    // Three machines on two nodes.
+    assert!(said.contains("cannot be kept together: one"), "{said}");
+    let said = of("[[events]]\nkind = \"rule-goes\"\nat_s = 1\nrule = \"r\"\n");
+    assert!(said.contains("no rule \"r\""), "{said}");
 }
 
 #[test]

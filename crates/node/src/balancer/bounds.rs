@@ -6,7 +6,7 @@ use super::placements::Placements;
 use crate::rules::{Book, Drain};
 use keel_balance::Name;
 use keel_balance::round::Bounds;
-use keel_balance::rules::{Broken, Holders, Thing, broken_by, holders_of};
+use keel_balance::rules::{Broken, Holders, Thing, broken_by, domains_of, forbidden, holders_of};
 use keel_balance::select::Bound;
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -44,7 +44,7 @@ pub(super) struct Snapshot {
     nodes: Vec<Thing>,
     /// Minute of the day, UTC.
     minute: u32,
-    holders: OnceCell<BTreeMap<Name, Holders>>,
+    held: OnceCell<(BTreeMap<Name, Holders>, BTreeMap<Name, BTreeSet<String>>)>,
 }
 
 impl Snapshot {
@@ -75,7 +75,7 @@ impl Snapshot {
             placed,
             nodes,
             minute: (now_unix_ms / 60_000 % 1440) as u32,
-            holders: OnceCell::new(),
+            held: OnceCell::new(),
         }
     }
 
@@ -108,22 +108,17 @@ impl Snapshot {
         }
         let thing = self.book.machine(machine);
         let node = self.book.node(target);
-        let none = Holders::new();
-        for rule in self.book.rules.iter().filter(|it| it.is_about(&thing)) {
-            let holders = self
-                .holders
-                .get_or_init(|| holders_of(&self.book.rules, &self.placed, &self.nodes));
-            let held = holders.get(&rule.name).unwrap_or(&none);
-            let domains: BTreeSet<String> = self
-                .nodes
-                .iter()
-                .map(|it| rule.per().of(&it.name, &it.labels))
-                .collect();
-            if let Err(broken) = rule.claim(&thing, &node, held, &domains) {
-                return Some(broken);
-            }
+        if !self.book.rules.iter().any(|it| it.is_about(&thing)) {
+            return None;
         }
-        None
+        let (holders, domains) = self.held.get_or_init(|| {
+            let rules = &self.book.rules;
+            (
+                holders_of(rules, &self.placed, &self.nodes),
+                domains_of(rules, &self.nodes),
+            )
+        });
+        forbidden(&self.book.rules, &thing, &node, holders, domains)
     }
 }
 

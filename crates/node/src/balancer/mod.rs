@@ -55,7 +55,7 @@ use keel_balance::ledger::{Decision, Line, Outcome};
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample};
 use keel_balance::policy::{Basis, Mode, Policy};
 use keel_balance::round::{Answer, Balancer, Command, Event, Question};
-use keel_balance::rules::Broken;
+use keel_balance::rules::{Broken, Repair, repair};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Change, KeyValue, Revision};
@@ -330,15 +330,20 @@ impl Task {
             let placed = self.placements.get(machine);
             placed.is_some_and(|placed| placed.movable)
         };
-        let mut broken = snapshot.broken_on(here).into_iter();
-        let Some((machine, broken)) = broken.find(|(machine, _)| movable(machine)) else {
-            return;
+        let targets = |machine: &Name| {
+            let mut targets = self.peers.clone();
+            targets.retain(|target| snapshot.forbids(machine, target).is_none());
+            targets
         };
-        let mut targets = self.peers.clone();
-        targets.retain(|target| snapshot.forbids(&machine, target).is_none());
-        let target = match targets.len() {
-            0 => None,
-            count => Some(targets[rand::random_range(0..count)].clone()),
+        let broken = snapshot.broken_on(here);
+        let draw = |count| rand::random_range(0..count);
+        let Some(Repair {
+            machine,
+            broken,
+            target,
+        }) = repair(broken, movable, targets, draw)
+        else {
+            return;
         };
         let pause = if target.is_some() {
             ARRIVAL_MAX

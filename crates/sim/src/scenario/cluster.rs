@@ -7,10 +7,11 @@ use crate::bad_input::{BadInput, hint};
 use crate::curve::Curve;
 use crate::energy::PowerTable;
 use crate::traces::{self, Trace};
-use crate::world::{MachineSpec, NodeSpec, Settings, What};
+use crate::world::{MachineSpec, NodeSpec, Rulebook, Settings, What};
 use keel_balance::Name;
 use keel_balance::load::{Capacity, SPEED_RANGE};
 use keel_balance::policy::Policy;
+use keel_balance::rules::{Rule, Says, Thing, conflict};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -43,6 +44,7 @@ struct Builder<'a> {
     power: Vec<Option<PowerTable>>,
     machines: Vec<MachineSpec>,
     names: HashSet<Name>,
+    rulebook: Rulebook,
     /// Machines that were spread so far: the next group goes on from there.
     spread: usize,
     traces: HashMap<PathBuf, Arc<[Trace]>>,
@@ -63,6 +65,7 @@ impl Cluster {
             power: Vec::new(),
             machines: Vec::new(),
             names: HashSet::new(),
+            rulebook: Rulebook::default(),
             spread: 0,
             traces: HashMap::new(),
         };
@@ -77,6 +80,7 @@ impl Cluster {
         for group in &scenario.machines {
             builder.machine_group(group)?;
         }
+        let rules = builder.rules()?;
         let events = builder.events()?;
         Ok(Cluster {
             settings: Settings {
@@ -84,6 +88,7 @@ impl Cluster {
                 network: scenario.network,
                 policy: scenario.policy.clone(),
                 failover_ms: scenario.failover_s.map(|s| s * 1000),
+                rules,
             },
             nodes: builder.nodes,
             power: builder.power,
@@ -229,6 +234,10 @@ impl Builder<'_> {
                 }
                 Placing::Random => self.rng.random_range(0..places.len()),
             };
+            if !group.own_labels.is_empty() {
+                let labels = group.own_labels.clone();
+                self.rulebook.machines.insert(name.clone(), labels);
+            }
             self.machines.push(MachineSpec {
                 name,
                 node: places[at],
@@ -365,11 +374,60 @@ impl Builder<'_> {
         Ok(traces)
     }
 
+    /// The rules, which must make sense, be about somebody, and be possible together.
+    fn rules(&mut self) -> Result<Rulebook, BadInput> {
+        let scenario = self.scenario;
+        let mut rulebook = std::mem::take(&mut self.rulebook);
+        let labels = self.nodes.iter().map(|it| it.name.clone());
+        rulebook.nodes = labels.zip(self.labels.iter().cloned()).collect();
+        let nodes: Vec<Thing> = self
+            .nodes
+            .iter()
+            .map(|it| rulebook.node(&it.name))
+            .collect();
+        let machines = self.machines.iter();
+        let machines: Vec<Thing> = machines.map(|it| rulebook.machine(&it.name)).collect();
+        for spanned in &scenario.rules {
+            let rule = spanned.get_ref();
+            self.check_rule(rule, &machines, &nodes)
+                .map_err(|reason| scenario.bad(spanned, reason))?;
+            if rulebook.rules.iter().any(|it| it.name == rule.name) {
+                let reason = format!("there is a rule {:?} already", &*rule.name);
+                return Err(scenario.bad(spanned, reason));
+            }
+            rulebook.rules.push(rule.clone());
+        }
+        if let Some(conflict) = conflict(&rulebook.rules, &machines, &nodes) {
+            let reason = format!("rules cannot be kept together: {}", conflict.join(", "));
+            return Err(BadInput::file(&scenario.place, reason));
+        }
+        self.rulebook = rulebook.clone();
+        Ok(rulebook)
+    }
+
+    fn check_rule(&self, rule: &Rule, machines: &[Thing], nodes: &[Thing]) -> Result<(), String> {
+        rule.check()?;
+        if !machines.iter().any(|machine| rule.is_about(machine)) {
+            return Err(format!("rule {:?} is about no machine", &*rule.name));
+        }
+        if let Says::Pin { nodes: chosen } | Says::Avoid { nodes: chosen } = &rule.says
+            && !nodes.iter().any(|it| chosen.fits(&it.name, &it.labels))
+        {
+            return Err(format!(
+                "rule {:?} names no node that there is",
+                &*rule.name
+            ));
+        }
+        Ok(())
+    }
+
     fn events(&mut self) -> Result<Vec<(u64, What)>, BadInput> {
         let scenario = self.scenario;
         let mut events: Vec<&Spanned<Event>> = scenario.events.iter().collect();
         events.sort_by(|one, other| one.get_ref().at_s().total_cmp(&other.get_ref().at_s()));
         let mut policy = scenario.policy.clone();
+        let named = scenario.rules.iter().map(|it| it.get_ref().name.clone());
+        let mut rules: HashSet<Name> = named.collect();
         // Who had an event already.
         let mut nodes: HashSet<usize> = HashSet::new();
         let mut machines: HashSet<usize> = HashSet::new();
@@ -407,6 +465,26 @@ impl Builder<'_> {
                 Event::Policy { change, .. } => {
                     policy = self.policy(event, &policy, change)?;
                     put(What::Policy(Box::new(policy.clone())));
+                }
+                Event::RuleComes { rule, .. } => {
+                    let machines = self.machines.iter();
+                    let machines: Vec<Thing> =
+                        machines.map(|it| self.rulebook.machine(&it.name)).collect();
+                    let nodes = self.nodes.iter();
+                    let nodes: Vec<Thing> = nodes.map(|it| self.rulebook.node(&it.name)).collect();
+                    self.check_rule(rule, &machines, &nodes)
+                        .map_err(|reason| scenario.bad(event, reason))?;
+                    rules.insert(rule.name.clone());
+                    put(What::RuleComes(Box::new(rule.clone())));
+                }
+                Event::RuleGoes { rule, .. } => {
+                    let name: Name = rule.as_str().into();
+                    if !rules.remove(&name) {
+                        let hint = hint(rule, rules.iter().map(|it| &**it));
+                        let reason = format!("there is no rule {rule:?} then; {hint}");
+                        return Err(scenario.bad(event, reason));
+                    }
+                    put(What::RuleGoes(name));
                 }
                 Event::ClockJumps { node, by_s, .. } => {
                     let year = 366.0 * 86_400.0;

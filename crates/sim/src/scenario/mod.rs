@@ -14,6 +14,7 @@ use crate::energy::Power;
 use crate::expect::Expect;
 use crate::world::{Lie, Network};
 use keel_balance::policy::Policy;
+use keel_balance::rules::Rule;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -57,6 +58,9 @@ pub struct Scenario {
     /// Machines.
     #[serde(default)]
     pub machines: Vec<Spanned<MachineGroup>>,
+    /// Rules of where machines may be.
+    #[serde(default)]
+    pub rules: Vec<Spanned<Rule>>,
     /// What befalls it.
     #[serde(default)]
     pub events: Vec<Spanned<Event>>,
@@ -104,7 +108,7 @@ pub struct NodeGroup {
     /// What its disks carry, in MiB a second.
     #[serde(default = "usual_io")]
     pub io_mib_per_s: f64,
-    /// Labels, by which machines are placed.
+    /// Labels, by which machines are placed, and by which rules choose.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
     /// What power it takes.
@@ -151,6 +155,9 @@ pub struct MachineGroup {
     /// Labels that their first nodes must have.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// Labels of their own, by which rules choose.
+    #[serde(default)]
+    pub own_labels: BTreeMap<String, String>,
     /// What each demands, in cores of the reference speed. Of `bursts` and `noise`
     /// each machine has a seed of its own.
     pub curve: Option<Curve>,
@@ -237,6 +244,20 @@ pub enum Event {
         /// Keys of the policy, and what they are now.
         change: toml::Table,
     },
+    /// There is one rule more, or another one of its name.
+    RuleComes {
+        /// When, in seconds.
+        at_s: f64,
+        /// Which.
+        rule: Rule,
+    },
+    /// There is one rule less.
+    RuleGoes {
+        /// When, in seconds.
+        at_s: f64,
+        /// Its name.
+        rule: String,
+    },
     /// A node's clock jumps.
     ClockJumps {
         /// When, in seconds.
@@ -288,6 +309,8 @@ impl Event {
             | Event::MachineStarts { at_s, .. }
             | Event::MachineEnds { at_s, .. }
             | Event::Policy { at_s, .. }
+            | Event::RuleComes { at_s, .. }
+            | Event::RuleGoes { at_s, .. }
             | Event::ClockJumps { at_s, .. }
             | Event::NodeLies { at_s, .. }
             | Event::NodeMismeasures { at_s, .. }
@@ -330,6 +353,7 @@ impl Scenario {
             policy: Policy::default(),
             nodes: Vec::new(),
             machines: Vec::new(),
+            rules: Vec::new(),
             events: Vec::new(),
             expect: Expect::default(),
             place: file.clone(),

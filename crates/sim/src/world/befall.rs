@@ -2,9 +2,11 @@
 //! another policy, clocks that jump, nodes that lie or answer late.
 
 use super::{Happening, Node, NodeSpec, World};
+use keel_balance::Name;
 use keel_balance::load::{Factors, NodeSample};
 use keel_balance::policy::Policy;
 use keel_balance::round::{Answer, Event, Question};
+use keel_balance::rules::Rule;
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +23,10 @@ pub enum What {
     MachineEnds(usize),
     /// The cluster has another policy.
     Policy(Box<Policy>),
+    /// The cluster has one rule more, or another one of that name.
+    RuleComes(Box<Rule>),
+    /// The cluster has one rule less.
+    RuleGoes(Name),
     /// A node's clock jumps.
     ClockJumps {
         /// Which node.
@@ -127,7 +133,10 @@ impl World {
                 it.runs = false;
                 let node = it.node;
                 self.nodes[node].machines.retain(|it| *it != machine);
+                self.placed_anew();
             }
+            What::RuleComes(rule) => self.rule_comes(*rule),
+            What::RuleGoes(name) => self.rule_goes(&name),
             What::Policy(policy) => {
                 self.policy_revision += 1;
                 self.settings.policy = *policy;
@@ -169,6 +178,7 @@ impl World {
         for &machine in &self.nodes[node].machines {
             self.machines[machine].runs = false;
         }
+        self.placed_anew();
         let noticed_ms = self.now_ms + self.settings.network.noticed_ms;
         self.queue.put(noticed_ms, Happening::Notice);
         if let Some(failover_ms) = self.settings.failover_ms {
@@ -199,6 +209,7 @@ impl World {
             self.machines[machine].since_ms = self.now_ms;
         }
         self.nodes[node] = fresh;
+        self.placed_anew();
         self.tell_policy(node);
         self.begin_sampling(node);
         let noticed_ms = self.now_ms + self.settings.network.noticed_ms;
@@ -227,13 +238,19 @@ impl World {
         it.node = node;
         it.since_ms = self.now_ms;
         self.nodes[node].machines.push(machine);
+        self.placed_anew();
     }
 
-    /// The node with the least load that has the memory for a machine.
+    /// The node with the least load that has the memory for a machine, and on which
+    /// rules allow it.
     fn roomiest(&self, machine: usize) -> Option<usize> {
         let needs = self.machines[machine].spec.memory_bytes;
         let weights = &self.settings.policy.weights;
-        let alive = (0..self.nodes.len()).filter(|&number| self.nodes[number].alive);
+        let name = &self.machines[machine].spec.name;
+        let alive = (0..self.nodes.len()).filter(|&number| {
+            let node = &self.nodes[number];
+            node.alive && self.book.forbids(name, &node.name).is_none()
+        });
         let roomy = alive.filter_map(|number| {
             let sample = self.sample(number);
             (sample.memory_free_bytes() >= needs).then(|| (sample.load(weights), number))
@@ -254,5 +271,6 @@ impl World {
             }
         }
         self.nodes[node].machines = stranded;
+        self.placed_anew();
     }
 }

@@ -4,7 +4,7 @@ use super::{Made, Moved, World};
 use keel_balance::Name;
 use keel_balance::load::Capacity;
 use keel_balance::policy::Policy;
-use keel_balance::round::offers;
+use keel_balance::round::{Bounds, offers};
 use keel_balance::select::{Candidate, Considered, Side, Verdict, select};
 
 /// A node as it is now, without anything in flight.
@@ -154,15 +154,21 @@ impl World {
                 if source == target || !may {
                     continue;
                 }
-                if let Some(first) = self.first_of(*source, here, there) {
-                    return Some((self.nodes[*target].name.clone(), first));
+                let name = &self.nodes[*target].name;
+                if let Some(first) = self.first_of(*source, (here, there), name) {
+                    return Some((name.clone(), first));
                 }
             }
         }
         None
     }
 
-    fn first_of(&self, source: usize, here: &Side, there: &Side) -> Option<Considered> {
+    fn first_of(
+        &self,
+        source: usize,
+        (here, there): (&Side, &Side),
+        target: &Name,
+    ) -> Option<Considered> {
         let policy = &self.settings.policy;
         let machines = self.nodes[source].machines.iter();
         let candidates: Vec<Candidate> = machines
@@ -175,10 +181,10 @@ impl World {
                     factors,
                     there: on.weigh(&there.capacity, &policy.weights),
                     lasted_ms: self.now_ms - machine.since_ms,
-                    bound: None,
+                    bound: self.book.bound(&machine.spec.name, target),
                 }
             })
-            .filter(|it| !self.stays.0.contains(&it.machine))
+            .filter(|it| it.bound.is_none())
             .collect();
         let model = self.nodes[source].balancer.model();
         let considered = select(here, there, &candidates, model, policy);

@@ -9,29 +9,32 @@
 //! - `befall`: what comes from outside
 //! - `look`: what others may look at
 //! - `queue`: what is going to happen
+//! - `book`: rules, and their repair
 
 mod befall;
+mod book;
 mod look;
 mod messages;
 mod moves;
 mod queue;
 
 pub use befall::{Lie, What};
+pub use book::Rulebook;
 pub use look::NodeNow;
 
 use crate::curve::Curve;
+use book::Book;
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::Decision;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_balance::policy::Policy;
-use keel_balance::round::{Balancer, Bounds, Command, Event};
-use keel_balance::select::Bound;
+use keel_balance::round::{Balancer, Command, Event};
 use queue::Queue;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
 /// What nodes' clocks show at first, in milliseconds, so that they can jump back.
 const CLOCK_MS: i64 = 1_000_000_000_000;
@@ -133,6 +136,8 @@ pub struct Settings {
     /// Milliseconds after which machines of a node that died run on others, on that
     /// with the least load that has the memory; without, they wait for their node.
     pub failover_ms: Option<u64>,
+    /// Rules, from the start.
+    pub rules: Rulebook,
 }
 
 /// A move that took place.
@@ -184,6 +189,8 @@ struct Node {
     /// twice.
     late_ms: u64,
     doubled: f64,
+    /// From when on it looks after broken rules.
+    repair_ms: u64,
 }
 
 #[derive(Debug)]
@@ -192,6 +199,8 @@ struct Machine {
     node: usize,
     since_ms: u64,
     runs: bool,
+    /// Whether it is on its way.
+    moves: bool,
 }
 
 #[derive(Debug)]
@@ -207,16 +216,6 @@ enum Happening {
     FailOver(usize, u32),
 }
 
-/// Rules of the world: machines that stay where they are.
-#[derive(Debug, Default)]
-struct Stays(BTreeSet<Name>);
-
-impl Bounds for Stays {
-    fn bound(&self, machine: &Name, _target: &Name) -> Option<Bound> {
-        self.0.contains(machine).then_some(Bound::OptedOut)
-    }
-}
-
 /// A simulated cluster.
 pub struct World {
     settings: Settings,
@@ -227,13 +226,15 @@ pub struct World {
     machines: Vec<Machine>,
     node_numbers: HashMap<Name, usize>,
     machine_numbers: HashMap<Name, usize>,
-    stays: Stays,
+    book: Book,
     policy_revision: u64,
     moving: usize,
     moves: Vec<Moved>,
     failed: u64,
     capped: u64,
     rounds: u64,
+    repairs: u64,
+    raced: u64,
     decisions: Vec<Made>,
     alerts: Vec<(u64, usize, String)>,
     keep_decisions: bool,
@@ -261,15 +262,21 @@ impl World {
                     runs: spec.runs,
                     spec: spec.clone(),
                     since_ms: 0,
+                    moves: false,
                 })
                 .collect(),
-            stays: Stays(stays.map(|it| it.name.clone()).collect()),
+            book: Book::new(
+                settings.rules.clone(),
+                stays.map(|it| it.name.clone()).collect(),
+            ),
             policy_revision: 1,
             moving: 0,
             moves: Vec::new(),
             failed: 0,
             capped: 0,
             rounds: 0,
+            repairs: 0,
+            raced: 0,
             decisions: Vec::new(),
             alerts: Vec::new(),
             keep_decisions: true,
@@ -285,6 +292,7 @@ impl World {
             world.begin_sampling(number);
         }
         world.tell_peers();
+        world.placed_anew();
         world
     }
 
@@ -325,6 +333,7 @@ impl World {
                     lie.sample(&mut sample);
                 }
                 self.step(node, Event::Sample(sample));
+                self.repair(node);
             }
             Happening::Wake(node, life) => {
                 // One that was put before an earlier one says nothing any more; if it
@@ -385,7 +394,8 @@ impl World {
         let now_ms = self.now_ms;
         let node = &mut self.nodes[number];
         let clock_ms = now_ms.saturating_add_signed(node.clock_ms);
-        let commands = node.balancer.step(event, clock_ms, &self.stays);
+        self.book.pass(now_ms);
+        let commands = node.balancer.step(event, clock_ms, &self.book);
         for command in commands {
             self.carry_out(number, command);
         }
@@ -411,17 +421,19 @@ impl World {
             } => self.ask(number, round, &peer, question),
             Command::Reply { ticket, answer } => self.reply(number, ticket, answer),
             Command::Move { machine, target } => self.begin_move(number, &machine, &target),
-            Command::Record(decision) => {
-                if self.keep_decisions {
-                    self.decisions.push(Made {
-                        at_ms: self.now_ms,
-                        node: number,
-                        model: *self.nodes[number].balancer.model(),
-                        decision: *decision,
-                    });
-                }
-            }
+            Command::Record(decision) => self.keep(number, *decision),
             Command::Alert(text) => self.alerts.push((self.now_ms, number, text)),
+        }
+    }
+
+    fn keep(&mut self, number: usize, decision: Decision) {
+        if self.keep_decisions {
+            self.decisions.push(Made {
+                at_ms: self.now_ms,
+                node: number,
+                model: *self.nodes[number].balancer.model(),
+                decision,
+            });
         }
     }
 }
@@ -441,6 +453,7 @@ impl Node {
             mismeasures: None,
             late_ms: 0,
             doubled: 0.0,
+            repair_ms: 0,
         }
     }
 }

@@ -25,6 +25,8 @@ pub(super) struct Under {
     lives: (u32, u32),
     duration_ms: u64,
     fails: bool,
+    /// Whether it is made so that a rule holds again, and no round came to it.
+    repairs: bool,
 }
 
 impl World {
@@ -33,7 +35,7 @@ impl World {
         let target = self.node_numbers[target];
         let most = self.settings.policy.moves_at_once(self.nodes.len());
         let it = &self.machines[number];
-        let refused = if !(it.runs && it.node == source) {
+        let refused = if !(it.runs && it.node == source) || it.moves {
             Some(Outcome::Stayed {
                 why: "it does not run here any more".into(),
             })
@@ -57,12 +59,18 @@ impl World {
                 .put(self.now_ms + 1, Happening::Tell(source, life, event));
             return;
         }
+        self.set_out(number, source, target, false);
+    }
+
+    /// A machine begins to move.
+    pub(super) fn set_out(&mut self, number: usize, source: usize, target: usize, repairs: bool) {
         let chance = self.settings.network.moves_failed;
         let fails = chance > 0.0 && self.rng.random_bool(chance);
         let duration_ms = self.duration_ms(number);
         self.moving += 1;
+        self.machines[number].moves = true;
         let coming = Event::Arriving {
-            machine: machine.clone(),
+            machine: self.machines[number].spec.name.clone(),
         };
         self.step(target, coming);
         let under = Under {
@@ -72,6 +80,7 @@ impl World {
             lives: (self.nodes[source].life, self.nodes[target].life),
             duration_ms,
             fails,
+            repairs,
         };
         self.queue
             .put(self.now_ms + duration_ms, Happening::MoveOver(under));
@@ -98,12 +107,19 @@ impl World {
             ..
         } = under;
         self.moving -= 1;
+        self.machines[machine].moves = false;
+        if under.repairs {
+            self.repair_over(source);
+        }
         let name = self.machines[machine].spec.name.clone();
         let source_lives = self.lives(source, under.lives.0);
         let target_lives = self.lives(target, under.lives.1);
         let there = self.machines[machine].runs && self.machines[machine].node == source;
-        if under.fails || !source_lives || !target_lives || !there {
-            self.failed += 1;
+        let target_name = self.nodes[target].name.clone();
+        let forbidden = self.book.forbids(&name, &target_name);
+        if under.fails || !source_lives || !target_lives || !there || forbidden.is_some() {
+            self.failed += u64::from(forbidden.is_none());
+            self.raced += u64::from(forbidden.is_some());
             let gone = Event::ArrivalFailed {
                 machine: name.clone(),
             };
@@ -112,7 +128,12 @@ impl World {
             } else {
                 "the machine ended"
             };
-            let outcome = Outcome::Stayed { why: why.into() };
+            let outcome = match forbidden {
+                Some(broken) => Outcome::Raced {
+                    rule: broken.rule.to_string(),
+                },
+                None => Outcome::Stayed { why: why.into() },
+            };
             let ended = Event::MoveEnded {
                 machine: name,
                 outcome,
@@ -120,7 +141,7 @@ impl World {
             if target_lives {
                 self.step(target, gone);
             }
-            if source_lives {
+            if source_lives && !under.repairs {
                 self.step(source, ended);
             }
             return;
@@ -130,6 +151,8 @@ impl World {
         self.nodes[target].machines.push(machine);
         self.machines[machine].node = target;
         self.machines[machine].since_ms = self.now_ms;
+        self.repairs += u64::from(under.repairs);
+        self.placed_anew();
         self.moves.push(Moved {
             at_ms: self.now_ms,
             machine,
@@ -160,7 +183,8 @@ impl World {
             outcome,
         };
         let life = under.lives.0;
-        for (after_ms, event) in [(told_ms, left), (over_ms, ended)] {
+        let ended = (!under.repairs).then_some((over_ms, ended));
+        for (after_ms, event) in [(told_ms, left)].into_iter().chain(ended) {
             let tell = Happening::Tell(source, life, event);
             self.queue.put(self.now_ms + after_ms, tell);
         }

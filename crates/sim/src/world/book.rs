@@ -1,0 +1,221 @@
+//! Rules of the world, as its store has them: a placement that a rule does not allow is
+//! refused whoever wants it, and who breaks one where it is is moved by its node.
+
+use super::World;
+use keel_balance::Name;
+use keel_balance::ledger::Decision;
+use keel_balance::policy::Mode;
+use keel_balance::round::Bounds;
+use keel_balance::rules::{
+    Broken, Holders, Labels, Repair, Rule, Thing, broken_by, domains_of, forbidden, holders_of,
+    repair,
+};
+use keel_balance::select::Bound;
+use rand::RngExt;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Milliseconds from one repair of a node to its next, and until a rule that no node
+/// can keep is looked at again.
+const REPAIR_EVERY_MS: u64 = 2_000;
+const HELPLESS_EVERY_MS: u64 = 60_000;
+
+/// Rules, and labels by which they choose.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Rulebook {
+    /// The rules.
+    pub rules: Vec<Rule>,
+    /// Labels of nodes.
+    pub nodes: BTreeMap<Name, Labels>,
+    /// Labels of machines.
+    pub machines: BTreeMap<Name, Labels>,
+}
+
+impl Rulebook {
+    /// A node as rules see it.
+    pub fn node(&self, name: &Name) -> Thing {
+        thing(name, &self.nodes)
+    }
+
+    /// A machine as rules see it.
+    pub fn machine(&self, name: &Name) -> Thing {
+        thing(name, &self.machines)
+    }
+}
+
+fn thing(name: &Name, labels: &BTreeMap<Name, Labels>) -> Thing {
+    Thing {
+        name: name.clone(),
+        labels: labels.get(name).cloned().unwrap_or_default(),
+    }
+}
+
+/// What is bound.
+#[derive(Debug, Default)]
+pub(super) struct Book {
+    opted_out: BTreeSet<Name>,
+    rulebook: Rulebook,
+    holders: BTreeMap<Name, Holders>,
+    domains: BTreeMap<Name, BTreeSet<String>>,
+    /// Nodes that are alive.
+    alive: Vec<Name>,
+    /// Machines that break a rule where they are.
+    pub(super) broken: Vec<(Name, Broken)>,
+    /// Minute of the world's day.
+    minute: u32,
+}
+
+impl Book {
+    pub(super) fn new(rulebook: Rulebook, opted_out: BTreeSet<Name>) -> Self {
+        Book {
+            opted_out,
+            rulebook,
+            ..Book::default()
+        }
+    }
+
+    pub(super) fn pass(&mut self, now_ms: u64) {
+        self.minute = (now_ms / 60_000 % 1440) as u32;
+    }
+
+    /// The rule that does not allow a machine on a node.
+    pub(super) fn forbids(&self, machine: &Name, node: &Name) -> Option<Broken> {
+        let rules = &self.rulebook.rules;
+        if rules.is_empty() {
+            return None;
+        }
+        let machine = self.rulebook.machine(machine);
+        let node = self.rulebook.node(node);
+        forbidden(rules, &machine, &node, &self.holders, &self.domains)
+    }
+}
+
+impl Bounds for Book {
+    fn bound(&self, machine: &Name, target: &Name) -> Option<Bound> {
+        if self.opted_out.contains(machine) {
+            return Some(Bound::OptedOut);
+        }
+        if self.rulebook.rules.is_empty() {
+            return None;
+        }
+        let thing = self.rulebook.machine(machine);
+        let mut rules = self.rulebook.rules.iter();
+        let broken = rules
+            .find_map(|rule| rule.forbids_moving(&thing, self.minute))
+            .or_else(|| self.forbids(machine, target))?;
+        Some(Bound::Rule {
+            rule: broken.rule,
+            says: broken.why,
+        })
+    }
+}
+
+impl World {
+    /// Machines that break a rule where they are.
+    pub fn broken(&self) -> &[(Name, Broken)] {
+        &self.book.broken
+    }
+
+    /// Moves that were made so that a rule holds again.
+    pub fn repairs(&self) -> u64 {
+        self.repairs
+    }
+
+    /// Moves that a rule stopped when they were to be committed.
+    pub fn raced(&self) -> u64 {
+        self.raced
+    }
+
+    /// Placements, nodes or rules are others now.
+    pub(super) fn placed_anew(&mut self) {
+        let rules = &self.book.rulebook.rules;
+        if rules.is_empty() {
+            self.book.broken.clear();
+            return;
+        }
+        let mut placed = Vec::new();
+        for node in &self.nodes {
+            let machines = node.machines.iter();
+            let names = machines.map(|number| &self.machines[*number].spec.name);
+            placed.extend(names.map(|it| (self.book.rulebook.machine(it), node.name.clone())));
+        }
+        let every: Vec<Thing> = self
+            .nodes
+            .iter()
+            .map(|it| self.book.rulebook.node(&it.name))
+            .collect();
+        let alive = self.nodes.iter().filter(|node| node.alive);
+        let alive: Vec<Name> = alive.map(|node| node.name.clone()).collect();
+        let there: Vec<Thing> = alive.iter().map(|it| self.book.rulebook.node(it)).collect();
+        self.book.holders = holders_of(rules, &placed, &every);
+        self.book.domains = domains_of(rules, &there);
+        self.book.broken = broken_by(rules, &placed, &there);
+        self.book.alive = alive;
+    }
+
+    pub(super) fn rule_comes(&mut self, rule: Rule) {
+        let rules = &mut self.book.rulebook.rules;
+        rules.retain(|it| it.name != rule.name);
+        rules.push(rule);
+        self.placed_anew();
+    }
+
+    pub(super) fn rule_goes(&mut self, name: &Name) {
+        self.book.rulebook.rules.retain(|it| it.name != *name);
+        self.placed_anew();
+    }
+
+    /// A node looks after its machines that break a rule, as often as it is measured.
+    pub(super) fn repair(&mut self, number: usize) {
+        let automatic = self.settings.policy.mode == Mode::Automatic;
+        if self.book.broken.is_empty() || !automatic || self.now_ms < self.nodes[number].repair_ms {
+            return;
+        }
+        let node = &self.nodes[number];
+        let here = |machine: &Name| {
+            let machine = self.machine_numbers[machine];
+            node.machines.contains(&machine)
+        };
+        let broken = self.book.broken.iter();
+        let broken: Vec<_> = broken.filter(|(it, _)| here(it)).cloned().collect();
+        let movable = |machine: &Name| {
+            let machine = &self.machines[self.machine_numbers[machine]];
+            machine.runs && !machine.moves
+        };
+        let targets = |machine: &Name| {
+            let others = self.book.alive.iter().filter(|it| **it != node.name);
+            let may = others.filter(|it| self.book.forbids(machine, it).is_none());
+            may.cloned().collect()
+        };
+        let rng = &mut self.rng;
+        let found = repair(broken, movable, targets, |count| rng.random_range(0..count));
+        let Some(Repair {
+            machine,
+            broken,
+            target,
+        }) = found
+        else {
+            return;
+        };
+        let pause_ms = match target {
+            Some(_) => u64::MAX / 2,
+            None => HELPLESS_EVERY_MS,
+        };
+        self.nodes[number].repair_ms = self.now_ms + pause_ms;
+        self.keep(
+            number,
+            Decision::Repair {
+                machine: machine.clone(),
+                target: target.clone(),
+                broken,
+            },
+        );
+        if let Some(target) = target {
+            let (machine, target) = (self.machine_numbers[&machine], self.node_numbers[&target]);
+            self.set_out(machine, number, target, true);
+        }
+    }
+
+    pub(super) fn repair_over(&mut self, number: usize) {
+        self.nodes[number].repair_ms = self.now_ms + REPAIR_EVERY_MS;
+    }
+}
