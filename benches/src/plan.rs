@@ -5,11 +5,19 @@
 //! virtual CPUs of which they use about half, on shared disks, most of them on the first
 //! nodes. That our unevenness is hbal's score is checked in each run: hbal is asked for
 //! the score of our ends, too.
+//!
+//! Beside the plan that is as level as can be there is the one of the fewest moves that
+//! is still more level than hbal's, and what the masterless rounds come to (strategy
+//! `spread`, simulated): they see loads, two nodes at a time, and know nothing of this
+//! score.
 
 use crate::table::Table;
 use anyhow::{Context, Result, bail, ensure};
-use keel_balance::plan::{Amounts, Goal, Load, Problem, RESOURCES, Site, plan};
+use keel_balance::plan::{Amounts, Goal, Load, Plan, Problem, RESOURCES, Site, plan, unevenness};
+use keel_balance::policy::Strategy;
 use keel_balance::rules::Labels;
+use keel_sim::scenario::{Cluster, Scenario};
+use keel_sim::world::World;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::fmt::Write as _;
@@ -55,7 +63,7 @@ pub(crate) fn bench() -> Result<()> {
         let problem = cluster(nodes, machines, 1);
         let name = format!("{nodes} / {machines}");
         let begun = Instant::now();
-        let ours = plan(&problem, &Goal::Level);
+        let ours = plan(&problem, &Goal::Level { moves_max: None });
         let took = begun.elapsed();
         ensure!(ours.left.is_empty(), "{:?}", ours.left);
         let mut row = vec![name.clone(), "keel".into()];
@@ -69,9 +77,23 @@ pub(crate) fn bench() -> Result<()> {
         table.row(row);
         let files = folder.path().join(name.replace(" / ", "-"));
         write(&files, &problem, None)?;
+        if let Some(row) = rounds(&files, &problem)? {
+            table.row([vec![name.clone(), "keel, rounds".into()], row].concat());
+        }
         if ends {
             let said = hbal(&files, &[])?;
             check_score(said.before, ours.before)?;
+            if let Some((fewest, took)) = fewest(&problem, &said) {
+                let mut row = vec![name.clone(), "keel, fewest moves".into()];
+                row.extend(numbers(
+                    fewest.before,
+                    fewest.after,
+                    fewest.steps.len(),
+                    fewest.bytes,
+                    took,
+                ));
+                table.row(row);
+            }
             let mut row = vec![name, "hbal".into()];
             row.extend(numbers(
                 said.before,
@@ -92,6 +114,53 @@ pub(crate) fn bench() -> Result<()> {
     }
     table.print("Plans for whole clusters");
     Ok(())
+}
+
+/// The plan of the fewest moves that is more level than hbal's.
+fn fewest(problem: &Problem, said: &Said) -> Option<(Plan, Duration)> {
+    let of = |moves_max: usize| {
+        let goal = Goal::Level {
+            moves_max: Some(moves_max),
+        };
+        let begun = Instant::now();
+        (plan(problem, &goal), begun.elapsed())
+    };
+    let more_level = |(plan, _): &(Plan, Duration)| plan.after < said.after;
+    let all = (0..=said.moves).rev().map(of);
+    all.take_while(more_level).last()
+}
+
+/// Seconds that rounds have.
+const ROUNDS_S: u64 = 3_600;
+
+/// What rounds come to; `None` for what takes too long to simulate by the second.
+fn rounds(files: &Path, problem: &Problem) -> Result<Option<Vec<String>>> {
+    if problem.sites.len() > 200 {
+        return Ok(None);
+    }
+    let utilisation = files.with_extension("u");
+    let mut scenario = Scenario::of_ganeti(files.to_owned(), Some(utilisation));
+    scenario.policy.strategy = Strategy::Spread;
+    let begun = Instant::now();
+    let cluster = Cluster::of(&scenario)?;
+    let mut world = World::new(cluster.settings, &cluster.nodes, &cluster.machines);
+    world.forget_decisions();
+    world.run_until(ROUNDS_S * 1000);
+    let took = begun.elapsed();
+    let mut end = problem.clone();
+    for site in 0..end.sites.len() {
+        for &machine in world.machines_of(site) {
+            end.loads[machine].site = site;
+        }
+    }
+    let bytes = world.moves().iter().map(|it| it.bytes).sum();
+    Ok(Some(numbers(
+        unevenness(problem),
+        unevenness(&end),
+        world.moves().len(),
+        bytes,
+        took,
+    )))
 }
 
 fn numbers(before: f64, after: f64, moves: usize, bytes: f64, took: Duration) -> Vec<String> {

@@ -108,7 +108,11 @@ pub struct LabelRequest {
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum PlanGoal {
     /// All nodes level.
-    Level,
+    Level {
+        /// By so many moves at most.
+        #[serde(default)]
+        moves_max: Option<usize>,
+    },
     /// As few nodes as carry the load.
     Pack,
     /// A node empty.

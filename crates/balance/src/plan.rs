@@ -74,7 +74,10 @@ pub struct Load {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Goal {
     /// All sites level.
-    Level,
+    Level {
+        /// By so many moves at most: those that level most.
+        moves_max: Option<usize>,
+    },
     /// As few sites as carry the load, none filled beyond this share of a resource.
     Pack {
         /// The share.
@@ -139,9 +142,10 @@ pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
     let before = state.unevenness();
     let mut left = Vec::new();
     match goal {
-        Goal::Level => {
-            descend(&mut state);
-            polish(&mut state);
+        Goal::Level { moves_max } => {
+            let moves_max = moves_max.unwrap_or(usize::MAX);
+            descend(&mut state, moves_max);
+            polish(&mut state, moves_max);
         }
         Goal::Pack { fill } => pack(&mut state, *fill),
         Goal::Drain(sites) => left = drain(&mut state, sites),
@@ -428,8 +432,9 @@ fn add(to: &mut Amounts, amounts: &Amounts, sign: f64) {
     }
 }
 
-/// The best single move, again and again, as long as it is worth one.
-fn descend(state: &mut State<'_>) {
+/// The best single move, again and again, as long as it is worth one and there are not
+/// too many.
+fn descend(state: &mut State<'_>, moved_max: usize) {
     let sites = state.problem.sites.len();
     let per_site = state.problem.loads.len() / sites.max(1) + 1;
     // How many of the heaviest, and of the lightest, are looked at.
@@ -455,6 +460,11 @@ fn descend(state: &mut State<'_>) {
                 .find_map(|sources| best_move(state, sources, targets));
         }
         let Some((load, to)) = best else { return };
+        // (What was moved before may move on.)
+        let moves_more = state.at[load] == state.problem.loads[load].site;
+        if moves_more && state.moved().len() >= moved_max {
+            return;
+        }
         state.go(load, to);
     }
 }
@@ -484,7 +494,7 @@ fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<
 }
 
 /// Makes fewer moves, and better ones, of those that were made.
-fn polish(state: &mut State<'_>) {
+fn polish(state: &mut State<'_>, moved_max: usize) {
     for _ in 0..PASSES_MAX {
         let mut changed = false;
         for loads in state.moved().chunks(POLISHED_AT_ONCE) {
@@ -497,7 +507,7 @@ fn polish(state: &mut State<'_>) {
         if !changed {
             return;
         }
-        descend(state);
+        descend(state, moved_max);
     }
 }
 
@@ -789,10 +799,12 @@ mod tests {
         at
     }
 
+    const LEVEL: Goal = Goal::Level { moves_max: None };
+
     #[test]
     fn a_crowd_is_spread_by_no_more_moves_than_needed() {
         let problem = problem(&[(4.0, 64.0); 3], &[(0, 1.0, 4.0); 12]);
-        let plan = plan(&problem, &Goal::Level);
+        let plan = plan(&problem, &LEVEL);
         assert_eq!(plan.steps.len(), 8);
         assert!(plan.after < 1e-6 && plan.before > 1.0, "{plan:?}");
         let ends = ends(&problem, &plan);
@@ -860,7 +872,7 @@ mod tests {
             rule("stay", &["m0"], Says::Stay),
             rule("pair", &["m1", "m2"], Says::Apart { per, max: 1 }),
         ];
-        let plan = plan(&problem, &Goal::Level);
+        let plan = plan(&problem, &LEVEL);
         let ends = ends(&problem, &plan);
         assert_eq!(ends[0], 0);
         assert_ne!(ends[1], ends[2]);
@@ -873,7 +885,7 @@ mod tests {
         ) {
             let problem = problem(&[(4.0, 48.0), (8.0, 48.0), (2.0, 24.0), (4.0, 96.0), (4.0, 48.0)], &loads);
             let before = State::new(&problem);
-            let plan = plan(&problem, &Goal::Level);
+            let plan = plan(&problem, &LEVEL);
             prop_assert!(plan.after <= plan.before + 1e-9);
             prop_assert!(plan.left.is_empty());
             // At no step is a node filled beyond what it has, unless it was before.
@@ -884,6 +896,24 @@ mod tests {
                 prop_assert!(state.used[step.to][1] <= most + 1e-9);
             }
             prop_assert!((state.unevenness() - plan.after).abs() < 1e-6);
+        }
+
+        #[test]
+        fn fewer_moves_are_those_that_level_most(
+            loads in proptest::collection::vec((0usize..5, 0.01f64..2.0, 0.1f64..6.0), 0..40),
+        ) {
+            let problem = problem(&[(4.0, 96.0), (8.0, 96.0), (2.0, 96.0), (4.0, 96.0), (4.0, 96.0)], &loads);
+            let whole = plan(&problem, &LEVEL);
+            let mut least = whole.before;
+            for moves_max in 0..=whole.steps.len() {
+                let few = plan(&problem, &Goal::Level { moves_max: Some(moves_max) });
+                let moved = few.steps.iter().filter(|step| !step.hop).count();
+                prop_assert!(moved <= moves_max, "{moved} of {moves_max}");
+                // (Each is the best that was found, and none is better than one before it.)
+                prop_assert!(few.after <= whole.before + 1e-9);
+                least = least.min(few.after);
+            }
+            prop_assert!(least <= whole.after + 0.05 * whole.before + 1e-9);
         }
     }
 }

@@ -38,6 +38,9 @@ pub(crate) struct PlanArgs {
     /// What the plan is for.
     #[arg(long, requires = "plan", value_enum, default_value = "level")]
     aim: Aim,
+    /// At most so many moves: those that level most.
+    #[arg(long, value_name = "N", requires = "plan")]
+    moves: Option<usize>,
     /// Only shows the plan.
     #[arg(long, requires = "plan")]
     dry_run: bool,
@@ -72,7 +75,12 @@ pub(crate) struct DrainArgs {
 pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> {
     let client = reach.client()?;
     let goal = match args.aim {
-        Aim::Level => PlanGoal::Level,
+        Aim::Level => PlanGoal::Level {
+            moves_max: args.moves,
+        },
+        Aim::Pack if args.moves.is_some() => {
+            bail!("--moves is for --aim level: a node that is not empty in the end is no gain")
+        }
         Aim::Pack => PlanGoal::Pack,
     };
     let plan: PlanInfo = client.post("/v1/plan", &goal).await?;

@@ -147,7 +147,9 @@ impl View {
     /// load.
     pub(super) fn plan(&self, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
         let of_problem = match goal {
-            PlanGoal::Level => Goal::Level,
+            PlanGoal::Level { moves_max } => Goal::Level {
+                moves_max: *moves_max,
+            },
             PlanGoal::Pack => Goal::Pack { fill: self.fill },
             PlanGoal::Drain { node } => {
                 let sites = &self.problem.sites;
