@@ -30,9 +30,23 @@ pub struct NodeLoad {
     pub policy_revision: u64,
     /// Moves that wait for a person: machine and target.
     pub proposals: Vec<(Name, Name)>,
+    /// What goes to and comes from other nodes, by node.
+    #[serde(default)]
+    pub traffic: Vec<PeerTraffic>,
     /// By which factors predictions of durations and downtimes are off, typically, and
     /// from how many moves that is known.
     pub model_error: (f64, f64, u32),
+}
+
+/// What goes to and comes from another node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PeerTraffic {
+    /// The node.
+    pub peer: String,
+    /// Bytes a second to it; what moves sent is counted when they are over.
+    pub sent_bytes_per_s: f64,
+    /// Bytes a second from it, without what moves brought.
+    pub received_bytes_per_s: f64,
 }
 
 /// Balancing in the cluster.

@@ -48,8 +48,8 @@ mod history;
 
 pub use balance::{
     BalanceInfo, DrainInfo, DrainRequest, DrainState, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest,
-    LedgerInfo, LeftBehind, NodeLoad, PlanGoal, PlanInfo, PlanLine, PlanRequest, PlanStep,
-    PolicyRequest, RulesInfo, WhyNot,
+    LedgerInfo, LeftBehind, NodeLoad, PeerTraffic, PlanGoal, PlanInfo, PlanLine, PlanRequest,
+    PlanStep, PolicyRequest, RulesInfo, WhyNot,
 };
 pub use client::{Client, ClientError, Lines};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};

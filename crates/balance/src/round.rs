@@ -66,6 +66,9 @@ const GAP_SAMPLES: u64 = 10;
 /// Milliseconds for which a node is pressed, and nothing can be done, before that is
 /// an alert.
 const HELPLESS_MS: u64 = 60_000;
+/// Milliseconds after which it is told again that balancing does not help, where loads go
+/// up and down around what presses.
+const ALERT_AGAIN_MS: u64 = 3_600_000;
 /// Rounds in a row in which a pressed node found no target before `pack` lets it use a
 /// free one.
 const WAKE_ROUNDS: usize = 6;
@@ -467,7 +470,7 @@ pub struct Balancer {
     pressed_since_ms: Option<u64>,
     /// Rounds in a row that found nothing to do although this node is pressed.
     helpless: usize,
-    alerted: bool,
+    alerted_ms: Option<u64>,
 }
 
 impl Balancer {
@@ -505,7 +508,7 @@ impl Balancer {
             model,
             pressed_since_ms: None,
             helpless: 0,
-            alerted: false,
+            alerted_ms: None,
         }
     }
 
@@ -794,7 +797,6 @@ impl Balancer {
         } else {
             self.pressed_since_ms = None;
             self.helpless = 0;
-            self.alerted = false;
         }
     }
 
@@ -1426,15 +1428,18 @@ impl Balancer {
         live
     }
 
-    /// That this node, pressed for long, found nothing to do with anybody: once.
+    /// That this node, pressed for long, found nothing to do with anybody, at most once an hour.
     fn alert(&mut self, now_ms: u64) -> Option<String> {
         let since = self.pressed_since_ms?;
         let asked = self.peers.len().clamp(1, 16);
         let lasts = now_ms.saturating_sub(since) >= HELPLESS_MS;
-        if self.alerted || !lasts || self.helpless < 3 * asked {
+        let told = self
+            .alerted_ms
+            .is_some_and(|at| now_ms < at + ALERT_AGAIN_MS);
+        if told || !lasts || self.helpless < 3 * asked {
             return None;
         }
-        self.alerted = true;
+        self.alerted_ms = Some(now_ms);
         let side = self.side()?;
         Some(format!(
             "this node has been pressed for {} s (load {:.2}) and no move would help: the cluster \

@@ -411,6 +411,11 @@ async fn the_past_is_known_when_the_source_is_gone() {
     })
     .await
     .expect("its end in the ledger");
+    let loads: BalanceInfo = cluster.client("b").get("/v1/balance").await.unwrap();
+    let of_b = loads.nodes.iter().find(|it| it.node == "b").unwrap();
+    let mut peers: Vec<&str> = of_b.traffic.iter().map(|it| it.peer.as_str()).collect();
+    peers.sort_unstable();
+    assert_eq!(peers, ["a", "c"], "{:?}", of_b.traffic);
     let (done, shown) = via(&["history", "--since", "1m"]);
     assert!(done && shown.contains('█'), "{shown}");
     let (done, shown) = via(&["history", "a", "--since", "1m", "--points", "3"]);

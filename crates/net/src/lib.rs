@@ -7,6 +7,7 @@
 //!   CA, by a pinned fingerprint, or (to join) by the hash of the CA.
 //! - [`rpc`]: multiplexed requests, answers and pushed streams on one
 //!   connection; a pool of connections by node name.
+//! - [`traffic`]: bytes to and from each node.
 //!
 //! Invariant: a request whose outcome is not known is never reported as
 //! failed. [`rpc::RpcError::NotSent`] and [`rpc::RpcError::Refused`] mean
@@ -20,6 +21,7 @@ pub mod frame;
 pub mod name;
 pub mod rpc;
 pub mod tls;
+pub mod traffic;
 
 pub use bulk::{BulkError, BulkStream};
 pub use bytes::Bytes;
@@ -27,3 +29,4 @@ pub use futures::future::BoxFuture;
 pub use name::{MachineName, NameError, NodeName};
 pub use rpc::{Client, Handler, Options, PeerId, Peers, Reply, RpcError, Server};
 pub use tls::{ClientTls, Fingerprint, PinnedIdentity, ServerTls, TlsError};
+pub use traffic::Traffic;

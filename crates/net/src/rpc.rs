@@ -38,6 +38,7 @@ use tokio::sync::mpsc;
 use crate::frame::Class;
 use crate::name::NodeName;
 use crate::tls::{Fingerprint, TlsError};
+use crate::traffic::Traffic;
 
 mod client;
 mod connection;
@@ -228,6 +229,8 @@ pub struct Options {
     /// After a failed attempt, the time in which [`Peers`] answers with the
     /// same error without another attempt. Default 200 ms.
     pub retry_after: Duration,
+    /// Where bytes to and from nodes are counted.
+    pub traffic: Traffic,
 }
 
 impl Default for Options {
@@ -245,6 +248,7 @@ impl Default for Options {
             dead_after: Duration::from_secs(10),
             connect_timeout: Duration::from_secs(5),
             retry_after: Duration::from_millis(200),
+            traffic: Traffic::default(),
         }
     }
 }

@@ -19,7 +19,7 @@ use keel_cluster::store::{LeaseId, RedbOptions, RedbStore, RemoteStore, Txn};
 use keel_cluster::tokens::JoinToken;
 use keel_cluster::{MachineName, NodeName, Store, StoreError};
 use keel_machine::cgroup::Slice;
-use keel_net::{Options as RpcOptions, Peers, Server, TlsError};
+use keel_net::{Options as RpcOptions, Peers, Server, TlsError, Traffic};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -134,6 +134,8 @@ pub(crate) struct Agent {
     pub(crate) kept_regularly: Mutex<HashSet<u64>>,
     /// What balances this node.
     pub(crate) balancer: balancer::Handle,
+    /// Bytes to and from other nodes.
+    pub(crate) traffic: Traffic,
 }
 
 /// Makes the first node of a new cluster; nothing runs yet.
@@ -264,7 +266,12 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
     let recorder = Recorder::open(&dir.loads()).map_err(AgentError::Ledger)?;
     let (balancer, inbox) = balancer::prepare(ledger, recorder);
     let authority = CertificateAuthority::load(dir.root())?.map(Arc::new);
-    let peers = Arc::new(Peers::new(identity.client_tls()?, RpcOptions::default()));
+    let traffic = Traffic::default();
+    let options = RpcOptions {
+        traffic: traffic.clone(),
+        ..RpcOptions::default()
+    };
+    let peers = Arc::new(Peers::new(identity.client_tls()?, options));
     for (voter, address) in &settings.voters {
         peers.set_address(voter, address);
     }
@@ -309,6 +316,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         kept_regularly: Mutex::default(),
         reserving: tokio::sync::Mutex::default(),
         balancer,
+        traffic,
     });
     serve(agent, cluster, inbox).await
 }
@@ -364,7 +372,10 @@ async fn serve(
         agent.identity.server_tls()?,
         agent.members.check(),
         Arc::new(service::Service::new(agent.clone(), cluster)),
-        RpcOptions::default(),
+        RpcOptions {
+            traffic: agent.traffic.clone(),
+            ..RpcOptions::default()
+        },
     )
     .map_err(system(format!("listening on {address}")))?;
     for machine in agent.workers.names() {

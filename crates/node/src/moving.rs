@@ -955,6 +955,8 @@ impl Driver {
             .unwrap_or_else(|error| error.into_inner())
             .add(&self.report);
         self.agent.events.record(Note::moved(&self.report));
+        // (Its worker sent them.)
+        self.agent.traffic.add_sent(&self.target, self.report.bytes);
         if self.report.ending == Ending::Moved {
             crate::balancer::send_along(&self.agent, &self.report.machine, &self.target);
         }

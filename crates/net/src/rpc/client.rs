@@ -110,7 +110,14 @@ impl Client {
         let stream = tls
             .connect(address, expected, options.connect_timeout)
             .await?;
-        Self::over(stream, &tls::peer_label(expected), address, options).await
+        let label = tls::peer_label(expected);
+        match expected {
+            Some(node) => {
+                let stream = options.traffic.count(stream, node);
+                Self::over(stream, &label, address, options).await
+            }
+            None => Self::over(stream, &label, address, options).await,
+        }
     }
 
     /// Speaks over a stream that is authenticated already. `peer` and

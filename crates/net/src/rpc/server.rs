@@ -195,6 +195,11 @@ async fn greet_and_serve(stream: TcpStream, address: SocketAddr, shared: Arc<Sha
     let mut options = shared.options.clone();
     let member = Arc::clone(&shared.member);
     let handler = Arc::clone(&shared.handler);
+    if let PeerId::Node(node) = &peer {
+        let stream = options.traffic.count(stream, node);
+        connection(stream, peer, member, handler, options).await;
+        return;
+    }
     if peer != PeerId::Anonymous {
         connection(stream, peer, member, handler, options).await;
         return;

@@ -17,7 +17,7 @@ use keel_machine::worker::control::{pack, unpack};
 use keel_net::{Bytes, RpcError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinSet;
 
@@ -116,8 +116,11 @@ where
 /// This node's load, as its balancer sees it.
 pub(super) async fn load(agent: &Agent) -> Result<NodeLoad, String> {
     let node = agent.name.to_string();
+    let traffic = agent.balancer.traffic.lock();
+    let traffic = traffic.unwrap_or_else(PoisonError::into_inner).clone();
     let load = agent.balancer.look(move |balancer, now_ms, _| NodeLoad {
         node,
+        traffic,
         side: balancer.side(),
         sample: balancer.sample().cloned(),
         policy_revision: balancer.policy().1,

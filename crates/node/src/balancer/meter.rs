@@ -14,10 +14,12 @@
 
 use crate::state_dir::StateDir;
 use crate::workers::Workers;
+use keel_api::PeerTraffic;
 use keel_balance::load::{Capacity, Factors, Usage};
-use keel_cluster::MachineName;
+use keel_cluster::{MachineName, NodeName};
 use keel_machine::cgroup::{Budget, Group, GroupCounts, Pressure};
-use std::collections::HashMap;
+use keel_net::traffic::{self, Traffic};
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -41,6 +43,8 @@ pub(super) struct Measured {
     /// Shares of time waited, by machines.
     pub(super) cpu_pressure: f64,
     pub(super) stall_pressure: f64,
+    /// To and from other nodes.
+    pub(super) traffic: Vec<PeerTraffic>,
 }
 
 /// Counters of one thread.
@@ -92,6 +96,7 @@ pub(super) struct Meter {
     own: Counters,
     host: Host,
     pressure: Pressure,
+    traffic: BTreeMap<NodeName, traffic::Bytes>,
     at: Option<Instant>,
 }
 
@@ -104,12 +109,18 @@ impl Meter {
             own: Counters::default(),
             host: Host::default(),
             pressure: Pressure::default(),
+            traffic: BTreeMap::new(),
             at: None,
         }
     }
 
     /// What happened since the last call; `None` the first time.
-    pub(super) fn measure(&mut self, workers: &Workers, speed: f64) -> Option<Measured> {
+    pub(super) fn measure(
+        &mut self,
+        workers: &Workers,
+        traffic: &Traffic,
+        speed: f64,
+    ) -> Option<Measured> {
         let now = Instant::now();
         let seconds = self.at.map(|at| now.duration_since(at).as_secs_f64());
         if seconds.is_some_and(|seconds| seconds < APART_S_MIN) {
@@ -120,6 +131,7 @@ impl Meter {
         let host = read_host();
         let own = read_process(Path::new("/proc/self"), None);
         let pressure = pressure(workers, &budget);
+        let traffic = traffic.so_far();
         let mut counters = HashMap::new();
         let mut machines = HashMap::new();
         let mut helpers = Factors::default();
@@ -162,6 +174,10 @@ impl Meter {
                     (cores_of_host - stolen, (busy - ours).max(0.0))
                 }
             };
+            let traffic = traffic_rates(&self.traffic, &traffic, seconds);
+            let network = traffic
+                .iter()
+                .map(|it| it.sent_bytes_per_s + it.received_bytes_per_s);
             let (capacity_bytes, base_bytes) = memory(&budget, memory_bytes);
             Measured {
                 capacity: Capacity {
@@ -173,15 +189,18 @@ impl Meter {
                 base: Factors {
                     cpu_cores: own_cores + helpers.cpu_cores + others,
                     memory_bytes: base_bytes,
+                    network_bytes_per_s: network.sum(),
                     ..Factors::default()
                 },
                 machines,
                 cpu_pressure: share(self.pressure.cpu_micros, pressure.cpu_micros, seconds),
                 stall_pressure: share(self.pressure.memory_micros, pressure.memory_micros, seconds)
                     .max(share(self.pressure.io_micros, pressure.io_micros, seconds)),
+                traffic,
             }
         });
         self.touched.retain(|pid, _| counters.contains_key(pid));
+        self.traffic = traffic;
         self.previous = counters;
         self.own = own;
         self.host = host;
@@ -212,6 +231,26 @@ impl Meter {
         self.touched.insert(pid, Touched { since, bytes });
         bytes
     }
+}
+
+/// What went to and came from each node that there was anything of.
+fn traffic_rates(
+    before: &BTreeMap<NodeName, traffic::Bytes>,
+    now: &BTreeMap<NodeName, traffic::Bytes>,
+    seconds: f64,
+) -> Vec<PeerTraffic> {
+    let rates = now.iter().map(|(node, now)| {
+        let before = before.get(node).copied().unwrap_or_default();
+        let rate = |before: u64, now: u64| now.saturating_sub(before) as f64 / seconds;
+        PeerTraffic {
+            peer: node.to_string(),
+            sent_bytes_per_s: rate(before.sent, now.sent),
+            received_bytes_per_s: rate(before.received, now.received),
+        }
+    });
+    rates
+        .filter(|it| it.sent_bytes_per_s + it.received_bytes_per_s > 0.0)
+        .collect()
 }
 
 /// Bytes of a process that were touched since the kernel was told to forget it.

@@ -48,7 +48,7 @@ use crate::events::Note;
 use crate::moving::{self, MoveOrder};
 use crate::service::kind as node_kind;
 use bounds::{Followed, Snapshot};
-use keel_api::{EventKind, MoveLine, Urgency};
+use keel_api::{EventKind, MoveLine, PeerTraffic, Urgency};
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Line, Outcome};
@@ -66,8 +66,8 @@ use keel_machine::worker::control::{pack, unpack};
 use meter::{Measured, Meter};
 use placements::Placements;
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::oneshot;
@@ -105,6 +105,7 @@ pub(crate) struct Handle {
     ledger: Ledger,
     recorder: Recorder,
     writes: writes::Writes,
+    traffic: Arc<Mutex<Vec<PeerTraffic>>>,
     rules: Followed,
     placements: Arc<Placements>,
     drain: drain::Progress,
@@ -121,6 +122,7 @@ pub(crate) fn prepare(ledger: Ledger, recorder: Recorder) -> (Handle, Inbox) {
         ledger,
         recorder,
         writes: writes::Writes::default(),
+        traffic: Arc::default(),
         rules: Followed::default(),
         placements: Arc::default(),
         drain: drain::Progress::default(),
@@ -224,6 +226,7 @@ pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
 fn measure_for_ever(agent: &Arc<Agent>, sample_ms: Arc<AtomicU64>) -> std::io::Result<()> {
     let inputs = agent.balancer.inputs.clone();
     let workers = agent.workers.clone();
+    let traffic = agent.traffic.clone();
     let mut meter = Meter::new(agent.dir.clone());
     std::thread::Builder::new()
         .name("measure".into())
@@ -233,7 +236,7 @@ fn measure_for_ever(agent: &Arc<Agent>, sample_ms: Arc<AtomicU64>) -> std::io::R
                 if speed.is_none() && turn % CALIBRATE_EVERY == 0 {
                     speed = speed::calibrate();
                 }
-                let measured = meter.measure(&workers, speed.unwrap_or(1.0));
+                let measured = meter.measure(&workers, &traffic, speed.unwrap_or(1.0));
                 if let Some(measured) = measured
                     && inputs.send(Input::Measured(Box::new(measured))).is_err()
                 {
@@ -369,6 +372,12 @@ impl Task {
     /// What runs here of what was measured: a copy that is not this node's yet, or any
     /// more, is not its load.
     fn sample(&self, measured: Measured) -> NodeSample {
+        *self
+            .agent
+            .balancer
+            .traffic
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = measured.traffic;
         let mut base = measured.base;
         let basis = self.balancer.policy().0.basis;
         let mut machines = Vec::with_capacity(measured.machines.len());
