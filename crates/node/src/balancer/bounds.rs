@@ -35,6 +35,12 @@ impl Followed {
     }
 }
 
+/// Holders and domains of all rules.
+struct Held {
+    holders: BTreeMap<Name, Holders>,
+    domains: BTreeMap<Name, BTreeSet<String>>,
+}
+
 /// Rules, nodes and machines of one instant.
 pub(super) struct Snapshot {
     book: Book,
@@ -44,7 +50,7 @@ pub(super) struct Snapshot {
     nodes: Vec<Thing>,
     /// Minute of the day, UTC.
     minute: u32,
-    held: OnceCell<(BTreeMap<Name, Holders>, BTreeMap<Name, BTreeSet<String>>)>,
+    held: OnceCell<Held>,
 }
 
 impl Snapshot {
@@ -111,13 +117,14 @@ impl Snapshot {
         if !self.book.rules.iter().any(|it| it.is_about(&thing)) {
             return None;
         }
-        let (holders, domains) = self.held.get_or_init(|| {
+        let held = self.held.get_or_init(|| {
             let rules = &self.book.rules;
-            (
-                holders_of(rules, &self.placed, &self.nodes),
-                domains_of(rules, &self.nodes),
-            )
+            Held {
+                holders: holders_of(rules, &self.placed, &self.nodes),
+                domains: domains_of(rules, &self.nodes),
+            }
         });
+        let (holders, domains) = (&held.holders, &held.domains);
         forbidden(&self.book.rules, &thing, &node, holders, domains)
     }
 }
