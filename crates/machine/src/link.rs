@@ -29,6 +29,7 @@ use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
 use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::ops::Range;
@@ -649,6 +650,17 @@ impl Link {
         self.receive_pages(&mut |_, _, _| {
             Err(LinkError::Message("pages that nobody asked for".into()))
         })
+    }
+
+    /// Whether something came that was not received yet.
+    ///
+    /// # Errors
+    /// [`LinkError::Io`].
+    pub fn has_input(&self) -> Result<bool, LinkError> {
+        let mut socket = [PollFd::new(self.stream.socket(), PollFlags::IN)];
+        let at_once = Timespec::default();
+        let ready = poll(&mut socket, Some(&at_once)).map_err(std::io::Error::from)?;
+        Ok(ready > 0)
     }
 
     /// Waits for a message and gives pages that come before it to `write`, in

@@ -674,7 +674,7 @@ pub(crate) async fn schedule(
 /// The spec that a request asks for, checked.
 pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     let bad = |what: String| Err(OperateError::Bad(what));
-    check_memory(request.memory_bytes)?;
+    check_memory("limit", request.memory_bytes)?;
     if request.threads_max == 0 || request.threads_max > THREADS_MAX {
         return bad(format!(
             "a limit of {} threads: 1 to {THREADS_MAX} are possible",
@@ -682,13 +682,13 @@ pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
         ));
     }
     if let Some(millis) = request.cpu_limit_millis {
-        check_cpu(millis)?;
+        check_cpu("limit", millis)?;
     }
     if let Some(millis) = request.balancing.cpu_target_millis {
-        check_cpu(millis)?;
+        check_cpu("target", millis)?;
     }
     if let Some(bytes) = request.balancing.memory_target_bytes {
-        check_memory(bytes)?;
+        check_memory("target", bytes)?;
     }
     if request.args.is_empty() {
         return bad("no program name: the first argument is missing".into());
@@ -720,22 +720,22 @@ pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
 }
 
 /// Whether a machine may ask for such a limit of each of its memories.
-pub(crate) fn check_memory(bytes: u64) -> Result<(), OperateError> {
+pub(crate) fn check_memory(what: &str, bytes: u64) -> Result<(), OperateError> {
     if (1 << 16..=MEMORY_BYTES_MAX).contains(&bytes) {
         return Ok(());
     }
     Err(OperateError::Bad(format!(
-        "{bytes} bytes of memory: 64 KiB to 64 GiB are possible"
+        "a memory {what} of {bytes} bytes: 64 KiB to 64 GiB are possible"
     )))
 }
 
 /// Whether a machine may ask for such a `cpu.limit`.
-pub(crate) fn check_cpu(millis: u32) -> Result<(), OperateError> {
+pub(crate) fn check_cpu(what: &str, millis: u32) -> Result<(), OperateError> {
     if (CPU_LIMIT_MILLIS_MIN..=CPU_LIMIT_MILLIS_MAX).contains(&millis) {
         return Ok(());
     }
     Err(OperateError::Bad(format!(
-        "{millis} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible"
+        "a cpu {what} of {millis} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible"
     )))
 }
 

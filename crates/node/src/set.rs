@@ -107,18 +107,22 @@ fn check(request: &SetRequest) -> Result<(), OperateError> {
         return Err(OperateError::Bad(what.into()));
     }
     if let Some(bytes) = request.memory_bytes {
-        check_memory(bytes)?;
+        check_memory("limit", bytes)?;
     }
     if let Some(CheckpointChange::Plan(plan)) = &request.checkpoints {
         crate::keep::check_plan(plan)?;
     }
-    for millis in [request.cpu_limit_millis, request.cpu_target_millis] {
+    let cores = [
+        ("limit", request.cpu_limit_millis),
+        ("target", request.cpu_target_millis),
+    ];
+    for (what, millis) in cores {
         if let Some(millis) = millis.filter(|millis| *millis != 0) {
-            check_cpu(millis)?;
+            check_cpu(what, millis)?;
         }
     }
     if let Some(bytes) = request.memory_target_bytes.filter(|bytes| *bytes != 0) {
-        check_memory(bytes)?;
+        check_memory("target", bytes)?;
     }
     Ok(())
 }

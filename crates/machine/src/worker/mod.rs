@@ -7,6 +7,7 @@
 //! - `files`: what users do with files in volumes
 //! - `volumes`: the machine's own volumes, in both directions
 //! - `kept`: the keepers of its cluster volumes
+//! - `looking`: what was written last by a machine that stands
 //!
 //! A worker outlives its agent: it is found again through the socket in its
 //! folder. It never decides who owns the machine; it does what its agent, which
@@ -18,6 +19,7 @@ pub mod files;
 mod filling;
 mod incoming;
 mod kept;
+mod looking;
 mod outgoing;
 mod process;
 pub mod volumes;

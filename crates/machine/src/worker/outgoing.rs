@@ -5,6 +5,7 @@
 use super::control::{Copy, CopyEvent, Frozen};
 use super::filling::{self, PageSet};
 use super::kept::Keepers;
+use super::looking::Looking;
 use super::volumes::{OutgoingVolumes, VolumeError};
 use crate::cgroup::Courtesy;
 use crate::failpoint::{self, Injected};
@@ -75,10 +76,6 @@ impl Way {
     }
 }
 
-/// For each memory, what was written to it; and what found that, whose end takes a
-/// while.
-type Looked = (Result<Vec<Vec<Range<u64>>>, MemoryError>, Vec<DirtyTracker>);
-
 /// One attempt to give a machine away.
 pub(super) struct Outgoing {
     machine: Machine,
@@ -92,7 +89,9 @@ pub(super) struct Outgoing {
     /// For each memory, pages that were found written and not sent.
     unsent: Vec<PageSet>,
     /// In a post-copy move: what finds the last of them, since the machine stands.
-    looking: Option<JoinHandle<Looked>>,
+    looking: Option<Looking>,
+    /// What found them, whose end takes a while.
+    looked: Option<Looking>,
     /// While it copies.
     courtesy: Option<Courtesy>,
     /// What is left at the freeze may take this long to send.
@@ -131,6 +130,7 @@ impl Outgoing {
             slowdown: Slowdown::new(machine.clone()),
             unsent: vec![PageSet::default(); machine.memories().len()],
             looking: None,
+            looked: None,
             courtesy: None,
             machine,
             log,
@@ -271,19 +271,24 @@ impl Outgoing {
                 last_bytes += self.send_memory(number as u32, &ranges, false)?;
             }
         }
+        let pages_sent = self.send_state(&mut last_bytes)?;
+        failpoint::pass("out.image")?;
         if post_copy {
             // Pages are only named, and before it goes on there: they are looked for
             // while the target makes the machine of its state and the store commits.
-            let trackers = std::mem::take(&mut self.trackers);
-            let looking = std::thread::Builder::new().name("look".into());
-            let looking = looking.spawn(move || look(trackers))?;
+            let mut looking = Looking::begin(std::mem::take(&mut self.trackers));
+            while !self.link.has_input()? && looking.look() {
+                // The target's thread may be on this very processor.
+                std::thread::yield_now();
+            }
             self.looking = Some(looking);
         }
-        let pages_sent = self.send_state(&mut last_bytes)?;
-        failpoint::pass("out.image")?;
         match self.link.receive()? {
             Message::Prepared => {}
             other => return Err(unexpected(&other)),
+        }
+        if let Some(looking) = &mut self.looking {
+            looking.leave();
         }
         failpoint::pass("out.prepared")?;
         // From here on the store decides, however long that takes.
@@ -349,15 +354,17 @@ impl Outgoing {
 
     fn tell(&mut self, epoch: Epoch) -> Result<(), OutgoingError> {
         failpoint::pass("out.go")?;
-        if let Some(looking) = self.looking.take() {
+        if let Some(mut looking) = self.looking.take() {
             failpoint::pass("fill.name")?;
-            let (looked, trackers) = looking
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            self.trackers = trackers;
+            let looked = looking.end();
+            self.looked = Some(looking);
             match looked {
                 Ok(written) => {
-                    for (number, ranges) in (0..).zip(written) {
+                    let mut by_memory = vec![Vec::new(); self.unsent.len()];
+                    for (number, ranges) in written {
+                        by_memory[number].extend(ranges);
+                    }
+                    for (number, ranges) in (0..).zip(by_memory) {
                         self.keep_pages(number, &ranges)?;
                     }
                     self.link.send(&Message::RoundEnd)?;
@@ -456,15 +463,6 @@ impl Outgoing {
             })?;
         }
     }
-}
-
-/// What was written to each memory since it was looked at last; the machine stands.
-fn look(mut trackers: Vec<DirtyTracker>) -> Looked {
-    let looked = trackers
-        .iter_mut()
-        .map(DirtyTracker::take_at_once)
-        .collect();
-    (looked, trackers)
 }
 
 fn unexpected(message: &Message) -> OutgoingError {
