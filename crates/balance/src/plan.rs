@@ -909,7 +909,17 @@ mod tests {
                 let few = plan(&problem, &Goal::Level { moves_max: Some(moves_max) });
                 let moved = few.steps.iter().filter(|step| !step.hop).count();
                 prop_assert!(moved <= moves_max, "{moved} of {moves_max}");
-                // (Each is the best that was found, and none is better than one before it.)
+                if moves_max == 1 {
+                    // No single move is better.
+                    let state = State::new(&problem);
+                    for (load, it) in problem.loads.iter().enumerate() {
+                        for to in (0..problem.sites.len()).filter(|to| state.may_go(load, *to)) {
+                            let single = state.if_moved(&it.demand, it.site, to);
+                            let gains = single < whole.before - problem.gain_min;
+                            prop_assert!(!gains || few.after <= single + 1e-9);
+                        }
+                    }
+                }
                 prop_assert!(few.after <= whole.before + 1e-9);
                 least = least.min(few.after);
             }

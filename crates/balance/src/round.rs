@@ -368,8 +368,18 @@ enum State {
         machine: Name,
         /// What is recorded when the move begins.
         decision: Option<Box<Decision>>,
+        /// Until when it is tried again, if a person confirmed it.
+        confirmed_until_ms: Option<u64>,
         deadline_ms: u64,
     },
+}
+
+/// A proposed move that a person confirmed.
+#[derive(Debug, Clone)]
+struct Confirmed {
+    machine: Name,
+    target: Name,
+    until_ms: u64,
 }
 
 /// A machine on its way to another node.
@@ -457,10 +467,12 @@ pub struct Balancer {
     state: State,
     round: u64,
     due_ms: u64,
+    /// No round follows at once before this: a move was not made.
+    pause_until_ms: u64,
     checks: Vec<Check>,
     proposed: HashMap<Name, (Name, u64)>,
     /// Proposed moves that a person confirmed, in that order.
-    confirmed: Vec<Name>,
+    confirmed: Vec<Confirmed>,
     avoided_peers: HashMap<Name, Avoided>,
     avoided_machines: HashMap<Name, Avoided>,
     /// Nodes that were free when they were asked, and until when that counts.
@@ -498,6 +510,7 @@ impl Balancer {
             state: State::Resting,
             round: 0,
             due_ms,
+            pause_until_ms: 0,
             checks: Vec::new(),
             proposed: HashMap::new(),
             confirmed: Vec::new(),
@@ -543,9 +556,10 @@ impl Balancer {
     }
 
     fn is_pressed(&self, sample: &NodeSample, load: f64) -> bool {
-        load >= self.policy.pressed_load
-            || sample.cpu_pressure >= self.policy.pressed_share
-            || sample.stall_pressure >= self.policy.pressed_share
+        // (What waited was measured with those that are on their way.)
+        let share = sample.cpu_pressure.max(sample.stall_pressure);
+        let waits = self.leaving.is_empty() && share >= self.policy.pressed_share;
+        load >= self.policy.pressed_load || waits
     }
 
     /// The mean of the newest samples, moves in flight included.
@@ -857,8 +871,13 @@ impl Balancer {
             self.rest(now_ms);
             return;
         }
-        if let Some((peer, machine)) = self.take_confirmed(now_ms) {
-            self.offer(peer, machine, None, now_ms, commands);
+        if let Some(confirmed) = self.take_confirmed(now_ms) {
+            let Confirmed {
+                machine,
+                target,
+                until_ms,
+            } = confirmed;
+            self.offer(target, machine, Err(until_ms), now_ms, commands);
             return;
         }
         let Some(peer) = self.pick(now_ms) else {
@@ -912,7 +931,19 @@ impl Balancer {
 
     /// Ends a round without a move.
     fn give_up(&mut self, peer: Name, why: Stay, now_ms: u64, commands: &mut Vec<Command>) {
-        if let State::Offering { peer, machine, .. } = &self.state {
+        if let State::Offering {
+            peer,
+            machine,
+            confirmed_until_ms,
+            ..
+        } = &self.state
+        {
+            self.confirmed
+                .extend(confirmed_until_ms.map(|until_ms| Confirmed {
+                    machine: machine.clone(),
+                    target: peer.clone(),
+                    until_ms,
+                }));
             // It may have granted, and its answer be lost.
             let release = Question::Release {
                 machine: machine.clone(),
@@ -936,7 +967,8 @@ impl Balancer {
         considered: Vec<Considered>,
         commands: &mut Vec<Command>,
     ) {
-        if matches!(why, Stay::Level | Stay::KeptFree | Stay::NoneMayGo { .. }) {
+        let no_help = matches!(why, Stay::Level | Stay::KeptFree | Stay::NoneMayGo { .. });
+        if no_help && self.leaving.is_empty() {
             self.helpless += 1;
         }
         let verdict = match &why {
@@ -997,6 +1029,25 @@ impl Balancer {
                 },
                 Some(Answer::Granted),
             ) => self.granted(peer, machine, decision, now_ms, commands),
+            (
+                State::Offering {
+                    peer,
+                    machine,
+                    confirmed_until_ms: Some(until_ms),
+                    ..
+                },
+                answer @ (None | Some(Answer::Busy)),
+            ) => {
+                // What a person confirmed is tried again.
+                self.confirmed.push(Confirmed {
+                    machine,
+                    target: peer.clone(),
+                    until_ms,
+                });
+                let why = answer.map_or(Stay::NoAnswer, |_| Stay::Busy);
+                self.stay(Some(peer), why, None, Vec::new(), commands);
+                self.rest(now_ms);
+            }
             // A late or doubled answer to what was asked before, in this round too.
             (state @ State::Resting, _)
             | (state @ State::Weighing { .. }, Some(Answer::View(_)))
@@ -1167,7 +1218,8 @@ impl Balancer {
         bounds: &dyn Bounds,
     ) -> Option<Bound> {
         let known = self.known.get(machine)?;
-        if self.is_leaving(machine) {
+        let confirmed = self.confirmed.iter().any(|it| it.machine == *machine);
+        if confirmed || self.is_leaving(machine) {
             return Some(Bound::Moving);
         }
         if let Some(bound) = bounds.bound(machine, peer) {
@@ -1242,7 +1294,7 @@ impl Balancer {
             considered: nearest(considered),
         });
         if self.policy.mode == Mode::Automatic {
-            self.offer(peer, machine, Some(decision), now_ms, commands);
+            self.offer(peer, machine, Ok(decision), now_ms, commands);
             return;
         }
         self.proposed.retain(|_, (_, until_ms)| *until_ms > now_ms);
@@ -1258,7 +1310,7 @@ impl Balancer {
         &mut self,
         peer: Name,
         machine: Name,
-        decision: Option<Box<Decision>>,
+        decision: Result<Box<Decision>, u64>,
         now_ms: u64,
         commands: &mut Vec<Command>,
     ) {
@@ -1266,6 +1318,10 @@ impl Balancer {
             self.rest(now_ms);
             return;
         };
+        if self.is_leaving(&machine) {
+            self.rest(now_ms);
+            return;
+        }
         let question = Question::Take {
             machine: machine.clone(),
             capacity: side.capacity,
@@ -1274,10 +1330,15 @@ impl Balancer {
             packs: self.policy.strategy == Strategy::Pack,
         };
         self.ask(&peer, question, commands);
+        let (decision, confirmed_until_ms) = match decision {
+            Ok(decision) => (Some(decision), None),
+            Err(until_ms) => (None, Some(until_ms)),
+        };
         self.state = State::Offering {
             peer,
             machine,
             decision,
+            confirmed_until_ms,
             deadline_ms: now_ms + ANSWER_MS,
         };
     }
@@ -1296,6 +1357,7 @@ impl Balancer {
                 peer: peer.clone(),
                 machine,
                 decision: None,
+                confirmed_until_ms: None,
                 deadline_ms: now_ms,
             };
             self.give_up(peer, Stay::NoMachines, now_ms, commands);
@@ -1304,6 +1366,7 @@ impl Balancer {
         let factors = known.factors;
         let here = self.weigh_here(&factors);
         self.shift(-here);
+        self.proposed.remove(&machine);
         self.stays.clear();
         self.helpless = 0;
         commands.extend(decision.map(Command::Record));
@@ -1320,7 +1383,7 @@ impl Balancer {
         });
         // The next one at once: both sides know what this one changes.
         self.rest(now_ms);
-        self.due_ms = now_ms;
+        self.due_ms = now_ms.max(self.pause_until_ms);
     }
 
     fn move_ended(
@@ -1365,12 +1428,14 @@ impl Balancer {
                 samples_left: NEWEST,
             });
             // It takes the next one now.
-            self.due_ms = self.due_ms.min(now_ms);
+            self.due_ms = self.due_ms.min(now_ms.max(self.pause_until_ms));
             return;
         }
         if !left {
             self.shift(here);
         }
+        // What stopped this one would stop the next: no round follows at once.
+        self.pause_until_ms = now_ms + self.policy.interval_ms;
         if matches!(outcome, Outcome::Stayed { .. }) {
             avoid(&mut self.avoided_peers, &peer, now_ms);
             avoid(&mut self.avoided_machines, &machine, now_ms);
@@ -1394,26 +1459,31 @@ impl Balancer {
     }
 
     fn confirmed(&mut self, machine: &Name, now_ms: u64) {
-        if self.proposed.contains_key(machine) && !self.confirmed.contains(machine) {
-            self.confirmed.push(machine.clone());
-            self.due_ms = now_ms;
+        let Some((target, until_ms)) = self.proposed.remove(machine) else {
+            return;
+        };
+        if until_ms > now_ms {
+            self.confirmed.push(Confirmed {
+                machine: machine.clone(),
+                target,
+                until_ms: now_ms + PROPOSAL_MS,
+            });
+            if matches!(self.state, State::Resting) {
+                self.due_ms = now_ms;
+            }
         }
     }
 
     /// A move that a person confirmed and that can begin now: to a node to which
     /// nothing else goes.
-    fn take_confirmed(&mut self, now_ms: u64) -> Option<(Name, Name)> {
-        let proposed = &mut self.proposed;
-        proposed.retain(|_, (_, until_ms)| *until_ms > now_ms);
-        self.confirmed.retain(|it| proposed.contains_key(it));
+    fn take_confirmed(&mut self, now_ms: u64) -> Option<Confirmed> {
+        self.confirmed.retain(|it| it.until_ms > now_ms);
         let leaving = &self.leaving;
-        let number = self.confirmed.iter().position(|machine| {
-            let goes_there = |it: &Leaving| proposed.get(machine).is_some_and(|to| to.0 == it.peer);
-            !leaving.iter().any(goes_there)
-        })?;
-        let machine = self.confirmed.remove(number);
-        let (peer, _) = proposed.remove(&machine)?;
-        Some((peer, machine))
+        let number = self
+            .confirmed
+            .iter()
+            .position(|it| !leaving.iter().any(|other| other.peer == it.target))?;
+        Some(self.confirmed.remove(number))
     }
 
     /// Moves that wait for a person, with their targets.

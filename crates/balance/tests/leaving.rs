@@ -4,7 +4,7 @@ use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::Outcome;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
-use keel_balance::policy::Policy;
+use keel_balance::policy::{Mode, Policy};
 use keel_balance::round::{Answer, Balancer, Command, Event, Peers, Question, Unbound, View};
 use keel_balance::select::Side;
 
@@ -214,7 +214,7 @@ fn the_next_move_need_not_wait_but_goes_elsewhere() {
 fn what_a_person_confirms_waits_for_its_target_and_is_not_forgotten() {
     let mut node = Node::new(12, &["b"]);
     let policy = Policy {
-        mode: keel_balance::policy::Mode::Confirm,
+        mode: Mode::Confirm,
         ..Policy::default()
     };
     node.step(Event::Policy(Box::new(policy), 1));
@@ -232,4 +232,61 @@ fn what_a_person_confirms_waits_for_its_target_and_is_not_forgotten() {
     // Confirmed is confirmed: whatever round was under way.
     let moved = node.move_one();
     assert_eq!(moved, (machine, target));
+}
+
+#[test]
+fn where_no_move_can_begin_rounds_do_not_follow_at_once() {
+    let mut node = Node::new(12, &["b", "c", "d", "e"]);
+    let mut moves = 0;
+    let begun_ms = node.now_ms;
+    for _ in 0..10_000 {
+        if node.now_ms >= begun_ms + 60_000 {
+            break;
+        }
+        if let Some(Command::Move { machine, .. }) = node.go_on() {
+            moves += 1;
+            let outcome = Outcome::Capped;
+            node.step(Event::MoveEnded { machine, outcome });
+        }
+    }
+    assert!(node.now_ms >= begun_ms + 60_000, "{moves} in no time");
+    assert!((20..=120).contains(&moves), "one or two a second: {moves}");
+    // What was taken off was given back each time.
+    assert_eq!(node.load(), 12.0);
+}
+
+#[test]
+fn what_went_by_itself_is_not_confirmed_any_more() {
+    let mut node = Node::new(12, &["b", "c"]);
+    let mode = |mode| Policy {
+        mode,
+        ..Policy::default()
+    };
+    node.step(Event::Policy(Box::new(mode(Mode::Confirm)), 1));
+    for _ in 0..200 {
+        node.go_on();
+    }
+    let proposed = node.balancer.proposals(node.now_ms);
+    assert!(!proposed.is_empty());
+    node.step(Event::Policy(Box::new(mode(Mode::Automatic)), 1));
+    let (first, _) = node.move_one();
+    let (second, _) = node.move_one();
+    assert!(
+        proposed
+            .iter()
+            .any(|(it, _)| [&first, &second].contains(&it))
+    );
+    for (machine, _) in proposed {
+        node.step(Event::Confirmed { machine });
+    }
+    let mut others = Vec::new();
+    for _ in 0..200 {
+        if let Some(Command::Move { machine, .. }) = node.go_on() {
+            others.push(machine);
+        }
+    }
+    assert!(
+        !others.contains(&first) && !others.contains(&second),
+        "{others:?}"
+    );
 }

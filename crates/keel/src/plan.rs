@@ -38,7 +38,8 @@ pub(crate) struct PlanArgs {
     /// What the plan is for.
     #[arg(long, requires = "plan", value_enum, default_value = "level")]
     aim: Aim,
-    /// At most so many moves: those that level most.
+    /// At most so many machines: those whose moves level most. (Stops at a third node on the
+    /// way are not counted.)
     #[arg(long, value_name = "N", requires = "plan")]
     moves: Option<usize>,
     /// Only shows the plan.

@@ -23,7 +23,7 @@ pub mod failpoint;
 pub mod link;
 pub mod log;
 pub mod moves;
-mod past;
+pub mod past;
 pub mod place;
 pub mod restart;
 pub mod spec;

@@ -7,7 +7,7 @@ use crate::moves::MoveReport;
 use crate::restart::Restart;
 use crate::spec::{Balancing, CheckpointPlan, Record, Spec, Status, Volume};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// The version of records that is read here.
 pub(crate) const VERSION: u8 = 5;
@@ -42,7 +42,7 @@ struct PastRecord {
 }
 
 /// Without what balancing makes of it.
-#[derive(Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct PastSpec {
     module: String,
     args: Vec<String>,
@@ -55,6 +55,28 @@ struct PastSpec {
     remove_at_end: bool,
     restart: Restart,
     checkpoints: Option<CheckpointPlan>,
+}
+
+/// A spec in a message to a worker or another node, as the version before wrote it and
+/// reads it: neither needs to know what balancing makes of the machine.
+pub mod spec_for_others {
+    use super::*;
+
+    /// Writes it.
+    ///
+    /// # Errors
+    /// The serializer's.
+    pub fn serialize<S: Serializer>(spec: &Spec, serializer: S) -> Result<S::Ok, S::Error> {
+        PastSpec::from(spec.clone()).serialize(serializer)
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// The deserializer's.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Spec, D::Error> {
+        PastSpec::deserialize(deserializer).map(Spec::from)
+    }
 }
 
 #[derive(Deserialize)]
@@ -111,6 +133,24 @@ impl From<PastSpec> for Spec {
             restart: past.restart,
             checkpoints: past.checkpoints,
             balancing: Balancing::default(),
+        }
+    }
+}
+
+impl From<Spec> for PastSpec {
+    fn from(spec: Spec) -> Self {
+        PastSpec {
+            module: spec.module,
+            args: spec.args,
+            env: spec.env,
+            volumes: spec.volumes,
+            memory_bytes: spec.memory_bytes,
+            threads_max: spec.threads_max,
+            cpu_limit_millis: spec.cpu_limit_millis,
+            output_bytes_per_s: spec.output_bytes_per_s,
+            remove_at_end: spec.remove_at_end,
+            restart: spec.restart,
+            checkpoints: spec.checkpoints,
         }
     }
 }
@@ -184,6 +224,33 @@ mod tests {
         let anew = record.encode().unwrap();
         assert_ne!(anew[0], VERSION);
         assert_eq!(Record::decode(&anew).unwrap(), record);
+    }
+
+    /// What follows a spec in a message of the version before is found behind it, and the
+    /// other way round.
+    #[test]
+    fn a_spec_in_a_message_is_as_it_was() {
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        struct Message {
+            #[serde(with = "spec_for_others")]
+            spec: Spec,
+            behind: [u64; 3],
+        }
+        let mut spec = Record::decode(&bytes(WRITTEN)).unwrap().spec;
+        let message = Message {
+            spec: spec.clone(),
+            behind: [1, 2, 3],
+        };
+        let written = postcard::to_stdvec(&message).unwrap();
+        // A name of one letter stands before the spec in the record.
+        let of_past = &bytes(WRITTEN)[1 + 2..];
+        let length = written.len() - 3;
+        assert_eq!(written[..length], of_past[..length]);
+        spec.balancing.cpu_target_millis = Some(1);
+        let message = Message { spec, ..message };
+        assert_eq!(postcard::to_stdvec(&message).unwrap(), written);
+        let read: Message = postcard::from_bytes(&written).unwrap();
+        assert_eq!(read.behind, [1, 2, 3]);
     }
 
     #[test]

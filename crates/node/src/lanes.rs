@@ -103,6 +103,14 @@ impl Lanes {
         self.order.lock().unwrap_or_else(|error| error.into_inner())
     }
 
+    /// Whether a machine of such a size would have to wait.
+    pub(crate) fn are_full(&self, bytes: u64) -> bool {
+        let order = self.order();
+        let large = order.running.values().filter(|large| **large).count();
+        let of_large = bytes >= LARGE_BYTES && large >= LARGE_TOGETHER_MAX;
+        !order.waiting.is_empty() || order.running.len() >= TOGETHER_MAX || of_large
+    }
+
     /// Takes a place in the order.
     pub(crate) fn enter(
         self: &Arc<Self>,

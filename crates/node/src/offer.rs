@@ -26,6 +26,7 @@ const RETRY_AFTER: Duration = Duration::from_millis(300);
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Offer {
     pub(crate) machine: MachineName,
+    #[serde(with = "keel_machine::past::spec_for_others")]
     pub(crate) spec: Spec,
     pub(crate) program: Fingerprint,
     pub(crate) epoch: Epoch,

@@ -1,6 +1,7 @@
 //! What users want done, wherever the machine is: operations go to its owner.
 
 use crate::agent::Agent;
+use crate::balancer::IO_TARGET_MAX;
 use crate::events::Note;
 use crate::moving::MoveOrder;
 use crate::record::{self, RecordError};
@@ -690,6 +691,9 @@ pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     if let Some(bytes) = request.balancing.memory_target_bytes {
         check_memory("target", bytes)?;
     }
+    if let Some(rate) = request.balancing.io_target_bytes_per_s {
+        check_io_target(rate)?;
+    }
     if request.args.is_empty() {
         return bad("no program name: the first argument is missing".into());
     }
@@ -736,6 +740,16 @@ pub(crate) fn check_cpu(what: &str, millis: u32) -> Result<(), OperateError> {
     }
     Err(OperateError::Bad(format!(
         "a cpu {what} of {millis} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible"
+    )))
+}
+
+/// Whether a machine may promise so much disk traffic.
+pub(crate) fn check_io_target(rate: u64) -> Result<(), OperateError> {
+    if (1..=IO_TARGET_MAX).contains(&rate) {
+        return Ok(());
+    }
+    Err(OperateError::Bad(format!(
+        "an io target of {rate} bytes a second: 1 byte to 1 TiB are possible"
     )))
 }
 

@@ -9,7 +9,7 @@
 
 use crate::agent::Agent;
 use crate::events::Note;
-use crate::operate::{OperateError, check_cpu, check_memory};
+use crate::operate::{OperateError, check_cpu, check_io_target, check_memory};
 use crate::record;
 use crate::workers::{OLDER, PROMPT, Worker, is_older};
 use keel_api::{CheckpointChange, EventKind, SetRequest};
@@ -123,6 +123,9 @@ fn check(request: &SetRequest) -> Result<(), OperateError> {
     }
     if let Some(bytes) = request.memory_target_bytes.filter(|bytes| *bytes != 0) {
         check_memory("target", bytes)?;
+    }
+    if let Some(rate) = request.io_target_bytes_per_s.filter(|rate| *rate != 0) {
+        check_io_target(rate)?;
     }
     Ok(())
 }

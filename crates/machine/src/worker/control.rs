@@ -111,6 +111,7 @@ pub struct Start {
     /// Its name.
     pub machine: MachineName,
     /// What was asked for.
+    #[serde(with = "crate::past::spec_for_others")]
     pub spec: Spec,
     /// What it is made of.
     pub from: StartFrom,
@@ -163,6 +164,7 @@ pub struct Receive {
     /// Its name.
     pub machine: MachineName,
     /// What was asked for.
+    #[serde(with = "crate::past::spec_for_others")]
     pub spec: Spec,
     /// The instrumented module.
     pub program: PathBuf,

@@ -29,6 +29,8 @@ const BATCH_MAX: usize = 256;
 
 /// Lines that go with a machine.
 const ALONG_MAX: u32 = 64;
+/// Newest lines of all among which those of a machine are looked for that leaves.
+const ALONG_AMONG: u32 = 10_000;
 /// Newest lines among which one that came along is looked for.
 const LOOKED_THROUGH: usize = 2_000;
 /// How long the node may take to keep its last line before it goes along.
@@ -45,6 +47,9 @@ pub(crate) struct Wanted {
     pub(crate) until_unix_ms: u64,
     /// The newest so many.
     pub(crate) limit: u32,
+    /// Of the newest so many of all; 0 is all.
+    #[serde(default)]
+    pub(crate) among: u32,
 }
 
 impl Wanted {
@@ -115,7 +120,9 @@ impl Ledger {
     ///
     /// # Errors
     /// The database's, in a sentence.
-    pub(super) async fn take_along(&self, lines: Vec<Line>) -> Result<(), String> {
+    pub(super) async fn take_along(&self, mut lines: Vec<Line>) -> Result<(), String> {
+        // (Its own are here, or were too old to be kept.)
+        lines.retain(|line| line.node != self.node);
         let database = self.database.clone();
         let known = tokio::task::spawn_blocking(move || known_of(&database, lines)).await;
         let unknown = known
@@ -194,6 +201,7 @@ pub(crate) fn send_along(agent: &Arc<Agent>, machine: &MachineName, target: &Nod
         let wanted = Wanted {
             machine: Some(machine.to_string()),
             limit: ALONG_MAX,
+            among: ALONG_AMONG,
             ..Wanted::default()
         };
         let sent: Result<(), String> = async {
@@ -217,7 +225,11 @@ fn read(database: &Database, wanted: &Wanted, own: &Name) -> Result<Vec<Line>, r
     let txn = database.begin_read()?;
     let table = txn.open_table(LINES)?;
     let mut found = Vec::new();
-    for entry in table.iter()?.rev() {
+    let among = match wanted.among {
+        0 => usize::MAX,
+        among => among as usize,
+    };
+    for entry in table.iter()?.rev().take(among) {
         let (_, json) = entry?;
         // What a newer version wrote is not read.
         let Ok(line) = serde_json::from_slice::<Line>(json.value()) else {
@@ -324,6 +336,7 @@ mod tests {
                 .unwrap();
             until_found(&ledger, &wanted(Some("m")), 3).await;
         }
+        ledger.take_along(vec![own.clone()]).await.unwrap();
         // An own line that is newer than what came does not hide it, nor the reverse.
         let since = Wanted {
             since_unix_ms: 20,

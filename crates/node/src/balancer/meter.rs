@@ -133,6 +133,7 @@ impl Meter {
         let pressure = pressure(workers, &budget);
         let traffic = traffic.so_far();
         let mut counters = HashMap::new();
+        let mut residents = Vec::new();
         let mut machines = HashMap::new();
         let mut helpers = Factors::default();
         let mut memory_bytes = 0u64;
@@ -142,7 +143,7 @@ impl Meter {
             let now = read_process(&process, group.as_ref());
             let resident = resident_bytes(&process);
             memory_bytes = memory_bytes.saturating_add(resident);
-            let working_set_bytes = self.working_set(pid, &process, resident);
+            let touched = self.touched.get(&pid).and_then(|it| it.bytes);
             if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
                 let (guest, other) = rates(before, &now, seconds);
                 helpers.cpu_cores += other.cpu_cores;
@@ -151,12 +152,13 @@ impl Meter {
                     ..guest
                 };
                 let usage = Usage {
-                    working_set_bytes,
+                    working_set_bytes: touched,
                     ..usage(before, &now, seconds)
                 };
                 machines.insert(machine, (factors, usage));
             }
             counters.insert(pid, now);
+            residents.push((pid, resident));
         }
         let measured = seconds.map(|seconds| {
             let own_rates = rates(&self.own, &own, seconds);
@@ -199,7 +201,7 @@ impl Meter {
                 traffic,
             }
         });
-        self.touched.retain(|pid, _| counters.contains_key(pid));
+        self.look_at_working_sets(&residents);
         self.traffic = traffic;
         self.previous = counters;
         self.own = own;
@@ -210,26 +212,32 @@ impl Meter {
 }
 
 impl Meter {
-    /// What a process touched in the last span; `None` until that is known, and where
-    /// the kernel does not tell.
-    fn working_set(&mut self, pid: u32, process: &Path, resident: u64) -> Option<u64> {
-        let gibs = u32::try_from(resident >> 30).unwrap_or(u32::MAX);
-        let span = WORKING_SET_SPAN.saturating_mul(gibs.saturating_add(1));
-        let before = self.touched.get(&pid);
-        let last = before.and_then(|it| it.bytes);
-        if before.is_some_and(|it| it.since.elapsed() < span) {
-            return last;
-        }
-        let bytes = match before {
-            None => None,
-            Some(_) => referenced_bytes(process),
+    /// Looks at what processes touched: of those that are due the one that waits
+    /// longest, since it takes as long as there is memory to go through.
+    fn look_at_working_sets(&mut self, residents: &[(u32, u64)]) {
+        self.touched
+            .retain(|pid, _| residents.iter().any(|(it, _)| it == pid));
+        let waits = |(pid, resident): &(u32, u64)| {
+            let gibs = u32::try_from(resident >> 30).unwrap_or(u32::MAX);
+            let span = WORKING_SET_SPAN.saturating_mul(gibs.saturating_add(1));
+            let since = self.touched.get(pid).map(|it| it.since.elapsed());
+            // One that was never looked at waits longest.
+            let late = since.map_or(Some(Duration::MAX), |since| since.checked_sub(span))?;
+            Some((late, *pid))
         };
+        let Some((_, pid)) = residents.iter().filter_map(waits).max() else {
+            return;
+        };
+        let process = PathBuf::from(format!("/proc/{pid}"));
+        let known = self.touched.contains_key(&pid);
+        let bytes = known.then(|| referenced_bytes(&process)).flatten();
         // 1: of all pages.
         let forgotten = std::fs::write(process.join("clear_refs"), "1").is_ok();
-        let bytes = bytes.filter(|_| forgotten);
-        let since = Instant::now();
-        self.touched.insert(pid, Touched { since, bytes });
-        bytes
+        let touched = Touched {
+            since: Instant::now(),
+            bytes: bytes.filter(|_| forgotten),
+        };
+        self.touched.insert(pid, touched);
     }
 }
 

@@ -275,7 +275,14 @@ impl Task {
                 Err(_) => Event::Tick,
                 Ok(None) => return,
                 Ok(Some(Input::Event(event))) => event,
-                Ok(Some(Input::Measured(measured))) => Event::Sample(self.sample(*measured)),
+                Ok(Some(Input::Measured(measured))) => {
+                    let measured = self.sample(*measured);
+                    let counted = self.counted(&measured);
+                    let weights = self.balancer.policy().0.weights;
+                    let recorder = &self.agent.balancer.recorder;
+                    recorder.take(unix_ms(), counted.load(&weights), &measured, weights);
+                    Event::Sample(counted)
+                }
                 Ok(Some(Input::Asked(peer, question, reply))) => {
                     self.tickets += 1;
                     self.replies.insert(self.tickets, reply);
@@ -301,18 +308,12 @@ impl Task {
                 self.peers = peers.iter().cloned().collect();
             }
             let snapshot = self.snapshot();
-            let measured = matches!(event, Event::Sample(_));
-            if measured {
+            if matches!(event, Event::Sample(_)) {
                 self.repair(&snapshot);
             }
             let now_ms = self.now_ms();
             for command in self.balancer.step(event, now_ms, &snapshot) {
                 self.carry_out(command);
-            }
-            if measured && let Some(sample) = self.balancer.sample() {
-                let weights = self.balancer.policy().0.weights;
-                let recorder = &self.agent.balancer.recorder;
-                recorder.take(unix_ms(), sample.load(&weights), sample, weights);
             }
         }
     }
@@ -369,6 +370,19 @@ impl Task {
         u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// The same as it counts: machines by what they promise, where that is wanted.
+    fn counted(&self, measured: &NodeSample) -> NodeSample {
+        let basis = self.balancer.policy().0.basis;
+        let mut counted = measured.clone();
+        for machine in &mut counted.machines {
+            if let Some(placed) = self.placements.get(&machine.name) {
+                let capacity = &measured.capacity;
+                machine.factors = promised(&placed.balancing, machine.factors, capacity, basis);
+            }
+        }
+        counted
+    }
+
     /// What runs here of what was measured: a copy that is not this node's yet, or any
     /// more, is not its load.
     fn sample(&self, measured: Measured) -> NodeSample {
@@ -379,7 +393,6 @@ impl Task {
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = measured.traffic;
         let mut base = measured.base;
-        let basis = self.balancer.policy().0.basis;
         let mut machines = Vec::with_capacity(measured.machines.len());
         for (machine, (mut factors, usage)) in measured.machines {
             let placed = self.placements.get(machine.as_str());
@@ -393,7 +406,6 @@ impl Task {
                 factors.cpu_bound_cores = factors.cpu_bound_cores.min(most);
             }
             factors.dirty_bytes_per_s = self.agent.balancer.writes.of(&machine);
-            let factors = promised(&placed.balancing, factors, &measured.capacity, basis);
             machines.push(MachineSample {
                 name: machine.as_str().into(),
                 factors,
@@ -476,7 +488,10 @@ impl Task {
         }
         // What is said of a move when it is over goes after the machine.
         if let Decision::Ended {
-            machine, target, ..
+            machine,
+            target,
+            outcome: Outcome::Moved { .. },
+            ..
         } = &decision
             && let (Ok(machine), Ok(target)) = (MachineName::new(machine), NodeName::new(target))
         {
@@ -493,6 +508,9 @@ impl Task {
         });
     }
 }
+
+/// Most disk traffic that a machine may promise, in bytes a second.
+pub(crate) const IO_TARGET_MAX: u64 = 1 << 40;
 
 /// A machine's load as it counts: what it promises, where that is wanted. Memory that
 /// it occupies beyond its promise is occupied all the same.
@@ -519,7 +537,7 @@ fn promised(
         counted.memory_bytes = measured.memory_bytes.max(bytes);
     }
     if let Some(rate) = balancing.io_target_bytes_per_s {
-        counted.io_bytes_per_s = rate as f64;
+        counted.io_bytes_per_s = rate.min(IO_TARGET_MAX) as f64;
     }
     counted
 }
@@ -576,6 +594,14 @@ async fn carry_out_move(
     slots_max: u32,
 ) -> Outcome {
     let stayed = |why: String| Outcome::Stayed { why };
+    // The target's promise does not wait until others have left this node.
+    let worker = MachineName::new(machine).map(|machine| agent.workers.get(&machine));
+    if let Ok(Some(worker)) = worker {
+        let bytes = worker.report().await.map_or(0, |it| it.memory_bytes);
+        if agent.lanes.are_full(bytes) {
+            return Outcome::Capped;
+        }
+    }
     let slot = match slots::take(agent, slots_max).await {
         Ok(Some(slot)) => slot,
         Ok(None) => return Outcome::Capped,

@@ -200,7 +200,9 @@ impl Recorder {
 /// The finest tier that has a span from its beginning, and the series.
 fn tier_of(span: &Span, now_unix_ms: u64) -> u8 {
     let ago_ms = now_unix_ms.saturating_sub(span.since_unix_ms);
-    let has = |tier: &Tier| tier.kept_ms >= ago_ms && (tier.machines || span.machine.is_none());
+    let has = |tier: &Tier| {
+        tier.kept_ms + tier.bucket_ms >= ago_ms && (tier.machines || span.machine.is_none())
+    };
     let number = TIERS.iter().position(has).unwrap_or(TIERS.len() - 1);
     u8::try_from(number).unwrap_or(0)
 }
@@ -330,7 +332,7 @@ fn prune(database: &Database, now_unix_ms: u64) -> Result<(), redb::Error> {
     let mut table = txn.open_table(POINTS)?;
     table.retain(|(tier, _, at), _| {
         let tier = TIERS.get(usize::from(tier));
-        tier.is_some_and(|tier| at + tier.kept_ms >= now_unix_ms)
+        tier.is_some_and(|tier| at + tier.kept_ms + 2 * tier.bucket_ms >= now_unix_ms)
     })?;
     drop(table);
     txn.commit()?;
@@ -400,6 +402,10 @@ mod tests {
         }
         let end = begun + DAY_MS;
         let hour = 3_600_000;
+        // Who asks for all that a tier has asks a little before it is asked.
+        let all = span(None, end - DAY_MS / 4, end);
+        let fine = recorder.read(&all, end + 300).unwrap();
+        assert_eq!(fine[0].lasts_ms, 30_000, "2160 points of 10 s in 720");
         let fine = recorder.read(&span(None, end - hour, end), end).unwrap();
         assert_eq!(fine.len(), 360);
         assert_eq!((fine[0].load, fine[3].load), (1.0, 0.0));

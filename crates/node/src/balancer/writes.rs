@@ -59,7 +59,8 @@ impl Writes {
     fn looked(&self, machine: &MachineName, bytes_per_s: Option<f64>, now: Instant) {
         if let Some(looked) = self.table().get_mut(machine) {
             looked.bytes_per_s = bytes_per_s.unwrap_or(looked.bytes_per_s);
-            looked.due = now + AGAIN_AFTER;
+            // One that could not be looked at may be arriving still.
+            looked.due = now + bytes_per_s.map_or(FIRST_AFTER, |_| AGAIN_AFTER);
         }
     }
 }
@@ -109,7 +110,12 @@ mod tests {
         writes.looked(&second, None, now);
         assert_eq!((writes.of(&first), writes.of(&second)), (7.0, 0.0));
         assert_eq!(writes.next(&here, now), None);
+        now += FIRST_AFTER;
+        assert_eq!(writes.next(&here, now), Some(second.clone()), "once more");
+        writes.looked(&second, Some(3.0), now);
+        assert_eq!(writes.next(&here, now), None);
         now += AGAIN_AFTER;
+        writes.looked(&second, Some(3.0), now);
         assert_eq!(writes.next(&here, now), Some(first.clone()));
         // What could not be seen again is what it was.
         writes.looked(&first, None, now);

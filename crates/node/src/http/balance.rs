@@ -126,6 +126,7 @@ pub(super) async fn ledger(
         since_unix_ms: query.since,
         until_unix_ms: query.until,
         limit,
+        among: 0,
     };
     Ok(Json(balancer::gather_ledger(&agent, &wanted).await))
 }

@@ -8,6 +8,10 @@ use rand::RngExt;
 
 /// Milliseconds of a move before its first byte.
 const BEGIN_MS: u64 = 100;
+/// Moves that leave a node at a time, and of these, moves of large machines.
+const LANES: usize = 4;
+const LANES_OF_LARGE: usize = 2;
+const LARGE_BYTES: u64 = 256 << 20;
 /// Milliseconds after which a node knows at the latest what the store says.
 const STORE_LAG_MS: u64 = 200;
 /// Milliseconds for which a machine stands still.
@@ -43,7 +47,7 @@ impl World {
             Some(Outcome::Stayed {
                 why: "the target is gone".into(),
             })
-        } else if self.moving >= most as usize {
+        } else if self.moving >= most as usize || self.lanes_are_full(source, number) {
             self.capped += 1;
             Some(Outcome::Capped)
         } else {
@@ -60,6 +64,18 @@ impl World {
             return;
         }
         self.set_out(number, source, target, false);
+    }
+
+    /// Whether as many leave a node as may at a time, large ones or all.
+    fn lanes_are_full(&self, node: usize, machine: usize) -> bool {
+        let large = |machine: usize| self.machines[machine].spec.memory_bytes >= LARGE_BYTES;
+        let leaving = self.nodes[node].machines.iter();
+        let leaving: Vec<usize> = leaving
+            .copied()
+            .filter(|it| self.machines[*it].moves)
+            .collect();
+        let of_large = leaving.iter().filter(|it| large(**it)).count();
+        leaving.len() >= LANES || large(machine) && of_large >= LANES_OF_LARGE
     }
 
     /// A machine begins to move.
