@@ -21,7 +21,9 @@ const HELPERS_MAX: usize = 8;
 const LEFT: usize = 2;
 
 /// Byte ranges of a memory, by its number.
-pub(super) type Written = Vec<(usize, Vec<Range<u64>>)>;
+type Ranges = (usize, Vec<Range<u64>>);
+/// Those of all.
+pub(super) type Written = Vec<Ranges>;
 
 struct Pieces {
     trackers: Vec<DirtyTracker>,
@@ -32,7 +34,7 @@ struct Pieces {
 
 impl Pieces {
     /// Looks at the next piece; `None` if there is none left.
-    fn look(&self) -> Option<Result<(usize, Vec<Range<u64>>), MemoryError>> {
+    fn look(&self) -> Option<Result<Ranges, MemoryError>> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (memory, piece) = self.pieces.get(number)?;
         let found = self.trackers[*memory].take_piece(piece.clone());
