@@ -10,7 +10,9 @@
 //!
 //! A working set is found by having the kernel forget which pages were touched, and
 //! looking later which were touched again (`/proc/PID/clear_refs`, `smaps_rollup`):
-//! seldom, and the more so the more memory there is to go through.
+//! seldom, and the more so the more memory there is to go through. Pages that the
+//! processor still has translations of are missed: some MiB of a machine that touches
+//! little else.
 
 use crate::state_dir::StateDir;
 use crate::workers::Workers;
@@ -535,19 +537,20 @@ mod tests {
 
     #[test]
     fn what_was_touched_is_seen() {
-        let mut held = vec![1u8; 32 << 20];
+        let mut held = vec![1u8; 128 << 20];
         let own = Path::new("/proc/self");
         if std::fs::write("/proc/self/clear_refs", "1").is_err() {
             println!("skipped: /proc/self/clear_refs cannot be written here");
             return;
         }
-        for at in (0..8 << 20).step_by(4096) {
+        for at in (0..64 << 20).step_by(4096) {
             held[at] = 2;
         }
         let touched = referenced_bytes(own).expect("the kernel tells");
         std::hint::black_box(&held);
-        // (Other tests run in processes of their own.)
-        assert!((8 << 20..24 << 20).contains(&touched), "{touched}");
+        // (Other tests run in processes of their own. What the processor still had a
+        // translation of, some MiB, is not seen to be touched again.)
+        assert!((48 << 20..96 << 20).contains(&touched), "{touched}");
     }
 
     #[test]
