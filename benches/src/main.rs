@@ -12,6 +12,7 @@
 //! - `checkpoints`: taking and restoring, beside plain writing and reading
 //! - `qemu`: the pause of a move with a hot loop, beside QEMU's, seen from outside
 //! - `plan`: plans for whole clusters, beside Ganeti's hbal
+//! - `spanning`: pages of a machine that spans, beside plain round trips and streams
 //! - `table`: medians, percentiles, Markdown
 //! - `told`: what was started ends when this is told to end
 
@@ -28,6 +29,7 @@ mod polls;
 mod postcopy;
 mod qemu;
 mod resume;
+mod spanning;
 mod table;
 mod told;
 
@@ -91,9 +93,13 @@ enum What {
     Checkpoints,
     Qemu,
     Plan,
+    Spanning,
 }
 
 fn main() -> Result<()> {
+    if std::env::args().nth(1).as_deref() == Some(spanning::HOME) {
+        return spanning::home();
+    }
     let options = Options::parse();
     let wanted = |what| options.what.is_empty() || options.what.contains(&what);
     println!("{}", table::machine());
@@ -111,6 +117,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Plan) {
         plan::bench()?;
+    }
+    if wanted(What::Spanning) {
+        spanning::bench(options.rounds)?;
     }
     told::listen()?;
     if wanted(What::Moves) {

@@ -18,6 +18,16 @@ const DELAY_MS: &str = "30";
 /// All tests, or those that the arguments name. Without any, the tests of several
 /// nodes come first with every message delayed.
 pub(crate) fn run(args: &[String]) -> Result<()> {
+    // Of a whole run what failed and why is to be seen at its end, not frames.
+    let backtraces = match args.is_empty() {
+        true => Some("0".into()),
+        false => std::env::var_os("RUST_BACKTRACE"),
+    };
+    let cargo = || {
+        let mut cargo = cargo();
+        cargo.envs(backtraces.iter().map(|it| ("RUST_BACKTRACE", it)));
+        cargo
+    };
     provide()?;
     if args.is_empty() {
         let mut delayed = cargo();

@@ -31,8 +31,14 @@ pub enum ClientError {
     #[error("the connection to the node broke: {0}")]
     Broken(String),
     /// The node refused.
-    #[error("{0}")]
-    Problem(String),
+    #[error("{reason}")]
+    Problem {
+        /// The status of HTTP: 4xx where the request is to blame, 5xx where it may do
+        /// later.
+        status: u16,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The node answered something else than agreed.
     #[error("the node's answer makes no sense: {0}")]
     Answer(String),
@@ -130,12 +136,12 @@ impl Client {
         let status = response.status();
         let body = response.into_body().collect().await.map_err(broken)?;
         let text = body.to_bytes();
-        Err(ClientError::Problem(
-            match serde_json::from_slice::<Problem>(&text) {
-                Ok(problem) => problem.error,
-                Err(_) => format!("{status}: {}", String::from_utf8_lossy(&text)),
-            },
-        ))
+        let reason = match serde_json::from_slice::<Problem>(&text) {
+            Ok(problem) => problem.error,
+            Err(_) => format!("{status}: {}", String::from_utf8_lossy(&text)),
+        };
+        let status = status.as_u16();
+        Err(ClientError::Problem { status, reason })
     }
 
     /// Sends a request and reads the whole answer.

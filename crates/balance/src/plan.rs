@@ -143,9 +143,18 @@ pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
     let mut left = Vec::new();
     match goal {
         Goal::Level { moves_max } => {
-            let moves_max = moves_max.unwrap_or(usize::MAX);
-            descend(&mut state, moves_max);
-            polish(&mut state, moves_max);
+            level(&mut state, moves_max.unwrap_or(usize::MAX));
+            // Few moves are chosen otherwise than many. Where all are allowed that
+            // levelling makes without a bound, it may be better.
+            if let Some(most) = *moves_max {
+                let mut free = State::new(problem);
+                level(&mut free, usize::MAX);
+                let loads = problem.loads.iter().zip(&free.at);
+                let moved = loads.filter(|(load, at)| load.site != **at).count();
+                if moved <= most && free.unevenness() < state.unevenness() {
+                    state = free;
+                }
+            }
         }
         Goal::Pack { fill } => pack(&mut state, *fill),
         Goal::Drain(sites) => left = drain(&mut state, sites),
@@ -164,6 +173,11 @@ pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
         bytes,
         left,
     }
+}
+
+fn level(state: &mut State<'_>, moves_max: usize) {
+    descend(state, moves_max);
+    polish(state, moves_max);
 }
 
 /// How uneven the sites are now.
@@ -923,7 +937,7 @@ mod tests {
                 prop_assert!(few.after <= whole.before + 1e-9);
                 least = least.min(few.after);
             }
-            prop_assert!(least <= whole.after + 0.05 * whole.before + 1e-9);
+            prop_assert!(least <= whole.after + 1e-9);
         }
     }
 }

@@ -2,8 +2,11 @@
 
 use crate::cluster::Reach;
 use crate::output;
-use anyhow::Result;
-use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
+use anyhow::{Result, bail};
+
+use keel_api::{
+    CheckpointInfo, CheckpointRequest, Client, ClientError, MachineInfo, RestoreRequest,
+};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -44,6 +47,9 @@ pub(crate) struct RestoreArgs {
     /// Runs it before its memory is read: sooner, but damage is found only then, and ends it.
     #[arg(long)]
     warm: bool,
+    /// Answers at once: its memory is read meanwhile, and `keel inspect` tells what came of it.
+    #[arg(short, long)]
+    detach: bool,
 }
 
 #[derive(clap::Args)]
@@ -59,6 +65,9 @@ pub(crate) struct CloneArgs {
     /// Where the copy is kept meanwhile: a place that both nodes see.
     #[arg(long, value_name = "PLACE")]
     through: Option<String>,
+    /// Answers before the copy runs; `keel inspect` tells what came of it.
+    #[arg(short, long)]
+    detach: bool,
 }
 
 /// What the user calls a place, as the node will.
@@ -135,11 +144,59 @@ pub(crate) async fn list(reach: &Reach, machine: &str, from: Option<String>) -> 
     Ok(ExitCode::SUCCESS)
 }
 
-async fn make_machine(reach: &Reach, request: &RestoreRequest) -> Result<ExitCode> {
-    let machine: MachineInfo = reach.client()?.post("/v1/restore", request).await?;
+/// Pauses before it is asked again whether a machine has started.
+const STARTED_AGAIN_MIN: Duration = Duration::from_millis(2);
+const STARTED_AGAIN_MAX: Duration = Duration::from_millis(100);
+/// Answers in a row that may be missing: its node may be restarting.
+const SILENCES_MAX: u32 = 100;
+
+/// Waits until a machine that was scheduled runs, or why it never will.
+async fn started(client: &Client, scheduled: MachineInfo) -> Result<MachineInfo> {
+    let path = format!("/v1/machines/{}", scheduled.name);
+    let mut pause = STARTED_AGAIN_MIN;
+    let mut machine = scheduled;
+    let mut silences = 0;
+    loop {
+        match machine.status.as_str() {
+            "scheduled" => {}
+            "failed" | "restarting" => bail!(
+                "machine {} could not be started: {}{}",
+                machine.name,
+                machine.message.as_deref().unwrap_or("no reason is known"),
+                match machine.is_live() {
+                    true => "; it is tried again".to_owned(),
+                    false => format!(" (`keel rm {}` frees its name)", machine.name),
+                }
+            ),
+            _ => return Ok(machine),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(STARTED_AGAIN_MAX);
+        match client.get(&path).await {
+            Ok(now) => (machine, silences) = (now, 0),
+            // It ran, ended and is no more, as it was to be.
+            Err(ClientError::Problem { status: 404, .. }) if machine.remove_at_end => {
+                return Ok(machine);
+            }
+            Err(error @ ClientError::Problem { status: ..500, .. }) => return Err(error.into()),
+            Err(error) if silences == SILENCES_MAX => return Err(error.into()),
+            Err(_) => silences += 1,
+        }
+    }
+}
+
+async fn make_machine(reach: &Reach, request: &RestoreRequest, detach: bool) -> Result<ExitCode> {
+    let client = reach.client()?;
+    let mut machine: MachineInfo = client.post("/v1/restore", request).await?;
+    if !detach {
+        machine = started(&client, machine).await?;
+    }
     output::one(reach.format(), &machine, &machine.name, |machine| {
         machine.name.clone()
     })?;
+    if let ("paused", Some(message)) = (machine.status.as_str(), &machine.message) {
+        eprintln!("keel: machine {} is paused: {message}", machine.name);
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -152,7 +209,7 @@ pub(crate) async fn restore(reach: &Reach, args: &RestoreArgs) -> Result<ExitCod
         on: args.on.clone(),
         warm: args.warm,
     };
-    make_machine(reach, &request).await
+    make_machine(reach, &request, args.detach).await
 }
 
 pub(crate) async fn clone(reach: &Reach, args: &CloneArgs) -> Result<ExitCode> {
@@ -179,5 +236,5 @@ pub(crate) async fn clone(reach: &Reach, args: &CloneArgs) -> Result<ExitCode> {
         on: args.on.clone(),
         warm: false,
     };
-    make_machine(reach, &request).await
+    make_machine(reach, &request, args.detach).await
 }

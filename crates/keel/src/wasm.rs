@@ -3,8 +3,10 @@
 
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result};
+use keel_machine::span::{Spread, Within};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, FdSink, HostClock, Input, Preopen, Source, SystemClock, Wasi};
+use keel_wasm::coherence::PartId;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome, run_plain};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::net::TcpListener;
@@ -60,6 +62,11 @@ pub(crate) struct Args {
     /// through the serialised form, into fresh instances.
     #[arg(long, value_name = "RATE", conflicts_with = "plain")]
     shake: Option<f64>,
+    /// Runs it as so many parts, each with memory of its own that the others only see
+    /// page by page, as on so many nodes; threads that it starts begin where the fewest
+    /// are. With `--shake` threads move between parts too.
+    #[arg(long, value_name = "N", conflicts_with = "plain", value_parser = clap::value_parser!(u8).range(1..=64))]
+    parts: Option<u8>,
     /// Seed of random numbers: the program's, and of `--shake`.
     #[arg(long)]
     seed: Option<u64>,
@@ -101,13 +108,28 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
         let program = engine
             .load(&bytes)
             .with_context(|| format!("{name} cannot run"))?;
-        let machine = Machine::start(program, wasi, limits)
+        let machine = Machine::ready_under(0, program, wasi, limits)
             .with_context(|| format!("{name} cannot start"))?;
+        let parts = args
+            .parts
+            .map(|count| {
+                let how = Spread {
+                    spread: true,
+                    patience: PATIENCE,
+                };
+                Within::begin(&machine, count.into(), args.memory, how)
+                    .with_context(|| format!("{name} cannot run as {count} parts"))
+            })
+            .transpose()?;
+        machine.thaw()?;
         let outcome = match args.shake {
-            Some(rate) => shaken(&machine, rate, args.seed.unwrap_or(0))?,
+            Some(rate) => shaken(&machine, parts.as_ref(), rate, args.seed.unwrap_or(0))?,
             None => machine.wait(None).unwrap_or(Outcome::Stopped),
         };
         machine.wasi().finish();
+        if let Some(failure) = parts.and_then(|parts| parts.home().failure()) {
+            anyhow::bail!("{name}: {failure}");
+        }
         outcome
     };
     Ok(match outcome {
@@ -240,14 +262,15 @@ fn copy(args: &Args, wasi: &Wasi) -> Result<()> {
 }
 
 /// Waits for the end, and shakes meanwhile.
-fn shaken(machine: &Machine, rate: f64, seed: u64) -> Result<Outcome> {
+fn shaken(machine: &Machine, parts: Option<&Within>, rate: f64, seed: u64) -> Result<Outcome> {
     anyhow::ensure!(
         rate.is_finite() && rate > 0.0,
         "--shake {rate}: the rate must be more than 0"
     );
     let pause = Duration::from_secs_f64((1.0 / rate).min(3600.0));
     let mut random = StdRng::seed_from_u64(seed);
-    let mut whole = 0u64;
+    let (mut whole, mut moves) = (0u64, 0u64);
+    let places = parts.map_or(1, |parts| 1 + parts.members().len());
     let outcome = loop {
         if let Some(outcome) = machine.wait(Some(pause)) {
             break outcome;
@@ -256,17 +279,23 @@ fn shaken(machine: &Machine, rate: f64, seed: u64) -> Result<Outcome> {
         if threads.is_empty() {
             continue;
         }
-        if random.random_range(0..4) == 0 {
+        let thread = threads[random.random_range(0..threads.len())];
+        let place = PartId::new(random.random_range(0..places));
+        match (random.random_range(0..4), place) {
             // It may end, or be in a long call of the host, just now.
-            if machine.shake_all(PATIENCE).is_ok() {
-                whole += 1;
+            (0, _) => whole += u64::from(machine.shake_all(PATIENCE).is_ok()),
+            (1 | 2, Some(place)) if places > 1 => {
+                moves += u64::from(machine.move_thread(thread, place).is_ok());
             }
-        } else {
-            machine.shake(threads[random.random_range(0..threads.len())]);
+            _ => drop(machine.shake(thread)),
         }
     };
+    let moved = match places {
+        1 => String::new(),
+        _ => format!("; {moves} moves of threads between {places} parts"),
+    };
     eprintln!(
-        "keel: {} captures, {whole} of them of the whole machine",
+        "keel: {} captures, {whole} of them of the whole machine{moved}",
         machine.captures()
     );
     Ok(outcome)

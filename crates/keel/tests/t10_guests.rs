@@ -122,6 +122,36 @@ fn volumes() {
     assert_eq!(folder.path().read_dir().unwrap().count(), 1);
 }
 
+/// As several parts, between which their threads move: the one of a program without
+/// others too.
+#[test]
+fn several_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = format!("{}::/d", folder.path().display());
+    let cases: [(&str, &[&str]); 5] = [
+        ("counter", &["30", "5"]),
+        ("writer", &["16", "100", "3"]),
+        ("threads", &["6", "3000"]),
+        ("zstd", &["4", "3", "3072"]),
+        ("files", &["/d", "20"]),
+    ];
+    for (name, args) in cases {
+        let plain = run(&["--plain", "--dir", &dir], name, args);
+        assert_eq!(plain.code, Some(0), "{plain:?}");
+        let still = run(&["--parts", "2", "--dir", &dir], name, args);
+        assert_same(&plain, &still, &format!("{name} as two parts"));
+        let options = [
+            "--parts", "3", "--shake", "300", "--seed", "4", "--dir", &dir,
+        ];
+        let shaken = run(&options, name, args);
+        assert_same(&plain, &shaken, &format!("{name} as three parts"));
+        assert!(shaken.captures > 3, "{name}: {shaken:?}");
+    }
+    let none = keel().args(["--parts", "0"]).arg(guest("counter")).output();
+    let none = none.unwrap();
+    assert_eq!(none.status.code(), Some(2), "{none:?}");
+}
+
 /// Many threads, captured as often as it goes, with many seeds.
 #[test]
 fn threads_at_a_high_rate() {

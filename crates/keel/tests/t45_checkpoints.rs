@@ -200,4 +200,20 @@ async fn machines_start_warm() {
     assert_eq!(info.status, "failed");
     let message = info.message.unwrap_or_default();
     assert!(message.contains("is damaged"), "{message}");
+    // Where its memory is read first, the command itself says so, and fails.
+    let cold = |name: &'static str, more: &[&'static str]| {
+        let mut args = vec!["restore", "template", "--from", &kept, "--as", name];
+        args.extend(more);
+        bench.keel("a", &args)
+    };
+    let (done, text) = cold("cold", &[]);
+    let is_named = text.contains("is damaged") && text.contains("keel rm cold");
+    assert!(!done && is_named, "{text}");
+    let (done, text) = cold("detached", &["--detach"]);
+    assert!(done && text.trim() == "detached", "{text}");
+    // One that is whole runs by the time of the answer.
+    let (done, text) = bench.keel("a", &["clone", "warm-2", "--as", "copy"]);
+    assert!(done, "{text}");
+    let info = bench.cluster.inspect("a", "copy").await.expect("info");
+    assert_eq!(info.status, "running");
 }

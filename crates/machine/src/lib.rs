@@ -11,6 +11,7 @@
 //! - `link`: the connection between the two workers of a move
 //! - `place`: directories and object stores in which things are kept
 //! - `restart`: whether a machine that ended is started again
+//! - `span`: one part of a machine that spans several nodes
 //! - `worker`: the process around one machine
 
 #![deny(unsafe_code)]
@@ -26,6 +27,7 @@ pub mod moves;
 pub mod past;
 pub mod place;
 pub mod restart;
+pub mod span;
 pub mod spec;
 pub mod worker;
 

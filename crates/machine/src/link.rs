@@ -506,14 +506,19 @@ impl std::fmt::Debug for Link {
     }
 }
 
-fn prepare(socket: &TcpStream) -> std::io::Result<()> {
-    socket.set_nodelay(true)?;
-    // A host that is switched off says nothing, and a target that is ready
-    // waits without limit.
+/// Has the kernel notice a host that is switched off, which says nothing.
+pub(crate) fn keep_alive(socket: &TcpStream) -> std::io::Result<()> {
     rustix::net::sockopt::set_socket_keepalive(socket, true)?;
     rustix::net::sockopt::set_tcp_keepidle(socket, KEEPALIVE)?;
     rustix::net::sockopt::set_tcp_keepintvl(socket, KEEPALIVE)?;
     rustix::net::sockopt::set_tcp_keepcnt(socket, KEEPALIVE_PROBES)?;
+    Ok(())
+}
+
+fn prepare(socket: &TcpStream) -> std::io::Result<()> {
+    socket.set_nodelay(true)?;
+    // (A target that is ready waits without limit.)
+    keep_alive(socket)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.set_write_timeout(Some(PATIENCE))
 }

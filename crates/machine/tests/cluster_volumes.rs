@@ -3,6 +3,7 @@
 //! two writers only the newer one writes.
 
 use async_trait::async_trait;
+use futures::TryStreamExt;
 use futures::stream::BoxStream;
 use keel_cluster::MachineName;
 use keel_machine::cluster_volume::{
@@ -37,12 +38,17 @@ enum Plan {
     },
     /// Each fails with this probability, in percent, half of them after it was done.
     Flaky(u32),
+    /// All that is there is gone once so many were done, and the rest is done
+    /// nonetheless: a folder that is unmounted in the middle of a commit.
+    Vanishes(u32),
 }
 
 /// A store in memory that fails as it is told, and lets others go first.
 #[derive(Debug)]
 struct Faulty {
     inner: InMemory,
+    /// What was there before it vanished.
+    away: tokio::sync::Mutex<Option<InMemory>>,
     state: Mutex<(Plan, ChaCha8Rng)>,
     yields: bool,
 }
@@ -51,6 +57,7 @@ impl Faulty {
     fn new(seed: u64, yields: bool) -> Arc<Self> {
         Arc::new(Faulty {
             inner: InMemory::new(),
+            away: tokio::sync::Mutex::default(),
             state: Mutex::new((Plan::Works, ChaCha8Rng::seed_from_u64(seed))),
             yields,
         })
@@ -78,6 +85,40 @@ impl Faulty {
                 let fails = random.random_ratio(*percent, 100);
                 (fails && random.random(), fails)
             }
+            Plan::Vanishes(_) => (false, false),
+        }
+    }
+
+    /// Takes all away if it is time.
+    async fn vanish(&self) {
+        let due = match &mut self.state.lock().unwrap().0 {
+            plan @ Plan::Vanishes(0) => {
+                *plan = Plan::Works;
+                true
+            }
+            Plan::Vanishes(after) => {
+                *after -= 1;
+                false
+            }
+            _ => false,
+        };
+        if due {
+            *self.away.lock().await = Some(self.inner.fork());
+            clear(&self.inner).await;
+        }
+    }
+
+    /// Puts back what vanished, in place of what is there now.
+    async fn put_back(&self) {
+        let Some(away) = self.away.lock().await.take() else {
+            return;
+        };
+        clear(&self.inner).await;
+        let all: Vec<ObjectMeta> = away.list(None).try_collect().await.unwrap();
+        for object in all {
+            let bytes = away.get(&object.location).await.unwrap().bytes().await;
+            let put = self.inner.put(&object.location, bytes.unwrap().into());
+            put.await.unwrap();
         }
     }
 
@@ -85,6 +126,13 @@ impl Faulty {
         while self.yields && self.state.lock().unwrap().1.random_ratio(1, 2) {
             tokio::task::yield_now().await;
         }
+    }
+}
+
+async fn clear(store: &InMemory) {
+    let all: Vec<ObjectMeta> = store.list(None).try_collect().await.unwrap();
+    for object in all {
+        store.delete(&object.location).await.unwrap();
     }
 }
 
@@ -110,6 +158,7 @@ impl ObjectStore for Faulty {
         opts: PutOptions,
     ) -> Result<PutResult> {
         self.others_first().await;
+        self.vanish().await;
         let (before, after) = self.fate();
         if before {
             return Err(failure());
@@ -510,7 +559,6 @@ async fn with_a_file() -> (Arc<Faulty>, VolumeStore, Writer, Model) {
 }
 
 async fn objects(faulty: &Faulty, part: &str) -> Vec<Path> {
-    use futures::TryStreamExt;
     let all = faulty.inner.list(None).map_ok(|object| object.location);
     let all: Vec<Path> = all.try_collect().await.unwrap();
     all.into_iter()
@@ -601,6 +649,39 @@ async fn what_is_damaged_or_gone_is_named() {
         .await
         .unwrap_err();
     assert!(matches!(error, VolumeError::Vanished { .. }), "{error}");
+}
+
+/// What is put while the place vanishes makes it anew, without what was there: that
+/// is no damage, and the writer goes on once the place is back.
+#[tokio::test]
+async fn a_place_that_vanishes_in_a_commit_is_waited_for() {
+    let mut vanished = 0;
+    // Three chunks and a segment; then another such, into what was put anew.
+    for after in 0..6 {
+        let (faulty, store, mut writer, mut model) = with_a_file().await;
+        faulty.plan(Plan::Vanishes(after));
+        let change = |model: &mut Model, byte: u8| {
+            let bytes = (0..3).flat_map(|at| vec![byte + at; BLOCK]).collect();
+            model.files.insert(2, bytes);
+            model.dirty.extend((0..3).map(|block| (2, block)));
+        };
+        change(&mut model, 10);
+        let first = commit(&mut writer, &mut model).await;
+        assert_eq!(first.is_err(), after < 4, "{first:?}");
+        change(&mut model, 20);
+        for outcome in [first, commit(&mut writer, &mut model).await] {
+            if let Err(error) = outcome {
+                let is_named = matches!(error, VolumeError::Vanished { .. });
+                assert!(is_named && error.is_away(), "after {after}: {error}");
+                vanished += 1;
+            }
+        }
+        faulty.put_back().await;
+        commit(&mut writer, &mut model).await.unwrap();
+        let again = Writer::claim(store.clone(), epoch(9), None).await.unwrap();
+        assert_eq!(files_of(&store, again.state()).await, model.files);
+    }
+    assert_eq!(vanished, 4 * 2 + 2);
 }
 
 #[tokio::test]

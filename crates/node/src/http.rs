@@ -9,6 +9,7 @@ use crate::events::{self, Question};
 use crate::keep;
 use crate::moving::MoveOrder;
 use crate::operate::{self, Done, OperateError, Operation};
+use crate::output;
 use crate::record::{self, RecordError};
 use crate::state_dir::write_whole;
 use crate::volumes;
@@ -522,7 +523,7 @@ async fn logs(
     Query(query): Query<LogQuery>,
 ) -> Result<Response, Failure> {
     let machine = machine_name(&name)?;
-    let bytes = operate::log_anywhere(&agent, &machine, query.from, query.follow).await?;
+    let bytes = output::anywhere(&agent, &machine, query.from, query.follow).await?;
     let bytes = futures::stream::unfold(bytes, |mut bytes| async {
         Some((bytes.recv().await?, bytes))
     });

@@ -15,6 +15,7 @@
 //! - `rules`: where machines may be, in the store's transactions
 //! - `set`: other limits for a machine that runs
 //! - `operate`: what users ask, wherever the machine is
+//! - `output`: what machines print, followed from node to node
 //! - `keep`: checkpoints, and machines made of them
 //! - `diff`: what would change of a machine
 //! - `files`: files in machines' volumes, for users
@@ -39,6 +40,7 @@ mod lease;
 mod moving;
 mod offer;
 mod operate;
+mod output;
 mod parent;
 mod pauses;
 mod reconcile;

@@ -4,6 +4,7 @@ use crate::agent::Agent;
 use crate::balancer::IO_TARGET_MAX;
 use crate::events::Note;
 use crate::moving::MoveOrder;
+use crate::output;
 use crate::record::{self, RecordError};
 use crate::rules::{self, ClaimError};
 use crate::service::kind as node_kind;
@@ -18,13 +19,10 @@ use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::tokens::{self, Role};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
-use keel_machine::log::Log;
 use keel_machine::restart::Restart;
 use keel_machine::spec::{Record, Spec, Status, Volume, VolumeKind};
-use keel_machine::worker::control::{
-    FileDone, FileOp, LogChunk, ReadLog, Report, State, kind, pack, unpack,
-};
-use keel_net::{Bytes, RpcError};
+use keel_machine::worker::control::{FileDone, FileOp, Report, State, kind, pack, unpack};
+use keel_net::RpcError;
 use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -33,12 +31,6 @@ use tokio::sync::mpsc;
 
 /// How long a stopped machine may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
-/// Bytes of output in one piece.
-const LOG_PIECE_BYTES: usize = 64 << 10;
-/// Attempts to find a machine that is moving about.
-const CHASES_MAX: u32 = 25;
-/// The longest pause between them; the first is the shortest.
-const CHASE_PAUSE_MAX: Duration = Duration::from_millis(50);
 /// Largest limits that a machine may ask for.
 const MEMORY_BYTES_MAX: u64 = 64 << 30;
 const THREADS_MAX: u32 = 16_384;
@@ -228,7 +220,7 @@ pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
         Operation::LogSince {
             machine,
             since_unix_ms,
-        } => log_since(agent, &machine, since_unix_ms)
+        } => output::since(agent, &machine, since_unix_ms)
             .await
             .map(Done::Offset),
     }
@@ -411,163 +403,6 @@ pub(crate) async fn move_anywhere(
         }
     });
     Ok(lines)
-}
-
-// ── output ──────────────────────────────────────────────────────────────
-
-/// The output of a machine that runs, or ended, on this node.
-pub(crate) async fn log_here(
-    agent: &Arc<Agent>,
-    machine: &MachineName,
-    from: u64,
-    follow: bool,
-) -> Result<mpsc::Receiver<Bytes>, String> {
-    let (send, chunks) = mpsc::channel(16);
-    let Some(worker) = agent.workers.get(machine) else {
-        let folder = agent.dir.worker(machine);
-        if !folder.is_dir() {
-            return Err(format!("machine {machine:?} has no output here"));
-        }
-        let log = Log::open(&folder, 0).map_err(|error| error.to_string())?;
-        std::thread::Builder::new()
-            .name("log".into())
-            .spawn(move || send_log(&log, from, &send))
-            .map_err(|error| error.to_string())?;
-        return Ok(chunks);
-    };
-    let mut stream = worker
-        .stream(kind::LOG, &ReadLog { from, follow })
-        .await
-        .map_err(|error| error.to_string())?;
-    tokio::spawn(async move {
-        while let Some(Ok(bytes)) = stream.recv().await {
-            if send.send(bytes).await.is_err() {
-                return;
-            }
-        }
-    });
-    Ok(chunks)
-}
-
-/// Where the output begins that a machine, which runs or ended on this node, wrote
-/// at a time or later.
-async fn log_since(
-    agent: &Arc<Agent>,
-    machine: &MachineName,
-    since_unix_ms: u64,
-) -> Result<u64, OperateError> {
-    if let Some(worker) = agent.workers.get(machine) {
-        let offset = worker.ask(kind::LOG_SINCE, &since_unix_ms, PROMPT).await;
-        return offset.map_err(|error| OperateError::Away(error.to_string()));
-    }
-    let folder = agent.dir.worker(machine);
-    let found = tokio::task::spawn_blocking(move || {
-        match folder.is_dir() {
-            true => Log::open(&folder, 0)?.offset_since(since_unix_ms),
-            // It has not begun.
-            false => Ok(0),
-        }
-    });
-    found
-        .await
-        .map_err(|error| OperateError::Away(error.to_string()))?
-        .map_err(|error| OperateError::Away(format!("the output of {machine:?}: {error}")))
-}
-
-/// Sends what an ended machine left.
-fn send_log(log: &Log, from: u64, send: &mpsc::Sender<Bytes>) {
-    let mut at = from;
-    while let Ok((offset, bytes)) = log.read(at, LOG_PIECE_BYTES) {
-        if bytes.is_empty() {
-            return;
-        }
-        at = offset + bytes.len() as u64;
-        let sent = pack(&LogChunk { offset, bytes })
-            .ok()
-            .is_some_and(|bytes| send.blocking_send(bytes).is_ok());
-        if !sent {
-            return;
-        }
-    }
-}
-
-/// The output of a machine from an offset on, following it from node to node.
-/// The first word is an error if there is no such machine.
-pub(crate) async fn log_anywhere(
-    agent: &Arc<Agent>,
-    machine: &MachineName,
-    from: u64,
-    follow: bool,
-) -> Result<mpsc::Receiver<Bytes>, OperateError> {
-    record::get(&*agent.store, machine).await?;
-    let (send, bytes) = mpsc::channel(16);
-    let (agent, machine) = (agent.clone(), machine.clone());
-    tokio::spawn(async move {
-        let mut at = from;
-        let mut idle = 0;
-        while idle < CHASES_MAX && !send.is_closed() {
-            let before = at;
-            let ended = match record::get(&*agent.store, &machine).await {
-                Ok(found) => {
-                    pass_on(&agent, &found.record, &mut at, follow, &send).await;
-                    found.record.status.ended()
-                }
-                Err(RecordError::NoMachine(_)) => true,
-                Err(_) => false,
-            };
-            if ended || !follow {
-                return;
-            }
-            // It moved, or its node is away for a moment.
-            idle = if at > before { 0 } else { idle + 1 };
-            let pause = Duration::from_millis(1) * 2u32.pow(idle.min(10));
-            tokio::time::sleep(pause.min(CHASE_PAUSE_MAX)).await;
-        }
-    });
-    Ok(bytes)
-}
-
-async fn pass_on(
-    agent: &Arc<Agent>,
-    record: &Record,
-    at: &mut u64,
-    follow: bool,
-    send: &mpsc::Sender<Bytes>,
-) {
-    let read = |chunk: Bytes| -> Option<(u64, Vec<u8>)> {
-        let chunk: LogChunk = unpack(&chunk).ok()?;
-        Some((chunk.offset, chunk.bytes))
-    };
-    let mut local = None;
-    let mut remote = None;
-    if record.owner == agent.name {
-        local = log_here(agent, &record.name, *at, follow).await.ok();
-    } else if let Ok(question) = pack(&(record.name.clone(), *at, follow)) {
-        let stream = agent.peers.stream(&record.owner, node_kind::LOG, question);
-        remote = stream.await.ok();
-    }
-    loop {
-        let chunk = match (&mut local, &mut remote) {
-            (Some(local), _) => local.recv().await,
-            (None, Some(remote)) => match remote.recv().await {
-                Some(Ok(chunk)) => Some(chunk),
-                _ => None,
-            },
-            (None, None) => None,
-        };
-        let Some((offset, bytes)) = chunk.and_then(read) else {
-            return;
-        };
-        // A log that lost its oldest part begins later.
-        let known = usize::try_from(at.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let Some(new) = bytes.get(known..) else {
-            continue;
-        };
-        *at = offset + bytes.len() as u64;
-        if send.send(Bytes::copy_from_slice(new)).await.is_err() {
-            return;
-        }
-    }
 }
 
 // ── starting and listing ────────────────────────────────────────────────

@@ -5,6 +5,7 @@ use crate::agent::Agent;
 use crate::events::{self, Note, Question};
 use crate::offer::{self, Offer};
 use crate::operate::{self, Operation};
+use crate::output;
 use crate::state_dir::{is_hash, write_whole};
 use crate::workers::PROMPT;
 use futures::FutureExt;
@@ -135,7 +136,7 @@ impl Service {
             }
             kind::LOG => {
                 let (machine, from, follow): (MachineName, u64, bool) = unpack(&payload)?;
-                let stream = operate::log_here(agent, &machine, from, follow)
+                let stream = output::here(agent, &machine, from, follow)
                     .await
                     .map_err(RpcError::failed)?;
                 Ok(Reply::Stream(stream))

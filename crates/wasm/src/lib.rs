@@ -5,6 +5,7 @@
 //! - [`memory`]: the bytes of a machine's memory, and which were written
 //! - [`runtime`]: runs instrumented modules, captures and resumes their threads
 
+pub mod coherence;
 pub mod instrument;
 pub mod memory;
 pub mod runtime;

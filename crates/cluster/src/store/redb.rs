@@ -427,11 +427,12 @@ impl Writer {
         }
     }
 
-    /// After the commit: show, then answer. A caller that went away is no loss.
+    /// After the commit: show, then answer, and wake those who watch last: a machine
+    /// that stands still may wait for the answer. A caller that went away is no loss.
     fn finish(&self, batch: Batch) {
-        if !batch.changes.is_empty() {
+        let changed = !batch.changes.is_empty();
+        if changed {
             self.view.publish(batch.changes);
-            self.publish.send_replace(());
         }
         for answer in batch.answers {
             match answer {
@@ -443,6 +444,9 @@ impl Writer {
                 }
                 Answer::Revoke(to) => drop(to.send(Ok(()))),
             }
+        }
+        if changed {
+            self.publish.send_replace(());
         }
     }
 

@@ -508,6 +508,28 @@ impl VolumeStore {
         self.create_object(&path, bytes).await.map(drop)
     }
 
+    /// Whether it is a directory, which may be gone, or another, from one moment to the
+    /// next (a file system that is unmounted).
+    pub(super) fn can_vanish(&self) -> bool {
+        matches!(self.place.file(&self.path(&["log"])), Ok(Some(_)))
+    }
+
+    /// Stores those of the chunks that are not there; whether there were any.
+    pub(super) async fn complete(&self, chunks: &[(ChunkRef, Bytes)]) -> Result<bool, VolumeError> {
+        let mut any = false;
+        for (chunk, bytes) in chunks {
+            match self.place.store().head(&self.chunk_path(chunk)).await {
+                Ok(_) => {}
+                Err(object_store::Error::NotFound { .. }) => {
+                    self.put_chunk(chunk, bytes.clone()).await?;
+                    any = true;
+                }
+                Err(error) => return Err(self.failed(&error)),
+            }
+        }
+        Ok(any)
+    }
+
     /// Reads a chunk and checks it; `None` if there is none.
     ///
     /// # Errors

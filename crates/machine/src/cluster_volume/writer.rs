@@ -47,11 +47,18 @@ impl DirtyBlock {
     }
 }
 
+/// Chunks that were put for a segment.
+type NewChunks = Vec<(ChunkRef, Bytes)>;
+
 /// A segment whose put had no answer: it may be there or not.
 #[derive(Debug)]
 struct InDoubt {
     segment: Segment,
     state: Arc<VolumeState>,
+    /// What it names and was put for it.
+    chunks: NewChunks,
+    /// It was put before.
+    tried: bool,
 }
 
 /// Who writes to a volume.
@@ -168,13 +175,14 @@ impl Writer {
         if !self.store.has(&self.head).await? {
             return Err(self.gone().await);
         }
-        let map = self.store_blocks(&record, dirty).await?;
+        let (map, chunks) = self.store_blocks(&record, dirty).await?;
         let state = VolumeState::new(record, map);
         let difference = self.state.difference(&state);
         if difference.is_empty(&self.state) {
             return Ok(());
         }
-        self.append(difference, Arc::new(state), false).await?;
+        self.append(difference, Arc::new(state), chunks, false)
+            .await?;
         if self.is_long() {
             self.compact().await?;
         }
@@ -192,7 +200,20 @@ impl Writer {
         match self.store.load().await {
             Ok(loaded) if loaded.head.writer > self.epoch => self.fenced(loaded.head.writer),
             Ok(_) => self.store.vanished(),
+            Err(error @ VolumeError::Damaged { .. }) => match self.has_put().await {
+                true => self.store.vanished(),
+                false => error,
+            },
             Err(error) => error,
+        }
+    }
+
+    /// Whether the segment in doubt is there. Where the one before it is not, this
+    /// writer made the place anew by putting it: the log is elsewhere, not damaged.
+    async fn has_put(&self) -> bool {
+        match &self.in_doubt {
+            Some(doubt) => matches!(self.store.has(&doubt.segment).await, Ok(true)),
+            None => false,
         }
     }
 
@@ -204,12 +225,12 @@ impl Writer {
         }
     }
 
-    /// Stores what is new; the chunks of all blocks.
+    /// Stores what is new; the chunks of all blocks, and those that are new.
     async fn store_blocks(
         &self,
         record: &VolumeRecord,
         dirty: Vec<DirtyBlock>,
-    ) -> Result<BTreeMap<u64, BlockMap>, VolumeError> {
+    ) -> Result<(BTreeMap<u64, BlockMap>, NewChunks), VolumeError> {
         let mut new: BTreeMap<(u64, u64), ChunkRef> = BTreeMap::new();
         let mut to_store: BTreeMap<ChunkRef, Bytes> = BTreeMap::new();
         for block in dirty.into_iter().filter(|block| !block.bytes.is_empty()) {
@@ -227,7 +248,7 @@ impl Writer {
                 }
             }
         }
-        futures::stream::iter(to_store)
+        futures::stream::iter(to_store.clone())
             .map(|(chunk, bytes)| async move { self.store.put_chunk(&chunk, bytes).await })
             .buffer_unordered(CHUNKS_IN_FLIGHT)
             .try_collect::<Vec<()>>()
@@ -256,22 +277,36 @@ impl Writer {
                 map.insert(node.inode, chunks);
             }
         }
-        Ok(map)
+        Ok((map, to_store.into_iter().collect()))
     }
 
     async fn append(
         &mut self,
         difference: Difference,
         state: Arc<VolumeState>,
+        chunks: NewChunks,
         is_base: bool,
     ) -> Result<(), VolumeError> {
         let segment = following(&self.head, self.epoch, difference, is_base);
-        self.in_doubt = Some(InDoubt { segment, state });
+        self.in_doubt = Some(InDoubt {
+            segment,
+            state,
+            chunks,
+            tried: false,
+        });
         self.settle().await
     }
 
     /// Puts the segment that is in doubt, unless it or another is there.
     async fn settle(&mut self) -> Result<(), VolumeError> {
+        let Some(doubt) = &mut self.in_doubt else {
+            return Ok(());
+        };
+        // Some of them may have been put where the place vanished, and be gone with what
+        // that made.
+        if std::mem::replace(&mut doubt.tried, true) {
+            self.store.complete(&doubt.chunks).await?;
+        }
         let Some(doubt) = &self.in_doubt else {
             return Ok(());
         };
@@ -289,7 +324,14 @@ impl Writer {
         if !self.store.has(&self.head).await? {
             return Err(self.gone().await);
         }
-        let Some(InDoubt { segment, state }) = self.in_doubt.take() else {
+        // A directory may have vanished, and be back already.
+        if self.store.can_vanish()
+            && self.store.complete(&doubt.chunks).await?
+            && !self.store.has(&self.head).await?
+        {
+            return Err(self.gone().await);
+        }
+        let Some(InDoubt { segment, state, .. }) = self.in_doubt.take() else {
             return Ok(());
         };
         let bytes = segment.encode().map_or(0, |bytes| bytes.len() as u64);
@@ -321,8 +363,8 @@ impl Writer {
     /// [`VolumeError`].
     pub async fn compact(&mut self) -> Result<(), VolumeError> {
         self.settle().await?;
-        self.append(self.state.whole(), self.state.clone(), true)
-            .await
+        let (whole, state) = (self.state.whole(), self.state.clone());
+        self.append(whole, state, NewChunks::new(), true).await
     }
 
     /// Deletes some of the segments that nobody needs, one after the other and oldest

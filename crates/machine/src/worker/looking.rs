@@ -4,7 +4,7 @@
 //! Its processors are needed: where there are only two, the target of a move between
 //! neighbours, the agents and the store want the other one. So the thread of the move
 //! looks piece by piece, only after all is sent that the target needs, and stops as soon
-//! as the target answers; a thread of its own does what is left then. Further threads
+//! as the target answers; a thread of its own does what is left then, and names it. Further threads
 //! help where there are processors for them, and memory enough.
 
 use keel_wasm::memory::{DirtyTracker, MemoryError, Method};
@@ -109,13 +109,6 @@ impl Looking {
         more
     }
 
-    /// Leaves what is left to a thread.
-    pub(super) fn leave(&mut self) {
-        if self.pieces.next.load(Ordering::Relaxed) < self.pieces.pieces.len() {
-            self.help();
-        }
-    }
-
     /// Waits for all of it.
     ///
     /// # Errors
@@ -161,7 +154,6 @@ mod tests {
             for _ in 0..begin_with {
                 looking.look();
             }
-            looking.leave();
             assert_eq!(looking.end().unwrap().len(), pieces, "{begin_with}");
             assert_eq!(looking.end().unwrap(), []);
         }
@@ -174,7 +166,6 @@ mod tests {
         memory.write(5 << 20, &[7]).unwrap();
         let mut looking = Looking::begin(vec![tracker]);
         assert!(!looking.look());
-        looking.leave();
         let page = 5 << 20..(5 << 20) + 4096;
         assert_eq!(looking.end().unwrap(), [(0, vec![page])]);
     }

@@ -5,7 +5,7 @@
 use super::control::{Copy, CopyEvent, Frozen};
 use super::filling::{self, PageSet};
 use super::kept::Keepers;
-use super::looking::Looking;
+use super::looking::{Looking, Written};
 use super::volumes::{OutgoingVolumes, VolumeError};
 use crate::cgroup::Courtesy;
 use crate::failpoint::{self, Injected};
@@ -92,6 +92,8 @@ pub(super) struct Outgoing {
     looking: Option<Looking>,
     /// What found them, whose end takes a while.
     looked: Option<Looking>,
+    /// What became of naming them.
+    named: Result<(), OutgoingError>,
     /// While it copies.
     courtesy: Option<Courtesy>,
     /// What is left at the freeze may take this long to send.
@@ -131,6 +133,7 @@ impl Outgoing {
             unsent: vec![PageSet::default(); machine.memories().len()],
             looking: None,
             looked: None,
+            named: Ok(()),
             courtesy: None,
             machine,
             log,
@@ -287,9 +290,6 @@ impl Outgoing {
             Message::Prepared => {}
             other => return Err(unexpected(&other)),
         }
-        if let Some(looking) = &mut self.looking {
-            looking.leave();
-        }
         failpoint::pass("out.prepared")?;
         // From here on the store decides, however long that takes.
         self.link.be_patient()?;
@@ -354,27 +354,9 @@ impl Outgoing {
 
     fn tell(&mut self, epoch: Epoch) -> Result<(), OutgoingError> {
         failpoint::pass("out.go")?;
-        if let Some(mut looking) = self.looking.take() {
+        if self.way.hello.post_copy {
             failpoint::pass("fill.name")?;
-            let looked = looking.end();
-            self.looked = Some(looking);
-            match looked {
-                Ok(written) => {
-                    let mut by_memory = vec![Vec::new(); self.unsent.len()];
-                    for (number, ranges) in written {
-                        by_memory[number].extend(ranges);
-                    }
-                    for (number, ranges) in (0..).zip(by_memory) {
-                        self.keep_pages(number, &ranges)?;
-                    }
-                    self.link.send(&Message::RoundEnd)?;
-                }
-                // It is the target's already, which takes every page for written
-                // until all are named.
-                Err(error) => {
-                    tracing::warn!(%error, "what was written last is not known: all of it is sent");
-                }
-            }
+            std::mem::replace(&mut self.named, Ok(()))?;
         }
         self.link.send(&Message::Go(epoch))?;
         self.link.flush()?;
@@ -382,6 +364,45 @@ impl Outgoing {
             Message::Resumed(_) => Ok(failpoint::pass("out.gone")?),
             other => Err(unexpected(&other)),
         }
+    }
+
+    /// Nothing is sent through it for now.
+    pub(super) fn rests(self) -> Leaving {
+        Leaving::Rests(Box::new(self))
+    }
+
+    /// Whether there are pages to be named, which may take a while.
+    pub(super) fn has_names(&self) -> bool {
+        self.looking.is_some()
+    }
+
+    /// Finds what was written last and names it, while the store commits; how that
+    /// ended is said by [`Self::go`].
+    pub(super) fn name(&mut self) {
+        let Some(mut looking) = self.looking.take() else {
+            return;
+        };
+        let looked = looking.end();
+        self.looked = Some(looking);
+        match looked {
+            Ok(written) => self.named = self.send_names(written),
+            // If the target gets it, it takes every page for written.
+            Err(error) => {
+                tracing::warn!(%error, "what was written last is not known: all of it is sent");
+            }
+        }
+    }
+
+    fn send_names(&mut self, written: Written) -> Result<(), OutgoingError> {
+        let mut by_memory = vec![Vec::new(); self.unsent.len()];
+        for (number, ranges) in written {
+            by_memory[number].extend(ranges);
+        }
+        for (number, ranges) in (0..).zip(by_memory) {
+            self.keep_pages(number, &ranges)?;
+        }
+        self.link.send(&Message::RoundEnd)?;
+        Ok(self.link.flush()?)
     }
 
     /// Says which pages the target does not get yet.
@@ -471,6 +492,42 @@ fn unexpected(message: &Message) -> OutgoingError {
 
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// An [`Outgoing`] that is not spoken through just now.
+pub(super) enum Leaving {
+    /// Nothing is sent.
+    Rests(Box<Outgoing>),
+    /// A thread names pages.
+    Names(JoinHandle<Outgoing>),
+}
+
+impl Leaving {
+    /// Names what was written last, if that is still to be done.
+    ///
+    /// # Errors
+    /// Where there is no thread for it: the connection is lost then.
+    pub(super) fn after_freeze(mut outgoing: Outgoing) -> std::io::Result<Self> {
+        if !outgoing.has_names() {
+            return Ok(outgoing.rests());
+        }
+        let thread = std::thread::Builder::new().name("name".into());
+        let name = move || {
+            outgoing.name();
+            outgoing
+        };
+        Ok(Leaving::Names(thread.spawn(name)?))
+    }
+
+    /// It, once it is not spoken through.
+    pub(super) fn wait(self) -> Outgoing {
+        match self {
+            Leaving::Rests(outgoing) => *outgoing,
+            Leaving::Names(thread) => thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+        }
+    }
 }
 
 /// Slows a guest down: its threads stand at safepoints for a share of the time.

@@ -11,7 +11,7 @@ use super::files;
 use super::filling::{Filler, Filling};
 use super::incoming::{self, IncomingError};
 use super::kept::Keepers;
-use super::outgoing::Outgoing;
+use super::outgoing::{Leaving, Outgoing};
 use super::volumes::{self, IncomingVolumes};
 use crate::cgroup::{self, Group};
 use crate::checkpoint::{self, Behind, Destination, Origin, Subject, Taker, Vault};
@@ -79,7 +79,7 @@ struct Inner {
     /// Set while one is being made; ends it early.
     taking: Option<Arc<AtomicBool>>,
     identity: Option<PinnedIdentity>,
-    outgoing: Option<Outgoing>,
+    outgoing: Option<Leaving>,
     /// From the first page sent until the machine goes on here.
     giving_away: bool,
     /// Counts what was begun of giving the machine away: a thread of an attempt that
@@ -902,10 +902,10 @@ impl Worker {
         let mut inner = self.inner();
         let current = inner.is_attempt(attempt);
         match result {
-            Ok(outgoing) if current => inner.outgoing = Some(outgoing),
+            Ok(outgoing) if current => inner.outgoing = Some(outgoing.rests()),
             Ok(outgoing) => {
                 drop(inner);
-                abort_apart(Some(outgoing), "the move was given up".into());
+                abort_apart(Some(outgoing.rests()), "the move was given up".into());
             }
             Err(error) => {
                 if inner.attempt == attempt {
@@ -932,7 +932,8 @@ impl Worker {
                 return Err(RpcError::refused("the move was given up"));
             }
             if let Some(outgoing) = inner.outgoing.take() {
-                break outgoing;
+                drop(inner);
+                break outgoing.wait();
             }
             drop(inner);
             if Instant::now() > deadline {
@@ -943,7 +944,11 @@ impl Worker {
         let keepers = self.inner().keepers.clone();
         keepers.rest();
         let result = outgoing.freeze_and_send();
-        self.inner().outgoing = Some(outgoing);
+        let leaving = match &result {
+            Ok(_) => Leaving::after_freeze(outgoing).map_err(RpcError::failed)?,
+            Err(_) => outgoing.rests(),
+        };
+        self.inner().outgoing = Some(leaving);
         result.map_err(RpcError::failed)
     }
 
@@ -953,7 +958,7 @@ impl Worker {
         // A machine that came by a move may be on its next: what it gives away
         // counts, not how it came.
         let outgoing = self.inner().outgoing.take();
-        let Some(mut outgoing) = outgoing else {
+        let Some(outgoing) = outgoing else {
             if self.inner().giving_away {
                 // Said already, or being said: only the target knows.
                 return Err(RpcError::unknown("the target is being told"));
@@ -973,8 +978,9 @@ impl Worker {
                 _ => Ok(begun.elapsed().as_micros() as u64),
             };
         };
+        let mut outgoing = outgoing.wait();
         let result = outgoing.go(epoch);
-        self.inner().outgoing = Some(outgoing);
+        self.inner().outgoing = Some(outgoing.rests());
         result.map_err(RpcError::unknown)?;
         let took = begun.elapsed().as_micros() as u64;
         // Whoever reads its output goes on there.
@@ -1011,7 +1017,7 @@ impl Worker {
             .name("fill-push".into())
             .spawn(move || {
                 // The agent ends this process when nobody needs it any more.
-                let fill = outgoing.serve(&unsent);
+                let fill = outgoing.wait().serve(&unsent);
                 worker.inner().fill = Some(fill);
             })
             .map(drop)
@@ -1419,11 +1425,11 @@ fn say(log: &Log, text: &str) {
 
 /// Tells the target that the move is given up, on a thread of its own: a target
 /// that does not listen is waited for.
-fn abort_apart(outgoing: Option<Outgoing>, reason: String) {
+fn abort_apart(outgoing: Option<Leaving>, reason: String) {
     let Some(outgoing) = outgoing else { return };
     let thread = std::thread::Builder::new()
         .name("goodbye".into())
-        .spawn(move || outgoing.abort(&reason));
+        .spawn(move || outgoing.wait().abort(&reason));
     if let Err(error) = thread {
         // The connection ends with it, which says the same.
         tracing::debug!(%error, "the target is not told why");

@@ -245,8 +245,6 @@ struct PmScanArg {
     return_mask: u64,
 }
 
-const WRITEPROTECT_MODE_WP: u64 = 1;
-
 /// What to do where the fast way is missing.
 const NEWER: &str = "Linux 6.7 or newer has it.";
 
@@ -268,7 +266,7 @@ pub(super) fn open_protection(memory: &GuestMemory) -> Result<OwnedFd, Unavailab
     let mut arm = uffd::Request {
         start,
         len: memory.size_bytes(),
-        mode: WRITEPROTECT_MODE_WP,
+        mode: uffd::WRITEPROTECT_MODE_WP,
         ..uffd::Request::default()
     };
     if arm.len > 0 {

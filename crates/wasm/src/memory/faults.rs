@@ -28,7 +28,8 @@ use std::time::Duration;
 
 /// The kernel's word for a page fault, and its flags.
 const EVENT_PAGEFAULT: u8 = 0x12;
-const FLAG_WRITE: u64 = 1;
+pub(super) const FLAG_WRITE: u64 = 1;
+pub(super) const FLAG_WP: u64 = 1 << 1;
 const FLAG_MINOR: u64 = 1 << 2;
 const MESSAGE_BYTES: usize = 32;
 
@@ -102,35 +103,9 @@ impl PageFaults {
     /// # Errors
     /// [`MemoryError::System`].
     pub fn wait(&self, timeout: Duration) -> Result<Option<Fault>, MemoryError> {
-        let failed = |source| MemoryError::System {
-            what: "wait for page faults",
-            source,
-        };
-        let timeout = Timespec {
-            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: timeout.subsec_nanos().into(),
-        };
-        let mut ready = [PollFd::new(&self.uffd, PollFlags::IN)];
-        match poll(&mut ready, Some(&timeout)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
-            Ok(_) => {}
-            Err(errno) => return Err(failed(errno.into())),
-        }
-        let mut message = [0u8; MESSAGE_BYTES];
-        match rustix::io::read(&self.uffd, &mut message) {
-            Ok(MESSAGE_BYTES) => {}
-            // Another thread was faster.
-            Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(None),
-            Err(errno) => return Err(failed(errno.into())),
-        }
-        let word = |at: usize| {
-            let bytes: [u8; 8] = message[at..at + 8].try_into().unwrap_or_default();
-            u64::from_ne_bytes(bytes)
-        };
-        if message[0] != EVENT_PAGEFAULT {
+        let Some((flags, address)) = next_word(&self.uffd, timeout)? else {
             return Ok(None);
-        }
-        let (flags, address) = (word(8), word(16));
+        };
         Ok(Some(Fault {
             page: (address - self.memory.base() as u64) / PAGE_BYTES * PAGE_BYTES,
             kind: if flags & FLAG_MINOR == 0 {
@@ -260,20 +235,73 @@ impl PageFaults {
 
     /// Addresses of whole pages of the memory.
     fn pages(&self, offset: u64, bytes: u64) -> Result<Range<u64>, MemoryError> {
-        let size = self.memory.size_bytes();
-        let end = offset.checked_add(bytes).filter(|end| {
-            *end <= size && offset.is_multiple_of(PAGE_BYTES) && bytes.is_multiple_of(PAGE_BYTES)
-        });
-        match end {
-            Some(end) => {
-                let base = self.memory.base() as u64;
-                Ok(base + offset..base + end)
-            }
-            None => Err(MemoryError::Outside {
-                range: offset..offset.saturating_add(bytes),
-                size_bytes: size,
-            }),
+        whole_pages(&self.memory, offset, bytes)
+    }
+}
+
+fn wait_failed(source: std::io::Error) -> MemoryError {
+    MemoryError::System {
+        what: "wait for page faults",
+        source,
+    }
+}
+
+/// Waits for an access to a registered memory: its flags and its address. `None` if there
+/// was none in that time, or another thread was faster.
+pub(super) fn next_word(
+    uffd: &OwnedFd,
+    timeout: Duration,
+) -> Result<Option<(u64, u64)>, MemoryError> {
+    let timeout = Timespec {
+        tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: timeout.subsec_nanos().into(),
+    };
+    let mut ready = [PollFd::new(uffd, PollFlags::IN)];
+    match poll(&mut ready, Some(&timeout)) {
+        Ok(0) | Err(rustix::io::Errno::INTR) => Ok(None),
+        Ok(_) => word_there(uffd),
+        Err(errno) => Err(wait_failed(errno.into())),
+    }
+}
+
+/// As [`next_word`], of an access that waits already.
+pub(super) fn word_there(uffd: &OwnedFd) -> Result<Option<(u64, u64)>, MemoryError> {
+    let mut message = [0u8; MESSAGE_BYTES];
+    match rustix::io::read(uffd, &mut message) {
+        Ok(MESSAGE_BYTES) => {}
+        // Another thread was faster.
+        Ok(_) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(None),
+        Err(errno) => return Err(wait_failed(errno.into())),
+    }
+    let word = |at: usize| {
+        let bytes: [u8; 8] = message[at..at + 8].try_into().unwrap_or_default();
+        u64::from_ne_bytes(bytes)
+    };
+    if message[0] != EVENT_PAGEFAULT {
+        return Ok(None);
+    }
+    Ok(Some((word(8), word(16))))
+}
+
+/// Addresses of whole pages of a memory that can be accessed.
+pub(super) fn whole_pages(
+    memory: &GuestMemory,
+    offset: u64,
+    bytes: u64,
+) -> Result<Range<u64>, MemoryError> {
+    let size = memory.accessible_bytes();
+    let end = offset.checked_add(bytes).filter(|end| {
+        *end <= size && offset.is_multiple_of(PAGE_BYTES) && bytes.is_multiple_of(PAGE_BYTES)
+    });
+    match end {
+        Some(end) => {
+            let base = memory.base() as u64;
+            Ok(base + offset..base + end)
         }
+        None => Err(MemoryError::Outside {
+            range: offset..offset.saturating_add(bytes),
+            size_bytes: size,
+        }),
     }
 }
 

@@ -8,8 +8,9 @@
 //! - `creator`: gives wasmtime our mappings when it makes an instance
 //! - `dirty`: which pages were written since the last look
 //! - `faults`: pages that are not there yet
+//! - `spanning`: pages of which other parts of the machine have some
 //! - `probe`: what of it this host offers
-//! - `uffd`: the kernel's interface behind both
+//! - `uffd`: the kernel's interface behind these
 //!
 //! The reservation is mapped at once, without access; growing makes the file
 //! longer and then opens the range, so that an access beyond the size always
@@ -19,12 +20,14 @@ mod creator;
 mod dirty;
 mod faults;
 mod probe;
+mod spanning;
 mod uffd;
 
 pub use creator::{Control, Creator, with_memories};
 pub use dirty::{DirtyTracker, Method};
 pub use faults::{Fault, FaultKind, PageFaults};
 pub use probe::{Offered, probe};
+pub use spanning::{Spanning, Touch};
 pub use uffd::Unavailable;
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};
@@ -116,6 +119,8 @@ pub struct GuestMemory {
     reservation: Reservation,
     /// Bytes that the guest may access.
     size: AtomicUsize,
+    /// Bytes that are mapped to be accessed; never less.
+    accessible: AtomicUsize,
     /// Bytes that it may grow to, by module and by spec.
     limit: AtomicU64,
     /// Bytes that it may grow to by module and reservation, whatever the spec says.
@@ -182,6 +187,7 @@ impl GuestMemory {
             file: fd.into(),
             reservation: Reservation { base, bytes },
             size: AtomicUsize::new(0),
+            accessible: AtomicUsize::new(0),
             limit: AtomicU64::new(limit),
             maximum,
             memory64,
@@ -224,6 +230,16 @@ impl GuestMemory {
     /// Grows by `delta_pages` of 64 KiB; the size before, in pages, or `None`
     /// where the limit or the host does not allow it.
     pub fn grow(&self, delta_pages: u64) -> Option<u64> {
+        self.grow_with(delta_pages, |_| true)
+    }
+
+    /// As [`Self::grow`]; `others` is asked to let whoever else maps the memory access
+    /// so many bytes, after that is possible here and before anybody is told of it.
+    pub(crate) fn grow_with(
+        &self,
+        delta_pages: u64,
+        others: impl FnOnce(u64) -> bool,
+    ) -> Option<u64> {
         let _growing = self
             .growing
             .lock()
@@ -235,16 +251,48 @@ impl GuestMemory {
         if wanted > self.limit_bytes() {
             return None;
         }
-        if let Err(error) = self.open(wanted) {
+        if let Err(error) = self.make_accessible(wanted) {
             tracing::warn!(%error, wanted, "guest memory cannot grow");
             return None;
         }
+        if wanted > before && !others(wanted) {
+            return None;
+        }
+        self.size.store(wanted as usize, Ordering::Release);
         Some(before / WASM_PAGE_BYTES)
     }
 
-    /// Makes the first `bytes` accessible: the file first, then the range.
-    fn open(&self, bytes: u64) -> Result<(), MemoryError> {
+    /// Makes it as large as another part's of the same machine.
+    ///
+    /// # Errors
+    /// [`MemoryError::Limit`], [`MemoryError::System`].
+    pub fn open_to(&self, bytes: u64) -> Result<(), MemoryError> {
+        let _growing = self
+            .growing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        if bytes > self.limit_bytes() {
+            return Err(MemoryError::Limit {
+                wanted_bytes: bytes,
+                limit_bytes: self.limit_bytes(),
+            });
+        }
         if bytes > self.size_bytes() {
+            self.open(bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Makes it so large.
+    fn open(&self, bytes: u64) -> Result<(), MemoryError> {
+        self.make_accessible(bytes)?;
+        self.size.store(bytes as usize, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes the first `bytes` accessible: the file first, then the range.
+    fn make_accessible(&self, bytes: u64) -> Result<(), MemoryError> {
+        if bytes > self.accessible_bytes() {
             ftruncate(&self.file, bytes).map_err(system("make the memory longer"))?;
             // SAFETY: the range lies in our own reservation, and the file now
             // reaches to its end.
@@ -256,9 +304,15 @@ impl GuestMemory {
                 )
             }
             .map_err(system("open the memory"))?;
+            self.accessible.store(bytes as usize, Ordering::Release);
         }
-        self.size.store(bytes as usize, Ordering::Release);
         Ok(())
+    }
+
+    /// Bytes that can be accessed: more than the size while it grows at all parts of a
+    /// machine, and where that did not succeed.
+    pub(crate) fn accessible_bytes(&self) -> u64 {
+        self.accessible.load(Ordering::Acquire) as u64
     }
 
     /// The bytes, as cells that guest threads may change at any time.
@@ -306,7 +360,7 @@ impl GuestMemory {
     /// are seen or not, byte by byte.
     ///
     /// # Errors
-    /// [`MemoryError::Outside`] for a range beyond the size.
+    /// [`MemoryError::Outside`] for a range that cannot be accessed.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryError> {
         self.check(offset, buffer.len())?;
         self.file
@@ -333,7 +387,7 @@ impl GuestMemory {
     }
 
     fn check(&self, offset: u64, bytes: usize) -> Result<(), MemoryError> {
-        let size = self.size_bytes();
+        let size = self.accessible_bytes();
         match offset.checked_add(bytes as u64) {
             Some(end) if end <= size => Ok(()),
             end => Err(MemoryError::Outside {

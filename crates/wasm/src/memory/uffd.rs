@@ -1,6 +1,6 @@
 //! userfaultfd as the kernel has it: opening, registering, and the structures
 //! and numbers of its requests, of which no crate has all. What is done with it
-//! is `dirty`'s and `faults`'.
+//! is `dirty`'s, `faults`' and `spanning`'s.
 
 use super::GuestMemory;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -19,6 +19,8 @@ pub(super) const ZEROPAGE: u64 = 0xC020_AA04;
 pub(super) const WRITEPROTECT: u64 = 0xC018_AA06;
 pub(super) const CONTINUE: u64 = 0xC020_AA07;
 pub(super) const WAKE: u64 = 0x8010_AA02;
+pub(super) const COPY_MODE_WP: u64 = 1 << 1;
+pub(super) const WRITEPROTECT_MODE_WP: u64 = 1;
 const USER_MODE_ONLY: i32 = 1;
 const API: u64 = 0xAA;
 const API_REQUEST: u64 = 0xC018_AA3F;

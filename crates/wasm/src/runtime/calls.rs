@@ -4,10 +4,32 @@ use super::frame::Progress;
 use super::host::{Host, HostOutcome, HostThread, ImportKind};
 use super::machine::{Shared, locked};
 use super::signal::Signal;
+use crate::memory::WASM_PAGE_BYTES;
 use keel_wasi::Outcome as WasiOutcome;
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
+
+/// Addresses at which a thread compares or wakes just now.
+#[derive(Debug, Default)]
+pub(super) struct Turns {
+    busy: Mutex<BTreeSet<(u32, u64)>>,
+    over: Condvar,
+}
+
+/// Held over one such step.
+struct Turn<'a> {
+    turns: &'a Turns,
+    place: (u32, u64),
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        locked(&self.turns.busy).remove(&self.place);
+        self.turns.over.notify_all();
+    }
+}
 
 impl Shared {
     fn atomic_wait(
@@ -28,8 +50,9 @@ impl Shared {
         let timeout = match *progress {
             Progress::Waiting { remaining_ns } => remaining_ns,
             _ => {
-                let mut waits = locked(&self.waits);
+                let _turn = self.turn(memory, address);
                 let bytes = &self.memories[memory as usize];
+                // (The page may have to come from another part.)
                 let equal = if wide {
                     bytes.load_u64(address) == Some(args[1])
                 } else {
@@ -38,7 +61,7 @@ impl Shared {
                 if !equal {
                     return HostOutcome::Done(vec![1]);
                 }
-                waits.enter(memory, address, thread.tid);
+                locked(&self.waits).enter(memory, address, thread.tid);
                 u64::try_from(args[2] as i64).ok()
             }
         };
@@ -67,7 +90,9 @@ impl Shared {
             Ok(address) => address,
             Err(message) => return HostOutcome::Trap(message),
         };
+        let turn = self.turn(memory, address);
         let woken = locked(&self.waits).notify(memory, address, args[1] as u32);
+        drop(turn);
         let signals: Vec<Arc<Signal>> = {
             let threads = locked(&self.threads);
             woken
@@ -80,6 +105,31 @@ impl Shared {
             signal.wake();
         }
         HostOutcome::Done(vec![woken.len() as u64])
+    }
+
+    /// Waits until nobody else compares or wakes at an address: to compare and to
+    /// enter the queue is one step to whoever wakes, and no lock is held for it that
+    /// others need while a page is on its way.
+    fn turn(&self, memory: u32, address: u64) -> Turn<'_> {
+        let place = (memory, address);
+        let mut busy = locked(&self.turns.busy);
+        while !busy.insert(place) {
+            busy = self
+                .turns
+                .over
+                .wait(busy)
+                .unwrap_or_else(|error| error.into_inner());
+        }
+        Turn {
+            turns: &self.turns,
+            place,
+        }
+    }
+
+    fn grow(&self, memory: u32, delta_pages: u64) -> HostOutcome {
+        let grown = self.memories[memory as usize]
+            .grow_with(delta_pages, |bytes| self.parts.open(memory, bytes));
+        HostOutcome::Done(vec![grown.unwrap_or(u64::MAX)])
     }
 
     /// The effective address of an atomic operation, as the instruction would
@@ -155,6 +205,10 @@ impl Host for Arc<Shared> {
         progress: &mut Progress,
         thread: &HostThread,
     ) -> HostOutcome {
+        if self.over.load(Ordering::Acquire) {
+            // It has ended: the thread leaves without any effect more.
+            return HostOutcome::Interrupted;
+        }
         match self.program.kinds[import as usize] {
             ImportKind::Wasi(function) => self.wasi_call(function, args, progress, thread),
             ImportKind::ThreadSpawn => {
@@ -164,9 +218,12 @@ impl Host for Arc<Shared> {
             ImportKind::Wait32(memory) => self.atomic_wait(memory, false, args, progress, thread),
             ImportKind::Wait64(memory) => self.atomic_wait(memory, true, args, progress, thread),
             ImportKind::Notify(memory) => self.notify(memory, args),
-            ImportKind::Print | ImportKind::Grow(_) | ImportKind::Size(_) | ImportKind::Sync(_) => {
-                HostOutcome::Done(Vec::new())
+            ImportKind::Grow(memory) => self.grow(memory, args[0]),
+            ImportKind::Size(memory) => {
+                let size = self.memories[memory as usize].size_bytes();
+                HostOutcome::Done(vec![size / WASM_PAGE_BYTES])
             }
+            ImportKind::Print | ImportKind::Sync(_) => HostOutcome::Done(Vec::new()),
         }
     }
 }

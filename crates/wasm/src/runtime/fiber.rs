@@ -21,6 +21,7 @@ use super::program::{Program, ProgramError};
 use super::signal::Signal;
 use crate::instrument::meta::{self, PREFIX, SlotType};
 use crate::memory::{Control, MemoryError, with_memories};
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,7 +30,7 @@ use wasmtime::{
 };
 
 /// How a run ended for good.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stop {
     /// The program asked to exit.
     Exit(u32),
@@ -38,7 +39,7 @@ pub enum Stop {
 }
 
 /// A guest's fault.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trap {
     /// What happened.
     pub message: String,

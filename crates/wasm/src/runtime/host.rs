@@ -295,18 +295,9 @@ pub(crate) fn host_call(
 ) -> wasmtime::Result<Option<Vec<u64>>> {
     let mut context = store.as_context_mut();
     let data = context.data_mut();
-    match kind {
-        ImportKind::Grow(memory) => {
-            let grown = data.thread.memories[memory as usize].grow(args[0]);
-            return Ok(Some(vec![grown.unwrap_or(u64::MAX)]));
-        }
-        ImportKind::Size(memory) => {
-            let size = data.thread.memories[memory as usize].size_bytes();
-            return Ok(Some(vec![size / WASM_PAGE_BYTES]));
-        }
-        // The instance is told by the caller, which has its exports.
-        ImportKind::Sync(_) => return Ok(Some(Vec::new())),
-        _ => {}
+    // The instance is told by the caller, which has its exports.
+    if let ImportKind::Sync(_) = kind {
+        return Ok(Some(Vec::new()));
     }
     let host = data.host.clone();
     let thread = data.thread.clone();

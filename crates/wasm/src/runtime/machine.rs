@@ -17,20 +17,23 @@
 //! the machine is frozen or thawed meanwhile does not matter to it, and freezing
 //! need not wait for it.
 
+use super::calls::Turns;
 use super::fiber::{Fiber, FiberError, Run, Stop, Trap};
 use super::frame::{FrameError, ThreadState, Value};
 use super::governor::{ThreadClock, govern};
 use super::host::{Host, HostThread};
 use super::image::{Entry, Image};
+use super::parts::{Away, Inbox, Members, Parts, Report};
 use super::program::{Program, ProgramError, STACK_BYTES};
 use super::signal::Signal;
 use super::wait::WaitQueues;
+use crate::coherence::PartId;
 use crate::instrument::meta::{Meta, PREFIX};
 use crate::memory::{GuestMemory, MemoryError};
 use keel_wasi::Wasi;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -130,6 +133,15 @@ pub enum MachineError {
     /// It ended.
     #[error("the machine has ended")]
     Ended,
+    /// No such thread.
+    #[error("the machine has no thread {0} (it may have ended)")]
+    NoThread(u32),
+    /// No such part.
+    #[error("the machine has no part {0}")]
+    NoPart(PartId),
+    /// It cannot do without a part yet.
+    #[error("{0} thread(s) run at parts that it would not have any more")]
+    Away(usize),
     /// A thread did not come to a safepoint in time; the machine goes on.
     #[error("{0} thread(s) did not come to a safepoint in time; the machine goes on")]
     Late(usize),
@@ -151,8 +163,15 @@ pub(super) struct Thread {
     parked: Option<Option<ThreadState>>,
     /// Whether an OS thread runs it.
     launched: bool,
-    /// Whether it is to move into a fresh instance before it goes on.
+    /// Whether it is to move into a fresh instance before it goes on: where `place`
+    /// is now.
     rebuild: bool,
+    /// The part that it is to run at.
+    place: PartId,
+    /// The part that it runs at, once it has begun.
+    seat: Option<PartId>,
+    /// What the part says where that is not the home.
+    inbox: Arc<Inbox>,
     /// Until then it is not shaken again: a deep stack takes long to make anew,
     /// and a thread that got less time than that would not come on.
     rests_until: Option<Instant>,
@@ -188,6 +207,10 @@ pub(super) struct Shared {
     pub(super) threads: Mutex<Threads>,
     changed: Condvar,
     pub(super) waits: Mutex<WaitQueues>,
+    pub(super) turns: Turns,
+    pub(super) parts: Parts,
+    /// It has ended.
+    pub(super) over: AtomicBool,
     captures: AtomicU64,
     /// What `evenkeel.epoch` answers.
     pub(super) epoch: AtomicU64,
@@ -209,6 +232,16 @@ impl std::fmt::Debug for Machine {
 
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
+}
+
+/// Makes the calling thread as unimportant as guests are.
+pub(super) fn lower_priority(program: &Program) {
+    if let Some(nice) = program.guest_nice()
+        // (On Linux that of a thread.)
+        && let Err(error) = rustix::process::setpriority_process(None, nice)
+    {
+        tracing::debug!(%error, "a guest is as important as what moves it");
+    }
 }
 
 /// Makes a program's memories, zeroed.
@@ -266,17 +299,28 @@ impl Machine {
         wasi: Wasi,
         limits: Limits,
     ) -> Result<Self, MachineError> {
+        let machine = Machine::ready_under(epoch, program, wasi, limits)?;
+        machine.thaw()?;
+        Ok(machine)
+    }
+
+    /// As [`Self::start_under`], but it stands at its beginning: [`Self::thaw`] lets it
+    /// go.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn ready_under(
+        epoch: u64,
+        program: Arc<Program>,
+        wasi: Wasi,
+        limits: Limits,
+    ) -> Result<Self, MachineError> {
         if !program.exports_function(MAIN_EXPORT) {
             return Err(MachineError::NoStart);
         }
         let machine = Machine::idle(program, wasi, limits)?;
         machine.set_epoch(epoch);
-        {
-            let mut threads = locked(&machine.shared.threads);
-            threads.phase = Phase::Running;
-            threads.add(0, Entry::Main, None)?;
-            machine.shared.launch(&mut threads, 0)?;
-        }
+        locked(&machine.shared.threads).add(0, Entry::Main, Some(None), PartId::HOME)?;
         Ok(machine)
     }
 
@@ -313,7 +357,7 @@ impl Machine {
         let machine = Machine::new(program, memories, wasi, limits, image.next_tid, image.waits);
         let mut threads = locked(&machine.shared.threads);
         for (tid, (entry, state)) in image.threads {
-            threads.add(tid, entry, Some(state))?;
+            threads.add(tid, entry, Some(state), PartId::HOME)?;
         }
         let tids: Vec<u32> = threads.table.keys().copied().collect();
         for tid in tids {
@@ -358,6 +402,9 @@ impl Machine {
                 }),
                 changed: Condvar::new(),
                 waits: Mutex::new(waits),
+                turns: Turns::default(),
+                parts: Parts::default(),
+                over: AtomicBool::new(false),
                 captures: AtomicU64::new(0),
                 epoch: AtomicU64::new(0),
             }),
@@ -634,6 +681,105 @@ impl Machine {
         true
     }
 
+    /// From now on it has members too, which hear what they are to do through `way`;
+    /// with `spread` threads that it starts begin where the fewest are. Its memories are
+    /// the home's part of what `crate::coherence` keeps.
+    ///
+    /// # Errors
+    /// [`MachineError::NotFrozen`]; [`MachineError::Away`] if threads are at members
+    /// that it would not have any more.
+    pub fn set_members(
+        &self,
+        members: Vec<PartId>,
+        way: Option<Arc<dyn Members>>,
+        spread: bool,
+    ) -> Result<(), MachineError> {
+        let threads = locked(&self.shared.threads);
+        if threads.phase != Phase::Frozen {
+            return Err(MachineError::NotFrozen);
+        }
+        let here = |part: PartId| part == PartId::HOME || members.contains(&part);
+        let stays =
+            |thread: &&Thread| !here(thread.place) || !here(thread.seat.unwrap_or(thread.place));
+        let away = threads.table.values().filter(stays);
+        match away.count() {
+            0 => {
+                self.shared.parts.set(members, way, spread);
+                Ok(())
+            }
+            count => Err(MachineError::Away(count)),
+        }
+    }
+
+    /// Takes note of what a member says.
+    pub fn hear(&self, from: PartId, report: Report) {
+        if let Report::Opened { done, .. } = report {
+            return self.shared.parts.opened(from, done);
+        }
+        let Some(tid) = report.tid() else { return };
+        let heard = {
+            let threads = locked(&self.shared.threads);
+            let thread = threads.table.get(&tid);
+            thread.map(|thread| (thread.inbox.clone(), thread.signal.clone()))
+        };
+        if let Some((inbox, signal)) = heard {
+            inbox.put(from, report);
+            signal.wake();
+        }
+    }
+
+    /// Ends it since a part of it is lost: nothing comes from members any more.
+    pub fn lose(&self) {
+        self.shared.end(Outcome::Stopped);
+        self.shared.parts.lose();
+        let threads = locked(&self.shared.threads);
+        for thread in threads.table.values() {
+            thread.inbox.close();
+            thread.signal.wake();
+        }
+    }
+
+    /// Moves a thread to another part, at its next safepoint; does not wait for it. The
+    /// first time it may have to compile; the machine runs meanwhile.
+    ///
+    /// # Errors
+    /// [`MachineError::NoThread`], [`MachineError::NoPart`], [`MachineError::Ended`],
+    /// [`MachineError::Program`].
+    pub fn move_thread(&self, tid: u32, to: PartId) -> Result<(), MachineError> {
+        let shared = &self.shared;
+        shared.program.prepare_resume()?;
+        let mut threads = locked(&shared.threads);
+        if threads.phase == Phase::Ended {
+            return Err(MachineError::Ended);
+        }
+        if to != PartId::HOME && !shared.parts.members().contains(&to) {
+            return Err(MachineError::NoPart(to));
+        }
+        let thread = threads.table.get_mut(&tid);
+        let thread = thread.ok_or(MachineError::NoThread(tid))?;
+        if thread.place != to {
+            thread.place = to;
+            thread.rebuild = true;
+            thread.signal.request();
+        }
+        Ok(())
+    }
+
+    /// Whether threads that it starts begin at all of its parts.
+    pub fn set_spread(&self, spread: bool) {
+        self.shared.parts.set_spread(spread);
+    }
+
+    /// Its threads, and the part at which each runs: one that moves is counted where it
+    /// came from, until it has left.
+    pub fn places(&self) -> BTreeMap<u32, PartId> {
+        let threads = locked(&self.shared.threads);
+        let places = threads.table.iter();
+        places
+            .map(|(tid, thread)| (*tid, thread.seat.unwrap_or(thread.place)))
+            .collect()
+    }
+
     /// Freezes it and moves every thread into a fresh instance, but those that
     /// [`Self::shake`] would leave alone: for testing.
     ///
@@ -663,6 +809,7 @@ impl Threads {
         tid: u32,
         entry: Entry,
         parked: Option<Option<ThreadState>>,
+        place: PartId,
     ) -> std::io::Result<()> {
         let signal = Arc::new(Signal::new()?);
         self.table.insert(
@@ -673,6 +820,9 @@ impl Threads {
                 parked,
                 launched: false,
                 rebuild: false,
+                place,
+                seat: None,
+                inbox: Arc::default(),
                 rests_until: None,
                 held: 0,
                 clock: None,
@@ -687,6 +837,47 @@ impl Threads {
             .values()
             .filter(|thread| thread.parked.is_none())
             .count()
+    }
+}
+
+/// What a thread's code runs in.
+enum Seat {
+    /// An instance of this process.
+    Here(Box<Fiber>),
+    /// One of another part.
+    Away(Box<Away>),
+}
+
+impl Seat {
+    fn call(&mut self, export: &str, args: &[Value]) -> Result<Run, Stop> {
+        match self {
+            Seat::Here(fiber) => fiber.call(export, args),
+            Seat::Away(away) => away.call(export, args),
+        }
+    }
+
+    fn resume(&mut self) -> Result<Run, Stop> {
+        match self {
+            Seat::Here(fiber) => fiber.resume(),
+            Seat::Away(away) => away.resume(),
+        }
+    }
+
+    fn state(&mut self) -> Result<ThreadState, Stop> {
+        match self {
+            Seat::Here(fiber) => fiber.state(),
+            Seat::Away(away) => Ok(away.state()),
+        }
+    }
+
+    fn load(&mut self, state: ThreadState) -> Result<(), Stop> {
+        match self {
+            Seat::Here(fiber) => fiber.load(state),
+            Seat::Away(away) => {
+                away.load(state);
+                Ok(())
+            }
+        }
     }
 }
 
@@ -733,12 +924,7 @@ impl Shared {
             .name(format!("guest-{tid}"))
             .stack_size(STACK_BYTES + (1 << 20))
             .spawn(move || {
-                if let Some(nice) = shared.program.guest_nice()
-                    // (On Linux that of a thread.)
-                    && let Err(error) = rustix::process::setpriority_process(None, nice)
-                {
-                    tracing::debug!(%error, "a guest is as important as what moves it");
-                }
+                lower_priority(&shared.program);
                 shared.run(tid, entry, signal);
                 let mut threads = locked(&shared.threads);
                 threads.launched -= 1;
@@ -749,18 +935,34 @@ impl Shared {
         Ok(())
     }
 
-    fn fiber(self: &Arc<Self>, tid: u32, signal: &Arc<Signal>) -> Result<Fiber, Stop> {
+    /// What a thread runs in: where it is to be now.
+    fn seat(self: &Arc<Self>, tid: u32, signal: &Arc<Signal>) -> Result<Seat, Stop> {
         let thread = HostThread {
             tid,
             signal: signal.clone(),
             memories: self.memories.clone(),
         };
-        Fiber::new(self.program.clone(), Arc::new(self.clone()), thread).map_err(|error| {
+        let host = Arc::new(self.clone());
+        let program = self.program.clone();
+        let away = {
+            let mut threads = locked(&self.threads);
+            let thread = threads.table.get_mut(&tid);
+            thread.and_then(|thread| {
+                thread.seat = Some(thread.place);
+                (thread.place != PartId::HOME).then(|| (thread.place, thread.inbox.clone()))
+            })
+        };
+        if let (Some((part, inbox)), Some(way)) = (away, self.parts.way()) {
+            let away = Away::new(part, way, program, host, thread, inbox);
+            return Ok(Seat::Away(Box::new(away)));
+        }
+        let fiber = Fiber::new(program, host, thread).map_err(|error| {
             Stop::Trap(Trap {
                 message: error.to_string(),
                 backtrace: Vec::new(),
             })
-        })
+        })?;
+        Ok(Seat::Here(Box::new(fiber)))
     }
 
     /// A guest thread's whole life in this process.
@@ -796,7 +998,7 @@ impl Shared {
                 vec![Value::I32(tid), Value::I32(arg)],
             ),
         });
-        let mut fiber = self.fiber(tid, signal)?;
+        let mut fiber = self.seat(tid, signal)?;
         let mut stage = 0;
         if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
             thread.clock = ThreadClock::of_this_thread();
@@ -848,7 +1050,7 @@ impl Shared {
                                         backtrace: Vec::new(),
                                     })
                                 })?;
-                            fiber = self.fiber(tid, signal)?;
+                            fiber = self.seat(tid, signal)?;
                             fiber.load(state)?;
                             if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
                                 thread.rests_until = Some(Instant::now() + begun.elapsed());
@@ -902,10 +1104,27 @@ impl Shared {
         }
         threads.phase = Phase::Ended;
         threads.outcome = Some(outcome);
+        self.over.store(true, Ordering::Release);
         for thread in threads.table.values() {
             thread.signal.request();
         }
         self.changed.notify_all();
+    }
+
+    /// Where a new thread begins: where the fewest are, of equals at the home.
+    fn place_for_new(&self, threads: &Threads) -> PartId {
+        if !self.parts.spreads() {
+            return PartId::HOME;
+        }
+        let mut counts = BTreeMap::from([(PartId::HOME, 0)]);
+        counts.extend(self.parts.members().into_iter().map(|part| (part, 0)));
+        for thread in threads.table.values() {
+            *counts.entry(thread.place).or_insert(0) += 1;
+        }
+        let least = counts
+            .into_iter()
+            .min_by_key(|(part, count)| (*count, *part));
+        least.map_or(PartId::HOME, |(part, _)| part)
     }
 
     pub(super) fn spawn(self: &Arc<Self>, arg: u32) -> i32 {
@@ -921,8 +1140,9 @@ impl Shared {
         // While the machine is being frozen it stays an entry that has not
         // begun; thawing launches it.
         let frozen = threads.phase != Phase::Running;
+        let place = self.place_for_new(&threads);
         let entry = Entry::Spawned { arg };
-        let added = threads.add(tid, entry, frozen.then_some(None));
+        let added = threads.add(tid, entry, frozen.then_some(None), place);
         let launched = added.and_then(|()| {
             if frozen {
                 Ok(())

@@ -8,6 +8,7 @@
 //! - `image`: a frozen machine as plain data
 //! - `calls`: what a machine's host calls do
 //! - `governor`: keeps a machine within its `cpu.limit`
+//! - `parts`: threads of one machine at several parts
 //! - `plain`: the untouched module on plain wasmtime, for comparing
 //! - `wait`: `memory.atomic.wait` and `notify`
 //! - `signal`: how a thread is asked to come to a safepoint
@@ -19,6 +20,7 @@ mod governor;
 mod host;
 mod image;
 mod machine;
+pub mod parts;
 mod plain;
 mod program;
 mod signal;

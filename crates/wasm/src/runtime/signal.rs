@@ -121,6 +121,17 @@ impl Signal {
         }
     }
 
+    /// Blocks until `done` says so, whatever is requested.
+    pub(crate) fn wait_for(&self, done: impl Fn() -> bool) {
+        let mut waiting = locked(&self.wait);
+        while !done() {
+            waiting = self
+                .woken
+                .wait(waiting)
+                .unwrap_or_else(|error| error.into_inner());
+        }
+    }
+
     /// Lets [`Self::park`] look again.
     pub fn wake(&self) {
         let _waiting = locked(&self.wait);

@@ -1,0 +1,274 @@
+//! Pages of a machine that spans: how long a thread stands at one that is in another
+//! process, beside a plain round trip over TCP; how fast a set of pages moves, beside a
+//! plain stream of TLS.
+//!
+//! The other part is a process of its own (this program again, [`home`]): it has all
+//! pages. It also answers 64 bytes with 4 KiB on a plain socket, both sides blocking.
+
+use crate::table::{Table, micros, percentile};
+use anyhow::{Context, Result, ensure};
+use keel_cluster::Epoch;
+use keel_machine::span::{Ends, Hello, Pages, Setup};
+use keel_net::{BulkStream, ClientTls, PinnedIdentity, ServerTls};
+use keel_wasm::coherence::PartId;
+use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The option that makes this program the other part.
+pub(crate) const HOME: &str = "--span-home";
+/// Bytes of the memory; a third of it is touched page by page, the rest moves.
+const MEMORY_BYTES: u64 = 512 << 20;
+/// Pages that are touched in a round, and round trips beside them.
+const TOUCHES: u64 = 2000;
+const QUESTION_BYTES: usize = 64;
+/// Bytes that move at once, and that the plain stream carries.
+const MOVED_BYTES: u64 = 64 << 20;
+/// After so long something hangs.
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn part(number: usize) -> Result<PartId> {
+    PartId::new(number).context("a part's number")
+}
+
+/// What both sides tell each other: the certificate, then ports.
+struct Told {
+    fingerprint: String,
+    ports: Vec<u16>,
+}
+
+impl Told {
+    fn say(&self, to: &mut impl Write) -> Result<()> {
+        let ports: Vec<String> = self.ports.iter().map(u16::to_string).collect();
+        writeln!(to, "{} {}", self.fingerprint, ports.join(" "))?;
+        Ok(to.flush()?)
+    }
+
+    fn hear(from: &mut impl BufRead) -> Result<Self> {
+        let mut line = String::new();
+        from.read_line(&mut line)?;
+        let mut words = line.split_whitespace();
+        Ok(Told {
+            fingerprint: words.next().context("the other part says nothing")?.into(),
+            ports: words.map(str::parse).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// One side, connected.
+fn begin(
+    me: usize,
+    identity: &PinnedIdentity,
+    listener: &TcpListener,
+    told: &Told,
+    memory: Arc<GuestMemory>,
+) -> Result<Pages> {
+    let pinned = told.fingerprint.parse().context("a fingerprint")?;
+    let client = ClientTls::pinned(identity, pinned)?;
+    let server = ServerTls::pinned(identity, pinned)?;
+    let out = TcpStream::connect(("127.0.0.1", told.ports[0]))?;
+    let (heard, _) = listener.accept()?;
+    let (mine, other) = (part(me)?, part(1 - me)?);
+    let machine = "bench".parse().map_err(anyhow::Error::msg)?;
+    let hello = Hello::new(machine, Epoch::default(), mine, other);
+    let ends = Ends::greet((out, &client), (heard, &server), &hello)?;
+    let setup = Setup {
+        me: mine,
+        parts: [mine, other].into_iter().collect(),
+        origin: PartId::HOME,
+        memories: Arc::new([memory]),
+        segment_pages: 512,
+        hold: Duration::from_micros(100),
+        seed: me as u64,
+    };
+    Ok(Pages::begin(
+        setup,
+        BTreeMap::from([(other, ends)]),
+        Arc::new(()),
+    )?)
+}
+
+fn memory() -> Result<Arc<GuestMemory>> {
+    let pages = MEMORY_BYTES >> 16;
+    let memory = GuestMemory::new(pages, Some(pages), false, MEMORY_BYTES)?;
+    Ok(Arc::new(memory))
+}
+
+/// The other part, until its input ends.
+pub(crate) fn home() -> Result<()> {
+    let identity = PinnedIdentity::generate()?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let plain = TcpListener::bind("127.0.0.1:0")?;
+    let memory = memory()?;
+    let mut bytes = vec![0; PAGE_BYTES as usize];
+    for at in (0..MEMORY_BYTES).step_by(bytes.len()) {
+        bytes.fill((at / PAGE_BYTES % 255) as u8 + 1);
+        memory.write(at, &bytes)?;
+    }
+    let told = Told {
+        fingerprint: identity.fingerprint.to_string(),
+        ports: vec![listener.local_addr()?.port(), plain.local_addr()?.port()],
+    };
+    told.say(&mut std::io::stdout())?;
+    let mut input = std::io::stdin().lock();
+    let told = Told::hear(&mut input)?;
+    let pages = begin(0, &identity, &listener, &told, memory)?;
+    let (mut answering, _) = plain.accept()?;
+    answering.set_nodelay(true)?;
+    std::thread::spawn(move || {
+        let mut question = [0; QUESTION_BYTES];
+        let answer = vec![7; PAGE_BYTES as usize];
+        while answering.read_exact(&mut question).is_ok() {
+            if answering.write_all(&answer).is_err() {
+                return;
+            }
+        }
+    });
+    input.read_line(&mut String::new())?;
+    drop(pages);
+    Ok(())
+}
+
+/// The other process, which ends with this.
+struct Other(Child);
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+pub(crate) fn bench(rounds: usize) -> Result<()> {
+    let mut other = Command::new(std::env::current_exe()?)
+        .arg(HOME)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map(Other)?;
+    let mut output = BufReader::new(other.0.stdout.take().context("its output")?);
+    let mut input = other.0.stdin.take().context("its input")?;
+    let told = Told::hear(&mut output)?;
+    let identity = PinnedIdentity::generate()?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let mine = Told {
+        fingerprint: identity.fingerprint.to_string(),
+        ports: vec![listener.local_addr()?.port()],
+    };
+    mine.say(&mut input)?;
+    let memory = memory()?;
+    let pages = begin(1, &identity, &listener, &told, memory.clone())?;
+    let mut plain = TcpStream::connect(("127.0.0.1", told.ports[1]))?;
+    plain.set_nodelay(true)?;
+    let (mut trips, mut touches) = (Vec::new(), Vec::new());
+    let mut next = 0;
+    let mut answer = vec![0; PAGE_BYTES as usize];
+    // In turns, so that what else the computer does meets both.
+    for _ in 0..rounds {
+        for _ in 0..TOUCHES {
+            let begun = Instant::now();
+            plain.write_all(&[1; QUESTION_BYTES])?;
+            plain.read_exact(&mut answer)?;
+            trips.push(micros(begun.elapsed()));
+        }
+        for _ in 0..TOUCHES {
+            let at = next * PAGE_BYTES;
+            next += 1;
+            let begun = Instant::now();
+            let word = memory.load_u32(at).context("a word of the memory")?;
+            touches.push(micros(begun.elapsed()));
+            ensure!(word as u8 == ((next - 1) % 255) as u8 + 1, "page {next}");
+        }
+    }
+    let mut table = Table::new(&["", "p50 µs", "p90", "p99"]);
+    for (name, figures) in [
+        ("64 B → 4 KiB over TCP, blocking", &mut trips),
+        ("a page that is in another process", &mut touches),
+    ] {
+        let mut row = vec![name.to_owned()];
+        row.extend([0.5, 0.9, 0.99].map(|share| format!("{:.1}", percentile(figures, share))));
+        table.row(row);
+    }
+    table.print(&format!("Remote read faults ({} of each)", touches.len()));
+    println!(
+        "\nratio: {:.2}",
+        percentile(&mut touches, 0.5) / percentile(&mut trips, 0.5)
+    );
+    let latency = pages.latency();
+    let buckets: Vec<String> = (0..latency.buckets.len())
+        .filter(|at| latency.buckets[*at] > 0)
+        .map(|at| format!("{} below {} µs", latency.buckets[at], 1u64 << at))
+        .collect();
+    println!("as the part counts them: {}", buckets.join(", "));
+    moves(&pages, &memory, rounds)
+}
+
+/// Sets of pages, beside a plain stream.
+fn moves(pages: &Pages, memory: &GuestMemory, rounds: usize) -> Result<()> {
+    let (mut ours, mut streams) = (Vec::new(), Vec::new());
+    let mut at = MEMORY_BYTES;
+    for _ in 0..rounds.min(4) {
+        at -= MOVED_BYTES;
+        let begun = Instant::now();
+        pages.move_pages(0, at..at + MOVED_BYTES, part(1)?)?;
+        let last = at + MOVED_BYTES - PAGE_BYTES;
+        while !(is_all_here(memory, at)? && pages.is_quiet()) {
+            ensure!(begun.elapsed() < LIMIT, "page {last} does not come");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        ours.push(MOVED_BYTES as f64 / micros(begun.elapsed()));
+        streams.push(stream()?);
+    }
+    let (ours, stream) = (percentile(&mut ours, 0.5), percentile(&mut streams, 0.5));
+    println!(
+        "\na set of pages of {} MiB moves at {ours:.0} MB/s; plain TLS stream beside it: {stream:.0} MB/s; ratio {:.2}",
+        MOVED_BYTES >> 20,
+        ours / stream
+    );
+    Ok(())
+}
+
+fn is_all_here(memory: &GuestMemory, at: u64) -> Result<bool> {
+    let ranges = memory.populated()?;
+    Ok(ranges
+        .iter()
+        .any(|range| range.start <= at && at + MOVED_BYTES <= range.end))
+}
+
+/// Megabytes a second of as many bytes over TLS, to a thread that drops them.
+fn stream() -> Result<f64> {
+    let identity = PinnedIdentity::generate()?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let socket = TcpStream::connect(listener.local_addr()?)?;
+    let (accepted, _) = listener.accept()?;
+    let client = ClientTls::pinned(&identity, identity.fingerprint)?;
+    let server = ServerTls::pinned(&identity, identity.fingerprint)?;
+    std::thread::scope(|scope| {
+        let heard = scope.spawn(move || -> Result<()> {
+            let mut stream = BulkStream::server(accepted, &server)?;
+            let mut left = MOVED_BYTES as usize;
+            while left > 0 {
+                stream.read(&mut |bytes| {
+                    left = left.saturating_sub(bytes.len());
+                    Ok::<_, keel_net::BulkError>(bytes.len())
+                })?;
+            }
+            Ok(())
+        });
+        let mut stream = BulkStream::client(socket, &client)?;
+        let piece = vec![7; 256 << 10];
+        let begun = Instant::now();
+        for _ in 0..MOVED_BYTES as usize / piece.len() {
+            stream.write(&piece)?;
+        }
+        heard
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok(MOVED_BYTES as f64 / micros(begun.elapsed()))
+    })
+}

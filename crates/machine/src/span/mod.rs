@@ -1,0 +1,25 @@
+//! One part of a machine that spans: its pages, its threads, and its connections to the
+//! others.
+//!
+//! `keel_wasm::coherence` decides who may have which page; here it is done. Nothing of
+//! it runs on the async runtime: a thread serves faults and hears the other parts, and
+//! one for each of these writes to it what cannot be written at once.
+//!
+//! - `wire`: what is said, byte by byte
+//! - `peer`: the connections to another part
+//! - `pages`: the part's pages
+//! - `threads`: a machine that spans, at its home and at its members
+//! - `within`: all parts of a machine in one process
+//! - `spin`: whether to look again rather than to sleep
+
+mod pages;
+mod peer;
+mod spin;
+mod threads;
+mod wire;
+mod within;
+
+pub use pages::{BeginError, Latency, Listener, Pages, Setup, SpanError, Teller};
+pub use peer::{Ends, Hello, PeerError};
+pub use threads::{Home, MemberPart, SpanningError, Spread};
+pub use within::{Within, WithinError};

@@ -1,0 +1,331 @@
+//! A machine with several parts: its threads on top of its pages, at the home and at a
+//! member.
+//!
+//! ```text
+//!            freeze, pages, thaw                      threads home, pages home,
+//!   alone ───────────────────────▶ spans, [`Home`] ──────────────────────────▶ alone
+//!                                     │               freeze, thaw
+//!                                     │ a part is lost: it ends
+//! ```
+//!
+//! Who starts parts and connects them is not here.
+
+use super::pages::{BeginError, Listener, Pages, Setup, SpanError, Teller};
+use super::peer::Ends;
+use keel_wasm::coherence::{PartId, PartSet};
+use keel_wasm::memory::{GuestMemory, MemoryError};
+use keel_wasm::runtime::parts::{Member, Members, Order, Report};
+use keel_wasm::runtime::{Machine, MachineError, Program, make_memories};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+/// Pages whose directory is at one place: 2 MiB.
+const SEGMENT_PAGES: u32 = 512;
+/// For how long a page stays where it came, at least: about as long as bringing it took.
+const HOLD: Duration = Duration::from_micros(100);
+/// Pause before it is looked again whether threads have come home.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// Why a machine does not begin or cease to span. It goes on as it was, unless a part was
+/// lost.
+#[derive(Debug, thiserror::Error)]
+pub enum SpanningError {
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Its pages.
+    #[error(transparent)]
+    Begin(#[from] BeginError),
+    /// A part.
+    #[error(transparent)]
+    Span(#[from] SpanError),
+    /// No memory for a part.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Threads that do not come to a safepoint.
+    #[error("{0} thread(s) did not come home in time")]
+    Away(usize),
+}
+
+/// How it is to span.
+#[derive(Debug, Clone, Copy)]
+pub struct Spread {
+    /// Threads that it starts begin where the fewest are.
+    pub spread: bool,
+    /// How long its threads may take to a safepoint.
+    pub patience: Duration,
+}
+
+/// Ends a machine that loses a part, and says what the parts say to it.
+struct HomeListener {
+    machine: Machine,
+    failure: Arc<Mutex<Option<SpanError>>>,
+}
+
+impl Listener for HomeListener {
+    fn note(&self, from: PartId, note: &[u8]) -> Result<(), String> {
+        let report = Report::decode(note).map_err(|error| error.to_string())?;
+        self.machine.hear(from, report);
+        Ok(())
+    }
+
+    fn over(&self, reason: &SpanError) {
+        if *reason != SpanError::Ended {
+            let mut failure = self
+                .failure
+                .lock()
+                .unwrap_or_else(|error| error.into_inner());
+            failure.get_or_insert_with(|| reason.clone());
+        }
+        // (Of a machine that is alone again it ends nothing.)
+        self.machine.lose();
+    }
+}
+
+struct Way(Teller);
+
+impl Members for Way {
+    fn order(&self, part: PartId, order: &Order) {
+        self.0.note(part, &order.encode());
+    }
+}
+
+/// A machine that spans, at its home. Dropping it ends the machine.
+#[derive(Debug)]
+pub struct Home {
+    machine: Machine,
+    pages: Pages,
+    members: PartSet,
+    failure: Arc<Mutex<Option<SpanError>>>,
+    stood: Duration,
+}
+
+impl Home {
+    /// A running machine spans from now on; `ends` has the connections to its members,
+    /// which have begun ([`MemberPart::begin`]) or do so at the same time.
+    ///
+    /// # Errors
+    /// [`SpanningError`]; it goes on alone then.
+    pub fn begin(
+        machine: &Machine,
+        ends: BTreeMap<PartId, Ends>,
+        how: Spread,
+    ) -> Result<Self, SpanningError> {
+        let members: PartSet = ends.keys().copied().collect();
+        let failure = Arc::default();
+        machine.freeze(how.patience)?;
+        let begun = Instant::now();
+        let listener = HomeListener {
+            machine: machine.clone(),
+            failure: Arc::clone(&failure),
+        };
+        let setup = setup(PartId::HOME, members, machine.memories());
+        let spans = Pages::begin(setup, ends, Arc::new(listener))
+            .map_err(SpanningError::from)
+            .and_then(|pages| {
+                let way = Arc::new(Way(pages.teller()));
+                let parts = members.iter().collect();
+                machine.set_members(parts, Some(way), how.spread)?;
+                Ok(pages)
+            });
+        let pages = match spans {
+            Ok(pages) => pages,
+            Err(error) => {
+                machine.thaw()?;
+                return Err(error);
+            }
+        };
+        machine.thaw()?;
+        Ok(Home {
+            machine: machine.clone(),
+            pages,
+            members,
+            failure,
+            stood: begun.elapsed(),
+        })
+    }
+
+    /// How long it stood still to begin.
+    pub fn stood(&self) -> Duration {
+        self.stood
+    }
+
+    /// Its pages.
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// Its members.
+    pub fn members(&self) -> PartSet {
+        self.members
+    }
+
+    /// Why the machine ended, if a part of it was lost.
+    pub fn failure(&self) -> Option<SpanError> {
+        self.failure
+            .lock()
+            .unwrap_or_else(|error| error.into_inner())
+            .clone()
+    }
+
+    /// Brings threads and pages home while it runs, and lets it be alone again. How long
+    /// it stood still.
+    ///
+    /// # Errors
+    /// The home, which goes on to span, and why.
+    pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, SpanningError)> {
+        match self.try_alone(patience) {
+            Ok(begun) => {
+                for part in self.members.iter() {
+                    self.pages.teller().note(part, &Order::End.encode());
+                }
+                // (Nobody is told any more that it is over.)
+                self.pages.finish();
+                match self.machine.thaw() {
+                    Ok(()) => Ok(begun.elapsed()),
+                    Err(error) => Err((Box::new(self), error.into())),
+                }
+            }
+            Err(error) => Err((Box::new(self), error)),
+        }
+    }
+
+    /// Until it is frozen, and has nothing elsewhere; since when it stands.
+    fn try_alone(&self, patience: Duration) -> Result<Instant, SpanningError> {
+        let deadline = Instant::now() + patience;
+        self.machine.set_spread(false);
+        loop {
+            let places = self.machine.places();
+            let away = places.iter().filter(|(_, part)| **part != PartId::HOME);
+            let away: Vec<u32> = away.map(|(tid, _)| *tid).collect();
+            if away.is_empty() {
+                break;
+            }
+            if let Some(failure) = self.failure() {
+                return Err(failure.into());
+            }
+            if Instant::now() >= deadline {
+                return Err(SpanningError::Away(away.len()));
+            }
+            for tid in away {
+                match self.machine.move_thread(tid, PartId::HOME) {
+                    Ok(()) | Err(MachineError::NoThread(_)) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        for part in self.members.iter() {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            self.pages.empty(part, PartId::HOME, rest)?;
+        }
+        self.machine.freeze(patience)?;
+        let begun = Instant::now();
+        let alone = self.machine.set_members(Vec::new(), None, false);
+        if let Err(error) = alone {
+            self.machine.thaw()?;
+            return Err(error.into());
+        }
+        Ok(begun)
+    }
+}
+
+fn setup(me: PartId, members: PartSet, memories: &Arc<[Arc<GuestMemory>]>) -> Setup {
+    Setup {
+        me,
+        parts: members.with(PartId::HOME),
+        origin: PartId::HOME,
+        memories: memories.clone(),
+        segment_pages: SEGMENT_PAGES,
+        hold: HOLD,
+        seed: me.number() as u64 + 1,
+    }
+}
+
+struct MemberListener(Member);
+
+impl Listener for MemberListener {
+    fn note(&self, from: PartId, note: &[u8]) -> Result<(), String> {
+        if from != PartId::HOME {
+            return Err("only the home says what threads do".into());
+        }
+        self.0
+            .hear(Order::decode(note).map_err(|error| error.to_string())?);
+        Ok(())
+    }
+
+    fn over(&self, _reason: &SpanError) {
+        self.0.end();
+    }
+}
+
+/// A part that is not the home. Dropping it ends it: then so does the machine.
+#[derive(Debug)]
+pub struct MemberPart {
+    member: Member,
+    pages: Pages,
+}
+
+impl MemberPart {
+    /// Begins to serve. `sizes` has the bytes of the machine's memories, `limit_bytes`
+    /// what each may grow to.
+    ///
+    /// # Errors
+    /// [`SpanningError`]; nothing of it is left then.
+    pub fn begin(
+        program: Arc<Program>,
+        sizes: &[u64],
+        limit_bytes: u64,
+        me: PartId,
+        ends: BTreeMap<PartId, Ends>,
+    ) -> Result<Self, SpanningError> {
+        program.prepare_resume().map_err(MachineError::from)?;
+        let memories = make_memories(program.meta(), limit_bytes)?;
+        for (memory, bytes) in memories.iter().zip(sizes) {
+            memory.open_to(*bytes)?;
+        }
+        // (It is set as soon as the pages are there, which tell what is said.)
+        let teller: Arc<OnceLock<Teller>> = Arc::default();
+        let told = teller.clone();
+        let report = move |report: Report| {
+            told.wait().note(PartId::HOME, &report.encode());
+        };
+        let member = Member::new(program, memories.clone(), Box::new(report));
+        let members = ends.keys().copied().collect::<PartSet>().with(me);
+        let setup = setup(me, members.without(PartId::HOME), &memories);
+        let pages = Pages::begin(setup, ends, Arc::new(MemberListener(member.clone())))?;
+        // (Nobody else sets it.)
+        let _ = teller.set(pages.teller());
+        Ok(MemberPart { member, pages })
+    }
+
+    /// Threads that are here.
+    pub fn threads(&self) -> Vec<u32> {
+        self.member.threads()
+    }
+
+    /// Its pages.
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// Ends it at once, whatever its threads do: then so does the machine.
+    pub fn die(self) {
+        self.member.end();
+        self.pages.die();
+    }
+
+    /// Waits until the machine has ended, or is alone again, and no thread is here.
+    pub fn wait(&self) {
+        self.member.wait();
+    }
+}
+
+impl Drop for MemberPart {
+    fn drop(&mut self) {
+        // Threads leave before the pages do.
+        self.member.end();
+        self.member.wait();
+    }
+}

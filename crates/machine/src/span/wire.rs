@@ -1,0 +1,468 @@
+//! What the parts of a machine say to each other, byte by byte: frames of a class of
+//! their own over TLS with pinned certificates.
+//!
+//! ```text
+//!   who dials                                   who listens
+//!     │ HELLO (version, machine, epoch, from, to)  │
+//!     │ MESSAGE, PAGE, ZEROS, NOTE … ─────────────▶│      one way only
+//! ```
+//!
+//! What is said of pages is a MESSAGE; with a page behind it that is PAGE, or ZEROS for
+//! one without anything in it. A NOTE is what home and members say of threads
+//! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
+//! BEGUN, between which other frames may come. GOODBYE is the last that a part says which
+//! cannot go on: which part is to blame, and why, since the others will all be lost to
+//! each other in a moment.
+//!
+//! Of two parts each dials the other, so that no thread reads and writes a connection at
+//! once. A connection belongs to an epoch: when the set of parts changes, all are made
+//! anew, and what comes under another epoch is refused with its hello.
+//!
+//! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
+
+use keel_cluster::{Epoch, MachineName};
+use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
+use keel_wasm::coherence::{Message, PartId};
+use keel_wasm::memory::PAGE_BYTES;
+use serde::{Deserialize, Serialize};
+
+/// Version of these messages.
+pub(super) const VERSION: u32 = 2;
+/// Whole pages of a segment's directory are the most that is said at once.
+const CLASS: Class = Class {
+    magic: u32::from_le_bytes(*b"KSPN"),
+    version: 1,
+    payload_bytes_max: 1 << 20,
+};
+const KIND_HELLO: u16 = 1;
+const KIND_MESSAGE: u16 = 2;
+const KIND_PAGE: u16 = 3;
+const KIND_ZEROS: u16 = 4;
+const KIND_BEGUN: u16 = 5;
+const KIND_NOTE: u16 = 6;
+const KIND_GOODBYE: u16 = 7;
+/// Bytes of a note in one frame, so that pages need not wait for long ones.
+const PIECE_BYTES: usize = 128 << 10;
+/// The longest note: a thread that called itself as deep as it may.
+const NOTE_BYTES_MAX: usize = 512 << 20;
+const PAGE: usize = PAGE_BYTES as usize;
+
+/// The first word on a connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Version of the messages.
+    pub(super) version: u32,
+    /// The machine.
+    pub machine: MachineName,
+    /// Under which it spans these parts.
+    pub epoch: Epoch,
+    /// Who dials.
+    pub from: PartId,
+    /// Whom.
+    pub to: PartId,
+}
+
+impl Hello {
+    /// Of a part to another.
+    pub fn new(machine: MachineName, epoch: Epoch, from: PartId, to: PartId) -> Self {
+        Hello {
+            version: VERSION,
+            machine,
+            epoch,
+            from,
+            to,
+        }
+    }
+}
+
+/// A page that comes with a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum PageBytes {
+    /// All zero.
+    Zeros,
+    /// 4 KiB.
+    Bytes(Box<[u8]>),
+}
+
+/// What comes on a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Parcel {
+    Message(Message),
+    /// [`Message::Data`], and the page.
+    Page(Message, PageBytes),
+    /// About threads.
+    Note(Vec<u8>),
+    /// The part cannot go on.
+    Goodbye {
+        /// Who is to blame.
+        part: PartId,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Why what came cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// It is no frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// It is no message.
+    #[error("what it says is not understood ({0})")]
+    Message(#[from] postcard::Error),
+    /// A page without its message, or the other way round.
+    #[error("a page and its message do not belong together")]
+    Page,
+    /// A thread cannot be so large.
+    #[error("a note of more than {NOTE_BYTES_MAX} bytes")]
+    Long,
+    /// It said something else before.
+    #[error("it did not say who it is")]
+    Nameless,
+    /// No kind of frame.
+    #[error("frames of kind {0} are not known")]
+    Kind(u16),
+}
+
+/// The bytes of the first frame.
+///
+/// # Errors
+/// [`WireError`]; none of a hello that was made by [`Hello::new`].
+pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, WireError> {
+    let mut frame = Vec::new();
+    frame_of(KIND_HELLO, &postcard::to_stdvec(hello)?, &[], &mut frame)?;
+    Ok(frame)
+}
+
+/// Puts a frame behind others.
+///
+/// # Errors
+/// [`WireError`], if it is longer than a frame may be; nothing is put then.
+pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireError> {
+    match parcel {
+        Parcel::Message(message) => {
+            frame_of(KIND_MESSAGE, &postcard::to_stdvec(message)?, &[], frames)
+        }
+        Parcel::Page(message, PageBytes::Zeros) => encode_page(message, &[0; PAGE], frames),
+        Parcel::Page(message, PageBytes::Bytes(bytes)) => encode_page(message, bytes, frames),
+        Parcel::Note(note) => encode_note(note, frames),
+        Parcel::Goodbye { part, reason } => {
+            let payload = postcard::to_stdvec(&(part, reason))?;
+            frame_of(KIND_GOODBYE, &payload, &[], frames)
+        }
+    }
+}
+
+/// As [`encode`], of a note.
+///
+/// # Errors
+/// As there; [`WireError::Long`].
+pub(super) fn encode_note(note: &[u8], frames: &mut Vec<u8>) -> Result<(), WireError> {
+    if note.len() > NOTE_BYTES_MAX {
+        return Err(WireError::Long);
+    }
+    let mut rest = note;
+    while let Some((piece, after)) = rest.split_at_checked(PIECE_BYTES)
+        && !after.is_empty()
+    {
+        frame_of(KIND_BEGUN, &[], piece, frames)?;
+        rest = after;
+    }
+    frame_of(KIND_NOTE, &[], rest, frames)
+}
+
+/// As [`encode`], of a page and its message.
+///
+/// # Errors
+/// As there.
+pub(super) fn encode_page(
+    message: &Message,
+    page: &[u8],
+    frames: &mut Vec<u8>,
+) -> Result<(), WireError> {
+    let message = postcard::to_stdvec(message)?;
+    // (Most pages that are not zero say so in their first words.)
+    match page.iter().all(|byte| *byte == 0) {
+        true => frame_of(KIND_ZEROS, &message, &[], frames),
+        false => frame_of(KIND_PAGE, &message, page, frames),
+    }
+}
+
+fn frame_of(kind: u16, message: &[u8], page: &[u8], frames: &mut Vec<u8>) -> Result<(), WireError> {
+    let payload_bytes = message.len() + page.len();
+    frames.reserve(HEADER_BYTES + payload_bytes);
+    let header = Header {
+        kind,
+        request: 0,
+        payload_bytes,
+    };
+    header.encode(&CLASS, frames)?;
+    frames.extend_from_slice(message);
+    frames.extend_from_slice(page);
+    Ok(())
+}
+
+/// Makes parcels of the bytes of a connection.
+#[derive(Debug, Default)]
+pub(super) struct Unpacker {
+    /// The beginning of a frame whose end has not come.
+    begun: Vec<u8>,
+    /// Pieces of a note whose end has not come.
+    note: Vec<u8>,
+}
+
+impl Unpacker {
+    /// Takes bytes until the first frame is whole, which must be a hello; what came with
+    /// it is fed next.
+    ///
+    /// # Errors
+    /// [`WireError`].
+    pub(super) fn feed_hello(&mut self, bytes: &[u8]) -> Result<Option<Hello>, WireError> {
+        self.begun.extend_from_slice(bytes);
+        let Some(header) = Decoder::new(CLASS).header(&self.begun)? else {
+            return Ok(None);
+        };
+        if header.kind != KIND_HELLO {
+            return Err(WireError::Nameless);
+        }
+        let end = HEADER_BYTES + header.payload_bytes;
+        let Some(payload) = self.begun.get(HEADER_BYTES..end) else {
+            return Ok(None);
+        };
+        let hello = postcard::from_bytes(payload)?;
+        self.begun.drain(..end);
+        Ok(Some(hello))
+    }
+
+    /// Takes bytes, and gives on what is whole.
+    ///
+    /// # Errors
+    /// [`WireError`]; the connection is of no use then.
+    pub(super) fn feed(
+        &mut self,
+        bytes: &[u8],
+        parcels: &mut Vec<Parcel>,
+    ) -> Result<(), WireError> {
+        if self.begun.is_empty() {
+            let taken = unpack(bytes, &mut self.note, parcels)?;
+            self.begun.extend_from_slice(&bytes[taken..]);
+        } else {
+            self.begun.extend_from_slice(bytes);
+            let taken = unpack(&self.begun, &mut self.note, parcels)?;
+            self.begun.drain(..taken);
+        }
+        Ok(())
+    }
+}
+
+/// Gives on the whole frames at the beginning; how many bytes they are.
+fn unpack(bytes: &[u8], note: &mut Vec<u8>, parcels: &mut Vec<Parcel>) -> Result<usize, WireError> {
+    let mut at = 0;
+    while let Some(header) = Decoder::new(CLASS).header(&bytes[at..])? {
+        let end = at + HEADER_BYTES + header.payload_bytes;
+        let Some(payload) = bytes.get(at + HEADER_BYTES..end) else {
+            break;
+        };
+        match header.kind {
+            KIND_BEGUN | KIND_NOTE => {
+                if note.len() + payload.len() > NOTE_BYTES_MAX {
+                    return Err(WireError::Long);
+                }
+                note.extend_from_slice(payload);
+                if header.kind == KIND_NOTE {
+                    parcels.push(Parcel::Note(std::mem::take(note)));
+                }
+            }
+            kind => parcels.push(parcel(kind, payload)?),
+        }
+        at = end;
+    }
+    Ok(at)
+}
+
+fn parcel(kind: u16, payload: &[u8]) -> Result<Parcel, WireError> {
+    let whole = |(message, rest): (Message, &[u8])| match rest {
+        [] => Ok(message),
+        _ => Err(WireError::Page),
+    };
+    let data = |message: Message| match message {
+        Message::Data { .. } => Ok(message),
+        _ => Err(WireError::Page),
+    };
+    match kind {
+        KIND_MESSAGE => match whole(postcard::take_from_bytes(payload)?)? {
+            Message::Data { .. } => Err(WireError::Page),
+            message => Ok(Parcel::Message(message)),
+        },
+        KIND_ZEROS => {
+            let message = data(whole(postcard::take_from_bytes(payload)?)?)?;
+            Ok(Parcel::Page(message, PageBytes::Zeros))
+        }
+        KIND_PAGE => {
+            let (message, page): (Message, &[u8]) = postcard::take_from_bytes(payload)?;
+            if page.len() != PAGE {
+                return Err(WireError::Page);
+            }
+            Ok(Parcel::Page(data(message)?, PageBytes::Bytes(page.into())))
+        }
+        KIND_GOODBYE => {
+            let (part, reason) = postcard::from_bytes(payload)?;
+            Ok(Parcel::Goodbye { part, reason })
+        }
+        other => Err(WireError::Kind(other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_wasm::coherence::{Access, PageId, Segment, Txn};
+    use rand::rngs::SmallRng;
+    use rand::{RngExt, SeedableRng};
+
+    fn samples() -> Vec<Parcel> {
+        let page = PageId {
+            memory: 1,
+            number: 77,
+        };
+        let part = |number| PartId::new(number).unwrap();
+        let txn = Txn {
+            number: 1 << 40,
+            directory: part(2),
+            is_answer: true,
+        };
+        let data = Message::Data {
+            page,
+            txn,
+            access: Access::Write,
+            acks: 3,
+        };
+        let segment = Segment {
+            memory: 0,
+            number: 9,
+        };
+        vec![
+            Parcel::Message(Message::Want {
+                page,
+                access: Access::Read,
+                has: false,
+            }),
+            Parcel::Page(data.clone(), PageBytes::Zeros),
+            Parcel::Page(data, PageBytes::Bytes([7; PAGE].into())),
+            Parcel::Message(Message::SegmentAt {
+                segment,
+                version: 4,
+                at: part(1),
+            }),
+            Parcel::Note(Vec::new()),
+            Parcel::Goodbye {
+                part: part(3),
+                reason: "its process is gone".into(),
+            },
+            Parcel::Note((0..300 << 10).map(|at| at as u8).collect()),
+        ]
+    }
+
+    fn frame(parcel: &Parcel) -> Vec<u8> {
+        let mut frame = Vec::new();
+        encode(parcel, &mut frame).unwrap();
+        frame
+    }
+
+    fn stream() -> Vec<u8> {
+        samples().iter().flat_map(frame).collect()
+    }
+
+    #[test]
+    fn who_it_is_comes_first() {
+        let hello = Hello::new(
+            "m".parse().unwrap(),
+            Epoch::default(),
+            PartId::new(0).unwrap(),
+            PartId::new(63).unwrap(),
+        );
+        let bytes = [encode_hello(&hello).unwrap(), stream()].concat();
+        for piece in [1, 7, bytes.len()] {
+            let (mut unpacker, mut parcels, mut found) = (Unpacker::default(), Vec::new(), None);
+            for piece in bytes.chunks(piece) {
+                match &found {
+                    None => found = unpacker.feed_hello(piece).unwrap(),
+                    Some(_) => unpacker.feed(piece, &mut parcels).unwrap(),
+                }
+            }
+            unpacker.feed(&[], &mut parcels).unwrap();
+            assert_eq!(
+                (found.as_ref(), &parcels[..]),
+                (Some(&hello), &samples()[..])
+            );
+        }
+        let nameless = Unpacker::default().feed_hello(&stream());
+        assert!(matches!(nameless, Err(WireError::Nameless)), "{nameless:?}");
+        // A second time it is no message.
+        assert!(Unpacker::default().feed(&bytes, &mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn comes_as_it_was_said_in_whatever_pieces() {
+        let bytes = stream();
+        for piece in [1, 2, 19, 20, 21, 4096, bytes.len()] {
+            let (mut unpacker, mut parcels) = (Unpacker::default(), Vec::new());
+            for piece in bytes.chunks(piece) {
+                unpacker.feed(piece, &mut parcels).unwrap();
+            }
+            assert_eq!(parcels, samples(), "{piece}");
+            assert!(unpacker.begun.is_empty());
+        }
+    }
+
+    #[test]
+    fn what_does_not_belong_together_is_refused() {
+        let [_, zeros, page, ..] = &samples()[..] else {
+            unreachable!("seven of them");
+        };
+        let (zeros, page) = (frame(zeros), frame(page));
+        let want = frame(&samples()[0]);
+        let with_kind = |frame: &[u8], kind: u16| {
+            let mut frame = frame.to_vec();
+            frame[6..8].copy_from_slice(&kind.to_le_bytes());
+            let mut parcels = Vec::new();
+            Unpacker::default().feed(&frame, &mut parcels)
+        };
+        // Data without a page, a page without bytes, pages of others, no such kind.
+        for (frame, kind) in [
+            (&zeros, KIND_MESSAGE),
+            (&zeros, KIND_PAGE),
+            (&page, KIND_ZEROS),
+            (&page, KIND_MESSAGE),
+            (&want, KIND_ZEROS),
+            (&want, KIND_HELLO),
+            (&want, 9),
+        ] {
+            assert!(with_kind(frame, kind).is_err(), "{kind}");
+        }
+        let part = postcard::to_stdvec(&200u8).unwrap();
+        assert!(postcard::from_bytes::<PartId>(&part).is_err());
+    }
+
+    /// Anything may come; nothing but parcels and errors comes of it.
+    #[test]
+    fn damaged_bytes_are_errors_or_parcels() {
+        let bytes = stream();
+        let mut rng = SmallRng::seed_from_u64(3);
+        let mut refused = 0;
+        for _ in 0..20_000 {
+            let mut damaged = bytes.clone();
+            for _ in 0..rng.random_range(1..4) {
+                // Mostly where it hurts: headers and messages, not pages.
+                let at = rng.random_range(0..bytes.len());
+                damaged[at] = rng.random();
+            }
+            damaged.truncate(rng.random_range(0..=bytes.len()));
+            let mut parcels = Vec::new();
+            let fed = Unpacker::default().feed(&damaged, &mut parcels);
+            refused += u32::from(fed.is_err());
+            assert!(parcels.len() <= samples().len());
+        }
+        assert!(refused > 100, "{refused}");
+    }
+}

@@ -1,0 +1,497 @@
+//! Parts of a machine in one process: real memories, real faults, real connections. The
+//! threads touch memory as guests do, through the mapping.
+
+#![allow(unsafe_code)]
+
+use keel_cluster::Epoch;
+use keel_machine::span::{Ends, Hello, Pages, Setup, SpanError};
+use keel_net::{ClientTls, PinnedIdentity, ServerTls};
+use keel_wasm::coherence::{PartId, PartSet};
+use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
+
+/// Something hangs that takes longer.
+const LONG: Duration = Duration::from_secs(10);
+
+fn part(number: usize) -> PartId {
+    PartId::new(number).unwrap()
+}
+
+struct Part {
+    memories: Arc<[Arc<GuestMemory>]>,
+    pages: Pages,
+}
+
+impl Part {
+    /// A word of its memory, as a guest has it.
+    fn word(&self, at: u64) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8));
+        // SAFETY: aligned and within the memory (cells are checked), which is used by
+        // atomic operations only.
+        unsafe { AtomicU64::from_ptr(self.memories[0].cells()[at as usize].get().cast()) }
+    }
+
+    fn host_read(&self, at: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.pages.read(0, at, &mut bytes, LONG).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+}
+
+/// Two sockets that are connected.
+fn connected() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let dialled = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (dialled, listener.accept().unwrap().0)
+}
+
+/// Parts with memories of so many pages of 4 KiB; the first has `first` in its memory.
+fn parts(count: usize, pages: u64, hold: Duration, first: &[u8]) -> Vec<Part> {
+    let identities: Vec<_> = (0..count)
+        .map(|_| PinnedIdentity::generate().unwrap())
+        .collect();
+    // From each to each: the socket that is dialled, and the one that is heard.
+    let mut dialled = BTreeMap::new();
+    let mut heard = BTreeMap::new();
+    for from in 0..count {
+        for to in (0..count).filter(|to| *to != from) {
+            let (a, b) = connected();
+            dialled.insert((from, to), a);
+            heard.insert((from, to), b);
+        }
+    }
+    let all: PartSet = (0..count).map(part).collect();
+    let greet = |me: usize, mut sockets: Vec<(usize, TcpStream, TcpStream)>| {
+        std::thread::scope(|scope| {
+            // All at once, as each waits for the other.
+            let greeting: Vec<_> = sockets
+                .drain(..)
+                .map(|(other, out, heard)| {
+                    let identity = &identities[me];
+                    let pinned = identities[other].fingerprint;
+                    scope.spawn(move || {
+                        let client = ClientTls::pinned(identity, pinned).unwrap();
+                        let server = ServerTls::pinned(identity, pinned).unwrap();
+                        let machine = "m".parse().unwrap();
+                        let hello = Hello::new(machine, Epoch::default(), part(me), part(other));
+                        let ends = Ends::greet((out, &client), (heard, &server), &hello);
+                        (part(other), ends.unwrap())
+                    })
+                })
+                .collect();
+            let ends = greeting.into_iter().map(|it| it.join().unwrap());
+            ends.collect::<BTreeMap<_, _>>()
+        })
+    };
+    let sockets: Vec<Vec<_>> = (0..count)
+        .map(|me| {
+            let others = (0..count).filter(|other| *other != me);
+            others
+                .map(|other| {
+                    let out = dialled.remove(&(me, other)).unwrap();
+                    let heard = heard.remove(&(other, me)).unwrap();
+                    (other, out, heard)
+                })
+                .collect()
+        })
+        .collect();
+    let ends: Vec<_> = std::thread::scope(|scope| {
+        let greet = &greet;
+        let greeting: Vec<_> = sockets
+            .into_iter()
+            .enumerate()
+            .map(|(me, sockets)| scope.spawn(move || greet(me, sockets)))
+            .collect();
+        greeting.into_iter().map(|it| it.join().unwrap()).collect()
+    });
+    let wasm_pages = (pages * PAGE_BYTES).div_ceil(64 << 10);
+    ends.into_iter()
+        .enumerate()
+        .map(|(me, ends)| {
+            let memory = GuestMemory::new(wasm_pages, Some(wasm_pages), false, 1 << 30).unwrap();
+            if me == 0 && !first.is_empty() {
+                memory.write(0, first).unwrap();
+            }
+            let memories: Arc<[Arc<GuestMemory>]> = Arc::new([Arc::new(memory)]);
+            let setup = Setup {
+                me: part(me),
+                parts: all,
+                origin: PartId::HOME,
+                memories: memories.clone(),
+                segment_pages: 16,
+                hold,
+                seed: 5 + me as u64,
+            };
+            let pages = Pages::begin(setup, ends, Arc::new(())).unwrap();
+            Part { memories, pages }
+        })
+        .collect()
+}
+
+/// Runs a thread on each of these parts; what they answer.
+fn on<'a, T: Send>(
+    parts: impl IntoIterator<Item = &'a Part>,
+    run: impl Fn(&Part) -> T + Sync,
+) -> Vec<T> {
+    let run = &run;
+    std::thread::scope(|scope| {
+        let parts = parts.into_iter();
+        let running: Vec<_> = parts.map(|part| scope.spawn(move || run(part))).collect();
+        running.into_iter().map(|it| it.join().unwrap()).collect()
+    })
+}
+
+fn until(what: &str, holds: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < LONG, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+const HOLD: Duration = Duration::from_micros(100);
+
+#[test]
+fn what_one_writes_the_others_read() {
+    let first: Vec<u8> = (0..8 * PAGE_BYTES).map(|at| (at / 512) as u8).collect();
+    let parts = parts(3, 32, HOLD, &first);
+    for number in [1, 2, 0] {
+        for page in 0..8u64 {
+            let expected = u64::from_le_bytes([(page * 8) as u8; 8]);
+            let word = parts[number].word(page * PAGE_BYTES);
+            assert_eq!(word.load(Ordering::SeqCst), expected);
+        }
+        // What nobody touched is zero everywhere.
+        assert_eq!(
+            parts[number].word(20 * PAGE_BYTES).load(Ordering::SeqCst),
+            0
+        );
+    }
+    for round in 1..20u64 {
+        let (writer, at) = (round as usize % 3, round * 3 % 32 * PAGE_BYTES + 64);
+        parts[writer].word(at).store(round, Ordering::SeqCst);
+        for part in &parts {
+            assert_eq!(part.word(at).load(Ordering::SeqCst), round);
+            assert_eq!(part.host_read(at), round);
+        }
+    }
+    assert!(parts[1].pages.latency().count() >= 10);
+    assert!(parts.iter().all(|part| part.pages.failure().is_none()));
+}
+
+/// Additions by all parts at once: none is lost.
+#[test]
+fn nothing_that_was_added_is_lost() {
+    let parts = parts(3, 16, HOLD, &[]);
+    let add = |part: &Part| {
+        for round in 0..600u64 {
+            for page in 0..3 {
+                part.word(page * PAGE_BYTES + 8 * (round % 5))
+                    .fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    };
+    on(parts.iter().chain(&parts), add);
+    for part in &parts {
+        for page in 0..3 {
+            let sum: u64 = (0..5)
+                .map(|at| part.word(page * PAGE_BYTES + 8 * at).load(Ordering::SeqCst))
+                .sum();
+            assert_eq!(sum, 6 * 600);
+        }
+    }
+}
+
+type Step = fn(&AtomicU64, &AtomicU64) -> (u64, u64);
+/// Its name, its threads with their parts, and what must not be seen.
+type Litmus = (&'static str, Vec<(usize, Step)>, fn(&[(u64, u64)]) -> bool);
+
+/// The litmus tests, on real processors: outcomes that no order of single steps gives do
+/// not come (store buffering, message passing, load buffering, IRIW).
+#[test]
+fn litmus() {
+    const ROUNDS: u32 = 150;
+    let parts = parts(3, 64, Duration::from_micros(20), &[]);
+    let tests: [Litmus; 4] = [
+        (
+            "store buffering",
+            vec![
+                (1, |x, y| {
+                    (x.swap(1, Ordering::SeqCst), y.load(Ordering::SeqCst))
+                }),
+                (2, |x, y| {
+                    (y.swap(1, Ordering::SeqCst), x.load(Ordering::SeqCst))
+                }),
+            ],
+            |seen| seen[0].1 == 0 && seen[1].1 == 0,
+        ),
+        (
+            "message passing",
+            vec![
+                (1, |x, y| {
+                    x.store(1, Ordering::SeqCst);
+                    y.store(1, Ordering::SeqCst);
+                    (0, 0)
+                }),
+                (2, |x, y| {
+                    (y.load(Ordering::SeqCst), x.load(Ordering::SeqCst))
+                }),
+            ],
+            |seen| seen[1] == (1, 0),
+        ),
+        (
+            "load buffering",
+            vec![
+                (0, |x, y| {
+                    let seen = x.load(Ordering::SeqCst);
+                    y.store(1, Ordering::SeqCst);
+                    (seen, 0)
+                }),
+                (1, |x, y| {
+                    let seen = y.load(Ordering::SeqCst);
+                    x.store(1, Ordering::SeqCst);
+                    (seen, 0)
+                }),
+            ],
+            |seen| seen[0].0 == 1 && seen[1].0 == 1,
+        ),
+        (
+            "IRIW",
+            vec![
+                (0, |x, _| (x.swap(1, Ordering::SeqCst), 0)),
+                (1, |_, y| (y.swap(1, Ordering::SeqCst), 0)),
+                (2, |x, y| {
+                    (x.load(Ordering::SeqCst), y.load(Ordering::SeqCst))
+                }),
+                (1, |x, y| {
+                    let second = y.load(Ordering::SeqCst);
+                    (x.load(Ordering::SeqCst), second)
+                }),
+            ],
+            |seen| seen[2] == (1, 0) && seen[3] == (0, 1),
+        ),
+    ];
+    for (name, threads, forbidden) in &tests {
+        let mut outcomes = BTreeSet::new();
+        for round in 0..ROUNDS {
+            let (x, y) = (u64::from(round % 3) * PAGE_BYTES, 8 * PAGE_BYTES + 128);
+            // Both zero, and at parts that change.
+            parts[round as usize % 3].word(x).store(0, Ordering::SeqCst);
+            parts[round as usize / 3 % 3]
+                .word(y)
+                .store(0, Ordering::SeqCst);
+            let together = Barrier::new(threads.len());
+            let seen: Vec<(u64, u64)> = std::thread::scope(|scope| {
+                let running: Vec<_> = threads
+                    .iter()
+                    .map(|(at, step)| {
+                        let (part, together) = (&parts[*at], &together);
+                        scope.spawn(move || {
+                            together.wait();
+                            step(part.word(x), part.word(y))
+                        })
+                    })
+                    .collect();
+                running.into_iter().map(|it| it.join().unwrap()).collect()
+            });
+            assert!(!forbidden(&seen), "{name}, round {round}: {seen:?}");
+            outcomes.insert(seen);
+        }
+        println!("{name}: {} outcomes", outcomes.len());
+    }
+}
+
+/// An access that needs two pages at once, by two parts that both need both: it lies on
+/// the boundary between them.
+#[test]
+fn two_parts_that_need_the_same_two_pages_come_to_an_end() {
+    let parts = parts(2, 16, HOLD, &[]);
+    let at = (PAGE_BYTES - 4) as usize;
+    let exchange = |part: &Part| {
+        let cells = &part.memories[0].cells()[at..at + 8];
+        for _ in 0..300 {
+            // SAFETY: eight bytes within the memory; the other part's thread touches its
+            // own mapping only.
+            unsafe {
+                let bytes = cells.as_ptr().cast_mut().cast::<u64>();
+                let value = std::ptr::read_unaligned(bytes);
+                std::ptr::write_unaligned(bytes, value.wrapping_add(1));
+            }
+        }
+    };
+    let begun = Instant::now();
+    on(&parts, exchange);
+    assert!(begun.elapsed() < LONG);
+    // (Additions are not atomic: what is left is no sum, but the same for both.)
+    let low = |part: &Part| part.word((PAGE_BYTES - 8) & !7).load(Ordering::SeqCst);
+    assert_eq!(low(&parts[0]), low(&parts[1]));
+}
+
+/// Random accesses by all parts, guests and hosts, while pages are moved to and fro; each
+/// word is written by one thread only, which checks what it reads there.
+#[test]
+fn everybody_reads_what_he_wrote_while_pages_move() {
+    let parts = parts(4, 64, Duration::from_micros(30), &[]);
+    let number = AtomicU32::new(0);
+    let run = |part: &Part| {
+        let me = u64::from(number.fetch_add(1, Ordering::Relaxed));
+        let mut rng = SmallRng::seed_from_u64(me);
+        let mut mine = [0u64; 64];
+        for round in 1..400u64 {
+            let page = rng.random_range(0..64u64);
+            // No two threads have the same words.
+            let at = page * PAGE_BYTES + me * 16;
+            match rng.random_range(0..6) {
+                0..2 => {
+                    part.word(at).store(round, Ordering::Relaxed);
+                    mine[page as usize] = round;
+                }
+                2 => {
+                    let bytes = round.to_le_bytes();
+                    part.pages.write(0, at, &bytes, LONG).unwrap();
+                    mine[page as usize] = round;
+                }
+                3 => assert_eq!(part.host_read(at), mine[page as usize]),
+                4 => {
+                    let to = PartId::new(rng.random_range(0..4)).unwrap();
+                    let range = page * PAGE_BYTES..(page + 2).min(64) * PAGE_BYTES;
+                    part.pages.move_pages(0, range, to).unwrap();
+                }
+                _ => assert_eq!(part.word(at).load(Ordering::Relaxed), mine[page as usize]),
+            }
+        }
+        (me, mine)
+    };
+    let all = on(parts.iter().chain(&parts), run);
+    until("all moves end", || {
+        parts.iter().all(|part| part.pages.is_quiet())
+    });
+    for (me, mine) in all {
+        for (page, value) in mine.iter().enumerate() {
+            let at = page as u64 * PAGE_BYTES + me * 16;
+            assert_eq!(
+                parts[me as usize % 4].word(at).load(Ordering::SeqCst),
+                *value
+            );
+        }
+    }
+    assert!(parts.iter().all(|part| part.pages.failure().is_none()));
+}
+
+/// A set of pages that moves is at its target then, and nowhere else.
+#[test]
+fn pages_move_as_a_set() {
+    let bytes: Vec<u8> = (0..256 * PAGE_BYTES).map(|at| (at * 7 / 3) as u8).collect();
+    let parts = parts(2, 256, Duration::ZERO, &bytes);
+    let resident = |part: &Part| -> u64 {
+        let ranges = part.memories[0].populated().unwrap();
+        ranges.iter().map(|range| range.end - range.start).sum()
+    };
+    assert_eq!(resident(&parts[0]), 256 * PAGE_BYTES);
+    let range = 16 * PAGE_BYTES..200 * PAGE_BYTES;
+    parts[0]
+        .pages
+        .move_pages(0, range.clone(), part(1))
+        .unwrap();
+    until("the pages are there", || {
+        resident(&parts[1]) == range.end - range.start && parts[0].pages.is_quiet()
+    });
+    assert_eq!(
+        resident(&parts[0]),
+        256 * PAGE_BYTES - (range.end - range.start)
+    );
+    let mut seen = vec![0; bytes.len()];
+    parts[1].pages.read(0, 0, &mut seen, LONG).unwrap();
+    assert!(seen == bytes);
+    let outside = parts[0].pages.move_pages(0, 0..1 << 40, part(1));
+    assert!(matches!(outside, Err(SpanError::Memory(_))), "{outside:?}");
+}
+
+/// A part that is gone ends the others, with a reason, and within a moment; nobody who
+/// asks the host waits for ever.
+#[test]
+fn a_lost_part_ends_the_others_by_name() {
+    let mut parts = parts(3, 16, HOLD, &[]);
+    parts[2].word(0).store(7, Ordering::SeqCst);
+    let lost = parts.pop().unwrap();
+    // One asks all the time, also while it happens.
+    std::thread::scope(|scope| {
+        let asking = &parts[1];
+        let asked = scope.spawn(move || {
+            let begun = Instant::now();
+            loop {
+                let mut bytes = [0; 8];
+                match asking.pages.read(0, 0, &mut bytes, LONG) {
+                    Ok(()) => assert_eq!(bytes[0], 7),
+                    Err(error) => return (error, begun.elapsed()),
+                }
+                let written = asking.pages.write(0, 64, &[1], LONG);
+                if let Err(error) = written {
+                    return (error, begun.elapsed());
+                }
+                // It is to be fetched each time.
+                let back = asking.pages.move_pages(0, 0..1, part(2));
+                back.unwrap();
+            }
+        });
+        std::thread::sleep(Duration::from_millis(5));
+        // Nothing of its guest runs any more, as an end of a process would have it.
+        drop(lost);
+        let (error, took) = asked.join().unwrap();
+        assert!(matches!(error, SpanError::Lost { .. }), "{error:?}");
+        assert!(took < LONG / 2, "{took:?}");
+    });
+    for other in &parts {
+        until("the loss is noticed", || other.pages.failure().is_some());
+        let failure = other.pages.failure();
+        // (Or the loss of the one that noticed it first.)
+        assert!(
+            matches!(failure, Some(SpanError::Lost { .. })),
+            "{failure:?}"
+        );
+        let mut bytes = [0];
+        let read = other.pages.read(0, 0, &mut bytes, LONG);
+        assert_eq!(read, Err(failure.unwrap()));
+    }
+}
+
+#[test]
+fn strangers_are_refused() {
+    let (mine, other) = (
+        PinnedIdentity::generate().unwrap(),
+        PinnedIdentity::generate().unwrap(),
+    );
+    let hello = |epoch: u64, from: usize, to: usize| {
+        let epoch = Epoch {
+            counter: epoch,
+            ..Epoch::default()
+        };
+        Hello::new("m".parse().unwrap(), epoch, part(from), part(to))
+    };
+    // Another epoch, another part than was agreed on.
+    for theirs in [hello(6, 1, 0), hello(5, 2, 0), hello(5, 1, 2)] {
+        let (a, b) = connected();
+        let (c, d) = connected();
+        let mine_says = hello(5, 0, 1);
+        std::thread::scope(|scope| {
+            let (mine, other) = (&mine, &other);
+            scope.spawn(move || {
+                let client = ClientTls::pinned(other, mine.fingerprint).unwrap();
+                let server = ServerTls::pinned(other, mine.fingerprint).unwrap();
+                // It is refused, or refuses.
+                let _ = Ends::greet((c, &client), (b, &server), &theirs);
+            });
+            let client = ClientTls::pinned(mine, other.fingerprint).unwrap();
+            let server = ServerTls::pinned(mine, other.fingerprint).unwrap();
+            let greeted = Ends::greet((a, &client), (d, &server), &mine_says);
+            let error = greeted.expect_err("a stranger").to_string();
+            assert!(error.contains("where"), "{error}");
+        });
+    }
+}

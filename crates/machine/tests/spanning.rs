@@ -1,0 +1,354 @@
+//! Machines of several parts in one process: guests whose threads run at several parts
+//! and move between them give what they give alone; what goes wrong at one part ends the
+//! whole by name.
+
+use keel_machine::span::{SpanError, Spread, Within};
+use keel_wasi::{Config, MemorySink, Wasi};
+use keel_wasm::coherence::PartId;
+use keel_wasm::runtime::{Engine, Limits, Machine, MachineError, Options, Outcome, Program};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Something hangs that takes longer.
+const LONG: Duration = Duration::from_secs(60);
+const MEMORY_BYTES: u64 = 256 << 20;
+
+fn part(number: usize) -> PartId {
+    PartId::new(number).unwrap()
+}
+
+fn engine() -> Engine {
+    Engine::new(Options::default()).unwrap()
+}
+
+fn guest(name: &str) -> Arc<Program> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
+    engine().load(&std::fs::read(path).unwrap()).unwrap()
+}
+
+struct Running {
+    machine: Machine,
+    output: Arc<MemorySink>,
+}
+
+impl Running {
+    /// It stands at its beginning.
+    fn new(program: &Arc<Program>, args: &[&str]) -> Self {
+        let output = Arc::new(MemorySink::default());
+        let mut config = Config {
+            args: vec!["guest".into()],
+            stdout: Box::new(output.clone()),
+            ..Config::default()
+        };
+        config.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        let limits = Limits {
+            memory_bytes: MEMORY_BYTES,
+            ..Limits::default()
+        };
+        let wasi = Wasi::new(config).unwrap();
+        let machine = Machine::ready_under(0, program.clone(), wasi, limits).unwrap();
+        Running { machine, output }
+    }
+
+    /// It spans so many parts, and goes.
+    fn span(&self, count: usize) -> Within {
+        let how = Spread {
+            spread: true,
+            patience: LONG,
+        };
+        Within::begin(&self.machine, count, MEMORY_BYTES, how).unwrap()
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8(self.output.bytes()).unwrap()
+    }
+
+    fn outcome(&self) -> Outcome {
+        let outcome = self.machine.wait(Some(LONG));
+        outcome.unwrap_or_else(|| panic!("it hangs after {:?}", self.text()))
+    }
+}
+
+/// What a guest prints alone.
+fn alone(program: &Arc<Program>, args: &[&str]) -> String {
+    let running = Running::new(program, args);
+    running.machine.thaw().unwrap();
+    assert_eq!(running.outcome(), Outcome::Exit(0));
+    running.text()
+}
+
+/// Moves threads and captures all until it ends; how often threads moved.
+fn shake(running: &Running, count: usize, seed: u64) -> u32 {
+    let parts = running.span(count);
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let (mut moves, begun) = (0, Instant::now());
+    let outcome = loop {
+        let pause = Duration::from_micros(rng.random_range(100..4000));
+        if let Some(outcome) = running.machine.wait(Some(pause)) {
+            break outcome;
+        }
+        assert!(begun.elapsed() < LONG, "it hangs: {:?}", running.text());
+        let threads = running.machine.threads();
+        if threads.is_empty() {
+            continue;
+        }
+        let thread = threads[rng.random_range(0..threads.len())];
+        match rng.random_range(0..8) {
+            0 => drop(running.machine.shake_all(LONG)),
+            1 => drop(running.machine.shake(thread)),
+            _ => {
+                let to = part(rng.random_range(0..count));
+                moves += u32::from(running.machine.move_thread(thread, to).is_ok());
+            }
+        }
+    };
+    assert_eq!(parts.home().failure(), None);
+    assert_eq!(outcome, Outcome::Exit(0), "{}", running.text());
+    moves
+}
+
+/// A lock, condition variables, a barrier and counters, over parts between which threads
+/// move.
+#[test]
+fn threads_move_and_compute_the_same() {
+    let program = guest("threads");
+    let args = ["8", "1500"];
+    let expected = alone(&program, &args);
+    let mut moves = 0;
+    for (seed, count) in [(1, 2), (2, 3), (3, 5)] {
+        let running = Running::new(&program, &args);
+        moves += shake(&running, count, seed);
+        assert_eq!(running.text(), expected, "seed {seed}, {count} parts");
+    }
+    assert!(moves > 20, "{moves}");
+}
+
+#[test]
+fn zstd_compresses_the_same_on_three_parts() {
+    let program = guest("zstd");
+    let args = ["4", "3", "6144"];
+    let expected = alone(&program, &args);
+    let running = Running::new(&program, &args);
+    assert!(shake(&running, 3, 7) > 5);
+    assert_eq!(running.text(), expected);
+}
+
+/// It spans, is alone again, and spans, while it runs: nothing of it is lost.
+#[test]
+fn it_spans_and_is_alone_again() {
+    let program = guest("threads");
+    let args = ["6", "9000"];
+    let expected = alone(&program, &args);
+    let running = Running::new(&program, &args);
+    let mut changes = 0;
+    let outcome = loop {
+        let parts = running.span(2 + changes % 2);
+        if let Some(outcome) = running.machine.wait(Some(Duration::from_millis(60))) {
+            drop(parts);
+            break outcome;
+        }
+        let stood = match parts.alone(LONG) {
+            Ok(stood) => stood,
+            // It ended in the middle.
+            Err(_) if running.machine.wait(Some(LONG)).is_some() => break running.outcome(),
+            Err(error) => panic!("{error}"),
+        };
+        assert!(stood < LONG);
+        changes += 1;
+        if let Some(outcome) = running.machine.wait(Some(Duration::from_millis(5))) {
+            break outcome;
+        }
+        if running.machine.freeze(LONG).is_err() {
+            break running.outcome();
+        }
+    };
+    assert_eq!(outcome, Outcome::Exit(0), "{}", running.text());
+    assert_eq!(running.text(), expected);
+    assert!(changes >= 2, "{changes}");
+}
+
+/// The beginning of a module with threads: `$spawn`, `$exit`, `$write`, a memory, and a
+/// main function that starts four threads and waits until each has counted itself at 0.
+fn written(thread: &str, after: &str) -> Arc<Program> {
+    let text = format!(
+        r#"(module
+        (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
+        (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+        (import "wasi_snapshot_preview1" "fd_write"
+            (func $write (param i32 i32 i32 i32) (result i32)))
+        (memory (export "memory") 2 4000 shared)
+        (func $done
+            (drop (i32.atomic.rmw.add (i32.const 0) (i32.const 1)))
+            (drop (memory.atomic.notify (i32.const 0) (i32.const 1))))
+        (func (export "wasi_thread_start") (param $tid i32) (param $arg i32)
+            (local $i i32) (local $at i32)
+            {thread})
+        (func (export "_start") (local $n i32) (local $i i32) (local $at i32)
+            (loop $more
+                (if (i32.lt_s (call $spawn (local.get $n)) (i32.const 1))
+                    (then unreachable))
+                (local.set $n (i32.add (local.get $n) (i32.const 1)))
+                (br_if $more (i32.lt_u (local.get $n) (i32.const 4))))
+            (loop $wait
+                (local.set $n (i32.atomic.load (i32.const 0)))
+                (if (i32.lt_u (local.get $n) (i32.const 4)) (then
+                    (drop (memory.atomic.wait32
+                        (i32.const 0) (local.get $n) (i64.const -1)))
+                    (br $wait))))
+            {after}))"#
+    );
+    engine().load(&wat::parse_str(text).unwrap()).unwrap()
+}
+
+/// Four threads grow the memory at once, each writes its number into the page that it got:
+/// no page is got twice, and all parts see all of them.
+#[test]
+fn memory_grows_at_all_parts_at_once() {
+    let program = written(
+        "(loop $more
+            (local.set $at (memory.grow (i32.const 1)))
+            (if (i32.eq (local.get $at) (i32.const -1)) (then unreachable))
+            (if (i32.ge_u (local.get $at) (memory.size)) (then unreachable))
+            (local.set $at (i32.shl (local.get $at) (i32.const 16)))
+            (drop (i32.atomic.rmw.add (local.get $at)
+                (i32.add (local.get $arg) (i32.const 1))))
+            (local.set $i (i32.add (local.get $i) (i32.const 1)))
+            (br_if $more (i32.lt_u (local.get $i) (i32.const 50))))
+         (call $done)",
+        "(if (i32.ne (memory.size) (i32.const 202)) (then (call $exit (i32.const 4))))
+         (local.set $i (i32.const 2))
+         (local.set $n (i32.const 0))
+         (loop $more
+            (local.set $at (i32.load (i32.shl (local.get $i) (i32.const 16))))
+            (if (i32.or (i32.eqz (local.get $at)) (i32.gt_u (local.get $at) (i32.const 4)))
+                (then (call $exit (i32.const 5))))
+            (local.set $n (i32.add (local.get $n) (local.get $at)))
+            (local.set $i (i32.add (local.get $i) (i32.const 1)))
+            (br_if $more (i32.lt_u (local.get $i) (i32.const 202))))
+         (if (i32.ne (local.get $n) (i32.const 500)) (then (call $exit (i32.const 6))))",
+    );
+    for count in [1, 3, 5] {
+        let running = Running::new(&program, &[]);
+        let parts = running.span(count);
+        assert_eq!(running.outcome(), Outcome::Exit(0), "{count} parts");
+        assert_eq!(parts.home().failure(), None);
+    }
+}
+
+/// What threads write elsewhere comes out once, whole and in the order in which they
+/// take turns.
+#[test]
+fn what_members_write_comes_in_order() {
+    // At 64 + 16 * arg: where and how many bytes, and the bytes.
+    let program = written(
+        "(local.set $at (i32.add (i32.const 64) (i32.shl (local.get $arg) (i32.const 4))))
+         (i32.store (local.get $at) (i32.add (local.get $at) (i32.const 12)))
+         (i32.store offset=4 (local.get $at) (i32.const 2))
+         (i32.store8 offset=12 (local.get $at) (i32.add (local.get $arg) (i32.const 97)))
+         (i32.store8 offset=13 (local.get $at) (i32.const 10))
+         (loop $more
+            (loop $turn
+                (local.set $i (i32.atomic.load (i32.const 4)))
+                (if (i32.ne (i32.and (local.get $i) (i32.const 3)) (local.get $arg)) (then
+                    (drop (memory.atomic.wait32
+                        (i32.const 4) (local.get $i) (i64.const 2000000)))
+                    (br $turn))))
+            (if (call $write (i32.const 1) (local.get $at) (i32.const 1)
+                    (i32.add (local.get $at) (i32.const 8)))
+                (then unreachable))
+            (i32.atomic.store (i32.const 4) (i32.add (local.get $i) (i32.const 1)))
+            (drop (memory.atomic.notify (i32.const 4) (i32.const 4)))
+            (br_if $more (i32.lt_u (local.get $i) (i32.const 196))))
+         (call $done)",
+        "",
+    );
+    let running = Running::new(&program, &[]);
+    let parts = running.span(4);
+    assert_eq!(running.outcome(), Outcome::Exit(0));
+    assert_eq!(parts.home().failure(), None);
+    assert_eq!(running.text(), "a\nb\nc\nd\n".repeat(50));
+}
+
+/// A trap, and an exit, at a member are those of the machine.
+#[test]
+fn what_ends_a_thread_elsewhere_ends_the_machine() {
+    let last = |what: &str| {
+        let burn = "(loop $on (br $on))";
+        written(
+            &format!("(if (i32.eq (local.get $arg) (i32.const 1)) (then {what})) {burn}"),
+            "",
+        )
+    };
+    let running = Running::new(&last("(drop (i32.load (i32.const -8)))"), &[]);
+    let parts = running.span(3);
+    let outcome = running.outcome();
+    let Outcome::Trap(trap) = &outcome else {
+        panic!("{outcome:?}");
+    };
+    assert!(trap.message.contains("out of bounds"), "{trap}");
+    assert_eq!(parts.home().failure(), None);
+    let running = Running::new(&last("(call $exit (i32.const 7))"), &[]);
+    let _parts = running.span(3);
+    assert_eq!(running.outcome(), Outcome::Exit(7));
+}
+
+/// Threads that burn at three parts come to safepoints, are captured and stopped.
+#[test]
+fn threads_elsewhere_are_frozen_and_stopped() {
+    let program = written("(loop $on (br $on))", "");
+    let running = Running::new(&program, &[]);
+    let parts = running.span(3);
+    let machine = &running.machine;
+    while machine.places().len() < 5 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for _ in 0..20 {
+        machine.freeze(LONG).unwrap();
+        assert_eq!(machine.image().unwrap().threads(), 5);
+        machine.thaw().unwrap();
+    }
+    let places = machine.places();
+    for number in 0..3 {
+        let here = places.values().filter(|place| **place == part(number));
+        assert!(here.count() >= 1, "{places:?}");
+    }
+    let error = machine.move_thread(77, part(1)).unwrap_err();
+    assert!(matches!(error, MachineError::NoThread(77)), "{error}");
+    let error = machine.move_thread(1, part(9)).unwrap_err();
+    assert!(matches!(error, MachineError::NoPart(_)), "{error}");
+    machine.stop();
+    assert_eq!(running.outcome(), Outcome::Stopped);
+    drop(parts);
+}
+
+/// A part is lost while threads burn, wait and stand at its pages: the machine ends, and
+/// says which part it was.
+#[test]
+fn a_lost_part_ends_the_machine_by_name() {
+    let program = written(
+        "(block $burns
+            (br_if $burns (i32.eq (local.get $arg) (i32.const 1)))
+            (if (i32.eq (local.get $arg) (i32.const 2)) (then
+                (drop (memory.atomic.wait32 (i32.const 64) (i32.const 0) (i64.const -1))))))
+         (loop $on
+            (drop (i32.atomic.rmw.add (i32.const 70000) (i32.const 1)))
+            (br $on))",
+        "",
+    );
+    let running = Running::new(&program, &[]);
+    let mut parts = running.span(3);
+    while running.machine.places().len() < 5 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // (Not the one behind it: that it would hear of.)
+    parts.lose_last();
+    assert_eq!(running.outcome(), Outcome::Stopped);
+    let failure = parts.home().failure().expect("a reason");
+    assert!(
+        matches!(&failure, SpanError::Lost { part: lost, .. } if *lost == part(2)),
+        "{failure}"
+    );
+}

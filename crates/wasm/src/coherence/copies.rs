@@ -1,0 +1,411 @@
+//! What a part holds of the machine's pages, what its threads wait for, and what it is
+//! asked to give away.
+
+use super::message::Txn;
+use super::{Access, Command, Config, Impossible, Message, Out, PageId, PartId};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How a part has a page.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum Copy {
+    /// Not at all.
+    #[default]
+    Invalid,
+    /// It may be read; others have it, too.
+    Shared,
+    /// As shared; others get it from here.
+    Kept,
+    /// Nobody else has it.
+    Modified,
+}
+
+/// What has come of a transaction that gives this part a page.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Coming {
+    number: u64,
+    /// What for, and how many parts say that they gave theirs up; `None` before that is
+    /// known.
+    given: Option<(Txn, Access, u8)>,
+    /// Whether the bytes came, or the copy that is here is right.
+    with_data: bool,
+    acks: u8,
+}
+
+/// Why a page stays here for the moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+struct Held {
+    until: u64,
+    pins: u32,
+}
+
+impl Held {
+    fn is_over(&self, now: u64) -> bool {
+        self.pins == 0 && self.until <= now
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Copies {
+    config: Config,
+    /// Those that are not as they were at the beginning.
+    copies: BTreeMap<PageId, Copy>,
+    /// What was asked of directories and is not answered.
+    wanted: BTreeSet<PageId>,
+    coming: BTreeMap<PageId, Coming>,
+    held: BTreeMap<PageId, Held>,
+    /// What a page is to be given away by, once it is not held any more; one at most, as
+    /// there is one transaction of a page at a time. From whom it came.
+    put_off: BTreeMap<PageId, (PartId, Message)>,
+    random: u64,
+}
+
+impl Copies {
+    pub(super) fn new(config: Config) -> Self {
+        Copies {
+            random: config.seed,
+            config,
+            copies: BTreeMap::new(),
+            wanted: BTreeSet::new(),
+            coming: BTreeMap::new(),
+            held: BTreeMap::new(),
+            put_off: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn copy(&self, page: PageId) -> Copy {
+        let at_first = match self.config.me == self.config.origin {
+            true => Copy::Modified,
+            false => Copy::Invalid,
+        };
+        self.copies.get(&page).copied().unwrap_or(at_first)
+    }
+
+    pub(super) fn is_quiet(&self) -> bool {
+        self.wanted.is_empty() && self.coming.is_empty() && self.put_off.is_empty()
+    }
+
+    pub(super) fn is_put_off(&self, page: PageId) -> bool {
+        self.put_off.contains_key(&page)
+    }
+
+    pub(super) fn can_drop(&self, page: PageId) -> bool {
+        self.copy(page) == Copy::Shared
+            && !self.wanted.contains(&page)
+            && !self.coming.contains_key(&page)
+            && self.held.get(&page).is_none_or(|held| held.pins == 0)
+    }
+
+    /// A thread stands at a page.
+    pub(super) fn fault(&mut self, page: PageId, access: Access, directory: PartId, out: &mut Out) {
+        let copy = self.copy(page);
+        let is_enough = match access {
+            Access::Read => copy != Copy::Invalid,
+            Access::Write => copy == Copy::Modified,
+        };
+        if is_enough {
+            // It came while the kernel told of the fault.
+            out.command(Command::Wake { page });
+            return;
+        }
+        // Who wants more than was asked for stands again, and asks then.
+        if self.wanted.contains(&page) {
+            return;
+        }
+        self.wanted.insert(page);
+        let has = copy != Copy::Invalid;
+        out.send(directory, Message::Want { page, access, has });
+    }
+
+    /// Gives up a copy that others have, too.
+    pub(super) fn drop_copy(&mut self, page: PageId, out: &mut Out) {
+        if self.can_drop(page) {
+            self.held.remove(&page);
+            self.set(page, Copy::Invalid);
+            out.command(Command::Discard { page });
+        }
+    }
+
+    pub(super) fn pin(&mut self, page: PageId) {
+        self.held.entry(page).or_default().pins += 1;
+    }
+
+    pub(super) fn unpin(
+        &mut self,
+        page: PageId,
+        now: u64,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        if let Some(held) = self.held.get_mut(&page) {
+            held.pins = held.pins.saturating_sub(1);
+        }
+        self.try_again(page, now, out)
+    }
+
+    /// Gives away what was put off until now.
+    pub(super) fn tick(&mut self, now: u64, out: &mut Out) -> Result<(), Impossible> {
+        let pages: Vec<PageId> = self.put_off.keys().copied().collect();
+        for page in pages {
+            self.try_again(page, now, out)?;
+        }
+        self.held.retain(|_, held| !held.is_over(now));
+        Ok(())
+    }
+
+    fn try_again(&mut self, page: PageId, now: u64, out: &mut Out) -> Result<(), Impossible> {
+        match self.put_off.remove(&page) {
+            Some((from, message)) => self.taken(from, message, now, out),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a page stays here for the moment; then it is said when to look again.
+    fn stays(&mut self, page: PageId, now: u64, out: &mut Out) -> bool {
+        match self.held.get(&page) {
+            Some(held) if !held.is_over(now) => {
+                if held.pins == 0 {
+                    let micros = held.until;
+                    out.command(Command::TickAt { micros });
+                }
+                true
+            }
+            _ => {
+                self.held.remove(&page);
+                false
+            }
+        }
+    }
+
+    /// The directory wants a page, or a copy, to be given up.
+    pub(super) fn taken(
+        &mut self,
+        from: PartId,
+        message: Message,
+        now: u64,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let (page, takes) = match &message {
+            Message::Fetch { txn, .. } if txn.directory != from => {
+                return Err(Impossible(format!(
+                    "part {from} fetches for the directory {}",
+                    txn.directory
+                )));
+            }
+            Message::Fetch { page, access, .. } => {
+                let writes = self.copy(*page) == Copy::Modified;
+                (*page, *access == Access::Write || writes)
+            }
+            Message::Invalidate { page, .. } => (*page, self.copy(*page) != Copy::Invalid),
+            other => return Err(Impossible(format!("{other:?} takes nothing"))),
+        };
+        if takes && self.stays(page, now, out) {
+            return match self.put_off.insert(page, (from, message)) {
+                None => Ok(()),
+                Some((_, earlier)) => Err(Impossible(format!(
+                    "part {from} takes a page a second time, {earlier:?} is put off"
+                ))),
+            };
+        }
+        match message {
+            Message::Fetch {
+                page,
+                txn,
+                to,
+                access,
+                acks,
+            } => {
+                let data = Message::Data {
+                    page,
+                    txn,
+                    access,
+                    acks,
+                };
+                self.give(page, to, data, access, out)
+            }
+            Message::Invalidate { page, number, to } => {
+                match self.copy(page) {
+                    Copy::Modified => {
+                        return Err(Impossible(format!(
+                            "part {from} takes {page:?} for a copy, and it is the only one"
+                        )));
+                    }
+                    Copy::Shared | Copy::Kept => self.set(page, Copy::Invalid),
+                    // Dropped at will.
+                    Copy::Invalid => {
+                        out.send(to, Message::Ack { page, number });
+                        return Ok(());
+                    }
+                }
+                out.command(Command::Discard { page });
+                out.send(to, Message::Ack { page, number });
+                Ok(())
+            }
+            other => Err(Impossible(format!("{other:?} takes nothing"))),
+        }
+    }
+
+    /// Sends a page to another part; to be written there, it is gone here then.
+    fn give(
+        &mut self,
+        page: PageId,
+        to: PartId,
+        message: Message,
+        access: Access,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let copy = self.copy(page);
+        let can = matches!(copy, Copy::Kept | Copy::Modified);
+        if !can || to == self.config.me || !self.config.parts.contains(to) {
+            return Err(Impossible(format!(
+                "part {to} is to get {page:?} from here, where it is {copy:?}"
+            )));
+        }
+        if copy == Copy::Modified {
+            out.command(Command::Protect { page });
+            self.set(page, Copy::Kept);
+        }
+        out.command(Command::SendPage { to, page, message });
+        if access == Access::Write {
+            self.set(page, Copy::Invalid);
+            out.command(Command::Discard { page });
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, page: PageId, copy: Copy) {
+        self.copies.insert(page, copy);
+    }
+
+    /// Something has come that gives this part a page.
+    pub(super) fn given(
+        &mut self,
+        from: PartId,
+        message: Message,
+        now: u64,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let (page, number) = match &message {
+            Message::Grant { page, txn, .. } | Message::Data { page, txn, .. } => {
+                (*page, txn.number)
+            }
+            Message::Ack { page, number } => (*page, *number),
+            other => return Err(Impossible(format!("{other:?} gives nothing"))),
+        };
+        let coming = self.coming.entry(page).or_insert(Coming {
+            number,
+            given: None,
+            with_data: false,
+            acks: 0,
+        });
+        let is_right = coming.number == number;
+        let is_first = coming.given.is_none();
+        let is_counted = match message {
+            Message::Grant {
+                txn, access, acks, ..
+            } => {
+                coming.given = Some((txn, access, acks));
+                is_first && txn.directory == from
+            }
+            Message::Data {
+                txn, access, acks, ..
+            } => {
+                coming.given = Some((txn, access, acks));
+                coming.with_data = true;
+                is_first
+            }
+            _ => {
+                coming.acks = coming.acks.saturating_add(1);
+                true
+            }
+        };
+        if !is_right || !is_counted {
+            return Err(Impossible(format!(
+                "part {from} speaks of transaction {number} of {page:?}, which is in {}",
+                coming.number
+            )));
+        }
+        if let Some((txn, access, _)) = coming.given {
+            // Nothing is answered that was not asked, and what moves may be written.
+            let is_wanted = match txn.is_answer {
+                true => self.wanted.contains(&page),
+                false => access == Access::Write,
+            };
+            if !is_wanted || !self.config.parts.contains(txn.directory) {
+                return Err(Impossible(format!(
+                    "part {from} gives {page:?}, which nobody asked for"
+                )));
+            }
+        }
+        let Some((txn, access, acks)) = coming.given else {
+            return Ok(());
+        };
+        if coming.acks < acks {
+            return Ok(());
+        }
+        let (with_data, came) = (coming.with_data, coming.acks);
+        self.coming.remove(&page);
+        if came > acks {
+            return Err(Impossible(format!("{page:?} was given up too often")));
+        }
+        self.finish(page, txn, access, with_data, now, out)
+    }
+
+    /// All has come: the page is used, and the directory told.
+    fn finish(
+        &mut self,
+        page: PageId,
+        txn: Txn,
+        access: Access,
+        with_data: bool,
+        now: u64,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let before = self.copy(page);
+        match (before, access) {
+            (Copy::Invalid, _) if !with_data => {
+                return Err(Impossible(format!(
+                    "{page:?} is taken to be here, and is not"
+                )));
+            }
+            (Copy::Invalid, _) => {
+                out.command(Command::Install { page, access });
+                let copy = match access {
+                    Access::Read => Copy::Shared,
+                    Access::Write => Copy::Modified,
+                };
+                self.set(page, copy);
+            }
+            (Copy::Shared | Copy::Kept, Access::Write) => {
+                out.command(Command::Allow { page });
+                self.set(page, Copy::Modified);
+            }
+            (Copy::Shared | Copy::Kept, Access::Read) | (Copy::Modified, _) => {
+                out.command(Command::Wake { page });
+            }
+        }
+        // What was asked for is still to be answered if the page was moved here.
+        if txn.is_answer {
+            self.wanted.remove(&page);
+        }
+        let span = self.config.hold_micros;
+        if span > 0 {
+            let until = now + span + self.draw() % span;
+            let held = self.held.entry(page).or_default();
+            held.until = held.until.max(until);
+        }
+        let done = Message::Done {
+            page,
+            number: txn.number,
+        };
+        out.send(txn.directory, done);
+        Ok(())
+    }
+
+    /// A number at random (Steele and others, "Fast splittable pseudorandom number
+    /// generators", 2014: SplitMix64).
+    fn draw(&mut self) -> u64 {
+        self.random = self.random.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mixed = (self.random ^ (self.random >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        mixed ^ (mixed >> 31)
+    }
+}

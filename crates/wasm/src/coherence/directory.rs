@@ -1,0 +1,521 @@
+//! Who holds the pages of which this part is the directory, what is wanted of them, and
+//! where the directories of all others are.
+
+use super::message::{Holders, Message, PageEntry, Request, Txn};
+use super::{Access, Command, Config, Impossible, Out, PageId, PartId, PartSet, Segment};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// A page that is not as it was at the beginning.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Entry {
+    holders: Holders,
+    /// Number of the last transaction.
+    number: u64,
+    /// Who gets the page in the transaction that is under way.
+    busy: Option<(PartId, Request)>,
+    queue: VecDeque<Request>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Directory {
+    me: PartId,
+    parts: PartSet,
+    origin: PartId,
+    segment_pages: u32,
+    entries: BTreeMap<PageId, Entry>,
+    /// Segments whose directory is not the home, or was elsewhere, and how often it
+    /// changed.
+    places: BTreeMap<Segment, (u64, PartId)>,
+    /// Segments that are to get another directory once nothing is under way in them.
+    leaving: BTreeMap<Segment, PartId>,
+    /// Parts that give up what they have, and how many pages that still is.
+    emptying: BTreeMap<PartId, u64>,
+    /// Parts that gave up what they had, or do so, and who gets it: nothing goes to them
+    /// any more.
+    left: BTreeMap<PartId, PartId>,
+}
+
+impl Directory {
+    pub(super) fn new(config: &Config) -> Self {
+        Directory {
+            me: config.me,
+            parts: config.parts,
+            origin: config.origin,
+            segment_pages: config.segment_pages.max(1),
+            entries: BTreeMap::new(),
+            places: BTreeMap::new(),
+            leaving: BTreeMap::new(),
+            emptying: BTreeMap::new(),
+            left: BTreeMap::new(),
+        }
+    }
+
+    fn segment(&self, page: PageId) -> Segment {
+        Segment {
+            memory: page.memory,
+            number: page.number / self.segment_pages,
+        }
+    }
+
+    fn at(&self, segment: Segment) -> PartId {
+        self.places
+            .get(&segment)
+            .map_or(PartId::HOME, |(_, part)| *part)
+    }
+
+    /// The directory of a page, as far as this part knows.
+    pub(super) fn of(&self, page: PageId) -> PartId {
+        self.at(self.segment(page))
+    }
+
+    pub(super) fn is_quiet(&self) -> bool {
+        let rests = |entry: &Entry| entry.busy.is_none() && entry.queue.is_empty();
+        self.leaving.is_empty() && self.entries.values().all(rests)
+    }
+
+    pub(super) fn holders(&self, page: PageId) -> Option<Holders> {
+        if self.of(page) != self.me {
+            return None;
+        }
+        match self.entries.get(&page) {
+            Some(entry) => entry.busy.is_none().then_some(entry.holders),
+            None => Some(Holders::Owner(self.origin)),
+        }
+    }
+
+    fn entry(&mut self, page: PageId) -> &mut Entry {
+        let origin = self.origin;
+        self.entries.entry(page).or_insert_with(|| Entry {
+            holders: Holders::Owner(origin),
+            number: 0,
+            busy: None,
+            queue: VecDeque::new(),
+        })
+    }
+
+    /// Something is wanted of a page: at once, after what is under way, or of its
+    /// directory of today.
+    pub(super) fn request(
+        &mut self,
+        page: PageId,
+        request: Request,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let at = self.of(page);
+        if at != self.me {
+            out.send(at, Message::Forward { page, request });
+            return Ok(());
+        }
+        self.check(page, &request)?;
+        match request {
+            Request::Want { part: for_whom, .. } | Request::Move { to: for_whom }
+                if self.left.contains_key(&for_whom) =>
+            {
+                return Ok(());
+            }
+            _ => {}
+        }
+        let queue = &mut self.entry(page).queue;
+        // (Twice it is moved once.)
+        if !queue.contains(&request) {
+            queue.push_back(request);
+        }
+        self.go_on(page, out)
+    }
+
+    /// Whether something can be wanted of a page, beside what is.
+    fn check(&self, page: PageId, request: &Request) -> Result<(), Impossible> {
+        let is_right = match request {
+            Request::Want { part, .. } => {
+                // Who waits for an answer asks nothing else.
+                let asks = |queued: &Request| match queued {
+                    Request::Want { part: by, .. } => by == part,
+                    Request::Move { .. } | Request::Forget { .. } => false,
+                };
+                let entry = self.entries.get(&page);
+                let twice = entry.is_some_and(|entry| entry.queue.iter().any(asks));
+                self.parts.contains(*part) && !twice
+            }
+            Request::Move { to } => self.parts.contains(*to),
+            Request::Forget { part, to } => {
+                self.parts.contains(*part) && self.parts.contains(*to) && part != to
+            }
+        };
+        match is_right {
+            true => Ok(()),
+            false => Err(Impossible(format!("{request:?} of {page:?}"))),
+        }
+    }
+
+    /// Begins what is wanted next of a page, if nothing is under way with it.
+    fn go_on(&mut self, page: PageId, out: &mut Out) -> Result<(), Impossible> {
+        let segment = self.segment(page);
+        // (It may just have left.)
+        if self.leaving.contains_key(&segment) || self.at(segment) != self.me {
+            return Ok(());
+        }
+        let me = self.me;
+        loop {
+            let entry = self.entry(page);
+            if entry.busy.is_some() {
+                return Ok(());
+            }
+            let Some(request) = entry.queue.pop_front() else {
+                return Ok(());
+            };
+            if entry.begin(page, request, me, out)? {
+                return Ok(());
+            }
+            self.ended(request, out);
+        }
+    }
+
+    /// A transaction is over.
+    pub(super) fn done(
+        &mut self,
+        page: PageId,
+        number: u64,
+        from: PartId,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let entry = self.entry(page);
+        let request = match entry.busy {
+            Some((to, request)) if to == from && entry.number == number => request,
+            busy => {
+                return Err(Impossible(format!(
+                    "part {from} ended transaction {number} of {page:?}, where {busy:?} is under way"
+                )));
+            }
+        };
+        entry.busy = None;
+        self.ended(request, out);
+        self.leave(self.segment(page), out)?;
+        self.go_on(page, out)
+    }
+
+    /// Counts what a part that leaves still has.
+    fn ended(&mut self, request: Request, out: &mut Out) {
+        let Request::Forget { part, .. } = request else {
+            return;
+        };
+        if let Some(left) = self.emptying.get_mut(&part) {
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                self.emptying.remove(&part);
+                out.command(Command::Emptied { part });
+            }
+        }
+    }
+
+    /// Takes all pages from a part. What it asked for itself comes to nothing.
+    pub(super) fn empty(
+        &mut self,
+        part: PartId,
+        to: PartId,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let goes_on = self.parts.contains(to) && !self.left.contains_key(&to);
+        if part == to || part == self.origin || self.left.contains_key(&part) || !goes_on {
+            return Err(Impossible(format!("part {part} gives its pages to {to}")));
+        }
+        // Where a directory is counts for nothing beside that.
+        let staying: Vec<Segment> = std::mem::take(&mut self.leaving).into_keys().collect();
+        self.left.insert(part, to);
+        let mut pages = BTreeSet::new();
+        for (page, entry) in &self.entries {
+            if entry.concerns(part) {
+                pages.insert(*page);
+            }
+        }
+        // One more, so that it does not end before all were asked for.
+        self.emptying.insert(part, pages.len() as u64 + 1);
+        for page in &pages {
+            self.entry(*page)
+                .queue
+                .push_back(Request::Forget { part, to });
+        }
+        let held_back = self.entries.keys().copied();
+        let staying: Vec<PageId> = held_back
+            .filter(|page| staying.contains(&self.segment(*page)))
+            .collect();
+        for page in pages.into_iter().chain(staying) {
+            self.go_on(page, out)?;
+        }
+        self.ended(Request::Forget { part, to }, out);
+        Ok(())
+    }
+
+    // ── other directories ───────────────────────────────────────────────
+
+    /// A segment is to have its directory elsewhere.
+    pub(super) fn begin_leaving(
+        &mut self,
+        segment: Segment,
+        to: PartId,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let goes_on = self.parts.contains(to) && !self.left.contains_key(&to);
+        let can = self.at(segment) == self.me && to != self.me && goes_on;
+        if can && self.emptying.is_empty() {
+            self.leaving.insert(segment, to);
+            self.leave(segment, out)?;
+        }
+        Ok(())
+    }
+
+    /// Hands a segment over that is to leave, if nothing is under way in it.
+    fn leave(&mut self, segment: Segment, out: &mut Out) -> Result<(), Impossible> {
+        let Some(to) = self.leaving.get(&segment).copied() else {
+            return Ok(());
+        };
+        let first = segment.number.saturating_mul(self.segment_pages);
+        let page = |number| PageId {
+            memory: segment.memory,
+            number,
+        };
+        let last = first.saturating_add(self.segment_pages - 1);
+        let range = page(first)..=page(last);
+        if self
+            .entries
+            .range(range.clone())
+            .any(|(_, entry)| entry.busy.is_some())
+        {
+            return Ok(());
+        }
+        self.leaving.remove(&segment);
+        let mut pages: Vec<PageEntry> = Vec::new();
+        self.entries.retain(|page, entry| {
+            if !range.contains(page) {
+                return true;
+            }
+            let queue = std::mem::take(&mut entry.queue).into();
+            pages.push((*page, entry.number, entry.holders, queue));
+            false
+        });
+        let version = self.places.get(&segment).map_or(0, |(version, _)| *version);
+        let version = raised(version)?;
+        self.places.insert(segment, (version, to));
+        out.send(
+            to,
+            Message::Segment {
+                segment,
+                version,
+                pages,
+            },
+        );
+        for part in self.parts.without(self.me).without(to).iter() {
+            let at = to;
+            out.send(
+                part,
+                Message::SegmentAt {
+                    segment,
+                    version,
+                    at,
+                },
+            );
+        }
+        Ok(())
+    }
+
+    /// This part is a segment's directory from now on.
+    pub(super) fn arrive(
+        &mut self,
+        segment: Segment,
+        version: u64,
+        pages: Vec<PageEntry>,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let known = self.places.get(&segment).map_or(0, |(version, _)| *version);
+        let is_right = |(page, _, holders, _): &PageEntry| {
+            self.segment(*page) == segment && holders.are_among(self.parts)
+        };
+        if version <= known || !pages.iter().all(is_right) {
+            return Err(Impossible(format!(
+                "{segment:?} comes in version {version}, {known} is known"
+            )));
+        }
+        self.places.insert(segment, (version, self.me));
+        let numbers: Vec<PageId> = pages.iter().map(|(page, ..)| *page).collect();
+        for (page, number, holders, queue) in pages {
+            let entry = Entry {
+                holders,
+                number,
+                busy: None,
+                queue: VecDeque::new(),
+            };
+            if self.entries.insert(page, entry).is_some() {
+                return Err(Impossible(format!("{page:?} comes twice")));
+            }
+            for request in queue {
+                self.check(page, &request)?;
+                self.entry(page).queue.push_back(request);
+            }
+            // What a part had that has left here is to be had of its next owner.
+            for (part, to) in self.left.clone() {
+                if self.entry(page).concerns(part) {
+                    *self.emptying.entry(part).or_default() += 1;
+                    let forget = Request::Forget { part, to };
+                    self.entry(page).queue.push_back(forget);
+                }
+            }
+        }
+        for page in numbers {
+            self.go_on(page, out)?;
+        }
+        Ok(())
+    }
+
+    /// Where a segment's directory is, if that is news.
+    ///
+    /// # Errors
+    /// [`Impossible`]: who has it is told by getting it, not by others.
+    pub(super) fn learn(
+        &mut self,
+        segment: Segment,
+        version: u64,
+        at: PartId,
+    ) -> Result<(), Impossible> {
+        let known = self.places.get(&segment).map_or(0, |(version, _)| *version);
+        if at == self.me || !self.parts.contains(at) {
+            return Err(Impossible(format!("{segment:?} is said to be at {at}")));
+        }
+        if version > known {
+            self.places.insert(segment, (version, at));
+        }
+        Ok(())
+    }
+}
+
+/// The number after a number; one that another part sent may be the last there is.
+fn raised(number: u64) -> Result<u64, Impossible> {
+    number
+        .checked_add(1)
+        .ok_or_else(|| Impossible("numbers of transactions have run out".into()))
+}
+
+impl Holders {
+    /// Whether a part is one of them.
+    pub fn has(self, part: PartId) -> bool {
+        match self {
+            Holders::Owner(owner) => owner == part,
+            Holders::Readers { readers, .. } => readers.contains(part),
+        }
+    }
+}
+
+impl Holders {
+    /// Whether they can be.
+    fn are_among(self, parts: PartSet) -> bool {
+        match self {
+            Holders::Owner(owner) => parts.contains(owner),
+            Holders::Readers { keeper, readers } => {
+                readers.contains(keeper) && readers.iter().all(|part| parts.contains(part))
+            }
+        }
+    }
+}
+
+impl Entry {
+    /// Whether a part has the page, or it is on its way there.
+    fn concerns(&self, part: PartId) -> bool {
+        let is_wanted = |request: &Request| match request {
+            Request::Want { part: by, .. } => *by == part,
+            Request::Move { to } | Request::Forget { to, .. } => *to == part,
+        };
+        self.holders.has(part)
+            || self.busy.is_some_and(|(to, _)| to == part)
+            || self.queue.iter().any(is_wanted)
+    }
+
+    /// Begins what is wanted; false if nothing needs to be done.
+    fn begin(
+        &mut self,
+        page: PageId,
+        request: Request,
+        me: PartId,
+        out: &mut Out,
+    ) -> Result<bool, Impossible> {
+        let (to, access, has, is_answer) = match request {
+            Request::Want { part, access, has } => (part, access, has, true),
+            Request::Move { to } => (to, Access::Write, false, false),
+            Request::Forget { part, to } => match self.holders {
+                Holders::Readers { keeper, readers } if keeper != part => {
+                    // It never reads it again.
+                    let readers = readers.without(part);
+                    self.holders = Holders::Readers { keeper, readers };
+                    return Ok(false);
+                }
+                _ if !self.holders.has(part) => return Ok(false),
+                _ => (to, Access::Write, false, false),
+            },
+        };
+        if !is_answer && self.holders == Holders::Owner(to) {
+            return Ok(false);
+        }
+        self.number = raised(self.number)?;
+        self.busy = Some((to, request));
+        let number = self.number;
+        let txn = Txn {
+            number,
+            directory: me,
+            is_answer,
+        };
+        let (from, others) = self.source(to, access, has);
+        let acks = others.len();
+        match from {
+            None => out.send(
+                to,
+                Message::Grant {
+                    page,
+                    txn,
+                    access,
+                    acks,
+                },
+            ),
+            Some(from) => out.send(
+                from,
+                Message::Fetch {
+                    page,
+                    txn,
+                    to,
+                    access,
+                    acks,
+                },
+            ),
+        }
+        for other in others.iter() {
+            out.send(other, Message::Invalidate { page, number, to });
+        }
+        self.holders = match (access, self.holders) {
+            (Access::Write, _) => Holders::Owner(to),
+            (Access::Read, Holders::Owner(owner)) if owner == to => self.holders,
+            (Access::Read, Holders::Owner(owner)) => Holders::Readers {
+                keeper: owner,
+                readers: PartSet::default().with(owner).with(to),
+            },
+            (Access::Read, Holders::Readers { keeper, readers }) => Holders::Readers {
+                keeper,
+                readers: readers.with(to),
+            },
+        };
+        Ok(true)
+    }
+
+    /// From whom a part gets the page (`None`: it has it), and who else gives it up.
+    fn source(&self, to: PartId, access: Access, has: bool) -> (Option<PartId>, PartSet) {
+        match (self.holders, access) {
+            (Holders::Owner(owner), _) => ((owner != to).then_some(owner), PartSet::default()),
+            (Holders::Readers { keeper, .. }, Access::Read) => {
+                ((keeper != to).then_some(keeper), PartSet::default())
+            }
+            (Holders::Readers { keeper, readers }, Access::Write) => {
+                let others = readers.without(to);
+                if keeper == to || has && readers.contains(to) {
+                    (None, others)
+                } else {
+                    (Some(keeper), others.without(keeper))
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,186 @@
+//! What the parts of a machine say to each other of its pages. Each is said under the
+//! machine's epoch, which whoever carries it checks; a page's bytes go beside
+//! [`Message::Data`].
+
+use super::{Access, PageId, PartId, PartSet, Segment};
+use serde::{Deserialize, Serialize};
+
+/// Who holds a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Holders {
+    /// One part, which may write it.
+    Owner(PartId),
+    /// Several, which may read it. Some of them may have dropped it.
+    Readers {
+        /// The one that has it for sure.
+        keeper: PartId,
+        /// All, with the keeper.
+        readers: PartSet,
+    },
+}
+
+/// What is wanted of a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Request {
+    /// A part wants to use the page.
+    Want {
+        /// Which.
+        part: PartId,
+        /// What for.
+        access: Access,
+        /// Whether it has a copy, and keeps it until it is answered or told to give it up.
+        has: bool,
+    },
+    /// The page is to be at a part.
+    Move {
+        /// Which.
+        to: PartId,
+    },
+    /// A part is to have no copy any more.
+    Forget {
+        /// Which.
+        part: PartId,
+        /// Who gets the page if nobody else has it.
+        to: PartId,
+    },
+}
+
+/// A page, as its next directory gets it: its last transaction, who holds it, what is
+/// wanted of it.
+pub type PageEntry = (PageId, u64, Holders, Vec<Request>);
+
+/// A transaction of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Txn {
+    /// Its number, which rises for each page.
+    pub number: u64,
+    /// Who is told of its end.
+    pub directory: PartId,
+    /// Whether who gets the page has asked for it.
+    pub is_answer: bool,
+}
+
+/// What a part says to another.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Message {
+    /// To the directory: the sender wants to use a page.
+    Want {
+        /// The page.
+        page: PageId,
+        /// What for.
+        access: Access,
+        /// As in [`Request::Want`].
+        has: bool,
+    },
+    /// To the directory: a page is to be at a part.
+    Move {
+        /// The page.
+        page: PageId,
+        /// Where to.
+        to: PartId,
+    },
+    /// To the next directory: what was asked of the one before.
+    Forward {
+        /// The page.
+        page: PageId,
+        /// What is wanted.
+        request: Request,
+    },
+    /// From the directory to who holds a page: send it to another part.
+    Fetch {
+        /// The page.
+        page: PageId,
+        /// The page's transaction.
+        txn: Txn,
+        /// Who gets it.
+        to: PartId,
+        /// What for: to be written, the sender keeps no copy.
+        access: Access,
+        /// How many [`Message::Ack`] that part gets from others.
+        acks: u8,
+    },
+    /// From the directory to a reader: give the copy up, and tell who writes.
+    Invalidate {
+        /// The page.
+        page: PageId,
+        /// Number of the page's transaction.
+        number: u64,
+        /// Who writes.
+        to: PartId,
+    },
+    /// From the directory: the copy that is there is right.
+    Grant {
+        /// The page.
+        page: PageId,
+        /// The page's transaction.
+        txn: Txn,
+        /// What for.
+        access: Access,
+        /// How many [`Message::Ack`] come from others.
+        acks: u8,
+    },
+    /// From who holds it: the page.
+    Data {
+        /// The page.
+        page: PageId,
+        /// The page's transaction.
+        txn: Txn,
+        /// What for.
+        access: Access,
+        /// How many [`Message::Ack`] come from others.
+        acks: u8,
+    },
+    /// From a reader: it has no copy any more.
+    Ack {
+        /// The page.
+        page: PageId,
+        /// Number of the page's transaction.
+        number: u64,
+    },
+    /// To the directory: the transaction is over.
+    Done {
+        /// The page.
+        page: PageId,
+        /// Number of the page's transaction.
+        number: u64,
+    },
+    /// To the next directory of a segment: all that is known of it. Pages that are not
+    /// named are where they were when the machine began to span.
+    Segment {
+        /// The segment.
+        segment: Segment,
+        /// How often its directory has changed.
+        version: u64,
+        /// Its pages.
+        pages: Vec<PageEntry>,
+    },
+    /// To all others: where a segment's directory is.
+    SegmentAt {
+        /// The segment.
+        segment: Segment,
+        /// How often its directory has changed.
+        version: u64,
+        /// Where it is.
+        at: PartId,
+    },
+}
+
+impl Message {
+    /// The pages that it speaks of.
+    pub fn pages(&self) -> impl Iterator<Item = PageId> {
+        let (page, pages) = match self {
+            Message::Want { page, .. }
+            | Message::Move { page, .. }
+            | Message::Forward { page, .. }
+            | Message::Fetch { page, .. }
+            | Message::Invalidate { page, .. }
+            | Message::Grant { page, .. }
+            | Message::Data { page, .. }
+            | Message::Ack { page, .. }
+            | Message::Done { page, .. } => (Some(*page), &[][..]),
+            Message::Segment { pages, .. } => (None, &pages[..]),
+            Message::SegmentAt { .. } => (None, &[][..]),
+        };
+        page.into_iter().chain(pages.iter().map(|(page, ..)| *page))
+    }
+}

@@ -1,0 +1,495 @@
+//! The pages of a machine that spans: which part has which, and how they change hands.
+//!
+//! A machine with several parts has one memory. Each page is written by one part or read
+//! by several, never both; so the memory of the whole is that of one computer, page by
+//! page (single writer or multiple readers: Li and Hudak, "Memory Coherence in Shared
+//! Virtual Memory Systems", 1989; data is forwarded by its owner in three hops, as in
+//! DASH, Lenoski and others, 1990). This module decides; it has no memory, no
+//! connections and no clock. Whoever runs it tells it of faults and messages and does
+//! what it says, in the order in which it says it.
+//!
+//! Each page has a *directory*, the part that knows who holds it: by default the home,
+//! by segments of pages any part. A part's own copy of a page:
+//!
+//! ```text
+//!               Data(Read)                         Grant, Data(Write)
+//!   Invalid ───────────────▶ Shared ─────────────────────────────▶ Modified
+//!     ▲ ▲ ▲                    │  │                                   │   │
+//!     │ │ └─ dropped, at will ─┘  │          Grant        Fetch(Read) │   │
+//!     │ └──── Invalidate ─────────┘     Kept ◀────────────────────────┘   │
+//!     │                                  │ │ ───────────▶ Modified        │
+//!     └──── Fetch(Write), Invalidate ────┘                                │
+//!     └──── Fetch(Write) ─────────────────────────────────────────────────┘
+//! ```
+//!
+//! *Kept* is the copy of the part that wrote last: it is read like a shared one, but
+//! others get the page from it, so it is not dropped at will.
+//!
+//! A fault, seen from all sides (the directory is often the owner, or the part itself,
+//! and then those messages need no connection):
+//!
+//! ```text
+//!   part          directory          owner, keeper         other readers
+//!    │─── Want ──────▶│                   │                      │
+//!    │                │───── Fetch ──────▶│                      │
+//!    │                │───── Invalidate ──┼─────────────────────▶│   (Write)
+//!    │◀──────────────── Data ─────────────│                      │
+//!    │◀──────────────────────────── Ack ─────────────────────────│   (Write)
+//!    │─── Done ──────▶│
+//! ```
+//!
+//! Who has a copy already gets *Grant* from the directory instead of Data. The directory
+//! does nothing else with a page until Done has come; what is wanted meanwhile waits
+//! there, in order. So of a page there is one transaction at a time, and all that a part
+//! hears of a page between Want and Done belongs to it, in whatever order it comes: nothing
+//! depends on the order of messages, on one connection or between several.
+//!
+//! A part that was just given a page holds it for a moment before it gives it away
+//! ([`Config::hold_micros`]), so that the access that asked for it takes place; the host
+//! pins a page while it copies. What asks for it meanwhile is put off, not refused.
+//!
+//! A message of which this part knows that it cannot be is an error that ends the machine
+//! ([`Command::Fail`]): its memory is not what the parts think it is. Parts trust each
+//! other beyond that: they are one machine.
+//!
+//! - `message`: what parts say to each other
+//! - `directory`: who holds what, and who waits for it
+//! - `copies`: what this part holds
+
+mod copies;
+mod directory;
+mod message;
+
+pub use copies::Copy;
+pub use message::{Holders, Message, PageEntry, Request, Txn};
+
+use copies::Copies;
+use directory::Directory;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+
+/// Parts that a machine has at most.
+pub const PARTS_MAX: usize = 64;
+
+/// A part of a machine: its number in the machine's set of parts, below [`PARTS_MAX`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "u8")]
+pub struct PartId(u8);
+
+impl TryFrom<u8> for PartId {
+    type Error = &'static str;
+
+    fn try_from(number: u8) -> Result<Self, Self::Error> {
+        PartId::new(number.into()).ok_or("there are no parts of that number")
+    }
+}
+
+impl PartId {
+    /// The home has number 0.
+    pub const HOME: PartId = PartId(0);
+
+    /// `None` for a number that no part has.
+    pub fn new(number: usize) -> Option<Self> {
+        let number = u8::try_from(number).ok()?;
+        (usize::from(number) < PARTS_MAX).then_some(PartId(number))
+    }
+
+    /// Its number.
+    pub fn number(self) -> usize {
+        self.0.into()
+    }
+}
+
+impl std::fmt::Display for PartId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A set of parts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PartSet(u64);
+
+impl PartSet {
+    /// Those, and one more.
+    #[must_use]
+    pub fn with(self, part: PartId) -> Self {
+        PartSet(self.0 | 1 << (part.0 & 63))
+    }
+
+    /// Those without one.
+    #[must_use]
+    pub fn without(self, part: PartId) -> Self {
+        PartSet(self.0 & !(1 << (part.0 & 63)))
+    }
+
+    /// Whether it is one of them.
+    pub fn contains(self, part: PartId) -> bool {
+        self.0 & 1 << (part.0 & 63) != 0
+    }
+
+    /// How many they are.
+    pub fn len(self) -> u8 {
+        self.0.count_ones() as u8
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// All, by number.
+    pub fn iter(self) -> impl Iterator<Item = PartId> {
+        (0..PARTS_MAX as u8)
+            .map(PartId)
+            .filter(move |part| self.contains(*part))
+    }
+}
+
+impl FromIterator<PartId> for PartSet {
+    fn from_iter<T: IntoIterator<Item = PartId>>(parts: T) -> Self {
+        parts.into_iter().fold(PartSet::default(), PartSet::with)
+    }
+}
+
+/// A page of 4 KiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PageId {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Number of the page in it.
+    pub number: u32,
+}
+
+/// Pages that have the same directory: so many in a row, by [`Config::segment_pages`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Segment {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Number of the segment in it.
+    pub number: u32,
+}
+
+/// What is done with a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Access {
+    /// Read.
+    Read,
+    /// Read and written.
+    Write,
+}
+
+/// What a part is told at its beginning.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Config {
+    /// This part.
+    pub me: PartId,
+    /// All parts.
+    pub parts: PartSet,
+    /// The part that had all pages when the machine began to span.
+    pub origin: PartId,
+    /// Pages of a segment; not zero, and the same for all parts.
+    pub segment_pages: u32,
+    /// For how long a page stays where it just came: at least this long, and less than
+    /// twice that, at random, so that two parts that need the same two pages do not take
+    /// turns for ever.
+    pub hold_micros: u64,
+    /// What that is drawn from.
+    pub seed: u64,
+}
+
+/// What a part hears of.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// A thread here stands at a page, or the host needs it.
+    Fault {
+        /// The page.
+        page: PageId,
+        /// What for.
+        access: Access,
+    },
+    /// Another part said something. A page that came with it is kept by whoever runs
+    /// this, until [`Command::Install`] or [`Command::Allow`] of that page.
+    Message {
+        /// Who.
+        from: PartId,
+        /// What.
+        message: Message,
+    },
+    /// Time has passed.
+    Tick,
+    /// The host copies to or from a page, which stays here until it is done. Only where
+    /// [`Coherence::access`] says that it is here.
+    Pin {
+        /// The page.
+        page: PageId,
+    },
+    /// It is done.
+    Unpin {
+        /// The page.
+        page: PageId,
+    },
+    /// Memory is short: a copy is given up that others have, too. Nothing happens to one
+    /// that is needed ([`Coherence::can_drop`]).
+    Drop {
+        /// The page.
+        page: PageId,
+    },
+    /// A page is to be at a part (an object moves, or memory is short).
+    Move {
+        /// The page.
+        page: PageId,
+        /// Where to.
+        to: PartId,
+    },
+    /// A segment of which this part is the directory gets another one.
+    MoveDirectory {
+        /// The segment.
+        segment: Segment,
+        /// Which.
+        to: PartId,
+    },
+    /// A part whose threads have left gives up its pages: those of which this part is
+    /// the directory. [`Command::Emptied`] says when it has none of them.
+    Empty {
+        /// The part.
+        part: PartId,
+        /// Who gets them.
+        to: PartId,
+    },
+}
+
+/// What is to be done. In this order, and before the next event.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Command {
+    /// Says something to another part.
+    Send {
+        /// Which.
+        to: PartId,
+        /// What.
+        message: Message,
+    },
+    /// Says something to another part, and sends the page's bytes with it.
+    SendPage {
+        /// Which.
+        to: PartId,
+        /// The page.
+        page: PageId,
+        /// What.
+        message: Message,
+    },
+    /// Puts the page in place that came last, for this access, and wakes its waiters.
+    Install {
+        /// The page.
+        page: PageId,
+        /// What is allowed.
+        access: Access,
+    },
+    /// Lets a page that is here be written, and wakes its waiters.
+    Allow {
+        /// The page.
+        page: PageId,
+    },
+    /// Wakes a page's waiters: what they want is there.
+    Wake {
+        /// The page.
+        page: PageId,
+    },
+    /// A page that may be written may only be read; when this is done, nobody writes.
+    Protect {
+        /// The page.
+        page: PageId,
+    },
+    /// A page is no longer here; when this is done, nobody reads it.
+    Discard {
+        /// The page.
+        page: PageId,
+    },
+    /// [`Event::Tick`] is wanted then (or soon after), in the time of `now`.
+    TickAt {
+        /// When.
+        micros: u64,
+    },
+    /// Nothing is had of a part any more of which this one is the directory: it may still
+    /// read copies, so its threads must not come back. Said again if a directory came
+    /// here since, of a page that the part had.
+    Emptied {
+        /// The part.
+        part: PartId,
+    },
+    /// Memory is not what it should be. Nothing more is done.
+    Fail {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// One part's view of the machine's pages.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Coherence {
+    me: PartId,
+    parts: PartSet,
+    directory: Directory,
+    copies: Copies,
+    failed: bool,
+}
+
+/// What the two halves of a part want done; what they say to each other is passed on here.
+#[derive(Debug, Default)]
+struct Out {
+    messages: VecDeque<(PartId, Message)>,
+    commands: Vec<Command>,
+}
+
+impl Out {
+    fn send(&mut self, to: PartId, message: Message) {
+        self.messages.push_back((to, message));
+    }
+
+    fn command(&mut self, command: Command) {
+        self.commands.push(command);
+    }
+}
+
+/// What cannot be.
+#[derive(Debug)]
+struct Impossible(String);
+
+impl Coherence {
+    /// A part at the moment when the machine begins to span.
+    pub fn new(config: Config) -> Self {
+        let (me, parts) = (config.me, config.parts);
+        Coherence {
+            me,
+            parts,
+            directory: Directory::new(&config),
+            copies: Copies::new(config),
+            failed: false,
+        }
+    }
+
+    /// What this part may do with a page now.
+    pub fn access(&self, page: PageId) -> Option<Access> {
+        match self.copies.copy(page) {
+            Copy::Invalid => None,
+            Copy::Shared | Copy::Kept => Some(Access::Read),
+            Copy::Modified => Some(Access::Write),
+        }
+    }
+
+    /// How it has a page.
+    pub fn copy(&self, page: PageId) -> Copy {
+        self.copies.copy(page)
+    }
+
+    /// Whether a copy may be dropped at will.
+    pub fn can_drop(&self, page: PageId) -> bool {
+        self.copies.can_drop(page)
+    }
+
+    /// Whether a page is to be given away and is held or pinned: no further pin then, or
+    /// who wants it might wait for ever.
+    pub fn is_put_off(&self, page: PageId) -> bool {
+        self.copies.is_put_off(page)
+    }
+
+    /// Whether nothing is under way, as far as this part knows.
+    pub fn is_quiet(&self) -> bool {
+        self.copies.is_quiet() && self.directory.is_quiet()
+    }
+
+    /// Who holds a page, if this part is its directory and nothing is under way with it.
+    pub fn holders(&self, page: PageId) -> Option<Holders> {
+        self.directory.holders(page)
+    }
+
+    /// Takes note of an event at a time; what is to be done about it. `now_micros` never
+    /// goes back.
+    pub fn step(&mut self, event: Event, now_micros: u64) -> Vec<Command> {
+        if self.failed {
+            return Vec::new();
+        }
+        let mut out = Out::default();
+        if let Err(Impossible(reason)) = self.take(event, now_micros, &mut out) {
+            self.failed = true;
+            out.commands.push(Command::Fail { reason });
+        }
+        out.commands
+    }
+
+    fn take(&mut self, event: Event, now: u64, out: &mut Out) -> Result<(), Impossible> {
+        match event {
+            Event::Fault { page, access } => {
+                let directory = self.directory.of(page);
+                self.copies.fault(page, access, directory, out);
+            }
+            Event::Message { from, message } => {
+                if !self.parts.contains(from) || from == self.me {
+                    return Err(Impossible(format!("part {from} is none of the others")));
+                }
+                self.hear(from, message, now, out)?;
+            }
+            Event::Tick => self.copies.tick(now, out)?,
+            Event::Pin { page } => self.copies.pin(page),
+            Event::Unpin { page } => self.copies.unpin(page, now, out)?,
+            Event::Drop { page } => self.copies.drop_copy(page, out),
+            Event::Move { page, to } => {
+                out.send(self.directory.of(page), Message::Move { page, to });
+            }
+            Event::MoveDirectory { segment, to } => {
+                self.directory.begin_leaving(segment, to, out)?;
+            }
+            Event::Empty { part, to } => self.directory.empty(part, to, out)?,
+        }
+        self.pass_on(now, out)
+    }
+
+    /// Hears what this part says to itself; the rest is sent.
+    fn pass_on(&mut self, now: u64, out: &mut Out) -> Result<(), Impossible> {
+        while let Some((to, message)) = out.messages.pop_front() {
+            if to == self.me {
+                self.hear(to, message, now, out)?;
+            } else if !self.parts.contains(to) {
+                return Err(Impossible(format!("there is no part {to}")));
+            } else {
+                out.command(Command::Send { to, message });
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(
+        &mut self,
+        from: PartId,
+        message: Message,
+        now: u64,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        match message {
+            Message::Want { page, access, has } => {
+                let part = from;
+                let request = Request::Want { part, access, has };
+                self.directory.request(page, request, out)
+            }
+            Message::Move { page, to } => self.directory.request(page, Request::Move { to }, out),
+            Message::Forward { page, request } => self.directory.request(page, request, out),
+            Message::Done { page, number } => self.directory.done(page, number, from, out),
+            Message::Segment {
+                segment,
+                version,
+                pages,
+            } => self.directory.arrive(segment, version, pages, out),
+            Message::SegmentAt {
+                segment,
+                version,
+                at,
+            } => self.directory.learn(segment, version, at),
+            Message::Fetch { .. } | Message::Invalidate { .. } => {
+                self.copies.taken(from, message, now, out)
+            }
+            Message::Grant { .. } | Message::Data { .. } | Message::Ack { .. } => {
+                self.copies.given(from, message, now, out)
+            }
+        }
+    }
+}

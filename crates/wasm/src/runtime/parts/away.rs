@@ -1,0 +1,276 @@
+//! A thread that runs at a member, as its home sees it.
+
+use super::Members;
+use super::message::{Answer, Entering, Order, Report};
+use crate::coherence::PartId;
+use crate::runtime::fiber::{Run, Stop, Trap};
+use crate::runtime::frame::{ThreadState, Value};
+use crate::runtime::host::{Host, HostOutcome, HostThread};
+use crate::runtime::machine::locked;
+use crate::runtime::program::Program;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex};
+
+/// What a member said of one thread, and nobody has heard.
+#[derive(Debug, Default)]
+pub(crate) struct Inbox {
+    inner: Mutex<InboxInner>,
+}
+
+#[derive(Debug, Default)]
+struct InboxInner {
+    reports: VecDeque<(PartId, Report)>,
+    closed: bool,
+}
+
+impl Inbox {
+    pub(crate) fn put(&self, from: PartId, report: Report) {
+        locked(&self.inner).reports.push_back((from, report));
+    }
+
+    /// Nothing comes any more.
+    pub(crate) fn close(&self) {
+        locked(&self.inner).closed = true;
+    }
+
+    fn take(&self) -> Option<(PartId, Report)> {
+        locked(&self.inner).reports.pop_front()
+    }
+
+    fn has_some(&self) -> bool {
+        let inner = locked(&self.inner);
+        inner.closed || !inner.reports.is_empty()
+    }
+
+    fn is_over(&self) -> bool {
+        let inner = locked(&self.inner);
+        inner.closed && inner.reports.is_empty()
+    }
+}
+
+/// The parts of a machine.
+#[derive(Default)]
+pub(crate) struct Parts {
+    inner: Mutex<PartsInner>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct PartsInner {
+    /// `None` while it is alone.
+    way: Option<Arc<dyn Members>>,
+    members: Vec<PartId>,
+    /// New threads begin at all of them.
+    spread: bool,
+    /// What came of the last growing, by part.
+    opened: BTreeMap<PartId, bool>,
+    lost: bool,
+}
+
+impl Parts {
+    /// From now on it has these members, or none.
+    pub(crate) fn set(&self, members: Vec<PartId>, way: Option<Arc<dyn Members>>, spread: bool) {
+        let mut inner = locked(&self.inner);
+        inner.members = members;
+        inner.spread = spread;
+        inner.way = way;
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn members(&self) -> Vec<PartId> {
+        locked(&self.inner).members.clone()
+    }
+
+    pub(crate) fn set_spread(&self, spread: bool) {
+        locked(&self.inner).spread = spread;
+    }
+
+    pub(crate) fn spreads(&self) -> bool {
+        let inner = locked(&self.inner);
+        inner.spread && inner.way.is_some()
+    }
+
+    pub(crate) fn way(&self) -> Option<Arc<dyn Members>> {
+        locked(&self.inner).way.clone()
+    }
+
+    /// Nobody answers any more: who waits for members goes on without.
+    pub(crate) fn lose(&self) {
+        locked(&self.inner).lost = true;
+        self.changed.notify_all();
+    }
+
+    /// Makes a memory accessible so far at all members; false if one of them cannot.
+    /// One at a time.
+    pub(crate) fn open(&self, memory: u32, bytes: u64) -> bool {
+        let mut inner = locked(&self.inner);
+        let (Some(way), members) = (inner.way.clone(), inner.members.clone()) else {
+            return true;
+        };
+        inner.opened.clear();
+        drop(inner);
+        for part in &members {
+            way.order(*part, &Order::Open { memory, bytes });
+        }
+        let mut inner = locked(&self.inner);
+        while !inner.lost && inner.opened.len() < members.len() {
+            inner = self
+                .changed
+                .wait(inner)
+                .unwrap_or_else(|error| error.into_inner());
+        }
+        !inner.lost && inner.opened.values().all(|done| *done)
+    }
+
+    pub(crate) fn opened(&self, part: PartId, done: bool) {
+        locked(&self.inner).opened.insert(part, done);
+        self.changed.notify_all();
+    }
+}
+
+/// Stands for a thread that runs at a member: what [`crate::runtime::Fiber`] is to one
+/// that runs here.
+pub(crate) struct Away {
+    part: PartId,
+    way: Arc<dyn Members>,
+    program: Arc<Program>,
+    host: Arc<dyn Host>,
+    thread: HostThread,
+    inbox: Arc<Inbox>,
+    /// Its state when it stands at a safepoint.
+    state: ThreadState,
+    /// The member has it in an instance.
+    is_there: bool,
+}
+
+impl Away {
+    pub(crate) fn new(
+        part: PartId,
+        way: Arc<dyn Members>,
+        program: Arc<Program>,
+        host: Arc<dyn Host>,
+        thread: HostThread,
+        inbox: Arc<Inbox>,
+    ) -> Self {
+        Away {
+            part,
+            way,
+            program,
+            host,
+            thread,
+            inbox,
+            state: ThreadState::default(),
+            is_there: false,
+        }
+    }
+
+    /// As [`crate::runtime::Fiber::load`]; takes effect when it is resumed.
+    pub(crate) fn load(&mut self, state: ThreadState) {
+        self.state = state;
+        self.is_there = false;
+    }
+
+    /// As [`crate::runtime::Fiber::state`].
+    pub(crate) fn state(&self) -> ThreadState {
+        self.state.clone()
+    }
+
+    /// As [`crate::runtime::Fiber::call`].
+    pub(crate) fn call(&mut self, export: &str, args: &[Value]) -> Result<Run, Stop> {
+        self.run(Entering::Call {
+            export: export.to_owned(),
+            args: args.to_vec(),
+        })
+    }
+
+    /// As [`crate::runtime::Fiber::resume`].
+    pub(crate) fn resume(&mut self) -> Result<Run, Stop> {
+        if self.thread.signal.is_requested() {
+            return Ok(Run::Captured);
+        }
+        let state = (!self.is_there).then(|| self.state.encode(self.program.hash()));
+        self.run(Entering::Resume { state })
+    }
+
+    fn order(&self, order: &Order) {
+        self.way.order(self.part, order);
+    }
+
+    fn run(&mut self, entering: Entering) -> Result<Run, Stop> {
+        let tid = self.thread.tid;
+        self.is_there = true;
+        self.order(&Order::Run { tid, entering });
+        let mut asked = false;
+        let signal = self.thread.signal.clone();
+        loop {
+            if !asked && signal.is_requested() {
+                asked = true;
+                self.order(&Order::Interrupt { tid });
+            }
+            let Some((from, report)) = self.inbox.take() else {
+                if self.inbox.is_over() {
+                    // The machine ends: it stands, wherever it is.
+                    return Ok(Run::Captured);
+                }
+                match asked {
+                    true => signal.wait_for(|| self.inbox.has_some()),
+                    false => signal.park(None, || self.inbox.has_some()),
+                }
+                continue;
+            };
+            if from != self.part {
+                return Err(wrong("a thread is spoken of where it is not"));
+            }
+            match report {
+                Report::Call {
+                    import,
+                    args,
+                    mut progress,
+                    ..
+                } => {
+                    let wanted = self.program.meta.imports.get(import as usize);
+                    if wanted.is_none_or(|import| import.params.len() != args.len()) {
+                        return Err(wrong("a call of what is not imported"));
+                    }
+                    let outcome = self.host.call(import, &args, &mut progress, &self.thread);
+                    // Before the answer, so that it leaves when it has that.
+                    if !asked && signal.is_requested() {
+                        asked = true;
+                        self.order(&Order::Interrupt { tid });
+                    }
+                    let answer = match outcome {
+                        HostOutcome::Done(bits) => Answer::Done(bits),
+                        HostOutcome::Interrupted => Answer::Interrupted(progress),
+                        HostOutcome::Exit(code) => Answer::Exit(code),
+                        HostOutcome::Trap(message) => Answer::Trap(message),
+                    };
+                    self.order(&Order::Answer { tid, answer });
+                }
+                Report::Captured { state, .. } => {
+                    let meta = &self.program.meta;
+                    self.state = ThreadState::decode(&state, self.program.hash(), meta)
+                        .map_err(|error| wrong(&error.to_string()))?;
+                    return Ok(Run::Captured);
+                }
+                Report::Finished { values, .. } => return Ok(Run::Finished(values)),
+                Report::Stopped { stop, .. } => return Err(stop),
+                Report::Opened { .. } => return Err(wrong("an answer that is no thread's")),
+            }
+        }
+    }
+}
+
+impl Drop for Away {
+    fn drop(&mut self) {
+        let tid = self.thread.tid;
+        self.order(&Order::Leave { tid });
+    }
+}
+
+/// A member says what it should not.
+fn wrong(what: &str) -> Stop {
+    Stop::Trap(Trap {
+        message: format!("a part of the machine says what it should not: {what}"),
+        backtrace: Vec::new(),
+    })
+}

@@ -1,0 +1,324 @@
+//! A member: runs the threads that its home gives it, each in an instance of its own on
+//! an OS thread of its own, and has nothing else of the machine but its pages.
+
+use super::message::{Answer, Entering, Order, Report};
+use crate::memory::GuestMemory;
+use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
+use crate::runtime::frame::{Progress, ThreadState};
+use crate::runtime::host::{Host, HostOutcome, HostThread};
+use crate::runtime::machine::{locked, lower_priority};
+use crate::runtime::program::{Program, STACK_BYTES};
+use crate::runtime::signal::Signal;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+/// The most threads that a member has: as many as a machine may have.
+const THREADS_MAX: usize = 1 << 16;
+
+/// What the home wants of one thread, and has not been done.
+enum Wish {
+    Run(Entering),
+    Answer(Answer),
+    Leave,
+}
+
+struct Visitor {
+    signal: Arc<Signal>,
+    wishes: Mutex<VecDeque<Wish>>,
+    changed: Condvar,
+}
+
+impl Visitor {
+    fn put(&self, wish: Wish) {
+        locked(&self.wishes).push_back(wish);
+        self.changed.notify_all();
+    }
+
+    /// The next one; `None` when the machine is over.
+    fn next(&self, over: &AtomicBool) -> Option<Wish> {
+        let mut wishes = locked(&self.wishes);
+        loop {
+            if over.load(Ordering::Acquire) {
+                return None;
+            }
+            match wishes.pop_front() {
+                Some(wish) => return Some(wish),
+                None => {
+                    wishes = self
+                        .changed
+                        .wait(wishes)
+                        .unwrap_or_else(|error| error.into_inner());
+                }
+            }
+        }
+    }
+}
+
+struct Shared {
+    program: Arc<Program>,
+    memories: Arc<[Arc<GuestMemory>]>,
+    report: Box<dyn Fn(Report) + Send + Sync>,
+    visitors: Mutex<BTreeMap<u32, Arc<Visitor>>>,
+    /// OS threads that still exist.
+    launched: Mutex<usize>,
+    left: Condvar,
+    over: AtomicBool,
+}
+
+/// A part that is not the home.
+#[derive(Clone)]
+pub struct Member(Arc<Shared>);
+
+impl std::fmt::Debug for Member {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Member").finish_non_exhaustive()
+    }
+}
+
+/// What its threads' host calls lead to: the home.
+struct Calls(Arc<Shared>, Arc<Visitor>);
+
+impl Host for Calls {
+    fn call(
+        &self,
+        import: u32,
+        args: &[u64],
+        progress: &mut Progress,
+        thread: &HostThread,
+    ) -> HostOutcome {
+        (self.0.report)(Report::Call {
+            tid: thread.tid,
+            import,
+            args: args.to_vec(),
+            progress: std::mem::take(progress),
+        });
+        match self.1.next(&self.0.over) {
+            Some(Wish::Answer(Answer::Done(bits))) => HostOutcome::Done(bits),
+            Some(Wish::Answer(Answer::Interrupted(rest))) => {
+                *progress = rest;
+                HostOutcome::Interrupted
+            }
+            Some(Wish::Answer(Answer::Exit(code))) => HostOutcome::Exit(code),
+            Some(Wish::Answer(Answer::Trap(message))) => HostOutcome::Trap(message),
+            Some(Wish::Run(_) | Wish::Leave) => {
+                HostOutcome::Trap("the machine's home does not answer what it is asked".into())
+            }
+            None => HostOutcome::Trap("the machine has ended".into()),
+        }
+    }
+}
+
+impl Member {
+    /// A member without threads. Its memories are as large as the home's; `report` says
+    /// things to the home and does not wait. What the home says is [`Self::hear`]d.
+    pub fn new(
+        program: Arc<Program>,
+        memories: Arc<[Arc<GuestMemory>]>,
+        report: Box<dyn Fn(Report) + Send + Sync>,
+    ) -> Self {
+        Member(Arc::new(Shared {
+            program,
+            memories,
+            report,
+            visitors: Mutex::default(),
+            launched: Mutex::default(),
+            left: Condvar::new(),
+            over: AtomicBool::new(false),
+        }))
+    }
+
+    /// Its memories.
+    pub fn memories(&self) -> &Arc<[Arc<GuestMemory>]> {
+        &self.0.memories
+    }
+
+    /// Threads that are here.
+    pub fn threads(&self) -> Vec<u32> {
+        locked(&self.0.visitors).keys().copied().collect()
+    }
+
+    /// Takes note of what the home says; does not wait for what comes of it.
+    pub fn hear(&self, order: Order) {
+        let shared = &self.0;
+        match order {
+            Order::Run { tid, entering } => match self.visitor(tid) {
+                Ok(visitor) => {
+                    // It stands; what was asked of it before is over.
+                    visitor.signal.clear();
+                    visitor.put(Wish::Run(entering));
+                }
+                Err(error) => (shared.report)(Report::Stopped {
+                    tid,
+                    stop: trap(format!("no OS thread for a guest thread: {error}")),
+                }),
+            },
+            Order::Interrupt { tid } => {
+                if let Some(visitor) = locked(&shared.visitors).get(&tid) {
+                    visitor.signal.request();
+                }
+            }
+            Order::Answer { tid, answer } => {
+                if let Some(visitor) = locked(&shared.visitors).get(&tid) {
+                    visitor.put(Wish::Answer(answer));
+                }
+            }
+            Order::Leave { tid } => {
+                if let Some(visitor) = locked(&shared.visitors).remove(&tid) {
+                    visitor.put(Wish::Leave);
+                }
+            }
+            Order::Open { memory, bytes } => {
+                let opened = shared
+                    .memories
+                    .get(memory as usize)
+                    .map(|it| it.open_to(bytes));
+                let done = match opened {
+                    Some(Ok(())) => true,
+                    Some(Err(error)) => {
+                        tracing::warn!(%error, memory, bytes, "guest memory cannot grow");
+                        false
+                    }
+                    None => false,
+                };
+                (shared.report)(Report::Opened {
+                    memory,
+                    bytes,
+                    done,
+                });
+            }
+            Order::End => self.end(),
+        }
+    }
+
+    /// No guest code runs for long after this: each thread leaves at its next safepoint,
+    /// and calls of the host have no effect.
+    pub fn end(&self) {
+        self.0.over.store(true, Ordering::Release);
+        for visitor in locked(&self.0.visitors).values() {
+            visitor.signal.request();
+            let _waiting = locked(&visitor.wishes);
+            visitor.changed.notify_all();
+        }
+    }
+
+    /// Waits until it has ended and its threads are gone.
+    pub fn wait(&self) {
+        let mut launched = locked(&self.0.launched);
+        while !self.0.over.load(Ordering::Acquire) || *launched > 0 {
+            launched = self
+                .0
+                .left
+                .wait_timeout(launched, std::time::Duration::from_millis(100))
+                .unwrap_or_else(|error| error.into_inner())
+                .0;
+        }
+    }
+
+    fn visitor(&self, tid: u32) -> std::io::Result<Arc<Visitor>> {
+        let mut visitors = locked(&self.0.visitors);
+        if let Some(visitor) = visitors.get(&tid) {
+            return Ok(visitor.clone());
+        }
+        if visitors.len() >= THREADS_MAX {
+            return Err(std::io::Error::other("there are too many"));
+        }
+        let visitor = Arc::new(Visitor {
+            signal: Arc::new(Signal::new()?),
+            wishes: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let (shared, guest) = (self.0.clone(), visitor.clone());
+        *locked(&self.0.launched) += 1;
+        let spawned = std::thread::Builder::new()
+            .name(format!("guest-{tid}"))
+            .stack_size(STACK_BYTES + (1 << 20))
+            .spawn(move || {
+                lower_priority(&shared.program);
+                shared.serve(tid, &guest);
+                shared.gone();
+            });
+        if let Err(error) = spawned {
+            self.0.gone();
+            return Err(error);
+        }
+        visitors.insert(tid, visitor.clone());
+        Ok(visitor)
+    }
+}
+
+impl Shared {
+    fn gone(&self) {
+        *locked(&self.launched) -= 1;
+        self.left.notify_all();
+    }
+
+    /// A thread's stay.
+    fn serve(self: &Arc<Self>, tid: u32, visitor: &Arc<Visitor>) {
+        let mut fiber = None;
+        loop {
+            let entering = match visitor.next(&self.over) {
+                Some(Wish::Run(entering)) => entering,
+                Some(Wish::Leave) | None => return,
+                Some(Wish::Answer(_)) => continue,
+            };
+            let report = match self.run(tid, visitor, &mut fiber, entering) {
+                Ok(report) => report,
+                Err(stop) => Report::Stopped { tid, stop },
+            };
+            (self.report)(report);
+        }
+    }
+
+    fn run(
+        self: &Arc<Self>,
+        tid: u32,
+        visitor: &Arc<Visitor>,
+        fiber: &mut Option<Fiber>,
+        entering: Entering,
+    ) -> Result<Report, Stop> {
+        let hash = self.program.hash();
+        if matches!(entering, Entering::Resume { state: Some(_) }) {
+            *fiber = None;
+        }
+        let fiber = match fiber {
+            Some(fiber) => fiber,
+            none => none.insert(self.fiber(tid, visitor)?),
+        };
+        let run = match entering {
+            Entering::Call { export, args } => fiber.call(&export, &args)?,
+            Entering::Resume { state } => {
+                if let Some(state) = state {
+                    let state = ThreadState::decode(&state, hash, &self.program.meta);
+                    fiber.load(state.map_err(|error| trap(error.to_string()))?)?;
+                }
+                fiber.resume()?
+            }
+        };
+        Ok(match run {
+            Run::Finished(values) => Report::Finished { tid, values },
+            Run::Captured => Report::Captured {
+                tid,
+                state: fiber.state()?.encode(hash),
+            },
+        })
+    }
+
+    fn fiber(self: &Arc<Self>, tid: u32, visitor: &Arc<Visitor>) -> Result<Fiber, Stop> {
+        let thread = HostThread {
+            tid,
+            signal: visitor.signal.clone(),
+            memories: self.memories.clone(),
+        };
+        let host = Calls(self.clone(), visitor.clone());
+        Fiber::new(self.program.clone(), Arc::new(host), thread)
+            .map_err(|error| trap(error.to_string()))
+    }
+}
+
+fn trap(message: String) -> Stop {
+    Stop::Trap(Trap {
+        message,
+        backtrace: Vec::new(),
+    })
+}

@@ -1,0 +1,310 @@
+//! What the home and a member say to each other about threads.
+//!
+//! Of a thread that is at a member the home says [`Order::Run`], and hears of it in the
+//! end just one of [`Report::Captured`], [`Report::Finished`] and [`Report::Stopped`];
+//! before that, calls of the host, each of which it answers. All of one connection comes
+//! in the order in which it was said.
+//!
+//! In postcard, behind a version: what carries it says whose it is, and that it is whole.
+
+use crate::runtime::fiber::Stop;
+use crate::runtime::frame::{Progress, Value};
+use serde::{Deserialize, Serialize};
+
+/// Version of these messages, their first byte.
+const VERSION: u8 = 1;
+
+/// How a thread goes on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Entering {
+    /// By a call of an export, in the instance that it has, or a fresh one.
+    Call {
+        /// Its name.
+        export: String,
+        /// Its arguments.
+        args: Vec<Value>,
+    },
+    /// From where it was captured.
+    Resume {
+        /// Its state ([`crate::runtime::frame`]), for a fresh instance; without one it
+        /// goes on in the instance in which it was captured.
+        state: Option<Vec<u8>>,
+    },
+}
+
+/// What a call of the host came to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Answer {
+    /// These results, as bits.
+    Done(Vec<u64>),
+    /// Nothing yet: the thread is to leave, and to make it again.
+    Interrupted(Progress),
+    /// The program ends.
+    Exit(u32),
+    /// The thread traps.
+    Trap(String),
+}
+
+/// From the home to a member.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Order {
+    /// A thread is to run.
+    Run {
+        /// Which.
+        tid: u32,
+        /// From where.
+        entering: Entering,
+    },
+    /// It is to come to a safepoint.
+    Interrupt {
+        /// Which.
+        tid: u32,
+    },
+    /// Its call of the host is over.
+    Answer {
+        /// Whose.
+        tid: u32,
+        /// How.
+        answer: Answer,
+    },
+    /// It is not this member's any more; it stands.
+    Leave {
+        /// Which.
+        tid: u32,
+    },
+    /// A memory is to be accessible so far.
+    Open {
+        /// Which.
+        memory: u32,
+        /// From its beginning.
+        bytes: u64,
+    },
+    /// The machine has ended.
+    End,
+}
+
+/// From a member to the home.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Report {
+    /// A thread calls the host.
+    Call {
+        /// Which.
+        tid: u32,
+        /// Index of the imported function.
+        import: u32,
+        /// Arguments, as bits.
+        args: Vec<u64>,
+        /// How far the same call came before.
+        progress: Progress,
+    },
+    /// A thread is at a safepoint.
+    Captured {
+        /// Which.
+        tid: u32,
+        /// It, as [`crate::runtime::frame`] writes it.
+        state: Vec<u8>,
+    },
+    /// What was called has returned.
+    Finished {
+        /// Whose.
+        tid: u32,
+        /// The results.
+        values: Vec<Value>,
+    },
+    /// A thread ended otherwise.
+    Stopped {
+        /// Which.
+        tid: u32,
+        /// How.
+        stop: Stop,
+    },
+    /// A memory is accessible so far, or cannot be.
+    Opened {
+        /// Which.
+        memory: u32,
+        /// As it was ordered.
+        bytes: u64,
+        /// Whether it is.
+        done: bool,
+    },
+}
+
+impl Report {
+    /// The thread of which it speaks.
+    pub(crate) fn tid(&self) -> Option<u32> {
+        match self {
+            Report::Call { tid, .. }
+            | Report::Captured { tid, .. }
+            | Report::Finished { tid, .. }
+            | Report::Stopped { tid, .. } => Some(*tid),
+            Report::Opened { .. } => None,
+        }
+    }
+}
+
+/// Why bytes are no message.
+#[derive(Debug, thiserror::Error)]
+pub enum MessageError {
+    /// Another version.
+    #[error("messages about threads are of version {0}, this is version {VERSION}")]
+    Version(u8),
+    /// No such thing.
+    #[error("a message about threads is damaged: {0}")]
+    Damaged(String),
+}
+
+fn encode(message: &impl Serialize) -> Vec<u8> {
+    // Writing to memory does not fail.
+    postcard::to_extend(message, vec![VERSION]).unwrap_or_default()
+}
+
+fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, MessageError> {
+    let damaged = |what: &str| MessageError::Damaged(what.to_owned());
+    let (version, body) = bytes.split_first().ok_or(damaged("it is empty"))?;
+    if *version != VERSION {
+        return Err(MessageError::Version(*version));
+    }
+    let (message, rest) =
+        postcard::take_from_bytes(body).map_err(|error| damaged(&error.to_string()))?;
+    match rest {
+        [] => Ok(message),
+        _ => Err(damaged("it goes on after its end")),
+    }
+}
+
+impl Order {
+    /// The bytes of it.
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// It, of its bytes.
+    ///
+    /// # Errors
+    /// [`MessageError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
+        decode(bytes)
+    }
+}
+
+impl Report {
+    /// The bytes of it.
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// It, of its bytes.
+    ///
+    /// # Errors
+    /// [`MessageError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
+        decode(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::fiber::Trap;
+    use rand::rngs::SmallRng;
+    use rand::{RngExt, SeedableRng};
+
+    fn orders() -> Vec<Order> {
+        vec![
+            Order::Run {
+                tid: 7,
+                entering: Entering::Call {
+                    export: "wasi_thread_start".into(),
+                    args: vec![Value::I32(7), Value::V128(1 << 100)],
+                },
+            },
+            Order::Run {
+                tid: 7,
+                entering: Entering::Resume {
+                    state: Some(vec![1, 2, 3]),
+                },
+            },
+            Order::Interrupt { tid: 1 << 28 },
+            Order::Answer {
+                tid: 7,
+                answer: Answer::Interrupted(Progress::Waiting {
+                    remaining_ns: Some(1 << 40),
+                }),
+            },
+            Order::Answer {
+                tid: 7,
+                answer: Answer::Trap("out of bounds memory access".into()),
+            },
+            Order::Open {
+                memory: 0,
+                bytes: 1 << 33,
+            },
+            Order::End,
+        ]
+    }
+
+    fn reports() -> Vec<Report> {
+        vec![
+            Report::Call {
+                tid: 3,
+                import: 9,
+                args: vec![1, u64::MAX],
+                progress: Progress::Fresh,
+            },
+            Report::Captured {
+                tid: 3,
+                state: vec![9; 300],
+            },
+            Report::Stopped {
+                tid: 3,
+                stop: Stop::Trap(Trap {
+                    message: "unreachable".into(),
+                    backtrace: vec!["main".into()],
+                }),
+            },
+            Report::Opened {
+                memory: 1,
+                bytes: 1 << 20,
+                done: false,
+            },
+        ]
+    }
+
+    #[test]
+    fn what_is_said_is_heard() {
+        for order in orders() {
+            assert_eq!(Order::decode(&order.encode()).unwrap(), order);
+        }
+        for report in reports() {
+            assert_eq!(Report::decode(&report.encode()).unwrap(), report);
+        }
+        let mut other = Order::End.encode();
+        other[0] = 2;
+        assert!(matches!(
+            Order::decode(&other),
+            Err(MessageError::Version(2))
+        ));
+        let longer = [Order::End.encode(), vec![0]].concat();
+        assert!(Order::decode(&longer).is_err());
+        assert!(Report::decode(&[]).is_err());
+    }
+
+    #[test]
+    fn damaged_bytes_are_errors_or_messages() {
+        let mut all: Vec<Vec<u8>> = orders().iter().map(Order::encode).collect();
+        all.extend(reports().iter().map(Report::encode));
+        let mut rng = SmallRng::seed_from_u64(5);
+        let mut refused = 0;
+        for round in 0..30_000 {
+            let mut bytes = all[round % all.len()].clone();
+            for _ in 0..rng.random_range(1..4) {
+                let at = rng.random_range(0..bytes.len());
+                bytes[at] = rng.random();
+            }
+            bytes.truncate(rng.random_range(0..=bytes.len()));
+            refused += u32::from(Order::decode(&bytes).is_err());
+            refused += u32::from(Report::decode(&bytes).is_err());
+        }
+        assert!(refused > 10_000, "{refused}");
+    }
+}

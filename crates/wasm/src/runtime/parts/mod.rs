@@ -1,0 +1,41 @@
+//! Threads of one machine at several parts.
+//!
+//! ```text
+//!            home                                          member
+//!   OS thread `guest-7`: its own stages,      order      OS thread `guest-7`:
+//!   safepoints, freezes, holds            ──────────▶    an instance, nothing else
+//!        │ [`away::Away`] instead of a     ◀──────────       │
+//!        ▼ fiber                             report          ▼ calls of the host
+//!   WASI, wait queues, new threads, growing  ◀───────────────┘
+//! ```
+//!
+//! The home has all of a machine but where its threads run. Each of them has an OS thread
+//! there for its whole life. While it runs elsewhere this one stands for it: it makes its
+//! calls of the host, is asked in its stead to come to a safepoint, and holds its state
+//! when it stands at one. So whatever freezes, holds, captures or ends a machine does the
+//! same with one that spans, and to move a thread is to capture it here and resume it
+//! there. What the host's calls read and write of the guest's memory they read and write
+//! at the home, as a thread of the guest would: `crate::coherence` brings the pages.
+//!
+//! - `message`: what is said
+//! - `away`: a thread that runs elsewhere, as the home sees it
+//! - `member`: the other side
+//!
+//! What carries the messages and the pages is not here.
+
+mod away;
+mod member;
+mod message;
+
+pub(super) use away::{Away, Inbox, Parts};
+pub use member::Member;
+pub use message::{Answer, Entering, MessageError, Order, Report};
+
+use crate::coherence::PartId;
+
+/// The way from the home to its members.
+pub trait Members: Send + Sync {
+    /// Says something to a member; does not wait for it. Who cannot be told is lost, and
+    /// the machine ends with it.
+    fn order(&self, part: PartId, order: &Order);
+}

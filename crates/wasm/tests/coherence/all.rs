@@ -1,0 +1,316 @@
+//! All that can happen in small machines, by a model checker: two and three parts, one
+//! and two pages, the litmus tests of memory models (Alglave, Maranget and Tautschnig,
+//! "Herding Cats", 2014) with their threads on different parts.
+
+use crate::world::{Action, Deed, Op, Set, Spoilt, World};
+use stateright::{Checker, Model, Property};
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+
+/// Two pages.
+const X: u32 = 0;
+const Y: u32 = 1;
+
+/// What the threads read, in order.
+type Outcome = Vec<Vec<u64>>;
+
+struct Machine {
+    set: Set,
+    /// So often a page changes hands at most.
+    grants_max: u32,
+    outcomes: Mutex<BTreeSet<Outcome>>,
+}
+
+impl Model for Machine {
+    type State = World;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![World::new(&self.set)]
+    }
+
+    fn actions(&self, state: &World, actions: &mut Vec<Action>) {
+        if state.wrong.is_none() {
+            state.actions(actions);
+        }
+    }
+
+    fn next_state(&self, last: &World, action: Action) -> Option<World> {
+        let mut next = last.clone();
+        next.act(action);
+        if next.is_done() {
+            let outcome = next.threads.iter().map(|thread| thread.seen.clone());
+            self.outcomes.lock().unwrap().insert(outcome.collect());
+        }
+        Some(next)
+    }
+
+    /// A page may go to and fro for ever, if no thread runs meanwhile.
+    fn within_boundary(&self, state: &World) -> bool {
+        state.grants.iter().all(|grants| *grants <= self.grants_max)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![Property::always("right", |_, state: &World| {
+            state.wrong.is_none()
+        })]
+    }
+}
+
+/// Looks at everything; what threads can have read, or what goes wrong.
+fn explore(name: &str, set: Set) -> Result<BTreeSet<Outcome>, String> {
+    let needed = |page: u32| {
+        let ops = set.threads.iter().flat_map(|(_, ops)| ops);
+        let those = ops.filter(|op| op.needs().iter().any(|(it, _)| *it == page));
+        those.count() as u32
+    };
+    let machine = Machine {
+        // All that is needed, and some of what is not.
+        grants_max: (0..set.pages).map(needed).max().unwrap_or(0) + 2,
+        set,
+        outcomes: Mutex::default(),
+    };
+    let checker = machine.checker().threads(2).spawn_bfs().join();
+    println!("{name}: {} states", checker.unique_state_count());
+    match checker.discovery("right") {
+        Some(path) => {
+            let last = path.last_state().wrong.clone().unwrap_or_default();
+            Err(format!("{name}: {last}, by {:?}", path.into_actions()))
+        }
+        None => Ok(checker.model().outcomes.lock().unwrap().clone()),
+    }
+}
+
+fn all(name: &str, set: Set) -> BTreeSet<Outcome> {
+    let outcomes = explore(name, set).unwrap_or_else(|wrong| panic!("{wrong}"));
+    assert!(!outcomes.is_empty(), "{name}: no thread ends");
+    outcomes
+}
+
+fn set(parts: usize, pages: u32, threads: &[(usize, &[Op])]) -> Set {
+    Set {
+        parts,
+        pages,
+        threads: threads
+            .iter()
+            .map(|(part, ops)| (*part, ops.to_vec()))
+            .collect(),
+        ..Set::default()
+    }
+}
+
+#[test]
+fn two_parts_and_a_page() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Add(X), Op::Read(X), Op::Add(X)]),
+        (1, &[Op::Add(X), Op::Add(X), Op::Read(X)]),
+        (1, &[Op::Read(X), Op::Add(X)]),
+    ];
+    let set = Set {
+        drops: true,
+        ..set(2, 1, threads)
+    };
+    for outcome in all("two parts, one page", set) {
+        // Nothing that was added is lost: whoever adds last sees at least his own.
+        assert!(outcome[0][0] >= 1 && outcome[1][0] >= 2, "{outcome:?}");
+    }
+}
+
+#[test]
+fn three_parts_and_a_page() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Add(X), Op::Read(X)]),
+        (1, &[Op::Add(X), Op::Read(X)]),
+        (2, &[Op::Read(X), Op::Add(X)]),
+    ];
+    let set = Set {
+        drops: true,
+        ..set(3, 1, threads)
+    };
+    let outcomes = all("three parts, one page", set);
+    // Each of the three can be first, and last.
+    assert!(outcomes.contains(&vec![vec![1], vec![2], vec![2]]));
+    assert!(outcomes.contains(&vec![vec![3], vec![2], vec![0]]));
+}
+
+/// No order between messages is needed, not even on one connection.
+#[test]
+fn without_any_order() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Write(X, 1), Op::Read(Y)]),
+        (1, &[Op::Write(Y, 1), Op::Read(X)]),
+        (1, &[Op::Add(X)]),
+    ];
+    let unordered = Set {
+        unordered: true,
+        ..set(2, 2, threads)
+    };
+    all("two pages, unordered", unordered);
+    let threads: &[(usize, &[Op])] = &[(0, &[Op::Add(X)]), (1, &[Op::Add(X)]), (2, &[Op::Read(X)])];
+    let unordered = Set {
+        unordered: true,
+        deeds: vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 2)],
+        ..set(3, 1, threads)
+    };
+    all("directories, unordered", unordered);
+}
+
+#[test]
+fn store_buffering() {
+    let threads: &[(usize, &[Op])] = &[
+        (1, &[Op::Write(X, 1), Op::Read(Y)]),
+        (2, &[Op::Write(Y, 1), Op::Read(X)]),
+    ];
+    let outcomes = all("store buffering", set(3, 2, threads));
+    assert!(!outcomes.contains(&vec![vec![0], vec![0]]));
+    assert_eq!(outcomes.len(), 3);
+}
+
+#[test]
+fn message_passing() {
+    let threads: &[(usize, &[Op])] = &[
+        (1, &[Op::Write(X, 1), Op::Write(Y, 1)]),
+        (2, &[Op::Read(Y), Op::Read(X)]),
+    ];
+    let outcomes = all("message passing", set(3, 2, threads));
+    assert!(!outcomes.contains(&vec![vec![], vec![1, 0]]));
+    assert_eq!(outcomes.len(), 3);
+}
+
+#[test]
+fn load_buffering() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Read(X), Op::Write(Y, 1)]),
+        (1, &[Op::Read(Y), Op::Write(X, 1)]),
+    ];
+    let outcomes = all("load buffering", set(2, 2, threads));
+    assert!(!outcomes.contains(&vec![vec![1], vec![1]]));
+    assert_eq!(outcomes.len(), 3);
+}
+
+#[test]
+fn independent_reads_of_independent_writes() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Write(X, 1)]),
+        (1, &[Op::Write(Y, 1)]),
+        (1, &[Op::Read(X), Op::Read(Y)]),
+        (0, &[Op::Read(Y), Op::Read(X)]),
+    ];
+    let outcomes = all("IRIW", set(2, 2, threads));
+    let forbidden = vec![vec![], vec![], vec![1, 0], vec![1, 0]];
+    assert!(!outcomes.contains(&forbidden));
+    // All others can be.
+    assert_eq!(outcomes.len(), 15);
+}
+
+#[test]
+fn two_pages_at_once() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Write(X, 1), Op::Swap(X, Y)]),
+        (1, &[Op::Swap(Y, X)]),
+    ];
+    for hold_micros in [0, 1] {
+        let set = Set {
+            hold_micros,
+            ..set(2, 2, threads)
+        };
+        all(&format!("two pages at once, held {hold_micros}"), set);
+    }
+}
+
+#[test]
+fn held_and_pinned_pages() {
+    let threads: &[(usize, &[Op])] = &[(0, &[Op::Add(X)]), (1, &[Op::Add(X)]), (2, &[Op::Read(X)])];
+    let held = Set {
+        hold_micros: 1,
+        ..set(3, 1, threads)
+    };
+    all("held", held.clone());
+    let pinned = Set {
+        hold_micros: 0,
+        pins: 2,
+        ..held
+    };
+    all("pinned", pinned);
+}
+
+#[test]
+fn pages_and_directories_that_move() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Add(X)]),
+        (1, &[Op::Add(X)]),
+        (2, &[Op::Read(X), Op::Add(X)]),
+    ];
+    for deeds in [
+        vec![Deed::Move(0, X, 1), Deed::Move(2, X, 2)],
+        vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 2)],
+        vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 0)],
+        vec![Deed::MoveDirectory(0, 2), Deed::Move(1, X, 1)],
+    ] {
+        let name = format!("{deeds:?}");
+        let set = Set {
+            deeds,
+            ..set(3, 1, threads)
+        };
+        all(&name, set);
+    }
+}
+
+#[test]
+fn a_part_that_leaves() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Add(X), Op::Read(X)]),
+        (1, &[Op::Add(X), Op::Read(X)]),
+        (2, &[Op::Add(X), Op::Read(X)]),
+    ];
+    for deeds in [
+        vec![Deed::Empty(1, 0)],
+        vec![Deed::Empty(1, 2), Deed::Move(0, X, 2)],
+        // Asked for before it left, and heard of after it.
+        vec![Deed::Empty(1, 0), Deed::Move(2, X, 1)],
+        vec![Deed::Empty(1, 0), Deed::MoveDirectory(0, 2)],
+    ] {
+        let name = format!("{deeds:?}");
+        let set = Set {
+            deeds,
+            ..set(3, 1, threads)
+        };
+        all(&name, set);
+    }
+}
+
+/// The others never read what is not so, and take nothing for impossible, until the
+/// machine is ended.
+#[test]
+fn a_part_that_is_lost() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Add(X), Op::Read(X)]),
+        (1, &[Op::Add(X)]),
+        (2, &[Op::Read(X), Op::Add(X)]),
+    ];
+    for part in 0..3 {
+        let set = Set {
+            deeds: vec![Deed::Lose(part)],
+            drops: true,
+            ..set(3, 1, threads)
+        };
+        all(&format!("part {part} is lost"), set);
+    }
+}
+
+/// Checks that find nothing in what is wrong are worth nothing.
+#[test]
+fn what_is_spoilt_is_found() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Write(X, 1), Op::Read(Y)]),
+        (1, &[Op::Read(X), Op::Add(X), Op::Add(Y)]),
+    ];
+    for spoilt in [Spoilt::Protects, Spoilt::Discards, Spoilt::Wakes] {
+        let set = Set {
+            spoilt,
+            ..set(2, 2, threads)
+        };
+        let found = explore(&format!("{spoilt:?}"), set);
+        assert!(found.is_err(), "{spoilt:?}: {found:?}");
+    }
+}

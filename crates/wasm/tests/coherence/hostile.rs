@@ -1,0 +1,154 @@
+//! What another part says may be anything: nothing but commands and an error comes of it,
+//! and after the error nothing at all.
+
+use keel_wasm::coherence::{
+    Access, Coherence, Command, Config, Event, Holders, Message, PageId, PartId, PartSet, Request,
+    Segment, Txn,
+};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+
+fn part(rng: &mut SmallRng) -> PartId {
+    PartId::new(rng.random_range(0..5)).expect("a few parts")
+}
+
+fn number(rng: &mut SmallRng) -> u64 {
+    match rng.random_range(0..6) {
+        0 => u64::MAX,
+        1 => rng.random(),
+        few => few - 2,
+    }
+}
+
+fn access(rng: &mut SmallRng) -> Access {
+    match rng.random_bool(0.5) {
+        true => Access::Read,
+        false => Access::Write,
+    }
+}
+
+fn request(rng: &mut SmallRng) -> Request {
+    let (a, b) = (part(rng), part(rng));
+    match rng.random_range(0..3) {
+        0 => Request::Want {
+            part: a,
+            access: access(rng),
+            has: rng.random(),
+        },
+        1 => Request::Move { to: a },
+        _ => Request::Forget { part: a, to: b },
+    }
+}
+
+fn message(rng: &mut SmallRng) -> Message {
+    let page = PageId {
+        memory: 0,
+        number: rng.random_range(0..3),
+    };
+    let segment = Segment {
+        memory: 0,
+        number: rng.random_range(0..3),
+    };
+    let (to, txn_number, acks) = (part(rng), number(rng), rng.random_range(0..4));
+    let (number, access) = (txn_number, access(rng));
+    let txn = Txn {
+        number,
+        directory: part(rng),
+        is_answer: rng.random(),
+    };
+    match rng.random_range(0..11) {
+        0 => Message::Want {
+            page,
+            access,
+            has: rng.random(),
+        },
+        1 => Message::Move { page, to },
+        2 => Message::Forward {
+            page,
+            request: request(rng),
+        },
+        3 => Message::Fetch {
+            page,
+            txn,
+            to,
+            access,
+            acks,
+        },
+        4 => Message::Invalidate { page, number, to },
+        5 => Message::Grant {
+            page,
+            txn,
+            access,
+            acks,
+        },
+        6 => Message::Data {
+            page,
+            txn,
+            access,
+            acks,
+        },
+        7 => Message::Ack { page, number },
+        8 => Message::Done { page, number },
+        9 => {
+            let holders = match rng.random_bool(0.5) {
+                true => Holders::Owner(to),
+                false => Holders::Readers {
+                    keeper: to,
+                    readers: (0..3).map(|_| part(rng)).collect(),
+                },
+            };
+            let queue = (0..rng.random_range(0..3)).map(|_| request(rng)).collect();
+            Message::Segment {
+                segment,
+                version: number,
+                pages: vec![(page, txn_number, holders, queue)],
+            }
+        }
+        _ => Message::SegmentAt {
+            segment,
+            version: number,
+            at: to,
+        },
+    }
+}
+
+#[test]
+fn anything_may_be_said() {
+    let mut failed = 0;
+    for seed in 0..30_000 {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let parts: PartSet = (0..4).filter_map(PartId::new).collect();
+        let mut coherence = Coherence::new(Config {
+            me: PartId::new(rng.random_range(0..2)).expect("a few parts"),
+            parts,
+            origin: PartId::HOME,
+            segment_pages: 2,
+            hold_micros: rng.random_range(0..2),
+            seed,
+        });
+        let mut is_over = false;
+        for now in 0..30 {
+            let event = match rng.random_range(0..8) {
+                0 => Event::Fault {
+                    page: PageId {
+                        memory: 0,
+                        number: rng.random_range(0..3),
+                    },
+                    access: access(&mut rng),
+                },
+                1 => Event::Tick,
+                _ => Event::Message {
+                    from: part(&mut rng),
+                    message: message(&mut rng),
+                },
+            };
+            let commands = coherence.step(event, now);
+            assert!(!is_over || commands.is_empty(), "seed {seed}");
+            is_over |= commands
+                .iter()
+                .any(|command| matches!(command, Command::Fail { .. }));
+        }
+        failed += u32::from(is_over);
+    }
+    assert!(failed > 10_000, "{failed}");
+}

@@ -1,0 +1,528 @@
+//! A machine of several parts in numbers: the real protocol, pages of one number each,
+//! threads that follow a script, connections that keep their order, or do not.
+//! After each step it is checked that every page that can be read is the one that was
+//! written last, and that who writes is alone.
+
+use keel_wasm::coherence::{
+    Access, Coherence, Command, Config, Event, Message, PageId, PartId, PartSet, Segment,
+};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// What a thread does. A page is one number, 0 at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Op {
+    Read(u32),
+    Write(u32, u64),
+    /// Adds one, in one step.
+    Add(u32),
+    /// An access that needs two pages at once: exchanges them.
+    Swap(u32, u32),
+}
+
+impl Op {
+    pub(crate) fn needs(self) -> Vec<(u32, Access)> {
+        match self {
+            Op::Read(page) => vec![(page, Access::Read)],
+            Op::Write(page, _) | Op::Add(page) => vec![(page, Access::Write)],
+            Op::Swap(one, other) => vec![(one, Access::Write), (other, Access::Write)],
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Thread {
+    pub(crate) part: usize,
+    pub(crate) left: VecDeque<Op>,
+    /// What it read.
+    pub(crate) seen: Vec<u64>,
+    /// The page that it stands at.
+    waits: Option<u32>,
+}
+
+/// What is done to a machine beside what its threads do; each once, at any time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Deed {
+    /// By a part's agent.
+    Move(usize, u32, usize),
+    /// By the directory of that moment.
+    MoveDirectory(u32, usize),
+    /// A part gives up what it has, to another; its threads have ended then.
+    Empty(usize, usize),
+    /// A part is gone, with what was on its way to it and from it.
+    Lose(usize),
+}
+
+/// How it is spoilt, to see that the checks find it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Spoilt {
+    No,
+    /// Pages are sent before they are protected.
+    Protects,
+    /// Readers say that they gave a page up, and keep it.
+    Discards,
+    /// Waiters are not woken when a page may be written.
+    Wakes,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Action {
+    Deliver {
+        from: usize,
+        to: usize,
+        number: usize,
+    },
+    Run(usize),
+    Tick(usize),
+    Drop(usize, u32),
+    Do(usize),
+    Pin(usize, u32),
+    Unpin(usize, u32),
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Set {
+    pub(crate) parts: usize,
+    pub(crate) pages: u32,
+    pub(crate) threads: Vec<(usize, Vec<Op>)>,
+    pub(crate) deeds: Vec<Deed>,
+    pub(crate) hold_micros: u64,
+    pub(crate) segment_pages: u32,
+    /// Copies are dropped at will, pages pinned so often.
+    pub(crate) drops: bool,
+    pub(crate) pins: u32,
+    /// Connections do not keep their order.
+    pub(crate) unordered: bool,
+    pub(crate) spoilt: Spoilt,
+    pub(crate) seed: u64,
+}
+
+impl Default for Set {
+    fn default() -> Self {
+        Set {
+            parts: 2,
+            pages: 1,
+            threads: Vec::new(),
+            deeds: Vec::new(),
+            hold_micros: 0,
+            segment_pages: 1,
+            drops: false,
+            pins: 0,
+            unordered: false,
+            spoilt: Spoilt::No,
+            seed: 7,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct World {
+    parts: Vec<Coherence>,
+    /// From each to each, in rows.
+    links: Vec<VecDeque<(Message, Option<u64>)>>,
+    /// What the mapping of each part shows.
+    frames: Vec<BTreeMap<u32, (Access, u64)>>,
+    /// Pages that came and are not in place yet.
+    arrived: Vec<BTreeMap<u32, u64>>,
+    /// What was written last.
+    pub(crate) truth: Vec<u64>,
+    pub(crate) threads: Vec<Thread>,
+    /// How often each page changed hands.
+    pub(crate) grants: Vec<u32>,
+    ticks: Vec<Option<u64>>,
+    deeds: Vec<Deed>,
+    /// Parts that give up what they have: what they could still read, nobody reads.
+    leaving: BTreeSet<usize>,
+    lost: BTreeSet<usize>,
+    emptied: BTreeSet<usize>,
+    pinned: BTreeSet<(usize, u32)>,
+    pins_left: u32,
+    now: u64,
+    drops: bool,
+    segment_pages: u32,
+    unordered: bool,
+    spoilt: Spoilt,
+    pub(crate) wrong: Option<String>,
+}
+
+fn part(number: usize) -> PartId {
+    PartId::new(number).expect("a few parts")
+}
+
+fn page(number: u32) -> PageId {
+    PageId { memory: 0, number }
+}
+
+impl World {
+    pub(crate) fn new(set: &Set) -> Self {
+        let all: PartSet = (0..set.parts).map(part).collect();
+        let parts = (0..set.parts)
+            .map(|number| {
+                Coherence::new(Config {
+                    me: part(number),
+                    parts: all,
+                    origin: PartId::HOME,
+                    segment_pages: set.segment_pages,
+                    hold_micros: set.hold_micros,
+                    seed: set.seed + number as u64,
+                })
+            })
+            .collect();
+        let mut frames = vec![BTreeMap::new(); set.parts];
+        frames[0] = (0..set.pages)
+            .map(|page| (page, (Access::Write, 0)))
+            .collect();
+        World {
+            parts,
+            links: vec![VecDeque::new(); set.parts * set.parts],
+            frames,
+            arrived: vec![BTreeMap::new(); set.parts],
+            truth: vec![0; set.pages as usize],
+            threads: set
+                .threads
+                .iter()
+                .map(|(part, ops)| Thread {
+                    part: *part,
+                    left: ops.iter().copied().collect(),
+                    seen: Vec::new(),
+                    waits: None,
+                })
+                .collect(),
+            grants: vec![0; set.pages as usize],
+            ticks: vec![None; set.parts],
+            deeds: set.deeds.clone(),
+            leaving: BTreeSet::new(),
+            lost: BTreeSet::new(),
+            emptied: BTreeSet::new(),
+            pinned: BTreeSet::new(),
+            pins_left: set.pins,
+            now: 0,
+            drops: set.drops,
+            segment_pages: set.segment_pages,
+            unordered: set.unordered,
+            spoilt: set.spoilt,
+            wrong: None,
+        }
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        self.threads.iter().all(|thread| thread.left.is_empty())
+    }
+
+    /// Nothing is on its way and nobody waits.
+    pub(crate) fn is_quiet(&self) -> bool {
+        let mut parts = self.parts.iter().enumerate();
+        // (What a part asked for that has left is not answered.)
+        let rests =
+            |(number, part): (usize, &Coherence)| self.leaving.contains(&number) || part.is_quiet();
+        self.links.iter().all(VecDeque::is_empty) && parts.all(rests)
+    }
+
+    /// What can happen now. Without anything but dropping and pinning it stands still.
+    pub(crate) fn actions(&self, actions: &mut Vec<Action>) {
+        let count = self.parts.len();
+        for from in 0..count {
+            for to in 0..count {
+                let waiting = self.links[from * count + to].len();
+                let reach = match self.unordered {
+                    true => waiting,
+                    false => waiting.min(1),
+                };
+                actions.extend((0..reach).map(|number| Action::Deliver { from, to, number }));
+            }
+        }
+        for (number, thread) in self.threads.iter().enumerate() {
+            if thread.waits.is_none() && !thread.left.is_empty() {
+                actions.push(Action::Run(number));
+            }
+        }
+        for (number, tick) in self.ticks.iter().enumerate() {
+            if tick.is_some() {
+                actions.push(Action::Tick(number));
+            }
+        }
+        for (number, deed) in self.deeds.iter().enumerate() {
+            if self.can(*deed) {
+                actions.push(Action::Do(number));
+            }
+        }
+        actions.extend(
+            self.pinned
+                .iter()
+                .map(|(part, page)| Action::Unpin(*part, *page)),
+        );
+        for (number, frames) in self.frames.iter().enumerate() {
+            for at in frames.keys() {
+                if self.drops && self.parts[number].can_drop(page(*at)) {
+                    actions.push(Action::Drop(number, *at));
+                }
+                if self.pins_left > 0 && !self.pinned.contains(&(number, *at)) {
+                    actions.push(Action::Pin(number, *at));
+                }
+            }
+        }
+    }
+
+    fn can(&self, deed: Deed) -> bool {
+        match deed {
+            Deed::Move(..) | Deed::Lose(_) => true,
+            Deed::MoveDirectory(segment, to) => self
+                .directory(segment)
+                .is_some_and(|directory| directory != to),
+            // Its threads have left.
+            Deed::Empty(part, _) => {
+                let mut threads = self.threads.iter();
+                threads.all(|thread| thread.part != part || thread.left.is_empty())
+            }
+        }
+    }
+
+    /// The part that is a segment's directory, if none is about to be.
+    fn directory(&self, segment: u32) -> Option<usize> {
+        let first = page(segment * self.segment_pages);
+        let mut those = self.parts.iter().enumerate();
+        those
+            .find(|(_, part)| part.holders(first).is_some())
+            .map(|(number, _)| number)
+    }
+
+    pub(crate) fn act(&mut self, action: Action) {
+        match action {
+            Action::Deliver { from, to, number } => {
+                let link = &mut self.links[from * self.parts.len() + to];
+                let (message, value) = link.remove(number).expect("it waits there");
+                if let (Message::Data { page, .. }, Some(value)) = (&message, value) {
+                    self.arrived[to].insert(page.number, value);
+                }
+                let from = part(from);
+                self.step(to, Event::Message { from, message });
+            }
+            Action::Run(number) => self.run(number),
+            Action::Tick(number) => {
+                self.now = self.now.max(self.ticks[number].take().unwrap_or_default());
+                self.step(number, Event::Tick);
+            }
+            Action::Drop(number, at) => self.step(number, Event::Drop { page: page(at) }),
+            Action::Do(number) => match self.deeds.remove(number) {
+                Deed::Move(by, at, to) => {
+                    let (page, to) = (page(at), part(to));
+                    self.step(by, Event::Move { page, to });
+                }
+                Deed::MoveDirectory(segment, to) => {
+                    let Some(by) = self.directory(segment) else {
+                        return;
+                    };
+                    let (number, to) = (segment, part(to));
+                    let segment = Segment { memory: 0, number };
+                    self.step(by, Event::MoveDirectory { segment, to });
+                }
+                Deed::Lose(part) => {
+                    self.lost.insert(part);
+                    self.frames[part].clear();
+                    self.ticks[part] = None;
+                    self.pinned.retain(|(by, _)| *by != part);
+                    for other in 0..self.parts.len() {
+                        self.links[part * self.parts.len() + other].clear();
+                        self.links[other * self.parts.len() + part].clear();
+                    }
+                    for thread in &mut self.threads {
+                        if thread.part == part {
+                            thread.left.clear();
+                        }
+                    }
+                }
+                Deed::Empty(gives, to) => {
+                    self.leaving.insert(gives);
+                    let (gives, to) = (part(gives), part(to));
+                    self.step(0, Event::Empty { part: gives, to });
+                }
+            },
+            Action::Pin(number, at) => {
+                self.pins_left -= 1;
+                self.pinned.insert((number, at));
+                self.step(number, Event::Pin { page: page(at) });
+            }
+            Action::Unpin(number, at) => {
+                self.pinned.remove(&(number, at));
+                self.step(number, Event::Unpin { page: page(at) });
+            }
+        }
+        self.check();
+    }
+
+    fn run(&mut self, number: usize) {
+        let thread = &self.threads[number];
+        let (at, op) = (thread.part, thread.left[0]);
+        for (needed, access) in op.needs() {
+            let has = self.frames[at].get(&needed).map(|(access, _)| *access);
+            if has.is_none_or(|has| has < access) {
+                self.threads[number].waits = Some(needed);
+                let page = page(needed);
+                return self.step(at, Event::Fault { page, access });
+            }
+        }
+        let value = |page: u32| self.frames[at][&page].1;
+        let written = match op {
+            Op::Read(page) => {
+                let value = value(page);
+                self.threads[number].seen.push(value);
+                Vec::new()
+            }
+            Op::Write(page, value) => vec![(page, value)],
+            Op::Add(page) => vec![(page, value(page) + 1)],
+            Op::Swap(one, other) => vec![(one, value(other)), (other, value(one))],
+        };
+        for (page, value) in written {
+            self.frames[at].insert(page, (Access::Write, value));
+            self.truth[page as usize] = value;
+        }
+        self.threads[number].left.pop_front();
+    }
+
+    fn step(&mut self, number: usize, event: Event) {
+        if self.lost.contains(&number) {
+            return;
+        }
+        for command in self.parts[number].step(event, self.now) {
+            if let Err(wrong) = self.execute(number, command) {
+                self.wrong.get_or_insert(format!("part {number}: {wrong}"));
+            }
+        }
+    }
+
+    fn execute(&mut self, number: usize, command: Command) -> Result<(), String> {
+        let count = self.parts.len();
+        let frames = &mut self.frames[number];
+        if let Command::Install { page, .. } | Command::Allow { page } = &command {
+            self.grants[page.number as usize] += 1;
+        }
+        let access = |frames: &BTreeMap<u32, (Access, u64)>, page: PageId| {
+            frames.get(&page.number).map(|(access, _)| *access)
+        };
+        match command {
+            Command::Send { to, .. } | Command::SendPage { to, .. }
+                if self.lost.contains(&to.number()) => {}
+            Command::Send { to, message } => {
+                self.links[number * count + to.number()].push_back((message, None));
+            }
+            Command::SendPage { to, page, message } => {
+                if access(frames, page) != Some(Access::Read) {
+                    return Err(format!("sends page {} while it is written", page.number));
+                }
+                let value = frames[&page.number].1;
+                self.links[number * count + to.number()].push_back((message, Some(value)));
+            }
+            Command::Install { page, access } => {
+                let value = self.arrived[number].remove(&page.number);
+                let value = value.ok_or("puts a page in place that did not come")?;
+                if frames.insert(page.number, (access, value)).is_some() {
+                    return Err(format!("puts page {} where one is", page.number));
+                }
+                self.wake(number, page.number);
+            }
+            Command::Allow { page } => {
+                self.arrived[number].remove(&page.number);
+                match frames.get_mut(&page.number) {
+                    Some((access @ Access::Read, _)) => *access = Access::Write,
+                    _ => return Err(format!("allows writing of page {}", page.number)),
+                }
+                if self.spoilt != Spoilt::Wakes {
+                    self.wake(number, page.number);
+                }
+            }
+            Command::Wake { page } => self.wake(number, page.number),
+            Command::Protect { .. } if self.spoilt == Spoilt::Protects => {}
+            Command::Protect { page } => match frames.get_mut(&page.number) {
+                Some((access @ Access::Write, _)) => *access = Access::Read,
+                _ => return Err(format!("protects page {}", page.number)),
+            },
+            Command::Discard { .. } if self.spoilt == Spoilt::Discards => {}
+            Command::Discard { page } => {
+                if access(frames, page) != Some(Access::Read) {
+                    return Err(format!("discards page {}", page.number));
+                }
+                if self.pinned.contains(&(number, page.number)) {
+                    return Err(format!("takes page {} from who pinned it", page.number));
+                }
+                frames.remove(&page.number);
+            }
+            Command::TickAt { micros } => {
+                let tick = self.ticks[number].map_or(micros, |tick| tick.min(micros));
+                self.ticks[number] = Some(tick);
+            }
+            Command::Emptied { part } => {
+                self.emptied.insert(part.number());
+            }
+            Command::Fail { reason } => return Err(reason),
+        }
+        Ok(())
+    }
+
+    fn wake(&mut self, number: usize, page: u32) {
+        for thread in &mut self.threads {
+            if thread.part == number && thread.waits == Some(page) {
+                thread.waits = None;
+            }
+        }
+    }
+
+    fn check(&mut self) {
+        if self.wrong.is_some() {
+            return;
+        }
+        for (number, truth) in self.truth.iter().enumerate() {
+            let at = number as u32;
+            let mut writers = 0;
+            let mut readers = 0;
+            for (part, frames) in self.frames.iter().enumerate() {
+                if self.lost.contains(&part) {
+                    continue;
+                }
+                let frame = frames.get(&at);
+                // (Between two commands of a step they may differ.)
+                if frame.map(|(access, _)| *access) != self.parts[part].access(page(at)) {
+                    self.wrong = Some(format!(
+                        "part {part} takes page {at} for {:?}, and it is {frame:?}",
+                        self.parts[part].copy(page(at))
+                    ));
+                    return;
+                }
+                match frame {
+                    Some((Access::Read, _)) if self.leaving.contains(&part) => {}
+                    Some((_, value)) if value != truth => {
+                        self.wrong = Some(format!(
+                            "part {part} reads {value} in page {at} where {truth} was written"
+                        ));
+                        return;
+                    }
+                    Some((Access::Write, _)) => writers += 1,
+                    Some((Access::Read, _)) => readers += 1,
+                    None => {}
+                }
+            }
+            if writers > 1 || writers == 1 && readers > 0 {
+                self.wrong = Some(format!("page {at}: {writers} write, {readers} read"));
+                return;
+            }
+        }
+        for part in &self.emptied {
+            // (The home says it of the pages of which it is the directory.)
+            let has = self.frames[*part].iter().find(|(at, _)| {
+                let part = PartId::new(*part).expect("a few parts");
+                let holders = self.parts[0].holders(page(**at));
+                holders.is_some_and(|holders| holders.has(part))
+            });
+            if let Some((at, _)) = has {
+                self.wrong = Some(format!("part {part} has left, and is to have page {at}"));
+                return;
+            }
+        }
+        let mut actions = Vec::new();
+        self.actions(&mut actions);
+        actions.retain(|action| !matches!(action, Action::Drop(..) | Action::Pin(..)));
+        // (Who waits for one that is lost waits until the machine is ended.)
+        let is_over = self.is_done() && self.is_quiet() || !self.lost.is_empty();
+        if actions.is_empty() && !is_over {
+            self.wrong = Some(format!("it stands still: {:?}", self.threads));
+        }
+    }
+}
