@@ -101,6 +101,10 @@ kinds! {
     MachineRemoved = "machine-removed",
     /// Limits of a machine, or its restart policy, were changed.
     MachineChanged = "machine-changed",
+    /// A machine has parts on several nodes.
+    MachineSpans = "machine-spans",
+    /// A machine is on one node again.
+    MachineAlone = "machine-alone",
     /// A user asked to end a machine.
     StopAsked = "stop-asked",
     /// The connection to a machine's process was lost.

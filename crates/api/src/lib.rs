@@ -536,6 +536,68 @@ pub struct RestoreRequest {
     pub warm: bool,
 }
 
+/// Parts that a machine is to have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpanRequest {
+    /// Their nodes. One that is the owner's is the home; further times it is named it has
+    /// further parts.
+    pub nodes: Vec<String>,
+    /// Threads that it starts begin at the home, not where the fewest are.
+    #[serde(default)]
+    pub here: bool,
+}
+
+/// The parts of a machine, and its threads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartsInfo {
+    /// All parts; the home has number 0 and is the only one of a machine on one node.
+    pub parts: Vec<PartInfo>,
+    /// Its threads.
+    pub threads: Vec<ThreadInfo>,
+    /// How often threads at the home waited for pages of other parts, by powers of two of
+    /// microseconds: below 1, below 2, below 4, …
+    #[serde(default)]
+    pub waits: Vec<u64>,
+    /// How long it stood still to come to this, in microseconds; only after a change.
+    #[serde(default)]
+    pub stood_micros: Option<u64>,
+}
+
+/// A part of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartInfo {
+    /// Its number.
+    pub part: u32,
+    /// Its node.
+    pub node: String,
+    /// Threads that run there.
+    pub threads: u32,
+}
+
+/// A thread of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadInfo {
+    /// Its number; the main one has 0.
+    pub tid: u32,
+    /// The part that it runs at.
+    pub part: u32,
+    /// The part's node.
+    pub node: String,
+    /// `running`, `waiting` (to be woken by another thread), `moving`.
+    pub state: String,
+    /// CPU time that it used at the home, in microseconds.
+    pub cpu_micros: Option<u64>,
+}
+
+/// Where a thread is to go on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ThreadMove {
+    /// A node on which the machine has a part.
+    pub to: String,
+}
+
 /// A move to make.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

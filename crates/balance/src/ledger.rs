@@ -205,6 +205,7 @@ impl fmt::Display for Bound {
             ),
             Bound::Moving => f.write_str("it is moving already"),
             Bound::OptedOut => f.write_str("its spec says that it is not to be balanced"),
+            Bound::Spans => f.write_str("it has parts on several nodes (`keel unspan`)"),
             Bound::Rule { rule, says } => write!(f, "rule {rule:?}: {says}"),
         }
     }

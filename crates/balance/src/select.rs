@@ -92,6 +92,8 @@ pub enum Bound {
     Moving,
     /// Its spec says that it is not to be balanced.
     OptedOut,
+    /// It has parts on several nodes.
+    Spans,
     /// A rule.
     Rule {
         /// Which.

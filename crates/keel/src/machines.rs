@@ -217,7 +217,7 @@ pub(crate) struct LogArgs {
 
 #[derive(clap::Args)]
 pub(crate) struct MoveArgs {
-    /// The machine.
+    /// The machine, or one thread of it: M/thread/NUMBER (see `keel threads`).
     machine: String,
     /// The node to move it to.
     #[arg(long, value_name = "NODE", required_unless_present = "cancel")]
@@ -571,6 +571,14 @@ pub(crate) async fn rm(reach: &Reach, machines: &[String], force: bool) -> Resul
 
 pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitCode> {
     let client = reach.client()?;
+    if let Some((machine, tid)) = crate::parts::thread_of(&args.machine)? {
+        anyhow::ensure!(
+            !args.dry_run && !args.cancel && !args.post_copy,
+            "--dry-run, --cancel and --post-copy are for moves of whole machines"
+        );
+        let to = args.to.as_deref().unwrap_or_default();
+        return crate::parts::move_thread(&client, machine, tid, to).await;
+    }
     let path = format!("/v1/machines/{}", args.machine);
     let Some(to) = &args.to else {
         let _: serde_json::Value = client.post(&format!("{path}/cancel-move"), &()).await?;

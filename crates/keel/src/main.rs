@@ -31,6 +31,7 @@ mod history;
 mod keep;
 mod machines;
 mod output;
+mod parts;
 mod plan;
 mod rule;
 mod set;
@@ -142,8 +143,23 @@ enum Command {
         #[arg(short, long)]
         force: bool,
     },
-    /// Moves a running machine to another node.
+    /// Moves a running machine to another node, or one thread of it (M/thread/NUMBER) to
+    /// another part.
     Move(machines::MoveArgs),
+    /// Gives a running machine with threads parts on several nodes.
+    Span(parts::SpanArgs),
+    /// Brings the threads and the memory of a machine back to its home.
+    Unspan {
+        /// The machine.
+        machine: String,
+    },
+    /// Lists the parts of a machine.
+    Parts(parts::PartsArgs),
+    /// Lists the threads of a running machine: where they run, and what they do.
+    Threads {
+        /// The machine.
+        machine: String,
+    },
     /// Shows how loaded the nodes are; shows and changes what the balancer is to do.
     Balance(balance::BalanceArgs),
     /// Empties a node: its machines move to others, and nothing new is placed there.
@@ -318,6 +334,10 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Kill { machines } => machines::end(&reach, &machines, "kill").await,
         Command::Rm { machines, force } => machines::rm(&reach, &machines, force).await,
         Command::Move(args) => machines::move_machine(&reach, &args).await,
+        Command::Span(args) => parts::span(&reach, &args).await,
+        Command::Unspan { machine } => parts::unspan(&reach, &machine).await,
+        Command::Parts(args) => parts::parts(&reach, &args).await,
+        Command::Threads { machine } => parts::threads(&reach, &machine).await,
         Command::Balance(args) => balance::balance(&reach, &args).await,
         Command::Drain(args) => plan::drain(&reach, &args).await,
         Command::Undrain { node } => plan::undrain(&reach, &node).await,

@@ -114,6 +114,8 @@ pub(crate) struct Agent {
     pub(crate) peers: Arc<Peers>,
     pub(crate) members: Arc<MemberSet>,
     pub(crate) workers: Arc<Workers>,
+    /// Parts of machines that have their homes elsewhere.
+    pub(crate) parts: Arc<Workers>,
     pub(crate) lease: watch::Receiver<Option<LeaseId>>,
     pub(crate) identity: NodeIdentity,
     /// What happened here.
@@ -128,6 +130,8 @@ pub(crate) struct Agent {
     pub(crate) reserving: tokio::sync::Mutex<()>,
     /// How moves away from here went.
     pub(crate) history: Mutex<History>,
+    /// Machines of this node with parts elsewhere.
+    pub(crate) spanning: Mutex<HashSet<MachineName>>,
     /// Held while a machine's limits are changed.
     pub(crate) setting: tokio::sync::Mutex<()>,
     /// Workers whose machines are kept regularly.
@@ -296,10 +300,12 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
     let members = follow_members(&store).await;
     let lease = lease::keep(store.clone(), identity.node.clone(), events.clone())
         .map_err(system("the thread that renews the lease"))?;
+    let slice = Arc::new(make_slice(&dir));
     let agent = Arc::new(Agent {
         name: identity.node.clone(),
         cluster: identity.cluster,
-        workers: Arc::new(Workers::new(make_slice(&dir))),
+        workers: Arc::new(Workers::new(slice.clone())),
+        parts: Arc::new(Workers::new(slice)),
         dir,
         settings,
         store,
@@ -312,6 +318,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         busy: Mutex::default(),
         lanes: Arc::default(),
         history: Mutex::default(),
+        spanning: Mutex::default(),
         setting: tokio::sync::Mutex::default(),
         kept_regularly: Mutex::default(),
         reserving: tokio::sync::Mutex::default(),
@@ -362,6 +369,7 @@ async fn serve(
         .map_err(system(format!("listening on {address}")))?;
     // Before anybody can ask what runs here.
     agent.workers.adopt(&agent.dir).await;
+    crate::spanning::adopt(&agent).await;
     tell_start(&agent);
     if cluster.is_some() {
         let (store, events) = (agent.store.clone(), agent.events.clone());
@@ -489,6 +497,12 @@ pub(crate) fn cpu_features() -> Vec<String> {
 impl Agent {
     pub(crate) fn busy(&self) -> std::sync::MutexGuard<'_, HashSet<MachineName>> {
         self.busy.lock().unwrap_or_else(|error| error.into_inner())
+    }
+
+    pub(crate) fn spanning(&self) -> std::sync::MutexGuard<'_, HashSet<MachineName>> {
+        self.spanning
+            .lock()
+            .unwrap_or_else(|error| error.into_inner())
     }
 
     pub(crate) fn kept_regularly(&self) -> std::sync::MutexGuard<'_, HashSet<u64>> {

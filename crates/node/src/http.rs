@@ -24,8 +24,9 @@ use bytes::Bytes;
 use futures::StreamExt;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterVolumeInfo, DryRun, EVENTS_DEFAULT, EVENTS_MAX,
-    EventLine, LogOffset, MachineDiff, MachineInfo, MoveRequest, NodeInfo, Problem, RestoreRequest,
-    RunRequest, SetRequest, TokenRequest, Uploaded, VolumeCreateRequest,
+    EventLine, LogOffset, MachineDiff, MachineInfo, MoveRequest, NodeInfo, PartsInfo, Problem,
+    RestoreRequest, RunRequest, SetRequest, SpanRequest, ThreadMove, TokenRequest, Uploaded,
+    VolumeCreateRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::tokens::{self, Role};
@@ -92,6 +93,11 @@ fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/machines/{name}/cancel-move", post(cancel_move))
         .route("/v1/machines/{name}/set", post(set))
         .route("/v1/machines/{name}/diff", post(diff))
+        .route(
+            "/v1/machines/{name}/parts",
+            get(parts).post(span).delete(unspan),
+        )
+        .route("/v1/machines/{name}/threads/{tid}/move", post(move_thread))
         .route(
             "/v1/machines/{name}/files",
             get(file::read)
@@ -370,6 +376,56 @@ async fn set(
     };
     operate::anywhere(&agent, operation).await?;
     Ok(Json(operate::inspect(&agent, &machine).await?))
+}
+
+async fn told_parts(agent: &Arc<Agent>, operation: Operation) -> Reply<PartsInfo> {
+    match operate::anywhere(agent, operation).await? {
+        Done::Parts(parts) => Ok(Json(parts)),
+        _ => Err(OperateError::Away("its owner answers something else".into()).into()),
+    }
+}
+
+async fn span(
+    State(agent): Shared,
+    Path(name): Path<String>,
+    Json(request): Json<SpanRequest>,
+) -> Reply<PartsInfo> {
+    let machine = machine_name(&name)?;
+    told_parts(&agent, Operation::Span { machine, request }).await
+}
+
+async fn unspan(State(agent): Shared, Path(name): Path<String>) -> Reply<PartsInfo> {
+    let machine = machine_name(&name)?;
+    let unspan = Operation::Unspan {
+        machine: machine.clone(),
+    };
+    let stood = match operate::anywhere(&agent, unspan).await? {
+        Done::Offset(stood) => Some(stood),
+        _ => None,
+    };
+    let mut told = told_parts(&agent, Operation::Parts { machine }).await?;
+    told.stood_micros = stood;
+    Ok(told)
+}
+
+async fn parts(State(agent): Shared, Path(name): Path<String>) -> Reply<PartsInfo> {
+    let machine = machine_name(&name)?;
+    told_parts(&agent, Operation::Parts { machine }).await
+}
+
+async fn move_thread(
+    State(agent): Shared,
+    Path((name, tid)): Path<(String, u32)>,
+    Json(request): Json<ThreadMove>,
+) -> Reply<PartsInfo> {
+    let machine = machine_name(&name)?;
+    let order = Operation::MoveThread {
+        machine: machine.clone(),
+        tid,
+        to: request.to,
+    };
+    operate::anywhere(&agent, order).await?;
+    told_parts(&agent, Operation::Parts { machine }).await
 }
 
 async fn diff(

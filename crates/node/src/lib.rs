@@ -49,6 +49,7 @@ mod regular;
 mod rules;
 mod service;
 mod set;
+mod spanning;
 mod state_dir;
 mod volumes;
 mod workers;

@@ -1002,7 +1002,7 @@ async fn interruption(interrupted: &mut watch::Receiver<Option<SourceEvent>>) ->
 
 /// CPU features that a target must have: guests see none of them, since every
 /// node compiles for itself, so the baseline of the architecture is enough.
-fn needed_features() -> Vec<String> {
+pub(crate) fn needed_features() -> Vec<String> {
     let baseline = ["sse2", "ssse3", "sse4_1", "sse4_2"];
     let here = cpu_features();
     baseline

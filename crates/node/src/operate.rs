@@ -12,7 +12,8 @@ use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterInfo, DryRun, EventKind, MachineInfo, MoveLine,
-    NodeInfo, RunRequest, SetRequest, Token, TokenRequest, VolumeInfo, VolumeRequest,
+    NodeInfo, PartsInfo, RunRequest, SetRequest, SpanRequest, Token, TokenRequest, VolumeInfo,
+    VolumeRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
@@ -125,6 +126,25 @@ pub(crate) enum Operation {
         machine: MachineName,
         op: FileOp,
     },
+    /// Parts on other nodes.
+    Span {
+        machine: MachineName,
+        request: SpanRequest,
+    },
+    /// None any more.
+    Unspan {
+        machine: MachineName,
+    },
+    /// Which there are.
+    Parts {
+        machine: MachineName,
+    },
+    /// A thread goes to another one.
+    MoveThread {
+        machine: MachineName,
+        tid: u32,
+        to: String,
+    },
     /// Where the output begins that was written at a time or later.
     LogSince {
         machine: MachineName,
@@ -142,6 +162,10 @@ impl Operation {
             | Operation::DryRun { machine, .. }
             | Operation::Set { machine, .. }
             | Operation::LogSince { machine, .. }
+            | Operation::Span { machine, .. }
+            | Operation::Unspan { machine }
+            | Operation::Parts { machine }
+            | Operation::MoveThread { machine, .. }
             | Operation::File { machine, .. }
             | Operation::Report { machine } => machine,
         }
@@ -157,6 +181,7 @@ pub(crate) enum Done {
     DryRun(Box<DryRun>),
     Offset(u64),
     File(FileDone),
+    Parts(PartsInfo),
 }
 
 type Answer = Result<Done, OperateError>;
@@ -217,6 +242,20 @@ pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
         Operation::File { machine, op } => crate::files::here(agent, &machine, op)
             .await
             .map(Done::File),
+        Operation::Span { machine, request } => {
+            let spans = crate::spanning::span(agent, &machine, &request).await;
+            spans.map(Done::Parts)
+        }
+        Operation::Unspan { machine } => crate::spanning::unspan(agent, &machine)
+            .await
+            .map(Done::Offset),
+        Operation::Parts { machine } => crate::spanning::parts_of(agent, &machine)
+            .await
+            .map(Done::Parts),
+        Operation::MoveThread { machine, tid, to } => {
+            crate::spanning::move_thread(agent, &machine, tid, &to).await?;
+            Ok(Done::Nothing)
+        }
         Operation::LogSince {
             machine,
             since_unix_ms,
@@ -359,6 +398,7 @@ pub(crate) async fn anywhere(agent: &Arc<Agent>, operation: Operation) -> Answer
     }
     let patience = match &operation {
         Operation::Checkpoint { .. } => crate::keep::PATIENCE,
+        Operation::Span { .. } | Operation::Unspan { .. } => crate::spanning::PATIENCE,
         _ => 2 * STOP_PATIENCE,
     };
     let payload = pack(&operation).map_err(|error| OperateError::Bad(error.to_string()))?;

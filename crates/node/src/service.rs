@@ -6,6 +6,7 @@ use crate::events::{self, Note, Question};
 use crate::offer::{self, Offer};
 use crate::operate::{self, Operation};
 use crate::output;
+use crate::spanning;
 use crate::state_dir::{is_hash, write_whole};
 use crate::workers::PROMPT;
 use futures::FutureExt;
@@ -57,6 +58,10 @@ pub(crate) mod kind {
     pub(crate) const HISTORY: u16 = 0x0312;
     /// List of `Line` as JSON, of a machine that came → `()` as JSON.
     pub(crate) const LEDGER_ALONG: u16 = 0x0313;
+    /// `spanning::PartOffer` → `spanning::ReadyMember`.
+    pub(crate) const PART: u16 = 0x0314;
+    /// `spanning::PartJoin` → `()`.
+    pub(crate) const PART_JOIN: u16 = 0x0315;
 }
 
 /// Bytes of a module in one piece.
@@ -161,6 +166,16 @@ impl Service {
             | kind::DRAIN => {
                 let answer = crate::balancer::answer(agent, kind, payload).await;
                 Ok(Bytes::from(answer.map_err(RpcError::failed)?).into())
+            }
+            kind::PART => {
+                let offer = unpack(&payload)?;
+                let ready = spanning::ready(agent, &source, offer).await;
+                Ok(pack(&ready.map_err(RpcError::failed)?)?.into())
+            }
+            kind::PART_JOIN => {
+                let request = unpack(&payload)?;
+                let joined = spanning::join(agent, request).await;
+                Ok(pack(&joined.map_err(RpcError::failed)?)?.into())
             }
             kind::EVENTS => {
                 let question: Question = unpack(&payload)?;

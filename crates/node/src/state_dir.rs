@@ -4,6 +4,7 @@
 //!   identity files, store.redb, node.json     what keel-cluster and the agent keep
 //!   api.socket                                the local API
 //!   workers/MACHINE/                          socket and output of a machine
+//!   parts/PART/                                socket of a part of one that has its home elsewhere
 //!   modules/HASH.wasm                         modules as their authors built them
 //!   programs/HASH.wasm                        instrumented modules
 //!   cache/                                    compiled code, sealed
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Clone)]
 pub struct StateDir {
     root: PathBuf,
+    workers: PathBuf,
 }
 
 impl StateDir {
@@ -34,10 +36,19 @@ impl StateDir {
                 .create(path)
         };
         make(root)?;
+        let root = root.canonicalize()?;
         let dir = StateDir {
-            root: root.canonicalize()?,
+            workers: root.join("workers"),
+            root,
         };
-        for part in ["workers", "modules", "programs", "cache", "checkpoints"] {
+        for part in [
+            "workers",
+            "parts",
+            "modules",
+            "programs",
+            "cache",
+            "checkpoints",
+        ] {
             make(&dir.root.join(part))?;
         }
         Ok(dir)
@@ -70,7 +81,15 @@ impl StateDir {
 
     /// The folders of all machines.
     pub fn workers(&self) -> PathBuf {
-        self.root.join("workers")
+        self.workers.clone()
+    }
+
+    /// The same node's, for workers that are parts of machines with another home.
+    pub(crate) fn of_parts(&self) -> Self {
+        StateDir {
+            root: self.root.clone(),
+            workers: self.root.join("parts"),
+        }
     }
 
     /// One machine's folder.

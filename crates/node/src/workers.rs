@@ -137,7 +137,7 @@ impl Worker {
     }
 
     /// Whether the process is gone, or goes within a time.
-    async fn gone_within(&self, patience: Duration) -> bool {
+    pub(crate) async fn gone_within(&self, patience: Duration) -> bool {
         gone_within(&self.process, patience).await
     }
 }
@@ -182,11 +182,11 @@ pub(crate) enum Leftovers {
 pub(crate) struct Workers {
     table: Mutex<HashMap<MachineName, Worker>>,
     /// Where they get their cgroups.
-    slice: Slice,
+    slice: Arc<Slice>,
 }
 
 impl Workers {
-    pub(crate) fn new(slice: Slice) -> Self {
+    pub(crate) fn new(slice: Arc<Slice>) -> Self {
         Workers {
             table: Mutex::default(),
             slice,

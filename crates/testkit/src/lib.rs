@@ -506,6 +506,22 @@ impl LocalCluster {
             .count()
     }
 
+    /// Ends the processes on a node that are parts of machines with another home; how
+    /// many they are.
+    pub fn kill_parts(&self, name: &str) -> usize {
+        let folder = self.folder(name).join("parts").display().to_string();
+        self.signal(name, Signal::KILL, &|line| {
+            line.iter().any(|word| word.starts_with(&folder))
+        })
+    }
+
+    /// Processes on a node that are such parts.
+    pub fn parts_of(&self, name: &str) -> usize {
+        let folder = self.folder(name).join("parts").display().to_string();
+        let is_part = |line: &Vec<String>| line.iter().any(|word| word.starts_with(&folder));
+        processes().iter().filter(|(_, line)| is_part(line)).count()
+    }
+
     /// Ends everything of a node at once, as if its computer were switched off.
     pub fn power_off(&mut self, name: &str) {
         // Processes may start others while they are being ended.

@@ -7,11 +7,13 @@
 //!
 //! - `wire`: what is said, byte by byte
 //! - `peer`: the connections to another part
+//! - `meet`: how parts find each other
 //! - `pages`: the part's pages
 //! - `threads`: a machine that spans, at its home and at its members
 //! - `within`: all parts of a machine in one process
 //! - `spin`: whether to look again rather than to sleep
 
+mod meet;
 mod pages;
 mod peer;
 mod spin;
@@ -19,6 +21,8 @@ mod threads;
 mod wire;
 mod within;
 
+pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
+pub use meet::{MeetError, Meeting, Place};
 pub use pages::{BeginError, Latency, Listener, Pages, Setup, SpanError, Teller};
 pub use peer::{Ends, Hello, PeerError};
 pub use threads::{Home, MemberPart, SpanningError, Spread};

@@ -17,6 +17,7 @@ use keel_wasm::memory::{GuestMemory, MemoryError};
 use keel_wasm::runtime::parts::{Member, Members, Order, Report};
 use keel_wasm::runtime::{Machine, MachineError, Program, make_memories};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -61,6 +62,8 @@ pub struct Spread {
 struct HomeListener {
     machine: Machine,
     failure: Arc<Mutex<Option<SpanError>>>,
+    /// The machine cannot do without its members any more.
+    depends: Arc<AtomicBool>,
 }
 
 impl Listener for HomeListener {
@@ -78,8 +81,10 @@ impl Listener for HomeListener {
                 .unwrap_or_else(|error| error.into_inner());
             failure.get_or_insert_with(|| reason.clone());
         }
-        // (Of a machine that is alone again it ends nothing.)
-        self.machine.lose();
+        match self.depends.load(Ordering::Acquire) {
+            true => self.machine.lose(),
+            false => self.machine.lose_members(),
+        }
     }
 }
 
@@ -114,24 +119,38 @@ impl Home {
     ) -> Result<Self, SpanningError> {
         let members: PartSet = ends.keys().copied().collect();
         let failure = Arc::default();
+        let depends = Arc::new(AtomicBool::new(false));
         machine.freeze(how.patience)?;
         let begun = Instant::now();
         let listener = HomeListener {
             machine: machine.clone(),
             failure: Arc::clone(&failure),
+            depends: depends.clone(),
         };
         let setup = setup(PartId::HOME, members, machine.memories());
         let spans = Pages::begin(setup, ends, Arc::new(listener))
             .map_err(SpanningError::from)
             .and_then(|pages| {
                 let way = Arc::new(Way(pages.teller()));
-                let parts = members.iter().collect();
-                machine.set_members(parts, Some(way), how.spread)?;
-                Ok(pages)
+                let set = machine.set_members(members.iter().collect(), Some(way), how.spread);
+                depends.store(set.is_ok(), Ordering::Release);
+                match (set, pages.failure()) {
+                    (Ok(()), None) => Ok(pages),
+                    (set, lost) => {
+                        depends.store(false, Ordering::Release);
+                        pages.finish();
+                        Err(match (set, lost) {
+                            (_, Some(lost)) => lost.into(),
+                            (Err(error), None) => error.into(),
+                            (Ok(()), None) => SpanError::Ended.into(),
+                        })
+                    }
+                }
             });
         let pages = match spans {
             Ok(pages) => pages,
             Err(error) => {
+                machine.set_members(Vec::new(), None, false)?;
                 machine.thaw()?;
                 return Err(error);
             }
@@ -268,23 +287,19 @@ pub struct MemberPart {
 }
 
 impl MemberPart {
-    /// Begins to serve. `sizes` has the bytes of the machine's memories, `limit_bytes`
-    /// what each may grow to.
+    /// Begins to serve. Each of its memories may grow to `limit_bytes`; the home says how
+    /// large they are.
     ///
     /// # Errors
     /// [`SpanningError`]; nothing of it is left then.
     pub fn begin(
         program: Arc<Program>,
-        sizes: &[u64],
         limit_bytes: u64,
         me: PartId,
         ends: BTreeMap<PartId, Ends>,
     ) -> Result<Self, SpanningError> {
         program.prepare_resume().map_err(MachineError::from)?;
         let memories = make_memories(program.meta(), limit_bytes)?;
-        for (memory, bytes) in memories.iter().zip(sizes) {
-            memory.open_to(*bytes)?;
-        }
         // (It is set as soon as the pages are there, which tell what is said.)
         let teller: Arc<OnceLock<Teller>> = Arc::default();
         let told = teller.clone();

@@ -4,11 +4,14 @@
 use crate::cgroup::GroupUsage;
 use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
+use crate::span::Place;
 use crate::spec::{Spec, Status};
-use keel_cluster::{Epoch, MachineName};
+use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{Bytes, Fingerprint, RpcError};
 use keel_wasi::FileStat;
+use keel_wasm::coherence::{PartId, PartSet};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Kinds of requests.
@@ -56,6 +59,20 @@ pub mod kind {
     /// [`super::Spec`] → `()`: other limits of memory and CPU from now on, and what
     /// else of the spec matters here. Nothing changes where it is refused.
     pub const SET: u16 = 0x0412;
+    /// [`super::MeetParts`] → [`crate::span::Place`]: the worker is to be the home.
+    pub const SPAN_READY: u16 = 0x0420;
+    /// [`super::ReadyPart`] → [`crate::span::Place`]: an empty worker is to be a member.
+    pub const PART_READY: u16 = 0x0421;
+    /// [`super::Span`] → `u64`, microseconds that the machine stood still: it spans.
+    pub const SPAN: u16 = 0x0422;
+    /// [`super::Join`] → `()`: the member begins.
+    pub const JOIN: u16 = 0x0423;
+    /// `()` → `u64`, microseconds that the machine stood still: it is alone again.
+    pub const UNSPAN: u16 = 0x0424;
+    /// `()` → [`super::PartsReport`].
+    pub const PARTS: u16 = 0x0425;
+    /// [`super::MoveThread`] → `()`.
+    pub const MOVE_THREAD: u16 = 0x0426;
     /// `()` → stream of `Option<String>`: where the machine waits for room on
     /// a disk, the present state first.
     pub const PAUSES: u16 = 0x0410;
@@ -270,6 +287,8 @@ pub struct Report {
     pub paused: Option<String>,
     /// What the kernel counts of the worker, if it has a cgroup.
     pub group: Option<GroupUsage>,
+    /// Parts that the machine spans; 0 while it is alone.
+    pub parts: u32,
 }
 
 /// What one of a machine's own volumes holds.
@@ -399,6 +418,86 @@ pub struct LogChunk {
     pub offset: u64,
     /// Bytes of the log; records may be cut.
     pub bytes: Vec<u8>,
+}
+
+/// The parts that a machine is to have.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MeetParts {
+    /// All, this one too.
+    pub parts: PartSet,
+    /// Address to listen on (without port).
+    pub address: String,
+}
+
+/// What a member is to be.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ReadyPart {
+    /// The machine.
+    pub machine: MachineName,
+    /// What was asked for.
+    #[serde(with = "crate::past::spec_for_others")]
+    pub spec: Spec,
+    /// The instrumented module.
+    pub program: PathBuf,
+    /// Which of its parts.
+    pub me: PartId,
+    /// All, and where to listen.
+    pub meet: MeetParts,
+}
+
+/// Who meets whom.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Join {
+    /// Under this epoch.
+    pub epoch: Epoch,
+    /// Where each part is.
+    pub places: BTreeMap<PartId, Place>,
+}
+
+/// The home begins to span.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Span {
+    /// Who meets whom.
+    pub join: Join,
+    /// The node of each part.
+    pub nodes: BTreeMap<PartId, NodeName>,
+    /// Threads that it starts begin where the fewest are, not at the home.
+    pub spread: bool,
+}
+
+/// Where a thread is to go on.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct MoveThread {
+    /// Which.
+    pub tid: u32,
+    /// The part.
+    pub to: PartId,
+}
+
+/// What parts a machine has.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartsReport {
+    /// The node of each part; none while it is alone.
+    pub nodes: BTreeMap<PartId, NodeName>,
+    /// Its threads.
+    pub threads: Vec<ThreadReport>,
+    /// How often threads at the home waited for pages, by powers of two of microseconds.
+    pub waits: Vec<u64>,
+}
+
+/// One thread of a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadReport {
+    /// Its number; the main one has 0.
+    pub tid: u32,
+    /// The part that it runs at.
+    pub part: PartId,
+    /// Where it goes next, if it moves.
+    pub moves_to: Option<PartId>,
+    /// It waits to be woken by another one.
+    pub waits: bool,
+    /// CPU time in nanoseconds that it used at the home.
+    pub cpu_ns: Option<u64>,
 }
 
 /// Bytes that added fields have at the most when they are left out.

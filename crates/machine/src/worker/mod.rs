@@ -7,6 +7,7 @@
 //! - `files`: what users do with files in volumes
 //! - `volumes`: the machine's own volumes, in both directions
 //! - `kept`: the keepers of its cluster volumes
+//! - `spanning`: the worker as one of several parts
 //! - `looking`: what was written last by a machine that stands
 //!
 //! A worker outlives its agent: it is found again through the socket in its
@@ -22,6 +23,7 @@ mod kept;
 mod looking;
 mod outgoing;
 mod process;
+mod spanning;
 pub mod volumes;
 
 pub use process::run;

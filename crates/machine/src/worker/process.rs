@@ -12,6 +12,7 @@ use super::filling::{Filler, Filling};
 use super::incoming::{self, IncomingError};
 use super::kept::Keepers;
 use super::outgoing::{Leaving, Outgoing};
+use super::spanning::Parts;
 use super::volumes::{self, IncomingVolumes};
 use crate::cgroup::{self, Group};
 use crate::checkpoint::{self, Behind, Destination, Origin, Subject, Taker, Vault};
@@ -50,16 +51,16 @@ const CHECKPOINT_PATIENCE: Duration = Duration::from_secs(15);
 /// Bytes of output in one answer.
 const LOG_CHUNK_BYTES: usize = 64 << 10;
 
-struct Worker {
+pub(super) struct Worker {
     /// Held while the machine is being frozen and sent, or thawed.
-    freezing: Mutex<()>,
+    pub(super) freezing: Mutex<()>,
     /// Held by whoever tracks the machine's writes, but for a move.
-    tracking: Mutex<()>,
+    pub(super) tracking: Mutex<()>,
     folder: PathBuf,
     programs: PathBuf,
-    engine: Engine,
+    pub(super) engine: Engine,
     inner: Mutex<Inner>,
-    state: watch::Sender<State>,
+    pub(super) state: watch::Sender<State>,
     stalls: Arc<Stalls>,
     /// Where the machine waits for room on a disk.
     paused: watch::Sender<Option<String>>,
@@ -68,20 +69,22 @@ struct Worker {
 }
 
 #[derive(Default)]
-struct Inner {
-    name: Option<MachineName>,
-    machine: Option<Machine>,
+pub(super) struct Inner {
+    pub(super) name: Option<MachineName>,
+    pub(super) machine: Option<Machine>,
     log: Option<Arc<Log>>,
-    epoch: Epoch,
-    spec: Option<Spec>,
+    pub(super) epoch: Epoch,
+    pub(super) spec: Option<Spec>,
     /// Makes checkpoints; not here while it does.
-    taker: Option<Taker>,
+    pub(super) taker: Option<Taker>,
     /// Set while one is being made; ends it early.
-    taking: Option<Arc<AtomicBool>>,
+    pub(super) taking: Option<Arc<AtomicBool>>,
+    /// The parts of the machine, if it spans, or the one that this process is.
+    pub(super) parts: Parts,
     identity: Option<PinnedIdentity>,
     outgoing: Option<Leaving>,
     /// From the first page sent until the machine goes on here.
-    giving_away: bool,
+    pub(super) giving_away: bool,
     /// Counts what was begun of giving the machine away: a thread of an attempt that
     /// was given up may wake late, and must leave the next one alone.
     attempt: u64,
@@ -92,9 +95,9 @@ struct Inner {
     closer: Option<std::net::TcpStream>,
     target: Option<TargetMove>,
     /// Brings the memory of a machine that arrived, while it runs.
-    filler: Option<Filler>,
+    pub(super) filler: Option<Filler>,
     /// Brings that of a machine made of a checkpoint, while it runs.
-    behind: Option<Arc<Behind>>,
+    pub(super) behind: Option<Arc<Behind>>,
     /// Set from the first page that is sent behind the machine on.
     serving: bool,
     post_copy: bool,
@@ -225,7 +228,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 impl Worker {
-    fn inner(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(|error| error.into_inner())
     }
 
@@ -297,6 +300,39 @@ impl Worker {
                 if let Some(machine) = &self.inner().machine {
                     machine.stop();
                 }
+                Ok(pack(&())?.into())
+            }
+            kind::SPAN_READY => {
+                let meet = unpack(&payload)?;
+                let place = blocking(move || self.span_ready(&meet)).await?;
+                Ok(pack(&place)?.into())
+            }
+            kind::PART_READY => {
+                let ready = unpack(&payload)?;
+                let place = blocking(move || self.part_ready(&ready)).await?;
+                Ok(pack(&place)?.into())
+            }
+            kind::SPAN => {
+                let span = unpack(&payload)?;
+                let micros = blocking(move || self.span(span)).await?;
+                Ok(pack(&micros)?.into())
+            }
+            kind::JOIN => {
+                let join = unpack(&payload)?;
+                blocking(move || self.join(&join)).await?;
+                Ok(pack(&())?.into())
+            }
+            kind::UNSPAN => {
+                let micros = blocking(move || self.unspan()).await?;
+                Ok(pack(&micros)?.into())
+            }
+            kind::PARTS => {
+                let parts = blocking(move || self.parts()).await?;
+                Ok(pack(&parts)?.into())
+            }
+            kind::MOVE_THREAD => {
+                let thread = unpack(&payload)?;
+                blocking(move || self.move_thread(thread)).await?;
                 Ok(pack(&())?.into())
             }
             kind::SET => {
@@ -536,6 +572,9 @@ impl Worker {
             if inner.giving_away {
                 return Err(RpcError::failed("the machine is moving; try again"));
             }
+            if let Some(refusal) = inner.parts.refusal() {
+                return Err(RpcError::failed(refusal));
+            }
             if inner.taking.is_some() {
                 return Err(RpcError::failed("a checkpoint of it is being made already"));
             }
@@ -617,6 +656,9 @@ impl Worker {
             let mut inner = self.inner();
             if inner.giving_away {
                 return busy("the machine is moving");
+            }
+            if let Some(refusal) = inner.parts.refusal() {
+                return Err(RpcError::failed(refusal));
             }
             if inner.filler.is_some() || inner.behind.is_some() {
                 return busy("a part of its memory is still to come");
@@ -708,6 +750,9 @@ impl Worker {
                     }
                     inner.epoch
                 };
+                // (Its members end with it; taken out first, as ending them takes a moment.)
+                let mut parts = std::mem::take(&mut worker.inner().parts);
+                let lost = parts.end();
                 machine.wasi().finish();
                 // Who takes its volumes next finds all that it wrote.
                 let keepers = worker.inner().keepers.clone();
@@ -727,7 +772,7 @@ impl Worker {
                             message: trap.to_string(),
                         }
                     }
-                    Outcome::Stopped => match worker.inner().ended_for.take() {
+                    Outcome::Stopped => match worker.inner().ended_for.take().or(lost) {
                         Some(reason) => Status::Failed { reason },
                         None => Status::Stopped,
                     },
@@ -768,6 +813,7 @@ impl Worker {
             volumes: machine.map_or_else(Vec::new, volume_reports),
             paused: self.paused.borrow().clone(),
             group: self.group.as_ref().map(Group::usage),
+            parts: inner.parts.count(),
         }
     }
 
@@ -813,6 +859,14 @@ impl Worker {
             let inner = self.inner();
             match (&inner.machine, &inner.spec) {
                 _ if inner.giving_away => return Err(RpcError::failed("it is moving")),
+                (_, Some(before))
+                    if inner.parts.count() > 0
+                        && (spec.memory_bytes != before.memory_bytes
+                            || spec.cpu_limit_millis.is_some()) =>
+                {
+                    let refusal = inner.parts.refusal();
+                    return Err(RpcError::failed(refusal.unwrap_or_default()));
+                }
                 (Some(machine), Some(spec)) => (machine.clone(), spec.clone()),
                 _ => return Err(RpcError::failed("no machine runs here")),
             }
@@ -835,7 +889,7 @@ impl Worker {
     }
 
     /// Bounds this process's cgroup for a machine of so many memories.
-    fn bound(&self, memories: usize, spec: &Spec) {
+    pub(super) fn bound(&self, memories: usize, spec: &Spec) {
         let Some(group) = &self.group else { return };
         let limit = cgroup::memory_limit_bytes(memories, spec.memory_bytes, spec.threads_max);
         if let Err(error) = group.limit_memory(limit) {
@@ -850,6 +904,16 @@ impl Worker {
             Ok(bytes) => events.blocking_send(bytes).is_ok(),
             Err(_) => false,
         };
+        // (Whoever makes it span holds this, and looks whether it is given away.)
+        let freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let refusal = self.inner().parts.refusal();
+        if let Some(reason) = refusal {
+            tell(CopyEvent::Lost { reason });
+            return;
+        }
         let prepared = {
             let mut inner = self.inner();
             match (&inner.machine, &inner.log, &inner.name) {
@@ -882,6 +946,7 @@ impl Worker {
             });
             return;
         };
+        drop(freezing);
         let attempt = self.inner().attempt;
         let aborted = |reason: &str| LinkError::Aborted(reason.to_owned());
         let result = self

@@ -46,6 +46,8 @@ pub(super) struct Snapshot {
     book: Book,
     alive: Vec<Name>,
     opted_out: BTreeSet<Name>,
+    /// Machines of this node with parts elsewhere.
+    spanning: BTreeSet<Name>,
     placed: Vec<(Thing, Name)>,
     nodes: Vec<Thing>,
     /// Minute of the day, UTC.
@@ -58,6 +60,7 @@ impl Snapshot {
         followed: &Followed,
         placements: &Placements,
         nodes: &[Name],
+        spanning: BTreeSet<Name>,
         now_unix_ms: u64,
     ) -> Self {
         let book = followed.book();
@@ -78,6 +81,7 @@ impl Snapshot {
             book,
             alive,
             opted_out: placements.opted_out(),
+            spanning,
             placed,
             nodes,
             minute: (now_unix_ms / 60_000 % 1440) as u32,
@@ -133,6 +137,9 @@ impl Bounds for Snapshot {
     fn bound(&self, machine: &Name, target: &Name) -> Option<Bound> {
         if self.opted_out.contains(machine) {
             return Some(Bound::OptedOut);
+        }
+        if self.spanning.contains(machine) {
+            return Some(Bound::Spans);
         }
         if self.book.rules.is_empty() && self.book.drains.is_empty() {
             return None;

@@ -321,7 +321,9 @@ impl Task {
     fn snapshot(&self) -> Snapshot {
         let own = Name::from(self.agent.name.as_str());
         let nodes: Vec<Name> = self.peers.iter().cloned().chain([own]).collect();
-        Snapshot::new(&self.rules, &self.placements, &nodes, unix_ms())
+        let spanning = self.agent.spanning();
+        let spanning = spanning.iter().map(|it| Name::from(it.as_str())).collect();
+        Snapshot::new(&self.rules, &self.placements, &nodes, spanning, unix_ms())
     }
 
     /// Moves a machine away that breaks a rule here, whatever the loads are.

@@ -84,6 +84,21 @@ impl Default for Limits {
     }
 }
 
+/// What a thread does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ThreadInfo {
+    /// Its number.
+    pub tid: u32,
+    /// The part at which it runs.
+    pub part: PartId,
+    /// The part that it moves to, if it does.
+    pub moves_to: Option<PartId>,
+    /// Whether it waits to be woken (`memory.atomic.wait`).
+    pub waits: bool,
+    /// Nanoseconds of CPU time that it used at the home; `None` where that is not known.
+    pub cpu_ns: Option<u64>,
+}
+
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -139,6 +154,9 @@ pub enum MachineError {
     /// No such part.
     #[error("the machine has no part {0}")]
     NoPart(PartId),
+    /// Its members lack memory, or are lost.
+    #[error("a part of the machine cannot have its memory (is its node short of it?)")]
+    Members,
     /// It cannot do without a part yet.
     #[error("{0} thread(s) run at parts that it would not have any more")]
     Away(usize),
@@ -683,7 +701,8 @@ impl Machine {
 
     /// From now on it has members too, which hear what they are to do through `way`;
     /// with `spread` threads that it starts begin where the fewest are. Its memories are
-    /// the home's part of what `crate::coherence` keeps.
+    /// the home's part of what `crate::coherence` keeps. Returns when those of the members
+    /// are as large.
     ///
     /// # Errors
     /// [`MachineError::NotFrozen`]; [`MachineError::Away`] if threads are at members
@@ -703,12 +722,17 @@ impl Machine {
             |thread: &&Thread| !here(thread.place) || !here(thread.seat.unwrap_or(thread.place));
         let away = threads.table.values().filter(stays);
         match away.count() {
-            0 => {
-                self.shared.parts.set(members, way, spread);
-                Ok(())
-            }
-            count => Err(MachineError::Away(count)),
+            0 => self.shared.parts.set(members, way, spread),
+            count => return Err(MachineError::Away(count)),
         }
+        drop(threads);
+        // (A machine that was lost meanwhile ends.)
+        for (number, memory) in (0..).zip(self.shared.memories.iter()) {
+            if !self.shared.parts.open(number, memory.size_bytes()) {
+                return Err(MachineError::Members);
+            }
+        }
+        Ok(())
     }
 
     /// Takes note of what a member says.
@@ -726,6 +750,11 @@ impl Machine {
             inbox.put(from, report);
             signal.wake();
         }
+    }
+
+    /// Its members are lost before it came to depend on them: who waits for them goes on.
+    pub fn lose_members(&self) {
+        self.shared.parts.lose();
     }
 
     /// Ends it since a part of it is lost: nothing comes from members any more.
@@ -763,6 +792,23 @@ impl Machine {
             thread.signal.request();
         }
         Ok(())
+    }
+
+    /// What each of its threads does.
+    pub fn thread_infos(&self) -> Vec<ThreadInfo> {
+        let threads = locked(&self.shared.threads);
+        let waits = locked(&self.shared.waits);
+        let infos = threads.table.iter().map(|(tid, thread)| {
+            let part = thread.seat.unwrap_or(thread.place);
+            ThreadInfo {
+                tid: *tid,
+                part,
+                moves_to: (part != thread.place).then_some(thread.place),
+                waits: waits.has(*tid),
+                cpu_ns: thread.clock.as_ref().and_then(ThreadClock::run_ns),
+            }
+        });
+        infos.collect()
     }
 
     /// Whether threads that it starts begin at all of its parts.

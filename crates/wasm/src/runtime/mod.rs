@@ -29,7 +29,7 @@ mod wait;
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
 pub use host::{Host, HostOutcome, HostThread, ImportKind};
 pub use image::Image;
-pub use machine::{Hold, Limits, Machine, MachineError, Outcome, make_memories};
+pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, make_memories};
 pub use plain::run_plain;
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES};
 pub use signal::Signal;

@@ -48,6 +48,11 @@ impl WaitQueues {
         self.woken.contains(&tid)
     }
 
+    /// Whether a thread is in a queue.
+    pub fn has(&self, tid: u32) -> bool {
+        self.queues.values().any(|queue| queue.contains(&tid))
+    }
+
     /// Takes a thread out of its queue: its time is over.
     pub fn leave(&mut self, memory: u32, address: u64, tid: u32) {
         if let Some(queue) = self.queues.get_mut(&(memory, address)) {

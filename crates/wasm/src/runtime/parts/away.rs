@@ -73,6 +73,7 @@ impl Parts {
         let mut inner = locked(&self.inner);
         inner.members = members;
         inner.spread = spread;
+        inner.lost = false;
         inner.way = way;
         self.changed.notify_all();
     }

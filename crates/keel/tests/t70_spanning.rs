@@ -1,0 +1,276 @@
+//! Machines with parts on several nodes, in clusters of real processes: they compute what
+//! they compute alone while parts come and go and threads move; a lost part ends them by
+//! name, and nothing is left of them anywhere.
+
+use keel_api::{MachineInfo, PartsInfo};
+use keel_machine::restart::Restart;
+use keel_testkit::{Guest, LocalCluster, wait_for};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+const NODES: [&str; 3] = ["a", "b", "c"];
+
+fn guest(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
+    std::fs::read(path).expect("a prebuilt guest")
+}
+
+struct Bench {
+    cluster: LocalCluster,
+    folder: PathBuf,
+}
+
+impl Bench {
+    async fn new(folder: &Path) -> Self {
+        let cluster = LocalCluster::start(Path::new(KEEL), folder, &NODES).await;
+        Bench {
+            cluster: cluster.expect("a cluster"),
+            folder: folder.to_owned(),
+        }
+    }
+
+    /// Whether it succeeded, and all that it said.
+    fn keel(&self, args: &[&str]) -> (bool, String) {
+        let output = Command::new(KEEL)
+            .arg("--state-dir")
+            .arg(self.folder.join("a"))
+            .args(args)
+            .output()
+            .expect("keel runs");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (
+            output.status.success(),
+            text(&output.stdout) + &text(&output.stderr),
+        )
+    }
+
+    fn does(&self, args: &[&str]) -> String {
+        let (done, text) = self.keel(args);
+        assert!(done, "{args:?}: {text}");
+        text
+    }
+
+    fn fails(&self, args: &[&str], with: &str) {
+        let (done, text) = self.keel(args);
+        assert!(!done && text.contains(with), "{args:?}: {text}");
+    }
+
+    fn parts(&self, machine: &str) -> PartsInfo {
+        let text = self.does(&["-o", "json", "parts", machine]);
+        let parts: Vec<keel_api::PartInfo> = serde_json::from_str(&text).expect("JSON");
+        let text = self.does(&["-o", "json", "threads", machine]);
+        PartsInfo {
+            parts,
+            threads: serde_json::from_str(&text).expect("JSON"),
+            waits: Vec::new(),
+            stood_micros: None,
+        }
+    }
+
+    async fn inspect(&self, machine: &str) -> MachineInfo {
+        let info = self.cluster.inspect("a", machine).await;
+        info.expect("info")
+    }
+
+    /// Until no process of a part is left anywhere.
+    async fn no_parts(&self) {
+        wait_for("no part is left", || async {
+            let left = NODES.iter().map(|node| self.cluster.parts_of(node));
+            (left.sum::<usize>() == 0).then_some(())
+        })
+        .await
+        .expect("none");
+    }
+}
+
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir();
+    folder.expect("a folder")
+}
+
+/// Until it runs.
+async fn run(bench: &Bench, guest: &Guest<'_>) {
+    bench.cluster.run(guest).await.expect("it is scheduled");
+    wait_for("it runs", || async {
+        (bench.inspect(guest.name).await.status == "running").then_some(())
+    })
+    .await
+    .expect("it runs");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_spans_nodes_while_it_runs() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("threads");
+    let args = ["6", "250000"];
+    run(&bench, &Guest::new("alone", "b", &module, &args)).await;
+    run(&bench, &Guest::new("spread", "a", &module, &args)).await;
+    let mut rng = SmallRng::seed_from_u64(9);
+    let mut moves = 0;
+    // Its home is named or not; two parts on one node; then another home.
+    for nodes in ["a,b,c", "b,c", "a,a,b"] {
+        let said = bench.does(&["span", "spread", "--nodes", nodes]);
+        assert!(said.contains("stood still"), "{said}");
+        let parts = bench.parts("spread").parts;
+        assert_eq!(parts.len(), 3, "{parts:?}");
+        assert_eq!(parts[0].node, "a");
+        for _ in 0..12 {
+            let tid = rng.random_range(0..7_u32);
+            let to = &parts[rng.random_range(0..3)].node;
+            let thread = format!("spread/thread/{tid}");
+            bench.does(&["move", &thread, "--to", to]);
+            moves += 1;
+        }
+        let said = bench.does(&["unspan", "spread"]);
+        assert!(said.contains("on a alone"), "{said}");
+        let now = bench.parts("spread");
+        assert_eq!(now.parts.len(), 1);
+        assert!(now.threads.iter().all(|thread| thread.node == "a"));
+        bench.no_parts().await;
+    }
+    assert_eq!(moves, 36);
+    assert_eq!(bench.inspect("spread").await.status, "running");
+    // It moves as any, and spans from where it is then.
+    bench.does(&["move", "spread", "--to", "c"]);
+    bench.does(&["span", "spread", "--nodes", "a,b,c"]);
+    assert_eq!(bench.parts("spread").parts[0].node, "c");
+    // The agent of its home is another one: the machine spans on, and is known to.
+    bench.cluster.kill_agent("c").expect("an agent");
+    bench.cluster.wait_alive("c").await.expect("it is back");
+    wait_for("its parts are told of", || async {
+        let (done, _) = bench.keel(&["parts", "spread"]);
+        done.then_some(())
+    })
+    .await
+    .expect("parts");
+    bench.does(&["move", "spread/thread/1", "--to", "a"]);
+    bench.does(&["unspan", "spread"]);
+    for machine in ["spread", "alone"] {
+        let info = bench.cluster.wait_end("a", machine).await.expect("its end");
+        assert_eq!(info.status, "exited (0)", "{info:?}");
+    }
+    let outputs = [
+        bench.cluster.output("c", "spread").await.expect("output"),
+        bench.cluster.output("b", "alone").await.expect("output"),
+    ];
+    assert_eq!(outputs[0], outputs[1]);
+    let events = bench.does(&["events", "spread"]);
+    assert!(
+        events.contains("machine-spans") && events.contains("machine-alone"),
+        "{events}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_is_said() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("threads");
+    run(&bench, &Guest::new("m", "a", &module, &["2", "4000000"])).await;
+    for (args, with) in [
+        (&["span", "m", "--nodes", "a"][..], "name other nodes"),
+        (&["span", "m", "--nodes", "x"], "no node"),
+        (&["span", "m", "--nodes", "A b"], "not valid"),
+        (&["span", "nothing", "--nodes", "b"], "no machine"),
+        (&["unspan", "m"], "on one node already"),
+        (&["move", "m/thread/1", "--to", "b"], "no part on"),
+        (&["move", "m/thread/one", "--to", "b"], "no number"),
+        (&["move", "m/threads", "--to", "b"], "can be moved"),
+        (
+            &["move", "m/thread/1", "--to", "b", "--dry-run"],
+            "whole machines",
+        ),
+    ] {
+        bench.fails(args, with);
+    }
+    bench.does(&["span", "m", "--nodes", "b"]);
+    for (args, with) in [
+        (&["span", "m", "--nodes", "c"][..], "keel unspan"),
+        (&["move", "m", "--to", "c"], "keel unspan"),
+        (&["checkpoint", "m"], "keel unspan"),
+        (&["set", "m", "--memory", "1G"], "keel unspan"),
+        (&["set", "m", "--cpu", "0.5"], "keel unspan"),
+        (&["move", "m/thread/99", "--to", "b"], "no thread 99"),
+        (&["move", "m/thread/1", "--to", "c"], "no part on"),
+    ] {
+        bench.fails(args, with);
+    }
+    // It went on all the time, as it is, and ends with all its parts.
+    assert_eq!(bench.parts("m").parts.len(), 2);
+    assert_eq!(bench.cluster.parts_of("b"), 1);
+    bench.does(&["stop", "m"]);
+    bench.no_parts().await;
+    assert_eq!(bench.inspect("m").await.status, "stopped");
+    // A limit of its CPU time is kept on one node.
+    run(&bench, &Guest::new("n", "a", &module, &["2", "4000000"])).await;
+    bench.does(&["set", "n", "--cpu", "0.5"]);
+    bench.fails(&["span", "n", "--nodes", "b"], "--cpu none");
+    bench.no_parts().await;
+    assert_eq!(bench.inspect("n").await.status, "running");
+    bench.does(&["kill", "n"]);
+}
+
+/// Whatever part is lost, at whatever moment: the machine ends by the name of what was
+/// lost, begins anew where that is its policy, and no process is left behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_part_is_the_machines_end() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("threads");
+    let args = ["4", "4000000"];
+    run(&bench, &Guest::new("m", "a", &module, &args)).await;
+    bench.does(&["span", "m", "--nodes", "b,c"]);
+    bench.does(&["move", "m/thread/1", "--to", "c"]);
+    assert_eq!(bench.cluster.kill_parts("c"), 1);
+    let info = bench.cluster.wait_end("a", "m").await.expect("its end");
+    assert_eq!(info.status, "failed");
+    let message = info.message.unwrap_or_default();
+    assert!(
+        message.contains("part 2 is lost") && message.contains("node c"),
+        "{message}"
+    );
+    bench.no_parts().await;
+    // Its home: what was elsewhere goes with it.
+    let mut again = Guest::new("again", "a", &module, &args);
+    again.restart = Restart::OnFailure;
+    run(&bench, &again).await;
+    bench.does(&["span", "again", "--nodes", "b,c"]);
+    bench.cluster.kill_worker("a", "again").expect("a worker");
+    bench.no_parts().await;
+    // It begins anew; and once more, when a member stands still while it is to span.
+    wait_for("it runs again", || async {
+        let info = bench.inspect("again").await;
+        (info.status == "running" && info.restarts == 1).then_some(())
+    })
+    .await
+    .expect("it runs");
+    bench.cluster.stop_agent("c", true).expect("an agent");
+    let spans = async {
+        let folder = bench.folder.clone();
+        tokio::task::spawn_blocking(move || {
+            Command::new(KEEL)
+                .arg("--state-dir")
+                .arg(folder.join("a"))
+                .args(["span", "again", "--nodes", "b,c"])
+                .output()
+        })
+        .await
+    };
+    let wakes = async {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        bench.cluster.wake("c");
+    };
+    let (spans, ()) = tokio::join!(spans, wakes);
+    // (It may have waited, or have given that node up; it is whole in both cases.)
+    let spans = spans.expect("a task").expect("keel runs").status.success();
+    let parts = bench.parts("again").parts.len();
+    assert_eq!(parts, if spans { 3 } else { 1 });
+    assert_eq!(bench.inspect("again").await.status, "running");
+    bench.does(&["stop", "again"]);
+    bench.no_parts().await;
+}

@@ -1,0 +1,192 @@
+//! How parts find each other: each listens once for each other one, says where and under
+//! which certificate, and once all know that of all, each dials and is dialled.
+
+use super::peer::{Ends, Hello, PeerError};
+use keel_cluster::{Epoch, MachineName};
+use keel_net::{ClientTls, Fingerprint, PinnedIdentity, ServerTls, TlsError};
+use keel_wasm::coherence::{PartId, PartSet};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::time::Duration;
+
+/// Why parts do not meet.
+#[derive(Debug, thiserror::Error)]
+pub enum MeetError {
+    /// No certificate.
+    #[error("no certificate for a part: {0}")]
+    Tls(#[from] TlsError),
+    /// It does not listen.
+    #[error("a part cannot listen on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not reached.
+    #[error("part {part} is not reached at {address}: {source}")]
+    Dial {
+        /// Which.
+        part: PartId,
+        /// Where.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It did not dial.
+    #[error("part {part} did not connect within {patience:?}")]
+    NobodyCame {
+        /// Which.
+        part: PartId,
+        /// How long it was waited for.
+        patience: Duration,
+    },
+    /// It is not one of them.
+    #[error("part {0} was not told where this one listens")]
+    Unknown(PartId),
+    /// What was said.
+    #[error("part {part}: {source}")]
+    Peer {
+        /// Which.
+        part: PartId,
+        /// Why.
+        source: PeerError,
+    },
+}
+
+/// Where a part can be met.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Its certificate.
+    pub fingerprint: Fingerprint,
+    /// For each other part: `address:port`.
+    pub addresses: BTreeMap<PartId, String>,
+}
+
+/// A part that is ready to meet the others.
+#[derive(Debug)]
+pub struct Meeting {
+    me: PartId,
+    identity: PinnedIdentity,
+    listeners: BTreeMap<PartId, TcpListener>,
+}
+
+impl Meeting {
+    /// Listens on an address (without port); where the others find it.
+    ///
+    /// # Errors
+    /// [`MeetError`].
+    pub fn open(me: PartId, others: PartSet, address: &str) -> Result<(Self, Place), MeetError> {
+        let identity = PinnedIdentity::generate()?;
+        let fail = |source| MeetError::Listen {
+            address: address.to_owned(),
+            source,
+        };
+        let (mut listeners, mut addresses) = (BTreeMap::new(), BTreeMap::new());
+        for other in others.iter() {
+            let listener = TcpListener::bind((address, 0)).map_err(fail)?;
+            listener.set_nonblocking(true).map_err(fail)?;
+            let bound = listener.local_addr().map_err(fail)?;
+            addresses.insert(other, bound.to_string());
+            listeners.insert(other, listener);
+        }
+        let place = Place {
+            fingerprint: identity.fingerprint,
+            addresses,
+        };
+        let meeting = Meeting {
+            me,
+            identity,
+            listeners,
+        };
+        Ok((meeting, place))
+    }
+
+    /// Meets all others, which do the same at this time.
+    ///
+    /// # Errors
+    /// [`MeetError`], of the first that is not met.
+    pub fn meet(
+        self,
+        machine: &MachineName,
+        epoch: Epoch,
+        places: &BTreeMap<PartId, Place>,
+        patience: Duration,
+    ) -> Result<BTreeMap<PartId, Ends>, MeetError> {
+        let Meeting {
+            me,
+            identity,
+            listeners,
+        } = self;
+        std::thread::scope(|scope| {
+            let identity = &identity;
+            // All at once, as each waits for the other.
+            let meeting: Vec<_> = listeners
+                .into_iter()
+                .map(|(other, listener)| {
+                    scope.spawn(move || {
+                        let place = places.get(&other).ok_or(MeetError::Unknown(other))?;
+                        let address = place.addresses.get(&me).ok_or(MeetError::Unknown(other))?;
+                        let out = dial(other, address, patience)?;
+                        let heard = accept(other, &listener, patience)?;
+                        let client = ClientTls::pinned(identity, place.fingerprint)?;
+                        let server = ServerTls::pinned(identity, place.fingerprint)?;
+                        let hello = Hello::new(machine.clone(), epoch, me, other);
+                        let ends = Ends::greet((out, &client), (heard, &server), &hello).map_err(
+                            |source| MeetError::Peer {
+                                part: other,
+                                source,
+                            },
+                        )?;
+                        Ok((other, ends))
+                    })
+                })
+                .collect();
+            meeting
+                .into_iter()
+                .map(|met| {
+                    met.join()
+                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                })
+                .collect()
+        })
+    }
+}
+
+fn dial(part: PartId, address: &str, patience: Duration) -> Result<TcpStream, MeetError> {
+    let fail = |source| MeetError::Dial {
+        part,
+        address: address.to_owned(),
+        source,
+    };
+    let mut found = address.to_socket_addrs().map_err(fail)?;
+    let socket = found
+        .next()
+        .ok_or_else(|| fail(std::io::ErrorKind::NotFound.into()))?;
+    TcpStream::connect_timeout(&socket, patience).map_err(fail)
+}
+
+fn accept(
+    part: PartId,
+    listener: &TcpListener,
+    patience: Duration,
+) -> Result<TcpStream, MeetError> {
+    let timeout = Timespec {
+        tv_sec: patience.as_secs() as i64,
+        tv_nsec: patience.subsec_nanos().into(),
+    };
+    let mut ready = [PollFd::new(listener, PollFlags::IN)];
+    let came = matches!(poll(&mut ready, Some(&timeout)), Ok(1..));
+    let stream = came.then(|| listener.accept().ok()).flatten();
+    let (stream, _) = stream.ok_or(MeetError::NobodyCame { part, patience })?;
+    // (Some systems hand on the listener's mode.)
+    stream
+        .set_nonblocking(false)
+        .map_err(|error| MeetError::Peer {
+            part,
+            source: error.into(),
+        })?;
+    Ok(stream)
+}

@@ -1,0 +1,267 @@
+//! A worker as one of several parts of a machine: the home, which has the machine, or a
+//! member, which has nothing else.
+//!
+//! A member has no effects of its own: what its threads ask of the host the home does. So
+//! it needs no lease and no decision of the store; when it is lost to the home, or the
+//! home to it, it ends.
+
+use super::control::{
+    Join, MeetParts, MoveThread, PartsReport, ReadyPart, Span, State, ThreadReport,
+};
+use super::process::Worker;
+use crate::span::{Home, MeetError, Meeting, MemberPart, Place, SpanError, SpanningError, Spread};
+use keel_cluster::{MachineName, NodeName};
+use keel_net::RpcError;
+use keel_wasm::coherence::PartId;
+use keel_wasm::runtime::Program;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long parts may take to meet.
+const MEET_PATIENCE: Duration = Duration::from_secs(10);
+/// How long threads may take to safepoints.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long threads and pages may take home.
+const HOME_PATIENCE: Duration = Duration::from_secs(120);
+/// What a member's process has for its last words.
+const END_AFTER: Duration = Duration::from_millis(20);
+
+/// What a worker knows of parts.
+#[derive(Default)]
+pub(super) struct Parts {
+    /// Listens for the others.
+    meeting: Option<Meeting>,
+    /// As the home.
+    home: Option<Home>,
+    /// The node of each part, at the home.
+    nodes: BTreeMap<PartId, NodeName>,
+    /// What a member is to be.
+    ready: Option<Ready>,
+    /// As a member.
+    member: Option<Arc<MemberPart>>,
+}
+
+struct Ready {
+    machine: MachineName,
+    program: Arc<Program>,
+    memory_bytes: u64,
+    me: PartId,
+}
+
+impl Parts {
+    /// How many the machine spans; 0 while it is alone.
+    pub(super) fn count(&self) -> u32 {
+        let members = self.home.as_ref().map(Home::members);
+        members.map_or(0, |members| u32::from(members.len()) + 1)
+    }
+
+    /// Why what needs the whole machine cannot be done, if it spans.
+    pub(super) fn refusal(&self) -> Option<String> {
+        self.home.as_ref().map(|_| {
+            let nodes: Vec<String> = self.nodes.values().map(ToString::to_string).collect();
+            format!(
+                "it has parts on {}; `keel unspan` brings them together first",
+                nodes.join(", ")
+            )
+        })
+    }
+
+    /// Ends it with the machine: why, if a part was lost.
+    pub(super) fn end(&mut self) -> Option<String> {
+        let failure = self.home.take()?.failure()?;
+        Some(match &failure {
+            SpanError::Lost { part, .. } => match self.nodes.get(part) {
+                Some(node) => format!("{failure} (node {node})"),
+                None => failure.to_string(),
+            },
+            _ => failure.to_string(),
+        })
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> RpcError {
+    RpcError::failed(error)
+}
+
+impl Worker {
+    /// The home is to meet members.
+    pub(super) fn span_ready(&self, meet: &MeetParts) -> Result<Place, RpcError> {
+        let mut inner = self.inner();
+        if !matches!(*self.state.borrow(), State::Running { .. }) {
+            return Err(failed("no machine runs here"));
+        }
+        if inner.giving_away {
+            return Err(failed("the machine is moving; try again"));
+        }
+        if inner.filler.is_some() || inner.behind.is_some() {
+            return Err(failed("a part of its memory is still to come; try again"));
+        }
+        if let Some(refusal) = inner.parts.refusal() {
+            return Err(failed(refusal));
+        }
+        if inner
+            .spec
+            .as_ref()
+            .is_some_and(|spec| spec.cpu_limit_millis.is_some())
+        {
+            return Err(failed(
+                "it has a limit of its CPU time, which is kept on one node only (`keel set M --cpu none` takes it away)",
+            ));
+        }
+        let (meeting, place) = open(PartId::HOME, meet).map_err(failed)?;
+        inner.parts.meeting = Some(meeting);
+        Ok(place)
+    }
+
+    /// The machine spans from now on. Microseconds that it stood still.
+    pub(super) fn span(&self, span: Span) -> Result<u64, RpcError> {
+        // Neither a move nor a checkpoint begins meanwhile.
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let tracking = self.tracking.try_lock();
+        let Ok(_tracking) = tracking else {
+            return Err(failed("a checkpoint of it is being made; try again"));
+        };
+        let (meeting, machine, name, epoch) = {
+            let mut inner = self.inner();
+            if inner.giving_away || inner.taking.is_some() {
+                return Err(failed("the machine is moving, or being kept; try again"));
+            }
+            // What is known of its writes was known of a memory in the other mode.
+            inner.taker = None;
+            let meeting = inner.parts.meeting.take();
+            match (meeting, &inner.machine, &inner.name) {
+                (Some(meeting), Some(machine), Some(name)) => {
+                    (meeting, machine.clone(), name.clone(), inner.epoch)
+                }
+                _ => return Err(failed("it is not to meet anybody")),
+            }
+        };
+        if epoch != span.join.epoch {
+            return Err(failed("the machine changed meanwhile; try again"));
+        }
+        let program = machine.program();
+        program.prepare_resume().map_err(failed)?;
+        let ends = meeting
+            .meet(&name, epoch, &span.join.places, MEET_PATIENCE)
+            .map_err(failed)?;
+        let how = Spread {
+            spread: span.spread,
+            patience: FREEZE_PATIENCE,
+        };
+        let home = Home::begin(&machine, ends, how).map_err(failed)?;
+        let stood = home.stood();
+        let mut inner = self.inner();
+        inner.parts.nodes = span.nodes;
+        inner.parts.home = Some(home);
+        Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
+    }
+
+    /// The machine is alone again. Microseconds that it stood still.
+    pub(super) fn unspan(&self) -> Result<u64, RpcError> {
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let home = self.inner().parts.home.take();
+        let home = home.ok_or_else(|| failed("the machine is on one node already"))?;
+        match home.alone(HOME_PATIENCE) {
+            Ok(stood) => {
+                self.inner().parts.nodes.clear();
+                Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
+            }
+            Err((home, error)) => {
+                self.inner().parts.home = Some(*home);
+                Err(failed(error))
+            }
+        }
+    }
+
+    /// What parts and threads the machine has.
+    pub(super) fn parts(&self) -> Result<PartsReport, RpcError> {
+        let inner = self.inner();
+        let machine = inner.machine.as_ref();
+        let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
+        let threads = machine.thread_infos().into_iter();
+        Ok(PartsReport {
+            nodes: inner.parts.nodes.clone(),
+            threads: threads
+                .map(|thread| ThreadReport {
+                    tid: thread.tid,
+                    part: thread.part,
+                    moves_to: thread.moves_to,
+                    waits: thread.waits,
+                    cpu_ns: thread.cpu_ns,
+                })
+                .collect(),
+            waits: match &inner.parts.home {
+                Some(home) => home.pages().latency().buckets.to_vec(),
+                None => Vec::new(),
+            },
+        })
+    }
+
+    /// A thread goes on at another part; does not wait for it.
+    pub(super) fn move_thread(&self, thread: MoveThread) -> Result<(), RpcError> {
+        let machine = self.inner().machine.clone();
+        let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
+        machine.move_thread(thread.tid, thread.to).map_err(failed)
+    }
+
+    /// An empty worker is to be a member: compiles, and listens for the others.
+    pub(super) fn part_ready(&self, ready: &ReadyPart) -> Result<Place, RpcError> {
+        if *self.state.borrow() != State::Empty {
+            return Err(RpcError::refused("this worker has a machine already"));
+        }
+        let bytes = std::fs::read(&ready.program)
+            .map_err(|error| failed(format!("{}: {error}", ready.program.display())))?;
+        let program = self.engine.load_instrumented(bytes).map_err(failed)?;
+        self.bound(program.meta().memories.len(), &ready.spec);
+        let (meeting, place) = open(ready.me, &ready.meet).map_err(failed)?;
+        let mut inner = self.inner();
+        inner.parts.meeting = Some(meeting);
+        inner.parts.ready = Some(Ready {
+            machine: ready.machine.clone(),
+            program,
+            memory_bytes: ready.spec.memory_bytes,
+            me: ready.me,
+        });
+        Ok(place)
+    }
+
+    /// The member meets the others and begins. Its process ends with it.
+    pub(super) fn join(self: &Arc<Self>, join: &Join) -> Result<(), RpcError> {
+        let (meeting, ready) = {
+            let mut inner = self.inner();
+            match (inner.parts.meeting.take(), inner.parts.ready.take()) {
+                (Some(meeting), Some(ready)) => (meeting, ready),
+                _ => return Err(RpcError::refused("this worker is to be no part")),
+            }
+        };
+        let begun = meeting
+            .meet(&ready.machine, join.epoch, &join.places, MEET_PATIENCE)
+            .map_err(failed)
+            .and_then(|ends| {
+                MemberPart::begin(ready.program, ready.memory_bytes, ready.me, ends)
+                    .map_err(|error: SpanningError| failed(error))
+            });
+        let member = Arc::new(begun?);
+        self.inner().parts.member = Some(member.clone());
+        std::thread::Builder::new()
+            .name("end".into())
+            .spawn(move || {
+                member.wait();
+                std::thread::sleep(END_AFTER);
+                std::process::exit(0);
+            })
+            .map(drop)
+            .map_err(failed)
+    }
+}
+
+fn open(me: PartId, meet: &MeetParts) -> Result<(Meeting, Place), MeetError> {
+    Meeting::open(me, meet.parts.without(me), &meet.address)
+}

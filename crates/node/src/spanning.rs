@@ -1,0 +1,511 @@
+//! Machines with parts on several nodes: the owner's agent has member workers made, lets
+//! all parts meet, and says to the machine that it spans.
+//!
+//! ```text
+//!   owner's agent                 each member's agent            its worker
+//!       │─── PART ───────────────────▶│ fetches the module           │
+//!       │                             │ starts it ──── PART_READY ──▶│ listens
+//!       │◀──────────────── where ─────│◀─────────────────────────────│
+//!       │ SPAN_READY: the home listens too
+//!       │─── PART_JOIN, all at once, with SPAN to the home ─────────▶│ they meet
+//! ```
+//!
+//! What was begun is undone where anything fails, and the machine goes on alone. Members
+//! end by themselves with their home: an agent that dies leaves nothing to be settled.
+//!
+//! Which parts a machine has its home's worker knows; the store has its owner, as ever.
+
+use crate::agent::Agent;
+use crate::events::Note;
+use crate::operate::OperateError;
+use crate::service::kind as node_kind;
+use crate::workers::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker, is_older};
+use futures::future::{join_all, try_join_all};
+use keel_api::{EventKind, PartInfo, PartsInfo, SpanRequest, ThreadInfo};
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place};
+use keel_machine::spec::Spec;
+use keel_machine::worker::control::{
+    Join, MeetParts, MoveThread, PartsReport, ReadyPart, Report, Span, State, kind, pack, unpack,
+};
+use keel_net::{Fingerprint, RpcError};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long parts may take to meet, and threads to safepoints.
+const SPAN_PATIENCE: Duration = Duration::from_secs(40);
+/// How long threads and pages may take home.
+const UNSPAN_PATIENCE: Duration = Duration::from_secs(150);
+/// How long all of it may take, compiling too.
+pub(crate) const PATIENCE: Duration = COMPILE_PATIENCE;
+/// How long a member's process is waited for at a time.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// What an owner asks of a member's node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct PartOffer {
+    pub(crate) machine: MachineName,
+    #[serde(with = "keel_machine::past::spec_for_others")]
+    pub(crate) spec: Spec,
+    pub(crate) program: Fingerprint,
+    pub(crate) me: PartId,
+    pub(crate) parts: PartSet,
+    /// CPU features that must be here.
+    pub(crate) features: Vec<String>,
+}
+
+/// A member that is ready to meet the others.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ReadyMember {
+    /// Its worker's name on its node.
+    pub(crate) worker: MachineName,
+    pub(crate) place: Place,
+}
+
+/// Which member is to meet whom; without `join` it ends.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct PartJoin {
+    pub(crate) worker: MachineName,
+    pub(crate) join: Option<Join>,
+}
+
+fn text(error: RpcError) -> String {
+    match error {
+        RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } if is_older(&reason) => {
+            OLDER.into()
+        }
+        RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
+        other => other.to_string(),
+    }
+}
+
+// ── a member's node ─────────────────────────────────────────────────────
+
+/// Makes a member's worker.
+pub(crate) async fn ready(
+    agent: &Arc<Agent>,
+    owner: &NodeName,
+    offer: PartOffer,
+) -> Result<ReadyMember, String> {
+    let here = crate::agent::cpu_features();
+    let missing = offer.features.iter().filter(|it| !here.contains(it));
+    let missing: Vec<&str> = missing.map(String::as_str).collect();
+    if !missing.is_empty() {
+        return Err(format!("this node's CPU lacks {}", missing.join(", ")));
+    }
+    let program = crate::service::find_program(agent, owner, &offer.program).await?;
+    let name = format!("part-{:016x}", rand::random::<u64>());
+    let name = MachineName::new(&name).map_err(|error| error.to_string())?;
+    let dir = agent.dir.of_parts();
+    let started = agent.parts.start(&dir, &name, Leftovers::Remove).await;
+    let worker = match started {
+        Ok(worker) => worker,
+        Err(error) => {
+            agent.parts.forget(&dir, &name).await;
+            return Err(error);
+        }
+    };
+    let ready = ReadyPart {
+        machine: offer.machine,
+        spec: offer.spec,
+        program,
+        me: offer.me,
+        meet: MeetParts {
+            parts: offer.parts,
+            address: agent.settings.listen.ip().to_string(),
+        },
+    };
+    match worker.ask(kind::PART_READY, &ready, COMPILE_PATIENCE).await {
+        Ok(place) => {
+            clear_at_end(agent, &name, worker);
+            Ok(ReadyMember {
+                worker: name,
+                place,
+            })
+        }
+        Err(error) => {
+            agent.parts.forget(&dir, &name).await;
+            Err(text(error))
+        }
+    }
+}
+
+/// A member meets the others, or ends.
+pub(crate) async fn join(agent: &Arc<Agent>, request: PartJoin) -> Result<(), String> {
+    let dir = agent.dir.of_parts();
+    let Some(join) = &request.join else {
+        agent.parts.forget(&dir, &request.worker).await;
+        return Ok(());
+    };
+    let worker = agent.parts.get(&request.worker);
+    let worker = worker.ok_or("it has ended, or its node's agent is another one")?;
+    match worker.ask(kind::JOIN, join, SPAN_PATIENCE).await {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            agent.parts.forget(&dir, &request.worker).await;
+            Err(text(error))
+        }
+    }
+}
+
+/// Removes what is left of a member when its process has ended.
+fn clear_at_end(agent: &Arc<Agent>, name: &MachineName, worker: Worker) {
+    let (agent, name) = (agent.clone(), name.clone());
+    tokio::spawn(async move {
+        while !worker.gone_within(LOOK_AGAIN).await {}
+        agent.parts.forget(&agent.dir.of_parts(), &name).await;
+    });
+}
+
+/// Notes for the balancer that a machine spans, until its worker has ended.
+fn mark(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) {
+    agent.spanning().insert(machine.clone());
+    let (agent, machine, worker) = (agent.clone(), machine.clone(), worker.clone());
+    tokio::spawn(async move {
+        while !worker.gone_within(LOOK_AGAIN).await {}
+        agent.spanning().remove(&machine);
+    });
+}
+
+/// Finds the members that an earlier agent of this node made, and the machines that span.
+pub(crate) async fn adopt(agent: &Arc<Agent>) {
+    for machine in agent.workers.names() {
+        let Some(worker) = agent.workers.get(&machine) else {
+            continue;
+        };
+        if matches!(worker.report().await, Ok(report) if report.parts > 0) {
+            mark(agent, &machine, &worker);
+        }
+    }
+    let dir = agent.dir.of_parts();
+    agent.parts.adopt(&dir).await;
+    for name in agent.parts.names() {
+        if let Some(worker) = agent.parts.get(&name) {
+            clear_at_end(agent, &name, worker);
+        }
+    }
+}
+
+// ── the owner ───────────────────────────────────────────────────────────
+
+/// A machine's worker here.
+fn home(agent: &Agent, machine: &MachineName) -> Result<Worker, OperateError> {
+    agent
+        .workers
+        .get(machine)
+        .ok_or_else(|| OperateError::Conflict(format!("machine {machine:?} does not run")))
+}
+
+async fn ask<A: DeserializeOwned>(
+    worker: &Worker,
+    kind: u16,
+    question: &impl Serialize,
+    patience: Duration,
+) -> Result<A, OperateError> {
+    let answer = worker.ask(kind, question, patience).await;
+    answer.map_err(|error| OperateError::Conflict(text(error)))
+}
+
+async fn report(worker: &Worker) -> Result<Report, OperateError> {
+    let report = worker.report().await;
+    report.map_err(|error| OperateError::Away(error.to_string()))
+}
+
+/// The nodes of the members: of all that are named but the owner's, once.
+fn members(agent: &Agent, named: &[String]) -> Result<BTreeMap<PartId, NodeName>, OperateError> {
+    let mut nodes = Vec::new();
+    for name in named {
+        let node = NodeName::new(name).map_err(|error| OperateError::Bad(error.to_string()))?;
+        if !agent.members.contains(&node) {
+            return Err(OperateError::Missing(format!(
+                "there is no node {node:?} (see `keel nodes`)"
+            )));
+        }
+        nodes.push(node);
+    }
+    // One of them is the home itself.
+    if let Some(at) = nodes.iter().position(|node| *node == agent.name) {
+        nodes.remove(at);
+    }
+    if nodes.is_empty() {
+        return Err(OperateError::Bad(format!(
+            "its home is on {}: name other nodes, or that one twice",
+            agent.name
+        )));
+    }
+    let count = nodes.len();
+    let parts = (1..).map_while(PartId::new).zip(nodes);
+    let members: BTreeMap<PartId, NodeName> = parts.collect();
+    match members.len() == count {
+        true => Ok(members),
+        false => Err(OperateError::Bad(format!(
+            "a machine has at most {PARTS_MAX} parts"
+        ))),
+    }
+}
+
+/// Lets a machine that runs here span nodes.
+pub(crate) async fn span(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    request: &SpanRequest,
+) -> Result<PartsInfo, OperateError> {
+    let members = members(agent, &request.nodes)?;
+    // A move, or other limits, would contradict it.
+    let _setting = agent.setting.lock().await;
+    if agent.moves().contains_key(machine) {
+        return Err(OperateError::Conflict(format!(
+            "machine {machine:?} is moving; try again when it is there"
+        )));
+    }
+    let worker = home(agent, machine)?;
+    let found = report(&worker).await?;
+    let State::Running { epoch } = found.state else {
+        return Err(OperateError::Conflict(format!(
+            "machine {machine:?} does not run yet, or is still arriving"
+        )));
+    };
+    let program = found.program.map(Fingerprint);
+    let program = program.ok_or_else(|| OperateError::Conflict("it has no module".into()))?;
+    let spec = crate::record::get(&*agent.store, machine)
+        .await?
+        .record
+        .spec;
+    let parts: PartSet = members
+        .keys()
+        .copied()
+        .collect::<PartSet>()
+        .with(PartId::HOME);
+    let offer = |me: PartId| PartOffer {
+        machine: machine.clone(),
+        spec: spec.clone(),
+        program,
+        me,
+        parts,
+        features: crate::moving::needed_features(),
+    };
+    let offers = members.iter().map(|(part, node)| {
+        let offer = offer(*part);
+        async move {
+            let ready = ready_on(agent, node, offer).await;
+            let ready = ready.map_err(|why| format!("no part on {node}: {why}"));
+            ready.map(|ready| (*part, ready))
+        }
+    });
+    let offered = join_all(offers).await;
+    let mut ready: BTreeMap<PartId, ReadyMember> = BTreeMap::new();
+    let mut refused = None;
+    for outcome in offered {
+        match outcome {
+            Ok((part, member)) => drop(ready.insert(part, member)),
+            Err(why) => refused = refused.or(Some(why)),
+        }
+    }
+    let spans = match refused {
+        Some(why) => Err(OperateError::Conflict(why)),
+        None => meet(agent, &worker, epoch, &members, &ready, !request.here).await,
+    };
+    let stood = match spans {
+        Ok(stood) => stood,
+        Err(error) => {
+            let ends = members.iter().filter_map(|(part, node)| {
+                let member = ready.get(part)?;
+                let request = PartJoin {
+                    worker: member.worker.clone(),
+                    join: None,
+                };
+                Some(join_on(agent, node, request))
+            });
+            // (Who cannot be told ends by itself: it meets nobody.)
+            join_all(ends).await;
+            return Err(error);
+        }
+    };
+    let nodes: Vec<&str> = members.values().map(NodeName::as_str).collect();
+    let what = format!(
+        "spans {} and {}; it stood still for {:.1} ms",
+        agent.name,
+        nodes.join(", "),
+        stood as f64 / 1000.0
+    );
+    mark(agent, machine, &worker);
+    let note = Note::machine(EventKind::MachineSpans, machine, what);
+    agent.events.record(note.under(epoch));
+    let mut info = parts_of(agent, machine).await?;
+    info.stood_micros = Some(stood);
+    Ok(info)
+}
+
+/// All parts meet; microseconds that the machine stood still.
+async fn meet(
+    agent: &Arc<Agent>,
+    worker: &Worker,
+    epoch: Epoch,
+    members: &BTreeMap<PartId, NodeName>,
+    ready: &BTreeMap<PartId, ReadyMember>,
+    spread: bool,
+) -> Result<u64, OperateError> {
+    let parts = members
+        .keys()
+        .copied()
+        .collect::<PartSet>()
+        .with(PartId::HOME);
+    let address = agent.settings.listen.ip().to_string();
+    let own: Place = ask(
+        worker,
+        kind::SPAN_READY,
+        &MeetParts { parts, address },
+        PROMPT,
+    )
+    .await?;
+    let mut places: BTreeMap<PartId, Place> = ready
+        .iter()
+        .map(|(part, it)| (*part, it.place.clone()))
+        .collect();
+    places.insert(PartId::HOME, own);
+    let join = Join { epoch, places };
+    let mut nodes = members.clone();
+    nodes.insert(PartId::HOME, agent.name.clone());
+    let span = Span {
+        join: join.clone(),
+        nodes,
+        spread,
+    };
+    let joins = ready.iter().filter_map(|(part, member)| {
+        let node = members.get(part)?;
+        let request = PartJoin {
+            worker: member.worker.clone(),
+            join: Some(join.clone()),
+        };
+        Some(async move {
+            let joined = join_on(agent, node, request).await;
+            joined.map_err(|why| OperateError::Conflict(format!("no part on {node}: {why}")))
+        })
+    });
+    let (stood, joined) = tokio::join!(
+        ask(worker, kind::SPAN, &span, SPAN_PATIENCE),
+        try_join_all(joins)
+    );
+    // (Whoever did not join is why the home did not begin.)
+    joined?;
+    stood
+}
+
+async fn ready_on(
+    agent: &Arc<Agent>,
+    node: &NodeName,
+    offer: PartOffer,
+) -> Result<ReadyMember, String> {
+    if *node == agent.name {
+        return ready(agent, node, offer).await;
+    }
+    let payload = pack(&offer).map_err(|error| error.to_string())?;
+    let answer = agent
+        .peers
+        .call(node, node_kind::PART, payload, COMPILE_PATIENCE)
+        .await
+        .map_err(text)?;
+    unpack(&answer).map_err(|error| error.to_string())
+}
+
+async fn join_on(agent: &Arc<Agent>, node: &NodeName, request: PartJoin) -> Result<(), String> {
+    if *node == agent.name {
+        return join(agent, request).await;
+    }
+    let payload = pack(&request).map_err(|error| error.to_string())?;
+    let answer = agent
+        .peers
+        .call(node, node_kind::PART_JOIN, payload, SPAN_PATIENCE)
+        .await
+        .map_err(text)?;
+    unpack(&answer).map_err(|error| error.to_string())
+}
+
+/// Brings a machine's threads and pages home.
+pub(crate) async fn unspan(agent: &Arc<Agent>, machine: &MachineName) -> Result<u64, OperateError> {
+    let worker = home(agent, machine)?;
+    let stood: u64 = ask(&worker, kind::UNSPAN, &(), UNSPAN_PATIENCE).await?;
+    agent.spanning().remove(machine);
+    let what = format!(
+        "is on {} alone; it stood still for {:.1} ms",
+        agent.name,
+        stood as f64 / 1000.0
+    );
+    agent
+        .events
+        .record(Note::machine(EventKind::MachineAlone, machine, what));
+    Ok(stood)
+}
+
+/// What parts and threads it has.
+pub(crate) async fn parts_of(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+) -> Result<PartsInfo, OperateError> {
+    let worker = home(agent, machine)?;
+    let report: PartsReport = ask(&worker, kind::PARTS, &(), PROMPT).await?;
+    Ok(info(&report, &agent.name))
+}
+
+fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
+    let mut nodes = report.nodes.clone();
+    nodes.entry(PartId::HOME).or_insert_with(|| home.clone());
+    let node = |part: PartId| nodes.get(&part).map_or("?", NodeName::as_str).to_owned();
+    let parts = nodes.iter().map(|(part, node)| {
+        let threads = report.threads.iter().filter(|it| it.part == *part);
+        PartInfo {
+            part: part.number() as u32,
+            node: node.to_string(),
+            threads: threads.count() as u32,
+        }
+    });
+    let threads = report.threads.iter().map(|thread| ThreadInfo {
+        tid: thread.tid,
+        part: thread.part.number() as u32,
+        node: node(thread.part),
+        state: match (thread.moves_to, thread.waits) {
+            (Some(_), _) => "moving",
+            (None, true) => "waiting",
+            (None, false) => "running",
+        }
+        .into(),
+        cpu_micros: thread.cpu_ns.map(|ns| ns / 1000),
+    });
+    PartsInfo {
+        parts: parts.collect(),
+        threads: threads.collect(),
+        waits: report.waits.clone(),
+        stood_micros: None,
+    }
+}
+
+/// Moves a thread to the part on a node.
+pub(crate) async fn move_thread(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    tid: u32,
+    to: &str,
+) -> Result<(), OperateError> {
+    let worker = home(agent, machine)?;
+    let report: PartsReport = ask(&worker, kind::PARTS, &(), PROMPT).await?;
+    let found = info(&report, &agent.name);
+    // (Of several parts on a node, the one with the fewest threads.)
+    let there = found.parts.iter().filter(|part| part.node == to);
+    let part = there.min_by_key(|part| part.threads);
+    let part = part.and_then(|part| PartId::new(part.part as usize));
+    let part = part.ok_or_else(|| {
+        OperateError::Missing(format!(
+            "machine {machine:?} has no part on {to:?} (`keel parts {machine}` lists them, `keel span` makes them)"
+        ))
+    })?;
+    if !report.threads.iter().any(|thread| thread.tid == tid) {
+        return Err(OperateError::Missing(format!(
+            "machine {machine:?} has no thread {tid} (see `keel threads {machine}`)"
+        )));
+    }
+    let thread = MoveThread { tid, to: part };
+    ask(&worker, kind::MOVE_THREAD, &thread, COMPILE_PATIENCE).await
+}
