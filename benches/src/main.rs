@@ -12,6 +12,7 @@
 //! - `checkpoints`: taking and restoring, beside plain writing and reading
 //! - `qemu`: the pause of a move with a hot loop, beside QEMU's, seen from outside
 //! - `plan`: plans for whole clusters, beside Ganeti's hbal
+//! - `threads`: how long a thread stands still that moves to another part
 //! - `spanning`: pages of a machine that spans, beside plain round trips and streams
 //! - `table`: medians, percentiles, Markdown
 //! - `told`: what was started ends when this is told to end
@@ -31,6 +32,7 @@ mod qemu;
 mod resume;
 mod spanning;
 mod table;
+mod threads;
 mod told;
 
 use anyhow::Result;
@@ -94,6 +96,7 @@ enum What {
     Qemu,
     Plan,
     Spanning,
+    Threads,
 }
 
 fn main() -> Result<()> {
@@ -120,6 +123,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::Spanning) {
         spanning::bench(options.rounds)?;
+    }
+    if wanted(What::Threads) {
+        threads::bench(options.captures)?;
     }
     told::listen()?;
     if wanted(What::Moves) {

@@ -590,7 +590,55 @@ pub struct ThreadInfo {
     pub cpu_micros: Option<u64>,
 }
 
-/// Where a thread is to go on.
+/// A piece of a machine's memory that the same parts hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectInfo {
+    /// Its range ([`object_name`]).
+    pub name: String,
+    /// Bytes, whole pages of 4 KiB.
+    pub bytes: u64,
+    /// The part that has it, or wrote it last.
+    pub part: u32,
+    /// That part's node.
+    pub node: String,
+    /// Nodes of parts that have copies to read.
+    pub readers: Vec<String>,
+    /// How often its pages changed hands so far: how hot it is between parts.
+    pub exchanges: u64,
+}
+
+/// What came of the move of an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectMoved {
+    /// Bytes that have been there: others may have fetched some of them back.
+    pub bytes: u64,
+}
+
+/// How a range of a machine's memory is named: `0x10000-0x20000` from its first byte to
+/// the one behind its last; `1:0x0-0x1000` of another memory than the first.
+pub fn object_name(memory: u32, start: u64, bytes: u64) -> String {
+    let range = format!("{start:#x}-{:#x}", start.saturating_add(bytes));
+    match memory {
+        0 => range,
+        other => format!("{other}:{range}"),
+    }
+}
+
+/// Memory, first byte and bytes of a range as [`object_name`] names it; `None` if it is
+/// none, or empty.
+pub fn object_range(name: &str) -> Option<(u32, u64, u64)> {
+    let (memory, range) = match name.split_once(':') {
+        Some((memory, range)) => (memory.parse().ok()?, range),
+        None => (0, name),
+    };
+    let (start, end) = range.split_once('-')?;
+    let byte = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+    let (start, end) = (byte(start)?, byte(end)?);
+    let bytes = end.checked_sub(start).filter(|bytes| *bytes > 0)?;
+    Some((memory, start, bytes))
+}
+
+/// Where a thread, or an object, is to go on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ThreadMove {
@@ -703,4 +751,28 @@ pub struct Token {
     /// Fingerprint of the cluster's certificate authority, for checking the
     /// server.
     pub authority: String,
+}
+
+#[cfg(test)]
+mod object_tests {
+    use super::*;
+
+    #[test]
+    fn ranges_of_memory_have_names() {
+        for (memory, start, bytes) in [(0, 0x1_0000, 4096), (3, 0, 1), (0, 1 << 40, 1 << 20)] {
+            let name = object_name(memory, start, bytes);
+            assert_eq!(object_range(&name), Some((memory, start, bytes)), "{name}");
+        }
+        for wrong in [
+            "",
+            "0x0",
+            "0-10",
+            "0x10-0x10",
+            "0x20-0x10",
+            "x:0x0-0x1",
+            "cache",
+        ] {
+            assert_eq!(object_range(wrong), None, "{wrong}");
+        }
+    }
 }

@@ -2,6 +2,7 @@
 
 use crate::cluster::Reach;
 use crate::output::{self, Format};
+use crate::parts::{self, Grain, grain_of};
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
@@ -217,7 +218,8 @@ pub(crate) struct LogArgs {
 
 #[derive(clap::Args)]
 pub(crate) struct MoveArgs {
-    /// The machine, or one thread of it: M/thread/NUMBER (see `keel threads`).
+    /// The machine, or one thread of it (M/thread/NUMBER, see `keel threads`), or a piece of
+    /// its memory (M/objects/RANGE, see `keel objects`).
     machine: String,
     /// The node to move it to.
     #[arg(long, value_name = "NODE", required_unless_present = "cancel")]
@@ -571,13 +573,19 @@ pub(crate) async fn rm(reach: &Reach, machines: &[String], force: bool) -> Resul
 
 pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitCode> {
     let client = reach.client()?;
-    if let Some((machine, tid)) = crate::parts::thread_of(&args.machine)? {
-        anyhow::ensure!(
-            !args.dry_run && !args.cancel && !args.post_copy,
-            "--dry-run, --cancel and --post-copy are for moves of whole machines"
-        );
-        let to = args.to.as_deref().unwrap_or_default();
-        return crate::parts::move_thread(&client, machine, tid, to).await;
+    let grain = grain_of(&args.machine)?;
+    anyhow::ensure!(
+        grain == Grain::Machine || !(args.dry_run || args.cancel || args.post_copy),
+        "--dry-run, --cancel and --post-copy are for moves of whole machines"
+    );
+    match (grain, args.to.as_deref()) {
+        (Grain::Thread(machine, tid), Some(to)) => {
+            return parts::move_thread(&client, machine, tid, to).await;
+        }
+        (Grain::Object(machine, range), Some(to)) => {
+            return parts::move_object(&client, machine, range, to).await;
+        }
+        _ => {}
     }
     let path = format!("/v1/machines/{}", args.machine);
     let Some(to) = &args.to else {

@@ -143,8 +143,8 @@ enum Command {
         #[arg(short, long)]
         force: bool,
     },
-    /// Moves a running machine to another node, or one thread of it (M/thread/NUMBER) to
-    /// another part.
+    /// Moves a running machine to another node; or one thread of it (M/thread/NUMBER), or a
+    /// piece of its memory (M/objects/RANGE), to another part.
     Move(machines::MoveArgs),
     /// Gives a running machine with threads parts on several nodes.
     Span(parts::SpanArgs),
@@ -160,6 +160,14 @@ enum Command {
         /// The machine.
         machine: String,
     },
+    /// Lists the memory of a machine with several parts: where each piece is, and how often it
+    /// changed hands.
+    Objects {
+        /// The machine.
+        machine: String,
+    },
+    /// Moves threads and memory of a machine with several parts at random, for testing it.
+    Shake(parts::ShakeArgs),
     /// Shows how loaded the nodes are; shows and changes what the balancer is to do.
     Balance(balance::BalanceArgs),
     /// Empties a node: its machines move to others, and nothing new is placed there.
@@ -338,6 +346,8 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Unspan { machine } => parts::unspan(&reach, &machine).await,
         Command::Parts(args) => parts::parts(&reach, &args).await,
         Command::Threads { machine } => parts::threads(&reach, &machine).await,
+        Command::Objects { machine } => parts::objects(&reach, &machine).await,
+        Command::Shake(args) => parts::shake(&reach, &args).await,
         Command::Balance(args) => balance::balance(&reach, &args).await,
         Command::Drain(args) => plan::drain(&reach, &args).await,
         Command::Undrain { node } => plan::undrain(&reach, &node).await,

@@ -1,11 +1,15 @@
-//! `keel span`, `unspan`, `parts`, `threads`, and `keel move M/thread/T`.
+//! `keel span`, `unspan`, `parts`, `threads`, `objects`, `shake`, and `keel move` of a thread
+//! or a piece of memory.
 
 use crate::cluster::Reach;
 use crate::output;
 use anyhow::{Result, bail};
 use bytes::Bytes;
 use hyper::Method;
-use keel_api::{Client, PartsInfo, SpanRequest, ThreadMove};
+use keel_api::{Client, ClientError, ObjectInfo, ObjectMoved, PartsInfo, SpanRequest, ThreadMove};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{RngExt, SeedableRng};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -131,22 +135,164 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The machine and the thread that `M/thread/T` names; `None` for a machine's name.
-pub(crate) fn thread_of(name: &str) -> Result<Option<(&str, u32)>> {
+/// What of a machine is to move.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Grain<'a> {
+    /// All of it.
+    Machine,
+    /// `M/thread/T`: one thread.
+    Thread(&'a str, u32),
+    /// `M/objects/RANGE`: a piece of its memory.
+    Object(&'a str, &'a str),
+}
+
+/// What a name in `keel move` means.
+pub(crate) fn grain_of(name: &str) -> Result<Grain<'_>> {
     let Some((machine, rest)) = name.split_once('/') else {
-        return Ok(None);
+        return Ok(Grain::Machine);
     };
     match rest.split_once('/') {
         Some(("thread", tid)) => match tid.parse() {
-            Ok(tid) => Ok(Some((machine, tid))),
+            Ok(tid) => Ok(Grain::Thread(machine, tid)),
             Err(_) => {
                 bail!("{name}: {tid:?} is no number of a thread (see `keel threads {machine}`)")
             }
         },
-        _ => {
-            bail!("{name}: a machine, or one thread of it as {machine}/thread/NUMBER, can be moved")
+        Some(("objects", range)) if keel_api::object_range(range).is_some() => {
+            Ok(Grain::Object(machine, range))
         }
+        Some(("objects", range)) => bail!(
+            "{name}: {range:?} is no range of memory, as 0x10000-0x20000 is (see `keel objects {machine}`)"
+        ),
+        _ => bail!(
+            "{name}: a machine, one thread of it as {machine}/thread/NUMBER, or a piece of its memory as {machine}/objects/RANGE can be moved"
+        ),
     }
+}
+
+pub(crate) async fn objects(reach: &Reach, machine: &str) -> Result<ExitCode> {
+    let path = format!("/v1/machines/{machine}/objects");
+    let objects: Vec<ObjectInfo> = reach.client()?.get(&path).await?;
+    output::list(
+        reach.format(),
+        &objects,
+        &["object", "bytes", "node", "part", "readers", "exchanges"],
+        |object| object.name.clone(),
+        |object| {
+            vec![
+                object.name.clone(),
+                output::bytes(object.bytes),
+                object.node.clone(),
+                object.part.to_string(),
+                object.readers.join(","),
+                object.exchanges.to_string(),
+            ]
+        },
+    )?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn order_object(
+    client: &Client,
+    machine: &str,
+    range: &str,
+    to: &str,
+) -> Result<ObjectMoved, ClientError> {
+    let order = ThreadMove { to: to.to_owned() };
+    let path = format!("/v1/machines/{machine}/objects/{range}/move");
+    client.post(&path, &order).await
+}
+
+/// Moves a piece of memory, and waits until it is there.
+pub(crate) async fn move_object(
+    client: &Client,
+    machine: &str,
+    range: &str,
+    to: &str,
+) -> Result<ExitCode> {
+    let begun = Instant::now();
+    let moved = order_object(client, machine, range, to).await?;
+    println!(
+        "{} of {machine} moved to {to} in {:.1} ms",
+        output::bytes(moved.bytes),
+        begun.elapsed().as_secs_f64() * 1000.0
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ShakeArgs {
+    /// The machine; it must have parts on several nodes.
+    machine: String,
+    /// For how long; until it ends without.
+    #[arg(long = "for", value_name = "TIME", value_parser = crate::when::duration)]
+    time: Option<Duration>,
+    /// Moves a second.
+    #[arg(long, value_name = "RATE", default_value_t = 20.0)]
+    rate: f64,
+    /// What they are drawn from.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+/// Pages of a piece of memory that is moved at once, at most.
+const SHAKEN_BYTES: u64 = 64 << 12;
+
+/// Moves threads and pieces of memory of a machine at random: to see that it does not
+/// matter where they are.
+pub(crate) async fn shake(reach: &Reach, args: &ShakeArgs) -> Result<ExitCode> {
+    anyhow::ensure!(
+        args.rate.is_finite() && args.rate > 0.0,
+        "--rate {}: it must be more than 0",
+        args.rate
+    );
+    let (client, machine) = (reach.client()?, &args.machine);
+    let pause = Duration::from_secs_f64((1.0 / args.rate).min(3600.0));
+    let mut random = StdRng::seed_from_u64(args.seed);
+    let begun = Instant::now();
+    let (mut threads, mut objects) = (0_u64, 0_u64);
+    let first: PartsInfo = client.get(&path(machine)).await?;
+    anyhow::ensure!(
+        first.parts.len() > 1,
+        "{machine} is on one node: `keel span {machine} --nodes ...` first"
+    );
+    while args.time.is_none_or(|time| begun.elapsed() < time) {
+        tokio::time::sleep(pause).await;
+        let Ok(info) = client.get::<PartsInfo>(&path(machine)).await else {
+            break;
+        };
+        let (Some(thread), Some(part)) = (
+            info.threads.choose(&mut random),
+            info.parts.choose(&mut random),
+        ) else {
+            break;
+        };
+        // What ended just now, or is in the middle of another move, is no matter.
+        if random.random_bool(0.5) {
+            let order = ThreadMove {
+                to: part.node.clone(),
+            };
+            let path = format!("/v1/machines/{machine}/threads/{}/move", thread.tid);
+            threads += u64::from(client.post::<_, PartsInfo>(&path, &order).await.is_ok());
+            continue;
+        }
+        let path = format!("/v1/machines/{machine}/objects");
+        let Ok(all) = client.get::<Vec<ObjectInfo>>(&path).await else {
+            continue;
+        };
+        let range = all.choose(&mut random).map(|object| object.name.as_str());
+        let Some((memory, start, bytes)) = range.and_then(keel_api::object_range) else {
+            continue;
+        };
+        let name = keel_api::object_name(memory, start, bytes.min(SHAKEN_BYTES));
+        let moved = order_object(&client, machine, &name, &part.node).await;
+        objects += u64::from(moved.is_ok());
+    }
+    println!(
+        "{threads} moves of threads and {objects} of memory in {:.1} s",
+        begun.elapsed().as_secs_f64()
+    );
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Moves a thread, and waits until it is there.
@@ -187,17 +333,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn threads_are_named_by_their_machine() {
-        assert_eq!(thread_of("lines").unwrap(), None);
-        assert_eq!(thread_of("lines/thread/7").unwrap(), Some(("lines", 7)));
+    fn what_moves_is_named_by_its_machine() {
+        assert_eq!(grain_of("lines").unwrap(), Grain::Machine);
+        assert_eq!(grain_of("m/thread/7").unwrap(), Grain::Thread("m", 7));
+        let object = "m/objects/0x1000-0x3000";
+        assert_eq!(
+            grain_of(object).unwrap(),
+            Grain::Object("m", "0x1000-0x3000")
+        );
         for wrong in [
-            "lines/thread",
-            "lines/thread/x",
-            "lines/7",
-            "lines/thread/-1",
+            "m/thread",
+            "m/thread/x",
+            "m/7",
+            "m/thread/-1",
+            "m/objects/cache",
+            "m/objects/0x3000-0x1000",
         ] {
-            let error = thread_of(wrong).unwrap_err().to_string();
-            assert!(error.contains("thread"), "{error}");
+            let error = grain_of(wrong).unwrap_err().to_string();
+            assert!(error.starts_with(wrong), "{error}");
         }
     }
 }

@@ -2,9 +2,9 @@
 //! they compute alone while parts come and go and threads move; a lost part ends them by
 //! name, and nothing is left of them anywhere.
 
-use keel_api::{MachineInfo, PartsInfo};
+use keel_api::{MachineInfo, ObjectInfo, PartsInfo, object_name, object_range};
 use keel_machine::restart::Restart;
-use keel_testkit::{Guest, LocalCluster, wait_for};
+use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::path::{Path, PathBuf};
@@ -181,6 +181,10 @@ async fn what_cannot_be_is_said() {
         (&["move", "m/thread/1", "--to", "b"], "no part on"),
         (&["move", "m/thread/one", "--to", "b"], "no number"),
         (&["move", "m/threads", "--to", "b"], "can be moved"),
+        (&["objects", "m"], "on one node"),
+        (&["shake", "m"], "on one node"),
+        (&["move", "m/objects/cache", "--to", "b"], "no range"),
+        (&["move", "m/objects/0x0-0x1000", "--to", "b"], "no part on"),
         (
             &["move", "m/thread/1", "--to", "b", "--dry-run"],
             "whole machines",
@@ -197,6 +201,16 @@ async fn what_cannot_be_is_said() {
         (&["set", "m", "--cpu", "0.5"], "keel unspan"),
         (&["move", "m/thread/99", "--to", "b"], "no thread 99"),
         (&["move", "m/thread/1", "--to", "c"], "no part on"),
+        (&["move", "m/objects/0x0-0x1000", "--to", "c"], "no part on"),
+        (
+            &["move", "m/objects/0xffff0000-0xffffffff", "--to", "b"],
+            "outside",
+        ),
+        (
+            &["move", "m/objects/7:0x0-0x1000", "--to", "b"],
+            "no memory 7",
+        ),
+        (&["shake", "m", "--rate", "0"], "more than 0"),
     ] {
         bench.fails(args, with);
     }
@@ -213,6 +227,63 @@ async fn what_cannot_be_is_said() {
     bench.no_parts().await;
     assert_eq!(bench.inspect("n").await.status, "running");
     bench.does(&["kill", "n"]);
+}
+
+/// Memory is given away: it is there, and not where it was; and it comes back when it is
+/// used.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_is_given_to_other_nodes() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("writer");
+    // (48 MiB, of which it writes and checks a little all the time.)
+    run(&bench, &Guest::new("m", "a", &module, &["48", "1"])).await;
+    bench.does(&["span", "m", "--nodes", "b"]);
+    let objects = || -> Vec<ObjectInfo> {
+        let text = bench.does(&["-o", "json", "objects", "m"]);
+        serde_json::from_str(&text).expect("JSON")
+    };
+    let on = |node: &str| -> u64 {
+        let all = objects();
+        let there = all.iter().filter(|object| object.node == node);
+        there.map(|object| object.bytes).sum()
+    };
+    wait_for("its memory is there", || async {
+        (on("a") > 48 << 20).then_some(())
+    })
+    .await
+    .expect("memory");
+    let largest = objects().into_iter().max_by_key(|object| object.bytes);
+    let (_, start, bytes) = object_range(&largest.expect("memory").name).expect("a range");
+    assert!(bytes > 40 << 20, "{bytes}");
+    let name = object_name(0, start, 32 << 20);
+    let said = bench.does(&["move", &format!("m/objects/{name}"), "--to", "b"]);
+    assert!(
+        said.contains("32.0 MiB") || said.contains("32.00 MiB"),
+        "{said}"
+    );
+    // (What it writes comes back at once.)
+    let there = on("b");
+    assert!(there > 24 << 20, "{there}");
+    let rss = |node: &str| bench.cluster.memory_of(node);
+    let (home, member) = (rss("a"), rss("b"));
+    assert!(member > 24 << 20, "{member}");
+    assert!(home < 40 << 20, "{home}");
+    let said = bench.does(&["shake", "m", "--for", "3s", "--rate", "40", "--seed", "3"]);
+    assert!(said.contains("moves of threads"), "{said}");
+    bench.does(&["unspan", "m"]);
+    bench.no_parts().await;
+    // It checked all of it meanwhile, and goes on.
+    let output = bench.cluster.output("a", "m").await.expect("output");
+    let lines = check_numbered(&output, 0).expect("none missing");
+    wait_for("it goes on", || async {
+        let output = bench.cluster.output("a", "m").await.ok()?;
+        (check_numbered(&output, 0).ok()? > lines + 3).then_some(())
+    })
+    .await
+    .expect("it goes on");
+    assert_eq!(bench.inspect("m").await.status, "running");
+    bench.does(&["kill", "m"]);
 }
 
 /// Whatever part is lost, at whatever moment: the machine ends by the name of what was

@@ -98,6 +98,11 @@ fn router(agent: Arc<Agent>) -> Router {
             get(parts).post(span).delete(unspan),
         )
         .route("/v1/machines/{name}/threads/{tid}/move", post(move_thread))
+        .route("/v1/machines/{name}/objects", get(objects))
+        .route(
+            "/v1/machines/{name}/objects/{object}/move",
+            post(move_object),
+        )
         .route(
             "/v1/machines/{name}/files",
             get(file::read)
@@ -411,6 +416,34 @@ async fn unspan(State(agent): Shared, Path(name): Path<String>) -> Reply<PartsIn
 async fn parts(State(agent): Shared, Path(name): Path<String>) -> Reply<PartsInfo> {
     let machine = machine_name(&name)?;
     told_parts(&agent, Operation::Parts { machine }).await
+}
+
+async fn objects(
+    State(agent): Shared,
+    Path(name): Path<String>,
+) -> Reply<Vec<keel_api::ObjectInfo>> {
+    let machine = machine_name(&name)?;
+    match operate::anywhere(&agent, Operation::Objects { machine }).await? {
+        Done::Objects(objects) => Ok(Json(objects)),
+        _ => Err(OperateError::Away("its owner answers something else".into()).into()),
+    }
+}
+
+async fn move_object(
+    State(agent): Shared,
+    Path((name, object)): Path<(String, String)>,
+    Json(request): Json<ThreadMove>,
+) -> Reply<keel_api::ObjectMoved> {
+    let machine = machine_name(&name)?;
+    let order = Operation::MoveObject {
+        machine,
+        name: object,
+        to: request.to,
+    };
+    match operate::anywhere(&agent, order).await? {
+        Done::Offset(bytes) => Ok(Json(keel_api::ObjectMoved { bytes })),
+        _ => Err(OperateError::Away("its owner answers something else".into()).into()),
+    }
 }
 
 async fn move_thread(

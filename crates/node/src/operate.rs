@@ -12,8 +12,8 @@ use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterInfo, DryRun, EventKind, MachineInfo, MoveLine,
-    NodeInfo, PartsInfo, RunRequest, SetRequest, SpanRequest, Token, TokenRequest, VolumeInfo,
-    VolumeRequest,
+    NodeInfo, ObjectInfo, PartsInfo, RunRequest, SetRequest, SpanRequest, Token, TokenRequest,
+    VolumeInfo, VolumeRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
@@ -139,6 +139,16 @@ pub(crate) enum Operation {
     Parts {
         machine: MachineName,
     },
+    /// Its memory, by who holds it.
+    Objects {
+        machine: MachineName,
+    },
+    /// A piece of it goes to another part.
+    MoveObject {
+        machine: MachineName,
+        name: String,
+        to: String,
+    },
     /// A thread goes to another one.
     MoveThread {
         machine: MachineName,
@@ -165,6 +175,8 @@ impl Operation {
             | Operation::Span { machine, .. }
             | Operation::Unspan { machine }
             | Operation::Parts { machine }
+            | Operation::Objects { machine }
+            | Operation::MoveObject { machine, .. }
             | Operation::MoveThread { machine, .. }
             | Operation::File { machine, .. }
             | Operation::Report { machine } => machine,
@@ -182,6 +194,7 @@ pub(crate) enum Done {
     Offset(u64),
     File(FileDone),
     Parts(PartsInfo),
+    Objects(Vec<ObjectInfo>),
 }
 
 type Answer = Result<Done, OperateError>;
@@ -252,6 +265,14 @@ pub(crate) async fn here(agent: &Arc<Agent>, operation: Operation) -> Answer {
         Operation::Parts { machine } => crate::spanning::parts_of(agent, &machine)
             .await
             .map(Done::Parts),
+        Operation::Objects { machine } => crate::spanning::objects(agent, &machine)
+            .await
+            .map(Done::Objects),
+        Operation::MoveObject { machine, name, to } => {
+            crate::spanning::move_object(agent, &machine, &name, &to)
+                .await
+                .map(Done::Offset)
+        }
         Operation::MoveThread { machine, tid, to } => {
             crate::spanning::move_thread(agent, &machine, tid, &to).await?;
             Ok(Done::Nothing)

@@ -21,12 +21,13 @@ use crate::operate::OperateError;
 use crate::service::kind as node_kind;
 use crate::workers::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker, is_older};
 use futures::future::{join_all, try_join_all};
-use keel_api::{EventKind, PartInfo, PartsInfo, SpanRequest, ThreadInfo};
+use keel_api::{EventKind, ObjectInfo, PartInfo, PartsInfo, SpanRequest, ThreadInfo};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place};
 use keel_machine::spec::Spec;
 use keel_machine::worker::control::{
-    Join, MeetParts, MoveThread, PartsReport, ReadyPart, Report, Span, State, kind, pack, unpack,
+    Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Report, Span,
+    State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
 use serde::de::DeserializeOwned;
@@ -482,6 +483,66 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
     }
 }
 
+/// Its memory in pieces, by who holds them.
+pub(crate) async fn objects(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+) -> Result<Vec<ObjectInfo>, OperateError> {
+    let worker = home(agent, machine)?;
+    let report: PartsReport = ask(&worker, kind::PARTS, &(), PROMPT).await?;
+    let objects: Vec<ObjectReport> = ask(&worker, kind::OBJECTS, &(), PROMPT).await?;
+    let node = |part: PartId| {
+        let node = report.nodes.get(&part);
+        node.map_or_else(|| "?".to_owned(), ToString::to_string)
+    };
+    let info = |object: ObjectReport| ObjectInfo {
+        name: keel_api::object_name(object.memory, object.start, object.bytes),
+        bytes: object.bytes,
+        part: object.owner.number() as u32,
+        node: node(object.owner),
+        readers: object.readers.iter().map(node).collect(),
+        exchanges: object.exchanges,
+    };
+    Ok(objects.into_iter().map(info).collect())
+}
+
+/// Brings a piece of memory to the part on a node; bytes that have been there.
+pub(crate) async fn move_object(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    name: &str,
+    to: &str,
+) -> Result<u64, OperateError> {
+    let range = keel_api::object_range(name).ok_or_else(|| {
+        OperateError::Bad(format!(
+            "{name:?} is no range of memory: FIRST-END in hexadecimal bytes, as 0x10000-0x20000 (see `keel objects {machine}`)"
+        ))
+    })?;
+    let (memory, start, bytes) = range;
+    let worker = home(agent, machine)?;
+    let report: PartsReport = ask(&worker, kind::PARTS, &(), PROMPT).await?;
+    let to = part_on(&info(&report, &agent.name), machine, to)?;
+    let object = MoveObject {
+        memory,
+        start,
+        bytes,
+        to,
+    };
+    ask(&worker, kind::MOVE_OBJECT, &object, SPAN_PATIENCE).await
+}
+
+/// The part of a machine on a node; of several the one with the fewest threads.
+fn part_on(found: &PartsInfo, machine: &MachineName, node: &str) -> Result<PartId, OperateError> {
+    let there = found.parts.iter().filter(|part| part.node == node);
+    let part = there.min_by_key(|part| part.threads);
+    let part = part.and_then(|part| PartId::new(part.part as usize));
+    part.ok_or_else(|| {
+        OperateError::Missing(format!(
+            "machine {machine:?} has no part on {node:?} (`keel parts {machine}` lists them, `keel span` makes them)"
+        ))
+    })
+}
+
 /// Moves a thread to the part on a node.
 pub(crate) async fn move_thread(
     agent: &Arc<Agent>,
@@ -491,16 +552,7 @@ pub(crate) async fn move_thread(
 ) -> Result<(), OperateError> {
     let worker = home(agent, machine)?;
     let report: PartsReport = ask(&worker, kind::PARTS, &(), PROMPT).await?;
-    let found = info(&report, &agent.name);
-    // (Of several parts on a node, the one with the fewest threads.)
-    let there = found.parts.iter().filter(|part| part.node == to);
-    let part = there.min_by_key(|part| part.threads);
-    let part = part.and_then(|part| PartId::new(part.part as usize));
-    let part = part.ok_or_else(|| {
-        OperateError::Missing(format!(
-            "machine {machine:?} has no part on {to:?} (`keel parts {machine}` lists them, `keel span` makes them)"
-        ))
-    })?;
+    let part = part_on(&info(&report, &agent.name), machine, to)?;
     if !report.threads.iter().any(|thread| thread.tid == tid) {
         return Err(OperateError::Missing(format!(
             "machine {machine:?} has no thread {tid} (see `keel threads {machine}`)"

@@ -515,6 +515,24 @@ impl LocalCluster {
         })
     }
 
+    /// Bytes of guests' memory that a node's processes have resident: of shared files, as
+    /// the kernel counts it.
+    pub fn memory_of(&self, name: &str) -> u64 {
+        let folder = format!("{}/", self.folder(name).display());
+        let ours = processes().into_iter().filter(|(_, line)| {
+            line.iter().any(|word| word.starts_with(&folder))
+                && line.iter().any(|it| it == "worker")
+        });
+        ours.filter_map(|(pid, _)| {
+            let path = format!("/proc/{}/status", pid.as_raw_nonzero());
+            let status = std::fs::read_to_string(path).ok()?;
+            let line = status.lines().find(|line| line.starts_with("RssShmem:"))?;
+            let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+            Some(kib << 10)
+        })
+        .sum()
+    }
+
     /// Processes on a node that are such parts.
     pub fn parts_of(&self, name: &str) -> usize {
         let folder = self.folder(name).join("parts").display().to_string();

@@ -23,7 +23,7 @@ mod within;
 
 pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 pub use meet::{MeetError, Meeting, Place};
-pub use pages::{BeginError, Latency, Listener, Pages, Setup, SpanError, Teller};
+pub use pages::{BeginError, Latency, Listener, Object, Pages, Setup, SpanError, Teller};
 pub use peer::{Ends, Hello, PeerError};
 pub use threads::{Home, MemberPart, SpanningError, Spread};
 pub use within::{Within, WithinError};

@@ -20,7 +20,7 @@ use super::peer::{Ends, Heard, PeerError, Told};
 use super::spin::Spin;
 use super::wire::{self, PageBytes, Parcel};
 use keel_wasm::coherence::{
-    Access, Coherence, Command, Config, Event, Message, PageId, PartId, PartSet,
+    Access, Coherence, Command, Config, Event, Holders, Message, PageId, PartId, PartSet, Placement,
 };
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES, Spanning, Unavailable};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -103,6 +103,64 @@ pub struct Setup {
     pub hold: Duration,
     /// What the rest of that is drawn from.
     pub seed: u64,
+}
+
+/// A piece of a machine's memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Object {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Its bytes, whole pages.
+    pub range: Range<u64>,
+    /// Who has it: the only one, or the one that wrote it last.
+    pub owner: PartId,
+    /// Who else has copies to read.
+    pub readers: PartSet,
+    /// How often its pages changed hands so far.
+    pub exchanges: u64,
+}
+
+/// What never changed hands is the home's, where it is anywhere.
+fn objects_of<'a>(
+    memory: u32,
+    here: &[Range<u64>],
+    placed: impl Iterator<Item = &'a Placement>,
+) -> Vec<Object> {
+    let home = |range: Range<u64>| Object {
+        memory,
+        range,
+        owner: PartId::HOME,
+        readers: PartSet::default(),
+        exchanges: 0,
+    };
+    let mut objects = Vec::new();
+    // What of `here` lies behind all placements so far.
+    let mut from = 0;
+    let rest = |from: u64, to: u64, objects: &mut Vec<Object>| {
+        let parts = here
+            .iter()
+            .map(|range| range.start.max(from)..range.end.min(to));
+        objects.extend(parts.filter(|range| !range.is_empty()).map(home));
+    };
+    for placement in placed {
+        let start = u64::from(placement.first) * PAGE_BYTES;
+        let end = start + u64::from(placement.pages) * PAGE_BYTES;
+        rest(from, start, &mut objects);
+        from = end;
+        let (owner, readers) = match placement.holders {
+            Holders::Owner(owner) => (owner, PartSet::default()),
+            Holders::Readers { keeper, readers } => (keeper, readers.without(keeper)),
+        };
+        objects.push(Object {
+            memory,
+            range: start..end,
+            owner,
+            readers,
+            exchanges: placement.exchanges,
+        });
+    }
+    rest(from, u64::MAX, &mut objects);
+    objects
 }
 
 /// Who hears what is not about pages. Called on the thread that serves them: it must not
@@ -470,6 +528,68 @@ impl Pages {
     /// Ends it at once: others lose it.
     pub fn die(&self) {
         self.shared.end(SpanError::Ended);
+    }
+
+    /// The memory of the machine in pieces, in rising order, each of which the same parts
+    /// hold; only of the part that was the origin and is the directory of all.
+    ///
+    /// # Errors
+    /// [`SpanError::Memory`].
+    pub fn objects(&self) -> Result<Vec<Object>, SpanError> {
+        let placements = locked(&self.shared.state).coherence.placements();
+        let mut objects = Vec::new();
+        for (number, memory) in (0..).zip(&self.shared.memories) {
+            let here = memory.memory().populated();
+            let here = here.map_err(|error| SpanError::Memory(error.to_string()))?;
+            let placed = placements.iter().filter(|it| it.memory == number);
+            objects.extend(objects_of(number, &here, placed));
+        }
+        Ok(objects)
+    }
+
+    /// Has whole pages brought to a part, and waits until each of them has been there;
+    /// how many bytes have.
+    ///
+    /// # Errors
+    /// As [`Self::move_pages`]; [`SpanError::Slow`] if not even one has been there in time.
+    pub fn move_object(
+        &self,
+        memory: u32,
+        range: Range<u64>,
+        to: PartId,
+        patience: Duration,
+    ) -> Result<u64, SpanError> {
+        self.move_pages(memory, range.clone(), to)?;
+        let deadline = Instant::now().checked_add(patience);
+        let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
+        let mut missing: Vec<u32> = (first..last).filter_map(|it| it.try_into().ok()).collect();
+        let wanted = missing.len() as u64;
+        loop {
+            {
+                let state = locked(&self.shared.state);
+                if let Some(failure) = &state.failure {
+                    return Err(failure.clone());
+                }
+                missing.retain(|number| {
+                    let page = PageId {
+                        memory,
+                        number: *number,
+                    };
+                    match state.coherence.holders(page) {
+                        Some(Holders::Owner(owner)) => owner != to,
+                        Some(Holders::Readers { keeper, .. }) => keeper != to,
+                        None => true,
+                    }
+                });
+            }
+            let there = wanted - missing.len() as u64;
+            let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            match (missing.is_empty() || late, there) {
+                (true, 0) if wanted > 0 => return Err(SpanError::Slow { part: to, patience }),
+                (true, there) => return Ok(there * PAGE_BYTES),
+                (false, _) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
     }
 
     /// Has whole pages brought to a part: of an object, or of what is too much here. Does
@@ -1101,4 +1221,53 @@ fn take_one(counts: &mut HashMap<(PageId, Access), u32>, key: (PageId, Access)) 
         counts.remove(&key);
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_told_piece_by_piece() {
+        let part = |number| PartId::new(number).unwrap();
+        let at = |page: u64| page * PAGE_BYTES;
+        let placed = [
+            Placement {
+                memory: 0,
+                first: 2,
+                pages: 2,
+                holders: Holders::Owner(part(1)),
+                exchanges: 5,
+            },
+            Placement {
+                memory: 0,
+                first: 9,
+                pages: 1,
+                holders: Holders::Readers {
+                    keeper: part(0),
+                    readers: [part(0), part(2)].into_iter().collect(),
+                },
+                exchanges: 1,
+            },
+        ];
+        // (Pages that another part has are not here.)
+        let here = [at(0)..at(2), at(4)..at(6), at(9)..at(12)];
+        let objects = objects_of(0, &here, placed.iter());
+        let told: Vec<_> = objects
+            .iter()
+            .map(|it| {
+                let pages = it.range.start / PAGE_BYTES..it.range.end / PAGE_BYTES;
+                (pages, it.owner.number(), it.readers.len(), it.exchanges)
+            })
+            .collect();
+        let expected = [
+            (0..2, 0, 0, 0),
+            (2..4, 1, 0, 5),
+            (4..6, 0, 0, 0),
+            (9..10, 0, 1, 1),
+            (10..12, 0, 0, 0),
+        ];
+        assert_eq!(told, expected);
+        assert_eq!(objects_of(0, &[], [].iter()), []);
+    }
 }

@@ -15,7 +15,7 @@ use super::peer::Ends;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError};
 use keel_wasm::runtime::parts::{Member, Members, Order, Report};
-use keel_wasm::runtime::{Machine, MachineError, Program, make_memories};
+use keel_wasm::runtime::{Machine, MachineError, Program, Signal, make_memories};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -100,7 +100,7 @@ impl Members for Way {
 #[derive(Debug)]
 pub struct Home {
     machine: Machine,
-    pages: Pages,
+    pages: Arc<Pages>,
     members: PartSet,
     failure: Arc<Mutex<Option<SpanError>>>,
     stood: Duration,
@@ -158,7 +158,7 @@ impl Home {
         machine.thaw()?;
         Ok(Home {
             machine: machine.clone(),
-            pages,
+            pages: Arc::new(pages),
             members,
             failure,
             stood: begun.elapsed(),
@@ -171,7 +171,7 @@ impl Home {
     }
 
     /// Its pages.
-    pub fn pages(&self) -> &Pages {
+    pub fn pages(&self) -> &Arc<Pages> {
         &self.pages
     }
 
@@ -309,7 +309,8 @@ impl MemberPart {
         let member = Member::new(program, memories.clone(), Box::new(report));
         let members = ends.keys().copied().collect::<PartSet>().with(me);
         let setup = setup(me, members.without(PartId::HOME), &memories);
-        let pages = Pages::begin(setup, ends, Arc::new(MemberListener(member.clone())))?;
+        let pages = Pages::begin(setup, ends, Arc::new(MemberListener(member.clone())))
+            .inspect_err(|_| member.end())?;
         // (Nobody else sets it.)
         let _ = teller.set(pages.teller());
         Ok(MemberPart { member, pages })
@@ -318,6 +319,11 @@ impl MemberPart {
     /// Threads that are here.
     pub fn threads(&self) -> Vec<u32> {
         self.member.threads()
+    }
+
+    /// How a thread that is here is asked to come to safepoints.
+    pub fn signal(&self, tid: u32) -> Option<Arc<Signal>> {
+        self.member.signal(tid)
     }
 
     /// Its pages.

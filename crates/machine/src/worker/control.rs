@@ -73,6 +73,10 @@ pub mod kind {
     pub const PARTS: u16 = 0x0425;
     /// [`super::MoveThread`] → `()`.
     pub const MOVE_THREAD: u16 = 0x0426;
+    /// `()` → list of [`super::ObjectReport`].
+    pub const OBJECTS: u16 = 0x0427;
+    /// [`super::MoveObject`] → `u64`, bytes that have been there.
+    pub const MOVE_OBJECT: u16 = 0x0428;
     /// `()` → stream of `Option<String>`: where the machine waits for room on
     /// a disk, the present state first.
     pub const PAUSES: u16 = 0x0410;
@@ -472,6 +476,36 @@ pub struct MoveThread {
     pub tid: u32,
     /// The part.
     pub to: PartId,
+}
+
+/// A set of pages that is to be at another part.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct MoveObject {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Its first byte.
+    pub start: u64,
+    /// How many.
+    pub bytes: u64,
+    /// The part.
+    pub to: PartId,
+}
+
+/// A piece of a machine's memory that the same parts hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectReport {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Its first byte.
+    pub start: u64,
+    /// How many.
+    pub bytes: u64,
+    /// Who has it, or wrote it last.
+    pub owner: PartId,
+    /// Who else has copies to read.
+    pub readers: PartSet,
+    /// How often its pages changed hands so far.
+    pub exchanges: u64,
 }
 
 /// What parts a machine has.

@@ -335,6 +335,15 @@ impl Worker {
                 blocking(move || self.move_thread(thread)).await?;
                 Ok(pack(&())?.into())
             }
+            kind::OBJECTS => {
+                let objects = blocking(move || self.objects()).await?;
+                Ok(pack(&objects)?.into())
+            }
+            kind::MOVE_OBJECT => {
+                let object = unpack(&payload)?;
+                let bytes = blocking(move || self.move_object(object)).await?;
+                Ok(pack(&bytes)?.into())
+            }
             kind::SET => {
                 let spec: Spec = unpack(&payload)?;
                 blocking(move || self.set(spec)).await?;

@@ -6,10 +6,13 @@
 //! home to it, it ends.
 
 use super::control::{
-    Join, MeetParts, MoveThread, PartsReport, ReadyPart, Span, State, ThreadReport,
+    Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Span, State,
+    ThreadReport,
 };
 use super::process::Worker;
-use crate::span::{Home, MeetError, Meeting, MemberPart, Place, SpanError, SpanningError, Spread};
+use crate::span::{
+    Home, MeetError, Meeting, MemberPart, Pages, Place, SpanError, SpanningError, Spread,
+};
 use keel_cluster::{MachineName, NodeName};
 use keel_net::RpcError;
 use keel_wasm::coherence::PartId;
@@ -24,6 +27,8 @@ const MEET_PATIENCE: Duration = Duration::from_secs(10);
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long threads and pages may take home.
 const HOME_PATIENCE: Duration = Duration::from_secs(120);
+/// How long a piece of memory may take to another part.
+const OBJECT_PATIENCE: Duration = Duration::from_secs(20);
 /// What a member's process has for its last words.
 const END_AFTER: Duration = Duration::from_millis(20);
 
@@ -209,6 +214,38 @@ impl Worker {
         let machine = self.inner().machine.clone();
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
         machine.move_thread(thread.tid, thread.to).map_err(failed)
+    }
+
+    /// Its memory in pieces, by who holds them.
+    pub(super) fn objects(&self) -> Result<Vec<ObjectReport>, RpcError> {
+        let pages = self.pages()?;
+        let objects = pages.objects().map_err(failed)?.into_iter();
+        Ok(objects
+            .map(|object| ObjectReport {
+                memory: object.memory,
+                start: object.range.start,
+                bytes: object.range.end - object.range.start,
+                owner: object.owner,
+                readers: object.readers,
+                exchanges: object.exchanges,
+            })
+            .collect())
+    }
+
+    /// Brings a piece of memory to a part; bytes that have been there.
+    pub(super) fn move_object(&self, object: MoveObject) -> Result<u64, RpcError> {
+        let end = object.start.checked_add(object.bytes);
+        let end = end.ok_or_else(|| failed("that is outside of any memory"))?;
+        self.pages()?
+            .move_object(object.memory, object.start..end, object.to, OBJECT_PATIENCE)
+            .map_err(failed)
+    }
+
+    fn pages(&self) -> Result<Arc<Pages>, RpcError> {
+        let inner = self.inner();
+        let home = inner.parts.home.as_ref();
+        let home = home.ok_or_else(|| failed("the machine is on one node (`keel span`)"))?;
+        Ok(home.pages().clone())
     }
 
     /// An empty worker is to be a member: compiles, and listens for the others.

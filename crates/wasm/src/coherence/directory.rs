@@ -2,7 +2,9 @@
 //! where the directories of all others are.
 
 use super::message::{Holders, Message, PageEntry, Request, Txn};
-use super::{Access, Command, Config, Impossible, Out, PageId, PartId, PartSet, Segment};
+use super::{
+    Access, Command, Config, Impossible, Out, PageId, PartId, PartSet, Placement, Segment,
+};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// A page that is not as it was at the beginning.
@@ -71,6 +73,33 @@ impl Directory {
     pub(super) fn is_quiet(&self) -> bool {
         let rests = |entry: &Entry| entry.busy.is_none() && entry.queue.is_empty();
         self.leaving.is_empty() && self.entries.values().all(rests)
+    }
+
+    pub(super) fn placements(&self) -> Vec<Placement> {
+        let mut found: Vec<Placement> = Vec::new();
+        for (page, entry) in &self.entries {
+            if self.of(*page) != self.me {
+                continue;
+            }
+            match found.last_mut() {
+                Some(last)
+                    if last.memory == page.memory
+                        && last.first + last.pages == page.number
+                        && last.holders == entry.holders =>
+                {
+                    last.pages += 1;
+                    last.exchanges += entry.number;
+                }
+                _ => found.push(Placement {
+                    memory: page.memory,
+                    first: page.number,
+                    pages: 1,
+                    holders: entry.holders,
+                    exchanges: entry.number,
+                }),
+            }
+        }
+        found
     }
 
     pub(super) fn holders(&self, page: PageId) -> Option<Holders> {

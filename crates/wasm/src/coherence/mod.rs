@@ -170,6 +170,21 @@ pub struct Segment {
     pub number: u32,
 }
 
+/// Pages in a row that the same parts hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placement {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Number of the first page.
+    pub first: u32,
+    /// How many they are.
+    pub pages: u32,
+    /// Who holds them.
+    pub holders: Holders,
+    /// How often they changed hands so far, all together.
+    pub exchanges: u64,
+}
+
 /// What is done with a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Access {
@@ -401,6 +416,12 @@ impl Coherence {
     /// Who holds a page, if this part is its directory and nothing is under way with it.
     pub fn holders(&self, page: PageId) -> Option<Holders> {
         self.directory.holders(page)
+    }
+
+    /// Where the pages are of which this part is the directory and that have ever changed
+    /// hands, in rising order; all others are where they were at the beginning.
+    pub fn placements(&self) -> Vec<Placement> {
+        self.directory.placements()
     }
 
     /// Takes note of an event at a time; what is to be done about it. `now_micros` never

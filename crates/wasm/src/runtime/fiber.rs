@@ -20,7 +20,7 @@ use super::host::{Exited, Host, HostThread, HostTrap, ThreadContext, host_call, 
 use super::program::{Program, ProgramError};
 use super::signal::Signal;
 use crate::instrument::meta::{self, PREFIX, SlotType};
-use crate::memory::{Control, MemoryError, with_memories};
+use crate::memory::{Control, MemoryError, WASM_PAGE_BYTES, with_memories};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -106,6 +106,8 @@ pub struct Fiber {
     frames: Vec<Frame>,
     pending: Pending,
     restore: Vec<u8>,
+    /// No code has run in it.
+    fresh: bool,
 }
 
 /// The most entries of a table: each thread's instance has its own, 8 bytes
@@ -185,6 +187,7 @@ impl Fiber {
             frames: Vec::new(),
             pending: Pending::Nothing,
             restore: Vec::new(),
+            fresh: true,
         })
     }
 
@@ -320,9 +323,11 @@ impl Fiber {
 
     /// Prepares the control memory for running code.
     fn enter(&mut self) {
+        self.fresh = false;
         let set = |address, value| self.control.word(address).store(value, Ordering::Relaxed);
         set(meta::SAVE_POINTER, meta::SAVE);
         set(meta::REF_POINTER, meta::RESULTS_MAX);
+        self.signal().note_entered();
     }
 
     fn fill_restore_area(
@@ -401,6 +406,7 @@ impl Fiber {
 
     /// Takes over what the code saved on its way out, and what it waits for.
     fn collect(&mut self) -> Result<(), Stop> {
+        self.signal().note_left();
         let end = self
             .control
             .word(meta::SAVE_POINTER)
@@ -488,6 +494,7 @@ impl Fiber {
     /// [`Stop::Trap`] if it does not fit.
     pub fn load(&mut self, state: ThreadState) -> Result<(), Stop> {
         self.enter_whole_module()?;
+        self.see_sizes()?;
         for (at, value) in state.globals.iter().enumerate() {
             let val = self.to_val(*value)?;
             self.globals[at]
@@ -520,6 +527,25 @@ impl Fiber {
         Ok(())
     }
 
+    /// Lets an instance that was made a while ago see how large memories are now: the
+    /// thread may stand behind the call in which it looked.
+    fn see_sizes(&mut self) -> Result<(), Stop> {
+        let memories = self.store.data().thread.memories.clone();
+        for (number, memory) in memories.iter().enumerate() {
+            let name = format!("{PREFIX}m{number}");
+            let Some(own) = self.instance.get_memory(&mut self.store, &name) else {
+                continue;
+            };
+            let pages = memory.size_bytes() / WASM_PAGE_BYTES;
+            let seen = own.size(&self.store);
+            if seen < pages {
+                own.grow(&mut self.store, pages - seen)
+                    .map_err(|error| plain_trap(format!("a memory's size: {error}")))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes this a fresh instance of the whole module, clones included.
     fn enter_whole_module(&mut self) -> Result<(), Stop> {
         if self.clones.is_some() {
@@ -534,6 +560,16 @@ impl Fiber {
             .and_then(|()| Fiber::new(self.program.clone(), host, thread));
         *self = whole.map_err(|error| plain_trap(error.to_string()))?;
         Ok(())
+    }
+
+    /// Whether no code has run in it.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// Gives it to a thread that has not run in it yet.
+    pub(super) fn give_to(&mut self, tid: u32) {
+        self.store.data_mut().thread.tid = tid;
     }
 
     /// How its thread is asked to come to a safepoint.

@@ -794,6 +794,12 @@ impl Machine {
         Ok(())
     }
 
+    /// How a thread is asked to come to safepoints; of one that is away, its home's side.
+    pub fn signal(&self, tid: u32) -> Option<Arc<Signal>> {
+        let threads = locked(&self.shared.threads);
+        threads.table.get(&tid).map(|thread| thread.signal.clone())
+    }
+
     /// What each of its threads does.
     pub fn thread_infos(&self) -> Vec<ThreadInfo> {
         let threads = locked(&self.shared.threads);
@@ -916,6 +922,13 @@ impl Seat {
         }
     }
 
+    fn take_spare(&mut self) -> Option<Box<Fiber>> {
+        match self {
+            Seat::Here(_) => None,
+            Seat::Away(away) => away.take_spare(),
+        }
+    }
+
     fn load(&mut self, state: ThreadState) -> Result<(), Stop> {
         match self {
             Seat::Here(fiber) => fiber.load(state),
@@ -981,8 +994,13 @@ impl Shared {
         Ok(())
     }
 
-    /// What a thread runs in: where it is to be now.
-    fn seat(self: &Arc<Self>, tid: u32, signal: &Arc<Signal>) -> Result<Seat, Stop> {
+    /// What a thread runs in: where it is to be now; `spare` if that is here.
+    fn seat(
+        self: &Arc<Self>,
+        tid: u32,
+        signal: &Arc<Signal>,
+        spare: Option<Box<Fiber>>,
+    ) -> Result<Seat, Stop> {
         let thread = HostThread {
             tid,
             signal: signal.clone(),
@@ -1001,6 +1019,9 @@ impl Shared {
         if let (Some((part, inbox)), Some(way)) = (away, self.parts.way()) {
             let away = Away::new(part, way, program, host, thread, inbox);
             return Ok(Seat::Away(Box::new(away)));
+        }
+        if let Some(spare) = spare {
+            return Ok(Seat::Here(spare));
         }
         let fiber = Fiber::new(program, host, thread).map_err(|error| {
             Stop::Trap(Trap {
@@ -1044,7 +1065,7 @@ impl Shared {
                 vec![Value::I32(tid), Value::I32(arg)],
             ),
         });
-        let mut fiber = self.seat(tid, signal)?;
+        let mut fiber = self.seat(tid, signal, None)?;
         let mut stage = 0;
         if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
             thread.clock = ThreadClock::of_this_thread();
@@ -1096,7 +1117,8 @@ impl Shared {
                                         backtrace: Vec::new(),
                                     })
                                 })?;
-                            fiber = self.seat(tid, signal)?;
+                            let spare = fiber.take_spare();
+                            fiber = self.seat(tid, signal, spare)?;
                             fiber.load(state)?;
                             if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
                                 thread.rests_until = Some(Instant::now() + begun.elapsed());

@@ -5,9 +5,9 @@
 use crate::memory::Control;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::time::{Duration, Instant};
 
 /// One per guest thread; outlives the instances that the thread runs in.
 #[derive(Debug)]
@@ -18,6 +18,15 @@ pub struct Signal {
     control: Mutex<Option<Arc<Control>>>,
     wait: Mutex<()>,
     woken: Condvar,
+    /// When its code was entered and left last: nanoseconds since [`begun`].
+    entered: AtomicU64,
+    left: AtomicU64,
+}
+
+/// What times of this process are counted from.
+fn begun() -> Instant {
+    static BEGUN: OnceLock<Instant> = OnceLock::new();
+    *BEGUN.get_or_init(Instant::now)
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -37,7 +46,28 @@ impl Signal {
             control: Mutex::new(None),
             wait: Mutex::new(()),
             woken: Condvar::new(),
+            entered: AtomicU64::new(0),
+            left: AtomicU64::new(0),
         })
+    }
+
+    /// Its code runs from now on.
+    pub(super) fn note_entered(&self) {
+        let now = u64::try_from(begun().elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.entered.store(now, Ordering::Relaxed);
+    }
+
+    /// Its code was left.
+    pub(super) fn note_left(&self) {
+        let now = u64::try_from(begun().elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.left.store(now, Ordering::Relaxed);
+    }
+
+    /// When its code was entered last and left last at a safepoint, in nanoseconds since
+    /// some moment that is the same in all of this process; 0 for never. For measuring.
+    pub fn ran(&self) -> (u64, u64) {
+        let of = |time: &AtomicU64| time.load(Ordering::Relaxed);
+        (of(&self.entered), of(&self.left))
     }
 
     /// Names the control memory of the instance that the thread now runs in.
@@ -100,9 +130,9 @@ impl Signal {
     /// Whoever makes `done` true calls [`Self::wake`] afterwards.
     pub fn park(&self, timeout: Option<Duration>, done: impl Fn() -> bool) {
         let mut waiting = locked(&self.wait);
-        let end = timeout.map(|timeout| std::time::Instant::now() + timeout);
+        let end = timeout.map(|timeout| Instant::now() + timeout);
         while !done() && !self.is_requested() {
-            match end.map(|end| end.saturating_duration_since(std::time::Instant::now())) {
+            match end.map(|end| end.saturating_duration_since(Instant::now())) {
                 Some(Duration::ZERO) => return,
                 Some(rest) => {
                     waiting = self

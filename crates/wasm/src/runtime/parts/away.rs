@@ -3,7 +3,7 @@
 use super::Members;
 use super::message::{Answer, Entering, Order, Report};
 use crate::coherence::PartId;
-use crate::runtime::fiber::{Run, Stop, Trap};
+use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
 use crate::runtime::frame::{ThreadState, Value};
 use crate::runtime::host::{Host, HostOutcome, HostThread};
 use crate::runtime::machine::locked;
@@ -142,6 +142,8 @@ pub(crate) struct Away {
     state: ThreadState,
     /// The member has it in an instance.
     is_there: bool,
+    /// A fresh instance for when it comes home, made while it runs elsewhere.
+    spare: Option<Box<Fiber>>,
 }
 
 impl Away {
@@ -162,7 +164,13 @@ impl Away {
             inbox,
             state: ThreadState::default(),
             is_there: false,
+            spare: None,
         }
+    }
+
+    /// A fresh instance here, if there is one already.
+    pub(crate) fn take_spare(&mut self) -> Option<Box<Fiber>> {
+        self.spare.take()
     }
 
     /// As [`crate::runtime::Fiber::load`]; takes effect when it is resumed.
@@ -201,6 +209,12 @@ impl Away {
         let tid = self.thread.tid;
         self.is_there = true;
         self.order(&Order::Run { tid, entering });
+        if self.spare.is_none() {
+            let (program, host) = (self.program.clone(), self.host.clone());
+            // (Where there is none to be had it is tried again when it is needed.)
+            let spare = Fiber::new(program, host, self.thread.clone());
+            self.spare = spare.ok().map(Box::new);
+        }
         let mut asked = false;
         let signal = self.thread.signal.clone();
         loop {

@@ -15,14 +15,20 @@ use std::sync::{Arc, Condvar, Mutex};
 
 /// The most threads that a member has: as many as a machine may have.
 const THREADS_MAX: usize = 1 << 16;
+/// OS threads with fresh instances that wait for threads to come: making both takes longer
+/// than all the rest of a move.
+const WARM: usize = 2;
+/// The most of those that are kept when their threads have left.
+const WARM_MAX: usize = 8;
 
 /// What the home wants of one thread, and has not been done.
 enum Wish {
-    Run(Entering),
+    Run(u32, Entering),
     Answer(Answer),
     Leave,
 }
 
+/// An OS thread for a guest's thread.
 struct Visitor {
     signal: Arc<Signal>,
     wishes: Mutex<VecDeque<Wish>>,
@@ -60,6 +66,8 @@ struct Shared {
     memories: Arc<[Arc<GuestMemory>]>,
     report: Box<dyn Fn(Report) + Send + Sync>,
     visitors: Mutex<BTreeMap<u32, Arc<Visitor>>>,
+    /// Those that have no thread, and a fresh instance.
+    idle: Mutex<Vec<Arc<Visitor>>>,
     /// OS threads that still exist.
     launched: Mutex<usize>,
     left: Condvar,
@@ -101,7 +109,7 @@ impl Host for Calls {
             }
             Some(Wish::Answer(Answer::Exit(code))) => HostOutcome::Exit(code),
             Some(Wish::Answer(Answer::Trap(message))) => HostOutcome::Trap(message),
-            Some(Wish::Run(_) | Wish::Leave) => {
+            Some(Wish::Run(..) | Wish::Leave) => {
                 HostOutcome::Trap("the machine's home does not answer what it is asked".into())
             }
             None => HostOutcome::Trap("the machine has ended".into()),
@@ -117,15 +125,23 @@ impl Member {
         memories: Arc<[Arc<GuestMemory>]>,
         report: Box<dyn Fn(Report) + Send + Sync>,
     ) -> Self {
-        Member(Arc::new(Shared {
+        let member = Member(Arc::new(Shared {
             program,
             memories,
             report,
             visitors: Mutex::default(),
+            idle: Mutex::default(),
             launched: Mutex::default(),
             left: Condvar::new(),
             over: AtomicBool::new(false),
-        }))
+        }));
+        for _ in 0..WARM {
+            // (Where there are no threads left, the first one that comes says so.)
+            if let Ok(visitor) = member.launch() {
+                locked(&member.0.idle).push(visitor);
+            }
+        }
+        member
     }
 
     /// Its memories.
@@ -146,7 +162,7 @@ impl Member {
                 Ok(visitor) => {
                     // It stands; what was asked of it before is over.
                     visitor.signal.clear();
-                    visitor.put(Wish::Run(entering));
+                    visitor.put(Wish::Run(tid, entering));
                 }
                 Err(error) => (shared.report)(Report::Stopped {
                     tid,
@@ -195,7 +211,8 @@ impl Member {
     /// and calls of the host have no effect.
     pub fn end(&self) {
         self.0.over.store(true, Ordering::Release);
-        for visitor in locked(&self.0.visitors).values() {
+        let idle = locked(&self.0.idle).clone();
+        for visitor in locked(&self.0.visitors).values().chain(&idle) {
             visitor.signal.request();
             let _waiting = locked(&visitor.wishes);
             visitor.changed.notify_all();
@@ -223,6 +240,16 @@ impl Member {
         if visitors.len() >= THREADS_MAX {
             return Err(std::io::Error::other("there are too many"));
         }
+        let warm = locked(&self.0.idle).pop();
+        let visitor = match warm {
+            Some(visitor) => visitor,
+            None => self.launch()?,
+        };
+        visitors.insert(tid, visitor.clone());
+        Ok(visitor)
+    }
+
+    fn launch(&self) -> std::io::Result<Arc<Visitor>> {
         let visitor = Arc::new(Visitor {
             signal: Arc::new(Signal::new()?),
             wishes: Mutex::default(),
@@ -231,19 +258,26 @@ impl Member {
         let (shared, guest) = (self.0.clone(), visitor.clone());
         *locked(&self.0.launched) += 1;
         let spawned = std::thread::Builder::new()
-            .name(format!("guest-{tid}"))
+            .name("guest".into())
             .stack_size(STACK_BYTES + (1 << 20))
             .spawn(move || {
                 lower_priority(&shared.program);
-                shared.serve(tid, &guest);
+                shared.serve(&guest);
                 shared.gone();
             });
-        if let Err(error) = spawned {
-            self.0.gone();
-            return Err(error);
+        match spawned {
+            Ok(_) => Ok(visitor),
+            Err(error) => {
+                self.0.gone();
+                Err(error)
+            }
         }
-        visitors.insert(tid, visitor.clone());
-        Ok(visitor)
+    }
+
+    /// How a thread that is here is asked to come to safepoints.
+    pub fn signal(&self, tid: u32) -> Option<Arc<Signal>> {
+        let visitors = locked(&self.0.visitors);
+        visitors.get(&tid).map(|visitor| visitor.signal.clone())
     }
 }
 
@@ -253,14 +287,28 @@ impl Shared {
         self.left.notify_all();
     }
 
-    /// A thread's stay.
-    fn serve(self: &Arc<Self>, tid: u32, visitor: &Arc<Visitor>) {
+    /// Threads' stays, one after the other.
+    fn serve(self: &Arc<Self>, visitor: &Arc<Visitor>) {
         let mut fiber = None;
         loop {
-            let entering = match visitor.next(&self.over) {
-                Some(Wish::Run(entering)) => entering,
-                Some(Wish::Leave) | None => return,
+            if fiber.is_none() {
+                // Whoever comes finds it made; where it cannot be, it is told so.
+                fiber = self.fiber(0, visitor).ok();
+            }
+            let (tid, entering) = match visitor.next(&self.over) {
+                Some(Wish::Run(tid, entering)) => (tid, entering),
                 Some(Wish::Answer(_)) => continue,
+                None => return,
+                Some(Wish::Leave) => {
+                    fiber = self.fiber(0, visitor).ok();
+                    visitor.signal.clear();
+                    let mut idle = locked(&self.idle);
+                    if idle.len() >= WARM_MAX {
+                        return;
+                    }
+                    idle.push(visitor.clone());
+                    continue;
+                }
             };
             let report = match self.run(tid, visitor, &mut fiber, entering) {
                 Ok(report) => report,
@@ -278,13 +326,16 @@ impl Shared {
         entering: Entering,
     ) -> Result<Report, Stop> {
         let hash = self.program.hash();
-        if matches!(entering, Entering::Resume { state: Some(_) }) {
+        // A thread's state is loaded where none has run.
+        let is_fresh = fiber.as_ref().is_some_and(Fiber::is_fresh);
+        if matches!(entering, Entering::Resume { state: Some(_) }) && !is_fresh {
             *fiber = None;
         }
         let fiber = match fiber {
             Some(fiber) => fiber,
             none => none.insert(self.fiber(tid, visitor)?),
         };
+        fiber.give_to(tid);
         let run = match entering {
             Entering::Call { export, args } => fiber.call(&export, &args)?,
             Entering::Resume { state } => {

@@ -1,0 +1,110 @@
+//! Threads of a machine that spans: how long one stands still when it moves to another
+//! part and back, and what two parts of one processor each compute beside one of two.
+//!
+//! Both parts are in this process, connected over TLS on loopback as they are between
+//! nodes; the home is the directory. A thread stands from the moment in which its code is
+//! left at one part to that in which it is entered at the other. The other system's
+//! figures are published ones: PM2 75 µs (Antoniu and others, "Generating adaptive
+//! migration policies", 2000s), Nu about 100 µs (Ruan and others, NSDI 2023).
+
+use crate::table::{Table, percentile};
+use anyhow::{Context, Result, ensure};
+use keel_machine::span::{PartId, Spread, Within};
+use keel_wasi::{Config, Wasi};
+use keel_wasm::runtime::{Engine, Limits, Machine, Options};
+use std::time::{Duration, Instant};
+
+/// Moves before any is counted: code and connections are warm then.
+const WARM: usize = 50;
+/// After so long something hangs.
+const LIMIT: Duration = Duration::from_secs(10);
+/// How long a thread runs between two moves.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// A thread that computes, two calls deep, with some locals; the main one waits.
+const GUEST: &str = r#"(module
+    (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
+    (memory (export "memory") 2 2 shared)
+    (func $work (param $x i64) (result i64) (local $i i32)
+        (local.set $i (i32.const 4096))
+        (loop $more
+            (local.set $x (i64.xor (i64.mul (local.get $x) (i64.const 6364136223846793005))
+                (i64.shr_u (local.get $x) (i64.const 29))))
+            (local.set $i (i32.sub (local.get $i) (i32.const 1)))
+            (br_if $more (local.get $i)))
+        (local.get $x))
+    (func (export "wasi_thread_start") (param $tid i32) (param $arg i32) (local $x i64)
+        (local.set $x (i64.const 88172645463325252))
+        (loop $more
+            (local.set $x (call $work (local.get $x)))
+            (br_if $more (i64.ne (local.get $x) (i64.const 0)))))
+    (func (export "_start")
+        (drop (call $spawn (i32.const 0)))
+        (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#;
+
+pub(crate) fn bench(moves: usize) -> Result<()> {
+    let module = wat::parse_str(GUEST)?;
+    let program = Engine::new(Options::default())?.load(&module)?;
+    let limits = Limits::default();
+    let machine = Machine::ready_under(0, program, Wasi::new(Config::default())?, limits)?;
+    let how = Spread {
+        spread: false,
+        patience: LIMIT,
+    };
+    let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;
+    let member = parts.members().first().context("a member")?;
+    let there = PartId::new(1).context("a part")?;
+    let begun = Instant::now();
+    while machine.threads().len() < 2 {
+        ensure!(begun.elapsed() < LIMIT, "its thread does not begin");
+        std::thread::sleep(PAUSE);
+    }
+    let tid = 1;
+    let home_signal = machine.signal(tid).context("its thread")?;
+    let mut there_signal = None;
+    let (mut away, mut home) = (Vec::new(), Vec::new());
+    for turn in 0..2 * (WARM + moves) {
+        std::thread::sleep(PAUSE);
+        let goes = turn % 2 == 0;
+        if !goes {
+            there_signal = member.signal(tid);
+        }
+        let asked = home_signal
+            .ran()
+            .max(there_signal.as_ref().map_or((0, 0), |it| it.ran()));
+        machine.move_thread(tid, if goes { there } else { PartId::HOME })?;
+        let begun = Instant::now();
+        let stood = loop {
+            ensure!(begun.elapsed() < LIMIT, "it does not arrive");
+            std::thread::sleep(Duration::from_micros(300));
+            if goes {
+                there_signal = member.signal(tid);
+            }
+            let Some(there_signal) = &there_signal else {
+                continue;
+            };
+            let (left, entered) = match goes {
+                true => (home_signal.ran().1, there_signal.ran().0),
+                false => (there_signal.ran().1, home_signal.ran().0),
+            };
+            // Both are of this move.
+            if left > asked.0 && entered > left {
+                break entered - left;
+            }
+        };
+        if turn >= 2 * WARM {
+            let stood = stood as f64 / 1000.0;
+            if goes { &mut away } else { &mut home }.push(stood);
+        }
+    }
+    machine.stop();
+    machine.wait(Some(LIMIT)).context("its end")?;
+    let mut table = Table::new(&["a thread stands still", "p50 µs", "p90", "p99", "most"]);
+    for (name, figures) in [("home → member", &mut away), ("member → home", &mut home)] {
+        let mut row = vec![name.to_owned()];
+        row.extend([0.5, 0.9, 0.99, 1.0].map(|share| format!("{:.1}", percentile(figures, share))));
+        table.row(row);
+    }
+    table.print(&format!("Moves of a thread ({moves} each way)"));
+    Ok(())
+}
