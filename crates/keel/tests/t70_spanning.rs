@@ -4,6 +4,7 @@
 
 use keel_api::{MachineInfo, ObjectInfo, PartsInfo, object_name, object_range};
 use keel_machine::restart::Restart;
+use keel_testkit::network::Network;
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -26,7 +27,11 @@ struct Bench {
 
 impl Bench {
     async fn new(folder: &Path) -> Self {
-        let cluster = LocalCluster::start(Path::new(KEEL), folder, &NODES).await;
+        Bench::new_in(folder, None).await
+    }
+
+    async fn new_in(folder: &Path, network: Option<Network>) -> Self {
+        let cluster = LocalCluster::start_in(Path::new(KEEL), folder, &NODES, network).await;
         Bench {
             cluster: cluster.expect("a cluster"),
             folder: folder.to_owned(),
@@ -344,4 +349,32 @@ async fn a_lost_part_is_the_machines_end() {
     assert_eq!(bench.inspect("again").await.status, "running");
     bench.does(&["stop", "again"]);
     bench.no_parts().await;
+}
+
+/// A node is cut off, without a word: both sides notice in time, and end what they have.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_cut_off_is_a_lost_part() {
+    let network = match Network::new(&NODES) {
+        Ok(network) => network,
+        Err(error) => {
+            eprintln!("skipped: no networks can be made here ({error:#})");
+            return;
+        }
+    };
+    let folder = folder();
+    let bench = Bench::new_in(folder.path(), Some(network)).await;
+    let module = guest("threads");
+    run(&bench, &Guest::new("m", "a", &module, &["4", "4000000"])).await;
+    bench.does(&["span", "m", "--nodes", "b,c"]);
+    bench.does(&["move", "m/thread/1", "--to", "c"]);
+    bench.does(&["move", "m/thread/2", "--to", "b"]);
+    let network = bench.cluster.network().expect("a network");
+    network.cut("c", true).expect("it is cut off");
+    let info = bench.cluster.wait_end("a", "m").await.expect("its end");
+    assert_eq!(info.status, "failed");
+    let message = info.message.unwrap_or_default();
+    assert!(message.contains("part 2 is lost"), "{message}");
+    // On the other side, too.
+    bench.no_parts().await;
+    network.cut("c", false).expect("it is joined again");
 }

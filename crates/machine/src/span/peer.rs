@@ -20,6 +20,9 @@ const BATCH_BYTES: usize = 256 << 10;
 /// As many bytes are written at once where there is room: a frame with a page, and some
 /// without.
 const AT_ONCE_BYTES: usize = 8 << 10;
+/// For so long what was said may be unheard: about as long as it takes to see that a part
+/// which is not spoken to is not there.
+const UNHEARD_MS: u32 = 12_000;
 /// How long a part may take to say who it is.
 const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -67,6 +70,10 @@ impl Ends {
         for socket in [&out, &heard] {
             socket.set_nodelay(true)?;
             keep_alive(socket)?;
+            // What is not acknowledged would be sent again for a quarter of an hour, and
+            // nobody asks meanwhile whether the other side is there.
+            rustix::net::sockopt::set_tcp_user_timeout(socket, UNHEARD_MS)
+                .map_err(std::io::Error::from)?;
             socket.set_read_timeout(Some(HELLO_PATIENCE))?;
             socket.set_write_timeout(Some(HELLO_PATIENCE))?;
         }

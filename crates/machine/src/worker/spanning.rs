@@ -16,7 +16,7 @@ use crate::span::{
 use keel_cluster::{MachineName, NodeName};
 use keel_net::RpcError;
 use keel_wasm::coherence::PartId;
-use keel_wasm::runtime::Program;
+use keel_wasm::runtime::{Machine, Program};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -159,9 +159,12 @@ impl Worker {
         };
         let home = Home::begin(&machine, ends, how).map_err(failed)?;
         let stood = home.stood();
-        let mut inner = self.inner();
-        inner.parts.nodes = span.nodes;
-        inner.parts.home = Some(home);
+        {
+            let mut inner = self.inner();
+            inner.parts.nodes = span.nodes;
+            inner.parts.home = Some(home);
+        }
+        self.end_parts_of_ended(&machine)?;
         Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
     }
 
@@ -171,8 +174,18 @@ impl Worker {
             .freezing
             .lock()
             .unwrap_or_else(|error| error.into_inner());
-        let home = self.inner().parts.home.take();
-        let home = home.ok_or_else(|| failed("the machine is on one node already"))?;
+        // (A checkpoint waits: it must not find a machine that is neither.)
+        let _tracking = self
+            .tracking
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let (home, machine) = {
+            let mut inner = self.inner();
+            (inner.parts.home.take(), inner.machine.clone())
+        };
+        let (Some(home), Some(machine)) = (home, machine) else {
+            return Err(failed("the machine is on one node already"));
+        };
         match home.alone(HOME_PATIENCE) {
             Ok(stood) => {
                 self.inner().parts.nodes.clear();
@@ -180,9 +193,23 @@ impl Worker {
             }
             Err((home, error)) => {
                 self.inner().parts.home = Some(*home);
+                self.end_parts_of_ended(&machine)?;
                 Err(failed(error))
             }
         }
+    }
+
+    /// Ends the members of a machine that ended while it came to have them: whoever ended
+    /// the others with it found none.
+    fn end_parts_of_ended(&self, machine: &Machine) -> Result<(), RpcError> {
+        if machine.wait(Some(Duration::ZERO)).is_none() {
+            return Ok(());
+        }
+        let mut parts = std::mem::take(&mut self.inner().parts);
+        let why = parts.end();
+        Err(failed(
+            why.unwrap_or_else(|| "the machine has ended".into()),
+        ))
     }
 
     /// What parts and threads the machine has.
