@@ -262,18 +262,15 @@ async fn memory_is_given_to_other_nodes() {
     let (_, start, bytes) = object_range(&largest.expect("memory").name).expect("a range");
     assert!(bytes > 40 << 20, "{bytes}");
     let name = object_name(0, start, 32 << 20);
-    let said = bench.does(&["move", &format!("m/objects/{name}"), "--to", "b"]);
-    assert!(
-        said.contains("32.0 MiB") || said.contains("32.00 MiB"),
-        "{said}"
-    );
-    // (What it writes comes back at once.)
-    let there = on("b");
-    assert!(there > 24 << 20, "{there}");
     let rss = |node: &str| bench.cluster.memory_of(node);
-    let (home, member) = (rss("a"), rss("b"));
-    assert!(member > 24 << 20, "{member}");
-    assert!(home < 40 << 20, "{home}");
+    let before = rss("a");
+    let said = bench.does(&["move", &format!("m/objects/{name}"), "--to", "b"]);
+    assert!(said.contains("32.0"), "{said}");
+    // (What it writes and checks comes back, page by page.)
+    let (home, member, there) = (rss("a"), rss("b"), on("b"));
+    assert!(there > 1 << 20, "{there}");
+    assert!(member > 1 << 20, "{member}");
+    assert!(home < before, "{home} of {before}");
     let said = bench.does(&["shake", "m", "--for", "3s", "--rate", "40", "--seed", "3"]);
     assert!(said.contains("moves of threads"), "{said}");
     bench.does(&["unspan", "m"]);

@@ -312,6 +312,14 @@ pub(crate) async fn span(
     let stood = match spans {
         Ok(stood) => stood,
         Err(error) => {
+            // It may have begun, with only its answer lost or late: it is alone before its
+            // members are ended. (Mostly it says that it is.)
+            let alone = worker
+                .ask::<_, u64>(kind::UNSPAN, &(), UNSPAN_PATIENCE)
+                .await;
+            if let Err(RpcError::Failed { reason, .. }) = &alone {
+                tracing::debug!(reason, "it did not begin to span");
+            }
             let ends = members.iter().filter_map(|(part, node)| {
                 let member = ready.get(part)?;
                 let request = PartJoin {
@@ -320,7 +328,7 @@ pub(crate) async fn span(
                 };
                 Some(join_on(agent, node, request))
             });
-            // (Who cannot be told ends by itself: it meets nobody.)
+            // (Who cannot be told ends by itself, since it meets nobody in time.)
             join_all(ends).await;
             return Err(error);
         }
@@ -390,9 +398,12 @@ async fn meet(
         ask(worker, kind::SPAN, &span, SPAN_PATIENCE),
         try_join_all(joins)
     );
-    // (Whoever did not join is why the home did not begin.)
-    joined?;
-    stood
+    // Where the home spans all have joined, whatever became of their answers. Else whoever
+    // did not join is why it did not begin.
+    match (stood, joined) {
+        (Ok(stood), _) => Ok(stood),
+        (Err(_), Err(why)) | (Err(why), Ok(_)) => Err(why),
+    }
 }
 
 async fn ready_on(

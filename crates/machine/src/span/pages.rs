@@ -38,6 +38,8 @@ const PAGE: usize = PAGE_BYTES as usize;
 const SLEEP_MAX: Duration = Duration::from_secs(1);
 /// How often the host asks again for a page, unless something comes.
 const ASK_AGAIN: Duration = Duration::from_millis(5);
+/// For how long the answer to a note is looked for without sleeping.
+const ANSWER_MICROS: u64 = 300;
 /// Faults that are taken note of at once.
 const FAULTS_MAX: usize = 64;
 /// Moves of pages that are asked for at once.
@@ -220,6 +222,8 @@ struct Shared {
     sockets: Vec<TcpStream>,
     begun: Instant,
     over: AtomicBool,
+    /// Until when an answer is likely to come, in the time of `now`.
+    awaited: AtomicU64,
     /// The machine goes on when it is over.
     is_alone: AtomicBool,
     buckets: [AtomicU64; BUCKETS],
@@ -265,6 +269,11 @@ impl Teller {
             frames: BTreeMap::from([(to, frames)]),
             ..Work::default()
         };
+        // Whoever hears the answer is awake by then: being woken takes longer than it.
+        let until = shared.now() + ANSWER_MICROS;
+        if shared.awaited.swap(until, Ordering::AcqRel) < shared.now() {
+            shared.ring();
+        }
         shared.say(done, work);
     }
 }
@@ -377,6 +386,7 @@ impl Pages {
             sockets,
             begun: Instant::now(),
             over: AtomicBool::new(false),
+            awaited: AtomicU64::new(0),
             is_alone: AtomicBool::new(false),
             buckets: std::array::from_fn(|_| AtomicU64::new(0)),
             listener,
@@ -518,10 +528,15 @@ impl Pages {
         Ok(())
     }
 
-    /// Ends it where the machine goes on without other parts: all pages are here. Nobody
-    /// is told that it is over.
-    pub fn finish(&self) {
+    /// From now on nobody is told that it is over: the machine does not need other parts
+    /// any more, as all pages are here.
+    pub fn leave_alone(&self) {
         self.shared.is_alone.store(true, Ordering::Release);
+    }
+
+    /// Ends it where the machine goes on without other parts, as [`Self::leave_alone`].
+    pub fn finish(&self) {
+        self.leave_alone();
         self.shared.end(SpanError::Ended);
     }
 
@@ -858,7 +873,7 @@ impl Shared {
             } else if noted {
                 // More may have been decrypted with it, for which no socket wakes anybody.
                 spin.worked();
-            } else if !spin.again()
+            } else if !spin.again(self.awaited.load(Ordering::Acquire) > self.now())
                 && let Err(error) = self.sleep(&hearing, due)
             {
                 return self.end(SpanError::Memory(error.to_string()));

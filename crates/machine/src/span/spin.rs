@@ -42,11 +42,12 @@ impl Spin {
         }
     }
 
-    /// There is nothing to do: whether to look again rather than to sleep.
-    pub(super) fn again(&mut self) -> bool {
+    /// There is nothing to do: whether to look again rather than to sleep. `awaited` says
+    /// that something is about to come.
+    pub(super) fn again(&mut self, awaited: bool) -> bool {
         let now = Instant::now();
         let idle = *self.idle.get_or_insert(now);
-        if now - idle >= self.span {
+        if now - idle >= self.span && !awaited {
             return false;
         }
         if self.looked.is_none_or(|looked| now - looked > LOOK_AGAIN) {

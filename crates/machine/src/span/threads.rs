@@ -150,12 +150,17 @@ impl Home {
         let pages = match spans {
             Ok(pages) => pages,
             Err(error) => {
-                machine.set_members(Vec::new(), None, false)?;
-                machine.thaw()?;
+                let alone = machine.set_members(Vec::new(), None, false);
+                if let Err(why) = alone.and_then(|()| machine.thaw()) {
+                    tracing::warn!(%why, "the machine does not go on alone");
+                }
                 return Err(error);
             }
         };
-        machine.thaw()?;
+        if let Err(error) = machine.thaw() {
+            // (A thread that could not be launched, or it was ended: then it ends with this.)
+            tracing::warn!(%error, "the machine spans");
+        }
         Ok(Home {
             machine: machine.clone(),
             pages: Arc::new(pages),
@@ -192,19 +197,22 @@ impl Home {
     /// it stood still.
     ///
     /// # Errors
-    /// The home, which goes on to span, and why.
+    /// The home, which still has its members and why; nothing goes to them any more, so it
+    /// can only be tried again.
     pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, SpanningError)> {
         match self.try_alone(patience) {
             Ok(begun) => {
+                // First: members that end are no loss any more.
+                self.pages.leave_alone();
                 for part in self.members.iter() {
                     self.pages.teller().note(part, &Order::End.encode());
                 }
-                // (Nobody is told any more that it is over.)
                 self.pages.finish();
-                match self.machine.thaw() {
-                    Ok(()) => Ok(begun.elapsed()),
-                    Err(error) => Err((Box::new(self), error.into())),
+                if let Err(error) = self.machine.thaw() {
+                    // (A thread that could not be launched; all others run.)
+                    tracing::warn!(%error, "the machine is alone again");
                 }
+                Ok(begun.elapsed())
             }
             Err(error) => Err((Box::new(self), error)),
         }
@@ -213,11 +221,13 @@ impl Home {
     /// Until it is frozen, and has nothing elsewhere; since when it stands.
     fn try_alone(&self, patience: Duration) -> Result<Instant, SpanningError> {
         let deadline = Instant::now() + patience;
-        self.machine.set_spread(false);
+        self.machine.let_members_leave();
         loop {
-            let places = self.machine.places();
-            let away = places.iter().filter(|(_, part)| **part != PartId::HOME);
-            let away: Vec<u32> = away.map(|(tid, _)| *tid).collect();
+            // (One that is only on its way to a member stays.)
+            let home = Some(PartId::HOME);
+            let threads = self.machine.thread_infos().into_iter();
+            let away = threads.filter(|it| Some(it.part) != home || it.moves_to.is_some());
+            let away: Vec<u32> = away.map(|it| it.tid).collect();
             if away.is_empty() {
                 break;
             }

@@ -23,6 +23,8 @@ use std::time::Duration;
 
 /// How long parts may take to meet.
 const MEET_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a member waits to be told whom to meet: others may have to compile first.
+const JOIN_PATIENCE: Duration = Duration::from_secs(1900);
 /// How long threads may take to safepoints.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long threads and pages may take home.
@@ -276,7 +278,7 @@ impl Worker {
     }
 
     /// An empty worker is to be a member: compiles, and listens for the others.
-    pub(super) fn part_ready(&self, ready: &ReadyPart) -> Result<Place, RpcError> {
+    pub(super) fn part_ready(self: &Arc<Self>, ready: &ReadyPart) -> Result<Place, RpcError> {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
@@ -293,6 +295,19 @@ impl Worker {
             memory_bytes: ready.spec.memory_bytes,
             me: ready.me,
         });
+        drop(inner);
+        // Whoever wanted it may be gone, and nobody else knows of it.
+        let worker = self.clone();
+        std::thread::Builder::new()
+            .name("unwanted".into())
+            .spawn(move || {
+                std::thread::sleep(JOIN_PATIENCE);
+                if worker.inner().parts.ready.is_some() {
+                    tracing::warn!("nobody let this part join");
+                    std::process::exit(1);
+                }
+            })
+            .map_err(failed)?;
         Ok(place)
     }
 

@@ -243,6 +243,13 @@ impl Directory {
         to: PartId,
         out: &mut Out,
     ) -> Result<(), Impossible> {
+        if self.left.get(&part) == Some(&to) {
+            // Asked again: it is said again when it is done, or at once.
+            if !self.emptying.contains_key(&part) {
+                out.command(Command::Emptied { part });
+            }
+            return Ok(());
+        }
         let goes_on = self.parts.contains(to) && !self.left.contains_key(&to);
         if part == to || part == self.origin || self.left.contains_key(&part) || !goes_on {
             return Err(Impossible(format!("part {part} gives its pages to {to}")));

@@ -157,6 +157,9 @@ pub enum MachineError {
     /// Its members lack memory, or are lost.
     #[error("a part of the machine cannot have its memory (is its node short of it?)")]
     Members,
+    /// Its members are to leave.
+    #[error("the machine is being brought together: nothing goes to other parts any more")]
+    Leaving,
     /// It cannot do without a part yet.
     #[error("{0} thread(s) run at parts that it would not have any more")]
     Away(usize),
@@ -737,8 +740,13 @@ impl Machine {
 
     /// Takes note of what a member says.
     pub fn hear(&self, from: PartId, report: Report) {
-        if let Report::Opened { done, .. } = report {
-            return self.shared.parts.opened(from, done);
+        if let Report::Opened {
+            memory,
+            bytes,
+            done,
+        } = report
+        {
+            return self.shared.parts.opened(from, (memory, bytes), done);
         }
         let Some(tid) = report.tid() else { return };
         let heard = {
@@ -781,16 +789,22 @@ impl Machine {
         if threads.phase == Phase::Ended {
             return Err(MachineError::Ended);
         }
-        if to != PartId::HOME && !shared.parts.members().contains(&to) {
-            return Err(MachineError::NoPart(to));
+        if to != PartId::HOME {
+            if shared.parts.are_leaving() {
+                return Err(MachineError::Leaving);
+            }
+            if !shared.parts.members().contains(&to) {
+                return Err(MachineError::NoPart(to));
+            }
         }
         let thread = threads.table.get_mut(&tid);
         let thread = thread.ok_or(MachineError::NoThread(tid))?;
-        if thread.place != to {
-            thread.place = to;
-            thread.rebuild = true;
-            thread.signal.request();
+        if thread.place == to && thread.seat.is_none_or(|seat| seat == to) {
+            return Ok(());
         }
+        thread.place = to;
+        thread.rebuild = true;
+        thread.signal.request();
         Ok(())
     }
 
@@ -817,9 +831,12 @@ impl Machine {
         infos.collect()
     }
 
-    /// Whether threads that it starts begin at all of its parts.
-    pub fn set_spread(&self, spread: bool) {
-        self.shared.parts.set_spread(spread);
+    /// Nothing goes to its members any more, neither threads that it starts nor any that
+    /// is moved.
+    pub fn let_members_leave(&self) {
+        // (Who moves a thread holds this.)
+        let _threads = locked(&self.shared.threads);
+        self.shared.parts.let_leave();
     }
 
     /// Its threads, and the part at which each runs: one that moves is counted where it
@@ -1078,16 +1095,30 @@ impl Shared {
         let mut run = match state {
             Some(state) => {
                 stage = state.stage as usize;
-                fiber.load(state)?;
-                match self.pause(tid, signal, None) {
-                    Next::Leave => return Ok(false),
-                    Next::GoOn | Next::Rebuild => fiber.resume()?,
+                fiber.load(state.clone())?;
+                loop {
+                    match self.pause(tid, signal, None) {
+                        Next::Leave => return Ok(false),
+                        Next::GoOn => break,
+                        // It is to begin elsewhere.
+                        Next::Rebuild => {
+                            fiber = self.seat(tid, signal, None)?;
+                            fiber.load(state.clone())?;
+                        }
+                    }
                 }
+                fiber.resume()?
             }
-            None => match self.pause(tid, signal, None) {
-                Next::Leave => return Ok(false),
-                Next::GoOn | Next::Rebuild => fiber.call(&stages[0].0, &stages[0].1)?,
-            },
+            None => {
+                loop {
+                    match self.pause(tid, signal, None) {
+                        Next::Leave => return Ok(false),
+                        Next::GoOn => break,
+                        Next::Rebuild => fiber = self.seat(tid, signal, None)?,
+                    }
+                }
+                fiber.call(&stages[0].0, &stages[0].1)?
+            }
         };
         loop {
             run = match run {

@@ -10,6 +10,7 @@ use crate::runtime::machine::locked;
 use crate::runtime::program::Program;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
 /// What a member said of one thread, and nobody has heard.
 #[derive(Debug, Default)]
@@ -51,6 +52,8 @@ impl Inbox {
 /// The parts of a machine.
 #[derive(Default)]
 pub(crate) struct Parts {
+    /// Held while a memory is opened: one at a time.
+    opens: Mutex<()>,
     inner: Mutex<PartsInner>,
     changed: Condvar,
 }
@@ -62,8 +65,11 @@ struct PartsInner {
     members: Vec<PartId>,
     /// New threads begin at all of them.
     spread: bool,
-    /// What came of the last growing, by part.
+    /// What is being opened: memory and bytes.
+    opening: Option<(u32, u64)>,
+    /// What came of it, by part.
     opened: BTreeMap<PartId, bool>,
+    leaving: bool,
     lost: bool,
 }
 
@@ -74,6 +80,7 @@ impl Parts {
         inner.members = members;
         inner.spread = spread;
         inner.lost = false;
+        inner.leaving = false;
         inner.way = way;
         self.changed.notify_all();
     }
@@ -82,8 +89,15 @@ impl Parts {
         locked(&self.inner).members.clone()
     }
 
-    pub(crate) fn set_spread(&self, spread: bool) {
-        locked(&self.inner).spread = spread;
+    /// Members are to leave: nothing goes to them any more.
+    pub(crate) fn let_leave(&self) {
+        let mut inner = locked(&self.inner);
+        inner.spread = false;
+        inner.leaving = true;
+    }
+
+    pub(crate) fn are_leaving(&self) -> bool {
+        locked(&self.inner).leaving
     }
 
     pub(crate) fn spreads(&self) -> bool {
@@ -102,13 +116,14 @@ impl Parts {
     }
 
     /// Makes a memory accessible so far at all members; false if one of them cannot.
-    /// One at a time.
     pub(crate) fn open(&self, memory: u32, bytes: u64) -> bool {
+        let _alone = locked(&self.opens);
         let mut inner = locked(&self.inner);
         let (Some(way), members) = (inner.way.clone(), inner.members.clone()) else {
             return true;
         };
         inner.opened.clear();
+        inner.opening = Some((memory, bytes));
         drop(inner);
         for part in &members {
             way.order(*part, &Order::Open { memory, bytes });
@@ -123,8 +138,11 @@ impl Parts {
         !inner.lost && inner.opened.values().all(|done| *done)
     }
 
-    pub(crate) fn opened(&self, part: PartId, done: bool) {
-        locked(&self.inner).opened.insert(part, done);
+    pub(crate) fn opened(&self, part: PartId, what: (u32, u64), done: bool) {
+        let mut inner = locked(&self.inner);
+        if inner.opening == Some(what) {
+            inner.opened.insert(part, done);
+        }
         self.changed.notify_all();
     }
 }
@@ -228,6 +246,8 @@ impl Away {
                     return Ok(Run::Captured);
                 }
                 match asked {
+                    // It comes at once, unless it is in a call of the host.
+                    true if look_for(|| self.inbox.has_some()) => {}
                     true => signal.wait_for(|| self.inbox.has_some()),
                     false => signal.park(None, || self.inbox.has_some()),
                 }
@@ -269,7 +289,9 @@ impl Away {
                 }
                 Report::Finished { values, .. } => return Ok(Run::Finished(values)),
                 Report::Stopped { stop, .. } => return Err(stop),
-                Report::Opened { .. } => return Err(wrong("an answer that is no thread's")),
+                Report::Opened { .. } => {
+                    return Err(wrong("an answer that is no thread's"));
+                }
             }
         }
     }
@@ -280,6 +302,22 @@ impl Drop for Away {
         let tid = self.thread.tid;
         self.order(&Order::Leave { tid });
     }
+}
+
+/// For how long what is about to come is looked for before it is slept for: being woken
+/// takes longer than most of it.
+const LOOK_FOR: Duration = Duration::from_micros(300);
+
+/// Looks a while; whether it has come.
+fn look_for(has_come: impl Fn() -> bool) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < LOOK_FOR {
+        if has_come() {
+            return true;
+        }
+        std::thread::yield_now();
+    }
+    false
 }
 
 /// A member says what it should not.

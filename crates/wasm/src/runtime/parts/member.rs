@@ -11,7 +11,7 @@ use crate::runtime::program::{Program, STACK_BYTES};
 use crate::runtime::signal::Signal;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 
 /// The most threads that a member has: as many as a machine may have.
 const THREADS_MAX: usize = 1 << 16;
@@ -66,6 +66,8 @@ struct Shared {
     memories: Arc<[Arc<GuestMemory>]>,
     report: Box<dyn Fn(Report) + Send + Sync>,
     visitors: Mutex<BTreeMap<u32, Arc<Visitor>>>,
+    /// All that were launched.
+    all: Mutex<Vec<Weak<Visitor>>>,
     /// Those that have no thread, and a fresh instance.
     idle: Mutex<Vec<Arc<Visitor>>>,
     /// OS threads that still exist.
@@ -109,7 +111,12 @@ impl Host for Calls {
             }
             Some(Wish::Answer(Answer::Exit(code))) => HostOutcome::Exit(code),
             Some(Wish::Answer(Answer::Trap(message))) => HostOutcome::Trap(message),
-            Some(Wish::Run(..) | Wish::Leave) => {
+            Some(Wish::Leave) => {
+                // It is left when it has left the guest's code.
+                locked(&self.1.wishes).push_front(Wish::Leave);
+                HostOutcome::Trap("the machine's home has given the thread up".into())
+            }
+            Some(Wish::Run(..)) => {
                 HostOutcome::Trap("the machine's home does not answer what it is asked".into())
             }
             None => HostOutcome::Trap("the machine has ended".into()),
@@ -130,6 +137,7 @@ impl Member {
             memories,
             report,
             visitors: Mutex::default(),
+            all: Mutex::default(),
             idle: Mutex::default(),
             launched: Mutex::default(),
             left: Condvar::new(),
@@ -181,6 +189,8 @@ impl Member {
             }
             Order::Leave { tid } => {
                 if let Some(visitor) = locked(&shared.visitors).remove(&tid) {
+                    // (It stands, or nobody wants to know what it does.)
+                    visitor.signal.request();
                     visitor.put(Wish::Leave);
                 }
             }
@@ -211,8 +221,11 @@ impl Member {
     /// and calls of the host have no effect.
     pub fn end(&self) {
         self.0.over.store(true, Ordering::Release);
-        let idle = locked(&self.0.idle).clone();
-        for visitor in locked(&self.0.visitors).values().chain(&idle) {
+        let all: Vec<_> = locked(&self.0.all)
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect();
+        for visitor in &all {
             visitor.signal.request();
             let _waiting = locked(&visitor.wishes);
             visitor.changed.notify_all();
@@ -266,7 +279,12 @@ impl Member {
                 shared.gone();
             });
         match spawned {
-            Ok(_) => Ok(visitor),
+            Ok(_) => {
+                let mut all = locked(&self.0.all);
+                all.retain(|visitor| visitor.strong_count() > 0);
+                all.push(Arc::downgrade(&visitor));
+                Ok(visitor)
+            }
             Err(error) => {
                 self.0.gone();
                 Err(error)
