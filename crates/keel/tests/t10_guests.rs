@@ -133,7 +133,7 @@ fn several_parts() {
         ("writer", &["16", "100", "3"]),
         ("threads", &["6", "3000"]),
         ("zstd", &["4", "3", "3072"]),
-        ("files", &["/d", "20"]),
+        ("files", &["/d", "150"]),
     ];
     for (name, args) in cases {
         let plain = run(&["--plain", "--dir", &dir], name, args);

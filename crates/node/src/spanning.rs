@@ -269,6 +269,14 @@ pub(crate) async fn span(
             "machine {machine:?} does not run yet, or is still arriving"
         )));
     };
+    if found.parts > 0 {
+        let now = parts_of(agent, machine).await?;
+        let nodes: Vec<&str> = now.parts.iter().map(|part| part.node.as_str()).collect();
+        return Err(OperateError::Conflict(format!(
+            "machine {machine:?} has parts on {} already; `keel unspan {machine}` brings them together first",
+            nodes.join(", ")
+        )));
+    }
     let program = found.program.map(Fingerprint);
     let program = program.ok_or_else(|| OperateError::Conflict("it has no module".into()))?;
     let spec = crate::record::get(&*agent.store, machine)
@@ -306,19 +314,22 @@ pub(crate) async fn span(
         }
     }
     let spans = match refused {
-        Some(why) => Err(OperateError::Conflict(why)),
+        Some(why) => Err(Unmet::certain(OperateError::Conflict(why))),
         None => meet(agent, &worker, epoch, &members, &ready, !request.here).await,
     };
     let stood = match spans {
         Ok(stood) => stood,
-        Err(error) => {
+        Err(Unmet { error, in_doubt }) => {
             // It may have begun, with only its answer lost or late: it is alone before its
-            // members are ended. (Mostly it says that it is.)
-            let alone = worker
-                .ask::<_, u64>(kind::UNSPAN, &(), UNSPAN_PATIENCE)
-                .await;
-            if let Err(RpcError::Failed { reason, .. }) = &alone {
-                tracing::debug!(reason, "it did not begin to span");
+            // members are ended. (Never where it said that it did not begin: what it spans
+            // then is another's doing.)
+            if in_doubt {
+                let alone = worker
+                    .ask::<_, u64>(kind::UNSPAN, &(), UNSPAN_PATIENCE)
+                    .await;
+                if let Err(RpcError::Failed { reason, .. }) = &alone {
+                    tracing::debug!(reason, "it did not begin to span");
+                }
             }
             let ends = members.iter().filter_map(|(part, node)| {
                 let member = ready.get(part)?;
@@ -348,6 +359,22 @@ pub(crate) async fn span(
     Ok(info)
 }
 
+/// Why parts did not meet.
+struct Unmet {
+    error: OperateError,
+    /// Whether the machine may span all the same: nobody said that it does not.
+    in_doubt: bool,
+}
+
+impl Unmet {
+    fn certain(error: OperateError) -> Unmet {
+        Unmet {
+            error,
+            in_doubt: false,
+        }
+    }
+}
+
 /// All parts meet; microseconds that the machine stood still.
 async fn meet(
     agent: &Arc<Agent>,
@@ -356,7 +383,7 @@ async fn meet(
     members: &BTreeMap<PartId, NodeName>,
     ready: &BTreeMap<PartId, ReadyMember>,
     spread: bool,
-) -> Result<u64, OperateError> {
+) -> Result<u64, Unmet> {
     let parts = members
         .keys()
         .copied()
@@ -369,7 +396,8 @@ async fn meet(
         &MeetParts { parts, address },
         PROMPT,
     )
-    .await?;
+    .await
+    .map_err(Unmet::certain)?;
     let mut places: BTreeMap<PartId, Place> = ready
         .iter()
         .map(|(part, it)| (*part, it.place.clone()))
@@ -395,14 +423,21 @@ async fn meet(
         })
     });
     let (stood, joined) = tokio::join!(
-        ask(worker, kind::SPAN, &span, SPAN_PATIENCE),
+        worker.ask::<_, u64>(kind::SPAN, &span, SPAN_PATIENCE),
         try_join_all(joins)
     );
     // Where the home spans all have joined, whatever became of their answers. Else whoever
     // did not join is why it did not begin.
     match (stood, joined) {
         (Ok(stood), _) => Ok(stood),
-        (Err(_), Err(why)) | (Err(why), Ok(_)) => Err(why),
+        (Err(error), joined) => {
+            let answered = matches!(error, RpcError::Failed { .. } | RpcError::Refused { .. });
+            let why = OperateError::Conflict(text(error));
+            Err(Unmet {
+                error: joined.err().unwrap_or(why),
+                in_doubt: !answered,
+            })
+        }
     }
 }
 
