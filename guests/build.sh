@@ -7,13 +7,17 @@ OUT="$(realpath "${OUT:-.}")"
 export OUT
 
 zig=(python3 -m ziglang cc -target wasm32-wasi -s)
-threaded=(-mcpu=generic+atomics+bulk_memory -Ishim
-    -Wl,--shared-memory,--import-memory,--export-memory,--max-memory=268435456
-    shim/pthread.c shim/start.S)
+threaded() { # GUEST LEVEL MEMORY_MAX
+    "${zig[@]}" "$2" "$1.c" -mcpu=generic+atomics+bulk_memory -Ishim \
+        -Wl,--shared-memory,--import-memory,--export-memory,--max-memory="$3" \
+        shim/pthread.c shim/start.S -o "$OUT/$1.wasm"
+}
 
 build() {
     case "$1" in
-        threads) "${zig[@]}" -Os threads.c "${threaded[@]}" -o "$OUT/threads.wasm" ;;
+        threads | pipeline | store) threaded "$1" -Os $((256 << 20)) ;;
+        matrix | render) threaded "$1" -O2 $((1 << 30)) ;;
+        mapreduce) threaded "$1" -O2 $((3 << 30)) ;;
         zstd) ./zstd/build.sh ;;
         hostile)
             # With names: the tests read a backtrace.
@@ -27,5 +31,5 @@ build() {
     echo "built $1.wasm ($(stat -c %s "$OUT/$1.wasm") bytes)"
 }
 
-if [ $# -eq 0 ]; then set -- counter disk echo files hostile hot ledger spinner threads witness writer zstd; fi
+if [ $# -eq 0 ]; then set -- counter disk echo files hostile hot ledger mapreduce matrix pipeline render spinner store threads witness writer zstd; fi
 for guest in "$@"; do build "$guest"; done

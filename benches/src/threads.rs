@@ -11,6 +11,7 @@ use crate::table::{Table, percentile};
 use anyhow::{Context, Result, ensure};
 use keel_machine::span::{PartId, Spread, Within};
 use keel_wasi::{Config, Wasi};
+use keel_wasm::runtime::parts::Spawning;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options};
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,7 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
     let limits = Limits::default();
     let machine = Machine::ready_under(0, program, Wasi::new(Config::default())?, limits)?;
     let how = Spread {
-        spread: false,
+        spawning: Spawning::Here,
         patience: LIMIT,
     };
     let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;

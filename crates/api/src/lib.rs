@@ -59,7 +59,7 @@ use keel_machine::cgroup::GroupUsage;
 use keel_machine::moves::predict::Prediction;
 use keel_machine::moves::{MoveReport, Progress};
 use keel_machine::restart::Restart;
-use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan};
+use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
 pub use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize};
 
@@ -441,6 +441,15 @@ pub struct SetRequest {
     /// `io.target`, in bytes a second; 0 for none.
     #[serde(default)]
     pub io_target_bytes_per_s: Option<u64>,
+    /// Parts that balancing may give it (`max_parts`); 0 for none.
+    #[serde(default)]
+    pub parts_max: Option<u32>,
+    /// Where threads begin that it starts while it has parts.
+    #[serde(default)]
+    pub spawn: Option<Spawn>,
+    /// `part.memory`, in bytes; 0 for none.
+    #[serde(default)]
+    pub part_memory_bytes: Option<u64>,
 }
 
 /// What is to become of the checkpoints that are made by themselves.

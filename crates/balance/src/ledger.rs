@@ -5,6 +5,7 @@
 
 use crate::Name;
 use crate::cost::CostModel;
+use crate::grains::Choice;
 use crate::load::Absurd;
 use crate::policy::{Mode, Policy};
 use crate::rules::Broken;
@@ -156,6 +157,22 @@ pub enum Decision {
         /// The load that this node was to have, and has.
         load: Option<(f64, f64)>,
     },
+    /// Something is to be done with threads or memory of a machine.
+    Grain {
+        /// Which machine.
+        machine: Name,
+        /// How far the balancer goes by itself.
+        mode: Mode,
+        /// What, and why.
+        choice: Choice,
+    },
+    /// What was decided of threads or memory of a machine is over.
+    GrainEnded {
+        /// Which machine.
+        machine: Name,
+        /// What was done, or not.
+        outcome: String,
+    },
     /// Another node's numbers were not believed.
     Absurd {
         /// Whose.
@@ -303,6 +320,8 @@ impl Decision {
             Decision::Move { machine, .. }
             | Decision::Repair { machine, .. }
             | Decision::Planned { machine, .. }
+            | Decision::Grain { machine, .. }
+            | Decision::GrainEnded { machine, .. }
             | Decision::Ended { machine, .. } => Some(machine),
             Decision::Stay { .. } | Decision::Absurd { .. } => None,
         }
@@ -317,6 +336,8 @@ impl Decision {
             Decision::Repair { .. }
             | Decision::Planned { .. }
             | Decision::Ended { .. }
+            | Decision::Grain { .. }
+            | Decision::GrainEnded { .. }
             | Decision::Absurd { .. } => None,
         }
     }
@@ -410,6 +431,18 @@ impl fmt::Display for Decision {
                 }
                 Ok(())
             }
+            Decision::Grain {
+                machine,
+                mode,
+                choice,
+            } => {
+                let would = match mode {
+                    Mode::Automatic => "",
+                    Mode::Confirm | Mode::Suggest | Mode::Off => " (only suggested)",
+                };
+                write!(f, "{machine}: {}{would}: {}", choice.grain, choice.why)
+            }
+            Decision::GrainEnded { machine, outcome } => write!(f, "{machine}: {outcome}"),
             Decision::Absurd { peer, fields } => {
                 write!(f, "numbers of {peer} were not believed:")?;
                 for field in fields.iter().take(4) {

@@ -17,6 +17,8 @@ use std::process::ExitCode;
 
 /// Machines that an explanation names beside the one that was asked for.
 const OTHERS_SHOWN: usize = 8;
+/// Decisions about threads and memory that are shown.
+const GRAINS_SHOWN: usize = 12;
 
 #[derive(clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -344,6 +346,32 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
         println!("{}", sentence(line));
         if let Some(considered) = line.decision.considered(machine) {
             println!("  {}", considered_line(considered));
+        }
+    }
+    let grains: Vec<&Line> = told
+        .lines
+        .iter()
+        .filter(|line| match &line.decision {
+            Decision::Grain { machine: it, .. } | Decision::GrainEnded { machine: it, .. } => {
+                **it == **machine
+            }
+            _ => false,
+        })
+        .collect();
+    if !grains.is_empty() {
+        println!("\nof its threads and memory, last:");
+        for line in grains
+            .iter()
+            .skip(grains.len().saturating_sub(GRAINS_SHOWN))
+        {
+            println!("{}", sentence(line));
+        }
+        let weighed = grains.iter().rev().find_map(|line| match &line.decision {
+            Decision::Grain { choice, .. } => Some(&choice.weighed),
+            _ => None,
+        });
+        for it in weighed.into_iter().flatten().take(OTHERS_SHOWN) {
+            println!("    {}: {}", it.what, it.found);
         }
     }
     tell_silent(&told.silent);

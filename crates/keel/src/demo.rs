@@ -1,11 +1,13 @@
 //! `keel demo`: three nodes as real processes on loopback, of which a hot one cures
-//! itself, machines that are moved among them under load, and a node that is switched
+//! itself, a program that spreads over all of them, machines that are moved among them under load, and a node that is switched
 //! off. Ends by checking that nothing was lost: every numbered line once and in order.
 //!
 //! - `cure`: the hot node
+//! - `spread`: a program with threads over three nodes
 //! - `view`: what is shown on a terminal while it runs
 
 mod cure;
+mod spread;
 mod view;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,6 +15,7 @@ use keel_api::{MachineInfo, NodeInfo};
 use keel_machine::moves::{Ending, MoveReport};
 use keel_testkit::{Guest, LocalCluster, check_numbered};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -25,6 +28,8 @@ const ROUNDS: usize = 3;
 const COUNTER: &[u8] = include_bytes!("../../../guests/counter.wasm");
 const THREADS: &[u8] = include_bytes!("../../../guests/threads.wasm");
 const SPINNER: &[u8] = include_bytes!("../../../guests/spinner.wasm");
+const RENDER: &[u8] = include_bytes!("../../../guests/render.wasm");
+const HOT: &[u8] = include_bytes!("../../../guests/hot.wasm");
 const WRITER: &[u8] = include_bytes!("../../../guests/writer.wasm");
 
 const NODES: [&str; 3] = ["a", "b", "c"];
@@ -94,6 +99,8 @@ struct Summary {
     problems: Vec<String>,
     /// How the hot node cured itself.
     cure: cure::Cure,
+    /// How a program spread over all nodes.
+    spread: spread::Spread,
     /// Machines and what they printed.
     machines: Vec<MachineSummary>,
     /// All moves.
@@ -176,6 +183,22 @@ fn print_summary(summary: &Summary) {
         summary.cure.decisions.len(),
         spread.join(", ")
     );
+    for decision in &summary.spread.decisions {
+        println!("{decision}");
+    }
+    fn on<C: std::fmt::Display>(counts: &BTreeMap<String, C>) -> String {
+        let counts = counts
+            .iter()
+            .map(|(node, count)| format!("{node}: {count}"));
+        counts.collect::<Vec<_>>().join(", ")
+    }
+    println!(
+        "a renderer spread over the nodes in {:.1} s (threads {}), a machine gave memory away (MiB {}); {} pictures are the same as alone",
+        summary.spread.took_ms as f64 / 1000.0,
+        on(&summary.spread.threads),
+        on(&summary.spread.memory_mib),
+        summary.spread.pictures
+    );
     for report in &summary.moves {
         println!("{}", report.line());
     }
@@ -215,6 +238,7 @@ async fn play(
     headline(scene, "starting three nodes");
     let mut cluster = LocalCluster::start(program, folder, &NODES).await?;
     let cure = cure::play(scene, &cluster, &NODES).await?;
+    let spread = spread::play(scene, &cluster, program, folder, &NODES).await?;
     headline(
         scene,
         "starting machines (their modules are compiled once per node)",
@@ -256,7 +280,7 @@ async fn play(
     cluster.power_off(DOOMED_NODE);
     let before = lines_of_all(&cluster).await?;
     settle(scene, &cluster, &before).await?;
-    let summary = sum_up(&cluster, cure, moves, &before, begun).await;
+    let summary = sum_up(&cluster, (cure, spread), moves, &before, begun).await;
     look(scene, &cluster).await;
     headline(scene, "done");
     summary
@@ -323,7 +347,7 @@ async fn settle(scene: &SharedScene, cluster: &LocalCluster, before: &[u64]) -> 
 
 async fn sum_up(
     cluster: &LocalCluster,
-    cure: cure::Cure,
+    (cure, spread): (cure::Cure, spread::Spread),
     moves: Vec<MoveReport>,
     before: &[u64],
     begun: Instant,
@@ -367,6 +391,7 @@ async fn sum_up(
         switched_off: DOOMED_NODE.to_owned(),
         problems,
         cure,
+        spread,
         machines,
         moves,
         took_ms: begun.elapsed().as_millis() as u64,

@@ -15,7 +15,7 @@ use keel_machine::checkpoint::Retention;
 use keel_machine::log::{StreamKind, split_records};
 use keel_machine::moves::{Ending, Phase};
 use keel_machine::restart::Restart;
-use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan};
+use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -70,6 +70,21 @@ pub(crate) struct BalancingArgs {
     /// Disk traffic that it promises (io.target), a second.
     #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
     io_target: Option<u64>,
+    /// Parts that balancing may give it, on as many nodes, where one alone is pressed by
+    /// it (2 to 64); none without.
+    #[arg(long, value_name = "COUNT")]
+    max_parts: Option<u32>,
+    /// Where threads begin that it starts while it has parts.
+    #[arg(
+        long,
+        value_name = "WHERE",
+        default_value = "auto",
+        requires = "max_parts"
+    )]
+    spawn: SpawnWhere,
+    /// Memory that one of its parts keeps at most while others have room (part.memory).
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse, requires = "max_parts")]
+    part_memory: Option<u64>,
 }
 
 impl BalancingArgs {
@@ -79,6 +94,29 @@ impl BalancingArgs {
             cpu_target_millis: self.cpu_target,
             memory_target_bytes: self.memory_target,
             io_target_bytes_per_s: self.io_target,
+            parts_max: self.max_parts,
+            spawn: self.spawn.into(),
+            part_memory_bytes: self.part_memory,
+        }
+    }
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub(crate) enum SpawnWhere {
+    /// Where loads leave most room; it has parts from when its node is pressed by it.
+    Auto,
+    /// At its home; balancing moves them later.
+    Here,
+    /// Where the fewest of its threads are; it has parts from its beginning.
+    Spread,
+}
+
+impl From<SpawnWhere> for Spawn {
+    fn from(spawn: SpawnWhere) -> Self {
+        match spawn {
+            SpawnWhere::Auto => Spawn::Auto,
+            SpawnWhere::Here => Spawn::Here,
+            SpawnWhere::Spread => Spawn::Spread,
         }
     }
 }

@@ -2,7 +2,7 @@
 //! a machine while it runs.
 
 use crate::cluster::Reach;
-use crate::machines::{Balance, CheckpointsArgs, RestartWhen};
+use crate::machines::{Balance, CheckpointsArgs, RestartWhen, SpawnWhere};
 use crate::output;
 use anyhow::Result;
 use keel_api::{CheckpointChange, MachineInfo, SetRequest};
@@ -35,11 +35,29 @@ pub(crate) struct Args {
     /// Disk traffic that it promises (io.target), a second, or `none`.
     #[arg(long, value_name = "SIZE", value_parser = size_or_none, group = "what")]
     io_target: Option<u64>,
+    /// Parts that balancing may give it (2 to 64), or `none`. It keeps those that it has.
+    #[arg(long, value_name = "COUNT", value_parser = count_or_none, group = "what")]
+    max_parts: Option<u32>,
+    /// Where threads begin that it starts while it has parts.
+    #[arg(long, value_name = "WHERE", group = "what")]
+    spawn: Option<SpawnWhere>,
+    /// Memory that one of its parts keeps at most while others have room (part.memory), or
+    /// `none`.
+    #[arg(long, value_name = "SIZE", value_parser = size_or_none, group = "what")]
+    part_memory: Option<u64>,
     #[command(flatten)]
     checkpoints: CheckpointsArgs,
     /// Makes no more checkpoints by itself.
     #[arg(long, group = "what", conflicts_with = "checkpoint_every")]
     no_checkpoints: bool,
+}
+
+/// A count; 0 for none.
+fn count_or_none(text: &str) -> Result<u32, String> {
+    match text {
+        "none" => Ok(0),
+        _ => text.parse().map_err(|error| format!("{error}")),
+    }
 }
 
 /// Thousandths of a core; 0 for no limit.
@@ -71,6 +89,9 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
         cpu_target_millis: args.cpu_target,
         memory_target_bytes: args.memory_target,
         io_target_bytes_per_s: args.io_target,
+        parts_max: args.max_parts,
+        spawn: args.spawn.map(Into::into),
+        part_memory_bytes: args.part_memory,
     };
     let path = format!("/v1/machines/{}/set", args.machine);
     let machine: MachineInfo = reach.client()?.post(&path, &request).await?;

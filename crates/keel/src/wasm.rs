@@ -7,6 +7,7 @@ use keel_machine::span::{Spread, Within};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, FdSink, HostClock, Input, Preopen, Source, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
+use keel_wasm::runtime::parts::Spawning;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome, run_plain};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::net::TcpListener;
@@ -114,7 +115,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
             .parts
             .map(|count| {
                 let how = Spread {
-                    spread: true,
+                    spawning: Spawning::Even,
                     patience: PATIENCE,
                 };
                 Within::begin(&machine, count.into(), args.memory, how)

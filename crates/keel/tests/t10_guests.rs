@@ -152,6 +152,45 @@ fn several_parts() {
     assert_eq!(none.status.code(), Some(2), "{none:?}");
 }
 
+/// Programs of many kinds: bands that nobody shares, rings between stages, locks, and
+/// tables that all read.
+#[test]
+fn programs_with_threads() {
+    let cases: [(&str, &[&str]); 5] = [
+        ("render", &["4", "200", "120", "6"]),
+        ("pipeline", &["4", "300"]),
+        ("store", &["4", "8000"]),
+        ("matrix", &["4", "200", "4"]),
+        ("mapreduce", &["4", "8", "4"]),
+    ];
+    for (name, args) in cases {
+        assert!(same_in_every_mode(name, args) > 3, "{name}");
+        let plain = run(&["--plain"], name, args);
+        assert_eq!(plain.code, Some(0), "{plain:?}");
+        let shaken = run(
+            &["--parts", "3", "--shake", "300", "--seed", "2"],
+            name,
+            args,
+        );
+        assert_same(&plain, &shaken, &format!("{name} as three parts"));
+        assert!(shaken.captures > 3, "{name}: {shaken:?}");
+        // However many workers there are.
+        let workers = [&["3"], &args[1..]].concat();
+        let other = run(&["--shake", "500"], name, &workers);
+        if matches!(name, "render" | "matrix" | "mapreduce") {
+            assert_same(&plain, &other, &format!("{name} with three workers"));
+        }
+        assert_eq!(other.code, Some(0), "{name}: {other:?}");
+    }
+    // What cannot be.
+    for (name, args) in [("render", &["0"][..]), ("matrix", &["4", "5000"])] {
+        assert_eq!(run(&[], name, args).code, Some(2), "{name}");
+    }
+    let full = run(&["--memory", "32M"], "mapreduce", &["2", "64"]);
+    assert_eq!(full.code, Some(4), "{full:?}");
+    assert!(full.stderr.contains("no memory for 64 MiB"), "{full:?}");
+}
+
 /// Many threads, captured as often as it goes, with many seeds.
 #[test]
 fn threads_at_a_high_rate() {

@@ -199,9 +199,7 @@ async fn what_cannot_be_is_said() {
     }
     bench.does(&["span", "m", "--nodes", "b"]);
     for (args, with) in [
-        (&["span", "m", "--nodes", "c"][..], "keel unspan"),
-        (&["move", "m", "--to", "c"], "keel unspan"),
-        (&["checkpoint", "m"], "keel unspan"),
+        (&["span", "m", "--nodes", "c"][..], "parts on a, b already"),
         (&["set", "m", "--memory", "1G"], "keel unspan"),
         (&["set", "m", "--cpu", "0.5"], "keel unspan"),
         (&["move", "m/thread/99", "--to", "b"], "no thread 99"),
@@ -232,6 +230,42 @@ async fn what_cannot_be_is_said() {
     bench.no_parts().await;
     assert_eq!(bench.inspect("n").await.status, "running");
     bench.does(&["kill", "n"]);
+}
+
+/// Checkpoints and moves bring it together, and let it span again as it did.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_needs_all_of_it_brings_it_together() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("threads");
+    run(&bench, &Guest::new("m", "a", &module, &["3", "40000000"])).await;
+    bench.does(&["span", "m", "--nodes", "b"]);
+    bench.does(&["move", "m/thread/2", "--to", "b"]);
+    let again = async |home: &str, member: &str| {
+        wait_for("it spans again", || async {
+            let now = bench.parts("m");
+            let nodes: Vec<&str> = now.parts.iter().map(|part| part.node.as_str()).collect();
+            let moved = now.threads.iter().find(|thread| thread.tid == 2)?;
+            (nodes == [home, member] && moved.node == "b").then_some(())
+        })
+        .await
+        .expect("it does");
+    };
+    again("a", "b").await;
+    let said = bench.does(&["checkpoint", "m"]);
+    assert!(said.contains("stood still"), "{said}");
+    again("a", "b").await;
+    bench.does(&["restore", "m", "--as", "twin", "--on", "a"]);
+    bench.does(&["kill", "twin"]);
+    // Its home goes where no part is.
+    bench.does(&["move", "m", "--to", "c"]);
+    again("c", "b").await;
+    // A move that does not come about leaves it as it was.
+    bench.fails(&["move", "m", "--to", "x"], "no node");
+    again("c", "b").await;
+    assert_eq!(bench.inspect("m").await.status, "running");
+    bench.does(&["stop", "m"]);
+    bench.no_parts().await;
 }
 
 /// Memory is given away: it is there, and not where it was; and it comes back when it is

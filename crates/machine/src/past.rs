@@ -5,14 +5,14 @@
 use crate::checkpoint::{BlockRun, CheckpointId, Manifest, Origin, Pack, Run};
 use crate::moves::MoveReport;
 use crate::restart::Restart;
-use crate::spec::{Balancing, CheckpointPlan, Record, Spec, Status, Volume};
+use crate::spec::{BalanceBy, Balancing, CheckpointPlan, Record, Spec, Status, Volume};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// The version of records that is read here.
-pub(crate) const VERSION: u8 = 5;
+pub(crate) const VERSION: u8 = 6;
 /// The version of checkpoints that is.
-pub(crate) const CHECKPOINT_VERSION: u32 = 4;
+pub(crate) const CHECKPOINT_VERSION: u32 = 5;
 
 /// Reads what stands behind a record's version.
 pub(crate) fn decode(body: &[u8]) -> Result<Record, postcard::Error> {
@@ -41,9 +41,25 @@ struct PastRecord {
     reports: Vec<MoveReport>,
 }
 
-/// Without what balancing makes of it.
-#[derive(Serialize, Deserialize)]
+/// Without parts.
+#[derive(Deserialize)]
 struct PastSpec {
+    plain: PlainSpec,
+    balancing: PastBalancing,
+}
+
+#[derive(Deserialize)]
+struct PastBalancing {
+    by: BalanceBy,
+    cpu_target_millis: Option<u32>,
+    memory_target_bytes: Option<u64>,
+    io_target_bytes_per_s: Option<u64>,
+}
+
+/// Without what balancing makes of it. (Fields stand one behind the other: a struct
+/// within another is as if its fields were that one's.)
+#[derive(Serialize, Deserialize)]
+struct PlainSpec {
     module: String,
     args: Vec<String>,
     env: Vec<(String, String)>,
@@ -57,8 +73,7 @@ struct PastSpec {
     checkpoints: Option<CheckpointPlan>,
 }
 
-/// A spec in a message to a worker or another node, as the version before wrote it and
-/// reads it: neither needs to know what balancing makes of the machine.
+/// A spec in a message to a worker or another node: neither needs to know what balancing makes of the machine.
 pub mod spec_for_others {
     use super::*;
 
@@ -67,7 +82,7 @@ pub mod spec_for_others {
     /// # Errors
     /// The serializer's.
     pub fn serialize<S: Serializer>(spec: &Spec, serializer: S) -> Result<S::Ok, S::Error> {
-        PastSpec::from(spec.clone()).serialize(serializer)
+        PlainSpec::from(spec.clone()).serialize(serializer)
     }
 
     /// Reads it.
@@ -75,7 +90,7 @@ pub mod spec_for_others {
     /// # Errors
     /// The deserializer's.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Spec, D::Error> {
-        PastSpec::deserialize(deserializer).map(Spec::from)
+        PlainSpec::deserialize(deserializer).map(Spec::from)
     }
 }
 
@@ -120,6 +135,27 @@ impl From<PastRecord> for Record {
 
 impl From<PastSpec> for Spec {
     fn from(past: PastSpec) -> Self {
+        let PastBalancing {
+            by,
+            cpu_target_millis,
+            memory_target_bytes,
+            io_target_bytes_per_s,
+        } = past.balancing;
+        Spec {
+            balancing: Balancing {
+                by,
+                cpu_target_millis,
+                memory_target_bytes,
+                io_target_bytes_per_s,
+                ..Balancing::default()
+            },
+            ..past.plain.into()
+        }
+    }
+}
+
+impl From<PlainSpec> for Spec {
+    fn from(past: PlainSpec) -> Self {
         Spec {
             module: past.module,
             args: past.args,
@@ -137,9 +173,9 @@ impl From<PastSpec> for Spec {
     }
 }
 
-impl From<Spec> for PastSpec {
+impl From<Spec> for PlainSpec {
     fn from(spec: Spec) -> Self {
-        PastSpec {
+        PlainSpec {
             module: spec.module,
             args: spec.args,
             env: spec.env,
@@ -183,20 +219,20 @@ mod tests {
 
     /// A record as a node of that version wrote it.
     const WRITTEN: &str = "\
-         0501644030333130663039626265656430656533653163386165343532336264323031366132313139396139\
+         0601644030333130663039626265656430656533653163386165343532336264323031366132313139396139\
          32353939376333383261663365343965656539626538383705096469736b2e7761736d042f746d7001320130\
          023230000101808080048008042f746d70008080808010800201dc0b80808008000001d80401072f6261636b\
-         75700103000161010101f8c9f7d29f34f8c9f7d29f340000a2c8f7d29f340001022f76016500010101016d01\
-         6e016e00000000000000000000000000000000000000\
+         7570010300020190030001050161010101f8c9f7d29f34f8c9f7d29f340000a2c8f7d29f340001022f760165\
+         00010101016d016e016e00000000000000000000000000000000000000\
          ";
     /// A checkpoint's manifest, likewise.
     const CHECKPOINT: &str = "\
-         4b434b5004000000cf0000000000000016303030303030303030303030372d39343136623338630165000000\
+         4b434b5005000000d60000000000000016303030303030303030303030372d39343136623338630165000000\
          0007403033313066303962626565643065653365316338616534353233626432303136613231313939613932\
          353939376333383261663365343965656539626538383705096469736b2e7761736d042f746d700132013002\
          3230000101808080048008042f746d70008080808010800201dc0b80808008000001d80401072f6261636b75\
-         7001030003030303030303030303030303030303030303030303030303030303030303030901010000000003\
-         0102037a195a91fe9a2e3a69e19ad29c4de75b3e355b45e3afa0a387714e6c449b58eb\
+         7001030002019003000105030303030303030303030303030303030303030303030303030303030303030309\
+         0101000000000301020349cd33252d95c5d1ca37d87fb42c4ecc318eac1bfb8cfd98cf3aa0350ef2eac5\
          ";
 
     fn bytes(text: &str) -> Vec<u8> {
@@ -206,6 +242,16 @@ mod tests {
             u8::from_str_radix(text, 16).unwrap()
         };
         digits.chunks(2).map(byte).collect()
+    }
+
+    /// What stands in both.
+    fn promised() -> Balancing {
+        Balancing {
+            by: BalanceBy::Target,
+            cpu_target_millis: Some(400),
+            io_target_bytes_per_s: Some(5),
+            ..Balancing::default()
+        }
     }
 
     #[test]
@@ -220,14 +266,13 @@ mod tests {
         assert_eq!(record.spec.checkpoints.as_ref().unwrap().every_s, 600);
         assert!(record.origin.as_ref().unwrap().warm);
         assert_eq!(record.reports.len(), 1);
-        assert_eq!(record.spec.balancing, Balancing::default());
+        assert_eq!(record.spec.balancing, promised());
         let anew = record.encode().unwrap();
         assert_ne!(anew[0], VERSION);
         assert_eq!(Record::decode(&anew).unwrap(), record);
     }
 
-    /// What follows a spec in a message of the version before is found behind it, and the
-    /// other way round.
+    /// A spec in a message is what every version knows of it, and what follows it is found.
     #[test]
     fn a_spec_in_a_message_is_as_it_was() {
         #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -259,7 +304,7 @@ mod tests {
         let manifest = Manifest::decode(&written).unwrap();
         assert_eq!(manifest.machine.as_ref(), "e");
         assert_eq!(manifest.spec.checkpoints.as_ref().unwrap().every_s, 600);
-        assert_eq!(manifest.spec.balancing, Balancing::default());
+        assert_eq!(manifest.spec.balancing, promised());
         assert_eq!(manifest.image, [1, 2, 3]);
         let anew = manifest.encode().unwrap();
         assert_ne!(anew[4..8], written[4..8]);

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 /// Reports of moves that a record keeps; older ones are dropped.
 pub const REPORTS_MAX: usize = 16;
 /// Version of [`Record`]'s encoding.
-const RECORD_VERSION: u8 = 6;
+const RECORD_VERSION: u8 = 7;
 
 /// Where the files of a volume are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +101,39 @@ pub struct Balancing {
     pub memory_target_bytes: Option<u64>,
     /// Disk traffic that it promises (`io.target`), in bytes a second.
     pub io_target_bytes_per_s: Option<u64>,
+    /// Parts that balancing may give it (`max_parts`), 2 to
+    /// [`keel_wasm::coherence::PARTS_MAX`]; it spans no nodes by itself without.
+    pub parts_max: Option<u32>,
+    /// Where threads begin that it starts while it has parts.
+    pub spawn: Spawn,
+    /// Memory that one of its parts keeps at most (`part.memory`), in bytes, while others
+    /// have room; all that is there without.
+    pub part_memory_bytes: Option<u64>,
+}
+
+/// Where threads begin that a machine starts while it has parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Spawn {
+    /// Where the nodes' loads leave most room; it has parts from when its node is
+    /// pressed by it.
+    #[default]
+    Auto,
+    /// At the home; balancing moves them later.
+    Here,
+    /// Where the fewest of its threads are; it has parts from its beginning.
+    Spread,
+}
+
+impl Spawn {
+    /// The word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Spawn::Auto => "auto",
+            Spawn::Here => "here",
+            Spawn::Spread => "spread",
+        }
+    }
 }
 
 /// Which of a machine's loads counts.
@@ -145,6 +178,15 @@ impl Balancing {
         }
         if let Some(rate) = self.io_target_bytes_per_s {
             parts.push(format!("io.target {rate} bytes/s"));
+        }
+        if let Some(most) = self.parts_max {
+            parts.push(format!("up to {most} parts"));
+        }
+        if self.spawn != Spawn::Auto {
+            parts.push(format!("threads begin {}", self.spawn.word()));
+        }
+        if let Some(bytes) = self.part_memory_bytes {
+            parts.push(format!("part.memory {bytes} bytes"));
         }
         (!parts.is_empty()).then(|| parts.join(", "))
     }

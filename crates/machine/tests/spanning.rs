@@ -5,6 +5,7 @@
 use keel_machine::span::{SpanError, Spread, Within};
 use keel_wasi::{Config, MemorySink, Wasi};
 use keel_wasm::coherence::PartId;
+use keel_wasm::runtime::parts::Spawning;
 use keel_wasm::runtime::{Engine, Limits, Machine, MachineError, Options, Outcome, Program};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -56,7 +57,7 @@ impl Running {
     /// It spans so many parts, and goes.
     fn span(&self, count: usize) -> Within {
         let how = Spread {
-            spread: true,
+            spawning: Spawning::Even,
             patience: LONG,
         };
         Within::begin(&self.machine, count, MEMORY_BYTES, how).unwrap()

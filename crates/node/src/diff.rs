@@ -118,6 +118,12 @@ fn changes(old: &Spec, new: &Spec, runs: bool) -> Vec<FieldChange> {
     compare("memory-target", memory(was), memory(will), true);
     let io = |it: &Balancing| it.io_target_bytes_per_s.map_or_else(none, size);
     compare("io-target", io(was), io(will), true);
+    let parts = |it: &Balancing| it.parts_max.map_or_else(none, |most| most.to_string());
+    compare("max-parts", parts(was), parts(will), true);
+    let spawn = |it: &Balancing| it.spawn.word().to_owned();
+    compare("spawn", spawn(was), spawn(will), true);
+    let memory = |it: &Balancing| it.part_memory_bytes.map_or_else(none, size);
+    compare("part-memory", memory(was), memory(will), true);
     changes
 }
 

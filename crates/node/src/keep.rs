@@ -95,15 +95,19 @@ async fn make(
     failpoint::pass_async("keep.asked")
         .await
         .map_err(injected)?;
-    let taken: Checkpointed = worker
-        .ask(kind::CHECKPOINT, &question, PATIENCE)
-        .await
-        .map_err(|error| match error {
-            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
-                OperateError::Conflict(format!("no checkpoint of machine {machine:?}: {reason}"))
-            }
-            other => OperateError::Away(other.to_string()),
-        })?;
+    // All of it is of one instant: that of a machine on one node.
+    let apart = crate::spanning::bring_together(agent, machine).await?;
+    let taken: Result<Checkpointed, RpcError> =
+        worker.ask(kind::CHECKPOINT, &question, PATIENCE).await;
+    if let Some(apart) = apart {
+        crate::spanning::apart_again(agent, machine, apart);
+    }
+    let taken = taken.map_err(|error| match error {
+        RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
+            OperateError::Conflict(format!("no checkpoint of machine {machine:?}: {reason}"))
+        }
+        other => OperateError::Away(other.to_string()),
+    })?;
     failpoint::pass_async("keep.taken")
         .await
         .map_err(injected)?;

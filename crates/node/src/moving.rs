@@ -9,6 +9,7 @@ use crate::offer::{Arrival, Offer};
 use crate::record;
 use crate::rules::{self, ClaimError, Claims};
 use crate::service::kind as node_kind;
+use crate::spanning::{self, Apart};
 use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
 use keel_api::{CheckpointRequest, EventKind, MoveLine, Urgency};
 use keel_cluster::clock::unix_ms;
@@ -188,11 +189,15 @@ pub(crate) async fn begin(
         lane: None,
         budget: order.budget(),
         claims: Claims::default(),
+        apart: None,
     };
     let (agent, machine, urgency) = (agent.clone(), machine.clone(), order.urgency);
     tokio::spawn(async move {
         driver.drive(urgency).await;
         agent.moves().remove(&machine);
+        if let Some(apart) = driver.apart.take() {
+            spanning::apart_again(&agent, &machine, apart);
+        }
         over_sender.send_replace(true);
     });
     Ok(receiver)
@@ -238,6 +243,7 @@ pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker, 
         lane: None,
         budget: LAST_PAGES_BUDGET,
         claims: Claims::default(),
+        apart: None,
     };
     driver.carry_on(commands.into()).await;
     agent.moves().remove(&machine);
@@ -334,6 +340,8 @@ struct Driver {
     budget: Duration,
     /// What rules demand of the commit.
     claims: Claims,
+    /// Where its parts were before it was brought together to move.
+    apart: Option<Apart>,
 }
 
 fn micros(since: Instant) -> u64 {
@@ -512,6 +520,28 @@ impl Driver {
         let Some(target) = self.receiving.clone() else {
             return SourceEvent::PeerLost("the target said nothing".into());
         };
+        // It moves as one; it runs meanwhile.
+        let (agent, machine) = (self.agent.clone(), self.record.name.clone());
+        let mut together =
+            tokio::spawn(async move { spanning::bring_together(&agent, &machine).await });
+        tokio::select! {
+            together = &mut together => match together {
+                Ok(Ok(apart)) => self.apart = apart,
+                Ok(Err(error)) => {
+                    return SourceEvent::Cancel(format!("it does not come together: {error}"));
+                }
+                Err(panic) => return SourceEvent::Cancel(panic.to_string()),
+            },
+            event = interruption(&mut self.interrupted) => {
+                let (agent, machine) = (self.agent.clone(), self.record.name.clone());
+                tokio::spawn(async move {
+                    if let Ok(Ok(Some(apart))) = together.await {
+                        spanning::apart_again(&agent, &machine, apart);
+                    }
+                });
+                return event;
+            }
+        }
         let begun = Instant::now();
         let copy = Copy {
             target,

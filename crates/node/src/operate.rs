@@ -21,6 +21,7 @@ use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::tokens::{self, Role};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
 use keel_machine::restart::Restart;
+use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::{Record, Spec, Status, Volume, VolumeKind};
 use keel_machine::worker::control::{FileDone, FileOp, Report, State, kind, pack, unpack};
 use keel_net::RpcError;
@@ -590,6 +591,17 @@ pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     if let Some(rate) = request.balancing.io_target_bytes_per_s {
         check_io_target(rate)?;
     }
+    if let Some(most) = request.balancing.parts_max {
+        check_parts(most)?;
+        if request.cpu_limit_millis.is_some() {
+            return bad(
+                "a limit of its CPU time is kept on one node only: a machine with one has no parts (max parts)".into(),
+            );
+        }
+    }
+    if let Some(bytes) = request.balancing.part_memory_bytes {
+        check_memory("part", bytes)?;
+    }
     if request.args.is_empty() {
         return bad("no program name: the first argument is missing".into());
     }
@@ -636,6 +648,16 @@ pub(crate) fn check_cpu(what: &str, millis: u32) -> Result<(), OperateError> {
     }
     Err(OperateError::Bad(format!(
         "a cpu {what} of {millis} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible"
+    )))
+}
+
+/// Whether a machine may have so many parts.
+pub(crate) fn check_parts(most: u32) -> Result<(), OperateError> {
+    if (2..=PARTS_MAX as u32).contains(&most) {
+        return Ok(());
+    }
+    Err(OperateError::Bad(format!(
+        "a limit of {most} parts: 2 to {PARTS_MAX} are possible"
     )))
 }
 

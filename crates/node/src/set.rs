@@ -9,7 +9,7 @@
 
 use crate::agent::Agent;
 use crate::events::Note;
-use crate::operate::{OperateError, check_cpu, check_io_target, check_memory};
+use crate::operate::{OperateError, check_cpu, check_io_target, check_memory, check_parts};
 use crate::record;
 use crate::workers::{OLDER, PROMPT, Worker, is_older};
 use keel_api::{CheckpointChange, EventKind, SetRequest};
@@ -127,6 +127,12 @@ fn check(request: &SetRequest) -> Result<(), OperateError> {
     if let Some(rate) = request.io_target_bytes_per_s.filter(|rate| *rate != 0) {
         check_io_target(rate)?;
     }
+    if let Some(most) = request.parts_max.filter(|most| *most != 0) {
+        check_parts(most)?;
+    }
+    if let Some(bytes) = request.part_memory_bytes.filter(|bytes| *bytes != 0) {
+        check_memory("part", bytes)?;
+    }
     Ok(())
 }
 
@@ -180,6 +186,9 @@ fn changed(spec: &Spec, request: &SetRequest) -> Spec {
                 request.io_target_bytes_per_s,
                 balancing.io_target_bytes_per_s,
             ),
+            parts_max: or_none(request.parts_max, balancing.parts_max),
+            spawn: request.spawn.unwrap_or(balancing.spawn),
+            part_memory_bytes: or_none(request.part_memory_bytes, balancing.part_memory_bytes),
         },
         ..spec.clone()
     }

@@ -17,14 +17,14 @@
 
 use crate::agent::Agent;
 use crate::events::Note;
-use crate::operate::OperateError;
+use crate::operate::{self, OperateError, Operation};
 use crate::service::kind as node_kind;
 use crate::workers::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker, is_older};
 use futures::future::{join_all, try_join_all};
 use keel_api::{EventKind, ObjectInfo, PartInfo, PartsInfo, SpanRequest, ThreadInfo};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place};
-use keel_machine::spec::Spec;
+use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, Spawning};
+use keel_machine::spec::{Spawn, Spec};
 use keel_machine::worker::control::{
     Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Report, Span,
     State, kind, pack, unpack,
@@ -42,6 +42,10 @@ const SPAN_PATIENCE: Duration = Duration::from_secs(40);
 const UNSPAN_PATIENCE: Duration = Duration::from_secs(150);
 /// How long all of it may take, compiling too.
 pub(crate) const PATIENCE: Duration = COMPILE_PATIENCE;
+/// Tries to let a machine span again that was brought together, and the pause between two:
+/// it may be arriving, or a part of its memory may still be to come.
+const APART_TRIES: u32 = 60;
+const APART_AGAIN: Duration = Duration::from_secs(1);
 /// How long a member's process is waited for at a time.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
@@ -283,6 +287,12 @@ pub(crate) async fn span(
         .await?
         .record
         .spec;
+    let spawning = match spec.balancing.spawn {
+        _ if request.here => Spawning::Here,
+        Spawn::Here => Spawning::Here,
+        Spawn::Spread => Spawning::Even,
+        Spawn::Auto => Spawning::Room,
+    };
     let parts: PartSet = members
         .keys()
         .copied()
@@ -315,7 +325,7 @@ pub(crate) async fn span(
     }
     let spans = match refused {
         Some(why) => Err(Unmet::certain(OperateError::Conflict(why))),
-        None => meet(agent, &worker, epoch, &members, &ready, !request.here).await,
+        None => meet(agent, &worker, epoch, &members, &ready, spawning).await,
     };
     let stood = match spans {
         Ok(stood) => stood,
@@ -382,7 +392,7 @@ async fn meet(
     epoch: Epoch,
     members: &BTreeMap<PartId, NodeName>,
     ready: &BTreeMap<PartId, ReadyMember>,
-    spread: bool,
+    spawning: Spawning,
 ) -> Result<u64, Unmet> {
     let parts = members
         .keys()
@@ -409,7 +419,7 @@ async fn meet(
     let span = Span {
         join: join.clone(),
         nodes,
-        spread,
+        spawning,
     };
     let joins = ready.iter().filter_map(|(part, member)| {
         let node = members.get(part)?;
@@ -487,14 +497,144 @@ pub(crate) async fn unspan(agent: &Arc<Agent>, machine: &MachineName) -> Result<
     Ok(stood)
 }
 
+/// Where a machine's parts and threads were before it was brought together.
+#[derive(Debug, Clone)]
+pub(crate) struct Apart {
+    /// The node of each part, its home's first.
+    nodes: Vec<NodeName>,
+    /// Threads that were not at the home, and their nodes.
+    threads: Vec<(u32, NodeName)>,
+}
+
+/// Brings a machine together for what needs all of it in one place, if it spans; where
+/// it was. It runs meanwhile, on one node.
+pub(crate) async fn bring_together(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+) -> Result<Option<Apart>, OperateError> {
+    let worker = home(agent, machine)?;
+    if report(&worker).await?.parts == 0 {
+        return Ok(None);
+    }
+    let before = parts_report(&worker).await?;
+    unspan(agent, machine).await?;
+    let node = |part: &PartId| before.nodes.get(part).cloned();
+    let threads = before.threads.iter().filter(|it| it.part != PartId::HOME);
+    Ok(Some(Apart {
+        nodes: before.nodes.values().cloned().collect(),
+        threads: threads
+            .filter_map(|thread| Some((thread.tid, node(&thread.part)?)))
+            .collect(),
+    }))
+}
+
+/// Lets a machine that was brought together span again, wherever its home is now, in the
+/// background: it runs without, and where it cannot be that is said.
+pub(crate) fn apart_again(agent: &Arc<Agent>, machine: &MachineName, before: Apart) {
+    let (agent, machine) = (agent.clone(), machine.clone());
+    tokio::spawn(async move {
+        let mut last = String::new();
+        for _ in 0..APART_TRIES {
+            match try_apart(&agent, &machine, &before).await {
+                Ok(()) => return,
+                // It ended, or somebody else let it span.
+                Err(OperateError::Missing(_)) => return,
+                Err(error) => last = error.to_string(),
+            }
+            tokio::time::sleep(APART_AGAIN).await;
+        }
+        let what = format!("has no parts any more: {last}");
+        tracing::warn!(%machine, what, "spanning");
+        agent
+            .events
+            .record(Note::machine(EventKind::MachineAlone, &machine, what));
+    });
+}
+
+/// Lets a machine that runs here span nodes, also one that spans others: its threads go
+/// back to where they were, as far as there are parts.
+pub(crate) async fn span_anew(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    request: &SpanRequest,
+) -> Result<PartsInfo, OperateError> {
+    let before = bring_together(agent, machine).await?;
+    let info = match span(agent, machine, request).await {
+        Ok(info) => info,
+        Err(error) => {
+            if let Some(before) = before {
+                apart_again(agent, machine, before);
+            }
+            return Err(error);
+        }
+    };
+    if let Some(before) = before {
+        send_back(agent, machine, &before, &request.nodes).await;
+    }
+    Ok(info)
+}
+
+/// Threads go where they were.
+async fn send_back(agent: &Arc<Agent>, machine: &MachineName, before: &Apart, nodes: &[String]) {
+    for (tid, node) in &before.threads {
+        if !nodes.iter().any(|it| *it == node.as_str()) {
+            continue;
+        }
+        let thread = Operation::MoveThread {
+            machine: machine.clone(),
+            tid: *tid,
+            to: node.to_string(),
+        };
+        // (One that has ended meanwhile.)
+        if let Err(error) = operate::anywhere(agent, thread).await {
+            tracing::debug!(%machine, tid, %error, "a thread stays at its home");
+        }
+    }
+}
+
+async fn try_apart(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    before: &Apart,
+) -> Result<(), OperateError> {
+    let record = crate::record::get(&*agent.store, machine).await?.record;
+    if record.status.ended() {
+        return Err(OperateError::Missing("it has ended".into()));
+    }
+    // A home that went where no part was takes its old home's place.
+    let stays = before.nodes.contains(&record.owner);
+    let nodes = before.nodes.iter().skip(usize::from(!stays));
+    let mut wanted = Vec::new();
+    for node in nodes {
+        if crate::balancer::forbidden(agent, machine, node)
+            .await
+            .is_none()
+        {
+            wanted.push(node.to_string());
+        }
+    }
+    if wanted.iter().all(|node| *node == record.owner.as_str()) {
+        return Err(OperateError::Missing("no part may be anywhere else".into()));
+    }
+    let span = Operation::Span {
+        machine: machine.clone(),
+        request: SpanRequest {
+            nodes: wanted.clone(),
+            here: false,
+        },
+    };
+    operate::anywhere(agent, span).await?;
+    send_back(agent, machine, before, &wanted).await;
+    Ok(())
+}
+
 /// What parts and threads it has.
 pub(crate) async fn parts_of(
     agent: &Arc<Agent>,
     machine: &MachineName,
 ) -> Result<PartsInfo, OperateError> {
     let worker = home(agent, machine)?;
-    let report: PartsReport = ask(&worker, kind::PARTS, &(), PROMPT).await?;
-    Ok(info(&report, &agent.name))
+    Ok(info(&parts_report(&worker).await?, &agent.name))
 }
 
 fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
@@ -519,7 +659,7 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
             (None, false) => "running",
         }
         .into(),
-        cpu_micros: thread.cpu_ns.map(|ns| ns / 1000),
+        cpu_micros: thread.took.map(|took| took.time.run_ns / 1000),
     });
     PartsInfo {
         parts: parts.collect(),
@@ -535,8 +675,8 @@ pub(crate) async fn objects(
     machine: &MachineName,
 ) -> Result<Vec<ObjectInfo>, OperateError> {
     let worker = home(agent, machine)?;
-    let report: PartsReport = ask(&worker, kind::PARTS, &(), PROMPT).await?;
-    let objects: Vec<ObjectReport> = ask(&worker, kind::OBJECTS, &(), PROMPT).await?;
+    let report = parts_report(&worker).await?;
+    let objects = objects_report(&worker).await?;
     let node = |part: PartId| {
         let node = report.nodes.get(&part);
         node.map_or_else(|| "?".to_owned(), ToString::to_string)
@@ -566,7 +706,7 @@ pub(crate) async fn move_object(
     })?;
     let (memory, start, bytes) = range;
     let worker = home(agent, machine)?;
-    let report: PartsReport = ask(&worker, kind::PARTS, &(), PROMPT).await?;
+    let report = parts_report(&worker).await?;
     let to = part_on(&info(&report, &agent.name), machine, to)?;
     let object = MoveObject {
         memory,
@@ -574,7 +714,35 @@ pub(crate) async fn move_object(
         bytes,
         to,
     };
-    ask(&worker, kind::MOVE_OBJECT, &object, SPAN_PATIENCE).await
+    object_to(&worker, object).await
+}
+
+/// As its worker tells of it: parts, and what each thread takes.
+pub(crate) async fn parts_report(worker: &Worker) -> Result<PartsReport, OperateError> {
+    ask(worker, kind::PARTS, &(), PROMPT).await
+}
+
+/// Its memory in pieces, as its worker tells of it.
+pub(crate) async fn objects_report(worker: &Worker) -> Result<Vec<ObjectReport>, OperateError> {
+    ask(worker, kind::OBJECTS, &(), PROMPT).await
+}
+
+/// Lets a thread go to a part.
+pub(crate) async fn thread_to(worker: &Worker, thread: MoveThread) -> Result<(), OperateError> {
+    ask(worker, kind::MOVE_THREAD, &thread, COMPILE_PATIENCE).await
+}
+
+/// Brings a piece of memory to a part; bytes that have been there.
+pub(crate) async fn object_to(worker: &Worker, object: MoveObject) -> Result<u64, OperateError> {
+    ask(worker, kind::MOVE_OBJECT, &object, SPAN_PATIENCE).await
+}
+
+/// Says how many cores are free at each part: new threads begin where most are.
+pub(crate) async fn tell_room(
+    worker: &Worker,
+    room: &BTreeMap<PartId, f64>,
+) -> Result<(), OperateError> {
+    ask(worker, kind::ROOM, room, PROMPT).await
 }
 
 /// The part of a machine on a node; of several the one with the fewest threads.
@@ -597,13 +765,12 @@ pub(crate) async fn move_thread(
     to: &str,
 ) -> Result<(), OperateError> {
     let worker = home(agent, machine)?;
-    let report: PartsReport = ask(&worker, kind::PARTS, &(), PROMPT).await?;
+    let report = parts_report(&worker).await?;
     let part = part_on(&info(&report, &agent.name), machine, to)?;
     if !report.threads.iter().any(|thread| thread.tid == tid) {
         return Err(OperateError::Missing(format!(
             "machine {machine:?} has no thread {tid} (see `keel threads {machine}`)"
         )));
     }
-    let thread = MoveThread { tid, to: part };
-    ask(&worker, kind::MOVE_THREAD, &thread, COMPILE_PATIENCE).await
+    thread_to(&worker, MoveThread { tid, to: part }).await
 }

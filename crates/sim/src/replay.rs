@@ -129,6 +129,8 @@ pub fn again(line: &Line) -> Again {
         Decision::Repair { .. }
         | Decision::Planned { .. }
         | Decision::Ended { .. }
+        | Decision::Grain { .. }
+        | Decision::GrainEnded { .. }
         | Decision::Absurd { .. } => Again::NoDecision,
     }
 }

@@ -15,7 +15,7 @@
 use crate::machines::{MEMORY_DEFAULT, OUTPUT_RATE_DEFAULT, THREADS_DEFAULT};
 use keel_api::RunRequest;
 use keel_machine::restart::Restart;
-use keel_machine::spec::{BalanceBy, Balancing};
+use keel_machine::spec::{BalanceBy, Balancing, Spawn};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, Visitor};
 use std::collections::BTreeMap;
@@ -26,7 +26,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable};
 
 /// Keys of a machine's table.
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 22] = [
     "module",
     "args",
     "on",
@@ -46,6 +46,9 @@ const KEYS: [&str; 19] = [
     "cpu-target",
     "memory-target",
     "io-target",
+    "max-parts",
+    "spawn",
+    "part-memory",
 ];
 /// Names that are this like another are taken for it, from 0 to 1.
 const LIKE: f64 = 0.7;
@@ -93,6 +96,10 @@ struct Machine {
     cpu_target: Option<Cores>,
     memory_target: Option<Size>,
     io_target: Option<Size>,
+    max_parts: Option<u32>,
+    #[serde(default)]
+    spawn: Spawn,
+    part_memory: Option<Size>,
 }
 
 /// Reads a file's text; `place` is the file.
@@ -227,6 +234,9 @@ impl Machine {
                 cpu_target_millis: self.cpu_target.map(|Cores(millis)| millis),
                 memory_target_bytes: self.memory_target.map(|Size(bytes)| bytes),
                 io_target_bytes_per_s: self.io_target.map(|Size(bytes)| bytes),
+                parts_max: self.max_parts,
+                spawn: self.spawn,
+                part_memory_bytes: self.part_memory.map(|Size(bytes)| bytes),
             },
         };
         Ok(Wanted { module, request })
@@ -336,6 +346,9 @@ mod tests {
             balance = "target"
             cpu-target = 0.25
             memory-target = "128M"
+            max-parts = 3
+            spawn = "spread"
+            part-memory = "64M"
 
             [machine.plain]
             module = "/abs/plain.wasm"
@@ -370,6 +383,9 @@ mod tests {
                 cpu_target_millis: Some(250),
                 memory_target_bytes: Some(128 << 20),
                 io_target_bytes_per_s: None,
+                parts_max: Some(3),
+                spawn: Spawn::Spread,
+                part_memory_bytes: Some(64 << 20),
             },
             checkpoints: Some(CheckpointPlan {
                 every_s: 600,
@@ -390,7 +406,7 @@ mod tests {
             read(text).unwrap_err(),
             "/etc/m.toml, line 3: there is no key \"memroy\" of machine \"web\"; did you mean \"memory\"?\n\
              /etc/m.toml, line 7: there is no key \"cpu_limit\" of machine \"db\"; did you mean \"cpu-limit\"?\n\
-             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, balance, cpu-target, memory-target, io-target"
+             /etc/m.toml, line 8: there is no key \"zzz\" of machine \"db\"; known are module, args, on, env, volume, memory, threads, cpu-limit, output-rate, rm, restart, checkpoint-every, checkpoint-to, checkpoint-keep, checkpoint-keep-for, balance, cpu-target, memory-target, io-target, max-parts, spawn, part-memory"
         );
         let error = read("[machines.web]\nmodule = \"a\"").unwrap_err();
         assert!(

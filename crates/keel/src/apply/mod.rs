@@ -197,6 +197,10 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
                     .then(|| wanted.balancing.memory_target_bytes.unwrap_or(0)),
                 io_target_bytes_per_s: changes("io-target")
                     .then(|| wanted.balancing.io_target_bytes_per_s.unwrap_or(0)),
+                parts_max: changes("max-parts").then(|| wanted.balancing.parts_max.unwrap_or(0)),
+                spawn: changes("spawn").then_some(wanted.balancing.spawn),
+                part_memory_bytes: changes("part-memory")
+                    .then(|| wanted.balancing.part_memory_bytes.unwrap_or(0)),
             };
             let path = format!("/v1/machines/{}/set", plan.machine);
             let _: MachineInfo = client.post(&path, &request).await?;

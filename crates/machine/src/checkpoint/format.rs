@@ -19,7 +19,7 @@ use std::str::FromStr;
 
 const MAGIC: [u8; 4] = *b"KCKP";
 /// Version of the manifest's body.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 const HEADER_BYTES: usize = 16;
 const HASH_BYTES: usize = 32;
 /// Bytes of a pack that share a checksum.

@@ -22,6 +22,8 @@ mod wire;
 mod within;
 
 pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
+pub use keel_wasm::runtime::parts::Spawning;
+pub use keel_wasm::runtime::{CoreTime, Took};
 pub use meet::{MeetError, Meeting, Place};
 pub use pages::{BeginError, Latency, Listener, Object, Pages, Setup, SpanError, Teller};
 pub use peer::{Ends, Hello, PeerError};

@@ -590,11 +590,8 @@ impl Pages {
                         memory,
                         number: *number,
                     };
-                    match state.coherence.holders(page) {
-                        Some(Holders::Owner(owner)) => owner != to,
-                        Some(Holders::Readers { keeper, .. }) => keeper != to,
-                        None => true,
-                    }
+                    // (It may be elsewhere again: then it was there.)
+                    state.coherence.is_going(page, to)
                 });
             }
             let there = wanted - missing.len() as u64;

@@ -14,7 +14,7 @@ use super::pages::{BeginError, Listener, Pages, Setup, SpanError, Teller};
 use super::peer::Ends;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError};
-use keel_wasm::runtime::parts::{Member, Members, Order, Report};
+use keel_wasm::runtime::parts::{Member, Members, Order, Report, Spawning};
 use keel_wasm::runtime::{Machine, MachineError, Program, Signal, make_memories};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,8 +52,8 @@ pub enum SpanningError {
 /// How it is to span.
 #[derive(Debug, Clone, Copy)]
 pub struct Spread {
-    /// Threads that it starts begin where the fewest are.
-    pub spread: bool,
+    /// Where threads begin that it starts.
+    pub spawning: Spawning,
     /// How long its threads may take to a safepoint.
     pub patience: Duration,
 }
@@ -132,7 +132,7 @@ impl Home {
             .map_err(SpanningError::from)
             .and_then(|pages| {
                 let way = Arc::new(Way(pages.teller()));
-                let set = machine.set_members(members.iter().collect(), Some(way), how.spread);
+                let set = machine.set_members(members.iter().collect(), Some(way), how.spawning);
                 depends.store(set.is_ok(), Ordering::Release);
                 match (set, pages.failure()) {
                     (Ok(()), None) => Ok(pages),
@@ -150,7 +150,7 @@ impl Home {
         let pages = match spans {
             Ok(pages) => pages,
             Err(error) => {
-                let alone = machine.set_members(Vec::new(), None, false);
+                let alone = machine.set_members(Vec::new(), None, Spawning::Here);
                 if let Err(why) = alone.and_then(|()| machine.thaw()) {
                     tracing::warn!(%why, "the machine does not go on alone");
                 }
@@ -251,7 +251,7 @@ impl Home {
         }
         self.machine.freeze(patience)?;
         let begun = Instant::now();
-        let alone = self.machine.set_members(Vec::new(), None, false);
+        let alone = self.machine.set_members(Vec::new(), None, Spawning::Here);
         if let Err(error) = alone {
             self.machine.thaw()?;
             return Err(error.into());

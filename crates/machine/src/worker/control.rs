@@ -10,6 +10,8 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{Bytes, Fingerprint, RpcError};
 use keel_wasi::FileStat;
 use keel_wasm::coherence::{PartId, PartSet};
+use keel_wasm::runtime::Took;
+use keel_wasm::runtime::parts::Spawning;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -77,6 +79,9 @@ pub mod kind {
     pub const OBJECTS: u16 = 0x0427;
     /// [`super::MoveObject`] → `u64`, bytes that have been there.
     pub const MOVE_OBJECT: u16 = 0x0428;
+    /// `BTreeMap<PartId, f64>`, cores that are free at each part: threads that it starts
+    /// begin where most are.
+    pub const ROOM: u16 = 0x0429;
     /// `()` → stream of `Option<String>`: where the machine waits for room on
     /// a disk, the present state first.
     pub const PAUSES: u16 = 0x0410;
@@ -465,8 +470,8 @@ pub struct Span {
     pub join: Join,
     /// The node of each part.
     pub nodes: BTreeMap<PartId, NodeName>,
-    /// Threads that it starts begin where the fewest are, not at the home.
-    pub spread: bool,
+    /// Where threads begin that it starts.
+    pub spawning: Spawning,
 }
 
 /// Where a thread is to go on.
@@ -530,8 +535,8 @@ pub struct ThreadReport {
     pub moves_to: Option<PartId>,
     /// It waits to be woken by another one.
     pub waits: bool,
-    /// CPU time in nanoseconds that it used at the home.
-    pub cpu_ns: Option<u64>,
+    /// What it took of cores where it is, when that was looked at last.
+    pub took: Option<Took>,
 }
 
 /// Bytes that added fields have at the most when they are left out.

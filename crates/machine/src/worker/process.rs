@@ -335,6 +335,11 @@ impl Worker {
                 blocking(move || self.move_thread(thread)).await?;
                 Ok(pack(&())?.into())
             }
+            kind::ROOM => {
+                let room = unpack(&payload)?;
+                blocking(move || self.room(room)).await?;
+                Ok(pack(&())?.into())
+            }
             kind::OBJECTS => {
                 let objects = blocking(move || self.objects()).await?;
                 Ok(pack(&objects)?.into())

@@ -156,7 +156,7 @@ impl Worker {
             .meet(&name, epoch, &span.join.places, MEET_PATIENCE)
             .map_err(failed)?;
         let how = Spread {
-            spread: span.spread,
+            spawning: span.spawning,
             patience: FREEZE_PATIENCE,
         };
         let home = Home::begin(&machine, ends, how).map_err(failed)?;
@@ -220,6 +220,8 @@ impl Worker {
         let machine = inner.machine.as_ref();
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
         let threads = machine.thread_infos().into_iter();
+        // (For the next time.)
+        machine.ask_times();
         Ok(PartsReport {
             nodes: inner.parts.nodes.clone(),
             threads: threads
@@ -228,7 +230,7 @@ impl Worker {
                     part: thread.part,
                     moves_to: thread.moves_to,
                     waits: thread.waits,
-                    cpu_ns: thread.cpu_ns,
+                    took: thread.took,
                 })
                 .collect(),
             waits: match &inner.parts.home {
@@ -236,6 +238,14 @@ impl Worker {
                 None => Vec::new(),
             },
         })
+    }
+
+    /// Cores that are free at each part: threads that it starts begin where most are.
+    pub(super) fn room(&self, room: BTreeMap<PartId, f64>) -> Result<(), RpcError> {
+        let machine = self.inner().machine.clone();
+        let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
+        machine.set_room(room);
+        Ok(())
     }
 
     /// A thread goes on at another part; does not wait for it.

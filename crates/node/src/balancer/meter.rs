@@ -120,6 +120,7 @@ impl Meter {
     pub(super) fn measure(
         &mut self,
         workers: &Workers,
+        parts: &Workers,
         traffic: &Traffic,
         speed: f64,
     ) -> Option<Measured> {
@@ -161,6 +162,15 @@ impl Meter {
             }
             counters.insert(pid, now);
             residents.push((pid, resident));
+        }
+        // Parts of other nodes' machines are load that no round can move.
+        for (_, pid) in parts.processes() {
+            let now = read_process(&PathBuf::from(format!("/proc/{pid}")), None);
+            if let (Some(before), Some(seconds)) = (self.previous.get(&pid), seconds) {
+                let (guest, other) = rates(before, &now, seconds);
+                helpers.cpu_cores += guest.cpu_cores + other.cpu_cores;
+            }
+            counters.insert(pid, now);
         }
         let measured = seconds.map(|seconds| {
             let own_rates = rates(&self.own, &own, seconds);

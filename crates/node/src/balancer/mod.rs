@@ -12,6 +12,7 @@
 //! - `placing`: where new machines start
 //! - `plan`: plans for all nodes, and carrying them out
 //! - `drain`: emptying this node
+//! - `grains`: threads and memory of machines that may have parts elsewhere
 //!
 //! ```text
 //!   meter thread ──┐
@@ -24,6 +25,7 @@ mod ask;
 mod bounds;
 mod database;
 mod drain;
+mod grains;
 mod ledger;
 mod meter;
 mod placements;
@@ -184,6 +186,7 @@ pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
     let rules = agent.balancer.rules.clone();
     tokio::spawn(drain::follow(agent.clone()));
     tokio::spawn(writes::follow(agent.clone()));
+    tokio::spawn(grains::follow(agent.clone()));
     tokio::spawn(follow_policy(agent.clone(), events.clone()));
     for prefix in [
         Key::Rules.to_string(),
@@ -225,7 +228,7 @@ pub(crate) fn start(agent: &Arc<Agent>, inbox: Inbox) {
 /// Measures on a thread of its own: `/proc` may take its time.
 fn measure_for_ever(agent: &Arc<Agent>, sample_ms: Arc<AtomicU64>) -> std::io::Result<()> {
     let inputs = agent.balancer.inputs.clone();
-    let workers = agent.workers.clone();
+    let (workers, parts) = (agent.workers.clone(), agent.parts.clone());
     let traffic = agent.traffic.clone();
     let mut meter = Meter::new(agent.dir.clone());
     std::thread::Builder::new()
@@ -236,7 +239,7 @@ fn measure_for_ever(agent: &Arc<Agent>, sample_ms: Arc<AtomicU64>) -> std::io::R
                 if speed.is_none() && turn % CALIBRATE_EVERY == 0 {
                     speed = speed::calibrate();
                 }
-                let measured = meter.measure(&workers, &traffic, speed.unwrap_or(1.0));
+                let measured = meter.measure(&workers, &parts, &traffic, speed.unwrap_or(1.0));
                 if let Some(measured) = measured
                     && inputs.send(Input::Measured(Box::new(measured))).is_err()
                 {
@@ -574,6 +577,18 @@ fn keep(agent: &Agent, decision: Decision) {
         model: None,
         decision,
     });
+}
+
+/// Why a machine may not be on a node, by rules and drains, if it may not.
+pub(crate) async fn forbidden(
+    agent: &Agent,
+    machine: &MachineName,
+    node: &NodeName,
+) -> Option<String> {
+    let (machine, node): (Name, Name) = (machine.as_str().into(), node.as_str().into());
+    let look = move |_: &Balancer, _: u64, rules: &Snapshot| rules.forbids(&machine, &node);
+    let broken = agent.balancer.look(look).await.ok().flatten();
+    broken.map(|broken| broken.why)
 }
 
 /// Asks another node's balancer.

@@ -112,6 +112,13 @@ impl Directory {
         }
     }
 
+    pub(super) fn is_going(&self, page: PageId, to: PartId) -> bool {
+        let goes = |request: &Request| *request == Request::Move { to };
+        self.entries.get(&page).is_some_and(|entry| {
+            entry.queue.iter().any(goes) || matches!(entry.busy, Some((part, _)) if part == to)
+        })
+    }
+
     fn entry(&mut self, page: PageId) -> &mut Entry {
         let origin = self.origin;
         self.entries.entry(page).or_insert_with(|| Entry {

@@ -418,6 +418,13 @@ impl Coherence {
         self.directory.holders(page)
     }
 
+    /// Whether a page of which this part is the directory is about to be at a part, as
+    /// [`Event::Move`] wanted or that part did. One that is not, and was to move there, has
+    /// been there: it may be elsewhere again.
+    pub fn is_going(&self, page: PageId, to: PartId) -> bool {
+        self.directory.is_going(page, to)
+    }
+
     /// Where the pages are of which this part is the directory and that have ever changed
     /// hands, in rising order; all others are where they were at the beginning.
     pub fn placements(&self) -> Vec<Placement> {

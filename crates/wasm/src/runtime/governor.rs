@@ -6,6 +6,7 @@
 //! [`Budget`] decides, [`govern`] acts. How threads are held is `machine`'s.
 
 use super::machine::{Hold, Machine, Shared};
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Weak;
@@ -18,23 +19,68 @@ const BURST: Duration = Duration::from_millis(50);
 
 /// CPU time of one OS thread of this process.
 #[derive(Debug)]
-pub(super) struct ThreadClock(File);
+pub(crate) struct ThreadClock {
+    schedstat: File,
+    stat: File,
+}
 
 impl ThreadClock {
     /// That of the calling thread; `None` where /proc has no `schedstat`.
-    pub(super) fn of_this_thread() -> Option<Self> {
-        let file = File::open("/proc/thread-self/schedstat").ok()?;
-        let clock = ThreadClock(file);
+    pub(crate) fn of_this_thread() -> Option<Self> {
+        let clock = ThreadClock {
+            schedstat: File::open("/proc/thread-self/schedstat").ok()?,
+            stat: File::open("/proc/thread-self/stat").ok()?,
+        };
         clock.run_ns().map(|_| clock)
     }
 
     /// Nanoseconds it ran so far.
     pub(super) fn run_ns(&self) -> Option<u64> {
         let mut buffer = [0; 64];
-        let count = self.0.read_at(&mut buffer, 0).ok()?;
-        let text = std::str::from_utf8(&buffer[..count]).ok()?;
-        text.split_ascii_whitespace().next()?.parse().ok()
+        numbers(&self.schedstat, &mut buffer)?.next()?
     }
+
+    /// What it took of cores so far.
+    pub(crate) fn took(&self) -> Option<CoreTime> {
+        let mut buffer = [0; 64];
+        let mut numbers = numbers(&self.schedstat, &mut buffer)?;
+        let mut next = || numbers.next().flatten();
+        let (run_ns, waited_ns, turns) = (next()?, next()?, next()?);
+        let mut buffer = [0; 64];
+        let count = self.stat.read_at(&mut buffer, 0).ok()?;
+        // Its state follows its name, which is in brackets.
+        let text = buffer.get(..count)?;
+        let name_end = text.iter().rposition(|byte| *byte == b')')?;
+        Some(CoreTime {
+            run_ns,
+            waited_ns,
+            turns,
+            is_runnable: text.get(name_end + 2) == Some(&b'R'),
+        })
+    }
+}
+
+fn numbers<'a>(
+    file: &File,
+    buffer: &'a mut [u8],
+) -> Option<impl Iterator<Item = Option<u64>> + 'a> {
+    let count = file.read_at(buffer, 0).ok()?;
+    let text = std::str::from_utf8(buffer.get(..count)?).ok()?;
+    Some(text.split_ascii_whitespace().map(|word| word.parse().ok()))
+}
+
+/// What a thread took of cores since its OS thread began, which may have had others
+/// before: only differences mean something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoreTime {
+    /// Nanoseconds for which it ran.
+    pub run_ns: u64,
+    /// Nanoseconds for which it waited for a core, as far as that is over.
+    pub waited_ns: u64,
+    /// How often it got one.
+    pub turns: u64,
+    /// Whether it runs, or waits for a core.
+    pub is_runnable: bool,
 }
 
 /// What a machine may use, and has used.

@@ -20,10 +20,10 @@
 use super::calls::Turns;
 use super::fiber::{Fiber, FiberError, Run, Stop, Trap};
 use super::frame::{FrameError, ThreadState, Value};
-use super::governor::{ThreadClock, govern};
+use super::governor::{CoreTime, ThreadClock, govern};
 use super::host::{Host, HostThread};
 use super::image::{Entry, Image};
-use super::parts::{Away, Inbox, Members, Parts, Report};
+use super::parts::{Away, Inbox, Members, Parts, Report, Spawning};
 use super::program::{Program, ProgramError, STACK_BYTES};
 use super::signal::Signal;
 use super::wait::WaitQueues;
@@ -95,8 +95,18 @@ pub struct ThreadInfo {
     pub moves_to: Option<PartId>,
     /// Whether it waits to be woken (`memory.atomic.wait`).
     pub waits: bool,
-    /// Nanoseconds of CPU time that it used at the home; `None` where that is not known.
-    pub cpu_ns: Option<u64>,
+    /// What it took of cores where it is; `None` where that is not known.
+    pub took: Option<Took>,
+}
+
+/// What a thread took of cores where it is. Only differences mean something, and only
+/// while it stays there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Took {
+    /// When that was looked at, in nanoseconds since its part began.
+    pub at_ns: u64,
+    /// What it took until then.
+    pub time: CoreTime,
 }
 
 /// How a machine ended.
@@ -230,6 +240,7 @@ pub(super) struct Shared {
     pub(super) waits: Mutex<WaitQueues>,
     pub(super) turns: Turns,
     pub(super) parts: Parts,
+    begun: Instant,
     /// It has ended.
     pub(super) over: AtomicBool,
     captures: AtomicU64,
@@ -425,6 +436,7 @@ impl Machine {
                 waits: Mutex::new(waits),
                 turns: Turns::default(),
                 parts: Parts::default(),
+                begun: Instant::now(),
                 over: AtomicBool::new(false),
                 captures: AtomicU64::new(0),
                 epoch: AtomicU64::new(0),
@@ -703,7 +715,7 @@ impl Machine {
     }
 
     /// From now on it has members too, which hear what they are to do through `way`;
-    /// with `spread` threads that it starts begin where the fewest are. Its memories are
+    /// threads that it starts begin as `spawning` says. Its memories are
     /// the home's part of what `crate::coherence` keeps. Returns when those of the members
     /// are as large.
     ///
@@ -714,7 +726,7 @@ impl Machine {
         &self,
         members: Vec<PartId>,
         way: Option<Arc<dyn Members>>,
-        spread: bool,
+        spawning: Spawning,
     ) -> Result<(), MachineError> {
         let threads = locked(&self.shared.threads);
         if threads.phase != Phase::Frozen {
@@ -725,7 +737,7 @@ impl Machine {
             |thread: &&Thread| !here(thread.place) || !here(thread.seat.unwrap_or(thread.place));
         let away = threads.table.values().filter(stays);
         match away.count() {
-            0 => self.shared.parts.set(members, way, spread),
+            0 => self.shared.parts.set(members, way, spawning),
             count => return Err(MachineError::Away(count)),
         }
         drop(threads);
@@ -747,6 +759,9 @@ impl Machine {
         } = report
         {
             return self.shared.parts.opened(from, (memory, bytes), done);
+        }
+        if let Report::Times { at_ns, threads } = report {
+            return self.shared.parts.took(from, at_ns, threads);
         }
         let Some(tid) = report.tid() else { return };
         let heard = {
@@ -818,6 +833,7 @@ impl Machine {
     pub fn thread_infos(&self) -> Vec<ThreadInfo> {
         let threads = locked(&self.shared.threads);
         let waits = locked(&self.shared.waits);
+        let here_ns = u64::try_from(self.shared.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let infos = threads.table.iter().map(|(tid, thread)| {
             let part = thread.seat.unwrap_or(thread.place);
             ThreadInfo {
@@ -825,10 +841,31 @@ impl Machine {
                 part,
                 moves_to: (part != thread.place).then_some(thread.place),
                 waits: waits.has(*tid),
-                cpu_ns: thread.clock.as_ref().and_then(ThreadClock::run_ns),
+                took: match part == PartId::HOME {
+                    true => thread.clock.as_ref().and_then(|clock| {
+                        let time = clock.took()?;
+                        Some(Took {
+                            at_ns: here_ns,
+                            time,
+                        })
+                    }),
+                    false => self.shared.parts.taken(*tid, part),
+                },
             }
         });
         infos.collect()
+    }
+
+    /// Asks all members what their threads took of cores; it is in [`Self::thread_infos`]
+    /// when they have answered.
+    pub fn ask_times(&self) {
+        self.shared.parts.ask_times();
+    }
+
+    /// How many cores are free at each part: threads that it starts begin where most are
+    /// ([`Spawning::Room`]).
+    pub fn set_room(&self, room: BTreeMap<PartId, f64>) {
+        self.shared.parts.set_room(room);
     }
 
     /// Nothing goes to its members any more, neither threads that it starts nor any that
@@ -1210,20 +1247,13 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Where a new thread begins: where the fewest are, of equals at the home.
+    /// Where a new thread begins.
     fn place_for_new(&self, threads: &Threads) -> PartId {
-        if !self.parts.spreads() {
-            return PartId::HOME;
-        }
-        let mut counts = BTreeMap::from([(PartId::HOME, 0)]);
-        counts.extend(self.parts.members().into_iter().map(|part| (part, 0)));
+        let mut counts = BTreeMap::new();
         for thread in threads.table.values() {
             *counts.entry(thread.place).or_insert(0) += 1;
         }
-        let least = counts
-            .into_iter()
-            .min_by_key(|(part, count)| (*count, *part));
-        least.map_or(PartId::HOME, |(part, _)| part)
+        self.parts.place_for_new(&counts)
     }
 
     pub(super) fn spawn(self: &Arc<Self>, arg: u32) -> i32 {

@@ -27,9 +27,10 @@ mod signal;
 mod wait;
 
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
+pub use governor::CoreTime;
 pub use host::{Host, HostOutcome, HostThread, ImportKind};
 pub use image::Image;
-pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, make_memories};
+pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, Took, make_memories};
 pub use plain::run_plain;
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES};
 pub use signal::Signal;

@@ -1,12 +1,14 @@
 //! A thread that runs at a member, as its home sees it.
 
 use super::Members;
+use super::Spawning;
 use super::message::{Answer, Entering, Order, Report};
 use crate::coherence::PartId;
 use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
 use crate::runtime::frame::{ThreadState, Value};
+use crate::runtime::governor::CoreTime;
 use crate::runtime::host::{Host, HostOutcome, HostThread};
-use crate::runtime::machine::locked;
+use crate::runtime::machine::{Took, locked};
 use crate::runtime::program::Program;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex};
@@ -63,8 +65,12 @@ struct PartsInner {
     /// `None` while it is alone.
     way: Option<Arc<dyn Members>>,
     members: Vec<PartId>,
-    /// New threads begin at all of them.
-    spread: bool,
+    /// Where new threads begin.
+    spawning: Spawning,
+    /// Cores that are free at each part, less what began there since that was told.
+    room: BTreeMap<PartId, f64>,
+    /// What threads took where they are, and when it was looked at there.
+    taken: BTreeMap<u32, (PartId, Took)>,
     /// What is being opened: memory and bytes.
     opening: Option<(u32, u64)>,
     /// What came of it, by part.
@@ -75,10 +81,17 @@ struct PartsInner {
 
 impl Parts {
     /// From now on it has these members, or none.
-    pub(crate) fn set(&self, members: Vec<PartId>, way: Option<Arc<dyn Members>>, spread: bool) {
+    pub(crate) fn set(
+        &self,
+        members: Vec<PartId>,
+        way: Option<Arc<dyn Members>>,
+        spawning: Spawning,
+    ) {
         let mut inner = locked(&self.inner);
         inner.members = members;
-        inner.spread = spread;
+        inner.spawning = spawning;
+        inner.room.clear();
+        inner.taken.clear();
         inner.lost = false;
         inner.leaving = false;
         inner.way = way;
@@ -92,7 +105,7 @@ impl Parts {
     /// Members are to leave: nothing goes to them any more.
     pub(crate) fn let_leave(&self) {
         let mut inner = locked(&self.inner);
-        inner.spread = false;
+        inner.spawning = Spawning::Here;
         inner.leaving = true;
     }
 
@@ -100,9 +113,74 @@ impl Parts {
         locked(&self.inner).leaving
     }
 
-    pub(crate) fn spreads(&self) -> bool {
+    /// Where a new thread begins, of the parts that have so many already; of equals at
+    /// the home.
+    pub(crate) fn place_for_new(&self, counts: &BTreeMap<PartId, usize>) -> PartId {
+        let mut inner = locked(&self.inner);
+        let spawning = match inner.way {
+            Some(_) => inner.spawning,
+            None => Spawning::Here,
+        };
+        let parts: Vec<PartId> = std::iter::once(PartId::HOME)
+            .chain(inner.members.iter().copied())
+            .collect();
+        let count = |part: &PartId| counts.get(part).copied().unwrap_or(0);
+        let fewest = || {
+            parts
+                .iter()
+                .copied()
+                .min_by_key(|part| (count(part), *part))
+        };
+        let place = match spawning {
+            Spawning::Here => None,
+            Spawning::Room if !inner.room.is_empty() => {
+                let room = |part: &PartId| inner.room.get(part).copied().unwrap_or(f64::MIN);
+                let most = parts.iter().copied().max_by(|one, other| {
+                    let by_room = room(one).total_cmp(&room(other));
+                    by_room.then(other.cmp(one))
+                });
+                if let Some(room) = most.and_then(|part| inner.room.get_mut(&part)) {
+                    *room -= 1.0;
+                }
+                most
+            }
+            Spawning::Even | Spawning::Room => fewest(),
+        };
+        place.unwrap_or(PartId::HOME)
+    }
+
+    /// How many cores are free at each part now.
+    pub(crate) fn set_room(&self, room: BTreeMap<PartId, f64>) {
+        locked(&self.inner).room = room;
+    }
+
+    /// What a part says of its threads.
+    pub(crate) fn took(&self, part: PartId, at_ns: u64, threads: Vec<(u32, CoreTime)>) {
+        let mut inner = locked(&self.inner);
+        inner.taken.retain(|_, (from, _)| *from != part);
+        let threads = threads.into_iter();
+        inner
+            .taken
+            .extend(threads.map(|(tid, time)| (tid, (part, Took { at_ns, time }))));
+    }
+
+    /// What a thread took where it is, when that was looked at last.
+    pub(crate) fn taken(&self, tid: u32, part: PartId) -> Option<Took> {
         let inner = locked(&self.inner);
-        inner.spread && inner.way.is_some()
+        let (from, took) = inner.taken.get(&tid)?;
+        (*from == part).then_some(*took)
+    }
+
+    /// Asks all members what their threads took; the answers come in time.
+    pub(crate) fn ask_times(&self) {
+        let inner = locked(&self.inner);
+        let (way, members) = (inner.way.clone(), inner.members.clone());
+        drop(inner);
+        for part in members {
+            if let Some(way) = &way {
+                way.order(part, &Order::Times);
+            }
+        }
     }
 
     pub(crate) fn way(&self) -> Option<Arc<dyn Members>> {
@@ -289,7 +367,7 @@ impl Away {
                 }
                 Report::Finished { values, .. } => return Ok(Run::Finished(values)),
                 Report::Stopped { stop, .. } => return Err(stop),
-                Report::Opened { .. } => {
+                Report::Opened { .. } | Report::Times { .. } => {
                     return Err(wrong("an answer that is no thread's"));
                 }
             }

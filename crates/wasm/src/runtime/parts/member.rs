@@ -5,13 +5,15 @@ use super::message::{Answer, Entering, Order, Report};
 use crate::memory::GuestMemory;
 use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
 use crate::runtime::frame::{Progress, ThreadState};
+use crate::runtime::governor::ThreadClock;
 use crate::runtime::host::{Host, HostOutcome, HostThread};
 use crate::runtime::machine::{locked, lower_priority};
 use crate::runtime::program::{Program, STACK_BYTES};
 use crate::runtime::signal::Signal;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
+use std::time::Instant;
 
 /// The most threads that a member has: as many as a machine may have.
 const THREADS_MAX: usize = 1 << 16;
@@ -33,6 +35,8 @@ struct Visitor {
     signal: Arc<Signal>,
     wishes: Mutex<VecDeque<Wish>>,
     changed: Condvar,
+    /// Set by its OS thread.
+    clock: OnceLock<ThreadClock>,
 }
 
 impl Visitor {
@@ -74,6 +78,7 @@ struct Shared {
     launched: Mutex<usize>,
     left: Condvar,
     over: AtomicBool,
+    begun: Instant,
 }
 
 /// A part that is not the home.
@@ -142,6 +147,7 @@ impl Member {
             launched: Mutex::default(),
             left: Condvar::new(),
             over: AtomicBool::new(false),
+            begun: Instant::now(),
         }));
         for _ in 0..WARM {
             // (Where there are no threads left, the first one that comes says so.)
@@ -213,6 +219,17 @@ impl Member {
                     done,
                 });
             }
+            Order::Times => {
+                let visitors = locked(&shared.visitors);
+                let threads = visitors
+                    .iter()
+                    .filter_map(|(tid, visitor)| Some((*tid, visitor.clock.get()?.took()?)));
+                let threads = threads.collect();
+                drop(visitors);
+                let at_ns = shared.begun.elapsed().as_nanos();
+                let at_ns = u64::try_from(at_ns).unwrap_or(u64::MAX);
+                (shared.report)(Report::Times { at_ns, threads });
+            }
             Order::End => self.end(),
         }
     }
@@ -267,14 +284,20 @@ impl Member {
             signal: Arc::new(Signal::new()?),
             wishes: Mutex::default(),
             changed: Condvar::new(),
+            clock: OnceLock::new(),
         });
         let (shared, guest) = (self.0.clone(), visitor.clone());
         *locked(&self.0.launched) += 1;
         let spawned = std::thread::Builder::new()
-            .name("guest".into())
+            // (As threads of guests are called at homes: the node's meter counts by it.)
+            .name("guest-away".into())
             .stack_size(STACK_BYTES + (1 << 20))
             .spawn(move || {
                 lower_priority(&shared.program);
+                if let Some(clock) = ThreadClock::of_this_thread() {
+                    // (Nobody else sets it.)
+                    let _ = guest.clock.set(clock);
+                }
                 shared.serve(&guest);
                 shared.gone();
             });

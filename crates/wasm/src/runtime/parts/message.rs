@@ -9,6 +9,7 @@
 
 use crate::runtime::fiber::Stop;
 use crate::runtime::frame::{Progress, Value};
+use crate::runtime::governor::CoreTime;
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages, their first byte.
@@ -81,6 +82,8 @@ pub enum Order {
     },
     /// The machine has ended.
     End,
+    /// It is to say what its threads took ([`Report::Times`]).
+    Times,
 }
 
 /// From a member to the home.
@@ -127,6 +130,13 @@ pub enum Report {
         /// Whether it is.
         done: bool,
     },
+    /// What the threads that are here took of cores so far.
+    Times {
+        /// When, in nanoseconds since this part began.
+        at_ns: u64,
+        /// Of each.
+        threads: Vec<(u32, CoreTime)>,
+    },
 }
 
 impl Report {
@@ -137,7 +147,7 @@ impl Report {
             | Report::Captured { tid, .. }
             | Report::Finished { tid, .. }
             | Report::Stopped { tid, .. } => Some(*tid),
-            Report::Opened { .. } => None,
+            Report::Opened { .. } | Report::Times { .. } => None,
         }
     }
 }
@@ -240,6 +250,7 @@ mod tests {
                 bytes: 1 << 33,
             },
             Order::End,
+            Order::Times,
         ]
     }
 
@@ -266,6 +277,21 @@ mod tests {
                 memory: 1,
                 bytes: 1 << 20,
                 done: false,
+            },
+            Report::Times {
+                at_ns: 1 << 40,
+                threads: vec![
+                    (
+                        3,
+                        CoreTime {
+                            run_ns: 5,
+                            waited_ns: 1 << 33,
+                            turns: 9,
+                            is_runnable: true,
+                        }
+                    );
+                    4
+                ],
             },
         ]
     }

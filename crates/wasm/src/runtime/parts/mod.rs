@@ -33,6 +33,18 @@ pub use message::{Answer, Entering, MessageError, Order, Report};
 
 use crate::coherence::PartId;
 
+/// Where threads begin that a machine starts while it has members.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+pub enum Spawning {
+    /// At the home.
+    #[default]
+    Here,
+    /// Where the fewest of its threads are.
+    Even,
+    /// Where the most cores are free, as it was told last; before it was, as `Even`.
+    Room,
+}
+
 /// The way from the home to its members.
 pub trait Members: Send + Sync {
     /// Says something to a member; does not wait for it. Who cannot be told is lost, and

@@ -1,0 +1,278 @@
+//! Machines that may have parts, in clusters whose nodes have quotas: they get them by
+//! themselves, their threads and their memory go where there is room, and every decision
+//! says why.
+
+use keel_api::{LedgerInfo, ObjectInfo, PartsInfo};
+use keel_balance::grains::Grain;
+use keel_balance::ledger::Decision;
+use keel_balance::policy::Mode;
+use keel_machine::spec::Spawn;
+use keel_testkit::{Guest, LocalCluster, wait_for};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+const NODES: [(&str, f64); 3] = [("a", 0.5), ("b", 0.5), ("c", 0.5)];
+
+fn guest_path(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"))
+}
+
+fn guest(name: &str) -> Vec<u8> {
+    std::fs::read(guest_path(name)).expect("a prebuilt guest")
+}
+
+/// One at a time: they measure processors.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+async fn start(folder: &Path, policy: &[(&str, &str)]) -> LocalCluster {
+    let cluster = LocalCluster::start_balancing(Path::new(KEEL), folder, &NODES).await;
+    let cluster = cluster.expect("a cluster whose nodes have quotas");
+    for (field, value) in policy {
+        cluster.set_policy(field, value).await.expect("a policy");
+    }
+    cluster
+}
+
+/// The lines of a program that runs alone.
+fn alone(name: &str, args: &[&str]) -> Vec<String> {
+    let mut command = Command::new(KEEL);
+    let output = command
+        .arg("wasm")
+        .arg(guest_path(name))
+        .args(args)
+        .output();
+    let output = output.expect("it runs");
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).expect("text");
+    text.lines().map(str::to_owned).collect()
+}
+
+async fn parts(cluster: &LocalCluster, machine: &str) -> PartsInfo {
+    let path = format!("/v1/machines/{machine}/parts");
+    cluster.client("a").get(&path).await.expect("its parts")
+}
+
+/// Threads of each node that has some.
+async fn threads(cluster: &LocalCluster, machine: &str) -> BTreeMap<String, u32> {
+    let mut threads = BTreeMap::new();
+    for part in parts(cluster, machine).await.parts {
+        if part.threads > 0 {
+            *threads.entry(part.node).or_default() += part.threads;
+        }
+    }
+    threads
+}
+
+/// MiB of a machine's memory on each node.
+async fn memory(cluster: &LocalCluster, machine: &str) -> BTreeMap<String, u64> {
+    let path = format!("/v1/machines/{machine}/objects");
+    let objects: Vec<ObjectInfo> = match cluster.client("a").get(&path).await {
+        Ok(objects) => objects,
+        // It is on one node yet.
+        Err(_) => return BTreeMap::new(),
+    };
+    let mut memory: BTreeMap<String, u64> = BTreeMap::new();
+    for object in objects {
+        *memory.entry(object.node).or_default() += object.bytes;
+    }
+    memory
+        .into_iter()
+        .map(|(node, bytes)| (node, bytes >> 20))
+        .collect()
+}
+
+async fn grains(cluster: &LocalCluster) -> Vec<(Mode, Grain, String)> {
+    let ledger: LedgerInfo = cluster
+        .client("a")
+        .get("/v1/ledger?limit=10000")
+        .await
+        .expect("it");
+    let decisions = ledger
+        .lines
+        .into_iter()
+        .filter_map(|line| match line.decision {
+            Decision::Grain { mode, choice, .. } => Some((mode, choice.grain, choice.why)),
+            _ => None,
+        });
+    decisions.collect()
+}
+
+fn said(cluster: &LocalCluster, args: &[&str]) -> String {
+    let output = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(cluster.folder("a"))
+        .args(args)
+        .output()
+        .expect("keel runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    text(&output.stdout) + &text(&output.stderr)
+}
+
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir();
+    folder.expect("a folder")
+}
+
+/// A renderer presses its node alone: it gets parts, its threads go there, its pictures
+/// stay the same; when a node is drained its part goes, and it works on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_outgrows_its_node_by_itself() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let cluster = start(folder.path(), &[("mode", "automatic")]).await;
+    let module = guest("render");
+    let mut render = Guest::new("render", "a", &module, &["6", "480", "320", "1000000"]);
+    render.balancing.parts_max = Some(3);
+    cluster.run(&render).await.expect("it starts");
+    wait_for("its threads are on all nodes", || async {
+        let threads = threads(&cluster, "render").await;
+        (threads.len() == 3 && threads.values().all(|count| *count > 1)).then_some(())
+    })
+    .await
+    .unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["why", "render"])));
+    let decided = grains(&cluster).await;
+    let spread = decided
+        .iter()
+        .find(|(_, grain, _)| matches!(grain, Grain::Spread { .. }));
+    let (_, _, why) = spread.expect("it was decided");
+    assert!(why.contains("busy threads press a alone"), "{why}");
+    let moved = decided
+        .iter()
+        .filter(|(_, grain, _)| matches!(grain, Grain::Thread { .. }));
+    assert!(moved.clone().count() >= 4, "{decided:?}");
+    assert!(moved.clone().all(|(_, _, why)| why.contains("is pressed")));
+    let why = said(&cluster, &["why", "render"]);
+    assert!(
+        why.contains("gets parts on") && why.contains("thread"),
+        "{why}"
+    );
+
+    let before = cluster
+        .output("a", "render")
+        .await
+        .expect("output")
+        .lines()
+        .count();
+    let drawn = wait_for("pictures by all nodes", || async {
+        let output = cluster.output("a", "render").await.ok()?;
+        let whole = &output[..output.rfind('\n')?];
+        let lines: Vec<String> = whole.lines().map(str::to_owned).collect();
+        (lines.len() > before + 3).then_some(lines)
+    });
+    let drawn = drawn.await.expect("it draws");
+    let first = drawn.len() - 3;
+    let again = alone("render", &["2", "480", "320", "3", &first.to_string()]);
+    assert_eq!(drawn[first..], again);
+
+    // One of them is emptied: no part may be there.
+    let drained = said(&cluster, &["drain", "c"]);
+    wait_for("no part is on c", || async {
+        let parts = parts(&cluster, "render").await.parts;
+        let nodes: Vec<&str> = parts.iter().map(|part| part.node.as_str()).collect();
+        (cluster.parts_of("c") == 0 && nodes == ["a", "b"]).then_some(())
+    })
+    .await
+    .unwrap_or_else(|error| panic!("{error}: {drained}, {}", said(&cluster, &["why", "render"])));
+    let decided = grains(&cluster).await;
+    let gathered = decided.iter().find(|(_, grain, _)| *grain == Grain::Gather);
+    assert!(
+        gathered.is_some_and(|(_, _, why)| why.contains("c must go")),
+        "{decided:?}"
+    );
+    cluster.end("a", "render").await.expect("it ends");
+}
+
+#[allow(dead_code)]
+/// More memory than a part keeps: it gets parts, and what it does not use goes there.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_rests_goes_where_it_fits() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let cluster = start(folder.path(), &[("mode", "automatic")]).await;
+    let module = guest("writer");
+    // 60 MiB, of which it writes and checks a little all the time.
+    let mut hot = Guest::new("hot", "a", &module, &["60", "1"]);
+    hot.balancing.parts_max = Some(3);
+    hot.balancing.part_memory_bytes = Some(28 << 20);
+    cluster.run(&hot).await.expect("it starts");
+    let memory = wait_for("no part has more than it keeps", || async {
+        let memory = memory(&cluster, "hot").await;
+        let fits = memory.len() == 3 && memory.values().all(|mib| *mib <= 28);
+        fits.then_some(memory)
+    });
+    let memory = memory.await.expect("it is given away");
+    let decided = grains(&cluster).await;
+    let given = decided
+        .iter()
+        .filter(|(_, grain, _)| matches!(grain, Grain::Objects { .. }));
+    assert!(given.clone().count() >= 2, "{decided:?}");
+    assert!(
+        given
+            .clone()
+            .all(|(_, _, why)| why.contains("keeps 28.0 MiB at most")),
+        "{decided:?}"
+    );
+    // (Each is rounded down.)
+    assert!(memory.values().sum::<u64>() >= 57, "{memory:?}");
+    // (It checks each page that it comes by: it goes on, or has ended.)
+    let lines = cluster
+        .output("a", "hot")
+        .await
+        .expect("output")
+        .lines()
+        .count();
+    wait_for("it goes on", || async {
+        let now = cluster.output("a", "hot").await.ok()?.lines().count();
+        (now > lines + 10).then_some(())
+    })
+    .await
+    .expect("it goes on");
+    cluster.end("a", "hot").await.expect("it ends");
+}
+
+/// Where nothing is to be done by itself, it is said what would be, once; and a machine
+/// that is to have parts from its beginning has them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_suggested_is_not_done() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let cluster = start(folder.path(), &[("mode", "suggest")]).await;
+    let module = guest("threads");
+    let mut eager = Guest::new("eager", "a", &module, &["5", "4000000"]);
+    eager.balancing.parts_max = Some(2);
+    eager.balancing.spawn = Spawn::Spread;
+    cluster.run(&eager).await.expect("it starts");
+    wait_for("it is suggested", || async {
+        (!grains(&cluster).await.is_empty()).then_some(())
+    })
+    .await
+    .expect("it is");
+    let line = said(&cluster, &["why", "eager"]);
+    assert!(line.contains("only suggested"), "{line}");
+    assert_eq!(parts(&cluster, "eager").await.parts.len(), 1);
+    cluster
+        .set_policy("mode", "automatic")
+        .await
+        .expect("a policy");
+    wait_for("it has a part elsewhere, with threads", || async {
+        (threads(&cluster, "eager").await.len() == 2).then_some(())
+    })
+    .await
+    .expect("it spans");
+    let decided = grains(&cluster).await;
+    let suggested = decided.iter().filter(|(mode, ..)| *mode == Mode::Suggest);
+    assert_eq!(suggested.count(), 1, "{decided:?}");
+    // Bad input.
+    for (args, with) in [
+        (&["run", "x.wasm", "--spawn", "here"][..], "--max-parts"),
+        (&["set", "eager", "--max-parts", "1"], "2 to 64"),
+        (&["set", "eager", "--max-parts", "many"], "invalid digit"),
+        (&["set", "eager", "--part-memory", "1"], "64 KiB"),
+    ] {
+        let text = said(&cluster, args);
+        assert!(text.contains(with), "{args:?}: {text}");
+    }
+    cluster.end("a", "eager").await.expect("it ends");
+}

@@ -1,0 +1,563 @@
+//! Threads and memory of the machines of this node that may have parts on others
+//! (`max_parts`): looks at each of them once a sample, lets `keel_balance::grains` decide,
+//! and does it. Every decision is in the ledger with what it was made of.
+//!
+//! Of other nodes it asks what rounds ask: their view. Only those with parts are asked,
+//! and a few more while parts are sought, so that it costs the same in a cluster of
+//! thousands.
+
+use super::{ask, keep};
+use crate::agent::Agent;
+use crate::events::Note;
+use crate::spanning;
+use crate::workers::Worker;
+use futures::future::join_all;
+use keel_api::{EventKind, SpanRequest};
+use keel_balance::Name;
+use keel_balance::grains::{Choice, Grain, Node, Object, Part, Scene, Thread, coldest, decide};
+use keel_balance::ledger::Decision;
+use keel_balance::policy::{Mode, Policy};
+use keel_balance::round::{Answer, Question, View};
+use keel_cluster::{Epoch, MachineName};
+use keel_machine::span::{PartId, Took};
+use keel_machine::spec::{BalanceBy, Balancing, Spawn};
+use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport, PartsReport, State};
+use rand::seq::IteratorRandom;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Other nodes that are asked while parts are sought.
+const ASKED: usize = 8;
+/// Samples after a decision in which nothing more is done with that machine: before that
+/// loads do not show what came of it.
+const SETTLE_SAMPLES: u32 = 6;
+/// How long a thread stays where it came. Much shorter than for machines: it costs
+/// microseconds.
+const THREAD_HOLD: Duration = Duration::from_secs(10);
+/// How long none goes back between two nodes. A thread weighs another thing where it
+/// comes than where it was, and two nodes would take turns.
+const COOL_DOWN: Duration = Duration::from_secs(60);
+/// Weight of the newest sample in a thread's cores.
+const NEWEST_WEIGHT: f64 = 0.4;
+/// Samples in a row in which it must lose by its parts before it is brought together.
+const LOSING_SAMPLES: u32 = 5;
+/// Pause before a failed decision is tried again.
+const FAILED_AFTER: Duration = Duration::from_secs(15);
+
+/// What is remembered of a machine.
+#[derive(Default)]
+struct Known {
+    worker: u64,
+    epoch: Epoch,
+    took: HashMap<u32, (PartId, Took)>,
+    /// Waits for pages so far, in microseconds, and when that was seen.
+    waited: Option<(u64, Instant)>,
+    held: HashMap<u32, Instant>,
+    /// From which nodes to which threads went, and until when none goes back.
+    recent: Vec<((Name, Name), Instant)>,
+    /// Cores of each thread, smoothed.
+    cores: HashMap<u32, f64>,
+    /// Nothing is done until then.
+    rests_until: Option<Instant>,
+    /// It lost by its parts, so often in a row.
+    losing: u32,
+    /// It is not spread again until then.
+    gathered_until: Option<Instant>,
+    /// What was only suggested last.
+    suggested: Option<Grain>,
+}
+
+/// Looks at this node's machines for ever.
+pub(super) async fn follow(agent: Arc<Agent>) {
+    let mut known: HashMap<MachineName, Known> = HashMap::new();
+    loop {
+        let policy = agent
+            .balancer
+            .look(|balancer, _, _| balancer.policy().0.clone());
+        let Ok(policy) = policy.await else { return };
+        if policy.mode != Mode::Off {
+            look_at_all(&agent, &policy, &mut known).await;
+        }
+        tokio::time::sleep(Duration::from_millis(policy.sample_ms)).await;
+    }
+}
+
+async fn look_at_all(agent: &Arc<Agent>, policy: &Policy, known: &mut HashMap<MachineName, Known>) {
+    let mut seen = HashSet::new();
+    for machine in agent.workers.names() {
+        let placed = agent.balancer.placements.get(machine.as_str());
+        let Some(placed) = placed.filter(|it| it.movable && it.owner == agent.name) else {
+            continue;
+        };
+        let balancing = placed.balancing;
+        let Some(parts_max) = balancing
+            .parts_max
+            .filter(|_| balancing.by != BalanceBy::Off)
+        else {
+            continue;
+        };
+        let Some(worker) = agent.workers.get(&machine) else {
+            continue;
+        };
+        seen.insert(machine.clone());
+        let known = known.entry(machine.clone()).or_default();
+        if let Err(error) = look_at(
+            agent,
+            policy,
+            &machine,
+            &worker,
+            (&balancing, parts_max),
+            known,
+        )
+        .await
+        {
+            tracing::debug!(%machine, error, "its threads and memory were not looked at");
+        }
+    }
+    known.retain(|machine, _| seen.contains(machine));
+}
+
+async fn look_at(
+    agent: &Arc<Agent>,
+    policy: &Policy,
+    machine: &MachineName,
+    worker: &Worker,
+    (balancing, parts_max): (&Balancing, u32),
+    known: &mut Known,
+) -> Result<(), String> {
+    let state = worker.state().await.map_err(|error| error.to_string())?;
+    let State::Running { epoch } = state else {
+        return Ok(());
+    };
+    if (known.worker, known.epoch) != (worker.id(), epoch) {
+        // (It is another life of it.)
+        *known = Known {
+            worker: worker.id(),
+            epoch,
+            ..Known::default()
+        };
+    }
+    let report = spanning::parts_report(worker).await.map_err(text)?;
+    let threads = threads(&report, known);
+    let waited_cores = waited_cores(&report, known);
+    let now = Instant::now();
+    if known.rests_until.is_some_and(|until| now < until) || agent.moves().contains_key(machine) {
+        return Ok(());
+    }
+    let spans = report.nodes.len() > 1;
+    let from_beginning = balancing.spawn == Spawn::Spread;
+    let Some(home) = view(agent, agent.name.as_str()).await else {
+        return Ok(());
+    };
+    let memory_short = (home.side.memory_free_bytes as f64)
+        < home.side.capacity.memory_bytes as f64 * policy.memory_headroom;
+    let objects = match spans && (balancing.part_memory_bytes.is_some() || memory_short) {
+        true => Some(spanning::objects_report(worker).await.map_err(text)?),
+        false => None,
+    };
+    let parts = match spans {
+        true => parts(&report, objects.as_deref()),
+        false => {
+            let bytes = worker.report().await.map_err(|error| error.to_string())?;
+            vec![Part {
+                number: 0,
+                node: agent.name.as_str().into(),
+                memory_bytes: Some(bytes.memory_bytes),
+            }]
+        }
+    };
+    let over = |part: &Part| part.memory_bytes > balancing.part_memory_bytes.or(Some(u64::MAX));
+    if !spans && !from_beginning && !home.side.pressed && !parts.iter().any(over) {
+        return Ok(());
+    }
+    let wants_more = parts.len() < parts_max as usize && (!spans || home.side.pressed);
+    let nodes = nodes(agent, machine, home, &parts, wants_more).await;
+    let scene = Scene {
+        parts_max,
+        from_beginning,
+        part_memory_bytes: balancing.part_memory_bytes,
+        parts,
+        threads,
+        nodes,
+        waited_cores,
+        tried: known.gathered_until.is_some_and(|until| now < until),
+        recent: known.recent.iter().map(|(pair, _)| pair.clone()).collect(),
+    };
+    if spans && balancing.spawn == Spawn::Auto {
+        let room = room(&scene);
+        spanning::tell_room(worker, &room).await.map_err(text)?;
+    }
+    let mut choices = decide(&scene, policy);
+    let loses = matches!(choices.first(), Some(choice) if choice.grain == Grain::Gather)
+        && scene.nodes.iter().all(|node| node.forbidden.is_none());
+    known.losing = if loses { known.losing + 1 } else { 0 };
+    if loses && known.losing < LOSING_SAMPLES {
+        choices.clear();
+    }
+    if choices.is_empty() {
+        known.suggested = None;
+        return Ok(());
+    }
+    if policy.mode != Mode::Automatic {
+        let first = choices.swap_remove(0);
+        if known.suggested.as_ref() != Some(&first.grain) {
+            known.suggested = Some(first.grain.clone());
+            record(agent, machine, epoch, policy.mode, first);
+        }
+        return Ok(());
+    }
+    let sample = Duration::from_millis(policy.sample_ms);
+    known.rests_until = Some(Instant::now() + sample * SETTLE_SAMPLES);
+    if choices.iter().any(|choice| choice.grain == Grain::Gather) {
+        let for_long = Duration::from_millis(policy.cool_down_ms);
+        known.gathered_until = loses.then(|| Instant::now() + for_long);
+    }
+    for choice in choices {
+        let grain = choice.grain.clone();
+        record(agent, machine, epoch, policy.mode, choice);
+        let done = carry_out(agent, machine, worker, &grain, objects.as_deref()).await;
+        let (outcome, failed) = match done {
+            Ok(outcome) => (outcome, false),
+            Err(why) => (format!("{grain}: not done: {why}"), true),
+        };
+        tracing::info!(%machine, outcome, "grains");
+        keep(
+            agent,
+            Decision::GrainEnded {
+                machine: machine.as_str().into(),
+                outcome,
+            },
+        );
+        if failed {
+            known.rests_until = Some(Instant::now() + FAILED_AFTER);
+            break;
+        }
+        if let Grain::Thread { tid, from, to, .. } = grain {
+            known.held.insert(tid, Instant::now() + THREAD_HOLD);
+            let until = Instant::now() + COOL_DOWN;
+            known.recent.push(((from, to), until));
+        }
+    }
+    Ok(())
+}
+
+fn text(error: crate::operate::OperateError) -> String {
+    error.to_string()
+}
+
+fn record(agent: &Agent, machine: &MachineName, epoch: Epoch, mode: Mode, choice: Choice) {
+    let decision = Decision::Grain {
+        machine: machine.as_str().into(),
+        mode,
+        choice,
+    };
+    tracing::info!(decision = %decision, "balancer");
+    let note = Note::machine(EventKind::BalanceDecided, machine, decision.to_string());
+    agent.events.record(note.under(epoch));
+    keep(agent, decision);
+}
+
+// ── what is known ───────────────────────────────────────────────────────
+
+/// Cores of each thread since it was looked at last.
+fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
+    let now = Instant::now();
+    known.held.retain(|_, until| *until > now);
+    known.recent.retain(|(_, until)| *until > now);
+    let (mut took, mut smoothed) = (HashMap::new(), HashMap::new());
+    let threads = report.threads.iter().map(|thread| {
+        let before = known.took.get(&thread.tid);
+        let cores = match (before, thread.took) {
+            (Some((part, before)), Some(now)) if *part == thread.part => cores(before, &now),
+            _ => 0.0,
+        };
+        let cores = match known.cores.get(&thread.tid) {
+            Some(earlier) => cores * NEWEST_WEIGHT + earlier * (1.0 - NEWEST_WEIGHT),
+            None => cores,
+        };
+        // (The first look sees nothing.)
+        if before.is_some() {
+            smoothed.insert(thread.tid, cores);
+        }
+        if let Some(now) = thread.took {
+            took.insert(thread.tid, (thread.part, now));
+        }
+        Thread {
+            tid: thread.tid,
+            part: thread.part.number() as u32,
+            // (One that waits to be woken waits for no core.)
+            cores: if thread.waits { 0.0 } else { cores },
+            held: thread.moves_to.is_some() || known.held.contains_key(&thread.tid),
+        }
+    });
+    let threads = threads.collect();
+    known.took = took;
+    known.cores = smoothed;
+    threads
+}
+
+/// Cores that were taken, or waited for, between two looks.
+fn cores(before: &Took, now: &Took) -> f64 {
+    let passed = now.at_ns.saturating_sub(before.at_ns);
+    if passed == 0 {
+        return 0.0;
+    }
+    let (before, now) = (&before.time, &now.time);
+    if now.is_runnable && before.turns == now.turns {
+        // It waits all the time: the kernel counts waiting only once it is over.
+        return 1.0;
+    }
+    let ran = now.run_ns.saturating_sub(before.run_ns);
+    let waited = now.waited_ns.saturating_sub(before.waited_ns);
+    (ran.saturating_add(waited) as f64 / passed as f64).min(1.0)
+}
+
+/// Threads of the home that waited for pages since it was looked at last, on average.
+fn waited_cores(report: &PartsReport, known: &mut Known) -> f64 {
+    // Bucket i is of waits below 2^i µs: by their middle.
+    let micros = (0u32..).zip(&report.waits).map(|(power, count)| {
+        let middle = 3u64.checked_shl(power).unwrap_or(u64::MAX) / 4;
+        count.saturating_mul(middle)
+    });
+    let micros = micros.fold(0u64, u64::saturating_add);
+    let now = Instant::now();
+    let before = known.waited.replace((micros, now));
+    match before {
+        Some((before, at)) if micros >= before => {
+            let passed = now.duration_since(at).as_micros().max(1);
+            (micros - before) as f64 / passed as f64
+        }
+        _ => 0.0,
+    }
+}
+
+fn parts(report: &PartsReport, objects: Option<&[ObjectReport]>) -> Vec<Part> {
+    let bytes = |part: PartId| {
+        let mine = objects?.iter().filter(|object| object.owner == part);
+        Some(mine.map(|object| object.bytes).sum())
+    };
+    let nodes = report.nodes.iter();
+    nodes
+        .map(|(part, node)| Part {
+            number: part.number() as u32,
+            node: node.as_str().into(),
+            memory_bytes: bytes(*part),
+        })
+        .collect()
+}
+
+/// What a node tells of itself.
+async fn view(agent: &Agent, node: &str) -> Option<View> {
+    let answer = match node == agent.name.as_str() {
+        true => agent.balancer.answer(&agent.name, Question::View).await,
+        false => ask(agent, node, &Question::View).await,
+    };
+    match answer {
+        Ok(Answer::View(view)) => Some(view),
+        _ => None,
+    }
+}
+
+/// The home's node, those with parts, and, where it has none yet, some others.
+async fn nodes(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    home: View,
+    parts: &[Part],
+    wants_more: bool,
+) -> Vec<Node> {
+    let own: Name = agent.name.as_str().into();
+    let name: Name = machine.as_str().into();
+    let allowed = agent.balancer.look(move |_, _, rules| {
+        let nodes = rules.nodes().iter();
+        nodes
+            .map(|node| (node.clone(), rules.forbids(&name, node).map(|it| it.why)))
+            .collect::<BTreeMap<Name, Option<String>>>()
+    });
+    let allowed = allowed.await.unwrap_or_default();
+    let mut others: Vec<Name> = Vec::new();
+    for part in parts {
+        if part.node != own && !others.contains(&part.node) {
+            others.push(part.node.clone());
+        }
+    }
+    if wants_more {
+        let may = allowed
+            .iter()
+            .filter(|(node, why)| **node != own && why.is_none() && !others.contains(node));
+        let more: Vec<Name> = may
+            .map(|(node, _)| node.clone())
+            .sample(&mut rand::rng(), ASKED);
+        others.extend(more);
+    }
+    let views = others.iter().map(|node| async { view(agent, node).await });
+    let views = join_all(views).await;
+    let node = |name: Name, view: View| Node {
+        forbidden: allowed.get(&name).cloned().flatten(),
+        name,
+        side: view.side,
+        loads: view.loads,
+    };
+    let mut nodes = vec![Node {
+        // (Where the home may not be is the rounds' business.)
+        forbidden: None,
+        ..node(own, home)
+    }];
+    let told = others.into_iter().zip(views);
+    nodes.extend(told.filter_map(|(name, view)| Some(node(name, view?))));
+    nodes
+}
+
+/// Cores that are free at each part.
+fn room(scene: &Scene) -> BTreeMap<PartId, f64> {
+    let room = scene.parts.iter().filter_map(|part| {
+        let node = scene.nodes.iter().find(|it| it.name == part.node)?;
+        let free = (1.0 - node.side.load) * node.side.capacity.power();
+        Some((PartId::new(part.number as usize)?, free))
+    });
+    room.collect()
+}
+
+// ── what is done ────────────────────────────────────────────────────────
+
+async fn carry_out(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    worker: &Worker,
+    grain: &Grain,
+    objects: Option<&[ObjectReport]>,
+) -> Result<String, String> {
+    let part = |number: u32| {
+        PartId::new(number as usize).ok_or_else(|| format!("there is no part {number}"))
+    };
+    match grain {
+        Grain::Spread { nodes } => {
+            let request = SpanRequest {
+                nodes: nodes.iter().map(ToString::to_string).collect(),
+                here: false,
+            };
+            let info = spanning::span_anew(agent, machine, &request).await;
+            let stood = info.map_err(text)?.stood_micros.unwrap_or(0);
+            Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
+        }
+        Grain::Gather => {
+            let stood = spanning::unspan(agent, machine).await.map_err(text)?;
+            Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
+        }
+        Grain::Thread {
+            tid,
+            part: to,
+            to: node,
+            ..
+        } => {
+            let thread = MoveThread {
+                tid: *tid,
+                to: part(*to)?,
+            };
+            spanning::thread_to(worker, thread).await.map_err(text)?;
+            Ok(format!("thread {tid} goes on on {node}"))
+        }
+        Grain::Objects {
+            from_part,
+            part: to,
+            to: node,
+            bytes,
+            ..
+        } => {
+            let (from, to) = (part(*from_part)?, part(*to)?);
+            let mine = objects.unwrap_or_default().iter();
+            let mine: Vec<Object> = mine
+                .filter(|object| object.owner == from)
+                .map(|object| Object {
+                    memory: object.memory,
+                    start: object.start,
+                    bytes: object.bytes,
+                    heat: object.exchanges as f64 / (object.bytes / 4096).max(1) as f64,
+                })
+                .collect();
+            let (mut moved, mut pieces) = (0, 0);
+            for object in coldest(&mine, *bytes) {
+                let object = MoveObject {
+                    memory: object.memory,
+                    start: object.start,
+                    bytes: object.bytes,
+                    to,
+                };
+                moved += spanning::object_to(worker, object).await.map_err(text)?;
+                pieces += 1;
+            }
+            Ok(format!(
+                "{:.1} MiB in {pieces} pieces are on {node}",
+                moved as f64 / f64::from(1 << 20)
+            ))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_machine::span::CoreTime;
+    use keel_machine::worker::control::ThreadReport;
+
+    fn report(threads: &[(u32, usize, u64)]) -> PartsReport {
+        PartsReport {
+            threads: threads
+                .iter()
+                .map(|(tid, part, ms)| ThreadReport {
+                    tid: *tid,
+                    part: PartId::new(*part).unwrap(),
+                    moves_to: None,
+                    waits: *tid == 9,
+                    took: Some(Took {
+                        at_ns: ms * 1_000_000 * 2,
+                        time: CoreTime {
+                            run_ns: if *tid == 7 { 0 } else { ms * 1_000_000 },
+                            waited_ns: if *tid == 7 { 0 } else { ms * 500_000 },
+                            turns: if *tid == 7 { 1 } else { *ms },
+                            is_runnable: true,
+                        },
+                    }),
+                })
+                .collect(),
+            ..PartsReport::default()
+        }
+    }
+
+    #[test]
+    fn cores_are_what_was_taken_and_waited_for_where_a_thread_stayed() {
+        let mut known = Known::default();
+        let first = threads(
+            &report(&[(1, 0, 1000), (2, 1, 1000), (7, 0, 1000), (9, 0, 1000)]),
+            &mut known,
+        );
+        assert!(first.iter().all(|it| it.cores == 0.0), "{first:?}");
+        known.held.insert(1, Instant::now() + THREAD_HOLD);
+        let then = threads(
+            &report(&[(1, 0, 2000), (2, 0, 2000), (7, 0, 2000), (9, 0, 2000)]),
+            &mut known,
+        );
+        // 2 moved, 7 waits for a core all the time, and 9 to be woken.
+        let cores: Vec<f64> = then.iter().map(|it| it.cores).collect();
+        assert_eq!(cores, [0.75, 0.0, 1.0, 0.0]);
+        let held: Vec<bool> = then.iter().map(|it| it.held).collect();
+        assert_eq!(held, [true, false, false, false]);
+    }
+
+    #[test]
+    fn waits_for_pages_are_cores_that_are_lost() {
+        let mut known = Known::default();
+        let waits = |count: u64| PartsReport {
+            waits: vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, count],
+            ..PartsReport::default()
+        };
+        assert_eq!(waited_cores(&waits(5), &mut known), 0.0);
+        std::thread::sleep(Duration::from_millis(5));
+        let lost = waited_cores(&waits(105), &mut known);
+        // 100 of about 768 µs each, in a few milliseconds.
+        assert!(lost > 1.0, "{lost}");
+        // Another worker begins anew.
+        assert_eq!(waited_cores(&waits(0), &mut known), 0.0);
+    }
+}
