@@ -11,13 +11,14 @@
 #include <string.h>
 
 // The text is in pieces, of which each has its own seed: who writes it does not matter.
-enum { WORKERS_MAX = 64, WORDS = 4096, PIECE = 64 << 10, LETTERS = 8 };
+enum { WORKERS_MAX = 64, WORDS = 4096, PIECE = 64 << 10, LETTERS = 8, PAGE = 4096 };
 
 static int workers, mib, times;
 static char *text;
+// What one worker writes shares no page with what another does.
 static uint32_t (*tables)[WORDS];
-static uint64_t totals[WORDS];
-static pthread_barrier_t barrier;
+static _Alignas(PAGE) uint64_t totals[WORDS];
+static _Alignas(PAGE) pthread_barrier_t barrier;
 
 static uint64_t mix(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
@@ -76,8 +77,9 @@ int main(int argc, char **argv) {
     times = argc > 3 ? atoi(argv[3]) : 1;
     if (workers < 1 || workers > WORKERS_MAX || mib < 1 || mib > 3000 || times < 1) return 2;
     text = shared_malloc((size_t)mib << 20);
-    tables = shared_calloc((size_t)workers, sizeof *tables);
-    if (!text || !tables) {
+    char *memory = shared_calloc((size_t)workers + 1, sizeof *tables);
+    tables = (void *)(((uintptr_t)memory + PAGE - 1) & ~(uintptr_t)(PAGE - 1));
+    if (!text || !memory) {
         fprintf(stderr, "no memory for %d MiB of text\n", mib);
         return 4;
     }

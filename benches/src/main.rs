@@ -14,6 +14,7 @@
 //! - `plan`: plans for whole clusters, beside Ganeti's hbal
 //! - `threads`: how long a thread stands still that moves to another part
 //! - `spanning`: pages of a machine that spans, beside plain round trips and streams
+//! - `spread`: a program on two nodes of one core each, beside one node of two
 //! - `table`: medians, percentiles, Markdown
 //! - `told`: what was started ends when this is told to end
 
@@ -31,6 +32,7 @@ mod postcopy;
 mod qemu;
 mod resume;
 mod spanning;
+mod spread;
 mod table;
 mod threads;
 mod told;
@@ -97,6 +99,7 @@ enum What {
     Plan,
     Spanning,
     Threads,
+    Spread,
 }
 
 fn main() -> Result<()> {
@@ -133,6 +136,9 @@ fn main() -> Result<()> {
     }
     if wanted(What::PostCopy) {
         postcopy::bench(&options.keel, &options.guests, options.moves)?;
+    }
+    if wanted(What::Spread) {
+        spread::bench(&options.keel, &options.guests, options.rounds)?;
     }
     if wanted(What::Checkpoints) {
         checkpoints::bench(&options.guests, options.rounds)?;

@@ -316,7 +316,9 @@ fn spread(scene: &Scene, policy: &Policy) -> Option<Choice> {
 
 /// One more part, where threads still press a node and another one is lighter.
 fn widen(scene: &Scene, policy: &Policy) -> Option<Choice> {
-    if scene.parts.len() >= scene.parts_max as usize {
+    // (What threads that came not long ago make of it is not seen yet.)
+    let settles = scene.threads.iter().any(|thread| thread.held);
+    if settles || scene.parts.len() >= scene.parts_max as usize {
         return None;
     }
     let has_part = |node: &Node| scene.parts.iter().any(|part| part.node == node.name);

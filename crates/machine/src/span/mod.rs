@@ -9,10 +9,12 @@
 //! - `peer`: the connections to another part
 //! - `meet`: how parts find each other
 //! - `pages`: the part's pages
+//! - `ahead`: which pages are asked for before they are touched
 //! - `threads`: a machine that spans, at its home and at its members
 //! - `within`: all parts of a machine in one process
 //! - `spin`: whether to look again rather than to sleep
 
+mod ahead;
 mod meet;
 mod pages;
 mod peer;

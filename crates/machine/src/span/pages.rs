@@ -16,6 +16,7 @@
 //! all that it does for a page; so it does not sleep at once when nothing is left to do
 //! ([`super::spin`]).
 
+use super::ahead::{LOOK_MAX, Streams};
 use super::peer::{Ends, Heard, PeerError, Told};
 use super::spin::Spin;
 use super::wire::{self, PageBytes, Parcel};
@@ -206,6 +207,8 @@ struct State {
     /// Parts that have given up all pages, since they were asked to.
     emptied: PartSet,
     due: Option<u64>,
+    /// What is gone through in order.
+    streams: Streams,
     failure: Option<SpanError>,
 }
 
@@ -377,6 +380,7 @@ impl Pages {
                 granted: HashMap::new(),
                 emptied: PartSet::default(),
                 due: None,
+                streams: Streams::default(),
                 failure: None,
             }),
             changed: Condvar::new(),
@@ -1000,12 +1004,58 @@ impl Shared {
                 }
                 _ => {}
             }
+            let stood = match &event {
+                Event::Fault { page, access } => Some((*page, *access)),
+                _ => None,
+            };
             let now = self.now();
             for command in state.coherence.step(event, now) {
                 self.note(state, command, work)?;
             }
+            if let Some((page, access)) = stood {
+                self.ask_ahead(state, page, access, work)?;
+            }
         }
         self.finish(state, work)
+    }
+
+    /// Asks for what follows a page at which a thread stands, where memory is gone
+    /// through in order.
+    fn ask_ahead(
+        &self,
+        state: &mut State,
+        page: PageId,
+        access: Access,
+        work: &mut Work,
+    ) -> Result<(), SpanError> {
+        let mut wanted = state.streams.stands(page, access);
+        if wanted == 0 {
+            return Ok(());
+        }
+        let size = self.memory(page.memory)?.memory().size_bytes();
+        let mut until = page.number;
+        for number in page.number.saturating_add(1)..=page.number.saturating_add(LOOK_MAX) {
+            let next = PageId { number, ..page };
+            if wanted == 0 || offset(next) >= size {
+                break;
+            }
+            until = number;
+            if state
+                .coherence
+                .access(next)
+                .is_some_and(|has| has >= access)
+            {
+                continue;
+            }
+            wanted -= 1;
+            let now = self.now();
+            let event = Event::Fault { page: next, access };
+            for command in state.coherence.step(event, now) {
+                self.note(state, command, work)?;
+            }
+        }
+        state.streams.asked(page, access, until);
+        Ok(())
     }
 
     /// Notes what is to be done; does what was noted before where the order counts: of

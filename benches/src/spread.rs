@@ -1,0 +1,144 @@
+//! One program on two nodes of one core each, beside the same on one node of both cores,
+//! and on one core: the share of two cores that is left when its threads are apart.
+
+use crate::table::{Table, median};
+use crate::told;
+use anyhow::{Context, Result, ensure};
+use keel_api::SpanRequest;
+use keel_testkit::{Guest, LocalCluster, wait_for};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Programs of two workers that write a line for each piece of work.
+const PROGRAMS: [(&str, &[&str]); 3] = [
+    ("render", &["2", "480", "320", "100000000"]),
+    ("matrix", &["2", "512", "100000000"]),
+    ("mapreduce", &["2", "32", "100000000"]),
+];
+/// Nodes, and the cores that each has.
+const NODES: [(&str, &str); 3] = [("one", "0"), ("other", "1"), ("both", "0,1")];
+/// How long it runs before it counts, and how long it counts.
+const SETTLE: Duration = Duration::from_secs(3);
+const WINDOW: Duration = Duration::from_secs(6);
+
+/// Where a program runs.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    OneCore,
+    OneNode,
+    TwoNodes,
+}
+
+pub(crate) fn bench(keel: &Path, guests: &Path, rounds: usize) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(told::until(measure(keel, guests, rounds)))
+}
+
+async fn measure(keel: &Path, guests: &Path, rounds: usize) -> Result<()> {
+    let keel = keel
+        .canonicalize()
+        .with_context(|| format!("{} (build it: cargo build --release)", keel.display()))?;
+    let folder = tempfile::tempdir()?;
+    let names = NODES.map(|(name, _)| name);
+    let cluster = LocalCluster::start(&keel, folder.path(), &names).await?;
+    for (node, cores) in NODES {
+        pin(&cluster.folder(node), cores)?;
+    }
+    let mut table = Table::new(&[
+        "program",
+        "one core, /s",
+        "one node of two, /s",
+        "two nodes of one, /s",
+        "two nodes to one node",
+    ]);
+    for (program, args) in PROGRAMS {
+        let path = guests.join(program).with_extension("wasm");
+        let module = std::fs::read(path).with_context(|| format!("the guest `{program}`"))?;
+        let mut rates = [const { Vec::new() }; 3];
+        for _ in 0..rounds {
+            let places = [Place::OneCore, Place::OneNode, Place::TwoNodes];
+            for (place, rates) in places.into_iter().zip(&mut rates) {
+                rates.push(rate(&cluster, &module, args, place).await?);
+            }
+        }
+        let ratios: Vec<f64> = rates[2].iter().zip(&rates[1]).map(|(b, a)| b / a).collect();
+        let [core, node, nodes] = rates.map(median);
+        table.row(vec![
+            program.to_owned(),
+            format!("{core:.2}"),
+            format!("{node:.2}"),
+            format!("{nodes:.2}"),
+            format!("{:.2}", median(ratios)),
+        ]);
+    }
+    table.print(&format!(
+        "Pieces of work a second of programs with two workers ({rounds} rounds, by turns)"
+    ));
+    Ok(())
+}
+
+/// Pieces of work a second.
+async fn rate(cluster: &LocalCluster, module: &[u8], args: &[&str], place: Place) -> Result<f64> {
+    let node = if place == Place::OneNode {
+        "both"
+    } else {
+        "one"
+    };
+    cluster.run(&Guest::new("work", node, module, args)).await?;
+    let done = || async {
+        let output = cluster.output("one", "work").await?;
+        anyhow::Ok(output.lines().count())
+    };
+    wait_for("it works", || async {
+        (done().await.ok()? > 1).then_some(())
+    })
+    .await?;
+    let client = cluster.client("one");
+    if place == Place::TwoNodes {
+        let request = SpanRequest {
+            nodes: vec!["one".into(), "other".into()],
+            here: false,
+        };
+        client
+            .post::<_, serde_json::Value>("/v1/machines/work/parts", &request)
+            .await?;
+        let to = serde_json::json!({ "to": "other" });
+        client
+            .post::<_, serde_json::Value>("/v1/machines/work/threads/2/move", &to)
+            .await?;
+    }
+    tokio::time::sleep(SETTLE).await;
+    let (begun, before) = (Instant::now(), done().await?);
+    tokio::time::sleep(WINDOW).await;
+    let (seconds, after) = (begun.elapsed().as_secs_f64(), done().await?);
+    cluster.end("one", "work").await?;
+    ensure!(after > before, "it stands still");
+    Ok((after - before) as f64 / seconds)
+}
+
+/// Binds all processes of a node to cores; those that they start are bound as they are.
+fn pin(state: &Path, cores: &str) -> Result<()> {
+    let state = state.display().to_string();
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Ok(command) = std::fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
+        let mut words = command.split(|byte| *byte == 0);
+        if !words.any(|word| word == state.as_bytes()) {
+            continue;
+        }
+        let pid = entry.file_name();
+        let output = Command::new("taskset")
+            .args(["-a", "-c", "-p", cores])
+            .arg(&pid)
+            .output()
+            .context("taskset (Debian: util-linux)")?;
+        ensure!(
+            output.status.success(),
+            "taskset: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(())
+}
