@@ -185,6 +185,37 @@ async fn a_program_outgrows_its_node_by_itself() {
 }
 
 #[allow(dead_code)]
+/// A machine that a person let span leaves a node that is drained, whatever the policy
+/// is, and keeps its other parts, with the threads that were there.
+#[tokio::test(flavor = "multi_thread")]
+async fn parts_leave_a_node_that_is_drained() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let cluster = start(folder.path(), &[("mode", "off")]).await;
+    let module = guest("threads");
+    let guest = Guest::new("m", "a", &module, &["3", "40000000"]);
+    cluster.run(&guest).await.expect("it starts");
+    said(&cluster, &["span", "m", "--nodes", "a,b,c"]);
+    said(&cluster, &["move", "m/thread/2", "--to", "b"]);
+    said(&cluster, &["move", "m/thread/3", "--to", "c"]);
+    wait_for("they are there", || async {
+        (threads(&cluster, "m").await.len() == 3).then_some(())
+    })
+    .await
+    .expect("they are");
+    said(&cluster, &["drain", "c"]);
+    wait_for("its part is gone, and the other one is there", || async {
+        let threads = threads(&cluster, "m").await;
+        let nodes: Vec<&str> = threads.keys().map(String::as_str).collect();
+        (cluster.parts_of("c") == 0 && nodes == ["a", "b"]).then_some(())
+    })
+    .await
+    .unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["why", "m"])));
+    let why = said(&cluster, &["why", "m"]);
+    assert!(why.contains("c must go"), "{why}");
+    cluster.end("a", "m").await.expect("it ends");
+}
+
 /// More memory than a part keeps: it gets parts, and what it does not use goes there.
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_that_rests_goes_where_it_fits() {

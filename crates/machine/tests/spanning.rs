@@ -155,7 +155,7 @@ fn it_spans_and_is_alone_again() {
             Ok(stood) => stood,
             // It ended in the middle.
             Err(_) if running.machine.wait(Some(LONG)).is_some() => break running.outcome(),
-            Err(error) => panic!("{error}"),
+            Err((_, error)) => panic!("{error}"),
         };
         assert!(stood < LONG);
         changes += 1;
@@ -169,6 +169,40 @@ fn it_spans_and_is_alone_again() {
     assert_eq!(outcome, Outcome::Exit(0), "{}", running.text());
     assert_eq!(running.text(), expected);
     assert!(changes >= 2, "{changes}");
+}
+
+/// What does not come home in time can be asked to again; until then nothing goes to the
+/// others, and it runs.
+#[test]
+fn who_comes_home_too_late_is_asked_again() {
+    let program = guest("threads");
+    let args = ["6", "30000"];
+    let expected = alone(&program, &args);
+    let running = Running::new(&program, &args);
+    let parts = running.span(3);
+    let away = || {
+        let places = running.machine.places();
+        places.values().any(|place| *place != PartId::HOME)
+    };
+    let begun = Instant::now();
+    while !away() {
+        assert!(begun.elapsed() < LONG, "no thread begins elsewhere");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (parts, error) = parts.alone(Duration::ZERO).unwrap_err();
+    assert!(
+        error.to_string().contains("did not come home in time"),
+        "{error}"
+    );
+    let refused = running.machine.move_thread(0, part(1));
+    assert!(matches!(refused, Err(MachineError::Leaving)), "{refused:?}");
+    assert_eq!(parts.home().failure(), None);
+    if let Err((_, error)) = parts.alone(LONG) {
+        panic!("{error}");
+    }
+    assert!(!away());
+    assert_eq!(running.outcome(), Outcome::Exit(0), "{}", running.text());
+    assert_eq!(running.text(), expected);
 }
 
 /// The beginning of a module with threads: `$spawn`, `$exit`, `$write`, a memory, and a

@@ -404,7 +404,7 @@ async fn meet(
         worker,
         kind::SPAN_READY,
         &MeetParts { parts, address },
-        PROMPT,
+        COMPILE_PATIENCE,
     )
     .await
     .map_err(Unmet::certain)?;

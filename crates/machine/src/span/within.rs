@@ -86,12 +86,16 @@ impl Within {
     /// As [`Home::alone`].
     ///
     /// # Errors
-    /// As there; the machine has ended then.
-    pub fn alone(self, patience: Duration) -> Result<Duration, WithinError> {
+    /// As there.
+    pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, WithinError)> {
         let Within { home, members } = self;
-        let stood = home.alone(patience).map_err(|(_, error)| error)?;
-        drop(members);
-        Ok(stood)
+        match home.alone(patience) {
+            Ok(stood) => Ok(stood),
+            Err((home, error)) => {
+                let home = *home;
+                Err((Box::new(Within { home, members }), error.into()))
+            }
+        }
     }
 }
 

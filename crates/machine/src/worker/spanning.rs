@@ -94,6 +94,11 @@ fn failed(error: impl std::fmt::Display) -> RpcError {
 impl Worker {
     /// The home is to meet members.
     pub(super) fn span_ready(&self, meet: &MeetParts) -> Result<Place, RpcError> {
+        // What lets threads go on elsewhere is compiled before anybody waits for it.
+        let machine = self.inner().machine.clone();
+        if let Some(machine) = machine {
+            machine.program().prepare_resume().map_err(failed)?;
+        }
         let mut inner = self.inner();
         if !matches!(*self.state.borrow(), State::Running { .. }) {
             return Err(failed("no machine runs here"));
@@ -150,8 +155,6 @@ impl Worker {
         if epoch != span.join.epoch {
             return Err(failed("the machine changed meanwhile; try again"));
         }
-        let program = machine.program();
-        program.prepare_resume().map_err(failed)?;
         let ends = meeting
             .meet(&name, epoch, &span.join.places, MEET_PATIENCE)
             .map_err(failed)?;

@@ -76,9 +76,7 @@ pub(super) async fn follow(agent: Arc<Agent>) {
             .balancer
             .look(|balancer, _, _| balancer.policy().0.clone());
         let Ok(policy) = policy.await else { return };
-        if policy.mode != Mode::Off {
-            look_at_all(&agent, &policy, &mut known).await;
-        }
+        look_at_all(&agent, &policy, &mut known).await;
         tokio::time::sleep(Duration::from_millis(policy.sample_ms)).await;
     }
 }
@@ -91,12 +89,12 @@ async fn look_at_all(agent: &Arc<Agent>, policy: &Policy, known: &mut HashMap<Ma
             continue;
         };
         let balancing = placed.balancing;
-        let Some(parts_max) = balancing
-            .parts_max
-            .filter(|_| balancing.by != BalanceBy::Off)
-        else {
+        let is_balanced = policy.mode != Mode::Off && balancing.by != BalanceBy::Off;
+        let parts_max = balancing.parts_max.filter(|_| is_balanced);
+        // Who let it span sees to it; drains hold for all.
+        if parts_max.is_none() && !agent.spanning().contains(&machine) {
             continue;
-        };
+        }
         let Some(worker) = agent.workers.get(&machine) else {
             continue;
         };
@@ -123,7 +121,7 @@ async fn look_at(
     policy: &Policy,
     machine: &MachineName,
     worker: &Worker,
-    (balancing, parts_max): (&Balancing, u32),
+    (balancing, parts_max): (&Balancing, Option<u32>),
     known: &mut Known,
 ) -> Result<(), String> {
     let state = worker.state().await.map_err(|error| error.to_string())?;
@@ -168,13 +166,15 @@ async fn look_at(
         }
     };
     let over = |part: &Part| part.memory_bytes > balancing.part_memory_bytes.or(Some(u64::MAX));
-    if !spans && !from_beginning && !home.side.pressed && !parts.iter().any(over) {
+    let wants_some = from_beginning || home.side.pressed || parts.iter().any(over);
+    if !spans && (parts_max.is_none() || !wants_some) {
         return Ok(());
     }
-    let wants_more = parts.len() < parts_max as usize && (!spans || home.side.pressed);
+    let most = parts_max.unwrap_or(0);
+    let wants_more = parts.len() < most as usize && (!spans || home.side.pressed);
     let nodes = nodes(agent, machine, home, &parts, wants_more).await;
     let scene = Scene {
-        parts_max,
+        parts_max: most,
         from_beginning,
         part_memory_bytes: balancing.part_memory_bytes,
         parts,
@@ -184,13 +184,17 @@ async fn look_at(
         tried: known.gathered_until.is_some_and(|until| now < until),
         recent: known.recent.iter().map(|(pair, _)| pair.clone()).collect(),
     };
-    if spans && balancing.spawn == Spawn::Auto {
+    if spans && parts_max.is_some() && balancing.spawn == Spawn::Auto {
         let room = room(&scene);
         spanning::tell_room(worker, &room).await.map_err(text)?;
     }
     let mut choices = decide(&scene, policy);
-    let loses = matches!(choices.first(), Some(choice) if choice.grain == Grain::Gather)
-        && scene.nodes.iter().all(|node| node.forbidden.is_none());
+    let gathers = matches!(choices.first(), Some(choice) if choice.grain == Grain::Gather);
+    let must = gathers && scene.nodes.iter().any(|node| node.forbidden.is_some());
+    let loses = gathers && !must;
+    if parts_max.is_none() && !must {
+        choices.clear();
+    }
     known.losing = if loses { known.losing + 1 } else { 0 };
     if loses && known.losing < LOSING_SAMPLES {
         choices.clear();
@@ -199,7 +203,7 @@ async fn look_at(
         known.suggested = None;
         return Ok(());
     }
-    if policy.mode != Mode::Automatic {
+    if policy.mode != Mode::Automatic && !must {
         let first = choices.swap_remove(0);
         if known.suggested.as_ref() != Some(&first.grain) {
             known.suggested = Some(first.grain.clone());
@@ -215,8 +219,12 @@ async fn look_at(
     }
     for choice in choices {
         let grain = choice.grain.clone();
-        record(agent, machine, epoch, policy.mode, choice);
-        let done = carry_out(agent, machine, worker, &grain, objects.as_deref()).await;
+        let mode = if must { Mode::Automatic } else { policy.mode };
+        record(agent, machine, epoch, mode, choice);
+        let done = match must {
+            true => leave_forbidden(agent, machine).await,
+            false => carry_out(agent, machine, worker, &grain, objects.as_deref()).await,
+        };
         let (outcome, failed) = match done {
             Ok(outcome) => (outcome, false),
             Err(why) => (format!("{grain}: not done: {why}"), true),
@@ -417,6 +425,17 @@ fn room(scene: &Scene) -> BTreeMap<PartId, f64> {
         Some((PartId::new(part.number as usize)?, free))
     });
     room.collect()
+}
+
+/// Brings it together, and lets it span again without the nodes where no part may be.
+async fn leave_forbidden(agent: &Arc<Agent>, machine: &MachineName) -> Result<String, String> {
+    let before = spanning::bring_together(agent, machine)
+        .await
+        .map_err(text)?;
+    if let Some(before) = before {
+        spanning::apart_again(agent, machine, before);
+    }
+    Ok("it is brought together, and spans what else may have parts".into())
 }
 
 // ── what is done ────────────────────────────────────────────────────────
