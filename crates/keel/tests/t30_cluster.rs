@@ -116,7 +116,7 @@ async fn threads_move_with_their_machine_and_results_are_the_same() {
     let bench = cluster(&["a", "b"]).await;
     let cluster = &bench.cluster;
     let threads = guest("threads");
-    let args = ["4", "3000000"];
+    let args = ["4", "1000000"];
     cluster
         .run(&Guest::new("still", "a", &threads, &args))
         .await
