@@ -6,7 +6,7 @@
 //! | a node's cores, by a machine that would press any other as well | parts on more nodes | no whole move would |
 //! | a node's cores | a thread to another part | takes microseconds, and a few pages |
 //! | a node's memory, or what a part may keep | objects, coldest first | takes as long as their bytes |
-//! | everything, by pages that go to and fro | all of it back together | parts cost more than they give |
+//! | everything, by pages that go to and fro | all of it back together | its threads run less than they would at its home alone |
 //!
 //! The cheapest that cures is taken: a thread before objects, both before the machine.
 //! Where a whole machine may cure it, that is the business of the rounds
@@ -35,6 +35,9 @@ const OBJECT_BYTES_MIN: u64 = 1 << 20;
 const OBJECTS_AT_ONCE: usize = 32;
 /// Share of what a part may keep to which it is filled: what it uses next has room.
 const FILLED: f64 = 0.9;
+/// Share of what it would run alone that it must run with its parts: less is a loss, and
+/// what is between may be noise.
+const WORTH: f64 = 0.9;
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 
@@ -58,6 +61,8 @@ pub struct Thread {
     pub part: u32,
     /// Cores of that part's node that it takes or waits for.
     pub cores: f64,
+    /// Of them, those that it gets.
+    pub ran: f64,
     /// Whether it must stay: it moves, or came not long ago.
     pub held: bool,
 }
@@ -213,7 +218,7 @@ pub fn decide(scene: &Scene, policy: &Policy) -> Vec<Choice> {
     if !scene.spans() {
         return spread(scene, policy).into_iter().collect();
     }
-    if let Some(choice) = gather(scene) {
+    if let Some(choice) = gather(scene, policy) {
         return vec![choice];
     }
     let mut choices = threads(scene, policy);
@@ -355,7 +360,7 @@ fn widen(scene: &Scene, policy: &Policy) -> Option<Choice> {
     Some(scene.choice(Grain::Spread { nodes }, why, Vec::new()))
 }
 
-fn gather(scene: &Scene) -> Option<Choice> {
+fn gather(scene: &Scene, policy: &Policy) -> Option<Choice> {
     let members = || scene.parts.iter().skip(1);
     let forbidden = members().find_map(|part| {
         let why = scene.node(&part.node)?.forbidden.as_ref()?;
@@ -367,16 +372,44 @@ fn gather(scene: &Scene) -> Option<Choice> {
     if scene.from_beginning || scene.part_memory_bytes.is_some() {
         return None;
     }
-    let away = scene.threads.iter().filter(|it| it.part != 0);
-    let won: f64 = away.map(|it| it.cores).sum();
-    if scene.waited_cores <= won.max(CORES_MIN) {
+    if scene.waited_cores < CORES_MIN {
+        return None;
+    }
+    let runs = runs(scene);
+    let alone = alone(scene, policy)?;
+    if runs >= alone * WORTH {
         return None;
     }
     let why = format!(
-        "its threads wait {:.2} cores' time for pages, and use {won:.2} cores of other nodes",
+        "its threads wait {:.2} cores' time for pages and run {runs:.2} cores in all, where its home alone would run {alone:.2}",
         scene.waited_cores
     );
     Some(scene.choice(Grain::Gather, why, Vec::new()))
+}
+
+/// What all its threads run together, in cores of speed 1.
+fn runs(scene: &Scene) -> f64 {
+    let ran = scene.threads.iter().map(|thread| {
+        let mut parts = scene.parts.iter();
+        let part = parts.find(|part| part.number == thread.part);
+        let node = part.and_then(|part| scene.node(&part.node));
+        thread.ran * node.map_or(1.0, |node| node.side.capacity.speed)
+    });
+    ran.sum()
+}
+
+/// What they would run at their home alone, where nobody waits for pages: all that they
+/// want, or the machine's share of a node that has less than is wanted there.
+fn alone(scene: &Scene, policy: &Policy) -> Option<f64> {
+    let home = &scene.nodes.first()?.side;
+    let power = home.capacity.power();
+    let all: f64 = scene.threads.iter().map(|it| it.cores).sum();
+    let wants = (all + scene.waited_cores).min(scene.threads.len() as f64) * home.capacity.speed;
+    let here = scene.threads.iter().filter(|it| it.part == 0);
+    let here: f64 = here.map(|it| it.cores).sum();
+    let others = (home.load * power / policy.weights.cpu - here).max(0.0);
+    let share = power * wants / (wants + others).max(f64::MIN_POSITIVE);
+    Some(wants.min(share.max(power - others)))
 }
 
 // ── threads ─────────────────────────────────────────────────────────────
@@ -710,6 +743,7 @@ mod tests {
             tid,
             part,
             cores,
+            ran: cores,
             held: false,
         }
     }
@@ -819,16 +853,53 @@ mod tests {
         assert_eq!(choices[0].grain, Grain::Gather);
         assert!(choices[0].why.contains("drained"), "{}", choices[0].why);
 
+        // Two threads hand a page to and fro.
+        let gathers = |scene: &Scene| {
+            let choices = decide(scene, &policy);
+            choices.iter().any(|it| it.grain == Grain::Gather)
+        };
         let mut losing = scene(&["a", "b", "c"]);
-        losing.threads[5] = thread(5, 1, 0.2);
-        losing.waited_cores = 1.5;
-        assert_eq!(decide(&losing, &policy)[0].grain, Grain::Gather);
-        losing.threads[5].cores = 2.0;
-        assert_ne!(decide(&losing, &policy)[0].grain, Grain::Gather);
+        losing.threads = vec![thread(0, 0, 0.2), thread(1, 1, 0.2)];
+        losing.nodes[0] = node("a", 0.2);
+        losing.waited_cores = 0.8;
+        let choices = decide(&losing, &policy);
+        assert_eq!(choices[0].grain, Grain::Gather);
+        assert!(choices[0].why.contains("0.40 cores in all"), "{choices:?}");
+        assert!(choices[0].why.contains("would run 1.00"), "{choices:?}");
+        // Its home has half a core for it: others want as much as it does.
+        losing.nodes[0] = node("a", 1.4);
+        assert!(gathers(&losing));
+        losing.nodes[0] = node("a", 2.4);
+        assert!(!gathers(&losing));
+        // A faster node's cores count for more.
+        losing.nodes[0] = node("a", 1.4);
+        losing.nodes[1].side.capacity.speed = 1.6;
+        assert!(!gathers(&losing));
+        losing.nodes[1].side.capacity.speed = 1.0;
         // A person wants it to have them all the time.
-        losing.threads[5].cores = 0.2;
         losing.from_beginning = true;
-        assert_ne!(decide(&losing, &policy)[0].grain, Grain::Gather);
+        assert!(!gathers(&losing));
+        losing.from_beginning = false;
+        // Nobody waits for pages: that it runs little has other reasons.
+        losing.waited_cores = 0.05;
+        assert!(!gathers(&losing));
+    }
+
+    #[test]
+    fn a_home_that_is_pressed_is_no_reason_to_come_back_to_it() {
+        // As was seen: one thread of six away, which waits for pages of a node of half a
+        // core that five others press; together they would have that half core alone.
+        let mut spans = scene(&["a", "b", "c"]);
+        spans.nodes[0] = node("a", 10.0);
+        spans.nodes[0].side.capacity.cores = 0.5;
+        for thread in &mut spans.threads {
+            thread.ran = 0.1;
+            thread.held = true;
+        }
+        spans.threads[5].part = 1;
+        (spans.threads[5].cores, spans.threads[5].ran) = (0.24, 0.24);
+        spans.waited_cores = 0.79;
+        assert_eq!(decide(&spans, &Policy::default()), []);
     }
 
     #[test]

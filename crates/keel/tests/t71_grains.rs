@@ -184,7 +184,6 @@ async fn a_program_outgrows_its_node_by_itself() {
     cluster.end("a", "render").await.expect("it ends");
 }
 
-#[allow(dead_code)]
 /// A machine that a person let span leaves a node that is drained, whatever the policy
 /// is, and keeps its other parts, with the threads that were there.
 #[tokio::test(flavor = "multi_thread")]

@@ -57,7 +57,7 @@ struct Known {
     /// From which nodes to which threads went, and until when none goes back.
     recent: Vec<((Name, Name), Instant)>,
     /// Cores of each thread, smoothed.
-    cores: HashMap<u32, f64>,
+    cores: HashMap<u32, Cores>,
     /// Nothing is done until then.
     rests_until: Option<Instant>,
     /// It lost by its parts, so often in a row.
@@ -278,10 +278,10 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
         let before = known.took.get(&thread.tid);
         let cores = match (before, thread.took) {
             (Some((part, before)), Some(now)) if *part == thread.part => cores(before, &now),
-            _ => 0.0,
+            _ => Cores::default(),
         };
         let cores = match known.cores.get(&thread.tid) {
-            Some(earlier) => cores * NEWEST_WEIGHT + earlier * (1.0 - NEWEST_WEIGHT),
+            Some(earlier) => cores.after(earlier),
             None => cores,
         };
         // (The first look sees nothing.)
@@ -294,8 +294,10 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
         Thread {
             tid: thread.tid,
             part: thread.part.number() as u32,
-            // (One that waits to be woken waits for no core.)
-            cores: if thread.waits { 0.0 } else { cores },
+            // (Also of one that waits to be woken: what counts is what it takes on
+            // average, and programs with barriers wait at any moment.)
+            cores: cores.wanted,
+            ran: cores.ran,
             held: thread.moves_to.is_some() || known.held.contains_key(&thread.tid),
         }
     });
@@ -305,20 +307,46 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
     threads
 }
 
-/// Cores that were taken, or waited for, between two looks.
-fn cores(before: &Took, now: &Took) -> f64 {
+/// What a thread had of a processor, in cores of its node.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Cores {
+    /// What it ran, and what it waited for its turn.
+    wanted: f64,
+    /// What it ran.
+    ran: f64,
+}
+
+impl Cores {
+    /// Smoothed, where it was that much before.
+    fn after(self, earlier: &Cores) -> Cores {
+        let smoothed =
+            |now: f64, earlier: f64| now * NEWEST_WEIGHT + earlier * (1.0 - NEWEST_WEIGHT);
+        Cores {
+            wanted: smoothed(self.wanted, earlier.wanted),
+            ran: smoothed(self.ran, earlier.ran),
+        }
+    }
+}
+
+/// Cores that a thread took, or waited for, between two looks.
+fn cores(before: &Took, now: &Took) -> Cores {
     let passed = now.at_ns.saturating_sub(before.at_ns);
     if passed == 0 {
-        return 0.0;
+        return Cores::default();
     }
     let (before, now) = (&before.time, &now.time);
-    if now.is_runnable && before.turns == now.turns {
-        // It waits all the time: the kernel counts waiting only once it is over.
-        return 1.0;
-    }
+    let share = |ns: u64| (ns as f64 / passed as f64).min(1.0);
     let ran = now.run_ns.saturating_sub(before.run_ns);
     let waited = now.waited_ns.saturating_sub(before.waited_ns);
-    (ran.saturating_add(waited) as f64 / passed as f64).min(1.0)
+    let wanted = match now.is_runnable && before.turns == now.turns {
+        // It waits all the time: the kernel counts waiting only once it is over.
+        true => 1.0,
+        false => share(ran.saturating_add(waited)),
+    };
+    Cores {
+        wanted,
+        ran: share(ran),
+    }
 }
 
 /// Threads of the home that waited for pages since it was looked at last, on average.
@@ -535,7 +563,7 @@ mod tests {
                             run_ns: if *tid == 7 { 0 } else { ms * 1_000_000 },
                             waited_ns: if *tid == 7 { 0 } else { ms * 500_000 },
                             turns: if *tid == 7 { 1 } else { *ms },
-                            is_runnable: true,
+                            is_runnable: *tid != 9,
                         },
                     }),
                 })
@@ -557,9 +585,18 @@ mod tests {
             &report(&[(1, 0, 2000), (2, 0, 2000), (7, 0, 2000), (9, 0, 2000)]),
             &mut known,
         );
-        // 2 moved, 7 waits for a core all the time, and 9 to be woken.
+        // 2 moved, 7 waits for a core all the time; 9 waits to be woken now, and did not
+        // before.
         let cores: Vec<f64> = then.iter().map(|it| it.cores).collect();
-        assert_eq!(cores, [0.75, 0.0, 1.0, 0.0]);
+        assert_eq!(cores, [0.75, 0.0, 1.0, 0.75]);
+        let ran: Vec<f64> = then.iter().map(|it| it.ran).collect();
+        assert_eq!(ran, [0.5, 0.0, 0.0, 0.5]);
+        // It is what they had on average that counts.
+        let still = threads(
+            &report(&[(1, 0, 3000), (2, 0, 3000), (7, 0, 3000), (9, 0, 2000)]),
+            &mut known,
+        );
+        assert!((still[3].cores - 0.45).abs() < 1e-9, "{still:?}");
         let held: Vec<bool> = then.iter().map(|it| it.held).collect();
         assert_eq!(held, [true, false, false, false]);
     }
