@@ -214,6 +214,8 @@ fn written(thread: &str, after: &str) -> Arc<Program> {
         (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
         (import "wasi_snapshot_preview1" "fd_write"
             (func $write (param i32 i32 i32 i32) (result i32)))
+        (import "wasi_snapshot_preview1" "random_get"
+            (func $random (param i32 i32) (result i32)))
         (memory (export "memory") 2 4000 shared)
         (func $done
             (drop (i32.atomic.rmw.add (i32.const 0) (i32.const 1)))
@@ -305,6 +307,45 @@ fn what_members_write_comes_in_order() {
     assert_eq!(running.outcome(), Outcome::Exit(0));
     assert_eq!(parts.home().failure(), None);
     assert_eq!(running.text(), "a\nb\nc\nd\n".repeat(50));
+}
+
+/// What is read and written by calls of threads elsewhere travels with the calls: their
+/// pages stay.
+#[test]
+fn pages_stay_where_calls_are_made() {
+    // Each has 16 KiB of its own, writes 2 KiB of it and has 4 KiB filled, so often.
+    const CALLS: u32 = 300;
+    let program = written(
+        &format!(
+            "(local.set $at (i32.shl (i32.add (local.get $arg) (i32.const 1)) (i32.const 14)))
+             (i32.store (local.get $at) (i32.add (local.get $at) (i32.const 4096)))
+             (i32.store offset=4 (local.get $at) (i32.const 2048))
+             (memory.fill (i32.add (local.get $at) (i32.const 4096)) (i32.const 46)
+                (i32.const 2048))
+             (loop $more
+                (if (call $write (i32.const 1) (local.get $at) (i32.const 1)
+                        (i32.add (local.get $at) (i32.const 8)))
+                    (then unreachable))
+                (if (i32.ne (i32.load offset=8 (local.get $at)) (i32.const 2048))
+                    (then unreachable))
+                (i32.store offset=8192 (local.get $at) (i32.const 0))
+                (if (call $random (i32.add (local.get $at) (i32.const 8192))
+                        (i32.const 4096))
+                    (then unreachable))
+                (if (i32.eqz (i32.load offset=8192 (local.get $at))) (then unreachable))
+                (local.set $i (i32.add (local.get $i) (i32.const 1)))
+                (br_if $more (i32.lt_u (local.get $i) (i32.const {CALLS}))))
+             (call $done)"
+        ),
+        "",
+    );
+    let running = Running::new(&program, &[]);
+    let parts = running.span(3);
+    assert_eq!(running.outcome(), Outcome::Exit(0));
+    assert_eq!(running.text(), ".".repeat(4 * 2048 * CALLS as usize));
+    // It would be several for each call of two or three threads.
+    let waited = parts.home().pages().latency().count();
+    assert!(waited < u64::from(CALLS), "the home waited for {waited} pages");
 }
 
 /// A trap, and an exit, at a member are those of the machine.

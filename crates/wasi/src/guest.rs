@@ -10,7 +10,7 @@ use wiggle::{GuestMemory, GuestPtr};
 pub(crate) const TRANSFER_BYTES_MAX: usize = 1 << 20;
 
 /// More buffers in one call are left for the next, as Linux's `IOV_MAX`.
-const BUFFERS_MAX: usize = 1024;
+pub(crate) const BUFFERS_MAX: usize = 1024;
 
 /// Paths are shorter, as Linux's `PATH_MAX` with its NUL.
 const PATH_BYTES_MAX: u32 = 4095;

@@ -21,6 +21,7 @@
 //! | `volume/` | file systems of our own, that machines take along |
 //! | `stream.rs` | standard input, output, error |
 //! | `socket.rs` | `sock_*` |
+//! | `packed.rs` | calls whose buffers travel |
 //! | `poll.rs` | `poll_oneoff` |
 //! | `wait.rs` | waiting that a request can end |
 //! | `clock.rs`, `random.rs` | clocks and random numbers that travel |
@@ -41,6 +42,7 @@ mod function;
 mod guest;
 mod hidden;
 mod outside;
+mod packed;
 mod path;
 mod poll;
 mod random;
@@ -57,6 +59,7 @@ pub use config::{Config, Limits, Preopen, Source};
 pub use error::Error;
 pub use function::{Function, ParamType};
 pub use outside::{FileStat, Files};
+pub use packed::{Packed, Targets, pack};
 pub use restore::Resources;
 pub use snapshot::{
     ConnectionRecord, DescriptorKind, DescriptorRecord, DirectoryRecord, EntryRecord, FileRecord,

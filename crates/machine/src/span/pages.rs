@@ -209,7 +209,18 @@ struct State {
     due: Option<u64>,
     /// What is gone through in order.
     streams: Streams,
+    /// Where pages in a row are put together.
+    scratch: Vec<u8>,
     failure: Option<SpanError>,
+}
+
+/// So many bytes of it, whatever is in them.
+fn scratch(scratch: &mut Vec<u8>, bytes: u64) -> &mut [u8] {
+    let bytes = bytes as usize;
+    if scratch.len() < bytes {
+        scratch.resize(bytes, 0);
+    }
+    &mut scratch[..bytes]
 }
 
 struct Shared {
@@ -381,6 +392,7 @@ impl Pages {
                 emptied: PartSet::default(),
                 due: None,
                 streams: Streams::default(),
+                scratch: Vec::new(),
                 failure: None,
             }),
             changed: Condvar::new(),
@@ -1128,14 +1140,16 @@ impl Shared {
             let memory = self.memory(run.memory)?;
             memory.protect(run.offset(), run.bytes()).map_err(failed)?;
         }
-        let mut bytes = vec![0; PAGE];
-        for (page, deed) in with(Deed::SEND) {
-            if let Deed::Send(to, message) = deed {
-                let memory = self.memory(page.memory)?.memory();
-                memory.read(offset(page), &mut bytes).map_err(failed)?;
-                let frames = work.frames.entry(*to).or_default();
-                wire::encode_page(message, &bytes, frames)
-                    .map_err(|error| SpanError::Disagree(error.to_string()))?;
+        for run in runs(with(Deed::SEND)) {
+            let memory = self.memory(run.memory)?.memory();
+            let bytes = scratch(&mut state.scratch, run.bytes());
+            memory.read(run.offset(), bytes).map_err(failed)?;
+            for (deed, page) in run.deeds.iter().zip(bytes.chunks_exact(PAGE)) {
+                if let Deed::Send(to, message) = deed {
+                    let frames = work.frames.entry(*to).or_default();
+                    wire::encode_page(message, page, frames)
+                        .map_err(|error| SpanError::Disagree(error.to_string()))?;
+                }
             }
         }
         for run in runs(with(Deed::Discard.rank())) {
@@ -1146,18 +1160,17 @@ impl Shared {
             let those = with(Deed::INSTALL)
                 .filter(|(_, deed)| matches!(deed, Deed::Install(with, _) if *with == access));
             for run in runs(those) {
-                let mut bytes = vec![0; run.bytes() as usize];
+                let bytes = scratch(&mut state.scratch, run.bytes());
                 let pages = bytes.chunks_mut(PAGE).zip(run.deeds.iter().copied());
                 for (room, deed) in pages {
-                    if let Deed::Install(_, PageBytes::Bytes(page)) = deed {
-                        room.copy_from_slice(page);
+                    match deed {
+                        Deed::Install(_, PageBytes::Bytes(page)) => room.copy_from_slice(page),
+                        _ => room.fill(0),
                     }
                 }
                 let memory = self.memory(run.memory)?;
                 let write = access == Access::Write;
-                memory
-                    .install(run.offset(), &bytes, write)
-                    .map_err(failed)?;
+                memory.install(run.offset(), bytes, write).map_err(failed)?;
             }
         }
         for run in runs(with(Deed::Allow.rank())) {

@@ -20,6 +20,10 @@ const BATCH_BYTES: usize = 256 << 10;
 /// As many bytes are written at once where there is room: a frame with a page, and some
 /// without.
 const AT_ONCE_BYTES: usize = 8 << 10;
+/// Bytes of a record of TLS that has pages of many: more of them follow.
+const LONG_BYTES: usize = 12 << 10;
+/// Bytes of which all is taken note of at once.
+const TOGETHER_BYTES: usize = 256 << 10;
 /// For so long what was said may be unheard: about as long as it takes to see that a part
 /// which is not spoken to is not there.
 const UNHEARD_MS: u32 = 12_000;
@@ -156,17 +160,21 @@ impl Heard {
         self.stream.socket()
     }
 
-    /// What has come.
+    /// What has come: of many pages, as many as are there, so that they are put in place
+    /// and answered at once.
     ///
     /// # Errors
     /// [`PeerError`]: the part is lost.
     pub(super) fn read(&mut self) -> Result<&mut Vec<Parcel>, PeerError> {
+        let (mut last, mut all) = (0, 0);
         // Until something is whole, or nothing is left: what the stream has decrypted
         // already wakes nobody.
-        while self.parcels.is_empty() {
+        while self.parcels.is_empty() || last >= LONG_BYTES && all < TOGETHER_BYTES {
             let (unpacker, parcels) = (&mut self.unpacker, &mut self.parcels);
             let read = self.stream.read(&mut |bytes| {
                 unpacker.feed(bytes, parcels)?;
+                last = bytes.len();
+                all += bytes.len();
                 Ok::<_, PeerError>(bytes.len())
             });
             match read {
@@ -260,11 +268,14 @@ impl Told {
             let mut out = locked(&self.out);
             let mut batch = Vec::new();
             for frame in frames {
-                if batch.len() + frame.len() > BATCH_BYTES {
+                if !batch.is_empty() && batch.len() + frame.len() > BATCH_BYTES {
                     out.write(&batch)?;
                     batch.clear();
                 }
-                batch.extend_from_slice(&frame);
+                match batch.is_empty() {
+                    true => batch = frame,
+                    false => batch.extend_from_slice(&frame),
+                }
             }
             out.write(&batch)?;
         }

@@ -20,6 +20,7 @@
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
+use bytes::{Buf, Bytes, BytesMut};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
 use keel_wasm::coherence::{Message, PartId};
@@ -46,6 +47,8 @@ const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
 const NOTE_BYTES_MAX: usize = 512 << 20;
 const PAGE: usize = PAGE_BYTES as usize;
+/// Compared with pages, so many bytes at once.
+const ZEROS: [u8; 128] = [0; 128];
 
 /// The first word on a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,7 +84,7 @@ pub(super) enum PageBytes {
     /// All zero.
     Zeros,
     /// 4 KiB.
-    Bytes(Box<[u8]>),
+    Bytes(Bytes),
 }
 
 /// What comes on a connection.
@@ -182,7 +185,7 @@ pub(super) fn encode_page(
 ) -> Result<(), WireError> {
     let message = postcard::to_stdvec(message)?;
     // (Most pages that are not zero say so in their first words.)
-    match page.iter().all(|byte| *byte == 0) {
+    match page.chunks(ZEROS.len()).all(|words| *words == ZEROS[..words.len()]) {
         true => frame_of(KIND_ZEROS, &message, &[], frames),
         false => frame_of(KIND_PAGE, &message, page, frames),
     }
@@ -205,8 +208,8 @@ fn frame_of(kind: u16, message: &[u8], page: &[u8], frames: &mut Vec<u8>) -> Res
 /// Makes parcels of the bytes of a connection.
 #[derive(Debug, Default)]
 pub(super) struct Unpacker {
-    /// The beginning of a frame whose end has not come.
-    begun: Vec<u8>,
+    /// What has come and is not unpacked: nothing, or the beginning of a frame.
+    begun: BytesMut,
     /// Pieces of a note whose end has not come.
     note: Vec<u8>,
 }
@@ -230,7 +233,7 @@ impl Unpacker {
             return Ok(None);
         };
         let hello = postcard::from_bytes(payload)?;
-        self.begun.drain(..end);
+        self.begun.advance(end);
         Ok(Some(hello))
     }
 
@@ -243,44 +246,31 @@ impl Unpacker {
         bytes: &[u8],
         parcels: &mut Vec<Parcel>,
     ) -> Result<(), WireError> {
-        if self.begun.is_empty() {
-            let taken = unpack(bytes, &mut self.note, parcels)?;
-            self.begun.extend_from_slice(&bytes[taken..]);
-        } else {
-            self.begun.extend_from_slice(bytes);
-            let taken = unpack(&self.begun, &mut self.note, parcels)?;
-            self.begun.drain(..taken);
+        self.begun.extend_from_slice(bytes);
+        while let Some(header) = Decoder::new(CLASS).header(&self.begun)? {
+            if self.begun.len() < HEADER_BYTES + header.payload_bytes {
+                break;
+            }
+            self.begun.advance(HEADER_BYTES);
+            let payload = self.begun.split_to(header.payload_bytes);
+            match header.kind {
+                KIND_BEGUN | KIND_NOTE => {
+                    if self.note.len() + payload.len() > NOTE_BYTES_MAX {
+                        return Err(WireError::Long);
+                    }
+                    self.note.extend_from_slice(&payload);
+                    if header.kind == KIND_NOTE {
+                        parcels.push(Parcel::Note(std::mem::take(&mut self.note)));
+                    }
+                }
+                kind => parcels.push(parcel(kind, payload.freeze())?),
+            }
         }
         Ok(())
     }
 }
 
-/// Gives on the whole frames at the beginning; how many bytes they are.
-fn unpack(bytes: &[u8], note: &mut Vec<u8>, parcels: &mut Vec<Parcel>) -> Result<usize, WireError> {
-    let mut at = 0;
-    while let Some(header) = Decoder::new(CLASS).header(&bytes[at..])? {
-        let end = at + HEADER_BYTES + header.payload_bytes;
-        let Some(payload) = bytes.get(at + HEADER_BYTES..end) else {
-            break;
-        };
-        match header.kind {
-            KIND_BEGUN | KIND_NOTE => {
-                if note.len() + payload.len() > NOTE_BYTES_MAX {
-                    return Err(WireError::Long);
-                }
-                note.extend_from_slice(payload);
-                if header.kind == KIND_NOTE {
-                    parcels.push(Parcel::Note(std::mem::take(note)));
-                }
-            }
-            kind => parcels.push(parcel(kind, payload)?),
-        }
-        at = end;
-    }
-    Ok(at)
-}
-
-fn parcel(kind: u16, payload: &[u8]) -> Result<Parcel, WireError> {
+fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
     let whole = |(message, rest): (Message, &[u8])| match rest {
         [] => Ok(message),
         _ => Err(WireError::Page),
@@ -290,23 +280,24 @@ fn parcel(kind: u16, payload: &[u8]) -> Result<Parcel, WireError> {
         _ => Err(WireError::Page),
     };
     match kind {
-        KIND_MESSAGE => match whole(postcard::take_from_bytes(payload)?)? {
+        KIND_MESSAGE => match whole(postcard::take_from_bytes(&payload)?)? {
             Message::Data { .. } => Err(WireError::Page),
             message => Ok(Parcel::Message(message)),
         },
         KIND_ZEROS => {
-            let message = data(whole(postcard::take_from_bytes(payload)?)?)?;
+            let message = data(whole(postcard::take_from_bytes(&payload)?)?)?;
             Ok(Parcel::Page(message, PageBytes::Zeros))
         }
         KIND_PAGE => {
-            let (message, page): (Message, &[u8]) = postcard::take_from_bytes(payload)?;
+            let (message, page): (Message, &[u8]) = postcard::take_from_bytes(&payload)?;
             if page.len() != PAGE {
                 return Err(WireError::Page);
             }
-            Ok(Parcel::Page(data(message)?, PageBytes::Bytes(page.into())))
+            let page = PageBytes::Bytes(payload.slice_ref(page));
+            Ok(Parcel::Page(data(message)?, page))
         }
         KIND_GOODBYE => {
-            let (part, reason) = postcard::from_bytes(payload)?;
+            let (part, reason) = postcard::from_bytes(&payload)?;
             Ok(Parcel::Goodbye { part, reason })
         }
         other => Err(WireError::Kind(other)),

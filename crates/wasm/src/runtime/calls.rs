@@ -164,15 +164,12 @@ impl Shared {
         progress: &mut Progress,
         thread: &HostThread,
     ) -> HostOutcome {
-        let mut state = match std::mem::take(progress) {
-            Progress::Wasi(state) => state,
-            _ => keel_wasi::CallState::default(),
-        };
         let cells = self
             .memories
             .first()
             .map_or(&[][..], |memory| memory.cells());
         let mut memory = wiggle::GuestMemory::Shared(cells);
+        let mut state = wasi_state(progress);
         let outcome = self.wasi.call(
             function,
             args,
@@ -181,18 +178,35 @@ impl Shared {
             thread.tid,
             &*thread.signal,
         );
-        match outcome {
-            WasiOutcome::Done(errno) if function.has_result() => {
-                HostOutcome::Done(vec![u64::from(errno as u32)])
-            }
-            WasiOutcome::Done(_) => HostOutcome::Done(Vec::new()),
-            WasiOutcome::Interrupted => {
-                *progress = Progress::Wasi(state);
-                HostOutcome::Interrupted
-            }
-            WasiOutcome::Exit(code) => HostOutcome::Exit(code),
-            WasiOutcome::Trap(message) => HostOutcome::Trap(message),
+        wasi_outcome(function, outcome, state, progress)
+    }
+}
+
+/// What a call of WASI came to before.
+fn wasi_state(progress: &mut Progress) -> keel_wasi::CallState {
+    match std::mem::take(progress) {
+        Progress::Wasi(state) => state,
+        _ => keel_wasi::CallState::default(),
+    }
+}
+
+fn wasi_outcome(
+    function: keel_wasi::Function,
+    outcome: WasiOutcome,
+    state: keel_wasi::CallState,
+    progress: &mut Progress,
+) -> HostOutcome {
+    match outcome {
+        WasiOutcome::Done(errno) if function.has_result() => {
+            HostOutcome::Done(vec![u64::from(errno as u32)])
         }
+        WasiOutcome::Done(_) => HostOutcome::Done(Vec::new()),
+        WasiOutcome::Interrupted => {
+            *progress = Progress::Wasi(state);
+            HostOutcome::Interrupted
+        }
+        WasiOutcome::Exit(code) => HostOutcome::Exit(code),
+        WasiOutcome::Trap(message) => HostOutcome::Trap(message),
     }
 }
 
@@ -225,5 +239,28 @@ impl Host for Arc<Shared> {
             }
             ImportKind::Print | ImportKind::Sync(_) => HostOutcome::Done(Vec::new()),
         }
+    }
+
+    fn call_packed(
+        &self,
+        import: u32,
+        call: &keel_wasi::Packed,
+        progress: &mut Progress,
+        thread: &HostThread,
+    ) -> (HostOutcome, Vec<u8>) {
+        if self.over.load(Ordering::Acquire) {
+            return (HostOutcome::Interrupted, Vec::new());
+        }
+        let Some(ImportKind::Wasi(function)) = self.program.kinds.get(import as usize).copied()
+        else {
+            let what = "a call with its buffers is none of WASI";
+            return (HostOutcome::Trap(what.into()), Vec::new());
+        };
+        let mut state = wasi_state(progress);
+        let (tid, signal) = (thread.tid, &*thread.signal);
+        let (outcome, output) = self
+            .wasi
+            .call_packed(function, call, &mut state, tid, signal);
+        (wasi_outcome(function, outcome, state, progress), output)
     }
 }

@@ -32,6 +32,19 @@ pub trait Host: Send + Sync {
         progress: &mut Progress,
         thread: &HostThread,
     ) -> HostOutcome;
+
+    /// As [`Self::call`], of a call of WASI that comes with what it reads
+    /// ([`keel_wasi::pack`]); and what it writes. Only the home of a machine is asked.
+    fn call_packed(
+        &self,
+        _import: u32,
+        _call: &keel_wasi::Packed,
+        _progress: &mut Progress,
+        _thread: &HostThread,
+    ) -> (HostOutcome, Vec<u8>) {
+        let what = "a call with its buffers came to where none comes";
+        (HostOutcome::Trap(what.into()), Vec::new())
+    }
 }
 
 /// The thread that makes a host call.

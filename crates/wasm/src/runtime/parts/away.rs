@@ -2,7 +2,7 @@
 
 use super::Members;
 use super::Spawning;
-use super::message::{Answer, Entering, Order, Report};
+use super::message::{Answer, Call, Entering, Order, Report};
 use crate::coherence::PartId;
 use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
 use crate::runtime::frame::{ThreadState, Value};
@@ -337,22 +337,32 @@ impl Away {
             match report {
                 Report::Call {
                     import,
-                    args,
+                    call,
                     mut progress,
                     ..
                 } => {
                     let wanted = self.program.meta.imports.get(import as usize);
-                    if wanted.is_none_or(|import| import.params.len() != args.len()) {
-                        return Err(wrong("a call of what is not imported"));
-                    }
-                    let outcome = self.host.call(import, &args, &mut progress, &self.thread);
+                    let is_right =
+                        |args: usize| wanted.is_some_and(|import| import.params.len() == args);
+                    let (outcome, output) = match &call {
+                        Call::Bare(args) if is_right(args.len()) => {
+                            let thread = &self.thread;
+                            let outcome = self.host.call(import, args, &mut progress, thread);
+                            (outcome, Vec::new())
+                        }
+                        Call::Packed(call) if wanted.is_some() => {
+                            let thread = &self.thread;
+                            self.host.call_packed(import, call, &mut progress, thread)
+                        }
+                        _ => return Err(wrong("a call of what is not imported")),
+                    };
                     // Before the answer, so that it leaves when it has that.
                     if !asked && signal.is_requested() {
                         asked = true;
                         self.order(&Order::Interrupt { tid });
                     }
                     let answer = match outcome {
-                        HostOutcome::Done(bits) => Answer::Done(bits),
+                        HostOutcome::Done(results) => Answer::Done { results, output },
                         HostOutcome::Interrupted => Answer::Interrupted(progress),
                         HostOutcome::Exit(code) => Answer::Exit(code),
                         HostOutcome::Trap(message) => Answer::Trap(message),

@@ -1,15 +1,16 @@
 //! A member: runs the threads that its home gives it, each in an instance of its own on
 //! an OS thread of its own, and has nothing else of the machine but its pages.
 
-use super::message::{Answer, Entering, Order, Report};
+use super::message::{Answer, Call, Entering, Order, Report};
 use crate::memory::GuestMemory;
 use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
 use crate::runtime::frame::{Progress, ThreadState};
 use crate::runtime::governor::ThreadClock;
-use crate::runtime::host::{Host, HostOutcome, HostThread};
+use crate::runtime::host::{Host, HostOutcome, HostThread, ImportKind};
 use crate::runtime::machine::{locked, lower_priority};
 use crate::runtime::program::{Program, STACK_BYTES};
 use crate::runtime::signal::Signal;
+use keel_wasi::Function;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
@@ -102,14 +103,40 @@ impl Host for Calls {
         progress: &mut Progress,
         thread: &HostThread,
     ) -> HostOutcome {
+        let function = match self.0.program.kinds.get(import as usize) {
+            // Nobody else can see it.
+            Some(ImportKind::Wasi(Function::SchedYield)) => {
+                std::thread::yield_now();
+                return HostOutcome::Done(vec![0]);
+            }
+            Some(ImportKind::Wasi(function)) => Some(*function),
+            _ => None,
+        };
+        let cells = thread.memories.first();
+        let cells = cells.map_or(&[][..], |memory| memory.cells());
+        let mut memory = wiggle::GuestMemory::Shared(cells);
+        let packed = function.and_then(|function| keel_wasi::pack(function, args, &memory));
+        let (call, targets) = match packed {
+            Some((packed, targets)) => (Call::Packed(packed), Some(targets)),
+            None => (Call::Bare(args.to_vec()), None),
+        };
         (self.0.report)(Report::Call {
             tid: thread.tid,
             import,
-            args: args.to_vec(),
+            call,
             progress: std::mem::take(progress),
         });
         match self.1.next(&self.0.over) {
-            Some(Wish::Answer(Answer::Done(bits))) => HostOutcome::Done(bits),
+            Some(Wish::Answer(Answer::Done { results, output })) => {
+                let filled = match targets {
+                    Some(targets) => targets.fill(&output, &mut memory),
+                    None => Ok(()),
+                };
+                match filled {
+                    Ok(()) => HostOutcome::Done(results),
+                    Err(what) => HostOutcome::Trap(what),
+                }
+            }
             Some(Wish::Answer(Answer::Interrupted(rest))) => {
                 *progress = rest;
                 HostOutcome::Interrupted

@@ -13,7 +13,7 @@ use crate::runtime::governor::CoreTime;
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages, their first byte.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// How a thread goes on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -29,15 +29,31 @@ pub enum Entering {
     Resume {
         /// Its state ([`crate::runtime::frame`]), for a fresh instance; without one it
         /// goes on in the instance in which it was captured.
+        #[serde(with = "serde_bytes")]
         state: Option<Vec<u8>>,
     },
+}
+
+/// A call of the host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Call {
+    /// Its arguments, as bits: what they point to is in the machine's memory.
+    Bare(Vec<u64>),
+    /// Of WASI, with all that it reads; what it writes comes with its answer.
+    Packed(keel_wasi::Packed),
 }
 
 /// What a call of the host came to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Answer {
-    /// These results, as bits.
-    Done(Vec<u64>),
+    /// It is done.
+    Done {
+        /// Its results, as bits.
+        results: Vec<u64>,
+        /// What one that came packed writes.
+        #[serde(with = "serde_bytes")]
+        output: Vec<u8>,
+    },
     /// Nothing yet: the thread is to leave, and to make it again.
     Interrupted(Progress),
     /// The program ends.
@@ -95,8 +111,8 @@ pub enum Report {
         tid: u32,
         /// Index of the imported function.
         import: u32,
-        /// Arguments, as bits.
-        args: Vec<u64>,
+        /// With what.
+        call: Call,
         /// How far the same call came before.
         progress: Progress,
     },
@@ -105,6 +121,7 @@ pub enum Report {
         /// Which.
         tid: u32,
         /// It, as [`crate::runtime::frame`] writes it.
+        #[serde(with = "serde_bytes")]
         state: Vec<u8>,
     },
     /// What was called has returned.
@@ -219,6 +236,14 @@ mod tests {
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
 
+    fn packed() -> keel_wasi::Packed {
+        let mut bytes = vec![0; 64];
+        bytes[8] = 9;
+        let memory = wiggle::GuestMemory::Unshared(&mut bytes);
+        let packed = keel_wasi::pack(keel_wasi::Function::PathUnlinkFile, &[3, 8, 5], &memory);
+        packed.expect("it can be packed").0
+    }
+
     fn orders() -> Vec<Order> {
         vec![
             Order::Run {
@@ -243,6 +268,13 @@ mod tests {
             },
             Order::Answer {
                 tid: 7,
+                answer: Answer::Done {
+                    results: vec![0],
+                    output: vec![7; 70],
+                },
+            },
+            Order::Answer {
+                tid: 7,
                 answer: Answer::Trap("out of bounds memory access".into()),
             },
             Order::Open {
@@ -259,7 +291,13 @@ mod tests {
             Report::Call {
                 tid: 3,
                 import: 9,
-                args: vec![1, u64::MAX],
+                call: Call::Bare(vec![1, u64::MAX]),
+                progress: Progress::Fresh,
+            },
+            Report::Call {
+                tid: 4,
+                import: 2,
+                call: Call::Packed(packed()),
                 progress: Progress::Fresh,
             },
             Report::Captured {
@@ -305,10 +343,10 @@ mod tests {
             assert_eq!(Report::decode(&report.encode()).unwrap(), report);
         }
         let mut other = Order::End.encode();
-        other[0] = 2;
+        other[0] = 1;
         assert!(matches!(
             Order::decode(&other),
-            Err(MessageError::Version(2))
+            Err(MessageError::Version(1))
         ));
         let longer = [Order::End.encode(), vec![0]].concat();
         assert!(Order::decode(&longer).is_err());

@@ -14,8 +14,13 @@
 //! calls of the host, is asked in its stead to come to a safepoint, and holds its state
 //! when it stands at one. So whatever freezes, holds, captures or ends a machine does the
 //! same with one that spans, and to move a thread is to capture it here and resume it
-//! there. What the host's calls read and write of the guest's memory they read and write
-//! at the home, as a thread of the guest would: `crate::coherence` brings the pages.
+//! there.
+//!
+//! Calls of WASI travel with what they read, and come back with what they write, so that
+//! no page has to ([`keel_wasi::pack`]): the home touches descriptors only. What cannot be
+//! packed reads and writes the guest's memory at the home, as a thread of the guest would:
+//! `crate::coherence` brings the pages. What nobody else can see happens where the thread
+//! is (`sched_yield`).
 //!
 //! - `message`: what is said
 //! - `away`: a thread that runs elsewhere, as the home sees it
@@ -29,7 +34,7 @@ mod message;
 
 pub(super) use away::{Away, Inbox, Parts};
 pub use member::Member;
-pub use message::{Answer, Entering, MessageError, Order, Report};
+pub use message::{Answer, Call, Entering, MessageError, Order, Report};
 
 use crate::coherence::PartId;
 
