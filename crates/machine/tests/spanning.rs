@@ -345,7 +345,10 @@ fn pages_stay_where_calls_are_made() {
     assert_eq!(running.text(), ".".repeat(4 * 2048 * CALLS as usize));
     // It would be several for each call of two or three threads.
     let waited = parts.home().pages().latency().count();
-    assert!(waited < u64::from(CALLS), "the home waited for {waited} pages");
+    assert!(
+        waited < u64::from(CALLS),
+        "the home waited for {waited} pages"
+    );
 }
 
 /// A trap, and an exit, at a member are those of the machine.

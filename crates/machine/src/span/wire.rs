@@ -185,7 +185,10 @@ pub(super) fn encode_page(
 ) -> Result<(), WireError> {
     let message = postcard::to_stdvec(message)?;
     // (Most pages that are not zero say so in their first words.)
-    match page.chunks(ZEROS.len()).all(|words| *words == ZEROS[..words.len()]) {
+    match page
+        .chunks(ZEROS.len())
+        .all(|words| *words == ZEROS[..words.len()])
+    {
         true => frame_of(KIND_ZEROS, &message, &[], frames),
         false => frame_of(KIND_PAGE, &message, page, frames),
     }

@@ -23,7 +23,7 @@ use super::frame::{FrameError, ThreadState, Value};
 use super::governor::{CoreTime, ThreadClock, govern};
 use super::host::{Host, HostThread};
 use super::image::{Entry, Image};
-use super::parts::{Away, Inbox, Members, Parts, Report, Spawning};
+use super::parts::{Away, Inbox, Members, Order, Parts, Report, Spawning};
 use super::program::{Program, ProgramError, STACK_BYTES};
 use super::signal::Signal;
 use super::wait::WaitQueues;
@@ -763,6 +763,14 @@ impl Machine {
         if let Report::Times { at_ns, threads } = report {
             return self.shared.parts.took(from, at_ns, threads);
         }
+        if let Report::Expecting { tid } = report {
+            let threads = locked(&self.shared.threads);
+            // (Unless it has left already.)
+            if let Some(thread) = threads.table.get(&tid).filter(|thread| thread.rebuild) {
+                thread.signal.request();
+            }
+            return;
+        }
         let Some(tid) = report.tid() else { return };
         let heard = {
             let threads = locked(&self.shared.threads);
@@ -819,7 +827,22 @@ impl Machine {
         }
         thread.place = to;
         thread.rebuild = true;
-        thread.signal.request();
+        let leaves = thread
+            .seat
+            .is_some_and(|seat| seat != PartId::HOME && seat != to);
+        thread.inbox.set_leaves(leaves);
+        let way = match to {
+            PartId::HOME => None,
+            _ => shared.parts.way(),
+        };
+        match way {
+            // It goes on here until what it needs there is awake.
+            Some(way) => {
+                drop(threads);
+                way.order(to, &Order::Expect { tid });
+            }
+            None => thread.signal.request(),
+        }
         Ok(())
     }
 
@@ -976,6 +999,10 @@ impl Seat {
         }
     }
 
+    fn is_here(&self) -> bool {
+        matches!(self, Seat::Here(_))
+    }
+
     fn take_spare(&mut self) -> Option<Box<Fiber>> {
         match self {
             Seat::Here(_) => None,
@@ -1067,6 +1094,7 @@ impl Shared {
             let thread = threads.table.get_mut(&tid);
             thread.and_then(|thread| {
                 thread.seat = Some(thread.place);
+                thread.inbox.set_leaves(false);
                 (thread.place != PartId::HOME).then(|| (thread.place, thread.inbox.clone()))
             })
         };
@@ -1175,18 +1203,13 @@ impl Shared {
                         Next::GoOn => {}
                         Next::Rebuild => {
                             let begun = Instant::now();
-                            let hash = self.program.hash();
-                            let bytes = state.encode(hash);
-                            let meta = &self.program.meta;
-                            let state =
-                                ThreadState::decode(&bytes, hash, meta).map_err(|error| {
-                                    Stop::Trap(Trap {
-                                        message: error.to_string(),
-                                        backtrace: Vec::new(),
-                                    })
-                                })?;
+                            let was_here = fiber.is_here();
                             let spare = fiber.take_spare();
                             fiber = self.seat(tid, signal, spare)?;
+                            if was_here && fiber.is_here() {
+                                // As one that comes from elsewhere.
+                                state = self.written_and_read(&state)?;
+                            }
                             fiber.load(state)?;
                             if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
                                 thread.rests_until = Some(Instant::now() + begun.elapsed());
@@ -1197,6 +1220,17 @@ impl Shared {
                 }
             };
         }
+    }
+
+    fn written_and_read(&self, state: &ThreadState) -> Result<ThreadState, Stop> {
+        let hash = self.program.hash();
+        let read = ThreadState::decode(&state.encode(hash), hash, &self.program.meta);
+        read.map_err(|error| {
+            Stop::Trap(Trap {
+                message: error.to_string(),
+                backtrace: Vec::new(),
+            })
+        })
     }
 
     /// At a safepoint: waits while the machine is frozen.

@@ -11,6 +11,7 @@ use crate::runtime::host::{Host, HostOutcome, HostThread};
 use crate::runtime::machine::{Took, locked};
 use crate::runtime::program::Program;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
     inner: Mutex<InboxInner>,
+    /// Where it is it goes on no more, once it stands.
+    leaves: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -34,6 +37,11 @@ impl Inbox {
     /// Nothing comes any more.
     pub(crate) fn close(&self) {
         locked(&self.inner).closed = true;
+    }
+
+    /// Whether the thread is to leave the part at which it is.
+    pub(crate) fn set_leaves(&self, leaves: bool) {
+        self.leaves.store(leaves, Ordering::Release);
     }
 
     fn take(&self) -> Option<(PartId, Report)> {
@@ -238,6 +246,8 @@ pub(crate) struct Away {
     state: ThreadState,
     /// The member has it in an instance.
     is_there: bool,
+    /// The member has nothing of it.
+    has_left: bool,
     /// A fresh instance for when it comes home, made while it runs elsewhere.
     spare: Option<Box<Fiber>>,
 }
@@ -260,6 +270,7 @@ impl Away {
             inbox,
             state: ThreadState::default(),
             is_there: false,
+            has_left: true,
             spare: None,
         }
     }
@@ -301,9 +312,19 @@ impl Away {
         self.way.order(self.part, order);
     }
 
+    /// Asks it to come to a safepoint, once, if somebody wants that.
+    fn interrupt(&self, asked: &mut Option<bool>) {
+        if asked.is_none() && self.thread.signal.is_requested() {
+            let (tid, leaves) = (self.thread.tid, self.inbox.leaves.load(Ordering::Acquire));
+            *asked = Some(leaves);
+            self.order(&Order::Interrupt { tid, leaves });
+        }
+    }
+
     fn run(&mut self, entering: Entering) -> Result<Run, Stop> {
         let tid = self.thread.tid;
         self.is_there = true;
+        self.has_left = false;
         self.order(&Order::Run { tid, entering });
         if self.spare.is_none() {
             let (program, host) = (self.program.clone(), self.host.clone());
@@ -311,13 +332,11 @@ impl Away {
             let spare = Fiber::new(program, host, self.thread.clone());
             self.spare = spare.ok().map(Box::new);
         }
-        let mut asked = false;
+        // It was asked to come to a safepoint, and whether to leave then.
+        let mut asked = None;
         let signal = self.thread.signal.clone();
         loop {
-            if !asked && signal.is_requested() {
-                asked = true;
-                self.order(&Order::Interrupt { tid });
-            }
+            self.interrupt(&mut asked);
             let Some((from, report)) = self.inbox.take() else {
                 if self.inbox.is_over() {
                     // The machine ends: it stands, wherever it is.
@@ -325,9 +344,9 @@ impl Away {
                 }
                 match asked {
                     // It comes at once, unless it is in a call of the host.
-                    true if look_for(|| self.inbox.has_some()) => {}
-                    true => signal.wait_for(|| self.inbox.has_some()),
-                    false => signal.park(None, || self.inbox.has_some()),
+                    Some(_) if look_for(|| self.inbox.has_some()) => {}
+                    Some(_) => signal.wait_for(|| self.inbox.has_some()),
+                    None => signal.park(None, || self.inbox.has_some()),
                 }
                 continue;
             };
@@ -357,10 +376,7 @@ impl Away {
                         _ => return Err(wrong("a call of what is not imported")),
                     };
                     // Before the answer, so that it leaves when it has that.
-                    if !asked && signal.is_requested() {
-                        asked = true;
-                        self.order(&Order::Interrupt { tid });
-                    }
+                    self.interrupt(&mut asked);
                     let answer = match outcome {
                         HostOutcome::Done(results) => Answer::Done { results, output },
                         HostOutcome::Interrupted => Answer::Interrupted(progress),
@@ -373,11 +389,14 @@ impl Away {
                     let meta = &self.program.meta;
                     self.state = ThreadState::decode(&state, self.program.hash(), meta)
                         .map_err(|error| wrong(&error.to_string()))?;
+                    if asked == Some(true) {
+                        (self.is_there, self.has_left) = (false, true);
+                    }
                     return Ok(Run::Captured);
                 }
                 Report::Finished { values, .. } => return Ok(Run::Finished(values)),
                 Report::Stopped { stop, .. } => return Err(stop),
-                Report::Opened { .. } | Report::Times { .. } => {
+                Report::Opened { .. } | Report::Times { .. } | Report::Expecting { .. } => {
                     return Err(wrong("an answer that is no thread's"));
                 }
             }
@@ -388,7 +407,9 @@ impl Away {
 impl Drop for Away {
     fn drop(&mut self) {
         let tid = self.thread.tid;
-        self.order(&Order::Leave { tid });
+        if !self.has_left {
+            self.order(&Order::Leave { tid });
+        }
     }
 }
 

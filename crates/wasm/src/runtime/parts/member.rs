@@ -14,7 +14,7 @@ use keel_wasi::Function;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The most threads that a member has: as many as a machine may have.
 const THREADS_MAX: usize = 1 << 16;
@@ -24,8 +24,13 @@ const WARM: usize = 2;
 /// The most of those that are kept when their threads have left.
 const WARM_MAX: usize = 8;
 
+/// For how long one that expects a thread looks for it.
+const LOOK_OUT: Duration = Duration::from_micros(500);
+
 /// What the home wants of one thread, and has not been done.
 enum Wish {
+    /// A thread comes in a moment, maybe to this one.
+    Expect(u32),
     Run(u32, Entering),
     Answer(Answer),
     Leave,
@@ -36,6 +41,8 @@ struct Visitor {
     signal: Arc<Signal>,
     wishes: Mutex<VecDeque<Wish>>,
     changed: Condvar,
+    /// When it stands it leaves.
+    leaves: AtomicBool,
     /// Set by its OS thread.
     clock: OnceLock<ThreadClock>,
 }
@@ -44,6 +51,18 @@ impl Visitor {
     fn put(&self, wish: Wish) {
         locked(&self.wishes).push_back(wish);
         self.changed.notify_all();
+    }
+
+    /// Looks a while for the next one, which is about to come: being woken for it takes
+    /// longer than all that is done until then.
+    fn look_out(&self, over: &AtomicBool) {
+        let begun = Instant::now();
+        while begun.elapsed() < LOOK_OUT
+            && !over.load(Ordering::Acquire)
+            && locked(&self.wishes).is_empty()
+        {
+            std::thread::yield_now();
+        }
     }
 
     /// The next one; `None` when the machine is over.
@@ -126,7 +145,13 @@ impl Host for Calls {
             call,
             progress: std::mem::take(progress),
         });
-        match self.1.next(&self.0.over) {
+        let answer = loop {
+            match self.1.next(&self.0.over) {
+                Some(Wish::Expect(tid)) => (self.0.report)(Report::Expecting { tid }),
+                answer => break answer,
+            }
+        };
+        match answer {
             Some(Wish::Answer(Answer::Done { results, output })) => {
                 let filled = match targets {
                     Some(targets) => targets.fill(&output, &mut memory),
@@ -148,7 +173,7 @@ impl Host for Calls {
                 locked(&self.1.wishes).push_front(Wish::Leave);
                 HostOutcome::Trap("the machine's home has given the thread up".into())
             }
-            Some(Wish::Run(..)) => {
+            Some(Wish::Run(..) | Wish::Expect(_)) => {
                 HostOutcome::Trap("the machine's home does not answer what it is asked".into())
             }
             None => HostOutcome::Trap("the machine has ended".into()),
@@ -203,6 +228,7 @@ impl Member {
                 Ok(visitor) => {
                     // It stands; what was asked of it before is over.
                     visitor.signal.clear();
+                    visitor.leaves.store(false, Ordering::Release);
                     visitor.put(Wish::Run(tid, entering));
                 }
                 Err(error) => (shared.report)(Report::Stopped {
@@ -210,8 +236,17 @@ impl Member {
                     stop: trap(format!("no OS thread for a guest thread: {error}")),
                 }),
             },
-            Order::Interrupt { tid } => {
+            Order::Expect { tid } => {
+                // (The one that is taken next.)
+                let next = locked(&shared.idle).last().cloned();
+                match next {
+                    Some(visitor) => visitor.put(Wish::Expect(tid)),
+                    None => (shared.report)(Report::Expecting { tid }),
+                }
+            }
+            Order::Interrupt { tid, leaves } => {
                 if let Some(visitor) = locked(&shared.visitors).get(&tid) {
+                    visitor.leaves.store(leaves, Ordering::Release);
                     visitor.signal.request();
                 }
             }
@@ -311,6 +346,7 @@ impl Member {
             signal: Arc::new(Signal::new()?),
             wishes: Mutex::default(),
             changed: Condvar::new(),
+            leaves: AtomicBool::new(false),
             clock: OnceLock::new(),
         });
         let (shared, guest) = (self.0.clone(), visitor.clone());
@@ -365,16 +401,17 @@ impl Shared {
             }
             let (tid, entering) = match visitor.next(&self.over) {
                 Some(Wish::Run(tid, entering)) => (tid, entering),
+                Some(Wish::Expect(tid)) => {
+                    (self.report)(Report::Expecting { tid });
+                    visitor.look_out(&self.over);
+                    continue;
+                }
                 Some(Wish::Answer(_)) => continue,
                 None => return,
                 Some(Wish::Leave) => {
-                    fiber = self.fiber(0, visitor).ok();
-                    visitor.signal.clear();
-                    let mut idle = locked(&self.idle);
-                    if idle.len() >= WARM_MAX {
+                    if !self.rest(visitor, &mut fiber) {
                         return;
                     }
-                    idle.push(visitor.clone());
                     continue;
                 }
             };
@@ -382,8 +419,30 @@ impl Shared {
                 Ok(report) => report,
                 Err(stop) => Report::Stopped { tid, stop },
             };
+            let leaves = matches!(report, Report::Captured { .. })
+                && visitor.leaves.swap(false, Ordering::AcqRel);
+            if leaves {
+                // Before it is said: it may come back at once.
+                locked(&self.visitors).remove(&tid);
+            }
             (self.report)(report);
+            if leaves && !self.rest(visitor, &mut fiber) {
+                return;
+            }
         }
+    }
+
+    /// Its thread has left: it waits for another one, with a fresh instance; false if
+    /// enough of them wait.
+    fn rest(self: &Arc<Self>, visitor: &Arc<Visitor>, fiber: &mut Option<Fiber>) -> bool {
+        *fiber = self.fiber(0, visitor).ok();
+        visitor.signal.clear();
+        let mut idle = locked(&self.idle);
+        let is_wanted = idle.len() < WARM_MAX;
+        if is_wanted {
+            idle.push(visitor.clone());
+        }
+        is_wanted
     }
 
     fn run(

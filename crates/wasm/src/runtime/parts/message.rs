@@ -72,10 +72,17 @@ pub enum Order {
         /// From where.
         entering: Entering,
     },
+    /// A thread comes in a moment: what it needs is to be awake ([`Report::Expecting`]).
+    Expect {
+        /// Which.
+        tid: u32,
+    },
     /// It is to come to a safepoint.
     Interrupt {
         /// Which.
         tid: u32,
+        /// It is not this member's any more then, as after [`Order::Leave`].
+        leaves: bool,
     },
     /// Its call of the host is over.
     Answer {
@@ -115,6 +122,11 @@ pub enum Report {
         call: Call,
         /// How far the same call came before.
         progress: Progress,
+    },
+    /// What a thread needs is awake.
+    Expecting {
+        /// Which.
+        tid: u32,
     },
     /// A thread is at a safepoint.
     Captured {
@@ -164,7 +176,7 @@ impl Report {
             | Report::Captured { tid, .. }
             | Report::Finished { tid, .. }
             | Report::Stopped { tid, .. } => Some(*tid),
-            Report::Opened { .. } | Report::Times { .. } => None,
+            Report::Opened { .. } | Report::Times { .. } | Report::Expecting { .. } => None,
         }
     }
 }
@@ -259,7 +271,11 @@ mod tests {
                     state: Some(vec![1, 2, 3]),
                 },
             },
-            Order::Interrupt { tid: 1 << 28 },
+            Order::Interrupt {
+                tid: 1 << 28,
+                leaves: true,
+            },
+            Order::Expect { tid: 5 },
             Order::Answer {
                 tid: 7,
                 answer: Answer::Interrupted(Progress::Waiting {
@@ -300,6 +316,7 @@ mod tests {
                 call: Call::Packed(packed()),
                 progress: Progress::Fresh,
             },
+            Report::Expecting { tid: 5 },
             Report::Captured {
                 tid: 3,
                 state: vec![9; 300],
