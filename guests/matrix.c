@@ -1,6 +1,7 @@
 // argv[1] workers, argv[2] rows and columns, argv[3] times: multiplies two matrices of
 // doubles, each worker a band of rows; prints a hash of each product. Each element is
 // summed in one order, so it does not depend on the number of workers.
+#include "evenkeel.h"
 #include "pthread.h"
 
 #include <inttypes.h>
@@ -50,6 +51,7 @@ int main(int argc, char **argv) {
     size_t bytes = (size_t)n * n * sizeof *a;
     a = shared_malloc(bytes), b = shared_malloc(bytes), c = shared_malloc(bytes);
     if (!a || !b || !c) return 4;
+    if (ek_object("a", a, bytes) || ek_object("b", b, bytes) || ek_object("c", c, bytes)) return 5;
     pthread_barrier_init(&barrier, 0, (unsigned)workers + 1);
     pthread_t threads[WORKERS_MAX];
     for (int i = 0; i < workers; i++) {

@@ -597,13 +597,18 @@ pub struct ThreadInfo {
     pub state: String,
     /// CPU time that it used at the home, in microseconds.
     pub cpu_micros: Option<u64>,
+    /// The object that it likes to be near, if it said so (`guests/evenkeel.h`).
+    #[serde(default)]
+    pub likes: Option<String>,
 }
 
 /// A piece of a machine's memory that the same parts hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectInfo {
-    /// Its range ([`object_name`]).
-    pub name: String,
+    /// Its range ([`object_range_name`]).
+    pub range: String,
+    /// What the program calls it, if it does (`guests/evenkeel.h`).
+    pub name: Option<String>,
     /// Bytes, whole pages of 4 KiB.
     pub bytes: u64,
     /// The part that has it, or wrote it last.
@@ -625,7 +630,7 @@ pub struct ObjectMoved {
 
 /// How a range of a machine's memory is named: `0x10000-0x20000` from its first byte to
 /// the one behind its last; `1:0x0-0x1000` of another memory than the first.
-pub fn object_name(memory: u32, start: u64, bytes: u64) -> String {
+pub fn object_range_name(memory: u32, start: u64, bytes: u64) -> String {
     let range = format!("{start:#x}-{:#x}", start.saturating_add(bytes));
     match memory {
         0 => range,
@@ -633,7 +638,7 @@ pub fn object_name(memory: u32, start: u64, bytes: u64) -> String {
     }
 }
 
-/// Memory, first byte and bytes of a range as [`object_name`] names it; `None` if it is
+/// Memory, first byte and bytes of a range as [`object_range_name`] names it; `None` if it is
 /// none, or empty.
 pub fn object_range(name: &str) -> Option<(u32, u64, u64)> {
     let (memory, range) = match name.split_once(':') {
@@ -769,7 +774,7 @@ mod object_tests {
     #[test]
     fn ranges_of_memory_have_names() {
         for (memory, start, bytes) in [(0, 0x1_0000, 4096), (3, 0, 1), (0, 1 << 40, 1 << 20)] {
-            let name = object_name(memory, start, bytes);
+            let name = object_range_name(memory, start, bytes);
             assert_eq!(object_range(&name), Some((memory, start, bytes)), "{name}");
         }
         for wrong in [

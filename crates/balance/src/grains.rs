@@ -5,6 +5,7 @@
 //! |---|---|---|
 //! | a node's cores, by a machine that would press any other as well | parts on more nodes | no whole move would |
 //! | a node's cores | a thread to another part | takes microseconds, and a few pages |
+//! | a thread, by what it waits for | it to where that is, if there is room | a thread is less than its pages |
 //! | a node's memory, or what a part may keep | objects, coldest first | takes as long as their bytes |
 //! | everything, by pages that go to and fro | all of it back together | its threads run less than they would at its home alone |
 //!
@@ -65,6 +66,17 @@ pub struct Thread {
     pub ran: f64,
     /// Whether it must stay: it moves, or came not long ago.
     pub held: bool,
+    /// Where it would rather be.
+    pub drawn: Option<Drawn>,
+}
+
+/// The part that draws a thread.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drawn {
+    /// Its number.
+    pub part: u32,
+    /// What the thread wants there.
+    pub why: String,
 }
 
 /// A node that has a part, or may get one.
@@ -224,6 +236,9 @@ pub fn decide(scene: &Scene, policy: &Policy) -> Vec<Choice> {
     let mut choices = threads(scene, policy);
     if choices.is_empty() {
         choices.extend(widen(scene, policy));
+    }
+    if choices.is_empty() {
+        choices.extend(drawn(scene, policy));
     }
     choices.extend(objects(scene, policy));
     choices
@@ -524,8 +539,15 @@ fn one_thread(scene: &Scene, policy: &Policy) -> Option<Moved> {
                 left: after.abs(),
             };
             let better = best.as_ref().is_none_or(|best| {
+                // (Those go first that do not want to be where they are.)
+                let stays = |it: &Levelling<'_>| {
+                    let drawn = it.thread.drawn.as_ref();
+                    drawn.is_some_and(|drawn| drawn.part == it.thread.part)
+                };
+                let by_ease = stays(best).cmp(&stays(&levelling));
                 let by_gain = levelling.lowers.total_cmp(&best.lowers);
-                by_gain
+                by_ease
+                    .then(by_gain)
                     .then_with(|| best.left.total_cmp(&levelling.left))
                     .is_gt()
             });
@@ -567,6 +589,61 @@ fn one_thread(scene: &Scene, policy: &Policy) -> Option<Moved> {
     let index = scene.threads.iter().position(|it| it.tid == thread.tid)?;
     let moved = [(from, -here), (to, there)];
     Some((scene.choice(grain, why, weighed), index, part.number, moved))
+}
+
+/// Threads that would rather be elsewhere, where that presses nobody.
+fn drawn(scene: &Scene, policy: &Policy) -> Vec<Choice> {
+    let mut loads: BTreeMap<&Name, f64> = scene
+        .nodes
+        .iter()
+        .map(|node| (&node.name, node.side.load))
+        .collect();
+    let mut choices = Vec::new();
+    let free = scene.threads.iter().filter(|thread| !thread.held);
+    for thread in free {
+        let Some(drawn) = thread.drawn.as_ref().filter(|it| it.part != thread.part) else {
+            continue;
+        };
+        let part = |number: u32| scene.parts.iter().find(|it| it.number == number);
+        let (Some(from), Some(to)) = (part(thread.part), part(drawn.part)) else {
+            continue;
+        };
+        let (Some(source), Some(target)) = (scene.node(&from.node), scene.node(&to.node)) else {
+            continue;
+        };
+        let back = (target.name.clone(), source.name.clone());
+        if target.forbidden.is_some() || source.name == target.name || scene.recent.contains(&back)
+        {
+            continue;
+        }
+        let weight = |side: &Side| thread.cores * policy.weights.cpu / side.capacity.power();
+        let load = |name: &Name| loads.get(name).copied().unwrap_or(f64::MAX);
+        let there = load(&target.name) + weight(&target.side);
+        // (Where a node is pressed that it leaves, it may go to one that is less so.)
+        if there >= policy.pressed_load && there >= load(&source.name) {
+            continue;
+        }
+        let why = format!("{}; {} is at {there:.2} with it", drawn.why, target.name);
+        let grain = Grain::Thread {
+            tid: thread.tid,
+            from: source.name.clone(),
+            part: to.number,
+            to: target.name.clone(),
+        };
+        choices.push(scene.choice(grain, why, Vec::new()));
+        let here = weight(&source.side);
+        loads.insert(&target.name, there);
+        let left = load_after(loads.get(&source.name).copied(), here);
+        loads.insert(&source.name, left);
+        if choices.len() == THREADS_AT_ONCE {
+            break;
+        }
+    }
+    choices
+}
+
+fn load_after(load: Option<f64>, less: f64) -> f64 {
+    (load.unwrap_or(0.0) - less).max(0.0)
 }
 
 // ── objects ─────────────────────────────────────────────────────────────
@@ -745,6 +822,7 @@ mod tests {
             cores,
             ran: cores,
             held: false,
+            drawn: None,
         }
     }
 
@@ -883,6 +961,50 @@ mod tests {
         // Nobody waits for pages: that it runs little has other reasons.
         losing.waited_cores = 0.05;
         assert!(!gathers(&losing));
+    }
+
+    #[test]
+    fn threads_go_to_what_draws_them_where_that_presses_nobody() {
+        let policy = Policy::default();
+        let mut calm = scene(&["a", "b", "c"]);
+        calm.threads = vec![thread(0, 0, 0.2), thread(1, 0, 0.2), thread(2, 1, 0.2)];
+        calm.nodes[0] = node("a", 0.4);
+        calm.nodes[1] = node("b", 0.2);
+        for tid in [0, 2] {
+            calm.threads[tid].drawn = Some(Drawn {
+                part: 1,
+                why: "it likes to be near cache".into(),
+            });
+        }
+        let choices = decide(&calm, &policy);
+        assert_eq!(moves(&choices), [(0, 1)]);
+        assert!(choices[0].why.contains("near cache"), "{choices:?}");
+        assert!(choices[0].why.contains("b is at 0.40"), "{choices:?}");
+        // Not where it would press, where none may be, whence threads came, or at once.
+        let nothing = |scene: &Scene| assert_eq!(decide(scene, &policy), []);
+        let mut pressed = calm.clone();
+        pressed.nodes[1] = node("b", 0.95);
+        nothing(&pressed);
+        let mut back = calm.clone();
+        back.recent = vec![("b".into(), "a".into())];
+        nothing(&back);
+        let mut held = calm.clone();
+        held.threads[0].held = true;
+        nothing(&held);
+        // Who is where it wants to be goes last.
+        let mut level = scene(&["a", "b", "c"]);
+        for tid in [0, 1, 2, 3] {
+            level.threads[tid].drawn = Some(Drawn {
+                part: 0,
+                why: String::new(),
+            });
+        }
+        let first: Vec<u32> = moves(&decide(&level, &policy))
+            .into_iter()
+            .map(|(tid, _)| tid)
+            .take(2)
+            .collect();
+        assert_eq!(first, [4, 5]);
     }
 
     #[test]

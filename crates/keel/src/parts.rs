@@ -117,7 +117,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
     output::list(
         reach.format(),
         &info.threads,
-        &["thread", "node", "part", "state", "cpu at home"],
+        &["thread", "node", "part", "state", "cpu at home", "likes"],
         |thread| thread.tid.to_string(),
         |thread| {
             vec![
@@ -129,6 +129,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
                     Some(micros) => format!("{:.2} s", micros as f64 / 1e6),
                     None => "-".into(),
                 },
+                thread.likes.clone().unwrap_or_else(|| "-".into()),
             ]
         },
     )?;
@@ -142,7 +143,7 @@ pub(crate) enum Grain<'a> {
     Machine,
     /// `M/thread/T`: one thread.
     Thread(&'a str, u32),
-    /// `M/objects/RANGE`: a piece of its memory.
+    /// `M/objects/RANGE`, `M/objects/NAME`: a piece of its memory.
     Object(&'a str, &'a str),
 }
 
@@ -158,14 +159,17 @@ pub(crate) fn grain_of(name: &str) -> Result<Grain<'_>> {
                 bail!("{name}: {tid:?} is no number of a thread (see `keel threads {machine}`)")
             }
         },
-        Some(("objects", range)) if keel_api::object_range(range).is_some() => {
-            Ok(Grain::Object(machine, range))
+        Some(("objects", object))
+            if keel_api::object_range(object).is_some()
+                || keel_wasm::runtime::is_object_name(object) =>
+        {
+            Ok(Grain::Object(machine, object))
         }
-        Some(("objects", range)) => bail!(
-            "{name}: {range:?} is no range of memory, as 0x10000-0x20000 is (see `keel objects {machine}`)"
+        Some(("objects", object)) => bail!(
+            "{name}: {object:?} is neither a range of memory, as 0x10000-0x20000 is, nor a name that programs give (see `keel objects {machine}`)"
         ),
         _ => bail!(
-            "{name}: a machine, one thread of it as {machine}/thread/NUMBER, or a piece of its memory as {machine}/objects/RANGE can be moved"
+            "{name}: a machine, one thread of it as {machine}/thread/NUMBER, or a piece of its memory as {machine}/objects/RANGE or {machine}/objects/NAME can be moved"
         ),
     }
 }
@@ -176,11 +180,20 @@ pub(crate) async fn objects(reach: &Reach, machine: &str) -> Result<ExitCode> {
     output::list(
         reach.format(),
         &objects,
-        &["object", "bytes", "node", "part", "readers", "exchanges"],
-        |object| object.name.clone(),
+        &[
+            "object",
+            "name",
+            "bytes",
+            "node",
+            "part",
+            "readers",
+            "exchanges",
+        ],
+        |object| object.range.clone(),
         |object| {
             vec![
-                object.name.clone(),
+                object.range.clone(),
+                object.name.clone().unwrap_or_else(|| "-".into()),
                 output::bytes(object.bytes),
                 object.node.clone(),
                 object.part.to_string(),
@@ -280,11 +293,11 @@ pub(crate) async fn shake(reach: &Reach, args: &ShakeArgs) -> Result<ExitCode> {
         let Ok(all) = client.get::<Vec<ObjectInfo>>(&path).await else {
             continue;
         };
-        let range = all.choose(&mut random).map(|object| object.name.as_str());
+        let range = all.choose(&mut random).map(|object| object.range.as_str());
         let Some((memory, start, bytes)) = range.and_then(keel_api::object_range) else {
             continue;
         };
-        let name = keel_api::object_name(memory, start, bytes.min(SHAKEN_BYTES));
+        let name = keel_api::object_range_name(memory, start, bytes.min(SHAKEN_BYTES));
         let moved = order_object(&client, machine, &name, &part.node).await;
         objects += u64::from(moved.is_ok());
     }
@@ -341,12 +354,14 @@ mod tests {
             grain_of(object).unwrap(),
             Grain::Object("m", "0x1000-0x3000")
         );
+        let named = grain_of("m/objects/cache.1").unwrap();
+        assert_eq!(named, Grain::Object("m", "cache.1"));
         for wrong in [
             "m/thread",
             "m/thread/x",
             "m/7",
             "m/thread/-1",
-            "m/objects/cache",
+            "m/objects/a b",
             "m/objects/0x3000-0x1000",
         ] {
             let error = grain_of(wrong).unwrap_err().to_string();

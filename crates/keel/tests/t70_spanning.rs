@@ -2,7 +2,7 @@
 //! they compute alone while parts come and go and threads move; a lost part ends them by
 //! name, and nothing is left of them anywhere.
 
-use keel_api::{MachineInfo, ObjectInfo, PartsInfo, object_name, object_range};
+use keel_api::{MachineInfo, ObjectInfo, PartsInfo, object_range, object_range_name};
 use keel_machine::restart::Restart;
 use keel_testkit::network::Network;
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
@@ -293,9 +293,9 @@ async fn memory_is_given_to_other_nodes() {
     .await
     .expect("memory");
     let largest = objects().into_iter().max_by_key(|object| object.bytes);
-    let (_, start, bytes) = object_range(&largest.expect("memory").name).expect("a range");
+    let (_, start, bytes) = object_range(&largest.expect("memory").range).expect("a range");
     assert!(bytes > 40 << 20, "{bytes}");
-    let name = object_name(0, start, 32 << 20);
+    let name = object_range_name(0, start, 32 << 20);
     let rss = |node: &str| bench.cluster.memory_of(node);
     let before = rss("a");
     let said = bench.does(&["move", &format!("m/objects/{name}"), "--to", "b"]);
@@ -319,6 +319,79 @@ async fn memory_is_given_to_other_nodes() {
     .await
     .expect("it goes on");
     assert_eq!(bench.inspect("m").await.status, "running");
+    bench.does(&["kill", "m"]);
+}
+
+/// A program that names its memory, and says what its threads like: both are seen, survive
+/// a move and a checkpoint, and what is named moves by its name.
+#[tokio::test(flavor = "multi_thread")]
+async fn objects_have_names() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    // 1 MiB each from 1 MiB on; a thread likes the second.
+    let text = r#"(module
+        (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
+        (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+        (import "evenkeel" "object" (func $object (param i32 i32 i32 i32) (result i32)))
+        (import "evenkeel" "prefer" (func $prefer (param i32 i32) (result i32)))
+        (memory (export "memory") 64 64 shared)
+        (data (i32.const 16) "rowscacheno")
+        (func $right (param i32 i32)
+            (if (i32.ne (local.get 0) (local.get 1)) (then (call $exit (i32.const 3)))))
+        (func (export "wasi_thread_start") (param i32 i32)
+            (call $right (call $prefer (i32.const 20) (i32.const 5)) (i32.const 0))
+            (call $right (call $prefer (i32.const 25) (i32.const 2)) (i32.const 44))
+            (loop $on
+                (drop (i32.atomic.rmw.add (i32.const 0x200000) (i32.const 1)))
+                (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const 5000000)))
+                (br $on)))
+        (func (export "_start")
+            (call $right (call $object (i32.const 16) (i32.const 4)
+                (i32.const 0x100000) (i32.const 0x100000)) (i32.const 0))
+            (call $right (call $object (i32.const 20) (i32.const 5)
+                (i32.const 0x200000) (i32.const 0x100000)) (i32.const 0))
+            (call $right (call $object (i32.const 16) (i32.const 4)
+                (i32.const 0x300000) (i32.const 0x100001)) (i32.const 21))
+            (call $right (call $object (i32.const 16) (i32.const 65)
+                (i32.const 0) (i32.const 1)) (i32.const 28))
+            (memory.fill (i32.const 0x100000) (i32.const 7) (i32.const 0x200000))
+            (drop (call $spawn (i32.const 0)))
+            (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#;
+    let module = wat::parse_str(text).expect("a module");
+    run(&bench, &Guest::new("m", "a", &module, &[])).await;
+    let nodes_of = |name: &str| -> Vec<(String, u64)> {
+        let text = bench.does(&["-o", "json", "objects", "m"]);
+        let all: Vec<ObjectInfo> = serde_json::from_str(&text).expect("JSON");
+        let named = all
+            .into_iter()
+            .filter(|it| it.name.as_deref() == Some(name));
+        named.map(|it| (it.node, it.bytes >> 10)).collect()
+    };
+    let likes = || bench.does(&["threads", "m"]).contains("cache");
+    wait_for("both have names", || async {
+        (nodes_of("rows") == [("a".into(), 1024)] && likes()).then_some(())
+    })
+    .await
+    .expect("they have");
+    bench.does(&["span", "m", "--nodes", "b"]);
+    let said = bench.does(&["move", "m/objects/rows", "--to", "b"]);
+    assert!(said.contains("1.00 MiB"), "{said}");
+    assert_eq!(nodes_of("rows"), [("b".into(), 1024)]);
+    assert_eq!(nodes_of("cache").first().map(|it| it.0.as_str()), Some("a"));
+    bench.fails(&["move", "m/objects/columns", "--to", "b"], "calls nothing");
+    bench.fails(&["move", "m/objects/-x", "--to", "b"], "neither a range");
+    bench.fails(&["move", "m/objects/rows", "--to", "c"], "no part on");
+    // Names go where the machine goes.
+    bench.does(&["unspan", "m"]);
+    bench.does(&["move", "m", "--to", "c"]);
+    assert_eq!(nodes_of("rows"), [("c".into(), 1024)]);
+    let kept = folder.path().join("kept").display().to_string();
+    bench.does(&["checkpoint", "m", "--to", &kept]);
+    bench.does(&["kill", "m"]);
+    bench.does(&["rm", "m"]);
+    bench.does(&["restore", "m", "--from", &kept, "--on", "c"]);
+    assert_eq!(nodes_of("cache"), [("c".into(), 1024)]);
+    assert!(likes());
     bench.does(&["kill", "m"]);
 }
 

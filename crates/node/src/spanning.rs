@@ -660,6 +660,7 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
         }
         .into(),
         cpu_micros: thread.took.map(|took| took.time.run_ns / 1000),
+        likes: thread.likes.clone(),
     });
     PartsInfo {
         parts: parts.collect(),
@@ -677,12 +678,14 @@ pub(crate) async fn objects(
     let worker = home(agent, machine)?;
     let report = parts_report(&worker).await?;
     let objects = objects_report(&worker).await?;
-    let node = |part: PartId| {
-        let node = report.nodes.get(&part);
-        node.map_or_else(|| "?".to_owned(), ToString::to_string)
+    let node = |part: PartId| match report.nodes.get(&part) {
+        Some(node) => node.to_string(),
+        // (It is on one node.)
+        None => agent.name.to_string(),
     };
     let info = |object: ObjectReport| ObjectInfo {
-        name: keel_api::object_name(object.memory, object.start, object.bytes),
+        range: keel_api::object_range_name(object.memory, object.start, object.bytes),
+        name: object.name,
         bytes: object.bytes,
         part: object.owner.number() as u32,
         node: node(object.owner),
@@ -692,29 +695,46 @@ pub(crate) async fn objects(
     Ok(objects.into_iter().map(info).collect())
 }
 
-/// Brings a piece of memory to the part on a node; bytes that have been there.
+/// Brings a piece of memory, or an object by its name, to the part on a node; bytes that
+/// have been there.
 pub(crate) async fn move_object(
     agent: &Arc<Agent>,
     machine: &MachineName,
     name: &str,
     to: &str,
 ) -> Result<u64, OperateError> {
-    let range = keel_api::object_range(name).ok_or_else(|| {
-        OperateError::Bad(format!(
-            "{name:?} is no range of memory: FIRST-END in hexadecimal bytes, as 0x10000-0x20000 (see `keel objects {machine}`)"
-        ))
-    })?;
-    let (memory, start, bytes) = range;
     let worker = home(agent, machine)?;
     let report = parts_report(&worker).await?;
     let to = part_on(&info(&report, &agent.name), machine, to)?;
-    let object = MoveObject {
-        memory,
-        start,
-        bytes,
-        to,
-    };
-    object_to(&worker, object).await
+    if let Some((memory, start, bytes)) = keel_api::object_range(name) {
+        let object = MoveObject {
+            memory,
+            start,
+            bytes,
+            to,
+        };
+        return object_to(&worker, object).await;
+    }
+    let objects = objects_report(&worker).await?.into_iter();
+    let pieces: Vec<ObjectReport> = objects
+        .filter(|object| object.name.as_deref() == Some(name))
+        .collect();
+    if pieces.is_empty() {
+        return Err(OperateError::Missing(format!(
+            "the program {machine:?} calls nothing {name:?}, and it is no range: FIRST-END in hexadecimal bytes, as 0x10000-0x20000 (see `keel objects {machine}`)"
+        )));
+    }
+    let mut moved = 0;
+    for piece in pieces {
+        let object = MoveObject {
+            memory: piece.memory,
+            start: piece.start,
+            bytes: piece.bytes,
+            to,
+        };
+        moved += object_to(&worker, object).await?;
+    }
+    Ok(moved)
 }
 
 /// As its worker tells of it: parts, and what each thread takes.

@@ -1,6 +1,8 @@
 //! Calls whose buffers travel: all other tests again, each call packed that can be; and
 //! what is not packed.
 
+#![allow(clippy::duplicate_mod, reason = "each file of tests brings its own")]
+
 mod common;
 
 #[path = "t20_files.rs"]

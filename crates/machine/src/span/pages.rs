@@ -270,9 +270,9 @@ impl std::fmt::Debug for Teller {
 }
 
 impl Teller {
-    /// Tells a part something; does not wait for it. What one thread says comes in that
-    /// order.
-    pub fn note(&self, to: PartId, note: &[u8]) {
+    /// Tells a part something; does not wait for it, nor for the answer that comes at once
+    /// if it `is_answered`. What one thread says comes in that order.
+    pub fn note(&self, to: PartId, note: &[u8], is_answered: bool) {
         let Some(shared) = self.0.upgrade() else {
             return;
         };
@@ -283,10 +283,12 @@ impl Teller {
             frames: BTreeMap::from([(to, frames)]),
             ..Work::default()
         };
-        // Whoever hears the answer is awake by then: being woken takes longer than it.
-        let until = shared.now() + ANSWER_MICROS;
-        if shared.awaited.swap(until, Ordering::AcqRel) < shared.now() {
-            shared.ring();
+        if is_answered {
+            // Whoever hears the answer is awake by then: being woken takes longer than it.
+            let until = shared.now() + ANSWER_MICROS;
+            if shared.awaited.swap(until, Ordering::AcqRel) < shared.now() {
+                shared.ring();
+            }
         }
         shared.say(done, work);
     }
@@ -884,6 +886,8 @@ impl Shared {
                 self.step(std::mem::take(&mut events));
                 spin.worked();
             } else if noted {
+                // (Most likely it was that which is waited for.)
+                self.awaited.store(0, Ordering::Release);
                 // More may have been decrypted with it, for which no socket wakes anybody.
                 spin.worked();
             } else if !spin.again(self.awaited.load(Ordering::Acquire) > self.now())

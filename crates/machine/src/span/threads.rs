@@ -92,7 +92,11 @@ struct Way(Teller);
 
 impl Members for Way {
     fn order(&self, part: PartId, order: &Order) {
-        self.0.note(part, &order.encode());
+        let is_answered = matches!(
+            order,
+            Order::Expect { .. } | Order::Interrupt { .. } | Order::Open { .. }
+        );
+        self.0.note(part, &order.encode(), is_answered);
     }
 }
 
@@ -205,7 +209,7 @@ impl Home {
                 // First: members that end are no loss any more.
                 self.pages.leave_alone();
                 for part in self.members.iter() {
-                    self.pages.teller().note(part, &Order::End.encode());
+                    self.pages.teller().note(part, &Order::End.encode(), false);
                 }
                 self.pages.finish();
                 if let Err(error) = self.machine.thaw() {
@@ -314,7 +318,9 @@ impl MemberPart {
         let teller: Arc<OnceLock<Teller>> = Arc::default();
         let told = teller.clone();
         let report = move |report: Report| {
-            told.wait().note(PartId::HOME, &report.encode());
+            let is_answered = matches!(report, Report::Expecting { .. } | Report::Call { .. });
+            told.wait()
+                .note(PartId::HOME, &report.encode(), is_answered);
         };
         let member = Member::new(program, memories.clone(), Box::new(report));
         let members = ends.keys().copied().collect::<PartSet>().with(me);

@@ -342,7 +342,7 @@ mod tests {
                 has: false,
             }),
             Parcel::Page(data.clone(), PageBytes::Zeros),
-            Parcel::Page(data, PageBytes::Bytes([7; PAGE].into())),
+            Parcel::Page(data, PageBytes::Bytes(Bytes::from_static(&[7; PAGE]))),
             Parcel::Message(Message::SegmentAt {
                 segment,
                 version: 4,

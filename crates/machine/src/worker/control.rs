@@ -499,6 +499,8 @@ pub struct MoveObject {
 /// A piece of a machine's memory that the same parts hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectReport {
+    /// What the guest calls it, if it does.
+    pub name: Option<String>,
     /// The machine's memory.
     pub memory: u32,
     /// Its first byte.
@@ -537,6 +539,8 @@ pub struct ThreadReport {
     pub waits: bool,
     /// What it took of cores where it is, when that was looked at last.
     pub took: Option<Took>,
+    /// The object that it likes to be near.
+    pub likes: Option<String>,
 }
 
 /// Bytes that added fields have at the most when they are left out.

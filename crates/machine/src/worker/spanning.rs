@@ -11,13 +11,15 @@ use super::control::{
 };
 use super::process::Worker;
 use crate::span::{
-    Home, MeetError, Meeting, MemberPart, Pages, Place, SpanError, SpanningError, Spread,
+    Home, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError, SpanningError, Spread,
 };
 use keel_cluster::{MachineName, NodeName};
 use keel_net::RpcError;
-use keel_wasm::coherence::PartId;
-use keel_wasm::runtime::{Machine, Program};
+use keel_wasm::coherence::{PartId, PartSet};
+use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES};
+use keel_wasm::runtime::{Machine, Named, Program};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -223,6 +225,7 @@ impl Worker {
         let machine = inner.machine.as_ref();
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
         let threads = machine.thread_infos().into_iter();
+        let liked = machine.liked();
         // (For the next time.)
         machine.ask_times();
         Ok(PartsReport {
@@ -234,6 +237,7 @@ impl Worker {
                     moves_to: thread.moves_to,
                     waits: thread.waits,
                     took: thread.took,
+                    likes: liked.get(&thread.tid).cloned(),
                 })
                 .collect(),
             waits: match &inner.parts.home {
@@ -258,20 +262,40 @@ impl Worker {
         machine.move_thread(thread.tid, thread.to).map_err(failed)
     }
 
-    /// Its memory in pieces, by who holds them.
+    /// Its memory in pieces, by who holds them and what the guest calls them.
     pub(super) fn objects(&self) -> Result<Vec<ObjectReport>, RpcError> {
-        let pages = self.pages()?;
-        let objects = pages.objects().map_err(failed)?.into_iter();
-        Ok(objects
-            .map(|object| ObjectReport {
-                memory: object.memory,
-                start: object.range.start,
-                bytes: object.range.end - object.range.start,
-                owner: object.owner,
-                readers: object.readers,
-                exchanges: object.exchanges,
-            })
-            .collect())
+        let (machine, pages) = {
+            let inner = self.inner();
+            let pages = inner.parts.home.as_ref().map(|home| home.pages().clone());
+            (inner.machine.clone(), pages)
+        };
+        let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
+        let objects = match pages {
+            Some(pages) => pages.objects().map_err(failed)?,
+            None => alone(machine.memories()).map_err(failed)?,
+        };
+        let named = machine.named();
+        let named = named_pages(&named);
+        let mut reports = Vec::new();
+        for object in objects {
+            let of = if object.memory == 0 { &named[..] } else { &[] };
+            let all = object.range.end - object.range.start;
+            for (range, name) in split(&object.range, of) {
+                let bytes = range.end - range.start;
+                reports.push(ObjectReport {
+                    name: name.map(str::to_owned),
+                    memory: object.memory,
+                    start: range.start,
+                    bytes,
+                    owner: object.owner,
+                    readers: object.readers,
+                    // (Of a piece it is not known: as if all of it were as hot.)
+                    exchanges: (u128::from(object.exchanges) * u128::from(bytes)
+                        / u128::from(all.max(1))) as u64,
+                });
+            }
+        }
+        Ok(reports)
     }
 
     /// Brings a piece of memory to a part; bytes that have been there.
@@ -356,4 +380,106 @@ impl Worker {
 
 fn open(me: PartId, meet: &MeetParts) -> Result<(Meeting, Place), MeetError> {
     Meeting::open(me, meet.parts.without(me), &meet.address)
+}
+
+/// The memory of a machine on one node.
+fn alone(memories: &[Arc<GuestMemory>]) -> Result<Vec<Object>, MemoryError> {
+    let mut objects = Vec::new();
+    for (number, memory) in (0..).zip(memories) {
+        let here = memory.populated()?.into_iter();
+        objects.extend(here.map(|range| Object {
+            memory: number,
+            range,
+            owner: PartId::HOME,
+            readers: PartSet::default(),
+            exchanges: 0,
+        }));
+    }
+    Ok(objects)
+}
+
+/// The pages of named pieces in rising order, those that two of them have in the first.
+fn named_pages(named: &BTreeMap<String, Named>) -> Vec<(Range<u64>, &str)> {
+    let pages = named.iter().map(|(name, piece)| {
+        let start = piece.start / PAGE_BYTES * PAGE_BYTES;
+        let end = piece.start.saturating_add(piece.bytes);
+        (start..end.next_multiple_of(PAGE_BYTES), name.as_str())
+    });
+    let mut pages: Vec<_> = pages.collect();
+    pages.sort_by_key(|(range, name)| (range.start, range.end, *name));
+    let mut from = 0;
+    for (range, _) in &mut pages {
+        range.start = range.start.max(from);
+        from = from.max(range.end);
+    }
+    pages.retain(|(range, _)| !range.is_empty());
+    pages
+}
+
+/// Cuts a range where names begin and end.
+fn split<'a>(
+    range: &Range<u64>,
+    named: &[(Range<u64>, &'a str)],
+) -> Vec<(Range<u64>, Option<&'a str>)> {
+    let (mut at, mut pieces) = (range.start, Vec::new());
+    for (piece, name) in named {
+        let (start, end) = (piece.start.max(at), piece.end.min(range.end));
+        if start >= end {
+            continue;
+        }
+        if at < start {
+            pieces.push((at..start, None));
+        }
+        pieces.push((start..end, Some(*name)));
+        at = end;
+    }
+    if at < range.end {
+        pieces.push((at..range.end, None));
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod names_of_objects {
+    use super::*;
+
+    #[test]
+    fn memory_is_cut_where_names_begin_and_end() {
+        let piece = |start: u64, bytes: u64| Named { start, bytes };
+        let page = |number: u64| number * PAGE_BYTES;
+        let named = BTreeMap::from([
+            ("a".to_owned(), piece(page(2) + 7, 10)),
+            // It begins in the page of the first, and within it lies another one.
+            ("b".to_owned(), piece(page(2) + 100, page(3))),
+            ("c".to_owned(), piece(page(4), 1)),
+            ("d".to_owned(), piece(page(8), page(2))),
+        ]);
+        let named = named_pages(&named);
+        let told: Vec<_> = named
+            .iter()
+            .map(|(range, name)| (range.start / PAGE_BYTES..range.end / PAGE_BYTES, *name))
+            .collect();
+        assert_eq!(told, [(2..3, "a"), (3..6, "b"), (8..10, "d")]);
+        let cut = |first: u64, last: u64| -> Vec<(u64, u64, &str)> {
+            let pieces = split(&(page(first)..page(last)), &named);
+            let pieces = pieces.into_iter().map(|(range, name)| {
+                let (first, last) = (range.start / PAGE_BYTES, range.end / PAGE_BYTES);
+                (first, last, name.unwrap_or("-"))
+            });
+            pieces.collect()
+        };
+        assert_eq!(cut(0, 2), [(0, 2, "-")]);
+        assert_eq!(cut(4, 5), [(4, 5, "b")]);
+        assert_eq!(
+            cut(0, 9),
+            [
+                (0, 2, "-"),
+                (2, 3, "a"),
+                (3, 6, "b"),
+                (6, 8, "-"),
+                (8, 9, "d")
+            ]
+        );
+        assert_eq!(cut(9, 12), [(9, 10, "d"), (10, 12, "-")]);
+    }
 }

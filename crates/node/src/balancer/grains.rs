@@ -14,7 +14,9 @@ use crate::workers::Worker;
 use futures::future::join_all;
 use keel_api::{EventKind, SpanRequest};
 use keel_balance::Name;
-use keel_balance::grains::{Choice, Grain, Node, Object, Part, Scene, Thread, coldest, decide};
+use keel_balance::grains::{
+    Choice, Drawn, Grain, Node, Object, Part, Scene, Thread, coldest, decide,
+};
 use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
 use keel_balance::round::{Answer, Question, View};
@@ -137,7 +139,7 @@ async fn look_at(
         };
     }
     let report = spanning::parts_report(worker).await.map_err(text)?;
-    let threads = threads(&report, known);
+    let mut threads = threads(&report, known);
     let waited_cores = waited_cores(&report, known);
     let now = Instant::now();
     if known.rests_until.is_some_and(|until| now < until) || agent.moves().contains_key(machine) {
@@ -150,10 +152,17 @@ async fn look_at(
     };
     let memory_short = (home.side.memory_free_bytes as f64)
         < home.side.capacity.memory_bytes as f64 * policy.memory_headroom;
-    let objects = match spans && (balancing.part_memory_bytes.is_some() || memory_short) {
+    let some_like = report.threads.iter().any(|thread| thread.likes.is_some());
+    let wants_objects = balancing.part_memory_bytes.is_some() || memory_short || some_like;
+    let objects = match spans && wants_objects {
         true => Some(spanning::objects_report(worker).await.map_err(text)?),
         false => None,
     };
+    draw(
+        &mut threads,
+        &report,
+        objects.as_deref().unwrap_or_default(),
+    );
     let parts = match spans {
         true => parts(&report, objects.as_deref()),
         false => {
@@ -299,12 +308,40 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
             cores: cores.wanted,
             ran: cores.ran,
             held: thread.moves_to.is_some() || known.held.contains_key(&thread.tid),
+            drawn: None,
         }
     });
     let threads = threads.collect();
     known.took = took;
     known.cores = smoothed;
     threads
+}
+
+/// Says of threads that like to be near an object which part has most of it.
+fn draw(threads: &mut [Thread], report: &PartsReport, objects: &[ObjectReport]) {
+    for (thread, said) in threads.iter_mut().zip(&report.threads) {
+        let Some(name) = &said.likes else { continue };
+        let mut bytes: BTreeMap<u32, u64> = BTreeMap::new();
+        let pieces = objects
+            .iter()
+            .filter(|object| object.name.as_ref() == Some(name));
+        for piece in pieces {
+            *bytes.entry(piece.owner.number() as u32).or_default() += piece.bytes;
+        }
+        let all: u64 = bytes.values().sum();
+        // (Of as much at two it is where it is.)
+        let most = bytes
+            .into_iter()
+            .max_by_key(|(part, bytes)| (*bytes, *part == thread.part));
+        thread.drawn = most.map(|(part, bytes)| Drawn {
+            part,
+            why: format!(
+                "it likes to be near {name:?}, of which {:.1} of {:.1} MiB are there",
+                bytes as f64 / f64::from(1 << 20),
+                all as f64 / f64::from(1 << 20)
+            ),
+        });
+    }
 }
 
 /// What a thread had of a processor, in cores of its node.
@@ -557,6 +594,7 @@ mod tests {
                     part: PartId::new(*part).unwrap(),
                     moves_to: None,
                     waits: *tid == 9,
+                    likes: None,
                     took: Some(Took {
                         at_ns: ms * 1_000_000 * 2,
                         time: CoreTime {

@@ -3,9 +3,10 @@
 use super::frame::Progress;
 use super::host::{Host, HostOutcome, HostThread, ImportKind};
 use super::machine::{Shared, locked};
+use super::names::{NAME_BYTES_MAX, Named};
 use super::signal::Signal;
 use crate::memory::WASM_PAGE_BYTES;
-use keel_wasi::Outcome as WasiOutcome;
+use keel_wasi::{Errno, Outcome as WasiOutcome};
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
@@ -157,6 +158,44 @@ impl Shared {
         Ok(address)
     }
 
+    /// Bytes of the first memory as a thread of the guest reads them.
+    fn name_at(&self, address: u64, length: u64) -> Result<String, Errno> {
+        let length = length as u32;
+        if length as usize > NAME_BYTES_MAX {
+            return Err(Errno::Inval);
+        }
+        let cells = self
+            .memories
+            .first()
+            .map_or(&[][..], |memory| memory.cells());
+        let memory = wiggle::GuestMemory::Shared(cells);
+        let range = wiggle::GuestPtr::<u8>::new(address as u32).as_array(length);
+        let bytes = memory.to_vec(range).map_err(|_| Errno::Fault)?;
+        String::from_utf8(bytes).map_err(|_| Errno::Inval)
+    }
+
+    fn name_object(&self, args: &[u64]) -> HostOutcome {
+        let piece = Named {
+            start: u64::from(args[2] as u32),
+            bytes: u64::from(args[3] as u32),
+        };
+        let size = self
+            .memories
+            .first()
+            .map_or(0, |memory| memory.size_bytes());
+        let done = self
+            .name_at(args[0], args[1])
+            .and_then(|name| locked(&self.names).name(&name, piece, size));
+        errno(done)
+    }
+
+    fn prefer(&self, args: &[u64], tid: u32) -> HostOutcome {
+        let done = self
+            .name_at(args[0], args[1])
+            .and_then(|name| locked(&self.names).like(tid, &name));
+        errno(done)
+    }
+
     fn wasi_call(
         &self,
         function: keel_wasi::Function,
@@ -180,6 +219,11 @@ impl Shared {
         );
         wasi_outcome(function, outcome, state, progress)
     }
+}
+
+fn errno(done: Result<(), Errno>) -> HostOutcome {
+    let errno = done.err().unwrap_or(Errno::Success);
+    HostOutcome::Done(vec![u64::from(errno as u16)])
 }
 
 /// What a call of WASI came to before.
@@ -228,6 +272,8 @@ impl Host for Arc<Shared> {
             ImportKind::ThreadSpawn => {
                 HostOutcome::Done(vec![u64::from(self.spawn(args[0] as u32) as u32)])
             }
+            ImportKind::Object => self.name_object(args),
+            ImportKind::Prefer => self.prefer(args, thread.tid),
             ImportKind::Epoch => HostOutcome::Done(vec![self.epoch.load(Ordering::Acquire)]),
             ImportKind::Wait32(memory) => self.atomic_wait(memory, false, args, progress, thread),
             ImportKind::Wait64(memory) => self.atomic_wait(memory, true, args, progress, thread),

@@ -85,6 +85,10 @@ pub enum ImportKind {
     Wasi(keel_wasi::Function),
     /// `evenkeel.epoch`.
     Epoch,
+    /// `evenkeel.object`.
+    Object,
+    /// `evenkeel.prefer`.
+    Prefer,
     /// `wasi.thread-spawn`.
     ThreadSpawn,
     /// A function of the spec test-suite that prints its arguments.
@@ -109,13 +113,7 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
             {
                 Some(ImportKind::ThreadSpawn)
             }
-            "evenkeel"
-                if import.name == "epoch"
-                    && import.params.is_empty()
-                    && import.results == [SlotType::I64] =>
-            {
-                Some(ImportKind::Epoch)
-            }
+            "evenkeel" => own_kind(import),
             "spectest" if import.name.starts_with("print") && import.results.is_empty() => {
                 Some(ImportKind::Print)
             }
@@ -131,6 +129,22 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
     } else {
         Err(ProgramError::UnknownImports(unknown.join(", ")))
     }
+}
+
+/// What `guests/evenkeel.h` declares.
+fn own_kind(import: &meta::Import) -> Option<ImportKind> {
+    let (params, results): (&[SlotType], SlotType) = match import.name.as_str() {
+        "epoch" => (&[], SlotType::I64),
+        "object" => (&[SlotType::I32; 4], SlotType::I32),
+        "prefer" => (&[SlotType::I32; 2], SlotType::I32),
+        _ => return None,
+    };
+    let is_right = import.params == params && import.results == [results];
+    is_right.then_some(match params.len() {
+        0 => ImportKind::Epoch,
+        2 => ImportKind::Prefer,
+        _ => ImportKind::Object,
+    })
 }
 
 fn lowered_kind(import: &meta::Import, meta: &Meta) -> Option<ImportKind> {

@@ -2,15 +2,19 @@
 
 use super::frame::ThreadState;
 use super::machine::MachineError;
+use super::names::Names;
 use super::program::Program;
 use super::wait::WaitQueues;
+use crate::memory::WASM_PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// First bytes of an encoded image.
 const IMAGE_MAGIC: [u8; 4] = *b"KIMG";
 /// Version of the image's format.
-const IMAGE_VERSION: u32 = 2;
+const IMAGE_VERSION: u32 = 3;
+/// That before it: without names.
+const PAST_VERSION: u32 = 2;
 /// What a thread was started for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Entry {
@@ -30,6 +34,9 @@ pub struct Image {
     pub memory_pages: Vec<u64>,
     /// Descriptors, clocks, random numbers.
     pub wasi: keel_wasi::Snapshot,
+    /// What the guest says of its memory and threads. (Stays the last: it is nothing in
+    /// images of the version before.)
+    pub(super) names: Names,
 }
 
 impl Image {
@@ -53,9 +60,17 @@ impl Image {
         if header[..4] != IMAGE_MAGIC {
             return Err(bad("it does not begin with \"KIMG\""));
         }
-        if header[4..] != IMAGE_VERSION.to_le_bytes() {
+        let mut past = Vec::new();
+        let body = if header[4..] == IMAGE_VERSION.to_le_bytes() {
+            body
+        } else if header[4..] == PAST_VERSION.to_le_bytes() {
+            past.extend_from_slice(body);
+            // No names, and nobody who likes to be near one.
+            past.extend_from_slice(&[0, 0]);
+            &past
+        } else {
             return Err(bad("it is of another version"));
-        }
+        };
         let (image, rest): (Image, _) = postcard::take_from_bytes(body)
             .map_err(|error| MachineError::Image(error.to_string()))?;
         if !rest.is_empty() {
@@ -66,6 +81,11 @@ impl Image {
         }
         if image.memory_pages.len() != program.meta.memories.len() {
             return Err(bad("it has other memories than the module"));
+        }
+        let first = image.memory_pages.first();
+        let size = first.map_or(0, |pages| pages.saturating_mul(WASM_PAGE_BYTES));
+        if !image.names.can_be(size) {
+            return Err(bad("it names what is not in memory"));
         }
         for (_, state) in image.threads.values() {
             if let Some(state) = state {

@@ -23,6 +23,7 @@ use super::frame::{FrameError, ThreadState, Value};
 use super::governor::{CoreTime, ThreadClock, govern};
 use super::host::{Host, HostThread};
 use super::image::{Entry, Image};
+use super::names::{Named, Names};
 use super::parts::{Away, Inbox, Members, Order, Parts, Report, Spawning};
 use super::program::{Program, ProgramError, STACK_BYTES};
 use super::signal::Signal;
@@ -238,6 +239,7 @@ pub(super) struct Shared {
     pub(super) threads: Mutex<Threads>,
     changed: Condvar,
     pub(super) waits: Mutex<WaitQueues>,
+    pub(super) names: Mutex<Names>,
     pub(super) turns: Turns,
     pub(super) parts: Parts,
     begun: Instant,
@@ -387,6 +389,7 @@ impl Machine {
         limits: Limits,
     ) -> Result<Self, MachineError> {
         let machine = Machine::new(program, memories, wasi, limits, image.next_tid, image.waits);
+        *locked(&machine.shared.names) = image.names;
         let mut threads = locked(&machine.shared.threads);
         for (tid, (entry, state)) in image.threads {
             threads.add(tid, entry, Some(state), PartId::HOME)?;
@@ -434,6 +437,7 @@ impl Machine {
                 }),
                 changed: Condvar::new(),
                 waits: Mutex::new(waits),
+                names: Mutex::default(),
                 turns: Turns::default(),
                 parts: Parts::default(),
                 begun: Instant::now(),
@@ -586,7 +590,18 @@ impl Machine {
                 .map(|memory| memory.size_bytes() >> 16)
                 .collect(),
             wasi: shared.wasi.snapshot()?,
+            names: locked(&shared.names).clone(),
         })
+    }
+
+    /// What the guest calls pieces of its first memory.
+    pub fn named(&self) -> BTreeMap<String, Named> {
+        locked(&self.shared.names).objects().clone()
+    }
+
+    /// Which of them its threads like to be near.
+    pub fn liked(&self) -> BTreeMap<u32, String> {
+        locked(&self.shared.names).liked().clone()
     }
 
     /// Lets a frozen machine go on.
@@ -1121,6 +1136,7 @@ impl Shared {
             Ok(true) => {
                 let mut threads = locked(&self.threads);
                 threads.table.remove(&tid);
+                locked(&self.names).forget(tid);
                 self.changed.notify_all();
             }
             Ok(false) => {}

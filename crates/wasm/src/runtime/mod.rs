@@ -7,6 +7,7 @@
 //! - `machine`: all threads, memories and WASI state; freezing, thawing, holding
 //! - `image`: a frozen machine as plain data
 //! - `calls`: what a machine's host calls do
+//! - `names`: what a guest says of its memory and threads
 //! - `governor`: keeps a machine within its `cpu.limit`
 //! - `parts`: threads of one machine at several parts
 //! - `plain`: the untouched module on plain wasmtime, for comparing
@@ -20,6 +21,7 @@ mod governor;
 mod host;
 mod image;
 mod machine;
+mod names;
 pub mod parts;
 mod plain;
 mod program;
@@ -31,6 +33,7 @@ pub use governor::CoreTime;
 pub use host::{Host, HostOutcome, HostThread, ImportKind};
 pub use image::Image;
 pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, Took, make_memories};
+pub use names::{Named, is_object_name};
 pub use plain::run_plain;
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES};
 pub use signal::Signal;

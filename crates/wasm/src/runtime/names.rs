@@ -1,0 +1,154 @@
+//! What a guest that knows us says of itself (`guests/evenkeel.h`): names of pieces of its
+//! memory, and which of them its threads like to be near. Nothing depends on it but where
+//! threads and memory are.
+
+use keel_wasi::Errno;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Bytes of a name at most.
+pub(super) const NAME_BYTES_MAX: usize = 64;
+/// Names that a machine has at most.
+const NAMES_MAX: usize = 4096;
+
+/// A piece of the first memory of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Named {
+    /// Its first byte.
+    pub start: u64,
+    /// How many.
+    pub bytes: u64,
+}
+
+/// Whether it can be the name of an object: letters, digits, `.`, `_` and `-`, a letter or
+/// `_` first, so that it is no range; 64 at most.
+pub fn is_object_name(name: &str) -> bool {
+    let first = name.bytes().next();
+    let is_first = first.is_some_and(|byte| byte.is_ascii_alphabetic() || byte == b'_');
+    let can_be = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    is_first && name.len() <= NAME_BYTES_MAX && name.bytes().all(can_be)
+}
+
+/// All names of a machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Names {
+    objects: BTreeMap<String, Named>,
+    /// Which object a thread likes to be near.
+    liked: BTreeMap<u32, String>,
+}
+
+impl Names {
+    /// A piece of a memory of `size` bytes has this name from now on, and no other one;
+    /// of no bytes, nothing has.
+    ///
+    /// # Errors
+    /// `inval` for what is no name, `fault` for what is not in memory, `nomem` for too
+    /// many of them.
+    pub(super) fn name(&mut self, name: &str, piece: Named, size: u64) -> Result<(), Errno> {
+        if !is_object_name(name) {
+            return Err(Errno::Inval);
+        }
+        if piece.bytes == 0 {
+            self.objects.remove(name);
+            return Ok(());
+        }
+        let end = piece.start.checked_add(piece.bytes);
+        if end.is_none_or(|end| end > size) {
+            return Err(Errno::Fault);
+        }
+        if self.objects.len() >= NAMES_MAX && !self.objects.contains_key(name) {
+            return Err(Errno::Nomem);
+        }
+        self.objects.insert(name.to_owned(), piece);
+        Ok(())
+    }
+
+    /// A thread likes to be near an object from now on; without a name near none.
+    ///
+    /// # Errors
+    /// `noent` if nothing has that name.
+    pub(super) fn like(&mut self, tid: u32, name: &str) -> Result<(), Errno> {
+        if name.is_empty() {
+            self.liked.remove(&tid);
+            return Ok(());
+        }
+        if !self.objects.contains_key(name) {
+            return Err(Errno::Noent);
+        }
+        self.liked.insert(tid, name.to_owned());
+        Ok(())
+    }
+
+    /// A thread has ended.
+    pub(super) fn forget(&mut self, tid: u32) {
+        self.liked.remove(&tid);
+    }
+
+    pub(super) fn objects(&self) -> &BTreeMap<String, Named> {
+        &self.objects
+    }
+
+    pub(super) fn liked(&self) -> &BTreeMap<u32, String> {
+        &self.liked
+    }
+
+    /// Whether it can be what a machine said: it came from elsewhere.
+    pub(super) fn can_be(&self, size: u64) -> bool {
+        let is_right = |(name, piece): (&String, &Named)| {
+            let end = piece.start.checked_add(piece.bytes);
+            is_object_name(name) && piece.bytes > 0 && end.is_some_and(|end| end <= size)
+        };
+        self.objects.len() <= NAMES_MAX && self.objects.iter().all(is_right)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: u64 = 1 << 16;
+
+    fn piece(start: u64, bytes: u64) -> Named {
+        Named { start, bytes }
+    }
+
+    #[test]
+    fn names_are_given_changed_and_taken_away() {
+        let mut names = Names::default();
+        names.name("cache", piece(100, 50), SIZE).unwrap();
+        names.name("rows.1", piece(0, SIZE), SIZE).unwrap();
+        names.name("cache", piece(200, 50), SIZE).unwrap();
+        assert_eq!(names.objects().len(), 2);
+        assert_eq!(names.objects()["cache"], piece(200, 50));
+        assert_eq!(names.like(3, "table"), Err(Errno::Noent));
+        names.like(3, "cache").unwrap();
+        names.like(4, "rows.1").unwrap();
+        names.like(4, "").unwrap();
+        assert_eq!(names.liked().len(), 1);
+        names.forget(3);
+        names.name("cache", piece(0, 0), SIZE).unwrap();
+        assert_eq!(names.objects().len(), 1);
+        assert!(names.can_be(SIZE) && !names.can_be(SIZE - 1));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let mut names = Names::default();
+        let long = "x".repeat(65);
+        for name in ["", "0x10-0x20", "-x", "a/b", "a b", "ä", "a\0", &long] {
+            assert_eq!(
+                names.name(name, piece(0, 1), SIZE),
+                Err(Errno::Inval),
+                "{name:?}"
+            );
+        }
+        for bad in [piece(SIZE, 1), piece(1, SIZE), piece(u64::MAX, 2)] {
+            assert_eq!(names.name("a", bad, SIZE), Err(Errno::Fault));
+        }
+        for at in 0..NAMES_MAX {
+            names.name(&format!("n{at}"), piece(0, 1), SIZE).unwrap();
+        }
+        assert_eq!(names.name("more", piece(0, 1), SIZE), Err(Errno::Nomem));
+        names.name("n7", piece(1, 1), SIZE).unwrap();
+    }
+}
