@@ -107,5 +107,88 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
         table.row(row);
     }
     table.print(&format!("Moves of a thread ({moves} each way)"));
+    others()
+}
+
+/// Rounds in which other threads are counted, and how long each is.
+const ROUNDS: usize = 5;
+const ROUND: Duration = Duration::from_secs(2);
+/// First bytes of what the counting threads have: a page each.
+const COUNTERS: [u64; 2] = [0x2_0000, 0x3_0000];
+
+/// What two threads compute, one at each part, while two others take one page from each
+/// other as hard as they can, beside what they do while those two just spin.
+fn others() -> Result<()> {
+    let (mut shared, mut own) = (0.0, 0.0);
+    // In turns, so that what else the computer does meets both.
+    for _ in 0..ROUNDS {
+        shared += counted("(i32.const 0x4000)")?;
+        own += counted("(i32.add (i32.const 0x4000) (i32.shl (local.get $arg) (i32.const 12)))")?;
+    }
+    let per_second = |count: f64| count / ROUNDS as f64 / ROUND.as_secs_f64() / 1e6;
+    println!(
+        "\ntwo threads count {:.1} million times a second beside two that take a page from each other, {:.1} beside two that spin: ratio {:.2}",
+        per_second(shared),
+        per_second(own),
+        shared / own
+    );
     Ok(())
+}
+
+/// How far two threads count in a round, while two others write at an address.
+fn counted(address: &str) -> Result<f64> {
+    let text = format!(
+        r#"(module
+        (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
+        (memory (export "memory") 8 8 shared)
+        (func (export "wasi_thread_start") (param $tid i32) (param $arg i32) (local $at i32)
+            (if (i32.lt_u (local.get $arg) (i32.const 2))
+                (then
+                    (local.set $at {address})
+                    (loop $more
+                        (drop (i32.atomic.rmw.add (local.get $at) (i32.const 1)))
+                        (br $more)))
+                (else
+                    (local.set $at (i32.shl (local.get $arg) (i32.const 16)))
+                    (loop $more
+                        (i64.store (local.get $at)
+                            (i64.add (i64.load (local.get $at)) (i64.const 1)))
+                        (br $more)))))
+        (func (export "_start") (local $n i32)
+            (loop $more
+                (drop (call $spawn (local.get $n)))
+                (local.set $n (i32.add (local.get $n) (i32.const 1)))
+                (br_if $more (i32.lt_u (local.get $n) (i32.const 4))))
+            (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#
+    );
+    let program = Engine::new(Options::default())?.load(&wat::parse_str(&text)?)?;
+    let limits = Limits::default();
+    let machine = Machine::ready_under(0, program, Wasi::new(Config::default())?, limits)?;
+    // (One of each kind at each part.)
+    let how = Spread {
+        spawning: Spawning::Even,
+        patience: LIMIT,
+    };
+    let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;
+    let begun = Instant::now();
+    while machine.threads().len() < 5 {
+        ensure!(begun.elapsed() < LIMIT, "its threads do not begin");
+        std::thread::sleep(PAUSE);
+    }
+    let count = || -> Result<u64> {
+        let mut all = 0;
+        for at in COUNTERS {
+            let mut word = [0; 8];
+            parts.home().pages().read(0, at, &mut word, LIMIT)?;
+            all += u64::from_le_bytes(word);
+        }
+        Ok(all)
+    };
+    std::thread::sleep(PAUSE * 50);
+    let before = count()?;
+    std::thread::sleep(ROUND);
+    let counted = count()? - before;
+    machine.stop();
+    machine.wait(Some(LIMIT)).context("its end")?;
+    Ok(counted as f64)
 }

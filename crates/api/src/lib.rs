@@ -62,6 +62,7 @@ use keel_machine::restart::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
 pub use keel_wasi::FileStat;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// An error.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -597,6 +598,9 @@ pub struct ThreadInfo {
     pub state: String,
     /// CPU time that it used at the home, in microseconds.
     pub cpu_micros: Option<u64>,
+    /// Pages that it stood at since it is at its part, by the node that gave them.
+    #[serde(default)]
+    pub waited_for: BTreeMap<String, u64>,
     /// The object that it likes to be near, if it said so (`guests/evenkeel.h`).
     #[serde(default)]
     pub likes: Option<String>,

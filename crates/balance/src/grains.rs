@@ -39,6 +39,8 @@ const FILLED: f64 = 0.9;
 /// Share of what it would run alone that it must run with its parts: less is a loss, and
 /// what is between may be noise.
 const WORTH: f64 = 0.9;
+/// Looks at which it loses by its parts, after which it does not matter what may help.
+const LOSING_MAX: u32 = 20;
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 
@@ -77,6 +79,10 @@ pub struct Drawn {
     pub part: u32,
     /// What the thread wants there.
     pub why: String,
+    /// Pages a second that come from there; 0 where it is a liking. Of those that go for
+    /// their pages one goes at a time: of two that share some the other one is where they
+    /// are then.
+    pub pages_a_second: f64,
 }
 
 /// A node that has a part, or may get one.
@@ -109,6 +115,8 @@ pub struct Scene {
     pub nodes: Vec<Node>,
     /// Threads that waited for pages on average lately, in cores, if it spans.
     pub waited_cores: f64,
+    /// Looks in a row at which it lost by its parts ([`loses`]).
+    pub losing: u32,
     /// It was brought together not long ago, since it lost more than it won.
     pub tried: bool,
     /// From which nodes to which threads went not long ago: none goes back.
@@ -230,8 +238,20 @@ pub fn decide(scene: &Scene, policy: &Policy) -> Vec<Choice> {
     if !scene.spans() {
         return spread(scene, policy).into_iter().collect();
     }
-    if let Some(choice) = gather(scene, policy) {
+    if let Some(choice) = leaves(scene) {
         return vec![choice];
+    }
+    if let Some(choice) = loses(scene, policy) {
+        // Threads that are together may lose no more.
+        let drawn = match scene.losing {
+            0..=LOSING_MAX => drawn(scene, policy),
+            _ => Vec::new(),
+        };
+        return if drawn.is_empty() {
+            vec![choice]
+        } else {
+            drawn
+        };
     }
     let mut choices = threads(scene, policy);
     if choices.is_empty() {
@@ -375,15 +395,19 @@ fn widen(scene: &Scene, policy: &Policy) -> Option<Choice> {
     Some(scene.choice(Grain::Spread { nodes }, why, Vec::new()))
 }
 
-fn gather(scene: &Scene, policy: &Policy) -> Option<Choice> {
-    let members = || scene.parts.iter().skip(1);
-    let forbidden = members().find_map(|part| {
+/// A part is where none may be.
+fn leaves(scene: &Scene) -> Option<Choice> {
+    let mut members = scene.parts.iter().skip(1);
+    let why = members.find_map(|part| {
         let why = scene.node(&part.node)?.forbidden.as_ref()?;
         Some(format!("its part on {} must go: {why}", part.node))
-    });
-    if let Some(why) = forbidden {
-        return Some(scene.choice(Grain::Gather, why, Vec::new()));
-    }
+    })?;
+    Some(scene.choice(Grain::Gather, why, Vec::new()))
+}
+
+/// Whether it runs less than it would at its home alone, as it waits for pages; then that
+/// it comes together.
+pub fn loses(scene: &Scene, policy: &Policy) -> Option<Choice> {
     if scene.from_beginning || scene.part_memory_bytes.is_some() {
         return None;
     }
@@ -600,10 +624,16 @@ fn drawn(scene: &Scene, policy: &Policy) -> Vec<Choice> {
         .collect();
     let mut choices = Vec::new();
     let free = scene.threads.iter().filter(|thread| !thread.held);
-    for thread in free {
-        let Some(drawn) = thread.drawn.as_ref().filter(|it| it.part != thread.part) else {
+    let mut drawn: Vec<(&Thread, &Drawn)> = free
+        .filter_map(|thread| Some((thread, thread.drawn.as_ref()?)))
+        .filter(|(thread, drawn)| drawn.part != thread.part)
+        .collect();
+    drawn.sort_by(|(_, one), (_, other)| other.pages_a_second.total_cmp(&one.pages_a_second));
+    let mut has_followed = false;
+    for (thread, drawn) in drawn {
+        if drawn.pages_a_second > 0.0 && has_followed {
             continue;
-        };
+        }
         let part = |number: u32| scene.parts.iter().find(|it| it.number == number);
         let (Some(from), Some(to)) = (part(thread.part), part(drawn.part)) else {
             continue;
@@ -631,6 +661,7 @@ fn drawn(scene: &Scene, policy: &Policy) -> Vec<Choice> {
             to: target.name.clone(),
         };
         choices.push(scene.choice(grain, why, Vec::new()));
+        has_followed |= drawn.pages_a_second > 0.0;
         let here = weight(&source.side);
         loads.insert(&target.name, there);
         let left = load_after(loads.get(&source.name).copied(), here);
@@ -839,6 +870,7 @@ mod tests {
             threads: (0..6).map(|tid| thread(tid, 0, 1.0)).collect(),
             nodes: vec![node("a", 6.0), node("b", 0.1), node("c", 0.0)],
             waited_cores: 0.0,
+            losing: 0,
             tried: false,
             recent: Vec::new(),
         }
@@ -974,6 +1006,7 @@ mod tests {
             calm.threads[tid].drawn = Some(Drawn {
                 part: 1,
                 why: "it likes to be near cache".into(),
+                pages_a_second: 0.0,
             });
         }
         let choices = decide(&calm, &policy);
@@ -991,12 +1024,31 @@ mod tests {
         let mut held = calm.clone();
         held.threads[0].held = true;
         nothing(&held);
+        // Of those that go for their pages one goes at a time: the one that waits for most
+        // and can.
+        let mut pages = calm.clone();
+        for (tid, rate) in [(0, 900.0), (1, 4000.0), (2, 5000.0)] {
+            pages.threads[tid].drawn = Some(Drawn {
+                part: if tid == 2 { 2 } else { 1 },
+                why: String::new(),
+                pages_a_second: rate,
+            });
+        }
+        pages.nodes[2] = node("c", 0.95);
+        assert_eq!(moves(&decide(&pages, &policy)), [(1, 1)]);
+        // Before all of it is brought together, but not for ever.
+        let mut losing = pages.clone();
+        losing.waited_cores = 2.0;
+        assert_eq!(moves(&decide(&losing, &policy)), [(1, 1)]);
+        losing.losing = LOSING_MAX + 1;
+        assert_eq!(decide(&losing, &policy)[0].grain, Grain::Gather);
         // Who is where it wants to be goes last.
         let mut level = scene(&["a", "b", "c"]);
         for tid in [0, 1, 2, 3] {
             level.threads[tid].drawn = Some(Drawn {
                 part: 0,
                 why: String::new(),
+                pages_a_second: 0.0,
             });
         }
         let first: Vec<u32> = moves(&decide(&level, &policy))

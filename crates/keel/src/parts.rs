@@ -6,7 +6,9 @@ use crate::output;
 use anyhow::{Result, bail};
 use bytes::Bytes;
 use hyper::Method;
-use keel_api::{Client, ClientError, ObjectInfo, ObjectMoved, PartsInfo, SpanRequest, ThreadMove};
+use keel_api::{
+    Client, ClientError, ObjectInfo, ObjectMoved, PartsInfo, SpanRequest, ThreadInfo, ThreadMove,
+};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -117,7 +119,15 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
     output::list(
         reach.format(),
         &info.threads,
-        &["thread", "node", "part", "state", "cpu at home", "likes"],
+        &[
+            "thread",
+            "node",
+            "part",
+            "state",
+            "cpu at home",
+            "pages from",
+            "likes",
+        ],
         |thread| thread.tid.to_string(),
         |thread| {
             vec![
@@ -129,11 +139,24 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
                     Some(micros) => format!("{:.2} s", micros as f64 / 1e6),
                     None => "-".into(),
                 },
+                pages_from(thread),
                 thread.likes.clone().unwrap_or_else(|| "-".into()),
             ]
         },
     )?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// From which nodes pages came that it waited for, and how many.
+fn pages_from(thread: &ThreadInfo) -> String {
+    let from = thread.waited_for.iter();
+    let from: Vec<String> = from
+        .map(|(node, pages)| format!("{node} {pages}"))
+        .collect();
+    match from.is_empty() {
+        true => "-".into(),
+        false => from.join(", "),
+    }
 }
 
 /// What of a machine is to move.

@@ -184,6 +184,61 @@ async fn a_program_outgrows_its_node_by_itself() {
     cluster.end("a", "render").await.expect("it ends");
 }
 
+/// Two threads on two nodes that take a page from each other all the time come together.
+#[tokio::test(flavor = "multi_thread")]
+async fn threads_that_share_pages_are_brought_together() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let nodes = [("a", 4.0), ("b", 4.0)];
+    let cluster = LocalCluster::start_balancing(Path::new(KEEL), folder.path(), &nodes).await;
+    let cluster = cluster.expect("a cluster");
+    let policy = cluster.set_policy("mode", "automatic").await;
+    policy.expect("a policy");
+    let text = r#"(module
+        (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
+        (memory (export "memory") 2 2 shared)
+        (func (export "wasi_thread_start") (param $tid i32) (param $arg i32)
+            (loop $more
+                (drop (i32.atomic.rmw.add (i32.const 0x8000) (i32.const 1)))
+                (br $more)))
+        (func (export "_start")
+            (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const 2000000000)))
+            (drop (call $spawn (i32.const 0)))
+            (drop (call $spawn (i32.const 1)))
+            (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#;
+    let module = wat::parse_str(text).expect("a module");
+    let mut pair = Guest::new("pair", "a", &module, &[]);
+    pair.balancing.parts_max = Some(2);
+    pair.balancing.spawn = Spawn::Spread;
+    cluster.run(&pair).await.expect("it starts");
+    let followed = || async {
+        let decided = grains(&cluster).await;
+        let mut moved = decided
+            .into_iter()
+            .filter_map(|(_, grain, why)| match grain {
+                Grain::Thread { .. } if why.contains("pages a second") => Some(why),
+                _ => None,
+            });
+        moved.next()
+    };
+    let why = wait_for("one of them goes to the other", followed).await;
+    let why = why.unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["why", "pair"])));
+    assert!(why.contains("come from there"), "{why}");
+    wait_for("both are on one node", || async {
+        let workers = parts(&cluster, "pair").await.threads.into_iter();
+        let nodes: Vec<String> = workers
+            .filter(|thread| thread.tid != 0)
+            .map(|thread| thread.node)
+            .collect();
+        (nodes.len() == 2 && nodes[0] == nodes[1]).then_some(())
+    })
+    .await
+    .unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["threads", "pair"])));
+    let threads = said(&cluster, &["threads", "pair"]);
+    assert!(threads.contains("PAGES FROM"), "{threads}");
+    cluster.end("a", "pair").await.expect("it ends");
+}
+
 /// A machine that a person let span leaves a node that is drained, whatever the policy
 /// is, and keeps its other parts, with the threads that were there.
 #[tokio::test(flavor = "multi_thread")]

@@ -659,7 +659,15 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
             (None, false) => "running",
         }
         .into(),
-        cpu_micros: thread.took.map(|took| took.time.run_ns / 1000),
+        cpu_micros: thread.took.as_ref().map(|took| took.time.run_ns / 1000),
+        waited_for: {
+            let mut by_node: BTreeMap<String, u64> = BTreeMap::new();
+            let pages = thread.took.iter().flat_map(|took| &took.pages);
+            for (from, pages) in pages {
+                *by_node.entry(node(*from)).or_default() += pages;
+            }
+            by_node
+        },
         likes: thread.likes.clone(),
     });
     PartsInfo {

@@ -14,7 +14,8 @@
 //!
 //! Only calls that can be packed without any difference are: where a pointer is wrong, or
 //! there is too much, [`pack`] says nothing, and the call is made with the guest's memory,
-//! which finds the same error as ever.
+//! which finds the same error as ever. (Bytes of a structure that mean nothing, between its
+//! members, become zero.)
 
 use crate::function::Function;
 use crate::guest::{BUFFERS_MAX, TRANSFER_BYTES_MAX};
@@ -508,11 +509,13 @@ impl Targets {
         if !range.is_empty() {
             return Err("a call's output is too long".into());
         }
+        // (The last first, as calls store them: two may overlap.)
         let mut rest = results;
-        for (address, length) in &self.results {
-            let (now, later) = rest.split_at(*length as usize);
+        for (address, length) in self.results.iter().rev() {
+            let at = rest.len().saturating_sub(*length as usize);
+            let (earlier, now) = rest.split_at(at);
             put(*address, now)?;
-            rest = later;
+            rest = earlier;
         }
         Ok(())
     }

@@ -45,6 +45,8 @@ const ANSWER_MICROS: u64 = 300;
 const FAULTS_MAX: usize = 64;
 /// Moves of pages that are asked for at once.
 const MOVES_MAX: usize = 128;
+/// OS threads of which it is counted what they waited for.
+const WAITED_MAX: usize = 8192;
 /// Powers of two of microseconds that latencies are told in: up to a minute.
 const BUCKETS: usize = 27;
 
@@ -194,12 +196,27 @@ impl Latency {
     }
 }
 
+/// What comes beside an event.
+#[derive(Debug)]
+enum Beside {
+    Nothing,
+    /// The page that a message brings.
+    Page(PageBytes),
+    /// The OS thread that stands.
+    Thread(u32),
+}
+
+/// An event, and what comes beside it.
+type Happened = (Event, Beside);
+
 struct State {
     coherence: Coherence,
-    /// Pages that came and are not in place yet.
-    arrived: HashMap<PageId, PageBytes>,
-    /// Since when somebody stands at a page.
-    since: HashMap<PageId, Instant>,
+    /// Pages that came and are not in place yet, and from whom.
+    arrived: HashMap<PageId, (PartId, PageBytes)>,
+    /// Since when somebody stands at a page: the first of them.
+    since: HashMap<PageId, (Instant, Option<u32>)>,
+    /// Pages that OS threads stood at, by the part that gave them.
+    waited_for: HashMap<u32, BTreeMap<PartId, u64>>,
     /// How many of the host's own accesses wait for what.
     waiting: HashMap<(PageId, Access), u32>,
     /// For how many of them the page is here and pinned.
@@ -291,6 +308,16 @@ impl Teller {
             }
         }
         shared.say(done, work);
+    }
+
+    /// Pages that an OS thread stood at so far, by the part that gave them.
+    pub fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+        let shared = self.0.upgrade();
+        let waited_for = shared.and_then(|shared| {
+            let state = locked(&shared.state);
+            state.waited_for.get(&os_thread).cloned()
+        });
+        waited_for.unwrap_or_default()
     }
 }
 
@@ -389,6 +416,7 @@ impl Pages {
                 coherence: Coherence::new(config),
                 arrived: HashMap::new(),
                 since: HashMap::new(),
+                waited_for: HashMap::new(),
                 waiting: HashMap::new(),
                 granted: HashMap::new(),
                 emptied: PartSet::default(),
@@ -457,7 +485,7 @@ impl Pages {
         let mut state = locked(&self.shared.state);
         state.emptied = state.emptied.without(part);
         let mut work = Work::default();
-        let event = (Event::Empty { part, to }, None);
+        let event = (Event::Empty { part, to }, Beside::Nothing);
         let done = self.shared.step_in(&mut state, vec![event], &mut work);
         drop(state);
         self.shared.say(done, work);
@@ -642,7 +670,7 @@ impl Pages {
         let mut events = Vec::new();
         for number in first..last {
             let page = page_of(memory, number * PAGE_BYTES)?;
-            events.push((Event::Move { page, to }, None));
+            events.push((Event::Move { page, to }, Beside::Nothing));
             if events.len() == MOVES_MAX || number + 1 == last {
                 self.shared.step(std::mem::take(&mut events));
             }
@@ -692,7 +720,8 @@ enum Deed {
     Protect,
     Send(PartId, Message),
     Discard,
-    Install(Access, PageBytes),
+    /// With what is allowed, and from whom it came.
+    Install(Access, PageBytes, PartId),
     Allow,
     Wake,
 }
@@ -857,10 +886,12 @@ impl Shared {
                         for parcel in parcels.drain(..) {
                             match parcel {
                                 Parcel::Message(message) => {
-                                    events.push((Event::Message { from, message }, None));
+                                    let event = Event::Message { from, message };
+                                    events.push((event, Beside::Nothing));
                                 }
                                 Parcel::Page(message, bytes) => {
-                                    events.push((Event::Message { from, message }, Some(bytes)));
+                                    let event = Event::Message { from, message };
+                                    events.push((event, Beside::Page(bytes)));
                                 }
                                 Parcel::Goodbye { part, reason } => {
                                     return self.lost(part, reason);
@@ -880,7 +911,7 @@ impl Shared {
             let due = locked(&self.state).due;
             if due.is_some_and(|due| due <= self.now()) {
                 locked(&self.state).due = None;
-                events.push((Event::Tick, None));
+                events.push((Event::Tick, Beside::Nothing));
             }
             if !events.is_empty() {
                 self.step(std::mem::take(&mut events));
@@ -898,7 +929,7 @@ impl Shared {
         }
     }
 
-    fn take_faults(&self, events: &mut Vec<(Event, Option<PageBytes>)>) -> Result<(), MemoryError> {
+    fn take_faults(&self, events: &mut Vec<Happened>) -> Result<(), MemoryError> {
         for (number, memory) in (0..).zip(&self.memories) {
             for _ in 0..FAULTS_MAX {
                 let Some(touch) = memory.next()? else {
@@ -913,7 +944,8 @@ impl Shared {
                     true => Access::Write,
                     false => Access::Read,
                 };
-                events.push((Event::Fault { page, access }, None));
+                let stands = Beside::Thread(touch.thread);
+                events.push((Event::Fault { page, access }, stands));
             }
         }
         Ok(())
@@ -947,7 +979,7 @@ impl Shared {
     }
 
     /// Takes note of events, and does what follows.
-    fn step(&self, events: Vec<(Event, Option<PageBytes>)>) {
+    fn step(&self, events: Vec<Happened>) {
         let mut work = Work::default();
         let done = {
             let mut state = locked(&self.state);
@@ -979,7 +1011,7 @@ impl Shared {
     fn step_in(
         &self,
         state: &mut State,
-        events: Vec<(Event, Option<PageBytes>)>,
+        events: Vec<Happened>,
         work: &mut Work,
     ) -> Result<(), SpanError> {
         if let Some(failure) = &state.failure {
@@ -996,27 +1028,32 @@ impl Shared {
     fn try_step(
         &self,
         state: &mut State,
-        events: Vec<(Event, Option<PageBytes>)>,
+        events: Vec<Happened>,
         work: &mut Work,
     ) -> Result<(), SpanError> {
-        for (event, bytes) in events {
+        for (event, beside) in events {
             if let Event::Message { message, .. } = &event
                 && let Some(page) = message.pages().find(|page| !self.has(*page))
             {
                 return Err(SpanError::Disagree(format!("there is no {page:?} here")));
             }
-            match (&event, bytes) {
-                (Event::Fault { page, .. }, _) => {
-                    state.since.entry(*page).or_insert_with(Instant::now);
+            match (&event, beside) {
+                (Event::Fault { page, .. }, beside) => {
+                    let thread = match beside {
+                        Beside::Thread(thread) => Some(thread),
+                        _ => None,
+                    };
+                    let since = state.since.entry(*page);
+                    since.or_insert_with(|| (Instant::now(), thread));
                 }
                 (
                     Event::Message {
+                        from,
                         message: Message::Data { page, .. },
-                        ..
                     },
-                    Some(bytes),
+                    Beside::Page(bytes),
                 ) => {
-                    state.arrived.insert(*page, bytes);
+                    state.arrived.insert(*page, (*from, bytes));
                 }
                 _ => {}
             }
@@ -1100,11 +1137,11 @@ impl Shared {
             Command::Fail { reason } => return Err(SpanError::Disagree(reason)),
             Command::SendPage { to, page, message } => (page, Deed::Send(to, message)),
             Command::Install { page, access } => {
-                let Some(bytes) = state.arrived.remove(&page) else {
+                let Some((from, bytes)) = state.arrived.remove(&page) else {
                     let what = format!("{page:?} is to be used, and has not come");
                     return Err(SpanError::Disagree(what));
                 };
-                (page, Deed::Install(access, bytes))
+                (page, Deed::Install(access, bytes, from))
             }
             Command::Allow { page } => {
                 state.arrived.remove(&page);
@@ -1162,13 +1199,13 @@ impl Shared {
         }
         for access in [Access::Read, Access::Write] {
             let those = with(Deed::INSTALL)
-                .filter(|(_, deed)| matches!(deed, Deed::Install(with, _) if *with == access));
+                .filter(|(_, deed)| matches!(deed, Deed::Install(with, ..) if *with == access));
             for run in runs(those) {
                 let bytes = scratch(&mut state.scratch, run.bytes());
                 let pages = bytes.chunks_mut(PAGE).zip(run.deeds.iter().copied());
                 for (room, deed) in pages {
                     match deed {
-                        Deed::Install(_, PageBytes::Bytes(page)) => room.copy_from_slice(page),
+                        Deed::Install(_, PageBytes::Bytes(page), _) => room.copy_from_slice(page),
                         _ => room.fill(0),
                     }
                 }
@@ -1188,7 +1225,8 @@ impl Shared {
         for (page, deeds) in &deeds {
             for deed in deeds {
                 match deed {
-                    Deed::Install(..) | Deed::Allow => self.came(state, *page),
+                    Deed::Install(_, _, from) => self.came(state, *page, Some(*from)),
+                    Deed::Allow => self.came(state, *page, None),
                     Deed::Wake => {
                         state.since.remove(page);
                         self.changed.notify_all();
@@ -1201,11 +1239,19 @@ impl Shared {
     }
 
     /// A page is there: who waits for it goes on.
-    fn came(&self, state: &mut State, page: PageId) {
+    fn came(&self, state: &mut State, page: PageId, from: Option<PartId>) {
         self.changed.notify_all();
-        let Some(since) = state.since.remove(&page) else {
+        let Some((since, thread)) = state.since.remove(&page) else {
             return;
         };
+        if let (Some(thread), Some(from)) = (thread, from) {
+            // (Of threads that ended nobody asks; there are not many of them.)
+            if state.waited_for.len() >= WAITED_MAX {
+                state.waited_for.clear();
+            }
+            let of = state.waited_for.entry(thread).or_default();
+            *of.entry(from).or_default() += 1;
+        }
         let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
         let bucket = (u64::BITS - micros.leading_zeros()) as usize;
         self.buckets[bucket.min(BUCKETS - 1)].fetch_add(1, Ordering::Relaxed);
@@ -1243,7 +1289,7 @@ impl Shared {
     ) -> Result<(), SpanError> {
         self.pin(page, access, patience)?;
         let result = run();
-        self.step(vec![(Event::Unpin { page }, None)]);
+        self.step(vec![(Event::Unpin { page }, Beside::Nothing)]);
         result.map_err(|error| SpanError::Memory(error.to_string()))
     }
 
@@ -1274,7 +1320,7 @@ impl Shared {
             }
             // Asked again each time: what was asked for may have come and gone.
             let mut work = Work::default();
-            let event = (Event::Fault { page, access }, None);
+            let event = (Event::Fault { page, access }, Beside::Nothing);
             let done = self.step_in(&mut state, vec![event], &mut work);
             drop(state);
             self.say(done, work);

@@ -184,6 +184,8 @@ impl Heard {
                 {
                     break;
                 }
+                // What came before it is heard first: it may say who is to blame.
+                Err(_) if !self.parcels.is_empty() => break,
                 Err(error) => return Err(error),
             }
         }

@@ -14,7 +14,7 @@ use super::pages::{BeginError, Listener, Pages, Setup, SpanError, Teller};
 use super::peer::Ends;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError};
-use keel_wasm::runtime::parts::{Member, Members, Order, Report, Spawning};
+use keel_wasm::runtime::parts::{Member, Members, Order, Report, Spawning, ToHome};
 use keel_wasm::runtime::{Machine, MachineError, Program, Signal, make_memories};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -97,6 +97,27 @@ impl Members for Way {
             Order::Expect { .. } | Order::Interrupt { .. } | Order::Open { .. }
         );
         self.0.note(part, &order.encode(), is_answered);
+    }
+
+    fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+        self.0.waited_for(os_thread)
+    }
+}
+
+/// A member's way; it is there as soon as the pages are, which tell what is said.
+struct HomeWay(Arc<OnceLock<Teller>>);
+
+impl ToHome for HomeWay {
+    fn report(&self, report: Report) {
+        let is_answered = matches!(report, Report::Expecting { .. } | Report::Call { .. });
+        self.0
+            .wait()
+            .note(PartId::HOME, &report.encode(), is_answered);
+    }
+
+    fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+        let teller = self.0.get();
+        teller.map_or_else(BTreeMap::new, |teller| teller.waited_for(os_thread))
     }
 }
 
@@ -314,15 +335,9 @@ impl MemberPart {
     ) -> Result<Self, SpanningError> {
         program.prepare_resume().map_err(MachineError::from)?;
         let memories = make_memories(program.meta(), limit_bytes)?;
-        // (It is set as soon as the pages are there, which tell what is said.)
         let teller: Arc<OnceLock<Teller>> = Arc::default();
-        let told = teller.clone();
-        let report = move |report: Report| {
-            let is_answered = matches!(report, Report::Expecting { .. } | Report::Call { .. });
-            told.wait()
-                .note(PartId::HOME, &report.encode(), is_answered);
-        };
-        let member = Member::new(program, memories.clone(), Box::new(report));
+        let way = HomeWay(teller.clone());
+        let member = Member::new(program, memories.clone(), Box::new(way));
         let members = ends.keys().copied().collect::<PartSet>().with(me);
         let setup = setup(me, members.without(PartId::HOME), &memories);
         let pages = Pages::begin(setup, ends, Arc::new(MemberListener(member.clone())))

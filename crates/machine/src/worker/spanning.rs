@@ -422,7 +422,9 @@ fn split<'a>(
     named: &[(Range<u64>, &'a str)],
 ) -> Vec<(Range<u64>, Option<&'a str>)> {
     let (mut at, mut pieces) = (range.start, Vec::new());
-    for (piece, name) in named {
+    let first = named.partition_point(|(piece, _)| piece.end <= range.start);
+    let mut rest = named.iter().skip(first);
+    while let Some((piece, name)) = rest.next().filter(|(piece, _)| piece.start < range.end) {
         let (start, end) = (piece.start.max(at), piece.end.min(range.end));
         if start >= end {
             continue;

@@ -15,7 +15,7 @@ use futures::future::join_all;
 use keel_api::{EventKind, SpanRequest};
 use keel_balance::Name;
 use keel_balance::grains::{
-    Choice, Drawn, Grain, Node, Object, Part, Scene, Thread, coldest, decide,
+    Choice, Drawn, Grain, Node, Object, Part, Scene, Thread, coldest, decide, loses,
 };
 use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
@@ -44,6 +44,16 @@ const COOL_DOWN: Duration = Duration::from_secs(60);
 const NEWEST_WEIGHT: f64 = 0.4;
 /// Samples in a row in which it must lose by its parts before it is brought together.
 const LOSING_SAMPLES: u32 = 5;
+/// Pages a second that a thread must wait for to go to where they come from, and their
+/// share of all that it waits for: at 0.1 ms each it loses a twentieth of a core.
+const PAGES_A_SECOND: f64 = 500.0;
+const PAGES_SHARE: f64 = 0.7;
+/// Looks in a row at which that must be so.
+const HOT_LOOKS: u32 = 4;
+/// How often it is looked where objects are that threads like.
+const LIKES_EVERY: Duration = Duration::from_secs(5);
+/// How long a thread that went after its pages does not do so again.
+const FOLLOW_AGAIN: Duration = Duration::from_secs(600);
 /// Pause before a failed decision is tried again.
 const FAILED_AFTER: Duration = Duration::from_secs(15);
 
@@ -60,6 +70,16 @@ struct Known {
     recent: Vec<((Name, Name), Instant)>,
     /// Cores of each thread, smoothed.
     cores: HashMap<u32, Cores>,
+    /// Pages a second that each thread waits for, by the part that gives them, smoothed.
+    pages: HashMap<u32, BTreeMap<PartId, f64>>,
+    /// For so many looks in a row most pages of a thread came from a part.
+    hot: HashMap<u32, (PartId, u32)>,
+    /// Threads that went to where their pages came from, or had to go from where they
+    /// wanted to be, and until when they are not drawn anywhere: what they use where they
+    /// are is not seen, and may be more.
+    followed: HashMap<u32, Instant>,
+    /// When it is looked again where the objects are that threads like.
+    likes_at: Option<Instant>,
     /// Nothing is done until then.
     rests_until: Option<Instant>,
     /// It lost by its parts, so often in a row.
@@ -152,17 +172,28 @@ async fn look_at(
     };
     let memory_short = (home.side.memory_free_bytes as f64)
         < home.side.capacity.memory_bytes as f64 * policy.memory_headroom;
+    // (That takes a while, of a machine with many objects.)
     let some_like = report.threads.iter().any(|thread| thread.likes.is_some());
-    let wants_objects = balancing.part_memory_bytes.is_some() || memory_short || some_like;
+    let likes_now = some_like && known.likes_at.is_none_or(|at| now >= at);
+    if likes_now {
+        known.likes_at = Some(now + LIKES_EVERY);
+    }
+    let wants_objects = balancing.part_memory_bytes.is_some() || memory_short || likes_now;
     let objects = match spans && wants_objects {
-        true => Some(spanning::objects_report(worker).await.map_err(text)?),
+        // Without them all the rest goes on: drained nodes, and threads.
+        true => spanning::objects_report(worker)
+            .await
+            .inspect_err(|error| tracing::warn!(%machine, %error, "where its memory is"))
+            .ok(),
         false => None,
     };
     draw(
         &mut threads,
         &report,
         objects.as_deref().unwrap_or_default(),
+        known,
     );
+    follow_pages(&mut threads, known);
     let parts = match spans {
         true => parts(&report, objects.as_deref()),
         false => {
@@ -182,7 +213,7 @@ async fn look_at(
     let most = parts_max.unwrap_or(0);
     let wants_more = parts.len() < most as usize && (!spans || home.side.pressed);
     let nodes = nodes(agent, machine, home, &parts, wants_more).await;
-    let scene = Scene {
+    let mut scene = Scene {
         parts_max: most,
         from_beginning,
         part_memory_bytes: balancing.part_memory_bytes,
@@ -190,6 +221,7 @@ async fn look_at(
         threads,
         nodes,
         waited_cores,
+        losing: 0,
         tried: known.gathered_until.is_some_and(|until| now < until),
         recent: known.recent.iter().map(|(pair, _)| pair.clone()).collect(),
     };
@@ -197,6 +229,11 @@ async fn look_at(
         let room = room(&scene);
         spanning::tell_room(worker, &room).await.map_err(text)?;
     }
+    known.losing = match loses(&scene, policy) {
+        Some(_) => known.losing + 1,
+        None => 0,
+    };
+    scene.losing = known.losing;
     let mut choices = decide(&scene, policy);
     let gathers = matches!(choices.first(), Some(choice) if choice.grain == Grain::Gather);
     let must = gathers && scene.nodes.iter().any(|node| node.forbidden.is_some());
@@ -204,7 +241,6 @@ async fn look_at(
     if parts_max.is_none() && !must {
         choices.clear();
     }
-    known.losing = if loses { known.losing + 1 } else { 0 };
     if loses && known.losing < LOSING_SAMPLES {
         choices.clear();
     }
@@ -250,7 +286,22 @@ async fn look_at(
             known.rests_until = Some(Instant::now() + FAILED_AFTER);
             break;
         }
-        if let Grain::Thread { tid, from, to, .. } = grain {
+        if let Grain::Thread {
+            tid,
+            from,
+            to,
+            part,
+        } = grain
+        {
+            let thread = scene.threads.iter().find(|thread| thread.tid == tid);
+            if let Some((thread, drawn)) = thread.and_then(|it| Some((it, it.drawn.as_ref()?))) {
+                let follows = drawn.pages_a_second > 0.0 && drawn.part == part;
+                // It pressed the node where it wants to be: so it would again.
+                let is_driven_off = drawn.part == thread.part;
+                if follows || is_driven_off {
+                    known.followed.insert(tid, Instant::now() + FOLLOW_AGAIN);
+                }
+            }
             known.held.insert(tid, Instant::now() + THREAD_HOLD);
             let until = Instant::now() + COOL_DOWN;
             known.recent.push(((from, to), until));
@@ -282,13 +333,22 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
     let now = Instant::now();
     known.held.retain(|_, until| *until > now);
     known.recent.retain(|(_, until)| *until > now);
+    known.followed.retain(|_, until| *until > now);
     let (mut took, mut smoothed) = (HashMap::new(), HashMap::new());
+    let mut waits_for = HashMap::new();
     let threads = report.threads.iter().map(|thread| {
         let before = known.took.get(&thread.tid);
-        let cores = match (before, thread.took) {
-            (Some((part, before)), Some(now)) if *part == thread.part => cores(before, &now),
-            _ => Cores::default(),
+        let (cores, pages) = match (before, &thread.took) {
+            (Some((part, before)), Some(now)) if *part == thread.part => {
+                (cores(before, now), Some(pages(before, now)))
+            }
+            _ => (Cores::default(), None),
         };
+        // (Where it comes it waits for others.)
+        if let Some(pages) = pages {
+            let earlier = known.pages.get(&thread.tid);
+            waits_for.insert(thread.tid, smoothed_pages(pages, earlier));
+        }
         let cores = match known.cores.get(&thread.tid) {
             Some(earlier) => cores.after(earlier),
             None => cores,
@@ -297,8 +357,8 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
         if before.is_some() {
             smoothed.insert(thread.tid, cores);
         }
-        if let Some(now) = thread.took {
-            took.insert(thread.tid, (thread.part, now));
+        if let Some(now) = &thread.took {
+            took.insert(thread.tid, (thread.part, now.clone()));
         }
         Thread {
             tid: thread.tid,
@@ -314,13 +374,84 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
     let threads = threads.collect();
     known.took = took;
     known.cores = smoothed;
+    known.pages = waits_for;
     threads
 }
 
+/// Pages a second that a thread waited for between two looks, by the part that gave them.
+fn pages(before: &Took, now: &Took) -> BTreeMap<PartId, f64> {
+    let seconds = now.at_ns.saturating_sub(before.at_ns) as f64 / 1e9;
+    if seconds <= 0.0 {
+        return BTreeMap::new();
+    }
+    let rate = |(part, count): (&PartId, &u64)| {
+        let before = before.pages.get(part).copied().unwrap_or(0);
+        (*part, count.saturating_sub(before) as f64 / seconds)
+    };
+    now.pages.iter().map(rate).collect()
+}
+
+fn smoothed_pages(
+    now: BTreeMap<PartId, f64>,
+    earlier: Option<&BTreeMap<PartId, f64>>,
+) -> BTreeMap<PartId, f64> {
+    let Some(earlier) = earlier else { return now };
+    let mut all: BTreeMap<PartId, f64> = BTreeMap::new();
+    for (pages, weight) in [(&now, NEWEST_WEIGHT), (earlier, 1.0 - NEWEST_WEIGHT)] {
+        for (part, rate) in pages {
+            *all.entry(*part).or_default() += rate * weight;
+        }
+    }
+    all
+}
+
+/// Says of threads that wait for pages of one part, all the time, that they would rather be
+/// there.
+fn follow_pages(threads: &mut [Thread], known: &mut Known) {
+    let mut hot = HashMap::new();
+    for thread in threads {
+        let Some((part, rate, all)) = known.pages.get(&thread.tid).and_then(hottest) else {
+            continue;
+        };
+        let is_elsewhere = part.number() as u32 != thread.part;
+        if !is_elsewhere || all < PAGES_A_SECOND || rate < all * PAGES_SHARE {
+            continue;
+        }
+        let looks = match known.hot.get(&thread.tid) {
+            Some((before, looks)) if *before == part => looks.saturating_add(1),
+            _ => 1,
+        };
+        hot.insert(thread.tid, (part, looks));
+        let is_free = thread.drawn.is_none() && !known.followed.contains_key(&thread.tid);
+        if is_free && looks >= HOT_LOOKS {
+            let why = format!(
+                "of {all:.0} pages a second that it waits for {:.0} % come from there",
+                rate / all * 100.0
+            );
+            thread.drawn = Some(Drawn {
+                part: part.number() as u32,
+                why,
+                pages_a_second: all,
+            });
+        }
+    }
+    known.hot = hot;
+}
+
+/// The part from which most pages come, how many of how many a second.
+fn hottest(pages: &BTreeMap<PartId, f64>) -> Option<(PartId, f64, f64)> {
+    let all = pages.values().sum();
+    let most = pages.iter().max_by(|one, other| one.1.total_cmp(other.1));
+    most.map(|(part, rate)| (*part, *rate, all))
+}
+
 /// Says of threads that like to be near an object which part has most of it.
-fn draw(threads: &mut [Thread], report: &PartsReport, objects: &[ObjectReport]) {
+fn draw(threads: &mut [Thread], report: &PartsReport, objects: &[ObjectReport], known: &Known) {
     for (thread, said) in threads.iter_mut().zip(&report.threads) {
         let Some(name) = &said.likes else { continue };
+        if known.followed.contains_key(&thread.tid) {
+            continue;
+        }
         let mut bytes: BTreeMap<u32, u64> = BTreeMap::new();
         let pieces = objects
             .iter()
@@ -340,6 +471,7 @@ fn draw(threads: &mut [Thread], report: &PartsReport, objects: &[ObjectReport]) 
                 bytes as f64 / f64::from(1 << 20),
                 all as f64 / f64::from(1 << 20)
             ),
+            pages_a_second: 0.0,
         });
     }
 }
@@ -585,6 +717,17 @@ mod tests {
     use keel_machine::span::CoreTime;
     use keel_machine::worker::control::ThreadReport;
 
+    /// Thread 1 waits for 4,000 pages a second of part 1 and some of part 2, 2 for as many
+    /// of both.
+    fn pages_of(tid: u32, ms: u64) -> BTreeMap<PartId, u64> {
+        let part = |number| PartId::new(number).unwrap();
+        match tid {
+            1 => BTreeMap::from([(part(1), ms * 8), (part(2), ms)]),
+            2 => BTreeMap::from([(part(0), ms * 16), (part(2), ms * 16)]),
+            _ => BTreeMap::new(),
+        }
+    }
+
     fn report(threads: &[(u32, usize, u64)]) -> PartsReport {
         PartsReport {
             threads: threads
@@ -603,6 +746,7 @@ mod tests {
                             turns: if *tid == 7 { 1 } else { *ms },
                             is_runnable: *tid != 9,
                         },
+                        pages: pages_of(*tid, *ms),
                     }),
                 })
                 .collect(),
@@ -637,6 +781,34 @@ mod tests {
         assert!((still[3].cores - 0.45).abs() < 1e-9, "{still:?}");
         let held: Vec<bool> = then.iter().map(|it| it.held).collect();
         assert_eq!(held, [true, false, false, false]);
+    }
+
+    #[test]
+    fn a_thread_follows_its_pages_once() {
+        let mut known = Known::default();
+        let at = |ms: u64| report(&[(1, 0, ms), (2, 1, ms), (3, 0, ms)]);
+        let drawn = |known: &mut Known, report: &PartsReport| {
+            let mut all = threads(report, known);
+            follow_pages(&mut all, known);
+            all.into_iter().map(|it| it.drawn).collect::<Vec<_>>()
+        };
+        // It must last, and nothing is known at first.
+        for second in 1..=u64::from(HOT_LOOKS) {
+            assert_eq!(drawn(&mut known, &at(second * 1000)), [None, None, None]);
+        }
+        let then = drawn(&mut known, &at(9000));
+        let first = then[0].as_ref().expect("it is drawn");
+        assert_eq!((first.part, first.pages_a_second), (1, 4500.0));
+        assert!(first.why.contains("4500 pages a second"), "{first:?}");
+        assert!(first.why.contains("89 %"), "{first:?}");
+        assert_eq!(then[1..], [None, None]);
+        // Once it did, not soon again; and where it comes nothing is known.
+        let until = Instant::now() + FOLLOW_AGAIN;
+        known.followed.insert(1, until);
+        assert_eq!(drawn(&mut known, &at(10_000)), [None, None, None]);
+        known.followed.clear();
+        assert!(drawn(&mut known, &at(11_000))[0].is_some());
+        assert_eq!(drawn(&mut known, &report(&[(1, 1, 12_000)])), [None]);
     }
 
     #[test]

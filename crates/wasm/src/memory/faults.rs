@@ -103,7 +103,7 @@ impl PageFaults {
     /// # Errors
     /// [`MemoryError::System`].
     pub fn wait(&self, timeout: Duration) -> Result<Option<Fault>, MemoryError> {
-        let Some((flags, address)) = next_word(&self.uffd, timeout)? else {
+        let Some(Word { flags, address, .. }) = next_word(&self.uffd, timeout)? else {
             return Ok(None);
         };
         Ok(Some(Fault {
@@ -246,12 +246,17 @@ fn wait_failed(source: std::io::Error) -> MemoryError {
     }
 }
 
-/// Waits for an access to a registered memory: its flags and its address. `None` if there
-/// was none in that time, or another thread was faster.
-pub(super) fn next_word(
-    uffd: &OwnedFd,
-    timeout: Duration,
-) -> Result<Option<(u64, u64)>, MemoryError> {
+/// An access to a registered memory, as the kernel tells it.
+pub(super) struct Word {
+    pub(super) flags: u64,
+    pub(super) address: u64,
+    /// Number of the OS thread; 0 where it was not asked for.
+    pub(super) thread: u32,
+}
+
+/// Waits for an access to a registered memory. `None` if there was none in that time, or
+/// another thread was faster.
+pub(super) fn next_word(uffd: &OwnedFd, timeout: Duration) -> Result<Option<Word>, MemoryError> {
     let timeout = Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: timeout.subsec_nanos().into(),
@@ -265,7 +270,7 @@ pub(super) fn next_word(
 }
 
 /// As [`next_word`], of an access that waits already.
-pub(super) fn word_there(uffd: &OwnedFd) -> Result<Option<(u64, u64)>, MemoryError> {
+pub(super) fn word_there(uffd: &OwnedFd) -> Result<Option<Word>, MemoryError> {
     let mut message = [0u8; MESSAGE_BYTES];
     match rustix::io::read(uffd, &mut message) {
         Ok(MESSAGE_BYTES) => {}
@@ -280,7 +285,12 @@ pub(super) fn word_there(uffd: &OwnedFd) -> Result<Option<(u64, u64)>, MemoryErr
     if message[0] != EVENT_PAGEFAULT {
         return Ok(None);
     }
-    Ok(Some((word(8), word(16))))
+    Ok(Some(Word {
+        flags: word(8),
+        address: word(16),
+        // (The lower half: 32 bits.)
+        thread: word(24) as u32,
+    }))
 }
 
 /// Addresses of whole pages of a memory that can be accessed.

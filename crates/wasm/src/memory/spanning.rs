@@ -40,6 +40,8 @@ pub struct Touch {
     pub page: u64,
     /// Whether it wants to write.
     pub write: bool,
+    /// The OS thread that waits, by its number.
+    pub thread: u32,
 }
 
 impl Spanning {
@@ -53,7 +55,9 @@ impl Spanning {
             "write protection of shared memory",
             "Linux 5.19 or newer has it: without it no part of a machine can run here.",
         );
-        let features = uffd::FEATURE_MISSING_SHMEM | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
+        let features = uffd::FEATURE_MISSING_SHMEM
+            | uffd::FEATURE_WP_HUGETLBFS_SHMEM
+            | uffd::FEATURE_THREAD_ID;
         let uffd = uffd::open(features, what, remedy)?;
         uffd::register(&uffd, &memory, uffd::MODE_MISSING | uffd::MODE_WP)
             .map_err(unavailable(what, remedy))?;
@@ -97,10 +101,11 @@ impl Spanning {
         Ok(word.map(|word| self.touch(word)))
     }
 
-    fn touch(&self, (flags, address): (u64, u64)) -> Touch {
+    fn touch(&self, word: faults::Word) -> Touch {
         Touch {
-            page: (address - self.memory.base() as u64) / PAGE_BYTES * PAGE_BYTES,
-            write: flags & (faults::FLAG_WRITE | faults::FLAG_WP) != 0,
+            page: (word.address - self.memory.base() as u64) / PAGE_BYTES * PAGE_BYTES,
+            write: word.flags & (faults::FLAG_WRITE | faults::FLAG_WP) != 0,
+            thread: word.thread,
         }
     }
 
@@ -252,11 +257,15 @@ mod tests {
                 word.load(Ordering::SeqCst)
             });
             let page = 3 * PAGE_BYTES;
-            assert_eq!(expect(&spanning), Touch { page, write: false });
+            let touch = expect(&spanning);
+            assert_eq!((touch.page, touch.write), (page, false));
+            assert_ne!(touch.thread, 0);
             let mut bytes = vec![0; PAGE];
             bytes[16] = 41;
             spanning.install(page, &bytes, false).unwrap();
-            assert_eq!(expect(&spanning), Touch { page, write: true });
+            let touch = expect(&spanning);
+            assert_eq!((touch.page, touch.write), (page, true));
+            assert_ne!(touch.thread, 0);
             // It stands, and nothing is written.
             let mut seen = [0; 8];
             spanning.memory().read(at as u64, &mut seen).unwrap();

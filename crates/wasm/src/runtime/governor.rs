@@ -20,6 +20,8 @@ const BURST: Duration = Duration::from_millis(50);
 /// CPU time of one OS thread of this process.
 #[derive(Debug)]
 pub(crate) struct ThreadClock {
+    /// The thread's number.
+    pub(crate) os_thread: u32,
     schedstat: File,
     stat: File,
 }
@@ -28,6 +30,10 @@ impl ThreadClock {
     /// That of the calling thread; `None` where /proc has no `schedstat`.
     pub(crate) fn of_this_thread() -> Option<Self> {
         let clock = ThreadClock {
+            os_thread: rustix::thread::gettid()
+                .as_raw_nonzero()
+                .get()
+                .unsigned_abs(),
             schedstat: File::open("/proc/thread-self/schedstat").ok()?,
             stat: File::open("/proc/thread-self/stat").ok()?,
         };

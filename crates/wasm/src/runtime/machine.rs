@@ -102,12 +102,14 @@ pub struct ThreadInfo {
 
 /// What a thread took of cores where it is. Only differences mean something, and only
 /// while it stays there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Took {
     /// When that was looked at, in nanoseconds since its part began.
     pub at_ns: u64,
     /// What it took until then.
     pub time: CoreTime,
+    /// Pages that it waited for, by the part that gave them.
+    pub pages: BTreeMap<PartId, u64>,
 }
 
 /// How a machine ended.
@@ -869,6 +871,7 @@ impl Machine {
 
     /// What each of its threads does.
     pub fn thread_infos(&self) -> Vec<ThreadInfo> {
+        let way = self.shared.parts.way();
         let threads = locked(&self.shared.threads);
         let waits = locked(&self.shared.waits);
         let here_ns = u64::try_from(self.shared.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -882,9 +885,11 @@ impl Machine {
                 took: match part == PartId::HOME {
                     true => thread.clock.as_ref().and_then(|clock| {
                         let time = clock.took()?;
+                        let pages = way.as_ref().map(|way| way.waited_for(clock.os_thread));
                         Some(Took {
                             at_ns: here_ns,
                             time,
+                            pages: pages.unwrap_or_default(),
                         })
                     }),
                     false => self.shared.parts.taken(*tid, part),

@@ -163,20 +163,26 @@ impl Parts {
     }
 
     /// What a part says of its threads.
-    pub(crate) fn took(&self, part: PartId, at_ns: u64, threads: Vec<(u32, CoreTime)>) {
+    pub(crate) fn took(
+        &self,
+        part: PartId,
+        at_ns: u64,
+        threads: Vec<(u32, CoreTime, BTreeMap<PartId, u64>)>,
+    ) {
         let mut inner = locked(&self.inner);
         inner.taken.retain(|_, (from, _)| *from != part);
-        let threads = threads.into_iter();
-        inner
-            .taken
-            .extend(threads.map(|(tid, time)| (tid, (part, Took { at_ns, time }))));
+        let took = threads.into_iter().map(|(tid, time, pages)| {
+            let took = Took { at_ns, time, pages };
+            (tid, (part, took))
+        });
+        inner.taken.extend(took);
     }
 
     /// What a thread took where it is, when that was looked at last.
     pub(crate) fn taken(&self, tid: u32, part: PartId) -> Option<Took> {
         let inner = locked(&self.inner);
         let (from, took) = inner.taken.get(&tid)?;
-        (*from == part).then_some(*took)
+        (*from == part).then(|| took.clone())
     }
 
     /// Asks all members what their threads took; the answers come in time.
@@ -313,10 +319,10 @@ impl Away {
     }
 
     /// Asks it to come to a safepoint, once, if somebody wants that.
-    fn interrupt(&self, asked: &mut Option<bool>) {
-        if asked.is_none() && self.thread.signal.is_requested() {
+    fn interrupt(&self, asked: &mut bool) {
+        if !*asked && self.thread.signal.is_requested() {
             let (tid, leaves) = (self.thread.tid, self.inbox.leaves.load(Ordering::Acquire));
-            *asked = Some(leaves);
+            *asked = true;
             self.order(&Order::Interrupt { tid, leaves });
         }
     }
@@ -332,8 +338,7 @@ impl Away {
             let spare = Fiber::new(program, host, self.thread.clone());
             self.spare = spare.ok().map(Box::new);
         }
-        // It was asked to come to a safepoint, and whether to leave then.
-        let mut asked = None;
+        let mut asked = false;
         let signal = self.thread.signal.clone();
         loop {
             self.interrupt(&mut asked);
@@ -344,9 +349,9 @@ impl Away {
                 }
                 match asked {
                     // It comes at once, unless it is in a call of the host.
-                    Some(_) if look_for(|| self.inbox.has_some()) => {}
-                    Some(_) => signal.wait_for(|| self.inbox.has_some()),
-                    None => signal.park(None, || self.inbox.has_some()),
+                    true if look_for(|| self.inbox.has_some()) => {}
+                    true => signal.wait_for(|| self.inbox.has_some()),
+                    false => signal.park(None, || self.inbox.has_some()),
                 }
                 continue;
             };
@@ -385,11 +390,13 @@ impl Away {
                     };
                     self.order(&Order::Answer { tid, answer });
                 }
-                Report::Captured { state, .. } => {
+                Report::Captured {
+                    state, has_left, ..
+                } => {
                     let meta = &self.program.meta;
                     self.state = ThreadState::decode(&state, self.program.hash(), meta)
                         .map_err(|error| wrong(&error.to_string()))?;
-                    if asked == Some(true) {
+                    if has_left {
                         (self.is_there, self.has_left) = (false, true);
                     }
                     return Ok(Run::Captured);

@@ -2,6 +2,7 @@
 //! an OS thread of its own, and has nothing else of the machine but its pages.
 
 use super::message::{Answer, Call, Entering, Order, Report};
+use crate::coherence::PartId;
 use crate::memory::GuestMemory;
 use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
 use crate::runtime::frame::{Progress, ThreadState};
@@ -85,10 +86,19 @@ impl Visitor {
     }
 }
 
+/// A member's way to its home, and what is known of its pages.
+pub trait ToHome: Send + Sync {
+    /// Says something to the home; does not wait for it.
+    fn report(&self, report: Report);
+
+    /// As [`super::Members::waited_for`].
+    fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
+}
+
 struct Shared {
     program: Arc<Program>,
     memories: Arc<[Arc<GuestMemory>]>,
-    report: Box<dyn Fn(Report) + Send + Sync>,
+    home: Box<dyn ToHome>,
     visitors: Mutex<BTreeMap<u32, Arc<Visitor>>>,
     /// All that were launched.
     all: Mutex<Vec<Weak<Visitor>>>,
@@ -139,7 +149,7 @@ impl Host for Calls {
             Some((packed, targets)) => (Call::Packed(packed), Some(targets)),
             None => (Call::Bare(args.to_vec()), None),
         };
-        (self.0.report)(Report::Call {
+        self.0.home.report(Report::Call {
             tid: thread.tid,
             import,
             call,
@@ -147,7 +157,7 @@ impl Host for Calls {
         });
         let answer = loop {
             match self.1.next(&self.0.over) {
-                Some(Wish::Expect(tid)) => (self.0.report)(Report::Expecting { tid }),
+                Some(Wish::Expect(tid)) => self.0.home.report(Report::Expecting { tid }),
                 answer => break answer,
             }
         };
@@ -182,17 +192,17 @@ impl Host for Calls {
 }
 
 impl Member {
-    /// A member without threads. Its memories are as large as the home's; `report` says
-    /// things to the home and does not wait. What the home says is [`Self::hear`]d.
+    /// A member without threads. Its memories are as large as the home's. What the home
+    /// says is [`Self::hear`]d.
     pub fn new(
         program: Arc<Program>,
         memories: Arc<[Arc<GuestMemory>]>,
-        report: Box<dyn Fn(Report) + Send + Sync>,
+        home: Box<dyn ToHome>,
     ) -> Self {
         let member = Member(Arc::new(Shared {
             program,
             memories,
-            report,
+            home,
             visitors: Mutex::default(),
             all: Mutex::default(),
             idle: Mutex::default(),
@@ -231,7 +241,7 @@ impl Member {
                     visitor.leaves.store(false, Ordering::Release);
                     visitor.put(Wish::Run(tid, entering));
                 }
-                Err(error) => (shared.report)(Report::Stopped {
+                Err(error) => shared.home.report(Report::Stopped {
                     tid,
                     stop: trap(format!("no OS thread for a guest thread: {error}")),
                 }),
@@ -241,7 +251,7 @@ impl Member {
                 let next = locked(&shared.idle).last().cloned();
                 match next {
                     Some(visitor) => visitor.put(Wish::Expect(tid)),
-                    None => (shared.report)(Report::Expecting { tid }),
+                    None => shared.home.report(Report::Expecting { tid }),
                 }
             }
             Order::Interrupt { tid, leaves } => {
@@ -275,7 +285,7 @@ impl Member {
                     }
                     None => false,
                 };
-                (shared.report)(Report::Opened {
+                shared.home.report(Report::Opened {
                     memory,
                     bytes,
                     done,
@@ -283,14 +293,16 @@ impl Member {
             }
             Order::Times => {
                 let visitors = locked(&shared.visitors);
-                let threads = visitors
-                    .iter()
-                    .filter_map(|(tid, visitor)| Some((*tid, visitor.clock.get()?.took()?)));
+                let threads = visitors.iter().filter_map(|(tid, visitor)| {
+                    let clock = visitor.clock.get()?;
+                    let pages = shared.home.waited_for(clock.os_thread);
+                    Some((*tid, clock.took()?, pages))
+                });
                 let threads = threads.collect();
                 drop(visitors);
                 let at_ns = shared.begun.elapsed().as_nanos();
                 let at_ns = u64::try_from(at_ns).unwrap_or(u64::MAX);
-                (shared.report)(Report::Times { at_ns, threads });
+                shared.home.report(Report::Times { at_ns, threads });
             }
             Order::End => self.end(),
         }
@@ -402,7 +414,7 @@ impl Shared {
             let (tid, entering) = match visitor.next(&self.over) {
                 Some(Wish::Run(tid, entering)) => (tid, entering),
                 Some(Wish::Expect(tid)) => {
-                    (self.report)(Report::Expecting { tid });
+                    self.home.report(Report::Expecting { tid });
                     visitor.look_out(&self.over);
                     continue;
                 }
@@ -415,17 +427,20 @@ impl Shared {
                     continue;
                 }
             };
-            let report = match self.run(tid, visitor, &mut fiber, entering) {
+            let mut report = match self.run(tid, visitor, &mut fiber, entering) {
                 Ok(report) => report,
                 Err(stop) => Report::Stopped { tid, stop },
             };
-            let leaves = matches!(report, Report::Captured { .. })
-                && visitor.leaves.swap(false, Ordering::AcqRel);
+            let mut leaves = false;
+            if let Report::Captured { has_left, .. } = &mut report {
+                leaves = visitor.leaves.swap(false, Ordering::AcqRel);
+                *has_left = leaves;
+            }
             if leaves {
                 // Before it is said: it may come back at once.
                 locked(&self.visitors).remove(&tid);
             }
-            (self.report)(report);
+            self.home.report(report);
             if leaves && !self.rest(visitor, &mut fiber) {
                 return;
             }
@@ -477,6 +492,7 @@ impl Shared {
             Run::Finished(values) => Report::Finished { tid, values },
             Run::Captured => Report::Captured {
                 tid,
+                has_left: false,
                 state: fiber.state()?.encode(hash),
             },
         })

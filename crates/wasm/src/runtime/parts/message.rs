@@ -7,10 +7,12 @@
 //!
 //! In postcard, behind a version: what carries it says whose it is, and that it is whole.
 
+use crate::coherence::PartId;
 use crate::runtime::fiber::Stop;
 use crate::runtime::frame::{Progress, Value};
 use crate::runtime::governor::CoreTime;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Version of these messages, their first byte.
 const VERSION: u8 = 2;
@@ -132,6 +134,8 @@ pub enum Report {
     Captured {
         /// Which.
         tid: u32,
+        /// It was asked to leave, and has: nothing of it is at the member.
+        has_left: bool,
         /// It, as [`crate::runtime::frame`] writes it.
         #[serde(with = "serde_bytes")]
         state: Vec<u8>,
@@ -163,8 +167,8 @@ pub enum Report {
     Times {
         /// When, in nanoseconds since this part began.
         at_ns: u64,
-        /// Of each.
-        threads: Vec<(u32, CoreTime)>,
+        /// Of each, and the pages that it waited for, by the part that gave them.
+        threads: Vec<(u32, CoreTime, BTreeMap<PartId, u64>)>,
     },
 }
 
@@ -319,6 +323,7 @@ mod tests {
             Report::Expecting { tid: 5 },
             Report::Captured {
                 tid: 3,
+                has_left: true,
                 state: vec![9; 300],
             },
             Report::Stopped {
@@ -343,7 +348,8 @@ mod tests {
                             waited_ns: 1 << 33,
                             turns: 9,
                             is_runnable: true,
-                        }
+                        },
+                        BTreeMap::from([(PartId::HOME, 1 << 35)]),
                     );
                     4
                 ],

@@ -33,10 +33,11 @@ mod member;
 mod message;
 
 pub(super) use away::{Away, Inbox, Parts};
-pub use member::Member;
+pub use member::{Member, ToHome};
 pub use message::{Answer, Call, Entering, MessageError, Order, Report};
 
 use crate::coherence::PartId;
+use std::collections::BTreeMap;
 
 /// Where threads begin that a machine starts while it has members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -55,4 +56,8 @@ pub trait Members: Send + Sync {
     /// Says something to a member; does not wait for it. Who cannot be told is lost, and
     /// the machine ends with it.
     fn order(&self, part: PartId, order: &Order);
+
+    /// Pages that an OS thread of this process waited for so far, by the part that gave
+    /// them.
+    fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
 }
