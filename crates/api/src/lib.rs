@@ -598,9 +598,9 @@ pub struct ThreadInfo {
     pub state: String,
     /// CPU time that it used at the home, in microseconds.
     pub cpu_micros: Option<u64>,
-    /// Pages that it stood at since it is at its part, by the node that gave them.
+    /// Microseconds that it stood at pages of other nodes, by the node that gave them.
     #[serde(default)]
-    pub waited_for: BTreeMap<String, u64>,
+    pub stood_micros: BTreeMap<String, u64>,
     /// The object that it likes to be near, if it said so (`guests/evenkeel.h`).
     #[serde(default)]
     pub likes: Option<String>,

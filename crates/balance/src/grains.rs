@@ -79,10 +79,10 @@ pub struct Drawn {
     pub part: u32,
     /// What the thread wants there.
     pub why: String,
-    /// Pages a second that come from there; 0 where it is a liking. Of those that go for
-    /// their pages one goes at a time: of two that share some the other one is where they
-    /// are then.
-    pub pages_a_second: f64,
+    /// Share of its time that it stands at pages from there; 0 where it is a liking. Of
+    /// those that go for their pages one goes at a time: of two that share some the other
+    /// one is where they are then.
+    pub stands: f64,
 }
 
 /// A node that has a part, or may get one.
@@ -628,10 +628,10 @@ fn drawn(scene: &Scene, policy: &Policy) -> Vec<Choice> {
         .filter_map(|thread| Some((thread, thread.drawn.as_ref()?)))
         .filter(|(thread, drawn)| drawn.part != thread.part)
         .collect();
-    drawn.sort_by(|(_, one), (_, other)| other.pages_a_second.total_cmp(&one.pages_a_second));
+    drawn.sort_by(|(_, one), (_, other)| other.stands.total_cmp(&one.stands));
     let mut has_followed = false;
     for (thread, drawn) in drawn {
-        if drawn.pages_a_second > 0.0 && has_followed {
+        if drawn.stands > 0.0 && has_followed {
             continue;
         }
         let part = |number: u32| scene.parts.iter().find(|it| it.number == number);
@@ -661,7 +661,7 @@ fn drawn(scene: &Scene, policy: &Policy) -> Vec<Choice> {
             to: target.name.clone(),
         };
         choices.push(scene.choice(grain, why, Vec::new()));
-        has_followed |= drawn.pages_a_second > 0.0;
+        has_followed |= drawn.stands > 0.0;
         let here = weight(&source.side);
         loads.insert(&target.name, there);
         let left = load_after(loads.get(&source.name).copied(), here);
@@ -1006,7 +1006,7 @@ mod tests {
             calm.threads[tid].drawn = Some(Drawn {
                 part: 1,
                 why: "it likes to be near cache".into(),
-                pages_a_second: 0.0,
+                stands: 0.0,
             });
         }
         let choices = decide(&calm, &policy);
@@ -1027,11 +1027,11 @@ mod tests {
         // Of those that go for their pages one goes at a time: the one that waits for most
         // and can.
         let mut pages = calm.clone();
-        for (tid, rate) in [(0, 900.0), (1, 4000.0), (2, 5000.0)] {
+        for (tid, stands) in [(0, 0.3), (1, 0.7), (2, 0.9)] {
             pages.threads[tid].drawn = Some(Drawn {
                 part: if tid == 2 { 2 } else { 1 },
                 why: String::new(),
-                pages_a_second: rate,
+                stands,
             });
         }
         pages.nodes[2] = node("c", 0.95);
@@ -1048,7 +1048,7 @@ mod tests {
             level.threads[tid].drawn = Some(Drawn {
                 part: 0,
                 why: String::new(),
-                pages_a_second: 0.0,
+                stands: 0.0,
             });
         }
         let first: Vec<u32> = moves(&decide(&level, &policy))

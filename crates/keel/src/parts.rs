@@ -125,7 +125,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
             "part",
             "state",
             "cpu at home",
-            "pages from",
+            "stood for",
             "likes",
         ],
         |thread| thread.tid.to_string(),
@@ -139,7 +139,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
                     Some(micros) => format!("{:.2} s", micros as f64 / 1e6),
                     None => "-".into(),
                 },
-                pages_from(thread),
+                stood_for(thread),
                 thread.likes.clone().unwrap_or_else(|| "-".into()),
             ]
         },
@@ -147,9 +147,9 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// From which nodes pages came that it waited for, and how many.
-fn pages_from(thread: &ThreadInfo) -> String {
-    let from = thread.waited_for.iter();
+/// How long it stood at pages, by the nodes that gave them.
+fn stood_for(thread: &ThreadInfo) -> String {
+    let from = thread.stood_micros.iter();
     let from: Vec<String> = from
         .map(|(node, pages)| format!("{node} {pages}"))
         .collect();

@@ -216,14 +216,14 @@ async fn threads_that_share_pages_are_brought_together() {
         let mut moved = decided
             .into_iter()
             .filter_map(|(_, grain, why)| match grain {
-                Grain::Thread { .. } if why.contains("pages a second") => Some(why),
+                Grain::Thread { .. } if why.contains("it stands at pages") => Some(why),
                 _ => None,
             });
         moved.next()
     };
     let why = wait_for("one of them goes to the other", followed).await;
     let why = why.unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["why", "pair"])));
-    assert!(why.contains("come from there"), "{why}");
+    assert!(why.contains("that come from there"), "{why}");
     wait_for("both are on one node", || async {
         let workers = parts(&cluster, "pair").await.threads.into_iter();
         let nodes: Vec<String> = workers
@@ -235,7 +235,7 @@ async fn threads_that_share_pages_are_brought_together() {
     .await
     .unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["threads", "pair"])));
     let threads = said(&cluster, &["threads", "pair"]);
-    assert!(threads.contains("PAGES FROM"), "{threads}");
+    assert!(threads.contains("STOOD FOR"), "{threads}");
     cluster.end("a", "pair").await.expect("it ends");
 }
 

@@ -660,11 +660,11 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
         }
         .into(),
         cpu_micros: thread.took.as_ref().map(|took| took.time.run_ns / 1000),
-        waited_for: {
+        stood_micros: {
             let mut by_node: BTreeMap<String, u64> = BTreeMap::new();
-            let pages = thread.took.iter().flat_map(|took| &took.pages);
-            for (from, pages) in pages {
-                *by_node.entry(node(*from)).or_default() += pages;
+            let stood = thread.took.iter().flat_map(|took| &took.stood);
+            for (from, micros) in stood {
+                *by_node.entry(node(*from)).or_default() += micros;
             }
             by_node
         },

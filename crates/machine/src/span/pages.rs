@@ -215,8 +215,8 @@ struct State {
     arrived: HashMap<PageId, (PartId, PageBytes)>,
     /// Since when somebody stands at a page: the first of them.
     since: HashMap<PageId, (Instant, Option<u32>)>,
-    /// Pages that OS threads stood at, by the part that gave them.
-    waited_for: HashMap<u32, BTreeMap<PartId, u64>>,
+    /// Microseconds that OS threads stood at pages, by the part that gave them.
+    stood_at: HashMap<u32, BTreeMap<PartId, u64>>,
     /// How many of the host's own accesses wait for what.
     waiting: HashMap<(PageId, Access), u32>,
     /// For how many of them the page is here and pinned.
@@ -310,14 +310,14 @@ impl Teller {
         shared.say(done, work);
     }
 
-    /// Pages that an OS thread stood at so far, by the part that gave them.
-    pub fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+    /// Microseconds that an OS thread stood at pages so far, by the part that gave them.
+    pub fn stood_at(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
         let shared = self.0.upgrade();
-        let waited_for = shared.and_then(|shared| {
+        let stood_at = shared.and_then(|shared| {
             let state = locked(&shared.state);
-            state.waited_for.get(&os_thread).cloned()
+            state.stood_at.get(&os_thread).cloned()
         });
-        waited_for.unwrap_or_default()
+        stood_at.unwrap_or_default()
     }
 }
 
@@ -416,7 +416,7 @@ impl Pages {
                 coherence: Coherence::new(config),
                 arrived: HashMap::new(),
                 since: HashMap::new(),
-                waited_for: HashMap::new(),
+                stood_at: HashMap::new(),
                 waiting: HashMap::new(),
                 granted: HashMap::new(),
                 emptied: PartSet::default(),
@@ -1244,15 +1244,16 @@ impl Shared {
         let Some((since, thread)) = state.since.remove(&page) else {
             return;
         };
+        let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
         if let (Some(thread), Some(from)) = (thread, from) {
             // (Of threads that ended nobody asks; there are not many of them.)
-            if state.waited_for.len() >= WAITED_MAX {
-                state.waited_for.clear();
+            if state.stood_at.len() >= WAITED_MAX {
+                state.stood_at.clear();
             }
-            let of = state.waited_for.entry(thread).or_default();
-            *of.entry(from).or_default() += 1;
+            let of = state.stood_at.entry(thread).or_default();
+            let of = of.entry(from).or_default();
+            *of = of.saturating_add(micros);
         }
-        let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
         let bucket = (u64::BITS - micros.leading_zeros()) as usize;
         self.buckets[bucket.min(BUCKETS - 1)].fetch_add(1, Ordering::Relaxed);
     }

@@ -99,8 +99,8 @@ impl Members for Way {
         self.0.note(part, &order.encode(), is_answered);
     }
 
-    fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
-        self.0.waited_for(os_thread)
+    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+        self.0.stood_at(os_thread)
     }
 }
 
@@ -115,9 +115,9 @@ impl ToHome for HomeWay {
             .note(PartId::HOME, &report.encode(), is_answered);
     }
 
-    fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
         let teller = self.0.get();
-        teller.map_or_else(BTreeMap::new, |teller| teller.waited_for(os_thread))
+        teller.map_or_else(BTreeMap::new, |teller| teller.stood_at(os_thread))
     }
 }
 

@@ -44,10 +44,10 @@ const COOL_DOWN: Duration = Duration::from_secs(60);
 const NEWEST_WEIGHT: f64 = 0.4;
 /// Samples in a row in which it must lose by its parts before it is brought together.
 const LOSING_SAMPLES: u32 = 5;
-/// Pages a second that a thread must wait for to go to where they come from, and their
-/// share of all that it waits for: at 0.1 ms each it loses a twentieth of a core.
-const PAGES_A_SECOND: f64 = 500.0;
-const PAGES_SHARE: f64 = 0.7;
+/// Share of its time that a thread must stand at pages to go to where they come from, and
+/// share of that which it must stand at pages from there.
+const STANDS: f64 = 0.2;
+const STANDS_SHARE: f64 = 0.7;
 /// Looks in a row at which that must be so.
 const HOT_LOOKS: u32 = 4;
 /// How often it is looked where objects are that threads like.
@@ -70,8 +70,9 @@ struct Known {
     recent: Vec<((Name, Name), Instant)>,
     /// Cores of each thread, smoothed.
     cores: HashMap<u32, Cores>,
-    /// Pages a second that each thread waits for, by the part that gives them, smoothed.
-    pages: HashMap<u32, BTreeMap<PartId, f64>>,
+    /// Share of its time that each thread stands at pages, by the part that gives them,
+    /// smoothed.
+    stands: HashMap<u32, BTreeMap<PartId, f64>>,
     /// For so many looks in a row most pages of a thread came from a part.
     hot: HashMap<u32, (PartId, u32)>,
     /// Threads that went to where their pages came from, or had to go from where they
@@ -295,7 +296,7 @@ async fn look_at(
         {
             let thread = scene.threads.iter().find(|thread| thread.tid == tid);
             if let Some((thread, drawn)) = thread.and_then(|it| Some((it, it.drawn.as_ref()?))) {
-                let follows = drawn.pages_a_second > 0.0 && drawn.part == part;
+                let follows = drawn.stands > 0.0 && drawn.part == part;
                 // It pressed the node where it wants to be: so it would again.
                 let is_driven_off = drawn.part == thread.part;
                 if follows || is_driven_off {
@@ -335,19 +336,19 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
     known.recent.retain(|(_, until)| *until > now);
     known.followed.retain(|_, until| *until > now);
     let (mut took, mut smoothed) = (HashMap::new(), HashMap::new());
-    let mut waits_for = HashMap::new();
+    let mut stands_at = HashMap::new();
     let threads = report.threads.iter().map(|thread| {
         let before = known.took.get(&thread.tid);
-        let (cores, pages) = match (before, &thread.took) {
+        let (cores, stands) = match (before, &thread.took) {
             (Some((part, before)), Some(now)) if *part == thread.part => {
-                (cores(before, now), Some(pages(before, now)))
+                (cores(before, now), Some(stands(before, now)))
             }
             _ => (Cores::default(), None),
         };
         // (Where it comes it waits for others.)
-        if let Some(pages) = pages {
-            let earlier = known.pages.get(&thread.tid);
-            waits_for.insert(thread.tid, smoothed_pages(pages, earlier));
+        if let Some(stands) = stands {
+            let earlier = known.stands.get(&thread.tid);
+            stands_at.insert(thread.tid, smoothed_stands(stands, earlier));
         }
         let cores = match known.cores.get(&thread.tid) {
             Some(earlier) => cores.after(earlier),
@@ -374,24 +375,25 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
     let threads = threads.collect();
     known.took = took;
     known.cores = smoothed;
-    known.pages = waits_for;
+    known.stands = stands_at;
     threads
 }
 
-/// Pages a second that a thread waited for between two looks, by the part that gave them.
-fn pages(before: &Took, now: &Took) -> BTreeMap<PartId, f64> {
+/// Share of the time between two looks that a thread stood at pages, by the part that gave
+/// them.
+fn stands(before: &Took, now: &Took) -> BTreeMap<PartId, f64> {
     let seconds = now.at_ns.saturating_sub(before.at_ns) as f64 / 1e9;
     if seconds <= 0.0 {
         return BTreeMap::new();
     }
-    let rate = |(part, count): (&PartId, &u64)| {
-        let before = before.pages.get(part).copied().unwrap_or(0);
-        (*part, count.saturating_sub(before) as f64 / seconds)
+    let share = |(part, micros): (&PartId, &u64)| {
+        let before = before.stood.get(part).copied().unwrap_or(0);
+        (*part, micros.saturating_sub(before) as f64 / 1e6 / seconds)
     };
-    now.pages.iter().map(rate).collect()
+    now.stood.iter().map(share).collect()
 }
 
-fn smoothed_pages(
+fn smoothed_stands(
     now: BTreeMap<PartId, f64>,
     earlier: Option<&BTreeMap<PartId, f64>>,
 ) -> BTreeMap<PartId, f64> {
@@ -410,11 +412,11 @@ fn smoothed_pages(
 fn follow_pages(threads: &mut [Thread], known: &mut Known) {
     let mut hot = HashMap::new();
     for thread in threads {
-        let Some((part, rate, all)) = known.pages.get(&thread.tid).and_then(hottest) else {
+        let Some((part, there, all)) = known.stands.get(&thread.tid).and_then(hottest) else {
             continue;
         };
         let is_elsewhere = part.number() as u32 != thread.part;
-        if !is_elsewhere || all < PAGES_A_SECOND || rate < all * PAGES_SHARE {
+        if !is_elsewhere || all < STANDS || there < all * STANDS_SHARE {
             continue;
         }
         let looks = match known.hot.get(&thread.tid) {
@@ -425,24 +427,25 @@ fn follow_pages(threads: &mut [Thread], known: &mut Known) {
         let is_free = thread.drawn.is_none() && !known.followed.contains_key(&thread.tid);
         if is_free && looks >= HOT_LOOKS {
             let why = format!(
-                "of {all:.0} pages a second that it waits for {:.0} % come from there",
-                rate / all * 100.0
+                "{:.0} % of its time it stands at pages, {:.0} % of that at such that come from there",
+                all * 100.0,
+                there / all * 100.0
             );
             thread.drawn = Some(Drawn {
                 part: part.number() as u32,
                 why,
-                pages_a_second: all,
+                stands: all,
             });
         }
     }
     known.hot = hot;
 }
 
-/// The part from which most pages come, how many of how many a second.
-fn hottest(pages: &BTreeMap<PartId, f64>) -> Option<(PartId, f64, f64)> {
-    let all = pages.values().sum();
-    let most = pages.iter().max_by(|one, other| one.1.total_cmp(other.1));
-    most.map(|(part, rate)| (*part, *rate, all))
+/// The part at whose pages a thread stands longest, for how much of how much of its time.
+fn hottest(stands: &BTreeMap<PartId, f64>) -> Option<(PartId, f64, f64)> {
+    let all = stands.values().sum();
+    let most = stands.iter().max_by(|one, other| one.1.total_cmp(other.1));
+    most.map(|(part, there)| (*part, *there, all))
 }
 
 /// Says of threads that like to be near an object which part has most of it.
@@ -471,7 +474,7 @@ fn draw(threads: &mut [Thread], report: &PartsReport, objects: &[ObjectReport], 
                 bytes as f64 / f64::from(1 << 20),
                 all as f64 / f64::from(1 << 20)
             ),
-            pages_a_second: 0.0,
+            stands: 0.0,
         });
     }
 }
@@ -717,13 +720,13 @@ mod tests {
     use keel_machine::span::CoreTime;
     use keel_machine::worker::control::ThreadReport;
 
-    /// Thread 1 waits for 4,000 pages a second of part 1 and some of part 2, 2 for as many
-    /// of both.
-    fn pages_of(tid: u32, ms: u64) -> BTreeMap<PartId, u64> {
+    /// Thread 1 stands 40 % of its time at pages of part 1 and 5 % at those of part 2, 2 as
+    /// long at those of both. (A report's clock goes twice as fast as its `ms`.)
+    fn stood_of(tid: u32, ms: u64) -> BTreeMap<PartId, u64> {
         let part = |number| PartId::new(number).unwrap();
         match tid {
-            1 => BTreeMap::from([(part(1), ms * 8), (part(2), ms)]),
-            2 => BTreeMap::from([(part(0), ms * 16), (part(2), ms * 16)]),
+            1 => BTreeMap::from([(part(1), ms * 800), (part(2), ms * 100)]),
+            2 => BTreeMap::from([(part(0), ms * 800), (part(2), ms * 800)]),
             _ => BTreeMap::new(),
         }
     }
@@ -746,7 +749,7 @@ mod tests {
                             turns: if *tid == 7 { 1 } else { *ms },
                             is_runnable: *tid != 9,
                         },
-                        pages: pages_of(*tid, *ms),
+                        stood: stood_of(*tid, *ms),
                     }),
                 })
                 .collect(),
@@ -798,8 +801,9 @@ mod tests {
         }
         let then = drawn(&mut known, &at(9000));
         let first = then[0].as_ref().expect("it is drawn");
-        assert_eq!((first.part, first.pages_a_second), (1, 4500.0));
-        assert!(first.why.contains("4500 pages a second"), "{first:?}");
+        assert_eq!(first.part, 1);
+        assert!((first.stands - 0.45).abs() < 1e-9, "{first:?}");
+        assert!(first.why.contains("45 % of its time"), "{first:?}");
         assert!(first.why.contains("89 %"), "{first:?}");
         assert_eq!(then[1..], [None, None]);
         // Once it did, not soon again; and where it comes nothing is known.
@@ -812,7 +816,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_for_pages_are_cores_that_are_lost() {
+    fn stands_at_pages_are_cores_that_are_lost() {
         let mut known = Known::default();
         let waits = |count: u64| PartsReport {
             waits: vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, count],

@@ -108,8 +108,8 @@ pub struct Took {
     pub at_ns: u64,
     /// What it took until then.
     pub time: CoreTime,
-    /// Pages that it waited for, by the part that gave them.
-    pub pages: BTreeMap<PartId, u64>,
+    /// Microseconds that it stood at pages, by the part that gave them.
+    pub stood: BTreeMap<PartId, u64>,
 }
 
 /// How a machine ended.
@@ -885,11 +885,11 @@ impl Machine {
                 took: match part == PartId::HOME {
                     true => thread.clock.as_ref().and_then(|clock| {
                         let time = clock.took()?;
-                        let pages = way.as_ref().map(|way| way.waited_for(clock.os_thread));
+                        let stood = way.as_ref().map(|way| way.stood(clock.os_thread));
                         Some(Took {
                             at_ns: here_ns,
                             time,
-                            pages: pages.unwrap_or_default(),
+                            stood: stood.unwrap_or_default(),
                         })
                     }),
                     false => self.shared.parts.taken(*tid, part),

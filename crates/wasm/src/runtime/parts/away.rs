@@ -171,8 +171,8 @@ impl Parts {
     ) {
         let mut inner = locked(&self.inner);
         inner.taken.retain(|_, (from, _)| *from != part);
-        let took = threads.into_iter().map(|(tid, time, pages)| {
-            let took = Took { at_ns, time, pages };
+        let took = threads.into_iter().map(|(tid, time, stood)| {
+            let took = Took { at_ns, time, stood };
             (tid, (part, took))
         });
         inner.taken.extend(took);

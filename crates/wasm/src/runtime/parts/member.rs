@@ -91,8 +91,8 @@ pub trait ToHome: Send + Sync {
     /// Says something to the home; does not wait for it.
     fn report(&self, report: Report);
 
-    /// As [`super::Members::waited_for`].
-    fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
+    /// As [`super::Members::stood`].
+    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
 }
 
 struct Shared {
@@ -295,8 +295,8 @@ impl Member {
                 let visitors = locked(&shared.visitors);
                 let threads = visitors.iter().filter_map(|(tid, visitor)| {
                     let clock = visitor.clock.get()?;
-                    let pages = shared.home.waited_for(clock.os_thread);
-                    Some((*tid, clock.took()?, pages))
+                    let stood = shared.home.stood(clock.os_thread);
+                    Some((*tid, clock.took()?, stood))
                 });
                 let threads = threads.collect();
                 drop(visitors);

@@ -167,7 +167,8 @@ pub enum Report {
     Times {
         /// When, in nanoseconds since this part began.
         at_ns: u64,
-        /// Of each, and the pages that it waited for, by the part that gave them.
+        /// Of each, and the microseconds that it stood at pages, by the part that gave
+        /// them.
         threads: Vec<(u32, CoreTime, BTreeMap<PartId, u64>)>,
     },
 }

@@ -57,7 +57,7 @@ pub trait Members: Send + Sync {
     /// the machine ends with it.
     fn order(&self, part: PartId, order: &Order);
 
-    /// Pages that an OS thread of this process waited for so far, by the part that gave
-    /// them.
-    fn waited_for(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
+    /// Microseconds that an OS thread of this process stood at pages so far, by the part
+    /// that gave them.
+    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
 }
