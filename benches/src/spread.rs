@@ -85,9 +85,9 @@ async fn rate(cluster: &LocalCluster, module: &[u8], args: &[&str], place: Place
     } else {
         "one"
     };
-    cluster.run(&Guest::new("work", node, module, args)).await?;
+    cluster.run(&Guest::new("job", node, module, args)).await?;
     let done = || async {
-        let output = cluster.output("one", "work").await?;
+        let output = cluster.output("one", "job").await?;
         anyhow::Ok(output.lines().count())
     };
     wait_for("it works", || async {
@@ -101,18 +101,18 @@ async fn rate(cluster: &LocalCluster, module: &[u8], args: &[&str], place: Place
             here: false,
         };
         client
-            .post::<_, serde_json::Value>("/v1/machines/work/parts", &request)
+            .post::<_, serde_json::Value>("/v1/machines/job/parts", &request)
             .await?;
         let to = serde_json::json!({ "to": "other" });
         client
-            .post::<_, serde_json::Value>("/v1/machines/work/threads/2/move", &to)
+            .post::<_, serde_json::Value>("/v1/machines/job/threads/2/move", &to)
             .await?;
     }
     tokio::time::sleep(SETTLE).await;
     let (begun, before) = (Instant::now(), done().await?);
     tokio::time::sleep(WINDOW).await;
     let (seconds, after) = (begun.elapsed().as_secs_f64(), done().await?);
-    cluster.end("one", "work").await?;
+    cluster.end("one", "job").await?;
     ensure!(after > before, "it stands still");
     Ok((after - before) as f64 / seconds)
 }

@@ -76,6 +76,16 @@ const fn out(at: usize, bytes: usize) -> Role {
     Role::Out { at, bytes, align }
 }
 
+/// Of a read: the number of its buffers follows their address.
+const fn scatter(at: usize, used: usize) -> Role {
+    let count = at + 1;
+    Role::Scatter { at, count, used }
+}
+
+const fn room(values: Values, used: Option<usize>) -> Role {
+    Role::Room { values, used }
+}
+
 const fn path(at: usize) -> Role {
     Role::In(bytes(at, at + 1))
 }
@@ -92,60 +102,17 @@ fn roles(function: Function) -> Option<&'static [Role]> {
         F::FdFilestatGet => const { &[out(1, 64)] },
         F::FdSeek => const { &[out(3, 8)] },
         F::FdTell => const { &[out(1, 8)] },
-        F::FdRead => {
-            const {
-                &[
-                    Role::Scatter {
-                        at: 1,
-                        count: 2,
-                        used: 3,
-                    },
-                    out(3, 4),
-                ]
-            }
-        }
-        F::FdPread => {
-            const {
-                &[
-                    Role::Scatter {
-                        at: 1,
-                        count: 2,
-                        used: 4,
-                    },
-                    out(4, 4),
-                ]
-            }
-        }
+        F::FdRead => const { &[scatter(1, 3), out(3, 4)] },
+        F::FdPread => const { &[scatter(1, 4), out(4, 4)] },
         F::FdWrite => const { &[Role::Gather { at: 1, count: 2 }, out(3, 4)] },
         F::FdPwrite => const { &[Role::Gather { at: 1, count: 2 }, out(4, 4)] },
-        F::FdReaddir => {
-            const {
-                &[
-                    Role::Room {
-                        values: bytes(1, 2),
-                        used: Some(4),
-                    },
-                    out(4, 4),
-                ]
-            }
-        }
+        F::FdReaddir => const { &[room(bytes(1, 2), Some(4)), out(4, 4)] },
         F::PathCreateDirectory | F::PathRemoveDirectory | F::PathUnlinkFile => const { &[path(1)] },
         F::PathFilestatGet => const { &[path(2), out(4, 64)] },
         F::PathFilestatSetTimes => const { &[path(2)] },
         F::PathLink => const { &[path(2), path(5)] },
         F::PathOpen => const { &[path(2), out(8, 4)] },
-        F::PathReadlink => {
-            const {
-                &[
-                    path(1),
-                    Role::Room {
-                        values: bytes(3, 4),
-                        used: Some(5),
-                    },
-                    out(5, 4),
-                ]
-            }
-        }
+        F::PathReadlink => const { &[path(1), room(bytes(3, 4), Some(5)), out(5, 4)] },
         F::PathRename => const { &[path(1), path(4)] },
         F::PathSymlink => const { &[path(0), path(3)] },
         F::PollOneoff => {
@@ -170,28 +137,9 @@ fn roles(function: Function) -> Option<&'static [Role]> {
                 ]
             }
         }
-        F::RandomGet => {
-            const {
-                &[Role::Room {
-                    values: bytes(0, 1),
-                    used: None,
-                }]
-            }
-        }
+        F::RandomGet => const { &[room(bytes(0, 1), None)] },
         F::SockAccept => const { &[out(2, 4)] },
-        F::SockRecv => {
-            const {
-                &[
-                    Role::Scatter {
-                        at: 1,
-                        count: 2,
-                        used: 4,
-                    },
-                    out(4, 4),
-                    out(5, 2),
-                ]
-            }
-        }
+        F::SockRecv => const { &[scatter(1, 4), out(4, 4), out(5, 2)] },
         F::SockSend => const { &[Role::Gather { at: 1, count: 2 }, out(4, 4)] },
         _ => return None,
     })
