@@ -65,6 +65,13 @@ async fn moves_are_foretold_and_compared() {
         assert!(predicted.total_micros.low <= predicted.total_micros.high);
         assert_eq!(predicted.learned_from as usize, number / 2);
         assert!(report.line().contains("foretold"), "{}", report.line());
+        // What comes next can be asked for at once.
+        let back = if to == "a" { "b" } else { "a" };
+        let next: DryRun = client
+            .post("/v1/machines/writer/dry-run", &request(back))
+            .await
+            .expect("a prediction right after a move");
+        assert_eq!(next.refusal, None, "{number}");
     }
     let learned: DryRun = client
         .post("/v1/machines/writer/dry-run", &request("b"))

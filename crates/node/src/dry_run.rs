@@ -69,7 +69,7 @@ pub(crate) async fn dry_run(
     target: &NodeName,
     budget: Option<Duration>,
 ) -> Result<DryRun, OperateError> {
-    let found = record::get(&*agent.store, machine).await?;
+    let found = record::settled(&*agent.store, machine).await?;
     let record = found.record;
     if record.status != Status::Running {
         return Err(OperateError::Conflict(format!(

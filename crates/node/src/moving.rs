@@ -36,8 +36,6 @@ use tokio::sync::{mpsc, watch};
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause between attempts to settle what is unknown.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
-/// How long a machine that just arrived may take to be known to run.
-const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long the word may be on its way that the target has all memory.
 const LAST_WORD_PATIENCE: Duration = Duration::from_secs(1);
 /// How long freezing and sending the rest may take.
@@ -105,7 +103,9 @@ pub(crate) async fn begin(
     order: &MoveOrder,
 ) -> Result<mpsc::Receiver<MoveLine>, String> {
     let target = &order.target;
-    let found = settled(agent, machine).await?;
+    let found = record::settled(&*agent.store, machine)
+        .await
+        .map_err(|error| error.to_string())?;
     let record = found.record;
     if record.owner != agent.name {
         return Err(format!(
@@ -248,21 +248,6 @@ pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker, 
     driver.carry_on(commands.into()).await;
     agent.moves().remove(&machine);
     over_sender.send_replace(true);
-}
-
-/// A machine's record, once a move that brought it here is over.
-async fn settled(agent: &Agent, machine: &MachineName) -> Result<record::Found, String> {
-    let deadline = Instant::now() + SETTLE_PATIENCE;
-    loop {
-        let found = record::get(&*agent.store, machine)
-            .await
-            .map_err(|error| error.to_string())?;
-        let arriving = matches!(found.record.status, Status::Arriving { .. });
-        if !arriving || Instant::now() > deadline {
-            return Ok(found);
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 fn new_report(record: &Record, target: &NodeName) -> MoveReport {

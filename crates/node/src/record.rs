@@ -4,11 +4,17 @@
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{KeyValue, Revision, Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName, Store, StoreError};
-use keel_machine::spec::Record;
+use keel_machine::spec::{Record, Status};
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// How often a change is tried again that another one got ahead of.
 const ATTEMPTS_MAX: u32 = 16;
+/// How long a machine that has just come may take to say that it goes on.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked at until then.
+const SETTLE_EVERY: Duration = Duration::from_millis(5);
 
 /// What a node says of itself, at `node/NAME`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +69,24 @@ pub(crate) async fn get(store: &dyn Store, machine: &MachineName) -> Result<Foun
     match store.get(&key).await? {
         Some(entry) => found(&entry),
         None => Err(RecordError::NoMachine(machine.to_string())),
+    }
+}
+
+/// A machine's record, once a move that brought it where it is has been written down
+/// as over. Whoever moved it knows that it went on before the store does; what that
+/// user asks for next is not to be refused for it.
+pub(crate) async fn settled(
+    store: &dyn Store,
+    machine: &MachineName,
+) -> Result<Found, RecordError> {
+    let deadline = Instant::now() + SETTLE_PATIENCE;
+    loop {
+        let found = get(store, machine).await?;
+        let arriving = matches!(found.record.status, Status::Arriving { .. });
+        if !arriving || Instant::now() > deadline {
+            return Ok(found);
+        }
+        tokio::time::sleep(SETTLE_EVERY).await;
     }
 }
 
@@ -160,4 +184,82 @@ pub(crate) async fn alive(store: &dyn Store) -> Result<Vec<NodeName>, StoreError
             _ => None,
         })
         .collect())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use keel_cluster::Epoch;
+    use keel_cluster::store::{RedbOptions, RedbStore};
+    use keel_machine::restart::Restart;
+    use keel_machine::spec::{Balancing, Spec};
+    use std::sync::Arc;
+
+    /// One that runs.
+    pub(crate) fn record(name: MachineName, owner: NodeName) -> Record {
+        Record {
+            name,
+            owner,
+            spec: Spec {
+                module: String::new(),
+                args: vec!["m".into()],
+                env: Vec::new(),
+                volumes: Vec::new(),
+                memory_bytes: 1 << 20,
+                threads_max: 1,
+                cpu_limit_millis: None,
+                output_bytes_per_s: 1 << 20,
+                remove_at_end: false,
+                restart: Restart::No,
+                checkpoints: None,
+                balancing: Balancing::default(),
+            },
+            epoch: Epoch::default(),
+            status: Status::Running,
+            since_unix_ms: 0,
+            started_unix_ms: 0,
+            stop_wanted: false,
+            restarts: 0,
+            created_unix_ms: 0,
+            paused: None,
+            origin: None,
+            reports: Vec::new(),
+        }
+    }
+
+    /// A user who was told that a machine moved asks for the next thing before its new
+    /// node has written down that it goes on.
+    #[tokio::test]
+    async fn what_has_just_come_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("store.redb");
+        let store = Arc::new(RedbStore::open(&file, RedbOptions::default()).unwrap());
+        let name: MachineName = "m".parse().unwrap();
+        let key = Key::Machine(name.clone());
+        let write = |record: Record| {
+            let txn = Txn::new().put(key.clone(), encode(&record).unwrap());
+            let store = store.clone();
+            async move { store.txn(txn).await.unwrap() }
+        };
+        assert!(matches!(
+            settled(&*store, &name).await,
+            Err(RecordError::NoMachine(_))
+        ));
+        let runs = record(name.clone(), "b".parse().unwrap());
+        let from = "a".parse().unwrap();
+        write(Record {
+            status: Status::Arriving { from },
+            ..runs.clone()
+        })
+        .await;
+        let asked = tokio::spawn({
+            let (store, name) = (store.clone(), name.clone());
+            async move { settled(&*store, &name).await }
+        });
+        tokio::time::sleep(SETTLE_EVERY * 4).await;
+        assert!(!asked.is_finished(), "it was not waited for");
+        write(runs).await;
+        let found = asked.await.unwrap().unwrap();
+        assert_eq!(found.record.status, Status::Running);
+    }
 }

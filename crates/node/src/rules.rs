@@ -444,11 +444,9 @@ pub(crate) fn check_label(label: &str, value: &str) -> Result<(), OperateError> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::tests::record;
     use keel_balance::rules::{Domain, Says, Selector};
-    use keel_cluster::Epoch;
     use keel_cluster::store::{Change, RedbOptions, RedbStore};
-    use keel_machine::restart::Restart;
-    use keel_machine::spec::{Spec, Status};
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
     use std::sync::Arc;
@@ -502,37 +500,6 @@ mod tests {
             rule("lic", Says::Licence { nodes_max: 3 }),
             rule("pin", Says::Pin { nodes: pinned }),
         ]
-    }
-
-    fn record(name: MachineName, owner: NodeName) -> Record {
-        Record {
-            name,
-            owner,
-            spec: Spec {
-                module: String::new(),
-                args: vec!["m".into()],
-                env: Vec::new(),
-                volumes: Vec::new(),
-                memory_bytes: 1 << 20,
-                threads_max: 1,
-                cpu_limit_millis: None,
-                output_bytes_per_s: 1 << 20,
-                remove_at_end: false,
-                restart: Restart::No,
-                checkpoints: None,
-                balancing: keel_machine::spec::Balancing::default(),
-            },
-            epoch: Epoch::default(),
-            status: Status::Running,
-            since_unix_ms: 0,
-            started_unix_ms: 0,
-            stop_wanted: false,
-            restarts: 0,
-            created_unix_ms: 0,
-            paused: None,
-            origin: None,
-            reports: Vec::new(),
-        }
     }
 
     /// Places or moves a machine as agents do: claims, then one transaction.

@@ -26,6 +26,7 @@ pub(crate) async fn set(
     request: &SetRequest,
 ) -> Result<(), OperateError> {
     check(request)?;
+    record::settled(&*agent.store, machine).await?;
     // One at a time: two would undo each other at the worker.
     let _setting = agent.setting.lock().await;
     if agent.moves().contains_key(machine) {
