@@ -88,6 +88,7 @@ fn begin(
         segment_pages: 512,
         hold: Duration::from_micros(100),
         seed: me as u64,
+        room_bytes: None,
     };
     Ok(Pages::begin(
         setup,

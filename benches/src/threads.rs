@@ -9,7 +9,7 @@
 
 use crate::table::{Table, percentile};
 use anyhow::{Context, Result, ensure};
-use keel_machine::span::{PartId, Spread, Within};
+use keel_machine::span::{Keeps, PartId, Spread, Within};
 use keel_wasi::{Config, Wasi};
 use keel_wasm::runtime::parts::Spawning;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options};
@@ -51,6 +51,7 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
     let how = Spread {
         spawning: Spawning::Here,
         patience: LIMIT,
+        keeps: Keeps::default(),
     };
     let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;
     let member = parts.members().first().context("a member")?;
@@ -168,6 +169,7 @@ fn counted(address: &str) -> Result<f64> {
     let how = Spread {
         spawning: Spawning::Even,
         patience: LIMIT,
+        keeps: Keeps::default(),
     };
     let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;
     let begun = Instant::now();

@@ -583,6 +583,23 @@ pub struct PartInfo {
     pub node: String,
     /// Threads that run there.
     pub threads: u32,
+    /// What it has of the memory, as it told last; not known where it told nothing yet, or
+    /// the machine is on one node.
+    #[serde(default)]
+    pub memory: Option<PartMemoryInfo>,
+}
+
+/// What a part has of a machine's memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartMemoryInfo {
+    /// Bytes that are there, with copies of what others have.
+    pub resident_bytes: u64,
+    /// What it keeps at most, while others have room.
+    pub limit_bytes: Option<u64>,
+    /// Bytes that it gave away so far because they were too much.
+    pub given_bytes: u64,
+    /// Bytes of copies that it dropped for the same reason.
+    pub dropped_bytes: u64,
 }
 
 /// A thread of a machine.

@@ -36,6 +36,9 @@ const OBJECT_BYTES_MIN: u64 = 1 << 20;
 const OBJECTS_AT_ONCE: usize = 32;
 /// Share of what a part may keep to which it is filled: what it uses next has room.
 const FILLED: f64 = 0.9;
+/// Of what a part may keep so much is there when some of it is to go: before the part
+/// itself has to give away what comes first to hand.
+const FULL: f64 = 0.95;
 /// Share of what it would run alone that it must run with its parts: less is a loss, and
 /// what is between may be noise.
 const WORTH: f64 = 0.9;
@@ -279,7 +282,7 @@ fn spread(scene: &Scene, policy: &Policy) -> Option<Choice> {
         .collect();
     let memory = scene.parts.first().and_then(|part| part.memory_bytes);
     let over = match (memory, scene.part_memory_bytes) {
-        (Some(has), Some(most)) if has > most => Some((has, most)),
+        (Some(has), Some(most)) if is_full(has, most) => Some((has, most)),
         _ => None,
     };
     let pressed = steadily(&home.loads, policy.pressed_load) && home.side.pressed;
@@ -679,10 +682,15 @@ fn load_after(load: Option<f64>, less: f64) -> f64 {
 
 // ── objects ─────────────────────────────────────────────────────────────
 
+/// Whether a part has about as much as it may keep.
+pub fn is_full(has_bytes: u64, most_bytes: u64) -> bool {
+    has_bytes as f64 > most_bytes as f64 * FULL
+}
+
 /// Bytes that a part is to give away, and why.
 fn surplus(scene: &Scene, part: &Part, policy: &Policy) -> Option<(u64, String)> {
     let has = part.memory_bytes?;
-    if let Some(most) = scene.part_memory_bytes.filter(|most| has > *most) {
+    if let Some(most) = scene.part_memory_bytes.filter(|most| is_full(has, *most)) {
         let rest = (most as f64 * FILLED) as u64;
         let why = format!(
             "the part on {} has {:.1} MiB, and keeps {:.1} MiB at most",

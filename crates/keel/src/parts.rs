@@ -7,7 +7,8 @@ use anyhow::{Result, bail};
 use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
-    Client, ClientError, ObjectInfo, ObjectMoved, PartsInfo, SpanRequest, ThreadInfo, ThreadMove,
+    Client, ClientError, ObjectInfo, ObjectMoved, PartMemoryInfo, PartsInfo, SpanRequest,
+    ThreadInfo, ThreadMove,
 };
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -53,13 +54,21 @@ fn show_parts(reach: &Reach, info: &PartsInfo) -> Result<()> {
     output::list(
         reach.format(),
         &info.parts,
-        &["part", "node", "threads", "role"],
+        &["part", "node", "threads", "memory", "keeps", "gave", "role"],
         |part| part.part.to_string(),
         |part| {
+            // (What is not known, or has no limit.)
+            let of_memory = |get: &dyn Fn(&PartMemoryInfo) -> Option<u64>| {
+                let bytes = part.memory.as_ref().and_then(get);
+                bytes.map_or_else(|| "-".into(), output::bytes)
+            };
             vec![
                 part.part.to_string(),
                 part.node.clone(),
                 part.threads.to_string(),
+                of_memory(&|it| Some(it.resident_bytes)),
+                of_memory(&|it| it.limit_bytes),
+                of_memory(&|it| Some(it.given_bytes + it.dropped_bytes)),
                 if part.part == 0 { "home" } else { "member" }.into(),
             ]
         },

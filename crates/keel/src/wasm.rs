@@ -3,7 +3,7 @@
 
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result};
-use keel_machine::span::{Spread, Within};
+use keel_machine::span::{Keeps, Spread, Within};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, FdSink, HostClock, Input, Preopen, Source, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
@@ -68,6 +68,9 @@ pub(crate) struct Args {
     /// are. With `--shake` threads move between parts too.
     #[arg(long, value_name = "N", conflicts_with = "plain", value_parser = clap::value_parser!(u8).range(1..=64))]
     parts: Option<u8>,
+    /// Memory that each of them keeps at most, while others have room.
+    #[arg(long, value_name = "SIZE", requires = "parts", value_parser = crate::size::parse)]
+    part_memory: Option<u64>,
     /// Seed of random numbers: the program's, and of `--shake`.
     #[arg(long)]
     seed: Option<u64>,
@@ -117,6 +120,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
                 let how = Spread {
                     spawning: Spawning::Even,
                     patience: PATIENCE,
+                    keeps: Keeps {
+                        part_bytes: args.part_memory,
+                        room_bytes: None,
+                    },
                 };
                 Within::begin(&machine, count.into(), args.memory, how)
                     .with_context(|| format!("{name} cannot run as {count} parts"))

@@ -191,6 +191,34 @@ fn programs_with_threads() {
     assert!(full.stderr.contains("no memory for 64 MiB"), "{full:?}");
 }
 
+/// Programs with more memory than any of their parts may keep, also with less room in all
+/// than they need.
+#[test]
+fn parts_that_keep_little() {
+    let cases: [(&str, &[&str], &str); 4] = [
+        ("mapreduce", &["4", "16", "2"], "8M"),
+        ("mapreduce", &["3", "8", "2"], "2M"),
+        ("matrix", &["4", "300", "3"], "2M"),
+        ("zstd", &["4", "2", "3072"], "12M"),
+    ];
+    for (name, args, most) in cases {
+        let plain = run(&["--plain"], name, args);
+        assert_eq!(plain.code, Some(0), "{plain:?}");
+        let options = ["--parts", "3", "--part-memory", most];
+        let parts = run(
+            &[&options[..], &["--shake", "100", "--seed", "6"]].concat(),
+            name,
+            args,
+        );
+        assert_same(&plain, &parts, &format!("{name}, {most} a part"));
+    }
+    let alone = keel()
+        .args(["wasm", "--part-memory", "8M"])
+        .arg(guest("counter"))
+        .output();
+    assert_eq!(alone.unwrap().status.code(), Some(2));
+}
+
 /// Many threads, captured as often as it goes, with many seeds.
 #[test]
 fn threads_at_a_high_rate() {

@@ -124,9 +124,12 @@ async fn a_machine_that_runs_out_of_memory_is_named() {
     assert_eq!(counted.memory_limit_bytes, Some(limit));
     assert!(counted.memory_bytes > Some(0) && counted.memory_peak_bytes >= counted.memory_bytes);
     // What this agent did not start is found, bounded and named as well.
+    let group = Group::load(&bench.worker_folder("eater")).expect("a group");
+    group.limit_memory(limit / 2).expect("another limit");
     bench.cluster.kill_agent("a").unwrap();
-    wait_for("the agent is back", || async {
-        bench.cluster.inspect("a", "eater").await.ok()?.cgroup
+    wait_for("the agent is back, and has bounded it", || async {
+        let counted = bench.cluster.inspect("a", "eater").await.ok()?.cgroup;
+        (counted?.memory_limit_bytes == Some(limit)).then_some(())
     })
     .await
     .unwrap();

@@ -314,6 +314,21 @@ async fn memory_that_rests_goes_where_it_fits() {
     })
     .await
     .expect("it goes on");
+    // What it keeps can be changed meanwhile: no part has more within a moment, copies
+    // included.
+    said(&cluster, &["set", "hot", "--part-memory", "24M"]);
+    let most = 24 << 20;
+    wait_for("no part has more than that", || async {
+        let path = "/v1/machines/hot/parts";
+        let parts: PartsInfo = cluster.client("a").get(path).await.ok()?;
+        let fits = parts.parts.iter().all(|part| {
+            let memory = part.memory.as_ref();
+            memory.is_some_and(|it| it.limit_bytes == Some(most) && it.resident_bytes <= most)
+        });
+        (fits && parts.parts.len() == 3).then_some(())
+    })
+    .await
+    .expect("it fits");
     cluster.end("a", "hot").await.expect("it ends");
 }
 

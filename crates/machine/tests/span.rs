@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use keel_cluster::Epoch;
-use keel_machine::span::{Ends, Hello, Pages, Setup, SpanError};
+use keel_machine::span::{Ends, Hello, PART_BYTES_MIN, Pages, Setup, SpanError};
 use keel_net::{ClientTls, PinnedIdentity, ServerTls};
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
@@ -127,6 +127,7 @@ fn parts(count: usize, pages: u64, hold: Duration, first: &[u8]) -> Vec<Part> {
                 segment_pages: 16,
                 hold,
                 seed: 5 + me as u64,
+                room_bytes: None,
             };
             let pages = Pages::begin(setup, ends, Arc::new(())).unwrap();
             Part { memories, pages }
@@ -494,4 +495,152 @@ fn strangers_are_refused() {
             assert!(error.contains("where"), "{error}");
         });
     }
+}
+
+/// Bytes of the machine's memory that are at each of these parts.
+fn residents(parts: &[Part]) -> Vec<u64> {
+    let of = |part: &Part| part.memories[0].resident_bytes().unwrap();
+    parts.iter().map(of).collect()
+}
+
+/// What is beyond the limit is given away, whoever brings it there, and nothing is lost.
+#[test]
+fn a_part_keeps_what_it_may() {
+    const PAGES: u64 = 1024;
+    let limit = 3 * PART_BYTES_MIN / 2;
+    let most = limit + limit / 8;
+    let bytes: Vec<u8> = (0..PAGES * PAGE_BYTES)
+        .map(|at| (at * 7 / 3) as u8)
+        .collect();
+    let parts = parts(3, PAGES, HOLD, &bytes);
+    assert_eq!(residents(&parts)[0], PAGES * PAGE_BYTES);
+    parts[0].pages.limit_parts(Some(limit)).unwrap();
+    until("no part has more", || {
+        residents(&parts).iter().all(|bytes| *bytes <= limit)
+    });
+    until("it is counted", || {
+        let told = parts[0].pages.memory_of_parts();
+        told[&part(0)].given_bytes >= PAGES * PAGE_BYTES - limit
+    });
+    let told = parts[0].pages.memory_of_parts();
+    assert_eq!(told[&part(2)].limit_bytes, Some(limit));
+    // All is read at each part: copies come, and go again.
+    for reader in &parts {
+        for page in 0..PAGES {
+            let expected = u64::from_le_bytes(
+                bytes[(page * PAGE_BYTES) as usize..][..8]
+                    .try_into()
+                    .unwrap(),
+            );
+            let word = reader.word(page * PAGE_BYTES);
+            assert_eq!(word.load(Ordering::SeqCst), expected, "page {page}");
+        }
+        let there = reader.memories[0].resident_bytes().unwrap();
+        assert!(there <= most, "{there} of {limit}");
+    }
+    let dropped: u64 = parts[0]
+        .pages
+        .memory_of_parts()
+        .values()
+        .map(|it| it.dropped_bytes)
+        .sum();
+    assert!(dropped > limit, "{dropped}");
+    // And written.
+    for (number, writer) in parts.iter().enumerate() {
+        for page in 0..PAGES {
+            writer
+                .word(page * PAGE_BYTES + 8 * number as u64)
+                .store(page, Ordering::SeqCst);
+        }
+        let there = writer.memories[0].resident_bytes().unwrap();
+        assert!(there <= most, "{there} of {limit}");
+    }
+    for number in 0..3 {
+        for page in 0..PAGES {
+            assert_eq!(parts[1].host_read(page * PAGE_BYTES + 8 * number), page);
+        }
+    }
+    // Without a limit it comes back and stays.
+    parts[0].pages.limit_parts(None).unwrap();
+    parts[2]
+        .pages
+        .move_pages(0, 0..PAGES * PAGE_BYTES, part(0))
+        .unwrap();
+    until("all is back", || {
+        residents(&parts) == [PAGES * PAGE_BYTES, 0, 0]
+    });
+    assert!(parts.iter().all(|part| part.pages.failure().is_none()));
+}
+
+/// Where nobody has room, all stays where it is, and goes on; nobody gives to and fro.
+#[test]
+fn without_room_elsewhere_a_part_keeps_what_it_has() {
+    const PAGES: u64 = 1024;
+    let parts = parts(3, PAGES, HOLD, &vec![9; (PAGES * PAGE_BYTES) as usize]);
+    parts[0].pages.limit_parts(Some(PART_BYTES_MIN)).unwrap();
+    let given = || -> u64 {
+        let told = parts[0].pages.memory_of_parts();
+        told.values().map(|it| it.given_bytes).sum()
+    };
+    until("others are full", || {
+        residents(&parts)[1..]
+            .iter()
+            .all(|bytes| *bytes >= PART_BYTES_MIN * 15 / 16)
+            && parts.iter().all(|part| part.pages.is_quiet())
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    let before = given();
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(given(), before);
+    assert_eq!(residents(&parts).iter().sum::<u64>(), PAGES * PAGE_BYTES);
+    // A thread that needs all of it goes on, too.
+    let sums = on([&parts[1]], |part| {
+        (0..PAGES)
+            .map(|page| part.word(page * PAGE_BYTES).load(Ordering::SeqCst) & 1)
+            .sum::<u64>()
+    });
+    assert_eq!(sums, [PAGES]);
+    assert!(parts.iter().all(|part| part.pages.failure().is_none()));
+}
+
+/// Random accesses by all parts, guests and hosts, while each gives away what is too much.
+#[test]
+fn everybody_reads_what_he_wrote_while_parts_are_full() {
+    const PAGES: u64 = 900;
+    let parts = parts(4, PAGES, Duration::from_micros(30), &[]);
+    parts[0].pages.limit_parts(Some(PART_BYTES_MIN)).unwrap();
+    let number = AtomicU32::new(0);
+    let run = |part: &Part| {
+        let me = u64::from(number.fetch_add(1, Ordering::Relaxed));
+        let mut rng = SmallRng::seed_from_u64(77 + me);
+        let mut mine = vec![0u64; PAGES as usize];
+        for round in 1..3000u64 {
+            let page = rng.random_range(0..PAGES);
+            let at = page * PAGE_BYTES + me * 16;
+            match rng.random_range(0..4) {
+                0..2 => {
+                    part.word(at).store(round, Ordering::Relaxed);
+                    mine[page as usize] = round;
+                }
+                2 => {
+                    part.pages.write(0, at, &round.to_le_bytes(), LONG).unwrap();
+                    mine[page as usize] = round;
+                }
+                _ => assert_eq!(part.word(at).load(Ordering::Relaxed), mine[page as usize]),
+            }
+        }
+        (me, mine)
+    };
+    let all = on(parts.iter().chain(&parts), run);
+    for (me, mine) in all {
+        for (page, value) in mine.iter().enumerate() {
+            assert_eq!(
+                parts[2].host_read(page as u64 * PAGE_BYTES + me * 16),
+                *value
+            );
+        }
+    }
+    let told = parts[0].pages.memory_of_parts();
+    assert!(told.values().all(|it| it.given_bytes > 0), "{told:?}");
+    assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }

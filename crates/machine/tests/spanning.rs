@@ -2,7 +2,7 @@
 //! and move between them give what they give alone; what goes wrong at one part ends the
 //! whole by name.
 
-use keel_machine::span::{SpanError, Spread, Within};
+use keel_machine::span::{Keeps, SpanError, Spread, Within};
 use keel_wasi::{Config, MemorySink, Wasi};
 use keel_wasm::coherence::PartId;
 use keel_wasm::runtime::parts::Spawning;
@@ -59,6 +59,7 @@ impl Running {
         let how = Spread {
             spawning: Spawning::Even,
             patience: LONG,
+            keeps: Keeps::default(),
         };
         Within::begin(&self.machine, count, MEMORY_BYTES, how).unwrap()
     }

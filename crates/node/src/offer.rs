@@ -200,6 +200,18 @@ pub(crate) async fn check_room(
     machine: &MachineName,
     memory_pages: &[u64],
 ) -> Result<(), String> {
+    let (available, promised) = available(agent, machine).await?;
+    room(memory_pages, available, promised)
+}
+
+/// Bytes of memory that are free here for a machine.
+pub(crate) async fn room_bytes(agent: &Agent, machine: &MachineName) -> Result<u64, String> {
+    let (available, promised) = available(agent, machine).await?;
+    Ok(available.saturating_sub(promised))
+}
+
+/// Bytes that are free here, and of them those that other arriving machines were promised.
+async fn available(agent: &Agent, machine: &MachineName) -> Result<(u64, u64), String> {
     let listing = agent
         .store
         .list(&keys::reservations_of(&agent.name))
@@ -214,7 +226,7 @@ pub(crate) async fn check_room(
         .map(|reservation: Reservation| reservation.bytes)
         .fold(0, u64::saturating_add);
     let available = memory_available_bytes().saturating_sub(SPARE_BYTES);
-    room(memory_pages, available, promised)
+    Ok((available, promised))
 }
 
 /// Whether memories (in 64 KiB pages) fit. What has arrived of a promised machine

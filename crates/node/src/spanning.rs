@@ -21,7 +21,9 @@ use crate::operate::{self, OperateError, Operation};
 use crate::service::kind as node_kind;
 use crate::workers::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker, is_older};
 use futures::future::{join_all, try_join_all};
-use keel_api::{EventKind, ObjectInfo, PartInfo, PartsInfo, SpanRequest, ThreadInfo};
+use keel_api::{
+    EventKind, ObjectInfo, PartInfo, PartMemoryInfo, PartsInfo, SpanRequest, ThreadInfo,
+};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, Spawning};
 use keel_machine::spec::{Spawn, Spec};
@@ -46,6 +48,8 @@ pub(crate) const PATIENCE: Duration = COMPILE_PATIENCE;
 /// it may be arriving, or a part of its memory may still be to come.
 const APART_TRIES: u32 = 60;
 const APART_AGAIN: Duration = Duration::from_secs(1);
+/// A node with less room for memory takes no part.
+const ROOM_BYTES_MIN: u64 = 16 << 20;
 /// How long a member's process is waited for at a time.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
@@ -101,6 +105,14 @@ pub(crate) async fn ready(
     if !missing.is_empty() {
         return Err(format!("this node's CPU lacks {}", missing.join(", ")));
     }
+    let room = crate::offer::room_bytes(agent, &offer.machine).await?;
+    if room < ROOM_BYTES_MIN {
+        return Err(format!(
+            "it has room for {} MiB of memory, and a part begins with {} MiB",
+            room >> 20,
+            ROOM_BYTES_MIN >> 20
+        ));
+    }
     let program = crate::service::find_program(agent, owner, &offer.program).await?;
     let name = format!("part-{:016x}", rand::random::<u64>());
     let name = MachineName::new(&name).map_err(|error| error.to_string())?;
@@ -115,6 +127,7 @@ pub(crate) async fn ready(
     };
     let ready = ReadyPart {
         machine: offer.machine,
+        room_bytes: (room < offer.spec.memory_bytes).then_some(room),
         spec: offer.spec,
         program,
         me: offer.me,
@@ -325,7 +338,14 @@ pub(crate) async fn span(
     }
     let spans = match refused {
         Some(why) => Err(Unmet::certain(OperateError::Conflict(why))),
-        None => meet(agent, &worker, epoch, &members, &ready, spawning).await,
+        None => {
+            let own = own_room(agent, machine, &spec, found.memory_bytes).await;
+            let how = How {
+                spawning,
+                room_bytes: own,
+            };
+            meet(agent, &worker, epoch, &members, &ready, how).await
+        }
     };
     let stood = match spans {
         Ok(stood) => stood,
@@ -385,6 +405,28 @@ impl Unmet {
     }
 }
 
+/// How a home is to span.
+struct How {
+    spawning: Spawning,
+    room_bytes: Option<u64>,
+}
+
+/// What the home can keep here: what it has, and what is free beside; `None` if that is
+/// all that the machine may have, or not known.
+async fn own_room(
+    agent: &Agent,
+    machine: &MachineName,
+    spec: &Spec,
+    has_bytes: u64,
+) -> Option<u64> {
+    let free = crate::offer::room_bytes(agent, machine).await;
+    let free = free
+        .inspect_err(|error| tracing::warn!(%machine, error, "its home keeps all that comes"))
+        .ok()?;
+    let room = has_bytes.saturating_add(free);
+    (room < spec.memory_bytes).then_some(room)
+}
+
 /// All parts meet; microseconds that the machine stood still.
 async fn meet(
     agent: &Arc<Agent>,
@@ -392,7 +434,7 @@ async fn meet(
     epoch: Epoch,
     members: &BTreeMap<PartId, NodeName>,
     ready: &BTreeMap<PartId, ReadyMember>,
-    spawning: Spawning,
+    how: How,
 ) -> Result<u64, Unmet> {
     let parts = members
         .keys()
@@ -419,7 +461,8 @@ async fn meet(
     let span = Span {
         join: join.clone(),
         nodes,
-        spawning,
+        spawning: how.spawning,
+        room_bytes: how.room_bytes,
     };
     let joins = ready.iter().filter_map(|(part, member)| {
         let node = members.get(part)?;
@@ -647,6 +690,12 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
             part: part.number() as u32,
             node: node.to_string(),
             threads: threads.count() as u32,
+            memory: report.memory.get(part).map(|memory| PartMemoryInfo {
+                resident_bytes: memory.resident_bytes,
+                limit_bytes: memory.limit_bytes,
+                given_bytes: memory.given_bytes,
+                dropped_bytes: memory.dropped_bytes,
+            }),
         }
     });
     let threads = report.threads.iter().map(|thread| ThreadInfo {

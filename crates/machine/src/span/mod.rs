@@ -9,12 +9,14 @@
 //! - `peer`: the connections to another part
 //! - `meet`: how parts find each other
 //! - `pages`: the part's pages
+//! - `keep`: which pages leave a part that has too many
 //! - `ahead`: which pages are asked for before they are touched
 //! - `threads`: a machine that spans, at its home and at its members
 //! - `within`: all parts of a machine in one process
 //! - `spin`: whether to look again rather than to sleep
 
 mod ahead;
+mod keep;
 mod meet;
 mod pages;
 mod peer;
@@ -27,7 +29,10 @@ pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 pub use keel_wasm::runtime::parts::Spawning;
 pub use keel_wasm::runtime::{CoreTime, Took};
 pub use meet::{MeetError, Meeting, Place};
-pub use pages::{BeginError, Latency, Listener, Object, Pages, Setup, SpanError, Teller};
+pub use pages::{
+    BeginError, Latency, Listener, Object, PART_BYTES_MIN, Pages, PartMemory, Setup, SpanError,
+    Teller,
+};
 pub use peer::{Ends, Hello, PeerError};
-pub use threads::{Home, MemberPart, SpanningError, Spread};
+pub use threads::{Home, Keeps, MemberPart, SpanningError, Spread};
 pub use within::{Within, WithinError};

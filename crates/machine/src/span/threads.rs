@@ -56,6 +56,18 @@ pub struct Spread {
     pub spawning: Spawning,
     /// How long its threads may take to a safepoint.
     pub patience: Duration,
+    /// How much memory its parts keep.
+    pub keeps: Keeps,
+}
+
+/// How much of a machine's memory parts keep, at most, while others have room for the
+/// rest; all that is there by default.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Keeps {
+    /// Each of them, in bytes.
+    pub part_bytes: Option<u64>,
+    /// The one that is told: what its host has room for, in bytes.
+    pub room_bytes: Option<u64>,
 }
 
 /// Ends a machine that loses a part, and says what the parts say to it.
@@ -152,13 +164,17 @@ impl Home {
             failure: Arc::clone(&failure),
             depends: depends.clone(),
         };
-        let setup = setup(PartId::HOME, members, machine.memories());
+        let setup = Setup {
+            room_bytes: how.keeps.room_bytes,
+            ..setup(PartId::HOME, members, machine.memories())
+        };
         let spans = Pages::begin(setup, ends, Arc::new(listener))
             .map_err(SpanningError::from)
             .and_then(|pages| {
                 let way = Arc::new(Way(pages.teller()));
                 let set = machine.set_members(members.iter().collect(), Some(way), how.spawning);
                 depends.store(set.is_ok(), Ordering::Release);
+                pages.limit_parts(how.keeps.part_bytes)?;
                 match (set, pages.failure()) {
                     (Ok(()), None) => Ok(pages),
                     (set, lost) => {
@@ -225,6 +241,8 @@ impl Home {
     /// The home, which still has its members and why; nothing goes to them any more, so it
     /// can only be tried again.
     pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, SpanningError)> {
+        // All that there is comes here, whatever this part would keep.
+        self.pages.keep_all(true);
         match self.try_alone(patience) {
             Ok(begun) => {
                 // First: members that end are no loss any more.
@@ -239,7 +257,10 @@ impl Home {
                 }
                 Ok(begun.elapsed())
             }
-            Err(error) => Err((Box::new(self), error)),
+            Err(error) => {
+                self.pages.keep_all(false);
+                Err((Box::new(self), error))
+            }
         }
     }
 
@@ -294,6 +315,7 @@ fn setup(me: PartId, members: PartSet, memories: &Arc<[Arc<GuestMemory>]>) -> Se
         segment_pages: SEGMENT_PAGES,
         hold: HOLD,
         seed: me.number() as u64 + 1,
+        room_bytes: None,
     }
 }
 
@@ -323,13 +345,14 @@ pub struct MemberPart {
 
 impl MemberPart {
     /// Begins to serve. Each of its memories may grow to `limit_bytes`; the home says how
-    /// large they are.
+    /// large they are. `room_bytes` is what this host has room for, if that is less.
     ///
     /// # Errors
     /// [`SpanningError`]; nothing of it is left then.
     pub fn begin(
         program: Arc<Program>,
         limit_bytes: u64,
+        room_bytes: Option<u64>,
         me: PartId,
         ends: BTreeMap<PartId, Ends>,
     ) -> Result<Self, SpanningError> {
@@ -339,7 +362,10 @@ impl MemberPart {
         let way = HomeWay(teller.clone());
         let member = Member::new(program, memories.clone(), Box::new(way));
         let members = ends.keys().copied().collect::<PartSet>().with(me);
-        let setup = setup(me, members.without(PartId::HOME), &memories);
+        let setup = Setup {
+            room_bytes,
+            ..setup(me, members.without(PartId::HOME), &memories)
+        };
         let pages = Pages::begin(setup, ends, Arc::new(MemberListener(member.clone())))
             .inspect_err(|_| member.end())?;
         // (Nobody else sets it.)

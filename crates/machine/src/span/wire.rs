@@ -10,7 +10,8 @@
 //! What is said of pages is a MESSAGE; with a page behind it that is PAGE, or ZEROS for
 //! one without anything in it. A NOTE is what home and members say of threads
 //! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
-//! BEGUN, between which other frames may come. GOODBYE is the last that a part says which
+//! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
+//! LIMIT (from the home) what each may keep. GOODBYE is the last that a part says which
 //! cannot go on: which part is to blame, and why, since the others will all be lost to
 //! each other in a moment.
 //!
@@ -20,6 +21,7 @@
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
+use super::pages::PartMemory;
 use bytes::{Buf, Bytes, BytesMut};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
@@ -42,6 +44,8 @@ const KIND_ZEROS: u16 = 4;
 const KIND_BEGUN: u16 = 5;
 const KIND_NOTE: u16 = 6;
 const KIND_GOODBYE: u16 = 7;
+const KIND_MEMORY: u16 = 8;
+const KIND_LIMIT: u16 = 9;
 /// Bytes of a note in one frame, so that pages need not wait for long ones.
 const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
@@ -95,6 +99,10 @@ pub(super) enum Parcel {
     Page(Message, PageBytes),
     /// About threads.
     Note(Vec<u8>),
+    /// What the part has of the memory.
+    Memory(PartMemory),
+    /// From the home: what a part keeps at most, in bytes.
+    Limit(Option<u64>),
     /// The part cannot go on.
     Goodbye {
         /// Who is to blame.
@@ -149,6 +157,8 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
         Parcel::Page(message, PageBytes::Zeros) => encode_page(message, &[0; PAGE], frames),
         Parcel::Page(message, PageBytes::Bytes(bytes)) => encode_page(message, bytes, frames),
         Parcel::Note(note) => encode_note(note, frames),
+        Parcel::Memory(memory) => frame_of(KIND_MEMORY, &postcard::to_stdvec(memory)?, &[], frames),
+        Parcel::Limit(limit) => frame_of(KIND_LIMIT, &postcard::to_stdvec(limit)?, &[], frames),
         Parcel::Goodbye { part, reason } => {
             let payload = postcard::to_stdvec(&(part, reason))?;
             frame_of(KIND_GOODBYE, &payload, &[], frames)
@@ -299,6 +309,8 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
             let page = PageBytes::Bytes(payload.slice_ref(page));
             Ok(Parcel::Page(data(message)?, page))
         }
+        KIND_MEMORY => Ok(Parcel::Memory(postcard::from_bytes(&payload)?)),
+        KIND_LIMIT => Ok(Parcel::Limit(postcard::from_bytes(&payload)?)),
         KIND_GOODBYE => {
             let (part, reason) = postcard::from_bytes(&payload)?;
             Ok(Parcel::Goodbye { part, reason })
@@ -349,6 +361,14 @@ mod tests {
                 at: part(1),
             }),
             Parcel::Note(Vec::new()),
+            Parcel::Memory(PartMemory {
+                resident_bytes: 1 << 33,
+                limit_bytes: Some(1 << 30),
+                given_bytes: 4096,
+                dropped_bytes: 0,
+            }),
+            Parcel::Limit(None),
+            Parcel::Limit(Some(u64::MAX)),
             Parcel::Goodbye {
                 part: part(3),
                 reason: "its process is gone".into(),
@@ -430,7 +450,7 @@ mod tests {
             (&page, KIND_MESSAGE),
             (&want, KIND_ZEROS),
             (&want, KIND_HELLO),
-            (&want, 9),
+            (&want, KIND_LIMIT + 1),
         ] {
             assert!(with_kind(frame, kind).is_err(), "{kind}");
         }

@@ -59,7 +59,7 @@ impl Within {
         let mut members = Vec::new();
         for (number, ends) in (1..).zip(ends) {
             let me = part(number)?;
-            let member = MemberPart::begin(program.clone(), limit_bytes, me, ends)?;
+            let member = MemberPart::begin(program.clone(), limit_bytes, None, me, ends)?;
             members.push(member);
         }
         let home = Home::begin(machine, home, how)?;

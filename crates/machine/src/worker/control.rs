@@ -4,7 +4,7 @@
 use crate::cgroup::GroupUsage;
 use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
-use crate::span::Place;
+use crate::span::{PartMemory, Place};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{Bytes, Fingerprint, RpcError};
@@ -452,6 +452,8 @@ pub struct ReadyPart {
     pub me: PartId,
     /// All, and where to listen.
     pub meet: MeetParts,
+    /// What its host has room for, in bytes, if that is less than the machine may have.
+    pub room_bytes: Option<u64>,
 }
 
 /// Who meets whom.
@@ -472,6 +474,9 @@ pub struct Span {
     pub nodes: BTreeMap<PartId, NodeName>,
     /// Where threads begin that it starts.
     pub spawning: Spawning,
+    /// What the home's host has room for, in bytes, if that is less than the machine may
+    /// have.
+    pub room_bytes: Option<u64>,
 }
 
 /// Where a thread is to go on.
@@ -522,6 +527,8 @@ pub struct PartsReport {
     pub nodes: BTreeMap<PartId, NodeName>,
     /// Its threads.
     pub threads: Vec<ThreadReport>,
+    /// What each part has of its memory, as it told last.
+    pub memory: BTreeMap<PartId, PartMemory>,
     /// How often threads at the home waited for pages, by powers of two of microseconds.
     pub waits: Vec<u64>,
 }

@@ -898,8 +898,10 @@ impl Worker {
         }
         machine.limit_cpu(spec.cpu_limit_millis);
         self.bound(memories, &spec);
-        self.inner().spec = Some(spec);
-        Ok(())
+        let part_bytes = spec.balancing.part_memory_bytes;
+        let mut inner = self.inner();
+        inner.spec = Some(spec);
+        inner.parts.limit(part_bytes).map_err(RpcError::failed)
     }
 
     /// Bounds this process's cgroup for a machine of so many memories.

@@ -11,7 +11,8 @@ use super::control::{
 };
 use super::process::Worker;
 use crate::span::{
-    Home, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError, SpanningError, Spread,
+    Home, Keeps, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError, SpanningError,
+    Spread,
 };
 use keel_cluster::{MachineName, NodeName};
 use keel_net::RpcError;
@@ -55,6 +56,7 @@ struct Ready {
     machine: MachineName,
     program: Arc<Program>,
     memory_bytes: u64,
+    room_bytes: Option<u64>,
     me: PartId,
 }
 
@@ -74,6 +76,14 @@ impl Parts {
                 nodes.join(", ")
             )
         })
+    }
+
+    /// What each of them keeps at most from now on, in bytes.
+    pub(super) fn limit(&self, part_bytes: Option<u64>) -> Result<(), SpanError> {
+        match &self.home {
+            Some(home) => home.pages().limit_parts(part_bytes),
+            None => Ok(()),
+        }
     }
 
     /// Ends it with the machine: why, if a part was lost.
@@ -139,7 +149,7 @@ impl Worker {
         let Ok(_tracking) = tracking else {
             return Err(failed("a checkpoint of it is being made; try again"));
         };
-        let (meeting, machine, name, epoch) = {
+        let (meeting, machine, name, epoch, part_bytes) = {
             let mut inner = self.inner();
             if inner.giving_away || inner.taking.is_some() {
                 return Err(failed("the machine is moving, or being kept; try again"));
@@ -149,7 +159,10 @@ impl Worker {
             let meeting = inner.parts.meeting.take();
             match (meeting, &inner.machine, &inner.name) {
                 (Some(meeting), Some(machine), Some(name)) => {
-                    (meeting, machine.clone(), name.clone(), inner.epoch)
+                    let spec = inner.spec.as_ref();
+                    let part_bytes = spec.and_then(|it| it.balancing.part_memory_bytes);
+                    let (machine, name) = (machine.clone(), name.clone());
+                    (meeting, machine, name, inner.epoch, part_bytes)
                 }
                 _ => return Err(failed("it is not to meet anybody")),
             }
@@ -163,6 +176,10 @@ impl Worker {
         let how = Spread {
             spawning: span.spawning,
             patience: FREEZE_PATIENCE,
+            keeps: Keeps {
+                part_bytes,
+                room_bytes: span.room_bytes,
+            },
         };
         let home = Home::begin(&machine, ends, how).map_err(failed)?;
         let stood = home.stood();
@@ -240,6 +257,10 @@ impl Worker {
                     likes: liked.get(&thread.tid).cloned(),
                 })
                 .collect(),
+            memory: match &inner.parts.home {
+                Some(home) => home.pages().memory_of_parts(),
+                None => BTreeMap::new(),
+            },
             waits: match &inner.parts.home {
                 Some(home) => home.pages().latency().buckets.to_vec(),
                 None => Vec::new(),
@@ -330,6 +351,7 @@ impl Worker {
             machine: ready.machine.clone(),
             program,
             memory_bytes: ready.spec.memory_bytes,
+            room_bytes: ready.room_bytes,
             me: ready.me,
         });
         drop(inner);
@@ -361,7 +383,8 @@ impl Worker {
             .meet(&ready.machine, join.epoch, &join.places, MEET_PATIENCE)
             .map_err(failed)
             .and_then(|ends| {
-                MemberPart::begin(ready.program, ready.memory_bytes, ready.me, ends)
+                let (limit, room) = (ready.memory_bytes, ready.room_bytes);
+                MemberPart::begin(ready.program, limit, room, ready.me, ends)
                     .map_err(|error: SpanningError| failed(error))
             });
         let member = Arc::new(begun?);

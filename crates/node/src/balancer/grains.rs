@@ -15,7 +15,7 @@ use futures::future::join_all;
 use keel_api::{EventKind, SpanRequest};
 use keel_balance::Name;
 use keel_balance::grains::{
-    Choice, Drawn, Grain, Node, Object, Part, Scene, Thread, coldest, decide, loses,
+    Choice, Drawn, Grain, Node, Object, Part, Scene, Thread, coldest, decide, is_full, loses,
 };
 use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
@@ -206,7 +206,10 @@ async fn look_at(
             }]
         }
     };
-    let over = |part: &Part| part.memory_bytes > balancing.part_memory_bytes.or(Some(u64::MAX));
+    let over = |part: &Part| match (part.memory_bytes, balancing.part_memory_bytes) {
+        (Some(has), Some(most)) => is_full(has, most),
+        _ => false,
+    };
     let wants_some = from_beginning || home.side.pressed || parts.iter().any(over);
     if !spans && (parts_max.is_none() || !wants_some) {
         return Ok(());

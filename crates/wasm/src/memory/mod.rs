@@ -423,6 +423,16 @@ impl GuestMemory {
         Ok(ranges)
     }
 
+    /// Bytes that the host keeps of it, whole pages: what was touched and is here.
+    ///
+    /// # Errors
+    /// [`MemoryError::System`].
+    pub fn resident_bytes(&self) -> Result<u64, MemoryError> {
+        let stat = rustix::fs::fstat(&self.file).map_err(system("ask how large a memory is"))?;
+        // (In units of 512 bytes, whatever the block size: stat(2).)
+        Ok(u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
+    }
+
     /// Offset of the first host page at or behind `at` that was ever touched;
     /// `None` if all behind it is zero.
     ///

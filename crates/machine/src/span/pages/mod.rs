@@ -15,16 +15,32 @@
 //! One thread serves faults and hears all parts, since to wake a thread costs more than
 //! all that it does for a page; so it does not sleep at once when nothing is left to do
 //! ([`super::spin`]).
+//!
+//! - `serve`: that thread
+//! - `work`: what follows from events is done to memory, and said
+//! - `host`: the host's own accesses
+//! - `keeping`: how much a part keeps, and that no more is there
+//! - `objects`: the memory of the whole in pieces
 
-use super::ahead::{LOOK_MAX, Streams};
+mod host;
+mod keeping;
+mod objects;
+mod serve;
+mod work;
+
+pub use keeping::{PART_BYTES_MIN, PartMemory};
+pub use objects::Object;
+
+use super::ahead::Streams;
+use super::keep::Keep;
 use super::peer::{Ends, Heard, PeerError, Told};
-use super::spin::Spin;
 use super::wire::{self, PageBytes, Parcel};
-use keel_wasm::coherence::{
-    Access, Coherence, Command, Config, Event, Holders, Message, PageId, PartId, PartSet, Placement,
-};
+use host::{page_of, pieces};
+use keel_wasm::coherence::{Access, Coherence, Config, Event, PageId, PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES, Spanning, Unavailable};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use keeping::Limits;
+use objects::objects_of;
+use rustix::event::{EventfdFlags, eventfd};
 use std::collections::{BTreeMap, HashMap};
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
@@ -33,6 +49,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use work::{Beside, Work};
 
 const PAGE: usize = PAGE_BYTES as usize;
 /// How long it sleeps at most.
@@ -108,64 +125,8 @@ pub struct Setup {
     pub hold: Duration,
     /// What the rest of that is drawn from.
     pub seed: u64,
-}
-
-/// A piece of a machine's memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Object {
-    /// The machine's memory.
-    pub memory: u32,
-    /// Its bytes, whole pages.
-    pub range: Range<u64>,
-    /// Who has it: the only one, or the one that wrote it last.
-    pub owner: PartId,
-    /// Who else has copies to read.
-    pub readers: PartSet,
-    /// How often its pages changed hands so far.
-    pub exchanges: u64,
-}
-
-/// What never changed hands is the home's, where it is anywhere.
-fn objects_of<'a>(
-    memory: u32,
-    here: &[Range<u64>],
-    placed: impl Iterator<Item = &'a Placement>,
-) -> Vec<Object> {
-    let home = |range: Range<u64>| Object {
-        memory,
-        range,
-        owner: PartId::HOME,
-        readers: PartSet::default(),
-        exchanges: 0,
-    };
-    let mut objects = Vec::new();
-    // What of `here` lies behind all placements so far.
-    let mut from = 0;
-    let rest = |from: u64, to: u64, objects: &mut Vec<Object>| {
-        let parts = here
-            .iter()
-            .map(|range| range.start.max(from)..range.end.min(to));
-        objects.extend(parts.filter(|range| !range.is_empty()).map(home));
-    };
-    for placement in placed {
-        let start = u64::from(placement.first) * PAGE_BYTES;
-        let end = start + u64::from(placement.pages) * PAGE_BYTES;
-        rest(from, start, &mut objects);
-        from = end;
-        let (owner, readers) = match placement.holders {
-            Holders::Owner(owner) => (owner, PartSet::default()),
-            Holders::Readers { keeper, readers } => (keeper, readers.without(keeper)),
-        };
-        objects.push(Object {
-            memory,
-            range: start..end,
-            owner,
-            readers,
-            exchanges: placement.exchanges,
-        });
-    }
-    rest(from, u64::MAX, &mut objects);
-    objects
+    /// Bytes for which this host has room; `None`: for all.
+    pub room_bytes: Option<u64>,
 }
 
 /// Who hears what is not about pages. Called on the thread that serves them: it must not
@@ -196,19 +157,6 @@ impl Latency {
     }
 }
 
-/// What comes beside an event.
-#[derive(Debug)]
-enum Beside {
-    Nothing,
-    /// The page that a message brings.
-    Page(PageBytes),
-    /// The OS thread that stands.
-    Thread(u32),
-}
-
-/// An event, and what comes beside it.
-type Happened = (Event, Beside);
-
 struct State {
     coherence: Coherence,
     /// Pages that came and are not in place yet, and from whom.
@@ -226,18 +174,11 @@ struct State {
     due: Option<u64>,
     /// What is gone through in order.
     streams: Streams,
+    /// What may have to leave, while there is a limit.
+    keep: Option<Keep>,
     /// Where pages in a row are put together.
     scratch: Vec<u8>,
     failure: Option<SpanError>,
-}
-
-/// So many bytes of it, whatever is in them.
-fn scratch(scratch: &mut Vec<u8>, bytes: u64) -> &mut [u8] {
-    let bytes = bytes as usize;
-    if scratch.len() < bytes {
-        scratch.resize(bytes, 0);
-    }
-    &mut scratch[..bytes]
 }
 
 struct Shared {
@@ -253,6 +194,7 @@ struct Shared {
     sockets: Vec<TcpStream>,
     begun: Instant,
     over: AtomicBool,
+    limits: Limits,
     /// Until when an answer is likely to come, in the time of `now`.
     awaited: AtomicU64,
     /// The machine goes on when it is over.
@@ -296,10 +238,7 @@ impl Teller {
         let mut frames = Vec::new();
         let done = wire::encode_note(note, &mut frames);
         let done = done.map_err(|error| SpanError::Disagree(error.to_string()));
-        let work = Work {
-            frames: BTreeMap::from([(to, frames)]),
-            ..Work::default()
-        };
+        let work = Work::saying(BTreeMap::from([(to, frames)]));
         if is_answered {
             // Whoever hears the answer is awake by then: being woken takes longer than it.
             let until = shared.now() + ANSWER_MICROS;
@@ -422,6 +361,7 @@ impl Pages {
                 emptied: PartSet::default(),
                 due: None,
                 streams: Streams::default(),
+                keep: None,
                 scratch: Vec::new(),
                 failure: None,
             }),
@@ -432,6 +372,7 @@ impl Pages {
             sockets,
             begun: Instant::now(),
             over: AtomicBool::new(false),
+            limits: Limits::new(setup.room_bytes),
             awaited: AtomicU64::new(0),
             is_alone: AtomicBool::new(false),
             buckets: std::array::from_fn(|_| AtomicU64::new(0)),
@@ -451,6 +392,7 @@ impl Pages {
             })?;
         }
         pages.spawn("span-serve", move |shared| shared.serve(hearing))?;
+        pages.spawn("span-keep", Shared::keep_within)?;
         Ok(pages)
     }
 
@@ -689,106 +631,8 @@ impl Drop for Pages {
     }
 }
 
-/// Parts of a range that lie in one page each: where, and where of the buffer.
-fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
-    let mut done = 0;
-    std::iter::from_fn(move || {
-        if done == length {
-            return None;
-        }
-        let at = offset.saturating_add(done as u64);
-        let left = PAGE - (at % PAGE_BYTES) as usize;
-        let end = length.min(done + left);
-        Some((at, std::mem::replace(&mut done, end)..end))
-    })
-}
-
-fn page_of(memory: u32, offset: u64) -> Result<PageId, SpanError> {
-    match u32::try_from(offset / PAGE_BYTES) {
-        Ok(number) => Ok(PageId { memory, number }),
-        Err(_) => Err(SpanError::Memory(format!("there is no byte {offset}"))),
-    }
-}
-
 fn offset(page: PageId) -> u64 {
     u64::from(page.number) * PAGE_BYTES
-}
-
-/// What is to be done to a page.
-#[derive(Debug)]
-enum Deed {
-    Protect,
-    Send(PartId, Message),
-    Discard,
-    /// With what is allowed, and from whom it came.
-    Install(Access, PageBytes, PartId),
-    Allow,
-    Wake,
-}
-
-impl Deed {
-    const SEND: u8 = 1;
-    const INSTALL: u8 = 3;
-
-    /// Of one page they are done in this order.
-    fn rank(&self) -> u8 {
-        match self {
-            Deed::Protect => 0,
-            Deed::Send(..) => Deed::SEND,
-            Deed::Discard => 2,
-            Deed::Install(..) => Deed::INSTALL,
-            Deed::Allow => 4,
-            Deed::Wake => 5,
-        }
-    }
-}
-
-/// What follows from events.
-#[derive(Debug, Default)]
-struct Work {
-    deeds: BTreeMap<PageId, Vec<Deed>>,
-    /// What is said, to whom: whole frames.
-    frames: BTreeMap<PartId, Vec<u8>>,
-    /// There is a new time to wait for.
-    is_due: bool,
-}
-
-/// Pages in a row with which the same is done.
-struct Row<'a> {
-    memory: u32,
-    first: u32,
-    deeds: Vec<&'a Deed>,
-}
-
-impl Row<'_> {
-    fn offset(&self) -> u64 {
-        u64::from(self.first) * PAGE_BYTES
-    }
-
-    fn bytes(&self) -> u64 {
-        self.deeds.len() as u64 * PAGE_BYTES
-    }
-}
-
-/// Of pages in rising order.
-fn runs<'a>(pages: impl Iterator<Item = (PageId, &'a Deed)>) -> Vec<Row<'a>> {
-    let mut rows: Vec<Row<'a>> = Vec::new();
-    for (page, deed) in pages {
-        match rows.last_mut() {
-            Some(row)
-                if row.memory == page.memory
-                    && row.first + row.deeds.len() as u32 == page.number =>
-            {
-                row.deeds.push(deed);
-            }
-            _ => rows.push(Row {
-                memory: page.memory,
-                first: page.number,
-                deeds: vec![deed],
-            }),
-        }
-    }
-    rows
 }
 
 impl Shared {
@@ -825,6 +669,7 @@ impl Shared {
         }
         self.changed.notify_all();
         self.ring();
+        self.limits.ring();
         self.say_goodbye(&reason);
         for told in self.told.values() {
             told.close();
@@ -868,532 +713,5 @@ impl Shared {
     fn ring(&self) {
         // (It cannot fail but for being full: then it rings already.)
         let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
-    }
-
-    /// Serves faults, and hears all others, until the end.
-    fn serve(&self, mut hearing: Vec<Heard>) {
-        let mut spin = Spin::default();
-        let mut events = Vec::new();
-        while !self.over.load(Ordering::Acquire) {
-            if let Err(error) = self.take_faults(&mut events) {
-                return self.end(SpanError::Memory(error.to_string()));
-            }
-            let mut noted = false;
-            for heard in &mut hearing {
-                let from = heard.part();
-                match heard.read() {
-                    Ok(parcels) => {
-                        for parcel in parcels.drain(..) {
-                            match parcel {
-                                Parcel::Message(message) => {
-                                    let event = Event::Message { from, message };
-                                    events.push((event, Beside::Nothing));
-                                }
-                                Parcel::Page(message, bytes) => {
-                                    let event = Event::Message { from, message };
-                                    events.push((event, Beside::Page(bytes)));
-                                }
-                                Parcel::Goodbye { part, reason } => {
-                                    return self.lost(part, reason);
-                                }
-                                Parcel::Note(note) => {
-                                    noted = true;
-                                    if let Err(reason) = self.listener.note(from, &note) {
-                                        return self.lost(from, reason);
-                                    }
-                                }
-                            }
-                        }
-                    }
-                    Err(error) => return self.lost(from, error.to_string()),
-                }
-            }
-            let due = locked(&self.state).due;
-            if due.is_some_and(|due| due <= self.now()) {
-                locked(&self.state).due = None;
-                events.push((Event::Tick, Beside::Nothing));
-            }
-            if !events.is_empty() {
-                self.step(std::mem::take(&mut events));
-                spin.worked();
-            } else if noted {
-                // (Most likely it was that which is waited for.)
-                self.awaited.store(0, Ordering::Release);
-                // More may have been decrypted with it, for which no socket wakes anybody.
-                spin.worked();
-            } else if !spin.again(self.awaited.load(Ordering::Acquire) > self.now())
-                && let Err(error) = self.sleep(&hearing, due)
-            {
-                return self.end(SpanError::Memory(error.to_string()));
-            }
-        }
-    }
-
-    fn take_faults(&self, events: &mut Vec<Happened>) -> Result<(), MemoryError> {
-        for (number, memory) in (0..).zip(&self.memories) {
-            for _ in 0..FAULTS_MAX {
-                let Some(touch) = memory.next()? else {
-                    break;
-                };
-                let page = PageId {
-                    memory: number,
-                    // (A memory of 64 GiB has 16 million.)
-                    number: (touch.page / PAGE_BYTES) as u32,
-                };
-                let access = match touch.write {
-                    true => Access::Write,
-                    false => Access::Read,
-                };
-                let stands = Beside::Thread(touch.thread);
-                events.push((Event::Fault { page, access }, stands));
-            }
-        }
-        Ok(())
-    }
-
-    /// Sleeps until there is something to do.
-    fn sleep(&self, hearing: &[Heard], due: Option<u64>) -> std::io::Result<()> {
-        let mut wait: Vec<PollFd<'_>> = vec![PollFd::new(&self.bell, PollFlags::IN)];
-        let faults = self.memories.iter().map(Spanning::descriptor);
-        wait.extend(faults.map(|fault| PollFd::from_borrowed_fd(fault, PollFlags::IN)));
-        wait.extend(
-            hearing
-                .iter()
-                .map(|it| PollFd::new(it.socket(), PollFlags::IN)),
-        );
-        let rest = due.map_or(SLEEP_MAX, |due| {
-            Duration::from_micros(due.saturating_sub(self.now())).min(SLEEP_MAX)
-        });
-        let timeout = Timespec {
-            tv_sec: rest.as_secs() as i64,
-            tv_nsec: rest.subsec_nanos().into(),
-        };
-        match poll(&mut wait, Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        let mut rung = [0; 8];
-        // (Mostly it did not ring.)
-        let _ = rustix::io::read(&self.bell, &mut rung);
-        Ok(())
-    }
-
-    /// Takes note of events, and does what follows.
-    fn step(&self, events: Vec<Happened>) {
-        let mut work = Work::default();
-        let done = {
-            let mut state = locked(&self.state);
-            self.step_in(&mut state, events, &mut work)
-        };
-        self.say(done, work);
-    }
-
-    /// Says what is to be said after a step, or how it failed.
-    fn say(&self, done: Result<(), SpanError>, work: Work) {
-        for (to, frames) in work.frames {
-            if let Some(Err(error)) = self.told.get(&to).map(|told| told.tell(frames)) {
-                self.lost(to, error.to_string());
-            }
-        }
-        if work.is_due {
-            self.ring();
-        }
-        if let Err(error) = done
-            && !self.over.load(Ordering::Acquire)
-        {
-            tracing::error!(%error, "a part of a machine cannot go on");
-            self.end(error);
-        }
-    }
-
-    /// As [`Self::step`], under the lock. After an error nothing is said any more: what was
-    /// to be done before it is said may not have been done.
-    fn step_in(
-        &self,
-        state: &mut State,
-        events: Vec<Happened>,
-        work: &mut Work,
-    ) -> Result<(), SpanError> {
-        if let Some(failure) = &state.failure {
-            return Err(failure.clone());
-        }
-        let done = self.try_step(state, events, work);
-        if let Err(error) = &done {
-            work.frames.clear();
-            state.failure = Some(error.clone());
-        }
-        done
-    }
-
-    fn try_step(
-        &self,
-        state: &mut State,
-        events: Vec<Happened>,
-        work: &mut Work,
-    ) -> Result<(), SpanError> {
-        for (event, beside) in events {
-            if let Event::Message { message, .. } = &event
-                && let Some(page) = message.pages().find(|page| !self.has(*page))
-            {
-                return Err(SpanError::Disagree(format!("there is no {page:?} here")));
-            }
-            match (&event, beside) {
-                (Event::Fault { page, .. }, beside) => {
-                    let thread = match beside {
-                        Beside::Thread(thread) => Some(thread),
-                        _ => None,
-                    };
-                    let since = state.since.entry(*page);
-                    since.or_insert_with(|| (Instant::now(), thread));
-                }
-                (
-                    Event::Message {
-                        from,
-                        message: Message::Data { page, .. },
-                    },
-                    Beside::Page(bytes),
-                ) => {
-                    state.arrived.insert(*page, (*from, bytes));
-                }
-                _ => {}
-            }
-            let stood = match &event {
-                Event::Fault { page, access } => Some((*page, *access)),
-                _ => None,
-            };
-            let now = self.now();
-            for command in state.coherence.step(event, now) {
-                self.note(state, command, work)?;
-            }
-            if let Some((page, access)) = stood {
-                self.ask_ahead(state, page, access, work)?;
-            }
-        }
-        self.finish(state, work)
-    }
-
-    /// Asks for what follows a page at which a thread stands, where memory is gone
-    /// through in order.
-    fn ask_ahead(
-        &self,
-        state: &mut State,
-        page: PageId,
-        access: Access,
-        work: &mut Work,
-    ) -> Result<(), SpanError> {
-        let mut wanted = state.streams.stands(page, access);
-        if wanted == 0 {
-            return Ok(());
-        }
-        let size = self.memory(page.memory)?.memory().size_bytes();
-        let mut until = page.number;
-        for number in page.number.saturating_add(1)..=page.number.saturating_add(LOOK_MAX) {
-            let next = PageId { number, ..page };
-            if wanted == 0 || offset(next) >= size {
-                break;
-            }
-            until = number;
-            if state
-                .coherence
-                .access(next)
-                .is_some_and(|has| has >= access)
-            {
-                continue;
-            }
-            wanted -= 1;
-            let now = self.now();
-            let event = Event::Fault { page: next, access };
-            for command in state.coherence.step(event, now) {
-                self.note(state, command, work)?;
-            }
-        }
-        state.streams.asked(page, access, until);
-        Ok(())
-    }
-
-    /// Notes what is to be done; does what was noted before where the order counts: of
-    /// one page.
-    fn note(&self, state: &mut State, command: Command, work: &mut Work) -> Result<(), SpanError> {
-        let wrong = |error: wire::WireError| SpanError::Disagree(error.to_string());
-        let (page, deed) = match command {
-            Command::Send { to, message } => {
-                let parcel = Parcel::Message(message);
-                let frames = work.frames.entry(to).or_default();
-                return wire::encode(&parcel, frames).map_err(wrong);
-            }
-            Command::TickAt { micros } => {
-                let sooner = state.due.is_none_or(|due| micros < due);
-                if sooner {
-                    state.due = Some(micros);
-                    work.is_due = true;
-                }
-                return Ok(());
-            }
-            Command::Emptied { part } => {
-                state.emptied = state.emptied.with(part);
-                self.changed.notify_all();
-                return Ok(());
-            }
-            Command::Fail { reason } => return Err(SpanError::Disagree(reason)),
-            Command::SendPage { to, page, message } => (page, Deed::Send(to, message)),
-            Command::Install { page, access } => {
-                let Some((from, bytes)) = state.arrived.remove(&page) else {
-                    let what = format!("{page:?} is to be used, and has not come");
-                    return Err(SpanError::Disagree(what));
-                };
-                (page, Deed::Install(access, bytes, from))
-            }
-            Command::Allow { page } => {
-                state.arrived.remove(&page);
-                (page, Deed::Allow)
-            }
-            Command::Wake { page } => {
-                state.arrived.remove(&page);
-                (page, Deed::Wake)
-            }
-            Command::Protect { page } => (page, Deed::Protect),
-            Command::Discard { page } => (page, Deed::Discard),
-        };
-        if matches!(deed, Deed::Install(..) | Deed::Allow | Deed::Wake) {
-            self.grant(state, page);
-        }
-        let deeds = work.deeds.entry(page).or_default();
-        // In one step a page is protected, sent and discarded, or something is done with
-        // it that lets somebody go on. Rarely both.
-        if deeds.last().is_some_and(|last| last.rank() >= deed.rank()) {
-            self.finish(state, work)?;
-        }
-        work.deeds.entry(page).or_default().push(deed);
-        Ok(())
-    }
-
-    /// Does what was noted, pages in a row at once.
-    fn finish(&self, state: &mut State, work: &mut Work) -> Result<(), SpanError> {
-        let failed = |error: MemoryError| SpanError::Memory(error.to_string());
-        let deeds = std::mem::take(&mut work.deeds);
-        let with = |rank: u8| {
-            deeds.iter().flat_map(move |(page, deeds)| {
-                let deeds = deeds.iter().filter(move |deed| deed.rank() == rank);
-                deeds.map(|deed| (*page, deed))
-            })
-        };
-        for run in runs(with(Deed::Protect.rank())) {
-            let memory = self.memory(run.memory)?;
-            memory.protect(run.offset(), run.bytes()).map_err(failed)?;
-        }
-        for run in runs(with(Deed::SEND)) {
-            let memory = self.memory(run.memory)?.memory();
-            let bytes = scratch(&mut state.scratch, run.bytes());
-            memory.read(run.offset(), bytes).map_err(failed)?;
-            for (deed, page) in run.deeds.iter().zip(bytes.chunks_exact(PAGE)) {
-                if let Deed::Send(to, message) = deed {
-                    let frames = work.frames.entry(*to).or_default();
-                    wire::encode_page(message, page, frames)
-                        .map_err(|error| SpanError::Disagree(error.to_string()))?;
-                }
-            }
-        }
-        for run in runs(with(Deed::Discard.rank())) {
-            let memory = self.memory(run.memory)?;
-            memory.discard(run.offset(), run.bytes()).map_err(failed)?;
-        }
-        for access in [Access::Read, Access::Write] {
-            let those = with(Deed::INSTALL)
-                .filter(|(_, deed)| matches!(deed, Deed::Install(with, ..) if *with == access));
-            for run in runs(those) {
-                let bytes = scratch(&mut state.scratch, run.bytes());
-                let pages = bytes.chunks_mut(PAGE).zip(run.deeds.iter().copied());
-                for (room, deed) in pages {
-                    match deed {
-                        Deed::Install(_, PageBytes::Bytes(page), _) => room.copy_from_slice(page),
-                        _ => room.fill(0),
-                    }
-                }
-                let memory = self.memory(run.memory)?;
-                let write = access == Access::Write;
-                memory.install(run.offset(), bytes, write).map_err(failed)?;
-            }
-        }
-        for run in runs(with(Deed::Allow.rank())) {
-            let memory = self.memory(run.memory)?;
-            memory.allow(run.offset(), run.bytes()).map_err(failed)?;
-        }
-        for run in runs(with(Deed::Wake.rank())) {
-            let memory = self.memory(run.memory)?;
-            memory.wake(run.offset(), run.bytes()).map_err(failed)?;
-        }
-        for (page, deeds) in &deeds {
-            for deed in deeds {
-                match deed {
-                    Deed::Install(_, _, from) => self.came(state, *page, Some(*from)),
-                    Deed::Allow => self.came(state, *page, None),
-                    Deed::Wake => {
-                        state.since.remove(page);
-                        self.changed.notify_all();
-                    }
-                    Deed::Protect | Deed::Send(..) | Deed::Discard => {}
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// A page is there: who waits for it goes on.
-    fn came(&self, state: &mut State, page: PageId, from: Option<PartId>) {
-        self.changed.notify_all();
-        let Some((since, thread)) = state.since.remove(&page) else {
-            return;
-        };
-        let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
-        if let (Some(thread), Some(from)) = (thread, from) {
-            // (Of threads that ended nobody asks; there are not many of them.)
-            if state.stood_at.len() >= WAITED_MAX {
-                state.stood_at.clear();
-            }
-            let of = state.stood_at.entry(thread).or_default();
-            let of = of.entry(from).or_default();
-            *of = of.saturating_add(micros);
-        }
-        let bucket = (u64::BITS - micros.leading_zeros()) as usize;
-        self.buckets[bucket.min(BUCKETS - 1)].fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Pins a page that has come for the host's accesses that wait for it: until their
-    /// threads run it may have left again otherwise, over and over.
-    fn grant(&self, state: &mut State, page: PageId) {
-        let has = state.coherence.access(page);
-        if state.coherence.is_put_off(page) {
-            return;
-        }
-        for access in [Access::Read, Access::Write] {
-            if has.is_none_or(|has| has < access) {
-                continue;
-            }
-            let Some(count) = state.waiting.remove(&(page, access)) else {
-                continue;
-            };
-            for _ in 0..count {
-                // (Pinning is followed by nothing.)
-                state.coherence.step(Event::Pin { page }, self.now());
-            }
-            *state.granted.entry((page, access)).or_default() += count;
-        }
-    }
-
-    /// Does something while a page is here and stays.
-    fn with_page(
-        &self,
-        page: PageId,
-        access: Access,
-        patience: Duration,
-        run: impl FnOnce() -> Result<(), MemoryError>,
-    ) -> Result<(), SpanError> {
-        self.pin(page, access, patience)?;
-        let result = run();
-        self.step(vec![(Event::Unpin { page }, Beside::Nothing)]);
-        result.map_err(|error| SpanError::Memory(error.to_string()))
-    }
-
-    fn pin(&self, page: PageId, access: Access, patience: Duration) -> Result<(), SpanError> {
-        // (Nobody waits for longer than the clock goes.)
-        let deadline = Instant::now().checked_add(patience);
-        let key = (page, access);
-        let mut state = locked(&self.state);
-        if let Some(failure) = &state.failure {
-            return Err(failure.clone());
-        }
-        let has = state.coherence.access(page);
-        if has.is_some_and(|has| has >= access) && !state.coherence.is_put_off(page) {
-            state.coherence.step(Event::Pin { page }, self.now());
-            return Ok(());
-        }
-        *state.waiting.entry(key).or_default() += 1;
-        loop {
-            if let Some(failure) = &state.failure {
-                return Err(failure.clone());
-            }
-            if take_one(&mut state.granted, key) {
-                return Ok(());
-            }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                take_one(&mut state.waiting, key);
-                return Err(SpanError::Late { page, patience });
-            }
-            // Asked again each time: what was asked for may have come and gone.
-            let mut work = Work::default();
-            let event = (Event::Fault { page, access }, Beside::Nothing);
-            let done = self.step_in(&mut state, vec![event], &mut work);
-            drop(state);
-            self.say(done, work);
-            state = locked(&self.state);
-            if state.failure.is_none() && !state.granted.contains_key(&key) {
-                state = self
-                    .changed
-                    .wait_timeout(state, ASK_AGAIN.min(patience))
-                    .unwrap_or_else(|error| error.into_inner())
-                    .0;
-            }
-        }
-    }
-}
-
-/// Takes one away; false if there is none.
-fn take_one(counts: &mut HashMap<(PageId, Access), u32>, key: (PageId, Access)) -> bool {
-    let Some(count) = counts.get_mut(&key) else {
-        return false;
-    };
-    *count -= 1;
-    if *count == 0 {
-        counts.remove(&key);
-    }
-    true
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn memory_is_told_piece_by_piece() {
-        let part = |number| PartId::new(number).unwrap();
-        let at = |page: u64| page * PAGE_BYTES;
-        let placed = [
-            Placement {
-                memory: 0,
-                first: 2,
-                pages: 2,
-                holders: Holders::Owner(part(1)),
-                exchanges: 5,
-            },
-            Placement {
-                memory: 0,
-                first: 9,
-                pages: 1,
-                holders: Holders::Readers {
-                    keeper: part(0),
-                    readers: [part(0), part(2)].into_iter().collect(),
-                },
-                exchanges: 1,
-            },
-        ];
-        // (Pages that another part has are not here.)
-        let here = [at(0)..at(2), at(4)..at(6), at(9)..at(12)];
-        let objects = objects_of(0, &here, placed.iter());
-        let told: Vec<_> = objects
-            .iter()
-            .map(|it| {
-                let pages = it.range.start / PAGE_BYTES..it.range.end / PAGE_BYTES;
-                (pages, it.owner.number(), it.readers.len(), it.exchanges)
-            })
-            .collect();
-        let expected = [
-            (0..2, 0, 0, 0),
-            (2..4, 1, 0, 5),
-            (4..6, 0, 0, 0),
-            (9..10, 0, 1, 1),
-            (10..12, 0, 0, 0),
-        ];
-        assert_eq!(told, expected);
-        assert_eq!(objects_of(0, &[], [].iter()), []);
     }
 }

@@ -1,0 +1,122 @@
+//! The host's own accesses to a machine's memory: a page stays here while it is copied.
+
+use super::work::{Beside, Work};
+use super::{ASK_AGAIN, PAGE, Shared, SpanError, State, locked};
+use keel_wasm::coherence::{Access, Event, PageId};
+use keel_wasm::memory::{MemoryError, PAGE_BYTES};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+/// Parts of a range that lie in one page each: where, and where of the buffer.
+pub(super) fn pieces(offset: u64, length: usize) -> impl Iterator<Item = (u64, Range<usize>)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        if done == length {
+            return None;
+        }
+        let at = offset.saturating_add(done as u64);
+        let left = PAGE - (at % PAGE_BYTES) as usize;
+        let end = length.min(done + left);
+        Some((at, std::mem::replace(&mut done, end)..end))
+    })
+}
+
+pub(super) fn page_of(memory: u32, offset: u64) -> Result<PageId, SpanError> {
+    match u32::try_from(offset / PAGE_BYTES) {
+        Ok(number) => Ok(PageId { memory, number }),
+        Err(_) => Err(SpanError::Memory(format!("there is no byte {offset}"))),
+    }
+}
+
+impl Shared {
+    /// Pins a page that has come for the host's accesses that wait for it: until their
+    /// threads run it may have left again otherwise, over and over.
+    pub(super) fn grant(&self, state: &mut State, page: PageId) {
+        let has = state.coherence.access(page);
+        if state.coherence.is_put_off(page) {
+            return;
+        }
+        for access in [Access::Read, Access::Write] {
+            if has.is_none_or(|has| has < access) {
+                continue;
+            }
+            let Some(count) = state.waiting.remove(&(page, access)) else {
+                continue;
+            };
+            for _ in 0..count {
+                // (Pinning is followed by nothing.)
+                state.coherence.step(Event::Pin { page }, self.now());
+            }
+            *state.granted.entry((page, access)).or_default() += count;
+        }
+    }
+
+    /// Does something while a page is here and stays.
+    pub(super) fn with_page(
+        &self,
+        page: PageId,
+        access: Access,
+        patience: Duration,
+        run: impl FnOnce() -> Result<(), MemoryError>,
+    ) -> Result<(), SpanError> {
+        self.pin(page, access, patience)?;
+        let result = run();
+        self.step(vec![(Event::Unpin { page }, Beside::Nothing)]);
+        result.map_err(|error| SpanError::Memory(error.to_string()))
+    }
+
+    fn pin(&self, page: PageId, access: Access, patience: Duration) -> Result<(), SpanError> {
+        // (Nobody waits for longer than the clock goes.)
+        let deadline = Instant::now().checked_add(patience);
+        let key = (page, access);
+        let mut state = locked(&self.state);
+        if let Some(failure) = &state.failure {
+            return Err(failure.clone());
+        }
+        let has = state.coherence.access(page);
+        if has.is_some_and(|has| has >= access) && !state.coherence.is_put_off(page) {
+            state.coherence.step(Event::Pin { page }, self.now());
+            return Ok(());
+        }
+        *state.waiting.entry(key).or_default() += 1;
+        loop {
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            if take_one(&mut state.granted, key) {
+                return Ok(());
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                take_one(&mut state.waiting, key);
+                return Err(SpanError::Late { page, patience });
+            }
+            // Asked again each time: what was asked for may have come and gone.
+            let mut work = Work::default();
+            let event = (Event::Fault { page, access }, Beside::Nothing);
+            let done = self.step_in(&mut state, vec![event], &mut work);
+            drop(state);
+            self.say(done, work);
+            state = locked(&self.state);
+            if state.failure.is_none() && !state.granted.contains_key(&key) {
+                state = self
+                    .changed
+                    .wait_timeout(state, ASK_AGAIN.min(patience))
+                    .unwrap_or_else(|error| error.into_inner())
+                    .0;
+            }
+        }
+    }
+}
+
+/// Takes one away; false if there is none.
+fn take_one(counts: &mut HashMap<(PageId, Access), u32>, key: (PageId, Access)) -> bool {
+    let Some(count) = counts.get_mut(&key) else {
+        return false;
+    };
+    *count -= 1;
+    if *count == 0 {
+        counts.remove(&key);
+    }
+    true
+}

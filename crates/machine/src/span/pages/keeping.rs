@@ -1,0 +1,388 @@
+//! What a part keeps of a machine's memory, at most: a thread of its own gives away what
+//! is too much. Copies that others have, too, are dropped first; then pages go to the part
+//! with most room ([`super::super::keep`] says which).
+//!
+//! ```text
+//!   limit of all parts ── from the home ──▶ own limit ◀── what this host has room for
+//!                                             │
+//!   memory of others ── told as it changes ──▶ gives away ◀── more is here than that
+//!                                             │
+//!   faults ◀── wait for a moment ─────────────┘   while it is far over, and others have room
+//! ```
+//!
+//! Where no part has room, it keeps what it has: nothing that the guest wrote is ever
+//! lost for it. How much memory the machine may have in all, its own limit says.
+
+use super::super::keep::Keep;
+use super::super::wire::{self, Parcel};
+use super::work::{Beside, Happened, Work};
+use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked};
+use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
+use keel_wasm::memory::PAGE_BYTES;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// The least that a part keeps, whatever it is told: below that it does not get on.
+pub const PART_BYTES_MIN: u64 = 1 << 20;
+/// No limit.
+const NONE: u64 = u64::MAX;
+/// When there is too much, one in so many of what may stay goes, too: so it is not begun
+/// anew with each page.
+const BELOW_PART: u64 = 32;
+/// Faults wait when so much of the limit is there beyond it; so much room another part has
+/// at least that gets something.
+const FAR_PART: u64 = 16;
+/// How much what is there changes before others are told at once.
+const TOLD_PART: u64 = 64;
+/// How long faults wait, at most, for room to be made.
+pub(super) const FAULTS_WAIT: Duration = Duration::from_millis(20);
+/// Between two looks while something is given away, while there is a limit, and else.
+const GIVING: Duration = Duration::from_millis(1);
+const LIMITED: Duration = Duration::from_millis(50);
+const UNLIMITED: Duration = Duration::from_secs(1);
+/// How long a page that was chosen may take to leave before it is one as others again.
+const LEAVES_WITHIN: Duration = Duration::from_secs(1);
+
+/// What a part has of a machine's memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartMemory {
+    /// Bytes that are there, with copies of what others have.
+    pub resident_bytes: u64,
+    /// What it keeps at most, while others have room; `None`: whatever is there.
+    pub limit_bytes: Option<u64>,
+    /// Bytes that it gave away so far because they were too much.
+    pub given_bytes: u64,
+    /// Bytes of copies that it dropped for the same reason.
+    pub dropped_bytes: u64,
+}
+
+impl PartMemory {
+    /// Bytes that it can take. (Of two without limits, the one with less has more room.)
+    fn room(&self) -> u64 {
+        let limit = self.limit_bytes.unwrap_or(NONE);
+        limit.saturating_sub(self.resident_bytes)
+    }
+}
+
+/// What is known of limits.
+#[derive(Debug)]
+pub(super) struct Limits {
+    /// What this host has room for.
+    room: u64,
+    /// What may be here; [`NONE`].
+    limit: AtomicU64,
+    /// What the home said last, if this is the home.
+    of_parts: Mutex<Option<u64>>,
+    /// What others believe to be here.
+    told: AtomicU64,
+    given: AtomicU64,
+    dropped: AtomicU64,
+    others: Mutex<BTreeMap<PartId, PartMemory>>,
+    /// There is something to do.
+    wanted: Mutex<bool>,
+    bell: Condvar,
+    /// It has been asked to look, and did not yet.
+    is_rung: AtomicBool,
+}
+
+impl Limits {
+    /// Of a part whose host has room for so many bytes.
+    pub(super) fn new(room_bytes: Option<u64>) -> Self {
+        let room = room_bytes.map_or(NONE, |room| room.max(PART_BYTES_MIN));
+        Limits {
+            room,
+            limit: AtomicU64::new(room),
+            of_parts: Mutex::new(None),
+            told: AtomicU64::new(0),
+            given: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+            others: Mutex::default(),
+            wanted: Mutex::new(false),
+            bell: Condvar::new(),
+            is_rung: AtomicBool::new(false),
+        }
+    }
+
+    fn get(&self) -> Option<u64> {
+        let limit = self.limit.load(Ordering::Acquire);
+        (limit != NONE).then_some(limit)
+    }
+
+    /// The most that a part may have, as the home says.
+    pub(super) fn set(&self, of_parts: Option<u64>) {
+        let told = of_parts.map_or(NONE, |limit| limit.max(PART_BYTES_MIN));
+        self.limit.store(told.min(self.room), Ordering::Release);
+        self.ring();
+    }
+
+    /// Another part tells what it has.
+    pub(super) fn heard(&self, from: PartId, memory: PartMemory) {
+        locked(&self.others).insert(from, memory);
+    }
+
+    /// Has the thread that gives away look at once.
+    pub(super) fn ring(&self) {
+        if !self.is_rung.swap(true, Ordering::AcqRel) {
+            *locked(&self.wanted) = true;
+            self.bell.notify_all();
+        }
+    }
+
+    fn sleep(&self, most: Duration) {
+        let deadline = Instant::now() + most;
+        let mut wanted = locked(&self.wanted);
+        while !*wanted {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                break;
+            }
+            wanted = self
+                .bell
+                .wait_timeout(wanted, rest)
+                .unwrap_or_else(|error| error.into_inner())
+                .0;
+        }
+        *wanted = false;
+        self.is_rung.store(false, Ordering::Release);
+    }
+
+    /// The part with most room, if it has enough of it; it has so many bytes less from now
+    /// on, as far as is known here.
+    fn take_room(&self, least: u64) -> Option<PartId> {
+        let mut others = locked(&self.others);
+        let most = others
+            .iter_mut()
+            .max_by_key(|(part, memory)| (memory.room(), std::cmp::Reverse(**part)));
+        let (part, memory) = most.filter(|(_, memory)| memory.room() >= least)?;
+        memory.resident_bytes = memory.resident_bytes.saturating_add(PAGE_BYTES);
+        Some(*part)
+    }
+
+    fn has_room(&self, least: u64) -> bool {
+        locked(&self.others)
+            .values()
+            .any(|memory| memory.room() >= least)
+    }
+}
+
+/// Between two looks of the thread that gives away.
+#[derive(Debug)]
+struct Seen {
+    told: Option<(PartMemory, Instant)>,
+    /// Pages on their way, since when they are so many.
+    going: (usize, Instant),
+}
+
+impl Shared {
+    /// Bytes of the machine's memory that are here.
+    fn resident(&self) -> Result<u64, SpanError> {
+        let mut bytes = 0;
+        for memory in &self.memories {
+            let of = memory.memory().resident_bytes();
+            bytes += of.map_err(|error| SpanError::Memory(error.to_string()))?;
+        }
+        Ok(bytes)
+    }
+
+    fn own_memory(&self) -> Result<PartMemory, SpanError> {
+        Ok(PartMemory {
+            resident_bytes: self.resident()?,
+            limit_bytes: self.limits.get(),
+            given_bytes: self.limits.given.load(Ordering::Relaxed),
+            dropped_bytes: self.limits.dropped.load(Ordering::Relaxed),
+        })
+    }
+
+    /// Whether there is so much too much here that nothing more is to come for a moment.
+    /// Who gives away, and tells others, is woken where it has something to do.
+    pub(super) fn is_full(&self) -> bool {
+        let Some(limit) = self.limits.get() else {
+            return false;
+        };
+        let resident = self.resident().unwrap_or(0);
+        let told = self.limits.told.load(Ordering::Relaxed);
+        if resident > limit || resident.abs_diff(told) > limit / TOLD_PART {
+            self.limits.ring();
+        }
+        resident > limit.saturating_add(limit / FAR_PART) && self.limits.has_room(limit / FAR_PART)
+    }
+
+    /// Until the end: gives away what is too much here, and tells others what there is.
+    pub(super) fn keep_within(&self) {
+        let mut seen = Seen {
+            told: None,
+            going: (0, Instant::now()),
+        };
+        while !self.over.load(Ordering::Acquire) {
+            let gives = match self.limits.get() {
+                Some(limit) => self.give_away(limit, &mut seen),
+                None => {
+                    locked(&self.state).keep = None;
+                    Ok(false)
+                }
+            };
+            let told = gives.and_then(|gives| self.tell_memory(&mut seen).map(|()| gives));
+            let pause = match told {
+                Ok(true) => GIVING,
+                Ok(false) if self.limits.get().is_some() => LIMITED,
+                Ok(false) => UNLIMITED,
+                Err(error) => return self.end(error),
+            };
+            self.limits.sleep(pause);
+        }
+    }
+
+    /// Tells the others what is here, if that is news.
+    fn tell_memory(&self, seen: &mut Seen) -> Result<(), SpanError> {
+        let now = self.own_memory()?;
+        let is_news = match &seen.told {
+            None => true,
+            Some((told, _)) if *told == now => false,
+            Some((told, at)) => {
+                let most = now.limit_bytes.unwrap_or(told.resident_bytes);
+                told.limit_bytes != now.limit_bytes
+                    || told.resident_bytes.abs_diff(now.resident_bytes) > most / TOLD_PART
+                    || at.elapsed() >= UNLIMITED
+            }
+        };
+        if !is_news {
+            return Ok(());
+        }
+        seen.told = Some((now, Instant::now()));
+        self.limits
+            .told
+            .store(now.resident_bytes, Ordering::Relaxed);
+        self.tell_all(&Parcel::Memory(now))
+    }
+
+    fn tell_all(&self, parcel: &Parcel) -> Result<(), SpanError> {
+        let mut frame = Vec::new();
+        wire::encode(parcel, &mut frame).map_err(|error| SpanError::Disagree(error.to_string()))?;
+        let to = self.told.keys().map(|part| (*part, frame.clone()));
+        self.say(Ok(()), Work::saying(to.collect()));
+        Ok(())
+    }
+
+    /// Gives away some of what is too much; whether there is more to do at once.
+    fn give_away(&self, limit: u64, seen: &mut Seen) -> Result<bool, SpanError> {
+        let resident = self.resident()?;
+        let mut guard = locked(&self.state);
+        if guard.failure.is_some() {
+            return Ok(false);
+        }
+        let state = &mut *guard;
+        let keep = state.keep.get_or_insert_with(Keep::default);
+        let given = keep.take_given();
+        self.limits
+            .given
+            .fetch_add(given * PAGE_BYTES, Ordering::Relaxed);
+        if seen.going.0 != keep.going() || given > 0 {
+            seen.going = (keep.going(), Instant::now());
+        } else if keep.going() > 0 && seen.going.1.elapsed() > LEAVES_WITHIN {
+            keep.give_up_waiting();
+        }
+        if resident <= limit && keep.going() == 0 {
+            return Ok(false);
+        }
+        let goal = limit - limit / BELOW_PART;
+        let too_much = (resident.saturating_sub(goal) / PAGE_BYTES) as usize;
+        let mut excess = too_much.saturating_sub(keep.going());
+        if excess > 0 && keep.len() == 0 {
+            // What was here at its beginning, or before there was a limit.
+            adopt(&self.memories, keep, |page| state.coherence.copy(page))?;
+        }
+        let mut events: Vec<Happened> = Vec::new();
+        let coherence = &state.coherence;
+        let copies = keep.copies(excess.min(MOVES_MAX), |page| coherence.can_drop(page));
+        excess -= copies.len();
+        let bytes = (copies.len() * PAGE) as u64;
+        self.limits.dropped.fetch_add(bytes, Ordering::Relaxed);
+        let drops = copies.into_iter().map(|page| Event::Drop { page });
+        events.extend(drops.map(|event| (event, Beside::Nothing)));
+        let may_keep = limit / PAGE_BYTES;
+        while excess > 0 && events.len() < MOVES_MAX {
+            let Some(to) = self.limits.take_room(limit / FAR_PART) else {
+                break;
+            };
+            let Some(page) = keep.next(may_keep) else {
+                break;
+            };
+            events.push((Event::Move { page, to }, Beside::Nothing));
+            excess -= 1;
+        }
+        let goes_on = !events.is_empty() || keep.going() > 0;
+        let mut work = Work::default();
+        let done = self.step_in(&mut guard, events, &mut work);
+        drop(guard);
+        self.say(done, work);
+        Ok(goes_on)
+    }
+}
+
+/// Takes note of all pages that are here.
+fn adopt(
+    memories: &[keel_wasm::memory::Spanning],
+    keep: &mut Keep,
+    copy: impl Fn(PageId) -> Copy,
+) -> Result<(), SpanError> {
+    for (number, memory) in (0..).zip(memories) {
+        let here = memory.memory().populated();
+        for range in here.map_err(|error| SpanError::Memory(error.to_string()))? {
+            for at in range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES) {
+                // (A memory of 64 GiB has 16 million.)
+                let page = PageId {
+                    memory: number,
+                    number: at as u32,
+                };
+                match copy(page) {
+                    Copy::Shared => keep.came(page, Access::Read),
+                    Copy::Kept | Copy::Modified => keep.came(page, Access::Write),
+                    Copy::Invalid => {}
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Pages {
+    /// The most that each part may keep from now on, in bytes, while others have room for
+    /// what is beyond; at least [`PART_BYTES_MIN`]. Only of the home.
+    ///
+    /// # Errors
+    /// [`SpanError`].
+    pub fn limit_parts(&self, limit_bytes: Option<u64>) -> Result<(), SpanError> {
+        // (Two do not contradict each other: who holds this tells.)
+        let mut told = locked(&self.shared.limits.of_parts);
+        if *told == limit_bytes {
+            return Ok(());
+        }
+        *told = limit_bytes;
+        self.shared.limits.set(limit_bytes);
+        self.shared.tell_all(&Parcel::Limit(limit_bytes))
+    }
+
+    /// This part keeps all that comes from now on, or, again, what it may.
+    pub fn keep_all(&self, all: bool) {
+        let limits = &self.shared.limits;
+        match all {
+            true => {
+                limits.limit.store(NONE, Ordering::Release);
+                limits.ring();
+            }
+            false => limits.set(*locked(&limits.of_parts)),
+        }
+    }
+
+    /// What each part has of the memory, as it told last.
+    pub fn memory_of_parts(&self) -> BTreeMap<PartId, PartMemory> {
+        let mut memory = locked(&self.shared.limits.others).clone();
+        if let Ok(own) = self.shared.own_memory() {
+            memory.insert(self.shared.me, own);
+        }
+        memory
+    }
+}

@@ -1,0 +1,146 @@
+//! The thread of a part that serves faults, and hears all other parts.
+
+use super::super::peer::Heard;
+use super::super::spin::Spin;
+use super::super::wire::Parcel;
+use super::keeping::FAULTS_WAIT;
+use super::work::{Beside, Happened};
+use super::{FAULTS_MAX, SLEEP_MAX, Shared, SpanError, locked};
+use keel_wasm::coherence::{Access, Event, PageId, PartId};
+use keel_wasm::memory::{MemoryError, PAGE_BYTES, Spanning};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// Between two looks whether there is room.
+const FULL_SLEEP: Duration = Duration::from_micros(500);
+
+impl Shared {
+    /// Serves faults, and hears all others, until the end.
+    pub(super) fn serve(&self, mut hearing: Vec<Heard>) {
+        let mut spin = Spin::default();
+        let mut events = Vec::new();
+        // Since when faults wait for room.
+        let mut full_since = None;
+        while !self.over.load(Ordering::Acquire) {
+            let waits = self.is_full()
+                && full_since.get_or_insert_with(Instant::now).elapsed() < FAULTS_WAIT;
+            if !waits {
+                full_since = None;
+                if let Err(error) = self.take_faults(&mut events) {
+                    return self.end(SpanError::Memory(error.to_string()));
+                }
+            }
+            let (mut heard_some, mut noted) = (false, false);
+            for heard in &mut hearing {
+                let from = heard.part();
+                match heard.read() {
+                    Ok(parcels) => {
+                        heard_some |= !parcels.is_empty();
+                        for parcel in parcels.drain(..) {
+                            match parcel {
+                                Parcel::Message(message) => {
+                                    let event = Event::Message { from, message };
+                                    events.push((event, Beside::Nothing));
+                                }
+                                Parcel::Page(message, bytes) => {
+                                    let event = Event::Message { from, message };
+                                    events.push((event, Beside::Page(bytes)));
+                                }
+                                Parcel::Memory(memory) => self.limits.heard(from, memory),
+                                Parcel::Limit(limit) if from == PartId::HOME => {
+                                    self.limits.set(limit);
+                                }
+                                Parcel::Limit(_) => {
+                                    let reason = "only the home says what parts keep";
+                                    return self.lost(from, reason.into());
+                                }
+                                Parcel::Goodbye { part, reason } => {
+                                    return self.lost(part, reason);
+                                }
+                                Parcel::Note(note) => {
+                                    noted = true;
+                                    if let Err(reason) = self.listener.note(from, &note) {
+                                        return self.lost(from, reason);
+                                    }
+                                }
+                            }
+                        }
+                    }
+                    Err(error) => return self.lost(from, error.to_string()),
+                }
+            }
+            let due = locked(&self.state).due;
+            if due.is_some_and(|due| due <= self.now()) {
+                locked(&self.state).due = None;
+                events.push((Event::Tick, Beside::Nothing));
+            }
+            if !events.is_empty() {
+                self.step(std::mem::take(&mut events));
+                spin.worked();
+            } else if heard_some {
+                if noted {
+                    // (Most likely it was that which is waited for.)
+                    self.awaited.store(0, Ordering::Release);
+                }
+                // More may have been decrypted with it, for which no socket wakes anybody.
+                spin.worked();
+            } else if !spin.again(self.awaited.load(Ordering::Acquire) > self.now())
+                && let Err(error) = self.sleep(&hearing, due, waits)
+            {
+                return self.end(SpanError::Memory(error.to_string()));
+            }
+        }
+    }
+
+    fn take_faults(&self, events: &mut Vec<Happened>) -> Result<(), MemoryError> {
+        for (number, memory) in (0..).zip(&self.memories) {
+            for _ in 0..FAULTS_MAX {
+                let Some(touch) = memory.next()? else {
+                    break;
+                };
+                let page = PageId {
+                    memory: number,
+                    // (A memory of 64 GiB has 16 million.)
+                    number: (touch.page / PAGE_BYTES) as u32,
+                };
+                let access = match touch.write {
+                    true => Access::Write,
+                    false => Access::Read,
+                };
+                let stands = Beside::Thread(touch.thread);
+                events.push((Event::Fault { page, access }, stands));
+            }
+        }
+        Ok(())
+    }
+
+    /// Sleeps until there is something to do; a moment only where faults wait for room.
+    fn sleep(&self, hearing: &[Heard], due: Option<u64>, waits: bool) -> std::io::Result<()> {
+        let mut wait: Vec<PollFd<'_>> = vec![PollFd::new(&self.bell, PollFlags::IN)];
+        let faults = self.memories.iter().map(Spanning::descriptor);
+        let faults = faults.take(if waits { 0 } else { usize::MAX });
+        wait.extend(faults.map(|fault| PollFd::from_borrowed_fd(fault, PollFlags::IN)));
+        wait.extend(
+            hearing
+                .iter()
+                .map(|it| PollFd::new(it.socket(), PollFlags::IN)),
+        );
+        let most = if waits { FULL_SLEEP } else { SLEEP_MAX };
+        let rest = due.map_or(most, |due| {
+            Duration::from_micros(due.saturating_sub(self.now())).min(most)
+        });
+        let timeout = Timespec {
+            tv_sec: rest.as_secs() as i64,
+            tv_nsec: rest.subsec_nanos().into(),
+        };
+        match poll(&mut wait, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let mut rung = [0; 8];
+        // (Mostly it did not ring.)
+        let _ = rustix::io::read(&self.bell, &mut rung);
+        Ok(())
+    }
+}

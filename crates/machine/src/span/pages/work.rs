@@ -1,0 +1,424 @@
+//! What follows from events: what the protocol decides is done to memory, pages in a row
+//! at once, and then said.
+
+use super::super::ahead::LOOK_MAX;
+use super::super::wire::{self, PageBytes, Parcel};
+use super::{BUCKETS, PAGE, Shared, SpanError, State, WAITED_MAX, locked, offset};
+use keel_wasm::coherence::{Access, Command, Event, Message, PageId, PartId};
+use keel_wasm::memory::{MemoryError, PAGE_BYTES};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+/// What comes beside an event.
+#[derive(Debug)]
+pub(super) enum Beside {
+    Nothing,
+    /// The page that a message brings.
+    Page(PageBytes),
+    /// The OS thread that stands.
+    Thread(u32),
+}
+
+/// An event, and what comes beside it.
+pub(super) type Happened = (Event, Beside);
+
+/// What is to be done to a page.
+#[derive(Debug)]
+enum Deed {
+    Protect,
+    Send(PartId, Message),
+    Discard,
+    /// With what is allowed, and from whom it came.
+    Install(Access, PageBytes, PartId),
+    Allow,
+    Wake,
+}
+
+impl Deed {
+    const SEND: u8 = 1;
+    const INSTALL: u8 = 3;
+
+    /// Of one page they are done in this order.
+    fn rank(&self) -> u8 {
+        match self {
+            Deed::Protect => 0,
+            Deed::Send(..) => Deed::SEND,
+            Deed::Discard => 2,
+            Deed::Install(..) => Deed::INSTALL,
+            Deed::Allow => 4,
+            Deed::Wake => 5,
+        }
+    }
+}
+
+/// What follows from events.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    deeds: BTreeMap<PageId, Vec<Deed>>,
+    /// What is said, to whom: whole frames.
+    frames: BTreeMap<PartId, Vec<u8>>,
+    /// There is a new time to wait for.
+    is_due: bool,
+}
+
+impl Work {
+    /// Says something and does nothing.
+    pub(super) fn saying(frames: BTreeMap<PartId, Vec<u8>>) -> Self {
+        Work {
+            frames,
+            ..Work::default()
+        }
+    }
+}
+
+/// Pages in a row with which the same is done.
+struct Row<'a> {
+    memory: u32,
+    first: u32,
+    deeds: Vec<&'a Deed>,
+}
+
+impl Row<'_> {
+    fn offset(&self) -> u64 {
+        u64::from(self.first) * PAGE_BYTES
+    }
+
+    fn bytes(&self) -> u64 {
+        self.deeds.len() as u64 * PAGE_BYTES
+    }
+}
+
+/// Of pages in rising order.
+fn runs<'a>(pages: impl Iterator<Item = (PageId, &'a Deed)>) -> Vec<Row<'a>> {
+    let mut rows: Vec<Row<'a>> = Vec::new();
+    for (page, deed) in pages {
+        match rows.last_mut() {
+            Some(row)
+                if row.memory == page.memory
+                    && row.first + row.deeds.len() as u32 == page.number =>
+            {
+                row.deeds.push(deed);
+            }
+            _ => rows.push(Row {
+                memory: page.memory,
+                first: page.number,
+                deeds: vec![deed],
+            }),
+        }
+    }
+    rows
+}
+
+/// So many bytes of it, whatever is in them.
+fn scratch(scratch: &mut Vec<u8>, bytes: u64) -> &mut [u8] {
+    let bytes = bytes as usize;
+    if scratch.len() < bytes {
+        scratch.resize(bytes, 0);
+    }
+    &mut scratch[..bytes]
+}
+
+impl Shared {
+    /// Takes note of events, and does what follows.
+    pub(super) fn step(&self, events: Vec<Happened>) {
+        let mut work = Work::default();
+        let done = {
+            let mut state = locked(&self.state);
+            self.step_in(&mut state, events, &mut work)
+        };
+        self.say(done, work);
+    }
+
+    /// Says what is to be said after a step, or how it failed.
+    pub(super) fn say(&self, done: Result<(), SpanError>, work: Work) {
+        for (to, frames) in work.frames {
+            if let Some(Err(error)) = self.told.get(&to).map(|told| told.tell(frames)) {
+                self.lost(to, error.to_string());
+            }
+        }
+        if work.is_due {
+            self.ring();
+        }
+        if let Err(error) = done
+            && !self.over.load(Ordering::Acquire)
+        {
+            tracing::error!(%error, "a part of a machine cannot go on");
+            self.end(error);
+        }
+    }
+
+    /// As [`Self::step`], under the lock. After an error nothing is said any more: what was
+    /// to be done before it is said may not have been done.
+    pub(super) fn step_in(
+        &self,
+        state: &mut State,
+        events: Vec<Happened>,
+        work: &mut Work,
+    ) -> Result<(), SpanError> {
+        if let Some(failure) = &state.failure {
+            return Err(failure.clone());
+        }
+        let done = self.try_step(state, events, work);
+        if let Err(error) = &done {
+            work.frames.clear();
+            state.failure = Some(error.clone());
+        }
+        done
+    }
+
+    fn try_step(
+        &self,
+        state: &mut State,
+        events: Vec<Happened>,
+        work: &mut Work,
+    ) -> Result<(), SpanError> {
+        for (event, beside) in events {
+            if let Event::Message { message, .. } = &event
+                && let Some(page) = message.pages().find(|page| !self.has(*page))
+            {
+                return Err(SpanError::Disagree(format!("there is no {page:?} here")));
+            }
+            match (&event, beside) {
+                (Event::Fault { page, .. }, beside) => {
+                    let thread = match beside {
+                        Beside::Thread(thread) => Some(thread),
+                        _ => None,
+                    };
+                    let since = state.since.entry(*page);
+                    since.or_insert_with(|| (Instant::now(), thread));
+                }
+                (
+                    Event::Message {
+                        from,
+                        message: Message::Data { page, .. },
+                    },
+                    Beside::Page(bytes),
+                ) => {
+                    state.arrived.insert(*page, (*from, bytes));
+                }
+                _ => {}
+            }
+            let stood = match &event {
+                Event::Fault { page, access } => Some((*page, *access)),
+                _ => None,
+            };
+            let now = self.now();
+            for command in state.coherence.step(event, now) {
+                self.note(state, command, work)?;
+            }
+            if let Some((page, access)) = stood {
+                self.ask_ahead(state, page, access, work)?;
+            }
+        }
+        self.finish(state, work)
+    }
+
+    /// Asks for what follows a page at which a thread stands, where memory is gone
+    /// through in order.
+    fn ask_ahead(
+        &self,
+        state: &mut State,
+        page: PageId,
+        access: Access,
+        work: &mut Work,
+    ) -> Result<(), SpanError> {
+        let mut wanted = state.streams.stands(page, access);
+        if wanted == 0 {
+            return Ok(());
+        }
+        let size = self.memory(page.memory)?.memory().size_bytes();
+        let mut until = page.number;
+        for number in page.number.saturating_add(1)..=page.number.saturating_add(LOOK_MAX) {
+            let next = PageId { number, ..page };
+            if wanted == 0 || offset(next) >= size {
+                break;
+            }
+            until = number;
+            if state
+                .coherence
+                .access(next)
+                .is_some_and(|has| has >= access)
+            {
+                continue;
+            }
+            wanted -= 1;
+            let now = self.now();
+            let event = Event::Fault { page: next, access };
+            for command in state.coherence.step(event, now) {
+                self.note(state, command, work)?;
+            }
+        }
+        state.streams.asked(page, access, until);
+        Ok(())
+    }
+
+    /// Notes what is to be done; does what was noted before where the order counts: of
+    /// one page.
+    fn note(&self, state: &mut State, command: Command, work: &mut Work) -> Result<(), SpanError> {
+        let wrong = |error: wire::WireError| SpanError::Disagree(error.to_string());
+        let (page, deed) = match command {
+            Command::Send { to, message } => {
+                let parcel = Parcel::Message(message);
+                let frames = work.frames.entry(to).or_default();
+                return wire::encode(&parcel, frames).map_err(wrong);
+            }
+            Command::TickAt { micros } => {
+                let sooner = state.due.is_none_or(|due| micros < due);
+                if sooner {
+                    state.due = Some(micros);
+                    work.is_due = true;
+                }
+                return Ok(());
+            }
+            Command::Emptied { part } => {
+                state.emptied = state.emptied.with(part);
+                self.changed.notify_all();
+                return Ok(());
+            }
+            Command::Fail { reason } => return Err(SpanError::Disagree(reason)),
+            Command::SendPage { to, page, message } => (page, Deed::Send(to, message)),
+            Command::Install { page, access } => {
+                let Some((from, bytes)) = state.arrived.remove(&page) else {
+                    let what = format!("{page:?} is to be used, and has not come");
+                    return Err(SpanError::Disagree(what));
+                };
+                (page, Deed::Install(access, bytes, from))
+            }
+            Command::Allow { page } => {
+                state.arrived.remove(&page);
+                (page, Deed::Allow)
+            }
+            Command::Wake { page } => {
+                state.arrived.remove(&page);
+                (page, Deed::Wake)
+            }
+            Command::Protect { page } => (page, Deed::Protect),
+            Command::Discard { page } => (page, Deed::Discard),
+        };
+        if matches!(deed, Deed::Install(..) | Deed::Allow | Deed::Wake) {
+            self.grant(state, page);
+        }
+        let deeds = work.deeds.entry(page).or_default();
+        // In one step a page is protected, sent and discarded, or something is done with
+        // it that lets somebody go on. Rarely both.
+        if deeds.last().is_some_and(|last| last.rank() >= deed.rank()) {
+            self.finish(state, work)?;
+        }
+        work.deeds.entry(page).or_default().push(deed);
+        Ok(())
+    }
+
+    /// Does what was noted, pages in a row at once.
+    fn finish(&self, state: &mut State, work: &mut Work) -> Result<(), SpanError> {
+        let failed = |error: MemoryError| SpanError::Memory(error.to_string());
+        let deeds = std::mem::take(&mut work.deeds);
+        let with = |rank: u8| {
+            deeds.iter().flat_map(move |(page, deeds)| {
+                let deeds = deeds.iter().filter(move |deed| deed.rank() == rank);
+                deeds.map(|deed| (*page, deed))
+            })
+        };
+        for run in runs(with(Deed::Protect.rank())) {
+            let memory = self.memory(run.memory)?;
+            memory.protect(run.offset(), run.bytes()).map_err(failed)?;
+        }
+        for run in runs(with(Deed::SEND)) {
+            let memory = self.memory(run.memory)?.memory();
+            let bytes = scratch(&mut state.scratch, run.bytes());
+            memory.read(run.offset(), bytes).map_err(failed)?;
+            for (deed, page) in run.deeds.iter().zip(bytes.chunks_exact(PAGE)) {
+                if let Deed::Send(to, message) = deed {
+                    let frames = work.frames.entry(*to).or_default();
+                    wire::encode_page(message, page, frames)
+                        .map_err(|error| SpanError::Disagree(error.to_string()))?;
+                }
+            }
+        }
+        for run in runs(with(Deed::Discard.rank())) {
+            let memory = self.memory(run.memory)?;
+            memory.discard(run.offset(), run.bytes()).map_err(failed)?;
+        }
+        for access in [Access::Read, Access::Write] {
+            let those = with(Deed::INSTALL)
+                .filter(|(_, deed)| matches!(deed, Deed::Install(with, ..) if *with == access));
+            for run in runs(those) {
+                let bytes = scratch(&mut state.scratch, run.bytes());
+                let pages = bytes.chunks_mut(PAGE).zip(run.deeds.iter().copied());
+                for (room, deed) in pages {
+                    match deed {
+                        Deed::Install(_, PageBytes::Bytes(page), _) => room.copy_from_slice(page),
+                        _ => room.fill(0),
+                    }
+                }
+                let memory = self.memory(run.memory)?;
+                let write = access == Access::Write;
+                memory.install(run.offset(), bytes, write).map_err(failed)?;
+            }
+        }
+        for run in runs(with(Deed::Allow.rank())) {
+            let memory = self.memory(run.memory)?;
+            memory.allow(run.offset(), run.bytes()).map_err(failed)?;
+        }
+        for run in runs(with(Deed::Wake.rank())) {
+            let memory = self.memory(run.memory)?;
+            memory.wake(run.offset(), run.bytes()).map_err(failed)?;
+        }
+        for (page, deeds) in &deeds {
+            for deed in deeds {
+                match deed {
+                    Deed::Install(access, _, from) => {
+                        if let Some(keep) = &mut state.keep {
+                            keep.came(*page, *access);
+                        }
+                        self.came(state, *page, Some(*from));
+                    }
+                    Deed::Allow => {
+                        if let Some(keep) = &mut state.keep {
+                            keep.came(*page, Access::Write);
+                        }
+                        self.came(state, *page, None);
+                    }
+                    Deed::Wake => {
+                        // It may be the first time that anybody touches it.
+                        let access = state.coherence.access(*page);
+                        if let (Some(keep), Some(access)) = (&mut state.keep, access)
+                            && !keep.knows(*page)
+                        {
+                            keep.came(*page, access);
+                        }
+                        state.since.remove(page);
+                        self.changed.notify_all();
+                    }
+                    Deed::Discard => {
+                        if let Some(keep) = &mut state.keep {
+                            keep.left(*page);
+                        }
+                    }
+                    Deed::Protect | Deed::Send(..) => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A page is there: who waits for it goes on.
+    fn came(&self, state: &mut State, page: PageId, from: Option<PartId>) {
+        self.changed.notify_all();
+        let Some((since, thread)) = state.since.remove(&page) else {
+            return;
+        };
+        let micros = u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if let (Some(thread), Some(from)) = (thread, from) {
+            // (Of threads that ended nobody asks; there are not many of them.)
+            if state.stood_at.len() >= WAITED_MAX {
+                state.stood_at.clear();
+            }
+            let of = state.stood_at.entry(thread).or_default();
+            let of = of.entry(from).or_default();
+            *of = of.saturating_add(micros);
+        }
+        let bucket = (u64::BITS - micros.leading_zeros()) as usize;
+        self.buckets[bucket.min(BUCKETS - 1)].fetch_add(1, Ordering::Relaxed);
+    }
+}
