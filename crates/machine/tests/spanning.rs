@@ -3,7 +3,7 @@
 //! whole by name.
 
 use keel_machine::span::{Keeps, SpanError, Spread, Within};
-use keel_wasi::{Config, MemorySink, Wasi};
+use keel_wasi::{Config, HostClock, MemorySink, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
 use keel_wasm::runtime::parts::Spawning;
 use keel_wasm::runtime::{Engine, Limits, Machine, MachineError, Options, Outcome, Program};
@@ -38,10 +38,16 @@ struct Running {
 impl Running {
     /// It stands at its beginning.
     fn new(program: &Arc<Program>, args: &[&str]) -> Self {
+        Running::by(program, args, Arc::new(SystemClock))
+    }
+
+    /// By a clock of its home.
+    fn by(program: &Arc<Program>, args: &[&str], clock: Arc<dyn HostClock>) -> Self {
         let output = Arc::new(MemorySink::default());
         let mut config = Config {
             args: vec!["guest".into()],
             stdout: Box::new(output.clone()),
+            clock,
             ..Config::default()
         };
         config.args.extend(args.iter().map(|arg| (*arg).to_owned()));
@@ -206,7 +212,7 @@ fn who_comes_home_too_late_is_asked_again() {
     assert_eq!(running.text(), expected);
 }
 
-/// The beginning of a module with threads: `$spawn`, `$exit`, `$write`, a memory, and a
+/// The beginning of a module with threads: calls of the host, a memory, and a
 /// main function that starts four threads and waits until each has counted itself at 0.
 fn written(thread: &str, after: &str) -> Arc<Program> {
     let text = format!(
@@ -217,12 +223,14 @@ fn written(thread: &str, after: &str) -> Arc<Program> {
             (func $write (param i32 i32 i32 i32) (result i32)))
         (import "wasi_snapshot_preview1" "random_get"
             (func $random (param i32 i32) (result i32)))
+        (import "wasi_snapshot_preview1" "clock_time_get"
+            (func $clock (param i32 i64 i32) (result i32)))
         (memory (export "memory") 2 4000 shared)
         (func $done
             (drop (i32.atomic.rmw.add (i32.const 0) (i32.const 1)))
             (drop (memory.atomic.notify (i32.const 0) (i32.const 1))))
         (func (export "wasi_thread_start") (param $tid i32) (param $arg i32)
-            (local $i i32) (local $at i32)
+            (local $i i32) (local $at i32) (local $now i64) (local $last i64)
             {thread})
         (func (export "_start") (local $n i32) (local $i i32) (local $at i32)
             (loop $more
@@ -350,6 +358,83 @@ fn pages_stay_where_calls_are_made() {
         waited < u64::from(CALLS),
         "the home waited for {waited} pages"
     );
+}
+
+/// Whoever reads the clock, wherever, reads no time before one that he knows to have been
+/// read: threads that move tell each other what they read, through memory.
+#[test]
+fn time_goes_on_at_all_parts_as_at_one() {
+    // At 64: the last that anybody read. At 128 + 64 * arg: where each reads.
+    let program = written(
+        "(local.set $at (i32.add (i32.const 128) (i32.shl (local.get $arg) (i32.const 6))))
+         (loop $more
+            (local.set $last (i64.atomic.load (i32.const 64)))
+            (if (call $clock (i32.const 1) (i64.const 1) (local.get $at))
+                (then unreachable))
+            (local.set $now (i64.load (local.get $at)))
+            (if (i64.lt_u (local.get $now) (local.get $last)) (then (call $exit (i32.const 7))))
+            (drop (i64.atomic.rmw.cmpxchg (i32.const 64) (local.get $last) (local.get $now)))
+            (local.set $i (i32.add (local.get $i) (i32.const 1)))
+            (br_if $more (i32.lt_u (local.get $i) (i32.const 60000))))
+         (call $done)",
+        "",
+    );
+    let running = Running::new(&program, &[]);
+    let parts = running.span(4);
+    let mut random = SmallRng::seed_from_u64(5);
+    let begun = Instant::now();
+    while running
+        .machine
+        .wait(Some(Duration::from_millis(2)))
+        .is_none()
+    {
+        assert!(begun.elapsed() < LONG);
+        let tids = running.machine.threads();
+        let tid = tids[random.random_range(0..tids.len())];
+        // (It may have ended.)
+        let _ = running
+            .machine
+            .move_thread(tid, part(random.random_range(0..4)));
+    }
+    assert_eq!(running.outcome(), Outcome::Exit(0));
+    assert_eq!(parts.home().failure(), None);
+}
+
+/// A thread elsewhere need not ask its home for the time; clocks that it may not read, and
+/// the wall's, the home answers for as ever.
+#[test]
+fn clocks_are_read_where_threads_are() {
+    struct Stands;
+    impl HostClock for Stands {
+        fn monotonic_ns(&self) -> u64 {
+            77
+        }
+        fn realtime_ns(&self) -> u64 {
+            1 << 60
+        }
+    }
+    let program = written(
+        "(local.set $at (i32.add (i32.const 128) (i32.shl (local.get $arg) (i32.const 6))))
+         (if (i32.ne (call $clock (i32.const 2) (i64.const 1) (local.get $at)) (i32.const 8))
+            (then (call $exit (i32.const 3))))
+         (if (call $clock (i32.const 0) (i64.const 1) (local.get $at)) (then unreachable))
+         (if (i64.lt_u (i64.load (local.get $at)) (i64.const 0x1000000000000000))
+            (then (call $exit (i32.const 5))))
+         (if (call $clock (i32.const 1) (i64.const 1) (local.get $at)) (then unreachable))
+         (local.set $last (i64.load (local.get $at)))
+         (loop $more
+            (if (call $clock (i32.const 1) (i64.const 1) (local.get $at))
+                (then unreachable))
+            (br_if $more (i64.lt_u (i64.load (local.get $at))
+                (i64.add (local.get $last) (i64.const 20000000)))))
+         (call $done)",
+        "",
+    );
+    let running = Running::by(&program, &[], Arc::new(Stands));
+    // One for each thread: at the home it would read on for ever.
+    let parts = running.span(5);
+    assert_eq!(running.outcome(), Outcome::Exit(0));
+    assert_eq!(parts.home().failure(), None);
 }
 
 /// A trap, and an exit, at a member are those of the machine.

@@ -3,7 +3,7 @@
 
 use rustix::time::{ClockId, Timespec, clock_getres, clock_gettime};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 /// The clocks of a host. Tests bring one that they can set.
 pub trait HostClock: Send + Sync {
@@ -77,12 +77,66 @@ impl GuestClock {
             .max(now)
     }
 
+    /// Something has happened at that time: it is not earlier from now on.
+    pub(crate) fn saw(&self, monotonic_ns: u64) {
+        self.monotonic_seen_ns
+            .fetch_max(monotonic_ns, Ordering::Relaxed);
+    }
+
     pub(crate) fn realtime_ns(&self) -> u64 {
         shifted(self.host.realtime_ns(), self.realtime_offset_ns)
     }
 
     pub(crate) fn resolution_ns(&self) -> u64 {
         self.host.resolution_ns()
+    }
+}
+
+/// The guest's monotonic clock at another part than its home: as far ahead of the host's as
+/// what was heard of others demands. So nobody reads a time before that of what he knows
+/// of, and while nothing is heard it goes on as the host's does.
+#[derive(Debug)]
+pub struct FollowingClock<C = SystemClock> {
+    host: C,
+    /// By how much it is ahead of the host's.
+    ahead_ns: AtomicI64,
+    is_set: AtomicBool,
+}
+
+impl<C: HostClock> FollowingClock<C> {
+    /// One that has heard of nothing.
+    pub fn new(host: C) -> Self {
+        FollowingClock {
+            host,
+            ahead_ns: AtomicI64::new(i64::MIN),
+            is_set: AtomicBool::new(false),
+        }
+    }
+
+    /// Something has happened when the guest's clock was there.
+    pub fn saw(&self, guest_ns: u64) {
+        let ahead = i128::from(guest_ns) - i128::from(self.host.monotonic_ns());
+        let ahead = i64::try_from(ahead).unwrap_or(i64::MAX);
+        self.ahead_ns.fetch_max(ahead, Ordering::AcqRel);
+        self.is_set.store(true, Ordering::Release);
+    }
+
+    /// Nanoseconds of the guest's clock; zero before anything was heard.
+    pub fn monotonic_ns(&self) -> u64 {
+        match self.is_set.load(Ordering::Acquire) {
+            true => {
+                let ahead = self.ahead_ns.load(Ordering::Acquire);
+                shifted(self.host.monotonic_ns(), ahead.into())
+            }
+            false => 0,
+        }
+    }
+
+    /// As [`Self::monotonic_ns`], for a guest; `None` before anything was heard.
+    pub fn reading(&self) -> Option<u64> {
+        self.is_set
+            .load(Ordering::Acquire)
+            .then(|| self.monotonic_ns())
     }
 }
 
@@ -105,6 +159,24 @@ mod tests {
         fn realtime_ns(&self) -> u64 {
             self.1
         }
+    }
+
+    #[test]
+    fn what_was_seen_is_not_in_the_future() {
+        let home = GuestClock::resume(Arc::new(Fixed(500, 0)), 70, 0);
+        home.saw(60);
+        assert_eq!(home.monotonic_ns(), 70);
+        home.saw(90);
+        assert_eq!(home.monotonic_ns(), 90);
+        let other = FollowingClock::new(Fixed(1_000_000, 0));
+        assert_eq!((other.reading(), other.monotonic_ns()), (None, 0));
+        // (Its host has been up for longer than the guest.)
+        for (guest_ns, now) in [(90, 90), (80, 90), (300, 300)] {
+            other.saw(guest_ns);
+            assert_eq!(other.reading(), Some(now));
+        }
+        other.saw(u64::MAX);
+        assert!(other.monotonic_ns() > 1 << 62);
     }
 
     #[test]

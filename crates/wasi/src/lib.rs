@@ -54,7 +54,7 @@ pub mod volume;
 mod wait;
 
 pub use abi::types::Errno;
-pub use clock::{HostClock, SystemClock};
+pub use clock::{FollowingClock, HostClock, SystemClock};
 pub use config::{Config, Limits, Preopen, Source};
 pub use error::Error;
 pub use function::{Function, ParamType};
@@ -254,6 +254,17 @@ impl Wasi {
             RootPlace::Volume(volume) => Some((index, volume.clone())),
         };
         (0_u32..).zip(&self.roots).filter_map(volume).collect()
+    }
+
+    /// The guest's monotonic clock, in nanoseconds.
+    pub fn monotonic_ns(&self) -> u64 {
+        self.clock.monotonic_ns()
+    }
+
+    /// A part of the machine elsewhere was at that time of the guest's monotonic clock: it
+    /// is not earlier here from now on.
+    pub fn saw_monotonic(&self, guest_ns: u64) {
+        self.clock.saw(guest_ns);
     }
 
     /// Ends the machine for good: flushes output, closes every descriptor and

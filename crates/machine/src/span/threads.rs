@@ -85,6 +85,14 @@ impl Listener for HomeListener {
         Ok(())
     }
 
+    fn time(&self) -> u64 {
+        self.machine.wasi().monotonic_ns()
+    }
+
+    fn saw(&self, guest_ns: u64) {
+        self.machine.wasi().saw_monotonic(guest_ns);
+    }
+
     fn over(&self, reason: &SpanError) {
         if *reason != SpanError::Ended {
             let mut failure = self
@@ -329,6 +337,14 @@ impl Listener for MemberListener {
         self.0
             .hear(Order::decode(note).map_err(|error| error.to_string())?);
         Ok(())
+    }
+
+    fn time(&self) -> u64 {
+        self.0.clock().monotonic_ns()
+    }
+
+    fn saw(&self, guest_ns: u64) {
+        self.0.clock().saw(guest_ns);
     }
 
     fn over(&self, _reason: &SpanError) {

@@ -11,7 +11,10 @@
 //! one without anything in it. A NOTE is what home and members say of threads
 //! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
 //! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
-//! LIMIT (from the home) what each may keep. GOODBYE is the last that a part says which
+//! LIMIT (from the home) what each may keep. TIME is the first of what is said at once: the
+//! guest's clock at the part that says it, so that no part's clock is behind what it has
+//! heard of (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed System",
+//! 1978). GOODBYE is the last that a part says which
 //! cannot go on: which part is to blame, and why, since the others will all be lost to
 //! each other in a moment.
 //!
@@ -46,6 +49,7 @@ const KIND_NOTE: u16 = 6;
 const KIND_GOODBYE: u16 = 7;
 const KIND_MEMORY: u16 = 8;
 const KIND_LIMIT: u16 = 9;
+const KIND_TIME: u16 = 10;
 /// Bytes of a note in one frame, so that pages need not wait for long ones.
 const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
@@ -101,6 +105,8 @@ pub(super) enum Parcel {
     Note(Vec<u8>),
     /// What the part has of the memory.
     Memory(PartMemory),
+    /// The guest's clock where the rest comes from, in nanoseconds.
+    Time(u64),
     /// From the home: what a part keeps at most, in bytes.
     Limit(Option<u64>),
     /// The part cannot go on.
@@ -124,6 +130,9 @@ pub enum WireError {
     /// A page without its message, or the other way round.
     #[error("a page and its message do not belong together")]
     Page,
+    /// No reading of a clock.
+    #[error("a time of another length than 8 bytes")]
+    Time,
     /// A thread cannot be so large.
     #[error("a note of more than {NOTE_BYTES_MAX} bytes")]
     Long,
@@ -157,12 +166,21 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
         Parcel::Page(message, PageBytes::Zeros) => encode_page(message, &[0; PAGE], frames),
         Parcel::Page(message, PageBytes::Bytes(bytes)) => encode_page(message, bytes, frames),
         Parcel::Note(note) => encode_note(note, frames),
+        Parcel::Time(guest_ns) => frame_of(KIND_TIME, &guest_ns.to_le_bytes(), &[], frames),
         Parcel::Memory(memory) => frame_of(KIND_MEMORY, &postcard::to_stdvec(memory)?, &[], frames),
         Parcel::Limit(limit) => frame_of(KIND_LIMIT, &postcard::to_stdvec(limit)?, &[], frames),
         Parcel::Goodbye { part, reason } => {
             let payload = postcard::to_stdvec(&(part, reason))?;
             frame_of(KIND_GOODBYE, &payload, &[], frames)
         }
+    }
+}
+
+/// Writes the guest's clock, in nanoseconds, into what is said at once: the payload of its
+/// first frame, which is [`Parcel::Time`].
+pub(super) fn set_time(frames: &mut [u8], guest_ns: u64) {
+    if let Some(payload) = frames.get_mut(HEADER_BYTES..HEADER_BYTES + 8) {
+        payload.copy_from_slice(&guest_ns.to_le_bytes());
     }
 }
 
@@ -309,6 +327,10 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
             let page = PageBytes::Bytes(payload.slice_ref(page));
             Ok(Parcel::Page(data(message)?, page))
         }
+        KIND_TIME => match payload[..].try_into() {
+            Ok(bytes) => Ok(Parcel::Time(u64::from_le_bytes(bytes))),
+            Err(_) => Err(WireError::Time),
+        },
         KIND_MEMORY => Ok(Parcel::Memory(postcard::from_bytes(&payload)?)),
         KIND_LIMIT => Ok(Parcel::Limit(postcard::from_bytes(&payload)?)),
         KIND_GOODBYE => {
@@ -367,6 +389,7 @@ mod tests {
                 given_bytes: 4096,
                 dropped_bytes: 0,
             }),
+            Parcel::Time(1 << 40),
             Parcel::Limit(None),
             Parcel::Limit(Some(u64::MAX)),
             Parcel::Goodbye {
@@ -450,7 +473,8 @@ mod tests {
             (&page, KIND_MESSAGE),
             (&want, KIND_ZEROS),
             (&want, KIND_HELLO),
-            (&want, KIND_LIMIT + 1),
+            (&want, KIND_TIME + 1),
+            (&want, KIND_TIME),
         ] {
             assert!(with_kind(frame, kind).is_err(), "{kind}");
         }

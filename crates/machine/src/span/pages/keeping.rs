@@ -259,10 +259,13 @@ impl Shared {
     }
 
     fn tell_all(&self, parcel: &Parcel) -> Result<(), SpanError> {
-        let mut frame = Vec::new();
-        wire::encode(parcel, &mut frame).map_err(|error| SpanError::Disagree(error.to_string()))?;
-        let to = self.told.keys().map(|part| (*part, frame.clone()));
-        self.say(Ok(()), Work::saying(to.collect()));
+        let mut work = Work::default();
+        for part in self.told.keys() {
+            work.to(*part)
+                .and_then(|frames| wire::encode(parcel, frames))
+                .map_err(|error| SpanError::Disagree(error.to_string()))?;
+        }
+        self.say(Ok(()), work);
         Ok(())
     }
 

@@ -138,6 +138,13 @@ pub trait Listener: Send + Sync {
     /// Why it cannot say that: it is lost then.
     fn note(&self, from: PartId, note: &[u8]) -> Result<(), String>;
 
+    /// The guest's monotonic clock here, in nanoseconds: not behind what was [`Self::saw`].
+    fn time(&self) -> u64;
+
+    /// What is heard next has happened when the guest's clock was there. Called before
+    /// anything else of it.
+    fn saw(&self, guest_ns: u64);
+
     /// The part cannot go on, or was ended. Threads of the guest must have no effect any
     /// more after this; those that stand at pages go on, and find anything in them.
     fn over(&self, reason: &SpanError);
@@ -235,10 +242,11 @@ impl Teller {
         let Some(shared) = self.0.upgrade() else {
             return;
         };
-        let mut frames = Vec::new();
-        let done = wire::encode_note(note, &mut frames);
-        let done = done.map_err(|error| SpanError::Disagree(error.to_string()));
-        let work = Work::saying(BTreeMap::from([(to, frames)]));
+        let mut work = Work::default();
+        let done = work
+            .to(to)
+            .and_then(|frames| wire::encode_note(note, frames))
+            .map_err(|error| SpanError::Disagree(error.to_string()));
         if is_answered {
             // Whoever hears the answer is awake by then: being woken takes longer than it.
             let until = shared.now() + ANSWER_MICROS;
@@ -265,6 +273,12 @@ impl Listener for () {
     fn note(&self, _from: PartId, _note: &[u8]) -> Result<(), String> {
         Err("it speaks of threads to a part without any".into())
     }
+
+    fn time(&self) -> u64 {
+        0
+    }
+
+    fn saw(&self, _guest_ns: u64) {}
 
     fn over(&self, _reason: &SpanError) {}
 }

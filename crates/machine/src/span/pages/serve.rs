@@ -47,6 +47,7 @@ impl Shared {
                                     let event = Event::Message { from, message };
                                     events.push((event, Beside::Page(bytes)));
                                 }
+                                Parcel::Time(guest_ns) => self.listener.saw(guest_ns),
                                 Parcel::Memory(memory) => self.limits.heard(from, memory),
                                 Parcel::Limit(limit) if from == PartId::HOME => {
                                     self.limits.set(limit);

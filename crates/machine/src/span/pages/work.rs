@@ -56,19 +56,24 @@ impl Deed {
 #[derive(Debug, Default)]
 pub(super) struct Work {
     deeds: BTreeMap<PageId, Vec<Deed>>,
-    /// What is said, to whom: whole frames.
+    /// What is said, to whom: whole frames, the first of which is [`Parcel::Time`].
     frames: BTreeMap<PartId, Vec<u8>>,
     /// There is a new time to wait for.
     is_due: bool,
 }
 
 impl Work {
-    /// Says something and does nothing.
-    pub(super) fn saying(frames: BTreeMap<PartId, Vec<u8>>) -> Self {
-        Work {
-            frames,
-            ..Work::default()
+    /// Where something is said to a part.
+    ///
+    /// # Errors
+    /// [`wire::WireError`]; none that there is.
+    pub(super) fn to(&mut self, part: PartId) -> Result<&mut Vec<u8>, wire::WireError> {
+        let frames = self.frames.entry(part).or_default();
+        if frames.is_empty() {
+            // (It is told when it is said.)
+            wire::encode(&Parcel::Time(0), frames)?;
         }
+        Ok(frames)
     }
 }
 
@@ -132,7 +137,9 @@ impl Shared {
 
     /// Says what is to be said after a step, or how it failed.
     pub(super) fn say(&self, done: Result<(), SpanError>, work: Work) {
-        for (to, frames) in work.frames {
+        for (to, mut frames) in work.frames {
+            // Whatever is in it has happened.
+            wire::set_time(&mut frames, self.listener.time());
             if let Some(Err(error)) = self.told.get(&to).map(|told| told.tell(frames)) {
                 self.lost(to, error.to_string());
             }
@@ -260,8 +267,8 @@ impl Shared {
         let (page, deed) = match command {
             Command::Send { to, message } => {
                 let parcel = Parcel::Message(message);
-                let frames = work.frames.entry(to).or_default();
-                return wire::encode(&parcel, frames).map_err(wrong);
+                let said = work.to(to).and_then(|frames| wire::encode(&parcel, frames));
+                return said.map_err(wrong);
             }
             Command::TickAt { micros } => {
                 let sooner = state.due.is_none_or(|due| micros < due);
@@ -329,8 +336,8 @@ impl Shared {
             memory.read(run.offset(), bytes).map_err(failed)?;
             for (deed, page) in run.deeds.iter().zip(bytes.chunks_exact(PAGE)) {
                 if let Deed::Send(to, message) = deed {
-                    let frames = work.frames.entry(*to).or_default();
-                    wire::encode_page(message, page, frames)
+                    work.to(*to)
+                        .and_then(|frames| wire::encode_page(message, page, frames))
                         .map_err(|error| SpanError::Disagree(error.to_string()))?;
                 }
             }

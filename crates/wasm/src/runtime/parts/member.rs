@@ -11,7 +11,7 @@ use crate::runtime::host::{Host, HostOutcome, HostThread, ImportKind};
 use crate::runtime::machine::{locked, lower_priority};
 use crate::runtime::program::{Program, STACK_BYTES};
 use crate::runtime::signal::Signal;
-use keel_wasi::Function;
+use keel_wasi::{FollowingClock, Function, SystemClock};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
@@ -25,6 +25,8 @@ const WARM: usize = 2;
 /// The most of those that are kept when their threads have left.
 const WARM_MAX: usize = 8;
 
+/// `clockid::monotonic` of WASI preview 1.
+const MONOTONIC: u64 = 1;
 /// For how long one that expects a thread looks for it.
 const LOOK_OUT: Duration = Duration::from_micros(500);
 
@@ -109,6 +111,7 @@ struct Shared {
     left: Condvar,
     over: AtomicBool,
     begun: Instant,
+    clock: FollowingClock,
 }
 
 /// A part that is not the home.
@@ -141,6 +144,11 @@ impl Host for Calls {
             Some(ImportKind::Wasi(function)) => Some(*function),
             _ => None,
         };
+        if function == Some(Function::ClockTimeGet)
+            && let Some(done) = self.read_clock(args, thread)
+        {
+            return done;
+        }
         let cells = thread.memories.first();
         let cells = cells.map_or(&[][..], |memory| memory.cells());
         let mut memory = wiggle::GuestMemory::Shared(cells);
@@ -191,6 +199,23 @@ impl Host for Calls {
     }
 }
 
+impl Calls {
+    /// Reads the monotonic clock here; `None` where that is not what is wanted, or cannot
+    /// be answered: the home says why.
+    fn read_clock(&self, args: &[u64], thread: &HostThread) -> Option<HostOutcome> {
+        let [MONOTONIC, _precision, at] = args else {
+            return None;
+        };
+        let memory = thread.memories.first()?;
+        let is_there = at.is_multiple_of(8) && at.checked_add(8)? <= memory.size_bytes();
+        let now = self.0.clock.reading().filter(|_| is_there)?;
+        let mut memory = wiggle::GuestMemory::Shared(memory.cells());
+        let at = wiggle::GuestPtr::<u64>::new(u32::try_from(*at).ok()?);
+        memory.write(at, now).ok()?;
+        Some(HostOutcome::Done(vec![0]))
+    }
+}
+
 impl Member {
     /// A member without threads. Its memories are as large as the home's. What the home
     /// says is [`Self::hear`]d.
@@ -210,6 +235,7 @@ impl Member {
             left: Condvar::new(),
             over: AtomicBool::new(false),
             begun: Instant::now(),
+            clock: FollowingClock::new(SystemClock),
         }));
         for _ in 0..WARM {
             // (Where there are no threads left, the first one that comes says so.)
@@ -218,6 +244,11 @@ impl Member {
             }
         }
         member
+    }
+
+    /// The guest's monotonic clock as it is here.
+    pub fn clock(&self) -> &FollowingClock {
+        &self.0.clock
     }
 
     /// Its memories.

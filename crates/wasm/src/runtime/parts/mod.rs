@@ -20,7 +20,8 @@
 //! no page has to ([`keel_wasi::pack`]): the home touches descriptors only. What cannot be
 //! packed reads and writes the guest's memory at the home, as a thread of the guest would:
 //! `crate::coherence` brings the pages. What nobody else can see happens where the thread
-//! is (`sched_yield`).
+//! is: `sched_yield`, and the monotonic clock, since what parts say to each other carries
+//! its time ([`keel_wasi::FollowingClock`]).
 //!
 //! - `message`: what is said
 //! - `away`: a thread that runs elsewhere, as the home sees it
