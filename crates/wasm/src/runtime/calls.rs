@@ -12,11 +12,19 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-/// Addresses at which a thread compares or wakes just now.
+/// Addresses at which a thread compares or wakes just now, while pages may have to come for
+/// that.
 #[derive(Debug, Default)]
 pub(super) struct Turns {
-    busy: Mutex<BTreeSet<(u32, u64)>>,
+    busy: Mutex<Busy>,
     over: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Busy {
+    places: BTreeSet<(u32, u64)>,
+    /// Threads that wait for one of them.
+    waiting: usize,
 }
 
 /// Held over one such step.
@@ -27,8 +35,14 @@ struct Turn<'a> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        locked(&self.turns.busy).remove(&self.place);
-        self.turns.over.notify_all();
+        let mut busy = locked(&self.turns.busy);
+        busy.places.remove(&self.place);
+        let waiting = busy.waiting;
+        drop(busy);
+        // (A call of the kernel, whether anybody waits or not.)
+        if waiting > 0 {
+            self.turns.over.notify_all();
+        }
     }
 }
 
@@ -51,7 +65,8 @@ impl Shared {
         let timeout = match *progress {
             Progress::Waiting { remaining_ns } => remaining_ns,
             _ => {
-                let _turn = self.turn(memory, address);
+                let turn = self.turn(memory, address);
+                let held = turn.is_none().then(|| locked(&self.waits));
                 let bytes = &self.memories[memory as usize];
                 // (The page may have to come from another part.)
                 let equal = if wide {
@@ -62,7 +77,8 @@ impl Shared {
                 if !equal {
                     return HostOutcome::Done(vec![1]);
                 }
-                locked(&self.waits).enter(memory, address, thread.tid);
+                let mut waits = held.unwrap_or_else(|| locked(&self.waits));
+                waits.enter(memory, address, thread.tid);
                 u64::try_from(args[2] as i64).ok()
             }
         };
@@ -94,6 +110,9 @@ impl Shared {
         let turn = self.turn(memory, address);
         let woken = locked(&self.waits).notify(memory, address, args[1] as u32);
         drop(turn);
+        if woken.is_empty() {
+            return HostOutcome::Done(vec![0]);
+        }
         let signals: Vec<Arc<Signal>> = {
             let threads = locked(&self.threads);
             woken
@@ -110,21 +129,27 @@ impl Shared {
 
     /// Waits until nobody else compares or wakes at an address: to compare and to
     /// enter the queue is one step to whoever wakes, and no lock is held for it that
-    /// others need while a page is on its way.
-    fn turn(&self, memory: u32, address: u64) -> Turn<'_> {
+    /// others need while a page is on its way. `None` where all pages are here: the lock of
+    /// the queues is held over that step then.
+    fn turn(&self, memory: u32, address: u64) -> Option<Turn<'_>> {
+        if self.parts.is_alone() {
+            return None;
+        }
         let place = (memory, address);
         let mut busy = locked(&self.turns.busy);
-        while !busy.insert(place) {
+        while !busy.places.insert(place) {
+            busy.waiting += 1;
             busy = self
                 .turns
                 .over
                 .wait(busy)
                 .unwrap_or_else(|error| error.into_inner());
+            busy.waiting -= 1;
         }
-        Turn {
+        Some(Turn {
             turns: &self.turns,
             place,
-        }
+        })
     }
 
     fn grow(&self, memory: u32, delta_pages: u64) -> HostOutcome {

@@ -66,6 +66,8 @@ pub(crate) struct Parts {
     opens: Mutex<()>,
     inner: Mutex<PartsInner>,
     changed: Condvar,
+    /// It has members; changes only while the machine is frozen.
+    spans: AtomicBool,
 }
 
 #[derive(Default)]
@@ -102,8 +104,14 @@ impl Parts {
         inner.taken.clear();
         inner.lost = false;
         inner.leaving = false;
+        self.spans.store(way.is_some(), Ordering::Release);
         inner.way = way;
         self.changed.notify_all();
+    }
+
+    /// Whether all of its memory is here, as long as a call of the host lasts.
+    pub(crate) fn is_alone(&self) -> bool {
+        !self.spans.load(Ordering::Acquire)
     }
 
     pub(crate) fn members(&self) -> Vec<PartId> {
