@@ -37,7 +37,7 @@ const OBJECTS_AT_ONCE: usize = 32;
 /// Share of what a part may keep to which it is filled: what it uses next has room.
 const FILLED: f64 = 0.9;
 /// Of what a part may keep so much is there when some of it is to go: before the part
-/// itself has to give away what comes first to hand.
+/// itself has to give away again what comes first to hand.
 const FULL: f64 = 0.95;
 /// Share of what it would run alone that it must run with its parts: less is a loss, and
 /// what is between may be noise.
@@ -56,6 +56,8 @@ pub struct Part {
     pub node: Name,
     /// Bytes of the machine's memory that it has, where that is known.
     pub memory_bytes: Option<u64>,
+    /// It had too much since the last look, and gave away what came first to hand.
+    pub overflows: bool,
 }
 
 /// A thread of the machine.
@@ -282,7 +284,7 @@ fn spread(scene: &Scene, policy: &Policy) -> Option<Choice> {
         .collect();
     let memory = scene.parts.first().and_then(|part| part.memory_bytes);
     let over = match (memory, scene.part_memory_bytes) {
-        (Some(has), Some(most)) if is_full(has, most) => Some((has, most)),
+        (Some(has), Some(most)) if has > most => Some((has, most)),
         _ => None,
     };
     let pressed = steadily(&home.loads, policy.pressed_load) && home.side.pressed;
@@ -683,14 +685,15 @@ fn load_after(load: Option<f64>, less: f64) -> f64 {
 // ── objects ─────────────────────────────────────────────────────────────
 
 /// Whether a part has about as much as it may keep.
-pub fn is_full(has_bytes: u64, most_bytes: u64) -> bool {
+fn is_full(has_bytes: u64, most_bytes: u64) -> bool {
     has_bytes as f64 > most_bytes as f64 * FULL
 }
 
 /// Bytes that a part is to give away, and why.
 fn surplus(scene: &Scene, part: &Part, policy: &Policy) -> Option<(u64, String)> {
     let has = part.memory_bytes?;
-    if let Some(most) = scene.part_memory_bytes.filter(|most| is_full(has, *most)) {
+    let most = scene.part_memory_bytes;
+    if let Some(most) = most.filter(|most| has > *most || part.overflows && is_full(has, *most)) {
         let rest = (most as f64 * FILLED) as u64;
         let why = format!(
             "the part on {} has {:.1} MiB, and keeps {:.1} MiB at most",
@@ -851,6 +854,7 @@ mod tests {
             number,
             node: node.into(),
             memory_bytes: Some(mib * MIB),
+            overflows: false,
         }
     }
 
@@ -1135,6 +1139,12 @@ mod tests {
         };
         // 110 go: as much as there is room, where most is first.
         assert_eq!(given(&full), [(2, 85), (1, 25)]);
+        // What it keeps by itself is let be while nothing more comes.
+        full.parts[0].memory_bytes = Some(98 * MIB);
+        assert_eq!(given(&full), []);
+        full.parts[0].overflows = true;
+        assert_eq!(given(&full), [(2, 8)]);
+        full.parts[0] = part(0, "a", 200);
         // A node that is short of memory takes none, and one that is gives.
         full.nodes[2].side.memory_free_bytes = 60 * MIB;
         assert_eq!(given(&full), [(1, 30)]);

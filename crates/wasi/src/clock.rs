@@ -48,6 +48,8 @@ pub(crate) struct GuestClock {
     host: Arc<dyn HostClock>,
     monotonic_offset_ns: i128,
     realtime_offset_ns: i128,
+    /// By how much more than that it is ahead, because others were.
+    hurried_ns: AtomicU64,
     // Two threads may ask at once and a test's clock may misbehave.
     monotonic_seen_ns: AtomicU64,
 }
@@ -65,22 +67,30 @@ impl GuestClock {
         Self {
             monotonic_offset_ns: i128::from(monotonic_ns) - i128::from(host.monotonic_ns()),
             realtime_offset_ns: behind.max(0),
+            hurried_ns: AtomicU64::new(0),
             monotonic_seen_ns: AtomicU64::new(monotonic_ns),
             host,
         }
     }
 
     pub(crate) fn monotonic_ns(&self) -> u64 {
-        let now = shifted(self.host.monotonic_ns(), self.monotonic_offset_ns);
+        let now = self
+            .unhurried_ns()
+            .saturating_add(self.hurried_ns.load(Ordering::Relaxed));
         self.monotonic_seen_ns
             .fetch_max(now, Ordering::Relaxed)
             .max(now)
     }
 
-    /// Something has happened at that time: it is not earlier from now on.
+    fn unhurried_ns(&self) -> u64 {
+        shifted(self.host.monotonic_ns(), self.monotonic_offset_ns)
+    }
+
+    /// Something has happened at that time: it is not earlier from now on, and goes on from
+    /// there.
     pub(crate) fn saw(&self, monotonic_ns: u64) {
-        self.monotonic_seen_ns
-            .fetch_max(monotonic_ns, Ordering::Relaxed);
+        let ahead = monotonic_ns.saturating_sub(self.unhurried_ns());
+        self.hurried_ns.fetch_max(ahead, Ordering::Relaxed);
     }
 
     pub(crate) fn realtime_ns(&self) -> u64 {
@@ -163,11 +173,26 @@ mod tests {
 
     #[test]
     fn what_was_seen_is_not_in_the_future() {
-        let home = GuestClock::resume(Arc::new(Fixed(500, 0)), 70, 0);
+        struct Runs(Arc<AtomicU64>);
+        impl HostClock for Runs {
+            fn monotonic_ns(&self) -> u64 {
+                self.0.load(Ordering::Relaxed)
+            }
+            fn realtime_ns(&self) -> u64 {
+                0
+            }
+        }
+        let host = Arc::new(AtomicU64::new(500));
+        let home = GuestClock::resume(Arc::new(Runs(host.clone())), 70, 0);
         home.saw(60);
         assert_eq!(home.monotonic_ns(), 70);
         home.saw(90);
         assert_eq!(home.monotonic_ns(), 90);
+        // It goes on from there, at once.
+        host.store(510, Ordering::Relaxed);
+        assert_eq!(home.monotonic_ns(), 100);
+        home.saw(95);
+        assert_eq!(home.monotonic_ns(), 100);
         let other = FollowingClock::new(Fixed(1_000_000, 0));
         assert_eq!((other.reading(), other.monotonic_ns()), (None, 0));
         // (Its host has been up for longer than the guest.)

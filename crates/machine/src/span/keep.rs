@@ -46,15 +46,16 @@ struct Line {
 /// The pages of a part, as far as they may have to go.
 #[derive(Debug, Default)]
 pub(super) struct Keep {
-    /// Number of the last arrival.
+    /// Number of the last arrival or leave.
     last: u64,
     /// Where each page is, and by which arrival: others of it in line are void.
     at: HashMap<PageId, (Queue, u64)>,
     copies: Line,
     young: Line,
     old: Line,
-    ghosts: VecDeque<PageId>,
-    remembered: HashSet<PageId>,
+    /// Pages that left, and by the how-manieth leave.
+    ghosts: VecDeque<(PageId, u64)>,
+    remembered: HashMap<PageId, u64>,
     /// Chosen to be given away, and still here.
     going: HashSet<PageId>,
     /// Of those, how many left since somebody asked.
@@ -80,9 +81,9 @@ impl Keep {
         self.going.len()
     }
 
-    /// Pages that can be chosen.
-    pub(super) fn len(&self) -> usize {
-        self.at.len()
+    /// Pages that can be given away.
+    pub(super) fn owned(&self) -> usize {
+        self.young.count + self.old.count
     }
 
     /// A page has come, or may be written from now on.
@@ -98,7 +99,7 @@ impl Keep {
         self.remove(page);
         let queue = match access {
             Access::Read => Queue::Copies,
-            Access::Write if self.remembered.remove(&page) => Queue::Old,
+            Access::Write if self.remembered.remove(&page).is_some() => Queue::Old,
             Access::Write => Queue::Young,
         };
         self.put(page, queue);
@@ -174,8 +175,7 @@ impl Keep {
     /// The next that another part is to get, if there is one; `may_keep` pages are kept
     /// here.
     pub(super) fn next(&mut self, may_keep: u64) -> Option<PageId> {
-        let owned = self.young.count + self.old.count;
-        let queue = match self.young.count * YOUNG_PART >= owned {
+        let queue = match self.young.count * YOUNG_PART >= self.owned() {
             true => Queue::Young,
             false => Queue::Old,
         };
@@ -185,13 +185,15 @@ impl Keep {
         };
         let page = self.first(queue).or_else(|| self.first(other))?;
         self.going.insert(page);
-        if self.remembered.insert(page) {
-            self.ghosts.push_back(page);
-        }
+        self.last += 1;
+        self.remembered.insert(page, self.last);
+        self.ghosts.push_back((page, self.last));
         let most = usize::try_from(may_keep / GHOSTS_PART).unwrap_or(usize::MAX);
         while self.ghosts.len() > most.max(1) {
-            // (It may have come back: then it is not remembered already.)
-            if let Some(forgotten) = self.ghosts.pop_front() {
+            // (It may have come back, and left again.)
+            if let Some((forgotten, number)) = self.ghosts.pop_front()
+                && self.remembered.get(&forgotten) == Some(&number)
+            {
                 self.remembered.remove(&forgotten);
             }
         }
@@ -285,9 +287,9 @@ mod tests {
         came(&mut keep, 0..2, Access::Write);
         assert_eq!(keep.next(100), Some(page(0)));
         assert!(keep.knows(page(0)));
-        assert_eq!((keep.going(), keep.len()), (1, 1));
+        assert_eq!((keep.going(), keep.owned()), (1, 1));
         keep.give_up_waiting();
-        assert_eq!((keep.going(), keep.len()), (0, 2));
+        assert_eq!((keep.going(), keep.owned()), (0, 2));
         assert_eq!(give(&mut keep, 2).len(), 2);
         assert_eq!((keep.take_given(), keep.take_given()), (2, 0));
     }

@@ -10,6 +10,7 @@ use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
 use keel_wasm::coherence::PartId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -213,6 +214,8 @@ pub(super) struct Told {
     out: Mutex<BulkStream>,
     backlog: Mutex<Backlog>,
     changed: Condvar,
+    /// Bytes of the backlog, with what is being written of it.
+    unwritten: AtomicUsize,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -225,7 +228,13 @@ impl Told {
             out: Mutex::new(out),
             backlog: Mutex::default(),
             changed: Condvar::new(),
+            unwritten: AtomicUsize::new(0),
         }
+    }
+
+    /// Bytes that it was told and that are not written yet.
+    pub(super) fn unwritten_bytes(&self) -> usize {
+        self.unwritten.load(Ordering::Relaxed)
     }
 
     /// Tells it frames; at once, if they are few and that is possible without waiting.
@@ -241,6 +250,7 @@ impl Told {
         {
             return out.write(&frame);
         }
+        self.unwritten.fetch_add(frame.len(), Ordering::Relaxed);
         locked(&self.backlog).frames.push(frame);
         self.changed.notify_one();
         Ok(())
@@ -272,6 +282,7 @@ impl Told {
             for frame in frames {
                 if !batch.is_empty() && batch.len() + frame.len() > BATCH_BYTES {
                     out.write(&batch)?;
+                    self.unwritten.fetch_sub(batch.len(), Ordering::Relaxed);
                     batch.clear();
                 }
                 match batch.is_empty() {
@@ -280,6 +291,7 @@ impl Told {
                 }
             }
             out.write(&batch)?;
+            self.unwritten.fetch_sub(batch.len(), Ordering::Relaxed);
         }
     }
 

@@ -182,9 +182,12 @@ impl Home {
                 let way = Arc::new(Way(pages.teller()));
                 let set = machine.set_members(members.iter().collect(), Some(way), how.spawning);
                 depends.store(set.is_ok(), Ordering::Release);
-                pages.limit_parts(how.keeps.part_bytes)?;
                 match (set, pages.failure()) {
-                    (Ok(()), None) => Ok(pages),
+                    (Ok(()), None) => {
+                        // Nothing leaves before it depends on its members.
+                        pages.limit_parts(how.keeps.part_bytes)?;
+                        Ok(pages)
+                    }
                     (set, lost) => {
                         depends.store(false, Ordering::Release);
                         pages.finish();
@@ -249,8 +252,9 @@ impl Home {
     /// The home, which still has its members and why; nothing goes to them any more, so it
     /// can only be tried again.
     pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, SpanningError)> {
-        // All that there is comes here, whatever this part would keep.
-        self.pages.keep_all(true);
+        // All that there is comes here, whatever this part would keep, and nothing goes to
+        // members any more, also if it fails.
+        self.pages.keep_all();
         match self.try_alone(patience) {
             Ok(begun) => {
                 // First: members that end are no loss any more.
@@ -265,10 +269,7 @@ impl Home {
                 }
                 Ok(begun.elapsed())
             }
-            Err(error) => {
-                self.pages.keep_all(false);
-                Err((Box::new(self), error))
-            }
+            Err(error) => Err((Box::new(self), error)),
         }
     }
 

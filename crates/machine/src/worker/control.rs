@@ -527,10 +527,10 @@ pub struct PartsReport {
     pub nodes: BTreeMap<PartId, NodeName>,
     /// Its threads.
     pub threads: Vec<ThreadReport>,
-    /// What each part has of its memory, as it told last.
-    pub memory: BTreeMap<PartId, PartMemory>,
     /// How often threads at the home waited for pages, by powers of two of microseconds.
     pub waits: Vec<u64>,
+    /// What each part has of its memory, as it told last.
+    pub memory: BTreeMap<PartId, PartMemory>,
 }
 
 /// One thread of a machine.

@@ -15,7 +15,7 @@ use futures::future::join_all;
 use keel_api::{EventKind, SpanRequest};
 use keel_balance::Name;
 use keel_balance::grains::{
-    Choice, Drawn, Grain, Node, Object, Part, Scene, Thread, coldest, decide, is_full, loses,
+    Choice, Drawn, Grain, Node, Object, Part, Scene, Thread, coldest, decide, loses,
 };
 use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
@@ -79,6 +79,8 @@ struct Known {
     /// wanted to be, and until when they are not drawn anywhere: what they use where they
     /// are is not seen, and may be more.
     followed: HashMap<u32, Instant>,
+    /// Bytes that each part had given away because they were too much.
+    given: BTreeMap<PartId, u64>,
     /// When it is looked again where the objects are that threads like.
     likes_at: Option<Instant>,
     /// Nothing is done until then.
@@ -196,18 +198,19 @@ async fn look_at(
     );
     follow_pages(&mut threads, known);
     let parts = match spans {
-        true => parts(&report, objects.as_deref()),
+        true => parts(&report, objects.as_deref(), &mut known.given),
         false => {
             let bytes = worker.report().await.map_err(|error| error.to_string())?;
             vec![Part {
                 number: 0,
                 node: agent.name.as_str().into(),
                 memory_bytes: Some(bytes.memory_bytes),
+                overflows: false,
             }]
         }
     };
     let over = |part: &Part| match (part.memory_bytes, balancing.part_memory_bytes) {
-        (Some(has), Some(most)) => is_full(has, most),
+        (Some(has), Some(most)) => has > most,
         _ => false,
     };
     let wants_some = from_beginning || home.side.pressed || parts.iter().any(over);
@@ -543,7 +546,12 @@ fn waited_cores(report: &PartsReport, known: &mut Known) -> f64 {
     }
 }
 
-fn parts(report: &PartsReport, objects: Option<&[ObjectReport]>) -> Vec<Part> {
+/// `given` is what each of them had given away at the last look.
+fn parts(
+    report: &PartsReport,
+    objects: Option<&[ObjectReport]>,
+    given: &mut BTreeMap<PartId, u64>,
+) -> Vec<Part> {
     let bytes = |part: PartId| {
         let mine = objects?.iter().filter(|object| object.owner == part);
         Some(mine.map(|object| object.bytes).sum())
@@ -554,6 +562,10 @@ fn parts(report: &PartsReport, objects: Option<&[ObjectReport]>) -> Vec<Part> {
             number: part.number() as u32,
             node: node.as_str().into(),
             memory_bytes: bytes(*part),
+            overflows: {
+                let now = report.memory.get(part).map_or(0, |it| it.given_bytes);
+                given.insert(*part, now).unwrap_or(0) < now
+            },
         })
         .collect()
 }

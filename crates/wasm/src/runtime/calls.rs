@@ -66,9 +66,13 @@ impl Shared {
             Progress::Waiting { remaining_ns } => remaining_ns,
             _ => {
                 let turn = self.turn(memory, address);
-                let held = turn.is_none().then(|| locked(&self.waits));
                 let bytes = &self.memories[memory as usize];
-                // (The page may have to come from another part.)
+                if turn.is_none() {
+                    // It may be one that an arriving machine still waits for: not under the
+                    // lock, and then it is here.
+                    let _ = bytes.load_u32(address);
+                }
+                let held = turn.is_none().then(|| locked(&self.waits));
                 let equal = if wide {
                     bytes.load_u64(address) == Some(args[1])
                 } else {

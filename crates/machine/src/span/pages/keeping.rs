@@ -43,6 +43,11 @@ pub(super) const FAULTS_WAIT: Duration = Duration::from_millis(20);
 const GIVING: Duration = Duration::from_millis(1);
 const LIMITED: Duration = Duration::from_millis(50);
 const UNLIMITED: Duration = Duration::from_secs(1);
+/// A part gets nothing while so much is not written to it yet: what threads wait for there
+/// would come behind it.
+const UNWRITTEN_MAX: usize = 1 << 20;
+/// Pages that were asked away from here and have not left, at most.
+const GOING_MAX: usize = 1024;
 /// How long a page that was chosen may take to leave before it is one as others again.
 const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
@@ -72,10 +77,12 @@ impl PartMemory {
 pub(super) struct Limits {
     /// What this host has room for.
     room: u64,
-    /// What may be here; [`NONE`].
+    /// What may be here; [`NONE`], as it is before the first word of it.
     limit: AtomicU64,
-    /// What the home said last, if this is the home.
-    of_parts: Mutex<Option<u64>>,
+    /// What the home said last, if this is the home and it said something.
+    of_parts: Mutex<Option<Option<u64>>>,
+    /// All that comes stays, whatever is said.
+    keeps_all: AtomicBool,
     /// What others believe to be here.
     told: AtomicU64,
     given: AtomicU64,
@@ -94,8 +101,9 @@ impl Limits {
         let room = room_bytes.map_or(NONE, |room| room.max(PART_BYTES_MIN));
         Limits {
             room,
-            limit: AtomicU64::new(room),
+            limit: AtomicU64::new(NONE),
             of_parts: Mutex::new(None),
+            keeps_all: AtomicBool::new(false),
             told: AtomicU64::new(0),
             given: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
@@ -111,10 +119,15 @@ impl Limits {
         (limit != NONE).then_some(limit)
     }
 
-    /// The most that a part may have, as the home says.
+    /// The most that a part may have, as the home says, and what its host has room for, from
+    /// now on.
     pub(super) fn set(&self, of_parts: Option<u64>) {
         let told = of_parts.map_or(NONE, |limit| limit.max(PART_BYTES_MIN));
-        self.limit.store(told.min(self.room), Ordering::Release);
+        let limit = match self.keeps_all.load(Ordering::Acquire) {
+            true => NONE,
+            false => told.min(self.room),
+        };
+        self.limit.store(limit, Ordering::Release);
         self.ring();
     }
 
@@ -149,12 +162,13 @@ impl Limits {
         self.is_rung.store(false, Ordering::Release);
     }
 
-    /// The part with most room, if it has enough of it; it has so many bytes less from now
-    /// on, as far as is known here.
-    fn take_room(&self, least: u64) -> Option<PartId> {
+    /// Of those that may get something the part with most room, if it has enough of it; it
+    /// has a page less from now on, as far as is known here.
+    fn take_room(&self, least: u64, may: impl Fn(PartId) -> bool) -> Option<PartId> {
         let mut others = locked(&self.others);
         let most = others
             .iter_mut()
+            .filter(|(part, _)| may(**part))
             .max_by_key(|(part, memory)| (memory.room(), std::cmp::Reverse(**part)));
         let (part, memory) = most.filter(|(_, memory)| memory.room() >= least)?;
         memory.resident_bytes = memory.resident_bytes.saturating_add(PAGE_BYTES);
@@ -240,7 +254,10 @@ impl Shared {
         let now = self.own_memory()?;
         let is_news = match &seen.told {
             None => true,
-            Some((told, _)) if *told == now => false,
+            // (They counted what was to come, and may be wrong.)
+            Some((told, at)) if *told == now => {
+                now.limit_bytes.is_some() && at.elapsed() >= UNLIMITED
+            }
             Some((told, at)) => {
                 let most = now.limit_bytes.unwrap_or(told.resident_bytes);
                 told.limit_bytes != now.limit_bytes
@@ -277,7 +294,15 @@ impl Shared {
             return Ok(false);
         }
         let state = &mut *guard;
-        let keep = state.keep.get_or_insert_with(Keep::default);
+        let keep = match &mut state.keep {
+            Some(keep) => keep,
+            none => {
+                // What was here at its beginning, or before there was a limit.
+                let keep = none.insert(Keep::default());
+                adopt(&self.memories, keep, |page| state.coherence.copy(page))?;
+                keep
+            }
+        };
         let given = keep.take_given();
         self.limits
             .given
@@ -293,10 +318,6 @@ impl Shared {
         let goal = limit - limit / BELOW_PART;
         let too_much = (resident.saturating_sub(goal) / PAGE_BYTES) as usize;
         let mut excess = too_much.saturating_sub(keep.going());
-        if excess > 0 && keep.len() == 0 {
-            // What was here at its beginning, or before there was a limit.
-            adopt(&self.memories, keep, |page| state.coherence.copy(page))?;
-        }
         let mut events: Vec<Happened> = Vec::new();
         let coherence = &state.coherence;
         let copies = keep.copies(excess.min(MOVES_MAX), |page| coherence.can_drop(page));
@@ -306,8 +327,13 @@ impl Shared {
         let drops = copies.into_iter().map(|page| Event::Drop { page });
         events.extend(drops.map(|event| (event, Beside::Nothing)));
         let may_keep = limit / PAGE_BYTES;
-        while excess > 0 && events.len() < MOVES_MAX {
-            let Some(to) = self.limits.take_room(limit / FAR_PART) else {
+        let may = |part: PartId| {
+            let told = self.told.get(&part);
+            told.is_some_and(|told| told.unwritten_bytes() <= UNWRITTEN_MAX)
+        };
+        while excess > 0 && events.len() < MOVES_MAX && keep.going() < GOING_MAX && keep.owned() > 0
+        {
+            let Some(to) = self.limits.take_room(limit / FAR_PART, may) else {
                 break;
             };
             let Some(page) = keep.next(may_keep) else {
@@ -353,31 +379,27 @@ fn adopt(
 
 impl Pages {
     /// The most that each part may keep from now on, in bytes, while others have room for
-    /// what is beyond; at least [`PART_BYTES_MIN`]. Only of the home.
+    /// what is beyond; at least [`PART_BYTES_MIN`]. Only of the home, which gives nothing
+    /// away before this is said: not before the machine depends on its members.
     ///
     /// # Errors
     /// [`SpanError`].
     pub fn limit_parts(&self, limit_bytes: Option<u64>) -> Result<(), SpanError> {
         // (Two do not contradict each other: who holds this tells.)
         let mut told = locked(&self.shared.limits.of_parts);
-        if *told == limit_bytes {
+        if *told == Some(limit_bytes) {
             return Ok(());
         }
-        *told = limit_bytes;
+        *told = Some(limit_bytes);
         self.shared.limits.set(limit_bytes);
         self.shared.tell_all(&Parcel::Limit(limit_bytes))
     }
 
-    /// This part keeps all that comes from now on, or, again, what it may.
-    pub fn keep_all(&self, all: bool) {
+    /// This part keeps all that comes from now on.
+    pub fn keep_all(&self) {
         let limits = &self.shared.limits;
-        match all {
-            true => {
-                limits.limit.store(NONE, Ordering::Release);
-                limits.ring();
-            }
-            false => limits.set(*locked(&limits.of_parts)),
-        }
+        limits.keeps_all.store(true, Ordering::Release);
+        limits.set(None);
     }
 
     /// What each part has of the memory, as it told last.

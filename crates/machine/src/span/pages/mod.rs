@@ -125,7 +125,8 @@ pub struct Setup {
     pub hold: Duration,
     /// What the rest of that is drawn from.
     pub seed: u64,
-    /// Bytes for which this host has room; `None`: for all.
+    /// Bytes for which this host has room; `None`: for all. It counts from the beginning,
+    /// at the origin from when limits are told ([`Pages::limit_parts`]).
     pub room_bytes: Option<u64>,
 }
 
@@ -405,8 +406,12 @@ impl Pages {
                 }
             })?;
         }
-        pages.spawn("span-serve", move |shared| shared.serve(hearing))?;
         pages.spawn("span-keep", Shared::keep_within)?;
+        // (The last: who waits for it to end may be whom it waits for.)
+        pages.spawn("span-serve", move |shared| shared.serve(hearing))?;
+        if setup.me != setup.origin {
+            pages.shared.limits.set(None);
+        }
         Ok(pages)
     }
 

@@ -102,7 +102,8 @@ impl Parts {
         inner.spawning = spawning;
         inner.room.clear();
         inner.taken.clear();
-        inner.lost = false;
+        // (A member that was lost before it was set is lost.)
+        inner.lost &= way.is_some();
         inner.leaving = false;
         self.spans.store(way.is_some(), Ordering::Release);
         inner.way = way;
