@@ -53,6 +53,12 @@ fn connected() -> (TcpStream, TcpStream) {
 
 /// Parts with memories of so many pages of 4 KiB; the first has `first` in its memory.
 fn parts(count: usize, pages: u64, hold: Duration, first: &[u8]) -> Vec<Part> {
+    parts_on(&vec![None; count], pages, hold, first)
+}
+
+/// As [`parts`], on hosts with room for so many bytes.
+fn parts_on(rooms: &[Option<u64>], pages: u64, hold: Duration, first: &[u8]) -> Vec<Part> {
+    let count = rooms.len();
     let identities: Vec<_> = (0..count)
         .map(|_| PinnedIdentity::generate().unwrap())
         .collect();
@@ -127,7 +133,7 @@ fn parts(count: usize, pages: u64, hold: Duration, first: &[u8]) -> Vec<Part> {
                 segment_pages: 16,
                 hold,
                 seed: 5 + me as u64,
-                room_bytes: None,
+                room_bytes: rooms[me],
             };
             let pages = Pages::begin(setup, ends, Arc::new(())).unwrap();
             Part { memories, pages }
@@ -569,6 +575,45 @@ fn a_part_keeps_what_it_may() {
     until("all is back", || {
         residents(&parts) == [PAGES * PAGE_BYTES, 0, 0]
     });
+    assert!(parts.iter().all(|part| part.pages.failure().is_none()));
+}
+
+/// What a host has room for counts as a limit, but at the home not before it says so: until
+/// then members may fail, and the home goes on alone.
+#[test]
+fn hosts_have_room_for_so_much() {
+    const PAGES: u64 = 1024;
+    let room = 3 * PART_BYTES_MIN / 2;
+    let bytes = vec![7; (PAGES * PAGE_BYTES) as usize];
+    let parts = parts_on(&[Some(room), None, Some(room)], PAGES, HOLD, &bytes);
+    std::thread::sleep(Duration::from_millis(150));
+    assert_eq!(residents(&parts), [PAGES * PAGE_BYTES, 0, 0]);
+    parts[0].pages.limit_parts(None).unwrap();
+    until("it fits", || residents(&parts)[0] <= room);
+    // All of it to one that has room for some of it.
+    for page in 0..PAGES {
+        parts[2]
+            .word(page * PAGE_BYTES)
+            .fetch_add(1, Ordering::SeqCst);
+    }
+    until("it fits there, too", || {
+        let now = residents(&parts);
+        now[0] <= room && now[2] <= room && now[1] >= PAGES * PAGE_BYTES - 2 * room
+    });
+    for page in 0..PAGES {
+        let found = parts[1].host_read(page * PAGE_BYTES);
+        assert_eq!(found, u64::from_le_bytes([7; 8]) + 1);
+    }
+    // An end is near: from now on all stays.
+    parts[0].pages.keep_all();
+    parts[0].pages.limit_parts(Some(room)).unwrap();
+    parts[1]
+        .pages
+        .move_pages(0, 0..PAGES * PAGE_BYTES, part(0))
+        .unwrap();
+    until("all is back", || residents(&parts)[0] == PAGES * PAGE_BYTES);
+    std::thread::sleep(Duration::from_millis(150));
+    assert_eq!(residents(&parts)[0], PAGES * PAGE_BYTES);
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 

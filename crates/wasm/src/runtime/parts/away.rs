@@ -452,3 +452,45 @@ fn wrong(what: &str) -> Stop {
         backtrace: Vec::new(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hears all, and answers nothing.
+    struct Silent;
+
+    impl Members for Silent {
+        fn order(&self, _part: PartId, _order: &Order) {}
+
+        fn stood(&self, _os_thread: u32) -> BTreeMap<PartId, u64> {
+            BTreeMap::new()
+        }
+    }
+
+    /// A member that is lost while the machine is about to have it answers no more, and
+    /// nobody says so again.
+    #[test]
+    fn who_was_lost_before_is_not_waited_for() {
+        let parts = Parts::default();
+        let members = || vec![PartId::new(1).unwrap()];
+        let set = |way: Option<Arc<dyn Members>>| parts.set(members(), way, Spawning::Here);
+        assert!(parts.is_alone());
+        parts.lose();
+        set(Some(Arc::new(Silent)));
+        assert!(!parts.is_alone());
+        assert!(!parts.open(0, 1 << 16));
+        // Alone again, and once more with others.
+        parts.set(Vec::new(), None, Spawning::Here);
+        assert!(parts.is_alone() && parts.open(0, 1 << 16));
+        set(Some(Arc::new(Silent)));
+        std::thread::scope(|scope| {
+            let opening = scope.spawn(|| parts.open(0, 1 << 17));
+            while locked(&parts.inner).opening != Some((0, 1 << 17)) {
+                std::thread::yield_now();
+            }
+            parts.opened(PartId::new(1).unwrap(), (0, 1 << 17), true);
+            assert!(opening.join().unwrap());
+        });
+    }
+}
