@@ -51,7 +51,7 @@ pub(crate) struct Options {
     /// Where the kernels are.
     #[arg(long, default_value = "benches/kernels")]
     kernels: PathBuf,
-    /// Only kernels whose name contains this.
+    /// Only kernels, or programs of `spread`, whose name contains this.
     #[arg(long)]
     only: Option<String>,
     /// Rounds of each kernel; every variant runs once in each round.
@@ -138,7 +138,7 @@ fn main() -> Result<()> {
         postcopy::bench(&options.keel, &options.guests, options.moves)?;
     }
     if wanted(What::Spread) {
-        spread::bench(&options.keel, &options.guests, options.rounds)?;
+        spread::bench(&options)?;
     }
     if wanted(What::Checkpoints) {
         checkpoints::bench(&options.guests, options.rounds)?;

@@ -2,7 +2,7 @@
 //! and on one core: the share of two cores that is left when its threads are apart.
 
 use crate::table::{Table, median};
-use crate::told;
+use crate::{Options, told};
 use anyhow::{Context, Result, ensure};
 use keel_api::SpanRequest;
 use keel_testkit::{Guest, LocalCluster, wait_for};
@@ -30,12 +30,13 @@ enum Place {
     TwoNodes,
 }
 
-pub(crate) fn bench(keel: &Path, guests: &Path, rounds: usize) -> Result<()> {
+pub(crate) fn bench(options: &Options) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
-    runtime.block_on(told::until(measure(keel, guests, rounds)))
+    runtime.block_on(told::until(measure(options)))
 }
 
-async fn measure(keel: &Path, guests: &Path, rounds: usize) -> Result<()> {
+async fn measure(options: &Options) -> Result<()> {
+    let (keel, rounds) = (&options.keel, options.rounds);
     let keel = keel
         .canonicalize()
         .with_context(|| format!("{} (build it: cargo build --release)", keel.display()))?;
@@ -52,8 +53,9 @@ async fn measure(keel: &Path, guests: &Path, rounds: usize) -> Result<()> {
         "two nodes of one, /s",
         "two nodes to one node",
     ]);
-    for (program, args) in PROGRAMS {
-        let path = guests.join(program).with_extension("wasm");
+    let only = options.only.as_deref().unwrap_or_default();
+    for (program, args) in PROGRAMS.iter().filter(|(name, _)| name.contains(only)) {
+        let path = options.guests.join(program).with_extension("wasm");
         let module = std::fs::read(path).with_context(|| format!("the guest `{program}`"))?;
         let mut rates = [const { Vec::new() }; 3];
         for _ in 0..rounds {
@@ -65,7 +67,7 @@ async fn measure(keel: &Path, guests: &Path, rounds: usize) -> Result<()> {
         let ratios: Vec<f64> = rates[2].iter().zip(&rates[1]).map(|(b, a)| b / a).collect();
         let [core, node, nodes] = rates.map(median);
         table.row(vec![
-            program.to_owned(),
+            (*program).to_owned(),
             format!("{core:.2}"),
             format!("{node:.2}"),
             format!("{nodes:.2}"),

@@ -584,27 +584,33 @@ impl Pages {
         self.move_pages(memory, range.clone(), to)?;
         let deadline = Instant::now().checked_add(patience);
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
-        let mut missing: Vec<u32> = (first..last).filter_map(|it| it.try_into().ok()).collect();
-        let wanted = missing.len() as u64;
+        // They mostly come in order. One that is elsewhere again was there, so whoever was
+        // seen to have been is not looked at again: to look at all of them each time would
+        // hold up those that bring them.
+        let mut number = first;
         loop {
-            {
+            let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            let behind = {
                 let state = locked(&self.shared.state);
                 if let Some(failure) = &state.failure {
                     return Err(failure.clone());
                 }
-                missing.retain(|number| {
-                    let page = PageId {
-                        memory,
-                        number: *number,
-                    };
-                    // (It may be elsewhere again: then it was there.)
-                    state.coherence.is_going(page, to)
-                });
-            }
-            let there = wanted - missing.len() as u64;
-            let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            match (missing.is_empty() || late, there) {
-                (true, 0) if wanted > 0 => return Err(SpanError::Slow { part: to, patience }),
+                let was_there = |number: u64| {
+                    let page = page_of(memory, number * PAGE_BYTES);
+                    page.is_ok_and(|page| !state.coherence.is_going(page, to))
+                };
+                while number < last && was_there(number) {
+                    number += 1;
+                }
+                match late {
+                    true => (number..last).filter(|it| was_there(*it)).count() as u64,
+                    false => 0,
+                }
+            };
+            match (number == last || late, number - first + behind) {
+                (true, 0) if last > first => {
+                    return Err(SpanError::Slow { part: to, patience });
+                }
                 (true, there) => return Ok(there * PAGE_BYTES),
                 (false, _) => std::thread::sleep(Duration::from_millis(1)),
             }
