@@ -11,8 +11,11 @@ use anyhow::{Context, Result};
 use keel_machine::checkpoint::{Destination, Origin, Subject, Taken, Taker, Vault, restore};
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
+use keel_machine::span::{Keeps, Pages, Spread, Within};
 use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::{Config, MemorySink, Wasi};
+use keel_wasm::coherence::PartId;
+use keel_wasm::runtime::parts::Spawning;
 use keel_wasm::runtime::{Engine, Machine, Options};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -25,6 +28,8 @@ use tokio::runtime::Runtime;
 /// Bytes of one plain write or read.
 const PIECE_BYTES: usize = 1 << 20;
 const MEMORY_MIB: &str = "1024";
+/// Something hangs that takes longer.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 struct Bench {
     machine: Machine,
@@ -68,7 +73,39 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
     table.print(&format!("Checkpoints of 1 GiB ({rounds} rounds)"));
     println!("\nstood still for one: {:.2} ms p50", median(pauses));
     drop(quiet);
+    apart(guests, folder.path(), rounds)?;
     increments(guests, folder.path(), rounds)
+}
+
+/// Of a machine of two parts that have half of its memory each, while it writes.
+fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
+    let bench = Bench::start(guests, folder, "50")?;
+    let how = Spread {
+        spawning: Spawning::Here,
+        patience: PATIENCE,
+        keeps: Keeps::default(),
+    };
+    let parts = Within::begin(&bench.machine, 2, bench.spec.memory_bytes, how)?;
+    let pages = parts.home().pages();
+    let member = PartId::new(1).context("a member")?;
+    let (mut rates, mut writing, mut pauses) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..rounds {
+        told::check()?;
+        let half = bench.machine.memories()[0].size_bytes() / 2;
+        pages.move_object(0, half / 2..half + half / 2, member, PATIENCE)?;
+        let (taken, rate) = bench.take_of(Some(pages), &mut Taker::default())?;
+        rates.push(rate);
+        pauses.push(taken.pause.as_secs_f64() * 1e3);
+        writing.push(plain_write(&bench.place, taken.manifest.stored_bytes())?);
+        std::fs::remove_dir_all(&bench.place)?;
+    }
+    let (rate, plain) = (median(rates), median(writing));
+    println!(
+        "\nof a machine with two parts that writes 50 MB/s: {rate:.0} MB/s p50, plain writing beside it {plain:.0}, ratio {:.2}; stood still {:.2} ms p50",
+        rate / plain,
+        median(pauses)
+    );
+    Ok(())
 }
 
 /// What increments cost that have different shares of memory.
@@ -157,6 +194,11 @@ impl Bench {
 
     /// Takes one, and how many megabytes a second that were.
     fn take(&self, taker: &mut Taker) -> Result<(Taken, f64)> {
+        self.take_of(None, taker)
+    }
+
+    /// As [`Self::take`], of a machine with parts.
+    fn take_of(&self, apart: Option<&Pages>, taker: &mut Taker) -> Result<(Taken, f64)> {
         let vault = self.vault()?;
         let destination = Destination {
             vault: &vault,
@@ -170,7 +212,7 @@ impl Bench {
             spec: self.spec.clone(),
             epoch: keel_cluster::Epoch::default(),
         };
-        let taken = taker.take(&self.machine, subject, &self.log, destination)?;
+        let taken = taker.take(&self.machine, apart, subject, &self.log, destination)?;
         let rate = taken.manifest.stored_bytes() as f64 / taken.total.as_micros() as f64;
         Ok((taken, rate))
     }

@@ -294,7 +294,7 @@ impl Running {
             keepers: Vec::new(),
         };
         self.taker
-            .take(&self.machine, subject, &self.log, destination)
+            .take(&self.machine, None, subject, &self.log, destination)
             .map_err(|error| error.to_string())
     }
 

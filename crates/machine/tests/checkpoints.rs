@@ -8,11 +8,16 @@ use keel_machine::checkpoint::{
     TakeError, Taken, Taker, Vault, compact, restore,
 };
 use keel_machine::log::Log;
+use keel_machine::span::{Keeps, Pages, Spread, Within};
 use keel_machine::spec::{Balancing, Spec, Volume, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
+use keel_wasm::coherence::PartId;
 use keel_wasm::memory::DirtyTracker;
-use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome};
+use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::{Engine, Limits, Machine, MachineError, Options, Outcome};
+use rand::rngs::SmallRng;
+use rand::{RngExt, SeedableRng};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -80,6 +85,13 @@ fn volume(folder: PathBuf) -> Source {
 
 impl Running {
     fn start(name: &str, args: &[&str]) -> Self {
+        let running = Running::ready(name, args);
+        running.machine.thaw().unwrap();
+        running
+    }
+
+    /// It stands at its beginning.
+    fn ready(name: &str, args: &[&str]) -> Self {
         let engine = Engine::new(Options::default()).unwrap();
         let program = engine.load(&guest(name)).unwrap();
         // Else a short program may end before it is ready.
@@ -99,7 +111,7 @@ impl Running {
         config.args.extend(args.iter().map(|arg| (*arg).to_owned()));
         let wasi = Wasi::new(config).unwrap();
         Running {
-            machine: Machine::start(program, wasi, spec().limits()).unwrap(),
+            machine: Machine::ready_under(0, program, wasi, spec().limits()).unwrap(),
             output,
             log: Log::open(&folder.path().join("log"), 0).unwrap(),
             engine,
@@ -131,6 +143,16 @@ impl Running {
     }
 
     fn try_take(&mut self, full: bool, give_up: &AtomicBool) -> Result<Taken, TakeError> {
+        self.try_take_apart(None, full, give_up)
+    }
+
+    /// Of a machine with several parts.
+    fn try_take_apart(
+        &mut self,
+        apart: Option<&Pages>,
+        full: bool,
+        give_up: &AtomicBool,
+    ) -> Result<Taken, TakeError> {
         let subject = Subject {
             name: "m".parse().unwrap(),
             spec: spec(),
@@ -145,7 +167,7 @@ impl Running {
             keepers: Vec::new(),
         };
         self.taker
-            .take(&self.machine, subject, &self.log, destination)
+            .take(&self.machine, apart, subject, &self.log, destination)
     }
 
     fn restore(&self, id: Option<&CheckpointId>) -> Result<Restored, RestoreError> {
@@ -284,6 +306,62 @@ fn threads_and_what_they_wait_for_are_in_it() {
 
 /// The guest keeps a file that it checks against what it remembers: pages of
 /// memory and blocks of the file must be of one instant.
+/// What a program prints that spans three parts, and what goes on from its checkpoints,
+/// is what it prints alone; it stays where it is meanwhile.
+#[test]
+fn of_a_machine_with_parts_it_is_of_one_instant() {
+    let programs: [(&str, &[&str]); 4] = [
+        ("threads", &["3", "3000"]),
+        ("mapreduce", &["4", "8", "6"]),
+        ("render", &["4", "160", "100", "20"]),
+        ("store", &["4", "10000"]),
+    ];
+    for (name, args) in programs {
+        let alone = {
+            let running = Running::start(name, args);
+            assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
+            String::from_utf8(running.output.bytes()).unwrap()
+        };
+        let mut running = Running::ready(name, args);
+        let how = Spread {
+            spawning: Spawning::Even,
+            patience: LIMIT,
+            keeps: Keeps {
+                part_bytes: Some(4 << 20),
+                room_bytes: None,
+            },
+        };
+        let apart = Within::begin(&running.machine, 3, 256 << 20, how).unwrap();
+        let mut taken = Vec::new();
+        let mut rng = SmallRng::seed_from_u64(3);
+        while taken.len() < 4 {
+            for tid in running.machine.threads() {
+                let to = PartId::new(rng.random_range(0..3)).unwrap();
+                // (It may have ended.)
+                let _ = running.machine.move_thread(tid, to);
+            }
+            let never = AtomicBool::new(false);
+            let pages = apart.home().pages().clone();
+            match running.try_take_apart(Some(&pages), false, &never) {
+                Ok(one) => taken.push(one),
+                Err(TakeError::Machine(MachineError::Ended)) => break,
+                Err(error) => panic!("{name}: {error}"),
+            }
+        }
+        assert!(!taken.is_empty(), "{name} ended before there was any");
+        assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
+        assert_eq!(apart.home().failure(), None);
+        let whole = String::from_utf8(running.output.bytes()).unwrap();
+        assert_eq!(whole, alone, "{name}");
+        for (number, one) in taken.iter().enumerate() {
+            assert_eq!(one.manifest.parent, None, "{name} {number}");
+            let restored = running.restore(Some(&one.manifest.id)).unwrap();
+            let text = running.finish(restored);
+            assert!(alone.ends_with(&text), "{name} {number}: {text}");
+        }
+    }
+}
+
 #[test]
 fn volumes_are_in_it() {
     let mut running = Running::start("disk", &["/own", "32", "3000", "1"]);

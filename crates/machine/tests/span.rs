@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use keel_cluster::Epoch;
-use keel_machine::span::{Ends, Hello, PART_BYTES_MIN, Pages, Setup, SpanError};
+use keel_machine::span::{Cut, Ends, Hello, PART_BYTES_MIN, Pages, Setup, SpanError};
 use keel_net::{ClientTls, PinnedIdentity, ServerTls};
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
@@ -12,8 +12,8 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, RwLock};
 use std::time::{Duration, Instant};
 
 /// Something hangs that takes longer.
@@ -418,6 +418,258 @@ fn pages_move_as_a_set() {
     assert!(seen == bytes);
     let outside = parts[0].pages.move_pages(0, 0..1 << 40, part(1));
     assert!(matches!(outside, Err(SpanError::Memory(_))), "{outside:?}");
+}
+
+/// What writers and those who move pages do takes its course between cuts: `stand` is held
+/// by nobody of them while one is made.
+struct Traffic<'a> {
+    parts: &'a [Part],
+    pages: u64,
+    /// What was written, word by word: one of each part, and one of the host, in each page.
+    written: Vec<AtomicU64>,
+    stand: RwLock<()>,
+    is_over: AtomicBool,
+}
+
+impl<'a> Traffic<'a> {
+    fn new(parts: &'a [Part], pages: u64) -> Self {
+        let words = pages * (parts.len() as u64 + 1);
+        Traffic {
+            parts,
+            pages,
+            written: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            stand: RwLock::new(()),
+            is_over: AtomicBool::new(false),
+        }
+    }
+
+    fn wrote(&self, page: u64, word: usize) -> &AtomicU64 {
+        &self.written[page as usize * (self.parts.len() + 1) + word]
+    }
+
+    fn until_over(&self, seed: u64, step: impl Fn(&mut SmallRng)) {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        while !self.is_over.load(Ordering::Relaxed) {
+            let _runs = self.stand.read().unwrap();
+            step(&mut rng);
+        }
+    }
+
+    /// A thread at a part, as a guest's.
+    fn write(&self, number: usize) {
+        self.until_over(number as u64, |rng| {
+            let page = rng.random_range(0..self.pages);
+            let word = self.parts[number].word(page * PAGE_BYTES + 8 * number as u64);
+            word.fetch_add(1, Ordering::SeqCst);
+            self.wrote(page, number).fetch_add(1, Ordering::SeqCst);
+        });
+    }
+
+    /// The host of the home.
+    fn write_for_host(&self) {
+        let number = self.parts.len();
+        self.until_over(77, |rng| {
+            let page = rng.random_range(0..self.pages);
+            let wrote = self.wrote(page, number);
+            let next = wrote.load(Ordering::SeqCst) + 1;
+            let at = page * PAGE_BYTES + 8 * number as u64;
+            let home = &self.parts[0].pages;
+            home.write(0, at, &next.to_le_bytes(), LONG).unwrap();
+            wrote.store(next, Ordering::SeqCst);
+        });
+    }
+
+    /// The balancer: it does not stand still.
+    fn move_sets(&self) {
+        let mut rng = SmallRng::seed_from_u64(99);
+        while !self.is_over.load(Ordering::Relaxed) {
+            let first = rng.random_range(0..self.pages);
+            let last = (first + rng.random_range(1..20)).min(self.pages);
+            let to = part(rng.random_range(0..self.parts.len()));
+            let from = &self.parts[rng.random_range(0..self.parts.len())];
+            let range = first * PAGE_BYTES..last * PAGE_BYTES;
+            from.pages.move_pages(0, range, to).unwrap();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Makes a cut, and what it has to be: words in their order.
+    fn cut(&self) -> (Cut, Vec<u64>) {
+        let cut = self.parts[0].pages.prepare_cut().unwrap();
+        let _all_stand = self.stand.write().unwrap();
+        cut.mark(LONG).unwrap();
+        let written = self.written.iter();
+        (cut, written.map(|it| it.load(Ordering::SeqCst)).collect())
+    }
+
+    /// The words of a cut, which has each page once at most.
+    fn words_of(&self, cut: &Cut) -> Vec<u64> {
+        let count = self.parts.len() + 1;
+        let mut words = vec![0; self.written.len()];
+        let mut seen = BTreeSet::new();
+        while let Some(pages) = cut.next(LONG).unwrap() {
+            let rows = pages.bytes.chunks_exact(PAGE_BYTES as usize);
+            for (page, bytes) in (pages.first as usize..).zip(rows) {
+                assert!(seen.insert(page), "page {page} comes twice");
+                for (word, bytes) in bytes.chunks_exact(8).take(count).enumerate() {
+                    words[page * count + word] = u64::from_le_bytes(bytes.try_into().unwrap());
+                }
+            }
+        }
+        words
+    }
+
+    /// As long as `run` takes.
+    fn during(&self, run: impl FnOnce()) {
+        std::thread::scope(|scope| {
+            for number in 0..self.parts.len() {
+                scope.spawn(move || self.write(number));
+            }
+            scope.spawn(|| self.write_for_host());
+            scope.spawn(|| self.move_sets());
+            // Also when it panics.
+            struct Over<'a>(&'a AtomicBool);
+            impl Drop for Over<'_> {
+                fn drop(&mut self) {
+                    self.0.store(true, Ordering::Relaxed);
+                }
+            }
+            let _over = Over(&self.is_over);
+            run();
+        });
+    }
+}
+
+/// All that a cut has is as it was at one instant, whatever is written, moved and given
+/// away while it is read; nobody waits for whoever reads it.
+#[test]
+fn a_cut_is_of_one_instant() {
+    // (Half of them are touched by nobody at first.)
+    let all = [
+        (1, 64, None),
+        (3, 96, None),
+        (3, 1024, Some(PART_BYTES_MIN)),
+    ];
+    for (count, pages, limit) in all {
+        let parts = parts(
+            count,
+            pages,
+            HOLD,
+            &vec![0; (pages * PAGE_BYTES / 2) as usize],
+        );
+        parts[0].pages.limit_parts(limit).unwrap();
+        let traffic = Traffic::new(&parts, pages);
+        traffic.during(|| {
+            for round in 0..12 {
+                std::thread::sleep(Duration::from_millis(5));
+                let (cut, expected) = traffic.cut();
+                if round % 3 == 1 {
+                    // Some of it changes before it is read.
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                let found = traffic.words_of(&cut);
+                let wrong = found
+                    .iter()
+                    .zip(&expected)
+                    .position(|(found, word)| found != word);
+                assert_eq!(wrong, None, "{count} parts, round {round}");
+            }
+        });
+        let wrote = |it: &AtomicU64| it.load(Ordering::SeqCst) > 0;
+        assert!(traffic.written.iter().any(wrote));
+        let last: Vec<u64> = traffic
+            .written
+            .iter()
+            .map(|it| it.load(Ordering::SeqCst))
+            .collect();
+        for (at, expected) in last.iter().enumerate() {
+            let (page, word) = ((at / (count + 1)) as u64, (at % (count + 1)) as u64);
+            assert_eq!(parts[0].host_read(page * PAGE_BYTES + 8 * word), *expected);
+        }
+    }
+}
+
+/// One that is given up leaves nothing protected; there is one at a time, at the home; one
+/// that cannot be made says so, and the next one can.
+#[test]
+fn cuts_end_whenever_they_are_dropped() {
+    let pages = 512;
+    let parts = parts(3, pages, HOLD, &vec![5; (pages * PAGE_BYTES) as usize]);
+    let range = 0..200 * PAGE_BYTES;
+    parts[0].pages.move_object(0, range, part(1), LONG).unwrap();
+    let home = &parts[0].pages;
+    assert_eq!(parts[1].pages.prepare_cut().unwrap_err(), SpanError::Cut);
+    for taken in [0, 3, usize::MAX] {
+        let cut = home.prepare_cut().unwrap();
+        assert_eq!(home.prepare_cut().unwrap_err(), SpanError::Cut);
+        cut.mark(LONG).unwrap();
+        let mut count = 0;
+        while count < taken && cut.next(LONG).unwrap().is_some() {
+            count += 1;
+        }
+        drop(cut);
+        for part in &parts {
+            for page in 0..pages {
+                part.word(page * PAGE_BYTES + 64)
+                    .fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    }
+    // Never marked.
+    drop(home.prepare_cut().unwrap());
+    // Never quiet: somebody holds a page that another part waits for.
+    let cut = home.prepare_cut().unwrap();
+    let late = Duration::from_millis(50);
+    let stop = &AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for part in &parts {
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    part.word(0).fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        std::thread::sleep(late);
+        // (By chance nothing may be on its way for a moment: then it is a cut.)
+        match cut.mark(late) {
+            Ok(()) | Err(SpanError::Unsettled { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    drop(cut);
+    let traffic = Traffic::new(&parts, pages);
+    for page in 0..pages {
+        for word in 0..4 {
+            parts[0]
+                .word(page * PAGE_BYTES + 8 * word)
+                .store(0, Ordering::SeqCst);
+        }
+    }
+    let (cut, expected) = traffic.cut();
+    assert!(traffic.words_of(&cut) == expected);
+    drop(cut);
+    assert!(parts.iter().all(|part| part.pages.failure().is_none()));
+}
+
+/// Who reads a cut of a machine that ends, or loses a part, does not wait for it.
+#[test]
+fn a_lost_part_ends_a_cut() {
+    let pages = 512;
+    let mut parts = parts(3, pages, HOLD, &vec![5; (pages * PAGE_BYTES) as usize]);
+    let range = 0..pages * PAGE_BYTES;
+    parts[0].pages.move_object(0, range, part(2), LONG).unwrap();
+    let cut = parts[0].pages.prepare_cut().unwrap();
+    cut.mark(LONG).unwrap();
+    drop(parts.pop());
+    let failure = loop {
+        match cut.next(LONG) {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("more had been asked for"),
+            Err(failure) => break failure,
+        }
+    };
+    assert!(matches!(failure, SpanError::Lost { .. }), "{failure:?}");
 }
 
 /// A part that is gone ends the others, with a reason, and within a moment; nobody who

@@ -95,13 +95,8 @@ async fn make(
     failpoint::pass_async("keep.asked")
         .await
         .map_err(injected)?;
-    // All of it is of one instant: that of a machine on one node.
-    let apart = crate::spanning::bring_together(agent, machine).await?;
     let taken: Result<Checkpointed, RpcError> =
         worker.ask(kind::CHECKPOINT, &question, PATIENCE).await;
-    if let Some(apart) = apart {
-        crate::spanning::apart_again(agent, machine, apart);
-    }
     let taken = taken.map_err(|error| match error {
         RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
             OperateError::Conflict(format!("no checkpoint of machine {machine:?}: {reason}"))

@@ -10,6 +10,7 @@ use super::volumes::VolumeTrackers;
 use crate::cluster_volume::{Held, Keeper, UnfinishedSnapshots, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::log::Log;
+use crate::span::{Cut, Pages, SpanError};
 use crate::spec::Spec;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName};
@@ -44,6 +45,10 @@ const ROUNDS_MAX: u32 = 8;
 /// How long threads may take to their safepoints.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long what is on its way between parts may take to arrive, while the machine is
+/// frozen; and, later, for how long nothing may come of what there was then.
+const CUT_PATIENCE: Duration = Duration::from_secs(2);
+
 /// Why there is no checkpoint. The machine runs on.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
@@ -59,6 +64,9 @@ pub enum TakeError {
     /// Its own volumes.
     #[error("a file of its volumes cannot be read: {0}")]
     Volume(#[from] std::io::Error),
+    /// Its parts.
+    #[error(transparent)]
+    Span(#[from] SpanError),
     /// A cluster volume.
     #[error(transparent)]
     Kept(#[from] VolumeError),
@@ -207,13 +215,15 @@ impl Taker {
     }
 
     /// Makes a checkpoint: a full one, if it is the first there, or wanted, or
-    /// the chain has become long.
+    /// the chain has become long. Of a machine with several parts (`apart`, its pages) each
+    /// is a full one: its memory is read where it is, after it was frozen.
     ///
     /// # Errors
     /// [`TakeError`]; the machine runs on, and nothing counts that was stored.
     pub fn take(
         &mut self,
         machine: &Machine,
+        apart: Option<&Pages>,
         subject: Subject,
         log: &Log,
         destination: Destination<'_>,
@@ -229,7 +239,8 @@ impl Taker {
         let parent = self
             .last
             .take()
-            .filter(|last| !full && last.vault == vault.url() && last.chain.len() < CHAIN_MAX);
+            .filter(|last| last.vault == vault.url() && last.chain.len() < CHAIN_MAX)
+            .filter(|_| !full && apart.is_none());
         let parent = match parent {
             Some(parent) => runtime.block_on(parent.if_whole(vault, &subject.name))?,
             None => None,
@@ -254,8 +265,13 @@ impl Taker {
             block_runs: Vec::new(),
         };
         let mut held = Vec::new();
+        let cut = match apart {
+            Some(pages) => Some(pages.prepare_cut()?),
+            None => None,
+        };
         let (image, log_end, memory_pages, pause) = self.copy(
             machine,
+            cut.as_ref(),
             log,
             parent.is_some(),
             &mut collected,
@@ -268,6 +284,9 @@ impl Taker {
         let snapshots = UnfinishedSnapshots::new(keepers, snapshot.clone());
         for volume in held {
             volume.keep(&snapshot)?;
+        }
+        if let Some(cut) = cut {
+            collected.add_cut(&cut, give_up)?;
         }
         failpoint::pass("take.packs")?;
         let packs = collected.pages.finish()?;
@@ -316,18 +335,23 @@ impl Taker {
     fn copy(
         &mut self,
         machine: &Machine,
+        cut: Option<&Cut>,
         log: &Log,
         incremental: bool,
         collected: &mut Collected,
         (keepers, held): (&[Keeper], &mut Vec<Held>),
         give_up: &AtomicBool,
     ) -> Result<(Vec<u8>, u64, Vec<u64>, Duration), TakeError> {
-        let memories = machine.memories().clone();
+        // Memory with several owners is read from the cut, and in the other mode.
+        let memories: &[Arc<GuestMemory>] = match cut {
+            Some(_) => &[],
+            None => machine.memories(),
+        };
         if !incremental {
             // What was known of an earlier checkpoint no longer counts.
             self.trackers.clear();
             self.seen.clear();
-            for memory in memories.iter() {
+            for memory in memories {
                 self.trackers.push(DirtyTracker::start(memory.clone())?);
             }
             self.volumes = VolumeTrackers::start(machine.wasi());
@@ -347,7 +371,7 @@ impl Taker {
         let mut before = u64::MAX;
         let (mut blocks, _) = self.volumes.take();
         for round in 0.. {
-            collected.add_pages(&memories, &ranges, Some(give_up))?;
+            collected.add_pages(memories, &ranges, Some(give_up))?;
             self.add_blocks(blocks, collected, Some(give_up))?;
             failpoint::pass("take.round")?;
             let mut left;
@@ -366,7 +390,7 @@ impl Taker {
         // the processors from the guest and from the last copying. From then on
         // nothing is stored and no store is waited for; rounds within memory
         // catch up with what was written meanwhile.
-        collected.add_pages(&memories, &ranges, Some(give_up))?;
+        collected.add_pages(memories, &ranges, Some(give_up))?;
         self.add_blocks(blocks, collected, Some(give_up))?;
         collected.pages.settle()?;
         if !self.volumes.is_empty() {
@@ -381,7 +405,7 @@ impl Taker {
                 *ranges = tracker.take()?;
                 left += bytes_of(ranges);
             }
-            collected.add_pages(&memories, &ranges, None)?;
+            collected.add_pages(memories, &ranges, None)?;
             self.add_blocks(blocks, collected, None)?;
             if left <= CATCH_UP_BYTES {
                 break;
@@ -389,14 +413,18 @@ impl Taker {
         }
         let begun = Instant::now();
         machine.freeze(FREEZE_PATIENCE)?;
-        let frozen = self.last_pages(machine, &memories, collected, held);
+        let marked = cut.map_or(Ok(()), |cut| cut.mark(CUT_PATIENCE));
+        let frozen = match marked {
+            Ok(()) => self.last_pages(machine, memories, collected, held),
+            Err(error) => Err(error.into()),
+        };
         let log_end = log.end();
         let thawed = machine.thaw();
         let pause = begun.elapsed();
         let image = frozen?;
         thawed?;
-        let pages = memories.iter().map(|memory| memory.size_bytes() >> 16);
-        Ok((image.encode()?, log_end, pages.collect(), pause))
+        let pages = image.memory_pages.clone();
+        Ok((image.encode()?, log_end, pages, pause))
     }
 
     fn last_pages(
@@ -543,6 +571,18 @@ impl Collected {
                     at += count;
                 }
             }
+        }
+        Ok(())
+    }
+}
+
+impl Collected {
+    /// Adds all pages of a cut, and stores full packs meanwhile.
+    fn add_cut(&mut self, cut: &Cut, give_up: &AtomicBool) -> Result<(), TakeError> {
+        while let Some(pages) = cut.next(CUT_PATIENCE)? {
+            self.pages.add(&pages.bytes, give_up)?;
+            let at = u64::from(pages.first) * PAGE_BYTES;
+            note_page(&mut self.runs, pages.memory, at, pages.bytes.len() as u64);
         }
         Ok(())
     }

@@ -30,8 +30,8 @@ pub use keel_wasm::runtime::parts::Spawning;
 pub use keel_wasm::runtime::{CoreTime, Took};
 pub use meet::{MeetError, Meeting, Place};
 pub use pages::{
-    BeginError, Latency, Listener, Object, PART_BYTES_MIN, Pages, PartMemory, Setup, SpanError,
-    Teller,
+    BeginError, Cut, CutPages, CutWord, Latency, Listener, Object, PART_BYTES_MIN, Pages,
+    PartMemory, Setup, SpanError, Teller,
 };
 pub use peer::{Ends, Hello, PeerError};
 pub use threads::{Home, Keeps, MemberPart, SpanningError, Spread};

@@ -11,7 +11,8 @@
 //! one without anything in it. A NOTE is what home and members say of threads
 //! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
 //! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
-//! LIMIT (from the home) what each may keep. TIME is the first of what is said at once: the
+//! LIMIT (from the home) what each may keep. CUT and CUT_PAGES are about the memory of the
+//! whole at one instant ([`super::pages::Cut`]). TIME is the first of what is said at once: the
 //! guest's clock at the part that says it, so that no part's clock is behind what it has
 //! heard of (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed System",
 //! 1978). GOODBYE is the last that a part says which
@@ -24,7 +25,7 @@
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
-use super::pages::PartMemory;
+use super::pages::{CutPages, CutWord, PartMemory};
 use bytes::{Buf, Bytes, BytesMut};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
@@ -33,7 +34,7 @@ use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages.
-pub(super) const VERSION: u32 = 3;
+pub(super) const VERSION: u32 = 4;
 /// Whole pages of a segment's directory are the most that is said at once.
 const CLASS: Class = Class {
     magic: u32::from_le_bytes(*b"KSPN"),
@@ -50,6 +51,8 @@ const KIND_GOODBYE: u16 = 7;
 const KIND_MEMORY: u16 = 8;
 const KIND_LIMIT: u16 = 9;
 const KIND_TIME: u16 = 10;
+const KIND_CUT: u16 = 11;
+const KIND_CUT_PAGES: u16 = 12;
 /// Bytes of a note in one frame, so that pages need not wait for long ones.
 const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
@@ -109,6 +112,20 @@ pub(super) enum Parcel {
     Time(u64),
     /// From the home: what a part keeps at most, in bytes.
     Limit(Option<u64>),
+    /// About the memory of the whole as it is at an instant.
+    Cut {
+        /// Which of them.
+        number: u64,
+        /// What.
+        word: CutWord,
+    },
+    /// To the home: pages as they were then.
+    CutPages {
+        /// Of which of them.
+        number: u64,
+        /// The pages.
+        pages: CutPages,
+    },
     /// The part cannot go on.
     Goodbye {
         /// Who is to blame.
@@ -169,6 +186,14 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
         Parcel::Time(guest_ns) => frame_of(KIND_TIME, &guest_ns.to_le_bytes(), &[], frames),
         Parcel::Memory(memory) => frame_of(KIND_MEMORY, &postcard::to_stdvec(memory)?, &[], frames),
         Parcel::Limit(limit) => frame_of(KIND_LIMIT, &postcard::to_stdvec(limit)?, &[], frames),
+        Parcel::Cut { number, word } => {
+            let payload = postcard::to_stdvec(&(number, word))?;
+            frame_of(KIND_CUT, &payload, &[], frames)
+        }
+        Parcel::CutPages { number, pages } => {
+            let which = postcard::to_stdvec(&(number, pages.memory, pages.first))?;
+            frame_of(KIND_CUT_PAGES, &which, &pages.bytes, frames)
+        }
         Parcel::Goodbye { part, reason } => {
             let payload = postcard::to_stdvec(&(part, reason))?;
             frame_of(KIND_GOODBYE, &payload, &[], frames)
@@ -333,6 +358,23 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
         },
         KIND_MEMORY => Ok(Parcel::Memory(postcard::from_bytes(&payload)?)),
         KIND_LIMIT => Ok(Parcel::Limit(postcard::from_bytes(&payload)?)),
+        KIND_CUT => {
+            let (number, word) = postcard::from_bytes(&payload)?;
+            Ok(Parcel::Cut { number, word })
+        }
+        KIND_CUT_PAGES => {
+            let ((number, memory, first), bytes): ((u64, u32, u32), &[u8]) =
+                postcard::take_from_bytes(&payload)?;
+            let pages = CutPages {
+                memory,
+                first,
+                bytes: payload.slice_ref(bytes),
+            };
+            match pages.is_whole() {
+                true => Ok(Parcel::CutPages { number, pages }),
+                false => Err(WireError::Page),
+            }
+        }
         KIND_GOODBYE => {
             let (part, reason) = postcard::from_bytes(&payload)?;
             Ok(Parcel::Goodbye { part, reason })
@@ -392,6 +434,18 @@ mod tests {
             Parcel::Time(1 << 40),
             Parcel::Limit(None),
             Parcel::Limit(Some(u64::MAX)),
+            Parcel::Cut {
+                number: 7,
+                word: CutWord::More(1 << 20),
+            },
+            Parcel::CutPages {
+                number: 7,
+                pages: CutPages {
+                    memory: 1,
+                    first: 40,
+                    bytes: Bytes::from_static(&[9; 2 * PAGE]),
+                },
+            },
             Parcel::Goodbye {
                 part: part(3),
                 reason: "its process is gone".into(),
@@ -473,7 +527,8 @@ mod tests {
             (&page, KIND_MESSAGE),
             (&want, KIND_ZEROS),
             (&want, KIND_HELLO),
-            (&want, KIND_TIME + 1),
+            (&want, KIND_CUT_PAGES + 1),
+            (&want, KIND_CUT_PAGES),
             (&want, KIND_TIME),
         ] {
             assert!(with_kind(frame, kind).is_err(), "{kind}");

@@ -581,13 +581,10 @@ impl Worker {
                 .lock()
                 .unwrap_or_else(|error| error.into_inner()),
         };
-        let (machine, log, subject, mut taker, keepers) = {
+        let (machine, log, subject, mut taker, keepers, apart) = {
             let mut inner = self.inner();
             if inner.giving_away {
                 return Err(RpcError::failed("the machine is moving; try again"));
-            }
-            if let Some(refusal) = inner.parts.refusal() {
-                return Err(RpcError::failed(refusal));
             }
             if inner.taking.is_some() {
                 return Err(RpcError::failed("a checkpoint of it is being made already"));
@@ -609,7 +606,8 @@ impl Worker {
                     inner.taking = Some(give_up.clone());
                     let taker = inner.taker.take().unwrap_or_default();
                     let keepers = inner.keepers.clone();
-                    (parts.0, parts.1, parts.2, taker, keepers)
+                    let apart = inner.parts.pages();
+                    (parts.0, parts.1, parts.2, taker, keepers, apart)
                 }
                 _ => return Err(RpcError::failed("no machine runs here")),
             }
@@ -624,7 +622,7 @@ impl Worker {
         // What a user is writing to its volumes ends first.
         drop(self.freezing.lock());
         let name = subject.name.clone();
-        let taken = taker.take(&machine, subject, &log, destination);
+        let taken = taker.take(&machine, apart.as_deref(), subject, &log, destination);
         {
             let mut inner = self.inner();
             inner.taking = None;

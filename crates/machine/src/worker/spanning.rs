@@ -78,6 +78,11 @@ impl Parts {
         })
     }
 
+    /// The pages of a machine that spans.
+    pub(super) fn pages(&self) -> Option<Arc<Pages>> {
+        self.home.as_ref().map(|home| home.pages().clone())
+    }
+
     /// What each of them keeps at most from now on, in bytes.
     pub(super) fn limit(&self, part_bytes: Option<u64>) -> Result<(), SpanError> {
         match &self.home {
@@ -287,8 +292,7 @@ impl Worker {
     pub(super) fn objects(&self) -> Result<Vec<ObjectReport>, RpcError> {
         let (machine, pages) = {
             let inner = self.inner();
-            let pages = inner.parts.home.as_ref().map(|home| home.pages().clone());
-            (inner.machine.clone(), pages)
+            (inner.machine.clone(), inner.parts.pages())
         };
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
         let objects = match pages {
@@ -329,10 +333,8 @@ impl Worker {
     }
 
     fn pages(&self) -> Result<Arc<Pages>, RpcError> {
-        let inner = self.inner();
-        let home = inner.parts.home.as_ref();
-        let home = home.ok_or_else(|| failed("the machine is on one node (`keel span`)"))?;
-        Ok(home.pages().clone())
+        let pages = self.inner().parts.pages();
+        pages.ok_or_else(|| failed("the machine is on one node (`keel span`)"))
     }
 
     /// An empty worker is to be a member: compiles, and listens for the others.

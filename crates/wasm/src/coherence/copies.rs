@@ -2,6 +2,7 @@
 //! asked to give away.
 
 use super::message::Txn;
+use super::page_map::PageMap;
 use super::{Access, Command, Config, Impossible, Message, Out, PageId, PartId};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -48,11 +49,11 @@ impl Held {
 pub(super) struct Copies {
     config: Config,
     /// Those that are not as they were at the beginning.
-    copies: BTreeMap<PageId, Copy>,
+    copies: PageMap<Copy>,
     /// What was asked of directories and is not answered.
     wanted: BTreeSet<PageId>,
-    coming: BTreeMap<PageId, Coming>,
-    held: BTreeMap<PageId, Held>,
+    coming: PageMap<Coming>,
+    held: PageMap<Held>,
     /// What a page is to be given away by, once it is not held any more; one at most, as
     /// there is one transaction of a page at a time. From whom it came.
     put_off: BTreeMap<PageId, (PartId, Message)>,
@@ -64,10 +65,10 @@ impl Copies {
         Copies {
             random: config.seed,
             config,
-            copies: BTreeMap::new(),
+            copies: PageMap::default(),
             wanted: BTreeSet::new(),
-            coming: BTreeMap::new(),
-            held: BTreeMap::new(),
+            coming: PageMap::default(),
+            held: PageMap::default(),
             put_off: BTreeMap::new(),
         }
     }
@@ -77,7 +78,11 @@ impl Copies {
             true => Copy::Modified,
             false => Copy::Invalid,
         };
-        self.copies.get(&page).copied().unwrap_or(at_first)
+        self.copies.get(page).copied().unwrap_or(at_first)
+    }
+
+    pub(super) fn changed(&self) -> impl Iterator<Item = (PageId, Copy)> {
+        self.copies.iter().map(|(page, copy)| (page, *copy))
     }
 
     pub(super) fn is_quiet(&self) -> bool {
@@ -91,8 +96,8 @@ impl Copies {
     pub(super) fn can_drop(&self, page: PageId) -> bool {
         self.copy(page) == Copy::Shared
             && !self.wanted.contains(&page)
-            && !self.coming.contains_key(&page)
-            && self.held.get(&page).is_none_or(|held| held.pins == 0)
+            && !self.coming.get(page).is_some()
+            && self.held.get(page).is_none_or(|held| held.pins == 0)
     }
 
     /// A thread stands at a page.
@@ -119,14 +124,14 @@ impl Copies {
     /// Gives up a copy that others have, too.
     pub(super) fn drop_copy(&mut self, page: PageId, out: &mut Out) {
         if self.can_drop(page) {
-            self.held.remove(&page);
+            self.held.remove(page);
             self.set(page, Copy::Invalid);
             out.command(Command::Discard { page });
         }
     }
 
     pub(super) fn pin(&mut self, page: PageId) {
-        self.held.entry(page).or_default().pins += 1;
+        self.held.or_insert_with(page, Held::default).pins += 1;
     }
 
     pub(super) fn unpin(
@@ -135,7 +140,7 @@ impl Copies {
         now: u64,
         out: &mut Out,
     ) -> Result<(), Impossible> {
-        if let Some(held) = self.held.get_mut(&page) {
+        if let Some(held) = self.held.get_mut(page) {
             held.pins = held.pins.saturating_sub(1);
         }
         self.try_again(page, now, out)
@@ -160,7 +165,7 @@ impl Copies {
 
     /// Whether a page stays here for the moment; then it is said when to look again.
     fn stays(&mut self, page: PageId, now: u64, out: &mut Out) -> bool {
-        match self.held.get(&page) {
+        match self.held.get(page) {
             Some(held) if !held.is_over(now) => {
                 if held.pins == 0 {
                     let micros = held.until;
@@ -169,7 +174,7 @@ impl Copies {
                 true
             }
             _ => {
-                self.held.remove(&page);
+                self.held.remove(page);
                 false
             }
         }
@@ -290,7 +295,7 @@ impl Copies {
             Message::Ack { page, number } => (*page, *number),
             other => return Err(Impossible(format!("{other:?} gives nothing"))),
         };
-        let coming = self.coming.entry(page).or_insert(Coming {
+        let coming = self.coming.or_insert_with(page, || Coming {
             number,
             given: None,
             with_data: false,
@@ -342,7 +347,7 @@ impl Copies {
             return Ok(());
         }
         let (with_data, came) = (coming.with_data, coming.acks);
-        self.coming.remove(&page);
+        self.coming.remove(page);
         if came > acks {
             return Err(Impossible(format!("{page:?} was given up too often")));
         }
@@ -389,7 +394,7 @@ impl Copies {
         let span = self.config.hold_micros;
         if span > 0 {
             let until = now + span + self.draw() % span;
-            let held = self.held.entry(page).or_default();
+            let held = self.held.or_insert_with(page, Held::default);
             held.until = held.until.max(until);
         }
         let done = Message::Done {

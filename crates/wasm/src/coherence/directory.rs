@@ -2,6 +2,7 @@
 //! where the directories of all others are.
 
 use super::message::{Holders, Message, PageEntry, Request, Txn};
+use super::page_map::PageMap;
 use super::{
     Access, Command, Config, Impossible, Out, PageId, PartId, PartSet, Placement, Segment,
 };
@@ -24,7 +25,9 @@ pub(super) struct Directory {
     parts: PartSet,
     origin: PartId,
     segment_pages: u32,
-    entries: BTreeMap<PageId, Entry>,
+    entries: PageMap<Entry>,
+    /// Transactions that are under way.
+    under_way: u64,
     /// Segments whose directory is not the home, or was elsewhere, and how often it
     /// changed.
     places: BTreeMap<Segment, (u64, PartId)>,
@@ -44,7 +47,8 @@ impl Directory {
             parts: config.parts,
             origin: config.origin,
             segment_pages: config.segment_pages.max(1),
-            entries: BTreeMap::new(),
+            entries: PageMap::default(),
+            under_way: 0,
             places: BTreeMap::new(),
             leaving: BTreeMap::new(),
             emptying: BTreeMap::new(),
@@ -71,14 +75,14 @@ impl Directory {
     }
 
     pub(super) fn is_quiet(&self) -> bool {
-        let rests = |entry: &Entry| entry.busy.is_none() && entry.queue.is_empty();
-        self.leaving.is_empty() && self.entries.values().all(rests)
+        // (Only where a segment is to leave something waits for what is not under way.)
+        self.leaving.is_empty() && self.under_way == 0
     }
 
     pub(super) fn placements(&self) -> Vec<Placement> {
         let mut found: Vec<Placement> = Vec::new();
-        for (page, entry) in &self.entries {
-            if self.of(*page) != self.me {
+        for (page, entry) in self.entries.iter() {
+            if self.of(page) != self.me {
                 continue;
             }
             match found.last_mut() {
@@ -106,7 +110,7 @@ impl Directory {
         if self.of(page) != self.me {
             return None;
         }
-        match self.entries.get(&page) {
+        match self.entries.get(page) {
             Some(entry) => entry.busy.is_none().then_some(entry.holders),
             None => Some(Holders::Owner(self.origin)),
         }
@@ -114,14 +118,14 @@ impl Directory {
 
     pub(super) fn is_going(&self, page: PageId, to: PartId) -> bool {
         let goes = |request: &Request| *request == Request::Move { to };
-        self.entries.get(&page).is_some_and(|entry| {
+        self.entries.get(page).is_some_and(|entry| {
             entry.queue.iter().any(goes) || matches!(entry.busy, Some((part, _)) if part == to)
         })
     }
 
     fn entry(&mut self, page: PageId) -> &mut Entry {
         let origin = self.origin;
-        self.entries.entry(page).or_insert_with(|| Entry {
+        self.entries.or_insert_with(page, || Entry {
             holders: Holders::Owner(origin),
             number: 0,
             busy: None,
@@ -168,7 +172,7 @@ impl Directory {
                     Request::Want { part: by, .. } => by == part,
                     Request::Move { .. } | Request::Forget { .. } => false,
                 };
-                let entry = self.entries.get(&page);
+                let entry = self.entries.get(page);
                 let twice = entry.is_some_and(|entry| entry.queue.iter().any(asks));
                 self.parts.contains(*part) && !twice
             }
@@ -200,6 +204,7 @@ impl Directory {
                 return Ok(());
             };
             if entry.begin(page, request, me, out)? {
+                self.under_way += 1;
                 return Ok(());
             }
             self.ended(request, out);
@@ -224,6 +229,7 @@ impl Directory {
             }
         };
         entry.busy = None;
+        self.under_way = self.under_way.saturating_sub(1);
         self.ended(request, out);
         self.leave(self.segment(page), out)?;
         self.go_on(page, out)
@@ -265,9 +271,9 @@ impl Directory {
         let staying: Vec<Segment> = std::mem::take(&mut self.leaving).into_keys().collect();
         self.left.insert(part, to);
         let mut pages = BTreeSet::new();
-        for (page, entry) in &self.entries {
+        for (page, entry) in self.entries.iter() {
             if entry.concerns(part) {
-                pages.insert(*page);
+                pages.insert(page);
             }
         }
         // One more, so that it does not end before all were asked for.
@@ -277,7 +283,7 @@ impl Directory {
                 .queue
                 .push_back(Request::Forget { part, to });
         }
-        let held_back = self.entries.keys().copied();
+        let held_back = self.entries.iter().map(|(page, _)| page);
         let staying: Vec<PageId> = held_back
             .filter(|page| staying.contains(&self.segment(*page)))
             .collect();
@@ -328,11 +334,11 @@ impl Directory {
         self.leaving.remove(&segment);
         let mut pages: Vec<PageEntry> = Vec::new();
         self.entries.retain(|page, entry| {
-            if !range.contains(page) {
+            if !range.contains(&page) {
                 return true;
             }
             let queue = std::mem::take(&mut entry.queue).into();
-            pages.push((*page, entry.number, entry.holders, queue));
+            pages.push((page, entry.number, entry.holders, queue));
             false
         });
         let version = self.places.get(&segment).map_or(0, |(version, _)| *version);

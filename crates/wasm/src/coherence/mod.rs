@@ -55,10 +55,12 @@
 //! - `message`: what parts say to each other
 //! - `directory`: who holds what, and who waits for it
 //! - `copies`: what this part holds
+//! - `page_map`: what both are kept in
 
 mod copies;
 mod directory;
 mod message;
+mod page_map;
 
 pub use copies::Copy;
 pub use message::{Holders, Message, PageEntry, Request, Txn};
@@ -395,6 +397,11 @@ impl Coherence {
     /// How it has a page.
     pub fn copy(&self, page: PageId) -> Copy {
         self.copies.copy(page)
+    }
+
+    /// How it has pages that are, or may be, not as they were at the beginning.
+    pub fn changed(&self) -> impl Iterator<Item = (PageId, Copy)> {
+        self.copies.changed()
     }
 
     /// Whether a copy may be dropped at will.

@@ -156,6 +156,15 @@ impl Spanning {
     pub fn protect(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
         // What was never touched is not in the file, and nothing to protect.
         self.allocate(offset, bytes)?;
+        self.protect_here(offset, bytes)
+    }
+
+    /// As [`Self::protect`], of pages that are in the file: to look whether they are takes
+    /// longer than this.
+    ///
+    /// # Errors
+    /// As [`Self::install`].
+    pub fn protect_here(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
         self.write_protect(offset, bytes, uffd::WRITEPROTECT_MODE_WP, "protect a page")
     }
 

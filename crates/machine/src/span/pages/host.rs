@@ -61,9 +61,12 @@ impl Shared {
         run: impl FnOnce() -> Result<(), MemoryError>,
     ) -> Result<(), SpanError> {
         self.pin(page, access, patience)?;
-        let result = run();
+        let result = match access {
+            Access::Write => self.host_writes(page, run),
+            Access::Read => run().map_err(|error| SpanError::Memory(error.to_string())),
+        };
         self.step(vec![(Event::Unpin { page }, Beside::Nothing)]);
-        result.map_err(|error| SpanError::Memory(error.to_string()))
+        result
     }
 
     fn pin(&self, page: PageId, access: Access, patience: Duration) -> Result<(), SpanError> {

@@ -15,6 +15,7 @@
 
 use super::super::keep::Keep;
 use super::super::wire::{self, Parcel};
+use super::cutting::Cutting;
 use super::work::{Beside, Happened, Work};
 use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked};
 use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
@@ -290,8 +291,9 @@ impl Shared {
     fn give_away(&self, limit: u64, seen: &mut Seen) -> Result<bool, SpanError> {
         let resident = self.resident()?;
         let mut guard = locked(&self.state);
-        if guard.failure.is_some() {
-            return Ok(false);
+        let settles = guard.cutting.as_ref().is_some_and(Cutting::is_settling);
+        if guard.failure.is_some() || settles {
+            return Ok(settles);
         }
         let state = &mut *guard;
         let keep = match &mut state.keep {

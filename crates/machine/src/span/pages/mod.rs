@@ -20,14 +20,17 @@
 //! - `work`: what follows from events is done to memory, and said
 //! - `host`: the host's own accesses
 //! - `keeping`: how much a part keeps, and that no more is there
+//! - `cutting`: the memory of the whole as it is at one instant
 //! - `objects`: the memory of the whole in pieces
 
+mod cutting;
 mod host;
 mod keeping;
 mod objects;
 mod serve;
 mod work;
 
+pub use cutting::{Cut, CutPages, CutWord};
 pub use keeping::{PART_BYTES_MIN, PartMemory};
 pub use objects::Object;
 
@@ -35,21 +38,23 @@ use super::ahead::Streams;
 use super::keep::Keep;
 use super::peer::{Ends, Heard, PeerError, Told};
 use super::wire::{self, PageBytes, Parcel};
+use cutting::{Cuts, Cutting};
 use host::{page_of, pieces};
 use keel_wasm::coherence::{Access, Coherence, Config, Event, PageId, PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES, Spanning, Unavailable};
 use keeping::Limits;
 use objects::objects_of;
+use roaring::RoaringBitmap;
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::{BTreeMap, HashMap};
 use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use work::{Beside, Work};
+use work::{Beside, Happened, Work};
 
 const PAGE: usize = PAGE_BYTES as usize;
 /// How long it sleeps at most.
@@ -101,6 +106,15 @@ pub enum SpanError {
         /// How long it was waited for.
         patience: Duration,
     },
+    /// The memory of the whole is not to be had as it was at one instant.
+    #[error("pages of the machine were still on their way after {patience:?}; try again")]
+    Unsettled {
+        /// How long it was waited for.
+        patience: Duration,
+    },
+    /// It is taken already, or this part cannot.
+    #[error("its memory is being kept already, or this is not its home")]
+    Cut,
     /// It was ended.
     #[error("the part has ended")]
     Ended,
@@ -184,6 +198,11 @@ struct State {
     streams: Streams,
     /// What may have to leave, while there is a limit.
     keep: Option<Keep>,
+    /// Of each memory pages that threads stood at that were here: until they go on there may
+    /// be no such page, as far as the kernel says.
+    woken: Vec<RoaringBitmap>,
+    /// What is to be read as it was at an instant, while there is such a thing.
+    cutting: Option<Cutting>,
     /// Where pages in a row are put together.
     scratch: Vec<u8>,
     failure: Option<SpanError>,
@@ -203,10 +222,13 @@ struct Shared {
     begun: Instant,
     over: AtomicBool,
     limits: Limits,
+    cuts: Cuts,
     /// Until when an answer is likely to come, in the time of `now`.
     awaited: AtomicU64,
     /// The machine goes on when it is over.
     is_alone: AtomicBool,
+    /// Steps that were taken, under the lock, and of which not all is said that follows.
+    unsaid: AtomicU32,
     buckets: [AtomicU64; BUCKETS],
     listener: Arc<dyn Listener>,
 }
@@ -377,6 +399,8 @@ impl Pages {
                 due: None,
                 streams: Streams::default(),
                 keep: None,
+                woken: vec![RoaringBitmap::new(); setup.memories.len()],
+                cutting: None,
                 scratch: Vec::new(),
                 failure: None,
             }),
@@ -388,8 +412,10 @@ impl Pages {
             begun: Instant::now(),
             over: AtomicBool::new(false),
             limits: Limits::new(setup.room_bytes),
+            cuts: Cuts::default(),
             awaited: AtomicU64::new(0),
             is_alone: AtomicBool::new(false),
+            unsaid: AtomicU32::new(0),
             buckets: std::array::from_fn(|_| AtomicU64::new(0)),
             listener,
         });
@@ -407,6 +433,9 @@ impl Pages {
             })?;
         }
         pages.spawn("span-keep", Shared::keep_within)?;
+        if setup.me != PartId::HOME {
+            pages.spawn("span-cut", Shared::give_cuts)?;
+        }
         // (The last: who waits for it to end may be whom it waits for.)
         pages.spawn("span-serve", move |shared| shared.serve(hearing))?;
         if setup.me != setup.origin {
@@ -639,10 +668,30 @@ impl Pages {
             let page = page_of(memory, number * PAGE_BYTES)?;
             events.push((Event::Move { page, to }, Beside::Nothing));
             if events.len() == MOVES_MAX || number + 1 == last {
-                self.shared.step(std::mem::take(&mut events));
+                self.step_unless_cut(std::mem::take(&mut events));
             }
         }
         Ok(())
+    }
+}
+
+impl Pages {
+    /// Takes note of events, but not while threads stand so that nothing is on its way.
+    fn step_unless_cut(&self, events: Vec<Happened>) {
+        let mut state = locked(&self.shared.state);
+        while state.failure.is_none() && state.cutting.as_ref().is_some_and(Cutting::is_settling) {
+            state = self
+                .shared
+                .cuts
+                .changed
+                .wait_timeout(state, SLEEP_MAX)
+                .unwrap_or_else(|error| error.into_inner())
+                .0;
+        }
+        let mut work = Work::default();
+        let done = self.shared.step_in(&mut state, events, &mut work);
+        drop(state);
+        self.shared.say(done, work);
     }
 }
 
@@ -693,6 +742,7 @@ impl Shared {
             }
         }
         self.changed.notify_all();
+        self.cuts.changed.notify_all();
         self.ring();
         self.limits.ring();
         self.say_goodbye(&reason);

@@ -23,7 +23,7 @@ impl Shared {
         // Since when faults wait for room.
         let mut full_since = None;
         while !self.over.load(Ordering::Acquire) {
-            let waits = self.is_full()
+            let waits = (self.is_full() || self.cuts.are_behind())
                 && full_since.get_or_insert_with(Instant::now).elapsed() < FAULTS_WAIT;
             if !waits {
                 full_since = None;
@@ -56,6 +56,17 @@ impl Shared {
                                     let reason = "only the home says what parts keep";
                                     return self.lost(from, reason.into());
                                 }
+                                Parcel::Cut { number, word } => {
+                                    if let Err(error) = self.hear_cut(from, number, word) {
+                                        return self.end(error);
+                                    }
+                                }
+                                Parcel::CutPages { number, pages } => {
+                                    let came = self.hear_cut_pages(from, number, pages);
+                                    if let Err(error) = came {
+                                        return self.end(error);
+                                    }
+                                }
                                 Parcel::Goodbye { part, reason } => {
                                     return self.lost(part, reason);
                                 }
@@ -76,9 +87,15 @@ impl Shared {
                 locked(&self.state).due = None;
                 events.push((Event::Tick, Beside::Nothing));
             }
-            if !events.is_empty() {
+            let idle = events.is_empty();
+            if !idle {
                 self.step(std::mem::take(&mut events));
                 spin.worked();
+            }
+            if let Err(error) = self.settle() {
+                return self.end(error);
+            }
+            if !idle {
             } else if heard_some {
                 if noted {
                     // (Most likely it was that which is waited for.)

@@ -6,7 +6,7 @@ use super::super::wire::{self, PageBytes, Parcel};
 use super::{BUCKETS, PAGE, Shared, SpanError, State, WAITED_MAX, locked, offset};
 use keel_wasm::coherence::{Access, Command, Event, Message, PageId, PartId};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -55,11 +55,15 @@ impl Deed {
 /// What follows from events.
 #[derive(Debug, Default)]
 pub(super) struct Work {
-    deeds: BTreeMap<PageId, Vec<Deed>>,
+    deeds: Vec<(PageId, Deed)>,
+    /// Of each page the rank of the last.
+    ranks: HashMap<PageId, u8>,
     /// What is said, to whom: whole frames, the first of which is [`Parcel::Time`].
     frames: BTreeMap<PartId, Vec<u8>>,
     /// There is a new time to wait for.
     is_due: bool,
+    /// Steps of which it is said what follows.
+    steps: u32,
 }
 
 impl Work {
@@ -144,7 +148,11 @@ impl Shared {
                 self.lost(to, error.to_string());
             }
         }
-        if work.is_due {
+        if work.steps > 0 {
+            self.unsaid.fetch_sub(work.steps, Ordering::Release);
+        }
+        // (Whoever waits for all to be said looks when that thread has looked.)
+        if work.is_due || self.cuts.are_settling() {
             self.ring();
         }
         if let Err(error) = done
@@ -166,6 +174,8 @@ impl Shared {
         if let Some(failure) = &state.failure {
             return Err(failure.clone());
         }
+        work.steps += 1;
+        self.unsaid.fetch_add(1, Ordering::Relaxed);
         let done = self.try_step(state, events, work);
         if let Err(error) = &done {
             work.frames.clear();
@@ -306,25 +316,34 @@ impl Shared {
         if matches!(deed, Deed::Install(..) | Deed::Allow | Deed::Wake) {
             self.grant(state, page);
         }
-        let deeds = work.deeds.entry(page).or_default();
         // In one step a page is protected, sent and discarded, or something is done with
         // it that lets somebody go on. Rarely both.
-        if deeds.last().is_some_and(|last| last.rank() >= deed.rank()) {
+        let last = work.ranks.insert(page, deed.rank());
+        if last.is_some_and(|last| last >= deed.rank()) {
             self.finish(state, work)?;
+            work.ranks.insert(page, deed.rank());
         }
-        work.deeds.entry(page).or_default().push(deed);
+        work.deeds.push((page, deed));
         Ok(())
     }
 
     /// Does what was noted, pages in a row at once.
     fn finish(&self, state: &mut State, work: &mut Work) -> Result<(), SpanError> {
         let failed = |error: MemoryError| SpanError::Memory(error.to_string());
-        let deeds = std::mem::take(&mut work.deeds);
+        let mut deeds = std::mem::take(&mut work.deeds);
+        work.ranks.clear();
+        for (page, deed) in &deeds {
+            if !matches!(deed, Deed::Protect | Deed::Send(..)) {
+                self.changes(state, *page)?;
+            }
+        }
+        deeds.sort_by_key(|(page, deed)| (deed.rank(), *page));
         let with = |rank: u8| {
-            deeds.iter().flat_map(move |(page, deeds)| {
-                let deeds = deeds.iter().filter(move |deed| deed.rank() == rank);
-                deeds.map(|deed| (*page, deed))
-            })
+            let first = deeds.partition_point(|(_, deed)| deed.rank() < rank);
+            let those = deeds[first..].iter();
+            those
+                .take_while(move |(_, deed)| deed.rank() == rank)
+                .map(|(page, deed)| (*page, deed))
         };
         for run in runs(with(Deed::Protect.rank())) {
             let memory = self.memory(run.memory)?;
@@ -371,47 +390,56 @@ impl Shared {
             let memory = self.memory(run.memory)?;
             memory.wake(run.offset(), run.bytes()).map_err(failed)?;
         }
-        for (page, deeds) in &deeds {
-            for deed in deeds {
-                match deed {
-                    Deed::Install(access, _, from) => {
-                        if let Some(keep) = &mut state.keep {
-                            keep.came(*page, *access);
-                        }
-                        self.came(state, *page, Some(*from));
+        for (page, deed) in &deeds {
+            match deed {
+                Deed::Install(access, _, from) => {
+                    if let Some(keep) = &mut state.keep {
+                        keep.came(*page, *access);
                     }
-                    Deed::Allow => {
-                        if let Some(keep) = &mut state.keep {
-                            keep.came(*page, Access::Write);
-                        }
-                        self.came(state, *page, None);
-                    }
-                    Deed::Wake => {
-                        // It may be the first time that anybody touches it.
-                        let access = state.coherence.access(*page);
-                        if let (Some(keep), Some(access)) = (&mut state.keep, access)
-                            && !keep.knows(*page)
-                        {
-                            keep.came(*page, access);
-                        }
-                        state.since.remove(page);
-                        self.changed.notify_all();
-                    }
-                    Deed::Discard => {
-                        if let Some(keep) = &mut state.keep {
-                            keep.left(*page);
-                        }
-                    }
-                    Deed::Protect | Deed::Send(..) => {}
+                    self.came(state, *page, Some(*from));
                 }
+                Deed::Allow => {
+                    if let Some(keep) = &mut state.keep {
+                        keep.came(*page, Access::Write);
+                    }
+                    self.came(state, *page, None);
+                }
+                Deed::Wake => {
+                    if let Some(woken) = state.woken.get_mut(page.memory as usize) {
+                        woken.insert(page.number);
+                    }
+                    // It may be the first time that anybody touches it.
+                    let access = state.coherence.access(*page);
+                    if let (Some(keep), Some(access)) = (&mut state.keep, access)
+                        && !keep.knows(*page)
+                    {
+                        keep.came(*page, access);
+                    }
+                    state.since.remove(page);
+                    self.tell_waiting(state);
+                }
+                Deed::Discard => {
+                    if let Some(keep) = &mut state.keep {
+                        keep.left(*page);
+                    }
+                }
+                Deed::Protect | Deed::Send(..) => {}
             }
         }
         Ok(())
     }
 
+    /// A page has come, or who waits for it has: the host's accesses that wait look. (Where
+    /// none does that is not said: it is a call of the kernel.)
+    fn tell_waiting(&self, state: &State) {
+        if !state.waiting.is_empty() || !state.granted.is_empty() {
+            self.changed.notify_all();
+        }
+    }
+
     /// A page is there: who waits for it goes on.
     fn came(&self, state: &mut State, page: PageId, from: Option<PartId>) {
-        self.changed.notify_all();
+        self.tell_waiting(state);
         let Some((since, thread)) = state.since.remove(&page) else {
             return;
         };

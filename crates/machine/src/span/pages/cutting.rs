@@ -1,0 +1,763 @@
+//! The memory of the whole as it is at one instant, read while its threads go on: what a
+//! checkpoint keeps of a machine with several parts.
+//!
+//! ```text
+//!   home                                   member
+//!   what pages there are
+//!     │            all threads stand
+//!     │─── Begin ───────────────────────▶│ gives nothing away by itself any more
+//!     │◀────────────────────────── Quiet ─│ nothing is on its way to it
+//!   nothing is on its way at all: the cut
+//!     │─── Mark ────────────────────────▶│ protects what it owns
+//!     │◀───────────────────────── Marked ─│
+//!     │            threads go on
+//!     │─── More ────────────────────────▶│ may send so much, and give away again
+//!     │◀────────────────────────── pages ─│ as they were
+//!     │◀─────────────────────────── Done ─│
+//!     │─── End ─────────────────────────▶│
+//! ```
+//!
+//! While nothing is on its way each page has exactly one owner, so each is kept once. What
+//! is protected is copied before somebody writes it or gets it; the rest follows piece by
+//! piece (Li, Naughton and Plank, "Low-Latency, Concurrent Checkpointing for Parallel
+//! Programs", 1994). Threads stand for two round trips and the protecting. Members send as
+//! much as the home has asked for, so a slow store fills no memory.
+//!
+//! The directory of all pages must be the home: only so it sees all that is on its way.
+
+use super::super::wire::{self, Parcel};
+use super::work::Work;
+use super::{PAGE, Pages, Shared, SpanError, State, locked};
+use bytes::Bytes;
+use keel_wasm::coherence::{Copy, PageId, PartId, PartSet};
+use keel_wasm::memory::{MemoryError, PAGE_BYTES, Spanning};
+use roaring::RoaringBitmap;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar};
+use std::time::{Duration, Instant};
+
+/// Pages that are read at once: what waits for the lock meanwhile waits some microseconds.
+const PIECE_PAGES: u32 = 16;
+/// The most of them that come at once.
+const PIECE_PAGES_MAX: usize = 64;
+/// Bytes that a member may send before it is asked for more.
+const AHEAD_BYTES: u32 = 1 << 20;
+/// Pages that are let go at once at the end.
+const LET_GO_PAGES: u32 = 1024;
+/// Faults are slowed down while so many bytes that were copied before they changed wait
+/// here to be kept.
+const COPIED_MAX: usize = 32 << 20;
+/// Between two looks whether something is still on its way.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// What home and members say to each other of a cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CutWord {
+    /// To members: all threads stand.
+    Begin,
+    /// To the home: nothing is on its way to this part.
+    Quiet,
+    /// To members: the cut is now.
+    Mark,
+    /// To the home: it is.
+    Marked,
+    /// To members: so many bytes more may be sent; it is marked everywhere.
+    More(u32),
+    /// To the home: that was all.
+    Done,
+    /// To members: what was not sent is not wanted any more.
+    End,
+}
+
+/// Pages in a row, as they were at a cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CutPages {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Number of the first page.
+    pub first: u32,
+    /// Whole pages.
+    pub bytes: Bytes,
+}
+
+impl CutPages {
+    /// Whether they are what can be sent at once.
+    pub(in super::super) fn is_whole(&self) -> bool {
+        let pages = self.bytes.len() / PAGE;
+        self.bytes.len().is_multiple_of(PAGE) && (1..=PIECE_PAGES_MAX).contains(&pages)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Threads run; at the home it is found out what pages there are.
+    Preparing,
+    /// What is on its way arrives.
+    Settling,
+    /// Nothing is on its way.
+    Settled,
+    /// The cut was.
+    Marked,
+}
+
+/// What a part knows of a cut.
+#[derive(Debug)]
+pub(super) struct Cutting {
+    number: u64,
+    stage: Stage,
+    /// Of each memory the pages that there are; once marked those of which nobody has read
+    /// yet what they were, which are protected.
+    pages: Vec<RoaringBitmap>,
+    /// Pages that changed since, as they were.
+    copied: VecDeque<CutPages>,
+    /// It is marked everywhere.
+    goes_on: bool,
+    /// At a member: bytes that the home waits for, and whether it was told that there are
+    /// no more, or wants none.
+    asked: u64,
+    is_done: bool,
+    is_over: bool,
+    /// At the home: who said what, and what came.
+    quiet: PartSet,
+    marked: PartSet,
+    done: PartSet,
+    came: VecDeque<(PartId, CutPages)>,
+}
+
+impl Cutting {
+    fn new(number: u64, stage: Stage, memories: usize) -> Self {
+        Cutting {
+            number,
+            stage,
+            pages: vec![RoaringBitmap::new(); memories],
+            copied: VecDeque::new(),
+            goes_on: false,
+            asked: 0,
+            is_done: false,
+            is_over: false,
+            quiet: PartSet::default(),
+            marked: PartSet::default(),
+            done: PartSet::default(),
+            came: VecDeque::new(),
+        }
+    }
+
+    /// Whether threads stand for it: what moves pages by itself waits. Also where it is
+    /// marked already: a page could come where it is not, and be at neither.
+    pub(super) fn is_settling(&self) -> bool {
+        match self.stage {
+            Stage::Preparing => false,
+            Stage::Settling | Stage::Settled => true,
+            Stage::Marked => !self.goes_on,
+        }
+    }
+}
+
+/// What is known of cuts without the lock.
+#[derive(Debug, Default)]
+pub(super) struct Cuts {
+    /// Numbers of those that there were.
+    count: AtomicU64,
+    /// There is one.
+    is_on: AtomicBool,
+    /// One waits for what is on its way.
+    is_settling: AtomicBool,
+    copied_bytes: AtomicUsize,
+    pub(super) changed: Condvar,
+}
+
+impl Cuts {
+    /// Whether it is waited for that nothing is on its way.
+    pub(super) fn are_settling(&self) -> bool {
+        self.is_settling.load(Ordering::Relaxed)
+    }
+
+    /// Whether so much was copied that whoever writes waits for a moment.
+    pub(super) fn are_behind(&self) -> bool {
+        self.copied_bytes.load(Ordering::Relaxed) > COPIED_MAX
+    }
+}
+
+fn failed(error: MemoryError) -> SpanError {
+    SpanError::Memory(error.to_string())
+}
+
+/// The pages that the set begins with, in a row, at most so many.
+fn first_run(set: &RoaringBitmap, most: u32) -> Option<(u32, u32)> {
+    let mut pages = set.iter();
+    let first = pages.next()?;
+    let count = 1
+        + (first + 1..)
+            .zip(pages)
+            .take(most as usize - 1)
+            .take_while(|(next, page)| next == page)
+            .count() as u32;
+    Some((first, count))
+}
+
+/// Lets those of some pages be written that this part may write.
+fn let_go(
+    memory: &Spanning,
+    copy: impl Fn(u32) -> Copy,
+    (first, count): (u32, u32),
+) -> Result<(), SpanError> {
+    let mut from = None;
+    for number in first..=first + count {
+        let writes = number < first + count && copy(number) == Copy::Modified;
+        match (writes, from) {
+            (true, None) => from = Some(number),
+            (false, Some(start)) => {
+                let bytes = u64::from(number - start) * PAGE_BYTES;
+                let at = u64::from(start) * PAGE_BYTES;
+                memory.allow(at, bytes).map_err(failed)?;
+                from = None;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+impl Shared {
+    fn is_home(&self) -> bool {
+        self.me == PartId::HOME
+    }
+
+    fn tell_part(&self, to: PartId, parcel: &Parcel) -> Result<(), SpanError> {
+        let mut work = Work::default();
+        work.to(to)
+            .and_then(|frames| wire::encode(parcel, frames))
+            .map_err(|error| SpanError::Disagree(error.to_string()))?;
+        self.say(Ok(()), work);
+        Ok(())
+    }
+
+    /// Takes note of a word about a cut; one about an earlier one counts no more.
+    ///
+    /// # Errors
+    /// [`SpanError::Lost`], of a part that cannot say that; others, of this one.
+    pub(super) fn hear_cut(
+        &self,
+        from: PartId,
+        number: u64,
+        word: CutWord,
+    ) -> Result<(), SpanError> {
+        let to_home = matches!(word, CutWord::Quiet | CutWord::Marked | CutWord::Done);
+        if to_home != self.is_home() || !to_home && from != PartId::HOME {
+            let reason = "it says of a cut what only another part can say".into();
+            return Err(SpanError::Lost { part: from, reason });
+        }
+        self.note_cut(from, number, word)
+    }
+
+    fn note_cut(&self, from: PartId, number: u64, word: CutWord) -> Result<(), SpanError> {
+        let mut guard = locked(&self.state);
+        let state = &mut *guard;
+        if word == CutWord::Begin {
+            // (Of an earlier one there may be something left.)
+            while self.let_some_go(state)? {}
+            let cutting = Cutting::new(number, Stage::Settling, self.memories.len());
+            state.cutting = Some(cutting);
+            self.cuts.is_on.store(true, Ordering::Release);
+            self.cuts.is_settling.store(true, Ordering::Release);
+            return Ok(());
+        }
+        let Some(cutting) = state.cutting.as_mut().filter(|it| it.number == number) else {
+            return Ok(());
+        };
+        match word {
+            CutWord::Begin => {}
+            CutWord::Quiet => cutting.quiet = cutting.quiet.with(from),
+            CutWord::Marked => cutting.marked = cutting.marked.with(from),
+            CutWord::Done => cutting.done = cutting.done.with(from),
+            CutWord::More(bytes) => {
+                cutting.goes_on = true;
+                cutting.asked = cutting.asked.saturating_add(bytes.into());
+            }
+            CutWord::End => cutting.is_over = true,
+            CutWord::Mark => {
+                self.mark(state)?;
+                drop(guard);
+                let word = CutWord::Marked;
+                self.tell_part(from, &Parcel::Cut { number, word })?;
+            }
+        }
+        self.cuts.changed.notify_all();
+        Ok(())
+    }
+
+    /// Takes note of pages that a member had at a cut.
+    ///
+    /// # Errors
+    /// As [`Self::hear_cut`].
+    pub(super) fn hear_cut_pages(
+        &self,
+        from: PartId,
+        number: u64,
+        pages: CutPages,
+    ) -> Result<(), SpanError> {
+        let last = (pages.bytes.len() / PAGE) as u32 - 1;
+        let last = pages.first.checked_add(last).map(|number| PageId {
+            memory: pages.memory,
+            number,
+        });
+        if !self.is_home() || !last.is_some_and(|last| self.has(last)) {
+            let reason = "it sends pages of a cut that cannot be".into();
+            return Err(SpanError::Lost { part: from, reason });
+        }
+        let mut state = locked(&self.state);
+        if let Some(cutting) = state.cutting.as_mut().filter(|it| it.number == number) {
+            cutting.came.push_back((from, pages));
+            self.cuts.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Says so when nothing is on its way any more, if that is waited for. The home looks
+    /// last: only with nothing on its way to any member nothing of what it sees ended is
+    /// followed by more.
+    pub(super) fn settle(&self) -> Result<(), SpanError> {
+        if !self.cuts.is_settling.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let number = {
+            let mut state = locked(&self.state);
+            let State {
+                cutting, coherence, ..
+            } = &mut *state;
+            let settling = cutting.as_mut().filter(|it| it.stage == Stage::Settling);
+            let Some(cutting) = settling else {
+                self.cuts.is_settling.store(false, Ordering::Release);
+                return Ok(());
+            };
+            let others = self.told.len() as u8;
+            // (What another thread is about to say would come behind the word.)
+            let is_said = self.unsaid.load(Ordering::Acquire) == 0;
+            if !is_said || !coherence.is_quiet() || self.is_home() && cutting.quiet.len() < others {
+                return Ok(());
+            }
+            cutting.stage = Stage::Settled;
+            self.cuts.is_settling.store(false, Ordering::Release);
+            self.cuts.changed.notify_all();
+            cutting.number
+        };
+        match self.is_home() {
+            true => Ok(()),
+            false => {
+                let word = CutWord::Quiet;
+                self.tell_part(PartId::HOME, &Parcel::Cut { number, word })
+            }
+        }
+    }
+
+    /// The cut is now: what this part owns is protected.
+    fn mark(&self, state: &mut State) -> Result<(), SpanError> {
+        let State {
+            cutting, coherence, ..
+        } = state;
+        let Some(cutting) = cutting.as_mut().filter(|it| it.stage == Stage::Settled) else {
+            return Err(SpanError::Disagree(
+                "a cut that nothing is ready for".into(),
+            ));
+        };
+        for (page, copy) in coherence.changed() {
+            let Some(pages) = cutting.pages.get_mut(page.memory as usize) else {
+                continue;
+            };
+            match copy {
+                Copy::Invalid | Copy::Shared => pages.remove(page.number),
+                Copy::Kept | Copy::Modified => pages.insert(page.number),
+            };
+        }
+        for (memory, pages) in self.memories.iter().zip(&cutting.pages) {
+            let mut rest = pages.iter();
+            while let Some(run) = rest.next_range() {
+                let (first, last) = (u64::from(*run.start()), u64::from(*run.end()));
+                let bytes = (last - first + 1) * PAGE_BYTES;
+                memory
+                    .protect_here(first * PAGE_BYTES, bytes)
+                    .map_err(failed)?;
+            }
+        }
+        cutting.stage = Stage::Marked;
+        Ok(())
+    }
+
+    /// A page is about to change, or to leave, or has just come: what it was is copied if
+    /// that is still wanted. Before a cut it is noted that there is such a page.
+    pub(super) fn changes(&self, state: &mut State, page: PageId) -> Result<(), SpanError> {
+        if !self.cuts.is_on.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let State {
+            cutting, coherence, ..
+        } = state;
+        let Some(cutting) = cutting else {
+            return Ok(());
+        };
+        let Some(pages) = cutting.pages.get_mut(page.memory as usize) else {
+            return Ok(());
+        };
+        if cutting.stage != Stage::Marked {
+            // (What a member has it knows.)
+            if self.is_home() {
+                pages.insert(page.number);
+            }
+            return Ok(());
+        }
+        if !pages.remove(page.number) {
+            return Ok(());
+        }
+        let memory = self.memory(page.memory)?;
+        if !cutting.is_over {
+            let mut bytes = vec![0; PAGE];
+            let at = u64::from(page.number) * PAGE_BYTES;
+            memory.memory().read(at, &mut bytes).map_err(failed)?;
+            cutting.copied.push_back(CutPages {
+                memory: page.memory,
+                first: page.number,
+                bytes: bytes.into(),
+            });
+            self.cuts.copied_bytes.fetch_add(PAGE, Ordering::Relaxed);
+            self.cuts.changed.notify_all();
+        }
+        let copy = |number| coherence.copy(PageId { number, ..page });
+        let_go(memory, copy, (page.number, 1))
+    }
+
+    /// The host writes a page that is pinned.
+    pub(super) fn host_writes(
+        &self,
+        page: PageId,
+        write: impl FnOnce() -> Result<(), MemoryError>,
+    ) -> Result<(), SpanError> {
+        if self.cuts.is_on.load(Ordering::Acquire) {
+            self.changes(&mut locked(&self.state), page)?;
+        }
+        write().map_err(failed)?;
+        if self.cuts.is_on.load(Ordering::Acquire) {
+            // There may have been no such page when it was looked what there are, and a cut
+            // no sooner than that.
+            let mut state = locked(&self.state);
+            let preparing = state.cutting.as_mut();
+            let preparing = preparing.filter(|it| it.stage != Stage::Marked && self.is_home());
+            let pages = preparing.and_then(|it| it.pages.get_mut(page.memory as usize));
+            if let Some(pages) = pages {
+                pages.insert(page.number);
+            }
+        }
+        Ok(())
+    }
+
+    /// Some of this part's pages as they were at the cut; `None` if there are no more.
+    fn take_piece(&self, state: &mut State) -> Result<Option<CutPages>, SpanError> {
+        let State {
+            cutting, coherence, ..
+        } = state;
+        let Some(cutting) = cutting.as_mut().filter(|it| it.stage == Stage::Marked) else {
+            return Ok(None);
+        };
+        if let Some(copied) = cutting.copied.pop_front() {
+            self.cuts.copied_bytes.fetch_sub(PAGE, Ordering::Relaxed);
+            return Ok(Some(copied));
+        }
+        for (number, pages) in (0..).zip(&mut cutting.pages) {
+            let Some((first, count)) = first_run(pages, PIECE_PAGES) else {
+                continue;
+            };
+            let memory = self.memory(number)?;
+            let mut bytes = vec![0; count as usize * PAGE];
+            let at = u64::from(first) * PAGE_BYTES;
+            memory.memory().read(at, &mut bytes).map_err(failed)?;
+            pages.remove_range(first..first + count);
+            let copy = |page| {
+                coherence.copy(PageId {
+                    memory: number,
+                    number: page,
+                })
+            };
+            let_go(memory, copy, (first, count))?;
+            return Ok(Some(CutPages {
+                memory: number,
+                first,
+                bytes: bytes.into(),
+            }));
+        }
+        Ok(None)
+    }
+
+    /// Lets some of the pages go that nobody wants any more; false when the cut is over.
+    fn let_some_go(&self, state: &mut State) -> Result<bool, SpanError> {
+        let State {
+            cutting, coherence, ..
+        } = state;
+        let Some(marked) = cutting else {
+            return Ok(false);
+        };
+        if marked.stage == Stage::Marked {
+            for (number, pages) in (0..).zip(&mut marked.pages) {
+                let Some((first, count)) = first_run(pages, LET_GO_PAGES) else {
+                    continue;
+                };
+                pages.remove_range(first..first + count);
+                let copy = |page| {
+                    coherence.copy(PageId {
+                        memory: number,
+                        number: page,
+                    })
+                };
+                let_go(self.memory(number)?, copy, (first, count))?;
+                return Ok(true);
+            }
+        }
+        *cutting = None;
+        self.cuts.copied_bytes.store(0, Ordering::Relaxed);
+        self.cuts.is_on.store(false, Ordering::Release);
+        // (Who moves pages may wait for it.)
+        self.cuts.changed.notify_all();
+        Ok(false)
+    }
+
+    /// A member's thread that sends what there was at cuts, until the end.
+    pub(super) fn give_cuts(&self) {
+        while !self.over.load(Ordering::Acquire) {
+            if let Err(error) = self.give_some() {
+                return self.end(error);
+            }
+        }
+    }
+
+    fn give_some(&self) -> Result<(), SpanError> {
+        let mut guard = locked(&self.state);
+        let state = &mut *guard;
+        let parcel = match &state.cutting {
+            Some(cutting) if cutting.is_over => return self.let_some_go(state).map(drop),
+            Some(cutting)
+                if cutting.stage == Stage::Marked && !cutting.is_done && cutting.asked > 0 =>
+            {
+                let number = cutting.number;
+                let pages = self.take_piece(state)?;
+                let Some(cutting) = &mut state.cutting else {
+                    return Ok(());
+                };
+                Some(match pages {
+                    Some(pages) => {
+                        cutting.asked = cutting.asked.saturating_sub(pages.bytes.len() as u64);
+                        Parcel::CutPages { number, pages }
+                    }
+                    None => {
+                        cutting.is_done = true;
+                        let word = CutWord::Done;
+                        Parcel::Cut { number, word }
+                    }
+                })
+            }
+            _ => None,
+        };
+        match parcel {
+            Some(parcel) => {
+                drop(guard);
+                self.tell_part(PartId::HOME, &parcel)
+            }
+            None => {
+                // (Whoever ends it rings; a lost ring costs a second.)
+                let rest = super::SLEEP_MAX;
+                drop(self.cuts.changed.wait_timeout(guard, rest));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A cut through the memory of a machine, at its home. Dropping it ends it: what was not
+/// taken is not to be had any more.
+pub struct Cut {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl std::fmt::Debug for Cut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut debug = f.debug_struct("Cut");
+        debug.field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
+impl Pages {
+    /// Prepares a cut while threads run: finds out what pages there are. Only at the home,
+    /// which was the origin and is the directory of all; one at a time.
+    ///
+    /// # Errors
+    /// [`SpanError`]; [`SpanError::Cut`] if there is one already.
+    pub fn prepare_cut(&self) -> Result<Cut, SpanError> {
+        let shared = self.shared.clone();
+        let number = shared.cuts.count.fetch_add(1, Ordering::Relaxed) + 1;
+        {
+            let mut state = locked(&shared.state);
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            if state.cutting.is_some() || !shared.is_home() {
+                return Err(SpanError::Cut);
+            }
+            let cutting = Cutting::new(number, Stage::Preparing, shared.memories.len());
+            state.cutting = Some(cutting);
+            shared.cuts.is_on.store(true, Ordering::Release);
+        }
+        let cut = Cut { shared, number };
+        for (at, memory) in cut.shared.memories.iter().enumerate() {
+            // It takes long; what comes to be meanwhile is noted.
+            let here = memory.memory().populated().map_err(failed)?;
+            let mut guard = locked(&cut.shared.state);
+            let State { cutting, woken, .. } = &mut *guard;
+            let pages = cutting.as_mut().and_then(|it| it.pages.get_mut(at));
+            if let (Some(pages), Some(woken)) = (pages, woken.get(at)) {
+                *pages |= woken;
+                for range in here {
+                    let last = range.end.div_ceil(PAGE_BYTES);
+                    pages.insert_range((range.start / PAGE_BYTES) as u32..last as u32);
+                }
+            }
+        }
+        Ok(cut)
+    }
+}
+
+impl Cut {
+    /// The cut is now. All threads stand, and nobody writes for the host; when this returns
+    /// they may go on.
+    ///
+    /// # Errors
+    /// [`SpanError`]; [`SpanError::Unsettled`] if that takes longer. There is no cut then.
+    pub fn mark(&self, patience: Duration) -> Result<(), SpanError> {
+        let shared = &self.shared;
+        {
+            let mut state = locked(&shared.state);
+            if let Some(cutting) = &mut state.cutting {
+                cutting.stage = Stage::Settling;
+            }
+            shared.cuts.is_settling.store(true, Ordering::Release);
+        }
+        let deadline = Instant::now() + patience;
+        self.tell_all(CutWord::Begin)?;
+        self.await_all(deadline, patience, |cutting| {
+            cutting.stage == Stage::Settled
+        })?;
+        // (Nothing is on its way, and nobody moves anything before all have marked.)
+        self.tell_all(CutWord::Mark)?;
+        shared.mark(&mut locked(&shared.state))?;
+        let others = shared.told.len() as u8;
+        self.await_all(deadline, patience, |cutting| cutting.marked.len() == others)?;
+        if let Some(cutting) = &mut locked(&shared.state).cutting {
+            cutting.goes_on = true;
+        }
+        shared.cuts.changed.notify_all();
+        self.tell_all(CutWord::More(AHEAD_BYTES))
+    }
+
+    fn tell_all(&self, word: CutWord) -> Result<(), SpanError> {
+        let number = self.number;
+        for part in self.shared.told.keys() {
+            self.shared
+                .tell_part(*part, &Parcel::Cut { number, word })?;
+        }
+        Ok(())
+    }
+
+    fn await_all(
+        &self,
+        deadline: Instant,
+        patience: Duration,
+        is_so: impl Fn(&Cutting) -> bool,
+    ) -> Result<(), SpanError> {
+        loop {
+            self.shared.settle()?;
+            let state = locked(&self.shared.state);
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            match &state.cutting {
+                Some(cutting) if is_so(cutting) => return Ok(()),
+                Some(_) if Instant::now() < deadline => {}
+                Some(_) => return Err(SpanError::Unsettled { patience }),
+                None => return Err(SpanError::Ended),
+            }
+            drop(self.shared.cuts.changed.wait_timeout(state, LOOK_AGAIN));
+        }
+    }
+
+    /// Pages of the machine as they were at the cut, each once; `None` when all were taken.
+    /// What is not among them was zero.
+    ///
+    /// # Errors
+    /// [`SpanError`]; [`SpanError::Unsettled`] if nothing comes for so long.
+    pub fn next(&self, patience: Duration) -> Result<Option<CutPages>, SpanError> {
+        let shared = &self.shared;
+        let deadline = Instant::now() + patience;
+        loop {
+            let mut guard = locked(&shared.state);
+            if let Some(failure) = &guard.failure {
+                return Err(failure.clone());
+            }
+            let state = &mut *guard;
+            let Some(cutting) = &mut state.cutting else {
+                return Err(SpanError::Ended);
+            };
+            if let Some((from, pages)) = cutting.came.pop_front() {
+                drop(guard);
+                let more = u32::try_from(pages.bytes.len()).unwrap_or(AHEAD_BYTES);
+                let (number, word) = (self.number, CutWord::More(more));
+                shared.tell_part(from, &Parcel::Cut { number, word })?;
+                return Ok(Some(pages));
+            }
+            if let Some(pages) = shared.take_piece(state)? {
+                return Ok(Some(pages));
+            }
+            let others = shared.told.len() as u8;
+            let done = state.cutting.as_ref().map(|cutting| cutting.done.len());
+            if done == Some(others) {
+                return Ok(None);
+            }
+            if Instant::now() >= deadline {
+                return Err(SpanError::Unsettled { patience });
+            }
+            drop(shared.cuts.changed.wait_timeout(guard, LOOK_AGAIN * 50));
+        }
+    }
+}
+
+impl Drop for Cut {
+    fn drop(&mut self) {
+        let over = &self.shared.over;
+        let told = match over.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => self.tell_all(CutWord::End),
+        };
+        let ended = told.and_then(|()| {
+            while !over.load(Ordering::Acquire)
+                && self.shared.let_some_go(&mut locked(&self.shared.state))?
+            {}
+            Ok(())
+        });
+        if let Err(error) = ended {
+            self.shared.end(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_begin_with_the_first_page() {
+        let set = |pages: &[u32]| pages.iter().copied().collect::<RoaringBitmap>();
+        assert_eq!(first_run(&set(&[]), 16), None);
+        assert_eq!(first_run(&set(&[7]), 16), Some((7, 1)));
+        assert_eq!(first_run(&set(&[3, 4, 5, 7]), 16), Some((3, 3)));
+        assert_eq!(first_run(&set(&[3, 4, 5, 7]), 2), Some((3, 2)));
+        assert_eq!(first_run(&set(&[3, 4]), 1), Some((3, 1)));
+    }
+}
