@@ -304,8 +304,6 @@ fn threads_and_what_they_wait_for_are_in_it() {
     }
 }
 
-/// The guest keeps a file that it checks against what it remembers: pages of
-/// memory and blocks of the file must be of one instant.
 /// What a program prints that spans three parts, and what goes on from its checkpoints,
 /// is what it prints alone; it stays where it is meanwhile.
 #[test]
@@ -342,8 +340,9 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
             }
             let never = AtomicBool::new(false);
             let pages = apart.home().pages().clone();
+            let before = running.lines();
             match running.try_take_apart(Some(&pages), false, &never) {
-                Ok(one) => taken.push(one),
+                Ok(one) => taken.push((before, one, running.lines())),
                 Err(TakeError::Machine(MachineError::Ended)) => break,
                 Err(error) => panic!("{name}: {error}"),
             }
@@ -353,15 +352,52 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
         assert_eq!(apart.home().failure(), None);
         let whole = String::from_utf8(running.output.bytes()).unwrap();
         assert_eq!(whole, alone, "{name}");
-        for (number, one) in taken.iter().enumerate() {
+        for (number, (before, one, after)) in taken.iter().enumerate() {
             assert_eq!(one.manifest.parent, None, "{name} {number}");
             let restored = running.restore(Some(&one.manifest.id)).unwrap();
             let text = running.finish(restored);
             assert!(alone.ends_with(&text), "{name} {number}: {text}");
+            let printed = alone.lines().count() - text.lines().count();
+            assert!(
+                (*before..=*after).contains(&printed),
+                "{name} {number}: {text}"
+            );
         }
     }
 }
 
+/// What is known of a machine's writes ends when it gets parts, and begins anew when it is
+/// alone again: no checkpoint is built on one of its parts.
+#[test]
+fn alone_again_a_full_one_comes_first() {
+    let mut running = Running::ready("writer", &["16", "40", "60"]);
+    let how = Spread {
+        spawning: Spawning::Here,
+        patience: LIMIT,
+        keeps: Keeps::default(),
+    };
+    let apart = Within::begin(&running.machine, 2, 256 << 20, how).unwrap();
+    running.wait_lines(2);
+    let never = AtomicBool::new(false);
+    let pages = apart.home().pages().clone();
+    let first = running.try_take_apart(Some(&pages), false, &never).unwrap();
+    drop(pages);
+    apart.alone(LIMIT).unwrap();
+    running.wait_lines(running.lines() + 2);
+    let second = running.take(false);
+    running.wait_lines(running.lines() + 2);
+    let third = running.take(false);
+    assert_eq!(second.manifest.parent, None);
+    assert_eq!(third.manifest.parent, Some(second.manifest.id.clone()));
+    for taken in [first, second, third] {
+        // (It checks its memory whenever it writes.)
+        let text = running.finish(running.restore(Some(&taken.manifest.id)).unwrap());
+        assert_eq!(text.lines().last(), Some("59"));
+    }
+}
+
+/// The guest keeps a file that it checks against what it remembers: pages of
+/// memory and blocks of the file must be of one instant.
 #[test]
 fn volumes_are_in_it() {
     let mut running = Running::start("disk", &["/own", "32", "3000", "1"]);

@@ -495,7 +495,7 @@ impl<'a> Traffic<'a> {
 
     /// Makes a cut, and what it has to be: words in their order.
     fn cut(&self) -> (Cut, Vec<u64>) {
-        let cut = self.parts[0].pages.prepare_cut().unwrap();
+        let cut = self.parts[0].pages.prepare_cut(LONG).unwrap();
         let _all_stand = self.stand.write().unwrap();
         cut.mark(LONG).unwrap();
         let written = self.written.iter();
@@ -598,10 +598,13 @@ fn cuts_end_whenever_they_are_dropped() {
     let range = 0..200 * PAGE_BYTES;
     parts[0].pages.move_object(0, range, part(1), LONG).unwrap();
     let home = &parts[0].pages;
-    assert_eq!(parts[1].pages.prepare_cut().unwrap_err(), SpanError::Cut);
+    assert_eq!(
+        parts[1].pages.prepare_cut(LONG).unwrap_err(),
+        SpanError::Cut
+    );
     for taken in [0, 3, usize::MAX] {
-        let cut = home.prepare_cut().unwrap();
-        assert_eq!(home.prepare_cut().unwrap_err(), SpanError::Cut);
+        let cut = home.prepare_cut(LONG).unwrap();
+        assert_eq!(home.prepare_cut(LONG).unwrap_err(), SpanError::Cut);
         cut.mark(LONG).unwrap();
         let mut count = 0;
         while count < taken && cut.next(LONG).unwrap().is_some() {
@@ -616,28 +619,7 @@ fn cuts_end_whenever_they_are_dropped() {
         }
     }
     // Never marked.
-    drop(home.prepare_cut().unwrap());
-    // Never quiet: somebody holds a page that another part waits for.
-    let cut = home.prepare_cut().unwrap();
-    let late = Duration::from_millis(50);
-    let stop = &AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for part in &parts {
-            scope.spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    part.word(0).fetch_add(1, Ordering::SeqCst);
-                }
-            });
-        }
-        std::thread::sleep(late);
-        // (By chance nothing may be on its way for a moment: then it is a cut.)
-        match cut.mark(late) {
-            Ok(()) | Err(SpanError::Unsettled { .. }) => {}
-            Err(error) => panic!("{error}"),
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
-    drop(cut);
+    drop(home.prepare_cut(LONG).unwrap());
     let traffic = Traffic::new(&parts, pages);
     for page in 0..pages {
         for word in 0..4 {
@@ -652,6 +634,39 @@ fn cuts_end_whenever_they_are_dropped() {
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
+/// While a page that somebody waits for stays where it is there is no cut; that is said in
+/// time, nobody stands for it any longer, and the next one can be made.
+#[test]
+fn without_quiet_there_is_no_cut() {
+    let hold = Duration::from_secs(2);
+    let parts = parts(3, 16, hold, &[]);
+    let late = Duration::from_millis(50);
+    parts[1].word(0).store(1, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| parts[2].word(0).fetch_add(1, Ordering::SeqCst));
+        std::thread::sleep(late);
+        let begun = Instant::now();
+        let cut = parts[0].pages.prepare_cut(LONG).unwrap();
+        assert_eq!(
+            cut.mark(late).unwrap_err(),
+            SpanError::Unsettled { patience: late }
+        );
+        drop(cut);
+        assert!(begun.elapsed() < hold, "{:?}", begun.elapsed());
+        assert_eq!(waits.join().unwrap(), 1);
+    });
+    let cut = parts[0].pages.prepare_cut(LONG).unwrap();
+    cut.mark(LONG).unwrap();
+    let mut words = Vec::new();
+    while let Some(pages) = cut.next(LONG).unwrap() {
+        words.push((
+            pages.first,
+            u64::from_le_bytes(pages.bytes[..8].try_into().unwrap()),
+        ));
+    }
+    assert_eq!(words, [(0, 2)]);
+}
+
 /// Who reads a cut of a machine that ends, or loses a part, does not wait for it.
 #[test]
 fn a_lost_part_ends_a_cut() {
@@ -659,7 +674,7 @@ fn a_lost_part_ends_a_cut() {
     let mut parts = parts(3, pages, HOLD, &vec![5; (pages * PAGE_BYTES) as usize]);
     let range = 0..pages * PAGE_BYTES;
     parts[0].pages.move_object(0, range, part(2), LONG).unwrap();
-    let cut = parts[0].pages.prepare_cut().unwrap();
+    let cut = parts[0].pages.prepare_cut(LONG).unwrap();
     cut.mark(LONG).unwrap();
     drop(parts.pop());
     let failure = loop {

@@ -49,6 +49,9 @@ const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 /// frozen; and, later, for how long nothing may come of what there was then.
 const CUT_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long parts may take to protect what there is, while the machine runs.
+const PREPARE_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Why there is no checkpoint. The machine runs on.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeError {
@@ -130,6 +133,19 @@ pub struct Taker {
     seen: Vec<Vec<Range<u64>>>,
     volumes: VolumeTrackers,
     last: Option<Last>,
+}
+
+/// What there was when the machine stood.
+struct Instantly {
+    image: Vec<u8>,
+    /// The memory of one with several parts, which is still to be read.
+    cut: Option<Cut>,
+    /// End of its output.
+    log_end: u64,
+    /// Sizes of its memories.
+    memory_pages: Vec<u64>,
+    /// For how long it stood.
+    pause: Duration,
 }
 
 /// What is collected on the way.
@@ -265,13 +281,14 @@ impl Taker {
             block_runs: Vec::new(),
         };
         let mut held = Vec::new();
-        let cut = match apart {
-            Some(pages) => Some(pages.prepare_cut()?),
-            None => None,
-        };
-        let (image, log_end, memory_pages, pause) = self.copy(
-            machine,
-            cut.as_ref(),
+        let Instantly {
+            image,
+            cut,
+            log_end,
+            memory_pages,
+            pause,
+        } = self.copy(
+            (machine, apart),
             log,
             parent.is_some(),
             &mut collected,
@@ -318,11 +335,14 @@ impl Taker {
         failpoint::pass("take.stored")?;
         let mut chain = parent.map_or_else(Vec::new, |last| last.chain);
         chain.push(manifest.outline());
-        self.last = Some(Last {
+        let last = Last {
             vault: vault.url().to_owned(),
             id,
             chain,
-        });
+        };
+        // What is written from now on to a memory with several owners nobody notes: nothing
+        // can be built on it.
+        self.last = apart.is_none().then_some(last);
         Ok(Taken {
             manifest,
             pause,
@@ -330,20 +350,18 @@ impl Taker {
         })
     }
 
-    /// Copies until little is left, then freezes for the rest; the image, the
-    /// end of the output, the memories' sizes, the pause.
+    /// Copies until little is left, then freezes for the rest.
     fn copy(
         &mut self,
-        machine: &Machine,
-        cut: Option<&Cut>,
+        (machine, apart): (&Machine, Option<&Pages>),
         log: &Log,
         incremental: bool,
         collected: &mut Collected,
         (keepers, held): (&[Keeper], &mut Vec<Held>),
         give_up: &AtomicBool,
-    ) -> Result<(Vec<u8>, u64, Vec<u64>, Duration), TakeError> {
+    ) -> Result<Instantly, TakeError> {
         // Memory with several owners is read from the cut, and in the other mode.
-        let memories: &[Arc<GuestMemory>] = match cut {
+        let memories: &[Arc<GuestMemory>] = match apart {
             Some(_) => &[],
             None => machine.memories(),
         };
@@ -396,6 +414,10 @@ impl Taker {
         if !self.volumes.is_empty() {
             collected.blocks.settle()?;
         }
+        let cut = match apart {
+            Some(pages) => Some(pages.prepare_cut(PREPARE_PATIENCE)?),
+            None => None,
+        };
         for keeper in keepers {
             held.push(keeper.hold()?);
         }
@@ -413,7 +435,7 @@ impl Taker {
         }
         let begun = Instant::now();
         machine.freeze(FREEZE_PATIENCE)?;
-        let marked = cut.map_or(Ok(()), |cut| cut.mark(CUT_PATIENCE));
+        let marked = cut.as_ref().map_or(Ok(()), |cut| cut.mark(CUT_PATIENCE));
         let frozen = match marked {
             Ok(()) => self.last_pages(machine, memories, collected, held),
             Err(error) => Err(error.into()),
@@ -423,8 +445,13 @@ impl Taker {
         let pause = begun.elapsed();
         let image = frozen?;
         thawed?;
-        let pages = image.memory_pages.clone();
-        Ok((image.encode()?, log_end, pages, pause))
+        Ok(Instantly {
+            memory_pages: image.memory_pages.clone(),
+            image: image.encode()?,
+            cut,
+            log_end,
+            pause,
+        })
     }
 
     fn last_pages(

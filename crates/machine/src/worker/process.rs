@@ -693,18 +693,26 @@ impl Worker {
     /// A move comes first: a checkpoint in the making is given up, and what is
     /// known for the next one is dropped. Nor is the machine looked at any more.
     fn end_checkpoints(&self) -> Result<(), String> {
+        // (Nobody begins another one now.)
+        self.without_checkpoint().map(drop)
+    }
+
+    /// Gives up a checkpoint in the making, and what is known for the next one; while this
+    /// is held there is none.
+    pub(super) fn without_checkpoint(&self) -> Result<MutexGuard<'_, ()>, String> {
         let deadline = Instant::now() + CHECKPOINT_PATIENCE;
         loop {
             if let Some(taking) = &self.inner().taking {
                 taking.store(true, Ordering::Relaxed);
             }
-            match self.tracking.try_lock() {
-                Err(std::sync::TryLockError::WouldBlock) => {}
-                // (Nobody begins another one now.)
-                Ok(_) | Err(std::sync::TryLockError::Poisoned(_)) => {
-                    self.inner().taker = None;
-                    return Ok(());
-                }
+            let tracking = match self.tracking.try_lock() {
+                Ok(tracking) => Some(tracking),
+                Err(std::sync::TryLockError::Poisoned(error)) => Some(error.into_inner()),
+                Err(std::sync::TryLockError::WouldBlock) => None,
+            };
+            if let Some(tracking) = tracking {
+                self.inner().taker = None;
+                return Ok(tracking);
             }
             if Instant::now() > deadline {
                 return Err("a checkpoint of it waits for its store; try again".into());

@@ -197,15 +197,13 @@ impl Worker {
         Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
     }
 
-    /// The machine is alone again. Microseconds that it stood still.
+    /// The machine is alone again. Microseconds that it stood still. A checkpoint in the
+    /// making is given up, as for a move.
     pub(super) fn unspan(&self) -> Result<u64, RpcError> {
+        // (In the order in which a checkpoint takes both.)
+        let _tracking = self.without_checkpoint().map_err(failed)?;
         let _freezing = self
             .freezing
-            .lock()
-            .unwrap_or_else(|error| error.into_inner());
-        // (A checkpoint waits: it must not find a machine that is neither.)
-        let _tracking = self
-            .tracking
             .lock()
             .unwrap_or_else(|error| error.into_inner());
         let (home, machine) = {

@@ -81,8 +81,13 @@ impl Copies {
         self.copies.get(page).copied().unwrap_or(at_first)
     }
 
-    pub(super) fn changed(&self) -> impl Iterator<Item = (PageId, Copy)> {
-        self.copies.iter().map(|(page, copy)| (page, *copy))
+    pub(super) fn changed_from(&self, page: PageId) -> impl Iterator<Item = (PageId, Copy)> {
+        let last = PageId {
+            memory: u32::MAX,
+            number: u32::MAX,
+        };
+        let those = self.copies.range(page..=last);
+        those.map(|(page, copy)| (page, *copy))
     }
 
     pub(super) fn is_quiet(&self) -> bool {
@@ -96,7 +101,7 @@ impl Copies {
     pub(super) fn can_drop(&self, page: PageId) -> bool {
         self.copy(page) == Copy::Shared
             && !self.wanted.contains(&page)
-            && !self.coming.get(page).is_some()
+            && self.coming.get(page).is_none()
             && self.held.get(page).is_none_or(|held| held.pins == 0)
     }
 

@@ -79,6 +79,10 @@ impl Directory {
         self.leaving.is_empty() && self.under_way == 0
     }
 
+    pub(super) fn are_leaving(&self) -> bool {
+        !self.left.is_empty()
+    }
+
     pub(super) fn placements(&self) -> Vec<Placement> {
         let mut found: Vec<Placement> = Vec::new();
         for (page, entry) in self.entries.iter() {

@@ -399,9 +399,10 @@ impl Coherence {
         self.copies.copy(page)
     }
 
-    /// How it has pages that are, or may be, not as they were at the beginning.
-    pub fn changed(&self) -> impl Iterator<Item = (PageId, Copy)> {
-        self.copies.changed()
+    /// How it has pages that are, or may be, not as they were at the beginning: those from
+    /// one on, in their order.
+    pub fn changed_from(&self, page: PageId) -> impl Iterator<Item = (PageId, Copy)> {
+        self.copies.changed_from(page)
     }
 
     /// Whether a copy may be dropped at will.
@@ -418,6 +419,11 @@ impl Coherence {
     /// Whether nothing is under way, as far as this part knows.
     pub fn is_quiet(&self) -> bool {
         self.copies.is_quiet() && self.directory.is_quiet()
+    }
+
+    /// Whether parts gave up what they had, or do so, as this part, their directory, knows.
+    pub fn are_leaving(&self) -> bool {
+        self.directory.are_leaving()
     }
 
     /// Who holds a page, if this part is its directory and nothing is under way with it.

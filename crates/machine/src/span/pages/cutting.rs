@@ -4,11 +4,13 @@
 //! ```text
 //!   home                                   member
 //!   what pages there are
+//!     │─── Prepare ─────────────────────▶│ protects what it owns; whoever writes a page
+//!     │◀─────────────────────── Prepared ─│ goes on at once, and it counts as another one
 //!     │            all threads stand
 //!     │─── Begin ───────────────────────▶│ gives nothing away by itself any more
 //!     │◀────────────────────────── Quiet ─│ nothing is on its way to it
 //!   nothing is on its way at all: the cut
-//!     │─── Mark ────────────────────────▶│ protects what it owns
+//!     │─── Mark ────────────────────────▶│ protects what was written since, or came
 //!     │◀───────────────────────── Marked ─│
 //!     │            threads go on
 //!     │─── More ────────────────────────▶│ may send so much, and give away again
@@ -20,8 +22,8 @@
 //! While nothing is on its way each page has exactly one owner, so each is kept once. What
 //! is protected is copied before somebody writes it or gets it; the rest follows piece by
 //! piece (Li, Naughton and Plank, "Low-Latency, Concurrent Checkpointing for Parallel
-//! Programs", 1994). Threads stand for two round trips and the protecting. Members send as
-//! much as the home has asked for, so a slow store fills no memory.
+//! Programs", 1994). Threads stand for two round trips and the protecting of what was
+//! written since it was prepared. Members send as much as the home has asked for, so a slow store fills no memory.
 //!
 //! The directory of all pages must be the home: only so it sees all that is on its way.
 
@@ -44,17 +46,24 @@ const PIECE_PAGES: u32 = 16;
 const PIECE_PAGES_MAX: usize = 64;
 /// Bytes that a member may send before it is asked for more.
 const AHEAD_BYTES: u32 = 1 << 20;
-/// Pages that are let go at once at the end.
-const LET_GO_PAGES: u32 = 1024;
+/// Pages that are protected, or let go, at once.
+const AT_ONCE_PAGES: u32 = 512;
+/// When no more are left to be protected it is prepared.
+const LEFT_PAGES: u64 = 512;
 /// Faults are slowed down while so many bytes that were copied before they changed wait
-/// here to be kept.
-const COPIED_MAX: usize = 32 << 20;
+/// here to be kept; and with so many it is given up: the store is too slow, or hangs.
+const COPIED_MANY: usize = 32 << 20;
+const COPIED_MAX: usize = 256 << 20;
 /// Between two looks whether something is still on its way.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// What home and members say to each other of a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CutWord {
+    /// To members: there will be a cut.
+    Prepare,
+    /// To the home: almost all that is here is protected.
+    Prepared,
     /// To members: all threads stand.
     Begin,
     /// To the home: nothing is on its way to this part.
@@ -67,6 +76,8 @@ pub enum CutWord {
     More(u32),
     /// To the home: that was all.
     Done,
+    /// To the home: what changed is too much to be kept here until it is asked for.
+    GaveUp,
     /// To members: what was not sent is not wanted any more.
     End,
 }
@@ -92,7 +103,7 @@ impl CutPages {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// Threads run; at the home it is found out what pages there are.
+    /// Threads run; what there is is found out and protected.
     Preparing,
     /// What is on its way arrives.
     Settling,
@@ -107,19 +118,26 @@ enum Stage {
 pub(super) struct Cutting {
     number: u64,
     stage: Stage,
-    /// Of each memory the pages that there are; once marked those of which nobody has read
-    /// yet what they were, which are protected.
+    /// Of each memory the pages that are protected for it; once marked those of which nobody
+    /// has read yet what they were.
     pages: Vec<RoaringBitmap>,
+    /// Before it is marked: pages that this part may own, and that are not protected for it.
+    wanted: Vec<RoaringBitmap>,
+    /// At a member: up to which page it was looked what this part owns; `None`: all.
+    looked: Option<PageId>,
     /// Pages that changed since, as they were.
     copied: VecDeque<CutPages>,
     /// It is marked everywhere.
     goes_on: bool,
-    /// At a member: bytes that the home waits for, and whether it was told that there are
-    /// no more, or wants none.
-    asked: u64,
+    /// At a member: bytes that the home waits for, whether it was told that it is prepared,
+    /// or, once marked, that there are no more, and whether it wants none.
+    asked: i64,
     is_done: bool,
     is_over: bool,
+    /// Too much changed before it was read.
+    gave_up: bool,
     /// At the home: who said what, and what came.
+    prepared: PartSet,
     quiet: PartSet,
     marked: PartSet,
     done: PartSet,
@@ -127,16 +145,23 @@ pub(super) struct Cutting {
 }
 
 impl Cutting {
-    fn new(number: u64, stage: Stage, memories: usize) -> Self {
+    fn new(number: u64, memories: usize) -> Self {
         Cutting {
             number,
-            stage,
+            stage: Stage::Preparing,
             pages: vec![RoaringBitmap::new(); memories],
+            wanted: vec![RoaringBitmap::new(); memories],
+            looked: Some(PageId {
+                memory: 0,
+                number: 0,
+            }),
             copied: VecDeque::new(),
             goes_on: false,
             asked: 0,
             is_done: false,
             is_over: false,
+            gave_up: false,
+            prepared: PartSet::default(),
             quiet: PartSet::default(),
             marked: PartSet::default(),
             done: PartSet::default(),
@@ -171,12 +196,12 @@ pub(super) struct Cuts {
 impl Cuts {
     /// Whether it is waited for that nothing is on its way.
     pub(super) fn are_settling(&self) -> bool {
-        self.is_settling.load(Ordering::Relaxed)
+        self.is_settling.load(Ordering::SeqCst)
     }
 
     /// Whether so much was copied that whoever writes waits for a moment.
     pub(super) fn are_behind(&self) -> bool {
-        self.copied_bytes.load(Ordering::Relaxed) > COPIED_MAX
+        self.copied_bytes.load(Ordering::Relaxed) > COPIED_MANY
     }
 }
 
@@ -197,25 +222,27 @@ fn first_run(set: &RoaringBitmap, most: u32) -> Option<(u32, u32)> {
     Some((first, count))
 }
 
+/// Of so many pages from one on those for which it is so, in rows.
+fn runs_of((first, count): (u32, u32), is_so: impl Fn(u32) -> bool) -> Vec<(u32, u32)> {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for number in (first..first + count).filter(|number| is_so(*number)) {
+        match runs.last_mut() {
+            Some((start, count)) if *start + *count == number => *count += 1,
+            _ => runs.push((number, 1)),
+        }
+    }
+    runs
+}
+
 /// Lets those of some pages be written that this part may write.
 fn let_go(
     memory: &Spanning,
     copy: impl Fn(u32) -> Copy,
-    (first, count): (u32, u32),
+    pages: (u32, u32),
 ) -> Result<(), SpanError> {
-    let mut from = None;
-    for number in first..=first + count {
-        let writes = number < first + count && copy(number) == Copy::Modified;
-        match (writes, from) {
-            (true, None) => from = Some(number),
-            (false, Some(start)) => {
-                let bytes = u64::from(number - start) * PAGE_BYTES;
-                let at = u64::from(start) * PAGE_BYTES;
-                memory.allow(at, bytes).map_err(failed)?;
-                from = None;
-            }
-            _ => {}
-        }
+    for (first, count) in runs_of(pages, |number| copy(number) == Copy::Modified) {
+        let (at, bytes) = (u64::from(first), u64::from(count) * PAGE_BYTES);
+        memory.allow(at * PAGE_BYTES, bytes).map_err(failed)?;
     }
     Ok(())
 }
@@ -244,7 +271,10 @@ impl Shared {
         number: u64,
         word: CutWord,
     ) -> Result<(), SpanError> {
-        let to_home = matches!(word, CutWord::Quiet | CutWord::Marked | CutWord::Done);
+        let to_home = matches!(
+            word,
+            CutWord::Prepared | CutWord::Quiet | CutWord::Marked | CutWord::Done | CutWord::GaveUp
+        );
         if to_home != self.is_home() || !to_home && from != PartId::HOME {
             let reason = "it says of a cut what only another part can say".into();
             return Err(SpanError::Lost { part: from, reason });
@@ -255,20 +285,23 @@ impl Shared {
     fn note_cut(&self, from: PartId, number: u64, word: CutWord) -> Result<(), SpanError> {
         let mut guard = locked(&self.state);
         let state = &mut *guard;
-        if word == CutWord::Begin {
+        if word == CutWord::Prepare {
             // (Of an earlier one there may be something left.)
             while self.let_some_go(state)? {}
-            let cutting = Cutting::new(number, Stage::Settling, self.memories.len());
-            state.cutting = Some(cutting);
+            state.cutting = Some(Cutting::new(number, self.memories.len()));
             self.cuts.is_on.store(true, Ordering::Release);
-            self.cuts.is_settling.store(true, Ordering::Release);
-            return Ok(());
         }
         let Some(cutting) = state.cutting.as_mut().filter(|it| it.number == number) else {
             return Ok(());
         };
         match word {
-            CutWord::Begin => {}
+            CutWord::Prepare => {}
+            CutWord::Begin => {
+                cutting.is_done = false;
+                cutting.stage = Stage::Settling;
+                self.cuts.is_settling.store(true, Ordering::SeqCst);
+            }
+            CutWord::Prepared => cutting.prepared = cutting.prepared.with(from),
             CutWord::Quiet => cutting.quiet = cutting.quiet.with(from),
             CutWord::Marked => cutting.marked = cutting.marked.with(from),
             CutWord::Done => cutting.done = cutting.done.with(from),
@@ -276,6 +309,7 @@ impl Shared {
                 cutting.goes_on = true;
                 cutting.asked = cutting.asked.saturating_add(bytes.into());
             }
+            CutWord::GaveUp => cutting.gave_up = true,
             CutWord::End => cutting.is_over = true,
             CutWord::Mark => {
                 self.mark(state)?;
@@ -319,7 +353,7 @@ impl Shared {
     /// last: only with nothing on its way to any member nothing of what it sees ended is
     /// followed by more.
     pub(super) fn settle(&self) -> Result<(), SpanError> {
-        if !self.cuts.is_settling.load(Ordering::Acquire) {
+        if !self.cuts.is_settling.load(Ordering::SeqCst) {
             return Ok(());
         }
         let number = {
@@ -334,7 +368,7 @@ impl Shared {
             };
             let others = self.told.len() as u8;
             // (What another thread is about to say would come behind the word.)
-            let is_said = self.unsaid.load(Ordering::Acquire) == 0;
+            let is_said = self.unsaid.load(Ordering::SeqCst) == 0;
             if !is_said || !coherence.is_quiet() || self.is_home() && cutting.quiet.len() < others {
                 return Ok(());
             }
@@ -352,41 +386,88 @@ impl Shared {
         }
     }
 
-    /// The cut is now: what this part owns is protected.
+    /// The cut is now: all that this part owns is protected.
     fn mark(&self, state: &mut State) -> Result<(), SpanError> {
-        let State {
-            cutting, coherence, ..
-        } = state;
-        let Some(cutting) = cutting.as_mut().filter(|it| it.stage == Stage::Settled) else {
+        let settled = state.cutting.as_ref().map(|it| it.stage);
+        if settled != Some(Stage::Settled) {
             return Err(SpanError::Disagree(
                 "a cut that nothing is ready for".into(),
             ));
-        };
-        for (page, copy) in coherence.changed() {
-            let Some(pages) = cutting.pages.get_mut(page.memory as usize) else {
-                continue;
-            };
-            match copy {
-                Copy::Invalid | Copy::Shared => pages.remove(page.number),
-                Copy::Kept | Copy::Modified => pages.insert(page.number),
-            };
         }
-        for (memory, pages) in self.memories.iter().zip(&cutting.pages) {
-            let mut rest = pages.iter();
-            while let Some(run) = rest.next_range() {
-                let (first, last) = (u64::from(*run.start()), u64::from(*run.end()));
-                let bytes = (last - first + 1) * PAGE_BYTES;
-                memory
-                    .protect_here(first * PAGE_BYTES, bytes)
-                    .map_err(failed)?;
-            }
+        while self.look_at_some(state) {}
+        while self.protect_some(state)? {}
+        if let Some(cutting) = &mut state.cutting {
+            cutting.stage = Stage::Marked;
         }
-        cutting.stage = Stage::Marked;
         Ok(())
     }
 
+    /// Looks what a member owns, some of it; false when it has. (The home has what nobody
+    /// else has, and asks its memories.)
+    fn look_at_some(&self, state: &mut State) -> bool {
+        let State {
+            cutting, coherence, ..
+        } = state;
+        let from = cutting.as_ref().and_then(|it| it.looked);
+        let (Some(cutting), Some(from), false) = (cutting, from, self.is_home()) else {
+            return false;
+        };
+        cutting.looked = None;
+        for (count, (page, copy)) in (0..).zip(coherence.changed_from(from)) {
+            if count == AT_ONCE_PAGES {
+                cutting.looked = Some(page);
+                break;
+            }
+            if let (Copy::Kept | Copy::Modified, Some(wanted)) =
+                (copy, cutting.wanted.get_mut(page.memory as usize))
+            {
+                wanted.insert(page.number);
+            }
+        }
+        cutting.looked.is_some()
+    }
+
+    /// Whether more is to be protected than is little enough.
+    fn is_much_left(&self, state: &State) -> bool {
+        let wanted = state.cutting.iter().flat_map(|it| &it.wanted);
+        wanted.map(RoaringBitmap::len).sum::<u64>() > LEFT_PAGES
+    }
+
+    /// Protects some of what is not protected yet; false if there is no more.
+    fn protect_some(&self, state: &mut State) -> Result<bool, SpanError> {
+        let State {
+            cutting, coherence, ..
+        } = state;
+        let Some(cutting) = cutting else {
+            return Ok(false);
+        };
+        let all = cutting.wanted.iter_mut().zip(&mut cutting.pages);
+        for (number, (wanted, pages)) in (0..).zip(all) {
+            let Some((first, count)) = first_run(wanted, AT_ONCE_PAGES) else {
+                continue;
+            };
+            wanted.remove_range(first..first + count);
+            let memory = self.memory(number)?;
+            let owned = |page| {
+                let copy = coherence.copy(PageId {
+                    memory: number,
+                    number: page,
+                });
+                matches!(copy, Copy::Kept | Copy::Modified)
+            };
+            for (first, count) in runs_of((first, count), owned) {
+                let (at, bytes) = (u64::from(first), u64::from(count) * PAGE_BYTES);
+                let done = memory.protect_here(at * PAGE_BYTES, bytes);
+                done.map_err(failed)?;
+                pages.insert_range(first..first + count);
+            }
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
     /// A page is about to change, or to leave, or has just come: what it was is copied if
-    /// that is still wanted. Before a cut it is noted that there is such a page.
+    /// that is still wanted. Before a cut it is to be looked at once more.
     pub(super) fn changes(&self, state: &mut State, page: PageId) -> Result<(), SpanError> {
         if !self.cuts.is_on.load(Ordering::Acquire) {
             return Ok(());
@@ -397,21 +478,20 @@ impl Shared {
         let Some(cutting) = cutting else {
             return Ok(());
         };
-        let Some(pages) = cutting.pages.get_mut(page.memory as usize) else {
+        let at = page.memory as usize;
+        let Some(pages) = cutting.pages.get_mut(at) else {
             return Ok(());
         };
-        if cutting.stage != Stage::Marked {
-            // (What a member has it knows.)
-            if self.is_home() {
-                pages.insert(page.number);
-            }
-            return Ok(());
+        let was_protected = pages.remove(page.number);
+        let is_marked = cutting.stage == Stage::Marked;
+        if let (false, Some(wanted)) = (is_marked, cutting.wanted.get_mut(at)) {
+            wanted.insert(page.number);
         }
-        if !pages.remove(page.number) {
+        if !was_protected {
             return Ok(());
         }
         let memory = self.memory(page.memory)?;
-        if !cutting.is_over {
+        if is_marked && !cutting.is_over && !cutting.gave_up {
             let mut bytes = vec![0; PAGE];
             let at = u64::from(page.number) * PAGE_BYTES;
             memory.memory().read(at, &mut bytes).map_err(failed)?;
@@ -420,7 +500,12 @@ impl Shared {
                 first: page.number,
                 bytes: bytes.into(),
             });
-            self.cuts.copied_bytes.fetch_add(PAGE, Ordering::Relaxed);
+            let before = self.cuts.copied_bytes.fetch_add(PAGE, Ordering::Relaxed);
+            if before >= COPIED_MAX {
+                cutting.gave_up = true;
+                cutting.copied.clear();
+                self.cuts.copied_bytes.store(0, Ordering::Relaxed);
+            }
             self.cuts.changed.notify_all();
         }
         let copy = |number| coherence.copy(PageId { number, ..page });
@@ -442,10 +527,10 @@ impl Shared {
             // no sooner than that.
             let mut state = locked(&self.state);
             let preparing = state.cutting.as_mut();
-            let preparing = preparing.filter(|it| it.stage != Stage::Marked && self.is_home());
-            let pages = preparing.and_then(|it| it.pages.get_mut(page.memory as usize));
-            if let Some(pages) = pages {
-                pages.insert(page.number);
+            let preparing = preparing.filter(|it| it.stage != Stage::Marked);
+            let wanted = preparing.and_then(|it| it.wanted.get_mut(page.memory as usize));
+            if let Some(wanted) = wanted {
+                wanted.insert(page.number);
             }
         }
         Ok(())
@@ -493,24 +578,23 @@ impl Shared {
         let State {
             cutting, coherence, ..
         } = state;
-        let Some(marked) = cutting else {
+        let pages = cutting.iter_mut().flat_map(|it| &mut it.pages);
+        for (number, pages) in (0..).zip(pages) {
+            let Some((first, count)) = first_run(pages, AT_ONCE_PAGES) else {
+                continue;
+            };
+            pages.remove_range(first..first + count);
+            let copy = |page| {
+                coherence.copy(PageId {
+                    memory: number,
+                    number: page,
+                })
+            };
+            let_go(self.memory(number)?, copy, (first, count))?;
+            return Ok(true);
+        }
+        if cutting.is_none() {
             return Ok(false);
-        };
-        if marked.stage == Stage::Marked {
-            for (number, pages) in (0..).zip(&mut marked.pages) {
-                let Some((first, count)) = first_run(pages, LET_GO_PAGES) else {
-                    continue;
-                };
-                pages.remove_range(first..first + count);
-                let copy = |page| {
-                    coherence.copy(PageId {
-                        memory: number,
-                        number: page,
-                    })
-                };
-                let_go(self.memory(number)?, copy, (first, count))?;
-                return Ok(true);
-            }
         }
         *cutting = None;
         self.cuts.copied_bytes.store(0, Ordering::Relaxed);
@@ -534,6 +618,24 @@ impl Shared {
         let state = &mut *guard;
         let parcel = match &state.cutting {
             Some(cutting) if cutting.is_over => return self.let_some_go(state).map(drop),
+            Some(cutting) if cutting.gave_up => {
+                let (number, word) = (cutting.number, CutWord::GaveUp);
+                if let Some(cutting) = &mut state.cutting {
+                    cutting.is_over = true;
+                }
+                Some(Parcel::Cut { number, word })
+            }
+            Some(cutting) if cutting.stage == Stage::Preparing && !cutting.is_done => {
+                let number = cutting.number;
+                if self.look_at_some(state) || self.is_much_left(state) {
+                    return self.protect_some(state).map(drop);
+                }
+                if let Some(cutting) = &mut state.cutting {
+                    cutting.is_done = true;
+                }
+                let word = CutWord::Prepared;
+                Some(Parcel::Cut { number, word })
+            }
             Some(cutting)
                 if cutting.stage == Stage::Marked && !cutting.is_done && cutting.asked > 0 =>
             {
@@ -544,7 +646,7 @@ impl Shared {
                 };
                 Some(match pages {
                     Some(pages) => {
-                        cutting.asked = cutting.asked.saturating_sub(pages.bytes.len() as u64);
+                        cutting.asked -= pages.bytes.len() as i64;
                         Parcel::CutPages { number, pages }
                     }
                     None => {
@@ -586,12 +688,14 @@ impl std::fmt::Debug for Cut {
 }
 
 impl Pages {
-    /// Prepares a cut while threads run: finds out what pages there are. Only at the home,
-    /// which was the origin and is the directory of all; one at a time.
+    /// Prepares a cut while threads run: finds out what pages there are, and has them
+    /// protected. Only at the home, which was the origin and is the directory of all; one at
+    /// a time.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Cut`] if there is one already.
-    pub fn prepare_cut(&self) -> Result<Cut, SpanError> {
+    /// [`SpanError`]; [`SpanError::Cut`] if there is one already, or parts leave;
+    /// [`SpanError::Unsettled`] if that takes longer.
+    pub fn prepare_cut(&self, patience: Duration) -> Result<Cut, SpanError> {
         let shared = self.shared.clone();
         let number = shared.cuts.count.fetch_add(1, Ordering::Relaxed) + 1;
         {
@@ -599,11 +703,11 @@ impl Pages {
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
-            if state.cutting.is_some() || !shared.is_home() {
+            let leave = state.coherence.are_leaving();
+            if state.cutting.is_some() || leave || !shared.is_home() {
                 return Err(SpanError::Cut);
             }
-            let cutting = Cutting::new(number, Stage::Preparing, shared.memories.len());
-            state.cutting = Some(cutting);
+            state.cutting = Some(Cutting::new(number, shared.memories.len()));
             shared.cuts.is_on.store(true, Ordering::Release);
         }
         let cut = Cut { shared, number };
@@ -612,15 +716,30 @@ impl Pages {
             let here = memory.memory().populated().map_err(failed)?;
             let mut guard = locked(&cut.shared.state);
             let State { cutting, woken, .. } = &mut *guard;
-            let pages = cutting.as_mut().and_then(|it| it.pages.get_mut(at));
-            if let (Some(pages), Some(woken)) = (pages, woken.get(at)) {
-                *pages |= woken;
+            let wanted = cutting.as_mut().and_then(|it| it.wanted.get_mut(at));
+            if let (Some(wanted), Some(woken)) = (wanted, woken.get(at)) {
+                *wanted |= woken;
                 for range in here {
                     let last = range.end.div_ceil(PAGE_BYTES);
-                    pages.insert_range((range.start / PAGE_BYTES) as u32..last as u32);
+                    wanted.insert_range((range.start / PAGE_BYTES) as u32..last as u32);
                 }
             }
         }
+        cut.tell_all(CutWord::Prepare)?;
+        let deadline = Instant::now() + patience;
+        loop {
+            let state = &mut *locked(&cut.shared.state);
+            if !cut.shared.is_much_left(state) || !cut.shared.protect_some(state)? {
+                break;
+            }
+            if Instant::now() >= deadline {
+                return Err(SpanError::Unsettled { patience });
+            }
+        }
+        let others = cut.shared.told.len() as u8;
+        cut.await_all(deadline, patience, |cutting| {
+            cutting.prepared.len() == others
+        })?;
         Ok(cut)
     }
 }
@@ -638,7 +757,7 @@ impl Cut {
             if let Some(cutting) = &mut state.cutting {
                 cutting.stage = Stage::Settling;
             }
-            shared.cuts.is_settling.store(true, Ordering::Release);
+            shared.cuts.is_settling.store(true, Ordering::SeqCst);
         }
         let deadline = Instant::now() + patience;
         self.tell_all(CutWord::Begin)?;
@@ -673,7 +792,9 @@ impl Cut {
         is_so: impl Fn(&Cutting) -> bool,
     ) -> Result<(), SpanError> {
         loop {
-            self.shared.settle()?;
+            // (What it has heard and not done yet only the thread that serves knows: it says
+            // when nothing is on its way.)
+            self.shared.ring();
             let state = locked(&self.shared.state);
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
@@ -692,7 +813,8 @@ impl Cut {
     /// What is not among them was zero.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Unsettled`] if nothing comes for so long.
+    /// [`SpanError`]; [`SpanError::Unsettled`] if nothing comes for so long,
+    /// [`SpanError::Behind`] if too much changed before it was taken.
     pub fn next(&self, patience: Duration) -> Result<Option<CutPages>, SpanError> {
         let shared = &self.shared;
         let deadline = Instant::now() + patience;
@@ -705,6 +827,9 @@ impl Cut {
             let Some(cutting) = &mut state.cutting else {
                 return Err(SpanError::Ended);
             };
+            if cutting.gave_up {
+                return Err(SpanError::Behind);
+            }
             if let Some((from, pages)) = cutting.came.pop_front() {
                 drop(guard);
                 let more = u32::try_from(pages.bytes.len()).unwrap_or(AHEAD_BYTES);

@@ -113,8 +113,11 @@ pub enum SpanError {
         patience: Duration,
     },
     /// It is taken already, or this part cannot.
-    #[error("its memory is being kept already, or this is not its home")]
+    #[error("its memory is being kept already, its parts leave, or this is not its home")]
     Cut,
+    /// What changes before it is kept is too much to be held meanwhile.
+    #[error("it writes faster than its memory can be stored")]
+    Behind,
     /// It was ended.
     #[error("the part has ended")]
     Ended,

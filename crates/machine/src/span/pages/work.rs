@@ -149,7 +149,7 @@ impl Shared {
             }
         }
         if work.steps > 0 {
-            self.unsaid.fetch_sub(work.steps, Ordering::Release);
+            self.unsaid.fetch_sub(work.steps, Ordering::SeqCst);
         }
         // (Whoever waits for all to be said looks when that thread has looked.)
         if work.is_due || self.cuts.are_settling() {
