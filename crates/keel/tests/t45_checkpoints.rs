@@ -189,8 +189,11 @@ async fn machines_start_warm() {
     let args = [
         "restore", "template", "--from", &kept, "--as", "torn", "--warm",
     ];
+    // Whether the command still sees it run is a matter of luck: its memory comes
+    // behind, and the damage with it.
     let (done, text) = bench.keel("a", &args);
-    assert!(done, "{text}");
+    let is_named = text.contains("is damaged") && text.contains("keel rm torn");
+    assert!(done || is_named, "{text}");
     let info = wait_for("torn ends", || async {
         let info = bench.cluster.inspect("a", "torn").await.ok()?;
         (!info.is_live()).then_some(info)
