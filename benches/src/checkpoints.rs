@@ -8,7 +8,9 @@
 use crate::table::{Table, median};
 use crate::told;
 use anyhow::{Context, Result};
-use keel_machine::checkpoint::{Destination, Origin, Subject, Taken, Taker, Vault, restore};
+use keel_machine::checkpoint::{
+    Destination, MemoryComes, Origin, Subject, Taken, Taker, Vault, restore,
+};
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
 use keel_machine::span::{Keeps, Pages, Spread, Within};
@@ -84,6 +86,7 @@ fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
         spawning: Spawning::Here,
         patience: PATIENCE,
         keeps: Keeps::default(),
+        stands: false,
     };
     let parts = Within::begin(&bench.machine, 2, bench.spec.memory_bytes, how)?;
     let pages = parts.home().pages();
@@ -225,7 +228,7 @@ impl Bench {
             machine: "m".parse().map_err(anyhow::Error::msg)?,
             id: None,
             is_clone: false,
-            warm: false,
+            memory: MemoryComes::First,
         };
         let limits = self.spec.limits();
         let begun = Instant::now();

@@ -52,6 +52,7 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
         spawning: Spawning::Here,
         patience: LIMIT,
         keeps: Keeps::default(),
+        stands: false,
     };
     let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;
     let member = parts.members().first().context("a member")?;
@@ -170,6 +171,7 @@ fn counted(address: &str) -> Result<f64> {
         spawning: Spawning::Even,
         patience: LIMIT,
         keeps: Keeps::default(),
+        stands: false,
     };
     let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;
     let begun = Instant::now();

@@ -544,6 +544,10 @@ pub struct RestoreRequest {
     /// then, and ends it.
     #[serde(default)]
     pub warm: bool,
+    /// Nodes of the parts that its memory comes to before it runs, as in
+    /// [`SpanRequest::nodes`]; without, they are chosen where it is larger than its node.
+    #[serde(default)]
+    pub nodes: Vec<String>,
 }
 
 /// Parts that a machine is to have.

@@ -47,6 +47,15 @@ pub(crate) struct RestoreArgs {
     /// Runs it before its memory is read: sooner, but damage is found only then, and ends it.
     #[arg(long)]
     warm: bool,
+    /// Nodes that its memory is spread over before it runs; by itself only where it is
+    /// larger than its node.
+    #[arg(
+        long,
+        value_name = "NODES",
+        value_delimiter = ',',
+        conflicts_with = "warm"
+    )]
+    nodes: Vec<String>,
     /// Answers at once: its memory is read meanwhile, and `keel inspect` tells what came of it.
     #[arg(short, long)]
     detach: bool,
@@ -208,6 +217,7 @@ pub(crate) async fn restore(reach: &Reach, args: &RestoreArgs) -> Result<ExitCod
         name: args.name.clone(),
         on: args.on.clone(),
         warm: args.warm,
+        nodes: args.nodes.clone(),
     };
     make_machine(reach, &request, args.detach).await
 }
@@ -235,6 +245,7 @@ pub(crate) async fn clone(reach: &Reach, args: &CloneArgs) -> Result<ExitCode> {
         name: Some(args.name.clone()),
         on: args.on.clone(),
         warm: false,
+        nodes: Vec::new(),
     };
     make_machine(reach, &request, args.detach).await
 }

@@ -3,7 +3,7 @@
 
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result};
-use keel_machine::span::{Keeps, Spread, Within};
+use keel_machine::span::{Keeps, PART_BYTES_MIN, Spread, Within};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, FdSink, HostClock, Input, Preopen, Source, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
@@ -69,7 +69,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", conflicts_with = "plain", value_parser = clap::value_parser!(u8).range(1..=64))]
     parts: Option<u8>,
     /// Memory that each of them keeps at most, while others have room.
-    #[arg(long, value_name = "SIZE", requires = "parts", value_parser = crate::size::parse)]
+    #[arg(long, value_name = "SIZE", requires = "parts", value_parser = part_memory)]
     part_memory: Option<u64>,
     /// Seed of random numbers: the program's, and of `--shake`.
     #[arg(long)]
@@ -83,6 +83,18 @@ pub(crate) struct Args {
     /// Neither reads nor writes the cache of compiled code.
     #[arg(long)]
     no_cache: bool,
+}
+
+/// What a part keeps.
+fn part_memory(text: &str) -> Result<u64, String> {
+    let bytes = crate::size::parse(text)?;
+    match bytes >= PART_BYTES_MIN {
+        true => Ok(bytes),
+        false => Err(format!(
+            "a part keeps at least {} KiB",
+            PART_BYTES_MIN >> 10
+        )),
+    }
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
@@ -124,6 +136,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
                         part_bytes: args.part_memory,
                         room_bytes: None,
                     },
+                    stands: false,
                 };
                 Within::begin(&machine, count.into(), args.memory, how)
                     .with_context(|| format!("{name} cannot run as {count} parts"))

@@ -212,11 +212,24 @@ fn parts_that_keep_little() {
         );
         assert_same(&plain, &parts, &format!("{name}, {most} a part"));
     }
-    let alone = keel()
-        .args(["wasm", "--part-memory", "8M"])
-        .arg(guest("counter"))
-        .output();
-    assert_eq!(alone.unwrap().status.code(), Some(2));
+    for (options, why) in [
+        (&["--part-memory", "8M"][..], "--parts"),
+        (
+            &["--parts", "2", "--part-memory", "1K"],
+            "at least 1024 KiB",
+        ),
+        (&["--parts", "2", "--part-memory", "0"], "at least 1024 KiB"),
+    ] {
+        let refused = keel()
+            .arg("wasm")
+            .args(options)
+            .arg(guest("counter"))
+            .output();
+        let refused = refused.unwrap();
+        assert_eq!(refused.status.code(), Some(2));
+        let text = String::from_utf8_lossy(&refused.stderr);
+        assert!(text.contains(why), "{text}");
+    }
 }
 
 /// Many threads, captured as often as it goes, with many seeds.

@@ -11,6 +11,15 @@ const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
 /// Drills all failpoints that fit, with each order.
 async fn drill_all(fits: impl Fn(&Failpoint) -> bool, orders: &[&str]) {
+    drill_as(fits, orders, (4, None)).await;
+}
+
+/// As [`drill_all`], with a machine of so many MiB, of which a part keeps so many bytes.
+async fn drill_as(
+    fits: impl Fn(&Failpoint) -> bool,
+    orders: &[&str],
+    (mib, part_memory_bytes): (u32, Option<u64>),
+) {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let names = ["calm", "b", "c"];
     let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &names)
@@ -26,8 +35,9 @@ async fn drill_all(fits: impl Fn(&Failpoint) -> bool, orders: &[&str]) {
         nodes: ["b", "c"],
         machine: "w",
         folder: &shared,
-        mib: 4,
+        mib,
         pause_us: 1000,
+        part_memory_bytes,
     };
     drill.start().await.unwrap();
     let mut drilled = 0;
@@ -115,6 +125,13 @@ async fn at_restores_starts_and_ends() {
     .await;
 }
 
+/// Where it is larger than a part, and so begins on several nodes.
+#[tokio::test(flavor = "multi_thread")]
+async fn at_beginnings_on_several_nodes() {
+    let machine = (8, Some(3 << 20));
+    drill_as(|it| begins(it, &["apart."]), &["kill", "error"], machine).await;
+}
+
 #[test]
 fn every_failpoint_is_in_one_of_these() {
     for it in ALL {
@@ -124,7 +141,7 @@ fn every_failpoint_is_in_one_of_these() {
             Place::TargetWorker,
             Place::SourceWorker,
         ];
-        let others = ["keep.", "take.", "restore.", "start.", "end."];
+        let others = ["keep.", "take.", "restore.", "start.", "end.", "apart."];
         assert!(
             of_moves.contains(&it.place) != begins(it, &others),
             "{}",

@@ -211,6 +211,7 @@ async fn what_was_set_is_kept() {
         name: Some("copy".into()),
         on: None,
         warm: false,
+        nodes: Vec::new(),
     };
     let copy: MachineInfo = client.post("/v1/restore", &request).await.unwrap();
     assert_eq!(copy.memory_limit_bytes, 4 * MIB);

@@ -274,6 +274,99 @@ async fn what_needs_all_of_it_brings_it_together() {
     bench.no_parts().await;
 }
 
+/// A machine that is larger than a part is to be gets its parts before its memory comes:
+/// when it is restored, where its parts are named, and when it is started again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_larger_than_a_part_begins_on_several() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let kept = folder.path().join("kept").display().to_string();
+    let module = guest("writer");
+    let mut machine = Guest::new("m", "a", &module, &["48", "20"]);
+    machine.restart = Restart::OnFailure;
+    run(&bench, &machine).await;
+    let lines = async |name: &str| -> Vec<u64> {
+        let text = bench.cluster.output("a", name).await.unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    };
+    // It goes on, and each of its parts has some, and none too much.
+    let goes_on = async |name: &str, nodes: &[&str]| {
+        let before = lines(name).await.len();
+        wait_for("it goes on", || async {
+            (lines(name).await.len() > before + 3).then_some(())
+        })
+        .await
+        .expect("it goes on");
+        let numbers = lines(name).await;
+        // (What it said before it was started again stays.)
+        let rewound = (1..numbers.len()).rfind(|at| numbers[*at] <= numbers[at - 1]);
+        let numbers = &numbers[rewound.unwrap_or(0)..];
+        let text: String = numbers.iter().map(|it| format!("{it}\n")).collect();
+        check_numbered(&text, numbers[0]).expect("none is missing or doubled");
+        let parts = bench.parts(name).parts;
+        let on: Vec<&str> = parts.iter().map(|part| part.node.as_str()).collect();
+        assert_eq!(on.first(), nodes.first());
+        assert_eq!(on.len(), nodes.len());
+        assert!(nodes.iter().all(|node| on.contains(node)), "{on:?}");
+        for part in &parts {
+            let memory = part.memory.as_ref().expect("what it has");
+            let mib = memory.resident_bytes >> 20;
+            assert!((4..=22).contains(&mib), "{mib} MiB on {}", part.node);
+        }
+    };
+    wait_for("lines", || async {
+        (lines("m").await.len() > 2).then_some(())
+    })
+    .await
+    .expect("lines");
+    bench.does(&["set", "m", "--max-parts", "3", "--part-memory", "20M"]);
+    bench.does(&["checkpoint", "m", "--to", &kept]);
+    let again = |args: &[&'static str]| -> Vec<String> {
+        let of = ["restore", "m", "--from", &kept, "--as", "twin"].map(str::to_owned);
+        of.into_iter()
+            .chain(args.iter().map(|it| (*it).to_owned()))
+            .collect()
+    };
+    let restore = |args: &[&'static str]| {
+        let args = again(args);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        bench.keel(&args)
+    };
+    // By itself, since it is that large; and where somebody says so.
+    for (args, nodes) in [
+        (&[][..], &["a", "b", "c"][..]),
+        (&["--nodes", "b,c,c"], &["b", "c", "c"]),
+        (&["--on", "c", "--nodes", "a,b"], &["c", "a", "b"]),
+    ] {
+        let (done, text) = restore(args);
+        assert!(done, "{text}");
+        goes_on("twin", nodes).await;
+        bench.does(&["kill", "twin"]);
+        bench.does(&["rm", "twin"]);
+    }
+    for (args, why) in [
+        (&["--nodes", "x"][..], "no node"),
+        (&["--nodes", "a"], "all of it would be on a"),
+        (&["--nodes", "b", "--warm"], "--warm"),
+    ] {
+        let (done, text) = restore(args);
+        assert!(!done && text.contains(why), "{text}");
+    }
+    // Its process is lost: it goes on from the checkpoint, on several nodes at once.
+    bench.cluster.kill_worker("a", "m").expect("a worker");
+    wait_for("it runs again", || async {
+        let info = bench.inspect("m").await;
+        (info.status == "running" && info.restarts == 1).then_some(())
+    })
+    .await
+    .expect("it runs");
+    let spans = bench.parts("m").parts.len();
+    assert_eq!(spans, 3);
+    goes_on("m", &["a", "b", "c"]).await;
+    bench.does(&["kill", "m"]);
+    bench.no_parts().await;
+}
+
 /// Memory is given away: it is there, and not where it was; and it comes back when it is
 /// used.
 #[tokio::test(flavor = "multi_thread")]

@@ -347,6 +347,21 @@ pub const ALL: &[Failpoint] = &[
         "a machine's worker answers, it is not started",
     ),
     at(
+        "apart.held",
+        Place::Agent,
+        "a machine is held, and has no parts yet",
+    ),
+    at(
+        "apart.spans",
+        Place::Agent,
+        "its parts have met, its memory is not read",
+    ),
+    at(
+        "apart.brought",
+        Place::Worker,
+        "its memory is on its parts, it does not run",
+    ),
+    at(
         "start.running",
         Place::Agent,
         "it runs, the store does not know",

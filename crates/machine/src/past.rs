@@ -264,7 +264,8 @@ mod tests {
         assert_eq!(record.spec.memory_bytes, 4 << 30);
         assert_eq!(record.spec.cpu_limit_millis, Some(1500));
         assert_eq!(record.spec.checkpoints.as_ref().unwrap().every_s, 600);
-        assert!(record.origin.as_ref().unwrap().warm);
+        let origin = record.origin.as_ref().unwrap();
+        assert_eq!(origin.memory, crate::checkpoint::MemoryComes::Behind);
         assert_eq!(record.reports.len(), 1);
         assert_eq!(record.spec.balancing, promised());
         let anew = record.encode().unwrap();

@@ -5,7 +5,7 @@
 use keel_cluster::Epoch;
 use keel_cluster::clock::unix_ms;
 use keel_machine::checkpoint::{
-    Destination, Origin, Retention, Subject, Taker, Vault, compact, restore,
+    Destination, MemoryComes, Origin, Rest, Retention, Subject, Taker, Vault, compact, restore,
 };
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
@@ -305,14 +305,17 @@ impl Running {
             machine: "m".parse().unwrap(),
             id: None,
             is_clone: false,
-            warm,
+            memory: match warm {
+                true => MemoryComes::Behind,
+                false => MemoryComes::First,
+            },
         };
         let folder = self.folder.path().join("volumes");
         let (vault, limits) = (&self.vault, self.spec.limits());
         let runtime = self.runtime.handle();
         let restored = restore(&origin, vault, &self.engine, limits, runtime, &folder)
             .map_err(|error| error.to_string())?;
-        if let Some(behind) = &restored.behind {
+        if let Rest::Behind(behind) = &restored.rest {
             behind.begin(|_| {}).map_err(|error| error.to_string())?;
             behind.wait()?;
         }

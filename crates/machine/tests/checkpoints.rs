@@ -4,11 +4,11 @@
 use keel_cluster::Epoch;
 use keel_cluster::clock::unix_ms;
 use keel_machine::checkpoint::{
-    CHAIN_MAX, CheckpointId, Destination, Origin, RestoreError, Restored, Retention, Subject,
-    TakeError, Taken, Taker, Vault, compact, restore,
+    CHAIN_MAX, CheckpointId, Destination, Later, MemoryComes, Origin, Rest, RestoreError, Restored,
+    Retention, Subject, TakeError, Taken, Taker, Vault, VaultError, compact, restore,
 };
 use keel_machine::log::Log;
-use keel_machine::span::{Keeps, Pages, Spread, Within};
+use keel_machine::span::{Keeps, Pages, SpanError, Spread, Within};
 use keel_machine::spec::{Balancing, Spec, Volume, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
@@ -20,7 +20,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Room in a machine's volume.
@@ -171,16 +171,20 @@ impl Running {
     }
 
     fn restore(&self, id: Option<&CheckpointId>) -> Result<Restored, RestoreError> {
-        self.restore_as(id, false)
+        self.restore_as(id, MemoryComes::First)
     }
 
-    fn restore_as(&self, id: Option<&CheckpointId>, warm: bool) -> Result<Restored, RestoreError> {
+    fn restore_as(
+        &self,
+        id: Option<&CheckpointId>,
+        memory: MemoryComes,
+    ) -> Result<Restored, RestoreError> {
         let origin = Origin {
             vault: self.place().display().to_string(),
             machine: "m".parse().unwrap(),
             id: id.cloned(),
             is_clone: false,
-            warm,
+            memory,
         };
         let limits = spec().limits();
         restore(
@@ -195,6 +199,16 @@ impl Running {
 
     /// Lets it go on and returns what it prints from there on.
     fn finish(&self, restored: Restored) -> String {
+        let (machine, output, _) = self.prepare(restored);
+        machine.thaw().unwrap();
+        let outcome = machine.wait(Some(LIMIT));
+        let text = String::from_utf8(output.bytes()).unwrap();
+        assert_eq!(outcome, Some(Outcome::Exit(0)), "{text}");
+        text
+    }
+
+    /// A machine that stands, what it is to print, and what of its memory is to come.
+    fn prepare(&self, restored: Restored) -> (Machine, Arc<MemorySink>, Rest) {
         let output = Arc::new(MemorySink::default());
         let resources = Resources {
             stdout: Box::new(output.clone()),
@@ -203,7 +217,7 @@ impl Running {
         };
         let wasi = Wasi::restore(restored.image.wasi.clone(), resources).unwrap();
         let limits = Limits::default();
-        if let Some(behind) = &restored.behind {
+        if let Rest::Behind(behind) = &restored.rest {
             behind.begin(|result| result.unwrap()).unwrap();
         }
         let machine = Machine::prepare(
@@ -214,11 +228,7 @@ impl Running {
             limits,
         )
         .unwrap();
-        machine.thaw().unwrap();
-        let outcome = machine.wait(Some(LIMIT));
-        let text = String::from_utf8(output.bytes()).unwrap();
-        assert_eq!(outcome, Some(Outcome::Exit(0)), "{text}");
-        text
+        (machine, output, restored.rest)
     }
 
     fn wait_lines(&self, count: usize) {
@@ -262,7 +272,11 @@ fn every_checkpoint_of_a_chain_goes_on_where_it_was() {
         assert_eq!(stored >= 16 << 20, full, "{round}: {stored} bytes");
     }
     for (round, (before, taken, after)) in taken.iter().enumerate().rev() {
-        let restored = running.restore_as(Some(&taken.manifest.id), round % 2 == 1);
+        let memory = match round % 2 {
+            1 => MemoryComes::Behind,
+            _ => MemoryComes::First,
+        };
+        let restored = running.restore_as(Some(&taken.manifest.id), memory);
         let text = running.finish(restored.unwrap());
         let numbers: Vec<usize> = text.lines().map(|line| line.parse().unwrap()).collect();
         assert!((*before..=*after).contains(&numbers[0]), "{numbers:?}");
@@ -328,6 +342,7 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
                 part_bytes: Some(4 << 20),
                 room_bytes: None,
             },
+            stands: false,
         };
         let apart = Within::begin(&running.machine, 3, 256 << 20, how).unwrap();
         let mut taken = Vec::new();
@@ -375,6 +390,7 @@ fn alone_again_a_full_one_comes_first() {
         spawning: Spawning::Here,
         patience: LIMIT,
         keeps: Keeps::default(),
+        stands: false,
     };
     let apart = Within::begin(&running.machine, 2, 256 << 20, how).unwrap();
     running.wait_lines(2);
@@ -393,6 +409,104 @@ fn alone_again_a_full_one_comes_first() {
         // (It checks its memory whenever it writes.)
         let text = running.finish(running.restore(Some(&taken.manifest.id)).unwrap());
         assert_eq!(text.lines().last(), Some("59"));
+    }
+}
+
+#[derive(Debug)]
+enum BringError {
+    Vault(VaultError),
+    Span(SpanError),
+}
+
+impl From<VaultError> for BringError {
+    fn from(error: VaultError) -> Self {
+        BringError::Vault(error)
+    }
+}
+
+/// Memory of 24 MiB comes to parts that keep 8 each, and never more than that, and what is
+/// on its way, is in one. Where they are too few it does not come.
+#[test]
+fn what_is_larger_than_a_part_comes_to_several() {
+    const MOST: u64 = 8 << 20;
+    let mut running = Running::start("writer", &["24", "40", "60"]);
+    running.wait_lines(2);
+    let id = running.take(false).manifest.id;
+    let alone = running.finish(running.restore(Some(&id)).unwrap());
+    running.machine.stop();
+    let how = Spread {
+        spawning: Spawning::Here,
+        patience: LIMIT,
+        keeps: Keeps {
+            part_bytes: Some(MOST),
+            room_bytes: Some(MOST),
+        },
+        stands: true,
+    };
+    let begin = |id: Option<&CheckpointId>, parts| {
+        let comes = MemoryComes::Apart(vec!["b".parse().unwrap()]);
+        let restored = running.restore_as(id, comes).unwrap();
+        let (machine, output, rest) = running.prepare(restored);
+        let Rest::Later(later) = rest else {
+            panic!("its memory is there");
+        };
+        assert!(later.bytes() >= 24 << 20);
+        let apart = Within::begin(&machine, parts, 256 << 20, how).unwrap();
+        (machine, output, later, apart)
+    };
+    let bring = |later: &Later, pages: &Pages| {
+        let most = AtomicU64::new(0);
+        let write = |memory: usize, at, bytes: &[u8]| -> Result<(), BringError> {
+            pages.await_room().map_err(BringError::Span)?;
+            let written = pages.write(memory as u32, at, bytes, LIMIT);
+            let here = pages.memory_of_parts()[&PartId::HOME].resident_bytes;
+            most.fetch_max(here, Ordering::Relaxed);
+            written.map_err(BringError::Span)
+        };
+        later.bring(&write).map(|()| most.into_inner())
+    };
+    // The newest that is whole is read before; one that is named is not.
+    for named in [None, Some(&id)] {
+        let (machine, output, later, apart) = begin(named, 4);
+        let pages = apart.home().pages();
+        let most = bring(&later, pages).unwrap();
+        // (Four threads read a MiB each.)
+        assert!(most <= MOST + MOST / 16 + (5 << 20), "{most} bytes");
+        machine.thaw().unwrap();
+        assert_eq!(machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
+        assert_eq!(String::from_utf8(output.bytes()).unwrap(), alone);
+        assert!(pages.memory_of_parts()[&PartId::HOME].given_bytes >= 14 << 20);
+        assert_eq!(apart.home().failure(), None);
+    }
+    let (_machine, _, later, apart) = begin(Some(&id), 2);
+    let error = bring(&later, apart.home().pages()).unwrap_err();
+    assert!(
+        matches!(error, BringError::Span(SpanError::NoRoom { .. })),
+        "{error:?}"
+    );
+    drop((later, apart));
+    // What is damaged is found, and the machine has not run.
+    let pack = files(&running.place().join("machines/m"), ".0.pack").remove(0);
+    let mut bytes = std::fs::read(&pack).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&pack, bytes).unwrap();
+    let (machine, output, later, apart) = begin(Some(&id), 4);
+    let error = bring(&later, apart.home().pages()).unwrap_err();
+    assert!(
+        matches!(error, BringError::Vault(VaultError::Part { .. })),
+        "{error:?}"
+    );
+    machine.stop();
+    assert!(output.bytes().is_empty());
+    let comes = MemoryComes::Apart(vec!["b".parse().unwrap()]);
+    let error = running.restore_as(None, comes).err().unwrap();
+    assert!(matches!(error, RestoreError::NoneWhole { .. }), "{error}");
+    // Nobody reads it any more.
+    drop((later, apart));
+    let begun = Instant::now();
+    while !files(&running.place().join("machines/m"), ".reading").is_empty() {
+        assert!(begun.elapsed() < LIMIT);
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -501,7 +615,7 @@ fn a_warm_start_needs_no_memory_at_first() {
     running.wait_lines(running.lines() + 1);
     let taken = running.take(false);
     running.machine.stop();
-    let restored = running.restore_as(None, true).unwrap();
+    let restored = running.restore_as(None, MemoryComes::Behind).unwrap();
     let populated: u64 = restored
         .memories
         .iter()
@@ -509,7 +623,9 @@ fn a_warm_start_needs_no_memory_at_first() {
         .map(|range| range.end - range.start)
         .sum();
     assert_eq!(populated, 0);
-    let behind = restored.behind.as_ref().unwrap();
+    let Rest::Behind(behind) = &restored.rest else {
+        panic!("it is not warm");
+    };
     let (tell, told) = std::sync::mpsc::channel();
     behind
         .begin(move |result| tell.send(result).unwrap())
@@ -543,8 +659,10 @@ fn a_warm_start_needs_no_memory_at_first() {
         bytes[at] ^= 4;
     }
     std::fs::write(&pack, &bytes).unwrap();
-    let restored = running.restore_as(None, true).unwrap();
-    let behind = restored.behind.unwrap();
+    let restored = running.restore_as(None, MemoryComes::Behind).unwrap();
+    let Rest::Behind(behind) = restored.rest else {
+        panic!("it is not warm");
+    };
     let (tell, told) = std::sync::mpsc::channel();
     behind
         .begin(move |result| tell.send(result).unwrap())
@@ -554,7 +672,11 @@ fn a_warm_start_needs_no_memory_at_first() {
     assert_eq!(behind.wait(), Err(error));
     // What is cut or missing is seen before anything runs.
     std::fs::write(&pack, &bytes[..last]).unwrap();
-    let error = running.restore_as(None, true).err().unwrap().to_string();
+    let error = running
+        .restore_as(None, MemoryComes::Behind)
+        .err()
+        .unwrap()
+        .to_string();
     assert!(error.contains("no checkpoint of machine"), "{error}");
 }
 
@@ -725,8 +847,12 @@ fn what_is_being_read_is_not_deleted() {
     };
     let keep = |now| vault.keep(&runtime, &name, one, now).unwrap();
     assert_eq!(keep(unix_ms()), []);
-    let restored = running.restore_as(Some(&second.id), true).unwrap();
-    let behind = restored.behind.as_ref().unwrap();
+    let restored = running
+        .restore_as(Some(&second.id), MemoryComes::Behind)
+        .unwrap();
+    let Rest::Behind(behind) = &restored.rest else {
+        panic!("it is not warm");
+    };
     runtime
         .block_on(vault.end_reading(&second, &reading))
         .unwrap();
@@ -813,7 +939,7 @@ fn a_machine_that_is_too_large_or_ended_is_named() {
         machine: "m".parse().unwrap(),
         id: None,
         is_clone: false,
-        warm: false,
+        memory: MemoryComes::First,
     };
     let limits = Limits {
         memory_bytes: 20 << 20,

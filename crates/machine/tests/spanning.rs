@@ -66,6 +66,7 @@ impl Running {
             spawning: Spawning::Even,
             patience: LONG,
             keeps: Keeps::default(),
+            stands: false,
         };
         Within::begin(&self.machine, count, MEMORY_BYTES, how).unwrap()
     }

@@ -11,8 +11,11 @@ use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
-use keel_machine::checkpoint::{CheckpointId, Manifest, Origin, Retention, Vault, VaultError};
+use keel_machine::checkpoint::{
+    CheckpointId, Manifest, MemoryComes, Origin, Retention, Vault, VaultError,
+};
 use keel_machine::failpoint;
+use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::{CheckpointPlan, Record, Status};
 use keel_machine::worker::control::{Checkpoint, Checkpointed, kind};
 use keel_net::RpcError;
@@ -37,7 +40,7 @@ async fn open(url: String) -> Result<Vault, OperateError> {
     opened(move || Vault::open(&url)).await
 }
 
-async fn opened(
+pub(crate) async fn opened(
     open: impl FnOnce() -> Result<Vault, VaultError> + Send + 'static,
 ) -> Result<Vault, OperateError> {
     tokio::task::spawn_blocking(open)
@@ -163,7 +166,7 @@ async fn note_newest(agent: &Agent, machine: &MachineName, vault: &str) {
         machine: machine.clone(),
         id: None,
         is_clone: false,
-        warm: false,
+        memory: MemoryComes::First,
     };
     let written = match keel_cluster::wire::encode("where a checkpoint is", &origin) {
         Ok(value) => {
@@ -269,15 +272,41 @@ pub(crate) async fn restore(
         Some(name) => MachineName::new(name).map_err(|error| bad(error.to_string()))?,
         None => machine.clone(),
     };
-    let node = match &request.on {
-        Some(node) => NodeName::new(node).map_err(|error| bad(error.to_string()))?,
-        None => agent.name.clone(),
+    let known = |node: &String| {
+        let node = NodeName::new(node).map_err(|error| bad(error.to_string()))?;
+        match agent.members.contains(&node) {
+            true => Ok(node),
+            false => Err(OperateError::Missing(format!(
+                "there is no node {node:?} (see `keel nodes`)"
+            ))),
+        }
     };
-    if !agent.members.contains(&node) {
-        return Err(OperateError::Missing(format!(
-            "there is no node {node:?} (see `keel nodes`)"
-        )));
+    let mut parts: Vec<NodeName> = request.nodes.iter().map(known).collect::<Result<_, _>>()?;
+    let node = match &request.on {
+        Some(node) => known(node)?,
+        None if parts.is_empty() || parts.contains(&agent.name) => agent.name.clone(),
+        None => parts[0].clone(),
+    };
+    // Named further times it has further parts.
+    if let Some(at) = parts.iter().position(|part| *part == node) {
+        parts.remove(at);
     }
+    let memory = match (request.nodes.is_empty(), request.warm) {
+        (true, false) => MemoryComes::First,
+        (true, true) => MemoryComes::Behind,
+        (false, true) => {
+            let why = "with parts from its beginning it does not start warm: all of its memory comes to them first";
+            return Err(bad(why.into()));
+        }
+        (false, false) if parts.is_empty() => {
+            let why = format!("all of it would be on {node}: name other nodes, or that one twice");
+            return Err(bad(why));
+        }
+        (false, false) if parts.len() >= PARTS_MAX => {
+            return Err(bad(format!("a machine has at most {PARTS_MAX} parts")));
+        }
+        (false, false) => MemoryComes::Apart(parts),
+    };
     if node != agent.name && request.from.is_none() {
         return Err(bad(format!(
             "the checkpoints in {}'s own folder are not seen by {node}: make them in a place that both see (`keel checkpoint {machine} --to PLACE`) and name it here with --from",
@@ -320,7 +349,7 @@ pub(crate) async fn restore(
             machine,
             id,
             is_clone,
-            warm: request.warm,
+            memory,
         }),
         reports: Vec::new(),
     };

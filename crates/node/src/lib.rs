@@ -26,6 +26,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod apart;
 mod balancer;
 #[cfg(feature = "failpoints")]
 mod debug;

@@ -406,7 +406,7 @@ pub(crate) async fn arrival(
             gone.map(|_| Arrival::Resumed)
                 .map_err(|error| error.to_string())
         }
-        State::Empty | State::Receiving { .. } | State::Dropped { .. } => {
+        State::Empty | State::Receiving { .. } | State::Dropped { .. } | State::Held { .. } => {
             agent.workers.forget(&agent.dir, machine).await;
             Ok(Arrival::Without)
         }

@@ -15,7 +15,7 @@ use keel_api::EventKind;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
-use keel_machine::checkpoint::Origin;
+use keel_machine::checkpoint::{MemoryComes, Origin};
 use keel_machine::failpoint;
 use keel_machine::restart::{self, Restart};
 use keel_machine::spec::{Record, Status};
@@ -168,7 +168,7 @@ async fn ensure_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<Aga
                 is_running(agent, machine, epoch).await?;
                 return Ok(Again::No);
             }
-            Ok(State::Empty) if starts(&record.status) => {
+            Ok(State::Empty | State::Held { .. }) if starts(&record.status) => {
                 agent.workers.end(&agent.dir, machine).await;
             }
             // Its limits may have been changed while no agent told it.
@@ -442,11 +442,7 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
         _ => (None, Leftovers::Remove),
     };
     let from = match kept.or_else(|| record.origin.clone()) {
-        // What is started again has time to look for damage first.
-        Some(origin) => StartFrom::Checkpoint(Origin {
-            warm: origin.warm && record.restarts == 0,
-            ..origin
-        }),
+        Some(origin) => StartFrom::Checkpoint(crate::apart::placed(agent, record, origin).await?),
         None => StartFrom::Module(crate::service::find_module(agent, &record.spec.module).await?),
     };
     let worker = agent
@@ -456,6 +452,13 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
     failpoint::pass_async("start.worker")
         .await
         .map_err(|injected| injected.to_string())?;
+    let apart = match &from {
+        StartFrom::Checkpoint(Origin {
+            memory: MemoryComes::Apart(nodes),
+            ..
+        }) => nodes.clone(),
+        _ => Vec::new(),
+    };
     let start = Start {
         machine: record.name.clone(),
         spec: record.spec.clone(),
@@ -469,13 +472,18 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
             _ => None,
         },
     };
-    worker
-        .ask(kind::START, &start, COMPILE_PATIENCE)
-        .await
-        .map_err(|error| match error {
-            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
-            other => other.to_string(),
-        })
+    let started: Result<(), RpcError> = worker.ask(kind::START, &start, COMPILE_PATIENCE).await;
+    match started {
+        Ok(()) => {}
+        Err(RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. }) => {
+            return Err(reason);
+        }
+        Err(other) => return Err(other.to_string()),
+    }
+    if apart.is_empty() {
+        return Ok(());
+    }
+    crate::apart::begin(agent, record, &worker, &apart).await
 }
 
 /// Takes up a machine that an earlier agent was giving away when it died: the
@@ -598,7 +606,7 @@ async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
         }
         // Whether it is lost is found out where it is watched.
         Err(error) => tracing::warn!(%machine, %error, "its worker does not answer"),
-        Ok(State::Empty | State::Running { .. } | State::Filling { .. }) => {
+        Ok(State::Empty | State::Running { .. } | State::Filling { .. } | State::Held { .. }) => {
             tracing::warn!(%machine, "it is not in the schedule here any more, ending its worker");
             let text = "is not to run here any more; its process is ended";
             agent

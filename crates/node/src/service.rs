@@ -62,6 +62,8 @@ pub(crate) mod kind {
     pub(crate) const PART: u16 = 0x0314;
     /// `spanning::PartJoin` → `()`.
     pub(crate) const PART_JOIN: u16 = 0x0315;
+    /// `machine` → `u64`: bytes of memory that are free for it.
+    pub(crate) const ROOM: u16 = 0x0316;
 }
 
 /// Bytes of a module in one piece.
@@ -176,6 +178,11 @@ impl Service {
                 let request = unpack(&payload)?;
                 let joined = spanning::join(agent, request).await;
                 Ok(pack(&joined.map_err(RpcError::failed)?)?.into())
+            }
+            kind::ROOM => {
+                let machine = unpack(&payload)?;
+                let room = offer::room_bytes(agent, &machine).await;
+                Ok(pack(&room.map_err(RpcError::failed)?)?.into())
             }
             kind::EVENTS => {
                 let question: Question = unpack(&payload)?;

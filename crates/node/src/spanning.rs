@@ -26,7 +26,7 @@ use keel_api::{
 };
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, Spawning};
-use keel_machine::spec::{Spawn, Spec};
+use keel_machine::spec::{Record, Spawn, Spec};
 use keel_machine::worker::control::{
     Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Report, Span,
     State, kind, pack, unpack,
@@ -49,7 +49,7 @@ pub(crate) const PATIENCE: Duration = COMPILE_PATIENCE;
 const APART_TRIES: u32 = 60;
 const APART_AGAIN: Duration = Duration::from_secs(1);
 /// A node with less room for memory takes no part.
-const ROOM_BYTES_MIN: u64 = 16 << 20;
+pub(crate) const ROOM_BYTES_MIN: u64 = 16 << 20;
 /// How long a member's process is waited for at a time.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
@@ -281,7 +281,7 @@ pub(crate) async fn span(
     }
     let worker = home(agent, machine)?;
     let found = report(&worker).await?;
-    let State::Running { epoch } = found.state else {
+    if !matches!(found.state, State::Running { .. }) {
         return Err(OperateError::Conflict(format!(
             "machine {machine:?} does not run yet, or is still arriving"
         )));
@@ -294,14 +294,61 @@ pub(crate) async fn span(
             nodes.join(", ")
         )));
     }
-    let program = found.program.map(Fingerprint);
-    let program = program.ok_or_else(|| OperateError::Conflict("it has no module".into()))?;
     let spec = crate::record::get(&*agent.store, machine)
         .await?
         .record
         .spec;
+    let stood = spread(
+        agent,
+        machine,
+        &spec,
+        &worker,
+        &found,
+        &members,
+        request.here,
+    )
+    .await?;
+    let mut info = parts_of(agent, machine).await?;
+    info.stood_micros = Some(stood);
+    Ok(info)
+}
+
+/// A machine that is held gets parts on these nodes, further than its home.
+pub(crate) async fn span_held(
+    agent: &Arc<Agent>,
+    record: &Record,
+    worker: &Worker,
+    nodes: &[NodeName],
+) -> Result<(), OperateError> {
+    let _setting = agent.setting.lock().await;
+    let members = (1..).map_while(PartId::new).zip(nodes.iter().cloned());
+    let members = members.collect();
+    let found = report(worker).await?;
+    let spec = &record.spec;
+    spread(agent, &record.name, spec, worker, &found, &members, false).await?;
+    Ok(())
+}
+
+/// All parts are made and meet, or nothing of it stays. Microseconds that the machine
+/// stood still.
+async fn spread(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    spec: &Spec,
+    worker: &Worker,
+    found: &Report,
+    members: &BTreeMap<PartId, NodeName>,
+    here: bool,
+) -> Result<u64, OperateError> {
+    let (State::Running { epoch } | State::Held { epoch }) = found.state else {
+        return Err(OperateError::Conflict(format!(
+            "machine {machine:?} does not run any more"
+        )));
+    };
+    let program = found.program.map(Fingerprint);
+    let program = program.ok_or_else(|| OperateError::Conflict("it has no module".into()))?;
     let spawning = match spec.balancing.spawn {
-        _ if request.here => Spawning::Here,
+        _ if here => Spawning::Here,
         Spawn::Here => Spawning::Here,
         Spawn::Spread => Spawning::Even,
         Spawn::Auto => Spawning::Room,
@@ -339,12 +386,12 @@ pub(crate) async fn span(
     let spans = match refused {
         Some(why) => Err(Unmet::certain(OperateError::Conflict(why))),
         None => {
-            let own = own_room(agent, machine, &spec, found.memory_bytes).await;
+            let own = own_room(agent, machine, spec, found.memory_bytes).await;
             let how = How {
                 spawning,
                 room_bytes: own,
             };
-            meet(agent, &worker, epoch, &members, &ready, how).await
+            meet(agent, worker, epoch, members, &ready, how).await
         }
     };
     let stood = match spans {
@@ -381,12 +428,10 @@ pub(crate) async fn span(
         nodes.join(", "),
         stood as f64 / 1000.0
     );
-    mark(agent, machine, &worker);
+    mark(agent, machine, worker);
     let note = Note::machine(EventKind::MachineSpans, machine, what);
     agent.events.record(note.under(epoch));
-    let mut info = parts_of(agent, machine).await?;
-    info.stood_micros = Some(stood);
-    Ok(info)
+    Ok(stood)
 }
 
 /// Why parts did not meet.
@@ -524,9 +569,48 @@ async fn join_on(agent: &Arc<Agent>, node: &NodeName, request: PartJoin) -> Resu
     unpack(&answer).map_err(|error| error.to_string())
 }
 
+/// Why a machine cannot be brought together here, if what its other parts have is more than
+/// there is room for: nothing bounds what comes then, and its process would be ended for it.
+async fn too_large(
+    agent: &Agent,
+    machine: &MachineName,
+    worker: &Worker,
+) -> Result<Option<String>, OperateError> {
+    let room = crate::offer::room_bytes(agent, machine).await;
+    let room = room.map_err(OperateError::Away)?;
+    let others = |parts: &PartsReport| {
+        let others = parts
+            .memory
+            .iter()
+            .filter(|(part, _)| **part != PartId::HOME);
+        others.map(|(_, memory)| memory.resident_bytes).sum::<u64>()
+    };
+    let mut wanted = others(&parts_report(worker).await?);
+    if wanted > room {
+        // Of pages that several have, copies do not count.
+        let objects = objects_report(worker).await?.into_iter();
+        let away = objects.filter(|object| object.owner != PartId::HOME);
+        wanted = away.map(|object| object.bytes).sum();
+    }
+    Ok(does_not_fit(machine, &agent.name, wanted, room))
+}
+
+fn does_not_fit(machine: &MachineName, node: &NodeName, wanted: u64, room: u64) -> Option<String> {
+    (wanted > room).then(|| {
+        format!(
+            "machine {machine:?} is larger than its node: its other parts have {} MiB, and {node} has room for {}; `keel checkpoint {machine} --to PLACE` keeps it as it is, and `keel restore {machine} --from PLACE --nodes ...` lets it begin on other nodes",
+            wanted >> 20,
+            room >> 20
+        )
+    })
+}
+
 /// Brings a machine's threads and pages home.
 pub(crate) async fn unspan(agent: &Arc<Agent>, machine: &MachineName) -> Result<u64, OperateError> {
     let worker = home(agent, machine)?;
+    if let Some(why) = too_large(agent, machine, &worker).await? {
+        return Err(OperateError::Conflict(why));
+    }
     let stood: u64 = ask(&worker, kind::UNSPAN, &(), UNSPAN_PATIENCE).await?;
     agent.spanning().remove(machine);
     let what = format!(
@@ -850,4 +934,25 @@ pub(crate) async fn move_thread(
         )));
     }
     thread_to(&worker, MoveThread { tid, to: part }).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_not_brought_together_and_what_to_do_is_said() {
+        let machine: MachineName = "big".parse().unwrap();
+        let node = NodeName::new("a").unwrap();
+        assert_eq!(does_not_fit(&machine, &node, 5 << 20, 5 << 20), None);
+        let why = does_not_fit(&machine, &node, 700 << 20, 100 << 20).unwrap();
+        for part in [
+            "700 MiB",
+            "a has room for 100",
+            "keel checkpoint big",
+            "--nodes",
+        ] {
+            assert!(why.contains(part), "{why}");
+        }
+    }
 }

@@ -40,7 +40,7 @@ fn way_to(name: &str) -> (Trigger, &'static [(&'static str, &'static str)]) {
         (_, "fill.pull" | "fill.wait") => (Trigger::PostCopy, &[("fill.push", "delay(200)")]),
         ("fill", _) | (_, "move.served") => (Trigger::PostCopy, &[]),
         ("keep" | "take", _) => (Trigger::Checkpoint, &[]),
-        ("restore" | "start", _) => (Trigger::Restart, &[]),
+        ("restore" | "start" | "apart", _) => (Trigger::Restart, &[]),
         ("end", _) => (Trigger::End, &[]),
         _ => (Trigger::Move, &[]),
     }
@@ -73,6 +73,8 @@ pub struct Drill<'a> {
     pub mib: u32,
     /// Time between its lines, in microseconds.
     pub pause_us: u32,
+    /// What a part of it keeps, in bytes, if it is to have up to three.
+    pub part_memory_bytes: Option<u64>,
 }
 
 impl Drill<'_> {
@@ -97,6 +99,8 @@ impl Drill<'_> {
         let mut guest = Guest::new(self.machine, self.nodes[0], &witness, &args);
         guest.volume = Some(self.folder);
         guest.restart = Restart::OnFailure;
+        guest.balancing.part_memory_bytes = self.part_memory_bytes;
+        guest.balancing.parts_max = self.part_memory_bytes.map(|_| 3);
         self.cluster.run(&guest).await?;
         self.goes_on(0).await?;
         self.checkpoint().await?;

@@ -11,7 +11,7 @@
 use super::vault::{Outline, Piece};
 use crate::past;
 use crate::spec::Spec;
-use keel_cluster::{Epoch, MachineName};
+use keel_cluster::{Epoch, MachineName, NodeName};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Range;
@@ -95,9 +95,21 @@ pub struct Origin {
     /// Whether the machine is to be another one than that: with random numbers
     /// of its own.
     pub is_clone: bool,
-    /// Whether it runs before its pages are read: sooner, but damage is found
-    /// only then, and ends it.
-    pub warm: bool,
+    /// When its memory comes, and to where.
+    pub memory: MemoryComes,
+}
+
+/// When the memory of a machine comes that is made of a checkpoint, and to where. (It
+/// stands in records: the first two as the `false` and `true` that were there before.)
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryComes {
+    /// Before it runs.
+    First,
+    /// While it runs: it does so sooner, but damage is found only then, and ends it.
+    Behind,
+    /// Before it runs, to its home and to a part on each of these nodes: what is larger
+    /// than one node.
+    Apart(Vec<NodeName>),
 }
 
 /// Pages of one memory, in the order in which they lie in the packs.

@@ -8,6 +8,7 @@
 //! - `compact`: makes an incremental one full, within the store
 //! - `layout`: which page of which one counts
 //! - `warm`: lets the machine run before its pages are read
+//! - `apart`: brings its pages once it has parts
 //! - `volumes`: the machine's own volumes in both
 //!
 //! Of `cluster:` volumes a checkpoint only has the names and sizes, in the image:
@@ -30,6 +31,7 @@
 //! Architecture Invariant: the machine stands still only while its last pages
 //! are copied *within memory*; no store is waited for meanwhile.
 
+mod apart;
 mod compact;
 mod folder;
 mod format;
@@ -40,9 +42,10 @@ mod vault;
 mod volumes;
 mod warm;
 
+pub use apart::Later;
 pub use compact::compact;
-pub use format::{BlockRun, CheckpointId, FormatError, Manifest, Origin, Pack, Run};
-pub use restore::{RestoreError, Restored, restore};
+pub use format::{BlockRun, CheckpointId, FormatError, Manifest, MemoryComes, Origin, Pack, Run};
+pub use restore::{Rest, RestoreError, Restored, memory_bytes, restore};
 pub use take::{Destination, Subject, TakeError, Taken, Taker};
 pub use vault::{Candidates, Outline, Piece, Retention, TakeBlock, Vault, VaultError};
 pub use warm::Behind;

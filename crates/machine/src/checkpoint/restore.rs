@@ -3,7 +3,8 @@
 //! Without a checkpoint being named, the newest that is whole is taken: one
 //! whose part is missing or damaged is passed over, and the answer says so.
 
-use super::format::{CheckpointId, Manifest, Origin};
+use super::apart::Later;
+use super::format::{CheckpointId, Manifest, MemoryComes, Origin};
 use super::layout::{Block, Layout};
 use super::vault::{Piece, Vault, VaultError};
 use super::volumes;
@@ -86,9 +87,19 @@ pub struct Restored {
     pub manifest: Manifest,
     /// Why newer checkpoints were passed over.
     pub passed_over: Vec<String>,
-    /// What brings the pages, if the machine may run before all are there: begin
-    /// it first.
-    pub behind: Option<Behind>,
+    /// What of its memory is still to come.
+    pub rest: Rest,
+}
+
+/// What of a machine's memory is still to come.
+#[derive(Debug)]
+pub enum Rest {
+    /// Nothing.
+    Nothing,
+    /// It comes while the machine runs: begin it first.
+    Behind(Behind),
+    /// All: it comes when the machine has parts, before it runs.
+    Later(Later),
 }
 
 /// Reads a checkpoint. The bytes of the machine's own volumes go into folders
@@ -209,8 +220,21 @@ fn restore_one(
     for manifest in &chain {
         volumes::fill(manifest, vault, folder, runtime)?;
     }
-    if !origin.warm {
-        fill(&layout, &chain, vault, &memories, runtime)?;
+    match &origin.memory {
+        MemoryComes::First => {
+            let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), RestoreError> {
+                Ok(memories[memory].write(offset, bytes)?)
+            };
+            bring(&layout, &chain, vault, runtime, &write)?;
+        }
+        // Another one can be taken only as long as nothing is made of this: it is read
+        // twice.
+        MemoryComes::Apart(_) if origin.id.is_none() => {
+            bring(&layout, &chain, vault, runtime, &|_, _, _| {
+                Ok::<_, RestoreError>(())
+            })?;
+        }
+        MemoryComes::Apart(_) | MemoryComes::Behind => {}
     }
     failpoint::pass("restore.pages")?;
     let mut image = Image::decode(&newest.image, &program)
@@ -221,7 +245,9 @@ fn restore_one(
         image.wasi.random.clear();
     }
     let manifest = newest.clone();
-    let behind = if origin.warm {
+    let rest = if origin.memory == MemoryComes::First {
+        Rest::Nothing
+    } else {
         // From now on nobody deletes it. What is missing is found now; what is
         // damaged, only when it is read.
         let reading = runtime.block_on(vault.begin_reading(newest))?;
@@ -233,11 +259,18 @@ fn restore_one(
             return Err(error.into());
         }
         let (vault, runtime) = (vault.clone(), runtime.clone());
-        Some(Behind::new(
-            vault, runtime, chain, reading, layout, &memories,
-        )?)
-    } else {
-        None
+        match &origin.memory {
+            MemoryComes::Behind => Rest::Behind(Behind::new(
+                vault, runtime, chain, reading, layout, &memories,
+            )?),
+            _ => Rest::Later(Later {
+                vault,
+                runtime,
+                chain,
+                reading,
+                layout,
+            }),
+        }
     };
     Ok(Restored {
         program,
@@ -245,18 +278,52 @@ fn restore_one(
         memories,
         manifest,
         passed_over: Vec::new(),
-        behind,
+        rest,
     })
 }
 
-/// Writes the pages of a chain, several packs at a time.
-fn fill(
+/// Bytes of memory that a machine made of a checkpoint has: of the one that is named, or
+/// of the newest whose manifests can be read.
+///
+/// # Errors
+/// [`VaultError`].
+pub async fn memory_bytes(vault: &Vault, origin: &Origin) -> Result<u64, VaultError> {
+    let candidates = match &origin.id {
+        Some(id) => vec![id.clone()],
+        None => vault.list(&origin.machine).await?,
+    };
+    let mut damaged = None;
+    for id in &candidates {
+        let part = |reason: &str| VaultError::Part {
+            machine: origin.machine.clone(),
+            id: id.clone(),
+            part: "its chain".into(),
+            reason: reason.to_owned(),
+        };
+        let layout = match vault.chain(&origin.machine, id).await {
+            Ok(chain) => Layout::new(&chain).map_err(part),
+            Err(error) => Err(error),
+        };
+        match layout {
+            Ok(layout) => return Ok(layout.bytes()),
+            Err(error @ VaultError::Part { .. }) => damaged = damaged.or(Some(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(damaged.unwrap_or_else(|| VaultError::None(origin.machine.clone())))
+}
+
+/// Takes what is brought: number of the memory, where, and the bytes.
+pub(super) type Write<'a, E> = dyn Fn(usize, u64, &[u8]) -> Result<(), E> + Sync + 'a;
+
+/// Brings the pages of a chain, several packs at a time, each page once.
+pub(super) fn bring<E: From<VaultError> + Send>(
     layout: &Layout,
     chain: &[Manifest],
     vault: &Vault,
-    memories: &[Arc<GuestMemory>],
     runtime: &Handle,
-) -> Result<(), RestoreError> {
+    write: &Write<'_, E>,
+) -> Result<(), E> {
     let next = AtomicUsize::new(0);
     let failure = Mutex::new(None);
     let read = || {
@@ -270,14 +337,14 @@ fn fill(
                 pack: number,
                 number: of_pack,
             };
-            let result = vault.read_blocks::<RestoreError>(
+            let result = vault.read_blocks::<E>(
                 runtime,
                 (manifest, Piece::Pages(at.number)),
                 &manifest.packs[at.number],
                 &mut |of_pack| !layout.pieces(block(of_pack)).is_empty(),
                 &mut |of_pack, bytes| {
                     for piece in layout.pieces(block(of_pack)) {
-                        memories[piece.memory].write(piece.offset, &bytes[piece.within])?;
+                        write(piece.memory, piece.offset, &bytes[piece.within])?;
                     }
                     Ok(())
                 },

@@ -58,6 +58,8 @@ pub struct Spread {
     pub patience: Duration,
     /// How much memory its parts keep.
     pub keeps: Keeps,
+    /// It stands, and stays so: who made it stand lets it go on.
+    pub stands: bool,
 }
 
 /// How much of a machine's memory parts keep, at most, while others have room for the
@@ -152,11 +154,11 @@ pub struct Home {
 }
 
 impl Home {
-    /// A running machine spans from now on; `ends` has the connections to its members,
+    /// A machine spans from now on, and runs; `ends` has the connections to its members,
     /// which have begun ([`MemberPart::begin`]) or do so at the same time.
     ///
     /// # Errors
-    /// [`SpanningError`]; it goes on alone then.
+    /// [`SpanningError`]; it goes on alone then, or stands as it did.
     pub fn begin(
         machine: &Machine,
         ends: BTreeMap<PartId, Ends>,
@@ -166,6 +168,10 @@ impl Home {
         let failure = Arc::default();
         let depends = Arc::new(AtomicBool::new(false));
         machine.freeze(how.patience)?;
+        let goes_on = || match how.stands {
+            true => Ok(()),
+            false => machine.thaw(),
+        };
         let begun = Instant::now();
         let listener = HomeListener {
             machine: machine.clone(),
@@ -203,13 +209,13 @@ impl Home {
             Ok(pages) => pages,
             Err(error) => {
                 let alone = machine.set_members(Vec::new(), None, Spawning::Here);
-                if let Err(why) = alone.and_then(|()| machine.thaw()) {
+                if let Err(why) = alone.and_then(|()| goes_on()) {
                     tracing::warn!(%why, "the machine does not go on alone");
                 }
                 return Err(error);
             }
         };
-        if let Err(error) = machine.thaw() {
+        if let Err(error) = goes_on() {
             // (A thread that could not be launched, or it was ended: then it ends with this.)
             tracing::warn!(%error, "the machine spans");
         }

@@ -71,6 +71,9 @@ pub mod kind {
     pub const JOIN: u16 = 0x0423;
     /// `()` → `u64`, microseconds that the machine stood still: it is alone again.
     pub const UNSPAN: u16 = 0x0424;
+    /// `()` → `u64`, bytes that came: the memory of a machine that is held comes to its
+    /// parts, and it runs.
+    pub const BRING: u16 = 0x042a;
     /// `()` → [`super::PartsReport`].
     pub const PARTS: u16 = 0x0425;
     /// [`super::MoveThread`] → `()`.
@@ -128,6 +131,11 @@ pub enum State {
     Dropped {
         /// Why.
         reason: String,
+    },
+    /// Its machine is made, and its memory is to come when it has parts.
+    Held {
+        /// The epoch.
+        epoch: Epoch,
     },
 }
 

@@ -15,7 +15,7 @@ use super::outgoing::{Leaving, Outgoing};
 use super::spanning::Parts;
 use super::volumes::{self, IncomingVolumes};
 use crate::cgroup::{self, Group};
-use crate::checkpoint::{self, Behind, Destination, Origin, Subject, Taker, Vault};
+use crate::checkpoint::{self, Behind, Destination, Later, Origin, Rest, Subject, Taker, Vault};
 use crate::failpoint;
 use crate::link::{Link, LinkError, Message};
 use crate::log::{Log, LogSink, StreamKind};
@@ -98,6 +98,8 @@ pub(super) struct Inner {
     pub(super) filler: Option<Filler>,
     /// Brings that of a machine made of a checkpoint, while it runs.
     pub(super) behind: Option<Arc<Behind>>,
+    /// All of that, where it is to come once the machine has parts.
+    pub(super) later: Option<Later>,
     /// Set from the first page that is sent behind the machine on.
     serving: bool,
     post_copy: bool,
@@ -326,6 +328,10 @@ impl Worker {
                 let micros = blocking(move || self.unspan()).await?;
                 Ok(pack(&micros)?.into())
             }
+            kind::BRING => {
+                let bytes = blocking(move || self.bring_apart()).await?;
+                Ok(pack(&bytes)?.into())
+            }
             kind::PARTS => {
                 let parts = blocking(move || self.parts()).await?;
                 Ok(pack(&parts)?.into())
@@ -422,12 +428,17 @@ impl Worker {
         inner.log = Some(log);
         inner.epoch = start.epoch;
         inner.machine = Some(machine.clone());
+        let epoch = start.epoch;
+        let next = match inner.later {
+            Some(_) => State::Held { epoch },
+            None => State::Running { epoch },
+        };
         drop(inner);
         self.state.send_if_modified(|state| {
             // Damage may have been found already.
             let first = *state == State::Empty;
             if first {
-                *state = State::Running { epoch: start.epoch };
+                *state = next;
             }
             first
         });
@@ -463,7 +474,7 @@ impl Worker {
         Ok((machine, log, keepers))
     }
 
-    /// A machine where its checkpoint was; it runs.
+    /// A machine where its checkpoint was; it runs, if it is not to have parts first.
     fn restore(
         self: &Arc<Self>,
         origin: &Origin,
@@ -518,9 +529,14 @@ impl Worker {
         let wasi =
             Wasi::restore(restored.image.wasi.clone(), resources).map_err(RpcError::failed)?;
         keepers.attach(&wasi);
-        if let Some(behind) = restored.behind {
-            self.bring(behind, start.epoch)?;
-        }
+        let stands = match restored.rest {
+            Rest::Nothing => false,
+            Rest::Behind(behind) => self.bring(behind, start.epoch).map(|()| false)?,
+            Rest::Later(later) => {
+                self.inner().later = Some(later);
+                true
+            }
+        };
         let machine = Machine::prepare(
             program,
             restored.image,
@@ -530,7 +546,9 @@ impl Worker {
         )
         .map_err(RpcError::failed)?;
         machine.set_epoch(start.epoch.token());
-        machine.thaw().map_err(RpcError::failed)?;
+        if !stands {
+            machine.thaw().map_err(RpcError::failed)?;
+        }
         Ok((machine, log, keepers))
     }
 

@@ -10,6 +10,8 @@ use super::control::{
     ThreadReport,
 };
 use super::process::Worker;
+use crate::checkpoint::VaultError;
+use crate::failpoint;
 use crate::span::{
     Home, Keeps, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError, SpanningError,
     Spread,
@@ -50,6 +52,15 @@ pub(super) struct Parts {
     ready: Option<Ready>,
     /// As a member.
     member: Option<Arc<MemberPart>>,
+}
+
+/// Why the memory of a machine does not come.
+#[derive(Debug, thiserror::Error)]
+enum BringError {
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+    #[error(transparent)]
+    Span(#[from] SpanError),
 }
 
 struct Ready {
@@ -117,7 +128,8 @@ impl Worker {
             machine.program().prepare_resume().map_err(failed)?;
         }
         let mut inner = self.inner();
-        if !matches!(*self.state.borrow(), State::Running { .. }) {
+        let state = self.state.borrow().clone();
+        if !matches!(state, State::Running { .. } | State::Held { .. }) {
             return Err(failed("no machine runs here"));
         }
         if inner.giving_away {
@@ -154,7 +166,7 @@ impl Worker {
         let Ok(_tracking) = tracking else {
             return Err(failed("a checkpoint of it is being made; try again"));
         };
-        let (meeting, machine, name, epoch, part_bytes) = {
+        let (meeting, machine, name, epoch, part_bytes, stands) = {
             let mut inner = self.inner();
             if inner.giving_away || inner.taking.is_some() {
                 return Err(failed("the machine is moving, or being kept; try again"));
@@ -167,7 +179,8 @@ impl Worker {
                     let spec = inner.spec.as_ref();
                     let part_bytes = spec.and_then(|it| it.balancing.part_memory_bytes);
                     let (machine, name) = (machine.clone(), name.clone());
-                    (meeting, machine, name, inner.epoch, part_bytes)
+                    let stands = inner.later.is_some();
+                    (meeting, machine, name, inner.epoch, part_bytes, stands)
                 }
                 _ => return Err(failed("it is not to meet anybody")),
             }
@@ -185,6 +198,7 @@ impl Worker {
                 part_bytes,
                 room_bytes: span.room_bytes,
             },
+            stands,
         };
         let home = Home::begin(&machine, ends, how).map_err(failed)?;
         let stood = home.stood();
@@ -195,6 +209,36 @@ impl Worker {
         }
         self.end_parts_of_ended(&machine)?;
         Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
+    }
+
+    /// The memory of a machine that is held comes, now that it has parts; bytes that came.
+    /// It runs then.
+    pub(super) fn bring_apart(&self) -> Result<u64, RpcError> {
+        let pages = self.pages()?;
+        let (later, machine) = {
+            let mut inner = self.inner();
+            (inner.later.take(), inner.machine.clone())
+        };
+        let (Some(later), Some(machine)) = (later, machine) else {
+            return Err(failed("its memory is here, or comes already"));
+        };
+        let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), BringError> {
+            pages.await_room()?;
+            // (A program has few memories.)
+            Ok(pages.write(memory as u32, offset, bytes, OBJECT_PATIENCE)?)
+        };
+        later.bring(&write).map_err(failed)?;
+        failpoint::pass("apart.brought").map_err(failed)?;
+        machine.thaw().map_err(failed)?;
+        self.state.send_if_modified(|state| match *state {
+            State::Held { epoch } => {
+                *state = State::Running { epoch };
+                true
+            }
+            // (It ended, as a part was lost.)
+            _ => false,
+        });
+        Ok(later.bytes())
     }
 
     /// The machine is alone again. Microseconds that it stood still. A checkpoint in the

@@ -522,6 +522,16 @@ impl Shared {
             self.changes(&mut locked(&self.state), page)?;
         }
         write().map_err(failed)?;
+        // It may be the first time that anybody touches it: no fault tells of that.
+        if self.limits.is_set() {
+            let mut state = locked(&self.state);
+            let access = state.coherence.access(page);
+            if let (Some(keep), Some(access)) = (&mut state.keep, access)
+                && !keep.knows(page)
+            {
+                keep.came(page, access);
+            }
+        }
         if self.cuts.is_on.load(Ordering::Acquire) {
             // There may have been no such page when it was looked what there are, and a cut
             // no sooner than that.

@@ -52,6 +52,9 @@ const GOING_MAX: usize = 1024;
 /// How long a page that was chosen may take to leave before it is one as others again.
 const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
+/// How long nothing may leave while the host waits for room.
+const ROOM_WITHIN: Duration = Duration::from_secs(20);
+
 /// What a part has of a machine's memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartMemory {
@@ -118,6 +121,11 @@ impl Limits {
     fn get(&self) -> Option<u64> {
         let limit = self.limit.load(Ordering::Acquire);
         (limit != NONE).then_some(limit)
+    }
+
+    /// Whether there is a limit.
+    pub(super) fn is_set(&self) -> bool {
+        self.get().is_some()
     }
 
     /// The most that a part may have, as the home says, and what its host has room for, from
@@ -380,6 +388,50 @@ fn adopt(
 }
 
 impl Pages {
+    /// Waits until what the host writes next has room here, as pages that are too much
+    /// leave for other parts. Where none has room for them it is as while the machine runs:
+    /// they stay, whatever a part is to keep; but never more than this host has room for.
+    ///
+    /// # Errors
+    /// [`SpanError::NoRoom`], [`SpanError::Unsettled`] where nothing leaves for long, and
+    /// [`SpanError`] where it is over.
+    pub fn await_room(&self) -> Result<(), SpanError> {
+        let shared = &self.shared;
+        let limits = &shared.limits;
+        let mut last = (0, Instant::now());
+        loop {
+            if let Some(failure) = self.failure() {
+                return Err(failure);
+            }
+            let Some(limit) = limits.get() else {
+                return Ok(());
+            };
+            let resident_bytes = shared.resident()?;
+            if resident_bytes <= limit.saturating_add(limit / FAR_PART) {
+                return Ok(());
+            }
+            let all_told = locked(&limits.others).len() == shared.told.len();
+            if all_told && !limits.has_room(limit / FAR_PART) {
+                let room_bytes = limits.room;
+                return match resident_bytes <= room_bytes {
+                    true => Ok(()),
+                    false => Err(SpanError::NoRoom {
+                        resident_bytes,
+                        room_bytes,
+                    }),
+                };
+            }
+            if resident_bytes != last.0 {
+                last = (resident_bytes, Instant::now());
+            } else if last.1.elapsed() > ROOM_WITHIN {
+                let patience = ROOM_WITHIN;
+                return Err(SpanError::Unsettled { patience });
+            }
+            limits.ring();
+            std::thread::sleep(GIVING);
+        }
+    }
+
     /// The most that each part may keep from now on, in bytes, while others have room for
     /// what is beyond; at least [`PART_BYTES_MIN`]. Only of the home, which gives nothing
     /// away before this is said: not before the machine depends on its members.

@@ -118,6 +118,18 @@ pub enum SpanError {
     /// What changes before it is kept is too much to be held meanwhile.
     #[error("it writes faster than its memory can be stored")]
     Behind,
+    /// What is brought is more than all parts have room for.
+    #[error(
+        "no part has room for more of its memory: {} MiB are here, where {} MiB may be",
+        resident_bytes >> 20,
+        room_bytes >> 20
+    )]
+    NoRoom {
+        /// What is at the part that it is brought to.
+        resident_bytes: u64,
+        /// What its host has room for.
+        room_bytes: u64,
+    },
     /// It was ended.
     #[error("the part has ended")]
     Ended,

@@ -1,0 +1,56 @@
+//! The memory of a machine made of a checkpoint that comes when it has parts, before it
+//! runs: what is larger than a node never is on one. Who has it read says where it goes;
+//! each piece goes on from there as the parts' limits have it.
+
+use super::format::Manifest;
+use super::layout::Layout;
+use super::restore::{Write, bring};
+use super::vault::{Vault, VaultError};
+use tokio::runtime::Handle;
+
+/// What is to come. Until it is dropped nobody deletes what it is made of.
+pub struct Later {
+    pub(super) vault: Vault,
+    pub(super) runtime: Handle,
+    pub(super) chain: Vec<Manifest>,
+    /// Says in the store that the chain is being read.
+    pub(super) reading: String,
+    pub(super) layout: Layout,
+}
+
+impl std::fmt::Debug for Later {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Later").finish_non_exhaustive()
+    }
+}
+
+impl Later {
+    /// Bytes of it; all else is zero.
+    pub fn bytes(&self) -> u64 {
+        self.layout.bytes()
+    }
+
+    /// Reads it, and has each piece written: the number of its memory, where, and its
+    /// bytes, from several threads at once. Blocking, outside of the runtime.
+    ///
+    /// # Errors
+    /// [`VaultError`], or the first that `write` answers; some of it is written then.
+    pub fn bring<E: From<VaultError> + Send>(&self, write: &Write<'_, E>) -> Result<(), E> {
+        bring(&self.layout, &self.chain, &self.vault, &self.runtime, write)
+    }
+}
+
+impl Drop for Later {
+    fn drop(&mut self) {
+        let Some(manifest) = self.chain.last().cloned() else {
+            return;
+        };
+        let (vault, reading) = (self.vault.clone(), std::mem::take(&mut self.reading));
+        // (Whoever drops it may be one of the runtime's threads.)
+        self.runtime.spawn(async move {
+            if let Err(error) = vault.end_reading(&manifest, &reading).await {
+                tracing::debug!(%error, "a checkpoint is kept for an hour that was read");
+            }
+        });
+    }
+}

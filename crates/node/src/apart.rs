@@ -1,0 +1,263 @@
+//! Machines made of a checkpoint that are larger than their node: they get parts before
+//! their memory is read, and run when all of it has come.
+//!
+//! ```text
+//!   agent ── START ─▶ worker: made, and held     (nothing of its memory is there)
+//!     │───── as for `keel span` ───────────────▶ parts on other nodes
+//!     │───── BRING ─▶ reads, writes, and gives away what is too much ─▶ it runs
+//! ```
+//!
+//! What fails on the way is a start that failed: its worker is ended, and parts end with
+//! their home.
+
+use crate::agent::Agent;
+use crate::keep;
+use crate::offer;
+use crate::service::kind as node_kind;
+use crate::spanning;
+use crate::workers::Worker;
+use futures::future::join_all;
+use keel_cluster::{MachineName, NodeName};
+use keel_machine::checkpoint::{self, MemoryComes, Origin, Vault};
+use keel_machine::failpoint;
+use keel_machine::span::PARTS_MAX;
+use keel_machine::spec::Record;
+use keel_machine::worker::control::{kind, pack, unpack};
+use keel_net::RpcError;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a node may take to say what it has room for.
+const ROOM_PATIENCE: Duration = Duration::from_secs(5);
+/// One in so many bytes more than it has is to have room: it goes on growing.
+const SPARE_PART: u64 = 16;
+
+/// What a machine is made of, with the nodes of its parts if it is larger than this node,
+/// or than a part is to be.
+///
+/// # Errors
+/// A sentence, where no nodes have room for it.
+pub(crate) async fn placed(
+    agent: &Arc<Agent>,
+    record: &Record,
+    origin: Origin,
+) -> Result<Origin, String> {
+    // What a user named counts once: nodes may be others when it is started again.
+    match origin.memory {
+        MemoryComes::Apart(_) if record.restarts == 0 => return Ok(origin),
+        _ => {}
+    }
+    let origin = Origin {
+        memory: match origin.memory {
+            // What is started again has time to look for damage first.
+            MemoryComes::Behind if record.restarts == 0 => MemoryComes::Behind,
+            _ => MemoryComes::First,
+        },
+        ..origin
+    };
+    let balancing = &record.spec.balancing;
+    let part_bytes = balancing
+        .part_memory_bytes
+        .filter(|_| balancing.parts_max.is_some());
+    let here = offer::room_bytes(agent, &record.name).await?;
+    let keeps = part_bytes.unwrap_or(u64::MAX).min(here);
+    if record.spec.memory_bytes <= keeps {
+        return Ok(origin);
+    }
+    let Some(bytes) = memory_bytes(&origin).await else {
+        // Its worker says why.
+        return Ok(origin);
+    };
+    if bytes <= keeps {
+        return Ok(origin);
+    }
+    let wanted = Wanted {
+        bytes,
+        part_bytes,
+        parts_max: balancing.parts_max.map_or(PARTS_MAX, |most| most as usize),
+    };
+    let others = rooms(agent, &record.name).await;
+    let nodes = wanted.choose((&agent.name, here), others)?;
+    Ok(match nodes.is_empty() {
+        true => origin,
+        false => Origin {
+            memory: MemoryComes::Apart(nodes),
+            ..origin
+        },
+    })
+}
+
+/// What a machine has in memory that is made of a checkpoint; `None` if that cannot be
+/// read.
+async fn memory_bytes(origin: &Origin) -> Option<u64> {
+    let url = origin.vault.clone();
+    let vault = keep::opened(move || Vault::open(&url)).await.ok()?;
+    let bytes = checkpoint::memory_bytes(&vault, origin).await;
+    bytes
+        .inspect_err(|error| tracing::debug!(%error, "how large a machine is"))
+        .ok()
+}
+
+/// The other nodes that a machine may be on and that answer, and what they have room for.
+async fn rooms(agent: &Arc<Agent>, machine: &MachineName) -> Vec<(NodeName, u64)> {
+    let all = agent.members.all();
+    let others = all.keys().filter(|node| **node != agent.name).cloned();
+    let asked = others.map(|node| async move {
+        if let Some(why) = crate::balancer::forbidden(agent, machine, &node).await {
+            tracing::debug!(%machine, %node, why, "no part there");
+            return None;
+        }
+        let payload = pack(machine).ok()?;
+        let kind = node_kind::ROOM;
+        let answer = agent.peers.call(&node, kind, payload, ROOM_PATIENCE).await;
+        let answer = answer.inspect_err(|error| tracing::debug!(%node, %error, "its room"));
+        let room: u64 = unpack(&answer.ok()?).ok()?;
+        Some((node, room))
+    });
+    join_all(asked).await.into_iter().flatten().collect()
+}
+
+/// What a machine needs that is larger than a node.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    /// What it has in memory.
+    bytes: u64,
+    /// What a part is to keep at most.
+    part_bytes: Option<u64>,
+    /// Parts that it may have, its home among them.
+    parts_max: usize,
+}
+
+impl Wanted {
+    /// The nodes with most room, until all that there is has room, and some more.
+    fn choose(
+        self,
+        home: (&NodeName, u64),
+        mut others: Vec<(NodeName, u64)>,
+    ) -> Result<Vec<NodeName>, String> {
+        let keeps = |room: u64| self.part_bytes.map_or(room, |most| most.min(room));
+        let spare = self.bytes.saturating_add(self.bytes / SPARE_PART);
+        others.sort_by(|(one, of_one), (other, of_other)| {
+            of_other.cmp(of_one).then_with(|| one.cmp(other))
+        });
+        let mut kept = keeps(home.1);
+        let mut room = home.1;
+        let mut chosen = Vec::new();
+        for (node, has) in &others {
+            if kept >= spare || chosen.len() + 1 >= self.parts_max {
+                break;
+            }
+            if *has < spanning::ROOM_BYTES_MIN {
+                break;
+            }
+            kept = kept.saturating_add(keeps(*has));
+            room = room.saturating_add(*has);
+            chosen.push(node.clone());
+        }
+        if room >= self.bytes {
+            return Ok(chosen);
+        }
+        let mib = |bytes: u64| bytes >> 20;
+        let rooms = others
+            .iter()
+            .map(|(node, has)| format!("{node} {}", mib(*has)));
+        let rooms: Vec<String> = std::iter::once(format!("{} {}", home.0, mib(home.1)))
+            .chain(rooms)
+            .collect();
+        Err(format!(
+            "it has {} MiB in memory, more than {} parts have room for (MiB: {})",
+            mib(self.bytes),
+            self.parts_max.min(others.len() + 1),
+            rooms.join(", ")
+        ))
+    }
+}
+
+/// A machine that is held gets its parts and its memory, and runs.
+///
+/// # Errors
+/// A sentence; its worker is to be ended then.
+pub(crate) async fn begin(
+    agent: &Arc<Agent>,
+    record: &Record,
+    worker: &Worker,
+    nodes: &[NodeName],
+) -> Result<(), String> {
+    let injected = |injected: failpoint::Injected| injected.to_string();
+    failpoint::pass_async("apart.held")
+        .await
+        .map_err(injected)?;
+    // What its parts are to keep is not in what it was started with.
+    crate::set::tell(agent, &record.name, worker).await;
+    spanning::span_held(agent, record, worker, nodes)
+        .await
+        .map_err(|error| error.to_string())?;
+    failpoint::pass_async("apart.spans")
+        .await
+        .map_err(injected)?;
+    let brought: Result<u64, RpcError> = worker.ask(kind::BRING, &(), keep::PATIENCE).await;
+    match brought {
+        Ok(bytes) => {
+            tracing::info!(machine = %record.name, bytes, "its memory is on its parts");
+            Ok(())
+        }
+        Err(RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. }) => Err(reason),
+        Err(other) => Err(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn chosen(wanted: Wanted, home: u64, others: &[(&str, u64)]) -> Result<Vec<String>, String> {
+        let name = |text: &str| NodeName::new(text).unwrap();
+        let others = others.iter().map(|(node, room)| (name(node), room * MIB));
+        let chosen = wanted.choose((&name("a"), home * MIB), others.collect());
+        chosen.map(|nodes| nodes.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn the_nodes_with_most_room_are_taken_until_there_is_some_more() {
+        let wanted = Wanted {
+            bytes: 320 * MIB,
+            part_bytes: None,
+            parts_max: PARTS_MAX,
+        };
+        let others = [("b", 100), ("c", 200), ("d", 50), ("e", 100)];
+        let of = |home| chosen(wanted, home, &others);
+        assert_eq!(of(140).unwrap(), ["c"]);
+        // 320 is too little: it goes on growing.
+        assert_eq!(of(120).unwrap(), ["c", "b"]);
+        assert_eq!(of(20).unwrap(), ["c", "b", "e"]);
+        assert_eq!(of(340).unwrap(), Vec::<String>::new());
+        let all = [("b", 100), ("c", 15), ("d", 100)];
+        assert_eq!(chosen(wanted, 150, &all).unwrap(), ["b", "d"]);
+        let why = chosen(wanted, 100, &all).unwrap_err();
+        assert_eq!(
+            why,
+            "it has 320 MiB in memory, more than 4 parts have room for (MiB: a 100, b 100, d 100, c 15)"
+        );
+    }
+
+    #[test]
+    fn what_parts_are_to_keep_is_no_bound_but_their_number_and_room_are() {
+        let wanted = Wanted {
+            bytes: 100 * MIB,
+            part_bytes: Some(20 * MIB),
+            parts_max: 3,
+        };
+        let others = [("b", 1000), ("c", 1000), ("d", 1000)];
+        assert_eq!(chosen(wanted, 1000, &others).unwrap(), ["b", "c"]);
+        let why = chosen(wanted, 15, &[("b", 40), ("c", 20), ("d", 40)]).unwrap_err();
+        assert!(why.contains("more than 3 parts"), "{why}");
+        let wider = Wanted {
+            parts_max: 4,
+            ..wanted
+        };
+        let all = [("b", 40), ("c", 20), ("d", 40)];
+        assert_eq!(chosen(wider, 15, &all).unwrap(), ["b", "d", "c"]);
+    }
+}
