@@ -11,16 +11,22 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Programs of two workers that write a line for each piece of work.
-const PROGRAMS: [(&str, &[&str]); 3] = [
+const PROGRAMS: [(&str, &[&str]); 5] = [
     ("render", &["2", "480", "320", "100000000"]),
+    ("render", &["2", "1280", "720", "100000000"]),
     ("matrix", &["2", "512", "100000000"]),
+    ("matrix", &["2", "1024", "100000000"]),
     ("mapreduce", &["2", "32", "100000000"]),
 ];
 /// Nodes, and the cores that each has.
 const NODES: [(&str, &str); 3] = [("one", "0"), ("other", "1"), ("both", "0,1")];
-/// How long it runs before it counts, and how long it counts.
+/// How long it runs before it counts, and how long it counts, at least: from the end of a
+/// piece to that of another.
 const SETTLE: Duration = Duration::from_secs(3);
-const WINDOW: Duration = Duration::from_secs(6);
+const WINDOW: Duration = Duration::from_secs(8);
+/// Between two looks whether a piece is done, and the longest that one takes.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+const PIECE_MAX: Duration = Duration::from_secs(30);
 
 /// Where a program runs.
 #[derive(Clone, Copy, PartialEq)]
@@ -67,7 +73,7 @@ async fn measure(options: &Options) -> Result<()> {
         let ratios: Vec<f64> = rates[2].iter().zip(&rates[1]).map(|(b, a)| b / a).collect();
         let [core, node, nodes] = rates.map(median);
         table.row(vec![
-            (*program).to_owned(),
+            format!("{program} {}", args[1..args.len() - 1].join(" x ")),
             format!("{core:.2}"),
             format!("{node:.2}"),
             format!("{nodes:.2}"),
@@ -111,12 +117,22 @@ async fn rate(cluster: &LocalCluster, module: &[u8], args: &[&str], place: Place
             .await?;
     }
     tokio::time::sleep(SETTLE).await;
-    let (begun, before) = (Instant::now(), done().await?);
+    let next = || async {
+        let (since, before) = (Instant::now(), done().await?);
+        loop {
+            let now = done().await?;
+            if now > before {
+                return Ok((Instant::now(), now));
+            }
+            ensure!(since.elapsed() < PIECE_MAX, "it stands still");
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    };
+    let (begun, before) = next().await?;
     tokio::time::sleep(WINDOW).await;
-    let (seconds, after) = (begun.elapsed().as_secs_f64(), done().await?);
+    let (ended, after) = next().await?;
     cluster.end("one", "job").await?;
-    ensure!(after > before, "it stands still");
-    Ok((after - before) as f64 / seconds)
+    Ok((after - before) as f64 / ended.duration_since(begun).as_secs_f64())
 }
 
 /// Binds all processes of a node to cores; those that they start are bound as they are.

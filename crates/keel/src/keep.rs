@@ -47,8 +47,8 @@ pub(crate) struct RestoreArgs {
     /// Runs it before its memory is read: sooner, but damage is found only then, and ends it.
     #[arg(long)]
     warm: bool,
-    /// Nodes that its memory is spread over before it runs; by itself only where it is
-    /// larger than its node.
+    /// Nodes of its parts, to which goes what does not fit into one before it runs; by
+    /// itself only where it is larger than its node.
     #[arg(
         long,
         value_name = "NODES",

@@ -352,6 +352,29 @@ async fn what_is_larger_than_a_part_begins_on_several() {
         let (done, text) = restore(args);
         assert!(!done && text.contains(why), "{text}");
     }
+    let limited = ["set", "m", "--cpu", "0.5"];
+    bench.fails(&limited, "kept on one node only");
+    // While its memory is still to come nothing lets it run, and it can be stopped.
+    let waits = bench
+        .cluster
+        .failpoint("a", "apart.spans", Some("delay(3000)"));
+    waits.await.expect("an order");
+    let (done, text) = restore(&["--detach"]);
+    assert!(done, "{text}");
+    wait_for("it has parts", || async {
+        let (_, text) = bench.keel(&["-o", "json", "parts", "twin"]);
+        let parts: Vec<keel_api::PartInfo> = serde_json::from_str(&text).ok()?;
+        (parts.len() == 3).then_some(())
+    })
+    .await
+    .expect("parts");
+    bench.fails(&["unspan", "twin"], "its memory is still to come");
+    bench.fails(&["checkpoint", "twin"], "no machine runs here");
+    bench.does(&["stop", "twin"]);
+    assert_eq!(bench.inspect("twin").await.status, "stopped");
+    bench.does(&["rm", "twin"]);
+    let done = bench.cluster.failpoint("a", "apart.spans", None).await;
+    done.expect("no order");
     // Its process is lost: it goes on from the checkpoint, on several nodes at once.
     bench.cluster.kill_worker("a", "m").expect("a worker");
     wait_for("it runs again", || async {

@@ -18,7 +18,7 @@ use crate::spanning;
 use crate::workers::Worker;
 use futures::future::join_all;
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::checkpoint::{self, MemoryComes, Origin, Vault};
+use keel_machine::checkpoint::{self, MemoryComes, Origin, Vault, VaultError};
 use keel_machine::failpoint;
 use keel_machine::span::PARTS_MAX;
 use keel_machine::spec::Record;
@@ -56,20 +56,26 @@ pub(crate) async fn placed(
         ..origin
     };
     let balancing = &record.spec.balancing;
-    let part_bytes = balancing
-        .part_memory_bytes
-        .filter(|_| balancing.parts_max.is_some());
-    let here = offer::room_bytes(agent, &record.name).await?;
+    // (What has a limit of its CPU time has no parts.)
+    let may_span = record.spec.cpu_limit_millis.is_none();
+    let may_span_by_itself = may_span && balancing.parts_max.is_some();
+    let part_bytes = balancing.part_memory_bytes.filter(|_| may_span_by_itself);
+    let here = offer::room_bytes(agent, &record.name).await;
+    let here = here.unwrap_or_else(|error| {
+        tracing::warn!(machine = %record.name, error, "what is promised here is not known");
+        offer::free_bytes()
+    });
     let keeps = part_bytes.unwrap_or(u64::MAX).min(here);
-    if record.spec.memory_bytes <= keeps {
-        return Ok(origin);
-    }
-    let Some(bytes) = memory_bytes(&origin).await else {
-        // Its worker says why.
+    let Some(bytes) = memory_bytes(&origin, keeps).await? else {
         return Ok(origin);
     };
-    if bytes <= keeps {
-        return Ok(origin);
+    if !may_span {
+        return Err(format!(
+            "it has {} MiB in memory, and {} has room for {}: it could have parts on other nodes, but for the limit of its CPU time",
+            bytes >> 20,
+            agent.name,
+            here >> 20
+        ));
     }
     let wanted = Wanted {
         bytes,
@@ -87,15 +93,21 @@ pub(crate) async fn placed(
     })
 }
 
-/// What a machine has in memory that is made of a checkpoint; `None` if that cannot be
-/// read.
-async fn memory_bytes(origin: &Origin) -> Option<u64> {
+/// What a machine has in memory that is made of a checkpoint, if that is more than `most`
+/// bytes; `None` also where there is no such checkpoint, or no whole one, as its worker
+/// will say.
+async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String> {
     let url = origin.vault.clone();
-    let vault = keep::opened(move || Vault::open(&url)).await.ok()?;
-    let bytes = checkpoint::memory_bytes(&vault, origin).await;
-    bytes
-        .inspect_err(|error| tracing::debug!(%error, "how large a machine is"))
-        .ok()
+    let vault = keep::opened(move || Vault::open(&url)).await;
+    let vault = vault.map_err(|error| error.to_string())?;
+    match checkpoint::memory_bytes(&vault, origin, most).await {
+        Ok(bytes) => Ok(Some(bytes).filter(|bytes| *bytes > most)),
+        Err(error @ VaultError::Store(_)) => Err(error.to_string()),
+        Err(error) => {
+            tracing::debug!(%error, "how large a machine is");
+            Ok(None)
+        }
+    }
 }
 
 /// The other nodes that a machine may be on and that answer, and what they have room for.
@@ -107,7 +119,8 @@ async fn rooms(agent: &Arc<Agent>, machine: &MachineName) -> Vec<(NodeName, u64)
             tracing::debug!(%machine, %node, why, "no part there");
             return None;
         }
-        let payload = pack(machine).ok()?;
+        let question = (machine.clone(), crate::moving::needed_features());
+        let payload = pack(&question).ok()?;
         let kind = node_kind::ROOM;
         let answer = agent.peers.call(&node, kind, payload, ROOM_PATIENCE).await;
         let answer = answer.inspect_err(|error| tracing::debug!(%node, %error, "its room"));
@@ -129,7 +142,8 @@ struct Wanted {
 }
 
 impl Wanted {
-    /// The nodes with most room, until all that there is has room, and some more.
+    /// The nodes with most room, until all that there is has room, and some more. (Only the
+    /// home keeps more than a part is to keep, where others have no room.)
     fn choose(
         self,
         home: (&NodeName, u64),
@@ -151,7 +165,7 @@ impl Wanted {
                 break;
             }
             kept = kept.saturating_add(keeps(*has));
-            room = room.saturating_add(*has);
+            room = room.saturating_add(keeps(*has));
             chosen.push(node.clone());
         }
         if room >= self.bytes {
@@ -164,10 +178,14 @@ impl Wanted {
         let rooms: Vec<String> = std::iter::once(format!("{} {}", home.0, mib(home.1)))
             .chain(rooms)
             .collect();
+        let parts = match self.part_bytes {
+            Some(most) => format!(", and a part keeps {}", mib(most)),
+            None => String::new(),
+        };
         Err(format!(
-            "it has {} MiB in memory, more than {} parts have room for (MiB: {})",
+            "it has {} MiB in memory, more than its {} parts at most have room for (MiB: {}{parts}): nodes with more memory would have it",
             mib(self.bytes),
-            self.parts_max.min(others.len() + 1),
+            self.parts_max,
             rooms.join(", ")
         ))
     }
@@ -238,7 +256,7 @@ mod tests {
         let why = chosen(wanted, 100, &all).unwrap_err();
         assert_eq!(
             why,
-            "it has 320 MiB in memory, more than 4 parts have room for (MiB: a 100, b 100, d 100, c 15)"
+            "it has 320 MiB in memory, more than its 64 parts at most have room for (MiB: a 100, b 100, d 100, c 15): nodes with more memory would have it"
         );
     }
 
@@ -251,13 +269,15 @@ mod tests {
         };
         let others = [("b", 1000), ("c", 1000), ("d", 1000)];
         assert_eq!(chosen(wanted, 1000, &others).unwrap(), ["b", "c"]);
-        let why = chosen(wanted, 15, &[("b", 40), ("c", 20), ("d", 40)]).unwrap_err();
-        assert!(why.contains("more than 3 parts"), "{why}");
+        // Of others only what a part keeps counts.
+        let all = [("b", 40), ("c", 20), ("d", 40)];
+        let why = chosen(wanted, 50, &all).unwrap_err();
+        assert!(why.contains("its 3 parts at most"), "{why}");
+        assert!(why.contains("a part keeps 20"), "{why}");
         let wider = Wanted {
             parts_max: 4,
             ..wanted
         };
-        let all = [("b", 40), ("c", 20), ("d", 40)];
-        assert_eq!(chosen(wider, 15, &all).unwrap(), ["b", "d", "c"]);
+        assert_eq!(chosen(wider, 50, &all).unwrap(), ["b", "d", "c"]);
     }
 }

@@ -291,22 +291,6 @@ pub(crate) async fn restore(
     if let Some(at) = parts.iter().position(|part| *part == node) {
         parts.remove(at);
     }
-    let memory = match (request.nodes.is_empty(), request.warm) {
-        (true, false) => MemoryComes::First,
-        (true, true) => MemoryComes::Behind,
-        (false, true) => {
-            let why = "with parts from its beginning it does not start warm: all of its memory comes to them first";
-            return Err(bad(why.into()));
-        }
-        (false, false) if parts.is_empty() => {
-            let why = format!("all of it would be on {node}: name other nodes, or that one twice");
-            return Err(bad(why));
-        }
-        (false, false) if parts.len() >= PARTS_MAX => {
-            return Err(bad(format!("a machine has at most {PARTS_MAX} parts")));
-        }
-        (false, false) => MemoryComes::Apart(parts),
-    };
     if node != agent.name && request.from.is_none() {
         return Err(bad(format!(
             "the checkpoints in {}'s own folder are not seen by {node}: make them in a place that both see (`keel checkpoint {machine} --to PLACE`) and name it here with --from",
@@ -323,6 +307,25 @@ pub(crate) async fn restore(
     let manifest = manifest(&vault, &machine, id.as_ref())
         .await
         .map_err(|error| vault_error(&error))?;
+    let memory = match (request.nodes.is_empty(), request.warm) {
+        (true, false) => MemoryComes::First,
+        (true, true) => MemoryComes::Behind,
+        (false, true) => {
+            let why = "with parts from its beginning it does not start warm: all of its memory comes to them first";
+            return Err(bad(why.into()));
+        }
+        (false, false) if parts.is_empty() => {
+            let why = format!("all of it would be on {node}: name other nodes, or that one twice");
+            return Err(bad(why));
+        }
+        (false, false) if parts.len() >= PARTS_MAX => {
+            return Err(bad(format!("a machine has at most {PARTS_MAX} parts")));
+        }
+        (false, false) if manifest.spec.cpu_limit_millis.is_some() => {
+            return Err(bad(operate::LIMITED_HAS_NO_PARTS.into()));
+        }
+        (false, false) => MemoryComes::Apart(parts),
+    };
     let (_, incarnation) = members::cluster_of(&*agent.store)
         .await
         .map_err(|error| OperateError::Away(error.to_string()))?;

@@ -225,8 +225,12 @@ async fn available(agent: &Agent, machine: &MachineName) -> Result<(u64, u64), S
         .filter_map(|entry| keel_cluster::wire::decode("a reservation", &entry.value).ok())
         .map(|reservation: Reservation| reservation.bytes)
         .fold(0, u64::saturating_add);
-    let available = memory_available_bytes().saturating_sub(SPARE_BYTES);
-    Ok((available, promised))
+    Ok((free_bytes(), promised))
+}
+
+/// Bytes that are free here, whoever was promised them.
+pub(crate) fn free_bytes() -> u64 {
+    memory_available_bytes().saturating_sub(SPARE_BYTES)
 }
 
 /// Whether memories (in 64 KiB pages) fit. What has arrived of a promised machine

@@ -44,6 +44,10 @@ const VOLUME_BYTES_MAX: u64 = 8 << 40;
 const CPU_LIMIT_MILLIS_MIN: u32 = 10;
 const CPU_LIMIT_MILLIS_MAX: u32 = 1_000_000;
 
+/// Why a limit of CPU time and parts do not go together.
+pub(crate) const LIMITED_HAS_NO_PARTS: &str =
+    "a limit of its CPU time is kept on one node only: a machine with one has no parts (max parts)";
+
 /// Why something was not done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub(crate) enum OperateError {
@@ -594,9 +598,7 @@ pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
     if let Some(most) = request.balancing.parts_max {
         check_parts(most)?;
         if request.cpu_limit_millis.is_some() {
-            return bad(
-                "a limit of its CPU time is kept on one node only: a machine with one has no parts (max parts)".into(),
-            );
+            return bad(LIMITED_HAS_NO_PARTS.into());
         }
     }
     if let Some(bytes) = request.balancing.part_memory_bytes {

@@ -62,7 +62,8 @@ pub(crate) mod kind {
     pub(crate) const PART: u16 = 0x0314;
     /// `spanning::PartJoin` → `()`.
     pub(crate) const PART_JOIN: u16 = 0x0315;
-    /// `machine` → `u64`: bytes of memory that are free for it.
+    /// `(machine, CPU features that a part of it needs)` → `u64`: bytes of memory that are
+    /// free for it.
     pub(crate) const ROOM: u16 = 0x0316;
 }
 
@@ -180,7 +181,8 @@ impl Service {
                 Ok(pack(&joined.map_err(RpcError::failed)?)?.into())
             }
             kind::ROOM => {
-                let machine = unpack(&payload)?;
+                let (machine, features): (MachineName, Vec<String>) = unpack(&payload)?;
+                spanning::has_features(&features).map_err(RpcError::failed)?;
                 let room = offer::room_bytes(agent, &machine).await;
                 Ok(pack(&room.map_err(RpcError::failed)?)?.into())
             }

@@ -9,7 +9,9 @@
 
 use crate::agent::Agent;
 use crate::events::Note;
-use crate::operate::{OperateError, check_cpu, check_io_target, check_memory, check_parts};
+use crate::operate::{
+    LIMITED_HAS_NO_PARTS, OperateError, check_cpu, check_io_target, check_memory, check_parts,
+};
 use crate::record;
 use crate::workers::{OLDER, PROMPT, Worker, is_older};
 use keel_api::{CheckpointChange, EventKind, SetRequest};
@@ -37,6 +39,9 @@ pub(crate) async fn set(
     let spec = changed(&before.spec, request);
     if spec == before.spec {
         return Ok(());
+    }
+    if spec.cpu_limit_millis.is_some() && spec.balancing.parts_max.is_some() {
+        return Err(OperateError::Bad(LIMITED_HAS_NO_PARTS.into()));
     }
     let worker = match before.status {
         Status::Running => agent.workers.get(machine),

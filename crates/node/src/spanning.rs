@@ -64,6 +64,8 @@ pub(crate) struct PartOffer {
     pub(crate) parts: PartSet,
     /// CPU features that must be here.
     pub(crate) features: Vec<String>,
+    /// Parts of the machine that are to be here.
+    pub(crate) sharing: u32,
 }
 
 /// A member that is ready to meet the others.
@@ -93,19 +95,26 @@ fn text(error: RpcError) -> String {
 
 // ── a member's node ─────────────────────────────────────────────────────
 
+/// Whether this node's CPU has what a machine needs.
+pub(crate) fn has_features(needed: &[String]) -> Result<(), String> {
+    let here = crate::agent::cpu_features();
+    let missing = needed.iter().filter(|it| !here.contains(it));
+    let missing: Vec<&str> = missing.map(String::as_str).collect();
+    match missing.is_empty() {
+        true => Ok(()),
+        false => Err(format!("this node's CPU lacks {}", missing.join(", "))),
+    }
+}
+
 /// Makes a member's worker.
 pub(crate) async fn ready(
     agent: &Arc<Agent>,
     owner: &NodeName,
     offer: PartOffer,
 ) -> Result<ReadyMember, String> {
-    let here = crate::agent::cpu_features();
-    let missing = offer.features.iter().filter(|it| !here.contains(it));
-    let missing: Vec<&str> = missing.map(String::as_str).collect();
-    if !missing.is_empty() {
-        return Err(format!("this node's CPU lacks {}", missing.join(", ")));
-    }
+    has_features(&offer.features)?;
     let room = crate::offer::room_bytes(agent, &offer.machine).await?;
+    let room = room / u64::from(offer.sharing.max(1));
     if room < ROOM_BYTES_MIN {
         return Err(format!(
             "it has room for {} MiB of memory, and a part begins with {} MiB",
@@ -358,7 +367,13 @@ async fn spread(
         .copied()
         .collect::<PartSet>()
         .with(PartId::HOME);
-    let offer = |me: PartId| PartOffer {
+    // Parts on one node share what it has room for.
+    let sharing = |node: &NodeName| {
+        let members = members.values().filter(|it| *it == node).count();
+        members as u32 + u32::from(*node == agent.name)
+    };
+    let offer = |me: PartId, node: &NodeName| PartOffer {
+        sharing: sharing(node),
         machine: machine.clone(),
         spec: spec.clone(),
         program,
@@ -367,7 +382,7 @@ async fn spread(
         features: crate::moving::needed_features(),
     };
     let offers = members.iter().map(|(part, node)| {
-        let offer = offer(*part);
+        let offer = offer(*part, node);
         async move {
             let ready = ready_on(agent, node, offer).await;
             let ready = ready.map_err(|why| format!("no part on {node}: {why}"));
@@ -386,7 +401,12 @@ async fn spread(
     let spans = match refused {
         Some(why) => Err(Unmet::certain(OperateError::Conflict(why))),
         None => {
-            let own = own_room(agent, machine, spec, found.memory_bytes).await;
+            // (Of one that is held nothing is there yet, however large it is.)
+            let has_bytes = match found.state {
+                State::Held { .. } => 0,
+                _ => found.memory_bytes,
+            };
+            let own = own_room(agent, machine, spec, has_bytes, sharing(&agent.name)).await;
             let how = How {
                 spawning,
                 room_bytes: own,
@@ -400,7 +420,9 @@ async fn spread(
             // It may have begun, with only its answer lost or late: it is alone before its
             // members are ended. (Never where it said that it did not begin: what it spans
             // then is another's doing.)
-            if in_doubt {
+            // (One that is held is ended by whoever began it: it must not run as it is.)
+            let is_held = matches!(found.state, State::Held { .. });
+            if in_doubt && !is_held {
                 let alone = worker
                     .ask::<_, u64>(kind::UNSPAN, &(), UNSPAN_PATIENCE)
                     .await;
@@ -463,13 +485,19 @@ async fn own_room(
     machine: &MachineName,
     spec: &Spec,
     has_bytes: u64,
+    sharing: u32,
 ) -> Option<u64> {
     let free = crate::offer::room_bytes(agent, machine).await;
     let free = free
         .inspect_err(|error| tracing::warn!(%machine, error, "its home keeps all that comes"))
         .ok()?;
-    let room = has_bytes.saturating_add(free);
-    (room < spec.memory_bytes).then_some(room)
+    home_room(has_bytes, free, sharing, spec.memory_bytes)
+}
+
+/// What the home of a machine that may have `most` bytes can keep, where that is less.
+fn home_room(has_bytes: u64, free: u64, sharing: u32, most: u64) -> Option<u64> {
+    let room = has_bytes.saturating_add(free / u64::from(sharing.max(1)));
+    (room < most).then_some(room)
 }
 
 /// All parts meet; microseconds that the machine stood still.
@@ -939,6 +967,14 @@ pub(crate) async fn move_thread(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_home_keeps_what_it_has_and_its_share_of_what_is_free() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(home_room(GIB, 8 * GIB, 1, 64 * GIB), Some(9 * GIB));
+        assert_eq!(home_room(0, 8 * GIB, 2, 64 * GIB), Some(4 * GIB));
+        assert_eq!(home_room(0, 8 * GIB, 1, 8 * GIB), None);
+    }
 
     #[test]
     fn what_does_not_fit_is_not_brought_together_and_what_to_do_is_said() {

@@ -8,7 +8,8 @@ use super::restore::{Write, bring};
 use super::vault::{Vault, VaultError};
 use tokio::runtime::Handle;
 
-/// What is to come. Until it is dropped nobody deletes what it is made of.
+/// What is to come. Until it is let go ([`Self::let_go`]), or for an hour, nobody deletes
+/// what it is made of.
 pub struct Later {
     pub(super) vault: Vault,
     pub(super) runtime: Handle,
@@ -38,19 +39,16 @@ impl Later {
     pub fn bring<E: From<VaultError> + Send>(&self, write: &Write<'_, E>) -> Result<(), E> {
         bring(&self.layout, &self.chain, &self.vault, &self.runtime, write)
     }
-}
 
-impl Drop for Later {
-    fn drop(&mut self) {
-        let Some(manifest) = self.chain.last().cloned() else {
+    /// What it is made of need not be kept any longer for this. Blocking, outside of the
+    /// runtime.
+    pub fn let_go(self) {
+        let Some(manifest) = self.chain.last() else {
             return;
         };
-        let (vault, reading) = (self.vault.clone(), std::mem::take(&mut self.reading));
-        // (Whoever drops it may be one of the runtime's threads.)
-        self.runtime.spawn(async move {
-            if let Err(error) = vault.end_reading(&manifest, &reading).await {
-                tracing::debug!(%error, "a checkpoint is kept for an hour that was read");
-            }
-        });
+        let ended = self.vault.end_reading(manifest, &self.reading);
+        if let Err(error) = self.runtime.block_on(ended) {
+            tracing::debug!(%error, "a checkpoint is kept for an hour that was read");
+        }
     }
 }

@@ -283,11 +283,12 @@ fn restore_one(
 }
 
 /// Bytes of memory that a machine made of a checkpoint has: of the one that is named, or
-/// of the newest whose manifests can be read.
+/// of the newest whose manifests can be read. Where all of its memories together are no
+/// larger than `most`, just that.
 ///
 /// # Errors
 /// [`VaultError`].
-pub async fn memory_bytes(vault: &Vault, origin: &Origin) -> Result<u64, VaultError> {
+pub async fn memory_bytes(vault: &Vault, origin: &Origin, most: u64) -> Result<u64, VaultError> {
     let candidates = match &origin.id {
         Some(id) => vec![id.clone()],
         None => vault.list(&origin.machine).await?,
@@ -300,12 +301,18 @@ pub async fn memory_bytes(vault: &Vault, origin: &Origin) -> Result<u64, VaultEr
             part: "its chain".into(),
             reason: reason.to_owned(),
         };
-        let layout = match vault.chain(&origin.machine, id).await {
-            Ok(chain) => Layout::new(&chain).map_err(part),
-            Err(error) => Err(error),
+        let bytes = async {
+            let newest = vault.manifest(&origin.machine, id).await?;
+            let pages = newest.memory_pages.iter();
+            let all = pages.fold(0u64, |all, pages| all.saturating_add(pages << 16));
+            if all <= most {
+                return Ok(all);
+            }
+            let chain = vault.chain(&origin.machine, id).await?;
+            Layout::new(&chain).map_err(part).map(|it| it.bytes())
         };
-        match layout {
-            Ok(layout) => return Ok(layout.bytes()),
+        match bytes.await {
+            Ok(bytes) => return Ok(bytes),
             Err(error @ VaultError::Part { .. }) => damaged = damaged.or(Some(error)),
             Err(error) => return Err(error),
         }

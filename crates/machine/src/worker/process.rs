@@ -48,6 +48,9 @@ const PREPARE_AFTER: Duration = Duration::from_secs(1);
 const COMPILE_NICE: i32 = 5;
 /// How long a move waits for a checkpoint to be given up.
 const CHECKPOINT_PATIENCE: Duration = Duration::from_secs(15);
+/// What the answer to a worker's last request has, and what it leaves in a store.
+const FORGET_AFTER: Duration = Duration::from_millis(20);
+const LET_GO_WITHIN: Duration = Duration::from_millis(300);
 /// Bytes of output in one answer.
 const LOG_CHUNK_BYTES: usize = 64 << 10;
 
@@ -366,9 +369,15 @@ impl Worker {
                 Ok(pack(&done)?.into())
             }
             kind::FORGET => {
+                // (A checkpoint that is not read any more.)
+                let later = self.inner().later.take();
+                let let_go = later.map(|later| tokio::task::spawn_blocking(|| later.let_go()));
                 // The answer goes out first; nothing here is worth keeping.
                 tokio::spawn(async {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    tokio::time::sleep(FORGET_AFTER).await;
+                    if let Some(let_go) = let_go {
+                        let _ = tokio::time::timeout(LET_GO_WITHIN, let_go).await;
+                    }
                     std::process::exit(0);
                 });
                 Ok(pack(&())?.into())
@@ -692,6 +701,9 @@ impl Worker {
             }
             if inner.filler.is_some() || inner.behind.is_some() {
                 return busy("a part of its memory is still to come");
+            }
+            if matches!(*self.state.borrow(), State::Held { .. }) {
+                return busy("its memory is still to come");
             }
             let machine = inner.machine.clone();
             let machine = machine.ok_or_else(|| RpcError::failed("no machine runs here"))?;

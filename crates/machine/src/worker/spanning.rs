@@ -61,6 +61,20 @@ enum BringError {
     Vault(#[from] VaultError),
     #[error(transparent)]
     Span(#[from] SpanError),
+    #[error("it was ended while its memory came")]
+    Ended,
+}
+
+/// What is said of a part that is lost.
+fn lost(
+    nodes: &BTreeMap<PartId, NodeName>,
+    part: PartId,
+    failure: &dyn std::fmt::Display,
+) -> String {
+    match nodes.get(&part) {
+        Some(node) => format!("{failure} (node {node})"),
+        None => failure.to_string(),
+    }
 }
 
 struct Ready {
@@ -106,10 +120,7 @@ impl Parts {
     pub(super) fn end(&mut self) -> Option<String> {
         let failure = self.home.take()?.failure()?;
         Some(match &failure {
-            SpanError::Lost { part, .. } => match self.nodes.get(part) {
-                Some(node) => format!("{failure} (node {node})"),
-                None => failure.to_string(),
-            },
+            SpanError::Lost { part, .. } => lost(&self.nodes, *part, &failure),
             _ => failure.to_string(),
         })
     }
@@ -215,19 +226,30 @@ impl Worker {
     /// It runs then.
     pub(super) fn bring_apart(&self) -> Result<u64, RpcError> {
         let pages = self.pages()?;
-        let (later, machine) = {
+        let (later, machine, nodes) = {
             let mut inner = self.inner();
-            (inner.later.take(), inner.machine.clone())
+            let nodes = inner.parts.nodes.clone();
+            (inner.later.take(), inner.machine.clone(), nodes)
         };
         let (Some(later), Some(machine)) = (later, machine) else {
             return Err(failed("its memory is here, or comes already"));
         };
         let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), BringError> {
+            // It may have been stopped.
+            if machine.wait(Some(Duration::ZERO)).is_some() && pages.failure().is_none() {
+                return Err(BringError::Ended);
+            }
             pages.await_room()?;
             // (A program has few memories.)
             Ok(pages.write(memory as u32, offset, bytes, OBJECT_PATIENCE)?)
         };
-        later.bring(&write).map_err(failed)?;
+        let brought = later.bring(&write);
+        let bytes = later.bytes();
+        later.let_go();
+        brought.map_err(|error| match &error {
+            BringError::Span(SpanError::Lost { part, .. }) => failed(lost(&nodes, *part, &error)),
+            _ => failed(error),
+        })?;
         failpoint::pass("apart.brought").map_err(failed)?;
         machine.thaw().map_err(failed)?;
         self.state.send_if_modified(|state| match *state {
@@ -238,7 +260,7 @@ impl Worker {
             // (It ended, as a part was lost.)
             _ => false,
         });
-        Ok(later.bytes())
+        Ok(bytes)
     }
 
     /// The machine is alone again. Microseconds that it stood still. A checkpoint in the
@@ -250,6 +272,10 @@ impl Worker {
             .freezing
             .lock()
             .unwrap_or_else(|error| error.into_inner());
+        // It would run without it.
+        if matches!(*self.state.borrow(), State::Held { .. }) {
+            return Err(failed("its memory is still to come; try again"));
+        }
         let (home, machine) = {
             let mut inner = self.inner();
             (inner.parts.home.take(), inner.machine.clone())

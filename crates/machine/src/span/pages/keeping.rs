@@ -34,7 +34,7 @@ const NONE: u64 = u64::MAX;
 /// anew with each page.
 const BELOW_PART: u64 = 32;
 /// Faults wait when so much of the limit is there beyond it; so much room another part has
-/// at least that gets something.
+/// at least that gets something, or [`PART_BYTES_MIN`] where that is less.
 const FAR_PART: u64 = 16;
 /// How much what is there changes before others are told at once.
 const TOLD_PART: u64 = 64;
@@ -54,6 +54,11 @@ const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long nothing may leave while the host waits for room.
 const ROOM_WITHIN: Duration = Duration::from_secs(20);
+
+/// Room that a part has at least which gets something of one with such a limit.
+fn least_room(limit: u64) -> u64 {
+    (limit / FAR_PART).min(PART_BYTES_MIN)
+}
 
 /// What a part has of a machine's memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -230,7 +235,7 @@ impl Shared {
         if resident > limit || resident.abs_diff(told) > limit / TOLD_PART {
             self.limits.ring();
         }
-        resident > limit.saturating_add(limit / FAR_PART) && self.limits.has_room(limit / FAR_PART)
+        resident > limit.saturating_add(limit / FAR_PART) && self.limits.has_room(least_room(limit))
     }
 
     /// Until the end: gives away what is too much here, and tells others what there is.
@@ -343,7 +348,7 @@ impl Shared {
         };
         while excess > 0 && events.len() < MOVES_MAX && keep.going() < GOING_MAX && keep.owned() > 0
         {
-            let Some(to) = self.limits.take_room(limit / FAR_PART, may) else {
+            let Some(to) = self.limits.take_room(least_room(limit), may) else {
                 break;
             };
             let Some(page) = keep.next(may_keep) else {
@@ -407,12 +412,12 @@ impl Pages {
                 return Ok(());
             };
             let resident_bytes = shared.resident()?;
-            if resident_bytes <= limit.saturating_add(limit / FAR_PART) {
+            let room_bytes = limits.room;
+            if resident_bytes <= limit.saturating_add(limit / FAR_PART).min(room_bytes) {
                 return Ok(());
             }
             let all_told = locked(&limits.others).len() == shared.told.len();
-            if all_told && !limits.has_room(limit / FAR_PART) {
-                let room_bytes = limits.room;
+            if all_told && !limits.has_room(least_room(limit)) {
                 return match resident_bytes <= room_bytes {
                     true => Ok(()),
                     false => Err(SpanError::NoRoom {

@@ -120,7 +120,7 @@ pub enum SpanError {
     Behind,
     /// What is brought is more than all parts have room for.
     #[error(
-        "no part has room for more of its memory: {} MiB are here, where {} MiB may be",
+        "no part has room for more of its memory: {} MiB are here, where {} MiB may be; more nodes, or a larger part memory, would have it",
         resident_bytes >> 20,
         room_bytes >> 20
     )]
