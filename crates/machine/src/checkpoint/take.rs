@@ -77,7 +77,7 @@ pub enum TakeError {
     #[error(transparent)]
     Program(#[from] ProgramError),
     /// Something more important came.
-    #[error("the checkpoint was given up: the machine is to move")]
+    #[error("the checkpoint was given up: the machine is to move, or to be brought together")]
     GivenUp,
     /// A test wanted it to fail.
     #[error(transparent)]

@@ -36,6 +36,8 @@ const BELOW_PART: u64 = 32;
 /// Faults wait when so much of the limit is there beyond it; so much room another part has
 /// at least that gets something, or [`PART_BYTES_MIN`] where that is less.
 const FAR_PART: u64 = 16;
+/// So much of what may be here is asked for ahead of a thread at most.
+const AHEAD_PART: u64 = 64;
 /// How much what is there changes before others are told at once.
 const TOLD_PART: u64 = 64;
 /// How long faults wait, at most, for room to be made.
@@ -126,6 +128,12 @@ impl Limits {
     fn get(&self) -> Option<u64> {
         let limit = self.limit.load(Ordering::Acquire);
         (limit != NONE).then_some(limit)
+    }
+
+    /// Pages that are asked for ahead at most: what comes so is to drive out little.
+    pub(super) fn ahead_max(&self) -> u32 {
+        let most = self.get().unwrap_or(NONE) / PAGE_BYTES / AHEAD_PART;
+        u32::try_from(most).unwrap_or(u32::MAX)
     }
 
     /// Whether there is a limit.

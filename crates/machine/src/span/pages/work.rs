@@ -241,6 +241,7 @@ impl Shared {
         work: &mut Work,
     ) -> Result<(), SpanError> {
         let mut wanted = state.streams.stands(page, access);
+        wanted = wanted.min(self.limits.ahead_max());
         if wanted == 0 {
             return Ok(());
         }
