@@ -101,6 +101,7 @@ pub(crate) fn read<'a>(
 ) -> Result<Body<'a>, InstrumentError> {
     validator.read_locals(&mut body.get_binary_reader())?;
     let mut reader = body.get_operators_reader()?;
+    let mut polls = polling_loops(reader.clone(), graph)?.into_iter();
     let locals: Vec<ValType> = (0..validator.len_locals())
         .filter_map(|local| validator.get_local_type(local))
         .collect();
@@ -129,6 +130,9 @@ pub(crate) fn read<'a>(
         if let Some(depth) = dead_depth {
             match op {
                 Operator::Block { .. } | Operator::Loop { .. } | Operator::If { .. } => {
+                    if matches!(op, Operator::Loop { .. }) {
+                        polls.next();
+                    }
                     dead_depth = Some(depth + 1);
                 }
                 Operator::End if depth > 0 => dead_depth = Some(depth - 1),
@@ -160,8 +164,7 @@ pub(crate) fn read<'a>(
                     points: point..point,
                     else_point: point,
                     sequences: [sequence, sequence],
-                    polls: matches!(op, Operator::Loop { .. })
-                        && !polls_by_a_call(reader.clone(), graph)?,
+                    polls: matches!(op, Operator::Loop { .. }) && polls.next().unwrap_or(true),
                 });
             }
             Operator::Else => {
@@ -288,6 +291,36 @@ fn polls_by_a_call(
         }
     }
     Ok(false)
+}
+
+/// Which loops poll at their headers, in the order of their starts: those of which not
+/// each turn begins with a call that polls, and those around one that does, so that who is
+/// resumed in that has a way to the code around it again (see `emit`).
+fn polling_loops(
+    mut reader: OperatorsReader<'_>,
+    graph: &CallGraph,
+) -> Result<Vec<bool>, InstrumentError> {
+    let (mut polls, mut open, mut loops) = (Vec::new(), Vec::new(), Vec::new());
+    while !reader.eof() {
+        match reader.read()? {
+            Operator::Loop { .. } => {
+                loops.push(polls.len());
+                open.push(true);
+                polls.push(!polls_by_a_call(reader.clone(), graph)?);
+            }
+            Operator::Block { .. } | Operator::If { .. } => open.push(false),
+            Operator::End => {
+                if open.pop() == Some(true)
+                    && let Some(inner) = loops.pop()
+                    && let Some(outer) = loops.last().copied()
+                {
+                    polls[outer] |= polls[inner];
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(polls)
 }
 
 /// All operand types from the bottom, and the height at which the innermost

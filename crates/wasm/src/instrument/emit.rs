@@ -1,11 +1,18 @@
-//! Writes a function's two versions.
+//! Writes a function's versions.
 //!
 //! The *hot* version is the function as it was, with polls, status checks and
 //! the cold code that saves a frame and leaves for good. The *clone* can be
 //! entered at any point: it jumps
 //! forward to the point (each sequence of code on the way begins with a branch
-//! over what lies before the landing; loop headers are landed at in front of
-//! the loop), and goes on to the function's end. The
+//! over what lies before the landing), and goes on to the function's end, or to the
+//! next header of a loop that polls: there it leaves. For each of those loops there is a
+//! *loop version*, which is entered at that header and nowhere else, so within the loop
+//! it is the hot version; it goes on to the function's end, or to the header of a loop
+//! around it, where it leaves in turn. What is left so goes on at once in that loop's
+//! version: a thread that is resumed in the middle of loops is out of the clone with the
+//! turn that it is in. Where that would be too much code (many loops among much else) the
+//! clone has its loops itself, and is landed at in front of them. (Such a clone has a second way into each loop, and what a thread computes
+//! stays in memory there that the hot version has in registers: a third of the speed.) The
 //! runtime calls clones one frame at a time, innermost first, and hands each
 //! the results of the one before it; so no native stack is ever rebuilt.
 //!
@@ -20,28 +27,89 @@ use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
 use wasm_encoder::{BlockType, BranchHint, Function, Instruction, MemArg, MemArgTarget};
 use wasmparser::{Operator, ValType};
 
+/// A function, and hints for its cold branches.
+pub(crate) type Written = (Function, Vec<BranchHint>);
+
 impl Plan<'_> {
     /// The hot version, with hints for its cold branches.
-    pub(crate) fn hot(
-        &self,
-        types: &mut BlockTypes,
-    ) -> Result<(Function, Vec<BranchHint>), InstrumentError> {
+    pub(crate) fn hot(&self, types: &mut BlockTypes) -> Result<Written, InstrumentError> {
         Writer::new(self, Version::Hot, types)?.write()
     }
 
-    /// The clone: `(resume number) -> status`.
+    /// The clone: `(resume number) -> status`. `first_loop` is the index of the function
+    /// that is the first of [`Self::loops`]; without, it has its loops itself.
     pub(crate) fn clone_version(
         &self,
         types: &mut BlockTypes,
-    ) -> Result<(Function, Vec<BranchHint>), InstrumentError> {
-        Writer::new(self, Version::Clone, types)?.write()
+        first_loop: Option<u32>,
+    ) -> Result<Written, InstrumentError> {
+        Writer::new(self, Version::Clone { first_loop }, types)?.write()
+    }
+
+    /// The points at headers of loops.
+    pub(crate) fn loops(&self) -> impl Iterator<Item = u32> {
+        let points = (0..).zip(&self.body.points);
+        points.filter_map(|(number, point)| (point.kind == PointKind::Loop).then_some(number))
+    }
+
+    /// What is entered at each loop's header ([`Self::loops`]); of the type of the clone.
+    /// Loops within loops are in the versions of all around them, and what is behind a loop
+    /// is in its version, too: where that is too much, each has only its own code, and
+    /// leaves for those within it as well; `None` where that is too much still.
+    pub(crate) fn loop_versions(
+        &self,
+        types: &mut BlockTypes,
+        hot_bytes: usize,
+    ) -> Result<Option<Vec<Written>>, InstrumentError> {
+        let bounds = [
+            (false, LOOPS_FACTOR * hot_bytes + LOOPS_BYTES),
+            (true, LEAN_FACTOR * hot_bytes + LEAN_BYTES),
+        ];
+        for (is_lean, most) in bounds {
+            let (mut versions, mut bytes) = (Vec::new(), 0);
+            for point in self.loops() {
+                let version = Version::Loop { point, is_lean };
+                let written = Writer::new(self, version, types)?.write()?;
+                bytes += written.0.byte_len();
+                versions.push(written);
+                if bytes > most {
+                    break;
+                }
+            }
+            if bytes <= most {
+                return Ok(Some(versions));
+            }
+        }
+        Ok(None)
     }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Version {
     Hot,
-    Clone,
+    Clone { first_loop: Option<u32> },
+    Loop { point: u32, is_lean: bool },
+}
+
+/// Bytes that the loop versions of a function may have together: so many times its own,
+/// and some; and where each has only its own code.
+const LOOPS_FACTOR: usize = 8;
+const LOOPS_BYTES: usize = 64 << 10;
+const LEAN_FACTOR: usize = 16;
+const LEAN_BYTES: usize = 64 << 10;
+
+/// What an open construct of the original is in the output.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    /// What it was.
+    Same,
+    /// Nothing, nor what is in it.
+    Nothing,
+    /// A block around what the loop version enters.
+    Around,
+    /// Two blocks, around what the loop version enters: the outer one is what is behind
+    /// the loop, and the end of the inner one is its header.
+    LoopAround,
 }
 
 /// An open construct of the original, as it stands in the output.
@@ -53,6 +121,15 @@ struct Open {
     sequence: usize,
     /// Whether it is a loop with a poll at its header.
     polls: bool,
+    shape: Shape,
+    /// Nothing of it is written any more: it is the other arm of an `if` around, or a loop
+    /// of a clone behind its header.
+    is_skipping: bool,
+    is_loop: bool,
+    /// Somebody goes to its label, and that is behind it.
+    is_wanted: bool,
+    /// It is an `if`, and its first arm comes to its end, or may be the only one.
+    first_ends: bool,
 }
 
 struct Writer<'a, 'p> {
@@ -67,9 +144,15 @@ struct Writer<'a, 'p> {
     next_construct: usize,
     next_point: usize,
     scratch: u32,
-    /// Local of a clone: all bits set, or none while the next loop header was
-    /// just resumed at and so does not leave again.
+    /// Local of a loop version, or of a clone that has its loops: all bits set, or none
+    /// while the next loop header was just resumed at and so does not leave again.
     mask: u32,
+    /// Whether a loop version has come to its loop.
+    has_begun: bool,
+    /// Nothing comes here in a loop version, so nothing is written.
+    is_dead: bool,
+    /// A loop version has come to its loop's end.
+    is_over: bool,
     /// The block around the body.
     body_label: u32,
 }
@@ -87,7 +170,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         let body = plan.body;
         let own = match version {
             Version::Hot => &body.locals[body.params..],
-            Version::Clone => &body.locals[..],
+            Version::Clone { .. } | Version::Loop { .. } => &body.locals[..],
         };
         let mut locals: Vec<(u32, wasm_encoder::ValType)> = Vec::new();
         let all = own
@@ -101,7 +184,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                 _ => locals.push((1, ty)),
             }
         }
-        let shift = u32::from(version == Version::Clone);
+        let shift = u32::from(version != Version::Hot);
         Ok(Writer {
             plan,
             version,
@@ -114,14 +197,39 @@ impl<'a, 'p> Writer<'a, 'p> {
             next_point: 0,
             scratch: shift + (body.locals.len() + plan.temp_types.len()) as u32,
             mask: shift + (body.locals.len() + plan.temp_types.len()) as u32 + 1,
+            has_begun: !matches!(version, Version::Loop { .. }),
+            is_dead: false,
+            is_over: false,
             body_label: LEAVE_LABEL + u32::from(!body.points.is_empty()),
         })
     }
 
-    fn write(mut self) -> Result<(Function, Vec<BranchHint>), InstrumentError> {
+    /// Whether it is a clone that has its loops itself.
+    fn has_loops(&self) -> bool {
+        matches!(self.version, Version::Clone { first_loop: None })
+    }
+
+    /// Whether it can be entered at any point.
+    fn lands(&self) -> bool {
+        matches!(self.version, Version::Clone { .. })
+    }
+
+    fn write(mut self) -> Result<Written, InstrumentError> {
         let body = self.plan.body;
-        if self.version == Version::Clone {
-            self.load_at_entry()?;
+        match self.version {
+            Version::Hot => {}
+            Version::Clone { first_loop } => {
+                if let Some(first_loop) = first_loop {
+                    self.go_to_loops(first_loop);
+                }
+                self.load_at_entry()?;
+            }
+            Version::Loop { point, .. } => {
+                let plan = self.plan;
+                for slot in &plan.saved[point as usize] {
+                    self.load_slot(*slot as usize)?;
+                }
+            }
         }
         if !body.points.is_empty() {
             self.i(&Instruction::Block(BlockType::Empty));
@@ -134,18 +242,174 @@ impl<'a, 'p> Writer<'a, 'p> {
             construct: None,
             sequence: 0,
             polls: false,
+            shape: Shape::Same,
+            is_skipping: false,
+            is_loop: false,
+            is_wanted: false,
+            first_ends: false,
         });
         self.open_sequence(&[], 0)?;
-        if body.points.first().is_some_and(|point| point.op.is_none()) {
+        let polls = body.points.first().is_some_and(|point| point.op.is_none());
+        if polls && !self.has_begun {
+            self.next_point += 1;
+        } else if polls {
             // A memory of its own, see `meta`.
             self.poll(self.plan.control + 1);
             self.leave_if()?;
             self.land_at_point();
         }
         for position in 0..body.ops.len() {
-            self.op(position)?;
+            let is_written = self.has_begun
+                && !self.is_dead
+                && self
+                    .open
+                    .last()
+                    .is_none_or(|frame| frame.shape != Shape::Nothing && !frame.is_skipping);
+            match is_written {
+                true => self.op(position)?,
+                false => self.skip(position)?,
+            }
         }
         Ok((self.out, self.hints))
+    }
+
+    /// An operator that a loop version does not have: it is before the loop, or in another
+    /// arm.
+    fn skip(&mut self, position: usize) -> Result<(), InstrumentError> {
+        let body = self.plan.body;
+        match &body.ops[position] {
+            op @ (Operator::Block { .. } | Operator::Loop { .. } | Operator::If { .. }) => {
+                let construct = &body.constructs[self.next_construct];
+                if let Version::Loop { point, .. } = self.version
+                    && !self.has_begun
+                    && construct.points.contains(&point)
+                {
+                    if construct.polls && construct.points.start == point {
+                        self.has_begun = true;
+                        return self.open_construct(op);
+                    }
+                    self.open_around(op)?;
+                } else {
+                    self.next_construct += 1;
+                    self.open.push(Open {
+                        label: self.labels,
+                        construct: None,
+                        sequence: 0,
+                        polls: false,
+                        shape: Shape::Nothing,
+                        is_skipping: false,
+                        is_loop: false,
+                        is_wanted: false,
+                        first_ends: false,
+                    });
+                }
+            }
+            Operator::Else if self.has_begun && self.is_dead => {
+                // (Of an arm that ends before its end.)
+                let frame = self.open.last();
+                if frame.is_some_and(|it| it.shape != Shape::Nothing && !it.is_skipping) {
+                    self.op(position)?;
+                }
+            }
+            Operator::End => {
+                if self
+                    .open
+                    .last()
+                    .is_some_and(|it| it.shape == Shape::Nothing)
+                {
+                    self.open.pop();
+                } else {
+                    // (Of an `if` around: its other arm was skipped.)
+                    self.op(position)?;
+                }
+            }
+            _ => {}
+        }
+        let point = body.points.get(self.next_point);
+        if point.is_some_and(|point| point.op == Some(position)) {
+            self.next_point += 1;
+        }
+        Ok(())
+    }
+
+    /// Opens what is around the loop that is entered. What is below it lies in
+    /// temporaries; what it takes is gone.
+    fn open_around(&mut self, op: &Operator<'_>) -> Result<(), InstrumentError> {
+        let number = self.next_construct;
+        self.next_construct += 1;
+        let construct = &self.plan.body.constructs[number];
+        let (below, params) = construct
+            .operands
+            .split_at(construct.operands.len() - construct.params);
+        self.reload(below, construct.base);
+        for ty in params {
+            self.i(&zero(*ty));
+        }
+        let ty = match op {
+            Operator::Block { blockty } | Operator::Loop { blockty } | Operator::If { blockty } => {
+                RoundtripReencoder.block_type(*blockty)?
+            }
+            _ => BlockType::Empty,
+        };
+        self.i(&Instruction::Block(ty));
+        self.labels += 1;
+        for _ in params {
+            self.i(&Instruction::Drop);
+        }
+        let mut shape = Shape::Around;
+        if matches!(op, Operator::Loop { .. }) {
+            shape = Shape::LoopAround;
+            let ty = self.types.block(&[], params)?;
+            self.i(&Instruction::Block(ty));
+            self.labels += 1;
+        }
+        self.open.push(Open {
+            label: self.labels - 1,
+            construct: Some(number),
+            sequence: construct.sequences[0],
+            polls: false,
+            shape,
+            is_skipping: false,
+            is_loop: shape == Shape::LoopAround,
+            is_wanted: false,
+            first_ends: false,
+        });
+        Ok(())
+    }
+
+    /// The end of a loop around the one that is entered: who falls out of it is behind it,
+    /// who goes to its header leaves there.
+    fn close_around(&mut self, construct: usize) -> Result<(), InstrumentError> {
+        let construct = &self.plan.body.constructs[construct];
+        self.i(&Instruction::Br(1));
+        self.i(&Instruction::End);
+        self.labels -= 1;
+        let number = construct.points.start as usize;
+        let point = &self.plan.body.points[number];
+        if !construct.polls {
+            return Err(InstrumentError::Malformed(
+                "a loop does not poll that is around one that does".into(),
+            ));
+        }
+        let (visible, operands) = visible(point);
+        self.spill(&visible[..operands], point.outer);
+        self.save(number)?;
+        let depth = self.labels - 1 - LEAVE_LABEL;
+        self.i(&Instruction::Br(depth));
+        Ok(())
+    }
+
+    /// At a clone's entry: points at headers of loops are in functions of their own.
+    fn go_to_loops(&mut self, first_loop: u32) {
+        for (function, point) in (first_loop..).zip(self.plan.loops()) {
+            self.i(&Instruction::LocalGet(0));
+            self.konst(point + 1);
+            self.i(&Instruction::I32Eq);
+            self.i(&Instruction::If(BlockType::Empty));
+            self.i(&Instruction::LocalGet(0));
+            self.i(&Instruction::ReturnCall(function));
+            self.i(&Instruction::End);
+        }
     }
 
     fn i(&mut self, instruction: &Instruction<'_>) -> &mut Self {
@@ -159,7 +423,7 @@ impl<'a, 'p> Writer<'a, 'p> {
 
     /// Where an original local or a temporary lies in this version.
     fn local(&self, local: u32) -> u32 {
-        local + u32::from(self.version == Version::Clone)
+        local + u32::from(self.version != Version::Hot)
     }
 
     fn get(&mut self, local: u32) {
@@ -202,8 +466,21 @@ impl<'a, 'p> Writer<'a, 'p> {
             Operator::Block { .. } | Operator::Loop { .. } | Operator::If { .. } => {
                 self.open_construct(op)?;
             }
+            Operator::Else if self.is_around() => {
+                let ends = !self.is_dead;
+                if let Some(frame) = self.open.last_mut() {
+                    frame.first_ends = ends;
+                    frame.is_skipping = true;
+                }
+                self.is_dead = true;
+            }
             Operator::Else => {
                 self.i(&Instruction::Else);
+                let ends = !self.is_dead;
+                self.is_dead = false;
+                if let Some(frame) = self.open.last_mut() {
+                    frame.first_ends = ends;
+                }
                 if let Some(frame) = self.open.last_mut()
                     && let Some(construct) = frame.construct
                 {
@@ -213,11 +490,26 @@ impl<'a, 'p> Writer<'a, 'p> {
                 }
             }
             Operator::End => {
-                self.open.pop();
+                let frame = self.open.pop();
+                let ended = frame.as_ref().and_then(|frame| frame.construct);
+                self.is_over |= ended.is_some_and(|construct| !self.is_another(construct));
+                if let Some(frame) = &frame
+                    && frame.shape == Shape::LoopAround
+                    && let Some(construct) = frame.construct
+                {
+                    self.close_around(construct)?;
+                }
                 self.i(&Instruction::End);
                 self.labels -= 1;
                 if self.open.is_empty() {
-                    self.finish()?;
+                    return self.finish();
+                }
+                if matches!(self.version, Version::Loop { .. }) {
+                    self.is_dead &= !frame.is_some_and(|it| it.is_wanted || it.first_ends);
+                    if self.is_dead {
+                        // (Behind an end all counts as if somebody came.)
+                        self.i(&Instruction::Unreachable);
+                    }
                 }
             }
             Operator::Br { relative_depth } => {
@@ -280,19 +572,41 @@ impl<'a, 'p> Writer<'a, 'p> {
                 self.i(&instruction);
             }
         }
+        let ends_here = matches!(
+            op,
+            Operator::Br { .. }
+                | Operator::BrTable { .. }
+                | Operator::Return
+                | Operator::Unreachable
+                | Operator::ReturnCall { .. }
+                | Operator::ReturnCallIndirect { .. }
+        );
+        if ends_here && matches!(self.version, Version::Loop { .. }) {
+            self.is_dead = true;
+        }
         Ok(())
     }
 
+    /// Whether the innermost construct is around the loop that is entered.
+    fn is_around(&self) -> bool {
+        self.open
+            .last()
+            .is_some_and(|frame| frame.shape == Shape::Around)
+    }
+
     /// Relative depth in the output of an original label.
-    fn depth(&self, original: u32) -> u32 {
-        let frame = &self.open[self.open.len() - 1 - original as usize];
+    fn depth(&mut self, original: u32) -> u32 {
+        let at = self.open.len() - 1 - original as usize;
+        let frame = &mut self.open[at];
+        // (To a loop's label is to its header.)
+        frame.is_wanted |= !frame.is_loop;
         self.labels - 1 - frame.label
     }
 
     /// A landing for the next point or construct of the sequence being
     /// written. `operands` are those of its frame.
     fn land(&mut self, operands: &[ValType], base: usize) {
-        if self.version == Version::Hot {
+        if !self.lands() {
             return;
         }
         self.spill(operands, base);
@@ -311,7 +625,10 @@ impl<'a, 'p> Writer<'a, 'p> {
                 operands.push(ValType::I32);
             }
             let below = construct.operands.len() - construct.params;
-            if self.version == Version::Clone {
+            if !self.is_another(number) {
+                // (Its operands lie in temporaries.)
+                self.reload(&construct.operands, construct.base);
+            } else if self.lands() && (self.has_loops() || !construct.is_simple_loop()) {
                 if construct.is_simple_loop() {
                     self.land_at_simple_loop(&operands, construct.base)?;
                 } else {
@@ -327,7 +644,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                 self.reload(&operands, construct.base);
             }
         }
-        if construct.polls && !construct.is_simple_loop() && self.version == Version::Clone {
+        if construct.polls && !construct.is_simple_loop() && self.has_loops() {
             self.arrive_at_loop()?;
         }
         let instruction = RoundtripReencoder.instruction(op.clone())?;
@@ -337,11 +654,17 @@ impl<'a, 'p> Writer<'a, 'p> {
             construct: Some(number),
             sequence: construct.sequences[0],
             polls: construct.polls,
+            shape: Shape::Same,
+            is_skipping: false,
+            is_loop: matches!(op, Operator::Loop { .. }),
+            is_wanted: false,
+            // (Where there is no other arm, and its condition does not hold.)
+            first_ends: is_if,
         });
         self.labels += 1;
         self.open_arm(construct)?;
         if construct.polls {
-            self.poll_loop()
+            self.poll_loop(number)
         } else {
             Ok(())
         }
@@ -370,8 +693,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// In front of another loop in a clone: a resume at its header goes on as
-    /// if it came from the front, but does not leave at once.
+    /// In front of another loop in a clone that has its loops: a resume at its header goes
+    /// on as if it came from the front, but does not leave at once.
     fn arrive_at_loop(&mut self) -> Result<(), InstrumentError> {
         let mask = self.mask;
         let number = self.next_point;
@@ -412,15 +735,19 @@ impl<'a, 'p> Writer<'a, 'p> {
         let Some(frame) = self.open.last() else {
             return Ok(());
         };
-        let mut landings: &[Landing] = &self.plan.body.sequences[frame.sequence];
-        if frame.polls {
-            // Its header is the first; it is landed at in front of the loop.
-            landings = landings.get(1..).unwrap_or_default();
-        }
+        let all: &[Landing] = &self.plan.body.sequences[frame.sequence];
+        // (Nobody lands at the header of a loop, which is the first in it, but in front of
+        // it in a clone that has its loops.)
+        let has_loops = self.has_loops();
+        let landings: Vec<&Landing> = all
+            .iter()
+            .skip(usize::from(frame.polls))
+            .filter(|landing| has_loops || !landing.is_simple_loop)
+            .collect();
         let (Some(first), Some(last)) = (landings.first(), landings.last()) else {
             return Ok(());
         };
-        if self.version == Version::Hot {
+        if !self.lands() {
             return Ok(());
         }
         let (low, high) = (first.points.start, last.points.end);
@@ -429,7 +756,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         // does not come from here.
         let mut depths = Vec::with_capacity(landings.len());
         let mut blocks = 0;
-        for landing in landings {
+        for landing in &landings {
             depths.push(blocks);
             blocks += 1 + u32::from(landing.is_simple_loop);
         }
@@ -442,9 +769,12 @@ impl<'a, 'p> Writer<'a, 'p> {
             self.i(&Instruction::BrIf(0));
         } else if landings.len() > 8 && ((high - low) as usize) <= 4 * landings.len() {
             // Resume number n is point n - 1; the block around is for zero.
-            let mut table = Vec::new();
-            for (depth, landing) in depths.iter().zip(landings) {
-                table.extend(landing.points.clone().map(|_| depth + 1));
+            // (At headers of loops nobody lands.)
+            let mut table = vec![0; (high - low) as usize];
+            for (depth, landing) in depths.iter().zip(&landings) {
+                for point in landing.points.clone() {
+                    table[(point - low) as usize] = depth + 1;
+                }
             }
             self.i(&Instruction::Block(BlockType::Empty));
             self.i(&Instruction::LocalGet(0));
@@ -457,7 +787,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             self.i(&Instruction::LocalGet(0));
             self.i(&Instruction::I32Eqz);
             self.i(&Instruction::BrIf(0));
-            for (depth, landing) in depths.iter().zip(landings) {
+            for (depth, landing) in depths.iter().zip(&landings) {
                 self.i(&Instruction::LocalGet(0));
                 self.konst(landing.points.end);
                 self.i(&Instruction::I32LeU);
@@ -480,10 +810,39 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.i(&Instruction::I32AtomicLoad(request));
     }
 
+    /// Whether a construct is another one than the loop that a loop version enters.
+    fn is_another(&self, construct: usize) -> bool {
+        let construct = &self.plan.body.constructs[construct];
+        match self.version {
+            Version::Loop { point, .. } => !construct.polls || construct.points.start != point,
+            Version::Hot | Version::Clone { .. } => true,
+        }
+    }
+
     /// Poll at a loop's header.
-    fn poll_loop(&mut self) -> Result<(), InstrumentError> {
+    fn poll_loop(&mut self, construct: usize) -> Result<(), InstrumentError> {
+        // It goes on in that loop's own version. (Who lands within is past this.)
+        let leaves = match self.version {
+            Version::Hot => false,
+            Version::Clone { first_loop } => first_loop.is_some(),
+            Version::Loop { is_lean, .. } => {
+                self.is_another(construct) && (is_lean || self.is_over)
+            }
+        };
+        if leaves {
+            self.konst(1);
+            self.leave_if()?;
+            let has_landings =
+                self.lands() && !self.plan.body.constructs[construct].is_simple_loop();
+            if !has_landings && let Some(frame) = self.open.last_mut() {
+                frame.is_skipping = true;
+                self.is_dead = !self.lands();
+                self.i(&Instruction::Unreachable);
+            }
+            return Ok(());
+        }
         self.poll(self.plan.control);
-        if self.version == Version::Hot {
+        if self.is_another(construct) && !self.has_loops() {
             return self.leave_if();
         }
         let mask = self.mask;
@@ -527,7 +886,7 @@ impl<'a, 'p> Writer<'a, 'p> {
     /// Behind [`Self::leave_if`], in a clone: where a resume at that point
     /// arrives.
     fn land_at_point(&mut self) {
-        if self.version == Version::Hot {
+        if !self.lands() {
             return;
         }
         let point = &self.plan.body.points[self.next_point - 1];
@@ -639,7 +998,9 @@ impl<'a, 'p> Writer<'a, 'p> {
         }
         self.i(&Instruction::Call(callee));
         match (self.version, mine, theirs) {
-            (Version::Clone, _, true) => self.after_clone_tail_call(),
+            (Version::Clone { .. } | Version::Loop { .. }, _, true) => {
+                self.after_clone_tail_call();
+            }
             (Version::Hot, false, true) => {
                 // The callee cannot unwind, else this function would carry a
                 // status too.
@@ -661,8 +1022,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.write_return();
     }
 
-    /// At a clone's entry: loads all but what only loop headers saved, which is
-    /// loaded in front of those loops.
+    /// At a clone's entry: loads all but what only loop headers saved.
     fn load_at_entry(&mut self) -> Result<(), InstrumentError> {
         let plan = self.plan;
         let locals = plan.body.locals.len();
@@ -788,7 +1148,8 @@ fn zero(ty: ValType) -> Instruction<'static> {
 /// The function through which the runtime enters clones: `(clone, resume
 /// number) -> status`. Were each clone reachable by a table, the engine would
 /// make an entry of its own for each: a fourth of the time to compile them.
-pub(crate) fn resume_dispatcher(first_clone: u32, clones: u32) -> Function {
+pub(crate) fn resume_dispatcher(entries: &[u32]) -> Function {
+    let clones = entries.len() as u32;
     let mut out = Function::new([]);
     for _ in 0..=clones {
         out.instruction(&Instruction::Block(BlockType::Empty));
@@ -797,9 +1158,9 @@ pub(crate) fn resume_dispatcher(first_clone: u32, clones: u32) -> Function {
     out.instruction(&Instruction::LocalGet(0))
         .instruction(&Instruction::BrTable(targets.into(), clones))
         .instruction(&Instruction::End);
-    for clone in first_clone..first_clone + clones {
+    for clone in entries {
         out.instruction(&Instruction::LocalGet(1))
-            .instruction(&Instruction::Call(clone))
+            .instruction(&Instruction::Call(*clone))
             .instruction(&Instruction::Return)
             .instruction(&Instruction::End);
     }

@@ -2,6 +2,7 @@
 //! entered in the middle. Input is a lowered module; see [`super::lower`].
 
 use super::callgraph::{self, CallGraph, Calls};
+use super::emit::Written;
 use super::lower::Lowered;
 use super::meta::{self, Global, Import, Meta, PREFIX};
 use super::plan::{BlockTypes, Plan, PlanContext};
@@ -10,7 +11,7 @@ use super::{InstrumentError, body, emit, slot_type};
 use std::collections::BTreeSet;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder, utils};
 use wasm_encoder::{
-    BranchHint, BranchHints, CodeSection, ConstExpr, CustomSection, DataCountSection, DataSection,
+    BranchHints, CodeSection, ConstExpr, CustomSection, DataCountSection, DataSection,
     ElementSection, Elements, EntityType, ExportKind, ExportSection, FunctionSection,
     GlobalSection, ImportSection, IndirectNameMap, MemorySection, MemoryType, Module, NameMap,
     NameSection, RefType, TableSection, TableType, TypeSection,
@@ -58,7 +59,7 @@ pub(crate) fn relocate(
         &referenced,
         std::mem::take(&mut input.calls),
     );
-    let written = write_functions(&mut input, &graph)?;
+    let mut written = write_functions(&mut input, &graph)?;
 
     let mut meta = Meta {
         version: meta::VERSION,
@@ -68,7 +69,7 @@ pub(crate) fn relocate(
             .functions
             .last()
             .map_or(0, |last| last.first_point + last.points.len() as u32),
-        functions: written.functions,
+        functions: std::mem::take(&mut written.functions),
         memories: scan.memories.clone(),
         globals: Vec::new(),
         tables: Vec::new(),
@@ -88,10 +89,8 @@ pub(crate) fn relocate(
     for function in written.hot.iter().chain(&written.clones) {
         out.code.function(&function.0);
     }
-    out.code.function(&emit::resume_dispatcher(
-        graph.functions(),
-        written.clones.len() as u32,
-    ));
+    out.code
+        .function(&emit::resume_dispatcher(&written.entries));
     let hints = |functions: &[Written], first: u32, out: &mut BranchHints| {
         for (at, function) in (first..).zip(functions) {
             if !function.1.is_empty() {
@@ -101,7 +100,7 @@ pub(crate) fn relocate(
     };
     hints(&written.hot, imported, &mut out.hints);
     hints(&written.clones, graph.functions(), &mut out.hints);
-    out.names(&meta, &graph);
+    out.names(&meta, &written);
     out.finish(&input, &meta)
 }
 
@@ -235,11 +234,13 @@ impl Reencode for Collect<'_> {
     }
 }
 
-type Written = (wasm_encoder::Function, Vec<BranchHint>);
-
 struct Functions {
     hot: Vec<Written>,
+    /// Clones, each followed by its loop versions.
     clones: Vec<Written>,
+    /// Indices of the clones, as functions, and how many loop versions follow each.
+    entries: Vec<u32>,
+    versions: Vec<u32>,
     functions: Vec<meta::Function>,
     block_types: BlockTypes,
     clone_type: u32,
@@ -251,6 +252,8 @@ fn write_functions(input: &mut Input<'_>, graph: &CallGraph) -> Result<Functions
     let mut out = Functions {
         hot: Vec::new(),
         clones: Vec::new(),
+        entries: Vec::new(),
+        versions: Vec::new(),
         functions: Vec::new(),
         block_types: BlockTypes::new(2 * types),
         clone_type: 0,
@@ -277,7 +280,16 @@ fn write_functions(input: &mut Input<'_>, graph: &CallGraph) -> Result<Functions
         out.hot.push(plan.hot(&mut out.block_types)?);
         if let Some(meta) = plan.meta()? {
             next_point += meta.points.len() as u32;
-            out.clones.push(plan.clone_version(&mut out.block_types)?);
+            let index = graph.functions() + out.clones.len() as u32;
+            out.entries.push(index);
+            let hot_bytes = out.hot.last().map_or(0, |hot| hot.0.byte_len());
+            let versions = plan.loop_versions(&mut out.block_types, hot_bytes)?;
+            let first_loop = versions.is_some().then_some(index + 1);
+            let clone = plan.clone_version(&mut out.block_types, first_loop)?;
+            out.clones.push(clone);
+            let versions = versions.unwrap_or_default();
+            out.versions.push(versions.len() as u32);
+            out.clones.extend(versions);
             out.functions.push(meta);
         }
     }
@@ -442,13 +454,17 @@ impl Output {
         Ok(())
     }
 
-    fn names(&mut self, meta: &Meta, graph: &CallGraph) {
+    fn names(&mut self, meta: &Meta, written: &Functions) {
         let mut names = NameMap::new();
         for (index, name) in &meta.names {
             names.append(*index, name);
         }
-        for (at, function) in (graph.functions()..).zip(&meta.functions) {
-            names.append(at, &meta.function_name(function.index));
+        let clones = written.entries.iter().zip(&written.versions);
+        for ((at, versions), function) in clones.zip(&meta.functions) {
+            let name = meta.function_name(function.index);
+            for index in *at..=at + versions {
+                names.append(index, &name);
+            }
         }
         self.names.functions(&names);
         self.names.locals(&IndirectNameMap::new());

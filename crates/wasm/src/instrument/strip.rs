@@ -20,8 +20,6 @@ use wasmparser::{CustomSectionReader, KnownCustom, Parser, Payload};
 /// [`InstrumentError`] if it is none.
 pub fn without_clones(module: &[u8], meta: &Meta) -> Result<Vec<u8>, InstrumentError> {
     let mut out = Module::new();
-    // Clones and the function that enters them come last.
-    let clones = meta.functions.len() as u32 + 1;
     let imported = meta.imports.len() as u32;
     let mut kept = 0;
     let mut code = CodeSection::new();
@@ -30,9 +28,8 @@ pub fn without_clones(module: &[u8], meta: &Meta) -> Result<Vec<u8>, InstrumentE
         let payload = payload?;
         match &payload {
             Payload::FunctionSection(section) => {
-                kept = section.count().checked_sub(clones).ok_or_else(|| {
-                    InstrumentError::Malformed("it has fewer functions than clones".into())
-                })?;
+                let types: Vec<u32> = section.clone().into_iter().collect::<Result<_, _>>()?;
+                kept = without(&types, meta.functions.len())?;
                 let mut functions = FunctionSection::new();
                 for ty in section.clone().into_iter().take(kept as usize) {
                     functions.function(ty?);
@@ -69,6 +66,25 @@ pub fn without_clones(module: &[u8], meta: &Meta) -> Result<Vec<u8>, InstrumentE
         }
     }
     Ok(out.finish())
+}
+
+/// Functions that stay. What enters clones comes last; the clones are before it, and no
+/// function that stays has a type of theirs.
+fn without(types: &[u32], clones: usize) -> Result<u32, InstrumentError> {
+    let few = || InstrumentError::Malformed("it has fewer functions than clones".into());
+    let (_, types) = types.split_last().ok_or_else(few)?;
+    let kept = match (clones, types.last()) {
+        (0, _) => types.len(),
+        (_, None) => return Err(few()),
+        (_, Some(clone)) => types
+            .iter()
+            .rposition(|ty| ty != clone)
+            .map_or(0, |at| at + 1),
+    };
+    match kept + clones <= types.len() {
+        true => Ok(kept as u32),
+        false => Err(few()),
+    }
 }
 
 /// Branch hints of the functions that stay, and names.

@@ -121,6 +121,20 @@ fn table_limits() -> StoreLimits {
         .build()
 }
 
+/// Runs code. Where the engine finds that the code cannot be what it was made of (an
+/// instrumented module that was changed reaches behind its control memory, which the engine
+/// has twice), its assertion ends this code, and not the thread that waits for it.
+fn asserted<T>(run: impl FnOnce() -> wasmtime::Result<T>) -> wasmtime::Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        let why = panic.downcast_ref::<&str>().map(|why| (*why).to_owned());
+        let why = why.or_else(|| panic.downcast_ref::<String>().cloned());
+        let why = why.unwrap_or_else(|| "an assertion".into());
+        Err(wasmtime::Error::msg(format!(
+            "the engine, or its host, failed: {why}"
+        )))
+    })
+}
+
 impl Fiber {
     /// A fresh instance for a thread.
     ///
@@ -214,7 +228,7 @@ impl Fiber {
         self.pending = Pending::Nothing;
         self.store.data_mut().pending = Pending::Nothing;
         self.enter();
-        let outcome = function.call(&mut self.store, &params, &mut results);
+        let outcome = asserted(|| function.call(&mut self.store, &params, &mut results));
         if let Err(error) = outcome {
             return Err(self.stop(error));
         }
@@ -311,7 +325,7 @@ impl Fiber {
             return Err(plain_trap("a frame was resumed without clones".into()));
         };
         let number = frame.point - function.first_point + 1;
-        match clones.call(&mut self.store, (position as u32, number)) {
+        match asserted(|| clones.call(&mut self.store, (position as u32, number))) {
             Err(error) => Err(self.stop(error)),
             Ok(0) => {
                 self.pending = Pending::Results(self.results(&function.results)?);

@@ -380,6 +380,85 @@ fn long_chains_of_tail_calls() {
     assert!(frames <= 2, "{frames}");
 }
 
+/// Loops one behind the other, and within each other, with values below them and in the
+/// arms of `if`s: who is resumed goes on in the loop's own version, and from one to the next.
+/// Of so many that each has only its own code, or the clone has them itself, too.
+#[test]
+fn loops_beside_and_within_loops() {
+    let beside = |count: u32| -> String {
+        let one = |at: u32| {
+            format!(
+                "(local.set $i (i32.const {}))
+                 (if (i32.and (local.get $n) (i32.const 1))
+                   (then (loop $l
+                     (local.set $sum (i32.add (i32.mul (local.get $sum) (i32.const 3)) (local.get $i)))
+                     (br_if $l (local.tee $i (i32.sub (local.get $i) (i32.const 1))))))
+                   (else (loop $l
+                     (local.set $sum (i32.xor (local.get $sum) (call $f (local.get $i))))
+                     (br_if $l (local.tee $i (i32.sub (local.get $i) (i32.const 1)))))))",
+                2 + at % 3
+            )
+        };
+        (0..count).map(one).collect()
+    };
+    let within = |depth: u32| -> String {
+        let begin = |at: u32| {
+            format!(
+                "(local.set $c{at} (i32.const 2))
+                 (local.set $sum (i32.add (local.get $sum) (block $b{at} (result i32)
+                   (i32.const {at})
+                   (loop $l{at} (param i32) (result i32)
+                     (i32.add (i32.const 1))"
+            )
+        };
+        let end = |at: u32| {
+            format!(
+                "(local.set $sum (i32.add (local.get $sum) (i32.const {at})))
+                 (br_if $b{at} (i32.eq (i32.rem_u (local.get $sum) (i32.const 97)) (i32.const 5)))
+                 (br_if $l{at} (local.tee $c{at} (i32.sub (local.get $c{at}) (i32.const 1))))
+                 ))))"
+            )
+        };
+        let begins: String = (0..depth).map(begin).collect();
+        begins + &(0..depth).rev().map(end).collect::<String>()
+    };
+    for (count, depth) in [(3, 3), (40, 6), (400, 9)] {
+        let counters: String = (0..depth).map(|at| format!("(local $c{at} i32)")).collect();
+        let wat = format!(
+            r#"(module
+              (func $f (param i32) (result i32)
+                (if (i32.eqz (local.get 0)) (then (return (i32.const 7))))
+                (i32.add (i32.const 1) (call $f (i32.sub (local.get 0) (i32.const 1)))))
+              (func (export "run") (param $n i32) (result i32)
+                (local $i i32) (local $sum i32) {counters}
+                (i32.add (local.get $n) (block (result i32)
+                  (local.set $sum (local.get $n))
+                  {} {}
+                  (local.get $sum)))))"#,
+            beside(count),
+            within(depth)
+        );
+        same(
+            &wat,
+            &[("run", &[Value::I32(1)]), ("run", &[Value::I32(6)])],
+        );
+    }
+    // What comes of loops within loops is bounded.
+    let deep = |depth: u32| {
+        let counters: String = (0..depth).map(|at| format!("(local $c{at} i32)")).collect();
+        let wat = format!(
+            r#"(module (func (export "run") (param $n i32) (result i32)
+                (local $sum i32) {counters} {} (local.get $sum)))"#,
+            within(depth)
+        );
+        let bytes = wat::parse_str(&wat).unwrap();
+        let whole = keel_wasm::instrument::instrument(&bytes).unwrap();
+        (bytes.len(), whole.len())
+    };
+    let (bytes, whole) = deep(100);
+    assert!(whole < 200 * bytes + (1 << 20), "{whole} of {bytes}");
+}
+
 /// What a call that trapped in the middle left does not reach the next one.
 #[test]
 fn a_trap_leaves_nothing_behind() {
