@@ -55,7 +55,7 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
         stands: false,
     };
     let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;
-    let member = parts.members().first().context("a member")?;
+    let member = parts.members().values().next().context("a member")?;
     let there = PartId::new(1).context("a part")?;
     let begun = Instant::now();
     while machine.threads().len() < 2 {

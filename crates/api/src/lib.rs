@@ -550,7 +550,7 @@ pub struct RestoreRequest {
     pub nodes: Vec<String>,
 }
 
-/// Parts that a machine is to have.
+/// Parts that a machine is to have; of one that has some, those come and go that differ.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SpanRequest {

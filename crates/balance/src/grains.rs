@@ -163,6 +163,11 @@ pub enum Grain {
     },
     /// All of it comes back to its home.
     Gather,
+    /// It has no parts on these nodes any more.
+    Leave {
+        /// Where none may be.
+        nodes: Vec<Name>,
+    },
 }
 
 /// Something that was weighed, and what was found.
@@ -203,6 +208,7 @@ impl fmt::Display for Grain {
                 mib(bytes)
             ),
             Grain::Gather => f.write_str("comes back together"),
+            Grain::Leave { nodes } => write!(f, "has no part on {} any more", nodes.join(", ")),
         }
     }
 }
@@ -400,14 +406,20 @@ fn widen(scene: &Scene, policy: &Policy) -> Option<Choice> {
     Some(scene.choice(Grain::Spread { nodes }, why, Vec::new()))
 }
 
-/// A part is where none may be.
+/// Parts are where none may be.
 fn leaves(scene: &Scene) -> Option<Choice> {
-    let mut members = scene.parts.iter().skip(1);
-    let why = members.find_map(|part| {
-        let why = scene.node(&part.node)?.forbidden.as_ref()?;
-        Some(format!("its part on {} must go: {why}", part.node))
-    })?;
-    Some(scene.choice(Grain::Gather, why, Vec::new()))
+    let (mut nodes, mut why) = (Vec::new(), Vec::new());
+    for part in scene.parts.iter().skip(1) {
+        let forbidden = scene.node(&part.node).and_then(|it| it.forbidden.as_ref());
+        if let Some(reason) = forbidden.filter(|_| !nodes.contains(&part.node)) {
+            nodes.push(part.node.clone());
+            why.push(format!("its part on {} must go: {reason}", part.node));
+        }
+    }
+    if nodes.is_empty() {
+        return None;
+    }
+    Some(scene.choice(Grain::Leave { nodes }, why.join("; "), Vec::new()))
 }
 
 /// Whether it runs less than it would at its home alone, as it waits for pages; then that
@@ -972,7 +984,8 @@ mod tests {
         drained.nodes[2].forbidden = Some("c is being drained".into());
         let choices = decide(&drained, &policy);
         assert_eq!(choices.len(), 1);
-        assert_eq!(choices[0].grain, Grain::Gather);
+        let nodes = vec![drained.nodes[2].name.clone()];
+        assert_eq!(choices[0].grain, Grain::Leave { nodes });
         assert!(choices[0].why.contains("drained"), "{}", choices[0].why);
 
         // Two threads hand a page to and fro.

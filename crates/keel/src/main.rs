@@ -146,7 +146,8 @@ enum Command {
     /// Moves a running machine to another node; or one thread of it (M/thread/NUMBER), or a
     /// piece of its memory (M/objects/RANGE), to another part.
     Move(machines::MoveArgs),
-    /// Gives a running machine with threads parts on several nodes.
+    /// Gives a running machine with threads parts on several nodes; where it has some, those
+    /// come and go that differ.
     Span(parts::SpanArgs),
     /// Brings the threads and the memory of a machine back to its home.
     Unspan {

@@ -198,7 +198,8 @@ async fn what_cannot_be_is_said() {
     }
     bench.does(&["span", "m", "--nodes", "b"]);
     for (args, with) in [
-        (&["span", "m", "--nodes", "c"][..], "parts on a, b already"),
+        (&["span", "m", "--nodes", "a"][..], "name other nodes"),
+        (&["span", "m", "--nodes", "b,x"], "no node"),
         (&["set", "m", "--memory", "1G"], "keel unspan"),
         (&["set", "m", "--cpu", "0.5"], "keel unspan"),
         (&["move", "m/thread/99", "--to", "b"], "no thread 99"),
@@ -344,6 +345,14 @@ async fn what_is_larger_than_a_part_begins_on_several() {
         bench.does(&["kill", "twin"]);
         bench.does(&["rm", "twin"]);
     }
+    // It cannot be on one node, nor on two; but its parts may be others.
+    let (done, text) = restore(&[]);
+    assert!(done, "{text}");
+    bench.does(&["span", "twin", "--nodes", "b,b,c"]);
+    bench.does(&["span", "twin", "--nodes", "b,b"]);
+    goes_on("twin", &["a", "b", "b"]).await;
+    bench.does(&["kill", "twin"]);
+    bench.does(&["rm", "twin"]);
     for (args, why) in [
         (&["--nodes", "x"][..], "no node"),
         (&["--nodes", "a"], "all of it would be on a"),
@@ -387,6 +396,157 @@ async fn what_is_larger_than_a_part_begins_on_several() {
     assert_eq!(spans, 3);
     goes_on("m", &["a", "b", "c"]).await;
     bench.does(&["kill", "m"]);
+    bench.no_parts().await;
+}
+
+/// Parts come and go while it runs, with the threads and the memory that they have, also
+/// when their node's agent, or its home's, is another one than when they were made.
+#[tokio::test(flavor = "multi_thread")]
+async fn parts_come_and_go_while_it_runs() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("threads");
+    let args = ["5", "700000"];
+    run(&bench, &Guest::new("m", "a", &module, &args)).await;
+    run(&bench, &Guest::new("alone", "b", &module, &args)).await;
+    let on = || {
+        let parts = bench.parts("m").parts.into_iter();
+        parts.map(|part| part.node).collect::<Vec<String>>()
+    };
+    let threads = |node: &str| {
+        let threads = bench.parts("m").threads.into_iter();
+        threads.filter(|thread| thread.node == node).count()
+    };
+    bench.does(&["span", "m", "--nodes", "b"]);
+    let members = [["m/thread/1", "b"], ["m/thread/2", "b"]];
+    for [thread, to] in members {
+        bench.does(&["move", thread, "--to", to]);
+    }
+    wait_for("they are there", || async {
+        (threads("b") == 2).then_some(())
+    })
+    .await
+    .expect("they are");
+    // One more; then one goes, and its threads to the home; then its node's is another part,
+    // and there are two on one node.
+    let said = bench.does(&["span", "m", "--nodes", "b,c"]);
+    assert!(said.contains("spans a, b, c"), "{said}");
+    bench.does(&["move", "m/thread/3", "--to", "c"]);
+    assert_eq!(threads("b"), 2);
+    bench.does(&["span", "m", "--nodes", "c"]);
+    assert_eq!(on(), ["a", "c"]);
+    assert_eq!(threads("b"), 0);
+    assert_eq!(bench.cluster.parts_of("b"), 0);
+    // (It is that already.)
+    bench.does(&["span", "m", "--nodes", "a,c"]);
+    for agent in ["c", "a"] {
+        bench.cluster.kill_agent(agent).expect("an agent");
+        bench.cluster.wait_alive(agent).await.expect("it is back");
+    }
+    // (The store has another leader first.)
+    wait_for("its parts are changed", || async {
+        let (done, _) = bench.keel(&["span", "m", "--nodes", "b,b,c"]);
+        done.then_some(())
+    })
+    .await
+    .expect("parts");
+    let mut nodes = on();
+    nodes.sort();
+    assert_eq!(nodes, ["a", "b", "b", "c"]);
+    // What replaces another one gets its threads.
+    bench.does(&["move", "m/thread/4", "--to", "c"]);
+    wait_for("it is there", || async { (threads("c") > 0).then_some(()) })
+        .await
+        .expect("it is");
+    bench.does(&["span", "m", "--nodes", "b"]);
+    assert_eq!(on(), ["a", "b"]);
+    bench.does(&["move", "m/thread/4", "--to", "b"]);
+    wait_for("it is there", || async { (threads("b") > 0).then_some(()) })
+        .await
+        .expect("it is");
+    bench.does(&["span", "m", "--nodes", "c"]);
+    assert_eq!(on(), ["a", "c"]);
+    assert!(threads("c") > 0);
+    bench.does(&["unspan", "m"]);
+    bench.no_parts().await;
+    for machine in ["m", "alone"] {
+        let info = bench.cluster.wait_end("a", machine).await.expect("its end");
+        assert_eq!(info.status, "exited (0)", "{info:?}");
+    }
+    let outputs = [
+        bench.cluster.output("a", "m").await.expect("output"),
+        bench.cluster.output("b", "alone").await.expect("output"),
+    ];
+    assert_eq!(outputs[0], outputs[1]);
+}
+
+/// Who is lost while a part comes, or has gone: the machine goes on with the parts that it
+/// has, or, where that was its home, ends as at any time.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_lost_while_parts_come_and_go() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("threads");
+    run(&bench, &Guest::new("m", "a", &module, &["3", "40000000"])).await;
+    bench.does(&["span", "m", "--nodes", "b"]);
+    let order = async |name: &str, order: Option<&str>| {
+        let done = bench.cluster.failpoint("a", name, order).await;
+        done.expect("an order");
+    };
+    let has = || {
+        let parts = bench.parts("m").parts.into_iter();
+        parts.map(|part| part.node).collect::<Vec<String>>()
+    };
+    order("parts.known", Some("error")).await;
+    bench.fails(&["span", "m", "--nodes", "b,c"], "parts.known");
+    order("parts.known", None).await;
+    assert_eq!(has(), ["a", "b"]);
+    wait_for("nothing of it is left", || async {
+        (bench.cluster.parts_of("c") == 0).then_some(())
+    })
+    .await
+    .expect("no part");
+    // The owner's agent: nobody lets the new one join, and it ends.
+    order("parts.known", Some("kill")).await;
+    let (done, text) = bench.keel(&["span", "m", "--nodes", "b,c"]);
+    assert!(!done, "{text}");
+    bench.cluster.wait_alive("a").await.expect("it is back");
+    wait_for("nothing of it is left", || async {
+        (bench.cluster.parts_of("c") == 0).then_some(())
+    })
+    .await
+    .expect("no part");
+    wait_for("its parts are told of", || async {
+        let (done, _) = bench.keel(&["parts", "m"]);
+        done.then_some(())
+    })
+    .await
+    .expect("parts");
+    assert_eq!(has(), ["a", "b"]);
+    assert_eq!(bench.inspect("m").await.status, "running");
+    // Again, and it works. (The store has another leader first.)
+    wait_for("it has parts on both", || async {
+        let (done, _) = bench.keel(&["span", "m", "--nodes", "b,c"]);
+        done.then_some(())
+    })
+    .await
+    .expect("parts");
+    assert_eq!(has(), ["a", "b", "c"]);
+    // The answer is lost: what was done is seen.
+    order("parts.gone", Some("error")).await;
+    bench.fails(&["span", "m", "--nodes", "c"], "parts.gone");
+    order("parts.gone", None).await;
+    assert_eq!(has(), ["a", "c"]);
+    bench.does(&["span", "m", "--nodes", "b,c"]);
+    // The home: so ends the machine, and with it all its parts.
+    order("parts.gone", Some("kill")).await;
+    let (done, text) = bench.keel(&["span", "m", "--nodes", "c"]);
+    assert!(!done, "{text}");
+    let info = bench.cluster.wait_end("a", "m").await.expect("its end");
+    assert!(
+        info.status.starts_with("lost") || info.status.starts_with("failed"),
+        "{info:?}"
+    );
     bench.no_parts().await;
 }
 

@@ -362,6 +362,16 @@ pub const ALL: &[Failpoint] = &[
         "its memory is on its parts, it does not run",
     ),
     at(
+        "parts.known",
+        Place::Agent,
+        "all members know a part that comes, its home does not",
+    ),
+    at(
+        "parts.gone",
+        Place::Worker,
+        "a part is gone, and nobody is told",
+    ),
+    at(
         "start.running",
         Place::Agent,
         "it runs, the store does not know",

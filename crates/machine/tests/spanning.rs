@@ -179,6 +179,109 @@ fn it_spans_and_is_alone_again() {
     assert!(changes >= 2, "{changes}");
 }
 
+/// Parts come and go while it runs, with threads and pages: nothing of it is lost.
+#[test]
+fn parts_come_and_go_while_it_runs() {
+    let (threads, mapreduce) = (["8", "40000"], ["4", "8", "60"]);
+    for (name, args, seed) in [("threads", &threads[..], 1), ("mapreduce", &mapreduce, 2)] {
+        let program = guest(name);
+        let expected = alone(&program, args);
+        let running = Running::new(&program, args);
+        let mut parts = running.span(2);
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let (mut came, mut went) = (0, 0);
+        let outcome = loop {
+            let pause = Duration::from_micros(rng.random_range(100..6000));
+            if let Some(outcome) = running.machine.wait(Some(pause)) {
+                break outcome;
+            }
+            let members: Vec<PartId> = parts.home().members().iter().collect();
+            let to = match rng.random_range(0..=members.len()) {
+                0 => PartId::HOME,
+                at => members[at - 1],
+            };
+            let changed = match rng.random_range(0..10) {
+                0 if members.len() < 4 => parts.join().map(|_| came += 1),
+                1 if !members.is_empty() => {
+                    let part = members[rng.random_range(0..members.len())];
+                    let to = if to == part { PartId::HOME } else { to };
+                    parts.part_with(part, to, LONG).map(|_| went += 1)
+                }
+                2 => {
+                    // Some pages, so that it has something.
+                    let first = rng.random_range(0..64u64) << 16;
+                    let _ = parts
+                        .home()
+                        .pages()
+                        .move_pages(0, first..first + (1 << 16), to);
+                    Ok(())
+                }
+                _ => {
+                    let threads = running.machine.threads();
+                    if !threads.is_empty() {
+                        let thread = threads[rng.random_range(0..threads.len())];
+                        let _ = running.machine.move_thread(thread, to);
+                    }
+                    Ok(())
+                }
+            };
+            match changed {
+                Ok(()) => {}
+                // It ended in the middle.
+                Err(_) if running.machine.wait(Some(LONG)).is_some() => break running.outcome(),
+                Err(error) => panic!("{name}: {error}"),
+            }
+        };
+        assert_eq!(parts.home().failure(), None);
+        assert_eq!(outcome, Outcome::Exit(0), "{name}: {}", running.text());
+        assert_eq!(running.text(), expected, "{name}");
+        assert!(came > 2 && went > 2, "{name}: {came} came, {went} went");
+    }
+}
+
+/// What was about to join and ends, or what others have not heard of, is no loss; who joins
+/// under a number that is taken, or goes and is none, is refused.
+#[test]
+fn who_did_not_join_is_no_loss() {
+    let program = guest("spinner");
+    let running = Running::new(&program, &["1000000", "100000"]);
+    let mut parts = running.span(2);
+    let refused = parts.part_with(part(2), PartId::HOME, LONG);
+    assert!(refused.is_err(), "{refused:?}");
+    let refused = parts.part_with(part(1), part(1), LONG);
+    assert!(refused.is_err(), "{refused:?}");
+    for _ in 0..3 {
+        let (new, _) = parts.join().unwrap();
+        assert_eq!(new, part(2));
+        assert_eq!(parts.members().len(), 2);
+        running
+            .machine
+            .move_thread(running.machine.threads()[0], new)
+            .unwrap();
+        parts.part_with(new, part(1), LONG).unwrap();
+        let refused = running
+            .machine
+            .move_thread(running.machine.threads()[0], new);
+        assert!(
+            matches!(refused, Err(MachineError::NoPart(_))),
+            "{refused:?}"
+        );
+    }
+    parts.lose_joining().unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(parts.home().failure(), None);
+    assert!(running.machine.wait(Some(Duration::ZERO)).is_none());
+    let (new, _) = parts.join().unwrap();
+    assert_eq!(new, part(2));
+    parts.lose_last();
+    assert!(running.machine.wait(Some(LONG)).is_some());
+    let failure = parts.home().failure();
+    assert!(
+        matches!(&failure, Some(SpanError::Lost { part, .. }) if part.number() == 2),
+        "{failure:?}"
+    );
+}
+
 /// What does not come home in time can be asked to again; until then nothing goes to the
 /// others, and it runs.
 #[test]
@@ -203,7 +306,10 @@ fn who_comes_home_too_late_is_asked_again() {
         "{error}"
     );
     let refused = running.machine.move_thread(0, part(1));
-    assert!(matches!(refused, Err(MachineError::Leaving)), "{refused:?}");
+    assert!(
+        matches!(refused, Err(MachineError::Leaving(_))),
+        "{refused:?}"
+    );
     assert_eq!(parts.home().failure(), None);
     if let Err((_, error)) = parts.alone(LONG) {
         panic!("{error}");

@@ -111,7 +111,7 @@ async fn memory_bytes(origin: &Origin, most: u64) -> Result<Option<u64>, String>
 }
 
 /// The other nodes that a machine may be on and that answer, and what they have room for.
-async fn rooms(agent: &Arc<Agent>, machine: &MachineName) -> Vec<(NodeName, u64)> {
+pub(crate) async fn rooms(agent: &Arc<Agent>, machine: &MachineName) -> Vec<(NodeName, u64)> {
     let all = agent.members.all();
     let others = all.keys().filter(|node| **node != agent.name).cloned();
     let asked = others.map(|node| async move {
@@ -205,8 +205,6 @@ pub(crate) async fn begin(
     failpoint::pass_async("apart.held")
         .await
         .map_err(injected)?;
-    // What its parts are to keep is not in what it was started with.
-    crate::set::tell(agent, &record.name, worker).await;
     spanning::span_held(agent, record, worker, nodes)
         .await
         .map_err(|error| error.to_string())?;

@@ -28,6 +28,7 @@
 mod agent;
 mod apart;
 mod balancer;
+mod changing;
 #[cfg(feature = "failpoints")]
 mod debug;
 mod diff;

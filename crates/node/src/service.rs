@@ -6,13 +6,13 @@ use crate::events::{self, Note, Question};
 use crate::offer::{self, Offer};
 use crate::operate::{self, Operation};
 use crate::output;
-use crate::spanning;
 use crate::state_dir::{is_hash, write_whole};
 use crate::workers::PROMPT;
+use crate::{changing, spanning};
 use futures::FutureExt;
 use keel_cluster::service::ClusterService;
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::worker::control::{pack, unpack};
+use keel_machine::worker::control::{JoinNew, MeetNew, pack, unpack};
 use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -65,6 +65,10 @@ pub(crate) mod kind {
     /// `(machine, CPU features that a part of it needs)` → `u64`: bytes of memory that are
     /// free for it.
     pub(crate) const ROOM: u16 = 0x0316;
+    /// [`keel_machine::worker::control::MeetNew`] → [`keel_machine::span::Place`].
+    pub(crate) const MEET_NEW: u16 = 0x0317;
+    /// [`keel_machine::worker::control::JoinNew`] → `u64`.
+    pub(crate) const JOIN_NEW: u16 = 0x0318;
 }
 
 /// Bytes of a module in one piece.
@@ -178,6 +182,16 @@ impl Service {
             kind::PART_JOIN => {
                 let request = unpack(&payload)?;
                 let joined = spanning::join(agent, request).await;
+                Ok(pack(&joined.map_err(RpcError::failed)?)?.into())
+            }
+            kind::MEET_NEW => {
+                let request: MeetNew = unpack(&payload)?;
+                let place = changing::meet_new(agent, &request).await;
+                Ok(pack(&place.map_err(RpcError::failed)?)?.into())
+            }
+            kind::JOIN_NEW => {
+                let request: JoinNew = unpack(&payload)?;
+                let joined = changing::join_new(agent, &request).await;
                 Ok(pack(&joined.map_err(RpcError::failed)?)?.into())
             }
             kind::ROOM => {

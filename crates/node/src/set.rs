@@ -97,7 +97,8 @@ pub(crate) async fn tell(agent: &Agent, machine: &MachineName, worker: &Worker) 
     }
 }
 
-async fn tell_spec(worker: &Worker, record: &Record) {
+/// As [`tell`], of what is known already.
+pub(crate) async fn tell_spec(worker: &Worker, record: &Record) {
     if let Err(error) = ask(worker, &record.spec).await {
         tracing::warn!(machine = %record.name, %error, "its limits are not those of its record");
     }

@@ -16,6 +16,7 @@
 //! Which parts a machine has its home's worker knows; the store has its owner, as ever.
 
 use crate::agent::Agent;
+use crate::changing::{Changed, Spanning};
 use crate::events::Note;
 use crate::operate::{self, OperateError, Operation};
 use crate::service::kind as node_kind;
@@ -39,9 +40,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How long parts may take to meet, and threads to safepoints.
-const SPAN_PATIENCE: Duration = Duration::from_secs(40);
+pub(crate) const SPAN_PATIENCE: Duration = Duration::from_secs(40);
 /// How long threads and pages may take home.
-const UNSPAN_PATIENCE: Duration = Duration::from_secs(150);
+pub(crate) const UNSPAN_PATIENCE: Duration = Duration::from_secs(150);
 /// How long all of it may take, compiling too.
 pub(crate) const PATIENCE: Duration = COMPILE_PATIENCE;
 /// Tries to let a machine span again that was brought together, and the pause between two:
@@ -83,7 +84,7 @@ pub(crate) struct PartJoin {
     pub(crate) join: Option<Join>,
 }
 
-fn text(error: RpcError) -> String {
+pub(crate) fn text(error: RpcError) -> String {
     match error {
         RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } if is_older(&reason) => {
             OLDER.into()
@@ -274,7 +275,7 @@ fn members(agent: &Agent, named: &[String]) -> Result<BTreeMap<PartId, NodeName>
     }
 }
 
-/// Lets a machine that runs here span nodes.
+/// Lets a machine that runs here span nodes; of one that spans already parts come and go.
 pub(crate) async fn span(
     agent: &Arc<Agent>,
     machine: &MachineName,
@@ -295,31 +296,63 @@ pub(crate) async fn span(
             "machine {machine:?} does not run yet, or is still arriving"
         )));
     };
-    if found.parts > 0 {
-        let now = parts_of(agent, machine).await?;
-        let nodes: Vec<&str> = now.parts.iter().map(|part| part.node.as_str()).collect();
-        return Err(OperateError::Conflict(format!(
-            "machine {machine:?} has parts on {} already; `keel unspan {machine}` brings them together first",
-            nodes.join(", ")
+    let record = crate::record::get(&*agent.store, machine).await?.record;
+    if found.parts > 0 && request.here {
+        return Err(OperateError::Bad(format!(
+            "machine {machine:?} has parts already: where threads begin is said when it gets the first (`keel unspan {machine}`)"
         )));
     }
-    let spec = crate::record::get(&*agent.store, machine)
-        .await?
-        .record
-        .spec;
-    let stood = spread(
-        agent,
-        machine,
-        &spec,
-        &worker,
-        &found,
-        &members,
-        request.here,
-    )
-    .await?;
+    if found.parts > 0 {
+        let nodes: Vec<NodeName> = members.into_values().collect();
+        let stood = change(agent, machine, &record.spec, &worker, &found, &nodes).await?;
+        let mut info = parts_of(agent, machine).await?;
+        info.stood_micros = Some(stood);
+        return Ok(info);
+    }
+    let stood = spread(agent, &record, &worker, &found, &members, request.here).await?;
     let mut info = parts_of(agent, machine).await?;
     info.stood_micros = Some(stood);
     Ok(info)
+}
+
+/// A machine that spans has parts on these nodes, and its home, and on no others.
+/// Microseconds that it stood still.
+async fn change(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    spec: &Spec,
+    worker: &Worker,
+    found: &Report,
+    nodes: &[NodeName],
+) -> Result<u64, OperateError> {
+    let (State::Running { epoch }, Some(program)) = (&found.state, found.program) else {
+        return Err(OperateError::Conflict("it has no module".into()));
+    };
+    let spanning = Spanning {
+        agent,
+        machine,
+        spec,
+        worker,
+        program: Fingerprint(program),
+        epoch: *epoch,
+    };
+    let mut changed = Changed::default();
+    let done = spanning.change(nodes, &mut changed).await;
+    let named = |nodes: &[NodeName]| {
+        let nodes: Vec<&str> = nodes.iter().map(NodeName::as_str).collect();
+        nodes.join(", ")
+    };
+    let what = match (&changed.came[..], &changed.went[..]) {
+        ([], []) => return done.map(|()| 0),
+        (came, []) => format!("has parts on {}, too", named(came)),
+        ([], went) => format!("has no part on {} any more", named(went)),
+        (came, went) => format!("has parts on {}, and none on {}", named(came), named(went)),
+    };
+    let stood = changed.stood as f64 / 1000.0;
+    let what = format!("{what}; it stood still for {stood:.1} ms");
+    let note = Note::machine(EventKind::MachineSpans, machine, what);
+    agent.events.record(note.under(*epoch));
+    done.map(|()| changed.stood)
 }
 
 /// A machine that is held gets parts on these nodes, further than its home.
@@ -333,8 +366,7 @@ pub(crate) async fn span_held(
     let members = (1..).map_while(PartId::new).zip(nodes.iter().cloned());
     let members = members.collect();
     let found = report(worker).await?;
-    let spec = &record.spec;
-    spread(agent, &record.name, spec, worker, &found, &members, false).await?;
+    spread(agent, record, worker, &found, &members, false).await?;
     Ok(())
 }
 
@@ -342,13 +374,13 @@ pub(crate) async fn span_held(
 /// stood still.
 async fn spread(
     agent: &Arc<Agent>,
-    machine: &MachineName,
-    spec: &Spec,
+    record: &Record,
     worker: &Worker,
     found: &Report,
     members: &BTreeMap<PartId, NodeName>,
     here: bool,
 ) -> Result<u64, OperateError> {
+    let (machine, spec) = (&record.name, &record.spec);
     let (State::Running { epoch } | State::Held { epoch }) = found.state else {
         return Err(OperateError::Conflict(format!(
             "machine {machine:?} does not run any more"
@@ -356,6 +388,8 @@ async fn spread(
     };
     let program = found.program.map(Fingerprint);
     let program = program.ok_or_else(|| OperateError::Conflict("it has no module".into()))?;
+    // What its parts are to keep is not in what its worker was started with.
+    crate::set::tell_spec(worker, record).await;
     let spawning = match spec.balancing.spawn {
         _ if here => Spawning::Here,
         Spawn::Here => Spawning::Here,
@@ -567,7 +601,7 @@ async fn meet(
     }
 }
 
-async fn ready_on(
+pub(crate) async fn ready_on(
     agent: &Arc<Agent>,
     node: &NodeName,
     offer: PartOffer,
@@ -584,7 +618,11 @@ async fn ready_on(
     unpack(&answer).map_err(|error| error.to_string())
 }
 
-async fn join_on(agent: &Arc<Agent>, node: &NodeName, request: PartJoin) -> Result<(), String> {
+pub(crate) async fn join_on(
+    agent: &Arc<Agent>,
+    node: &NodeName,
+    request: PartJoin,
+) -> Result<(), String> {
     if *node == agent.name {
         return join(agent, request).await;
     }
@@ -704,29 +742,6 @@ pub(crate) fn apart_again(agent: &Arc<Agent>, machine: &MachineName, before: Apa
             .events
             .record(Note::machine(EventKind::MachineAlone, &machine, what));
     });
-}
-
-/// Lets a machine that runs here span nodes, also one that spans others: its threads go
-/// back to where they were, as far as there are parts.
-pub(crate) async fn span_anew(
-    agent: &Arc<Agent>,
-    machine: &MachineName,
-    request: &SpanRequest,
-) -> Result<PartsInfo, OperateError> {
-    let before = bring_together(agent, machine).await?;
-    let info = match span(agent, machine, request).await {
-        Ok(info) => info,
-        Err(error) => {
-            if let Some(before) = before {
-                apart_again(agent, machine, before);
-            }
-            return Err(error);
-        }
-    };
-    if let Some(before) = before {
-        send_back(agent, machine, &before, &request.nodes).await;
-    }
-    Ok(info)
 }
 
 /// Threads go where they were.

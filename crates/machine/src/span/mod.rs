@@ -12,10 +12,12 @@
 //! - `keep`: which pages leave a part that has too many
 //! - `ahead`: which pages are asked for before they are touched
 //! - `threads`: a machine that spans, at its home and at its members
+//! - `change`: parts that come and go
 //! - `within`: all parts of a machine in one process
 //! - `spin`: whether to look again rather than to sleep
 
 mod ahead;
+mod change;
 mod keep;
 mod meet;
 mod pages;

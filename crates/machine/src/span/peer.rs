@@ -9,7 +9,7 @@ use crate::link::keep_alive;
 use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
 use keel_wasm::coherence::PartId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -199,6 +199,8 @@ struct Backlog {
     frames: Vec<Vec<u8>>,
     /// Some were taken out, and are not written yet: what comes after them must wait.
     writing: bool,
+    /// Nothing more comes: when all is written the other side is told so.
+    finished: bool,
     closed: bool,
 }
 
@@ -265,13 +267,19 @@ impl Told {
             let frames = {
                 let mut backlog = locked(&self.backlog);
                 backlog.writing = false;
-                while backlog.frames.is_empty() && !backlog.closed {
+                while backlog.frames.is_empty() && !backlog.closed && !backlog.finished {
                     backlog = self
                         .changed
                         .wait(backlog)
                         .unwrap_or_else(|error| error.into_inner());
                 }
                 if backlog.closed {
+                    return Ok(());
+                }
+                if backlog.frames.is_empty() {
+                    drop(backlog);
+                    // It may have ended.
+                    let _ = locked(&self.out).socket().shutdown(Shutdown::Write);
                     return Ok(());
                 }
                 backlog.writing = true;
@@ -293,6 +301,12 @@ impl Told {
             out.write(&batch)?;
             self.unwritten.fetch_sub(batch.len(), Ordering::Relaxed);
         }
+    }
+
+    /// Ends the writing when what is left is written.
+    pub(super) fn finish(&self) {
+        locked(&self.backlog).finished = true;
+        self.changed.notify_all();
     }
 
     /// Ends the writing; what is left is not written.

@@ -4,8 +4,8 @@
 //! ```text
 //!            freeze, pages, thaw                      threads home, pages home,
 //!   alone ───────────────────────▶ spans, [`Home`] ──────────────────────────▶ alone
-//!                                     │               freeze, thaw
-//!                                     │ a part is lost: it ends
+//!                                  │  ▲  │            freeze, thaw
+//!                a part comes, goes└──┘  │ a part is lost: it ends
 //! ```
 //!
 //! Who starts parts and connects them is not here.
@@ -18,7 +18,7 @@ use keel_wasm::runtime::parts::{Member, Members, Order, Report, Spawning, ToHome
 use keel_wasm::runtime::{Machine, MachineError, Program, Signal, make_memories};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Pages whose directory is at one place: 2 MiB.
@@ -26,7 +26,7 @@ const SEGMENT_PAGES: u32 = 512;
 /// For how long a page stays where it came, at least: about as long as bringing it took.
 const HOLD: Duration = Duration::from_micros(100);
 /// Pause before it is looked again whether threads have come home.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// Why a machine does not begin or cease to span. It goes on as it was, unless a part was
 /// lost.
@@ -110,6 +110,10 @@ impl Listener for HomeListener {
     }
 }
 
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|error| error.into_inner())
+}
+
 struct Way(Teller);
 
 impl Members for Way {
@@ -148,7 +152,12 @@ impl ToHome for HomeWay {
 pub struct Home {
     machine: Machine,
     pages: Arc<Pages>,
-    members: PartSet,
+    members: Mutex<PartSet>,
+    /// Those to which nothing goes any more.
+    leaving: Mutex<PartSet>,
+    /// Those that get no page any more that they ask for: they have no way back.
+    pub(super) emptied: Mutex<PartSet>,
+    spawning: Spawning,
     failure: Arc<Mutex<Option<SpanError>>>,
     stood: Duration,
 }
@@ -222,7 +231,10 @@ impl Home {
         Ok(Home {
             machine: machine.clone(),
             pages: Arc::new(pages),
-            members,
+            members: Mutex::new(members),
+            leaving: Mutex::default(),
+            emptied: Mutex::default(),
+            spawning: how.spawning,
             failure,
             stood: begun.elapsed(),
         })
@@ -240,7 +252,53 @@ impl Home {
 
     /// Its members.
     pub fn members(&self) -> PartSet {
-        self.members
+        *locked(&self.members)
+    }
+
+    pub(super) fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Nothing goes to a member any more, or it may again.
+    pub(super) fn let_leave(&self, part: PartId, leaves: bool) {
+        let mut leaving = locked(&self.leaving);
+        *leaving = match leaves {
+            true => leaving.with(part),
+            false => leaving.without(part),
+        };
+        self.machine.let_leave(*leaving);
+    }
+
+    /// It has these members from now on, of which each has memories as large as here. How
+    /// long the machine stood still.
+    ///
+    /// # Errors
+    /// [`SpanningError`]; it has those that it had, unless one was lost.
+    pub(super) fn set_members(
+        &self,
+        members: PartSet,
+        patience: Duration,
+    ) -> Result<Duration, SpanningError> {
+        self.machine.freeze(patience)?;
+        let begun = Instant::now();
+        let set = |members: PartSet| {
+            let way = Arc::new(Way(self.pages.teller()));
+            let members = members.iter().collect();
+            self.machine.set_members(members, Some(way), self.spawning)
+        };
+        let result = set(members);
+        match &result {
+            Ok(()) => *locked(&self.members) = members,
+            // (If that fails it is lost, and ends.)
+            Err(_) => set(self.members()).unwrap_or_else(|error| {
+                tracing::warn!(%error, "the machine does not have the members that it had");
+            }),
+        }
+        if let Err(error) = self.machine.thaw() {
+            // (A thread that could not be launched, or it was ended: then it ends with this.)
+            tracing::warn!(%error, "the parts of the machine have changed");
+        }
+        Ok(result.map(|()| begun.elapsed())?)
     }
 
     /// Why the machine ended, if a part of it was lost.
@@ -255,60 +313,36 @@ impl Home {
     /// it stood still.
     ///
     /// # Errors
-    /// The home, which still has its members and why; nothing goes to them any more, so it
-    /// can only be tried again.
-    pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, SpanningError)> {
+    /// [`SpanningError`]. It still has its members; nothing goes to them any more, so it can
+    /// only be tried again.
+    pub fn alone(&self, patience: Duration) -> Result<Duration, SpanningError> {
         // All that there is comes here, whatever this part would keep, and nothing goes to
         // members any more, also if it fails.
         self.pages.keep_all();
-        match self.try_alone(patience) {
-            Ok(begun) => {
-                // First: members that end are no loss any more.
-                self.pages.leave_alone();
-                for part in self.members.iter() {
-                    self.pages.teller().note(part, &Order::End.encode(), false);
-                }
-                self.pages.finish();
-                if let Err(error) = self.machine.thaw() {
-                    // (A thread that could not be launched; all others run.)
-                    tracing::warn!(%error, "the machine is alone again");
-                }
-                Ok(begun.elapsed())
-            }
-            Err(error) => Err((Box::new(self), error)),
+        let begun = self.try_alone(patience)?;
+        // First: members that end are no loss any more.
+        self.pages.leave_alone();
+        for part in self.members().iter() {
+            self.pages.teller().note(part, &Order::End.encode(), false);
         }
+        self.pages.finish();
+        if let Err(error) = self.machine.thaw() {
+            // (A thread that could not be launched; all others run.)
+            tracing::warn!(%error, "the machine is alone again");
+        }
+        Ok(begun.elapsed())
     }
 
     /// Until it is frozen, and has nothing elsewhere; since when it stands.
     fn try_alone(&self, patience: Duration) -> Result<Instant, SpanningError> {
         let deadline = Instant::now() + patience;
-        self.machine.let_members_leave();
-        loop {
-            // (One that is only on its way to a member stays.)
-            let home = Some(PartId::HOME);
-            let threads = self.machine.thread_infos().into_iter();
-            let away = threads.filter(|it| Some(it.part) != home || it.moves_to.is_some());
-            let away: Vec<u32> = away.map(|it| it.tid).collect();
-            if away.is_empty() {
-                break;
-            }
-            if let Some(failure) = self.failure() {
-                return Err(failure.into());
-            }
-            if Instant::now() >= deadline {
-                return Err(SpanningError::Away(away.len()));
-            }
-            for tid in away {
-                match self.machine.move_thread(tid, PartId::HOME) {
-                    Ok(()) | Err(MachineError::NoThread(_)) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            std::thread::sleep(LOOK_AGAIN);
+        for part in self.members().iter() {
+            self.let_leave(part, true);
         }
-        for part in self.members.iter() {
+        self.send_threads(|part| part != PartId::HOME, PartId::HOME, deadline)?;
+        for part in self.members().iter() {
             let rest = deadline.saturating_duration_since(Instant::now());
-            self.pages.empty(part, PartId::HOME, rest)?;
+            self.empty(part, rest)?;
         }
         self.machine.freeze(patience)?;
         let begun = Instant::now();

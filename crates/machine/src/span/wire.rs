@@ -11,7 +11,7 @@
 //! one without anything in it. A NOTE is what home and members say of threads
 //! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
 //! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
-//! LIMIT (from the home) what each may keep. CUT and CUT_PAGES are about the memory of the
+//! LIMIT (from the home) what each may keep, GONE (from the home, too) who is no part any more. CUT and CUT_PAGES are about the memory of the
 //! whole at one instant ([`super::pages::Cut`]). TIME is the first of what is said at once: the
 //! guest's clock at the part that says it, so that no part's clock is behind what it has
 //! heard of (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed System",
@@ -20,8 +20,8 @@
 //! each other in a moment.
 //!
 //! Of two parts each dials the other, so that no thread reads and writes a connection at
-//! once. A connection belongs to an epoch: when the set of parts changes, all are made
-//! anew, and what comes under another epoch is refused with its hello.
+//! once. A connection belongs to an epoch, that of the machine when it was made: what
+//! comes under another one is refused with its hello.
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
@@ -34,7 +34,7 @@ use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages.
-pub(super) const VERSION: u32 = 4;
+pub(super) const VERSION: u32 = 5;
 /// Whole pages of a segment's directory are the most that is said at once.
 const CLASS: Class = Class {
     magic: u32::from_le_bytes(*b"KSPN"),
@@ -53,6 +53,7 @@ const KIND_LIMIT: u16 = 9;
 const KIND_TIME: u16 = 10;
 const KIND_CUT: u16 = 11;
 const KIND_CUT_PAGES: u16 = 12;
+const KIND_GONE: u16 = 13;
 /// Bytes of a note in one frame, so that pages need not wait for long ones.
 const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
@@ -126,6 +127,8 @@ pub(super) enum Parcel {
         /// The pages.
         pages: CutPages,
     },
+    /// From the home: a part is none any more, maybe who hears it.
+    Gone(PartId),
     /// The part cannot go on.
     Goodbye {
         /// Who is to blame.
@@ -194,6 +197,7 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
             let which = postcard::to_stdvec(&(number, pages.memory, pages.first))?;
             frame_of(KIND_CUT_PAGES, &which, &pages.bytes, frames)
         }
+        Parcel::Gone(part) => frame_of(KIND_GONE, &postcard::to_stdvec(part)?, &[], frames),
         Parcel::Goodbye { part, reason } => {
             let payload = postcard::to_stdvec(&(part, reason))?;
             frame_of(KIND_GOODBYE, &payload, &[], frames)
@@ -375,6 +379,7 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
                 false => Err(WireError::Page),
             }
         }
+        KIND_GONE => Ok(Parcel::Gone(postcard::from_bytes(&payload)?)),
         KIND_GOODBYE => {
             let (part, reason) = postcard::from_bytes(&payload)?;
             Ok(Parcel::Goodbye { part, reason })
@@ -446,6 +451,7 @@ mod tests {
                     bytes: Bytes::from_static(&[9; 2 * PAGE]),
                 },
             },
+            Parcel::Gone(part(5)),
             Parcel::Goodbye {
                 part: part(3),
                 reason: "its process is gone".into(),

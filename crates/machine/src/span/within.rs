@@ -32,7 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Within {
     /// Dropped first: the others end when it says so.
     home: Home,
-    members: Vec<MemberPart>,
+    members: BTreeMap<PartId, MemberPart>,
+    limit_bytes: u64,
 }
 
 impl Within {
@@ -49,21 +50,28 @@ impl Within {
         if !(1..=PARTS_MAX).contains(&count) {
             return Err(WithinError::Count(count));
         }
-        let mut ends = connect(count)?.into_iter();
-        let home = ends.next().unwrap_or_default();
+        let mut all = PartSet::default();
+        for number in 0..count {
+            all = all.with(part(number)?);
+        }
+        let mut ends = connect(all, |_, _| true)?;
+        let home = ends.remove(&PartId::HOME).unwrap_or_default();
         let program = machine.program();
         // What lets threads go on there is compiled while it runs.
         program
             .prepare_resume()
             .map_err(|error| SpanningError::Machine(error.into()))?;
-        let mut members = Vec::new();
-        for (number, ends) in (1..).zip(ends) {
-            let me = part(number)?;
+        let mut members = BTreeMap::new();
+        for (me, ends) in ends {
             let member = MemberPart::begin(program.clone(), limit_bytes, None, me, ends)?;
-            members.push(member);
+            members.insert(me, member);
         }
         let home = Home::begin(machine, home, how)?;
-        Ok(Within { home, members })
+        Ok(Within {
+            home,
+            members,
+            limit_bytes,
+        })
     }
 
     /// The home.
@@ -72,13 +80,77 @@ impl Within {
     }
 
     /// The others.
-    pub fn members(&self) -> &[MemberPart] {
+    pub fn members(&self) -> &BTreeMap<PartId, MemberPart> {
         &self.members
+    }
+
+    /// One more joins while it runs; which, and how long the machine stood still.
+    ///
+    /// # Errors
+    /// [`WithinError`]; it has the parts that it had then.
+    pub fn join(&mut self) -> Result<(PartId, Duration), WithinError> {
+        let (new, member, mut home) = self.meet_new()?;
+        let mut stood = Duration::ZERO;
+        if let Some(ends) = home.remove(&new) {
+            stood = self.home.join(new, ends, PATIENCE)?;
+        }
+        self.members.insert(new, member);
+        Ok((new, stood))
+    }
+
+    /// One that is about to join ends when all but the home know it.
+    ///
+    /// # Errors
+    /// [`WithinError`].
+    pub fn lose_joining(&mut self) -> Result<(), WithinError> {
+        let (_, member, _) = self.meet_new()?;
+        member.die();
+        Ok(())
+    }
+
+    /// A part that all but the home know, and what the home has to it.
+    fn meet_new(&self) -> Result<(PartId, MemberPart, BTreeMap<PartId, Ends>), WithinError> {
+        let others = self.home.members().with(PartId::HOME);
+        let mut free = (1..=PARTS_MAX).map_while(PartId::new);
+        let new = free.find(|part| !others.contains(*part));
+        let new = new.ok_or(WithinError::Count(PARTS_MAX + 1))?;
+        let mut ends = connect(others.with(new), |one, other| one == new || other == new)?;
+        let mut own = |part: PartId| ends.remove(&part).unwrap_or_default();
+        let program = self.home.machine().program();
+        let begun = own(new);
+        let member = MemberPart::begin(program.clone(), self.limit_bytes, None, new, begun)?;
+        for (part, member) in &self.members {
+            for (_, ends) in own(*part) {
+                member
+                    .pages()
+                    .join(new, ends)
+                    .map_err(SpanningError::from)?;
+            }
+        }
+        let home = own(PartId::HOME);
+        Ok((new, member, home))
+    }
+
+    /// As [`Home::part_with`]; the part has ended then.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn part_with(
+        &mut self,
+        part: PartId,
+        threads_to: PartId,
+        patience: Duration,
+    ) -> Result<Duration, WithinError> {
+        let stood = self.home.part_with(part, threads_to, patience)?;
+        if let Some(member) = self.members.remove(&part) {
+            member.wait();
+        }
+        Ok(stood)
     }
 
     /// Ends the last member as if its node had died.
     pub fn lose_last(&mut self) {
-        if let Some(member) = self.members.pop() {
+        if let Some((_, member)) = self.members.pop_last() {
             member.die();
         }
     }
@@ -88,13 +160,9 @@ impl Within {
     /// # Errors
     /// As there.
     pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, WithinError)> {
-        let Within { home, members } = self;
-        match home.alone(patience) {
+        match self.home.alone(patience) {
             Ok(stood) => Ok(stood),
-            Err((home, error)) => {
-                let home = *home;
-                Err((Box::new(Within { home, members }), error.into()))
-            }
+            Err(error) => Err((Box::new(self), error.into())),
         }
     }
 }
@@ -103,30 +171,36 @@ fn part(number: usize) -> Result<PartId, WithinError> {
     PartId::new(number).ok_or(WithinError::Count(number))
 }
 
-/// The connections of each part to all others.
-fn connect(count: usize) -> Result<Vec<BTreeMap<PartId, Ends>>, WithinError> {
-    let mut all = PartSet::default();
-    for number in 0..count {
-        all = all.with(part(number)?);
-    }
+/// The connections of parts to each other: of those that meet.
+fn connect(
+    parts: PartSet,
+    meet: impl Fn(PartId, PartId) -> bool,
+) -> Result<BTreeMap<PartId, BTreeMap<PartId, Ends>>, WithinError> {
     let (mut meetings, mut places) = (Vec::new(), BTreeMap::new());
-    for me in all.iter() {
-        let (meeting, place) = Meeting::open(me, all.without(me), "127.0.0.1")?;
-        meetings.push(meeting);
+    for me in parts.iter() {
+        let others = parts.without(me).iter().filter(|other| meet(me, *other));
+        let (meeting, place) = Meeting::open(me, others.collect(), "127.0.0.1")?;
+        meetings.push((me, meeting));
         places.insert(me, place);
     }
+    let count = meetings.len();
     let machine: MachineName = "within".parse().map_err(|_| WithinError::Count(count))?;
     std::thread::scope(|scope| {
         let (machine, places) = (&machine, &places);
         let meeting: Vec<_> = meetings
             .into_iter()
-            .map(|it| scope.spawn(move || it.meet(machine, Epoch::default(), places, PATIENCE)))
+            .map(|(me, it)| {
+                scope.spawn(move || {
+                    let ends = it.meet(machine, Epoch::default(), places, PATIENCE)?;
+                    Ok((me, ends))
+                })
+            })
             .collect();
         meeting
             .into_iter()
             .map(|met| {
-                let met = met.join();
-                Ok(met.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
+                met.join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             })
             .collect()
     })

@@ -74,6 +74,15 @@ pub mod kind {
     /// `()` → `u64`, bytes that came: the memory of a machine that is held comes to its
     /// parts, and it runs.
     pub const BRING: u16 = 0x042a;
+    /// [`super::MeetNew`] → [`crate::span::Place`]: a part, the home or a member, is to meet
+    /// one more.
+    pub const MEET_NEW: u16 = 0x042b;
+    /// [`super::JoinNew`] → `u64`, microseconds that the machine stood still: it is one of
+    /// them. The home is the last that is told.
+    pub const JOIN_NEW: u16 = 0x042c;
+    /// [`super::PartWith`] → `u64`, microseconds that the machine stood still: a member is
+    /// none any more. Of the home.
+    pub const PART_WITH: u16 = 0x042d;
     /// `()` → [`super::PartsReport`].
     pub const PARTS: u16 = 0x0425;
     /// [`super::MoveThread`] → `()`.
@@ -471,6 +480,43 @@ pub struct Join {
     pub epoch: Epoch,
     /// Where each part is.
     pub places: BTreeMap<PartId, Place>,
+}
+
+/// A part of a machine is to meet one more.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MeetNew {
+    /// The machine.
+    pub machine: MachineName,
+    /// Who is to meet it.
+    pub me: PartId,
+    /// The one that comes.
+    pub new: PartId,
+    /// Where this one listens.
+    pub address: String,
+}
+
+/// One more part is to be one of those that another one knows.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JoinNew {
+    /// The machine.
+    pub machine: MachineName,
+    /// Who is to know it.
+    pub me: PartId,
+    /// The one that comes.
+    pub new: PartId,
+    /// Who meets whom.
+    pub join: Join,
+    /// Its node.
+    pub node: NodeName,
+}
+
+/// A member is to be none any more.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct PartWith {
+    /// Which.
+    pub part: PartId,
+    /// Where its threads go on.
+    pub threads_to: PartId,
 }
 
 /// The home begins to span.

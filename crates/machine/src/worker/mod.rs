@@ -8,6 +8,7 @@
 //! - `volumes`: the machine's own volumes, in both directions
 //! - `kept`: the keepers of its cluster volumes
 //! - `spanning`: the worker as one of several parts
+//! - `changing`: a part of a machine whose set of parts changes
 //! - `looking`: what was written last by a machine that stands
 //!
 //! A worker outlives its agent: it is found again through the socket in its
@@ -15,6 +16,7 @@
 //! reads the store, tells it.
 
 mod activity;
+mod changing;
 pub mod control;
 pub mod files;
 mod filling;

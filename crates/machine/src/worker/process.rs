@@ -335,6 +335,21 @@ impl Worker {
                 let bytes = blocking(move || self.bring_apart()).await?;
                 Ok(pack(&bytes)?.into())
             }
+            kind::MEET_NEW => {
+                let meet = unpack(&payload)?;
+                let place = blocking(move || self.meet_new(&meet)).await?;
+                Ok(pack(&place)?.into())
+            }
+            kind::JOIN_NEW => {
+                let join = unpack(&payload)?;
+                let micros = blocking(move || self.join_new(join)).await?;
+                Ok(pack(&micros)?.into())
+            }
+            kind::PART_WITH => {
+                let part = unpack(&payload)?;
+                let micros = blocking(move || self.part_with(part)).await?;
+                Ok(pack(&micros)?.into())
+            }
             kind::PARTS => {
                 let parts = blocking(move || self.parts()).await?;
                 Ok(pack(&parts)?.into())

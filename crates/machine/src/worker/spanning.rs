@@ -27,13 +27,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How long parts may take to meet.
-const MEET_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const MEET_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a member waits to be told whom to meet: others may have to compile first.
 const JOIN_PATIENCE: Duration = Duration::from_secs(1900);
 /// How long threads may take to safepoints.
-const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 /// How long threads and pages may take home.
-const HOME_PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const HOME_PATIENCE: Duration = Duration::from_secs(120);
 /// How long a piece of memory may take to another part.
 const OBJECT_PATIENCE: Duration = Duration::from_secs(20);
 /// What a member's process has for its last words.
@@ -43,15 +43,15 @@ const END_AFTER: Duration = Duration::from_millis(20);
 #[derive(Default)]
 pub(super) struct Parts {
     /// Listens for the others.
-    meeting: Option<Meeting>,
+    pub(super) meeting: Option<Meeting>,
     /// As the home.
-    home: Option<Home>,
+    pub(super) home: Option<Arc<Home>>,
     /// The node of each part, at the home.
-    nodes: BTreeMap<PartId, NodeName>,
+    pub(super) nodes: BTreeMap<PartId, NodeName>,
     /// What a member is to be.
     ready: Option<Ready>,
-    /// As a member.
-    member: Option<Arc<MemberPart>>,
+    /// As a member: of which machine, and which of its parts.
+    pub(super) member: Option<(MachineName, PartId, Arc<MemberPart>)>,
 }
 
 /// Why the memory of a machine does not come.
@@ -88,7 +88,7 @@ struct Ready {
 impl Parts {
     /// How many the machine spans; 0 while it is alone.
     pub(super) fn count(&self) -> u32 {
-        let members = self.home.as_ref().map(Home::members);
+        let members = self.home.as_ref().map(|home| home.members());
         members.map_or(0, |members| u32::from(members.len()) + 1)
     }
 
@@ -126,7 +126,7 @@ impl Parts {
     }
 }
 
-fn failed(error: impl std::fmt::Display) -> RpcError {
+pub(super) fn failed(error: impl std::fmt::Display) -> RpcError {
     RpcError::failed(error)
 }
 
@@ -216,7 +216,7 @@ impl Worker {
         {
             let mut inner = self.inner();
             inner.parts.nodes = span.nodes;
-            inner.parts.home = Some(home);
+            inner.parts.home = Some(Arc::new(home));
         }
         self.end_parts_of_ended(&machine)?;
         Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
@@ -277,19 +277,23 @@ impl Worker {
             return Err(failed("its memory is still to come; try again"));
         }
         let (home, machine) = {
-            let mut inner = self.inner();
-            (inner.parts.home.take(), inner.machine.clone())
+            let inner = self.inner();
+            (inner.parts.home.clone(), inner.machine.clone())
         };
         let (Some(home), Some(machine)) = (home, machine) else {
             return Err(failed("the machine is on one node already"));
         };
         match home.alone(HOME_PATIENCE) {
             Ok(stood) => {
-                self.inner().parts.nodes.clear();
+                let ended = {
+                    let parts = &mut self.inner().parts;
+                    parts.nodes.clear();
+                    parts.home.take()
+                };
+                drop(ended);
                 Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
             }
-            Err((home, error)) => {
-                self.inner().parts.home = Some(*home);
+            Err(error) => {
                 self.end_parts_of_ended(&machine)?;
                 Err(failed(error))
             }
@@ -298,7 +302,7 @@ impl Worker {
 
     /// Ends the members of a machine that ended while it came to have them: whoever ended
     /// the others with it found none.
-    fn end_parts_of_ended(&self, machine: &Machine) -> Result<(), RpcError> {
+    pub(super) fn end_parts_of_ended(&self, machine: &Machine) -> Result<(), RpcError> {
         if machine.wait(Some(Duration::ZERO)).is_none() {
             return Ok(());
         }
@@ -458,7 +462,8 @@ impl Worker {
                     .map_err(|error: SpanningError| failed(error))
             });
         let member = Arc::new(begun?);
-        self.inner().parts.member = Some(member.clone());
+        let (machine, me) = (ready.machine, ready.me);
+        self.inner().parts.member = Some((machine, me, member.clone()));
         std::thread::Builder::new()
             .name("end".into())
             .spawn(move || {

@@ -9,6 +9,7 @@
 use super::{ask, keep};
 use crate::agent::Agent;
 use crate::events::Note;
+use crate::operate::OperateError;
 use crate::spanning;
 use crate::workers::Worker;
 use futures::future::join_all;
@@ -242,9 +243,9 @@ async fn look_at(
     };
     scene.losing = known.losing;
     let mut choices = decide(&scene, policy);
-    let gathers = matches!(choices.first(), Some(choice) if choice.grain == Grain::Gather);
-    let must = gathers && scene.nodes.iter().any(|node| node.forbidden.is_some());
-    let loses = gathers && !must;
+    let first = choices.first().map(|choice| &choice.grain);
+    let must = matches!(first, Some(Grain::Leave { .. }));
+    let loses = matches!(first, Some(Grain::Gather));
     if parts_max.is_none() && !must {
         choices.clear();
     }
@@ -273,10 +274,7 @@ async fn look_at(
         let grain = choice.grain.clone();
         let mode = if must { Mode::Automatic } else { policy.mode };
         record(agent, machine, epoch, mode, choice);
-        let done = match must {
-            true => leave_forbidden(agent, machine).await,
-            false => carry_out(agent, machine, worker, &grain, objects.as_deref()).await,
-        };
+        let done = carry_out(agent, machine, worker, &grain, objects.as_deref()).await;
         let (outcome, failed) = match done {
             Ok(outcome) => (outcome, false),
             Err(why) => (format!("{grain}: not done: {why}"), true),
@@ -642,15 +640,72 @@ fn room(scene: &Scene) -> BTreeMap<PartId, f64> {
     room.collect()
 }
 
-/// Brings it together, and lets it span again without the nodes where no part may be.
-async fn leave_forbidden(agent: &Arc<Agent>, machine: &MachineName) -> Result<String, String> {
-    let before = spanning::bring_together(agent, machine)
-        .await
-        .map_err(text)?;
-    if let Some(before) = before {
-        spanning::apart_again(agent, machine, before);
+/// It has no parts on these nodes any more. What was there goes to its other parts; where
+/// these have no room for it, to nodes that have none yet.
+async fn leave(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    nodes: &[Name],
+) -> Result<String, String> {
+    let info = spanning::parts_of(agent, machine).await.map_err(text)?;
+    let leaves = |node: &str| nodes.iter().any(|it| &**it == node);
+    let members = info.parts.iter().skip(1);
+    let mut keeps: Vec<String> = members
+        .filter(|part| !leaves(&part.node))
+        .map(|part| part.node.clone())
+        .collect();
+    let left = match keeps.is_empty() {
+        true => spanning::unspan(agent, machine).await,
+        false => span(agent, machine, &keeps).await,
+    };
+    let why = match left {
+        Ok(stood) => return Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3)),
+        Err(error) => text(error),
+    };
+    let has_part =
+        |node: &keel_cluster::NodeName| info.parts.iter().any(|part| part.node == node.as_str());
+    let mut rooms = crate::apart::rooms(agent, machine).await;
+    rooms.retain(|(node, room)| !has_part(node) && *room >= spanning::ROOM_BYTES_MIN);
+    rooms.sort_by_key(|(_, room)| std::cmp::Reverse(*room));
+    let leaving = info.parts.iter().skip(1).filter(|part| leaves(&part.node));
+    let mut needed: u64 = leaving
+        .filter_map(|part| part.memory.as_ref())
+        .map(|memory| memory.resident_bytes)
+        .sum();
+    let mut new = Vec::new();
+    for (node, room) in rooms {
+        if needed == 0 {
+            break;
+        }
+        needed = needed.saturating_sub(room);
+        new.push(node.to_string());
     }
-    Ok("it is brought together, and spans what else may have parts".into())
+    if new.is_empty() {
+        return Err(why);
+    }
+    keeps.extend(new.iter().cloned());
+    let stood = span(agent, machine, &keeps).await.map_err(text)?;
+    Ok(format!(
+        "{why}; so it has parts on {}; it stood still for {:.1} ms",
+        new.join(", "),
+        stood as f64 / 1e3
+    ))
+}
+
+/// It has parts on these nodes; microseconds that it stood still.
+async fn span(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    nodes: &[String],
+) -> Result<u64, OperateError> {
+    // (Its home's node, and further times that is named it has further parts.)
+    let home = std::iter::once(agent.name.to_string());
+    let request = SpanRequest {
+        nodes: home.chain(nodes.iter().cloned()).collect(),
+        here: false,
+    };
+    let info = spanning::span(agent, machine, &request).await?;
+    Ok(info.stood_micros.unwrap_or(0))
 }
 
 // ── what is done ────────────────────────────────────────────────────────
@@ -667,14 +722,11 @@ async fn carry_out(
     };
     match grain {
         Grain::Spread { nodes } => {
-            let request = SpanRequest {
-                nodes: nodes.iter().map(ToString::to_string).collect(),
-                here: false,
-            };
-            let info = spanning::span_anew(agent, machine, &request).await;
-            let stood = info.map_err(text)?.stood_micros.unwrap_or(0);
+            let nodes: Vec<String> = nodes.iter().map(ToString::to_string).collect();
+            let stood = span(agent, machine, &nodes).await.map_err(text)?;
             Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
         }
+        Grain::Leave { nodes } => leave(agent, machine, nodes).await,
         Grain::Gather => {
             let stood = spanning::unspan(agent, machine).await.map_err(text)?;
             Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))

@@ -3,7 +3,7 @@
 
 use super::message::Txn;
 use super::page_map::PageMap;
-use super::{Access, Command, Config, Impossible, Message, Out, PageId, PartId};
+use super::{Access, Command, Config, Impossible, Message, Out, PageId, PartId, PartSet};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How a part has a page.
@@ -71,6 +71,11 @@ impl Copies {
             held: PageMap::default(),
             put_off: BTreeMap::new(),
         }
+    }
+
+    /// These are the parts from now on.
+    pub(super) fn now_are(&mut self, parts: PartSet) {
+        self.config.parts = parts;
     }
 
     pub(super) fn copy(&self, page: PageId) -> Copy {

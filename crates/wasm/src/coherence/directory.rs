@@ -16,6 +16,8 @@ struct Entry {
     number: u64,
     /// Who gets the page in the transaction that is under way.
     busy: Option<(PartId, Request)>,
+    /// Of whom that transaction wants something: who gives the page, and who gives it up.
+    asked: PartSet,
     queue: VecDeque<Request>,
 }
 
@@ -133,6 +135,7 @@ impl Directory {
             holders: Holders::Owner(origin),
             number: 0,
             busy: None,
+            asked: PartSet::default(),
             queue: VecDeque::new(),
         })
     }
@@ -148,6 +151,10 @@ impl Directory {
         let at = self.of(page);
         if at != self.me {
             out.send(at, Message::Forward { page, request });
+            return Ok(());
+        }
+        // (Who asked for that had not heard of it.)
+        if matches!(request, Request::Move { to } if !self.parts.contains(to)) {
             return Ok(());
         }
         self.check(page, &request)?;
@@ -233,6 +240,7 @@ impl Directory {
             }
         };
         entry.busy = None;
+        entry.asked = PartSet::default();
         self.under_way = self.under_way.saturating_sub(1);
         self.ended(request, out);
         self.leave(self.segment(page), out)?;
@@ -295,6 +303,25 @@ impl Directory {
             self.go_on(page, out)?;
         }
         self.ended(Request::Forget { part, to }, out);
+        Ok(())
+    }
+
+    /// These are the parts from now on.
+    pub(super) fn now_are(&mut self, parts: PartSet) {
+        self.parts = parts;
+    }
+
+    /// A part is none any more.
+    ///
+    /// # Errors
+    /// [`Impossible`], if it has something, or is about to.
+    pub(super) fn forget(&mut self, part: PartId) -> Result<(), Impossible> {
+        let has = self.entries.iter().any(|(_, entry)| entry.concerns(part));
+        let is_directory = self.places.values().any(|(_, at)| *at == part);
+        if has || is_directory || part == self.origin || self.emptying.contains_key(&part) {
+            return Err(Impossible(format!("part {part} goes, and has pages")));
+        }
+        self.left.remove(&part);
         Ok(())
     }
 
@@ -394,6 +421,7 @@ impl Directory {
                 holders,
                 number,
                 busy: None,
+                asked: PartSet::default(),
                 queue: VecDeque::new(),
             };
             if self.entries.insert(page, entry).is_some() {
@@ -469,14 +497,17 @@ impl Holders {
 }
 
 impl Entry {
-    /// Whether a part has the page, or it is on its way there.
+    /// Whether a part has the page, or it is on its way there, or from there: who gets it
+    /// may have nothing of it yet.
     fn concerns(&self, part: PartId) -> bool {
         let is_wanted = |request: &Request| match request {
             Request::Want { part: by, .. } => *by == part,
             Request::Move { to } | Request::Forget { to, .. } => *to == part,
         };
         self.holders.has(part)
-            || self.busy.is_some_and(|(to, _)| to == part)
+            || self
+                .busy
+                .is_some_and(|(to, _)| to == part || self.asked.contains(part))
             || self.queue.iter().any(is_wanted)
     }
 
@@ -515,6 +546,7 @@ impl Entry {
         };
         let (from, others) = self.source(to, access, has);
         let acks = others.len();
+        self.asked = from.map_or(others, |from| others.with(from));
         match from {
             None => out.send(
                 to,

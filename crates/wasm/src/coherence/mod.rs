@@ -48,6 +48,10 @@
 //! ([`Config::hold_micros`]), so that the access that asked for it takes place; the host
 //! pins a page while it copies. What asks for it meanwhile is put off, not refused.
 //!
+//! Parts come and go while the others run. Who comes has nothing; who goes gives up what it
+//! has first ([`Event::Empty`]), so no transaction ever concerns it again. A page that is to
+//! move to a part that is none of them stays where it is.
+//!
 //! A message of which this part knows that it cannot be is an error that ends the machine
 //! ([`Command::Fail`]): its memory is not what the parts think it is. Parts trust each
 //! other beyond that: they are one machine.
@@ -274,6 +278,18 @@ pub enum Event {
         /// Who gets them.
         to: PartId,
     },
+    /// A part is one of them from now on; it has nothing, and was told of all of them.
+    /// The home is the last that is told, and nothing is to be moved there before.
+    Join {
+        /// The part.
+        part: PartId,
+    },
+    /// A part that gave up what it had is none of them any more; the home is the first
+    /// that is told. What it said before and is heard later counts no more.
+    Gone {
+        /// The part.
+        part: PartId,
+    },
 }
 
 /// What is to be done. In this order, and before the next event.
@@ -346,6 +362,8 @@ pub enum Command {
 pub struct Coherence {
     me: PartId,
     parts: PartSet,
+    /// Those that were, and are none any more.
+    gone: PartSet,
     directory: Directory,
     copies: Copies,
     failed: bool,
@@ -379,6 +397,7 @@ impl Coherence {
         Coherence {
             me,
             parts,
+            gone: PartSet::default(),
             directory: Directory::new(&config),
             copies: Copies::new(config),
             failed: false,
@@ -464,6 +483,8 @@ impl Coherence {
                 let directory = self.directory.of(page);
                 self.copies.fault(page, access, directory, out);
             }
+            // (It was on its way when its part had nothing any more.)
+            Event::Message { from, .. } if self.gone.contains(from) => {}
             Event::Message { from, message } => {
                 if !self.parts.contains(from) || from == self.me {
                     return Err(Impossible(format!("part {from} is none of the others")));
@@ -481,8 +502,31 @@ impl Coherence {
                 self.directory.begin_leaving(segment, to, out)?;
             }
             Event::Empty { part, to } => self.directory.empty(part, to, out)?,
+            Event::Join { part } => {
+                if self.parts.contains(part) {
+                    return Err(Impossible(format!("part {part} joins twice")));
+                }
+                self.gone = self.gone.without(part);
+                self.now_are(self.parts.with(part));
+            }
+            // (Known already.)
+            Event::Gone { part } if self.gone.contains(part) => {}
+            Event::Gone { part } => {
+                if !self.parts.contains(part) || part == self.me || part == PartId::HOME {
+                    return Err(Impossible(format!("part {part} is to be gone")));
+                }
+                self.directory.forget(part)?;
+                self.gone = self.gone.with(part);
+                self.now_are(self.parts.without(part));
+            }
         }
         self.pass_on(now, out)
+    }
+
+    fn now_are(&mut self, parts: PartSet) {
+        self.parts = parts;
+        self.directory.now_are(parts);
+        self.copies.now_are(parts);
     }
 
     /// Hears what this part says to itself; the rest is sent.

@@ -28,7 +28,7 @@ use super::parts::{Away, Inbox, Members, Order, Parts, Report, Spawning};
 use super::program::{Program, ProgramError, STACK_BYTES};
 use super::signal::Signal;
 use super::wait::WaitQueues;
-use crate::coherence::PartId;
+use crate::coherence::{PartId, PartSet};
 use crate::instrument::meta::{Meta, PREFIX};
 use crate::memory::{GuestMemory, MemoryError};
 use keel_wasi::Wasi;
@@ -170,9 +170,9 @@ pub enum MachineError {
     /// Its members lack memory, or are lost.
     #[error("a part of the machine cannot have its memory (is its node short of it?)")]
     Members,
-    /// Its members are to leave.
-    #[error("the machine is being brought together: nothing goes to other parts any more")]
-    Leaving,
+    /// A member is to leave.
+    #[error("part {0} is to leave: nothing goes there any more")]
+    Leaving(PartId),
     /// It cannot do without a part yet.
     #[error("{0} thread(s) run at parts that it would not have any more")]
     Away(usize),
@@ -830,8 +830,8 @@ impl Machine {
             return Err(MachineError::Ended);
         }
         if to != PartId::HOME {
-            if shared.parts.are_leaving() {
-                return Err(MachineError::Leaving);
+            if shared.parts.is_leaving(to) {
+                return Err(MachineError::Leaving(to));
             }
             if !shared.parts.members().contains(&to) {
                 return Err(MachineError::NoPart(to));
@@ -911,12 +911,12 @@ impl Machine {
         self.shared.parts.set_room(room);
     }
 
-    /// Nothing goes to its members any more, neither threads that it starts nor any that
-    /// is moved.
-    pub fn let_members_leave(&self) {
+    /// Nothing goes to these members any more, neither threads that it starts nor any that
+    /// is moved; to all others it may.
+    pub fn let_leave(&self, members: PartSet) {
         // (Who moves a thread holds this.)
         let _threads = locked(&self.shared.threads);
-        self.shared.parts.let_leave();
+        self.shared.parts.let_leave(members);
     }
 
     /// Its threads, and the part at which each runs: one that moves is counted where it

@@ -279,6 +279,32 @@ fn a_part_that_leaves() {
     }
 }
 
+/// It gives up what it has, is forgotten, and another one comes in its place, while the
+/// others go on.
+#[test]
+fn a_part_that_leaves_and_one_that_comes() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Add(X)]),
+        (1, &[Op::Add(X)]),
+        (2, &[Op::Read(X), Op::Add(X)]),
+    ];
+    for (parts, deeds) in [
+        (2, vec![Deed::Empty(1, 0)]),
+        (2, vec![Deed::Empty(1, 0), Deed::Move(0, X, 1)]),
+        (3, vec![Deed::Empty(1, 2)]),
+        // Who is to get something is about to be gone, or is another one by then.
+        (3, vec![Deed::Empty(1, 0), Deed::Move(2, X, 1)]),
+    ] {
+        let name = format!("{deeds:?}");
+        let set = Set {
+            deeds,
+            returns: Some(vec![Op::Add(X)]),
+            ..set(parts, 1, &threads[..parts])
+        };
+        all(&name, set);
+    }
+}
+
 /// The others never read what is not so, and take nothing for impossible, until the
 /// machine is ended.
 #[test]

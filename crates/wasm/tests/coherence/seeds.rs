@@ -42,15 +42,24 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
         })
         .collect();
     // Who leaves is emptied by each directory; here by the home, which has all then.
+    let mut returns = None;
     if rng.random_bool(0.3) {
         deeds.retain(|deed| matches!(deed, Deed::Move(..)));
         let leaves = rng.random_range(1..parts);
         deeds.push(Deed::Empty(leaves, (leaves + 1) % parts));
+        if rng.random_bool(0.7) {
+            let ops = (0..rng.random_range(0..=9)).map(|_| match rng.random_bool(0.5) {
+                true => Op::Read(page(rng)),
+                false => Op::Add(page(rng)),
+            });
+            returns = Some(ops.collect());
+        }
     }
-    if rng.random_bool(0.1) {
+    if returns.is_none() && rng.random_bool(0.1) {
         deeds.push(Deed::Lose(rng.random_range(0..parts)));
     }
     Set {
+        returns,
         parts,
         pages,
         threads,

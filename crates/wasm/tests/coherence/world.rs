@@ -50,6 +50,11 @@ pub(crate) enum Deed {
     Empty(usize, usize),
     /// A part is gone, with what was on its way to it and from it.
     Lose(usize),
+    /// A part, the first, is told that another one has left that has nothing any more. (It
+    /// follows from [`Deed::Empty`] where [`Set::returns`].)
+    Gone(usize, usize),
+    /// It is told that the other one is back, with nothing.
+    Join(usize, usize),
 }
 
 /// How it is spoilt, to see that the checks find it.
@@ -85,6 +90,8 @@ pub(crate) struct Set {
     pub(crate) pages: u32,
     pub(crate) threads: Vec<(usize, Vec<Op>)>,
     pub(crate) deeds: Vec<Deed>,
+    /// A part that has left is gone, and comes back; what threads do there then.
+    pub(crate) returns: Option<Vec<Op>>,
     pub(crate) hold_micros: u64,
     pub(crate) segment_pages: u32,
     /// Copies are dropped at will, pages pinned so often.
@@ -103,6 +110,7 @@ impl Default for Set {
             pages: 1,
             threads: Vec::new(),
             deeds: Vec::new(),
+            returns: None,
             hold_micros: 0,
             segment_pages: 1,
             drops: false,
@@ -134,6 +142,8 @@ pub(crate) struct World {
     leaving: BTreeSet<usize>,
     lost: BTreeSet<usize>,
     emptied: BTreeSet<usize>,
+    returns: Option<Vec<Op>>,
+    hold_micros: u64,
     pinned: BTreeSet<(usize, u32)>,
     pins_left: u32,
     now: u64,
@@ -193,6 +203,8 @@ impl World {
             leaving: BTreeSet::new(),
             lost: BTreeSet::new(),
             emptied: BTreeSet::new(),
+            returns: set.returns.clone(),
+            hold_micros: set.hold_micros,
             pinned: BTreeSet::new(),
             pins_left: set.pins,
             now: 0,
@@ -273,6 +285,17 @@ impl World {
                 let mut threads = self.threads.iter();
                 threads.all(|thread| thread.part != part || thread.left.is_empty())
             }
+            // The home is the first that is told, and the last.
+            Deed::Gone(0, part) => self.emptied.contains(&part),
+            Deed::Gone(_, part) => !self.deeds.contains(&Deed::Gone(0, part)),
+            Deed::Join(by, part) => {
+                let before = |deed: &Deed| match deed {
+                    Deed::Gone(_, other) => *other == part,
+                    Deed::Join(other, _) => by == 0 && *other != 0,
+                    _ => false,
+                };
+                !self.deeds.iter().any(before)
+            }
         }
     }
 
@@ -332,8 +355,31 @@ impl World {
                 }
                 Deed::Empty(gives, to) => {
                     self.leaving.insert(gives);
+                    if self.returns.is_some() {
+                        let others = (0..self.parts.len()).filter(|other| *other != gives);
+                        for other in others {
+                            self.deeds.push(Deed::Gone(other, gives));
+                            self.deeds.push(Deed::Join(other, gives));
+                        }
+                    }
                     let (gives, to) = (part(gives), part(to));
                     self.step(0, Event::Empty { part: gives, to });
+                }
+                Deed::Gone(by, gone) => self.step(by, Event::Gone { part: part(gone) }),
+                Deed::Join(by, new) => {
+                    if self.leaving.remove(&new) {
+                        self.renew(new);
+                    }
+                    self.step(by, Event::Join { part: part(new) });
+                    if by == 0 {
+                        let left = self.returns.take().unwrap_or_default();
+                        self.threads.push(Thread {
+                            part: new,
+                            left: left.into(),
+                            seen: Vec::new(),
+                            waits: None,
+                        });
+                    }
                 }
             },
             Action::Pin(number, at) => {
@@ -347,6 +393,28 @@ impl World {
             }
         }
         self.check();
+    }
+
+    /// A part that was gone is another one, with connections of its own.
+    fn renew(&mut self, number: usize) {
+        let count = self.parts.len();
+        self.parts[number] = Coherence::new(Config {
+            me: part(number),
+            parts: (0..count).map(part).collect(),
+            origin: PartId::HOME,
+            segment_pages: self.segment_pages,
+            hold_micros: self.hold_micros,
+            seed: number as u64,
+        });
+        self.frames[number].clear();
+        self.arrived[number].clear();
+        self.ticks[number] = None;
+        self.pinned.retain(|(by, _)| *by != number);
+        self.emptied.remove(&number);
+        for other in 0..count {
+            self.links[number * count + other].clear();
+            self.links[other * count + number].clear();
+        }
     }
 
     fn run(&mut self, number: usize) {

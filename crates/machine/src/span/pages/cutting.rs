@@ -252,7 +252,7 @@ impl Shared {
         self.me == PartId::HOME
     }
 
-    fn tell_part(&self, to: PartId, parcel: &Parcel) -> Result<(), SpanError> {
+    pub(super) fn tell_part(&self, to: PartId, parcel: &Parcel) -> Result<(), SpanError> {
         let mut work = Work::default();
         work.to(to)
             .and_then(|frames| wire::encode(parcel, frames))
@@ -366,7 +366,7 @@ impl Shared {
                 self.cuts.is_settling.store(false, Ordering::Release);
                 return Ok(());
             };
-            let others = self.told.len() as u8;
+            let others = self.others.count();
             // (What another thread is about to say would come behind the word.)
             let is_said = self.unsaid.load(Ordering::SeqCst) == 0;
             if !is_said || !coherence.is_quiet() || self.is_home() && cutting.quiet.len() < others {
@@ -746,7 +746,7 @@ impl Pages {
                 return Err(SpanError::Unsettled { patience });
             }
         }
-        let others = cut.shared.told.len() as u8;
+        let others = cut.shared.others.count();
         cut.await_all(deadline, patience, |cutting| {
             cutting.prepared.len() == others
         })?;
@@ -777,7 +777,7 @@ impl Cut {
         // (Nothing is on its way, and nobody moves anything before all have marked.)
         self.tell_all(CutWord::Mark)?;
         shared.mark(&mut locked(&shared.state))?;
-        let others = shared.told.len() as u8;
+        let others = shared.others.count();
         self.await_all(deadline, patience, |cutting| cutting.marked.len() == others)?;
         if let Some(cutting) = &mut locked(&shared.state).cutting {
             cutting.goes_on = true;
@@ -788,9 +788,8 @@ impl Cut {
 
     fn tell_all(&self, word: CutWord) -> Result<(), SpanError> {
         let number = self.number;
-        for part in self.shared.told.keys() {
-            self.shared
-                .tell_part(*part, &Parcel::Cut { number, word })?;
+        for part in self.shared.others.parts().iter() {
+            self.shared.tell_part(part, &Parcel::Cut { number, word })?;
         }
         Ok(())
     }
@@ -850,7 +849,7 @@ impl Cut {
             if let Some(pages) = shared.take_piece(state)? {
                 return Ok(Some(pages));
             }
-            let others = shared.told.len() as u8;
+            let others = shared.others.count();
             let done = state.cutting.as_ref().map(|cutting| cutting.done.len());
             if done == Some(others) {
                 return Ok(None);

@@ -91,14 +91,19 @@ pub(super) struct Limits {
     /// What may be here; [`NONE`], as it is before the first word of it.
     limit: AtomicU64,
     /// What the home said last, if this is the home and it said something.
-    of_parts: Mutex<Option<Option<u64>>>,
+    pub(super) of_parts: Mutex<Option<Option<u64>>>,
+    /// Others are told what is here: not before the home has said what a part keeps, as
+    /// they do not all know this part until then.
+    tells: AtomicBool,
+    /// They are told once more, whatever they were told.
+    again: AtomicBool,
     /// All that comes stays, whatever is said.
     keeps_all: AtomicBool,
     /// What others believe to be here.
-    told: AtomicU64,
+    told_bytes: AtomicU64,
     given: AtomicU64,
     dropped: AtomicU64,
-    others: Mutex<BTreeMap<PartId, PartMemory>>,
+    pub(super) others: Mutex<BTreeMap<PartId, PartMemory>>,
     /// There is something to do.
     wanted: Mutex<bool>,
     bell: Condvar,
@@ -114,8 +119,10 @@ impl Limits {
             room,
             limit: AtomicU64::new(NONE),
             of_parts: Mutex::new(None),
+            tells: AtomicBool::new(false),
+            again: AtomicBool::new(false),
             keeps_all: AtomicBool::new(false),
-            told: AtomicU64::new(0),
+            told_bytes: AtomicU64::new(0),
             given: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             others: Mutex::default(),
@@ -151,6 +158,28 @@ impl Limits {
         };
         self.limit.store(limit, Ordering::Release);
         self.ring();
+    }
+
+    /// The home says what a part keeps: this one is one of them.
+    pub(super) fn told(&self, of_parts: Option<u64>) {
+        self.tells.store(true, Ordering::Release);
+        self.set(of_parts);
+    }
+
+    /// Whether the home has said that this part is one of them.
+    pub(super) fn are_told(&self) -> bool {
+        self.tells.load(Ordering::Acquire)
+    }
+
+    /// Somebody has come who knows nothing of what is here.
+    pub(super) fn tell_again(&self) {
+        self.again.store(true, Ordering::Release);
+        self.ring();
+    }
+
+    /// A part is none any more.
+    pub(super) fn forget(&self, part: PartId) {
+        locked(&self.others).remove(&part);
     }
 
     /// Another part tells what it has.
@@ -239,7 +268,7 @@ impl Shared {
             return false;
         };
         let resident = self.resident().unwrap_or(0);
-        let told = self.limits.told.load(Ordering::Relaxed);
+        let told = self.limits.told_bytes.load(Ordering::Relaxed);
         if resident > limit || resident.abs_diff(told) > limit / TOLD_PART {
             self.limits.ring();
         }
@@ -273,6 +302,12 @@ impl Shared {
 
     /// Tells the others what is here, if that is news.
     fn tell_memory(&self, seen: &mut Seen) -> Result<(), SpanError> {
+        if !self.limits.are_told() {
+            return Ok(());
+        }
+        if self.limits.again.swap(false, Ordering::AcqRel) {
+            seen.told = None;
+        }
         let now = self.own_memory()?;
         let is_news = match &seen.told {
             None => true,
@@ -292,15 +327,15 @@ impl Shared {
         }
         seen.told = Some((now, Instant::now()));
         self.limits
-            .told
+            .told_bytes
             .store(now.resident_bytes, Ordering::Relaxed);
         self.tell_all(&Parcel::Memory(now))
     }
 
-    fn tell_all(&self, parcel: &Parcel) -> Result<(), SpanError> {
+    pub(super) fn tell_all(&self, parcel: &Parcel) -> Result<(), SpanError> {
         let mut work = Work::default();
-        for part in self.told.keys() {
-            work.to(*part)
+        for part in self.others.parts().iter() {
+            work.to(part)
                 .and_then(|frames| wire::encode(parcel, frames))
                 .map_err(|error| SpanError::Disagree(error.to_string()))?;
         }
@@ -351,7 +386,7 @@ impl Shared {
         events.extend(drops.map(|event| (event, Beside::Nothing)));
         let may_keep = limit / PAGE_BYTES;
         let may = |part: PartId| {
-            let told = self.told.get(&part);
+            let told = self.others.told(part);
             told.is_some_and(|told| told.unwritten_bytes() <= UNWRITTEN_MAX)
         };
         while excess > 0 && events.len() < MOVES_MAX && keep.going() < GOING_MAX && keep.owned() > 0
@@ -424,7 +459,7 @@ impl Pages {
             if resident_bytes <= limit.saturating_add(limit / FAR_PART).min(room_bytes) {
                 return Ok(());
             }
-            let all_told = locked(&limits.others).len() == shared.told.len();
+            let all_told = locked(&limits.others).len() == usize::from(shared.others.count());
             if all_told && !limits.has_room(least_room(limit)) {
                 return match resident_bytes <= room_bytes {
                     true => Ok(()),
@@ -458,8 +493,14 @@ impl Pages {
             return Ok(());
         }
         *told = Some(limit_bytes);
-        self.shared.limits.set(limit_bytes);
+        self.shared.limits.told(limit_bytes);
         self.shared.tell_all(&Parcel::Limit(limit_bytes))
+    }
+
+    /// Whether this host has room for so much more, whatever a part is to keep.
+    pub fn has_room_for(&self, bytes: u64) -> bool {
+        let resident = self.shared.resident().unwrap_or(u64::MAX);
+        resident.saturating_add(bytes) <= self.shared.limits.room
     }
 
     /// This part keeps all that comes from now on.

@@ -20,6 +20,7 @@
 //! - `work`: what follows from events is done to memory, and said
 //! - `host`: the host's own accesses
 //! - `keeping`: how much a part keeps, and that no more is there
+//! - `others`: the other parts, which come and go
 //! - `cutting`: the memory of the whole as it is at one instant
 //! - `objects`: the memory of the whole in pieces
 
@@ -27,6 +28,7 @@ mod cutting;
 mod host;
 mod keeping;
 mod objects;
+mod others;
 mod serve;
 mod work;
 
@@ -36,7 +38,7 @@ pub use objects::Object;
 
 use super::ahead::Streams;
 use super::keep::Keep;
-use super::peer::{Ends, Heard, PeerError, Told};
+use super::peer::{Ends, PeerError};
 use super::wire::{self, PageBytes, Parcel};
 use cutting::{Cuts, Cutting};
 use host::{page_of, pieces};
@@ -44,10 +46,10 @@ use keel_wasm::coherence::{Access, Coherence, Config, Event, PageId, PartId, Par
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES, Spanning, Unavailable};
 use keeping::Limits;
 use objects::objects_of;
+use others::Others;
 use roaring::RoaringBitmap;
 use rustix::event::{EventfdFlags, eventfd};
 use std::collections::{BTreeMap, HashMap};
-use std::net::{Shutdown, TcpStream};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -105,6 +107,17 @@ pub enum SpanError {
         part: PartId,
         /// How long it was waited for.
         patience: Duration,
+    },
+    /// A part is to go, and nobody has room for what it has.
+    #[error(
+        "part {part} cannot go: no other part has room for the {} MiB that it has; more nodes, or a larger part memory, would have it",
+        bytes >> 20
+    )]
+    Full {
+        /// Which.
+        part: PartId,
+        /// What it has.
+        bytes: u64,
     },
     /// The memory of the whole is not to be had as it was at one instant.
     #[error("pages of the machine were still on their way after {patience:?}; try again")]
@@ -231,9 +244,7 @@ struct Shared {
     changed: Condvar,
     /// Wakes the thread that serves.
     bell: OwnedFd,
-    told: BTreeMap<PartId, Told>,
-    /// Broken at the end, so that nobody waits on them.
-    sockets: Vec<TcpStream>,
+    others: Others,
     begun: Instant,
     over: AtomicBool,
     limits: Limits,
@@ -252,8 +263,7 @@ struct Shared {
 /// threads must have left before.
 pub struct Pages {
     shared: Arc<Shared>,
-    parts: PartSet,
-    threads: Vec<JoinHandle<()>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl std::fmt::Debug for Pages {
@@ -391,14 +401,9 @@ impl Pages {
             hold_micros: u64::try_from(setup.hold.as_micros()).unwrap_or(u64::MAX >> 1),
             seed: setup.seed,
         };
-        let mut sockets = Vec::new();
-        let (mut told, mut hearing) = (BTreeMap::new(), Vec::new());
+        let (others, mut hearing) = (Others::default(), Vec::new());
         for (part, ends) in ends {
-            for stream in [&ends.out, &ends.heard] {
-                sockets.push(stream.socket().try_clone()?);
-            }
-            told.insert(part, Told::new(ends.out));
-            hearing.push(Heard::new(part, ends.heard, ends.unpacker)?);
+            hearing.push(others.add(part, ends)?);
         }
         let shared = Arc::new(Shared {
             me: setup.me,
@@ -422,8 +427,7 @@ impl Pages {
             changed: Condvar::new(),
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
                 .map_err(std::io::Error::from)?,
-            told,
-            sockets,
+            others,
             begun: Instant::now(),
             over: AtomicBool::new(false),
             limits: Limits::new(setup.room_bytes),
@@ -434,18 +438,12 @@ impl Pages {
             buckets: std::array::from_fn(|_| AtomicU64::new(0)),
             listener,
         });
-        let mut pages = Pages {
+        let pages = Pages {
             shared: shared.clone(),
-            parts: setup.parts,
-            threads: Vec::new(),
+            threads: Mutex::default(),
         };
-        for part in shared.told.keys().copied() {
-            pages.spawn("span-tell", move |shared| {
-                let written = shared.told.get(&part).map(Told::write_backlog);
-                if let Some(Err(error)) = written {
-                    shared.lost(part, error.to_string());
-                }
-            })?;
+        for part in shared.others.parts().iter() {
+            pages.spawn_tell(part)?;
         }
         pages.spawn("span-keep", Shared::keep_within)?;
         if setup.me != PartId::HOME {
@@ -455,23 +453,40 @@ impl Pages {
         pages.spawn("span-serve", move |shared| shared.serve(hearing))?;
         if setup.me != setup.origin {
             pages.shared.limits.set(None);
+            // (The home waits for a word of who joins.)
+            let mut work = Work::default();
+            let said = work.to(PartId::HOME).map(drop);
+            let said = said.map_err(|error| SpanError::Disagree(error.to_string()));
+            pages.shared.say(said, work);
         }
         Ok(pages)
     }
 
-    fn spawn(
-        &mut self,
-        name: &str,
-        run: impl FnOnce(&Shared) + Send + 'static,
-    ) -> std::io::Result<()> {
+    /// A thread that writes to a part what cannot be written at once.
+    fn spawn_tell(&self, part: PartId) -> std::io::Result<()> {
+        let Some(told) = self.shared.others.told(part) else {
+            return Ok(());
+        };
+        self.spawn("span-tell", move |shared| {
+            if let Err(error) = told.write_backlog() {
+                shared.lost_by(part, &told, error.to_string());
+            }
+        })
+    }
+
+    fn spawn(&self, name: &str, run: impl FnOnce(&Shared) + Send + 'static) -> std::io::Result<()> {
         let shared = self.shared.clone();
         let thread = std::thread::Builder::new().name(name.into());
-        self.threads.push(thread.spawn(move || {
+        let thread = thread.spawn(move || {
             // Whoever waits for this thread would wait for ever.
             let guard = Guard(&shared);
             run(&shared);
             std::mem::forget(guard);
-        })?);
+        })?;
+        let mut threads = locked(&self.threads);
+        // (Those that wrote to parts that are gone.)
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
         Ok(())
     }
 
@@ -674,7 +689,7 @@ impl Pages {
                 range.start, range.end
             )));
         }
-        if !self.parts.contains(to) {
+        if !self.others().with(self.shared.me).contains(to) {
             return Err(SpanError::Memory(format!("there is no part {to}")));
         }
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
@@ -713,7 +728,7 @@ impl Pages {
 impl Drop for Pages {
     fn drop(&mut self) {
         self.shared.end(SpanError::Ended);
-        for thread in self.threads.drain(..) {
+        for thread in locked(&self.threads).drain(..) {
             // Whoever panicked said so.
             let _ = thread.join();
         }
@@ -761,13 +776,7 @@ impl Shared {
         self.ring();
         self.limits.ring();
         self.say_goodbye(&reason);
-        for told in self.told.values() {
-            told.close();
-        }
-        for socket in &self.sockets {
-            // It may be closed already.
-            let _ = socket.shutdown(Shutdown::Both);
-        }
+        self.others.close();
     }
 
     /// Tells the others why it cannot go on, where that is possible without waiting: else
@@ -775,6 +784,8 @@ impl Shared {
     fn say_goodbye(&self, reason: &SpanError) {
         let goodbye = match reason {
             SpanError::Ended => return,
+            // It was about to join: its end is no loss, and it knows nobody's.
+            _ if self.me != PartId::HOME && !self.limits.are_told() => return,
             SpanError::Lost { part, reason } => Parcel::Goodbye {
                 part: *part,
                 reason: reason.clone(),
@@ -786,16 +797,10 @@ impl Shared {
         };
         let mut frame = Vec::new();
         if wire::encode(&goodbye, &mut frame).is_ok() {
-            for told in self.told.values() {
+            for told in self.others.all_told() {
                 // (One of them is lost itself.)
                 let _ = told.tell(frame.clone());
             }
-        }
-    }
-
-    fn lost(&self, part: PartId, reason: String) {
-        if !self.over.load(Ordering::Acquire) {
-            self.end(SpanError::Lost { part, reason });
         }
     }
 

@@ -6,12 +6,14 @@ use super::super::wire::Parcel;
 use super::keeping::FAULTS_WAIT;
 use super::work::{Beside, Happened};
 use super::{FAULTS_MAX, SLEEP_MAX, Shared, SpanError, locked};
-use keel_wasm::coherence::{Access, Event, PageId, PartId};
+use keel_wasm::coherence::{Access, Event, PageId, PartId, PartSet};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES, Spanning};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+/// How long a part that is none any more waits for others to end what they have with it.
+const LEAVES_WITHIN: Duration = Duration::from_secs(60);
 /// Between two looks whether there is room.
 const FULL_SLEEP: Duration = Duration::from_micros(500);
 
@@ -22,7 +24,13 @@ impl Shared {
         let mut events = Vec::new();
         // Since when faults wait for room.
         let mut full_since = None;
+        // Since when it waits for others to end what they have with it.
+        let mut left_since = None;
         while !self.over.load(Ordering::Acquire) {
+            for part in self.others.take_turns(&mut hearing).iter() {
+                // (It may have told something until now.)
+                self.limits.forget(part);
+            }
             let waits = (self.is_full() || self.cuts.are_behind())
                 && full_since.get_or_insert_with(Instant::now).elapsed() < FAULTS_WAIT;
             if !waits {
@@ -32,11 +40,13 @@ impl Shared {
                 }
             }
             let (mut heard_some, mut noted) = (false, false);
+            let mut ended = PartSet::default();
             for heard in &mut hearing {
                 let from = heard.part();
                 match heard.read() {
                     Ok(parcels) => {
                         heard_some |= !parcels.is_empty();
+                        let mut counts = !parcels.is_empty();
                         for parcel in parcels.drain(..) {
                             match parcel {
                                 Parcel::Message(message) => {
@@ -50,11 +60,11 @@ impl Shared {
                                 Parcel::Time(guest_ns) => self.listener.saw(guest_ns),
                                 Parcel::Memory(memory) => self.limits.heard(from, memory),
                                 Parcel::Limit(limit) if from == PartId::HOME => {
-                                    self.limits.set(limit);
+                                    self.limits.told(limit);
                                 }
                                 Parcel::Limit(_) => {
-                                    let reason = "only the home says what parts keep";
-                                    return self.lost(from, reason.into());
+                                    let reason = "only the home says what parts keep".into();
+                                    return self.end(SpanError::Lost { part: from, reason });
                                 }
                                 Parcel::Cut { number, word } => {
                                     if let Err(error) = self.hear_cut(from, number, word) {
@@ -67,19 +77,40 @@ impl Shared {
                                         return self.end(error);
                                     }
                                 }
+                                Parcel::Gone(part) => {
+                                    counts = false;
+                                    if let Err(error) = self.hear_gone(from, part) {
+                                        return self.end(error);
+                                    }
+                                }
                                 Parcel::Goodbye { part, reason } => {
-                                    return self.lost(part, reason);
+                                    (counts, ended) = (false, ended.with(from));
+                                    self.hear_goodbye(from, part, reason);
                                 }
                                 Parcel::Note(note) => {
                                     noted = true;
                                     if let Err(reason) = self.listener.note(from, &note) {
-                                        return self.lost(from, reason);
+                                        return self.end(SpanError::Lost { part: from, reason });
                                     }
                                 }
                             }
                         }
+                        if counts {
+                            self.others.counts(from);
+                        }
                     }
-                    Err(error) => return self.lost(from, error.to_string()),
+                    Err(error) => {
+                        ended = ended.with(from);
+                        self.lost(from, error.to_string());
+                    }
+                }
+            }
+            // (Of those that may end.)
+            hearing.retain(|heard| !ended.contains(heard.part()));
+            if self.others.leaves() {
+                let since = left_since.get_or_insert_with(Instant::now);
+                if hearing.is_empty() || since.elapsed() > LEAVES_WITHIN {
+                    return self.end(SpanError::Ended);
                 }
             }
             let due = locked(&self.state).due;

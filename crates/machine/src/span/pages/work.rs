@@ -144,8 +144,10 @@ impl Shared {
         for (to, mut frames) in work.frames {
             // Whatever is in it has happened.
             wire::set_time(&mut frames, self.listener.time());
-            if let Some(Err(error)) = self.told.get(&to).map(|told| told.tell(frames)) {
-                self.lost(to, error.to_string());
+            if let Some(told) = self.others.told(to)
+                && let Err(error) = told.tell(frames)
+            {
+                self.lost_by(to, &told, error.to_string());
             }
         }
         if work.steps > 0 {

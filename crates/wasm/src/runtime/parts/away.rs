@@ -3,7 +3,7 @@
 use super::Members;
 use super::Spawning;
 use super::message::{Answer, Call, Entering, Order, Report};
-use crate::coherence::PartId;
+use crate::coherence::{PartId, PartSet};
 use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
 use crate::runtime::frame::{ThreadState, Value};
 use crate::runtime::governor::CoreTime;
@@ -85,7 +85,8 @@ struct PartsInner {
     opening: Option<(u32, u64)>,
     /// What came of it, by part.
     opened: BTreeMap<PartId, bool>,
-    leaving: bool,
+    /// Nothing goes to these any more.
+    leaving: PartSet,
     lost: bool,
 }
 
@@ -98,13 +99,15 @@ impl Parts {
         spawning: Spawning,
     ) {
         let mut inner = locked(&self.inner);
+        let all: PartSet = members.iter().copied().collect();
+        let leaving = inner.leaving.iter().filter(|part| all.contains(*part));
+        inner.leaving = leaving.collect();
         inner.members = members;
         inner.spawning = spawning;
         inner.room.clear();
         inner.taken.clear();
         // (A member that was lost before it was set is lost.)
         inner.lost &= way.is_some();
-        inner.leaving = false;
         self.spans.store(way.is_some(), Ordering::Release);
         inner.way = way;
         self.changed.notify_all();
@@ -119,15 +122,14 @@ impl Parts {
         locked(&self.inner).members.clone()
     }
 
-    /// Members are to leave: nothing goes to them any more.
-    pub(crate) fn let_leave(&self) {
-        let mut inner = locked(&self.inner);
-        inner.spawning = Spawning::Here;
-        inner.leaving = true;
+    /// These are to leave: nothing goes to them any more. All others stay, also those that
+    /// were to leave before.
+    pub(crate) fn let_leave(&self, parts: PartSet) {
+        locked(&self.inner).leaving = parts;
     }
 
-    pub(crate) fn are_leaving(&self) -> bool {
-        locked(&self.inner).leaving
+    pub(crate) fn is_leaving(&self, part: PartId) -> bool {
+        locked(&self.inner).leaving.contains(part)
     }
 
     /// Where a new thread begins, of the parts that have so many already; of equals at
@@ -138,8 +140,9 @@ impl Parts {
             Some(_) => inner.spawning,
             None => Spawning::Here,
         };
+        let stays = |part: &PartId| !inner.leaving.contains(*part);
         let parts: Vec<PartId> = std::iter::once(PartId::HOME)
-            .chain(inner.members.iter().copied())
+            .chain(inner.members.iter().copied().filter(stays))
             .collect();
         let count = |part: &PartId| counts.get(part).copied().unwrap_or(0);
         let fewest = || {

@@ -1,0 +1,402 @@
+//! The other parts, which come and go while this one runs.
+//!
+//! ```text
+//!   the other one          this one                        home
+//!        │◀── both dial ──▶│ knows it, hears it             │
+//!        │◀─────────────────────────── both dial ──────────▶│ the last that knows it
+//!        │◀──────────────────────────────────────── Limit ──│ it is one of them:
+//!        │─── Memory ─────▶│                                │ may get threads and pages
+//!        ┊                 ┊                                ┊
+//!        │                 │                 has all of its pages: nothing concerns it
+//!        │◀────────────────┼───────────────────────── Gone ─│
+//!        │─── Gone ────────┼───────────────────────────────▶│ it takes nobody for lost
+//!        │◀── closed ──────│◀───────────────────────── Gone ─│
+//! ```
+//!
+//! Until it is heard it is no loss, whatever it says last: what was begun with it may be
+//! undone by its end. Who is gone waits until all have closed its connections, and ends then.
+
+use super::super::peer::{Ends, Heard, Told};
+use super::super::wire::Parcel;
+use super::work::{Beside, Work};
+use super::{BeginError, PART_BYTES_MIN, Pages, Shared, SpanError, locked};
+use keel_wasm::coherence::{Event, PartId, PartSet};
+use std::collections::BTreeMap;
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// How long an earlier part of the same number may take to be heard out, and the pause
+/// between two looks.
+const HEARD_WITHIN: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_micros(200);
+
+/// What the thread that hears them is to do, in order.
+pub(super) enum Turn {
+    Hear(Box<Heard>),
+    Forget(PartId),
+}
+
+#[derive(Default)]
+pub(super) struct Others {
+    told: RwLock<BTreeMap<PartId, Arc<Told>>>,
+    /// Broken at the end, so that nobody waits on them.
+    sockets: Mutex<BTreeMap<PartId, [TcpStream; 2]>>,
+    turns: Mutex<Vec<Turn>>,
+    has_turns: AtomicBool,
+    /// Those that joined, and of which nothing was heard.
+    new: Mutex<PartSet>,
+    /// This part is none any more: others end what they have with it.
+    leaves: AtomicBool,
+    /// At the home: those that know that they are none any more.
+    parting: Mutex<PartSet>,
+    /// It is over: nobody joins any more. Changes under the lock of `told`.
+    closed: AtomicBool,
+}
+
+impl Others {
+    /// One more; who is heard on its connection.
+    pub(super) fn add(&self, part: PartId, ends: Ends) -> Result<Heard, BeginError> {
+        let sockets = [
+            ends.out.socket().try_clone()?,
+            ends.heard.socket().try_clone()?,
+        ];
+        let heard = Heard::new(part, ends.heard, ends.unpacker)?;
+        let told = Arc::new(Told::new(ends.out));
+        let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
+        if self.closed.load(Ordering::Acquire) {
+            return Err(BeginError::Setup("the machine ends"));
+        }
+        locked(&self.sockets).insert(part, sockets);
+        all.insert(part, told);
+        Ok(heard)
+    }
+
+    pub(super) fn told(&self, part: PartId) -> Option<Arc<Told>> {
+        let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
+        all.get(&part).cloned()
+    }
+
+    pub(super) fn all_told(&self) -> Vec<Arc<Told>> {
+        let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
+        all.values().cloned().collect()
+    }
+
+    /// Which they are.
+    pub(super) fn parts(&self) -> PartSet {
+        let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
+        all.keys().copied().collect()
+    }
+
+    pub(super) fn count(&self) -> u8 {
+        self.parts().len()
+    }
+
+    fn remove(&self, part: PartId) -> Option<Arc<Told>> {
+        locked(&self.sockets).remove(&part);
+        self.counts(part);
+        let mut parting = locked(&self.parting);
+        *parting = parting.without(part);
+        let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
+        all.remove(&part)
+    }
+
+    fn turn(&self, turn: Turn) {
+        locked(&self.turns).push(turn);
+        self.has_turns.store(true, Ordering::Release);
+    }
+
+    /// Hears those that have come, and no more those that are gone; which those are.
+    pub(super) fn take_turns(&self, hearing: &mut Vec<Heard>) -> PartSet {
+        let mut gone = PartSet::default();
+        if !self.has_turns.swap(false, Ordering::AcqRel) {
+            return gone;
+        }
+        // (Under the lock: who waits for one to be forgotten looks there.)
+        for turn in locked(&self.turns).drain(..) {
+            match turn {
+                Turn::Hear(heard) => {
+                    gone = gone.without(heard.part());
+                    hearing.push(*heard);
+                }
+                Turn::Forget(part) => {
+                    gone = gone.with(part);
+                    hearing.retain(|heard| heard.part() != part);
+                }
+            }
+        }
+        gone
+    }
+
+    /// Whether what an earlier part of that number said may still be taken note of.
+    fn is_heard_out(&self, part: PartId) -> bool {
+        let turns = locked(&self.turns);
+        !turns
+            .iter()
+            .any(|turn| matches!(turn, Turn::Forget(it) if *it == part))
+    }
+
+    /// Whether this is how a part is told now, not one that had its number.
+    pub(super) fn is_told_by(&self, part: PartId, told: &Arc<Told>) -> bool {
+        self.told(part).is_some_and(|it| Arc::ptr_eq(&it, told))
+    }
+
+    pub(super) fn is_new(&self, part: PartId) -> bool {
+        locked(&self.new).contains(part)
+    }
+
+    /// Something was heard of a part: its end is a loss from now on.
+    pub(super) fn counts(&self, part: PartId) {
+        let mut new = locked(&self.new);
+        *new = new.without(part);
+    }
+
+    /// Whether this part is none any more.
+    pub(super) fn leaves(&self) -> bool {
+        self.leaves.load(Ordering::Acquire)
+    }
+
+    pub(super) fn close(&self) {
+        {
+            let all = self.told.write().unwrap_or_else(PoisonError::into_inner);
+            self.closed.store(true, Ordering::Release);
+            for told in all.values() {
+                told.close();
+            }
+        }
+        for socket in locked(&self.sockets).values().flatten() {
+            // It may be closed already.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Shared {
+    /// A part is not heard, or cannot be told anything, any more.
+    pub(super) fn lost(&self, part: PartId, reason: String) {
+        // (It may have been forgotten since it was looked at.)
+        let is_one = self.others.parts().contains(part);
+        if self.over.load(Ordering::Acquire) || self.others.leaves() || !is_one {
+            return;
+        }
+        match self.others.is_new(part) {
+            true => {
+                tracing::info!(%part, reason, "a part that was about to join does not");
+                self.forget(part);
+            }
+            false => self.end(SpanError::Lost { part, reason }),
+        }
+    }
+
+    /// It cannot be told anything, if it is still told so.
+    pub(super) fn lost_by(&self, part: PartId, told: &Arc<Told>, reason: String) {
+        if self.others.is_told_by(part, told) {
+            self.lost(part, reason);
+        }
+    }
+
+    /// A part cannot go on, as it says, and who is to blame.
+    pub(super) fn hear_goodbye(&self, from: PartId, part: PartId, reason: String) {
+        match self.others.is_new(from) || self.others.leaves() {
+            true => self.lost(from, reason),
+            false => self.end(SpanError::Lost { part, reason }),
+        }
+    }
+
+    /// A part is none any more, as the home says; of this one that was its last word. Or, to
+    /// the home, as the part itself says, which knows it now.
+    pub(super) fn hear_gone(&self, from: PartId, part: PartId) -> Result<(), SpanError> {
+        match (from, part) {
+            (PartId::HOME, PartId::HOME) => {}
+            (PartId::HOME, part) if part == self.me => {
+                self.others.leaves.store(true, Ordering::Release);
+                return self.tell_part(PartId::HOME, &Parcel::Gone(part));
+            }
+            (PartId::HOME, part) => {
+                self.forget(part);
+                return Ok(());
+            }
+            (from, part) if from == part && self.me == PartId::HOME => {
+                let mut parting = locked(&self.others.parting);
+                *parting = parting.with(part);
+                return Ok(());
+            }
+            _ => {}
+        }
+        let reason = "it says of who is gone what only another part can say".into();
+        Err(SpanError::Lost { part: from, reason })
+    }
+
+    /// Nothing is said to a part any more, and nothing heard.
+    fn forget(&self, part: PartId) {
+        if self.others.told(part).is_none() {
+            return;
+        }
+        // (First: no other part takes its number before nothing of it is heard any more.)
+        self.others.turn(Turn::Forget(part));
+        if let Some(told) = self.others.remove(part) {
+            told.finish();
+            self.limits.forget(part);
+            self.step(vec![(Event::Gone { part }, Beside::Nothing)]);
+        }
+        self.ring();
+    }
+}
+
+impl Pages {
+    /// Whether this part is one of its machine's no more, or is about to be none.
+    pub fn is_over(&self) -> bool {
+        self.shared.over.load(Ordering::Acquire) || self.shared.others.leaves()
+    }
+
+    /// The other parts.
+    pub fn others(&self) -> PartSet {
+        self.shared.others.parts()
+    }
+
+    /// A part that has nothing is one of them; it has begun, or does so at this time. The
+    /// home is the last that is told: then [`Self::welcome`] says to it that it is one.
+    ///
+    /// # Errors
+    /// [`BeginError`]; nothing has changed then.
+    pub fn join(&self, part: PartId, ends: Ends) -> Result<(), BeginError> {
+        let shared = &self.shared;
+        if part == shared.me || shared.others.told(part).is_some() {
+            return Err(BeginError::Setup("it is one of them already"));
+        }
+        let deadline = Instant::now() + HEARD_WITHIN;
+        while !shared.others.is_heard_out(part) {
+            if shared.over.load(Ordering::Acquire) || Instant::now() > deadline {
+                return Err(BeginError::Setup("one of its number is not forgotten yet"));
+            }
+            shared.ring();
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        {
+            let mut new = locked(&shared.others.new);
+            *new = new.with(part);
+        }
+        // (Before anybody can tell it anything, or be lost to it.)
+        shared.step(vec![(Event::Join { part }, Beside::Nothing)]);
+        let joined = shared.others.add(part, ends).and_then(|heard| {
+            shared.others.turn(Turn::Hear(Box::new(heard)));
+            Ok(self.spawn_tell(part)?)
+        });
+        if let Err(error) = joined {
+            match shared.others.told(part) {
+                Some(_) => shared.forget(part),
+                None => {
+                    shared.others.counts(part);
+                    shared.step(vec![(Event::Gone { part }, Beside::Nothing)]);
+                }
+            }
+            return Err(error);
+        }
+        // What is here it does not know.
+        shared.limits.tell_again();
+        shared.ring();
+        match self.failure() {
+            None => Ok(()),
+            Some(_) => Err(BeginError::Setup("the machine ends")),
+        }
+    }
+
+    /// Waits until a part that joined has said something: it has begun, and its end is a loss
+    /// from now on.
+    ///
+    /// # Errors
+    /// [`SpanError::Lost`], if it ended instead, or says nothing.
+    pub fn await_begun(&self, part: PartId, patience: Duration) -> Result<(), SpanError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(failure) = self.failure() {
+                return Err(failure);
+            }
+            let is_one = self.others().contains(part);
+            if is_one && !self.shared.others.is_new(part) {
+                return Ok(());
+            }
+            if !is_one || Instant::now() >= deadline {
+                let reason = "it did not begin".into();
+                return Err(SpanError::Lost { part, reason });
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    /// All parts know a part that joined, and the machine has it: it may have pages, as any.
+    /// Or it does not go after all. Only of the home.
+    ///
+    /// # Errors
+    /// [`SpanError`].
+    pub fn welcome(&self, part: PartId) -> Result<(), SpanError> {
+        let shared = &self.shared;
+        // (Who holds this tells.)
+        let limit = locked(&shared.limits.of_parts);
+        shared.tell_part(part, &Parcel::Limit(limit.flatten()))
+    }
+
+    /// A part is to give away what it has, to those with most room; what they do not take
+    /// stays there. Only of the home.
+    ///
+    /// # Errors
+    /// [`SpanError`].
+    pub fn give_up(&self, part: PartId) -> Result<(), SpanError> {
+        self.shared.tell_part(part, &Parcel::Limit(Some(0)))
+    }
+
+    /// Bytes that a part has which is to give away what it has; `None` before it heard that.
+    pub fn resident_of(&self, part: PartId) -> Option<u64> {
+        let others = locked(&self.shared.limits.others);
+        let of = others.get(&part)?;
+        let heard = of.limit_bytes.is_some_and(|limit| limit <= PART_BYTES_MIN);
+        heard.then_some(of.resident_bytes)
+    }
+
+    /// A part joins no more, or has given up all its pages ([`Self::empty`]): all others
+    /// forget it, and it ends. Only of the home.
+    ///
+    /// # Errors
+    /// [`SpanError`].
+    pub fn part_with(&self, part: PartId) -> Result<(), SpanError> {
+        let shared = &self.shared;
+        let mut work = Work::default();
+        // (Before anybody forgets it: what it said counts no more.)
+        let event = (Event::Gone { part }, Beside::Nothing);
+        let done = shared.step_in(&mut locked(&shared.state), vec![event], &mut work);
+        let failed = done.clone().err();
+        shared.say(done, work);
+        if let Some(failed) = failed {
+            return Err(failed);
+        }
+        // It first, as it would take who closes its connections for lost. Its own end is no
+        // loss from here on.
+        {
+            let mut new = locked(&shared.others.new);
+            *new = new.with(part);
+        }
+        shared.tell_part(part, &Parcel::Gone(part))?;
+        let deadline = Instant::now() + HEARD_WITHIN;
+        while !locked(&shared.others.parting).contains(part)
+            && shared.others.told(part).is_some()
+            && Instant::now() < deadline
+        {
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        for other in self.others().without(part).iter() {
+            shared.tell_part(other, &Parcel::Gone(part))?;
+        }
+        if shared.others.told(part).is_none() {
+            // It ended before it heard that, and is forgotten.
+            return Ok(());
+        }
+        shared.others.turn(Turn::Forget(part));
+        if let Some(told) = shared.others.remove(part) {
+            told.finish();
+        }
+        shared.limits.forget(part);
+        shared.ring();
+        Ok(())
+    }
+}
