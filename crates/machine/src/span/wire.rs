@@ -379,7 +379,10 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
                 false => Err(WireError::Page),
             }
         }
-        KIND_GONE => Ok(Parcel::Gone(postcard::from_bytes(&payload)?)),
+        KIND_GONE => match postcard::take_from_bytes(&payload)? {
+            (part, []) => Ok(Parcel::Gone(part)),
+            _ => Err(postcard::Error::DeserializeBadEncoding.into()),
+        },
         KIND_GOODBYE => {
             let (part, reason) = postcard::from_bytes(&payload)?;
             Ok(Parcel::Goodbye { part, reason })
@@ -533,7 +536,8 @@ mod tests {
             (&page, KIND_MESSAGE),
             (&want, KIND_ZEROS),
             (&want, KIND_HELLO),
-            (&want, KIND_CUT_PAGES + 1),
+            (&want, KIND_GONE + 1),
+            (&want, KIND_GONE),
             (&want, KIND_CUT_PAGES),
             (&want, KIND_TIME),
         ] {

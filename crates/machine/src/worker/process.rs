@@ -760,7 +760,9 @@ impl Worker {
                 return Ok(tracking);
             }
             if Instant::now() > deadline {
-                return Err("a checkpoint of it waits for its store; try again".into());
+                return Err(
+                    "a checkpoint of it, or a part that goes, is still under way; try again".into(),
+                );
             }
             std::thread::sleep(Duration::from_millis(1));
         }
