@@ -268,7 +268,12 @@ fn who_did_not_join_is_no_loss() {
         );
     }
     parts.lose_joining().unwrap();
-    std::thread::sleep(Duration::from_millis(100));
+    let knows_it = || parts.members()[&part(1)].pages().others().contains(part(2));
+    let begun = Instant::now();
+    while knows_it() {
+        assert!(begun.elapsed() < LONG, "it is not forgotten");
+        std::thread::yield_now();
+    }
     assert_eq!(parts.home().failure(), None);
     assert!(running.machine.wait(Some(Duration::ZERO)).is_none());
     let (new, _) = parts.join().unwrap();
