@@ -14,6 +14,19 @@ use wasmparser::{
 /// How far a loop's body is searched for a call that polls, in operators.
 const LOOKAHEAD_MAX: usize = 200;
 
+/// Whether what follows in the same construct is never reached.
+pub(crate) fn ends_here(op: &Operator<'_>) -> bool {
+    matches!(
+        op,
+        Operator::Br { .. }
+            | Operator::BrTable { .. }
+            | Operator::Return
+            | Operator::Unreachable
+            | Operator::ReturnCall { .. }
+            | Operator::ReturnCallIndirect { .. }
+    )
+}
+
 /// Why a point is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PointKind {
@@ -202,15 +215,7 @@ pub(crate) fn read<'a>(
             _ => {}
         }
         validator.op(offset, &op)?;
-        let ends_here = matches!(
-            op,
-            Operator::Br { .. }
-                | Operator::BrTable { .. }
-                | Operator::Return
-                | Operator::Unreachable
-                | Operator::ReturnCall { .. }
-                | Operator::ReturnCallIndirect { .. }
-        );
+        let ends_here = ends_here(&op);
         let point = match op {
             Operator::Loop { .. } if out.constructs.last().is_some_and(|loop_| loop_.polls) => {
                 Some((PointKind::Loop, Vec::new()))

@@ -19,7 +19,7 @@
 //! In a clone every value that crosses a landing lies in a local: originals in
 //! their own, operands in *temporaries*, one for each height and type.
 
-use super::body::{Construct, Landing, Point, PointKind};
+use super::body::{Construct, Landing, Point, PointKind, ends_here};
 use super::meta::{self, SlotType};
 use super::plan::{BlockTypes, Plan, RESULT};
 use super::{InstrumentError, slot_type};
@@ -572,16 +572,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                 self.i(&instruction);
             }
         }
-        let ends_here = matches!(
-            op,
-            Operator::Br { .. }
-                | Operator::BrTable { .. }
-                | Operator::Return
-                | Operator::Unreachable
-                | Operator::ReturnCall { .. }
-                | Operator::ReturnCallIndirect { .. }
-        );
-        if ends_here && matches!(self.version, Version::Loop { .. }) {
+        if ends_here(op) && matches!(self.version, Version::Loop { .. }) {
             self.is_dead = true;
         }
         Ok(())
