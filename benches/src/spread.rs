@@ -11,12 +11,13 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Programs of two workers that write a line for each piece of work.
-const PROGRAMS: [(&str, &[&str]); 5] = [
+const PROGRAMS: [(&str, &[&str]); 6] = [
     ("render", &["2", "480", "320", "100000000"]),
     ("render", &["2", "1280", "720", "100000000"]),
     ("matrix", &["2", "512", "100000000"]),
     ("matrix", &["2", "1024", "100000000"]),
     ("mapreduce", &["2", "32", "100000000"]),
+    ("ep", &["2", "23", "100000000"]),
 ];
 /// Nodes, and the cores that each has.
 const NODES: [(&str, &str); 3] = [("one", "0"), ("other", "1"), ("both", "0,1")];

@@ -27,6 +27,7 @@ fn guests() -> Vec<(&'static str, Vec<&'static str>)> {
         ("counter", vec!["counter.c"]),
         ("disk", vec!["disk.c"]),
         ("echo", vec!["echo.c"]),
+        ("ep", with_shim(&["ep.c"])),
         ("files", vec!["files.c"]),
         ("hostile", vec!["hostile.c", "keep_names.py"]),
         ("hot", vec!["hot.c"]),

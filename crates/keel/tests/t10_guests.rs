@@ -152,16 +152,17 @@ fn several_parts() {
     assert_eq!(none.status.code(), Some(2), "{none:?}");
 }
 
-/// Programs of many kinds: bands that nobody shares, rings between stages, locks, and
-/// tables that all read.
+/// Programs of many kinds: bands that nobody shares, rings between stages, locks, tables
+/// that all read, and work of which all take.
 #[test]
 fn programs_with_threads() {
-    let cases: [(&str, &[&str]); 5] = [
+    let cases: [(&str, &[&str]); 6] = [
         ("render", &["4", "200", "120", "6"]),
         ("pipeline", &["4", "300"]),
         ("store", &["4", "8000"]),
         ("matrix", &["4", "200", "4"]),
         ("mapreduce", &["4", "8", "4"]),
+        ("ep", &["4", "20", "4"]),
     ];
     for (name, args) in cases {
         assert!(same_in_every_mode(name, args) > 3, "{name}");
@@ -177,18 +178,33 @@ fn programs_with_threads() {
         // However many workers there are.
         let workers = [&["3"], &args[1..]].concat();
         let other = run(&["--shake", "500"], name, &workers);
-        if matches!(name, "render" | "matrix" | "mapreduce") {
+        if matches!(name, "render" | "matrix" | "mapreduce" | "ep") {
             assert_same(&plain, &other, &format!("{name} with three workers"));
         }
         assert_eq!(other.code, Some(0), "{name}: {other:?}");
     }
     // What cannot be.
-    for (name, args) in [("render", &["0"][..]), ("matrix", &["4", "5000"])] {
+    for (name, args) in [
+        ("render", &["0"][..]),
+        ("matrix", &["4", "5000"]),
+        ("ep", &["65", "20"]),
+        ("ep", &["4", "33"]),
+    ] {
         assert_eq!(run(&[], name, args).code, Some(2), "{name}");
     }
     let full = run(&["--memory", "32M"], "mapreduce", &["2", "64"]);
     assert_eq!(full.code, Some(4), "{full:?}");
     assert!(full.stderr.contains("no memory for 64 MiB"), "{full:?}");
+}
+
+/// `ep` compares its sums with what the benchmark's authors published.
+#[test]
+fn ep_of_a_class_with_published_sums() {
+    let finished = run(&["--shake", "300", "--seed", "7"], "ep", &["4", "24"]);
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    // 17 digits: all that a double has.
+    let sums = "0 -3.2478346520346163e+03 -6.9584070783828211e+03 13176389\n";
+    assert_eq!(finished.stdout, sums);
 }
 
 /// Programs with more memory than any of their parts may keep, also with less room in all
