@@ -11,14 +11,16 @@ const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
 /// Drills all failpoints that fit, with each order.
 async fn drill_all(fits: impl Fn(&Failpoint) -> bool, orders: &[&str]) {
-    drill_as(fits, orders, (4, None)).await;
+    drill_as(fits, orders, (4, None), false).await;
 }
 
-/// As [`drill_all`], with a machine of so many MiB, of which a part keeps so many bytes.
+/// As [`drill_all`], with a machine of so many MiB, of which a part keeps so many bytes; or
+/// that has another part, which stays.
 async fn drill_as(
     fits: impl Fn(&Failpoint) -> bool,
     orders: &[&str],
     (mib, part_memory_bytes): (u32, Option<u64>),
+    spans: bool,
 ) {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let names = ["calm", "b", "c"];
@@ -38,10 +40,14 @@ async fn drill_as(
         mib,
         pause_us: 1000,
         part_memory_bytes,
+        spans,
     };
     drill.start().await.unwrap();
     let mut drilled = 0;
-    for failpoint in ALL.iter().filter(|failpoint| fits(failpoint)) {
+    // (To try some of them: `EVENKEEL_DRILL=move.go,in.go`.)
+    let only = std::env::var("EVENKEEL_DRILL").unwrap_or_default();
+    let wanted = |it: &&Failpoint| only.is_empty() || only.split(',').any(|name| name == it.name);
+    for failpoint in ALL.iter().filter(|it| fits(it)).filter(wanted) {
         for order in orders {
             let outcome = match drill.run(failpoint, order.parse().unwrap()).await {
                 Ok(outcome) => outcome,
@@ -74,6 +80,10 @@ fn of_post_copy(failpoint: &Failpoint) -> bool {
     begins(failpoint, &["fill.", "move.served"])
 }
 
+fn of_homes(failpoint: &Failpoint) -> bool {
+    begins(failpoint, &["home."])
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn at_post_copy() {
     drill_all(of_post_copy, &["kill", "error"]).await;
@@ -96,7 +106,7 @@ async fn at_the_source_agent() {
 #[tokio::test(flavor = "multi_thread")]
 async fn at_the_target_worker() {
     drill_all(
-        |it| it.place == Place::TargetWorker && !of_post_copy(it),
+        |it| it.place == Place::TargetWorker && !of_post_copy(it) && !of_homes(it),
         &["kill", "error"],
     )
     .await;
@@ -105,7 +115,7 @@ async fn at_the_target_worker() {
 #[tokio::test(flavor = "multi_thread")]
 async fn at_the_source_worker() {
     drill_all(
-        |it| it.place == Place::SourceWorker && !of_post_copy(it),
+        |it| it.place == Place::SourceWorker && !of_post_copy(it) && !of_homes(it),
         &["kill", "error"],
     )
     .await;
@@ -129,7 +139,34 @@ async fn at_restores_starts_and_ends() {
 #[tokio::test(flavor = "multi_thread")]
 async fn at_beginnings_on_several_nodes() {
     let machine = (8, Some(3 << 20));
-    drill_as(|it| begins(it, &["apart."]), &["kill", "error"], machine).await;
+    drill_as(
+        |it| begins(it, &["apart."]),
+        &["kill", "error"],
+        machine,
+        false,
+    )
+    .await;
+}
+
+/// Of a machine that spans only the home moves. Lost agents, and steps that fail, cost it
+/// nothing; a lost part, wherever, is its end, and it begins anew from its checkpoint.
+#[tokio::test(flavor = "multi_thread")]
+async fn at_moves_of_homes() {
+    let agents = |it: &Failpoint| matches!(it.place, Place::SourceAgent | Place::TargetAgent);
+    drill_as(
+        |it| agents(it) && !of_post_copy(it),
+        &["kill", "error"],
+        (8, None),
+        true,
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_moves_of_homes_in_workers() {
+    let workers = |it: &Failpoint| matches!(it.place, Place::SourceWorker | Place::TargetWorker);
+    let fits = |it: &Failpoint| workers(it) && !of_post_copy(it);
+    drill_as(fits, &["kill", "error"], (8, None), true).await;
 }
 
 #[test]

@@ -232,10 +232,10 @@ async fn what_cannot_be_is_said() {
     bench.does(&["kill", "n"]);
 }
 
-/// A checkpoint leaves it where it is; moves bring it together, and let it span again as it
-/// did.
+/// A checkpoint leaves it where it is; of what moves only the home does, and it has parts on
+/// the same nodes as before, but for the home's if that went where none was.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_needs_all_of_it_brings_it_together() {
+async fn checkpoints_and_moves_leave_parts_where_they_are() {
     let folder = folder();
     let bench = Bench::new(folder.path()).await;
     let module = guest("threads");
@@ -264,9 +264,28 @@ async fn what_needs_all_of_it_brings_it_together() {
     assert_eq!(bench.cluster.parts_of("b"), 1);
     bench.does(&["restore", "m", "--as", "twin", "--on", "a"]);
     bench.does(&["kill", "twin"]);
-    // Its home goes where no part is.
+    // Its home goes where no part is, and where one is, which then is at the home's place.
+    let part = bench.cluster.part_pids("b");
     bench.does(&["move", "m", "--to", "c"]);
     again("c", "b").await;
+    assert_eq!(bench.cluster.part_pids("b"), part, "the same process");
+    bench.does(&["move", "m", "--to", "b"]);
+    wait_for("its parts have changed places", || async {
+        let parts = bench.parts("m").parts.into_iter();
+        let nodes: Vec<String> = parts.map(|part| part.node).collect();
+        (nodes == ["b", "c"] && bench.cluster.parts_of("b") == 0).then_some(())
+    })
+    .await
+    .expect("they have");
+    bench.does(&["move", "m", "--to", "c"]);
+    wait_for("and again", || async {
+        let parts = bench.parts("m").parts.into_iter();
+        let nodes: Vec<String> = parts.map(|part| part.node).collect();
+        (nodes == ["c", "b"]).then_some(())
+    })
+    .await
+    .expect("they have");
+    bench.does(&["move", "m/thread/2", "--to", "b"]);
     // A move that does not come about leaves it as it was.
     bench.fails(&["move", "m", "--to", "x"], "no node");
     again("c", "b").await;
@@ -395,6 +414,66 @@ async fn what_is_larger_than_a_part_begins_on_several() {
     let spans = bench.parts("m").parts.len();
     assert_eq!(spans, 3);
     goes_on("m", &["a", "b", "c"]).await;
+    bench.does(&["kill", "m"]);
+    bench.no_parts().await;
+}
+
+/// What is larger than a part is to be moves, part by part and home by home, while it runs
+/// and prints; no more is anywhere than may be there.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_home_of_what_is_larger_than_a_part_moves() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("writer");
+    run(&bench, &Guest::new("m", "a", &module, &["48", "20"])).await;
+    let lines = async || -> u64 {
+        let text = bench.cluster.output("a", "m").await.unwrap_or_default();
+        check_numbered(&text, 0).expect("none is missing or doubled")
+    };
+    let goes_on = async || {
+        let before = lines().await;
+        wait_for("it goes on", || async {
+            (lines().await > before + 3).then_some(())
+        })
+        .await
+        .expect("it goes on");
+    };
+    goes_on().await;
+    bench.does(&["set", "m", "--max-parts", "4", "--part-memory", "20M"]);
+    bench.does(&["span", "m", "--nodes", "b,b,c"]);
+    goes_on().await;
+    let on = || {
+        let parts = bench.parts("m").parts.into_iter();
+        let mut nodes: Vec<String> = parts.map(|part| part.node).collect();
+        nodes[1..].sort();
+        nodes
+    };
+    for (to, nodes) in [
+        ("c", ["c", "a", "b", "b"]),
+        ("a", ["a", "b", "b", "c"]),
+        ("b", ["b", "a", "b", "c"]),
+    ] {
+        bench.does(&["move", "m", "--to", to]);
+        wait_for("its parts are where they were", || async {
+            (on() == nodes).then_some(())
+        })
+        .await
+        .unwrap_or_else(|error| panic!("{error}: {:?}", on()));
+        goes_on().await;
+        for part in bench.parts("m").parts {
+            let mib = part.memory.expect("what it has").resident_bytes >> 20;
+            assert!(mib <= 24, "{mib} MiB on {}", part.node);
+        }
+    }
+    // Its home's node is emptied, and it has none of it any more.
+    bench.does(&["drain", "b"]);
+    wait_for("nothing of it is there", || async {
+        (!on().contains(&"b".to_owned())).then_some(())
+    })
+    .await
+    .unwrap_or_else(|error| panic!("{error}: {:?}, {}", on(), bench.does(&["why", "m"])));
+    goes_on().await;
+    assert_eq!(bench.inspect("m").await.restarts, 0);
     bench.does(&["kill", "m"]);
     bench.no_parts().await;
 }

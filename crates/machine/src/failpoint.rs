@@ -362,6 +362,21 @@ pub const ALL: &[Failpoint] = &[
         "its memory is on its parts, it does not run",
     ),
     at(
+        "home.way",
+        Place::SourceWorker,
+        "threads and pages of a home that moves have left, the machine runs",
+    ),
+    at(
+        "home.left",
+        Place::SourceWorker,
+        "the machine stands, and its home has nothing any more",
+    ),
+    at(
+        "home.succeeds",
+        Place::TargetWorker,
+        "the commit won, no other part knows its home yet",
+    ),
+    at(
         "parts.known",
         Place::Agent,
         "all members know a part that comes, its home does not",

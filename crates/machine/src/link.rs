@@ -79,6 +79,7 @@ const KIND_FILLED: u16 = 16;
 const KIND_BLOCK: u16 = 17;
 const KIND_CUT: u16 = 18;
 const KIND_STANDS: u16 = 19;
+const KIND_PARTS: u16 = 20;
 
 /// What the source says first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -196,6 +197,8 @@ pub enum Message {
     Stands,
     /// The target has everything.
     Filled(FillReport),
+    /// A piece of what the home of a machine that spans leaves to its successor.
+    Parts(Bytes),
 }
 
 /// Why a connection between workers ended.
@@ -301,6 +304,7 @@ impl Message {
             },
             KIND_ALL_SENT => Message::AllSent,
             KIND_STANDS => Message::Stands,
+            KIND_PARTS => Message::Parts(Bytes::copy_from_slice(payload)),
             KIND_FILLED => Message::Filled(plain(payload)?),
             other => return Err(LinkError::Message(format!("a message of kind {other}"))),
         })
@@ -373,6 +377,7 @@ impl Message {
             }
             Message::AllSent => (KIND_ALL_SENT, Vec::new()),
             Message::Stands => (KIND_STANDS, Vec::new()),
+            Message::Parts(bytes) => (KIND_PARTS, bytes.to_vec()),
             Message::Filled(report) => (
                 KIND_FILLED,
                 postcard::to_stdvec(report)
@@ -829,6 +834,7 @@ mod tests {
             },
             Message::RoundEnd,
             Message::Stands,
+            Message::Parts(Bytes::from_static(b"parts")),
             Message::Image(Bytes::from_static(b"x")),
             Message::ImageEnd,
             Message::Go(epoch),

@@ -3,10 +3,11 @@
 //! whole by name.
 
 use keel_machine::span::{Keeps, SpanError, Spread, Within};
-use keel_wasi::{Config, HostClock, MemorySink, SystemClock, Wasi};
+use keel_wasi::{Config, HostClock, MemorySink, Resources, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
+use keel_wasm::memory::GuestMemory;
 use keel_wasm::runtime::parts::Spawning;
-use keel_wasm::runtime::{Engine, Limits, Machine, MachineError, Options, Outcome, Program};
+use keel_wasm::runtime::{Engine, Image, Limits, Machine, MachineError, Options, Outcome, Program};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::path::Path;
@@ -15,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// Something hangs that takes longer.
 const LONG: Duration = Duration::from_secs(60);
+/// It ends within that, or does not.
+const SOON: Duration = Duration::from_secs(5);
 const MEMORY_BYTES: u64 = 256 << 20;
 
 fn part(number: usize) -> PartId {
@@ -58,6 +61,25 @@ impl Running {
         let wasi = Wasi::new(config).unwrap();
         let machine = Machine::ready_under(0, program.clone(), wasi, limits).unwrap();
         Running { machine, output }
+    }
+
+    /// What another part makes of an image.
+    fn of(
+        program: &Arc<Program>,
+        image: Image,
+        memories: Arc<[Arc<GuestMemory>]>,
+        output: Arc<MemorySink>,
+    ) -> Machine {
+        let resources = Resources {
+            stdout: Box::new(output),
+            ..Resources::default()
+        };
+        let wasi = Wasi::restore(image.wasi.clone(), resources).unwrap();
+        let limits = Limits {
+            memory_bytes: MEMORY_BYTES,
+            ..Limits::default()
+        };
+        Machine::prepare(program.clone(), image, memories, wasi, limits).unwrap()
     }
 
     /// It spans so many parts, and goes.
@@ -149,7 +171,7 @@ fn zstd_compresses_the_same_on_three_parts() {
 #[test]
 fn it_spans_and_is_alone_again() {
     let program = guest("threads");
-    let args = ["6", "9000"];
+    let args = ["6", "30000"];
     let expected = alone(&program, &args);
     let running = Running::new(&program, &args);
     let mut changes = 0;
@@ -236,6 +258,82 @@ fn parts_come_and_go_while_it_runs() {
         assert_eq!(outcome, Outcome::Exit(0), "{name}: {}", running.text());
         assert_eq!(running.text(), expected, "{name}");
         assert!(came > 2 && went > 2, "{name}: {came} came, {went} went");
+    }
+}
+
+/// Its home moves, over and over, with threads and pages at all parts: nothing of it is
+/// lost. Some of the moves are given up after all has left.
+#[test]
+fn the_home_moves_while_it_runs() {
+    let (threads, mapreduce) = (["8", "8000"], ["4", "8", "30"]);
+    let store = ["6", "40000"];
+    for (name, args, seed) in [
+        ("threads", &threads[..], 1),
+        ("mapreduce", &mapreduce, 2),
+        ("store", &store, 3),
+    ] {
+        let program = guest(name);
+        let expected = alone(&program, args);
+        let mut running = Running::new(&program, args);
+        let mut parts = running.span(3);
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let (mut moved, mut stayed) = (0, 0);
+        let outcome = loop {
+            let pause = Duration::from_micros(rng.random_range(100..6000));
+            if let Some(outcome) = running.machine.wait(Some(pause)) {
+                break outcome;
+            }
+            let members: Vec<PartId> = parts.home().members().iter().collect();
+            let to = match rng.random_range(0..=members.len()) {
+                0 => PartId::HOME,
+                at => members[at - 1],
+            };
+            let changed = match rng.random_range(0..8) {
+                0 | 1 => {
+                    let goes = rng.random_bool(0.7);
+                    let output = running.output.clone();
+                    let make = |image, memories| Running::of(&program, image, memories, output);
+                    parts.move_home(make, goes).map(|machine| {
+                        running.machine = machine;
+                        match goes {
+                            true => moved += 1,
+                            false => stayed += 1,
+                        }
+                    })
+                }
+                2 if members.len() > 2 => {
+                    let part = members[rng.random_range(0..members.len())];
+                    let to = if to == part { PartId::HOME } else { to };
+                    parts.part_with(part, to, LONG).map(drop)
+                }
+                _ => {
+                    let first = rng.random_range(0..64u64) << 16;
+                    let pages = parts.home().pages();
+                    let _ = pages.move_pages(0, first..first + (1 << 16), to);
+                    let threads = running.machine.threads();
+                    if !threads.is_empty() {
+                        let thread = threads[rng.random_range(0..threads.len())];
+                        let _ = running.machine.move_thread(thread, to);
+                    }
+                    Ok(())
+                }
+            };
+            match changed {
+                Ok(()) => {}
+                // It ended in the middle.
+                Err(_) if running.machine.wait(Some(SOON)).is_some() => break running.outcome(),
+                Err(error) => {
+                    let members = parts.members().iter();
+                    let members = members.map(|(part, member)| (*part, member.pages().failure()));
+                    let members: Vec<_> = members.collect();
+                    panic!("{name}: {error} ({moved} moved, {stayed} stayed, {members:?})");
+                }
+            }
+        };
+        assert_eq!(parts.home().failure(), None, "{name}");
+        assert_eq!(outcome, Outcome::Exit(0), "{name}: {}", running.text());
+        assert_eq!(running.text(), expected, "{name}");
+        assert!(moved > 2, "{name}: {moved} moved, {stayed} stayed");
     }
 }
 

@@ -42,13 +42,15 @@ use std::time::Duration;
 /// Asks whichever process here is that part.
 async fn ask_member<A: DeserializeOwned>(
     agent: &Agent,
+    machine: &MachineName,
     kind: u16,
     question: &impl Serialize,
     patience: Duration,
 ) -> Result<A, String> {
-    // (All at once: one that hangs holds up nobody.)
+    // (All at once: one that hangs holds up nobody. The last to which it was to move.)
     let workers = agent.parts.names().into_iter();
     let workers = workers.filter_map(|name| agent.parts.get(&name));
+    let workers = workers.chain(agent.workers.get(machine));
     let mut answers: FuturesUnordered<_> = workers
         .map(|worker| async move { worker.ask(kind, question, patience).await })
         .collect();
@@ -70,12 +72,19 @@ pub(crate) async fn meet_new(agent: &Agent, request: &MeetNew) -> Result<Place, 
         address: agent.settings.listen.ip().to_string(),
         ..request.clone()
     };
-    ask_member(agent, kind::MEET_NEW, &request, PROMPT).await
+    ask_member(agent, &request.machine, kind::MEET_NEW, &request, PROMPT).await
 }
 
 /// It does, and knows it.
 pub(crate) async fn join_new(agent: &Agent, request: &JoinNew) -> Result<u64, String> {
-    ask_member(agent, kind::JOIN_NEW, request, SPAN_PATIENCE).await
+    ask_member(
+        agent,
+        &request.machine,
+        kind::JOIN_NEW,
+        request,
+        SPAN_PATIENCE,
+    )
+    .await
 }
 
 // ── the owner ───────────────────────────────────────────────────────────
@@ -88,6 +97,15 @@ pub(crate) struct Spanning<'a> {
     pub(crate) worker: &'a Worker,
     pub(crate) program: Fingerprint,
     pub(crate) epoch: Epoch,
+}
+
+/// What a part is that comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Comes {
+    /// A process of its own.
+    Anew,
+    /// The worker to which the machine moves.
+    Arriving,
 }
 
 /// What has changed.
@@ -124,7 +142,7 @@ impl Spanning<'_> {
         }
         let mut new = Vec::new();
         for node in comes {
-            match self.add(&node).await {
+            match self.add(&node, Comes::Anew).await {
                 Ok((part, stood)) => {
                     new.push(part);
                     changed.stood += stood;
@@ -167,7 +185,11 @@ impl Spanning<'_> {
     }
 
     /// One more part; which, and the microseconds that the machine stood still.
-    async fn add(&self, node: &NodeName) -> Result<(PartId, u64), OperateError> {
+    pub(crate) async fn add(
+        &self,
+        node: &NodeName,
+        comes: Comes,
+    ) -> Result<(PartId, u64), OperateError> {
         let (agent, machine) = (self.agent, self.machine);
         let has = self.nodes().await?;
         let mut free = (1..).map_while(PartId::new);
@@ -186,19 +208,21 @@ impl Spanning<'_> {
             sharing: 1,
         };
         let on_node = |why| OperateError::Conflict(format!("no part on {node}: {why}"));
-        let ready = ready_on(agent, node, offer).await.map_err(on_node)?;
+        let ready = ready_on(agent, node, offer, comes).await.map_err(on_node)?;
         let ends = |join| PartJoin {
             worker: ready.worker.clone(),
             join,
         };
-        let met = self.meet(new, node, &has, &ready.place, &ends).await;
+        let met = self
+            .meet(new, node, &has, &ready.place, (&ends, comes))
+            .await;
         match met {
             Ok(stood) => Ok((new, stood)),
             Err(error) => {
                 // Its answer may be lost, or late.
                 match parts_report(self.worker).await {
                     Ok(report) if report.nodes.contains_key(&new) => return Ok((new, 0)),
-                    Ok(_) => drop(join_on(agent, node, ends(None)).await),
+                    Ok(_) => drop(join_on(agent, node, ends(None), comes).await),
                     // (Nobody knows: where it does not join it ends by itself.)
                     Err(_) => {}
                 }
@@ -214,7 +238,7 @@ impl Spanning<'_> {
         node: &NodeName,
         has: &BTreeMap<PartId, NodeName>,
         place: &Place,
-        ends: &impl Fn(Option<Join>) -> PartJoin,
+        (ends, comes): (&impl Fn(Option<Join>) -> PartJoin, Comes),
     ) -> Result<u64, OperateError> {
         let agent = self.agent;
         let mut places = BTreeMap::from([(new, place.clone())]);
@@ -255,7 +279,7 @@ impl Spanning<'_> {
             }
             Ok::<u64, OperateError>(stood)
         };
-        let joined = join_on(agent, node, ends(Some(join.clone())));
+        let joined = join_on(agent, node, ends(Some(join.clone())), comes);
         // Who knows why it fails says so first; the other one waits for it in vain.
         match select(pin!(joined), pin!(known)).await {
             Either::Right((known, _)) => known,
@@ -281,7 +305,8 @@ impl Spanning<'_> {
             return answer.map_err(|error| why(text(error)));
         }
         if *node == self.agent.name {
-            let answer = ask_member(self.agent, worker_kind, question, patience).await;
+            let answer =
+                ask_member(self.agent, self.machine, worker_kind, question, patience).await;
             return answer.map_err(why);
         }
         let bytes = |error: &dyn std::fmt::Display| why(error.to_string());

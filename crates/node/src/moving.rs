@@ -9,7 +9,7 @@ use crate::offer::{Arrival, Offer};
 use crate::record;
 use crate::rules::{self, ClaimError, Claims};
 use crate::service::kind as node_kind;
-use crate::spanning::{self, Apart};
+use crate::spanning::{self, Apart, ROOM_BYTES_MIN, Successor};
 use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
 use keel_api::{CheckpointRequest, EventKind, MoveLine, Urgency};
 use keel_cluster::clock::unix_ms;
@@ -23,7 +23,7 @@ use keel_machine::moves::{
 };
 use keel_machine::spec::{Record, Spec, Status, VolumeKind};
 use keel_machine::worker::control::{
-    Copy, CopyEvent, Frozen, Receiving, Report, State, kind, pack, unpack,
+    Copy, CopyEvent, CopyHome, Frozen, Receiving, Report, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
 use serde::{Deserialize, Serialize};
@@ -128,7 +128,14 @@ pub(crate) async fn begin(
     rules::claim(agent, machine, target)
         .await
         .map_err(|error| error.to_string())?;
-    if order.post_copy {
+    let worker = agent
+        .workers
+        .get(machine)
+        .ok_or_else(|| format!("machine {machine:?} has no worker here"))?;
+    // (All memory of one that spans stays with its parts.)
+    let spans = worker.report().await.is_ok_and(|report| report.parts > 0);
+    let post_copy = order.post_copy && !spans;
+    if post_copy {
         let request = CheckpointRequest {
             to: order.checkpoint_to.clone(),
             ..CheckpointRequest::default()
@@ -139,10 +146,6 @@ pub(crate) async fn begin(
                 format!("a post-copy move needs a checkpoint to fall back on: {error}")
             })?;
     }
-    let worker = agent
-        .workers
-        .get(machine)
-        .ok_or_else(|| format!("machine {machine:?} has no worker here"))?;
     // It may have been given to this node and not have gone on yet.
     match worker.state().await {
         Ok(State::Running { epoch }) if epoch == record.epoch => {}
@@ -175,8 +178,8 @@ pub(crate) async fn begin(
     let mut driver = Driver {
         agent: agent.clone(),
         report: new_report(&record, target),
-        source: SourceMove::new(record.epoch, order.post_copy),
-        post_copy: order.post_copy,
+        source: SourceMove::new(record.epoch, post_copy),
+        post_copy,
         record,
         revision: found.revision,
         target: target.clone(),
@@ -189,14 +192,26 @@ pub(crate) async fn begin(
         lane: None,
         budget: order.budget(),
         claims: Claims::default(),
+        spans: false,
         apart: None,
     };
     let (agent, machine, urgency) = (agent.clone(), machine.clone(), order.urgency);
     tokio::spawn(async move {
         driver.drive(urgency).await;
         agent.moves().remove(&machine);
-        if let Some(apart) = driver.apart.take() {
-            spanning::apart_again(&agent, &machine, apart);
+        let apart = driver.apart.take();
+        // (What came of its successor may not be known.)
+        let stays = matches!(driver.source.state(), SourceState::Stayed { .. });
+        if driver.spans || apart.is_some() {
+            let (agent, machine) = (agent.clone(), machine.clone());
+            tokio::spawn(async move {
+                if stays {
+                    spanning::let_successors_go(&agent, &machine).await;
+                }
+                if let Some(apart) = apart {
+                    spanning::apart_again(&agent, &machine, apart);
+                }
+            });
         }
         over_sender.send_replace(true);
     });
@@ -243,6 +258,7 @@ pub(crate) async fn take_up(agent: &Arc<Agent>, record: Record, worker: Worker, 
         lane: None,
         budget: LAST_PAGES_BUDGET,
         claims: Claims::default(),
+        spans: false,
         apart: None,
     };
     driver.carry_on(commands.into()).await;
@@ -296,12 +312,25 @@ pub(crate) fn offer_of(
         epoch: record.epoch,
         revision,
         worker,
-        memory_pages: report.memory_pages.clone(),
+        memory_pages: to_come(report),
         volume_bytes: volumes.map(|volume| volume.bytes).sum(),
         features: needed_features(),
         proofs: proofs.list(),
         post_copy,
     })
+}
+
+/// How much of each memory is to come. Of a machine that spans nothing must: its home becomes
+/// one of its parts, which have the rest.
+fn to_come(report: &Report) -> Vec<u64> {
+    let mut pages = report.memory_pages.clone();
+    if report.parts > 0 {
+        pages.fill(0);
+        if let Some(first) = pages.first_mut() {
+            *first = ROOM_BYTES_MIN >> 16;
+        }
+    }
+    pages
 }
 
 struct Driver {
@@ -325,7 +354,9 @@ struct Driver {
     budget: Duration,
     /// What rules demand of the commit.
     claims: Claims,
-    /// Where its parts were before it was brought together to move.
+    /// Whether it had parts when it was offered.
+    spans: bool,
+    /// Where its parts were before its home was to move.
     apart: Option<Apart>,
 }
 
@@ -482,6 +513,7 @@ impl Driver {
             other => other.to_string(),
         };
         let report = self.worker.report().await.map_err(text)?;
+        self.spans = report.parts > 0;
         let worker: Fingerprint = self
             .worker
             .ask(kind::IDENTITY, &(), PROMPT)
@@ -505,27 +537,30 @@ impl Driver {
         let Some(target) = self.receiving.clone() else {
             return SourceEvent::PeerLost("the target said nothing".into());
         };
-        // It moves as one; it runs meanwhile.
-        let (agent, machine) = (self.agent.clone(), self.record.name.clone());
-        let mut together =
-            tokio::spawn(async move { spanning::bring_together(&agent, &machine).await });
-        tokio::select! {
-            together = &mut together => match together {
-                Ok(Ok(apart)) => self.apart = apart,
+        let (agent, worker) = (self.agent.clone(), self.worker.clone());
+        let (record, node) = (self.record.clone(), self.target.clone());
+        let mut successor =
+            tokio::spawn(async move { spanning::successor(&agent, &record, &worker, &node).await });
+        let successor = tokio::select! {
+            successor = &mut successor => match successor {
+                Ok(Ok(successor)) => successor,
                 Ok(Err(error)) => {
-                    return SourceEvent::Cancel(format!("it does not come together: {error}"));
+                    let hint = format!("`keel unspan {}` brings it together first", self.record.name);
+                    return SourceEvent::Cancel(format!("its home does not move: {error} ({hint})"));
                 }
                 Err(panic) => return SourceEvent::Cancel(panic.to_string()),
             },
             event = interruption(&mut self.interrupted) => {
-                let (agent, machine) = (self.agent.clone(), self.record.name.clone());
-                tokio::spawn(async move {
-                    if let Ok(Ok(Some(apart))) = together.await {
-                        spanning::apart_again(&agent, &machine, apart);
-                    }
-                });
+                // (It comes, or does not: it is let go then.)
+                if let Ok(Ok(Some(successor))) = successor.await {
+                    self.apart = Some(successor.before);
+                }
                 return event;
             }
+        };
+        if successor.is_some() != self.spans || self.spans && self.post_copy {
+            self.apart = successor.map(|it| it.before);
+            return SourceEvent::Cancel("it got parts, or lost them, meanwhile; try again".into());
         }
         let begun = Instant::now();
         let copy = Copy {
@@ -533,7 +568,23 @@ impl Driver {
             post_copy: self.post_copy,
             budget_micros: u64::try_from(self.budget.as_micros()).unwrap_or(u64::MAX),
         };
-        let mut events = match self.worker.stream(kind::COPY, &copy).await {
+        let events = match successor {
+            None => self.worker.stream(kind::COPY, &copy).await,
+            Some(Successor {
+                part,
+                threads_to,
+                before,
+            }) => {
+                self.apart = Some(before);
+                let copy = CopyHome {
+                    copy,
+                    successor: part,
+                    threads_to,
+                };
+                self.worker.stream(kind::COPY_HOME, &copy).await
+            }
+        };
+        let mut events = match events {
             Ok(events) => events,
             Err(error) => return SourceEvent::PeerLost(error.to_string()),
         };

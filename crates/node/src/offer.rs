@@ -136,6 +136,11 @@ async fn take_in(agent: &Arc<Agent>, source: NodeName, offer: Offer) -> Result<R
             Ok(State::Ended { .. } | State::Dropped { .. } | State::Empty) | Err(_) => {
                 agent.workers.forget(&agent.dir, machine).await;
             }
+            Ok(_) if crate::spanning::part_of(&worker).await?.is_some() => {
+                return Err(format!(
+                    "a part of machine {machine:?} is still here that an earlier move made; try again"
+                ));
+            }
             Ok(_) => return Err(format!("machine {machine:?} has a worker here already")),
         }
     }
@@ -372,6 +377,12 @@ async fn settle_once(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), St
             Err(error) => return Err(error.to_string()),
         }
     }
+    if crate::spanning::part_of(&worker).await?.is_some() {
+        // The machine needs what it has; it ends when the home parts with it.
+        let reason = "the machine stays where it was".to_owned();
+        let told: Result<(), RpcError> = worker.ask(kind::ABORT, &reason, PROMPT).await;
+        return told.map_err(|error| error.to_string());
+    }
     agent.workers.forget(&agent.dir, machine).await;
     Ok(())
 }
@@ -409,6 +420,10 @@ pub(crate) async fn arrival(
             let gone: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
             gone.map(|_| Arrival::Resumed)
                 .map_err(|error| error.to_string())
+        }
+        // (A part of a machine that stays: whoever has its home parts with it.)
+        State::Receiving { .. } if crate::spanning::part_of(&worker).await?.is_some() => {
+            Ok(Arrival::Without)
         }
         State::Empty | State::Receiving { .. } | State::Dropped { .. } | State::Held { .. } => {
             agent.workers.forget(&agent.dir, machine).await;

@@ -491,14 +491,15 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
 /// node's own, under a new epoch, makes that commit impossible; where it had won
 /// already, the machine is not this node's any more.
 pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName) {
-    let Some(worker) = agent.workers.get(machine) else {
-        return;
-    };
-    match worker.report().await {
-        Ok(report) if report.giving_away => {}
-        _ => return,
-    }
     loop {
+        // (Each time: another machine of its name may have come, and be moving.)
+        let Some(worker) = agent.workers.get(machine) else {
+            return;
+        };
+        match worker.report().await {
+            Ok(report) if report.giving_away && !agent.moves().contains_key(machine) => {}
+            _ => return,
+        }
         let mut mine = false;
         let claim = |record: &mut Record| {
             mine = record.owner == agent.name && !record.status.ended();
@@ -650,6 +651,11 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
                         if let Err(error) = is_running(&agent, &machine, epoch).await {
                             tracing::warn!(%machine, %error, "that it runs is not in the store");
                         }
+                        let (agent, machine) = (agent.clone(), machine.clone());
+                        let worker = worker.clone();
+                        tokio::spawn(async move {
+                            crate::spanning::runs_here(&agent, &machine, &worker).await;
+                        });
                     }
                     Ok(State::Filling { epoch, source_lost }) => {
                         if let Err(error) = runs(&agent, &machine, epoch, true).await {

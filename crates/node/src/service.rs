@@ -69,6 +69,14 @@ pub(crate) mod kind {
     pub(crate) const MEET_NEW: u16 = 0x0317;
     /// [`keel_machine::worker::control::JoinNew`] → `u64`.
     pub(crate) const JOIN_NEW: u16 = 0x0318;
+    /// [`crate::spanning::PartOffer`] → [`crate::spanning::ReadyMember`]: as [`PART`], of the
+    /// worker to which the machine moves.
+    pub(crate) const ARRIVING_PART: u16 = 0x0319;
+    /// [`crate::spanning::PartJoin`] → `()`: as [`PART_JOIN`], of that worker.
+    pub(crate) const ARRIVING_JOIN: u16 = 0x031a;
+    /// [`MachineName`] → `Option<PartId>`: the part of it that the worker is here to which it
+    /// was to move.
+    pub(crate) const ARRIVED_PART: u16 = 0x031b;
 }
 
 /// Bytes of a module in one piece.
@@ -193,6 +201,21 @@ impl Service {
                 let request: JoinNew = unpack(&payload)?;
                 let joined = changing::join_new(agent, &request).await;
                 Ok(pack(&joined.map_err(RpcError::failed)?)?.into())
+            }
+            kind::ARRIVING_PART => {
+                let offer = unpack(&payload)?;
+                let ready = spanning::ready_arriving(agent, &source, offer).await;
+                Ok(pack(&ready.map_err(RpcError::failed)?)?.into())
+            }
+            kind::ARRIVING_JOIN => {
+                let request = unpack(&payload)?;
+                let joined = spanning::join_arriving(agent, request).await;
+                Ok(pack(&joined.map_err(RpcError::failed)?)?.into())
+            }
+            kind::ARRIVED_PART => {
+                let machine: MachineName = unpack(&payload)?;
+                let part = spanning::arrived_part(agent, &machine).await;
+                Ok(pack(&part.map_err(RpcError::failed)?)?.into())
             }
             kind::ROOM => {
                 let (machine, features): (MachineName, Vec<String>) = unpack(&payload)?;

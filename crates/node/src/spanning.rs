@@ -16,7 +16,7 @@
 //! Which parts a machine has its home's worker knows; the store has its owner, as ever.
 
 use crate::agent::Agent;
-use crate::changing::{Changed, Spanning};
+use crate::changing::{Changed, Comes, Spanning};
 use crate::events::Note;
 use crate::operate::{self, OperateError, Operation};
 use crate::service::kind as node_kind;
@@ -29,13 +29,13 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, Spawning};
 use keel_machine::spec::{Record, Spawn, Spec};
 use keel_machine::worker::control::{
-    Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Report, Span,
-    State, kind, pack, unpack,
+    Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartWith, PartsReport, ReadyPart,
+    Report, Span, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ pub(crate) const SPAN_PATIENCE: Duration = Duration::from_secs(40);
 pub(crate) const UNSPAN_PATIENCE: Duration = Duration::from_secs(150);
 /// How long all of it may take, compiling too.
 pub(crate) const PATIENCE: Duration = COMPILE_PATIENCE;
-/// Tries to let a machine span again that was brought together, and the pause between two:
+/// Tries to let a machine have its parts where they were after a move, and the pause between two:
 /// it may be arriving, or a part of its memory may still be to come.
 const APART_TRIES: u32 = 60;
 const APART_AGAIN: Duration = Duration::from_secs(1);
@@ -107,6 +107,39 @@ pub(crate) fn has_features(needed: &[String]) -> Result<(), String> {
     }
 }
 
+/// What this node has room for, if that is less than the machine may have.
+async fn room_for_part(agent: &Agent, offer: &PartOffer) -> Result<Option<u64>, String> {
+    let room = crate::offer::room_bytes(agent, &offer.machine).await?;
+    let room = room / u64::from(offer.sharing.max(1));
+    match room < ROOM_BYTES_MIN {
+        true => Err(format!(
+            "it has room for {} MiB of memory, and a part begins with {} MiB",
+            room >> 20,
+            ROOM_BYTES_MIN >> 20
+        )),
+        false => Ok((room < offer.spec.memory_bytes).then_some(room)),
+    }
+}
+
+fn ready_part(
+    agent: &Agent,
+    offer: PartOffer,
+    program: std::path::PathBuf,
+    room_bytes: Option<u64>,
+) -> ReadyPart {
+    ReadyPart {
+        machine: offer.machine,
+        room_bytes,
+        spec: offer.spec,
+        program,
+        me: offer.me,
+        meet: MeetParts {
+            parts: offer.parts,
+            address: agent.settings.listen.ip().to_string(),
+        },
+    }
+}
+
 /// Makes a member's worker.
 pub(crate) async fn ready(
     agent: &Arc<Agent>,
@@ -114,15 +147,7 @@ pub(crate) async fn ready(
     offer: PartOffer,
 ) -> Result<ReadyMember, String> {
     has_features(&offer.features)?;
-    let room = crate::offer::room_bytes(agent, &offer.machine).await?;
-    let room = room / u64::from(offer.sharing.max(1));
-    if room < ROOM_BYTES_MIN {
-        return Err(format!(
-            "it has room for {} MiB of memory, and a part begins with {} MiB",
-            room >> 20,
-            ROOM_BYTES_MIN >> 20
-        ));
-    }
+    let room_bytes = room_for_part(agent, &offer).await?;
     let program = crate::service::find_program(agent, owner, &offer.program).await?;
     let name = format!("part-{:016x}", rand::random::<u64>());
     let name = MachineName::new(&name).map_err(|error| error.to_string())?;
@@ -135,17 +160,7 @@ pub(crate) async fn ready(
             return Err(error);
         }
     };
-    let ready = ReadyPart {
-        machine: offer.machine,
-        room_bytes: (room < offer.spec.memory_bytes).then_some(room),
-        spec: offer.spec,
-        program,
-        me: offer.me,
-        meet: MeetParts {
-            parts: offer.parts,
-            address: agent.settings.listen.ip().to_string(),
-        },
-    };
+    let ready = ready_part(agent, offer, program, room_bytes);
     match worker.ask(kind::PART_READY, &ready, COMPILE_PATIENCE).await {
         Ok(place) => {
             clear_at_end(agent, &name, worker);
@@ -158,6 +173,70 @@ pub(crate) async fn ready(
             agent.parts.forget(&dir, &name).await;
             Err(text(error))
         }
+    }
+}
+
+/// The worker here to which a machine moves is to be a part of it first.
+pub(crate) async fn ready_arriving(
+    agent: &Arc<Agent>,
+    owner: &NodeName,
+    offer: PartOffer,
+) -> Result<ReadyMember, String> {
+    has_features(&offer.features)?;
+    let room_bytes = room_for_part(agent, &offer).await?;
+    let worker = arriving(agent, &offer.machine).await?;
+    let program = crate::service::find_program(agent, owner, &offer.program).await?;
+    let name = offer.machine.clone();
+    let ready = ready_part(agent, offer, program, room_bytes);
+    let place = worker.ask(kind::PART_READY, &ready, COMPILE_PATIENCE).await;
+    Ok(ReadyMember {
+        worker: name,
+        place: place.map_err(text)?,
+    })
+}
+
+/// It meets the others; where that is not wanted any more it goes on waiting for its source.
+pub(crate) async fn join_arriving(agent: &Arc<Agent>, request: PartJoin) -> Result<(), String> {
+    let Some(join) = &request.join else {
+        return Ok(());
+    };
+    let worker = arriving(agent, &request.worker).await?;
+    let joined: Result<(), RpcError> = worker.ask(kind::JOIN, join, SPAN_PATIENCE).await;
+    joined.map_err(text)?;
+    mark(agent, &request.worker, &worker);
+    Ok(())
+}
+
+async fn arriving(agent: &Agent, machine: &MachineName) -> Result<Worker, String> {
+    let none = || format!("machine {machine:?} does not arrive here");
+    let worker = agent.workers.get(machine).ok_or_else(none)?;
+    match worker.state().await {
+        Ok(State::Receiving { .. }) => Ok(worker),
+        Ok(_) => Err(none()),
+        Err(error) => Err(text(error)),
+    }
+}
+
+/// The part of a machine that a worker is to which it moves, or was to move.
+///
+/// # Errors
+/// Where that is not known.
+pub(crate) async fn part_of(worker: &Worker) -> Result<Option<PartId>, String> {
+    match worker.ask(kind::IS_PART, &(), PROMPT).await.map_err(text) {
+        // (One of an older version is none.)
+        Err(why) if why == OLDER => Ok(None),
+        answer => answer,
+    }
+}
+
+/// As [`part_of`], of the worker here to which a machine was to move.
+pub(crate) async fn arrived_part(
+    agent: &Agent,
+    machine: &MachineName,
+) -> Result<Option<PartId>, String> {
+    match agent.workers.get(machine) {
+        Some(worker) => part_of(&worker).await,
+        None => Ok(None),
     }
 }
 
@@ -190,12 +269,23 @@ fn clear_at_end(agent: &Arc<Agent>, name: &MachineName, worker: Worker) {
 
 /// Notes for the balancer that a machine spans, until its worker has ended.
 fn mark(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) {
-    agent.spanning().insert(machine.clone());
+    if !agent.spanning().insert(machine.clone()) {
+        return;
+    }
     let (agent, machine, worker) = (agent.clone(), machine.clone(), worker.clone());
     tokio::spawn(async move {
         while !worker.gone_within(LOOK_AGAIN).await {}
         agent.spanning().remove(&machine);
     });
+}
+
+/// A machine runs here: where it spans the balancer knows, and what moves of its home that
+/// failed have left is let go.
+pub(crate) async fn runs_here(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker) {
+    if matches!(worker.report().await, Ok(report) if report.parts > 0) {
+        mark(agent, machine, worker);
+        let_successors_go(agent, machine).await;
+    }
 }
 
 /// Finds the members that an earlier agent of this node made, and the machines that span.
@@ -418,7 +508,7 @@ async fn spread(
     let offers = members.iter().map(|(part, node)| {
         let offer = offer(*part, node);
         async move {
-            let ready = ready_on(agent, node, offer).await;
+            let ready = ready_on(agent, node, offer, Comes::Anew).await;
             let ready = ready.map_err(|why| format!("no part on {node}: {why}"));
             ready.map(|ready| (*part, ready))
         }
@@ -470,7 +560,7 @@ async fn spread(
                     worker: member.worker.clone(),
                     join: None,
                 };
-                Some(join_on(agent, node, request))
+                Some(join_on(agent, node, request, Comes::Anew))
             });
             // (Who cannot be told ends by itself, since it meets nobody in time.)
             join_all(ends).await;
@@ -578,7 +668,7 @@ async fn meet(
             join: Some(join.clone()),
         };
         Some(async move {
-            let joined = join_on(agent, node, request).await;
+            let joined = join_on(agent, node, request, Comes::Anew).await;
             joined.map_err(|why| OperateError::Conflict(format!("no part on {node}: {why}")))
         })
     });
@@ -605,14 +695,19 @@ pub(crate) async fn ready_on(
     agent: &Arc<Agent>,
     node: &NodeName,
     offer: PartOffer,
+    comes: Comes,
 ) -> Result<ReadyMember, String> {
     if *node == agent.name {
         return ready(agent, node, offer).await;
     }
+    let kind = match comes {
+        Comes::Anew => node_kind::PART,
+        Comes::Arriving => node_kind::ARRIVING_PART,
+    };
     let payload = pack(&offer).map_err(|error| error.to_string())?;
     let answer = agent
         .peers
-        .call(node, node_kind::PART, payload, COMPILE_PATIENCE)
+        .call(node, kind, payload, COMPILE_PATIENCE)
         .await
         .map_err(text)?;
     unpack(&answer).map_err(|error| error.to_string())
@@ -622,14 +717,19 @@ pub(crate) async fn join_on(
     agent: &Arc<Agent>,
     node: &NodeName,
     request: PartJoin,
+    comes: Comes,
 ) -> Result<(), String> {
     if *node == agent.name {
         return join(agent, request).await;
     }
+    let kind = match comes {
+        Comes::Anew => node_kind::PART_JOIN,
+        Comes::Arriving => node_kind::ARRIVING_JOIN,
+    };
     let payload = pack(&request).map_err(|error| error.to_string())?;
     let answer = agent
         .peers
-        .call(node, node_kind::PART_JOIN, payload, SPAN_PATIENCE)
+        .call(node, kind, payload, SPAN_PATIENCE)
         .await
         .map_err(text)?;
     unpack(&answer).map_err(|error| error.to_string())
@@ -690,7 +790,7 @@ pub(crate) async fn unspan(agent: &Arc<Agent>, machine: &MachineName) -> Result<
     Ok(stood)
 }
 
-/// Where a machine's parts and threads were before it was brought together.
+/// Where a machine's parts and threads were before its home moved.
 #[derive(Debug, Clone)]
 pub(crate) struct Apart {
     /// The node of each part, its home's first.
@@ -699,30 +799,117 @@ pub(crate) struct Apart {
     threads: Vec<(u32, NodeName)>,
 }
 
-/// Brings a machine together for what needs all of it in one place, if it spans; where
-/// it was. It runs meanwhile, on one node.
-pub(crate) async fn bring_together(
+/// The part by which a machine's home moves.
+pub(crate) struct Successor {
+    /// Which.
+    pub(crate) part: PartId,
+    /// At which part the home's threads are meanwhile.
+    pub(crate) threads_to: PartId,
+    /// Where all was before.
+    pub(crate) before: Apart,
+}
+
+/// Of a machine that spans: where it moves, its worker becomes one more part, to take the
+/// home's place. `None` of one that is on one node.
+pub(crate) async fn successor(
     agent: &Arc<Agent>,
-    machine: &MachineName,
-) -> Result<Option<Apart>, OperateError> {
-    let worker = home(agent, machine)?;
-    if report(&worker).await?.parts == 0 {
+    record: &Record,
+    worker: &Worker,
+    target: &NodeName,
+) -> Result<Option<Successor>, OperateError> {
+    let found = report(worker).await?;
+    if found.parts == 0 {
         return Ok(None);
     }
-    let before = parts_report(&worker).await?;
-    unspan(agent, machine).await?;
-    let node = |part: &PartId| before.nodes.get(part).cloned();
-    let threads = before.threads.iter().filter(|it| it.part != PartId::HOME);
-    Ok(Some(Apart {
-        nodes: before.nodes.values().cloned().collect(),
-        threads: threads
+    // (What others began of its parts is done first.)
+    let _setting = agent.setting.lock().await;
+    let report = parts_report(worker).await?;
+    let members = report
+        .nodes
+        .iter()
+        .filter(|(part, _)| **part != PartId::HOME);
+    let threads = |part: PartId| report.threads.iter().filter(|it| it.part == part).count();
+    // Best where they go in the end.
+    let threads_to = members.min_by_key(|(part, node)| (*node != target, threads(**part)));
+    let threads_to = threads_to.map(|(part, _)| *part);
+    let threads_to =
+        threads_to.ok_or_else(|| OperateError::Conflict("it has no other part".into()))?;
+    let node = |part: &PartId| report.nodes.get(part).cloned();
+    let away = report.threads.iter().filter(|it| it.part != PartId::HOME);
+    let before = Apart {
+        nodes: report.nodes.values().cloned().collect(),
+        threads: away
             .filter_map(|thread| Some((thread.tid, node(&thread.part)?)))
             .collect(),
+    };
+    let program = found.program.map(Fingerprint);
+    let spanning = Spanning {
+        agent,
+        machine: &record.name,
+        spec: &record.spec,
+        worker,
+        program: program.ok_or_else(|| OperateError::Conflict("it has no module".into()))?,
+        epoch: record.epoch,
+    };
+    // (Nothing of it may be kept while its home changes: a move comes first.)
+    let _: () = ask(worker, kind::END_CHECKPOINT, &(), COMPILE_PATIENCE).await?;
+    let (part, _) = spanning.add(target, Comes::Arriving).await?;
+    Ok(Some(Successor {
+        part,
+        threads_to,
+        before,
     }))
 }
 
-/// Lets a machine that was brought together span again, wherever its home is now, in the
-/// background: it runs without, and where it cannot be that is said.
+/// Parts with what was to be the home of a machine that stays here: also after an agent that
+/// has died since. It needs nothing of them, and they would take part for ever.
+pub(crate) async fn let_successors_go(agent: &Arc<Agent>, machine: &MachineName) {
+    for _ in 0..APART_TRIES {
+        match try_let_go(agent, machine).await {
+            Ok(()) => return,
+            Err(error) => tracing::debug!(%machine, %error, "it has a part too many"),
+        }
+        tokio::time::sleep(APART_AGAIN).await;
+    }
+}
+
+async fn try_let_go(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), OperateError> {
+    let Some(worker) = agent.workers.get(machine) else {
+        return Ok(());
+    };
+    if agent.moves().contains_key(machine) {
+        return Err(OperateError::Conflict("it is moving again".into()));
+    }
+    let nodes = parts_report(&worker).await?.nodes;
+    let others: BTreeSet<&NodeName> = nodes.values().filter(|it| **it != agent.name).collect();
+    for node in others {
+        let payload = pack(machine).map_err(|error| OperateError::Away(error.to_string()))?;
+        let peers = &agent.peers;
+        let answer = peers.call(node, node_kind::ARRIVED_PART, payload, PROMPT);
+        let part: Option<PartId> = match answer.await.map_err(text) {
+            Ok(answer) => unpack(&answer).map_err(|error| OperateError::Away(error.to_string()))?,
+            // (Then nothing of the kind is there.)
+            Err(why) if why == OLDER => None,
+            Err(why) => return Err(OperateError::Away(why)),
+        };
+        let Some(part) = part.filter(|part| nodes.get(part) == Some(node)) else {
+            continue;
+        };
+        let _setting = agent.setting.lock().await;
+        if agent.moves().contains_key(machine) {
+            return Err(OperateError::Conflict("it is moving again".into()));
+        }
+        let with = PartWith {
+            part,
+            threads_to: PartId::HOME,
+        };
+        let _: u64 = ask(&worker, kind::PART_WITH, &with, UNSPAN_PATIENCE).await?;
+    }
+    Ok(())
+}
+
+/// Lets a machine whose home moved, or was to, have parts where it had them, wherever its
+/// home is now, in the background: it runs without, and where it cannot be that is said.
 pub(crate) fn apart_again(agent: &Arc<Agent>, machine: &MachineName, before: Apart) {
     let (agent, machine) = (agent.clone(), machine.clone());
     tokio::spawn(async move {

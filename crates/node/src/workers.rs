@@ -37,7 +37,8 @@ pub(crate) const OLDER: &str = "its worker is of the version before and cannot d
 
 /// Whether a refusal says that a worker does not know what was asked.
 pub(crate) fn is_older(reason: &str) -> bool {
-    reason.starts_with("no request of kind")
+    // (So say workers, and agents.)
+    reason.contains("no request of kind")
 }
 
 /// A worker that answers.

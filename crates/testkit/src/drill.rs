@@ -5,7 +5,9 @@
 use crate::witness::{Testimony, examine};
 use crate::{Guest, LocalCluster, wait_for};
 use anyhow::{Context, Result, ensure};
-use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest, Urgency};
+use keel_api::{
+    CheckpointInfo, CheckpointRequest, MachineInfo, MoveRequest, PartsInfo, SpanRequest, Urgency,
+};
 use keel_machine::failpoint::{Action, Failpoint, Order, Place};
 use keel_machine::restart::Restart;
 use std::path::{Path, PathBuf};
@@ -75,6 +77,8 @@ pub struct Drill<'a> {
     pub pause_us: u32,
     /// What a part of it keeps, in bytes, if it is to have up to three.
     pub part_memory_bytes: Option<u64>,
+    /// It has a part on the node that is asked.
+    pub spans: bool,
 }
 
 impl Drill<'_> {
@@ -142,6 +146,21 @@ impl Drill<'_> {
         Ok(self.cluster.client(self.calm).post(&path, &request).await?)
     }
 
+    /// Until it has its part on the calm node, and no other.
+    async fn span(&self) -> Result<()> {
+        let path = format!("/v1/machines/{}/parts", self.machine);
+        let request = SpanRequest {
+            nodes: vec![self.calm.to_owned()],
+            here: false,
+        };
+        let client = self.cluster.client(self.calm);
+        wait_for(&format!("{} spans", self.machine), || async {
+            let parts: Result<PartsInfo, _> = client.post(&path, &request).await;
+            (parts.ok()?.parts.len() == 2).then_some(())
+        })
+        .await
+    }
+
     async fn info(&self) -> Option<MachineInfo> {
         self.cluster.inspect(self.calm, self.machine).await.ok()
     }
@@ -192,6 +211,9 @@ impl Drill<'_> {
     /// What was not as it must be, or that the failpoint was not passed.
     pub async fn run(&self, failpoint: &Failpoint, order: Order) -> Result<Outcome> {
         let source = self.goes_on(0).await?;
+        if self.spans {
+            self.span().await?;
+        }
         let before = self.testimony()?;
         let (trigger, ways) = way_to(failpoint.name);
         let at = self.place(failpoint.place, &source).to_owned();
@@ -246,7 +268,11 @@ impl Drill<'_> {
         let recovery = fault.elapsed();
         let after = self.testimony()?;
         let rewinds = after.rewinds - before.rewinds;
-        let taken = may_rewind(failpoint, order.action, trigger);
+        // (Between the commit and the last part that knows its home nothing may fail.)
+        let part = self.spans
+            && (failpoint.place.is_worker() && order.action == Action::Kill
+                || failpoint.name == "home.succeeds");
+        let taken = part || may_rewind(failpoint, order.action, trigger);
         ensure!(
             rewinds == 0 || taken,
             "it went back {} lines, although its process lived",

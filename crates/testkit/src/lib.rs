@@ -535,9 +535,15 @@ impl LocalCluster {
 
     /// Processes on a node that are such parts.
     pub fn parts_of(&self, name: &str) -> usize {
+        self.part_pids(name).len()
+    }
+
+    /// Which those are.
+    pub fn part_pids(&self, name: &str) -> Vec<i32> {
         let folder = self.folder(name).join("parts").display().to_string();
         let is_part = |line: &Vec<String>| line.iter().any(|word| word.starts_with(&folder));
-        processes().iter().filter(|(_, line)| is_part(line)).count()
+        let parts = processes().into_iter().filter(|(_, line)| is_part(line));
+        parts.map(|(pid, _)| pid.as_raw_nonzero().get()).collect()
     }
 
     /// Ends everything of a node at once, as if its computer were switched off.

@@ -110,7 +110,7 @@ impl Home {
         threads_to: PartId,
         deadline: Instant,
     ) -> Result<(), SpanningError> {
-        self.send_threads(|at| at == part, threads_to, deadline)?;
+        self.send_threads(|at| at == part, threads_to, deadline, &mut || true)?;
         self.pages().give_up(part)?;
         let mut last = (u64::MAX, Instant::now());
         loop {
@@ -143,7 +143,7 @@ impl Home {
         }
     }
 
-    /// Has threads go on elsewhere, and waits until they have left.
+    /// Has threads go on elsewhere, and waits until they have left, as long as it is to.
     ///
     /// # Errors
     /// [`SpanningError`].
@@ -152,6 +152,7 @@ impl Home {
         are_at: impl Fn(PartId) -> bool,
         to: PartId,
         deadline: Instant,
+        goes_on: &mut dyn FnMut() -> bool,
     ) -> Result<(), SpanningError> {
         loop {
             let threads = self.machine().thread_infos().into_iter();
@@ -163,6 +164,9 @@ impl Home {
             }
             if let Some(failure) = self.failure() {
                 return Err(failure.into());
+            }
+            if !goes_on() {
+                return Err(SpanError::Ended.into());
             }
             if Instant::now() >= deadline {
                 return Err(SpanningError::Away(those.len()));

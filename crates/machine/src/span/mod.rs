@@ -13,6 +13,7 @@
 //! - `ahead`: which pages are asked for before they are touched
 //! - `threads`: a machine that spans, at its home and at its members
 //! - `change`: parts that come and go
+//! - `succession`: the home moves
 //! - `within`: all parts of a machine in one process
 //! - `spin`: whether to look again rather than to sleep
 
@@ -23,6 +24,7 @@ mod meet;
 mod pages;
 mod peer;
 mod spin;
+mod succession;
 mod threads;
 mod wire;
 mod within;
@@ -36,5 +38,6 @@ pub use pages::{
     PartMemory, Setup, SpanError, Teller,
 };
 pub use peer::{Ends, Hello, PeerError};
+pub use succession::{LeavingHome, Legacy, Whereabouts};
 pub use threads::{Home, Keeps, MemberPart, SpanningError, Spread};
 pub use within::{Within, WithinError};

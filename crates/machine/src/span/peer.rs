@@ -157,6 +157,16 @@ impl Heard {
         self.part
     }
 
+    /// The part has another number from now on.
+    pub(super) fn is_now(&mut self, part: PartId) {
+        self.part = part;
+    }
+
+    /// Room for what comes next.
+    pub(super) fn keep(&mut self, parcels: Vec<Parcel>) {
+        self.parcels = parcels;
+    }
+
     pub(super) fn socket(&self) -> &TcpStream {
         self.stream.socket()
     }

@@ -73,15 +73,32 @@ pub struct Keeps {
 }
 
 /// Ends a machine that loses a part, and says what the parts say to it.
-struct HomeListener {
+pub(super) struct HomeListener {
     machine: Machine,
     failure: Arc<Mutex<Option<SpanError>>>,
     /// The machine cannot do without its members any more.
     depends: Arc<AtomicBool>,
 }
 
+impl HomeListener {
+    /// Of a machine that cannot do without its members; and where it says which it lost.
+    pub(super) fn depending(machine: &Machine) -> (Self, Arc<Mutex<Option<SpanError>>>) {
+        let failure = Arc::default();
+        let listener = HomeListener {
+            machine: machine.clone(),
+            failure: Arc::clone(&failure),
+            depends: Arc::new(AtomicBool::new(true)),
+        };
+        (listener, failure)
+    }
+}
+
 impl Listener for HomeListener {
     fn note(&self, from: PartId, note: &[u8]) -> Result<(), String> {
+        // (What the home said last whose place this one has taken.)
+        if from == PartId::HOME {
+            return Ok(());
+        }
         let report = Report::decode(note).map_err(|error| error.to_string())?;
         self.machine.hear(from, report);
         Ok(())
@@ -114,7 +131,13 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-struct Way(Teller);
+pub(super) struct Way(Teller);
+
+impl Way {
+    pub(super) fn new(teller: Teller) -> Self {
+        Way(teller)
+    }
+}
 
 impl Members for Way {
     fn order(&self, part: PartId, order: &Order) {
@@ -240,7 +263,32 @@ impl Home {
         })
     }
 
-    /// How long it stood still to begin.
+    /// One that took another's place.
+    pub(super) fn of(
+        machine: &Machine,
+        pages: Arc<Pages>,
+        members: PartSet,
+        spawning: Spawning,
+        failure: Arc<Mutex<Option<SpanError>>>,
+        stood: Duration,
+    ) -> Self {
+        Home {
+            machine: machine.clone(),
+            pages,
+            members: Mutex::new(members),
+            leaving: Mutex::default(),
+            emptied: Mutex::default(),
+            spawning,
+            failure,
+            stood,
+        }
+    }
+
+    pub(super) fn spawning(&self) -> Spawning {
+        self.spawning
+    }
+
+    /// How long it stood still to begin, or to take another home's place.
     pub fn stood(&self) -> Duration {
         self.stood
     }
@@ -339,7 +387,12 @@ impl Home {
         for part in self.members().iter() {
             self.let_leave(part, true);
         }
-        self.send_threads(|part| part != PartId::HOME, PartId::HOME, deadline)?;
+        self.send_threads(
+            |part| part != PartId::HOME,
+            PartId::HOME,
+            deadline,
+            &mut || true,
+        )?;
         for part in self.members().iter() {
             let rest = deadline.saturating_duration_since(Instant::now());
             self.empty(part, rest)?;
@@ -397,7 +450,8 @@ impl Listener for MemberListener {
 #[derive(Debug)]
 pub struct MemberPart {
     member: Member,
-    pages: Pages,
+    pages: Arc<Pages>,
+    is_home: AtomicBool,
 }
 
 impl MemberPart {
@@ -427,7 +481,11 @@ impl MemberPart {
             .inspect_err(|_| member.end())?;
         // (Nobody else sets it.)
         let _ = teller.set(pages.teller());
-        Ok(MemberPart { member, pages })
+        Ok(MemberPart {
+            member,
+            pages: Arc::new(pages),
+            is_home: AtomicBool::new(false),
+        })
     }
 
     /// Threads that are here.
@@ -441,12 +499,32 @@ impl MemberPart {
     }
 
     /// Its pages.
-    pub fn pages(&self) -> &Pages {
+    pub fn pages(&self) -> &Arc<Pages> {
         &self.pages
+    }
+
+    pub(super) fn member(&self) -> &Member {
+        &self.member
+    }
+
+    /// It has none of a member's threads any more, and is the machine's home.
+    pub(super) fn is_home_now(&self) {
+        self.is_home.store(true, Ordering::Release);
+        self.member.end();
+    }
+
+    /// Whether it has become the machine's home, and is no member any more.
+    pub fn has_succeeded(&self) -> bool {
+        self.is_home.load(Ordering::Acquire)
     }
 
     /// Ends it at once, whatever its threads do: then so does the machine.
     pub fn die(self) {
+        self.end();
+    }
+
+    /// As [`Self::die`]; what is left of it goes with the last who has it.
+    pub fn end(&self) {
         self.member.end();
         self.pages.die();
     }

@@ -11,8 +11,9 @@
 //! one without anything in it. A NOTE is what home and members say of threads
 //! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
 //! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
-//! LIMIT (from the home) what each may keep, GONE (from the home, too) who is no part any more. CUT and CUT_PAGES are about the memory of the
-//! whole at one instant ([`super::pages::Cut`]). TIME is the first of what is said at once: the
+//! LIMIT (from the home) what each may keep, GONE (from the home, too) who is no part any
+//! more, SUCCEEDED that the part is the home now. CUT and CUT_PAGES are about the memory
+//! of the whole at one instant ([`super::pages::Cut`]). TIME is the first of what is said at once: the
 //! guest's clock at the part that says it, so that no part's clock is behind what it has
 //! heard of (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed System",
 //! 1978). GOODBYE is the last that a part says which
@@ -34,7 +35,7 @@ use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages.
-pub(super) const VERSION: u32 = 5;
+pub(super) const VERSION: u32 = 6;
 /// Whole pages of a segment's directory are the most that is said at once.
 const CLASS: Class = Class {
     magic: u32::from_le_bytes(*b"KSPN"),
@@ -54,6 +55,7 @@ const KIND_TIME: u16 = 10;
 const KIND_CUT: u16 = 11;
 const KIND_CUT_PAGES: u16 = 12;
 const KIND_GONE: u16 = 13;
+const KIND_SUCCEEDED: u16 = 14;
 /// Bytes of a note in one frame, so that pages need not wait for long ones.
 const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
@@ -129,6 +131,8 @@ pub(super) enum Parcel {
     },
     /// From the home: a part is none any more, maybe who hears it.
     Gone(PartId),
+    /// The part is the home from now on; or, to such a home, the part knows it.
+    Succeeded,
     /// The part cannot go on.
     Goodbye {
         /// Who is to blame.
@@ -198,6 +202,7 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
             frame_of(KIND_CUT_PAGES, &which, &pages.bytes, frames)
         }
         Parcel::Gone(part) => frame_of(KIND_GONE, &postcard::to_stdvec(part)?, &[], frames),
+        Parcel::Succeeded => frame_of(KIND_SUCCEEDED, &[], &[], frames),
         Parcel::Goodbye { part, reason } => {
             let payload = postcard::to_stdvec(&(part, reason))?;
             frame_of(KIND_GOODBYE, &payload, &[], frames)
@@ -383,6 +388,8 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
             (part, []) => Ok(Parcel::Gone(part)),
             _ => Err(postcard::Error::DeserializeBadEncoding.into()),
         },
+        KIND_SUCCEEDED if payload.is_empty() => Ok(Parcel::Succeeded),
+        KIND_SUCCEEDED => Err(postcard::Error::DeserializeBadEncoding.into()),
         KIND_GOODBYE => {
             let (part, reason) = postcard::from_bytes(&payload)?;
             Ok(Parcel::Goodbye { part, reason })
@@ -455,6 +462,7 @@ mod tests {
                 },
             },
             Parcel::Gone(part(5)),
+            Parcel::Succeeded,
             Parcel::Goodbye {
                 part: part(3),
                 reason: "its process is gone".into(),

@@ -3,11 +3,14 @@
 
 use super::meet::{MeetError, Meeting};
 use super::peer::Ends;
-use super::threads::{Home, MemberPart, SpanningError, Spread};
+use super::succession::{LeavingHome, Legacy};
+use super::threads::{Home, Keeps, MemberPart, SpanningError, Spread};
 use keel_cluster::{Epoch, MachineName};
 use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
-use keel_wasm::runtime::Machine;
+use keel_wasm::memory::GuestMemory;
+use keel_wasm::runtime::{Image, Machine, MachineError};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Why there are no parts.
@@ -31,7 +34,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Within {
     /// Dropped first: the others end when it says so.
-    home: Home,
+    home: Arc<Home>,
     members: BTreeMap<PartId, MemberPart>,
     limit_bytes: u64,
 }
@@ -68,7 +71,7 @@ impl Within {
         }
         let home = Home::begin(machine, home, how)?;
         Ok(Within {
-            home,
+            home: Arc::new(home),
             members,
             limit_bytes,
         })
@@ -146,6 +149,65 @@ impl Within {
             member.wait();
         }
         Ok(stood)
+    }
+
+    /// Its home moves: one more part joins, takes all that the home has, and its place. That
+    /// is made of the image and the part's memories; it goes on when this returns.
+    ///
+    /// # Errors
+    /// [`WithinError`]; it goes on where it was, with one more part, or was ended.
+    pub fn move_home(
+        &mut self,
+        make: impl FnOnce(Image, Arc<[Arc<GuestMemory>]>) -> Machine,
+        goes: bool,
+    ) -> Result<Machine, WithinError> {
+        let (new, _) = self.join()?;
+        let others = self.home.members().without(new);
+        let threads_to = others.iter().next();
+        let threads_to = threads_to.ok_or(WithinError::Count(1))?;
+        let old = self.home.clone();
+        let mut leaving = LeavingHome::begin(old.clone(), new, threads_to, PATIENCE, &mut |_| true)
+            .map_err(WithinError::from)?;
+        let before = old.machine().clone();
+        let left = before
+            .freeze(PATIENCE)
+            .map_err(SpanningError::from)
+            .and_then(|()| leaving.leave(PATIENCE));
+        let successor = self.members.remove(&new);
+        let (legacy, successor) = match (left, successor, goes) {
+            (Ok(legacy), Some(successor), true) => (legacy, successor),
+            (left, successor, _) => {
+                self.members.extend(successor.map(|member| (new, member)));
+                leaving.stay().map_err(SpanningError::from)?;
+                before.thaw().map_err(SpanningError::from)?;
+                left?;
+                return Ok(before);
+            }
+        };
+        let again = postcard::to_stdvec(&legacy).map(|bytes| postcard::from_bytes(&bytes));
+        let legacy: Legacy = again.ok().and_then(Result::ok).unwrap_or(legacy);
+        let program = before.program();
+        let image = before.image().and_then(|image| image.encode());
+        let image = image.map_err(SpanningError::from)?;
+        let image = Image::decode(&image, program).map_err(|error| {
+            let why = super::SpanError::Disagree(error.to_string());
+            SpanningError::from(why)
+        })?;
+        let machine = make(image, successor.memories().clone());
+        let how = Spread {
+            spawning: legacy.spawning,
+            patience: PATIENCE,
+            keeps: Keeps::default(),
+            stands: true,
+        };
+        self.home = Arc::new(successor.succeed(&machine, &legacy, how)?);
+        // (The home that was is another process, most of the time.)
+        before.stop();
+        drop((leaving, old));
+        match machine.thaw() {
+            Ok(()) | Err(MachineError::Ended) => Ok(machine),
+            Err(error) => Err(SpanningError::from(error).into()),
+        }
     }
 
     /// Ends the last member as if its node had died.

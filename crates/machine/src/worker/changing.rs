@@ -78,6 +78,7 @@ impl Worker {
         let Ok(_tracking) = self.tracking.try_lock() else {
             return Err(failed("a checkpoint of it is being made; try again"));
         };
+        self.stays()?;
         if epoch != new.join.epoch {
             return Err(failed("the machine changed meanwhile; try again"));
         }
@@ -98,6 +99,7 @@ impl Worker {
             .freezing
             .lock()
             .unwrap_or_else(|error| error.into_inner());
+        self.stays()?;
         let home = self.inner().parts.home.clone();
         let home = home.ok_or_else(|| failed("the machine is on one node (`keel span`)"))?;
         let parted = home.part_with(with.part, with.threads_to, HOME_PATIENCE);
@@ -107,6 +109,14 @@ impl Worker {
         }
         self.end_if_ended()?;
         parted.map(micros).map_err(failed)
+    }
+
+    /// Its home does not move just now.
+    pub(super) fn stays(&self) -> Result<(), RpcError> {
+        match self.inner().giving_away {
+            true => Err(failed("the machine is moving; try again")),
+            false => Ok(()),
+        }
     }
 
     fn end_if_ended(&self) -> Result<(), RpcError> {

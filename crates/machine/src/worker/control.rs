@@ -4,7 +4,7 @@
 use crate::cgroup::GroupUsage;
 use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
-use crate::span::{PartMemory, Place};
+use crate::span::{Legacy, PartMemory, Place};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{Bytes, Fingerprint, RpcError};
@@ -83,6 +83,14 @@ pub mod kind {
     /// [`super::PartWith`] → `u64`, microseconds that the machine stood still: a member is
     /// none any more. Of the home.
     pub const PART_WITH: u16 = 0x042d;
+    /// [`super::CopyHome`] → stream of [`super::CopyEvent`]: as [`COPY`], of a machine that
+    /// spans, whose other parts stay.
+    pub const COPY_HOME: u16 = 0x042e;
+    /// `()` → `Option<PartId>`: the part of a machine that this worker is to which it moves,
+    /// or was to move.
+    pub const IS_PART: u16 = 0x042f;
+    /// `()` → `()`: gives up a checkpoint in the making; a move comes first.
+    pub const END_CHECKPOINT: u16 = 0x0430;
     /// `()` → [`super::PartsReport`].
     pub const PARTS: u16 = 0x0425;
     /// [`super::MoveThread`] → `()`.
@@ -244,6 +252,26 @@ pub struct Copy {
     /// How long sending what is left may take while it stands still, in
     /// microseconds.
     pub budget_micros: u64,
+}
+
+/// The home of a machine that spans is to move: to one of its parts, which listens for it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CopyHome {
+    /// As of any machine.
+    pub copy: Copy,
+    /// The part that succeeds it.
+    pub successor: PartId,
+    /// The part at which the home's threads are meanwhile.
+    pub threads_to: PartId,
+}
+
+/// What the home of a machine that spans leaves to its successor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Succession {
+    /// To the part.
+    pub legacy: Legacy,
+    /// The node of each part that stays, and of the successor under the home's number.
+    pub nodes: BTreeMap<PartId, NodeName>,
 }
 
 /// How copying goes.

@@ -1,13 +1,14 @@
 //! Receives a machine: pages, output, then threads and WASI state, from which
 //! it makes a machine that stands ready. Blocking; has a thread of its own.
 
-use super::control::Receive;
+use super::control::{Receive, Succession};
 use super::filling::Filler;
 use super::volumes::{IncomingVolumes, VolumeError};
 use crate::cgroup::Courtesy;
 use crate::failpoint::{self, Injected};
 use crate::link::{HELLO_BEFORE, Hello, ImageBytes, Link, LinkError, Message};
 use crate::log::Log;
+use crate::span::{MemberPart, SpanError};
 use keel_cluster::Epoch;
 use keel_net::{PinnedIdentity, ServerTls};
 use keel_wasi::volume::LocalBlocks;
@@ -46,6 +47,10 @@ pub(super) enum IncomingError {
     Fill(std::io::Error),
     #[error(transparent)]
     Injected(#[from] Injected),
+    #[error(transparent)]
+    Span(#[from] SpanError),
+    #[error("what its home leaves cannot be read: {0}")]
+    Legacy(#[from] postcard::Error),
     #[error("the source did not connect in time")]
     NobodyCame,
     #[error("the source says {0}, which was not agreed")]
@@ -60,12 +65,16 @@ pub(super) struct Arrived {
     /// In a post-copy move: what brings the rest of its memory, and who takes the
     /// connection over which it comes.
     pub(super) filler: Option<(Filler, Sender<Link>)>,
+    /// Of one that spans: the part that is to be its home, and what that is told.
+    pub(super) succession: Option<(Arc<MemberPart>, Succession)>,
 }
 
 /// What a move needs of the worker that it comes to.
 pub(super) struct Surroundings<'a> {
     pub(super) restore: &'a Restore<'a>,
     pub(super) fill: &'a Fill<'a>,
+    /// The part of the machine that is here, once its source has connected.
+    pub(super) part: &'a dyn Fn() -> Option<Arc<MemberPart>>,
 }
 
 /// Begins to answer accesses to memory, with what tells the source's further
@@ -96,7 +105,12 @@ pub(super) fn receive(
     let (mut link, hello) = accept(listener, &tls, request, &program)?;
     failpoint::pass("in.greeted")?;
     let limits = request.spec.limits();
-    let memories = make_memories(program.meta(), limits.memory_bytes)?;
+    let part = (surroundings.part)();
+    let memories = match &part {
+        // (What is in it came on other ways.)
+        Some(part) => part.memories().clone(),
+        None => make_memories(program.meta(), limits.memory_bytes)?,
+    };
     let log = Arc::new(Log::open(folder, hello.log_base)?);
     let filler = match hello.post_copy {
         true => Some(Filler::new(memories.clone())?),
@@ -111,7 +125,7 @@ pub(super) fn receive(
         }
         None => None,
     };
-    let mut image = ImageBytes::default();
+    let (mut image, mut succession) = (ImageBytes::default(), ImageBytes::default());
     // (A source of the version before does not say when its machine stands.)
     let begun = (hello.version > HELLO_BEFORE).then(Courtesy::begin);
     let courtesy = RefCell::new(begun.flatten());
@@ -121,6 +135,7 @@ pub(super) fn receive(
         }
         let memory = memories
             .get(memory as usize)
+            .filter(|_| part.is_none())
             .ok_or_else(|| LinkError::Message(format!("pages of memory {memory}")))?;
         Ok(memory.write(offset, bytes)?)
     };
@@ -132,6 +147,7 @@ pub(super) fn receive(
             Message::Size { memory, pages } => {
                 let memory = memories
                     .get(memory as usize)
+                    .filter(|_| part.is_none())
                     .ok_or_else(|| IncomingError::Other(format!("memory {memory}")))?;
                 let missing = pages.saturating_sub(memory.size_bytes() >> 16);
                 if memory.grow(missing).is_none() {
@@ -166,6 +182,7 @@ pub(super) fn receive(
                 Some(filler) => filler.remote(memory, first_page, &bits)?,
                 None => return Err(IncomingError::Other("memory that comes later".into())),
             },
+            Message::Parts(bytes) if part.is_some() => succession.add(&bytes)?,
             Message::Image(bytes) => image.add(&bytes)?,
             Message::ImageEnd => break,
             other => return Err(IncomingError::Other(format!("{other:?}"))),
@@ -174,6 +191,14 @@ pub(super) fn receive(
     // What was reserved is here, or was not needed.
     let local = volumes.finish();
     failpoint::pass("in.image")?;
+    let succession = match part {
+        Some(part) => {
+            let succession: Succession = postcard::from_bytes(&succession.take())?;
+            part.can_succeed(&succession.legacy)?;
+            Some((part, succession))
+        }
+        None => None,
+    };
     let make = || -> Result<Machine, IncomingError> {
         let image = Image::decode(&image.take(), &program)?;
         let wasi = (surroundings.restore)(image.wasi.clone(), log.clone(), local)?;
@@ -191,6 +216,7 @@ pub(super) fn receive(
         log,
         link,
         filler: filler.zip(push),
+        succession,
     })
 }
 

@@ -2,7 +2,7 @@
 //! sends the rest, and tells the target to go on. Blocking; has a thread of its
 //! own.
 
-use super::control::{Copy, CopyEvent, Frozen};
+use super::control::{Copy, CopyEvent, Frozen, Succession};
 use super::filling::{self, PageSet};
 use super::kept::Keepers;
 use super::looking::{Looking, Written};
@@ -13,11 +13,14 @@ use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, P
 use crate::log::Log;
 use crate::moves::converge::{self, Next, best_rate};
 use crate::moves::{FillReport, Phase, Progress, Round};
-use keel_cluster::{Epoch, MachineName};
+use crate::span::{Home, LeavingHome, PartId, SpanError, SpanningError};
+use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{ClientTls, PinnedIdentity};
 use keel_wasm::memory::{DirtyTracker, MemoryError};
 use keel_wasm::runtime::{Hold, Machine, MachineError, ProgramError};
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -27,6 +30,12 @@ const PIECE_BYTES: u64 = 1 << 20;
 /// Rounds of catching up just before the freeze, and what is little enough.
 const CATCH_UP_ROUNDS_MAX: u32 = 4;
 const CATCH_UP_BYTES: u64 = 256 << 10;
+/// How long the threads and pages of a home may take elsewhere while the machine runs, and
+/// its last pages while it stands.
+const WAY_PATIENCE: Duration = Duration::from_secs(120);
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+/// How often the target hears meanwhile that there is more to come.
+const STILL_THERE: Duration = Duration::from_secs(2);
 /// How long threads may take to their safepoints.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(5);
 /// Period of slowing a guest down, and the largest share of it, in percent, in
@@ -52,7 +61,57 @@ pub(super) enum OutgoingError {
     #[error(transparent)]
     Tls(#[from] keel_net::TlsError),
     #[error(transparent)]
+    Spanning(#[from] SpanningError),
+    #[error("what its home leaves cannot be written down: {0}")]
+    Legacy(#[from] postcard::Error),
+    #[error(transparent)]
     Injected(#[from] Injected),
+}
+
+/// The home of a machine that spans, whose other parts stay where they are.
+pub(super) struct HomeParts {
+    pub(super) home: Arc<Home>,
+    pub(super) successor: PartId,
+    pub(super) threads_to: PartId,
+    /// The node of each part.
+    pub(super) nodes: BTreeMap<PartId, NodeName>,
+    /// Set when nobody wants it to move any more.
+    pub(super) gives_up: Arc<AtomicBool>,
+    /// Since its threads and pages leave.
+    pub(super) leaving: Option<LeavingHome>,
+}
+
+impl HomeParts {
+    /// The machine does not move: it may be thawed.
+    ///
+    /// # Errors
+    /// [`SpanError`], if a part was lost.
+    fn stay(&mut self) -> Result<(), SpanError> {
+        match self.leaving.take() {
+            Some(mut leaving) => leaving.stay(),
+            None => Ok(()),
+        }
+    }
+
+    /// What the successor has to know.
+    fn succession(&mut self) -> Result<Vec<u8>, OutgoingError> {
+        let leaving = self.leaving.as_mut();
+        let leaving = leaving.ok_or(LinkError::Aborted("its home stays".into()))?;
+        let legacy = leaving.leave(LEAVE_PATIENCE)?;
+        let mut nodes = self.nodes.clone();
+        if let Some(node) = nodes.remove(&self.successor) {
+            nodes.insert(PartId::HOME, node);
+        }
+        Ok(postcard::to_stdvec(&Succession { legacy, nodes })?)
+    }
+}
+
+impl Drop for HomeParts {
+    fn drop(&mut self) {
+        if let Err(error) = self.stay() {
+            tracing::warn!(%error, "a machine whose home was to move has lost a part");
+        }
+    }
 }
 
 /// How the target's worker is reached.
@@ -83,6 +142,8 @@ pub(super) struct Outgoing {
     link: Link,
     way: Way,
     trackers: Vec<DirtyTracker>,
+    /// Of a machine that spans.
+    parts: Option<HomeParts>,
     volumes: OutgoingVolumes,
     log_sent: u64,
     slowdown: Slowdown,
@@ -109,6 +170,7 @@ impl Outgoing {
         log: Arc<Log>,
         identity: &PinnedIdentity,
         copy: &Copy,
+        parts: Option<HomeParts>,
     ) -> Result<Self, OutgoingError> {
         failpoint::pass("out.connect")?;
         let tls = ClientTls::pinned(identity, copy.target.fingerprint)?;
@@ -139,6 +201,7 @@ impl Outgoing {
             log,
             link,
             trackers: Vec::new(),
+            parts,
             volumes: OutgoingVolumes::default(),
             budget: Duration::from_micros(copy.budget_micros),
         })
@@ -160,7 +223,11 @@ impl Outgoing {
         // needs is compiled now, while they run.
         self.machine.program().prepare_resume()?;
         failpoint::pass("out.hello")?;
-        let memories = self.machine.memories().clone();
+        // (Of one that spans all memory stays with its parts.)
+        let memories = match self.parts {
+            Some(_) => Arc::default(),
+            None => self.machine.memories().clone(),
+        };
         for memory in memories.iter() {
             let tracker = DirtyTracker::start(memory.clone())?;
             if let Some(missing) = tracker.missing() {
@@ -170,6 +237,7 @@ impl Outgoing {
         }
         self.volumes = OutgoingVolumes::start(self.machine.wasi(), keepers);
         self.courtesy = Courtesy::begin();
+        self.make_way(tell)?;
         let mut ranges: Vec<Vec<Range<u64>>> = Vec::new();
         for memory in memories.iter() {
             ranges.push(memory.populated()?);
@@ -241,6 +309,68 @@ impl Outgoing {
         Ok(())
     }
 
+    /// Of a machine that spans: the home's threads and pages leave while it runs.
+    fn make_way(&mut self, tell: &mut dyn FnMut(CopyEvent) -> bool) -> Result<(), OutgoingError> {
+        let (Some(parts), link) = (&mut self.parts, &mut self.link) else {
+            return Ok(());
+        };
+        let mut told = Instant::now();
+        let mut lost = None;
+        let gives_up = parts.gives_up.clone();
+        let mut goes_on = |left: u64| {
+            if gives_up.load(Ordering::Acquire) {
+                lost = Some(LinkError::Aborted("the move was given up".into()).into());
+                return false;
+            }
+            if told.elapsed() < STILL_THERE {
+                return true;
+            }
+            told = Instant::now();
+            // (The target waits for a word, and not for ever.)
+            let heard = link
+                .send(&Message::RoundEnd)
+                .and_then(|()| link.flush())
+                .and_then(|()| link.receive());
+            match heard {
+                Ok(Message::RoundDone) => {}
+                Ok(other) => lost = Some(unexpected(&other)),
+                Err(error) => lost = Some(error.into()),
+            }
+            lost.is_none()
+                && tell(CopyEvent::Progress(Progress {
+                    phase: Phase::Copy,
+                    round: 0,
+                    sent_bytes: link.sent_bytes(),
+                    remaining_bytes: left,
+                    bytes_per_s: 0,
+                    downtime_micros: 0,
+                }))
+        };
+        let leaving = LeavingHome::begin(
+            parts.home.clone(),
+            parts.successor,
+            parts.threads_to,
+            WAY_PATIENCE,
+            &mut goes_on,
+        );
+        if let Some(lost) = lost {
+            return Err(lost);
+        }
+        parts.leaving = Some(leaving?);
+        Ok(failpoint::pass("home.way")?)
+    }
+
+    /// The machine does not move, and may be thawed: its home stays.
+    ///
+    /// # Errors
+    /// [`SpanError`], if it lost a part: then it has ended.
+    fn stay(&mut self) -> Result<(), SpanError> {
+        match &mut self.parts {
+            Some(parts) => parts.stay(),
+            None => Ok(()),
+        }
+    }
+
     /// Freezes the machine and sends all that the target lacks; returns when
     /// the target is ready to go on.
     pub(super) fn freeze_and_send(&mut self) -> Result<Frozen, OutgoingError> {
@@ -268,6 +398,14 @@ impl Outgoing {
         let frozen = Instant::now();
         self.link.send(&Message::Stands)?;
         let mut last_bytes = 0;
+        if let Some(parts) = &mut self.parts {
+            let succession = parts.succession()?;
+            failpoint::pass("home.left")?;
+            last_bytes += succession.len() as u64;
+            for piece in succession.chunks(CHUNK_BYTES) {
+                self.link.send(&Message::Parts(piece.to_vec().into()))?;
+            }
+        }
         if !post_copy {
             for number in 0..self.trackers.len() {
                 let ranges = self.trackers[number].take_at_once()?;
@@ -517,6 +655,18 @@ impl Leaving {
             outgoing
         };
         Ok(Leaving::Names(thread.spawn(name)?))
+    }
+
+    /// The machine does not move, and may be thawed.
+    ///
+    /// # Errors
+    /// [`SpanError`], if it lost a part: then it has ended.
+    pub(super) fn stay(&mut self) -> Result<(), SpanError> {
+        match self {
+            Leaving::Rests(outgoing) => outgoing.stay(),
+            // (Memory that comes after it only what is on one node has.)
+            Leaving::Names(_) => Ok(()),
+        }
     }
 
     /// It, once it is not spoken through.

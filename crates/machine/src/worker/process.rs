@@ -4,8 +4,9 @@
 use super::SOCKET;
 use super::activity;
 use super::control::{
-    Checkpoint, Checkpointed, Copy, CopyEvent, FileDone, FileRequest, Frozen, LogChunk, ReadLog,
-    Receive, Receiving, Report, Start, StartFrom, State, VolumeReport, kind, pack, unpack,
+    Checkpoint, Checkpointed, Copy, CopyEvent, CopyHome, FileDone, FileRequest, Frozen, LogChunk,
+    ReadLog, Receive, Receiving, Report, Start, StartFrom, State, Succession, VolumeReport, kind,
+    pack, unpack,
 };
 use super::files;
 use super::filling::{Filler, Filling};
@@ -21,6 +22,7 @@ use crate::link::{Link, LinkError, Message};
 use crate::log::{Log, LogSink, StreamKind};
 use crate::moves::predict::Activity;
 use crate::moves::{FillReport, TargetCommand, TargetEvent, TargetMove, TargetState};
+use crate::span::{MemberPart, PartId};
 use crate::spec::{Spec, Status, VolumeKind};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName};
@@ -59,6 +61,8 @@ pub(super) struct Worker {
     pub(super) freezing: Mutex<()>,
     /// Held by whoever tracks the machine's writes, but for a move.
     pub(super) tracking: Mutex<()>,
+    /// Held while what arrives takes a step.
+    stepping: Mutex<()>,
     folder: PathBuf,
     programs: PathBuf,
     pub(super) engine: Engine,
@@ -88,6 +92,11 @@ pub(super) struct Inner {
     outgoing: Option<Leaving>,
     /// From the first page sent until the machine goes on here.
     pub(super) giving_away: bool,
+    /// A thread copies, or tells the target to go on: it has what is known of the move.
+    copying: bool,
+    going: bool,
+    /// Ends the copying of a machine that spans.
+    gives_up: Option<Arc<AtomicBool>>,
     /// Counts what was begun of giving the machine away: a thread of an attempt that
     /// was given up may wake late, and must leave the next one alone.
     attempt: u64,
@@ -97,6 +106,10 @@ pub(super) struct Inner {
     /// Breaks the connection of a copy that another thread is busy with.
     closer: Option<std::net::TcpStream>,
     target: Option<TargetMove>,
+    /// Of a machine that spans and stands ready here: the part that is to be its home.
+    succession: Option<(Arc<MemberPart>, Succession)>,
+    /// Why what arrived was dropped, where this is a part of the machine, and stays one.
+    pub(super) dropped_for: Option<String>,
     /// Brings the memory of a machine that arrived, while it runs.
     pub(super) filler: Option<Filler>,
     /// Brings that of a machine made of a checkpoint, while it runs.
@@ -113,7 +126,7 @@ pub(super) struct Inner {
     /// Of its cluster volumes.
     keepers: Keepers,
     /// Why it had to be ended.
-    ended_for: Option<String>,
+    pub(super) ended_for: Option<String>,
 }
 
 impl Inner {
@@ -170,6 +183,7 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
         group,
         freezing: Mutex::default(),
         tracking: Mutex::default(),
+        stepping: Mutex::default(),
         folder: folder.to_owned(),
         programs: programs.to_owned(),
         engine,
@@ -270,10 +284,29 @@ impl Worker {
                 let (send, events) = mpsc::channel(64);
                 std::thread::Builder::new()
                     .name("move-out".into())
-                    .spawn(move || self.copy(&copy, &send))
+                    .spawn(move || self.copy(&copy, None, &send))
                     .map_err(RpcError::refused)?;
                 Ok(Reply::Stream(events))
             }
+            kind::COPY_HOME => {
+                let copy: CopyHome = unpack(&payload)?;
+                let (send, events) = mpsc::channel(64);
+                std::thread::Builder::new()
+                    .name("move-out".into())
+                    .spawn(move || self.copy_home(&copy, &send))
+                    .map_err(RpcError::refused)?;
+                Ok(Reply::Stream(events))
+            }
+            kind::END_CHECKPOINT => {
+                blocking(move || {
+                    self.without_checkpoint()
+                        .map(drop)
+                        .map_err(RpcError::failed)
+                })
+                .await?;
+                Ok(pack(&())?.into())
+            }
+            kind::IS_PART => Ok(pack(&self.inner().parts.member())?.into()),
             kind::FREEZE => {
                 let frozen = blocking(move || self.freeze()).await?;
                 Ok(pack(&frozen)?.into())
@@ -968,7 +1001,12 @@ impl Worker {
 
     // ── giving the machine away ─────────────────────────────────────────
 
-    fn copy(&self, copy: &Copy, events: &mpsc::Sender<Bytes>) {
+    /// As [`Self::copy`], of a machine that spans.
+    fn copy_home(&self, copy: &CopyHome, events: &mpsc::Sender<Bytes>) {
+        self.copy(&copy.copy, Some((copy.successor, copy.threads_to)), events);
+    }
+
+    fn copy(&self, copy: &Copy, to: Option<(PartId, PartId)>, events: &mpsc::Sender<Bytes>) {
         let mut tell = |event: CopyEvent| match pack(&event) {
             Ok(bytes) => events.blocking_send(bytes).is_ok(),
             Err(_) => false,
@@ -978,11 +1016,15 @@ impl Worker {
             .freezing
             .lock()
             .unwrap_or_else(|error| error.into_inner());
-        let refusal = self.inner().parts.refusal();
-        if let Some(reason) = refusal {
-            tell(CopyEvent::Lost { reason });
-            return;
-        }
+        let parts = self.inner().parts.leaving(to);
+        let parts = match parts {
+            Ok(parts) => parts,
+            Err(reason) => {
+                tell(CopyEvent::Lost { reason });
+                return;
+            }
+        };
+        let gives_up = parts.as_ref().map(|it| it.gives_up.clone());
         let prepared = {
             let mut inner = self.inner();
             match (&inner.machine, &inner.log, &inner.name) {
@@ -997,7 +1039,9 @@ impl Worker {
                     );
                     let identity = inner.identity.take();
                     inner.giving_away = identity.is_some();
+                    inner.copying = identity.is_some();
                     inner.given_up = false;
+                    inner.gives_up = gives_up;
                     inner.attempt += 1;
                     inner.post_copy = copy.post_copy;
                     // What was known of an earlier move does not count.
@@ -1022,7 +1066,7 @@ impl Worker {
             .end_checkpoints()
             .and_then(|()| self.await_memory())
             .map_err(|reason| aborted(&reason).into())
-            .and_then(|()| Outgoing::connect(&name, epoch, machine, log, &identity, copy));
+            .and_then(|()| Outgoing::connect(&name, epoch, machine, log, &identity, copy, parts));
         let result = result.and_then(|mut outgoing| {
             {
                 let mut inner = self.inner();
@@ -1035,6 +1079,11 @@ impl Worker {
         });
         let mut inner = self.inner();
         let current = inner.is_attempt(attempt);
+        if inner.attempt == attempt {
+            inner.copying = false;
+            // (Whoever gave it up left that to this thread.)
+            inner.giving_away &= !inner.given_up;
+        }
         match result {
             Ok(outgoing) if current => inner.outgoing = Some(outgoing.rests()),
             Ok(outgoing) => {
@@ -1091,7 +1140,12 @@ impl Worker {
         let begun = Instant::now();
         // A machine that came by a move may be on its next: what it gives away
         // counts, not how it came.
-        let outgoing = self.inner().outgoing.take();
+        let outgoing = {
+            let mut inner = self.inner();
+            let outgoing = inner.outgoing.take();
+            inner.going |= outgoing.is_some();
+            outgoing
+        };
         let Some(outgoing) = outgoing else {
             if self.inner().giving_away {
                 // Said already, or being said: only the target knows.
@@ -1114,7 +1168,11 @@ impl Worker {
         };
         let mut outgoing = outgoing.wait();
         let result = outgoing.go(epoch);
-        self.inner().outgoing = Some(outgoing.rests());
+        {
+            let mut inner = self.inner();
+            inner.outgoing = Some(outgoing.rests());
+            inner.going = false;
+        }
         result.map_err(RpcError::unknown)?;
         let took = begun.elapsed().as_micros() as u64;
         // Whoever reads its output goes on there.
@@ -1167,6 +1225,9 @@ impl Worker {
             .unwrap_or_else(|error| error.into_inner());
         let (machine, outgoing, taken_back) = {
             let mut inner = self.inner();
+            if inner.going {
+                return Err(RpcError::unknown("the target is being told"));
+            }
             // Its own epoch, or the one after it, was never another's.
             let taken_back = epoch > inner.epoch.next();
             inner.epoch = epoch;
@@ -1185,10 +1246,19 @@ impl Worker {
         machine.set_epoch(epoch.token());
         let keepers = self.inner().keepers.clone();
         keepers.claim_under(epoch);
+        let mut outgoing = outgoing;
+        if let Some(outgoing) = &mut outgoing {
+            let stays = outgoing.stay();
+            if stays.is_err() {
+                // (It ends, and moves nowhere.)
+                self.inner().giving_away = false;
+            }
+            stays.map_err(RpcError::failed)?;
+        }
         machine.thaw().map_err(RpcError::failed)?;
         {
             let mut inner = self.inner();
-            inner.giving_away = false;
+            inner.giving_away = inner.copying;
             // It may have been told already that it runs there.
             if let Some(log) = &inner.log {
                 log.open_again();
@@ -1204,6 +1274,9 @@ impl Worker {
     fn give_up(&self) {
         let mut inner = self.inner();
         inner.given_up = true;
+        if let Some(gives_up) = &inner.gives_up {
+            gives_up.store(true, Ordering::Release);
+        }
         // Where the connection is another thread's, it is broken.
         if inner.outgoing.is_none()
             && let Some(closer) = inner.closer.take()
@@ -1228,7 +1301,7 @@ impl Worker {
         let outgoing = {
             let mut inner = self.inner();
             // (A machine that was frozen for it is thawed first.)
-            inner.giving_away = false;
+            inner.giving_away = inner.copying;
             inner.outgoing.take()
         };
         abort_apart(outgoing, reason);
@@ -1290,6 +1363,7 @@ impl Worker {
                     let worker = telling.clone();
                     filler.begin(listener, tls, hello, move |it| worker.filling(it))
                 };
+                let part = || worker.inner().parts.arriving();
                 let arrived = incoming::receive(
                     &listener,
                     &identity,
@@ -1300,6 +1374,7 @@ impl Worker {
                     &incoming::Surroundings {
                         restore: &restore,
                         fill: &fill,
+                        part: &part,
                     },
                 );
                 worker.arrived(arrived, offered);
@@ -1329,16 +1404,25 @@ impl Worker {
             let mut inner = self.inner();
             inner.machine = Some(arrived.machine.clone());
             inner.log = Some(arrived.log.clone());
+            inner.succession = arrived.succession.take();
         }
         self.step_target(TargetEvent::StateArrived);
         let commands = self.step_target(TargetEvent::InstancesMade);
         if !commands.contains(&TargetCommand::SayPrepared) {
             return;
         }
-        self.state.send_replace(State::Prepared {
-            offered,
-            source_lost: false,
-        });
+        {
+            // (It may have been dropped meanwhile.)
+            let inner = self.inner();
+            let target = inner.target.as_ref();
+            if target.is_none_or(|target| target.state() != TargetState::Prepared) {
+                return;
+            }
+            self.state.send_replace(State::Prepared {
+                offered,
+                source_lost: false,
+            });
+        }
         let said = arrived.say_prepared();
         let passed = failpoint::pass("in.prepared");
         if let Some(error) = said
@@ -1440,7 +1524,7 @@ impl Worker {
 
     /// Steps the target's state machine and does what it says, but for
     /// speaking to the source.
-    fn step_target(self: &Arc<Self>, event: TargetEvent) -> Vec<TargetCommand> {
+    pub(super) fn step_target(self: &Arc<Self>, event: TargetEvent) -> Vec<TargetCommand> {
         self.step_target_and(event, &mut |_| {})
     }
 
@@ -1450,6 +1534,11 @@ impl Worker {
         event: TargetEvent,
         say_resumed: &mut dyn FnMut(Epoch),
     ) -> Vec<TargetCommand> {
+        // (Who is told to go a second time is answered when it has.)
+        let _stepping = self
+            .stepping
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
         let mut inner = self.inner();
         let Some(target) = &mut inner.target else {
             return Vec::new();
@@ -1457,6 +1546,15 @@ impl Worker {
         let commands = target.step(event);
         let state = target.state();
         let mut thawed = None;
+        if let Some(TargetCommand::Thaw(epoch)) = commands.first()
+            && let Some((part, succession)) = inner.succession.take()
+        {
+            let machine = inner.machine.clone();
+            inner.epoch = *epoch;
+            drop(inner);
+            self.succeed(machine, &part, succession);
+            inner = self.inner();
+        }
         for command in &commands {
             match command {
                 TargetCommand::Thaw(epoch) => {
@@ -1479,9 +1577,23 @@ impl Worker {
                     if let Some(machine) = inner.machine.take() {
                         machine.stop();
                     }
-                    self.state.send_replace(State::Dropped {
-                        reason: reason.clone(),
-                    });
+                    inner.succession = None;
+                    match inner.parts.is_member() {
+                        // What of the machine is here it needs.
+                        true => {
+                            inner.dropped_for = Some(reason.clone());
+                            self.state.send_if_modified(|state| match *state {
+                                State::Prepared { offered, .. } => {
+                                    *state = State::Receiving { offered };
+                                    true
+                                }
+                                _ => false,
+                            });
+                        }
+                        false => drop(self.state.send_replace(State::Dropped {
+                            reason: reason.clone(),
+                        })),
+                    }
                 }
                 TargetCommand::Prepare | TargetCommand::SayPrepared | TargetCommand::AskAgent => {}
             }

@@ -7,11 +7,13 @@
 
 use super::control::{
     Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Span, State,
-    ThreadReport,
+    Succession, ThreadReport,
 };
+use super::outgoing::HomeParts;
 use super::process::Worker;
 use crate::checkpoint::VaultError;
 use crate::failpoint;
+use crate::moves::TargetEvent;
 use crate::span::{
     Home, Keeps, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError, SpanningError,
     Spread,
@@ -103,6 +105,44 @@ impl Parts {
         })
     }
 
+    /// The part of a machine that is here and is not its home.
+    pub(super) fn member(&self) -> Option<PartId> {
+        // (Until its process has taken note of its end: others may need it until then.)
+        let (_, me, member) = self.member.as_ref()?;
+        (!member.has_succeeded()).then_some(*me)
+    }
+
+    pub(super) fn is_member(&self) -> bool {
+        self.member().is_some()
+    }
+
+    /// The part of the machine that arrives here, if it has one here.
+    pub(super) fn arriving(&self) -> Option<Arc<MemberPart>> {
+        let (_, _, member) = self.member.as_ref().filter(|_| self.is_member())?;
+        (!member.pages().is_over()).then(|| member.clone())
+    }
+
+    /// The home that is to move, of a machine that spans; to which part, and at which its
+    /// threads are meanwhile.
+    pub(super) fn leaving(
+        &self,
+        to: Option<(PartId, PartId)>,
+    ) -> Result<Option<HomeParts>, String> {
+        match (&self.home, to) {
+            (None, None) => Ok(None),
+            (Some(home), Some((successor, threads_to))) => Ok(Some(HomeParts {
+                gives_up: Arc::default(),
+                home: home.clone(),
+                successor,
+                threads_to,
+                nodes: self.nodes.clone(),
+                leaving: None,
+            })),
+            (Some(_), None) => Err(self.refusal().unwrap_or_default()),
+            (None, Some(_)) => Err("it was brought together meanwhile; try again".into()),
+        }
+    }
+
     /// The pages of a machine that spans.
     pub(super) fn pages(&self) -> Option<Arc<Pages>> {
         self.home.as_ref().map(|home| home.pages().clone())
@@ -118,7 +158,11 @@ impl Parts {
 
     /// Ends it with the machine: why, if a part was lost.
     pub(super) fn end(&mut self) -> Option<String> {
-        let failure = self.home.take()?.failure()?;
+        let home = self.home.take()?;
+        let failure = home.failure();
+        // (A move that has begun may still hold it.)
+        home.pages().die();
+        let failure = failure?;
         Some(match &failure {
             SpanError::Lost { part, .. } => lost(&self.nodes, *part, &failure),
             _ => failure.to_string(),
@@ -276,6 +320,7 @@ impl Worker {
         if matches!(*self.state.borrow(), State::Held { .. }) {
             return Err(failed("its memory is still to come; try again"));
         }
+        self.stays()?;
         let (home, machine) = {
             let inner = self.inner();
             (inner.parts.home.clone(), inner.machine.clone())
@@ -411,8 +456,16 @@ impl Worker {
 
     /// An empty worker is to be a member: compiles, and listens for the others.
     pub(super) fn part_ready(self: &Arc<Self>, ready: &ReadyPart) -> Result<Place, RpcError> {
-        if *self.state.borrow() != State::Empty {
-            return Err(RpcError::refused("this worker has a machine already"));
+        // (Or it is the one to which the machine moves.)
+        let arrives = {
+            let inner = self.inner();
+            let is_free = inner.machine.is_none() && inner.parts.member.is_none();
+            is_free && inner.name.as_ref() == Some(&ready.machine)
+        };
+        match &*self.state.borrow() {
+            State::Empty => {}
+            State::Receiving { .. } if arrives => {}
+            _ => return Err(RpcError::refused("this worker has a machine already")),
         }
         let bytes = std::fs::read(&ready.program)
             .map_err(|error| failed(format!("{}: {error}", ready.program.display())))?;
@@ -429,6 +482,9 @@ impl Worker {
             me: ready.me,
         });
         drop(inner);
+        if arrives {
+            return Ok(place);
+        }
         // Whoever wanted it may be gone, and nobody else knows of it.
         let worker = self.clone();
         std::thread::Builder::new()
@@ -464,15 +520,86 @@ impl Worker {
         let member = Arc::new(begun?);
         let (machine, me) = (ready.machine, ready.me);
         self.inner().parts.member = Some((machine, me, member.clone()));
+        let worker = self.clone();
         std::thread::Builder::new()
             .name("end".into())
             .spawn(move || {
                 member.wait();
-                std::thread::sleep(END_AFTER);
-                std::process::exit(0);
+                if member.has_succeeded() {
+                    return;
+                }
+                if *worker.state.borrow() == State::Empty {
+                    std::thread::sleep(END_AFTER);
+                    std::process::exit(0);
+                }
+                worker.is_no_part();
             })
             .map(drop)
             .map_err(failed)
+    }
+
+    /// The part of a machine that was to move here is none any more.
+    fn is_no_part(self: &Arc<Self>) {
+        let dropped_for = {
+            let mut inner = self.inner();
+            inner.parts.member = None;
+            inner.dropped_for.take()
+        };
+        match dropped_for {
+            Some(reason) => drop(self.state.send_replace(State::Dropped { reason })),
+            None => {
+                let reason = "the machine has no part here any more".to_owned();
+                self.step_target(TargetEvent::Abort(reason));
+            }
+        }
+    }
+
+    /// This part takes the home's place: the commit won. Where that fails the machine has
+    /// lost a part, and ended.
+    pub(super) fn succeed(
+        &self,
+        machine: Option<Machine>,
+        part: &MemberPart,
+        succession: Succession,
+    ) {
+        let Some(machine) = machine else { return };
+        let part_bytes = {
+            let inner = self.inner();
+            let spec = inner.spec.as_ref();
+            spec.and_then(|it| it.balancing.part_memory_bytes)
+        };
+        let legacy = &succession.legacy;
+        let how = Spread {
+            spawning: legacy.spawning,
+            // (There is no way back: who is there and slow is waited for.)
+            patience: HOME_PATIENCE,
+            keeps: Keeps {
+                part_bytes,
+                room_bytes: None,
+            },
+            stands: true,
+        };
+        let succeeded = failpoint::pass("home.succeeds")
+            .map_err(|injected| injected.to_string())
+            .and_then(|()| {
+                let home = part.succeed(&machine, legacy, how);
+                home.map_err(|error| error.to_string())
+            });
+        let mut inner = self.inner();
+        match succeeded {
+            Ok(home) => {
+                inner.parts.home = Some(Arc::new(home));
+                inner.parts.nodes = succession.nodes;
+                inner.parts.member = None;
+            }
+            Err(reason) => {
+                tracing::error!(reason, "the home of a machine did not come");
+                inner.ended_for = Some(format!("its home moved, and lost it: {reason}"));
+                drop(inner);
+                part.end();
+                machine.stop();
+            }
+        }
     }
 }
 

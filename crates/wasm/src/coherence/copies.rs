@@ -78,6 +78,44 @@ impl Copies {
         self.config.parts = parts;
     }
 
+    /// How a member has those pages, which are in rising order; `Err` with one that it has
+    /// and that is none of them.
+    pub(super) fn of_those(
+        &self,
+        pages: impl Iterator<Item = PageId>,
+    ) -> Result<Vec<Copy>, PageId> {
+        let here = self.copies.iter();
+        let mut here = here
+            .filter(|(_, copy)| **copy != Copy::Invalid)
+            .map(|(page, copy)| (page, *copy))
+            .peekable();
+        let mut copies = Vec::new();
+        for page in pages {
+            if let Some((unknown, _)) = here.next_if(|(at, _)| *at < page) {
+                return Err(unknown);
+            }
+            let copy = here.next_if(|(at, _)| *at == page);
+            copies.push(copy.map_or(Copy::Invalid, |(_, copy)| copy));
+        }
+        match here.next() {
+            Some((unknown, _)) => Err(unknown),
+            None => Ok(copies),
+        }
+    }
+
+    /// This part is the home from now on: it has these pages so, and what nobody has touched
+    /// is here.
+    pub(super) fn succeed(
+        &mut self,
+        parts: PartSet,
+        touched: impl Iterator<Item = (PageId, Copy)>,
+    ) {
+        self.copies = PageMap::of_rising(touched);
+        self.config.me = PartId::HOME;
+        self.config.origin = PartId::HOME;
+        self.config.parts = parts;
+    }
+
     pub(super) fn copy(&self, page: PageId) -> Copy {
         let at_first = match self.config.me == self.config.origin {
             true => Copy::Modified,

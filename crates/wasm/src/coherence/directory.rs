@@ -85,6 +85,44 @@ impl Directory {
         !self.left.is_empty()
     }
 
+    /// Whether no other part was ever the directory of anything.
+    pub(super) fn is_of_all(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// Whether this part was never the directory of anything, nor any other but the home.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.places.is_empty() && self.entries.is_empty() && self.left.is_empty()
+    }
+
+    /// All pages that ever changed hands, in rising order, who holds them, and how often
+    /// they did.
+    pub(super) fn entries(&self) -> impl Iterator<Item = (PageId, Holders, u64)> {
+        let entries = self.entries.iter();
+        entries.map(|(page, entry)| (page, entry.holders, entry.number))
+    }
+
+    /// This part is the home from now on, and the directory of all.
+    pub(super) fn succeed(
+        &mut self,
+        parts: PartSet,
+        entries: impl Iterator<Item = (PageId, Holders, u64)>,
+    ) {
+        (self.me, self.origin) = (PartId::HOME, PartId::HOME);
+        self.parts = parts;
+        let entries = entries.map(|(page, holders, number)| {
+            let entry = Entry {
+                holders,
+                number,
+                busy: None,
+                asked: PartSet::default(),
+                queue: VecDeque::new(),
+            };
+            (page, entry)
+        });
+        self.entries = PageMap::of_rising(entries);
+    }
+
     pub(super) fn placements(&self) -> Vec<Placement> {
         let mut found: Vec<Placement> = Vec::new();
         for (page, entry) in self.entries.iter() {
@@ -486,7 +524,7 @@ impl Holders {
 
 impl Holders {
     /// Whether they can be.
-    fn are_among(self, parts: PartSet) -> bool {
+    pub(super) fn are_among(self, parts: PartSet) -> bool {
         match self {
             Holders::Owner(owner) => parts.contains(owner),
             Holders::Readers { keeper, readers } => {

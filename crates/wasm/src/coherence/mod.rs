@@ -59,15 +59,18 @@
 //! - `message`: what parts say to each other
 //! - `directory`: who holds what, and who waits for it
 //! - `copies`: what this part holds
+//! - `succession`: the home moves
 //! - `page_map`: what both are kept in
 
 mod copies;
 mod directory;
 mod message;
 mod page_map;
+mod succession;
 
 pub use copies::Copy;
 pub use message::{Holders, Message, PageEntry, Request, Txn};
+pub use succession::Held;
 
 use copies::Copies;
 use directory::Directory;
@@ -289,6 +292,12 @@ pub enum Event {
     Gone {
         /// The part.
         part: PartId,
+    },
+    /// The home's number means another part from now on, whose own number is free; nothing
+    /// is under way anywhere ([`Coherence::succeed`]).
+    Succeeded {
+        /// Which.
+        by: PartId,
     },
 }
 
@@ -519,6 +528,7 @@ impl Coherence {
                 self.gone = self.gone.with(part);
                 self.now_are(self.parts.without(part));
             }
+            Event::Succeeded { by } => self.succeeded(by)?,
         }
         self.pass_on(now, out)
     }

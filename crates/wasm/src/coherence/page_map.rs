@@ -98,6 +98,34 @@ impl<T> PageMap<T> {
         None
     }
 
+    /// Of pages in rising order, each once: much sooner than one by one.
+    pub(super) fn of_rising(pages: impl Iterator<Item = (PageId, T)>) -> Self {
+        let (mut rows, mut last) = (Vec::new(), None);
+        for (page, value) in pages {
+            let (key, at) = place(page);
+            let row: &mut Row<T> = match &mut last {
+                Some((of, row)) if *of == key => row,
+                _ => {
+                    let new = Row {
+                        present: 0,
+                        values: Vec::new(),
+                    };
+                    rows.extend(last.replace((key, new)));
+                    match &mut last {
+                        Some((_, row)) => row,
+                        None => continue,
+                    }
+                }
+            };
+            row.present |= 1 << at;
+            row.values.push(value);
+        }
+        rows.extend(last);
+        PageMap {
+            rows: rows.into_iter().collect(),
+        }
+    }
+
     /// What it had.
     pub(super) fn remove(&mut self, page: PageId) -> Option<T> {
         let (key, at) = place(page);
@@ -202,6 +230,7 @@ mod tests {
             }
             let all: Vec<_> = theirs.iter().map(|(page, value)| (*page, value)).collect();
             assert_eq!(ours.iter().collect::<Vec<_>>(), all);
+            assert_eq!(PageMap::of_rising(theirs.clone().into_iter()), ours);
             let page = |number| PageId { memory: 1, number };
             for (first, last) in [(0, 63), (63, 64), (70, 70), (5, u32::MAX), (9, 3)] {
                 let range = page(first)..=page(last);

@@ -305,6 +305,37 @@ fn a_part_that_leaves_and_one_that_comes() {
     }
 }
 
+/// The home gives away what it has, another part takes its place, and one more comes.
+#[test]
+fn the_home_moves() {
+    let threads: &[(usize, &[Op])] = &[
+        (0, &[Op::Add(X)]),
+        (1, &[Op::Add(X), Op::Read(X)]),
+        (2, &[Op::Read(X), Op::Add(X)]),
+    ];
+    for (parts, deeds) in [
+        (2, vec![Deed::Move(0, X, 1), Deed::Succeed(1)]),
+        (3, vec![Deed::Move(0, X, 2), Deed::Succeed(1)]),
+        (
+            3,
+            vec![
+                Deed::Move(0, X, 1),
+                Deed::Succeed(1),
+                Deed::Move(2, X, 1),
+                Deed::Succeed(2),
+            ],
+        ),
+    ] {
+        let name = format!("{deeds:?}");
+        let set = Set {
+            deeds,
+            drops: parts == 2,
+            ..set(parts, 1, &threads[..parts])
+        };
+        all(&name, set);
+    }
+}
+
 /// The others never read what is not so, and take nothing for impossible, until the
 /// machine is ended.
 #[test]

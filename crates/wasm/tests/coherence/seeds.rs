@@ -55,7 +55,14 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
             returns = Some(ops.collect());
         }
     }
-    if returns.is_none() && rng.random_bool(0.1) {
+    if returns.is_none() && rng.random_bool(0.2) {
+        deeds.retain(|deed| matches!(deed, Deed::Move(..)));
+        for _ in 0..rng.random_range(1..=3) {
+            let moves = (0..pages).map(|page| Deed::Move(0, page, rng.random_range(1..parts)));
+            deeds.extend(moves.collect::<Vec<_>>());
+            deeds.push(Deed::Succeed(rng.random_range(1..parts)));
+        }
+    } else if returns.is_none() && rng.random_bool(0.1) {
         deeds.push(Deed::Lose(rng.random_range(0..parts)));
     }
     Set {

@@ -4,7 +4,7 @@
 //! written last, and that who writes is alone.
 
 use keel_wasm::coherence::{
-    Access, Coherence, Command, Config, Event, Message, PageId, PartId, PartSet, Segment,
+    Access, Coherence, Command, Config, Event, Held, Message, PageId, PartId, PartSet, Segment,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -55,6 +55,9 @@ pub(crate) enum Deed {
     Gone(usize, usize),
     /// It is told that the other one is back, with nothing.
     Join(usize, usize),
+    /// A part takes the home's place, which has given away all that it had; another one
+    /// comes under its number. Nothing is on its way then.
+    Succeed(usize),
 }
 
 /// How it is spoilt, to see that the checks find it.
@@ -296,7 +299,62 @@ impl World {
                 };
                 !self.deeds.iter().any(before)
             }
+            Deed::Succeed(by) => {
+                let rests = |thread: &Thread| thread.part != 0 || thread.left.is_empty();
+                let leaves = self.leaving.is_empty() && self.lost.is_empty();
+                leaves
+                    && self.is_quiet()
+                    && self.pinned.is_empty()
+                    && self.threads.iter().all(rests)
+                    && self.parts[by].holders(page(0)).is_none()
+                    && self.legacy().is_some()
+            }
         }
+    }
+
+    /// What the home leaves, if all that was ever written is elsewhere.
+    fn legacy(&self) -> Option<Vec<Held>> {
+        let legacy = self.parts[0].legacy().ok()?;
+        let is_known = |at: u32| {
+            let has = |held: &Held| {
+                let last = held.first + held.exchanges.len() as u32;
+                (held.first..last).contains(&at)
+            };
+            legacy.iter().any(has)
+        };
+        let mut pages = (0..).zip(&self.truth);
+        let moved = pages.all(|(at, value)| *value == 0 || is_known(at));
+        moved.then_some(legacy)
+    }
+
+    /// A part takes the home's place, and another one its own.
+    fn succeed(&mut self, by: usize) -> Result<(), String> {
+        let legacy = self.legacy().ok_or("the home has something")?;
+        self.parts[by].succeed(&legacy)?;
+        for other in (1..self.parts.len()).filter(|other| *other != by) {
+            self.step(other, Event::Succeeded { by: part(by) });
+        }
+        self.parts.swap(0, by);
+        self.frames.swap(0, by);
+        self.ticks.swap(0, by);
+        for thread in &mut self.threads {
+            thread.part = match thread.part {
+                0 => by,
+                part if part == by => 0,
+                part => part,
+            };
+        }
+        // (What nobody has touched is the home's.)
+        for at in 0..self.truth.len() as u32 {
+            if self.parts[0].access(page(at)) == Some(Access::Write) {
+                self.frames[0].entry(at).or_insert((Access::Write, 0));
+            }
+        }
+        self.renew(by);
+        for other in (0..self.parts.len()).filter(|other| *other != by) {
+            self.step(other, Event::Join { part: part(by) });
+        }
+        Ok(())
     }
 
     /// The part that is a segment's directory, if none is about to be.
@@ -364,6 +422,11 @@ impl World {
                     }
                     let (gives, to) = (part(gives), part(to));
                     self.step(0, Event::Empty { part: gives, to });
+                }
+                Deed::Succeed(by) => {
+                    if let Err(wrong) = self.succeed(by) {
+                        self.wrong.get_or_insert(wrong);
+                    }
                 }
                 Deed::Gone(by, gone) => self.step(by, Event::Gone { part: part(gone) }),
                 Deed::Join(by, new) => {

@@ -199,6 +199,11 @@ impl Cuts {
         self.is_settling.load(Ordering::SeqCst)
     }
 
+    /// Nobody waits for that any more.
+    pub(super) fn no_longer_settle(&self) {
+        self.is_settling.store(false, Ordering::SeqCst);
+    }
+
     /// Whether so much was copied that whoever writes waits for a moment.
     pub(super) fn are_behind(&self) -> bool {
         self.copied_bytes.load(Ordering::Relaxed) > COPIED_MANY
@@ -248,8 +253,8 @@ fn let_go(
 }
 
 impl Shared {
-    fn is_home(&self) -> bool {
-        self.me == PartId::HOME
+    pub(super) fn is_home(&self) -> bool {
+        self.me() == PartId::HOME
     }
 
     pub(super) fn tell_part(&self, to: PartId, parcel: &Parcel) -> Result<(), SpanError> {
@@ -347,6 +352,15 @@ impl Shared {
             self.cuts.changed.notify_all();
         }
         Ok(())
+    }
+
+    /// At a member: whoever wanted a cut does not want it any more.
+    pub(super) fn end_settling(&self) {
+        if let Some(cutting) = &mut locked(&self.state).cutting {
+            cutting.is_over = true;
+        }
+        self.cuts.no_longer_settle();
+        self.cuts.changed.notify_all();
     }
 
     /// Says so when nothing is on its way any more, if that is waited for. The home looks
@@ -584,7 +598,7 @@ impl Shared {
     }
 
     /// Lets some of the pages go that nobody wants any more; false when the cut is over.
-    fn let_some_go(&self, state: &mut State) -> Result<bool, SpanError> {
+    pub(super) fn let_some_go(&self, state: &mut State) -> Result<bool, SpanError> {
         let State {
             cutting, coherence, ..
         } = state;
@@ -616,7 +630,8 @@ impl Shared {
 
     /// A member's thread that sends what there was at cuts, until the end.
     pub(super) fn give_cuts(&self) {
-        while !self.over.load(Ordering::Acquire) {
+        // (A home gives none: whoever takes one does.)
+        while !self.over.load(Ordering::Acquire) && !self.is_home() {
             if let Err(error) = self.give_some() {
                 return self.end(error);
             }
@@ -698,14 +713,8 @@ impl std::fmt::Debug for Cut {
 }
 
 impl Pages {
-    /// Prepares a cut while threads run: finds out what pages there are, and has them
-    /// protected. Only at the home, which was the origin and is the directory of all; one at
-    /// a time.
-    ///
-    /// # Errors
-    /// [`SpanError`]; [`SpanError::Cut`] if there is one already, or parts leave;
-    /// [`SpanError::Unsettled`] if that takes longer.
-    pub fn prepare_cut(&self, patience: Duration) -> Result<Cut, SpanError> {
+    /// A cut of which nothing is prepared yet.
+    pub(super) fn open_cut(&self) -> Result<Cut, SpanError> {
         let shared = self.shared.clone();
         let number = shared.cuts.count.fetch_add(1, Ordering::Relaxed) + 1;
         {
@@ -720,7 +729,18 @@ impl Pages {
             state.cutting = Some(Cutting::new(number, shared.memories.len()));
             shared.cuts.is_on.store(true, Ordering::Release);
         }
-        let cut = Cut { shared, number };
+        Ok(Cut { shared, number })
+    }
+
+    /// Prepares a cut while threads run: finds out what pages there are, and has them
+    /// protected. Only at the home, which was the origin and is the directory of all; one at
+    /// a time.
+    ///
+    /// # Errors
+    /// [`SpanError`]; [`SpanError::Cut`] if there is one already, or parts leave;
+    /// [`SpanError::Unsettled`] if that takes longer.
+    pub fn prepare_cut(&self, patience: Duration) -> Result<Cut, SpanError> {
+        let cut = self.open_cut()?;
         for (at, memory) in cut.shared.memories.iter().enumerate() {
             // It takes long; what comes to be meanwhile is noted.
             let here = memory.memory().populated().map_err(failed)?;
@@ -755,12 +775,12 @@ impl Pages {
 }
 
 impl Cut {
-    /// The cut is now. All threads stand, and nobody writes for the host; when this returns
-    /// they may go on.
+    /// Waits until nothing is on its way, and lets nothing begin. All threads stand, and
+    /// nobody writes for the host.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Unsettled`] if that takes longer. There is no cut then.
-    pub fn mark(&self, patience: Duration) -> Result<(), SpanError> {
+    /// As [`Self::mark`].
+    pub(super) fn settle(&self, patience: Duration) -> Result<(), SpanError> {
         let shared = &self.shared;
         {
             let mut state = locked(&shared.state);
@@ -769,11 +789,21 @@ impl Cut {
             }
             shared.cuts.is_settling.store(true, Ordering::SeqCst);
         }
-        let deadline = Instant::now() + patience;
         self.tell_all(CutWord::Begin)?;
-        self.await_all(deadline, patience, |cutting| {
+        self.await_all(Instant::now() + patience, patience, |cutting| {
             cutting.stage == Stage::Settled
-        })?;
+        })
+    }
+
+    /// The cut is now. All threads stand, and nobody writes for the host; when this returns
+    /// they may go on.
+    ///
+    /// # Errors
+    /// [`SpanError`]; [`SpanError::Unsettled`] if that takes longer. There is no cut then.
+    pub fn mark(&self, patience: Duration) -> Result<(), SpanError> {
+        let shared = &self.shared;
+        let deadline = Instant::now() + patience;
+        self.settle(patience)?;
         // (Nothing is on its way, and nobody moves anything before all have marked.)
         self.tell_all(CutWord::Mark)?;
         shared.mark(&mut locked(&shared.state))?;
@@ -786,7 +816,7 @@ impl Cut {
         self.tell_all(CutWord::More(AHEAD_BYTES))
     }
 
-    fn tell_all(&self, word: CutWord) -> Result<(), SpanError> {
+    pub(super) fn tell_all(&self, word: CutWord) -> Result<(), SpanError> {
         let number = self.number;
         for part in self.shared.others.parts().iter() {
             self.shared.tell_part(part, &Parcel::Cut { number, word })?;

@@ -15,7 +15,6 @@
 
 use super::super::keep::Keep;
 use super::super::wire::{self, Parcel};
-use super::cutting::Cutting;
 use super::work::{Beside, Happened, Work};
 use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked};
 use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
@@ -182,6 +181,15 @@ impl Limits {
         locked(&self.others).remove(&part);
     }
 
+    /// A part has another number from now on.
+    pub(super) fn rename(&self, from: PartId, to: PartId) {
+        let mut others = locked(&self.others);
+        others.remove(&to);
+        if let Some(memory) = others.remove(&from) {
+            others.insert(to, memory);
+        }
+    }
+
     /// Another part tells what it has.
     pub(super) fn heard(&self, from: PartId, memory: PartMemory) {
         locked(&self.others).insert(from, memory);
@@ -243,7 +251,7 @@ struct Seen {
 
 impl Shared {
     /// Bytes of the machine's memory that are here.
-    fn resident(&self) -> Result<u64, SpanError> {
+    pub(super) fn resident(&self) -> Result<u64, SpanError> {
         let mut bytes = 0;
         for memory in &self.memories {
             let of = memory.memory().resident_bytes();
@@ -347,9 +355,9 @@ impl Shared {
     fn give_away(&self, limit: u64, seen: &mut Seen) -> Result<bool, SpanError> {
         let resident = self.resident()?;
         let mut guard = locked(&self.state);
-        let settles = guard.cutting.as_ref().is_some_and(Cutting::is_settling);
-        if guard.failure.is_some() || settles {
-            return Ok(settles);
+        let rests = self.must_rest(&guard);
+        if guard.failure.is_some() || rests {
+            return Ok(rests);
         }
         let state = &mut *guard;
         let keep = match &mut state.keep {
@@ -514,7 +522,7 @@ impl Pages {
     pub fn memory_of_parts(&self) -> BTreeMap<PartId, PartMemory> {
         let mut memory = locked(&self.shared.limits.others).clone();
         if let Ok(own) = self.shared.own_memory() {
-            memory.insert(self.shared.me, own);
+            memory.insert(self.shared.me(), own);
         }
         memory
     }

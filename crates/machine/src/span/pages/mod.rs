@@ -22,6 +22,7 @@
 //! - `keeping`: how much a part keeps, and that no more is there
 //! - `others`: the other parts, which come and go
 //! - `cutting`: the memory of the whole as it is at one instant
+//! - `succession`: another part becomes the home
 //! - `objects`: the memory of the whole in pieces
 
 mod cutting;
@@ -30,11 +31,13 @@ mod keeping;
 mod objects;
 mod others;
 mod serve;
+mod succession;
 mod work;
 
 pub use cutting::{Cut, CutPages, CutWord};
 pub use keeping::{PART_BYTES_MIN, PartMemory};
 pub use objects::Object;
+pub(super) use succession::Left;
 
 use super::ahead::Streams;
 use super::keep::Keep;
@@ -52,8 +55,8 @@ use rustix::event::{EventfdFlags, eventfd};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use work::{Beside, Happened, Work};
@@ -237,7 +240,8 @@ struct State {
 }
 
 struct Shared {
-    me: PartId,
+    /// This part, by its number; the home's once it succeeded it.
+    me: AtomicU8,
     memories: Vec<Spanning>,
     state: Mutex<State>,
     /// Pages have come, or something failed.
@@ -249,14 +253,18 @@ struct Shared {
     over: AtomicBool,
     limits: Limits,
     cuts: Cuts,
+    /// Another part has become the home, and not all may know: nothing moves by itself.
+    is_succeeding: AtomicBool,
     /// Until when an answer is likely to come, in the time of `now`.
     awaited: AtomicU64,
     /// The machine goes on when it is over.
     is_alone: AtomicBool,
+    /// Who was lost meanwhile; such a loss is noted with this held.
+    missed: Mutex<Option<SpanError>>,
     /// Steps that were taken, under the lock, and of which not all is said that follows.
     unsaid: AtomicU32,
     buckets: [AtomicU64; BUCKETS],
-    listener: Arc<dyn Listener>,
+    listener: RwLock<Arc<dyn Listener>>,
 }
 
 /// The pages of a part; see the module's documentation. Dropping it ends it: the guest's
@@ -406,7 +414,7 @@ impl Pages {
             hearing.push(others.add(part, ends)?);
         }
         let shared = Arc::new(Shared {
-            me: setup.me,
+            me: AtomicU8::new(setup.me.number() as u8),
             memories: memories?,
             state: Mutex::new(State {
                 coherence: Coherence::new(config),
@@ -432,11 +440,13 @@ impl Pages {
             over: AtomicBool::new(false),
             limits: Limits::new(setup.room_bytes),
             cuts: Cuts::default(),
+            is_succeeding: AtomicBool::new(false),
             awaited: AtomicU64::new(0),
             is_alone: AtomicBool::new(false),
+            missed: Mutex::default(),
             unsaid: AtomicU32::new(0),
             buckets: std::array::from_fn(|_| AtomicU64::new(0)),
-            listener,
+            listener: RwLock::new(listener),
         });
         let pages = Pages {
             shared: shared.clone(),
@@ -469,7 +479,7 @@ impl Pages {
         };
         self.spawn("span-tell", move |shared| {
             if let Err(error) = told.write_backlog() {
-                shared.lost_by(part, &told, error.to_string());
+                shared.lost_by(&told, error.to_string());
             }
         })
     }
@@ -689,7 +699,7 @@ impl Pages {
                 range.start, range.end
             )));
         }
-        if !self.others().with(self.shared.me).contains(to) {
+        if !self.others().with(self.shared.me()).contains(to) {
             return Err(SpanError::Memory(format!("there is no part {to}")));
         }
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
@@ -709,7 +719,7 @@ impl Pages {
     /// Takes note of events, but not while threads stand so that nothing is on its way.
     fn step_unless_cut(&self, events: Vec<Happened>) {
         let mut state = locked(&self.shared.state);
-        while state.failure.is_none() && state.cutting.as_ref().is_some_and(Cutting::is_settling) {
+        while state.failure.is_none() && self.shared.must_rest(&state) {
             state = self
                 .shared
                 .cuts
@@ -740,6 +750,23 @@ fn offset(page: PageId) -> u64 {
 }
 
 impl Shared {
+    fn me(&self) -> PartId {
+        let number = self.me.load(Ordering::Acquire);
+        // (It was made of one.)
+        PartId::new(number.into()).unwrap_or(PartId::HOME)
+    }
+
+    fn listener(&self) -> Arc<dyn Listener> {
+        let listener = self.listener.read();
+        listener.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether nothing may move by itself just now.
+    fn must_rest(&self, state: &State) -> bool {
+        let settles = state.cutting.as_ref().is_some_and(Cutting::is_settling);
+        settles || self.is_succeeding.load(Ordering::Acquire)
+    }
+
     fn memory(&self, number: u32) -> Result<&Spanning, SpanError> {
         self.memories
             .get(number as usize)
@@ -764,7 +791,7 @@ impl Shared {
         let reason = locked(&self.state).failure.get_or_insert(reason).clone();
         // Before anybody goes on with what is not the machine's memory.
         if !self.is_alone.load(Ordering::Acquire) {
-            self.listener.over(&reason);
+            self.listener().over(&reason);
         }
         for memory in &self.memories {
             if let Err(error) = memory.stop() {
@@ -785,13 +812,13 @@ impl Shared {
         let goodbye = match reason {
             SpanError::Ended => return,
             // It was about to join: its end is no loss, and it knows nobody's.
-            _ if self.me != PartId::HOME && !self.limits.are_told() => return,
+            _ if self.me() != PartId::HOME && !self.limits.are_told() => return,
             SpanError::Lost { part, reason } => Parcel::Goodbye {
                 part: *part,
                 reason: reason.clone(),
             },
             own => Parcel::Goodbye {
-                part: self.me,
+                part: self.me(),
                 reason: own.to_string(),
             },
         };

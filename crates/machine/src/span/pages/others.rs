@@ -51,6 +51,8 @@ pub(super) struct Others {
     leaves: AtomicBool,
     /// At the home: those that know that they are none any more.
     parting: Mutex<PartSet>,
+    /// At a home that succeeded another one: those that know it.
+    know: Mutex<PartSet>,
     /// It is over: nobody joins any more. Changes under the lock of `told`.
     closed: AtomicBool,
 }
@@ -102,6 +104,38 @@ impl Others {
         all.remove(&part)
     }
 
+    /// The home is another part from now on, which was told under its own number.
+    pub(super) fn succeed_home(&self, by: PartId) {
+        let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
+        let mut sockets = locked(&self.sockets);
+        if let Some(told) = all.remove(&by) {
+            if let Some(before) = all.insert(PartId::HOME, told) {
+                before.finish();
+            }
+        }
+        if let Some(pair) = sockets.remove(&by) {
+            sockets.insert(PartId::HOME, pair);
+        }
+    }
+
+    /// This part is the home from now on: who was it is none of the others.
+    pub(super) fn forget_home(&self) {
+        self.turn(Turn::Forget(PartId::HOME));
+        if let Some(told) = self.remove(PartId::HOME) {
+            told.finish();
+        }
+    }
+
+    /// A part knows that this one is the home.
+    pub(super) fn knows_succession(&self, part: PartId) {
+        let mut know = locked(&self.know);
+        *know = know.with(part);
+    }
+
+    pub(super) fn heard_of_succession(&self) -> PartSet {
+        *locked(&self.know)
+    }
+
     fn turn(&self, turn: Turn) {
         locked(&self.turns).push(turn);
         self.has_turns.store(true, Ordering::Release);
@@ -137,9 +171,11 @@ impl Others {
             .any(|turn| matches!(turn, Turn::Forget(it) if *it == part))
     }
 
-    /// Whether this is how a part is told now, not one that had its number.
-    pub(super) fn is_told_by(&self, part: PartId, told: &Arc<Told>) -> bool {
-        self.told(part).is_some_and(|it| Arc::ptr_eq(&it, told))
+    /// The part that is told so now, by its number of today.
+    fn told_by(&self, told: &Arc<Told>) -> Option<PartId> {
+        let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
+        let found = all.iter().find(|(_, it)| Arc::ptr_eq(it, told));
+        found.map(|(part, _)| *part)
     }
 
     pub(super) fn is_new(&self, part: PartId) -> bool {
@@ -180,6 +216,15 @@ impl Shared {
         if self.over.load(Ordering::Acquire) || self.others.leaves() || !is_one {
             return;
         }
+        {
+            let mut missed = locked(&self.missed);
+            if self.is_alone.load(Ordering::Acquire) {
+                // It was let go: others that have not heard of who is the home now must not
+                // take this one for lost. Should it stay after all, it has lost a part.
+                missed.get_or_insert(SpanError::Lost { part, reason });
+                return;
+            }
+        }
         match self.others.is_new(part) {
             true => {
                 tracing::info!(%part, reason, "a part that was about to join does not");
@@ -189,9 +234,9 @@ impl Shared {
         }
     }
 
-    /// It cannot be told anything, if it is still told so.
-    pub(super) fn lost_by(&self, part: PartId, told: &Arc<Told>, reason: String) {
-        if self.others.is_told_by(part, told) {
+    /// A part cannot be told anything, if it is still told so.
+    pub(super) fn lost_by(&self, told: &Arc<Told>, reason: String) {
+        if let Some(part) = self.others.told_by(told) {
             self.lost(part, reason);
         }
     }
@@ -209,7 +254,7 @@ impl Shared {
     pub(super) fn hear_gone(&self, from: PartId, part: PartId) -> Result<(), SpanError> {
         match (from, part) {
             (PartId::HOME, PartId::HOME) => {}
-            (PartId::HOME, part) if part == self.me => {
+            (PartId::HOME, part) if part == self.me() => {
                 self.others.leaves.store(true, Ordering::Release);
                 return self.tell_part(PartId::HOME, &Parcel::Gone(part));
             }
@@ -217,7 +262,7 @@ impl Shared {
                 self.forget(part);
                 return Ok(());
             }
-            (from, part) if from == part && self.me == PartId::HOME => {
+            (from, part) if from == part && self.me() == PartId::HOME => {
                 let mut parting = locked(&self.others.parting);
                 *parting = parting.with(part);
                 return Ok(());
@@ -262,7 +307,7 @@ impl Pages {
     /// [`BeginError`]; nothing has changed then.
     pub fn join(&self, part: PartId, ends: Ends) -> Result<(), BeginError> {
         let shared = &self.shared;
-        if part == shared.me || shared.others.told(part).is_some() {
+        if part == shared.me() || shared.others.told(part).is_some() {
             return Err(BeginError::Setup("it is one of them already"));
         }
         let deadline = Instant::now() + HEARD_WITHIN;

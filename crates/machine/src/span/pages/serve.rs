@@ -41,10 +41,19 @@ impl Shared {
             }
             let (mut heard_some, mut noted) = (false, false);
             let mut ended = PartSet::default();
+            let mut succeeded = false;
+            let home = hearing
+                .iter()
+                .position(|heard| heard.part() == PartId::HOME);
             for heard in &mut hearing {
-                let from = heard.part();
-                match heard.read() {
-                    Ok(parcels) => {
+                let mut from = heard.part();
+                if succeeded && from == PartId::HOME {
+                    // (That it ends is no loss any more.)
+                    continue;
+                }
+                let parcels = heard.read().map(std::mem::take);
+                match parcels {
+                    Ok(mut parcels) => {
                         heard_some |= !parcels.is_empty();
                         let mut counts = !parcels.is_empty();
                         for parcel in parcels.drain(..) {
@@ -57,9 +66,11 @@ impl Shared {
                                     let event = Event::Message { from, message };
                                     events.push((event, Beside::Page(bytes)));
                                 }
-                                Parcel::Time(guest_ns) => self.listener.saw(guest_ns),
+                                Parcel::Time(guest_ns) => self.listener().saw(guest_ns),
                                 Parcel::Memory(memory) => self.limits.heard(from, memory),
                                 Parcel::Limit(limit) if from == PartId::HOME => {
+                                    // (A new home says it when all know that it is one.)
+                                    self.is_succeeding.store(false, Ordering::Release);
                                     self.limits.told(limit);
                                 }
                                 Parcel::Limit(_) => {
@@ -83,13 +94,20 @@ impl Shared {
                                         return self.end(error);
                                     }
                                 }
+                                Parcel::Succeeded => {
+                                    if let Err(error) = self.hear_succeeded(heard) {
+                                        return self.end(error);
+                                    }
+                                    succeeded |= heard.part() != from;
+                                    from = heard.part();
+                                }
                                 Parcel::Goodbye { part, reason } => {
                                     (counts, ended) = (false, ended.with(from));
                                     self.hear_goodbye(from, part, reason);
                                 }
                                 Parcel::Note(note) => {
                                     noted = true;
-                                    if let Err(reason) = self.listener.note(from, &note) {
+                                    if let Err(reason) = self.listener().note(from, &note) {
                                         return self.end(SpanError::Lost { part: from, reason });
                                     }
                                 }
@@ -98,12 +116,16 @@ impl Shared {
                         if counts {
                             self.others.counts(from);
                         }
+                        heard.keep(parcels);
                     }
                     Err(error) => {
                         ended = ended.with(from);
                         self.lost(from, error.to_string());
                     }
                 }
+            }
+            if let Some(home) = home.filter(|_| succeeded) {
+                hearing.remove(home);
             }
             // (Of those that may end.)
             hearing.retain(|heard| !ended.contains(heard.part()));

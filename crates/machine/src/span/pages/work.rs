@@ -143,11 +143,11 @@ impl Shared {
     pub(super) fn say(&self, done: Result<(), SpanError>, work: Work) {
         for (to, mut frames) in work.frames {
             // Whatever is in it has happened.
-            wire::set_time(&mut frames, self.listener.time());
+            wire::set_time(&mut frames, self.listener().time());
             if let Some(told) = self.others.told(to)
                 && let Err(error) = told.tell(frames)
             {
-                self.lost_by(to, &told, error.to_string());
+                self.lost_by(&told, error.to_string());
             }
         }
         if work.steps > 0 {

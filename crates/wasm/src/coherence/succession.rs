@@ -1,0 +1,334 @@
+//! The home moves: another part takes its place, and its number.
+//!
+//! ```text
+//!   home                              successor                       others
+//!     has nothing any more; nobody wants anything, nothing is on its way
+//!     │─── who holds what ──────────────▶│                               │
+//!     ends                               │ is the home, under its number │
+//!                                        │──── it has succeeded ────────▶│ the home's number
+//!                                        │                               │ means this one
+//! ```
+//!
+//! What the home has by default it has for good: pages that never changed hands are its
+//! own, and it is the directory of all pages ([`Config::origin`](super::Config)). Both go
+//! over at once, so pages of which nobody has any bytes need not move one by one. Between
+//! the first and the last step nobody may ask for anything: whoever runs this lets all
+//! threads stand.
+
+use super::copies::Copy;
+use super::message::Holders;
+use super::{Coherence, Impossible, PageId, PartId};
+use serde::{Deserialize, Serialize};
+
+/// Pages in a row that the same parts hold, as a home that goes knows them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Number of the first page.
+    pub first: u32,
+    /// Who holds them.
+    pub holders: Holders,
+    /// Of each page, how often it changed hands.
+    pub exchanges: Vec<u64>,
+}
+
+impl Held {
+    fn pages(&self) -> impl Iterator<Item = (PageId, u64)> + '_ {
+        (self.first..=u32::MAX)
+            .zip(&self.exchanges)
+            .map(|(number, exchanges)| {
+                let memory = self.memory;
+                (PageId { memory, number }, *exchanges)
+            })
+    }
+}
+
+impl Holders {
+    fn renamed(self, from: PartId, to: PartId) -> Holders {
+        match self {
+            Holders::Owner(owner) if owner == from => Holders::Owner(to),
+            Holders::Readers { keeper, readers } if readers.contains(from) => Holders::Readers {
+                keeper: if keeper == from { to } else { keeper },
+                readers: readers.without(from).with(to),
+            },
+            others => others,
+        }
+    }
+}
+
+impl Coherence {
+    /// Pages that changed hands, or were to, and of which this part, their directory, has
+    /// something. (Of the others only its memories know.)
+    pub fn own(&self) -> impl Iterator<Item = PageId> {
+        let entries = self.directory.entries();
+        let own = entries.filter(|(page, holders, _)| {
+            holders.has(self.me) && self.copies.copy(*page) != Copy::Invalid
+        });
+        own.map(|(page, ..)| page)
+    }
+
+    /// Who holds what, for the part that is to be the home; in rising order. Pages that
+    /// are not in it nobody has touched, or this part still has: whoever moves its home
+    /// has moved what is in its memory first.
+    ///
+    /// # Errors
+    /// Why it cannot be: something is under way, this is not the home, or it has pages.
+    pub fn legacy(&self) -> Result<Vec<Held>, String> {
+        if self.failed || self.me != PartId::HOME {
+            return Err("only a home can be succeeded".into());
+        }
+        if !self.is_quiet() || self.are_leaving() || !self.directory.is_of_all() {
+            return Err("pages are on their way, or parts leave".into());
+        }
+        let mut legacy: Vec<Held> = Vec::new();
+        for (page, holders, exchanges) in self.directory.entries() {
+            let holders = match holders {
+                // (It was dropped here.)
+                Holders::Readers { keeper, readers }
+                    if keeper != self.me && self.copies.copy(page) == Copy::Invalid =>
+                {
+                    let readers = readers.without(self.me);
+                    Holders::Readers { keeper, readers }
+                }
+                holders => holders,
+            };
+            if holders.has(self.me) {
+                return Err(format!("the home still has {page:?}"));
+            }
+            match legacy.last_mut() {
+                Some(last)
+                    if last.memory == page.memory
+                        && u64::from(last.first) + last.exchanges.len() as u64
+                            == u64::from(page.number)
+                        && last.holders == holders =>
+                {
+                    last.exchanges.push(exchanges);
+                }
+                _ => legacy.push(Held {
+                    memory: page.memory,
+                    first: page.number,
+                    holders,
+                    exchanges: vec![exchanges],
+                }),
+            }
+        }
+        Ok(legacy)
+    }
+
+    /// This part is the home from now on, under its number; all others are told
+    /// ([`super::Event::Succeeded`]) before anybody wants anything.
+    ///
+    /// # Errors
+    /// What cannot be; it is as it was then.
+    pub fn succeed(&mut self, legacy: &[Held]) -> Result<(), String> {
+        let me = self.me;
+        if self.failed || me == PartId::HOME {
+            return Err("the home cannot succeed itself".into());
+        }
+        if !self.is_quiet() || !self.directory.is_untouched() {
+            return Err("pages are on their way to the new home".into());
+        }
+        let parts = self.parts.without(PartId::HOME);
+        let mut end = None;
+        for held in legacy {
+            let first = (held.memory, u64::from(held.first));
+            let last = (held.memory, first.1 + held.exchanges.len() as u64);
+            if !held.holders.are_among(parts) || last.1 > 1 << 32 {
+                return Err(format!(
+                    "{:?} hold {} pages from {first:?} on",
+                    held.holders,
+                    held.exchanges.len()
+                ));
+            }
+            if end.is_some_and(|end| first < end) {
+                return Err(format!("pages from {first:?} on come out of turn"));
+            }
+            end = Some(last);
+        }
+        let pages = || legacy.iter().flat_map(Held::pages).map(|(page, _)| page);
+        let copies = self
+            .copies
+            .of_those(pages())
+            .map_err(|unknown| format!("{unknown:?} is here, and the home does not know"))?;
+        let holders = legacy
+            .iter()
+            .flat_map(|held| held.pages().map(|(page, _)| (page, held.holders)));
+        for ((page, holders), copy) in holders.zip(&copies) {
+            let agrees = match holders {
+                Holders::Owner(owner) if owner == me => *copy == Copy::Modified,
+                Holders::Readers { keeper, .. } if keeper == me => *copy == Copy::Kept,
+                // (It may have been dropped.)
+                Holders::Readers { readers, .. } if readers.contains(me) => {
+                    matches!(copy, Copy::Shared | Copy::Invalid)
+                }
+                _ => *copy == Copy::Invalid,
+            };
+            if !agrees {
+                return Err(format!(
+                    "{page:?} is {copy:?} here, and {holders:?} hold it"
+                ));
+            }
+        }
+        self.me = PartId::HOME;
+        self.parts = self.parts.without(me);
+        self.copies.succeed(self.parts, pages().zip(copies));
+        let entries = legacy.iter().flat_map(|held| {
+            let holders = held.holders.renamed(me, PartId::HOME);
+            held.pages()
+                .map(move |(page, exchanges)| (page, holders, exchanges))
+        });
+        self.directory.succeed(self.parts, entries);
+        Ok(())
+    }
+
+    /// The home's number means another part from now on.
+    pub(super) fn succeeded(&mut self, by: PartId) -> Result<(), Impossible> {
+        let can = self.me != PartId::HOME && by != self.me && by != PartId::HOME;
+        if !can || !self.parts.contains(by) {
+            return Err(Impossible(format!("part {by} succeeds the home")));
+        }
+        if !self.is_quiet() || !self.directory.is_untouched() {
+            return Err(Impossible(format!(
+                "part {by} succeeds the home while pages are on their way"
+            )));
+        }
+        self.now_are(self.parts.without(by));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Access, Command, Config, Event, PartSet};
+    use super::*;
+
+    fn part(number: usize) -> PartId {
+        PartId::new(number).unwrap()
+    }
+
+    fn page(number: u32) -> PageId {
+        PageId { memory: 0, number }
+    }
+
+    fn parts(count: usize) -> Vec<Coherence> {
+        let all: PartSet = (0..count).map(part).collect();
+        let new = |number| {
+            Coherence::new(Config {
+                me: part(number),
+                parts: all,
+                origin: PartId::HOME,
+                segment_pages: 4,
+                hold_micros: 0,
+                seed: 1,
+            })
+        };
+        (0..count).map(new).collect()
+    }
+
+    /// All that follows from an event; parts by the slot of their number.
+    fn step(parts: &mut [Coherence], at: usize, event: Event) {
+        let mut rest = vec![(at, event)];
+        while let Some((at, event)) = rest.pop() {
+            for command in parts[at].step(event, 0) {
+                match command {
+                    Command::Send { to, message } | Command::SendPage { to, message, .. } => {
+                        let from = part(at);
+                        rest.push((to.number(), Event::Message { from, message }));
+                    }
+                    Command::Fail { reason } => panic!("part {at}: {reason}"),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    fn fault(parts: &mut [Coherence], at: usize, number: u32, access: Access) {
+        let page = page(number);
+        step(parts, at, Event::Fault { page, access });
+        assert!(parts[at].access(page) >= Some(access));
+    }
+
+    #[test]
+    fn a_member_takes_the_homes_place() {
+        let mut all = parts(3);
+        fault(&mut all, 1, 0, Access::Write);
+        fault(&mut all, 2, 1, Access::Write);
+        fault(&mut all, 1, 1, Access::Read);
+        fault(&mut all, 2, 6, Access::Write);
+        fault(&mut all, 2, 0, Access::Read);
+        // It reads what others have, and so has something.
+        fault(&mut all, 0, 6, Access::Read);
+        assert!(all[0].legacy().unwrap_err().contains("still has"));
+        let (at, to) = (page(6), part(1));
+        let mut dropped = all.clone();
+        step(&mut dropped, 0, Event::Drop { page: at });
+        let legacy = dropped[0].legacy().unwrap();
+        let readers = PartSet::default().with(part(2));
+        let keeper = part(2);
+        assert_eq!(legacy[2].holders, Holders::Readers { keeper, readers });
+        dropped[1].succeed(&legacy).unwrap();
+        step(&mut all, 0, Event::Move { page: at, to });
+        let legacy = all[0].legacy().unwrap();
+        assert_eq!(
+            legacy.iter().map(|it| it.first).collect::<Vec<_>>(),
+            [0, 1, 6]
+        );
+        let untouched = all[2].clone();
+        assert!(all[2].succeed(&legacy[..1]).is_err());
+        let mut twice = legacy.clone();
+        twice.push(legacy[0].clone());
+        assert!(all[2].succeed(&twice).is_err());
+        assert_eq!(all[2], untouched, "as it was");
+        all[2].succeed(&legacy).unwrap();
+        let by = part(2);
+        assert_eq!(all[1].step(Event::Succeeded { by }, 0), []);
+        // Part 2 is part 0, and nobody is part 2.
+        all.swap_remove(0);
+        assert_eq!(all[0].holders(page(1)).unwrap(), {
+            let readers = [part(0), part(1)].into_iter().collect();
+            Holders::Readers {
+                keeper: part(0),
+                readers,
+            }
+        });
+        assert_eq!(all[0].holders(page(6)).unwrap(), Holders::Owner(part(1)));
+        // Pages that nobody touched are the home's.
+        assert_eq!(all[0].access(page(9)), Some(Access::Write));
+        assert_eq!(all[1].access(page(9)), None);
+        for number in [0, 1, 6, 9] {
+            for at in [1, 0, 1] {
+                fault(&mut all, at, number, Access::Write);
+                assert_eq!(all[1 - at].access(page(number)), None);
+            }
+        }
+        // Another one may have its number.
+        let new = parts(3).swap_remove(2);
+        all.push(new);
+        for by in 0..2 {
+            step(&mut all, by, Event::Join { part: part(2) });
+        }
+        fault(&mut all, 2, 6, Access::Write);
+        fault(&mut all, 0, 6, Access::Read);
+    }
+
+    #[test]
+    fn nobody_succeeds_while_pages_are_on_their_way() {
+        let mut all = parts(3);
+        let (page, access) = (page(0), Access::Write);
+        // What it asks for is not delivered.
+        let asked = all[1].step(Event::Fault { page, access }, 0);
+        assert!(all[1].succeed(&[]).is_err());
+        let by = part(2);
+        let failed = all[1].clone().step(Event::Succeeded { by }, 0);
+        assert!(matches!(&failed[..], [Command::Fail { .. }]));
+        let [Command::Send { message, .. }] = &asked[..] else {
+            panic!("{asked:?}");
+        };
+        let (from, message) = (part(1), message.clone());
+        all[0].step(Event::Message { from, message }, 0);
+        assert!(all[0].legacy().is_err());
+        assert!(parts(3)[1].legacy().is_err());
+        assert!(parts(3)[0].succeed(&[]).is_err());
+    }
+}
