@@ -909,7 +909,7 @@ async fn try_let_go(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), Ope
 }
 
 /// Lets a machine whose home moved, or was to, have parts where it had them, wherever its
-/// home is now, in the background: it runs without, and where it cannot be that is said.
+/// home is now, in the background: it runs meanwhile, and where that cannot be it is said.
 pub(crate) fn apart_again(agent: &Arc<Agent>, machine: &MachineName, before: Apart) {
     let (agent, machine) = (agent.clone(), machine.clone());
     tokio::spawn(async move {
@@ -923,11 +923,11 @@ pub(crate) fn apart_again(agent: &Arc<Agent>, machine: &MachineName, before: Apa
             }
             tokio::time::sleep(APART_AGAIN).await;
         }
-        let what = format!("has no parts any more: {last}");
+        let what = format!("its parts are not where they were before it moved: {last}");
         tracing::warn!(%machine, what, "spanning");
         agent
             .events
-            .record(Note::machine(EventKind::MachineAlone, &machine, what));
+            .record(Note::machine(EventKind::MachineSpans, &machine, what));
     });
 }
 

@@ -683,6 +683,50 @@ mod tests {
         flag: bool,
     }
 
+    /// What a home leaves comes from another node: whatever it is, it is read or refused.
+    #[test]
+    fn any_bytes_may_be_a_succession() {
+        use keel_wasm::coherence::{Held, Holders};
+        let part = |number| PartId::new(number).unwrap();
+        let held = |first, exchanges| Held {
+            memory: 0,
+            first,
+            holders: Holders::Owner(part(1)),
+            exchanges,
+        };
+        let succession = Succession {
+            legacy: Legacy {
+                successor: part(2),
+                members: [part(1), part(3)].into_iter().collect(),
+                memory_bytes: vec![1 << 20],
+                held: vec![held(0, vec![1, 300, 7]), held(9, vec![2])],
+                threads: vec![crate::span::Whereabouts {
+                    tid: 4,
+                    at: part(1),
+                    goes_on: part(3),
+                }],
+                spawning: Spawning::Even,
+            },
+            nodes: BTreeMap::from([(part(0), NodeName::new("a").unwrap())]),
+        };
+        let bytes = postcard::to_stdvec(&succession).unwrap();
+        let again: Succession = postcard::from_bytes(&bytes).unwrap();
+        assert_eq!(again.legacy, succession.legacy);
+        let mut refused = 0;
+        for end in 0..bytes.len() {
+            refused += u32::from(postcard::from_bytes::<Succession>(&bytes[..end]).is_err());
+        }
+        assert_eq!(refused as usize, bytes.len());
+        for at in 0..bytes.len() {
+            for value in 0..=u8::MAX {
+                let mut other = bytes.clone();
+                other[at] = value;
+                // (It may be another one.)
+                drop(postcard::from_bytes::<Succession>(&other));
+            }
+        }
+    }
+
     #[test]
     fn messages_of_the_version_before_are_read_and_of_the_next() {
         let before = Before {

@@ -1,5 +1,6 @@
 //! A worker as one of several parts of a machine: the home, which has the machine, or a
-//! member, which has nothing else.
+//! member, which has nothing else. Or it is the worker to which the machine moves: a member
+//! that takes the home's place once the move is committed.
 //!
 //! A member has no effects of its own: what its threads ask of the host the home does. So
 //! it needs no lease and no decision of the store; when it is lost to the home, or the

@@ -2,8 +2,8 @@
 //! and after the error nothing at all.
 
 use keel_wasm::coherence::{
-    Access, Coherence, Command, Config, Event, Holders, Message, PageId, PartId, PartSet, Request,
-    Segment, Txn,
+    Access, Coherence, Command, Config, Event, Held, Holders, Message, PageId, PartId, PartSet,
+    Request, Segment, Txn,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -128,7 +128,8 @@ fn anything_may_be_said() {
         });
         let mut is_over = false;
         for now in 0..30 {
-            let event = match rng.random_range(0..8) {
+            let event = match rng.random_range(0..9) {
+                8 => Event::Succeeded { by: part(&mut rng) },
                 0 => Event::Fault {
                     page: PageId {
                         memory: 0,
@@ -151,4 +152,63 @@ fn anything_may_be_said() {
         failed += u32::from(is_over);
     }
     assert!(failed > 10_000, "{failed}");
+}
+
+/// Whatever a home leaves, its successor has it, or is as it was.
+#[test]
+fn anything_may_be_left() {
+    let mut succeeded = 0;
+    for seed in 0..30_000 {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut coherence = Coherence::new(Config {
+            me: PartId::new(rng.random_range(0..3)).expect("a few parts"),
+            parts: (0..4).filter_map(PartId::new).collect(),
+            origin: PartId::HOME,
+            segment_pages: 2,
+            hold_micros: 0,
+            seed,
+        });
+        let page = PageId {
+            memory: 0,
+            number: 3,
+        };
+        if rng.random_bool(0.2) {
+            let access = access(&mut rng);
+            coherence.step(Event::Fault { page, access }, 0);
+        }
+        let legacy: Vec<Held> = (0..rng.random_range(0..4))
+            .map(|_| Held {
+                memory: rng.random_range(0..2),
+                first: match rng.random_range(0..5) {
+                    0 => u32::MAX - rng.random_range(0..3),
+                    _ => rng.random_range(0..6),
+                },
+                holders: match rng.random_bool(0.7) {
+                    true => Holders::Owner(part(&mut rng)),
+                    false => Holders::Readers {
+                        keeper: part(&mut rng),
+                        readers: [part(&mut rng), part(&mut rng)].into_iter().collect(),
+                    },
+                },
+                exchanges: (0..rng.random_range(0..4))
+                    .map(|_| number(&mut rng))
+                    .collect(),
+            })
+            .collect();
+        let before = coherence.clone();
+        match coherence.succeed(&legacy) {
+            Ok(()) => {
+                succeeded += 1;
+                for held in &legacy {
+                    for (number, _) in (held.first..=u32::MAX).zip(&held.exchanges) {
+                        let memory = held.memory;
+                        let holders = coherence.holders(PageId { memory, number });
+                        assert!(holders.is_some(), "seed {seed}");
+                    }
+                }
+            }
+            Err(_) => assert_eq!(coherence, before, "seed {seed}"),
+        }
+    }
+    assert!(succeeded > 1000, "{succeeded}");
 }

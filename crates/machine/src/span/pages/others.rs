@@ -108,10 +108,10 @@ impl Others {
     pub(super) fn succeed_home(&self, by: PartId) {
         let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
         let mut sockets = locked(&self.sockets);
-        if let Some(told) = all.remove(&by) {
-            if let Some(before) = all.insert(PartId::HOME, told) {
-                before.finish();
-            }
+        let before = all.remove(&by);
+        let before = before.and_then(|told| all.insert(PartId::HOME, told));
+        if let Some(before) = before {
+            before.finish();
         }
         if let Some(pair) = sockets.remove(&by) {
             sockets.insert(PartId::HOME, pair);
