@@ -150,6 +150,22 @@ impl LeavingHome {
         }
     }
 
+    /// Whether what is here can leave while the machine stands: more may have come since.
+    ///
+    /// # Errors
+    /// [`SpanError::Full`].
+    pub fn check(&self) -> Result<(), SpanningError> {
+        let bytes = self.home.pages().resident_bytes()?;
+        match bytes <= LAST_BYTES_MAX {
+            true => Ok(()),
+            false => Err(SpanError::Full {
+                part: PartId::HOME,
+                bytes,
+            }
+            .into()),
+        }
+    }
+
     /// Whether the successor has.
     fn has_room(&self, bytes: u64) -> bool {
         let memory = self.home.pages().memory_of_parts();
@@ -229,7 +245,7 @@ impl MemberPart {
             return Err(SpanError::Disagree(why.into()));
         }
         if sizes(self.memories()) != legacy.memory_bytes {
-            let why = "the memories of the home and of its successor differ in size";
+            let why = "the home's memory grew meanwhile, or could not; try again";
             return Err(SpanError::Disagree(why.into()));
         }
         Ok(())

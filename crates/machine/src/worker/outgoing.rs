@@ -93,6 +93,11 @@ impl HomeParts {
         }
     }
 
+    /// Whether what is left of it can leave while the machine stands.
+    fn check(&self) -> Result<(), SpanningError> {
+        self.leaving.as_ref().map_or(Ok(()), LeavingHome::check)
+    }
+
     /// What the successor has to know.
     fn succession(&mut self) -> Result<Vec<u8>, OutgoingError> {
         let leaving = self.leaving.as_mut();
@@ -364,7 +369,7 @@ impl Outgoing {
     ///
     /// # Errors
     /// [`SpanError`], if it lost a part: then it has ended.
-    fn stay(&mut self) -> Result<(), SpanError> {
+    pub(super) fn stay(&mut self) -> Result<(), SpanError> {
         match &mut self.parts {
             Some(parts) => parts.stay(),
             None => Ok(()),
@@ -386,6 +391,9 @@ impl Outgoing {
                 self.link.flush()?;
             }
             false => self.catch_up()?,
+        }
+        if let Some(parts) = &self.parts {
+            parts.check()?;
         }
         // A guest that had to be slowed down is kept slow up to here; if it
         // stands still just now, its downtime has begun.

@@ -744,8 +744,10 @@ impl Worker {
             if inner.giving_away {
                 return busy("the machine is moving");
             }
-            if let Some(refusal) = inner.parts.refusal() {
-                return Err(RpcError::failed(refusal));
+            if inner.parts.count() > 0 {
+                return Err(RpcError::failed(
+                    "of a machine with parts only its home moves, and how long that takes is not foretold",
+                ));
             }
             if inner.filler.is_some() || inner.behind.is_some() {
                 return busy("a part of its memory is still to come");
@@ -1077,8 +1079,17 @@ impl Worker {
             }
             outgoing.copy(&keepers, &mut tell).map(|()| outgoing)
         });
+        let mut result = result;
         let mut inner = self.inner();
         let current = inner.is_attempt(attempt);
+        if !current && let Ok(outgoing) = &mut result {
+            // Before anybody else changes its parts.
+            drop(inner);
+            if let Err(error) = outgoing.stay() {
+                tracing::warn!(%error, "a machine whose home was to move has lost a part");
+            }
+            inner = self.inner();
+        }
         if inner.attempt == attempt {
             inner.copying = false;
             // (Whoever gave it up left that to this thread.)
