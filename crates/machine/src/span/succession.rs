@@ -181,7 +181,7 @@ impl LeavingHome {
     /// [`SpanningError`]; it may be thawed then, and stay.
     pub fn leave(&mut self, patience: Duration) -> Result<Legacy, SpanningError> {
         let home = &self.home;
-        let left = home.pages().leave(self.successor, patience)?;
+        let mut left = home.pages().leave(self.successor, patience)?;
         let places = home.machine().places().into_iter();
         let threads = places.map(|(tid, at)| {
             let goes_on = match self.sent.contains(&tid) {
@@ -194,7 +194,7 @@ impl LeavingHome {
             successor: self.successor,
             members: home.members().without(self.successor),
             memory_bytes: sizes(home.machine().memories()),
-            held: left.legacy().to_vec(),
+            held: left.take_legacy(),
             threads: threads.filter(|it| it.at != PartId::HOME).collect(),
             spawning: home.spawning(),
         };

@@ -52,9 +52,9 @@ impl std::fmt::Debug for Left {
 }
 
 impl Left {
-    /// Who holds what: for the successor.
-    pub fn legacy(&self) -> &[Held] {
-        &self.legacy
+    /// Who holds what: for the successor; once.
+    pub fn take_legacy(&mut self) -> Vec<Held> {
+        std::mem::take(&mut self.legacy)
     }
 
     /// Another part may be the home from now on: that others end what they have with this
