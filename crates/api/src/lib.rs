@@ -644,6 +644,9 @@ pub struct ObjectInfo {
     pub readers: Vec<String>,
     /// How often its pages changed hands so far: how hot it is between parts.
     pub exchanges: u64,
+    /// Node of the part that knows who has it, and is asked for it: it moves along with
+    /// whole 64 KiB.
+    pub directory: String,
 }
 
 /// What came of the move of an object.

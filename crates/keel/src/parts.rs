@@ -220,6 +220,7 @@ pub(crate) async fn objects(reach: &Reach, machine: &str) -> Result<ExitCode> {
             "part",
             "readers",
             "exchanges",
+            "directory",
         ],
         |object| object.range.clone(),
         |object| {
@@ -231,6 +232,7 @@ pub(crate) async fn objects(reach: &Reach, machine: &str) -> Result<ExitCode> {
                 object.part.to_string(),
                 object.readers.join(","),
                 object.exchanges.to_string(),
+                object.directory.clone(),
             ]
         },
     )?;

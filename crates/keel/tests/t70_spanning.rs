@@ -666,6 +666,14 @@ async fn memory_is_given_to_other_nodes() {
     assert!(there > 1 << 20, "{there}");
     assert!(member > 1 << 20, "{member}");
     assert!(home < before, "{home} of {before}");
+    // The node where it is knows who has it, also what has come back.
+    wait_for("its directory is there, too", || async {
+        let known = objects().into_iter();
+        let known = known.filter(|object| object.directory == "b");
+        (known.map(|object| object.bytes).sum::<u64>() >= (32 << 20) - (64 << 10)).then_some(())
+    })
+    .await
+    .expect("its directory");
     let said = bench.does(&["shake", "m", "--for", "3s", "--rate", "40", "--seed", "3"]);
     assert!(said.contains("moves of threads"), "{said}");
     bench.does(&["unspan", "m"]);

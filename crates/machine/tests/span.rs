@@ -12,6 +12,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{TcpListener, TcpStream};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, RwLock};
 use std::time::{Duration, Instant};
@@ -484,11 +485,16 @@ impl<'a> Traffic<'a> {
         let mut rng = SmallRng::seed_from_u64(99);
         while !self.is_over.load(Ordering::Relaxed) {
             let first = rng.random_range(0..self.pages);
-            let last = (first + rng.random_range(1..20)).min(self.pages);
+            let last = (first + rng.random_range(1..40)).min(self.pages);
             let to = part(rng.random_range(0..self.parts.len()));
-            let from = &self.parts[rng.random_range(0..self.parts.len())];
+            let from = rng.random_range(0..self.parts.len());
             let range = first * PAGE_BYTES..last * PAGE_BYTES;
-            from.pages.move_pages(0, range, to).unwrap();
+            let pages = &self.parts[from].pages;
+            match from {
+                // (With their directories, where they are whole segments.)
+                0 => drop(pages.move_object(0, range, to, LONG).unwrap()),
+                _ => pages.move_pages(0, range, to).unwrap(),
+            }
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -587,6 +593,103 @@ fn a_cut_is_of_one_instant() {
             assert_eq!(parts[0].host_read(page * PAGE_BYTES + 8 * word), *expected);
         }
     }
+}
+
+/// Whole segments of an object have their directory where it went, and all parts know; what
+/// they hold can be told all the same, and is right, whoever is asked for it.
+#[test]
+fn directories_move_along_with_objects() {
+    let pages = 128;
+    let parts = parts(3, pages, HOLD, &vec![5; (pages * PAGE_BYTES) as usize]);
+    let home = &parts[0].pages;
+    let at = |pages: Range<u64>| pages.start * PAGE_BYTES..pages.end * PAGE_BYTES;
+    let known = |of: &Part| -> Vec<(u32, usize)> {
+        let directories = of.pages.directories().into_iter();
+        directories
+            .map(|(segment, at)| (segment.number, at.number()))
+            .collect()
+    };
+    let until_known = |expected: &[(u32, usize)]| {
+        for (number, of) in parts.iter().enumerate() {
+            until(&format!("part {number} knows {expected:?}"), || {
+                known(of) == expected
+            });
+        }
+    };
+    // Segments have 16 pages here; the first and the last are not all of it.
+    let moved = home.move_object(0, at(8..72), part(1), LONG).unwrap();
+    assert_eq!(moved, 64 * PAGE_BYTES);
+    until_known(&[(1, 1), (2, 1), (3, 1)]);
+    let told = |pages: &Pages| -> Vec<(Range<u64>, usize, usize)> {
+        let objects = pages.objects().unwrap().into_iter();
+        objects
+            .map(|it| {
+                let pages = it.range.start / PAGE_BYTES..it.range.end / PAGE_BYTES;
+                (pages, it.owner.number(), it.directory.number())
+            })
+            .collect()
+    };
+    let expected = [
+        (0..8, 0, 0),
+        (8..16, 1, 0),
+        (16..64, 1, 1),
+        (64..72, 1, 0),
+        (72..128, 0, 0),
+    ];
+    assert_eq!(told(home), expected);
+    // Of a part that has them, the home has them moved on, and back.
+    home.move_object(0, at(32..48), part(2), LONG).unwrap();
+    until_known(&[(1, 1), (2, 2), (3, 1)]);
+    home.move_object(0, at(48..64), part(0), LONG).unwrap();
+    until_known(&[(1, 1), (2, 2)]);
+    assert_eq!(
+        told(home)[2..5],
+        [(16..32, 1, 1), (32..48, 2, 2), (48..64, 0, 0)]
+    );
+    // Whoever adds, to whatever: nothing is lost while they move.
+    let over = &AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let adding: Vec<_> = parts
+            .iter()
+            .map(|of| {
+                scope.spawn(move || {
+                    for round in 0..2000u64 {
+                        let page = round * 37 % pages;
+                        of.word(page * PAGE_BYTES + 8)
+                            .fetch_add(1, Ordering::SeqCst);
+                    }
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            let mut rng = SmallRng::seed_from_u64(4);
+            while !over.load(Ordering::Relaxed) {
+                let first = rng.random_range(0..pages / 16) * 16;
+                let to = part(rng.random_range(0..3));
+                home.move_object(0, at(first..first + 16), to, LONG)
+                    .unwrap();
+            }
+        });
+        let failed: Vec<_> = adding
+            .into_iter()
+            .filter_map(|it| it.join().err())
+            .collect();
+        over.store(true, Ordering::Relaxed);
+        assert!(failed.is_empty());
+    });
+    let words = (0..pages).map(|page| parts[0].host_read(page * PAGE_BYTES + 8));
+    let first = u64::from_le_bytes([5; 8]);
+    let sum: u64 = words.map(|word| word.wrapping_sub(first)).sum();
+    assert_eq!(sum, 3 * 2000);
+    // They come home, where they stay as long as that is wanted; then a part can go.
+    assert!(home.keep_directories(true));
+    home.bring_directories(LONG).unwrap();
+    until_known(&[]);
+    home.move_object(0, at(0..64), part(1), LONG).unwrap();
+    assert_eq!(told(home)[0], (0..64, 1, 0));
+    home.empty(part(2), part(0), LONG).unwrap();
+    home.keep_directories(false);
+    assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
 /// One that is given up leaves nothing protected; there is one at a time, at the home; one

@@ -103,6 +103,24 @@ impl Running {
     }
 }
 
+/// A thread goes on somewhere, if there is one.
+fn move_some_thread(running: &Running, rng: &mut SmallRng, to: PartId) {
+    let threads = running.machine.threads();
+    if !threads.is_empty() {
+        let thread = threads[rng.random_range(0..threads.len())];
+        // (It may have ended.)
+        let _ = running.machine.move_thread(thread, to);
+    }
+}
+
+/// 64 KiB go somewhere, with their directory.
+fn move_some_object(parts: &Within, rng: &mut SmallRng, to: PartId) {
+    let first = rng.random_range(0..64u64) << 16;
+    // (There may be no such memory, or no such part any more.)
+    let pages = parts.home().pages();
+    let _ = pages.move_object(0, first..first + (1 << 16), to, LONG);
+}
+
 /// What a guest prints alone.
 fn alone(program: &Arc<Program>, args: &[&str]) -> String {
     let running = Running::new(program, args);
@@ -230,20 +248,12 @@ fn parts_come_and_go_while_it_runs() {
                     parts.part_with(part, to, LONG).map(|_| went += 1)
                 }
                 2 => {
-                    // Some pages, so that it has something.
-                    let first = rng.random_range(0..64u64) << 16;
-                    let _ = parts
-                        .home()
-                        .pages()
-                        .move_pages(0, first..first + (1 << 16), to);
+                    // So that it has something.
+                    move_some_object(&parts, &mut rng, to);
                     Ok(())
                 }
                 _ => {
-                    let threads = running.machine.threads();
-                    if !threads.is_empty() {
-                        let thread = threads[rng.random_range(0..threads.len())];
-                        let _ = running.machine.move_thread(thread, to);
-                    }
+                    move_some_thread(&running, &mut rng, to);
                     Ok(())
                 }
             };
@@ -307,14 +317,8 @@ fn the_home_moves_while_it_runs() {
                     parts.part_with(part, to, LONG).map(drop)
                 }
                 _ => {
-                    let first = rng.random_range(0..64u64) << 16;
-                    let pages = parts.home().pages();
-                    let _ = pages.move_pages(0, first..first + (1 << 16), to);
-                    let threads = running.machine.threads();
-                    if !threads.is_empty() {
-                        let thread = threads[rng.random_range(0..threads.len())];
-                        let _ = running.machine.move_thread(thread, to);
-                    }
+                    move_some_object(&parts, &mut rng, to);
+                    move_some_thread(&running, &mut rng, to);
                     Ok(())
                 }
             };

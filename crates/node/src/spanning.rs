@@ -1062,6 +1062,7 @@ pub(crate) async fn objects(
         node: node(object.owner),
         readers: object.readers.iter().map(node).collect(),
         exchanges: object.exchanges,
+        directory: node(object.directory),
     };
     Ok(objects.into_iter().map(info).collect())
 }

@@ -74,10 +74,15 @@ impl Home {
         }
         let deadline = Instant::now() + patience;
         self.let_leave(part, true);
-        if !locked(&self.emptied).contains(part)
-            && let Err(error) = self.make_ready(part, threads_to, deadline)
-        {
+        let ready = match locked(&self.emptied).contains(part) {
+            true => Ok(()),
+            false => self
+                .bring_directories(patience)
+                .and_then(|()| self.make_ready(part, threads_to, deadline)),
+        };
+        if let Err(error) = ready {
             self.let_leave(part, false);
+            self.pages().keep_directories(false);
             self.pages().welcome(part)?;
             return Err(error);
         }
@@ -86,6 +91,7 @@ impl Home {
         let stood = self.set_members(self.members().without(part), STAND_WITHIN)?;
         self.let_leave(part, false);
         self.pages().part_with(part)?;
+        self.pages().keep_directories(false);
         let mut emptied = locked(&self.emptied);
         *emptied = emptied.without(part);
         Ok(stood)
@@ -101,6 +107,24 @@ impl Home {
             *emptied = emptied.with(part);
         }
         self.pages().empty(part, PartId::HOME, patience)
+    }
+
+    /// The home is the directory of all from now on, until directories may move again: nobody
+    /// asks a part that goes. Where they moved, all threads stand for some round trips.
+    ///
+    /// # Errors
+    /// [`SpanningError`].
+    pub(super) fn bring_directories(&self, patience: Duration) -> Result<(), SpanningError> {
+        if !self.pages().keep_directories(true) {
+            return Ok(());
+        }
+        self.machine().freeze(patience)?;
+        let brought = self.pages().bring_directories(patience.min(STAND_WITHIN));
+        if let Err(error) = self.machine().thaw() {
+            // (A thread that could not be launched, or it was ended: then it ends with this.)
+            tracing::warn!(%error, "directories were brought");
+        }
+        Ok(brought?)
     }
 
     /// Until a part has no threads, and so little memory that the rest can come home.

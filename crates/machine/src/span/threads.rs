@@ -21,8 +21,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Pages whose directory is at one place: 2 MiB.
-const SEGMENT_PAGES: u32 = 512;
+/// Pages whose directory is at one place: 64 KiB, a page of WebAssembly. What is smaller has
+/// its directory where the rest of its page has it.
+const SEGMENT_PAGES: u32 = 16;
 /// For how long a page stays where it came, at least: about as long as bringing it took.
 const HOLD: Duration = Duration::from_micros(100);
 /// Pause before it is looked again whether threads have come home.
@@ -387,6 +388,7 @@ impl Home {
         for part in self.members().iter() {
             self.let_leave(part, true);
         }
+        self.bring_directories(patience)?;
         self.send_threads(
             |part| part != PartId::HOME,
             PartId::HOME,

@@ -12,7 +12,8 @@
 //! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
 //! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
 //! LIMIT (from the home) what each may keep, GONE (from the home, too) who is no part any
-//! more, SUCCEEDED that the part is the home now. CUT and CUT_PAGES are about the memory
+//! more, SUCCEEDED that the part is the home now. SETTLE is about that nothing is on its
+//! way, ASK and ANSWER (to and from members) about what they are the directory of. CUT and CUT_PAGES are about the memory
 //! of the whole at one instant ([`super::pages::Cut`]). TIME is the first of what is said at once: the
 //! guest's clock at the part that says it, so that no part's clock is behind what it has
 //! heard of (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed System",
@@ -26,7 +27,7 @@
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
-use super::pages::{CutPages, CutWord, PartMemory};
+use super::pages::{Answer, CutPages, CutWord, PartMemory, Question, SettleWord};
 use bytes::{Buf, Bytes, BytesMut};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
@@ -35,7 +36,7 @@ use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages.
-pub(super) const VERSION: u32 = 6;
+pub(super) const VERSION: u32 = 7;
 /// Whole pages of a segment's directory are the most that is said at once.
 const CLASS: Class = Class {
     magic: u32::from_le_bytes(*b"KSPN"),
@@ -56,6 +57,9 @@ const KIND_CUT: u16 = 11;
 const KIND_CUT_PAGES: u16 = 12;
 const KIND_GONE: u16 = 13;
 const KIND_SUCCEEDED: u16 = 14;
+const KIND_SETTLE: u16 = 15;
+const KIND_ASK: u16 = 16;
+const KIND_ANSWER: u16 = 17;
 /// Bytes of a note in one frame, so that pages need not wait for long ones.
 const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
@@ -122,6 +126,17 @@ pub(super) enum Parcel {
         /// What.
         word: CutWord,
     },
+    /// About that nothing is on its way.
+    Settle {
+        /// Which time.
+        number: u64,
+        /// What.
+        word: SettleWord,
+    },
+    /// From the home: something is to be said of what a part is the directory of.
+    Ask(u64, Question),
+    /// To the home: that.
+    Answer(u64, Answer),
     /// To the home: pages as they were then.
     CutPages {
         /// Of which of them.
@@ -196,6 +211,18 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
         Parcel::Cut { number, word } => {
             let payload = postcard::to_stdvec(&(number, word))?;
             frame_of(KIND_CUT, &payload, &[], frames)
+        }
+        Parcel::Settle { number, word } => {
+            let payload = postcard::to_stdvec(&(number, word))?;
+            frame_of(KIND_SETTLE, &payload, &[], frames)
+        }
+        Parcel::Ask(number, question) => {
+            let payload = postcard::to_stdvec(&(number, question))?;
+            frame_of(KIND_ASK, &payload, &[], frames)
+        }
+        Parcel::Answer(number, answer) => {
+            let payload = postcard::to_stdvec(&(number, answer))?;
+            frame_of(KIND_ANSWER, &payload, &[], frames)
         }
         Parcel::CutPages { number, pages } => {
             let which = postcard::to_stdvec(&(number, pages.memory, pages.first))?;
@@ -371,6 +398,18 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
             let (number, word) = postcard::from_bytes(&payload)?;
             Ok(Parcel::Cut { number, word })
         }
+        KIND_SETTLE => {
+            let (number, word) = postcard::from_bytes(&payload)?;
+            Ok(Parcel::Settle { number, word })
+        }
+        KIND_ASK => {
+            let (number, question) = postcard::from_bytes(&payload)?;
+            Ok(Parcel::Ask(number, question))
+        }
+        KIND_ANSWER => {
+            let (number, answer) = postcard::from_bytes(&payload)?;
+            Ok(Parcel::Answer(number, answer))
+        }
         KIND_CUT_PAGES => {
             let ((number, memory, first), bytes): ((u64, u32, u32), &[u8]) =
                 postcard::take_from_bytes(&payload)?;
@@ -401,7 +440,7 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_wasm::coherence::{Access, PageId, Segment, Txn};
+    use keel_wasm::coherence::{Access, Holders, PageId, Placement, Segment, Traffic, Txn};
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
 
@@ -453,6 +492,48 @@ mod tests {
                 number: 7,
                 word: CutWord::More(1 << 20),
             },
+            Parcel::Settle {
+                number: 3,
+                word: SettleWord::Quiet({
+                    let mut traffic = Traffic::default();
+                    traffic.said(part(3));
+                    traffic.heard(part(63));
+                    traffic
+                }),
+            },
+            Parcel::Settle {
+                number: 4,
+                word: SettleWord::Over,
+            },
+            Parcel::Ask(
+                5,
+                Question::Going {
+                    memory: 0,
+                    pages: 16..32,
+                    to: part(2),
+                },
+            ),
+            Parcel::Ask(6, Question::Placements(page)),
+            Parcel::Answer(5, Answer::Going(7)),
+            Parcel::Answer(
+                6,
+                Answer::Placements(
+                    vec![Placement {
+                        memory: 1,
+                        first: 77,
+                        pages: 2,
+                        holders: Holders::Owner(part(1)),
+                        exchanges: 9,
+                        directory: part(2),
+                    }],
+                    Some(page),
+                ),
+            ),
+            Parcel::Message(Message::Gather),
+            Parcel::Message(Message::Hand {
+                segment,
+                to: part(1),
+            }),
             Parcel::CutPages {
                 number: 7,
                 pages: CutPages {

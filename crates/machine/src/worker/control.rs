@@ -600,6 +600,8 @@ pub struct ObjectReport {
     pub readers: PartSet,
     /// How often its pages changed hands so far.
     pub exchanges: u64,
+    /// The part that knows who has it.
+    pub directory: PartId,
 }
 
 /// What parts a machine has.

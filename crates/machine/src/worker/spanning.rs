@@ -435,6 +435,7 @@ impl Worker {
                     // (Of a piece it is not known: as if all of it were as hot.)
                     exchanges: (u128::from(object.exchanges) * u128::from(bytes)
                         / u128::from(all.max(1))) as u64,
+                    directory: object.directory,
                 });
             }
         }
@@ -619,6 +620,7 @@ fn alone(memories: &[Arc<GuestMemory>]) -> Result<Vec<Object>, MemoryError> {
             owner: PartId::HOME,
             readers: PartSet::default(),
             exchanges: 0,
+            directory: PartId::HOME,
         }));
     }
     Ok(objects)

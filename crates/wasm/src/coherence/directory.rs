@@ -7,6 +7,13 @@ use super::{
     Access, Command, Config, Impossible, Out, PageId, PartId, PartSet, Placement, Segment,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
+
+/// The last page that there can be.
+const LAST_PAGE: PageId = PageId {
+    memory: u32::MAX,
+    number: u32::MAX,
+};
 
 /// A page that is not as it was at the beginning.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -65,6 +72,17 @@ impl Directory {
         }
     }
 
+    /// Those that lie in a range of pages as a whole.
+    pub(super) fn segments_in(&self, memory: u32, pages: Range<u32>) -> Vec<Segment> {
+        let (first, last) = (
+            pages.start.div_ceil(self.segment_pages),
+            pages.end / self.segment_pages,
+        );
+        (first..last)
+            .map(|number| Segment { memory, number })
+            .collect()
+    }
+
     fn at(&self, segment: Segment) -> PartId {
         self.places
             .get(&segment)
@@ -85,14 +103,50 @@ impl Directory {
         !self.left.is_empty()
     }
 
-    /// Whether no other part was ever the directory of anything.
-    pub(super) fn is_of_all(&self) -> bool {
-        self.places.is_empty()
+    /// Segments of which another part than the home is the directory, as far as this part
+    /// knows, and which.
+    pub(super) fn elsewhere(&self) -> impl Iterator<Item = (Segment, PartId)> {
+        let places = self.places.iter();
+        let those = places.filter(|(_, (_, at))| *at != PartId::HOME);
+        those.map(|(segment, (_, at))| (*segment, *at))
     }
 
-    /// Whether this part was never the directory of anything, nor any other but the home.
-    pub(super) fn is_untouched(&self) -> bool {
-        self.places.is_empty() && self.entries.is_empty() && self.left.is_empty()
+    /// As [`Self::elsewhere`], of a range of pages.
+    pub(super) fn elsewhere_in(
+        &self,
+        memory: u32,
+        pages: Range<u32>,
+    ) -> impl Iterator<Item = (PartId, Range<u32>)> {
+        let size = self.segment_pages;
+        let of = |page: u32| Segment {
+            memory,
+            number: page / size,
+        };
+        let places = self
+            .places
+            .range(of(pages.start)..=of(pages.end.max(pages.start)));
+        let those = places.filter(|(_, (_, at))| *at != PartId::HOME);
+        those.filter_map(move |(segment, (_, at))| {
+            let first = segment.number.saturating_mul(size);
+            let within = first.max(pages.start)..first.saturating_add(size).min(pages.end);
+            (!within.is_empty()).then_some((*at, within))
+        })
+    }
+
+    /// Whether another part than the home was ever the directory of anything.
+    pub(super) fn ever_left(&self) -> bool {
+        !self.places.is_empty() || !self.leaving.is_empty()
+    }
+
+    /// Whether this member is the directory of nothing, nor any other but the home, as far as
+    /// it knows.
+    pub(super) fn has_nothing(&self) -> bool {
+        self.elsewhere().next().is_none() && self.entries.is_empty() && self.left.is_empty()
+    }
+
+    /// The home is the directory of all, and everybody knows: as at the beginning.
+    pub(super) fn forget_places(&mut self) {
+        self.places.clear();
     }
 
     /// All pages that ever changed hands, in rising order, who holds them, and how often
@@ -110,22 +164,18 @@ impl Directory {
     ) {
         (self.me, self.origin) = (PartId::HOME, PartId::HOME);
         self.parts = parts;
-        let entries = entries.map(|(page, holders, number)| {
-            let entry = Entry {
-                holders,
-                number,
-                busy: None,
-                asked: PartSet::default(),
-                queue: VecDeque::new(),
-            };
-            (page, entry)
-        });
+        self.forget_places();
+        let entries = entries.map(|(page, holders, number)| (page, Entry::idle(holders, number)));
         self.entries = PageMap::of_rising(entries);
     }
 
-    pub(super) fn placements(&self) -> Vec<Placement> {
+    /// Those of so many pages from one on, and the page after them, if there is one.
+    pub(super) fn placements(&self, from: PageId, most: usize) -> (Vec<Placement>, Option<PageId>) {
         let mut found: Vec<Placement> = Vec::new();
-        for (page, entry) in self.entries.iter() {
+        for (count, (page, entry)) in self.entries.range(from..=LAST_PAGE).enumerate() {
+            if count == most {
+                return (found, Some(page));
+            }
             if self.of(page) != self.me {
                 continue;
             }
@@ -136,7 +186,7 @@ impl Directory {
                         && last.holders == entry.holders =>
                 {
                     last.pages += 1;
-                    last.exchanges += entry.number;
+                    last.exchanges = last.exchanges.saturating_add(entry.number);
                 }
                 _ => found.push(Placement {
                     memory: page.memory,
@@ -144,10 +194,11 @@ impl Directory {
                     pages: 1,
                     holders: entry.holders,
                     exchanges: entry.number,
+                    directory: self.me,
                 }),
             }
         }
-        found
+        (found, None)
     }
 
     pub(super) fn holders(&self, page: PageId) -> Option<Holders> {
@@ -169,13 +220,8 @@ impl Directory {
 
     fn entry(&mut self, page: PageId) -> &mut Entry {
         let origin = self.origin;
-        self.entries.or_insert_with(page, || Entry {
-            holders: Holders::Owner(origin),
-            number: 0,
-            busy: None,
-            asked: PartSet::default(),
-            queue: VecDeque::new(),
-        })
+        self.entries
+            .or_insert_with(page, || Entry::idle(Holders::Owner(origin), 0))
     }
 
     /// Something is wanted of a page: at once, after what is under way, or of its
@@ -210,6 +256,28 @@ impl Directory {
             queue.push_back(request);
         }
         self.go_on(page, out)
+    }
+
+    /// Something was asked of another part, and passed on: whoever asked asks here from now
+    /// on. (It may have come to be a part since the segment did.)
+    pub(super) fn passed_on(&mut self, page: PageId, request: &Request, out: &mut Out) {
+        let segment = self.segment(page);
+        let (Request::Want { part, .. }, Some((version, at))) =
+            (request, self.places.get(&segment))
+        else {
+            return;
+        };
+        if *at == self.me && *part != self.me && self.parts.contains(*part) {
+            let (version, at) = (*version, *at);
+            out.send(
+                *part,
+                Message::SegmentAt {
+                    segment,
+                    version,
+                    at,
+                },
+            );
+        }
     }
 
     /// Whether something can be wanted of a page, beside what is.
@@ -365,17 +433,37 @@ impl Directory {
 
     // ── other directories ───────────────────────────────────────────────
 
-    /// A segment is to have its directory elsewhere.
-    pub(super) fn begin_leaving(
+    /// A segment is to have its directory elsewhere: as soon as nothing is under way in it,
+    /// or whoever is its directory is told. It stays while parts leave, and where it is to go
+    /// to none of the parts: who wanted that had not heard of it.
+    pub(super) fn hand(
         &mut self,
         segment: Segment,
         to: PartId,
         out: &mut Out,
     ) -> Result<(), Impossible> {
-        let goes_on = self.parts.contains(to) && !self.left.contains_key(&to);
-        let can = self.at(segment) == self.me && to != self.me && goes_on;
-        if can && self.emptying.is_empty() {
+        let at = self.at(segment);
+        if at == to || !self.parts.contains(to) {
+            return Ok(());
+        }
+        if at != self.me {
+            out.send(at, Message::Hand { segment, to });
+        } else if self.left.is_empty() {
             self.leaving.insert(segment, to);
+            self.leave(segment, out)?;
+        }
+        Ok(())
+    }
+
+    /// All segments of which this part is the directory go home.
+    pub(super) fn give_back(&mut self, out: &mut Out) -> Result<(), Impossible> {
+        if self.me == PartId::HOME {
+            return Ok(());
+        }
+        let places = self.places.iter();
+        let own = places.filter(|(_, (_, at))| *at == self.me);
+        for segment in own.map(|(segment, _)| *segment).collect::<Vec<_>>() {
+            self.leaving.insert(segment, PartId::HOME);
             self.leave(segment, out)?;
         }
         Ok(())
@@ -401,15 +489,10 @@ impl Directory {
             return Ok(());
         }
         self.leaving.remove(&segment);
-        let mut pages: Vec<PageEntry> = Vec::new();
-        self.entries.retain(|page, entry| {
-            if !range.contains(&page) {
-                return true;
-            }
-            let queue = std::mem::take(&mut entry.queue).into();
-            pages.push((page, entry.number, entry.holders, queue));
-            false
-        });
+        let entries = self.entries.take(range).into_iter();
+        let pages: Vec<PageEntry> = entries
+            .map(|(page, entry)| (page, entry.number, entry.holders, entry.queue.into()))
+            .collect();
         let version = self.places.get(&segment).map_or(0, |(version, _)| *version);
         let version = raised(version)?;
         self.places.insert(segment, (version, to));
@@ -421,23 +504,15 @@ impl Directory {
                 pages,
             },
         );
-        for part in self.parts.without(self.me).without(to).iter() {
-            let at = to;
-            out.send(
-                part,
-                Message::SegmentAt {
-                    segment,
-                    version,
-                    at,
-                },
-            );
-        }
         Ok(())
     }
 
-    /// This part is a segment's directory from now on.
+    /// This part is a segment's directory from now on, and tells the others. (It does, and
+    /// not the one before it, so that a home which took one back has said so before it says
+    /// anything else to anybody.)
     pub(super) fn arrive(
         &mut self,
+        from: PartId,
         segment: Segment,
         version: u64,
         pages: Vec<PageEntry>,
@@ -453,15 +528,20 @@ impl Directory {
             )));
         }
         self.places.insert(segment, (version, self.me));
+        for part in self.parts.without(self.me).without(from).iter() {
+            let at = self.me;
+            out.send(
+                part,
+                Message::SegmentAt {
+                    segment,
+                    version,
+                    at,
+                },
+            );
+        }
         let numbers: Vec<PageId> = pages.iter().map(|(page, ..)| *page).collect();
         for (page, number, holders, queue) in pages {
-            let entry = Entry {
-                holders,
-                number,
-                busy: None,
-                asked: PartSet::default(),
-                queue: VecDeque::new(),
-            };
+            let entry = Entry::idle(holders, number);
             if self.entries.insert(page, entry).is_some() {
                 return Err(Impossible(format!("{page:?} comes twice")));
             }
@@ -487,7 +567,8 @@ impl Directory {
     /// Where a segment's directory is, if that is news.
     ///
     /// # Errors
-    /// [`Impossible`]: who has it is told by getting it, not by others.
+    /// [`Impossible`]: who has it is told by getting it, not by others; and nothing is on its
+    /// way of a part that is gone.
     pub(super) fn learn(
         &mut self,
         segment: Segment,
@@ -535,6 +616,17 @@ impl Holders {
 }
 
 impl Entry {
+    /// A page with which nothing is under way.
+    fn idle(holders: Holders, number: u64) -> Self {
+        Entry {
+            holders,
+            number,
+            busy: None,
+            asked: PartSet::default(),
+            queue: VecDeque::new(),
+        }
+    }
+
     /// Whether a part has the page, or it is on its way there, or from there: who gets it
     /// may have nothing of it yet.
     fn concerns(&self, part: PartId) -> bool {

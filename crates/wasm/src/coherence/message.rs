@@ -154,7 +154,16 @@ pub enum Message {
         /// Its pages.
         pages: Vec<PageEntry>,
     },
-    /// To all others: where a segment's directory is.
+    /// To a segment's directory: another part is to be it.
+    Hand {
+        /// The segment.
+        segment: Segment,
+        /// Which.
+        to: PartId,
+    },
+    /// From the home: all segments of which a part is the directory go home.
+    Gather,
+    /// From a segment's directory to all others, and to who asked another part: where it is.
     SegmentAt {
         /// The segment.
         segment: Segment,
@@ -179,7 +188,7 @@ impl Message {
             | Message::Ack { page, .. }
             | Message::Done { page, .. } => (Some(*page), &[][..]),
             Message::Segment { pages, .. } => (None, &pages[..]),
-            Message::SegmentAt { .. } => (None, &[][..]),
+            Message::Hand { .. } | Message::Gather | Message::SegmentAt { .. } => (None, &[][..]),
         };
         page.into_iter().chain(pages.iter().map(|(page, ..)| *page))
     }

@@ -48,6 +48,21 @@
 //! ([`Config::hold_micros`]), so that the access that asked for it takes place; the host
 //! pins a page while it copies. What asks for it meanwhile is put off, not refused.
 //!
+//! A segment's directory moves when nothing is under way in it ([`Event::MoveDirectory`]):
+//!
+//! ```text
+//!   a part          directory           next directory      others
+//!    │─── Hand ───────▶│                     │                 │
+//!    │                 │─── Segment ────────▶│                 │
+//!    │◀──────────── SegmentAt ───────────────│──── SegmentAt ─▶│
+//!    │─── Want ───────▶│─── Forward ────────▶│   (who had not heard of it)
+//!    │◀──────────── SegmentAt ───────────────│
+//! ```
+//!
+//! Before a part goes, or the home moves, all segments are the home's again
+//! ([`Event::Gather`]), and nothing is on its way of before ([`Traffic`]): so nobody asks a
+//! part that is gone.
+//!
 //! Parts come and go while the others run. Who comes has nothing; who goes gives up what it
 //! has first ([`Event::Empty`]), so no transaction ever concerns it again. A page that is to
 //! move to a part that is none of them stays where it is.
@@ -59,6 +74,7 @@
 //! - `message`: what parts say to each other
 //! - `directory`: who holds what, and who waits for it
 //! - `copies`: what this part holds
+//! - `traffic`: whether nothing is on its way between parts
 //! - `succession`: the home moves
 //! - `page_map`: what both are kept in
 
@@ -67,10 +83,12 @@ mod directory;
 mod message;
 mod page_map;
 mod succession;
+mod traffic;
 
 pub use copies::Copy;
 pub use message::{Holders, Message, PageEntry, Request, Txn};
 pub use succession::Held;
+pub use traffic::Traffic;
 
 use copies::Copies;
 use directory::Directory;
@@ -161,8 +179,10 @@ impl FromIterator<PartId> for PartSet {
     }
 }
 
-/// A page of 4 KiB.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// A page of 4 KiB; by default the first.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct PageId {
     /// The machine's memory.
     pub memory: u32,
@@ -180,7 +200,7 @@ pub struct Segment {
 }
 
 /// Pages in a row that the same parts hold.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
     /// The machine's memory.
     pub memory: u32,
@@ -192,6 +212,8 @@ pub struct Placement {
     pub holders: Holders,
     /// How often they changed hands so far, all together.
     pub exchanges: u64,
+    /// The part that knows it.
+    pub directory: PartId,
 }
 
 /// What is done with a page.
@@ -266,13 +288,18 @@ pub enum Event {
         /// Where to.
         to: PartId,
     },
-    /// A segment of which this part is the directory gets another one.
+    /// A segment gets another directory, once nothing is under way in it; not while parts
+    /// leave.
     MoveDirectory {
         /// The segment.
         segment: Segment,
         /// Which.
         to: PartId,
     },
+    /// All segments get the home for their directory. Only of the home; it has them, and all
+    /// know, when nothing is on its way any more, if no other was moved meanwhile
+    /// ([`Coherence::directories`]).
+    Gather,
     /// A part whose threads have left gives up its pages: those of which this part is
     /// the directory. [`Command::Emptied`] says when it has none of them.
     Empty {
@@ -467,9 +494,37 @@ impl Coherence {
     }
 
     /// Where the pages are of which this part is the directory and that have ever changed
-    /// hands, in rising order; all others are where they were at the beginning.
-    pub fn placements(&self) -> Vec<Placement> {
-        self.directory.placements()
+    /// hands, in rising order; all others are where they were at the beginning. Of so many
+    /// such pages, at most, from one on; and the page after them.
+    pub fn placements(&self, from: PageId, most: usize) -> (Vec<Placement>, Option<PageId>) {
+        self.directory.placements(from, most)
+    }
+
+    /// Segments of which another part than the home is the directory, as far as this part
+    /// knows, and which part that is.
+    pub fn directories(&self) -> impl Iterator<Item = (Segment, PartId)> {
+        self.directory.elsewhere()
+    }
+
+    /// Whether another part than the home was ever the directory of anything: requests may be
+    /// on their way to it.
+    pub fn directories_moved(&self) -> bool {
+        self.directory.ever_left()
+    }
+
+    /// Of a range of pages those of which another part than the home is the directory, as far
+    /// as this part knows, and which; in rising order, segment by segment.
+    pub fn directories_in(
+        &self,
+        memory: u32,
+        pages: std::ops::Range<u32>,
+    ) -> impl Iterator<Item = (PartId, std::ops::Range<u32>)> {
+        self.directory.elsewhere_in(memory, pages)
+    }
+
+    /// The segments that lie in a range of pages as a whole.
+    pub fn segments_in(&self, memory: u32, pages: std::ops::Range<u32>) -> Vec<Segment> {
+        self.directory.segments_in(memory, pages)
     }
 
     /// Takes note of an event at a time; what is to be done about it. `now_micros` never
@@ -508,7 +563,15 @@ impl Coherence {
                 out.send(self.directory.of(page), Message::Move { page, to });
             }
             Event::MoveDirectory { segment, to } => {
-                self.directory.begin_leaving(segment, to, out)?;
+                self.directory.hand(segment, to, out)?;
+            }
+            Event::Gather => {
+                if self.me != PartId::HOME {
+                    return Err(Impossible("only the home has directories brought".into()));
+                }
+                for part in self.parts.without(self.me).iter() {
+                    out.send(part, Message::Gather);
+                }
             }
             Event::Empty { part, to } => self.directory.empty(part, to, out)?,
             Event::Join { part } => {
@@ -567,13 +630,21 @@ impl Coherence {
                 self.directory.request(page, request, out)
             }
             Message::Move { page, to } => self.directory.request(page, Request::Move { to }, out),
-            Message::Forward { page, request } => self.directory.request(page, request, out),
+            Message::Forward { page, request } => {
+                self.directory.passed_on(page, &request, out);
+                self.directory.request(page, request, out)
+            }
             Message::Done { page, number } => self.directory.done(page, number, from, out),
             Message::Segment {
                 segment,
                 version,
                 pages,
-            } => self.directory.arrive(segment, version, pages, out),
+            } => self.directory.arrive(from, segment, version, pages, out),
+            Message::Hand { segment, to } => self.directory.hand(segment, to, out),
+            Message::Gather if from == PartId::HOME => self.directory.give_back(out),
+            Message::Gather => Err(Impossible(format!(
+                "part {from} has directories brought, and is not the home"
+            ))),
             Message::SegmentAt {
                 segment,
                 version,

@@ -144,6 +144,34 @@ impl<T> PageMap<T> {
         Some(value)
     }
 
+    /// Takes those of a range out, in their order.
+    pub(super) fn take(&mut self, range: RangeInclusive<PageId>) -> Vec<(PageId, T)> {
+        let (first, last) = (place(*range.start()).0, place(*range.end()).0);
+        let keys = self.rows.range(first..=last.max(first));
+        let keys: Vec<(u32, u32)> = keys.map(|(key, _)| *key).collect();
+        let mut taken = Vec::new();
+        for key in keys {
+            let Entry::Occupied(mut entry) = self.rows.entry(key) else {
+                continue;
+            };
+            let row = entry.get_mut();
+            let pages: Vec<PageId> = row.pages(key).collect();
+            let values = std::mem::take(&mut row.values);
+            for (page, value) in pages.into_iter().zip(values) {
+                if range.contains(&page) {
+                    row.present &= !(1 << (page.number % ROW));
+                    taken.push((page, value));
+                } else {
+                    row.values.push(value);
+                }
+            }
+            if row.present == 0 {
+                entry.remove();
+            }
+        }
+        taken
+    }
+
     /// All, in their order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (PageId, &T)> {
         let rows = self.rows.iter();
@@ -241,6 +269,16 @@ mod tests {
                     .collect();
                 assert_eq!(ours.range(range).collect::<Vec<_>>(), expected);
             }
+            let (first, last) = (page(30), page(100));
+            let mut rest = ours.clone();
+            let taken = rest.take(first..=last);
+            assert!(!taken.is_empty());
+            let (inside, outside): (Vec<_>, Vec<_>) = theirs
+                .clone()
+                .into_iter()
+                .partition(|(page, _)| (first..=last).contains(page));
+            assert_eq!(taken, inside);
+            assert_eq!(rest, PageMap::of_rising(outside.into_iter()));
             let mut again = PageMap::default();
             for (page, value) in all.iter().rev() {
                 again.insert(*page, **value);

@@ -78,8 +78,8 @@ impl Coherence {
         if self.failed || self.me != PartId::HOME {
             return Err("only a home can be succeeded".into());
         }
-        if !self.is_quiet() || self.are_leaving() || !self.directory.is_of_all() {
-            return Err("pages are on their way, or parts leave".into());
+        if !self.is_quiet() || self.are_leaving() || self.directories().next().is_some() {
+            return Err("pages are on their way, parts leave, or know what others hold".into());
         }
         let mut legacy: Vec<Held> = Vec::new();
         for (page, holders, exchanges) in self.directory.entries() {
@@ -126,7 +126,7 @@ impl Coherence {
         if self.failed || me == PartId::HOME {
             return Err("the home cannot succeed itself".into());
         }
-        if !self.is_quiet() || !self.directory.is_untouched() {
+        if !self.is_quiet() || !self.directory.has_nothing() {
             return Err("pages are on their way to the new home".into());
         }
         let parts = self.parts.without(PartId::HOME);
@@ -188,11 +188,12 @@ impl Coherence {
         if !can || !self.parts.contains(by) {
             return Err(Impossible(format!("part {by} succeeds the home")));
         }
-        if !self.is_quiet() || !self.directory.is_untouched() {
+        if !self.is_quiet() || !self.directory.has_nothing() {
             return Err(Impossible(format!(
                 "part {by} succeeds the home while pages are on their way"
             )));
         }
+        self.directory.forget_places();
         self.now_are(self.parts.without(by));
         Ok(())
     }

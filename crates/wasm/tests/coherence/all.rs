@@ -146,7 +146,7 @@ fn without_any_order() {
         ..set(2, 2, threads)
     };
     all("two pages, unordered", unordered);
-    let threads: &[(usize, &[Op])] = &[(0, &[Op::Add(X)]), (1, &[Op::Add(X)]), (2, &[Op::Read(X)])];
+    let threads: &[(usize, &[Op])] = &[(0, &[Op::Add(X)]), (2, &[Op::Read(X)])];
     let unordered = Set {
         unordered: true,
         deeds: vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 2)],
@@ -246,6 +246,7 @@ fn pages_and_directories_that_move() {
         vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 2)],
         vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 0)],
         vec![Deed::MoveDirectory(0, 2), Deed::Move(1, X, 1)],
+        vec![Deed::MoveDirectory(0, 1), Deed::Gather],
     ] {
         let name = format!("{deeds:?}");
         let set = Set {
@@ -294,6 +295,11 @@ fn a_part_that_leaves_and_one_that_comes() {
         (3, vec![Deed::Empty(1, 2)]),
         // Who is to get something is about to be gone, or is another one by then.
         (3, vec![Deed::Empty(1, 0), Deed::Move(2, X, 1)]),
+        // It was the directory.
+        (
+            2,
+            vec![Deed::MoveDirectory(0, 1), Deed::Gather, Deed::Empty(1, 0)],
+        ),
     ] {
         let name = format!("{deeds:?}");
         let set = Set {
@@ -303,6 +309,18 @@ fn a_part_that_leaves_and_one_that_comes() {
         };
         all(&name, set);
     }
+}
+
+/// Who was the directory leaves, while others may have asked it.
+#[test]
+fn a_directory_that_leaves() {
+    let threads: &[(usize, &[Op])] = &[(0, &[Op::Add(X)]), (2, &[Op::Add(X)])];
+    let set = Set {
+        deeds: vec![Deed::MoveDirectory(0, 1), Deed::Gather, Deed::Empty(1, 2)],
+        returns: Some(vec![Op::Read(X)]),
+        ..set(3, 1, threads)
+    };
+    all("a directory that leaves", set);
 }
 
 /// The home gives away what it has, another part takes its place, and one more comes.
@@ -323,6 +341,15 @@ fn the_home_moves() {
                 Deed::Succeed(1),
                 Deed::Move(2, X, 1),
                 Deed::Succeed(2),
+            ],
+        ),
+        (
+            2,
+            vec![
+                Deed::MoveDirectory(0, 1),
+                Deed::Gather,
+                Deed::Move(0, X, 1),
+                Deed::Succeed(1),
             ],
         ),
     ] {

@@ -56,7 +56,7 @@ fn message(rng: &mut SmallRng) -> Message {
         directory: part(rng),
         is_answer: rng.random(),
     };
-    match rng.random_range(0..11) {
+    match rng.random_range(0..13) {
         0 => Message::Want {
             page,
             access,
@@ -104,6 +104,8 @@ fn message(rng: &mut SmallRng) -> Message {
                 pages: vec![(page, txn_number, holders, queue)],
             }
         }
+        10 => Message::Hand { segment, to },
+        11 => Message::Gather,
         _ => Message::SegmentAt {
             segment,
             version: number,
@@ -138,6 +140,7 @@ fn anything_may_be_said() {
                     access: access(&mut rng),
                 },
                 1 => Event::Tick,
+                2 if rng.random_bool(0.3) => Event::Gather,
                 _ => Event::Message {
                     from: part(&mut rng),
                     message: message(&mut rng),

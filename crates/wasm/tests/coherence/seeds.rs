@@ -41,10 +41,13 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
             _ => Deed::MoveDirectory(page(rng) / segment_pages, rng.random_range(0..parts)),
         })
         .collect();
-    // Who leaves is emptied by each directory; here by the home, which has all then.
+    // Who leaves is emptied by the home, which is the directory of all then.
     let mut returns = None;
     if rng.random_bool(0.3) {
-        deeds.retain(|deed| matches!(deed, Deed::Move(..)));
+        match rng.random_bool(0.5) {
+            true => deeds.extend([Deed::Gather; 2]),
+            false => deeds.retain(|deed| matches!(deed, Deed::Move(..))),
+        }
         let leaves = rng.random_range(1..parts);
         deeds.push(Deed::Empty(leaves, (leaves + 1) % parts));
         if rng.random_bool(0.7) {
@@ -56,7 +59,10 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
         }
     }
     if returns.is_none() && rng.random_bool(0.2) {
-        deeds.retain(|deed| matches!(deed, Deed::Move(..)));
+        match rng.random_bool(0.5) {
+            true => deeds.extend([Deed::Gather; 3]),
+            false => deeds.retain(|deed| matches!(deed, Deed::Move(..))),
+        }
         for _ in 0..rng.random_range(1..=3) {
             let moves = (0..pages).map(|page| Deed::Move(0, page, rng.random_range(1..parts)));
             deeds.extend(moves.collect::<Vec<_>>());

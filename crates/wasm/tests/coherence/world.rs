@@ -44,8 +44,10 @@ pub(crate) struct Thread {
 pub(crate) enum Deed {
     /// By a part's agent.
     Move(usize, u32, usize),
-    /// By the directory of that moment.
+    /// As the home wants it.
     MoveDirectory(u32, usize),
+    /// The home has all directories brought.
+    Gather,
     /// A part gives up what it has, to another; its threads have ended then.
     Empty(usize, usize),
     /// A part is gone, with what was on its way to it and from it.
@@ -279,14 +281,28 @@ impl World {
 
     fn can(&self, deed: Deed) -> bool {
         match deed {
-            Deed::Move(..) | Deed::Lose(_) => true,
-            Deed::MoveDirectory(segment, to) => self
-                .directory(segment)
-                .is_some_and(|directory| directory != to),
-            // Its threads have left.
+            // (What is to be at a part that not all know only the home refuses.)
+            Deed::Move(_, _, to) => {
+                let joins = |deed: &Deed| matches!(deed, Deed::Join(_, part) if *part == to);
+                let moves = |deed: &Deed| matches!(deed, Deed::MoveDirectory(..));
+                let all_home = !self.parts[0].directories_moved() && !self.deeds.iter().any(moves);
+                all_home || !self.deeds.iter().any(joins)
+            }
+            Deed::Gather | Deed::Lose(_) => true,
+            // (Whoever is told of a directory has heard before of who is gone.)
+            Deed::MoveDirectory(segment, to) => {
+                let is_gone = |deed: &Deed| matches!(deed, Deed::Gone(..));
+                let at = self.directory(segment);
+                at.is_some_and(|at| at != to) && !self.deeds.iter().any(is_gone)
+            }
+            // Its threads have left. (Who is to be gone is asked nothing any more.)
             Deed::Empty(part, _) => {
                 let mut threads = self.threads.iter();
+                let home = &self.parts[0];
                 threads.all(|thread| thread.part != part || thread.left.is_empty())
+                    && (self.returns.is_none()
+                        || !home.directories_moved()
+                        || self.is_quiet() && home.directories().next().is_none())
             }
             // The home is the first that is told, and the last.
             Deed::Gone(0, part) => self.emptied.contains(&part),
@@ -389,13 +405,11 @@ impl World {
                     self.step(by, Event::Move { page, to });
                 }
                 Deed::MoveDirectory(segment, to) => {
-                    let Some(by) = self.directory(segment) else {
-                        return;
-                    };
                     let (number, to) = (segment, part(to));
                     let segment = Segment { memory: 0, number };
-                    self.step(by, Event::MoveDirectory { segment, to });
+                    self.step(0, Event::MoveDirectory { segment, to });
                 }
+                Deed::Gather => self.step(0, Event::Gather),
                 Deed::Lose(part) => {
                     self.lost.insert(part);
                     self.frames[part].clear();

@@ -7,9 +7,7 @@
 //!     │─── Prepare ─────────────────────▶│ protects what it owns; whoever writes a page
 //!     │◀─────────────────────── Prepared ─│ goes on at once, and it counts as another one
 //!     │            all threads stand
-//!     │─── Begin ───────────────────────▶│ gives nothing away by itself any more
-//!     │◀────────────────────────── Quiet ─│ nothing is on its way to it
-//!   nothing is on its way at all: the cut
+//!   nothing is on its way ([`super::settling`]): the cut
 //!     │─── Mark ────────────────────────▶│ protects what was written since, or came
 //!     │◀───────────────────────── Marked ─│
 //!     │            threads go on
@@ -23,9 +21,8 @@
 //! is protected is copied before somebody writes it or gets it; the rest follows piece by
 //! piece (Li, Naughton and Plank, "Low-Latency, Concurrent Checkpointing for Parallel
 //! Programs", 1994). Threads stand for two round trips and the protecting of what was
-//! written since it was prepared. Members send as much as the home has asked for, so a slow store fills no memory.
-//!
-//! The directory of all pages must be the home: only so it sees all that is on its way.
+//! written since it was prepared. Members send as much as the home has asked for, so a slow
+//! store fills no memory.
 
 use super::super::wire::{self, Parcel};
 use super::work::Work;
@@ -64,11 +61,7 @@ pub enum CutWord {
     Prepare,
     /// To the home: almost all that is here is protected.
     Prepared,
-    /// To members: all threads stand.
-    Begin,
-    /// To the home: nothing is on its way to this part.
-    Quiet,
-    /// To members: the cut is now.
+    /// To members: the cut is now; nothing is on its way.
     Mark,
     /// To the home: it is.
     Marked,
@@ -103,12 +96,8 @@ impl CutPages {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// Threads run; what there is is found out and protected.
+    /// What there is is found out and protected.
     Preparing,
-    /// What is on its way arrives.
-    Settling,
-    /// Nothing is on its way.
-    Settled,
     /// The cut was.
     Marked,
 }
@@ -127,8 +116,6 @@ pub(super) struct Cutting {
     looked: Option<PageId>,
     /// Pages that changed since, as they were.
     copied: VecDeque<CutPages>,
-    /// It is marked everywhere.
-    goes_on: bool,
     /// At a member: bytes that the home waits for, whether it was told that it is prepared,
     /// or, once marked, that there are no more, and whether it wants none.
     asked: i64,
@@ -138,7 +125,6 @@ pub(super) struct Cutting {
     gave_up: bool,
     /// At the home: who said what, and what came.
     prepared: PartSet,
-    quiet: PartSet,
     marked: PartSet,
     done: PartSet,
     came: VecDeque<(PartId, CutPages)>,
@@ -156,26 +142,14 @@ impl Cutting {
                 number: 0,
             }),
             copied: VecDeque::new(),
-            goes_on: false,
             asked: 0,
             is_done: false,
             is_over: false,
             gave_up: false,
             prepared: PartSet::default(),
-            quiet: PartSet::default(),
             marked: PartSet::default(),
             done: PartSet::default(),
             came: VecDeque::new(),
-        }
-    }
-
-    /// Whether threads stand for it: what moves pages by itself waits. Also where it is
-    /// marked already: a page could come where it is not, and be at neither.
-    pub(super) fn is_settling(&self) -> bool {
-        match self.stage {
-            Stage::Preparing => false,
-            Stage::Settling | Stage::Settled => true,
-            Stage::Marked => !self.goes_on,
         }
     }
 }
@@ -187,23 +161,11 @@ pub(super) struct Cuts {
     count: AtomicU64,
     /// There is one.
     is_on: AtomicBool,
-    /// One waits for what is on its way.
-    is_settling: AtomicBool,
     copied_bytes: AtomicUsize,
     pub(super) changed: Condvar,
 }
 
 impl Cuts {
-    /// Whether it is waited for that nothing is on its way.
-    pub(super) fn are_settling(&self) -> bool {
-        self.is_settling.load(Ordering::SeqCst)
-    }
-
-    /// Nobody waits for that any more.
-    pub(super) fn no_longer_settle(&self) {
-        self.is_settling.store(false, Ordering::SeqCst);
-    }
-
     /// Whether so much was copied that whoever writes waits for a moment.
     pub(super) fn are_behind(&self) -> bool {
         self.copied_bytes.load(Ordering::Relaxed) > COPIED_MANY
@@ -278,7 +240,7 @@ impl Shared {
     ) -> Result<(), SpanError> {
         let to_home = matches!(
             word,
-            CutWord::Prepared | CutWord::Quiet | CutWord::Marked | CutWord::Done | CutWord::GaveUp
+            CutWord::Prepared | CutWord::Marked | CutWord::Done | CutWord::GaveUp
         );
         if to_home != self.is_home() || !to_home && from != PartId::HOME {
             let reason = "it says of a cut what only another part can say".into();
@@ -301,19 +263,10 @@ impl Shared {
         };
         match word {
             CutWord::Prepare => {}
-            CutWord::Begin => {
-                cutting.is_done = false;
-                cutting.stage = Stage::Settling;
-                self.cuts.is_settling.store(true, Ordering::SeqCst);
-            }
             CutWord::Prepared => cutting.prepared = cutting.prepared.with(from),
-            CutWord::Quiet => cutting.quiet = cutting.quiet.with(from),
             CutWord::Marked => cutting.marked = cutting.marked.with(from),
             CutWord::Done => cutting.done = cutting.done.with(from),
-            CutWord::More(bytes) => {
-                cutting.goes_on = true;
-                cutting.asked = cutting.asked.saturating_add(bytes.into());
-            }
+            CutWord::More(bytes) => cutting.asked = cutting.asked.saturating_add(bytes.into()),
             CutWord::GaveUp => cutting.gave_up = true,
             CutWord::End => cutting.is_over = true,
             CutWord::Mark => {
@@ -354,56 +307,19 @@ impl Shared {
         Ok(())
     }
 
-    /// At a member: whoever wanted a cut does not want it any more.
-    pub(super) fn end_settling(&self) {
-        if let Some(cutting) = &mut locked(&self.state).cutting {
+    /// Whoever wanted a cut does not want it any more, nor that nothing is on its way.
+    pub(super) fn end_cut(&self) {
+        let mut state = locked(&self.state);
+        if let Some(cutting) = &mut state.cutting {
             cutting.is_over = true;
         }
-        self.cuts.no_longer_settle();
-        self.cuts.changed.notify_all();
-    }
-
-    /// Says so when nothing is on its way any more, if that is waited for. The home looks
-    /// last: only with nothing on its way to any member nothing of what it sees ended is
-    /// followed by more.
-    pub(super) fn settle(&self) -> Result<(), SpanError> {
-        if !self.cuts.is_settling.load(Ordering::SeqCst) {
-            return Ok(());
-        }
-        let number = {
-            let mut state = locked(&self.state);
-            let State {
-                cutting, coherence, ..
-            } = &mut *state;
-            let settling = cutting.as_mut().filter(|it| it.stage == Stage::Settling);
-            let Some(cutting) = settling else {
-                self.cuts.is_settling.store(false, Ordering::Release);
-                return Ok(());
-            };
-            let others = self.others.count();
-            // (What another thread is about to say would come behind the word.)
-            let is_said = self.unsaid.load(Ordering::SeqCst) == 0;
-            if !is_said || !coherence.is_quiet() || self.is_home() && cutting.quiet.len() < others {
-                return Ok(());
-            }
-            cutting.stage = Stage::Settled;
-            self.cuts.is_settling.store(false, Ordering::Release);
-            self.cuts.changed.notify_all();
-            cutting.number
-        };
-        match self.is_home() {
-            true => Ok(()),
-            false => {
-                let word = CutWord::Quiet;
-                self.tell_part(PartId::HOME, &Parcel::Cut { number, word })
-            }
-        }
+        self.no_longer_settle(&mut state);
     }
 
     /// The cut is now: all that this part owns is protected.
     fn mark(&self, state: &mut State) -> Result<(), SpanError> {
-        let settled = state.cutting.as_ref().map(|it| it.stage);
-        if settled != Some(Stage::Settled) {
+        let is_prepared = state.cutting.as_ref().map(|it| it.stage) == Some(Stage::Preparing);
+        if !is_prepared || state.settling.is_none() {
             return Err(SpanError::Disagree(
                 "a cut that nothing is ready for".into(),
             ));
@@ -412,6 +328,7 @@ impl Shared {
         while self.protect_some(state)? {}
         if let Some(cutting) = &mut state.cutting {
             cutting.stage = Stage::Marked;
+            cutting.is_done = false;
         }
         Ok(())
     }
@@ -714,7 +631,7 @@ impl std::fmt::Debug for Cut {
 
 impl Pages {
     /// A cut of which nothing is prepared yet.
-    pub(super) fn open_cut(&self) -> Result<Cut, SpanError> {
+    fn open_cut(&self) -> Result<Cut, SpanError> {
         let shared = self.shared.clone();
         let number = shared.cuts.count.fetch_add(1, Ordering::Relaxed) + 1;
         {
@@ -723,7 +640,8 @@ impl Pages {
                 return Err(failure.clone());
             }
             let leave = state.coherence.are_leaving();
-            if state.cutting.is_some() || leave || !shared.is_home() {
+            let is_taken = state.cutting.is_some() || state.settling.is_some();
+            if is_taken || leave || !shared.is_home() {
                 return Err(SpanError::Cut);
             }
             state.cutting = Some(Cutting::new(number, shared.memories.len()));
@@ -733,8 +651,7 @@ impl Pages {
     }
 
     /// Prepares a cut while threads run: finds out what pages there are, and has them
-    /// protected. Only at the home, which was the origin and is the directory of all; one at
-    /// a time.
+    /// protected. Only at the home, which was the origin; one at a time.
     ///
     /// # Errors
     /// [`SpanError`]; [`SpanError::Cut`] if there is one already, or parts leave;
@@ -775,26 +692,6 @@ impl Pages {
 }
 
 impl Cut {
-    /// Waits until nothing is on its way, and lets nothing begin. All threads stand, and
-    /// nobody writes for the host.
-    ///
-    /// # Errors
-    /// As [`Self::mark`].
-    pub(super) fn settle(&self, patience: Duration) -> Result<(), SpanError> {
-        let shared = &self.shared;
-        {
-            let mut state = locked(&shared.state);
-            if let Some(cutting) = &mut state.cutting {
-                cutting.stage = Stage::Settling;
-            }
-            shared.cuts.is_settling.store(true, Ordering::SeqCst);
-        }
-        self.tell_all(CutWord::Begin)?;
-        self.await_all(Instant::now() + patience, patience, |cutting| {
-            cutting.stage == Stage::Settled
-        })
-    }
-
     /// The cut is now. All threads stand, and nobody writes for the host; when this returns
     /// they may go on.
     ///
@@ -803,20 +700,18 @@ impl Cut {
     pub fn mark(&self, patience: Duration) -> Result<(), SpanError> {
         let shared = &self.shared;
         let deadline = Instant::now() + patience;
-        self.settle(patience)?;
-        // (Nothing is on its way, and nobody moves anything before all have marked.)
+        // (Nobody moves anything before all have marked: a page could come where it is not,
+        // and be at neither.)
+        let settled = shared.settle(patience)?;
         self.tell_all(CutWord::Mark)?;
         shared.mark(&mut locked(&shared.state))?;
         let others = shared.others.count();
         self.await_all(deadline, patience, |cutting| cutting.marked.len() == others)?;
-        if let Some(cutting) = &mut locked(&shared.state).cutting {
-            cutting.goes_on = true;
-        }
-        shared.cuts.changed.notify_all();
+        drop(settled);
         self.tell_all(CutWord::More(AHEAD_BYTES))
     }
 
-    pub(super) fn tell_all(&self, word: CutWord) -> Result<(), SpanError> {
+    fn tell_all(&self, word: CutWord) -> Result<(), SpanError> {
         let number = self.number;
         for part in self.shared.others.parts().iter() {
             self.shared.tell_part(part, &Parcel::Cut { number, word })?;

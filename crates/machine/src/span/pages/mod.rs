@@ -21,9 +21,10 @@
 //! - `host`: the host's own accesses
 //! - `keeping`: how much a part keeps, and that no more is there
 //! - `others`: the other parts, which come and go
+//! - `settling`: nothing is on its way
 //! - `cutting`: the memory of the whole as it is at one instant
 //! - `succession`: another part becomes the home
-//! - `objects`: the memory of the whole in pieces
+//! - `objects`: the memory of the whole in pieces, and how they move
 
 mod cutting;
 mod host;
@@ -31,12 +32,15 @@ mod keeping;
 mod objects;
 mod others;
 mod serve;
+mod settling;
 mod succession;
 mod work;
 
 pub use cutting::{Cut, CutPages, CutWord};
 pub use keeping::{PART_BYTES_MIN, PartMemory};
 pub use objects::Object;
+pub(super) use objects::{Answer, Question};
+pub(super) use settling::SettleWord;
 pub(super) use succession::Left;
 
 use super::ahead::Streams;
@@ -45,21 +49,20 @@ use super::peer::{Ends, PeerError};
 use super::wire::{self, PageBytes, Parcel};
 use cutting::{Cuts, Cutting};
 use host::{page_of, pieces};
-use keel_wasm::coherence::{Access, Coherence, Config, Event, PageId, PartId, PartSet};
+use keel_wasm::coherence::{Access, Coherence, Config, Event, PageId, PartId, PartSet, Traffic};
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES, Spanning, Unavailable};
 use keeping::Limits;
-use objects::objects_of;
 use others::Others;
 use roaring::RoaringBitmap;
 use rustix::event::{EventfdFlags, eventfd};
+use settling::Settling;
 use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use work::{Beside, Happened, Work};
+use work::{Beside, Work};
 
 const PAGE: usize = PAGE_BYTES as usize;
 /// How long it sleeps at most.
@@ -70,7 +73,7 @@ const ASK_AGAIN: Duration = Duration::from_millis(5);
 const ANSWER_MICROS: u64 = 300;
 /// Faults that are taken note of at once.
 const FAULTS_MAX: usize = 64;
-/// Moves of pages that are asked for at once.
+/// Moves of pages, or directories, that are asked for at once.
 const MOVES_MAX: usize = 128;
 /// OS threads of which it is counted what they waited for.
 const WAITED_MAX: usize = 8192;
@@ -100,6 +103,14 @@ pub enum SpanError {
     Late {
         /// Which.
         page: PageId,
+        /// How long it was waited for.
+        patience: Duration,
+    },
+    /// A part does not say what it is asked.
+    #[error("part {part} did not say where pages are within {patience:?}; try again")]
+    Silent {
+        /// Which.
+        part: PartId,
         /// How long it was waited for.
         patience: Duration,
     },
@@ -234,6 +245,15 @@ struct State {
     woken: Vec<RoaringBitmap>,
     /// What is to be read as it was at an instant, while there is such a thing.
     cutting: Option<Cutting>,
+    /// It is waited for that nothing is on its way, or so it is; and how often it was.
+    settling: Option<Settling>,
+    settled: u64,
+    traffic: Traffic,
+    /// What was asked of whom, with what it answered; and how often.
+    asked: BTreeMap<u64, (PartId, Option<Answer>)>,
+    questions: u64,
+    /// No directory moves: parts go.
+    directories_stay: bool,
     /// Where pages in a row are put together.
     scratch: Vec<u8>,
     failure: Option<SpanError>,
@@ -253,6 +273,8 @@ struct Shared {
     over: AtomicBool,
     limits: Limits,
     cuts: Cuts,
+    /// It is waited for that nothing is on its way.
+    is_settling: AtomicBool,
     /// Another part has become the home, and not all may know: nothing moves by itself.
     is_succeeding: AtomicBool,
     /// Until when an answer is likely to come, in the time of `now`.
@@ -429,6 +451,12 @@ impl Pages {
                 keep: None,
                 woken: vec![RoaringBitmap::new(); setup.memories.len()],
                 cutting: None,
+                settling: None,
+                settled: 0,
+                traffic: Traffic::default(),
+                asked: BTreeMap::new(),
+                questions: 0,
+                directories_stay: false,
                 scratch: Vec::new(),
                 failure: None,
             }),
@@ -440,6 +468,7 @@ impl Pages {
             over: AtomicBool::new(false),
             limits: Limits::new(setup.room_bytes),
             cuts: Cuts::default(),
+            is_settling: AtomicBool::new(false),
             is_succeeding: AtomicBool::new(false),
             awaited: AtomicU64::new(0),
             is_alone: AtomicBool::new(false),
@@ -530,12 +559,7 @@ impl Pages {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(SpanError::Slow { part, patience });
             }
-            state = self
-                .shared
-                .changed
-                .wait_timeout(state, SLEEP_MAX)
-                .unwrap_or_else(|error| error.into_inner())
-                .0;
+            state = self.shared.wait_changed(state, SLEEP_MAX);
         }
     }
 
@@ -620,119 +644,6 @@ impl Pages {
     pub fn die(&self) {
         self.shared.end(SpanError::Ended);
     }
-
-    /// The memory of the machine in pieces, in rising order, each of which the same parts
-    /// hold; only of the part that was the origin and is the directory of all.
-    ///
-    /// # Errors
-    /// [`SpanError::Memory`].
-    pub fn objects(&self) -> Result<Vec<Object>, SpanError> {
-        let placements = locked(&self.shared.state).coherence.placements();
-        let mut objects = Vec::new();
-        for (number, memory) in (0..).zip(&self.shared.memories) {
-            let here = memory.memory().populated();
-            let here = here.map_err(|error| SpanError::Memory(error.to_string()))?;
-            let placed = placements.iter().filter(|it| it.memory == number);
-            objects.extend(objects_of(number, &here, placed));
-        }
-        Ok(objects)
-    }
-
-    /// Has whole pages brought to a part, and waits until each of them has been there;
-    /// how many bytes have.
-    ///
-    /// # Errors
-    /// As [`Self::move_pages`]; [`SpanError::Slow`] if not even one has been there in time.
-    pub fn move_object(
-        &self,
-        memory: u32,
-        range: Range<u64>,
-        to: PartId,
-        patience: Duration,
-    ) -> Result<u64, SpanError> {
-        self.move_pages(memory, range.clone(), to)?;
-        let deadline = Instant::now().checked_add(patience);
-        let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
-        // They mostly come in order. One that is elsewhere again was there, so whoever was
-        // seen to have been is not looked at again: to look at all of them each time would
-        // hold up those that bring them.
-        let mut number = first;
-        loop {
-            let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            let behind = {
-                let state = locked(&self.shared.state);
-                if let Some(failure) = &state.failure {
-                    return Err(failure.clone());
-                }
-                let was_there = |number: u64| {
-                    let page = page_of(memory, number * PAGE_BYTES);
-                    page.is_ok_and(|page| !state.coherence.is_going(page, to))
-                };
-                while number < last && was_there(number) {
-                    number += 1;
-                }
-                match late {
-                    true => (number..last).filter(|it| was_there(*it)).count() as u64,
-                    false => 0,
-                }
-            };
-            match (number == last || late, number - first + behind) {
-                (true, 0) if last > first => {
-                    return Err(SpanError::Slow { part: to, patience });
-                }
-                (true, there) => return Ok(there * PAGE_BYTES),
-                (false, _) => std::thread::sleep(Duration::from_millis(1)),
-            }
-        }
-    }
-
-    /// Has whole pages brought to a part: of an object, or of what is too much here. Does
-    /// not wait for it.
-    ///
-    /// # Errors
-    /// [`SpanError::Memory`] for a range that the memory does not have, or no such part.
-    pub fn move_pages(&self, memory: u32, range: Range<u64>, to: PartId) -> Result<(), SpanError> {
-        let size = self.shared.memory(memory)?.memory().size_bytes();
-        if range.end > size || range.start > range.end {
-            return Err(SpanError::Memory(format!(
-                "bytes {}..{} are outside a memory of {size}",
-                range.start, range.end
-            )));
-        }
-        if !self.others().with(self.shared.me()).contains(to) {
-            return Err(SpanError::Memory(format!("there is no part {to}")));
-        }
-        let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
-        let mut events = Vec::new();
-        for number in first..last {
-            let page = page_of(memory, number * PAGE_BYTES)?;
-            events.push((Event::Move { page, to }, Beside::Nothing));
-            if events.len() == MOVES_MAX || number + 1 == last {
-                self.step_unless_cut(std::mem::take(&mut events));
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Pages {
-    /// Takes note of events, but not while threads stand so that nothing is on its way.
-    fn step_unless_cut(&self, events: Vec<Happened>) {
-        let mut state = locked(&self.shared.state);
-        while state.failure.is_none() && self.shared.must_rest(&state) {
-            state = self
-                .shared
-                .cuts
-                .changed
-                .wait_timeout(state, SLEEP_MAX)
-                .unwrap_or_else(|error| error.into_inner())
-                .0;
-        }
-        let mut work = Work::default();
-        let done = self.shared.step_in(&mut state, events, &mut work);
-        drop(state);
-        self.shared.say(done, work);
-    }
 }
 
 impl Drop for Pages {
@@ -763,8 +674,17 @@ impl Shared {
 
     /// Whether nothing may move by itself just now.
     fn must_rest(&self, state: &State) -> bool {
-        let settles = state.cutting.as_ref().is_some_and(Cutting::is_settling);
-        settles || self.is_succeeding.load(Ordering::Acquire)
+        state.settling.is_some() || self.is_succeeding.load(Ordering::Acquire)
+    }
+
+    /// Waits until something has come, or for so long.
+    fn wait_changed<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        most: Duration,
+    ) -> MutexGuard<'a, State> {
+        let waited = self.changed.wait_timeout(state, most);
+        waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
     fn memory(&self, number: u32) -> Result<&Spanning, SpanError> {

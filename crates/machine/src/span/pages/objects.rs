@@ -1,8 +1,55 @@
-//! A machine's memory in pieces, each of which the same parts hold.
+//! A machine's memory in pieces, each of which the same parts hold; and how they move, with
+//! their directories.
+//!
+//! What a part is the directory of only that part knows, so the home asks:
+//!
+//! ```text
+//!   home                                   member
+//!     │─── Ask (where are pages, which are about to be there) ─▶│
+//!     │◀── Answer ──────────────────────────────────────────────│
+//! ```
 
-use keel_wasm::coherence::{Holders, PartId, PartSet, Placement};
+use super::super::wire::Parcel;
+use super::host::page_of;
+use super::work::{Beside, Happened, Work};
+use super::{MOVES_MAX, Pages, SLEEP_MAX, Shared, SpanError, locked};
+use keel_wasm::coherence::{Event, Holders, PageId, PartId, PartSet, Placement};
 use keel_wasm::memory::PAGE_BYTES;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
+use std::time::{Duration, Instant};
+
+/// Pages that are looked at for one answer: about a millisecond.
+const LOOKED_MAX: usize = 8192;
+/// How long an answer is waited for.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+/// Between two looks whether pages have come.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
+
+/// What the home asks of what a part is the directory of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(in super::super) enum Question {
+    /// Where pages are, from one on.
+    Placements(PageId),
+    /// How many pages of a range, of [`LOOKED_MAX`] at most, are about to be at a part.
+    Going {
+        /// The machine's memory.
+        memory: u32,
+        /// Numbers of the pages.
+        pages: Range<u32>,
+        /// The part.
+        to: PartId,
+    },
+}
+
+/// What it says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(in super::super) enum Answer {
+    /// Where they are, and the page to ask from next, if there are more.
+    Placements(Vec<Placement>, Option<PageId>),
+    /// How many.
+    Going(u32),
+}
 
 /// A piece of a machine's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +64,8 @@ pub struct Object {
     pub readers: PartSet,
     /// How often its pages changed hands so far.
     pub exchanges: u64,
+    /// The part that knows who holds it, and is asked for it.
+    pub directory: PartId,
 }
 
 /// What never changed hands is the home's, where it is anywhere.
@@ -31,6 +80,7 @@ pub(super) fn objects_of<'a>(
         owner: PartId::HOME,
         readers: PartSet::default(),
         exchanges: 0,
+        directory: PartId::HOME,
     };
     let mut objects = Vec::new();
     // What of `here` lies behind all placements so far.
@@ -56,10 +106,322 @@ pub(super) fn objects_of<'a>(
             owner,
             readers,
             exchanges: placement.exchanges,
+            directory: placement.directory,
         });
     }
     rest(from, u64::MAX, &mut objects);
     objects
+}
+
+impl Shared {
+    /// Says what the home asks.
+    ///
+    /// # Errors
+    /// [`SpanError::Lost`], of a part that cannot ask.
+    pub(super) fn hear_question(
+        &self,
+        from: PartId,
+        number: u64,
+        question: Question,
+    ) -> Result<(), SpanError> {
+        if from != PartId::HOME {
+            let reason = "it asks what only the home asks".into();
+            return Err(SpanError::Lost { part: from, reason });
+        }
+        let answer = {
+            let coherence = &locked(&self.state).coherence;
+            match question {
+                Question::Placements(from) => {
+                    let (placements, next) = coherence.placements(from, LOOKED_MAX);
+                    Answer::Placements(placements, next)
+                }
+                Question::Going { memory, pages, to } => {
+                    let pages = pages.take(LOOKED_MAX);
+                    let going = pages.filter(|number| {
+                        let number = *number;
+                        coherence.is_going(PageId { memory, number }, to)
+                    });
+                    Answer::Going(going.count() as u32)
+                }
+            }
+        };
+        self.tell_part(from, &Parcel::Answer(number, answer))
+    }
+
+    /// Takes note of an answer; one that nobody waits for any more counts no more.
+    ///
+    /// # Errors
+    /// [`SpanError::Lost`], of a part that cannot answer.
+    pub(super) fn hear_answer(
+        &self,
+        from: PartId,
+        number: u64,
+        answer: Answer,
+    ) -> Result<(), SpanError> {
+        if !self.is_home() {
+            let reason = "it answers what it was not asked".into();
+            return Err(SpanError::Lost { part: from, reason });
+        }
+        let mut state = locked(&self.state);
+        if let Some((part, room)) = state.asked.get_mut(&number)
+            && *part == from
+        {
+            *room = Some(answer);
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Asks a part; `None` where it is none any more.
+    fn ask(&self, part: PartId, question: Question) -> Result<Option<Answer>, SpanError> {
+        let deadline = Instant::now() + ANSWERS_WITHIN;
+        let number = {
+            let mut state = locked(&self.state);
+            state.questions += 1;
+            let number = state.questions;
+            state.asked.insert(number, (part, None));
+            number
+        };
+        let told = self.tell_part(part, &Parcel::Ask(number, question));
+        let mut state = locked(&self.state);
+        loop {
+            let failure = told.clone().err().or_else(|| state.failure.clone());
+            let has_answered = state
+                .asked
+                .get(&number)
+                .is_none_or(|(_, answer)| answer.is_some());
+            let is_late = Instant::now() >= deadline;
+            let is_gone = !self.others.parts().contains(part);
+            if failure.is_none() && !has_answered && !is_late && !is_gone {
+                state = self.wait_changed(state, SLEEP_MAX);
+                continue;
+            }
+            let answer = state.asked.remove(&number).and_then(|(_, answer)| answer);
+            return match (failure, answer) {
+                (Some(failure), _) => Err(failure),
+                (None, None) if !is_gone => Err(SpanError::Silent {
+                    part,
+                    patience: ANSWERS_WITHIN,
+                }),
+                (None, answer) => Ok(answer),
+            };
+        }
+    }
+
+    /// All that ever changed hands, in rising order, as the directories know it.
+    fn placements(&self) -> Result<Vec<Placement>, SpanError> {
+        let (mut all, mut next) = (Vec::new(), Some(PageId::default()));
+        while let Some(from) = next {
+            let some = locked(&self.state).coherence.placements(from, LOOKED_MAX);
+            all.extend(some.0);
+            next = some.1;
+        }
+        let directories: PartSet = {
+            let state = locked(&self.state);
+            let directories = state.coherence.directories();
+            directories.map(|(_, part)| part).collect()
+        };
+        for part in directories.iter() {
+            let mut next = Some(PageId::default());
+            while let Some(from) = next.take() {
+                if let Some(Answer::Placements(some, rest)) =
+                    self.ask(part, Question::Placements(from))?
+                {
+                    // (Of one that goes round in circles no more is wanted.)
+                    next = rest.filter(|rest| *rest > from);
+                    all.extend(some);
+                }
+            }
+        }
+        all.sort_by_key(|placement| (placement.memory, placement.first));
+        // (A directory may have moved since the first was asked.)
+        let mut end = (0, 0);
+        all.retain(|placement| {
+            let first = (placement.memory, u64::from(placement.first));
+            let is_next = first >= end;
+            if is_next {
+                end = (placement.memory, first.1 + u64::from(placement.pages));
+            }
+            is_next
+        });
+        Ok(all)
+    }
+
+    /// Pages of a range that are about to be at a part, as other directories than this one
+    /// know.
+    fn going_elsewhere(
+        &self,
+        memory: u32,
+        pages: &Range<u32>,
+        to: PartId,
+    ) -> Result<u64, SpanError> {
+        let runs = {
+            let state = locked(&self.state);
+            let coherence = &state.coherence;
+            let mut runs: Vec<(PartId, Range<u32>)> = Vec::new();
+            for (part, those) in coherence.directories_in(memory, pages.clone()) {
+                let last = runs.last_mut().filter(|(at, last)| {
+                    *at == part && last.end == those.start && last.len() < LOOKED_MAX / 2
+                });
+                match last {
+                    Some((_, last)) => last.end = those.end,
+                    None => runs.push((part, those)),
+                }
+            }
+            runs
+        };
+        let mut going = 0;
+        for (part, pages) in runs {
+            let question = Question::Going { memory, pages, to };
+            if let Some(Answer::Going(some)) = self.ask(part, question)? {
+                going += u64::from(some);
+            }
+        }
+        Ok(going)
+    }
+}
+
+impl Pages {
+    /// The memory of the machine in pieces, in rising order, each of which the same parts
+    /// hold; only of the part that was the origin.
+    ///
+    /// # Errors
+    /// [`SpanError::Memory`]; [`SpanError::Silent`].
+    pub fn objects(&self) -> Result<Vec<Object>, SpanError> {
+        let placements = self.shared.placements()?;
+        let mut objects = Vec::new();
+        for (number, memory) in (0..).zip(&self.shared.memories) {
+            let here = memory.memory().populated();
+            let here = here.map_err(|error| SpanError::Memory(error.to_string()))?;
+            let placed = placements.iter().filter(|it| it.memory == number);
+            objects.extend(objects_of(number, &here, placed));
+        }
+        Ok(objects)
+    }
+
+    /// Has whole pages brought to a part, and waits until each of them has been there;
+    /// how many bytes have. That part is the directory of whole segments of them then. Only
+    /// of the home.
+    ///
+    /// # Errors
+    /// As [`Self::move_pages`]; [`SpanError::Slow`] if not even one has been there in time.
+    pub fn move_object(
+        &self,
+        memory: u32,
+        range: Range<u64>,
+        to: PartId,
+        patience: Duration,
+    ) -> Result<u64, SpanError> {
+        self.move_pages(memory, range.clone(), to)?;
+        let deadline = Instant::now().checked_add(patience);
+        let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
+        // (A memory of 64 GiB has 16 million.)
+        let pages = first as u32..last as u32;
+        // They mostly come in order. One that is elsewhere again was there, so whoever was
+        // seen to have been is not looked at again: to look at all of them each time would
+        // hold up those that bring them.
+        let mut number = first;
+        loop {
+            let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            let behind = {
+                let state = locked(&self.shared.state);
+                if let Some(failure) = &state.failure {
+                    return Err(failure.clone());
+                }
+                let was_there = |number: u64| {
+                    let page = page_of(memory, number * PAGE_BYTES);
+                    page.is_ok_and(|page| !state.coherence.is_going(page, to))
+                };
+                while number < last && was_there(number) {
+                    number += 1;
+                }
+                match late {
+                    true => (number..last).filter(|it| was_there(*it)).count() as u64,
+                    false => 0,
+                }
+            };
+            let elsewhere = match number == last || late {
+                true => self.shared.going_elsewhere(memory, &pages, to)?,
+                false => 0,
+            };
+            let there = (number - first + behind).saturating_sub(elsewhere);
+            if late && there == 0 && last > first {
+                return Err(SpanError::Slow { part: to, patience });
+            }
+            if late || number == last && elsewhere == 0 {
+                if there == last - first {
+                    self.move_directories(memory, pages, to);
+                }
+                return Ok(there * PAGE_BYTES);
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    /// A part is the directory of whole segments of some pages, soon.
+    fn move_directories(&self, memory: u32, pages: Range<u32>, to: PartId) {
+        let segments = locked(&self.shared.state)
+            .coherence
+            .segments_in(memory, pages);
+        for some in segments.chunks(MOVES_MAX) {
+            let events = some.iter().map(|segment| {
+                let segment = *segment;
+                (Event::MoveDirectory { segment, to }, Beside::Nothing)
+            });
+            self.step_unless_cut(events.collect());
+        }
+    }
+
+    /// Has whole pages brought to a part: of an object, or of what is too much here. Does
+    /// not wait for it.
+    ///
+    /// # Errors
+    /// [`SpanError::Memory`] for a range that the memory does not have, or no such part.
+    pub fn move_pages(&self, memory: u32, range: Range<u64>, to: PartId) -> Result<(), SpanError> {
+        let size = self.shared.memory(memory)?.memory().size_bytes();
+        if range.end > size || range.start > range.end {
+            return Err(SpanError::Memory(format!(
+                "bytes {}..{} are outside a memory of {size}",
+                range.start, range.end
+            )));
+        }
+        if !self.others().with(self.shared.me()).contains(to) {
+            return Err(SpanError::Memory(format!("there is no part {to}")));
+        }
+        let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
+        let mut events = Vec::new();
+        for number in first..last {
+            let page = page_of(memory, number * PAGE_BYTES)?;
+            events.push((Event::Move { page, to }, Beside::Nothing));
+            if events.len() == MOVES_MAX || number + 1 == last {
+                self.step_unless_cut(std::mem::take(&mut events));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Pages {
+    /// Takes note of events, but not while threads stand so that nothing is on its way.
+    fn step_unless_cut(&self, mut events: Vec<Happened>) {
+        let mut state = locked(&self.shared.state);
+        while state.failure.is_none() && self.shared.must_rest(&state) {
+            state = self
+                .shared
+                .cuts
+                .changed
+                .wait_timeout(state, SLEEP_MAX)
+                .unwrap_or_else(|error| error.into_inner())
+                .0;
+        }
+        if state.directories_stay {
+            events.retain(|(event, _)| !matches!(event, Event::MoveDirectory { .. }));
+        }
+        let mut work = Work::default();
+        let done = self.shared.step_in(&mut state, events, &mut work);
+        drop(state);
+        self.shared.say(done, work);
+    }
 }
 
 #[cfg(test)]
@@ -77,6 +439,7 @@ mod tests {
                 pages: 2,
                 holders: Holders::Owner(part(1)),
                 exchanges: 5,
+                directory: part(1),
             },
             Placement {
                 memory: 0,
@@ -87,6 +450,7 @@ mod tests {
                     readers: [part(0), part(2)].into_iter().collect(),
                 },
                 exchanges: 1,
+                directory: part(0),
             },
         ];
         // (Pages that another part has are not here.)

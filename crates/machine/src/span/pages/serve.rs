@@ -82,6 +82,21 @@ impl Shared {
                                         return self.end(error);
                                     }
                                 }
+                                Parcel::Ask(number, question) => {
+                                    if let Err(error) = self.hear_question(from, number, question) {
+                                        return self.end(error);
+                                    }
+                                }
+                                Parcel::Answer(number, answer) => {
+                                    if let Err(error) = self.hear_answer(from, number, answer) {
+                                        return self.end(error);
+                                    }
+                                }
+                                Parcel::Settle { number, word } => {
+                                    if let Err(error) = self.hear_settle(from, number, word) {
+                                        return self.end(error);
+                                    }
+                                }
                                 Parcel::CutPages { number, pages } => {
                                     let came = self.hear_cut_pages(from, number, pages);
                                     if let Err(error) = came {
@@ -145,7 +160,7 @@ impl Shared {
                 self.step(std::mem::take(&mut events));
                 spin.worked();
             }
-            if let Err(error) = self.settle() {
+            if let Err(error) = self.settle_some() {
                 return self.end(error);
             }
             if !idle {

@@ -3,8 +3,7 @@
 //! ```text
 //!   home                            successor                        others
 //!     what is here goes there
-//!     │─── Begin (a cut) ──────────────▶│─── nothing is on its way any more, at anybody ───┐
-//!     │◀── Quiet ───────────────────────│◀────────────────────────────│                    │
+//!     it is the directory of all, and nothing is on its way ([`super::settling`])
 //!     │─── who holds what (not here) ──▶│                             │                    │
 //!     │    … it is decided …            │ is the home                 │                    │
 //!     │                                 │─── Succeeded ──────────────▶│ its number is the
@@ -19,7 +18,7 @@
 
 use super::super::peer::Heard;
 use super::super::wire::Parcel;
-use super::cutting::Cut;
+use super::settling::Settled;
 use super::work::{Beside, Happened};
 use super::{Listener, MOVES_MAX, Pages, Shared, SpanError, locked};
 use keel_wasm::coherence::{Copy, Event, Held, PageId, PartId};
@@ -38,7 +37,7 @@ const LOOK_AGAIN: Duration = Duration::from_micros(500);
 /// everything go on.
 pub struct Left {
     shared: Arc<Shared>,
-    _cut: Cut,
+    _settled: Settled,
     legacy: Vec<Held>,
 }
 
@@ -118,16 +117,21 @@ impl Pages {
                     (rest, sent) = (shared.send_rest(to)?, Instant::now());
                 }
             }
-            let cut = self.open_cut()?;
-            cut.tell_all(super::CutWord::Prepare)?;
-            cut.settle(deadline.saturating_duration_since(Instant::now()))?;
+            let settled =
+                shared.settle_with_all(deadline.saturating_duration_since(Instant::now()))?;
             // (Others may have sent something here before they heard of it.)
-            let legacy = locked(&shared.state).coherence.legacy();
+            let legacy = {
+                let state = locked(&shared.state);
+                if state.cutting.is_some() {
+                    return Err(SpanError::Cut);
+                }
+                state.coherence.legacy()
+            };
             match legacy {
                 Ok(legacy) if shared.populated()?.is_empty() => {
                     return Ok(Left {
                         shared: shared.clone(),
-                        _cut: cut,
+                        _settled: settled,
                         legacy,
                     });
                 }
@@ -200,7 +204,8 @@ impl Pages {
             }
             shared.is_succeeding.store(true, Ordering::Release);
             while shared.let_some_go(state)? {}
-            shared.cuts.no_longer_settle();
+            shared.no_longer_settle(state);
+            state.traffic.forget(PartId::HOME);
             state
                 .coherence
                 .succeed(legacy)
@@ -308,7 +313,7 @@ impl Shared {
         self.is_succeeding.store(true, Ordering::Release);
         self.step(vec![(Event::Succeeded { by: from }, Beside::Nothing)]);
         self.others.succeed_home(from);
-        self.end_settling();
+        self.end_cut();
         heard.is_now(PartId::HOME);
         self.limits.rename(from, PartId::HOME);
         // (It does not know what is here.)

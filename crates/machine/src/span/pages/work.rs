@@ -154,7 +154,7 @@ impl Shared {
             self.unsaid.fetch_sub(work.steps, Ordering::SeqCst);
         }
         // (Whoever waits for all to be said looks when that thread has looked.)
-        if work.is_due || self.cuts.are_settling() {
+        if work.is_due || self.is_settling.load(Ordering::SeqCst) {
             self.ring();
         }
         if let Err(error) = done
@@ -222,6 +222,12 @@ impl Shared {
                 Event::Fault { page, access } => Some((*page, *access)),
                 _ => None,
             };
+            match &event {
+                Event::Message { from, .. } => state.traffic.heard(*from),
+                Event::Join { part } | Event::Gone { part } => state.traffic.forget(*part),
+                Event::Succeeded { by } => state.traffic.rename(*by, PartId::HOME),
+                _ => {}
+            }
             let now = self.now();
             for command in state.coherence.step(event, now) {
                 self.note(state, command, work)?;
@@ -280,6 +286,7 @@ impl Shared {
         let (page, deed) = match command {
             Command::Send { to, message } => {
                 let parcel = Parcel::Message(message);
+                state.traffic.said(to);
                 let said = work.to(to).and_then(|frames| wire::encode(&parcel, frames));
                 return said.map_err(wrong);
             }
@@ -358,6 +365,7 @@ impl Shared {
             memory.read(run.offset(), bytes).map_err(failed)?;
             for (deed, page) in run.deeds.iter().zip(bytes.chunks_exact(PAGE)) {
                 if let Deed::Send(to, message) = deed {
+                    state.traffic.said(*to);
                     work.to(*to)
                         .and_then(|frames| wire::encode_page(message, page, frames))
                         .map_err(|error| SpanError::Disagree(error.to_string()))?;
