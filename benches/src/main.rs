@@ -51,7 +51,8 @@ pub(crate) struct Options {
     /// Where the kernels are.
     #[arg(long, default_value = "benches/kernels")]
     kernels: PathBuf,
-    /// Only kernels, or programs of `spread`, whose name contains this.
+    /// Only kernels, programs of `spread`, or figures of `spanning` (`faults`, `sets`) whose
+    /// name contains this.
     #[arg(long)]
     only: Option<String>,
     /// Rounds of each kernel; every variant runs once in each round.
@@ -125,7 +126,7 @@ fn main() -> Result<()> {
         plan::bench()?;
     }
     if wanted(What::Spanning) {
-        spanning::bench(options.rounds)?;
+        spanning::bench(options.rounds, options.only.as_deref())?;
     }
     if wanted(What::Threads) {
         threads::bench(options.captures)?;

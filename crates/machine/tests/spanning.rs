@@ -2,7 +2,7 @@
 //! and move between them give what they give alone; what goes wrong at one part ends the
 //! whole by name.
 
-use keel_machine::span::{Keeps, SpanError, Spread, Within};
+use keel_machine::span::{Keeps, Pages, SpanError, Spread, Within};
 use keel_wasi::{Config, HostClock, MemorySink, Resources, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
 use keel_wasm::memory::GuestMemory;
@@ -12,6 +12,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Something hangs that takes longer.
@@ -114,10 +115,9 @@ fn move_some_thread(running: &Running, rng: &mut SmallRng, to: PartId) {
 }
 
 /// 64 KiB go somewhere, with their directory.
-fn move_some_object(parts: &Within, rng: &mut SmallRng, to: PartId) {
+fn move_some_object(pages: &Pages, rng: &mut SmallRng, to: PartId) {
     let first = rng.random_range(0..64u64) << 16;
     // (There may be no such memory, or no such part any more.)
-    let pages = parts.home().pages();
     let _ = pages.move_object(0, first..first + (1 << 16), to, LONG);
 }
 
@@ -230,6 +230,20 @@ fn parts_come_and_go_while_it_runs() {
         let mut parts = running.span(2);
         let mut rng = SmallRng::seed_from_u64(seed);
         let (mut came, mut went) = (0, 0);
+        // Objects move whatever else is done with parts.
+        let is_over = Arc::new(AtomicBool::new(false));
+        let moving = {
+            let (pages, is_over) = (parts.home().pages().clone(), is_over.clone());
+            std::thread::spawn(move || {
+                let mut rng = SmallRng::seed_from_u64(seed + 10);
+                while !is_over.load(Ordering::Relaxed) && pages.failure().is_none() {
+                    let others: Vec<PartId> = pages.others().with(PartId::HOME).iter().collect();
+                    let to = others[rng.random_range(0..others.len())];
+                    move_some_object(&pages, &mut rng, to);
+                    std::thread::sleep(Duration::from_micros(rng.random_range(0..2000)));
+                }
+            })
+        };
         let outcome = loop {
             let pause = Duration::from_micros(rng.random_range(100..6000));
             if let Some(outcome) = running.machine.wait(Some(pause)) {
@@ -247,11 +261,6 @@ fn parts_come_and_go_while_it_runs() {
                     let to = if to == part { PartId::HOME } else { to };
                     parts.part_with(part, to, LONG).map(|_| went += 1)
                 }
-                2 => {
-                    // So that it has something.
-                    move_some_object(&parts, &mut rng, to);
-                    Ok(())
-                }
                 _ => {
                     move_some_thread(&running, &mut rng, to);
                     Ok(())
@@ -264,6 +273,8 @@ fn parts_come_and_go_while_it_runs() {
                 Err(error) => panic!("{name}: {error}"),
             }
         };
+        is_over.store(true, Ordering::Relaxed);
+        moving.join().unwrap();
         assert_eq!(parts.home().failure(), None);
         assert_eq!(outcome, Outcome::Exit(0), "{name}: {}", running.text());
         assert_eq!(running.text(), expected, "{name}");
@@ -317,7 +328,7 @@ fn the_home_moves_while_it_runs() {
                     parts.part_with(part, to, LONG).map(drop)
                 }
                 _ => {
-                    move_some_object(&parts, &mut rng, to);
+                    move_some_object(parts.home().pages(), &mut rng, to);
                     move_some_thread(&running, &mut rng, to);
                     Ok(())
                 }

@@ -91,7 +91,6 @@ impl Home {
         let stood = self.set_members(self.members().without(part), STAND_WITHIN)?;
         self.let_leave(part, false);
         self.pages().part_with(part)?;
-        self.pages().keep_directories(false);
         let mut emptied = locked(&self.emptied);
         *emptied = emptied.without(part);
         Ok(stood)
@@ -110,7 +109,8 @@ impl Home {
     }
 
     /// The home is the directory of all from now on, until directories may move again: nobody
-    /// asks a part that goes. Where they moved, all threads stand for some round trips.
+    /// asks a part that goes. Where they moved they come while threads run, and then all
+    /// stand for some round trips.
     ///
     /// # Errors
     /// [`SpanningError`].
@@ -118,8 +118,9 @@ impl Home {
         if !self.pages().keep_directories(true) {
             return Ok(());
         }
-        self.machine().freeze(patience)?;
-        let brought = self.pages().bring_directories(patience.min(STAND_WITHIN));
+        self.pages().call_directories(patience)?;
+        self.machine().freeze(patience.min(STAND_WITHIN))?;
+        let brought = self.pages().bring_directories(STAND_WITHIN);
         if let Err(error) = self.machine().thaw() {
             // (A thread that could not be launched, or it was ended: then it ends with this.)
             tracing::warn!(%error, "directories were brought");

@@ -31,6 +31,8 @@ const LAST_BYTES_MAX: u64 = 64 << 20;
 /// How long nothing may leave before the rest goes while it stands, or it is given up,
 /// where that is too much.
 const STILL: Duration = Duration::from_secs(2);
+/// How long directories may take to come home, at least.
+const CALL_WITHIN: Duration = Duration::from_secs(10);
 
 /// A thread, and where its code is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,7 +130,7 @@ impl LeavingHome {
             let now = Instant::now();
             let bytes = home.pages().resident_bytes()?;
             if bytes <= LAST_BYTES {
-                return Ok(());
+                break;
             }
             if !goes_on(bytes) {
                 return Err(SpanError::Ended.into());
@@ -137,17 +139,18 @@ impl LeavingHome {
                 last = (bytes, now);
             } else if now >= deadline || now.duration_since(last.1) > STILL {
                 // Nobody else takes it.
-                return match bytes <= LAST_BYTES_MAX && self.has_room(bytes) {
-                    true => Ok(()),
-                    false => Err(SpanError::Full {
-                        part: PartId::HOME,
-                        bytes,
-                    }
-                    .into()),
-                };
+                if bytes <= LAST_BYTES_MAX && self.has_room(bytes) {
+                    break;
+                }
+                let part = PartId::HOME;
+                return Err(SpanError::Full { part, bytes }.into());
             }
             std::thread::sleep(LOOK_AGAIN);
         }
+        // (They go with who is the home.)
+        home.pages().keep_directories(true);
+        let rest = deadline.saturating_duration_since(Instant::now());
+        Ok(home.pages().call_directories(rest.max(CALL_WITHIN))?)
     }
 
     /// Whether what is here can leave while the machine stands: more may have come since.
@@ -214,6 +217,7 @@ impl LeavingHome {
         }
         let home = &self.home;
         home.pages().give_up_own(false);
+        home.pages().keep_directories(false);
         home.let_leave(self.successor, false);
         for tid in std::mem::take(&mut self.sent) {
             // (One that has ended meanwhile.)

@@ -476,7 +476,6 @@ mod tests {
             Parcel::Message(Message::SegmentAt {
                 segment,
                 version: 4,
-                at: part(1),
             }),
             Parcel::Note(Vec::new()),
             Parcel::Memory(PartMemory {
@@ -514,7 +513,7 @@ mod tests {
                 },
             ),
             Parcel::Ask(6, Question::Placements(page)),
-            Parcel::Answer(5, Answer::Going(7)),
+            Parcel::Answer(5, Answer::Going(Some(7))),
             Parcel::Answer(
                 6,
                 Answer::Placements(
@@ -625,7 +624,9 @@ mod tests {
             (&page, KIND_MESSAGE),
             (&want, KIND_ZEROS),
             (&want, KIND_HELLO),
-            (&want, KIND_GONE + 1),
+            (&want, KIND_ANSWER + 1),
+            (&want, KIND_SETTLE),
+            (&want, KIND_SUCCEEDED),
             (&want, KIND_GONE),
             (&want, KIND_CUT_PAGES),
             (&want, KIND_TIME),

@@ -133,11 +133,6 @@ impl Directory {
         })
     }
 
-    /// Whether another part than the home was ever the directory of anything.
-    pub(super) fn ever_left(&self) -> bool {
-        !self.places.is_empty() || !self.leaving.is_empty()
-    }
-
     /// Whether this member is the directory of nothing, nor any other but the home, as far as
     /// it knows.
     pub(super) fn has_nothing(&self) -> bool {
@@ -268,15 +263,8 @@ impl Directory {
             return;
         };
         if *at == self.me && *part != self.me && self.parts.contains(*part) {
-            let (version, at) = (*version, *at);
-            out.send(
-                *part,
-                Message::SegmentAt {
-                    segment,
-                    version,
-                    at,
-                },
-            );
+            let version = *version;
+            out.send(*part, Message::SegmentAt { segment, version });
         }
     }
 
@@ -442,6 +430,7 @@ impl Directory {
         to: PartId,
         out: &mut Out,
     ) -> Result<(), Impossible> {
+        self.can_be(segment)?;
         let at = self.at(segment);
         if at == to || !self.parts.contains(to) {
             return Ok(());
@@ -507,9 +496,7 @@ impl Directory {
         Ok(())
     }
 
-    /// This part is a segment's directory from now on, and tells the others. (It does, and
-    /// not the one before it, so that a home which took one back has said so before it says
-    /// anything else to anybody.)
+    /// This part is a segment's directory from now on, and tells the others.
     pub(super) fn arrive(
         &mut self,
         from: PartId,
@@ -518,6 +505,7 @@ impl Directory {
         pages: Vec<PageEntry>,
         out: &mut Out,
     ) -> Result<(), Impossible> {
+        self.can_be(segment)?;
         let known = self.places.get(&segment).map_or(0, |(version, _)| *version);
         let is_right = |(page, _, holders, _): &PageEntry| {
             self.segment(*page) == segment && holders.are_among(self.parts)
@@ -529,15 +517,7 @@ impl Directory {
         }
         self.places.insert(segment, (version, self.me));
         for part in self.parts.without(self.me).without(from).iter() {
-            let at = self.me;
-            out.send(
-                part,
-                Message::SegmentAt {
-                    segment,
-                    version,
-                    at,
-                },
-            );
+            out.send(part, Message::SegmentAt { segment, version });
         }
         let numbers: Vec<PageId> = pages.iter().map(|(page, ..)| *page).collect();
         for (page, number, holders, queue) in pages {
@@ -564,25 +544,40 @@ impl Directory {
         Ok(())
     }
 
-    /// Where a segment's directory is, if that is news.
+    /// Tells a part that has come of what this one is the directory of.
+    pub(super) fn tell(&self, part: PartId, out: &mut Out) {
+        for (segment, (version, at)) in &self.places {
+            if *at == self.me {
+                let (segment, version) = (*segment, *version);
+                out.send(part, Message::SegmentAt { segment, version });
+            }
+        }
+    }
+
+    /// A part is a segment's directory, if that is news.
     ///
     /// # Errors
-    /// [`Impossible`]: who has it is told by getting it, not by others; and nothing is on its
-    /// way of a part that is gone.
+    /// [`Impossible`], of a segment that cannot be.
     pub(super) fn learn(
         &mut self,
+        at: PartId,
         segment: Segment,
         version: u64,
-        at: PartId,
     ) -> Result<(), Impossible> {
+        self.can_be(segment)?;
         let known = self.places.get(&segment).map_or(0, |(version, _)| *version);
-        if at == self.me || !self.parts.contains(at) {
-            return Err(Impossible(format!("{segment:?} is said to be at {at}")));
-        }
         if version > known {
             self.places.insert(segment, (version, at));
         }
         Ok(())
+    }
+
+    /// Whether there can be such a segment.
+    fn can_be(&self, segment: Segment) -> Result<(), Impossible> {
+        match segment.number <= u32::MAX / self.segment_pages {
+            true => Ok(()),
+            false => Err(Impossible(format!("there is no {segment:?}"))),
+        }
     }
 }
 

@@ -163,18 +163,26 @@ pub enum Message {
     },
     /// From the home: all segments of which a part is the directory go home.
     Gather,
-    /// From a segment's directory to all others, and to who asked another part: where it is.
+    /// From a segment's directory to all others, and to who asked another part, or has come.
     SegmentAt {
         /// The segment.
         segment: Segment,
         /// How often its directory has changed.
         version: u64,
-        /// Where it is.
-        at: PartId,
     },
 }
 
 impl Message {
+    /// The segment that it speaks of.
+    pub fn segment(&self) -> Option<Segment> {
+        match self {
+            Message::Segment { segment, .. }
+            | Message::Hand { segment, .. }
+            | Message::SegmentAt { segment, .. } => Some(*segment),
+            _ => None,
+        }
+    }
+
     /// The pages that it speaks of.
     pub fn pages(&self) -> impl Iterator<Item = PageId> {
         let (page, pages) = match self {

@@ -42,7 +42,8 @@
 //! does nothing else with a page until Done has come; what is wanted meanwhile waits
 //! there, in order. So of a page there is one transaction at a time, and all that a part
 //! hears of a page between Want and Done belongs to it, in whatever order it comes: nothing
-//! depends on the order of messages, on one connection or between several.
+//! depends on the order of messages, on one connection or between several. (That nothing is
+//! on its way does, see below.)
 //!
 //! A part that was just given a page holds it for a moment before it gives it away
 //! ([`Config::hold_micros`]), so that the access that asked for it takes place; the host
@@ -61,7 +62,9 @@
 //!
 //! Before a part goes, or the home moves, all segments are the home's again
 //! ([`Event::Gather`]), and nothing is on its way of before ([`Traffic`]): so nobody asks a
-//! part that is gone.
+//! part that is gone. Who comes is told by each directory what it is the directory of, as
+//! soon as that knows of it, or gets a segment later: by whoever has it when the last one,
+//! the home, knows of it.
 //!
 //! Parts come and go while the others run. Who comes has nothing; who goes gives up what it
 //! has first ([`Event::Empty`]), so no transaction ever concerns it again. A page that is to
@@ -308,7 +311,8 @@ pub enum Event {
         /// Who gets them.
         to: PartId,
     },
-    /// A part is one of them from now on; it has nothing, and was told of all of them.
+    /// A part is one of them from now on, and can be told something; it has nothing, and was
+    /// told of all of them.
     /// The home is the last that is told, and nothing is to be moved there before.
     Join {
         /// The part.
@@ -506,10 +510,9 @@ impl Coherence {
         self.directory.elsewhere()
     }
 
-    /// Whether another part than the home was ever the directory of anything: requests may be
-    /// on their way to it.
-    pub fn directories_moved(&self) -> bool {
-        self.directory.ever_left()
+    /// Whether this part is the directory of a page.
+    pub fn is_directory_of(&self, page: PageId) -> bool {
+        self.directory.of(page) == self.me
     }
 
     /// Of a range of pages those of which another part than the home is the directory, as far
@@ -580,6 +583,7 @@ impl Coherence {
                 }
                 self.gone = self.gone.without(part);
                 self.now_are(self.parts.with(part));
+                self.directory.tell(part, out);
             }
             // (Known already.)
             Event::Gone { part } if self.gone.contains(part) => {}
@@ -645,11 +649,7 @@ impl Coherence {
             Message::Gather => Err(Impossible(format!(
                 "part {from} has directories brought, and is not the home"
             ))),
-            Message::SegmentAt {
-                segment,
-                version,
-                at,
-            } => self.directory.learn(segment, version, at),
+            Message::SegmentAt { segment, version } => self.directory.learn(from, segment, version),
             Message::Fetch { .. } | Message::Invalidate { .. } => {
                 self.copies.taken(from, message, now, out)
             }

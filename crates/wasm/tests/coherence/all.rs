@@ -146,7 +146,7 @@ fn without_any_order() {
         ..set(2, 2, threads)
     };
     all("two pages, unordered", unordered);
-    let threads: &[(usize, &[Op])] = &[(0, &[Op::Add(X)]), (2, &[Op::Read(X)])];
+    let threads: &[(usize, &[Op])] = &[(1, &[Op::Add(X)]), (2, &[Op::Read(X)])];
     let unordered = Set {
         unordered: true,
         deeds: vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 2)],

@@ -47,7 +47,10 @@ fn message(rng: &mut SmallRng) -> Message {
     };
     let segment = Segment {
         memory: 0,
-        number: rng.random_range(0..3),
+        number: match rng.random_bool(0.05) {
+            true => u32::MAX - rng.random_range(0..3),
+            false => rng.random_range(0..3),
+        },
     };
     let (to, txn_number, acks) = (part(rng), number(rng), rng.random_range(0..4));
     let (number, access) = (txn_number, access(rng));
@@ -109,7 +112,6 @@ fn message(rng: &mut SmallRng) -> Message {
         _ => Message::SegmentAt {
             segment,
             version: number,
-            at: to,
         },
     }
 }

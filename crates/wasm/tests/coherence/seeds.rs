@@ -88,8 +88,9 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
     }
 }
 
-/// Runs it to its end; how many steps that took.
-fn run(seed: u64) -> Result<usize, String> {
+/// Runs it to its end; how many steps that took, and whether a part went, or the home moved,
+/// after a directory had.
+fn run(seed: u64) -> Result<(usize, [bool; 2]), String> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut world = World::new(&draw(&mut rng, seed));
     // Some runs prefer threads to messages, some the other way round.
@@ -100,7 +101,7 @@ fn run(seed: u64) -> Result<usize, String> {
         world.actions(&mut actions);
         let idle = |action: &Action| matches!(action, Action::Drop(..) | Action::Pin(..));
         if actions.iter().all(idle) {
-            return Ok(step);
+            return Ok((step, [world.went, world.succeeded]));
         }
         let weight = |action: &Action| match action {
             Action::Run(_) => eager,
@@ -124,11 +125,19 @@ fn seeds() {
         _ => 0..SEEDS,
     };
     let mut longest = 0;
-    for seed in seeds {
+    let mut after = [0, 0];
+    for seed in seeds.clone() {
         match run(seed) {
-            Ok(steps) => longest = longest.max(steps),
+            Ok((steps, did)) => {
+                longest = longest.max(steps);
+                (0..2).for_each(|at| after[at] += u32::from(did[at]));
+            }
             Err(wrong) => panic!("seed {seed}: {wrong}"),
         }
     }
-    println!("the longest took {longest} steps");
+    println!("the longest took {longest} steps; after directories moved {after:?}");
+    assert!(
+        seeds.count() == 1 || after.iter().all(|count| *count > 100),
+        "{after:?}"
+    );
 }

@@ -148,6 +148,10 @@ pub(crate) struct World {
     lost: BTreeSet<usize>,
     emptied: BTreeSet<usize>,
     returns: Option<Vec<Op>>,
+    /// Another part than the home was a directory, and what came of it then.
+    directories_moved: bool,
+    pub(crate) went: bool,
+    pub(crate) succeeded: bool,
     hold_micros: u64,
     pinned: BTreeSet<(usize, u32)>,
     pins_left: u32,
@@ -209,6 +213,9 @@ impl World {
             lost: BTreeSet::new(),
             emptied: BTreeSet::new(),
             returns: set.returns.clone(),
+            directories_moved: false,
+            went: false,
+            succeeded: false,
             hold_micros: set.hold_micros,
             pinned: BTreeSet::new(),
             pins_left: set.pins,
@@ -285,7 +292,7 @@ impl World {
             Deed::Move(_, _, to) => {
                 let joins = |deed: &Deed| matches!(deed, Deed::Join(_, part) if *part == to);
                 let moves = |deed: &Deed| matches!(deed, Deed::MoveDirectory(..));
-                let all_home = !self.parts[0].directories_moved() && !self.deeds.iter().any(moves);
+                let all_home = !self.directories_moved && !self.deeds.iter().any(moves);
                 all_home || !self.deeds.iter().any(joins)
             }
             Deed::Gather | Deed::Lose(_) => true,
@@ -301,7 +308,7 @@ impl World {
                 let home = &self.parts[0];
                 threads.all(|thread| thread.part != part || thread.left.is_empty())
                     && (self.returns.is_none()
-                        || !home.directories_moved()
+                        || !self.directories_moved
                         || self.is_quiet() && home.directories().next().is_none())
             }
             // The home is the first that is told, and the last.
@@ -407,6 +414,7 @@ impl World {
                 Deed::MoveDirectory(segment, to) => {
                     let (number, to) = (segment, part(to));
                     let segment = Segment { memory: 0, number };
+                    self.directories_moved = true;
                     self.step(0, Event::MoveDirectory { segment, to });
                 }
                 Deed::Gather => self.step(0, Event::Gather),
@@ -441,8 +449,12 @@ impl World {
                     if let Err(wrong) = self.succeed(by) {
                         self.wrong.get_or_insert(wrong);
                     }
+                    self.succeeded |= self.directories_moved;
                 }
-                Deed::Gone(by, gone) => self.step(by, Event::Gone { part: part(gone) }),
+                Deed::Gone(by, gone) => {
+                    self.went |= self.directories_moved;
+                    self.step(by, Event::Gone { part: part(gone) });
+                }
                 Deed::Join(by, new) => {
                     if self.leaving.remove(&new) {
                         self.renew(new);
@@ -660,6 +672,24 @@ impl World {
                 self.wrong = Some(format!("part {part} has left, and is to have page {at}"));
                 return;
             }
+        }
+        // Who is told nothing any more must not take another part than the home for a
+        // directory, if none is.
+        let changes = |deed: &Deed| matches!(deed, Deed::Gone(..) | Deed::Join(..));
+        if self.directories_moved
+            && self.lost.is_empty()
+            && !self.deeds.iter().any(changes)
+            && self.is_quiet()
+            && self.parts[0].directories().next().is_none()
+            && let Some(part) = (0..self.parts.len()).find(|part| {
+                let mut directories = self.parts[*part].directories();
+                !self.leaving.contains(part) && directories.next().is_some()
+            })
+        {
+            self.wrong = Some(format!(
+                "part {part} takes one for a directory that is none"
+            ));
+            return;
         }
         let mut actions = Vec::new();
         self.actions(&mut actions);

@@ -51,7 +51,7 @@ const LEFT_PAGES: u64 = 512;
 /// here to be kept; and with so many it is given up: the store is too slow, or hangs.
 const COPIED_MANY: usize = 32 << 20;
 const COPIED_MAX: usize = 256 << 20;
-/// Between two looks whether something is still on its way.
+/// Between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// What home and members say to each other of a cut.
@@ -726,9 +726,6 @@ impl Cut {
         is_so: impl Fn(&Cutting) -> bool,
     ) -> Result<(), SpanError> {
         loop {
-            // (What it has heard and not done yet only the thread that serves knows: it says
-            // when nothing is on its way.)
-            self.shared.ring();
             let state = locked(&self.shared.state);
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());

@@ -254,6 +254,8 @@ struct State {
     questions: u64,
     /// No directory moves: parts go.
     directories_stay: bool,
+    /// At the home: one did, and they were not all brought since.
+    directories_moved: bool,
     /// Where pages in a row are put together.
     scratch: Vec<u8>,
     failure: Option<SpanError>,
@@ -263,6 +265,8 @@ struct Shared {
     /// This part, by its number; the home's once it succeeded it.
     me: AtomicU8,
     memories: Vec<Spanning>,
+    /// Pages whose directory is at one place.
+    segment_pages: u32,
     state: Mutex<State>,
     /// Pages have come, or something failed.
     changed: Condvar,
@@ -438,6 +442,7 @@ impl Pages {
         let shared = Arc::new(Shared {
             me: AtomicU8::new(setup.me.number() as u8),
             memories: memories?,
+            segment_pages: setup.segment_pages,
             state: Mutex::new(State {
                 coherence: Coherence::new(config),
                 arrived: HashMap::new(),
@@ -457,6 +462,7 @@ impl Pages {
                 asked: BTreeMap::new(),
                 questions: 0,
                 directories_stay: false,
+                directories_moved: false,
                 scratch: Vec::new(),
                 failure: None,
             }),

@@ -13,7 +13,7 @@ use super::super::wire::Parcel;
 use super::host::page_of;
 use super::work::{Beside, Happened, Work};
 use super::{MOVES_MAX, Pages, SLEEP_MAX, Shared, SpanError, locked};
-use keel_wasm::coherence::{Event, Holders, PageId, PartId, PartSet, Placement};
+use keel_wasm::coherence::{Event, Holders, PageId, PartId, PartSet, Placement, Segment};
 use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 const LOOKED_MAX: usize = 8192;
 /// How long an answer is waited for.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+/// How often it is asked again where pages are, while directories move.
+const PLACEMENTS_TRIES: u32 = 3;
 /// Between two looks whether pages have come.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
@@ -31,7 +33,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 pub(in super::super) enum Question {
     /// Where pages are, from one on.
     Placements(PageId),
-    /// How many pages of a range, of [`LOOKED_MAX`] at most, are about to be at a part.
+    /// Which page of a range, of [`LOOKED_MAX`] at most, is the first that is about to be at
+    /// a part, or of which it is not the directory.
     Going {
         /// The machine's memory.
         memory: u32,
@@ -47,8 +50,8 @@ pub(in super::super) enum Question {
 pub(in super::super) enum Answer {
     /// Where they are, and the page to ask from next, if there are more.
     Placements(Vec<Placement>, Option<PageId>),
-    /// How many.
-    Going(u32),
+    /// Which; `None`: none of them.
+    Going(Option<u32>),
 }
 
 /// A piece of a machine's memory.
@@ -136,12 +139,13 @@ impl Shared {
                     Answer::Placements(placements, next)
                 }
                 Question::Going { memory, pages, to } => {
-                    let pages = pages.take(LOOKED_MAX);
-                    let going = pages.filter(|number| {
+                    let mut pages = pages.take(LOOKED_MAX);
+                    let going = pages.find(|number| {
                         let number = *number;
-                        coherence.is_going(PageId { memory, number }, to)
+                        let page = PageId { memory, number };
+                        !coherence.is_directory_of(page) || coherence.is_going(page, to)
                     });
-                    Answer::Going(going.count() as u32)
+                    Answer::Going(going)
                 }
             }
         };
@@ -210,18 +214,29 @@ impl Shared {
 
     /// All that ever changed hands, in rising order, as the directories know it.
     fn placements(&self) -> Result<Vec<Placement>, SpanError> {
+        for _ in 0..PLACEMENTS_TRIES {
+            let before: Vec<_> = self.directories();
+            let all = self.placements_once(&before)?;
+            // (Of one that moved meanwhile nobody may have told.)
+            if self.directories() == before {
+                return Ok(all);
+            }
+        }
+        self.placements_once(&self.directories())
+    }
+
+    fn placements_once(
+        &self,
+        directories: &[(Segment, PartId)],
+    ) -> Result<Vec<Placement>, SpanError> {
         let (mut all, mut next) = (Vec::new(), Some(PageId::default()));
         while let Some(from) = next {
             let some = locked(&self.state).coherence.placements(from, LOOKED_MAX);
             all.extend(some.0);
             next = some.1;
         }
-        let directories: PartSet = {
-            let state = locked(&self.state);
-            let directories = state.coherence.directories();
-            directories.map(|(_, part)| part).collect()
-        };
-        for part in directories.iter() {
+        let parts: PartSet = directories.iter().map(|(_, part)| *part).collect();
+        for part in parts.iter() {
             let mut next = Some(PageId::default());
             while let Some(from) = next.take() {
                 if let Some(Answer::Placements(some, rest)) =
@@ -233,52 +248,75 @@ impl Shared {
                 }
             }
         }
-        all.sort_by_key(|placement| (placement.memory, placement.first));
-        // (A directory may have moved since the first was asked.)
-        let mut end = (0, 0);
-        all.retain(|placement| {
-            let first = (placement.memory, u64::from(placement.first));
-            let is_next = first >= end;
-            if is_next {
-                end = (placement.memory, first.1 + u64::from(placement.pages));
-            }
-            is_next
-        });
-        Ok(all)
+        Ok(in_order(all))
     }
 
-    /// Pages of a range that are about to be at a part, as other directories than this one
-    /// know.
-    fn going_elsewhere(
-        &self,
-        memory: u32,
-        pages: &Range<u32>,
-        to: PartId,
-    ) -> Result<u64, SpanError> {
-        let runs = {
+    /// Of a range of pages that were to move to a part the first that may not have been
+    /// there, some of them looked at; the end if all have.
+    fn first_going(&self, memory: u32, pages: Range<u32>, to: PartId) -> Result<u32, SpanError> {
+        let (part, there) = {
             let state = locked(&self.state);
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
             let coherence = &state.coherence;
-            let mut runs: Vec<(PartId, Range<u32>)> = Vec::new();
-            for (part, those) in coherence.directories_in(memory, pages.clone()) {
-                let last = runs.last_mut().filter(|(at, last)| {
-                    *at == part && last.end == those.start && last.len() < LOOKED_MAX / 2
-                });
-                match last {
-                    Some((_, last)) => last.end = those.end,
-                    None => runs.push((part, those)),
+            let mut elsewhere = coherence.directories_in(memory, pages.clone());
+            let (part, there) = match elsewhere.next() {
+                Some((part, there)) => (Some(part), there),
+                None => (None, pages.end..pages.end),
+            };
+            let mut own = (pages.start..there.start).take(LOOKED_MAX);
+            let going = own.find(|number| {
+                let number = *number;
+                coherence.is_going(PageId { memory, number }, to)
+            });
+            let looked = pages.start.saturating_add(LOOKED_MAX as u32);
+            match (going, part) {
+                (Some(number), _) => return Ok(number),
+                (None, None) => return Ok(looked.min(pages.end)),
+                (None, Some(_)) if looked < there.start => return Ok(looked),
+                (None, Some(part)) => {
+                    // Segments in a row that are at the same part.
+                    let rest = elsewhere.take_while(|(at, _)| *at == part);
+                    let mut there = there;
+                    for (_, next) in rest {
+                        if next.start != there.end || there.len() > LOOKED_MAX / 2 {
+                            break;
+                        }
+                        there.end = next.end;
+                    }
+                    (part, there)
                 }
             }
-            runs
         };
-        let mut going = 0;
-        for (part, pages) in runs {
-            let question = Question::Going { memory, pages, to };
-            if let Some(Answer::Going(some)) = self.ask(part, question)? {
-                going += u64::from(some);
-            }
+        let pages = there.clone();
+        match self.ask(part, Question::Going { memory, pages, to })? {
+            Some(Answer::Going(Some(number))) => Ok(number.clamp(there.start, there.end)),
+            _ => Ok(there.end),
         }
-        Ok(going)
     }
+}
+
+/// In rising order, each page once: a directory may have moved since the first was asked.
+fn in_order(mut all: Vec<Placement>) -> Vec<Placement> {
+    all.sort_by_key(|placement| (placement.memory, placement.first));
+    let mut end = (0, 0);
+    all.retain_mut(|placement| {
+        let first = u64::from(placement.first);
+        let last = first + u64::from(placement.pages);
+        let from = match end.0 == placement.memory {
+            true => first.max(end.1),
+            false => first,
+        };
+        if from >= last {
+            return false;
+        }
+        // (Pages of a memory have numbers of 32 bits.)
+        (placement.first, placement.pages) = (from as u32, (last - from) as u32);
+        end = (placement.memory, last);
+        true
+    });
+    all
 }
 
 impl Pages {
@@ -316,46 +354,27 @@ impl Pages {
         let deadline = Instant::now().checked_add(patience);
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
         // (A memory of 64 GiB has 16 million.)
-        let pages = first as u32..last as u32;
+        let (first, last) = (first as u32, last as u32);
         // They mostly come in order. One that is elsewhere again was there, so whoever was
         // seen to have been is not looked at again: to look at all of them each time would
         // hold up those that bring them.
         let mut number = first;
-        loop {
-            let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            let behind = {
-                let state = locked(&self.shared.state);
-                if let Some(failure) = &state.failure {
-                    return Err(failure.clone());
+        while number < last {
+            let next = self.shared.first_going(memory, number..last, to)?;
+            if next == number {
+                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                    break;
                 }
-                let was_there = |number: u64| {
-                    let page = page_of(memory, number * PAGE_BYTES);
-                    page.is_ok_and(|page| !state.coherence.is_going(page, to))
-                };
-                while number < last && was_there(number) {
-                    number += 1;
-                }
-                match late {
-                    true => (number..last).filter(|it| was_there(*it)).count() as u64,
-                    false => 0,
-                }
-            };
-            let elsewhere = match number == last || late {
-                true => self.shared.going_elsewhere(memory, &pages, to)?,
-                false => 0,
-            };
-            let there = (number - first + behind).saturating_sub(elsewhere);
-            if late && there == 0 && last > first {
-                return Err(SpanError::Slow { part: to, patience });
+                std::thread::sleep(LOOK_AGAIN);
             }
-            if late || number == last && elsewhere == 0 {
-                if there == last - first {
-                    self.move_directories(memory, pages, to);
-                }
-                return Ok(there * PAGE_BYTES);
-            }
-            std::thread::sleep(LOOK_AGAIN);
+            number = next;
         }
+        if number == last {
+            self.move_directories(memory, first..last, to);
+        } else if number == first {
+            return Err(SpanError::Slow { part: to, patience });
+        }
+        Ok(u64::from(number - first) * PAGE_BYTES)
     }
 
     /// A part is the directory of whole segments of some pages, soon.
@@ -385,7 +404,8 @@ impl Pages {
                 range.start, range.end
             )));
         }
-        if !self.others().with(self.shared.me()).contains(to) {
+        let others = &self.shared.others;
+        if !others.parts().with(self.shared.me()).contains(to) || others.is_joining(to) {
             return Err(SpanError::Memory(format!("there is no part {to}")));
         }
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
@@ -417,6 +437,8 @@ impl Pages {
         if state.directories_stay {
             events.retain(|(event, _)| !matches!(event, Event::MoveDirectory { .. }));
         }
+        let mut all = events.iter();
+        state.directories_moved |= all.any(|(it, _)| matches!(it, Event::MoveDirectory { .. }));
         let mut work = Work::default();
         let done = self.shared.step_in(&mut state, events, &mut work);
         drop(state);
@@ -427,6 +449,24 @@ impl Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_two_tell_is_told_once() {
+        let row = |first, pages, directory| Placement {
+            memory: 0,
+            first,
+            pages,
+            holders: Holders::Owner(PartId::HOME),
+            exchanges: 1,
+            directory: PartId::new(directory).unwrap(),
+        };
+        let all = vec![row(16, 24, 1), row(10, 10, 0), row(17, 2, 2), row(50, 1, 0)];
+        let rows = in_order(all).into_iter();
+        let rows: Vec<_> = rows
+            .map(|it| (it.first, it.pages, it.directory.number()))
+            .collect();
+        assert_eq!(rows, [(10, 10, 0), (20, 20, 1), (50, 1, 0)]);
+    }
 
     #[test]
     fn memory_is_told_piece_by_piece() {

@@ -11,6 +11,7 @@
 //!        │◀────────────────┼───────────────────────── Gone ─│
 //!        │─── Gone ────────┼───────────────────────────────▶│ it takes nobody for lost
 //!        │◀── closed ──────│◀───────────────────────── Gone ─│
+//!        │                 │─── Gone ───────────────────────▶│ all know
 //! ```
 //!
 //! Until it is heard it is no loss, whatever it says last: what was begun with it may be
@@ -47,10 +48,15 @@ pub(super) struct Others {
     has_turns: AtomicBool,
     /// Those that joined, and of which nothing was heard.
     new: Mutex<PartSet>,
+    /// At the home: those that joined and that the machine has not for sure: nothing is
+    /// moved there.
+    joining: Mutex<PartSet>,
     /// This part is none any more: others end what they have with it.
     leaves: AtomicBool,
     /// At the home: those that know that they are none any more.
     parting: Mutex<PartSet>,
+    /// At the home: who knows of a part that it is none any more.
+    know_gone: Mutex<(Option<PartId>, PartSet)>,
     /// At a home that succeeded another one: those that know it.
     know: Mutex<PartSet>,
     /// It is over: nobody joins any more. Changes under the lock of `told`.
@@ -98,6 +104,7 @@ impl Others {
     fn remove(&self, part: PartId) -> Option<Arc<Told>> {
         locked(&self.sockets).remove(&part);
         self.counts(part);
+        self.has_joined(part);
         let mut parting = locked(&self.parting);
         *parting = parting.without(part);
         let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
@@ -176,6 +183,15 @@ impl Others {
         let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
         let found = all.iter().find(|(_, it)| Arc::ptr_eq(it, told));
         found.map(|(part, _)| *part)
+    }
+
+    pub(super) fn is_joining(&self, part: PartId) -> bool {
+        locked(&self.joining).contains(part)
+    }
+
+    fn has_joined(&self, part: PartId) {
+        let mut joining = locked(&self.joining);
+        *joining = joining.without(part);
     }
 
     pub(super) fn is_new(&self, part: PartId) -> bool {
@@ -260,11 +276,18 @@ impl Shared {
             }
             (PartId::HOME, part) => {
                 self.forget(part);
-                return Ok(());
+                return self.tell_part(PartId::HOME, &Parcel::Gone(part));
             }
             (from, part) if from == part && self.me() == PartId::HOME => {
                 let mut parting = locked(&self.others.parting);
                 *parting = parting.with(part);
+                return Ok(());
+            }
+            (from, part) if self.me() == PartId::HOME => {
+                let mut know = locked(&self.others.know_gone);
+                if know.0 == Some(part) {
+                    know.1 = know.1.with(from);
+                }
                 return Ok(());
             }
             _ => {}
@@ -322,9 +345,23 @@ impl Pages {
             let mut new = locked(&shared.others.new);
             *new = new.with(part);
         }
-        // (Before anybody can tell it anything, or be lost to it.)
-        shared.step(vec![(Event::Join { part }, Beside::Nothing)]);
-        let joined = shared.others.add(part, ends).and_then(|heard| {
+        if shared.is_home() {
+            let mut joining = locked(&shared.others.joining);
+            *joining = joining.with(part);
+        }
+        let mut work = Work::default();
+        let (heard, done) = {
+            // At once: what is said to it from then on is counted, and so must be told.
+            let mut state = locked(&shared.state);
+            let heard = shared.others.add(part, ends);
+            let joins = heard
+                .iter()
+                .map(|_| (Event::Join { part }, Beside::Nothing));
+            let done = shared.step_in(&mut state, joins.collect(), &mut work);
+            (heard, done)
+        };
+        shared.say(done, work);
+        let joined = heard.and_then(|heard| {
             shared.others.turn(Turn::Hear(Box::new(heard)));
             Ok(self.spawn_tell(part)?)
         });
@@ -333,7 +370,7 @@ impl Pages {
                 Some(_) => shared.forget(part),
                 None => {
                     shared.others.counts(part);
-                    shared.step(vec![(Event::Gone { part }, Beside::Nothing)]);
+                    shared.others.has_joined(part);
                 }
             }
             return Err(error);
@@ -377,6 +414,7 @@ impl Pages {
     /// [`SpanError`].
     pub fn welcome(&self, part: PartId) -> Result<(), SpanError> {
         let shared = &self.shared;
+        shared.others.has_joined(part);
         // (Who holds this tells.)
         let limit = locked(&shared.limits.of_parts);
         shared.tell_part(part, &Parcel::Limit(limit.flatten()))
@@ -400,7 +438,8 @@ impl Pages {
     }
 
     /// A part joins no more, or has given up all its pages ([`Self::empty`]): all others
-    /// forget it, and it ends. Only of the home.
+    /// forget it, and it ends. When they have, directories need not stay any more
+    /// ([`Self::keep_directories`]): nobody wants anything to be there. Only of the home.
     ///
     /// # Errors
     /// [`SpanError`].
@@ -429,8 +468,20 @@ impl Pages {
         {
             std::thread::sleep(LOOK_AGAIN);
         }
+        *locked(&shared.others.know_gone) = (Some(part), PartSet::default());
         for other in self.others().without(part).iter() {
             shared.tell_part(other, &Parcel::Gone(part))?;
+        }
+        let all_know = || {
+            let others = self.others().without(part);
+            let know = locked(&shared.others.know_gone).1;
+            others.iter().all(|other| know.contains(other))
+        };
+        while !all_know() && self.failure().is_none() && Instant::now() < deadline {
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        if all_know() {
+            self.keep_directories(false);
         }
         if shared.others.told(part).is_none() {
             // It ended before it heard that, and is forgotten.

@@ -83,6 +83,8 @@ impl Shared {
                                     }
                                 }
                                 Parcel::Ask(number, question) => {
+                                    // (It is about what was said before it.)
+                                    self.step(std::mem::take(&mut events));
                                     if let Err(error) = self.hear_question(from, number, question) {
                                         return self.end(error);
                                     }

@@ -12,7 +12,8 @@
 //! ```
 
 use super::super::wire::Parcel;
-use super::{Pages, Shared, SpanError, State, locked};
+use super::work::Beside;
+use super::{MOVES_MAX, Pages, Shared, SpanError, State, locked};
 use keel_wasm::coherence::{Event, PartId, Segment, Traffic};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -20,6 +21,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+/// Directories that were called have come within that, or are called again: they may have
+/// been on their way elsewhere.
+const CALLED_WITHIN: Duration = Duration::from_millis(100);
 /// Between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
@@ -233,6 +237,10 @@ impl Shared {
         }
     }
 
+    pub(super) fn directories(&self) -> Vec<(Segment, PartId)> {
+        locked(&self.state).coherence.directories().collect()
+    }
+
     /// As [`Self::settle`], and this part is the directory of all pages then.
     ///
     /// # Errors
@@ -243,14 +251,18 @@ impl Shared {
     ) -> Result<Settled, SpanError> {
         let deadline = Instant::now() + patience;
         loop {
-            let moved = locked(&self.state).coherence.directories_moved();
+            let moved = {
+                let state = locked(&self.state);
+                state.directories_moved || state.coherence.directories().next().is_some()
+            };
             if moved {
-                self.step(vec![(Event::Gather, super::work::Beside::Nothing)]);
+                self.step(vec![(Event::Gather, Beside::Nothing)]);
             }
             let settled = self.settle(deadline.saturating_duration_since(Instant::now()))?;
             // (One may have been on its way elsewhere.)
-            let elsewhere = locked(&self.state).coherence.directories().next().is_some();
-            if !elsewhere {
+            let mut state = locked(&self.state);
+            if state.coherence.directories().next().is_none() {
+                state.directories_moved = false;
                 return Ok(settled);
             }
         }
@@ -260,16 +272,48 @@ impl Shared {
 impl Pages {
     /// Of which segments another part is the directory, as far as this one knows.
     pub fn directories(&self) -> Vec<(Segment, PartId)> {
-        locked(&self.shared.state).coherence.directories().collect()
+        self.shared.directories()
     }
 
-    /// Directories stay where they are from now on, or need not any more; whether any was
-    /// ever elsewhere than here. Before parts go they are brought here
-    /// ([`Self::bring_directories`]). Only of the home.
+    /// Directories stay where they are from now on, or need not any more; whether any moved
+    /// since all were brought here ([`Self::bring_directories`]). Only of the home.
     pub fn keep_directories(&self, stay: bool) -> bool {
         let mut state = locked(&self.shared.state);
         state.directories_stay = stay;
-        state.coherence.directories_moved()
+        state.directories_moved
+    }
+
+    /// Directories come here, some at a time while threads run: what is to be brought
+    /// ([`Self::bring_directories`]) is little when this returns. They stay
+    /// ([`Self::keep_directories`]). Only of the home.
+    ///
+    /// # Errors
+    /// [`SpanError`]; [`SpanError::Unsettled`] if that takes longer.
+    pub fn call_directories(&self, patience: Duration) -> Result<(), SpanError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let elsewhere = self.directories();
+            if elsewhere.is_empty() {
+                return Ok(());
+            }
+            for some in elsewhere.chunks(MOVES_MAX) {
+                let events = some.iter().map(|(segment, _)| {
+                    let (segment, to) = (*segment, PartId::HOME);
+                    (Event::MoveDirectory { segment, to }, Beside::Nothing)
+                });
+                self.shared.step(events.collect());
+            }
+            let sent = Instant::now();
+            while sent.elapsed() < CALLED_WITHIN && !self.directories().is_empty() {
+                if let Some(failure) = self.failure() {
+                    return Err(failure);
+                }
+                if Instant::now() >= deadline {
+                    return Err(SpanError::Unsettled { patience });
+                }
+                std::thread::sleep(LOOK_AGAIN);
+            }
+        }
     }
 
     /// This part is the directory of all pages when this returns, and all others know; all

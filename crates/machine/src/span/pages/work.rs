@@ -193,10 +193,15 @@ impl Shared {
         work: &mut Work,
     ) -> Result<(), SpanError> {
         for (event, beside) in events {
-            if let Event::Message { message, .. } = &event
-                && let Some(page) = message.pages().find(|page| !self.has(*page))
-            {
-                return Err(SpanError::Disagree(format!("there is no {page:?} here")));
+            if let Event::Message { message, .. } = &event {
+                let first = message.segment().map(|segment| PageId {
+                    memory: segment.memory,
+                    number: segment.number.saturating_mul(self.segment_pages),
+                });
+                let mut pages = message.pages().chain(first);
+                if let Some(page) = pages.find(|page| !self.has(*page)) {
+                    return Err(SpanError::Disagree(format!("there is no {page:?} here")));
+                }
             }
             match (&event, beside) {
                 (Event::Fault { page, .. }, beside) => {
