@@ -51,7 +51,8 @@ pub(crate) struct Options {
     /// Where the kernels are.
     #[arg(long, default_value = "benches/kernels")]
     kernels: PathBuf,
-    /// Only kernels, programs of `spread`, or figures of `spanning` (`faults`, `sets`) whose
+    /// Only kernels, programs of `spread`, or figures of `spanning` (`faults`, `sets`,
+    /// `directories`) whose
     /// name contains this.
     #[arg(long)]
     only: Option<String>,

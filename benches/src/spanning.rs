@@ -1,6 +1,6 @@
 //! Pages of a machine that spans: how long a thread stands at one that is in another
 //! process, beside a plain round trip over TCP; how fast a set of pages moves, beside a
-//! plain stream of TLS.
+//! plain stream of TLS; what it is worth that directories move along with objects.
 //!
 //! The other part is a process of its own (this program again, [`home`]): it has all
 //! pages. It also answers 64 bytes with 4 KiB on a plain socket, both sides blocking.
@@ -8,10 +8,13 @@
 use crate::table::{Table, micros, percentile};
 use anyhow::{Context, Result, ensure};
 use keel_cluster::Epoch;
-use keel_machine::span::{Ends, Hello, Pages, Setup};
+use keel_machine::span::{Ends, Hello, Keeps, Pages, Setup, Spread, Within};
 use keel_net::{BulkStream, ClientTls, PinnedIdentity, ServerTls};
+use keel_wasi::{Config, Wasi};
 use keel_wasm::coherence::{PageId, PartId};
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
+use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::{Engine, Limits, Machine, Options};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -177,6 +180,9 @@ pub(crate) fn bench(rounds: usize, only: Option<&str>) -> Result<()> {
     if wanted("sets") {
         moves(&pages, &memory, rounds)?;
     }
+    if wanted("directories") {
+        directories()?;
+    }
     Ok(())
 }
 
@@ -224,6 +230,82 @@ fn faults(pages: &Pages, memory: &GuestMemory, plain: &mut TcpStream, rounds: us
         .map(|at| format!("{} below {} µs", latency.buckets[at], 1u64 << at))
         .collect();
     println!("as the part counts them: {}", buckets.join(", "));
+    Ok(())
+}
+
+/// A program that waits for ever, with 33 MiB.
+const WAITS: &str = r#"(module (memory (export "memory") 528 528 shared)
+    (func (export "_start")
+        (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#;
+/// Pages of each of two objects.
+const OBJECT_PAGES: u64 = 4096;
+/// Pages of one of them that are read before some of the other.
+const TURNS: u64 = 256;
+
+/// Pages of one member that another one reads, asking the home for them or the one that has
+/// them; in turns. All three are in this process.
+fn directories() -> Result<()> {
+    let program = Engine::new(Options::default())?.load(&wat::parse_str(WAITS)?)?;
+    let limits = Limits::default();
+    let machine = Machine::ready_under(0, program, Wasi::new(Config::default())?, limits)?;
+    let how = Spread {
+        spawning: Spawning::Here,
+        patience: LIMIT,
+        keeps: Keeps::default(),
+        stands: false,
+    };
+    let parts = Within::begin(&machine, 3, limits.memory_bytes, how)?;
+    let home = parts.home().pages();
+    let bytes = OBJECT_PAGES * PAGE_BYTES;
+    // (The first page is the program's.)
+    let first = 1 << 20;
+    for page in 0..2 * OBJECT_PAGES {
+        let at = first + page * PAGE_BYTES;
+        home.write(0, at, &(page + 1).to_le_bytes(), LIMIT)?;
+    }
+    home.keep_directories(true);
+    home.move_object(0, first..first + bytes, part(1)?, LIMIT)?;
+    home.keep_directories(false);
+    home.move_object(0, first + bytes..first + 2 * bytes, part(1)?, LIMIT)?;
+    let reader = &parts.members()[&part(2)?];
+    let begun = Instant::now();
+    while (reader.pages().directories().len() as u64) < bytes >> 16 {
+        ensure!(begun.elapsed() < LIMIT, "directories do not move");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let memory = &reader.memories()[0];
+    let (mut of_home, mut of_owner) = (Vec::new(), Vec::new());
+    // In turns, but not one by one: whoever was just asked looks for more for a moment, and
+    // takes a processor from the others.
+    for turns in 0..OBJECT_PAGES / TURNS {
+        for (figures, first_page) in [(&mut of_home, 0), (&mut of_owner, OBJECT_PAGES)] {
+            for turn in turns * TURNS..(turns + 1) * TURNS {
+                // In no order: what is gone through in order is asked for ahead.
+                let page = first_page + turn * STRIDE % OBJECT_PAGES;
+                let begun = Instant::now();
+                let word = memory.load_u32(first + page * PAGE_BYTES);
+                figures.push(micros(begun.elapsed()));
+                ensure!(word == Some(page as u32 + 1), "page {page}: {word:?}");
+            }
+        }
+    }
+    let mut table = Table::new(&[
+        "a page of another member, its directory",
+        "p50 µs",
+        "p90",
+        "p99",
+    ]);
+    for (name, figures) in [
+        ("at the home", &mut of_home),
+        ("where the page is", &mut of_owner),
+    ] {
+        let mut row = vec![name.to_owned()];
+        row.extend([0.5, 0.9, 0.99].map(|share| format!("{:.1}", percentile(figures, share))));
+        table.row(row);
+    }
+    table.print(&format!("Directories ({OBJECT_PAGES} of each)"));
+    machine.stop();
+    machine.wait(Some(LIMIT)).context("its end")?;
     Ok(())
 }
 

@@ -16,7 +16,7 @@
 
 use super::pages::{Left, PART_BYTES_MIN, SpanError};
 use super::threads::{Home, HomeListener, LOOK_AGAIN, MemberPart, SpanningError, Spread, Way};
-use keel_wasm::coherence::{Held, PartId, PartSet};
+use keel_wasm::coherence::{Holdings, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;
 use keel_wasm::runtime::Machine;
 use keel_wasm::runtime::parts::{Members, Order, Spawning};
@@ -55,7 +55,7 @@ pub struct Legacy {
     /// How large each memory is.
     pub memory_bytes: Vec<u64>,
     /// Who holds what.
-    pub held: Vec<Held>,
+    pub held: Holdings,
     /// Threads that are not at the home.
     pub threads: Vec<Whereabouts>,
     /// Where threads begin.

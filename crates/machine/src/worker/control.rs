@@ -688,20 +688,23 @@ mod tests {
     /// What a home leaves comes from another node: whatever it is, it is read or refused.
     #[test]
     fn any_bytes_may_be_a_succession() {
-        use keel_wasm::coherence::{Held, Holders};
+        use keel_wasm::coherence::{Held, Holders, Holdings};
         let part = |number| PartId::new(number).unwrap();
-        let held = |first, exchanges| Held {
+        let held = |first, pages| Held {
             memory: 0,
             first,
+            pages,
             holders: Holders::Owner(part(1)),
-            exchanges,
         };
         let succession = Succession {
             legacy: Legacy {
                 successor: part(2),
                 members: [part(1), part(3)].into_iter().collect(),
                 memory_bytes: vec![1 << 20],
-                held: vec![held(0, vec![1, 300, 7]), held(9, vec![2])],
+                held: Holdings {
+                    rows: vec![held(0, 3), held(9, 1)],
+                    exchanges: vec![1, 300, 7, 2],
+                },
                 threads: vec![crate::span::Whereabouts {
                     tid: 4,
                     at: part(1),

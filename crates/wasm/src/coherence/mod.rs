@@ -90,7 +90,7 @@ mod traffic;
 
 pub use copies::Copy;
 pub use message::{Holders, Message, PageEntry, Request, Txn};
-pub use succession::Held;
+pub use succession::{Held, Holdings};
 pub use traffic::Traffic;
 
 use copies::Copies;

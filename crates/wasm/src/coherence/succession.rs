@@ -17,30 +17,75 @@
 
 use super::copies::Copy;
 use super::message::Holders;
-use super::{Coherence, Impossible, PageId, PartId};
+use super::{Coherence, Impossible, PageId, PartId, PartSet};
 use serde::{Deserialize, Serialize};
 
 /// Pages in a row that the same parts hold, as a home that goes knows them.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
     /// The machine's memory.
     pub memory: u32,
     /// Number of the first page.
     pub first: u32,
+    /// How many they are.
+    pub pages: u32,
     /// Who holds them.
     pub holders: Holders,
-    /// Of each page, how often it changed hands.
+}
+
+/// Who holds what, as a home that goes knows it. One list of rows and one of numbers, as
+/// there may be a row for every other page.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holdings {
+    /// In rising order.
+    pub rows: Vec<Held>,
+    /// Of each of their pages, how often it changed hands.
     pub exchanges: Vec<u64>,
 }
 
 impl Held {
-    fn pages(&self) -> impl Iterator<Item = (PageId, u64)> + '_ {
-        (self.first..=u32::MAX)
-            .zip(&self.exchanges)
-            .map(|(number, exchanges)| {
-                let memory = self.memory;
-                (PageId { memory, number }, *exchanges)
+    /// Behind its last page.
+    fn end(&self) -> u64 {
+        u64::from(self.first) + u64::from(self.pages)
+    }
+}
+
+impl Holdings {
+    /// Its pages, and who holds them.
+    fn pages(&self) -> impl Iterator<Item = (PageId, Holders)> + '_ {
+        self.rows.iter().flat_map(|row| {
+            let numbers = (row.first..=u32::MAX).take(row.pages as usize);
+            numbers.map(|number| {
+                let memory = row.memory;
+                (PageId { memory, number }, row.holders)
             })
+        })
+    }
+
+    /// Whether the rows can be, and are of parts among those.
+    fn check(&self, parts: PartSet) -> Result<(), String> {
+        let mut end = (0, 0);
+        for row in &self.rows {
+            let first = (row.memory, u64::from(row.first));
+            if !row.holders.are_among(parts) || row.end() > 1 << 32 {
+                return Err(format!(
+                    "{:?} hold {} pages from {first:?} on",
+                    row.holders, row.pages
+                ));
+            }
+            if first < end {
+                return Err(format!("pages from {first:?} on come out of turn"));
+            }
+            end = (row.memory, row.end());
+        }
+        let pages: u64 = self.rows.iter().map(|row| u64::from(row.pages)).sum();
+        match pages == self.exchanges.len() as u64 {
+            true => Ok(()),
+            false => Err(format!(
+                "{} numbers come with {pages} pages",
+                self.exchanges.len()
+            )),
+        }
     }
 }
 
@@ -74,14 +119,14 @@ impl Coherence {
     ///
     /// # Errors
     /// Why it cannot be: something is under way, this is not the home, or it has pages.
-    pub fn legacy(&self) -> Result<Vec<Held>, String> {
+    pub fn legacy(&self) -> Result<Holdings, String> {
         if self.failed || self.me != PartId::HOME {
             return Err("only a home can be succeeded".into());
         }
         if !self.is_quiet() || self.are_leaving() || self.directories().next().is_some() {
             return Err("pages are on their way, parts leave, or know what others hold".into());
         }
-        let mut legacy: Vec<Held> = Vec::new();
+        let mut legacy = Holdings::default();
         for (page, holders, exchanges) in self.directory.entries() {
             let holders = match holders {
                 // (It was dropped here.)
@@ -96,20 +141,20 @@ impl Coherence {
             if holders.has(self.me) {
                 return Err(format!("the home still has {page:?}"));
             }
-            match legacy.last_mut() {
+            legacy.exchanges.push(exchanges);
+            match legacy.rows.last_mut() {
                 Some(last)
                     if last.memory == page.memory
-                        && u64::from(last.first) + last.exchanges.len() as u64
-                            == u64::from(page.number)
+                        && last.end() == u64::from(page.number)
                         && last.holders == holders =>
                 {
-                    last.exchanges.push(exchanges);
+                    last.pages += 1;
                 }
-                _ => legacy.push(Held {
+                _ => legacy.rows.push(Held {
                     memory: page.memory,
                     first: page.number,
+                    pages: 1,
                     holders,
-                    exchanges: vec![exchanges],
                 }),
             }
         }
@@ -121,7 +166,7 @@ impl Coherence {
     ///
     /// # Errors
     /// What cannot be; it is as it was then.
-    pub fn succeed(&mut self, legacy: &[Held]) -> Result<(), String> {
+    pub fn succeed(&mut self, legacy: &Holdings) -> Result<(), String> {
         let me = self.me;
         if self.failed || me == PartId::HOME {
             return Err("the home cannot succeed itself".into());
@@ -129,32 +174,13 @@ impl Coherence {
         if !self.is_quiet() || !self.directory.has_nothing() {
             return Err("pages are on their way to the new home".into());
         }
-        let parts = self.parts.without(PartId::HOME);
-        let mut end = None;
-        for held in legacy {
-            let first = (held.memory, u64::from(held.first));
-            let last = (held.memory, first.1 + held.exchanges.len() as u64);
-            if !held.holders.are_among(parts) || last.1 > 1 << 32 {
-                return Err(format!(
-                    "{:?} hold {} pages from {first:?} on",
-                    held.holders,
-                    held.exchanges.len()
-                ));
-            }
-            if end.is_some_and(|end| first < end) {
-                return Err(format!("pages from {first:?} on come out of turn"));
-            }
-            end = Some(last);
-        }
-        let pages = || legacy.iter().flat_map(Held::pages).map(|(page, _)| page);
+        legacy.check(self.parts.without(PartId::HOME))?;
+        let pages = || legacy.pages().map(|(page, _)| page);
         let copies = self
             .copies
             .of_those(pages())
             .map_err(|unknown| format!("{unknown:?} is here, and the home does not know"))?;
-        let holders = legacy
-            .iter()
-            .flat_map(|held| held.pages().map(|(page, _)| (page, held.holders)));
-        for ((page, holders), copy) in holders.zip(&copies) {
+        for ((page, holders), copy) in legacy.pages().zip(&copies) {
             let agrees = match holders {
                 Holders::Owner(owner) if owner == me => *copy == Copy::Modified,
                 Holders::Readers { keeper, .. } if keeper == me => *copy == Copy::Kept,
@@ -173,10 +199,9 @@ impl Coherence {
         self.me = PartId::HOME;
         self.parts = self.parts.without(me);
         self.copies.succeed(self.parts, pages().zip(copies));
-        let entries = legacy.iter().flat_map(|held| {
-            let holders = held.holders.renamed(me, PartId::HOME);
-            held.pages()
-                .map(move |(page, exchanges)| (page, holders, exchanges))
+        let entries = legacy.pages().zip(&legacy.exchanges);
+        let entries = entries.map(|((page, holders), exchanges)| {
+            (page, holders.renamed(me, PartId::HOME), *exchanges)
         });
         self.directory.succeed(self.parts, entries);
         Ok(())
@@ -201,7 +226,7 @@ impl Coherence {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Access, Command, Config, Event, PartSet};
+    use super::super::{Access, Command, Config, Event};
     use super::*;
 
     fn part(number: usize) -> PartId {
@@ -267,19 +292,29 @@ mod tests {
         let legacy = dropped[0].legacy().unwrap();
         let readers = PartSet::default().with(part(2));
         let keeper = part(2);
-        assert_eq!(legacy[2].holders, Holders::Readers { keeper, readers });
+        assert_eq!(legacy.rows[2].holders, Holders::Readers { keeper, readers });
         dropped[1].succeed(&legacy).unwrap();
         step(&mut all, 0, Event::Move { page: at, to });
         let legacy = all[0].legacy().unwrap();
         assert_eq!(
-            legacy.iter().map(|it| it.first).collect::<Vec<_>>(),
+            legacy.rows.iter().map(|it| it.first).collect::<Vec<_>>(),
             [0, 1, 6]
         );
         let untouched = all[2].clone();
-        assert!(all[2].succeed(&legacy[..1]).is_err());
+        let mut fewer = legacy.clone();
+        fewer.rows.truncate(1);
+        assert!(all[2].succeed(&fewer).unwrap_err().contains("numbers"));
+        fewer.exchanges.truncate(1);
+        assert!(
+            all[2]
+                .succeed(&fewer)
+                .unwrap_err()
+                .contains("does not know")
+        );
         let mut twice = legacy.clone();
-        twice.push(legacy[0].clone());
-        assert!(all[2].succeed(&twice).is_err());
+        twice.rows.push(legacy.rows[0]);
+        twice.exchanges.push(1);
+        assert!(all[2].succeed(&twice).unwrap_err().contains("out of turn"));
         assert_eq!(all[2], untouched, "as it was");
         all[2].succeed(&legacy).unwrap();
         let by = part(2);
@@ -319,7 +354,7 @@ mod tests {
         let (page, access) = (page(0), Access::Write);
         // What it asks for is not delivered.
         let asked = all[1].step(Event::Fault { page, access }, 0);
-        assert!(all[1].succeed(&[]).is_err());
+        assert!(all[1].succeed(&Holdings::default()).is_err());
         let by = part(2);
         let failed = all[1].clone().step(Event::Succeeded { by }, 0);
         assert!(matches!(&failed[..], [Command::Fail { .. }]));
@@ -330,6 +365,6 @@ mod tests {
         all[0].step(Event::Message { from, message }, 0);
         assert!(all[0].legacy().is_err());
         assert!(parts(3)[1].legacy().is_err());
-        assert!(parts(3)[0].succeed(&[]).is_err());
+        assert!(parts(3)[0].succeed(&Holdings::default()).is_err());
     }
 }

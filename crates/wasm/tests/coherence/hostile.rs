@@ -2,8 +2,8 @@
 //! and after the error nothing at all.
 
 use keel_wasm::coherence::{
-    Access, Coherence, Command, Config, Event, Held, Holders, Message, PageId, PartId, PartSet,
-    Request, Segment, Txn,
+    Access, Coherence, Command, Config, Event, Held, Holders, Holdings, Message, PageId, PartId,
+    PartSet, Request, Segment, Txn,
 };
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -181,7 +181,7 @@ fn anything_may_be_left() {
             let access = access(&mut rng);
             coherence.step(Event::Fault { page, access }, 0);
         }
-        let legacy: Vec<Held> = (0..rng.random_range(0..4))
+        let rows: Vec<Held> = (0..rng.random_range(0..4))
             .map(|_| Held {
                 memory: rng.random_range(0..2),
                 first: match rng.random_range(0..5) {
@@ -195,17 +195,25 @@ fn anything_may_be_left() {
                         readers: [part(&mut rng), part(&mut rng)].into_iter().collect(),
                     },
                 },
-                exchanges: (0..rng.random_range(0..4))
-                    .map(|_| number(&mut rng))
-                    .collect(),
+                pages: match rng.random_bool(0.02) {
+                    true => u32::MAX - rng.random_range(0..3),
+                    false => rng.random_range(0..4),
+                },
             })
             .collect();
+        let pages: u64 = rows.iter().map(|row| u64::from(row.pages)).sum();
+        let exchanges = match rng.random_bool(0.1) {
+            true => rng.random_range(0..9),
+            false => pages.min(99),
+        };
+        let exchanges = (0..exchanges).map(|_| number(&mut rng)).collect();
+        let legacy = Holdings { rows, exchanges };
         let before = coherence.clone();
         match coherence.succeed(&legacy) {
             Ok(()) => {
                 succeeded += 1;
-                for held in &legacy {
-                    for (number, _) in (held.first..=u32::MAX).zip(&held.exchanges) {
+                for held in &legacy.rows {
+                    for number in (held.first..=u32::MAX).take(held.pages as usize) {
                         let memory = held.memory;
                         let holders = coherence.holders(PageId { memory, number });
                         assert!(holders.is_some(), "seed {seed}");

@@ -4,7 +4,8 @@
 //! written last, and that who writes is alone.
 
 use keel_wasm::coherence::{
-    Access, Coherence, Command, Config, Event, Held, Message, PageId, PartId, PartSet, Segment,
+    Access, Coherence, Command, Config, Event, Held, Holdings, Message, PageId, PartId, PartSet,
+    Segment,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -336,14 +337,11 @@ impl World {
     }
 
     /// What the home leaves, if all that was ever written is elsewhere.
-    fn legacy(&self) -> Option<Vec<Held>> {
+    fn legacy(&self) -> Option<Holdings> {
         let legacy = self.parts[0].legacy().ok()?;
         let is_known = |at: u32| {
-            let has = |held: &Held| {
-                let last = held.first + held.exchanges.len() as u32;
-                (held.first..last).contains(&at)
-            };
-            legacy.iter().any(has)
+            let has = |held: &Held| (held.first..held.first + held.pages).contains(&at);
+            legacy.rows.iter().any(has)
         };
         let mut pages = (0..).zip(&self.truth);
         let moved = pages.all(|(at, value)| *value == 0 || is_known(at));

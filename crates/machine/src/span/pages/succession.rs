@@ -21,7 +21,7 @@ use super::super::wire::Parcel;
 use super::settling::Settled;
 use super::work::{Beside, Happened};
 use super::{Listener, MOVES_MAX, Pages, Shared, SpanError, locked};
-use keel_wasm::coherence::{Copy, Event, Held, PageId, PartId};
+use keel_wasm::coherence::{Copy, Event, Holdings, PageId, PartId};
 use keel_wasm::memory::PAGE_BYTES;
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -38,21 +38,21 @@ const LOOK_AGAIN: Duration = Duration::from_micros(500);
 pub struct Left {
     shared: Arc<Shared>,
     _settled: Settled,
-    legacy: Vec<Held>,
+    legacy: Holdings,
 }
 
 impl std::fmt::Debug for Left {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut debug = f.debug_struct("Left");
         debug
-            .field("rows", &self.legacy.len())
+            .field("rows", &self.legacy.rows.len())
             .finish_non_exhaustive()
     }
 }
 
 impl Left {
     /// Who holds what: for the successor; once.
-    pub fn take_legacy(&mut self) -> Vec<Held> {
+    pub fn take_legacy(&mut self) -> Holdings {
         std::mem::take(&mut self.legacy)
     }
 
@@ -166,7 +166,7 @@ impl Pages {
     /// [`SpanError`]; it has ended then.
     pub fn succeed(
         &self,
-        legacy: &[Held],
+        legacy: &Holdings,
         listener: Arc<dyn Listener>,
         patience: Duration,
     ) -> Result<(), SpanError> {
@@ -179,7 +179,7 @@ impl Pages {
 
     fn try_succeed(
         &self,
-        legacy: &[Held],
+        legacy: &Holdings,
         listener: Arc<dyn Listener>,
         patience: Duration,
     ) -> Result<(), SpanError> {
@@ -189,15 +189,11 @@ impl Pages {
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
-            let unknown = legacy.iter().any(|held| {
-                let last = u32::try_from(held.exchanges.len()).map(|count| {
-                    let number = held.first.saturating_add(count.saturating_sub(1));
-                    PageId {
-                        memory: held.memory,
-                        number,
-                    }
-                });
-                !last.is_ok_and(|last| shared.has(last))
+            let unknown = legacy.rows.iter().any(|held| {
+                !shared.has(PageId {
+                    memory: held.memory,
+                    number: held.first.saturating_add(held.pages.saturating_sub(1)),
+                })
             });
             if unknown {
                 return Err(SpanError::Disagree("there are no such pages here".into()));
