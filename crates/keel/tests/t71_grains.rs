@@ -141,9 +141,12 @@ async fn a_program_outgrows_its_node_by_itself() {
     let moved = decided
         .iter()
         .filter(|(_, grain, _)| matches!(grain, Grain::Thread { .. }));
-    assert!(moved.clone().count() >= 4, "{decided:?}");
-    assert!(moved.clone().all(|(_, _, why)| why.contains("is pressed")));
     let why = said(&cluster, &["why", "render"]);
+    assert!(moved.clone().count() >= 4, "{decided:?}, {why}");
+    assert!(
+        moved.clone().all(|(_, _, why)| why.contains("is pressed")),
+        "{why}"
+    );
     assert!(
         why.contains("gets parts on") && why.contains("thread"),
         "{why}"

@@ -1,5 +1,6 @@
 //! The ledger of one node: decisions of its balancer, kept in a database of its own,
-//! bounded. Writing has a thread of its own; nobody waits for it.
+//! bounded. Writing has a thread of its own; nobody waits for it, and who reads finds
+//! what is not written yet.
 //!
 //! What says something of a machine goes after it when it moves, so that its node can
 //! explain where it has been when those nodes are gone. Lines that are known already
@@ -13,17 +14,17 @@ use keel_balance::Name;
 use keel_balance::ledger::Line;
 use keel_cluster::{MachineName, NodeName};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use std::collections::VecDeque;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Lines by number, as JSON.
 const LINES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("lines");
 /// Lines that are kept; the oldest go.
 const LINES_MAX: u64 = 50_000;
 /// Lines that may wait to be written.
-const QUEUE_MAX: usize = 1024;
+const UNWRITTEN_MAX: usize = 1024;
 /// Lines that are written together at most.
 const BATCH_MAX: usize = 256;
 
@@ -33,8 +34,6 @@ const ALONG_MAX: u32 = 64;
 const ALONG_AMONG: u32 = 10_000;
 /// Newest lines among which one that came along is looked for.
 const LOOKED_THROUGH: usize = 2_000;
-/// How long the node may take to keep its last line before it goes along.
-const ALONG_AFTER: Duration = Duration::from_millis(300);
 
 /// What of a ledger is wanted.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
@@ -65,12 +64,26 @@ impl Wanted {
     }
 }
 
+/// Lines that are on their way to the database, oldest first, and the number of the one
+/// that comes next. A line leaves when it is written.
+#[derive(Default)]
+struct Unwritten {
+    lines: VecDeque<(u64, Line)>,
+    next: u64,
+}
+
 /// A node's ledger.
 #[derive(Clone)]
 pub(crate) struct Ledger {
     database: Arc<Database>,
-    queue: SyncSender<Line>,
+    unwritten: Arc<Mutex<Unwritten>>,
+    /// Wakes the writer. One that is not heard yet is enough.
+    bell: SyncSender<()>,
     node: Name,
+}
+
+fn lock(unwritten: &Mutex<Unwritten>) -> MutexGuard<'_, Unwritten> {
+    unwritten.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Ledger {
@@ -81,25 +94,24 @@ impl Ledger {
     pub(crate) fn open(path: &Path, node: &str) -> Result<Self, String> {
         let said = |error: redb::Error| format!("{}: {error}", path.display());
         let database = database::open(path, "the ledger")?;
-        let mut next = last(&database).map_err(said)?.map_or(0, |last| last + 1);
+        let next = last(&database).map_err(said)?.map_or(0, |last| last + 1);
         let database = Arc::new(database);
-        let (queue, lines) = sync_channel::<Line>(QUEUE_MAX);
-        let writing = database.clone();
+        let lines = VecDeque::new();
+        let unwritten = Arc::new(Mutex::new(Unwritten { lines, next }));
+        let (bell, rung) = sync_channel(1);
+        let (writing, of_writer) = (database.clone(), unwritten.clone());
         std::thread::Builder::new()
             .name("ledger".into())
             .spawn(move || {
-                while let Ok(line) = lines.recv() {
-                    let mut batch = vec![line];
-                    batch.extend(lines.try_iter().take(BATCH_MAX));
-                    if let Err(error) = write(&writing, &mut next, &batch) {
-                        tracing::error!(%error, "decisions are not kept: is the disk full?");
-                    }
+                while let Ok(()) = rung.recv() {
+                    write_all(&writing, &of_writer);
                 }
             })
             .map_err(|error| error.to_string())?;
         Ok(Ledger {
             database,
-            queue,
+            unwritten,
+            bell,
             node: node.into(),
         })
     }
@@ -111,9 +123,18 @@ impl Ledger {
 
     /// Keeps a line. Never waits: what finds no room is logged instead.
     pub(crate) fn keep(&self, line: Line) {
-        if let Err(error) = self.queue.try_send(line) {
-            tracing::warn!(%error, "a decision is not kept");
+        let mut unwritten = lock(&self.unwritten);
+        if unwritten.lines.len() >= UNWRITTEN_MAX {
+            drop(unwritten);
+            tracing::warn!(decision = %line.decision, "a decision is not kept: the disk is slow");
+            return;
         }
+        let number = unwritten.next;
+        unwritten.next += 1;
+        unwritten.lines.push_back((number, line));
+        drop(unwritten);
+        // (Where it is full the writer has yet to hear one, and sees this line then.)
+        let _ = self.bell.try_send(());
     }
 
     /// Keeps what another node told of a machine that came from there.
@@ -123,8 +144,8 @@ impl Ledger {
     pub(super) async fn take_along(&self, mut lines: Vec<Line>) -> Result<(), String> {
         // (Its own are here, or were too old to be kept.)
         lines.retain(|line| line.node != self.node);
-        let database = self.database.clone();
-        let known = tokio::task::spawn_blocking(move || known_of(&database, lines)).await;
+        let ledger = self.clone();
+        let known = tokio::task::spawn_blocking(move || ledger.unknown_of(lines)).await;
         let unknown = known
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("the ledger cannot be read: {error}"))?;
@@ -139,11 +160,73 @@ impl Ledger {
     /// # Errors
     /// The database's, in a sentence.
     pub(crate) async fn newest(&self, wanted: Wanted) -> Result<Vec<Line>, String> {
-        let (database, own) = (self.database.clone(), self.node.clone());
-        tokio::task::spawn_blocking(move || read(&database, &wanted, &own))
+        let ledger = self.clone();
+        tokio::task::spawn_blocking(move || ledger.read(&wanted))
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| format!("the ledger cannot be read: {error}"))
+    }
+
+    /// Of lines that came with a machine, those that are not here yet. Further back than
+    /// the newest [`LOOKED_THROUGH`] nobody looks: whoever reads takes equal lines for one.
+    fn unknown_of(&self, mut lines: Vec<Line>) -> Result<Vec<Line>, redb::Error> {
+        lines.truncate(ALONG_MAX as usize);
+        self.look_back(LOOKED_THROUGH, |here| {
+            lines.retain(|line| *line != here);
+            !lines.is_empty()
+        })?;
+        Ok(lines)
+    }
+
+    fn read(&self, wanted: &Wanted) -> Result<Vec<Line>, redb::Error> {
+        let mut found = Vec::new();
+        let among = match wanted.among {
+            0 => usize::MAX,
+            among => among as usize,
+        };
+        self.look_back(among, |line| {
+            // Those that came with a machine are older than their place here.
+            if line.at_unix_ms < wanted.since_unix_ms && line.node == self.node {
+                return false;
+            }
+            if wanted.fits(&line) {
+                found.push(line);
+            }
+            found.len() < wanted.limit as usize
+        })?;
+        found.reverse();
+        Ok(found)
+    }
+
+    /// Shows the newest so many lines, newest first, until one is the last that is wanted.
+    fn look_back(
+        &self,
+        among: usize,
+        mut goes_on: impl FnMut(Line) -> bool,
+    ) -> Result<(), redb::Error> {
+        // These before the database: what is written meanwhile is in both, and has its number.
+        let unwritten: Vec<(u64, Line)> = lock(&self.unwritten).lines.iter().cloned().collect();
+        let written_before = unwritten.first().map_or(u64::MAX, |(number, _)| *number);
+        let mut left = among;
+        for (_, line) in unwritten.into_iter().rev() {
+            if left == 0 || !goes_on(line) {
+                return Ok(());
+            }
+            left -= 1;
+        }
+        let txn = self.database.begin_read()?;
+        let table = txn.open_table(LINES)?;
+        for entry in table.range(..written_before)?.rev().take(left) {
+            let (_, json) = entry?;
+            // What a newer version wrote is not read.
+            let Ok(line) = serde_json::from_slice::<Line>(json.value()) else {
+                continue;
+            };
+            if !goes_on(line) {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -157,38 +240,40 @@ fn last(database: &Database) -> Result<Option<u64>, redb::Error> {
     Ok(last)
 }
 
-fn write(database: &Database, next: &mut u64, batch: &[Line]) -> Result<(), redb::Error> {
+/// Writes until nothing is unwritten. What the disk does not take is lost.
+fn write_all(database: &Database, unwritten: &Mutex<Unwritten>) {
+    loop {
+        let batch: Vec<(u64, Line)> = {
+            let unwritten = lock(unwritten);
+            unwritten.lines.iter().take(BATCH_MAX).cloned().collect()
+        };
+        if batch.is_empty() {
+            return;
+        }
+        if let Err(error) = write(database, &batch) {
+            tracing::error!(%error, "decisions are not kept: is the disk full?");
+        }
+        lock(unwritten).lines.drain(..batch.len());
+    }
+}
+
+fn write(database: &Database, batch: &[(u64, Line)]) -> Result<(), redb::Error> {
     let txn = database.begin_write()?;
     {
         let mut table = txn.open_table(LINES)?;
-        for line in batch {
+        for (number, line) in batch {
             let Ok(json) = serde_json::to_vec(line) else {
                 continue;
             };
-            table.insert(*next, json.as_slice())?;
-            *next += 1;
+            table.insert(*number, json.as_slice())?;
         }
-        let oldest = next.saturating_sub(LINES_MAX);
-        table.retain_in(..oldest, |_, _| false)?;
+        if let Some((newest, _)) = batch.last() {
+            let oldest = (newest + 1).saturating_sub(LINES_MAX);
+            table.retain_in(..oldest, |_, _| false)?;
+        }
     }
     txn.commit()?;
     Ok(())
-}
-
-/// Of lines that came with a machine, those that are not here yet. Further back than
-/// the newest [`LOOKED_THROUGH`] nobody looks: whoever reads takes equal lines for one.
-fn known_of(database: &Database, mut lines: Vec<Line>) -> Result<Vec<Line>, redb::Error> {
-    lines.truncate(ALONG_MAX as usize);
-    let txn = database.begin_read()?;
-    let table = txn.open_table(LINES)?;
-    for entry in table.iter()?.rev().take(LOOKED_THROUGH) {
-        let (_, json) = entry?;
-        let Ok(here) = serde_json::from_slice::<Line>(json.value()) else {
-            continue;
-        };
-        lines.retain(|line| *line != here);
-    }
-    Ok(lines)
 }
 
 /// Sends what this node's ledger says of a machine after it, in the background; what
@@ -196,8 +281,6 @@ fn known_of(database: &Database, mut lines: Vec<Line>) -> Result<Vec<Line>, redb
 pub(crate) fn send_along(agent: &Arc<Agent>, machine: &MachineName, target: &NodeName) {
     let (agent, machine, target) = (agent.clone(), machine.clone(), target.clone());
     tokio::spawn(async move {
-        // The line that says why it went may not be written yet.
-        tokio::time::sleep(ALONG_AFTER).await;
         let wanted = Wanted {
             machine: Some(machine.to_string()),
             limit: ALONG_MAX,
@@ -219,35 +302,6 @@ pub(crate) fn send_along(agent: &Arc<Agent>, machine: &MachineName, target: &Nod
             tracing::debug!(%machine, %target, error, "the ledger did not go along");
         }
     });
-}
-
-fn read(database: &Database, wanted: &Wanted, own: &Name) -> Result<Vec<Line>, redb::Error> {
-    let txn = database.begin_read()?;
-    let table = txn.open_table(LINES)?;
-    let mut found = Vec::new();
-    let among = match wanted.among {
-        0 => usize::MAX,
-        among => among as usize,
-    };
-    for entry in table.iter()?.rev().take(among) {
-        let (_, json) = entry?;
-        // What a newer version wrote is not read.
-        let Ok(line) = serde_json::from_slice::<Line>(json.value()) else {
-            continue;
-        };
-        // Those that came with a machine are older than their place here.
-        if line.at_unix_ms < wanted.since_unix_ms && line.node == *own {
-            break;
-        }
-        if wanted.fits(&line) {
-            found.push(line);
-        }
-        if found.len() >= wanted.limit as usize {
-            break;
-        }
-    }
-    found.reverse();
-    Ok(found)
 }
 
 #[cfg(test)]
@@ -278,17 +332,6 @@ mod tests {
         }
     }
 
-    async fn until_found(ledger: &Ledger, wanted: &Wanted, count: usize) -> Vec<Line> {
-        for _ in 0..200 {
-            let found = ledger.newest(wanted.clone()).await.unwrap();
-            if found.len() == count {
-                return found;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
-        panic!("no {count} lines in two seconds");
-    }
-
     #[tokio::test]
     async fn what_is_kept_is_found_by_machine_and_time() {
         let folder = tempfile::tempdir().unwrap();
@@ -297,10 +340,11 @@ mod tests {
         for at in 1..=4 {
             ledger.keep(line(at, if at % 2 == 0 { "even" } else { "odd" }));
         }
-        let all = until_found(&ledger, &wanted(None), 4).await;
+        let all = ledger.newest(wanted(None)).await.unwrap();
+        assert_eq!(all.len(), 4);
         assert!(all.is_sorted_by_key(|line| line.at_unix_ms));
-        let even = until_found(&ledger, &wanted(Some("even")), 2).await;
-        assert_eq!(even[1], line(4, "even"));
+        let even = ledger.newest(wanted(Some("even"))).await.unwrap();
+        assert_eq!(even, [line(2, "even"), line(4, "even")]);
         let between = Wanted {
             since_unix_ms: 2,
             until_unix_ms: 3,
@@ -316,7 +360,8 @@ mod tests {
             }
         };
         reopened.keep(line(5, "odd"));
-        until_found(&reopened, &wanted(Some("odd")), 3).await;
+        let odd = reopened.newest(wanted(Some("odd"))).await.unwrap();
+        assert_eq!(odd.len(), 3, "{odd:?}");
     }
 
     #[tokio::test]
@@ -328,13 +373,13 @@ mod tests {
             ..line(50, "m")
         };
         ledger.keep(own.clone());
-        until_found(&ledger, &wanted(None), 1).await;
         for _ in 0..3 {
             ledger
                 .take_along(vec![line(10, "m"), line(20, "m")])
                 .await
                 .unwrap();
-            until_found(&ledger, &wanted(Some("m")), 3).await;
+            let found = ledger.newest(wanted(Some("m"))).await.unwrap();
+            assert_eq!(found.len(), 3, "{found:?}");
         }
         ledger.take_along(vec![own.clone()]).await.unwrap();
         // An own line that is newer than what came does not hide it, nor the reverse.
@@ -346,20 +391,71 @@ mod tests {
         assert_eq!(found, [own, line(20, "m")]);
     }
 
+    /// A disk that takes its time hides nothing, and nothing is told twice when it comes.
+    #[tokio::test]
+    async fn what_is_not_written_yet_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&folder.path().join("ledger.redb"), "a").unwrap();
+        let all: Vec<Line> = (0..40).map(|at| line(at, "m")).collect();
+        // (While this one is open the writer waits.)
+        let busy = ledger.database.begin_write().unwrap();
+        for line in &all[..20] {
+            ledger.keep(line.clone());
+        }
+        assert_eq!(ledger.newest(wanted(None)).await.unwrap(), all[..20]);
+        let some = Wanted {
+            limit: 3,
+            ..wanted(None)
+        };
+        assert_eq!(ledger.newest(some).await.unwrap(), all[17..20]);
+        busy.abort().unwrap();
+        for until in 20..=40 {
+            assert_eq!(ledger.newest(wanted(None)).await.unwrap(), all[..until]);
+            if let Some(next) = all.get(until) {
+                ledger.keep(next.clone());
+            }
+        }
+        let path = folder.path().join("ledger.redb");
+        drop(ledger);
+        let reopened = loop {
+            match Ledger::open(&path, "a") {
+                Ok(ledger) => break ledger,
+                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(10)).await,
+            }
+        };
+        assert_eq!(reopened.newest(wanted(None)).await.unwrap(), all);
+    }
+
+    #[test]
+    fn more_than_may_wait_is_not_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&folder.path().join("ledger.redb"), "a").unwrap();
+        let busy = ledger.database.begin_write().unwrap();
+        for at in 0..UNWRITTEN_MAX as u64 + 3 {
+            ledger.keep(line(at, "m"));
+        }
+        let few = Wanted {
+            limit: 1,
+            ..wanted(None)
+        };
+        let newest = ledger.read(&few).unwrap();
+        assert_eq!(newest[0].at_unix_ms, UNWRITTEN_MAX as u64 - 1);
+        drop(busy);
+    }
+
     #[test]
     fn the_oldest_go() {
         let folder = tempfile::tempdir().unwrap();
-        let database = Database::create(folder.path().join("x")).unwrap();
-        let mut next = LINES_MAX - 2;
-        let batch: Vec<Line> = (0..6).map(|at| line(at, "m")).collect();
-        write(&database, &mut next, &batch).unwrap();
-        let found = read(&database, &wanted(None), &"a".into()).unwrap();
-        let kept: Vec<u64> = found.iter().map(|line| line.at_unix_ms).collect();
-        assert_eq!(kept, [0, 1, 2, 3, 4, 5]);
-        next = 2 * LINES_MAX + 1;
-        write(&database, &mut next, &batch[..1]).unwrap();
-        let found = read(&database, &wanted(None), &"a".into()).unwrap();
-        let kept: Vec<u64> = found.iter().map(|line| line.at_unix_ms).collect();
+        let ledger = Ledger::open(&folder.path().join("x"), "a").unwrap();
+        let write_from = |first: u64, lines: u64| {
+            let batch: Vec<(u64, Line)> =
+                (0..lines).map(|at| (first + at, line(at, "m"))).collect();
+            write(&ledger.database, &batch).unwrap();
+            let found = ledger.read(&wanted(None)).unwrap();
+            found.iter().map(|line| line.at_unix_ms).collect::<Vec<_>>()
+        };
+        assert_eq!(write_from(LINES_MAX - 2, 6), [0, 1, 2, 3, 4, 5]);
+        let kept = write_from(2 * LINES_MAX + 1, 1);
         assert_eq!(kept, [4, 5, 0], "those before the newest 50,000 went");
     }
 }

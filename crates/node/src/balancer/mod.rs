@@ -491,17 +491,17 @@ impl Task {
             let note = Note::machine(EventKind::BalanceDecided, &name, decision.to_string());
             self.agent.events.record(note.with("target", target));
         }
-        // What is said of a move when it is over goes after the machine.
-        if let Decision::Ended {
-            machine,
-            target,
-            outcome: Outcome::Moved { .. },
-            ..
-        } = &decision
-            && let (Ok(machine), Ok(target)) = (MachineName::new(machine), NodeName::new(target))
-        {
-            send_along(&self.agent, &machine, &target);
-        }
+        let along = match &decision {
+            Decision::Ended {
+                machine,
+                target,
+                outcome: Outcome::Moved { .. },
+                ..
+            } => MachineName::new(machine)
+                .ok()
+                .zip(NodeName::new(target).ok()),
+            _ => None,
+        };
         let decides = matches!(decision, Decision::Move { .. } | Decision::Stay { .. });
         let ledger = self.agent.balancer.ledger();
         ledger.keep(Line {
@@ -511,6 +511,10 @@ impl Task {
             model: decides.then(|| *self.balancer.model()),
             decision,
         });
+        // What is said of a move when it is over goes after the machine.
+        if let Some((machine, target)) = along {
+            send_along(&self.agent, &machine, &target);
+        }
     }
 }
 
