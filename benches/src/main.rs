@@ -31,6 +31,7 @@ mod polls;
 mod postcopy;
 mod qemu;
 mod resume;
+mod spanned;
 mod spanning;
 mod spread;
 mod table;

@@ -1,20 +1,20 @@
 //! Pages of a machine that spans: how long a thread stands at one that is in another
 //! process, beside a plain round trip over TCP; how fast a set of pages moves, beside a
-//! plain stream of TLS; what it is worth that directories move along with objects.
+//! plain stream of TLS; what it is worth that directories move along with objects; and how
+//! fast a program is whose part keeps less than it uses.
 //!
 //! The other part is a process of its own (this program again, [`home`]): it has all
 //! pages. It also answers 64 bytes with 4 KiB on a plain socket, both sides blocking.
 
+use crate::spanned::{LIMIT, Spanned};
 use crate::table::{Table, micros, percentile};
 use anyhow::{Context, Result, ensure};
 use keel_cluster::Epoch;
-use keel_machine::span::{Ends, Hello, Keeps, Pages, Setup, Spread, Within};
+use keel_machine::span::{Ends, Hello, Keeps, Pages, Setup};
 use keel_net::{BulkStream, ClientTls, PinnedIdentity, ServerTls};
-use keel_wasi::{Config, Wasi};
 use keel_wasm::coherence::{PageId, PartId};
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
 use keel_wasm::runtime::parts::Spawning;
-use keel_wasm::runtime::{Engine, Limits, Machine, Options};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -35,8 +35,6 @@ const TOUCHES: u64 = 2000;
 const QUESTION_BYTES: usize = 64;
 /// Bytes that move at once, and that the plain stream carries.
 const MOVED_BYTES: u64 = 64 << 20;
-/// After so long something hangs.
-const LIMIT: Duration = Duration::from_secs(30);
 
 fn part(number: usize) -> Result<PartId> {
     PartId::new(number).context("a part's number")
@@ -183,6 +181,9 @@ pub(crate) fn bench(rounds: usize, only: Option<&str>) -> Result<()> {
     if wanted("directories") {
         directories()?;
     }
+    if wanted("limits") {
+        limits()?;
+    }
     Ok(())
 }
 
@@ -245,16 +246,8 @@ const TURNS: u64 = 256;
 /// Pages of one member that another one reads, asking the home for them or the one that has
 /// them; in turns. All three are in this process.
 fn directories() -> Result<()> {
-    let program = Engine::new(Options::default())?.load(&wat::parse_str(WAITS)?)?;
-    let limits = Limits::default();
-    let machine = Machine::ready_under(0, program, Wasi::new(Config::default())?, limits)?;
-    let how = Spread {
-        spawning: Spawning::Here,
-        patience: LIMIT,
-        keeps: Keeps::default(),
-        stands: false,
-    };
-    let parts = Within::begin(&machine, 3, limits.memory_bytes, how)?;
+    let spanned = Spanned::begin(WAITS, 3, Spawning::Here, Keeps::default())?;
+    let parts = &spanned.parts;
     let home = parts.home().pages();
     let bytes = OBJECT_PAGES * PAGE_BYTES;
     // (The first page is the program's.)
@@ -304,8 +297,83 @@ fn directories() -> Result<()> {
         table.row(row);
     }
     table.print(&format!("Directories ({OBJECT_PAGES} of each)"));
-    machine.stop();
-    machine.wait(Some(LIMIT)).context("its end")?;
+    spanned.end()
+}
+
+/// Adds to a word of one page of 64 MiB after the other, and counts that: in no order, some
+/// pages much more often than others (the page is the cube of what is drawn: an eighth of
+/// them have half of all).
+const USES: &str = r#"(module (memory (export "memory") 1040 1040 shared)
+    (func (export "_start") (local $x i64) (local $u i64) (local $at i32) (local $turn i32)
+        (local.set $x (i64.const 88172645463325252))
+        (loop $more
+            (local.set $turn (i32.const 64))
+            (loop $turns
+                (local.set $x (i64.xor (local.get $x) (i64.shl (local.get $x) (i64.const 13))))
+                (local.set $x (i64.xor (local.get $x) (i64.shr_u (local.get $x) (i64.const 7))))
+                (local.set $x (i64.xor (local.get $x) (i64.shl (local.get $x) (i64.const 17))))
+                (local.set $u (i64.and (local.get $x) (i64.const 65535)))
+                (local.set $u (i64.shr_u
+                    (i64.mul (local.get $u) (i64.mul (local.get $u) (local.get $u)))
+                    (i64.const 34)))
+                (local.set $u (i64.and (i64.mul (local.get $u) (i64.const 12345)) (i64.const 16383)))
+                (local.set $at (i32.add (i32.const 0x100000)
+                    (i32.shl (i32.wrap_i64 (local.get $u)) (i32.const 12))))
+                (i64.store (local.get $at) (i64.add (i64.load (local.get $at)) (i64.const 1)))
+                (local.set $turn (i32.sub (local.get $turn) (i32.const 1)))
+                (br_if $turns (local.get $turn)))
+            (i64.atomic.store (i32.const 8)
+                (i64.add (i64.atomic.load (i32.const 8)) (i64.const 1)))
+            (br $more))))"#;
+/// Its parts: all of it has room on the others.
+const PARTS: usize = 8;
+/// What each of them keeps.
+const KEPT: [u64; 3] = [16 << 20, 32 << 20, 48 << 20];
+/// Before it is counted, and while it is.
+const WARM: Duration = Duration::from_secs(3);
+const COUNTED: Duration = Duration::from_secs(4);
+
+/// A program that uses some of its memory more than other, where its part may keep less
+/// than it has.
+fn limits() -> Result<()> {
+    let mut table = Table::new(&[
+        "a part keeps",
+        "cold pages/s",
+        "of all that could be",
+        "waits/s",
+    ]);
+    for kept in std::iter::once(None).chain(KEPT.into_iter().rev().map(Some)) {
+        let keeps = Keeps {
+            part_bytes: kept,
+            room_bytes: None,
+        };
+        let spanned = Spanned::begin(USES, PARTS, Spawning::Here, keeps)?;
+        let pages = spanned.parts.home().pages();
+        let memory = &spanned.machine.memories()[0];
+        let count = || {
+            let low = memory.load_u32(8).context("its count")?;
+            anyhow::Ok((low, pages.latency().count()))
+        };
+        std::thread::sleep(WARM);
+        let before = count()?;
+        let begun = Instant::now();
+        std::thread::sleep(COUNTED);
+        let after = count()?;
+        let seconds = begun.elapsed().as_secs_f64();
+        let uses = 64.0 * f64::from(after.0.wrapping_sub(before.0));
+        let waits = (after.1 - before.1) as f64;
+        table.row(vec![
+            kept.map_or("all".into(), |kept| format!("{} of 65 MiB", kept >> 20)),
+            format!("{:.0}", uses / seconds),
+            format!("{:.0}", waits / seconds),
+            match waits > 0.0 {
+                true => format!("{:.2}", uses / waits),
+                false => "-".into(),
+            },
+        ]);
+        spanned.end()?;
+    }
+    table.print("64 MiB, some of which are used more");
     Ok(())
 }
 

@@ -7,18 +7,15 @@
 //! figures are published ones: PM2 75 µs (Antoniu and others, "Generating adaptive
 //! migration policies", 2000s), Nu about 100 µs (Ruan and others, NSDI 2023).
 
+use crate::spanned::{LIMIT, Spanned};
 use crate::table::{Table, percentile};
 use anyhow::{Context, Result, ensure};
-use keel_machine::span::{Keeps, PartId, Spread, Within};
-use keel_wasi::{Config, Wasi};
+use keel_machine::span::{Keeps, PartId};
 use keel_wasm::runtime::parts::Spawning;
-use keel_wasm::runtime::{Engine, Limits, Machine, Options};
 use std::time::{Duration, Instant};
 
 /// Moves before any is counted: code and connections are warm then.
 const WARM: usize = 50;
-/// After so long something hangs.
-const LIMIT: Duration = Duration::from_secs(10);
 /// How long a thread runs between two moves.
 const PAUSE: Duration = Duration::from_millis(2);
 
@@ -44,17 +41,8 @@ const GUEST: &str = r#"(module
         (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#;
 
 pub(crate) fn bench(moves: usize) -> Result<()> {
-    let module = wat::parse_str(GUEST)?;
-    let program = Engine::new(Options::default())?.load(&module)?;
-    let limits = Limits::default();
-    let machine = Machine::ready_under(0, program, Wasi::new(Config::default())?, limits)?;
-    let how = Spread {
-        spawning: Spawning::Here,
-        patience: LIMIT,
-        keeps: Keeps::default(),
-        stands: false,
-    };
-    let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;
+    let spanned = Spanned::begin(GUEST, 2, Spawning::Here, Keeps::default())?;
+    let (machine, parts) = (&spanned.machine, &spanned.parts);
     let member = parts.members().values().next().context("a member")?;
     let there = PartId::new(1).context("a part")?;
     let begun = Instant::now();
@@ -100,8 +88,7 @@ pub(crate) fn bench(moves: usize) -> Result<()> {
             if goes { &mut away } else { &mut home }.push(stood);
         }
     }
-    machine.stop();
-    machine.wait(Some(LIMIT)).context("its end")?;
+    spanned.end()?;
     let mut table = Table::new(&["a thread stands still", "p50 µs", "p90", "p99", "most"]);
     for (name, figures) in [("home → member", &mut away), ("member → home", &mut home)] {
         let mut row = vec![name.to_owned()];
@@ -163,17 +150,9 @@ fn counted(address: &str) -> Result<f64> {
                 (br_if $more (i32.lt_u (local.get $n) (i32.const 4))))
             (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#
     );
-    let program = Engine::new(Options::default())?.load(&wat::parse_str(&text)?)?;
-    let limits = Limits::default();
-    let machine = Machine::ready_under(0, program, Wasi::new(Config::default())?, limits)?;
     // (One of each kind at each part.)
-    let how = Spread {
-        spawning: Spawning::Even,
-        patience: LIMIT,
-        keeps: Keeps::default(),
-        stands: false,
-    };
-    let parts = Within::begin(&machine, 2, limits.memory_bytes, how)?;
+    let spanned = Spanned::begin(&text, 2, Spawning::Even, Keeps::default())?;
+    let (machine, parts) = (&spanned.machine, &spanned.parts);
     let begun = Instant::now();
     while machine.threads().len() < 5 {
         ensure!(begun.elapsed() < LIMIT, "its threads do not begin");
@@ -192,7 +171,6 @@ fn counted(address: &str) -> Result<f64> {
     let before = count()?;
     std::thread::sleep(ROUND);
     let counted = count()? - before;
-    machine.stop();
-    machine.wait(Some(LIMIT)).context("its end")?;
+    spanned.end()?;
     Ok(counted as f64)
 }

@@ -2,17 +2,23 @@
 //! the oldest first, as these are only dropped; then pages that only this part has, which
 //! another part gets.
 //!
-//! Nobody sees which pages a guest uses that are here, only which come. So it is told by
-//! what comes back: a page that was given away and comes again soon is one that is needed
-//! here (2Q: Johnson and Shasha, "2Q: a low overhead high performance buffer management
-//! replacement algorithm", VLDB 1994, without its reordering of pages by use).
+//! What comes back soon after it was given away is needed here; what is gone through once
+//! is not, however much it is (2Q: Johnson and Shasha, "2Q: a low overhead high performance
+//! buffer management replacement algorithm", VLDB 1994). Whether a page that was needed
+//! still is used is only asked when it is its turn, and one that is gets another (the clock
+//! algorithm: Corbató, "A Paging Experiment with the Multics System", 1968). So it is with
+//! what was here already when there came to be too much. Of others it would say nothing:
+//! each was used when it came.
 //!
 //! ```text
 //!            ┌──────── comes again ◀── ghosts (names of what left) ◀─┐
 //!            ▼                                                       │
-//!   owned ─▶ old ── while young ones are few ──▶ given away          │
-//!   comes ─▶ young ── while they are many ─────▶ given away ─────────┘
-//!   read ──▶ copies ───────────────────────────▶ dropped
+//!   used ──▶ old ── while young ones are few, and unused ▶ given away│
+//!     ▲      └── used ─▶ old                                         │
+//!     └────┐                                                         │
+//!   was here ─▶ young ── while they are many ────▶ given away ───────┘
+//!   comes ─────▶ young
+//!   read ──────▶ copies ─────────────────────────▶ dropped
 //! ```
 //!
 //! This module chooses; it has no memory and no clock.
@@ -26,6 +32,8 @@ const YOUNG_PART: usize = 4;
 /// Of the pages that a part may keep, the names of half as many are remembered that left
 /// (2Q's Kout).
 const GHOSTS_PART: u64 = 2;
+/// Pages that get another turn before one goes that is used, too.
+const TURNS_MAX: usize = 8;
 /// Void places in a line that are let be.
 const VOID_MIN: usize = 1024;
 
@@ -33,6 +41,8 @@ const VOID_MIN: usize = 1024;
 enum Queue {
     Copies,
     Young,
+    /// It was here before. In line with young ones.
+    Here,
     Old,
 }
 
@@ -66,7 +76,7 @@ impl Keep {
     fn line(&mut self, queue: Queue) -> &mut Line {
         match queue {
             Queue::Copies => &mut self.copies,
-            Queue::Young => &mut self.young,
+            Queue::Young | Queue::Here => &mut self.young,
             Queue::Old => &mut self.old,
         }
     }
@@ -86,10 +96,17 @@ impl Keep {
         self.young.count + self.old.count
     }
 
+    /// A page is here that was before anything was given away; from now on it is known
+    /// whether it is used.
+    pub(super) fn is_here(&mut self, page: PageId) {
+        self.remove(page);
+        self.put(page, Queue::Here);
+    }
+
     /// A page has come, or may be written from now on.
     pub(super) fn came(&mut self, page: PageId, access: Access) {
         let is_owned = match self.at.get(&page) {
-            Some((Queue::Young | Queue::Old, _)) => true,
+            Some((Queue::Young | Queue::Here | Queue::Old, _)) => true,
             Some((Queue::Copies, _)) | None => false,
         };
         // (It keeps its place in line.)
@@ -114,7 +131,10 @@ impl Keep {
         line.count += 1;
         if line.pages.len() > 2 * line.count + VOID_MIN {
             let mut pages = std::mem::take(&mut line.pages);
-            pages.retain(|(page, number)| self.at.get(page) == Some(&(queue, *number)));
+            pages.retain(|(page, number)| {
+                let stands = self.at.get(page);
+                stands.is_some_and(|(_, at)| at == number)
+            });
             self.line(queue).pages = pages;
         }
     }
@@ -137,13 +157,15 @@ impl Keep {
         std::mem::take(&mut self.given)
     }
 
-    /// The first in line that is still there; it stays in `at`.
-    fn first(&mut self, queue: Queue) -> Option<PageId> {
+    /// The first in line that is still there, which it leaves, and how it stood there.
+    fn first(&mut self, queue: Queue) -> Option<(PageId, Queue)> {
         loop {
             let (page, number) = self.line(queue).pages.pop_front()?;
-            if self.at.get(&page) == Some(&(queue, number)) {
+            if let Some((queue, at)) = self.at.get(&page).copied()
+                && at == number
+            {
                 self.remove(page);
-                return Some(page);
+                return Some((page, queue));
             }
         }
     }
@@ -161,7 +183,7 @@ impl Keep {
             if chosen.len() == most {
                 break;
             }
-            let Some(page) = self.first(Queue::Copies) else {
+            let Some((page, _)) = self.first(Queue::Copies) else {
                 break;
             };
             match is_droppable(page) {
@@ -173,17 +195,28 @@ impl Keep {
     }
 
     /// The next that another part is to get, if there is one; `may_keep` pages are kept
-    /// here.
-    pub(super) fn next(&mut self, may_keep: u64) -> Option<PageId> {
-        let queue = match self.young.count * YOUNG_PART >= self.owned() {
-            true => Queue::Young,
-            false => Queue::Old,
+    /// here. `is_used` says whether a page was since it was asked of it last, or it came.
+    pub(super) fn next(
+        &mut self,
+        may_keep: u64,
+        mut is_used: impl FnMut(PageId) -> bool,
+    ) -> Option<PageId> {
+        let mut goes_young = self.young.count * YOUNG_PART >= self.owned();
+        let mut turns = 0;
+        let page = loop {
+            let (queue, other) = match goes_young {
+                true => (Queue::Young, Queue::Old),
+                false => (Queue::Old, Queue::Young),
+            };
+            let (page, stood) = self.first(queue).or_else(|| self.first(other))?;
+            if stood == Queue::Young || turns == TURNS_MAX || !is_used(page) {
+                break page;
+            }
+            turns += 1;
+            // (Rather one that only came by.)
+            goes_young = true;
+            self.put(page, Queue::Old);
         };
-        let other = match queue {
-            Queue::Young => Queue::Old,
-            _ => Queue::Young,
-        };
-        let page = self.first(queue).or_else(|| self.first(other))?;
         self.going.insert(page);
         self.last += 1;
         self.remembered.insert(page, self.last);
@@ -224,7 +257,9 @@ mod tests {
 
     /// So many are given away, and leave.
     fn give(keep: &mut Keep, count: usize) -> Vec<u32> {
-        let given: Vec<PageId> = (0..count).map_while(|_| keep.next(100)).collect();
+        let given: Vec<PageId> = (0..count)
+            .map_while(|_| keep.next(100, |_| false))
+            .collect();
         for page in &given {
             keep.left(*page);
         }
@@ -266,6 +301,57 @@ mod tests {
         assert!(given.contains(&0), "{given:?}");
     }
 
+    /// What is used stays: what was here without that it had to go once, what comes if it
+    /// had to.
+    #[test]
+    fn what_is_used_stays() {
+        let mut keep = Keep::default();
+        (0..100).for_each(|number| keep.is_here(page(number)));
+        came(&mut keep, 200..210, Access::Write);
+        let hot = |page: PageId| [3, 50, 97, 201].contains(&page.number);
+        let mut asked = HashSet::new();
+        let mut gone = Vec::new();
+        for new in 300..420 {
+            let next = keep.next(100, |page| {
+                asked.insert(page.number);
+                hot(page)
+            });
+            keep.left(next.unwrap());
+            gone.push(next.unwrap().number);
+            came(&mut keep, [new], Access::Write);
+            // (It is needed at once.)
+            if gone.last() == Some(&201) {
+                came(&mut keep, [201], Access::Write);
+            }
+        }
+        let stays = gone.iter().filter(|it| hot(page(**it)));
+        assert_eq!(stays.collect::<Vec<_>>(), [&201]);
+        assert!((0..100).all(|it| hot(page(it)) || gone.contains(&it)));
+        assert!(
+            (300..420).all(|it| !asked.contains(&it)),
+            "of those it says nothing"
+        );
+        assert_eq!(keep.old.count, 4);
+        // What is used no more goes as others.
+        let mut rest = std::iter::from_fn(|| keep.next(100, |_| false));
+        assert!(rest.any(hot));
+    }
+
+    #[test]
+    fn where_all_is_used_one_goes_all_the_same() {
+        let mut keep = Keep::default();
+        (0..40).for_each(|number| keep.is_here(page(number)));
+        for goes in 1..=20 {
+            let mut turns = 0;
+            let next = keep.next(100, |_| {
+                turns += 1;
+                true
+            });
+            assert!(next.is_some());
+            assert_eq!((turns, keep.owned()), (TURNS_MAX, 40 - goes));
+        }
+    }
+
     #[test]
     fn names_of_what_left_are_forgotten_in_time() {
         let mut keep = Keep::default();
@@ -285,7 +371,7 @@ mod tests {
     fn what_does_not_leave_is_chosen_again() {
         let mut keep = Keep::default();
         came(&mut keep, 0..2, Access::Write);
-        assert_eq!(keep.next(100), Some(page(0)));
+        assert_eq!(keep.next(100, |_| false), Some(page(0)));
         assert!(keep.knows(page(0)));
         assert_eq!((keep.going(), keep.owned()), (1, 1));
         keep.give_up_waiting();

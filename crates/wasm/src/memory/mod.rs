@@ -9,6 +9,7 @@
 //! - `dirty`: which pages were written since the last look
 //! - `faults`: pages that are not there yet
 //! - `spanning`: pages of which other parts of the machine have some
+//! - `uses`: which pages the guest uses, of those that are here
 //! - `probe`: what of it this host offers
 //! - `uffd`: the kernel's interface behind these
 //!
@@ -22,6 +23,7 @@ mod faults;
 mod probe;
 mod spanning;
 mod uffd;
+mod uses;
 
 pub use creator::{Control, Creator, with_memories};
 pub use dirty::{DirtyTracker, Method};
@@ -29,6 +31,7 @@ pub use faults::{Fault, FaultKind, PageFaults};
 pub use probe::{Offered, probe};
 pub use spanning::{Spanning, Touch};
 pub use uffd::Unavailable;
+pub use uses::Uses;
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};

@@ -16,6 +16,7 @@
 //! needs no rights).
 
 use super::uffd::{self, Unavailable, unavailable};
+use super::uses::Uses;
 use super::{GuestMemory, MemoryError, PAGE_BYTES, faults};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::retry_on_intr;
@@ -31,6 +32,7 @@ use std::time::Duration;
 pub struct Spanning {
     memory: Arc<GuestMemory>,
     uffd: OwnedFd,
+    uses: Uses,
 }
 
 /// An access that waits.
@@ -61,7 +63,8 @@ impl Spanning {
         let uffd = uffd::open(features, what, remedy)?;
         uffd::register(&uffd, &memory, uffd::MODE_MISSING | uffd::MODE_WP)
             .map_err(unavailable(what, remedy))?;
-        Ok(Spanning { memory, uffd })
+        let uses = Uses::of(memory.clone())?;
+        Ok(Spanning { memory, uffd, uses })
     }
 
     /// All pages are here and may be written: no access waits any more.
@@ -75,6 +78,11 @@ impl Spanning {
     /// The memory.
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
+    }
+
+    /// Which pages are used, of those that are here.
+    pub fn uses(&self) -> &Uses {
+        &self.uses
     }
 
     /// Can be read when an access waits.

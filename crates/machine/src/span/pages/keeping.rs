@@ -16,7 +16,7 @@
 use super::super::keep::Keep;
 use super::super::wire::{self, Parcel};
 use super::work::{Beside, Happened, Work};
-use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked};
+use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked, offset};
 use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
 use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,9 @@ const UNLIMITED: Duration = Duration::from_secs(1);
 const UNWRITTEN_MAX: usize = 1 << 20;
 /// Pages that were asked away from here and have not left, at most.
 const GOING_MAX: usize = 1024;
+/// Pages that are looked at, whether they are used, before some are given away: a
+/// millisecond.
+const LOOKS_MAX: usize = 256;
 /// How long a page that was chosen may take to leave before it is one as others again.
 const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
@@ -351,6 +354,14 @@ impl Shared {
         Ok(())
     }
 
+    /// Whether the guest used a page since this was asked of it last, or it came. (Of one of
+    /// which that cannot be seen it is not known, and it goes in its turn.)
+    fn is_used(&self, page: PageId) -> bool {
+        let memory = self.memories.get(page.memory as usize);
+        let used = memory.map(|it| it.uses().take(offset(page), PAGE_BYTES));
+        matches!(used, Some(Ok(used)) if used == [true])
+    }
+
     /// Gives away some of what is too much; whether there is more to do at once.
     fn give_away(&self, limit: u64, seen: &mut Seen) -> Result<bool, SpanError> {
         let resident = self.resident()?;
@@ -397,12 +408,18 @@ impl Shared {
             let told = self.others.told(part);
             told.is_some_and(|told| told.unwritten_bytes() <= UNWRITTEN_MAX)
         };
+        // (Who waits for a page meanwhile waits for this.)
+        let mut looks = 0;
+        let mut is_used = |page: PageId| {
+            looks += 1;
+            looks <= LOOKS_MAX && self.is_used(page)
+        };
         while excess > 0 && events.len() < MOVES_MAX && keep.going() < GOING_MAX && keep.owned() > 0
         {
             let Some(to) = self.limits.take_room(least_room(limit), may) else {
                 break;
             };
-            let Some(page) = keep.next(may_keep) else {
+            let Some(page) = keep.next(may_keep, &mut is_used) else {
                 break;
             };
             events.push((Event::Move { page, to }, Beside::Nothing));
@@ -426,6 +443,8 @@ fn adopt(
     for (number, memory) in (0..).zip(memories) {
         let here = memory.memory().populated();
         for range in here.map_err(|error| SpanError::Memory(error.to_string()))? {
+            // (What was used before counts no more. Where it cannot be seen, see `is_used`.)
+            let _ = memory.uses().take(range.start, range.end - range.start);
             for at in range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES) {
                 // (A memory of 64 GiB has 16 million.)
                 let page = PageId {
@@ -434,7 +453,7 @@ fn adopt(
                 };
                 match copy(page) {
                     Copy::Shared => keep.came(page, Access::Read),
-                    Copy::Kept | Copy::Modified => keep.came(page, Access::Write),
+                    Copy::Kept | Copy::Modified => keep.is_here(page),
                     Copy::Invalid => {}
                 }
             }

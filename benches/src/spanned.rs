@@ -1,0 +1,46 @@
+//! A program of this text that spans parts in this process, without a worker or a cluster.
+
+use anyhow::{Context, Result};
+use keel_machine::span::{Keeps, Spread, Within};
+use keel_wasi::{Config, Wasi};
+use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::{Engine, Limits, Machine, Options};
+use std::time::Duration;
+
+/// After so long something hangs.
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+
+/// One that spans.
+pub(crate) struct Spanned {
+    pub(crate) machine: Machine,
+    pub(crate) parts: Within,
+}
+
+impl Spanned {
+    /// Begins to span before the program runs for long, over so many parts.
+    pub(crate) fn begin(
+        text: &str,
+        parts: usize,
+        spawning: Spawning,
+        keeps: Keeps,
+    ) -> Result<Self> {
+        let program = Engine::new(Options::default())?.load(&wat::parse_str(text)?)?;
+        let limits = Limits::default();
+        let machine = Machine::ready_under(0, program, Wasi::new(Config::default())?, limits)?;
+        let how = Spread {
+            spawning,
+            patience: LIMIT,
+            keeps,
+            stands: false,
+        };
+        let parts = Within::begin(&machine, parts, limits.memory_bytes, how)?;
+        Ok(Spanned { machine, parts })
+    }
+
+    /// Ends it.
+    pub(crate) fn end(self) -> Result<()> {
+        self.machine.stop();
+        self.machine.wait(Some(LIMIT)).context("its end")?;
+        Ok(())
+    }
+}
