@@ -644,6 +644,17 @@ pub struct ObjectInfo {
     pub readers: Vec<String>,
     /// How often its pages changed hands so far: how hot it is between parts.
     pub exchanges: u64,
+    /// How often threads waited for its pages in the last half minute to minute, of pages
+    /// that they waited for more than once.
+    #[serde(default)]
+    pub waits: u64,
+    /// Of those pages, those that parts used in turns, one of them writing.
+    #[serde(default)]
+    pub shared_pages: u32,
+    /// Of these, those of which, as far as is seen, each part used other bytes than those
+    /// that another one wrote: false sharing. What does not share a page would not wait.
+    #[serde(default)]
+    pub falsely_shared_pages: u32,
     /// Node of the part that knows who has it, and is asked for it: it moves along with
     /// whole 64 KiB.
     pub directory: String,

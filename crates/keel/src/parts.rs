@@ -220,6 +220,8 @@ pub(crate) async fn objects(reach: &Reach, machine: &str) -> Result<ExitCode> {
             "part",
             "readers",
             "exchanges",
+            "waits",
+            "shared pages",
             "directory",
         ],
         |object| object.range.clone(),
@@ -232,11 +234,22 @@ pub(crate) async fn objects(reach: &Reach, machine: &str) -> Result<ExitCode> {
                 object.part.to_string(),
                 object.readers.join(","),
                 object.exchanges.to_string(),
+                object.waits.to_string(),
+                shared(object),
                 object.directory.clone(),
             ]
         },
     )?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Pages of a piece of memory that are shared, and those for no use to anybody.
+fn shared(object: &ObjectInfo) -> String {
+    match (object.shared_pages, object.falsely_shared_pages) {
+        (0, _) => "-".into(),
+        (pages, 0) => pages.to_string(),
+        (pages, falsely) => format!("{pages}, {falsely} falsely"),
+    }
 }
 
 async fn order_object(

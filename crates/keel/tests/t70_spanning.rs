@@ -764,6 +764,65 @@ async fn objects_have_names() {
     bench.does(&["kill", "m"]);
 }
 
+/// Two threads on two nodes add to two words in one page, and both to one in another.
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_that_are_shared_falsely_are_told_apart() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let text = r#"(module
+        (import "wasi" "thread-spawn" (func $spawn (param i32) (result i32)))
+        (memory (export "memory") 64 64 shared)
+        (func (export "wasi_thread_start") (param $tid i32) (param $arg i32)
+            (loop $on
+                (drop (i32.atomic.rmw.add
+                    (i32.add (i32.const 0x100000) (i32.shl (local.get $arg) (i32.const 11)))
+                    (i32.const 1)))
+                (drop (i32.atomic.rmw.add (i32.const 0x200000) (i32.const 1)))
+                (drop (i32.atomic.rmw.add
+                    (i32.add (i32.const 0x300000) (i32.shl (local.get $arg) (i32.const 12)))
+                    (i32.const 1)))
+                (br $on)))
+        (func (export "_start")
+            (drop (call $spawn (i32.const 0)))
+            (drop (call $spawn (i32.const 1)))
+            (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))"#;
+    let module = wat::parse_str(text).expect("a module");
+    run(&bench, &Guest::new("m", "a", &module, &[])).await;
+    let objects = || -> Vec<ObjectInfo> {
+        let text = bench.does(&["-o", "json", "objects", "m"]);
+        serde_json::from_str(&text).expect("JSON")
+    };
+    // Alone nobody waits for anything.
+    let alone = objects();
+    assert!(alone.iter().all(|it| (it.waits, it.shared_pages) == (0, 0)));
+    bench.does(&["span", "m", "--nodes", "b"]);
+    bench.does(&["move", "m/thread/2", "--to", "b"]);
+    // (One page each: how many are shared, how many of them falsely.)
+    let told = |at: u64| {
+        let object = objects().into_iter().find(|it| {
+            let range = object_range(&it.range).expect("a range");
+            range.0 == 0 && (range.1..range.1 + range.2).contains(&at)
+        });
+        let object = object.expect("it is somewhere");
+        let is_waited_for = object.waits > 20;
+        (
+            is_waited_for,
+            object.shared_pages,
+            object.falsely_shared_pages,
+        )
+    };
+    let said = || bench.does(&["objects", "m"]);
+    wait_for("they are told apart", || async {
+        let all = [0x10_0000, 0x20_0000, 0x30_0000, 0x30_1000].map(told);
+        let expected = [(true, 1, 1), (true, 1, 0), (false, 0, 0), (false, 0, 0)];
+        (all == expected).then_some(())
+    })
+    .await
+    .unwrap_or_else(|error| panic!("{error}: {}", said()));
+    assert!(said().contains("1, 1 falsely"), "{}", said());
+    bench.does(&["kill", "m"]);
+}
+
 /// Whatever part is lost, at whatever moment: the machine ends by the name of what was
 /// lost, begins anew where that is its policy, and no process is left behind.
 #[tokio::test(flavor = "multi_thread")]

@@ -26,7 +26,7 @@ use keel_api::{
     EventKind, ObjectInfo, PartInfo, PartMemoryInfo, PartsInfo, SpanRequest, ThreadInfo,
 };
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, Spawning};
+use keel_machine::span::{HotPage, PARTS_MAX, PartId, PartSet, Place, Sharing, Spawning};
 use keel_machine::spec::{Record, Spawn, Spec};
 use keel_machine::worker::control::{
     Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartWith, PartsReport, ReadyPart,
@@ -1049,20 +1049,35 @@ pub(crate) async fn objects(
     let worker = home(agent, machine)?;
     let report = parts_report(&worker).await?;
     let objects = objects_report(&worker).await?;
+    // (A worker from before an upgrade does not know it.)
+    let hot = hot_pages(&worker).await.unwrap_or_else(|error| {
+        tracing::debug!(%machine, %error, "for which pages its threads wait");
+        Vec::new()
+    });
     let node = |part: PartId| match report.nodes.get(&part) {
         Some(node) => node.to_string(),
         // (It is on one node.)
         None => agent.name.to_string(),
     };
-    let info = |object: ObjectReport| ObjectInfo {
-        range: keel_api::object_range_name(object.memory, object.start, object.bytes),
-        name: object.name,
-        bytes: object.bytes,
-        part: object.owner.number() as u32,
-        node: node(object.owner),
-        readers: object.readers.iter().map(node).collect(),
-        exchanges: object.exchanges,
-        directory: node(object.directory),
+    let info = |object: ObjectReport| {
+        let hot = hot_in(&hot, &object);
+        let count = |of: fn(Sharing) -> bool| {
+            let pages = hot.iter().filter(|page| of(page.sharing));
+            pages.count() as u32
+        };
+        ObjectInfo {
+            range: keel_api::object_range_name(object.memory, object.start, object.bytes),
+            waits: hot.iter().map(|page| page.waits).sum(),
+            shared_pages: count(|sharing| sharing != Sharing::Nothing),
+            falsely_shared_pages: count(|sharing| sharing == Sharing::PageOnly),
+            name: object.name,
+            bytes: object.bytes,
+            part: object.owner.number() as u32,
+            node: node(object.owner),
+            readers: object.readers.iter().map(node).collect(),
+            exchanges: object.exchanges,
+            directory: node(object.directory),
+        }
     };
     Ok(objects.into_iter().map(info).collect())
 }
@@ -1112,6 +1127,20 @@ pub(crate) async fn move_object(
 /// As its worker tells of it: parts, and what each thread takes.
 pub(crate) async fn parts_report(worker: &Worker) -> Result<PartsReport, OperateError> {
     ask(worker, kind::PARTS, &(), PROMPT).await
+}
+
+/// Of pages in rising order those that are in a piece of memory.
+fn hot_in<'a>(hot: &'a [HotPage], object: &ObjectReport) -> &'a [HotPage] {
+    let end = object.start.saturating_add(object.bytes);
+    let before =
+        |at: u64| hot.partition_point(|page| (page.memory, page.start()) < (object.memory, at));
+    hot.get(before(object.start)..before(end))
+        .unwrap_or_default()
+}
+
+/// For which pages its threads waited of late, in rising order.
+pub(crate) async fn hot_pages(worker: &Worker) -> Result<Vec<HotPage>, OperateError> {
+    ask(worker, kind::HOT_PAGES, &(), PROMPT).await
 }
 
 /// Its memory in pieces, as its worker tells of it.

@@ -10,6 +10,7 @@
 //! - `meet`: how parts find each other
 //! - `pages`: the part's pages
 //! - `keep`: which pages leave a part that has too many
+//! - `sharing`: which pages threads wait for again and again, and what parts share of them
 //! - `ahead`: which pages are asked for before they are touched
 //! - `threads`: a machine that spans, at its home and at its members
 //! - `change`: parts that come and go
@@ -23,6 +24,7 @@ mod keep;
 mod meet;
 mod pages;
 mod peer;
+mod sharing;
 mod spin;
 mod succession;
 mod threads;
@@ -38,6 +40,7 @@ pub use pages::{
     PartMemory, Setup, SpanError, Teller,
 };
 pub use peer::{Ends, Hello, PeerError};
+pub use sharing::{HotPage, Sharing};
 pub use succession::{LeavingHome, Legacy, Whereabouts};
 pub use threads::{Home, Keeps, MemberPart, SpanningError, Spread};
 pub use within::{Within, WithinError};

@@ -36,7 +36,7 @@ use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 
 /// Version of these messages.
-pub(super) const VERSION: u32 = 7;
+pub(super) const VERSION: u32 = 8;
 /// Whole pages of a segment's directory are the most that is said at once.
 const CLASS: Class = Class {
     magic: u32::from_le_bytes(*b"KSPN"),
@@ -440,6 +440,7 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::span::sharing::Stood;
     use keel_wasm::coherence::{Access, Holders, PageId, Placement, Segment, Traffic, Txn};
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
@@ -513,6 +514,8 @@ mod tests {
                 },
             ),
             Parcel::Ask(6, Question::Placements(page)),
+            Parcel::Ask(7, Question::Stood(page)),
+            Parcel::Answer(7, Answer::Stood(vec![(page, Stood::default())], Some(page))),
             Parcel::Answer(5, Answer::Going(Some(7))),
             Parcel::Answer(
                 6,

@@ -99,6 +99,8 @@ pub mod kind {
     pub const OBJECTS: u16 = 0x0427;
     /// [`super::MoveObject`] → `u64`, bytes that have been there.
     pub const MOVE_OBJECT: u16 = 0x0428;
+    /// `()` → list of [`crate::span::HotPage`], in rising order.
+    pub const HOT_PAGES: u16 = 0x0431;
     /// `BTreeMap<PartId, f64>`, cores that are free at each part: threads that it starts
     /// begin where most are.
     pub const ROOM: u16 = 0x0429;

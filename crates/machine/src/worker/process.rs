@@ -401,6 +401,10 @@ impl Worker {
                 let objects = blocking(move || self.objects()).await?;
                 Ok(pack(&objects)?.into())
             }
+            kind::HOT_PAGES => {
+                let pages = blocking(move || self.hot_pages()).await?;
+                Ok(pack(&pages)?.into())
+            }
             kind::MOVE_OBJECT => {
                 let object = unpack(&payload)?;
                 let bytes = blocking(move || self.move_object(object)).await?;

@@ -16,8 +16,8 @@ use crate::checkpoint::VaultError;
 use crate::failpoint;
 use crate::moves::TargetEvent;
 use crate::span::{
-    Home, Keeps, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError, SpanningError,
-    Spread,
+    Home, HotPage, Keeps, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError,
+    SpanningError, Spread,
 };
 use keel_cluster::{MachineName, NodeName};
 use keel_net::RpcError;
@@ -440,6 +440,15 @@ impl Worker {
             }
         }
         Ok(reports)
+    }
+
+    /// For which pages its threads waited of late; none while it is alone.
+    pub(super) fn hot_pages(&self) -> Result<Vec<HotPage>, RpcError> {
+        let pages = self.inner().parts.pages();
+        let hot = pages.map(|pages| pages.hot_pages());
+        hot.transpose()
+            .map(Option::unwrap_or_default)
+            .map_err(failed)
     }
 
     /// Brings a piece of memory to a part; bytes that have been there.

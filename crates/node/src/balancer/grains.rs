@@ -22,7 +22,7 @@ use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
 use keel_balance::round::{Answer, Question, View};
 use keel_cluster::{Epoch, MachineName};
-use keel_machine::span::{PartId, Took};
+use keel_machine::span::{HotPage, PartId, Sharing, Took};
 use keel_machine::spec::{BalanceBy, Balancing, Spawn};
 use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport, PartsReport, State};
 use rand::seq::IteratorRandom;
@@ -197,7 +197,13 @@ async fn look_at(
         objects.as_deref().unwrap_or_default(),
         known,
     );
-    follow_pages(&mut threads, known);
+    let will_follow = known.hot.values().any(|(_, looks)| looks + 1 >= HOT_LOOKS);
+    let hot = match spans && will_follow {
+        // (It only says more of why.)
+        true => spanning::hot_pages(worker).await.unwrap_or_default(),
+        false => Vec::new(),
+    };
+    follow_pages(&mut threads, known, &hot);
     let parts = match spans {
         true => parts(&report, objects.as_deref(), &mut known.given),
         false => {
@@ -413,7 +419,7 @@ fn smoothed_stands(
 
 /// Says of threads that wait for pages of one part, all the time, that they would rather be
 /// there.
-fn follow_pages(threads: &mut [Thread], known: &mut Known) {
+fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[HotPage]) {
     let mut hot = HashMap::new();
     for thread in threads {
         let Some((part, there, all)) = known.stands.get(&thread.tid).and_then(hottest) else {
@@ -431,9 +437,10 @@ fn follow_pages(threads: &mut [Thread], known: &mut Known) {
         let is_free = thread.drawn.is_none() && !known.followed.contains_key(&thread.tid);
         if is_free && looks >= HOT_LOOKS {
             let why = format!(
-                "{:.0} % of its time it stands at pages, {:.0} % of that at such that come from there",
+                "{:.0} % of its time it stands at pages, {:.0} % of that at such that come from there{}",
                 all * 100.0,
-                there / all * 100.0
+                there / all * 100.0,
+                shares(pages, thread.part, part)
             );
             thread.drawn = Some(Drawn {
                 part: part.number() as u32,
@@ -443,6 +450,31 @@ fn follow_pages(threads: &mut [Thread], known: &mut Known) {
         }
     }
     known.hot = hot;
+}
+
+/// Whether two parts share what is in the pages that they take from each other.
+fn shares(pages: &[HotPage], one: u32, other: PartId) -> String {
+    let both = |page: &&HotPage| {
+        let one = PartId::new(one as usize);
+        one.is_some_and(|one| page.parts.contains(one)) && page.parts.contains(other)
+    };
+    let (mut all, mut falsely) = (0, 0);
+    for page in pages.iter().filter(both) {
+        match page.sharing {
+            Sharing::Nothing => continue,
+            Sharing::Bytes => {}
+            Sharing::PageOnly => falsely += page.waits,
+        }
+        all += page.waits;
+    }
+    match (all, falsely) {
+        (0, _) => String::new(),
+        (_, 0) => "; both use the same bytes of those that they take from each other".into(),
+        _ => format!(
+            "; {:.0} % of the waits for those that they take from each other are for such of which they use different bytes (false sharing: if these were in different pages, of 4 KiB, nobody would wait)",
+            falsely as f64 / all as f64 * 100.0
+        ),
+    }
 }
 
 /// The part at whose pages a thread stands longest, for how much of how much of its time.
@@ -857,9 +889,22 @@ mod tests {
     fn a_thread_follows_its_pages_once() {
         let mut known = Known::default();
         let at = |ms: u64| report(&[(1, 0, ms), (2, 1, ms), (3, 0, ms)]);
+        let page = |number: u32, waits: u64, parts: [usize; 2], sharing: Sharing| HotPage {
+            memory: 0,
+            number,
+            waits,
+            parts: parts.into_iter().filter_map(PartId::new).collect(),
+            sharing,
+        };
+        let pages = [
+            page(1, 30, [0, 1], Sharing::PageOnly),
+            page(2, 10, [0, 1], Sharing::Bytes),
+            page(3, 500, [0, 1], Sharing::Nothing),
+            page(4, 500, [0, 2], Sharing::Bytes),
+        ];
         let drawn = |known: &mut Known, report: &PartsReport| {
             let mut all = threads(report, known);
-            follow_pages(&mut all, known);
+            follow_pages(&mut all, known, &pages);
             all.into_iter().map(|it| it.drawn).collect::<Vec<_>>()
         };
         // It must last, and nothing is known at first.
@@ -872,6 +917,13 @@ mod tests {
         assert!((first.stands - 0.45).abs() < 1e-9, "{first:?}");
         assert!(first.why.contains("45 % of its time"), "{first:?}");
         assert!(first.why.contains("89 %"), "{first:?}");
+        assert!(
+            first.why.contains("75 % of the waits for those"),
+            "{first:?}"
+        );
+        let other = PartId::new(1).expect("a part");
+        assert_eq!(shares(&pages[2..], 0, other), "");
+        assert!(shares(&pages[1..], 0, other).contains("the same bytes"));
         assert_eq!(then[1..], [None, None]);
         // Once it did, not soon again; and where it comes nothing is known.
         let until = Instant::now() + FOLLOW_AGAIN;

@@ -40,6 +40,8 @@ pub struct Spanning {
 pub struct Touch {
     /// Offset of the page in the memory.
     pub page: u64,
+    /// Of the first byte that it wants, in the page.
+    pub byte: u64,
     /// Whether it wants to write.
     pub write: bool,
     /// The OS thread that waits, by its number.
@@ -59,7 +61,8 @@ impl Spanning {
         );
         let features = uffd::FEATURE_MISSING_SHMEM
             | uffd::FEATURE_WP_HUGETLBFS_SHMEM
-            | uffd::FEATURE_THREAD_ID;
+            | uffd::FEATURE_THREAD_ID
+            | uffd::FEATURE_EXACT_ADDRESS;
         let uffd = uffd::open(features, what, remedy)?;
         uffd::register(&uffd, &memory, uffd::MODE_MISSING | uffd::MODE_WP)
             .map_err(unavailable(what, remedy))?;
@@ -110,8 +113,10 @@ impl Spanning {
     }
 
     fn touch(&self, word: faults::Word) -> Touch {
+        let at = word.address - self.memory.base() as u64;
         Touch {
-            page: (word.address - self.memory.base() as u64) / PAGE_BYTES * PAGE_BYTES,
+            page: at / PAGE_BYTES * PAGE_BYTES,
+            byte: at % PAGE_BYTES,
             write: word.flags & (faults::FLAG_WRITE | faults::FLAG_WP) != 0,
             thread: word.thread,
         }
@@ -275,13 +280,13 @@ mod tests {
             });
             let page = 3 * PAGE_BYTES;
             let touch = expect(&spanning);
-            assert_eq!((touch.page, touch.write), (page, false));
+            assert_eq!((touch.page, touch.byte, touch.write), (page, 16, false));
             assert_ne!(touch.thread, 0);
             let mut bytes = vec![0; PAGE];
             bytes[16] = 41;
             spanning.install(page, &bytes, false).unwrap();
             let touch = expect(&spanning);
-            assert_eq!((touch.page, touch.write), (page, true));
+            assert_eq!((touch.page, touch.byte, touch.write), (page, 16, true));
             assert_ne!(touch.thread, 0);
             // It stands, and nothing is written.
             let mut seen = [0; 8];

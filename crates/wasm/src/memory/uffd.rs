@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 pub(super) const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 pub(super) const FEATURE_THREAD_ID: u64 = 1 << 8;
 pub(super) const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+pub(super) const FEATURE_EXACT_ADDRESS: u64 = 1 << 11;
 pub(super) const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 pub(super) const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 pub(super) const FEATURE_WP_ASYNC: u64 = 1 << 15;

@@ -46,6 +46,7 @@ pub(super) use succession::Left;
 use super::ahead::Streams;
 use super::keep::Keep;
 use super::peer::{Ends, PeerError};
+use super::sharing::Standing;
 use super::wire::{self, PageBytes, Parcel};
 use cutting::{Cuts, Cutting};
 use host::{page_of, pieces};
@@ -238,6 +239,8 @@ struct State {
     due: Option<u64>,
     /// What is gone through in order.
     streams: Streams,
+    /// What threads waited for.
+    standing: Standing,
     /// What may have to leave, while there is a limit.
     keep: Option<Keep>,
     /// Of each memory pages that threads stood at that were here: until they go on there may
@@ -453,6 +456,7 @@ impl Pages {
                 emptied: PartSet::default(),
                 due: None,
                 streams: Streams::default(),
+                standing: Standing::default(),
                 keep: None,
                 woken: vec![RoaringBitmap::new(); setup.memories.len()],
                 cutting: None,

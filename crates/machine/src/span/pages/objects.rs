@@ -1,14 +1,17 @@
 //! A machine's memory in pieces, each of which the same parts hold; and how they move, with
 //! their directories.
 //!
-//! What a part is the directory of only that part knows, so the home asks:
+//! What a part is the directory of, and what its threads waited for, only that part knows,
+//! so the home asks:
 //!
 //! ```text
 //!   home                                   member
-//!     │─── Ask (where are pages, which are about to be there) ─▶│
+//!     │─── Ask (where are pages, which are about to be there,   │
+//!     │         for which did threads wait) ───────────────────▶│
 //!     │◀── Answer ──────────────────────────────────────────────│
 //! ```
 
+use super::super::sharing::{self, HotPage, Stood};
 use super::super::wire::Parcel;
 use super::host::page_of;
 use super::work::{Beside, Happened, Work};
@@ -21,6 +24,8 @@ use std::time::{Duration, Instant};
 
 /// Pages that are looked at for one answer: about a millisecond.
 const LOOKED_MAX: usize = 8192;
+/// Pages that threads waited for in one answer.
+const STOOD_MAX: usize = 2048;
 /// How long an answer is waited for.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// How often it is asked again where pages are, while directories move.
@@ -43,6 +48,8 @@ pub(in super::super) enum Question {
         /// The part.
         to: PartId,
     },
+    /// For which pages its threads waited, from one on.
+    Stood(PageId),
 }
 
 /// What it says.
@@ -52,6 +59,8 @@ pub(in super::super) enum Answer {
     Placements(Vec<Placement>, Option<PageId>),
     /// Which; `None`: none of them.
     Going(Option<u32>),
+    /// For which, and the page to ask from next, if there are more.
+    Stood(Vec<(PageId, Stood)>, Option<PageId>),
 }
 
 /// A piece of a machine's memory.
@@ -132,7 +141,8 @@ impl Shared {
             return Err(SpanError::Lost { part: from, reason });
         }
         let answer = {
-            let coherence = &locked(&self.state).coherence;
+            let state = &mut *locked(&self.state);
+            let coherence = &state.coherence;
             match question {
                 Question::Placements(from) => {
                     let (placements, next) = coherence.placements(from, LOOKED_MAX);
@@ -146,6 +156,10 @@ impl Shared {
                         !coherence.is_directory_of(page) || coherence.is_going(page, to)
                     });
                     Answer::Going(going)
+                }
+                Question::Stood(from) => {
+                    let (stood, next) = state.standing.pages(from, STOOD_MAX, self.now());
+                    Answer::Stood(stood, next)
                 }
             }
         };
@@ -251,6 +265,29 @@ impl Shared {
         Ok(in_order(all))
     }
 
+    /// For which pages threads of all parts wait of late.
+    fn hot_pages(&self) -> Result<Vec<HotPage>, SpanError> {
+        let mut told = Vec::new();
+        let mut next = Some(PageId::default());
+        while let Some(from) = next {
+            let state = &mut *locked(&self.state);
+            let (stood, rest) = state.standing.pages(from, STOOD_MAX, self.now());
+            let me = self.me();
+            told.extend(stood.into_iter().map(|(page, stood)| (me, page, stood)));
+            next = rest;
+        }
+        for part in self.others.parts().iter() {
+            let mut next = Some(PageId::default());
+            while let Some(from) = next.take() {
+                if let Some(Answer::Stood(stood, rest)) = self.ask(part, Question::Stood(from))? {
+                    next = rest.filter(|rest| *rest > from);
+                    told.extend(stood.into_iter().map(|(page, stood)| (part, page, stood)));
+                }
+            }
+        }
+        Ok(sharing::together(told))
+    }
+
     /// Of a range of pages that were to move to a part the first that may not have been
     /// there, some of them looked at; the end if all have.
     fn first_going(&self, memory: u32, pages: Range<u32>, to: PartId) -> Result<u32, SpanError> {
@@ -335,6 +372,15 @@ impl Pages {
             objects.extend(objects_of(number, &here, placed));
         }
         Ok(objects)
+    }
+
+    /// For which pages threads of the machine waited of late, in rising order, and whether
+    /// their parts share what is in them; only of the home.
+    ///
+    /// # Errors
+    /// [`SpanError::Silent`], and why it is over.
+    pub fn hot_pages(&self) -> Result<Vec<HotPage>, SpanError> {
+        self.shared.hot_pages()
     }
 
     /// Has whole pages brought to a part, and waits until each of them has been there;

@@ -196,7 +196,10 @@ impl Shared {
                     true => Access::Write,
                     false => Access::Read,
                 };
-                let stands = Beside::Thread(touch.thread);
+                let stands = Beside::Thread {
+                    thread: touch.thread,
+                    byte: touch.byte,
+                };
                 events.push((Event::Fault { page, access }, stands));
             }
         }

@@ -16,8 +16,13 @@ pub(super) enum Beside {
     Nothing,
     /// The page that a message brings.
     Page(PageBytes),
-    /// The OS thread that stands.
-    Thread(u32),
+    /// Who stands.
+    Thread {
+        /// The OS thread.
+        thread: u32,
+        /// What of the page it wants: the first byte's place in it.
+        byte: u64,
+    },
 }
 
 /// An event, and what comes beside it.
@@ -204,9 +209,19 @@ impl Shared {
                 }
             }
             match (&event, beside) {
-                (Event::Fault { page, .. }, beside) => {
+                (Event::Fault { page, access }, beside) => {
                     let thread = match beside {
-                        Beside::Thread(thread) => Some(thread),
+                        Beside::Thread { thread, byte } => {
+                            // (What nobody touched yet may be here all the same.)
+                            if state
+                                .coherence
+                                .access(*page)
+                                .is_none_or(|has| has < *access)
+                            {
+                                state.standing.waits(*page, byte, *access, self.now());
+                            }
+                            Some(thread)
+                        }
                         _ => None,
                     };
                     let since = state.since.entry(*page);

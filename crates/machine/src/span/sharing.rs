@@ -1,0 +1,300 @@
+//! At which pages threads stand again and again, and whether parts share what is in them
+//! or only the pages: where each part uses other bytes than the others, the page goes to
+//! and fro for nothing (false sharing; Torrellas, Lam and Hennessy, "False sharing and
+//! spatial locality in multiprocessor caches", 1994).
+//!
+//! Of each page that a thread has to wait for, it is noted which 64 bytes it was about to
+//! use, and how. What it uses of the page afterwards nobody sees: so a page is said to be
+//! shared falsely if in all those waits no two parts began at the same 64 bytes, one of them
+//! writing. Of a page that is waited for often that is mostly so; of one where each part
+//! always begins at another place than those that both use it is wrong.
+//!
+//! Only of late: what was noted is forgotten after [`PERIOD_MICROS`] to twice that.
+
+use keel_wasm::coherence::{Access, PageId, PartId, PartSet};
+use keel_wasm::memory::PAGE_BYTES;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+
+/// Bytes that are told apart: a 64th of a page, as large as a line of a processor's cache.
+const LINE_BYTES: u64 = 64;
+const LINES: u64 = PAGE_BYTES / LINE_BYTES;
+/// How long it is remembered, at least, in microseconds.
+const PERIOD_MICROS: u64 = 30_000_000;
+/// Pages of which it is known, in each period.
+const PAGES_MAX: usize = 4096;
+/// Of a page that is waited for less often nothing is told.
+const WAITS_MIN: u32 = 2;
+
+/// What a part's threads were about to use of a page when they waited for it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Stood {
+    /// 64 bytes each, by bits: read.
+    read: u64,
+    /// Written.
+    written: u64,
+    /// How often.
+    waits: u32,
+}
+
+impl Stood {
+    fn with(self, other: Stood) -> Stood {
+        Stood {
+            read: self.read | other.read,
+            written: self.written | other.written,
+            waits: self.waits.saturating_add(other.waits),
+        }
+    }
+}
+
+/// What a part's threads waited for of late.
+#[derive(Debug, Default)]
+pub(super) struct Standing {
+    now: HashMap<PageId, Stood>,
+    before: HashMap<PageId, Stood>,
+    /// Number of the period of `now`.
+    period: u64,
+    /// There is no room for more pages in this one.
+    is_full: bool,
+}
+
+impl Standing {
+    fn go_to(&mut self, now_micros: u64) {
+        let period = now_micros / PERIOD_MICROS;
+        if period > self.period {
+            let last = std::mem::take(&mut self.now);
+            self.before = match period == self.period + 1 {
+                true => last,
+                false => HashMap::new(),
+            };
+            (self.period, self.is_full) = (period, false);
+        }
+    }
+
+    /// A thread waits for a page that is not here, or not to be written, to use it at a byte.
+    pub(super) fn waits(&mut self, page: PageId, byte: u64, access: Access, now_micros: u64) {
+        self.go_to(now_micros);
+        if !self.now.contains_key(&page) {
+            if self.now.len() >= PAGES_MAX && !self.is_full {
+                // (Those at which threads stood once are mostly such that only came.)
+                self.now.retain(|_, stood| stood.waits >= WAITS_MIN);
+                self.is_full = self.now.len() > PAGES_MAX / 2;
+            }
+            if self.is_full && self.now.len() >= PAGES_MAX {
+                return;
+            }
+        }
+        let line = 1 << (byte / LINE_BYTES % LINES);
+        let (read, written) = match access {
+            Access::Read => (line, 0),
+            Access::Write => (0, line),
+        };
+        let stood = self.now.entry(page).or_default();
+        *stood = stood.with(Stood {
+            read,
+            written,
+            waits: 1,
+        });
+    }
+
+    /// Pages from one on that were waited for more than once, in rising order, at most so
+    /// many; and the one to ask from next, if there are more.
+    pub(super) fn pages(
+        &mut self,
+        from: PageId,
+        most: usize,
+        now_micros: u64,
+    ) -> (Vec<(PageId, Stood)>, Option<PageId>) {
+        self.go_to(now_micros);
+        let mut all: BTreeMap<PageId, Stood> = BTreeMap::new();
+        for (page, stood) in self.now.iter().chain(&self.before) {
+            if *page >= from {
+                let known = all.entry(*page).or_default();
+                *known = known.with(*stood);
+            }
+        }
+        all.retain(|_, stood| stood.waits >= WAITS_MIN);
+        let next = all.keys().nth(most).copied();
+        (all.into_iter().take(most).collect(), next)
+    }
+}
+
+/// A page that threads of a machine wait for, of late.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HotPage {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Number of the page in it.
+    pub number: u32,
+    /// How often threads waited for it in the last half minute to minute.
+    pub waits: u64,
+    /// Parts that they were at.
+    pub parts: PartSet,
+    /// Whether what is in it is shared.
+    pub sharing: Sharing,
+}
+
+impl HotPage {
+    /// Its first byte in the memory.
+    pub fn start(&self) -> u64 {
+        u64::from(self.number) * PAGE_BYTES
+    }
+}
+
+/// What parts share of a page for which they wait in turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sharing {
+    /// Nothing: only one of them waits for it, or none writes.
+    Nothing,
+    /// What is in it.
+    Bytes,
+    /// Only the page: as far as is seen, each uses other bytes than those that write.
+    PageOnly,
+}
+
+/// What all parts tell, put together: in rising order.
+pub(super) fn together(told: impl IntoIterator<Item = (PartId, PageId, Stood)>) -> Vec<HotPage> {
+    let mut pages: BTreeMap<PageId, Vec<(PartId, Stood)>> = BTreeMap::new();
+    for (part, page, stood) in told {
+        pages.entry(page).or_default().push((part, stood));
+    }
+    let hot = pages.into_iter().map(|(page, stood)| {
+        let waits = stood.iter().map(|(_, stood)| u64::from(stood.waits));
+        HotPage {
+            memory: page.memory,
+            number: page.number,
+            waits: waits.sum(),
+            parts: stood.iter().map(|(part, _)| *part).collect(),
+            sharing: sharing(&stood),
+        }
+    });
+    hot.collect()
+}
+
+fn sharing(stood: &[(PartId, Stood)]) -> Sharing {
+    let writes = stood.iter().any(|(_, stood)| stood.written != 0);
+    if stood.len() < 2 || !writes {
+        return Sharing::Nothing;
+    }
+    let meets = |(one, (_, writer)): (usize, &(PartId, Stood))| {
+        let others = stood.iter().enumerate().filter(|(other, _)| *other != one);
+        let used = others.fold(0, |all, (_, (_, it))| all | it.read | it.written);
+        writer.written & used != 0
+    };
+    match stood.iter().enumerate().any(meets) {
+        true => Sharing::Bytes,
+        false => Sharing::PageOnly,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(number: u32) -> PageId {
+        PageId { memory: 0, number }
+    }
+
+    fn part(number: usize) -> PartId {
+        PartId::new(number).unwrap()
+    }
+
+    /// What parts tell that waited so: part, page, byte, access.
+    fn told(waits: &[(usize, u32, u64, Access)]) -> Vec<HotPage> {
+        let mut parts: BTreeMap<usize, Standing> = BTreeMap::new();
+        for (at, number, byte, access) in waits {
+            // (Twice: once is nothing.)
+            for _ in 0..2 {
+                let standing = parts.entry(*at).or_default();
+                standing.waits(page(*number), *byte, *access, 5);
+            }
+        }
+        let all = parts.into_iter().flat_map(|(at, mut standing)| {
+            let (pages, rest) = standing.pages(page(0), 100, 6);
+            assert_eq!(rest, None);
+            let rows = pages.into_iter();
+            rows.map(move |(page, stood)| (part(at), page, stood))
+        });
+        together(all)
+    }
+
+    #[test]
+    fn what_is_shared_is_told_from_what_only_lies_together() {
+        use Access::{Read, Write};
+        let hot = told(&[
+            // Two counters in one page; one of them also at its end.
+            (0, 1, 0, Write),
+            (1, 1, 64, Write),
+            (1, 1, 4095, Write),
+            // The same counter.
+            (0, 2, 63, Write),
+            (2, 2, 0, Write),
+            // One reads what the other writes, at the second place at which it begins.
+            (0, 3, 512, Write),
+            (1, 3, 0, Read),
+            (1, 3, 512, Read),
+            // It reads something else.
+            (0, 4, 512, Write),
+            (1, 4, 576, Read),
+            // Both read; one alone writes.
+            (0, 5, 0, Read),
+            (1, 5, 0, Read),
+            (2, 6, 0, Write),
+        ]);
+        let sharing: Vec<_> = hot.iter().map(|it| (it.number, it.sharing)).collect();
+        use Sharing::{Bytes, Nothing, PageOnly};
+        let expected = [
+            (1, PageOnly),
+            (2, Bytes),
+            (3, Bytes),
+            (4, PageOnly),
+            (5, Nothing),
+            (6, Nothing),
+        ];
+        assert_eq!(sharing, expected);
+        assert_eq!((hot[0].waits, hot[0].parts.len()), (6, 2));
+    }
+
+    #[test]
+    fn it_is_told_in_pieces_and_forgotten_in_time() {
+        let mut standing = Standing::default();
+        for number in 0..10 {
+            for _ in 0..=number {
+                standing.waits(page(number), 0, Access::Read, 0);
+            }
+        }
+        let (some, next) = standing.pages(page(0), 4, 1);
+        let numbers: Vec<u32> = some.iter().map(|(page, _)| page.number).collect();
+        assert_eq!(
+            (numbers, next),
+            (vec![1, 2, 3, 4], Some(page(5))),
+            "once is nothing"
+        );
+        assert_eq!(standing.pages(page(5), 9, 1).0.len(), 5);
+        // In the next period it still counts, and adds up.
+        standing.waits(page(0), 0, Access::Read, PERIOD_MICROS);
+        assert_eq!(standing.pages(page(0), 9, PERIOD_MICROS).0[0].1.waits, 2);
+        assert!(standing.pages(page(0), 9, 3 * PERIOD_MICROS).0.is_empty());
+    }
+
+    #[test]
+    fn it_is_of_so_many_pages() {
+        let mut standing = Standing::default();
+        let most = PAGES_MAX as u32;
+        // Most are waited for once: they make room.
+        for number in 0..3 * most {
+            standing.waits(page(number), 0, Access::Read, 0);
+            standing.waits(page(number % 10), 0, Access::Write, 0);
+        }
+        assert!(standing.now.len() <= PAGES_MAX && standing.now.len() > 10);
+        assert_eq!(standing.pages(page(0), 100, 0).0.len(), 10);
+        // Where all are waited for often those stay that are known.
+        for number in 0..2 * most {
+            standing.waits(page(number), 0, Access::Read, 0);
+            standing.waits(page(number), 0, Access::Read, 0);
+        }
+        assert_eq!(standing.now.len(), PAGES_MAX);
+        standing.waits(page(3), 0, Access::Read, 0);
+        assert_eq!(standing.now.len(), PAGES_MAX);
+    }
+}
