@@ -651,10 +651,14 @@ pub struct ObjectInfo {
     /// Of those pages, those that parts used in turns, one of them writing.
     #[serde(default)]
     pub shared_pages: u32,
-    /// Of these, those of which, as far as is seen, each part used other bytes than those
-    /// that another one wrote: false sharing. What does not share a page would not wait.
+    /// Of these, those that several parts wrote, each other bytes than those that another one
+    /// used, as far as is seen: false sharing. What does not share a page would not wait.
     #[serde(default)]
     pub falsely_shared_pages: u32,
+    /// Bytes of it that the part that has it did not use for half a minute, by the regions of
+    /// 64 KiB or more that are looked at.
+    #[serde(default)]
+    pub idle_bytes: u64,
     /// Node of the part that knows who has it, and is asked for it: it moves along with
     /// whole 64 KiB.
     pub directory: String,

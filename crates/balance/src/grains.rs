@@ -803,16 +803,20 @@ pub struct Object {
     pub start: u64,
     /// How many.
     pub bytes: u64,
-    /// How often each of its pages changed hands, on average.
+    /// Whether its part did not use it of late.
+    pub is_idle: bool,
+    /// How often threads waited of late for each of its pages, on average.
     pub heat: f64,
 }
 
-/// The coldest pieces that are so many bytes together, of pages of 4 KiB: what moved
-/// least so far, of equals the largest, so that it stays in few pieces.
+/// The coldest pieces that are so many bytes together, of pages of 4 KiB: what nobody uses
+/// where it is, then what is waited for least; of equals the largest, so that it stays in few
+/// pieces.
 pub fn coldest(objects: &[Object], bytes: u64) -> Vec<Object> {
     let mut sorted: Vec<&Object> = objects.iter().collect();
     sorted.sort_by(|one, other| {
-        let by_heat = one.heat.total_cmp(&other.heat);
+        let by_use = other.is_idle.cmp(&one.is_idle);
+        let by_heat = by_use.then_with(|| one.heat.total_cmp(&other.heat));
         by_heat.then_with(|| other.bytes.cmp(&one.bytes))
     });
     let (mut taken, mut rest) = (Vec::new(), bytes / PAGE * PAGE);
@@ -1186,6 +1190,7 @@ mod tests {
             memory: 0,
             start,
             bytes,
+            is_idle: false,
             heat,
         };
         let all = [
@@ -1198,5 +1203,12 @@ mod tests {
         assert_eq!(taken, [(2, 8 * PAGE), (1, PAGE)]);
         assert_eq!(coldest(&all, PAGE - 1), []);
         assert_eq!(coldest(&all, u64::MAX).len(), 3);
+        // Before what nobody waits for, as it is used here all the time, goes what is not.
+        let mut idle = object(3 << 20, PAGE, 0.5);
+        idle.is_idle = true;
+        let with = [all.to_vec(), vec![idle]].concat();
+        let taken = coldest(&with, 3 * PAGE);
+        let taken: Vec<_> = taken.iter().map(|it| (it.start >> 20, it.bytes)).collect();
+        assert_eq!(taken, [(3, PAGE), (2, 2 * PAGE)]);
     }
 }

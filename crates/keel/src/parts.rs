@@ -222,6 +222,7 @@ pub(crate) async fn objects(reach: &Reach, machine: &str) -> Result<ExitCode> {
             "exchanges",
             "waits",
             "shared pages",
+            "idle",
             "directory",
         ],
         |object| object.range.clone(),
@@ -236,6 +237,7 @@ pub(crate) async fn objects(reach: &Reach, machine: &str) -> Result<ExitCode> {
                 object.exchanges.to_string(),
                 object.waits.to_string(),
                 shared(object),
+                output::bytes(object.idle_bytes),
                 object.directory.clone(),
             ]
         },

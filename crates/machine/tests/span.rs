@@ -950,6 +950,61 @@ fn a_part_keeps_what_it_may() {
     assert!(parts.iter().all(|part| part.pages.failure().is_none()));
 }
 
+/// A part knows what it does not use: of what is here since the machine began, of what came
+/// from others; and forgets what it gives away.
+#[test]
+fn what_nobody_uses_is_known() {
+    const PAGES: u64 = 2048;
+    let parts = parts(2, PAGES, HOLD, &vec![1; (PAGES * PAGE_BYTES) as usize]);
+    let half = PAGES * PAGE_BYTES / 2;
+    parts[0]
+        .pages
+        .move_pages(0, half..2 * half, part(1))
+        .unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Each uses the first quarter of what it has.
+        for (number, user) in parts.iter().enumerate() {
+            let first = number as u64 * half;
+            let over = &over;
+            scope.spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    for page in 0..PAGES / 8 {
+                        let word = user.word(first + page * PAGE_BYTES);
+                        word.fetch_add(1, Ordering::Relaxed);
+                    }
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            });
+        }
+        let idle = |number: u64| {
+            let idle = parts[0].pages.idle().unwrap();
+            let of = idle
+                .get(&part(number as usize))
+                .cloned()
+                .unwrap_or_default();
+            of.iter()
+                .map(|it| (it.memory, it.start, it.bytes))
+                .collect::<Vec<_>>()
+        };
+        let rests = |number: u64| vec![(0, number * half + half / 4, half / 4 * 3)];
+        // (Not before half a minute: nobody knows what it did before.)
+        assert_eq!((idle(0), idle(1)), (Vec::new(), Vec::new()));
+        let deadline = Instant::now() + 6 * LONG;
+        while !(0..2).all(|number| idle(number) == rests(number)) {
+            assert!(Instant::now() < deadline, "{:?}, {:?}", idle(0), idle(1));
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        parts[0]
+            .pages
+            .move_pages(0, half..2 * half, PartId::HOME)
+            .unwrap();
+        until("it is known of what is here only", || idle(1).is_empty());
+        over.store(true, Ordering::Relaxed);
+    });
+    assert!(parts.iter().all(|part| part.pages.failure().is_none()));
+}
+
 /// What a host has room for counts as a limit, but at the home not before it says so: until
 /// then members may fail, and the home goes on alone.
 #[test]

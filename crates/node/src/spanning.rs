@@ -29,13 +29,14 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::span::{HotPage, PARTS_MAX, PartId, PartSet, Place, Sharing, Spawning};
 use keel_machine::spec::{Record, Spawn, Spec};
 use keel_machine::worker::control::{
-    Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartWith, PartsReport, ReadyPart,
-    Report, Span, State, kind, pack, unpack,
+    HeatReport, Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartWith, PartsReport,
+    ReadyPart, Report, Span, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -1050,9 +1051,9 @@ pub(crate) async fn objects(
     let report = parts_report(&worker).await?;
     let objects = objects_report(&worker).await?;
     // (A worker from before an upgrade does not know it.)
-    let hot = hot_pages(&worker).await.unwrap_or_else(|error| {
-        tracing::debug!(%machine, %error, "for which pages its threads wait");
-        Vec::new()
+    let heat = heat_report(&worker).await.unwrap_or_else(|error| {
+        tracing::debug!(%machine, %error, "how its memory is used");
+        HeatReport::default()
     });
     let node = |part: PartId| match report.nodes.get(&part) {
         Some(node) => node.to_string(),
@@ -1060,7 +1061,8 @@ pub(crate) async fn objects(
         None => agent.name.to_string(),
     };
     let info = |object: ObjectReport| {
-        let hot = hot_in(&hot, &object);
+        let hot = hot_in(&heat, &object);
+        let idle = idle_in(&heat, &object);
         let count = |of: fn(Sharing) -> bool| {
             let pages = hot.iter().filter(|page| of(page.sharing));
             pages.count() as u32
@@ -1070,6 +1072,7 @@ pub(crate) async fn objects(
             waits: hot.iter().map(|page| page.waits).sum(),
             shared_pages: count(|sharing| sharing != Sharing::Nothing),
             falsely_shared_pages: count(|sharing| sharing == Sharing::PageOnly),
+            idle_bytes: idle.iter().map(|range| range.end - range.start).sum(),
             name: object.name,
             bytes: object.bytes,
             part: object.owner.number() as u32,
@@ -1129,18 +1132,37 @@ pub(crate) async fn parts_report(worker: &Worker) -> Result<PartsReport, Operate
     ask(worker, kind::PARTS, &(), PROMPT).await
 }
 
-/// Of pages in rising order those that are in a piece of memory.
-fn hot_in<'a>(hot: &'a [HotPage], object: &ObjectReport) -> &'a [HotPage] {
+/// Pages that threads waited for, in a piece of memory.
+pub(crate) fn hot_in<'a>(heat: &'a HeatReport, object: &ObjectReport) -> &'a [HotPage] {
     let end = object.start.saturating_add(object.bytes);
-    let before =
-        |at: u64| hot.partition_point(|page| (page.memory, page.start()) < (object.memory, at));
-    hot.get(before(object.start)..before(end))
-        .unwrap_or_default()
+    let before = |at: u64| {
+        let is_before = |page: &HotPage| (page.memory, page.start()) < (object.memory, at);
+        heat.hot.partition_point(is_before)
+    };
+    let within = before(object.start)..before(end);
+    heat.hot.get(within).unwrap_or_default()
 }
 
-/// For which pages its threads waited of late, in rising order.
-pub(crate) async fn hot_pages(worker: &Worker) -> Result<Vec<HotPage>, OperateError> {
-    ask(worker, kind::HOT_PAGES, &(), PROMPT).await
+/// What the part that has a piece of memory does not use of it.
+pub(crate) fn idle_in(heat: &HeatReport, object: &ObjectReport) -> Vec<Range<u64>> {
+    let end = object.start.saturating_add(object.bytes);
+    let all = heat.idle.get(&object.owner).map_or(&[][..], Vec::as_slice);
+    let first = all.partition_point(|range| {
+        (range.memory, range.start.saturating_add(range.bytes)) <= (object.memory, object.start)
+    });
+    let behind = all[first..].iter();
+    let within = behind.take_while(|range| range.memory == object.memory && range.start < end);
+    within
+        .map(|range| {
+            let until = range.start.saturating_add(range.bytes);
+            range.start.max(object.start)..until.min(end)
+        })
+        .collect()
+}
+
+/// How its memory was used of late.
+pub(crate) async fn heat_report(worker: &Worker) -> Result<HeatReport, OperateError> {
+    ask(worker, kind::HEAT, &(), PROMPT).await
 }
 
 /// Its memory in pieces, as its worker tells of it.

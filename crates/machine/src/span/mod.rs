@@ -10,6 +10,7 @@
 //! - `meet`: how parts find each other
 //! - `pages`: the part's pages
 //! - `keep`: which pages leave a part that has too many
+//! - `idle`: which memory nobody uses
 //! - `sharing`: which pages threads wait for again and again, and what parts share of them
 //! - `ahead`: which pages are asked for before they are touched
 //! - `threads`: a machine that spans, at its home and at its members
@@ -20,6 +21,7 @@
 
 mod ahead;
 mod change;
+mod idle;
 mod keep;
 mod meet;
 mod pages;
@@ -31,6 +33,7 @@ mod threads;
 mod wire;
 mod within;
 
+pub use idle::IdleRange;
 pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 pub use keel_wasm::runtime::parts::Spawning;
 pub use keel_wasm::runtime::{CoreTime, Took};

@@ -4,10 +4,10 @@
 //! spatial locality in multiprocessor caches", 1994).
 //!
 //! Of each page that a thread has to wait for, it is noted which 64 bytes it was about to
-//! use, and how. What it uses of the page afterwards nobody sees: so a page is said to be
-//! shared falsely if in all those waits no two parts began at the same 64 bytes, one of them
-//! writing. Of a page that is waited for often that is mostly so; of one where each part
-//! always begins at another place than those that both use it is wrong.
+//! use, and how. What it uses of the page afterwards nobody sees. So a page is said to be
+//! shared falsely if in all those waits several parts wrote, and none began at 64 bytes that
+//! another one wrote. Where only one writes, it may be that the others always read first
+//! what does not change, and then what does: that is not told apart.
 //!
 //! Only of late: what was noted is forgotten after [`PERIOD_MICROS`] to twice that.
 
@@ -148,7 +148,10 @@ pub enum Sharing {
     Nothing,
     /// What is in it.
     Bytes,
-    /// Only the page: as far as is seen, each uses other bytes than those that write.
+    /// What only one of them writes, or nothing: the others begin elsewhere in the page.
+    Unclear,
+    /// Only the page: several write, and each uses other bytes than the others write, as far
+    /// as is seen.
     PageOnly,
 }
 
@@ -172,8 +175,8 @@ pub(super) fn together(told: impl IntoIterator<Item = (PartId, PageId, Stood)>) 
 }
 
 fn sharing(stood: &[(PartId, Stood)]) -> Sharing {
-    let writes = stood.iter().any(|(_, stood)| stood.written != 0);
-    if stood.len() < 2 || !writes {
+    let writers = stood.iter().filter(|(_, stood)| stood.written != 0).count();
+    if stood.len() < 2 || writers == 0 {
         return Sharing::Nothing;
     }
     let meets = |(one, (_, writer)): (usize, &(PartId, Stood))| {
@@ -183,6 +186,7 @@ fn sharing(stood: &[(PartId, Stood)]) -> Sharing {
     };
     match stood.iter().enumerate().any(meets) {
         true => Sharing::Bytes,
+        false if writers == 1 => Sharing::Unclear,
         false => Sharing::PageOnly,
     }
 }
@@ -233,23 +237,28 @@ mod tests {
             (0, 3, 512, Write),
             (1, 3, 0, Read),
             (1, 3, 512, Read),
-            // It reads something else.
+            // It reads something else first.
             (0, 4, 512, Write),
             (1, 4, 576, Read),
+            // One of two writers reads something else, too.
+            (0, 7, 0, Write),
+            (1, 7, 64, Write),
+            (1, 7, 128, Read),
             // Both read; one alone writes.
             (0, 5, 0, Read),
             (1, 5, 0, Read),
             (2, 6, 0, Write),
         ]);
         let sharing: Vec<_> = hot.iter().map(|it| (it.number, it.sharing)).collect();
-        use Sharing::{Bytes, Nothing, PageOnly};
+        use Sharing::{Bytes, Nothing, PageOnly, Unclear};
         let expected = [
             (1, PageOnly),
             (2, Bytes),
             (3, Bytes),
-            (4, PageOnly),
+            (4, Unclear),
             (5, Nothing),
             (6, Nothing),
+            (7, PageOnly),
         ];
         assert_eq!(sharing, expected);
         assert_eq!((hot[0].waits, hot[0].parts.len()), (6, 2));

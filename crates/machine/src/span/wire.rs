@@ -440,6 +440,7 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::span::idle::IdleRange;
     use crate::span::sharing::Stood;
     use keel_wasm::coherence::{Access, Holders, PageId, Placement, Segment, Traffic, Txn};
     use rand::rngs::SmallRng;
@@ -515,6 +516,18 @@ mod tests {
             ),
             Parcel::Ask(6, Question::Placements(page)),
             Parcel::Ask(7, Question::Stood(page)),
+            Parcel::Ask(8, Question::Idle(1, 4096)),
+            Parcel::Answer(
+                8,
+                Answer::Idle(
+                    vec![IdleRange {
+                        memory: 1,
+                        start: 1 << 16,
+                        bytes: 1 << 20,
+                    }],
+                    Some((2, 0)),
+                ),
+            ),
             Parcel::Answer(7, Answer::Stood(vec![(page, Stood::default())], Some(page))),
             Parcel::Answer(5, Answer::Going(Some(7))),
             Parcel::Answer(

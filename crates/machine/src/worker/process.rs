@@ -401,9 +401,9 @@ impl Worker {
                 let objects = blocking(move || self.objects()).await?;
                 Ok(pack(&objects)?.into())
             }
-            kind::HOT_PAGES => {
-                let pages = blocking(move || self.hot_pages()).await?;
-                Ok(pack(&pages)?.into())
+            kind::HEAT => {
+                let heat = blocking(move || self.heat()).await?;
+                Ok(pack(&heat)?.into())
             }
             kind::MOVE_OBJECT => {
                 let object = unpack(&payload)?;

@@ -24,7 +24,9 @@ use keel_balance::round::{Answer, Question, View};
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::span::{HotPage, PartId, Sharing, Took};
 use keel_machine::spec::{BalanceBy, Balancing, Spawn};
-use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport, PartsReport, State};
+use keel_machine::worker::control::{
+    HeatReport, MoveObject, MoveThread, ObjectReport, PartsReport, State,
+};
 use rand::seq::IteratorRandom;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -198,12 +200,12 @@ async fn look_at(
         known,
     );
     let will_follow = known.hot.values().any(|(_, looks)| looks + 1 >= HOT_LOOKS);
-    let hot = match spans && will_follow {
+    let heat = match spans && will_follow {
         // (It only says more of why.)
-        true => spanning::hot_pages(worker).await.unwrap_or_default(),
-        false => Vec::new(),
+        true => spanning::heat_report(worker).await.unwrap_or_default(),
+        false => HeatReport::default(),
     };
-    follow_pages(&mut threads, known, &hot);
+    follow_pages(&mut threads, known, &heat.hot);
     let parts = match spans {
         true => parts(&report, objects.as_deref(), &mut known.given),
         false => {
@@ -458,18 +460,19 @@ fn shares(pages: &[HotPage], one: u32, other: PartId) -> String {
         let one = PartId::new(one as usize);
         one.is_some_and(|one| page.parts.contains(one)) && page.parts.contains(other)
     };
-    let (mut all, mut falsely) = (0, 0);
+    let (mut all, mut truly, mut falsely) = (0, 0, 0);
     for page in pages.iter().filter(both) {
         match page.sharing {
             Sharing::Nothing => continue,
-            Sharing::Bytes => {}
+            Sharing::Unclear => {}
+            Sharing::Bytes => truly += page.waits,
             Sharing::PageOnly => falsely += page.waits,
         }
         all += page.waits;
     }
-    match (all, falsely) {
-        (0, _) => String::new(),
-        (_, 0) => "; both use the same bytes of those that they take from each other".into(),
+    match falsely {
+        0 if truly == 0 => String::new(),
+        0 => "; both use the same bytes of those that they take from each other".into(),
         _ => format!(
             "; {:.0} % of the waits for those that they take from each other are for such of which they use different bytes (false sharing: if these were in different pages, of 4 KiB, nobody would wait)",
             falsely as f64 / all as f64 * 100.0
@@ -740,6 +743,39 @@ async fn span(
     Ok(info.stood_micros.unwrap_or(0))
 }
 
+/// A piece of memory in pieces that its part uses and such that it does not.
+fn by_use(object: &ObjectReport, heat: &HeatReport) -> Vec<Object> {
+    let piece = |start: u64, end: u64, is_idle: bool| {
+        let part_of = ObjectReport {
+            start,
+            bytes: end - start,
+            ..object.clone()
+        };
+        let hot = spanning::hot_in(heat, &part_of).iter();
+        let waits: u64 = hot.map(|page| page.waits).sum();
+        Object {
+            memory: object.memory,
+            start,
+            bytes: end - start,
+            is_idle,
+            heat: waits as f64 / ((end - start) / 4096).max(1) as f64,
+        }
+    };
+    let (mut pieces, mut at) = (Vec::new(), object.start);
+    for idle in spanning::idle_in(heat, object) {
+        if idle.start > at {
+            pieces.push(piece(at, idle.start, false));
+        }
+        pieces.push(piece(idle.start, idle.end, true));
+        at = idle.end;
+    }
+    let end = object.start.saturating_add(object.bytes);
+    if at < end {
+        pieces.push(piece(at, end, false));
+    }
+    pieces
+}
+
 // ── what is done ────────────────────────────────────────────────────────
 
 async fn carry_out(
@@ -784,18 +820,16 @@ async fn carry_out(
             ..
         } => {
             let (from, to) = (part(*from_part)?, part(*to)?);
+            // (A worker from before an upgrade does not know it: then the largest go.)
+            let heat = spanning::heat_report(worker).await.unwrap_or_default();
             let mine = objects.unwrap_or_default().iter();
             let mine: Vec<Object> = mine
                 .filter(|object| object.owner == from)
-                .map(|object| Object {
-                    memory: object.memory,
-                    start: object.start,
-                    bytes: object.bytes,
-                    heat: object.exchanges as f64 / (object.bytes / 4096).max(1) as f64,
-                })
+                .flat_map(|object| by_use(object, &heat))
                 .collect();
-            let (mut moved, mut pieces) = (0, 0);
+            let (mut moved, mut pieces, mut idle) = (0, 0, 0);
             for object in coldest(&mine, *bytes) {
+                idle += if object.is_idle { object.bytes } else { 0 };
                 let object = MoveObject {
                     memory: object.memory,
                     start: object.start,
@@ -805,9 +839,11 @@ async fn carry_out(
                 moved += spanning::object_to(worker, object).await.map_err(text)?;
                 pieces += 1;
             }
+            let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
             Ok(format!(
-                "{:.1} MiB in {pieces} pieces are on {node}",
-                moved as f64 / f64::from(1 << 20)
+                "{:.1} MiB in {pieces} pieces are on {node}, {:.1} MiB of which nobody used for half a minute",
+                mib(moved),
+                mib(idle)
             ))
         }
     }
@@ -816,7 +852,7 @@ async fn carry_out(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_machine::span::CoreTime;
+    use keel_machine::span::{CoreTime, IdleRange, PartSet};
     use keel_machine::worker::control::ThreadReport;
 
     /// Thread 1 stands 40 % of its time at pages of part 1 and 5 % at those of part 2, 2 as
@@ -898,7 +934,8 @@ mod tests {
         };
         let pages = [
             page(1, 30, [0, 1], Sharing::PageOnly),
-            page(2, 10, [0, 1], Sharing::Bytes),
+            page(2, 6, [0, 1], Sharing::Bytes),
+            page(5, 4, [0, 1], Sharing::Unclear),
             page(3, 500, [0, 1], Sharing::Nothing),
             page(4, 500, [0, 2], Sharing::Bytes),
         ];
@@ -922,7 +959,7 @@ mod tests {
             "{first:?}"
         );
         let other = PartId::new(1).expect("a part");
-        assert_eq!(shares(&pages[2..], 0, other), "");
+        assert_eq!(shares(&pages[2..], 0, other), "", "nobody knows");
         assert!(shares(&pages[1..], 0, other).contains("the same bytes"));
         assert_eq!(then[1..], [None, None]);
         // Once it did, not soon again; and where it comes nothing is known.
@@ -932,6 +969,64 @@ mod tests {
         known.followed.clear();
         assert!(drawn(&mut known, &at(11_000))[0].is_some());
         assert_eq!(drawn(&mut known, &report(&[(1, 1, 12_000)])), [None]);
+    }
+
+    #[test]
+    fn memory_is_told_apart_by_its_use() {
+        let part = |number| PartId::new(number).expect("a part");
+        let object = ObjectReport {
+            name: None,
+            memory: 0,
+            start: 0x1_0000,
+            bytes: 0x6_0000,
+            owner: part(1),
+            readers: PartSet::default(),
+            exchanges: 7,
+            directory: part(0),
+        };
+        let range = |memory, start, bytes| IdleRange {
+            memory,
+            start,
+            bytes,
+        };
+        let page = |number: u32, waits: u64| HotPage {
+            memory: 0,
+            number,
+            waits,
+            parts: PartSet::default(),
+            sharing: Sharing::Nothing,
+        };
+        let heat = HeatReport {
+            // (The first and the last are outside of it.)
+            hot: vec![page(0xf, 99), page(0x20, 8), page(0x2f, 8), page(0x70, 99)],
+            idle: BTreeMap::from([
+                (part(0), vec![range(0, 0, 1 << 20)]),
+                (
+                    part(1),
+                    vec![
+                        range(0, 0, 0x2_0000),
+                        range(0, 0x4_0000, 0x1_0000),
+                        range(0, 0x6_0000, 0x2_0000),
+                        range(1, 0, 1 << 20),
+                    ],
+                ),
+            ]),
+        };
+        let told: Vec<_> = by_use(&object, &heat)
+            .into_iter()
+            .map(|it| (it.start >> 16, it.bytes >> 16, it.is_idle, it.heat))
+            .collect();
+        let expected = [
+            (1, 1, true, 0.0),
+            (2, 2, false, 0.5),
+            (4, 1, true, 0.0),
+            (5, 1, false, 0.0),
+            (6, 1, true, 0.0),
+        ];
+        assert_eq!(told, expected);
+        let nothing = by_use(&object, &HeatReport::default());
+        assert_eq!(nothing.len(), 1);
+        assert_eq!((nothing[0].bytes, nothing[0].is_idle), (0x6_0000, false));
     }
 
     #[test]

@@ -15,6 +15,7 @@
 
 use super::super::keep::Keep;
 use super::super::wire::{self, Parcel};
+use super::looking::Looking;
 use super::work::{Beside, Happened, Work};
 use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked, offset};
 use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
@@ -292,7 +293,11 @@ impl Shared {
             told: None,
             going: (0, Instant::now()),
         };
+        let mut looking = Looking::default();
         while !self.over.load(Ordering::Acquire) {
+            if let Err(error) = self.look_at_uses(&mut looking) {
+                return self.end(error);
+            }
             let gives = match self.limits.get() {
                 Some(limit) => self.give_away(limit, &mut seen),
                 None => {

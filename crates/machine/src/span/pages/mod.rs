@@ -29,6 +29,7 @@
 mod cutting;
 mod host;
 mod keeping;
+mod looking;
 mod objects;
 mod others;
 mod serve;
@@ -44,6 +45,7 @@ pub(super) use settling::SettleWord;
 pub(super) use succession::Left;
 
 use super::ahead::Streams;
+use super::idle::Idle;
 use super::keep::Keep;
 use super::peer::{Ends, PeerError};
 use super::sharing::Standing;
@@ -279,6 +281,8 @@ struct Shared {
     begun: Instant,
     over: AtomicBool,
     limits: Limits,
+    /// What nobody uses of what is here.
+    idle: Mutex<Idle>,
     cuts: Cuts,
     /// It is waited for that nothing is on its way.
     is_settling: AtomicBool,
@@ -477,6 +481,7 @@ impl Pages {
             begun: Instant::now(),
             over: AtomicBool::new(false),
             limits: Limits::new(setup.room_bytes),
+            idle: Mutex::default(),
             cuts: Cuts::default(),
             is_settling: AtomicBool::new(false),
             is_succeeding: AtomicBool::new(false),

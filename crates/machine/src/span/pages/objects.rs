@@ -11,6 +11,7 @@
 //!     │◀── Answer ──────────────────────────────────────────────│
 //! ```
 
+use super::super::idle::IdleRange;
 use super::super::sharing::{self, HotPage, Stood};
 use super::super::wire::Parcel;
 use super::host::page_of;
@@ -19,12 +20,13 @@ use super::{MOVES_MAX, Pages, SLEEP_MAX, Shared, SpanError, locked};
 use keel_wasm::coherence::{Event, Holders, PageId, PartId, PartSet, Placement, Segment};
 use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// Pages that are looked at for one answer: about a millisecond.
 const LOOKED_MAX: usize = 8192;
-/// Pages that threads waited for in one answer.
+/// Pages that threads waited for, or ranges that are idle, in one answer.
 const STOOD_MAX: usize = 2048;
 /// How long an answer is waited for.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
@@ -50,6 +52,8 @@ pub(in super::super) enum Question {
     },
     /// For which pages its threads waited, from one on.
     Stood(PageId),
+    /// What it has and does not use, from a byte of a memory on.
+    Idle(u32, u64),
 }
 
 /// What it says.
@@ -61,6 +65,8 @@ pub(in super::super) enum Answer {
     Going(Option<u32>),
     /// For which, and the page to ask from next, if there are more.
     Stood(Vec<(PageId, Stood)>, Option<PageId>),
+    /// What, and from where to ask next, if there is more.
+    Idle(Vec<IdleRange>, Option<(u32, u64)>),
 }
 
 /// A piece of a machine's memory.
@@ -144,6 +150,11 @@ impl Shared {
             let state = &mut *locked(&self.state);
             let coherence = &state.coherence;
             match question {
+                Question::Idle(memory, from) => {
+                    let idle = locked(&self.idle);
+                    let (ranges, next) = idle.ranges((memory, from), STOOD_MAX, self.now());
+                    Answer::Idle(ranges, next)
+                }
                 Question::Placements(from) => {
                     let (placements, next) = coherence.placements(from, LOOKED_MAX);
                     Answer::Placements(placements, next)
@@ -288,6 +299,28 @@ impl Shared {
         Ok(sharing::together(told))
     }
 
+    /// What each part has and does not use.
+    fn idle(&self) -> Result<BTreeMap<PartId, Vec<IdleRange>>, SpanError> {
+        let mut all: BTreeMap<PartId, Vec<IdleRange>> = BTreeMap::new();
+        let mut next = Some((0, 0));
+        while let Some(from) = next {
+            let (ranges, rest) = locked(&self.idle).ranges(from, STOOD_MAX, self.now());
+            all.entry(self.me()).or_default().extend(ranges);
+            next = rest;
+        }
+        for part in self.others.parts().iter() {
+            let mut next = Some((0, 0));
+            while let Some((memory, from)) = next.take() {
+                let answer = self.ask(part, Question::Idle(memory, from))?;
+                if let Some(Answer::Idle(ranges, rest)) = answer {
+                    next = rest.filter(|rest| *rest > (memory, from));
+                    all.entry(part).or_default().extend(ranges);
+                }
+            }
+        }
+        Ok(all)
+    }
+
     /// Of a range of pages that were to move to a part the first that may not have been
     /// there, some of them looked at; the end if all have.
     fn first_going(&self, memory: u32, pages: Range<u32>, to: PartId) -> Result<u32, SpanError> {
@@ -381,6 +414,15 @@ impl Pages {
     /// [`SpanError::Silent`], and why it is over.
     pub fn hot_pages(&self) -> Result<Vec<HotPage>, SpanError> {
         self.shared.hot_pages()
+    }
+
+    /// What each part has and does not use, in rising order; only of the home. (Rounded to
+    /// regions of 64 KiB or more.)
+    ///
+    /// # Errors
+    /// As [`Self::hot_pages`].
+    pub fn idle(&self) -> Result<BTreeMap<PartId, Vec<IdleRange>>, SpanError> {
+        self.shared.idle()
     }
 
     /// Has whole pages brought to a part, and waits until each of them has been there;
