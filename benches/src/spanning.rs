@@ -336,12 +336,7 @@ const COUNTED: Duration = Duration::from_secs(4);
 /// A program that uses some of its memory more than other, where its part may keep less
 /// than it has.
 fn limits() -> Result<()> {
-    let mut table = Table::new(&[
-        "a part keeps",
-        "cold pages/s",
-        "of all that could be",
-        "waits/s",
-    ]);
+    let mut table = Table::new(&["a part keeps", "uses/s", "waits/s", "uses for one wait"]);
     for kept in std::iter::once(None).chain(KEPT.into_iter().rev().map(Some)) {
         let keeps = Keeps {
             part_bytes: kept,

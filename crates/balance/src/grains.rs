@@ -811,11 +811,12 @@ pub struct Object {
 
 /// The coldest pieces that are so many bytes together, of pages of 4 KiB: what nobody uses
 /// where it is, then what is waited for least; of equals the largest, so that it stays in few
-/// pieces.
+/// pieces. (Idle ones that so few of could not be enough come as others.)
 pub fn coldest(objects: &[Object], bytes: u64) -> Vec<Object> {
+    let counts = |object: &Object| object.is_idle && object.bytes >= bytes / OBJECTS_AT_ONCE as u64;
     let mut sorted: Vec<&Object> = objects.iter().collect();
     sorted.sort_by(|one, other| {
-        let by_use = other.is_idle.cmp(&one.is_idle);
+        let by_use = counts(other).cmp(&counts(one));
         let by_heat = by_use.then_with(|| one.heat.total_cmp(&other.heat));
         by_heat.then_with(|| other.bytes.cmp(&one.bytes))
     });
@@ -1210,5 +1211,14 @@ mod tests {
         let taken = coldest(&with, 3 * PAGE);
         let taken: Vec<_> = taken.iter().map(|it| (it.start >> 20, it.bytes)).collect();
         assert_eq!(taken, [(3, PAGE), (2, 2 * PAGE)]);
+        // Crumbs that nobody uses do not keep what is enough from going.
+        let mut many: Vec<Object> = (10..200).map(|at| object(at << 20, PAGE, 0.0)).collect();
+        many.iter_mut().for_each(|it| it.is_idle = true);
+        many.push(object(500 << 20, 4096 * PAGE, 0.1));
+        many.push(object(600 << 20, 2048 * PAGE, 0.0));
+        let bytes = 3000 * PAGE;
+        let taken = coldest(&many, bytes);
+        let taken: u64 = taken.iter().map(|it| it.bytes).sum();
+        assert!(taken >= 2048 * PAGE, "{taken}");
     }
 }

@@ -1157,6 +1157,7 @@ pub(crate) fn idle_in(heat: &HeatReport, object: &ObjectReport) -> Vec<Range<u64
             let until = range.start.saturating_add(range.bytes);
             range.start.max(object.start)..until.min(end)
         })
+        .filter(|range| range.start < range.end)
         .collect()
 }
 

@@ -1,12 +1,13 @@
-//! Which memory of a part nobody uses: of each 64 KiB it is looked at one page, another
-//! one each time, whether it was used since the last look (as the kernel's DAMON does with
-//! regions: Park, Lee and Yeom, "Profiling dynamic data access patterns with controlled
-//! overhead and quality", Middleware 2019; without its rights). What was not used in any
-//! look for [`IDLE_MICROS`] is idle: it can go to another part, and nobody waits for it.
+//! Which memory of a part nobody uses: of each 64 KiB it is looked at whether any page was
+//! used since the last look (of memories of more than 4 GiB, at 64 KiB of each region, others
+//! each time, as the kernel's DAMON does: Park, Lee and Yeom, "Profiling dynamic data access
+//! patterns with controlled overhead and quality", Middleware 2019; without its rights). What
+//! was not used at several looks, and in [`IDLE_MICROS`] from the last use that was seen to the
+//! last look, is idle: it can go to another part, and nobody waits for it.
 //!
 //! ```text
-//!   first look ──▶ looked at ── one page of it was used ──▶ used then
-//!                     └── none for half a minute ──▶ idle
+//!   first look ──▶ looked at ── some of it was used ──▶ used then
+//!                     └── none at several looks, for half a minute ──▶ idle
 //! ```
 //!
 //! This module remembers; whoever looks has the memory and the clock.
@@ -16,8 +17,10 @@ use std::collections::BTreeMap;
 
 /// How long nothing of it was used, in microseconds.
 const IDLE_MICROS: u64 = 30_000_000;
-/// Bytes of which a page is looked at, in memories that are not large.
-const REGION_BYTES_MIN: u64 = 64 << 10;
+/// Looks at least at which nothing of it was used.
+const LOOKS_MIN: u32 = 3;
+/// Bytes that are looked at together, and of a region at the least.
+pub(super) const LOOKED_BYTES: u64 = 64 << 10;
 /// Regions of a memory at most: there are as many of a larger one, and they are larger.
 const REGIONS_MAX: u64 = 1 << 16;
 
@@ -34,10 +37,21 @@ pub struct IdleRange {
 
 #[derive(Debug, Clone, Copy)]
 struct Region {
-    /// First byte of the page that is looked at next.
-    page: u64,
-    /// When one was used last, or it was looked at first.
+    /// First byte of what is looked at next.
+    next: u64,
+    /// When some of it was used last, or it was looked at first.
     used_micros: u64,
+    /// When it was looked at last.
+    looked_micros: u64,
+    /// Looks since `used_micros`.
+    looks: u32,
+}
+
+impl Region {
+    fn is_idle(&self) -> bool {
+        self.looks >= LOOKS_MIN
+            && self.looked_micros.saturating_sub(self.used_micros) >= IDLE_MICROS
+    }
 }
 
 /// The regions of one memory.
@@ -54,8 +68,8 @@ pub(super) struct Idle {
 }
 
 impl Idle {
-    /// The region of a memory, which has so many bytes, in which a byte is; the page of it
-    /// that is to be looked at, if it is known.
+    /// The region of a memory, which has so many bytes, in which a byte is; where in it is to
+    /// be looked, if that is known.
     pub(super) fn region(
         &mut self,
         memory: u32,
@@ -64,7 +78,7 @@ impl Idle {
     ) -> (std::ops::Range<u64>, Option<u64>) {
         let wanted = memory_bytes.div_ceil(REGIONS_MAX).next_power_of_two();
         let regions = self.memories.entry(memory).or_default();
-        let bytes = wanted.max(REGION_BYTES_MIN);
+        let bytes = wanted.max(LOOKED_BYTES);
         // (It has grown: of other regions nothing is known.)
         if regions.bytes != bytes {
             *regions = Regions {
@@ -76,33 +90,41 @@ impl Idle {
         let known = regions.by_number.get(&number);
         (
             number * bytes..(number + 1) * bytes,
-            known.map(|it| it.page),
+            known.map(|it| it.next),
         )
     }
 
-    /// A region was looked at, and whether its page was used; the one that is next. What
-    /// lies between the last one that was looked at and this one is not here.
+    /// A region was looked at, and whether some of it was used; where next. What lies between
+    /// the last one that was looked at and this one is not here.
     pub(super) fn looked(
         &mut self,
         memory: u32,
         gap: std::ops::Range<u64>,
-        (page, used): (u64, bool),
+        (next, used): (u64, bool),
         now_micros: u64,
     ) {
         self.is_not_here(memory, gap);
         let Some(regions) = self.memories.get_mut(&memory) else {
             return;
         };
-        let region = regions
-            .by_number
-            .entry(page / regions.bytes)
-            .or_insert(Region {
-                page,
-                used_micros: now_micros,
-            });
-        region.page = page;
-        if used {
-            region.used_micros = now_micros;
+        let number = next / regions.bytes;
+        match regions.by_number.get_mut(&number) {
+            Some(region) => {
+                (region.next, region.looked_micros) = (next, now_micros);
+                region.looks = region.looks.saturating_add(1);
+                if used {
+                    (region.used_micros, region.looks) = (now_micros, 0);
+                }
+            }
+            None => {
+                let region = Region {
+                    next,
+                    used_micros: now_micros,
+                    looked_micros: now_micros,
+                    looks: 0,
+                };
+                regions.by_number.insert(number, region);
+            }
         }
     }
 
@@ -127,7 +149,6 @@ impl Idle {
         &self,
         (memory, from): (u32, u64),
         most: usize,
-        now_micros: u64,
     ) -> (Vec<IdleRange>, Option<(u32, u64)>) {
         let mut ranges: Vec<IdleRange> = Vec::new();
         for (number, regions) in self.memories.range(memory..) {
@@ -136,7 +157,7 @@ impl Idle {
                 false => 0,
             };
             for (region, it) in regions.by_number.range(first..) {
-                if now_micros.saturating_sub(it.used_micros) < IDLE_MICROS {
+                if !it.is_idle() {
                     continue;
                 }
                 let start = region * regions.bytes;
@@ -162,7 +183,7 @@ impl Idle {
 mod tests {
     use super::*;
 
-    const K64: u64 = REGION_BYTES_MIN;
+    const K64: u64 = LOOKED_BYTES;
     const MIB: u64 = 1 << 20;
 
     /// Looks at regions of a memory of 16 MiB by their numbers, in order; whether they are used.
@@ -178,55 +199,67 @@ mod tests {
         idle.is_not_here(0, last..16 * MIB);
     }
 
-    fn ranges(idle: &Idle, now_micros: u64) -> Vec<(u64, u64)> {
-        let (ranges, rest) = idle.ranges((0, 0), 100, now_micros);
+    fn ranges(idle: &Idle) -> Vec<(u64, u64)> {
+        let (ranges, rest) = idle.ranges((0, 0), 100);
         assert_eq!(rest, None);
         let ranges = ranges.into_iter();
         ranges.map(|it| (it.start / K64, it.bytes / K64)).collect()
     }
 
+    const SECOND: u64 = 1_000_000;
+
     #[test]
     fn what_nobody_uses_for_long_is_idle() {
         let mut idle = Idle::default();
-        let second = 1_000_000;
-        look(
-            &mut idle,
-            &[(1, true), (2, false), (3, true), (9, false)],
-            0,
-        );
-        assert_eq!(ranges(&idle, 29 * second), []);
+        let none = [(1, true), (2, false), (3, true), (9, false)];
+        look(&mut idle, &none, 0);
+        assert_eq!(ranges(&idle), []);
         // One is used, one goes, one comes.
-        look(
-            &mut idle,
-            &[(1, true), (2, false), (9, false), (10, false)],
-            20 * second,
-        );
-        assert_eq!(ranges(&idle, 31 * second), [(2, 1), (9, 1)]);
-        assert_eq!(ranges(&idle, 51 * second), [(1, 2), (9, 2)]);
-        look(
-            &mut idle,
-            &[(2, true), (9, false), (10, false)],
-            60 * second,
-        );
-        assert_eq!(ranges(&idle, 61 * second), [(9, 2)]);
+        let some = [(1, true), (2, false), (9, false), (10, false)];
+        look(&mut idle, &some, 10 * SECOND);
+        look(&mut idle, &some, 20 * SECOND);
+        look(&mut idle, &some, 29 * SECOND);
+        assert_eq!(ranges(&idle), []);
+        look(&mut idle, &some, 30 * SECOND);
+        assert_eq!(ranges(&idle), [(2, 1), (9, 1)]);
+        let last = [(2, true), (9, false), (10, false)];
+        look(&mut idle, &last, 60 * SECOND);
+        assert_eq!(ranges(&idle), [(9, 2)]);
         assert_eq!(idle.region(0, 16 * MIB, 9 * K64).1, Some(9 * K64 + 8192));
         assert_eq!(idle.region(0, 16 * MIB, K64).1, None);
+    }
+
+    /// However long it takes to come round: nothing is idle that nobody looked at.
+    #[test]
+    fn what_is_rarely_looked_at_is_not_idle_for_it() {
+        let mut idle = Idle::default();
+        for turn in 0..LOOKS_MIN {
+            look(
+                &mut idle,
+                &[(4, true), (5, false)],
+                u64::from(turn) * 200 * SECOND,
+            );
+            assert_eq!(ranges(&idle), []);
+        }
+        look(&mut idle, &[(4, true), (5, false)], 800 * SECOND);
+        assert_eq!(ranges(&idle), [(5, 1)]);
     }
 
     #[test]
     fn it_is_told_in_pieces() {
         let mut idle = Idle::default();
         let all: Vec<(u64, bool)> = (0..100).step_by(2).map(|it| (it, false)).collect();
-        look(&mut idle, &all, 0);
-        let now = IDLE_MICROS;
+        for turn in 0..=LOOKS_MIN {
+            look(&mut idle, &all, u64::from(turn) * IDLE_MICROS);
+        }
         let (mut told, mut next) = (Vec::new(), Some((0, 0)));
         while let Some(from) = next {
-            let (some, rest) = idle.ranges(from, 7, now);
+            let (some, rest) = idle.ranges(from, 7);
             assert!(some.len() <= 7);
             told.extend(some.into_iter().map(|it| (it.start / K64, it.bytes / K64)));
             next = rest;
         }
-        assert_eq!(told, ranges(&idle, now));
+        assert_eq!(told, ranges(&idle));
         assert_eq!(told.len(), 50);
     }
 
@@ -235,12 +268,15 @@ mod tests {
         let mut idle = Idle::default();
         let (range, _) = idle.region(2, 64 << 30, 5 << 30);
         assert_eq!(range.end - range.start, MIB);
-        idle.looked(2, 0..range.start, (range.start, false), 0);
-        let (ranges, _) = idle.ranges((0, 0), 9, IDLE_MICROS);
+        for turn in 0..=u64::from(LOOKS_MIN) {
+            let next = range.start + turn * K64;
+            idle.looked(2, 0..range.start, (next, false), turn * IDLE_MICROS);
+        }
+        let (ranges, _) = idle.ranges((0, 0), 9);
         assert_eq!((ranges[0].memory, ranges[0].bytes), (2, MIB));
         // It grows: of what it was nothing is known.
         let (range, known) = idle.region(2, (64 << 30) + 1, 5 << 30);
         assert_eq!((range.end - range.start, known), (2 * MIB, None));
-        assert_eq!(idle.ranges((0, 0), 9, IDLE_MICROS).0, []);
+        assert_eq!(idle.ranges((0, 0), 9).0, []);
     }
 }

@@ -763,10 +763,14 @@ fn by_use(object: &ObjectReport, heat: &HeatReport) -> Vec<Object> {
     };
     let (mut pieces, mut at) = (Vec::new(), object.start);
     for idle in spanning::idle_in(heat, object) {
-        if idle.start > at {
-            pieces.push(piece(at, idle.start, false));
+        let start = idle.start.max(at);
+        if start >= idle.end {
+            continue;
         }
-        pieces.push(piece(idle.start, idle.end, true));
+        if start > at {
+            pieces.push(piece(at, start, false));
+        }
+        pieces.push(piece(start, idle.end, true));
         at = idle.end;
     }
     let end = object.start.saturating_add(object.bytes);
@@ -820,12 +824,25 @@ async fn carry_out(
             ..
         } => {
             let (from, to) = (part(*from_part)?, part(*to)?);
-            // (A worker from before an upgrade does not know it: then the largest go.)
-            let heat = spanning::heat_report(worker).await.unwrap_or_default();
+            // (A worker from before an upgrade does not know it.)
+            let heat = spanning::heat_report(worker).await;
+            if let Err(error) = &heat {
+                tracing::warn!(%machine, %error, "how its memory is used: what changed hands least goes");
+            }
+            let by_exchanges = |object: &ObjectReport| Object {
+                memory: object.memory,
+                start: object.start,
+                bytes: object.bytes,
+                is_idle: false,
+                heat: object.exchanges as f64 / (object.bytes / 4096).max(1) as f64,
+            };
             let mine = objects.unwrap_or_default().iter();
             let mine: Vec<Object> = mine
                 .filter(|object| object.owner == from)
-                .flat_map(|object| by_use(object, &heat))
+                .flat_map(|object| match &heat {
+                    Ok(heat) => by_use(object, heat),
+                    Err(_) => vec![by_exchanges(object)],
+                })
                 .collect();
             let (mut moved, mut pieces, mut idle) = (0, 0, 0);
             for object in coldest(&mine, *bytes) {

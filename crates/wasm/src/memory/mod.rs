@@ -53,6 +53,8 @@ const RESERVE_32_BYTES: usize = 4 << 30;
 const RESERVE_64_BYTES: usize = 64 << 30;
 /// Inaccessible space behind a reservation. Code elides bounds checks for
 /// constant offsets up to this.
+/// How the kernel calls the file behind a memory, where it lists a process's files.
+pub const FILE_NAME: &str = "keel-guest";
 pub(crate) const GUARD_BYTES: usize = 32 << 20;
 
 /// Why a memory cannot be had.
@@ -161,11 +163,8 @@ impl GuestMemory {
                 limit_bytes: limit,
             });
         }
-        let fd = memfd_create(
-            "keel-guest",
-            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-        )
-        .map_err(system("make a memfd"))?;
+        let fd = memfd_create(FILE_NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(system("make a memfd"))?;
         // A file that never shrinks cannot pull pages from under the guest.
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(system("seal a memfd"))?;
         let bytes = reserve + GUARD_BYTES;

@@ -192,6 +192,16 @@ mod tests {
         assert_eq!(spanning.wait(Duration::ZERO).unwrap(), None);
     }
 
+    /// Ends the other threads, also where one fails.
+    struct Ends<'a>(&'a AtomicBool, &'a Spanning);
+
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+            self.1.stop().unwrap();
+        }
+    }
+
     /// While others write, protect and allow, nothing that was written is lost, and
     /// nobody writes what is protected.
     #[test]
@@ -205,6 +215,7 @@ mod tests {
         );
         let (over, seen, protected) = (&over, &seen, &protected);
         std::thread::scope(|scope| {
+            let ends = Ends(over, &spanning);
             scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
                     let used = uses.take(0, PAGES * PAGE_BYTES).unwrap();
@@ -250,9 +261,8 @@ mod tests {
                 spanning.allow(page * PAGE_BYTES, PAGE_BYTES).unwrap();
                 protected.fetch_add(1, Ordering::Relaxed);
             }
-            let count = writer.join();
-            over.store(true, Ordering::Relaxed);
-            let count = count.unwrap();
+            let count = writer.join().unwrap();
+            drop(ends);
             for page in 0..PAGES {
                 let begun = u64::from_ne_bytes([page as u8; 8]);
                 let written = count / PAGES + u64::from(page < count % PAGES);

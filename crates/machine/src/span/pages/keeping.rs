@@ -21,6 +21,7 @@ use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked, offset};
 use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
 use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
@@ -54,6 +55,10 @@ const GOING_MAX: usize = 1024;
 /// Pages that are looked at, whether they are used, before some are given away: a
 /// millisecond.
 const LOOKS_MAX: usize = 256;
+/// Bytes of which it is forgotten at once that they were used.
+const TAKEN_BYTES: u64 = 4 << 20;
+/// How long a part that has too much from the beginning looks what it uses of it.
+const ADOPTED_RESTS: Duration = Duration::from_millis(100);
 /// How long a page that was chosen may take to leave before it is one as others again.
 const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
@@ -251,6 +256,8 @@ struct Seen {
     told: Option<(PartMemory, Instant)>,
     /// Pages on their way, since when they are so many.
     going: (usize, Instant),
+    /// Since when it is seen which pages are used.
+    adopted: Instant,
 }
 
 impl Shared {
@@ -292,12 +299,11 @@ impl Shared {
         let mut seen = Seen {
             told: None,
             going: (0, Instant::now()),
+            adopted: Instant::now(),
         };
         let mut looking = Looking::default();
         while !self.over.load(Ordering::Acquire) {
-            if let Err(error) = self.look_at_uses(&mut looking) {
-                return self.end(error);
-            }
+            self.look_at_uses(&mut looking);
             let gives = match self.limits.get() {
                 Some(limit) => self.give_away(limit, &mut seen),
                 None => {
@@ -359,6 +365,23 @@ impl Shared {
         Ok(())
     }
 
+    /// From now on [`Self::is_used`] is of what the guest does from now on.
+    fn take_all_uses(&self) {
+        for memory in &self.memories {
+            let here = memory.memory().populated().unwrap_or_default();
+            for range in here {
+                let pieces = (range.start..range.end).step_by(TAKEN_BYTES as usize);
+                for start in pieces {
+                    let bytes = TAKEN_BYTES.min(range.end - start);
+                    let whole = bytes.next_multiple_of(PAGE_BYTES);
+                    if let Err(error) = memory.uses().take(start, whole) {
+                        tracing::debug!(%error, start, "which of its memory is used");
+                    }
+                }
+            }
+        }
+    }
+
     /// Whether the guest used a page since this was asked of it last, or it came. (Of one of
     /// which that cannot be seen it is not known, and it goes in its turn.)
     fn is_used(&self, page: PageId) -> bool {
@@ -370,6 +393,11 @@ impl Shared {
     /// Gives away some of what is too much; whether there is more to do at once.
     fn give_away(&self, limit: u64, seen: &mut Seen) -> Result<bool, SpanError> {
         let resident = self.resident()?;
+        if locked(&self.state).keep.is_none() {
+            // (What was used before counts no more. It takes a while, of much memory.)
+            self.take_all_uses();
+            seen.adopted = Instant::now();
+        }
         let mut guard = locked(&self.state);
         let rests = self.must_rest(&guard);
         if guard.failure.is_some() || rests {
@@ -397,6 +425,10 @@ impl Shared {
         if resident <= limit && keep.going() == 0 {
             return Ok(false);
         }
+        // (Before, nobody knows what of it is used.)
+        if seen.adopted.elapsed() < ADOPTED_RESTS {
+            return Ok(false);
+        }
         let goal = limit - limit / BELOW_PART;
         let too_much = (resident.saturating_sub(goal) / PAGE_BYTES) as usize;
         let mut excess = too_much.saturating_sub(keep.going());
@@ -414,17 +446,21 @@ impl Shared {
             told.is_some_and(|told| told.unwritten_bytes() <= UNWRITTEN_MAX)
         };
         // (Who waits for a page meanwhile waits for this.)
-        let mut looks = 0;
-        let mut is_used = |page: PageId| {
-            looks += 1;
-            looks <= LOOKS_MAX && self.is_used(page)
+        let looks = Cell::new(0);
+        let is_used = |page: PageId| {
+            looks.set(looks.get() + 1);
+            self.is_used(page)
         };
         while excess > 0 && events.len() < MOVES_MAX && keep.going() < GOING_MAX && keep.owned() > 0
         {
+            // (The rest has its turn in a moment.)
+            if looks.get() >= LOOKS_MAX {
+                break;
+            }
             let Some(to) = self.limits.take_room(least_room(limit), may) else {
                 break;
             };
-            let Some(page) = keep.next(may_keep, &mut is_used) else {
+            let Some(page) = keep.next(may_keep, is_used) else {
                 break;
             };
             events.push((Event::Move { page, to }, Beside::Nothing));
@@ -448,8 +484,6 @@ fn adopt(
     for (number, memory) in (0..).zip(memories) {
         let here = memory.memory().populated();
         for range in here.map_err(|error| SpanError::Memory(error.to_string()))? {
-            // (What was used before counts no more. Where it cannot be seen, see `is_used`.)
-            let _ = memory.uses().take(range.start, range.end - range.start);
             for at in range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES) {
                 // (A memory of 64 GiB has 16 million.)
                 let page = PageId {

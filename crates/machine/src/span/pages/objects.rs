@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 const LOOKED_MAX: usize = 8192;
 /// Pages that threads waited for, or ranges that are idle, in one answer.
 const STOOD_MAX: usize = 2048;
+/// Answers that are asked of a part for one report.
+const PIECES_MAX: usize = 64;
 /// How long an answer is waited for.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// How often it is asked again where pages are, while directories move.
@@ -146,32 +148,30 @@ impl Shared {
             let reason = "it asks what only the home asks".into();
             return Err(SpanError::Lost { part: from, reason });
         }
-        let answer = {
-            let state = &mut *locked(&self.state);
-            let coherence = &state.coherence;
-            match question {
-                Question::Idle(memory, from) => {
-                    let idle = locked(&self.idle);
-                    let (ranges, next) = idle.ranges((memory, from), STOOD_MAX, self.now());
-                    Answer::Idle(ranges, next)
-                }
-                Question::Placements(from) => {
-                    let (placements, next) = coherence.placements(from, LOOKED_MAX);
-                    Answer::Placements(placements, next)
-                }
-                Question::Going { memory, pages, to } => {
-                    let mut pages = pages.take(LOOKED_MAX);
-                    let going = pages.find(|number| {
-                        let number = *number;
-                        let page = PageId { memory, number };
-                        !coherence.is_directory_of(page) || coherence.is_going(page, to)
-                    });
-                    Answer::Going(going)
-                }
-                Question::Stood(from) => {
-                    let (stood, next) = state.standing.pages(from, STOOD_MAX, self.now());
-                    Answer::Stood(stood, next)
-                }
+        let answer = match question {
+            Question::Placements(from) => {
+                let state = locked(&self.state);
+                let (placements, next) = state.coherence.placements(from, LOOKED_MAX);
+                Answer::Placements(placements, next)
+            }
+            Question::Going { memory, pages, to } => {
+                let coherence = &locked(&self.state).coherence;
+                let mut pages = pages.take(LOOKED_MAX);
+                let going = pages.find(|number| {
+                    let number = *number;
+                    let page = PageId { memory, number };
+                    !coherence.is_directory_of(page) || coherence.is_going(page, to)
+                });
+                Answer::Going(going)
+            }
+            Question::Stood(from) => {
+                let mut state = locked(&self.state);
+                let (stood, next) = state.standing.pages(from, STOOD_MAX, self.now());
+                Answer::Stood(stood, next)
+            }
+            Question::Idle(memory, from) => {
+                let (ranges, next) = locked(&self.idle).ranges((memory, from), STOOD_MAX);
+                Answer::Idle(ranges, next)
             }
         };
         self.tell_part(from, &Parcel::Answer(number, answer))
@@ -276,49 +276,75 @@ impl Shared {
         Ok(in_order(all))
     }
 
-    /// For which pages threads of all parts wait of late.
+    /// For which pages threads of all parts wait of late; of parts that do not answer it is
+    /// not known.
     fn hot_pages(&self) -> Result<Vec<HotPage>, SpanError> {
         let mut told = Vec::new();
-        let mut next = Some(PageId::default());
-        while let Some(from) = next {
-            let state = &mut *locked(&self.state);
-            let (stood, rest) = state.standing.pages(from, STOOD_MAX, self.now());
-            let me = self.me();
-            told.extend(stood.into_iter().map(|(page, stood)| (me, page, stood)));
-            next = rest;
-        }
-        for part in self.others.parts().iter() {
+        for part in self.others.parts().with(self.me()).iter() {
             let mut next = Some(PageId::default());
-            while let Some(from) = next.take() {
-                if let Some(Answer::Stood(stood, rest)) = self.ask(part, Question::Stood(from))? {
-                    next = rest.filter(|rest| *rest > from);
-                    told.extend(stood.into_iter().map(|(page, stood)| (part, page, stood)));
-                }
+            for _ in 0..PIECES_MAX {
+                let Some(from) = next else { break };
+                let answer = match part == self.me() {
+                    true => {
+                        let state = &mut *locked(&self.state);
+                        Some(state.standing.pages(from, STOOD_MAX, self.now()))
+                    }
+                    false => match self.ask_if_heard(part, Question::Stood(from))? {
+                        Some(Answer::Stood(stood, rest)) => Some((stood, rest)),
+                        _ => None,
+                    },
+                };
+                let Some((stood, rest)) = answer else { break };
+                told.extend(stood.into_iter().map(|(page, stood)| (part, page, stood)));
+                next = rest.filter(|rest| *rest > from);
             }
         }
         Ok(sharing::together(told))
     }
 
-    /// What each part has and does not use.
+    /// What each part has and does not use; of those that do not answer it is not known.
     fn idle(&self) -> Result<BTreeMap<PartId, Vec<IdleRange>>, SpanError> {
-        let mut all: BTreeMap<PartId, Vec<IdleRange>> = BTreeMap::new();
-        let mut next = Some((0, 0));
-        while let Some(from) = next {
-            let (ranges, rest) = locked(&self.idle).ranges(from, STOOD_MAX, self.now());
-            all.entry(self.me()).or_default().extend(ranges);
-            next = rest;
-        }
-        for part in self.others.parts().iter() {
+        let mut all = BTreeMap::new();
+        for part in self.others.parts().with(self.me()).iter() {
+            let mut ranges: Vec<IdleRange> = Vec::new();
             let mut next = Some((0, 0));
-            while let Some((memory, from)) = next.take() {
-                let answer = self.ask(part, Question::Idle(memory, from))?;
-                if let Some(Answer::Idle(ranges, rest)) = answer {
-                    next = rest.filter(|rest| *rest > (memory, from));
-                    all.entry(part).or_default().extend(ranges);
+            for _ in 0..PIECES_MAX {
+                let Some(from) = next else { break };
+                let answer = match part == self.me() {
+                    true => Some(locked(&self.idle).ranges(from, STOOD_MAX)),
+                    false => match self.ask_if_heard(part, Question::Idle(from.0, from.1))? {
+                        Some(Answer::Idle(ranges, rest)) => Some((ranges, rest)),
+                        _ => None,
+                    },
+                };
+                let Some((some, rest)) = answer else { break };
+                for range in some {
+                    let last = ranges.last();
+                    let end = last.map_or((0, 0), |it| (it.memory, it.start + it.bytes));
+                    let is_sound = range.bytes > 0
+                        && range.start.checked_add(range.bytes).is_some()
+                        && (range.memory, range.start) >= end;
+                    // (What follows could not be told apart.)
+                    if is_sound {
+                        ranges.push(range);
+                    }
                 }
+                next = rest.filter(|rest| *rest > from);
             }
+            all.insert(part, ranges);
         }
         Ok(all)
+    }
+
+    /// As [`Self::ask`]; `None` also of a part that does not answer in time.
+    fn ask_if_heard(&self, part: PartId, question: Question) -> Result<Option<Answer>, SpanError> {
+        match self.ask(part, question) {
+            Err(SpanError::Silent { part, patience }) => {
+                tracing::debug!(%part, ?patience, "it does not say how its memory is used");
+                Ok(None)
+            }
+            answer => answer,
+        }
     }
 
     /// Of a range of pages that were to move to a part the first that may not have been
