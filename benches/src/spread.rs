@@ -11,8 +11,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Programs of two workers that write a line for each piece of work.
-const PROGRAMS: [(&str, &[&str]); 6] = [
+const PROGRAMS: [(&str, &[&str]); 7] = [
     ("render", &["2", "480", "320", "100000000"]),
+    // (Bands of whole pages.)
+    ("render", &["2", "512", "320", "100000000"]),
     ("render", &["2", "1280", "720", "100000000"]),
     ("matrix", &["2", "512", "100000000"]),
     ("matrix", &["2", "1024", "100000000"]),

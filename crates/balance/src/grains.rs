@@ -810,27 +810,43 @@ pub struct Object {
 }
 
 /// The coldest pieces that are so many bytes together, of pages of 4 KiB: what nobody uses
-/// where it is, then what is waited for least; of equals the largest, so that it stays in few
-/// pieces. (Idle ones that so few of could not be enough come as others.)
+/// where it is, the largest first, as far as it fills what is wanted in so few pieces as are
+/// moved at once; then what is waited for least, of equals the largest.
 pub fn coldest(objects: &[Object], bytes: u64) -> Vec<Object> {
-    let counts = |object: &Object| object.is_idle && object.bytes >= bytes / OBJECTS_AT_ONCE as u64;
-    let mut sorted: Vec<&Object> = objects.iter().collect();
-    sorted.sort_by(|one, other| {
-        let by_use = counts(other).cmp(&counts(one));
-        let by_heat = by_use.then_with(|| one.heat.total_cmp(&other.heat));
-        by_heat.then_with(|| other.bytes.cmp(&one.bytes))
-    });
     let (mut taken, mut rest) = (Vec::new(), bytes / PAGE * PAGE);
-    for object in sorted.into_iter().take(OBJECTS_AT_ONCE) {
-        if rest == 0 {
-            break;
-        }
-        let bytes = object.bytes.min(rest);
-        rest -= bytes;
+    let mut take = |object: &Object, rest: &mut u64| {
+        let bytes = object.bytes.min(*rest);
+        *rest -= bytes;
         taken.push(Object {
             bytes,
             ..object.clone()
         });
+    };
+    let mut places = OBJECTS_AT_ONCE as u64;
+    let (mut idle, mut others): (Vec<&Object>, Vec<&Object>) =
+        objects.iter().partition(|object| object.is_idle);
+    idle.sort_by_key(|object| std::cmp::Reverse(object.bytes));
+    for object in idle {
+        // (Crumbs would take the place of what is enough.)
+        let would_fill = object.bytes > 0 && rest.div_ceil(object.bytes) <= places;
+        match rest > 0 && would_fill {
+            true => {
+                take(object, &mut rest);
+                places -= 1;
+            }
+            false => others.push(object),
+        }
+    }
+    others.sort_by(|one, other| {
+        let by_heat = one.heat.total_cmp(&other.heat);
+        by_heat.then_with(|| other.bytes.cmp(&one.bytes))
+    });
+    for object in others {
+        if rest == 0 || places == 0 {
+            break;
+        }
+        take(object, &mut rest);
+        places -= 1;
     }
     taken
 }
@@ -1216,9 +1232,16 @@ mod tests {
         many.iter_mut().for_each(|it| it.is_idle = true);
         many.push(object(500 << 20, 4096 * PAGE, 0.1));
         many.push(object(600 << 20, 2048 * PAGE, 0.0));
-        let bytes = 3000 * PAGE;
-        let taken = coldest(&many, bytes);
-        let taken: u64 = taken.iter().map(|it| it.bytes).sum();
-        assert!(taken >= 2048 * PAGE, "{taken}");
+        let taken = coldest(&many, 3000 * PAGE);
+        let bytes: Vec<u64> = taken.iter().map(|it| it.bytes / PAGE).collect();
+        // (Those of no heat go first, of which so many are let in as are moved at once.)
+        assert_eq!(bytes[0], 2048);
+        assert_eq!(taken.len(), OBJECTS_AT_ONCE);
+        // What is left of it is filled with them, where they are enough.
+        many[0].bytes = 2990 * PAGE;
+        let taken = coldest(&many, 3000 * PAGE);
+        let bytes: Vec<u64> = taken.iter().map(|it| it.bytes / PAGE).collect();
+        assert_eq!(bytes[0], 2990);
+        assert!(bytes[1..] == [1; 10], "{bytes:?}");
     }
 }

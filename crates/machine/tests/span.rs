@@ -978,7 +978,7 @@ fn what_nobody_uses_is_known() {
             });
         }
         let idle = |number: u64| {
-            let idle = parts[0].pages.idle().unwrap();
+            let idle = parts[0].pages.heat().unwrap().idle;
             let of = idle
                 .get(&part(number as usize))
                 .cloned()

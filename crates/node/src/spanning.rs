@@ -26,11 +26,11 @@ use keel_api::{
     EventKind, ObjectInfo, PartInfo, PartMemoryInfo, PartsInfo, SpanRequest, ThreadInfo,
 };
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::span::{HotPage, PARTS_MAX, PartId, PartSet, Place, Sharing, Spawning};
+use keel_machine::span::{Heat, HotPage, PARTS_MAX, PartId, PartSet, Place, Sharing, Spawning};
 use keel_machine::spec::{Record, Spawn, Spec};
 use keel_machine::worker::control::{
-    HeatReport, Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartWith, PartsReport,
-    ReadyPart, Report, Span, State, kind, pack, unpack,
+    Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartWith, PartsReport, ReadyPart,
+    Report, Span, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
 use serde::de::DeserializeOwned;
@@ -1051,9 +1051,9 @@ pub(crate) async fn objects(
     let report = parts_report(&worker).await?;
     let objects = objects_report(&worker).await?;
     // (A worker from before an upgrade does not know it.)
-    let heat = heat_report(&worker).await.unwrap_or_else(|error| {
+    let heat = heat_of(&worker).await.unwrap_or_else(|error| {
         tracing::debug!(%machine, %error, "how its memory is used");
-        HeatReport::default()
+        Heat::default()
     });
     let node = |part: PartId| match report.nodes.get(&part) {
         Some(node) => node.to_string(),
@@ -1133,7 +1133,7 @@ pub(crate) async fn parts_report(worker: &Worker) -> Result<PartsReport, Operate
 }
 
 /// Pages that threads waited for, in a piece of memory.
-pub(crate) fn hot_in<'a>(heat: &'a HeatReport, object: &ObjectReport) -> &'a [HotPage] {
+pub(crate) fn hot_in<'a>(heat: &'a Heat, object: &ObjectReport) -> &'a [HotPage] {
     let end = object.start.saturating_add(object.bytes);
     let before = |at: u64| {
         let is_before = |page: &HotPage| (page.memory, page.start()) < (object.memory, at);
@@ -1144,7 +1144,7 @@ pub(crate) fn hot_in<'a>(heat: &'a HeatReport, object: &ObjectReport) -> &'a [Ho
 }
 
 /// What the part that has a piece of memory does not use of it.
-pub(crate) fn idle_in(heat: &HeatReport, object: &ObjectReport) -> Vec<Range<u64>> {
+pub(crate) fn idle_in(heat: &Heat, object: &ObjectReport) -> Vec<Range<u64>> {
     let end = object.start.saturating_add(object.bytes);
     let all = heat.idle.get(&object.owner).map_or(&[][..], Vec::as_slice);
     let first = all.partition_point(|range| {
@@ -1162,7 +1162,7 @@ pub(crate) fn idle_in(heat: &HeatReport, object: &ObjectReport) -> Vec<Range<u64
 }
 
 /// How its memory was used of late.
-pub(crate) async fn heat_report(worker: &Worker) -> Result<HeatReport, OperateError> {
+pub(crate) async fn heat_of(worker: &Worker) -> Result<Heat, OperateError> {
     ask(worker, kind::HEAT, &(), PROMPT).await
 }
 

@@ -17,6 +17,8 @@ use std::collections::BTreeMap;
 
 /// How long nothing of it was used, in microseconds.
 const IDLE_MICROS: u64 = 30_000_000;
+/// How long after a look what is used was not used again, as far as is seen.
+const JUST_MICROS: u64 = 100_000;
 /// Looks at least at which nothing of it was used.
 const LOOKS_MIN: u32 = 3;
 /// Bytes that are looked at together, and of a region at the least.
@@ -68,6 +70,14 @@ pub(super) struct Idle {
 }
 
 impl Idle {
+    /// Whether the region in which a byte is was looked at just now, and was used: what is in
+    /// it is not seen to be used for a moment.
+    pub(super) fn was_just_used(&self, memory: u32, at: u64, now_micros: u64) -> bool {
+        let regions = self.memories.get(&memory).filter(|it| it.bytes > 0);
+        let region = regions.and_then(|it| it.by_number.get(&(at / it.bytes)));
+        region.is_some_and(|it| it.looks == 0 && it.looked_micros + JUST_MICROS > now_micros)
+    }
+
     /// The region of a memory, which has so many bytes, in which a byte is; where in it is to
     /// be looked, if that is known.
     pub(super) fn region(
@@ -222,6 +232,9 @@ mod tests {
         assert_eq!(ranges(&idle), []);
         look(&mut idle, &some, 30 * SECOND);
         assert_eq!(ranges(&idle), [(2, 1), (9, 1)]);
+        let just = |region: u64, now: u64| idle.was_just_used(0, region * K64 + 5, now);
+        assert!(just(1, 30 * SECOND + 1000) && !just(1, 31 * SECOND));
+        assert!(!just(2, 30 * SECOND) && !just(77, 30 * SECOND));
         let last = [(2, true), (9, false), (10, false)];
         look(&mut idle, &last, 60 * SECOND);
         assert_eq!(ranges(&idle), [(9, 2)]);

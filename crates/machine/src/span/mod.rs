@@ -39,7 +39,7 @@ pub use keel_wasm::runtime::parts::Spawning;
 pub use keel_wasm::runtime::{CoreTime, Took};
 pub use meet::{MeetError, Meeting, Place};
 pub use pages::{
-    BeginError, Cut, CutPages, CutWord, Latency, Listener, Object, PART_BYTES_MIN, Pages,
+    BeginError, Cut, CutPages, CutWord, Heat, Latency, Listener, Object, PART_BYTES_MIN, Pages,
     PartMemory, Setup, SpanError, Teller,
 };
 pub use peer::{Ends, Hello, PeerError};

@@ -4,7 +4,7 @@
 use crate::cgroup::GroupUsage;
 use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
-use crate::span::{HotPage, IdleRange, Legacy, PartMemory, Place};
+use crate::span::{Legacy, PartMemory, Place};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{Bytes, Fingerprint, RpcError};
@@ -99,7 +99,7 @@ pub mod kind {
     pub const OBJECTS: u16 = 0x0427;
     /// [`super::MoveObject`] → `u64`, bytes that have been there.
     pub const MOVE_OBJECT: u16 = 0x0428;
-    /// `()` → [`super::HeatReport`].
+    /// `()` → [`crate::span::Heat`].
     pub const HEAT: u16 = 0x0431;
     /// `BTreeMap<PartId, f64>`, cores that are free at each part: threads that it starts
     /// begin where most are.
@@ -604,15 +604,6 @@ pub struct ObjectReport {
     pub exchanges: u64,
     /// The part that knows who has it.
     pub directory: PartId,
-}
-
-/// How its memory was used of late.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HeatReport {
-    /// Pages that threads waited for, in rising order.
-    pub hot: Vec<HotPage>,
-    /// What each part has and does not use, in rising order.
-    pub idle: BTreeMap<PartId, Vec<IdleRange>>,
 }
 
 /// What parts a machine has.

@@ -7,8 +7,8 @@
 //! home to it, it ends.
 
 use super::control::{
-    HeatReport, Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart,
-    Span, State, Succession, ThreadReport,
+    Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Span, State,
+    Succession, ThreadReport,
 };
 use super::outgoing::HomeParts;
 use super::process::Worker;
@@ -16,8 +16,8 @@ use crate::checkpoint::VaultError;
 use crate::failpoint;
 use crate::moves::TargetEvent;
 use crate::span::{
-    Home, Keeps, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError, SpanningError,
-    Spread,
+    Heat, Home, Keeps, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError,
+    SpanningError, Spread,
 };
 use keel_cluster::{MachineName, NodeName};
 use keel_net::RpcError;
@@ -443,14 +443,10 @@ impl Worker {
     }
 
     /// How its memory was used of late; nothing is known while it is alone.
-    pub(super) fn heat(&self) -> Result<HeatReport, RpcError> {
-        let Some(pages) = self.inner().parts.pages() else {
-            return Ok(HeatReport::default());
-        };
-        Ok(HeatReport {
-            hot: pages.hot_pages().map_err(failed)?,
-            idle: pages.idle().map_err(failed)?,
-        })
+    pub(super) fn heat(&self) -> Result<Heat, RpcError> {
+        let pages = self.inner().parts.pages();
+        let heat = pages.map(|pages| pages.heat()).transpose();
+        heat.map(Option::unwrap_or_default).map_err(failed)
     }
 
     /// Brings a piece of memory to a part; bytes that have been there.

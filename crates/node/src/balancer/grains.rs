@@ -22,11 +22,9 @@ use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
 use keel_balance::round::{Answer, Question, View};
 use keel_cluster::{Epoch, MachineName};
-use keel_machine::span::{HotPage, PartId, Sharing, Took};
+use keel_machine::span::{Heat, HotPage, PartId, Sharing, Took};
 use keel_machine::spec::{BalanceBy, Balancing, Spawn};
-use keel_machine::worker::control::{
-    HeatReport, MoveObject, MoveThread, ObjectReport, PartsReport, State,
-};
+use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport, PartsReport, State};
 use rand::seq::IteratorRandom;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -202,8 +200,8 @@ async fn look_at(
     let will_follow = known.hot.values().any(|(_, looks)| looks + 1 >= HOT_LOOKS);
     let heat = match spans && will_follow {
         // (It only says more of why.)
-        true => spanning::heat_report(worker).await.unwrap_or_default(),
-        false => HeatReport::default(),
+        true => spanning::heat_of(worker).await.unwrap_or_default(),
+        false => Heat::default(),
     };
     follow_pages(&mut threads, known, &heat.hot);
     let parts = match spans {
@@ -744,7 +742,7 @@ async fn span(
 }
 
 /// A piece of memory in pieces that its part uses and such that it does not.
-fn by_use(object: &ObjectReport, heat: &HeatReport) -> Vec<Object> {
+fn by_use(object: &ObjectReport, heat: &Heat) -> Vec<Object> {
     let piece = |start: u64, end: u64, is_idle: bool| {
         let part_of = ObjectReport {
             start,
@@ -825,7 +823,7 @@ async fn carry_out(
         } => {
             let (from, to) = (part(*from_part)?, part(*to)?);
             // (A worker from before an upgrade does not know it.)
-            let heat = spanning::heat_report(worker).await;
+            let heat = spanning::heat_of(worker).await;
             if let Err(error) = &heat {
                 tracing::warn!(%machine, %error, "how its memory is used: what changed hands least goes");
             }
@@ -1013,7 +1011,7 @@ mod tests {
             parts: PartSet::default(),
             sharing: Sharing::Nothing,
         };
-        let heat = HeatReport {
+        let heat = Heat {
             // (The first and the last are outside of it.)
             hot: vec![page(0xf, 99), page(0x20, 8), page(0x2f, 8), page(0x70, 99)],
             idle: BTreeMap::from([
@@ -1041,7 +1039,7 @@ mod tests {
             (6, 1, true, 0.0),
         ];
         assert_eq!(told, expected);
-        let nothing = by_use(&object, &HeatReport::default());
+        let nothing = by_use(&object, &Heat::default());
         assert_eq!(nothing.len(), 1);
         assert_eq!((nothing[0].bytes, nothing[0].is_idle), (0x6_0000, false));
     }

@@ -43,6 +43,8 @@ use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+/// How the kernel calls the file behind a memory, where it lists a process's files.
+pub const FILE_NAME: &str = "keel-guest";
 /// Bytes of one WebAssembly page.
 pub const WASM_PAGE_BYTES: u64 = 64 << 10;
 /// Bytes of one page of the host, the unit of moving.
@@ -53,8 +55,6 @@ const RESERVE_32_BYTES: usize = 4 << 30;
 const RESERVE_64_BYTES: usize = 64 << 30;
 /// Inaccessible space behind a reservation. Code elides bounds checks for
 /// constant offsets up to this.
-/// How the kernel calls the file behind a memory, where it lists a process's files.
-pub const FILE_NAME: &str = "keel-guest";
 pub(crate) const GUARD_BYTES: usize = 32 << 20;
 
 /// Why a memory cannot be had.

@@ -372,6 +372,9 @@ impl Shared {
             for range in here {
                 let pieces = (range.start..range.end).step_by(TAKEN_BYTES as usize);
                 for start in pieces {
+                    if self.over.load(Ordering::Acquire) {
+                        return;
+                    }
                     let bytes = TAKEN_BYTES.min(range.end - start);
                     let whole = bytes.next_multiple_of(PAGE_BYTES);
                     if let Err(error) = memory.uses().take(start, whole) {
@@ -387,13 +390,19 @@ impl Shared {
     fn is_used(&self, page: PageId) -> bool {
         let memory = self.memories.get(page.memory as usize);
         let used = memory.map(|it| it.uses().take(offset(page), PAGE_BYTES));
-        matches!(used, Some(Ok(used)) if used == [true])
+        let used = matches!(used, Some(Ok(used)) if used == [true]);
+        let (memory, at) = (page.memory, offset(page));
+        used || locked(&self.idle).was_just_used(memory, at, self.now())
     }
 
     /// Gives away some of what is too much; whether there is more to do at once.
     fn give_away(&self, limit: u64, seen: &mut Seen) -> Result<bool, SpanError> {
         let resident = self.resident()?;
-        if locked(&self.state).keep.is_none() {
+        let begins = {
+            let state = locked(&self.state);
+            state.keep.is_none() && state.failure.is_none() && !self.must_rest(&state)
+        };
+        if begins {
             // (What was used before counts no more. It takes a while, of much memory.)
             self.take_all_uses();
             seen.adopted = Instant::now();

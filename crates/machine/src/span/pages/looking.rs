@@ -41,6 +41,8 @@ impl Shared {
                 Ok(None) => (looking.memory, looking.at) = (looking.memory + 1, 0),
                 Err(error) => {
                     tracing::debug!(%error, at = looking.at, "which of its memory is used");
+                    // (What was known of the rest would never change.)
+                    locked(&self.idle).is_not_here(looking.memory, looking.at..u64::MAX);
                     (looking.memory, looking.at) = (looking.memory + 1, 0);
                 }
             }

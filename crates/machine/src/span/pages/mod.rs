@@ -39,8 +39,8 @@ mod work;
 
 pub use cutting::{Cut, CutPages, CutWord};
 pub use keeping::{PART_BYTES_MIN, PartMemory};
-pub use objects::Object;
 pub(super) use objects::{Answer, Question};
+pub use objects::{Heat, Object};
 pub(super) use settling::SettleWord;
 pub(super) use succession::Left;
 

@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 const LOOKED_MAX: usize = 8192;
 /// Pages that threads waited for, or ranges that are idle, in one answer.
 const STOOD_MAX: usize = 2048;
+/// How long all answers are waited for that are of use, and not needed.
+const HEAT_WITHIN: Duration = Duration::from_secs(4);
 /// Answers that are asked of a part for one report.
 const PIECES_MAX: usize = 64;
 /// How long an answer is waited for.
@@ -86,6 +88,15 @@ pub struct Object {
     pub exchanges: u64,
     /// The part that knows who holds it, and is asked for it.
     pub directory: PartId,
+}
+
+/// How a machine's memory was used of late.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heat {
+    /// Pages that threads waited for, in rising order.
+    pub hot: Vec<HotPage>,
+    /// What each part has and does not use, in rising order, rounded to 64 KiB or more.
+    pub idle: BTreeMap<PartId, Vec<IdleRange>>,
 }
 
 /// What never changed hands is the home's, where it is anywhere.
@@ -203,7 +214,16 @@ impl Shared {
 
     /// Asks a part; `None` where it is none any more.
     fn ask(&self, part: PartId, question: Question) -> Result<Option<Answer>, SpanError> {
-        let deadline = Instant::now() + ANSWERS_WITHIN;
+        self.ask_until(part, question, Instant::now() + ANSWERS_WITHIN)
+    }
+
+    fn ask_until(
+        &self,
+        part: PartId,
+        question: Question,
+        deadline: Instant,
+    ) -> Result<Option<Answer>, SpanError> {
+        let patience = deadline.saturating_duration_since(Instant::now());
         let number = {
             let mut state = locked(&self.state);
             state.questions += 1;
@@ -228,10 +248,7 @@ impl Shared {
             let answer = state.asked.remove(&number).and_then(|(_, answer)| answer);
             return match (failure, answer) {
                 (Some(failure), _) => Err(failure),
-                (None, None) if !is_gone => Err(SpanError::Silent {
-                    part,
-                    patience: ANSWERS_WITHIN,
-                }),
+                (None, None) if !is_gone => Err(SpanError::Silent { part, patience }),
                 (None, answer) => Ok(answer),
             };
         }
@@ -276,75 +293,77 @@ impl Shared {
         Ok(in_order(all))
     }
 
-    /// For which pages threads of all parts wait of late; of parts that do not answer it is
-    /// not known.
-    fn hot_pages(&self) -> Result<Vec<HotPage>, SpanError> {
-        let mut told = Vec::new();
+    /// How memory is used of late; of parts that do not answer it is not known.
+    fn heat(&self) -> Result<Heat, SpanError> {
+        let deadline = Instant::now() + HEAT_WITHIN;
+        let (mut told, mut idle) = (Vec::new(), BTreeMap::new());
         for part in self.others.parts().with(self.me()).iter() {
-            let mut next = Some(PageId::default());
-            for _ in 0..PIECES_MAX {
-                let Some(from) = next else { break };
-                let answer = match part == self.me() {
-                    true => {
-                        let state = &mut *locked(&self.state);
-                        Some(state.standing.pages(from, STOOD_MAX, self.now()))
-                    }
-                    false => match self.ask_if_heard(part, Question::Stood(from))? {
-                        Some(Answer::Stood(stood, rest)) => Some((stood, rest)),
-                        _ => None,
-                    },
-                };
-                let Some((stood, rest)) = answer else { break };
-                told.extend(stood.into_iter().map(|(page, stood)| (part, page, stood)));
-                next = rest.filter(|rest| *rest > from);
-            }
-        }
-        Ok(sharing::together(told))
-    }
-
-    /// What each part has and does not use; of those that do not answer it is not known.
-    fn idle(&self) -> Result<BTreeMap<PartId, Vec<IdleRange>>, SpanError> {
-        let mut all = BTreeMap::new();
-        for part in self.others.parts().with(self.me()).iter() {
-            let mut ranges: Vec<IdleRange> = Vec::new();
-            let mut next = Some((0, 0));
-            for _ in 0..PIECES_MAX {
-                let Some(from) = next else { break };
-                let answer = match part == self.me() {
-                    true => Some(locked(&self.idle).ranges(from, STOOD_MAX)),
-                    false => match self.ask_if_heard(part, Question::Idle(from.0, from.1))? {
-                        Some(Answer::Idle(ranges, rest)) => Some((ranges, rest)),
-                        _ => None,
-                    },
-                };
-                let Some((some, rest)) = answer else { break };
-                for range in some {
-                    let last = ranges.last();
-                    let end = last.map_or((0, 0), |it| (it.memory, it.start + it.bytes));
-                    let is_sound = range.bytes > 0
-                        && range.start.checked_add(range.bytes).is_some()
-                        && (range.memory, range.start) >= end;
-                    // (What follows could not be told apart.)
-                    if is_sound {
-                        ranges.push(range);
-                    }
+            let heard = self
+                .stood_at(part, deadline, &mut told)
+                .and_then(|()| self.idle_at(part, deadline));
+            match heard {
+                Ok(ranges) => drop(idle.insert(part, ranges)),
+                Err(SpanError::Silent { part, patience }) => {
+                    tracing::debug!(%part, ?patience, "it does not say how its memory is used");
                 }
-                next = rest.filter(|rest| *rest > from);
+                Err(error) => return Err(error),
             }
-            all.insert(part, ranges);
         }
-        Ok(all)
+        let hot = sharing::together(told);
+        Ok(Heat { hot, idle })
     }
 
-    /// As [`Self::ask`]; `None` also of a part that does not answer in time.
-    fn ask_if_heard(&self, part: PartId, question: Question) -> Result<Option<Answer>, SpanError> {
-        match self.ask(part, question) {
-            Err(SpanError::Silent { part, patience }) => {
-                tracing::debug!(%part, ?patience, "it does not say how its memory is used");
-                Ok(None)
-            }
-            answer => answer,
+    fn stood_at(
+        &self,
+        part: PartId,
+        deadline: Instant,
+        told: &mut Vec<(PartId, PageId, Stood)>,
+    ) -> Result<(), SpanError> {
+        let mut next = Some(PageId::default());
+        for _ in 0..PIECES_MAX {
+            let Some(from) = next else { break };
+            let (stood, rest) = if part == self.me() {
+                let mut state = locked(&self.state);
+                state.standing.pages(from, STOOD_MAX, self.now())
+            } else {
+                match self.ask_until(part, Question::Stood(from), deadline)? {
+                    Some(Answer::Stood(stood, rest)) => (stood, rest),
+                    _ => break,
+                }
+            };
+            told.extend(stood.into_iter().map(|(page, stood)| (part, page, stood)));
+            next = rest.filter(|rest| *rest > from);
         }
+        Ok(())
+    }
+
+    fn idle_at(&self, part: PartId, deadline: Instant) -> Result<Vec<IdleRange>, SpanError> {
+        let mut ranges: Vec<IdleRange> = Vec::new();
+        let mut next = Some((0, 0));
+        for _ in 0..PIECES_MAX {
+            let Some(from) = next else { break };
+            let (some, rest) = if part == self.me() {
+                locked(&self.idle).ranges(from, STOOD_MAX)
+            } else {
+                match self.ask_until(part, Question::Idle(from.0, from.1), deadline)? {
+                    Some(Answer::Idle(some, rest)) => (some, rest),
+                    _ => break,
+                }
+            };
+            for range in some {
+                let last = ranges.last();
+                let end = last.map_or((0, 0), |it| (it.memory, it.start + it.bytes));
+                // (What does not rise could not be looked up.)
+                let is_sound = range.bytes > 0
+                    && range.start.checked_add(range.bytes).is_some()
+                    && (range.memory, range.start) >= end;
+                if is_sound {
+                    ranges.push(range);
+                }
+            }
+            next = rest.filter(|rest| *rest > from);
+        }
+        Ok(ranges)
     }
 
     /// Of a range of pages that were to move to a part the first that may not have been
@@ -433,22 +452,13 @@ impl Pages {
         Ok(objects)
     }
 
-    /// For which pages threads of the machine waited of late, in rising order, and whether
-    /// their parts share what is in them; only of the home.
+    /// How the machine's memory was used of late, as all parts tell that answer within some
+    /// seconds; only of the home.
     ///
     /// # Errors
-    /// [`SpanError::Silent`], and why it is over.
-    pub fn hot_pages(&self) -> Result<Vec<HotPage>, SpanError> {
-        self.shared.hot_pages()
-    }
-
-    /// What each part has and does not use, in rising order; only of the home. (Rounded to
-    /// regions of 64 KiB or more.)
-    ///
-    /// # Errors
-    /// As [`Self::hot_pages`].
-    pub fn idle(&self) -> Result<BTreeMap<PartId, Vec<IdleRange>>, SpanError> {
-        self.shared.idle()
+    /// Why it is over.
+    pub fn heat(&self) -> Result<Heat, SpanError> {
+        self.shared.heat()
     }
 
     /// Has whole pages brought to a part, and waits until each of them has been there;
