@@ -657,12 +657,12 @@ async fn memory_is_given_to_other_nodes() {
     let (_, start, bytes) = object_range(&largest.expect("memory").range).expect("a range");
     assert!(bytes > 40 << 20, "{bytes}");
     let name = object_range_name(0, start, 32 << 20);
-    let rss = |node: &str| bench.cluster.memory_of(node);
-    let before = rss("a");
+    let held = |node: &str| bench.cluster.memory_of(node);
+    let before = held("a");
     let said = bench.does(&["move", &format!("m/objects/{name}"), "--to", "b"]);
     assert!(said.contains("32.0"), "{said}");
     // (What it writes and checks comes back, page by page.)
-    let (home, member, there) = (rss("a"), rss("b"), on("b"));
+    let (home, member, there) = (held("a"), held("b"), on("b"));
     assert!(there > 1 << 20, "{there}");
     assert!(member > 1 << 20, "{member}");
     assert!(home < before, "{home} of {before}");

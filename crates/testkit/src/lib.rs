@@ -515,8 +515,7 @@ impl LocalCluster {
         })
     }
 
-    /// Bytes of guests' memory that a node's processes have resident: of shared files, as
-    /// the kernel counts it.
+    /// Bytes of guests' memory that a node's processes hold, as the kernel counts it.
     pub fn memory_of(&self, name: &str) -> u64 {
         let folder = format!("{}/", self.folder(name).display());
         let ours = processes().into_iter().filter(|(_, line)| {
@@ -524,11 +523,8 @@ impl LocalCluster {
                 && line.iter().any(|it| it == "worker")
         });
         ours.filter_map(|(pid, _)| {
-            let path = format!("/proc/{}/status", pid.as_raw_nonzero());
-            let status = std::fs::read_to_string(path).ok()?;
-            let line = status.lines().find(|line| line.starts_with("RssShmem:"))?;
-            let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-            Some(kib << 10)
+            let process = format!("/proc/{}", pid.as_raw_nonzero());
+            keel_wasm::memory::bytes_of_process(Path::new(&process))
         })
         .sum()
     }

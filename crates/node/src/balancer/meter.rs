@@ -21,9 +21,8 @@ use keel_balance::load::{Capacity, Factors, Usage};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::cgroup::{Budget, Group, GroupCounts, Pressure};
 use keel_net::traffic::{self, Traffic};
+use keel_wasm::memory;
 use std::collections::{BTreeMap, HashMap};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -414,11 +413,10 @@ fn field(text: &str, name: &str) -> u64 {
 }
 
 /// What a process occupies. Of a machine's memory all that is there counts, not only what is
-/// in the process's page table: that which came through the file and was not used yet is
-/// not, nor is what is looked at whether it is used (`keel_wasm::memory::Uses`).
+/// in the process's page table.
 fn resident_bytes(process: &Path) -> u64 {
     let mapped = mapped_bytes(process);
-    let Some(memory) = guest_memory_bytes(process) else {
+    let Some(memory) = memory::bytes_of_process(process) else {
         return mapped;
     };
     let status = std::fs::read_to_string(process.join("status")).unwrap_or_default();
@@ -428,24 +426,6 @@ fn resident_bytes(process: &Path) -> u64 {
     });
     let shared = kib.unwrap_or(0).saturating_mul(1024);
     mapped.saturating_sub(shared).saturating_add(memory)
-}
-
-/// Bytes of the memories of the machine that a process is; `None` if it has none, or does
-/// not show it.
-fn guest_memory_bytes(process: &Path) -> Option<u64> {
-    let name = format!("/memfd:{}", keel_wasm::memory::FILE_NAME);
-    let mut files = BTreeMap::new();
-    for entry in std::fs::read_dir(process.join("fd")).ok()?.flatten() {
-        let target = std::fs::read_link(entry.path()).unwrap_or_default();
-        if target.as_os_str().as_bytes().starts_with(name.as_bytes())
-            && let Ok(file) = std::fs::metadata(entry.path())
-        {
-            // (One file may be open twice. In units of 512 bytes: stat(2).)
-            files.insert(file.ino(), file.blocks().saturating_mul(512));
-        }
-    }
-    let all = files.values().copied().reduce(u64::saturating_add);
-    all.filter(|bytes| *bytes > 0)
 }
 
 fn mapped_bytes(process: &Path) -> u64 {
@@ -582,16 +562,16 @@ mod tests {
         assert!(resident_bytes(own) > 1 << 20);
         // A machine's memory counts as soon as something is in it, used or not.
         let before = mapped_bytes(own);
-        let memory = keel_wasm::memory::GuestMemory::new(512, Some(512), false, 64 << 20).unwrap();
+        let memory = memory::GuestMemory::new(512, Some(512), false, 64 << 20).unwrap();
         memory.write(0, &vec![1; 24 << 20]).unwrap();
-        assert_eq!(guest_memory_bytes(own), Some(24 << 20));
+        assert_eq!(memory::bytes_of_process(own), Some(24 << 20));
         let whole = resident_bytes(own);
         assert!(
             whole >= 24 << 20 && whole >= before / 2 + (24 << 20),
             "{whole}, {before}"
         );
         drop(memory);
-        assert_eq!(guest_memory_bytes(own), None);
+        assert_eq!(memory::bytes_of_process(own), None);
     }
 
     #[test]

@@ -36,15 +36,18 @@ pub use uses::Uses;
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};
 use std::cell::UnsafeCell;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// How the kernel calls the file behind a memory, where it lists a process's files.
-pub const FILE_NAME: &str = "keel-guest";
+const FILE_NAME: &str = "keel-guest";
 /// Bytes of one WebAssembly page.
 pub const WASM_PAGE_BYTES: u64 = 64 << 10;
 /// Bytes of one page of the host, the unit of moving.
@@ -56,6 +59,26 @@ const RESERVE_64_BYTES: usize = 64 << 30;
 /// Inaccessible space behind a reservation. Code elides bounds checks for
 /// constant offsets up to this.
 pub(crate) const GUARD_BYTES: usize = 32 << 20;
+
+/// Bytes that the memories in a process hold (`process` is its folder in `/proc`), whether
+/// they are in its page table or not: what came through the file and was not used yet is not,
+/// nor is what is looked at whether it is used ([`Uses`]). `None` if it has no memory, or does
+/// not show what it has open.
+pub fn bytes_of_process(process: &Path) -> Option<u64> {
+    let name = format!("/memfd:{FILE_NAME}");
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(process.join("fd")).ok()?.flatten() {
+        let target = std::fs::read_link(entry.path()).unwrap_or_default();
+        if target.as_os_str().as_bytes().starts_with(name.as_bytes())
+            && let Ok(file) = std::fs::metadata(entry.path())
+        {
+            // (One file may be open twice. In units of 512 bytes: stat(2).)
+            files.insert(file.ino(), file.blocks().saturating_mul(512));
+        }
+    }
+    let all = files.values().copied().reduce(u64::saturating_add);
+    all.filter(|bytes| *bytes > 0)
+}
 
 /// Why a memory cannot be had.
 #[derive(Debug, thiserror::Error)]
