@@ -454,11 +454,17 @@ async fn the_home_of_what_is_larger_than_a_part_moves() {
         ("b", ["b", "a", "b", "c"]),
     ] {
         bench.does(&["move", "m", "--to", to]);
+        // All know at once what they may keep, also who has only come.
+        let keep = || {
+            let parts = bench.parts("m").parts.into_iter();
+            let keep = parts.map(|part| part.memory.and_then(|it| it.limit_bytes));
+            keep.collect::<Vec<Option<u64>>>()
+        };
         wait_for("its parts are where they were", || async {
-            (on() == nodes).then_some(())
+            (on() == nodes && keep() == [Some(20 << 20); 4]).then_some(())
         })
         .await
-        .unwrap_or_else(|error| panic!("{error}: {:?}", on()));
+        .unwrap_or_else(|error| panic!("{error}: {:?}, {:?}", on(), keep()));
         goes_on().await;
         for part in bench.parts("m").parts {
             let mib = part.memory.expect("what it has").resident_bytes >> 20;

@@ -15,7 +15,7 @@
 //! must go anywhere. How the image comes there, and who decides, is not here.
 
 use super::pages::{Left, PART_BYTES_MIN, SpanError};
-use super::threads::{Home, HomeListener, LOOK_AGAIN, MemberPart, SpanningError, Spread, Way};
+use super::threads::{Home, HomeListener, LOOK_AGAIN, MemberPart, SpanningError, Way};
 use keel_wasm::coherence::{Holdings, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;
 use keel_wasm::runtime::Machine;
@@ -60,6 +60,8 @@ pub struct Legacy {
     pub threads: Vec<Whereabouts>,
     /// Where threads begin.
     pub spawning: Spawning,
+    /// What each part keeps at most, in bytes.
+    pub part_bytes: Option<u64>,
 }
 
 /// A home that makes way for a member to succeed it.
@@ -200,6 +202,7 @@ impl LeavingHome {
             held: left.take_legacy(),
             threads: threads.filter(|it| it.at != PartId::HOME).collect(),
             spawning: home.spawning(),
+            part_bytes: home.pages().part_limit(),
         };
         left.let_go();
         self.left = Some(left);
@@ -258,6 +261,7 @@ impl MemberPart {
     /// This part is the home from now on, of a machine that was made of the image on its
     /// memories and stands. All others hear it here; threads are on their way to where they
     /// were when this returns, and go on when it is thawed. This part is no member any more.
+    /// The others have so long to hear it.
     ///
     /// # Errors
     /// [`SpanningError`]; the machine has ended then.
@@ -265,13 +269,13 @@ impl MemberPart {
         &self,
         machine: &Machine,
         legacy: &Legacy,
-        how: Spread,
+        patience: Duration,
     ) -> Result<Home, SpanningError> {
         let pages = self.pages();
         let begun = Instant::now();
         self.can_succeed(legacy)?;
         let (listener, failure) = HomeListener::depending(machine);
-        pages.succeed(&legacy.held, Arc::new(listener), how.patience)?;
+        pages.succeed(&legacy.held, Arc::new(listener), patience)?;
         let way = Arc::new(Way::new(pages.teller()));
         let members = legacy.members.iter().collect();
         machine.set_members(members, Some(way.clone()), legacy.spawning)?;
@@ -282,7 +286,7 @@ impl MemberPart {
                 machine.move_thread(*tid, *goes_on)?;
             }
         }
-        pages.limit_parts(how.keeps.part_bytes)?;
+        pages.limit_parts(legacy.part_bytes)?;
         self.is_home_now();
         Ok(Home::of(
             machine,

@@ -4,7 +4,7 @@
 use super::meet::{MeetError, Meeting};
 use super::peer::Ends;
 use super::succession::{LeavingHome, Legacy};
-use super::threads::{Home, Keeps, MemberPart, SpanningError, Spread};
+use super::threads::{Home, MemberPart, SpanningError, Spread};
 use keel_cluster::{Epoch, MachineName};
 use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;
@@ -194,13 +194,7 @@ impl Within {
             SpanningError::from(why)
         })?;
         let machine = make(image, successor.memories().clone());
-        let how = Spread {
-            spawning: legacy.spawning,
-            patience: PATIENCE,
-            keeps: Keeps::default(),
-            stands: true,
-        };
-        self.home = Arc::new(successor.succeed(&machine, &legacy, how)?);
+        self.home = Arc::new(successor.succeed(&machine, &legacy, PATIENCE)?);
         // (The home that was is another process, most of the time.)
         before.stop();
         drop((leaving, old));

@@ -713,6 +713,7 @@ mod tests {
                     goes_on: part(3),
                 }],
                 spawning: Spawning::Even,
+                part_bytes: Some(20 << 20),
             },
             nodes: BTreeMap::from([(part(0), NodeName::new("a").unwrap())]),
         };

@@ -1271,15 +1271,12 @@ impl Worker {
             stays.map_err(RpcError::failed)?;
         }
         machine.thaw().map_err(RpcError::failed)?;
-        {
+        let log = {
             let mut inner = self.inner();
             inner.giving_away = inner.copying;
-            // It may have been told already that it runs there.
-            if let Some(log) = &inner.log {
-                log.open_again();
-            }
-        }
-        self.state.send_replace(State::Running { epoch });
+            inner.log.clone()
+        };
+        goes_on(&self.state, log.as_deref(), State::Running { epoch });
         // It runs: saying goodbye may take its time.
         abort_apart(outgoing, "the machine stays at its source".into());
         Ok(())
@@ -1625,7 +1622,6 @@ impl Worker {
             && commands
                 .iter()
                 .any(|command| matches!(command, TargetCommand::Thaw(_)))
-            && !matches!(*self.state.borrow(), State::Ended { .. })
         {
             let state = match inner.filler.is_some() {
                 true => State::Filling {
@@ -1634,7 +1630,7 @@ impl Worker {
                 },
                 false => State::Running { epoch },
             };
-            self.state.send_replace(state);
+            goes_on(&self.state, inner.log.as_deref(), state);
         }
         commands
     }
@@ -1808,4 +1804,50 @@ fn cpu_micros() -> u64 {
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     let rest = u64::try_from(time.tv_nsec).unwrap_or(0) / 1000;
     seconds.saturating_mul(1_000_000).saturating_add(rest)
+}
+
+/// A machine was let go, and is shown so, unless it has ended since: whoever watches for that
+/// may have been faster than who let it go.
+fn goes_on(shown: &watch::Sender<State>, log: Option<&Log>, state: State) {
+    // (Of one that was about to leave it was closed.)
+    if let Some(log) = log {
+        log.open_again();
+    }
+    let goes_on = shown.send_if_modified(|now| {
+        let goes_on = !matches!(now, State::Ended { .. });
+        if goes_on {
+            *now = state;
+        }
+        goes_on
+    });
+    if let Some(log) = log.filter(|_| !goes_on) {
+        log.close();
+    }
+}
+
+#[cfg(test)]
+mod machines_that_go_on {
+    use super::*;
+
+    #[test]
+    fn what_has_ended_is_not_shown_to_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log::open(folder.path(), 0).unwrap();
+        let epoch = Epoch::default();
+        let running = State::Running { epoch };
+        // As it is while it stands for a move; the target was told.
+        let shown = watch::Sender::new(running.clone());
+        log.close();
+        goes_on(&shown, Some(&log), running.clone());
+        assert_eq!(*shown.borrow(), running);
+        assert!(!log.is_closed());
+        // It runs, and ends before who let it go says that it does.
+        let status = Status::Exited { code: 0 };
+        let ended = State::Ended { epoch, status };
+        shown.send_replace(ended.clone());
+        log.close();
+        goes_on(&shown, Some(&log), running);
+        assert_eq!(*shown.borrow(), ended);
+        assert!(log.is_closed());
+    }
 }

@@ -572,26 +572,12 @@ impl Worker {
         succession: Succession,
     ) {
         let Some(machine) = machine else { return };
-        let part_bytes = {
-            let inner = self.inner();
-            let spec = inner.spec.as_ref();
-            spec.and_then(|it| it.balancing.part_memory_bytes)
-        };
         let legacy = &succession.legacy;
-        let how = Spread {
-            spawning: legacy.spawning,
-            // (There is no way back: who is there and slow is waited for.)
-            patience: HOME_PATIENCE,
-            keeps: Keeps {
-                part_bytes,
-                room_bytes: None,
-            },
-            stands: true,
-        };
         let succeeded = failpoint::pass("home.succeeds")
             .map_err(|injected| injected.to_string())
             .and_then(|()| {
-                let home = part.succeed(&machine, legacy, how);
+                // (There is no way back: who is there and slow is waited for.)
+                let home = part.succeed(&machine, legacy, HOME_PATIENCE);
                 home.map_err(|error| error.to_string())
             });
         let mut inner = self.inner();

@@ -256,8 +256,8 @@ struct Seen {
     told: Option<(PartMemory, Instant)>,
     /// Pages on their way, since when they are so many.
     going: (usize, Instant),
-    /// Since when it is seen which pages are used.
-    adopted: Instant,
+    /// Since when it is seen which pages are used, and bytes that were here then.
+    adopted: (Instant, u64),
 }
 
 impl Shared {
@@ -299,7 +299,7 @@ impl Shared {
         let mut seen = Seen {
             told: None,
             going: (0, Instant::now()),
-            adopted: Instant::now(),
+            adopted: (Instant::now(), 0),
         };
         let mut looking = Looking::default();
         while !self.over.load(Ordering::Acquire) {
@@ -405,7 +405,7 @@ impl Shared {
         if begins {
             // (What was used before counts no more. It takes a while, of much memory.)
             self.take_all_uses();
-            seen.adopted = Instant::now();
+            seen.adopted = (Instant::now(), resident);
         }
         let mut guard = locked(&self.state);
         let rests = self.must_rest(&guard);
@@ -434,8 +434,10 @@ impl Shared {
         if resident <= limit && keep.going() == 0 {
             return Ok(false);
         }
-        // (Before, nobody knows what of it is used.)
-        if seen.adopted.elapsed() < ADOPTED_RESTS {
+        // (Before, nobody knows what of it is used. No more is to come for that.)
+        let (adopted, bytes) = seen.adopted;
+        let rests_below = bytes.max(limit).saturating_add(limit / FAR_PART);
+        if adopted.elapsed() < ADOPTED_RESTS && resident <= rests_below {
             return Ok(false);
         }
         let goal = limit - limit / BELOW_PART;
@@ -570,6 +572,11 @@ impl Pages {
         *told = Some(limit_bytes);
         self.shared.limits.told(limit_bytes);
         self.shared.tell_all(&Parcel::Limit(limit_bytes))
+    }
+
+    /// What [`Self::limit_parts`] said last.
+    pub fn part_limit(&self) -> Option<u64> {
+        locked(&self.shared.limits.of_parts).flatten()
     }
 
     /// Whether this host has room for so much more, whatever a part is to keep.

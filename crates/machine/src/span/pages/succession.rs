@@ -145,9 +145,8 @@ impl Pages {
     /// This part gives away what it has, to those with most room, or keeps again what parts
     /// keep. Only of the home.
     pub fn give_up_own(&self, gives_up: bool) {
-        let limits = &self.shared.limits;
-        let of_parts = locked(&limits.of_parts).flatten();
-        limits.set(if gives_up { Some(0) } else { of_parts });
+        let keeps = if gives_up { Some(0) } else { self.part_limit() };
+        self.shared.limits.set(keeps);
     }
 
     /// Bytes that are here, with copies of what others have.
