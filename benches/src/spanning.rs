@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use keel_cluster::Epoch;
 use keel_machine::span::{Ends, Hello, Keeps, Pages, Setup};
 use keel_net::{BulkStream, ClientTls, PinnedIdentity, ServerTls};
-use keel_wasm::coherence::{PageId, PartId};
+use keel_wasm::coherence::PartId;
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
 use keel_wasm::runtime::parts::Spawning;
 use std::collections::BTreeMap;
@@ -134,7 +134,18 @@ pub(crate) fn home() -> Result<()> {
             }
         }
     });
-    input.read_line(&mut String::new())?;
+    // A set of pages each time that it is told where one begins, until its input ends.
+    let mut line = String::new();
+    while input.read_line(&mut line)? > 0 {
+        let at: u64 = line.trim().parse().context("where it begins")?;
+        let begun = Instant::now();
+        let moved = pages.move_object(0, at..at + MOVED_BYTES, part(1)?, LIMIT)?;
+        ensure!(moved == MOVED_BYTES, "only {moved} bytes moved");
+        let mut out = std::io::stdout();
+        writeln!(out, "{}", micros(begun.elapsed()))?;
+        out.flush()?;
+        line.clear();
+    }
     drop(pages);
     Ok(())
 }
@@ -176,7 +187,7 @@ pub(crate) fn bench(rounds: usize, only: Option<&str>) -> Result<()> {
         faults(&pages, &memory, &mut plain, rounds)?;
     }
     if wanted("sets") {
-        moves(&pages, &memory, rounds)?;
+        moves(&memory, rounds, (&mut input, &mut output))?;
     }
     if wanted("directories") {
         directories()?;
@@ -372,29 +383,34 @@ fn limits() -> Result<()> {
     Ok(())
 }
 
-/// Sets of pages, beside a plain stream.
-fn moves(pages: &Pages, memory: &GuestMemory, rounds: usize) -> Result<()> {
-    let (mut ours, mut streams, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+/// Sets of pages, as a user moves an object, beside plain streams.
+fn moves(
+    memory: &GuestMemory,
+    rounds: usize,
+    (to_home, from_home): (&mut impl Write, &mut impl BufRead),
+) -> Result<()> {
+    let (mut ours, mut streams) = (Vec::new(), Vec::new());
+    let (mut copies, mut machines) = (Vec::new(), Vec::new());
     let mut at = MEMORY_BYTES;
     for _ in 0..rounds.min(4) {
         at -= MOVED_BYTES;
-        let begun = Instant::now();
-        pages.move_pages(0, at..at + MOVED_BYTES, part(1)?)?;
-        let last = at + MOVED_BYTES - PAGE_BYTES;
-        // (To look at all of them would take a processor from those that bring them.)
-        let last_page = PageId {
-            memory: 0,
-            number: u32::try_from(last / PAGE_BYTES)?,
-        };
-        while !(pages.access(last_page).is_some() && pages.is_quiet()) {
-            ensure!(begun.elapsed() < LIMIT, "page {last} does not come");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        ours.push(MOVED_BYTES as f64 / micros(begun.elapsed()));
+        writeln!(to_home, "{at}")?;
+        to_home.flush()?;
+        let mut took = String::new();
+        from_home.read_line(&mut took)?;
+        let took: f64 = took.trim().parse().context("how long it took")?;
+        ours.push(MOVED_BYTES as f64 / took);
         ensure!(is_all_here(memory, at)?, "pages are missing");
-        streams.push(stream(|_, _| Ok(()))?);
+        let nothing = |_, _: &mut [u8]| Ok(());
+        streams.push(stream(nothing, |_, _| Ok(()))?);
         let copy = self::memory()?;
-        copies.push(stream(|at, bytes| Ok(copy.write(at, bytes)?))?);
+        copies.push(stream(nothing, |at, bytes| Ok(copy.write(at, bytes)?))?);
+        // (What has just moved here.)
+        let copy = self::memory()?;
+        machines.push(stream(
+            |from, piece| Ok(memory.read(at + from, piece)?),
+            |at, bytes| Ok(copy.write(at, bytes)?),
+        )?);
     }
     let ours = percentile(&mut ours, 0.5);
     println!(
@@ -404,6 +420,10 @@ fn moves(pages: &Pages, memory: &GuestMemory, rounds: usize) -> Result<()> {
     for (name, beside) in [
         ("whose bytes are dropped", &mut streams),
         ("whose bytes are written to pages that are new", &mut copies),
+        (
+            "of a memory to another one, as a machine is copied",
+            &mut machines,
+        ),
     ] {
         let beside = percentile(beside, 0.5);
         println!(
@@ -421,8 +441,12 @@ fn is_all_here(memory: &GuestMemory, at: u64) -> Result<bool> {
         .any(|range| range.start <= at && at + MOVED_BYTES <= range.end))
 }
 
-/// Megabytes a second of as many bytes over TLS, to a thread that does this with them.
-fn stream(mut takes: impl FnMut(u64, &[u8]) -> Result<()> + Send) -> Result<f64> {
+/// Megabytes a second of as many bytes over TLS, which this gives, to a thread that does that
+/// with them.
+fn stream(
+    mut gives: impl FnMut(u64, &mut [u8]) -> Result<()>,
+    mut takes: impl FnMut(u64, &[u8]) -> Result<()> + Send,
+) -> Result<f64> {
     let identity = PinnedIdentity::generate()?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let socket = TcpStream::connect(listener.local_addr()?)?;
@@ -443,9 +467,10 @@ fn stream(mut takes: impl FnMut(u64, &[u8]) -> Result<()> + Send) -> Result<f64>
             Ok(())
         });
         let mut stream = BulkStream::client(socket, &client)?;
-        let piece = vec![7; 256 << 10];
+        let mut piece = vec![7; 256 << 10];
         let begun = Instant::now();
-        for _ in 0..MOVED_BYTES as usize / piece.len() {
+        for at in (0..MOVED_BYTES).step_by(piece.len()) {
+            gives(at, &mut piece)?;
             stream.write(&piece)?;
         }
         heard

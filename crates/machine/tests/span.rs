@@ -595,6 +595,30 @@ fn a_cut_is_of_one_instant() {
     }
 }
 
+/// Of a large object some goes after the other: not all of it lies about at once, and who
+/// wants no more of it is not sent the rest.
+#[test]
+fn of_a_large_object_some_goes_after_the_other() {
+    let pages = 16_384;
+    let parts = parts(2, pages, HOLD, &vec![5; (pages * PAGE_BYTES) as usize]);
+    let home = &parts[0].pages;
+    let whole = 0..pages * PAGE_BYTES;
+    let moved = home.move_object(0, whole.clone(), part(1), Duration::from_millis(2));
+    // (Where even the first pages take longer it says so.)
+    let moved = moved.unwrap_or_default();
+    until("all has come", || home.is_quiet());
+    let there = || -> u64 {
+        let objects = home.objects().unwrap().into_iter();
+        let there = objects.filter(|it| it.owner == part(1));
+        there.map(|it| it.range.end - it.range.start).sum()
+    };
+    let came = there();
+    assert!(moved <= came && came < whole.end, "{moved}, {came}");
+    let moved = home.move_object(0, whole.clone(), part(1), LONG).unwrap();
+    assert_eq!(moved, whole.end);
+    assert_eq!(there(), whole.end);
+}
+
 /// Whole segments of an object have their directory where it went, and all parts know; what
 /// they hold can be told all the same, and is right, whoever is asked for it.
 #[test]

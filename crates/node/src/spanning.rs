@@ -33,6 +33,7 @@ use keel_machine::worker::control::{
     Report, Span, State, kind, pack, unpack,
 };
 use keel_net::{Fingerprint, RpcError};
+use keel_wasm::memory::PAGE_BYTES;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -1103,7 +1104,7 @@ pub(crate) async fn move_object(
             bytes,
             to,
         };
-        return object_to(&worker, object).await;
+        return whole_object_to(&worker, object).await;
     }
     let objects = objects_report(&worker).await?.into_iter();
     let pieces: Vec<ObjectReport> = objects
@@ -1122,7 +1123,7 @@ pub(crate) async fn move_object(
             bytes: piece.bytes,
             to,
         };
-        moved += object_to(&worker, object).await?;
+        moved += whole_object_to(&worker, object).await?;
     }
     Ok(moved)
 }
@@ -1176,7 +1177,35 @@ pub(crate) async fn thread_to(worker: &Worker, thread: MoveThread) -> Result<(),
     ask(worker, kind::MOVE_THREAD, &thread, COMPILE_PATIENCE).await
 }
 
-/// Brings a piece of memory to a part; bytes that have been there.
+/// As [`object_to`], however long it takes while more and more of it is there.
+async fn whole_object_to(worker: &Worker, object: MoveObject) -> Result<u64, OperateError> {
+    let (start, bytes) = (object.start / PAGE_BYTES * PAGE_BYTES, object.bytes);
+    let end = object.start.saturating_add(bytes);
+    let mut done = 0;
+    loop {
+        let from = start.saturating_add(done);
+        let rest = MoveObject {
+            start: from,
+            bytes: end.saturating_sub(from),
+            ..object
+        };
+        done += match object_to(worker, rest).await {
+            Ok(moved) => moved,
+            Err(error) if done == 0 => return Err(error),
+            Err(error) => {
+                return Err(OperateError::Conflict(format!(
+                    "{done} of {bytes} bytes are there, the rest is not: {error}"
+                )));
+            }
+        };
+        if start.saturating_add(done) >= end {
+            return Ok(done);
+        }
+    }
+}
+
+/// Brings a piece of memory to a part; bytes from its first on that have been there, before
+/// it takes too long.
 pub(crate) async fn object_to(worker: &Worker, object: MoveObject) -> Result<u64, OperateError> {
     ask(worker, kind::MOVE_OBJECT, &object, SPAN_PATIENCE).await
 }

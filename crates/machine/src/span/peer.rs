@@ -304,12 +304,16 @@ impl Told {
                     batch.clear();
                 }
                 match batch.is_empty() {
-                    true => batch = frame,
-                    false => batch.extend_from_slice(&frame),
+                    true => wire::was_said(std::mem::replace(&mut batch, frame)),
+                    false => {
+                        batch.extend_from_slice(&frame);
+                        wire::was_said(frame);
+                    }
                 }
             }
             out.write(&batch)?;
             self.unwritten.fetch_sub(batch.len(), Ordering::Relaxed);
+            wire::was_said(batch);
         }
     }
 

@@ -4,11 +4,12 @@
 //! ```text
 //!   who dials                                   who listens
 //!     │ HELLO (version, machine, epoch, from, to)  │
-//!     │ MESSAGE, PAGE, ZEROS, NOTE … ─────────────▶│      one way only
+//!     │ MESSAGES, PAGES, NOTE … ──────────────────▶│      one way only
 //! ```
 //!
-//! What is said of pages is a MESSAGE; with a page behind it that is PAGE, or ZEROS for
-//! one without anything in it. A NOTE is what home and members say of threads
+//! What is said of pages is in MESSAGEs, one behind the other; pages that come are PAGES: some
+//! in a row, without those that have nothing in them, and behind them what is said of them. A
+//! NOTE is what home and members say of threads
 //! ([`keel_wasm::runtime::parts`]), of any length: in pieces, all but the last of them
 //! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
 //! LIMIT (from the home) what each may keep, GONE (from the home, too) who is no part any
@@ -31,9 +32,11 @@ use super::pages::{Answer, CutPages, CutWord, PartMemory, Question, SettleWord};
 use bytes::{Buf, Bytes, BytesMut};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
-use keel_wasm::coherence::{Message, PartId};
+use keel_wasm::coherence::{Message, PageId, PartId, Txn};
 use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// Version of these messages.
 pub(super) const VERSION: u32 = 8;
@@ -44,27 +47,28 @@ const CLASS: Class = Class {
     payload_bytes_max: 1 << 20,
 };
 const KIND_HELLO: u16 = 1;
-const KIND_MESSAGE: u16 = 2;
-const KIND_PAGE: u16 = 3;
-const KIND_ZEROS: u16 = 4;
-const KIND_BEGUN: u16 = 5;
-const KIND_NOTE: u16 = 6;
-const KIND_GOODBYE: u16 = 7;
-const KIND_MEMORY: u16 = 8;
-const KIND_LIMIT: u16 = 9;
-const KIND_TIME: u16 = 10;
-const KIND_CUT: u16 = 11;
-const KIND_CUT_PAGES: u16 = 12;
-const KIND_GONE: u16 = 13;
-const KIND_SUCCEEDED: u16 = 14;
-const KIND_SETTLE: u16 = 15;
-const KIND_ASK: u16 = 16;
-const KIND_ANSWER: u16 = 17;
+const KIND_MESSAGES: u16 = 2;
+const KIND_PAGES: u16 = 3;
+const KIND_BEGUN: u16 = 4;
+const KIND_NOTE: u16 = 5;
+const KIND_GOODBYE: u16 = 6;
+const KIND_MEMORY: u16 = 7;
+const KIND_LIMIT: u16 = 8;
+const KIND_TIME: u16 = 9;
+const KIND_CUT: u16 = 10;
+const KIND_CUT_PAGES: u16 = 11;
+const KIND_GONE: u16 = 12;
+const KIND_SUCCEEDED: u16 = 13;
+const KIND_SETTLE: u16 = 14;
+const KIND_ASK: u16 = 15;
+const KIND_ANSWER: u16 = 16;
 /// Bytes of a note in one frame, so that pages need not wait for long ones.
 const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
 const NOTE_BYTES_MAX: usize = 512 << 20;
 const PAGE: usize = PAGE_BYTES as usize;
+/// Bytes of messages in one frame, and of the last of them.
+const MESSAGES_BYTES: usize = 32 << 10;
 /// Compared with pages, so many bytes at once.
 const ZEROS: [u8; 128] = [0; 128];
 
@@ -97,12 +101,139 @@ impl Hello {
 }
 
 /// A page that comes with a message.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(super) enum PageBytes {
     /// All zero.
     Zeros,
-    /// 4 KiB.
-    Bytes(Bytes),
+    /// One of those that came in a row.
+    OfRow(Bytes, usize),
+}
+
+impl PartialEq for PageBytes {
+    fn eq(&self, other: &Self) -> bool {
+        let bytes = |page| PageBytes::in_a_row(std::iter::once(page)).1;
+        bytes(self) == bytes(other)
+    }
+}
+
+impl Eq for PageBytes {}
+
+impl PageBytes {
+    /// How many of these follow each other in one row, the first counted, and their bytes;
+    /// `None` for such as have nothing in them.
+    pub(super) fn in_a_row<'a>(
+        mut pages: impl Iterator<Item = &'a PageBytes>,
+    ) -> (usize, Option<&'a [u8]>) {
+        match pages.next() {
+            None => (0, None),
+            Some(PageBytes::Zeros) => {
+                let more = pages.take_while(|page| matches!(page, PageBytes::Zeros));
+                (1 + more.count(), None)
+            }
+            Some(PageBytes::OfRow(row, at)) => {
+                let follows = |(next, page): (usize, &PageBytes)| match page {
+                    PageBytes::OfRow(other, is_at) => {
+                        row.as_ptr() == other.as_ptr() && *is_at == next
+                    }
+                    PageBytes::Zeros => false,
+                };
+                let more = (at + 1..).zip(pages).take_while(|it| follows(*it));
+                let count = 1 + more.count();
+                (count, row.get(at * PAGE..(at + count) * PAGE))
+            }
+        }
+    }
+}
+
+/// What is said of pages in a row, behind them.
+#[derive(Serialize, Deserialize)]
+struct Row {
+    /// [`Message::Data`] of the first.
+    first: Message,
+    /// Numbers of the transactions of the others; all else is as of the first.
+    numbers: Vec<u64>,
+    /// Those that have nothing in them and are not there, bit by bit.
+    zeros: u64,
+}
+
+/// The most pages that are said in a row.
+const ROW_PAGES_MAX: usize = 64;
+
+impl Row {
+    /// Each page's message.
+    fn messages(self) -> Option<Vec<Message>> {
+        let Message::Data {
+            page,
+            txn,
+            access,
+            acks,
+        } = self.first
+        else {
+            return None;
+        };
+        let numbers = std::iter::once(txn.number).chain(self.numbers);
+        let messages = (0..).zip(numbers).map(|(at, number)| {
+            let page = PageId {
+                number: page.number.checked_add(at)?,
+                ..page
+            };
+            let txn = Txn { number, ..txn };
+            Some(Message::Data {
+                page,
+                txn,
+                access,
+                acks,
+            })
+        });
+        messages.collect()
+    }
+
+    /// Of the first of these messages, as many as differ in their numbers only.
+    fn of<'a>(mut messages: impl Iterator<Item = &'a Message>) -> Option<Row> {
+        let first = messages.next()?;
+        let Message::Data {
+            page,
+            txn,
+            access,
+            acks,
+        } = first
+        else {
+            return None;
+        };
+        let mut numbers = Vec::new();
+        for (at, message) in (1..).zip(messages).take(ROW_PAGES_MAX - 1) {
+            let (Message::Data { txn: own, .. }, Some(number)) =
+                (message, page.number.checked_add(at))
+            else {
+                break;
+            };
+            let txn = Txn {
+                number: own.number,
+                ..*txn
+            };
+            let page = PageId { number, ..*page };
+            let (access, acks) = (*access, *acks);
+            let follows = Message::Data {
+                page,
+                txn,
+                access,
+                acks,
+            };
+            if *message != follows {
+                break;
+            }
+            numbers.push(own.number);
+        }
+        Some(Row {
+            first: first.clone(),
+            numbers,
+            zeros: 0,
+        })
+    }
+
+    fn pages(&self) -> usize {
+        1 + self.numbers.len()
+    }
 }
 
 /// What comes on a connection.
@@ -200,10 +331,16 @@ pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, WireError> {
 pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireError> {
     match parcel {
         Parcel::Message(message) => {
-            frame_of(KIND_MESSAGE, &postcard::to_stdvec(message)?, &[], frames)
+            frame_of(KIND_MESSAGES, &postcard::to_stdvec(message)?, &[], frames)
         }
-        Parcel::Page(message, PageBytes::Zeros) => encode_page(message, &[0; PAGE], frames),
-        Parcel::Page(message, PageBytes::Bytes(bytes)) => encode_page(message, bytes, frames),
+        Parcel::Page(message, page) => {
+            let page = PageBytes::in_a_row(std::iter::once(page)).1;
+            let read = |_: usize, frames: &mut Vec<u8>| {
+                frames.extend_from_slice(page.unwrap_or(&[0; PAGE]));
+                Ok::<(), WireError>(())
+            };
+            encode_pages(std::iter::once(message), frames, read).map(drop)
+        }
         Parcel::Note(note) => encode_note(note, frames),
         Parcel::Time(guest_ns) => frame_of(KIND_TIME, &guest_ns.to_le_bytes(), &[], frames),
         Parcel::Memory(memory) => frame_of(KIND_MEMORY, &postcard::to_stdvec(memory)?, &[], frames),
@@ -237,14 +374,6 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
     }
 }
 
-/// Writes the guest's clock, in nanoseconds, into what is said at once: the payload of its
-/// first frame, which is [`Parcel::Time`].
-pub(super) fn set_time(frames: &mut [u8], guest_ns: u64) {
-    if let Some(payload) = frames.get_mut(HEADER_BYTES..HEADER_BYTES + 8) {
-        payload.copy_from_slice(&guest_ns.to_le_bytes());
-    }
-}
-
 /// As [`encode`], of a note.
 ///
 /// # Errors
@@ -263,23 +392,182 @@ pub(super) fn encode_note(note: &[u8], frames: &mut Vec<u8>) -> Result<(), WireE
     frame_of(KIND_NOTE, &[], rest, frames)
 }
 
-/// As [`encode`], of a page and its message.
+/// Puts the first of these pages, as many as can be said in a row, behind other frames; how
+/// many those are. `read` puts so many pages there.
 ///
 /// # Errors
-/// As there.
-pub(super) fn encode_page(
-    message: &Message,
-    page: &[u8],
+/// [`WireError`], or that of `read`; nothing is put then.
+pub(super) fn encode_pages<'a, E: From<WireError>>(
+    messages: impl Iterator<Item = &'a Message>,
     frames: &mut Vec<u8>,
-) -> Result<(), WireError> {
-    let message = postcard::to_stdvec(message)?;
-    // (Most pages that are not zero say so in their first words.)
-    match page
-        .chunks(ZEROS.len())
-        .all(|words| *words == ZEROS[..words.len()])
-    {
-        true => frame_of(KIND_ZEROS, &message, &[], frames),
-        false => frame_of(KIND_PAGE, &message, page, frames),
+    read: impl FnOnce(usize, &mut Vec<u8>) -> Result<(), E>,
+) -> Result<usize, E> {
+    let start = frames.len();
+    let row = Row::of(messages).ok_or(WireError::Page)?;
+    let count = row.pages();
+    match put_row(row, frames, |frames| read(count, frames)) {
+        Ok(()) => Ok(count),
+        Err(error) => {
+            frames.truncate(start);
+            Err(error)
+        }
+    }
+}
+
+fn put_row<E: From<WireError>>(
+    mut row: Row,
+    frames: &mut Vec<u8>,
+    read: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+) -> Result<(), E> {
+    let start = frames.len();
+    let first = start + HEADER_BYTES;
+    // (The header says how long all is.)
+    frames.resize(first, 0);
+    read(frames)?;
+    if frames.len() != first + row.pages() * PAGE {
+        return Err(WireError::Page.into());
+    }
+    let mut to = first;
+    for at in 0..row.pages() {
+        let from = first + at * PAGE;
+        if is_zero(&frames[from..from + PAGE]) {
+            row.zeros |= 1 << at;
+            continue;
+        }
+        if to != from {
+            frames.copy_within(from..from + PAGE, to);
+        }
+        to += PAGE;
+    }
+    frames.truncate(to);
+    let said = postcard::to_stdvec(&row).map_err(WireError::from)?;
+    frames.extend_from_slice(&said);
+    let header = Header {
+        kind: KIND_PAGES,
+        request: 0,
+        payload_bytes: frames.len() - first,
+    };
+    let mut bytes = &mut frames[start..first];
+    let encoded = header.encode(&CLASS, &mut bytes);
+    Ok(encoded.map_err(WireError::from)?)
+}
+
+/// (Most pages that are not zero say so in their first words.)
+fn is_zero(page: &[u8]) -> bool {
+    let mut words = page.chunks(ZEROS.len());
+    words.all(|words| *words == ZEROS[..words.len()])
+}
+
+/// What is said to a part at once: whole frames, the first of which is [`Parcel::Time`].
+#[derive(Debug)]
+pub(super) struct Frames {
+    bytes: Vec<u8>,
+    /// What is said of pages, and not in a frame yet.
+    messages: Vec<u8>,
+}
+
+/// Buffers in which something was said: the next that is as long need not be had from the
+/// kernel.
+static SAID: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+/// How many are kept, and how long they are: pages of one step, and what is said of them.
+const SAID_MAX: usize = 8;
+const SAID_BYTES: Range<usize> = 640 << 10..2 << 20;
+/// What is shorter is not worth it.
+const SHORT_BYTES: usize = 64 << 10;
+
+/// What was said was written.
+pub(super) fn was_said(mut frames: Vec<u8>) {
+    if SAID_BYTES.contains(&frames.capacity()) {
+        frames.clear();
+        let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.len() < SAID_MAX {
+            said.push(frames);
+        }
+    }
+}
+
+impl Frames {
+    /// Nothing is said yet.
+    ///
+    /// # Errors
+    /// [`WireError`]; none that there is.
+    pub(super) fn new() -> Result<Self, WireError> {
+        let mut bytes = Vec::new();
+        encode(&Parcel::Time(0), &mut bytes)?;
+        Ok(Frames {
+            bytes,
+            messages: Vec::new(),
+        })
+    }
+
+    /// So many bytes are about to be said.
+    pub(super) fn reserve(&mut self, bytes: usize) {
+        if bytes <= SHORT_BYTES || self.bytes.capacity() >= SAID_BYTES.start {
+            return;
+        }
+        let said = SAID.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut longer = said.unwrap_or_else(|| Vec::with_capacity(SAID_BYTES.start));
+        longer.extend_from_slice(&self.bytes);
+        self.bytes = longer;
+    }
+
+    /// Says one thing more.
+    ///
+    /// # Errors
+    /// As [`encode`].
+    pub(super) fn put(&mut self, parcel: &Parcel) -> Result<(), WireError> {
+        let Parcel::Message(message) = parcel else {
+            self.end_messages()?;
+            return encode(parcel, &mut self.bytes);
+        };
+        let messages = std::mem::take(&mut self.messages);
+        self.messages = postcard::to_extend(message, messages)?;
+        match self.messages.len() < MESSAGES_BYTES {
+            true => Ok(()),
+            false => self.end_messages(),
+        }
+    }
+
+    /// As [`encode_note`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn put_note(&mut self, note: &[u8]) -> Result<(), WireError> {
+        self.end_messages()?;
+        encode_note(note, &mut self.bytes)
+    }
+
+    /// As [`encode_pages`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn put_pages<'a, E: From<WireError>>(
+        &mut self,
+        messages: impl Iterator<Item = &'a Message>,
+        read: impl FnOnce(usize, &mut Vec<u8>) -> Result<(), E>,
+    ) -> Result<usize, E> {
+        self.end_messages()?;
+        encode_pages(messages, &mut self.bytes, read)
+    }
+
+    fn end_messages(&mut self) -> Result<(), WireError> {
+        if !self.messages.is_empty() {
+            frame_of(KIND_MESSAGES, &self.messages, &[], &mut self.bytes)?;
+            self.messages.clear();
+        }
+        Ok(())
+    }
+
+    /// All of it, with the guest's clock, in nanoseconds.
+    ///
+    /// # Errors
+    /// [`WireError`]; none that there is.
+    pub(super) fn finish(mut self, guest_ns: u64) -> Result<Vec<u8>, WireError> {
+        self.end_messages()?;
+        if let Some(time) = self.bytes.get_mut(HEADER_BYTES..HEADER_BYTES + 8) {
+            time.copy_from_slice(&guest_ns.to_le_bytes());
+        }
+        Ok(self.bytes)
     }
 }
 
@@ -297,11 +585,19 @@ fn frame_of(kind: u16, message: &[u8], page: &[u8], frames: &mut Vec<u8>) -> Res
     Ok(())
 }
 
+/// Buffers of a connection on which much comes: pages in them are put in place before more
+/// is taken, so they are used again, and need not be had from the kernel.
+const BUFFER_BYTES: usize = 512 << 10;
+/// Those of a connection on which little comes.
+const SMALL_BYTES: usize = 4 << 10;
+
 /// Makes parcels of the bytes of a connection.
 #[derive(Debug, Default)]
 pub(super) struct Unpacker {
     /// What has come and is not unpacked: nothing, or the beginning of a frame.
     begun: BytesMut,
+    /// The buffer before, of which parcels may still have something.
+    before: BytesMut,
     /// Pieces of a note whose end has not come.
     note: Vec<u8>,
 }
@@ -313,7 +609,7 @@ impl Unpacker {
     /// # Errors
     /// [`WireError`].
     pub(super) fn feed_hello(&mut self, bytes: &[u8]) -> Result<Option<Hello>, WireError> {
-        self.begun.extend_from_slice(bytes);
+        self.extend(bytes);
         let Some(header) = Decoder::new(CLASS).header(&self.begun)? else {
             return Ok(None);
         };
@@ -329,6 +625,24 @@ impl Unpacker {
         Ok(Some(hello))
     }
 
+    fn extend(&mut self, bytes: &[u8]) {
+        let room = self.begun.capacity() - self.begun.len();
+        if room < bytes.len() && !self.begun.try_reclaim(bytes.len()) {
+            let needed = self.begun.len() + bytes.len();
+            let mut next = std::mem::take(&mut self.before);
+            next.clear();
+            if !next.try_reclaim(needed) {
+                next = BytesMut::with_capacity(match needed <= SMALL_BYTES {
+                    true => SMALL_BYTES,
+                    false => needed.max(BUFFER_BYTES),
+                });
+            }
+            next.extend_from_slice(&self.begun);
+            self.before = std::mem::replace(&mut self.begun, next);
+        }
+        self.begun.extend_from_slice(bytes);
+    }
+
     /// Takes bytes, and gives on what is whole.
     ///
     /// # Errors
@@ -338,7 +652,7 @@ impl Unpacker {
         bytes: &[u8],
         parcels: &mut Vec<Parcel>,
     ) -> Result<(), WireError> {
-        self.begun.extend_from_slice(bytes);
+        self.extend(bytes);
         while let Some(header) = Decoder::new(CLASS).header(&self.begun)? {
             if self.begun.len() < HEADER_BYTES + header.payload_bytes {
                 break;
@@ -355,6 +669,8 @@ impl Unpacker {
                         parcels.push(Parcel::Note(std::mem::take(&mut self.note)));
                     }
                 }
+                KIND_MESSAGES => messages_of(&payload, parcels)?,
+                KIND_PAGES => pages_of(payload.freeze(), parcels)?,
                 kind => parcels.push(parcel(kind, payload.freeze())?),
             }
         }
@@ -362,32 +678,50 @@ impl Unpacker {
     }
 }
 
-fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
-    let whole = |(message, rest): (Message, &[u8])| match rest {
-        [] => Ok(message),
-        _ => Err(WireError::Page),
-    };
-    let data = |message: Message| match message {
-        Message::Data { .. } => Ok(message),
-        _ => Err(WireError::Page),
-    };
-    match kind {
-        KIND_MESSAGE => match whole(postcard::take_from_bytes(&payload)?)? {
-            Message::Data { .. } => Err(WireError::Page),
-            message => Ok(Parcel::Message(message)),
-        },
-        KIND_ZEROS => {
-            let message = data(whole(postcard::take_from_bytes(&payload)?)?)?;
-            Ok(Parcel::Page(message, PageBytes::Zeros))
+/// One or more messages.
+fn messages_of(mut payload: &[u8], parcels: &mut Vec<Parcel>) -> Result<(), WireError> {
+    loop {
+        let (message, rest) = postcard::take_from_bytes(payload)?;
+        if matches!(message, Message::Data { .. }) {
+            return Err(WireError::Page);
         }
-        KIND_PAGE => {
-            let (message, page): (Message, &[u8]) = postcard::take_from_bytes(&payload)?;
-            if page.len() != PAGE {
-                return Err(WireError::Page);
+        parcels.push(Parcel::Message(message));
+        payload = rest;
+        if payload.is_empty() {
+            return Ok(());
+        }
+    }
+}
+
+/// Pages in a row, and what is said of them, which is shorter than a page.
+fn pages_of(payload: Bytes, parcels: &mut Vec<Parcel>) -> Result<(), WireError> {
+    let bytes = payload.len() / PAGE * PAGE;
+    let (row, rest): (Row, &[u8]) = postcard::take_from_bytes(&payload[bytes..])?;
+    let zeros = row.zeros;
+    let messages = row.messages().filter(|_| rest.is_empty());
+    let messages = messages.ok_or(WireError::Page)?;
+    let count = messages.len();
+    let there = count.saturating_sub(zeros.count_ones() as usize);
+    let beyond = zeros.checked_shr(count as u32).unwrap_or(0);
+    if count > ROW_PAGES_MAX || beyond != 0 || there * PAGE != bytes {
+        return Err(WireError::Page);
+    }
+    let mut at = 0;
+    for (number, message) in messages.into_iter().enumerate() {
+        let page = match zeros & 1 << number != 0 {
+            true => PageBytes::Zeros,
+            false => {
+                at += 1;
+                PageBytes::OfRow(payload.clone(), at - 1)
             }
-            let page = PageBytes::Bytes(payload.slice_ref(page));
-            Ok(Parcel::Page(data(message)?, page))
-        }
+        };
+        parcels.push(Parcel::Page(message, page));
+    }
+    Ok(())
+}
+
+fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
+    match kind {
         KIND_TIME => match payload[..].try_into() {
             Ok(bytes) => Ok(Parcel::Time(u64::from_le_bytes(bytes))),
             Err(_) => Err(WireError::Time),
@@ -474,7 +808,10 @@ mod tests {
                 has: false,
             }),
             Parcel::Page(data.clone(), PageBytes::Zeros),
-            Parcel::Page(data, PageBytes::Bytes(Bytes::from_static(&[7; PAGE]))),
+            Parcel::Page(
+                data.clone(),
+                PageBytes::OfRow(Bytes::from_static(&[7; PAGE]), 0),
+            ),
             Parcel::Message(Message::SegmentAt {
                 segment,
                 version: 4,
@@ -634,11 +971,9 @@ mod tests {
         };
         // Data without a page, a page without bytes, pages of others, no such kind.
         for (frame, kind) in [
-            (&zeros, KIND_MESSAGE),
-            (&zeros, KIND_PAGE),
-            (&page, KIND_ZEROS),
-            (&page, KIND_MESSAGE),
-            (&want, KIND_ZEROS),
+            (&zeros, KIND_MESSAGES),
+            (&page, KIND_MESSAGES),
+            (&want, KIND_PAGES),
             (&want, KIND_HELLO),
             (&want, KIND_ANSWER + 1),
             (&want, KIND_SETTLE),
@@ -651,6 +986,112 @@ mod tests {
         }
         let part = postcard::to_stdvec(&200u8).unwrap();
         assert!(postcard::from_bytes::<PartId>(&part).is_err());
+    }
+
+    fn data(number: u32, txn: u64) -> Message {
+        let page = PageId { memory: 1, number };
+        Message::Data {
+            page,
+            txn: Txn {
+                number: txn,
+                directory: PartId::HOME,
+                is_answer: false,
+            },
+            access: Access::Write,
+            acks: 0,
+        }
+    }
+
+    /// Pages in a row are said at once, and those of them that follow each other where they
+    /// come are put in place at once; messages are said together.
+    #[test]
+    fn pages_come_in_rows_and_messages_together() {
+        let mut bytes = vec![0; 70 * PAGE];
+        for at in (0..70).filter(|at| ![1, 5, 6].contains(at)) {
+            bytes[at * PAGE + 4000] = at as u8 + 1;
+        }
+        let mut messages: Vec<Message> =
+            (0..70).map(|at| data(100 + at, 1 << at.min(60))).collect();
+        // Others wait for those after it.
+        if let Message::Data { acks, .. } = &mut messages[68] {
+            *acks = 1;
+        }
+        let mut frames = Frames::new().unwrap();
+        let mut put = Vec::new();
+        while put.iter().sum::<usize>() < messages.len() {
+            let first: usize = put.iter().sum();
+            let read = |count: usize, frames: &mut Vec<u8>| {
+                frames.extend_from_slice(&bytes[first * PAGE..(first + count) * PAGE]);
+                Ok::<(), WireError>(())
+            };
+            put.push(frames.put_pages(messages[first..].iter(), read).unwrap());
+        }
+        assert_eq!(put, [64, 4, 1, 1]);
+        let gather = || Parcel::Message(Message::Gather);
+        for parcel in [gather(), gather(), Parcel::Succeeded, gather()] {
+            frames.put(&parcel).unwrap();
+        }
+        let said = frames.finish(77).unwrap();
+        let (mut unpacker, mut parcels) = (Unpacker::default(), Vec::new());
+        unpacker.feed(&said, &mut parcels).unwrap();
+        assert_eq!(parcels.remove(0), Parcel::Time(77));
+        let rest = parcels.split_off(70);
+        assert_eq!(rest, [gather(), gather(), Parcel::Succeeded, gather()]);
+        // (Time, four rows, two messages at once, and what follows.)
+        let ours = said.windows(4).filter(|it| *it == b"KSPN");
+        assert_eq!(ours.count(), 8);
+        let mut pages = Vec::new();
+        for (parcel, message) in parcels.iter().zip(&messages) {
+            let Parcel::Page(found, page) = parcel else {
+                panic!("{parcel:?}");
+            };
+            assert_eq!(found, message);
+            pages.push(page);
+        }
+        let (mut at, mut rows) = (0, Vec::new());
+        while at < pages.len() {
+            let (count, row) = PageBytes::in_a_row(pages[at..].iter().copied());
+            let expected = &bytes[at * PAGE..(at + count) * PAGE];
+            match row {
+                Some(row) => assert!(row == expected, "{at}"),
+                None => assert!(is_zero(expected), "{at}"),
+            }
+            rows.push(count);
+            at += count;
+        }
+        assert_eq!(rows, [1, 1, 3, 2, 57, 4, 1, 1]);
+    }
+
+    #[test]
+    fn rows_are_as_long_as_they_say() {
+        let row = |first: Message, numbers: usize, zeros: u64, pages: usize| {
+            let numbers = vec![3; numbers];
+            let said = Row {
+                first,
+                numbers,
+                zeros,
+            };
+            let said = postcard::to_stdvec(&said).unwrap();
+            let mut payload = vec![1; pages * PAGE];
+            payload.extend(said);
+            let mut parcels = Vec::new();
+            pages_of(payload.into(), &mut parcels).map(|()| parcels.len())
+        };
+        assert_eq!(row(data(7, 1), 2, 0b010, 2).unwrap(), 3);
+        assert_eq!(row(data(7, 1), 63, u64::MAX, 0).unwrap(), 64);
+        for (first, numbers, zeros, pages) in [
+            (data(7, 1), 2, 0b010, 3),
+            (data(7, 1), 2, 0b010, 1),
+            // More than it has, pages or zeros; pages that there cannot be; no page.
+            (data(7, 1), 64, u64::MAX, 1),
+            (data(7, 1), 2, 0b1010, 1),
+            (data(7, 1), 2, 0b1000, 3),
+            (data(u32::MAX - 1, 1), 2, 0, 3),
+            (Message::Gather, 0, 0, 1),
+        ] {
+            let refused = row(first, numbers, zeros, pages);
+            assert!(refused.is_err(), "{numbers} {zeros} {pages}: {refused:?}");
+        }
     }
 
     /// Anything may come; nothing but parcels and errors comes of it.

@@ -110,7 +110,7 @@ impl Copies {
         parts: PartSet,
         touched: impl Iterator<Item = (PageId, Copy)>,
     ) {
-        self.copies = PageMap::of_rising(touched);
+        self.copies = touched.collect();
         self.config.me = PartId::HOME;
         self.config.origin = PartId::HOME;
         self.config.parts = parts;
@@ -343,7 +343,8 @@ impl Copies {
             Message::Ack { page, number } => (*page, *number),
             other => return Err(Impossible(format!("{other:?} gives nothing"))),
         };
-        let coming = self.coming.or_insert_with(page, || Coming {
+        // (Mostly nothing came before, and nothing more is to come.)
+        let mut coming = self.coming.remove(page).unwrap_or(Coming {
             number,
             given: None,
             with_data: false,
@@ -388,18 +389,18 @@ impl Copies {
                 )));
             }
         }
-        let Some((txn, access, acks)) = coming.given else {
-            return Ok(());
-        };
-        if coming.acks < acks {
-            return Ok(());
+        match coming.given {
+            Some((txn, access, acks)) if coming.acks == acks => {
+                self.finish(page, txn, access, coming.with_data, now, out)
+            }
+            Some((_, _, acks)) if coming.acks > acks => {
+                Err(Impossible(format!("{page:?} was given up too often")))
+            }
+            _ => {
+                self.coming.insert(page, coming);
+                Ok(())
+            }
         }
-        let (with_data, came) = (coming.with_data, coming.acks);
-        self.coming.remove(page);
-        if came > acks {
-            return Err(Impossible(format!("{page:?} was given up too often")));
-        }
-        self.finish(page, txn, access, with_data, now, out)
     }
 
     /// All has come: the page is used, and the directory told.

@@ -161,7 +161,7 @@ impl Directory {
         self.parts = parts;
         self.forget_places();
         let entries = entries.map(|(page, holders, number)| (page, Entry::idle(holders, number)));
-        self.entries = PageMap::of_rising(entries);
+        self.entries = entries.collect();
     }
 
     /// Those of so many pages from one on, and the page after them, if there is one.

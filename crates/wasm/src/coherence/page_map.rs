@@ -1,181 +1,205 @@
 //! A map by pages, in their order. Pages mostly come many in a row, so those of 64 in a row
-//! are together: what is looked up in a tree is a sixty-fourth of them.
+//! are together, and 64 such rows (16 MiB of memory): what is looked up in a tree is one in
+//! 4096 of them.
 
 use super::PageId;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::RangeInclusive;
 
-/// Pages that are together.
-const ROW: u32 = u64::BITS;
+/// Pages of a row, and rows of a block.
+const SLOTS: u32 = u64::BITS;
+const BLOCK: u32 = SLOTS * SLOTS;
 
+/// Up to 64 values, each with a number below that.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Row<T> {
+struct Slots<T> {
     /// Which of them are there.
     present: u64,
-    /// What they have, in their order.
+    /// Those, in their order.
     values: Vec<T>,
 }
 
-impl<T> Row<T> {
+impl<T> Slots<T> {
+    fn new() -> Self {
+        Slots {
+            present: 0,
+            values: Vec::new(),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.present == 0
+    }
+
     fn has(&self, at: u32) -> bool {
         self.present & 1 << at != 0
     }
 
-    /// Where a page's value is, or would be.
+    /// Where a value is, or would be.
     fn index(&self, at: u32) -> usize {
         (self.present & ((1 << at) - 1)).count_ones() as usize
     }
 
-    fn pages(&self, (memory, row): (u32, u32)) -> impl Iterator<Item = PageId> + use<T> {
-        let present = self.present;
-        let there = (0..ROW).filter(move |at| present & 1 << at != 0);
-        there.map(move |at| PageId {
-            memory,
-            number: row * ROW + at,
-        })
+    fn get(&self, at: u32) -> Option<&T> {
+        self.has(at).then(|| self.values.get(self.index(at)))?
     }
+
+    fn get_mut(&mut self, at: u32) -> Option<&mut T> {
+        let index = self.has(at).then(|| self.index(at))?;
+        self.values.get_mut(index)
+    }
+
+    fn or_insert_with(&mut self, at: u32, make: impl FnOnce() -> T) -> &mut T {
+        let index = self.index(at);
+        if !self.has(at) {
+            self.present |= 1 << at;
+            self.values.insert(index, make());
+        }
+        &mut self.values[index]
+    }
+
+    fn remove(&mut self, at: u32) -> Option<T> {
+        let index = self.has(at).then(|| self.index(at))?;
+        self.present &= !(1 << at);
+        Some(self.values.remove(index))
+    }
+
+    fn numbers(&self) -> impl Iterator<Item = u32> + use<T> {
+        let present = self.present;
+        (0..SLOTS).filter(move |at| present & 1 << at != 0)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        self.numbers().zip(&self.values)
+    }
+
+    /// Keeps those for which it says so, asked in their order.
+    fn retain(&mut self, mut keeps: impl FnMut(u32, &mut T) -> bool) {
+        let (mut numbers, mut left) = (self.numbers(), self.present);
+        self.values.retain_mut(|value| {
+            let Some(at) = numbers.next() else {
+                return true;
+            };
+            let stays = keeps(at, value);
+            if !stays {
+                left &= !(1 << at);
+            }
+            stays
+        });
+        self.present = left;
+    }
+}
+
+/// By memory, and number of the block in it.
+type BlockKey = (u32, u32);
+
+/// The block of a page, its row there, and its place there.
+fn place(page: PageId) -> (BlockKey, u32, u32) {
+    let key = (page.memory, page.number / BLOCK);
+    (key, page.number % BLOCK / SLOTS, page.number % SLOTS)
+}
+
+fn page_at((memory, block): BlockKey, row: u32, at: u32) -> PageId {
+    let number = block * BLOCK + row * SLOTS + at;
+    PageId { memory, number }
 }
 
 /// The map.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct PageMap<T> {
-    /// By memory, and number of the row; none of them is empty.
-    rows: BTreeMap<(u32, u32), Row<T>>,
+    /// None of them is empty, nor a row of them.
+    blocks: BTreeMap<BlockKey, Slots<Slots<T>>>,
 }
 
 impl<T> Default for PageMap<T> {
     fn default() -> Self {
         PageMap {
-            rows: BTreeMap::new(),
+            blocks: BTreeMap::new(),
         }
     }
 }
 
-fn place(page: PageId) -> ((u32, u32), u32) {
-    ((page.memory, page.number / ROW), page.number % ROW)
+impl<T> FromIterator<(PageId, T)> for PageMap<T> {
+    fn from_iter<I: IntoIterator<Item = (PageId, T)>>(pages: I) -> Self {
+        let mut map = PageMap::default();
+        for (page, value) in pages {
+            map.insert(page, value);
+        }
+        map
+    }
 }
 
 impl<T> PageMap<T> {
     pub(super) fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        self.blocks.is_empty()
     }
 
     pub(super) fn get(&self, page: PageId) -> Option<&T> {
-        let (key, at) = place(page);
-        let row = self.rows.get(&key).filter(|row| row.has(at))?;
-        row.values.get(row.index(at))
+        let (key, row, at) = place(page);
+        self.blocks.get(&key)?.get(row)?.get(at)
     }
 
     pub(super) fn get_mut(&mut self, page: PageId) -> Option<&mut T> {
-        let (key, at) = place(page);
-        let row = self.rows.get_mut(&key).filter(|row| row.has(at))?;
-        let index = row.index(at);
-        row.values.get_mut(index)
+        let (key, row, at) = place(page);
+        self.blocks.get_mut(&key)?.get_mut(row)?.get_mut(at)
     }
 
     /// What it has, made if there is nothing.
     pub(super) fn or_insert_with(&mut self, page: PageId, make: impl FnOnce() -> T) -> &mut T {
-        let (key, at) = place(page);
-        let row = self.rows.entry(key).or_insert_with(|| Row {
-            present: 0,
-            values: Vec::new(),
-        });
-        let index = row.index(at);
-        if !row.has(at) {
-            row.present |= 1 << at;
-            row.values.insert(index, make());
-        }
-        &mut row.values[index]
+        let (key, row, at) = place(page);
+        let block = self.blocks.entry(key).or_insert_with(Slots::new);
+        let row = block.or_insert_with(row, Slots::new);
+        row.or_insert_with(at, make)
     }
 
     /// What it had.
     pub(super) fn insert(&mut self, page: PageId, value: T) -> Option<T> {
-        if let Some(old) = self.get_mut(page) {
+        let (key, row, at) = place(page);
+        let block = self.blocks.entry(key).or_insert_with(Slots::new);
+        let row = block.or_insert_with(row, Slots::new);
+        if let Some(old) = row.get_mut(at) {
             return Some(std::mem::replace(old, value));
         }
-        self.or_insert_with(page, || value);
+        row.or_insert_with(at, || value);
         None
-    }
-
-    /// Of pages in rising order, each once: much sooner than one by one.
-    pub(super) fn of_rising(pages: impl Iterator<Item = (PageId, T)>) -> Self {
-        let (mut rows, mut last) = (Vec::new(), None);
-        for (page, value) in pages {
-            let (key, at) = place(page);
-            let row: &mut Row<T> = match &mut last {
-                Some((of, row)) if *of == key => row,
-                _ => {
-                    let new = Row {
-                        present: 0,
-                        values: Vec::new(),
-                    };
-                    rows.extend(last.replace((key, new)));
-                    match &mut last {
-                        Some((_, row)) => row,
-                        None => continue,
-                    }
-                }
-            };
-            row.present |= 1 << at;
-            row.values.push(value);
-        }
-        rows.extend(last);
-        PageMap {
-            rows: rows.into_iter().collect(),
-        }
     }
 
     /// What it had.
     pub(super) fn remove(&mut self, page: PageId) -> Option<T> {
-        let (key, at) = place(page);
-        let Entry::Occupied(mut row) = self.rows.entry(key) else {
+        let (key, number, at) = place(page);
+        let Entry::Occupied(mut block) = self.blocks.entry(key) else {
             return None;
         };
-        if !row.get().has(at) {
-            return None;
-        }
-        let index = row.get().index(at);
-        row.get_mut().present &= !(1 << at);
-        let value = row.get_mut().values.remove(index);
-        if row.get().present == 0 {
-            row.remove();
+        let row = block.get_mut().get_mut(number)?;
+        let value = row.remove(at)?;
+        if row.is_empty() {
+            block.get_mut().remove(number);
+            if block.get().is_empty() {
+                block.remove();
+            }
         }
         Some(value)
     }
 
     /// Takes those of a range out, in their order.
     pub(super) fn take(&mut self, range: RangeInclusive<PageId>) -> Vec<(PageId, T)> {
-        let (first, last) = (place(*range.start()).0, place(*range.end()).0);
-        let keys = self.rows.range(first..=last.max(first));
-        let keys: Vec<(u32, u32)> = keys.map(|(key, _)| *key).collect();
-        let mut taken = Vec::new();
-        for key in keys {
-            let Entry::Occupied(mut entry) = self.rows.entry(key) else {
-                continue;
-            };
-            let row = entry.get_mut();
-            let pages: Vec<PageId> = row.pages(key).collect();
-            let values = std::mem::take(&mut row.values);
-            for (page, value) in pages.into_iter().zip(values) {
-                if range.contains(&page) {
-                    row.present &= !(1 << (page.number % ROW));
-                    taken.push((page, value));
-                } else {
-                    row.values.push(value);
-                }
-            }
-            if row.present == 0 {
-                entry.remove();
-            }
-        }
-        taken
+        let pages: Vec<PageId> = self.range(range).map(|(page, _)| page).collect();
+        let values = pages.into_iter().map(|page| (page, self.remove(page)));
+        values
+            .filter_map(|(page, value)| Some((page, value?)))
+            .collect()
     }
 
     /// All, in their order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (PageId, &T)> {
-        let rows = self.rows.iter();
-        rows.flat_map(|(key, row)| row.pages(*key).zip(&row.values))
+        self.blocks.iter().flat_map(|(key, block)| {
+            let rows = block.iter();
+            rows.flat_map(move |(row, values)| {
+                let values = values.iter();
+                values.map(move |(at, value)| (page_at(*key, row, at), value))
+            })
+        })
     }
 
     /// Those of a range, in their order.
@@ -183,30 +207,29 @@ impl<T> PageMap<T> {
         &self,
         range: RangeInclusive<PageId>,
     ) -> impl Iterator<Item = (PageId, &T)> {
-        let (first, last) = (place(*range.start()).0, place(*range.end()).0);
+        let (start, end) = range.into_inner();
+        let (first, last) = (place(start).0, place(end).0);
         // (A range that ends before it begins has nothing in it.)
-        let rows = self.rows.range(first..=last.max(first));
-        rows.flat_map(|(key, row)| row.pages(*key).zip(&row.values))
-            .filter(move |(page, _)| range.contains(page))
+        let blocks = self.blocks.range(first..=last.max(first));
+        let rows = blocks.flat_map(|(key, block)| block.iter().map(|(row, it)| (*key, row, it)));
+        let within = rows.filter(move |(key, row, _)| {
+            page_at(*key, *row, SLOTS - 1) >= start && page_at(*key, *row, 0) <= end
+        });
+        let pages = within.flat_map(|(key, row, values)| {
+            let values = values.iter();
+            values.map(move |(at, value)| (page_at(key, row, at), value))
+        });
+        pages.filter(move |(page, _)| (start..=end).contains(page))
     }
 
     /// Keeps those for which it says so, asked in their order.
     pub(super) fn retain(&mut self, mut keeps: impl FnMut(PageId, &mut T) -> bool) {
-        self.rows.retain(|key, row| {
-            let mut pages = row.pages(*key);
-            let mut left = row.present;
-            row.values.retain_mut(|value| {
-                let Some(page) = pages.next() else {
-                    return true;
-                };
-                let stays = keeps(page, value);
-                if !stays {
-                    left &= !(1 << (page.number % ROW));
-                }
-                stays
+        self.blocks.retain(|key, block| {
+            block.retain(|row, values| {
+                values.retain(|at, value| keeps(page_at(*key, row, at), value));
+                !values.is_empty()
             });
-            row.present = left;
-            row.present != 0
+            !block.is_empty()
         });
     }
 }
@@ -229,6 +252,7 @@ mod tests {
                     memory: rng.random_range(0..2),
                     number: match rng.random_range(0..9) {
                         0 => u32::MAX - rng.random_range(0..70),
+                        1 => BLOCK - 80 + rng.random_range(0..160),
                         _ => rng.random_range(0..200),
                     },
                 };
@@ -258,9 +282,17 @@ mod tests {
             }
             let all: Vec<_> = theirs.iter().map(|(page, value)| (*page, value)).collect();
             assert_eq!(ours.iter().collect::<Vec<_>>(), all);
-            assert_eq!(PageMap::of_rising(theirs.clone().into_iter()), ours);
+            assert_eq!(theirs.clone().into_iter().collect::<PageMap<_>>(), ours);
             let page = |number| PageId { memory: 1, number };
-            for (first, last) in [(0, 63), (63, 64), (70, 70), (5, u32::MAX), (9, 3)] {
+            for (first, last) in [
+                (0, 63),
+                (63, 64),
+                (70, 70),
+                (5, u32::MAX),
+                (9, 3),
+                (BLOCK - 1, BLOCK),
+                (BLOCK, BLOCK + 63),
+            ] {
                 let range = page(first)..=page(last);
                 let expected: Vec<_> = all
                     .iter()
@@ -278,7 +310,7 @@ mod tests {
                 .into_iter()
                 .partition(|(page, _)| (first..=last).contains(page));
             assert_eq!(taken, inside);
-            assert_eq!(rest, PageMap::of_rising(outside.into_iter()));
+            assert_eq!(rest, outside.into_iter().collect::<PageMap<_>>());
             let mut again = PageMap::default();
             for (page, value) in all.iter().rev() {
                 again.insert(*page, **value);

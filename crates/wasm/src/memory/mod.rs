@@ -34,6 +34,7 @@ pub use uffd::Unavailable;
 pub use uses::Uses;
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};
+use rustix::io::{pread, retry_on_intr};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mprotect, munmap};
 use std::cell::UnsafeCell;
 use std::collections::BTreeMap;
@@ -394,6 +395,43 @@ impl GuestMemory {
                 what: "read guest memory",
                 source,
             })
+    }
+
+    /// As [`Self::read`], behind what is in a buffer already.
+    ///
+    /// # Errors
+    /// As there; nothing is put then.
+    pub fn append(
+        &self,
+        offset: u64,
+        bytes: usize,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), MemoryError> {
+        self.check(offset, bytes)?;
+        buffer.reserve(bytes);
+        let room = &mut buffer.spare_capacity_mut()[..bytes];
+        let mut done = 0;
+        while done < bytes {
+            let read = retry_on_intr(|| {
+                let (read, _) = pread(&self.file, &mut room[done..], offset + done as u64)?;
+                Ok(read.len())
+            });
+            let failed = match read {
+                Ok(0) => std::io::ErrorKind::UnexpectedEof.into(),
+                Ok(count) => {
+                    done += count;
+                    continue;
+                }
+                Err(errno) => errno.into(),
+            };
+            return Err(MemoryError::System {
+                what: "read guest memory",
+                source: failed,
+            });
+        }
+        // SAFETY: so many bytes behind its length were reserved, and written by the kernel.
+        unsafe { buffer.set_len(buffer.len() + bytes) };
+        Ok(())
     }
 
     /// Copies bytes in, through the file; for a machine that is not running

@@ -24,7 +24,7 @@
 //! written since it was prepared. Members send as much as the home has asked for, so a slow
 //! store fills no memory.
 
-use super::super::wire::{self, Parcel};
+use super::super::wire::Parcel;
 use super::work::Work;
 use super::{PAGE, Pages, Shared, SpanError, State, locked};
 use bytes::Bytes;
@@ -221,9 +221,7 @@ impl Shared {
 
     pub(super) fn tell_part(&self, to: PartId, parcel: &Parcel) -> Result<(), SpanError> {
         let mut work = Work::default();
-        work.to(to)
-            .and_then(|frames| wire::encode(parcel, frames))
-            .map_err(|error| SpanError::Disagree(error.to_string()))?;
+        work.put(to, parcel)?;
         self.say(Ok(()), work);
         Ok(())
     }

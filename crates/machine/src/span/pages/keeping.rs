@@ -14,7 +14,7 @@
 //! lost for it. How much memory the machine may have in all, its own limit says.
 
 use super::super::keep::Keep;
-use super::super::wire::{self, Parcel};
+use super::super::wire::Parcel;
 use super::looking::Looking;
 use super::work::{Beside, Happened, Work};
 use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked, offset};
@@ -357,9 +357,7 @@ impl Shared {
     pub(super) fn tell_all(&self, parcel: &Parcel) -> Result<(), SpanError> {
         let mut work = Work::default();
         for part in self.others.parts().iter() {
-            work.to(part)
-                .and_then(|frames| wire::encode(parcel, frames))
-                .map_err(|error| SpanError::Disagree(error.to_string()))?;
+            work.put(part, parcel)?;
         }
         self.say(Ok(()), work);
         Ok(())

@@ -57,6 +57,7 @@ use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES, Spanning, Unavaila
 use keeping::Limits;
 use others::Others;
 use roaring::RoaringBitmap;
+use rustc_hash::FxHashMap;
 use rustix::event::{EventfdFlags, eventfd};
 use settling::Settling;
 use std::collections::{BTreeMap, HashMap};
@@ -227,9 +228,9 @@ impl Latency {
 struct State {
     coherence: Coherence,
     /// Pages that came and are not in place yet, and from whom.
-    arrived: HashMap<PageId, (PartId, PageBytes)>,
+    arrived: FxHashMap<PageId, (PartId, PageBytes)>,
     /// Since when somebody stands at a page: the first of them.
-    since: HashMap<PageId, (Instant, Option<u32>)>,
+    since: FxHashMap<PageId, (Instant, Option<u32>)>,
     /// Microseconds that OS threads stood at pages, by the part that gave them.
     stood_at: HashMap<u32, BTreeMap<PartId, u64>>,
     /// How many of the host's own accesses wait for what.
@@ -261,8 +262,8 @@ struct State {
     directories_stay: bool,
     /// At the home: one did, and they were not all brought since.
     directories_moved: bool,
-    /// Where pages in a row are put together.
-    scratch: Vec<u8>,
+    /// Pages that have nothing in them, in a row.
+    zeros: Vec<u8>,
     failure: Option<SpanError>,
 }
 
@@ -332,10 +333,7 @@ impl Teller {
             return;
         };
         let mut work = Work::default();
-        let done = work
-            .to(to)
-            .and_then(|frames| wire::encode_note(note, frames))
-            .map_err(|error| SpanError::Disagree(error.to_string()));
+        let done = work.put_note(to, note);
         if is_answered {
             // Whoever hears the answer is awake by then: being woken takes longer than it.
             let until = shared.now() + ANSWER_MICROS;
@@ -452,8 +450,8 @@ impl Pages {
             segment_pages: setup.segment_pages,
             state: Mutex::new(State {
                 coherence: Coherence::new(config),
-                arrived: HashMap::new(),
-                since: HashMap::new(),
+                arrived: FxHashMap::default(),
+                since: FxHashMap::default(),
                 stood_at: HashMap::new(),
                 waiting: HashMap::new(),
                 granted: HashMap::new(),
@@ -471,7 +469,7 @@ impl Pages {
                 questions: 0,
                 directories_stay: false,
                 directories_moved: false,
-                scratch: Vec::new(),
+                zeros: Vec::new(),
                 failure: None,
             }),
             changed: Condvar::new(),
@@ -510,7 +508,6 @@ impl Pages {
             // (The home waits for a word of who joins.)
             let mut work = Work::default();
             let said = work.to(PartId::HOME).map(drop);
-            let said = said.map_err(|error| SpanError::Disagree(error.to_string()));
             pages.shared.say(said, work);
         }
         Ok(pages)

@@ -36,6 +36,9 @@ const PIECES_MAX: usize = 64;
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// How often it is asked again where pages are, while directories move.
 const PLACEMENTS_TRIES: u32 = 3;
+/// Pages that are on their way at once, at most, where an object moves: they lie in memory
+/// until they are written, and what threads wait for comes behind them.
+const AHEAD_PAGES: u32 = 2048;
 /// Between two looks whether pages have come.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
@@ -461,9 +464,9 @@ impl Pages {
         self.shared.heat()
     }
 
-    /// Has whole pages brought to a part, and waits until each of them has been there;
-    /// how many bytes have. That part is the directory of whole segments of them then. Only
-    /// of the home.
+    /// Has whole pages brought to a part, some after the other, and waits until each of them
+    /// has been there; how many bytes from the first on have, if that takes longer. That part
+    /// is the directory of whole segments of them when all have. Only of the home.
     ///
     /// # Errors
     /// As [`Self::move_pages`]; [`SpanError::Slow`] if not even one has been there in time.
@@ -474,24 +477,24 @@ impl Pages {
         to: PartId,
         patience: Duration,
     ) -> Result<u64, SpanError> {
-        self.move_pages(memory, range.clone(), to)?;
-        let deadline = Instant::now().checked_add(patience);
+        self.check_move(memory, &range, to)?;
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
         // (A memory of 64 GiB has 16 million.)
         let (first, last) = (first as u32, last as u32);
-        // They mostly come in order. One that is elsewhere again was there, so whoever was
-        // seen to have been is not looked at again: to look at all of them each time would
-        // hold up those that bring them.
-        let mut number = first;
-        while number < last {
-            let next = self.shared.first_going(memory, number..last, to)?;
-            if next == number {
-                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                    break;
-                }
+        let (mut number, mut asked) = (first, first);
+        let deadline = Instant::now().checked_add(patience);
+        while number < last && deadline.is_none_or(|deadline| Instant::now() < deadline) {
+            let ahead = number.saturating_add(AHEAD_PAGES).min(last);
+            let more = u64::from(asked) * PAGE_BYTES..u64::from(ahead) * PAGE_BYTES;
+            self.move_pages(memory, more, to)?;
+            asked = ahead;
+            // They mostly come in order. One that is elsewhere again was there, so whoever was
+            // seen to have been is not looked at again: to look at all of them each time would
+            // hold up those that bring them.
+            number = self.shared.first_going(memory, number..asked, to)?;
+            if number < asked {
                 std::thread::sleep(LOOK_AGAIN);
             }
-            number = next;
         }
         if number == last {
             self.move_directories(memory, first..last, to);
@@ -521,6 +524,20 @@ impl Pages {
     /// # Errors
     /// [`SpanError::Memory`] for a range that the memory does not have, or no such part.
     pub fn move_pages(&self, memory: u32, range: Range<u64>, to: PartId) -> Result<(), SpanError> {
+        self.check_move(memory, &range, to)?;
+        let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
+        let mut events = Vec::new();
+        for number in first..last {
+            let page = page_of(memory, number * PAGE_BYTES)?;
+            events.push((Event::Move { page, to }, Beside::Nothing));
+            if events.len() == MOVES_MAX || number + 1 == last {
+                self.step_unless_cut(std::mem::take(&mut events));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_move(&self, memory: u32, range: &Range<u64>, to: PartId) -> Result<(), SpanError> {
         let size = self.shared.memory(memory)?.memory().size_bytes();
         if range.end > size || range.start > range.end {
             return Err(SpanError::Memory(format!(
@@ -531,15 +548,6 @@ impl Pages {
         let others = &self.shared.others;
         if !others.parts().with(self.shared.me()).contains(to) || others.is_joining(to) {
             return Err(SpanError::Memory(format!("there is no part {to}")));
-        }
-        let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
-        let mut events = Vec::new();
-        for number in first..last {
-            let page = page_of(memory, number * PAGE_BYTES)?;
-            events.push((Event::Move { page, to }, Beside::Nothing));
-            if events.len() == MOVES_MAX || number + 1 == last {
-                self.step_unless_cut(std::mem::take(&mut events));
-            }
         }
         Ok(())
     }

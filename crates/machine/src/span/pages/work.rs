@@ -2,13 +2,23 @@
 //! at once, and then said.
 
 use super::super::ahead::LOOK_MAX;
-use super::super::wire::{self, PageBytes, Parcel};
+use super::super::wire::{Frames, PageBytes, Parcel, WireError};
 use super::{BUCKETS, PAGE, Shared, SpanError, State, WAITED_MAX, locked, offset};
 use keel_wasm::coherence::{Access, Command, Event, Message, PageId, PartId};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};
-use std::collections::{BTreeMap, HashMap};
+use rustc_hash::FxHashMap;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
+
+/// Pages that are said in a row where a thread may wait for them: a record of TLS; and
+/// where none does.
+const ROW_ANSWERED: usize = 4;
+const ROW_MOVED: usize = 16;
+
+/// Events of which what follows is done and said at once.
+const EVENTS_MAX: usize = 128;
 
 /// What comes beside an event.
 #[derive(Debug)]
@@ -62,9 +72,9 @@ impl Deed {
 pub(super) struct Work {
     deeds: Vec<(PageId, Deed)>,
     /// Of each page the rank of the last.
-    ranks: HashMap<PageId, u8>,
-    /// What is said, to whom: whole frames, the first of which is [`Parcel::Time`].
-    frames: BTreeMap<PartId, Vec<u8>>,
+    ranks: FxHashMap<PageId, u8>,
+    /// What is said, to whom.
+    frames: BTreeMap<PartId, Frames>,
     /// There is a new time to wait for.
     is_due: bool,
     /// Steps of which it is said what follows.
@@ -72,18 +82,36 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// Where something is said to a part.
+    /// What is said to a part.
     ///
     /// # Errors
-    /// [`wire::WireError`]; none that there is.
-    pub(super) fn to(&mut self, part: PartId) -> Result<&mut Vec<u8>, wire::WireError> {
-        let frames = self.frames.entry(part).or_default();
-        if frames.is_empty() {
-            // (It is told when it is said.)
-            wire::encode(&Parcel::Time(0), frames)?;
-        }
-        Ok(frames)
+    /// [`SpanError::Disagree`]; none that there is.
+    pub(super) fn to(&mut self, part: PartId) -> Result<&mut Frames, SpanError> {
+        Ok(match self.frames.entry(part) {
+            Entry::Occupied(frames) => frames.into_mut(),
+            Entry::Vacant(none) => none.insert(Frames::new().map_err(unsayable)?),
+        })
     }
+
+    /// Says something to a part.
+    ///
+    /// # Errors
+    /// [`SpanError::Disagree`], of what cannot be said.
+    pub(super) fn put(&mut self, part: PartId, parcel: &Parcel) -> Result<(), SpanError> {
+        self.to(part)?.put(parcel).map_err(unsayable)
+    }
+
+    /// Says something of threads to a part.
+    ///
+    /// # Errors
+    /// As [`Self::put`].
+    pub(super) fn put_note(&mut self, part: PartId, note: &[u8]) -> Result<(), SpanError> {
+        self.to(part)?.put_note(note).map_err(unsayable)
+    }
+}
+
+fn unsayable(error: WireError) -> SpanError {
+    SpanError::Disagree(error.to_string())
 }
 
 /// Pages in a row with which the same is done.
@@ -124,35 +152,68 @@ fn runs<'a>(pages: impl Iterator<Item = (PageId, &'a Deed)>) -> Vec<Row<'a>> {
     rows
 }
 
-/// So many bytes of it, whatever is in them.
-fn scratch(scratch: &mut Vec<u8>, bytes: u64) -> &mut [u8] {
-    let bytes = bytes as usize;
-    if scratch.len() < bytes {
-        scratch.resize(bytes, 0);
+/// So many bytes that are zero.
+fn zeros(zeros: &mut Vec<u8>, bytes: usize) -> &[u8] {
+    if zeros.len() < bytes {
+        zeros.resize(bytes, 0);
     }
-    &mut scratch[..bytes]
+    &zeros[..bytes]
+}
+
+/// Why pages are not said.
+enum Unsaid {
+    Memory(SpanError),
+    Wire(WireError),
+}
+
+impl From<WireError> for Unsaid {
+    fn from(error: WireError) -> Self {
+        Unsaid::Wire(error)
+    }
+}
+
+/// How many of these pages are said in a row at most: who waits for one waits for all of
+/// them.
+fn together(deeds: &[&Deed]) -> usize {
+    match deeds.first() {
+        Some(Deed::Send(_, Message::Data { txn, .. })) if txn.is_answer => ROW_ANSWERED,
+        _ => ROW_MOVED,
+    }
 }
 
 impl Shared {
-    /// Takes note of events, and does what follows.
+    /// Takes note of events, and does what follows. Of many, some after the other: what
+    /// follows of the first is under way while others are looked at.
     pub(super) fn step(&self, events: Vec<Happened>) {
-        let mut work = Work::default();
-        let done = {
-            let mut state = locked(&self.state);
-            self.step_in(&mut state, events, &mut work)
-        };
-        self.say(done, work);
+        let mut events = events.into_iter().peekable();
+        loop {
+            let some = events.by_ref().take(EVENTS_MAX).collect();
+            let mut work = Work::default();
+            let done = {
+                let mut state = locked(&self.state);
+                self.step_in(&mut state, some, &mut work)
+            };
+            self.say(done, work);
+            if events.peek().is_none() {
+                return;
+            }
+        }
     }
 
     /// Says what is to be said after a step, or how it failed.
     pub(super) fn say(&self, done: Result<(), SpanError>, work: Work) {
-        for (to, mut frames) in work.frames {
+        let mut done = done;
+        for (to, frames) in work.frames {
             // Whatever is in it has happened.
-            wire::set_time(&mut frames, self.listener().time());
-            if let Some(told) = self.others.told(to)
-                && let Err(error) = told.tell(frames)
-            {
-                self.lost_by(&told, error.to_string());
+            match frames.finish(self.listener().time()) {
+                Ok(frames) => {
+                    if let Some(told) = self.others.told(to)
+                        && let Err(error) = told.tell(frames)
+                    {
+                        self.lost_by(&told, error.to_string());
+                    }
+                }
+                Err(error) => done = done.and(Err(unsayable(error))),
             }
         }
         if work.steps > 0 {
@@ -302,13 +363,10 @@ impl Shared {
     /// Notes what is to be done; does what was noted before where the order counts: of
     /// one page.
     fn note(&self, state: &mut State, command: Command, work: &mut Work) -> Result<(), SpanError> {
-        let wrong = |error: wire::WireError| SpanError::Disagree(error.to_string());
         let (page, deed) = match command {
             Command::Send { to, message } => {
-                let parcel = Parcel::Message(message);
                 state.traffic.said(to);
-                let said = work.to(to).and_then(|frames| wire::encode(&parcel, frames));
-                return said.map_err(wrong);
+                return work.put(to, &Parcel::Message(message));
             }
             Command::TickAt { micros } => {
                 let sooner = state.due.is_none_or(|due| micros < due);
@@ -381,15 +439,32 @@ impl Shared {
         }
         for run in runs(with(Deed::SEND)) {
             let memory = self.memory(run.memory)?.memory();
-            let bytes = scratch(&mut state.scratch, run.bytes());
-            memory.read(run.offset(), bytes).map_err(failed)?;
-            for (deed, page) in run.deeds.iter().zip(bytes.chunks_exact(PAGE)) {
-                if let Deed::Send(to, message) = deed {
+            let (mut deeds, mut offset) = (&run.deeds[..], run.offset());
+            if let Some(Deed::Send(to, _)) = deeds.first() {
+                // (Mostly all go there.)
+                work.to(*to)?.reserve(deeds.len() * PAGE);
+            }
+            while let Some(Deed::Send(to, _)) = deeds.first() {
+                let messages = deeds.iter().map_while(|deed| match deed {
+                    Deed::Send(part, message) if part == to => Some(message),
+                    _ => None,
+                });
+                let most = together(deeds);
+                let read = |pages: usize, bytes: &mut Vec<u8>| {
+                    let read = memory.append(offset, pages * PAGE, bytes);
+                    read.map_err(|error| Unsaid::Memory(failed(error)))
+                };
+                let frames = work.to(*to)?;
+                let said = frames.put_pages(messages.take(most), read);
+                let count = said.map_err(|error| match error {
+                    Unsaid::Memory(error) => error,
+                    Unsaid::Wire(error) => unsayable(error),
+                })?;
+                for _ in 0..count {
                     state.traffic.said(*to);
-                    work.to(*to)
-                        .and_then(|frames| wire::encode_page(message, page, frames))
-                        .map_err(|error| SpanError::Disagree(error.to_string()))?;
                 }
+                deeds = deeds.get(count..).unwrap_or_default();
+                offset += (count * PAGE) as u64;
             }
         }
         for run in runs(with(Deed::Discard.rank())) {
@@ -400,17 +475,23 @@ impl Shared {
             let those = with(Deed::INSTALL)
                 .filter(|(_, deed)| matches!(deed, Deed::Install(with, ..) if *with == access));
             for run in runs(those) {
-                let bytes = scratch(&mut state.scratch, run.bytes());
-                let pages = bytes.chunks_mut(PAGE).zip(run.deeds.iter().copied());
-                for (room, deed) in pages {
-                    match deed {
-                        Deed::Install(_, PageBytes::Bytes(page), _) => room.copy_from_slice(page),
-                        _ => room.fill(0),
-                    }
-                }
                 let memory = self.memory(run.memory)?;
                 let write = access == Access::Write;
-                memory.install(run.offset(), bytes, write).map_err(failed)?;
+                let (mut deeds, mut offset) = (&run.deeds[..], run.offset());
+                while !deeds.is_empty() {
+                    let pages = deeds.iter().map_while(|deed| match deed {
+                        Deed::Install(_, page, _) => Some(page),
+                        _ => None,
+                    });
+                    let (count, bytes) = PageBytes::in_a_row(pages);
+                    let bytes = match bytes {
+                        Some(bytes) => bytes,
+                        None => zeros(&mut state.zeros, count * PAGE),
+                    };
+                    memory.install(offset, bytes, write).map_err(failed)?;
+                    deeds = deeds.get(count.max(1)..).unwrap_or_default();
+                    offset += (count * PAGE) as u64;
+                }
             }
         }
         for run in runs(with(Deed::Allow.rank())) {
