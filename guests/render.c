@@ -124,8 +124,10 @@ int main(int argc, char **argv) {
     first = argc > 5 ? atoi(argv[5]) : 0;
     if (workers < 1 || workers > WORKERS_MAX || first < 0 || width < 1 || height < 1 || frames < 1) return 2;
     size_t bytes = (size_t)width * height * 3;
-    picture = shared_malloc(bytes);
-    if (!picture) return 4;
+    // (As what else is shared: bands of whole pages then share none.)
+    unsigned char *room = shared_malloc(bytes + PAGE);
+    if (!room) return 4;
+    picture = room + (PAGE - (uintptr_t)room % PAGE) % PAGE;
     pthread_barrier_init(&barrier, 0, (unsigned)workers + 1);
     pthread_t threads[WORKERS_MAX];
     for (int i = 0; i < workers; i++) {

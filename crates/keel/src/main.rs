@@ -30,6 +30,7 @@ mod events;
 mod history;
 mod keep;
 mod machines;
+mod objects;
 mod output;
 mod parts;
 mod plan;
@@ -161,12 +162,9 @@ enum Command {
         /// The machine.
         machine: String,
     },
-    /// Lists the memory of a machine with several parts: where each piece is, and how often it
-    /// changed hands.
-    Objects {
-        /// The machine.
-        machine: String,
-    },
+    /// Lists the memory of a machine with several parts: where each piece is, who waits for it,
+    /// and what nobody uses.
+    Objects(objects::ObjectsArgs),
     /// Moves threads and memory of a machine with several parts at random, for testing it.
     Shake(parts::ShakeArgs),
     /// Shows how loaded the nodes are; shows and changes what the balancer is to do.
@@ -347,7 +345,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Unspan { machine } => parts::unspan(&reach, &machine).await,
         Command::Parts(args) => parts::parts(&reach, &args).await,
         Command::Threads { machine } => parts::threads(&reach, &machine).await,
-        Command::Objects { machine } => parts::objects(&reach, &machine).await,
+        Command::Objects(args) => objects::run(&reach, &args).await,
         Command::Shake(args) => parts::shake(&reach, &args).await,
         Command::Balance(args) => balance::balance(&reach, &args).await,
         Command::Drain(args) => plan::drain(&reach, &args).await,

@@ -1,5 +1,5 @@
-//! `keel span`, `unspan`, `parts`, `threads`, `objects`, `shake`, and `keel move` of a thread
-//! or a piece of memory.
+//! `keel span`, `unspan`, `parts`, `threads`, `shake`, and `keel move` of a thread or a piece
+//! of memory.
 
 use crate::cluster::Reach;
 use crate::output;
@@ -203,54 +203,6 @@ pub(crate) fn grain_of(name: &str) -> Result<Grain<'_>> {
         _ => bail!(
             "{name}: a machine, one thread of it as {machine}/thread/NUMBER, or a piece of its memory as {machine}/objects/RANGE or {machine}/objects/NAME can be moved"
         ),
-    }
-}
-
-pub(crate) async fn objects(reach: &Reach, machine: &str) -> Result<ExitCode> {
-    let path = format!("/v1/machines/{machine}/objects");
-    let objects: Vec<ObjectInfo> = reach.client()?.get(&path).await?;
-    output::list(
-        reach.format(),
-        &objects,
-        &[
-            "object",
-            "name",
-            "bytes",
-            "node",
-            "part",
-            "readers",
-            "exchanges",
-            "waits",
-            "shared pages",
-            "idle",
-            "directory",
-        ],
-        |object| object.range.clone(),
-        |object| {
-            vec![
-                object.range.clone(),
-                object.name.clone().unwrap_or_else(|| "-".into()),
-                output::bytes(object.bytes),
-                object.node.clone(),
-                object.part.to_string(),
-                object.readers.join(","),
-                object.exchanges.to_string(),
-                object.waits.to_string(),
-                shared(object),
-                output::bytes(object.idle_bytes),
-                object.directory.clone(),
-            ]
-        },
-    )?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Pages of a piece of memory that are shared, and those for no use to anybody.
-fn shared(object: &ObjectInfo) -> String {
-    match (object.shared_pages, object.falsely_shared_pages) {
-        (0, _) => "-".into(),
-        (pages, 0) => pages.to_string(),
-        (pages, falsely) => format!("{pages}, {falsely} falsely"),
     }
 }
 

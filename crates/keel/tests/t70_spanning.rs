@@ -253,9 +253,11 @@ async fn checkpoints_and_moves_leave_parts_where_they_are() {
         .expect("it does");
     };
     again("a", "b").await;
-    for _ in 0..3 {
+    for number in 0..3 {
         let said = bench.does(&["checkpoint", "m"]);
         assert!(said.contains("stood still"), "{said}");
+        // Each but the first has only what changed since.
+        assert_eq!(said.contains(" since "), number > 0, "{said}");
         let now = bench.parts("m");
         let thread = now.threads.iter().find(|thread| thread.tid == 2);
         let thread = thread.expect("the thread");
@@ -753,6 +755,15 @@ async fn objects_have_names() {
     assert!(said.contains("1.00 MiB"), "{said}");
     assert_eq!(nodes_of("rows"), [("b".into(), 1024)]);
     assert_eq!(nodes_of("cache").first().map(|it| it.0.as_str()), Some("a"));
+    // All of it, by parts; and the largest piece only.
+    let parts = bench.does(&["-o", "name", "objects", "m", "--summary"]);
+    assert_eq!(parts.lines().collect::<Vec<_>>(), ["0", "1"]);
+    let text = bench.does(&["-o", "json", "objects", "m", "--by", "bytes", "--top", "1"]);
+    let largest: Vec<ObjectInfo> = serde_json::from_str(&text).expect("JSON");
+    let (all, largest) = (nodes_of("rows"), largest.first().map(|it| it.bytes >> 10));
+    assert!(largest >= all.iter().map(|it| it.1).max(), "{largest:?}");
+    bench.fails(&["objects", "m", "--by", "colour"], "waits");
+    bench.fails(&["objects", "m", "--summary", "--top", "1"], "--summary");
     bench.fails(&["move", "m/objects/columns", "--to", "b"], "calls nothing");
     bench.fails(&["move", "m/objects/-x", "--to", "b"], "neither a range");
     bench.fails(&["move", "m/objects/rows", "--to", "c"], "no part on");

@@ -368,7 +368,10 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
         let whole = String::from_utf8(running.output.bytes()).unwrap();
         assert_eq!(whole, alone, "{name}");
         for (number, (before, one, after)) in taken.iter().enumerate() {
-            assert_eq!(one.manifest.parent, None, "{name} {number}");
+            // Each stands on the one before it.
+            let before_it = number.checked_sub(1).and_then(|number| taken.get(number));
+            let parent = before_it.map(|(_, one, _)| one.manifest.id.clone());
+            assert_eq!(one.manifest.parent, parent, "{name} {number}");
             let restored = running.restore(Some(&one.manifest.id)).unwrap();
             let text = running.finish(restored);
             assert!(alone.ends_with(&text), "{name} {number}: {text}");
@@ -378,6 +381,62 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
                 "{name} {number}: {text}"
             );
         }
+    }
+}
+
+/// Of a machine with parts, too, only what changed is stored again, wherever it is; and all
+/// of it where that is wanted, or where parts are not those that gave it.
+#[test]
+fn of_parts_what_did_not_change_is_not_stored_again() {
+    // (It writes 1 MB a second, of 16 MiB.)
+    let mut running = Running::ready("writer", &["16", "1", "60"]);
+    let how = Spread {
+        spawning: Spawning::Here,
+        patience: LIMIT,
+        keeps: Keeps::default(),
+        stands: false,
+    };
+    let mut apart = Within::begin(&running.machine, 3, 256 << 20, how).unwrap();
+    running.wait_lines(2);
+    let never = AtomicBool::new(false);
+    let part = |number| PartId::new(number).unwrap();
+    let to = |apart: &Within, range: std::ops::Range<u64>, to: usize| {
+        let pages = apart.home().pages().clone();
+        let mib = range.start << 20..range.end << 20;
+        pages.move_object(0, mib, part(to), LIMIT).unwrap();
+    };
+    let mut taken = Vec::new();
+    let mut take = |running: &mut Running, apart: &Within, full: bool| {
+        let pages = apart.home().pages().clone();
+        let one = running.try_take_apart(Some(&pages), full, &never).unwrap();
+        let runs = one.manifest.runs.iter();
+        let stored: u32 = runs.map(|run| run.pages).sum();
+        let is_full = one.manifest.parent.is_none();
+        taken.push(one);
+        (is_full, stored)
+    };
+    to(&apart, 2..8, 1);
+    to(&apart, 8..14, 2);
+    let (is_full, all) = take(&mut running, &apart, false);
+    assert!(is_full && all >= 4096, "{all}");
+    let few = |(is_full, stored): (bool, u32)| !is_full && stored < all / 4;
+    assert!(few(take(&mut running, &apart, false)));
+    // Whoever has it now does not know what it was: the home does.
+    to(&apart, 4..12, 1);
+    to(&apart, 2..4, 0);
+    assert!(few(take(&mut running, &apart, false)));
+    running.wait_lines(running.lines() + 2);
+    assert!(few(take(&mut running, &apart, false)));
+    let full = take(&mut running, &apart, true);
+    assert!(full.0 && full.1 >= all);
+    // A part that gave some of it goes.
+    apart.part_with(part(2), part(1), LIMIT).unwrap();
+    assert!(few(take(&mut running, &apart, false)));
+    // One that stands on three others, and one that stands on a full one.
+    for one in [&taken[3], &taken[5]] {
+        // (It checks its memory whenever it writes.)
+        let text = running.finish(running.restore(Some(&one.manifest.id)).unwrap());
+        assert_eq!(text.lines().last(), Some("59"));
     }
 }
 

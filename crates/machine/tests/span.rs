@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use keel_cluster::Epoch;
-use keel_machine::span::{Cut, Ends, Hello, PART_BYTES_MIN, Pages, Setup, SpanError};
+use keel_machine::span::{Cut, CutPiece, Ends, Hello, PART_BYTES_MIN, Pages, Setup, SpanError};
 use keel_net::{ClientTls, PinnedIdentity, ServerTls};
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Barrier, RwLock};
+use std::sync::{Arc, Barrier, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 /// Something hangs that takes longer.
@@ -430,6 +430,10 @@ struct Traffic<'a> {
     written: Vec<AtomicU64>,
     stand: RwLock<()>,
     is_over: AtomicBool,
+    /// The last cut of which all was read, and its words.
+    last: Mutex<Option<(u64, Vec<u64>)>>,
+    /// Pages of cuts that were as they were at the one before.
+    same: AtomicU64,
 }
 
 impl<'a> Traffic<'a> {
@@ -441,6 +445,8 @@ impl<'a> Traffic<'a> {
             written: (0..words).map(|_| AtomicU64::new(0)).collect(),
             stand: RwLock::new(()),
             is_over: AtomicBool::new(false),
+            last: Mutex::default(),
+            same: AtomicU64::new(0),
         }
     }
 
@@ -501,19 +507,39 @@ impl<'a> Traffic<'a> {
 
     /// Makes a cut, and what it has to be: words in their order.
     fn cut(&self) -> (Cut, Vec<u64>) {
-        let cut = self.parts[0].pages.prepare_cut(LONG).unwrap();
+        let since = self
+            .last
+            .lock()
+            .unwrap()
+            .as_ref()
+            .map(|(number, _)| *number);
+        let cut = self.parts[0].pages.prepare_cut(since, LONG).unwrap();
         let _all_stand = self.stand.write().unwrap();
         cut.mark(LONG).unwrap();
         let written = self.written.iter();
         (cut, written.map(|it| it.load(Ordering::SeqCst)).collect())
     }
 
-    /// The words of a cut, which has each page once at most.
+    /// The words of a cut, which has each page once at most; the next is since this one.
     fn words_of(&self, cut: &Cut) -> Vec<u64> {
         let count = self.parts.len() + 1;
         let mut words = vec![0; self.written.len()];
         let mut seen = BTreeSet::new();
-        while let Some(pages) = cut.next(LONG).unwrap() {
+        let before = self.last.lock().unwrap().take();
+        while let Some(piece) = cut.next(LONG).unwrap() {
+            let pages = match piece {
+                CutPiece::Pages(pages) => pages,
+                CutPiece::Same(same) => {
+                    let (_, before) = before.as_ref().expect("an earlier cut");
+                    for page in same.first as usize..(same.first + same.pages) as usize {
+                        assert!(seen.insert(page), "page {page} comes twice");
+                        let of = page * count..(page + 1) * count;
+                        words[of.clone()].copy_from_slice(&before[of]);
+                        self.same.fetch_add(1, Ordering::Relaxed);
+                    }
+                    continue;
+                }
+            };
             let rows = pages.bytes.chunks_exact(PAGE_BYTES as usize);
             for (page, bytes) in (pages.first as usize..).zip(rows) {
                 assert!(seen.insert(page), "page {page} comes twice");
@@ -522,6 +548,7 @@ impl<'a> Traffic<'a> {
                 }
             }
         }
+        *self.last.lock().unwrap() = Some((cut.number(), words.clone()));
         words
     }
 
@@ -568,6 +595,10 @@ fn a_cut_is_of_one_instant() {
         traffic.during(|| {
             for round in 0..12 {
                 std::thread::sleep(Duration::from_millis(5));
+                if round % 4 == 3 {
+                    // All of it again.
+                    traffic.last.lock().unwrap().take();
+                }
                 let (cut, expected) = traffic.cut();
                 if round % 3 == 1 {
                     // Some of it changes before it is read.
@@ -581,6 +612,8 @@ fn a_cut_is_of_one_instant() {
                 assert_eq!(wrong, None, "{count} parts, round {round}");
             }
         });
+        let same = traffic.same.load(Ordering::Relaxed);
+        assert!(count == 1 || same > 0, "{count} parts, {pages} pages");
         let wrote = |it: &AtomicU64| it.load(Ordering::SeqCst) > 0;
         assert!(traffic.written.iter().any(wrote));
         let last: Vec<u64> = traffic
@@ -726,18 +759,37 @@ fn cuts_end_whenever_they_are_dropped() {
     parts[0].pages.move_object(0, range, part(1), LONG).unwrap();
     let home = &parts[0].pages;
     assert_eq!(
-        parts[1].pages.prepare_cut(LONG).unwrap_err(),
+        parts[1].pages.prepare_cut(None, LONG).unwrap_err(),
         SpanError::Cut
     );
-    for taken in [0, 3, usize::MAX] {
-        let cut = home.prepare_cut(LONG).unwrap();
-        assert_eq!(home.prepare_cut(LONG).unwrap_err(), SpanError::Cut);
+    // Nothing is the same as at one of which not all was given, or that never was; of what
+    // was given at the one before all is that nobody wrote.
+    let mut since = Some(77);
+    for (taken, same) in [
+        (0, 0),
+        (3, 0),
+        (usize::MAX, 0),
+        (usize::MAX, pages as u32),
+        (0, 0),
+    ] {
+        let cut = home.prepare_cut(since, LONG).unwrap();
+        assert_eq!(home.prepare_cut(None, LONG).unwrap_err(), SpanError::Cut);
         cut.mark(LONG).unwrap();
-        let mut count = 0;
-        while count < taken && cut.next(LONG).unwrap().is_some() {
+        let (mut count, mut are_same) = (0, 0);
+        while count < taken
+            && let Some(piece) = cut.next(LONG).unwrap()
+        {
             count += 1;
+            if let CutPiece::Same(same) = piece {
+                are_same += same.pages;
+            }
         }
+        assert_eq!(are_same, same, "{taken}");
+        since = Some(cut.number());
         drop(cut);
+        if taken == usize::MAX && same == 0 {
+            continue;
+        }
         for part in &parts {
             for page in 0..pages {
                 part.word(page * PAGE_BYTES + 64)
@@ -746,7 +798,7 @@ fn cuts_end_whenever_they_are_dropped() {
         }
     }
     // Never marked.
-    drop(home.prepare_cut(LONG).unwrap());
+    drop(home.prepare_cut(None, LONG).unwrap());
     let traffic = Traffic::new(&parts, pages);
     for page in 0..pages {
         for word in 0..4 {
@@ -773,7 +825,7 @@ fn without_quiet_there_is_no_cut() {
         let waits = scope.spawn(|| parts[2].word(0).fetch_add(1, Ordering::SeqCst));
         std::thread::sleep(late);
         let begun = Instant::now();
-        let cut = parts[0].pages.prepare_cut(LONG).unwrap();
+        let cut = parts[0].pages.prepare_cut(None, LONG).unwrap();
         assert_eq!(
             cut.mark(late).unwrap_err(),
             SpanError::Unsettled { patience: late }
@@ -782,10 +834,10 @@ fn without_quiet_there_is_no_cut() {
         assert!(begun.elapsed() < hold, "{:?}", begun.elapsed());
         assert_eq!(waits.join().unwrap(), 1);
     });
-    let cut = parts[0].pages.prepare_cut(LONG).unwrap();
+    let cut = parts[0].pages.prepare_cut(None, LONG).unwrap();
     cut.mark(LONG).unwrap();
     let mut words = Vec::new();
-    while let Some(pages) = cut.next(LONG).unwrap() {
+    while let Some(CutPiece::Pages(pages)) = cut.next(LONG).unwrap() {
         words.push((
             pages.first,
             u64::from_le_bytes(pages.bytes[..8].try_into().unwrap()),
@@ -801,7 +853,7 @@ fn a_lost_part_ends_a_cut() {
     let mut parts = parts(3, pages, HOLD, &vec![5; (pages * PAGE_BYTES) as usize]);
     let range = 0..pages * PAGE_BYTES;
     parts[0].pages.move_object(0, range, part(2), LONG).unwrap();
-    let cut = parts[0].pages.prepare_cut(LONG).unwrap();
+    let cut = parts[0].pages.prepare_cut(None, LONG).unwrap();
     cut.mark(LONG).unwrap();
     drop(parts.pop());
     let failure = loop {

@@ -10,7 +10,7 @@ use super::volumes::VolumeTrackers;
 use crate::cluster_volume::{Held, Keeper, UnfinishedSnapshots, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::log::Log;
-use crate::span::{Cut, Pages, SpanError};
+use crate::span::{Cut, CutPiece, CutSame, Known, Pages, SpanError, sort_by_known};
 use crate::spec::Spec;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName};
@@ -18,6 +18,7 @@ use keel_net::Bytes;
 use keel_wasi::volume::Changes;
 use keel_wasm::memory::{DirtyTracker, GuestMemory, MemoryError, PAGE_BYTES};
 use keel_wasm::runtime::{Machine, MachineError, ProgramError};
+use roaring::RoaringBitmap;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -133,6 +134,8 @@ pub struct Taker {
     seen: Vec<Vec<Range<u64>>>,
     volumes: VolumeTrackers,
     last: Option<Last>,
+    /// Of a machine with several parts: the cut that the last one is of, and what was in it.
+    last_cut: Option<(u64, Known)>,
 }
 
 /// What there was when the machine stood.
@@ -231,8 +234,9 @@ impl Taker {
     }
 
     /// Makes a checkpoint: a full one, if it is the first there, or wanted, or
-    /// the chain has become long. Of a machine with several parts (`apart`, its pages) each
-    /// is a full one: its memory is read where it is, after it was frozen.
+    /// the chain has become long. The memory of a machine with several parts (`apart`, its
+    /// pages) is read where it is, after it was frozen; nobody tracks writes of it, so its
+    /// pages are compared with what they were, where they are.
     ///
     /// # Errors
     /// [`TakeError`]; the machine runs on, and nothing counts that was stored.
@@ -252,14 +256,19 @@ impl Taker {
             keepers,
         } = destination;
         let begun = Instant::now();
+        let last_cut = self.last_cut.take();
         let parent = self
             .last
             .take()
             .filter(|last| last.vault == vault.url() && last.chain.len() < CHAIN_MAX)
-            .filter(|_| !full && apart.is_none());
+            .filter(|_| !full && apart.is_some() == last_cut.is_some());
         let parent = match parent {
             Some(parent) => runtime.block_on(parent.if_whole(vault, &subject.name))?,
             None => None,
+        };
+        let (since, mut known) = match last_cut.filter(|_| parent.is_some()) {
+            Some((number, known)) => (Some(number), known),
+            None => (None, Known::default()),
         };
         machine.program().prepare_resume()?;
         // Later ones are greater, whatever the clocks of the nodes say that made them.
@@ -288,7 +297,7 @@ impl Taker {
             memory_pages,
             pause,
         } = self.copy(
-            (machine, apart),
+            (machine, apart.map(|pages| (pages, since))),
             log,
             parent.is_some(),
             &mut collected,
@@ -302,9 +311,14 @@ impl Taker {
         for volume in held {
             volume.keep(&snapshot)?;
         }
-        if let Some(cut) = cut {
-            collected.add_cut(&cut, give_up)?;
-        }
+        let cut_number = match cut {
+            // (It ends with that: parts need not keep anything for it while it is stored.)
+            Some(cut) => {
+                collected.add_cut(&cut, &mut known, since.is_some(), give_up)?;
+                Some(cut.number())
+            }
+            None => None,
+        };
         failpoint::pass("take.packs")?;
         let packs = collected.pages.finish()?;
         let block_packs = collected.blocks.finish()?;
@@ -340,9 +354,8 @@ impl Taker {
             id,
             chain,
         };
-        // What is written from now on to a memory with several owners nobody notes: nothing
-        // can be built on it.
-        self.last = apart.is_none().then_some(last);
+        self.last = Some(last);
+        self.last_cut = cut_number.map(|number| (number, known));
         Ok(Taken {
             manifest,
             pause,
@@ -353,7 +366,7 @@ impl Taker {
     /// Copies until little is left, then freezes for the rest.
     fn copy(
         &mut self,
-        (machine, apart): (&Machine, Option<&Pages>),
+        (machine, apart): (&Machine, Option<(&Pages, Option<u64>)>),
         log: &Log,
         incremental: bool,
         collected: &mut Collected,
@@ -415,7 +428,7 @@ impl Taker {
             collected.blocks.settle()?;
         }
         let cut = match apart {
-            Some(pages) => Some(pages.prepare_cut(PREPARE_PATIENCE)?),
+            Some((pages, since)) => Some(pages.prepare_cut(since, PREPARE_PATIENCE)?),
             None => None,
         };
         for keeper in keepers {
@@ -604,14 +617,77 @@ impl Collected {
 }
 
 impl Collected {
-    /// Adds all pages of a cut, and stores full packs meanwhile.
-    fn add_cut(&mut self, cut: &Cut, give_up: &AtomicBool) -> Result<(), TakeError> {
-        while let Some(pages) = cut.next(CUT_PATIENCE)? {
-            self.pages.add(&pages.bytes, give_up)?;
-            let at = u64::from(pages.first) * PAGE_BYTES;
-            note_page(&mut self.runs, pages.memory, at, pages.bytes.len() as u64);
+    /// Adds all pages of a cut, or those that are not as they were known to be, and stores
+    /// full packs meanwhile.
+    fn add_cut(
+        &mut self,
+        cut: &Cut,
+        known: &mut Known,
+        incremental: bool,
+        give_up: &AtomicBool,
+    ) -> Result<(), TakeError> {
+        // By memory; only where they are needed.
+        let mut there: Vec<RoaringBitmap> = Vec::new();
+        let mut are_there = |memory: u32, first: u32, pages: u32| {
+            let memory = memory as usize;
+            if there.len() <= memory {
+                there.resize_with(memory + 1, RoaringBitmap::new);
+            }
+            if incremental {
+                there[memory].insert_range(first..first + pages);
+            }
+        };
+        while let Some(piece) = cut.next(CUT_PATIENCE)? {
+            let pieces = match piece {
+                CutPiece::Same(same) => vec![CutPiece::Same(same)],
+                CutPiece::Pages(pages) => sort_by_known(&pages, |memory, number, hash| {
+                    known.put(memory, number, hash) == Some(hash)
+                }),
+            };
+            for piece in pieces {
+                match piece {
+                    CutPiece::Same(same) => {
+                        self.is_known(known, &same)?;
+                        are_there(same.memory, same.first, same.pages);
+                    }
+                    CutPiece::Pages(pages) => {
+                        let (at, bytes) = (u64::from(pages.first) * PAGE_BYTES, &pages.bytes);
+                        self.pages.add(bytes, give_up)?;
+                        let bytes = bytes.len() as u64;
+                        note_page(&mut self.runs, pages.memory, at, bytes);
+                        let count = (bytes / PAGE_BYTES) as u32;
+                        are_there(pages.memory, pages.first, count);
+                    }
+                }
+            }
+        }
+        // What was there and is not any more is zero.
+        let is_gone = |memory: u32, number: u32| {
+            let there = there.get(memory as usize);
+            !there.is_some_and(|there| there.contains(number))
+        };
+        let gone = match incremental {
+            true => known.which(is_gone),
+            false => Vec::new(),
+        };
+        for (memory, number) in gone {
+            self.pages.add(&[0; PAGE_BYTES as usize], give_up)?;
+            let at = u64::from(number) * PAGE_BYTES;
+            note_page(&mut self.runs, memory, at, PAGE_BYTES);
+            known.forget(memory, number);
         }
         Ok(())
+    }
+
+    /// That pages are as they were says something only of those that were stored.
+    fn is_known(&self, known: &Known, same: &CutSame) -> Result<(), TakeError> {
+        match known.has(same) {
+            true => Ok(()),
+            false => Err(SpanError::Disagree(
+                "a part says that pages are as they were which nobody kept".into(),
+            )
+            .into()),
+        }
     }
 }
 

@@ -23,6 +23,7 @@ mod ahead;
 mod change;
 mod idle;
 mod keep;
+mod known;
 mod meet;
 mod pages;
 mod peer;
@@ -37,10 +38,11 @@ pub use idle::IdleRange;
 pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 pub use keel_wasm::runtime::parts::Spawning;
 pub use keel_wasm::runtime::{CoreTime, Took};
+pub(crate) use known::{Known, sort as sort_by_known};
 pub use meet::{MeetError, Meeting, Place};
 pub use pages::{
-    BeginError, Cut, CutPages, CutWord, Heat, Latency, Listener, Object, PART_BYTES_MIN, Pages,
-    PartMemory, Setup, SpanError, Teller,
+    BeginError, Cut, CutPages, CutPiece, CutSame, CutWord, Heat, Latency, Listener, Object,
+    PART_BYTES_MIN, Pages, PartMemory, Setup, SpanError, Teller,
 };
 pub use peer::{Ends, Hello, PeerError};
 pub use sharing::{HotPage, Sharing};

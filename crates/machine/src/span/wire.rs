@@ -14,7 +14,7 @@
 //! BEGUN, between which other frames may come. MEMORY says what a part has of the memory,
 //! LIMIT (from the home) what each may keep, GONE (from the home, too) who is no part any
 //! more, SUCCEEDED that the part is the home now. SETTLE is about that nothing is on its
-//! way, ASK and ANSWER (to and from members) about what they are the directory of. CUT and CUT_PAGES are about the memory
+//! way, ASK and ANSWER (to and from members) about what they are the directory of. CUT, CUT_PAGES and CUT_SAME are about the memory
 //! of the whole at one instant ([`super::pages::Cut`]). TIME is the first of what is said at once: the
 //! guest's clock at the part that says it, so that no part's clock is behind what it has
 //! heard of (Lamport, "Time, Clocks, and the Ordering of Events in a Distributed System",
@@ -28,7 +28,7 @@
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
-use super::pages::{Answer, CutPages, CutWord, PartMemory, Question, SettleWord};
+use super::pages::{Answer, CutPages, CutSame, CutWord, PartMemory, Question, SettleWord};
 use bytes::{Buf, Bytes, BytesMut};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
@@ -62,6 +62,7 @@ const KIND_SUCCEEDED: u16 = 13;
 const KIND_SETTLE: u16 = 14;
 const KIND_ASK: u16 = 15;
 const KIND_ANSWER: u16 = 16;
+const KIND_CUT_SAME: u16 = 17;
 /// Bytes of a note in one frame, so that pages need not wait for long ones.
 const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
@@ -275,6 +276,8 @@ pub(super) enum Parcel {
         /// The pages.
         pages: CutPages,
     },
+    /// To the home: such as are as they were at the cut before.
+    CutSame(u64, CutSame),
     /// From the home: a part is none any more, maybe who hears it.
     Gone(PartId),
     /// The part is the home from now on; or, to such a home, the part knows it.
@@ -364,6 +367,10 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
         Parcel::CutPages { number, pages } => {
             let which = postcard::to_stdvec(&(number, pages.memory, pages.first))?;
             frame_of(KIND_CUT_PAGES, &which, &pages.bytes, frames)
+        }
+        Parcel::CutSame(number, same) => {
+            let payload = postcard::to_stdvec(&(number, same))?;
+            frame_of(KIND_CUT_SAME, &payload, &[], frames)
         }
         Parcel::Gone(part) => frame_of(KIND_GONE, &postcard::to_stdvec(part)?, &[], frames),
         Parcel::Succeeded => frame_of(KIND_SUCCEEDED, &[], &[], frames),
@@ -757,6 +764,10 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
                 false => Err(WireError::Page),
             }
         }
+        KIND_CUT_SAME => {
+            let (number, same) = postcard::from_bytes(&payload)?;
+            Ok(Parcel::CutSame(number, same))
+        }
         KIND_GONE => match postcard::take_from_bytes(&payload)? {
             (part, []) => Ok(Parcel::Gone(part)),
             _ => Err(postcard::Error::DeserializeBadEncoding.into()),
@@ -894,6 +905,14 @@ mod tests {
                     bytes: Bytes::from_static(&[9; 2 * PAGE]),
                 },
             },
+            Parcel::CutSame(
+                7,
+                CutSame {
+                    memory: 0,
+                    first: 1 << 20,
+                    pages: 16,
+                },
+            ),
             Parcel::Gone(part(5)),
             Parcel::Succeeded,
             Parcel::Goodbye {
@@ -975,7 +994,7 @@ mod tests {
             (&page, KIND_MESSAGES),
             (&want, KIND_PAGES),
             (&want, KIND_HELLO),
-            (&want, KIND_ANSWER + 1),
+            (&want, KIND_CUT_SAME + 1),
             (&want, KIND_SETTLE),
             (&want, KIND_SUCCEEDED),
             (&want, KIND_GONE),

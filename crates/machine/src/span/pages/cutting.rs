@@ -12,7 +12,8 @@
 //!     │◀───────────────────────── Marked ─│
 //!     │            threads go on
 //!     │─── More ────────────────────────▶│ may send so much, and give away again
-//!     │◀────────────────────────── pages ─│ as they were
+//!     │◀────────────────────────── pages ─│ as they were; of those that are as they were at
+//!     │                                   │ an earlier cut, only that ([`known`])
 //!     │◀─────────────────────────── Done ─│
 //!     │─── End ─────────────────────────▶│
 //! ```
@@ -24,6 +25,7 @@
 //! written since it was prepared. Members send as much as the home has asked for, so a slow
 //! store fills no memory.
 
+use super::super::known::{self, Known};
 use super::super::wire::Parcel;
 use super::work::Work;
 use super::{PAGE, Pages, Shared, SpanError, State, locked};
@@ -57,8 +59,12 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// What home and members say to each other of a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CutWord {
-    /// To members: there will be a cut.
-    Prepare,
+    /// To members: there will be a cut. Of pages that they gave at this earlier one, and that
+    /// are as they were, it is enough to say so.
+    Prepare {
+        /// Its number.
+        since: Option<u64>,
+    },
     /// To the home: almost all that is here is protected.
     Prepared,
     /// To members: the cut is now; nothing is on its way.
@@ -86,6 +92,26 @@ pub struct CutPages {
     pub bytes: Bytes,
 }
 
+/// Pages in a row that are as they were at the cut before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CutSame {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Number of the first page.
+    pub first: u32,
+    /// How many there are.
+    pub pages: u32,
+}
+
+/// Some of a cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CutPiece {
+    /// As they were at the cut.
+    Pages(CutPages),
+    /// As they were at the cut before.
+    Same(CutSame),
+}
+
 impl CutPages {
     /// Whether they are what can be sent at once.
     pub(in super::super) fn is_whole(&self) -> bool {
@@ -106,6 +132,8 @@ enum Stage {
 #[derive(Debug)]
 pub(super) struct Cutting {
     number: u64,
+    /// An earlier cut of which all was taken, and kept.
+    since: Option<u64>,
     stage: Stage,
     /// Of each memory the pages that are protected for it; once marked those of which nobody
     /// has read yet what they were.
@@ -127,13 +155,14 @@ pub(super) struct Cutting {
     prepared: PartSet,
     marked: PartSet,
     done: PartSet,
-    came: VecDeque<(PartId, CutPages)>,
+    came: VecDeque<(PartId, CutPiece)>,
 }
 
 impl Cutting {
-    fn new(number: u64, memories: usize) -> Self {
+    fn new(number: u64, since: Option<u64>, memories: usize) -> Self {
         Cutting {
             number,
+            since,
             stage: Stage::Preparing,
             pages: vec![RoaringBitmap::new(); memories],
             wanted: vec![RoaringBitmap::new(); memories],
@@ -250,17 +279,17 @@ impl Shared {
     fn note_cut(&self, from: PartId, number: u64, word: CutWord) -> Result<(), SpanError> {
         let mut guard = locked(&self.state);
         let state = &mut *guard;
-        if word == CutWord::Prepare {
+        if let CutWord::Prepare { since } = word {
             // (Of an earlier one there may be something left.)
             while self.let_some_go(state)? {}
-            state.cutting = Some(Cutting::new(number, self.memories.len()));
+            state.cutting = Some(Cutting::new(number, since, self.memories.len()));
             self.cuts.is_on.store(true, Ordering::Release);
         }
         let Some(cutting) = state.cutting.as_mut().filter(|it| it.number == number) else {
             return Ok(());
         };
         match word {
-            CutWord::Prepare => {}
+            CutWord::Prepare { .. } => {}
             CutWord::Prepared => cutting.prepared = cutting.prepared.with(from),
             CutWord::Marked => cutting.marked = cutting.marked.with(from),
             CutWord::Done => cutting.done = cutting.done.with(from),
@@ -299,7 +328,35 @@ impl Shared {
         }
         let mut state = locked(&self.state);
         if let Some(cutting) = state.cutting.as_mut().filter(|it| it.number == number) {
-            cutting.came.push_back((from, pages));
+            cutting.came.push_back((from, CutPiece::Pages(pages)));
+            self.cuts.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// As [`Self::hear_cut_pages`], of such as are as they were.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn hear_cut_same(
+        &self,
+        from: PartId,
+        number: u64,
+        same: CutSame,
+    ) -> Result<(), SpanError> {
+        let last = same.pages.checked_sub(1);
+        let last = last.and_then(|more| same.first.checked_add(more));
+        let memory = same.memory;
+        let can_be = last.is_some_and(|number| self.has(PageId { memory, number }));
+        let mut state = locked(&self.state);
+        let cutting = state.cutting.as_mut().filter(|it| it.number == number);
+        let since = cutting.as_ref().is_none_or(|it| it.since.is_some());
+        if !self.is_home() || !can_be || !since {
+            let reason = "it says of a cut before what cannot be".into();
+            return Err(SpanError::Lost { part: from, reason });
+        }
+        if let Some(cutting) = cutting {
+            cutting.came.push_back((from, CutPiece::Same(same)));
             self.cuts.changed.notify_all();
         }
         Ok(())
@@ -545,15 +602,16 @@ impl Shared {
 
     /// A member's thread that sends what there was at cuts, until the end.
     pub(super) fn give_cuts(&self) {
+        let mut given = Given::default();
         // (A home gives none: whoever takes one does.)
         while !self.over.load(Ordering::Acquire) && !self.is_home() {
-            if let Err(error) = self.give_some() {
+            if let Err(error) = self.give_some(&mut given) {
                 return self.end(error);
             }
         }
     }
 
-    fn give_some(&self) -> Result<(), SpanError> {
+    fn give_some(&self, given: &mut Given) -> Result<(), SpanError> {
         let mut guard = locked(&self.state);
         let state = &mut *guard;
         let parcel = match &state.cutting {
@@ -579,22 +637,17 @@ impl Shared {
             Some(cutting)
                 if cutting.stage == Stage::Marked && !cutting.is_done && cutting.asked > 0 =>
             {
-                let number = cutting.number;
-                let pages = self.take_piece(state)?;
-                let Some(cutting) = &mut state.cutting else {
-                    return Ok(());
-                };
-                Some(match pages {
-                    Some(pages) => {
-                        cutting.asked -= pages.bytes.len() as i64;
-                        Parcel::CutPages { number, pages }
-                    }
-                    None => {
-                        cutting.is_done = true;
-                        let word = CutWord::Done;
-                        Parcel::Cut { number, word }
-                    }
-                })
+                let (number, since) = (cutting.number, cutting.since);
+                if let Some(pages) = self.take_piece(state)? {
+                    drop(guard);
+                    return self.give(number, given.sort(number, since, &pages));
+                }
+                if let Some(cutting) = &mut state.cutting {
+                    cutting.is_done = true;
+                }
+                given.all_is(number);
+                let word = CutWord::Done;
+                Some(Parcel::Cut { number, word })
             }
             _ => None,
         };
@@ -610,6 +663,66 @@ impl Shared {
                 Ok(())
             }
         }
+    }
+}
+
+/// What a member gave.
+#[derive(Debug, Default)]
+struct Given {
+    /// At the last cut of which it gave all; its number.
+    before: Option<(u64, Known)>,
+    /// At the one that it gives.
+    now: Option<(u64, Known)>,
+}
+
+impl Given {
+    /// What of some pages is as it was at an earlier cut.
+    fn sort(&mut self, number: u64, since: Option<u64>, pages: &CutPages) -> Vec<CutPiece> {
+        self.before.take_if(|(number, _)| since != Some(*number));
+        let (_, now) = match self.now.take_if(|(now, _)| *now == number) {
+            Some(now) => self.now.insert(now),
+            None => self.now.insert((number, Known::default())),
+        };
+        let before = self.before.as_ref().map(|(_, known)| known);
+        known::sort(pages, |memory, number, hash| {
+            now.put(memory, number, hash);
+            before.is_some_and(|it| it.get(memory, number) == Some(hash))
+        })
+    }
+
+    /// All of a cut was given.
+    fn all_is(&mut self, number: u64) {
+        let now = self.now.take();
+        // (It may have had nothing.)
+        let known = now.filter(|(now, _)| *now == number);
+        self.before = Some(known.unwrap_or((number, Known::default())));
+    }
+}
+
+impl Shared {
+    fn give(&self, number: u64, pieces: Vec<CutPiece>) -> Result<(), SpanError> {
+        let mut bytes = 0;
+        let mut parcels = Vec::new();
+        for piece in pieces {
+            parcels.push(match piece {
+                CutPiece::Pages(pages) => {
+                    bytes += pages.bytes.len();
+                    Parcel::CutPages { number, pages }
+                }
+                CutPiece::Same(same) => Parcel::CutSame(number, same),
+            });
+        }
+        {
+            let mut state = locked(&self.state);
+            let cutting = state.cutting.as_mut().filter(|it| it.number == number);
+            if let Some(cutting) = cutting {
+                cutting.asked -= bytes as i64;
+            }
+        }
+        for parcel in parcels {
+            self.tell_part(PartId::HOME, &parcel)?;
+        }
+        Ok(())
     }
 }
 
@@ -629,7 +742,7 @@ impl std::fmt::Debug for Cut {
 
 impl Pages {
     /// A cut of which nothing is prepared yet.
-    fn open_cut(&self) -> Result<Cut, SpanError> {
+    fn open_cut(&self, since: Option<u64>) -> Result<Cut, SpanError> {
         let shared = self.shared.clone();
         let number = shared.cuts.count.fetch_add(1, Ordering::Relaxed) + 1;
         {
@@ -642,20 +755,22 @@ impl Pages {
             if is_taken || leave || !shared.is_home() {
                 return Err(SpanError::Cut);
             }
-            state.cutting = Some(Cutting::new(number, shared.memories.len()));
+            state.cutting = Some(Cutting::new(number, since, shared.memories.len()));
             shared.cuts.is_on.store(true, Ordering::Release);
         }
         Ok(Cut { shared, number })
     }
 
     /// Prepares a cut while threads run: finds out what pages there are, and has them
-    /// protected. Only at the home, which was the origin; one at a time.
+    /// protected. Only at the home, which was the origin; one at a time. Of pages that members
+    /// gave at an earlier one ([`Cut::number`]), of which all was taken, they say only that
+    /// they are as they were, where that is so.
     ///
     /// # Errors
     /// [`SpanError`]; [`SpanError::Cut`] if there is one already, or parts leave;
     /// [`SpanError::Unsettled`] if that takes longer.
-    pub fn prepare_cut(&self, patience: Duration) -> Result<Cut, SpanError> {
-        let cut = self.open_cut()?;
+    pub fn prepare_cut(&self, since: Option<u64>, patience: Duration) -> Result<Cut, SpanError> {
+        let cut = self.open_cut(since)?;
         for (at, memory) in cut.shared.memories.iter().enumerate() {
             // It takes long; what comes to be meanwhile is noted.
             let here = memory.memory().populated().map_err(failed)?;
@@ -670,7 +785,7 @@ impl Pages {
                 }
             }
         }
-        cut.tell_all(CutWord::Prepare)?;
+        cut.tell_all(CutWord::Prepare { since })?;
         let deadline = Instant::now() + patience;
         loop {
             let state = &mut *locked(&cut.shared.state);
@@ -690,6 +805,11 @@ impl Pages {
 }
 
 impl Cut {
+    /// Its number, of those that there were.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
     /// The cut is now. All threads stand, and nobody writes for the host; when this returns
     /// they may go on.
     ///
@@ -739,12 +859,12 @@ impl Cut {
     }
 
     /// Pages of the machine as they were at the cut, each once; `None` when all were taken.
-    /// What is not among them was zero.
+    /// What is not among them was zero. What this part has it gives in any case.
     ///
     /// # Errors
     /// [`SpanError`]; [`SpanError::Unsettled`] if nothing comes for so long,
     /// [`SpanError::Behind`] if too much changed before it was taken.
-    pub fn next(&self, patience: Duration) -> Result<Option<CutPages>, SpanError> {
+    pub fn next(&self, patience: Duration) -> Result<Option<CutPiece>, SpanError> {
         let shared = &self.shared;
         let deadline = Instant::now() + patience;
         loop {
@@ -759,15 +879,18 @@ impl Cut {
             if cutting.gave_up {
                 return Err(SpanError::Behind);
             }
-            if let Some((from, pages)) = cutting.came.pop_front() {
+            if let Some((from, piece)) = cutting.came.pop_front() {
                 drop(guard);
+                let CutPiece::Pages(pages) = &piece else {
+                    return Ok(Some(piece));
+                };
                 let more = u32::try_from(pages.bytes.len()).unwrap_or(AHEAD_BYTES);
                 let (number, word) = (self.number, CutWord::More(more));
                 shared.tell_part(from, &Parcel::Cut { number, word })?;
-                return Ok(Some(pages));
+                return Ok(Some(piece));
             }
             if let Some(pages) = shared.take_piece(state)? {
-                return Ok(Some(pages));
+                return Ok(Some(CutPiece::Pages(pages)));
             }
             let others = shared.others.count();
             let done = state.cutting.as_ref().map(|cutting| cutting.done.len());

@@ -37,7 +37,7 @@ mod settling;
 mod succession;
 mod work;
 
-pub use cutting::{Cut, CutPages, CutWord};
+pub use cutting::{Cut, CutPages, CutPiece, CutSame, CutWord};
 pub use keeping::{PART_BYTES_MIN, PartMemory};
 pub(super) use objects::{Answer, Question};
 pub use objects::{Heat, Object};

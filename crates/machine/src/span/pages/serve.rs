@@ -99,6 +99,11 @@ impl Shared {
                                         return self.end(error);
                                     }
                                 }
+                                Parcel::CutSame(number, same) => {
+                                    if let Err(error) = self.hear_cut_same(from, number, same) {
+                                        return self.end(error);
+                                    }
+                                }
                                 Parcel::CutPages { number, pages } => {
                                     let came = self.hear_cut_pages(from, number, pages);
                                     if let Err(error) = came {

@@ -1,0 +1,160 @@
+//! What pages held when they were looked at last, by their hashes: so that of memory which
+//! many parts hold, and which nobody tracks writes of, only what changed is given and stored
+//! again. 16 bytes for each page of 4 KiB.
+
+use super::pages::{CutPages, CutPiece, CutSame};
+use keel_wasm::memory::PAGE_BYTES;
+
+const PAGE: usize = PAGE_BYTES as usize;
+
+/// The hash of a page: half of a BLAKE3, which nobody meets by chance; and a program that
+/// could choose two pages with the same would only harm itself.
+fn hash(page: &[u8]) -> u128 {
+    let hash = blake3::hash(page);
+    let (half, _) = hash.as_bytes().split_at(16);
+    let half = half.try_into().map_or(0, u128::from_le_bytes);
+    // (None is that of no page.)
+    half.max(1)
+}
+
+/// Hashes of pages, by memory and number.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    memories: Vec<Vec<u128>>,
+}
+
+impl Known {
+    pub(crate) fn get(&self, memory: u32, number: u32) -> Option<u128> {
+        let pages = self.memories.get(memory as usize)?;
+        let hash = pages.get(number as usize)?;
+        (*hash != 0).then_some(*hash)
+    }
+
+    /// A page's hash is this from now on; what it was.
+    pub(crate) fn put(&mut self, memory: u32, number: u32, hash: u128) -> Option<u128> {
+        let before = self.get(memory, number);
+        let (memory, number) = (memory as usize, number as usize);
+        if self.memories.len() <= memory {
+            self.memories.resize_with(memory + 1, Vec::new);
+        }
+        let pages = &mut self.memories[memory];
+        if pages.len() <= number {
+            // (What lies between may never come; it costs address space only.)
+            let length = (number + 1).next_power_of_two();
+            let mut longer = vec![0; length];
+            longer[..pages.len()].copy_from_slice(pages);
+            *pages = longer;
+        }
+        pages[number] = hash;
+        before
+    }
+
+    /// Whether pages in a row are known.
+    pub(crate) fn has(&self, same: &CutSame) -> bool {
+        let mut pages = same.first..same.first.saturating_add(same.pages);
+        pages.all(|number| self.get(same.memory, number).is_some())
+    }
+
+    /// A page is zero: as one that nobody has.
+    pub(crate) fn forget(&mut self, memory: u32, number: u32) {
+        let pages = self.memories.get_mut(memory as usize);
+        if let Some(hash) = pages.and_then(|pages| pages.get_mut(number as usize)) {
+            *hash = 0;
+        }
+    }
+
+    /// Known pages for which it says so, by memory and number.
+    pub(crate) fn which(&self, is_so: impl Fn(u32, u32) -> bool) -> Vec<(u32, u32)> {
+        let memories = (0..).zip(&self.memories);
+        let pages = memories.flat_map(|(memory, pages)| {
+            let known = (0..).zip(pages).filter(|(_, hash)| **hash != 0);
+            known.map(move |(number, _)| (memory, number))
+        });
+        pages
+            .filter(|(memory, number)| is_so(*memory, *number))
+            .collect()
+    }
+}
+
+/// Those of some pages that are the same as before, in rows, and those that are not; asked by
+/// memory, number and hash.
+pub(crate) fn sort(
+    pages: &CutPages,
+    mut is_same: impl FnMut(u32, u32, u128) -> bool,
+) -> Vec<CutPiece> {
+    let memory = pages.memory;
+    let mut pieces: Vec<CutPiece> = Vec::new();
+    // (A cut has no page beyond the last that there can be.)
+    for (at, page) in pages.bytes.chunks_exact(PAGE).enumerate() {
+        let first = pages.first + at as u32;
+        let is_same = is_same(memory, first, hash(page));
+        match (is_same, pieces.last_mut()) {
+            (true, Some(CutPiece::Same(same))) => same.pages += 1,
+            (false, Some(CutPiece::Pages(last))) => {
+                let start = at * PAGE - last.bytes.len();
+                last.bytes = pages.bytes.slice(start..(at + 1) * PAGE);
+            }
+            (true, _) => pieces.push(CutPiece::Same(CutSame {
+                memory,
+                first,
+                pages: 1,
+            })),
+            (false, _) => pieces.push(CutPiece::Pages(CutPages {
+                memory,
+                first,
+                bytes: pages.bytes.slice(at * PAGE..(at + 1) * PAGE),
+            })),
+        }
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages(first: u32, of: &[u8]) -> CutPages {
+        let bytes: Vec<u8> = of.iter().flat_map(|byte| [*byte; PAGE]).collect();
+        CutPages {
+            memory: 1,
+            first,
+            bytes: bytes.into(),
+        }
+    }
+
+    #[test]
+    fn what_did_not_change_is_told_from_what_did() {
+        let same = |first, pages| {
+            CutPiece::Same(CutSame {
+                memory: 1,
+                first,
+                pages,
+            })
+        };
+        let mut known = Known::default();
+        let mut renewed = |first: u32, of: &[u8]| {
+            sort(&pages(first, of), |memory, number, hash| {
+                known.put(memory, number, hash) == Some(hash)
+            })
+        };
+        let all = pages(5, &[1, 2, 3, 4, 0]);
+        assert_eq!(renewed(5, &[1, 2, 3, 4, 0]), [CutPiece::Pages(all)]);
+        let expected = [
+            CutPiece::Pages(pages(4, &[9])),
+            same(5, 1),
+            CutPiece::Pages(pages(6, &[8, 7])),
+            same(8, 2),
+        ];
+        assert_eq!(renewed(4, &[9, 1, 8, 7, 4, 0]), expected);
+        assert_eq!(renewed(4, &[9, 1, 8, 7, 4, 0]), [same(4, 6)]);
+        let has = |first, pages| {
+            known.has(&CutSame {
+                memory: 1,
+                first,
+                pages,
+            })
+        };
+        assert!(has(4, 6) && !has(4, 7) && !has(3, 1));
+        assert_eq!(known.which(|_, number| number > 7), [(1, 8), (1, 9)]);
+    }
+}
