@@ -10,7 +10,7 @@ use super::volumes::VolumeTrackers;
 use crate::cluster_volume::{Held, Keeper, UnfinishedSnapshots, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::log::Log;
-use crate::span::{Cut, CutPiece, CutSame, Known, Pages, SpanError, sort_by_known};
+use crate::span::{Cut, CutPiece, Known, Pages, SpanError, sort_by_known};
 use crate::spec::Spec;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName};
@@ -626,18 +626,23 @@ impl Collected {
         incremental: bool,
         give_up: &AtomicBool,
     ) -> Result<(), TakeError> {
-        // By memory; only where they are needed.
+        // By memory.
         let mut there: Vec<RoaringBitmap> = Vec::new();
         let mut are_there = |memory: u32, first: u32, pages: u32| {
             let memory = memory as usize;
             if there.len() <= memory {
                 there.resize_with(memory + 1, RoaringBitmap::new);
             }
-            if incremental {
-                there[memory].insert_range(first..first + pages);
+            let new = there[memory].insert_range(first..first + pages);
+            match !incremental || new == u64::from(pages) {
+                true => Ok(()),
+                false => Err(disagree("parts give a page twice")),
             }
         };
         while let Some(piece) = cut.next(CUT_PATIENCE)? {
+            if give_up.load(Ordering::Relaxed) {
+                return Err(TakeError::GivenUp);
+            }
             let pieces = match piece {
                 CutPiece::Same(same) => vec![CutPiece::Same(same)],
                 CutPiece::Pages(pages) => sort_by_known(&pages, |memory, number, hash| {
@@ -647,8 +652,11 @@ impl Collected {
             for piece in pieces {
                 match piece {
                     CutPiece::Same(same) => {
-                        self.is_known(known, &same)?;
-                        are_there(same.memory, same.first, same.pages);
+                        if !known.agrees(&same) {
+                            let what = "a part says that pages are as they were, and they were not";
+                            return Err(disagree(what));
+                        }
+                        are_there(same.memory, same.first, same.pages)?;
                     }
                     CutPiece::Pages(pages) => {
                         let (at, bytes) = (u64::from(pages.first) * PAGE_BYTES, &pages.bytes);
@@ -656,7 +664,7 @@ impl Collected {
                         let bytes = bytes.len() as u64;
                         note_page(&mut self.runs, pages.memory, at, bytes);
                         let count = (bytes / PAGE_BYTES) as u32;
-                        are_there(pages.memory, pages.first, count);
+                        are_there(pages.memory, pages.first, count)?;
                     }
                 }
             }
@@ -678,17 +686,10 @@ impl Collected {
         }
         Ok(())
     }
+}
 
-    /// That pages are as they were says something only of those that were stored.
-    fn is_known(&self, known: &Known, same: &CutSame) -> Result<(), TakeError> {
-        match known.has(same) {
-            true => Ok(()),
-            false => Err(SpanError::Disagree(
-                "a part says that pages are as they were which nobody kept".into(),
-            )
-            .into()),
-        }
-    }
+fn disagree(what: &str) -> TakeError {
+    SpanError::Disagree(what.into()).into()
 }
 
 /// Notes pages that were put into a pack.

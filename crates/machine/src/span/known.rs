@@ -17,6 +17,14 @@ fn hash(page: &[u8]) -> u128 {
     half.max(1)
 }
 
+/// Of pages in a row: of those before one, and the hash of that.
+pub(crate) fn digest(before: u128, of: u128) -> u128 {
+    let mut both = [0; 32];
+    both[..16].copy_from_slice(&before.to_le_bytes());
+    both[16..].copy_from_slice(&of.to_le_bytes());
+    hash(&both)
+}
+
 /// Hashes of pages, by memory and number.
 #[derive(Debug, Default)]
 pub(crate) struct Known {
@@ -49,10 +57,13 @@ impl Known {
         before
     }
 
-    /// Whether pages in a row are known.
-    pub(crate) fn has(&self, same: &CutSame) -> bool {
+    /// Whether pages in a row are known, and were what whoever says that takes them to be.
+    pub(crate) fn agrees(&self, same: &CutSame) -> bool {
         let mut pages = same.first..same.first.saturating_add(same.pages);
-        pages.all(|number| self.get(same.memory, number).is_some())
+        let known = pages.try_fold(0, |before, number| {
+            Some(digest(before, self.get(same.memory, number)?))
+        });
+        known == Some(same.digest)
     }
 
     /// A page is zero: as one that nobody has.
@@ -87,9 +98,12 @@ pub(crate) fn sort(
     // (A cut has no page beyond the last that there can be.)
     for (at, page) in pages.bytes.chunks_exact(PAGE).enumerate() {
         let first = pages.first + at as u32;
-        let is_same = is_same(memory, first, hash(page));
-        match (is_same, pieces.last_mut()) {
-            (true, Some(CutPiece::Same(same))) => same.pages += 1,
+        let hash = hash(page);
+        match (is_same(memory, first, hash), pieces.last_mut()) {
+            (true, Some(CutPiece::Same(same))) => {
+                same.pages += 1;
+                same.digest = digest(same.digest, hash);
+            }
             (false, Some(CutPiece::Pages(last))) => {
                 let start = at * PAGE - last.bytes.len();
                 last.bytes = pages.bytes.slice(start..(at + 1) * PAGE);
@@ -98,6 +112,7 @@ pub(crate) fn sort(
                 memory,
                 first,
                 pages: 1,
+                digest: digest(0, hash),
             })),
             (false, _) => pieces.push(CutPiece::Pages(CutPages {
                 memory,
@@ -124,13 +139,15 @@ mod tests {
 
     #[test]
     fn what_did_not_change_is_told_from_what_did() {
-        let same = |first, pages| {
-            CutPiece::Same(CutSame {
-                memory: 1,
-                first,
-                pages,
-            })
+        let same_of = |first, of: &[u8]| CutSame {
+            memory: 1,
+            first,
+            pages: of.len() as u32,
+            digest: of
+                .iter()
+                .fold(0, |it, byte| digest(it, hash(&[*byte; PAGE]))),
         };
+        let same = |first, of: &[u8]| CutPiece::Same(same_of(first, of));
         let mut known = Known::default();
         let mut renewed = |first: u32, of: &[u8]| {
             sort(&pages(first, of), |memory, number, hash| {
@@ -141,20 +158,20 @@ mod tests {
         assert_eq!(renewed(5, &[1, 2, 3, 4, 0]), [CutPiece::Pages(all)]);
         let expected = [
             CutPiece::Pages(pages(4, &[9])),
-            same(5, 1),
+            same(5, &[1]),
             CutPiece::Pages(pages(6, &[8, 7])),
-            same(8, 2),
+            same(8, &[4, 0]),
         ];
         assert_eq!(renewed(4, &[9, 1, 8, 7, 4, 0]), expected);
-        assert_eq!(renewed(4, &[9, 1, 8, 7, 4, 0]), [same(4, 6)]);
-        let has = |first, pages| {
-            known.has(&CutSame {
-                memory: 1,
-                first,
-                pages,
-            })
-        };
-        assert!(has(4, 6) && !has(4, 7) && !has(3, 1));
+        assert_eq!(
+            renewed(4, &[9, 1, 8, 7, 4, 0]),
+            [same(4, &[9, 1, 8, 7, 4, 0])]
+        );
+        let agrees = |first, of: &[u8]| known.agrees(&same_of(first, of));
+        assert!(agrees(4, &[9, 1, 8, 7, 4, 0]) && agrees(5, &[1, 8]));
+        // More than it knows, and others.
+        assert!(!agrees(4, &[9, 1, 8, 7, 4, 0, 0]) && !agrees(3, &[9]));
+        assert!(!agrees(5, &[1, 7]) && !agrees(5, &[8, 1]));
         assert_eq!(known.which(|_, number| number > 7), [(1, 8), (1, 9)]);
     }
 }

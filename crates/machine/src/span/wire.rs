@@ -39,7 +39,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Version of these messages.
-pub(super) const VERSION: u32 = 8;
+pub(super) const VERSION: u32 = 9;
 /// Whole pages of a segment's directory are the most that is said at once.
 const CLASS: Class = Class {
     magic: u32::from_le_bytes(*b"KSPN"),
@@ -911,6 +911,7 @@ mod tests {
                     memory: 0,
                     first: 1 << 20,
                     pages: 16,
+                    digest: u128::MAX - 1,
                 },
             ),
             Parcel::Gone(part(5)),

@@ -45,6 +45,8 @@ const PIECE_PAGES: u32 = 16;
 const PIECE_PAGES_MAX: usize = 64;
 /// Bytes that a member may send before it is asked for more.
 const AHEAD_BYTES: u32 = 1 << 20;
+/// As so many bytes counts that some pages are as they were.
+const SAME_BYTES: u32 = 4096;
 /// Pages that are protected, or let go, at once.
 const AT_ONCE_PAGES: u32 = 512;
 /// When no more are left to be protected it is prepared.
@@ -101,6 +103,9 @@ pub struct CutSame {
     pub first: u32,
     /// How many there are.
     pub pages: u32,
+    /// Of what they hold, page by page: whoever takes them to be
+    /// something else finds out.
+    pub digest: u128,
 }
 
 /// Some of a cut.
@@ -132,6 +137,8 @@ enum Stage {
 #[derive(Debug)]
 pub(super) struct Cutting {
     number: u64,
+    /// Which it is of all that this part has heard of: another home counts anew.
+    heard: u64,
     /// An earlier cut of which all was taken, and kept.
     since: Option<u64>,
     stage: Stage,
@@ -159,9 +166,10 @@ pub(super) struct Cutting {
 }
 
 impl Cutting {
-    fn new(number: u64, since: Option<u64>, memories: usize) -> Self {
+    fn new((number, heard): (u64, u64), since: Option<u64>, memories: usize) -> Self {
         Cutting {
             number,
+            heard,
             since,
             stage: Stage::Preparing,
             pages: vec![RoaringBitmap::new(); memories],
@@ -186,8 +194,10 @@ impl Cutting {
 /// What is known of cuts without the lock.
 #[derive(Debug, Default)]
 pub(super) struct Cuts {
-    /// Numbers of those that there were.
+    /// Numbers of those that there were, at the home.
     count: AtomicU64,
+    /// How many a member has heard of.
+    heard: AtomicU64,
     /// There is one.
     is_on: AtomicBool,
     copied_bytes: AtomicUsize,
@@ -282,7 +292,9 @@ impl Shared {
         if let CutWord::Prepare { since } = word {
             // (Of an earlier one there may be something left.)
             while self.let_some_go(state)? {}
-            state.cutting = Some(Cutting::new(number, since, self.memories.len()));
+            let heard = self.cuts.heard.fetch_add(1, Ordering::Relaxed);
+            let cutting = Cutting::new((number, heard), since, self.memories.len());
+            state.cutting = Some(cutting);
             self.cuts.is_on.store(true, Ordering::Release);
         }
         let Some(cutting) = state.cutting.as_mut().filter(|it| it.number == number) else {
@@ -347,7 +359,8 @@ impl Shared {
         let last = same.pages.checked_sub(1);
         let last = last.and_then(|more| same.first.checked_add(more));
         let memory = same.memory;
-        let can_be = last.is_some_and(|number| self.has(PageId { memory, number }));
+        let can_be = last.is_some_and(|number| self.has(PageId { memory, number }))
+            && same.pages as usize <= PIECE_PAGES_MAX;
         let mut state = locked(&self.state);
         let cutting = state.cutting.as_mut().filter(|it| it.number == number);
         let since = cutting.as_ref().is_none_or(|it| it.since.is_some());
@@ -637,15 +650,15 @@ impl Shared {
             Some(cutting)
                 if cutting.stage == Stage::Marked && !cutting.is_done && cutting.asked > 0 =>
             {
-                let (number, since) = (cutting.number, cutting.since);
+                let (number, heard, since) = (cutting.number, cutting.heard, cutting.since);
                 if let Some(pages) = self.take_piece(state)? {
                     drop(guard);
-                    return self.give(number, given.sort(number, since, &pages));
+                    return self.give(number, given.sort(heard, since, &pages));
                 }
                 if let Some(cutting) = &mut state.cutting {
                     cutting.is_done = true;
                 }
-                given.all_is(number);
+                given.all_is(number, heard);
                 let word = CutWord::Done;
                 Some(Parcel::Cut { number, word })
             }
@@ -669,19 +682,19 @@ impl Shared {
 /// What a member gave.
 #[derive(Debug, Default)]
 struct Given {
-    /// At the last cut of which it gave all; its number.
+    /// At the last cut of which it gave all; its number, at the home of then.
     before: Option<(u64, Known)>,
-    /// At the one that it gives.
+    /// At the one that it gives, and which that is of those it has heard of.
     now: Option<(u64, Known)>,
 }
 
 impl Given {
     /// What of some pages is as it was at an earlier cut.
-    fn sort(&mut self, number: u64, since: Option<u64>, pages: &CutPages) -> Vec<CutPiece> {
+    fn sort(&mut self, heard: u64, since: Option<u64>, pages: &CutPages) -> Vec<CutPiece> {
         self.before.take_if(|(number, _)| since != Some(*number));
-        let (_, now) = match self.now.take_if(|(now, _)| *now == number) {
+        let (_, now) = match self.now.take_if(|(now, _)| *now == heard) {
             Some(now) => self.now.insert(now),
-            None => self.now.insert((number, Known::default())),
+            None => self.now.insert((heard, Known::default())),
         };
         let before = self.before.as_ref().map(|(_, known)| known);
         known::sort(pages, |memory, number, hash| {
@@ -691,11 +704,12 @@ impl Given {
     }
 
     /// All of a cut was given.
-    fn all_is(&mut self, number: u64) {
+    fn all_is(&mut self, number: u64, heard: u64) {
         let now = self.now.take();
         // (It may have had nothing.)
-        let known = now.filter(|(now, _)| *now == number);
-        self.before = Some(known.unwrap_or((number, Known::default())));
+        let known = now.filter(|(now, _)| *now == heard);
+        let known = known.map_or_else(Known::default, |(_, known)| known);
+        self.before = Some((number, known));
     }
 }
 
@@ -709,7 +723,10 @@ impl Shared {
                     bytes += pages.bytes.len();
                     Parcel::CutPages { number, pages }
                 }
-                CutPiece::Same(same) => Parcel::CutSame(number, same),
+                CutPiece::Same(same) => {
+                    bytes += SAME_BYTES as usize;
+                    Parcel::CutSame(number, same)
+                }
             });
         }
         {
@@ -755,7 +772,8 @@ impl Pages {
             if is_taken || leave || !shared.is_home() {
                 return Err(SpanError::Cut);
             }
-            state.cutting = Some(Cutting::new(number, since, shared.memories.len()));
+            let cutting = Cutting::new((number, 0), since, shared.memories.len());
+            state.cutting = Some(cutting);
             shared.cuts.is_on.store(true, Ordering::Release);
         }
         Ok(Cut { shared, number })
@@ -881,10 +899,12 @@ impl Cut {
             }
             if let Some((from, piece)) = cutting.came.pop_front() {
                 drop(guard);
-                let CutPiece::Pages(pages) = &piece else {
-                    return Ok(Some(piece));
+                let more = match &piece {
+                    CutPiece::Pages(pages) => {
+                        u32::try_from(pages.bytes.len()).unwrap_or(AHEAD_BYTES)
+                    }
+                    CutPiece::Same(_) => SAME_BYTES,
                 };
-                let more = u32::try_from(pages.bytes.len()).unwrap_or(AHEAD_BYTES);
                 let (number, word) = (self.number, CutWord::More(more));
                 shared.tell_part(from, &Parcel::Cut { number, word })?;
                 return Ok(Some(piece));
@@ -927,6 +947,31 @@ impl Drop for Cut {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Of a cut that was given up nothing is left, also where the next one, of another home,
+    /// has the same number.
+    #[test]
+    fn what_was_given_before_is_of_one_cut() {
+        let pages = |byte: u8| CutPages {
+            memory: 0,
+            first: 7,
+            bytes: vec![byte; PAGE].into(),
+        };
+        let is_same = |pieces: Vec<CutPiece>| matches!(pieces[..], [CutPiece::Same(_)]);
+        let mut given = Given::default();
+        assert!(!is_same(given.sort(0, None, &pages(1))));
+        // The first of another home, which takes the page from elsewhere.
+        given.all_is(1, 1);
+        assert!(!is_same(given.sort(2, Some(1), &pages(1))));
+        given.all_is(2, 2);
+        // The one before, and only that.
+        assert!(is_same(given.sort(3, Some(2), &pages(1))));
+        given.all_is(3, 3);
+        assert!(!is_same(given.sort(4, Some(2), &pages(1))));
+        given.all_is(4, 4);
+        assert!(!is_same(given.sort(5, Some(4), &pages(2))));
+        assert!(!is_same(given.sort(6, None, &pages(2))));
+    }
 
     #[test]
     fn runs_begin_with_the_first_page() {
