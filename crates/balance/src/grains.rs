@@ -11,14 +11,15 @@
 //!
 //! The cheapest that cures is taken: a thread before objects, both before the machine.
 //! Where a whole machine may cure it, that is the business of the rounds
-//! ([`crate::round`]), and nothing is spread.
+//! ([`crate::round`]), and nothing is spread; where none may, rounds move nothing
+//! ([`crate::select::Verdict::Spreads`]).
 //!
 //! The machine's home decides, alone: it is the only one that knows the threads, and a
 //! wrong decision costs microseconds. Of other nodes it believes what they tell rounds.
 
 use crate::Name;
 use crate::policy::{Policy, Strategy};
-use crate::select::{Side, lowers};
+use crate::select::{Side, lowers, presses_any};
 use crate::window::{NEWEST, NEWEST_SHOWING, steady_difference};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -315,7 +316,7 @@ fn spread(scene: &Scene, policy: &Policy) -> Option<Choice> {
             what: format!("the whole machine to {}", lightest.name),
             found: format!("that node would be at {there:.2} then"),
         };
-        if there < policy.pressed_load.max(home.side.load / 2.0) {
+        if !presses_any(home.side.load, there, policy) {
             // That is cheaper: rounds see to it.
             return None;
         }

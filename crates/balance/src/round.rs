@@ -27,7 +27,7 @@ use crate::ledger::{Decision, Outcome, Stay};
 use crate::load::{Absurd, Capacity, Factors, LOAD_MAX, NodeSample};
 use crate::policy::{Mode, Policy, Strategy};
 use crate::select::{
-    Aim, Bound, CONSIDERED_MAX, Candidate, Considered, Side, Verdict, aim, select,
+    Aim, Bound, CONSIDERED_MAX, Candidate, Considered, Side, Spreadable, Verdict, aim, select,
 };
 use crate::window::{NEWEST, Window, steady_difference};
 use rand::rngs::SmallRng;
@@ -336,6 +336,12 @@ pub enum Command {
 pub trait Bounds {
     /// Why a machine of this node may not go there, if it may not.
     fn bound(&self, machine: &Name, target: &Name) -> Option<Bound>;
+
+    /// What a machine's spec says of parts that it may get now; nothing of one that may have
+    /// none.
+    fn spreadable(&self, _machine: &Name) -> Option<Spreadable> {
+        None
+    }
 }
 
 /// Nothing is bound.
@@ -1188,6 +1194,7 @@ impl Balancer {
                     factors: known.factors,
                     there,
                     lasted_ms: now_ms.saturating_sub(known.level_since_ms),
+                    spreadable: bounds.spreadable(machine),
                     bound: self.bound(machine, peer, now_ms, bounds),
                 })
             })

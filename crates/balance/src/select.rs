@@ -12,6 +12,9 @@
 //! nodes' powers (cores times speed) are in the sum because without them a small node
 //! and a large one would be uneven at its minimum.
 //!
+//! A machine that may have parts on several nodes, and would press the target as well, gets
+//! parts instead ([`crate::grains`]): moved as a whole it would only be spread from there.
+//!
 //! Packing (`pack`) empties nodes instead. It goes one way only, from the weaker node to
 //! the stronger, and between equals from the one that carries less to the other: each
 //! move raises what the stronger ones carry, or the sum of squares of equals. So no
@@ -28,6 +31,8 @@ use serde::{Deserialize, Serialize};
 pub const NEAR_SHARE: f64 = 0.10;
 /// Times the power of another node from which a node is the stronger one.
 const STRONGER: f64 = 1.1;
+/// Cores that no single thread wants, with what is done for it beside.
+const SEVERAL_CORES: f64 = 1.5;
 /// Considered machines that a decision names; the nearest ones.
 pub const CONSIDERED_MAX: usize = 32;
 
@@ -138,6 +143,37 @@ pub enum Verdict {
     NotWorth,
     /// The target would be filled beyond what `pack` allows.
     Overfills,
+    /// It is to get parts on several nodes instead: it keeps more than one part may, or
+    /// would press the target as well.
+    Spreads,
+}
+
+/// What a machine's spec says of the parts that balancing may give it; of one that has none
+/// yet, and was not brought together not long ago.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Spreadable {
+    /// It is to have them from its beginning.
+    pub from_beginning: bool,
+    /// What one part keeps at most, in bytes.
+    pub part_memory_bytes: Option<u64>,
+}
+
+/// Whether a machine that may have parts presses whichever node it is on, as it would be
+/// there and is here, in loads: so moving it cures nothing.
+pub fn presses_any(here: f64, there: f64, policy: &Policy) -> bool {
+    there >= policy.pressed_load.max(here / 2.0)
+}
+
+impl Spreadable {
+    /// Whether the machine gets parts where it is, whatever moving it would do. As
+    /// [`crate::grains::decide`] has it, but that its threads are not known here: they are
+    /// several if they want clearly more than one core.
+    fn is_due(&self, factors: &Factors, source: &Side, there: f64, policy: &Policy) -> bool {
+        let most = self.part_memory_bytes;
+        let is_over = most.is_some_and(|most| factors.memory_bytes > most);
+        let presses = source.pressed && factors.cpu_cores >= SEVERAL_CORES;
+        self.from_beginning || is_over || presses && presses_any(source.load, there, policy)
+    }
 }
 
 /// A machine that was considered.
@@ -160,6 +196,9 @@ pub struct Considered {
     pub cost: Cost,
     /// What moving it is worth.
     pub gain: Gain,
+    /// What its spec says of parts, if it may get some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spreadable: Option<Spreadable>,
     /// What became of it.
     pub verdict: Verdict,
 }
@@ -172,6 +211,7 @@ impl Considered {
             factors: self.factors,
             there: self.there,
             lasted_ms: self.lasted_ms,
+            spreadable: self.spreadable,
             bound: match &self.verdict {
                 Verdict::Bound(bound) => Some(bound.clone()),
                 _ => None,
@@ -191,6 +231,8 @@ pub struct Candidate {
     pub there: f64,
     /// For how long its load has been what it is.
     pub lasted_ms: u64,
+    /// What its spec says of parts, if it may get some.
+    pub spreadable: Option<Spreadable>,
     /// Why it cannot go anyway.
     pub bound: Option<Bound>,
 }
@@ -275,8 +317,14 @@ fn weigh(
     let kept = (target.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
     let free_bytes = target.memory_free_bytes.saturating_sub(kept);
     let needs_bytes = candidate.factors.memory_bytes;
+    let is_due = |it: Spreadable| {
+        let there = target.load + there;
+        it.is_due(&candidate.factors, source, there, policy)
+    };
     let verdict = if let Some(bound) = &candidate.bound {
         Verdict::Bound(bound.clone())
+    } else if candidate.spreadable.is_some_and(is_due) {
+        Verdict::Spreads
     } else if needs_bytes > free_bytes {
         Verdict::NoRoom {
             needs_bytes,
@@ -309,6 +357,7 @@ fn weigh(
         distance,
         cost,
         gain,
+        spreadable: candidate.spreadable,
         verdict,
     }
 }
@@ -392,6 +441,7 @@ mod tests {
             there: factors.weigh(&target.capacity, &Policy::default().weights),
             factors,
             lasted_ms: 60_000,
+            spreadable: None,
             bound: None,
         }
     }
@@ -478,6 +528,52 @@ mod tests {
             verdict(&considered, "idle"),
             Verdict::TooLittle { .. }
         ));
+    }
+
+    #[test]
+    fn what_would_press_any_node_is_spread_instead() {
+        let (source, target) = (side(1.0, 5.0), side(1.0, 1.0));
+        let spreadable = Spreadable {
+            from_beginning: false,
+            part_memory_bytes: Some(1 << 30),
+        };
+        let may = |name: &str, cores: f64| Candidate {
+            spreadable: Some(spreadable),
+            ..burner(name, cores, &target)
+        };
+        let mut over = may("over", 0.5);
+        over.factors.memory_bytes = 2 << 30;
+        // Half of what presses here would press there, and it is of one thread.
+        let candidates = [may("wide", 2.0), may("narrow", 1.2), over];
+        let considered = decide(&source, &target, &candidates);
+        assert_eq!(verdict(&considered, "wide"), Verdict::Spreads);
+        assert_eq!(verdict(&considered, "narrow"), Verdict::Chosen);
+        assert_eq!(verdict(&considered, "over"), Verdict::Spreads);
+        // What may have no parts, or presses no other node, goes.
+        let considered = decide(&source, &target, &[burner("wide", 2.0, &target)]);
+        assert_eq!(considered[0].verdict, Verdict::Chosen);
+        let (source, roomy) = (side(2.0, 2.0), side(8.0, 0.0));
+        let fits = Candidate {
+            there: 0.25,
+            ..may("fits", 2.0)
+        };
+        let considered = decide(&source, &roomy, &[fits]);
+        assert_eq!(considered[0].verdict, Verdict::Chosen);
+        // And it has them at once that is to have them.
+        let mut early = may("early", 0.5);
+        early.spreadable = Some(Spreadable {
+            from_beginning: true,
+            ..spreadable
+        });
+        let considered = decide(&source, &target, &[early]);
+        assert_eq!(considered[0].verdict, Verdict::Spreads);
+        assert_eq!(
+            considered[0]
+                .candidate()
+                .spreadable
+                .map(|it| it.from_beginning),
+            Some(true)
+        );
     }
 
     #[test]

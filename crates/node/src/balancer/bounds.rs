@@ -7,7 +7,7 @@ use crate::rules::{Book, Drain};
 use keel_balance::Name;
 use keel_balance::round::Bounds;
 use keel_balance::rules::{Broken, Holders, Thing, broken_by, domains_of, forbidden, holders_of};
-use keel_balance::select::Bound;
+use keel_balance::select::{Bound, Spreadable};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -48,6 +48,8 @@ pub(super) struct Snapshot {
     opted_out: BTreeSet<Name>,
     /// Machines of this node with parts elsewhere.
     spanning: BTreeSet<Name>,
+    /// Machines that may get parts.
+    spreadable: BTreeMap<Name, Spreadable>,
     placed: Vec<(Thing, Name)>,
     nodes: Vec<Thing>,
     /// Minute of the day, UTC.
@@ -60,7 +62,7 @@ impl Snapshot {
         followed: &Followed,
         placements: &Placements,
         nodes: &[Name],
-        spanning: BTreeSet<Name>,
+        (spanning, stay_whole): (BTreeSet<Name>, &BTreeSet<Name>),
         now_unix_ms: u64,
     ) -> Self {
         let book = followed.book();
@@ -77,11 +79,15 @@ impl Snapshot {
                 nodes.iter().map(|node| book.node(node)).collect(),
             )
         };
+        let mut spreadable = placements.spreadable();
+        spreadable
+            .retain(|machine, _| !spanning.contains(machine) && !stay_whole.contains(machine));
         Snapshot {
             book,
             alive,
             opted_out: placements.opted_out(),
             spanning,
+            spreadable,
             placed,
             nodes,
             minute: (now_unix_ms / 60_000 % 1440) as u32,
@@ -153,5 +159,9 @@ impl Bounds for Snapshot {
             rule: broken.rule,
             says: broken.why,
         })
+    }
+
+    fn spreadable(&self, machine: &Name) -> Option<Spreadable> {
+        self.spreadable.get(machine).copied()
     }
 }

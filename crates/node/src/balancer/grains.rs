@@ -26,8 +26,8 @@ use keel_machine::span::{Heat, HotPage, PartId, Sharing, Took};
 use keel_machine::spec::{BalanceBy, Balancing, Spawn};
 use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport, PartsReport, State};
 use rand::seq::IteratorRandom;
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Other nodes that are asked while parts are sought.
@@ -90,8 +90,26 @@ struct Known {
     losing: u32,
     /// It is not spread again until then.
     gathered_until: Option<Instant>,
+    /// It could not be spread, and that is not tried again until then.
+    failed_until: Option<Instant>,
     /// What was only suggested last.
     suggested: Option<Grain>,
+}
+
+/// Machines of this node that may have parts, and get none for the moment: they lost by
+/// them, or could not be spread. Rounds move them as a whole.
+#[derive(Debug, Clone, Default)]
+pub(super) struct StayWhole(Arc<Mutex<BTreeSet<Name>>>);
+
+impl StayWhole {
+    pub(super) fn machines(&self) -> BTreeSet<Name> {
+        let machines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        machines.clone()
+    }
+
+    fn are(&self, machines: BTreeSet<Name>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = machines;
+    }
 }
 
 /// Looks at this node's machines for ever.
@@ -140,6 +158,14 @@ async fn look_at_all(agent: &Arc<Agent>, policy: &Policy, known: &mut HashMap<Ma
         }
     }
     known.retain(|machine, _| seen.contains(machine));
+    let now = Instant::now();
+    let stays = |known: &Known| {
+        let until = known.gathered_until.max(known.failed_until);
+        until.is_some_and(|until| now < until)
+    };
+    let whole = known.iter().filter(|(_, known)| stays(known));
+    let whole = whole.map(|(machine, _)| machine.as_str().into());
+    agent.balancer.stay_whole.are(whole.collect());
 }
 
 async fn look_at(
@@ -294,7 +320,11 @@ async fn look_at(
             },
         );
         if failed {
-            known.rests_until = Some(Instant::now() + FAILED_AFTER);
+            let until = Some(Instant::now() + FAILED_AFTER);
+            known.rests_until = until;
+            if matches!(grain, Grain::Spread { .. }) {
+                known.failed_until = until;
+            }
             break;
         }
         if let Grain::Thread {

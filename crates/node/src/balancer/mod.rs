@@ -110,6 +110,7 @@ pub(crate) struct Handle {
     traffic: Arc<Mutex<Vec<PeerTraffic>>>,
     rules: Followed,
     placements: Arc<Placements>,
+    stay_whole: grains::StayWhole,
     drain: drain::Progress,
 }
 
@@ -127,6 +128,7 @@ pub(crate) fn prepare(ledger: Ledger, recorder: Recorder) -> (Handle, Inbox) {
         traffic: Arc::default(),
         rules: Followed::default(),
         placements: Arc::default(),
+        stay_whole: grains::StayWhole::default(),
         drain: drain::Progress::default(),
     };
     (handle, Inbox(inbox))
@@ -326,7 +328,14 @@ impl Task {
         let nodes: Vec<Name> = self.peers.iter().cloned().chain([own]).collect();
         let spanning = self.agent.spanning();
         let spanning = spanning.iter().map(|it| Name::from(it.as_str())).collect();
-        Snapshot::new(&self.rules, &self.placements, &nodes, spanning, unix_ms())
+        let stay_whole = self.agent.balancer.stay_whole.machines();
+        Snapshot::new(
+            &self.rules,
+            &self.placements,
+            &nodes,
+            (spanning, &stay_whole),
+            unix_ms(),
+        )
     }
 
     /// Moves a machine away that breaks a rule here, whatever the loads are.

@@ -4,11 +4,12 @@
 use crate::agent::Agent;
 use keel_balance::Name;
 use keel_balance::round::Event;
+use keel_balance::select::Spreadable;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Change, KeyValue};
 use keel_cluster::{MachineName, NodeName, StoreError};
-use keel_machine::spec::{BalanceBy, Balancing, Record, Status};
-use std::collections::{BTreeSet, HashMap};
+use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn, Status};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
@@ -74,6 +75,21 @@ impl Placements {
             .iter()
             .filter(|(_, placed)| placed.balancing.by == BalanceBy::Off);
         out.map(|(machine, _)| machine.as_str().into()).collect()
+    }
+
+    /// Machines that balancing may give parts.
+    pub(super) fn spreadable(&self) -> BTreeMap<Name, Spreadable> {
+        let table = self.table();
+        let may = table.iter().filter_map(|(machine, placed)| {
+            let balancing = &placed.balancing;
+            let may = balancing.by != BalanceBy::Off && balancing.parts_max.is_some();
+            let spreadable = Spreadable {
+                from_beginning: balancing.spawn == Spawn::Spread,
+                part_memory_bytes: balancing.part_memory_bytes,
+            };
+            may.then(|| (machine.as_str().into(), spreadable))
+        });
+        may.collect()
     }
 
     /// Takes what the store says; what that is for this node's balancer.

@@ -181,6 +181,7 @@ impl World {
                     factors,
                     there: on.weigh(&there.capacity, &policy.weights),
                     lasted_ms: self.now_ms - machine.since_ms,
+                    spreadable: None,
                     bound: self.book.bound(&machine.spec.name, target),
                 }
             })
