@@ -1,0 +1,276 @@
+//! Grains finer than a machine: what is done with the threads and the memory of one
+//! machine that may have parts on several nodes.
+//!
+//! | pressed | grain | cures |
+//! |---|---|---|
+//! | a node's cores, by a machine that would press any other as well | parts on more nodes | no whole move would |
+//! | a node's cores | a thread to another part | takes microseconds, and a few pages |
+//! | a thread, by what it waits for | it to where that is, if there is room | a thread is less than its pages |
+//! | a node's memory, or what a part may keep | objects, coldest first | takes as long as their bytes |
+//! | everything, by pages that go to and fro | all of it back together | its threads run less than they would at its home alone |
+//!
+//! The cheapest that cures is taken: a thread before objects, both before the machine.
+//! Where a whole machine may cure it, that is the business of the rounds
+//! ([`crate::round`]), and nothing is spread; where none may, rounds move nothing
+//! ([`crate::select::Verdict::Spreads`]).
+//!
+//! The machine's home decides, alone: it is the only one that knows the threads, and a
+//! wrong decision costs microseconds. Of other nodes it believes what they tell rounds.
+//!
+//! - `parts`: whether it gets some, or more, or loses some, or all
+//! - `threads`: which of its threads go elsewhere
+//! - `objects`: what of its memory does
+
+mod objects;
+mod parts;
+mod threads;
+
+pub use objects::{Object, coldest};
+pub use parts::loses;
+
+use crate::Name;
+use crate::policy::Policy;
+use crate::select::Side;
+use crate::window::{NEWEST, NEWEST_SHOWING};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Cores below which a thread is not worth moving.
+const CORES_MIN: f64 = 0.1;
+/// Looks at which it loses by its parts, after which it does not matter what may help.
+const LOSING_MAX: u32 = 20;
+
+/// A part of the machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Part {
+    /// Its number; the home has 0.
+    pub number: u32,
+    /// Its node.
+    pub node: Name,
+    /// Bytes of the machine's memory that it has, where that is known.
+    pub memory_bytes: Option<u64>,
+    /// It had too much since the last look, and gave away what came first to hand.
+    pub overflows: bool,
+}
+
+/// A thread of the machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Thread {
+    /// Its number.
+    pub tid: u32,
+    /// The part at which it is.
+    pub part: u32,
+    /// Cores of that part's node that it takes or waits for.
+    pub cores: f64,
+    /// Of them, those that it gets.
+    pub ran: f64,
+    /// Whether it must stay: it moves, or came not long ago.
+    pub held: bool,
+    /// Where it would rather be.
+    pub drawn: Option<Drawn>,
+}
+
+/// The part that draws a thread.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Drawn {
+    /// Its number.
+    pub part: u32,
+    /// What the thread wants there.
+    pub why: String,
+    /// Share of its time that it stands at pages from there; 0 where it is a liking. Of
+    /// those that go for their pages one goes at a time: of two that share some the other
+    /// one is where they are then.
+    pub stands: f64,
+}
+
+/// A node that has a part, or may get one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Node {
+    /// Its name.
+    pub name: Name,
+    /// As it tells rounds.
+    pub side: Side,
+    /// Loads of its last samples, newest first.
+    pub loads: Vec<f64>,
+    /// Why no part may be there, if none may.
+    pub forbidden: Option<String>,
+}
+
+/// What is known when it is decided. The home's node is the first.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scene {
+    /// Parts that it may have.
+    pub parts_max: u32,
+    /// It is to have them from its beginning.
+    pub from_beginning: bool,
+    /// What one part keeps at most.
+    pub part_memory_bytes: Option<u64>,
+    /// Those that it has: the home alone, or with members.
+    pub parts: Vec<Part>,
+    /// All its threads.
+    pub threads: Vec<Thread>,
+    /// The home's node first, then those of members, then others.
+    pub nodes: Vec<Node>,
+    /// Threads that waited for pages on average lately, in cores, if it spans.
+    pub waited_cores: f64,
+    /// Looks in a row at which it lost by its parts ([`loses`]).
+    pub losing: u32,
+    /// It was brought together not long ago, since it lost more than it won.
+    pub tried: bool,
+    /// From which nodes to which threads went not long ago: none goes back.
+    pub recent: Vec<(Name, Name)>,
+}
+
+/// What is done.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "grain")]
+pub enum Grain {
+    /// It gets parts on these nodes.
+    Spread {
+        /// Beside its home's.
+        nodes: Vec<Name>,
+    },
+    /// A thread goes to another part.
+    Thread {
+        /// Its number.
+        tid: u32,
+        /// The node that it leaves.
+        from: Name,
+        /// The part that it goes to.
+        part: u32,
+        /// That part's node.
+        to: Name,
+    },
+    /// Objects go to another part, coldest first.
+    Objects {
+        /// The part that gives.
+        from_part: u32,
+        /// Its node.
+        from: Name,
+        /// The part that takes.
+        part: u32,
+        /// Its node.
+        to: Name,
+        /// How many bytes.
+        bytes: u64,
+    },
+    /// All of it comes back to its home.
+    Gather,
+    /// It has no parts on these nodes any more.
+    Leave {
+        /// Where none may be.
+        nodes: Vec<Name>,
+    },
+}
+
+/// Something that was weighed, and what was found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Weighed {
+    /// What: a grain, a thread, a node.
+    pub what: String,
+    /// Why it was taken, or not.
+    pub found: String,
+}
+
+/// What is done, and why.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Choice {
+    /// What.
+    pub grain: Grain,
+    /// The rule that decided.
+    pub why: String,
+    /// Loads by which it was.
+    pub loads: Vec<(Name, f64)>,
+    /// What was weighed beside it.
+    pub weighed: Vec<Weighed>,
+}
+
+impl fmt::Display for Grain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: &u64| *bytes as f64 / f64::from(1 << 20);
+        match self {
+            Grain::Spread { nodes } => write!(f, "gets parts on {}", nodes.join(", ")),
+            Grain::Thread { tid, from, to, .. } => {
+                write!(f, "thread {tid} moves from {from} to {to}")
+            }
+            Grain::Objects {
+                from, to, bytes, ..
+            } => write!(
+                f,
+                "{:.1} MiB of memory move from {from} to {to}",
+                mib(bytes)
+            ),
+            Grain::Gather => f.write_str("comes back together"),
+            Grain::Leave { nodes } => write!(f, "has no part on {} any more", nodes.join(", ")),
+        }
+    }
+}
+
+impl Scene {
+    fn node(&self, name: &Name) -> Option<&Node> {
+        self.nodes.iter().find(|it| it.name == *name)
+    }
+
+    fn spans(&self) -> bool {
+        self.parts.len() > 1
+    }
+
+    fn loads(&self) -> Vec<(Name, f64)> {
+        let nodes = self.nodes.iter();
+        nodes.map(|it| (it.name.clone(), it.side.load)).collect()
+    }
+
+    /// Loads of nodes with that of some threads elsewhere than where they are.
+    fn choice(&self, grain: Grain, why: String, weighed: Vec<Weighed>) -> Choice {
+        Choice {
+            grain,
+            why,
+            loads: self.loads(),
+            weighed,
+        }
+    }
+}
+
+/// Whether most of the newest samples show that much.
+fn steadily(loads: &[f64], least: f64) -> bool {
+    let newest = loads.iter().take(NEWEST);
+    newest.filter(|load| **load >= least).count() >= NEWEST_SHOWING
+}
+
+/// What is to be done with a machine now, and why; nothing where nothing is pressed.
+pub fn decide(scene: &Scene, policy: &Policy) -> Vec<Choice> {
+    if !scene.spans() {
+        return parts::spread(scene, policy).into_iter().collect();
+    }
+    if let Some(choice) = parts::leaves(scene) {
+        return vec![choice];
+    }
+    if let Some(choice) = loses(scene, policy) {
+        // Threads that are together may lose no more.
+        let drawn = match scene.losing {
+            0..=LOSING_MAX => threads::drawn(scene, policy),
+            _ => Vec::new(),
+        };
+        return if drawn.is_empty() {
+            vec![choice]
+        } else {
+            drawn
+        };
+    }
+    let mut choices = threads::from_pressed(scene, policy);
+    if choices.is_empty() {
+        choices.extend(parts::widen(scene, policy));
+    }
+    if choices.is_empty() {
+        choices.extend(threads::drawn(scene, policy));
+    }
+    choices.extend(objects::surplus_of_parts(scene, policy));
+    choices
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,223 @@
+//! What memory goes to other parts: of a part, or a node, that has too much.
+
+use super::{Choice, Grain, Part, Scene, Weighed, mib};
+use crate::policy::Policy;
+use std::collections::BTreeMap;
+
+/// Most bytes of objects in one decision.
+const OBJECT_BYTES_MAX: u64 = 256 << 20;
+/// Least bytes that are worth one.
+const OBJECT_BYTES_MIN: u64 = 1 << 20;
+/// Most pieces of memory in one decision.
+const OBJECTS_AT_ONCE: usize = 32;
+/// Share of what a part may keep to which it is filled: what it uses next has room.
+const FILLED: f64 = 0.9;
+/// Of what a part may keep so much is there when some of it is to go: before the part
+/// itself has to give away again what comes first to hand.
+const FULL: f64 = 0.95;
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
+/// Whether a part has about as much as it may keep.
+fn is_full(has_bytes: u64, most_bytes: u64) -> bool {
+    has_bytes as f64 > most_bytes as f64 * FULL
+}
+
+/// Bytes that a part is to give away, and why.
+fn surplus(scene: &Scene, part: &Part, policy: &Policy) -> Option<(u64, String)> {
+    let has = part.memory_bytes?;
+    let most = scene.part_memory_bytes;
+    if let Some(most) = most.filter(|most| has > *most || part.overflows && is_full(has, *most)) {
+        let rest = (most as f64 * FILLED) as u64;
+        let why = format!(
+            "the part on {} has {:.1} MiB, and keeps {:.1} MiB at most",
+            part.node,
+            mib(has),
+            mib(most)
+        );
+        return Some((has - rest, why));
+    }
+    let side = &scene.node(&part.node)?.side;
+    let kept = (side.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
+    if side.memory_free_bytes >= kept {
+        return None;
+    }
+    let why = format!(
+        "{} has {:.1} MiB of memory free, and {:.1} MiB are kept free",
+        part.node,
+        mib(side.memory_free_bytes),
+        mib(kept)
+    );
+    Some((has.min(kept - side.memory_free_bytes), why))
+}
+
+/// Bytes that a part may take without being pressed itself.
+fn room(scene: &Scene, part: &Part, policy: &Policy) -> u64 {
+    let Some(node) = scene.node(&part.node) else {
+        return 0;
+    };
+    if node.forbidden.is_some() {
+        return 0;
+    }
+    let kept = (node.side.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
+    // Once more as much: nodes tell what was some time ago.
+    let of_node = node.side.memory_free_bytes.saturating_sub(2 * kept);
+    let of_part = match (part.memory_bytes, scene.part_memory_bytes) {
+        (Some(has), Some(most)) => ((most as f64 * FILLED) as u64).saturating_sub(has),
+        (None, Some(_)) => 0,
+        _ => u64::MAX,
+    };
+    of_node.min(of_part)
+}
+
+pub(super) fn surplus_of_parts(scene: &Scene, policy: &Policy) -> Vec<Choice> {
+    let mut rooms: BTreeMap<u32, u64> = scene
+        .parts
+        .iter()
+        .map(|part| (part.number, room(scene, part, policy)))
+        .collect();
+    let mut choices = Vec::new();
+    for from in &scene.parts {
+        let Some((mut bytes, why)) = surplus(scene, from, policy) else {
+            continue;
+        };
+        bytes = bytes.min(OBJECT_BYTES_MAX);
+        while bytes >= OBJECT_BYTES_MIN {
+            let others = scene
+                .parts
+                .iter()
+                .filter(|it| it.number != from.number && it.node != from.node);
+            let most = others.max_by_key(|it| {
+                let room = rooms.get(&it.number).copied().unwrap_or(0);
+                (room, std::cmp::Reverse(it.number))
+            });
+            let Some(to) = most else { break };
+            let room = rooms.entry(to.number).or_default();
+            let given = bytes.min(*room) / PAGE * PAGE;
+            if given < OBJECT_BYTES_MIN {
+                break;
+            }
+            *room -= given;
+            bytes -= given;
+            let grain = Grain::Objects {
+                from_part: from.number,
+                from: from.node.clone(),
+                part: to.number,
+                to: to.node.clone(),
+                bytes: given,
+            };
+            let weighed = vec![Weighed {
+                what: "the whole machine".into(),
+                found: "its coldest objects are fewer bytes".into(),
+            }];
+            choices.push(scene.choice(grain, why.clone(), weighed));
+        }
+    }
+    choices
+}
+
+/// A piece of memory that one part has.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Object {
+    /// The machine's memory.
+    pub memory: u32,
+    /// Its first byte.
+    pub start: u64,
+    /// How many.
+    pub bytes: u64,
+    /// Whether its part did not use it of late.
+    pub is_idle: bool,
+    /// How often threads waited of late for each of its pages, on average.
+    pub heat: f64,
+}
+
+/// The coldest pieces that are so many bytes together, of pages of 4 KiB: what nobody uses
+/// where it is, the largest first, as far as it fills what is wanted in so few pieces as are
+/// moved at once; then what is waited for least, of equals the largest.
+pub fn coldest(objects: &[Object], bytes: u64) -> Vec<Object> {
+    let (mut taken, mut rest) = (Vec::new(), bytes / PAGE * PAGE);
+    let mut take = |object: &Object, rest: &mut u64| {
+        let bytes = object.bytes.min(*rest);
+        *rest -= bytes;
+        taken.push(Object {
+            bytes,
+            ..object.clone()
+        });
+    };
+    let mut places = OBJECTS_AT_ONCE as u64;
+    let (mut idle, mut others): (Vec<&Object>, Vec<&Object>) =
+        objects.iter().partition(|object| object.is_idle);
+    idle.sort_by_key(|object| std::cmp::Reverse(object.bytes));
+    for object in idle {
+        // (Crumbs would take the place of what is enough.)
+        let would_fill = object.bytes > 0 && rest.div_ceil(object.bytes) <= places;
+        match rest > 0 && would_fill {
+            true => {
+                take(object, &mut rest);
+                places -= 1;
+            }
+            false => others.push(object),
+        }
+    }
+    others.sort_by(|one, other| {
+        let by_heat = one.heat.total_cmp(&other.heat);
+        by_heat.then_with(|| other.bytes.cmp(&one.bytes))
+    });
+    for object in others {
+        if rest == 0 || places == 0 {
+            break;
+        }
+        take(object, &mut rest);
+        places -= 1;
+    }
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_coldest_go_first_and_no_more_than_is_wanted() {
+        let object = |start: u64, bytes: u64, heat: f64| Object {
+            memory: 0,
+            start,
+            bytes,
+            is_idle: false,
+            heat,
+        };
+        let all = [
+            object(0, 4 * PAGE, 3.0),
+            object(1 << 20, 2 * PAGE, 0.0),
+            object(2 << 20, 8 * PAGE, 0.0),
+        ];
+        let taken = coldest(&all, 9 * PAGE + 7);
+        let taken: Vec<_> = taken.iter().map(|it| (it.start >> 20, it.bytes)).collect();
+        assert_eq!(taken, [(2, 8 * PAGE), (1, PAGE)]);
+        assert_eq!(coldest(&all, PAGE - 1), []);
+        assert_eq!(coldest(&all, u64::MAX).len(), 3);
+        // Before what nobody waits for, as it is used here all the time, goes what is not.
+        let mut idle = object(3 << 20, PAGE, 0.5);
+        idle.is_idle = true;
+        let with = [all.to_vec(), vec![idle]].concat();
+        let taken = coldest(&with, 3 * PAGE);
+        let taken: Vec<_> = taken.iter().map(|it| (it.start >> 20, it.bytes)).collect();
+        assert_eq!(taken, [(3, PAGE), (2, 2 * PAGE)]);
+        // Crumbs that nobody uses do not keep what is enough from going.
+        let mut many: Vec<Object> = (10..200).map(|at| object(at << 20, PAGE, 0.0)).collect();
+        many.iter_mut().for_each(|it| it.is_idle = true);
+        many.push(object(500 << 20, 4096 * PAGE, 0.1));
+        many.push(object(600 << 20, 2048 * PAGE, 0.0));
+        let taken = coldest(&many, 3000 * PAGE);
+        let bytes: Vec<u64> = taken.iter().map(|it| it.bytes / PAGE).collect();
+        // (Those of no heat go first, of which so many are let in as are moved at once.)
+        assert_eq!(bytes[0], 2048);
+        assert_eq!(taken.len(), OBJECTS_AT_ONCE);
+        // What is left of it is filled with them, where they are enough.
+        many[0].bytes = 2990 * PAGE;
+        let taken = coldest(&many, 3000 * PAGE);
+        let bytes: Vec<u64> = taken.iter().map(|it| it.bytes / PAGE).collect();
+        assert_eq!(bytes[0], 2990);
+        assert!(bytes[1..] == [1; 10], "{bytes:?}");
+    }
+}

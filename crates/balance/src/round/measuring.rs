@@ -1,0 +1,168 @@
+//! What a node's balancer knows of its own node and machines: measured, smoothed, and
+//! compared with what moves were to do.
+
+use super::{Balancer, Command, Known, tracked_absurd};
+use crate::ledger::Decision;
+use crate::load::{Capacity, Factors, NodeSample};
+
+/// Weight of the newest sample in a machine's factors.
+const NEWEST_WEIGHT: f64 = 0.4;
+/// Samples that must differ by half before a load counts as another one.
+const CHANGED_SAMPLES: u32 = 3;
+/// Samples that may be missing; after more of them older ones say nothing.
+const GAP_SAMPLES: u64 = 10;
+
+impl Balancer {
+    pub(super) fn sampled(
+        &mut self,
+        mut sample: NodeSample,
+        now_ms: u64,
+        commands: &mut Vec<Command>,
+    ) {
+        // The node's own numbers may be absurd too. Taken as 0 they would make it the
+        // lightest of all, and everybody would send machines here: so it has none.
+        let absurd = sample.sanitise();
+        if !absurd.is_empty() {
+            if !self.absurd {
+                tracked_absurd(commands, "this node", absurd);
+            }
+            self.absurd = true;
+            self.window.clear();
+            return;
+        }
+        self.absurd = false;
+        let gap_ms = GAP_SAMPLES * self.policy.sample_ms;
+        if self.sample.is_some() && now_ms.saturating_sub(self.sampled_ms) > gap_ms {
+            self.window.clear();
+        }
+        self.sampled_ms = now_ms;
+        self.samples += 1;
+        self.gone.retain(|_, until_ms| *until_ms > now_ms);
+        sample
+            .machines
+            .retain(|machine| !self.gone.contains_key(&machine.name));
+        let mut load = sample.base.weigh(&sample.capacity, &self.policy.weights);
+        for machine in &mut sample.machines {
+            self.learn_machine(machine, &sample.capacity, now_ms);
+            if !self.is_leaving(&machine.name) {
+                load += machine
+                    .factors
+                    .weigh(&sample.capacity, &self.policy.weights);
+            }
+        }
+        if let Some(arriving) = &self.arriving
+            && !sample.machines.iter().any(|it| it.name == arriving.machine)
+        {
+            load += arriving.weight;
+        }
+        // What just arrived may be missing in a sample that was begun before.
+        let weights = &self.policy.weights;
+        self.known.retain(|_, known| {
+            if known.seen == self.samples {
+                return true;
+            }
+            let promised = known.promised.filter(|(_, until_ms)| *until_ms > now_ms);
+            load += promised.map_or(0.0, |(it, _)| it.weigh(&sample.capacity, weights));
+            promised.is_some()
+        });
+        self.window.add(load);
+        self.sample = Some(sample);
+        self.check_effects(load, commands);
+        self.watch_pressure(now_ms);
+        commands.extend(self.alert(now_ms).map(Command::Alert));
+    }
+
+    /// Takes a machine's sample into account; what it counts as replaces it.
+    fn learn_machine(
+        &mut self,
+        machine: &mut crate::load::MachineSample,
+        capacity: &Capacity,
+        now_ms: u64,
+    ) {
+        let weights = &self.policy.weights;
+        if !self.known.contains_key(&machine.name) {
+            let known = Known {
+                factors: machine.factors,
+                level: machine.factors.weigh(capacity, weights),
+                level_since_ms: now_ms.saturating_sub(machine.lasted_ms),
+                differing: 0,
+                seen: 0,
+                held_until_ms: 0,
+                came_from: None,
+                promised: None,
+            };
+            self.known.insert(machine.name.clone(), known);
+        }
+        let Some(known) = self.known.get_mut(&machine.name) else {
+            return;
+        };
+        known.seen = self.samples;
+        if let Some((promised, until_ms)) = known.promised {
+            if now_ms < until_ms {
+                machine.factors.cpu_cores = machine.factors.cpu_cores.max(promised.cpu_cores);
+                machine.factors.cpu_bound_cores = machine
+                    .factors
+                    .cpu_bound_cores
+                    .max(promised.cpu_bound_cores);
+                machine.factors.memory_bytes =
+                    machine.factors.memory_bytes.max(promised.memory_bytes);
+            } else {
+                known.promised = None;
+            }
+        }
+        known.factors = smooth(&known.factors, &machine.factors);
+        let weight = machine.factors.weigh(capacity, weights);
+        if (weight - known.level).abs() > 0.5 * known.level.max(0.05) {
+            known.differing += 1;
+            if known.differing >= CHANGED_SAMPLES {
+                known.level = weight;
+                known.level_since_ms = now_ms;
+                known.differing = 0;
+                known.factors = machine.factors;
+            }
+        } else {
+            known.differing = 0;
+        }
+    }
+
+    fn check_effects(&mut self, load: f64, commands: &mut Vec<Command>) {
+        let mut done = Vec::new();
+        self.checks.retain_mut(|check| {
+            check.samples_left = check.samples_left.saturating_sub(1);
+            if check.samples_left > 0 {
+                return true;
+            }
+            done.push(Decision::Ended {
+                machine: check.machine.clone(),
+                target: check.target.clone(),
+                outcome: check.outcome.clone(),
+                load: Some((check.predicted, load)),
+            });
+            false
+        });
+        let done = done.into_iter().map(|it| Command::Record(Box::new(it)));
+        commands.extend(done);
+    }
+
+    fn watch_pressure(&mut self, now_ms: u64) {
+        if self.side().is_some_and(|side| side.pressed) {
+            self.pressed_since_ms.get_or_insert(now_ms);
+        } else {
+            self.pressed_since_ms = None;
+            self.helpless = 0;
+        }
+    }
+}
+
+fn smooth(before: &Factors, now: &Factors) -> Factors {
+    let mix = |before: f64, now: f64| before + NEWEST_WEIGHT * (now - before);
+    Factors {
+        cpu_cores: mix(before.cpu_cores, now.cpu_cores),
+        cpu_bound_cores: mix(before.cpu_bound_cores, now.cpu_bound_cores),
+        memory_bytes: now.memory_bytes,
+        dirty_bytes_per_s: mix(before.dirty_bytes_per_s, now.dirty_bytes_per_s),
+        io_bytes_per_s: mix(before.io_bytes_per_s, now.io_bytes_per_s),
+        network_bytes_per_s: mix(before.network_bytes_per_s, now.network_bytes_per_s),
+        stalled: mix(before.stalled, now.stalled),
+    }
+}

@@ -1,0 +1,150 @@
+//! What balancers tell each other in rounds.
+
+use crate::Name;
+use crate::load::{Absurd, Capacity, Factors, LOAD_MAX};
+use crate::policy::Policy;
+use crate::select::Side;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// What a node tells of itself in a round.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct View {
+    /// The policy by which it measures.
+    pub policy_revision: u64,
+    /// Itself now.
+    pub side: Side,
+    /// Loads of its last samples, newest first.
+    pub loads: Vec<f64>,
+    /// Whether it has promised its room to another machine.
+    pub busy: bool,
+}
+
+impl View {
+    pub(super) fn sanitise(&mut self) -> Vec<Absurd> {
+        let mut absurd = self.side.capacity.sanitise();
+        self.loads
+            .truncate(Policy::default().window_samples.max(120));
+        for load in self.loads.iter_mut().chain([&mut self.side.load]) {
+            if !(0.0..=LOAD_MAX).contains(load) {
+                absurd.push(Absurd {
+                    field: "load".into(),
+                    found: load.to_string(),
+                });
+                *load = 0.0;
+            }
+        }
+        if self.side.memory_free_bytes > self.side.capacity.memory_bytes {
+            absurd.push(Absurd {
+                field: "memory_free_bytes".into(),
+                found: self.side.memory_free_bytes.to_string(),
+            });
+            self.side.memory_free_bytes = 0;
+        }
+        absurd
+    }
+}
+
+/// What one balancer asks another.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Question {
+    /// For its view.
+    View,
+    /// What machines with such factors, measured at a node with such a capacity,
+    /// would weigh there.
+    Weigh {
+        /// The capacity of who asks.
+        capacity: Capacity,
+        /// The machines' factors.
+        factors: Vec<Factors>,
+    },
+    /// Whether it takes a machine now.
+    Take {
+        /// Which.
+        machine: Name,
+        /// The capacity of who asks.
+        capacity: Capacity,
+        /// The machine's factors.
+        factors: Factors,
+        /// The load of who asks: the target must stay below it.
+        load: f64,
+        /// Whether it is to be filled no further than `pack` allows, unless it is free.
+        packs: bool,
+    },
+    /// What was granted is not needed.
+    Release {
+        /// For which machine.
+        machine: Name,
+    },
+}
+
+/// What a balancer answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Answer {
+    /// Its view.
+    View(View),
+    /// It has not measured for long enough.
+    Measuring,
+    /// What the machines would weigh, in the order asked.
+    Weights(Vec<f64>),
+    /// Room is promised.
+    Granted,
+    /// It takes part in another move.
+    Busy,
+    /// It does not take it.
+    Refused {
+        /// Why.
+        why: String,
+    },
+    /// It is free again.
+    Released,
+}
+
+/// The nodes that a balancer may ask.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Peers {
+    nodes: Arc<[Name]>,
+    /// Which of them is the balancer's own.
+    this: Option<usize>,
+}
+
+impl Peers {
+    /// Those that are alive, of which one is the balancer's own: so thousands of
+    /// simulated balancers share one list. A number that is none of theirs counts as
+    /// none.
+    pub fn among(nodes: Arc<[Name]>, this: usize) -> Self {
+        let this = (this < nodes.len()).then_some(this);
+        Peers { nodes, this }
+    }
+
+    /// How many others there are.
+    pub fn len(&self) -> usize {
+        self.nodes.len() - usize::from(self.this.is_some())
+    }
+
+    /// Whether there are no others.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The others.
+    pub fn iter(&self) -> impl Iterator<Item = &Name> {
+        (0..self.len()).filter_map(|number| self.get(number))
+    }
+
+    /// One of the others, by its number from 0 to [`len`](Self::len).
+    pub(super) fn get(&self, number: usize) -> Option<&Name> {
+        let skips = self.this.is_some_and(|this| number >= this);
+        self.nodes.get(number + usize::from(skips))
+    }
+}
+
+impl From<Vec<Name>> for Peers {
+    /// Of the others, without the balancer's own.
+    fn from(others: Vec<Name>) -> Self {
+        Peers {
+            nodes: others.into(),
+            this: None,
+        }
+    }
+}
