@@ -149,9 +149,10 @@ pub(crate) async fn begin(
     // It may have been given to this node and not have gone on yet.
     match worker.state().await {
         Ok(State::Running { epoch }) if epoch == record.epoch => {}
+        Ok(State::Ended { .. }) => return Err(format!("machine {machine:?} has ended")),
         Ok(state) => {
             return Err(format!(
-                "machine {machine:?} is not ready to move ({state:?}); try again"
+                "machine {machine:?} is not ready to move: {state}; try again"
             ));
         }
         Err(error) => return Err(format!("its worker does not answer: {error}")),

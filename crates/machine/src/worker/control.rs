@@ -14,6 +14,7 @@ use keel_wasm::runtime::Took;
 use keel_wasm::runtime::parts::Spawning;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
 
 /// Kinds of requests.
@@ -156,6 +157,27 @@ pub enum State {
         /// The epoch.
         epoch: Epoch,
     },
+}
+
+/// What is told to users of a worker that does not do what they ask.
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            State::Empty => f.write_str("its worker has no machine yet"),
+            State::Running { epoch } => write!(f, "it runs under epoch {epoch}"),
+            State::Filling {
+                source_lost: false, ..
+            } => f.write_str("some of its memory is still to come"),
+            State::Filling { .. } => {
+                f.write_str("some of its memory is still to come, from a node that is lost")
+            }
+            State::Receiving { .. } => f.write_str("it is still arriving"),
+            State::Prepared { .. } => f.write_str("it has arrived, and does not go on yet"),
+            State::Ended { .. } => f.write_str("it has ended"),
+            State::Dropped { reason } => write!(f, "it was dropped: {reason}"),
+            State::Held { .. } => f.write_str("it gets parts, and does not run yet"),
+        }
+    }
 }
 
 /// Starts a machine from its beginning.

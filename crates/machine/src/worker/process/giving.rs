@@ -1,0 +1,347 @@
+//! The machine is given away: copied, frozen, and gone, or thawed again.
+
+use super::super::control::{Copy, CopyEvent, CopyHome, Frozen, State, pack};
+use super::super::outgoing::{Leaving, Outgoing};
+use super::{Worker, goes_on, say};
+use crate::failpoint;
+use crate::link::LinkError;
+use crate::moves::{TargetEvent, TargetState};
+use crate::span::PartId;
+use keel_cluster::Epoch;
+use keel_net::{Bytes, RpcError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+impl Worker {
+    /// As [`Self::copy`], of a machine that spans.
+    pub(super) fn copy_home(&self, copy: &CopyHome, events: &mpsc::Sender<Bytes>) {
+        self.copy(&copy.copy, Some((copy.successor, copy.threads_to)), events);
+    }
+
+    pub(super) fn copy(
+        &self,
+        copy: &Copy,
+        to: Option<(PartId, PartId)>,
+        events: &mpsc::Sender<Bytes>,
+    ) {
+        let mut tell = |event: CopyEvent| match pack(&event) {
+            Ok(bytes) => events.blocking_send(bytes).is_ok(),
+            Err(_) => false,
+        };
+        // (Whoever makes it span holds this, and looks whether it is given away.)
+        let freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let parts = self.inner().parts.leaving(to);
+        let parts = match parts {
+            Ok(parts) => parts,
+            Err(reason) => {
+                tell(CopyEvent::Lost { reason });
+                return;
+            }
+        };
+        let gives_up = parts.as_ref().map(|it| it.gives_up.clone());
+        let prepared = {
+            let mut inner = self.inner();
+            match (&inner.machine, &inner.log, &inner.name) {
+                (Some(machine), Some(log), Some(name)) if inner.outgoing.is_none() => {
+                    let keepers = inner.keepers.clone();
+                    let parts = (
+                        machine.clone(),
+                        log.clone(),
+                        name.clone(),
+                        inner.epoch,
+                        keepers,
+                    );
+                    let identity = inner.identity.take();
+                    inner.giving_away = identity.is_some();
+                    inner.copying = identity.is_some();
+                    inner.given_up = false;
+                    inner.gives_up = gives_up;
+                    inner.attempt += 1;
+                    inner.post_copy = copy.post_copy;
+                    // What was known of an earlier move does not count.
+                    inner.serving = false;
+                    inner.fill = None;
+                    inner.unsent = Arc::default();
+                    identity.map(|identity| (identity, parts))
+                }
+                _ => None,
+            }
+        };
+        let Some((identity, (machine, log, name, epoch, keepers))) = prepared else {
+            tell(CopyEvent::Lost {
+                reason: "this worker has no machine to give away".into(),
+            });
+            return;
+        };
+        drop(freezing);
+        let attempt = self.inner().attempt;
+        let aborted = |reason: &str| LinkError::Aborted(reason.to_owned());
+        let result = self
+            .end_checkpoints()
+            .and_then(|()| self.await_memory())
+            .map_err(|reason| aborted(&reason).into())
+            .and_then(|()| Outgoing::connect(&name, epoch, machine, log, &identity, copy, parts));
+        let result = result.and_then(|mut outgoing| {
+            {
+                let mut inner = self.inner();
+                if !inner.is_attempt(attempt) {
+                    return Err(aborted("the move was given up").into());
+                }
+                inner.closer = Some(outgoing.closer()?);
+            }
+            outgoing.copy(&keepers, &mut tell).map(|()| outgoing)
+        });
+        let mut result = result;
+        let mut inner = self.inner();
+        let current = inner.is_attempt(attempt);
+        if !current && let Ok(outgoing) = &mut result {
+            // Before anybody else changes its parts.
+            drop(inner);
+            if let Err(error) = outgoing.stay() {
+                tracing::warn!(%error, "a machine whose home was to move has lost a part");
+            }
+            inner = self.inner();
+        }
+        if inner.attempt == attempt {
+            inner.copying = false;
+            // (Whoever gave it up left that to this thread.)
+            inner.giving_away &= !inner.given_up;
+        }
+        match result {
+            Ok(outgoing) if current => inner.outgoing = Some(outgoing.rests()),
+            Ok(outgoing) => {
+                drop(inner);
+                abort_apart(Some(outgoing.rests()), "the move was given up".into());
+            }
+            Err(error) => {
+                if inner.attempt == attempt {
+                    inner.giving_away = false;
+                }
+                drop(inner);
+                tell(CopyEvent::Lost {
+                    reason: error.to_string(),
+                });
+            }
+        }
+    }
+
+    pub(super) fn freeze(&self) -> Result<Frozen, RpcError> {
+        // `copy` says that it converged a moment before it puts this back.
+        let deadline = Instant::now() + Duration::from_secs(1);
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let mut outgoing = loop {
+            let mut inner = self.inner();
+            if inner.given_up {
+                return Err(RpcError::refused("the move was given up"));
+            }
+            if let Some(outgoing) = inner.outgoing.take() {
+                drop(inner);
+                break outgoing.wait();
+            }
+            drop(inner);
+            if Instant::now() > deadline {
+                return Err(RpcError::refused("nothing was copied"));
+            }
+            std::thread::yield_now();
+        };
+        let keepers = self.inner().keepers.clone();
+        keepers.rest();
+        let result = outgoing.freeze_and_send();
+        let leaving = match &result {
+            Ok(_) => Leaving::after_freeze(outgoing).map_err(RpcError::failed)?,
+            Err(_) => outgoing.rests(),
+        };
+        self.inner().outgoing = Some(leaving);
+        result.map_err(RpcError::failed)
+    }
+
+    /// Source: tells the target to go on. Target: goes on.
+    pub(super) fn go(self: &Arc<Self>, epoch: Epoch) -> Result<u64, RpcError> {
+        let begun = Instant::now();
+        // A machine that came by a move may be on its next: what it gives away
+        // counts, not how it came.
+        let outgoing = {
+            let mut inner = self.inner();
+            let outgoing = inner.outgoing.take();
+            inner.going |= outgoing.is_some();
+            outgoing
+        };
+        let Some(outgoing) = outgoing else {
+            if self.inner().giving_away {
+                // Said already, or being said: only the target knows.
+                return Err(RpcError::unknown("the target is being told"));
+            }
+            if self.inner().target.is_none() {
+                return Err(RpcError::refused("no move is under way"));
+            }
+            failpoint::pass("in.go").map_err(RpcError::unknown)?;
+            let filler = self.inner().filler.clone();
+            if let Some(filler) = filler {
+                filler.wait_named();
+            }
+            return match self.step_target(TargetEvent::Go(epoch)) {
+                commands if commands.is_empty() => {
+                    Err(RpcError::refused("not ready, or an older epoch"))
+                }
+                _ => Ok(begun.elapsed().as_micros() as u64),
+            };
+        };
+        let mut outgoing = outgoing.wait();
+        let result = outgoing.go(epoch);
+        {
+            let mut inner = self.inner();
+            inner.outgoing = Some(outgoing.rests());
+            inner.going = false;
+        }
+        result.map_err(RpcError::unknown)?;
+        let took = begun.elapsed().as_micros() as u64;
+        // Whoever reads its output goes on there.
+        if let Some(log) = &self.inner().log {
+            log.close();
+        }
+        if self.inner().post_copy {
+            // At once: threads there wait.
+            self.serve()?;
+        }
+        Ok(took)
+    }
+
+    /// Source of a post-copy move: sends the rest, for as long as it takes.
+    pub(super) fn serve(self: &Arc<Self>) -> Result<(), RpcError> {
+        let outgoing = {
+            let mut inner = self.inner();
+            if inner.serving {
+                return Ok(());
+            }
+            let outgoing = inner
+                .outgoing
+                .take()
+                .ok_or_else(|| RpcError::refused("no move is under way"))?;
+            inner.serving = true;
+            // Nothing gives this move up any more; and a connection ends only with
+            // its last handle.
+            inner.closer = None;
+            outgoing
+        };
+        let worker = self.clone();
+        let unsent = self.inner().unsent.clone();
+        std::thread::Builder::new()
+            .name("fill-push".into())
+            .spawn(move || {
+                // The agent ends this process when nobody needs it any more.
+                let fill = outgoing.wait().serve(&unsent);
+                worker.inner().fill = Some(fill);
+            })
+            .map(drop)
+            .map_err(RpcError::failed)
+    }
+
+    pub(super) fn thaw(&self, epoch: Epoch) -> Result<(), RpcError> {
+        failpoint::pass("out.thaw").map_err(RpcError::unknown)?;
+        self.give_up();
+        let _freezing = self
+            .freezing
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let (machine, outgoing, taken_back) = {
+            let mut inner = self.inner();
+            if inner.going {
+                return Err(RpcError::unknown("the target is being told"));
+            }
+            // Its own epoch, or the one after it, was never another's.
+            let taken_back = epoch > inner.epoch.next();
+            inner.epoch = epoch;
+            let outgoing = inner.outgoing.take();
+            (inner.machine.clone(), outgoing, taken_back)
+        };
+        if taken_back && let Some(log) = &self.inner().log {
+            say(
+                log,
+                &format!(
+                    "the target of its move was lost; it goes on here under epoch {epoch}, and what it may have done there is undone"
+                ),
+            );
+        }
+        let machine = machine.ok_or_else(|| RpcError::refused("no machine"))?;
+        machine.set_epoch(epoch.token());
+        let keepers = self.inner().keepers.clone();
+        keepers.claim_under(epoch);
+        let mut outgoing = outgoing;
+        if let Some(outgoing) = &mut outgoing {
+            let stays = outgoing.stay();
+            if stays.is_err() {
+                // (It ends, and moves nowhere.)
+                self.inner().giving_away = false;
+            }
+            stays.map_err(RpcError::failed)?;
+        }
+        machine.thaw().map_err(RpcError::failed)?;
+        let log = {
+            let mut inner = self.inner();
+            inner.giving_away = inner.copying;
+            inner.log.clone()
+        };
+        goes_on(&self.state, log.as_deref(), State::Running { epoch });
+        // It runs: saying goodbye may take its time.
+        abort_apart(outgoing, "the machine stays at its source".into());
+        Ok(())
+    }
+
+    /// Ends what is under way of a move from here, wherever it is.
+    fn give_up(&self) {
+        let mut inner = self.inner();
+        inner.given_up = true;
+        if let Some(gives_up) = &inner.gives_up {
+            gives_up.store(true, Ordering::Release);
+        }
+        // Where the connection is another thread's, it is broken.
+        if inner.outgoing.is_none()
+            && let Some(closer) = inner.closer.take()
+        {
+            // It may be gone already.
+            let _ = closer.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    pub(super) fn abort(self: &Arc<Self>, reason: String) {
+        let arriving = self.inner().target.as_ref().is_some_and(|target| {
+            !matches!(
+                target.state(),
+                TargetState::Running { .. } | TargetState::Dropped
+            )
+        });
+        if arriving {
+            self.step_target(TargetEvent::Abort(reason));
+            return;
+        }
+        self.give_up();
+        let outgoing = {
+            let mut inner = self.inner();
+            // (A machine that was frozen for it is thawed first.)
+            inner.giving_away = inner.copying;
+            inner.outgoing.take()
+        };
+        abort_apart(outgoing, reason);
+    }
+}
+
+/// Tells the target that the move is given up, on a thread of its own: a target
+/// that does not listen is waited for.
+fn abort_apart(outgoing: Option<Leaving>, reason: String) {
+    let Some(outgoing) = outgoing else { return };
+    let thread = std::thread::Builder::new()
+        .name("goodbye".into())
+        .spawn(move || outgoing.wait().abort(&reason));
+    if let Err(error) = thread {
+        // The connection ends with it, which says the same.
+        tracing::debug!(%error, "the target is not told why");
+    }
+}

@@ -1,0 +1,336 @@
+//! The machine comes from another worker, and is this one's when the store says so.
+
+use super::super::control::{Receive, Receiving, State};
+use super::super::filling::{Filler, Filling};
+use super::super::incoming::{self, IncomingError};
+use super::super::kept::Keepers;
+use super::super::volumes::IncomingVolumes;
+use super::{Worker, goes_on};
+use crate::failpoint;
+use crate::link::{Link, LinkError, Message};
+use crate::log::Log;
+use crate::moves::{TargetCommand, TargetEvent, TargetMove, TargetState};
+use keel_cluster::Epoch;
+use keel_net::{PinnedIdentity, RpcError};
+use keel_wasi::Wasi;
+use std::sync::Arc;
+use tokio::runtime::Handle;
+
+impl Worker {
+    pub(super) fn receive(
+        self: &Arc<Self>,
+        request: Receive,
+        runtime: &Handle,
+    ) -> Result<Receiving, RpcError> {
+        if *self.state.borrow() != State::Empty {
+            return Err(RpcError::refused("this worker has a machine already"));
+        }
+        self.bound(request.memory_pages.len(), &request.spec);
+        Keepers::probe(&request.spec, runtime).map_err(RpcError::failed)?;
+        let volumes = IncomingVolumes::new(&request.spec, &self.folder, request.volume_bytes)
+            .map_err(RpcError::failed)?;
+        let bytes = std::fs::read(&request.program)
+            .map_err(|error| RpcError::failed(format!("{}: {error}", request.program.display())))?;
+        let program = self
+            .engine
+            .load_instrumented(bytes)
+            .map_err(RpcError::failed)?;
+        let identity = PinnedIdentity::generate().map_err(RpcError::failed)?;
+        let listener = std::net::TcpListener::bind((request.address.as_str(), 0))
+            .map_err(|error| RpcError::failed(format!("{}: {error}", request.address)))?;
+        let address = listener.local_addr().map_err(RpcError::failed)?;
+        let receiving = Receiving {
+            address: address.to_string(),
+            fingerprint: identity.fingerprint,
+        };
+        let offered = request.offered;
+        {
+            let mut inner = self.inner();
+            inner.name = Some(request.machine.clone());
+            inner.spec = Some(request.spec.clone());
+            inner.target = Some(TargetMove::new(offered));
+        }
+        failpoint::pass("in.listening").map_err(RpcError::failed)?;
+        self.state.send_replace(State::Receiving { offered });
+        let worker = self.clone();
+        let runtime = runtime.clone();
+        std::thread::Builder::new()
+            .name("move-in".into())
+            .spawn(move || {
+                let restore = |snapshot, log: Arc<Log>, local| {
+                    let keepers = worker.keepers(&request.spec, &log, &runtime)?;
+                    let keepers = keepers.with_local(local);
+                    let resources = worker.resources(&request.spec, &log, &keepers)?;
+                    let wasi = Wasi::restore(snapshot, resources)?;
+                    keepers.attach(&wasi);
+                    worker.inner().keepers = keepers;
+                    Ok(wasi)
+                };
+                let telling = worker.clone();
+                let fill = move |filler: &Filler, listener, tls, hello| {
+                    let worker = telling.clone();
+                    filler.begin(listener, tls, hello, move |it| worker.filling(it))
+                };
+                let part = || worker.inner().parts.arriving();
+                let arrived = incoming::receive(
+                    &listener,
+                    &identity,
+                    &request,
+                    program,
+                    &worker.folder,
+                    volumes,
+                    &incoming::Surroundings {
+                        restore: &restore,
+                        fill: &fill,
+                        part: &part,
+                    },
+                );
+                worker.arrived(arrived, offered);
+            })
+            .map_err(RpcError::failed)?;
+        Ok(receiving)
+    }
+
+    fn arrived(
+        self: &Arc<Self>,
+        arrived: Result<incoming::Arrived, IncomingError>,
+        offered: Epoch,
+    ) {
+        let mut arrived = match arrived {
+            Ok(arrived) => arrived,
+            Err(error) => {
+                self.step_target(TargetEvent::Failed(error.to_string()));
+                return;
+            }
+        };
+        let mut push = None;
+        if let Some((filler, links)) = arrived.filler.take() {
+            push = Some(links);
+            self.inner().filler = Some(filler);
+        }
+        {
+            let mut inner = self.inner();
+            inner.machine = Some(arrived.machine.clone());
+            inner.log = Some(arrived.log.clone());
+            inner.succession = arrived.succession.take();
+        }
+        self.step_target(TargetEvent::StateArrived);
+        let commands = self.step_target(TargetEvent::InstancesMade);
+        if !commands.contains(&TargetCommand::SayPrepared) {
+            return;
+        }
+        {
+            // (It may have been dropped meanwhile.)
+            let inner = self.inner();
+            let target = inner.target.as_ref();
+            if target.is_none_or(|target| target.state() != TargetState::Prepared) {
+                return;
+            }
+            self.state.send_replace(State::Prepared {
+                offered,
+                source_lost: false,
+            });
+        }
+        let said = arrived.say_prepared();
+        let passed = failpoint::pass("in.prepared");
+        if let Some(error) = said
+            .err()
+            .map(|it| it.to_string())
+            .or(passed.err().map(|it| it.to_string()))
+        {
+            self.source_lost(error, offered);
+            return;
+        }
+        self.await_word(&mut arrived.link, offered);
+        // The rest of its memory comes the same way.
+        let runs = matches!(*self.state.borrow(), State::Filling { .. });
+        if let Some(push) = push.filter(|_| runs)
+            && push.send(arrived.link).is_err()
+        {
+            tracing::warn!("nobody takes the rest of the memory");
+        }
+    }
+
+    /// Shows how the rest of the memory comes.
+    fn filling(&self, filling: Filling) {
+        self.state.send_if_modified(|state| {
+            let State::Filling { epoch, source_lost } = state else {
+                return false;
+            };
+            let epoch = *epoch;
+            let was_lost = *source_lost;
+            let now = match filling {
+                Filling::Done => State::Running { epoch },
+                Filling::Comes | Filling::Waits => State::Filling {
+                    epoch,
+                    source_lost: filling == Filling::Waits,
+                },
+            };
+            let changes = filling == Filling::Done || was_lost != (filling == Filling::Waits);
+            *state = now;
+            changes
+        });
+        if filling == Filling::Done {
+            // (Its threads have ended, or are about to.)
+            self.inner().filler = None;
+        }
+    }
+
+    /// Hears the source out until it is gone.
+    fn await_word(self: &Arc<Self>, link: &mut Link, offered: Epoch) {
+        let filler = self.inner().filler.clone();
+        let mut naming = filler.as_ref();
+        loop {
+            let event = match link.receive() {
+                Ok(message) if message.names_pages() && naming.is_some() => {
+                    match naming.map(|filler| incoming::hear_names(message, filler)) {
+                        Some(Ok(true)) => naming = None,
+                        Some(Err(error)) => {
+                            return self.source_lost(error.to_string(), offered);
+                        }
+                        Some(Ok(false)) | None => {}
+                    }
+                    continue;
+                }
+                Ok(Message::Go(epoch)) => match failpoint::pass("in.go") {
+                    Ok(()) => TargetEvent::Go(epoch),
+                    Err(error) => return self.source_lost(error.to_string(), offered),
+                },
+                Ok(_) => TargetEvent::Abort("the source said something out of turn".into()),
+                Err(LinkError::Aborted(reason)) => TargetEvent::Abort(reason),
+                Err(error) => return self.source_lost(error.to_string(), offered),
+            };
+            let last = !matches!(event, TargetEvent::Go(_)) || self.inner().filler.is_some();
+            // The source counts the time until it hears of it.
+            self.step_target_and(event, &mut |epoch| {
+                if let Err(error) = failpoint::pass("in.gone")
+                    .map_err(|error| LinkError::Aborted(error.to_string()))
+                    .and_then(|()| incoming::say_resumed(link, epoch))
+                {
+                    // The source asks again over the agents.
+                    tracing::info!(%error, "the source did not hear that the machine runs");
+                }
+            });
+            if last {
+                return;
+            }
+        }
+    }
+
+    fn source_lost(self: &Arc<Self>, reason: String, offered: Epoch) {
+        if let Some(filler) = &self.inner().filler {
+            filler.names_lost();
+        }
+        let commands = self.step_target(TargetEvent::SourceLost(reason));
+        if commands.contains(&TargetCommand::AskAgent) {
+            self.state.send_replace(State::Prepared {
+                offered,
+                source_lost: true,
+            });
+        }
+    }
+
+    /// Steps the target's state machine and does what it says, but for
+    /// speaking to the source.
+    pub(in super::super) fn step_target(
+        self: &Arc<Self>,
+        event: TargetEvent,
+    ) -> Vec<TargetCommand> {
+        self.step_target_and(event, &mut |_| {})
+    }
+
+    /// As [`Self::step_target`]; tells the source at once when the machine runs.
+    fn step_target_and(
+        self: &Arc<Self>,
+        event: TargetEvent,
+        say_resumed: &mut dyn FnMut(Epoch),
+    ) -> Vec<TargetCommand> {
+        // (Who is told to go a second time is answered when it has.)
+        let _stepping = self
+            .stepping
+            .lock()
+            .unwrap_or_else(|error| error.into_inner());
+        let mut inner = self.inner();
+        let Some(target) = &mut inner.target else {
+            return Vec::new();
+        };
+        let commands = target.step(event);
+        let state = target.state();
+        let mut thawed = None;
+        if let Some(TargetCommand::Thaw(epoch)) = commands.first()
+            && let Some((part, succession)) = inner.succession.take()
+        {
+            let machine = inner.machine.clone();
+            inner.epoch = *epoch;
+            drop(inner);
+            self.succeed(machine, &part, succession);
+            inner = self.inner();
+        }
+        for command in &commands {
+            match command {
+                TargetCommand::Thaw(epoch) => {
+                    inner.epoch = *epoch;
+                    inner.keepers.claim_under(*epoch);
+                    if let Some(filler) = &inner.filler {
+                        filler.seal();
+                    }
+                    thawed = inner.machine.clone();
+                    if let Some(machine) = &thawed {
+                        machine.set_epoch(epoch.token());
+                        // It stands ready; a guest that ended cannot be here.
+                        if let Err(error) = machine.thaw() {
+                            tracing::error!(%error, "an arrived machine does not go on");
+                        }
+                    }
+                }
+                TargetCommand::SayResumed(epoch) => say_resumed(*epoch),
+                TargetCommand::Drop(reason) => {
+                    if let Some(machine) = inner.machine.take() {
+                        machine.stop();
+                    }
+                    inner.succession = None;
+                    match inner.parts.is_member() {
+                        // What of the machine is here it needs.
+                        true => {
+                            inner.dropped_for = Some(reason.clone());
+                            self.state.send_if_modified(|state| match *state {
+                                State::Prepared { offered, .. } => {
+                                    *state = State::Receiving { offered };
+                                    true
+                                }
+                                _ => false,
+                            });
+                        }
+                        false => drop(self.state.send_replace(State::Dropped {
+                            reason: reason.clone(),
+                        })),
+                    }
+                }
+                TargetCommand::Prepare | TargetCommand::SayPrepared | TargetCommand::AskAgent => {}
+            }
+        }
+        if let Some(machine) = thawed {
+            if let Some(filler) = &inner.filler {
+                filler.go_on();
+            }
+            if let Err(error) = self.watch_end(machine) {
+                tracing::error!(%error, "its end will not be noticed");
+            }
+        }
+        if let TargetState::Running { epoch } = state
+            && commands
+                .iter()
+                .any(|command| matches!(command, TargetCommand::Thaw(_)))
+        {
+            let state = match inner.filler.is_some() {
+                true => State::Filling {
+                    epoch,
+                    source_lost: false,
+                },
+                false => State::Running { epoch },
+            };
+            goes_on(&self.state, inner.log.as_deref(), state);
+        }
+        commands
+    }
+}
