@@ -32,14 +32,14 @@ use super::pages::{Answer, CutPages, CutSame, CutWord, PartMemory, Question, Set
 use bytes::{Buf, Bytes, BytesMut};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
-use keel_wasm::coherence::{Message, PageId, PartId, Txn};
+use keel_wasm::coherence::{Message, PartId};
 use keel_wasm::memory::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Version of these messages.
-pub(super) const VERSION: u32 = 9;
+pub(super) const VERSION: u32 = 10;
 /// Whole pages of a segment's directory are the most that is said at once.
 const CLASS: Class = Class {
     magic: u32::from_le_bytes(*b"KSPN"),
@@ -101,139 +101,58 @@ impl Hello {
     }
 }
 
-/// A page that comes with a message.
-#[derive(Debug, Clone)]
-pub(super) enum PageBytes {
-    /// All zero.
-    Zeros,
-    /// One of those that came in a row.
-    OfRow(Bytes, usize),
+/// Pages in a row that come with a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct PageBytes {
+    /// Those that have something in them, one behind the other.
+    bytes: Bytes,
+    /// Those that have nothing in them, bit by bit.
+    zeros: u64,
+    pages: usize,
 }
 
-impl PartialEq for PageBytes {
-    fn eq(&self, other: &Self) -> bool {
-        let bytes = |page| PageBytes::in_a_row(std::iter::once(page)).1;
-        bytes(self) == bytes(other)
-    }
-}
-
-impl Eq for PageBytes {}
+/// The most pages that come in a row.
+pub(super) const ROW_PAGES_MAX: usize = 64;
 
 impl PageBytes {
-    /// How many of these follow each other in one row, the first counted, and their bytes;
-    /// `None` for such as have nothing in them.
-    pub(super) fn in_a_row<'a>(
-        mut pages: impl Iterator<Item = &'a PageBytes>,
-    ) -> (usize, Option<&'a [u8]>) {
-        match pages.next() {
-            None => (0, None),
-            Some(PageBytes::Zeros) => {
-                let more = pages.take_while(|page| matches!(page, PageBytes::Zeros));
-                (1 + more.count(), None)
-            }
-            Some(PageBytes::OfRow(row, at)) => {
-                let follows = |(next, page): (usize, &PageBytes)| match page {
-                    PageBytes::OfRow(other, is_at) => {
-                        row.as_ptr() == other.as_ptr() && *is_at == next
-                    }
-                    PageBytes::Zeros => false,
-                };
-                let more = (at + 1..).zip(pages).take_while(|it| follows(*it));
-                let count = 1 + more.count();
-                (count, row.get(at * PAGE..(at + count) * PAGE))
-            }
-        }
-    }
-}
-
-/// What is said of pages in a row, behind them.
-#[derive(Serialize, Deserialize)]
-struct Row {
-    /// [`Message::Data`] of the first.
-    first: Message,
-    /// Numbers of the transactions of the others; all else is as of the first.
-    numbers: Vec<u64>,
-    /// Those that have nothing in them and are not there, bit by bit.
-    zeros: u64,
-}
-
-/// The most pages that are said in a row.
-const ROW_PAGES_MAX: usize = 64;
-
-impl Row {
-    /// Each page's message.
-    fn messages(self) -> Option<Vec<Message>> {
-        let Message::Data {
-            page,
-            txn,
-            access,
-            acks,
-        } = self.first
-        else {
-            return None;
-        };
-        let numbers = std::iter::once(txn.number).chain(self.numbers);
-        let messages = (0..).zip(numbers).map(|(at, number)| {
-            let page = PageId {
-                number: page.number.checked_add(at)?,
-                ..page
-            };
-            let txn = Txn { number, ..txn };
-            Some(Message::Data {
-                page,
-                txn,
-                access,
-                acks,
-            })
-        });
-        messages.collect()
+    pub(super) fn pages(&self) -> usize {
+        self.pages
     }
 
-    /// Of the first of these messages, as many as differ in their numbers only.
-    fn of<'a>(mut messages: impl Iterator<Item = &'a Message>) -> Option<Row> {
-        let first = messages.next()?;
-        let Message::Data {
-            page,
-            txn,
-            access,
-            acks,
-        } = first
-        else {
-            return None;
-        };
-        let mut numbers = Vec::new();
-        for (at, message) in (1..).zip(messages).take(ROW_PAGES_MAX - 1) {
-            let (Message::Data { txn: own, .. }, Some(number)) =
-                (message, page.number.checked_add(at))
-            else {
-                break;
-            };
-            let txn = Txn {
-                number: own.number,
-                ..*txn
-            };
-            let page = PageId { number, ..*page };
-            let (access, acks) = (*access, *acks);
-            let follows = Message::Data {
-                page,
-                txn,
-                access,
-                acks,
-            };
-            if *message != follows {
-                break;
-            }
-            numbers.push(own.number);
+    fn is_zero(&self, at: usize) -> bool {
+        self.zeros & 1 << at != 0
+    }
+
+    /// Where the bytes of a page are, or would be.
+    fn start(&self, at: usize) -> usize {
+        let zeros_before = self.zeros & ((1 << at) - 1);
+        (at - zeros_before.count_ones() as usize) * PAGE
+    }
+
+    /// One of them.
+    pub(super) fn page(&self, at: usize) -> PageBytes {
+        let (start, is_zero) = (self.start(at), self.is_zero(at));
+        let length = if is_zero { 0 } else { PAGE };
+        PageBytes {
+            bytes: self.bytes.slice(start..start + length),
+            zeros: u64::from(is_zero),
+            pages: 1,
         }
-        Some(Row {
-            first: first.clone(),
-            numbers,
-            zeros: 0,
+    }
+
+    /// How many follow each other that have something in them, or nothing, and their bytes.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = (usize, Option<&[u8]>)> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let (first, is_zero) = (at, self.is_zero(at.min(ROW_PAGES_MAX - 1)));
+            while at < self.pages && self.is_zero(at) == is_zero {
+                at += 1;
+            }
+            let count = at - first;
+            let start = self.start(first.min(ROW_PAGES_MAX - 1));
+            let bytes = (!is_zero).then(|| self.bytes.get(start..start + count * PAGE));
+            (count > 0).then(|| (count, bytes.flatten()))
         })
-    }
-
-    fn pages(&self) -> usize {
-        1 + self.numbers.len()
     }
 }
 
@@ -241,8 +160,8 @@ impl Row {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Parcel {
     Message(Message),
-    /// [`Message::Data`], and the page.
-    Page(Message, PageBytes),
+    /// [`Message::Data`], and the pages.
+    Pages(Message, PageBytes),
     /// About threads.
     Note(Vec<u8>),
     /// What the part has of the memory.
@@ -336,13 +255,17 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
         Parcel::Message(message) => {
             frame_of(KIND_MESSAGES, &postcard::to_stdvec(message)?, &[], frames)
         }
-        Parcel::Page(message, page) => {
-            let page = PageBytes::in_a_row(std::iter::once(page)).1;
+        Parcel::Pages(message, pages) => {
             let read = |_: usize, frames: &mut Vec<u8>| {
-                frames.extend_from_slice(page.unwrap_or(&[0; PAGE]));
+                for (count, bytes) in pages.pieces() {
+                    match bytes {
+                        Some(bytes) => frames.extend_from_slice(bytes),
+                        None => frames.resize(frames.len() + count * PAGE, 0),
+                    }
+                }
                 Ok::<(), WireError>(())
             };
-            encode_pages(std::iter::once(message), frames, read).map(drop)
+            encode_pages(message, frames, read)
         }
         Parcel::Note(note) => encode_note(note, frames),
         Parcel::Time(guest_ns) => frame_of(KIND_TIME, &guest_ns.to_le_bytes(), &[], frames),
@@ -399,46 +322,51 @@ pub(super) fn encode_note(note: &[u8], frames: &mut Vec<u8>) -> Result<(), WireE
     frame_of(KIND_NOTE, &[], rest, frames)
 }
 
-/// Puts the first of these pages, as many as can be said in a row, behind other frames; how
-/// many those are. `read` puts so many pages there.
+/// Puts pages in a row and what is said of them, [`Message::Data`], behind other frames.
+/// `read` puts so many pages there.
 ///
 /// # Errors
 /// [`WireError`], or that of `read`; nothing is put then.
-pub(super) fn encode_pages<'a, E: From<WireError>>(
-    messages: impl Iterator<Item = &'a Message>,
+pub(super) fn encode_pages<E: From<WireError>>(
+    message: &Message,
     frames: &mut Vec<u8>,
     read: impl FnOnce(usize, &mut Vec<u8>) -> Result<(), E>,
-) -> Result<usize, E> {
+) -> Result<(), E> {
     let start = frames.len();
-    let row = Row::of(messages).ok_or(WireError::Page)?;
-    let count = row.pages();
-    match put_row(row, frames, |frames| read(count, frames)) {
-        Ok(()) => Ok(count),
-        Err(error) => {
-            frames.truncate(start);
-            Err(error)
-        }
+    let put = put_pages(message, frames, read);
+    if put.is_err() {
+        frames.truncate(start);
+    }
+    put
+}
+
+/// How many pages come with a message, if any may.
+fn pages_with(message: &Message) -> Result<usize, WireError> {
+    match (message, message.row()) {
+        (Message::Data { .. }, Some((_, count))) if count <= ROW_PAGES_MAX => Ok(count),
+        _ => Err(WireError::Page),
     }
 }
 
-fn put_row<E: From<WireError>>(
-    mut row: Row,
+fn put_pages<E: From<WireError>>(
+    message: &Message,
     frames: &mut Vec<u8>,
-    read: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    read: impl FnOnce(usize, &mut Vec<u8>) -> Result<(), E>,
 ) -> Result<(), E> {
+    let count = pages_with(message)?;
     let start = frames.len();
     let first = start + HEADER_BYTES;
     // (The header says how long all is.)
     frames.resize(first, 0);
-    read(frames)?;
-    if frames.len() != first + row.pages() * PAGE {
+    read(count, frames)?;
+    if frames.len() != first + count * PAGE {
         return Err(WireError::Page.into());
     }
-    let mut to = first;
-    for at in 0..row.pages() {
+    let (mut to, mut zeros) = (first, 0_u64);
+    for at in 0..count {
         let from = first + at * PAGE;
         if is_zero(&frames[from..from + PAGE]) {
-            row.zeros |= 1 << at;
+            zeros |= 1 << at;
             continue;
         }
         if to != from {
@@ -447,7 +375,7 @@ fn put_row<E: From<WireError>>(
         to += PAGE;
     }
     frames.truncate(to);
-    let said = postcard::to_stdvec(&row).map_err(WireError::from)?;
+    let said = postcard::to_stdvec(&(message, zeros)).map_err(WireError::from)?;
     frames.extend_from_slice(&said);
     let header = Header {
         kind: KIND_PAGES,
@@ -548,13 +476,13 @@ impl Frames {
     ///
     /// # Errors
     /// As there.
-    pub(super) fn put_pages<'a, E: From<WireError>>(
+    pub(super) fn put_pages<E: From<WireError>>(
         &mut self,
-        messages: impl Iterator<Item = &'a Message>,
+        message: &Message,
         read: impl FnOnce(usize, &mut Vec<u8>) -> Result<(), E>,
-    ) -> Result<usize, E> {
+    ) -> Result<(), E> {
         self.end_messages()?;
-        encode_pages(messages, &mut self.bytes, read)
+        encode_pages(message, &mut self.bytes, read)
     }
 
     fn end_messages(&mut self) -> Result<(), WireError> {
@@ -677,7 +605,7 @@ impl Unpacker {
                     }
                 }
                 KIND_MESSAGES => messages_of(&payload, parcels)?,
-                KIND_PAGES => pages_of(payload.freeze(), parcels)?,
+                KIND_PAGES => parcels.push(pages_of(payload.freeze())?),
                 kind => parcels.push(parcel(kind, payload.freeze())?),
             }
         }
@@ -701,30 +629,23 @@ fn messages_of(mut payload: &[u8], parcels: &mut Vec<Parcel>) -> Result<(), Wire
 }
 
 /// Pages in a row, and what is said of them, which is shorter than a page.
-fn pages_of(payload: Bytes, parcels: &mut Vec<Parcel>) -> Result<(), WireError> {
-    let bytes = payload.len() / PAGE * PAGE;
-    let (row, rest): (Row, &[u8]) = postcard::take_from_bytes(&payload[bytes..])?;
-    let zeros = row.zeros;
-    let messages = row.messages().filter(|_| rest.is_empty());
-    let messages = messages.ok_or(WireError::Page)?;
-    let count = messages.len();
-    let there = count.saturating_sub(zeros.count_ones() as usize);
-    let beyond = zeros.checked_shr(count as u32).unwrap_or(0);
-    if count > ROW_PAGES_MAX || beyond != 0 || there * PAGE != bytes {
+fn pages_of(payload: Bytes) -> Result<Parcel, WireError> {
+    let length = payload.len() / PAGE * PAGE;
+    let ((message, zeros), rest): ((Message, u64), &[u8]) =
+        postcard::take_from_bytes(&payload[length..])?;
+    let pages = pages_with(&message)?;
+    let there = pages.saturating_sub(zeros.count_ones() as usize);
+    let beyond = zeros.checked_shr(pages as u32).unwrap_or(0);
+    if !rest.is_empty() || beyond != 0 || there * PAGE != length {
         return Err(WireError::Page);
     }
-    let mut at = 0;
-    for (number, message) in messages.into_iter().enumerate() {
-        let page = match zeros & 1 << number != 0 {
-            true => PageBytes::Zeros,
-            false => {
-                at += 1;
-                PageBytes::OfRow(payload.clone(), at - 1)
-            }
-        };
-        parcels.push(Parcel::Page(message, page));
-    }
-    Ok(())
+    let bytes = payload.slice(..length);
+    let pages = PageBytes {
+        bytes,
+        zeros,
+        pages,
+    };
+    Ok(Parcel::Pages(message, pages))
 }
 
 fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
@@ -807,6 +728,7 @@ mod tests {
             txn,
             access: Access::Write,
             acks: 3,
+            more: Vec::new(),
         };
         let segment = Segment {
             memory: 0,
@@ -818,10 +740,21 @@ mod tests {
                 access: Access::Read,
                 has: false,
             }),
-            Parcel::Page(data.clone(), PageBytes::Zeros),
-            Parcel::Page(
+            Parcel::Pages(
                 data.clone(),
-                PageBytes::OfRow(Bytes::from_static(&[7; PAGE]), 0),
+                PageBytes {
+                    bytes: Bytes::new(),
+                    zeros: 1,
+                    pages: 1,
+                },
+            ),
+            Parcel::Pages(
+                data.clone(),
+                PageBytes {
+                    bytes: Bytes::from_static(&[7; PAGE]),
+                    zeros: 0,
+                    pages: 1,
+                },
             ),
             Parcel::Message(Message::SegmentAt {
                 segment,
@@ -1008,17 +941,18 @@ mod tests {
         assert!(postcard::from_bytes::<PartId>(&part).is_err());
     }
 
-    fn data(number: u32, txn: u64) -> Message {
+    fn data(number: u32, more: Vec<u64>) -> Message {
         let page = PageId { memory: 1, number };
         Message::Data {
             page,
             txn: Txn {
-                number: txn,
+                number: 1,
                 directory: PartId::HOME,
                 is_answer: false,
             },
             access: Access::Write,
             acks: 0,
+            more,
         }
     }
 
@@ -1026,91 +960,81 @@ mod tests {
     /// come are put in place at once; messages are said together.
     #[test]
     fn pages_come_in_rows_and_messages_together() {
-        let mut bytes = vec![0; 70 * PAGE];
-        for at in (0..70).filter(|at| ![1, 5, 6].contains(at)) {
+        let mut bytes = vec![0; ROW_PAGES_MAX * PAGE];
+        for at in (0..ROW_PAGES_MAX).filter(|at| ![1, 5, 6].contains(at)) {
             bytes[at * PAGE + 4000] = at as u8 + 1;
         }
-        let mut messages: Vec<Message> =
-            (0..70).map(|at| data(100 + at, 1 << at.min(60))).collect();
-        // Others wait for those after it.
-        if let Message::Data { acks, .. } = &mut messages[68] {
-            *acks = 1;
-        }
+        let message = data(100, (1..64).map(|at| 1 << at).collect());
         let mut frames = Frames::new().unwrap();
-        let mut put = Vec::new();
-        while put.iter().sum::<usize>() < messages.len() {
-            let first: usize = put.iter().sum();
-            let read = |count: usize, frames: &mut Vec<u8>| {
-                frames.extend_from_slice(&bytes[first * PAGE..(first + count) * PAGE]);
-                Ok::<(), WireError>(())
-            };
-            put.push(frames.put_pages(messages[first..].iter(), read).unwrap());
-        }
-        assert_eq!(put, [64, 4, 1, 1]);
+        let read = |count: usize, frames: &mut Vec<u8>| {
+            frames.extend_from_slice(&bytes[..count * PAGE]);
+            Ok::<(), WireError>(())
+        };
+        frames.put_pages(&message, read).unwrap();
         let gather = || Parcel::Message(Message::Gather);
         for parcel in [gather(), gather(), Parcel::Succeeded, gather()] {
             frames.put(&parcel).unwrap();
         }
+        // What is too long, or has other pages, is not said at all.
+        let long = data(0, vec![1; ROW_PAGES_MAX]);
+        assert!(frames.put_pages(&long, read).is_err());
+        let none = |_: usize, _: &mut Vec<u8>| Ok::<(), WireError>(());
+        assert!(frames.put_pages(&message, none).is_err());
         let said = frames.finish(77).unwrap();
         let (mut unpacker, mut parcels) = (Unpacker::default(), Vec::new());
         unpacker.feed(&said, &mut parcels).unwrap();
         assert_eq!(parcels.remove(0), Parcel::Time(77));
-        let rest = parcels.split_off(70);
+        let rest = parcels.split_off(1);
         assert_eq!(rest, [gather(), gather(), Parcel::Succeeded, gather()]);
-        // (Time, four rows, two messages at once, and what follows.)
+        // (Time, a row, two messages at once, and what follows.)
         let ours = said.windows(4).filter(|it| *it == b"KSPN");
-        assert_eq!(ours.count(), 8);
-        let mut pages = Vec::new();
-        for (parcel, message) in parcels.iter().zip(&messages) {
-            let Parcel::Page(found, page) = parcel else {
-                panic!("{parcel:?}");
-            };
-            assert_eq!(found, message);
-            pages.push(page);
-        }
+        assert_eq!(ours.count(), 5);
+        let Some(Parcel::Pages(found, pages)) = parcels.pop() else {
+            panic!("{parcels:?}");
+        };
+        assert_eq!((found, pages.pages()), (message, ROW_PAGES_MAX));
         let (mut at, mut rows) = (0, Vec::new());
-        while at < pages.len() {
-            let (count, row) = PageBytes::in_a_row(pages[at..].iter().copied());
+        for (count, piece) in pages.pieces() {
             let expected = &bytes[at * PAGE..(at + count) * PAGE];
-            match row {
-                Some(row) => assert!(row == expected, "{at}"),
+            match piece {
+                Some(piece) => assert!(piece == expected, "{at}"),
                 None => assert!(is_zero(expected), "{at}"),
+            }
+            for number in at..at + count {
+                let one = pages.page(number);
+                let expected = piece.map(|piece| &piece[(number - at) * PAGE..][..PAGE]);
+                assert_eq!(one.pieces().collect::<Vec<_>>(), [(1, expected)]);
             }
             rows.push(count);
             at += count;
         }
-        assert_eq!(rows, [1, 1, 3, 2, 57, 4, 1, 1]);
+        assert_eq!(rows, [1, 1, 3, 2, 57]);
     }
 
     #[test]
     fn rows_are_as_long_as_they_say() {
-        let row = |first: Message, numbers: usize, zeros: u64, pages: usize| {
-            let numbers = vec![3; numbers];
-            let said = Row {
-                first,
-                numbers,
-                zeros,
-            };
-            let said = postcard::to_stdvec(&said).unwrap();
+        let row = |message: Message, zeros: u64, pages: usize| {
+            let said = postcard::to_stdvec(&(message, zeros)).unwrap();
             let mut payload = vec![1; pages * PAGE];
             payload.extend(said);
-            let mut parcels = Vec::new();
-            pages_of(payload.into(), &mut parcels).map(|()| parcels.len())
+            pages_of(payload.into()).map(|parcel| match parcel {
+                Parcel::Pages(_, pages) => pages.pages(),
+                other => panic!("{other:?}"),
+            })
         };
-        assert_eq!(row(data(7, 1), 2, 0b010, 2).unwrap(), 3);
-        assert_eq!(row(data(7, 1), 63, u64::MAX, 0).unwrap(), 64);
-        for (first, numbers, zeros, pages) in [
-            (data(7, 1), 2, 0b010, 3),
-            (data(7, 1), 2, 0b010, 1),
-            // More than it has, pages or zeros; pages that there cannot be; no page.
-            (data(7, 1), 64, u64::MAX, 1),
-            (data(7, 1), 2, 0b1010, 1),
-            (data(7, 1), 2, 0b1000, 3),
-            (data(u32::MAX - 1, 1), 2, 0, 3),
-            (Message::Gather, 0, 0, 1),
+        assert_eq!(row(data(7, vec![3; 2]), 0b010, 2).unwrap(), 3);
+        assert_eq!(row(data(7, vec![3; 63]), u64::MAX, 0).unwrap(), 64);
+        for (message, zeros, pages) in [
+            (data(7, vec![3; 2]), 0b010, 3),
+            (data(7, vec![3; 2]), 0b010, 1),
+            // More than it has, pages or zeros; no page.
+            (data(7, vec![3; 64]), u64::MAX, 1),
+            (data(7, vec![3; 2]), 0b1010, 1),
+            (data(7, vec![3; 2]), 0b1000, 3),
+            (Message::Gather, 0, 1),
         ] {
-            let refused = row(first, numbers, zeros, pages);
-            assert!(refused.is_err(), "{numbers} {zeros} {pages}: {refused:?}");
+            let refused = row(message, zeros, pages);
+            assert!(refused.is_err(), "{zeros} {pages}: {refused:?}");
         }
     }
 

@@ -3,7 +3,7 @@
 
 use super::message::Txn;
 use super::page_map::PageMap;
-use super::{Access, Command, Config, Impossible, Message, Out, PageId, PartId, PartSet};
+use super::{Access, Command, Config, Impossible, Message, Out, PageId, PartId, PartSet, row_from};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How a part has a page.
@@ -42,6 +42,45 @@ struct Held {
 impl Held {
     fn is_over(&self, now: u64) -> bool {
         self.pins == 0 && self.until <= now
+    }
+}
+
+/// Pages in a row that are given at once.
+struct Row {
+    page: PageId,
+    txn: Txn,
+    access: Access,
+    acks: u8,
+    more: Vec<u64>,
+}
+
+impl Row {
+    fn pages(&self) -> usize {
+        1 + self.more.len()
+    }
+
+    /// Each page, and its transaction.
+    fn each(&self) -> impl Iterator<Item = (PageId, Txn)> {
+        let numbers = std::iter::once(self.txn.number).chain(self.more.iter().copied());
+        let txns = numbers.map(|number| Txn { number, ..self.txn });
+        row_from(self.page).zip(txns)
+    }
+
+    fn data(self) -> Message {
+        let Row {
+            page,
+            txn,
+            access,
+            acks,
+            more,
+        } = self;
+        Message::Data {
+            page,
+            txn,
+            access,
+            acks,
+            more,
+        }
     }
 }
 
@@ -174,7 +213,7 @@ impl Copies {
         if self.can_drop(page) {
             self.held.remove(page);
             self.set(page, Copy::Invalid);
-            out.command(Command::Discard { page });
+            out.command(Command::Discard { page, pages: 1 });
         }
     }
 
@@ -228,7 +267,7 @@ impl Copies {
         }
     }
 
-    /// The directory wants a page, or a copy, to be given up.
+    /// The directory wants a page, or some in a row, or a copy, to be given up.
     pub(super) fn taken(
         &mut self,
         from: PartId,
@@ -236,6 +275,26 @@ impl Copies {
         now: u64,
         out: &mut Out,
     ) -> Result<(), Impossible> {
+        let message = match message {
+            Message::Fetch {
+                page,
+                txn,
+                to,
+                access,
+                acks,
+                more,
+            } if !more.is_empty() => {
+                let row = Row {
+                    page,
+                    txn,
+                    access,
+                    acks,
+                    more,
+                };
+                return self.row_taken(from, row, to, now, out);
+            }
+            message => message,
+        };
         let (page, takes) = match &message {
             Message::Fetch { txn, .. } if txn.directory != from => {
                 return Err(Impossible(format!(
@@ -265,12 +324,14 @@ impl Copies {
                 to,
                 access,
                 acks,
+                ..
             } => {
                 let data = Message::Data {
                     page,
                     txn,
                     access,
                     acks,
+                    more: Vec::new(),
                 };
                 self.give(page, to, data, access, out)
             }
@@ -288,7 +349,7 @@ impl Copies {
                         return Ok(());
                     }
                 }
-                out.command(Command::Discard { page });
+                out.command(Command::Discard { page, pages: 1 });
                 out.send(to, Message::Ack { page, number });
                 Ok(())
             }
@@ -313,14 +374,59 @@ impl Copies {
             )));
         }
         if copy == Copy::Modified {
-            out.command(Command::Protect { page });
+            out.command(Command::Protect { page, pages: 1 });
             self.set(page, Copy::Kept);
         }
-        out.command(Command::SendPage { to, page, message });
+        out.command(Command::SendPages { to, message });
         if access == Access::Write {
             self.set(page, Copy::Invalid);
-            out.command(Command::Discard { page });
+            out.command(Command::Discard { page, pages: 1 });
         }
+        Ok(())
+    }
+
+    /// As [`Self::taken`], of pages in a row: at once if this part alone has all of them, and
+    /// none stays for the moment.
+    fn row_taken(
+        &mut self,
+        from: PartId,
+        row: Row,
+        to: PartId,
+        now: u64,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let mut pages = row_from(row.page).take(row.pages());
+        let can = row.access == Access::Write
+            && row.txn.directory == from
+            && to != self.config.me
+            && self.config.parts.contains(to)
+            && pages.all(|page| {
+                let held = self.held.get(page);
+                self.copy(page) == Copy::Modified && held.is_none_or(|held| held.is_over(now))
+            });
+        if !can {
+            return row.each().try_for_each(|(page, txn)| {
+                let one = Message::Fetch {
+                    page,
+                    txn,
+                    to,
+                    access: row.access,
+                    acks: row.acks,
+                    more: Vec::new(),
+                };
+                self.taken(from, one, now, out)
+            });
+        }
+        for page in row_from(row.page).take(row.pages()) {
+            self.held.remove(page);
+            self.set(page, Copy::Invalid);
+        }
+        // (As many as a row has.)
+        let (page, pages) = (row.page, row.pages() as u32);
+        out.command(Command::Protect { page, pages });
+        let message = row.data();
+        out.command(Command::SendPages { to, message });
+        out.command(Command::Discard { page, pages });
         Ok(())
     }
 
@@ -328,7 +434,7 @@ impl Copies {
         self.copies.insert(page, copy);
     }
 
-    /// Something has come that gives this part a page.
+    /// Something has come that gives this part a page, or some in a row.
     pub(super) fn given(
         &mut self,
         from: PartId,
@@ -336,6 +442,25 @@ impl Copies {
         now: u64,
         out: &mut Out,
     ) -> Result<(), Impossible> {
+        let message = match message {
+            Message::Data {
+                page,
+                txn,
+                access,
+                acks,
+                more,
+            } if !more.is_empty() => {
+                let row = Row {
+                    page,
+                    txn,
+                    access,
+                    acks,
+                    more,
+                };
+                return self.row_given(from, row, now, out);
+            }
+            message => message,
+        };
         let (page, number) = match &message {
             Message::Grant { page, txn, .. } | Message::Data { page, txn, .. } => {
                 (*page, txn.number)
@@ -377,17 +502,12 @@ impl Copies {
                 coming.number
             )));
         }
-        if let Some((txn, access, _)) = coming.given {
-            // Nothing is answered that was not asked, and what moves may be written.
-            let is_wanted = match txn.is_answer {
-                true => self.wanted.contains(&page),
-                false => access == Access::Write,
-            };
-            if !is_wanted || !self.config.parts.contains(txn.directory) {
-                return Err(Impossible(format!(
-                    "part {from} gives {page:?}, which nobody asked for"
-                )));
-            }
+        if let Some((txn, access, _)) = coming.given
+            && !self.may_come(page, txn, access)
+        {
+            return Err(Impossible(format!(
+                "part {from} gives {page:?}, which nobody asked for"
+            )));
         }
         match coming.given {
             Some((txn, access, acks)) if coming.acks == acks => {
@@ -400,6 +520,83 @@ impl Copies {
                 self.coming.insert(page, coming);
                 Ok(())
             }
+        }
+    }
+
+    /// Nothing is answered that was not asked, and what moves may be written.
+    fn may_come(&self, page: PageId, txn: Txn, access: Access) -> bool {
+        let is_wanted = match txn.is_answer {
+            true => self.wanted.contains(&page),
+            false => access == Access::Write,
+        };
+        is_wanted && self.config.parts.contains(txn.directory)
+    }
+
+    /// As [`Self::given`], of pages in a row: at once if nothing more is to come, and none is
+    /// here.
+    fn row_given(
+        &mut self,
+        from: PartId,
+        row: Row,
+        now: u64,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let mut pages = row_from(row.page).take(row.pages());
+        let can = row.acks == 0
+            && pages.all(|page| {
+                self.copy(page) == Copy::Invalid
+                    && self.coming.get(page).is_none()
+                    && self.may_come(page, row.txn, row.access)
+            });
+        if !can {
+            return row.each().try_for_each(|(page, txn)| {
+                let one = Message::Data {
+                    page,
+                    txn,
+                    access: row.access,
+                    acks: row.acks,
+                    more: Vec::new(),
+                };
+                self.given(from, one, now, out)
+            });
+        }
+        let copy = match row.access {
+            Access::Read => Copy::Shared,
+            Access::Write => Copy::Modified,
+        };
+        let until = self.hold_until(now);
+        for page in row_from(row.page).take(row.pages()) {
+            self.set(page, copy);
+            if row.txn.is_answer {
+                self.wanted.remove(&page);
+            }
+            self.hold(page, until);
+        }
+        out.command(Command::Install {
+            page: row.page,
+            // (As many as a row has.)
+            pages: row.pages() as u32,
+            access: row.access,
+        });
+        let done = Message::Done {
+            page: row.page,
+            number: row.txn.number,
+            more: row.more,
+        };
+        out.send(row.txn.directory, done);
+        Ok(())
+    }
+
+    /// Until when what comes now stays, if it does.
+    fn hold_until(&mut self, now: u64) -> Option<u64> {
+        let span = self.config.hold_micros;
+        (span > 0).then(|| now + span + self.draw() % span)
+    }
+
+    fn hold(&mut self, page: PageId, until: Option<u64>) {
+        if let Some(until) = until {
+            let held = self.held.or_insert_with(page, Held::default);
+            held.until = held.until.max(until);
         }
     }
 
@@ -421,7 +618,12 @@ impl Copies {
                 )));
             }
             (Copy::Invalid, _) => {
-                out.command(Command::Install { page, access });
+                let pages = 1;
+                out.command(Command::Install {
+                    page,
+                    pages,
+                    access,
+                });
                 let copy = match access {
                     Access::Read => Copy::Shared,
                     Access::Write => Copy::Modified,
@@ -440,15 +642,12 @@ impl Copies {
         if txn.is_answer {
             self.wanted.remove(&page);
         }
-        let span = self.config.hold_micros;
-        if span > 0 {
-            let until = now + span + self.draw() % span;
-            let held = self.held.or_insert_with(page, Held::default);
-            held.until = held.until.max(until);
-        }
+        let until = self.hold_until(now);
+        self.hold(page, until);
         let done = Message::Done {
             page,
             number: txn.number,
+            more: Vec::new(),
         };
         out.send(txn.directory, done);
         Ok(())

@@ -4,7 +4,7 @@
 use super::message::{Holders, Message, PageEntry, Request, Txn};
 use super::page_map::PageMap;
 use super::{
-    Access, Command, Config, Impossible, Out, PageId, PartId, PartSet, Placement, Segment,
+    Access, Command, Config, Impossible, Out, PageId, PartId, PartSet, Placement, Segment, row_from,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
@@ -92,6 +92,28 @@ impl Directory {
     /// The directory of a page, as far as this part knows.
     pub(super) fn of(&self, page: PageId) -> PartId {
         self.at(self.segment(page))
+    }
+
+    /// The directories of pages in a row, each with those of them that follow each other.
+    pub(super) fn of_row(&self, page: PageId, pages: u32) -> Vec<(PartId, PageId, u32)> {
+        let mut rows: Vec<(PartId, PageId, u32)> = Vec::new();
+        let mut pages = row_from(page).take(pages as usize).peekable();
+        while let Some(first) = pages.next() {
+            let segment = self.segment(first);
+            let mut count = 1;
+            while pages
+                .next_if(|page| self.segment(*page) == segment)
+                .is_some()
+            {
+                count += 1;
+            }
+            let at = self.at(segment);
+            match rows.last_mut() {
+                Some((last, _, pages)) if *last == at => *pages += count,
+                _ => rows.push((at, first, count)),
+            }
+        }
+        rows
     }
 
     pub(super) fn is_quiet(&self) -> bool {
@@ -251,6 +273,59 @@ impl Directory {
             queue.push_back(request);
         }
         self.go_on(page, out)
+    }
+
+    /// Pages in a row are to be at a part: as many as possible at once, of those that another
+    /// part alone has and with which nothing is under way.
+    pub(super) fn move_row(
+        &mut self,
+        page: PageId,
+        pages: u32,
+        to: PartId,
+        out: &mut Out,
+    ) -> Result<(), Impossible> {
+        let request = Request::Move { to };
+        // (Who asked for that had not heard of it.)
+        if !self.parts.contains(to) {
+            return Ok(());
+        }
+        let me = self.me;
+        // Of those that are fetched at once: who has them, and the message.
+        let mut row: Option<(PartId, PageId, Vec<u64>)> = None;
+        for page in row_from(page).take(pages as usize) {
+            let segment = self.segment(page);
+            let is_here = self.at(segment) == me && !self.leaving.contains_key(&segment);
+            let can = is_here && !self.left.contains_key(&to);
+            let entry = self.entry_if(page, can);
+            let owner = entry.and_then(|entry| match entry.holders {
+                Holders::Owner(owner) if owner != to && entry.is_idle() => Some((owner, entry)),
+                _ => None,
+            });
+            let Some((owner, entry)) = owner else {
+                fetch_row(row.take(), me, to, out);
+                self.request(page, request, out)?;
+                continue;
+            };
+            entry.number = raised(entry.number)?;
+            entry.busy = Some((to, request));
+            entry.asked = PartSet::default().with(owner);
+            entry.holders = Holders::Owner(to);
+            let number = entry.number;
+            self.under_way += 1;
+            match &mut row {
+                Some((of, _, numbers)) if *of == owner => numbers.push(number),
+                _ => {
+                    fetch_row(row.take(), me, to, out);
+                    row = Some((owner, page, vec![number]));
+                }
+            }
+        }
+        fetch_row(row, me, to, out);
+        Ok(())
+    }
+
+    fn entry_if(&mut self, page: PageId, can: bool) -> Option<&mut Entry> {
+        can.then(|| self.entry(page))
     }
 
     /// Something was asked of another part, and passed on: whoever asked asks here from now
@@ -581,6 +656,29 @@ impl Directory {
     }
 }
 
+/// Has pages in a row, of which these are the transactions, sent by who has them.
+fn fetch_row(row: Option<(PartId, PageId, Vec<u64>)>, me: PartId, to: PartId, out: &mut Out) {
+    let Some((owner, page, mut numbers)) = row else {
+        return;
+    };
+    let txn = Txn {
+        number: numbers.remove(0),
+        directory: me,
+        is_answer: false,
+    };
+    out.send(
+        owner,
+        Message::Fetch {
+            page,
+            txn,
+            to,
+            access: Access::Write,
+            acks: 0,
+            more: numbers,
+        },
+    );
+}
+
 /// The number after a number; one that another part sent may be the last there is.
 fn raised(number: u64) -> Result<u64, Impossible> {
     number
@@ -620,6 +718,10 @@ impl Entry {
             asked: PartSet::default(),
             queue: VecDeque::new(),
         }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.busy.is_none() && self.queue.is_empty()
     }
 
     /// Whether a part has the page, or it is on its way there, or from there: who gets it
@@ -690,6 +792,7 @@ impl Entry {
                     to,
                     access,
                     acks,
+                    more: Vec::new(),
                 },
             ),
         }

@@ -72,10 +72,12 @@ pub enum Message {
         /// As in [`Request::Want`].
         has: bool,
     },
-    /// To the directory: a page is to be at a part.
+    /// To the directory: pages in a row are to be at a part.
     Move {
-        /// The page.
+        /// The first.
         page: PageId,
+        /// How many they are, [`ROW_PAGES_MAX`] at most.
+        pages: u32,
         /// Where to.
         to: PartId,
     },
@@ -86,11 +88,11 @@ pub enum Message {
         /// What is wanted.
         request: Request,
     },
-    /// From the directory to who holds a page: send it to another part.
+    /// From the directory to who holds a page, or some in a row: send it to another part.
     Fetch {
-        /// The page.
+        /// The first page.
         page: PageId,
-        /// The page's transaction.
+        /// That page's transaction.
         txn: Txn,
         /// Who gets it.
         to: PartId,
@@ -98,6 +100,8 @@ pub enum Message {
         access: Access,
         /// How many [`Message::Ack`] that part gets from others.
         acks: u8,
+        /// Numbers of the transactions of the pages that follow; all else is as of the first.
+        more: Vec<u64>,
     },
     /// From the directory to a reader: give the copy up, and tell who writes.
     Invalidate {
@@ -119,16 +123,18 @@ pub enum Message {
         /// How many [`Message::Ack`] come from others.
         acks: u8,
     },
-    /// From who holds it: the page.
+    /// From who holds it: the page, or some in a row.
     Data {
-        /// The page.
+        /// The first page.
         page: PageId,
-        /// The page's transaction.
+        /// That page's transaction.
         txn: Txn,
         /// What for.
         access: Access,
         /// How many [`Message::Ack`] come from others.
         acks: u8,
+        /// As in [`Message::Fetch`].
+        more: Vec<u64>,
     },
     /// From a reader: it has no copy any more.
     Ack {
@@ -137,12 +143,14 @@ pub enum Message {
         /// Number of the page's transaction.
         number: u64,
     },
-    /// To the directory: the transaction is over.
+    /// To the directory: the transaction is over, of a page, or each of some in a row.
     Done {
-        /// The page.
+        /// The first page.
         page: PageId,
-        /// Number of the page's transaction.
+        /// Number of that page's transaction.
         number: u64,
+        /// As in [`Message::Fetch`].
+        more: Vec<u64>,
     },
     /// To the next directory of a segment: all that is known of it. Pages that are not
     /// named are where they were when the machine began to span.
@@ -183,21 +191,40 @@ impl Message {
         }
     }
 
-    /// The pages that it speaks of.
-    pub fn pages(&self) -> impl Iterator<Item = PageId> {
-        let (page, pages) = match self {
+    /// The pages in a row that it speaks of: the first, and how many.
+    pub fn row(&self) -> Option<(PageId, usize)> {
+        match self {
             Message::Want { page, .. }
-            | Message::Move { page, .. }
             | Message::Forward { page, .. }
-            | Message::Fetch { page, .. }
             | Message::Invalidate { page, .. }
             | Message::Grant { page, .. }
-            | Message::Data { page, .. }
-            | Message::Ack { page, .. }
-            | Message::Done { page, .. } => (Some(*page), &[][..]),
-            Message::Segment { pages, .. } => (None, &pages[..]),
-            Message::Hand { .. } | Message::Gather | Message::SegmentAt { .. } => (None, &[][..]),
+            | Message::Ack { page, .. } => Some((*page, 1)),
+            Message::Move { page, pages, .. } => Some((*page, *pages as usize)),
+            Message::Fetch { page, more, .. }
+            | Message::Data { page, more, .. }
+            | Message::Done { page, more, .. } => Some((*page, 1 + more.len())),
+            Message::Segment { .. }
+            | Message::Hand { .. }
+            | Message::Gather
+            | Message::SegmentAt { .. } => None,
+        }
+    }
+
+    /// The pages that it speaks of; of a row the first and the last.
+    pub fn pages(&self) -> impl Iterator<Item = PageId> {
+        let row = self.row().map(|(first, count)| {
+            let behind = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
+            let number = first.number.saturating_add(behind);
+            [first, PageId { number, ..first }]
+        });
+        let pages = match self {
+            Message::Segment { pages, .. } => &pages[..],
+            _ => &[][..],
         };
-        page.into_iter().chain(pages.iter().map(|(page, ..)| *page))
+        let row = row.into_iter().flatten();
+        row.chain(pages.iter().map(|(page, ..)| *page))
     }
 }
+
+/// The most pages of which is spoken as of a row.
+pub const ROW_PAGES_MAX: usize = 1024;

@@ -8,6 +8,9 @@
 //! connections and no clock. Whoever runs it tells it of faults and messages and does
 //! what it says, in the order in which it says it.
 //!
+//! What moves, and what comes of it, is said of many pages in a row at once where they are
+//! alike; it means the same as if it were said of each of them.
+//!
 //! Each page has a *directory*, the part that knows who holds it: by default the home,
 //! by segments of pages any part. A part's own copy of a page:
 //!
@@ -89,7 +92,7 @@ mod succession;
 mod traffic;
 
 pub use copies::Copy;
-pub use message::{Holders, Message, PageEntry, Request, Txn};
+pub use message::{Holders, Message, PageEntry, ROW_PAGES_MAX, Request, Txn};
 pub use succession::{Held, Holdings};
 pub use traffic::Traffic;
 
@@ -284,10 +287,12 @@ pub enum Event {
         /// The page.
         page: PageId,
     },
-    /// A page is to be at a part (an object moves, or memory is short).
+    /// Pages in a row are to be at a part (an object moves, or memory is short).
     Move {
-        /// The page.
+        /// The first.
         page: PageId,
+        /// How many they are, [`ROW_PAGES_MAX`] at most.
+        pages: u32,
         /// Where to.
         to: PartId,
     },
@@ -342,19 +347,21 @@ pub enum Command {
         /// What.
         message: Message,
     },
-    /// Says something to another part, and sends the page's bytes with it.
-    SendPage {
+    /// Says something to another part, [`Message::Data`], and sends the bytes of its pages
+    /// with it.
+    SendPages {
         /// Which.
         to: PartId,
-        /// The page.
-        page: PageId,
         /// What.
         message: Message,
     },
-    /// Puts the page in place that came last, for this access, and wakes its waiters.
+    /// Puts pages in a row in place that came last, for this access, and wakes their
+    /// waiters. Several only if they came with the message that is heard just now.
     Install {
-        /// The page.
+        /// The first.
         page: PageId,
+        /// How many they are.
+        pages: u32,
         /// What is allowed.
         access: Access,
     },
@@ -368,15 +375,20 @@ pub enum Command {
         /// The page.
         page: PageId,
     },
-    /// A page that may be written may only be read; when this is done, nobody writes.
+    /// Pages in a row that may be written may only be read; when this is done, nobody
+    /// writes.
     Protect {
-        /// The page.
+        /// The first.
         page: PageId,
+        /// How many they are.
+        pages: u32,
     },
-    /// A page is no longer here; when this is done, nobody reads it.
+    /// Pages in a row are no longer here; when this is done, nobody reads them.
     Discard {
-        /// The page.
+        /// The first.
         page: PageId,
+        /// How many they are.
+        pages: u32,
     },
     /// [`Event::Tick`] is wanted then (or soon after), in the time of `now`.
     TickAt {
@@ -429,6 +441,23 @@ impl Out {
 /// What cannot be.
 #[derive(Debug)]
 struct Impossible(String);
+
+/// A page and those that follow it.
+fn row_from(page: PageId) -> impl Iterator<Item = PageId> {
+    let numbers = page.number..=u32::MAX;
+    numbers.map(move |number| PageId { number, ..page })
+}
+
+/// Whether there can be so many pages in a row, and it can be spoken of them at once.
+fn check_row(page: PageId, pages: usize) -> Result<(), Impossible> {
+    let is_there = (u64::from(page.number) + pages as u64) <= 1 << 32;
+    match (1..=ROW_PAGES_MAX).contains(&pages) && is_there {
+        true => Ok(()),
+        false => Err(Impossible(format!(
+            "{pages} pages in a row from {page:?} on"
+        ))),
+    }
+}
 
 impl Coherence {
     /// A part at the moment when the machine begins to span.
@@ -562,8 +591,11 @@ impl Coherence {
             Event::Pin { page } => self.copies.pin(page),
             Event::Unpin { page } => self.copies.unpin(page, now, out)?,
             Event::Drop { page } => self.copies.drop_copy(page, out),
-            Event::Move { page, to } => {
-                out.send(self.directory.of(page), Message::Move { page, to });
+            Event::Move { page, pages, to } => {
+                check_row(page, pages as usize)?;
+                for (directory, page, pages) in self.directory.of_row(page, pages) {
+                    out.send(directory, Message::Move { page, pages, to });
+                }
             }
             Event::MoveDirectory { segment, to } => {
                 self.directory.hand(segment, to, out)?;
@@ -627,18 +659,27 @@ impl Coherence {
         now: u64,
         out: &mut Out,
     ) -> Result<(), Impossible> {
+        if let Some((page, pages)) = message.row() {
+            check_row(page, pages)?;
+        }
         match message {
             Message::Want { page, access, has } => {
                 let part = from;
                 let request = Request::Want { part, access, has };
                 self.directory.request(page, request, out)
             }
-            Message::Move { page, to } => self.directory.request(page, Request::Move { to }, out),
+            Message::Move { page, pages, to } => self.directory.move_row(page, pages, to, out),
             Message::Forward { page, request } => {
                 self.directory.passed_on(page, &request, out);
                 self.directory.request(page, request, out)
             }
-            Message::Done { page, number } => self.directory.done(page, number, from, out),
+            Message::Done { page, number, more } => {
+                let numbers = std::iter::once(number).chain(more);
+                for (page, number) in row_from(page).zip(numbers) {
+                    self.directory.done(page, number, from, out)?;
+                }
+                Ok(())
+            }
             Message::Segment {
                 segment,
                 version,

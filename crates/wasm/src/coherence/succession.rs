@@ -258,7 +258,7 @@ mod tests {
         while let Some((at, event)) = rest.pop() {
             for command in parts[at].step(event, 0) {
                 match command {
-                    Command::Send { to, message } | Command::SendPage { to, message, .. } => {
+                    Command::Send { to, message } | Command::SendPages { to, message } => {
                         let from = part(at);
                         rest.push((to.number(), Event::Message { from, message }));
                     }
@@ -294,7 +294,12 @@ mod tests {
         let keeper = part(2);
         assert_eq!(legacy.rows[2].holders, Holders::Readers { keeper, readers });
         dropped[1].succeed(&legacy).unwrap();
-        step(&mut all, 0, Event::Move { page: at, to });
+        let moves = Event::Move {
+            page: at,
+            pages: 1,
+            to,
+        };
+        step(&mut all, 0, moves);
         let legacy = all[0].legacy().unwrap();
         assert_eq!(
             legacy.rows.iter().map(|it| it.first).collect::<Vec<_>>(),

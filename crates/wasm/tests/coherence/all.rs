@@ -257,6 +257,44 @@ fn pages_and_directories_that_move() {
     }
 }
 
+/// Both pages move at once, while threads use them.
+#[test]
+fn pages_that_move_in_rows() {
+    let two: &[(usize, &[Op])] = &[
+        (0, &[Op::Add(X), Op::Add(Y)]),
+        (1, &[Op::Read(Y), Op::Add(X)]),
+    ];
+    let three: &[(usize, &[Op])] = &[(0, &[Op::Add(Y)]), (1, &[Op::Add(X)]), (2, &[Op::Read(X)])];
+    for (threads, deeds) in [
+        (two, vec![Deed::MoveRow(0, X, 1)]),
+        (two, vec![Deed::MoveRow(0, X, 1), Deed::MoveRow(1, X, 0)]),
+        (two, vec![Deed::MoveRow(0, X, 1), Deed::MoveDirectory(1, 1)]),
+        (three, vec![Deed::MoveRow(0, X, 2)]),
+        (
+            &three[..2],
+            vec![Deed::MoveRow(0, X, 2), Deed::MoveRow(1, X, 1)],
+        ),
+    ] {
+        let name = format!("{} threads, {deeds:?}", threads.len());
+        let parts = 1 + deeds.iter().fold(1, |most, deed| match deed {
+            Deed::MoveRow(_, _, to) => most.max(*to),
+            _ => most,
+        });
+        let set = Set {
+            deeds,
+            ..set(parts, 2, threads)
+        };
+        all(&name, set.clone());
+        all(
+            &name,
+            Set {
+                merges: true,
+                ..set
+            },
+        );
+    }
+}
+
 #[test]
 fn a_part_that_leaves() {
     let threads: &[(usize, &[Op])] = &[
@@ -333,6 +371,7 @@ fn the_home_moves() {
     ];
     for (parts, deeds) in [
         (2, vec![Deed::Move(0, X, 1), Deed::Succeed(1)]),
+        (2, vec![Deed::MoveRow(0, X, 1), Deed::Succeed(1)]),
         (3, vec![Deed::Move(0, X, 2), Deed::Succeed(1)]),
         (
             3,

@@ -43,7 +43,15 @@ fn request(rng: &mut SmallRng) -> Request {
 fn message(rng: &mut SmallRng) -> Message {
     let page = PageId {
         memory: 0,
-        number: rng.random_range(0..3),
+        number: match rng.random_bool(0.02) {
+            true => u32::MAX - rng.random_range(0..3),
+            false => rng.random_range(0..3),
+        },
+    };
+    let more = match rng.random_range(0..4) {
+        0 => (0..rng.random_range(0..3)).map(|_| number(rng)).collect(),
+        1 if rng.random_bool(0.05) => vec![1; 2000],
+        _ => Vec::new(),
     };
     let segment = Segment {
         memory: 0,
@@ -65,7 +73,14 @@ fn message(rng: &mut SmallRng) -> Message {
             access,
             has: rng.random(),
         },
-        1 => Message::Move { page, to },
+        1 => Message::Move {
+            page,
+            pages: match rng.random_range(0..9) {
+                0 => u32::MAX,
+                few => few - 1,
+            },
+            to,
+        },
         2 => Message::Forward {
             page,
             request: request(rng),
@@ -76,6 +91,7 @@ fn message(rng: &mut SmallRng) -> Message {
             to,
             access,
             acks,
+            more,
         },
         4 => Message::Invalidate { page, number, to },
         5 => Message::Grant {
@@ -89,9 +105,10 @@ fn message(rng: &mut SmallRng) -> Message {
             txn,
             access,
             acks,
+            more,
         },
         7 => Message::Ack { page, number },
-        8 => Message::Done { page, number },
+        8 => Message::Done { page, number, more },
         9 => {
             let holders = match rng.random_bool(0.5) {
                 true => Holders::Owner(to),

@@ -32,8 +32,13 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
         .collect();
     let segment_pages = rng.random_range(1..=3);
     let mut deeds: Vec<Deed> = (0..rng.random_range(0..8))
-        .map(|_| match rng.random_range(0..2) {
+        .map(|_| match rng.random_range(0..4) {
             0 => Deed::Move(
+                rng.random_range(0..parts),
+                page(rng),
+                rng.random_range(0..parts),
+            ),
+            1 => Deed::MoveRow(
                 rng.random_range(0..parts),
                 page(rng),
                 rng.random_range(0..parts),
@@ -46,7 +51,7 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
     if rng.random_bool(0.3) {
         match rng.random_bool(0.5) {
             true => deeds.extend([Deed::Gather; 2]),
-            false => deeds.retain(|deed| matches!(deed, Deed::Move(..))),
+            false => deeds.retain(|deed| matches!(deed, Deed::Move(..) | Deed::MoveRow(..))),
         }
         let leaves = rng.random_range(1..parts);
         deeds.push(Deed::Empty(leaves, (leaves + 1) % parts));
@@ -61,11 +66,17 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
     if returns.is_none() && rng.random_bool(0.2) {
         match rng.random_bool(0.5) {
             true => deeds.extend([Deed::Gather; 3]),
-            false => deeds.retain(|deed| matches!(deed, Deed::Move(..))),
+            false => deeds.retain(|deed| matches!(deed, Deed::Move(..) | Deed::MoveRow(..))),
         }
         for _ in 0..rng.random_range(1..=3) {
-            let moves = (0..pages).map(|page| Deed::Move(0, page, rng.random_range(1..parts)));
-            deeds.extend(moves.collect::<Vec<_>>());
+            match rng.random_bool(0.5) {
+                true => deeds.push(Deed::MoveRow(0, 0, rng.random_range(1..parts))),
+                false => {
+                    let moves =
+                        (0..pages).map(|page| Deed::Move(0, page, rng.random_range(1..parts)));
+                    deeds.extend(moves.collect::<Vec<_>>());
+                }
+            }
             deeds.push(Deed::Succeed(rng.random_range(1..parts)));
         }
     } else if returns.is_none() && rng.random_bool(0.1) {
@@ -83,14 +94,15 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
         drops: rng.random_bool(0.5),
         pins: rng.random_range(0..10),
         unordered: rng.random_bool(0.5),
+        merges: rng.random_bool(0.5),
         spoilt: Spoilt::No,
         seed,
     }
 }
 
-/// Runs it to its end; how many steps that took, and whether a part went, or the home moved,
-/// after a directory had.
-fn run(seed: u64) -> Result<(usize, [bool; 2]), String> {
+/// Runs it to its end; how many steps that took, whether a part went, or the home moved,
+/// after a directory had, and whether pages came in rows.
+fn run(seed: u64) -> Result<(usize, [bool; 3]), String> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut world = World::new(&draw(&mut rng, seed));
     // Some runs prefer threads to messages, some the other way round.
@@ -101,7 +113,7 @@ fn run(seed: u64) -> Result<(usize, [bool; 2]), String> {
         world.actions(&mut actions);
         let idle = |action: &Action| matches!(action, Action::Drop(..) | Action::Pin(..));
         if actions.iter().all(idle) {
-            return Ok((step, [world.went, world.succeeded]));
+            return Ok((step, [world.went, world.succeeded, world.rows > 0]));
         }
         let weight = |action: &Action| match action {
             Action::Run(_) => eager,
@@ -125,17 +137,17 @@ fn seeds() {
         _ => 0..SEEDS,
     };
     let mut longest = 0;
-    let mut after = [0, 0];
+    let mut after = [0; 3];
     for seed in seeds.clone() {
         match run(seed) {
             Ok((steps, did)) => {
                 longest = longest.max(steps);
-                (0..2).for_each(|at| after[at] += u32::from(did[at]));
+                (0..3).for_each(|at| after[at] += u32::from(did[at]));
             }
             Err(wrong) => panic!("seed {seed}: {wrong}"),
         }
     }
-    println!("the longest took {longest} steps; after directories moved {after:?}");
+    println!("the longest took {longest} steps; after directories moved, and rows: {after:?}");
     assert!(
         seeds.count() == 1 || after.iter().all(|count| *count > 100),
         "{after:?}"

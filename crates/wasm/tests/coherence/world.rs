@@ -45,6 +45,8 @@ pub(crate) struct Thread {
 pub(crate) enum Deed {
     /// By a part's agent.
     Move(usize, u32, usize),
+    /// All pages from one on, at once.
+    MoveRow(usize, u32, usize),
     /// As the home wants it.
     MoveDirectory(u32, usize),
     /// The home has all directories brought.
@@ -105,6 +107,8 @@ pub(crate) struct Set {
     pub(crate) pins: u32,
     /// Connections do not keep their order.
     pub(crate) unordered: bool,
+    /// Pages in a row that wait to be delivered are said at once.
+    pub(crate) merges: bool,
     pub(crate) spoilt: Spoilt,
     pub(crate) seed: u64,
 }
@@ -122,6 +126,7 @@ impl Default for Set {
             drops: false,
             pins: 0,
             unordered: false,
+            merges: false,
             spoilt: Spoilt::No,
             seed: 7,
         }
@@ -132,7 +137,7 @@ impl Default for Set {
 pub(crate) struct World {
     parts: Vec<Coherence>,
     /// From each to each, in rows.
-    links: Vec<VecDeque<(Message, Option<u64>)>>,
+    links: Vec<VecDeque<(Message, Vec<u64>)>>,
     /// What the mapping of each part shows.
     frames: Vec<BTreeMap<u32, (Access, u64)>>,
     /// Pages that came and are not in place yet.
@@ -153,6 +158,8 @@ pub(crate) struct World {
     directories_moved: bool,
     pub(crate) went: bool,
     pub(crate) succeeded: bool,
+    /// How often pages in a row came at once.
+    pub(crate) rows: u32,
     hold_micros: u64,
     pinned: BTreeSet<(usize, u32)>,
     pins_left: u32,
@@ -160,6 +167,7 @@ pub(crate) struct World {
     drops: bool,
     segment_pages: u32,
     unordered: bool,
+    merges: bool,
     spoilt: Spoilt,
     pub(crate) wrong: Option<String>,
 }
@@ -170,6 +178,39 @@ fn part(number: usize) -> PartId {
 
 fn page(number: u32) -> PageId {
     PageId { memory: 0, number }
+}
+
+/// Two messages as one, if they are of pages in a row, and alike but for their numbers.
+fn merged(one: &Message, other: &Message) -> Option<Message> {
+    let mut both = one.clone();
+    let (first, count) = one.row()?;
+    let (
+        Message::Data {
+            page, txn, more, ..
+        },
+        Message::Data {
+            txn: next,
+            more: rest,
+            ..
+        },
+    ) = (&mut both, other)
+    else {
+        return None;
+    };
+    let (number, numbers) = (txn.number, std::mem::take(more));
+    (page.number, txn.number) = (first.number + count as u32, next.number);
+    more.clone_from(rest);
+    if both != *other {
+        return None;
+    }
+    if let Message::Data {
+        page, txn, more, ..
+    } = &mut both
+    {
+        (*page, txn.number) = (first, number);
+        *more = [&numbers[..], &[next.number], &rest[..]].concat();
+    }
+    Some(both)
 }
 
 impl World {
@@ -217,6 +258,7 @@ impl World {
             directories_moved: false,
             went: false,
             succeeded: false,
+            rows: 0,
             hold_micros: set.hold_micros,
             pinned: BTreeSet::new(),
             pins_left: set.pins,
@@ -224,6 +266,7 @@ impl World {
             drops: set.drops,
             segment_pages: set.segment_pages,
             unordered: set.unordered,
+            merges: set.merges,
             spoilt: set.spoilt,
             wrong: None,
         }
@@ -290,7 +333,7 @@ impl World {
     fn can(&self, deed: Deed) -> bool {
         match deed {
             // (What is to be at a part that not all know only the home refuses.)
-            Deed::Move(_, _, to) => {
+            Deed::Move(_, _, to) | Deed::MoveRow(_, _, to) => {
                 let joins = |deed: &Deed| matches!(deed, Deed::Join(_, part) if *part == to);
                 let moves = |deed: &Deed| matches!(deed, Deed::MoveDirectory(..));
                 let all_home = !self.directories_moved && !self.deeds.iter().any(moves);
@@ -391,10 +434,9 @@ impl World {
         match action {
             Action::Deliver { from, to, number } => {
                 let link = &mut self.links[from * self.parts.len() + to];
-                let (message, value) = link.remove(number).expect("it waits there");
-                if let (Message::Data { page, .. }, Some(value)) = (&message, value) {
-                    self.arrived[to].insert(page.number, value);
-                }
+                let (message, values) = link.remove(number).expect("it waits there");
+                let first = message.row().map_or(0, |(page, _)| page.number);
+                self.arrived[to].extend((first..).zip(values));
                 let from = part(from);
                 self.step(to, Event::Message { from, message });
             }
@@ -406,8 +448,13 @@ impl World {
             Action::Drop(number, at) => self.step(number, Event::Drop { page: page(at) }),
             Action::Do(number) => match self.deeds.remove(number) {
                 Deed::Move(by, at, to) => {
+                    let (page, pages, to) = (page(at), 1, part(to));
+                    self.step(by, Event::Move { page, pages, to });
+                }
+                Deed::MoveRow(by, at, to) => {
+                    let pages = self.truth.len() as u32 - at;
                     let (page, to) = (page(at), part(to));
-                    self.step(by, Event::Move { page, to });
+                    self.step(by, Event::Move { page, pages, to });
                 }
                 Deed::MoveDirectory(segment, to) => {
                     let (number, to) = (segment, part(to));
@@ -547,32 +594,60 @@ impl World {
     fn execute(&mut self, number: usize, command: Command) -> Result<(), String> {
         let count = self.parts.len();
         let frames = &mut self.frames[number];
-        if let Command::Install { page, .. } | Command::Allow { page } = &command {
-            self.grants[page.number as usize] += 1;
+        match &command {
+            Command::Install { page, pages, .. } => {
+                self.rows += u32::from(*pages > 1);
+                for at in page.number..page.number + pages {
+                    self.grants[at as usize] += 1;
+                }
+            }
+            Command::Allow { page } => self.grants[page.number as usize] += 1,
+            _ => {}
         }
-        let access = |frames: &BTreeMap<u32, (Access, u64)>, page: PageId| {
-            frames.get(&page.number).map(|(access, _)| *access)
+        let access = |frames: &BTreeMap<u32, (Access, u64)>, at: u32| {
+            frames.get(&at).map(|(access, _)| *access)
         };
+        let row = |page: PageId, pages: u32| page.number..page.number + pages;
         match command {
-            Command::Send { to, .. } | Command::SendPage { to, .. }
+            Command::Send { to, .. } | Command::SendPages { to, .. }
                 if self.lost.contains(&to.number()) => {}
             Command::Send { to, message } => {
-                self.links[number * count + to.number()].push_back((message, None));
+                self.links[number * count + to.number()].push_back((message, Vec::new()));
             }
-            Command::SendPage { to, page, message } => {
-                if access(frames, page) != Some(Access::Read) {
-                    return Err(format!("sends page {} while it is written", page.number));
+            Command::SendPages { to, message } => {
+                let (page, pages) = message.row().ok_or("sends no pages")?;
+                let mut values = Vec::new();
+                for at in row(page, pages as u32) {
+                    if access(frames, at) != Some(Access::Read) {
+                        return Err(format!("sends page {at} while it is written"));
+                    }
+                    values.push(frames[&at].1);
                 }
-                let value = frames[&page.number].1;
-                self.links[number * count + to.number()].push_back((message, Some(value)));
+                let link = &mut self.links[number * count + to.number()];
+                let last = link.back_mut().filter(|_| self.merges);
+                match last.and_then(|(last, before)| Some((merged(last, &message)?, last, before)))
+                {
+                    Some((both, last, before)) => {
+                        *last = both;
+                        before.append(&mut values);
+                    }
+                    None => link.push_back((message, values)),
+                }
             }
-            Command::Install { page, access } => {
-                let value = self.arrived[number].remove(&page.number);
-                let value = value.ok_or("puts a page in place that did not come")?;
-                if frames.insert(page.number, (access, value)).is_some() {
-                    return Err(format!("puts page {} where one is", page.number));
+            Command::Install {
+                page,
+                pages,
+                access,
+            } => {
+                for at in row(page, pages) {
+                    let value = self.arrived[number].remove(&at);
+                    let value = value.ok_or("puts a page in place that did not come")?;
+                    let frames = &mut self.frames[number];
+                    if frames.insert(at, (access, value)).is_some() {
+                        return Err(format!("puts page {at} where one is"));
+                    }
+                    self.wake(number, at);
                 }
-                self.wake(number, page.number);
             }
             Command::Allow { page } => {
                 self.arrived[number].remove(&page.number);
@@ -586,19 +661,25 @@ impl World {
             }
             Command::Wake { page } => self.wake(number, page.number),
             Command::Protect { .. } if self.spoilt == Spoilt::Protects => {}
-            Command::Protect { page } => match frames.get_mut(&page.number) {
-                Some((access @ Access::Write, _)) => *access = Access::Read,
-                _ => return Err(format!("protects page {}", page.number)),
-            },
+            Command::Protect { page, pages } => {
+                for at in row(page, pages) {
+                    match frames.get_mut(&at) {
+                        Some((access @ Access::Write, _)) => *access = Access::Read,
+                        _ => return Err(format!("protects page {at}")),
+                    }
+                }
+            }
             Command::Discard { .. } if self.spoilt == Spoilt::Discards => {}
-            Command::Discard { page } => {
-                if access(frames, page) != Some(Access::Read) {
-                    return Err(format!("discards page {}", page.number));
+            Command::Discard { page, pages } => {
+                for at in row(page, pages) {
+                    if access(frames, at) != Some(Access::Read) {
+                        return Err(format!("discards page {at}"));
+                    }
+                    if self.pinned.contains(&(number, at)) {
+                        return Err(format!("takes page {at} from who pinned it"));
+                    }
+                    frames.remove(&at);
                 }
-                if self.pinned.contains(&(number, page.number)) {
-                    return Err(format!("takes page {} from who pinned it", page.number));
-                }
-                frames.remove(&page.number);
             }
             Command::TickAt { micros } => {
                 let tick = self.ticks[number].map_or(micros, |tick| tick.min(micros));

@@ -16,6 +16,7 @@
 use super::super::keep::Keep;
 use super::super::wire::Parcel;
 use super::looking::Looking;
+use super::objects::push_move;
 use super::work::{Beside, Happened, Work};
 use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked, offset};
 use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
@@ -460,8 +461,8 @@ impl Shared {
             looks.set(looks.get() + 1);
             self.is_used(page)
         };
-        while excess > 0 && events.len() < MOVES_MAX && keep.going() < GOING_MAX && keep.owned() > 0
-        {
+        let mut count = events.len();
+        while excess > 0 && count < MOVES_MAX && keep.going() < GOING_MAX && keep.owned() > 0 {
             // (The rest has its turn in a moment.)
             if looks.get() >= LOOKS_MAX {
                 break;
@@ -472,7 +473,8 @@ impl Shared {
             let Some(page) = keep.next(may_keep, is_used) else {
                 break;
             };
-            events.push((Event::Move { page, to }, Beside::Nothing));
+            push_move(&mut events, page, to);
+            count += 1;
             excess -= 1;
         }
         let goes_on = !events.is_empty() || keep.going() > 0;

@@ -526,13 +526,10 @@ impl Pages {
     pub fn move_pages(&self, memory: u32, range: Range<u64>, to: PartId) -> Result<(), SpanError> {
         self.check_move(memory, &range, to)?;
         let (first, last) = (range.start / PAGE_BYTES, range.end.div_ceil(PAGE_BYTES));
-        let mut events = Vec::new();
-        for number in first..last {
-            let page = page_of(memory, number * PAGE_BYTES)?;
-            events.push((Event::Move { page, to }, Beside::Nothing));
-            if events.len() == MOVES_MAX || number + 1 == last {
-                self.step_unless_cut(std::mem::take(&mut events));
-            }
+        for at in (first..last).step_by(MOVES_MAX) {
+            let page = page_of(memory, at * PAGE_BYTES)?;
+            let pages = (last - at).min(MOVES_MAX as u64) as u32;
+            self.step_unless_cut(vec![(Event::Move { page, pages, to }, Beside::Nothing)]);
         }
         Ok(())
     }
@@ -551,6 +548,29 @@ impl Pages {
         }
         Ok(())
     }
+}
+
+/// One page more is to be at a part: where the one before it is, too, they are said to be
+/// at once.
+pub(super) fn push_move(events: &mut Vec<Happened>, page: PageId, to: PartId) {
+    if let Some((
+        Event::Move {
+            page: first,
+            pages,
+            to: before,
+        },
+        _,
+    )) = events.last_mut()
+        && *before == to
+        && (*pages as usize) < MOVES_MAX
+        && first.memory == page.memory
+        && first.number.checked_add(*pages) == Some(page.number)
+    {
+        *pages += 1;
+        return;
+    }
+    let pages = 1;
+    events.push((Event::Move { page, pages, to }, Beside::Nothing));
 }
 
 impl Pages {

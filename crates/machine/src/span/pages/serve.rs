@@ -62,9 +62,9 @@ impl Shared {
                                     let event = Event::Message { from, message };
                                     events.push((event, Beside::Nothing));
                                 }
-                                Parcel::Page(message, bytes) => {
+                                Parcel::Pages(message, pages) => {
                                     let event = Event::Message { from, message };
-                                    events.push((event, Beside::Page(bytes)));
+                                    events.push((event, Beside::Pages(pages)));
                                 }
                                 Parcel::Time(guest_ns) => self.listener().saw(guest_ns),
                                 Parcel::Memory(memory) => self.limits.heard(from, memory),

@@ -18,8 +18,9 @@
 
 use super::super::peer::Heard;
 use super::super::wire::Parcel;
+use super::objects::push_move;
 use super::settling::Settled;
-use super::work::{Beside, Happened};
+use super::work::Beside;
 use super::{Listener, MOVES_MAX, Pages, Shared, SpanError, locked};
 use keel_wasm::coherence::{Copy, Event, Holdings, PageId, PartId};
 use keel_wasm::memory::PAGE_BYTES;
@@ -278,16 +279,18 @@ impl Shared {
     fn send_rest(&self, to: PartId) -> Result<Vec<PageId>, SpanError> {
         let here: Vec<(PageId, Copy)> = self.pages_here()?.into_iter().collect();
         for some in here.chunks(MOVES_MAX) {
-            let events = some.iter().map(|(page, copy)| {
-                let page = *page;
-                let event = match copy {
+            let mut events = Vec::new();
+            for (page, copy) in some {
+                match copy {
                     // (Others have it.)
-                    Copy::Shared => Event::Drop { page },
-                    _ => Event::Move { page, to },
-                };
-                (event, Beside::Nothing)
-            });
-            self.step(events.collect::<Vec<Happened>>());
+                    Copy::Shared => {
+                        let page = *page;
+                        events.push((Event::Drop { page }, Beside::Nothing));
+                    }
+                    _ => push_move(&mut events, *page, to),
+                }
+            }
+            self.step(events);
         }
         Ok(here.into_iter().map(|(page, _)| page).collect())
     }

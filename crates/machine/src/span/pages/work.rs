@@ -6,7 +6,6 @@ use super::super::wire::{Frames, PageBytes, Parcel, WireError};
 use super::{BUCKETS, PAGE, Shared, SpanError, State, WAITED_MAX, locked, offset};
 use keel_wasm::coherence::{Access, Command, Event, Message, PageId, PartId};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};
-use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::atomic::Ordering;
@@ -17,15 +16,15 @@ use std::time::Instant;
 const ROW_ANSWERED: usize = 4;
 const ROW_MOVED: usize = 16;
 
-/// Events of which what follows is done and said at once.
-const EVENTS_MAX: usize = 128;
+/// Pages of events of which what follows is done and said at once.
+const AT_ONCE_PAGES: usize = 128;
 
 /// What comes beside an event.
 #[derive(Debug)]
 pub(super) enum Beside {
     Nothing,
-    /// The page that a message brings.
-    Page(PageBytes),
+    /// The pages that a message brings.
+    Pages(PageBytes),
     /// Who stands.
     Thread {
         /// The OS thread.
@@ -37,6 +36,63 @@ pub(super) enum Beside {
 
 /// An event, and what comes beside it.
 pub(super) type Happened = (Event, Beside);
+
+/// How many pages an event is about.
+fn pages_of(event: &Event) -> usize {
+    match event {
+        Event::Message { message, .. } => message.row().map_or(1, |(_, pages)| pages),
+        Event::Move { pages, .. } => *pages as usize,
+        _ => 1,
+    }
+}
+
+/// Pages that came with the event that is looked at.
+#[derive(Debug)]
+struct Came {
+    from: PartId,
+    first: PageId,
+    pages: PageBytes,
+    /// Those that are of no more use, bit by bit.
+    used: u64,
+}
+
+impl Came {
+    /// Where a page is among them, if it is.
+    fn index(&self, page: PageId) -> Option<usize> {
+        let at = page.number.checked_sub(self.first.number)? as usize;
+        (page.memory == self.first.memory && at < self.pages.pages()).then_some(at)
+    }
+
+    fn uses(&mut self, page: PageId) -> Option<usize> {
+        let at = self.index(page)?;
+        self.used |= 1 << at;
+        Some(at)
+    }
+
+    /// All of them, if that is what is wanted, or one.
+    fn take(&mut self, page: PageId, pages: u32) -> Option<PageBytes> {
+        if page == self.first && pages as usize == self.pages.pages() {
+            self.used = u64::MAX;
+            return Some(self.pages.clone());
+        }
+        let at = self.uses(page).filter(|_| pages == 1)?;
+        Some(self.pages.page(at))
+    }
+
+    /// Those that may be of use later.
+    fn left(&self) -> impl Iterator<Item = (PageId, PageBytes)> {
+        let left = (0..self.pages.pages()).filter(|at| self.used & 1 << at == 0);
+        left.map(|at| {
+            // (Of a row, which there can be.)
+            let number = self.first.number + at as u32;
+            let page = PageId {
+                number,
+                ..self.first
+            };
+            (page, self.pages.page(at))
+        })
+    }
+}
 
 /// What is to be done to a page.
 #[derive(Debug)]
@@ -70,9 +126,12 @@ impl Deed {
 /// What follows from events.
 #[derive(Debug, Default)]
 pub(super) struct Work {
-    deeds: Vec<(PageId, Deed)>,
-    /// Of each page the rank of the last.
-    ranks: FxHashMap<PageId, u8>,
+    /// With the first page, and how many they are.
+    deeds: Vec<(PageId, u32, Deed)>,
+    /// Of pages in a row, by the first, how many they are, and the rank of the last. None is
+    /// in two of them.
+    ranks: BTreeMap<PageId, (u32, u8)>,
+    came: Option<Came>,
     /// What is said, to whom.
     frames: BTreeMap<PartId, Frames>,
     /// There is a new time to wait for.
@@ -116,40 +175,106 @@ fn unsayable(error: WireError) -> SpanError {
 
 /// Pages in a row with which the same is done.
 struct Row<'a> {
-    memory: u32,
-    first: u32,
+    first: PageId,
+    pages: u32,
     deeds: Vec<&'a Deed>,
 }
 
 impl Row<'_> {
     fn offset(&self) -> u64 {
-        u64::from(self.first) * PAGE_BYTES
+        offset(self.first)
     }
 
     fn bytes(&self) -> u64 {
-        self.deeds.len() as u64 * PAGE_BYTES
+        u64::from(self.pages) * PAGE_BYTES
     }
 }
 
 /// Of pages in rising order.
-fn runs<'a>(pages: impl Iterator<Item = (PageId, &'a Deed)>) -> Vec<Row<'a>> {
+fn runs<'a>(deeds: impl Iterator<Item = &'a (PageId, u32, Deed)>) -> Vec<Row<'a>> {
     let mut rows: Vec<Row<'a>> = Vec::new();
-    for (page, deed) in pages {
+    for (page, pages, deed) in deeds {
         match rows.last_mut() {
             Some(row)
-                if row.memory == page.memory
-                    && row.first + row.deeds.len() as u32 == page.number =>
+                if row.first.memory == page.memory
+                    && row.first.number + row.pages == page.number =>
             {
+                row.pages += pages;
                 row.deeds.push(deed);
             }
             _ => rows.push(Row {
-                memory: page.memory,
-                first: page.number,
+                first: *page,
+                pages: *pages,
                 deeds: vec![deed],
             }),
         }
     }
     rows
+}
+
+/// What is said of pages in a row, each as long as it is said at once.
+fn said_of(row: &Row<'_>) -> Vec<(PartId, Message)> {
+    // As messages that differ only in which pages they are about, and all their numbers.
+    let mut long: Vec<(PartId, Message, Vec<u64>)> = Vec::new();
+    for deed in &row.deeds {
+        let Deed::Send(to, message) = deed else {
+            continue;
+        };
+        let mut alike = message.clone();
+        let Message::Data {
+            page, txn, more, ..
+        } = &mut alike
+        else {
+            continue;
+        };
+        let mut numbers = vec![txn.number];
+        numbers.append(more);
+        if let Some((last_to, last, before)) = long.last_mut()
+            && let Message::Data {
+                page: first,
+                txn: first_txn,
+                ..
+            } = last
+        {
+            let (own_page, own_number) = (*page, txn.number);
+            (*page, txn.number) = (*first, first_txn.number);
+            if last_to == to && *last == alike {
+                before.append(&mut numbers);
+                continue;
+            }
+            if let Message::Data { page, txn, .. } = &mut alike {
+                (*page, txn.number) = (own_page, own_number);
+            }
+        }
+        long.push((*to, alike, numbers));
+    }
+    let mut said = Vec::new();
+    for (to, message, numbers) in long {
+        let Some((first, _)) = message.row() else {
+            continue;
+        };
+        let at_once = together(&message);
+        for (at, numbers) in numbers.chunks(at_once).enumerate() {
+            let mut message = message.clone();
+            if let Message::Data {
+                page, txn, more, ..
+            } = &mut message
+                && let [number, rest @ ..] = numbers
+            {
+                page.number = first.number + (at * at_once) as u32;
+                txn.number = *number;
+                more.extend_from_slice(rest);
+            }
+            said.push((to, message));
+        }
+    }
+    said
+}
+
+/// Pages in a row, which there can be.
+fn row_of(first: PageId, pages: u32) -> impl Iterator<Item = PageId> {
+    let numbers = first.number..first.number + pages;
+    numbers.map(move |number| PageId { number, ..first })
 }
 
 /// So many bytes that are zero.
@@ -172,11 +297,10 @@ impl From<WireError> for Unsaid {
     }
 }
 
-/// How many of these pages are said in a row at most: who waits for one waits for all of
-/// them.
-fn together(deeds: &[&Deed]) -> usize {
-    match deeds.first() {
-        Some(Deed::Send(_, Message::Data { txn, .. })) if txn.is_answer => ROW_ANSWERED,
+/// How many such pages are said in a row at most: who waits for one waits for all of them.
+fn together(message: &Message) -> usize {
+    match message {
+        Message::Data { txn, .. } if txn.is_answer => ROW_ANSWERED,
         _ => ROW_MOVED,
     }
 }
@@ -187,7 +311,11 @@ impl Shared {
     pub(super) fn step(&self, events: Vec<Happened>) {
         let mut events = events.into_iter().peekable();
         loop {
-            let some = events.by_ref().take(EVENTS_MAX).collect();
+            let (mut some, mut pages) = (Vec::new(), 0);
+            while let Some(next) = events.next_if(|_| pages < AT_ONCE_PAGES) {
+                pages += pages_of(&next.0);
+                some.push(next);
+            }
             let mut work = Work::default();
             let done = {
                 let mut state = locked(&self.state);
@@ -293,9 +421,14 @@ impl Shared {
                         from,
                         message: Message::Data { page, .. },
                     },
-                    Beside::Page(bytes),
+                    Beside::Pages(pages),
                 ) => {
-                    state.arrived.insert(*page, (*from, bytes));
+                    work.came = Some(Came {
+                        from: *from,
+                        first: *page,
+                        pages,
+                        used: 0,
+                    });
                 }
                 _ => {}
             }
@@ -312,6 +445,10 @@ impl Shared {
             let now = self.now();
             for command in state.coherence.step(event, now) {
                 self.note(state, command, work)?;
+            }
+            if let Some(came) = work.came.take() {
+                let left = came.left().map(|(page, it)| (page, (came.from, it)));
+                state.arrived.extend(left);
             }
             if let Some((page, access)) = stood {
                 self.ask_ahead(state, page, access, work)?;
@@ -363,7 +500,7 @@ impl Shared {
     /// Notes what is to be done; does what was noted before where the order counts: of
     /// one page.
     fn note(&self, state: &mut State, command: Command, work: &mut Work) -> Result<(), SpanError> {
-        let (page, deed) = match command {
+        let (page, pages, deed) = match command {
             Command::Send { to, message } => {
                 state.traffic.said(to);
                 return work.put(to, &Parcel::Message(message));
@@ -382,36 +519,62 @@ impl Shared {
                 return Ok(());
             }
             Command::Fail { reason } => return Err(SpanError::Disagree(reason)),
-            Command::SendPage { to, page, message } => (page, Deed::Send(to, message)),
-            Command::Install { page, access } => {
-                let Some((from, bytes)) = state.arrived.remove(&page) else {
-                    let what = format!("{page:?} is to be used, and has not come");
+            Command::SendPages { to, message } => {
+                let Some((page, pages)) = message.row() else {
+                    return Err(SpanError::Disagree(format!("{message:?} has no pages")));
+                };
+                // (As many as a row has.)
+                (page, pages as u32, Deed::Send(to, message))
+            }
+            Command::Install {
+                page,
+                pages,
+                access,
+            } => {
+                let came = work.came.as_mut();
+                let came = came.and_then(|came| Some((came.from, came.take(page, pages)?)));
+                let came = came.or_else(|| state.arrived.remove(&page).filter(|_| pages == 1));
+                let Some((from, bytes)) = came else {
+                    let what =
+                        format!("{pages} pages from {page:?} on are to be used, and have not come");
                     return Err(SpanError::Disagree(what));
                 };
-                (page, Deed::Install(access, bytes, from))
+                (page, pages, Deed::Install(access, bytes, from))
             }
-            Command::Allow { page } => {
+            Command::Allow { page } | Command::Wake { page } => {
+                if let Some(came) = &mut work.came {
+                    came.uses(page);
+                }
                 state.arrived.remove(&page);
-                (page, Deed::Allow)
+                let allows = matches!(command, Command::Allow { .. });
+                (page, 1, if allows { Deed::Allow } else { Deed::Wake })
             }
-            Command::Wake { page } => {
-                state.arrived.remove(&page);
-                (page, Deed::Wake)
-            }
-            Command::Protect { page } => (page, Deed::Protect),
-            Command::Discard { page } => (page, Deed::Discard),
+            Command::Protect { page, pages } => (page, pages, Deed::Protect),
+            Command::Discard { page, pages } => (page, pages, Deed::Discard),
         };
-        if matches!(deed, Deed::Install(..) | Deed::Allow | Deed::Wake) {
-            self.grant(state, page);
+        let lets_go_on = matches!(deed, Deed::Install(..) | Deed::Allow | Deed::Wake);
+        if lets_go_on && !state.waiting.is_empty() {
+            for page in row_of(page, pages) {
+                self.grant(state, page);
+            }
         }
         // In one step a page is protected, sent and discarded, or something is done with
         // it that lets somebody go on. Rarely both.
-        let last = work.ranks.insert(page, deed.rank());
-        if last.is_some_and(|last| last >= deed.rank()) {
+        let last = PageId {
+            number: page.number + (pages - 1),
+            ..page
+        };
+        let before = work.ranks.range(..=last).next_back();
+        let before = before.filter(|(first, (count, _))| {
+            first.memory == page.memory && first.number + count > page.number
+        });
+        if before.is_some_and(|(first, (count, rank))| {
+            (*first, *count) != (page, pages) || *rank >= deed.rank()
+        }) {
             self.finish(state, work)?;
-            work.ranks.insert(page, deed.rank());
         }
-        work.deeds.push((page, deed));
+        work.ranks.insert(page, (pages, deed.rank()));
+        work.deeds.push((page, pages, deed));
         Ok(())
     }
 
@@ -420,100 +583,88 @@ impl Shared {
         let failed = |error: MemoryError| SpanError::Memory(error.to_string());
         let mut deeds = std::mem::take(&mut work.deeds);
         work.ranks.clear();
-        for (page, deed) in &deeds {
+        for (page, pages, deed) in &deeds {
             if !matches!(deed, Deed::Protect | Deed::Send(..)) {
-                self.changes(state, *page)?;
+                for page in row_of(*page, *pages) {
+                    self.changes(state, page)?;
+                }
             }
         }
-        deeds.sort_by_key(|(page, deed)| (deed.rank(), *page));
+        deeds.sort_by_key(|(page, _, deed)| (deed.rank(), *page));
         let with = |rank: u8| {
-            let first = deeds.partition_point(|(_, deed)| deed.rank() < rank);
+            let first = deeds.partition_point(|(_, _, deed)| deed.rank() < rank);
             let those = deeds[first..].iter();
-            those
-                .take_while(move |(_, deed)| deed.rank() == rank)
-                .map(|(page, deed)| (*page, deed))
+            those.take_while(move |(_, _, deed)| deed.rank() == rank)
         };
         for run in runs(with(Deed::Protect.rank())) {
-            let memory = self.memory(run.memory)?;
+            let memory = self.memory(run.first.memory)?;
             memory.protect(run.offset(), run.bytes()).map_err(failed)?;
         }
         for run in runs(with(Deed::SEND)) {
-            let memory = self.memory(run.memory)?.memory();
-            let (mut deeds, mut offset) = (&run.deeds[..], run.offset());
-            if let Some(Deed::Send(to, _)) = deeds.first() {
+            let memory = self.memory(run.first.memory)?.memory();
+            if let Some(Deed::Send(to, _)) = run.deeds.first() {
                 // (Mostly all go there.)
-                work.to(*to)?.reserve(deeds.len() * PAGE);
+                work.to(*to)?.reserve(run.pages as usize * PAGE);
             }
-            while let Some(Deed::Send(to, _)) = deeds.first() {
-                let messages = deeds.iter().map_while(|deed| match deed {
-                    Deed::Send(part, message) if part == to => Some(message),
-                    _ => None,
-                });
-                let most = together(deeds);
+            let mut offset = run.offset();
+            for (to, message) in said_of(&run) {
                 let read = |pages: usize, bytes: &mut Vec<u8>| {
                     let read = memory.append(offset, pages * PAGE, bytes);
+                    offset += pages as u64 * PAGE_BYTES;
                     read.map_err(|error| Unsaid::Memory(failed(error)))
                 };
-                let frames = work.to(*to)?;
-                let said = frames.put_pages(messages.take(most), read);
-                let count = said.map_err(|error| match error {
+                let said = work.to(to)?.put_pages(&message, read);
+                said.map_err(|error| match error {
                     Unsaid::Memory(error) => error,
                     Unsaid::Wire(error) => unsayable(error),
                 })?;
-                for _ in 0..count {
-                    state.traffic.said(*to);
-                }
-                deeds = deeds.get(count..).unwrap_or_default();
-                offset += (count * PAGE) as u64;
+                state.traffic.said(to);
             }
         }
         for run in runs(with(Deed::Discard.rank())) {
-            let memory = self.memory(run.memory)?;
+            let memory = self.memory(run.first.memory)?;
             memory.discard(run.offset(), run.bytes()).map_err(failed)?;
         }
-        for access in [Access::Read, Access::Write] {
-            let those = with(Deed::INSTALL)
-                .filter(|(_, deed)| matches!(deed, Deed::Install(with, ..) if *with == access));
-            for run in runs(those) {
-                let memory = self.memory(run.memory)?;
-                let write = access == Access::Write;
-                let (mut deeds, mut offset) = (&run.deeds[..], run.offset());
-                while !deeds.is_empty() {
-                    let pages = deeds.iter().map_while(|deed| match deed {
-                        Deed::Install(_, page, _) => Some(page),
-                        _ => None,
-                    });
-                    let (count, bytes) = PageBytes::in_a_row(pages);
-                    let bytes = match bytes {
-                        Some(bytes) => bytes,
-                        None => zeros(&mut state.zeros, count * PAGE),
-                    };
-                    memory.install(offset, bytes, write).map_err(failed)?;
-                    deeds = deeds.get(count.max(1)..).unwrap_or_default();
-                    offset += (count * PAGE) as u64;
-                }
+        for (page, _, deed) in with(Deed::INSTALL) {
+            let Deed::Install(access, pages, _) = deed else {
+                continue;
+            };
+            let memory = self.memory(page.memory)?;
+            let mut offset = offset(*page);
+            for (count, bytes) in pages.pieces() {
+                let bytes = match bytes {
+                    Some(bytes) => bytes,
+                    None => zeros(&mut state.zeros, count * PAGE),
+                };
+                let write = *access == Access::Write;
+                memory.install(offset, bytes, write).map_err(failed)?;
+                offset += (count * PAGE) as u64;
             }
         }
         for run in runs(with(Deed::Allow.rank())) {
-            let memory = self.memory(run.memory)?;
+            let memory = self.memory(run.first.memory)?;
             memory.allow(run.offset(), run.bytes()).map_err(failed)?;
         }
         for run in runs(with(Deed::Wake.rank())) {
-            let memory = self.memory(run.memory)?;
+            let memory = self.memory(run.first.memory)?;
             memory.wake(run.offset(), run.bytes()).map_err(failed)?;
         }
-        for (page, deed) in &deeds {
+        for (page, pages, deed) in &deeds {
             match deed {
                 Deed::Install(access, _, from) => {
-                    if let Some(keep) = &mut state.keep {
-                        keep.came(*page, *access);
+                    self.tell_waiting(state);
+                    for page in row_of(*page, *pages) {
+                        if let Some(keep) = &mut state.keep {
+                            keep.came(page, *access);
+                        }
+                        self.came(state, page, Some(*from));
                     }
-                    self.came(state, *page, Some(*from));
                 }
                 Deed::Allow => {
                     if let Some(keep) = &mut state.keep {
                         keep.came(*page, Access::Write);
                     }
+                    self.tell_waiting(state);
                     self.came(state, *page, None);
                 }
                 Deed::Wake => {
@@ -532,7 +683,7 @@ impl Shared {
                 }
                 Deed::Discard => {
                     if let Some(keep) = &mut state.keep {
-                        keep.left(*page);
+                        row_of(*page, *pages).for_each(|page| keep.left(page));
                     }
                 }
                 Deed::Protect | Deed::Send(..) => {}
@@ -551,7 +702,6 @@ impl Shared {
 
     /// A page is there: who waits for it goes on.
     fn came(&self, state: &mut State, page: PageId, from: Option<PartId>) {
-        self.tell_waiting(state);
         let Some((since, thread)) = state.since.remove(&page) else {
             return;
         };
