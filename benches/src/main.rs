@@ -22,6 +22,7 @@
 
 mod capture;
 mod checkpoints;
+mod cores;
 mod guest;
 mod load;
 mod moves;

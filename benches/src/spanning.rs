@@ -6,6 +6,7 @@
 //! The other part is a process of its own (this program again, [`home`]): it has all
 //! pages. It also answers 64 bytes with 4 KiB on a plain socket, both sides blocking.
 
+use crate::cores;
 use crate::spanned::{LIMIT, Spanned};
 use crate::table::{Table, micros, percentile};
 use anyhow::{Context, Result, ensure};
@@ -24,17 +25,18 @@ use std::time::{Duration, Instant};
 
 /// The option that makes this program the other part.
 pub(crate) const HOME: &str = "--span-home";
-/// Bytes of the memory; half of it is touched page by page, the rest moves.
-const MEMORY_BYTES: u64 = 512 << 20;
-/// Pages of the first half, and what is between two that are touched one after the other:
+/// Bytes of the memory; the first are touched page by page, the rest moves.
+const MEMORY_BYTES: u64 = TOUCHED_PAGES * PAGE_BYTES + SETS_MAX as u64 * MOVED_BYTES;
+/// Pages that are touched, and what is between two that are touched one after the other:
 /// odd, so that each is touched once.
-const TOUCHED_PAGES: u64 = MEMORY_BYTES / 2 / PAGE_BYTES;
+const TOUCHED_PAGES: u64 = 1 << 16;
 const STRIDE: u64 = 40_503;
 /// Pages that are touched in a round, and round trips beside them.
 const TOUCHES: u64 = 2000;
 const QUESTION_BYTES: usize = 64;
-/// Bytes that move at once, and that the plain stream carries.
+/// Bytes that move at once, and that the plain stream carries; and how often at most.
 const MOVED_BYTES: u64 = 64 << 20;
+const SETS_MAX: usize = 12;
 
 fn part(number: usize) -> Result<PartId> {
     PartId::new(number).context("a part's number")
@@ -184,7 +186,20 @@ pub(crate) fn bench(rounds: usize, only: Option<&str>) -> Result<()> {
     plain.set_nodelay(true)?;
     let wanted = |name: &str| only.is_none_or(|only| name.contains(only));
     if wanted("faults") {
-        faults(&pages, &memory, &mut plain, rounds)?;
+        let mut next = 0;
+        let mut faults = |how: &str| faults(&pages, &memory, &mut plain, (rounds, how, &mut next));
+        faults("as the kernel places them")?;
+        let processes = [std::process::id().to_string(), other.0.id().to_string()];
+        let count = std::thread::available_parallelism()?.get();
+        if count > 1 {
+            for (process, core) in processes.iter().zip(["0", "1"]) {
+                cores::bind(process, core)?;
+            }
+            faults("with a core for each process, as nodes have")?;
+            for process in &processes {
+                cores::bind(process, &format!("0-{}", count - 1))?;
+            }
+        }
     }
     if wanted("sets") {
         moves(&memory, rounds, (&mut input, &mut output))?;
@@ -198,10 +213,15 @@ pub(crate) fn bench(rounds: usize, only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Pages that are touched one by one, beside plain round trips.
-fn faults(pages: &Pages, memory: &GuestMemory, plain: &mut TcpStream, rounds: usize) -> Result<()> {
+/// Pages that are touched one by one, beside plain round trips; from the `next` on.
+fn faults(
+    pages: &Pages,
+    memory: &GuestMemory,
+    plain: &mut TcpStream,
+    (rounds, how, next): (usize, &str, &mut u64),
+) -> Result<()> {
     let (mut trips, mut touches) = (Vec::new(), Vec::new());
-    let mut next = 0_u64;
+    let before = pages.latency();
     let mut answer = vec![0; PAGE_BYTES as usize];
     // In turns, so that what else the computer does meets both.
     for _ in 0..rounds {
@@ -213,8 +233,8 @@ fn faults(pages: &Pages, memory: &GuestMemory, plain: &mut TcpStream, rounds: us
         }
         for _ in 0..TOUCHES {
             // In no order: what is gone through in order is asked for ahead.
-            let page = next * STRIDE % TOUCHED_PAGES;
-            next += 1;
+            let page = *next * STRIDE % TOUCHED_PAGES;
+            *next += 1;
             let begun = Instant::now();
             let word = memory.load_u32(page * PAGE_BYTES);
             let word = word.context("a word of the memory")?;
@@ -231,15 +251,19 @@ fn faults(pages: &Pages, memory: &GuestMemory, plain: &mut TcpStream, rounds: us
         row.extend([0.5, 0.9, 0.99].map(|share| format!("{:.1}", percentile(figures, share))));
         table.row(row);
     }
-    table.print(&format!("Remote read faults ({} of each)", touches.len()));
+    table.print(&format!(
+        "Remote read faults ({} of each), {how}",
+        touches.len()
+    ));
     println!(
         "\nratio: {:.2}",
         percentile(&mut touches, 0.5) / percentile(&mut trips, 0.5)
     );
-    let latency = pages.latency();
-    let buckets: Vec<String> = (0..latency.buckets.len())
-        .filter(|at| latency.buckets[*at] > 0)
-        .map(|at| format!("{} below {} µs", latency.buckets[at], 1u64 << at))
+    let after = pages.latency();
+    let buckets: Vec<String> = (0..after.buckets.len())
+        .map(|at| (at, after.buckets[at] - before.buckets[at]))
+        .filter(|(_, count)| *count > 0)
+        .map(|(at, count)| format!("{count} below {} µs", 1u64 << at))
         .collect();
     println!("as the part counts them: {}", buckets.join(", "));
     Ok(())
@@ -392,7 +416,7 @@ fn moves(
     let (mut ours, mut streams) = (Vec::new(), Vec::new());
     let (mut copies, mut machines) = (Vec::new(), Vec::new());
     let mut at = MEMORY_BYTES;
-    for _ in 0..rounds.min(4) {
+    for _ in 0..rounds.min(SETS_MAX) {
         at -= MOVED_BYTES;
         writeln!(to_home, "{at}")?;
         to_home.flush()?;

@@ -2,12 +2,11 @@
 //! and on one core: the share of two cores that is left when its threads are apart.
 
 use crate::table::{Table, median};
-use crate::{Options, told};
+use crate::{Options, cores, told};
 use anyhow::{Context, Result, ensure};
 use keel_api::SpanRequest;
 use keel_testkit::{Guest, LocalCluster, wait_for};
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Programs of two workers that write a line for each piece of work.
@@ -139,7 +138,7 @@ async fn rate(cluster: &LocalCluster, module: &[u8], args: &[&str], place: Place
 }
 
 /// Binds all processes of a node to cores; those that they start are bound as they are.
-fn pin(state: &Path, cores: &str) -> Result<()> {
+fn pin(state: &Path, which: &str) -> Result<()> {
     let state = state.display().to_string();
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let Ok(command) = std::fs::read(entry.path().join("cmdline")) else {
@@ -149,17 +148,7 @@ fn pin(state: &Path, cores: &str) -> Result<()> {
         if !words.any(|word| word == state.as_bytes()) {
             continue;
         }
-        let pid = entry.file_name();
-        let output = Command::new("taskset")
-            .args(["-a", "-c", "-p", cores])
-            .arg(&pid)
-            .output()
-            .context("taskset (Debian: util-linux)")?;
-        ensure!(
-            output.status.success(),
-            "taskset: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        cores::bind(&entry.file_name().to_string_lossy(), which)?;
     }
     Ok(())
 }

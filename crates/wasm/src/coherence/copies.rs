@@ -567,10 +567,7 @@ impl Copies {
         let until = self.hold_until(now);
         for page in row_from(row.page).take(row.pages()) {
             self.set(page, copy);
-            if row.txn.is_answer {
-                self.wanted.remove(&page);
-            }
-            self.hold(page, until);
+            self.comes(page, row.txn, until);
         }
         out.command(Command::Install {
             page: row.page,
@@ -593,8 +590,15 @@ impl Copies {
         (span > 0).then(|| now + span + self.draw() % span)
     }
 
-    fn hold(&mut self, page: PageId, until: Option<u64>) {
-        if let Some(until) = until {
+    /// A page has come. It stays for a moment if somebody waits for it; what is moved here
+    /// may go on at once.
+    fn comes(&mut self, page: PageId, txn: Txn, until: Option<u64>) {
+        let is_wanted = match txn.is_answer {
+            true => self.wanted.remove(&page),
+            // What was asked for is still to be answered if the page was moved here.
+            false => self.wanted.contains(&page),
+        };
+        if let Some(until) = until.filter(|_| is_wanted) {
             let held = self.held.or_insert_with(page, Held::default);
             held.until = held.until.max(until);
         }
@@ -638,12 +642,8 @@ impl Copies {
                 out.command(Command::Wake { page });
             }
         }
-        // What was asked for is still to be answered if the page was moved here.
-        if txn.is_answer {
-            self.wanted.remove(&page);
-        }
         let until = self.hold_until(now);
-        self.hold(page, until);
+        self.comes(page, txn, until);
         let done = Message::Done {
             page,
             number: txn.number,

@@ -48,9 +48,10 @@
 //! depends on the order of messages, on one connection or between several. (That nothing is
 //! on its way does, see below.)
 //!
-//! A part that was just given a page holds it for a moment before it gives it away
-//! ([`Config::hold_micros`]), so that the access that asked for it takes place; the host
-//! pins a page while it copies. What asks for it meanwhile is put off, not refused.
+//! A part that was just given a page that it asked for holds it for a moment before it
+//! gives it away ([`Config::hold_micros`]), so that the access that asked for it takes
+//! place; the host pins a page while it copies. What asks for it meanwhile is put off, not
+//! refused. What was only moved there may go on at once.
 //!
 //! A segment's directory moves when nothing is under way in it ([`Event::MoveDirectory`]):
 //!
