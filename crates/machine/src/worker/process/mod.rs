@@ -144,7 +144,7 @@ impl Inner {
 /// If its folder or socket cannot be used.
 pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
     #[cfg(feature = "failpoints")]
-    failpoint::set_from_environment();
+    crate::failpoint::set_from_environment();
     cgroup::spend_worker();
     // First: what is allocated from here on is counted there.
     let group = Group::load(folder).filter(|group| {
@@ -467,7 +467,7 @@ impl Worker {
             kind::FAILPOINT => {
                 let (name, order): (String, Option<String>) = unpack(&payload)?;
                 let order = order.map(|order| order.parse()).transpose();
-                failpoint::set(&name, order.map_err(RpcError::refused)?);
+                crate::failpoint::set(&name, order.map_err(RpcError::refused)?);
                 Ok(pack(&())?.into())
             }
             other => Err(RpcError::refused(format!("no request of kind {other:#x}"))),
