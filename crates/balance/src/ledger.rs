@@ -257,9 +257,9 @@ impl fmt::Display for Verdict {
             Verdict::Overfills => {
                 f.write_str("the target would be filled beyond the policy's fill_load")
             }
-            Verdict::Spreads => f.write_str(
-                "it gets parts on several nodes instead (max_parts): no whole move would cure",
-            ),
+            Verdict::Spreads => {
+                f.write_str("it gets parts on several nodes instead, or is about to (max_parts)")
+            }
         }
     }
 }

@@ -143,15 +143,16 @@ pub enum Verdict {
     NotWorth,
     /// The target would be filled beyond what `pack` allows.
     Overfills,
-    /// It is to get parts on several nodes instead: it keeps more than one part may, or
-    /// would press the target as well.
+    /// It gets parts on several nodes instead, or is about to: it keeps more than one part
+    /// may, or would press the target as well.
     Spreads,
 }
 
-/// What a machine's spec says of the parts that balancing may give it; of one that has none
-/// yet, and was not brought together not long ago.
+/// What is known of the parts that balancing may give a machine which has none yet.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Spreadable {
+    /// It is decided, and done just now.
+    pub is_decided: bool,
     /// It is to have them from its beginning.
     pub from_beginning: bool,
     /// What one part keeps at most, in bytes.
@@ -165,14 +166,17 @@ pub fn presses_any(here: f64, there: f64, policy: &Policy) -> bool {
 }
 
 impl Spreadable {
-    /// Whether the machine gets parts where it is, whatever moving it would do. As
-    /// [`crate::grains::decide`] has it, but that its threads are not known here: they are
-    /// several if they want clearly more than one core.
+    /// Whether the machine is to get parts where it is, or looks as if it were about to. That
+    /// is a guess: [`crate::grains::decide`] knows its threads and what it has of its memory.
+    /// So whoever asks believes it for a moment only.
     fn is_due(&self, factors: &Factors, source: &Side, there: f64, policy: &Policy) -> bool {
         let most = self.part_memory_bytes;
         let is_over = most.is_some_and(|most| factors.memory_bytes > most);
         let presses = source.pressed && factors.cpu_cores >= SEVERAL_CORES;
-        self.from_beginning || is_over || presses && presses_any(source.load, there, policy)
+        self.is_decided
+            || self.from_beginning
+            || is_over
+            || presses && presses_any(source.load, there, policy)
     }
 }
 
@@ -323,8 +327,6 @@ fn weigh(
     };
     let verdict = if let Some(bound) = &candidate.bound {
         Verdict::Bound(bound.clone())
-    } else if candidate.spreadable.is_some_and(is_due) {
-        Verdict::Spreads
     } else if needs_bytes > free_bytes {
         Verdict::NoRoom {
             needs_bytes,
@@ -343,6 +345,8 @@ fn weigh(
             lowers: worth,
             least: policy.gain_min,
         }
+    } else if candidate.spreadable.is_some_and(is_due) {
+        Verdict::Spreads
     } else if gain.core_s.low <= cost.core_s.high {
         Verdict::NotWorth
     } else {
@@ -534,6 +538,7 @@ mod tests {
     fn what_would_press_any_node_is_spread_instead() {
         let (source, target) = (side(1.0, 5.0), side(1.0, 1.0));
         let spreadable = Spreadable {
+            is_decided: false,
             from_beginning: false,
             part_memory_bytes: Some(1 << 30),
         };
@@ -559,6 +564,17 @@ mod tests {
         };
         let considered = decide(&source, &roomy, &[fits]);
         assert_eq!(considered[0].verdict, Verdict::Chosen);
+        // What is decided is not asked again.
+        let decided = Candidate {
+            spreadable: Some(Spreadable {
+                is_decided: true,
+                ..spreadable
+            }),
+            ..burner("decided", 0.9, &target)
+        };
+        let (source, target) = (side(1.0, 5.0), side(1.0, 1.0));
+        let considered = decide(&source, &target, &[decided]);
+        assert_eq!(considered[0].verdict, Verdict::Spreads);
         // And it has them at once that is to have them.
         let mut early = may("early", 0.5);
         early.spreadable = Some(Spreadable {

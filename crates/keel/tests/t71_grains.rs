@@ -132,15 +132,6 @@ async fn a_program_outgrows_its_node_by_itself() {
     })
     .await
     .unwrap_or_else(|error| panic!("{error}: {}", said(&cluster, &["why", "render"])));
-    // (Moved as a whole it would only have pressed another node.)
-    let parts_now = parts(&cluster, "render").await.parts;
-    let why = || said(&cluster, &["why", "render"]);
-    assert_eq!(
-        parts_now.first().map(|home| &*home.node),
-        Some("a"),
-        "{}",
-        why()
-    );
     let decided = grains(&cluster).await;
     let spread = decided
         .iter()
@@ -178,10 +169,12 @@ async fn a_program_outgrows_its_node_by_itself() {
     let again = alone("render", &["2", "480", "320", "3", &first.to_string()]);
     assert_eq!(drawn[first..], again);
 
-    // One of them is emptied: no part may be there.
+    // One of them is emptied: no part may be there. (Its home may have moved before it got
+    // any: an agent that does not know of them yet moves it as a whole.)
     let parts_now = parts(&cluster, "render").await.parts;
     let mut stay: Vec<String> = parts_now.into_iter().map(|part| part.node).collect();
-    let goes = stay.pop().expect("a member");
+    let at = (1..stay.len()).rfind(|at| stay[*at] != "a");
+    let goes = stay.remove(at.expect("a part that is not on a"));
     let drained = said(&cluster, &["drain", &goes]);
     wait_for("no part is there", || async {
         let parts = parts(&cluster, "render").await.parts;

@@ -35,6 +35,8 @@ use crate::window::{NEWEST, NEWEST_SHOWING};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
+/// Cores of a thread that takes one all the time.
+const BOUND: f64 = 0.9;
 /// Cores below which a thread is not worth moving.
 const CORES_MIN: f64 = 0.1;
 /// Looks at which it loses by its parts, after which it does not matter what may help.
@@ -229,6 +231,16 @@ impl Scene {
             weighed,
         }
     }
+}
+
+/// What a thread that takes so many cores of one node weighs on a node: one that takes a whole
+/// core does so anywhere, what others do takes less time on a faster one. As machines weigh
+/// ([`crate::load::Factors::on`]).
+fn weigh(cores: f64, on: &Side, there: &Side, policy: &Policy) -> f64 {
+    let is_bound = cores >= BOUND;
+    let faster = there.capacity.speed / on.capacity.speed;
+    let cores = if is_bound { cores } else { cores / faster };
+    policy.weights.cpu * cores / there.capacity.cores
 }
 
 /// Whether most of the newest samples show that much.

@@ -1,6 +1,6 @@
 //! Parts: whether a machine gets some, or more, or loses some, or all.
 
-use super::{CORES_MIN, Choice, Grain, Node, Scene, Thread, Weighed, mib, steadily};
+use super::{CORES_MIN, Choice, Grain, Node, Scene, Thread, Weighed, mib, steadily, weigh};
 use crate::Name;
 use crate::policy::Policy;
 use crate::select::presses_any;
@@ -15,7 +15,6 @@ pub(super) fn spread(scene: &Scene, policy: &Policy) -> Option<Choice> {
     if scene.tried {
         return None;
     }
-    let cores: f64 = scene.threads.iter().map(|it| it.cores).sum();
     let busy: Vec<&Thread> = scene
         .threads
         .iter()
@@ -42,8 +41,11 @@ pub(super) fn spread(scene: &Scene, policy: &Policy) -> Option<Choice> {
         let lightest = others
             .filter(|it| it.forbidden.is_none())
             .min_by(|one, other| one.side.load.total_cmp(&other.side.load))?;
-        let there =
-            lightest.side.load + cores * policy.weights.cpu / lightest.side.capacity.power();
+        let threads = scene.threads.iter();
+        let there = lightest.side.load
+            + threads
+                .map(|it| weigh(it.cores, &home.side, &lightest.side, policy))
+                .sum::<f64>();
         let machine = Weighed {
             what: format!("the whole machine to {}", lightest.name),
             found: format!("that node would be at {there:.2} then"),
@@ -187,16 +189,16 @@ fn runs(scene: &Scene) -> f64 {
     ran.sum()
 }
 
-/// What they would run at their home alone, where nobody waits for pages: all that they
+/// What they would run at their home alone, in cores of speed 1, where nobody waits for pages: all that they
 /// want, or the machine's share of a node that has less than is wanted there.
 fn alone(scene: &Scene, policy: &Policy) -> Option<f64> {
     let home = &scene.nodes.first()?.side;
-    let power = home.capacity.power();
+    let (cores, speed) = (home.capacity.cores, home.capacity.speed);
     let all: f64 = scene.threads.iter().map(|it| it.cores).sum();
-    let wants = (all + scene.waited_cores).min(scene.threads.len() as f64) * home.capacity.speed;
+    let wants = (all + scene.waited_cores).min(scene.threads.len() as f64);
     let here = scene.threads.iter().filter(|it| it.part == 0);
     let here: f64 = here.map(|it| it.cores).sum();
-    let others = (home.load * power / policy.weights.cpu - here).max(0.0);
-    let share = power * wants / (wants + others).max(f64::MIN_POSITIVE);
-    Some(wants.min(share.max(power - others)))
+    let others = (home.load * cores / policy.weights.cpu - here).max(0.0);
+    let share = cores * wants / (wants + others).max(f64::MIN_POSITIVE);
+    Some(wants.min(share.max(cores - others)) * speed)
 }

@@ -1,6 +1,6 @@
 //! Which threads go to other parts: from pressed nodes, and to what draws them.
 
-use super::{CORES_MIN, Choice, Drawn, Grain, Part, Scene, Thread, Weighed, steadily};
+use super::{CORES_MIN, Choice, Drawn, Grain, Part, Scene, Thread, Weighed, steadily, weigh};
 use crate::Name;
 use crate::policy::{Policy, Strategy};
 use crate::select::{Side, lowers};
@@ -101,7 +101,7 @@ fn one_thread(scene: &Scene, policy: &Policy) -> Option<Moved> {
             if steady.is_none_or(|steady| steady < margin) {
                 continue;
             }
-            let weight = |side: &Side| thread.cores * policy.weights.cpu / side.capacity.power();
+            let weight = |side: &Side| weigh(thread.cores, &source.side, side, policy);
             let (here, there) = (weight(&source.side), weight(&target.side));
             let gains = lowers(&source.side, &target.side, here, there);
             let before = source.side.load - target.side.load;
@@ -204,7 +204,7 @@ pub(super) fn drawn(scene: &Scene, policy: &Policy) -> Vec<Choice> {
         {
             continue;
         }
-        let weight = |side: &Side| thread.cores * policy.weights.cpu / side.capacity.power();
+        let weight = |side: &Side| weigh(thread.cores, &source.side, side, policy);
         let load = |name: &Name| loads.get(name).copied().unwrap_or(f64::MAX);
         let there = load(&target.name) + weight(&target.side);
         // (Where a node is pressed that it leaves, it may go to one that is less so.)

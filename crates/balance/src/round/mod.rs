@@ -171,8 +171,7 @@ pub trait Bounds {
     /// Why a machine of this node may not go there, if it may not.
     fn bound(&self, machine: &Name, target: &Name) -> Option<Bound>;
 
-    /// What a machine's spec says of parts that it may get now; nothing of one that may have
-    /// none.
+    /// What is known of the parts that a machine may get; nothing of one that may have none.
     fn spreadable(&self, _machine: &Name) -> Option<Spreadable> {
         None
     }

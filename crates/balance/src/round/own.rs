@@ -15,6 +15,9 @@ use rand::RngExt;
 use std::collections::HashMap;
 use std::mem::discriminant;
 
+/// Samples of a load that is what it is for which a machine is left to those that may give
+/// it parts: they look for five, and act in the next, or later on a busy node.
+const GUESSED_SAMPLES: u64 = 20;
 /// Milliseconds that an answer may take.
 const ANSWER_MS: u64 = 2_000;
 /// Milliseconds for which a node, or a machine, is left alone after a failed move;
@@ -171,7 +174,11 @@ impl Balancer {
         considered: Vec<Considered>,
         commands: &mut Vec<Command>,
     ) {
-        let no_help = matches!(why, Stay::Level | Stay::KeptFree | Stay::NoneMayGo { .. });
+        let no_help = match &why {
+            // (That will be.)
+            Stay::NoneMayGo { verdict, .. } => *verdict != Verdict::Spreads,
+            other => matches!(other, Stay::Level | Stay::KeptFree),
+        };
         if no_help && self.leaving.is_empty() {
             self.helpless += 1;
         }
@@ -382,17 +389,24 @@ impl Balancer {
         now_ms: u64,
         bounds: &dyn Bounds,
     ) -> Vec<Candidate> {
+        // Grains decide of a machine that may have parts, and it is guessed here what they
+        // will: so it is left to them for a moment, until they have seen what it does.
+        let is_automatic = self.policy.mode == Mode::Automatic;
+        let guessed_ms = GUESSED_SAMPLES * self.policy.sample_ms;
         machines
             .iter()
             .zip(weights)
             .filter_map(|(machine, &there)| {
                 let known = self.known.get(machine)?;
+                let lasted_ms = now_ms.saturating_sub(known.level_since_ms);
+                let is_new = is_automatic && lasted_ms < guessed_ms;
+                let spreadable = bounds.spreadable(machine);
                 Some(Candidate {
                     machine: machine.clone(),
                     factors: known.factors,
                     there,
-                    lasted_ms: now_ms.saturating_sub(known.level_since_ms),
-                    spreadable: bounds.spreadable(machine),
+                    lasted_ms,
+                    spreadable: spreadable.filter(|it| it.is_decided || is_new),
                     bound: self.bound(machine, peer, now_ms, bounds),
                 })
             })

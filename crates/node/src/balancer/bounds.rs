@@ -2,6 +2,7 @@
 //! of the move itself decides; this keeps what it would refuse from being tried, and
 //! finds machines that break a rule where they are.
 
+use super::grains::Spreading;
 use super::placements::Placements;
 use crate::rules::{Book, Drain};
 use keel_balance::Name;
@@ -62,7 +63,7 @@ impl Snapshot {
         followed: &Followed,
         placements: &Placements,
         nodes: &[Name],
-        (spanning, stay_whole): (BTreeSet<Name>, &BTreeSet<Name>),
+        (spanning, spreading): (BTreeSet<Name>, &Spreading),
         now_unix_ms: u64,
     ) -> Self {
         let book = followed.book();
@@ -80,8 +81,10 @@ impl Snapshot {
             )
         };
         let mut spreadable = placements.spreadable();
-        spreadable
-            .retain(|machine, _| !spanning.contains(machine) && !stay_whole.contains(machine));
+        spreadable.retain(|machine, it| {
+            it.is_decided = spreading.contains(machine);
+            !spanning.contains(machine)
+        });
         Snapshot {
             book,
             alive,

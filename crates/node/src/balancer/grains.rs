@@ -24,10 +24,14 @@ use keel_balance::round::{Answer, Question, View};
 use keel_cluster::{Epoch, MachineName};
 use keel_machine::span::{Heat, HotPage, PartId, Sharing, Took};
 use keel_machine::spec::{BalanceBy, Balancing, Spawn};
-use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport, PartsReport, State};
+use keel_machine::worker::control::{
+    MoveObject, MoveThread, ObjectReport, PartsReport, Report, State,
+};
+use keel_wasm::memory::bytes_of_process;
 use rand::seq::IteratorRandom;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Other nodes that are asked while parts are sought.
@@ -90,25 +94,36 @@ struct Known {
     losing: u32,
     /// It is not spread again until then.
     gathered_until: Option<Instant>,
-    /// It could not be spread, and that is not tried again until then.
-    failed_until: Option<Instant>,
     /// What was only suggested last.
     suggested: Option<Grain>,
 }
 
-/// Machines of this node that may have parts, and get none for the moment: they lost by
-/// them, or could not be spread. Rounds move them as a whole.
+/// Machines of this node that are given parts just now: rounds do not move them meanwhile.
 #[derive(Debug, Clone, Default)]
-pub(super) struct StayWhole(Arc<Mutex<BTreeSet<Name>>>);
+pub(super) struct Spreading(Arc<Mutex<BTreeSet<Name>>>);
 
-impl StayWhole {
-    pub(super) fn machines(&self) -> BTreeSet<Name> {
-        let machines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        machines.clone()
+impl Spreading {
+    pub(super) fn contains(&self, machine: &Name) -> bool {
+        self.machines().contains(machine)
     }
 
-    fn are(&self, machines: BTreeSet<Name>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = machines;
+    fn machines(&self) -> MutexGuard<'_, BTreeSet<Name>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A machine is one of them until that is dropped.
+    fn begin(&self, machine: &MachineName) -> Begun {
+        let machine = Name::from(machine.as_str());
+        self.machines().insert(machine.clone());
+        Begun(self.clone(), machine)
+    }
+}
+
+struct Begun(Spreading, Name);
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        self.0.machines().remove(&self.1);
     }
 }
 
@@ -158,14 +173,6 @@ async fn look_at_all(agent: &Arc<Agent>, policy: &Policy, known: &mut HashMap<Ma
         }
     }
     known.retain(|machine, _| seen.contains(machine));
-    let now = Instant::now();
-    let stays = |known: &Known| {
-        let until = known.gathered_until.max(known.failed_until);
-        until.is_some_and(|until| now < until)
-    };
-    let whole = known.iter().filter(|(_, known)| stays(known));
-    let whole = whole.map(|(machine, _)| machine.as_str().into());
-    agent.balancer.stay_whole.are(whole.collect());
 }
 
 async fn look_at(
@@ -233,11 +240,11 @@ async fn look_at(
     let parts = match spans {
         true => parts(&report, objects.as_deref(), &mut known.given),
         false => {
-            let bytes = worker.report().await.map_err(|error| error.to_string())?;
+            let report = worker.report().await.map_err(|error| error.to_string())?;
             vec![Part {
                 number: 0,
                 node: agent.name.as_str().into(),
-                memory_bytes: Some(bytes.memory_bytes),
+                memory_bytes: Some(bytes_of(report).await),
                 overflows: false,
             }]
         }
@@ -304,6 +311,8 @@ async fn look_at(
     }
     for choice in choices {
         let grain = choice.grain.clone();
+        let spreads = matches!(grain, Grain::Spread { .. });
+        let _spreading = spreads.then(|| agent.balancer.spreading.begin(machine));
         let mode = if must { Mode::Automatic } else { policy.mode };
         record(agent, machine, epoch, mode, choice);
         let done = carry_out(agent, machine, worker, &grain, objects.as_deref()).await;
@@ -320,11 +329,7 @@ async fn look_at(
             },
         );
         if failed {
-            let until = Some(Instant::now() + FAILED_AFTER);
-            known.rests_until = until;
-            if matches!(grain, Grain::Spread { .. }) {
-                known.failed_until = until;
-            }
+            known.rests_until = Some(Instant::now() + FAILED_AFTER);
             break;
         }
         if let Grain::Thread {
@@ -349,6 +354,15 @@ async fn look_at(
         }
     }
     Ok(())
+}
+
+/// Bytes that a machine on one node has of its memory, as is counted of its parts later: what
+/// it never used does not count.
+async fn bytes_of(report: Report) -> u64 {
+    let process = format!("/proc/{}", report.pid);
+    let bytes = tokio::task::spawn_blocking(move || bytes_of_process(Path::new(&process)));
+    // (None of one that ends.)
+    bytes.await.ok().flatten().unwrap_or(0)
 }
 
 fn text(error: crate::operate::OperateError) -> String {
@@ -697,7 +711,7 @@ async fn nodes(
 fn room(scene: &Scene) -> BTreeMap<PartId, f64> {
     let room = scene.parts.iter().filter_map(|part| {
         let node = scene.nodes.iter().find(|it| it.name == part.node)?;
-        let free = (1.0 - node.side.load) * node.side.capacity.power();
+        let free = (1.0 - node.side.load) * node.side.capacity.cores;
         Some((PartId::new(part.number as usize)?, free))
     });
     room.collect()

@@ -110,7 +110,7 @@ pub(crate) struct Handle {
     traffic: Arc<Mutex<Vec<PeerTraffic>>>,
     rules: Followed,
     placements: Arc<Placements>,
-    stay_whole: grains::StayWhole,
+    spreading: grains::Spreading,
     drain: drain::Progress,
 }
 
@@ -128,7 +128,7 @@ pub(crate) fn prepare(ledger: Ledger, recorder: Recorder) -> (Handle, Inbox) {
         traffic: Arc::default(),
         rules: Followed::default(),
         placements: Arc::default(),
-        stay_whole: grains::StayWhole::default(),
+        spreading: grains::Spreading::default(),
         drain: drain::Progress::default(),
     };
     (handle, Inbox(inbox))
@@ -328,12 +328,11 @@ impl Task {
         let nodes: Vec<Name> = self.peers.iter().cloned().chain([own]).collect();
         let spanning = self.agent.spanning();
         let spanning = spanning.iter().map(|it| Name::from(it.as_str())).collect();
-        let stay_whole = self.agent.balancer.stay_whole.machines();
         Snapshot::new(
             &self.rules,
             &self.placements,
             &nodes,
-            (spanning, &stay_whole),
+            (spanning, &self.agent.balancer.spreading),
             unix_ms(),
         )
     }

@@ -84,6 +84,7 @@ impl Placements {
             let balancing = &placed.balancing;
             let may = balancing.by != BalanceBy::Off && balancing.parts_max.is_some();
             let spreadable = Spreadable {
+                is_decided: false,
                 from_beginning: balancing.spawn == Spawn::Spread,
                 part_memory_bytes: balancing.part_memory_bytes,
             };

@@ -180,6 +180,30 @@ fn page(number: u32) -> PageId {
     PageId { memory: 0, number }
 }
 
+/// Pages that are said in a row, where rows are not merged.
+const ROW_SAID: usize = 2;
+
+/// The first pages of a longer row, and the others.
+fn split(row: &Message) -> Option<(Message, Message)> {
+    let (mut first, mut rest) = (row.clone(), row.clone());
+    let Message::Data { more, .. } = &mut first else {
+        return None;
+    };
+    if more.len() < ROW_SAID {
+        return None;
+    }
+    let behind = more.split_off(ROW_SAID - 1);
+    if let Message::Data {
+        page, txn, more, ..
+    } = &mut rest
+    {
+        page.number += ROW_SAID as u32;
+        txn.number = behind[0];
+        *more = behind[1..].to_vec();
+    }
+    Some((first, rest))
+}
+
 /// Two messages as one, if they are of pages in a row, and alike but for their numbers.
 fn merged(one: &Message, other: &Message) -> Option<Message> {
     let mut both = one.clone();
@@ -624,6 +648,13 @@ impl World {
                     values.push(frames[&at].1);
                 }
                 let link = &mut self.links[number * count + to.number()];
+                // (Long rows are not said at once.)
+                if let Some((first, rest)) = split(&message).filter(|_| !self.merges) {
+                    let behind = values.split_off(ROW_SAID);
+                    link.push_back((first, values));
+                    link.push_back((rest, behind));
+                    return Ok(());
+                }
                 let last = link.back_mut().filter(|_| self.merges);
                 match last.and_then(|(last, before)| Some((merged(last, &message)?, last, before)))
                 {
