@@ -26,6 +26,8 @@ const START_PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) const PROMPT: Duration = Duration::from_secs(10);
 /// How long a worker has to end by itself.
 const FORGET_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a worker whose connection was lost may take to be gone.
+const END_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a worker whose connection was lost may take to answer anew.
 const RECONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long it may take to compile a module.
@@ -88,8 +90,16 @@ impl Worker {
         question: &Q,
         patience: Duration,
     ) -> Result<A, RpcError> {
-        let answer = self.client.call(kind, pack(question)?, patience).await?;
-        unpack(&answer)
+        match self.client.call(kind, pack(question)?, patience).await {
+            Ok(answer) => unpack(&answer),
+            Err(RpcError::Unknown { .. }) if self.gone_within(END_PATIENCE).await => {
+                Err(RpcError::Unknown {
+                    peer: "the machine's process here".into(),
+                    reason: "it has ended meanwhile (`keel describe` says how)".into(),
+                })
+            }
+            Err(error) => Err(error),
+        }
     }
 
     pub(crate) async fn stream<Q: Serialize>(
