@@ -1,390 +1,44 @@
-//! Threads and memory of the machines of this node that may have parts on others
-//! (`max_parts`): looks at each of them once a sample, lets `keel_balance::grains` decide,
-//! and does it. Every decision is in the ledger with what it was made of.
-//!
-//! Of other nodes it asks what rounds ask: their view. Only those with parts are asked,
-//! and a few more while parts are sought, so that it costs the same in a cluster of
-//! thousands.
+//! What grains are decided on: threads and where they stand, parts, nodes, and memory by its
+//! use, each made of what workers and other nodes tell.
 
-use super::{ask, keep};
+use super::super::ask;
+use super::{HOT_LOOKS, Known};
 use crate::agent::Agent;
-use crate::events::Note;
-use crate::operate::OperateError;
 use crate::spanning;
-use crate::workers::Worker;
 use futures::future::join_all;
-use keel_api::{EventKind, SpanRequest};
 use keel_balance::Name;
-use keel_balance::grains::{
-    Choice, Drawn, Grain, Node, Object, Part, Scene, Thread, coldest, decide, loses,
-};
-use keel_balance::ledger::Decision;
-use keel_balance::policy::{Mode, Policy};
+use keel_balance::grains::{Drawn, Node, Object, Part, Scene, Thread};
 use keel_balance::round::{Answer, Question, View};
-use keel_cluster::{Epoch, MachineName};
+use keel_cluster::MachineName;
 use keel_machine::span::{Heat, HotPage, PartId, Sharing, Took};
-use keel_machine::spec::{BalanceBy, Balancing, Spawn};
-use keel_machine::worker::control::{
-    MoveObject, MoveThread, ObjectReport, PartsReport, Report, State,
-};
+use keel_machine::worker::control::{ObjectReport, PartsReport, Report};
 use keel_wasm::memory::bytes_of_process;
 use rand::seq::IteratorRandom;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 /// Other nodes that are asked while parts are sought.
 const ASKED: usize = 8;
-/// Samples after a decision in which nothing more is done with that machine: before that
-/// loads do not show what came of it.
-const SETTLE_SAMPLES: u32 = 6;
-/// How long a thread stays where it came. Much shorter than for machines: it costs
-/// microseconds.
-const THREAD_HOLD: Duration = Duration::from_secs(10);
-/// How long none goes back between two nodes. A thread weighs another thing where it
-/// comes than where it was, and two nodes would take turns.
-const COOL_DOWN: Duration = Duration::from_secs(60);
 /// Weight of the newest sample in a thread's cores.
 const NEWEST_WEIGHT: f64 = 0.4;
-/// Samples in a row in which it must lose by its parts before it is brought together.
-const LOSING_SAMPLES: u32 = 5;
 /// Share of its time that a thread must stand at pages to go to where they come from, and
 /// share of that which it must stand at pages from there.
 const STANDS: f64 = 0.2;
 const STANDS_SHARE: f64 = 0.7;
-/// Looks in a row at which that must be so.
-const HOT_LOOKS: u32 = 4;
-/// How often it is looked where objects are that threads like.
-const LIKES_EVERY: Duration = Duration::from_secs(5);
-/// How long a thread that went after its pages does not do so again.
-const FOLLOW_AGAIN: Duration = Duration::from_secs(600);
-/// Pause before a failed decision is tried again.
-const FAILED_AFTER: Duration = Duration::from_secs(15);
-
-/// What is remembered of a machine.
-#[derive(Default)]
-struct Known {
-    worker: u64,
-    epoch: Epoch,
-    took: HashMap<u32, (PartId, Took)>,
-    /// Waits for pages so far, in microseconds, and when that was seen.
-    waited: Option<(u64, Instant)>,
-    held: HashMap<u32, Instant>,
-    /// From which nodes to which threads went, and until when none goes back.
-    recent: Vec<((Name, Name), Instant)>,
-    /// Cores of each thread, smoothed.
-    cores: HashMap<u32, Cores>,
-    /// Share of its time that each thread stands at pages, by the part that gives them,
-    /// smoothed.
-    stands: HashMap<u32, BTreeMap<PartId, f64>>,
-    /// For so many looks in a row most pages of a thread came from a part.
-    hot: HashMap<u32, (PartId, u32)>,
-    /// Threads that went to where their pages came from, or had to go from where they
-    /// wanted to be, and until when they are not drawn anywhere: what they use where they
-    /// are is not seen, and may be more.
-    followed: HashMap<u32, Instant>,
-    /// Bytes that each part had given away because they were too much.
-    given: BTreeMap<PartId, u64>,
-    /// When it is looked again where the objects are that threads like.
-    likes_at: Option<Instant>,
-    /// Nothing is done until then.
-    rests_until: Option<Instant>,
-    /// It lost by its parts, so often in a row.
-    losing: u32,
-    /// It is not spread again until then.
-    gathered_until: Option<Instant>,
-    /// What was only suggested last.
-    suggested: Option<Grain>,
-}
-
-/// Machines of this node that are given parts just now: rounds do not move them meanwhile.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Spreading(Arc<Mutex<BTreeSet<Name>>>);
-
-impl Spreading {
-    pub(super) fn contains(&self, machine: &Name) -> bool {
-        self.machines().contains(machine)
-    }
-
-    fn machines(&self) -> MutexGuard<'_, BTreeSet<Name>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A machine is one of them until that is dropped.
-    fn begin(&self, machine: &MachineName) -> Begun {
-        let machine = Name::from(machine.as_str());
-        self.machines().insert(machine.clone());
-        Begun(self.clone(), machine)
-    }
-}
-
-struct Begun(Spreading, Name);
-
-impl Drop for Begun {
-    fn drop(&mut self) {
-        self.0.machines().remove(&self.1);
-    }
-}
-
-/// Looks at this node's machines for ever.
-pub(super) async fn follow(agent: Arc<Agent>) {
-    let mut known: HashMap<MachineName, Known> = HashMap::new();
-    loop {
-        let policy = agent
-            .balancer
-            .look(|balancer, _, _| balancer.policy().0.clone());
-        let Ok(policy) = policy.await else { return };
-        look_at_all(&agent, &policy, &mut known).await;
-        tokio::time::sleep(Duration::from_millis(policy.sample_ms)).await;
-    }
-}
-
-async fn look_at_all(agent: &Arc<Agent>, policy: &Policy, known: &mut HashMap<MachineName, Known>) {
-    let mut seen = HashSet::new();
-    for machine in agent.workers.names() {
-        let placed = agent.balancer.placements.get(machine.as_str());
-        let Some(placed) = placed.filter(|it| it.movable && it.owner == agent.name) else {
-            continue;
-        };
-        let balancing = placed.balancing;
-        let is_balanced = policy.mode != Mode::Off && balancing.by != BalanceBy::Off;
-        let parts_max = balancing.parts_max.filter(|_| is_balanced);
-        // Who let it span sees to it; drains hold for all.
-        if parts_max.is_none() && !agent.spanning().contains(&machine) {
-            continue;
-        }
-        let Some(worker) = agent.workers.get(&machine) else {
-            continue;
-        };
-        seen.insert(machine.clone());
-        let known = known.entry(machine.clone()).or_default();
-        if let Err(error) = look_at(
-            agent,
-            policy,
-            &machine,
-            &worker,
-            (&balancing, parts_max),
-            known,
-        )
-        .await
-        {
-            tracing::debug!(%machine, error, "its threads and memory were not looked at");
-        }
-    }
-    known.retain(|machine, _| seen.contains(machine));
-}
-
-async fn look_at(
-    agent: &Arc<Agent>,
-    policy: &Policy,
-    machine: &MachineName,
-    worker: &Worker,
-    (balancing, parts_max): (&Balancing, Option<u32>),
-    known: &mut Known,
-) -> Result<(), String> {
-    let state = worker.state().await.map_err(|error| error.to_string())?;
-    let State::Running { epoch } = state else {
-        return Ok(());
-    };
-    if (known.worker, known.epoch) != (worker.id(), epoch) {
-        // (It is another life of it.)
-        *known = Known {
-            worker: worker.id(),
-            epoch,
-            ..Known::default()
-        };
-    }
-    let report = spanning::parts_report(worker).await.map_err(text)?;
-    let mut threads = threads(&report, known);
-    let waited_cores = waited_cores(&report, known);
-    let now = Instant::now();
-    if known.rests_until.is_some_and(|until| now < until) || agent.moves().contains_key(machine) {
-        return Ok(());
-    }
-    let spans = report.nodes.len() > 1;
-    let from_beginning = balancing.spawn == Spawn::Spread;
-    let Some(home) = view(agent, agent.name.as_str()).await else {
-        return Ok(());
-    };
-    let memory_short = (home.side.memory_free_bytes as f64)
-        < home.side.capacity.memory_bytes as f64 * policy.memory_headroom;
-    // (That takes a while, of a machine with many objects.)
-    let some_like = report.threads.iter().any(|thread| thread.likes.is_some());
-    let likes_now = some_like && known.likes_at.is_none_or(|at| now >= at);
-    if likes_now {
-        known.likes_at = Some(now + LIKES_EVERY);
-    }
-    let wants_objects = balancing.part_memory_bytes.is_some() || memory_short || likes_now;
-    let objects = match spans && wants_objects {
-        // Without them all the rest goes on: drained nodes, and threads.
-        true => spanning::objects_report(worker)
-            .await
-            .inspect_err(|error| tracing::warn!(%machine, %error, "where its memory is"))
-            .ok(),
-        false => None,
-    };
-    draw(
-        &mut threads,
-        &report,
-        objects.as_deref().unwrap_or_default(),
-        known,
-    );
-    let will_follow = known.hot.values().any(|(_, looks)| looks + 1 >= HOT_LOOKS);
-    let heat = match spans && will_follow {
-        // (It only says more of why.)
-        true => spanning::heat_of(worker).await.unwrap_or_default(),
-        false => Heat::default(),
-    };
-    follow_pages(&mut threads, known, &heat.hot);
-    let parts = match spans {
-        true => parts(&report, objects.as_deref(), &mut known.given),
-        false => {
-            let report = worker.report().await.map_err(|error| error.to_string())?;
-            vec![Part {
-                number: 0,
-                node: agent.name.as_str().into(),
-                memory_bytes: Some(bytes_of(report).await),
-                overflows: false,
-            }]
-        }
-    };
-    let over = |part: &Part| match (part.memory_bytes, balancing.part_memory_bytes) {
-        (Some(has), Some(most)) => has > most,
-        _ => false,
-    };
-    let wants_some = from_beginning || home.side.pressed || parts.iter().any(over);
-    if !spans && (parts_max.is_none() || !wants_some) {
-        return Ok(());
-    }
-    let most = parts_max.unwrap_or(0);
-    let wants_more = parts.len() < most as usize && (!spans || home.side.pressed);
-    let nodes = nodes(agent, machine, home, &parts, wants_more).await;
-    let mut scene = Scene {
-        parts_max: most,
-        from_beginning,
-        part_memory_bytes: balancing.part_memory_bytes,
-        parts,
-        threads,
-        nodes,
-        waited_cores,
-        losing: 0,
-        tried: known.gathered_until.is_some_and(|until| now < until),
-        recent: known.recent.iter().map(|(pair, _)| pair.clone()).collect(),
-    };
-    if spans && parts_max.is_some() && balancing.spawn == Spawn::Auto {
-        let room = room(&scene);
-        spanning::tell_room(worker, &room).await.map_err(text)?;
-    }
-    known.losing = match loses(&scene, policy) {
-        Some(_) => known.losing + 1,
-        None => 0,
-    };
-    scene.losing = known.losing;
-    let mut choices = decide(&scene, policy);
-    let first = choices.first().map(|choice| &choice.grain);
-    let must = matches!(first, Some(Grain::Leave { .. }));
-    let loses = matches!(first, Some(Grain::Gather));
-    if parts_max.is_none() && !must {
-        choices.clear();
-    }
-    if loses && known.losing < LOSING_SAMPLES {
-        choices.clear();
-    }
-    if choices.is_empty() {
-        known.suggested = None;
-        return Ok(());
-    }
-    if policy.mode != Mode::Automatic && !must {
-        let first = choices.swap_remove(0);
-        if known.suggested.as_ref() != Some(&first.grain) {
-            known.suggested = Some(first.grain.clone());
-            record(agent, machine, epoch, policy.mode, first);
-        }
-        return Ok(());
-    }
-    let sample = Duration::from_millis(policy.sample_ms);
-    known.rests_until = Some(Instant::now() + sample * SETTLE_SAMPLES);
-    if choices.iter().any(|choice| choice.grain == Grain::Gather) {
-        let for_long = Duration::from_millis(policy.cool_down_ms);
-        known.gathered_until = loses.then(|| Instant::now() + for_long);
-    }
-    for choice in choices {
-        let grain = choice.grain.clone();
-        let spreads = matches!(grain, Grain::Spread { .. });
-        let _spreading = spreads.then(|| agent.balancer.spreading.begin(machine));
-        let mode = if must { Mode::Automatic } else { policy.mode };
-        record(agent, machine, epoch, mode, choice);
-        let done = carry_out(agent, machine, worker, &grain, objects.as_deref()).await;
-        let (outcome, failed) = match done {
-            Ok(outcome) => (outcome, false),
-            Err(why) => (format!("{grain}: not done: {why}"), true),
-        };
-        tracing::info!(%machine, outcome, "grains");
-        keep(
-            agent,
-            Decision::GrainEnded {
-                machine: machine.as_str().into(),
-                outcome,
-            },
-        );
-        if failed {
-            known.rests_until = Some(Instant::now() + FAILED_AFTER);
-            break;
-        }
-        if let Grain::Thread {
-            tid,
-            from,
-            to,
-            part,
-        } = grain
-        {
-            let thread = scene.threads.iter().find(|thread| thread.tid == tid);
-            if let Some((thread, drawn)) = thread.and_then(|it| Some((it, it.drawn.as_ref()?))) {
-                let follows = drawn.stands > 0.0 && drawn.part == part;
-                // It pressed the node where it wants to be: so it would again.
-                let is_driven_off = drawn.part == thread.part;
-                if follows || is_driven_off {
-                    known.followed.insert(tid, Instant::now() + FOLLOW_AGAIN);
-                }
-            }
-            known.held.insert(tid, Instant::now() + THREAD_HOLD);
-            let until = Instant::now() + COOL_DOWN;
-            known.recent.push(((from, to), until));
-        }
-    }
-    Ok(())
-}
 
 /// Bytes that a machine on one node has of its memory, as is counted of its parts later: what
 /// it never used does not count.
-async fn bytes_of(report: Report) -> u64 {
+pub(super) async fn bytes_of(report: Report) -> u64 {
     let process = format!("/proc/{}", report.pid);
     let bytes = tokio::task::spawn_blocking(move || bytes_of_process(Path::new(&process)));
     // (None of one that ends.)
     bytes.await.ok().flatten().unwrap_or(0)
 }
 
-fn text(error: crate::operate::OperateError) -> String {
-    error.to_string()
-}
-
-fn record(agent: &Agent, machine: &MachineName, epoch: Epoch, mode: Mode, choice: Choice) {
-    let decision = Decision::Grain {
-        machine: machine.as_str().into(),
-        mode,
-        choice,
-    };
-    tracing::info!(decision = %decision, "balancer");
-    let note = Note::machine(EventKind::BalanceDecided, machine, decision.to_string());
-    agent.events.record(note.under(epoch));
-    keep(agent, decision);
-}
-
-// ── what is known ───────────────────────────────────────────────────────
-
 /// Cores of each thread since it was looked at last.
-fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
+pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
     let now = Instant::now();
     known.held.retain(|_, until| *until > now);
     known.recent.retain(|(_, until)| *until > now);
@@ -435,7 +89,7 @@ fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
 
 /// Share of the time between two looks that a thread stood at pages, by the part that gave
 /// them.
-fn stands(before: &Took, now: &Took) -> BTreeMap<PartId, f64> {
+pub(super) fn stands(before: &Took, now: &Took) -> BTreeMap<PartId, f64> {
     let seconds = now.at_ns.saturating_sub(before.at_ns) as f64 / 1e9;
     if seconds <= 0.0 {
         return BTreeMap::new();
@@ -463,7 +117,7 @@ fn smoothed_stands(
 
 /// Says of threads that wait for pages of one part, all the time, that they would rather be
 /// there.
-fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[HotPage]) {
+pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[HotPage]) {
     let mut hot = HashMap::new();
     for thread in threads {
         let Some((part, there, all)) = known.stands.get(&thread.tid).and_then(hottest) else {
@@ -530,7 +184,12 @@ fn hottest(stands: &BTreeMap<PartId, f64>) -> Option<(PartId, f64, f64)> {
 }
 
 /// Says of threads that like to be near an object which part has most of it.
-fn draw(threads: &mut [Thread], report: &PartsReport, objects: &[ObjectReport], known: &Known) {
+pub(super) fn draw(
+    threads: &mut [Thread],
+    report: &PartsReport,
+    objects: &[ObjectReport],
+    known: &Known,
+) {
     for (thread, said) in threads.iter_mut().zip(&report.threads) {
         let Some(name) = &said.likes else { continue };
         if known.followed.contains_key(&thread.tid) {
@@ -562,7 +221,7 @@ fn draw(threads: &mut [Thread], report: &PartsReport, objects: &[ObjectReport], 
 
 /// What a thread had of a processor, in cores of its node.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-struct Cores {
+pub(super) struct Cores {
     /// What it ran, and what it waited for its turn.
     wanted: f64,
     /// What it ran.
@@ -582,7 +241,7 @@ impl Cores {
 }
 
 /// Cores that a thread took, or waited for, between two looks.
-fn cores(before: &Took, now: &Took) -> Cores {
+pub(super) fn cores(before: &Took, now: &Took) -> Cores {
     let passed = now.at_ns.saturating_sub(before.at_ns);
     if passed == 0 {
         return Cores::default();
@@ -603,7 +262,7 @@ fn cores(before: &Took, now: &Took) -> Cores {
 }
 
 /// Threads of the home that waited for pages since it was looked at last, on average.
-fn waited_cores(report: &PartsReport, known: &mut Known) -> f64 {
+pub(super) fn waited_cores(report: &PartsReport, known: &mut Known) -> f64 {
     // Bucket i is of waits below 2^i µs: by their middle.
     let micros = (0u32..).zip(&report.waits).map(|(power, count)| {
         let middle = 3u64.checked_shl(power).unwrap_or(u64::MAX) / 4;
@@ -622,7 +281,7 @@ fn waited_cores(report: &PartsReport, known: &mut Known) -> f64 {
 }
 
 /// `given` is what each of them had given away at the last look.
-fn parts(
+pub(super) fn parts(
     report: &PartsReport,
     objects: Option<&[ObjectReport]>,
     given: &mut BTreeMap<PartId, u64>,
@@ -646,7 +305,7 @@ fn parts(
 }
 
 /// What a node tells of itself.
-async fn view(agent: &Agent, node: &str) -> Option<View> {
+pub(super) async fn view(agent: &Agent, node: &str) -> Option<View> {
     let answer = match node == agent.name.as_str() {
         true => agent.balancer.answer(&agent.name, Question::View).await,
         false => ask(agent, node, &Question::View).await,
@@ -658,7 +317,7 @@ async fn view(agent: &Agent, node: &str) -> Option<View> {
 }
 
 /// The home's node, those with parts, and, where it has none yet, some others.
-async fn nodes(
+pub(super) async fn nodes(
     agent: &Arc<Agent>,
     machine: &MachineName,
     home: View,
@@ -708,7 +367,7 @@ async fn nodes(
 }
 
 /// Cores that are free at each part.
-fn room(scene: &Scene) -> BTreeMap<PartId, f64> {
+pub(super) fn room(scene: &Scene) -> BTreeMap<PartId, f64> {
     let room = scene.parts.iter().filter_map(|part| {
         let node = scene.nodes.iter().find(|it| it.name == part.node)?;
         let free = (1.0 - node.side.load) * node.side.capacity.cores;
@@ -717,76 +376,8 @@ fn room(scene: &Scene) -> BTreeMap<PartId, f64> {
     room.collect()
 }
 
-/// It has no parts on these nodes any more. What was there goes to its other parts; where
-/// these have no room for it, to nodes that have none yet.
-async fn leave(
-    agent: &Arc<Agent>,
-    machine: &MachineName,
-    nodes: &[Name],
-) -> Result<String, String> {
-    let info = spanning::parts_of(agent, machine).await.map_err(text)?;
-    let leaves = |node: &str| nodes.iter().any(|it| &**it == node);
-    let members = info.parts.iter().skip(1);
-    let mut keeps: Vec<String> = members
-        .filter(|part| !leaves(&part.node))
-        .map(|part| part.node.clone())
-        .collect();
-    let left = match keeps.is_empty() {
-        true => spanning::unspan(agent, machine).await,
-        false => span(agent, machine, &keeps).await,
-    };
-    let why = match left {
-        Ok(stood) => return Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3)),
-        Err(error) => text(error),
-    };
-    let has_part =
-        |node: &keel_cluster::NodeName| info.parts.iter().any(|part| part.node == node.as_str());
-    let mut rooms = crate::apart::rooms(agent, machine).await;
-    rooms.retain(|(node, room)| !has_part(node) && *room >= spanning::ROOM_BYTES_MIN);
-    rooms.sort_by_key(|(_, room)| std::cmp::Reverse(*room));
-    let leaving = info.parts.iter().skip(1).filter(|part| leaves(&part.node));
-    let mut needed: u64 = leaving
-        .filter_map(|part| part.memory.as_ref())
-        .map(|memory| memory.resident_bytes)
-        .sum();
-    let mut new = Vec::new();
-    for (node, room) in rooms {
-        if needed == 0 {
-            break;
-        }
-        needed = needed.saturating_sub(room);
-        new.push(node.to_string());
-    }
-    if new.is_empty() {
-        return Err(why);
-    }
-    keeps.extend(new.iter().cloned());
-    let stood = span(agent, machine, &keeps).await.map_err(text)?;
-    Ok(format!(
-        "{why}; so it has parts on {}; it stood still for {:.1} ms",
-        new.join(", "),
-        stood as f64 / 1e3
-    ))
-}
-
-/// It has parts on these nodes; microseconds that it stood still.
-async fn span(
-    agent: &Arc<Agent>,
-    machine: &MachineName,
-    nodes: &[String],
-) -> Result<u64, OperateError> {
-    // (Its home's node, and further times that is named it has further parts.)
-    let home = std::iter::once(agent.name.to_string());
-    let request = SpanRequest {
-        nodes: home.chain(nodes.iter().cloned()).collect(),
-        here: false,
-    };
-    let info = spanning::span(agent, machine, &request).await?;
-    Ok(info.stood_micros.unwrap_or(0))
-}
-
 /// A piece of memory in pieces that its part uses and such that it does not.
-fn by_use(object: &ObjectReport, heat: &Heat) -> Vec<Object> {
+pub(super) fn by_use(object: &ObjectReport, heat: &Heat) -> Vec<Object> {
     let piece = |start: u64, end: u64, is_idle: bool| {
         let part_of = ObjectReport {
             start,
@@ -822,97 +413,13 @@ fn by_use(object: &ObjectReport, heat: &Heat) -> Vec<Object> {
     pieces
 }
 
-// ── what is done ────────────────────────────────────────────────────────
-
-async fn carry_out(
-    agent: &Arc<Agent>,
-    machine: &MachineName,
-    worker: &Worker,
-    grain: &Grain,
-    objects: Option<&[ObjectReport]>,
-) -> Result<String, String> {
-    let part = |number: u32| {
-        PartId::new(number as usize).ok_or_else(|| format!("there is no part {number}"))
-    };
-    match grain {
-        Grain::Spread { nodes } => {
-            let nodes: Vec<String> = nodes.iter().map(ToString::to_string).collect();
-            let stood = span(agent, machine, &nodes).await.map_err(text)?;
-            Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
-        }
-        Grain::Leave { nodes } => leave(agent, machine, nodes).await,
-        Grain::Gather => {
-            let stood = spanning::unspan(agent, machine).await.map_err(text)?;
-            Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
-        }
-        Grain::Thread {
-            tid,
-            part: to,
-            to: node,
-            ..
-        } => {
-            let thread = MoveThread {
-                tid: *tid,
-                to: part(*to)?,
-            };
-            spanning::thread_to(worker, thread).await.map_err(text)?;
-            Ok(format!("thread {tid} goes on on {node}"))
-        }
-        Grain::Objects {
-            from_part,
-            part: to,
-            to: node,
-            bytes,
-            ..
-        } => {
-            let (from, to) = (part(*from_part)?, part(*to)?);
-            // (A worker from before an upgrade does not know it.)
-            let heat = spanning::heat_of(worker).await;
-            if let Err(error) = &heat {
-                tracing::warn!(%machine, %error, "how its memory is used: what changed hands least goes");
-            }
-            let by_exchanges = |object: &ObjectReport| Object {
-                memory: object.memory,
-                start: object.start,
-                bytes: object.bytes,
-                is_idle: false,
-                heat: object.exchanges as f64 / (object.bytes / 4096).max(1) as f64,
-            };
-            let mine = objects.unwrap_or_default().iter();
-            let mine: Vec<Object> = mine
-                .filter(|object| object.owner == from)
-                .flat_map(|object| match &heat {
-                    Ok(heat) => by_use(object, heat),
-                    Err(_) => vec![by_exchanges(object)],
-                })
-                .collect();
-            let (mut moved, mut pieces, mut idle) = (0, 0, 0);
-            for object in coldest(&mine, *bytes) {
-                idle += if object.is_idle { object.bytes } else { 0 };
-                let object = MoveObject {
-                    memory: object.memory,
-                    start: object.start,
-                    bytes: object.bytes,
-                    to,
-                };
-                moved += spanning::object_to(worker, object).await.map_err(text)?;
-                pieces += 1;
-            }
-            let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-            Ok(format!(
-                "{:.1} MiB in {pieces} pieces are on {node}, {:.1} MiB of which nobody used for half a minute",
-                mib(moved),
-                mib(idle)
-            ))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::{FOLLOW_AGAIN, THREAD_HOLD};
     use super::*;
     use keel_machine::span::{CoreTime, IdleRange, PartSet};
     use keel_machine::worker::control::ThreadReport;
+    use std::time::Duration;
 
     /// Thread 1 stands 40 % of its time at pages of part 1 and 5 % at those of part 2, 2 as
     /// long at those of both. (A report's clock goes twice as fast as its `ms`.)

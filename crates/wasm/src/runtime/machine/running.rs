@@ -1,0 +1,380 @@
+//! What a thread of a machine does from its beginning to its end: launched, run stage by
+//! stage, parked at safepoints, entered anew where it is to be, and gone; and how the machine
+//! ends by what one of them did.
+
+use super::super::fiber::{Fiber, Run, Stop, Trap};
+use super::super::frame::{ThreadState, Value};
+use super::super::governor::ThreadClock;
+use super::super::host::HostThread;
+use super::super::image::Entry;
+use super::super::parts::Away;
+use super::super::program::STACK_BYTES;
+use super::super::signal::Signal;
+use super::{MAIN_EXPORT, Outcome, Phase, Shared, Threads, locked, lower_priority};
+use crate::coherence::PartId;
+use crate::instrument::meta::PREFIX;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+/// The entry point of a thread (wasi-threads).
+const THREAD_EXPORT: &str = "wasi_thread_start";
+/// Largest thread number that wasi-threads allows.
+const TID_MAX: u32 = (1 << 29) - 1;
+
+/// What a thread's code runs in.
+enum Seat {
+    /// An instance of this process.
+    Here(Box<Fiber>),
+    /// One of another part.
+    Away(Box<Away>),
+}
+
+impl Seat {
+    fn call(&mut self, export: &str, args: &[Value]) -> Result<Run, Stop> {
+        match self {
+            Seat::Here(fiber) => fiber.call(export, args),
+            Seat::Away(away) => away.call(export, args),
+        }
+    }
+
+    fn resume(&mut self) -> Result<Run, Stop> {
+        match self {
+            Seat::Here(fiber) => fiber.resume(),
+            Seat::Away(away) => away.resume(),
+        }
+    }
+
+    fn state(&mut self) -> Result<ThreadState, Stop> {
+        match self {
+            Seat::Here(fiber) => fiber.state(),
+            Seat::Away(away) => Ok(away.state()),
+        }
+    }
+
+    fn is_here(&self) -> bool {
+        matches!(self, Seat::Here(_))
+    }
+
+    fn take_spare(&mut self) -> Option<Box<Fiber>> {
+        match self {
+            Seat::Here(_) => None,
+            Seat::Away(away) => away.take_spare(),
+        }
+    }
+
+    fn load(&mut self, state: ThreadState) -> Result<(), Stop> {
+        match self {
+            Seat::Here(fiber) => fiber.load(state),
+            Seat::Away(away) => {
+                away.load(state);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What a thread does after it came to a safepoint.
+enum Next {
+    GoOn,
+    Rebuild,
+    Leave,
+}
+
+impl Shared {
+    /// Lets threads go on, and launches those that were spawned meanwhile; an
+    /// error is that of one which could not be, the others run.
+    pub(super) fn go_on(self: &Arc<Self>, threads: &mut Threads) -> std::io::Result<()> {
+        threads.phase = Phase::Running;
+        for thread in threads.table.values_mut() {
+            if !thread.rebuild && thread.held == 0 {
+                thread.signal.clear();
+            }
+        }
+        self.changed.notify_all();
+        let spawned: Vec<u32> = threads
+            .table
+            .iter()
+            .filter(|(_, thread)| !thread.launched)
+            .map(|(tid, _)| *tid)
+            .collect();
+        let mut result = Ok(());
+        for tid in spawned {
+            if let Err(error) = self.launch(threads, tid) {
+                result = Err(error);
+            }
+        }
+        result
+    }
+
+    pub(super) fn launch(self: &Arc<Self>, threads: &mut Threads, tid: u32) -> std::io::Result<()> {
+        let Some(thread) = threads.table.get_mut(&tid) else {
+            return Ok(());
+        };
+        let shared = self.clone();
+        let (entry, signal) = (thread.entry, thread.signal.clone());
+        std::thread::Builder::new()
+            .name(format!("guest-{tid}"))
+            .stack_size(STACK_BYTES + (1 << 20))
+            .spawn(move || {
+                lower_priority(&shared.program);
+                shared.run(tid, entry, signal);
+                let mut threads = locked(&shared.threads);
+                threads.launched -= 1;
+                shared.changed.notify_all();
+            })?;
+        thread.launched = true;
+        threads.launched += 1;
+        Ok(())
+    }
+
+    /// What a thread runs in: where it is to be now; `spare` if that is here.
+    fn seat(
+        self: &Arc<Self>,
+        tid: u32,
+        signal: &Arc<Signal>,
+        spare: Option<Box<Fiber>>,
+    ) -> Result<Seat, Stop> {
+        let thread = HostThread {
+            tid,
+            signal: signal.clone(),
+            memories: self.memories.clone(),
+        };
+        let host = Arc::new(self.clone());
+        let program = self.program.clone();
+        let away = {
+            let mut threads = locked(&self.threads);
+            let thread = threads.table.get_mut(&tid);
+            thread.and_then(|thread| {
+                thread.seat = Some(thread.place);
+                thread.inbox.set_leaves(false);
+                (thread.place != PartId::HOME).then(|| (thread.place, thread.inbox.clone()))
+            })
+        };
+        if let (Some((part, inbox)), Some(way)) = (away, self.parts.way()) {
+            let away = Away::new(part, way, program, host, thread, inbox);
+            return Ok(Seat::Away(Box::new(away)));
+        }
+        if let Some(spare) = spare {
+            return Ok(Seat::Here(spare));
+        }
+        let fiber = Fiber::new(program, host, thread).map_err(|error| {
+            Stop::Trap(Trap {
+                message: error.to_string(),
+                backtrace: Vec::new(),
+            })
+        })?;
+        Ok(Seat::Here(Box::new(fiber)))
+    }
+
+    /// A guest thread's whole life in this process.
+    fn run(self: &Arc<Self>, tid: u32, entry: Entry, signal: Arc<Signal>) {
+        match self.run_stages(tid, entry, &signal) {
+            Ok(true) if tid == 0 => self.end(Outcome::Exit(0)),
+            Ok(true) => {
+                let mut threads = locked(&self.threads);
+                threads.table.remove(&tid);
+                locked(&self.names).forget(tid);
+                self.changed.notify_all();
+            }
+            Ok(false) => {}
+            Err(Stop::Exit(code)) => self.end(Outcome::Exit(code)),
+            Err(Stop::Trap(trap)) => self.end(Outcome::Trap(trap)),
+        }
+    }
+
+    /// True when all its functions returned, false when it is to disappear.
+    fn run_stages(
+        self: &Arc<Self>,
+        tid: u32,
+        entry: Entry,
+        signal: &Arc<Signal>,
+    ) -> Result<bool, Stop> {
+        let mut stages = Vec::new();
+        if self.program.meta.start.is_some() {
+            stages.push((format!("{PREFIX}start"), Vec::new()));
+        }
+        stages.push(match entry {
+            Entry::Main => (MAIN_EXPORT.to_owned(), Vec::new()),
+            Entry::Spawned { arg } => (
+                THREAD_EXPORT.to_owned(),
+                vec![Value::I32(tid), Value::I32(arg)],
+            ),
+        });
+        let mut fiber = self.seat(tid, signal, None)?;
+        let mut stage = 0;
+        if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
+            thread.clock = ThreadClock::of_this_thread();
+        }
+        let state = locked(&self.threads)
+            .table
+            .get(&tid)
+            .and_then(|thread| thread.parked.clone())
+            .flatten();
+        let mut run = match state {
+            Some(state) => {
+                stage = state.stage as usize;
+                fiber.load(state.clone())?;
+                loop {
+                    match self.pause(tid, signal, None) {
+                        Next::Leave => return Ok(false),
+                        Next::GoOn => break,
+                        // It is to begin elsewhere.
+                        Next::Rebuild => {
+                            fiber = self.seat(tid, signal, None)?;
+                            fiber.load(state.clone())?;
+                        }
+                    }
+                }
+                fiber.resume()?
+            }
+            None => {
+                loop {
+                    match self.pause(tid, signal, None) {
+                        Next::Leave => return Ok(false),
+                        Next::GoOn => break,
+                        Next::Rebuild => fiber = self.seat(tid, signal, None)?,
+                    }
+                }
+                fiber.call(&stages[0].0, &stages[0].1)?
+            }
+        };
+        loop {
+            run = match run {
+                Run::Finished(_) => {
+                    stage += 1;
+                    let Some((export, args)) = stages.get(stage) else {
+                        return Ok(true);
+                    };
+                    fiber.call(export, args)?
+                }
+                Run::Captured => {
+                    let mut state = fiber.state()?;
+                    state.stage = stage as u32;
+                    self.captures.fetch_add(1, Ordering::Relaxed);
+                    match self.pause(tid, signal, Some(&state)) {
+                        Next::Leave => return Ok(false),
+                        Next::GoOn => {}
+                        Next::Rebuild => {
+                            let begun = Instant::now();
+                            let was_here = fiber.is_here();
+                            let spare = fiber.take_spare();
+                            fiber = self.seat(tid, signal, spare)?;
+                            if was_here && fiber.is_here() {
+                                // As one that comes from elsewhere.
+                                state = self.written_and_read(&state)?;
+                            }
+                            fiber.load(state)?;
+                            if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
+                                thread.rests_until = Some(Instant::now() + begun.elapsed());
+                            }
+                        }
+                    }
+                    fiber.resume()?
+                }
+            };
+        }
+    }
+
+    fn written_and_read(&self, state: &ThreadState) -> Result<ThreadState, Stop> {
+        let hash = self.program.hash();
+        let read = ThreadState::decode(&state.encode(hash), hash, &self.program.meta);
+        read.map_err(|error| {
+            Stop::Trap(Trap {
+                message: error.to_string(),
+                backtrace: Vec::new(),
+            })
+        })
+    }
+
+    /// At a safepoint: waits while the machine is frozen.
+    fn pause(&self, tid: u32, signal: &Signal, state: Option<&ThreadState>) -> Next {
+        let mut threads = locked(&self.threads);
+        loop {
+            let phase = threads.phase;
+            let Some(thread) = threads.table.get_mut(&tid) else {
+                return Next::Leave;
+            };
+            match phase {
+                Phase::Ended => return Next::Leave,
+                Phase::Running if thread.held == 0 => {
+                    thread.parked = None;
+                    signal.clear();
+                    return if std::mem::take(&mut thread.rebuild) {
+                        Next::Rebuild
+                    } else {
+                        Next::GoOn
+                    };
+                }
+                Phase::Running | Phase::Freezing | Phase::Frozen => {
+                    if thread.parked.is_none() {
+                        thread.parked = Some(state.cloned());
+                        self.changed.notify_all();
+                    }
+                }
+            }
+            threads = self
+                .changed
+                .wait(threads)
+                .unwrap_or_else(|error| error.into_inner());
+        }
+    }
+
+    /// Ends all threads. The first reason counts.
+    pub(super) fn end(&self, outcome: Outcome) {
+        let mut threads = locked(&self.threads);
+        if threads.phase == Phase::Ended {
+            return;
+        }
+        threads.phase = Phase::Ended;
+        threads.outcome = Some(outcome);
+        self.over.store(true, Ordering::Release);
+        for thread in threads.table.values() {
+            thread.signal.request();
+        }
+        self.changed.notify_all();
+    }
+
+    /// Where a new thread begins.
+    fn place_for_new(&self, threads: &Threads) -> PartId {
+        let mut counts = BTreeMap::new();
+        for thread in threads.table.values() {
+            *counts.entry(thread.place).or_insert(0) += 1;
+        }
+        self.parts.place_for_new(&counts)
+    }
+
+    pub(in crate::runtime) fn spawn(self: &Arc<Self>, arg: u32) -> i32 {
+        let mut threads = locked(&self.threads);
+        if threads.table.len() >= self.threads_max as usize || threads.phase == Phase::Ended {
+            return -1;
+        }
+        let mut tid = threads.next_tid;
+        while threads.table.contains_key(&tid) || tid == 0 || tid > TID_MAX {
+            tid = if tid >= TID_MAX { 1 } else { tid + 1 };
+        }
+        threads.next_tid = tid + 1;
+        // While the machine is being frozen it stays an entry that has not
+        // begun; thawing launches it.
+        let frozen = threads.phase != Phase::Running;
+        let place = self.place_for_new(&threads);
+        let entry = Entry::Spawned { arg };
+        let added = threads.add(tid, entry, frozen.then_some(None), place);
+        let launched = added.and_then(|()| {
+            if frozen {
+                Ok(())
+            } else {
+                self.launch(&mut threads, tid)
+            }
+        });
+        match launched {
+            Ok(()) => tid as i32,
+            Err(error) => {
+                tracing::warn!(%error, tid, "no OS thread for a guest thread");
+                threads.table.remove(&tid);
+                -1
+            }
+        }
+    }
+}

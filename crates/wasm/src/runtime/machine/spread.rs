@@ -1,0 +1,245 @@
+//! The threads of a machine one by one: at which part each runs, and what they take there;
+//! and how they move, to another part or, for testing, to a fresh instance. When a thread is
+//! to move, and where to, others decide.
+
+use super::super::image::Image;
+use super::super::parts::{Members, Order, Report, Spawning};
+use super::super::signal::Signal;
+use super::{Machine, MachineError, Outcome, Phase, Thread, ThreadInfo, Took, locked};
+use crate::coherence::{PartId, PartSet};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+impl Machine {
+    /// Moves one running thread through its serialised form into a fresh
+    /// instance: for testing. False if there is no such thread, if the machine
+    /// is not running, or if the thread ran no longer since the last time than
+    /// that took.
+    pub fn shake(&self, tid: u32) -> bool {
+        let mut threads = locked(&self.shared.threads);
+        if threads.phase != Phase::Running {
+            return false;
+        }
+        let Some(thread) = threads.table.get_mut(&tid).filter(|thread| thread.rested()) else {
+            return false;
+        };
+        thread.rebuild = true;
+        thread.signal.request();
+        true
+    }
+
+    /// From now on it has members too, which hear what they are to do through `way`;
+    /// threads that it starts begin as `spawning` says. Its memories are
+    /// the home's part of what `crate::coherence` keeps. Returns when those of the members
+    /// are as large.
+    ///
+    /// # Errors
+    /// [`MachineError::NotFrozen`]; [`MachineError::Away`] if threads are at members
+    /// that it would not have any more.
+    pub fn set_members(
+        &self,
+        members: Vec<PartId>,
+        way: Option<Arc<dyn Members>>,
+        spawning: Spawning,
+    ) -> Result<(), MachineError> {
+        let threads = locked(&self.shared.threads);
+        if threads.phase != Phase::Frozen {
+            return Err(MachineError::NotFrozen);
+        }
+        let here = |part: PartId| part == PartId::HOME || members.contains(&part);
+        let stays =
+            |thread: &&Thread| !here(thread.place) || !here(thread.seat.unwrap_or(thread.place));
+        let away = threads.table.values().filter(stays);
+        match away.count() {
+            0 => self.shared.parts.set(members, way, spawning),
+            count => return Err(MachineError::Away(count)),
+        }
+        drop(threads);
+        // (A machine that was lost meanwhile ends.)
+        for (number, memory) in (0..).zip(self.shared.memories.iter()) {
+            if !self.shared.parts.open(number, memory.size_bytes()) {
+                return Err(MachineError::Members);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes note of what a member says.
+    pub fn hear(&self, from: PartId, report: Report) {
+        if let Report::Opened {
+            memory,
+            bytes,
+            done,
+        } = report
+        {
+            return self.shared.parts.opened(from, (memory, bytes), done);
+        }
+        if let Report::Times { at_ns, threads } = report {
+            return self.shared.parts.took(from, at_ns, threads);
+        }
+        if let Report::Expecting { tid } = report {
+            let threads = locked(&self.shared.threads);
+            // (Unless it has left already.)
+            if let Some(thread) = threads.table.get(&tid).filter(|thread| thread.rebuild) {
+                thread.signal.request();
+            }
+            return;
+        }
+        let Some(tid) = report.tid() else { return };
+        let heard = {
+            let threads = locked(&self.shared.threads);
+            let thread = threads.table.get(&tid);
+            thread.map(|thread| (thread.inbox.clone(), thread.signal.clone()))
+        };
+        if let Some((inbox, signal)) = heard {
+            inbox.put(from, report);
+            signal.wake();
+        }
+    }
+
+    /// Its members are lost before it came to depend on them: who waits for them goes on.
+    pub fn lose_members(&self) {
+        self.shared.parts.lose();
+    }
+
+    /// Ends it since a part of it is lost: nothing comes from members any more.
+    pub fn lose(&self) {
+        self.shared.end(Outcome::Stopped);
+        self.shared.parts.lose();
+        let threads = locked(&self.shared.threads);
+        for thread in threads.table.values() {
+            thread.inbox.close();
+            thread.signal.wake();
+        }
+    }
+
+    /// Moves a thread to another part, at its next safepoint; does not wait for it. The
+    /// first time it may have to compile; the machine runs meanwhile.
+    ///
+    /// # Errors
+    /// [`MachineError::NoThread`], [`MachineError::NoPart`], [`MachineError::Ended`],
+    /// [`MachineError::Program`].
+    pub fn move_thread(&self, tid: u32, to: PartId) -> Result<(), MachineError> {
+        let shared = &self.shared;
+        shared.program.prepare_resume()?;
+        let mut threads = locked(&shared.threads);
+        if threads.phase == Phase::Ended {
+            return Err(MachineError::Ended);
+        }
+        if to != PartId::HOME {
+            if shared.parts.is_leaving(to) {
+                return Err(MachineError::Leaving(to));
+            }
+            if !shared.parts.members().contains(&to) {
+                return Err(MachineError::NoPart(to));
+            }
+        }
+        let thread = threads.table.get_mut(&tid);
+        let thread = thread.ok_or(MachineError::NoThread(tid))?;
+        if thread.place == to && thread.seat.is_none_or(|seat| seat == to) {
+            return Ok(());
+        }
+        thread.place = to;
+        thread.rebuild = true;
+        let leaves = thread
+            .seat
+            .is_some_and(|seat| seat != PartId::HOME && seat != to);
+        thread.inbox.set_leaves(leaves);
+        let way = match to {
+            PartId::HOME => None,
+            _ => shared.parts.way(),
+        };
+        match way {
+            // It goes on here until what it needs there is awake.
+            Some(way) => {
+                drop(threads);
+                way.order(to, &Order::Expect { tid });
+            }
+            None => thread.signal.request(),
+        }
+        Ok(())
+    }
+
+    /// How a thread is asked to come to safepoints; of one that is away, its home's side.
+    pub fn signal(&self, tid: u32) -> Option<Arc<Signal>> {
+        let threads = locked(&self.shared.threads);
+        threads.table.get(&tid).map(|thread| thread.signal.clone())
+    }
+
+    /// What each of its threads does.
+    pub fn thread_infos(&self) -> Vec<ThreadInfo> {
+        let way = self.shared.parts.way();
+        let threads = locked(&self.shared.threads);
+        let waits = locked(&self.shared.waits);
+        let here_ns = u64::try_from(self.shared.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let infos = threads.table.iter().map(|(tid, thread)| {
+            let part = thread.seat.unwrap_or(thread.place);
+            ThreadInfo {
+                tid: *tid,
+                part,
+                moves_to: (part != thread.place).then_some(thread.place),
+                waits: waits.has(*tid),
+                took: match part == PartId::HOME {
+                    true => thread.clock.as_ref().and_then(|clock| {
+                        let time = clock.took()?;
+                        let stood = way.as_ref().map(|way| way.stood(clock.os_thread));
+                        Some(Took {
+                            at_ns: here_ns,
+                            time,
+                            stood: stood.unwrap_or_default(),
+                        })
+                    }),
+                    false => self.shared.parts.taken(*tid, part),
+                },
+            }
+        });
+        infos.collect()
+    }
+
+    /// Asks all members what their threads took of cores; it is in [`Self::thread_infos`]
+    /// when they have answered.
+    pub fn ask_times(&self) {
+        self.shared.parts.ask_times();
+    }
+
+    /// How many cores are free at each part: threads that it starts begin where most are
+    /// ([`Spawning::Room`]).
+    pub fn set_room(&self, room: BTreeMap<PartId, f64>) {
+        self.shared.parts.set_room(room);
+    }
+
+    /// Nothing goes to these members any more, neither threads that it starts nor any that
+    /// is moved; to all others it may.
+    pub fn let_leave(&self, members: PartSet) {
+        // (Who moves a thread holds this.)
+        let _threads = locked(&self.shared.threads);
+        self.shared.parts.let_leave(members);
+    }
+
+    /// Its threads, and the part at which each runs: one that moves is counted where it
+    /// came from, until it has left.
+    pub fn places(&self) -> BTreeMap<u32, PartId> {
+        let threads = locked(&self.shared.threads);
+        let places = threads.table.iter();
+        places
+            .map(|(tid, thread)| (*tid, thread.seat.unwrap_or(thread.place)))
+            .collect()
+    }
+
+    /// Freezes it and moves every thread into a fresh instance, but those that
+    /// [`Self::shake`] would leave alone: for testing.
+    ///
+    /// # Errors
+    /// As [`Self::freeze`].
+    pub fn shake_all(&self, patience: Duration) -> Result<(), MachineError> {
+        self.freeze(patience)?;
+        let image = self.image()?.encode()?;
+        Image::decode(&image, &self.shared.program)?;
+        for thread in locked(&self.shared.threads).table.values_mut() {
+            let is_parked = thread.parked.as_ref().is_some_and(Option::is_some);
+            thread.rebuild = is_parked && thread.rested();
+        }
+        self.thaw()
+    }
+}
