@@ -17,7 +17,8 @@ uint64_t ek_epoch(void);
 // `keel move M/objects/NAME --to NODE` moves it. The same name again gives it to another
 // piece; 0 bytes take it away. Names are letters, digits, `.`, `_` and `-`, at most 64, a
 // letter or `_` first; there are at most 4096. Whole pages of 4 KiB move: objects that
-// share one move together, so align what is to be apart.
+// share one move together, so align what is to be apart. Objects may lie in others; of
+// pages that very many have only the innermost eight are told.
 // Returns 0, or an errno of WASI: EINVAL for what is no name, EFAULT for what is not in
 // memory, ENOMEM for too many names. Has no other effect, and none at all outside of a
 // cluster.

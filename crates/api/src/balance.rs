@@ -247,6 +247,9 @@ pub struct DrainInfo {
     pub deadline_unix_ms: Option<u64>,
     /// Machines that are still there.
     pub machines: u32,
+    /// Parts that are still there of machines whose home is elsewhere, or here.
+    #[serde(default)]
+    pub parts: u32,
     /// Machines that went.
     pub moved: u32,
     /// When it will be empty, as predicted.

@@ -8,6 +8,7 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use keel_net::{ClientTls, Fingerprint};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Serialize, de::DeserializeOwned};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,6 +16,28 @@ use tokio::net::UnixStream;
 
 /// How long connecting over TLS may take.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What stands for itself in a piece of a path (RFC 3986, 2.3).
+const PLAIN: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
+
+/// Where something is in the API: names are pieces of that path, whatever is in them.
+///
+/// ```
+/// let path = keel_api::path(["machines", "a?/b", "stop"]);
+/// assert_eq!(path, "/v1/machines/a%3F%2Fb/stop");
+/// ```
+pub fn path<const N: usize>(pieces: [&str; N]) -> String {
+    let mut path = "/v1".to_owned();
+    for piece in pieces {
+        path.push('/');
+        path.extend(utf8_percent_encode(piece, PLAIN));
+    }
+    path
+}
 
 /// Why a request brought no answer.
 #[derive(Debug, thiserror::Error)]

@@ -51,7 +51,7 @@ pub use balance::{
     LedgerInfo, LeftBehind, NodeLoad, PeerTraffic, PlanGoal, PlanInfo, PlanLine, PlanRequest,
     PlanStep, PolicyRequest, RulesInfo, WhyNot,
 };
-pub use client::{Client, ClientError, Lines};
+pub use client::{Client, ClientError, Lines, path};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
 pub use history::{HISTORY_DEFAULT, HISTORY_MAX, HistoryInfo, HistoryPoint, history_in_points};
 
@@ -591,6 +591,9 @@ pub struct PartInfo {
     /// the machine is on one node.
     #[serde(default)]
     pub memory: Option<PartMemoryInfo>,
+    /// For how long it has not answered what its home asked, in milliseconds, if it has not.
+    #[serde(default)]
+    pub silent_ms: Option<u64>,
 }
 
 /// What a part has of a machine's memory.
@@ -617,7 +620,7 @@ pub struct ThreadInfo {
     pub node: String,
     /// `running`, `waiting` (to be woken by another thread), `moving`.
     pub state: String,
-    /// CPU time that it used at the home, in microseconds.
+    /// CPU time that it used at the part where it is, in microseconds.
     pub cpu_micros: Option<u64>,
     /// Microseconds that it stood at pages of other nodes, by the node that gave them.
     #[serde(default)]
@@ -632,7 +635,8 @@ pub struct ThreadInfo {
 pub struct ObjectInfo {
     /// Its range ([`object_range_name`]).
     pub range: String,
-    /// What the program calls it, if it does (`guests/evenkeel.h`).
+    /// What the program calls it, if it does (`guests/evenkeel.h`); names of several objects
+    /// that have these pages with commas between them, the largest first.
     pub name: Option<String>,
     /// Bytes, whole pages of 4 KiB.
     pub bytes: u64,

@@ -667,7 +667,10 @@ fn drain(state: &mut State<'_>, sites: &[usize]) -> Vec<(usize, String)> {
         match target {
             Some(target) => state.go(load, target),
             None if open.clone().any(|to| state.fits(demand, to)) => {
-                left.push((load, "no rule lets it go where there is room".to_owned()));
+                left.push((
+                    load,
+                    "no other node has room for it that rules and drains let it go to".to_owned(),
+                ));
             }
             None => left.push((load, "no other node has room for it".to_owned())),
         }

@@ -89,9 +89,9 @@ pub(crate) async fn balance(reach: &Reach, args: &BalanceArgs) -> Result<ExitCod
         Some(BalanceCommand::Policy { changes }) => policy(reach, &client, changes).await,
         Some(BalanceCommand::Confirm { machines }) => {
             for machine in machines {
-                let path = format!("/v1/machines/{machine}/confirm-move");
+                let path = keel_api::path(["machines", machine, "confirm-move"]);
                 let _: serde_json::Value = client.post(&path, &()).await?;
-                println!("{machine}: the move begins");
+                outln!("{machine}: the move begins");
             }
             Ok(ExitCode::SUCCESS)
         }
@@ -101,15 +101,15 @@ pub(crate) async fn balance(reach: &Reach, args: &BalanceArgs) -> Result<ExitCod
 async fn show(reach: &Reach, client: &Client) -> Result<ExitCode> {
     let info: BalanceInfo = client.get("/v1/balance").await?;
     match reach.format() {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&info)?),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(&info)?),
         Format::Name => {
             for node in &info.nodes {
-                println!("{}", node.node);
+                outln!("{}", node.node);
             }
         }
         Format::Text => {
             let policy = &info.policy;
-            println!(
+            outln!(
                 "mode {}, strategy {} (keel balance policy)\n",
                 word(&policy.mode),
                 word(&policy.strategy)
@@ -117,10 +117,10 @@ async fn show(reach: &Reach, client: &Client) -> Result<ExitCode> {
             let head = [
                 "node", "load", "pressed", "cores", "speed", "demand", "memory", "machines",
             ];
-            println!("{}", output::table(&head, info.nodes.iter().map(load_row)));
+            outln!("{}", output::table(&head, info.nodes.iter().map(load_row)));
             for node in &info.nodes {
                 for (machine, target) in &node.proposals {
-                    println!(
+                    outln!(
                         "\nproposed: {machine} from {} to {target} (keel balance confirm {machine})",
                         node.node
                     );
@@ -172,8 +172,8 @@ async fn policy(reach: &Reach, client: &Client, changes: &[String]) -> Result<Ex
         let _: serde_json::Value = client.post("/v1/balance/policy", &request).await?;
     }
     match reach.format() {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&policy)?),
-        _ => print!("{}", toml::to_string(&policy)?),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(&policy)?),
+        _ => out!("{}", toml::to_string(&policy)?),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -250,12 +250,12 @@ pub(crate) async fn ledger(reach: &Reach, args: &LedgerArgs) -> Result<ExitCode>
         // One on a line: `keel sim --replay` reads them.
         Format::Json => {
             for line in &told.lines {
-                println!("{}", serde_json::to_string(line)?);
+                outln!("{}", serde_json::to_string(line)?);
             }
         }
         Format::Name | Format::Text => {
             for line in &told.lines {
-                println!("{}", sentence(line));
+                outln!("{}", sentence(line));
             }
         }
     }
@@ -297,12 +297,12 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
     let machine = &args.machine;
     let told = ask(&client, Some(machine), None, args.at, LEDGER_MAX).await?;
     if reach.json() {
-        println!("{}", serde_json::to_string_pretty(&told)?);
+        outln!("{}", serde_json::to_string_pretty(&told)?);
         return Ok(ExitCode::SUCCESS);
     }
-    let info: Result<MachineInfo, _> = client.get(&format!("/v1/machines/{machine}")).await;
+    let info: Result<MachineInfo, _> = client.get(&keel_api::path(["machines", machine])).await;
     match (&info, args.at) {
-        (Ok(info), None) => println!("{machine} is on {} ({})", info.node, info.status),
+        (Ok(info), None) => outln!("{machine} is on {} ({})", info.node, info.status),
         (Err(error), _) if told.lines.is_empty() => bail!("{error}"),
         _ => {}
     }
@@ -320,20 +320,20 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
     let decided = lines.find(|line| moves_it(&line.decision));
     match decided {
         Some(line) => {
-            println!("\n{}", sentence(line));
+            outln!("\n{}", sentence(line));
             let detail = detail(&line.decision, machine);
             if !detail.is_empty() {
-                println!("{detail}");
+                outln!("{detail}");
             }
             let ended = told.lines.iter().find(|later| {
                 later.at_unix_ms >= line.at_unix_ms
                     && matches!(&later.decision, Decision::Ended { machine: it, .. } if **it == **machine)
             });
             if let Some(ended) = ended {
-                println!("{}", sentence(ended));
+                outln!("{}", sentence(ended));
             }
         }
-        None => println!(
+        None => outln!(
             "\nneither the balancer nor a plan ever decided to move it; users and restarts did the rest (keel events {machine})"
         ),
     }
@@ -342,10 +342,10 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
             && decided.is_none_or(|decided| decided.at_unix_ms < line.at_unix_ms)
     });
     if let Some(line) = stays {
-        println!("\nsince then it stays; the last change of the reason:");
-        println!("{}", sentence(line));
+        outln!("\nsince then it stays; the last change of the reason:");
+        outln!("{}", sentence(line));
         if let Some(considered) = line.decision.considered(machine) {
-            println!("  {}", considered_line(considered));
+            outln!("  {}", considered_line(considered));
         }
     }
     let grains: Vec<&Line> = told
@@ -359,19 +359,19 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
         })
         .collect();
     if !grains.is_empty() {
-        println!("\nof its threads and memory, last:");
+        outln!("\nof its threads and memory, last:");
         for line in grains
             .iter()
             .skip(grains.len().saturating_sub(GRAINS_SHOWN))
         {
-            println!("{}", sentence(line));
+            outln!("{}", sentence(line));
         }
         let weighed = grains.iter().rev().find_map(|line| match &line.decision {
             Decision::Grain { choice, .. } => Some(&choice.weighed),
             _ => None,
         });
         for it in weighed.into_iter().flatten().take(OTHERS_SHOWN) {
-            println!("    {}: {}", it.what, it.found);
+            outln!("    {}: {}", it.what, it.found);
         }
     }
     tell_silent(&told.silent);
@@ -407,7 +407,10 @@ pub(crate) async fn why_not(reach: &Reach, args: &WhyNotArgs) -> Result<ExitCode
     let query = form_urlencoded::Serializer::new(String::new())
         .append_pair("to", &args.to)
         .finish();
-    let path = format!("/v1/machines/{}/why-not?{query}", args.machine);
+    let path = format!(
+        "{}?{query}",
+        keel_api::path(["machines", &args.machine, "why-not"])
+    );
     let why: WhyNot = reach.client()?.get(&path).await?;
     output::one(reach.format(), &why, &args.machine, why_not_text)?;
     Ok(ExitCode::SUCCESS)

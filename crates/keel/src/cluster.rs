@@ -126,7 +126,10 @@ pub(crate) async fn nodes(reach: &Reach) -> Result<ExitCode> {
 }
 
 pub(crate) async fn schedule(reach: &Reach, node: &str) -> Result<ExitCode> {
-    let machines: Vec<String> = reach.client()?.get(&format!("/v1/schedule/{node}")).await?;
+    let machines: Vec<String> = reach
+        .client()?
+        .get(&keel_api::path(["schedule", node]))
+        .await?;
     output::list(
         reach.format(),
         &machines,

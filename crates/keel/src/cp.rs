@@ -76,7 +76,8 @@ struct Remote {
 impl Remote {
     fn at(&self, what: &str, path: &str) -> String {
         let path: String = byte_serialize(path.as_bytes()).collect();
-        format!("/v1/machines/{}/files{what}?path={path}", self.name)
+        let files = keel_api::path(["machines", &self.name, "files"]);
+        format!("{files}{what}?path={path}")
     }
 
     async fn stat(&self, path: &str) -> Result<FileStat> {
@@ -101,7 +102,7 @@ impl Remote {
     }
 
     async fn rename(&self, from: &str, to: &str) -> Result<()> {
-        let path = format!("/v1/machines/{}/files/rename", self.name);
+        let path = keel_api::path(["machines", &self.name, "files", "rename"]);
         let request = RenameRequest {
             from: from.to_owned(),
             to: to.to_owned(),

@@ -157,7 +157,7 @@ pub(crate) async fn run(args: &Args, json: bool) -> Result<ExitCode> {
     drop(screen);
     let summary = played?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&summary)?);
+        outln!("{}", serde_json::to_string_pretty(&summary)?);
     } else {
         print_summary(&summary);
     }
@@ -170,13 +170,13 @@ pub(crate) async fn run(args: &Args, json: bool) -> Result<ExitCode> {
 
 fn print_summary(summary: &Summary) {
     for decision in &summary.cure.decisions {
-        println!("{decision}");
+        outln!("{decision}");
     }
     let spread = summary.cure.machines.iter();
     let spread: Vec<String> = spread
         .map(|(node, count)| format!("{node}: {count}"))
         .collect();
-    println!(
+    outln!(
         "node {} cured itself in {:.1} s by {} moves that nobody asked for; machines now {}",
         summary.nodes.first().map_or("", String::as_str),
         summary.cure.took_ms as f64 / 1000.0,
@@ -184,7 +184,7 @@ fn print_summary(summary: &Summary) {
         spread.join(", ")
     );
     for decision in &summary.spread.decisions {
-        println!("{decision}");
+        outln!("{decision}");
     }
     fn on<C: std::fmt::Display>(counts: &BTreeMap<String, C>) -> String {
         let counts = counts
@@ -192,7 +192,7 @@ fn print_summary(summary: &Summary) {
             .map(|(node, count)| format!("{node}: {count}"));
         counts.collect::<Vec<_>>().join(", ")
     }
-    println!(
+    outln!(
         "a renderer spread over the nodes in {:.1} s (threads {}), a machine gave memory away (MiB {}); {} pictures are the same as alone",
         summary.spread.took_ms as f64 / 1000.0,
         on(&summary.spread.threads),
@@ -200,7 +200,7 @@ fn print_summary(summary: &Summary) {
         summary.spread.pictures
     );
     for report in &summary.moves {
-        println!("{}", report.line());
+        outln!("{}", report.line());
     }
     for machine in &summary.machines {
         let lines = match (machine.lines, machine.lines_after) {
@@ -210,15 +210,17 @@ fn print_summary(summary: &Summary) {
             ),
             _ => String::new(),
         };
-        println!(
+        outln!(
             "{} runs on {} ({}){lines}",
-            machine.name, machine.node, machine.status
+            machine.name,
+            machine.node,
+            machine.status
         );
     }
     for problem in &summary.problems {
-        println!("PROBLEM: {problem}");
+        outln!("PROBLEM: {problem}");
     }
-    println!(
+    outln!(
         "{} in {:.1} s",
         if summary.ok {
             "nothing was lost"

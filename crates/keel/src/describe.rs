@@ -28,16 +28,16 @@ struct Described {
 
 pub(crate) async fn run(reach: &Reach, name: &str) -> Result<ExitCode> {
     let client = reach.client()?;
-    let machine: MachineInfo = client.get(&format!("/v1/machines/{name}")).await?;
+    let machine: MachineInfo = client.get(&keel_api::path(["machines", name])).await?;
     let mut told = events::newest(&client, Some(name), None, EVENTS_ASKED).await?;
     // An earlier machine may have had the same name.
     told.events
         .retain(|event| event.at_unix_ms >= machine.created_unix_ms);
     let described = Described { machine, told };
     match reach.format() {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&described)?),
-        Format::Name => println!("{name}"),
-        Format::Text => println!("{}", page(&described)),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(&described)?),
+        Format::Name => outln!("{name}"),
+        Format::Text => outln!("{}", page(&described)),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -12,7 +12,7 @@ pub(crate) async fn dry_run(
     machine: &str,
     request: &MoveRequest,
 ) -> Result<ExitCode> {
-    let path = format!("/v1/machines/{machine}/dry-run");
+    let path = keel_api::path(["machines", machine, "dry-run"]);
     let dry_run: DryRun = reach.client()?.post(&path, request).await?;
     output::one(reach.format(), &dry_run, machine, |dry_run| {
         words(dry_run, request.post_copy)

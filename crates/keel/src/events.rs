@@ -86,7 +86,7 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     }
     let told = newest(&client, args.machine.as_deref(), args.since, args.limit).await?;
     match reach.format() {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&told)?),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(&told)?),
         format => {
             if told.older_left_out {
                 tell_older(args.limit);

@@ -39,28 +39,36 @@ pub(crate) struct Args {
 pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
     let client = reach.client()?;
     let of = match (&args.node, &args.machine) {
-        (Some(node), _) => format!("nodes/{node}"),
-        (None, Some(machine)) => format!("machines/{machine}"),
+        (Some(node), _) => ["nodes", node],
+        (None, Some(machine)) => ["machines", machine],
         (None, None) => return all(reach, &client, args).await,
     };
-    let info = ask(&client, &of, args, args.points).await?;
+    let info = ask(&client, of, args, args.points).await?;
     match reach.format() {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&info)?),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(&info)?),
         _ if info.points.is_empty() => bail!(
-            "nothing is known of {} in that time",
-            of.replace("machines/", "machine ")
-                .replace("nodes/", "node ")
+            "nothing is known of {} {} in that time",
+            of[0].trim_end_matches('s'),
+            of[1]
         ),
-        _ => println!("{}", table(&info.points, args.machine.is_some())),
+        _ => outln!("{}", table(&info.points, args.machine.is_some())),
     }
     crate::balance::tell_silent(&info.silent);
     Ok(ExitCode::SUCCESS)
 }
 
-async fn ask(client: &Client, of: &str, args: &Args, points: u32) -> Result<HistoryInfo> {
+async fn ask(
+    client: &Client,
+    [things, name]: [&str; 2],
+    args: &Args,
+    points: u32,
+) -> Result<HistoryInfo> {
     let ago = SystemTime::now().checked_sub(SINCE);
     let since = args.since.unwrap_or(ago.map_or(0, when::unix_ms));
-    let mut path = format!("/v1/{of}/history?since={since}&points={points}");
+    let mut path = format!(
+        "{}?since={since}&points={points}",
+        keel_api::path([things, name, "history"])
+    );
     if let Some(until) = args.until {
         if until < since {
             bail!("--until is before --since");
@@ -75,9 +83,8 @@ async fn all(reach: &Reach, client: &Client, args: &Args) -> Result<ExitCode> {
     let nodes: Vec<NodeInfo> = client.get("/v1/nodes").await?;
     let mut known = Vec::new();
     for node in nodes {
-        let of = format!("nodes/{}", node.name);
         // One that is away is one line that is missing.
-        match ask(client, &of, args, LINE_POINTS).await {
+        match ask(client, ["nodes", &node.name], args, LINE_POINTS).await {
             Ok(info) => known.push((node.name, info.points)),
             Err(error) => eprintln!("keel: {}: {error:#}", node.name),
         }
@@ -101,12 +108,12 @@ async fn all(reach: &Reach, client: &Client, args: &Args) -> Result<ExitCode> {
     match reach.format() {
         Format::Json => {
             let map: std::collections::BTreeMap<_, _> = known.into_iter().collect();
-            println!("{}", serde_json::to_string_pretty(&map)?);
+            outln!("{}", serde_json::to_string_pretty(&map)?);
         }
-        Format::Name => known.iter().for_each(|(node, _)| println!("{node}")),
+        Format::Name => known.iter().for_each(|(node, _)| outln!("{node}")),
         Format::Text => {
             let head = ["node", "load", "most", "memory", "load over time"];
-            println!("{}", output::table(&head, known.iter().map(row)));
+            outln!("{}", output::table(&head, known.iter().map(row)));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -92,7 +92,7 @@ fn optional(text: Option<&String>) -> Result<Option<String>> {
 }
 
 async fn make(reach: &Reach, machine: &str, request: &CheckpointRequest) -> Result<CheckpointInfo> {
-    let path = format!("/v1/machines/{machine}/checkpoints");
+    let path = keel_api::path(["machines", machine, "checkpoints"]);
     Ok(reach.client()?.post(&path, request).await?)
 }
 
@@ -125,7 +125,7 @@ pub(crate) async fn checkpoint(reach: &Reach, args: &CheckpointArgs) -> Result<E
 }
 
 pub(crate) async fn list(reach: &Reach, machine: &str, from: Option<String>) -> Result<ExitCode> {
-    let mut path = format!("/v1/machines/{machine}/checkpoints");
+    let mut path = keel_api::path(["machines", machine, "checkpoints"]);
     if let Some(from) = optional(from.as_ref())? {
         path += "?from=";
         path.extend(form_urlencoded::byte_serialize(from.as_bytes()));
@@ -161,7 +161,7 @@ const SILENCES_MAX: u32 = 100;
 
 /// Waits until a machine that was scheduled runs, or why it never will.
 async fn started(client: &Client, scheduled: MachineInfo) -> Result<MachineInfo> {
-    let path = format!("/v1/machines/{}", scheduled.name);
+    let path = keel_api::path(["machines", &scheduled.name]);
     let mut pause = STARTED_AGAIN_MIN;
     let mut machine = scheduled;
     let mut silences = 0;

@@ -402,7 +402,7 @@ pub(crate) async fn run(reach: &Reach, args: &RunArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     follow(&client, &machine.name, 0, true).await?;
-    let path = format!("/v1/machines/{}", machine.name);
+    let path = keel_api::path(["machines", &machine.name]);
     let code = exit_code(&client.get::<MachineInfo>(&path).await?);
     if args.rm {
         // Its node would do so a little later: the name is free at once. It may have.
@@ -434,7 +434,10 @@ async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -
     let mut first = true;
     let mut pause = FOLLOW_AGAIN_MIN;
     loop {
-        let path = format!("/v1/machines/{machine}/logs?from={offset}&follow={follow}");
+        let path = format!(
+            "{}?from={offset}&follow={follow}",
+            keel_api::path(["machines", machine, "logs"])
+        );
         let mut stream = match client.get_stream(&path).await {
             Ok(stream) => stream,
             Err(error) if first => return Err(error.into()),
@@ -455,7 +458,7 @@ async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -
             return Ok(());
         }
         match client
-            .get::<MachineInfo>(&format!("/v1/machines/{machine}"))
+            .get::<MachineInfo>(&keel_api::path(["machines", machine]))
             .await
         {
             Ok(info) if info.is_live() => {
@@ -486,7 +489,10 @@ pub(crate) async fn logs(reach: &Reach, args: &LogArgs) -> Result<ExitCode> {
     let (client, machine) = (reach.client()?, &args.machine);
     let from = match args.since {
         Some(since) => {
-            let path = format!("/v1/machines/{machine}/logs/offset?since={since}");
+            let path = format!(
+                "{}?since={since}",
+                keel_api::path(["machines", machine, "logs", "offset"])
+            );
             client.get::<LogOffset>(&path).await?.offset
         }
         None => 0,
@@ -521,7 +527,10 @@ pub(crate) async fn ps(reach: &Reach, all: bool) -> Result<ExitCode> {
 }
 
 pub(crate) async fn inspect(reach: &Reach, name: &str) -> Result<ExitCode> {
-    let machine: MachineInfo = reach.client()?.get(&format!("/v1/machines/{name}")).await?;
+    let machine: MachineInfo = reach
+        .client()?
+        .get(&keel_api::path(["machines", name]))
+        .await?;
     output::one(reach.format(), &machine, name, describe)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -576,9 +585,9 @@ pub(crate) async fn end(reach: &Reach, machines: &[String], how: &str) -> Result
     let client = reach.client()?;
     for machine in machines {
         let _: serde_json::Value = client
-            .post(&format!("/v1/machines/{machine}/{how}"), &())
+            .post(&keel_api::path(["machines", machine, how]), &())
             .await?;
-        println!("{machine}");
+        outln!("{machine}");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -588,13 +597,13 @@ pub(crate) async fn rm(reach: &Reach, machines: &[String], force: bool) -> Resul
     for machine in machines {
         if force {
             let _: serde_json::Value = client
-                .post(&format!("/v1/machines/{machine}/stop"), &())
+                .post(&keel_api::path(["machines", machine, "stop"]), &())
                 .await?;
         }
         let removed = client
             .call::<serde_json::Value>(
                 Method::DELETE,
-                &format!("/v1/machines/{machine}"),
+                &keel_api::path(["machines", machine]),
                 Bytes::new(),
             )
             .await;
@@ -604,7 +613,7 @@ pub(crate) async fn rm(reach: &Reach, machines: &[String], force: bool) -> Resul
             Err(error) if force && error.to_string().contains("there is no machine") => {}
             Err(error) => return Err(error.into()),
         }
-        println!("{machine}");
+        outln!("{machine}");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -625,7 +634,7 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
         }
         _ => {}
     }
-    let path = format!("/v1/machines/{}", args.machine);
+    let path = keel_api::path(["machines", &args.machine]);
     let Some(to) = &args.to else {
         let _: serde_json::Value = client.post(&format!("{path}/cancel-move"), &()).await?;
         return Ok(ExitCode::SUCCESS);

@@ -18,6 +18,11 @@
 //! - `size`: sizes as people write them
 //! - `when`: times as people write them
 
+#![warn(clippy::print_stdout)]
+
+#[macro_use]
+mod output;
+
 mod apply;
 mod balance;
 mod cluster;
@@ -31,7 +36,6 @@ mod history;
 mod keep;
 mod machines;
 mod objects;
-mod output;
 mod parts;
 mod plan;
 mod rule;
@@ -249,7 +253,7 @@ async fn debug(reach: &cluster::Reach, command: DebugCommand) -> anyhow::Result<
     let DebugCommand::Failpoint { name, order } = command;
     let Some(name) = name else {
         for failpoint in keel_machine::failpoint::ALL {
-            println!("{:<18} {}", failpoint.name, failpoint.when);
+            outln!("{:<18} {}", failpoint.name, failpoint.when);
         }
         return Ok(ExitCode::SUCCESS);
     };

@@ -102,7 +102,7 @@ fn shared(pages: u32, falsely: u32) -> String {
 }
 
 pub(crate) async fn run(reach: &Reach, args: &ObjectsArgs) -> Result<ExitCode> {
-    let path = format!("/v1/machines/{}/objects", args.machine);
+    let path = keel_api::path(["machines", &args.machine, "objects"]);
     let mut objects: Vec<ObjectInfo> = reach.client()?.get(&path).await?;
     if args.summary {
         show_summary(reach.format(), &summary(&objects))?;

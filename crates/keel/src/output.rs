@@ -1,6 +1,37 @@
 //! Tables for people, JSON for programs.
 
 use serde::Serialize;
+use std::io::{ErrorKind, Write};
+
+/// What a program's code is that the kernel ended since nobody read what it wrote.
+const UNREAD: i32 = 128 + 13;
+
+/// As `print!`, which panics where nobody reads any more (`keel ps | head`): the program
+/// ends then, without a word.
+macro_rules! out {
+    ($($text:tt)*) => { $crate::output::write(format_args!($($text)*)) };
+}
+
+/// As [`out`], a line.
+macro_rules! outln {
+    () => { $crate::output::write(format_args!("\n")) };
+    ($($text:tt)*) => { $crate::output::write(format_args!("{}\n", format_args!($($text)*))) };
+}
+
+/// Prints; ends the program where that cannot be.
+pub(crate) fn write(text: std::fmt::Arguments<'_>) {
+    let mut out = std::io::stdout().lock();
+    // (A terminal, or a pipe, sees each line at once.)
+    if let Err(error) = out.write_fmt(text) {
+        if error.kind() != ErrorKind::BrokenPipe {
+            eprintln!("keel: what is to be said cannot be written: {error}");
+        }
+        std::process::exit(match error.kind() {
+            ErrorKind::BrokenPipe => UNREAD,
+            _ => 1,
+        });
+    }
+}
 
 /// How answers are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -22,13 +53,13 @@ pub(crate) fn list<T: Serialize>(
     row: impl Fn(&T) -> Vec<String>,
 ) -> anyhow::Result<()> {
     match format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(items)?),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(items)?),
         Format::Name => {
             for item in items {
-                println!("{}", name(item));
+                outln!("{}", name(item));
             }
         }
-        Format::Text => println!("{}", table(head, items.iter().map(row))),
+        Format::Text => outln!("{}", table(head, items.iter().map(row))),
     }
     Ok(())
 }
@@ -41,9 +72,9 @@ pub(crate) fn one<T: Serialize>(
     text: impl FnOnce(&T) -> String,
 ) -> anyhow::Result<()> {
     match format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(item)?),
-        Format::Name => println!("{name}"),
-        Format::Text => println!("{}", text(item)),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(item)?),
+        Format::Name => outln!("{name}"),
+        Format::Text => outln!("{}", text(item)),
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
-    Client, ClientError, ObjectInfo, ObjectMoved, PartMemoryInfo, PartsInfo, SpanRequest,
+    Client, ClientError, ObjectInfo, ObjectMoved, PartInfo, PartMemoryInfo, PartsInfo, SpanRequest,
     ThreadInfo, ThreadMove,
 };
 use rand::rngs::StdRng;
@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// How long a thread may take to a safepoint and to its new part.
 const MOVE_PATIENCE: Duration = Duration::from_secs(10);
+/// A part that has not answered for so long is said to be silent.
+const SILENT_MS: u64 = 2000;
 /// Pauses between looks whether it is there.
 const LOOK_AGAIN_MIN: Duration = Duration::from_millis(1);
 const LOOK_AGAIN_MAX: Duration = Duration::from_millis(50);
@@ -47,7 +49,7 @@ pub(crate) struct PartsArgs {
 }
 
 fn path(machine: &str) -> String {
-    format!("/v1/machines/{machine}/parts")
+    keel_api::path(["machines", machine, "parts"])
 }
 
 fn show_parts(reach: &Reach, info: &PartsInfo) -> Result<()> {
@@ -69,10 +71,21 @@ fn show_parts(reach: &Reach, info: &PartsInfo) -> Result<()> {
                 of_memory(&|it| Some(it.resident_bytes)),
                 of_memory(&|it| it.limit_bytes),
                 of_memory(&|it| Some(it.given_bytes + it.dropped_bytes)),
-                if part.part == 0 { "home" } else { "member" }.into(),
+                match (part.part, is_silent(part)) {
+                    (0, _) => "home".into(),
+                    (_, Some(seconds)) => format!("member, silent for {seconds} s"),
+                    (_, None) => "member".into(),
+                },
             ]
         },
     )
+}
+
+/// For how many seconds a part has not answered, where that is worth a word.
+fn is_silent(part: &PartInfo) -> Option<u64> {
+    part.silent_ms
+        .filter(|ms| *ms >= SILENT_MS)
+        .map(|ms| ms / 1000)
 }
 
 fn stood(info: &PartsInfo) -> String {
@@ -113,7 +126,7 @@ pub(crate) async fn parts(reach: &Reach, args: &PartsArgs) -> Result<ExitCode> {
         let info: PartsInfo = client.get(&path(&args.machine)).await?;
         if args.watch && std::io::stdout().is_terminal() {
             // Home, and the rest cleared.
-            print!("\x1b[H\x1b[2J");
+            out!("\x1b[H\x1b[2J");
         }
         show_parts(reach, &info)?;
         if !args.watch {
@@ -133,7 +146,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
             "node",
             "part",
             "state",
-            "cpu at home",
+            "cpu there",
             "stood for",
             "likes",
         ],
@@ -160,7 +173,7 @@ pub(crate) async fn threads(reach: &Reach, machine: &str) -> Result<ExitCode> {
 fn stood_for(thread: &ThreadInfo) -> String {
     let from = thread.stood_micros.iter();
     let from: Vec<String> = from
-        .map(|(node, pages)| format!("{node} {pages}"))
+        .map(|(node, micros)| format!("{node} {:.2} s", *micros as f64 / 1e6))
         .collect();
     match from.is_empty() {
         true => "-".into(),
@@ -213,7 +226,7 @@ async fn order_object(
     to: &str,
 ) -> Result<ObjectMoved, ClientError> {
     let order = ThreadMove { to: to.to_owned() };
-    let path = format!("/v1/machines/{machine}/objects/{range}/move");
+    let path = keel_api::path(["machines", machine, "objects", range, "move"]);
     client.post(&path, &order).await
 }
 
@@ -226,7 +239,7 @@ pub(crate) async fn move_object(
 ) -> Result<ExitCode> {
     let begun = Instant::now();
     let moved = order_object(client, machine, range, to).await?;
-    println!(
+    outln!(
         "{} of {machine} moved to {to} in {:.1} ms",
         output::bytes(moved.bytes),
         begun.elapsed().as_secs_f64() * 1000.0
@@ -286,11 +299,17 @@ pub(crate) async fn shake(reach: &Reach, args: &ShakeArgs) -> Result<ExitCode> {
             let order = ThreadMove {
                 to: part.node.clone(),
             };
-            let path = format!("/v1/machines/{machine}/threads/{}/move", thread.tid);
+            let path = keel_api::path([
+                "machines",
+                machine,
+                "threads",
+                &thread.tid.to_string(),
+                "move",
+            ]);
             threads += u64::from(client.post::<_, PartsInfo>(&path, &order).await.is_ok());
             continue;
         }
-        let path = format!("/v1/machines/{machine}/objects");
+        let path = keel_api::path(["machines", machine, "objects"]);
         let Ok(all) = client.get::<Vec<ObjectInfo>>(&path).await else {
             continue;
         };
@@ -302,7 +321,7 @@ pub(crate) async fn shake(reach: &Reach, args: &ShakeArgs) -> Result<ExitCode> {
         let moved = order_object(&client, machine, &name, &part.node).await;
         objects += u64::from(moved.is_ok());
     }
-    println!(
+    outln!(
         "{threads} moves of threads and {objects} of memory in {:.1} s",
         begun.elapsed().as_secs_f64()
     );
@@ -317,20 +336,33 @@ pub(crate) async fn move_thread(
     to: &str,
 ) -> Result<ExitCode> {
     let order = ThreadMove { to: to.to_owned() };
-    let order_path = format!("/v1/machines/{machine}/threads/{tid}/move");
+    let order_path = keel_api::path(["machines", machine, "threads", &tid.to_string(), "move"]);
     let mut info: PartsInfo = client.post(&order_path, &order).await?;
     let begun = Instant::now();
     let mut pause = LOOK_AGAIN_MIN;
     loop {
         let Some(thread) = info.threads.iter().find(|thread| thread.tid == tid) else {
-            println!("thread {tid} of {machine} has ended");
+            outln!("thread {tid} of {machine} has ended");
             return Ok(ExitCode::SUCCESS);
         };
         if thread.state != "moving" {
-            println!("thread {tid} of {machine} runs on {}", thread.node);
+            outln!("thread {tid} of {machine} runs on {}", thread.node);
             return Ok(ExitCode::SUCCESS);
         }
         if begun.elapsed() > MOVE_PATIENCE {
+            let concerned = info
+                .parts
+                .iter()
+                .filter(|part| part.node == thread.node || part.node == to);
+            let silent = concerned
+                .filter_map(|part| Some((&part.node, is_silent(part)?)))
+                .max_by_key(|(_, seconds)| *seconds);
+            if let Some((node, seconds)) = silent {
+                bail!(
+                    "thread {tid} of {machine} is still on {}: the part on {node} has not answered for {seconds} s, its process stands still or {node} has too much to do; it moves when that is over",
+                    thread.node
+                );
+            }
             bail!(
                 "thread {tid} of {machine} is still on {}: it is in a long call of the host; it moves when that is over",
                 thread.node

@@ -14,12 +14,15 @@ use keel_balance::ledger::Outcome;
 use std::collections::BTreeSet;
 use std::io::{BufRead, IsTerminal, Write};
 use std::process::ExitCode;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// How often a drain is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
 /// Looks that a node may leave unanswered.
 const UNANSWERED_MAX: u32 = 20;
+/// How long a node may take to say how far it is; and after a deadline.
+const ANSWER_WITHIN: Duration = Duration::from_secs(15);
+const LATE_AFTER: Duration = Duration::from_secs(4);
 
 /// What a plan makes of the cluster.
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
@@ -87,7 +90,7 @@ pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> 
     let plan: PlanInfo = client.post("/v1/plan", &goal).await?;
     let text = reach.format() == Format::Text;
     if !text && !args.yes {
-        println!("{}", serde_json::to_string_pretty(&plan)?);
+        outln!("{}", serde_json::to_string_pretty(&plan)?);
         return Ok(ExitCode::SUCCESS);
     }
     if text {
@@ -101,7 +104,7 @@ pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> 
     let mut stayed = 0;
     while let Some(line) = lines.line::<PlanLine>().await? {
         if !text {
-            println!("{}", serde_json::to_string(&line)?);
+            outln!("{}", serde_json::to_string(&line)?);
         }
         match line {
             PlanLine::Begun(_) => {}
@@ -110,7 +113,7 @@ pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> 
                     stayed += 1;
                 }
                 if text {
-                    println!("{} {} → {}: {outcome}", step.machine, step.from, step.to);
+                    outln!("{} {} → {}: {outcome}", step.machine, step.from, step.to);
                 }
             }
         }
@@ -136,7 +139,7 @@ fn confirmed() -> Result<bool> {
 
 fn show(plan: &PlanInfo) {
     if plan.steps.is_empty() {
-        println!("no move would help");
+        outln!("no move would help");
     } else {
         let head = [
             "wave",
@@ -147,15 +150,15 @@ fn show(plan: &PlanInfo) {
             "takes",
             "stands still",
         ];
-        println!("{}", output::table(&head, plan.steps.iter().map(row)));
-        println!(
+        outln!("{}", output::table(&head, plan.steps.iter().map(row)));
+        outln!(
             "\n{} moves, {} in all; about {}",
             plan.steps.len(),
             output::bytes(plan.steps.iter().map(|step| step.bytes).sum()),
             length(plan.duration_ms)
         );
         if !matches!(plan.goal, PlanGoal::Drain { .. }) {
-            println!("unevenness {:.3}, then {:.3}", plan.before, plan.after);
+            outln!("unevenness {:.3}, then {:.3}", plan.before, plan.after);
         }
     }
     tell_left(&plan.left);
@@ -185,7 +188,7 @@ fn length(ms: f64) -> String {
 
 fn tell_left(left: &[LeftBehind]) {
     for it in left {
-        println!("{} stays on {}: {}", it.machine, it.node, it.reason);
+        outln!("{} stays on {}: {}", it.machine, it.node, it.reason);
     }
 }
 
@@ -203,8 +206,15 @@ pub(crate) async fn drain(reach: &Reach, args: &DrainArgs) -> Result<ExitCode> {
         let goal = PlanGoal::Drain { node: node.clone() };
         let plan: PlanInfo = client.post("/v1/plan", &goal).await?;
         match reach.format() {
-            Format::Text => show(&plan),
-            _ => println!("{}", serde_json::to_string_pretty(&plan)?),
+            Format::Text => {
+                show(&plan);
+                let path = keel_api::path(["nodes", node, "drain"]);
+                let info: DrainInfo = client.get(&path).await?;
+                if info.parts > 0 {
+                    outln!("{}", parts_leave(info.parts));
+                }
+            }
+            _ => outln!("{}", serde_json::to_string_pretty(&plan)?),
         }
         return Ok(ExitCode::from(u8::from(!plan.left.is_empty())));
     }
@@ -212,24 +222,24 @@ pub(crate) async fn drain(reach: &Reach, args: &DrainArgs) -> Result<ExitCode> {
         Some(deadline) => Some(u64::try_from(deadline.as_millis()).context("such a deadline")?),
         None => None,
     };
-    let path = format!("/v1/nodes/{node}/drain");
+    let path = keel_api::path(["nodes", node, "drain"]);
     let request = DrainRequest { deadline_ms };
     let _: serde_json::Value = client.post(&path, &request).await?;
     if args.detach {
         if reach.format() == Format::Text {
-            println!("{node} is being drained (keel undrain {node} opens it again)");
+            outln!("{node} is being drained (keel undrain {node} opens it again)");
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let info = wait(reach, &client, &path).await?;
+    let info = wait(reach, &client, &path, args).await?;
     if reach.format() != Format::Text {
-        println!("{}", serde_json::to_string_pretty(&info)?);
+        outln!("{}", serde_json::to_string_pretty(&info)?);
     }
     match info.state {
         DrainState::Empty => {
             if reach.format() == Format::Text {
                 let since = info.since_unix_ms.unwrap_or_default();
-                println!(
+                outln!(
                     "{node} is empty after {}: {} moves; keel undrain {node} opens it again",
                     length(when::unix_ms(SystemTime::now()).saturating_sub(since) as f64),
                     info.moved
@@ -243,23 +253,45 @@ pub(crate) async fn drain(reach: &Reach, args: &DrainArgs) -> Result<ExitCode> {
                 tell_left(&info.left);
             }
             bail!(
-                "the time is over and {} machines are still on {node}; they run on there, and nothing new is placed (keel drain {node} goes on, keel undrain {node} opens it)",
-                info.machines
+                "the time is over and {} are still on {node}; they run on there, and nothing new is placed (keel drain {node} goes on, keel undrain {node} opens it)",
+                match (info.machines, info.parts) {
+                    (machines, 0) => format!("{machines} machines"),
+                    (0, parts) => format!("{parts} parts of machines"),
+                    (machines, parts) => format!("{machines} machines and {parts} parts of others"),
+                }
             )
         }
     }
 }
 
+fn parts_leave(parts: u32) -> String {
+    match parts {
+        1 => "a part of a machine leaves, with what it has".into(),
+        parts => format!("{parts} parts of machines leave, with what they have"),
+    }
+}
+
 /// Waits until nothing more becomes of a drain; tells what does.
-async fn wait(reach: &Reach, client: &Client, path: &str) -> Result<DrainInfo> {
+async fn wait(reach: &Reach, client: &Client, path: &str, args: &DrainArgs) -> Result<DrainInfo> {
     let mut told: BTreeSet<String> = BTreeSet::new();
     let mut unanswered = 0;
+    let deadline = args.deadline.and_then(|it| Instant::now().checked_add(it));
     loop {
-        let info: DrainInfo = match client.get(path).await {
-            Ok(info) => info,
+        // (It says itself that the time is over, if it can.)
+        let rest = deadline.map(|at| at.saturating_duration_since(Instant::now()) + LATE_AFTER);
+        let patience = rest.unwrap_or(ANSWER_WITHIN).min(ANSWER_WITHIN);
+        let answer = tokio::time::timeout(patience, client.get(path)).await;
+        let late = deadline.is_some_and(|at| Instant::now() > at + LATE_AFTER / 2);
+        let info: DrainInfo = match answer {
+            Ok(Ok(info)) => info,
+            Err(_) | Ok(Err(_)) if late => bail!(
+                "the time is over, and {} does not answer: what is still there is not known (keel drain {0} goes on, keel undrain {0} opens it)",
+                args.node
+            ),
             // It may just be told, or have much to do.
-            Err(error) if unanswered >= UNANSWERED_MAX => return Err(error.into()),
-            Err(_) => {
+            Ok(Err(error)) if unanswered >= UNANSWERED_MAX => return Err(error.into()),
+            Err(_) if unanswered >= UNANSWERED_MAX => bail!("{} does not answer", args.node),
+            Err(_) | Ok(Err(_)) => {
                 unanswered += 1;
                 tokio::time::sleep(LOOK_EVERY).await;
                 continue;
@@ -270,13 +302,16 @@ async fn wait(reach: &Reach, client: &Client, path: &str) -> Result<DrainInfo> {
             for step in &info.moving {
                 let line = format!("{} goes to {}", step.machine, step.to);
                 if told.insert(line.clone()) {
-                    println!("{line}");
+                    outln!("{line}");
                 }
+            }
+            if info.parts > 0 && told.insert(String::new()) {
+                outln!("{}", parts_leave(info.parts));
             }
             for it in &info.left {
                 let line = format!("{} stays: {}", it.machine, it.reason);
                 if told.insert(line.clone()) {
-                    println!("{line}");
+                    outln!("{line}");
                 }
             }
         }
@@ -289,13 +324,13 @@ async fn wait(reach: &Reach, client: &Client, path: &str) -> Result<DrainInfo> {
 
 /// Opens a node again.
 pub(crate) async fn undrain(reach: &Reach, node: &str) -> Result<ExitCode> {
-    let path = format!("/v1/nodes/{node}/drain");
+    let path = keel_api::path(["nodes", node, "drain"]);
     let client = reach.client()?;
     let _: serde_json::Value = client
         .call(hyper::Method::DELETE, &path, Bytes::new())
         .await?;
     if reach.format() == Format::Text {
-        println!("{node} takes machines again");
+        outln!("{node} takes machines again");
     }
     Ok(ExitCode::SUCCESS)
 }

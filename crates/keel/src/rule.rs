@@ -70,7 +70,7 @@ pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode>
         RuleCommand::Ls => {
             let info: RulesInfo = client.get("/v1/rules").await?;
             if reach.format() == Format::Json {
-                println!("{}", serde_json::to_string_pretty(&info)?);
+                outln!("{}", serde_json::to_string_pretty(&info)?);
                 return Ok(ExitCode::SUCCESS);
             }
             output::list(
@@ -108,16 +108,16 @@ pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode>
             }
             for rule in &rules.rule {
                 let _: serde_json::Value = client.post("/v1/rules", rule).await?;
-                println!("{}", rule.name);
+                outln!("{}", rule.name);
             }
         }
         RuleCommand::Rm { rules } => {
             for rule in rules {
-                let path = format!("/v1/rules/{rule}");
+                let path = keel_api::path(["rules", &rule]);
                 let _: serde_json::Value = client
                     .call(Method::DELETE, &path, bytes::Bytes::new())
                     .await?;
-                println!("{rule}");
+                outln!("{rule}");
             }
         }
     }

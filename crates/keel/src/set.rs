@@ -93,7 +93,7 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
         spawn: args.spawn.map(Into::into),
         part_memory_bytes: args.part_memory,
     };
-    let path = format!("/v1/machines/{}/set", args.machine);
+    let path = keel_api::path(["machines", &args.machine, "set"]);
     let machine: MachineInfo = reach.client()?.post(&path, &request).await?;
     output::one(reach.format(), &machine, &machine.name, |machine| {
         let cpu = match machine.cpu_limit_millis {

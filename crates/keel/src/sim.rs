@@ -143,20 +143,20 @@ pub(crate) fn sim(args: &Args, format: Format) -> Result<ExitCode> {
         std::fs::write(place, page).with_context(|| place.display().to_string())?;
     }
     match (format, &other) {
-        (Format::Json, None) => println!("{}", serde_json::to_string_pretty(&plain)?),
+        (Format::Json, None) => outln!("{}", serde_json::to_string_pretty(&plain)?),
         (Format::Json, Some(other)) => {
             let both = serde_json::json!({ "as_it_is": plain, "what_if": other });
-            println!("{}", serde_json::to_string_pretty(&both)?);
+            outln!("{}", serde_json::to_string_pretty(&both)?);
         }
         (Format::Name, _) => bail!("a simulation has no names (-o text or -o json)"),
         (Format::Text, _) => {
             if !scenario.about.is_empty() {
-                println!("{}\n", scenario.about);
+                outln!("{}\n", scenario.about);
             }
-            println!("{}", figures(&plain, other.as_ref()));
+            outln!("{}", figures(&plain, other.as_ref()));
             tell_moves(&plain);
             tell_expectations(&plain);
-            println!("\nsimulated in {:.1} s", took.as_secs_f64());
+            outln!("\nsimulated in {:.1} s", took.as_secs_f64());
         }
     }
     if plain.met() {
@@ -290,15 +290,15 @@ fn tell_moves(report: &Report) {
             it.target.clone(),
         ]
     });
-    println!(
+    outln!(
         "\n{}",
         output::table(&["moved at", "machine", "from", "to"], rows)
     );
     if let Some(more) = report.moves.len().checked_sub(MOVES_SHOWN + 1) {
-        println!("and {} more (-o json has all)", more + 1);
+        outln!("and {} more (-o json has all)", more + 1);
     }
     for alert in &report.alerts_quoted {
-        println!("alert at {alert}");
+        outln!("alert at {alert}");
     }
 }
 
@@ -316,15 +316,15 @@ fn tell_expectations(report: &Report) {
         ]
     });
     let head = ["expectation", "expected", "found", ""];
-    println!("\n{}", output::table(&head, rows));
+    outln!("\n{}", output::table(&head, rows));
 }
 
 fn replayed(replayed: &Replayed, format: Format) -> Result<ExitCode> {
     match format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(replayed)?),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(replayed)?),
         Format::Name => bail!("a replay has no names (-o text or -o json)"),
         Format::Text => {
-            println!(
+            outln!(
                 "{} lines: {} decided the same, {} otherwise, {} with too little recorded, {} that \
                  are no decisions of numbers",
                 replayed.lines,
@@ -339,10 +339,10 @@ fn replayed(replayed: &Replayed, format: Format) -> Result<ExitCode> {
                     Again::Unknown(what) => format!("not recorded: {what}"),
                     Again::Same | Again::NoDecision => continue,
                 };
-                println!("line {}, {}: {}\n    {today}", it.line, it.node, it.was);
+                outln!("line {}, {}: {}\n    {today}", it.line, it.node, it.was);
             }
             if let Some(more) = replayed.others.len().checked_sub(OTHERS_SHOWN + 1) {
-                println!("and {} more (-o json has all)", more + 1);
+                outln!("and {} more (-o json has all)", more + 1);
             }
         }
     }

@@ -149,7 +149,7 @@ async fn start_in_background(program: &Path, folder: &Path) -> Result<ExitCode> 
             .await
             .is_ok()
         {
-            println!("{}", parent.id());
+            outln!("{}", parent.id());
             return Ok(ExitCode::SUCCESS);
         }
         if let Some(status) = parent.try_wait()? {

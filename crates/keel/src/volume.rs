@@ -91,7 +91,7 @@ pub(crate) async fn run(reach: &Reach, command: VolumeCommand) -> Result<ExitCod
             )?;
         }
         VolumeCommand::Inspect { name } => {
-            let path = format!("/v1/volumes/{name}");
+            let path = keel_api::path(["volumes", &name]);
             let info: ClusterVolumeInfo = client.get(&path).await?;
             output::one(reach.format(), &info, &info.name, page)?;
             if info.damage.is_some() {
@@ -100,7 +100,7 @@ pub(crate) async fn run(reach: &Reach, command: VolumeCommand) -> Result<ExitCod
         }
         VolumeCommand::Rm { names, forget } => {
             for name in names {
-                let path = format!("/v1/volumes/{name}?forget={forget}");
+                let path = format!("{}?forget={forget}", keel_api::path(["volumes", &name]));
                 let _: serde_json::Value = client
                     .call(Method::DELETE, &path, bytes::Bytes::new())
                     .await?;

@@ -65,8 +65,9 @@ pub(crate) struct Args {
     shake: Option<f64>,
     /// Runs it as so many parts, each with memory of its own that the others only see
     /// page by page, as on so many nodes; threads that it starts begin where the fewest
-    /// are. With `--shake` threads move between parts too.
-    #[arg(long, value_name = "N", conflicts_with = "plain", value_parser = clap::value_parser!(u8).range(1..=64))]
+    /// are. With `--shake` threads move between parts too. Not with `--cpu-limit`, which each
+    /// part would keep by itself.
+    #[arg(long, value_name = "N", conflicts_with_all = ["plain", "cpu_limit"], value_parser = clap::value_parser!(u8).range(1..=64))]
     parts: Option<u8>,
     /// Memory that each of them keeps at most, while others have room.
     #[arg(long, value_name = "SIZE", requires = "parts", value_parser = part_memory)]

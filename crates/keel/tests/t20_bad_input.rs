@@ -262,3 +262,14 @@ fn options_that_cannot_be_are_named() {
         );
     }
 }
+
+/// As in `keel doctor | true`: no word of it, and no panic.
+#[test]
+fn nobody_reads_what_is_said() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut doctor = std::process::Command::new(env!("CARGO_BIN_EXE_keel"));
+    let unread = doctor.arg("doctor").stdout(writer).output().unwrap();
+    assert_eq!(unread.status.code(), Some(128 + 13));
+    assert_eq!(String::from_utf8_lossy(&unread.stderr), "");
+}

@@ -4,6 +4,7 @@
 
 use keel_api::{MachineInfo, ObjectInfo, PartsInfo, object_range, object_range_name};
 use keel_machine::restart::Restart;
+use keel_machine::spec::Spawn;
 use keel_testkit::network::Network;
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use rand::rngs::SmallRng;
@@ -182,6 +183,11 @@ async fn what_cannot_be_is_said() {
         (&["span", "m", "--nodes", "x"], "no node"),
         (&["span", "m", "--nodes", "A b"], "not valid"),
         (&["span", "nothing", "--nodes", "b"], "no machine"),
+        // (Names are one piece of a path, whatever is in them.)
+        (&["span", "../m", "--nodes", "b"], "not valid"),
+        (&["stop", "m/kill?"], "not valid"),
+        (&["parts", "m?"], "not valid"),
+        (&["kill", "m#"], "not valid"),
         (&["unspan", "m"], "on one node already"),
         (&["move", "m/thread/1", "--to", "b"], "no part on"),
         (&["move", "m/thread/one", "--to", "b"], "no number"),
@@ -230,6 +236,148 @@ async fn what_cannot_be_is_said() {
     bench.no_parts().await;
     assert_eq!(bench.inspect("n").await.status, "running");
     bench.does(&["kill", "n"]);
+}
+
+/// Rules and drains hold for parts, whoever wants them; and a node is empty when its parts
+/// have left, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn rules_and_drains_hold_for_parts() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("threads");
+    run(&bench, &Guest::new("m", "a", &module, &["3", "40000000"])).await;
+    let file = folder.path().join("rules.toml");
+    let rule = "[[rule]]\nname = \"not-c\"\nrule = \"avoid\"\nnodes.names = [\"c\"]\nmachines.names = [\"m\"]\n";
+    std::fs::write(&file, rule).expect("a file");
+    bench.does(&["rule", "set", "-f", file.to_str().expect("a path")]);
+    bench.fails(&["span", "m", "--nodes", "b,c"], "no part on c: ");
+    assert_eq!(bench.parts("m").parts.len(), 1);
+    bench.does(&["rule", "rm", "not-c"]);
+    bench.does(&["span", "m", "--nodes", "b,c"]);
+    bench.does(&["move", "m/thread/1", "--to", "c"]);
+    let plan = bench.does(&["drain", "c", "--dry-run"]);
+    assert!(plan.contains("a part of a machine leaves"), "{plan}");
+    let drained = bench.does(&["drain", "c"]);
+    assert_eq!(bench.cluster.parts_of("c"), 0, "{drained}");
+    assert!(drained.contains("a part of a machine leaves"), "{drained}");
+    let parts = bench.parts("m");
+    assert!(parts.threads.iter().all(|thread| thread.node != "c"));
+    bench.fails(&["span", "m", "--nodes", "b,c"], "c is being drained");
+    bench.fails(&["move", "m/thread/1", "--to", "c"], "no part on");
+    assert_eq!(bench.inspect("m").await.status, "running");
+    bench.does(&["undrain", "c"]);
+    bench.does(&["span", "m", "--nodes", "b,c"]);
+    bench.does(&["kill", "m"]);
+    bench.no_parts().await;
+}
+
+/// A machine that is to spread its threads has parts before it begins, so each thread begins
+/// where the fewest are; nothing of it is moved. Where nobody else may have a part it runs
+/// all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn threads_are_spread_from_the_first_on() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let policy = bench.cluster.set_policy("mode", "automatic").await;
+    policy.expect("a policy");
+    let module = guest("threads");
+    let mut spread = Guest::new("m", "a", &module, &["6", "40000000"]);
+    spread.balancing.parts_max = Some(3);
+    spread.balancing.spawn = Spawn::Spread;
+    run(&bench, &spread).await;
+    assert_eq!(bench.parts("m").parts.len(), 3);
+    let all = wait_for("its threads run", || async {
+        let threads = bench.parts("m").threads;
+        (threads.len() == 7).then_some(threads)
+    })
+    .await
+    .expect("threads");
+    for node in NODES {
+        let there = all.iter().filter(|thread| thread.node == node).count();
+        assert!((2..=3).contains(&there), "{all:?}");
+    }
+    let why = bench.does(&["why", "m"]);
+    assert!(why.contains("it has parts before it runs"), "{why}");
+    bench.does(&["kill", "m"]);
+    bench.no_parts().await;
+    for node in ["b", "c"] {
+        bench.does(&["drain", node]);
+    }
+    let alone = Guest {
+        name: "n",
+        ..spread
+    };
+    run(&bench, &alone).await;
+    assert_eq!(bench.parts("n").parts.len(), 1);
+    bench.does(&["kill", "n"]);
+}
+
+/// What was asked is done to its end, also where whoever asked has gone: it leaves no parts
+/// that nobody knows.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asked_may_go() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("threads");
+    run(&bench, &Guest::new("m", "a", &module, &["2", "40000000"])).await;
+    for round in 0..4_u64 {
+        let mut asking = Command::new(KEEL)
+            .arg("--state-dir")
+            .arg(bench.folder.join("a"))
+            .args(["span", "m", "--nodes", "b,c"])
+            .spawn()
+            .expect("keel runs");
+        // (It asks after some milliseconds, and parts take some tens.)
+        std::thread::sleep(Duration::from_millis(10 + 10 * round));
+        // It may have ended.
+        let _ = asking.kill();
+        asking.wait().expect("its end");
+        wait_for("all parts are the machine's", || async {
+            let has = bench.parts("m").parts.len() - 1;
+            let there = bench.cluster.parts_of("b") + bench.cluster.parts_of("c");
+            (has == there && (has == 0 || has == 2)).then_some(())
+        })
+        .await
+        .expect("parts");
+        wait_for("it is alone", || async {
+            let (_, text) = bench.keel(&["unspan", "m"]);
+            (bench.parts("m").parts.len() == 1).then_some(text)
+        })
+        .await
+        .expect("it is alone");
+        bench.no_parts().await;
+    }
+    bench.does(&["kill", "m"]);
+}
+
+/// A part whose process stands still is named where something waits for it; and all goes on
+/// when it does.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_does_not_answer_is_named() {
+    let folder = folder();
+    let bench = Bench::new(folder.path()).await;
+    let module = guest("threads");
+    run(&bench, &Guest::new("m", "a", &module, &["3", "40000000"])).await;
+    bench.does(&["span", "m", "--nodes", "b,c"]);
+    assert_eq!(bench.cluster.stop_parts("b", true), 1);
+    bench.fails(
+        &["move", "m/thread/1", "--to", "b"],
+        "the part on b has not answered for",
+    );
+    let listed = bench.does(&["parts", "m"]);
+    assert!(listed.contains("member, silent for"), "{listed}");
+    assert_eq!(bench.cluster.stop_parts("b", false), 1);
+    wait_for("it is there", || async {
+        let thread = bench.parts("m").threads.into_iter();
+        let mut thread = thread.filter(|thread| thread.tid == 1);
+        (thread.next()?.node == "b").then_some(())
+    })
+    .await
+    .expect("it moved");
+    let listed = bench.does(&["parts", "m"]);
+    assert!(!listed.contains("silent"), "{listed}");
+    bench.does(&["kill", "m"]);
+    bench.no_parts().await;
 }
 
 /// A checkpoint leaves it where it is; of what moves only the home does, and it has parts on

@@ -392,7 +392,7 @@ async fn what_is_suggested_is_not_done() {
         (&["run", "x.wasm", "--spawn", "here"][..], "--max-parts"),
         (&["set", "eager", "--max-parts", "1"], "2 to 64"),
         (&["set", "eager", "--max-parts", "many"], "invalid digit"),
-        (&["set", "eager", "--part-memory", "1"], "64 KiB"),
+        (&["set", "eager", "--part-memory", "64K"], "1 MiB to 64 GiB"),
     ] {
         let text = said(&cluster, args);
         assert!(text.contains(with), "{args:?}: {text}");

@@ -1,5 +1,7 @@
-//! Machines made of a checkpoint that are larger than their node: they get parts before
-//! their memory is read, and run when all of it has come.
+//! Machines that have parts from their beginning: those made of a checkpoint that are larger
+//! than their node, which get parts before their memory is read, and run when all of it has
+//! come; and those that are to spread their threads from the first on
+//! ([`Spawn::Spread`]), which stand at their beginning until they have parts.
 //!
 //! ```text
 //!   agent ── START ─▶ worker: made, and held     (nothing of its memory is there)
@@ -8,9 +10,10 @@
 //! ```
 //!
 //! What fails on the way is a start that failed: its worker is ended, and parts end with
-//! their home.
+//! their home. Only a machine that would run on one node as well does so if it gets no parts.
 
 use crate::agent::Agent;
+use crate::balancer;
 use crate::keep;
 use crate::offer;
 use crate::service::kind as node_kind;
@@ -21,7 +24,7 @@ use keel_cluster::{MachineName, NodeName};
 use keel_machine::checkpoint::{self, MemoryComes, Origin, Vault, VaultError};
 use keel_machine::failpoint;
 use keel_machine::span::PARTS_MAX;
-use keel_machine::spec::Record;
+use keel_machine::spec::{Record, Spawn};
 use keel_machine::worker::control::{kind, pack, unpack};
 use keel_net::RpcError;
 use std::sync::Arc;
@@ -93,6 +96,38 @@ pub(crate) async fn placed(
     })
 }
 
+/// The nodes of the parts that a machine has from its beginning, since its threads are to be
+/// spread: the least loaded of those where it may be, and that have room; none where it is
+/// not to have parts, or nobody else may have one.
+pub(crate) async fn spread_over(agent: &Arc<Agent>, record: &Record) -> Vec<NodeName> {
+    let balancing = &record.spec.balancing;
+    let others = balancing.parts_max.map_or(0, |most| most.saturating_sub(1));
+    let spreads = balancing.spawn == Spawn::Spread && record.spec.cpu_limit_millis.is_none();
+    if !spreads || others == 0 || !balancer::is_automatic(agent).await {
+        return Vec::new();
+    }
+    let rooms = rooms(agent, &record.name).await;
+    let roomy = rooms
+        .into_iter()
+        .filter(|(_, room)| *room >= spanning::ROOM_BYTES_MIN);
+    let loads = roomy.map(|(node, _)| async move {
+        let load = balancer::load_of(agent, &node).await;
+        (node, load)
+    });
+    let mut nodes: Vec<(NodeName, Option<f64>)> = join_all(loads).await;
+    nodes.sort_by(|(one, of_one), (other, of_other)| {
+        // (One that has just begun measures still.)
+        let load = |load: &Option<f64>| load.unwrap_or(f64::MAX);
+        let by_load = load(of_one).total_cmp(&load(of_other));
+        by_load.then_with(|| one.cmp(other))
+    });
+    nodes.truncate(others as usize);
+    if !nodes.is_empty() {
+        balancer::begins_spread(agent, record, &nodes);
+    }
+    nodes.into_iter().map(|(node, _)| node).collect()
+}
+
 /// What a machine has in memory that is made of a checkpoint, if that is more than `most`
 /// bytes; `None` also where there is no such checkpoint, or no whole one, as its worker
 /// will say.
@@ -115,7 +150,7 @@ pub(crate) async fn rooms(agent: &Arc<Agent>, machine: &MachineName) -> Vec<(Nod
     let all = agent.members.all();
     let others = all.keys().filter(|node| **node != agent.name).cloned();
     let asked = others.map(|node| async move {
-        if let Some(why) = crate::balancer::forbidden(agent, machine, &node).await {
+        if let Some(why) = balancer::forbidden(agent, machine, &node).await {
             tracing::debug!(%machine, %node, why, "no part there");
             return None;
         }
@@ -191,7 +226,8 @@ impl Wanted {
     }
 }
 
-/// A machine that is held gets its parts and its memory, and runs.
+/// A machine that is held gets its parts and its memory, and runs; one that `runs_alone` also
+/// where it gets no parts.
 ///
 /// # Errors
 /// A sentence; its worker is to be ended then.
@@ -200,14 +236,19 @@ pub(crate) async fn begin(
     record: &Record,
     worker: &Worker,
     nodes: &[NodeName],
+    runs_alone: bool,
 ) -> Result<(), String> {
     let injected = |injected: failpoint::Injected| injected.to_string();
     failpoint::pass_async("apart.held")
         .await
         .map_err(injected)?;
-    spanning::span_held(agent, record, worker, nodes)
-        .await
-        .map_err(|error| error.to_string())?;
+    match spanning::span_held(agent, record, worker, nodes).await {
+        Ok(()) => {}
+        Err(error) if runs_alone => {
+            tracing::warn!(machine = %record.name, %error, "it begins on one node");
+        }
+        Err(error) => return Err(error.to_string()),
+    }
     failpoint::pass_async("apart.spans")
         .await
         .map_err(injected)?;

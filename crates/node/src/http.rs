@@ -150,8 +150,24 @@ fn router(agent: Arc<Agent>) -> Router {
     let router = router.route("/v1/debug/failpoint", post(failpoint));
     router
         .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such request (see /v1)".into()) })
+        .layer(middleware::from_fn(in_full))
         .layer(middleware::from_fn(check_role))
         .with_state(agent)
+}
+
+/// What changes something is carried out to its end, also where whoever asked has gone
+/// meanwhile: a handler that is dropped in the middle leaves on other nodes what it made
+/// there.
+async fn in_full(request: Request, next: Next) -> Response {
+    if request.method() == Method::GET {
+        return next.run(request).await;
+    }
+    let done = tokio::spawn(next.run(request));
+    done.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "a request was not carried out");
+        let text = "this request was not carried out to its end; see the agent's log".into();
+        problem(StatusCode::INTERNAL_SERVER_ERROR, text)
+    })
 }
 
 /// Reading needs a viewer, tokens an admin, everything else an operator, what is in

@@ -21,7 +21,7 @@ use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::tokens::{self, Role};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
 use keel_machine::restart::Restart;
-use keel_machine::span::PARTS_MAX;
+use keel_machine::span::{PART_BYTES_MIN, PARTS_MAX};
 use keel_machine::spec::{Record, Spec, Status, Volume, VolumeKind};
 use keel_machine::worker::control::{FileDone, FileOp, Report, State, kind, pack, unpack};
 use keel_net::RpcError;
@@ -602,7 +602,7 @@ pub(crate) fn spec(request: &RunRequest) -> Result<Spec, OperateError> {
         }
     }
     if let Some(bytes) = request.balancing.part_memory_bytes {
-        check_memory("part", bytes)?;
+        check_part_memory(bytes)?;
     }
     if request.args.is_empty() {
         return bad("no program name: the first argument is missing".into());
@@ -640,6 +640,16 @@ pub(crate) fn check_memory(what: &str, bytes: u64) -> Result<(), OperateError> {
     }
     Err(OperateError::Bad(format!(
         "a memory {what} of {bytes} bytes: 64 KiB to 64 GiB are possible"
+    )))
+}
+
+/// Whether parts of a machine may be asked to keep so much.
+pub(crate) fn check_part_memory(bytes: u64) -> Result<(), OperateError> {
+    if (PART_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&bytes) {
+        return Ok(());
+    }
+    Err(OperateError::Bad(format!(
+        "parts that keep {bytes} bytes each: 1 MiB to 64 GiB are possible"
     )))
 }
 

@@ -441,9 +441,17 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
         }
         _ => (None, Leftovers::Remove),
     };
+    let mut spread = Vec::new();
     let from = match kept.or_else(|| record.origin.clone()) {
         Some(origin) => StartFrom::Checkpoint(crate::apart::placed(agent, record, origin).await?),
-        None => StartFrom::Module(crate::service::find_module(agent, &record.spec.module).await?),
+        None => {
+            let module = crate::service::find_module(agent, &record.spec.module).await?;
+            spread = crate::apart::spread_over(agent, record).await;
+            match spread.is_empty() {
+                true => StartFrom::Module(module),
+                false => StartFrom::Apart(module),
+            }
+        }
     };
     let worker = agent
         .workers
@@ -457,8 +465,9 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
             memory: MemoryComes::Apart(nodes),
             ..
         }) => nodes.clone(),
-        _ => Vec::new(),
+        _ => spread,
     };
+    let runs_alone = matches!(from, StartFrom::Apart(_));
     let start = Start {
         machine: record.name.clone(),
         spec: record.spec.clone(),
@@ -483,7 +492,7 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
     if apart.is_empty() {
         return Ok(());
     }
-    crate::apart::begin(agent, record, &worker, &apart).await
+    crate::apart::begin(agent, record, &worker, &apart, runs_alone).await
 }
 
 /// Takes up a machine that an earlier agent was giving away when it died: the

@@ -10,7 +10,8 @@
 use crate::agent::Agent;
 use crate::events::Note;
 use crate::operate::{
-    LIMITED_HAS_NO_PARTS, OperateError, check_cpu, check_io_target, check_memory, check_parts,
+    LIMITED_HAS_NO_PARTS, OperateError, check_cpu, check_io_target, check_memory,
+    check_part_memory, check_parts,
 };
 use crate::record;
 use crate::workers::{OLDER, PROMPT, Worker, is_older};
@@ -138,7 +139,7 @@ fn check(request: &SetRequest) -> Result<(), OperateError> {
         check_parts(most)?;
     }
     if let Some(bytes) = request.part_memory_bytes.filter(|bytes| *bytes != 0) {
-        check_memory("part", bytes)?;
+        check_part_memory(bytes)?;
     }
     Ok(())
 }

@@ -515,6 +515,15 @@ impl LocalCluster {
         })
     }
 
+    /// Stops those processes as SIGSTOP does, or lets them go on; how many they are.
+    pub fn stop_parts(&self, name: &str, stop: bool) -> usize {
+        let signal = if stop { Signal::STOP } else { Signal::CONT };
+        let folder = self.folder(name).join("parts").display().to_string();
+        self.signal(name, signal, &|line| {
+            line.iter().any(|word| word.starts_with(&folder))
+        })
+    }
+
     /// Bytes of guests' memory that a node's processes hold, as the kernel counts it.
     pub fn memory_of(&self, name: &str) -> u64 {
         let folder = format!("{}/", self.folder(name).display());

@@ -12,7 +12,6 @@ use crate::output::Format;
 use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use file::Wanted;
-use form_urlencoded::byte_serialize;
 use hyper::Method;
 use keel_api::{
     CheckpointChange, Client, FieldChange, MachineDiff, MachineInfo, Nothing, RunRequest,
@@ -94,13 +93,13 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
         }
     }
     match reach.format() {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&plans)?),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(&plans)?),
         Format::Name => {
             for plan in plans.iter().filter(|plan| plan.fate != Fate::Unchanged) {
-                println!("{}", plan.machine);
+                outln!("{}", plan.machine);
             }
         }
-        Format::Text => print!("{}", page(&plans)),
+        Format::Text => out!("{}", page(&plans)),
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -117,8 +116,7 @@ async fn plan(client: &Client, wanted: Wanted) -> Result<Plan> {
         .with_context(of)?;
     request.module = blake3::hash(&bytes).to_hex().to_string();
     // Whether it is a name at all is the node's to say.
-    let name: String = byte_serialize(machine.as_bytes()).collect();
-    let path = format!("/v1/machines/{name}/diff");
+    let path = keel_api::path(["machines", &machine, "diff"]);
     let found: MachineDiff = client.post(&path, &request).await.with_context(of)?;
     let fate = match (&found.node, &found.changes[..]) {
         (None, _) => Fate::Create,
@@ -202,7 +200,7 @@ async fn carry_out(client: &Client, plan: &Plan) -> Result<()> {
                 part_memory_bytes: changes("part-memory")
                     .then(|| wanted.balancing.part_memory_bytes.unwrap_or(0)),
             };
-            let path = format!("/v1/machines/{}/set", plan.machine);
+            let path = keel_api::path(["machines", &plan.machine, "set"]);
             let _: MachineInfo = client.post(&path, &request).await?;
             Ok(())
         }
@@ -227,7 +225,7 @@ async fn create(client: &Client, plan: &Plan, on: Option<String>) -> Result<()> 
 
 /// Ends and removes a machine; one that removes itself at its end may be quicker.
 async fn remove(client: &Client, plan: &Plan) -> Result<()> {
-    let path = format!("/v1/machines/{}", plan.machine);
+    let path = keel_api::path(["machines", &plan.machine]);
     if plan.found.live {
         let _: Nothing = client.post(&format!("{path}/stop"), &()).await?;
     }

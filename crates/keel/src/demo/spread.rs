@@ -117,7 +117,7 @@ async fn threads(
     via: &str,
     machine: &str,
 ) -> Result<BTreeMap<String, u32>> {
-    let path = format!("/v1/machines/{machine}/parts");
+    let path = keel_api::path(["machines", machine, "parts"]);
     let info: PartsInfo = cluster.client(via).get(&path).await?;
     let mut threads = BTreeMap::new();
     for part in info.parts.into_iter().filter(|part| part.threads > 0) {
@@ -128,7 +128,7 @@ async fn threads(
 
 /// How many MiB of it each node has.
 async fn memory(cluster: &LocalCluster, via: &str, machine: &str) -> Result<BTreeMap<String, u64>> {
-    let path = format!("/v1/machines/{machine}/objects");
+    let path = keel_api::path(["machines", machine, "objects"]);
     let objects: Vec<ObjectInfo> = cluster.client(via).get(&path).await?;
     let mut bytes: BTreeMap<String, u64> = BTreeMap::new();
     for object in objects {

@@ -127,15 +127,15 @@ pub(crate) async fn run(reach: &Reach, args: &Args) -> Result<ExitCode> {
         checks,
     };
     match reach.format() {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&findings)?),
+        Format::Json => outln!("{}", serde_json::to_string_pretty(&findings)?),
         Format::Name => {
             for check in &findings.checks {
                 if check.outcome != Outcome::Ok {
-                    println!("{}", check.name);
+                    outln!("{}", check.name);
                 }
             }
         }
-        Format::Text => println!("{}", page(&findings)),
+        Format::Text => outln!("{}", page(&findings)),
     }
     Ok(ExitCode::from(u8::from(findings.failed > 0)))
 }

@@ -203,6 +203,9 @@ pub enum StartFrom {
     Module(PathBuf),
     /// A checkpoint.
     Checkpoint(Origin),
+    /// As [`StartFrom::Module`], but it stands at its beginning, for it is to have parts
+    /// first.
+    Apart(PathBuf),
 }
 
 /// Makes a checkpoint of the machine.
@@ -610,7 +613,8 @@ pub struct MoveObject {
 /// A piece of a machine's memory that the same parts hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectReport {
-    /// What the guest calls it, if it does.
+    /// What the guest calls it, if it does: names of several objects that have these pages
+    /// with commas between them, the largest first.
     pub name: Option<String>,
     /// The machine's memory.
     pub memory: u32,
@@ -628,6 +632,14 @@ pub struct ObjectReport {
     pub directory: PartId,
 }
 
+impl ObjectReport {
+    /// Whether it is, or belongs to, the object of that name.
+    pub fn has_name(&self, name: &str) -> bool {
+        let names = self.name.iter().flat_map(|names| names.split(','));
+        names.into_iter().any(|it| it == name)
+    }
+}
+
 /// What parts a machine has.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartsReport {
@@ -639,6 +651,9 @@ pub struct PartsReport {
     pub waits: Vec<u64>,
     /// What each part has of its memory, as it told last.
     pub memory: BTreeMap<PartId, PartMemory>,
+    /// For how many milliseconds parts have not answered what the home asked.
+    #[serde(default)]
+    pub silent_ms: BTreeMap<PartId, u64>,
 }
 
 /// One thread of a machine.

@@ -12,7 +12,7 @@ use super::control::{
 };
 use super::outgoing::HomeParts;
 use super::process::Worker;
-use crate::checkpoint::VaultError;
+use crate::checkpoint::{Later, VaultError};
 use crate::failpoint;
 use crate::moves::TargetEvent;
 use crate::span::{
@@ -24,11 +24,18 @@ use keel_net::RpcError;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES};
 use keel_wasm::runtime::{Machine, Named, Program};
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+/// Names that are told of a page of several objects, at most.
+const NAMES_MAX: usize = 8;
+/// How long a part may take to answer before it is said that it does not, and the pause
+/// between two looks.
+const ANSWER_WITHIN: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// How long parts may take to meet.
 pub(super) const MEET_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a member waits to be told whom to meet: others may have to compile first.
@@ -235,7 +242,7 @@ impl Worker {
                     let spec = inner.spec.as_ref();
                     let part_bytes = spec.and_then(|it| it.balancing.part_memory_bytes);
                     let (machine, name) = (machine.clone(), name.clone());
-                    let stands = inner.later.is_some();
+                    let stands = matches!(*self.state.borrow(), State::Held { .. });
                     (meeting, machine, name, inner.epoch, part_bytes, stands)
                 }
                 _ => return Err(failed("it is not to meet anybody")),
@@ -267,18 +274,37 @@ impl Worker {
         Ok(u64::try_from(stood.as_micros()).unwrap_or(u64::MAX))
     }
 
-    /// The memory of a machine that is held comes, now that it has parts; bytes that came.
-    /// It runs then.
+    /// The memory of a machine that is held comes, now that it has parts, if it is to have
+    /// some from a checkpoint; bytes that came. It runs then.
     pub(super) fn bring_apart(&self) -> Result<u64, RpcError> {
-        let pages = self.pages()?;
-        let (later, machine, nodes) = {
+        if !matches!(*self.state.borrow(), State::Held { .. }) {
+            return Err(failed("it is not held"));
+        }
+        let (later, machine) = {
             let mut inner = self.inner();
-            let nodes = inner.parts.nodes.clone();
-            (inner.later.take(), inner.machine.clone(), nodes)
+            (inner.later.take(), inner.machine.clone())
         };
-        let (Some(later), Some(machine)) = (later, machine) else {
-            return Err(failed("its memory is here, or comes already"));
+        let machine = machine.ok_or_else(|| failed("no machine is held here"))?;
+        let bytes = match later {
+            Some(later) => self.bring_later(&machine, later)?,
+            None => 0,
         };
+        failpoint::pass("apart.brought").map_err(failed)?;
+        machine.thaw().map_err(failed)?;
+        self.state.send_if_modified(|state| match *state {
+            State::Held { epoch } => {
+                *state = State::Running { epoch };
+                true
+            }
+            // (It ended, as a part was lost.)
+            _ => false,
+        });
+        Ok(bytes)
+    }
+
+    fn bring_later(&self, machine: &Machine, later: Later) -> Result<u64, RpcError> {
+        let pages = self.pages()?;
+        let nodes = self.inner().parts.nodes.clone();
         let write = |memory: usize, offset, bytes: &[u8]| -> Result<(), BringError> {
             // It may have been stopped.
             if machine.wait(Some(Duration::ZERO)).is_some() && pages.failure().is_none() {
@@ -295,16 +321,6 @@ impl Worker {
             BringError::Span(SpanError::Lost { part, .. }) => failed(lost(&nodes, *part, &error)),
             _ => failed(error),
         })?;
-        failpoint::pass("apart.brought").map_err(failed)?;
-        machine.thaw().map_err(failed)?;
-        self.state.send_if_modified(|state| match *state {
-            State::Held { epoch } => {
-                *state = State::Running { epoch };
-                true
-            }
-            // (It ended, as a part was lost.)
-            _ => false,
-        });
         Ok(bytes)
     }
 
@@ -341,8 +357,35 @@ impl Worker {
             }
             Err(error) => {
                 self.end_parts_of_ended(&machine)?;
-                Err(failed(error))
+                Err(self.failed_of_silent(error))
             }
+        }
+    }
+
+    /// As [`failed`], with which parts do not answer, if any: most likely it is that.
+    fn failed_of_silent(&self, error: impl std::fmt::Display) -> RpcError {
+        let (machine, nodes) = {
+            let inner = self.inner();
+            (inner.machine.clone(), inner.parts.nodes.clone())
+        };
+        let Some(machine) = machine else {
+            return failed(error);
+        };
+        machine.ask_times();
+        let deadline = Instant::now() + ANSWER_WITHIN;
+        let mut silent = machine.silent();
+        while !silent.is_empty() && Instant::now() < deadline {
+            std::thread::sleep(LOOK_AGAIN);
+            silent = machine.silent();
+        }
+        let silent = silent.keys().filter_map(|part| nodes.get(part));
+        let silent: Vec<String> = silent.map(|node| format!("the part on {node}")).collect();
+        match silent.is_empty() {
+            true => failed(error),
+            false => failed(format!(
+                "{} does not answer, its process stands still or its node has too much to do: {error}",
+                silent.join(" and ")
+            )),
         }
     }
 
@@ -384,6 +427,13 @@ impl Worker {
                 Some(home) => home.pages().memory_of_parts(),
                 None => BTreeMap::new(),
             },
+            silent_ms: {
+                let silent = machine.silent().into_iter();
+                // (Less than a day, and a millisecond.)
+                silent
+                    .map(|(part, since)| (part, since.as_millis() as u64))
+                    .collect()
+            },
             waits: match &inner.parts.home {
                 Some(home) => home.pages().latency().buckets.to_vec(),
                 None => Vec::new(),
@@ -414,7 +464,9 @@ impl Worker {
         };
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
         let objects = match pages {
-            Some(pages) => pages.objects().map_err(failed)?,
+            Some(pages) => pages
+                .objects()
+                .map_err(|error| self.failed_of_silent(error))?,
             None => alone(machine.memories()).map_err(failed)?,
         };
         let named = machine.named();
@@ -455,7 +507,7 @@ impl Worker {
         let end = end.ok_or_else(|| failed("that is outside of any memory"))?;
         self.pages()?
             .move_object(object.memory, object.start..end, object.to, OBJECT_PATIENCE)
-            .map_err(failed)
+            .map_err(|error| self.failed_of_silent(error))
     }
 
     fn pages(&self) -> Result<Arc<Pages>, RpcError> {
@@ -619,28 +671,51 @@ fn alone(memories: &[Arc<GuestMemory>]) -> Result<Vec<Object>, MemoryError> {
     Ok(objects)
 }
 
-/// The pages of named pieces in rising order, those that two of them have in the first.
-fn named_pages(named: &BTreeMap<String, Named>) -> Vec<(Range<u64>, &str)> {
-    let pages = named.iter().map(|(name, piece)| {
-        let start = piece.start / PAGE_BYTES * PAGE_BYTES;
-        let end = piece.start.saturating_add(piece.bytes);
-        (start..end.next_multiple_of(PAGE_BYTES), name.as_str())
-    });
-    let mut pages: Vec<_> = pages.collect();
-    pages.sort_by_key(|(range, name)| (range.start, range.end, *name));
-    let mut from = 0;
-    for (range, _) in &mut pages {
-        range.start = range.start.max(from);
-        from = from.max(range.end);
+/// The pages of named pieces in rising order, cut where one begins or ends, with the names
+/// that they have: what lies in others is named after them.
+fn named_pages(named: &BTreeMap<String, Named>) -> Vec<(Range<u64>, String)> {
+    let mut begins: Vec<_> = named
+        .iter()
+        .map(|(name, piece)| {
+            let start = piece.start / PAGE_BYTES * PAGE_BYTES;
+            let end = piece.start.saturating_add(piece.bytes);
+            (
+                start,
+                Reverse(end.next_multiple_of(PAGE_BYTES)),
+                name.as_str(),
+            )
+        })
+        .collect();
+    begins.sort_unstable();
+    let bounds = begins.iter().flat_map(|(start, end, _)| [*start, end.0]);
+    let bounds: BTreeSet<u64> = bounds.collect();
+    let mut begins = begins.into_iter().peekable();
+    let mut here: BTreeSet<(u64, Reverse<u64>, &str)> = BTreeSet::new();
+    // The same, by where they end.
+    let mut ends = BTreeSet::new();
+    let mut pages: Vec<(Range<u64>, String)> = Vec::new();
+    for (start, end) in bounds.iter().zip(bounds.iter().skip(1)) {
+        while let Some((_, ended)) = ends.first().filter(|(end, _)| end <= start).copied() {
+            ends.pop_first();
+            here.remove(&ended);
+        }
+        while let Some(begun) = begins.next_if(|it| it.0 == *start) {
+            here.insert(begun);
+            ends.insert((begun.1.0, begun));
+        }
+        let mut names: Vec<&str> = here.iter().rev().map(|it| it.2).take(NAMES_MAX).collect();
+        names.reverse();
+        if !names.is_empty() {
+            pages.push((*start..*end, names.join(",")));
+        }
     }
-    pages.retain(|(range, _)| !range.is_empty());
     pages
 }
 
 /// Cuts a range where names begin and end.
 fn split<'a>(
     range: &Range<u64>,
-    named: &[(Range<u64>, &'a str)],
+    named: &'a [(Range<u64>, String)],
 ) -> Vec<(Range<u64>, Option<&'a str>)> {
     let (mut at, mut pieces) = (range.start, Vec::new());
     let first = named.partition_point(|(piece, _)| piece.end <= range.start);
@@ -653,7 +728,7 @@ fn split<'a>(
         if at < start {
             pieces.push((at..start, None));
         }
-        pieces.push((start..end, Some(*name)));
+        pieces.push((start..end, Some(name.as_str())));
         at = end;
     }
     if at < range.end {
@@ -680,9 +755,21 @@ mod names_of_objects {
         let named = named_pages(&named);
         let told: Vec<_> = named
             .iter()
-            .map(|(range, name)| (range.start / PAGE_BYTES..range.end / PAGE_BYTES, *name))
+            .map(|(range, names)| {
+                let pages = range.start / PAGE_BYTES..range.end / PAGE_BYTES;
+                (pages, names.as_str())
+            })
             .collect();
-        assert_eq!(told, [(2..3, "a"), (3..6, "b"), (8..10, "d")]);
+        assert_eq!(
+            told,
+            [
+                (2..3, "b,a"),
+                (3..4, "b"),
+                (4..5, "b,c"),
+                (5..6, "b"),
+                (8..10, "d")
+            ]
+        );
         let cut = |first: u64, last: u64| -> Vec<(u64, u64, &str)> {
             let pieces = split(&(page(first)..page(last)), &named);
             let pieces = pieces.into_iter().map(|(range, name)| {
@@ -692,17 +779,37 @@ mod names_of_objects {
             pieces.collect()
         };
         assert_eq!(cut(0, 2), [(0, 2, "-")]);
-        assert_eq!(cut(4, 5), [(4, 5, "b")]);
+        assert_eq!(cut(4, 5), [(4, 5, "b,c")]);
         assert_eq!(
             cut(0, 9),
             [
                 (0, 2, "-"),
-                (2, 3, "a"),
-                (3, 6, "b"),
+                (2, 3, "b,a"),
+                (3, 4, "b"),
+                (4, 5, "b,c"),
+                (5, 6, "b"),
                 (6, 8, "-"),
                 (8, 9, "d")
             ]
         );
         assert_eq!(cut(9, 12), [(9, 10, "d"), (10, 12, "-")]);
+    }
+
+    /// As many as there can be, each in the one before: no more names than so many are told
+    /// of a page, the innermost.
+    #[test]
+    fn pages_in_very_many_pieces_have_few_names() {
+        let piece = |number: u64| Named {
+            start: number * PAGE_BYTES,
+            bytes: (8192 - 2 * number) * PAGE_BYTES,
+        };
+        let named = (0..4096).map(|number| (format!("n{number:04}"), piece(number)));
+        let named = named_pages(&named.collect());
+        assert_eq!(named.len(), 8191);
+        assert_eq!(named[0].1, "n0000");
+        assert_eq!(
+            named[4095].1,
+            "n4088,n4089,n4090,n4091,n4092,n4093,n4094,n4095"
+        );
     }
 }

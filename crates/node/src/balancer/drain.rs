@@ -126,13 +126,15 @@ pub(super) async fn info_here(agent: &Agent) -> Result<DrainInfo, String> {
     };
     let live = agent.balancer.placements.live();
     let here = live.iter().filter(|(_, owner)| **owner == *node).count();
+    // (Their homes have them leave.)
+    let parts = agent.parts.names().len();
     let state = agent.balancer.drain.locked();
     let deadline = drain.as_ref().and_then(|drain| drain.deadline_unix_ms);
     let now = unix_ms();
     Ok(DrainInfo {
         state: match &drain {
             None => DrainState::Open,
-            Some(_) if here == 0 => DrainState::Empty,
+            Some(_) if here + parts == 0 => DrainState::Empty,
             Some(_) if deadline.is_some_and(|deadline| deadline <= now) => DrainState::Late,
             Some(_) if state.moving.is_empty() && !state.left.is_empty() => DrainState::Stuck,
             Some(_) => DrainState::Draining,
@@ -141,6 +143,7 @@ pub(super) async fn info_here(agent: &Agent) -> Result<DrainInfo, String> {
         since_unix_ms: drain.as_ref().map(|drain| drain.since_unix_ms),
         deadline_unix_ms: deadline,
         machines: here as u32,
+        parts: parts as u32,
         moved: state.moved,
         end_unix_ms: state.rest.map(|(rest, at)| at + rest as u64),
         moving: state.moving.clone(),

@@ -40,6 +40,7 @@ pub(crate) use ask::{
     answer, change_policy, confirm, gather_ledger, gather_loads, history, why_not,
 };
 pub(crate) use drain::{begin as begin_drain, end as end_drain, info as drain_info};
+pub(crate) use grains::begins_spread;
 pub(crate) use ledger::{Ledger, Wanted, send_along};
 pub(crate) use placing::choose as choose_node;
 pub(crate) use plan::{carry_out as carry_out_plan, make as make_plan};
@@ -601,6 +602,20 @@ pub(crate) async fn forbidden(
     let look = move |_: &Balancer, _: u64, rules: &Snapshot| rules.forbids(&machine, &node);
     let broken = agent.balancer.look(look).await.ok().flatten();
     broken.map(|broken| broken.why)
+}
+
+/// Whether what the balancer decides is done.
+pub(crate) async fn is_automatic(agent: &Agent) -> bool {
+    let mode = agent.balancer.look(|it, _, _| it.policy().0.mode).await;
+    mode == Ok(Mode::Automatic)
+}
+
+/// How loaded another node is, as it says.
+pub(crate) async fn load_of(agent: &Agent, node: &NodeName) -> Option<f64> {
+    match ask(agent, node.as_str(), &Question::View).await {
+        Ok(Answer::View(view)) => Some(view.side.load),
+        _ => None,
+    }
 }
 
 /// Asks another node's balancer.

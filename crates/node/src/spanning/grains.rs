@@ -1,6 +1,6 @@
 //! Threads and memory of a machine with parts: what is told of them, and how they move.
 
-use super::{SPAN_PATIENCE, ask, home};
+use super::{SPAN_PATIENCE, ask, home, may_be_on};
 use crate::agent::Agent;
 use crate::operate::OperateError;
 use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
@@ -25,13 +25,19 @@ pub(crate) async fn parts_of(
 fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
     let mut nodes = report.nodes.clone();
     nodes.entry(PartId::HOME).or_insert_with(|| home.clone());
-    let node = |part: PartId| nodes.get(&part).map_or("?", NodeName::as_str).to_owned();
+    let node = |part: PartId| {
+        nodes
+            .get(&part)
+            .map_or("(gone)", NodeName::as_str)
+            .to_owned()
+    };
     let parts = nodes.iter().map(|(part, node)| {
         let threads = report.threads.iter().filter(|it| it.part == *part);
         PartInfo {
             part: part.number() as u32,
             node: node.to_string(),
             threads: threads.count() as u32,
+            silent_ms: report.silent_ms.get(part).copied(),
             memory: report.memory.get(part).map(|memory| PartMemoryInfo {
                 resident_bytes: memory.resident_bytes,
                 limit_bytes: memory.limit_bytes,
@@ -122,7 +128,7 @@ pub(crate) async fn move_object(
 ) -> Result<u64, OperateError> {
     let worker = home(agent, machine)?;
     let report = parts_report(&worker).await?;
-    let to = part_on(&info(&report, &agent.name), machine, to)?;
+    let to = part_on(agent, &info(&report, &agent.name), machine, to).await?;
     if let Some((memory, start, bytes)) = keel_api::object_range(name) {
         let object = MoveObject {
             memory,
@@ -133,9 +139,7 @@ pub(crate) async fn move_object(
         return whole_object_to(&worker, object).await;
     }
     let objects = objects_report(&worker).await?.into_iter();
-    let pieces: Vec<ObjectReport> = objects
-        .filter(|object| object.name.as_deref() == Some(name))
-        .collect();
+    let pieces: Vec<ObjectReport> = objects.filter(|object| object.has_name(name)).collect();
     if pieces.is_empty() {
         return Err(OperateError::Missing(format!(
             "the program {machine:?} calls nothing {name:?}, and it is no range: FIRST-END in hexadecimal bytes, as 0x10000-0x20000 (see `keel objects {machine}`)"
@@ -245,15 +249,27 @@ pub(crate) async fn tell_room(
 }
 
 /// The part of a machine on a node; of several the one with the fewest threads.
-fn part_on(found: &PartsInfo, machine: &MachineName, node: &str) -> Result<PartId, OperateError> {
+async fn part_on(
+    agent: &Agent,
+    found: &PartsInfo,
+    machine: &MachineName,
+    node: &str,
+) -> Result<PartId, OperateError> {
     let there = found.parts.iter().filter(|part| part.node == node);
     let part = there.min_by_key(|part| part.threads);
     let part = part.and_then(|part| PartId::new(part.part as usize));
-    part.ok_or_else(|| {
+    let part = part.ok_or_else(|| {
         OperateError::Missing(format!(
             "machine {machine:?} has no part on {node:?} (`keel parts {machine}` lists them, `keel span` makes them)"
         ))
-    })
+    })?;
+    // A part that may not be there any more is about to leave.
+    if let Some(node) = agent.members.all().keys().find(|it| it.as_str() == node)
+        && *node != agent.name
+    {
+        may_be_on(agent, machine, node).await?;
+    }
+    Ok(part)
 }
 
 /// Moves a thread to the part on a node.
@@ -265,7 +281,7 @@ pub(crate) async fn move_thread(
 ) -> Result<(), OperateError> {
     let worker = home(agent, machine)?;
     let report = parts_report(&worker).await?;
-    let part = part_on(&info(&report, &agent.name), machine, to)?;
+    let part = part_on(agent, &info(&report, &agent.name), machine, to).await?;
     if !report.threads.iter().any(|thread| thread.tid == tid) {
         return Err(OperateError::Missing(format!(
             "machine {machine:?} has no thread {tid} (see `keel threads {machine}`)"

@@ -39,7 +39,7 @@ pub(crate) use owner::{join_on, ready_on, span, span_held, unspan};
 use crate::agent::Agent;
 use crate::operate::OperateError;
 use crate::workers::{COMPILE_PATIENCE, OLDER, Worker, is_older};
-use keel_cluster::MachineName;
+use keel_cluster::{MachineName, NodeName};
 use keel_machine::span::{PartId, PartSet, Place};
 use keel_machine::spec::Spec;
 use keel_machine::worker::control::{Join, Report};
@@ -94,6 +94,20 @@ pub(crate) fn text(error: RpcError) -> String {
         }
         RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
         other => other.to_string(),
+    }
+}
+
+/// Whether a machine may have a part on a node, by rules and drains, as grains see it.
+async fn may_be_on(
+    agent: &Agent,
+    machine: &MachineName,
+    node: &NodeName,
+) -> Result<(), OperateError> {
+    match crate::balancer::forbidden(agent, machine, node).await {
+        None => Ok(()),
+        Some(why) => Err(OperateError::Conflict(format!(
+            "machine {machine:?} may have no part on {node}: {why}"
+        ))),
     }
 }
 

@@ -3,7 +3,8 @@
 use super::grains::{objects_report, parts_of, parts_report};
 use super::member::{join, mark, ready};
 use super::{
-    PartJoin, PartOffer, ReadyMember, SPAN_PATIENCE, UNSPAN_PATIENCE, ask, home, report, text,
+    PartJoin, PartOffer, ReadyMember, SPAN_PATIENCE, UNSPAN_PATIENCE, ask, home, may_be_on, report,
+    text,
 };
 use crate::agent::Agent;
 use crate::changing::{Changed, Comes, Spanning};
@@ -77,6 +78,13 @@ pub(crate) async fn span(
             "machine {machine:?} does not run yet, or is still arriving"
         )));
     };
+    let has = parts_of(agent, machine).await?.parts;
+    for node in members.values() {
+        // (Where it has a part already only what is next is asked.)
+        if !has.iter().any(|part| part.node == node.as_str()) {
+            may_be_on(agent, machine, node).await?;
+        }
+    }
     let record = crate::record::get(&*agent.store, machine).await?.record;
     if found.parts > 0 && request.here {
         return Err(OperateError::Bad(format!(

@@ -103,7 +103,7 @@ pub enum SpanError {
     #[error("the machine's memory cannot be served: {0}")]
     Memory(String),
     /// A page did not come.
-    #[error("page {} of memory {} did not come within {patience:?}", page.number, page.memory)]
+    #[error("page {} of memory {} did not come within {patience:.0?}", page.number, page.memory)]
     Late {
         /// Which.
         page: PageId,
@@ -111,7 +111,7 @@ pub enum SpanError {
         patience: Duration,
     },
     /// A part does not say what it is asked.
-    #[error("part {part} did not say where pages are within {patience:?}; try again")]
+    #[error("part {part} did not say where pages are within {patience:.0?}; try again")]
     Silent {
         /// Which.
         part: PartId,
@@ -119,7 +119,7 @@ pub enum SpanError {
         patience: Duration,
     },
     /// A part did not give up its pages.
-    #[error("part {part} did not give up its pages within {patience:?}")]
+    #[error("part {part} did not give up its pages within {patience:.0?}")]
     Slow {
         /// Which.
         part: PartId,
@@ -138,7 +138,7 @@ pub enum SpanError {
         bytes: u64,
     },
     /// The memory of the whole is not to be had as it was at one instant.
-    #[error("pages of the machine were still on their way after {patience:?}; try again")]
+    #[error("pages of the machine were still on their way after {patience:.0?}; try again")]
     Unsettled {
         /// How long it was waited for.
         patience: Duration,

@@ -469,7 +469,7 @@ impl Pages {
     /// is the directory of whole segments of them when all have. Only of the home.
     ///
     /// # Errors
-    /// As [`Self::move_pages`]; [`SpanError::Slow`] if not even one has been there in time.
+    /// As [`Self::move_pages`]; [`SpanError::Late`] if not even one has been there in time.
     pub fn move_object(
         &self,
         memory: u32,
@@ -499,7 +499,11 @@ impl Pages {
         if number == last {
             self.move_directories(memory, first..last, to);
         } else if number == first {
-            return Err(SpanError::Slow { part: to, patience });
+            let page = PageId {
+                memory,
+                number: first,
+            };
+            return Err(SpanError::Late { page, patience });
         }
         Ok(u64::from(number - first) * PAGE_BYTES)
     }
@@ -538,7 +542,7 @@ impl Pages {
         let size = self.shared.memory(memory)?.memory().size_bytes();
         if range.end > size || range.start > range.end {
             return Err(SpanError::Memory(format!(
-                "bytes {}..{} are outside a memory of {size}",
+                "bytes {:#x}-{:#x} are outside a memory of {size:#x}",
                 range.start, range.end
             )));
         }

@@ -26,7 +26,9 @@ impl Worker {
             return Err(RpcError::refused("this worker has a machine already"));
         }
         let (machine, log, keepers) = match &start.from {
-            StartFrom::Module(module) => self.begin(module, &start, runtime)?,
+            StartFrom::Module(module) | StartFrom::Apart(module) => {
+                self.begin(module, &start, runtime)?
+            }
             StartFrom::Checkpoint(origin) => self.restore(origin, &start, runtime)?,
         };
         let mut inner = self.inner();
@@ -37,9 +39,10 @@ impl Worker {
         inner.epoch = start.epoch;
         inner.machine = Some(machine.clone());
         let epoch = start.epoch;
-        let next = match inner.later {
-            Some(_) => State::Held { epoch },
-            None => State::Running { epoch },
+        let is_held = inner.later.is_some() || matches!(start.from, StartFrom::Apart(_));
+        let next = match is_held {
+            true => State::Held { epoch },
+            false => State::Running { epoch },
         };
         drop(inner);
         self.state.send_if_modified(|state| {
@@ -54,7 +57,7 @@ impl Worker {
         self.watch_end(machine)
     }
 
-    /// A machine at its beginning; it runs.
+    /// A machine at its beginning; it runs, if it is not to have parts first.
     fn begin(
         self: &Arc<Self>,
         module: &Path,
@@ -77,8 +80,11 @@ impl Worker {
         let wasi = Wasi::new(self.config(spec, &log, &keepers)?).map_err(RpcError::failed)?;
         keepers.attach(&wasi);
         self.bound(program.meta().memories.len(), spec);
-        let machine = Machine::start_under(start.epoch.token(), program, wasi, spec.limits())
+        let machine = Machine::ready_under(start.epoch.token(), program, wasi, spec.limits())
             .map_err(RpcError::failed)?;
+        if matches!(start.from, StartFrom::Module(_)) {
+            machine.thaw().map_err(RpcError::failed)?;
+        }
         Ok((machine, log, keepers))
     }
 

@@ -23,9 +23,9 @@ use keel_balance::Name;
 use keel_balance::grains::{Choice, Grain, Part, Scene, decide, loses};
 use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
-use keel_cluster::{Epoch, MachineName};
+use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::span::{Heat, PartId, Took};
-use keel_machine::spec::{BalanceBy, Balancing, Spawn};
+use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn};
 use keel_machine::worker::control::State;
 use seen::{Cores, bytes_of, draw, follow_pages, nodes, parts, room, threads, view, waited_cores};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -362,6 +362,22 @@ fn record(agent: &Agent, machine: &MachineName, epoch: Epoch, mode: Mode, choice
     keep(agent, decision);
 }
 
-// ── what is known ───────────────────────────────────────────────────────
-
-// ── what is done ────────────────────────────────────────────────────────
+/// A machine whose threads are to be spread gets parts on these nodes, whose loads these are
+/// where they are known, before it runs.
+pub(crate) fn begins_spread(agent: &Agent, record: &Record, loads: &[(NodeName, Option<f64>)]) {
+    let name = |node: &NodeName| -> Name { node.as_str().into() };
+    let choice = Choice {
+        grain: Grain::Spread {
+            nodes: loads.iter().map(|(node, _)| name(node)).collect(),
+        },
+        why: "its threads begin on all of its nodes (spawn = spread), the least loaded ones: it has parts before it runs".into(),
+        loads: {
+            let known = loads.iter();
+            known
+                .filter_map(|(node, load)| Some((name(node), (*load)?)))
+                .collect()
+        },
+        weighed: Vec::new(),
+    };
+    self::record(agent, &record.name, record.epoch, Mode::Automatic, choice);
+}

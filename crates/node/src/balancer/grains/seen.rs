@@ -196,9 +196,7 @@ pub(super) fn draw(
             continue;
         }
         let mut bytes: BTreeMap<u32, u64> = BTreeMap::new();
-        let pieces = objects
-            .iter()
-            .filter(|object| object.name.as_ref() == Some(name));
+        let pieces = objects.iter().filter(|object| object.has_name(name));
         for piece in pieces {
             *bytes.entry(piece.owner.number() as u32).or_default() += piece.bytes;
         }

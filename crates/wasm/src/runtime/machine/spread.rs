@@ -203,6 +203,12 @@ impl Machine {
         self.shared.parts.ask_times();
     }
 
+    /// For how long members have not said what they were asked by [`Self::ask_times`]: those
+    /// that are there say it within milliseconds.
+    pub fn silent(&self) -> BTreeMap<PartId, Duration> {
+        self.shared.parts.silent()
+    }
+
     /// How many cores are free at each part: threads that it starts begin where most are
     /// ([`Spawning::Room`]).
     pub fn set_room(&self, room: BTreeMap<PartId, f64>) {

@@ -81,6 +81,8 @@ struct PartsInner {
     room: BTreeMap<PartId, f64>,
     /// What threads took where they are, and when it was looked at there.
     taken: BTreeMap<u32, (PartId, Took)>,
+    /// Since when a member has not said what it was asked for that.
+    asked: BTreeMap<PartId, Instant>,
     /// What is being opened: memory and bytes.
     opening: Option<(u32, u64)>,
     /// What came of it, by part.
@@ -106,6 +108,7 @@ impl Parts {
         inner.spawning = spawning;
         inner.room.clear();
         inner.taken.clear();
+        inner.asked.clear();
         // (A member that was lost before it was set is lost.)
         inner.lost &= way.is_some();
         self.spans.store(way.is_some(), Ordering::Release);
@@ -182,6 +185,7 @@ impl Parts {
         threads: Vec<(u32, CoreTime, BTreeMap<PartId, u64>)>,
     ) {
         let mut inner = locked(&self.inner);
+        inner.asked.remove(&part);
         inner.taken.retain(|_, (from, _)| *from != part);
         let took = threads.into_iter().map(|(tid, time, stood)| {
             let took = Took { at_ns, time, stood };
@@ -199,14 +203,27 @@ impl Parts {
 
     /// Asks all members what their threads took; the answers come in time.
     pub(crate) fn ask_times(&self) {
-        let inner = locked(&self.inner);
+        let mut inner = locked(&self.inner);
         let (way, members) = (inner.way.clone(), inner.members.clone());
+        if way.is_some() {
+            for part in &members {
+                inner.asked.entry(*part).or_insert_with(Instant::now);
+            }
+        }
         drop(inner);
         for part in members {
             if let Some(way) = &way {
                 way.order(part, &Order::Times);
             }
         }
+    }
+
+    /// For how long members have not answered.
+    pub(crate) fn silent(&self) -> BTreeMap<PartId, Duration> {
+        let inner = locked(&self.inner);
+        let members = inner.members.iter();
+        let asked = members.filter_map(|part| Some((*part, inner.asked.get(part)?.elapsed())));
+        asked.collect()
     }
 
     pub(crate) fn way(&self) -> Option<Arc<dyn Members>> {
