@@ -6,7 +6,7 @@ use crate::events::{self, Told};
 use crate::output::{self, Format};
 use crate::when;
 use anyhow::Result;
-use keel_api::{EventKind, MachineInfo};
+use keel_api::{EventKind, MachineInfo, PartInfo, PartsInfo};
 use keel_machine::cgroup::GroupUsage;
 use serde::Serialize;
 use std::process::ExitCode;
@@ -22,6 +22,8 @@ const EVENTS_ASKED: u32 = 1000;
 #[derive(Serialize)]
 struct Described {
     machine: MachineInfo,
+    /// Its parts, if it is on several nodes.
+    parts: Vec<PartInfo>,
     #[serde(flatten)]
     told: Told,
 }
@@ -33,7 +35,17 @@ pub(crate) async fn run(reach: &Reach, name: &str) -> Result<ExitCode> {
     // An earlier machine may have had the same name.
     told.events
         .retain(|event| event.at_unix_ms >= machine.created_unix_ms);
-    let described = Described { machine, told };
+    // (One that does not run has none.)
+    let parts = client
+        .get(&keel_api::path(["machines", name, "parts"]))
+        .await;
+    let parts = parts.map_or_else(|_| Vec::new(), |info: PartsInfo| info.parts);
+    let parts = if parts.len() > 1 { parts } else { Vec::new() };
+    let described = Described {
+        machine,
+        parts,
+        told,
+    };
     match reach.format() {
         Format::Json => outln!("{}", serde_json::to_string_pretty(&described)?),
         Format::Name => outln!("{name}"),
@@ -77,6 +89,18 @@ fn page(described: &Described) -> String {
     let mut page = Page(Vec::new());
     what_it_is(&mut page, machine);
     what_it_has(&mut page, machine);
+    if !described.parts.is_empty() {
+        let parts = described.parts.iter().map(|part| {
+            let memory = part.memory.as_ref();
+            let memory = memory.map(|it| format!(", {}", output::bytes(it.resident_bytes)));
+            let memory = memory.unwrap_or_default();
+            format!(
+                "{} on {}: {} threads{memory}",
+                part.part, part.node, part.threads
+            )
+        });
+        page.line("parts", parts.collect::<Vec<_>>().join("\n"));
+    }
     what_it_may_touch(&mut page, machine);
     page.list(
         "Last moves",

@@ -518,7 +518,12 @@ pub(crate) async fn ps(reach: &Reach, all: bool) -> Result<ExitCode> {
                 machine.status.clone(),
                 machine.epoch.clone(),
                 output::ago(machine.created_unix_ms),
-                machine.moves.len().to_string(),
+                machine
+                    .moves
+                    .iter()
+                    .filter(|report| report.ending == Ending::Moved)
+                    .count()
+                    .to_string(),
                 machine.args.join(" "),
             ]
         },

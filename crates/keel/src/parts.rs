@@ -7,8 +7,8 @@ use anyhow::{Result, bail};
 use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
-    Client, ClientError, ObjectInfo, ObjectMoved, PartInfo, PartMemoryInfo, PartsInfo, SpanRequest,
-    ThreadInfo, ThreadMove,
+    Client, ClientError, MachineInfo, ObjectInfo, ObjectMoved, PartInfo, PartMemoryInfo, PartsInfo,
+    SpanRequest, ThreadInfo, ThreadMove,
 };
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -286,6 +286,14 @@ pub(crate) async fn shake(reach: &Reach, args: &ShakeArgs) -> Result<ExitCode> {
     while args.time.is_none_or(|time| begun.elapsed() < time) {
         tokio::time::sleep(pause).await;
         let Ok(info) = client.get::<PartsInfo>(&path(machine)).await else {
+            let after: MachineInfo = client.get(&keel_api::path(["machines", machine])).await?;
+            let is_well = ["exited (0)", "stopped", "running", "arriving"];
+            anyhow::ensure!(
+                is_well.iter().any(|it| after.status.starts_with(it)),
+                "{machine} is {} after {threads} moves of threads and {objects} of memory: {}",
+                after.status,
+                after.message.as_deref().unwrap_or("nothing is known of it")
+            );
             break;
         };
         let (Some(thread), Some(part)) = (

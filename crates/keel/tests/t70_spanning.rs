@@ -9,6 +9,8 @@ use keel_testkit::network::Network;
 use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -223,9 +225,28 @@ async fn what_cannot_be_is_said() {
     ] {
         bench.fails(args, with);
     }
+    // What is no request is told in the same form as all that cannot be.
+    for (request, status) in [
+        ("POST /v1/machines/m/parts", "400"),
+        ("POST /v1/machines/m/threads/1/move", "400"),
+        ("PUT /v1/machines/m/parts", "405"),
+        ("POST /v1/machines/m/threads/x/move", "400"),
+    ] {
+        let mut socket = UnixStream::connect(bench.folder.join("a/api.socket")).expect("a socket");
+        let text = format!(
+            "{request} HTTP/1.1\r\nHost: keel\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: 3\r\n\r\n{{{{{{"
+        );
+        socket.write_all(text.as_bytes()).expect("it is sent");
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).expect("an answer");
+        assert!(answer.contains(&format!(" {status} ")), "{answer}");
+        assert!(answer.contains("{\"error\":"), "{answer}");
+    }
     // It went on all the time, as it is, and ends with all its parts.
     assert_eq!(bench.parts("m").parts.len(), 2);
     assert_eq!(bench.cluster.parts_of("b"), 1);
+    let page = bench.does(&["describe", "m"]);
+    assert!(page.contains("1 on b: "), "{page}");
     bench.does(&["stop", "m"]);
     bench.no_parts().await;
     assert_eq!(bench.inspect("m").await.status, "stopped");

@@ -42,6 +42,9 @@ use tower::ServiceExt;
 /// How long a TLS handshake may take.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
 
+/// What is said of a request that cannot be, in bytes at most.
+const PROBLEM_BYTES_MAX: usize = 64 << 10;
+
 /// Who asks.
 #[derive(Debug, Clone, Copy)]
 struct Caller(Role);
@@ -151,8 +154,36 @@ fn router(agent: Arc<Agent>) -> Router {
     router
         .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such request (see /v1)".into()) })
         .layer(middleware::from_fn(in_full))
+        .layer(middleware::map_response(in_json))
         .layer(middleware::from_fn(check_role))
         .with_state(agent)
+}
+
+/// What is wrong with a request is said in one form, whoever found it.
+async fn in_json(response: Response) -> Response {
+    let (status, headers) = (response.status(), response.headers());
+    let is_json = headers
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    if !status.is_client_error() || is_json {
+        return response;
+    }
+    let (mut head, body) = response.into_parts();
+    let said = axum::body::to_bytes(body, PROBLEM_BYTES_MAX).await;
+    let said = said.unwrap_or_default();
+    let mut text = String::from_utf8_lossy(&said).into_owned();
+    if text.is_empty() {
+        text = format!("{status}: see /v1");
+    }
+    // (What else was said, as which methods there are, stays.)
+    for name in [header::CONTENT_TYPE, header::CONTENT_LENGTH] {
+        head.headers.remove(name);
+    }
+    let mut answer = problem(status, text);
+    for (name, value) in &head.headers {
+        answer.headers_mut().append(name, value.clone());
+    }
+    answer
 }
 
 /// What changes something is carried out to its end, also where whoever asked has gone

@@ -97,6 +97,10 @@ pub(crate) async fn end(agent: &Arc<Agent>, node: &NodeName) -> Result<(), Opera
         .delete(key);
     match agent.store.txn(txn).await? {
         TxnOutcome::Committed { .. } => Ok(()),
+        TxnOutcome::Refused { .. } if !agent.members.contains(node) => {
+            let what = format!("there is no node {node:?} (see `keel nodes`)");
+            Err(OperateError::Missing(what))
+        }
         TxnOutcome::Refused { .. } => Err(OperateError::Conflict(format!(
             "node {node:?} is not being drained (see `keel nodes`)"
         ))),

@@ -113,10 +113,11 @@ async fn may_be_on(
 
 /// A machine's worker here.
 fn home(agent: &Agent, machine: &MachineName) -> Result<Worker, OperateError> {
-    agent
-        .workers
-        .get(machine)
-        .ok_or_else(|| OperateError::Conflict(format!("machine {machine:?} does not run")))
+    agent.workers.get(machine).ok_or_else(|| {
+        OperateError::Conflict(format!(
+            "machine {machine:?} does not run (`keel describe {machine}` says why)"
+        ))
+    })
 }
 
 async fn ask<A: DeserializeOwned>(

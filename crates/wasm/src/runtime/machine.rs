@@ -360,7 +360,7 @@ impl Machine {
     }
 
     /// A machine without threads: memories are made and filled. Its exports can
-    /// be called in a [`Fiber`] on [`Self::host`].
+    /// be called in a [`Fiber`](super::fiber::Fiber) on [`Self::host`].
     ///
     /// # Errors
     /// [`MachineError`].
