@@ -155,6 +155,8 @@ pub(crate) async fn run(args: &Args, json: bool) -> Result<ExitCode> {
         _ = tokio::signal::ctrl_c() => bail!("interrupted"),
     };
     drop(screen);
+    // (Where nobody reads what is said this ends with it.)
+    drop(folder);
     let summary = played?;
     if json {
         outln!("{}", serde_json::to_string_pretty(&summary)?);

@@ -283,7 +283,7 @@ async fn rules_and_drains_hold_for_parts() {
     assert!(drained.contains("a part of a machine leaves"), "{drained}");
     let parts = bench.parts("m");
     assert!(parts.threads.iter().all(|thread| thread.node != "c"));
-    bench.fails(&["span", "m", "--nodes", "b,c"], "c is being drained");
+    bench.fails(&["span", "m", "--nodes", "b,c"], "is being drained");
     bench.fails(&["move", "m/thread/1", "--to", "c"], "no part on");
     assert_eq!(bench.inspect("m").await.status, "running");
     bench.does(&["undrain", "c"]);

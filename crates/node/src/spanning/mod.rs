@@ -38,6 +38,7 @@ pub(crate) use owner::{join_on, ready_on, span, span_held, unspan};
 
 use crate::agent::Agent;
 use crate::operate::OperateError;
+use crate::rules::{self, ClaimError};
 use crate::workers::{COMPILE_PATIENCE, OLDER, Worker, is_older};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::span::{PartId, PartSet, Place};
@@ -97,16 +98,19 @@ pub(crate) fn text(error: RpcError) -> String {
     }
 }
 
-/// Whether a machine may have a part on a node, by rules and drains, as grains see it.
+/// Whether a machine may have a part on a node, by rules and drains as the store has them:
+/// as for whole machines that a person moves. (Parts are not in the store: grains see to
+/// those that may not be there any more.)
 async fn may_be_on(
     agent: &Agent,
     machine: &MachineName,
     node: &NodeName,
 ) -> Result<(), OperateError> {
-    match crate::balancer::forbidden(agent, machine, node).await {
-        None => Ok(()),
-        Some(why) => Err(OperateError::Conflict(format!(
-            "machine {machine:?} may have no part on {node}: {why}"
+    match rules::claim(agent, machine, node).await {
+        Ok(_) => Ok(()),
+        Err(ClaimError::Store(error)) => Err(error.into()),
+        Err(error) => Err(OperateError::Conflict(format!(
+            "machine {machine:?} may have no part on {node}: {error}"
         ))),
     }
 }

@@ -151,6 +151,9 @@ pub(crate) async fn span_held(
     worker: &Worker,
     nodes: &[NodeName],
 ) -> Result<(), OperateError> {
+    for node in nodes {
+        may_be_on(agent, &record.name, node).await?;
+    }
     let _setting = agent.setting.lock().await;
     let members = (1..).map_while(PartId::new).zip(nodes.iter().cloned());
     let members = members.collect();
