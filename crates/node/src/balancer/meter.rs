@@ -17,7 +17,7 @@
 use crate::state_dir::StateDir;
 use crate::workers::Workers;
 use keel_api::PeerTraffic;
-use keel_balance::load::{Capacity, Factors, Usage};
+use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::cgroup::{Budget, Group, GroupCounts, Pressure};
 use keel_net::traffic::{self, Traffic};
@@ -48,6 +48,54 @@ pub(super) struct Measured {
     pub(super) stall_pressure: f64,
     /// To and from other nodes.
     pub(super) traffic: Vec<PeerTraffic>,
+}
+
+/// What is known of a machine that runs here.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Runs {
+    /// Limit of its CPU time, in cores.
+    pub(super) cores_max: Option<f64>,
+    /// Memory that it writes.
+    pub(super) dirty_bytes_per_s: f64,
+}
+
+impl Measured {
+    /// What of it is this node's load. `runs` knows the machines that run here: of others
+    /// there is a copy that is not this node's yet, or any more. What such a copy occupies
+    /// counts. What its threads did does not, which was before it left: a node would seem
+    /// loaded by what it has just given away, and give away more.
+    pub(super) fn sample(self, runs: impl Fn(&MachineName) -> Option<Runs>) -> NodeSample {
+        let mut base = self.base;
+        let mut machines = Vec::with_capacity(self.machines.len());
+        for (machine, (mut factors, usage)) in self.machines {
+            let Some(runs) = runs(&machine) else {
+                base.memory_bytes = base.memory_bytes.saturating_add(factors.memory_bytes);
+                continue;
+            };
+            if let Some(most) = runs.cores_max {
+                factors.cpu_cores = factors.cpu_cores.min(most);
+                factors.cpu_bound_cores = factors.cpu_bound_cores.min(most);
+            }
+            factors.dirty_bytes_per_s = runs.dirty_bytes_per_s;
+            machines.push(MachineSample {
+                name: machine.as_str().into(),
+                factors,
+                lasted_ms: 0,
+                usage,
+            });
+        }
+        machines.sort_by(|one, other| one.name.cmp(&other.name));
+        NodeSample {
+            capacity: self.capacity,
+            base: Factors {
+                cpu_bound_cores: 0.0,
+                ..base
+            },
+            machines,
+            cpu_pressure: self.cpu_pressure,
+            stall_pressure: self.stall_pressure,
+        }
+    }
 }
 
 /// Counters of one thread.
@@ -537,6 +585,49 @@ mod tests {
         assert!((waited - 1.0 / 6.0 - 1.0 / 8.0).abs() < 1e-6, "{waited}");
         assert_eq!(ran_and_waited_nanos("300 700 5\n"), Some((300, 700)));
         assert_eq!(ran_and_waited_nanos(""), None);
+    }
+
+    #[test]
+    fn what_has_left_is_no_load_of_what_it_left() {
+        let factors = |cpu_cores| Factors {
+            cpu_cores,
+            cpu_bound_cores: cpu_cores,
+            memory_bytes: 64 << 20,
+            ..Factors::default()
+        };
+        let name = |name: &str| MachineName::new(name).unwrap();
+        let machines = [("here", 3.0), ("gone", 0.8)];
+        let machines = machines.map(|(it, cores)| (name(it), (factors(cores), Usage::default())));
+        let measured = Measured {
+            capacity: Capacity {
+                cores: 0.4,
+                speed: 1.0,
+                memory_bytes: 1 << 30,
+                io_bytes_per_s: 1e9,
+            },
+            base: Factors {
+                memory_bytes: 0,
+                ..factors(0.05)
+            },
+            machines: machines.into(),
+            cpu_pressure: 0.0,
+            stall_pressure: 0.0,
+            traffic: Vec::new(),
+        };
+        let sample = measured.sample(|machine| {
+            (machine.as_str() == "here").then_some(Runs {
+                cores_max: Some(1.0),
+                dirty_bytes_per_s: 5.0,
+            })
+        });
+        // Its process had run for a part of the time that was measured.
+        assert_eq!(sample.base.cpu_cores, 0.05);
+        assert_eq!(sample.base.memory_bytes, 64 << 20);
+        let [here] = &sample.machines[..] else {
+            panic!("{sample:?}");
+        };
+        assert_eq!((&*here.name, here.factors.cpu_cores), ("here", 1.0));
+        assert_eq!(here.factors.dirty_bytes_per_s, 5.0);
     }
 
     #[test]

@@ -55,7 +55,7 @@ use keel_api::{EventKind, MoveLine, PeerTraffic, Urgency};
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Line, Outcome};
-use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample};
+use keel_balance::load::{Capacity, Factors, NodeSample};
 use keel_balance::policy::{Basis, Mode, Policy};
 use keel_balance::round::{Answer, Balancer, Command, Event, Question};
 use keel_balance::rules::{Broken, Repair, repair};
@@ -66,7 +66,7 @@ use keel_cluster::{MachineName, NodeName, StoreError};
 use keel_machine::moves::{Ending, MoveReport};
 use keel_machine::spec::{BalanceBy, Balancing};
 use keel_machine::worker::control::{pack, unpack};
-use meter::{Measured, Meter};
+use meter::{Measured, Meter, Runs};
 use placements::Placements;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -397,47 +397,21 @@ impl Task {
         counted
     }
 
-    /// What runs here of what was measured: a copy that is not this node's yet, or any
-    /// more, is not its load.
-    fn sample(&self, measured: Measured) -> NodeSample {
+    /// What runs here of what was measured.
+    fn sample(&self, mut measured: Measured) -> NodeSample {
         *self
             .agent
             .balancer
             .traffic
             .lock()
-            .unwrap_or_else(PoisonError::into_inner) = measured.traffic;
-        let mut base = measured.base;
-        let mut machines = Vec::with_capacity(measured.machines.len());
-        for (machine, (mut factors, usage)) in measured.machines {
-            let placed = self.placements.get(machine.as_str());
-            let Some(placed) = placed.filter(|it| it.live && it.owner == self.agent.name) else {
-                base.cpu_cores += factors.cpu_cores;
-                base.memory_bytes = base.memory_bytes.saturating_add(factors.memory_bytes);
-                continue;
-            };
-            if let Some(most) = placed.cores_max {
-                factors.cpu_cores = factors.cpu_cores.min(most);
-                factors.cpu_bound_cores = factors.cpu_bound_cores.min(most);
-            }
-            factors.dirty_bytes_per_s = self.agent.balancer.writes.of(&machine);
-            machines.push(MachineSample {
-                name: machine.as_str().into(),
-                factors,
-                lasted_ms: 0,
-                usage,
-            });
-        }
-        machines.sort_by(|one, other| one.name.cmp(&other.name));
-        NodeSample {
-            capacity: measured.capacity,
-            base: Factors {
-                cpu_bound_cores: 0.0,
-                ..base
-            },
-            machines,
-            cpu_pressure: measured.cpu_pressure,
-            stall_pressure: measured.stall_pressure,
-        }
+            .unwrap_or_else(PoisonError::into_inner) = std::mem::take(&mut measured.traffic);
+        measured.sample(|machine| {
+            let placed = self.placements.get(machine.as_str())?;
+            (placed.live && placed.owner == self.agent.name).then(|| Runs {
+                cores_max: placed.cores_max,
+                dirty_bytes_per_s: self.agent.balancer.writes.of(machine),
+            })
+        })
     }
 
     fn carry_out(&mut self, command: Command) {
