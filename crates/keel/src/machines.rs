@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
-    Client, LogOffset, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded, Urgency,
-    VolumeRequest,
+    Client, ClientError, LogOffset, MachineInfo, MoveLine, MoveRequest, RunRequest, Uploaded,
+    Urgency, VolumeRequest,
 };
 use keel_machine::checkpoint::Retention;
 use keel_machine::log::{StreamKind, split_records};
@@ -428,11 +428,16 @@ fn exit_code(machine: &MachineInfo) -> ExitCode {
 const FOLLOW_AGAIN_MIN: Duration = Duration::from_millis(1);
 const FOLLOW_AGAIN_MAX: Duration = Duration::from_millis(100);
 
+/// How often in a row the output of a machine that has ended may break off: each time
+/// its node was looked for a while.
+const BROKEN_MAX: u32 = 3;
+
 /// Prints a machine's output from an offset on, and waits for its end if `follow`.
 async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -> Result<()> {
     let mut rest = Vec::new();
     let mut first = true;
     let mut pause = FOLLOW_AGAIN_MIN;
+    let mut broken = 0;
     loop {
         let path = format!(
             "{}?from={offset}&follow={follow}",
@@ -441,6 +446,8 @@ async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -
         let mut stream = match client.get_stream(&path).await {
             Ok(stream) => stream,
             Err(error) if first => return Err(error.into()),
+            // It was removed, with what is missing.
+            Err(error @ ClientError::Problem { status: 404, .. }) => return Err(error.into()),
             // The node that was asked is restarting.
             Err(_) => {
                 tokio::time::sleep(Duration::from_millis(200)).await;
@@ -448,26 +455,41 @@ async fn follow(client: &Client, machine: &str, mut offset: u64, follow: bool) -
             }
         };
         first = false;
-        while let Ok(Some(bytes)) = stream.chunk().await {
-            offset += bytes.len() as u64;
-            rest.extend_from_slice(&bytes);
-            print(&mut rest)?;
-            pause = FOLLOW_AGAIN_MIN;
-        }
-        if !follow {
-            return Ok(());
-        }
-        match client
-            .get::<MachineInfo>(&keel_api::path(["machines", machine]))
-            .await
-        {
-            Ok(info) if info.is_live() => {
-                // It moves, and goes on elsewhere in a moment.
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(FOLLOW_AGAIN_MAX);
+        let ended = loop {
+            match stream.chunk().await {
+                Ok(Some(bytes)) => {
+                    offset += bytes.len() as u64;
+                    rest.extend_from_slice(&bytes);
+                    print(&mut rest)?;
+                    pause = FOLLOW_AGAIN_MIN;
+                    broken = 0;
+                }
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error),
             }
-            _ => return Ok(()),
+        };
+        let path = keel_api::path(["machines", machine]);
+        let is_live = follow && {
+            let info = client.get::<MachineInfo>(&path).await;
+            info.is_ok_and(|info| info.is_live())
+        };
+        match ended {
+            Ok(()) if !is_live => return Ok(()),
+            // It moves, and goes on elsewhere in a moment.
+            Ok(()) => {}
+            Err(_) if is_live => broken = 0,
+            Err(error) => {
+                broken += 1;
+                if !follow || broken >= BROKEN_MAX {
+                    bail!(
+                        "the output of {machine:?} broke off after {offset} bytes: {error}; \
+                         `keel logs {machine}` reads it again"
+                    );
+                }
+            }
         }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(FOLLOW_AGAIN_MAX);
     }
 }
 

@@ -6,7 +6,9 @@ use keel_machine::moves::Ending;
 use keel_testkit::{Guest, LocalCluster, wait_for};
 use std::path::Path;
 use std::process::Command;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const KEEL: &str = env!("CARGO_BIN_EXE_keel");
 
@@ -101,4 +103,100 @@ async fn output_is_told_since_a_time_also_after_moves() {
     assert_eq!(numbers(&logs("1970-01-01").0)[0], 0);
     let error = logs("tomorrow").1;
     assert!(error.contains("neither a duration"), "{error}");
+}
+
+fn keel_logs(cluster: &LocalCluster, node: &str, machine: &str) -> (bool, String, String) {
+    let output = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(cluster.folder(node))
+        .args(["logs", machine])
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    let (said, error) = (text(output.stdout), text(output.stderr));
+    (output.status.success(), said, error)
+}
+
+/// Output that was there is there, also in the moment in which its machine ends or leaves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn output_never_becomes_less() {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b"]).await;
+    let cluster = &cluster.unwrap();
+    // Where processors are free, nobody asks between a worker's last word and its end.
+    let over = Arc::new(AtomicBool::new(false));
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    for _ in 0..cores {
+        let over = over.clone();
+        std::thread::spawn(move || while !over.load(Ordering::Relaxed) {});
+    }
+    let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/counter.wasm");
+    let module = std::fs::read(guest).unwrap();
+    for round in 0..9 {
+        let name = format!("m-{round}");
+        let node = ["a", "b"][round % 2];
+        let counter = Guest::new(&name, node, &module, &["300", "1"]);
+        cluster.run(&counter).await.unwrap();
+        let moves = tokio::spawn({
+            let (client, name) = (cluster.client("a"), name.clone());
+            async move {
+                // (It may have ended before.)
+                if round % 3 == 2 {
+                    let to = ["b", "a"][round % 2];
+                    let _ = keel_testkit::move_by(&client, &name, to).await;
+                }
+            }
+        });
+        // Until its process is gone for a while.
+        let read = || async {
+            let mut lines = 0;
+            let begun = Instant::now();
+            let mut whole = None;
+            while whole.is_none_or(|at: Instant| at.elapsed() < Duration::from_millis(700)) {
+                let text = cluster.output("a", &name).await;
+                let text = text.unwrap_or_else(|error| panic!("{name}: {error}"));
+                let found = numbers(&text).len();
+                assert!(found >= lines, "{name}: {found} lines after {lines}");
+                lines = found;
+                if lines == 300 {
+                    whole.get_or_insert_with(Instant::now);
+                }
+                assert!(begun.elapsed().as_secs() < 60, "{name}: {lines}");
+            }
+        };
+        tokio::join!(read(), read(), read(), read(), read(), read());
+        moves.await.unwrap();
+    }
+    over.store(true, Ordering::Relaxed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_read_is_no_empty_output() {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b"]).await;
+    let mut cluster = cluster.unwrap();
+    let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/counter.wasm");
+    let module = std::fs::read(guest).unwrap();
+    let counter = Guest::new("m", "b", &module, &["5", "1"]);
+    cluster.run(&counter).await.unwrap();
+    cluster.wait_end("a", "m").await.unwrap();
+    let (done, text, error) = keel_logs(&cluster, "a", "m");
+    assert!(done && numbers(&text) == [0, 1, 2, 3, 4], "{text}{error}");
+    cluster.power_off("b");
+    let (done, text, error) = keel_logs(&cluster, "a", "m");
+    assert!(!done && text.is_empty(), "{text}");
+    assert!(
+        error.contains("the output of \"m\" is not whole") && error.contains("node b"),
+        "{error}"
+    );
+    // Whoever follows it is told so too, and does not wait for ever.
+    let output = Command::new(KEEL)
+        .arg("--state-dir")
+        .arg(cluster.folder("a"))
+        .args(["logs", "-f", "m"])
+        .output()
+        .unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{error}");
+    assert!(error.contains("broke off after 0 bytes"), "{error}");
 }

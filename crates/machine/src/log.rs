@@ -79,23 +79,7 @@ impl Log {
     /// The file system's.
     pub fn open(folder: &Path, base: u64) -> std::io::Result<Self> {
         std::fs::create_dir_all(folder)?;
-        let mut segments = Vec::new();
-        for entry in std::fs::read_dir(folder)? {
-            let path = entry?.path();
-            let found = path
-                .file_name()
-                .and_then(|name| name.to_str())
-                .and_then(|name| name.strip_prefix("log."))
-                .and_then(|base| base.parse().ok());
-            if let Some(base) = found {
-                segments.push(Segment {
-                    base,
-                    file: open_file(&path)?,
-                    path,
-                });
-            }
-        }
-        segments.sort_by_key(|segment| segment.base);
+        let mut segments = segments_of(folder, open_file)?;
         if segments.is_empty() {
             segments.push(new_segment(folder, base)?);
         }
@@ -107,7 +91,33 @@ impl Log {
             }
             None => base,
         };
-        Ok(Log {
+        Ok(Log::of(folder, segments, end))
+    }
+
+    /// What a log has now of which nobody here knows whether a process still writes it, or
+    /// is about to begin it: nothing is changed, and nothing can be added. Empty where
+    /// there is none.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn left(folder: &Path) -> std::io::Result<Self> {
+        let segments = match segments_of(folder, |path| File::open(path)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !folder.exists() => {
+                Vec::new()
+            }
+            segments => segments?,
+        };
+        let end = match segments.last() {
+            Some(last) => last.base + whole_records(&last.file)?,
+            None => 0,
+        };
+        let log = Log::of(folder, segments, end);
+        log.close();
+        Ok(log)
+    }
+
+    fn of(folder: &Path, segments: Vec<Segment>, end: u64) -> Self {
+        Log {
             folder: folder.to_owned(),
             place: folder.display().to_string(),
             state: Mutex::new(State {
@@ -117,7 +127,7 @@ impl Log {
                 marked: None,
             }),
             grown: Condvar::new(),
-        })
+        }
     }
 
     /// Where it is, as text.
@@ -274,6 +284,28 @@ impl Log {
         self.state().closed = true;
         self.grown.notify_all();
     }
+}
+
+/// Segments in a folder, in order.
+fn segments_of(
+    folder: &Path,
+    open: impl Fn(&Path) -> std::io::Result<File>,
+) -> std::io::Result<Vec<Segment>> {
+    let mut segments = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let found = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.strip_prefix("log."))
+            .and_then(|base| base.parse().ok());
+        if let Some(base) = found {
+            let file = open(&path)?;
+            segments.push(Segment { base, file, path });
+        }
+    }
+    segments.sort_by_key(|segment| segment.base);
+    Ok(segments)
 }
 
 /// Bytes of the whole records in a segment, which begins with one.
@@ -461,6 +493,46 @@ mod tests {
             assert_eq!(records.len(), 2, "{length}");
             assert_eq!(records[1], (StreamKind::Error, b"3\n".to_vec()));
         }
+    }
+
+    #[test]
+    fn whoever_looks_at_what_is_left_changes_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        // Before it is begun, whose first byte is not the machine's first.
+        let there = folder.path().join("m");
+        assert_eq!(Log::left(&there).unwrap().end(), 0);
+        assert!(!there.exists());
+        std::fs::create_dir(&there).unwrap();
+        assert_eq!(Log::left(&there).unwrap().end(), 0);
+        assert_eq!(std::fs::read_dir(&there).unwrap().count(), 0);
+        let log = Log::open(&there, 500).unwrap();
+        let texts: Vec<String> = (0..20_000).map(|it| format!("line {it}\n")).collect();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut seen = 500;
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    let left = Log::left(&there).unwrap();
+                    assert!(left.is_closed() && left.end() >= seen);
+                    seen = left.end();
+                    let (offset, mut bytes) = left.read(0, 1 << 30).unwrap();
+                    assert_eq!((offset, offset + bytes.len() as u64), (500, seen));
+                    split_records(&mut bytes);
+                    assert!(bytes.is_empty(), "whole records");
+                    assert!(left.append(StreamKind::Output, b"no").is_err());
+                }
+            });
+            for text in &texts {
+                log.append(StreamKind::Output, text.as_bytes()).unwrap();
+            }
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        let (_, mut bytes) = Log::left(&there).unwrap().read(500, 1 << 30).unwrap();
+        let written: Vec<u8> = split_records(&mut bytes)
+            .into_iter()
+            .flat_map(|(_, text)| text)
+            .collect();
+        assert!(written == texts.concat().into_bytes());
     }
 
     #[test]

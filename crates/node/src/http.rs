@@ -21,7 +21,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Json, Router};
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterVolumeInfo, DryRun, EVENTS_DEFAULT, EVENTS_MAX,
     EventLine, LogOffset, MachineDiff, MachineInfo, MoveRequest, NodeInfo, PartsInfo, Problem,
@@ -548,7 +548,7 @@ fn told_line_by_line<T: serde::Serialize + Send + 'static>(
         text.push(b'\n');
         Some((Bytes::from(text), lines))
     });
-    streamed(lines, "application/x-ndjson")
+    streamed(lines.map(Ok), "application/x-ndjson")
 }
 
 async fn dry_run(
@@ -659,11 +659,24 @@ async fn logs(
     Query(query): Query<LogQuery>,
 ) -> Result<Response, Failure> {
     let machine = machine_name(&name)?;
-    let bytes = output::anywhere(&agent, &machine, query.from, query.follow).await?;
-    let bytes = futures::stream::unfold(bytes, |mut bytes| async {
+    let mut bytes = output::anywhere(&agent, &machine, query.from, query.follow).await?;
+    // What cannot be read at all is an error, and no empty answer. (A follower waits.)
+    let first = if query.follow {
+        None
+    } else {
+        bytes.recv().await
+    };
+    if let Some(Err(error)) = first {
+        return Err(OperateError::Away(error).into());
+    }
+    let rest = futures::stream::unfold(bytes, |mut bytes| async {
         Some((bytes.recv().await?, bytes))
     });
-    Ok(streamed(bytes, "application/octet-stream"))
+    let all = futures::stream::iter(first).chain(rest);
+    Ok(streamed(
+        all.map_err(std::io::Error::other),
+        "application/octet-stream",
+    ))
 }
 
 #[derive(Deserialize)]
@@ -734,13 +747,15 @@ async fn tell_events(
         text.push(b'\n');
         Bytes::from(text)
     });
-    Ok(streamed(lines, "application/x-ndjson"))
+    Ok(streamed(lines.map(Ok), "application/x-ndjson"))
 }
 
+/// An answer that comes in pieces. After an error it is broken off: whoever reads it is
+/// told that it is not whole.
 fn streamed(
-    stream: impl futures::Stream<Item = Bytes> + Send + 'static,
+    stream: impl futures::Stream<Item = std::io::Result<Bytes>> + Send + 'static,
     content: &'static str,
 ) -> Response {
-    let body = Body::from_stream(stream.map(Ok::<_, std::convert::Infallible>));
+    let body = Body::from_stream(stream);
     ([(header::CONTENT_TYPE, content)], body).into_response()
 }

@@ -16,18 +16,22 @@ use keel_machine::log::Log;
 use keel_machine::spec::Record;
 use keel_machine::worker::control::{LogChunk, ReadLog, kind, pack, unpack};
 use keel_net::Bytes;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// Bytes of output in one piece.
 const PIECE_BYTES: usize = 64 << 10;
+/// How long a worker whose connection was lost may take to be gone.
+const GONE_WITHIN: Duration = Duration::from_millis(500);
 /// Attempts to find a machine that is moving about.
 const CHASES_MAX: u32 = 25;
 /// The longest pause between them; the first is the shortest.
 const CHASE_PAUSE_MAX: Duration = Duration::from_millis(50);
 
-/// The output of a machine that runs, or ended, on this node.
+/// The output of a machine that runs, or ended, on this node. It ends with an empty
+/// chunk if it was read to its end: if it does not, something broke off.
 pub(crate) async fn here(
     agent: &Arc<Agent>,
     machine: &MachineName,
@@ -35,27 +39,40 @@ pub(crate) async fn here(
     follow: bool,
 ) -> Result<mpsc::Receiver<Bytes>, String> {
     let (send, chunks) = mpsc::channel(16);
-    let Some(worker) = agent.workers.get(machine) else {
-        let folder = agent.dir.worker(machine);
-        if !folder.is_dir() {
-            return Err(format!("machine {machine:?} has no output here"));
+    let folder = agent.dir.worker(machine);
+    let worker = agent.workers.get(machine);
+    let mut stream = None;
+    if let Some(worker) = &worker {
+        match worker.stream(kind::LOG, &ReadLog { from, follow }).await {
+            Ok(begun) => stream = Some(begun),
+            Err(_) if worker.gone_within(GONE_WITHIN).await => {}
+            Err(error) => return Err(error.to_string()),
         }
-        let log = Log::open(&folder, 0).map_err(|error| error.to_string())?;
-        std::thread::Builder::new()
-            .name("log".into())
-            .spawn(move || send_left(&log, from, &send))
-            .map_err(|error| error.to_string())?;
-        return Ok(chunks);
-    };
-    let mut stream = worker
-        .stream(kind::LOG, &ReadLog { from, follow })
-        .await
-        .map_err(|error| error.to_string())?;
+    }
     tokio::spawn(async move {
-        while let Some(Ok(bytes)) = stream.recv().await {
-            if send.send(bytes).await.is_err() {
-                return;
+        let mut at = from;
+        if let (Some(worker), Some(stream)) = (&worker, &mut stream) {
+            loop {
+                match stream.recv().await {
+                    Some(Ok(bytes)) => {
+                        if let Ok(LogChunk { offset, bytes }) = unpack(&bytes) {
+                            at = offset + bytes.len() as u64;
+                        }
+                        if send.send(bytes).await.is_err() {
+                            return;
+                        }
+                    }
+                    // It has ended in the middle: what it wrote is in its folder.
+                    Some(Err(_)) if worker.gone_within(GONE_WITHIN).await => break,
+                    Some(Err(_)) | None => return,
+                }
             }
+        }
+        let left = tokio::task::spawn_blocking(move || send_left(&folder, at, &send));
+        match left.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "output that was left cannot be read"),
+            Err(error) => tracing::error!(%error, "reading output that was left failed"),
         }
     });
     Ok(chunks)
@@ -69,41 +86,42 @@ pub(crate) async fn since(
     since_unix_ms: u64,
 ) -> Result<u64, OperateError> {
     if let Some(worker) = agent.workers.get(machine) {
-        let offset = worker.ask(kind::LOG_SINCE, &since_unix_ms, PROMPT).await;
-        return offset.map_err(|error| OperateError::Away(error.to_string()));
+        match worker.ask(kind::LOG_SINCE, &since_unix_ms, PROMPT).await {
+            Ok(offset) => return Ok(offset),
+            // It has ended just now.
+            Err(_) if worker.gone_within(GONE_WITHIN).await => {}
+            Err(error) => return Err(OperateError::Away(error.to_string())),
+        }
     }
     let folder = agent.dir.worker(machine);
-    let found = tokio::task::spawn_blocking(move || {
-        match folder.is_dir() {
-            true => Log::open(&folder, 0)?.offset_since(since_unix_ms),
-            // It has not begun.
-            false => Ok(0),
-        }
-    });
+    let found =
+        tokio::task::spawn_blocking(move || Log::left(&folder)?.offset_since(since_unix_ms));
     found
         .await
         .map_err(|error| OperateError::Away(error.to_string()))?
         .map_err(|error| OperateError::Away(format!("the output of {machine:?}: {error}")))
 }
 
-/// Sends what an ended machine left.
-fn send_left(log: &Log, from: u64, send: &mpsc::Sender<Bytes>) {
+/// Sends what a machine left that has ended, and that this is all. Of one that has not
+/// begun, or is not here any more, there is nothing: whoever asked looks where it is.
+fn send_left(folder: &Path, from: u64, send: &mpsc::Sender<Bytes>) -> std::io::Result<()> {
+    let log = Log::left(folder)?;
     let mut at = from;
-    while let Ok((offset, bytes)) = log.read(at, PIECE_BYTES) {
-        if bytes.is_empty() {
-            return;
-        }
+    loop {
+        let (offset, bytes) = log.read(at, PIECE_BYTES)?;
+        let is_end = bytes.is_empty();
         at = offset + bytes.len() as u64;
         let sent = pack(&LogChunk { offset, bytes })
             .ok()
             .is_some_and(|bytes| send.blocking_send(bytes).is_ok());
-        if !sent {
-            return;
+        if is_end || !sent {
+            return Ok(());
         }
     }
 }
 
-/// The output of a machine from an offset on, following it from node to node.
+/// The output of a machine from an offset on, following it from node to node. An error
+/// is the last that comes, and says why there is not all of it.
 ///
 /// # Errors
 /// [`OperateError`], if there is no such machine.
@@ -112,44 +130,58 @@ pub(crate) async fn anywhere(
     machine: &MachineName,
     from: u64,
     follow: bool,
-) -> Result<mpsc::Receiver<Bytes>, OperateError> {
+) -> Result<mpsc::Receiver<Result<Bytes, String>>, OperateError> {
     record::get(&*agent.store, machine).await?;
     let (send, bytes) = mpsc::channel(16);
     let (agent, machine) = (agent.clone(), machine.clone());
     tokio::spawn(async move {
         let mut at = from;
         let mut idle = 0;
+        let mut why = "it did not begin".to_owned();
         while idle < CHASES_MAX && !send.is_closed() {
             let before = at;
-            let mut moved = false;
-            let ended = match record::get(&*agent.store, &machine).await {
-                Ok(found) if !follow => {
-                    return pass_on(&agent, &found.record, &mut at, false, &send).await;
-                }
+            match record::get(&*agent.store, &machine).await {
                 Ok(found) => {
-                    tokio::select! {
-                        () = pass_on(&agent, &found.record, &mut at, true, &send) => {}
-                        () = owner_changes(&agent, &found) => moved = true,
+                    let passed = tokio::select! {
+                        passed = pass_on(&agent, &found.record, &mut at, follow, &send) => passed,
+                        () = owner_changes(&agent, &found), if follow => {
+                            idle = 0;
+                            continue;
+                        }
+                    };
+                    match passed {
+                        Ok(()) if follow && found.record.status.ended() => return,
+                        // (Else there may be more of it elsewhere.)
+                        Ok(()) if !follow && is_there(&agent, &found).await => return,
+                        Ok(()) => {}
+                        Err(error) => why = error,
                     }
-                    found.record.status.ended()
                 }
-                Err(RecordError::NoMachine(_)) => true,
-                Err(_) => false,
-            };
-            if ended {
-                return;
-            }
-            if moved {
-                idle = 0;
-                continue;
+                Err(RecordError::NoMachine(_)) if follow => return,
+                Err(error @ RecordError::NoMachine(_)) => {
+                    why = error.to_string();
+                    break;
+                }
+                Err(error) => why = error.to_string(),
             }
             // It is on its way, or its node is away for a moment.
             idle = if at > before { 0 } else { idle + 1 };
             let pause = Duration::from_millis(1) * 2u32.pow(idle.min(10));
             tokio::time::sleep(pause.min(CHASE_PAUSE_MAX)).await;
         }
+        let why = format!("the output of {machine:?} is not whole: {why}");
+        // Whoever asked may be gone.
+        let _ = send.send(Err(why)).await;
     });
     Ok(bytes)
+}
+
+/// Whether a machine is still where it was found, or is no more.
+async fn is_there(agent: &Agent, found: &Found) -> bool {
+    match record::get(&*agent.store, &found.record.name).await {
+        Ok(now) => now.record.owner == found.record.owner,
+        Err(error) => matches!(error, RecordError::NoMachine(_)),
+    }
 }
 
 /// Returns when a machine's record names another owner. Never, if the store does
@@ -175,39 +207,43 @@ async fn owner_changes(agent: &Agent, found: &Found) {
     std::future::pending().await
 }
 
-/// Passes on what a machine's owner has, until its stream ends. May be dropped at
-/// any time: what `at` counts was passed on.
+/// Passes on what a machine's owner has, until that is all. May be dropped at any time:
+/// what `at` counts was passed on.
+///
+/// # Errors
+/// Why it is not all.
 async fn pass_on(
     agent: &Arc<Agent>,
     record: &Record,
     at: &mut u64,
     follow: bool,
-    send: &mpsc::Sender<Bytes>,
-) {
-    let read = |chunk: Bytes| -> Option<(u64, Vec<u8>)> {
-        let chunk: LogChunk = unpack(&chunk).ok()?;
-        Some((chunk.offset, chunk.bytes))
-    };
-    let mut local = None;
-    let mut remote = None;
-    if record.owner == agent.name {
-        local = here(agent, &record.name, *at, follow).await.ok();
-    } else if let Ok(question) = pack(&(record.name.clone(), *at, follow)) {
-        let stream = agent.peers.stream(&record.owner, node_kind::LOG, question);
-        remote = stream.await.ok();
+    send: &mpsc::Sender<Result<Bytes, String>>,
+) -> Result<(), String> {
+    let owner = &record.owner;
+    let away = |error: &dyn std::fmt::Display| format!("node {owner}: {error}");
+    let (mut local, mut remote) = (None, None);
+    if *owner == agent.name {
+        local = Some(here(agent, &record.name, *at, follow).await?);
+    } else {
+        let question = pack(&(record.name.clone(), *at, follow)).map_err(|it| it.to_string())?;
+        let stream = agent.peers.stream(owner, node_kind::LOG, question).await;
+        remote = Some(stream.map_err(|error| away(&error))?);
     }
     loop {
         let chunk = match (&mut local, &mut remote) {
             (Some(local), _) => local.recv().await,
-            (None, Some(remote)) => match remote.recv().await {
-                Some(Ok(chunk)) => Some(chunk),
-                _ => None,
-            },
+            (None, Some(remote)) => remote
+                .recv()
+                .await
+                .transpose()
+                .map_err(|error| away(&error))?,
             (None, None) => None,
         };
-        let Some((offset, bytes)) = chunk.and_then(read) else {
-            return;
-        };
+        let chunk = chunk.ok_or_else(|| away(&"its output broke off"))?;
+        let LogChunk { offset, bytes } = unpack(&chunk).map_err(|error| away(&error))?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
         // A log that lost its oldest part begins later.
         let known = usize::try_from(at.saturating_sub(offset)).unwrap_or(usize::MAX);
         let Some(new) = bytes.get(known..) else {
@@ -215,9 +251,9 @@ async fn pass_on(
         };
         // Room first: nothing may come between counting and passing on.
         let Ok(room) = send.reserve().await else {
-            return;
+            return Ok(());
         };
         *at = offset + bytes.len() as u64;
-        room.send(Bytes::copy_from_slice(new));
+        room.send(Ok(Bytes::copy_from_slice(new)));
     }
 }

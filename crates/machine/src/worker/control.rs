@@ -497,7 +497,8 @@ pub struct ReadLog {
 pub struct LogChunk {
     /// Offset of its first byte.
     pub offset: u64,
-    /// Bytes of the log; records may be cut.
+    /// Bytes of the log; records may be cut. None say that this was all there is: a stream
+    /// that ends without broke off.
     pub bytes: Vec<u8>,
 }
 

@@ -712,7 +712,14 @@ impl Worker {
     // ── output ──────────────────────────────────────────────────────────
 
     fn read_log(&self, read: &ReadLog, chunks: &mpsc::Sender<Bytes>) {
+        let send = |offset: u64, bytes: Vec<u8>| {
+            pack(&LogChunk { offset, bytes })
+                .ok()
+                .is_some_and(|bytes| chunks.blocking_send(bytes).is_ok())
+        };
         let Some(log) = self.inner().log.clone() else {
+            // It has not begun. That nobody hears this does not matter here or below.
+            let _ = send(read.from, Vec::new());
             return;
         };
         let mut at = read.from;
@@ -731,16 +738,14 @@ impl Worker {
                         State::Ended { .. } | State::Dropped { .. }
                     );
                 if !read.follow || over || chunks.is_closed() {
+                    let _ = send(at, Vec::new());
                     return;
                 }
                 log.wait(offset, Duration::from_millis(500));
                 continue;
             }
             at = offset + bytes.len() as u64;
-            let sent = pack(&LogChunk { offset, bytes })
-                .ok()
-                .is_some_and(|bytes| chunks.blocking_send(bytes).is_ok());
-            if !sent {
+            if !send(offset, bytes) {
                 return;
             }
         }
