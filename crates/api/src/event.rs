@@ -105,6 +105,10 @@ kinds! {
     MachineSpans = "machine-spans",
     /// A machine is on one node again.
     MachineAlone = "machine-alone",
+    /// A part of a machine does not answer its home: what needs it waits.
+    PartSilent = "part-silent",
+    /// It answers again.
+    PartAnswers = "part-answers",
     /// A user asked to end a machine.
     StopAsked = "stop-asked",
     /// The connection to a machine's process was lost.

@@ -596,6 +596,18 @@ pub struct PartInfo {
     pub silent_ms: Option<u64>,
 }
 
+impl PartInfo {
+    /// Milliseconds without an answer from which on a part is said to be silent: before,
+    /// its node may just be busy.
+    pub const SILENT_MS: u64 = 2000;
+
+    /// For how many seconds it is silent, if it is.
+    pub fn silent_s(&self) -> Option<u64> {
+        let silent = self.silent_ms.filter(|ms| *ms >= Self::SILENT_MS);
+        silent.map(|ms| ms / 1000)
+    }
+}
+
 /// What a part has of a machine's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartMemoryInfo {

@@ -94,8 +94,11 @@ fn page(described: &Described) -> String {
             let memory = part.memory.as_ref();
             let memory = memory.map(|it| format!(", {}", output::bytes(it.resident_bytes)));
             let memory = memory.unwrap_or_default();
+            let silent = part.silent_s();
+            let silent = silent.map(|seconds| format!(", silent for {seconds} s"));
+            let silent = silent.unwrap_or_default();
             format!(
-                "{} on {}: {} threads{memory}",
+                "{} on {}: {} threads{memory}{silent}",
                 part.part, part.node, part.threads
             )
         });

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use bytes::Bytes;
 use hyper::Method;
 use keel_api::{
-    Client, ClientError, MachineInfo, ObjectInfo, ObjectMoved, PartInfo, PartMemoryInfo, PartsInfo,
+    Client, ClientError, MachineInfo, ObjectInfo, ObjectMoved, PartMemoryInfo, PartsInfo,
     SpanRequest, ThreadInfo, ThreadMove,
 };
 use rand::rngs::StdRng;
@@ -21,8 +21,6 @@ use std::time::{Duration, Instant};
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// How long a thread may take to a safepoint and to its new part.
 const MOVE_PATIENCE: Duration = Duration::from_secs(10);
-/// A part that has not answered for so long is said to be silent.
-const SILENT_MS: u64 = 2000;
 /// Pauses between looks whether it is there.
 const LOOK_AGAIN_MIN: Duration = Duration::from_millis(1);
 const LOOK_AGAIN_MAX: Duration = Duration::from_millis(50);
@@ -71,7 +69,7 @@ fn show_parts(reach: &Reach, info: &PartsInfo) -> Result<()> {
                 of_memory(&|it| Some(it.resident_bytes)),
                 of_memory(&|it| it.limit_bytes),
                 of_memory(&|it| Some(it.given_bytes + it.dropped_bytes)),
-                match (part.part, is_silent(part)) {
+                match (part.part, part.silent_s()) {
                     (0, _) => "home".into(),
                     (_, Some(seconds)) => format!("member, silent for {seconds} s"),
                     (_, None) => "member".into(),
@@ -79,13 +77,6 @@ fn show_parts(reach: &Reach, info: &PartsInfo) -> Result<()> {
             ]
         },
     )
-}
-
-/// For how many seconds a part has not answered, where that is worth a word.
-fn is_silent(part: &PartInfo) -> Option<u64> {
-    part.silent_ms
-        .filter(|ms| *ms >= SILENT_MS)
-        .map(|ms| ms / 1000)
 }
 
 fn stood(info: &PartsInfo) -> String {
@@ -363,7 +354,7 @@ pub(crate) async fn move_thread(
                 .iter()
                 .filter(|part| part.node == thread.node || part.node == to);
             let silent = concerned
-                .filter_map(|part| Some((&part.node, is_silent(part)?)))
+                .filter_map(|part| Some((&part.node, part.silent_s()?)))
                 .max_by_key(|(_, seconds)| *seconds);
             if let Some((node, seconds)) = silent {
                 bail!(

@@ -387,6 +387,10 @@ async fn who_does_not_answer_is_named() {
     );
     let listed = bench.does(&["parts", "m"]);
     assert!(listed.contains("member, silent for"), "{listed}");
+    let described = bench.does(&["describe", "m"]);
+    assert!(described.contains(", silent for"), "{described}");
+    let events = bench.does(&["events", "m"]);
+    assert!(events.contains("part 1 on b does not answer"), "{events}");
     assert_eq!(bench.cluster.stop_parts("b", false), 1);
     wait_for("it is there", || async {
         let thread = bench.parts("m").threads.into_iter();
@@ -397,6 +401,12 @@ async fn who_does_not_answer_is_named() {
     .expect("it moved");
     let listed = bench.does(&["parts", "m"]);
     assert!(!listed.contains("silent"), "{listed}");
+    wait_for("it is told", || async {
+        let events = bench.does(&["events", "m"]);
+        events.contains("part 1 on b answers again").then_some(())
+    })
+    .await
+    .expect("an event");
     bench.does(&["kill", "m"]);
     bench.no_parts().await;
 }

@@ -27,7 +27,9 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::span::{Heat, PartId, Took};
 use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn};
 use keel_machine::worker::control::State;
-use seen::{Cores, bytes_of, draw, follow_pages, nodes, parts, room, threads, view, waited_cores};
+use seen::{
+    Cores, bytes_of, draw, follow_pages, nodes, parts, room, silent, threads, view, waited_cores,
+};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -86,6 +88,9 @@ struct Known {
     gathered_until: Option<Instant>,
     /// What was only suggested last.
     suggested: Option<Grain>,
+    /// Parts of which it was told that they do not answer, and for how many milliseconds
+    /// they have not.
+    silent: BTreeMap<PartId, u64>,
 }
 
 /// Machines of this node that are given parts just now: rounds do not move them meanwhile.
@@ -186,6 +191,10 @@ async fn look_at(
         };
     }
     let report = spanning::parts_report(worker).await.map_err(text)?;
+    for (kind, text) in silent(&report, &mut known.silent) {
+        let note = Note::machine(kind, machine, text);
+        agent.events.record(note.under(epoch));
+    }
     let mut threads = threads(&report, known);
     let waited_cores = waited_cores(&report, known);
     let now = Instant::now();

@@ -6,6 +6,7 @@ use super::{HOT_LOOKS, Known};
 use crate::agent::Agent;
 use crate::spanning;
 use futures::future::join_all;
+use keel_api::{EventKind, PartInfo};
 use keel_balance::Name;
 use keel_balance::grains::{Drawn, Node, Object, Part, Scene, Thread};
 use keel_balance::round::{Answer, Question, View};
@@ -411,10 +412,48 @@ pub(super) fn by_use(object: &ObjectReport, heat: &Heat) -> Vec<Object> {
     pieces
 }
 
+/// What is to be told of parts that do not answer, or do so again; `told` is what was.
+pub(super) fn silent(
+    report: &PartsReport,
+    told: &mut BTreeMap<PartId, u64>,
+) -> Vec<(EventKind, String)> {
+    let mut notes = Vec::new();
+    for (part, node) in &report.nodes {
+        let silent_ms = report.silent_ms.get(part).copied().unwrap_or(0);
+        // (What is asked anew after an answer may be young, as well as not there.)
+        let is_silent = silent_ms >= PartInfo::SILENT_MS;
+        let before = told.remove(part);
+        if is_silent {
+            told.insert(*part, silent_ms);
+        }
+        match (before, is_silent) {
+            (None, true) => notes.push((
+                EventKind::PartSilent,
+                format!(
+                    "its part {part} on {node} does not answer: threads there, and what waits \
+                     for memory there, stand still"
+                ),
+            )),
+            (Some(silent_ms), false) => notes.push((
+                EventKind::PartAnswers,
+                format!(
+                    "its part {part} on {node} answers again, after {:.1} s or more",
+                    silent_ms as f64 / 1000.0
+                ),
+            )),
+            _ => {}
+        }
+    }
+    // (Of one that was ended another event tells.)
+    told.retain(|part, _| report.nodes.contains_key(part));
+    notes
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::{FOLLOW_AGAIN, THREAD_HOLD};
     use super::*;
+    use keel_cluster::NodeName;
     use keel_machine::span::{CoreTime, IdleRange, PartSet};
     use keel_machine::worker::control::ThreadReport;
     use std::time::Duration;
@@ -454,6 +493,41 @@ mod tests {
                 .collect(),
             ..PartsReport::default()
         }
+    }
+
+    #[test]
+    fn a_part_that_is_silent_is_told_of_once_and_when_it_answers() {
+        let part = |number| PartId::new(number).unwrap();
+        let report = |parts: usize, silent_ms: &[(usize, u64)]| PartsReport {
+            nodes: (0..parts)
+                .map(|it| (part(it), NodeName::new(["a", "b", "c"][it]).unwrap()))
+                .collect(),
+            silent_ms: silent_ms.iter().map(|(it, ms)| (part(*it), *ms)).collect(),
+            ..PartsReport::default()
+        };
+        let mut told = BTreeMap::new();
+        let mut kinds = |parts, silent_ms: &[(usize, u64)]| {
+            let notes = silent(&report(parts, silent_ms), &mut told);
+            notes.into_iter().collect::<Vec<_>>()
+        };
+        assert_eq!(kinds(3, &[(1, 1900)]), []);
+        let one = kinds(3, &[(1, 2900), (2, 10)]);
+        assert_eq!((one.len(), one[0].0), (1, EventKind::PartSilent));
+        assert!(one[0].1.contains("part 1 on b"), "{one:?}");
+        assert_eq!(kinds(3, &[(1, 3900)]), []);
+        let other = kinds(3, &[(1, 4900), (2, 2000)]);
+        assert!(
+            other.len() == 1 && other[0].1.contains("part 2 on c"),
+            "{other:?}"
+        );
+        let again = kinds(3, &[(1, 3), (2, 2500)]);
+        assert_eq!((again.len(), again[0].0), (1, EventKind::PartAnswers));
+        assert!(again[0].1.contains("after 4.9 s"), "{again:?}");
+        // It ended, or the machine is alone.
+        assert_eq!(kinds(2, &[]), []);
+        assert_eq!(kinds(0, &[]), []);
+        let anew = kinds(3, &[(2, 2500)]);
+        assert_eq!(anew.len(), 1);
     }
 
     #[test]
