@@ -811,6 +811,8 @@ fn chains_are_made_full_ones_and_nothing_changes() {
         taken.push(running.take(false).manifest);
         running.wait_lines(running.lines() + 20);
     }
+    // On a slow disk it would have ended before this has looked at all of them.
+    running.machine.freeze(LIMIT).unwrap();
     let (vault, name) = (running.vault(), "m".parse().unwrap());
     let runtime = running.runtime.handle().clone();
     let state = |id: &CheckpointId| {
@@ -864,6 +866,7 @@ fn chains_are_made_full_ones_and_nothing_changes() {
     }
     assert!(running.restore(Some(&taken[0].id)).is_err());
     // The machine goes on with increments.
+    running.machine.thaw().unwrap();
     let next = running.take(false).manifest;
     assert_eq!(next.parent.as_ref(), Some(&taken[3].id));
     running.machine.stop();
