@@ -10,11 +10,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { WORKERS_MAX = 64, BLOCK = 64 };
+enum { WORKERS_MAX = 64, BLOCK = 64, PAGE = 4096 };
 
 static int workers, n, times;
 static double *a, *b, *c;
 static pthread_barrier_t barrier;
+
+// From the beginning of a page on, as what else is shared: bands of whole pages then share
+// none. `NULL` if there is no room.
+static double *matrix(size_t bytes) {
+    char *room = shared_malloc(bytes + PAGE);
+    return room ? (double *)(room + (PAGE - (uintptr_t)room % PAGE) % PAGE) : NULL;
+}
 
 static void *worker(void *arg) {
     int self = (int)(intptr_t)arg;
@@ -49,7 +56,7 @@ int main(int argc, char **argv) {
     times = argc > 3 ? atoi(argv[3]) : 1;
     if (workers < 1 || workers > WORKERS_MAX || n < 1 || n > 4096 || times < 1) return 2;
     size_t bytes = (size_t)n * n * sizeof *a;
-    a = shared_malloc(bytes), b = shared_malloc(bytes), c = shared_malloc(bytes);
+    a = matrix(bytes), b = matrix(bytes), c = matrix(bytes);
     if (!a || !b || !c) return 4;
     if (ek_object("a", a, bytes) || ek_object("b", b, bytes) || ek_object("c", c, bytes)) return 5;
     pthread_barrier_init(&barrier, 0, (unsigned)workers + 1);
