@@ -6,11 +6,13 @@
 //! As files are read ahead in kernels: a run of faults begins a stream, and its window
 //! doubles while it goes on. To read is cheap to guess wrong: gaps (pages that are here
 //! already) are passed over. To write takes a page from whoever has it, so only long runs
-//! without gaps count, and those that were there before: of a page at which a run to write
-//! began twice, as many are asked for as followed it both times. (Bands of a picture, rows
-//! of a matrix: what a thread takes as one piece it takes as one piece again. After Somogyi,
-//! Wenisch, Ailamaki et al., "Spatial Memory Streaming", ISCA 2006, with a page for what is
-//! a line there.) Now and then nothing is asked for, to see whether it is still so.
+//! without gaps count.
+//!
+//! Runs that were there before are known: of a page at which a run began twice, as many are
+//! asked for at once as followed it both times. (Bands of a picture, rows of a matrix: what a
+//! thread takes as one piece it takes as one piece again. After Somogyi, Wenisch, Ailamaki et
+//! al., "Spatial Memory Streaming", ISCA 2006, with a page for what is a line there.) Now and
+//! then nothing is asked for, to see whether it is still so.
 
 use keel_wasm::coherence::{Access, PageId};
 use std::collections::HashMap;
@@ -19,13 +21,36 @@ use std::collections::HashMap;
 /// as there are no more.
 const STREAMS_MAX: usize = 16;
 /// Most pages that are asked for ahead at a time.
-const WINDOW_MAX: u32 = 64;
+const WINDOW_MAX: u32 = 256;
 /// Pages of which it is known what followed them, at most; all is learned anew then.
 const KNOWN_MAX: usize = 1 << 16;
 /// One in so many times nothing is asked for of what is known, to see what follows now.
 const SEEN_ANEW: u8 = 8;
 /// How far ahead pages are looked for that are not here.
-pub(super) const LOOK_MAX: u32 = 128;
+const LOOK_MAX: u32 = 2 * WINDOW_MAX;
+
+/// What is to be asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Ahead {
+    /// How many pages that are not here, at most.
+    pub(super) pages: u32,
+    /// Among how many that follow.
+    pub(super) among: u32,
+}
+
+impl Ahead {
+    /// As a run goes on.
+    fn window(pages: u32) -> Self {
+        let among = if pages > 0 { LOOK_MAX } else { 0 };
+        Ahead { pages, among }
+    }
+
+    /// What followed before.
+    fn known(pages: u32) -> Self {
+        let among = pages;
+        Ahead { pages, among }
+    }
+}
 
 /// Faults that make a run.
 fn run_min(access: Access) -> u32 {
@@ -56,14 +81,16 @@ struct Stream {
     used: u64,
     /// Where the run began that is learned, if one is.
     learns: Option<u32>,
+    /// Where it began, as far as it went on as was known.
+    knew: Option<u32>,
 }
 
-/// What followed a page at which runs to write began.
+/// What followed a page at which runs began.
 #[derive(Debug, Clone, Copy, Default)]
 struct Followed {
     /// Pages, the last time and the time before it.
-    last: u8,
-    before: u8,
+    last: u16,
+    before: u16,
     /// How often that was seen; 2 and more count as 2.
     seen: u8,
     /// How often it was used since.
@@ -94,55 +121,58 @@ impl Followed {
 pub(super) struct Streams {
     all: Vec<Stream>,
     clock: u64,
-    followed: HashMap<PageId, Followed>,
+    known: Known,
 }
 
 impl Streams {
-    /// A thread stands at a page: how many of those that follow, and are not here, are to
-    /// be asked for too. [`Self::asked`] is told how far that went.
-    pub(super) fn stands(&mut self, page: PageId, access: Access) -> u32 {
+    /// A thread stands at a page: which of those that follow, and are not here, are to be
+    /// asked for too. [`Self::asked`] is told how far that went.
+    pub(super) fn stands(&mut self, page: PageId, access: Access) -> Ahead {
         self.clock += 1;
         let number = page.number;
+        let key = |number| (PageId { number, ..page }, access);
         let goes_on = |it: &&mut Stream| {
             let end = it.until.saturating_add(1 + gap_max(access));
             (it.memory, it.access) == (page.memory, access) && number > it.last && number <= end
         };
-        if let Some(stream) = self.all.iter_mut().find(goes_on) {
+        // (Of an earlier turn there may be one that says that all was asked for.)
+        let those = self.all.iter_mut().filter(goes_on);
+        if let Some(stream) = those.max_by_key(|it| it.used) {
             stream.used = self.clock;
             stream.last = number;
             if number <= stream.until {
                 // It is on its way.
-                return 0;
+                return Ahead::default();
             }
+            // (Not behind a gap.)
+            let follows = number == stream.until + 1;
             stream.until = number;
             stream.run += 1;
             if let Some(first) = stream.learns {
-                let first = PageId {
-                    number: first,
-                    ..page
-                };
-                let follow = (number - first.number).min(WINDOW_MAX);
-                if let Some(followed) = self.followed.get_mut(&first) {
-                    followed.last = follow as u8;
-                }
-            } else if access == Access::Write {
+                let pages = (number - first).min(WINDOW_MAX);
+                self.known.learn(key(first), pages as u16);
+            } else {
                 // What was asked for is used up: as if a run began here.
-                let (window, learns) = begins(&mut self.followed, page);
+                let (known, learns) = self.known.begins(key(number));
                 stream.learns = learns;
-                if window > 0 {
-                    return window;
+                let knew = stream.knew.take().filter(|_| follows);
+                if known.pages > 0 {
+                    // (Of what was asked for last, when it was learned, nobody knows whether
+                    // it was used: so one run may be known as several.)
+                    if let Some(first) = knew {
+                        self.known.join(key(first), number - first + known.pages);
+                    }
+                    stream.knew = Some(knew.unwrap_or(number));
+                    return known;
                 }
             }
             stream.window = match stream.run >= run_min(access) {
                 true => (2 * stream.window).clamp(2, WINDOW_MAX),
                 false => 0,
             };
-            return stream.window;
+            return Ahead::window(stream.window);
         }
-        let (window, learns) = match access {
-            Access::Write => begins(&mut self.followed, page),
-            Access::Read => (0, None),
-        };
+        let (known, learns) = self.known.begins(key(number));
         let begun = Stream {
             memory: page.memory,
             access,
@@ -152,6 +182,7 @@ impl Streams {
             window: 0,
             used: self.clock,
             learns,
+            knew: (known.pages > 0).then_some(number),
         };
         match self.all.len() < STREAMS_MAX {
             true => self.all.push(begun),
@@ -161,7 +192,7 @@ impl Streams {
                 }
             }
         }
-        window
+        known
     }
 
     /// Behind a page at which a thread stands, all to this one were asked for or are here.
@@ -169,21 +200,47 @@ impl Streams {
         let of = |it: &&mut Stream| {
             (it.memory, it.access, it.last) == (page.memory, access, page.number)
         };
-        if let Some(stream) = self.all.iter_mut().find(of) {
+        let those = self.all.iter_mut().filter(of);
+        if let Some(stream) = those.max_by_key(|it| it.used) {
             stream.until = stream.until.max(until);
         }
     }
 }
 
-/// A run to write begins at a page: how many that follow are asked for; where the run began
-/// whose length is to be learned, if it is none.
-fn begins(followed: &mut HashMap<PageId, Followed>, page: PageId) -> (u32, Option<u32>) {
-    if followed.len() >= KNOWN_MAX && !followed.contains_key(&page) {
-        followed.clear();
+/// What followed pages at which runs began.
+#[derive(Debug, Default)]
+struct Known(HashMap<(PageId, Access), Followed>);
+
+impl Known {
+    /// A run begins at a page: what is known to follow; where the run began whose length is to
+    /// be learned, if nothing is.
+    fn begins(&mut self, first: (PageId, Access)) -> (Ahead, Option<u32>) {
+        match self.0.get_mut(&first).map_or(0, Followed::begin) {
+            0 => (Ahead::default(), Some(first.0.number)),
+            pages => (Ahead::known(pages), None),
+        }
     }
-    match followed.entry(page).or_default().begin() {
-        0 => (0, Some(page.number)),
-        window => (window, None),
+
+    /// So many pages followed, as far as is known until now.
+    fn learn(&mut self, first: (PageId, Access), pages: u16) {
+        // (Of pages that nothing followed nothing is kept: those of who goes in no order.)
+        if self.0.len() >= KNOWN_MAX && !self.0.contains_key(&first) {
+            self.0.clear();
+        }
+        let followed = self.0.entry(first).or_insert(Followed {
+            seen: 1,
+            ..Followed::default()
+        });
+        followed.last = pages;
+    }
+
+    /// A run that was known went on with another one that was: they are one.
+    fn join(&mut self, first: (PageId, Access), pages: u32) {
+        if let Some(followed) = self.0.get_mut(&first)
+            && pages <= WINDOW_MAX
+        {
+            (followed.last, followed.before) = (pages as u16, pages as u16);
+        }
     }
 }
 
@@ -204,10 +261,15 @@ mod tests {
             }
             stood.push(number);
             let ahead = streams.stands(page(number), access);
-            asked = number + 1 + ahead;
-            streams.asked(page(number), access, number + ahead);
+            asked = number + 1 + ahead.pages;
+            streams.asked(page(number), access, number + ahead.pages);
         }
         stood
+    }
+
+    /// How many pages are asked for.
+    fn stands(streams: &mut Streams, number: u32, access: Access) -> u32 {
+        streams.stands(page(number), access).pages
     }
 
     #[test]
@@ -222,8 +284,10 @@ mod tests {
     fn who_does_not_is_asked_nothing_for() {
         let mut streams = Streams::default();
         for number in [5, 900, 30, 31 + 9, 20, 19, 18, 5, 5, 1000] {
-            assert_eq!(streams.stands(page(number), Access::Read), 0, "{number}");
+            assert_eq!(stands(&mut streams, number, Access::Read), 0, "{number}");
         }
+        // (And nothing is kept of it.)
+        assert!(streams.known.0.is_empty());
         // Short bands that are written, and pages of others between them.
         for band in [0, 12, 24, 36] {
             let first = 2000 + band;
@@ -234,40 +298,79 @@ mod tests {
         assert_eq!(through(&mut streams, 2000..2006, Access::Write).len(), 4);
         // To read is not to write, nor one memory another.
         let mut streams = Streams::default();
-        assert_eq!(streams.stands(page(1), Access::Read), 0);
-        assert_eq!(streams.stands(page(2), Access::Write), 0);
+        assert_eq!(stands(&mut streams, 1, Access::Read), 0);
+        assert_eq!(stands(&mut streams, 2, Access::Write), 0);
         let other = PageId {
             memory: 1,
             number: 2,
         };
-        assert_eq!(streams.stands(other, Access::Read), 0);
-        assert_eq!(streams.stands(page(2), Access::Read), 2);
+        assert_eq!(streams.stands(other, Access::Read).pages, 0);
+        assert_eq!(stands(&mut streams, 2, Access::Read), 2);
     }
 
-    /// Bands are known when they were written twice, each as long as it was at least; now
-    /// and then they are looked at anew.
+    /// Bands are known when they were used twice, each as long as it was at least; now and
+    /// then they are looked at anew.
     #[test]
     fn what_was_a_piece_twice_is_one_the_third_time() {
-        let mut streams = Streams::default();
-        let mut write = |pages: std::ops::Range<u32>| {
-            let stood = through(&mut streams, pages, Access::Write);
-            // (Somewhere else, so that the next band begins a run.)
-            for other in 0..STREAMS_MAX as u32 {
-                streams.stands(page(1_000_000 + 5 * other), Access::Write);
+        for (access, second) in [
+            (Access::Write, &[100, 101, 102, 103][..]),
+            (Access::Read, &[100, 101, 104]),
+        ] {
+            let mut streams = Streams::default();
+            let mut uses = |pages: std::ops::Range<u32>| {
+                let stood = through(&mut streams, pages, access);
+                // (Somewhere else, so that the next band begins a run.)
+                for other in 0..STREAMS_MAX as u32 {
+                    stands(&mut streams, 1_000_000 + 50 * other, access);
+                }
+                stood
+            };
+            let first = uses(100..103);
+            assert!(first.len() > 1, "{first:?}");
+            // One and the next by one thread.
+            assert_eq!(uses(100..106), second);
+            for _ in 0..7 {
+                assert_eq!(uses(100..102), [100]);
             }
-            stood
-        };
-        assert_eq!(write(100..103), [100, 101, 102]);
-        // One and the next by one thread.
-        assert_eq!(write(100..106), [100, 101, 102, 103]);
-        for _ in 0..7 {
-            assert_eq!(write(100..103), [100]);
+            // It is shorter now, and that is seen.
+            assert_eq!(uses(100..102), [100, 101]);
+            for _ in 0..7 {
+                assert_eq!(uses(100..102), [100]);
+            }
         }
-        // It is shorter now, and that is seen.
-        assert_eq!(write(100..102), [100, 101]);
-        for _ in 0..7 {
-            assert_eq!(write(100..102), [100]);
+    }
+
+    /// A thread goes through the same pages again and again: the most that are asked for
+    /// at once come to be asked for at once, and when nothing is, to see what follows, it
+    /// stands as seldom as the first time.
+    #[test]
+    fn a_long_piece_is_one_and_what_was_asked_for_before_is_not_on_its_way() {
+        for access in [Access::Read, Access::Write] {
+            let mut streams = Streams::default();
+            let mut uses = || through(&mut streams, 1000..1000 + WINDOW_MAX + 1, access).len();
+            let first = uses();
+            assert!(first <= 13, "{access:?}: {first}");
+            let turns: Vec<usize> = (0..40).map(|_| uses()).collect();
+            assert!(
+                turns.iter().all(|stood| *stood <= first + 1),
+                "{access:?}: {turns:?}"
+            );
+            let at_once = turns.iter().filter(|stood| **stood <= 2).count();
+            assert!(at_once >= 20, "{access:?}: {turns:?}");
         }
+    }
+
+    /// What is known is not asked for further than it went, whatever of it is here.
+    #[test]
+    fn what_is_known_ends_where_it_ended() {
+        let mut streams = Streams::default();
+        for _ in 0..2 {
+            through(&mut streams, 100..110, Access::Read);
+            through(&mut streams, 50_000..50_001, Access::Read);
+        }
+        let ahead = streams.stands(page(100), Access::Read);
+        assert!(0 < ahead.pages && ahead.pages < 10, "{ahead:?}");
+        assert_eq!(ahead.among, ahead.pages);
     }
 
     #[test]
@@ -276,22 +379,22 @@ mod tests {
         for step in 0..3 {
             for thread in 0..8 {
                 let at = page(thread * 1000 + step);
-                let ahead = streams.stands(at, Access::Read);
+                let ahead = streams.stands(at, Access::Read).pages;
                 assert_eq!(ahead > 0, step == 1, "{thread} {step}");
                 streams.asked(at, Access::Read, at.number + ahead);
             }
         }
         // Pages 4 to 11 are here.
         let mut streams = Streams::default();
-        assert_eq!(streams.stands(page(2), Access::Read), 0);
-        assert_eq!(streams.stands(page(3), Access::Read), 2);
+        assert_eq!(stands(&mut streams, 2, Access::Read), 0);
+        assert_eq!(stands(&mut streams, 3, Access::Read), 2);
         streams.asked(page(3), Access::Read, 13);
-        assert_eq!(streams.stands(page(12), Access::Read), 0);
-        assert_eq!(streams.stands(page(14), Access::Read), 4);
+        assert_eq!(stands(&mut streams, 12, Access::Read), 0);
+        assert_eq!(stands(&mut streams, 14, Access::Read), 4);
         // The last page of all.
         let last = page(u32::MAX);
-        assert_eq!(streams.stands(last, Access::Read), 0);
+        assert_eq!(stands(&mut streams, u32::MAX, Access::Read), 0);
         streams.asked(last, Access::Read, u32::MAX);
-        assert_eq!(streams.stands(last, Access::Read), 0);
+        assert_eq!(stands(&mut streams, u32::MAX, Access::Read), 0);
     }
 }

@@ -267,6 +267,13 @@ struct State {
     failure: Option<SpanError>,
 }
 
+impl State {
+    /// Whether this part may do that with a page now.
+    fn is_here(&self, page: PageId, access: Access) -> bool {
+        self.coherence.access(page).is_some_and(|has| has >= access)
+    }
+}
+
 struct Shared {
     /// This part, by its number; the home's once it succeeded it.
     me: AtomicU8,

@@ -1,7 +1,6 @@
 //! What follows from events: what the protocol decides is done to memory, pages in a row
 //! at once, and then said.
 
-use super::super::ahead::LOOK_MAX;
 use super::super::wire::{Frames, PageBytes, Parcel, WireError};
 use super::{BUCKETS, PAGE, Shared, SpanError, State, WAITED_MAX, locked, offset};
 use keel_wasm::coherence::{Access, Command, Event, Message, PageId, PartId};
@@ -12,17 +11,22 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// Pages that are said in a row where a thread may wait for them: a record of TLS; and
-/// where none does.
+/// where none does, or only for those before them.
 const ROW_ANSWERED: usize = 4;
 const ROW_MOVED: usize = 16;
 
 /// Pages of events of which what follows is done and said at once.
 const AT_ONCE_PAGES: usize = 128;
+/// Of those for whose first somebody waits; then more and more.
+const AT_ONCE_FIRST: usize = 8;
+const AT_ONCE_GROWS: usize = 4;
 
 /// What comes beside an event.
 #[derive(Debug)]
 pub(super) enum Beside {
     Nothing,
+    /// Nobody stands at the page, or did when it was asked for.
+    Ahead,
     /// The pages that a message brings.
     Pages(PageBytes),
     /// Who stands.
@@ -43,6 +47,19 @@ fn pages_of(event: &Event) -> usize {
         Event::Message { message, .. } => message.row().map_or(1, |(_, pages)| pages),
         Event::Move { pages, .. } => *pages as usize,
         _ => 1,
+    }
+}
+
+/// Whether somebody waits for what follows, here or at another part.
+fn is_waited_for(event: &Event) -> bool {
+    match event {
+        Event::Fault { .. } => true,
+        Event::Message { message, .. } => match message {
+            Message::Want { .. } | Message::Invalidate { .. } => true,
+            Message::Fetch { txn, .. } => txn.is_answer,
+            _ => false,
+        },
+        _ => false,
     }
 }
 
@@ -138,6 +155,10 @@ pub(super) struct Work {
     is_due: bool,
     /// Steps of which it is said what follows.
     steps: u32,
+    /// It is of pages that were asked for behind one at which somebody stands.
+    is_behind: bool,
+    /// What is asked for when it was said.
+    ahead: Vec<Happened>,
 }
 
 impl Work {
@@ -213,7 +234,7 @@ fn runs<'a>(deeds: impl Iterator<Item = &'a (PageId, u32, Deed)>) -> Vec<Row<'a>
 }
 
 /// What is said of pages in a row, each as long as it is said at once.
-fn said_of(row: &Row<'_>) -> Vec<(PartId, Message)> {
+fn said_of(row: &Row<'_>, together: impl Fn(&Message) -> usize) -> Vec<(PartId, Message)> {
     // As messages that differ only in which pages they are about, and all their numbers.
     let mut long: Vec<(PartId, Message, Vec<u64>)> = Vec::new();
     for deed in &row.deeds {
@@ -298,25 +319,37 @@ impl From<WireError> for Unsaid {
 }
 
 /// How many such pages are said in a row at most: who waits for one waits for all of them.
-fn together(message: &Message) -> usize {
+fn together(message: &Message, is_behind: bool) -> usize {
     match message {
-        Message::Data { txn, .. } if txn.is_answer => ROW_ANSWERED,
+        Message::Data { txn, .. } if txn.is_answer && !is_behind => ROW_ANSWERED,
         _ => ROW_MOVED,
     }
 }
 
 impl Shared {
     /// Takes note of events, and does what follows. Of many, some after the other: what
-    /// follows of the first is under way while others are looked at.
+    /// follows of the first is under way while others are looked at, and sooner where
+    /// somebody waits for it.
     pub(super) fn step(&self, events: Vec<Happened>) {
+        let is_waited_for = events
+            .first()
+            .is_some_and(|(event, _)| is_waited_for(event));
+        let mut at_once = match is_waited_for {
+            true => AT_ONCE_FIRST,
+            false => AT_ONCE_PAGES,
+        };
+        let mut is_behind = false;
         let mut events = events.into_iter().peekable();
         loop {
             let (mut some, mut pages) = (Vec::new(), 0);
-            while let Some(next) = events.next_if(|_| pages < AT_ONCE_PAGES) {
+            while let Some(next) = events.next_if(|_| pages < at_once) {
                 pages += pages_of(&next.0);
                 some.push(next);
             }
-            let mut work = Work::default();
+            let mut work = Work {
+                is_behind,
+                ..Work::default()
+            };
             let done = {
                 let mut state = locked(&self.state);
                 self.step_in(&mut state, some, &mut work)
@@ -325,12 +358,15 @@ impl Shared {
             if events.peek().is_none() {
                 return;
             }
+            at_once = AT_ONCE_PAGES.min(AT_ONCE_GROWS * at_once);
+            is_behind = is_waited_for;
         }
     }
 
-    /// Says what is to be said after a step, or how it failed.
+    /// Says what is to be said after a step, or how it failed; then asks for what follows.
     pub(super) fn say(&self, done: Result<(), SpanError>, work: Work) {
         let mut done = done;
+        let ahead = work.ahead;
         for (to, frames) in work.frames {
             // Whatever is in it has happened.
             match frames.finish(self.listener().time()) {
@@ -356,6 +392,8 @@ impl Shared {
         {
             tracing::error!(%error, "a part of a machine cannot go on");
             self.end(error);
+        } else if !ahead.is_empty() && !self.is_settling.load(Ordering::SeqCst) {
+            self.step(ahead);
         }
     }
 
@@ -397,16 +435,18 @@ impl Shared {
                     return Err(SpanError::Disagree(format!("there is no {page:?} here")));
                 }
             }
+            let mut stood = None;
             match (&event, beside) {
+                (Event::Fault { page, access }, Beside::Ahead) if state.is_here(*page, *access) => {
+                    continue;
+                }
+                (Event::Fault { .. }, Beside::Ahead) => {}
                 (Event::Fault { page, access }, beside) => {
+                    stood = Some((*page, *access));
                     let thread = match beside {
                         Beside::Thread { thread, byte } => {
                             // (What nobody touched yet may be here all the same.)
-                            if state
-                                .coherence
-                                .access(*page)
-                                .is_none_or(|has| has < *access)
-                            {
+                            if !state.is_here(*page, *access) {
                                 state.standing.waits(*page, byte, *access, self.now());
                             }
                             Some(thread)
@@ -432,10 +472,6 @@ impl Shared {
                 }
                 _ => {}
             }
-            let stood = match &event {
-                Event::Fault { page, access } => Some((*page, *access)),
-                _ => None,
-            };
             match &event {
                 Event::Message { from, .. } => state.traffic.heard(*from),
                 Event::Join { part } | Event::Gone { part } => state.traffic.forget(*part),
@@ -451,46 +487,38 @@ impl Shared {
                 state.arrived.extend(left);
             }
             if let Some((page, access)) = stood {
-                self.ask_ahead(state, page, access, work)?;
+                self.look_ahead(state, page, access, work)?;
             }
         }
         self.finish(state, work)
     }
 
-    /// Asks for what follows a page at which a thread stands, where memory is gone
+    /// What follows a page at which somebody stands is asked for next, where memory is gone
     /// through in order.
-    fn ask_ahead(
+    fn look_ahead(
         &self,
         state: &mut State,
         page: PageId,
         access: Access,
         work: &mut Work,
     ) -> Result<(), SpanError> {
-        let mut wanted = state.streams.stands(page, access);
-        wanted = wanted.min(self.limits.ahead_max());
+        let ahead = state.streams.stands(page, access);
+        let mut wanted = ahead.pages.min(self.limits.ahead_max());
         if wanted == 0 {
             return Ok(());
         }
         let size = self.memory(page.memory)?.memory().size_bytes();
         let mut until = page.number;
-        for number in page.number.saturating_add(1)..=page.number.saturating_add(LOOK_MAX) {
+        for number in page.number.saturating_add(1)..=page.number.saturating_add(ahead.among) {
             let next = PageId { number, ..page };
             if wanted == 0 || offset(next) >= size {
                 break;
             }
             until = number;
-            if state
-                .coherence
-                .access(next)
-                .is_some_and(|has| has >= access)
-            {
-                continue;
-            }
-            wanted -= 1;
-            let now = self.now();
-            let event = Event::Fault { page: next, access };
-            for command in state.coherence.step(event, now) {
-                self.note(state, command, work)?;
+            if !state.is_here(next, access) {
+                wanted -= 1;
+                let event = Event::Fault { page: next, access };
+                work.ahead.push((event, Beside::Ahead));
             }
         }
         state.streams.asked(page, access, until);
@@ -607,7 +635,8 @@ impl Shared {
                 work.to(*to)?.reserve(run.pages as usize * PAGE);
             }
             let mut offset = run.offset();
-            for (to, message) in said_of(&run) {
+            let together = |message: &Message| together(message, work.is_behind);
+            for (to, message) in said_of(&run, together) {
                 let read = |pages: usize, bytes: &mut Vec<u8>| {
                     let read = memory.append(offset, pages * PAGE, bytes);
                     offset += pages as u64 * PAGE_BYTES;
