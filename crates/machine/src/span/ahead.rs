@@ -60,6 +60,14 @@ fn run_min(access: Access) -> u32 {
     }
 }
 
+/// Pages that have to be known to follow: of less to read a run has them soon.
+fn known_min(access: Access) -> u32 {
+    match access {
+        Access::Read => 8,
+        Access::Write => 1,
+    }
+}
+
 /// Pages between two faults of one run.
 fn gap_max(access: Access) -> u32 {
     match access {
@@ -215,8 +223,9 @@ impl Known {
     /// A run begins at a page: what is known to follow; where the run began whose length is to
     /// be learned, if nothing is.
     fn begins(&mut self, first: (PageId, Access)) -> (Ahead, Option<u32>) {
-        match self.0.get_mut(&first).map_or(0, Followed::begin) {
-            0 => (Ahead::default(), Some(first.0.number)),
+        let known = self.0.get_mut(&first).map_or(0, Followed::begin);
+        match known {
+            pages if pages < known_min(first.1) => (Ahead::default(), Some(first.0.number)),
             pages => (Ahead::known(pages), None),
         }
     }
@@ -312,31 +321,36 @@ mod tests {
     /// then they are looked at anew.
     #[test]
     fn what_was_a_piece_twice_is_one_the_third_time() {
-        for (access, second) in [
-            (Access::Write, &[100, 101, 102, 103][..]),
-            (Access::Read, &[100, 101, 104]),
+        // A band, one and what follows by one thread, a shorter one.
+        for (access, first, more, less) in [
+            (Access::Write, 3, &[100, 101, 102, 103][..], 2),
+            (Access::Read, 11, &[100, 101, 104, 109, 118], 10),
         ] {
             let mut streams = Streams::default();
-            let mut uses = |pages: std::ops::Range<u32>| {
-                let stood = through(&mut streams, pages, access);
+            let mut uses = |pages: u32| {
+                let stood = through(&mut streams, 100..100 + pages, access);
                 // (Somewhere else, so that the next band begins a run.)
                 for other in 0..STREAMS_MAX as u32 {
                     stands(&mut streams, 1_000_000 + 50 * other, access);
                 }
                 stood
             };
-            let first = uses(100..103);
-            assert!(first.len() > 1, "{first:?}");
-            // One and the next by one thread.
-            assert_eq!(uses(100..106), second);
+            assert!(uses(first).len() > 1, "{access:?}");
+            assert_eq!(uses(2 * first), more);
             for _ in 0..7 {
-                assert_eq!(uses(100..102), [100]);
+                assert_eq!(uses(less), [100], "{access:?}");
             }
             // It is shorter now, and that is seen.
-            assert_eq!(uses(100..102), [100, 101]);
+            assert!(uses(less).len() > 1, "{access:?}");
             for _ in 0..7 {
-                assert_eq!(uses(100..102), [100]);
+                assert_eq!(uses(less), [100], "{access:?}");
             }
+        }
+        // What is short is read without.
+        let mut streams = Streams::default();
+        for _ in 0..5 {
+            assert_eq!(through(&mut streams, 100..103, Access::Read), [100, 101]);
+            through(&mut streams, 5000..5001, Access::Read);
         }
     }
 

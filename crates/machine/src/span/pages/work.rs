@@ -508,7 +508,7 @@ impl Shared {
             return Ok(());
         }
         let size = self.memory(page.memory)?.memory().size_bytes();
-        let mut until = page.number;
+        let (mut until, mut missing) = (page.number, Vec::new());
         for number in page.number.saturating_add(1)..=page.number.saturating_add(ahead.among) {
             let next = PageId { number, ..page };
             if wanted == 0 || offset(next) >= size {
@@ -517,11 +517,22 @@ impl Shared {
             until = number;
             if !state.is_here(next, access) {
                 wanted -= 1;
-                let event = Event::Fault { page: next, access };
-                work.ahead.push((event, Beside::Ahead));
+                missing.push(Event::Fault { page: next, access });
             }
         }
         state.streams.asked(page, access, until);
+        if missing.len() > ROW_ANSWERED {
+            let missing = missing.into_iter().map(|event| (event, Beside::Ahead));
+            work.ahead.extend(missing);
+            return Ok(());
+        }
+        // So few are said with it.
+        let now = self.now();
+        for event in missing {
+            for command in state.coherence.step(event, now) {
+                self.note(state, command, work)?;
+            }
+        }
         Ok(())
     }
 
