@@ -176,6 +176,10 @@ impl Copies {
         self.wanted.is_empty() && self.coming.is_empty() && self.put_off.is_empty()
     }
 
+    pub(super) fn is_wanted(&self, page: PageId) -> bool {
+        self.wanted.contains(&page)
+    }
+
     pub(super) fn is_put_off(&self, page: PageId) -> bool {
         self.put_off.contains_key(&page)
     }

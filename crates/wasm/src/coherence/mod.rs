@@ -505,6 +505,11 @@ impl Coherence {
         self.copies.is_put_off(page)
     }
 
+    /// Whether a page was asked for and has not come.
+    pub fn is_wanted(&self, page: PageId) -> bool {
+        self.copies.is_wanted(page)
+    }
+
     /// Whether nothing is under way, as far as this part knows.
     pub fn is_quiet(&self) -> bool {
         self.copies.is_quiet() && self.directory.is_quiet()

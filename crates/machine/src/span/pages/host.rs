@@ -99,7 +99,11 @@ impl Shared {
             let event = (Event::Fault { page, access }, Beside::Nothing);
             let done = self.step_in(&mut state, vec![event], &mut work);
             drop(state);
+            let is_ahead = work.is_ahead;
             self.say(done, work);
+            if is_ahead {
+                self.ring();
+            }
             state = locked(&self.state);
             if state.failure.is_none() && !state.granted.contains_key(&key) {
                 state = self

@@ -60,7 +60,7 @@ use roaring::RoaringBitmap;
 use rustc_hash::FxHashMap;
 use rustix::event::{EventfdFlags, eventfd};
 use settling::Settling;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
@@ -242,6 +242,8 @@ struct State {
     due: Option<u64>,
     /// What is gone through in order.
     streams: Streams,
+    /// What follows pages at which somebody stands, and is to be asked for next.
+    ahead: VecDeque<(PageId, Access)>,
     /// What threads waited for.
     standing: Standing,
     /// What may have to leave, while there is a limit.
@@ -271,6 +273,11 @@ impl State {
     /// Whether this part may do that with a page now.
     fn is_here(&self, page: PageId, access: Access) -> bool {
         self.coherence.access(page).is_some_and(|has| has >= access)
+    }
+
+    /// Whether a page is on its way here, or about to be.
+    fn is_asked(&self, page: PageId) -> bool {
+        self.coherence.is_wanted(page) || self.ahead.iter().any(|(ahead, _)| *ahead == page)
     }
 }
 
@@ -465,6 +472,7 @@ impl Pages {
                 emptied: PartSet::default(),
                 due: None,
                 streams: Streams::default(),
+                ahead: VecDeque::new(),
                 standing: Standing::default(),
                 keep: None,
                 woken: vec![RoaringBitmap::new(); setup.memories.len()],

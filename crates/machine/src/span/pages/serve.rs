@@ -162,9 +162,12 @@ impl Shared {
                 locked(&self.state).due = None;
                 events.push((Event::Tick, Beside::Nothing));
             }
-            let idle = events.is_empty();
+            let mut idle = events.is_empty();
             if !idle {
                 self.step(std::mem::take(&mut events));
+            }
+            idle &= !self.ask_ahead();
+            if !idle {
                 spin.worked();
             }
             if let Err(error) = self.settle_some() {

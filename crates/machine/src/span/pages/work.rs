@@ -25,7 +25,7 @@ const AT_ONCE_GROWS: usize = 4;
 #[derive(Debug)]
 pub(super) enum Beside {
     Nothing,
-    /// Nobody stands at the page, or did when it was asked for.
+    /// Nobody stands there.
     Ahead,
     /// The pages that a message brings.
     Pages(PageBytes),
@@ -157,8 +157,8 @@ pub(super) struct Work {
     steps: u32,
     /// It is of pages that were asked for behind one at which somebody stands.
     is_behind: bool,
-    /// What is asked for when it was said.
-    ahead: Vec<Happened>,
+    /// More is to be asked for, as nobody stands there.
+    pub(super) is_ahead: bool,
 }
 
 impl Work {
@@ -363,10 +363,35 @@ impl Shared {
         }
     }
 
-    /// Says what is to be said after a step, or how it failed; then asks for what follows.
+    /// Asks for pages at which nobody stands, some of those that are to be asked for; whether
+    /// there were any. Only of the thread that hears others: what it hears meanwhile comes
+    /// first.
+    pub(super) fn ask_ahead(&self) -> bool {
+        let mut work = Work::default();
+        let done = {
+            let mut state = locked(&self.state);
+            if state.ahead.is_empty() {
+                return false;
+            }
+            if self.is_settling.load(Ordering::SeqCst) {
+                state.ahead.clear();
+                return false;
+            }
+            let some = state.ahead.len().min(AT_ONCE_PAGES);
+            let mut some: Vec<(PageId, Access)> = state.ahead.drain(..some).collect();
+            some.retain(|(page, access)| !state.is_here(*page, *access));
+            let events = some.into_iter();
+            let events = events.map(|(page, access)| Event::Fault { page, access });
+            let events = events.map(|event| (event, Beside::Ahead));
+            self.step_in(&mut state, events.collect(), &mut work)
+        };
+        self.say(done, work);
+        true
+    }
+
+    /// Says what is to be said after a step, or how it failed.
     pub(super) fn say(&self, done: Result<(), SpanError>, work: Work) {
         let mut done = done;
-        let ahead = work.ahead;
         for (to, frames) in work.frames {
             // Whatever is in it has happened.
             match frames.finish(self.listener().time()) {
@@ -392,8 +417,6 @@ impl Shared {
         {
             tracing::error!(%error, "a part of a machine cannot go on");
             self.end(error);
-        } else if !ahead.is_empty() && !self.is_settling.load(Ordering::SeqCst) {
-            self.step(ahead);
         }
     }
 
@@ -437,12 +460,13 @@ impl Shared {
             }
             let mut stood = None;
             match (&event, beside) {
-                (Event::Fault { page, access }, Beside::Ahead) if state.is_here(*page, *access) => {
-                    continue;
-                }
                 (Event::Fault { .. }, Beside::Ahead) => {}
                 (Event::Fault { page, access }, beside) => {
-                    stood = Some((*page, *access));
+                    // (Of many at one page one alone says what follows it.)
+                    if !state.since.contains_key(page) {
+                        let is_asked = state.is_asked(*page);
+                        stood = Some((*page, *access, is_asked));
+                    }
                     let thread = match beside {
                         Beside::Thread { thread, byte } => {
                             // (What nobody touched yet may be here all the same.)
@@ -486,8 +510,8 @@ impl Shared {
                 let left = came.left().map(|(page, it)| (page, (came.from, it)));
                 state.arrived.extend(left);
             }
-            if let Some((page, access)) = stood {
-                self.look_ahead(state, page, access, work)?;
+            if let Some((page, access, is_asked)) = stood {
+                self.look_ahead(state, (page, access, is_asked), work)?;
             }
         }
         self.finish(state, work)
@@ -498,12 +522,13 @@ impl Shared {
     fn look_ahead(
         &self,
         state: &mut State,
-        page: PageId,
-        access: Access,
+        (page, access, is_asked): (PageId, Access, bool),
         work: &mut Work,
     ) -> Result<(), SpanError> {
-        let ahead = state.streams.stands(page, access);
-        let mut wanted = ahead.pages.min(self.limits.ahead_max());
+        let ahead = state.streams.stands(page, access, is_asked);
+        let asked = u32::try_from(state.ahead.len()).unwrap_or(u32::MAX);
+        let most = self.limits.ahead_max().saturating_sub(asked);
+        let mut wanted = ahead.pages.min(most);
         if wanted == 0 {
             return Ok(());
         }
@@ -517,18 +542,19 @@ impl Shared {
             until = number;
             if !state.is_here(next, access) {
                 wanted -= 1;
-                missing.push(Event::Fault { page: next, access });
+                missing.push((next, access));
             }
         }
         state.streams.asked(page, access, until);
         if missing.len() > ROW_ANSWERED {
-            let missing = missing.into_iter().map(|event| (event, Beside::Ahead));
-            work.ahead.extend(missing);
+            state.ahead.extend(missing);
+            work.is_ahead = true;
             return Ok(());
         }
         // So few are said with it.
         let now = self.now();
-        for event in missing {
+        for (page, access) in missing {
+            let event = Event::Fault { page, access };
             for command in state.coherence.step(event, now) {
                 self.note(state, command, work)?;
             }
