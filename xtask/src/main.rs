@@ -8,6 +8,7 @@
 //! - `big`: programs of others, plain against shaken
 //! - `roam`: programs of others, moved among three nodes
 //! - `nemesis`: everything fails that can
+//! - `mutants`: whether the tests of the commit rule find each change of it
 //! - `package`: what is installed on a server
 //! - `command`: running programs
 
@@ -19,6 +20,7 @@ mod command;
 mod conformance;
 mod guests;
 mod licences;
+mod mutants;
 mod nemesis;
 mod package;
 mod roam;
@@ -77,6 +79,11 @@ enum Task {
         #[arg(long)]
         package: Option<PathBuf>,
     },
+    /// Changes each comparison of the commit rule in turn: its tests must fail.
+    Mutants {
+        /// Only those whose name contains this.
+        only: Option<String>,
+    },
     /// Makes an archive of what is installed on a server: binary, manual, completions, service.
     Package,
     /// Moves machines while everything fails that can.
@@ -114,6 +121,7 @@ fn main() -> ExitCode {
         Task::Ci => ci::run(),
         Task::Licences => licences::check(),
         Task::Package => package::make(),
+        Task::Mutants { only } => mutants::run(only.as_deref()),
         Task::Guests { names } => guests::build(&names),
         Task::Conformance {
             suite,

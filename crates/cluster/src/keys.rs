@@ -4,6 +4,7 @@
 //! | key | value |
 //! |---|---|
 //! | `cluster` | id and incarnation |
+//! | `epoch-base` | what the first epoch of a new machine adds to the store's revision |
 //! | `voters` | the nodes that hold the store, with addresses |
 //! | `member/NODE` | that the node belongs to the cluster, and where it is |
 //! | `node/NODE` | what its agent says of it: labels, capacity |
@@ -36,6 +37,8 @@ use thiserror::Error;
 pub enum Key {
     /// `cluster`
     Cluster,
+    /// `epoch-base`
+    EpochBase,
     /// `voters`
     Voters,
     /// `member/NODE`
@@ -168,6 +171,7 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Key::Cluster => f.write_str("cluster"),
+            Key::EpochBase => f.write_str("epoch-base"),
             Key::Voters => f.write_str("voters"),
             Key::Member(node) => write!(f, "{MEMBERS}{node}"),
             Key::Node(node) => write!(f, "{NODES}{node}"),
@@ -215,6 +219,7 @@ fn parse(text: &str) -> Option<Key> {
     }
     Some(match (kind, first, second) {
         ("cluster", None, None) => Key::Cluster,
+        ("epoch-base", None, None) => Key::EpochBase,
         ("voters", None, None) => Key::Voters,
         ("member", Some(node), None) => Key::Member(node.parse().ok()?),
         ("node", Some(node), None) => Key::Node(node.parse().ok()?),
@@ -257,6 +262,7 @@ mod tests {
         let hash = "ab".repeat(32);
         for text in [
             "cluster",
+            "epoch-base",
             "voters",
             "member/a",
             "node/a-1",

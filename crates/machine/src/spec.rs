@@ -403,11 +403,12 @@ impl Record {
         postcard::to_extend(self, vec![RECORD_VERSION]).map_err(|error| error.to_string())
     }
 
-    /// Reads the stored form.
+    /// Reads the stored form; [`Found::read`](crate::moves::ownership::Found::read) gives
+    /// its epoch, too.
     ///
     /// # Errors
     /// A sentence for a damaged record or one of another version.
-    pub fn decode(bytes: &[u8]) -> Result<Self, String> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, String> {
         match bytes.split_first() {
             Some((&RECORD_VERSION, body)) => postcard::from_bytes(body)
                 .map_err(|error| format!("a machine's record is damaged: {error}")),

@@ -17,14 +17,14 @@ use keel_cluster::members::{self, MemberError, MemberSet, Voter};
 use keel_cluster::service::ClusterService;
 use keel_cluster::store::{LeaseId, RedbOptions, RedbStore, RemoteStore, Txn};
 use keel_cluster::tokens::JoinToken;
-use keel_cluster::{MachineName, NodeName, Store, StoreError};
+use keel_cluster::{Epoch, MachineName, NodeName, Store, StoreError};
 use keel_machine::cgroup::Slice;
 use keel_net::{Options as RpcOptions, Peers, Server, TlsError, Traffic};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -117,6 +117,9 @@ pub(crate) struct Agent {
     /// Parts of machines that have their homes elsewhere.
     pub(crate) parts: Arc<Workers>,
     pub(crate) lease: watch::Receiver<Option<LeaseId>>,
+    /// No epoch was above this one when this agent began to follow its schedule: what is
+    /// to be started under an older one, an earlier agent may have started.
+    pub(crate) epochs_before: OnceLock<Epoch>,
     pub(crate) identity: NodeIdentity,
     /// What happened here.
     pub(crate) events: Events,
@@ -312,6 +315,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         peers,
         members,
         lease,
+        epochs_before: OnceLock::new(),
         identity,
         events,
         moves: Mutex::default(),

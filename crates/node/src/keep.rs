@@ -10,7 +10,7 @@ use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn};
-use keel_cluster::{Epoch, MachineName, NodeName, members};
+use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::checkpoint::{
     CheckpointId, Manifest, MemoryComes, Origin, Retention, Vault, VaultError,
 };
@@ -326,20 +326,14 @@ pub(crate) async fn restore(
         }
         (false, false) => MemoryComes::Apart(parts),
     };
-    let (_, incarnation) = members::cluster_of(&*agent.store)
-        .await
-        .map_err(|error| OperateError::Away(error.to_string()))?;
     let is_clone = name != machine;
-    // Newer than any under which it ran before, in this incarnation.
-    let ran = if is_clone { 0 } else { manifest.epoch.counter };
+    // (What it holds in memory of its epochs is older, also where it is a clone.)
+    let ran = manifest.epoch;
     let record = Record {
         name,
         spec: manifest.spec,
         owner: node,
-        epoch: Epoch {
-            incarnation,
-            counter: ran + 1,
-        },
+        epoch: Epoch::default(),
         status: Status::Scheduled,
         since_unix_ms: unix_ms(),
         started_unix_ms: 0,
@@ -356,5 +350,5 @@ pub(crate) async fn restore(
         }),
         reports: Vec::new(),
     };
-    operate::schedule(agent, record).await
+    operate::schedule(agent, record, Some(ran)).await
 }

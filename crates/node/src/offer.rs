@@ -4,11 +4,12 @@
 use crate::agent::{Agent, cpu_features, memory_available_bytes};
 use crate::record::{self, Reservation};
 use crate::service::kind as node_kind;
-use crate::workers::{COMPILE_PATIENCE, Leftovers, PROMPT};
+use crate::workers::{COMPILE_PATIENCE, Leftovers, PROMPT, Worker};
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::failpoint;
+use keel_machine::moves::ownership::{self, ArrivalVerdict};
 use keel_machine::spec::{Spec, VolumeKind};
 use keel_machine::worker::control::{Receive, Receiving, State, kind, pack};
 use keel_machine::worker::volumes;
@@ -361,30 +362,65 @@ async fn settle_once(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), St
         .map_err(|error| error.to_string())?
         .is_committed();
     passed("arrival.settled").await?;
-    if !taken {
-        match record::get(&*agent.store, machine).await {
-            Ok(found) if found.record.owner == agent.name && !found.record.status.ended() => {
-                if let State::Prepared { .. } = state {
-                    let gone: Result<u64, RpcError> =
-                        worker.ask(kind::GO, &found.record.epoch, PROMPT).await;
-                    gone.map_err(|error| error.to_string())?;
-                }
-                if !matches!(state, State::Dropped { .. }) {
-                    return Ok(());
-                }
-            }
-            Ok(_) | Err(record::RecordError::NoMachine(_)) => {}
-            Err(error) => return Err(error.to_string()),
-        }
+    if !taken && goes_on(agent, machine, &worker, &state).await? {
+        return Ok(());
     }
-    if crate::spanning::part_of(&worker).await?.is_some() {
+    drop_copy(agent, machine, &worker).await
+}
+
+/// Drops a copy that arrived here and will never go on.
+async fn drop_copy(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    worker: &Worker,
+) -> Result<(), String> {
+    if crate::spanning::part_of(worker).await?.is_some() {
         // The machine needs what it has; it ends when the home parts with it.
         let reason = "the machine stays where it was".to_owned();
         let told: Result<(), RpcError> = worker.ask(kind::ABORT, &reason, PROMPT).await;
         return told.map_err(|error| error.to_string());
     }
-    agent.workers.forget(&agent.dir, machine).await;
+    agent
+        .workers
+        .forget_exactly(&agent.dir, machine, Some(worker))
+        .await;
     Ok(())
+}
+
+/// Lets an arrival whose reservation is gone go on, if the record says that the commit
+/// of its move has won. False if that will never be.
+async fn goes_on(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    worker: &Worker,
+    state: &State,
+) -> Result<bool, String> {
+    let record = match record::get(&*agent.store, machine).await {
+        Ok(found) => Some(found.record),
+        Err(record::RecordError::NoMachine(_)) => None,
+        Err(error) => return Err(error.to_string()),
+    };
+    match state {
+        State::Prepared { offered, .. } => {
+            let ArrivalVerdict::Goes(epoch) =
+                ownership::arrival(&agent.name, *offered, record.as_ref())
+            else {
+                return Ok(false);
+            };
+            let gone: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
+            gone.map(|_| true).map_err(|error| error.to_string())
+        }
+        // It is being made ready, and says so; then it is asked for again.
+        State::Receiving { offered } => {
+            let verdict = ownership::arrival(&agent.name, *offered, record.as_ref());
+            Ok(matches!(verdict, ArrivalVerdict::Goes(_)))
+        }
+        // No copy of a move: a machine of that name is being started here.
+        State::Empty | State::Held { .. } => {
+            Ok(record.is_some_and(|it| it.owner == agent.name && !it.status.ended()))
+        }
+        _ => Ok(false),
+    }
 }
 
 /// Passes a failpoint; why the step fails.
@@ -416,17 +452,38 @@ pub(crate) async fn arrival(
     };
     match worker.state().await.map_err(|error| error.to_string())? {
         State::Running { .. } | State::Filling { .. } | State::Ended { .. } => Ok(Arrival::Resumed),
-        State::Prepared { .. } => {
-            let gone: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
-            gone.map(|_| Arrival::Resumed)
-                .map_err(|error| error.to_string())
+        // (Whoever asks believes that its commit has won: the store knows.)
+        State::Prepared { offered, .. } => {
+            let found = match record::get(&*agent.store, machine).await {
+                Ok(found) => Some(found.record),
+                Err(record::RecordError::NoMachine(_)) => None,
+                Err(error) => return Err(error.to_string()),
+            };
+            match ownership::arrival(&agent.name, offered, found.as_ref()) {
+                ArrivalVerdict::Goes(won) if won == epoch => {
+                    let gone: Result<u64, RpcError> = worker.ask(kind::GO, &won, PROMPT).await;
+                    gone.map(|_| Arrival::Resumed)
+                        .map_err(|error| error.to_string())
+                }
+                ArrivalVerdict::Never => {
+                    drop_copy(agent, machine, &worker).await?;
+                    Ok(Arrival::Without)
+                }
+                ArrivalVerdict::Goes(_) | ArrivalVerdict::Open => Err(format!(
+                    "machine {machine:?} was not given to {} under epoch {epoch}",
+                    agent.name
+                )),
+            }
         }
         // (A part of a machine that stays: whoever has its home parts with it.)
         State::Receiving { .. } if crate::spanning::part_of(&worker).await?.is_some() => {
             Ok(Arrival::Without)
         }
         State::Empty | State::Receiving { .. } | State::Dropped { .. } | State::Held { .. } => {
-            agent.workers.forget(&agent.dir, machine).await;
+            agent
+                .workers
+                .forget_exactly(&agent.dir, machine, Some(&worker))
+                .await;
             Ok(Arrival::Without)
         }
     }

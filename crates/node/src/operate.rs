@@ -20,6 +20,7 @@ use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
 use keel_cluster::tokens::{self, Role};
 use keel_cluster::{Epoch, MachineName, NodeName, members};
+use keel_machine::moves::ownership;
 use keel_machine::restart::Restart;
 use keel_machine::span::{PART_BYTES_MIN, PARTS_MAX};
 use keel_machine::spec::{Record, Spec, Status, Volume, VolumeKind};
@@ -401,9 +402,14 @@ pub(crate) async fn remove_here(
         .delete(Key::Kept(machine.clone()));
     let spec = &found.record.spec;
     let txn = crate::volumes::give_back(&*agent.store, machine, spec, txn).await?;
+    // (A new machine of that name may get a worker as soon as the record is gone.)
+    let worker = agent.workers.get(machine);
     match agent.store.txn(txn).await? {
         TxnOutcome::Committed { .. } => {
-            agent.workers.forget(&agent.dir, machine).await;
+            agent
+                .workers
+                .forget_exactly(&agent.dir, machine, worker.as_ref())
+                .await;
             let text = "was removed with its output";
             let removed = Note::machine(EventKind::MachineRemoved, machine, text);
             agent.events.record(removed.under(found.record.epoch));
@@ -506,17 +512,11 @@ pub(crate) async fn run(
             .await
             .map_err(OperateError::Missing)?;
     }
-    let (_, incarnation) = members::cluster_of(&*agent.store)
-        .await
-        .map_err(|error| OperateError::Away(error.to_string()))?;
     let record = Record {
         name: name.clone(),
         spec,
         owner: node.clone(),
-        epoch: Epoch {
-            incarnation,
-            counter: 1,
-        },
+        epoch: Epoch::default(),
         status: Status::Scheduled,
         since_unix_ms: unix_ms(),
         started_unix_ms: 0,
@@ -527,13 +527,15 @@ pub(crate) async fn run(
         origin: None,
         reports: Vec::new(),
     };
-    schedule(agent, record).await
+    schedule(agent, record, None).await
 }
 
-/// Puts a new machine into its owner's schedule.
+/// Puts a new machine into its owner's schedule; its epochs begin above all that its
+/// name ever had, and above the one under which it ran when its checkpoint was made.
 pub(crate) async fn schedule(
     agent: &Arc<Agent>,
     mut record: Record,
+    ran: Option<Epoch>,
 ) -> Result<MachineInfo, OperateError> {
     let (name, node) = (record.name.clone(), record.owner.clone());
     let alive = Key::Alive(node.clone());
@@ -543,6 +545,7 @@ pub(crate) async fn schedule(
         .when(Compare::Exists {
             key: alive.to_string(),
         });
+    let txn = record::first_epoch(&*agent.store, &mut record, ran, txn).await?;
     let txn = crate::volumes::take(agent, &mut record, txn).await?;
     let before = txn.compare.len();
     let txn = claims
@@ -550,7 +553,8 @@ pub(crate) async fn schedule(
         .put(Key::Machine(name.clone()), record::encode(&record)?)
         .put(Key::Schedule(node.clone(), name.clone()), Vec::new());
     match agent.store.txn(txn).await? {
-        TxnOutcome::Committed { .. } => {
+        TxnOutcome::Committed { revision } => {
+            record.epoch = ownership::created_at(record.epoch, revision);
             agent.events.record(Note::status(&record, &record.status));
             Ok(info(&record, None))
         }
@@ -560,6 +564,9 @@ pub(crate) async fn schedule(
         TxnOutcome::Refused { failed: 1, .. } => Err(OperateError::Away(format!(
             "node {node:?} is not alive (see `keel nodes`)"
         ))),
+        TxnOutcome::Refused { failed: 2, .. } => Err(OperateError::Conflict(
+            "a machine of another cluster was restored at the same time; try again".into(),
+        )),
         TxnOutcome::Refused { failed, .. } => {
             Err(OperateError::Conflict(match claims.raced(failed, before) {
                 Some(rule) => {

@@ -198,7 +198,7 @@ async fn owner_changes(agent: &Agent, found: &Found) {
             if entry.key != key {
                 continue;
             }
-            let owner = Record::decode(&entry.value).map(|record| record.owner);
+            let owner = Found::read(&entry).map(|found| found.record.owner);
             if owner.is_ok_and(|owner| owner != found.record.owner) {
                 return;
             }

@@ -14,10 +14,10 @@ use crate::workers::{COMPILE_PATIENCE, Leftovers, Worker};
 use keel_api::EventKind;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
-use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
+use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::checkpoint::{MemoryComes, Origin};
 use keel_machine::failpoint;
-use keel_machine::restart::{self, Restart};
+use keel_machine::moves::ownership::{self, ArrivalVerdict, EndEffect};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Start, StartFrom, State, kind, pack, unpack};
 use keel_machine::worker::volumes;
@@ -91,7 +91,11 @@ pub(crate) async fn follow_schedule(agent: Arc<Agent>) {
     }
 }
 
-async fn follow_once(agent: &Arc<Agent>) -> Result<(), StoreError> {
+async fn follow_once(agent: &Arc<Agent>) -> Result<(), RecordError> {
+    if agent.epochs_before.get().is_none() {
+        let so_far = record::epochs_so_far(&*agent.store).await?;
+        agent.epochs_before.get_or_init(|| so_far);
+    }
     let prefix = keys::schedule_of(&agent.name);
     let listing = agent.store.list(&prefix).await?;
     let mut scheduled = Vec::new();
@@ -106,7 +110,7 @@ async fn follow_once(agent: &Arc<Agent>) -> Result<(), StoreError> {
         }
     }
     for machine in scheduled {
-        spawn_ensure(agent, machine);
+        spawn_ensure(agent, machine, None);
     }
     let mut watch = agent.store.watch(&prefix, listing.revision + 1).await?;
     while let Some(changes) = watch.next().await {
@@ -115,7 +119,7 @@ async fn follow_once(agent: &Arc<Agent>) -> Result<(), StoreError> {
                 continue;
             };
             match change {
-                keel_cluster::store::Change::Put(_) => spawn_ensure(agent, machine),
+                keel_cluster::store::Change::Put(_) => spawn_ensure(agent, machine, None),
                 keel_cluster::store::Change::Delete { .. } => {
                     let agent = agent.clone();
                     tokio::spawn(async move { settle_unscheduled(&agent, &machine).await });
@@ -126,42 +130,61 @@ async fn follow_once(agent: &Arc<Agent>) -> Result<(), StoreError> {
     Ok(())
 }
 
-fn spawn_ensure(agent: &Arc<Agent>, machine: MachineName) {
+/// Makes a scheduled machine run. `given` is the epoch that this agent gave it for its
+/// next life, if it did.
+fn spawn_ensure(agent: &Arc<Agent>, machine: MachineName, given: Option<Epoch>) {
     let agent = agent.clone();
     tokio::spawn(async move {
-        if let Err(error) = ensure(&agent, &machine).await {
+        if let Err(error) = ensure(&agent, &machine, given).await {
             tracing::error!(%machine, %error, "a scheduled machine does not run");
         }
     });
 }
 
 /// Makes a scheduled machine run, or says in the store why it does not.
-async fn ensure(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordError> {
+async fn ensure(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    given: Option<Epoch>,
+) -> Result<(), RecordError> {
     // Its earlier end may still be being written.
     while !agent.busy().insert(machine.clone()) {
         tokio::time::sleep(BUSY_AGAIN_AFTER).await;
     }
-    let result = ensure_guarded(agent, machine).await;
+    let result = ensure_guarded(agent, machine, given).await;
     agent.busy().remove(machine);
     start_again(agent, machine, result)
 }
 
-async fn ensure_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<Again, RecordError> {
+async fn ensure_guarded(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    given: Option<Epoch>,
+) -> Result<Again, RecordError> {
     if let Some(worker) = agent.workers.get(machine) {
         let found = record::get(&*agent.store, machine).await?;
         let record = &found.record;
         match worker.state().await {
             // It arrived, and the commit won: the source may not live to say so.
             Ok(State::Prepared { offered, .. })
-                if record.owner == agent.name && record.epoch > offered =>
+                if let ArrivalVerdict::Goes(epoch) =
+                    ownership::arrival(&agent.name, offered, Some(record)) =>
             {
-                let go: Result<u64, RpcError> = worker
-                    .ask(kind::GO, &record.epoch, crate::workers::PROMPT)
-                    .await;
+                let go: Result<u64, RpcError> =
+                    worker.ask(kind::GO, &epoch, crate::workers::PROMPT).await;
                 if let Err(error) = go {
                     tracing::info!(%machine, %error, "it was told to go on by its source first");
                 }
                 return Ok(Again::No);
+            }
+            // What arrived of an earlier life of that name will never go on.
+            Ok(State::Receiving { .. } | State::Prepared { .. } | State::Dropped { .. })
+                if starts(&record.status) && record.owner == agent.name =>
+            {
+                agent
+                    .workers
+                    .forget_exactly(&agent.dir, machine, Some(&worker))
+                    .await;
             }
             // An earlier agent died while it started the machine.
             Ok(State::Running { epoch }) if starts(&record.status) && record.epoch == epoch => {
@@ -179,13 +202,14 @@ async fn ensure_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<Aga
             _ => return Ok(Again::No),
         }
     }
-    start_scheduled(agent, machine).await
+    start_scheduled(agent, machine, given).await
 }
 
 /// Whether a machine is to be started again after its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Again {
-    Yes,
+    /// Under this epoch, which it was just given.
+    Under(Epoch),
     No,
 }
 
@@ -195,13 +219,17 @@ fn start_again(
     machine: &MachineName,
     end: Result<Again, RecordError>,
 ) -> Result<(), RecordError> {
-    if end? == Again::Yes {
-        spawn_ensure(agent, machine.clone());
+    if let Again::Under(epoch) = end? {
+        spawn_ensure(agent, machine.clone(), Some(epoch));
     }
     Ok(())
 }
 
-async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Again, RecordError> {
+async fn start_scheduled(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    given: Option<Epoch>,
+) -> Result<Again, RecordError> {
     let mut found = record::get(&*agent.store, machine).await?;
     if let Status::Restarting { at_unix_ms, .. } = found.record.status {
         let rest = Duration::from_millis(at_unix_ms.saturating_sub(unix_ms()));
@@ -213,8 +241,19 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Ag
         return Ok(Again::No);
     }
     if found.record.stop_wanted && starts(&found.record.status) {
-        return finish(agent, machine, Status::Stopped).await;
+        return finish(agent, machine, found.record.epoch, Status::Stopped).await;
     }
+    let is_new = agent
+        .epochs_before
+        .get()
+        .is_some_and(|it| found.record.epoch > *it);
+    if starts(&found.record.status) && !is_new && given != Some(found.record.epoch) {
+        found.record = under_next_epoch(agent, &found.record).await?;
+        if found.record.owner != agent.name {
+            return Ok(Again::No);
+        }
+    }
+    let epoch = found.record.epoch;
     let failure = match found.record.status {
         Status::Scheduled | Status::Restarting { .. } => match start(agent, &found.record).await {
             Ok(()) => {
@@ -254,7 +293,21 @@ async fn start_scheduled(agent: &Arc<Agent>, machine: &MachineName) -> Result<Ag
     };
     let reason = named_end(agent, machine).unwrap_or(failure);
     agent.workers.end(&agent.dir, machine).await;
-    finish(agent, machine, Status::Failed { reason }).await
+    finish(agent, machine, epoch, Status::Failed { reason }).await
+}
+
+/// Raises the epoch of a machine that is to be started here and that an earlier agent
+/// may have started already: that process is gone, but an epoch names one life only.
+async fn under_next_epoch(agent: &Arc<Agent>, found: &Record) -> Result<Record, RecordError> {
+    let raise = |record: &mut Record| {
+        let same =
+            record.owner == agent.name && record.epoch == found.epoch && starts(&record.status);
+        if same {
+            record.epoch = record.epoch.next();
+        }
+        same
+    };
+    record::update(&*agent.store, &found.name, raise, |txn, _| txn).await
 }
 
 /// Why the kernel ended a machine's process, if it did for want of memory.
@@ -299,24 +352,16 @@ async fn runs(
             continue;
         }
         let running = |record: &mut Record| {
-            let next = match &record.status {
-                Status::Arriving { from } if filling => Status::Filling { from: from.clone() },
-                _ => Status::Running,
-            };
-            let expected = starts(&record.status)
-                || matches!(record.status, Status::Arriving { .. })
-                || !filling && matches!(record.status, Status::Filling { .. });
             // A word that comes late must not count for its next life.
-            let mine = expected && record.owner == agent.name && record.epoch == epoch;
+            let next = ownership::running(record, &agent.name, epoch, filling);
             // Of two that are here at once, the one that writes it tells it.
-            before = mine.then(|| record.status.clone());
-            if mine {
-                if starts(&record.status) {
-                    record.started_unix_ms = unix_ms();
-                }
-                record.enter(next, unix_ms());
+            before = next.is_some().then(|| record.status.clone());
+            let Some(next) = next else { return false };
+            if starts(&record.status) {
+                record.started_unix_ms = unix_ms();
             }
-            mine
+            record.enter(next, unix_ms());
+            true
         };
         let written = record::update(&*agent.store, machine, running, |txn, _| txn).await;
         if let (Ok(record), Some(before)) = (&written, &before) {
@@ -347,17 +392,15 @@ async fn lost_on_arrival(
         let waits = |record: &Record| {
             record.owner == agent.name && matches!(record.status, Status::Arriving { .. })
         };
-        let still = match record::get(&*agent.store, machine).await {
-            Ok(found) => waits(&found.record),
-            Err(RecordError::NoMachine(_)) => return Ok(Again::No),
+        let epoch = match record::get(&*agent.store, machine).await {
+            Ok(found) if waits(&found.record) => found.record.epoch,
+            Ok(_) | Err(RecordError::NoMachine(_)) => return Ok(Again::No),
             Err(error) => {
                 tracing::warn!(%machine, %error, "not known yet who has it");
-                true
+                tokio::time::sleep(RETRY_AFTER).await;
+                continue;
             }
         };
-        if !still {
-            return Ok(Again::No);
-        }
         let alive = record::alive(&*agent.store).await;
         let gone = alive.is_ok_and(|alive| !alive.contains(from));
         let since = gone.then(|| gone_since.unwrap_or_else(tokio::time::Instant::now));
@@ -368,7 +411,7 @@ async fn lost_on_arrival(
             let reason = format!(
                 "its worker process was lost just after it arrived, and {from} has no copy any more"
             );
-            return finish(agent, machine, Status::Failed { reason }).await;
+            return finish(agent, machine, epoch, Status::Failed { reason }).await;
         }
         tokio::time::sleep(RETRY_AFTER).await;
     }
@@ -510,12 +553,16 @@ pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName)
             _ => return,
         }
         let mut mine = false;
+        let mut raised = None;
         let claim = |record: &mut Record| {
             mine = record.owner == agent.name && !record.status.ended();
-            if mine {
+            // Once, also where the answer to it was lost.
+            let raises = mine && raised != Some(record.epoch);
+            if raises {
                 record.epoch = record.epoch.next();
+                raised = Some(record.epoch);
             }
-            mine
+            raises
         };
         match record::update(&*agent.store, machine, claim, |txn, _| txn).await {
             Ok(record) if mine => {
@@ -550,7 +597,10 @@ pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName)
             }
             // It runs elsewhere, or ended: the frozen copy is of no use.
             Ok(_) | Err(RecordError::NoMachine(_)) => {
-                agent.workers.forget(&agent.dir, machine).await;
+                agent
+                    .workers
+                    .forget_exactly(&agent.dir, machine, Some(&worker))
+                    .await;
                 return;
             }
             Err(error) => {
@@ -622,7 +672,10 @@ async fn settle_unscheduled(agent: &Arc<Agent>, machine: &MachineName) {
             agent
                 .events
                 .record(Note::machine(EventKind::WorkerEnded, machine, text));
-            agent.workers.forget(&agent.dir, machine).await;
+            agent
+                .workers
+                .forget_exactly(&agent.dir, machine, Some(&worker))
+                .await;
         }
     }
 }
@@ -641,8 +694,8 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
             while let Some(item) = states.recv().await {
                 let state: Result<State, _> = item.and_then(|bytes| unpack(&bytes));
                 match state {
-                    Ok(State::Ended { status, .. }) => {
-                        ended(&agent, &machine, &worker, status).await;
+                    Ok(State::Ended { epoch, status }) => {
+                        ended(&agent, &machine, &worker, epoch, status).await;
                         return;
                     }
                     Ok(State::Dropped { reason }) => {
@@ -690,7 +743,13 @@ pub(crate) fn watch_worker(agent: &Arc<Agent>, machine: &MachineName) {
     });
 }
 
-async fn ended(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker, status: Status) {
+async fn ended(
+    agent: &Arc<Agent>,
+    machine: &MachineName,
+    worker: &Worker,
+    epoch: Epoch,
+    status: Status,
+) {
     if failpoint::pass_async("end.seen").await.is_err() {
         tokio::time::sleep(RETRY_AFTER).await;
     }
@@ -706,9 +765,38 @@ async fn ended(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker, statu
     // became of it must not be told that it never ran.
     worker.forget().await;
     agent.workers.drop_group(&agent.dir, machine).await;
-    let end = finish(agent, machine, status).await;
+    // Where it is not in the table any more, another has come in its place.
+    let end = match agent.workers.get(machine).is_some_and(|now| now.is(worker)) {
+        true => {
+            let epoch = epoch_of_life(agent, machine, epoch).await;
+            finish(agent, machine, epoch, status).await
+        }
+        false => Ok(Again::No),
+    };
     agent.workers.remove_exactly(machine, worker);
     settled(agent, machine, guarded, end);
+}
+
+/// The epoch under which the store has the life of a machine whose worker here ran
+/// under `epoch` when it ended. It was raised meanwhile where the worker ended before
+/// it was told of a write that keeps the machine here.
+async fn epoch_of_life(agent: &Arc<Agent>, machine: &MachineName, epoch: Epoch) -> Epoch {
+    loop {
+        match record::get(&*agent.store, machine).await {
+            Ok(found) => {
+                let record = found.record;
+                let raised = record.owner == agent.name
+                    && record.epoch > epoch
+                    && record.status == Status::Running;
+                return if raised { record.epoch } else { epoch };
+            }
+            Err(RecordError::Store(error)) => {
+                tracing::warn!(%machine, %error, "its end is not in the store yet");
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+            Err(_) => return epoch,
+        }
+    }
 }
 
 /// After a machine's end was written, or not.
@@ -741,10 +829,17 @@ async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker,
         return;
     }
     // From here on it is certain that nothing of it runs here.
+    worker.mark_lost();
     let reason = named_end(agent, machine)
         .unwrap_or_else(|| format!("its worker process was lost ({reason})"));
     agent.workers.drop_group(&agent.dir, machine).await;
+    // Whose the machine is then, only its move knows: its commit may be under way, and
+    // what had been sent may go on at the target.
     crate::moving::machine_ended(agent, machine);
+    let handle = agent.moves().get(machine).cloned();
+    if let Some(handle) = handle {
+        handle.over().await;
+    }
     let folder = agent.dir.worker(machine);
     // Its volumes are lost with its memory. (A panic in it removes nothing.)
     let _ = tokio::task::spawn_blocking(move || volumes::remove(&folder)).await;
@@ -769,76 +864,42 @@ async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker,
             agent.workers.remove_exactly(machine, worker);
             let end = match record.status {
                 Status::Arriving { from } => lost_on_arrival(agent, machine, &from).await,
-                _ => finish(agent, machine, Status::Failed { reason }).await,
+                _ => finish(agent, machine, record.epoch, Status::Failed { reason }).await,
             };
             settled(agent, machine, guarded, end);
         }
         _ => {
-            // It was only arriving.
-            agent.workers.forget(&agent.dir, machine).await;
+            // It was only arriving, or has left.
+            agent
+                .workers
+                .forget_exactly(&agent.dir, machine, Some(worker))
+                .await;
             crate::offer::drop_reservation(agent, machine).await;
         }
     }
 }
 
-/// What a machine's end makes of its record.
-fn end_or_restart(record: &mut Record, status: &Status) {
-    let now = unix_ms();
-    let lived_ms = match starts(&record.status) {
-        true => 0,
-        // Moves do not count: it is the same life.
-        false => now.saturating_sub(record.started_unix_ms),
-    };
-    // One whose memory was not all here is what the user chose to risk; the
-    // checkpoint before its move is what it goes on from.
-    let policy = match (&record.status, status, record.spec.restart) {
-        (Status::Filling { .. }, Status::Failed { .. }, Restart::No) => Restart::OnFailure,
-        (_, _, policy) => policy,
-    };
-    let plan = match record.stop_wanted {
-        true => None,
-        false => restart::decide(policy, status, record.restarts, lived_ms),
-    };
-    let Some(plan) = plan else {
-        // One that was killed has ended by a command too.
-        let killed = record.stop_wanted && matches!(status, Status::Failed { .. });
-        let status = if killed {
-            Status::Stopped
-        } else {
-            status.clone()
-        };
-        record.enter(status, now);
-        return;
-    };
-    record.epoch = record.epoch.next();
-    record.restarts = plan.restarts;
-    let at_unix_ms = now.saturating_add(plan.delay.as_millis() as u64);
-    let restarting = Status::Restarting {
-        reason: status.end().unwrap_or_default(),
-        at_unix_ms,
-        from_checkpoint: plan.from_checkpoint,
-    };
-    record.enter(restarting, now);
-}
-
-/// Writes a machine's end, and takes it out of the schedule, until the store
-/// has it; removes the machine if it was to be. Where its policy says so, it
-/// stays scheduled under its next epoch instead, and is started again.
+/// Writes the end of the life that a machine had here under `epoch`, and takes it out
+/// of the schedule, until the store has it; removes the machine if it was to be. Where
+/// its policy says so, it stays scheduled under its next epoch instead, and is started
+/// again.
 async fn finish(
     agent: &Arc<Agent>,
     machine: &MachineName,
+    epoch: Epoch,
     status: Status,
 ) -> Result<Again, RecordError> {
     let mut before = None;
+    let mut effect = EndEffect::None;
     loop {
         let entry = Key::Schedule(agent.name.clone(), machine.clone()).to_string();
         let end = |record: &mut Record| {
-            let mine = record.owner == agent.name && !record.status.ended();
-            if mine {
-                before = Some(record.status.clone());
-                end_or_restart(record, &status);
+            let was = record.status.clone();
+            effect = ownership::end(record, &agent.name, epoch, &status, unix_ms());
+            if effect == EndEffect::Changed {
+                before = Some(was);
             }
-            mine
+            effect == EndEffect::Changed
         };
         let written = record::update(&*agent.store, machine, end, |txn, record| {
             match record.status.ended() {
@@ -851,10 +912,11 @@ async fn finish(
             agent.events.record(Note::status(record, before));
         }
         match written {
+            Ok(_) if effect == EndEffect::None => return Ok(Again::No),
             Ok(record) if matches!(record.status, Status::Restarting { .. }) => {
                 let reason = status.end().unwrap_or_default();
                 tracing::info!(%machine, restarts = record.restarts, reason, "it is started again");
-                return Ok(Again::Yes);
+                return Ok(Again::Under(record.epoch));
             }
             Ok(record) => {
                 if record.spec.remove_at_end && record.status.ended() && record.owner == agent.name

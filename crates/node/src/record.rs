@@ -2,8 +2,10 @@
 //! change them.
 
 use keel_cluster::keys::{self, Key};
-use keel_cluster::store::{KeyValue, Revision, Txn, TxnOutcome};
-use keel_cluster::{MachineName, NodeName, Store, StoreError};
+use keel_cluster::store::{KeyValue, Txn, TxnOutcome};
+use keel_cluster::{Epoch, MachineName, NodeName, Store, StoreError, members};
+use keel_machine::moves::ownership::EpochBase;
+pub(crate) use keel_machine::moves::ownership::{self, Found};
 use keel_machine::spec::{Record, Status};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -50,18 +52,8 @@ pub(crate) enum RecordError {
     Refused(String),
 }
 
-/// A record and the revision of its last change.
-#[derive(Debug, Clone)]
-pub(crate) struct Found {
-    pub(crate) record: Record,
-    pub(crate) revision: Revision,
-}
-
 fn found(entry: &KeyValue) -> Result<Found, RecordError> {
-    Ok(Found {
-        record: Record::decode(&entry.value).map_err(RecordError::Damaged)?,
-        revision: entry.modified,
-    })
+    Found::read(entry).map_err(RecordError::Damaged)
 }
 
 pub(crate) async fn get(store: &dyn Store, machine: &MachineName) -> Result<Found, RecordError> {
@@ -111,7 +103,9 @@ pub(crate) fn encode(record: &Record) -> Result<Vec<u8>, RecordError> {
 }
 
 /// Changes a record, beside what `more` adds to the transaction; tries again
-/// when others were faster. `change` answers false to leave it as it is.
+/// when others were faster. `change` answers false to leave it as it is. It may be
+/// called again after a change whose answer was lost was made and then changed by
+/// others: what must not be done twice must be seen in the record.
 pub(crate) async fn update(
     store: &dyn Store,
     machine: &MachineName,
@@ -119,11 +113,15 @@ pub(crate) async fn update(
     more: impl Fn(Txn, &Record) -> Txn,
 ) -> Result<Record, RecordError> {
     let key = Key::Machine(machine.clone()).to_string();
+    let mut unknown = None;
     for _ in 0..ATTEMPTS_MAX {
         let Found {
             mut record,
             revision,
         } = get(store, machine).await?;
+        if unknown.take().as_ref() == Some(&record) {
+            return Ok(record);
+        }
         if !change(&mut record) {
             return Ok(record);
         }
@@ -132,13 +130,61 @@ pub(crate) async fn update(
             .put(key.clone(), encode(&record)?);
         match store.txn(more(txn, &record)).await {
             Ok(TxnOutcome::Committed { .. }) => return Ok(record),
-            // Asked again with a condition: a change that was made after all
-            // is found by reading it anew.
-            Ok(TxnOutcome::Refused { .. }) | Err(StoreError::Unknown { .. }) => {}
+            Ok(TxnOutcome::Refused { .. }) => {}
+            // It may have been made. If it was, the record reads as it was written,
+            // unless others have changed it since.
+            Err(StoreError::Unknown { .. }) => unknown = Some(record),
             Err(error) => return Err(error.into()),
         }
     }
     Err(RecordError::Contended(machine.to_string()))
+}
+
+/// Prepares the epoch of a machine that is to be created: what it is written with, and
+/// one condition and, at most, one change of the transaction that creates it. The
+/// counter begins at the revision of that transaction ([`keel_machine::moves::ownership`]).
+pub(crate) async fn first_epoch(
+    store: &dyn Store,
+    record: &mut Record,
+    ran: Option<Epoch>,
+    txn: Txn,
+) -> Result<Txn, RecordError> {
+    let key = Key::EpochBase.to_string();
+    let (entry, base) = epoch_base(store).await?;
+    let needed = match ran {
+        Some(ran) => base.above(ran, store.revision().await?),
+        None => base,
+    };
+    record.epoch = needed.epoch();
+    let txn = match &entry {
+        Some(entry) => txn.when_modified_at(key.clone(), entry.modified),
+        None => txn.when_absent(key.clone()),
+    };
+    if needed == base {
+        return Ok(txn);
+    }
+    let value = keel_cluster::wire::encode("the base of epochs", &needed)
+        .map_err(|error| RecordError::Damaged(error.to_string()))?;
+    Ok(txn.put(key, value))
+}
+
+async fn epoch_base(store: &dyn Store) -> Result<(Option<KeyValue>, EpochBase), RecordError> {
+    let (_, incarnation) = members::cluster_of(store)
+        .await
+        .map_err(|error| RecordError::Refused(error.to_string()))?;
+    let entry = store.get(&Key::EpochBase.to_string()).await?;
+    let base = match &entry {
+        Some(entry) => keel_cluster::wire::decode("the base of epochs", &entry.value)
+            .map_err(|error| RecordError::Damaged(error.to_string()))?,
+        None => EpochBase::default(),
+    };
+    Ok((entry, base.at_least(incarnation)))
+}
+
+/// An epoch that is not below any that a machine of this cluster has had so far.
+pub(crate) async fn epochs_so_far(store: &dyn Store) -> Result<Epoch, RecordError> {
+    let (_, base) = epoch_base(store).await?;
+    Ok(ownership::created_at(base.epoch(), store.revision().await?))
 }
 
 /// Names of the machines in a node's schedule.

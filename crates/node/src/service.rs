@@ -16,6 +16,7 @@ use keel_machine::worker::control::{JoinNew, MeetNew, pack, unpack};
 use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
 
 /// Kinds of requests between agents.
@@ -125,7 +126,15 @@ impl Service {
             }
             kind::HELD => {
                 let machine: MachineName = unpack(&payload)?;
-                let held = agent.workers.get(&machine).is_some();
+                let held = match agent.workers.get(&machine).filter(|it| !it.is_lost()) {
+                    Some(worker) => match worker.report().await {
+                        // (Else it is another life of that name.)
+                        Ok(report) => report.giving_away,
+                        // It may have the copy as long as its process is there.
+                        Err(_) => !worker.gone_within(Duration::ZERO).await,
+                    },
+                    None => false,
+                };
                 Ok(pack(&held)?.into())
             }
             kind::WITHDRAW => {

@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -53,6 +54,9 @@ pub(crate) struct Worker {
     process: Arc<OwnedFd>,
     /// Its number, to look up counters by: another process may have it one day.
     pid: u32,
+    /// Set once it is certain that the process is gone, while its entry in the table
+    /// still stands for a machine whose end is not written yet.
+    lost: Arc<AtomicBool>,
 }
 
 impl Worker {
@@ -72,6 +76,7 @@ impl Worker {
             id: rand::random(),
             process: Arc::new(process),
             pid,
+            lost: Arc::default(),
         })
     }
 
@@ -121,6 +126,16 @@ impl Worker {
     /// Whether these are the same process.
     pub(crate) fn is(&self, other: &Worker) -> bool {
         self.id == other.id
+    }
+
+    /// Whether it is certain that its process is gone.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// Its process is gone: whoever waits for its answers stops.
+    pub(crate) fn mark_lost(&self) {
+        self.lost.store(true, Ordering::Release);
     }
 
     /// Tells this connection to a process apart from others.
@@ -320,6 +335,7 @@ impl Workers {
             if let Ok(Ok(anew)) = connected {
                 let anew = Worker {
                     id: worker.id,
+                    lost: worker.lost.clone(),
                     ..anew
                 };
                 let mut table = self.table();
@@ -443,28 +459,56 @@ impl Workers {
     /// Ends a machine's worker and removes its folder; returns when nothing of
     /// it runs here any more.
     pub(crate) async fn forget(&self, dir: &StateDir, machine: &MachineName) {
-        let (worker, grave) = self.bury(dir, machine);
-        if let Some(worker) = worker {
-            worker.forget().await;
-        }
-        remove_remains(grave).await;
+        let worker = self.get(machine);
+        self.forget_exactly(dir, machine, worker.as_ref()).await;
     }
 
-    /// As [`Self::forget`], for a machine that is frozen for good: its process
-    /// ends in its own time.
-    pub(crate) fn forget_later(&self, dir: &StateDir, machine: &MachineName) {
-        let (worker, grave) = self.bury(dir, machine);
-        tokio::spawn(async move {
+    /// As [`Self::forget`], if the machine still has this worker, or none: of another
+    /// life of that name nothing is touched.
+    pub(crate) async fn forget_exactly(
+        &self,
+        dir: &StateDir,
+        machine: &MachineName,
+        worker: Option<&Worker>,
+    ) {
+        if let Some(grave) = self.bury(dir, machine, worker) {
             if let Some(worker) = worker {
                 worker.forget().await;
             }
+            remove_remains(grave).await;
+        }
+    }
+
+    /// As [`Self::forget_exactly`], for a machine that is frozen for good: its process
+    /// ends in its own time.
+    pub(crate) fn forget_later(&self, dir: &StateDir, machine: &MachineName, worker: &Worker) {
+        let Some(grave) = self.bury(dir, machine, Some(worker)) else {
+            return;
+        };
+        let worker = worker.clone();
+        tokio::spawn(async move {
+            worker.forget().await;
             remove_remains(grave).await;
         });
     }
 
     /// Takes a worker out of the table, and its folder out of the way first: a
-    /// new worker of that name may come at once.
-    fn bury(&self, dir: &StateDir, machine: &MachineName) -> (Option<Worker>, PathBuf) {
+    /// new worker of that name may come at once. `None` if the machine has another
+    /// worker than the one that is meant.
+    fn bury(
+        &self,
+        dir: &StateDir,
+        machine: &MachineName,
+        worker: Option<&Worker>,
+    ) -> Option<PathBuf> {
+        // Held over the renaming: a worker that starts now waits for it.
+        let mut table = self.table();
+        match (table.get(machine), worker) {
+            (Some(known), Some(meant)) if known.is(meant) => {}
+            (None, None) => {}
+            // Whoever took it out saw to its folder.
+            _ => return None,
+        }
         let folder = dir.worker(machine);
         let grave = folder.with_file_name(format!("{GRAVE}{:016x}", rand::random::<u64>()));
         if let Err(error) = std::fs::rename(&folder, &grave)
@@ -472,7 +516,8 @@ impl Workers {
         {
             tracing::warn!(%error, folder = %folder.display(), "a machine's folder stays");
         }
-        (self.remove(machine), grave)
+        table.remove(machine);
+        Some(grave)
     }
 }
 

@@ -3,10 +3,12 @@
 //! `source` is seen from the node that gives the machine away and decides,
 //! `target` from the worker that receives it. Both are stepped with events by a
 //! thin runtime (`keel-node` for the source, [`crate::worker`] for the target),
-//! which carries out their commands in order. `converge` says when copying is over,
-//! `predict` how a move will go.
+//! which carries out their commands in order. `ownership` has the transactions that
+//! change the owner, `converge` says when copying is over, `predict` how a move will
+//! go.
 
 pub mod converge;
+pub mod ownership;
 pub mod predict;
 mod source;
 mod target;

@@ -7,12 +7,14 @@
 //!      ▼                     ▼                                     ▼                         │      ▼
 //!   Stayed ◀─────────────────┴─────────────────────────────────────┘◀──────── refused ───────┤   InDoubt
 //!      ▲                                                                                     │    │    │
-//!      │ own write won (new epoch)                                                           │won │    │ own write lost:
-//!      └─────────────────────────────────────────────────────────────────────────────────────┼────┘    │ commit had won
+//!      │ own write won (new epoch)                                                           │won │    │ the record says
+//!      └─────────────────────────────────────────────────────────────────────────────────────┼────┘    │ that it had won
 //!                                                                                            ▼         ▼
 //!   Gone ◀──────────────────────────── target resumed ─────────────────────────────────── Handed ◀─────┘
 //!      ▲                                                                                     │ target resumed (post-copy)
 //!      └──────────────────────────── target has all pages ──────────────────────────────── Serving
+//!
+//!   InDoubt, TakingBack ──the machine ended, was removed or has another owner──▶ Superseded
 //! ```
 //!
 //! Until the commit wins, every way out leads to `Stayed`: the machine runs on,
@@ -20,7 +22,9 @@
 //! frozen copy is kept until the target's agent says that the machine resumed,
 //! or that it did not and never will: then the source takes it back, by a write
 //! under a new epoch. In `Serving` it runs there, and takes the pages of the
-//! frozen copy one by one: nothing brings it back here any more.
+//! frozen copy one by one: nothing brings it back here any more. In `Superseded`
+//! neither copy of this move may run: both are dropped. What the record must say for
+//! each of these is in [`super::ownership`].
 
 use keel_cluster::Epoch;
 
@@ -59,6 +63,12 @@ pub enum SourceState {
     },
     /// The machine ended before it was handed over.
     Ended,
+    /// The machine ended, was removed or got another owner while this move did not
+    /// know how its transaction had ended.
+    Superseded {
+        /// What the record said.
+        reason: String,
+    },
 }
 
 /// What happens to a move.
@@ -90,8 +100,14 @@ pub enum SourceEvent {
     CommitUnknown,
     /// The source's own write was applied: the pending commit cannot win.
     OwnWriteWon,
-    /// The own write was refused, since the commit had won.
-    OwnWriteLost,
+    /// The record says that the machine ended, was removed, or belongs to somebody
+    /// else: neither the own write nor the commit was applied.
+    Superseded {
+        /// What it says.
+        reason: String,
+        /// Whether the machine ended as the source's own: its output is kept here.
+        output_stays: bool,
+    },
     /// The own write could not be made, or its answer was lost.
     OwnWriteUnknown,
     /// The target says that the machine runs there.
@@ -151,6 +167,8 @@ pub enum SourceCommand {
     Serve,
     /// Drop the frozen copy and end the worker.
     Forget,
+    /// End the worker with its frozen copy; the machine's output stays here.
+    End,
 }
 
 /// One machine move, seen from the source.
@@ -200,7 +218,10 @@ impl SourceMove {
     pub fn is_over(&self) -> bool {
         matches!(
             self.state,
-            SourceState::Stayed { .. } | SourceState::Gone { .. } | SourceState::Ended
+            SourceState::Stayed { .. }
+                | SourceState::Gone { .. }
+                | SourceState::Ended
+                | SourceState::Superseded { .. }
         )
     }
 
@@ -230,7 +251,7 @@ impl SourceMove {
                     epoch: self.epoch.next(),
                 }]
             }
-            (S::Committing, E::CommitWon) | (S::InDoubt, E::OwnWriteLost) => {
+            (S::Committing | S::InDoubt, E::CommitWon) => {
                 self.state = S::Handed;
                 vec![C::TellTarget {
                     epoch: self.epoch.next(),
@@ -277,12 +298,18 @@ impl SourceMove {
                 self.epoch = self.epoch.next().next();
                 self.stay("the target was lost before the machine resumed there".into())
             }
-            (S::TakingBack, E::OwnWriteLost) => {
-                // Somebody else acted on the machine; it is not ours any more.
-                self.state = S::Gone {
-                    epoch: self.epoch.next(),
+            (
+                S::InDoubt | S::TakingBack,
+                E::Superseded {
+                    reason,
+                    output_stays,
+                },
+            ) => {
+                self.state = S::Superseded {
+                    reason: reason.clone(),
                 };
-                vec![C::Forget]
+                let end = if output_stays { C::End } else { C::Forget };
+                vec![C::AbortTarget { reason }, end]
             }
             (
                 S::Offered | S::Copying | S::AskingStore | S::Freezing,
@@ -312,7 +339,8 @@ impl SourceMove {
                 | S::TakingBack
                 | S::Stayed { .. }
                 | S::Gone { .. }
-                | S::Ended,
+                | S::Ended
+                | S::Superseded { .. },
                 _,
             ) => Vec::new(),
         }
@@ -432,7 +460,7 @@ mod tests {
         assert_eq!(source.step(E::StoreAnswered), []);
         assert_eq!(source.step(E::TargetResumed), []);
         assert_eq!(source.step(E::OwnWriteUnknown), [write]);
-        let mut other = source.clone();
+        let (mut won, mut superseded) = (source.clone(), source.clone());
         assert_eq!(
             source.step(E::OwnWriteWon)[0],
             SourceCommand::Thaw {
@@ -440,9 +468,39 @@ mod tests {
             }
         );
         assert!(matches!(
-            other.step(E::OwnWriteLost)[0],
+            won.step(E::CommitWon)[0],
             SourceCommand::TellTarget { .. }
         ));
+        let commands = superseded.step(superseded_event(false));
+        assert!(matches!(commands[0], SourceCommand::AbortTarget { .. }));
+        assert_eq!(commands[1], SourceCommand::Forget);
+        assert!(superseded.is_over());
+    }
+
+    fn superseded_event(output_stays: bool) -> SourceEvent {
+        E::Superseded {
+            reason: "it was removed".into(),
+            output_stays,
+        }
+    }
+
+    /// Neither copy of the move runs where the machine is somebody else's by now.
+    #[test]
+    fn a_superseded_move_ends_both_copies() {
+        for before in [&[E::CommitUnknown][..], &[E::CommitWon, E::TargetWithout]] {
+            for output_stays in [false, true] {
+                let (mut source, _) = after(&to_commit(before));
+                let commands = source.step(superseded_event(output_stays));
+                let end = match output_stays {
+                    true => SourceCommand::End,
+                    false => SourceCommand::Forget,
+                };
+                let reason = "it was removed".to_owned();
+                assert_eq!(commands, [SourceCommand::AbortTarget { reason }, end]);
+                assert_eq!(source.step(E::CommitWon), []);
+                assert_eq!(source.step(E::OwnWriteWon), []);
+            }
+        }
     }
 
     #[test]
@@ -475,7 +533,7 @@ mod tests {
             10 => E::CommitRefused(String::new()),
             11 => E::CommitUnknown,
             12 => E::OwnWriteWon,
-            13 => E::OwnWriteLost,
+            13 => superseded_event(random.random_range(0..2) == 0),
             14 => E::OwnWriteUnknown,
             15 => E::TargetResumed,
             16 => E::TargetWithout,
@@ -491,8 +549,7 @@ mod tests {
                 // The store's answers come only to what was asked.
                 match event {
                     E::CommitWon | E::CommitRefused(_) | E::CommitUnknown if !committed => continue,
-                    E::OwnWriteWon if settled => {}
-                    E::OwnWriteWon | E::OwnWriteLost => continue,
+                    E::OwnWriteWon | E::Superseded { .. } if !settled => continue,
                     _ => {}
                 }
                 let refused = matches!(event, E::CommitRefused(_));
@@ -511,7 +568,9 @@ mod tests {
                                 assert!(epoch > EPOCH.next(), "seed {seed}");
                             }
                         }
-                        SourceCommand::Forget => assert!(committed, "seed {seed}"),
+                        SourceCommand::Forget | SourceCommand::End => {
+                            assert!(committed, "seed {seed}");
+                        }
                         SourceCommand::StartCopy
                         | SourceCommand::AskStore
                         | SourceCommand::FreezeAndSend

@@ -14,11 +14,11 @@ use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
 use crate::{dry_run, record, rules, spanning};
 use keel_api::{MoveLine, Urgency};
 use keel_cluster::clock::unix_ms;
-use keel_cluster::keys::Key;
-use keel_cluster::store::{Compare, Txn, TxnOutcome};
+use keel_cluster::store::TxnOutcome;
 use keel_cluster::{Epoch, NodeName, StoreError};
 use keel_machine::failpoint;
 use keel_machine::failpoint::Injected;
+use keel_machine::moves::ownership::{Found, Settlement, Transfer};
 use keel_machine::moves::{
     Ending, MoveReport, Phase, Progress, SourceCommand, SourceEvent, SourceMove, SourceState,
 };
@@ -110,10 +110,10 @@ impl Driver {
             SourceCommand::StartCopy => Some(self.copy().await),
             SourceCommand::AskStore => Some(self.ask_store().await),
             SourceCommand::FreezeAndSend => Some(self.freeze().await),
-            SourceCommand::Commit { epoch } => Some(self.commit(epoch).await),
-            SourceCommand::SettleByWrite { epoch } => Some(self.settle(epoch).await),
+            SourceCommand::Commit { .. } => Some(self.commit().await),
+            SourceCommand::SettleByWrite { .. } => Some(self.settle().await),
             SourceCommand::TellTarget { epoch } => Some(self.tell_target(epoch).await),
-            SourceCommand::TakeBack { epoch } => Some(self.take_back(epoch).await),
+            SourceCommand::TakeBack { .. } => Some(self.take_back().await),
             SourceCommand::Thaw { epoch } => {
                 self.thaw(epoch).await;
                 None
@@ -129,9 +129,24 @@ impl Driver {
                     tokio::time::sleep(RETRY_AFTER).await;
                 }
                 let (agent, machine) = (&self.agent, &self.record.name);
-                agent.workers.forget_later(&agent.dir, machine);
+                agent
+                    .workers
+                    .forget_later(&agent.dir, machine, &self.worker);
                 None
             }
+            SourceCommand::End => {
+                self.end().await;
+                None
+            }
+        }
+    }
+
+    /// Ends the worker of a machine whose end is in the store; what it said stays.
+    async fn end(&self) {
+        let (agent, machine) = (&self.agent, &self.record.name);
+        if agent.workers.remove_exactly(machine, &self.worker) {
+            self.worker.forget().await;
+            agent.workers.drop_group(&agent.dir, machine).await;
         }
     }
 
@@ -142,7 +157,7 @@ impl Driver {
             // A lost worker is seen to elsewhere; one whose connection was lost
             // has another by now.
             let worker = self.agent.workers.get(&self.record.name);
-            let Some(worker) = worker.filter(|now| now.is(&self.worker)) else {
+            let Some(worker) = worker.filter(|now| now.is(&self.worker) && !now.is_lost()) else {
                 return;
             };
             let thawed: Result<(), RpcError> = match failpoint::pass_async("move.thaw").await {
@@ -375,58 +390,26 @@ impl Driver {
         }
     }
 
-    fn machine_key(&self) -> Key {
-        Key::Machine(self.record.name.clone())
-    }
-
-    /// The record after the commit, or after a write that keeps it here.
-    fn owned_by(&self, owner: &NodeName, epoch: Epoch) -> Result<Vec<u8>, String> {
-        let status = if *owner == self.agent.name {
-            Status::Running
-        } else {
-            Status::Arriving {
-                from: self.agent.name.clone(),
-            }
-        };
-        let record = Record {
-            owner: owner.clone(),
-            epoch,
-            status,
-            since_unix_ms: unix_ms(),
-            ..self.record.clone()
-        };
-        record.encode()
+    fn transfer(&self) -> Transfer {
+        Transfer {
+            machine: self.record.name.clone(),
+            source: self.agent.name.clone(),
+            target: self.target.clone(),
+            epoch: self.record.epoch,
+            revision: self.revision,
+        }
     }
 
     /// One transaction: the two schedule entries, the owner, the epoch and the
     /// reservation.
-    async fn commit(&mut self, epoch: Epoch) -> SourceEvent {
+    async fn commit(&mut self) -> SourceEvent {
         let begun = Instant::now();
-        let value = match self.owned_by(&self.target, epoch) {
-            Ok(value) => value,
+        let txn = match self.transfer().commit(&self.record, unix_ms()) {
+            Ok(txn) => txn,
             Err(error) => return SourceEvent::CommitRefused(error),
         };
-        let machine = &self.record.name;
-        let (source, target) = (&self.agent.name, &self.target);
-        let exists = |key: Key| Compare::Exists {
-            key: key.to_string(),
-        };
-        let reservation = Key::Reservation(target.clone(), machine.clone());
-        let entry = Key::Schedule(source.clone(), machine.clone());
-        let txn = Txn::new()
-            .when_modified_at(self.machine_key(), self.revision)
-            .when(exists(entry.clone()))
-            .when(exists(reservation.clone()))
-            .when(exists(Key::Alive(source.clone())))
-            .when(exists(Key::Alive(target.clone())));
         let before = txn.compare.len();
-        let txn = self
-            .claims
-            .add_to(txn)
-            .delete(entry)
-            .put(Key::Schedule(target.clone(), machine.clone()), Vec::new())
-            .put(self.machine_key(), value)
-            .delete(reservation);
+        let txn = self.claims.add_to(txn);
         if let Err(reason) = passed("move.commit").await {
             return SourceEvent::CommitRefused(reason);
         }
@@ -457,16 +440,14 @@ impl Driver {
     }
 
     /// A write of the source's own, that makes a pending commit impossible.
-    async fn settle(&mut self, epoch: Epoch) -> SourceEvent {
-        let txn = self.owned_by(&self.agent.name, epoch).map(|value| {
-            Txn::new()
-                .when_modified_at(self.machine_key(), self.revision)
-                .put(self.machine_key(), value)
-        });
+    async fn settle(&mut self) -> SourceEvent {
         if let Err(reason) = passed("move.settle").await {
             return self.later(&reason).await;
         }
-        let event = self.own_write(txn, epoch).await;
+        let event = match self.found().await {
+            Ok(found) => self.own_write(self.transfer().settle(found.as_ref())).await,
+            Err(error) => self.later(&error).await,
+        };
         match passed("move.settled").await {
             Ok(()) => event,
             Err(reason) => self.later(&reason).await,
@@ -474,76 +455,54 @@ impl Driver {
     }
 
     /// Takes the machine back from a target that does not run it.
-    async fn take_back(&mut self, epoch: Epoch) -> SourceEvent {
+    async fn take_back(&mut self) -> SourceEvent {
         if let Err(reason) = passed("move.take-back").await {
             return self.later(&reason).await;
         }
-        let machine = &self.record.name;
-        let found = match record::get(&*self.agent.store, machine).await {
-            Ok(found) => found,
-            Err(record::RecordError::NoMachine(_)) => return SourceEvent::OwnWriteLost,
-            Err(error) => return self.later(&error.to_string()).await,
+        let event = match self.found().await {
+            Ok(found) => {
+                let next = self.transfer().take_back(found.as_ref(), unix_ms());
+                self.own_write(next).await
+            }
+            Err(error) => self.later(&error).await,
         };
-        let record = &found.record;
-        if record.owner == self.agent.name && record.epoch == epoch {
-            // An earlier attempt, whose answer was lost.
-            return SourceEvent::OwnWriteWon;
-        }
-        // Only what never ran there is taken back.
-        let arriving = record.owner == self.target
-            && record.epoch == self.record.epoch.next()
-            && matches!(record.status, Status::Arriving { .. });
-        if !arriving {
-            return SourceEvent::OwnWriteLost;
-        }
-        let entry = |node: &NodeName| Key::Schedule(node.clone(), machine.clone());
-        let txn = self.owned_by(&self.agent.name, epoch).map(|value| {
-            Txn::new()
-                .when_modified_at(self.machine_key(), found.revision)
-                .put(self.machine_key(), value)
-                .delete(entry(&self.target))
-                .put(entry(&self.agent.name), Vec::new())
-        });
-        let event = self.own_write(txn, epoch).await;
         match passed("move.taken-back").await {
             Ok(()) => event,
             Err(reason) => self.later(&reason).await,
         }
     }
 
-    async fn own_write(&mut self, txn: Result<Txn, String>, epoch: Epoch) -> SourceEvent {
-        let txn = match txn {
-            Ok(txn) => txn,
-            Err(error) => return self.later(&error).await,
-        };
-        match self.agent.store.txn(txn).await {
-            Ok(TxnOutcome::Committed { .. }) => SourceEvent::OwnWriteWon,
-            Ok(TxnOutcome::Refused { .. }) => {
-                // Refused because something was written: by an earlier attempt
-                // of this very write, or by the commit.
-                match record::get(&*self.agent.store, &self.record.name).await {
-                    Ok(found)
-                        if found.record.owner == self.agent.name && found.record.epoch == epoch =>
-                    {
-                        SourceEvent::OwnWriteWon
-                    }
-                    // Something else was written, say the report of an earlier
-                    // move. That made the commit impossible, but was no write
-                    // of this move's.
-                    Ok(found)
-                        if found.record.owner == self.agent.name
-                            && found.record.epoch == self.record.epoch
-                            && !found.record.status.ended() =>
-                    {
-                        self.revision = found.revision;
-                        self.record.reports = found.record.reports;
-                        SourceEvent::OwnWriteUnknown
-                    }
-                    Ok(_) | Err(record::RecordError::NoMachine(_)) => SourceEvent::OwnWriteLost,
-                    Err(error) => self.later(&error.to_string()).await,
+    /// The machine's record as it is now; `None` if there is none any more.
+    async fn found(&self) -> Result<Option<Found>, String> {
+        match record::get(&*self.agent.store, &self.record.name).await {
+            Ok(found) => Ok(Some(found)),
+            Err(record::RecordError::NoMachine(_)) => Ok(None),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Makes the write that a settlement asks for. One that is refused, or whose answer
+    /// is lost, decides nothing: the record is looked at again.
+    async fn own_write(&mut self, next: Result<Settlement, String>) -> SourceEvent {
+        match next {
+            Ok(Settlement::Write { txn, record }) => match self.agent.store.txn(txn).await {
+                Ok(TxnOutcome::Committed { .. }) => {
+                    self.record = *record;
+                    SourceEvent::OwnWriteWon
                 }
-            }
-            Err(error) => self.later(&error.to_string()).await,
+                Ok(TxnOutcome::Refused { .. }) => SourceEvent::OwnWriteUnknown,
+                Err(error) => self.later(&error.to_string()).await,
+            },
+            Ok(Settlement::Kept) => SourceEvent::OwnWriteWon,
+            Ok(Settlement::Won) => SourceEvent::CommitWon,
+            Ok(Settlement::Superseded {
+                reason,
+                output_stays,
+            }) => SourceEvent::Superseded {
+                reason,
+                output_stays,
+            },
+            Err(error) => self.later(&error).await,
         }
     }
 
@@ -633,7 +592,7 @@ impl Driver {
                 Err(error) => {
                     tracing::warn!(machine = %self.record.name, %error, "its frozen copy does not answer");
                     let worker = self.agent.workers.get(&self.record.name);
-                    match worker.filter(|now| now.is(&self.worker)) {
+                    match worker.filter(|now| now.is(&self.worker) && !now.is_lost()) {
                         // The connection may be another by now.
                         Some(worker) => self.worker = worker,
                         // The target finds out that there is no copy any more.
@@ -718,6 +677,9 @@ impl Driver {
                     reason: reason.clone(),
                 }
             }
+            SourceState::Superseded { reason } => Ending::Stayed {
+                reason: reason.clone(),
+            },
             _ => Ending::Stayed {
                 reason: "the machine ended".into(),
             },
@@ -740,8 +702,11 @@ impl Driver {
         }
         let report = self.report.clone();
         let add = |record: &mut Record| {
-            record.add_report(report.clone());
-            true
+            let is_new = !record.reports.contains(&report);
+            if is_new {
+                record.add_report(report.clone());
+            }
+            is_new
         };
         let (store, machine) = (&*self.agent.store, &self.record.name);
         if let Err(error) = record::update(store, machine, add, |txn, _| txn).await {

@@ -1,0 +1,1158 @@
+//! Two nodes, the machine, its user, and all that can go wrong.
+
+use crate::store::Store;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{KeyValue, Txn};
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::moves::ownership::{
+    self, ArrivalVerdict, EndEffect, Found, Settlement, Transfer,
+};
+use keel_machine::moves::{
+    SourceCommand, SourceEvent, SourceMove, SourceState, TargetCommand, TargetEvent, TargetMove,
+    TargetState,
+};
+use keel_machine::restart::Restart;
+use keel_machine::spec::{Record, Status};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use std::collections::VecDeque;
+
+/// Steps with faults, and without them after that.
+pub(crate) const FAULTY_STEPS: u32 = 70;
+pub(crate) const CALM_STEPS: u32 = 600;
+/// Pieces of memory that come after a machine which moves by post-copy.
+const PIECES: u32 = 3;
+/// Early enough that no life counts as long.
+const NOW_UNIX_MS: u64 = 1000;
+
+/// A rule that is broken on purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Defect {
+    None,
+    /// The old rule: a settling write that is refused means that the commit won, the
+    /// target's agent lets an arrival go on without asking the store, and the end of a
+    /// lost worker is written while its move does not know whose the machine is.
+    OldRule,
+    /// A source in doubt reads that it is the owner, and goes on.
+    ReadSettles,
+    /// A source forgets its copy before the target has all of it.
+    ForgetsEarly,
+    /// The settling write puts the record as it was when the move began.
+    SettlesWithOldRecord,
+    /// An end whose answer was lost is written again, whatever the epoch is by then.
+    EndsTwice,
+    /// A new agent starts a machine that the one before may have started already.
+    StartsAgainUnderItsEpoch,
+}
+
+impl Defect {
+    pub(crate) const ALL: [Defect; 6] = [
+        Defect::OldRule,
+        Defect::ReadSettles,
+        Defect::ForgetsEarly,
+        Defect::SettlesWithOldRecord,
+        Defect::EndsTwice,
+        Defect::StartsAgainUnderItsEpoch,
+    ];
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It runs at its source under the epoch that it had.
+    Stayed,
+    /// It runs at its source under a newer one, by a write of the source's own.
+    Kept,
+    /// It runs at its target.
+    Moved,
+    /// It was started again.
+    Restarted,
+    /// It runs as a later machine of that name.
+    Recreated,
+    /// It has ended, and the record says so.
+    Ended,
+    /// It was removed.
+    Removed,
+}
+
+impl End {
+    pub(crate) const ALL: [End; 7] = [
+        End::Stayed,
+        End::Kept,
+        End::Moved,
+        End::Restarted,
+        End::Recreated,
+        End::Ended,
+        End::Removed,
+    ];
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Node {
+    A = 0,
+    B = 1,
+}
+
+use Node::{A, B};
+
+impl Node {
+    fn name(self) -> NodeName {
+        let name = match self {
+            A => "a",
+            B => "b",
+        };
+        name.parse().unwrap()
+    }
+}
+
+/// A worker's process.
+#[derive(Debug)]
+struct Process {
+    id: u32,
+    copy: Copy,
+    /// It gives its machine away, or did.
+    giving: bool,
+    /// Pieces of memory that only the source of its move has.
+    missing: u32,
+    /// It was seen that the source is lost; its agent is to settle.
+    source_lost: bool,
+}
+
+#[derive(Debug)]
+enum Copy {
+    /// Started or thawed under this epoch.
+    Machine { epoch: Epoch, frozen: bool },
+    /// It arrives, or has.
+    Arrival(TargetMove),
+}
+
+impl Process {
+    fn live(&self) -> Option<Epoch> {
+        match &self.copy {
+            Copy::Machine {
+                epoch,
+                frozen: false,
+            } => Some(*epoch),
+            Copy::Machine { .. } => None,
+            Copy::Arrival(target) => match target.state() {
+                TargetState::Running { epoch } => Some(epoch),
+                _ => None,
+            },
+        }
+    }
+
+    fn arrival(&self) -> Option<TargetState> {
+        match &self.copy {
+            Copy::Arrival(target) => Some(target.state()),
+            Copy::Machine { .. } => None,
+        }
+    }
+}
+
+/// The agent at the source drives the move, if it lives.
+#[derive(Debug)]
+struct Driver {
+    source: SourceMove,
+    commands: VecDeque<SourceCommand>,
+    transfer: Transfer,
+    record: Record,
+    /// The process that it moves.
+    process: u32,
+    /// A write of its own that was decided, and not sent yet.
+    decided: Option<Txn>,
+}
+
+/// The end of a life that an agent is writing.
+#[derive(Debug, Clone, Copy)]
+struct Ending {
+    epoch: Epoch,
+}
+
+pub(crate) struct World {
+    random: StdRng,
+    defect: Defect,
+    trace: bool,
+    machine: MachineName,
+    store: Store,
+    processes: [Option<Process>; 2],
+    endings: [Option<Ending>; 2],
+    /// The store's revision when each agent began: an epoch above it was given to the
+    /// machine later, so no earlier agent started it under that.
+    agent_since: [u64; 2],
+    /// The epoch that each agent gave the machine for its next life here.
+    given: [Option<Epoch>; 2],
+    driver: Option<Driver>,
+    link: bool,
+    faults: bool,
+    next_process: u32,
+    /// The newest epoch under which a copy ran, and in which process.
+    newest: (Epoch, u32),
+    post_copy: bool,
+    /// Processes that were killed.
+    deaths: u32,
+    /// A process at the source was killed, with the memory that it had.
+    source_killed: bool,
+    /// The number of threads that a user was told of, in the record's creation.
+    acknowledged: u32,
+    began: Epoch,
+    creations: u32,
+}
+
+impl std::fmt::Debug for World {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let record = self.found().map(|it| {
+            let record = it.record;
+            (record.owner, record.epoch.to_string(), record.status)
+        });
+        write!(
+            f,
+            "{record:?}, processes {:?}, endings {:?}, driver {:?}",
+            self.processes,
+            self.endings,
+            self.driver
+                .as_ref()
+                .map(|it| (it.source.state(), &it.commands))
+        )
+    }
+}
+
+fn new_record(machine: &MachineName, owner: Node, restart: Restart) -> Record {
+    let mut record = crate::record::new(machine.clone(), owner.name(), restart);
+    record.started_unix_ms = NOW_UNIX_MS;
+    record
+}
+
+impl World {
+    /// A machine that runs at A and whose move to B was accepted.
+    pub(crate) fn new(seed: u64, defect: Defect, trace: bool) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
+        let machine: MachineName = "m".parse().unwrap();
+        let policy = random.random_range(0..3);
+        let restart = [Restart::No, Restart::OnFailure, Restart::Always][policy];
+        let post_copy = seed % 2 == 1;
+        let mut world = World {
+            random,
+            defect,
+            trace,
+            store: Store::default(),
+            processes: [None, None],
+            endings: [None, None],
+            agent_since: [0, 0],
+            given: [None, None],
+            driver: None,
+            link: true,
+            faults: false,
+            next_process: 0,
+            newest: (Epoch::default(), u32::MAX),
+            post_copy,
+            deaths: 0,
+            source_killed: false,
+            acknowledged: 1,
+            began: Epoch::default(),
+            creations: 0,
+            machine,
+        };
+        for node in [A, B] {
+            let alive = Txn::new().put(Key::Alive(node.name()), Vec::new());
+            assert!(world.store.apply(&alive));
+        }
+        world.create(A, restart);
+        world.agent(A);
+        world.agent(A);
+        world.begin_move();
+        world.faults = true;
+        world
+    }
+
+    pub(crate) fn stop_faults(&mut self) {
+        self.faults = false;
+    }
+
+    /// True one time in `n`, and never when the faults have stopped.
+    fn fault(&mut self, n: u32) -> bool {
+        self.faults && self.random.random_range(0..n) == 0
+    }
+
+    fn say(&self, what: &str) {
+        if self.trace {
+            println!("{what}: {self:?}");
+        }
+    }
+
+    // ── the store ───────────────────────────────────────────────────────
+
+    fn record_key(&self) -> String {
+        Key::Machine(self.machine.clone()).to_string()
+    }
+
+    fn entry_key(&self, node: Node) -> String {
+        Key::Schedule(node.name(), self.machine.clone()).to_string()
+    }
+
+    fn reservation_key(&self) -> String {
+        Key::Reservation(B.name(), self.machine.clone()).to_string()
+    }
+
+    fn record_entry(&self) -> Option<&KeyValue> {
+        self.store.get(&self.record_key())
+    }
+
+    fn found(&self) -> Option<Found> {
+        Some(Found::read(self.record_entry()?).unwrap())
+    }
+
+    /// Runs a transaction; `None` if its answer is lost.
+    fn send(&mut self, txn: &Txn) -> Option<bool> {
+        if self.fault(4) {
+            match self.random.random_range(0..3) {
+                0 => self.store.in_flight.push(txn.clone()),
+                1 => drop(self.store.apply(txn)),
+                _ => {}
+            }
+            return None;
+        }
+        Some(self.store.apply(txn))
+    }
+
+    /// A change of the record, on the condition that nobody else changed it meanwhile.
+    fn change(&self, record: &Record) -> Txn {
+        let revision = self.record_entry().map_or(0, |it| it.modified);
+        Txn::new()
+            .when_modified_at(self.record_key(), revision)
+            .put(self.record_key(), record.encode().unwrap())
+    }
+
+    // ── what must hold ──────────────────────────────────────────────────
+
+    /// A copy of a process begins to run.
+    fn begins(&mut self, process: u32, epoch: Epoch) {
+        let (newest, before) = self.newest;
+        let rises = match process == before {
+            true => epoch >= newest,
+            false => epoch > newest,
+        };
+        assert!(rises, "it runs under {epoch}, after {newest}: {self:?}");
+        self.newest = (epoch, process);
+    }
+
+    fn check(&self) {
+        let live: Vec<(Node, Epoch)> = [A, B]
+            .into_iter()
+            .filter_map(|node| Some((node, self.processes[node as usize].as_ref()?.live()?)))
+            .collect();
+        assert!(live.len() <= 1, "two live copies: {self:?}");
+        if let Some((node, epoch)) = live.first() {
+            let Some(record) = self.found().map(|it| it.record) else {
+                panic!("a machine runs that was removed: {self:?}");
+            };
+            let named = record.owner == node.name() && !record.status.ended();
+            assert!(named, "the record does not name what runs: {self:?}");
+            assert!(*epoch <= record.epoch, "older than what runs: {self:?}");
+            let created = self.record_entry().map_or(0, |it| it.created);
+            assert!(epoch.counter >= created, "of another creation: {self:?}");
+        }
+        if let Some(record) = self.found().map(|it| it.record) {
+            let kept = record.spec.threads_max >= self.acknowledged;
+            assert!(kept, "an acknowledged change is undone: {self:?}");
+            assert!(record.restarts <= self.deaths, "restarts: {self:?}");
+        }
+        let has_source = matches!(
+            self.processes[A as usize].as_ref().map(|it| &it.copy),
+            Some(Copy::Machine { .. })
+        );
+        assert!(
+            !self.lacking() || has_source || self.source_killed,
+            "the source dropped what the target lacks: {self:?}"
+        );
+    }
+
+    /// Whether the machine runs at B without all of its memory.
+    fn lacking(&self) -> bool {
+        let b = self.processes[B as usize].as_ref();
+        b.is_some_and(|b| b.missing > 0 && b.live().is_some())
+    }
+
+    /// How it ended, once nothing is left to be done.
+    pub(crate) fn end(&self) -> Option<End> {
+        if self.driver.is_some() || !self.store.in_flight.is_empty() || self.lacking() {
+            return None;
+        }
+        let idle = self.processes.iter().all(Option::is_none);
+        let Some(record) = self.found().map(|it| it.record) else {
+            return idle.then_some(End::Removed);
+        };
+        if record.status.ended() {
+            assert!(self.deaths > 0, "it ended by itself: {self:?}");
+            return idle.then_some(End::Ended);
+        }
+        let running: Vec<(Node, Epoch)> = [A, B]
+            .into_iter()
+            .filter_map(|node| Some((node, self.processes[node as usize].as_ref()?.live()?)))
+            .collect();
+        let [(node, epoch)] = running[..] else {
+            return None;
+        };
+        let processes = self.processes.iter().flatten().count();
+        let settled = record.status == Status::Running
+            && record.owner == node.name()
+            && record.epoch == epoch
+            && processes == 1
+            && self.store.has(&self.entry_key(node));
+        settled.then_some(match (self.creations, record.restarts, node) {
+            (2.., _, _) => End::Recreated,
+            (_, 1.., _) => End::Restarted,
+            (_, _, B) => End::Moved,
+            (_, _, A) if epoch == self.began => End::Stayed,
+            (_, _, A) => End::Kept,
+        })
+    }
+
+    // ── the user ────────────────────────────────────────────────────────
+
+    /// `run` or `restore`, where no machine has the name.
+    fn create(&mut self, node: Node, restart: Restart) {
+        let record = new_record(&self.machine, node, restart);
+        let txn = Txn::new()
+            .when_absent(self.record_key())
+            .put(self.record_key(), record.encode().unwrap())
+            .put(self.entry_key(node), Vec::new());
+        if self.store.apply(&txn) {
+            self.creations += 1;
+            self.acknowledged = 1;
+            self.deaths = 0;
+            self.say("created");
+        }
+    }
+
+    /// `rm`, which its owner carries out.
+    fn remove(&mut self) {
+        let Some(found) = self.found().filter(|it| it.record.status.ended()) else {
+            return;
+        };
+        let txn = Txn::new()
+            .when_modified_at(self.record_key(), found.revision)
+            .delete(self.record_key());
+        assert!(self.store.apply(&txn));
+        let owner = if found.record.owner == A.name() { A } else { B };
+        self.processes[owner as usize] = None;
+        self.acknowledged = 1;
+        self.say("removed");
+    }
+
+    /// `set`, whose check passed before the move began.
+    fn set(&mut self) {
+        let Some(Found { mut record, .. }) = self.found() else {
+            return;
+        };
+        record.spec.threads_max += 1;
+        let txn = self.change(&record);
+        if self.send(&txn) == Some(true) {
+            self.acknowledged = record.spec.threads_max;
+            self.say("set");
+        }
+    }
+
+    // ── processes ───────────────────────────────────────────────────────
+
+    fn new_process(&mut self, copy: Copy) -> Process {
+        self.next_process += 1;
+        Process {
+            id: self.next_process,
+            copy,
+            giving: false,
+            missing: 0,
+            source_lost: false,
+        }
+    }
+
+    fn step_arrival(&mut self, event: TargetEvent) -> Vec<TargetCommand> {
+        let Some(process) = &mut self.processes[B as usize] else {
+            return Vec::new();
+        };
+        let id = process.id;
+        let Copy::Arrival(target) = &mut process.copy else {
+            return Vec::new();
+        };
+        let commands = target.step(event);
+        for command in &commands {
+            if let TargetCommand::Thaw(epoch) = command {
+                self.begins(id, *epoch);
+            }
+        }
+        commands
+    }
+
+    fn go(&mut self, epoch: Epoch) -> bool {
+        let commands = self.step_arrival(TargetEvent::Go(epoch));
+        commands
+            .iter()
+            .any(|it| matches!(it, TargetCommand::SayResumed(_)))
+    }
+
+    /// Lets the process of the move go on at its source, if it is there.
+    fn thaw(&mut self, id: u32, epoch: Epoch) {
+        let Some(process) = self.processes[A as usize].as_mut().filter(|it| it.id == id) else {
+            return;
+        };
+        // (It closes its connection to the target.)
+        process.giving = false;
+        if let Copy::Machine {
+            epoch: under,
+            frozen,
+        } = &mut process.copy
+        {
+            *under = epoch;
+            *frozen = false;
+            self.begins(id, epoch);
+        }
+        self.break_link();
+    }
+
+    fn break_link(&mut self) {
+        if !std::mem::take(&mut self.link) {
+            return;
+        }
+        let commands = self.step_arrival(TargetEvent::SourceLost("lost".into()));
+        if let Some(b) = &mut self.processes[B as usize] {
+            b.source_lost |= commands.contains(&TargetCommand::AskAgent);
+            if b.arrival() == Some(TargetState::Dropped) {
+                self.settle_arrival();
+            }
+        }
+    }
+
+    fn kill(&mut self, node: Node) {
+        let Some(process) = self.processes[node as usize].take() else {
+            return;
+        };
+        self.deaths += 1;
+        self.source_killed |= node == A;
+        if process.arrival().is_some() || process.giving {
+            self.link = false;
+            let _ = self.step_arrival(TargetEvent::SourceLost("lost".into()));
+            if let Some(b) = &mut self.processes[B as usize]
+                && b.arrival() == Some(TargetState::Prepared)
+            {
+                b.source_lost = true;
+            }
+        }
+        // Its agent sees it; what it starts here, it starts once under an epoch.
+        if let (Copy::Machine { epoch, .. }, false) = (&process.copy, process.giving) {
+            self.endings[node as usize] = Some(Ending { epoch: *epoch });
+        }
+        self.say(&format!("the worker at {node:?} dies"));
+    }
+
+    // ── agents ──────────────────────────────────────────────────────────
+
+    /// One thing that a node's agent does: what its schedule, its process and the
+    /// record call for.
+    fn agent(&mut self, node: Node) {
+        if let Some(ending) = self.endings[node as usize] {
+            self.write_end(node, ending);
+            return;
+        }
+        // An offer of an agent that died is withdrawn by the next one.
+        let reserved = self.store.has(&self.reservation_key());
+        let b_is_empty = self.processes[B as usize].is_none();
+        if node == A && self.driver.is_none() && reserved && !b_is_empty {
+            self.settle_arrival();
+            return;
+        }
+        // What was reserved for an arrival that was lost is given back.
+        if node == B && reserved && b_is_empty {
+            let txn = Txn::new().delete(self.reservation_key());
+            self.send(&txn);
+            return;
+        }
+        let process = self.processes[node as usize].as_ref();
+        let arrival = process.and_then(Process::arrival);
+        match (process.map(|it| it.giving), arrival) {
+            (None, _) => self.without_process(node),
+            (Some(_), Some(state)) => self.with_arrival(state),
+            (Some(true), None) if self.driver.is_none() => self.take_up_move(),
+            (Some(true), None) => {}
+            (Some(false), None) => self.with_machine(node),
+        }
+        self.say(&format!("the agent at {node:?}"));
+    }
+
+    /// Nothing runs here. What the schedule says is started, or its loss written.
+    fn without_process(&mut self, node: Node) {
+        // A lost worker's end waits for its move's.
+        let moving = node == A && self.driver.is_some();
+        if moving && self.defect != Defect::OldRule {
+            return;
+        }
+        let Some(mut record) = self.found().map(|it| it.record) else {
+            return;
+        };
+        if record.owner != node.name() || !self.store.has(&self.entry_key(node)) {
+            return;
+        }
+        let epoch = record.epoch;
+        match record.status {
+            Status::Scheduled | Status::Restarting { .. }
+                if epoch.counter <= self.agent_since[node as usize]
+                    && self.given[node as usize] != Some(epoch)
+                    && self.defect != Defect::StartsAgainUnderItsEpoch =>
+            {
+                record.epoch = epoch.next();
+                let txn = self.change(&record);
+                self.send(&txn);
+            }
+            Status::Scheduled | Status::Restarting { .. } if !moving => {
+                let frozen = false;
+                let process = self.new_process(Copy::Machine { epoch, frozen });
+                self.begins(process.id, epoch);
+                self.processes[node as usize] = Some(process);
+            }
+            Status::Running | Status::Filling { .. } => {
+                self.write_end(node, Ending { epoch });
+            }
+            // It was lost on its arrival; the source takes it back, if it can.
+            Status::Arriving { .. } if self.processes[A as usize].is_none() => {
+                self.write_end(node, Ending { epoch });
+            }
+            _ => {}
+        }
+    }
+
+    /// Writes that a life has ended, until the answer is there.
+    fn write_end(&mut self, node: Node, ending: Ending) {
+        self.endings[node as usize] = None;
+        let Some(mut record) = self.found().map(|it| it.record) else {
+            return;
+        };
+        let epoch = match self.defect {
+            Defect::EndsTwice => record.epoch,
+            _ => ending.epoch,
+        };
+        let lost = Status::Failed {
+            reason: "its worker was lost".into(),
+        };
+        let effect = ownership::end(&mut record, &node.name(), epoch, &lost, NOW_UNIX_MS);
+        self.say(&format!("the end of {epoch} at {node:?}: {effect:?}"));
+        if effect == EndEffect::None {
+            return;
+        }
+        self.given[node as usize] = Some(record.epoch);
+        if effect == EndEffect::RestartsAlready {
+            return;
+        }
+        let mut txn = self.change(&record);
+        if record.status.ended() {
+            txn = txn.delete(self.entry_key(node));
+        }
+        if self.send(&txn) != Some(true) {
+            self.endings[node as usize] = Some(ending);
+        }
+    }
+
+    /// A machine runs here that no move concerns.
+    fn with_machine(&mut self, node: Node) {
+        let moving = node == A && self.driver.is_some();
+        if !self.store.has(&self.entry_key(node)) && !moving {
+            self.processes[node as usize] = None;
+            return;
+        }
+        self.write_running(node, false);
+    }
+
+    fn write_running(&mut self, node: Node, filling: bool) {
+        let process = self.processes[node as usize].as_ref();
+        let (Some(found), Some(epoch)) = (self.found(), process.and_then(Process::live)) else {
+            return;
+        };
+        let mut record = found.record;
+        if let Some(next) = ownership::running(&record, &node.name(), epoch, filling) {
+            record.enter(next, NOW_UNIX_MS);
+            let txn = self.change(&record);
+            self.send(&txn);
+        }
+    }
+
+    /// An arrival is here, ready or not, or goes on already.
+    fn with_arrival(&mut self, state: TargetState) {
+        let lost = self.processes[B as usize]
+            .as_ref()
+            .is_some_and(|it| it.source_lost);
+        let record = self.found().map(|it| it.record);
+        let scheduled = self.store.has(&self.entry_key(B));
+        match state {
+            TargetState::Prepared if lost => self.settle_arrival(),
+            // Nobody sends any more: its connection ended, or none came in time.
+            TargetState::Receiving | TargetState::Preparing if self.driver.is_none() => {
+                self.step_arrival(TargetEvent::SourceLost("late".into()));
+                self.settle_arrival();
+            }
+            TargetState::Receiving | TargetState::Preparing | TargetState::Prepared => {
+                let Some(record) = record.filter(|it| scheduled && it.owner == B.name()) else {
+                    return;
+                };
+                if matches!(record.status, Status::Scheduled | Status::Restarting { .. }) {
+                    self.processes[B as usize] = None;
+                } else if state == TargetState::Prepared {
+                    self.go_if_won(&record);
+                }
+            }
+            TargetState::Dropped => self.settle_arrival(),
+            TargetState::Running { .. } if !scheduled => self.processes[B as usize] = None,
+            TargetState::Running { .. } => {
+                let lacks = self.lacking();
+                if lacks && self.processes[A as usize].is_none() {
+                    // What it lacks is nowhere.
+                    self.kill(B);
+                } else {
+                    self.write_running(B, lacks);
+                }
+            }
+        }
+    }
+
+    fn offered(&self) -> Epoch {
+        self.began
+    }
+
+    fn go_if_won(&mut self, record: &Record) -> bool {
+        match ownership::arrival(&B.name(), self.offered(), Some(record)) {
+            ArrivalVerdict::Goes(epoch) => self.go(epoch),
+            ArrivalVerdict::Never | ArrivalVerdict::Open => false,
+        }
+    }
+
+    /// An arrival whose source can no longer say how it goes on: the reservation is
+    /// taken away; where it was gone, the commit may have won, and the record says.
+    fn settle_arrival(&mut self) {
+        let state = self.processes[B as usize]
+            .as_ref()
+            .and_then(Process::arrival);
+        if matches!(state, None | Some(TargetState::Running { .. })) {
+            return;
+        }
+        let key = self.reservation_key();
+        let take = Txn::new()
+            .when(keel_cluster::store::Compare::Exists { key: key.clone() })
+            .delete(key);
+        let Some(taken) = self.send(&take) else {
+            return;
+        };
+        if !taken
+            && state == Some(TargetState::Prepared)
+            && let Some(record) = self.found().map(|it| it.record)
+            && self.go_if_won(&record)
+        {
+            return;
+        }
+        self.processes[B as usize] = None;
+    }
+
+    /// A new agent at the source finds a worker that gave its machine away.
+    fn take_up_move(&mut self) {
+        let Some((id, frozen)) = self.processes[A as usize].as_ref().map(|it| {
+            let frozen = matches!(it.copy, Copy::Machine { frozen: true, .. });
+            (it.id, frozen)
+        }) else {
+            return;
+        };
+        let Some(mut record) = self.found().map(|it| it.record) else {
+            self.processes[A as usize] = None;
+            return;
+        };
+        let needs_copy = matches!(
+            &record.status,
+            Status::Arriving { from } | Status::Filling { from } if *from == A.name()
+        );
+        if record.owner == A.name() && !record.status.ended() {
+            // A write under a new epoch, then the thaw.
+            record.epoch = record.epoch.next();
+            let txn = self.change(&record);
+            if self.send(&txn) == Some(true) {
+                self.thaw(id, record.epoch);
+            }
+            return;
+        }
+        if !(frozen && needs_copy) {
+            self.processes[A as usize] = None;
+            return;
+        }
+        let epoch = Epoch {
+            counter: record.epoch.counter - 1,
+            ..record.epoch
+        };
+        let (source, commands) = SourceMove::handed(epoch, self.post_copy);
+        self.driver = Some(Driver {
+            source,
+            commands: commands.into(),
+            transfer: self.transfer(epoch, 0),
+            record,
+            process: id,
+            decided: None,
+        });
+    }
+
+    // ── the move, seen from its source ──────────────────────────────────
+
+    fn transfer(&self, epoch: Epoch, revision: u64) -> Transfer {
+        Transfer {
+            machine: self.machine.clone(),
+            source: A.name(),
+            target: B.name(),
+            epoch,
+            revision,
+        }
+    }
+
+    fn begin_move(&mut self) {
+        let found = self.found().unwrap();
+        assert_eq!(found.record.status, Status::Running);
+        let epoch = found.record.epoch;
+        let reserve = Txn::new().put(self.reservation_key(), Vec::new());
+        assert!(self.store.apply(&reserve));
+        let mut source = SourceMove::new(epoch, self.post_copy);
+        let commands = source.step(SourceEvent::Accepted).into();
+        let mut process = self.new_process(Copy::Arrival(TargetMove::new(epoch)));
+        process.missing = if self.post_copy { PIECES } else { 0 };
+        self.processes[B as usize] = Some(process);
+        self.began = epoch;
+        self.driver = Some(Driver {
+            source,
+            commands,
+            transfer: self.transfer(epoch, found.revision),
+            record: found.record,
+            process: self.processes[A as usize].as_ref().unwrap().id,
+            decided: None,
+        });
+    }
+
+    /// The next thing that the driver has to do, with what comes of it.
+    fn drive(&mut self) {
+        let Some(driver) = &mut self.driver else {
+            return;
+        };
+        if let Some(txn) = driver.decided.take() {
+            let event = self.own_write(&txn);
+            self.feed(event);
+            return;
+        }
+        let Some(command) = driver.commands.pop_front() else {
+            if driver.source.is_over() {
+                self.driver = None;
+                // (The connection between the two workers ends with the move.)
+                self.break_link();
+            }
+            return;
+        };
+        if let Some(event) = self.carry_out(&command) {
+            self.feed(event);
+        }
+        self.say(&format!("{command:?}"));
+    }
+
+    fn feed(&mut self, event: SourceEvent) {
+        if let Some(driver) = &mut self.driver {
+            let more = driver.source.step(event);
+            driver.commands.extend(more);
+        }
+    }
+
+    fn source_process(&mut self) -> Option<&mut Process> {
+        let id = self.driver.as_ref()?.process;
+        self.processes[A as usize].as_mut().filter(|it| it.id == id)
+    }
+
+    fn carry_out(&mut self, command: &SourceCommand) -> Option<SourceEvent> {
+        let lost = || SourceEvent::PeerLost("lost".into());
+        let event = match command {
+            SourceCommand::StartCopy => match self.source_process() {
+                None => SourceEvent::MachineEnded,
+                Some(process) => {
+                    process.giving = true;
+                    match self.link && self.processes[B as usize].is_some() {
+                        false => lost(),
+                        true if self.fault(10) => SourceEvent::Cancel("no".into()),
+                        true => SourceEvent::Converged,
+                    }
+                }
+            },
+            SourceCommand::AskStore if self.fault(10) => SourceEvent::StoreAway("away".into()),
+            SourceCommand::AskStore => SourceEvent::StoreAnswered,
+            SourceCommand::FreezeAndSend => self.freeze_and_send(),
+            SourceCommand::Commit { .. } => self.commit(),
+            SourceCommand::SettleByWrite { .. } => return self.settle(),
+            SourceCommand::TellTarget { epoch } => self.tell_target(*epoch),
+            SourceCommand::TakeBack { .. } => return self.take_back(),
+            SourceCommand::Thaw { epoch } => {
+                let id = self.driver.as_ref()?.process;
+                self.thaw(id, *epoch);
+                return None;
+            }
+            SourceCommand::AbortTarget { .. } => {
+                if !self.fault(2) {
+                    self.break_link();
+                }
+                if !self.fault(2) {
+                    self.settle_arrival();
+                }
+                return None;
+            }
+            SourceCommand::Serve => return self.serve(),
+            SourceCommand::Forget | SourceCommand::End => {
+                if self.source_process().is_some() {
+                    self.processes[A as usize] = None;
+                }
+                return None;
+            }
+        };
+        Some(event)
+    }
+
+    /// Sends one piece, if it can, and goes on with that until nobody needs any.
+    fn serve(&mut self) -> Option<SourceEvent> {
+        let lost = self.fault(4);
+        let needed = match self.found().map(|it| it.record.status) {
+            Some(Status::Filling { .. }) => true,
+            Some(Status::Arriving { .. }) => self.processes[B as usize].is_some(),
+            _ => false,
+        };
+        if self.source_process().is_none() || !needed || self.defect == Defect::ForgetsEarly {
+            return Some(SourceEvent::Served);
+        }
+        // (A lost connection is made anew.)
+        let b = self.processes[B as usize].as_mut();
+        if let Some(b) = b.filter(|_| !lost) {
+            b.missing = b.missing.saturating_sub(1);
+        }
+        let lacks = self.processes[B as usize]
+            .as_ref()
+            .is_none_or(|b| b.missing > 0);
+        if !lacks && !self.fault(4) {
+            return Some(SourceEvent::Served);
+        }
+        if let Some(driver) = &mut self.driver {
+            driver.commands.push_front(SourceCommand::Serve);
+        }
+        None
+    }
+
+    fn freeze_and_send(&mut self) -> SourceEvent {
+        let late = self.fault(15);
+        let Some(process) = self.source_process() else {
+            return SourceEvent::MachineEnded;
+        };
+        if late {
+            return SourceEvent::FreezeLate("late".into());
+        }
+        if let Copy::Machine { frozen, .. } = &mut process.copy {
+            *frozen = true;
+        }
+        if !self.link || self.processes[B as usize].is_none() || self.fault(10) {
+            self.break_link();
+            return SourceEvent::PeerLost("lost".into());
+        }
+        self.step_arrival(TargetEvent::StateArrived);
+        self.step_arrival(TargetEvent::InstancesMade);
+        if self.fault(8) {
+            // It is ready, but the word of it is lost.
+            self.break_link();
+            return SourceEvent::PeerLost("lost".into());
+        }
+        SourceEvent::Prepared
+    }
+
+    fn commit(&mut self) -> SourceEvent {
+        let Some(driver) = &self.driver else {
+            return SourceEvent::CommitUnknown;
+        };
+        let txn = driver.transfer.commit(&driver.record, NOW_UNIX_MS).unwrap();
+        match self.send(&txn) {
+            None => SourceEvent::CommitUnknown,
+            Some(true) => SourceEvent::CommitWon,
+            Some(false) => SourceEvent::CommitRefused("refused".into()),
+        }
+    }
+
+    fn settle(&mut self) -> Option<SourceEvent> {
+        let found = self.found();
+        let driver = self.driver.as_ref()?;
+        let is_ours = found.as_ref().is_some_and(|it| it.record.owner == A.name());
+        if self.defect == Defect::ReadSettles && is_ours {
+            let (process, epoch) = (driver.process, driver.transfer.epoch);
+            self.driver = None;
+            self.thaw(process, epoch);
+            return None;
+        }
+        let mut settlement = driver.transfer.settle(found.as_ref()).unwrap();
+        if self.defect == Defect::SettlesWithOldRecord
+            && let Settlement::Write { txn, .. } = &mut settlement
+        {
+            let mut old = driver.record.clone();
+            old.epoch = old.epoch.next();
+            *txn = self.change(&old);
+        }
+        let refused = matches!(settlement, Settlement::Superseded { .. });
+        if refused && self.defect == Defect::OldRule {
+            return Some(SourceEvent::CommitWon);
+        }
+        self.decide(settlement)
+    }
+
+    fn take_back(&mut self) -> Option<SourceEvent> {
+        let found = self.found();
+        let driver = self.driver.as_ref()?;
+        let settlement = driver
+            .transfer
+            .take_back(found.as_ref(), NOW_UNIX_MS)
+            .unwrap();
+        self.decide(settlement)
+    }
+
+    /// A write is sent in this step or, as its sender may be slow, in a later one.
+    fn decide(&mut self, settlement: Settlement) -> Option<SourceEvent> {
+        match settlement {
+            Settlement::Write { txn, .. } => {
+                if self.fault(2) {
+                    self.driver.as_mut()?.decided = Some(txn);
+                    return None;
+                }
+                Some(self.own_write(&txn))
+            }
+            Settlement::Kept => Some(SourceEvent::OwnWriteWon),
+            Settlement::Won => Some(SourceEvent::CommitWon),
+            Settlement::Superseded {
+                reason,
+                output_stays,
+            } => Some(SourceEvent::Superseded {
+                reason,
+                output_stays,
+            }),
+        }
+    }
+
+    fn own_write(&mut self, txn: &Txn) -> SourceEvent {
+        match self.send(txn) {
+            Some(true) => SourceEvent::OwnWriteWon,
+            Some(false) | None => SourceEvent::OwnWriteUnknown,
+        }
+    }
+
+    fn tell_target(&mut self, epoch: Epoch) -> SourceEvent {
+        if self.link && self.source_process().is_some() && !self.fault(4) {
+            let went = self.go(epoch);
+            if went && !self.fault(4) {
+                return SourceEvent::TargetResumed;
+            }
+        }
+        if self.fault(3) {
+            return SourceEvent::PeerLost("its agent does not answer".into());
+        }
+        let Some(state) = self.processes[B as usize]
+            .as_ref()
+            .and_then(Process::arrival)
+        else {
+            return SourceEvent::TargetWithout;
+        };
+        match state {
+            TargetState::Running { .. } => SourceEvent::TargetResumed,
+            TargetState::Prepared if self.defect == Defect::OldRule => {
+                self.go(epoch);
+                SourceEvent::TargetResumed
+            }
+            TargetState::Prepared => {
+                let record = self.found().map(|it| it.record);
+                match ownership::arrival(&B.name(), self.offered(), record.as_ref()) {
+                    ArrivalVerdict::Goes(won) if won == epoch => {
+                        self.go(won);
+                        SourceEvent::TargetResumed
+                    }
+                    ArrivalVerdict::Never => {
+                        self.processes[B as usize] = None;
+                        SourceEvent::TargetWithout
+                    }
+                    _ => SourceEvent::PeerLost("it was not given".into()),
+                }
+            }
+            _ => {
+                self.processes[B as usize] = None;
+                SourceEvent::TargetWithout
+            }
+        }
+    }
+
+    // ── one step ────────────────────────────────────────────────────────
+
+    pub(crate) fn step(&mut self) {
+        match self.random.random_range(0..14) {
+            0..=4 => self.drive(),
+            5 | 6 => self.agent(B),
+            7 | 8 => self.agent(A),
+            9 => self.late_transaction(),
+            _ => self.break_something(),
+        }
+        self.check();
+    }
+
+    fn late_transaction(&mut self) {
+        if let Some(txn) = self.store.in_flight.pop() {
+            // Or never.
+            if !self.fault(3) {
+                let applied = self.store.apply(&txn);
+                self.say(&format!("a late transaction: {applied}"));
+            }
+        }
+    }
+
+    fn break_something(&mut self) {
+        if !self.faults {
+            return;
+        }
+        match self.random.random_range(0..18) {
+            0 => {
+                self.break_link();
+                self.say("the link breaks");
+            }
+            1 => self.set(),
+            2 | 3 => self.kill_agent(),
+            4 => self.kill(B),
+            5 => self.kill(A),
+            // Where nobody knows whether the commit won, this is worst.
+            6 | 7 if self.in_doubt() => self.kill(A),
+            8 => self.remove(),
+            9 => {
+                let node = if self.random.random_range(0..2) == 0 {
+                    A
+                } else {
+                    B
+                };
+                self.create(node, Restart::No);
+            }
+            _ => {}
+        }
+    }
+
+    fn in_doubt(&self) -> bool {
+        let state = self.driver.as_ref().map(|it| it.source.state());
+        matches!(state, Some(SourceState::InDoubt | SourceState::Handed))
+    }
+
+    fn kill_agent(&mut self) {
+        let node = if self.random.random_range(0..3) == 0 {
+            B
+        } else {
+            A
+        };
+        self.endings[node as usize] = None;
+        self.agent_since[node as usize] = self.store.revision;
+        self.given[node as usize] = None;
+        self.say(&format!("the agent at {node:?} dies"));
+        let Some(driver) = self.driver.take_if(|_| node == A) else {
+            return;
+        };
+        // What it had sent may still arrive.
+        if let Some(SourceCommand::Commit { .. }) = driver.commands.front() {
+            let txn = driver.transfer.commit(&driver.record, NOW_UNIX_MS).unwrap();
+            self.store.in_flight.push(txn);
+        }
+        self.store.in_flight.extend(driver.decided);
+    }
+}

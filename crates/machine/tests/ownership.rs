@@ -1,0 +1,377 @@
+//! The commit rule, comparison by comparison.
+
+#[path = "common/record.rs"]
+mod record;
+
+use keel_cluster::store::{Compare, KeyValue, Txn};
+use keel_cluster::{Epoch, NodeName};
+use keel_machine::moves::ownership::{
+    ArrivalVerdict, EndEffect, EpochBase, Found, Settlement, Transfer, arrival, created_at, end,
+    running,
+};
+use keel_machine::restart::Restart;
+use keel_machine::spec::{Record, Status};
+
+const EPOCH: Epoch = Epoch {
+    incarnation: 1,
+    counter: 40,
+};
+
+fn node(name: &str) -> NodeName {
+    name.parse().unwrap()
+}
+
+fn transfer() -> Transfer {
+    Transfer {
+        machine: "m".parse().unwrap(),
+        source: node("a"),
+        target: node("b"),
+        epoch: EPOCH,
+        revision: 50,
+    }
+}
+
+fn epoch(later: u64) -> Epoch {
+    Epoch {
+        counter: EPOCH.counter + later,
+        ..EPOCH
+    }
+}
+
+fn record(owner: &str, epoch: Epoch, status: Status) -> Record {
+    let mut record = record::new("m".parse().unwrap(), node(owner), Restart::No);
+    record.epoch = epoch;
+    record.status = status;
+    record
+}
+
+fn found(record: Record) -> Found {
+    Found {
+        record,
+        revision: 60,
+    }
+}
+
+fn arriving() -> Status {
+    Status::Arriving { from: node("a") }
+}
+
+fn failed() -> Status {
+    Status::Failed {
+        reason: "lost".into(),
+    }
+}
+
+fn restarting() -> Status {
+    Status::Restarting {
+        reason: "lost".into(),
+        at_unix_ms: 0,
+        from_checkpoint: true,
+    }
+}
+
+/// Settlements in a word.
+fn word(settlement: Settlement) -> &'static str {
+    match settlement {
+        Settlement::Write { .. } => "write",
+        Settlement::Kept => "kept",
+        Settlement::Won => "won",
+        Settlement::Superseded {
+            output_stays: true, ..
+        } => "superseded, ended here",
+        Settlement::Superseded { .. } => "superseded",
+    }
+}
+
+#[test]
+fn doubt_ends_as_the_record_says() {
+    let gone = transfer().settle(None).unwrap();
+    assert_eq!(word(gone), "superseded");
+    for (record, expected) in [
+        (record("a", EPOCH, Status::Running), "write"),
+        // An earlier attempt.
+        (record("a", epoch(1), Status::Running), "kept"),
+        (record("b", epoch(1), arriving()), "won"),
+        (record("b", epoch(1), Status::Running), "won"),
+        // Proven once to make two copies: what was written was not the commit.
+        (record("a", EPOCH, failed()), "superseded, ended here"),
+        (
+            record("a", epoch(1), restarting()),
+            "superseded, ended here",
+        ),
+        (
+            record("a", epoch(2), Status::Running),
+            "superseded, ended here",
+        ),
+        (record("b", epoch(1), failed()), "superseded"),
+        (record("b", EPOCH, arriving()), "superseded"),
+        (record("b", epoch(2), arriving()), "superseded"),
+        (record("c", epoch(1), arriving()), "superseded"),
+        (record("c", epoch(2), Status::Running), "superseded"),
+        // A later machine of that name.
+        (record("b", epoch(9), Status::Scheduled), "superseded"),
+        (
+            record("a", epoch(9), Status::Scheduled),
+            "superseded, ended here",
+        ),
+    ] {
+        let said = format!("{} {} {:?}", record.owner, record.epoch, record.status);
+        let settlement = transfer().settle(Some(&found(record))).unwrap();
+        assert_eq!(word(settlement), expected, "{said}");
+    }
+}
+
+/// A change that was acknowledged while nobody knew who owns the machine stays.
+#[test]
+fn the_settling_write_puts_what_was_found() {
+    let mut now = record("a", EPOCH, Status::Running);
+    now.spec.memory_bytes = 77 << 20;
+    now.stop_wanted = true;
+    let settlement = transfer().settle(Some(&found(now.clone()))).unwrap();
+    let Settlement::Write { txn, record } = settlement else {
+        panic!("no write");
+    };
+    now.epoch = epoch(1);
+    assert_eq!(*record, now);
+    let expected = Txn::new()
+        .when_modified_at("machine/m", 60)
+        .put("machine/m", now.encode().unwrap());
+    assert_eq!(txn, expected);
+}
+
+#[test]
+fn only_what_has_not_run_there_is_taken_back() {
+    let word = |found: Option<&Found>| word(transfer().take_back(found, 7).unwrap());
+    assert_eq!(word(None), "superseded");
+    for (record, expected) in [
+        (record("b", epoch(1), arriving()), "write"),
+        (record("a", epoch(2), Status::Running), "kept"),
+        (record("b", epoch(1), Status::Running), "superseded"),
+        (record("b", epoch(1), failed()), "superseded"),
+        (record("b", epoch(2), arriving()), "superseded"),
+        (record("b", EPOCH, arriving()), "superseded"),
+        (
+            record("b", epoch(1), Status::Arriving { from: node("c") }),
+            "superseded",
+        ),
+        (record("c", epoch(1), arriving()), "superseded"),
+        (
+            record("a", epoch(2), restarting()),
+            "superseded, ended here",
+        ),
+        (
+            record("a", epoch(1), Status::Running),
+            "superseded, ended here",
+        ),
+    ] {
+        let said = format!("{} {} {:?}", record.owner, record.epoch, record.status);
+        assert_eq!(word(Some(&found(record))), expected, "{said}");
+    }
+}
+
+#[test]
+fn taking_back_changes_owner_epoch_and_schedules() {
+    let mut now = record("b", epoch(1), arriving());
+    now.spec.memory_bytes = 77 << 20;
+    let settlement = transfer().take_back(Some(&found(now.clone())), 7).unwrap();
+    let Settlement::Write { txn, record } = settlement else {
+        panic!("no write");
+    };
+    now.owner = node("a");
+    now.epoch = epoch(2);
+    now.enter(Status::Running, 7);
+    assert_eq!(*record, now);
+    let expected = Txn::new()
+        .when_modified_at("machine/m", 60)
+        .put("machine/m", now.encode().unwrap())
+        .delete("schedule/b/m")
+        .put("schedule/a/m", Vec::new());
+    assert_eq!(txn, expected);
+}
+
+#[test]
+fn the_commit_compares_all_that_must_hold() {
+    let mut now = record("a", EPOCH, Status::Running);
+    let txn = transfer().commit(&now, 7).unwrap();
+    now.owner = node("b");
+    now.epoch = epoch(1);
+    now.enter(arriving(), 7);
+    let exists = |key: &str| Compare::Exists { key: key.into() };
+    let expected = Txn::new()
+        .when_modified_at("machine/m", 50)
+        .when(exists("schedule/a/m"))
+        .when(exists("reservation/b/m"))
+        .when(exists("alive/a"))
+        .when(exists("alive/b"))
+        .delete("schedule/a/m")
+        .put("schedule/b/m", Vec::new())
+        .put("machine/m", now.encode().unwrap())
+        .delete("reservation/b/m");
+    assert_eq!(txn, expected);
+}
+
+#[test]
+fn an_arrival_goes_on_only_where_its_own_commit_won() {
+    let verdict = |record: Option<&Record>| arrival(&node("b"), EPOCH, record);
+    assert_eq!(verdict(None), ArrivalVerdict::Never);
+    for (record, expected) in [
+        (
+            record("b", epoch(1), arriving()),
+            ArrivalVerdict::Goes(epoch(1)),
+        ),
+        (record("a", EPOCH, Status::Running), ArrivalVerdict::Open),
+        (record("a", EPOCH, failed()), ArrivalVerdict::Never),
+        (
+            record("a", epoch(1), Status::Running),
+            ArrivalVerdict::Never,
+        ),
+        (record("a", epoch(1), restarting()), ArrivalVerdict::Never),
+        (record("b", epoch(1), failed()), ArrivalVerdict::Never),
+        (record("b", epoch(2), arriving()), ArrivalVerdict::Never),
+        (record("c", epoch(1), arriving()), ArrivalVerdict::Never),
+        // A later machine of that name, to be started here.
+        (
+            record("b", epoch(9), Status::Scheduled),
+            ArrivalVerdict::Never,
+        ),
+        (
+            record("b", epoch(1), Status::Scheduled),
+            ArrivalVerdict::Never,
+        ),
+    ] {
+        let said = format!("{} {} {:?}", record.owner, record.epoch, record.status);
+        assert_eq!(verdict(Some(&record)), expected, "{said}");
+    }
+}
+
+#[test]
+fn it_is_running_where_it_was_to_come_to_run() {
+    let b = node("b");
+    let from = node("a");
+    for (status, filling, expected) in [
+        (Status::Scheduled, false, Some(Status::Running)),
+        (restarting(), false, Some(Status::Running)),
+        (arriving(), false, Some(Status::Running)),
+        (
+            arriving(),
+            true,
+            Some(Status::Filling { from: from.clone() }),
+        ),
+        (
+            Status::Filling { from: from.clone() },
+            false,
+            Some(Status::Running),
+        ),
+        (Status::Filling { from }, true, None),
+        (Status::Running, false, None),
+        (failed(), false, None),
+    ] {
+        let record = record("b", EPOCH, status);
+        assert_eq!(running(&record, &b, EPOCH, filling), expected);
+        assert_eq!(running(&record, &b, epoch(1), filling), None);
+        assert_eq!(running(&record, &node("a"), EPOCH, filling), None);
+    }
+}
+
+/// The answer to the write of an end was lost: the same again changes nothing.
+#[test]
+fn an_end_counts_once() {
+    let a = node("a");
+    for policy in [Restart::No, Restart::OnFailure, Restart::Always] {
+        for status in [
+            Status::Running,
+            Status::Filling { from: node("c") },
+            Status::Scheduled,
+        ] {
+            let mut now = record("a", EPOCH, status.clone());
+            now.spec.restart = policy;
+            let effect = end(&mut now, &a, EPOCH, &failed(), 1000);
+            assert_eq!(effect, EndEffect::Changed);
+            let filling = matches!(status, Status::Filling { .. });
+            let restarts = policy != Restart::No || filling;
+            assert_eq!(now.status.ended(), !restarts, "{policy:?} {status:?}");
+            let written = now.clone();
+            let again = end(&mut now, &a, EPOCH, &failed(), 2000);
+            let expected = match restarts {
+                true => EndEffect::RestartsAlready,
+                false => EndEffect::None,
+            };
+            assert_eq!(again, expected, "{policy:?} {status:?}");
+            assert_eq!(now, written, "{policy:?} {status:?}");
+        }
+    }
+}
+
+#[test]
+fn an_end_is_of_one_life_on_one_node() {
+    let a = node("a");
+    for (owner, at, status) in [
+        ("b", EPOCH, Status::Running),
+        ("a", epoch(1), Status::Running),
+        ("a", epoch(9), Status::Scheduled),
+        ("a", epoch(2), restarting()),
+        ("a", EPOCH, failed()),
+    ] {
+        let mut now = record(owner, at, status);
+        let before = now.clone();
+        assert_eq!(
+            end(&mut now, &a, EPOCH, &Status::Stopped, 1),
+            EndEffect::None
+        );
+        assert_eq!(now, before);
+    }
+}
+
+#[test]
+fn a_machine_that_was_to_end_is_not_started_again() {
+    let mut now = record("a", EPOCH, Status::Running);
+    now.spec.restart = Restart::Always;
+    now.stop_wanted = true;
+    let effect = end(&mut now, &node("a"), EPOCH, &failed(), 1);
+    assert_eq!((effect, now.status), (EndEffect::Changed, Status::Stopped));
+}
+
+/// The epoch of a record that was just created has the revision of its creation.
+#[test]
+fn epochs_begin_above_all_that_the_name_had() {
+    let entry = |created: u64, modified: u64, counter: u64| {
+        let written = Epoch {
+            incarnation: 1,
+            counter,
+        };
+        KeyValue {
+            key: "machine/m".into(),
+            value: record("a", written, Status::Running).encode().unwrap(),
+            created,
+            modified,
+            lease: None,
+        }
+    };
+    let counter = |entry: &KeyValue| Found::read(entry).unwrap().record.epoch.counter;
+    assert_eq!(counter(&entry(70, 70, 0)), 70);
+    assert_eq!(counter(&entry(70, 71, 70)), 70);
+    assert_eq!(counter(&entry(70, 90, 75)), 75);
+    // With the base of a cluster that took in a machine of another one.
+    assert_eq!(counter(&entry(70, 70, 1000)), 1070);
+}
+
+#[test]
+fn a_base_is_raised_only_by_machines_of_other_clusters() {
+    let of = |incarnation: u32, counter: u64| Epoch {
+        incarnation,
+        counter,
+    };
+    let base = EpochBase::default().at_least(1);
+    assert_eq!(base.epoch(), of(1, 0));
+    // It ran in this cluster.
+    assert_eq!(base.above(of(1, 80), 100), base);
+    assert_eq!(base.above(of(1, 100), 100), base);
+    // It did not: whatever is created from now on is above it.
+    let raised = base.above(of(1, 5000), 100);
+    assert!(created_at(raised.epoch(), 101) > of(1, 5000));
+    assert_eq!(raised.above(of(1, 80), 200), raised);
+    let raised = base.above(of(3, 5), 100);
+    assert!(created_at(raised.epoch(), 101) > of(3, 5));
+    assert_eq!(raised.at_least(2), raised);
+    assert!(created_at(raised.at_least(4).epoch(), 1) > created_at(raised.epoch(), 9999));
+}
