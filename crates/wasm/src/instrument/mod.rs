@@ -110,7 +110,7 @@ pub fn read_meta(module: &[u8]) -> Result<meta::Meta, InstrumentError> {
     )))
 }
 
-fn slot_type(ty: ValType) -> Result<SlotType, InstrumentError> {
+pub(crate) fn slot_type(ty: ValType) -> Result<SlotType, InstrumentError> {
     Ok(match ty {
         ValType::I32 => SlotType::I32,
         ValType::I64 => SlotType::I64,

@@ -81,7 +81,7 @@ pub enum ImportKind {
     Wait64(u32),
     /// `memory.atomic.notify`.
     Notify(u32),
-    /// A function of WASI preview 1.
+    /// A function of WASI preview 1, or of snapshot 0.
     Wasi(keel_wasi::Function),
     /// `evenkeel.epoch`.
     Epoch,
@@ -95,7 +95,7 @@ pub enum ImportKind {
     Print,
 }
 
-/// Finds out what each import is.
+/// Finds out what each import of an instrumented module is.
 ///
 /// # Errors
 /// [`ProgramError::UnknownImports`] naming all that machines do not have.
@@ -105,19 +105,7 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
     for import in &meta.imports {
         let kind = match import.module.as_str() {
             HOST_MODULE => lowered_kind(import, meta),
-            "wasi_snapshot_preview1" => wasi_kind(import),
-            "wasi"
-                if import.name == "thread-spawn"
-                    && import.params == [SlotType::I32]
-                    && import.results == [SlotType::I32] =>
-            {
-                Some(ImportKind::ThreadSpawn)
-            }
-            "evenkeel" => own_kind(import),
-            "spectest" if import.name.starts_with("print") && import.results.is_empty() => {
-                Some(ImportKind::Print)
-            }
-            _ => None,
+            _ => guest_kind(import),
         };
         match kind {
             Some(kind) => kinds.push(kind),
@@ -128,6 +116,25 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
         Ok(kinds)
     } else {
         Err(ProgramError::UnknownImports(unknown.join(", ")))
+    }
+}
+
+/// What an import is that the module's author wrote; `None` if machines do not have it.
+pub(super) fn guest_kind(import: &meta::Import) -> Option<ImportKind> {
+    match import.module.as_str() {
+        "wasi_snapshot_preview1" | "wasi_unstable" => wasi_kind(import),
+        "wasi"
+            if import.name == "thread-spawn"
+                && import.params == [SlotType::I32]
+                && import.results == [SlotType::I32] =>
+        {
+            Some(ImportKind::ThreadSpawn)
+        }
+        "evenkeel" => own_kind(import),
+        "spectest" if import.name.starts_with("print") && import.results.is_empty() => {
+            Some(ImportKind::Print)
+        }
+        _ => None,
     }
 }
 
@@ -180,7 +187,7 @@ fn lowered_kind(import: &meta::Import, meta: &Meta) -> Option<ImportKind> {
 }
 
 fn wasi_kind(import: &meta::Import) -> Option<ImportKind> {
-    let function = keel_wasi::Function::by_name(&import.name)?;
+    let function = keel_wasi::Function::by_import(&import.module, &import.name)?;
     let params: Vec<SlotType> = function
         .params()
         .iter()

@@ -3,14 +3,16 @@
 
 use super::fiber::TABLE_ENTRIES_MAX;
 use super::fiber::Trap;
+use super::imports;
 use super::machine::{Limits, Outcome};
-use super::program::{self, Options, ProgramError};
+use super::program::{self, Engine, ProgramError};
 use super::signal::Signal;
 use keel_wasi::{CallState, Function, Outcome as WasiOutcome, ParamType, Wasi};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
+use wasmparser::TypeRef;
 use wasmtime::{
-    Caller, Engine, Extern, FuncType, InstancePre, Linker, MemoryType, MemoryTypeBuilder, Module,
+    Caller, Extern, FuncType, InstancePre, Linker, MemoryType, MemoryTypeBuilder, Module,
     SharedMemory, Store, StoreLimits, StoreLimitsBuilder, Val, ValType,
 };
 
@@ -19,7 +21,7 @@ use wasmtime::{
 struct Exited(u32);
 
 struct Plain {
-    engine: Engine,
+    engine: wasmtime::Engine,
     wasi: Arc<Wasi>,
     signal: Signal,
     threads: AtomicU32,
@@ -69,20 +71,32 @@ fn within(ty: &MemoryType, limit_bytes: u64) -> wasmtime::Result<MemoryType> {
         .build()
 }
 
-/// Runs a command to its end.
-///
-/// # Errors
-/// [`ProgramError`] if it is no module, or imports what machines do not have.
-pub fn run_plain(
-    bytes: &[u8],
+impl Engine {
+    /// Runs a command as its author built it to its end, on wasmtime as it is.
+    ///
+    /// # Errors
+    /// [`ProgramError`] if it is no module, or imports what machines do not have.
+    pub fn run_plain(
+        &self,
+        bytes: &[u8],
+        wasi: Arc<Wasi>,
+        limits: Limits,
+    ) -> Result<Outcome, ProgramError> {
+        imports::check(
+            bytes,
+            |import| matches!(import, TypeRef::Memory(memory) if memory.shared),
+        )?;
+        let (engine, module) = self.compile_plain(bytes)?;
+        run(engine, &module, wasi, limits)
+    }
+}
+
+fn run(
+    engine: wasmtime::Engine,
+    module: &Module,
     wasi: Arc<Wasi>,
     limits: Limits,
-    options: Options,
 ) -> Result<Outcome, ProgramError> {
-    let mut config = program::config(options);
-    config.shared_memory(true);
-    let engine = Engine::new(&config).map_err(ProgramError::Compile)?;
-    let module = Module::new(&engine, bytes).map_err(ProgramError::Compile)?;
     let shared = module
         .imports()
         .find_map(|import| import.ty().memory().cloned())
@@ -92,7 +106,7 @@ pub fn run_plain(
         .map_err(ProgramError::Compile)?;
     let (ended, end) = mpsc::channel();
     let plain = Arc::new(Plain {
-        engine: engine.clone(),
+        engine,
         wasi,
         signal: Signal::new().map_err(|source| ProgramError::Cache {
             path: "eventfd".into(),
@@ -105,9 +119,9 @@ pub fn run_plain(
         instance: Mutex::new(None),
         ended,
     });
-    let linker = link(&plain, &module)?;
+    let linker = link(&plain, module)?;
     let instance = linker
-        .instantiate_pre(&module)
+        .instantiate_pre(module)
         .map_err(ProgramError::Compile)?;
     if let Ok(mut slot) = plain.instance.lock() {
         *slot = Some(instance);
@@ -125,9 +139,9 @@ fn link(plain: &Arc<Plain>, module: &Module) -> Result<Linker<Context>, ProgramE
     let mut unknown = Vec::new();
     for import in module.imports() {
         let (module, name) = (import.module(), import.name());
-        let function = Function::by_name(name).filter(|_| module == "wasi_snapshot_preview1");
+        let function = Function::by_import(module, name);
         let defined = if let Some(function) = function {
-            define(&mut linker, &plain.engine, function)
+            define(&mut linker, &plain.engine, module, function)
         } else if (module, name) == ("wasi", "thread-spawn") {
             linker
                 .func_wrap(module, name, |caller: Caller<'_, Context>, arg: i32| {
@@ -166,7 +180,8 @@ fn link(plain: &Arc<Plain>, module: &Module) -> Result<Linker<Context>, ProgramE
 
 fn define(
     linker: &mut Linker<Context>,
-    engine: &Engine,
+    engine: &wasmtime::Engine,
+    module: &str,
     function: Function,
 ) -> wasmtime::Result<()> {
     let params = function.params().iter().map(|ty| match ty {
@@ -176,7 +191,7 @@ fn define(
     let results = function.has_result().then_some(ValType::I32);
     let ty = FuncType::new(engine, params, results);
     linker.func_new(
-        "wasi_snapshot_preview1",
+        module,
         function.name(),
         ty,
         move |mut caller, params, results| {
