@@ -403,13 +403,17 @@ impl Output {
                 page_size_log2: None,
             });
         }
-        let lengths = [meta::REFS_ENTRIES, meta.directory.len() as u32];
-        for length in lengths {
+        let directory = meta.directory.len() as u32;
+        let lengths = [
+            (meta::REFS_ENTRIES, meta::REFS_ENTRIES_MAX),
+            (directory, directory),
+        ];
+        for (length, maximum) in lengths {
             input.table_section.table(TableType {
                 element_type: RefType::FUNCREF,
                 table64: false,
                 minimum: length.into(),
-                maximum: Some(length.into()),
+                maximum: Some(maximum.into()),
                 shared: false,
             });
         }

@@ -4,6 +4,7 @@
 use super::frame::{Pending, Progress, Value};
 use super::program::ProgramError;
 use super::signal::Signal;
+use super::tables::{TableBudget, TableLimits};
 use crate::instrument::meta::{self, HOST_MODULE, Meta, PREFIX, SlotType};
 use crate::memory::{GuestMemory, WASM_PAGE_BYTES};
 use std::sync::Arc;
@@ -56,6 +57,8 @@ pub struct HostThread {
     pub signal: Arc<Signal>,
     /// The machine's memories.
     pub memories: Arc<[Arc<GuestMemory>]>,
+    /// What the machine's tables have, of what they may have.
+    pub tables: Arc<TableBudget>,
 }
 
 /// What a store carries.
@@ -63,7 +66,7 @@ pub(crate) struct ThreadContext {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) thread: HostThread,
     pub(crate) pending: Pending,
-    pub(crate) limits: wasmtime::StoreLimits,
+    pub(crate) limits: TableLimits,
 }
 
 /// What an import is to the runtime.

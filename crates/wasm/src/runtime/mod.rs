@@ -12,6 +12,7 @@
 //! - `names`: what a guest says of its memory and threads
 //! - `governor`: keeps a machine within its `cpu.limit`
 //! - `parts`: threads of one machine at several parts
+//! - `tables`: how many entries tables may have
 //! - `plain`: the untouched module on plain wasmtime, for comparing
 //! - `wait`: `memory.atomic.wait` and `notify`
 //! - `signal`: how a thread is asked to come to a safepoint
@@ -30,8 +31,10 @@ pub mod parts;
 mod plain;
 mod program;
 mod signal;
+mod tables;
 mod wait;
 
+pub use crate::instrument::meta::TABLE_ENTRIES_MAX;
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
 pub use governor::CoreTime;
 pub use host::{Host, HostOutcome, HostThread, ImportKind};
@@ -40,4 +43,5 @@ pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, Took
 pub use names::{Named, is_object_name};
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES};
 pub use signal::Signal;
+pub use tables::{TABLES_ENTRIES_MAX, TableBudget};
 pub use wait::WaitQueues;

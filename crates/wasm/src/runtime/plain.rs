@@ -1,19 +1,19 @@
 //! Runs a module as its author built it, on wasmtime as it is, with the same
 //! WASI: what instrumented runs are compared with. Nothing here can be captured.
 
-use super::fiber::TABLE_ENTRIES_MAX;
 use super::fiber::Trap;
 use super::imports;
 use super::machine::{Limits, Outcome};
 use super::program::{self, Engine, ProgramError};
 use super::signal::Signal;
+use super::tables::{self, TableBudget, TableLimits};
 use keel_wasi::{CallState, Function, Outcome as WasiOutcome, ParamType, Wasi};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use wasmparser::TypeRef;
 use wasmtime::{
     Caller, Extern, FuncType, InstancePre, Linker, MemoryType, MemoryTypeBuilder, Module,
-    SharedMemory, Store, StoreLimits, StoreLimitsBuilder, Val, ValType,
+    ResourceLimiter, SharedMemory, Store, Val, ValType,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +27,7 @@ struct Plain {
     threads: AtomicU32,
     next_tid: AtomicU32,
     limits: Limits,
+    tables: Arc<TableBudget>,
     shared: Option<SharedMemory>,
     instance: Mutex<Option<InstancePre<Context>>>,
     ended: mpsc::Sender<Outcome>,
@@ -35,7 +36,34 @@ struct Plain {
 struct Context {
     plain: Arc<Plain>,
     tid: u32,
-    limits: StoreLimits,
+    limits: PlainLimits,
+}
+
+/// Bounds one thread's store.
+struct PlainLimits {
+    /// Of each memory that the module defines for itself.
+    memory_bytes: usize,
+    tables: TableLimits,
+}
+
+impl ResourceLimiter for PlainLimits {
+    fn memory_growing(
+        &mut self,
+        _current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        Ok(desired <= self.memory_bytes)
+    }
+
+    fn table_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        self.tables.table_growing(current, desired, maximum)
+    }
 }
 
 impl Context {
@@ -44,10 +72,10 @@ impl Context {
         Context {
             plain: plain.clone(),
             tid,
-            limits: StoreLimitsBuilder::new()
-                .memory_size(bytes)
-                .table_elements(TABLE_ENTRIES_MAX)
-                .build(),
+            limits: PlainLimits {
+                memory_bytes: bytes,
+                tables: TableLimits::plain(plain.tables.clone()),
+            },
         }
     }
 }
@@ -86,6 +114,7 @@ impl Engine {
             bytes,
             |import| matches!(import, TypeRef::Memory(memory) if memory.shared),
         )?;
+        tables::initial_entries(bytes, false)?;
         let (engine, module) = self.compile_plain(bytes)?;
         run(engine, &module, wasi, limits)
     }
@@ -115,6 +144,7 @@ fn run(
         threads: AtomicU32::new(1),
         next_tid: AtomicU32::new(1),
         limits,
+        tables: Arc::default(),
         shared,
         instance: Mutex::new(None),
         ended,

@@ -9,7 +9,9 @@ use super::cache::Cache;
 use super::frame::hex;
 use super::host::{self, ThreadContext};
 use super::imports;
-use crate::instrument::{self, InstrumentError, meta::Meta};
+use super::tables::{self, TABLES_ENTRIES_MAX};
+use crate::instrument::meta::{Meta, TABLE_ENTRIES_MAX};
+use crate::instrument::{self, InstrumentError};
 use crate::memory::Creator;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -28,6 +30,14 @@ pub enum ProgramError {
     /// It imports what machines do not have.
     #[error("the module imports what machines do not have: {0}")]
     UnknownImports(String),
+    /// Its tables are too large before it begins.
+    #[error(
+        "the module's tables begin with {entries} entries or more; a machine has at most {TABLE_ENTRIES_MAX} in one table, and {TABLES_ENTRIES_MAX} in all"
+    )]
+    Tables {
+        /// Entries of the tables up to the one that is too large.
+        entries: u64,
+    },
     /// The engine refused it.
     #[error("the module cannot be compiled: {0:#}")]
     Compile(wasmtime::Error),
@@ -138,8 +148,10 @@ impl Engine {
     pub fn load(&self, module: &[u8]) -> Result<Arc<Program>, ProgramError> {
         // (Scanning says of the others what is not supported.)
         imports::check(module, |_| true)?;
+        tables::initial_entries(module, false)?;
         let original = blake3::hash(module);
-        let name = format!("{}.v{}.wasm", original.to_hex(), instrument::meta::VERSION);
+        let (version, revision) = (instrument::meta::VERSION, instrument::REVISION);
+        let name = format!("{}.v{version}.{revision}.wasm", original.to_hex());
         let instrumented = match self.cached(&name) {
             Some(bytes) => bytes,
             None => {
@@ -179,11 +191,13 @@ impl Engine {
     fn program(&self, bytes: Vec<u8>) -> Result<Program, ProgramError> {
         let meta = instrument::read_meta(&bytes)?;
         let kinds = host::import_kinds(&meta)?;
+        let table_entries = tables::initial_entries(&bytes, true)?;
         Ok(Program {
             hash: *blake3::hash(&bytes).as_bytes(),
             meta,
             bytes,
             kinds,
+            table_entries,
             start: OnceLock::new(),
             whole: OnceLock::new(),
             engine: self.clone(),
@@ -285,6 +299,8 @@ pub struct Program {
     hash: [u8; 32],
     bytes: Vec<u8>,
     pub(crate) kinds: Vec<host::ImportKind>,
+    /// Entries that the tables of each thread's instance begin with.
+    pub(super) table_entries: u64,
     start: OnceLock<InstancePre<ThreadContext>>,
     whole: OnceLock<Linked>,
     engine: Engine,
