@@ -194,10 +194,11 @@ unsafe impl MemoryCreator for Creator {
             .with_borrow_mut(Vec::pop)
             .ok_or("an instance was made outside `with_memories`")?;
         let memory = match next {
-            Next::Guest(memory) => Mapped::Guest {
-                seen_bytes: memory.size_bytes() as usize,
-                memory,
-            },
+            Next::Guest(memory) => {
+                let seen_bytes = memory.size_bytes() as usize;
+                memory.tell(seen_bytes);
+                Mapped::Guest { memory, seen_bytes }
+            }
             Next::Control(memory) => Mapped::Control(memory),
         };
         if memory.byte_size() < minimum
@@ -240,6 +241,7 @@ unsafe impl LinearMemory for Mapped {
     fn grow_to(&mut self, new_size: usize) -> wasmtime::Result<()> {
         match self {
             Mapped::Guest { memory, seen_bytes } if new_size as u64 <= memory.size_bytes() => {
+                memory.tell(new_size);
                 *seen_bytes = new_size;
                 Ok(())
             }
