@@ -8,6 +8,7 @@
 //! - `big`: programs of others, plain against shaken
 //! - `roam`: programs of others, moved among three nodes
 //! - `nemesis`: everything fails that can
+//! - `soak`: guests with threads as several parts, over and over
 //! - `package`: what is installed on a server
 //! - `command`: running programs
 
@@ -22,9 +23,11 @@ mod licences;
 mod nemesis;
 mod package;
 mod roam;
+mod soak;
 mod suite;
 
 use clap::{Parser, Subcommand};
+use soak::Soak;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -106,6 +109,27 @@ enum Task {
         #[arg(long)]
         package: Option<PathBuf>,
     },
+    /// Runs guests with threads as several parts over and over, and compares.
+    Soak {
+        /// Minutes after which no run begins.
+        #[arg(long, conflicts_with = "runs")]
+        minutes: Option<u64>,
+        /// Runs, where no minutes are given.
+        #[arg(long, default_value_t = 500)]
+        runs: u64,
+        /// Busy processes beside them.
+        #[arg(long, default_value_t = 2)]
+        busy: u32,
+        /// Only guests whose name contains this.
+        #[arg(long)]
+        only: Option<String>,
+        /// A keel that was built before.
+        #[arg(long)]
+        keel: Option<PathBuf>,
+        /// What the seeds of runs begin from.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -132,6 +156,21 @@ fn main() -> ExitCode {
             resume,
             seed,
         } => nemesis::run(minutes, resume, seed),
+        Task::Soak {
+            minutes,
+            runs,
+            busy,
+            only,
+            keel,
+            seed,
+        } => soak::soak(&Soak {
+            minutes,
+            runs,
+            busy,
+            only,
+            keel,
+            seed,
+        }),
         Task::Big { seconds, package } => big::run(seconds, package),
     };
     match result {
