@@ -20,11 +20,13 @@
 //! their own, operands in *temporaries*, one for each height and type.
 
 mod room;
+mod spilled;
 
 use super::body::{Construct, Landing, Point, PointKind, ends_here};
 use super::meta::{self, SlotType};
 use super::plan::{BlockTypes, Plan, RESULT};
 use super::{InstrumentError, slot_type};
+use spilled::BLOCK_VALUES_MAX;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
 use wasm_encoder::{BlockType, BranchHint, Function, Instruction, MemArg, MemArgTarget};
 use wasmparser::{Operator, ValType};
@@ -862,6 +864,9 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.next_point += 1;
         let point = &self.plan.body.points[number];
         let (visible, operands) = visible(point);
+        if visible.len() > BLOCK_VALUES_MAX {
+            return self.leave_if_spilled(number, &visible);
+        }
         let ty = self.types.block(&visible, &visible)?;
         self.cold_if(ty);
         for _ in &point.results {

@@ -8,6 +8,7 @@
 //! repeat a failure, set both (1 module).
 
 mod depth;
+mod operands;
 mod plain;
 mod shaken;
 mod written;

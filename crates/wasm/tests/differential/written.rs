@@ -12,7 +12,7 @@ use keel_wasm::runtime::{
 };
 use std::sync::Arc;
 
-fn engine() -> Engine {
+pub(crate) fn engine() -> Engine {
     Engine::new(Options {
         deterministic: true,
     })
@@ -21,7 +21,7 @@ fn engine() -> Engine {
 
 /// Makes the calls on both, captured at every safepoint, and compares all that
 /// can be observed.
-fn same(wat: &str, calls: &[(&str, &[Value])]) {
+pub(crate) fn same(wat: &str, calls: &[(&str, &[Value])]) {
     let bytes = wat::parse_str(wat).unwrap();
     for seed in 0..4 {
         let mut plain = Plain::new(&bytes).unwrap();
