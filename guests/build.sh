@@ -15,7 +15,7 @@ threaded() { # GUEST LEVEL MEMORY_MAX
 
 build() {
     case "$1" in
-        threads | pipeline | store) threaded "$1" -Os $((256 << 20)) ;;
+        threads | pipeline | stencil | store) threaded "$1" -Os $((256 << 20)) ;;
         ep) threaded "$1" -O2 $((256 << 20)) ;;
         matrix | render) threaded "$1" -O2 $((1 << 30)) ;;
         mapreduce) threaded "$1" -O2 $((3 << 30)) ;;
@@ -32,5 +32,5 @@ build() {
     echo "built $1.wasm ($(stat -c %s "$OUT/$1.wasm") bytes)"
 }
 
-if [ $# -eq 0 ]; then set -- counter disk echo ep files hostile hot ledger mapreduce matrix pipeline render spinner store threads witness writer zstd; fi
+if [ $# -eq 0 ]; then set -- counter disk echo ep files hostile hot ledger mapreduce matrix pipeline render spinner stencil store threads witness writer zstd; fi
 for guest in "$@"; do build "$guest"; done

@@ -105,6 +105,7 @@ fn capture(program: &Arc<Program>, start: &Start, captures: usize, blocked: bool
         tid: 0,
         signal: signal.clone(),
         memories: machine.memories().clone(),
+        tables: Arc::default(),
     };
     let mut fiber = Fiber::new(program.clone(), machine.host(), thread)?;
     let asked: Arc<Asked> = Arc::default();

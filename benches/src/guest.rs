@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use keel_wasi::{
     Config, HostClock, Interrupt, Preopen, Sink, SinkResult, Source, SystemClock, Wasi,
 };
-use keel_wasm::runtime::{Limits, Machine, Options, Outcome, Program, run_plain};
+use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome, Program};
 use rustix::time::{ClockId, clock_gettime};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -99,12 +99,8 @@ impl Sink for Output {
 /// Runs a program to its end, on plain wasmtime.
 pub(crate) fn plain(module: &[u8], start: &Start) -> Result<String> {
     let (wasi, output) = start.wasi()?;
-    let outcome = run_plain(
-        module,
-        Arc::new(wasi),
-        Limits::default(),
-        Options::default(),
-    )?;
+    let engine = Engine::new(Options::default())?;
+    let outcome = engine.run_plain(module, Arc::new(wasi), Limits::default())?;
     ended_well(&outcome, &output)
 }
 

@@ -37,6 +37,7 @@ fn guests() -> Vec<(&'static str, Vec<&'static str>)> {
         ("pipeline", with_shim(&["pipeline.c"])),
         ("render", with_shim(&["render.c"])),
         ("spinner", vec!["spinner.c"]),
+        ("stencil", with_shim(&["stencil.c"])),
         ("store", with_shim(&["store.c"])),
         ("threads", with_shim(&["threads.c"])),
         ("witness", vec!["witness.c", "evenkeel.h"]),

@@ -9,6 +9,7 @@
 //! - `roam`: programs of others, moved among three nodes
 //! - `nemesis`: everything fails that can
 //! - `mutants`: whether the tests of the commit rule find each change of it
+//! - `soak`: guests with threads as several parts, over and over
 //! - `package`: what is installed on a server
 //! - `command`: running programs
 
@@ -24,9 +25,11 @@ mod mutants;
 mod nemesis;
 mod package;
 mod roam;
+mod soak;
 mod suite;
 
 use clap::{Parser, Subcommand};
+use soak::Soak;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -113,6 +116,27 @@ enum Task {
         #[arg(long)]
         package: Option<PathBuf>,
     },
+    /// Runs guests with threads as several parts over and over, and compares.
+    Soak {
+        /// Minutes after which no run begins.
+        #[arg(long, conflicts_with = "runs")]
+        minutes: Option<u64>,
+        /// Runs, where no minutes are given.
+        #[arg(long, default_value_t = 500)]
+        runs: u64,
+        /// Busy processes beside them.
+        #[arg(long, default_value_t = 2)]
+        busy: u32,
+        /// Only guests whose name contains this.
+        #[arg(long)]
+        only: Option<String>,
+        /// A keel that was built before.
+        #[arg(long)]
+        keel: Option<PathBuf>,
+        /// What the seeds of runs begin from.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -140,6 +164,21 @@ fn main() -> ExitCode {
             resume,
             seed,
         } => nemesis::run(minutes, resume, seed),
+        Task::Soak {
+            minutes,
+            runs,
+            busy,
+            only,
+            keel,
+            seed,
+        } => soak::soak(&Soak {
+            minutes,
+            runs,
+            busy,
+            only,
+            keel,
+            seed,
+        }),
         Task::Big { seconds, package } => big::run(seconds, package),
     };
     match result {

@@ -8,7 +8,7 @@ use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, FdSink, HostClock, Input, Preopen, Source, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
 use keel_wasm::runtime::parts::Spawning;
-use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome, run_plain};
+use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
@@ -114,14 +114,15 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let wasi = Wasi::new(config(&args, scratch.path())?).context("the program's surroundings")?;
     copy(&args, &wasi)?;
     let name = args.module.display();
+    let engine = engine(&args, options)?;
     let outcome = if args.plain {
         let wasi = Arc::new(wasi);
-        let outcome = run_plain(&bytes, wasi.clone(), limits, options)
+        let outcome = engine
+            .run_plain(&bytes, wasi.clone(), limits)
             .with_context(|| format!("{name} cannot run"))?;
         wasi.finish();
         outcome
     } else {
-        let engine = engine(&args, options)?;
         let program = engine
             .load(&bytes)
             .with_context(|| format!("{name} cannot run"))?;

@@ -156,7 +156,8 @@ fn several_parts() {
 /// that all read, and work of which all take.
 #[test]
 fn programs_with_threads() {
-    let cases: [(&str, &[&str]); 6] = [
+    let cases: [(&str, &[&str]); 7] = [
+        ("stencil", &["4", "130", "60", "4"]),
         ("render", &["4", "200", "120", "6"]),
         ("pipeline", &["4", "300"]),
         ("store", &["4", "8000"]),
@@ -178,7 +179,7 @@ fn programs_with_threads() {
         // However many workers there are.
         let workers = [&["3"], &args[1..]].concat();
         let other = run(&["--shake", "500"], name, &workers);
-        if matches!(name, "render" | "matrix" | "mapreduce" | "ep") {
+        if matches!(name, "stencil" | "render" | "matrix" | "mapreduce" | "ep") {
             assert_same(&plain, &other, &format!("{name} with three workers"));
         }
         assert_eq!(other.code, Some(0), "{name}: {other:?}");
@@ -187,6 +188,7 @@ fn programs_with_threads() {
     for (name, args) in [
         ("render", &["0"][..]),
         ("matrix", &["4", "5000"]),
+        ("stencil", &["4", "2"]),
         ("ep", &["65", "20"]),
         ("ep", &["4", "33"]),
     ] {

@@ -85,13 +85,18 @@ impl Running {
 
     /// It spans so many parts, and goes.
     fn span(&self, count: usize) -> Within {
+        self.span_within(count, MEMORY_BYTES)
+    }
+
+    /// As [`Self::span`]; members have less memory than the home.
+    fn span_within(&self, count: usize, member_bytes: u64) -> Within {
         let how = Spread {
             spawning: Spawning::Even,
             patience: LONG,
             keeps: Keeps::default(),
             stands: false,
         };
-        Within::begin(&self.machine, count, MEMORY_BYTES, how).unwrap()
+        Within::begin(&self.machine, count, member_bytes, how).unwrap()
     }
 
     fn text(&self) -> String {
@@ -505,6 +510,31 @@ fn memory_grows_at_all_parts_at_once() {
         let running = Running::new(&program, &[]);
         let parts = running.span(count);
         assert_eq!(running.outcome(), Outcome::Exit(0), "{count} parts");
+        assert_eq!(parts.home().failure(), None);
+    }
+}
+
+/// What a member has no room for does not grow, nor is it there to be accessed.
+#[test]
+fn memory_that_does_not_grow_everywhere_ends_where_it_did() {
+    let program = written(
+        "(if (i32.ne (memory.grow (i32.const 100)) (i32.const -1)) (then unreachable))
+         (call $done)",
+        "(if (i32.ne (memory.size) (i32.const 2)) (then (call $exit (i32.const 4))))
+         (if (i32.ne (memory.grow (i32.const 1)) (i32.const 2)) (then (call $exit (i32.const 5))))
+         (if (i32.load (i32.const 131072)) (then (call $exit (i32.const 6))))
+         (i32.store (i32.const 3145728) (i32.const 1))",
+    );
+    for count in [2, 3] {
+        let running = Running::new(&program, &[]);
+        let parts = running.span_within(count, 1 << 20);
+        match running.outcome() {
+            Outcome::Trap(trap) => {
+                let message = "out of bounds memory access";
+                assert!(trap.message.contains(message), "{trap}");
+            }
+            other => panic!("{other:?}"),
+        }
         assert_eq!(parts.home().failure(), None);
     }
 }

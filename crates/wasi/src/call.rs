@@ -104,6 +104,33 @@ impl Call<'_> {
 }
 
 impl Call<'_> {
+    /// Waits for the first of `count` subscriptions, of which `read` has the layout; how
+    /// many events are in `out`.
+    pub(crate) fn poll(
+        &mut self,
+        memory: &mut GuestMemory<'_>,
+        count: Size,
+        out: GuestPtr<types::Event>,
+        read: impl Fn(&GuestMemory<'_>, u32) -> Result<types::Subscription>,
+    ) -> Result<Size> {
+        if count == 0 {
+            return Err(Errno::Inval.into());
+        }
+        if count > self.wasi.limits.subscriptions_max {
+            return Err(Errno::Nomem.into());
+        }
+        let mut subscriptions = Vec::new();
+        for number in 0..count {
+            subscriptions.push(read(memory, number)?);
+        }
+        let events = self.wasi.poll(&subscriptions, self.state, self.interrupt)?;
+        let count = u32::try_from(events.len())?;
+        for (place, event) in out.as_array(count).iter().zip(events) {
+            memory.write(place?, event)?;
+        }
+        Ok(count)
+    }
+
     /// Writes; a call that is repeated while what it wrote is made safe does not
     /// write again.
     fn write(&mut self, descriptor: &Descriptor, bytes: &[u8], position: Position) -> Result<Size> {
@@ -567,22 +594,9 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         out: GuestPtr<types::Event>,
         nsubscriptions: Size,
     ) -> Result<Size> {
-        if nsubscriptions == 0 {
-            return Err(Errno::Inval.into());
-        }
-        if nsubscriptions > self.wasi.limits.subscriptions_max {
-            return Err(Errno::Nomem.into());
-        }
-        let mut subscriptions = Vec::new();
-        for subscription in in_.as_array(nsubscriptions).iter() {
-            subscriptions.push(memory.read(subscription?)?);
-        }
-        let events = self.wasi.poll(&subscriptions, self.state, self.interrupt)?;
-        let count = u32::try_from(events.len())?;
-        for (place, event) in out.as_array(count).iter().zip(events) {
-            memory.write(place?, event)?;
-        }
-        Ok(count)
+        self.poll(memory, nsubscriptions, out, |memory, number| {
+            Ok(memory.read(in_.add(number)?)?)
+        })
     }
 
     fn proc_exit(

@@ -48,6 +48,7 @@ mod poll;
 mod random;
 mod restore;
 mod snapshot;
+mod snapshot_0;
 mod socket;
 mod stream;
 pub mod volume;

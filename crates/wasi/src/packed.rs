@@ -19,6 +19,7 @@
 
 use crate::function::Function;
 use crate::guest::{BUFFERS_MAX, TRANSFER_BYTES_MAX};
+use crate::snapshot_0::{FILESTAT_BYTES, SUBSCRIPTION_BYTES};
 use crate::wait::Interrupt;
 use crate::{CallState, Outcome, Wasi};
 use serde::{Deserialize, Serialize};
@@ -90,6 +91,22 @@ const fn path(at: usize) -> Role {
     Role::In(bytes(at, at + 1))
 }
 
+/// Of `poll_oneoff`: subscriptions of so many bytes, and room for events.
+const fn poll(subscription_bytes: usize) -> [Role; 3] {
+    let subscriptions = Values {
+        at: 0,
+        count: 2,
+        bytes: subscription_bytes,
+        align: 8,
+    };
+    let events = Values {
+        at: 1,
+        bytes: 32,
+        ..subscriptions
+    };
+    [Role::In(subscriptions), room(events, Some(3)), out(3, 4)]
+}
+
 /// What a function's parameters point to; `None` for those that are not packed: without
 /// pointers there is nothing to pack, and of some it is not known before how much they
 /// write.
@@ -100,7 +117,8 @@ fn roles(function: Function) -> Option<&'static [Role]> {
         F::ClockTimeGet => const { &[out(2, 8)] },
         F::FdFdstatGet => const { &[out(1, 24)] },
         F::FdFilestatGet => const { &[out(1, 64)] },
-        F::FdSeek => const { &[out(3, 8)] },
+        F::FdSeek | F::FdSeek0 => const { &[out(3, 8)] },
+        F::FdFilestatGet0 => const { &[out(1, FILESTAT_BYTES)] },
         F::FdTell => const { &[out(1, 8)] },
         F::FdRead => const { &[scatter(1, 3), out(3, 4)] },
         F::FdPread => const { &[scatter(1, 4), out(4, 4)] },
@@ -109,34 +127,15 @@ fn roles(function: Function) -> Option<&'static [Role]> {
         F::FdReaddir => const { &[room(bytes(1, 2), Some(4)), out(4, 4)] },
         F::PathCreateDirectory | F::PathRemoveDirectory | F::PathUnlinkFile => const { &[path(1)] },
         F::PathFilestatGet => const { &[path(2), out(4, 64)] },
+        F::PathFilestatGet0 => const { &[path(2), out(4, FILESTAT_BYTES)] },
         F::PathFilestatSetTimes => const { &[path(2)] },
         F::PathLink => const { &[path(2), path(5)] },
         F::PathOpen => const { &[path(2), out(8, 4)] },
         F::PathReadlink => const { &[path(1), room(bytes(3, 4), Some(5)), out(5, 4)] },
         F::PathRename => const { &[path(1), path(4)] },
         F::PathSymlink => const { &[path(0), path(3)] },
-        F::PollOneoff => {
-            const {
-                &[
-                    Role::In(Values {
-                        at: 0,
-                        count: 2,
-                        bytes: 48,
-                        align: 8,
-                    }),
-                    Role::Room {
-                        values: Values {
-                            at: 1,
-                            count: 2,
-                            bytes: 32,
-                            align: 8,
-                        },
-                        used: Some(3),
-                    },
-                    out(3, 4),
-                ]
-            }
-        }
+        F::PollOneoff => const { &poll(48) },
+        F::PollOneoff0 => const { &poll(SUBSCRIPTION_BYTES) },
         F::RandomGet => const { &[room(bytes(0, 1), None)] },
         F::SockAccept => const { &[out(2, 4)] },
         F::SockRecv => const { &[scatter(1, 4), out(4, 4), out(5, 2)] },

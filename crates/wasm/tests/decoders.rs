@@ -92,6 +92,7 @@ impl Fixture {
             tid: 0,
             signal: Arc::new(Signal::new().unwrap()),
             memories: machine.memories().clone(),
+            tables: Arc::default(),
         };
         Fixture {
             program,
@@ -333,6 +334,7 @@ fn changed_instrumented_modules() {
             tid: 0,
             signal: Arc::new(Signal::new().unwrap()),
             memories: machine.memories().clone(),
+            tables: Arc::default(),
         };
         let Ok(mut fiber) = Fiber::new(program, machine.host(), thread.clone()) else {
             continue;

@@ -46,6 +46,7 @@ impl Instance {
             tid: 0,
             signal,
             memories: machine.memories().clone(),
+            tables: Arc::default(),
         };
         let fiber = match Fiber::new(program.clone(), machine.host(), thread.clone()) {
             Ok(fiber) => fiber,

@@ -19,10 +19,14 @@
 //! In a clone every value that crosses a landing lies in a local: originals in
 //! their own, operands in *temporaries*, one for each height and type.
 
+mod room;
+mod spilled;
+
 use super::body::{Construct, Landing, Point, PointKind, ends_here};
 use super::meta::{self, SlotType};
 use super::plan::{BlockTypes, Plan, RESULT};
 use super::{InstrumentError, slot_type};
+use spilled::BLOCK_VALUES_MAX;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
 use wasm_encoder::{BlockType, BranchHint, Function, Instruction, MemArg, MemArgTarget};
 use wasmparser::{Operator, ValType};
@@ -860,6 +864,9 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.next_point += 1;
         let point = &self.plan.body.points[number];
         let (visible, operands) = visible(point);
+        if visible.len() > BLOCK_VALUES_MAX {
+            return self.leave_if_spilled(number, &visible);
+        }
         let ty = self.types.block(&visible, &visible)?;
         self.cold_if(ty);
         for _ in &point.results {
@@ -890,6 +897,10 @@ impl<'a, 'p> Writer<'a, 'p> {
     /// Writes the frame of a point to the save area, and leaves the address
     /// behind it in the scratch local.
     fn save(&mut self, number: usize) -> Result<(), InstrumentError> {
+        let types = self.plan.saved[number].iter();
+        let types = types.map(|slot| self.plan.slots[*slot as usize].1);
+        let references = types.filter(|ty| matches!(ty, ValType::Ref(_))).count();
+        self.make_room(references as u32);
         let pointer = self.control_arg(meta::SAVE_POINTER, 2);
         let scratch = self.scratch;
         self.konst(0);
@@ -940,6 +951,7 @@ impl<'a, 'p> Writer<'a, 'p> {
     /// set. One exit makes far less code than one for each point.
     fn leave(&mut self) {
         self.i(&Instruction::End);
+        self.check_save_area();
         let pointer = self.control_arg(meta::SAVE_POINTER, 2);
         let scratch = self.scratch;
         self.konst(0);

@@ -13,14 +13,14 @@
 //!   remembered in globals, so that an instance made later drops them too.
 
 use super::InstrumentError;
-use super::meta::{DataSegment, HOST_MODULE, PREFIX};
+use super::meta::{DataSegment, HOST_MODULE, PREFIX, TABLE_ENTRIES_MAX};
 use super::scan::{Scan, Store, memory_of};
 use std::collections::HashMap;
 use wasm_encoder::reencode::{Error as ReencodeError, Reencode, utils};
 use wasm_encoder::{
     BlockType, CodeSection, ConstExpr, DataCountSection, DataSection, ElementSection, EntityType,
     ExportKind, ExportSection, Function, FunctionSection, GlobalSection, GlobalType, ImportSection,
-    Instruction as I, MemorySection, Module, TableSection, TypeSection, ValType,
+    Instruction as I, MemorySection, Module, TableSection, TableType, TypeSection, ValType,
 };
 use wasmparser::{DataKind, Operator, Parser, Payload, TypeRef};
 
@@ -87,6 +87,17 @@ impl Reencode for Lower<'_> {
         } else {
             index + self.hosts
         })
+    }
+
+    fn table_type(
+        &mut self,
+        ty: wasmparser::TableType,
+    ) -> Result<TableType, ReencodeError<InstrumentError>> {
+        let mut ty = utils::table_type(self, ty)?;
+        // See `TABLE_ENTRIES_MAX`.
+        let most = TABLE_ENTRIES_MAX.max(ty.minimum);
+        ty.maximum = ty.maximum.map(|maximum| maximum.min(most));
+        Ok(ty)
     }
 }
 

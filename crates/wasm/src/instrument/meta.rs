@@ -36,16 +36,26 @@ pub const RESULTS: u32 = 64;
 pub const RESULTS_MAX: u32 = 1000;
 /// Address of the locals that a resumed frame starts with.
 pub const RESTORE: u32 = 32 << 10;
-/// Address of the save area, which grows upwards to the end of the memory.
+/// Address of the save area, which grows upwards.
 pub const SAVE: u32 = 2 << 20;
-/// Size of the control memory in 64 KiB pages (sparse: 2 GiB). A native frame
-/// takes 32 bytes or more of a stack of 1 MiB, so that 32,768 frames with 64 KiB
-/// of live values each find room: unwinding does not run out.
+/// Where the last saved frame must end. Code that saves a frame looks only afterwards whether
+/// it does, so as much as the largest frame takes (what [`RESTORE`] has room for) can be
+/// written behind it.
+pub const SAVE_END: u32 = SAVE + (8 << 20);
+/// Size of the control memory in 64 KiB pages (2 GiB), of which only the beginning can be
+/// accessed.
 pub const CONTROL_PAGES: u32 = 32_768;
 /// Bytes in front of the slots of a saved frame: point (`u32`), zero (`u32`).
 pub const FRAME_HEADER_BYTES: u32 = 8;
-/// Entries of the references table; the first [`RESULTS_MAX`] hold results.
+/// Entries of the references table at first; the first [`RESULTS_MAX`] hold results.
 pub const REFS_ENTRIES: u32 = 65_536;
+/// The most entries of the references table: more than the references that the save area
+/// has room for. No other table of an instrumented module declares this maximum, by which
+/// the runtime knows it.
+pub const REFS_ENTRIES_MAX: u32 = 2 << 20;
+/// The most entries of any other table. (Lowering lets none declare that it becomes larger,
+/// which nobody can tell: `table.grow` fails as well.)
+pub const TABLE_ENTRIES_MAX: u64 = 1 << 20;
 
 /// Prefix of everything that the instrumenter adds to a module's exports and
 /// imports. Guests may not use it.

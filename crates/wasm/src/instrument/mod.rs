@@ -42,6 +42,10 @@ use wasmparser::ValType;
 /// The largest module that is accepted, in bytes.
 pub const MODULE_BYTES_MAX: usize = 256 << 20;
 
+/// Raised when the same module becomes another one than before, of the same
+/// [`meta::VERSION`]: what was instrumented before is of use still, but not made any more.
+pub const REVISION: u32 = 1;
+
 /// Why a module cannot become a machine.
 #[derive(Debug, thiserror::Error)]
 pub enum InstrumentError {
@@ -110,7 +114,7 @@ pub fn read_meta(module: &[u8]) -> Result<meta::Meta, InstrumentError> {
     )))
 }
 
-fn slot_type(ty: ValType) -> Result<SlotType, InstrumentError> {
+pub(crate) fn slot_type(ty: ValType) -> Result<SlotType, InstrumentError> {
     Ok(match ty {
         ValType::I32 => SlotType::I32,
         ValType::I64 => SlotType::I64,

@@ -49,6 +49,9 @@ impl BlockTypes {
     }
 }
 
+/// The most locals of a function (a limit of implementations).
+const LOCALS_MAX: usize = 50_000;
+
 /// What both versions of a function share.
 pub(crate) struct Plan<'a> {
     pub(crate) body: &'a Body<'a>,
@@ -82,6 +85,7 @@ impl<'a> Plan<'a> {
         context: &PlanContext<'a>,
         function: u32,
         first_point: u32,
+        place: &str,
     ) -> Result<Self, InstrumentError> {
         let mut plan = Plan {
             body,
@@ -109,10 +113,16 @@ impl<'a> Plan<'a> {
             plan.slot_offsets.push(offset);
             offset += slot_type(*ty)?.bytes();
         }
-        if meta::RESTORE + offset > meta::SAVE {
+        // (Beside those: the clone's parameter, and two of the writer's.)
+        let locals = body.locals.len() + plan.temp_types.len() + 3;
+        if meta::RESTORE + offset > meta::SAVE || locals > LOCALS_MAX {
             return Err(InstrumentError::Unsupported {
-                what: format!("{} locals and operands", plan.slots.len()),
-                place: format!("function {function}"),
+                what: format!(
+                    "{} locals, and {} operands of which a safepoint may find some",
+                    body.locals.len(),
+                    plan.temp_types.len()
+                ),
+                place: place.to_owned(),
             });
         }
         Ok(plan)

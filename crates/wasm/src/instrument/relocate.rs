@@ -59,7 +59,7 @@ pub(crate) fn relocate(
         &referenced,
         std::mem::take(&mut input.calls),
     );
-    let mut written = write_functions(&mut input, &graph)?;
+    let mut written = write_functions(&mut input, &graph, scan)?;
 
     let mut meta = Meta {
         version: meta::VERSION,
@@ -247,7 +247,11 @@ struct Functions {
     resume_type: u32,
 }
 
-fn write_functions(input: &mut Input<'_>, graph: &CallGraph) -> Result<Functions, InstrumentError> {
+fn write_functions(
+    input: &mut Input<'_>,
+    graph: &CallGraph,
+    scan: &Scan,
+) -> Result<Functions, InstrumentError> {
     let types = graph.types().len() as u32;
     let mut out = Functions {
         hot: Vec::new(),
@@ -276,7 +280,8 @@ fn write_functions(input: &mut Input<'_>, graph: &CallGraph) -> Result<Functions
         let mut validator = to_validate.into_validator(allocations);
         let body = body::read(&code, &mut validator, graph, function)?;
         allocations = validator.into_allocations();
-        let plan = Plan::new(&body, &context, function, next_point)?;
+        let place = scan.place((function - graph.imported()) as usize);
+        let plan = Plan::new(&body, &context, function, next_point, &place)?;
         out.hot.push(plan.hot(&mut out.block_types)?);
         if let Some(meta) = plan.meta()? {
             next_point += meta.points.len() as u32;
@@ -292,8 +297,37 @@ fn write_functions(input: &mut Input<'_>, graph: &CallGraph) -> Result<Functions
             out.clones.extend(versions);
             out.functions.push(meta);
         }
+        check_sizes(&out, function, graph, &place)?;
     }
     Ok(out)
+}
+
+/// The most bytes of a function's body (a limit of implementations).
+const BODY_BYTES_MAX: usize = 7_654_321;
+
+/// Refuses by its place a function that became too large; its versions are the last ones.
+fn check_sizes(
+    out: &Functions,
+    function: u32,
+    graph: &CallGraph,
+    place: &str,
+) -> Result<(), InstrumentError> {
+    let first = match out.functions.last() {
+        Some(last) if last.index == function => out.entries.last().copied(),
+        _ => None,
+    };
+    let clones = first.map_or(out.clones.len(), |first| {
+        (first - graph.functions()) as usize
+    });
+    let all = out.hot.last().into_iter().chain(&out.clones[clones..]);
+    let largest = all.map(|written| written.0.byte_len()).max().unwrap_or(0);
+    if largest <= BODY_BYTES_MAX {
+        return Ok(());
+    }
+    Err(InstrumentError::Unsupported {
+        what: format!("a function that takes {largest} bytes of code when it can be captured"),
+        place: format!("{place}; a function has at most {BODY_BYTES_MAX}"),
+    })
 }
 
 fn imports(input: &Input<'_>, graph: &CallGraph) -> Result<Vec<Import>, InstrumentError> {
@@ -403,13 +437,17 @@ impl Output {
                 page_size_log2: None,
             });
         }
-        let lengths = [meta::REFS_ENTRIES, meta.directory.len() as u32];
-        for length in lengths {
+        let directory = meta.directory.len() as u32;
+        let lengths = [
+            (meta::REFS_ENTRIES, meta::REFS_ENTRIES_MAX),
+            (directory, directory),
+        ];
+        for (length, maximum) in lengths {
             input.table_section.table(TableType {
                 element_type: RefType::FUNCREF,
                 table64: false,
                 minimum: length.into(),
-                maximum: Some(length.into()),
+                maximum: Some(maximum.into()),
                 shared: false,
             });
         }

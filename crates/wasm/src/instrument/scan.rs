@@ -59,6 +59,8 @@ pub(crate) struct Scan {
     pub(crate) inits: BTreeSet<(u32, Store)>,
     /// Segments that code drops: (is an element segment, index).
     pub(crate) drops: Vec<(bool, u32)>,
+    /// Offset of each defined function's body in the module.
+    pub(crate) bodies: Vec<u64>,
     /// Names of functions by index.
     pub(crate) names: BTreeMap<u32, String>,
 }
@@ -224,6 +226,7 @@ impl Scan {
                 }
             }
             Payload::CodeSectionEntry(body) => {
+                self.bodies.push(body.range().start);
                 for op in body.get_operators_reader()? {
                     self.op(&op?)?;
                 }
@@ -247,6 +250,19 @@ impl Scan {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Where a defined function is, for its author: counted from the first one. (Behind the
+    /// author's are those that lowering adds.)
+    pub(crate) fn place(&self, defined: usize) -> String {
+        let Some(offset) = self.bodies.get(defined) else {
+            return "a bulk operation".into();
+        };
+        let index = self.imported_functions + defined as u32;
+        match self.names.get(&index) {
+            Some(name) => format!("function {index}, {name:?}, at offset {offset:#x}"),
+            None => format!("function {index} at offset {offset:#x}"),
+        }
     }
 
     fn memory(&mut self, ty: wasmparser::MemoryType) {

@@ -22,10 +22,14 @@ pub struct Control {
     reservation: Reservation,
 }
 
+/// What the module declares; most of it cannot be accessed.
 const CONTROL_BYTES: usize = (meta::CONTROL_PAGES as usize) << 16;
 const CONTROL_RESERVE_BYTES: usize = (4 << 30) + GUARD_BYTES;
 
 impl Control {
+    /// Bytes that can be accessed: the save area, and the largest frame behind it.
+    pub const ACCESSIBLE_BYTES: usize = (meta::SAVE_END + meta::SAVE - meta::RESTORE) as usize;
+
     /// A fresh control memory, zeroed, with the save area empty.
     ///
     /// # Errors
@@ -53,7 +57,7 @@ impl Control {
         unsafe {
             rustix::mm::mprotect(
                 base.as_ptr().cast(),
-                CONTROL_BYTES,
+                Control::ACCESSIBLE_BYTES,
                 rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE,
             )
         }
@@ -66,7 +70,7 @@ impl Control {
     /// # Panics
     /// If `address` is not one of the aligned words that [`meta`] names.
     pub fn word(&self, address: u32) -> &AtomicU32 {
-        assert!(address.is_multiple_of(4) && (address as usize) < CONTROL_BYTES);
+        assert!(address.is_multiple_of(4) && (address as usize) < Self::ACCESSIBLE_BYTES);
         // SAFETY: aligned and inside the mapping, which lives as long as
         // `self`; the guest accesses the same words.
         unsafe {
@@ -96,7 +100,7 @@ impl Control {
         let result = unsafe {
             rustix::mm::madvise(
                 self.reservation.base.as_ptr().add(from).cast(),
-                CONTROL_BYTES - from,
+                Self::ACCESSIBLE_BYTES.saturating_sub(from),
                 rustix::mm::Advice::LinuxDontNeed,
             )
         };
@@ -140,7 +144,7 @@ impl Control {
     }
 
     fn check(&self, address: u32, bytes: usize) {
-        assert!(address as usize + bytes <= CONTROL_BYTES);
+        assert!(address as usize + bytes <= Self::ACCESSIBLE_BYTES);
     }
 }
 
@@ -190,10 +194,11 @@ unsafe impl MemoryCreator for Creator {
             .with_borrow_mut(Vec::pop)
             .ok_or("an instance was made outside `with_memories`")?;
         let memory = match next {
-            Next::Guest(memory) => Mapped::Guest {
-                seen_bytes: memory.size_bytes() as usize,
-                memory,
-            },
+            Next::Guest(memory) => {
+                let seen_bytes = memory.size_bytes() as usize;
+                memory.tell(seen_bytes);
+                Mapped::Guest { memory, seen_bytes }
+            }
             Next::Control(memory) => Mapped::Control(memory),
         };
         if memory.byte_size() < minimum
@@ -236,6 +241,7 @@ unsafe impl LinearMemory for Mapped {
     fn grow_to(&mut self, new_size: usize) -> wasmtime::Result<()> {
         match self {
             Mapped::Guest { memory, seen_bytes } if new_size as u64 <= memory.size_bytes() => {
+                memory.tell(new_size);
                 *seen_bytes = new_size;
                 Ok(())
             }

@@ -57,6 +57,8 @@ pub const PAGE_BYTES: u64 = 4096;
 const RESERVE_32_BYTES: usize = 4 << 30;
 /// Address space that a 64-bit memory reserves, which is also its limit.
 const RESERVE_64_BYTES: usize = 64 << 30;
+/// Bytes that are zeroed at once.
+const CLEAR_BYTES: usize = 16 << 10;
 /// Inaccessible space behind a reservation. Code elides bounds checks for
 /// constant offsets up to this.
 pub(crate) const GUARD_BYTES: usize = 32 << 20;
@@ -148,8 +150,15 @@ pub struct GuestMemory {
     reservation: Reservation,
     /// Bytes that the guest may access.
     size: AtomicUsize,
-    /// Bytes that are mapped to be accessed; never less.
+    /// Bytes that the guest's mapping lets it access: more than the size while it grows at all
+    /// parts of a machine.
+    opened: AtomicUsize,
+    /// Bytes that the host can access, to which the file reaches: as many as were opened at
+    /// any time.
     accessible: AtomicUsize,
+    /// The largest size that an instance was told, which it does not forget: the engine's own
+    /// code would not survive a fault below it.
+    told: AtomicUsize,
     /// Bytes that it may grow to, by module and by spec.
     limit: AtomicU64,
     /// Bytes that it may grow to by module and reservation, whatever the spec says.
@@ -213,7 +222,9 @@ impl GuestMemory {
             file: fd.into(),
             reservation: Reservation { base, bytes },
             size: AtomicUsize::new(0),
+            opened: AtomicUsize::new(0),
             accessible: AtomicUsize::new(0),
+            told: AtomicUsize::new(0),
             limit: AtomicU64::new(limit),
             maximum,
             memory64,
@@ -260,12 +271,9 @@ impl GuestMemory {
     }
 
     /// As [`Self::grow`]; `others` is asked to let whoever else maps the memory access
-    /// so many bytes, after that is possible here and before anybody is told of it.
-    pub(crate) fn grow_with(
-        &self,
-        delta_pages: u64,
-        others: impl FnOnce(u64) -> bool,
-    ) -> Option<u64> {
+    /// so many bytes, after that is possible here and before anybody is told of it. Where it
+    /// cannot, it is asked again, to let them access as many as before and no more.
+    pub(crate) fn grow_with(&self, delta_pages: u64, others: impl Fn(u64) -> bool) -> Option<u64> {
         let _growing = self
             .growing
             .lock()
@@ -282,13 +290,16 @@ impl GuestMemory {
             return None;
         }
         if wanted > before && !others(wanted) {
+            self.close();
+            others(before);
             return None;
         }
         self.size.store(wanted as usize, Ordering::Release);
         Some(before / WASM_PAGE_BYTES)
     }
 
-    /// Makes it as large as another part's of the same machine.
+    /// Makes it as large as another part's of the same machine; smaller only where another
+    /// part could not become larger.
     ///
     /// # Errors
     /// [`MemoryError::Limit`], [`MemoryError::System`].
@@ -305,6 +316,9 @@ impl GuestMemory {
         }
         if bytes > self.size_bytes() {
             self.open(bytes)?;
+        } else if bytes < self.size_bytes() {
+            self.size.store(bytes as usize, Ordering::Release);
+            self.close();
         }
         Ok(())
     }
@@ -316,11 +330,18 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Makes the first `bytes` accessible: the file first, then the range.
+    /// Makes the first `bytes` accessible, and zero behind the size: the file first, then the
+    /// range.
     fn make_accessible(&self, bytes: u64) -> Result<(), MemoryError> {
-        if bytes > self.accessible_bytes() {
+        let accessible = self.accessible_bytes();
+        if bytes > self.size_bytes() {
+            self.clear(self.size_bytes()..accessible.min(bytes))?;
+        }
+        if bytes > accessible {
             ftruncate(&self.file, bytes).map_err(system("make the memory longer"))?;
-            // SAFETY: the range lies in our own reservation, and the file now
+        }
+        if bytes > self.opened.load(Ordering::Acquire) as u64 {
+            // SAFETY: the range lies in our own reservation, and the file
             // reaches to its end.
             unsafe {
                 mprotect(
@@ -330,12 +351,69 @@ impl GuestMemory {
                 )
             }
             .map_err(system("open the memory"))?;
-            self.accessible.store(bytes as usize, Ordering::Release);
+            self.opened.store(bytes as usize, Ordering::Release);
+            self.accessible
+                .store(bytes.max(accessible) as usize, Ordering::Release);
         }
         Ok(())
     }
 
-    /// Bytes that can be accessed: more than the size while it grows at all parts of a
+    /// Takes back what [`Self::make_accessible`] opened behind the size, where it did not grow
+    /// after all: an access there traps again. What a thread wrote there meanwhile is gone.
+    /// (Pages stay where they are, and as protected as they are: other parts may be about to
+    /// have them.)
+    fn close(&self) {
+        let size = self.size.load(Ordering::Acquire);
+        let from = size.max(self.told.load(Ordering::Acquire));
+        let opened = self.opened.load(Ordering::Acquire);
+        if from < opened {
+            // SAFETY: the range lies in our own reservation, behind all that any instance
+            // takes for its memory.
+            let closed = unsafe {
+                mprotect(
+                    self.reservation.base.as_ptr().add(from).cast(),
+                    opened - from,
+                    MprotectFlags::empty(),
+                )
+            };
+            match closed {
+                Ok(()) => self.opened.store(from, Ordering::Release),
+                Err(error) => tracing::warn!(%error, "guest memory stays open behind its end"),
+            }
+        }
+        if let Err(error) = self.clear(size as u64..self.accessible_bytes()) {
+            // (It is tried again before anybody may see it.)
+            tracing::warn!(%error, "guest memory behind its end is not cleared");
+        }
+    }
+
+    /// Zeroes what there is of a range, through the file.
+    fn clear(&self, range: Range<u64>) -> Result<(), MemoryError> {
+        let zeros = [0; CLEAR_BYTES];
+        let mut at = range.start;
+        while at < range.end {
+            at = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
+                Ok(data) => data,
+                Err(rustix::io::Errno::NXIO) => return Ok(()),
+                Err(errno) => return Err(system("find populated pages")(errno)),
+            };
+            let hole = rustix::fs::seek(&self.file, SeekFrom::Hole(at))
+                .map_err(system("find populated pages"))?;
+            while at < hole.min(range.end) {
+                let count = (hole.min(range.end) - at).min(CLEAR_BYTES as u64);
+                self.write(at, &zeros[..count as usize])?;
+                at += count;
+            }
+        }
+        Ok(())
+    }
+
+    /// An instance takes the memory for so large from now on.
+    fn tell(&self, bytes: usize) {
+        self.told.fetch_max(bytes, Ordering::AcqRel);
+    }
+
+    /// Bytes that the host can access: more than the size while it grows at all parts of a
     /// machine, and where that did not succeed.
     pub(crate) fn accessible_bytes(&self) -> u64 {
         self.accessible.load(Ordering::Acquire) as u64
@@ -527,6 +605,9 @@ impl GuestMemory {
         self.reservation.bytes - GUARD_BYTES
     }
 }
+
+#[cfg(test)]
+mod tests;
 
 /// Opens a file that belongs to this process alone.
 fn open_private(path: &str) -> Result<OwnedFd, rustix::io::Errno> {

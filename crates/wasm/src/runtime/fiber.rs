@@ -19,15 +19,14 @@ use super::frame::{Frame, Pending, ThreadState, Value};
 use super::host::{Exited, Host, HostThread, HostTrap, ThreadContext, host_call, to_val, typed};
 use super::program::{Program, ProgramError};
 use super::signal::Signal;
+use super::tables::TableLimits;
 use crate::instrument::meta::{self, PREFIX, SlotType};
 use crate::memory::{Control, MemoryError, WASM_PAGE_BYTES, with_memories};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use wasmtime::{
-    Func, Global, Instance, Ref, Store, StoreLimits, StoreLimitsBuilder, Table, TypedFunc, Val,
-};
+use wasmtime::{Func, Global, Instance, Ref, Store, Table, TypedFunc, Val};
 
 /// How a run ended for good.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,6 +85,9 @@ pub enum FiberError {
     NoExport(String),
 }
 
+/// The most functions that a trap names, innermost first.
+const BACKTRACE_MAX: usize = 64;
+
 /// A save area that grew larger is given back to the system.
 const SAVED_KEPT_BYTES: usize = 1 << 20;
 
@@ -108,17 +110,6 @@ pub struct Fiber {
     restore: Vec<u8>,
     /// No code has run in it.
     fresh: bool,
-}
-
-/// The most entries of a table: each thread's instance has its own, 8 bytes
-/// each.
-pub(super) const TABLE_ENTRIES_MAX: usize = 1 << 20;
-
-/// What a store may have; memories have limits of their own.
-fn table_limits() -> StoreLimits {
-    StoreLimitsBuilder::new()
-        .table_elements(TABLE_ENTRIES_MAX)
-        .build()
 }
 
 /// Runs code. Where the engine finds that the code cannot be what it was made of (an
@@ -152,17 +143,19 @@ impl Fiber {
         let control = Arc::new(Control::new()?);
         let memories = thread.memories.clone();
         let signal = thread.signal.clone();
+        let limits = TableLimits::new(thread.tables.clone());
         let mut store = Store::new(
             program.wasmtime(),
             ThreadContext {
                 host,
                 thread,
                 pending: Pending::Nothing,
-                limits: table_limits(),
+                limits,
             },
         );
         store.limiter(|context| &mut context.limits);
         let instance = with_memories(&memories, &control, || linked.instantiate(&mut store))?;
+        store.data_mut().limits.count(false);
         let table = |store: &mut Store<ThreadContext>, name: &str| {
             instance
                 .get_table(&mut *store, name)
@@ -425,9 +418,13 @@ impl Fiber {
             .control
             .word(meta::SAVE_POINTER)
             .load(Ordering::Relaxed);
+        // (Code has left: what goes wrong from here on does not while it saves.)
+        self.control
+            .word(meta::SAVE_POINTER)
+            .store(meta::SAVE, Ordering::Relaxed);
         // The pointer is the code's; so is what it saved.
         let damaged = || plain_trap("code saved a damaged frame".into());
-        if end > meta::CONTROL_PAGES << 16 {
+        if end as usize > Control::ACCESSIBLE_BYTES {
             return Err(damaged());
         }
         let mut saved = vec![0; end.saturating_sub(meta::SAVE) as usize];
@@ -465,8 +462,8 @@ impl Fiber {
         }
         // Code leaves innermost first.
         self.frames[first..].reverse();
-        if self.frames.len() > super::frame::FRAMES_MAX {
-            return Err(plain_trap("call stack exhausted".into()));
+        if !super::frame::fits(&self.frames) {
+            return Err(self.stop(wasmtime::Trap::StackOverflow.into()));
         }
         self.pending = std::mem::take(&mut self.store.data_mut().pending);
         Ok(())
@@ -515,6 +512,7 @@ impl Fiber {
                 .set(&mut self.store, val)
                 .map_err(|error| plain_trap(format!("a global cannot be set: {error}")))?;
         }
+        self.store.data_mut().limits.count(true);
         for (at, entries) in state.tables.iter().enumerate() {
             let table = self.tables[at];
             let missing = (entries.len() as u64).saturating_sub(table.size(&self.store));
@@ -528,6 +526,7 @@ impl Fiber {
                 self.set_table(table, entry, reference)?;
             }
         }
+        self.store.data_mut().limits.count(false);
         let redrop = format!("{PREFIX}redrop");
         if let Some(function) = self.instance.get_func(&mut self.store, &redrop) {
             self.enter();
@@ -579,6 +578,12 @@ impl Fiber {
     /// Whether no code has run in it.
     pub(super) fn is_fresh(&self) -> bool {
         self.fresh
+    }
+
+    /// Its thread goes over into another instance: what its tables grew by is no longer
+    /// counted for this one.
+    pub(super) fn retire(&mut self) {
+        self.store.data_mut().limits.give_back();
     }
 
     /// Gives it to a thread that has not run in it yet.
@@ -661,6 +666,13 @@ impl Fiber {
         })
     }
 
+    /// Whether code ended while it saved its frames: none else runs once the first is saved.
+    /// Nothing but the end of the save area ends it there.
+    fn is_leaving(&self) -> bool {
+        let saved = self.control.word(meta::SAVE_POINTER);
+        saved.load(Ordering::Relaxed) > meta::SAVE
+    }
+
     /// Says why code ended, with the whole stack: what was native, then the
     /// frames that were not resumed yet.
     fn stop(&self, error: wasmtime::Error) -> Stop {
@@ -681,14 +693,17 @@ impl Fiber {
             })
             .unwrap_or_default();
         let meta = &self.program.meta;
+        let rest = BACKTRACE_MAX.saturating_sub(backtrace.len());
         backtrace.extend(
             self.frames
                 .iter()
                 .rev()
+                .take(rest)
                 .filter_map(|frame| meta.point(frame.point))
                 .map(|(_, function, _)| meta.function_name(function.index)),
         );
         let message = match error.downcast_ref::<wasmtime::Trap>() {
+            _ if self.is_leaving() => wasmtime::Trap::StackOverflow.to_string(),
             Some(trap) => trap.to_string(),
             None => match error.downcast_ref::<HostTrap>() {
                 Some(trap) => trap.0.clone(),

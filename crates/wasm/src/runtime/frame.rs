@@ -14,8 +14,23 @@ use serde::{Deserialize, Serialize};
 /// First bytes of an encoded thread.
 pub const MAGIC: [u8; 4] = *b"KTHR";
 
-/// The most frames that a thread may have.
-pub const FRAMES_MAX: usize = 4 << 20;
+/// The most frames that a thread may have: no native frame is smaller than 16 bytes, so one
+/// that was never captured has fewer on its stack. (A capture empties that stack, which
+/// therefore does not bound how deep a captured thread comes.)
+pub const FRAMES_MAX: usize = super::program::STACK_BYTES / 16;
+/// The most bytes that a thread's frames may have, with [`FRAME_OVERHEAD_BYTES`] for each:
+/// eight times its native stack. A native frame has room for each value that differs, so only
+/// frames full of copies and constants, which code keeps nowhere, come to more.
+pub const FRAME_BYTES_MAX: usize = (meta::SAVE_END - meta::SAVE) as usize;
+/// Bytes that a frame takes beside its slots; more than its header in the save area, which
+/// therefore has room for all frames that a thread may have.
+pub const FRAME_OVERHEAD_BYTES: usize = 48;
+
+/// Whether a thread may have these frames. Where it may not its call stack is exhausted.
+pub(crate) fn fits(frames: &[Frame]) -> bool {
+    let bytes = |frame: &Frame| frame.payload.len() + FRAME_OVERHEAD_BYTES;
+    frames.len() <= FRAMES_MAX && frames.iter().map(bytes).sum::<usize>() <= FRAME_BYTES_MAX
+}
 
 /// One activation of a function that was left at a point.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -220,8 +235,11 @@ impl ThreadState {
     /// # Errors
     /// [`FrameError::Damaged`].
     pub fn check(&self, meta: &Meta) -> Result<(), FrameError> {
-        if self.frames.len() > FRAMES_MAX {
-            return Err(damaged(format!("{} frames", self.frames.len())));
+        if !fits(&self.frames) {
+            return Err(damaged(format!(
+                "its {} frames are more than a thread may have",
+                self.frames.len()
+            )));
         }
         let directory = meta.directory.as_slice();
         let reference = |value: u32| value == 0 || directory.binary_search(&(value - 1)).is_ok();

@@ -4,6 +4,7 @@
 use super::frame::{Pending, Progress, Value};
 use super::program::ProgramError;
 use super::signal::Signal;
+use super::tables::{TableBudget, TableLimits};
 use crate::instrument::meta::{self, HOST_MODULE, Meta, PREFIX, SlotType};
 use crate::memory::{GuestMemory, WASM_PAGE_BYTES};
 use std::sync::Arc;
@@ -56,6 +57,8 @@ pub struct HostThread {
     pub signal: Arc<Signal>,
     /// The machine's memories.
     pub memories: Arc<[Arc<GuestMemory>]>,
+    /// What the machine's tables have, of what they may have.
+    pub tables: Arc<TableBudget>,
 }
 
 /// What a store carries.
@@ -63,7 +66,7 @@ pub(crate) struct ThreadContext {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) thread: HostThread,
     pub(crate) pending: Pending,
-    pub(crate) limits: wasmtime::StoreLimits,
+    pub(crate) limits: TableLimits,
 }
 
 /// What an import is to the runtime.
@@ -81,7 +84,7 @@ pub enum ImportKind {
     Wait64(u32),
     /// `memory.atomic.notify`.
     Notify(u32),
-    /// A function of WASI preview 1.
+    /// A function of WASI preview 1, or of snapshot 0.
     Wasi(keel_wasi::Function),
     /// `evenkeel.epoch`.
     Epoch,
@@ -95,7 +98,7 @@ pub enum ImportKind {
     Print,
 }
 
-/// Finds out what each import is.
+/// Finds out what each import of an instrumented module is.
 ///
 /// # Errors
 /// [`ProgramError::UnknownImports`] naming all that machines do not have.
@@ -105,19 +108,7 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
     for import in &meta.imports {
         let kind = match import.module.as_str() {
             HOST_MODULE => lowered_kind(import, meta),
-            "wasi_snapshot_preview1" => wasi_kind(import),
-            "wasi"
-                if import.name == "thread-spawn"
-                    && import.params == [SlotType::I32]
-                    && import.results == [SlotType::I32] =>
-            {
-                Some(ImportKind::ThreadSpawn)
-            }
-            "evenkeel" => own_kind(import),
-            "spectest" if import.name.starts_with("print") && import.results.is_empty() => {
-                Some(ImportKind::Print)
-            }
-            _ => None,
+            _ => guest_kind(import),
         };
         match kind {
             Some(kind) => kinds.push(kind),
@@ -128,6 +119,25 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
         Ok(kinds)
     } else {
         Err(ProgramError::UnknownImports(unknown.join(", ")))
+    }
+}
+
+/// What an import is that the module's author wrote; `None` if machines do not have it.
+pub(super) fn guest_kind(import: &meta::Import) -> Option<ImportKind> {
+    match import.module.as_str() {
+        "wasi_snapshot_preview1" | "wasi_unstable" => wasi_kind(import),
+        "wasi"
+            if import.name == "thread-spawn"
+                && import.params == [SlotType::I32]
+                && import.results == [SlotType::I32] =>
+        {
+            Some(ImportKind::ThreadSpawn)
+        }
+        "evenkeel" => own_kind(import),
+        "spectest" if import.name.starts_with("print") && import.results.is_empty() => {
+            Some(ImportKind::Print)
+        }
+        _ => None,
     }
 }
 
@@ -180,7 +190,7 @@ fn lowered_kind(import: &meta::Import, meta: &Meta) -> Option<ImportKind> {
 }
 
 fn wasi_kind(import: &meta::Import) -> Option<ImportKind> {
-    let function = keel_wasi::Function::by_name(&import.name)?;
+    let function = keel_wasi::Function::by_import(&import.module, &import.name)?;
     let params: Vec<SlotType> = function
         .params()
         .iter()

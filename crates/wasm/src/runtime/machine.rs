@@ -30,6 +30,7 @@ use super::names::{Named, Names};
 use super::parts::{Inbox, Parts};
 use super::program::{Program, ProgramError};
 use super::signal::Signal;
+use super::tables::{TableBudget, TableShare};
 use super::wait::WaitQueues;
 use crate::coherence::PartId;
 use crate::instrument::meta::Meta;
@@ -212,6 +213,8 @@ pub(super) struct Thread {
     held: u8,
     /// Set by the OS thread that runs it.
     clock: Option<ThreadClock>,
+    /// The entries that the tables of its instance begin with.
+    _tables: TableShare,
 }
 
 pub(super) struct Threads {
@@ -236,6 +239,7 @@ pub(super) struct Shared {
     pub(super) memories: Arc<[Arc<GuestMemory>]>,
     pub(super) wasi: Arc<Wasi>,
     threads_max: u32,
+    pub(super) tables: Arc<TableBudget>,
     cpu: Mutex<CpuLimit>,
     pub(super) threads: Mutex<Threads>,
     changed: Condvar,
@@ -355,7 +359,8 @@ impl Machine {
         }
         let machine = Machine::idle(program, wasi, limits)?;
         machine.set_epoch(epoch);
-        locked(&machine.shared.threads).add(0, Entry::Main, Some(None), PartId::HOME)?;
+        let tables = machine.shared.tables_of_thread();
+        locked(&machine.shared.threads).add(0, Entry::Main, Some(None), PartId::HOME, tables)?;
         Ok(machine)
     }
 
@@ -393,7 +398,8 @@ impl Machine {
         *locked(&machine.shared.names) = image.names;
         let mut threads = locked(&machine.shared.threads);
         for (tid, (entry, state)) in image.threads {
-            threads.add(tid, entry, Some(state), PartId::HOME)?;
+            let tables = machine.shared.tables_of_thread();
+            threads.add(tid, entry, Some(state), PartId::HOME, tables)?;
         }
         let tids: Vec<u32> = threads.table.keys().copied().collect();
         for tid in tids {
@@ -425,6 +431,7 @@ impl Machine {
                 memories,
                 wasi: Arc::new(wasi),
                 threads_max: limits.threads_max,
+                tables: Arc::default(),
                 cpu: Mutex::new(CpuLimit {
                     millis: None,
                     governed: false,
@@ -714,6 +721,16 @@ impl Machine {
     }
 }
 
+impl Shared {
+    /// What a thread's tables begin with, of one that there must be: the first, or one that
+    /// was captured.
+    fn tables_of_thread(&self) -> TableShare {
+        let mut share = TableShare::new(self.tables.clone());
+        share.take(self.program.table_entries);
+        share
+    }
+}
+
 impl Thread {
     fn rested(&self) -> bool {
         self.rests_until.is_none_or(|until| Instant::now() >= until)
@@ -727,6 +744,7 @@ impl Threads {
         entry: Entry,
         parked: Option<Option<ThreadState>>,
         place: PartId,
+        tables: TableShare,
     ) -> std::io::Result<()> {
         let signal = Arc::new(Signal::new()?);
         self.table.insert(
@@ -743,6 +761,7 @@ impl Threads {
                 rests_until: None,
                 held: 0,
                 clock: None,
+                _tables: tables,
             },
         );
         Ok(())

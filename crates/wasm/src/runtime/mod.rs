@@ -1,6 +1,8 @@
 //! Runs instrumented modules: threads that can be captured and resumed.
 //!
-//! - `program`: from bytes to compiled code, with a cache
+//! - `program`: from bytes to compiled code
+//! - `cache`: sealed files by name
+//! - `imports`: what a module imports, before it is compiled
 //! - `host`: what imports lead to
 //! - `fiber`: one thread and its instance; the unwind and resume loop
 //! - `frame`: a thread as plain data, and its format
@@ -10,31 +12,36 @@
 //! - `names`: what a guest says of its memory and threads
 //! - `governor`: keeps a machine within its `cpu.limit`
 //! - `parts`: threads of one machine at several parts
+//! - `tables`: how many entries tables may have
 //! - `plain`: the untouched module on plain wasmtime, for comparing
 //! - `wait`: `memory.atomic.wait` and `notify`
 //! - `signal`: how a thread is asked to come to a safepoint
 
+mod cache;
 mod calls;
 mod fiber;
 pub mod frame;
 mod governor;
 mod host;
 mod image;
+mod imports;
 mod machine;
 mod names;
 pub mod parts;
 mod plain;
 mod program;
 mod signal;
+mod tables;
 mod wait;
 
+pub use crate::instrument::meta::TABLE_ENTRIES_MAX;
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
 pub use governor::CoreTime;
 pub use host::{Host, HostOutcome, HostThread, ImportKind};
 pub use image::Image;
 pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, Took, make_memories};
 pub use names::{Named, is_object_name};
-pub use plain::run_plain;
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES};
 pub use signal::Signal;
+pub use tables::{TABLES_ENTRIES_MAX, TableBudget};
 pub use wait::WaitQueues;

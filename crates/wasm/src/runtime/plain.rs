@@ -1,17 +1,19 @@
 //! Runs a module as its author built it, on wasmtime as it is, with the same
 //! WASI: what instrumented runs are compared with. Nothing here can be captured.
 
-use super::fiber::TABLE_ENTRIES_MAX;
 use super::fiber::Trap;
+use super::imports;
 use super::machine::{Limits, Outcome};
-use super::program::{self, Options, ProgramError};
+use super::program::{self, Engine, ProgramError};
 use super::signal::Signal;
+use super::tables::{self, TableBudget, TableLimits};
 use keel_wasi::{CallState, Function, Outcome as WasiOutcome, ParamType, Wasi};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
+use wasmparser::TypeRef;
 use wasmtime::{
-    Caller, Engine, Extern, FuncType, InstancePre, Linker, MemoryType, MemoryTypeBuilder, Module,
-    SharedMemory, Store, StoreLimits, StoreLimitsBuilder, Val, ValType,
+    Caller, Extern, FuncType, InstancePre, Linker, MemoryType, MemoryTypeBuilder, Module,
+    ResourceLimiter, SharedMemory, Store, Val, ValType,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -19,12 +21,13 @@ use wasmtime::{
 struct Exited(u32);
 
 struct Plain {
-    engine: Engine,
+    engine: wasmtime::Engine,
     wasi: Arc<Wasi>,
     signal: Signal,
     threads: AtomicU32,
     next_tid: AtomicU32,
     limits: Limits,
+    tables: Arc<TableBudget>,
     shared: Option<SharedMemory>,
     instance: Mutex<Option<InstancePre<Context>>>,
     ended: mpsc::Sender<Outcome>,
@@ -33,7 +36,34 @@ struct Plain {
 struct Context {
     plain: Arc<Plain>,
     tid: u32,
-    limits: StoreLimits,
+    limits: PlainLimits,
+}
+
+/// Bounds one thread's store.
+struct PlainLimits {
+    /// Of each memory that the module defines for itself.
+    memory_bytes: usize,
+    tables: TableLimits,
+}
+
+impl ResourceLimiter for PlainLimits {
+    fn memory_growing(
+        &mut self,
+        _current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        Ok(desired <= self.memory_bytes)
+    }
+
+    fn table_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        self.tables.table_growing(current, desired, maximum)
+    }
 }
 
 impl Context {
@@ -42,10 +72,10 @@ impl Context {
         Context {
             plain: plain.clone(),
             tid,
-            limits: StoreLimitsBuilder::new()
-                .memory_size(bytes)
-                .table_elements(TABLE_ENTRIES_MAX)
-                .build(),
+            limits: PlainLimits {
+                memory_bytes: bytes,
+                tables: TableLimits::plain(plain.tables.clone()),
+            },
         }
     }
 }
@@ -69,20 +99,33 @@ fn within(ty: &MemoryType, limit_bytes: u64) -> wasmtime::Result<MemoryType> {
         .build()
 }
 
-/// Runs a command to its end.
-///
-/// # Errors
-/// [`ProgramError`] if it is no module, or imports what machines do not have.
-pub fn run_plain(
-    bytes: &[u8],
+impl Engine {
+    /// Runs a command as its author built it to its end, on wasmtime as it is.
+    ///
+    /// # Errors
+    /// [`ProgramError`] if it is no module, or imports what machines do not have.
+    pub fn run_plain(
+        &self,
+        bytes: &[u8],
+        wasi: Arc<Wasi>,
+        limits: Limits,
+    ) -> Result<Outcome, ProgramError> {
+        imports::check(
+            bytes,
+            |import| matches!(import, TypeRef::Memory(memory) if memory.shared),
+        )?;
+        tables::initial_entries(bytes, false)?;
+        let (engine, module) = self.compile_plain(bytes)?;
+        run(engine, &module, wasi, limits)
+    }
+}
+
+fn run(
+    engine: wasmtime::Engine,
+    module: &Module,
     wasi: Arc<Wasi>,
     limits: Limits,
-    options: Options,
 ) -> Result<Outcome, ProgramError> {
-    let mut config = program::config(options);
-    config.shared_memory(true);
-    let engine = Engine::new(&config).map_err(ProgramError::Compile)?;
-    let module = Module::new(&engine, bytes).map_err(ProgramError::Compile)?;
     let shared = module
         .imports()
         .find_map(|import| import.ty().memory().cloned())
@@ -92,7 +135,7 @@ pub fn run_plain(
         .map_err(ProgramError::Compile)?;
     let (ended, end) = mpsc::channel();
     let plain = Arc::new(Plain {
-        engine: engine.clone(),
+        engine,
         wasi,
         signal: Signal::new().map_err(|source| ProgramError::Cache {
             path: "eventfd".into(),
@@ -101,13 +144,14 @@ pub fn run_plain(
         threads: AtomicU32::new(1),
         next_tid: AtomicU32::new(1),
         limits,
+        tables: Arc::default(),
         shared,
         instance: Mutex::new(None),
         ended,
     });
-    let linker = link(&plain, &module)?;
+    let linker = link(&plain, module)?;
     let instance = linker
-        .instantiate_pre(&module)
+        .instantiate_pre(module)
         .map_err(ProgramError::Compile)?;
     if let Ok(mut slot) = plain.instance.lock() {
         *slot = Some(instance);
@@ -125,9 +169,9 @@ fn link(plain: &Arc<Plain>, module: &Module) -> Result<Linker<Context>, ProgramE
     let mut unknown = Vec::new();
     for import in module.imports() {
         let (module, name) = (import.module(), import.name());
-        let function = Function::by_name(name).filter(|_| module == "wasi_snapshot_preview1");
+        let function = Function::by_import(module, name);
         let defined = if let Some(function) = function {
-            define(&mut linker, &plain.engine, function)
+            define(&mut linker, &plain.engine, module, function)
         } else if (module, name) == ("wasi", "thread-spawn") {
             linker
                 .func_wrap(module, name, |caller: Caller<'_, Context>, arg: i32| {
@@ -166,7 +210,8 @@ fn link(plain: &Arc<Plain>, module: &Module) -> Result<Linker<Context>, ProgramE
 
 fn define(
     linker: &mut Linker<Context>,
-    engine: &Engine,
+    engine: &wasmtime::Engine,
+    module: &str,
     function: Function,
 ) -> wasmtime::Result<()> {
     let params = function.params().iter().map(|ty| match ty {
@@ -176,7 +221,7 @@ fn define(
     let results = function.has_result().then_some(ValType::I32);
     let ty = FuncType::new(engine, params, results);
     linker.func_new(
-        "wasi_snapshot_preview1",
+        module,
         function.name(),
         ty,
         move |mut caller, params, results| {

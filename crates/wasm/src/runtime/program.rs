@@ -5,9 +5,13 @@
 //! travels: it is native code, and is loaded only if sealed with this node's
 //! own key).
 
+use super::cache::Cache;
 use super::frame::hex;
 use super::host::{self, ThreadContext};
-use crate::instrument::{self, InstrumentError, meta::Meta};
+use super::imports;
+use super::tables::{self, TABLES_ENTRIES_MAX};
+use crate::instrument::meta::{Meta, TABLE_ENTRIES_MAX};
+use crate::instrument::{self, InstrumentError};
 use crate::memory::Creator;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -26,6 +30,14 @@ pub enum ProgramError {
     /// It imports what machines do not have.
     #[error("the module imports what machines do not have: {0}")]
     UnknownImports(String),
+    /// Its tables are too large before it begins.
+    #[error(
+        "the module's tables begin with {entries} entries or more; a machine has at most {TABLE_ENTRIES_MAX} in one table, and {TABLES_ENTRIES_MAX} in all"
+    )]
+    Tables {
+        /// Entries of the tables up to the one that is too large.
+        entries: u64,
+    },
     /// The engine refused it.
     #[error("the module cannot be compiled: {0:#}")]
     Compile(wasmtime::Error),
@@ -54,6 +66,7 @@ pub struct Options {
 #[derive(Clone)]
 pub struct Engine {
     inner: wasmtime::Engine,
+    options: Options,
     cache: Option<Cache>,
     guest_nice: Option<i32>,
 }
@@ -64,12 +77,6 @@ impl std::fmt::Debug for Engine {
             .field("cache", &self.cache)
             .finish()
     }
-}
-
-#[derive(Debug, Clone)]
-struct Cache {
-    folder: PathBuf,
-    key: [u8; 32],
 }
 
 pub(crate) fn config(options: Options) -> Config {
@@ -103,6 +110,7 @@ impl Engine {
         let inner = wasmtime::Engine::new(&config).map_err(ProgramError::Compile)?;
         Ok(Engine {
             inner,
+            options,
             cache: None,
             guest_nice: None,
         })
@@ -114,30 +122,12 @@ impl Engine {
     /// # Errors
     /// As [`Self::new`], and [`ProgramError::Cache`].
     pub fn with_cache(options: Options, folder: &Path) -> Result<Self, ProgramError> {
-        let fail = |source| ProgramError::Cache {
+        let mut engine = Engine::new(options)?;
+        let cache = Cache::open(folder).map_err(|source| ProgramError::Cache {
             path: folder.to_owned(),
             source,
-        };
-        let mut engine = Engine::new(options)?;
-        std::fs::create_dir_all(folder).map_err(fail)?;
-        let key_path = folder.join("seal.key");
-        let key = match std::fs::read(&key_path) {
-            Ok(key) if key.len() == 32 => key,
-            _ => {
-                let mut key = [0; 32];
-                rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())
-                    .map_err(|errno| fail(errno.into()))?;
-                write_private(&key_path, &key).map_err(fail)?;
-                // Another process may have been first; the file decides.
-                std::fs::read(&key_path).map_err(fail)?
-            }
-        };
-        engine.cache = Some(Cache {
-            folder: folder.to_owned(),
-            key: key
-                .try_into()
-                .map_err(|_| fail(std::io::ErrorKind::InvalidData.into()))?,
-        });
+        })?;
+        engine.cache = Some(cache);
         Ok(engine)
     }
 
@@ -150,13 +140,18 @@ impl Engine {
     }
 
     /// Makes a program of a module as its author built it. Only what it needs
-    /// to run is compiled; see [`Program::prepare_resume`] for the rest.
+    /// to run is compiled; see [`Program::prepare_resume`] for the rest. What it imports is
+    /// checked before anything else.
     ///
     /// # Errors
     /// [`ProgramError`].
     pub fn load(&self, module: &[u8]) -> Result<Arc<Program>, ProgramError> {
+        // (Scanning says of the others what is not supported.)
+        imports::check(module, |_| true)?;
+        tables::initial_entries(module, false)?;
         let original = blake3::hash(module);
-        let name = format!("{}.v{}.wasm", original.to_hex(), instrument::meta::VERSION);
+        let (version, revision) = (instrument::meta::VERSION, instrument::REVISION);
+        let name = format!("{}.v{version}.{revision}.wasm", original.to_hex());
         let instrumented = match self.cached(&name) {
             Some(bytes) => bytes,
             None => {
@@ -196,11 +191,13 @@ impl Engine {
     fn program(&self, bytes: Vec<u8>) -> Result<Program, ProgramError> {
         let meta = instrument::read_meta(&bytes)?;
         let kinds = host::import_kinds(&meta)?;
+        let table_entries = tables::initial_entries(&bytes, true)?;
         Ok(Program {
             hash: *blake3::hash(&bytes).as_bytes(),
             meta,
             bytes,
             kinds,
+            table_entries,
             start: OnceLock::new(),
             whole: OnceLock::new(),
             engine: self.clone(),
@@ -208,118 +205,87 @@ impl Engine {
     }
 
     fn compile(&self, bytes: &[u8], name: &str) -> Result<Module, ProgramError> {
-        if let Some(module) = self.cached_code(name) {
-            return Ok(module);
-        }
-        // Of many workers that start the same module one compiles, and the others wait
-        // for what comes of it.
-        let lock = self.lock(name);
-        if lock.is_some()
-            && let Some(module) = self.cached_code(name)
-        {
-            return Ok(module);
-        }
-        let module = Module::new(&self.inner, bytes).map_err(ProgramError::Compile)?;
-        if self.cache.is_some() {
-            let code = module.serialize().map_err(ProgramError::Compile)?;
-            self.keep(name, &code);
-        }
-        Ok(module)
+        compile(&self.inner, self.cache.as_ref(), bytes, name)
     }
 
-    /// Held while something of this name is made; `None` where there is no lock to be
-    /// had: then it may be made twice.
-    fn lock(&self, name: &str) -> Option<std::fs::File> {
-        let path = self.cache.as_ref()?.folder.join(format!("{name}.lock"));
-        let file = std::fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .ok()?;
-        file.lock().ok()?;
-        Some(file)
+    /// A module as its author built it, compiled for wasmtime as it is; and that engine.
+    /// Kept in the cache as all code is.
+    ///
+    /// # Errors
+    /// [`ProgramError::Compile`].
+    pub(super) fn compile_plain(
+        &self,
+        bytes: &[u8],
+    ) -> Result<(wasmtime::Engine, Module), ProgramError> {
+        let mut config = config(self.options);
+        config.shared_memory(true);
+        let plain = wasmtime::Engine::new(&config).map_err(ProgramError::Compile)?;
+        let name = format!("{}.{PLAIN}", blake3::hash(bytes).to_hex());
+        let module = compile(&plain, self.cache.as_ref(), bytes, &name)?;
+        Ok((plain, module))
     }
 
     fn cached_code(&self, name: &str) -> Option<Module> {
-        let code = self.cached(name)?;
-        // SAFETY: the bytes carry this node's seal, so they are what this
-        // node's engine made of this module; wasmtime itself checks that
-        // version and settings are those of this engine.
-        match unsafe { Module::deserialize(&self.inner, &code) } {
-            Ok(module) => Some(module),
-            Err(error) => {
-                tracing::info!(%error, "cached code is of no use, compiling");
-                None
-            }
-        }
+        cached_code(&self.inner, self.cache.as_ref()?, name)
     }
 
-    /// The content of a cache file, if its seal is ours.
     fn cached(&self, name: &str) -> Option<Vec<u8>> {
-        let cache = self.cache.as_ref()?;
-        let mut bytes = std::fs::read(cache.folder.join(name)).ok()?;
-        let body = bytes.len().checked_sub(32)?;
-        let seal: [u8; 32] = bytes[body..].try_into().ok()?;
-        // `Hash` compares in constant time.
-        if cache.seal(name, &bytes[..body]) != seal {
-            tracing::warn!(name, "a cache file has no valid seal, ignoring it");
-            return None;
-        }
-        bytes.truncate(body);
-        Some(bytes)
+        self.cache.as_ref()?.get(name)
     }
 
-    /// Puts something into the cache. Where that is not possible it is made anew
-    /// when it is needed again: a full disk must not keep a machine from moving
-    /// away.
     fn keep(&self, name: &str, bytes: &[u8]) {
-        let Some(cache) = &self.cache else {
-            return;
-        };
-        let path = cache.folder.join(name);
-        let mut sealed = bytes.to_vec();
-        sealed.extend(cache.seal(name, bytes).as_bytes());
-        if let Err(error) = write_private(&path, &sealed) {
-            tracing::warn!(path = %path.display(), %error, "compiled code is not kept");
+        if let Some(cache) = &self.cache {
+            cache.put(name, bytes);
         }
     }
 }
 
-impl Cache {
-    fn seal(&self, name: &str, bytes: &[u8]) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new_keyed(&self.key);
-        hasher.update(&(name.len() as u64).to_le_bytes());
-        hasher.update(name.as_bytes());
-        hasher.update(bytes);
-        hasher.finalize()
+/// Compiles a module, or has it from the cache.
+fn compile(
+    engine: &wasmtime::Engine,
+    cache: Option<&Cache>,
+    bytes: &[u8],
+    name: &str,
+) -> Result<Module, ProgramError> {
+    let cached = || cached_code(engine, cache?, name);
+    if let Some(module) = cached() {
+        return Ok(module);
+    }
+    // Of many workers that start the same module one compiles, and the others wait
+    // for what comes of it.
+    let lock = cache.and_then(|cache| cache.lock(name));
+    if lock.is_some()
+        && let Some(module) = cached()
+    {
+        return Ok(module);
+    }
+    let module = Module::new(engine, bytes).map_err(ProgramError::Compile)?;
+    if let Some(cache) = cache {
+        let code = module.serialize().map_err(ProgramError::Compile)?;
+        cache.put(name, &code);
+    }
+    Ok(module)
+}
+
+fn cached_code(engine: &wasmtime::Engine, cache: &Cache, name: &str) -> Option<Module> {
+    let code = cache.get(name)?;
+    // SAFETY: the bytes carry this node's seal, so they are what this
+    // node's engine made of this module; wasmtime itself checks that
+    // version and settings are those of this engine.
+    match unsafe { Module::deserialize(engine, &code) } {
+        Ok(module) => Some(module),
+        Err(error) => {
+            tracing::info!(%error, "cached code is of no use, compiling");
+            None
+        }
     }
 }
 
-/// Writes a file whole or not at all, readable by its owner only.
-fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let mut file = std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)?;
-    let written = file
-        .write_all(bytes)
-        .and_then(|()| std::fs::rename(&temporary, path));
-    if written.is_err() {
-        // It would take room that is missing.
-        let _ = std::fs::remove_file(&temporary);
-    }
-    written
-}
-
-/// What names cached code of the whole module, and of the one without clones.
+/// What names cached code of the whole module, of the one without clones, and of the module
+/// as its author built it.
 const WHOLE: &str = "code";
 const START: &str = "start";
+const PLAIN: &str = "plain";
 
 type Linked = Result<InstancePre<ThreadContext>, String>;
 
@@ -333,6 +299,8 @@ pub struct Program {
     hash: [u8; 32],
     bytes: Vec<u8>,
     pub(crate) kinds: Vec<host::ImportKind>,
+    /// Entries that the tables of each thread's instance begin with.
+    pub(super) table_entries: u64,
     start: OnceLock<InstancePre<ThreadContext>>,
     whole: OnceLock<Linked>,
     engine: Engine,

@@ -7,6 +7,8 @@
 //! the default for a long run), `KEEL_DIFFERENTIAL_SEED` the first seed: to
 //! repeat a failure, set both (1 module).
 
+mod depth;
+mod operands;
 mod plain;
 mod shaken;
 mod written;

@@ -37,6 +37,7 @@ impl Shaken {
             Err(ProgramError::Instrument(InstrumentError::Unsupported { what, .. })) => {
                 return Err(what);
             }
+            Err(error @ ProgramError::Tables { .. }) => return Err(error.to_string()),
             Err(error) => panic!("refused: {error}"),
         };
         Ok(Self::start(program, seed))
@@ -53,6 +54,7 @@ impl Shaken {
             tid: 0,
             signal: Arc::new(Signal::new().unwrap()),
             memories: machine.memories().clone(),
+            tables: Arc::default(),
         };
         let fiber = match Fiber::new(program.clone(), machine.host(), thread.clone()) {
             Ok(fiber) => fiber,

@@ -10,6 +10,7 @@ use super::super::image::Entry;
 use super::super::parts::Away;
 use super::super::program::STACK_BYTES;
 use super::super::signal::Signal;
+use super::super::tables::TableShare;
 use super::{MAIN_EXPORT, Outcome, Phase, Shared, Threads, locked, lower_priority};
 use crate::coherence::PartId;
 use crate::instrument::meta::PREFIX;
@@ -50,6 +51,12 @@ impl Seat {
         match self {
             Seat::Here(fiber) => fiber.state(),
             Seat::Away(away) => Ok(away.state()),
+        }
+    }
+
+    fn retire(&mut self) {
+        if let Seat::Here(fiber) = self {
+            fiber.retire();
         }
     }
 
@@ -140,6 +147,7 @@ impl Shared {
             tid,
             signal: signal.clone(),
             memories: self.memories.clone(),
+            tables: self.tables.clone(),
         };
         let host = Arc::new(self.clone());
         let program = self.program.clone();
@@ -260,6 +268,7 @@ impl Shared {
                             let begun = Instant::now();
                             let was_here = fiber.is_here();
                             let spare = fiber.take_spare();
+                            fiber.retire();
                             fiber = self.seat(tid, signal, spare)?;
                             if was_here && fiber.is_here() {
                                 // As one that comes from elsewhere.
@@ -350,6 +359,11 @@ impl Shared {
         if threads.table.len() >= self.threads_max as usize || threads.phase == Phase::Ended {
             return -1;
         }
+        let mut tables = TableShare::new(self.tables.clone());
+        if !tables.try_take(self.program.table_entries) {
+            tracing::warn!("no room for the tables of one more guest thread");
+            return -1;
+        }
         let mut tid = threads.next_tid;
         while threads.table.contains_key(&tid) || tid == 0 || tid > TID_MAX {
             tid = if tid >= TID_MAX { 1 } else { tid + 1 };
@@ -360,7 +374,7 @@ impl Shared {
         let frozen = threads.phase != Phase::Running;
         let place = self.place_for_new(&threads);
         let entry = Entry::Spawned { arg };
-        let added = threads.add(tid, entry, frozen.then_some(None), place);
+        let added = threads.add(tid, entry, frozen.then_some(None), place, tables);
         let launched = added.and_then(|()| {
             if frozen {
                 Ok(())

@@ -11,6 +11,7 @@ use crate::runtime::host::{Host, HostOutcome, HostThread, ImportKind};
 use crate::runtime::machine::{locked, lower_priority};
 use crate::runtime::program::{Program, STACK_BYTES};
 use crate::runtime::signal::Signal;
+use crate::runtime::tables::TableBudget;
 use keel_wasi::{FollowingClock, Function, SystemClock};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -100,6 +101,7 @@ pub trait ToHome: Send + Sync {
 struct Shared {
     program: Arc<Program>,
     memories: Arc<[Arc<GuestMemory>]>,
+    tables: Arc<TableBudget>,
     home: Box<dyn ToHome>,
     visitors: Mutex<BTreeMap<u32, Arc<Visitor>>>,
     /// All that were launched.
@@ -227,6 +229,7 @@ impl Member {
         let member = Member(Arc::new(Shared {
             program,
             memories,
+            tables: Arc::default(),
             home,
             visitors: Mutex::default(),
             all: Mutex::default(),
@@ -534,6 +537,7 @@ impl Shared {
             tid,
             signal: visitor.signal.clone(),
             memories: self.memories.clone(),
+            tables: self.tables.clone(),
         };
         let host = Calls(self.clone(), visitor.clone());
         Fiber::new(self.program.clone(), Arc::new(host), thread)

@@ -98,7 +98,8 @@ pub enum Order {
         /// Which.
         tid: u32,
     },
-    /// A memory is to be accessible so far.
+    /// A memory is to be accessible so far; and no further, where it was opened for what did
+    /// not succeed elsewhere.
     Open {
         /// Which.
         memory: u32,
