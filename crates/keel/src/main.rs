@@ -267,6 +267,9 @@ async fn debug(reach: &cluster::Reach, command: DebugCommand) -> anyhow::Result<
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // One that was started by a link to its image would be listed by the link's name. An
+    // error leaves it that.
+    let _ = rustix::thread::set_name(c"keel");
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("KEEL_LOG")

@@ -1,6 +1,7 @@
 //! The processes of this node's machines: starting them, finding them again,
 //! speaking to them.
 
+use crate::executable::own_image;
 use crate::state_dir::StateDir;
 use keel_cluster::MachineName;
 use keel_machine::cgroup::{Group, OutOfMemory, Slice};
@@ -357,9 +358,10 @@ impl Workers {
         }
         let log = std::fs::File::create(folder.join("worker.log"))
             .map_err(|error| fail("the worker's log", error))?;
-        let program = std::env::current_exe().map_err(|error| fail("this program", error))?;
-        let mut command = tokio::process::Command::new(program);
+        // (The installed file may be another version's by now, or missing.)
+        let mut command = tokio::process::Command::new(own_image());
         command
+            .arg0("keel")
             .arg("worker")
             .arg("--folder")
             .arg(&folder)
@@ -376,7 +378,10 @@ impl Workers {
         let orders = crate::debug::for_new_worker();
         #[cfg(feature = "failpoints")]
         command.env(keel_machine::failpoint::ENVIRONMENT, &orders);
-        let mut child = command.spawn().map_err(|error| fail("a worker", error))?;
+        let mut child = command.spawn().map_err(|error| {
+            let image = own_image().display();
+            format!("its worker process cannot be started from this agent's image ({image}): {error}")
+        })?;
         let deadline = tokio::time::Instant::now() + START_PATIENCE;
         let worker = loop {
             match Worker::connect(&folder).await {
