@@ -3,6 +3,7 @@
 use crate::cluster::Reach;
 use crate::output::{self, Format};
 use crate::parts::{self, Grain, grain_of};
+use crate::program::Invocation;
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
@@ -17,7 +18,6 @@ use keel_machine::moves::{Ending, Phase};
 use keel_machine::restart::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -170,12 +170,10 @@ pub(crate) const THREADS_DEFAULT: u32 = 256;
 pub(crate) const OUTPUT_RATE_DEFAULT: &str = "16M";
 
 #[derive(clap::Args)]
+#[command(override_usage = "keel run [OPTIONS] <MODULE> [ARGS]...")]
 pub(crate) struct RunArgs {
-    /// The program: a WASI preview 1 core module, with or without threads.
-    module: PathBuf,
-    /// Arguments of the program.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<String>,
+    #[command(flatten)]
+    program: Invocation,
     /// Name of the machine (made up without).
     #[arg(long)]
     name: Option<String>,
@@ -299,19 +297,10 @@ enum HowUrgent {
 
 /// Starts a machine; its name.
 pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo> {
-    let module = std::fs::read(&args.module)
-        .with_context(|| format!("cannot read {}", args.module.display()))?;
+    let module = args.program.read()?;
     let uploaded: Uploaded = client
         .call(Method::PUT, "/v1/modules", Bytes::from(module))
         .await?;
-    let mut program = vec![
-        args.module
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-    ];
-    program.extend(args.args.iter().cloned());
     let mut env = Vec::new();
     for variable in &args.env {
         let (name, value) = variable
@@ -330,7 +319,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
         name: args.name.clone(),
         on: args.on.clone(),
         module: uploaded.module,
-        args: program,
+        args: args.program.arguments()?,
         env,
         volumes,
         memory_bytes: args.memory,

@@ -11,6 +11,7 @@
 //! - `describe`: `keel describe`
 //! - `doctor`: `keel doctor`
 //! - `events`: `keel events`
+//! - `program`: a module and its arguments on a command line
 //! - `set`: `keel set`
 //! - `sim`: `keel sim`
 //! - `output`: tables and JSON
@@ -38,6 +39,7 @@ mod machines;
 mod objects;
 mod parts;
 mod plan;
+mod program;
 mod rule;
 mod set;
 mod sim;
