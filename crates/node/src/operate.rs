@@ -8,7 +8,6 @@ use crate::output;
 use crate::record::{self, RecordError};
 use crate::rules::{self, ClaimError};
 use crate::service::kind as node_kind;
-use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterInfo, DryRun, EventKind, MachineInfo, MoveLine,
@@ -501,11 +500,9 @@ pub(crate) async fn run(
             "there is no node {node:?} (see `keel nodes`)"
         )));
     }
-    if !is_hash(&spec.module) || !agent.dir.module(&spec.module).exists() {
-        crate::service::find_module(agent, &spec.module)
-            .await
-            .map_err(OperateError::Missing)?;
-    }
+    crate::service::find_module(agent, &spec.module)
+        .await
+        .map_err(OperateError::Missing)?;
     let (_, incarnation) = members::cluster_of(&*agent.store)
         .await
         .map_err(|error| OperateError::Away(error.to_string()))?;

@@ -140,12 +140,19 @@ impl View {
         self.problem.loads.iter().filter(on).count()
     }
 
-    /// Makes a plan.
+    /// Makes a plan, which takes a processor for seconds in a large cluster: on a thread
+    /// that nobody waits for.
     ///
     /// # Errors
     /// [`OperateError::Missing`] if a node is to be emptied that does not tell its
     /// load.
-    pub(super) fn plan(&self, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
+    pub(super) async fn plan(self, goal: PlanGoal) -> Result<PlanInfo, OperateError> {
+        tokio::task::spawn_blocking(move || self.compute(&goal))
+            .await
+            .map_err(|error| OperateError::Away(format!("computing the plan failed: {error}")))?
+    }
+
+    fn compute(&self, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
         let of_problem = match goal {
             PlanGoal::Level { moves_max } => Goal::Level {
                 moves_max: *moves_max,
@@ -250,7 +257,7 @@ fn amounts(factors: &Factors, capacity: Amounts, node: &NodeLoad) -> Amounts {
 
 /// Makes a plan of what all nodes tell now.
 pub(crate) async fn make(agent: &Arc<Agent>, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
-    View::gather(agent, goal).await?.plan(goal)
+    View::gather(agent, goal).await?.plan(goal.clone()).await
 }
 
 // ── carrying out ────────────────────────────────────────────────────────
