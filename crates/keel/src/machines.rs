@@ -4,6 +4,7 @@ use crate::cluster::Reach;
 use crate::output::{self, Format};
 use crate::parts::{self, Grain, grain_of};
 use crate::program::Invocation;
+use crate::started::started;
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
@@ -180,7 +181,7 @@ pub(crate) struct RunArgs {
     /// Node to start it on (the one that is asked, without).
     #[arg(long, value_name = "NODE")]
     on: Option<String>,
-    /// Prints the name and leaves it running.
+    /// Waits until it runs, prints the name and leaves it running.
     #[arg(short, long)]
     detach: bool,
     /// Removes it when it ends.
@@ -344,7 +345,7 @@ pub(crate) fn request(volume: &VolumeArg) -> Result<VolumeRequest> {
         } => {
             let absolute = host.canonicalize();
             let absolute = absolute
-                .with_context(|| format!("--volume {}: no such directory", host.display()))?;
+                .with_context(|| format!("--volume: cannot open directory {}", host.display()))?;
             VolumeRequest::Host {
                 host: absolute.to_string_lossy().into_owned(),
                 guest: guest.clone(),
@@ -373,7 +374,7 @@ fn directory(text: &str) -> Result<VolumeRequest> {
     let host = parts.next().unwrap_or_default();
     let absolute = std::path::Path::new(host)
         .canonicalize()
-        .with_context(|| format!("--dir {text}: no such directory"))?;
+        .with_context(|| format!("--dir: cannot open directory {host}"))?;
     Ok(VolumeRequest::Host {
         host: absolute.to_string_lossy().into_owned(),
         guest: parts.next().unwrap_or(host).to_owned(),
@@ -383,8 +384,9 @@ fn directory(text: &str) -> Result<VolumeRequest> {
 
 pub(crate) async fn run(reach: &Reach, args: &RunArgs) -> Result<ExitCode> {
     let client = reach.client()?;
-    let machine = start(&client, args).await?;
+    let mut machine = start(&client, args).await?;
     if args.detach {
+        machine = started(&client, machine, reach.format() == Format::Text).await?;
         output::one(reach.format(), &machine, &machine.name, |machine| {
             machine.name.clone()
         })?;
@@ -526,7 +528,7 @@ pub(crate) async fn ps(reach: &Reach, all: bool) -> Result<ExitCode> {
             vec![
                 machine.name.clone(),
                 machine.node.clone(),
-                machine.status.clone(),
+                machine.status_line(),
                 machine.epoch.clone(),
                 output::ago(machine.created_unix_ms),
                 machine
@@ -553,7 +555,12 @@ pub(crate) async fn inspect(reach: &Reach, name: &str) -> Result<ExitCode> {
 
 fn describe(machine: &MachineInfo) -> String {
     let mut lines = vec![
-        format!("{} on {}, {}", machine.name, machine.node, machine.status),
+        format!(
+            "{} on {}, {}",
+            machine.name,
+            machine.node,
+            machine.status_line()
+        ),
         format!("epoch {}", machine.epoch),
         format!("program {}", machine.args.join(" ")),
         format!("module {}", machine.module),

@@ -59,5 +59,5 @@ mod workers;
 
 pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};
 pub use executable::{installed, own_image, own_image_for_others};
-pub use parent::{Restart, supervise};
+pub use parent::{PARENT_ENVIRONMENT, ParentError, Restart, supervise};
 pub use state_dir::StateDir;

@@ -37,7 +37,7 @@ fn decide(status: ExitStatus, life: Duration, failures: u32) -> Restart {
 }
 
 /// Names the parent's process to its agent, which may be of a newer version.
-pub(crate) const PARENT_ENVIRONMENT: &str = "KEEL_AGENT_PARENT";
+pub const PARENT_ENVIRONMENT: &str = "KEEL_AGENT_PARENT";
 
 /// Why there is no agent, or no watching it.
 #[derive(Debug, thiserror::Error)]
@@ -97,10 +97,7 @@ pub async fn supervise(
     }
 }
 
-fn start(
-    installed: &Path,
-    agent: &mut impl FnMut(&Path) -> Command,
-) -> Result<Child, ParentError> {
+fn start(installed: &Path, agent: &mut impl FnMut(&Path) -> Command) -> Result<Child, ParentError> {
     let mut spawn = |program: &Path| {
         agent(program)
             .env(PARENT_ENVIRONMENT, std::process::id().to_string())

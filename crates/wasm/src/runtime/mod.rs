@@ -1,5 +1,6 @@
 //! Runs instrumented modules: threads that can be captured and resumed.
 //!
+//! - `compile_progress`: how many functions are compiled
 //! - `program`: from bytes to compiled code, with a cache
 //! - `host`: what imports lead to
 //! - `fiber`: one thread and its instance; the unwind and resume loop
@@ -15,6 +16,7 @@
 //! - `signal`: how a thread is asked to come to a safepoint
 
 mod calls;
+mod compile_progress;
 mod fiber;
 pub mod frame;
 mod governor;
@@ -28,6 +30,7 @@ mod program;
 mod signal;
 mod wait;
 
+pub use compile_progress::CompileProgress;
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
 pub use governor::CoreTime;
 pub use host::{Host, HostOutcome, HostThread, ImportKind};

@@ -5,6 +5,7 @@
 //! travels: it is native code, and is loaded only if sealed with this node's
 //! own key).
 
+use super::compile_progress::{self, CompileProgress, Compiling};
 use super::frame::hex;
 use super::host::{self, ThreadContext};
 use crate::instrument::{self, InstrumentError, meta::Meta};
@@ -149,6 +150,12 @@ impl Engine {
         self
     }
 
+    /// How far compiling is; `None` while nothing is compiled. It may be asked from any
+    /// thread, as often as wanted.
+    pub fn compile_progress(&self) -> Option<CompileProgress> {
+        CompileProgress::now()
+    }
+
     /// Makes a program of a module as its author built it. Only what it needs
     /// to run is compiled; see [`Program::prepare_resume`] for the rest.
     ///
@@ -219,7 +226,9 @@ impl Engine {
         {
             return Ok(module);
         }
+        let compiling = Compiling::begin(compile_progress::functions(bytes));
         let module = Module::new(&self.inner, bytes).map_err(ProgramError::Compile)?;
+        drop(compiling);
         if self.cache.is_some() {
             let code = module.serialize().map_err(ProgramError::Compile)?;
             self.keep(name, &code);
