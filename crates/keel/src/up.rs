@@ -106,6 +106,9 @@ pub(crate) async fn join(reach: &Reach, args: &JoinArgs) -> Result<ExitCode> {
 }
 
 async fn start(folder: &Path, detach: bool) -> Result<ExitCode> {
+    if keel_node::addresses(folder)?.is_none() {
+        bail!(AgentError::NoNode(folder.display().to_string()));
+    }
     let installed = keel_node::installed().context("the path of this program is not known")?;
     if detach {
         return start_in_background(&installed, folder).await;
@@ -144,7 +147,9 @@ async fn start_in_background(installed: &Path, folder: &Path) -> Result<ExitCode
         .stdout(log.try_clone()?)
         .stderr(log);
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let mut parent = command.spawn().context("the node's process cannot be started")?;
+    let mut parent = command
+        .spawn()
+        .context("the node's process cannot be started")?;
     let client = keel_api::Client::socket(socket);
     let deadline = tokio::time::Instant::now() + START_PATIENCE;
     loop {

@@ -109,9 +109,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     };
     // The bytes of its volumes, until it ends.
     let scratch = tempfile::tempdir().context("a folder for volumes")?;
-    let wasi = Wasi::new(config(&args, scratch.path())?).context("the program's surroundings")?;
-    copy(&args, &wasi)?;
     let name = args.program.module().display();
+    let wasi = Wasi::new(config(&args, scratch.path())?)
+        .with_context(|| format!("{name} cannot start"))?;
+    copy(&args, &wasi)?;
     let outcome = if args.plain {
         let wasi = Arc::new(wasi);
         let outcome = run_plain(&bytes, wasi.clone(), limits, options)
@@ -192,8 +193,11 @@ fn config(args: &Args, scratch: &Path) -> Result<Config> {
             Some((name, value)) => (name.to_owned(), value.to_owned()),
             None => (
                 variable.clone(),
-                std::env::var(variable)
-                    .with_context(|| format!("--env {variable}: not set here"))?,
+                std::env::var(variable).map_err(|_| {
+                    anyhow::anyhow!(
+                        "--env {variable}: no such variable is set here (--env {variable}=VALUE sets it)"
+                    )
+                })?,
             ),
         });
     }

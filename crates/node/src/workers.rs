@@ -352,9 +352,11 @@ impl Workers {
         self.drop_group(dir, machine).await;
         let log = {
             let (slice, machine, folder) = (self.slice.clone(), machine.clone(), folder.clone());
-            tokio::task::spawn_blocking(move || folder::prepare(&slice, &machine, &folder, leftovers))
-                .await
-                .map_err(|error| format!("preparing the machine's folder failed: {error}"))??
+            tokio::task::spawn_blocking(move || {
+                folder::prepare(&slice, &machine, &folder, leftovers)
+            })
+            .await
+            .map_err(|error| format!("preparing the machine's folder failed: {error}"))??
         };
         // (The installed file may be another version's by now, or missing.)
         let mut command = tokio::process::Command::new(own_image());
@@ -378,7 +380,9 @@ impl Workers {
         command.env(keel_machine::failpoint::ENVIRONMENT, &orders);
         let mut child = command.spawn().map_err(|error| {
             let image = own_image().display();
-            format!("its worker process cannot be started from this agent's image ({image}): {error}")
+            format!(
+                "its worker process cannot be started from this agent's image ({image}): {error}"
+            )
         })?;
         let deadline = tokio::time::Instant::now() + START_PATIENCE;
         let worker = loop {
