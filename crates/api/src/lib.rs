@@ -49,7 +49,7 @@ mod history;
 pub use balance::{
     BalanceInfo, DrainInfo, DrainRequest, DrainState, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest,
     LedgerInfo, LeftBehind, NodeLoad, PeerTraffic, PlanGoal, PlanInfo, PlanLine, PlanRequest,
-    PlanStep, PolicyRequest, RulesInfo, WhyNot,
+    PlanStep, PlannedMachine, PolicyRequest, RulesInfo, WhyNot,
 };
 pub use client::{Client, ClientError, Lines, path};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
