@@ -301,7 +301,8 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
     let module = args.program.read()?;
     let uploaded: Uploaded = client
         .call(Method::PUT, "/v1/modules", Bytes::from(module))
-        .await?;
+        .await
+        .with_context(|| format!("module {}", args.program.module().display()))?;
     let mut env = Vec::new();
     for variable in &args.env {
         let (name, value) = variable

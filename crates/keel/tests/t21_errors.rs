@@ -122,7 +122,6 @@ const WITH_NODE: &[&str] = &[
     "unspan m",
     "parts nobody",
     "threads done",
-    "objects m",
     "cp m:/x y",
     "cp missing m:/x",
     "run --detach --name m counter.wasm",

@@ -25,7 +25,10 @@ async fn start(folder: &Path, nodes: &[(&str, f64)]) -> LocalCluster {
     let cluster = LocalCluster::start_balancing(Path::new(KEEL), folder, nodes)
         .await
         .expect("a cluster whose nodes have quotas");
-    cluster.set_policy("basis", "target").await.expect("a policy");
+    cluster
+        .set_policy("basis", "target")
+        .await
+        .expect("a policy");
     cluster
 }
 
@@ -609,7 +612,15 @@ async fn new_machines_start_where_there_is_least_to_do() {
     let module = module.to_str().unwrap();
     for _ in 0..6 {
         let args = [
-            "run", "-d", "--memory", "64M", "--cpu-target", "1", module, "1000000", "500",
+            "run",
+            "-d",
+            "--memory",
+            "64M",
+            "--cpu-target",
+            "1",
+            module,
+            "1000000",
+            "500",
         ];
         keel(&cluster, &args);
     }
