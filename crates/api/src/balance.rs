@@ -185,14 +185,33 @@ pub struct PlanInfo {
     pub left: Vec<LeftBehind>,
     /// Nodes that did not answer: they are left as they are.
     pub silent: Vec<Silence>,
+    /// Names the steps, and the machines as they were when the plan was made.
+    pub id: String,
+    /// Where the machines of its steps were then.
+    pub machines: Vec<PlannedMachine>,
 }
 
-/// Steps to carry out.
+/// A machine that a plan moves, as it was when the plan was made.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PlannedMachine {
+    /// Its name.
+    pub machine: String,
+    /// Its owner.
+    pub node: String,
+    /// Raised by each change of owner, and by each restart.
+    pub epoch: String,
+}
+
+/// A plan to carry out: that very one, on the cluster as it was, or none of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PlanRequest {
-    /// The steps.
+    /// [`PlanInfo::id`].
+    pub id: String,
+    /// [`PlanInfo::steps`].
     pub steps: Vec<PlanStep>,
+    /// [`PlanInfo::machines`].
+    pub machines: Vec<PlannedMachine>,
 }
 
 /// What becomes of a plan that is carried out.

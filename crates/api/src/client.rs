@@ -39,11 +39,14 @@ pub fn path<const N: usize>(pieces: [&str; N]) -> String {
     path
 }
 
+/// What a user whom no node answers looks at first.
+const ADVICE: &str = "is `keel up` running there?";
+
 /// Why a request brought no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody there.
-    #[error("no node answers at {place}: {reason} (is `keel up` running there?)")]
+    #[error("no node answers at {place}: {}", with_advice(reason))]
     Connect {
         /// Socket or address.
         place: String,
@@ -65,6 +68,14 @@ pub enum ClientError {
     /// The node answered something else than agreed.
     #[error("the node's answer makes no sense: {0}")]
     Answer(String),
+}
+
+/// Why a node does not answer, and what to do: which a reason may say itself.
+fn with_advice(reason: &str) -> String {
+    match reason.contains(ADVICE) {
+        true => reason.to_owned(),
+        false => format!("{reason} ({ADVICE})"),
+    }
 }
 
 #[derive(Debug, Clone)]

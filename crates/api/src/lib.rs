@@ -49,7 +49,7 @@ mod history;
 pub use balance::{
     BalanceInfo, DrainInfo, DrainRequest, DrainState, LEDGER_DEFAULT, LEDGER_MAX, LabelRequest,
     LedgerInfo, LeftBehind, NodeLoad, PeerTraffic, PlanGoal, PlanInfo, PlanLine, PlanRequest,
-    PlanStep, PolicyRequest, RulesInfo, WhyNot,
+    PlanStep, PlannedMachine, PolicyRequest, RulesInfo, WhyNot,
 };
 pub use client::{Client, ClientError, Lines, path};
 pub use event::{EVENTS_DEFAULT, EVENTS_MAX, Event, EventKind, EventLine, Silence};
@@ -127,9 +127,15 @@ pub struct MachineInfo {
     pub name: String,
     /// Its owner: the node that runs it, or ran it last.
     pub node: String,
-    /// `scheduled`, `running`, `paused` (it waits for room on a disk, or a store),
+    /// `starting`, `running`, `paused` (it waits for room on a disk, or a store),
     /// `arriving`, `exited (N)`, `trapped`, `stopped`, `failed`.
     pub status: String,
+    /// What its worker does before it runs; only while it starts, once it has a worker.
+    #[serde(default)]
+    pub phase: Option<StartPhaseInfo>,
+    /// When it first ran, in milliseconds since 1970-01-01 UTC; 0 if it never did.
+    #[serde(default)]
+    pub started_unix_ms: u64,
     /// Exit code, once it exited.
     pub exit_code: Option<u32>,
     /// Why it trapped, failed or is paused.
@@ -206,8 +212,43 @@ impl MachineInfo {
     pub fn is_live(&self) -> bool {
         matches!(
             self.status.as_str(),
-            "scheduled" | "running" | "paused" | "arriving" | "filling" | "restarting"
+            // (`scheduled`: so a node of the version before calls one that starts.)
+            "starting" | "scheduled" | "running" | "paused" | "arriving" | "filling" | "restarting"
         )
+    }
+
+    /// Whether it is still to run for the first time.
+    pub fn is_starting(&self) -> bool {
+        matches!(self.status.as_str(), "starting" | "scheduled")
+    }
+
+    /// Its status, and what is done before it runs: `starting (compile 40 %)`.
+    pub fn status_line(&self) -> String {
+        match &self.phase {
+            Some(phase) => format!("{} ({})", self.status, phase.line()),
+            None => self.status.clone(),
+        }
+    }
+}
+
+/// What is done before a machine runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartPhaseInfo {
+    /// `prepare`, `compile` or `restore`.
+    pub name: String,
+    /// How much of it is done, 0 to 100, where that is known.
+    pub percent: Option<u8>,
+    /// Since it began.
+    pub elapsed_ms: u64,
+}
+
+impl StartPhaseInfo {
+    /// In words: `compile 40 %`, `restore 3 s`.
+    pub fn line(&self) -> String {
+        match self.percent {
+            Some(percent) => format!("{} {percent} %", self.name),
+            None => format!("{} {} s", self.name, self.elapsed_ms / 1000),
+        }
     }
 }
 

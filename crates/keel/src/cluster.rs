@@ -54,6 +54,11 @@ impl Reach {
         self.output == Format::Json
     }
 
+    /// Whether another computer's node is asked.
+    pub(crate) fn is_remote(&self) -> bool {
+        self.server.is_some()
+    }
+
     pub(crate) fn client(&self) -> Result<Client> {
         let Some(server) = &self.server else {
             return Ok(Client::socket(self.state_dir().join("api.socket")));

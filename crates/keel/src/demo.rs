@@ -143,7 +143,8 @@ pub(crate) async fn run(args: &Args, json: bool) -> Result<ExitCode> {
         .prefix("keel-demo-")
         .tempdir()
         .context("a folder for the demo")?;
-    let program = std::env::current_exe().context("this program's own file")?;
+    // (The file may be replaced while the demo runs.)
+    let program = keel_node::own_image_for_others();
     let screen = interactive
         .then(|| view::Screen::start(scene.clone()))
         .transpose()?;

@@ -143,7 +143,7 @@ fn what_it_is(page: &mut Page, machine: &MachineInfo) {
         "status",
         format!(
             "{}, since {}",
-            machine.status,
+            machine.status_line(),
             moment(machine.since_unix_ms)
         ),
     );

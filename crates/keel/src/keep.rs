@@ -1,12 +1,11 @@
 //! `keel checkpoint`, `checkpoints`, `restore`, `clone`.
 
 use crate::cluster::Reach;
-use crate::output;
-use anyhow::{Result, bail};
+use crate::output::{self, Format};
+use crate::started::started;
+use anyhow::Result;
 
-use keel_api::{
-    CheckpointInfo, CheckpointRequest, Client, ClientError, MachineInfo, RestoreRequest,
-};
+use keel_api::{CheckpointInfo, CheckpointRequest, MachineInfo, RestoreRequest};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -153,52 +152,11 @@ pub(crate) async fn list(reach: &Reach, machine: &str, from: Option<String>) -> 
     Ok(ExitCode::SUCCESS)
 }
 
-/// Pauses before it is asked again whether a machine has started.
-const STARTED_AGAIN_MIN: Duration = Duration::from_millis(2);
-const STARTED_AGAIN_MAX: Duration = Duration::from_millis(100);
-/// Answers in a row that may be missing: its node may be restarting.
-const SILENCES_MAX: u32 = 100;
-
-/// Waits until a machine that was scheduled runs, or why it never will.
-async fn started(client: &Client, scheduled: MachineInfo) -> Result<MachineInfo> {
-    let path = keel_api::path(["machines", &scheduled.name]);
-    let mut pause = STARTED_AGAIN_MIN;
-    let mut machine = scheduled;
-    let mut silences = 0;
-    loop {
-        match machine.status.as_str() {
-            "scheduled" => {}
-            "failed" | "restarting" => bail!(
-                "machine {} could not be started: {}{}",
-                machine.name,
-                machine.message.as_deref().unwrap_or("no reason is known"),
-                match machine.is_live() {
-                    true => "; it is tried again".to_owned(),
-                    false => format!(" (`keel rm {}` frees its name)", machine.name),
-                }
-            ),
-            _ => return Ok(machine),
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(STARTED_AGAIN_MAX);
-        match client.get(&path).await {
-            Ok(now) => (machine, silences) = (now, 0),
-            // It ran, ended and is no more, as it was to be.
-            Err(ClientError::Problem { status: 404, .. }) if machine.remove_at_end => {
-                return Ok(machine);
-            }
-            Err(error @ ClientError::Problem { status: ..500, .. }) => return Err(error.into()),
-            Err(error) if silences == SILENCES_MAX => return Err(error.into()),
-            Err(_) => silences += 1,
-        }
-    }
-}
-
 async fn make_machine(reach: &Reach, request: &RestoreRequest, detach: bool) -> Result<ExitCode> {
     let client = reach.client()?;
     let mut machine: MachineInfo = client.post("/v1/restore", request).await?;
     if !detach {
-        machine = started(&client, machine).await?;
+        machine = started(&client, machine, reach.format() == Format::Text).await?;
     }
     output::one(reach.format(), &machine, &machine.name, |machine| {
         machine.name.clone()

@@ -3,6 +3,8 @@
 use crate::cluster::Reach;
 use crate::output::{self, Format};
 use crate::parts::{self, Grain, grain_of};
+use crate::program::Invocation;
+use crate::started::started;
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
@@ -17,7 +19,6 @@ use keel_machine::moves::{Ending, Phase};
 use keel_machine::restart::Restart;
 use keel_machine::spec::{BalanceBy, Balancing, CheckpointPlan, Spawn};
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -170,19 +171,17 @@ pub(crate) const THREADS_DEFAULT: u32 = 256;
 pub(crate) const OUTPUT_RATE_DEFAULT: &str = "16M";
 
 #[derive(clap::Args)]
+#[command(override_usage = "keel run [OPTIONS] <MODULE> [ARGS]...")]
 pub(crate) struct RunArgs {
-    /// The program: a WASI preview 1 core module, with or without threads.
-    module: PathBuf,
-    /// Arguments of the program.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<String>,
+    #[command(flatten)]
+    program: Invocation,
     /// Name of the machine (made up without).
     #[arg(long)]
     name: Option<String>,
     /// Node to start it on (the one that is asked, without).
     #[arg(long, value_name = "NODE")]
     on: Option<String>,
-    /// Prints the name and leaves it running.
+    /// Waits until it runs, prints the name and leaves it running.
     #[arg(short, long)]
     detach: bool,
     /// Removes it when it ends.
@@ -299,19 +298,11 @@ enum HowUrgent {
 
 /// Starts a machine; its name.
 pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo> {
-    let module = std::fs::read(&args.module)
-        .with_context(|| format!("cannot read {}", args.module.display()))?;
+    let module = args.program.read()?;
     let uploaded: Uploaded = client
         .call(Method::PUT, "/v1/modules", Bytes::from(module))
-        .await?;
-    let mut program = vec![
-        args.module
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-    ];
-    program.extend(args.args.iter().cloned());
+        .await
+        .with_context(|| format!("module {}", args.program.module().display()))?;
     let mut env = Vec::new();
     for variable in &args.env {
         let (name, value) = variable
@@ -330,7 +321,7 @@ pub(crate) async fn start(client: &Client, args: &RunArgs) -> Result<MachineInfo
         name: args.name.clone(),
         on: args.on.clone(),
         module: uploaded.module,
-        args: program,
+        args: args.program.arguments()?,
         env,
         volumes,
         memory_bytes: args.memory,
@@ -355,7 +346,7 @@ pub(crate) fn request(volume: &VolumeArg) -> Result<VolumeRequest> {
         } => {
             let absolute = host.canonicalize();
             let absolute = absolute
-                .with_context(|| format!("--volume {}: no such directory", host.display()))?;
+                .with_context(|| format!("--volume: cannot open directory {}", host.display()))?;
             VolumeRequest::Host {
                 host: absolute.to_string_lossy().into_owned(),
                 guest: guest.clone(),
@@ -384,7 +375,7 @@ fn directory(text: &str) -> Result<VolumeRequest> {
     let host = parts.next().unwrap_or_default();
     let absolute = std::path::Path::new(host)
         .canonicalize()
-        .with_context(|| format!("--dir {text}: no such directory"))?;
+        .with_context(|| format!("--dir: cannot open directory {host}"))?;
     Ok(VolumeRequest::Host {
         host: absolute.to_string_lossy().into_owned(),
         guest: parts.next().unwrap_or(host).to_owned(),
@@ -394,8 +385,9 @@ fn directory(text: &str) -> Result<VolumeRequest> {
 
 pub(crate) async fn run(reach: &Reach, args: &RunArgs) -> Result<ExitCode> {
     let client = reach.client()?;
-    let machine = start(&client, args).await?;
+    let mut machine = start(&client, args).await?;
     if args.detach {
+        machine = started(&client, machine, reach.format() == Format::Text).await?;
         output::one(reach.format(), &machine, &machine.name, |machine| {
             machine.name.clone()
         })?;
@@ -537,7 +529,7 @@ pub(crate) async fn ps(reach: &Reach, all: bool) -> Result<ExitCode> {
             vec![
                 machine.name.clone(),
                 machine.node.clone(),
-                machine.status.clone(),
+                machine.status_line(),
                 machine.epoch.clone(),
                 output::ago(machine.created_unix_ms),
                 machine
@@ -564,7 +556,12 @@ pub(crate) async fn inspect(reach: &Reach, name: &str) -> Result<ExitCode> {
 
 fn describe(machine: &MachineInfo) -> String {
     let mut lines = vec![
-        format!("{} on {}, {}", machine.name, machine.node, machine.status),
+        format!(
+            "{} on {}, {}",
+            machine.name,
+            machine.node,
+            machine.status_line()
+        ),
         format!("epoch {}", machine.epoch),
         format!("program {}", machine.args.join(" ")),
         format!("module {}", machine.module),

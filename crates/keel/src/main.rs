@@ -10,12 +10,15 @@
 //! - `demo`: `keel demo`
 //! - `describe`: `keel describe`
 //! - `doctor`: `keel doctor`
+//! - `down`: `keel down`
 //! - `events`: `keel events`
+//! - `program`: a module and its arguments on a command line
 //! - `set`: `keel set`
 //! - `sim`: `keel sim`
 //! - `output`: tables and JSON
 //! - `volume`: volumes on command lines, and `keel volume`
 //! - `size`: sizes as people write them
+//! - `started`: waiting until a machine runs
 //! - `when`: times as people write them
 
 #![warn(clippy::print_stdout)]
@@ -30,6 +33,7 @@ mod cp;
 mod demo;
 mod describe;
 mod doctor;
+mod down;
 mod dry_run;
 mod events;
 mod history;
@@ -38,10 +42,12 @@ mod machines;
 mod objects;
 mod parts;
 mod plan;
+mod program;
 mod rule;
 mod set;
 mod sim;
 mod size;
+mod started;
 mod up;
 mod volume;
 mod wasm;
@@ -75,6 +81,8 @@ enum Command {
     Up(up::UpArgs),
     /// Makes this computer a node of an existing cluster, and starts it.
     Join(up::JoinArgs),
+    /// Stops this computer's node; its machines run on, and the next `keel up` finds them.
+    Down(down::Args),
     /// Says how the cluster is.
     Status,
     /// Looks at this computer: what a node has here, what it lacks, and what to do.
@@ -267,6 +275,9 @@ async fn debug(reach: &cluster::Reach, command: DebugCommand) -> anyhow::Result<
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // One that was started by a link to its image would be listed by the link's name. An
+    // error leaves it that.
+    let _ = rustix::thread::set_name(c"keel");
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("KEEL_LOG")
@@ -281,10 +292,22 @@ fn main() -> ExitCode {
     match dispatch(cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("keel: {error:#}");
+            eprintln!("keel: {}", sentence(&error));
             ExitCode::from(1)
         }
     }
+}
+
+/// An error with its causes. Many errors name their cause themselves: what was said is
+/// not said again.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(cause.as_str()) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text.trim_end().to_owned()
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
@@ -326,6 +349,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Demo(args) => demo::run(&args, reach.json()).await,
         Command::Up(args) => up::up(&reach, &args).await,
         Command::Join(args) => up::join(&reach, &args).await,
+        Command::Down(args) => down::run(&reach, &args).await,
         Command::Agent(args) => up::agent(&args).await,
         Command::Status => cluster::status(&reach).await,
         Command::Doctor(args) => doctor::run(&reach, &args).await,

@@ -13,6 +13,7 @@ use keel_api::{
 use keel_balance::ledger::Outcome;
 use std::collections::BTreeSet;
 use std::io::{BufRead, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -51,6 +52,10 @@ pub(crate) struct PlanArgs {
     /// Makes the moves without asking.
     #[arg(long, requires = "plan", conflicts_with = "dry_run")]
     yes: bool,
+    /// Takes a plan that was shown with `-o json` from a file, instead of computing one: that
+    /// very one is carried out, or none where the cluster changed since.
+    #[arg(long, value_name = "FILE", requires = "plan", conflicts_with_all = ["aim", "moves"])]
+    from: Option<PathBuf>,
 }
 
 impl PlanArgs {
@@ -87,7 +92,10 @@ pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> 
         }
         Aim::Pack => PlanGoal::Pack,
     };
-    let plan: PlanInfo = client.post("/v1/plan", &goal).await?;
+    let plan: PlanInfo = match &args.from {
+        Some(file) => read(file)?,
+        None => client.post("/v1/plan", &goal).await?,
+    };
     let text = reach.format() == Format::Text;
     if !text && !args.yes {
         outln!("{}", serde_json::to_string_pretty(&plan)?);
@@ -99,7 +107,11 @@ pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> 
     if plan.steps.is_empty() || args.dry_run || !(args.yes || confirmed()?) {
         return Ok(ExitCode::SUCCESS);
     }
-    let request = PlanRequest { steps: plan.steps };
+    let request = PlanRequest {
+        id: plan.id,
+        steps: plan.steps,
+        machines: plan.machines,
+    };
     let mut lines = client.post_stream("/v1/plan/run", &request).await?;
     let mut stayed = 0;
     while let Some(line) = lines.line::<PlanLine>().await? {
@@ -122,6 +134,14 @@ pub(crate) async fn balance(reach: &Reach, args: &PlanArgs) -> Result<ExitCode> 
         bail!("{stayed} of the plan's moves were not made (keel balance --plan makes a new plan)");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A plan that was written to a file.
+fn read(file: &Path) -> Result<PlanInfo> {
+    let name = file.display();
+    let text = std::fs::read(file).with_context(|| format!("cannot read plan {name}"))?;
+    serde_json::from_slice(&text)
+        .with_context(|| format!("{name} is not a plan as `keel -o json balance --plan` prints it"))
 }
 
 /// Asks the person before the terminal.
@@ -152,7 +172,8 @@ fn show(plan: &PlanInfo) {
         ];
         outln!("{}", output::table(&head, plan.steps.iter().map(row)));
         outln!(
-            "\n{} moves, {} in all; about {}",
+            "\nplan {}: {} moves, {} in all; about {}",
+            plan.id,
             plan.steps.len(),
             output::bytes(plan.steps.iter().map(|step| step.bytes).sum()),
             length(plan.duration_ms)

@@ -106,21 +106,27 @@ pub(crate) async fn join(reach: &Reach, args: &JoinArgs) -> Result<ExitCode> {
 }
 
 async fn start(folder: &Path, detach: bool) -> Result<ExitCode> {
-    let program = std::env::current_exe().context("this program's own file")?;
-    if detach {
-        return start_in_background(&program, folder).await;
+    if keel_node::addresses(folder)?.is_none() {
+        bail!(AgentError::NoNode(folder.display().to_string()));
     }
-    keel_node::supervise(|| {
-        let mut command = tokio::process::Command::new(&program);
-        command.arg("agent").arg("--folder").arg(folder);
+    let installed = keel_node::installed().context("the path of this program is not known")?;
+    if detach {
+        return start_in_background(&installed, folder).await;
+    }
+    keel_node::supervise(&installed, |program| {
+        let mut command = tokio::process::Command::new(program);
+        command
+            .arg0(&installed)
+            .arg("agent")
+            .arg("--folder")
+            .arg(folder);
         command
     })
-    .await
-    .context("the agent")?;
+    .await?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn start_in_background(program: &Path, folder: &Path) -> Result<ExitCode> {
+async fn start_in_background(installed: &Path, folder: &Path) -> Result<ExitCode> {
     let socket = folder.join("api.socket");
     // What an earlier agent left would look like an answer.
     if socket.exists() && std::os::unix::net::UnixStream::connect(&socket).is_ok() {
@@ -131,7 +137,8 @@ async fn start_in_background(program: &Path, folder: &Path) -> Result<ExitCode> 
         .append(true)
         .open(folder.join("agent.log"))
         .with_context(|| format!("{} has no node yet (keel up --name NAME)", folder.display()))?;
-    let mut command = std::process::Command::new(program);
+    let mut command = std::process::Command::new(keel_node::own_image());
+    std::os::unix::process::CommandExt::arg0(&mut command, installed);
     command
         .arg("--state-dir")
         .arg(folder)
@@ -140,7 +147,9 @@ async fn start_in_background(program: &Path, folder: &Path) -> Result<ExitCode> 
         .stdout(log.try_clone()?)
         .stderr(log);
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let mut parent = command.spawn().context("the node")?;
+    let mut parent = command
+        .spawn()
+        .context("the node's process cannot be started")?;
     let client = keel_api::Client::socket(socket);
     let deadline = tokio::time::Instant::now() + START_PATIENCE;
     loop {

@@ -1,6 +1,7 @@
 //! `keel wasm APP.wasm`: one program in the foreground, in this process, as
 //! people use `wasmtime run`. The same machine as in a cluster, without one.
 
+use crate::program::Invocation;
 use crate::volume::VolumeArg;
 use anyhow::{Context, Result};
 use keel_machine::span::{Keeps, PART_BYTES_MIN, Spread, Within};
@@ -27,12 +28,10 @@ const COPY_BYTES: u64 = 1 << 40;
 const TRAP_CODE: u8 = 134;
 
 #[derive(clap::Args)]
+#[command(override_usage = "keel wasm [OPTIONS] <MODULE> [ARGS]...")]
 pub(crate) struct Args {
-    /// The program: a WASI preview 1 core module, with or without threads.
-    module: PathBuf,
-    /// Arguments of the program.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<String>,
+    #[command(flatten)]
+    program: Invocation,
     /// Lets the program reach a directory; `::ro` makes it read-only.
     #[arg(long, value_name = "HOST[::GUEST[::ro]]")]
     dir: Vec<String>,
@@ -99,8 +98,7 @@ fn part_memory(text: &str) -> Result<u64, String> {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode> {
-    let bytes = std::fs::read(&args.module)
-        .with_context(|| format!("cannot read {}", args.module.display()))?;
+    let bytes = args.program.read()?;
     let options = Options {
         deterministic: args.deterministic,
     };
@@ -111,9 +109,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     };
     // The bytes of its volumes, until it ends.
     let scratch = tempfile::tempdir().context("a folder for volumes")?;
-    let wasi = Wasi::new(config(&args, scratch.path())?).context("the program's surroundings")?;
+    let name = args.program.module().display();
+    let wasi = Wasi::new(config(&args, scratch.path())?)
+        .with_context(|| format!("{name} cannot start"))?;
     copy(&args, &wasi)?;
-    let name = args.module.display();
     let engine = engine(&args, options)?;
     let outcome = if args.plain {
         let wasi = Arc::new(wasi);
@@ -189,21 +188,17 @@ fn config(args: &Args, scratch: &Path) -> Result<Config> {
         stderr: Box::new(FdSink::duplicate(std::io::stderr())?),
         ..Config::default()
     };
-    config.args.push(
-        args.module
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-    );
-    config.args.extend(args.args.iter().cloned());
+    config.args = args.program.arguments()?;
     for variable in &args.env {
         config.env.push(match variable.split_once('=') {
             Some((name, value)) => (name.to_owned(), value.to_owned()),
             None => (
                 variable.clone(),
-                std::env::var(variable)
-                    .with_context(|| format!("--env {variable}: not set here"))?,
+                std::env::var(variable).map_err(|_| {
+                    anyhow::anyhow!(
+                        "--env {variable}: no such variable is set here (--env {variable}=VALUE sets it)"
+                    )
+                })?,
             ),
         });
     }

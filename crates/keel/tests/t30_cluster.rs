@@ -903,7 +903,7 @@ async fn machines_are_started_again_as_their_policy_says() {
     let (code, _, err) = keel(
         &bench,
         "a",
-        &["run", "x.wasm", "--rm", "--restart", "always"],
+        &["run", "--rm", "--restart", "always", "x.wasm"],
     );
     assert_eq!(code, 2, "{err}");
 }

@@ -108,8 +108,8 @@ async fn checkpoints_are_made_by_themselves() {
     assert!(restored, "{text}");
     drop(third);
     for args in [
-        ["run", "x.wasm", "--checkpoint-keep", "3"],
-        ["run", "x.wasm", "--checkpoint-every", "soon"],
+        ["run", "--checkpoint-keep", "3", "x.wasm"],
+        ["run", "--checkpoint-every", "soon", "x.wasm"],
     ] {
         assert!(!bench.keel("a", &args).0);
     }

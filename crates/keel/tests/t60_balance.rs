@@ -20,14 +20,33 @@ fn guest(name: &str) -> Vec<u8> {
 /// One at a time: they measure processors.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
+/// A cluster in which promises count: what else this computer does is no matter.
 async fn start(folder: &Path, nodes: &[(&str, f64)]) -> LocalCluster {
-    LocalCluster::start_balancing(Path::new(KEEL), folder, nodes)
+    let cluster = LocalCluster::start_balancing(Path::new(KEEL), folder, nodes)
         .await
-        .expect("a cluster whose nodes have quotas")
+        .expect("a cluster whose nodes have quotas");
+    cluster
+        .set_policy("basis", "target")
+        .await
+        .expect("a policy");
+    cluster
 }
 
-/// Starts so many machines that never rest on one node.
+/// Starts so many machines on one node that promise a core each, as one that never
+/// rests demands.
 async fn burn(cluster: &LocalCluster, node: &str, count: usize) {
+    let module = guest("counter");
+    for number in 0..count {
+        let name = format!("burn-{number}");
+        let mut quiet = Guest::new(&name, node, &module, &["1000000", "500"]);
+        quiet.memory_bytes = 64 << 20;
+        quiet.balancing.cpu_target_millis = Some(1000);
+        cluster.run(&quiet).await.expect("it starts");
+    }
+}
+
+/// Starts so many machines on one node that never rest: for what is measured.
+async fn spin(cluster: &LocalCluster, node: &str, count: usize) {
     let module = guest("spinner");
     for number in 0..count {
         let name = format!("burn-{number}");
@@ -375,7 +394,7 @@ async fn the_past_is_known_when_the_source_is_gone() {
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let mut cluster = start(folder.path(), &[("b", 0.4), ("a", 0.4), ("c", 0.4)]).await;
     cluster.set_policy("mode", "suggest").await.unwrap();
-    burn(&cluster, "a", 2).await;
+    spin(&cluster, "a", 2).await;
     cluster.set_policy("mode", "automatic").await.unwrap();
     let moved = wait_for("a move", || async {
         let machines: Vec<MachineInfo> = cluster.client("b").get("/v1/machines").await.ok()?;
@@ -441,7 +460,6 @@ async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
     let _alone = ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = start(folder.path(), &[("a", 0.5), ("b", 0.5)]).await;
-    cluster.set_policy("basis", "target").await.unwrap();
     let (counter, spinner) = (guest("counter"), guest("spinner"));
     let mut still = Guest::new("still", "a", &spinner, &["0", "20000000"]);
     still.memory_bytes = 64 << 20;
@@ -502,36 +520,74 @@ async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
     assert_eq!(cluster.inspect("a", "still").await.unwrap().node, "b");
 }
 
-/// A person has all nodes levelled at once, while the balancer is off.
+/// A person has all nodes levelled at once, while the balancer is off. What is carried
+/// out is the plan that was shown, on the cluster that it was made of, or nothing. Loads
+/// are promised: what else the computer does is no matter.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plan_levels_all_nodes_once_it_is_confirmed() {
     let _alone = ALONE.lock().await;
     let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
     let cluster = start(folder.path(), &[("a", 0.4), ("b", 0.4), ("c", 0.4)]).await;
     cluster.set_policy("mode", "off").await.unwrap();
-    burn(&cluster, "a", 6).await;
-    let plan = |args: &'static [&'static str]| {
-        let args = [&["-o", "json", "balance", "--plan"], args].concat();
-        let shown = keel(&cluster, &args);
-        async move { shown }
+    burn(&cluster, "a", 7).await;
+    let file = folder.path().join("plan.json");
+    let path = file.to_str().unwrap();
+    let planned = || async {
+        let plan = wait_for("a plan that levels", || async {
+            let shown = keel(&cluster, &["-o", "json", "balance", "--plan"]);
+            let plan: keel_api::PlanInfo = serde_json::from_str(&shown).ok()?;
+            (plan.steps.len() >= 2 && plan.after < plan.before / 2.0).then_some(plan)
+        });
+        let plan = plan.await.expect("the plan");
+        std::fs::write(&file, serde_json::to_vec(&plan).unwrap()).unwrap();
+        plan
     };
-    let planned = wait_for("a plan with moves", || async {
-        let shown = plan(&[]).await;
-        let plan: keel_api::PlanInfo = serde_json::from_str(&shown).ok()?;
-        (plan.steps.len() == 4).then_some(plan)
-    })
-    .await
-    .expect("the plan");
-    assert!(planned.after < planned.before / 2.0, "{planned:?}");
-    let shown = keel(&cluster, &["balance", "--plan"]);
+    let confirm = ["balance", "--plan", "--from", path, "--yes"];
+    let plan = planned().await;
+    let shown = keel(
+        &cluster,
+        &["balance", "--plan", "--from", path, "--dry-run"],
+    );
     assert!(
-        shown.contains("4 moves") && shown.contains("WAVE"),
+        shown.contains(&format!("plan {}: {} moves", plan.id, plan.steps.len()))
+            && shown.contains("WAVE"),
         "{shown}"
     );
-    assert_eq!(spread(&cluster).await["a"], 6, "nothing moves unasked");
-    keel(&cluster, &["balance", "--plan", "--yes"]);
-    let spread = spread(&cluster).await;
-    assert!(spread.values().all(|count| *count == 2), "{spread:?}");
+
+    // Another one than was shown is not carried out, nor one for a cluster that changed.
+    let mut other = plan.clone();
+    other.steps[0].to = other.steps[0].from.clone();
+    std::fs::write(&file, serde_json::to_vec(&other).unwrap()).unwrap();
+    let (done, said) = try_keel(&cluster, &confirm);
+    assert!(
+        !done && said.contains("not the steps of the plan"),
+        "{said}"
+    );
+    std::fs::write(&file, serde_json::to_vec(&plan).unwrap()).unwrap();
+    let ended = &plan.steps[0].machine;
+    keel(&cluster, &["stop", ended]);
+    let (done, said) = try_keel(&cluster, &confirm);
+    let why = format!("machine {ended} is stopped");
+    assert!(
+        !done && said.contains(&why) && said.contains("nothing was moved"),
+        "{said}"
+    );
+    assert_eq!(moves(&cluster).await, 0, "nothing moves unasked");
+    keel(&cluster, &["rm", ended]);
+
+    let plan = planned().await;
+    keel(&cluster, &confirm);
+    let last: BTreeMap<&str, &str> = plan
+        .steps
+        .iter()
+        .map(|step| (&*step.machine, &*step.to))
+        .collect();
+    for machine in machines(&cluster).await {
+        let node = last.get(&*machine.name).copied().unwrap_or("a");
+        assert_eq!(machine.node, node, "{} as planned: {plan:?}", machine.name);
+    }
+    let (done, said) = try_keel(&cluster, &confirm);
+    assert!(!done && said.contains("moved from a to"), "{said}");
     let (done, said) = try_keel(&cluster, &["balance", "--plan", "--aim", "nowhere"]);
     assert!(!done && said.contains("possible values"), "{said}");
 }
@@ -552,17 +608,27 @@ async fn new_machines_start_where_there_is_least_to_do() {
     })
     .await
     .expect("loads");
-    let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/spinner.wasm");
+    let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../guests/counter.wasm");
     let module = module.to_str().unwrap();
     for _ in 0..6 {
-        let args = ["run", "-d", "--memory", "64M", module, "0", "20000000"];
+        let args = [
+            "run",
+            "-d",
+            "--memory",
+            "64M",
+            "--cpu-target",
+            "1",
+            module,
+            "1000000",
+            "500",
+        ];
         keel(&cluster, &args);
     }
     let started = spread(&cluster).await;
     assert!(started.len() == 3 && started["a"] <= 3, "{started:?}");
     let volume = format!("{}:/data", folder.path().display());
     let args = [
-        "run", "-d", "--memory", "64M", "--volume", &volume, module, "0", "20000000",
+        "run", "-d", "--memory", "64M", "--volume", &volume, module, "1000000", "500",
     ];
     keel(&cluster, &args);
     let there = spread(&cluster).await;

@@ -389,7 +389,7 @@ async fn what_is_suggested_is_not_done() {
     assert_eq!(suggested.count(), 1, "{decided:?}");
     // Bad input.
     for (args, with) in [
-        (&["run", "x.wasm", "--spawn", "here"][..], "--max-parts"),
+        (&["run", "--spawn", "here", "x.wasm"][..], "--max-parts"),
         (&["set", "eager", "--max-parts", "1"], "2 to 64"),
         (&["set", "eager", "--max-parts", "many"], "invalid digit"),
         (&["set", "eager", "--part-memory", "64K"], "1 MiB to 64 GiB"),

@@ -10,6 +10,7 @@
 //!     │  freeze                                         │
 //!     │ STANDS, the same, IMAGE …, IMAGE_END ──────────▶│ PREPARED
 //!     │  commit in the store                            │
+//!     │◀─ LOG_AGAIN before ROUND_DONE or PREPARED: see `worker::log_transfer`
 //!     │ GO (epoch) ────────────────────────────────────▶│ RESUMED (epoch)
 //!     │ ABORT (reason) at any time ────────────────────▶│
 //!     │ REMOTE before IMAGE and before GO, and what follows RESUMED, in a post-copy
@@ -80,6 +81,8 @@ const KIND_BLOCK: u16 = 17;
 const KIND_CUT: u16 = 18;
 const KIND_STANDS: u16 = 19;
 const KIND_PARTS: u16 = 20;
+const KIND_LOG_BEGINS: u16 = 21;
+const KIND_LOG_AGAIN: u16 = 22;
 
 /// What the source says first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,6 +202,17 @@ pub enum Message {
     Filled(FillReport),
     /// A piece of what the home of a machine that spans leaves to its successor.
     Parts(Bytes),
+    /// The source keeps no output from before an offset any more; what follows begins
+    /// there. (A target of the version before gives the move up, as it did for the gap.)
+    LogBegins {
+        /// The offset.
+        offset: u64,
+    },
+    /// The target lacks output from an offset on: it is to come again.
+    LogAgain {
+        /// The offset.
+        offset: u64,
+    },
 }
 
 /// Why a connection between workers ended.
@@ -306,6 +320,12 @@ impl Message {
             KIND_STANDS => Message::Stands,
             KIND_PARTS => Message::Parts(Bytes::copy_from_slice(payload)),
             KIND_FILLED => Message::Filled(plain(payload)?),
+            KIND_LOG_BEGINS => Message::LogBegins {
+                offset: number(payload, 0)?,
+            },
+            KIND_LOG_AGAIN => Message::LogAgain {
+                offset: number(payload, 0)?,
+            },
             other => return Err(LinkError::Message(format!("a message of kind {other}"))),
         })
     }
@@ -378,6 +398,8 @@ impl Message {
             Message::AllSent => (KIND_ALL_SENT, Vec::new()),
             Message::Stands => (KIND_STANDS, Vec::new()),
             Message::Parts(bytes) => (KIND_PARTS, bytes.to_vec()),
+            Message::LogBegins { offset } => (KIND_LOG_BEGINS, offset.to_le_bytes().to_vec()),
+            Message::LogAgain { offset } => (KIND_LOG_AGAIN, offset.to_le_bytes().to_vec()),
             Message::Filled(report) => (
                 KIND_FILLED,
                 postcard::to_stdvec(report)
@@ -817,6 +839,8 @@ mod tests {
                 memory: 1,
                 pages: 1 << 40,
             },
+            Message::LogBegins { offset: 1 << 40 },
+            Message::LogAgain { offset: 12 },
             Message::Log {
                 offset: 5,
                 bytes: Bytes::from_static(b"hello"),

@@ -196,6 +196,28 @@ impl Log {
         self.add(&mut state, new)
     }
 
+    /// Lets the log go on at an offset, which is the beginning of a record: what is
+    /// between its end and there is kept nowhere, and what it has is dropped. Nothing
+    /// changes if it has more already.
+    ///
+    /// # Errors
+    /// The file system's; nothing changed then.
+    pub fn begin_at(&self, offset: u64) -> std::io::Result<()> {
+        let mut state = self.state();
+        if offset <= state.end {
+            return Ok(());
+        }
+        let segment = new_segment(&self.folder, offset)?;
+        for old in std::mem::replace(&mut state.segments, vec![segment]) {
+            if let Err(error) = std::fs::remove_file(&old.path) {
+                tracing::warn!(%error, path = %old.path.display(), "old output stays");
+            }
+        }
+        state.end = offset;
+        self.grown.notify_all();
+        Ok(())
+    }
+
     fn add(&self, state: &mut State, new: &[u8]) -> std::io::Result<()> {
         let end = state.end;
         if state.segment_is_full() {

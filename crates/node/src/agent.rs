@@ -337,9 +337,12 @@ fn make_slice(dir: &StateDir) -> Slice {
     // What started this process, where that is `keel up` and not a shell.
     let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
     let program = |process: &str| std::fs::read_link(format!("/proc/{process}/exe")).ok();
+    let named = std::env::var(crate::parent::PARENT_ENVIRONMENT).ok();
     let parent = parent.filter(|parent| {
+        // (One of the version before does not say so.)
         let own = program("self");
-        own.is_some() && own == program(&parent.to_string())
+        named.as_deref() == Some(&parent.to_string())
+            || own.is_some() && own == program(&parent.to_string())
     });
     let slice = Slice::prepare(dir.root(), parent);
     if let Some(missing) = slice.missing() {

@@ -371,15 +371,7 @@ async fn upload(State(agent): Shared, body: Bytes) -> Reply<Uploaded> {
 }
 
 async fn machines(State(agent): Shared) -> Reply<Vec<MachineInfo>> {
-    let records = record::all(&*agent.store)
-        .await
-        .map_err(OperateError::from)?;
-    Ok(Json(
-        records
-            .iter()
-            .map(|record| operate::info(record, None))
-            .collect(),
-    ))
+    Ok(Json(operate::list(&agent).await?))
 }
 
 async fn run(State(agent): Shared, Json(request): Json<RunRequest>) -> Reply<MachineInfo> {

@@ -34,6 +34,7 @@ mod debug;
 mod diff;
 mod dry_run;
 mod events;
+mod executable;
 mod files;
 mod http;
 mod keep;
@@ -57,5 +58,6 @@ mod volumes;
 mod workers;
 
 pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};
-pub use parent::{Restart, supervise};
+pub use executable::{installed, own_image, own_image_for_others};
+pub use parent::{PARENT_ENVIRONMENT, ParentError, Restart, supervise};
 pub use state_dir::StateDir;

@@ -8,12 +8,11 @@ use crate::output;
 use crate::record::{self, RecordError};
 use crate::rules::{self, ClaimError};
 use crate::service::kind as node_kind;
-use crate::state_dir::is_hash;
 use crate::workers::PROMPT;
 use keel_api::{
     CheckpointInfo, CheckpointRequest, ClusterInfo, DryRun, EventKind, MachineInfo, MoveLine,
-    NodeInfo, ObjectInfo, PartsInfo, RunRequest, SetRequest, SpanRequest, Token, TokenRequest,
-    VolumeInfo, VolumeRequest,
+    NodeInfo, ObjectInfo, PartsInfo, RunRequest, SetRequest, SpanRequest, StartPhaseInfo, Token,
+    TokenRequest, VolumeInfo, VolumeRequest,
 };
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
@@ -24,7 +23,9 @@ use keel_machine::moves::ownership;
 use keel_machine::restart::Restart;
 use keel_machine::span::{PART_BYTES_MIN, PARTS_MAX};
 use keel_machine::spec::{Record, Spec, Status, Volume, VolumeKind};
-use keel_machine::worker::control::{FileDone, FileOp, Report, State, kind, pack, unpack};
+use keel_machine::worker::control::{
+    FileDone, FileOp, Report, StartProgress, State, kind, pack, unpack,
+};
 use keel_net::RpcError;
 use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
+/// How long a list waits for what the worker of a machine says that starts.
+const LIST_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a stopped machine may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
 /// Largest limits that a machine may ask for.
@@ -507,11 +510,9 @@ pub(crate) async fn run(
             "there is no node {node:?} (see `keel nodes`)"
         )));
     }
-    if !is_hash(&spec.module) || !agent.dir.module(&spec.module).exists() {
-        crate::service::find_module(agent, &spec.module)
-            .await
-            .map_err(OperateError::Missing)?;
-    }
+    crate::service::find_module(agent, &spec.module)
+        .await
+        .map_err(OperateError::Missing)?;
     let record = Record {
         name: name.clone(),
         spec,
@@ -798,7 +799,13 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
     MachineInfo {
         name: record.name.to_string(),
         node: record.owner.to_string(),
-        status: record.word(),
+        status: match record.status {
+            // As its user sees it: what an agent has to do first is no difference.
+            Status::Scheduled => "starting".into(),
+            _ => record.word(),
+        },
+        phase: report.and_then(|report| report.start).map(phase),
+        started_unix_ms: record.started_unix_ms,
         exit_code: match record.status {
             Status::Exited { code } => Some(code),
             _ => None,
@@ -841,18 +848,45 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
     }
 }
 
+fn phase(start: StartProgress) -> StartPhaseInfo {
+    StartPhaseInfo {
+        name: start.phase.word().into(),
+        percent: start.percent,
+        elapsed_ms: start.elapsed_ms,
+    }
+}
+
 pub(crate) async fn inspect(
     agent: &Arc<Agent>,
     machine: &MachineName,
 ) -> Result<MachineInfo, OperateError> {
     let record = record::get(&*agent.store, machine).await?.record;
+    let report = report(agent, machine).await;
+    Ok(info(&record, report.as_ref()))
+}
+
+/// What a machine's worker says; what its node does not say just now is left out.
+async fn report(agent: &Arc<Agent>, machine: &MachineName) -> Option<Report> {
     let machine = machine.clone();
-    // What its node does not say just now is left out.
-    let report = match anywhere(agent, Operation::Report { machine }).await {
+    match anywhere(agent, Operation::Report { machine }).await {
         Ok(Done::Report(report)) => Some(report),
         _ => None,
-    };
-    Ok(info(&record, report.as_ref()))
+    }
+}
+
+/// All machines; of those that start, what their workers do.
+pub(crate) async fn list(agent: &Arc<Agent>) -> Result<Vec<MachineInfo>, OperateError> {
+    let records = record::all(&*agent.store).await?;
+    let infos = records.iter().map(|record| async move {
+        let starts = matches!(record.status, Status::Scheduled | Status::Restarting { .. });
+        let asked = report(agent, &record.name);
+        let report = match starts {
+            true => tokio::time::timeout(LIST_PATIENCE, asked).await,
+            false => Ok(None),
+        };
+        info(record, report.ok().flatten().as_ref())
+    });
+    Ok(futures::future::join_all(infos).await)
 }
 
 pub(crate) async fn nodes(agent: &Arc<Agent>) -> Result<Vec<NodeInfo>, OperateError> {

@@ -2,9 +2,11 @@
 //! passes on the signals to stop. Machines are not its children's concern: they
 //! run in workers of their own.
 
+use crate::executable::own_image;
+use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// An agent that lived this long starts again at once.
@@ -34,11 +36,35 @@ fn decide(status: ExitStatus, life: Duration, failures: u32) -> Restart {
     }
 }
 
-/// Runs `agent` until it ends on purpose, or this process is told to stop.
+/// Names the parent's process to its agent, which may be of a newer version.
+pub const PARENT_ENVIRONMENT: &str = "KEEL_AGENT_PARENT";
+
+/// Why there is no agent, or no watching it.
+#[derive(Debug, thiserror::Error)]
+pub enum ParentError {
+    /// Neither the installed file nor this process's own can be started.
+    #[error("the agent cannot be started from {program}: {error}; install keel there again")]
+    Start {
+        /// The installed file.
+        program: String,
+        /// What the kernel says.
+        error: std::io::Error,
+    },
+    /// Signals cannot be caught, or the agent's end cannot be seen.
+    #[error("the agent cannot be watched: {0}")]
+    Watch(#[from] std::io::Error),
+}
+
+/// Runs the agent until it ends on purpose, or this process is told to stop.
+/// `agent` makes its command of a path: each time of `installed` first, which may be
+/// a newer version by then, and of this process's own image where that fails.
 ///
 /// # Errors
 /// If the agent cannot be started, or signals cannot be caught.
-pub async fn supervise(mut agent: impl FnMut() -> Command) -> std::io::Result<()> {
+pub async fn supervise(
+    installed: &Path,
+    mut agent: impl FnMut(&Path) -> Command,
+) -> Result<(), ParentError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut failures = 0;
@@ -47,11 +73,11 @@ pub async fn supervise(mut agent: impl FnMut() -> Command) -> std::io::Result<()
     keel_machine::cgroup::go_first();
     loop {
         let begun = Instant::now();
-        let mut child = agent().kill_on_drop(true).spawn()?;
+        let mut child = start(installed, &mut agent)?;
         let status = tokio::select! {
             status = child.wait() => status?,
-            _ = terminate.recv() => return stop(child).await,
-            _ = interrupt.recv() => return stop(child).await,
+            _ = terminate.recv() => return Ok(stop(child).await?),
+            _ = interrupt.recv() => return Ok(stop(child).await?),
         };
         if begun.elapsed() >= GOOD_LIFE {
             failures = 0;
@@ -71,7 +97,21 @@ pub async fn supervise(mut agent: impl FnMut() -> Command) -> std::io::Result<()
     }
 }
 
-async fn stop(mut child: tokio::process::Child) -> std::io::Result<()> {
+fn start(installed: &Path, agent: &mut impl FnMut(&Path) -> Command) -> Result<Child, ParentError> {
+    let mut spawn = |program: &Path| {
+        agent(program)
+            .env(PARENT_ENVIRONMENT, std::process::id().to_string())
+            .kill_on_drop(true)
+            .spawn()
+    };
+    spawn(installed).or_else(|error| {
+        let program = installed.display().to_string();
+        tracing::warn!(program, %error, "the installed agent cannot be started, using this process's image");
+        spawn(own_image()).map_err(|_| ParentError::Start { program, error })
+    })
+}
+
+async fn stop(mut child: Child) -> std::io::Result<()> {
     if let Some(pid) = child
         .id()
         .and_then(|pid| i32::try_from(pid).ok())

@@ -115,7 +115,7 @@ impl Service {
                 } else {
                     agent.dir.module(&hash)
                 };
-                send_file(&path)
+                send_file(path).await
             }
             kind::ARRIVAL => {
                 let (machine, epoch): (MachineName, Epoch) = unpack(&payload)?;
@@ -273,8 +273,11 @@ impl Handler for Service {
     }
 }
 
-fn send_file(path: &Path) -> Result<Reply, RpcError> {
-    let mut file = std::fs::File::open(path)
+async fn send_file(path: PathBuf) -> Result<Reply, RpcError> {
+    let opened = tokio::task::spawn_blocking(move || std::fs::File::open(path));
+    let mut file = opened
+        .await
+        .map_err(RpcError::unknown)?
         .map_err(|_| RpcError::refused("this node does not have that module"))?;
     let (send, stream) = mpsc::channel(4);
     std::thread::Builder::new()
@@ -335,6 +338,11 @@ async fn fetch(
     .map_err(|error| error.to_string())?
 }
 
+/// Whether there is such a file; where that cannot be said it is fetched.
+async fn is_there(path: &Path) -> bool {
+    tokio::fs::try_exists(path).await.unwrap_or_default()
+}
+
 /// The file of an instrumented module, fetched from a move's source if need be.
 pub(crate) async fn find_program(
     agent: &Agent,
@@ -343,7 +351,7 @@ pub(crate) async fn find_program(
 ) -> Result<PathBuf, String> {
     let hash = hash.to_string();
     let path = agent.dir.program(&hash);
-    if !path.exists() {
+    if !is_there(&path).await {
         fetch(agent, source, true, &hash, &path)
             .await
             .map_err(|error| format!("its module cannot be fetched: {error}"))?;
@@ -358,7 +366,7 @@ pub(crate) async fn find_module(agent: &Agent, hash: &str) -> Result<PathBuf, St
         return Err(format!("{hash:?} is no hash of a module"));
     }
     let path = agent.dir.module(hash);
-    if path.exists() {
+    if is_there(&path).await {
         return Ok(path);
     }
     for node in agent.members.all().keys() {

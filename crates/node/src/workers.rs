@@ -1,6 +1,9 @@
 //! The processes of this node's machines: starting them, finding them again,
 //! speaking to them.
 
+mod folder;
+
+use crate::executable::own_image;
 use crate::state_dir::StateDir;
 use keel_cluster::MachineName;
 use keel_machine::cgroup::{Group, OutOfMemory, Slice};
@@ -261,28 +264,25 @@ impl Workers {
 
     /// Finds the workers that an earlier agent started.
     pub(crate) async fn adopt(&self, dir: &StateDir) {
-        let Ok(entries) = std::fs::read_dir(dir.workers()) else {
-            return;
-        };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
+        for path in folder::folders_in(dir.workers()).await {
+            let name = path.file_name().unwrap_or_default();
             if name.to_str().is_some_and(|name| name.starts_with(GRAVE)) {
                 // An earlier agent was ending it.
-                if let Ok(worker) = Worker::connect(&entry.path()).await {
+                if let Ok(worker) = Worker::connect(&path).await {
                     worker.forget().await;
                 }
-                remove_remains(entry.path()).await;
+                folder::remove_remains(path).await;
                 continue;
             }
             let Some(machine) = name.to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            match Worker::connect(&entry.path()).await {
+            match Worker::connect(&path).await {
                 Ok(worker) => {
                     tracing::info!(%machine, "found its worker running");
                     self.table().insert(machine, worker);
                 }
-                Err(error) => match self.silent(&entry.path()).await {
+                Err(error) => match self.silent(&path).await {
                     Some(worker) => {
                         tracing::info!(%machine, "found its worker running, late");
                         self.table().insert(machine, worker);
@@ -291,7 +291,9 @@ impl Workers {
                 },
             }
         }
-        self.slice.sweep(&dir.workers());
+        let (slice, workers) = (self.slice.clone(), dir.workers());
+        // (A panic in it removes nothing; the next agent sweeps.)
+        let _ = tokio::task::spawn_blocking(move || slice.sweep(&workers)).await;
     }
 
     /// A process that has a worker's socket open and says nothing may only stand
@@ -363,19 +365,19 @@ impl Workers {
             ));
         }
         let folder = dir.worker(machine);
-        let fail = |what: &str, error: std::io::Error| format!("{what}: {error}");
         self.drop_group(dir, machine).await;
-        clear(&folder, leftovers)
-            .map_err(|error| fail("an earlier folder of the machine", error))?;
-        std::fs::create_dir_all(&folder).map_err(|error| fail("the machine's folder", error))?;
-        if let Err(error) = self.make_group(machine, &folder) {
-            tracing::warn!(%machine, error, "its worker gets no cgroup of its own");
-        }
-        let log = std::fs::File::create(folder.join("worker.log"))
-            .map_err(|error| fail("the worker's log", error))?;
-        let program = std::env::current_exe().map_err(|error| fail("this program", error))?;
-        let mut command = tokio::process::Command::new(program);
+        let log = {
+            let (slice, machine, folder) = (self.slice.clone(), machine.clone(), folder.clone());
+            tokio::task::spawn_blocking(move || {
+                folder::prepare(&slice, &machine, &folder, leftovers)
+            })
+            .await
+            .map_err(|error| format!("preparing the machine's folder failed: {error}"))??
+        };
+        // (The installed file may be another version's by now, or missing.)
+        let mut command = tokio::process::Command::new(own_image());
         command
+            .arg0("keel")
             .arg("worker")
             .arg("--folder")
             .arg(&folder)
@@ -392,7 +394,12 @@ impl Workers {
         let orders = crate::debug::for_new_worker();
         #[cfg(feature = "failpoints")]
         command.env(keel_machine::failpoint::ENVIRONMENT, &orders);
-        let mut child = command.spawn().map_err(|error| fail("a worker", error))?;
+        let mut child = command.spawn().map_err(|error| {
+            let image = own_image().display();
+            format!(
+                "its worker process cannot be started from this agent's image ({image}): {error}"
+            )
+        })?;
         let deadline = tokio::time::Instant::now() + START_PATIENCE;
         let worker = loop {
             match Worker::connect(&folder).await {
@@ -405,7 +412,8 @@ impl Workers {
                 Err(_) => {}
             }
             if let Ok(Some(status)) = child.try_wait() {
-                let log = std::fs::read_to_string(folder.join("worker.log")).unwrap_or_default();
+                let log = tokio::fs::read_to_string(folder.join(folder::LOG)).await;
+                let log = log.unwrap_or_default();
                 return Err(format!(
                     "the worker ended at once ({status}): {}",
                     log.trim()
@@ -421,14 +429,6 @@ impl Workers {
         #[cfg(feature = "failpoints")]
         crate::debug::refresh(&worker, &orders).await;
         Ok(worker)
-    }
-
-    /// Makes the group that a new worker finds in its folder.
-    fn make_group(&self, machine: &MachineName, folder: &Path) -> Result<(), String> {
-        let Some(group) = self.slice.make(machine.as_str())? else {
-            return Ok(());
-        };
-        group.save(folder).inspect_err(|_| group.remove())
     }
 
     /// Whether the kernel ended a machine's process for want of memory; to be
@@ -475,7 +475,7 @@ impl Workers {
             if let Some(worker) = worker {
                 worker.forget().await;
             }
-            remove_remains(grave).await;
+            folder::remove_remains(grave).await;
         }
     }
 
@@ -488,7 +488,7 @@ impl Workers {
         let worker = worker.clone();
         tokio::spawn(async move {
             worker.forget().await;
-            remove_remains(grave).await;
+            folder::remove_remains(grave).await;
         });
     }
 
@@ -518,36 +518,5 @@ impl Workers {
         }
         table.remove(machine);
         Some(grave)
-    }
-}
-
-/// Removes what an earlier worker left.
-fn clear(folder: &Path, leftovers: Leftovers) -> std::io::Result<()> {
-    let found = match leftovers {
-        Leftovers::Remove => std::fs::remove_dir_all(folder),
-        // A socket that is there would be taken for an answer.
-        Leftovers::KeepOutput => std::fs::remove_file(folder.join(SOCKET)),
-    };
-    match found {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// Removes the folder of a worker that has ended, and its cgroup.
-async fn remove_remains(folder: PathBuf) {
-    // (A panic in it removes nothing; the next agent does.)
-    let _ = tokio::task::spawn_blocking(move || {
-        Group::remove_saved(&folder);
-        remove_folder(&folder);
-    })
-    .await;
-}
-
-fn remove_folder(folder: &Path) {
-    if let Err(error) = std::fs::remove_dir_all(folder)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        tracing::warn!(%error, folder = %folder.display(), "a machine's folder stays");
     }
 }

@@ -348,7 +348,7 @@ impl LocalCluster {
         let _: MachineInfo = client.post("/v1/machines", &request).await?;
         wait_for(&format!("machine {} starts", guest.name), || async {
             let info = self.inspect(guest.node, guest.name).await.ok()?;
-            (info.status != "scheduled").then_some(info)
+            (!info.is_starting()).then_some(info)
         })
         .await
     }

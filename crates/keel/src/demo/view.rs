@@ -115,7 +115,7 @@ fn draw(frame: &mut Frame<'_>, scene: &Scene) {
         Row::new([
             machine.name.clone(),
             machine.node.clone(),
-            machine.status.clone(),
+            machine.status_line(),
             machine.epoch.clone(),
             line.map_or_else(String::new, |(_, line)| line.clone()),
         ])

@@ -5,8 +5,8 @@ use super::layout::{AGENT_LEAF, Base, Layout, Version};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Where a node's workers get their groups.
-#[derive(Debug)]
+/// Where a node's workers get their groups; by default nowhere.
+#[derive(Debug, Default)]
 pub struct Slice {
     pub(super) folders: Vec<Folder>,
     /// What its groups lack, and why.

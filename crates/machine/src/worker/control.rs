@@ -370,6 +370,43 @@ pub struct Report {
     pub group: Option<GroupUsage>,
     /// Parts that the machine spans; 0 while it is alone.
     pub parts: u32,
+    /// What is still to be done before the machine runs, or can be received; nothing
+    /// from then on.
+    pub start: Option<StartProgress>,
+}
+
+/// How far a worker is before its machine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartProgress {
+    /// What it does now.
+    pub phase: StartPhase,
+    /// Since this phase began.
+    pub elapsed_ms: u64,
+    /// How much of the phase is done, 0 to 100, where that is known: of compiling, the
+    /// share of functions.
+    pub percent: Option<u8>,
+}
+
+/// What is done before a machine runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StartPhase {
+    /// Its module is read and instrumented, its volumes and memories are made.
+    Prepare,
+    /// Its module is compiled.
+    Compile,
+    /// It is read from a checkpoint.
+    Restore,
+}
+
+impl StartPhase {
+    /// The word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            StartPhase::Prepare => "prepare",
+            StartPhase::Compile => "compile",
+            StartPhase::Restore => "restore",
+        }
+    }
 }
 
 /// What one of a machine's own volumes holds.

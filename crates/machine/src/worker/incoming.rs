@@ -3,6 +3,7 @@
 
 use super::control::{Receive, Succession};
 use super::filling::Filler;
+use super::log_transfer::LogTarget;
 use super::volumes::{IncomingVolumes, VolumeError};
 use crate::cgroup::Courtesy;
 use crate::failpoint::{self, Injected};
@@ -112,6 +113,7 @@ pub(super) fn receive(
         None => make_memories(program.meta(), limits.memory_bytes)?,
     };
     let log = Arc::new(Log::open(folder, hello.log_base)?);
+    let mut output = LogTarget::new(log.clone());
     let filler = match hello.post_copy {
         true => Some(Filler::new(memories.clone())?),
         false => None,
@@ -168,9 +170,13 @@ pub(super) fn receive(
                 inode,
                 bytes,
             } => volumes.cut(volume, inode, bytes)?,
-            Message::Log { offset, bytes } => log.write_at(offset, &bytes)?,
+            Message::Log { offset, bytes } => output.take(offset, &bytes)?,
+            Message::LogBegins { offset } => output.begins(offset)?,
             Message::RoundEnd => {
                 failpoint::pass("in.round")?;
+                if let Some(again) = output.missing()? {
+                    link.send(&again)?;
+                }
                 link.send(&Message::RoundDone)?;
                 link.flush()?;
             }
@@ -184,7 +190,13 @@ pub(super) fn receive(
             },
             Message::Parts(bytes) if part.is_some() => succession.add(&bytes)?,
             Message::Image(bytes) => image.add(&bytes)?,
-            Message::ImageEnd => break,
+            Message::ImageEnd => match output.missing()? {
+                Some(again) => {
+                    link.send(&again)?;
+                    link.flush()?;
+                }
+                None => break,
+            },
             other => return Err(IncomingError::Other(format!("{other:?}"))),
         }
     }

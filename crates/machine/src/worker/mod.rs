@@ -22,6 +22,7 @@ pub mod files;
 mod filling;
 mod incoming;
 mod kept;
+mod log_transfer;
 mod looking;
 mod outgoing;
 mod process;

@@ -5,6 +5,7 @@
 use super::control::{Copy, CopyEvent, Frozen, Succession};
 use super::filling::{self, PageSet};
 use super::kept::Keepers;
+use super::log_transfer::LogSource;
 use super::looking::{Looking, Written};
 use super::volumes::{OutgoingVolumes, VolumeError};
 use crate::cgroup::Courtesy;
@@ -143,14 +144,13 @@ impl Way {
 /// One attempt to give a machine away.
 pub(super) struct Outgoing {
     machine: Machine,
-    log: Arc<Log>,
+    log: LogSource,
     link: Link,
     way: Way,
     trackers: Vec<DirtyTracker>,
     /// Of a machine that spans.
     parts: Option<HomeParts>,
     volumes: OutgoingVolumes,
-    log_sent: u64,
     slowdown: Slowdown,
     /// For each memory, pages that were found written and not sent.
     unsent: Vec<PageSet>,
@@ -195,7 +195,6 @@ impl Outgoing {
         let link = way.connect(Purpose::Move)?;
         Ok(Outgoing {
             way,
-            log_sent: log.base(),
             slowdown: Slowdown::new(machine.clone()),
             unsent: vec![PageSet::default(); machine.memories().len()],
             looking: None,
@@ -203,7 +202,7 @@ impl Outgoing {
             named: Ok(()),
             courtesy: None,
             machine,
-            log,
+            log: LogSource::new(log),
             link,
             trackers: Vec::new(),
             parts,
@@ -257,7 +256,7 @@ impl Outgoing {
             self.link.send(&Message::RoundEnd)?;
             self.link.flush()?;
             failpoint::pass("out.round")?;
-            match self.link.receive()? {
+            match self.answer()? {
                 Message::RoundDone => {}
                 other => return Err(unexpected(&other)),
             }
@@ -432,9 +431,17 @@ impl Outgoing {
             }
             self.looking = Some(looking);
         }
-        match self.link.receive()? {
-            Message::Prepared => {}
-            other => return Err(unexpected(&other)),
+        loop {
+            match self.link.receive()? {
+                Message::Prepared => break,
+                Message::LogAgain { offset } => {
+                    self.log.again(offset);
+                    self.send_log()?;
+                    self.link.send(&Message::ImageEnd)?;
+                    self.link.flush()?;
+                }
+                other => return Err(unexpected(&other)),
+            }
         }
         failpoint::pass("out.prepared")?;
         // From here on the store decides, however long that takes.
@@ -618,16 +625,19 @@ impl Outgoing {
     }
 
     fn send_log(&mut self) -> Result<(), OutgoingError> {
+        while let Some(message) = self.log.next()? {
+            self.link.send(&message)?;
+        }
+        Ok(())
+    }
+
+    /// What the target says to a round; what it lacks of the output is in the next.
+    fn answer(&mut self) -> Result<Message, OutgoingError> {
         loop {
-            let (offset, bytes) = self.log.read(self.log_sent, CHUNK_BYTES)?;
-            if bytes.is_empty() {
-                return Ok(());
+            match self.link.receive()? {
+                Message::LogAgain { offset } => self.log.again(offset),
+                other => return Ok(other),
             }
-            self.log_sent = offset + bytes.len() as u64;
-            self.link.send(&Message::Log {
-                offset,
-                bytes: bytes.into(),
-            })?;
         }
     }
 }

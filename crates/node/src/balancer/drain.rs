@@ -186,7 +186,7 @@ async fn empty(agent: &Arc<Agent>, drain: &Drain) -> u32 {
             (state.left, state.rest) = (Vec::new(), None);
             return 0;
         }
-        Ok(view) => view.plan(&goal),
+        Ok(view) => view.plan(goal).await,
         Err(error) => Err(error),
     };
     let plan = match planned {

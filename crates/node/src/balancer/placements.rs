@@ -7,7 +7,7 @@ use keel_balance::round::Event;
 use keel_balance::select::Spreadable;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Change, KeyValue};
-use keel_cluster::{MachineName, NodeName, StoreError};
+use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
 use keel_machine::moves::ownership::Found;
 use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn, Status};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -22,6 +22,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 #[derive(Debug, Clone)]
 pub(super) struct Placed {
     pub(super) owner: NodeName,
+    /// Raised by each change of owner, and by each restart.
+    pub(super) epoch: Epoch,
     /// Whether it is to run.
     pub(super) live: bool,
     /// Whether it runs, and can be moved.
@@ -36,6 +38,7 @@ impl Placed {
     fn of(record: &Record) -> Self {
         Placed {
             owner: record.owner.clone(),
+            epoch: record.epoch,
             live: !record.status.ended(),
             movable: record.status == Status::Running && record.paused.is_none(),
             cores_max: record

@@ -2,22 +2,27 @@
 //! planner is `keel-balance`'s; every move is an ordinary one, which the store may
 //! refuse, so a plan that is out of date does less, and nothing wrong.
 
+mod confirmed;
+
 use super::ask::gather_loads;
 use super::{ended, keep, run_move};
 use crate::agent::Agent;
 use crate::operate::OperateError;
 use crate::rules::Book;
-use keel_api::{LeftBehind, NodeLoad, PlanGoal, PlanInfo, PlanLine, PlanStep, Silence, Urgency};
+use keel_api::{
+    LeftBehind, NodeLoad, PlanGoal, PlanInfo, PlanLine, PlanRequest, PlanStep, PlannedMachine,
+    Silence, Urgency,
+};
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Outcome};
 use keel_balance::load::{Factors, MachineSample, Weights};
 use keel_balance::plan::{Amounts, Goal, Load, Plan, Problem, RESOURCES, Site, plan};
 use keel_balance::select::Bound;
+use keel_cluster::MachineName;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Compare, Txn, TxnOutcome};
-use keel_cluster::{MachineName, NodeName};
 use keel_machine::spec::BalanceBy;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -39,6 +44,8 @@ const ROLE: &str = "plan";
 /// All nodes and machines, as they are told of now.
 pub(super) struct View {
     problem: Problem,
+    /// The epoch of each machine.
+    epochs: Vec<String>,
     /// Why a machine is not to be moved, by its number.
     fixed: BTreeMap<usize, String>,
     factors: Vec<Factors>,
@@ -63,6 +70,7 @@ impl View {
             samples.extend(sample.machines.iter().map(|it| (&*it.name, it)));
         }
         let (mut loads, mut factors, mut fixed) = (Vec::new(), Vec::new(), BTreeMap::new());
+        let mut epochs = Vec::new();
         let mut live = agent.balancer.placements.live();
         live.sort();
         for (name, owner) in live {
@@ -99,6 +107,7 @@ impl View {
                 bytes,
             });
             factors.push(used);
+            epochs.push(placed.map_or_else(String::new, |it| it.epoch.to_string()));
         }
         let count = sites.len().max(1) as f64;
         let mut problem = Problem {
@@ -125,6 +134,7 @@ impl View {
         }
         Ok(View {
             problem,
+            epochs,
             fixed,
             factors,
             fill: told.policy.fill_load,
@@ -140,12 +150,19 @@ impl View {
         self.problem.loads.iter().filter(on).count()
     }
 
-    /// Makes a plan.
+    /// Makes a plan, which takes a processor for seconds in a large cluster: on a thread
+    /// that nobody waits for.
     ///
     /// # Errors
     /// [`OperateError::Missing`] if a node is to be emptied that does not tell its
     /// load.
-    pub(super) fn plan(&self, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
+    pub(super) async fn plan(self, goal: PlanGoal) -> Result<PlanInfo, OperateError> {
+        tokio::task::spawn_blocking(move || self.compute(&goal))
+            .await
+            .map_err(|error| OperateError::Away(format!("computing the plan failed: {error}")))?
+    }
+
+    fn compute(&self, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
         let of_problem = match goal {
             PlanGoal::Level { moves_max } => Goal::Level {
                 moves_max: *moves_max,
@@ -183,6 +200,13 @@ impl View {
                 }
             })
             .collect();
+        let moved: BTreeSet<usize> = plan.steps.iter().map(|step| step.load).collect();
+        let machines = moved.into_iter().map(|load| PlannedMachine {
+            machine: self.problem.loads[load].name.to_string(),
+            node: name(self.problem.loads[load].site),
+            epoch: self.epochs[load].clone(),
+        });
+        let machines: Vec<PlannedMachine> = machines.collect();
         let left = plan.left.iter().map(|(load, why)| {
             let it = &self.problem.loads[*load];
             LeftBehind {
@@ -197,6 +221,8 @@ impl View {
             before: plan.before,
             after: plan.after,
             duration_ms: duration(&steps),
+            id: confirmed::id(&steps, &machines),
+            machines,
             steps,
             silent: self.silent.clone(),
         }
@@ -250,7 +276,7 @@ fn amounts(factors: &Factors, capacity: Amounts, node: &NodeLoad) -> Amounts {
 
 /// Makes a plan of what all nodes tell now.
 pub(crate) async fn make(agent: &Arc<Agent>, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
-    View::gather(agent, goal).await?.plan(goal)
+    View::gather(agent, goal).await?.plan(goal.clone()).await
 }
 
 // ── carrying out ────────────────────────────────────────────────────────
@@ -307,22 +333,20 @@ async fn is_there(agent: &Agent, step: &PlanStep) -> Result<(), String> {
 /// then is not done.
 ///
 /// # Errors
-/// [`OperateError::Conflict`] while another plan is carried out,
-/// [`OperateError::Bad`] for steps that name nobody.
+/// [`OperateError::Conflict`] while another plan is carried out, or where the cluster
+/// is not any more what the plan was made of; [`OperateError::Bad`] for steps that are
+/// not those of the plan. Nothing moved then.
 pub(crate) async fn carry_out(
     agent: &Arc<Agent>,
-    steps: Vec<PlanStep>,
+    plan: PlanRequest,
 ) -> Result<mpsc::Receiver<PlanLine>, OperateError> {
-    let bad = |error: keel_net::NameError| OperateError::Bad(error.to_string());
-    for step in &steps {
-        MachineName::new(&step.machine).map_err(bad)?;
-        let target = NodeName::new(&step.to).map_err(bad)?;
-        if !agent.members.contains(&target) {
-            let what = format!("there is no node {target:?} (see `keel nodes`)");
-            return Err(OperateError::Missing(what));
-        }
-    }
     let role = take_role(agent).await?;
+    // (No other plan changes anything from here on.)
+    if let Err(error) = confirmed::check(agent, &plan).await {
+        give_role_back(agent, &role).await;
+        return Err(error);
+    }
+    let steps = plan.steps;
     // Room for all: whoever listens slowly holds nothing up.
     let (send, lines) = mpsc::channel(2 * steps.len() + 1);
     let agent = agent.clone();

@@ -143,7 +143,7 @@ pub(super) async fn carry_out_plan(
     State(agent): Shared,
     Json(request): Json<PlanRequest>,
 ) -> Result<Response, Failure> {
-    let lines = balancer::carry_out_plan(&agent, request.steps).await?;
+    let lines = balancer::carry_out_plan(&agent, request).await?;
     Ok(told_line_by_line(lines))
 }
 

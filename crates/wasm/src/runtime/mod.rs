@@ -3,6 +3,7 @@
 //! - `program`: from bytes to compiled code
 //! - `cache`: sealed files by name
 //! - `imports`: what a module imports, before it is compiled
+//! - `compile_progress`: how many functions are compiled
 //! - `host`: what imports lead to
 //! - `fiber`: one thread and its instance; the unwind and resume loop
 //! - `frame`: a thread as plain data, and its format
@@ -19,6 +20,7 @@
 
 mod cache;
 mod calls;
+mod compile_progress;
 mod fiber;
 pub mod frame;
 mod governor;
@@ -35,6 +37,7 @@ mod tables;
 mod wait;
 
 pub use crate::instrument::meta::TABLE_ENTRIES_MAX;
+pub use compile_progress::CompileProgress;
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
 pub use governor::CoreTime;
 pub use host::{Host, HostOutcome, HostThread, ImportKind};

@@ -6,6 +6,7 @@
 //! own key).
 
 use super::cache::Cache;
+use super::compile_progress::{self, CompileProgress, Compiling};
 use super::frame::hex;
 use super::host::{self, ThreadContext};
 use super::imports;
@@ -139,6 +140,12 @@ impl Engine {
         self
     }
 
+    /// How far compiling is; `None` while nothing is compiled. It may be asked from any
+    /// thread, as often as wanted.
+    pub fn compile_progress(&self) -> Option<CompileProgress> {
+        CompileProgress::now()
+    }
+
     /// Makes a program of a module as its author built it. Only what it needs
     /// to run is compiled; see [`Program::prepare_resume`] for the rest. What it imports is
     /// checked before anything else.
@@ -259,7 +266,9 @@ fn compile(
     {
         return Ok(module);
     }
+    let compiling = Compiling::begin(compile_progress::functions(bytes));
     let module = Module::new(engine, bytes).map_err(ProgramError::Compile)?;
+    drop(compiling);
     if let Some(cache) = cache {
         let code = module.serialize().map_err(ProgramError::Compile)?;
         cache.put(name, &code);

@@ -15,7 +15,7 @@ use super::SOCKET;
 use super::activity;
 use super::control::{
     Checkpoint, Copy, CopyHome, FileDone, FileRequest, LogChunk, ReadLog, Receive, Report, Start,
-    State, Succession, VolumeReport, kind, pack, unpack,
+    StartPhase, StartProgress, State, Succession, VolumeReport, kind, pack, unpack,
 };
 use super::files;
 use super::filling::Filler;
@@ -43,7 +43,7 @@ use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
@@ -127,6 +127,8 @@ pub(super) struct Inner {
     keepers: Keepers,
     /// Why it had to be ended.
     pub(super) ended_for: Option<String>,
+    /// What is done before the machine runs, and since when.
+    starting: Option<(StartPhase, Instant)>,
 }
 
 impl Inner {
@@ -624,7 +626,29 @@ impl Worker {
             paused: self.paused.borrow().clone(),
             group: self.group.as_ref().map(Group::usage),
             parts: inner.parts.count(),
+            start: self.start_progress(&inner),
         }
+    }
+
+    /// What is still to be done before the machine runs; also what the target of a move
+    /// compiles before it can receive the machine.
+    fn start_progress(&self, inner: &Inner) -> Option<StartProgress> {
+        if inner.machine.is_some() {
+            return None;
+        }
+        if let Some(compile) = self.engine.compile_progress() {
+            return Some(StartProgress {
+                phase: StartPhase::Compile,
+                elapsed_ms: compile.elapsed.as_millis() as u64,
+                percent: Some(compile.percent()),
+            });
+        }
+        let (phase, begun) = inner.starting?;
+        Some(StartProgress {
+            phase,
+            elapsed_ms: begun.elapsed().as_millis() as u64,
+            percent: None,
+        })
     }
 
     /// Does something with a file in one of the machine's own volumes.

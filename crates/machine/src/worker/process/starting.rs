@@ -1,6 +1,6 @@
 //! How a machine begins: anew, from a checkpoint, with memory that is brought later.
 
-use super::super::control::{Start, StartFrom, State};
+use super::super::control::{Start, StartFrom, StartPhase, State};
 use super::super::kept::Keepers;
 use super::super::volumes;
 use super::{Worker, say};
@@ -13,7 +13,7 @@ use keel_wasi::{Config, Preopen, Resources, Wasi};
 use keel_wasm::runtime::Machine;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 /// Age at which a machine is made ready for its first move: many programs end
@@ -25,6 +25,11 @@ impl Worker {
         if *self.state.borrow() != State::Empty {
             return Err(RpcError::refused("this worker has a machine already"));
         }
+        let phase = match &start.from {
+            StartFrom::Module(_) | StartFrom::Apart(_) => StartPhase::Prepare,
+            StartFrom::Checkpoint(_) => StartPhase::Restore,
+        };
+        self.inner().starting = Some((phase, Instant::now()));
         let (machine, log, keepers) = match &start.from {
             StartFrom::Module(module) | StartFrom::Apart(module) => {
                 self.begin(module, &start, runtime)?
@@ -32,6 +37,7 @@ impl Worker {
             StartFrom::Checkpoint(origin) => self.restore(origin, &start, runtime)?,
         };
         let mut inner = self.inner();
+        inner.starting = None;
         inner.keepers = keepers;
         inner.name = Some(start.machine);
         inner.spec = Some(start.spec);

@@ -1,0 +1,45 @@
+//! A program on a command line: the module, and behind it what is the program's own.
+
+use anyhow::{Context, Result};
+use std::ffi::OsString;
+use std::path::Path;
+
+/// `MODULE [ARGS]...`, at the end of a command line.
+#[derive(clap::Args)]
+pub(crate) struct Invocation {
+    // (One list, since options behind a positional argument of its own would be keel's.)
+    /// The program, a WASI preview 1 core module with or without threads, and its arguments:
+    /// options of keel stand in front of it, all behind it is the program's.
+    #[arg(required = true, trailing_var_arg = true, num_args = 1.., value_names = ["MODULE", "ARGS"])]
+    program: Vec<OsString>,
+}
+
+impl Invocation {
+    /// The module's file.
+    pub(crate) fn module(&self) -> &Path {
+        // (The parser demands one.)
+        self.program.first().map_or(Path::new(""), Path::new)
+    }
+
+    /// The module's bytes.
+    pub(crate) fn read(&self) -> Result<Vec<u8>> {
+        let module = self.module();
+        std::fs::read(module).with_context(|| format!("cannot read module {}", module.display()))
+    }
+
+    /// What the program gets as its arguments; the first is its name.
+    ///
+    /// # Errors
+    /// An argument that is not UTF-8, which WASI demands.
+    pub(crate) fn arguments(&self) -> Result<Vec<String>> {
+        let name = self.module().file_name().unwrap_or_default();
+        let mut arguments = vec![name.to_string_lossy().into_owned()];
+        for argument in self.program.iter().skip(1) {
+            let text = argument.to_str().with_context(|| {
+                format!("argument {argument:?} of the program is not UTF-8, as WASI demands")
+            })?;
+            arguments.push(text.to_owned());
+        }
+        Ok(arguments)
+    }
+}

@@ -1,0 +1,75 @@
+//! Waiting until a machine runs.
+
+use anyhow::{Result, bail};
+use indicatif::ProgressBar;
+use keel_api::{Client, ClientError, MachineInfo};
+use std::time::Duration;
+
+/// Pauses before it is asked again whether a machine runs.
+const ASK_AGAIN_MIN: Duration = Duration::from_millis(2);
+const ASK_AGAIN_MAX: Duration = Duration::from_millis(100);
+/// Answers in a row that may be missing: its node may be restarting.
+const SILENCES_MAX: u32 = 100;
+
+/// Waits until a machine that was scheduled runs, or has run. A person sees meanwhile
+/// how far it is, if `shows`.
+///
+/// # Errors
+/// Why it does not run, and what to do.
+pub(crate) async fn started(
+    client: &Client,
+    scheduled: MachineInfo,
+    shows: bool,
+) -> Result<MachineInfo> {
+    let path = keel_api::path(["machines", &scheduled.name]);
+    let bar = shows.then(ProgressBar::new_spinner);
+    if let Some(bar) = &bar {
+        bar.enable_steady_tick(Duration::from_millis(100));
+    }
+    let mut pause = ASK_AGAIN_MIN;
+    let mut machine = scheduled;
+    let mut silences = 0;
+    loop {
+        if let Some(bar) = &bar {
+            let line = machine.status_line();
+            bar.set_message(format!("{} on {}: {line}", machine.name, machine.node));
+        }
+        if !machine.is_starting() {
+            if let Some(bar) = &bar {
+                bar.finish_and_clear();
+            }
+            return ran(machine);
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(ASK_AGAIN_MAX);
+        match client.get(&path).await {
+            Ok(now) => (machine, silences) = (now, 0),
+            // It ran, ended and is no more, as it was to be.
+            Err(ClientError::Problem { status: 404, .. }) if machine.remove_at_end => {
+                return Ok(machine);
+            }
+            Err(error @ ClientError::Problem { status: ..500, .. }) => return Err(error.into()),
+            Err(error) if silences == SILENCES_MAX => return Err(error.into()),
+            Err(_) => silences += 1,
+        }
+    }
+}
+
+fn ran(machine: MachineInfo) -> Result<MachineInfo> {
+    let has_run = machine.started_unix_ms > 0;
+    match machine.status.as_str() {
+        "stopped" if !has_run => bail!("machine {} was stopped before it ran", machine.name),
+        "failed" => {}
+        "restarting" if !has_run => {}
+        _ => return Ok(machine),
+    }
+    bail!(
+        "machine {} could not be started: {}{}",
+        machine.name,
+        machine.message.as_deref().unwrap_or("no reason is known"),
+        match machine.is_live() {
+            true => "; it is tried again".to_owned(),
+            false => format!(" (`keel rm {}` frees its name)", machine.name),
+        }
+    )
+}

@@ -1,0 +1,231 @@
+//! How a machine's output travels in a move.
+//!
+//! ```text
+//!   source                                target
+//!     │ LOG (offset, bytes) … ────────────▶│ adds what follows its end
+//!     │ LOG_BEGINS (offset) ──────────────▶│ what was before is kept nowhere any more
+//!     │ ROUND_END, or IMAGE_END ──────────▶│ did some not follow its end?
+//!     │◀──────────────── LOG_AGAIN (offset)│ then from there again
+//!     │ LOG …                              │
+//! ```
+//!
+//! A gap has two causes. The source keeps the newest output only: of a machine that
+//! prints faster than its memory is copied, what was to be sent next may be gone by
+//! then. And whatever else is missing at the target, the source may still have. So a
+//! gap is no reason to give the move up, which would find the same gap the next time.
+
+use crate::link::{CHUNK_BYTES, Message};
+use crate::log::Log;
+use std::io;
+use std::sync::Arc;
+
+/// How often output is asked for again in one move.
+const AGAIN_MAX: u32 = 16;
+
+/// The source's side.
+pub(super) struct LogSource {
+    log: Arc<Log>,
+    /// Offset of what is sent next.
+    next: u64,
+}
+
+impl LogSource {
+    pub(super) fn new(log: Arc<Log>) -> Self {
+        LogSource {
+            next: log.base(),
+            log,
+        }
+    }
+
+    /// What is to be sent next; `None` once all of it was.
+    ///
+    /// # Errors
+    /// If the output cannot be read.
+    pub(super) fn next(&mut self) -> io::Result<Option<Message>> {
+        let (offset, bytes) = self.log.read(self.next, CHUNK_BYTES)?;
+        if offset > self.next {
+            self.next = offset;
+            return Ok(Some(Message::LogBegins { offset }));
+        }
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        self.next = offset + bytes.len() as u64;
+        Ok(Some(Message::Log {
+            offset,
+            bytes: bytes.into(),
+        }))
+    }
+
+    /// The target lacks what is from an offset on.
+    pub(super) fn again(&mut self, offset: u64) {
+        self.next = self.next.min(offset);
+    }
+}
+
+/// The target's side.
+pub(super) struct LogTarget {
+    log: Arc<Log>,
+    /// Whether something came that does not follow its end.
+    lacks: bool,
+    asked: u32,
+}
+
+impl LogTarget {
+    pub(super) fn new(log: Arc<Log>) -> Self {
+        LogTarget {
+            log,
+            lacks: false,
+            asked: 0,
+        }
+    }
+
+    /// Takes output for an offset; what does not follow the end has to come again.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub(super) fn take(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if offset > self.log.end() {
+            self.lacks = true;
+            return Ok(());
+        }
+        self.log.write_at(offset, bytes)
+    }
+
+    /// Nobody keeps what was before an offset any more.
+    ///
+    /// # Errors
+    /// If that cannot be noted on the disk.
+    pub(super) fn begins(&mut self, offset: u64) -> io::Result<()> {
+        self.log.begin_at(offset)
+    }
+
+    /// What is to be said before what was sent counts as taken: from where the output is
+    /// to come again, if some is missing.
+    ///
+    /// # Errors
+    /// If it was asked for too often.
+    pub(super) fn missing(&mut self) -> io::Result<Option<Message>> {
+        if !std::mem::take(&mut self.lacks) {
+            return Ok(None);
+        }
+        self.asked += 1;
+        let offset = self.log.end();
+        if self.asked > AGAIN_MAX {
+            return Err(io::Error::other(format!(
+                "output from {offset} on does not come, however often it is asked for"
+            )));
+        }
+        Ok(Some(Message::LogAgain { offset }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::{SEGMENT_BYTES_MAX, StreamKind};
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    fn log(folder: &tempfile::TempDir) -> Arc<Log> {
+        Arc::new(Log::open(folder.path(), 0).unwrap())
+    }
+
+    fn content(log: &Log) -> (u64, Vec<u8>) {
+        let (mut at, mut all) = (log.base(), Vec::new());
+        loop {
+            let (offset, bytes) = log.read(at, 1 << 20).unwrap();
+            if bytes.is_empty() {
+                return (log.base(), all);
+            }
+            assert_eq!(offset, at);
+            at += bytes.len() as u64;
+            all.extend(bytes);
+        }
+    }
+
+    /// Sends all there is; `lost` says of each piece whether it is lost.
+    fn round(source: &mut LogSource, target: &mut LogTarget, mut lost: impl FnMut() -> bool) {
+        while let Some(message) = source.next().unwrap() {
+            match message {
+                Message::Log { .. } if lost() => {}
+                Message::Log { offset, bytes } => target.take(offset, &bytes).unwrap(),
+                Message::LogBegins { offset } => target.begins(offset).unwrap(),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_asked_for_again() {
+        for seed in 0..50 {
+            let mut random = StdRng::seed_from_u64(seed);
+            let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            let [here, there] = [log(&folders[0]), log(&folders[1])];
+            let (mut source, mut target) =
+                (LogSource::new(here.clone()), LogTarget::new(there.clone()));
+            let mut asked = 0;
+            for number in 0..12u8 {
+                for _ in 0..random.random_range(0..4) {
+                    let text = vec![number; random.random_range(1..60_000)];
+                    here.append(StreamKind::Output, &text).unwrap();
+                }
+                // Nothing is lost in the last ones.
+                round(&mut source, &mut target, || {
+                    number < 10 && random.random_bool(0.3)
+                });
+                if let Some(Message::LogAgain { offset }) = target.missing().unwrap() {
+                    assert_eq!(offset, there.end());
+                    source.again(offset);
+                    asked += 1;
+                }
+            }
+            // A piece that was lost last shows only when another follows.
+            here.append(StreamKind::Output, b"end").unwrap();
+            for _ in 0..2 {
+                round(&mut source, &mut target, || false);
+                if let Some(Message::LogAgain { offset }) = target.missing().unwrap() {
+                    source.again(offset);
+                }
+            }
+            assert_eq!(content(&there), content(&here), "seed {seed}");
+            assert!(asked <= AGAIN_MAX);
+        }
+    }
+
+    #[test]
+    fn output_that_nobody_keeps_any_more_is_no_gap() {
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let [here, there] = [log(&folders[0]), log(&folders[1])];
+        here.append(StreamKind::Output, b"first").unwrap();
+        let mut source = LogSource::new(here.clone());
+        let mut target = LogTarget::new(there.clone());
+        round(&mut source, &mut target, || false);
+        // While memory is copied it prints more than is kept.
+        let text = vec![b'x'; 1 << 20];
+        for _ in 0..3 * (SEGMENT_BYTES_MAX >> 20) {
+            here.append(StreamKind::Output, &text).unwrap();
+        }
+        assert!(here.base() > there.end());
+        round(&mut source, &mut target, || false);
+        assert_eq!(target.missing().unwrap(), None);
+        assert_eq!(content(&there), content(&here));
+        // It lasts.
+        let (base, end) = (there.base(), there.end());
+        drop((target, there));
+        let there = log(&folders[1]);
+        assert_eq!((there.base(), there.end()), (base, end));
+    }
+
+    #[test]
+    fn it_is_not_asked_for_for_ever() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut target = LogTarget::new(log(&folder));
+        for _ in 0..AGAIN_MAX {
+            target.take(7, b"x").unwrap();
+            assert!(target.missing().unwrap().is_some());
+        }
+        target.take(7, b"x").unwrap();
+        assert!(target.missing().is_err());
+    }
+}
