@@ -203,18 +203,13 @@ mod tests {
         round(&mut source, &mut target, || false);
         // While memory is copied it prints more than is kept.
         let text = vec![b'x'; 1 << 20];
-        for _ in 0..3 * (SEGMENT_BYTES_MAX >> 20) {
+        for _ in 0..2 * (SEGMENT_BYTES_MAX >> 20) + 8 {
             here.append(StreamKind::Output, &text).unwrap();
         }
         assert!(here.base() > there.end());
         round(&mut source, &mut target, || false);
         assert_eq!(target.missing().unwrap(), None);
         assert_eq!(content(&there), content(&here));
-        // It lasts.
-        let (base, end) = (there.base(), there.end());
-        drop((target, there));
-        let there = log(&folders[1]);
-        assert_eq!((there.base(), there.end()), (base, end));
     }
 
     #[test]
