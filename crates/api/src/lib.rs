@@ -146,6 +146,10 @@ pub struct MachineInfo {
     pub created_unix_ms: u64,
     /// Hash of its module.
     pub module: String,
+    /// Nodes that have its compiled code: it can go there at once. Only where one machine
+    /// is asked about.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ready_on: Vec<String>,
     /// Program name and arguments.
     pub args: Vec<String>,
     /// Names of the variables in its environment.

@@ -58,6 +58,23 @@ pub struct Cost {
     pub core_s: Estimate,
 }
 
+impl Cost {
+    /// The same where the target compiles the program first, which takes so many
+    /// core-seconds there.
+    #[must_use]
+    pub fn after_compilation(mut self, core_s: f64) -> Self {
+        for (estimate, more) in [
+            (&mut self.core_s, core_s),
+            (&mut self.duration_ms, core_s * 1e3),
+        ] {
+            estimate.low += more;
+            estimate.mid += more;
+            estimate.high += more;
+        }
+        self
+    }
+}
+
 /// What a move is worth, in core-seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Gain {

@@ -200,6 +200,9 @@ pub struct Considered {
     pub cost: Cost,
     /// What moving it is worth.
     pub gain: Gain,
+    /// What compiling its program takes there first, in core-seconds; it is in the cost.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub compile_core_s: f64,
     /// What its spec says of parts, if it may get some.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spreadable: Option<Spreadable>,
@@ -215,6 +218,7 @@ impl Considered {
             factors: self.factors,
             there: self.there,
             lasted_ms: self.lasted_ms,
+            compile_core_s: self.compile_core_s,
             spreadable: self.spreadable,
             bound: match &self.verdict {
                 Verdict::Bound(bound) => Some(bound.clone()),
@@ -235,10 +239,17 @@ pub struct Candidate {
     pub there: f64,
     /// For how long its load has been what it is.
     pub lasted_ms: u64,
+    /// What compiling its program takes there first, in core-seconds; 0 where its code is
+    /// ready.
+    pub compile_core_s: f64,
     /// What its spec says of parts, if it may get some.
     pub spreadable: Option<Spreadable>,
     /// Why it cannot go anyway.
     pub bound: Option<Bound>,
+}
+
+fn is_zero(seconds: &f64) -> bool {
+    *seconds == 0.0
 }
 
 /// The sum over both nodes of power times load squared, before minus after.
@@ -305,7 +316,9 @@ fn weigh(
     let here = candidate.factors.weigh(&source.capacity, &policy.weights);
     let there = candidate.there;
     let lowers = lowers(source, target, here, there);
-    let cost = model.predict(&candidate.factors);
+    let cost = model
+        .predict(&candidate.factors)
+        .after_compilation(candidate.compile_core_s);
     // Packing is worth what it frees; it is not the levelling that counts.
     let worth = match aim {
         // Of the node that gets free, the share that this machine is.
@@ -361,6 +374,7 @@ fn weigh(
         distance,
         cost,
         gain,
+        compile_core_s: candidate.compile_core_s,
         spreadable: candidate.spreadable,
         verdict,
     }
@@ -445,6 +459,7 @@ mod tests {
             there: factors.weigh(&target.capacity, &Policy::default().weights),
             factors,
             lasted_ms: 60_000,
+            compile_core_s: 0.0,
             spreadable: None,
             bound: None,
         }
@@ -532,6 +547,30 @@ mod tests {
             verdict(&considered, "idle"),
             Verdict::TooLittle { .. }
         ));
+    }
+
+    /// Of two that would level as much the one goes whose code is ready there; a large
+    /// program does not go at all where compiling it takes more than the move is worth.
+    #[test]
+    fn code_that_is_not_ready_costs_its_compilation() {
+        let (source, target) = (side(4.0, 6.0), side(4.0, 0.0));
+        let ready = burner("ready", 3.0, &target);
+        let not_ready = |name: &str, compile_core_s: f64| Candidate {
+            compile_core_s,
+            ..burner(name, 3.0, &target)
+        };
+        let cheap = not_ready("a-little", 0.5);
+        let considered = decide(&source, &target, &[cheap.clone(), ready.clone()]);
+        assert_eq!(verdict(&considered, "ready"), Verdict::Chosen);
+        assert_eq!(verdict(&considered, "a-little"), Verdict::Dearer);
+        let considered = decide(&source, &target, &[cheap]);
+        assert_eq!(considered[0].verdict, Verdict::Chosen);
+        let dear = not_ready("large", 1e6);
+        let considered = decide(&source, &target, &[dear]);
+        assert_eq!(considered[0].verdict, Verdict::NotWorth);
+        let cost = considered[0].cost;
+        assert!(cost.core_s.low >= 1e6 && cost.duration_ms.low >= 1e9);
+        assert_eq!(considered[0].candidate().compile_core_s, 1e6);
     }
 
     #[test]

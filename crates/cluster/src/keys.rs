@@ -6,6 +6,7 @@
 //! | `cluster` | id and incarnation |
 //! | `epoch-base` | what the first epoch of a new machine adds to the store's revision |
 //! | `voters` | the nodes that hold the store, with addresses |
+//! | `code/NODE` | of which programs the node has compiled code |
 //! | `member/NODE` | that the node belongs to the cluster, and where it is |
 //! | `node/NODE` | what its agent says of it: labels, capacity |
 //! | `alive/NODE` | the node's lease, attached to it: gone when the node is |
@@ -47,6 +48,8 @@ pub enum Key {
     Node(NodeName),
     /// `alive/NODE`
     Alive(NodeName),
+    /// `code/NODE`
+    Code(NodeName),
     /// `machine/MACHINE`
     Machine(MachineName),
     /// `kept/MACHINE`
@@ -123,6 +126,8 @@ pub const MEMBERS: &str = "member/";
 pub const NODES: &str = "node/";
 /// Prefix of the nodes whose lease runs.
 pub const ALIVE: &str = "alive/";
+/// Prefix of what code nodes have.
+pub const CODE: &str = "code/";
 /// Prefix of all machines.
 pub const MACHINES: &str = "machine/";
 /// Prefix of where machines' newest checkpoints are.
@@ -175,6 +180,7 @@ impl fmt::Display for Key {
             Key::Voters => f.write_str("voters"),
             Key::Member(node) => write!(f, "{MEMBERS}{node}"),
             Key::Node(node) => write!(f, "{NODES}{node}"),
+            Key::Code(node) => write!(f, "{CODE}{node}"),
             Key::Alive(node) => write!(f, "{ALIVE}{node}"),
             Key::Machine(machine) => write!(f, "{MACHINES}{machine}"),
             Key::Kept(machine) => write!(f, "{KEPT}{machine}"),
@@ -223,6 +229,7 @@ fn parse(text: &str) -> Option<Key> {
         ("voters", None, None) => Key::Voters,
         ("member", Some(node), None) => Key::Member(node.parse().ok()?),
         ("node", Some(node), None) => Key::Node(node.parse().ok()?),
+        ("code", Some(node), None) => Key::Code(node.parse().ok()?),
         ("alive", Some(node), None) => Key::Alive(node.parse().ok()?),
         ("machine", Some(machine), None) => Key::Machine(machine.parse().ok()?),
         ("kept", Some(machine), None) => Key::Kept(machine.parse().ok()?),
@@ -267,6 +274,7 @@ mod tests {
             "member/a",
             "node/a-1",
             "alive/a",
+            "code/a",
             "machine/web-3",
             "kept/web-3",
             "volume/data",

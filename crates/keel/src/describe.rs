@@ -154,6 +154,9 @@ fn what_it_is(page: &mut Page, machine: &MachineInfo) {
     page.line("created", moment(machine.created_unix_ms));
     page.line("program", machine.args.join(" "));
     page.line("module", &machine.module);
+    if !machine.ready_on.is_empty() {
+        page.line("compiled", format!("on {}", machine.ready_on.join(", ")));
+    }
     if let Some(origin) = &machine.made_of {
         page.line("made of", origin);
     }

@@ -565,6 +565,10 @@ fn describe(machine: &MachineInfo) -> String {
         format!("epoch {}", machine.epoch),
         format!("program {}", machine.args.join(" ")),
         format!("module {}", machine.module),
+        match machine.ready_on.is_empty() {
+            true => "compiled on no node yet".into(),
+            false => format!("compiled on {}", machine.ready_on.join(", ")),
+        },
     ];
     if let (Some(bytes), Some(threads), Some(cpu), Some(pid)) = (
         machine.memory_bytes,
@@ -680,16 +684,17 @@ pub(crate) async fn move_machine(reach: &Reach, args: &MoveArgs) -> Result<ExitC
     let mut lines = client
         .post_stream(&format!("{path}/move"), &request)
         .await?;
-    let bar = (reach.format() == Format::Text).then(|| {
-        indicatif::ProgressBar::new_spinner().with_message(format!("{to} checks and compiles"))
-    });
+    let bar = (reach.format() == Format::Text)
+        .then(|| indicatif::ProgressBar::new_spinner().with_message(format!("{to} is asked")));
     if let Some(bar) = &bar {
         bar.enable_steady_tick(Duration::from_millis(100));
     }
     while let Some(line) = lines.line::<MoveLine>().await? {
         match line {
             MoveLine::Progress(progress) => {
-                if let Some(bar) = &bar {
+                if let (Some(bar), Some(percent)) = (&bar, progress.percent) {
+                    bar.set_message(format!("its program is compiled: {percent} %"));
+                } else if let Some(bar) = &bar {
                     bar.set_message(format!(
                         "{} round {}: {} sent, {} left, {}/s",
                         match progress.phase {

@@ -235,6 +235,9 @@ enum Command {
     /// Runs a node's agent (started by `keel up`).
     #[command(hide = true)]
     Agent(up::AgentArgs),
+    /// Compiles a program into a node's cache (started by its agent).
+    #[command(hide = true)]
+    Compile(up::CompileArgs),
     /// Makes room for the start of a service whose machines run on (see the unit).
     #[command(hide = true)]
     ReleaseGroups,
@@ -315,6 +318,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Wasm(args) => return wasm::run(args),
         Command::Worker(args) => return up::worker(&args),
+        Command::Compile(args) => return up::compile(&args),
         Command::Sim(args) => return sim::sim(&args, cli.reach.format()),
         Command::ReleaseGroups => {
             // As the agent names it.
@@ -395,6 +399,7 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Wasm(_)
         | Command::Sim(_)
         | Command::Worker(_)
+        | Command::Compile(_)
         | Command::ReleaseGroups
         | Command::Man { .. }
         | Command::Completions { .. } => Ok(ExitCode::SUCCESS),

@@ -182,6 +182,26 @@ pub(crate) async fn agent(args: &AgentArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+#[derive(clap::Args)]
+pub(crate) struct CompileArgs {
+    /// Compiled code.
+    #[arg(long)]
+    cache: PathBuf,
+    /// The instrumented module.
+    #[arg(long)]
+    program: PathBuf,
+    /// A move waits for it.
+    #[arg(long)]
+    wanted: bool,
+}
+
+pub(crate) fn compile(args: &CompileArgs) -> Result<ExitCode> {
+    match keel_machine::worker::compile(&args.cache, &args.program, args.wanted) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(error) => bail!(error),
+    }
+}
+
 pub(crate) fn worker(args: &WorkerArgs) -> Result<ExitCode> {
     match keel_machine::worker::run(&args.folder, &args.cache, &args.programs) {
         Ok(()) => Ok(ExitCode::SUCCESS),

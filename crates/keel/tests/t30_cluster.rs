@@ -602,7 +602,7 @@ async fn mistakes_are_answered_by_name_and_harm_nothing() {
         (&["run", "-d", "--memory", "1k", module], "memory limit"),
         (
             &["run", "-d", "--dir", "/nowhere-at-all", module],
-            "no such directory",
+            "No such file or directory",
         ),
         (&["run", "-d", "/nowhere.wasm"], "/nowhere.wasm"),
         (&["run", "-d", "/etc/passwd"], "not a WebAssembly module"),

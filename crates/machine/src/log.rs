@@ -6,8 +6,10 @@
 //! little-endian), bytes`, one after the other. The newest [`SEGMENT_BYTES_MAX`] to
 //! twice that are kept, in two files. See `time` for the times in between.
 
+mod boundary;
 mod time;
 
+use boundary::Boundary;
 use keel_cluster::clock::unix_ms;
 use keel_wasi::volume::{Stalls, is_disk_full};
 use keel_wasi::{Interrupt, Sink, SinkResult};
@@ -47,6 +49,8 @@ struct State {
     /// Oldest first; at most two.
     segments: Vec<Segment>,
     end: u64,
+    /// Whether a record ends there: what comes from another node is cut anywhere.
+    boundary: Boundary,
     closed: bool,
     /// The last time that was written here, in milliseconds since 1970-01-01 UTC.
     marked: Option<u64>,
@@ -123,6 +127,7 @@ impl Log {
             state: Mutex::new(State {
                 segments,
                 end,
+                boundary: Boundary::default(),
                 closed: false,
                 marked: None,
             }),
@@ -214,14 +219,24 @@ impl Log {
             }
         }
         state.end = offset;
+        state.boundary = Boundary::default();
         self.grown.notify_all();
         Ok(())
     }
 
+    /// Adds bytes behind the end, in a new file where the last one is full and a record
+    /// ends.
     fn add(&self, state: &mut State, new: &[u8]) -> std::io::Result<()> {
-        let end = state.end;
+        if state.segment_is_full() && !state.boundary.is_here() {
+            let (rest, new) = new.split_at(state.boundary.rest(new));
+            self.add_to_last(state, rest)?;
+            return match new.is_empty() {
+                true => Ok(()),
+                false => self.add(state, new),
+            };
+        }
         if state.segment_is_full() {
-            let segment = new_segment(&self.folder, end)?;
+            let segment = new_segment(&self.folder, state.end)?;
             state.segments.push(segment);
             if state.segments.len() > 2 {
                 let old = state.segments.remove(0);
@@ -230,6 +245,11 @@ impl Log {
                 }
             }
         }
+        self.add_to_last(state, new)
+    }
+
+    fn add_to_last(&self, state: &mut State, new: &[u8]) -> std::io::Result<()> {
+        let end = state.end;
         if let Some(last) = state.segments.last()
             && let Err(error) = last.file.write_all_at(new, end - last.base)
         {
@@ -239,6 +259,7 @@ impl Log {
             return Err(error);
         }
         state.end = end + new.len() as u64;
+        state.boundary.pass(new);
         self.grown.notify_all();
         Ok(())
     }
@@ -515,6 +536,30 @@ mod tests {
             assert_eq!(records.len(), 2, "{length}");
             assert_eq!(records[1], (StreamKind::Error, b"3\n".to_vec()));
         }
+    }
+
+    /// A move's target gets pieces that end anywhere; a file that began within a record
+    /// was cut off at its beginning when it was opened again.
+    #[test]
+    fn files_begin_with_a_record_whatever_pieces_come() {
+        let (source, target) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let log = Log::open(source.path(), 0).unwrap();
+        let text = [b'x'; 60_001];
+        while log.end() < SEGMENT_BYTES_MAX + (3 << 20) {
+            log.append_at(StreamKind::Output, &text, 1000).unwrap();
+        }
+        let copy = Log::open(target.path(), 0).unwrap();
+        while copy.end() < log.end() {
+            let (offset, bytes) = log.read(copy.end(), 64 << 10).unwrap();
+            copy.write_at(offset, &bytes).unwrap();
+        }
+        assert_eq!(copy.state().segments.len(), 2);
+        drop(copy);
+        let (left, opened) = (
+            Log::left(target.path()).unwrap(),
+            Log::open(target.path(), 0).unwrap(),
+        );
+        assert_eq!((left.end(), opened.end()), (log.end(), log.end()));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The agent's parts, how a node comes to be, and how its agent starts.
 
 use crate::balancer::{self, Ledger, Recorder};
+use crate::code::{self, Code};
 use crate::dry_run::History;
 use crate::events::{Events, Note};
 use crate::lanes::Lanes;
@@ -129,6 +130,8 @@ pub(crate) struct Agent {
     pub(crate) busy: Mutex<HashSet<MachineName>>,
     /// Which moves away from here copy at a time.
     pub(crate) lanes: Arc<Lanes>,
+    /// Compiled code here and elsewhere.
+    pub(crate) code: Arc<Code>,
     /// Held while room for an arriving machine is looked for and reserved.
     pub(crate) reserving: tokio::sync::Mutex<()>,
     /// How moves away from here went.
@@ -316,6 +319,7 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         members,
         lease,
         epochs_before: OnceLock::new(),
+        code: Arc::new(Code::new()),
         identity,
         events,
         moves: Mutex::default(),
@@ -401,6 +405,7 @@ async fn serve(
     tokio::spawn(offer::withdraw_old(agent.clone()));
     tokio::spawn(publish(agent.clone()));
     tokio::spawn(reconcile::follow_schedule(agent.clone()));
+    tokio::spawn(code::run(agent.clone()));
     balancer::start(&agent, inbox);
     http::serve(agent.clone())
         .await

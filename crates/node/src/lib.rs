@@ -8,6 +8,7 @@
 //! - `record`: machines and nodes in the store
 //! - `workers`: the processes of this node's machines
 //! - `reconcile`: schedule → workers, ends of machines → store
+//! - `code`: compiled code: what is ready here, what is compiled next
 //! - `offer`: target of a move
 //! - `moving`: source of a move: feeds the state machine of `keel-machine`
 //! - `service`: what other nodes ask
@@ -29,6 +30,7 @@ mod agent;
 mod apart;
 mod balancer;
 mod changing;
+mod code;
 #[cfg(feature = "failpoints")]
 mod debug;
 mod diff;

@@ -26,6 +26,7 @@ use keel_machine::spec::{Record, Spec, Status, Volume, VolumeKind};
 use keel_machine::worker::control::{
     FileDone, FileOp, Report, StartProgress, State, kind, pack, unpack,
 };
+use keel_net::Fingerprint;
 use keel_net::RpcError;
 use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};
@@ -819,6 +820,7 @@ pub(crate) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
         epoch: record.epoch.to_string(),
         created_unix_ms: record.created_unix_ms,
         module: record.spec.module.clone(),
+        ready_on: Vec::new(),
         args: record.spec.args.clone(),
         env_names: record
             .spec
@@ -862,7 +864,12 @@ pub(crate) async fn inspect(
 ) -> Result<MachineInfo, OperateError> {
     let record = record::get(&*agent.store, machine).await?.record;
     let report = report(agent, machine).await;
-    Ok(info(&record, report.as_ref()))
+    let mut info = info(&record, report.as_ref());
+    if let Some(program) = report.and_then(|report| report.program) {
+        let nodes = agent.code.published.nodes_with(&Fingerprint(program));
+        info.ready_on = nodes.iter().map(ToString::to_string).collect();
+    }
+    Ok(info)
 }
 
 /// What a machine's worker says; what its node does not say just now is left out.

@@ -78,6 +78,11 @@ pub(crate) mod kind {
     /// [`MachineName`] → `Option<PartId>`: the part of it that the worker is here to which it
     /// was to move.
     pub(crate) const ARRIVED_PART: u16 = 0x031b;
+    /// `program` → [`crate::code::CodeState`]: a machine is to move here, and its module is
+    /// at who asks.
+    pub(crate) const CODE: u16 = 0x031c;
+    /// `machine` → `Option<Fingerprint>`: the program of a machine that runs here.
+    pub(crate) const PROGRAM: u16 = 0x031d;
 }
 
 /// Bytes of a module in one piece.
@@ -123,6 +128,14 @@ impl Service {
                     .await
                     .map_err(RpcError::failed)?;
                 Ok(pack(&arrival)?.into())
+            }
+            kind::CODE => {
+                let program: Fingerprint = unpack(&payload)?;
+                Ok(pack(&agent.code.demand(program, &source))?.into())
+            }
+            kind::PROGRAM => {
+                let machine: MachineName = unpack(&payload)?;
+                Ok(pack(&crate::code::program_here(agent, &machine).await)?.into())
             }
             kind::HELD => {
                 let machine: MachineName = unpack(&payload)?;

@@ -30,6 +30,8 @@ const MACHINES: [(&str, u32); 3] = [("small", 2), ("middle", 16), ("large", 64)]
 const PAUSE_US: u32 = 2000;
 /// Room on the disk of each node, in MiB.
 const DISK_MIB: u32 = 512;
+/// What holds a commit back, and loses its answer.
+const DOUBT: [(&str, &str); 2] = [("move.commit", "delay(400)"), ("move.committed", "error")];
 /// The longest that anything stays broken: less than a worker may be silent.
 const BROKEN_MAX: Duration = Duration::from_secs(4);
 /// How long a request may hang.
@@ -105,6 +107,9 @@ enum Fault {
     Failpoint(String, &'static str, Order),
     KillAgent(String),
     KillWorker(String, &'static str),
+    /// The source's worker, while the commit of its move is held back and its answer will
+    /// be lost: nobody knows then whose the machine is.
+    KillInDoubt(String, &'static str),
     StopAgent(String),
     StopWorker(String, &'static str),
     PowerOff(String),
@@ -127,6 +132,7 @@ impl Fault {
             },
             Fault::KillAgent(_) => "agent killed",
             Fault::KillWorker(..) => "worker killed",
+            Fault::KillInDoubt(..) => "worker killed in doubt",
             Fault::StopAgent(_) => "agent stopped",
             Fault::StopWorker(..) => "worker stopped",
             Fault::PowerOff(_) => "node off",
@@ -140,7 +146,7 @@ impl Fault {
     /// Whether machines' own processes may die of it.
     fn kills_machines(&self) -> bool {
         match self {
-            Fault::KillWorker(..) | Fault::PowerOff(_) => true,
+            Fault::KillWorker(..) | Fault::KillInDoubt(..) | Fault::PowerOff(_) => true,
             Fault::Failpoint(_, name, order) => {
                 order.action == Action::Kill
                     && keel_machine::failpoint::find(name).is_some_and(|it| it.place.is_worker())
@@ -292,6 +298,29 @@ impl Nemesis {
         some.unwrap_or_default().to_owned()
     }
 
+    /// Where a machine was last seen to run.
+    fn owner(&self, machine: &str) -> String {
+        let number = MACHINES.iter().position(|(name, _)| *name == machine);
+        number.map_or_else(String::new, |number| self.owners[number].clone())
+    }
+
+    /// Kills the source's worker as soon as a commit is held back there.
+    async fn kill_in_doubt(&self, node: &str, machine: &str, passed: usize) {
+        let held = async {
+            loop {
+                let names = self.cluster.failpoints_passed(node);
+                if names.iter().skip(passed).any(|it| it == DOUBT[0].0) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        // (A move that did not come so far leaves nothing in doubt.)
+        if tokio::time::timeout(BROKEN_MAX, held).await.is_ok() {
+            drop(self.cluster.kill_worker(node, machine));
+        }
+    }
+
     fn some_machine(&mut self) -> &'static str {
         MACHINES
             .choose(&mut self.random)
@@ -327,7 +356,8 @@ impl Nemesis {
                 Fault::Failpoint(node, name, order)
             }
             45..60 => Fault::KillAgent(node),
-            60..66 => Fault::KillWorker(node, machine),
+            60..63 => Fault::KillWorker(node, machine),
+            63..66 => Fault::KillInDoubt(self.owner(machine), machine),
             66..74 => Fault::StopAgent(node),
             74..84 => Fault::StopWorker(node, machine),
             84..87 => Fault::PowerOff(node),
@@ -351,6 +381,11 @@ impl Nemesis {
             }
             Fault::KillAgent(node) => drop(self.cluster.kill_agent(node)),
             Fault::KillWorker(node, machine) => drop(self.cluster.kill_worker(node, machine)),
+            Fault::KillInDoubt(node, _) => {
+                for (name, order) in DOUBT {
+                    drop(self.cluster.failpoint(node, name, Some(order)).await);
+                }
+            }
             Fault::StopAgent(node) => drop(self.cluster.stop_agent(node, true)),
             Fault::StopWorker(node, machine) => {
                 drop(self.cluster.stop_worker(node, machine, true));
@@ -401,6 +436,15 @@ impl Nemesis {
                 })
                 .await?;
             }
+            Fault::KillInDoubt(node, _) => {
+                for (name, _) in DOUBT {
+                    let cluster = &self.cluster;
+                    wait_for(&format!("{node} forgets {name}"), || async {
+                        cluster.failpoint(node, name, None).await.ok()
+                    })
+                    .await?;
+                }
+            }
             Fault::StopAgent(node) | Fault::StopWorker(node, _) => self.cluster.wake(node),
             Fault::PowerOff(node) => self.cluster.power_on(node).await?,
             Fault::Cut(node) => self.cut(|network| network.cut(node, false)),
@@ -425,7 +469,12 @@ impl Nemesis {
         let disturbed = !matches!(fault, Fault::Nothing);
         // In both orders: failpoints wait for what follows, a kill may come at
         // any time of it.
-        let first = self.random.random_bool(0.5) || matches!(fault, Fault::Failpoint(..));
+        let waits = matches!(fault, Fault::Failpoint(..) | Fault::KillInDoubt(..));
+        let first = self.random.random_bool(0.5) || waits;
+        let passed = match &fault {
+            Fault::KillInDoubt(node, _) => self.cluster.failpoints_passed(node).len(),
+            _ => 0,
+        };
         let wait = Duration::from_millis(self.random.random_range(0..120));
         if first {
             self.break_it(&fault).await;
@@ -434,13 +483,17 @@ impl Nemesis {
         let mut tasks = tokio::task::JoinSet::new();
         let mut busy = BTreeSet::new();
         for _ in 0..self.random.random_range(1..=2) {
-            let machine = self.some_machine();
+            let machine = match fault {
+                Fault::KillInDoubt(_, machine) if busy.is_empty() => machine,
+                _ => self.some_machine(),
+            };
             if !busy.insert(machine) {
                 continue;
             }
             let (via, to) = (self.some_node(), self.elsewhere(machine));
             let client = self.cluster.client(&via);
-            if self.random.random_bool(0.2) {
+            let in_doubt = matches!(fault, Fault::KillInDoubt(_, it) if it == machine);
+            if self.random.random_bool(0.2) && !in_doubt {
                 what.push(format!("checkpoint {machine}"));
                 tasks.spawn(checkpoint(
                     client,
@@ -470,7 +523,10 @@ impl Nemesis {
             tokio::time::sleep(wait).await;
             self.break_it(&fault).await;
         }
-        if let Fault::Failpoint(..) = fault {
+        if let Fault::KillInDoubt(node, machine) = &fault {
+            self.kill_in_doubt(node, machine, passed).await;
+        }
+        if waits {
             // Until it was passed, or nothing more passes it.
             let all = async { while tasks.join_next().await.is_some() {} };
             let _ = tokio::time::timeout(BROKEN_MAX / 2, all).await;

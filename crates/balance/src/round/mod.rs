@@ -175,6 +175,12 @@ pub trait Bounds {
     fn spreadable(&self, _machine: &Name) -> Option<Spreadable> {
         None
     }
+
+    /// What compiling a machine's program at a target takes before it can run there, in
+    /// core-seconds; 0 where its code is ready.
+    fn compile_core_s(&self, _machine: &Name, _target: &Name) -> f64 {
+        0.0
+    }
 }
 
 /// Nothing is bound.

@@ -406,6 +406,7 @@ impl Balancer {
                     factors: known.factors,
                     there,
                     lasted_ms,
+                    compile_core_s: bounds.compile_core_s(machine, peer),
                     spreadable: spreadable.filter(|it| it.is_decided || is_new),
                     bound: self.bound(machine, peer, now_ms, bounds),
                 })

@@ -38,7 +38,10 @@ pub use budget::Budget;
 pub use group::{Group, GroupCounts, GroupUsage, OutOfMemory, memory_limit_bytes};
 pub use layout::Layout;
 pub use pressure::Pressure;
-pub use priority::{Courtesy, go_first, guest_nice, spare_agent, spend_worker};
+pub use priority::{
+    CompilePriority, Courtesy, compile_beside_guests, go_first, guest_nice, set_compile_priority,
+    spare_agent, spend_worker,
+};
 pub use slice::Slice;
 
 /// Bytes for people.

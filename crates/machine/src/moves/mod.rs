@@ -26,7 +26,9 @@ use serde::{Deserialize, Serialize};
 pub enum Phase {
     /// It waits for its turn: others leave the node just now.
     Wait,
-    /// The target checks, fetches and compiles the module.
+    /// Source and target compile the module, where its code is not ready.
+    Compile,
+    /// The target checks what it is offered, and fetches what it lacks.
     Offer,
     /// Memory is copied while the machine runs.
     Copy,
@@ -138,6 +140,9 @@ pub struct MoveReport {
     pub started_unix_ms: u64,
     /// How it ended.
     pub ending: Ending,
+    /// Until source and target had the program's code.
+    #[serde(default)]
+    pub compile_micros: u64,
     /// From the offer to its acceptance.
     pub offer_micros: u64,
     /// Copying while the machine ran.
@@ -183,6 +188,7 @@ impl MoveReport {
             epoch: Epoch::default(),
             started_unix_ms: 0,
             ending: Ending::Moved,
+            compile_micros: 0,
             offer_micros: 0,
             copy_micros: 0,
             rounds: Vec::new(),
@@ -260,4 +266,22 @@ pub struct Progress {
     pub bytes_per_s: u64,
     /// How long the machine stands still already.
     pub downtime_micros: u64,
+    /// How much of the phase is done, 0 to 100, where that is known (`Compile`).
+    #[serde(default)]
+    pub percent: Option<u8>,
+}
+
+impl Progress {
+    /// Of a phase in which nothing is sent yet.
+    pub fn of(phase: Phase) -> Self {
+        Progress {
+            phase,
+            round: 0,
+            sent_bytes: 0,
+            remaining_bytes: 0,
+            bytes_per_s: 0,
+            downtime_micros: 0,
+            percent: None,
+        }
+    }
 }

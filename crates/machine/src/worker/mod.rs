@@ -2,6 +2,7 @@
 //!
 //! - `control`: requests, answers and events between agent and worker
 //! - `process`: the process itself
+//! - `compile`: the process that compiles a program ahead
 //! - `outgoing`: gives the machine away (source of a move)
 //! - `incoming`: receives a machine (target of a move)
 //! - `files`: what users do with files in volumes
@@ -17,6 +18,7 @@
 
 mod activity;
 mod changing;
+mod compile;
 pub mod control;
 pub mod files;
 mod filling;
@@ -29,6 +31,8 @@ mod process;
 mod spanning;
 pub mod volumes;
 
+pub use compile::compile;
+pub use keel_wasm::runtime::program_of_code;
 pub use process::run;
 
 /// Name of the socket in a worker's folder.

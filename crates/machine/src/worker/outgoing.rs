@@ -274,12 +274,11 @@ impl Outgoing {
                     .sum::<u64>();
             }
             let goes_on = tell(CopyEvent::Progress(Progress {
-                phase: Phase::Copy,
                 round: rounds.len() as u32,
                 sent_bytes: self.link.sent_bytes(),
                 remaining_bytes: left,
                 bytes_per_s: best_rate(&rounds) as u64,
-                downtime_micros: 0,
+                ..Progress::of(Phase::Copy)
             }));
             if !goes_on {
                 return Err(LinkError::Aborted("nobody waits for it".into()).into());
@@ -342,12 +341,9 @@ impl Outgoing {
             }
             lost.is_none()
                 && tell(CopyEvent::Progress(Progress {
-                    phase: Phase::Copy,
-                    round: 0,
                     sent_bytes: link.sent_bytes(),
                     remaining_bytes: left,
-                    bytes_per_s: 0,
-                    downtime_micros: 0,
+                    ..Progress::of(Phase::Copy)
                 }))
         };
         let leaving = LeavingHome::begin(

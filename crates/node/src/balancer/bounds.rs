@@ -4,6 +4,7 @@
 
 use super::grains::Spreading;
 use super::placements::Placements;
+use crate::code::Code;
 use crate::rules::{Book, Drain};
 use keel_balance::Name;
 use keel_balance::round::Bounds;
@@ -55,6 +56,7 @@ pub(super) struct Snapshot {
     nodes: Vec<Thing>,
     /// Minute of the day, UTC.
     minute: u32,
+    code: Arc<Code>,
     held: OnceCell<Held>,
 }
 
@@ -64,6 +66,7 @@ impl Snapshot {
         placements: &Placements,
         nodes: &[Name],
         (spanning, spreading): (BTreeSet<Name>, &Spreading),
+        code: Arc<Code>,
         now_unix_ms: u64,
     ) -> Self {
         let book = followed.book();
@@ -94,6 +97,7 @@ impl Snapshot {
             placed,
             nodes,
             minute: (now_unix_ms / 60_000 % 1440) as u32,
+            code,
             held: OnceCell::new(),
         }
     }
@@ -166,5 +170,9 @@ impl Bounds for Snapshot {
 
     fn spreadable(&self, machine: &Name) -> Option<Spreadable> {
         self.spreadable.get(machine).copied()
+    }
+
+    fn compile_core_s(&self, machine: &Name, target: &Name) -> f64 {
+        self.code.compile_core_s(machine, target)
     }
 }

@@ -4,6 +4,7 @@
 //! - `meter`, `speed`: measuring this node
 //! - `placements`: where all machines are
 //! - `bounds`: what rules allow
+//! - `eligible`: which machines may run here
 //! - `slots`: how many moves may be under way
 //! - `writes`: how much machines write
 //! - `ledger`: decisions as they are kept
@@ -25,6 +26,7 @@ mod ask;
 mod bounds;
 mod database;
 mod drain;
+mod eligible;
 mod grains;
 mod ledger;
 mod meter;
@@ -40,6 +42,7 @@ pub(crate) use ask::{
     answer, change_policy, confirm, gather_ledger, gather_loads, history, why_not,
 };
 pub(crate) use drain::{begin as begin_drain, end as end_drain, info as drain_info};
+pub(crate) use eligible::may_run_here;
 pub(crate) use grains::begins_spread;
 pub(crate) use ledger::{Ledger, Wanted, send_along};
 pub(crate) use placing::choose as choose_node;
@@ -334,6 +337,7 @@ impl Task {
             &self.placements,
             &nodes,
             (spanning, &self.agent.balancer.spreading),
+            self.agent.code.clone(),
             unix_ms(),
         )
     }

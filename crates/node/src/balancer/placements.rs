@@ -22,6 +22,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(500);
 #[derive(Debug, Clone)]
 pub(super) struct Placed {
     pub(super) owner: NodeName,
+    /// Hash of its module as its author built it; empty where it has none.
+    pub(super) module: String,
     /// Raised by each change of owner, and by each restart.
     pub(super) epoch: Epoch,
     /// Whether it is to run.
@@ -38,6 +40,7 @@ impl Placed {
     fn of(record: &Record) -> Self {
         Placed {
             owner: record.owner.clone(),
+            module: record.spec.module.clone(),
             epoch: record.epoch,
             live: !record.status.ended(),
             movable: record.status == Status::Running && record.paused.is_none(),
@@ -62,6 +65,14 @@ impl Placements {
     /// What is known of one.
     pub(super) fn get(&self, machine: &str) -> Option<Placed> {
         self.table().get(machine).cloned()
+    }
+
+    /// Machines that are to run: name, node, module.
+    pub(super) fn programs(&self) -> Vec<(MachineName, NodeName, String)> {
+        let table = self.table();
+        let live = table.iter().filter(|(_, placed)| placed.live);
+        live.map(|(machine, it)| (machine.clone(), it.owner.clone(), it.module.clone()))
+            .collect()
     }
 
     /// Machines that are to run, with their nodes.

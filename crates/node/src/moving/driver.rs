@@ -4,6 +4,7 @@
 use super::proofs::Proofs;
 use super::{RACED, offer_of};
 use crate::agent::Agent;
+use crate::code::CodeState;
 use crate::events::Note;
 use crate::lanes::Lane;
 use crate::offer::Arrival;
@@ -34,6 +35,8 @@ use tokio::sync::{mpsc, watch};
 
 /// How long the store may take before a move is given up.
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
+/// Pause between looks at how far compiling is.
+const CODE_AGAIN_AFTER: Duration = Duration::from_millis(100);
 /// Pause between attempts to settle what is unknown.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// How long the word may be on its way that the target has all memory.
@@ -74,7 +77,11 @@ fn micros(since: Instant) -> u64 {
 
 impl Driver {
     pub(super) async fn drive(&mut self, urgency: Urgency) {
-        let offered = match self.wait_for_turn(urgency).await {
+        let interrupted = match self.compile().await {
+            None => self.wait_for_turn(urgency).await,
+            interrupted => interrupted,
+        };
+        let offered = match interrupted {
             None => {
                 // Foretold meanwhile: the target has to compile anyway.
                 let predicted = dry_run::before_move(
@@ -173,6 +180,61 @@ impl Driver {
         }
     }
 
+    // ── its code ────────────────────────────────────────────────────────
+
+    /// Waits until source and target have the code with which threads of the program are
+    /// resumed; what came first if it is not let go.
+    async fn compile(&mut self) -> Option<SourceEvent> {
+        let begun = Instant::now();
+        let program = match self.worker.report().await.map(|report| report.program) {
+            Ok(Some(program)) => Fingerprint(program),
+            // The offer says why it cannot be made.
+            Ok(None) | Err(_) => return None,
+        };
+        loop {
+            let here = self.agent.code.demand(program, &self.agent.name);
+            let there = match self.code_there(program).await {
+                Ok(there) => there,
+                Err(reason) => {
+                    let reason = format!("{} does not take it: {reason}", self.target);
+                    return Some(SourceEvent::Refused(reason));
+                }
+            };
+            let nodes = [(&self.agent.name, &here), (&self.target, &there)];
+            for (node, state) in nodes {
+                if let CodeState::Failed { reason } = state {
+                    let reason = format!("its program cannot be compiled on {node}: {reason}");
+                    return Some(SourceEvent::Refused(reason));
+                }
+            }
+            let Some(percent) = least_percent(&[here, there]) else {
+                self.report.compile_micros = micros(begun);
+                return None;
+            };
+            let progress = Progress {
+                percent: Some(percent),
+                ..Progress::of(Phase::Compile)
+            };
+            // Whoever watches may have gone.
+            let _ = self.lines.try_send(MoveLine::Progress(progress));
+            tokio::select! {
+                () = tokio::time::sleep(CODE_AGAIN_AFTER) => {}
+                event = interruption(&mut self.interrupted) => return Some(event),
+            }
+        }
+    }
+
+    async fn code_there(&self, program: Fingerprint) -> Result<CodeState, String> {
+        let payload = pack(&program).map_err(|error| error.to_string())?;
+        let answer = self
+            .agent
+            .peers
+            .call(&self.target, node_kind::CODE, payload, PROMPT)
+            .await
+            .map_err(|error| error.to_string())?;
+        unpack(&answer).map_err(|error: RpcError| error.to_string())
+    }
+
     // ── its turn ────────────────────────────────────────────────────────
 
     /// Waits until not too many others copy; what came first if it is not let go.
@@ -183,12 +245,9 @@ impl Driver {
         let lane = lanes.enter(&self.record.name, bytes, urgency);
         while let Some(ahead) = lane.ahead() {
             let waits = Progress {
-                phase: Phase::Wait,
                 round: ahead as u32,
-                sent_bytes: 0,
                 remaining_bytes: bytes,
-                bytes_per_s: 0,
-                downtime_micros: 0,
+                ..Progress::of(Phase::Wait)
             };
             // Whoever watches may have gone.
             let _ = self.lines.try_send(MoveLine::Progress(waits));
@@ -579,12 +638,11 @@ impl Driver {
                 }
                 Ok(report) => {
                     let progress = Progress {
-                        phase: Phase::Fill,
                         round: self.report.rounds.len() as u32,
                         sent_bytes: self.report.bytes,
                         remaining_bytes: report.unsent_bytes,
-                        bytes_per_s: 0,
                         downtime_micros: self.report.downtime_micros,
+                        ..Progress::of(Phase::Fill)
                     };
                     // Whoever watches may have gone.
                     let _ = self.lines.try_send(MoveLine::Progress(progress));
@@ -718,6 +776,16 @@ impl Driver {
             .send(MoveLine::Report(Box::new(self.report.clone())))
             .await;
     }
+}
+
+/// How far the one is that is behind, in percent; `None` once all are ready.
+fn least_percent(states: &[CodeState]) -> Option<u8> {
+    let percent = |state: &CodeState| match state {
+        CodeState::Ready => None,
+        CodeState::Compiling { percent } => Some(*percent),
+        CodeState::Waiting { .. } | CodeState::Failed { .. } => Some(0),
+    };
+    states.iter().filter_map(percent).min()
 }
 
 /// Passes a failpoint; why the step fails.

@@ -181,6 +181,7 @@ impl World {
                     factors,
                     there: on.weigh(&there.capacity, &policy.weights),
                     lasted_ms: self.now_ms - machine.since_ms,
+                    compile_core_s: 0.0,
                     spreadable: None,
                     bound: self.book.bound(&machine.spec.name, target),
                 }

@@ -44,7 +44,7 @@ pub use host::{Host, HostOutcome, HostThread, ImportKind};
 pub use image::Image;
 pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, Took, make_memories};
 pub use names::{Named, is_object_name};
-pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES};
+pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES, program_of_code};
 pub use signal::Signal;
 pub use tables::{TABLES_ENTRIES_MAX, TableBudget};
 pub use wait::WaitQueues;

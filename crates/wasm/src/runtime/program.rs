@@ -290,6 +290,12 @@ fn cached_code(engine: &wasmtime::Engine, cache: &Cache, name: &str) -> Option<M
     }
 }
 
+/// The hash (hex digits) of the program whose threads can be resumed with the code in a
+/// cache file of this name; `None` if it is another file.
+pub fn program_of_code(file_name: &str) -> Option<&str> {
+    file_name.strip_suffix(WHOLE)?.strip_suffix('.')
+}
+
 /// What names cached code of the whole module, of the one without clones, and of the module
 /// as its author built it.
 const WHOLE: &str = "code";

@@ -47,9 +47,6 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
-/// How much less a compiling thread gets than what moves a machine; a move that waits
-/// for it is not to wait for guests as well.
-const COMPILE_NICE: i32 = 5;
 /// What the answer to a worker's last request has, and what it leaves in a store.
 const FORGET_AFTER: Duration = Duration::from_millis(20);
 const LET_GO_WITHIN: Duration = Duration::from_millis(300);
@@ -161,12 +158,7 @@ pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
     // Compiling uses all processors; running guests come first.
     rayon::ThreadPoolBuilder::new()
         .thread_name(|number| format!("compile-{number}"))
-        .start_handler(|_| {
-            // (On Linux that of a thread.)
-            if let Err(error) = rustix::process::nice(COMPILE_NICE) {
-                tracing::debug!(%error, "compiling is as important as running");
-            }
-        })
+        .start_handler(|_| cgroup::compile_beside_guests())
         .build_global()
         .map_err(|error| format!("no threads to compile: {error}"))?;
     let engine = Engine::with_cache(Options::default(), cache)
@@ -277,8 +269,8 @@ impl Worker {
                 let identity = PinnedIdentity::generate().map_err(RpcError::refused)?;
                 let fingerprint = identity.fingerprint;
                 self.inner().identity = Some(identity);
-                // A move is being offered: the target compiles, and so can we.
-                self.prepare_resume(Duration::ZERO);
+                // A move is being offered.
+                self.prepare_resume();
                 Ok(pack(&fingerprint)?.into())
             }
             kind::COPY => {
@@ -513,24 +505,21 @@ impl Worker {
         sampled.map_err(RpcError::failed)
     }
 
-    /// Compiles what its threads need to go on after a safepoint, in the
-    /// background: its first move shall not wait for that.
-    fn prepare_resume(&self, after: Duration) {
+    /// Loads what its threads need to go on after a safepoint, or compiles it where the
+    /// agent has not had that done: a freeze shall not wait for it.
+    fn prepare_resume(&self) {
         let Some(machine) = self.inner().machine.clone() else {
             return;
         };
         let thread = std::thread::Builder::new()
             .name("prepare".into())
             .spawn(move || {
-                if machine.program().can_resume() || machine.wait(Some(after)).is_some() {
-                    return;
-                }
                 if let Err(error) = machine.program().prepare_resume() {
                     tracing::warn!(%error, "the machine cannot be moved");
                 }
             });
         if let Err(error) = thread {
-            tracing::warn!(%error, "the first move will have to compile");
+            tracing::warn!(%error, "the first move will have to load its code");
         }
     }
 

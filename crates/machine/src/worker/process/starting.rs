@@ -13,12 +13,8 @@ use keel_wasi::{Config, Preopen, Resources, Wasi};
 use keel_wasm::runtime::Machine;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::runtime::Handle;
-
-/// Age at which a machine is made ready for its first move: many programs end
-/// sooner.
-const PREPARE_AFTER: Duration = Duration::from_secs(1);
 
 impl Worker {
     pub(super) fn start(self: &Arc<Self>, start: Start, runtime: &Handle) -> Result<(), RpcError> {
@@ -59,7 +55,6 @@ impl Worker {
             }
             first
         });
-        self.prepare_resume(PREPARE_AFTER);
         self.watch_end(machine)
     }
 

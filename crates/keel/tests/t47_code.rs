@@ -1,0 +1,91 @@
+//! Compiled code: made ahead, on the nodes that may receive a machine, and waited for by
+//! a move that comes before it.
+
+use keel_api::MachineInfo;
+use keel_machine::moves::Ending;
+use keel_testkit::{Guest, LocalCluster, check_numbered, wait_for};
+use std::path::Path;
+use std::process::Command;
+
+const KEEL: &str = env!("CARGO_BIN_EXE_keel");
+
+fn guest(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../guests/{name}.wasm"));
+    std::fs::read(path).expect("a prebuilt guest")
+}
+
+async fn ready_on(cluster: &LocalCluster, machine: &str, nodes: &[&str]) -> MachineInfo {
+    let what = format!("the code of {machine} on {nodes:?}");
+    wait_for(&what, || async {
+        let info = cluster.inspect("a", machine).await.ok()?;
+        (info.ready_on == nodes).then_some(info)
+    })
+    .await
+    .expect("it is compiled")
+}
+
+/// Rules say where a machine may go: elsewhere its program is not compiled.
+#[tokio::test(flavor = "multi_thread")]
+async fn programs_are_compiled_where_machines_may_go() {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b", "c"])
+        .await
+        .expect("a cluster");
+    let rules = folder.path().join("rules.toml");
+    std::fs::write(
+        &rules,
+        "[[rule]]\nname = \"not-c\"\nrule = \"avoid\"\nmachines.names = [\"bound\"]\n\
+         nodes.names = [\"c\"]\n",
+    )
+    .unwrap();
+    let keel = |args: &[&str]| {
+        let output = Command::new(KEEL)
+            .arg("--state-dir")
+            .arg(cluster.folder("a"))
+            .args(args)
+            .output()
+            .expect("keel runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{args:?}: {said}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    keel(&["rule", "set", "-f", rules.to_str().unwrap()]);
+    let (bound, free) = (guest("counter"), guest("spinner"));
+    let bound = Guest::new("bound", "a", &bound, &["1000000", "20"]);
+    cluster.run(&bound).await.expect("it starts");
+    let free = Guest::new("free", "b", &free, &["1000000000", "1"]);
+    cluster.run(&free).await.expect("it starts");
+    ready_on(&cluster, "bound", &["a", "b"]).await;
+    ready_on(&cluster, "free", &["a", "b", "c"]).await;
+    // (c has looked at both, and compiled the one.)
+    ready_on(&cluster, "bound", &["a", "b"]).await;
+    let page = keel(&["describe", "bound"]);
+    assert!(page.contains("compiled    on a, b"), "{page}");
+}
+
+/// A move that is ordered at once waits for the code, says so, and loses nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_waits_for_code() {
+    let folder = tempfile::Builder::new().prefix("keel-").tempdir().unwrap();
+    let cluster = LocalCluster::start(Path::new(KEEL), folder.path(), &["a", "b"])
+        .await
+        .expect("a cluster");
+    let counter = guest("counter");
+    let counter = Guest::new("counter", "a", &counter, &["1000000", "2"]);
+    cluster.run(&counter).await.expect("it starts");
+    let first = cluster
+        .move_machine("a", "counter", "b")
+        .await
+        .expect("a report");
+    assert_eq!(first.ending, Ending::Moved, "{}", first.line());
+    assert!(first.compile_micros > 0, "{}", first.line());
+    // From now on both have it.
+    ready_on(&cluster, "counter", &["a", "b"]).await;
+    let back = cluster
+        .move_machine("b", "counter", "a")
+        .await
+        .expect("a report");
+    assert_eq!(back.ending, Ending::Moved, "{}", back.line());
+    let output = cluster.output("b", "counter").await.expect("output");
+    check_numbered(&output, 0).expect("every line once and in order");
+}

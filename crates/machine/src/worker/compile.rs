@@ -1,0 +1,80 @@
+//! The process that compiles one program into the node's cache, so that its threads can
+//! be resumed there: `keel compile`. It prints how far it is, in percent, a line each time
+//! that this changed.
+//!
+//! A small program is compiled at once, as cheap as it is. What takes longer gets only
+//! what guests leave of the processors, until a line on standard input says that a move
+//! waits for it.
+
+use crate::cgroup::{CompilePriority, set_compile_priority};
+use keel_wasm::runtime::{Engine, Options};
+use std::io::{BufRead, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Pause between two lines.
+const TELL_EVERY: Duration = Duration::from_millis(100);
+/// What takes longer is not small.
+const SMALL_MAX: Duration = Duration::from_millis(1000);
+
+/// Whether a move waits, and whether all is done.
+#[derive(Debug, Default)]
+struct State {
+    wanted: AtomicBool,
+    done: AtomicBool,
+}
+
+/// Compiles the instrumented module `program` into the folder `cache`, unless its code
+/// is there already. `wanted`: a move waits for it from the beginning.
+///
+/// # Errors
+/// If the module cannot be read or compiled, or the cache cannot be used.
+pub fn compile(cache: &Path, program: &Path, wanted: bool) -> Result<(), String> {
+    set_compile_priority(CompilePriority::Wanted);
+    let engine = Engine::with_cache(Options::default(), cache).map_err(|e| e.to_string())?;
+    let bytes =
+        std::fs::read(program).map_err(|error| format!("{}: {error}", program.display()))?;
+    let state: &'static State = Box::leak(Box::default());
+    state.wanted.store(wanted, Ordering::Release);
+    // (It waits for its input as long as the process lives.)
+    std::thread::spawn(|| hear(state));
+    std::thread::scope(|scope| {
+        scope.spawn(|| accompany(&engine, state));
+        let compiled = engine.load_instrumented(bytes);
+        state.done.store(true, Ordering::Release);
+        compiled.map(drop).map_err(|error| error.to_string())
+    })
+}
+
+/// Goes forward once a move waits.
+fn hear(state: &State) {
+    let mut line = String::new();
+    if matches!(std::io::stdin().lock().read_line(&mut line), Ok(1..)) {
+        state.wanted.store(true, Ordering::Release);
+        set_compile_priority(CompilePriority::Wanted);
+    }
+}
+
+/// Prints how far the engine is, and lets guests go first after a while, until it is
+/// done.
+fn accompany(engine: &Engine, state: &State) {
+    let (begun, mut told, mut yields) = (Instant::now(), None, false);
+    while !state.done.load(Ordering::Acquire) {
+        let wanted = state.wanted.load(Ordering::Acquire);
+        if !yields && !wanted && begun.elapsed() > SMALL_MAX {
+            yields = true;
+            set_compile_priority(CompilePriority::Background);
+        }
+        let percent = engine.compile_progress().map(|it| it.percent());
+        if percent.is_some() && percent != told {
+            told = percent;
+            let line = format!("{}\n", percent.unwrap_or_default());
+            if std::io::stdout().write_all(line.as_bytes()).is_err() {
+                // The agent is gone; what is compiled is of use to the next one.
+                return;
+            }
+        }
+        std::thread::sleep(TELL_EVERY);
+    }
+}

@@ -1,0 +1,85 @@
+//! The process that compiles one program into the node's cache, and what the cache has.
+
+use super::Job;
+use crate::agent::Agent;
+use crate::executable::own_image;
+use keel_machine::worker::program_of_code;
+use keel_net::Fingerprint;
+use std::process::Stdio;
+use std::sync::Arc;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+
+/// Programs whose code an earlier agent's compilations left in the cache. Whether it
+/// fits this host and engine is seen when it is loaded.
+pub(super) async fn compiled_before(agent: &Agent) -> Vec<Fingerprint> {
+    let folder = agent.dir.cache();
+    let listed = tokio::task::spawn_blocking(move || {
+        let entries = std::fs::read_dir(folder).into_iter().flatten();
+        let names = entries.flatten().filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            program_of_code(&name)?.parse().ok()
+        });
+        names.collect()
+    });
+    // (Nothing is known to be ready then: it is compiled, and found in the cache.)
+    listed.await.unwrap_or_default()
+}
+
+fn is_wanted(agent: &Agent) -> bool {
+    let inner = agent.code.inner();
+    inner.current.as_ref().is_some_and(|current| current.wanted)
+}
+
+/// Compiles a program; returns when its code is in the cache.
+pub(super) async fn compile(agent: &Arc<Agent>, job: &Job) -> Result<(), String> {
+    let path = crate::service::find_program(agent, &job.holder, &job.program).await?;
+    let mut child = tokio::process::Command::new(own_image())
+        .arg("compile")
+        .arg("--cache")
+        .arg(agent.dir.cache())
+        .arg("--program")
+        .arg(&path)
+        .args(job.wanted.then_some("--wanted"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| format!("the compiling process cannot be started: {error}"))?;
+    let mut stdin = child.stdin.take();
+    if let Some(stdout) = child.stdout.take() {
+        let mut lines = BufReader::new(stdout).lines();
+        loop {
+            let line = tokio::select! {
+                line = lines.next_line() => line,
+                () = agent.code.wanted.notified() => {
+                    // (It may be another that was meant, and hears only the first word.)
+                    if is_wanted(agent)
+                        && let Some(mut stdin) = stdin.take()
+                    {
+                        let _ = stdin.write_all(b"wanted\n").await;
+                    }
+                    continue;
+                }
+            };
+            let Ok(Some(line)) = line else { break };
+            if let Ok(percent) = line.parse::<u8>() {
+                if let Some(current) = &mut agent.code.inner().current {
+                    current.percent = percent.min(100);
+                }
+            }
+        }
+    }
+    let ended = child
+        .wait_with_output()
+        .await
+        .map_err(|error| format!("the compiling process: {error}"))?;
+    match ended.status.success() {
+        true => Ok(()),
+        false => Err(format!(
+            "the compiling process ended with {}: {}",
+            ended.status,
+            String::from_utf8_lossy(&ended.stderr).trim()
+        )),
+    }
+}
