@@ -63,10 +63,10 @@ pub(super) async fn compile(agent: &Arc<Agent>, job: &Job) -> Result<(), String>
                 }
             };
             let Ok(Some(line)) = line else { break };
-            if let Ok(percent) = line.parse::<u8>() {
-                if let Some(current) = &mut agent.code.inner().current {
-                    current.percent = percent.min(100);
-                }
+            if let Ok(percent) = line.parse::<u8>()
+                && let Some(current) = &mut agent.code.inner().current
+            {
+                current.percent = percent.min(100);
             }
         }
     }

@@ -37,6 +37,8 @@ use tokio::sync::{mpsc, watch};
 const STORE_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause between looks at how far compiling is.
 const CODE_AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// Pause between looks at whether the target has written that it has all memory.
+const FILLED_AGAIN_AFTER: Duration = Duration::from_millis(10);
 /// Pause between attempts to settle what is unknown.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// How long the word may be on its way that the target has all memory.
@@ -634,6 +636,7 @@ impl Driver {
                         tracing::warn!(reason, "asking again");
                         continue;
                     }
+                    self.await_filled().await;
                     return SourceEvent::Served;
                 }
                 Ok(report) => {
@@ -683,6 +686,21 @@ impl Driver {
                 }
             }
             tokio::time::sleep(RETRY_AFTER).await;
+        }
+    }
+
+    /// Waits until the store says that the machine has all of its memory at the target:
+    /// what its user asks for next is not to be refused for it. Not for ever: it is the
+    /// target's to write.
+    async fn await_filled(&self) {
+        let deadline = Instant::now() + STORE_PATIENCE;
+        while Instant::now() < deadline {
+            match record::get(&*self.agent.store, &self.record.name).await {
+                Ok(found) if crate::reconcile::needs_copy(&self.agent, &found.record.status) => {
+                    tokio::time::sleep(FILLED_AGAIN_AFTER).await;
+                }
+                _ => return,
+            }
         }
     }
 
