@@ -2,18 +2,18 @@
 //! is compiled next.
 //!
 //! ```text
-//!   a move waits ──▶ front ┐
-//!                          ├─▶ queue ─▶ one process at a time ─▶ ready ─▶ `code/NODE` in
-//!   `ahead`      ──▶ back  ┘           (`keel compile`, yields            the store
-//!                                       to guests)
+//!   a move waits ──────────▶ a process at once ┐
+//!                                              ├─▶ ready ─▶ `code/NODE` in the store
+//!   `ahead` ──▶ queue ──▶ one process at a time┘
+//!                         (`keel compile`, yields to guests)
 //! ```
 //!
 //! A machine can only arrive, or be captured, where the code is ready with which its
 //! threads are resumed, and compiling that takes several times as long as starting the
 //! program. So it is done before: on the node where a machine runs, and on those that
 //! may receive it (`ahead`), one program at a time, in a process that gets only what
-//! guests leave of the processors. A move that finds no code waits for it at the head of
-//! the queue, and shows how far it is. Which nodes have which code is in the store
+//! guests leave of the processors. A move that finds no code has it compiled at once, and
+//! shows how far that is. Which nodes have which code is in the store
 //! (`published`): the balancer counts what compiling costs, `keel inspect` shows it.
 //!
 //! Native code never travels: modules do.
@@ -52,8 +52,8 @@ pub(crate) enum CodeState {
         /// Of a hundred, as far as the compiler tells.
         percent: u8,
     },
-    /// So many programs come first.
-    Waiting { ahead: u32 },
+    /// Its compilation begins.
+    Waiting,
     /// It could not be compiled.
     Failed { reason: String },
 }
@@ -64,24 +64,25 @@ struct Job {
     program: Fingerprint,
     /// Where its module is, if it is not here.
     holder: NodeName,
-    /// Whether a move waits for it.
-    wanted: bool,
 }
 
 /// What is compiled now.
 #[derive(Debug)]
 struct Current {
-    program: Fingerprint,
     percent: u8,
     /// Whether a move waits for it.
-    wanted: bool,
+    wanted: watch::Sender<bool>,
+    /// Whether it came from the queue.
+    ahead: bool,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     ready: BTreeSet<Fingerprint>,
     queue: VecDeque<Job>,
-    current: Option<Current>,
+    /// What moves wait for, until it is begun.
+    urgent: Vec<Job>,
+    current: BTreeMap<Fingerprint, Current>,
     failed: BTreeMap<Fingerprint, (String, tokio::time::Instant)>,
     /// Programs of the machines that run here, and the sizes of their modules in bytes.
     running: BTreeMap<MachineName, (Fingerprint, u64)>,
@@ -92,8 +93,6 @@ struct Inner {
 pub(crate) struct Code {
     inner: Mutex<Inner>,
     work: Notify,
-    /// A move waits for what is being compiled.
-    wanted: Notify,
     /// Counts changes of what is ready.
     ready: watch::Sender<u64>,
     /// What all nodes have.
@@ -105,7 +104,6 @@ impl Code {
         Code {
             inner: Mutex::default(),
             work: Notify::new(),
-            wanted: Notify::new(),
             ready: watch::Sender::new(0),
             published: Published::default(),
         }
@@ -115,34 +113,26 @@ impl Code {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How far a program is; puts it at the head of the queue, where a move waits for
-    /// it, if it is not ready. `holder` has its module.
+    /// How far a program is for which a move waits; has it compiled at once, if it is not
+    /// ready. `holder` has its module.
     pub(crate) fn demand(&self, program: Fingerprint, holder: &NodeName) -> CodeState {
         let mut inner = self.inner();
         if let Some((reason, _)) = inner.failed.remove(&program) {
             return CodeState::Failed { reason };
         }
         if let Some(state) = inner.under_way(&program) {
-            if let (Some(current), true) = (&mut inner.current, state != CodeState::Ready) {
-                current.wanted = true;
-                self.wanted.notify_one();
+            if let Some(current) = inner.current.get(&program) {
+                current.wanted.send_replace(true);
             }
             return state;
         }
-        let ahead = inner.queue.iter().position(|job| job.program == program);
-        if let Some(mut job) = ahead.and_then(|at| inner.queue.remove(at)) {
-            job.wanted = true;
-            inner.queue.push_front(job);
-        } else {
-            inner.queue.push_front(Job {
-                program,
-                holder: holder.clone(),
-                wanted: true,
-            });
+        inner.queue.retain(|job| job.program != program);
+        if !inner.urgent.iter().any(|job| job.program == program) {
+            let holder = holder.clone();
+            inner.urgent.push(Job { program, holder });
+            self.work.notify_one();
         }
-        self.work.notify_one();
-        let ahead = u32::from(inner.current.is_some());
-        CodeState::Waiting { ahead }
+        CodeState::Waiting
     }
 
     /// Puts a program at the end of the queue, for whoever may need it one day.
@@ -152,16 +142,14 @@ impl Code {
             .failed
             .get(&program)
             .is_some_and(|(_, at)| at.elapsed() < RETRY_AFTER);
-        let known = inner.under_way(&program).is_some()
-            || inner.queue.iter().any(|job| job.program == program);
+        let mut waiting = inner.queue.iter().chain(&inner.urgent);
+        let known =
+            waiting.any(|job| job.program == program) || inner.under_way(&program).is_some();
         if known || failed_lately || inner.queue.len() >= QUEUE_MAX {
             return;
         }
-        inner.queue.push_back(Job {
-            program,
-            holder: holder.clone(),
-            wanted: false,
-        });
+        let holder = holder.clone();
+        inner.queue.push_back(Job { program, holder });
         self.work.notify_one();
     }
 
@@ -186,6 +174,24 @@ impl Code {
         self.inner().running = running;
     }
 
+    fn done(&self, program: Fingerprint, compiled: Result<(), String>) {
+        let failure = compiled.err();
+        {
+            let mut inner = self.inner();
+            inner.current.remove(&program);
+            inner.failed.remove(&program);
+            if let Some(reason) = &failure {
+                tracing::warn!(%program, reason, "a program is not compiled");
+                let now = tokio::time::Instant::now();
+                inner.failed.insert(program, (reason.clone(), now));
+            }
+        }
+        if failure.is_none() {
+            self.set_ready(program);
+        }
+        self.work.notify_one();
+    }
+
     fn set_ready(&self, program: Fingerprint) {
         let mut inner = self.inner();
         if inner.ready.insert(program) {
@@ -199,14 +205,34 @@ impl Inner {
         if self.ready.contains(program) {
             return Some(CodeState::Ready);
         }
-        let current = self.current.as_ref().filter(|it| it.program == *program)?;
+        let current = self.current.get(program)?;
         Some(CodeState::Compiling {
             percent: current.percent,
         })
     }
+
+    /// What is to be begun now: all that moves wait for, and one program ahead of its use
+    /// where none is compiled so. With whether a move waits for it.
+    fn begin(&mut self) -> Vec<(Job, watch::Receiver<bool>)> {
+        let mut jobs: Vec<(Job, bool)> = self.urgent.drain(..).map(|job| (job, true)).collect();
+        if !self.current.values().any(|current| current.ahead) {
+            jobs.extend(self.queue.pop_front().map(|job| (job, false)));
+        }
+        let begin = |(job, wanted): (Job, bool)| {
+            let (sender, receiver) = watch::channel(wanted);
+            let current = Current {
+                percent: 0,
+                wanted: sender,
+                ahead: !wanted,
+            };
+            self.current.insert(job.program, current);
+            (job, receiver)
+        };
+        jobs.into_iter().map(begin).collect()
+    }
 }
 
-/// Compiles what is asked for, one program after the other, until the agent ends.
+/// Compiles what is asked for until the agent ends.
 pub(crate) async fn run(agent: Arc<Agent>) {
     for program in process::compiled_before(&agent).await {
         agent.code.set_ready(program);
@@ -215,35 +241,15 @@ pub(crate) async fn run(agent: Arc<Agent>) {
     tokio::spawn(published::follow(agent.clone()));
     tokio::spawn(ahead::run(agent.clone()));
     loop {
-        let next = {
-            let mut inner = agent.code.inner();
-            let job = inner.queue.pop_front();
-            inner.current = job.as_ref().map(|job| Current {
-                program: job.program,
-                percent: 0,
-                wanted: job.wanted,
+        let begun = agent.code.inner().begin();
+        for (job, wanted) in begun {
+            let agent = agent.clone();
+            tokio::spawn(async move {
+                let compiled = process::compile(&agent, &job, wanted).await;
+                agent.code.done(job.program, compiled);
             });
-            job
-        };
-        let Some(job) = next else {
-            agent.code.work.notified().await;
-            continue;
-        };
-        let compiled = process::compile(&agent, &job).await;
-        let mut inner = agent.code.inner();
-        inner.current = None;
-        match compiled {
-            Ok(()) => {
-                inner.failed.remove(&job.program);
-                drop(inner);
-                agent.code.set_ready(job.program);
-            }
-            Err(reason) => {
-                tracing::warn!(program = %job.program, reason, "a program is not compiled");
-                let now = tokio::time::Instant::now();
-                inner.failed.insert(job.program, (reason, now));
-            }
         }
+        agent.code.work.notified().await;
     }
 }
 
@@ -255,31 +261,43 @@ mod tests {
         Fingerprint([number; 32])
     }
 
+    /// What waits ahead of its use holds up no move.
     #[test]
-    fn a_move_goes_before_what_may_be_needed_one_day() {
+    fn a_move_does_not_wait_for_what_may_be_needed_one_day() {
         let code = Code::new();
         let node: NodeName = "a".parse().unwrap();
+        let begun = |code: &Code| -> Vec<_> {
+            let begun = code.inner().begin();
+            begun
+                .iter()
+                .map(|(job, wanted)| (job.program, *wanted.borrow()))
+                .collect()
+        };
         for number in [1, 2, 3, 2] {
             code.prepare(program(number), &node);
         }
-        assert_eq!(code.inner().queue.len(), 3);
-        let waits = CodeState::Waiting { ahead: 0 };
-        assert_eq!(code.demand(program(3), &node), waits);
-        assert_eq!(code.demand(program(4), &node), waits);
-        let order: Vec<_> = code.inner().queue.iter().map(|job| job.program).collect();
-        assert_eq!(order, [4, 3, 1, 2].map(program));
-        let wanted: Vec<_> = code.inner().queue.iter().map(|job| job.wanted).collect();
-        assert_eq!(wanted, [true, true, false, false]);
-        code.inner().current = Some(Current {
-            program: program(4),
-            percent: 40,
-            wanted: false,
-        });
-        code.inner().queue.pop_front();
-        let compiling = CodeState::Compiling { percent: 40 };
-        assert_eq!(code.demand(program(4), &node), compiling);
-        assert!(code.inner().current.as_ref().unwrap().wanted);
-        assert_eq!(code.inner().queue.len(), 3);
+        // One at a time.
+        assert_eq!(begun(&code), [(program(1), false)]);
+        assert_eq!(begun(&code), []);
+        assert_eq!(code.demand(program(3), &node), CodeState::Waiting);
+        assert_eq!(code.demand(program(4), &node), CodeState::Waiting);
+        assert_eq!(code.demand(program(4), &node), CodeState::Waiting);
+        code.prepare(program(3), &node);
+        assert_eq!(begun(&code), [(program(3), true), (program(4), true)]);
+        // A move comes to want what is compiled already.
+        let percent = 40;
+        code.inner().current.get_mut(&program(1)).unwrap().percent = percent;
+        assert!(!*code.inner().current[&program(1)].wanted.borrow());
+        let compiling = CodeState::Compiling { percent };
+        assert_eq!(code.demand(program(1), &node), compiling);
+        assert!(*code.inner().current[&program(1)].wanted.borrow());
+        // The next one follows when it is done.
+        code.done(program(1), Ok(()));
+        assert_eq!(begun(&code), [(program(2), false)]);
+        assert_eq!(code.demand(program(1), &node), CodeState::Ready);
+        code.done(program(3), Err("no memory".into()));
+        let reason = "no memory".to_owned();
+        assert_eq!(code.demand(program(3), &node), CodeState::Failed { reason });
     }
 
     #[test]
@@ -293,10 +311,7 @@ mod tests {
         assert!(code.inner().queue.is_empty());
         let reason = "no memory".to_owned();
         assert_eq!(code.demand(program(1), &node), CodeState::Failed { reason });
-        assert_eq!(
-            code.demand(program(1), &node),
-            CodeState::Waiting { ahead: 0 }
-        );
+        assert_eq!(code.demand(program(1), &node), CodeState::Waiting);
     }
 
     #[test]

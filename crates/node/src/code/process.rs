@@ -8,6 +8,7 @@ use keel_net::Fingerprint;
 use std::process::Stdio;
 use std::sync::Arc;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::sync::watch;
 
 /// Programs whose code an earlier agent's compilations left in the cache. Whether it
 /// fits this host and engine is seen when it is loaded.
@@ -25,13 +26,13 @@ pub(super) async fn compiled_before(agent: &Agent) -> Vec<Fingerprint> {
     listed.await.unwrap_or_default()
 }
 
-fn is_wanted(agent: &Agent) -> bool {
-    let inner = agent.code.inner();
-    inner.current.as_ref().is_some_and(|current| current.wanted)
-}
-
-/// Compiles a program; returns when its code is in the cache.
-pub(super) async fn compile(agent: &Arc<Agent>, job: &Job) -> Result<(), String> {
+/// Compiles a program; returns when its code is in the cache. `wanted`: whether a move
+/// waits for it.
+pub(super) async fn compile(
+    agent: &Arc<Agent>,
+    job: &Job,
+    mut wanted: watch::Receiver<bool>,
+) -> Result<(), String> {
     let path = crate::service::find_program(agent, &job.holder, &job.program).await?;
     let mut child = tokio::process::Command::new(own_image())
         .arg("compile")
@@ -39,7 +40,7 @@ pub(super) async fn compile(agent: &Arc<Agent>, job: &Job) -> Result<(), String>
         .arg(agent.dir.cache())
         .arg("--program")
         .arg(&path)
-        .args(job.wanted.then_some("--wanted"))
+        .args(wanted.borrow_and_update().then_some("--wanted"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -52,11 +53,9 @@ pub(super) async fn compile(agent: &Arc<Agent>, job: &Job) -> Result<(), String>
         loop {
             let line = tokio::select! {
                 line = lines.next_line() => line,
-                () = agent.code.wanted.notified() => {
-                    // (It may be another that was meant, and hears only the first word.)
-                    if is_wanted(agent)
-                        && let Some(mut stdin) = stdin.take()
-                    {
+                Ok(()) = wanted.changed() => {
+                    // (It hears only the first word; and may be done.)
+                    if let Some(mut stdin) = stdin.take() {
                         let _ = stdin.write_all(b"wanted\n").await;
                     }
                     continue;
@@ -64,7 +63,7 @@ pub(super) async fn compile(agent: &Arc<Agent>, job: &Job) -> Result<(), String>
             };
             let Ok(Some(line)) = line else { break };
             if let Ok(percent) = line.parse::<u8>()
-                && let Some(current) = &mut agent.code.inner().current
+                && let Some(current) = agent.code.inner().current.get_mut(&job.program)
             {
                 current.percent = percent.min(100);
             }

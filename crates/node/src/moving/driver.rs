@@ -801,7 +801,7 @@ fn least_percent(states: &[CodeState]) -> Option<u8> {
     let percent = |state: &CodeState| match state {
         CodeState::Ready => None,
         CodeState::Compiling { percent } => Some(*percent),
-        CodeState::Waiting { .. } | CodeState::Failed { .. } => Some(0),
+        CodeState::Waiting | CodeState::Failed { .. } => Some(0),
     };
     states.iter().filter_map(percent).min()
 }
