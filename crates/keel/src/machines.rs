@@ -565,11 +565,13 @@ fn describe(machine: &MachineInfo) -> String {
         format!("epoch {}", machine.epoch),
         format!("program {}", machine.args.join(" ")),
         format!("module {}", machine.module),
-        match machine.ready_on.is_empty() {
+    ];
+    if machine.is_live() {
+        lines.push(match machine.ready_on.is_empty() {
             true => "compiled on no node yet".into(),
             false => format!("compiled on {}", machine.ready_on.join(", ")),
-        },
-    ];
+        });
+    }
     if let (Some(bytes), Some(threads), Some(cpu), Some(pid)) = (
         machine.memory_bytes,
         machine.threads,
