@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 /// A machine's record and the revision of its last change.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Found {
-    /// The record, its epoch as [`epoch_of`] gives it.
+    /// The record; the epoch of one that was just created counts from its revision.
     pub record: Record,
     /// The store's revision that put it.
     pub revision: Revision,
