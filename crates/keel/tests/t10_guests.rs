@@ -238,11 +238,7 @@ fn parts_that_keep_little() {
         ),
         (&["--parts", "2", "--part-memory", "0"], "at least 1024 KiB"),
     ] {
-        let refused = keel()
-            .arg("wasm")
-            .args(options)
-            .arg(guest("counter"))
-            .output();
+        let refused = keel().args(options).arg(guest("counter")).output();
         let refused = refused.unwrap();
         assert_eq!(refused.status.code(), Some(2));
         let text = String::from_utf8_lossy(&refused.stderr);

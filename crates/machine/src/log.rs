@@ -164,6 +164,12 @@ impl Log {
 
     /// As [`Self::append`], at a time in milliseconds since 1970-01-01 UTC.
     fn append_at(&self, stream: StreamKind, text: &[u8], now: u64) -> std::io::Result<()> {
+        if let Some((first, rest)) = text.split_at_checked(RECORD_BYTES_MAX)
+            && !rest.is_empty()
+        {
+            self.append_at(stream, first, now)?;
+            return self.append_at(stream, rest, now);
+        }
         let mut record = Vec::with_capacity(2 * HEADER_BYTES + 8 + text.len());
         // Two streams write at once: where the end is must not be asked first.
         let mut state = self.state();

@@ -36,6 +36,8 @@ use tokio::sync::mpsc;
 
 /// How long a list waits for what the worker of a machine says that starts.
 const LIST_PATIENCE: Duration = Duration::from_millis(500);
+/// Pause between looks at a machine that something else is done with.
+const BUSY_AGAIN_AFTER: Duration = Duration::from_millis(10);
 /// How long a stopped machine may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
 /// Largest limits that a machine may ask for.
@@ -392,6 +394,17 @@ pub(crate) async fn remove_here(
     agent: &Arc<Agent>,
     machine: &MachineName,
 ) -> Result<(), RecordError> {
+    // A new machine of that name may be started here as soon as the record is gone: it
+    // waits until the folder is gone, too.
+    while !agent.busy().insert(machine.clone()) {
+        tokio::time::sleep(BUSY_AGAIN_AFTER).await;
+    }
+    let removed = remove_guarded(agent, machine).await;
+    agent.busy().remove(machine);
+    removed
+}
+
+async fn remove_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<(), RecordError> {
     let found = record::get(&*agent.store, machine).await?;
     if !found.record.status.ended() {
         return Err(RecordError::Refused(format!(
@@ -406,7 +419,6 @@ pub(crate) async fn remove_here(
         .delete(Key::Kept(machine.clone()));
     let spec = &found.record.spec;
     let txn = crate::volumes::give_back(&*agent.store, machine, spec, txn).await?;
-    // (A new machine of that name may get a worker as soon as the record is gone.)
     let worker = agent.workers.get(machine);
     match agent.store.txn(txn).await? {
         TxnOutcome::Committed { .. } => {

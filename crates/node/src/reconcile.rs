@@ -543,13 +543,26 @@ async fn start(agent: &Arc<Agent>, record: &Record) -> Result<(), String> {
 /// node's own, under a new epoch, makes that commit impossible; where it had won
 /// already, the machine is not this node's any more.
 pub(crate) async fn resume_after_move(agent: &Arc<Agent>, machine: &MachineName) {
+    let Some(worker) = agent.workers.get(machine) else {
+        return;
+    };
+    // What moves it, ends it or starts it anew waits: its epoch is about to be raised.
+    if worker.report().await.is_ok_and(|report| report.giving_away)
+        && let Some(held) = crate::moving::hold(agent, machine)
+    {
+        settle_after_move(agent, machine).await;
+        held.release(agent, machine);
+    }
+}
+
+async fn settle_after_move(agent: &Arc<Agent>, machine: &MachineName) {
     loop {
         // (Each time: another machine of its name may have come, and be moving.)
         let Some(worker) = agent.workers.get(machine) else {
             return;
         };
         match worker.report().await {
-            Ok(report) if report.giving_away && !agent.moves().contains_key(machine) => {}
+            Ok(report) if report.giving_away => {}
             _ => return,
         }
         let mut mine = false;
@@ -764,10 +777,10 @@ async fn ended(
     // It stays in the table until its end is written: a source that asks what
     // became of it must not be told that it never ran.
     worker.forget().await;
-    agent.workers.drop_group(&agent.dir, machine).await;
     // Where it is not in the table any more, another has come in its place.
     let end = match agent.workers.get(machine).is_some_and(|now| now.is(worker)) {
         true => {
+            agent.workers.drop_group(&agent.dir, machine).await;
             let epoch = epoch_of_life(agent, machine, epoch).await;
             finish(agent, machine, epoch, status).await
         }
@@ -839,6 +852,10 @@ async fn worker_lost(agent: &Arc<Agent>, machine: &MachineName, worker: &Worker,
     let handle = agent.moves().get(machine).cloned();
     if let Some(handle) = handle {
         handle.over().await;
+    }
+    // The move may have dropped it, and another life of that name may have its folder.
+    if !agent.workers.get(machine).is_some_and(|now| now.is(worker)) {
+        return;
     }
     let folder = agent.dir.worker(machine);
     // Its volumes are lost with its memory. (A panic in it removes nothing.)
@@ -912,7 +929,10 @@ async fn finish(
             agent.events.record(Note::status(record, before));
         }
         match written {
-            Ok(_) if effect == EndEffect::None => return Ok(Again::No),
+            // (An earlier attempt may have written it, whose answer was lost.)
+            Ok(record) if effect == EndEffect::None && !record.status.ended() => {
+                return Ok(Again::No);
+            }
             Ok(record) if matches!(record.status, Status::Restarting { .. }) => {
                 let reason = status.end().unwrap_or_default();
                 tracing::info!(%machine, restarts = record.restarts, reason, "it is started again");

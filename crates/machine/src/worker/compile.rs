@@ -6,7 +6,7 @@
 //! what guests leave of the processors, until a line on standard input says that a move
 //! waits for it.
 
-use crate::cgroup::{CompilePriority, set_compile_priority};
+use crate::cgroup::{CompilePriority, set_compile_priority, spend_worker};
 use keel_wasm::runtime::{Engine, Options};
 use std::io::{BufRead, Write};
 use std::path::Path;
@@ -31,6 +31,8 @@ struct State {
 /// # Errors
 /// If the module cannot be read or compiled, or the cache cannot be used.
 pub fn compile(cache: &Path, program: &Path, wanted: bool) -> Result<(), String> {
+    // Nobody's machine is lost with it: the kernel is to take its memory first.
+    spend_worker();
     set_compile_priority(CompilePriority::Wanted);
     let engine = Engine::with_cache(Options::default(), cache).map_err(|e| e.to_string())?;
     let bytes =
@@ -47,12 +49,17 @@ pub fn compile(cache: &Path, program: &Path, wanted: bool) -> Result<(), String>
     })
 }
 
-/// Goes forward once a move waits.
+/// Goes forward once a move waits; ends with the agent, whose successor compiles anew
+/// and shall not wait for the lock of this one.
 fn hear(state: &State) {
+    let mut input = std::io::stdin().lock();
     let mut line = String::new();
-    if matches!(std::io::stdin().lock().read_line(&mut line), Ok(1..)) {
-        state.wanted.store(true, Ordering::Release);
+    while matches!(input.read_line(&mut line), Ok(1..)) {
+        state.wanted.store(true, Ordering::SeqCst);
         set_compile_priority(CompilePriority::Wanted);
+    }
+    if !state.done.load(Ordering::Acquire) {
+        std::process::exit(1);
     }
 }
 
@@ -65,6 +72,10 @@ fn accompany(engine: &Engine, state: &State) {
         if !yields && !wanted && begun.elapsed() > SMALL_MAX {
             yields = true;
             set_compile_priority(CompilePriority::Background);
+            // The word may have come just now.
+            if state.wanted.load(Ordering::SeqCst) {
+                set_compile_priority(CompilePriority::Wanted);
+            }
         }
         let percent = engine.compile_progress().map(|it| it.percent());
         if percent.is_some() && percent != told {

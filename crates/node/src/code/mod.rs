@@ -33,6 +33,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 /// Bytes of an instrumented module that one core compiles in a second, about.
 const COMPILED_BYTES_PER_CORE_S: f64 = 2e6;
@@ -41,6 +42,8 @@ const QUEUE_MAX: usize = 256;
 /// How long a program that could not be compiled is left alone before it is tried again,
 /// unless a move wants it.
 const RETRY_AFTER: Duration = Duration::from_secs(60);
+/// How long the moves that waited for a program hear that it could not be compiled.
+const TELL_FAILURE_FOR: Duration = Duration::from_secs(2);
 
 /// How far a program's code is on a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +79,15 @@ struct Current {
     ahead: bool,
 }
 
+/// A program that could not be compiled.
+#[derive(Debug)]
+struct Failure {
+    reason: String,
+    at: Instant,
+    /// Whether a move waited for it.
+    wanted: bool,
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     ready: BTreeSet<Fingerprint>,
@@ -83,7 +95,7 @@ struct Inner {
     /// What moves wait for, until it is begun.
     urgent: Vec<Job>,
     current: BTreeMap<Fingerprint, Current>,
-    failed: BTreeMap<Fingerprint, (String, tokio::time::Instant)>,
+    failed: BTreeMap<Fingerprint, Failure>,
     /// Programs of the machines that run here, and the sizes of their modules in bytes.
     running: BTreeMap<MachineName, (Fingerprint, u64)>,
 }
@@ -117,9 +129,14 @@ impl Code {
     /// ready. `holder` has its module.
     pub(crate) fn demand(&self, program: Fingerprint, holder: &NodeName) -> CodeState {
         let mut inner = self.inner();
-        if let Some((reason, _)) = inner.failed.remove(&program) {
-            return CodeState::Failed { reason };
+        // All who wait hear of it; whoever comes later, or comes first, has it tried.
+        let failed = inner.failed.get(&program);
+        if let Some(failure) = failed.filter(|it| it.wanted && it.at.elapsed() < TELL_FAILURE_FOR) {
+            return CodeState::Failed {
+                reason: failure.reason.clone(),
+            };
         }
+        inner.failed.remove(&program);
         if let Some(state) = inner.under_way(&program) {
             if let Some(current) = inner.current.get(&program) {
                 current.wanted.send_replace(true);
@@ -141,7 +158,7 @@ impl Code {
         let failed_lately = inner
             .failed
             .get(&program)
-            .is_some_and(|(_, at)| at.elapsed() < RETRY_AFTER);
+            .is_some_and(|failure| failure.at.elapsed() < RETRY_AFTER);
         let mut waiting = inner.queue.iter().chain(&inner.urgent);
         let known =
             waiting.any(|job| job.program == program) || inner.under_way(&program).is_some();
@@ -178,12 +195,17 @@ impl Code {
         let failure = compiled.err();
         {
             let mut inner = self.inner();
-            inner.current.remove(&program);
+            let current = inner.current.remove(&program);
+            let wanted = current.is_some_and(|current| *current.wanted.borrow());
             inner.failed.remove(&program);
             if let Some(reason) = &failure {
                 tracing::warn!(%program, reason, "a program is not compiled");
-                let now = tokio::time::Instant::now();
-                inner.failed.insert(program, (reason.clone(), now));
+                let failure = Failure {
+                    reason: reason.clone(),
+                    at: Instant::now(),
+                    wanted,
+                };
+                inner.failed.insert(program, failure);
             }
         }
         if failure.is_none() {
@@ -301,17 +323,22 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_told_once_and_then_tried_again() {
+    fn a_failure_is_told_to_all_who_waited_and_rests_ahead_of_use() {
         let code = Code::new();
         let node: NodeName = "a".parse().unwrap();
-        let failure = ("no memory".to_owned(), tokio::time::Instant::now());
-        code.inner().failed.insert(program(1), failure);
-        // Ahead of use it rests.
+        // Nobody waited: it rests, and the first move has it tried again.
+        code.prepare(program(1), &node);
+        assert_eq!(code.inner().begin().len(), 1);
+        code.done(program(1), Err("unreachable".into()));
         code.prepare(program(1), &node);
         assert!(code.inner().queue.is_empty());
-        let reason = "no memory".to_owned();
-        assert_eq!(code.demand(program(1), &node), CodeState::Failed { reason });
         assert_eq!(code.demand(program(1), &node), CodeState::Waiting);
+        assert_eq!(code.inner().begin().len(), 1);
+        code.done(program(1), Err("no memory".into()));
+        for _ in 0..2 {
+            let reason = "no memory".to_owned();
+            assert_eq!(code.demand(program(1), &node), CodeState::Failed { reason });
+        }
     }
 
     #[test]

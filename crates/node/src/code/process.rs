@@ -7,8 +7,12 @@ use keel_machine::worker::program_of_code;
 use keel_net::Fingerprint;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::sync::watch;
+
+/// How long fetching a module may take.
+const FETCH_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Programs whose code an earlier agent's compilations left in the cache. Whether it
 /// fits this host and engine is seen when it is loaded.
@@ -33,7 +37,10 @@ pub(super) async fn compile(
     job: &Job,
     mut wanted: watch::Receiver<bool>,
 ) -> Result<(), String> {
-    let path = crate::service::find_program(agent, &job.holder, &job.program).await?;
+    let found = crate::service::find_program(agent, &job.holder, &job.program);
+    let path = tokio::time::timeout(FETCH_PATIENCE, found)
+        .await
+        .map_err(|_| format!("{} does not send its module", job.holder))??;
     let mut child = tokio::process::Command::new(own_image())
         .arg("compile")
         .arg("--cache")
@@ -54,8 +61,8 @@ pub(super) async fn compile(
             let line = tokio::select! {
                 line = lines.next_line() => line,
                 Ok(()) = wanted.changed() => {
-                    // (It hears only the first word; and may be done.)
-                    if let Some(mut stdin) = stdin.take() {
+                    // (It may be done.)
+                    if let Some(stdin) = &mut stdin {
                         let _ = stdin.write_all(b"wanted\n").await;
                     }
                     continue;

@@ -11,7 +11,7 @@ use crate::offer::Arrival;
 use crate::rules::{ClaimError, Claims};
 use crate::service::kind as node_kind;
 use crate::spanning::{Apart, Successor};
-use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker};
+use crate::workers::{COMPILE_PATIENCE, PROMPT, Worker, is_older};
 use crate::{dry_run, record, rules, spanning};
 use keel_api::{MoveLine, Urgency};
 use keel_cluster::clock::unix_ms;
@@ -43,6 +43,8 @@ const FILLED_AGAIN_AFTER: Duration = Duration::from_millis(10);
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 /// How long the word may be on its way that the target has all memory.
 const LAST_WORD_PATIENCE: Duration = Duration::from_secs(1);
+/// How long whoever watches a move may take to read how it ended.
+const WATCHER_PATIENCE: Duration = Duration::from_secs(1);
 /// How long freezing and sending the rest may take.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -94,9 +96,20 @@ impl Driver {
                     self.post_copy,
                     self.budget,
                 );
-                let (offered, predicted) = tokio::join!(self.offer(), predicted);
-                self.report.predicted = predicted;
-                offered
+                let mut interrupted = self.interrupted.clone();
+                let offer = async { tokio::join!(self.offer(), predicted) };
+                // (A target that accepts too late hears nothing more, and drops it.)
+                let offered = tokio::select! {
+                    offered = offer => Ok(offered),
+                    event = interruption(&mut interrupted) => Err(event),
+                };
+                match offered {
+                    Ok((offered, predicted)) => {
+                        self.report.predicted = predicted;
+                        offered
+                    }
+                    Err(event) => event,
+                }
             }
             Some(interrupted) => interrupted,
         };
@@ -153,9 +166,14 @@ impl Driver {
     /// Ends the worker of a machine whose end is in the store; what it said stays.
     async fn end(&self) {
         let (agent, machine) = (&self.agent, &self.record.name);
-        if agent.workers.remove_exactly(machine, &self.worker) {
+        if agent
+            .workers
+            .get(machine)
+            .is_some_and(|now| now.is(&self.worker))
+        {
             self.worker.forget().await;
             agent.workers.drop_group(&agent.dir, machine).await;
+            agent.workers.remove_exactly(machine, &self.worker);
         }
     }
 
@@ -174,7 +192,9 @@ impl Driver {
                 Err(injected) => Err(RpcError::unknown(injected)),
             };
             let Err(error) = thawed else { return };
-            if matches!(worker.state().await, Ok(State::Ended { .. })) {
+            if matches!(worker.state().await, Ok(State::Ended { .. }))
+                || worker.gone_within(Duration::ZERO).await
+            {
                 return;
             }
             tracing::error!(machine = %self.record.name, %error, "it does not go on yet");
@@ -232,9 +252,13 @@ impl Driver {
             .agent
             .peers
             .call(&self.target, node_kind::CODE, payload, PROMPT)
-            .await
-            .map_err(|error| error.to_string())?;
-        unpack(&answer).map_err(|error: RpcError| error.to_string())
+            .await;
+        match answer {
+            // An agent of the version before compiles while it is offered the machine.
+            Err(error) if is_older(&error.to_string()) => Ok(CodeState::Ready),
+            Err(error) => Err(error.to_string()),
+            Ok(answer) => unpack(&answer).map_err(|error: RpcError| error.to_string()),
+        }
     }
 
     // ── its turn ────────────────────────────────────────────────────────
@@ -788,11 +812,12 @@ impl Driver {
         if let Err(error) = record::update(store, machine, add, |txn, _| txn).await {
             tracing::warn!(%machine, %error, "the move's report is not kept");
         }
-        // Whoever watched may have gone.
-        let _ = self
-            .lines
-            .send(MoveLine::Report(Box::new(self.report.clone())))
-            .await;
+        // Whoever watched may have gone, or read no more: others wait for the move's end.
+        let report = MoveLine::Report(Box::new(self.report.clone()));
+        let told = self.lines.send_timeout(report, WATCHER_PATIENCE).await;
+        if let Err(error) = told {
+            tracing::debug!(%error, "nobody reads the move's report");
+        }
     }
 }
 

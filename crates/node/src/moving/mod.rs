@@ -78,6 +78,29 @@ impl Handle {
     }
 }
 
+/// Keeps a machine from being moved, ended or started anew until it is released.
+pub(crate) struct Held(watch::Sender<bool>);
+
+/// Holds a machine that no move concerns; `None` if one does.
+pub(crate) fn hold(agent: &Agent, machine: &MachineName) -> Option<Held> {
+    let (interrupt, _) = watch::channel(None);
+    let (over_sender, over) = watch::channel(false);
+    let mut moves = agent.moves();
+    if moves.contains_key(machine) {
+        return None;
+    }
+    moves.insert(machine.clone(), Handle { interrupt, over });
+    Some(Held(over_sender))
+}
+
+impl Held {
+    /// Lets whoever waits go on.
+    pub(crate) fn release(self, agent: &Agent, machine: &MachineName) {
+        agent.moves().remove(machine);
+        self.0.send_replace(true);
+    }
+}
+
 /// The machine ended by itself: a move of it, if there is one, is told.
 pub(crate) fn machine_ended(agent: &Agent, machine: &MachineName) {
     if let Some(handle) = agent.moves().get(machine) {
