@@ -38,6 +38,8 @@ use tokio::sync::mpsc;
 const LIST_PATIENCE: Duration = Duration::from_millis(500);
 /// Pause between looks at a machine that something else is done with.
 const BUSY_AGAIN_AFTER: Duration = Duration::from_millis(10);
+/// How long that may hold up a removal.
+const BUSY_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a stopped machine may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
 /// Largest limits that a machine may ask for.
@@ -395,12 +397,18 @@ pub(crate) async fn remove_here(
     machine: &MachineName,
 ) -> Result<(), RecordError> {
     // A new machine of that name may be started here as soon as the record is gone: it
-    // waits until the folder is gone, too.
-    while !agent.busy().insert(machine.clone()) {
+    // waits until the folder is gone, too. (What sleeps until a restart that was called
+    // off makes it wait by itself.)
+    let deadline = tokio::time::Instant::now() + BUSY_PATIENCE;
+    let mut guarded = agent.busy().insert(machine.clone());
+    while !guarded && tokio::time::Instant::now() < deadline {
         tokio::time::sleep(BUSY_AGAIN_AFTER).await;
+        guarded = agent.busy().insert(machine.clone());
     }
     let removed = remove_guarded(agent, machine).await;
-    agent.busy().remove(machine);
+    if guarded {
+        agent.busy().remove(machine);
+    }
     removed
 }
 
