@@ -249,7 +249,7 @@ fn options_that_cannot_be_are_named() {
         (vec!["--memory", "many"], "is not a size"),
         (vec!["--cpu-limit", "half"], "is not a number of cores"),
         (vec!["--cpu-limit", "0"], "0.01 to 1000 are possible"),
-        (vec!["--env", "KEEL_SURELY_NOT_SET"], "not set here"),
+        (vec!["--env", "KEEL_SURELY_NOT_SET"], "is set here"),
         (vec!["--listen", "nowhere"], "nowhere"),
         (vec!["--shake", "0"], "more than 0"),
         (vec!["--plain", "--shake", "1"], "cannot be used with"),

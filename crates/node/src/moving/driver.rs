@@ -475,6 +475,8 @@ impl Driver {
         }
     }
 
+    /// What the move began with; the record is never another one, or a write that was
+    /// repeated would be judged by what it wrote.
     fn transfer(&self) -> Transfer {
         Transfer {
             machine: self.record.name.clone(),
@@ -568,13 +570,10 @@ impl Driver {
 
     /// Makes the write that a settlement asks for. One that is refused, or whose answer
     /// is lost, decides nothing: the record is looked at again.
-    async fn own_write(&mut self, next: Result<Settlement, String>) -> SourceEvent {
+    async fn own_write(&self, next: Result<Settlement, String>) -> SourceEvent {
         match next {
-            Ok(Settlement::Write { txn, record }) => match self.agent.store.txn(txn).await {
-                Ok(TxnOutcome::Committed { .. }) => {
-                    self.record = *record;
-                    SourceEvent::OwnWriteWon
-                }
+            Ok(Settlement::Write { txn, .. }) => match self.agent.store.txn(txn).await {
+                Ok(TxnOutcome::Committed { .. }) => SourceEvent::OwnWriteWon,
                 Ok(TxnOutcome::Refused { .. }) => SourceEvent::OwnWriteUnknown,
                 Err(error) => self.later(&error.to_string()).await,
             },
