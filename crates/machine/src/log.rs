@@ -689,10 +689,11 @@ mod tests {
             at += bytes.len() as u64;
             rest.extend(bytes);
             for (_, record) in split_records(&mut rest) {
-                assert_eq!(record, text);
+                // (Long ones are cut.)
+                assert!(record == text[..RECORD_BYTES_MAX]);
                 records += 1;
             }
         }
-        assert!(rest.is_empty() && records >= 32);
+        assert!(rest.is_empty() && records >= 32 * 16);
     }
 }
