@@ -140,9 +140,6 @@ pub struct MoveReport {
     pub started_unix_ms: u64,
     /// How it ended.
     pub ending: Ending,
-    /// Until source and target had the program's code.
-    #[serde(default)]
-    pub compile_micros: u64,
     /// From the offer to its acceptance.
     pub offer_micros: u64,
     /// Copying while the machine ran.
@@ -188,7 +185,6 @@ impl MoveReport {
             epoch: Epoch::default(),
             started_unix_ms: 0,
             ending: Ending::Moved,
-            compile_micros: 0,
             offer_micros: 0,
             copy_micros: 0,
             rounds: Vec::new(),

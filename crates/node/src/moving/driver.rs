@@ -230,7 +230,8 @@ impl Driver {
                 }
             }
             let Some(percent) = least_percent(&[here, there]) else {
-                self.report.compile_micros = micros(begun);
+                let waited_ms = micros(begun) / 1000;
+                tracing::info!(machine = %self.record.name, waited_ms, "its code is ready");
                 return None;
             };
             let progress = Progress {

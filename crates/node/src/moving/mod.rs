@@ -289,7 +289,6 @@ fn new_report(record: &Record, target: &NodeName) -> MoveReport {
         epoch: record.epoch,
         started_unix_ms: unix_ms(),
         ending: Ending::Moved,
-        compile_micros: 0,
         offer_micros: 0,
         copy_micros: 0,
         rounds: Vec::new(),
