@@ -43,6 +43,8 @@ pub fn compile_beside_guests() {
 /// How a process that compiles stands beside guests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompilePriority {
+    /// As its agent: before guests, where that is allowed.
+    First,
     /// Somebody waits for it: beside a guest on the same processor it gets a quarter.
     Wanted,
     /// Nobody does: a guest on the same processor keeps 97 parts of a hundred.
@@ -55,6 +57,7 @@ pub enum CompilePriority {
 /// so the session gets the value too. To go forward again needs a right (CAP_SYS_NICE).
 pub fn set_compile_priority(priority: CompilePriority) {
     let nice = match priority {
+        CompilePriority::First => rustix::process::getpriority_process(None).unwrap_or(GUEST_NICE),
         CompilePriority::Wanted => GUEST_NICE + COMPILE_STEP,
         CompilePriority::Background => BACKGROUND_NICE,
     };

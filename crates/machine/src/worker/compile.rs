@@ -2,9 +2,10 @@
 //! be resumed there: `keel compile`. It prints how far it is, in percent, a line each time
 //! that this changed.
 //!
-//! A small program is compiled at once, as cheap as it is. What takes longer gets only
-//! what guests leave of the processors, until a line on standard input says that a move
-//! waits for it.
+//! A small program is compiled at once, as cheap as it is: on a node whose guests want
+//! more than its processors have, its first move would wait for seconds otherwise. What
+//! takes longer gets only what guests leave of the processors, until a line on standard
+//! input says that a move waits for it.
 
 use crate::cgroup::{CompilePriority, set_compile_priority, spend_worker};
 use keel_wasm::runtime::{Engine, Options};
@@ -16,12 +17,14 @@ use std::time::{Duration, Instant};
 /// Pause between two lines.
 const TELL_EVERY: Duration = Duration::from_millis(100);
 /// What takes longer is not small.
-const SMALL_MAX: Duration = Duration::from_millis(1000);
+const SMALL_MAX: Duration = Duration::from_millis(500);
 
 /// Whether a move waits, and whether all is done.
 #[derive(Debug, Default)]
 struct State {
     wanted: AtomicBool,
+    /// It lets guests go first.
+    yields: AtomicBool,
     done: AtomicBool,
 }
 
@@ -33,7 +36,7 @@ struct State {
 pub fn compile(cache: &Path, program: &Path, wanted: bool) -> Result<(), String> {
     // Nobody's machine is lost with it: the kernel is to take its memory first.
     spend_worker();
-    set_compile_priority(CompilePriority::Wanted);
+    set_compile_priority(CompilePriority::First);
     let engine = Engine::with_cache(Options::default(), cache).map_err(|e| e.to_string())?;
     let bytes =
         std::fs::read(program).map_err(|error| format!("{}: {error}", program.display()))?;
@@ -56,7 +59,9 @@ fn hear(state: &State) {
     let mut line = String::new();
     while matches!(input.read_line(&mut line), Ok(1..)) {
         state.wanted.store(true, Ordering::SeqCst);
-        set_compile_priority(CompilePriority::Wanted);
+        if state.yields.load(Ordering::SeqCst) {
+            set_compile_priority(CompilePriority::Wanted);
+        }
     }
     if !state.done.load(Ordering::Acquire) {
         std::process::exit(1);
@@ -66,12 +71,13 @@ fn hear(state: &State) {
 /// Prints how far the engine is, and lets guests go first after a while, until it is
 /// done.
 fn accompany(engine: &Engine, state: &State) {
-    let (begun, mut told, mut yields) = (Instant::now(), None, false);
+    let (begun, mut told) = (Instant::now(), None);
     while !state.done.load(Ordering::Acquire) {
-        let wanted = state.wanted.load(Ordering::Acquire);
-        if !yields && !wanted && begun.elapsed() > SMALL_MAX {
-            yields = true;
-            set_compile_priority(CompilePriority::Background);
+        if !state.yields.load(Ordering::Acquire) && begun.elapsed() > SMALL_MAX {
+            state.yields.store(true, Ordering::SeqCst);
+            if !state.wanted.load(Ordering::SeqCst) {
+                set_compile_priority(CompilePriority::Background);
+            }
             // The word may have come just now.
             if state.wanted.load(Ordering::SeqCst) {
                 set_compile_priority(CompilePriority::Wanted);
