@@ -3,7 +3,6 @@
 
 use crate::agent::Agent;
 use crate::service::kind as node_kind;
-use crate::workers::PROMPT;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::Fingerprint;
@@ -13,6 +12,8 @@ use std::time::Duration;
 
 /// Pause between two looks at where machines are.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How long a machine's program may take to be named.
+const ASK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Looks again and again until the agent ends.
 pub(super) async fn run(agent: Arc<Agent>) {
@@ -51,7 +52,7 @@ async fn program_of(agent: &Agent, owner: &NodeName, machine: &MachineName) -> O
     let payload = pack(machine).ok()?;
     let answer = agent
         .peers
-        .call(owner, node_kind::PROGRAM, payload, PROMPT)
+        .call(owner, node_kind::PROGRAM, payload, ASK_PATIENCE)
         .await
         .ok()?;
     unpack::<Option<Fingerprint>>(&answer).ok()?
@@ -60,6 +61,7 @@ async fn program_of(agent: &Agent, owner: &NodeName, machine: &MachineName) -> O
 /// The program of a machine that runs here.
 pub(crate) async fn program_here(agent: &Agent, machine: &MachineName) -> Option<Fingerprint> {
     let worker = agent.workers.get(machine)?;
-    let program = worker.report().await.ok()?.program?;
-    Some(Fingerprint(program))
+    // (A worker that is busy says it next time: others are asked for meanwhile.)
+    let report = tokio::time::timeout(ASK_PATIENCE, worker.report()).await;
+    Some(Fingerprint(report.ok()?.ok()?.program?))
 }
