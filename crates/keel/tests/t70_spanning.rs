@@ -672,7 +672,8 @@ async fn parts_come_and_go_while_it_runs() {
     let folder = folder();
     let bench = Bench::new(folder.path()).await;
     let module = guest("threads");
-    let args = ["5", "700000"];
+    // (It must outlast what follows, also where each step waits for its node's agent.)
+    let args = ["5", "2000000"];
     run(&bench, &Guest::new("m", "a", &module, &args)).await;
     run(&bench, &Guest::new("alone", "b", &module, &args)).await;
     let on = || {
