@@ -13,8 +13,6 @@ pub(super) const EVERY: Duration = Duration::from_secs(5);
 const AGAIN_AFTER: Duration = Duration::from_secs(300);
 /// Until a machine that came is looked at: it has enough to do.
 const FIRST_AFTER: Duration = Duration::from_secs(10);
-/// How long a worker may take to answer.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is known of a machine that runs here.
 #[derive(Debug)]

@@ -98,11 +98,6 @@ impl NodeBalancer {
         (balancer, Inbox(inbox))
     }
 
-    /// This node's ledger.
-    pub(crate) fn ledger(&self) -> &Ledger {
-        &self.ledger
-    }
-
     /// Answers another node's balancer.
     pub(crate) async fn answer(
         &self,

@@ -294,7 +294,7 @@ async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
     // What gives its machine away is the move's, or is taken up after the death
     // of the agent that began the move.
     if giving_away
-        || machines.processes.exclusion.moves().contains_key(machine)
+        || machines.processes.exclusion.is_moving(machine)
         || machines.processes.exclusion.busy().contains(machine)
     {
         return;

@@ -67,7 +67,7 @@ async fn set(
     records::settled(&*machines.context.store, machine).await?;
     // One at a time: two would undo each other at the worker.
     let _setting = machines.processes.exclusion.changes.lock().await;
-    if machines.processes.exclusion.moves().contains_key(machine) {
+    if machines.processes.exclusion.is_moving(machine) {
         return Err(moving(machine));
     }
     let before = records::get(&*machines.context.store, machine)

@@ -51,7 +51,7 @@ async fn write(machines: &Arc<Machines>, machine: &MachineName, full: Option<Str
     });
     loop {
         // Each write to the record would make its move's commit impossible.
-        if machines.processes.exclusion.moves().contains_key(machine) {
+        if machines.processes.exclusion.is_moving(machine) {
             tokio::time::sleep(RETRY_AFTER).await;
             continue;
         }

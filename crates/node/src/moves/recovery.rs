@@ -144,7 +144,7 @@ pub(crate) async fn withdraw_old_offers(moves: Arc<Moves>) {
         };
         let made_here = keel_cluster::wire::decode("a reservation", &entry.value)
             .is_ok_and(|reservation: Reservation| reservation.source == moves.context.name);
-        if !made_here || moves.processes.exclusion.moves().contains_key(&machine) {
+        if !made_here || moves.processes.exclusion.is_moving(&machine) {
             continue;
         }
         tracing::info!(%machine, %target, "withdrawing the offer of an earlier moves");

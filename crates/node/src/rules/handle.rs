@@ -201,15 +201,16 @@ pub(crate) fn check_label(label: &str, value: &str) -> Result<(), CommandError> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::rule_set::RuleSet;
     use super::*;
     use crate::records::Found;
     use crate::records::tests::record;
     use keel_balance::rules::{Domain, Says, Selector};
-    use keel_balance::rules::{Domain, Says, Selector};
+    use keel_cluster::Store;
     use keel_cluster::store::{Change, RedbOptions, RedbStore};
+    use keel_machine::spec::Record;
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
+    use std::collections::BTreeMap;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -112,7 +112,7 @@ async fn try_release(spanning: &Arc<Spanning>, machine: &MachineName) -> Result<
     let Some(worker) = spanning.processes.machines.get(machine) else {
         return Ok(());
     };
-    if spanning.processes.exclusion.moves().contains_key(machine) {
+    if spanning.processes.exclusion.is_moving(machine) {
         return Err(CommandError::Conflict("it is moving again".into()));
     }
     let nodes = parts_report(&worker).await?.nodes;
@@ -137,7 +137,7 @@ async fn try_release(spanning: &Arc<Spanning>, machine: &MachineName) -> Result<
             continue;
         };
         let _setting = spanning.processes.exclusion.changes.lock().await;
-        if spanning.processes.exclusion.moves().contains_key(machine) {
+        if spanning.processes.exclusion.is_moving(machine) {
             return Err(CommandError::Conflict("it is moving again".into()));
         }
         let with = PartWith {

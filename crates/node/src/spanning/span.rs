@@ -66,7 +66,7 @@ pub(crate) async fn span(
     let members = members(spanning, &request.nodes)?;
     // A move, or other limits, would contradict it.
     let _setting = spanning.processes.exclusion.changes.lock().await;
-    if spanning.processes.exclusion.moves().contains_key(machine) {
+    if spanning.processes.exclusion.is_moving(machine) {
         return Err(CommandError::Conflict(format!(
             "machine {machine:?} is moving; try again when it is there"
         )));

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 const SETTLE_SAMPLES: u32 = 6;
 /// How long a thread stays where it came. Much shorter than for machines: it costs
 /// microseconds.
-const THREAD_HOLD: Duration = Duration::from_secs(10);
+pub(super) const THREAD_HOLD: Duration = Duration::from_secs(10);
 /// How long none goes back between two nodes. A thread weighs another thing where it
 /// comes than where it was, and two nodes would take turns.
 const COOL_DOWN: Duration = Duration::from_secs(60);
@@ -37,7 +37,7 @@ const LOSING_SAMPLES: u32 = 5;
 /// How often it is looked where objects are that threads like.
 const LIKES_EVERY: Duration = Duration::from_secs(5);
 /// How long a thread that went after its pages does not do so again.
-const FOLLOW_AGAIN: Duration = Duration::from_secs(600);
+pub(super) const FOLLOW_AGAIN: Duration = Duration::from_secs(600);
 /// Pause before a failed decision is tried again.
 const FAILED_AFTER: Duration = Duration::from_secs(15);
 
@@ -122,7 +122,7 @@ async fn look_at(
     let waited_cores = waited_cores(&report, known);
     let now = Instant::now();
     if known.rests_until.is_some_and(|until| now < until)
-        || handle.processes.exclusion.moves().contains_key(machine)
+        || handle.processes.exclusion.is_moving(machine)
     {
         return Ok(());
     }

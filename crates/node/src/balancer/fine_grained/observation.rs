@@ -429,7 +429,7 @@ pub(super) fn silent(
 
 #[cfg(test)]
 mod tests {
-    use super::super::{FOLLOW_AGAIN, THREAD_HOLD};
+    use super::super::follow::{FOLLOW_AGAIN, THREAD_HOLD};
     use super::*;
     use keel_cluster::NodeName;
     use keel_machine::span::{CoreTime, IdleRange, PartSet};
