@@ -1,14 +1,24 @@
-//! The agent's parts, how a node comes to be, and how its agent starts.
+//! The composition root: how a node comes to be, and how its agent is built of its parts.
+//! Nothing imports this file but the crate's face.
 
-use crate::balancer::{self, Ledger, Recorder};
+use crate::balancer::{self, Inbox, Ledger, NodeBalancer, Recorder};
+use crate::checkpoints::Checkpoints;
 use crate::code::{self, Code};
-use crate::dry_run::History;
+use crate::context::{Context, Settings};
 use crate::events::{Events, Note};
-use crate::lanes::Lanes;
-use crate::record::NodeRecord;
+use crate::front::{self, Handles};
+use crate::host::{cpu_features, memory_bytes};
+use crate::images::Images;
+use crate::lease;
+use crate::logs::Logs;
+use crate::machines::{self, Machines, Restarts};
+use crate::moves::{self, Moves};
+use crate::processes::{Arrivals, Processes};
+use crate::records::{AliveNodes, NodeRecord, Placements, follow_arrivals};
+use crate::rules::Rules;
+use crate::spanning::{self, Spanning};
 use crate::state_dir::StateDir;
-use crate::workers::Workers;
-use crate::{http, lease, moving, offer, reconcile, service};
+use crate::volumes::VolumeFiles;
 use keel_api::EventKind;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::identity::{CertificateAuthority, ClusterId, IdentityError, NodeIdentity};
@@ -16,18 +26,16 @@ use keel_cluster::join::JoinError;
 use keel_cluster::keys::Key;
 use keel_cluster::members::{self, MemberError, MemberSet, Voter};
 use keel_cluster::service::ClusterService;
-use keel_cluster::store::{LeaseId, RedbOptions, RedbStore, RemoteStore, Txn};
+use keel_cluster::store::{RedbOptions, RedbStore, RemoteStore, Txn};
 use keel_cluster::tokens::JoinToken;
-use keel_cluster::{Epoch, MachineName, NodeName, Store, StoreError};
+use keel_cluster::{NodeName, Store, StoreError};
 use keel_machine::cgroup::Slice;
 use keel_net::{Options as RpcOptions, Peers, Server, TlsError, Traffic};
-use serde::{Deserialize, Serialize};
-use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::mpsc::unbounded_channel;
 
 /// How long the store of another node may take to answer.
 const STORE_PATIENCE: Duration = Duration::from_secs(5);
@@ -94,58 +102,6 @@ pub enum AgentError {
 fn system(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
     let what = what.into();
     move |source| AgentError::System { what, source }
-}
-
-/// What the agent keeps about itself.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct Settings {
-    pub(crate) listen: SocketAddr,
-    pub(crate) api: Option<SocketAddr>,
-    /// Nodes that hold the store: name and address.
-    pub(crate) voters: Vec<(NodeName, String)>,
-}
-
-/// A running agent.
-pub(crate) struct Agent {
-    pub(crate) name: NodeName,
-    pub(crate) cluster: ClusterId,
-    pub(crate) dir: StateDir,
-    pub(crate) settings: Settings,
-    pub(crate) store: Arc<dyn Store>,
-    pub(crate) peers: Arc<Peers>,
-    pub(crate) members: Arc<MemberSet>,
-    pub(crate) workers: Arc<Workers>,
-    /// Parts of machines that have their homes elsewhere.
-    pub(crate) parts: Arc<Workers>,
-    pub(crate) lease: watch::Receiver<Option<LeaseId>>,
-    /// No epoch was above this one when this agent began to follow its schedule: what is
-    /// to be started under an older one, an earlier agent may have started.
-    pub(crate) epochs_before: OnceLock<Epoch>,
-    pub(crate) identity: NodeIdentity,
-    /// What happened here.
-    pub(crate) events: Events,
-    /// Moves away from here.
-    pub(crate) moves: Mutex<HashMap<MachineName, moving::Handle>>,
-    /// Machines that are arriving, or being started.
-    pub(crate) busy: Mutex<HashSet<MachineName>>,
-    /// Which moves away from here copy at a time.
-    pub(crate) lanes: Arc<Lanes>,
-    /// Compiled code here and elsewhere.
-    pub(crate) code: Arc<Code>,
-    /// Held while room for an arriving machine is looked for and reserved.
-    pub(crate) reserving: tokio::sync::Mutex<()>,
-    /// How moves away from here went.
-    pub(crate) history: Mutex<History>,
-    /// Machines of this node with parts elsewhere.
-    pub(crate) spanning: Mutex<HashSet<MachineName>>,
-    /// Held while a machine's limits are changed.
-    pub(crate) setting: tokio::sync::Mutex<()>,
-    /// Workers whose machines are kept regularly.
-    pub(crate) kept_regularly: Mutex<HashSet<u64>>,
-    /// What balances this node.
-    pub(crate) balancer: balancer::Handle,
-    /// Bytes to and from other nodes.
-    pub(crate) traffic: Traffic,
 }
 
 /// Makes the first node of a new cluster; nothing runs yet.
@@ -274,7 +230,6 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
         .map_err(system(dir.events().display().to_string()))?;
     let ledger = Ledger::open(&dir.ledger(), identity.node.as_str()).map_err(AgentError::Ledger)?;
     let recorder = Recorder::open(&dir.loads()).map_err(AgentError::Ledger)?;
-    let (balancer, inbox) = balancer::prepare(ledger, recorder);
     let authority = CertificateAuthority::load(dir.root())?.map(Arc::new);
     let traffic = Traffic::default();
     let options = RpcOptions {
@@ -306,34 +261,111 @@ pub async fn run(state_dir: &Path) -> Result<(), AgentError> {
     let members = follow_members(&store).await;
     let lease = lease::keep(store.clone(), identity.node.clone(), events.clone())
         .map_err(system("the thread that renews the lease"))?;
-    let slice = Arc::new(make_slice(&dir));
-    let agent = Arc::new(Agent {
+    let slice = make_slice(&dir);
+    let context = Arc::new(Context {
         name: identity.node.clone(),
         cluster: identity.cluster,
-        workers: Arc::new(Workers::new(slice.clone())),
-        parts: Arc::new(Workers::new(slice)),
         dir,
         settings,
         store,
         peers,
         members,
         lease,
-        epochs_before: OnceLock::new(),
-        code: Arc::new(Code::new()),
         identity,
         events,
-        moves: Mutex::default(),
-        busy: Mutex::default(),
-        lanes: Arc::default(),
-        history: Mutex::default(),
-        spanning: Mutex::default(),
-        setting: tokio::sync::Mutex::default(),
-        kept_regularly: Mutex::default(),
-        reserving: tokio::sync::Mutex::default(),
-        balancer,
         traffic,
     });
-    serve(agent, cluster, inbox).await
+    let parts = Parts::build(context, slice, ledger, recorder);
+    serve(parts, cluster).await
+}
+
+/// All parts of an agent, and what they are given to follow once they run.
+struct Parts {
+    handles: Arc<Handles>,
+    placements: Arc<Placements>,
+    alive: Arc<AliveNodes>,
+    arrivals: Arrivals,
+    inbox: Inbox,
+    restarts: Restarts,
+}
+
+impl Parts {
+    /// Builds them from the ground up: each gets the handles of those below it.
+    fn build(context: Arc<Context>, slice: Slice, ledger: Ledger, recorder: Recorder) -> Self {
+        let (processes, arrivals) = Processes::new(slice);
+        let processes = Arc::new(processes);
+        let placements: Arc<Placements> = Arc::default();
+        let alive = Arc::new(AliveNodes::new());
+        let images = Arc::new(Images::new(context.clone()));
+        let code = Arc::new(Code::new());
+        let rules = Arc::new(Rules::new(
+            context.clone(),
+            placements.clone(),
+            alive.clone(),
+        ));
+        let checkpoints = Arc::new(Checkpoints::new(context.clone(), processes.clone()));
+        let spanning = Arc::new(Spanning::new(
+            context.clone(),
+            processes.clone(),
+            images.clone(),
+            rules.clone(),
+        ));
+        let moves = Arc::new(Moves::new(moves::Below {
+            context: context.clone(),
+            processes: processes.clone(),
+            images: images.clone(),
+            code: code.clone(),
+            rules: rules.clone(),
+            checkpoints: checkpoints.clone(),
+            spanning: spanning.clone(),
+        }));
+        let (balancer, inbox) = NodeBalancer::new(balancer::Below {
+            context: context.clone(),
+            processes: processes.clone(),
+            code: code.clone(),
+            rules: rules.clone(),
+            spanning: spanning.clone(),
+            moves: moves.clone(),
+            placements: placements.clone(),
+            alive: alive.clone(),
+            ledger,
+            recorder,
+        });
+        let balancer = Arc::new(balancer);
+        let (machines, restarts) = Machines::new(machines::Below {
+            context: context.clone(),
+            processes: processes.clone(),
+            images: images.clone(),
+            code: code.clone(),
+            rules: rules.clone(),
+            checkpoints: checkpoints.clone(),
+            spanning: spanning.clone(),
+            moves: moves.clone(),
+            balancer: balancer.clone(),
+        });
+        let handles = Handles {
+            logs: Arc::new(Logs::new(context.clone(), processes.clone())),
+            files: Arc::new(VolumeFiles::new(context.clone(), processes.clone())),
+            context,
+            processes,
+            images,
+            code,
+            rules,
+            checkpoints,
+            spanning,
+            moves,
+            balancer,
+            machines: Arc::new(machines),
+        };
+        Parts {
+            handles: Arc::new(handles),
+            placements,
+            alive,
+            arrivals,
+            inbox,
+            restarts,
+        }
+    }
 }
 
 /// Where this node's workers get their cgroups.
@@ -368,74 +400,94 @@ async fn follow_members(store: &Arc<dyn Store>) -> Arc<MemberSet> {
     }
 }
 
-async fn serve(
-    agent: Arc<Agent>,
-    cluster: Option<ClusterService>,
-    inbox: balancer::Inbox,
-) -> Result<(), AgentError> {
-    tokio::spawn(follow_addresses(agent.clone()));
-    let address = agent.settings.listen;
+async fn serve(parts: Parts, cluster: Option<ClusterService>) -> Result<(), AgentError> {
+    let Parts {
+        handles: at,
+        placements,
+        alive,
+        mut arrivals,
+        inbox,
+        restarts,
+    } = parts;
+    let context = at.context.clone();
+    tokio::spawn(follow_addresses(context.clone()));
+    let address = context.settings.listen;
     let listener = tokio::net::TcpListener::bind(address)
         .await
         .map_err(system(format!("listening on {address}")))?;
     // Before anybody can ask what runs here.
-    agent.workers.adopt(&agent.dir).await;
-    crate::spanning::adopt(&agent).await;
-    tell_start(&agent);
+    at.processes.machines.adopt(&context.dir).await;
+    spanning::adopt(&at.spanning).await;
+    tell_start(&at);
     if cluster.is_some() {
-        let (store, events) = (agent.store.clone(), agent.events.clone());
+        let (store, events) = (context.store.clone(), context.events.clone());
         tokio::spawn(lease::tell_of_nodes(store, events));
     }
     let server = Server::serve(
         listener,
-        agent.identity.server_tls()?,
-        agent.members.check(),
-        Arc::new(service::Service::new(agent.clone(), cluster)),
+        context.identity.server_tls()?,
+        context.members.check(),
+        Arc::new(front::Service::new(at.clone(), cluster)),
         RpcOptions {
-            traffic: agent.traffic.clone(),
+            traffic: context.traffic.clone(),
             ..RpcOptions::default()
         },
     )
     .map_err(system(format!("listening on {address}")))?;
-    for machine in agent.workers.names() {
-        reconcile::watch_worker(&agent, &machine);
-        let agent = agent.clone();
-        tokio::spawn(async move { reconcile::resume_after_move(&agent, &machine).await });
+    let (changes, placement_changes) = unbounded_channel();
+    tokio::spawn(placements.follow(context.clone(), changes.clone()));
+    tokio::spawn(follow_arrivals(context.clone(), changes));
+    let followed = context.clone();
+    tokio::spawn(async move { alive.follow(&followed).await });
+    at.rules.cache.follow();
+    for machine in at.processes.machines.names() {
+        machines::watch_worker(&at.machines, &machine);
+        let moves = at.moves.clone();
+        tokio::spawn(async move { moves::resume_after_move(&moves, &machine).await });
     }
-    tokio::spawn(offer::withdraw_old(agent.clone()));
-    tokio::spawn(publish(agent.clone()));
-    tokio::spawn(reconcile::follow_schedule(agent.clone()));
-    tokio::spawn(code::run(agent.clone()));
-    balancer::start(&agent, inbox);
-    http::serve(agent.clone())
-        .await
-        .map_err(system("the API"))?;
+    let watched = at.machines.clone();
+    tokio::spawn(async move {
+        while let Some(machine) = arrivals.recv().await {
+            machines::watch_worker(&watched, &machine);
+        }
+    });
+    tokio::spawn(moves::withdraw_old_offers(at.moves.clone()));
+    tokio::spawn(publish(context.clone(), at.processes.clone()));
+    tokio::spawn(machines::follow_restarts(at.machines.clone(), restarts));
+    tokio::spawn(machines::follow_schedule(at.machines.clone()));
+    tokio::spawn(code::run(
+        context.clone(),
+        at.images.clone(),
+        at.code.clone(),
+    ));
+    balancer::start(&at.balancer, inbox, placement_changes);
+    front::serve(at.clone()).await.map_err(system("the API"))?;
     server.shutdown().await;
     let stopped = Note::node(EventKind::NodeStopped, "the agent was told to stop");
-    agent.events.record(stopped);
-    agent.events.flush().await;
-    agent.workers.slice().remove_if_empty();
+    context.events.record(stopped);
+    context.events.flush().await;
+    at.processes.machines.slice().remove_if_empty();
     Ok(())
 }
 
-fn tell_start(agent: &Agent) {
+fn tell_start(at: &Handles) {
     let version = env!("CARGO_PKG_VERSION");
     let text = format!("the agent started (keel {version})");
     let started = Note::node(EventKind::NodeStarted, text).with("version", version);
-    agent.events.record(started);
-    for machine in agent.workers.names() {
+    at.context.events.record(started);
+    for machine in at.processes.machines.names() {
         let text = "its process was found when the agent started";
         let found = Note::machine(EventKind::MachineFound, &machine, text);
-        agent.events.record(found);
+        at.context.events.record(found);
     }
 }
 
 /// Keeps the addresses of all members known.
-async fn follow_addresses(agent: Arc<Agent>) {
-    let mut changes = agent.members.changes();
+async fn follow_addresses(context: Arc<Context>) {
+    let mut changes = context.members.changes();
     loop {
-        for (node, member) in agent.members.all().iter() {
-            agent.peers.set_address(node, &member.address);
+        for (node, member) in context.members.all().iter() {
+            context.peers.set_address(node, &member.address);
         }
         if changes.changed().await.is_err() {
             return;
@@ -444,14 +496,14 @@ async fn follow_addresses(agent: Arc<Agent>) {
 }
 
 /// Writes what this node is into the store, until it is there.
-async fn publish(agent: Arc<Agent>) {
-    let record = describe(&agent);
+async fn publish(context: Arc<Context>, processes: Arc<Processes>) {
+    let record = describe(&context, &processes);
     let Ok(value) = keel_cluster::wire::encode("a node's record", &record) else {
         return;
     };
     loop {
-        let txn = Txn::new().put(Key::Node(agent.name.clone()), value.clone());
-        match agent.store.txn(txn).await {
+        let txn = Txn::new().put(Key::Node(context.name.clone()), value.clone());
+        match context.store.txn(txn).await {
             Ok(_) => return,
             Err(error) => {
                 tracing::warn!(%error, "this node is not in the store yet");
@@ -461,69 +513,18 @@ async fn publish(agent: Arc<Agent>) {
     }
 }
 
-fn describe(agent: &Agent) -> NodeRecord {
+fn describe(context: &Context, processes: &Processes) -> NodeRecord {
     let mut lacks = Vec::new();
     if let Some(missing) = keel_machine::missing_for_moves() {
         lacks.push(missing);
     }
-    lacks.extend(agent.workers.slice().missing());
+    lacks.extend(processes.machines.slice().missing());
     NodeRecord {
-        address: agent.settings.listen.to_string(),
+        address: context.settings.listen.to_string(),
         cpus: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
         memory_bytes: memory_bytes(),
         features: cpu_features(),
         lacks,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-    }
-}
-
-/// Memory of the host, in bytes; 0 where `/proc` does not say.
-pub(crate) fn memory_bytes() -> u64 {
-    meminfo("MemTotal:")
-}
-
-/// Memory that could be had now, in bytes.
-pub(crate) fn memory_available_bytes() -> u64 {
-    meminfo("MemAvailable:")
-}
-
-fn meminfo(field: &str) -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix(field))
-        .and_then(|rest| rest.trim().strip_suffix("kB"))
-        .and_then(|kib| kib.trim().parse::<u64>().ok())
-        .map_or(0, |kib| kib << 10)
-}
-
-/// What the CPU can do, as the kernel names it.
-pub(crate) fn cpu_features() -> Vec<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    text.lines()
-        .find_map(|line| line.strip_prefix("flags"))
-        .and_then(|rest| rest.split_once(':'))
-        .map(|(_, flags)| flags.split_whitespace().map(str::to_owned).collect())
-        .unwrap_or_default()
-}
-
-impl Agent {
-    pub(crate) fn busy(&self) -> std::sync::MutexGuard<'_, HashSet<MachineName>> {
-        self.busy.lock().unwrap_or_else(|error| error.into_inner())
-    }
-
-    pub(crate) fn spanning(&self) -> std::sync::MutexGuard<'_, HashSet<MachineName>> {
-        self.spanning
-            .lock()
-            .unwrap_or_else(|error| error.into_inner())
-    }
-
-    pub(crate) fn kept_regularly(&self) -> std::sync::MutexGuard<'_, HashSet<u64>> {
-        self.kept_regularly
-            .lock()
-            .unwrap_or_else(|error| error.into_inner())
-    }
-
-    pub(crate) fn moves(&self) -> std::sync::MutexGuard<'_, HashMap<MachineName, moving::Handle>> {
-        self.moves.lock().unwrap_or_else(|error| error.into_inner())
     }
 }

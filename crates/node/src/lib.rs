@@ -1,65 +1,51 @@
-//! The agent of one node: makes what runs here equal to this node's schedule
-//! in the store, moves machines, and answers users.
+//! The agent of one node: makes what runs here equal to this node's schedule in the store,
+//! moves machines, balances them, and answers users.
 //!
-//! - `state_dir`: the folder that a node keeps
-//! - `parent`: the tiny process that restarts the agent
-//! - `agent`: the agent's parts and its start
-//! - `lease`: keeps this node alive in the store
-//! - `record`: machines and nodes in the store
-//! - `workers`: the processes of this node's machines
-//! - `reconcile`: schedule → workers, ends of machines → store
-//! - `code`: compiled code: what is ready here, what is compiled next
-//! - `offer`: target of a move
-//! - `moving`: source of a move: feeds the state machine of `keel-machine`
-//! - `service`: what other nodes ask
+//! In layers; a file imports its own folder and the layers below, never a neighbour's
+//! inside (`cargo xtask lint` checks it):
+//!
+//! - `agent`: how a node comes to be, and how its agent is built of its parts
+//! - `front`: HTTP and rpc: requests to handles
+//! - `machines`: the life of this node's machines
 //! - `balancer`: measures this node, and balances it with others
-//! - `rules`: where machines may be, in the store's transactions
-//! - `set`: other limits for a machine that runs
-//! - `operate`: what users ask, wherever the machine is
-//! - `output`: what machines print, followed from node to node
-//! - `keep`: checkpoints, and machines made of them
-//! - `diff`: what would change of a machine
-//! - `files`: files in machines' volumes, for users
-//! - `volumes`: the cluster's volumes, and which machine has which
-//! - `events`: what happened here, kept and told
-//! - `http`: the API
+//! - `moves`: moves of whole machines, as source and as target
+//! - `spanning`: machines with parts on several nodes
+//! - `checkpoints`, `volumes`, `logs`, `rules`, `code`: what machines are kept in, write,
+//!   print, may do, and are compiled to
+//! - `images`: program images: modules by hash
+//! - `processes`: the worker processes of this node
+//! - `records`: typed views of the store
+//! - `cluster_info`, `cluster_events`: the cluster and its events as users see them
+//! - `context`: what every part gets
+//! - `error`, `events`, `host`, `lease`, `state_dir`, `parent`: the ground
 
 #![forbid(unsafe_code)]
 
 mod agent;
-mod apart;
 mod balancer;
-mod changing;
+mod checkpoints;
+mod cluster_events;
+mod cluster_info;
 mod code;
-#[cfg(feature = "failpoints")]
-mod debug;
-mod diff;
-mod dry_run;
+mod context;
+mod error;
 mod events;
-mod executable;
-mod files;
-mod http;
-mod keep;
-mod lanes;
+mod front;
+mod host;
+mod images;
 mod lease;
-mod moving;
-mod offer;
-mod operate;
-mod output;
+mod logs;
+mod machines;
+mod moves;
 mod parent;
-mod pauses;
-mod reconcile;
-mod record;
-mod regular;
+mod processes;
+mod records;
 mod rules;
-mod service;
-mod set;
 mod spanning;
 mod state_dir;
 mod volumes;
-mod workers;
 
 pub use agent::{Addresses, AgentError, AgentOptions, addresses, found, join, run};
-pub use executable::{installed, own_image, own_image_for_others};
 pub use parent::{PARENT_ENVIRONMENT, ParentError, Restart, supervise};
+pub use processes::{installed, own_image, own_image_for_others};
 pub use state_dir::StateDir;

@@ -2,7 +2,7 @@
 //! passes on the signals to stop. Machines are not its children's concern: they
 //! run in workers of their own.
 
-use crate::executable::own_image;
+use crate::processes::own_image;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};

@@ -1,148 +1,67 @@
-//! Rules as rounds see them: from what was followed, never by asking. The transaction
-//! of the move itself decides; this keeps what it would refuse from being tried, and
-//! finds machines that break a rule where they are.
+//! Bounds of a balancing round: rules, machines that opted out, machines that span, and
+//! what compiling a program at a target costs. Read from what was followed, never by
+//! asking.
 
-use super::grains::Spreading;
-use super::placements::Placements;
+use super::spreading::Spreading;
 use crate::code::Code;
-use crate::rules::{Book, Drain};
+use crate::records::Placements;
+use crate::rules::RuleSnapshot;
 use keel_balance::Name;
 use keel_balance::round::Bounds;
-use keel_balance::rules::{Broken, Holders, Thing, broken_by, domains_of, forbidden, holders_of};
+use keel_balance::rules::Broken;
 use keel_balance::select::{Bound, Spreadable};
-use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-/// The rules, followed.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Followed(Arc<Mutex<Book>>);
-
-impl Followed {
-    pub(super) fn change(&self, change: impl FnOnce(&mut Book)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-
-    pub(super) fn book(&self) -> Book {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Whether a node is being emptied, and until when.
-    pub(super) fn drain_of(&self, node: &str) -> Option<Drain> {
-        let book = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        book.drains.get(node).cloned()
-    }
-}
-
-/// Holders and domains of all rules.
-struct Held {
-    holders: BTreeMap<Name, Holders>,
-    domains: BTreeMap<Name, BTreeSet<String>>,
-}
-
-/// Rules, nodes and machines of one instant.
+/// Rules, nodes and machines of one instant, as rounds see them.
 pub(super) struct Snapshot {
-    book: Book,
-    alive: Vec<Name>,
+    rules: RuleSnapshot,
     opted_out: BTreeSet<Name>,
     /// Machines of this node with parts elsewhere.
     spanning: BTreeSet<Name>,
     /// Machines that may get parts.
     spreadable: BTreeMap<Name, Spreadable>,
-    placed: Vec<(Thing, Name)>,
-    nodes: Vec<Thing>,
     /// Minute of the day, UTC.
     minute: u32,
     code: Arc<Code>,
-    held: OnceCell<Held>,
 }
 
 impl Snapshot {
     pub(super) fn new(
-        followed: &Followed,
+        rules: RuleSnapshot,
         placements: &Placements,
-        nodes: &[Name],
         (spanning, spreading): (BTreeSet<Name>, &Spreading),
         code: Arc<Code>,
         now_unix_ms: u64,
     ) -> Self {
-        let book = followed.book();
-        let alive = nodes.to_vec();
-        // Where there are no rules nothing needs to be known.
-        let (placed, nodes) = if book.rules.is_empty() {
-            (Vec::new(), Vec::new())
-        } else {
-            let placed = placements.live().into_iter();
-            (
-                placed
-                    .map(|(machine, node)| (book.machine(&machine), node))
-                    .collect(),
-                nodes.iter().map(|node| book.node(node)).collect(),
-            )
-        };
         let mut spreadable = placements.spreadable();
         spreadable.retain(|machine, it| {
             it.is_decided = spreading.contains(machine);
             !spanning.contains(machine)
         });
         Snapshot {
-            book,
-            alive,
+            rules,
             opted_out: placements.opted_out(),
             spanning,
             spreadable,
-            placed,
-            nodes,
             minute: (now_unix_ms / 60_000 % 1440) as u32,
             code,
-            held: OnceCell::new(),
         }
     }
 
     /// Nodes that are alive.
     pub(super) fn nodes(&self) -> &[Name] {
-        &self.alive
+        self.rules.nodes()
     }
 
     /// Machines of a node that break a rule where they are.
     pub(super) fn broken_on(&self, node: &str) -> Vec<(Name, Broken)> {
-        if self.book.rules.is_empty() {
-            return Vec::new();
-        }
-        let here = |machine: &Name| {
-            let mut placed = self.placed.iter();
-            placed.any(|(it, at)| it.name == *machine && **at == *node)
-        };
-        let mut broken = broken_by(&self.book.rules, &self.placed, &self.nodes);
-        broken.retain(|(machine, _)| here(machine));
-        broken
+        self.rules.broken_on(node)
     }
 
     /// The rule that does not allow a machine on a node.
     pub(super) fn forbids(&self, machine: &Name, target: &Name) -> Option<Broken> {
-        if self.book.drains.contains_key(target) {
-            return Some(Broken {
-                rule: "drain".into(),
-                why: format!("{target} is being drained"),
-            });
-        }
-        let thing = self.book.machine(machine);
-        let node = self.book.node(target);
-        if !self.book.rules.iter().any(|it| it.is_about(&thing)) {
-            return None;
-        }
-        let held = self.held.get_or_init(|| {
-            let rules = &self.book.rules;
-            Held {
-                holders: holders_of(rules, &self.placed, &self.nodes),
-                domains: domains_of(rules, &self.nodes),
-            }
-        });
-        let (holders, domains) = (&held.holders, &held.domains);
-        forbidden(&self.book.rules, &thing, &node, holders, domains)
+        self.rules.forbids(machine, target)
     }
 }
 
@@ -154,13 +73,12 @@ impl Bounds for Snapshot {
         if self.spanning.contains(machine) {
             return Some(Bound::Spans);
         }
-        if self.book.rules.is_empty() && self.book.drains.is_empty() {
+        if self.rules.is_empty() {
             return None;
         }
-        let thing = self.book.machine(machine);
-        let mut rules = self.book.rules.iter();
-        let forbidden = rules
-            .find_map(|rule| rule.forbids_moving(&thing, self.minute))
+        let forbidden = self
+            .rules
+            .forbids_moving(machine, self.minute)
             .or_else(|| self.forbids(machine, target));
         forbidden.map(|broken| Bound::Rule {
             rule: broken.rule,

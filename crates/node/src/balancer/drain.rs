@@ -3,12 +3,12 @@
 //! whatever else dies, and nobody if it is dead. After each plan's steps a new plan is
 //! made of what is left, until nothing is, or the key is gone.
 
-use super::ask::ask_node;
+use super::drain_progress::State;
+use super::handle::NodeBalancer;
+use super::peers::{DRAIN, ask_node};
 use super::plan::{AT_ONCE, View, take_step};
-use crate::agent::Agent;
-use crate::operate::OperateError;
+use crate::error::CommandError;
 use crate::rules::Drain;
-use crate::service::kind as node_kind;
 use futures::{StreamExt, stream};
 use keel_api::{DrainInfo, DrainRequest, DrainState, LeftBehind, PlanGoal, PlanStep, Urgency};
 use keel_balance::ledger::Outcome;
@@ -16,7 +16,7 @@ use keel_cluster::NodeName;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Txn, TxnOutcome};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How often it is looked whether this node is to be emptied.
@@ -26,41 +26,22 @@ const AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// For how long a machine may stand still where the time is nearly over, at most.
 const HURRIED_STILL: Duration = Duration::from_secs(1);
 
-/// How far emptying this node has come.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Progress(Arc<Mutex<State>>);
-
-#[derive(Debug, Default)]
-struct State {
-    moved: u32,
-    moving: Vec<PlanStep>,
-    left: Vec<LeftBehind>,
-    /// What is left, in milliseconds, as predicted, and when that was.
-    rest: Option<(f64, u64)>,
-}
-
-impl Progress {
-    fn locked(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 // ── ordering ────────────────────────────────────────────────────────────
 
 /// Has a node emptied, or changes until when.
 pub(crate) async fn begin(
-    agent: &Arc<Agent>,
+    handle: &Arc<NodeBalancer>,
     node: &NodeName,
     request: &DrainRequest,
-) -> Result<(), OperateError> {
-    if !agent.members.contains(node) {
+) -> Result<(), CommandError> {
+    if !handle.context.members.contains(node) {
         let what = format!("there is no node {node:?} (see `keel nodes`)");
-        return Err(OperateError::Missing(what));
+        return Err(CommandError::NotFound(what));
     }
     let key = Key::Drain(node.clone());
     let now = unix_ms();
     for _ in 0..8 {
-        let found = agent.store.get(&key.to_string()).await?;
+        let found = handle.context.store.get(&key.to_string()).await?;
         let before = found.as_ref().and_then(|entry| {
             let drain: Option<Drain> = serde_json::from_slice(&entry.value).ok();
             drain
@@ -70,12 +51,13 @@ pub(crate) async fn begin(
             deadline_unix_ms: request.deadline_ms.map(|ms| now.saturating_add(ms)),
         };
         let value =
-            serde_json::to_vec(&drain).map_err(|error| OperateError::Bad(error.to_string()))?;
+            serde_json::to_vec(&drain).map_err(|error| CommandError::Invalid(error.to_string()))?;
         let txn = match found {
             Some(entry) => Txn::new().when_modified_at(key.clone(), entry.modified),
             None => Txn::new().when_absent(key.clone()),
         };
-        if agent
+        if handle
+            .context
             .store
             .txn(txn.put(key.clone(), value))
             .await?
@@ -84,43 +66,46 @@ pub(crate) async fn begin(
             return Ok(());
         }
     }
-    Err(OperateError::Conflict(
+    Err(CommandError::Conflict(
         "others change the same drain all the time; try again".into(),
     ))
 }
 
 /// Opens a node again. What has moved away stays where it is.
-pub(crate) async fn end(agent: &Arc<Agent>, node: &NodeName) -> Result<(), OperateError> {
+pub(crate) async fn end(handle: &Arc<NodeBalancer>, node: &NodeName) -> Result<(), CommandError> {
     let key = Key::Drain(node.clone()).to_string();
     let txn = Txn::new()
         .when(keel_cluster::store::Compare::Exists { key: key.clone() })
         .delete(key);
-    match agent.store.txn(txn).await? {
+    match handle.context.store.txn(txn).await? {
         TxnOutcome::Committed { .. } => Ok(()),
-        TxnOutcome::Refused { .. } if !agent.members.contains(node) => {
+        TxnOutcome::Refused { .. } if !handle.context.members.contains(node) => {
             let what = format!("there is no node {node:?} (see `keel nodes`)");
-            Err(OperateError::Missing(what))
+            Err(CommandError::NotFound(what))
         }
-        TxnOutcome::Refused { .. } => Err(OperateError::Conflict(format!(
+        TxnOutcome::Refused { .. } => Err(CommandError::Conflict(format!(
             "node {node:?} is not being drained (see `keel nodes`)"
         ))),
     }
 }
 
 /// How far it has come, asked of any node.
-pub(crate) async fn info(agent: &Arc<Agent>, node: &NodeName) -> Result<DrainInfo, OperateError> {
-    if !agent.members.contains(node) {
+pub(crate) async fn info(
+    handle: &Arc<NodeBalancer>,
+    node: &NodeName,
+) -> Result<DrainInfo, CommandError> {
+    if !handle.context.members.contains(node) {
         let what = format!("there is no node {node:?} (see `keel nodes`)");
-        return Err(OperateError::Missing(what));
+        return Err(CommandError::NotFound(what));
     }
-    ask_node(agent, node, node_kind::DRAIN, &()).await
+    ask_node(handle, node, DRAIN, &(), info_here(handle)).await
 }
 
 /// The same of this node.
-pub(super) async fn info_here(agent: &Agent) -> Result<DrainInfo, String> {
-    let node = agent.name.to_string();
-    let key = Key::Drain(agent.name.clone()).to_string();
-    let entry = agent.store.get(&key).await;
+pub(super) async fn info_here(handle: &NodeBalancer) -> Result<DrainInfo, String> {
+    let node = handle.context.name.to_string();
+    let key = Key::Drain(handle.context.name.clone()).to_string();
+    let entry = handle.context.store.get(&key).await;
     let entry = entry.map_err(|error| error.to_string())?;
     let drain: Option<Drain> = match &entry {
         Some(entry) => {
@@ -128,11 +113,11 @@ pub(super) async fn info_here(agent: &Agent) -> Result<DrainInfo, String> {
         }
         None => None,
     };
-    let live = agent.balancer.placements.live();
+    let live = handle.placements.live();
     let here = live.iter().filter(|(_, owner)| **owner == *node).count();
     // (Their homes have them leave.)
-    let parts = agent.parts.names().len();
-    let state = agent.balancer.drain.locked();
+    let parts = handle.processes.members.names().len();
+    let state = handle.drain.locked();
     let deadline = drain.as_ref().and_then(|drain| drain.deadline_unix_ms);
     let now = unix_ms();
     Ok(DrainInfo {
@@ -158,30 +143,34 @@ pub(super) async fn info_here(agent: &Agent) -> Result<DrainInfo, String> {
 // ── emptying ────────────────────────────────────────────────────────────
 
 /// Empties this node whenever the store says so.
-pub(super) async fn follow(agent: Arc<Agent>) {
-    let ordered = |agent: &Agent| agent.balancer.rules.drain_of(agent.name.as_str());
+pub(super) async fn follow(handle: Arc<NodeBalancer>) {
+    let ordered = |handle: &NodeBalancer| handle.rules.cache.drain_of(handle.context.name.as_str());
     loop {
-        let Some(drain) = ordered(&agent) else {
+        let Some(drain) = ordered(&handle) else {
             // What was left behind, or went, is of a drain that is over.
-            *agent.balancer.drain.locked() = State::default();
+            *handle.drain.locked() = State::default();
             tokio::time::sleep(LOOK_EVERY).await;
             continue;
         };
         let late = drain.deadline_unix_ms.is_some_and(|at| at <= unix_ms());
-        let moved = if late { 0 } else { empty(&agent, &drain).await };
+        let moved = if late {
+            0
+        } else {
+            empty(&handle, &drain).await
+        };
         let pause = if moved > 0 { LOOK_EVERY } else { AGAIN_AFTER };
         tokio::time::sleep(pause).await;
     }
 }
 
 /// Makes a plan and carries it out; how many machines went.
-async fn empty(agent: &Arc<Agent>, drain: &Drain) -> u32 {
-    let progress = &agent.balancer.drain;
+async fn empty(handle: &Arc<NodeBalancer>, drain: &Drain) -> u32 {
+    let progress = &handle.drain;
     let goal = PlanGoal::Drain {
-        node: agent.name.to_string(),
+        node: handle.context.name.to_string(),
     };
-    let planned = match View::gather(agent, &goal).await {
-        Ok(view) if view.machines_on(agent.name.as_str()) == 0 => {
+    let planned = match View::gather(handle, &goal).await {
+        Ok(view) if view.machines_on(handle.context.name.as_str()) == 0 => {
             let mut state = progress.locked();
             (state.left, state.rest) = (Vec::new(), None);
             return 0;
@@ -214,26 +203,31 @@ async fn empty(agent: &Arc<Agent>, drain: &Drain) -> u32 {
         }
     }
     let moves = stream::iter(of_machines)
-        .map(|steps| async move { go(agent, &steps, urgency, budget_micros).await });
+        .map(|steps| async move { go(handle, &steps, urgency, budget_micros).await });
     let ended: Vec<bool> = moves.buffer_unordered(AT_ONCE.0).collect().await;
     ended.into_iter().filter(|went| *went).count() as u32
 }
 
 /// Moves one machine away, unless the node was opened again; whether it went.
 async fn go(
-    agent: &Arc<Agent>,
+    handle: &Arc<NodeBalancer>,
     steps: &[PlanStep],
     urgency: Urgency,
     budget_micros: Option<u64>,
 ) -> bool {
-    let progress = &agent.balancer.drain;
-    let why = format!("{} is being drained", agent.name);
+    let progress = &handle.drain;
+    let why = format!("{} is being drained", handle.context.name);
     for step in steps {
-        if agent.balancer.rules.drain_of(agent.name.as_str()).is_none() {
+        if handle
+            .rules
+            .cache
+            .drain_of(handle.context.name.as_str())
+            .is_none()
+        {
             return false;
         }
         progress.locked().moving.push(step.clone());
-        let outcome = take_step(agent, step, &why, urgency, budget_micros).await;
+        let outcome = take_step(handle, step, &why, urgency, budget_micros).await;
         let mut state = progress.locked();
         state.moving.retain(|it| it != step);
         if let Outcome::Moved { .. } = outcome {
@@ -241,7 +235,7 @@ async fn go(
         } else {
             state.left.push(LeftBehind {
                 machine: step.machine.clone(),
-                node: agent.name.to_string(),
+                node: handle.context.name.to_string(),
                 reason: outcome.to_string(),
             });
             return false;

@@ -6,13 +6,9 @@
 //! explain where it has been when those nodes are gone. Lines that are known already
 //! are not kept twice.
 
-use super::ask::ask_node;
 use super::database;
-use crate::agent::Agent;
-use crate::service::kind as node_kind;
 use keel_balance::Name;
 use keel_balance::ledger::Line;
-use keel_cluster::{MachineName, NodeName};
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use std::collections::VecDeque;
 use std::path::Path;
@@ -29,9 +25,9 @@ const UNWRITTEN_MAX: usize = 1024;
 const BATCH_MAX: usize = 256;
 
 /// Lines that go with a machine.
-const ALONG_MAX: u32 = 64;
+pub(super) const ALONG_MAX: u32 = 64;
 /// Newest lines of all among which those of a machine are looked for that leaves.
-const ALONG_AMONG: u32 = 10_000;
+pub(super) const ALONG_AMONG: u32 = 10_000;
 /// Newest lines among which one that came along is looked for.
 const LOOKED_THROUGH: usize = 2_000;
 
@@ -274,34 +270,6 @@ fn write(database: &Database, batch: &[(u64, Line)]) -> Result<(), redb::Error> 
     }
     txn.commit()?;
     Ok(())
-}
-
-/// Sends what this node's ledger says of a machine after it, in the background; what
-/// does not arrive is still here.
-pub(crate) fn send_along(agent: &Arc<Agent>, machine: &MachineName, target: &NodeName) {
-    let (agent, machine, target) = (agent.clone(), machine.clone(), target.clone());
-    tokio::spawn(async move {
-        let wanted = Wanted {
-            machine: Some(machine.to_string()),
-            limit: ALONG_MAX,
-            among: ALONG_AMONG,
-            ..Wanted::default()
-        };
-        let sent: Result<(), String> = async {
-            let lines = agent.balancer.ledger().newest(wanted).await?;
-            if lines.is_empty() {
-                return Ok(());
-            }
-            let json = serde_json::to_vec(&lines).map_err(|error| error.to_string())?;
-            let taken: Result<(), _> =
-                ask_node(&agent, &target, node_kind::LEDGER_ALONG, &json).await;
-            taken.map_err(|error| error.to_string())
-        }
-        .await;
-        if let Err(error) = sent {
-            tracing::debug!(%machine, %target, error, "the ledger did not go along");
-        }
-    });
 }
 
 #[cfg(test)]

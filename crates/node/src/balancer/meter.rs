@@ -14,8 +14,8 @@
 //! processor still has translations of are missed: some MiB of a machine that touches
 //! little else.
 
+use crate::processes::Workers;
 use crate::state_dir::StateDir;
-use crate::workers::Workers;
 use keel_api::PeerTraffic;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_cluster::{MachineName, NodeName};
@@ -529,11 +529,11 @@ fn host_shares(before: &Host, now: &Host) -> (f64, f64) {
 
 /// Memory that the node has, and what of it others than machines occupy.
 fn memory(budget: &Budget, machines_bytes: u64) -> (u64, u64) {
-    let total = crate::agent::memory_bytes();
+    let total = crate::host::memory_bytes();
     match budget.memory_bytes {
         Some(limit) if limit < total => (limit, resident_bytes(Path::new("/proc/self"))),
         _ => {
-            let used = total.saturating_sub(crate::agent::memory_available_bytes());
+            let used = total.saturating_sub(crate::host::memory_available_bytes());
             (total, used.saturating_sub(machines_bytes))
         }
     }

@@ -2,13 +2,13 @@
 //! planner is `keel-balance`'s; every move is an ordinary one, which the store may
 //! refuse, so a plan that is out of date does less, and nothing wrong.
 
-mod confirmed;
-
-use super::ask::gather_loads;
-use super::{ended, keep, run_move};
-use crate::agent::Agent;
-use crate::operate::OperateError;
-use crate::rules::Book;
+use super::actions::{ended, run_move};
+use super::confirmed;
+use super::handle::NodeBalancer;
+use super::queries::gather_loads;
+use crate::error::CommandError;
+use crate::records;
+use crate::rules::RuleSet;
 use keel_api::{
     LeftBehind, NodeLoad, PlanGoal, PlanInfo, PlanLine, PlanRequest, PlanStep, PlannedMachine,
     Silence, Urgency,
@@ -56,14 +56,21 @@ pub(super) struct View {
 
 impl View {
     /// Asks all nodes.
-    pub(super) async fn gather(agent: &Arc<Agent>, goal: &PlanGoal) -> Result<Self, OperateError> {
+    pub(super) async fn gather(
+        handle: &Arc<NodeBalancer>,
+        goal: &PlanGoal,
+    ) -> Result<Self, CommandError> {
         let for_drain = matches!(goal, PlanGoal::Drain { .. });
-        let told = gather_loads(agent).await?;
-        let book = agent.balancer.rules.book();
-        let model = agent.balancer.look(|balancer, _, _| *balancer.model());
-        let model = model.await.map_err(OperateError::Away)?;
+        let told = gather_loads(handle).await?;
+        let rules_now = handle.rules.cache.set();
+        let model = handle.look(|balancer, _, _| *balancer.model());
+        let model = model.await.map_err(CommandError::Unavailable)?;
         let minute = (unix_ms() / 60_000 % 1440) as u32;
-        let sites: Vec<Site> = told.nodes.iter().map(|node| site(node, &book)).collect();
+        let sites: Vec<Site> = told
+            .nodes
+            .iter()
+            .map(|node| site(node, &rules_now))
+            .collect();
         let weights = &told.policy.weights;
         let mut samples: BTreeMap<&str, &MachineSample> = BTreeMap::new();
         for sample in told.nodes.iter().filter_map(|node| node.sample.as_ref()) {
@@ -71,7 +78,7 @@ impl View {
         }
         let (mut loads, mut factors, mut fixed) = (Vec::new(), Vec::new(), BTreeMap::new());
         let mut epochs = Vec::new();
-        let mut live = agent.balancer.placements.live();
+        let mut live = handle.placements.live();
         live.sort();
         for (name, owner) in live {
             let Some(at) = sites.iter().position(|site| site.name == owner) else {
@@ -79,9 +86,9 @@ impl View {
             };
             // (One that has just come is in no sample yet.)
             let used = samples.get(&*name).map(|it| it.factors).unwrap_or_default();
-            let thing = book.machine(&name);
-            let placed = agent.balancer.placements.get(&name);
-            let mut rules = book.rules.iter();
+            let thing = rules_now.machine(&name);
+            let placed = handle.placements.get(&name);
+            let mut rules = rules_now.rules.iter();
             let why = match rules.find_map(|rule| rule.forbids_moving(&thing, minute)) {
                 _ if placed.as_ref().is_none_or(|placed| !placed.movable) => {
                     Some("it does not run just now".to_owned())
@@ -115,7 +122,7 @@ impl View {
             loads,
             weights: weighed(weights),
             hard: [false; RESOURCES],
-            rules: book.rules.clone(),
+            rules: rules_now.rules.clone(),
             gain_min: GAIN_MIN / count,
             at_once: AT_ONCE,
         };
@@ -154,15 +161,17 @@ impl View {
     /// that nobody waits for.
     ///
     /// # Errors
-    /// [`OperateError::Missing`] if a node is to be emptied that does not tell its
+    /// [`CommandError::NotFound`] if a node is to be emptied that does not tell its
     /// load.
-    pub(super) async fn plan(self, goal: PlanGoal) -> Result<PlanInfo, OperateError> {
+    pub(super) async fn plan(self, goal: PlanGoal) -> Result<PlanInfo, CommandError> {
         tokio::task::spawn_blocking(move || self.compute(&goal))
             .await
-            .map_err(|error| OperateError::Away(format!("computing the plan failed: {error}")))?
+            .map_err(|error| {
+                CommandError::Unavailable(format!("computing the plan failed: {error}"))
+            })?
     }
 
-    fn compute(&self, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
+    fn compute(&self, goal: &PlanGoal) -> Result<PlanInfo, CommandError> {
         let of_problem = match goal {
             PlanGoal::Level { moves_max } => Goal::Level {
                 moves_max: *moves_max,
@@ -173,7 +182,7 @@ impl View {
                 let number = sites.iter().position(|site| *site.name == **node);
                 let missing = || {
                     let what = format!("node {node:?} does not answer (see `keel nodes`)");
-                    OperateError::Missing(what)
+                    CommandError::NotFound(what)
                 };
                 Goal::Drain(vec![number.ok_or_else(missing)?])
             }
@@ -246,7 +255,7 @@ fn weighed(weights: &Weights) -> Amounts {
 }
 
 /// A node; one that has not measured for long enough takes nothing.
-fn site(node: &NodeLoad, book: &Book) -> Site {
+fn site(node: &NodeLoad, rules_now: &RuleSet) -> Site {
     let name: Name = node.node.as_str().into();
     let (mut capacity, mut base) = ([0.0; RESOURCES], [0.0; RESOURCES]);
     if let Some(sample) = &node.sample {
@@ -257,8 +266,8 @@ fn site(node: &NodeLoad, book: &Book) -> Site {
         base[IO] = sample.base.io_bytes_per_s;
     }
     Site {
-        labels: book.node(&name).labels,
-        open: node.side.is_some() && !book.drains.contains_key(&name),
+        labels: rules_now.node(&name).labels,
+        open: node.side.is_some() && !rules_now.drains.contains_key(&name),
         name,
         capacity,
         base,
@@ -275,51 +284,48 @@ fn amounts(factors: &Factors, capacity: Amounts, node: &NodeLoad) -> Amounts {
 }
 
 /// Makes a plan of what all nodes tell now.
-pub(crate) async fn make(agent: &Arc<Agent>, goal: &PlanGoal) -> Result<PlanInfo, OperateError> {
-    View::gather(agent, goal).await?.plan(goal.clone()).await
+pub(crate) async fn make(
+    handle: &Arc<NodeBalancer>,
+    goal: &PlanGoal,
+) -> Result<PlanInfo, CommandError> {
+    View::gather(handle, goal).await?.plan(goal.clone()).await
 }
 
 // ── carrying out ────────────────────────────────────────────────────────
 
 /// Moves the machine of a step; how that ended.
 pub(super) async fn take_step(
-    agent: &Arc<Agent>,
+    handle: &Arc<NodeBalancer>,
     step: &PlanStep,
     why: &str,
     urgency: Urgency,
     budget_micros: Option<u64>,
 ) -> Outcome {
     let (machine, target): (Name, Name) = (step.machine.as_str().into(), step.to.as_str().into());
-    keep(
-        agent,
-        Decision::Planned {
-            machine: machine.clone(),
-            target: target.clone(),
-            plan: why.to_owned(),
-        },
-    );
-    let outcome = match is_there(agent, step).await {
-        Ok(()) => run_move(agent, &machine, &target, urgency, budget_micros)
+    handle.keep(Decision::Planned {
+        machine: machine.clone(),
+        target: target.clone(),
+        plan: why.to_owned(),
+    });
+    let outcome = match is_there(handle, step).await {
+        Ok(()) => run_move(handle, &machine, &target, urgency, budget_micros)
             .await
             .map_or_else(|why| Outcome::Stayed { why }, |report| ended(&report)),
         Err(why) => Outcome::Stayed { why },
     };
-    keep(
-        agent,
-        Decision::Ended {
-            machine,
-            target,
-            outcome: outcome.clone(),
-            load: None,
-        },
-    );
+    handle.keep(Decision::Ended {
+        machine,
+        target,
+        outcome: outcome.clone(),
+        load: None,
+    });
     outcome
 }
 
 /// Whether a machine is still where a plan found it.
-async fn is_there(agent: &Agent, step: &PlanStep) -> Result<(), String> {
+async fn is_there(handle: &NodeBalancer, step: &PlanStep) -> Result<(), String> {
     let machine = MachineName::new(&step.machine).map_err(|error| error.to_string())?;
-    let found = crate::record::get(&*agent.store, &machine).await;
+    let found = records::get(&*handle.context.store, &machine).await;
     let owner = found.map_err(|error| error.to_string())?.record.owner;
     if owner.as_str() == step.from {
         Ok(())
@@ -333,23 +339,23 @@ async fn is_there(agent: &Agent, step: &PlanStep) -> Result<(), String> {
 /// then is not done.
 ///
 /// # Errors
-/// [`OperateError::Conflict`] while another plan is carried out, or where the cluster
-/// is not any more what the plan was made of; [`OperateError::Bad`] for steps that are
+/// [`CommandError::Conflict`] while another plan is carried out, or where the cluster
+/// is not any more what the plan was made of; [`CommandError::Invalid`] for steps that are
 /// not those of the plan. Nothing moved then.
 pub(crate) async fn carry_out(
-    agent: &Arc<Agent>,
+    handle: &Arc<NodeBalancer>,
     plan: PlanRequest,
-) -> Result<mpsc::Receiver<PlanLine>, OperateError> {
-    let role = take_role(agent).await?;
+) -> Result<mpsc::Receiver<PlanLine>, CommandError> {
+    let role = take_role(handle).await?;
     // (No other plan changes anything from here on.)
-    if let Err(error) = confirmed::check(agent, &plan).await {
-        give_role_back(agent, &role).await;
+    if let Err(error) = confirmed::check(handle, &plan).await {
+        give_role_back(handle, &role).await;
         return Err(error);
     }
     let steps = plan.steps;
     // Room for all: whoever listens slowly holds nothing up.
     let (send, lines) = mpsc::channel(2 * steps.len() + 1);
-    let agent = agent.clone();
+    let handle = handle.clone();
     tokio::spawn(async move {
         let waves: BTreeSet<usize> = steps.iter().map(|step| step.wave).collect();
         let mut stayed: BTreeSet<String> = BTreeSet::new();
@@ -359,10 +365,10 @@ pub(crate) async fn carry_out(
             for step in of_wave.filter(|step| !stayed.contains(&step.machine)) {
                 // (Whoever asked may have gone.)
                 let _ = send.send(PlanLine::Begun(step.clone())).await;
-                let (agent, step) = (agent.clone(), step.clone());
+                let (handle, step) = (handle.clone(), step.clone());
                 moves.spawn(async move {
                     let why = "a plan that was confirmed";
-                    let outcome = take_step(&agent, &step, why, Urgency::Normal, None).await;
+                    let outcome = take_step(&handle, &step, why, Urgency::Normal, None).await;
                     (step, outcome)
                 });
             }
@@ -376,44 +382,47 @@ pub(crate) async fn carry_out(
                 let _ = send.send(PlanLine::Ended { step, outcome }).await;
             }
         }
-        give_role_back(&agent, &role).await;
+        give_role_back(&handle, &role).await;
     });
     Ok(lines)
 }
 
-async fn take_role(agent: &Agent) -> Result<Key, OperateError> {
-    let role = MachineName::new(ROLE).map_err(|error| OperateError::Bad(error.to_string()))?;
+async fn take_role(handle: &NodeBalancer) -> Result<Key, CommandError> {
+    let role = MachineName::new(ROLE).map_err(|error| CommandError::Invalid(error.to_string()))?;
     let key = Key::Lease(role);
-    let Some(lease) = *agent.lease.borrow() else {
-        return Err(OperateError::Away("this node has no lease just now".into()));
+    let Some(lease) = *handle.context.lease.borrow() else {
+        return Err(CommandError::Unavailable(
+            "this node has no lease just now".into(),
+        ));
     };
-    let txn =
-        Txn::new()
-            .when_absent(key.clone())
-            .put_leased(key.clone(), agent.name.as_str(), lease);
-    match agent.store.txn(txn).await? {
+    let txn = Txn::new().when_absent(key.clone()).put_leased(
+        key.clone(),
+        handle.context.name.as_str(),
+        lease,
+    );
+    match handle.context.store.txn(txn).await? {
         TxnOutcome::Committed { .. } => Ok(key),
         TxnOutcome::Refused { .. } => {
-            let holder = agent.store.get(&key.to_string()).await?;
+            let holder = handle.context.store.get(&key.to_string()).await?;
             let holder = holder.map_or_else(String::new, |entry| {
                 format!(" by {}", String::from_utf8_lossy(&entry.value))
             });
             let what = format!("a plan is being carried out{holder}; wait for its end");
-            Err(OperateError::Conflict(what))
+            Err(CommandError::Conflict(what))
         }
     }
 }
 
 /// If that fails it is free when this node's lease ends.
-async fn give_role_back(agent: &Agent, key: &Key) {
+async fn give_role_back(handle: &NodeBalancer, key: &Key) {
     let key = key.to_string();
     let txn = Txn::new()
         .when(Compare::Value {
             key: key.clone(),
-            value: agent.name.as_str().into(),
+            value: handle.context.name.as_str().into(),
         })
         .delete(key);
-    if let Err(error) = agent.store.txn(txn).await {
+    if let Err(error) = handle.context.store.txn(txn).await {
         tracing::warn!(%error, "no other plan can be carried out before this node's lease ends");
     }
 }

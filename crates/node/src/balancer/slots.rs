@@ -2,7 +2,7 @@
 //! Each is a key of the store, attached to the lease of the node that moves, so that a
 //! dead node holds none for long.
 
-use crate::agent::Agent;
+use super::handle::NodeBalancer;
 use keel_cluster::StoreError;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, Txn};
@@ -13,11 +13,14 @@ use std::collections::HashSet;
 pub(super) struct Slot(u32);
 
 /// Takes a free one; `None` if all are taken, or others were faster.
-pub(super) async fn take(agent: &Agent, slots_max: u32) -> Result<Option<Slot>, StoreError> {
-    let Some(lease) = *agent.lease.borrow() else {
+pub(super) async fn take(
+    handle: &NodeBalancer,
+    slots_max: u32,
+) -> Result<Option<Slot>, StoreError> {
+    let Some(lease) = *handle.context.lease.borrow() else {
         return Ok(None);
     };
-    let listing = agent.store.list(keys::MOVE_SLOTS).await?;
+    let listing = handle.context.store.list(keys::MOVE_SLOTS).await?;
     let taken: HashSet<u32> = listing
         .entries
         .iter()
@@ -35,10 +38,12 @@ pub(super) async fn take(agent: &Agent, slots_max: u32) -> Result<Option<Slot>, 
     for offset in 0..free.len().min(4) {
         let number = free[(first + offset) % free.len()];
         let key = Key::MoveSlot(number);
-        let txn = Txn::new()
-            .when_absent(key.clone())
-            .put_leased(key, agent.name.as_str(), lease);
-        if agent.store.txn(txn).await?.is_committed() {
+        let txn = Txn::new().when_absent(key.clone()).put_leased(
+            key,
+            handle.context.name.as_str(),
+            lease,
+        );
+        if handle.context.store.txn(txn).await?.is_committed() {
             return Ok(Some(Slot(number)));
         }
     }
@@ -47,16 +52,16 @@ pub(super) async fn take(agent: &Agent, slots_max: u32) -> Result<Option<Slot>, 
 
 /// Lets others have it. If that fails it is free when this node's lease ends, or when
 /// it is given back by its next holder.
-pub(super) async fn give_back(agent: &Agent, slot: Slot) {
+pub(super) async fn give_back(handle: &NodeBalancer, slot: Slot) {
     let key = Key::MoveSlot(slot.0).to_string();
     let txn = Txn::new()
         .when(Compare::Value {
             key: key.clone(),
-            value: agent.name.as_str().into(),
+            value: handle.context.name.as_str().into(),
         })
         .delete(key);
     for _ in 0..3 {
-        match agent.store.txn(txn.clone()).await {
+        match handle.context.store.txn(txn.clone()).await {
             Ok(_) => return,
             Err(error) => {
                 tracing::warn!(%error, "a token for moves is not given back yet");

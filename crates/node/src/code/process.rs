@@ -1,12 +1,12 @@
 //! The process that compiles one program into the node's cache, and what the cache has.
 
-use super::Job;
-use crate::agent::Agent;
-use crate::executable::own_image;
+use super::compilations::{Code, Job};
+use crate::context::Context;
+use crate::images::Images;
+use crate::processes::own_image;
 use keel_machine::worker::program_of_code;
 use keel_net::Fingerprint;
 use std::process::Stdio;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::sync::watch;
@@ -16,8 +16,8 @@ const FETCH_PATIENCE: Duration = Duration::from_secs(300);
 
 /// Programs whose code an earlier agent's compilations left in the cache. Whether it
 /// fits this host and engine is seen when it is loaded.
-pub(super) async fn compiled_before(agent: &Agent) -> Vec<Fingerprint> {
-    let folder = agent.dir.cache();
+pub(super) async fn compiled_before(context: &Context) -> Vec<Fingerprint> {
+    let folder = context.dir.cache();
     let listed = tokio::task::spawn_blocking(move || {
         let entries = std::fs::read_dir(folder).into_iter().flatten();
         let names = entries.flatten().filter_map(|entry| {
@@ -33,18 +33,20 @@ pub(super) async fn compiled_before(agent: &Agent) -> Vec<Fingerprint> {
 /// Compiles a program; returns when its code is in the cache. `wanted`: whether a move
 /// waits for it.
 pub(super) async fn compile(
-    agent: &Arc<Agent>,
+    context: &Context,
+    images: &Images,
+    code: &Code,
     job: &Job,
     mut wanted: watch::Receiver<bool>,
 ) -> Result<(), String> {
-    let found = crate::service::find_program(agent, &job.holder, &job.program);
+    let found = images.find_program(&job.holder, &job.program);
     let path = tokio::time::timeout(FETCH_PATIENCE, found)
         .await
         .map_err(|_| format!("{} does not send its module", job.holder))??;
     let mut child = tokio::process::Command::new(own_image())
         .arg("compile")
         .arg("--cache")
-        .arg(agent.dir.cache())
+        .arg(context.dir.cache())
         .arg("--program")
         .arg(&path)
         .args(wanted.borrow_and_update().then_some("--wanted"))
@@ -70,7 +72,7 @@ pub(super) async fn compile(
             };
             let Ok(Some(line)) = line else { break };
             if let Ok(percent) = line.parse::<u8>()
-                && let Some(current) = agent.code.inner().current.get_mut(&job.program)
+                && let Some(current) = code.inner().current.get_mut(&job.program)
             {
                 current.percent = percent.min(100);
             }

@@ -13,14 +13,10 @@
 //! tell what happened and decide nothing: nobody acts on them.
 //!
 //! - `file`: the files that they are kept in
-//! - `gather`: the events of all nodes, for whoever asks one of them
 //! - `notes`: what is told of machines' lives and moves
 
 mod file;
-mod gather;
 mod notes;
-
-pub(crate) use gather::{Question, answer_peer, follow_cluster, of_cluster};
 
 use file::{EventFile, Newest};
 use keel_api::{Event, EventKind};
@@ -127,7 +123,7 @@ pub(crate) struct Filter {
 }
 
 impl Filter {
-    fn fits(&self, event: &Event) -> bool {
+    pub(crate) fn fits(&self, event: &Event) -> bool {
         event.id > self.after
             && event.at_unix_ms >= self.since_unix_ms
             && self
@@ -165,6 +161,11 @@ impl Events {
             dropped,
             live,
         })))
+    }
+
+    /// The node whose events these are.
+    pub(crate) fn node(&self) -> &str {
+        &self.0.node
     }
 
     /// Records what happened now. Never waits.

@@ -1,7 +1,7 @@
 //! What is told of machines' lives and moves.
 
 use super::Note;
-use crate::operate::OperateError;
+use crate::error::CommandError;
 use keel_api::{CheckpointInfo, EventKind};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::checkpoint::Origin;
@@ -115,7 +115,7 @@ impl Note {
     /// A checkpoint that was made, or was not.
     pub(crate) fn checkpoint(
         machine: &MachineName,
-        result: &Result<CheckpointInfo, OperateError>,
+        result: &Result<CheckpointInfo, CommandError>,
     ) -> Note {
         match result {
             Ok(info) => {

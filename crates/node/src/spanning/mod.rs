@@ -15,126 +15,41 @@
 //!
 //! Which parts a machine has its home's worker knows; the store has its owner, as ever.
 //!
+//! - `handle`, `commands`: the part's state, and what users ask of it
+//! - `messages`: messages between an owner's and a member's node
 //! - `member`: a member's node
-//! - `owner`: has parts made, and brought together
-//! - `homes`: the home moves
-//! - `grains`: threads and memory, told of and moved
+//! - `remote_member`: the same of any node
+//! - `parts`: parts, threads and memory: reports of them, and their moves
+//! - `membership`: parts that come and go while the machine runs
+//! - `span`: parts are made, and brought together
+//! - `home_migration`: the home moves
+//! - `rooms`: nodes that have room for a part
 
-mod grains;
-mod homes;
+mod commands;
+mod handle;
+mod home_migration;
 mod member;
-mod owner;
+mod membership;
+mod messages;
+mod parts;
+mod remote_member;
+mod rooms;
+mod span;
 
-pub(crate) use grains::{
-    heat_of, hot_in, idle_in, move_object, move_thread, object_to, objects, objects_report,
-    parts_of, parts_report, tell_room, thread_to,
+pub(crate) use commands::{
+    MoveObjectCommand, MoveThreadCommand, ObjectsQuery, PartsQuery, SpanCommand, UnspanCommand,
 };
-pub(crate) use homes::{Apart, Successor, apart_again, let_successors_go, successor};
-pub(crate) use member::{
-    adopt, arrived_part, has_features, join, join_arriving, part_of, ready, ready_arriving,
-    runs_here,
+pub(crate) use handle::{ROOM_BYTES_MIN, Spanning};
+pub(crate) use home_migration::{
+    Placement, Successor, machine_runs, release_successors, restore_placement, successor,
 };
-pub(crate) use owner::{join_on, ready_on, span, span_held, unspan};
-
-use crate::agent::Agent;
-use crate::operate::OperateError;
-use crate::rules::{self, ClaimError};
-use crate::workers::{COMPILE_PATIENCE, OLDER, Worker, is_older};
-use keel_cluster::{MachineName, NodeName};
-use keel_machine::span::{PartId, PartSet, Place};
-use keel_machine::spec::Spec;
-use keel_machine::worker::control::{Join, Report};
-use keel_net::{Fingerprint, RpcError};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use std::time::Duration;
-
-/// How long parts may take to meet, and threads to safepoints.
-pub(crate) const SPAN_PATIENCE: Duration = Duration::from_secs(40);
-/// How long threads and pages may take home.
-pub(crate) const UNSPAN_PATIENCE: Duration = Duration::from_secs(150);
-/// How long all of it may take, compiling too.
-pub(crate) const PATIENCE: Duration = COMPILE_PATIENCE;
-/// A node with less room for memory takes no part.
-pub(crate) const ROOM_BYTES_MIN: u64 = 16 << 20;
-
-/// What an owner asks of a member's node.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct PartOffer {
-    pub(crate) machine: MachineName,
-    #[serde(with = "keel_machine::past::spec_for_others")]
-    pub(crate) spec: Spec,
-    pub(crate) program: Fingerprint,
-    pub(crate) me: PartId,
-    pub(crate) parts: PartSet,
-    /// CPU features that must be here.
-    pub(crate) features: Vec<String>,
-    /// Parts of the machine that are to be here.
-    pub(crate) sharing: u32,
-}
-
-/// A member that is ready to meet the others.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct ReadyMember {
-    /// Its worker's name on its node.
-    pub(crate) worker: MachineName,
-    pub(crate) place: Place,
-}
-
-/// Which member is to meet whom; without `join` it ends.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(crate) struct PartJoin {
-    pub(crate) worker: MachineName,
-    pub(crate) join: Option<Join>,
-}
-
-pub(crate) fn text(error: RpcError) -> String {
-    match error {
-        RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } if is_older(&reason) => {
-            OLDER.into()
-        }
-        RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
-        other => other.to_string(),
-    }
-}
-
-/// Whether a machine may have a part on a node, by rules and drains as the store has them:
-/// as for whole machines that a person moves. (Parts are not in the store: grains see to
-/// those that may not be there any more.)
-async fn may_be_on(
-    agent: &Agent,
-    machine: &MachineName,
-    node: &NodeName,
-) -> Result<(), OperateError> {
-    match rules::claim(agent, machine, node).await {
-        Ok(_) => Ok(()),
-        Err(ClaimError::Store(error)) => Err(error.into()),
-        Err(error) => Err(OperateError::Conflict(format!(
-            "machine {machine:?} may have no part on {node}: {error}"
-        ))),
-    }
-}
-
-/// A machine's worker here.
-fn home(agent: &Agent, machine: &MachineName) -> Result<Worker, OperateError> {
-    agent.workers.get(machine).ok_or_else(|| {
-        OperateError::Conflict(format!(
-            "machine {machine:?} does not run (`keel describe {machine}` says why)"
-        ))
-    })
-}
-
-async fn ask<A: DeserializeOwned>(
-    worker: &Worker,
-    kind: u16,
-    question: &impl Serialize,
-    patience: Duration,
-) -> Result<A, OperateError> {
-    let answer = worker.ask(kind, question, patience).await;
-    answer.map_err(|error| OperateError::Conflict(text(error)))
-}
-
-async fn report(worker: &Worker) -> Result<Report, OperateError> {
-    let report = worker.report().await;
-    report.map_err(|error| OperateError::Away(error.to_string()))
-}
+pub(crate) use member::{adopt, arrived_part, join, join_arriving, part_of, ready, ready_arriving};
+pub(crate) use membership::{join_new, meet_new};
+pub(crate) use messages::{
+    ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, JOIN_NEW, MEET_NEW, PART, PART_JOIN, ROOM,
+};
+pub(crate) use parts::{
+    heat_of, hot_in, idle_in, object_to, objects_report, parts_report, tell_room, thread_to,
+};
+pub(crate) use rooms::{room_here, rooms};
+pub(crate) use span::{span, span_held, unspan};

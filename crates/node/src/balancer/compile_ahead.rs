@@ -1,0 +1,98 @@
+//! What is compiled before anything waits for it: the programs of machines that run here,
+//! and of machines elsewhere that rules would let come here.
+
+use super::handle::NodeBalancer;
+use crate::code::{PROGRAM, program_here};
+use keel_balance::Name;
+use keel_cluster::{MachineName, NodeName};
+use keel_machine::worker::control::{pack, unpack};
+use keel_net::Fingerprint;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Pause between two looks at where machines are.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// How long a machine's program may take to be named.
+const ASK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A machine that runs here or may come here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Eligible {
+    name: MachineName,
+    owner: NodeName,
+    /// Hash of its module as its author built it; empty where it has none.
+    module: String,
+}
+
+/// Looks again and again until the agent ends.
+pub(super) async fn run(handle: Arc<NodeBalancer>) {
+    // By the module as its author built it: each node makes the same program of it.
+    let mut programs: HashMap<String, Fingerprint> = HashMap::new();
+    loop {
+        let mut running = BTreeMap::new();
+        for machine in eligible(&handle) {
+            let known = programs.get(&machine.module).copied();
+            let program = match known {
+                Some(program) => Some(program),
+                None => program_of(&handle, &machine.owner, &machine.name).await,
+            };
+            // (One that has no worker yet is asked for again.)
+            let Some(program) = program else { continue };
+            if !machine.module.is_empty() {
+                programs.insert(machine.module, program);
+            }
+            if machine.owner == handle.context.name {
+                let path = handle.context.dir.program(&program.to_string());
+                let bytes = tokio::fs::metadata(path).await.map_or(0, |it| it.len());
+                running.insert(machine.name, (program, bytes));
+            }
+            handle.code.prepare(program, &machine.owner);
+        }
+        handle.code.set_running(running);
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// The program of a machine, as the node that runs it knows it.
+async fn program_of(
+    handle: &NodeBalancer,
+    owner: &NodeName,
+    machine: &MachineName,
+) -> Option<Fingerprint> {
+    if *owner == handle.context.name {
+        return program_here(&handle.processes, machine).await;
+    }
+    let payload = pack(machine).ok()?;
+    let answer = handle
+        .context
+        .peers
+        .call(owner, PROGRAM, payload, ASK_PATIENCE)
+        .await
+        .ok()?;
+    unpack::<Option<Fingerprint>>(&answer).ok()?
+}
+
+/// The machines that run here first, then those that no rule keeps from coming here.
+fn eligible(handle: &NodeBalancer) -> Vec<Eligible> {
+    let here = Name::from(handle.context.name.as_str());
+    let members = handle.context.members.all();
+    let nodes = members.keys().map(|node| node.as_str().into()).collect();
+    let rules = handle.rules.cache.snapshot_of(nodes);
+    let mut found: Vec<Eligible> = handle
+        .placements
+        .programs()
+        .into_iter()
+        .map(|(name, owner, module)| Eligible {
+            name,
+            owner,
+            module,
+        })
+        .filter(|it| {
+            it.owner == handle.context.name
+                || rules.forbids(&it.name.as_str().into(), &here).is_none()
+        })
+        .collect();
+    found.sort_by_key(|it| it.owner != handle.context.name);
+    found
+}

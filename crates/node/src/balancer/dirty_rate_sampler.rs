@@ -1,0 +1,37 @@
+//! Measures how much the machines of this node write, one after the other.
+
+use super::dirty_rate::EVERY;
+use super::handle::NodeBalancer;
+use keel_cluster::MachineName;
+use keel_machine::moves::predict::Activity;
+use keel_machine::worker::control::kind;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a worker may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Looks at this node's machines for ever.
+pub(super) async fn follow(handle: Arc<NodeBalancer>) {
+    let rates = handle.dirty_rates.clone();
+    loop {
+        tokio::time::sleep(EVERY).await;
+        if !handle.processes.exclusion.moves().is_empty() {
+            continue;
+        }
+        let here = handle.processes.machines.processes().into_iter();
+        let here: Vec<MachineName> = here.map(|(machine, _)| machine).collect();
+        let Some(machine) = rates.next(&here, Instant::now()) else {
+            continue;
+        };
+        let Some(worker) = handle.processes.machines.get(&machine) else {
+            continue;
+        };
+        let looked: Result<Activity, _> = worker.ask(kind::ACTIVITY, &(), PATIENCE).await;
+        let looked = looked.inspect_err(|error| {
+            tracing::debug!(%machine, %error, "what it writes was not looked at");
+        });
+        let bytes_per_s = looked.ok().map(|it| it.bytes_per_s() as f64);
+        rates.looked(&machine, bytes_per_s, Instant::now());
+    }
+}

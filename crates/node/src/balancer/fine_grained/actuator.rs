@@ -1,0 +1,175 @@
+//! What is done about it: a thread or memory goes to another part, and parts come and go.
+
+use super::super::handle::NodeBalancer;
+use super::observation::by_use;
+use crate::error::CommandError;
+use crate::processes::Worker;
+use crate::spanning::{self, PartsQuery};
+use keel_api::SpanRequest;
+use keel_balance::Name;
+use keel_balance::grains::{Grain, Object, coldest};
+use keel_cluster::MachineName;
+use keel_machine::span::PartId;
+use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport};
+use std::sync::Arc;
+
+/// It has no parts on these nodes any more. What was there goes to its other parts; where
+/// these have no room for it, to nodes that have none yet.
+async fn leave(
+    handle: &Arc<NodeBalancer>,
+    machine: &MachineName,
+    nodes: &[Name],
+) -> Result<String, String> {
+    let query = PartsQuery {
+        machine: machine.clone(),
+    };
+    let info = handle.spanning.parts_here(query).await.map_err(text)?;
+    let leaves = |node: &str| nodes.iter().any(|it| &**it == node);
+    let members = info.parts.iter().skip(1);
+    let mut keeps: Vec<String> = members
+        .filter(|part| !leaves(&part.node))
+        .map(|part| part.node.clone())
+        .collect();
+    let left = match keeps.is_empty() {
+        true => spanning::unspan(&handle.spanning, machine).await,
+        false => span(handle, machine, &keeps).await,
+    };
+    let why = match left {
+        Ok(stood) => return Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3)),
+        Err(error) => text(error),
+    };
+    let has_part =
+        |node: &keel_cluster::NodeName| info.parts.iter().any(|part| part.node == node.as_str());
+    let mut rooms = spanning::rooms(&handle.spanning, machine).await;
+    rooms.retain(|(node, room)| !has_part(node) && *room >= spanning::ROOM_BYTES_MIN);
+    rooms.sort_by_key(|(_, room)| std::cmp::Reverse(*room));
+    let leaving = info.parts.iter().skip(1).filter(|part| leaves(&part.node));
+    let mut needed: u64 = leaving
+        .filter_map(|part| part.memory.as_ref())
+        .map(|memory| memory.resident_bytes)
+        .sum();
+    let mut new = Vec::new();
+    for (node, room) in rooms {
+        if needed == 0 {
+            break;
+        }
+        needed = needed.saturating_sub(room);
+        new.push(node.to_string());
+    }
+    if new.is_empty() {
+        return Err(why);
+    }
+    keeps.extend(new.iter().cloned());
+    let stood = span(handle, machine, &keeps).await.map_err(text)?;
+    Ok(format!(
+        "{why}; so it has parts on {}; it stood still for {:.1} ms",
+        new.join(", "),
+        stood as f64 / 1e3
+    ))
+}
+
+fn text(error: CommandError) -> String {
+    error.to_string()
+}
+
+/// It has parts on these nodes; microseconds that it stood still.
+async fn span(
+    handle: &Arc<NodeBalancer>,
+    machine: &MachineName,
+    nodes: &[String],
+) -> Result<u64, CommandError> {
+    // (Its home's node, and further times that is named it has further parts.)
+    let home = std::iter::once(handle.context.name.to_string());
+    let request = SpanRequest {
+        nodes: home.chain(nodes.iter().cloned()).collect(),
+        here: false,
+    };
+    let info = spanning::span(&handle.spanning, machine, &request).await?;
+    Ok(info.stood_micros.unwrap_or(0))
+}
+
+pub(super) async fn carry_out(
+    handle: &Arc<NodeBalancer>,
+    machine: &MachineName,
+    worker: &Worker,
+    grain: &Grain,
+    objects: Option<&[ObjectReport]>,
+) -> Result<String, String> {
+    let part = |number: u32| {
+        PartId::new(number as usize).ok_or_else(|| format!("there is no part {number}"))
+    };
+    match grain {
+        Grain::Spread { nodes } => {
+            let nodes: Vec<String> = nodes.iter().map(ToString::to_string).collect();
+            let stood = span(handle, machine, &nodes).await.map_err(text)?;
+            Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
+        }
+        Grain::Leave { nodes } => leave(handle, machine, nodes).await,
+        Grain::Gather => {
+            let stood = spanning::unspan(&handle.spanning, machine)
+                .await
+                .map_err(text)?;
+            Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
+        }
+        Grain::Thread {
+            tid,
+            part: to,
+            to: node,
+            ..
+        } => {
+            let thread = MoveThread {
+                tid: *tid,
+                to: part(*to)?,
+            };
+            spanning::thread_to(worker, thread).await.map_err(text)?;
+            Ok(format!("thread {tid} goes on on {node}"))
+        }
+        Grain::Objects {
+            from_part,
+            part: to,
+            to: node,
+            bytes,
+            ..
+        } => {
+            let (from, to) = (part(*from_part)?, part(*to)?);
+            // (A worker from before an upgrade does not know it.)
+            let heat = spanning::heat_of(worker).await;
+            if let Err(error) = &heat {
+                tracing::warn!(%machine, %error, "how its memory is used: what changed hands least goes");
+            }
+            let by_exchanges = |object: &ObjectReport| Object {
+                memory: object.memory,
+                start: object.start,
+                bytes: object.bytes,
+                is_idle: false,
+                heat: object.exchanges as f64 / (object.bytes / 4096).max(1) as f64,
+            };
+            let mine = objects.unwrap_or_default().iter();
+            let mine: Vec<Object> = mine
+                .filter(|object| object.owner == from)
+                .flat_map(|object| match &heat {
+                    Ok(heat) => by_use(object, heat),
+                    Err(_) => vec![by_exchanges(object)],
+                })
+                .collect();
+            let (mut moved, mut pieces, mut idle) = (0, 0, 0);
+            for object in coldest(&mine, *bytes) {
+                idle += if object.is_idle { object.bytes } else { 0 };
+                let object = MoveObject {
+                    memory: object.memory,
+                    start: object.start,
+                    bytes: object.bytes,
+                    to,
+                };
+                moved += spanning::object_to(worker, object).await.map_err(text)?;
+                pieces += 1;
+            }
+            let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+            Ok(format!(
+                "{:.1} MiB in {pieces} pieces are on {node}, {:.1} MiB of which nobody used for half a minute",
+                mib(moved),
+                mib(idle)
+            ))
+        }
+    }
+}

@@ -1,0 +1,663 @@
+//! What grains are decided on: threads and where they stand, parts, nodes, and memory by its
+//! use, each made of what workers and other nodes tell.
+
+use super::super::handle::NodeBalancer;
+use super::super::peers::ask;
+use super::cores::{Cores, NEWEST_WEIGHT};
+use super::memory::{HOT_LOOKS, Known};
+use crate::spanning;
+use futures::future::join_all;
+use keel_api::{EventKind, PartInfo};
+use keel_balance::Name;
+use keel_balance::grains::{Drawn, Node, Object, Part, Scene, Thread};
+use keel_balance::round::{Answer, Question, View};
+use keel_cluster::MachineName;
+use keel_machine::span::{Heat, HotPage, PartId, Sharing, Took};
+use keel_machine::worker::control::{ObjectReport, PartsReport, Report};
+use keel_wasm::memory::bytes_of_process;
+use rand::seq::IteratorRandom;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Other nodes that are asked while parts are sought.
+const ASKED: usize = 8;
+/// Share of its time that a thread must stand at pages to go to where they come from, and
+/// share of that which it must stand at pages from there.
+const STANDS: f64 = 0.2;
+const STANDS_SHARE: f64 = 0.7;
+
+/// Bytes that a machine on one node has of its memory, as is counted of its parts later: what
+/// it never used does not count.
+pub(super) async fn bytes_of(report: Report) -> u64 {
+    let process = format!("/proc/{}", report.pid);
+    let bytes = tokio::task::spawn_blocking(move || bytes_of_process(Path::new(&process)));
+    // (None of one that ends.)
+    bytes.await.ok().flatten().unwrap_or(0)
+}
+
+/// Cores of each thread since it was looked at last.
+pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
+    let now = Instant::now();
+    known.held.retain(|_, until| *until > now);
+    known.recent.retain(|(_, until)| *until > now);
+    known.followed.retain(|_, until| *until > now);
+    let (mut took, mut smoothed) = (HashMap::new(), HashMap::new());
+    let mut stands_at = HashMap::new();
+    let threads = report.threads.iter().map(|thread| {
+        let before = known.took.get(&thread.tid);
+        let (cores, stands) = match (before, &thread.took) {
+            (Some((part, before)), Some(now)) if *part == thread.part => {
+                (cores(before, now), Some(stands(before, now)))
+            }
+            _ => (Cores::default(), None),
+        };
+        // (Where it comes it waits for others.)
+        if let Some(stands) = stands {
+            let earlier = known.stands.get(&thread.tid);
+            stands_at.insert(thread.tid, smoothed_stands(stands, earlier));
+        }
+        let cores = match known.cores.get(&thread.tid) {
+            Some(earlier) => cores.after(earlier),
+            None => cores,
+        };
+        // (The first look sees nothing.)
+        if before.is_some() {
+            smoothed.insert(thread.tid, cores);
+        }
+        if let Some(now) = &thread.took {
+            took.insert(thread.tid, (thread.part, now.clone()));
+        }
+        Thread {
+            tid: thread.tid,
+            part: thread.part.number() as u32,
+            // (Also of one that waits to be woken: what counts is what it takes on
+            // average, and programs with barriers wait at any moment.)
+            cores: cores.wanted,
+            ran: cores.ran,
+            held: thread.moves_to.is_some() || known.held.contains_key(&thread.tid),
+            drawn: None,
+        }
+    });
+    let threads = threads.collect();
+    known.took = took;
+    known.cores = smoothed;
+    known.stands = stands_at;
+    threads
+}
+
+/// Share of the time between two looks that a thread stood at pages, by the part that gave
+/// them.
+pub(super) fn stands(before: &Took, now: &Took) -> BTreeMap<PartId, f64> {
+    let seconds = now.at_ns.saturating_sub(before.at_ns) as f64 / 1e9;
+    if seconds <= 0.0 {
+        return BTreeMap::new();
+    }
+    let share = |(part, micros): (&PartId, &u64)| {
+        let before = before.stood.get(part).copied().unwrap_or(0);
+        (*part, micros.saturating_sub(before) as f64 / 1e6 / seconds)
+    };
+    now.stood.iter().map(share).collect()
+}
+
+fn smoothed_stands(
+    now: BTreeMap<PartId, f64>,
+    earlier: Option<&BTreeMap<PartId, f64>>,
+) -> BTreeMap<PartId, f64> {
+    let Some(earlier) = earlier else { return now };
+    let mut all: BTreeMap<PartId, f64> = BTreeMap::new();
+    for (pages, weight) in [(&now, NEWEST_WEIGHT), (earlier, 1.0 - NEWEST_WEIGHT)] {
+        for (part, rate) in pages {
+            *all.entry(*part).or_default() += rate * weight;
+        }
+    }
+    all
+}
+
+/// Says of threads that wait for pages of one part, all the time, that they would rather be
+/// there.
+pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[HotPage]) {
+    let mut hot = HashMap::new();
+    for thread in threads {
+        let Some((part, there, all)) = known.stands.get(&thread.tid).and_then(hottest) else {
+            continue;
+        };
+        let is_elsewhere = part.number() as u32 != thread.part;
+        if !is_elsewhere || all < STANDS || there < all * STANDS_SHARE {
+            continue;
+        }
+        let looks = match known.hot.get(&thread.tid) {
+            Some((before, looks)) if *before == part => looks.saturating_add(1),
+            _ => 1,
+        };
+        hot.insert(thread.tid, (part, looks));
+        let is_free = thread.drawn.is_none() && !known.followed.contains_key(&thread.tid);
+        if is_free && looks >= HOT_LOOKS {
+            let why = format!(
+                "{:.0} % of its time it stands at pages, {:.0} % of that at such that come from there{}",
+                all * 100.0,
+                there / all * 100.0,
+                shares(pages, thread.part, part)
+            );
+            thread.drawn = Some(Drawn {
+                part: part.number() as u32,
+                why,
+                stands: all,
+            });
+        }
+    }
+    known.hot = hot;
+}
+
+/// Whether two parts share what is in the pages that they take from each other.
+fn shares(pages: &[HotPage], one: u32, other: PartId) -> String {
+    let both = |page: &&HotPage| {
+        let one = PartId::new(one as usize);
+        one.is_some_and(|one| page.parts.contains(one)) && page.parts.contains(other)
+    };
+    let (mut all, mut truly, mut falsely) = (0, 0, 0);
+    for page in pages.iter().filter(both) {
+        match page.sharing {
+            Sharing::Nothing => continue,
+            Sharing::Unclear => {}
+            Sharing::Bytes => truly += page.waits,
+            Sharing::PageOnly => falsely += page.waits,
+        }
+        all += page.waits;
+    }
+    match falsely {
+        0 if truly == 0 => String::new(),
+        0 => "; both use the same bytes of those that they take from each other".into(),
+        _ => format!(
+            "; {:.0} % of the waits for those that they take from each other are for such of which they use different bytes (false sharing: if these were in different pages, of 4 KiB, nobody would wait)",
+            falsely as f64 / all as f64 * 100.0
+        ),
+    }
+}
+
+/// The part at whose pages a thread stands longest, for how much of how much of its time.
+fn hottest(stands: &BTreeMap<PartId, f64>) -> Option<(PartId, f64, f64)> {
+    let all = stands.values().sum();
+    let most = stands.iter().max_by(|one, other| one.1.total_cmp(other.1));
+    most.map(|(part, there)| (*part, *there, all))
+}
+
+/// Says of threads that like to be near an object which part has most of it.
+pub(super) fn draw(
+    threads: &mut [Thread],
+    report: &PartsReport,
+    objects: &[ObjectReport],
+    known: &Known,
+) {
+    for (thread, said) in threads.iter_mut().zip(&report.threads) {
+        let Some(name) = &said.likes else { continue };
+        if known.followed.contains_key(&thread.tid) {
+            continue;
+        }
+        let mut bytes: BTreeMap<u32, u64> = BTreeMap::new();
+        let pieces = objects.iter().filter(|object| object.has_name(name));
+        for piece in pieces {
+            *bytes.entry(piece.owner.number() as u32).or_default() += piece.bytes;
+        }
+        let all: u64 = bytes.values().sum();
+        // (Of as much at two it is where it is.)
+        let most = bytes
+            .into_iter()
+            .max_by_key(|(part, bytes)| (*bytes, *part == thread.part));
+        thread.drawn = most.map(|(part, bytes)| Drawn {
+            part,
+            why: format!(
+                "it likes to be near {name:?}, of which {:.1} of {:.1} MiB are there",
+                bytes as f64 / f64::from(1 << 20),
+                all as f64 / f64::from(1 << 20)
+            ),
+            stands: 0.0,
+        });
+    }
+}
+
+/// Cores that a thread took, or waited for, between two looks.
+pub(super) fn cores(before: &Took, now: &Took) -> Cores {
+    let passed = now.at_ns.saturating_sub(before.at_ns);
+    if passed == 0 {
+        return Cores::default();
+    }
+    let (before, now) = (&before.time, &now.time);
+    let share = |ns: u64| (ns as f64 / passed as f64).min(1.0);
+    let ran = now.run_ns.saturating_sub(before.run_ns);
+    let waited = now.waited_ns.saturating_sub(before.waited_ns);
+    let wanted = match now.is_runnable && before.turns == now.turns {
+        // It waits all the time: the kernel counts waiting only once it is over.
+        true => 1.0,
+        false => share(ran.saturating_add(waited)),
+    };
+    Cores {
+        wanted,
+        ran: share(ran),
+    }
+}
+
+/// Threads of the home that waited for pages since it was looked at last, on average.
+pub(super) fn waited_cores(report: &PartsReport, known: &mut Known) -> f64 {
+    // Bucket i is of waits below 2^i µs: by their middle.
+    let micros = (0u32..).zip(&report.waits).map(|(power, count)| {
+        let middle = 3u64.checked_shl(power).unwrap_or(u64::MAX) / 4;
+        count.saturating_mul(middle)
+    });
+    let micros = micros.fold(0u64, u64::saturating_add);
+    let now = Instant::now();
+    let before = known.waited.replace((micros, now));
+    match before {
+        Some((before, at)) if micros >= before => {
+            let passed = now.duration_since(at).as_micros().max(1);
+            (micros - before) as f64 / passed as f64
+        }
+        _ => 0.0,
+    }
+}
+
+/// `given` is what each of them had given away at the last look.
+pub(super) fn parts(
+    report: &PartsReport,
+    objects: Option<&[ObjectReport]>,
+    given: &mut BTreeMap<PartId, u64>,
+) -> Vec<Part> {
+    let bytes = |part: PartId| {
+        let mine = objects?.iter().filter(|object| object.owner == part);
+        Some(mine.map(|object| object.bytes).sum())
+    };
+    let nodes = report.nodes.iter();
+    nodes
+        .map(|(part, node)| Part {
+            number: part.number() as u32,
+            node: node.as_str().into(),
+            memory_bytes: bytes(*part),
+            overflows: {
+                let now = report.memory.get(part).map_or(0, |it| it.given_bytes);
+                given.insert(*part, now).unwrap_or(0) < now
+            },
+        })
+        .collect()
+}
+
+/// What a node tells of itself.
+pub(super) async fn view(handle: &NodeBalancer, node: &str) -> Option<View> {
+    let answer = match node == handle.context.name.as_str() {
+        true => handle.answer(&handle.context.name, Question::View).await,
+        false => ask(handle, node, &Question::View).await,
+    };
+    match answer {
+        Ok(Answer::View(view)) => Some(view),
+        _ => None,
+    }
+}
+
+/// The home's node, those with parts, and, where it has none yet, some others.
+pub(super) async fn nodes(
+    handle: &Arc<NodeBalancer>,
+    machine: &MachineName,
+    home: View,
+    parts: &[Part],
+    wants_more: bool,
+) -> Vec<Node> {
+    let own: Name = handle.context.name.as_str().into();
+    let name: Name = machine.as_str().into();
+    let allowed = handle.look(move |_, _, rules| {
+        let nodes = rules.nodes().iter();
+        nodes
+            .map(|node| (node.clone(), rules.forbids(&name, node).map(|it| it.why)))
+            .collect::<BTreeMap<Name, Option<String>>>()
+    });
+    let allowed = allowed.await.unwrap_or_default();
+    let mut others: Vec<Name> = Vec::new();
+    for part in parts {
+        if part.node != own && !others.contains(&part.node) {
+            others.push(part.node.clone());
+        }
+    }
+    if wants_more {
+        let may = allowed
+            .iter()
+            .filter(|(node, why)| **node != own && why.is_none() && !others.contains(node));
+        let more: Vec<Name> = may
+            .map(|(node, _)| node.clone())
+            .sample(&mut rand::rng(), ASKED);
+        others.extend(more);
+    }
+    let views = others.iter().map(|node| async { view(handle, node).await });
+    let views = join_all(views).await;
+    let node = |name: Name, view: View| Node {
+        forbidden: allowed.get(&name).cloned().flatten(),
+        name,
+        side: view.side,
+        loads: view.loads,
+    };
+    let mut nodes = vec![Node {
+        // (Where the home may not be is the rounds' business.)
+        forbidden: None,
+        ..node(own, home)
+    }];
+    let told = others.into_iter().zip(views);
+    nodes.extend(told.filter_map(|(name, view)| Some(node(name, view?))));
+    nodes
+}
+
+/// Cores that are free at each part.
+pub(super) fn room(scene: &Scene) -> BTreeMap<PartId, f64> {
+    let room = scene.parts.iter().filter_map(|part| {
+        let node = scene.nodes.iter().find(|it| it.name == part.node)?;
+        let free = (1.0 - node.side.load) * node.side.capacity.cores;
+        Some((PartId::new(part.number as usize)?, free))
+    });
+    room.collect()
+}
+
+/// A piece of memory in pieces that its part uses and such that it does not.
+pub(super) fn by_use(object: &ObjectReport, heat: &Heat) -> Vec<Object> {
+    let piece = |start: u64, end: u64, is_idle: bool| {
+        let part_of = ObjectReport {
+            start,
+            bytes: end - start,
+            ..object.clone()
+        };
+        let hot = spanning::hot_in(heat, &part_of).iter();
+        let waits: u64 = hot.map(|page| page.waits).sum();
+        Object {
+            memory: object.memory,
+            start,
+            bytes: end - start,
+            is_idle,
+            heat: waits as f64 / ((end - start) / 4096).max(1) as f64,
+        }
+    };
+    let (mut pieces, mut at) = (Vec::new(), object.start);
+    for idle in spanning::idle_in(heat, object) {
+        let start = idle.start.max(at);
+        if start >= idle.end {
+            continue;
+        }
+        if start > at {
+            pieces.push(piece(at, start, false));
+        }
+        pieces.push(piece(start, idle.end, true));
+        at = idle.end;
+    }
+    let end = object.start.saturating_add(object.bytes);
+    if at < end {
+        pieces.push(piece(at, end, false));
+    }
+    pieces
+}
+
+/// What is to be told of parts that do not answer, or do so again; `told` is what was.
+pub(super) fn silent(
+    report: &PartsReport,
+    told: &mut BTreeMap<PartId, u64>,
+) -> Vec<(EventKind, String)> {
+    let mut notes = Vec::new();
+    for (part, node) in &report.nodes {
+        let silent_ms = report.silent_ms.get(part).copied().unwrap_or(0);
+        // (What is asked anew after an answer may be young, as well as not there.)
+        let is_silent = silent_ms >= PartInfo::SILENT_MS;
+        let before = told.remove(part);
+        if is_silent {
+            told.insert(*part, silent_ms);
+        }
+        match (before, is_silent) {
+            (None, true) => notes.push((
+                EventKind::PartSilent,
+                format!(
+                    "its part {part} on {node} does not answer: threads there, and what waits \
+                     for memory there, stand still"
+                ),
+            )),
+            (Some(silent_ms), false) => notes.push((
+                EventKind::PartAnswers,
+                format!(
+                    "its part {part} on {node} answers again, after {:.1} s or more",
+                    silent_ms as f64 / 1000.0
+                ),
+            )),
+            _ => {}
+        }
+    }
+    // (Of one that was ended another event tells.)
+    told.retain(|part, _| report.nodes.contains_key(part));
+    notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::follow::{FOLLOW_AGAIN, THREAD_HOLD};
+    use super::*;
+    use keel_cluster::NodeName;
+    use keel_machine::span::{CoreTime, IdleRange, PartSet};
+    use keel_machine::worker::control::ThreadReport;
+    use std::time::Duration;
+
+    /// Thread 1 stands 40 % of its time at pages of part 1 and 5 % at those of part 2, 2 as
+    /// long at those of both. (A report's clock goes twice as fast as its `ms`.)
+    fn stood_of(tid: u32, ms: u64) -> BTreeMap<PartId, u64> {
+        let part = |number| PartId::new(number).unwrap();
+        match tid {
+            1 => BTreeMap::from([(part(1), ms * 800), (part(2), ms * 100)]),
+            2 => BTreeMap::from([(part(0), ms * 800), (part(2), ms * 800)]),
+            _ => BTreeMap::new(),
+        }
+    }
+
+    fn report(threads: &[(u32, usize, u64)]) -> PartsReport {
+        PartsReport {
+            threads: threads
+                .iter()
+                .map(|(tid, part, ms)| ThreadReport {
+                    tid: *tid,
+                    part: PartId::new(*part).unwrap(),
+                    moves_to: None,
+                    waits: *tid == 9,
+                    likes: None,
+                    took: Some(Took {
+                        at_ns: ms * 1_000_000 * 2,
+                        time: CoreTime {
+                            run_ns: if *tid == 7 { 0 } else { ms * 1_000_000 },
+                            waited_ns: if *tid == 7 { 0 } else { ms * 500_000 },
+                            turns: if *tid == 7 { 1 } else { *ms },
+                            is_runnable: *tid != 9,
+                        },
+                        stood: stood_of(*tid, *ms),
+                    }),
+                })
+                .collect(),
+            ..PartsReport::default()
+        }
+    }
+
+    #[test]
+    fn a_part_that_is_silent_is_told_of_once_and_when_it_answers() {
+        let part = |number| PartId::new(number).unwrap();
+        let report = |parts: usize, silent_ms: &[(usize, u64)]| PartsReport {
+            nodes: (0..parts)
+                .map(|it| (part(it), NodeName::new(["a", "b", "c"][it]).unwrap()))
+                .collect(),
+            silent_ms: silent_ms.iter().map(|(it, ms)| (part(*it), *ms)).collect(),
+            ..PartsReport::default()
+        };
+        let mut told = BTreeMap::new();
+        let mut kinds = |parts, silent_ms: &[(usize, u64)]| {
+            let notes = silent(&report(parts, silent_ms), &mut told);
+            notes.into_iter().collect::<Vec<_>>()
+        };
+        assert_eq!(kinds(3, &[(1, 1900)]), []);
+        let one = kinds(3, &[(1, 2900), (2, 10)]);
+        assert_eq!((one.len(), one[0].0), (1, EventKind::PartSilent));
+        assert!(one[0].1.contains("part 1 on b"), "{one:?}");
+        assert_eq!(kinds(3, &[(1, 3900)]), []);
+        let other = kinds(3, &[(1, 4900), (2, 2000)]);
+        assert!(
+            other.len() == 1 && other[0].1.contains("part 2 on c"),
+            "{other:?}"
+        );
+        let again = kinds(3, &[(1, 3), (2, 2500)]);
+        assert_eq!((again.len(), again[0].0), (1, EventKind::PartAnswers));
+        assert!(again[0].1.contains("after 4.9 s"), "{again:?}");
+        // It ended, or the machine is alone.
+        assert_eq!(kinds(2, &[]), []);
+        assert_eq!(kinds(0, &[]), []);
+        let anew = kinds(3, &[(2, 2500)]);
+        assert_eq!(anew.len(), 1);
+    }
+
+    #[test]
+    fn cores_are_what_was_taken_and_waited_for_where_a_thread_stayed() {
+        let mut known = Known::default();
+        let first = threads(
+            &report(&[(1, 0, 1000), (2, 1, 1000), (7, 0, 1000), (9, 0, 1000)]),
+            &mut known,
+        );
+        assert!(first.iter().all(|it| it.cores == 0.0), "{first:?}");
+        known.held.insert(1, Instant::now() + THREAD_HOLD);
+        let then = threads(
+            &report(&[(1, 0, 2000), (2, 0, 2000), (7, 0, 2000), (9, 0, 2000)]),
+            &mut known,
+        );
+        // 2 moved, 7 waits for a core all the time; 9 waits to be woken now, and did not
+        // before.
+        let cores: Vec<f64> = then.iter().map(|it| it.cores).collect();
+        assert_eq!(cores, [0.75, 0.0, 1.0, 0.75]);
+        let ran: Vec<f64> = then.iter().map(|it| it.ran).collect();
+        assert_eq!(ran, [0.5, 0.0, 0.0, 0.5]);
+        // It is what they had on average that counts.
+        let still = threads(
+            &report(&[(1, 0, 3000), (2, 0, 3000), (7, 0, 3000), (9, 0, 2000)]),
+            &mut known,
+        );
+        assert!((still[3].cores - 0.45).abs() < 1e-9, "{still:?}");
+        let held: Vec<bool> = then.iter().map(|it| it.held).collect();
+        assert_eq!(held, [true, false, false, false]);
+    }
+
+    #[test]
+    fn a_thread_follows_its_pages_once() {
+        let mut known = Known::default();
+        let at = |ms: u64| report(&[(1, 0, ms), (2, 1, ms), (3, 0, ms)]);
+        let page = |number: u32, waits: u64, parts: [usize; 2], sharing: Sharing| HotPage {
+            memory: 0,
+            number,
+            waits,
+            parts: parts.into_iter().filter_map(PartId::new).collect(),
+            sharing,
+        };
+        let pages = [
+            page(1, 30, [0, 1], Sharing::PageOnly),
+            page(2, 6, [0, 1], Sharing::Bytes),
+            page(5, 4, [0, 1], Sharing::Unclear),
+            page(3, 500, [0, 1], Sharing::Nothing),
+            page(4, 500, [0, 2], Sharing::Bytes),
+        ];
+        let drawn = |known: &mut Known, report: &PartsReport| {
+            let mut all = threads(report, known);
+            follow_pages(&mut all, known, &pages);
+            all.into_iter().map(|it| it.drawn).collect::<Vec<_>>()
+        };
+        // It must last, and nothing is known at first.
+        for second in 1..=u64::from(HOT_LOOKS) {
+            assert_eq!(drawn(&mut known, &at(second * 1000)), [None, None, None]);
+        }
+        let then = drawn(&mut known, &at(9000));
+        let first = then[0].as_ref().expect("it is drawn");
+        assert_eq!(first.part, 1);
+        assert!((first.stands - 0.45).abs() < 1e-9, "{first:?}");
+        assert!(first.why.contains("45 % of its time"), "{first:?}");
+        assert!(first.why.contains("89 %"), "{first:?}");
+        assert!(
+            first.why.contains("75 % of the waits for those"),
+            "{first:?}"
+        );
+        let other = PartId::new(1).expect("a part");
+        assert_eq!(shares(&pages[2..], 0, other), "", "nobody knows");
+        assert!(shares(&pages[1..], 0, other).contains("the same bytes"));
+        assert_eq!(then[1..], [None, None]);
+        // Once it did, not soon again; and where it comes nothing is known.
+        let until = Instant::now() + FOLLOW_AGAIN;
+        known.followed.insert(1, until);
+        assert_eq!(drawn(&mut known, &at(10_000)), [None, None, None]);
+        known.followed.clear();
+        assert!(drawn(&mut known, &at(11_000))[0].is_some());
+        assert_eq!(drawn(&mut known, &report(&[(1, 1, 12_000)])), [None]);
+    }
+
+    #[test]
+    fn memory_is_told_apart_by_its_use() {
+        let part = |number| PartId::new(number).expect("a part");
+        let object = ObjectReport {
+            name: None,
+            memory: 0,
+            start: 0x1_0000,
+            bytes: 0x6_0000,
+            owner: part(1),
+            readers: PartSet::default(),
+            exchanges: 7,
+            directory: part(0),
+        };
+        let range = |memory, start, bytes| IdleRange {
+            memory,
+            start,
+            bytes,
+        };
+        let page = |number: u32, waits: u64| HotPage {
+            memory: 0,
+            number,
+            waits,
+            parts: PartSet::default(),
+            sharing: Sharing::Nothing,
+        };
+        let heat = Heat {
+            // (The first and the last are outside of it.)
+            hot: vec![page(0xf, 99), page(0x20, 8), page(0x2f, 8), page(0x70, 99)],
+            idle: BTreeMap::from([
+                (part(0), vec![range(0, 0, 1 << 20)]),
+                (
+                    part(1),
+                    vec![
+                        range(0, 0, 0x2_0000),
+                        range(0, 0x4_0000, 0x1_0000),
+                        range(0, 0x6_0000, 0x2_0000),
+                        range(1, 0, 1 << 20),
+                    ],
+                ),
+            ]),
+        };
+        let told: Vec<_> = by_use(&object, &heat)
+            .into_iter()
+            .map(|it| (it.start >> 16, it.bytes >> 16, it.is_idle, it.heat))
+            .collect();
+        let expected = [
+            (1, 1, true, 0.0),
+            (2, 2, false, 0.5),
+            (4, 1, true, 0.0),
+            (5, 1, false, 0.0),
+            (6, 1, true, 0.0),
+        ];
+        assert_eq!(told, expected);
+        let nothing = by_use(&object, &Heat::default());
+        assert_eq!(nothing.len(), 1);
+        assert_eq!((nothing[0].bytes, nothing[0].is_idle), (0x6_0000, false));
+    }
+
+    #[test]
+    fn stands_at_pages_are_cores_that_are_lost() {
+        let mut known = Known::default();
+        let waits = |count: u64| PartsReport {
+            waits: vec![0, 0, 0, 0, 0, 0, 0, 0, 0, 0, count],
+            ..PartsReport::default()
+        };
+        assert_eq!(waited_cores(&waits(5), &mut known), 0.0);
+        std::thread::sleep(Duration::from_millis(5));
+        let lost = waited_cores(&waits(105), &mut known);
+        // 100 of about 768 µs each, in a few milliseconds.
+        assert!(lost > 1.0, "{lost}");
+        // Another worker begins anew.
+        assert_eq!(waited_cores(&waits(0), &mut known), 0.0);
+    }
+}

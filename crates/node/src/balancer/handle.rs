@@ -1,0 +1,143 @@
+//! The part's state, and the handle by which others reach the balancer's task.
+
+use super::bounds::Snapshot;
+use super::dirty_rate::DirtyRates;
+use super::drain_progress::Progress;
+use super::ledger::Ledger;
+use super::recorder::Recorder;
+use super::spreading::Spreading;
+use crate::code::Code;
+use crate::context::Context;
+use crate::moves::Moves;
+use crate::processes::Processes;
+use crate::records::{AliveNodes, Placements};
+use crate::rules::Rules;
+use crate::spanning::Spanning;
+use keel_api::PeerTraffic;
+use keel_balance::Name;
+use keel_balance::ledger::{Decision, Line};
+use keel_balance::round::{Answer, Balancer, Event, Question};
+use keel_cluster::NodeName;
+use keel_cluster::clock::unix_ms;
+use std::sync::{Arc, Mutex};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
+
+/// Looks at the balancer between two of its steps.
+pub(super) type Look = Box<dyn FnOnce(&Balancer, u64, &Snapshot) + Send>;
+
+/// What comes to the balancer's task.
+pub(super) enum Input {
+    Event(Event),
+    Measured(Box<super::meter::Measured>),
+    Asked(Name, Question, oneshot::Sender<Answer>),
+    Look(Look),
+    /// A machine that broke a rule was moved, or was not.
+    RepairOver,
+}
+
+/// This node's balancer.
+pub(crate) struct NodeBalancer {
+    pub(super) context: Arc<Context>,
+    pub(super) processes: Arc<Processes>,
+    pub(super) code: Arc<Code>,
+    pub(super) rules: Arc<Rules>,
+    pub(super) spanning: Arc<Spanning>,
+    pub(super) moves: Arc<Moves>,
+    pub(super) placements: Arc<Placements>,
+    pub(super) alive: Arc<AliveNodes>,
+    pub(super) inputs: UnboundedSender<Input>,
+    pub(super) ledger: Ledger,
+    pub(super) recorder: Recorder,
+    pub(super) dirty_rates: DirtyRates,
+    pub(super) traffic: Mutex<Vec<PeerTraffic>>,
+    pub(super) spreading: Spreading,
+    pub(super) drain: Progress,
+}
+
+/// What comes to a balancer, until its task runs.
+pub(crate) struct Inbox(pub(super) UnboundedReceiver<Input>);
+
+/// The parts below, and the files in which decisions and loads are kept.
+pub(crate) struct Below {
+    pub(crate) context: Arc<Context>,
+    pub(crate) processes: Arc<Processes>,
+    pub(crate) code: Arc<Code>,
+    pub(crate) rules: Arc<Rules>,
+    pub(crate) spanning: Arc<Spanning>,
+    pub(crate) moves: Arc<Moves>,
+    pub(crate) placements: Arc<Placements>,
+    pub(crate) alive: Arc<AliveNodes>,
+    pub(crate) ledger: Ledger,
+    pub(crate) recorder: Recorder,
+}
+
+const ENDED: &str = "this node's balancer has ended with its agent";
+
+impl NodeBalancer {
+    /// A balancer whose task does not run yet.
+    pub(crate) fn new(below: Below) -> (Self, Inbox) {
+        let (inputs, inbox) = unbounded_channel();
+        let balancer = NodeBalancer {
+            context: below.context,
+            processes: below.processes,
+            code: below.code,
+            rules: below.rules,
+            spanning: below.spanning,
+            moves: below.moves,
+            placements: below.placements,
+            alive: below.alive,
+            inputs,
+            ledger: below.ledger,
+            recorder: below.recorder,
+            dirty_rates: DirtyRates::default(),
+            traffic: Mutex::default(),
+            spreading: Spreading::default(),
+            drain: Progress::default(),
+        };
+        (balancer, Inbox(inbox))
+    }
+
+    /// Answers another node's balancer.
+    pub(crate) async fn answer(
+        &self,
+        peer: &NodeName,
+        question: Question,
+    ) -> Result<Answer, String> {
+        let (reply, answer) = oneshot::channel();
+        let asked = Input::Asked(peer.as_str().into(), question, reply);
+        self.inputs.send(asked).map_err(|_| ENDED.to_owned())?;
+        answer.await.map_err(|_| ENDED.to_owned())
+    }
+
+    pub(super) async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Balancer, u64, &Snapshot) -> T + Send + 'static,
+    ) -> Result<T, String> {
+        let (reply, answer) = oneshot::channel();
+        let look: Look = Box::new(|balancer, now_ms, snapshot| {
+            // Whoever asked may have gone.
+            let _ = reply.send(look(balancer, now_ms, snapshot));
+        });
+        self.inputs
+            .send(Input::Look(look))
+            .map_err(|_| ENDED.to_owned())?;
+        answer.await.map_err(|_| ENDED.to_owned())
+    }
+
+    pub(super) fn tell(&self, event: Event) {
+        // It ends with the agent.
+        let _ = self.inputs.send(Input::Event(event));
+    }
+
+    /// Keeps a decision in the ledger that no round came to.
+    pub(super) fn keep(&self, decision: Decision) {
+        self.ledger.keep(Line {
+            at_unix_ms: unix_ms(),
+            node: self.ledger.node().clone(),
+            policy: None,
+            model: None,
+            decision,
+        });
+    }
+}

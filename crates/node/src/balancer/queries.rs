@@ -1,0 +1,229 @@
+//! What users and other nodes ask of balancers: loads, the ledger, why something does
+//! not move; and what users change: the policy, confirmed moves.
+
+use super::handle::NodeBalancer;
+use super::ledger::Wanted;
+use super::peers::{CONFIRM, HISTORY, LEDGER, LOAD, WHY_NOT, ask, ask_all, ask_node};
+use super::policy::policy_of;
+use super::recorder::Span;
+use crate::error::CommandError;
+use crate::records;
+use keel_api::{BalanceInfo, HistoryInfo, HistoryPoint, LedgerInfo, NodeLoad, WhyNot};
+use keel_balance::Name;
+use keel_balance::ledger::Line;
+use keel_balance::policy::Policy;
+use keel_balance::round::{Answer, Event, Question};
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Txn, TxnOutcome};
+use keel_cluster::{MachineName, NodeName};
+use std::sync::{Arc, PoisonError};
+
+/// This node's load, as its balancer sees it.
+pub(super) async fn load(handle: &NodeBalancer) -> Result<NodeLoad, String> {
+    let node = handle.context.name.to_string();
+    let traffic = handle.traffic.lock();
+    let traffic = traffic.unwrap_or_else(PoisonError::into_inner).clone();
+    let load = handle.look(move |balancer, now_ms, _| NodeLoad {
+        node,
+        traffic,
+        side: balancer.side(),
+        sample: balancer.sample().cloned(),
+        policy_revision: balancer.policy().1,
+        proposals: balancer.proposals(now_ms),
+        model_error: balancer.model().error(),
+    });
+    load.await
+}
+
+/// Loads of all nodes, and the policy.
+pub(crate) async fn gather_loads(handle: &Arc<NodeBalancer>) -> Result<BalanceInfo, CommandError> {
+    let entry = handle.context.store.get(&Key::Policy.to_string()).await?;
+    let (policy, revision) = policy_of(entry.as_ref()).map_err(CommandError::Conflict)?;
+    let (mut nodes, silent): (Vec<NodeLoad>, _) =
+        ask_all(handle, LOAD, &Wanted::default(), |it, _| async move {
+            load(&it).await
+        })
+        .await;
+    nodes.sort_by(|one, other| one.node.cmp(&other.node));
+    Ok(BalanceInfo {
+        policy,
+        revision,
+        nodes,
+        silent,
+    })
+}
+
+/// What a node was measured to be, or a machine wherever it was.
+///
+/// # Errors
+/// [`CommandError::NotFound`] if there is no such node, or it does not answer.
+pub(crate) async fn history(
+    handle: &Arc<NodeBalancer>,
+    node: Option<&NodeName>,
+    span: &Span,
+) -> Result<HistoryInfo, CommandError> {
+    let Some(node) = node else {
+        let (told, silent): (Vec<Vec<HistoryPoint>>, _) =
+            ask_all(handle, HISTORY, span, |it, span| async move {
+                it.recorder.of(span).await
+            })
+            .await;
+        let points = told.into_iter().flatten().collect();
+        let points = keel_api::history_in_points(points, span.points_max);
+        return Ok(HistoryInfo { points, silent });
+    };
+    if !handle.context.members.contains(node) {
+        let what = format!("there is no node {node:?} (see `keel nodes`)");
+        return Err(CommandError::NotFound(what));
+    }
+    let points = ask_node(
+        handle,
+        node,
+        HISTORY,
+        span,
+        handle.recorder.of(span.clone()),
+    )
+    .await?;
+    Ok(HistoryInfo {
+        points,
+        silent: Vec::new(),
+    })
+}
+
+/// The ledgers of all nodes, oldest line first.
+pub(crate) async fn gather_ledger(handle: &Arc<NodeBalancer>, wanted: &Wanted) -> LedgerInfo {
+    let (told, silent): (Vec<Vec<Line>>, _) =
+        ask_all(handle, LEDGER, wanted, |it, wanted| async move {
+            it.ledger.newest(wanted).await
+        })
+        .await;
+    let mut lines: Vec<Line> = told.into_iter().flatten().collect();
+    // Some nodes have lines of others, which came with machines.
+    let order = |line: &Line| (line.at_unix_ms, line.node.clone());
+    lines.sort_by_cached_key(|line| (order(line), line.decision.to_string()));
+    lines.dedup();
+    let excess = lines.len().saturating_sub(wanted.limit as usize);
+    lines.drain(..excess);
+    LedgerInfo { lines, silent }
+}
+
+/// Why a machine does not go to a node, asked of any node.
+pub(crate) async fn why_not(
+    handle: &Arc<NodeBalancer>,
+    machine: &MachineName,
+    to: &NodeName,
+) -> Result<WhyNot, CommandError> {
+    let owner = records::get(&*handle.context.store, machine)
+        .await?
+        .record
+        .owner;
+    if !handle.context.members.contains(to) {
+        let what = format!("there is no node {to:?} (see `keel nodes`)");
+        return Err(CommandError::NotFound(what));
+    }
+    if owner == *to {
+        let what = format!("machine {machine:?} is on {to} already");
+        return Err(CommandError::Conflict(what));
+    }
+    let here = why_not_here(handle, machine, to);
+    ask_node(handle, &owner, WHY_NOT, &(machine, to), here).await
+}
+
+/// The same of a machine that runs here.
+pub(super) async fn why_not_here(
+    handle: &NodeBalancer,
+    machine: &MachineName,
+    to: &NodeName,
+) -> Result<WhyNot, String> {
+    let measuring = || "this node has not measured for long enough; try again in some seconds";
+    let asked = handle.look(|balancer, _, _| balancer.question());
+    let (machines, question) = asked.await?.ok_or_else(measuring)?;
+    let view = match ask(handle, to.as_str(), &Question::View).await? {
+        Answer::View(view) => view,
+        Answer::Measuring => return Err(format!("{to} has not measured for long enough")),
+        other => return Err(format!("{to} answered something else: {other:?}")),
+    };
+    let weights = match ask(handle, to.as_str(), &question).await? {
+        Answer::Weights(weights) => weights,
+        other => return Err(format!("{to} answered something else: {other:?}")),
+    };
+    let peer: Name = to.as_str().into();
+    let explained = handle.look(move |balancer, now_ms, rules| {
+        balancer.explain(&peer, view, &machines, &weights, now_ms, rules)
+    });
+    let explained = explained.await?.ok_or_else(measuring)?;
+    Ok(WhyNot {
+        machine: machine.to_string(),
+        node: handle.context.name.to_string(),
+        to: to.to_string(),
+        explained,
+    })
+}
+
+/// Sets the policy, if it is still of the revision that the change was made from.
+pub(crate) async fn change_policy(
+    handle: &Arc<NodeBalancer>,
+    policy: &Policy,
+    from: u64,
+) -> Result<(), CommandError> {
+    policy
+        .check()
+        .map_err(|error| CommandError::Invalid(error.to_string()))?;
+    let value =
+        serde_json::to_vec(policy).map_err(|error| CommandError::Invalid(error.to_string()))?;
+    let txn = match from {
+        0 => Txn::new().when_absent(Key::Policy),
+        revision => Txn::new().when_modified_at(Key::Policy, revision),
+    };
+    match handle
+        .context
+        .store
+        .txn(txn.put(Key::Policy, value))
+        .await?
+    {
+        TxnOutcome::Committed { .. } => Ok(()),
+        TxnOutcome::Refused { .. } => Err(CommandError::Conflict(
+            "the policy was changed by somebody else just now; look at it, and try again".into(),
+        )),
+    }
+}
+
+/// A proposed move is to be made. The machine's node knows whether it still is one.
+pub(crate) async fn confirm(
+    handle: &Arc<NodeBalancer>,
+    machine: &MachineName,
+) -> Result<(), CommandError> {
+    let owner = records::get(&*handle.context.store, machine)
+        .await?
+        .record
+        .owner;
+    ask_node(
+        handle,
+        &owner,
+        CONFIRM,
+        machine,
+        confirm_here(handle, machine),
+    )
+    .await
+}
+
+/// The same of a machine that runs here.
+pub(super) async fn confirm_here(
+    handle: &NodeBalancer,
+    machine: &MachineName,
+) -> Result<(), String> {
+    let name: Name = machine.as_str().into();
+    let asked = name.clone();
+    let proposals = handle.look(move |balancer, now_ms, _| balancer.proposals(now_ms));
+    let proposed = proposals
+        .await?
+        .into_iter()
+        .any(|(machine, _)| machine == asked);
+    if !proposed {
+        return Err(format!(
+            "no move of {machine:?} waits to be confirmed (see `keel balance`)"
+        ));
+    }
+    handle.tell(Event::Confirmed { machine: name });
+    Ok(())
+}

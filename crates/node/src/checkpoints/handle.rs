@@ -1,0 +1,292 @@
+//! Checkpoints of this node's machines: making and listing them, and which is the newest.
+
+use crate::context::Context;
+use crate::error::CommandError;
+use crate::events::Note;
+use crate::processes::Processes;
+use crate::records::{MachineCommand, at_owner};
+use keel_api::{CheckpointInfo, CheckpointRequest};
+use keel_cluster::MachineName;
+use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Compare, Txn};
+use keel_machine::checkpoint::{CheckpointId, MemoryComes, Origin, Retention, Vault, VaultError};
+use keel_machine::failpoint;
+use keel_machine::spec::CheckpointPlan;
+use keel_machine::worker::control::{Checkpoint, Checkpointed, kind};
+use keel_net::RpcError;
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long making a checkpoint may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Seconds between checkpoints that are made by themselves.
+const EVERY_S: std::ops::RangeInclusive<u64> = 1..=31 * 24 * 3600;
+
+/// Where checkpoints are, if nothing else is said: with this node.
+pub(crate) fn place(context: &Context, given: Option<&str>) -> String {
+    match given {
+        Some(url) => url.to_owned(),
+        None => context.dir.checkpoints().display().to_string(),
+    }
+}
+
+pub(crate) async fn open(url: String) -> Result<Vault, CommandError> {
+    opened(move || Vault::open(&url)).await
+}
+
+pub(crate) async fn opened(
+    open: impl FnOnce() -> Result<Vault, VaultError> + Send + 'static,
+) -> Result<Vault, CommandError> {
+    tokio::task::spawn_blocking(open)
+        .await
+        .map_err(|error| CommandError::Unavailable(error.to_string()))?
+        .map_err(|error| CommandError::Invalid(error.to_string()))
+}
+
+pub(crate) fn vault_error(error: &VaultError) -> CommandError {
+    let text = error.to_string();
+    match error {
+        VaultError::Url { .. } => CommandError::Invalid(text),
+        VaultError::None(_) => CommandError::NotFound(text),
+        VaultError::Part { .. } => CommandError::Conflict(text),
+        VaultError::Store(_) => CommandError::Unavailable(text),
+    }
+}
+
+/// A machine is to be kept as a checkpoint.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct CreateCheckpoint {
+    pub(crate) machine: MachineName,
+    pub(crate) request: CheckpointRequest,
+}
+
+impl MachineCommand for CreateCheckpoint {
+    const KIND: u16 = 0x0327;
+    const PATIENCE: Duration = PATIENCE;
+    type Answer = CheckpointInfo;
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+/// Checkpoints of this node's machines.
+pub(crate) struct Checkpoints {
+    pub(super) context: Arc<Context>,
+    pub(super) processes: Arc<Processes>,
+    /// Workers whose machines get checkpoints by a schedule.
+    scheduled: Mutex<HashSet<u64>>,
+}
+
+impl Checkpoints {
+    pub(crate) fn new(context: Arc<Context>, processes: Arc<Processes>) -> Self {
+        Checkpoints {
+            context,
+            processes,
+            scheduled: Mutex::default(),
+        }
+    }
+
+    pub(super) fn scheduled(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.scheduled
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a checkpoint of a machine of any node.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub(crate) async fn create(
+        &self,
+        command: CreateCheckpoint,
+    ) -> Result<CheckpointInfo, CommandError> {
+        at_owner(&self.context, command, |it| async move {
+            self.create_here(&it.machine, it.request).await
+        })
+        .await
+    }
+
+    /// Makes a checkpoint of a machine that runs here.
+    pub(crate) async fn create_here(
+        &self,
+        machine: &MachineName,
+        request: CheckpointRequest,
+    ) -> Result<CheckpointInfo, CommandError> {
+        let result = self.make(machine, request).await;
+        self.context
+            .events
+            .record(Note::checkpoint(machine, &result));
+        result
+    }
+
+    async fn make(
+        &self,
+        machine: &MachineName,
+        request: CheckpointRequest,
+    ) -> Result<CheckpointInfo, CommandError> {
+        let vault = place(&self.context, request.to.as_deref());
+        // A place that cannot be is named before anything is begun.
+        let url = vault.clone();
+        opened(move || Vault::create(&url)).await?;
+        let retention = Retention {
+            newest: request.keep,
+            for_s: request.keep_for_s,
+        };
+        check_retention(retention)?;
+        let worker = self.processes.machines.get(machine).ok_or_else(|| {
+            CommandError::Conflict(format!(
+                "machine {machine:?} does not run: there is nothing to checkpoint"
+            ))
+        })?;
+        let question = Checkpoint {
+            vault: vault.clone(),
+            full: request.full,
+            keep: retention,
+        };
+        let injected = |error: failpoint::Injected| CommandError::Unavailable(error.to_string());
+        failpoint::pass_async("keep.asked")
+            .await
+            .map_err(injected)?;
+        let taken: Result<Checkpointed, RpcError> =
+            worker.ask(kind::CHECKPOINT, &question, PATIENCE).await;
+        let taken = taken.map_err(|error| match error {
+            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
+                CommandError::Conflict(format!("no checkpoint of machine {machine:?}: {reason}"))
+            }
+            other => CommandError::Unavailable(other.to_string()),
+        })?;
+        failpoint::pass_async("keep.taken")
+            .await
+            .map_err(injected)?;
+        self.note_newest(machine, &vault).await;
+        Ok(CheckpointInfo {
+            machine: machine.to_string(),
+            id: taken.id.to_string(),
+            vault,
+            parent: taken.parent.map(|id| id.to_string()),
+            created_unix_ms: unix_ms(),
+            stored_bytes: taken.stored_bytes,
+            pause_micros: Some(taken.pause_micros),
+            total_micros: Some(taken.total_micros),
+            deleted: taken.deleted,
+            damage: None,
+        })
+    }
+
+    /// When a machine's newest checkpoint in a place was made, in milliseconds since
+    /// 1970-01-01 UTC; `None` without any.
+    pub(crate) async fn newest_ms(&self, machine: &MachineName, to: Option<&str>) -> Option<u64> {
+        let vault = open(place(&self.context, to)).await.ok()?;
+        let all = vault.list(machine).await.ok()?;
+        all.first().map(CheckpointId::unix_ms)
+    }
+
+    /// Writes down where a machine's newest checkpoint is: that is what it goes on
+    /// from when it is lost.
+    async fn note_newest(&self, machine: &MachineName, vault: &str) {
+        let origin = Origin {
+            vault: vault.to_owned(),
+            machine: machine.clone(),
+            id: None,
+            is_clone: false,
+            memory: MemoryComes::First,
+        };
+        let written = match keel_cluster::wire::encode("where a checkpoint is", &origin) {
+            Ok(value) => {
+                let txn = Txn::new()
+                    .when(Compare::Exists {
+                        key: Key::Machine(machine.clone()).to_string(),
+                    })
+                    .put(Key::Kept(machine.clone()), value);
+                self.context
+                    .store
+                    .txn(txn)
+                    .await
+                    .map(drop)
+                    .map_err(|error| error.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = written {
+            tracing::warn!(%machine, error, "where its newest checkpoint is, is not in the store");
+        }
+    }
+
+    /// Where a machine's newest checkpoint is, if there is any.
+    pub(crate) async fn newest(&self, machine: &MachineName) -> Result<Option<Origin>, String> {
+        let key = Key::Kept(machine.clone()).to_string();
+        match self.context.store.get(&key).await {
+            Ok(Some(entry)) => keel_cluster::wire::decode("where a checkpoint is", &entry.value)
+                .map(Some)
+                .map_err(|error| error.to_string()),
+            Ok(None) => Ok(None),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// A machine's checkpoints, newest first; what cannot be read is listed with
+    /// what is wrong.
+    pub(crate) async fn list(
+        &self,
+        machine: &MachineName,
+        from: Option<&str>,
+    ) -> Result<Vec<CheckpointInfo>, CommandError> {
+        let vault = open(place(&self.context, from)).await?;
+        let ids = vault
+            .list(machine)
+            .await
+            .map_err(|error| vault_error(&error))?;
+        let mut found = Vec::with_capacity(ids.len());
+        for id in ids {
+            let mut info = CheckpointInfo {
+                machine: machine.to_string(),
+                id: id.to_string(),
+                vault: vault.url().to_owned(),
+                parent: None,
+                created_unix_ms: 0,
+                stored_bytes: 0,
+                pause_micros: None,
+                total_micros: None,
+                deleted: 0,
+                damage: None,
+            };
+            match vault.manifest(machine, &id).await {
+                Ok(manifest) => {
+                    info.created_unix_ms = manifest.created_unix_ms;
+                    info.stored_bytes = manifest.stored_bytes();
+                    info.parent = manifest.parent.map(|id| id.to_string());
+                }
+                Err(error) => info.damage = Some(error.to_string()),
+            }
+            found.push(info);
+        }
+        Ok(found)
+    }
+}
+
+fn check_retention(retention: Retention) -> Result<(), CommandError> {
+    if retention.newest == Some(0) {
+        return Err(CommandError::Invalid(
+            "keeping no checkpoint at all: 1 is the least".into(),
+        ));
+    }
+    Ok(())
+}
+
+/// Whether checkpoints can be made so by themselves.
+pub(crate) fn check_plan(plan: &CheckpointPlan) -> Result<(), CommandError> {
+    if !EVERY_S.contains(&plan.every_s) {
+        return Err(CommandError::Invalid(format!(
+            "a checkpoint every {} seconds: {} to {} are possible",
+            plan.every_s,
+            EVERY_S.start(),
+            EVERY_S.end()
+        )));
+    }
+    check_retention(plan.retention)
+}

@@ -1,0 +1,161 @@
+//! Checkpoints that are made by themselves, as a machine's spec says: each so
+//! long after the one before, wherever the machine is by then.
+//!
+//! What it is counted from is the newest checkpoint in the store, so that neither
+//! a move nor a new agent makes one too many or too few.
+
+use super::handle::Checkpoints;
+use crate::processes::Worker;
+use crate::records::{self, RecordError};
+use keel_api::CheckpointRequest;
+use keel_cluster::MachineName;
+use keel_cluster::clock::unix_ms;
+use keel_machine::spec::{CheckpointPlan, Status};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The longest pause between two looks at a machine.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// The longest pause after one that failed.
+const RETRY_MAX: Duration = Duration::from_secs(60);
+
+impl Checkpoints {
+    /// Makes a machine's checkpoints as its spec says until its worker is gone.
+    pub(crate) fn keep_schedule(self: &Arc<Self>, machine: &MachineName, worker: &Worker) {
+        let (checkpoints, machine, worker) = (self.clone(), machine.clone(), worker.clone());
+        // One for each connection to a process: another one has another.
+        let Some(watching) = Watching::begin(&checkpoints, &worker) else {
+            return;
+        };
+        tokio::spawn(async move {
+            let mut watching = Some(watching);
+            let mut newest = None;
+            let mut failed = 0;
+            while checkpoints
+                .processes
+                .machines
+                .get(&machine)
+                .is_some_and(|now| now.is(&worker))
+            {
+                let record = match records::get(&*checkpoints.context.store, &machine).await {
+                    Ok(found) => found.record,
+                    Err(RecordError::NoMachine(_)) => return,
+                    Err(_) => {
+                        tokio::time::sleep(LOOK_EVERY).await;
+                        continue;
+                    }
+                };
+                let Some(plan) = &record.spec.checkpoints else {
+                    // Whoever changes the spec begins anew; one that was changed just now
+                    // found this still watching.
+                    if watching.take().is_none() {
+                        return;
+                    }
+                    continue;
+                };
+                if watching.is_none() {
+                    watching = Watching::begin(&checkpoints, &worker);
+                    if watching.is_none() {
+                        return;
+                    }
+                }
+                if newest.is_none() {
+                    newest = checkpoints.newest_ms(&machine, plan.to.as_deref()).await;
+                }
+                // (A clock may have been ahead.)
+                let since = newest.unwrap_or(record.started_unix_ms).min(unix_ms());
+                let due = due(plan, since, failed);
+                let now = unix_ms();
+                let runs =
+                    record.owner == checkpoints.context.name && record.status == Status::Running;
+                if !runs || due > now {
+                    let rest = Duration::from_millis(due.saturating_sub(now));
+                    // (A machine that arrives is about to run.)
+                    let least = Duration::from_millis(if runs { 1 } else { 500 });
+                    tokio::time::sleep(rest.clamp(least, LOOK_EVERY)).await;
+                    continue;
+                }
+                let request = CheckpointRequest {
+                    to: plan.to.clone(),
+                    full: false,
+                    keep: plan.retention.newest,
+                    keep_for_s: plan.retention.for_s,
+                };
+                match checkpoints.create_here(&machine, request).await {
+                    Ok(taken) => {
+                        newest = Some(taken.created_unix_ms);
+                        failed = 0;
+                    }
+                    Err(error) => {
+                        tracing::warn!(%machine, %error, "the checkpoint that was due was not made");
+                        newest = Some(since.max(now.saturating_sub(plan.every_s * 1000)));
+                        failed += 1;
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Says that a worker is watched, as long as it is.
+struct Watching {
+    checkpoints: Arc<Checkpoints>,
+    worker: u64,
+}
+
+impl Watching {
+    fn begin(checkpoints: &Arc<Checkpoints>, worker: &Worker) -> Option<Self> {
+        let worker = worker.id();
+        let mut all = checkpoints.scheduled();
+        all.insert(worker).then(|| Watching {
+            checkpoints: checkpoints.clone(),
+            worker,
+        })
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        self.checkpoints.scheduled().remove(&self.worker);
+    }
+}
+
+/// When the next one is due: so long after the newest, or a little after the last
+/// attempt.
+fn due(plan: &CheckpointPlan, newest_ms: u64, failed: u32) -> u64 {
+    let every = Duration::from_secs(plan.every_s);
+    let pause = match failed {
+        0 => Duration::ZERO,
+        // Doubling: a store that is away is not asked each second.
+        _ => Duration::from_secs(1)
+            .saturating_mul(2u32.saturating_pow(failed))
+            .min(RETRY_MAX)
+            .min(every),
+    };
+    let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    newest_ms
+        .saturating_add(ms(every))
+        .saturating_add(ms(pause))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_machine::checkpoint::Retention;
+
+    #[test]
+    fn one_follows_the_other_and_failures_are_spaced() {
+        let plan = |every_s| CheckpointPlan {
+            every_s,
+            to: None,
+            retention: Retention::default(),
+        };
+        assert_eq!(due(&plan(10), 5_000, 0), 15_000);
+        assert_eq!(due(&plan(600), 5_000, 1), 607_000);
+        assert_eq!(due(&plan(600), 5_000, 3), 613_000);
+        assert_eq!(due(&plan(600), 5_000, 99), 665_000);
+        // Never so rarely that more than one is left out.
+        assert_eq!(due(&plan(2), 5_000, 99), 9_000);
+        assert_eq!(due(&plan(u64::MAX), 5_000, 0), u64::MAX);
+    }
+}

@@ -1,0 +1,125 @@
+//! The cluster as users see it: its nodes, its state, and tokens to join or use it.
+
+use crate::context::Context;
+use crate::error::CommandError;
+use crate::records;
+use keel_api::{ClusterInfo, NodeInfo, Token, TokenRequest};
+use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::{self, Key};
+use keel_cluster::tokens::{self, Role};
+use keel_cluster::{MachineName, NodeName, members};
+use keel_machine::spec::Status;
+
+/// The machines in a node's schedule.
+///
+/// # Errors
+/// [`CommandError`] if there is no such node.
+pub(crate) async fn schedule(
+    context: &Context,
+    node: &NodeName,
+) -> Result<Vec<MachineName>, CommandError> {
+    if !context.members.contains(node) {
+        let what = format!("there is no node {node:?}");
+        return Err(CommandError::NotFound(what));
+    }
+    Ok(records::schedule(&*context.store, node).await?)
+}
+
+/// All nodes.
+///
+/// # Errors
+/// [`CommandError`] if the store does not answer.
+pub(crate) async fn nodes(context: &Context) -> Result<Vec<NodeInfo>, CommandError> {
+    let store = &*context.store;
+    let alive = records::alive(store).await?;
+    let drains = store.list(keys::DRAINS).await?.entries;
+    let records = records::nodes(store).await?;
+    let voters = members::voters(store)
+        .await
+        .map_err(|error| CommandError::Unavailable(error.to_string()))?;
+    let mut nodes = Vec::new();
+    for (name, member) in context.members.all().iter() {
+        let record = records.iter().find(|(node, _)| node == name);
+        let record = record.map(|(_, record)| record);
+        nodes.push(NodeInfo {
+            name: name.to_string(),
+            address: member.address.clone(),
+            alive: alive.contains(name),
+            draining: drains
+                .iter()
+                .any(|it| it.key == Key::Drain(name.clone()).to_string()),
+            voter: voters.iter().any(|voter| voter.node == *name),
+            cpus: record.map_or(0, |record| record.cpus),
+            memory_bytes: record.map_or(0, |record| record.memory_bytes),
+            machines: records::schedule(store, name).await?.len() as u32,
+            lacks: record.map_or_else(Vec::new, |record| record.lacks.clone()),
+            version: record.map_or_else(String::new, |record| record.version.clone()),
+        });
+    }
+    Ok(nodes)
+}
+
+/// The state of the cluster.
+///
+/// # Errors
+/// [`CommandError`] if the store does not answer.
+pub(crate) async fn status(context: &Context) -> Result<ClusterInfo, CommandError> {
+    let nodes = nodes(context).await?;
+    let machines = records::all(&*context.store).await?;
+    Ok(ClusterInfo {
+        cluster: context.cluster.to_string(),
+        node: context.name.to_string(),
+        voters: nodes
+            .iter()
+            .filter(|node| node.voter)
+            .map(|node| node.name.clone())
+            .collect(),
+        store: format!("answers, revision {}", context.store.revision().await?),
+        nodes: nodes.len() as u32,
+        nodes_alive: nodes.iter().filter(|node| node.alive).count() as u32,
+        machines: machines.len() as u32,
+        machines_running: machines
+            .iter()
+            .filter(|record| matches!(record.status, Status::Running | Status::Filling { .. }))
+            .count() as u32,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    })
+}
+
+/// A new token.
+///
+/// # Errors
+/// [`CommandError`].
+pub(crate) async fn make_token(
+    context: &Context,
+    request: TokenRequest,
+) -> Result<Token, CommandError> {
+    let store = &*context.store;
+    let authority = context
+        .identity
+        .authority()
+        .map_err(|error| CommandError::Unavailable(error.to_string()))?;
+    let bad = |error: tokens::TokenError| CommandError::Invalid(error.to_string());
+    let token = match request {
+        TokenRequest::Join { ttl_s } => {
+            let ttl_ms = ttl_s.saturating_mul(1000);
+            tokens::create_join_token(store, authority, ttl_ms, unix_ms())
+                .await
+                .map_err(bad)?
+                .to_string()
+        }
+        TokenRequest::User { name, role } => {
+            let role: Role = role.parse().map_err(|_| {
+                CommandError::Invalid(format!("{role:?} is no role: viewer, operator or admin"))
+            })?;
+            tokens::create_user_token(store, &name, role, None)
+                .await
+                .map_err(bad)?
+                .to_string()
+        }
+    };
+    Ok(Token {
+        token,
+        authority: authority.to_string(),
+    })
+}

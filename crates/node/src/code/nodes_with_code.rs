@@ -1,0 +1,42 @@
+//! Which nodes have the code of which programs, as far as this one knows.
+
+use keel_cluster::keys::Key;
+use keel_cluster::store::KeyValue;
+use keel_cluster::{NodeName, wire};
+use keel_net::Fingerprint;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What all nodes have, as far as this one has heard.
+#[derive(Debug, Default)]
+pub(crate) struct Published(Mutex<BTreeMap<NodeName, BTreeSet<Fingerprint>>>);
+
+impl Published {
+    pub(super) fn table(&self) -> MutexGuard<'_, BTreeMap<NodeName, BTreeSet<Fingerprint>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a node has the code of a program.
+    pub(crate) fn has(&self, node: &NodeName, program: &Fingerprint) -> bool {
+        self.table()
+            .get(node)
+            .is_some_and(|programs| programs.contains(program))
+    }
+
+    /// Nodes that have the code of a program, by name.
+    pub(crate) fn nodes_with(&self, program: &Fingerprint) -> Vec<NodeName> {
+        let table = self.table();
+        let with = table.iter().filter(|(_, has)| has.contains(program));
+        with.map(|(node, _)| node.clone()).collect()
+    }
+
+    pub(super) fn take(&self, entry: &KeyValue) {
+        let Ok(Key::Code(node)) = entry.key.parse() else {
+            return;
+        };
+        match wire::decode("a node's code", &entry.value) {
+            Ok(programs) => drop(self.table().insert(node, programs)),
+            Err(error) => tracing::warn!(%node, %error, "what code it has is not known"),
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! Each node writes which code it has at `code/NODE`, and follows what the others write. It
+//! is advice: a node that lost its cache says so a moment late, and then compiles.
+
+use super::compilations::Code;
+use super::nodes_with_code::Published;
+use crate::context::Context;
+use keel_cluster::keys::{self, Key};
+use keel_cluster::store::{Change, Txn};
+use keel_cluster::{StoreError, wire};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Pause before the store is asked again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// What becomes ready within this time is written at once.
+const WRITE_EVERY: Duration = Duration::from_millis(200);
+
+/// Writes what is ready here, at each change.
+pub(super) async fn publish(context: Arc<Context>, code: Arc<Code>) {
+    let mut changes = code.ready.subscribe();
+    loop {
+        changes.mark_unchanged();
+        if let Err(error) = write(&context, &code).await {
+            tracing::debug!(%error, "what code is here is not in the store yet");
+            tokio::time::sleep(RETRY_AFTER).await;
+            continue;
+        }
+        if changes.changed().await.is_err() {
+            return;
+        }
+        tokio::time::sleep(WRITE_EVERY).await;
+    }
+}
+
+async fn write(context: &Context, code: &Code) -> Result<(), String> {
+    let ready = code.inner().ready.clone();
+    let value = wire::encode("a node's code", &ready).map_err(|error| error.to_string())?;
+    let txn = Txn::new().put(Key::Code(context.name.clone()), value);
+    context
+        .store
+        .txn(txn)
+        .await
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
+/// Follows what all nodes have, until the agent ends.
+pub(super) async fn follow(context: Arc<Context>, code: Arc<Code>) {
+    loop {
+        if let Err(error) = follow_once(&context, &code.published).await {
+            tracing::debug!(%error, "what code other nodes have is not followed, trying again");
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+async fn follow_once(context: &Context, published: &Published) -> Result<(), StoreError> {
+    let listing = context.store.list(keys::CODE).await?;
+    published.table().clear();
+    for entry in &listing.entries {
+        published.take(entry);
+    }
+    let mut watch = context
+        .store
+        .watch(keys::CODE, listing.revision + 1)
+        .await?;
+    while let Some(changes) = watch.next().await {
+        for change in changes?.changes {
+            match change {
+                Change::Put(entry) => published.take(&entry),
+                Change::Delete { key } => {
+                    if let Ok(Key::Code(node)) = key.parse() {
+                        published.table().remove(&node);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}

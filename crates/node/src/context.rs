@@ -1,0 +1,48 @@
+//! What every part of the agent gets: who this node is, the store, the other nodes, the
+//! events, the folders. It has no behaviour of its own; parts keep their own state.
+
+use crate::events::Events;
+use crate::state_dir::StateDir;
+use keel_cluster::identity::{ClusterId, NodeIdentity};
+use keel_cluster::members::MemberSet;
+use keel_cluster::store::LeaseId;
+use keel_cluster::{NodeName, Store};
+use keel_net::{Peers, Traffic};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// The settings of a node, in its folder.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    pub(crate) listen: SocketAddr,
+    pub(crate) api: Option<SocketAddr>,
+    /// Nodes that hold the store: name and address.
+    pub(crate) voters: Vec<(NodeName, String)>,
+}
+
+/// This node, and what it reaches others by.
+pub(crate) struct Context {
+    pub(crate) name: NodeName,
+    pub(crate) cluster: ClusterId,
+    pub(crate) dir: StateDir,
+    pub(crate) settings: Settings,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) members: Arc<MemberSet>,
+    /// This node's lease in the store, while it has one.
+    pub(crate) lease: watch::Receiver<Option<LeaseId>>,
+    pub(crate) identity: NodeIdentity,
+    /// Events of this node, for people.
+    pub(crate) events: Events,
+    /// Bytes to and from other nodes.
+    pub(crate) traffic: Traffic,
+}
+
+impl Context {
+    /// The address at which workers of this node listen for those of others.
+    pub(crate) fn worker_address(&self) -> String {
+        self.settings.listen.ip().to_string()
+    }
+}

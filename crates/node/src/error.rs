@@ -1,0 +1,27 @@
+//! Why a command was not carried out, as its user is told and as it travels between agents.
+
+use keel_cluster::StoreError;
+use serde::{Deserialize, Serialize};
+
+/// Why a command was not carried out; each variant has one HTTP status.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub(crate) enum CommandError {
+    /// The request is wrong, whatever the cluster's state is (400).
+    #[error("{0}")]
+    Invalid(String),
+    /// What it names does not exist (404).
+    #[error("{0}")]
+    NotFound(String),
+    /// The present state does not allow it (409).
+    #[error("{0}")]
+    Conflict(String),
+    /// A node, a process or the store does not answer (503).
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl From<StoreError> for CommandError {
+    fn from(error: StoreError) -> Self {
+        CommandError::Unavailable(error.to_string())
+    }
+}

@@ -1,0 +1,31 @@
+//! The parts that requests are handed to.
+
+use crate::balancer::NodeBalancer;
+use crate::checkpoints::Checkpoints;
+use crate::code::Code;
+use crate::context::Context;
+use crate::images::Images;
+use crate::logs::Logs;
+use crate::machines::Machines;
+use crate::moves::Moves;
+use crate::processes::Processes;
+use crate::rules::Rules;
+use crate::spanning::Spanning;
+use crate::volumes::VolumeFiles;
+use std::sync::Arc;
+
+/// A handle of each part.
+pub(crate) struct Handles {
+    pub(crate) context: Arc<Context>,
+    pub(crate) processes: Arc<Processes>,
+    pub(crate) images: Arc<Images>,
+    pub(crate) code: Arc<Code>,
+    pub(crate) rules: Arc<Rules>,
+    pub(crate) checkpoints: Arc<Checkpoints>,
+    pub(crate) logs: Arc<Logs>,
+    pub(crate) files: Arc<VolumeFiles>,
+    pub(crate) spanning: Arc<Spanning>,
+    pub(crate) moves: Arc<Moves>,
+    pub(crate) balancer: Arc<NodeBalancer>,
+    pub(crate) machines: Arc<Machines>,
+}

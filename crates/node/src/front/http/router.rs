@@ -1,0 +1,178 @@
+//! Which request goes to which handler, and who may make it.
+
+use super::super::handles::Handles;
+use super::reply::problem;
+use super::{balance, file, machine};
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request};
+use axum::http::{Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::Response;
+use axum::routing::{delete, get, post, put};
+use keel_cluster::tokens::Role;
+use std::sync::Arc;
+
+/// What is said of a request that cannot be, in bytes at most.
+const PROBLEM_BYTES_MAX: usize = 64 << 10;
+
+/// Who asks.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Caller(pub(super) Role);
+
+pub(super) fn router(handles: Arc<Handles>) -> Router {
+    let router = Router::new()
+        .route("/v1/status", get(machine::status))
+        .route("/v1/nodes", get(machine::nodes))
+        .route("/v1/schedule/{node}", get(machine::schedule))
+        .route("/v1/tokens", post(machine::make_token))
+        .route(
+            "/v1/modules",
+            put(machine::upload).layer(DefaultBodyLimit::max(keel_machine::MODULE_BYTES_MAX)),
+        )
+        .route("/v1/machines", get(machine::list).post(machine::run))
+        .route("/v1/machines/{name}", get(machine::inspect))
+        .route("/v1/machines/{name}", delete(machine::remove))
+        .route("/v1/machines/{name}/stop", post(machine::stop))
+        .route("/v1/machines/{name}/kill", post(machine::kill))
+        .route("/v1/machines/{name}/move", post(machine::move_machine))
+        .route("/v1/machines/{name}/dry-run", post(machine::dry_run))
+        .route(
+            "/v1/machines/{name}/cancel-move",
+            post(machine::cancel_move),
+        )
+        .route("/v1/machines/{name}/set", post(machine::set))
+        .route("/v1/machines/{name}/diff", post(machine::diff))
+        .route(
+            "/v1/machines/{name}/parts",
+            get(machine::parts)
+                .post(machine::span)
+                .delete(machine::unspan),
+        )
+        .route(
+            "/v1/machines/{name}/threads/{tid}/move",
+            post(machine::move_thread),
+        )
+        .route("/v1/machines/{name}/objects", get(machine::objects))
+        .route(
+            "/v1/machines/{name}/objects/{object}/move",
+            post(machine::move_object),
+        )
+        .route(
+            "/v1/machines/{name}/files",
+            get(file::read)
+                .put(file::write)
+                .delete(file::remove)
+                .layer(DefaultBodyLimit::max(crate::volumes::PIECE_BYTES_MAX)),
+        )
+        .route("/v1/machines/{name}/files/stat", get(file::stat))
+        .route("/v1/machines/{name}/files/rename", post(file::rename))
+        .route("/v1/machines/{name}/logs", get(machine::logs))
+        .route("/v1/machines/{name}/logs/offset", get(machine::log_offset))
+        .route(
+            "/v1/machines/{name}/checkpoints",
+            get(machine::checkpoints).post(machine::checkpoint),
+        )
+        .route("/v1/restore", post(machine::restore))
+        .route(
+            "/v1/volumes",
+            get(machine::list_volumes).post(machine::create_volume),
+        )
+        .route(
+            "/v1/volumes/{name}",
+            get(machine::inspect_volume).delete(machine::remove_volume),
+        )
+        .route("/v1/balance", get(balance::info))
+        .route("/v1/balance/policy", post(balance::change_policy))
+        .route("/v1/machines/{name}/confirm-move", post(balance::confirm))
+        .route("/v1/machines/{name}/why-not", get(balance::why_not))
+        .route("/v1/nodes/{name}/history", get(balance::node_history))
+        .route("/v1/machines/{name}/history", get(balance::machine_history))
+        .route("/v1/plan", post(balance::make_plan))
+        .route("/v1/plan/run", post(balance::carry_out_plan))
+        .route(
+            "/v1/nodes/{name}/drain",
+            get(balance::drain_info)
+                .post(balance::begin_drain)
+                .delete(balance::end_drain),
+        )
+        .route("/v1/ledger", get(balance::ledger))
+        .route(
+            "/v1/rules",
+            get(balance::list_rules).post(balance::put_rule),
+        )
+        .route("/v1/rules/{name}", delete(balance::remove_rule))
+        .route("/v1/labels", post(balance::label))
+        .route("/v1/events", get(machine::tell_events));
+    #[cfg(feature = "failpoints")]
+    let router = router.route("/v1/debug/failpoint", post(machine::failpoint));
+    router
+        .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such request (see /v1)".into()) })
+        .layer(middleware::from_fn(in_full))
+        .layer(middleware::map_response(in_json))
+        .layer(middleware::from_fn(check_role))
+        .with_state(handles)
+}
+
+/// What is wrong with a request is said in one form, whoever found it.
+async fn in_json(response: Response) -> Response {
+    let (status, headers) = (response.status(), response.headers());
+    let is_json = headers
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    if !status.is_client_error() || is_json {
+        return response;
+    }
+    let (mut head, body) = response.into_parts();
+    let said = axum::body::to_bytes(body, PROBLEM_BYTES_MAX).await;
+    let said = said.unwrap_or_default();
+    let mut text = String::from_utf8_lossy(&said).into_owned();
+    if text.is_empty() {
+        text = format!("{status}: see /v1");
+    }
+    // (What else was said, as which methods there are, stays.)
+    for name in [header::CONTENT_TYPE, header::CONTENT_LENGTH] {
+        head.headers.remove(name);
+    }
+    let mut answer = problem(status, text);
+    for (name, value) in &head.headers {
+        answer.headers_mut().append(name, value.clone());
+    }
+    answer
+}
+
+/// What changes something is carried out to its end, also where whoever asked has gone
+/// meanwhile: a handler that is dropped in the middle leaves on other nodes what it made
+/// there.
+async fn in_full(request: Request, next: Next) -> Response {
+    if request.method() == Method::GET {
+        return next.run(request).await;
+    }
+    let done = tokio::spawn(next.run(request));
+    done.await.unwrap_or_else(|error| {
+        tracing::error!(%error, "a request was not carried out");
+        let text = "this request was not carried out to its end; see the agent's log".into();
+        problem(StatusCode::INTERNAL_SERVER_ERROR, text)
+    })
+}
+
+/// Reading needs a viewer, tokens an admin, everything else an operator, what is in
+/// machines' files too.
+async fn check_role(request: Request, next: Next) -> Response {
+    let needed = match (request.method(), request.uri().path()) {
+        (_, "/v1/tokens" | "/v1/debug/failpoint") => Role::Admin,
+        (_, path) if path.split('/').nth(4) == Some("files") => Role::Operator,
+        (&Method::GET, _) => Role::Viewer,
+        _ => Role::Operator,
+    };
+    match request.extensions().get::<Caller>() {
+        Some(Caller(role)) if role.includes(needed) => next.run(request).await,
+        Some(_) => problem(
+            StatusCode::FORBIDDEN,
+            format!("this needs a token of role {needed}"),
+        ),
+        None => problem(
+            StatusCode::UNAUTHORIZED,
+            "no valid token (make one with `keel token user`)".into(),
+        ),
+    }
+}

@@ -1,0 +1,119 @@
+//! Serves the API on the node's own socket, and over TLS with a token.
+
+use super::super::handles::Handles;
+use super::router::{Caller, router};
+use crate::context::Context;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Extension, Request};
+use axum::http::header;
+use keel_cluster::clock::unix_ms;
+use keel_cluster::tokens::{self, Role};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::signal::unix::{SignalKind, signal};
+use tower::ServiceExt;
+
+/// How long a TLS handshake may take.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Serves until the process is told to stop.
+pub(crate) async fn serve(handles: Arc<Handles>) -> std::io::Result<()> {
+    let context = handles.context.clone();
+    let path = context.dir.api_socket();
+    let temporary = context.dir.root().join("api.new");
+    // A socket that exists answers: it is put in place once it listens.
+    let _ = std::fs::remove_file(&temporary);
+    let listener = UnixListener::bind(&temporary)?;
+    std::fs::rename(&temporary, &path)?;
+    let router = router(handles);
+    if let Some(address) = context.settings.api {
+        let listener = TcpListener::bind(address).await?;
+        tokio::spawn(serve_tls(context.clone(), listener, router.clone()));
+    }
+    // The socket lies in a folder that only this user can enter.
+    let local = router.layer(Extension(Caller(Role::Admin)));
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        result = axum::serve(listener, local) => result,
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+async fn serve_tls(context: Arc<Context>, listener: TcpListener, router: Router) {
+    let tls = match context.identity.server_tls() {
+        Ok(tls) => tls,
+        Err(error) => {
+            tracing::error!(%error, "no API over TLS");
+            return;
+        }
+    };
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "a connection to the API was not accepted");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (context, router, tls) = (context.clone(), router.clone(), tls.clone());
+        tokio::spawn(async move {
+            match tls
+                .accept(stream, &peer.to_string(), HANDSHAKE_PATIENCE)
+                .await
+            {
+                Ok((stream, _)) => serve_one(context, router, stream, peer).await,
+                Err(error) => tracing::debug!(%error, "no TLS with a caller of the API"),
+            }
+        });
+    }
+}
+
+async fn serve_one<S>(context: Arc<Context>, router: Router, stream: S, peer: SocketAddr)
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let service =
+        hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+            let (context, router) = (context.clone(), router.clone());
+            async move {
+                let mut request = request.map(Body::new);
+                if let Some(token) = bearer(&request)
+                    && let Some(caller) = caller(&context, &token).await
+                {
+                    request.extensions_mut().insert(caller);
+                }
+                router.oneshot(request).await
+            }
+        });
+    let served = hyper::server::conn::http1::Builder::new()
+        .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
+        .await;
+    if let Err(error) = served {
+        tracing::debug!(%peer, %error, "a connection to the API broke");
+    }
+}
+
+fn bearer(request: &Request) -> Option<String> {
+    let header = request
+        .headers()
+        .get(header::AUTHORIZATION)?
+        .to_str()
+        .ok()?;
+    header.strip_prefix("Bearer ").map(str::to_owned)
+}
+
+async fn caller(context: &Context, token: &str) -> Option<Caller> {
+    match tokens::verify_user_token(&*context.store, token, unix_ms()).await {
+        Ok(user) => Some(Caller(user.role)),
+        Err(error) => {
+            tracing::info!(%error, "a token was refused");
+            None
+        }
+    }
+}

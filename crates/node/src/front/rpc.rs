@@ -1,0 +1,220 @@
+//! Requests of other nodes, over `keel-net`'s rpc: each is decoded, handed to one handle,
+//! and its answer encoded. A number that two requests had would be an unreachable arm.
+
+use super::handles::Handles;
+use crate::balancer::{self, BALANCE};
+use crate::checkpoints::CreateCheckpoint;
+use crate::cluster_events::{EVENTS, Question, answer_peer};
+use crate::code::{CODE, PROGRAM, program_here};
+use crate::error::CommandError;
+use crate::events::Note;
+use crate::images::FETCH;
+use crate::logs::{LOG, LogOffset};
+use crate::machines::{RemoveMachine, ReportQuery, SetMachine, StopMachine};
+use crate::moves::{
+    self, ARRIVAL, CancelMove, DryRunCommand, HELD, MOVE, MoveOrder, OFFER, Offer, TRIAL, WITHDRAW,
+    WOULD_ACCEPT,
+};
+use crate::records::MachineCommand;
+use crate::spanning::{
+    self, ARRIVED_PART, ARRIVING_JOIN, ARRIVING_PART, JOIN_NEW, MEET_NEW, MoveObjectCommand,
+    MoveThreadCommand, ObjectsQuery, PART, PART_JOIN, PartsQuery, ROOM, SpanCommand, UnspanCommand,
+};
+use crate::volumes::FileCommand;
+use futures::FutureExt;
+use keel_cluster::service::ClusterService;
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::worker::control::{JoinNew, MeetNew, pack, unpack};
+use keel_net::{BoxFuture, Bytes, Fingerprint, Handler, PeerId, Reply, RpcError};
+use serde::Serialize;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// Answers other nodes.
+pub(crate) struct Service {
+    handles: Arc<Handles>,
+    cluster: Option<ClusterService>,
+}
+
+/// The answer of a handle, or its error in a sentence.
+fn reply<T: Serialize>(
+    answer: Result<T, impl std::fmt::Display + Send + Sync + 'static>,
+) -> Result<Reply, RpcError> {
+    Ok(pack(&answer.map_err(RpcError::failed)?)?.into())
+}
+
+/// A command of a user of another node, carried out by `here`.
+async fn command<C, F>(payload: &Bytes, here: impl FnOnce(C) -> F) -> Result<Reply, RpcError>
+where
+    C: MachineCommand,
+    F: Future<Output = Result<C::Answer, CommandError>>,
+{
+    Ok(pack(&here(unpack(payload)?).await)?.into())
+}
+
+impl Service {
+    pub(crate) fn new(handles: Arc<Handles>, cluster: Option<ClusterService>) -> Self {
+        Service { handles, cluster }
+    }
+
+    async fn answer(&self, source: NodeName, kind: u16, payload: Bytes) -> Result<Reply, RpcError> {
+        let at = &self.handles;
+        let payload = &payload;
+        match kind {
+            StopMachine::KIND => command(payload, |it| at.machines.stop_here(it)).await,
+            RemoveMachine::KIND => command(payload, |it| at.machines.remove_here(it)).await,
+            SetMachine::KIND => command(payload, |it| at.machines.set_here(it)).await,
+            ReportQuery::KIND => command(payload, |it| at.machines.report_here(it)).await,
+            CancelMove::KIND => command(payload, |it| at.moves.cancel_here(it)).await,
+            DryRunCommand::KIND => command(payload, |it| at.moves.dry_run_here(it)).await,
+            CreateCheckpoint::KIND => {
+                let here = async |it: CreateCheckpoint| {
+                    at.checkpoints.create_here(&it.machine, it.request).await
+                };
+                command(payload, here).await
+            }
+            FileCommand::KIND => command(payload, |it| at.files.act_here(it)).await,
+            LogOffset::KIND => command(payload, |it| at.logs.offset_here(it)).await,
+            SpanCommand::KIND => command(payload, |it| at.spanning.span_here(it)).await,
+            UnspanCommand::KIND => command(payload, |it| at.spanning.unspan_here(it)).await,
+            PartsQuery::KIND => command(payload, |it| at.spanning.parts_here(it)).await,
+            ObjectsQuery::KIND => command(payload, |it| at.spanning.objects_here(it)).await,
+            MoveObjectCommand::KIND => {
+                command(payload, |it| at.spanning.move_object_here(it)).await
+            }
+            MoveThreadCommand::KIND => {
+                command(payload, |it| at.spanning.move_thread_here(it)).await
+            }
+            OFFER => {
+                let request: Offer = unpack(payload)?;
+                let (machine, epoch) = (request.machine.clone(), request.epoch);
+                let answer = moves::accept(&at.moves, source.clone(), request).await;
+                let refused = answer.as_ref().err();
+                let offered = Note::offered(&machine, epoch, &source, refused);
+                at.context.events.record(offered);
+                reply(answer)
+            }
+            FETCH => {
+                let (is_program, hash): (bool, String) = unpack(payload)?;
+                at.images.send(is_program, &hash).await
+            }
+            ARRIVAL => {
+                let (machine, epoch): (MachineName, Epoch) = unpack(payload)?;
+                reply(moves::arrival(&at.moves, &machine, epoch).await)
+            }
+            CODE => {
+                let program: Fingerprint = unpack(payload)?;
+                Ok(pack(&at.code.demand(program, &source))?.into())
+            }
+            PROGRAM => {
+                let machine: MachineName = unpack(payload)?;
+                Ok(pack(&program_here(&at.processes, &machine).await)?.into())
+            }
+            HELD => {
+                let machine: MachineName = unpack(payload)?;
+                Ok(pack(&moves::holds_copy(&at.moves, &machine).await)?.into())
+            }
+            WITHDRAW => {
+                let machine: MachineName = unpack(payload)?;
+                moves::settle(&at.moves, &machine).await;
+                Ok(pack(&())?.into())
+            }
+            MOVE => {
+                let order: MoveOrder = unpack(payload)?;
+                let mut lines = moves::begin(&at.moves, &order.machine, &order)
+                    .await
+                    .map_err(RpcError::failed)?;
+                let (send, stream) = mpsc::channel(64);
+                tokio::spawn(async move {
+                    while let Some(line) = lines.recv().await {
+                        let Ok(bytes) = pack(&line) else { return };
+                        if send.send(bytes).await.is_err() {
+                            return;
+                        }
+                    }
+                });
+                Ok(Reply::Stream(stream))
+            }
+            LOG => {
+                let (machine, from, follow): (MachineName, u64, bool) = unpack(payload)?;
+                let stream = at.logs.here(&machine, from, follow).await;
+                Ok(Reply::Stream(stream.map_err(RpcError::failed)?))
+            }
+            TRIAL => Ok(pack(&())?.into()),
+            WOULD_ACCEPT => {
+                let request: Offer = unpack(payload)?;
+                reply(moves::would_accept(&at.moves, &request).await)
+            }
+            BALANCE => reply(at.balancer.answer(&source, unpack(payload)?).await),
+            balancer::LOAD
+            | balancer::LEDGER
+            | balancer::LEDGER_TRANSFER
+            | balancer::HISTORY
+            | balancer::WHY_NOT
+            | balancer::CONFIRM
+            | balancer::DRAIN => {
+                let payload = payload.clone();
+                let answer = balancer::answer(&at.balancer, kind, payload).await;
+                Ok(Bytes::from(answer.map_err(RpcError::failed)?).into())
+            }
+            PART => reply(spanning::ready(&at.spanning, &source, unpack(payload)?).await),
+            PART_JOIN => reply(spanning::join(&at.spanning, unpack(payload)?).await),
+            MEET_NEW => {
+                let request: MeetNew = unpack(payload)?;
+                reply(spanning::meet_new(&at.spanning, &request).await)
+            }
+            JOIN_NEW => {
+                let request: JoinNew = unpack(payload)?;
+                reply(spanning::join_new(&at.spanning, &request).await)
+            }
+            ARRIVING_PART => {
+                reply(spanning::ready_arriving(&at.spanning, &source, unpack(payload)?).await)
+            }
+            ARRIVING_JOIN => reply(spanning::join_arriving(&at.spanning, unpack(payload)?).await),
+            ARRIVED_PART => {
+                let machine: MachineName = unpack(payload)?;
+                reply(spanning::arrived_part(&at.spanning, &machine).await)
+            }
+            ROOM => {
+                let (machine, features): (MachineName, Vec<String>) = unpack(payload)?;
+                reply(spanning::room_here(&at.spanning, &machine, &features).await)
+            }
+            EVENTS => {
+                let question: Question = unpack(payload)?;
+                Ok(Reply::Stream(answer_peer(&at.context.events, question)))
+            }
+            other => Err(RpcError::refused(format!(
+                "this node knows no request of kind {other:#06x}; is it older?"
+            ))),
+        }
+    }
+}
+
+impl Handler for Service {
+    fn permits(&self, peer: &PeerId, kind: u16) -> bool {
+        match &self.cluster {
+            Some(cluster) if ClusterService::handles(kind) => cluster.permits(peer, kind),
+            _ => matches!(peer, PeerId::Node(_)),
+        }
+    }
+
+    fn call(
+        &self,
+        peer: PeerId,
+        kind: u16,
+        payload: Bytes,
+    ) -> BoxFuture<'_, Result<Reply, RpcError>> {
+        if let Some(cluster) = &self.cluster
+            && ClusterService::handles(kind)
+        {
+            return cluster.call(peer, kind, payload);
+        }
+        async move {
+            match peer {
+                PeerId::Node(source) => self.answer(source, kind, payload).await,
+                other => Err(RpcError::refused(format!("{other} is no node"))),
+            }
+        }
+        .boxed()
+    }
+}

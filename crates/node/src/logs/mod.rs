@@ -1,0 +1,302 @@
+//! The output of machines: read where a machine is, followed from node to node.
+//!
+//! A follower is told by the store that its machine has another owner, and goes on
+//! there at once: the source's stream ends only when its worker is gone, a while
+//! after the machine runs at the target. Offsets make nothing come twice.
+
+use crate::context::Context;
+use crate::error::CommandError;
+use crate::processes::{PROMPT, Processes};
+use crate::records::{self, Found, MachineCommand, RecordError, at_owner};
+use keel_cluster::MachineName;
+use keel_cluster::keys::Key;
+use keel_cluster::store::Change;
+use keel_machine::log::Log;
+use keel_machine::spec::Record;
+use keel_machine::worker::control::{LogChunk, ReadLog, kind, pack, unpack};
+use keel_net::Bytes;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Bytes of output in one piece.
+const PIECE_BYTES: usize = 64 << 10;
+/// How long a worker whose connection was lost may take to be gone.
+const GONE_WITHIN: Duration = Duration::from_millis(500);
+/// Attempts to find a machine that is moving about.
+const CHASES_MAX: u32 = 25;
+/// The longest pause between them; the first is the shortest.
+const CHASE_PAUSE_MAX: Duration = Duration::from_millis(50);
+
+/// Request between agents: `(machine, from, follow)` → stream of [`LogChunk`].
+pub(crate) const LOG: u16 = 0x0307;
+
+/// Where the output begins that a machine wrote at a time or later.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct LogOffset {
+    pub(crate) machine: MachineName,
+    pub(crate) since_unix_ms: u64,
+}
+
+impl MachineCommand for LogOffset {
+    const KIND: u16 = 0x0329;
+    type Answer = u64;
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+/// The output of machines.
+pub(crate) struct Logs {
+    context: Arc<Context>,
+    processes: Arc<Processes>,
+}
+
+impl Logs {
+    pub(crate) fn new(context: Arc<Context>, processes: Arc<Processes>) -> Self {
+        Logs { context, processes }
+    }
+
+    /// Where the output begins that a machine wrote at a time or later.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub(crate) async fn offset_since(&self, command: LogOffset) -> Result<u64, CommandError> {
+        at_owner(&self.context, command, |it| self.offset_here(it)).await
+    }
+
+    /// The output of a machine that runs, or ended, on this node. It ends with an empty
+    /// chunk if it was read to its end: if it does not, something broke off.
+    pub(crate) async fn here(
+        &self,
+        machine: &MachineName,
+        from: u64,
+        follow: bool,
+    ) -> Result<mpsc::Receiver<Bytes>, String> {
+        let (send, chunks) = mpsc::channel(16);
+        let folder = self.context.dir.worker(machine);
+        let worker = self.processes.machines.get(machine);
+        let mut stream = None;
+        if let Some(worker) = &worker {
+            match worker.stream(kind::LOG, &ReadLog { from, follow }).await {
+                Ok(begun) => stream = Some(begun),
+                Err(_) if worker.gone_within(GONE_WITHIN).await => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        tokio::spawn(async move {
+            let mut at = from;
+            if let (Some(worker), Some(stream)) = (&worker, &mut stream) {
+                loop {
+                    match stream.recv().await {
+                        Some(Ok(bytes)) => {
+                            if let Ok(LogChunk { offset, bytes }) = unpack(&bytes) {
+                                at = offset + bytes.len() as u64;
+                            }
+                            if send.send(bytes).await.is_err() {
+                                return;
+                            }
+                        }
+                        // It has ended in the middle: what it wrote is in its folder.
+                        Some(Err(_)) if worker.gone_within(GONE_WITHIN).await => break,
+                        Some(Err(_)) | None => return,
+                    }
+                }
+            }
+            let left = tokio::task::spawn_blocking(move || send_left(&folder, at, &send));
+            match left.await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "output that was left cannot be read"),
+                Err(error) => tracing::error!(%error, "reading output that was left failed"),
+            }
+        });
+        Ok(chunks)
+    }
+
+    /// Where the output begins that a machine, which runs or ended on this node, wrote
+    /// at a time or later.
+    pub(crate) async fn offset_here(&self, command: LogOffset) -> Result<u64, CommandError> {
+        let LogOffset {
+            machine,
+            since_unix_ms,
+        } = &command;
+        let since_unix_ms = *since_unix_ms;
+        if let Some(worker) = self.processes.machines.get(machine) {
+            match worker.ask(kind::LOG_SINCE, &since_unix_ms, PROMPT).await {
+                Ok(offset) => return Ok(offset),
+                // It has ended just now.
+                Err(_) if worker.gone_within(GONE_WITHIN).await => {}
+                Err(error) => return Err(CommandError::Unavailable(error.to_string())),
+            }
+        }
+        let folder = self.context.dir.worker(machine);
+        let found =
+            tokio::task::spawn_blocking(move || Log::left(&folder)?.offset_since(since_unix_ms));
+        found
+            .await
+            .map_err(|error| CommandError::Unavailable(error.to_string()))?
+            .map_err(|error| {
+                CommandError::Unavailable(format!("the output of {machine:?}: {error}"))
+            })
+    }
+
+    /// The output of a machine from an offset on, following it from node to node. An error
+    /// is the last that comes, and says why there is not all of it.
+    ///
+    /// # Errors
+    /// [`CommandError`], if there is no such machine.
+    pub(crate) async fn read(
+        self: &Arc<Self>,
+        machine: &MachineName,
+        from: u64,
+        follow: bool,
+    ) -> Result<mpsc::Receiver<Result<Bytes, String>>, CommandError> {
+        records::get(&*self.context.store, machine).await?;
+        let (send, bytes) = mpsc::channel(16);
+        let (logs, machine) = (self.clone(), machine.clone());
+        tokio::spawn(async move {
+            let mut at = from;
+            let mut idle = 0;
+            let mut why = "it did not begin".to_owned();
+            while idle < CHASES_MAX && !send.is_closed() {
+                let before = at;
+                match records::get(&*logs.context.store, &machine).await {
+                    Ok(found) => {
+                        let passed = tokio::select! {
+                            passed = logs.pass_on(&found.record, &mut at, follow, &send) => passed,
+                            () = owner_changes(&logs.context, &found), if follow => {
+                                idle = 0;
+                                continue;
+                            }
+                        };
+                        match passed {
+                            Ok(()) if follow && found.record.status.ended() => return,
+                            // (Else there may be more of it elsewhere.)
+                            Ok(()) if !follow && is_there(&logs.context, &found).await => return,
+                            Ok(()) => {}
+                            Err(error) => why = error,
+                        }
+                    }
+                    Err(RecordError::NoMachine(_)) if follow => return,
+                    Err(error @ RecordError::NoMachine(_)) => {
+                        why = error.to_string();
+                        break;
+                    }
+                    Err(error) => why = error.to_string(),
+                }
+                // It is on its way, or its node is away for a moment.
+                idle = if at > before { 0 } else { idle + 1 };
+                let pause = Duration::from_millis(1) * 2u32.pow(idle.min(10));
+                tokio::time::sleep(pause.min(CHASE_PAUSE_MAX)).await;
+            }
+            let why = format!("the output of {machine:?} is not whole: {why}");
+            // Whoever asked may be gone.
+            let _ = send.send(Err(why)).await;
+        });
+        Ok(bytes)
+    }
+
+    /// Passes on what a machine's owner has, until that is all. May be dropped at any time:
+    /// what `at` counts was passed on.
+    ///
+    /// # Errors
+    /// Why it is not all.
+    async fn pass_on(
+        &self,
+        record: &Record,
+        at: &mut u64,
+        follow: bool,
+        send: &mpsc::Sender<Result<Bytes, String>>,
+    ) -> Result<(), String> {
+        let owner = &record.owner;
+        let away = |error: &dyn std::fmt::Display| format!("node {owner}: {error}");
+        let (mut local, mut remote) = (None, None);
+        if *owner == self.context.name {
+            local = Some(self.here(&record.name, *at, follow).await?);
+        } else {
+            let question =
+                pack(&(record.name.clone(), *at, follow)).map_err(|it| it.to_string())?;
+            let stream = self.context.peers.stream(owner, LOG, question).await;
+            remote = Some(stream.map_err(|error| away(&error))?);
+        }
+        loop {
+            let chunk = match (&mut local, &mut remote) {
+                (Some(local), _) => local.recv().await,
+                (None, Some(remote)) => remote
+                    .recv()
+                    .await
+                    .transpose()
+                    .map_err(|error| away(&error))?,
+                (None, None) => None,
+            };
+            let chunk = chunk.ok_or_else(|| away(&"its output broke off"))?;
+            let LogChunk { offset, bytes } = unpack(&chunk).map_err(|error| away(&error))?;
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            // A log that lost its oldest part begins later.
+            let known = usize::try_from(at.saturating_sub(offset)).unwrap_or(usize::MAX);
+            let Some(new) = bytes.get(known..) else {
+                continue;
+            };
+            // Room first: nothing may come between counting and passing on.
+            let Ok(room) = send.reserve().await else {
+                return Ok(());
+            };
+            *at = offset + bytes.len() as u64;
+            room.send(Ok(Bytes::copy_from_slice(new)));
+        }
+    }
+}
+
+/// Whether a machine is still where it was found, or is no more.
+async fn is_there(context: &Context, found: &Found) -> bool {
+    match records::get(&*context.store, &found.record.name).await {
+        Ok(now) => now.record.owner == found.record.owner,
+        Err(error) => matches!(error, RecordError::NoMachine(_)),
+    }
+}
+
+/// Returns when a machine's record names another owner. Never, if the store does
+/// not tell: then the end of the old owner's stream does.
+async fn owner_changes(context: &Context, found: &Found) {
+    let key = Key::Machine(found.record.name.clone()).to_string();
+    let Ok(mut watch) = context.store.watch(&key, found.revision + 1).await else {
+        return std::future::pending().await;
+    };
+    while let Some(Ok(changes)) = watch.next().await {
+        for change in changes.changes {
+            // (Keys of other machines may begin with this one.)
+            let Change::Put(entry) = change else { continue };
+            if entry.key != key {
+                continue;
+            }
+            let owner = Found::read(&entry).map(|found| found.record.owner);
+            if owner.is_ok_and(|owner| owner != found.record.owner) {
+                return;
+            }
+        }
+    }
+    std::future::pending().await
+}
+
+/// Sends what a machine left that has ended, and that this is all. Of one that has not
+/// begun, or is not here any more, there is nothing: whoever asked looks where it is.
+fn send_left(folder: &Path, from: u64, send: &mpsc::Sender<Bytes>) -> std::io::Result<()> {
+    let log = Log::left(folder)?;
+    let mut at = from;
+    loop {
+        let (offset, bytes) = log.read(at, PIECE_BYTES)?;
+        let is_end = bytes.is_empty();
+        at = offset + bytes.len() as u64;
+        let sent = pack(&LogChunk { offset, bytes })
+            .ok()
+            .is_some_and(|bytes| send.blocking_send(bytes).is_ok());
+        if is_end || !sent {
+            return Ok(());
+        }
+    }
+}

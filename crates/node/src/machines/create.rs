@@ -1,0 +1,124 @@
+//! Creating a machine: the transaction that puts it into a node's schedule.
+
+use super::handle::Machines;
+use super::queries::info;
+use super::spec_check::spec;
+use crate::error::CommandError;
+use crate::events::Note;
+use crate::records;
+use crate::volumes;
+use keel_api::{MachineInfo, RunRequest};
+use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Compare, Txn, TxnOutcome};
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::moves::ownership;
+use keel_machine::spec::{Record, Status, Volume, VolumeKind};
+use std::sync::Arc;
+
+/// Puts a new machine into a node's schedule.
+pub(crate) async fn run(
+    machines: &Arc<Machines>,
+    request: RunRequest,
+) -> Result<MachineInfo, CommandError> {
+    let bad = |what: String| CommandError::Invalid(what);
+    let name = match &request.name {
+        Some(name) => MachineName::new(name).map_err(|error| bad(error.to_string()))?,
+        None => MachineName::new(&format!("m-{:08x}", rand::random::<u32>()))
+            .map_err(|error| bad(error.to_string()))?,
+    };
+    let spec = spec(&request)?;
+    let of_host = |volume: &Volume| matches!(volume.kind, VolumeKind::Host { .. });
+    let node = match &request.on {
+        Some(node) => NodeName::new(node).map_err(|error| bad(error.to_string()))?,
+        // A directory of a host is meant of the host where it is named.
+        None if spec.volumes.iter().any(of_host) => machines.context.name.clone(),
+        None => {
+            let promised = request.balancing.memory_target_bytes;
+            let memory_bytes = promised.unwrap_or(request.memory_bytes);
+            machines
+                .balancer
+                .choose_node(name.as_str(), memory_bytes)
+                .await
+        }
+    };
+    if !machines.context.members.contains(&node) {
+        return Err(CommandError::NotFound(format!(
+            "there is no node {node:?} (see `keel nodes`)"
+        )));
+    }
+    machines
+        .images
+        .find_module(&spec.module)
+        .await
+        .map_err(CommandError::NotFound)?;
+    let record = Record {
+        name: name.clone(),
+        spec,
+        owner: node.clone(),
+        epoch: Epoch::default(),
+        status: Status::Scheduled,
+        since_unix_ms: unix_ms(),
+        started_unix_ms: 0,
+        stop_wanted: false,
+        restarts: 0,
+        created_unix_ms: unix_ms(),
+        paused: None,
+        origin: None,
+        reports: Vec::new(),
+    };
+    schedule(machines, record, None).await
+}
+
+/// Puts a new machine into its owner's schedule; its epochs begin above all that its
+/// name ever had, and above the one under which it ran when its checkpoint was made.
+pub(crate) async fn schedule(
+    machines: &Arc<Machines>,
+    mut record: Record,
+    ran: Option<Epoch>,
+) -> Result<MachineInfo, CommandError> {
+    let (name, node) = (record.name.clone(), record.owner.clone());
+    let alive = Key::Alive(node.clone());
+    let claims = machines.rules.claim(&name, &node).await?;
+    let txn = Txn::new()
+        .when_absent(Key::Machine(name.clone()))
+        .when(Compare::Exists {
+            key: alive.to_string(),
+        });
+    let txn = records::first_epoch(&*machines.context.store, &mut record, ran, txn).await?;
+    let txn = volumes::take(&machines.context, &mut record, txn).await?;
+    let before = txn.compare.len();
+    let txn = claims
+        .add_to(txn)
+        .put(Key::Machine(name.clone()), records::encode(&record)?)
+        .put(Key::Schedule(node.clone(), name.clone()), Vec::new());
+    match machines.context.store.txn(txn).await? {
+        TxnOutcome::Committed { revision } => {
+            record.epoch = ownership::created_at(record.epoch, revision);
+            machines
+                .context
+                .events
+                .record(Note::status(&record, &record.status));
+            Ok(info(&record, None))
+        }
+        TxnOutcome::Refused { failed: 0, .. } => Err(CommandError::Conflict(format!(
+            "the name {name:?} is in use (`keel rm {name}` frees it once the machine has ended)"
+        ))),
+        TxnOutcome::Refused { failed: 1, .. } => Err(CommandError::Unavailable(format!(
+            "node {node:?} is not alive (see `keel nodes`)"
+        ))),
+        TxnOutcome::Refused { failed: 2, .. } => Err(CommandError::Conflict(
+            "a machine of another cluster was restored at the same time; try again".into(),
+        )),
+        TxnOutcome::Refused { failed, .. } => {
+            Err(CommandError::Conflict(match claims.raced(failed, before) {
+                Some(rule) => {
+                    format!("others changed what rule {rule:?} holds at the same time; try again")
+                }
+                None => {
+                    "a volume of it was just taken by another machine (see `keel volume ls`)".into()
+                }
+            }))
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The part's state.
+
+use crate::balancer::NodeBalancer;
+use crate::checkpoints::Checkpoints;
+use crate::code::Code;
+use crate::context::Context;
+use crate::images::Images;
+use crate::moves::Moves;
+use crate::processes::Processes;
+use crate::records::RecordError;
+use crate::rules::Rules;
+use crate::spanning::Spanning;
+use keel_cluster::{Epoch, MachineName};
+use keel_machine::spec::Status;
+use std::sync::{Arc, OnceLock};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+/// Machines that are to be started again, under epochs that they were just given.
+pub(crate) type Restarts = UnboundedReceiver<(MachineName, Epoch)>;
+
+/// Machines of this node.
+pub(crate) struct Machines {
+    pub(super) context: Arc<Context>,
+    pub(super) processes: Arc<Processes>,
+    pub(super) images: Arc<Images>,
+    pub(super) code: Arc<Code>,
+    pub(super) rules: Arc<Rules>,
+    pub(super) checkpoints: Arc<Checkpoints>,
+    pub(super) spanning: Arc<Spanning>,
+    pub(super) moves: Arc<Moves>,
+    pub(super) balancer: Arc<NodeBalancer>,
+    /// No epoch was above this one when this agent began to follow its schedule: what is
+    /// to be started under an older one, an earlier agent may have started.
+    pub(super) epochs_before: OnceLock<Epoch>,
+    restarts: UnboundedSender<(MachineName, Epoch)>,
+}
+
+/// The parts below.
+pub(crate) struct Below {
+    pub(crate) context: Arc<Context>,
+    pub(crate) processes: Arc<Processes>,
+    pub(crate) images: Arc<Images>,
+    pub(crate) code: Arc<Code>,
+    pub(crate) rules: Arc<Rules>,
+    pub(crate) checkpoints: Arc<Checkpoints>,
+    pub(crate) spanning: Arc<Spanning>,
+    pub(crate) moves: Arc<Moves>,
+    pub(crate) balancer: Arc<NodeBalancer>,
+}
+
+impl Machines {
+    pub(crate) fn new(below: Below) -> (Self, Restarts) {
+        let (restarts, receiver) = unbounded_channel();
+        let machines = Machines {
+            context: below.context,
+            processes: below.processes,
+            images: below.images,
+            code: below.code,
+            rules: below.rules,
+            checkpoints: below.checkpoints,
+            spanning: below.spanning,
+            moves: below.moves,
+            balancer: below.balancer,
+            epochs_before: OnceLock::new(),
+            restarts,
+        };
+        (machines, receiver)
+    }
+
+    /// Has a machine started again where its end says so; to be called once nothing else
+    /// is under way with it.
+    pub(super) fn start_again(
+        &self,
+        machine: &MachineName,
+        end: Result<Again, RecordError>,
+    ) -> Result<(), RecordError> {
+        if let Again::Under(epoch) = end? {
+            // The receiver ends with the agent.
+            let _ = self.restarts.send((machine.clone(), epoch));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a machine is to be started again after its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Again {
+    /// Under this epoch, which it was just given.
+    Under(Epoch),
+    No,
+}
+
+/// Whether a machine of this status is to be started where it is scheduled.
+pub(super) fn starts(status: &Status) -> bool {
+    matches!(status, Status::Scheduled | Status::Restarting { .. })
+}

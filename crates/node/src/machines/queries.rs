@@ -1,0 +1,197 @@
+//! Machines as users see them.
+
+use super::handle::Machines;
+use crate::error::CommandError;
+use crate::events::Note;
+use crate::records::{self, MachineCommand, at_owner};
+use keel_api::{MachineInfo, StartPhaseInfo, VolumeInfo};
+use keel_cluster::MachineName;
+use keel_machine::spec::{Record, Status, Volume, VolumeKind};
+use keel_machine::worker::control::{Report, StartProgress, State};
+use keel_net::Fingerprint;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a list waits for what the worker of a machine says that starts.
+const LIST_PATIENCE: Duration = Duration::from_millis(500);
+
+/// The report of a machine's worker, if it has one that answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ReportQuery {
+    pub(crate) machine: MachineName,
+}
+
+impl MachineCommand for ReportQuery {
+    const KIND: u16 = 0x032e;
+    type Answer = Option<Report>;
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+impl Machines {
+    async fn report(&self, query: ReportQuery) -> Result<Option<Report>, CommandError> {
+        at_owner(&self.context, query, |it| self.report_here(it)).await
+    }
+
+    pub(crate) async fn report_here(
+        &self,
+        query: ReportQuery,
+    ) -> Result<Option<Report>, CommandError> {
+        let worker = self.processes.machines.get(&query.machine);
+        Ok(match worker {
+            Some(worker) => worker.report().await.ok(),
+            None => None,
+        })
+    }
+
+    /// One machine, with what its worker says.
+    ///
+    /// # Errors
+    /// [`CommandError`] if there is none.
+    pub(crate) async fn inspect(
+        self: &Arc<Self>,
+        machine: &MachineName,
+    ) -> Result<MachineInfo, CommandError> {
+        inspect(self, machine).await
+    }
+
+    /// All machines; of those that start, with what their workers do.
+    ///
+    /// # Errors
+    /// [`CommandError`] if the store does not answer.
+    pub(crate) async fn list(self: &Arc<Self>) -> Result<Vec<MachineInfo>, CommandError> {
+        list(self).await
+    }
+}
+
+/// What a machine's volumes are, and hold while it runs.
+fn volume_infos(record: &Record, report: Option<&Report>) -> Vec<VolumeInfo> {
+    let held = |number: u32| {
+        let volumes = report.map_or(&[][..], |report| &report.volumes);
+        volumes.iter().find(|volume| volume.number == number)
+    };
+    let info = |(number, volume): (u32, &Volume)| VolumeInfo {
+        guest: volume.guest.clone(),
+        read_only: volume.read_only,
+        kind: match &volume.kind {
+            VolumeKind::Host { path } => path.clone(),
+            VolumeKind::Tmp { .. } => "tmp".into(),
+            VolumeKind::Cluster { name, .. } => format!("cluster:{name}"),
+        },
+        bytes_max: match volume.kind {
+            VolumeKind::Tmp { bytes, .. } | VolumeKind::Cluster { bytes, .. } => Some(bytes),
+            VolumeKind::Host { .. } => None,
+        },
+        bytes: held(number).map(|held| held.bytes),
+        inodes: held(number).map(|held| held.inodes),
+    };
+    (0..).zip(&record.spec.volumes).map(info).collect()
+}
+
+/// A machine as users see it.
+pub(super) fn info(record: &Record, report: Option<&Report>) -> MachineInfo {
+    let running = report
+        .filter(|report| matches!(report.state, State::Running { .. } | State::Filling { .. }));
+    MachineInfo {
+        name: record.name.to_string(),
+        node: record.owner.to_string(),
+        status: match record.status {
+            // As its user sees it: what an agent has to do first is no difference.
+            Status::Scheduled => "starting".into(),
+            _ => record.word(),
+        },
+        phase: report.and_then(|report| report.start).map(phase),
+        started_unix_ms: record.started_unix_ms,
+        exit_code: match record.status {
+            Status::Exited { code } => Some(code),
+            _ => None,
+        },
+        message: match &record.status {
+            Status::Trapped { message } => Some(message.clone()),
+            Status::Failed { reason } | Status::Restarting { reason, .. } => Some(reason.clone()),
+            Status::Running => record.paused.clone(),
+            _ => None,
+        },
+        epoch: record.epoch.to_string(),
+        created_unix_ms: record.created_unix_ms,
+        module: record.spec.module.clone(),
+        ready_on: Vec::new(),
+        args: record.spec.args.clone(),
+        env_names: record
+            .spec
+            .env
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect(),
+        volumes: volume_infos(record, running),
+        memory_limit_bytes: record.spec.memory_bytes,
+        threads_max: record.spec.threads_max,
+        output_bytes_per_s: record.spec.output_bytes_per_s,
+        remove_at_end: record.spec.remove_at_end,
+        made_of: record.origin.as_ref().map(Note::origin),
+        cpu_limit_millis: record.spec.cpu_limit_millis,
+        restart: record.spec.restart,
+        checkpoints: record.spec.checkpoints.clone(),
+        balancing: record.spec.balancing,
+        restarts: record.restarts,
+        since_unix_ms: record.since_unix_ms,
+        memory_bytes: running.map(|report| report.memory_bytes),
+        threads: running.map(|report| report.threads),
+        cpu_micros: running.map(|report| report.cpu_micros),
+        pid: running.map(|report| report.pid),
+        output_bytes: running.map(|report| report.log.1),
+        cgroup: running.and_then(|report| report.group.clone()),
+        moves: record.reports.clone(),
+    }
+}
+
+fn phase(start: StartProgress) -> StartPhaseInfo {
+    StartPhaseInfo {
+        name: start.phase.word().into(),
+        percent: start.percent,
+        elapsed_ms: start.elapsed_ms,
+    }
+}
+
+async fn inspect(
+    machines: &Arc<Machines>,
+    machine: &MachineName,
+) -> Result<MachineInfo, CommandError> {
+    let record = records::get(&*machines.context.store, machine)
+        .await?
+        .record;
+    let report = report(machines, machine).await;
+    let mut info = info(&record, report.as_ref());
+    if let Some(program) = report.and_then(|report| report.program) {
+        let nodes = machines.code.published.nodes_with(&Fingerprint(program));
+        info.ready_on = nodes.iter().map(ToString::to_string).collect();
+    }
+    Ok(info)
+}
+
+/// What a machine's worker says; what its node does not say just now is left out.
+async fn report(machines: &Arc<Machines>, machine: &MachineName) -> Option<Report> {
+    let machine = machine.clone();
+    match machines.report(ReportQuery { machine }).await {
+        Ok(report) => report,
+        Err(_) => None,
+    }
+}
+
+/// All machines; of those that start, what their workers do.
+async fn list(machines: &Arc<Machines>) -> Result<Vec<MachineInfo>, CommandError> {
+    let records = records::all(&*machines.context.store).await?;
+    let infos = records.iter().map(|record| async move {
+        let starts = matches!(record.status, Status::Scheduled | Status::Restarting { .. });
+        let asked = report(machines, &record.name);
+        let report = match starts {
+            true => tokio::time::timeout(LIST_PATIENCE, asked).await,
+            false => Ok(None),
+        };
+        info(record, report.ok().flatten().as_ref())
+    });
+    Ok(futures::future::join_all(infos).await)
+}

@@ -1,0 +1,340 @@
+//! Makes the processes of this node equal to its schedule.
+//!
+//! The schedule in the store is the truth. An entry without a worker is started if its
+//! machine was never started; a machine whose worker is lost is reported as failed, or
+//! started again where its restart policy says so. A worker whose entry is gone is ended,
+//! unless a move or an arrival is under way, whose own protocol decides.
+
+use super::arrivals::{is_running, lost_on_arrival};
+use super::ends::{finish, named_end, sweep_ended};
+use super::handle::{Again, Machines, Restarts, starts};
+use super::set::apply_record;
+use super::start::start;
+use super::watch::watch_worker;
+use crate::events::Note;
+use crate::moves::settle;
+use crate::processes::PROMPT;
+use crate::records::{self, RecordError};
+use keel_api::EventKind;
+use keel_cluster::clock::unix_ms;
+use keel_cluster::keys::{self, Key};
+use keel_cluster::{Epoch, MachineName};
+use keel_machine::failpoint;
+use keel_machine::moves::ownership::{self, ArrivalVerdict};
+use keel_machine::spec::{Record, Status};
+use keel_machine::worker::control::{State, kind};
+use keel_net::RpcError;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Pause after the store did not answer.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// Pause between looks at a machine that another operation is under way with.
+const BUSY_AGAIN_AFTER: Duration = Duration::from_millis(10);
+/// The longest that a restart is waited for, whatever the clock says.
+const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// Starts again the machines that ended and have another life before them.
+pub(crate) async fn follow_restarts(machines: Arc<Machines>, mut restarts: Restarts) {
+    while let Some((machine, epoch)) = restarts.recv().await {
+        spawn_ensure(&machines, machine, Some(epoch));
+    }
+}
+
+/// Follows this node's schedule for ever.
+pub(crate) async fn follow_schedule(machines: Arc<Machines>) {
+    sweep_ended(&machines).await;
+    loop {
+        if let Err(error) = follow_once(&machines).await {
+            tracing::warn!(%error, "the schedule cannot be followed, trying again");
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+async fn follow_once(machines: &Arc<Machines>) -> Result<(), RecordError> {
+    if machines.epochs_before.get().is_none() {
+        let so_far = records::epochs_so_far(&*machines.context.store).await?;
+        machines.epochs_before.get_or_init(|| so_far);
+    }
+    let prefix = keys::schedule_of(&machines.context.name);
+    let listing = machines.context.store.list(&prefix).await?;
+    let mut scheduled = Vec::new();
+    for entry in &listing.entries {
+        if let Ok(Key::Schedule(_, machine)) = entry.key.parse() {
+            scheduled.push(machine);
+        }
+    }
+    for machine in machines.processes.machines.names() {
+        if !scheduled.contains(&machine) {
+            settle_unscheduled(machines, &machine).await;
+        }
+    }
+    for machine in scheduled {
+        spawn_ensure(machines, machine, None);
+    }
+    let mut watch = machines
+        .context
+        .store
+        .watch(&prefix, listing.revision + 1)
+        .await?;
+    while let Some(changes) = watch.next().await {
+        for change in changes?.changes {
+            let Ok(Key::Schedule(_, machine)) = change.key().parse() else {
+                continue;
+            };
+            match change {
+                keel_cluster::store::Change::Put(_) => spawn_ensure(machines, machine, None),
+                keel_cluster::store::Change::Delete { .. } => {
+                    let machines = machines.clone();
+                    tokio::spawn(async move { settle_unscheduled(&machines, &machine).await });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes a scheduled machine run. `given` is the epoch that this agent gave it for its
+/// next life, if it did.
+fn spawn_ensure(machines: &Arc<Machines>, machine: MachineName, given: Option<Epoch>) {
+    let machines = machines.clone();
+    tokio::spawn(async move {
+        if let Err(error) = ensure(&machines, &machine, given).await {
+            tracing::error!(%machine, %error, "a scheduled machine does not run");
+        }
+    });
+}
+
+/// Makes a scheduled machine run, or says in the store why it does not.
+async fn ensure(
+    machines: &Arc<Machines>,
+    machine: &MachineName,
+    given: Option<Epoch>,
+) -> Result<(), RecordError> {
+    // Its earlier end may still be being written.
+    while !machines.processes.exclusion.busy().insert(machine.clone()) {
+        tokio::time::sleep(BUSY_AGAIN_AFTER).await;
+    }
+    let result = ensure_guarded(machines, machine, given).await;
+    machines.processes.exclusion.busy().remove(machine);
+    machines.start_again(machine, result)
+}
+
+async fn ensure_guarded(
+    machines: &Arc<Machines>,
+    machine: &MachineName,
+    given: Option<Epoch>,
+) -> Result<Again, RecordError> {
+    if let Some(worker) = machines.processes.machines.get(machine) {
+        let found = records::get(&*machines.context.store, machine).await?;
+        let record = &found.record;
+        match worker.state().await {
+            // It arrived, and the commit won: the source may not live to say so.
+            Ok(State::Prepared { offered, .. })
+                if let ArrivalVerdict::Goes(epoch) =
+                    ownership::arrival(&machines.context.name, offered, Some(record)) =>
+            {
+                let go: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
+                if let Err(error) = go {
+                    tracing::info!(%machine, %error, "it was told to go on by its source first");
+                }
+                return Ok(Again::No);
+            }
+            // What arrived of an earlier life of that name will never go on.
+            Ok(State::Receiving { .. } | State::Prepared { .. } | State::Dropped { .. })
+                if starts(&record.status) && record.owner == machines.context.name =>
+            {
+                machines
+                    .processes
+                    .machines
+                    .forget_exactly(&machines.context.dir, machine, Some(&worker))
+                    .await;
+            }
+            // An earlier agent died while it started the machine.
+            Ok(State::Running { epoch }) if starts(&record.status) && record.epoch == epoch => {
+                is_running(machines, machine, epoch).await?;
+                return Ok(Again::No);
+            }
+            Ok(State::Empty | State::Held { .. }) if starts(&record.status) => {
+                machines
+                    .processes
+                    .machines
+                    .end(&machines.context.dir, machine)
+                    .await;
+            }
+            // Its limits may have been changed while no agent told it.
+            Ok(State::Running { epoch })
+                if record.owner == machines.context.name && record.epoch == epoch =>
+            {
+                apply_record(machines, machine, &worker).await;
+                return Ok(Again::No);
+            }
+            _ => return Ok(Again::No),
+        }
+    }
+    start_scheduled(machines, machine, given).await
+}
+
+async fn start_scheduled(
+    machines: &Arc<Machines>,
+    machine: &MachineName,
+    given: Option<Epoch>,
+) -> Result<Again, RecordError> {
+    let mut found = records::get(&*machines.context.store, machine).await?;
+    if let Status::Restarting { at_unix_ms, .. } = found.record.status {
+        let rest = Duration::from_millis(at_unix_ms.saturating_sub(unix_ms()));
+        tokio::time::sleep(rest.min(RESTART_WAIT_MAX)).await;
+        // It may have been stopped meanwhile.
+        found = records::get(&*machines.context.store, machine).await?;
+    }
+    if found.record.owner != machines.context.name {
+        return Ok(Again::No);
+    }
+    if found.record.stop_wanted && starts(&found.record.status) {
+        return finish(machines, machine, found.record.epoch, Status::Stopped).await;
+    }
+    let is_new = machines
+        .epochs_before
+        .get()
+        .is_some_and(|it| found.record.epoch > *it);
+    if starts(&found.record.status) && !is_new && given != Some(found.record.epoch) {
+        found.record = under_next_epoch(machines, &found.record).await?;
+        if found.record.owner != machines.context.name {
+            return Ok(Again::No);
+        }
+    }
+    let epoch = found.record.epoch;
+    let failure = match found.record.status {
+        Status::Scheduled | Status::Restarting { .. } => match start(machines, &found.record).await
+        {
+            Ok(()) => {
+                // First: its end must be seen, whatever the store does.
+                watch_worker(machines, machine);
+                let passed = failpoint::pass_async("start.running").await;
+                if passed.is_ok() {
+                    is_running(machines, machine, found.record.epoch).await?;
+                }
+                // (Else the watch says it.) It may have been stopped while it
+                // was started.
+                let now = records::get(&*machines.context.store, machine)
+                    .await?
+                    .record;
+                if now.status.ended() {
+                    machines
+                        .processes
+                        .machines
+                        .end(&machines.context.dir, machine)
+                        .await;
+                } else if now.spec != found.record.spec
+                    && let Some(worker) = machines.processes.machines.get(machine)
+                {
+                    apply_record(machines, machine, &worker).await;
+                }
+                if now.stop_wanted
+                    && !now.status.ended()
+                    && let Some(worker) = machines.processes.machines.get(machine)
+                {
+                    let told: Result<(), RpcError> = worker.ask(kind::STOP, &(), PROMPT).await;
+                    if let Err(error) = told {
+                        tracing::warn!(%machine, %error, "it is not stopped yet");
+                    }
+                }
+                return Ok(Again::No);
+            }
+            Err(reason) => reason,
+        },
+        Status::Running | Status::Filling { .. } => "its worker process was lost".to_owned(),
+        Status::Arriving { from } => return lost_on_arrival(machines, machine, &from).await,
+        _ => return Ok(Again::No),
+    };
+    let reason = named_end(machines, machine).unwrap_or(failure);
+    machines
+        .processes
+        .machines
+        .end(&machines.context.dir, machine)
+        .await;
+    finish(machines, machine, epoch, Status::Failed { reason }).await
+}
+
+/// Raises the epoch of a machine that is to be started here and that an earlier agent
+/// may have started already: that process is gone, but an epoch names one life only.
+async fn under_next_epoch(machines: &Arc<Machines>, found: &Record) -> Result<Record, RecordError> {
+    let raise = |record: &mut Record| {
+        let same = record.owner == machines.context.name
+            && record.epoch == found.epoch
+            && starts(&record.status);
+        if same {
+            record.epoch = record.epoch.next();
+        }
+        same
+    };
+    records::update(&*machines.context.store, &found.name, raise, |txn, _| txn).await
+}
+
+/// A worker whose machine is not in this node's schedule.
+async fn settle_unscheduled(machines: &Arc<Machines>, machine: &MachineName) {
+    let Some(worker) = machines.processes.machines.get(machine) else {
+        return;
+    };
+    // In this order: what runs before its entry is looked for, and has none
+    // then, is not to run.
+    let report = worker.report().await;
+    let giving_away = report.as_ref().is_ok_and(|report| report.giving_away);
+    let state = report.map(|report| report.state);
+    let entry = Key::Schedule(machines.context.name.clone(), machine.clone()).to_string();
+    match machines.context.store.get(&entry).await {
+        Ok(None) => {}
+        Ok(Some(_)) => return,
+        Err(error) => {
+            tracing::warn!(%machine, %error, "not known whether it is to run here");
+            return;
+        }
+    }
+    // What gives its machine away is the move's, or is taken up after the death
+    // of the agent that began the move.
+    if giving_away
+        || machines.processes.exclusion.is_moving(machine)
+        || machines.processes.exclusion.busy().contains(machine)
+    {
+        return;
+    }
+    if !machines
+        .processes
+        .machines
+        .get(machine)
+        .is_some_and(|now| now.is(&worker))
+    {
+        return;
+    }
+    match state {
+        // Its end is on its way into the store.
+        Ok(State::Ended { .. }) => {}
+        // What arrives has no entry yet. Its worker sees when the source is
+        // lost.
+        Ok(
+            State::Receiving { .. }
+            | State::Prepared {
+                source_lost: false, ..
+            },
+        ) => {}
+        Ok(State::Prepared { .. } | State::Dropped { .. }) => {
+            settle(&machines.moves, machine).await;
+        }
+        // Whether it is lost is found out where it is watched.
+        Err(error) => tracing::warn!(%machine, %error, "its worker does not answer"),
+        Ok(State::Empty | State::Running { .. } | State::Filling { .. } | State::Held { .. }) => {
+            tracing::warn!(%machine, "it is not in the schedule here any more, ending its worker");
+            let text = "is not to run here any more; its process is ended";
+            machines
+                .context
+                .events
+                .record(Note::machine(EventKind::WorkerEnded, machine, text));
+            machines
+                .processes
+                .machines
+                .forget_exactly(&machines.context.dir, machine, Some(&worker))
+                .await;
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! Creating a machine from a checkpoint.
+
+use super::create::schedule;
+use super::handle::Machines;
+use super::spec_check::LIMITED_HAS_NO_PARTS;
+use crate::checkpoints::{open, place, vault_error};
+use crate::error::CommandError;
+use keel_api::{MachineInfo, RestoreRequest};
+use keel_cluster::clock::unix_ms;
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::checkpoint::{CheckpointId, Manifest, MemoryComes, Origin, Vault, VaultError};
+use keel_machine::span::PARTS_MAX;
+use keel_machine::spec::{Record, Status};
+use std::sync::Arc;
+
+/// The manifest that says what the machine was: of the one that was asked for,
+/// or of the newest that can be read.
+async fn manifest(
+    vault: &Vault,
+    machine: &MachineName,
+    id: Option<&CheckpointId>,
+) -> Result<Manifest, VaultError> {
+    if let Some(id) = id {
+        return vault.manifest(machine, id).await;
+    }
+    let mut damaged = None;
+    for id in vault.list(machine).await? {
+        match vault.manifest(machine, &id).await {
+            Ok(manifest) => return Ok(manifest),
+            Err(error @ VaultError::Part { .. }) => damaged = damaged.or(Some(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(damaged.unwrap_or_else(|| VaultError::None(machine.clone())))
+}
+
+/// Puts a machine that is made of a checkpoint into a node's schedule.
+pub(crate) async fn restore(
+    machines: &Arc<Machines>,
+    request: RestoreRequest,
+) -> Result<MachineInfo, CommandError> {
+    let bad = |what: String| CommandError::Invalid(what);
+    let machine = MachineName::new(&request.machine).map_err(|error| bad(error.to_string()))?;
+    let name = match &request.name {
+        Some(name) => MachineName::new(name).map_err(|error| bad(error.to_string()))?,
+        None => machine.clone(),
+    };
+    let known = |node: &String| {
+        let node = NodeName::new(node).map_err(|error| bad(error.to_string()))?;
+        match machines.context.members.contains(&node) {
+            true => Ok(node),
+            false => Err(CommandError::NotFound(format!(
+                "there is no node {node:?} (see `keel nodes`)"
+            ))),
+        }
+    };
+    let mut parts: Vec<NodeName> = request.nodes.iter().map(known).collect::<Result<_, _>>()?;
+    let node = match &request.on {
+        Some(node) => known(node)?,
+        None if parts.is_empty() || parts.contains(&machines.context.name) => {
+            machines.context.name.clone()
+        }
+        None => parts[0].clone(),
+    };
+    // Named further times it has further parts.
+    if let Some(at) = parts.iter().position(|part| *part == node) {
+        parts.remove(at);
+    }
+    if node != machines.context.name && request.from.is_none() {
+        return Err(bad(format!(
+            "the checkpoints in {}'s own folder are not seen by {node}: make them in a place that both see (`keel checkpoint {machine} --to PLACE`) and name it here with --from",
+            machines.context.name
+        )));
+    }
+    let id: Option<CheckpointId> = request
+        .id
+        .as_deref()
+        .map(str::parse)
+        .transpose()
+        .map_err(bad)?;
+    let vault = open(place(&machines.context, request.from.as_deref())).await?;
+    let manifest = manifest(&vault, &machine, id.as_ref())
+        .await
+        .map_err(|error| vault_error(&error))?;
+    let memory = match (request.nodes.is_empty(), request.warm) {
+        (true, false) => MemoryComes::First,
+        (true, true) => MemoryComes::Behind,
+        (false, true) => {
+            let why = "with parts from its beginning it does not start warm: all of its memory comes to them first";
+            return Err(bad(why.into()));
+        }
+        (false, false) if parts.is_empty() => {
+            let why = format!("all of it would be on {node}: name other nodes, or that one twice");
+            return Err(bad(why));
+        }
+        (false, false) if parts.len() >= PARTS_MAX => {
+            return Err(bad(format!("a machine has at most {PARTS_MAX} parts")));
+        }
+        (false, false) if manifest.spec.cpu_limit_millis.is_some() => {
+            return Err(bad(LIMITED_HAS_NO_PARTS.into()));
+        }
+        (false, false) => MemoryComes::Apart(parts),
+    };
+    let is_clone = name != machine;
+    // (What it holds in memory of its epochs is older, also where it is a clone.)
+    let ran = manifest.epoch;
+    let record = Record {
+        name,
+        spec: manifest.spec,
+        owner: node,
+        epoch: Epoch::default(),
+        status: Status::Scheduled,
+        since_unix_ms: unix_ms(),
+        started_unix_ms: 0,
+        stop_wanted: false,
+        restarts: 0,
+        created_unix_ms: unix_ms(),
+        paused: None,
+        origin: Some(Origin {
+            vault: vault.url().to_owned(),
+            machine,
+            id,
+            is_clone,
+            memory,
+        }),
+        reports: Vec::new(),
+    };
+    schedule(machines, record, Some(ran)).await
+}

@@ -1,0 +1,405 @@
+//! Other limits, or another restart policy, for a machine that has not ended.
+//!
+//! The worker is told first: it alone knows whether its memories fit. Then the
+//! record is changed, on the condition that nobody else did; where that fails the
+//! worker gets the old limits back. What the record says is told to the worker
+//! again whenever an agent finds it, so an agent that dies in between leaves
+//! nothing half-done for long. A move that begins meanwhile fails, or has failed
+//! by then: it holds for one revision of the record only.
+
+use super::handle::Machines;
+use super::spec_check::{
+    LIMITED_HAS_NO_PARTS, check_cpu, check_io_target, check_memory, check_part_memory, check_parts,
+};
+use crate::checkpoints::check_plan;
+use crate::error::CommandError;
+use crate::events::Note;
+use crate::processes::{OLDER, PROMPT, Worker, is_older};
+use crate::records::{self, MachineCommand, at_owner};
+use keel_api::{CheckpointChange, EventKind, SetRequest};
+use keel_cluster::MachineName;
+use keel_machine::spec::{Balancing, Record, Spec, Status};
+use keel_machine::worker::control::kind;
+use keel_net::RpcError;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// A machine's limits, or how it is restarted, checkpointed or balanced, are to change.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct SetMachine {
+    pub(crate) machine: MachineName,
+    pub(crate) request: SetRequest,
+}
+
+impl MachineCommand for SetMachine {
+    const KIND: u16 = 0x032f;
+    type Answer = ();
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+impl Machines {
+    /// Changes a machine of any node.
+    ///
+    /// # Errors
+    /// [`CommandError`]; then it stays as it was.
+    pub(crate) async fn set(self: &Arc<Self>, command: SetMachine) -> Result<(), CommandError> {
+        at_owner(&self.context, command, |it| self.set_here(it)).await
+    }
+
+    pub(crate) async fn set_here(
+        self: &Arc<Self>,
+        command: SetMachine,
+    ) -> Result<(), CommandError> {
+        set(self, &command.machine, &command.request).await
+    }
+}
+
+/// Changes a machine that this node owns.
+async fn set(
+    machines: &Arc<Machines>,
+    machine: &MachineName,
+    request: &SetRequest,
+) -> Result<(), CommandError> {
+    check(request)?;
+    records::settled(&*machines.context.store, machine).await?;
+    // One at a time: two would undo each other at the worker.
+    let _setting = machines.processes.exclusion.changes.lock().await;
+    if machines.processes.exclusion.is_moving(machine) {
+        return Err(moving(machine));
+    }
+    let before = records::get(&*machines.context.store, machine)
+        .await?
+        .record;
+    can_change(machines, &before)?;
+    let spec = changed(&before.spec, request);
+    if spec == before.spec {
+        return Ok(());
+    }
+    if spec.cpu_limit_millis.is_some() && spec.balancing.parts_max.is_some() {
+        return Err(CommandError::Invalid(LIMITED_HAS_NO_PARTS.into()));
+    }
+    let worker = match before.status {
+        Status::Running => machines.processes.machines.get(machine),
+        // It is started with what the record says then.
+        _ => None,
+    };
+    if let Some(worker) = &worker {
+        check_room(machines, machine, worker, &before.spec, &spec).await?;
+        ask(worker, &spec).await.map_err(|error| match error {
+            RpcError::Refused { reason, .. } if is_older(&reason) => {
+                CommandError::Conflict(format!("machine {machine:?} stays as it is: {OLDER}"))
+            }
+            RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => {
+                CommandError::Conflict(format!("machine {machine:?} stays as it is: {reason}"))
+            }
+            other => CommandError::Unavailable(other.to_string()),
+        })?;
+    }
+    let written = write(machines, &before, request).await;
+    match written {
+        Ok(after) => {
+            let told = Note::machine(
+                EventKind::MachineChanged,
+                machine,
+                text(&before.spec, &spec),
+            );
+            machines.context.events.record(told.under(after.epoch));
+            if let Some(worker) = &worker {
+                machines.checkpoints.keep_schedule(machine, worker);
+            }
+            Ok(())
+        }
+        Err(error) => {
+            // What the store has counts, whatever was to be written.
+            if let Some(worker) = &worker
+                && let Ok(found) = records::get(&*machines.context.store, machine).await
+            {
+                worker.apply_limits(&found.record).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Tells a worker what its machine's record says; where it cannot be done any more
+/// (it has grown meanwhile), the machine goes on as it is.
+pub(super) async fn apply_record(machines: &Machines, machine: &MachineName, worker: &Worker) {
+    let _setting = machines.processes.exclusion.changes.lock().await;
+    match records::get(&*machines.context.store, machine).await {
+        Ok(found) if found.record.owner == machines.context.name => {
+            worker.apply_limits(&found.record).await
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%machine, %error, "its limits may not be those of its record"),
+    }
+}
+
+async fn ask(worker: &Worker, spec: &Spec) -> Result<(), RpcError> {
+    worker.ask(kind::SET, spec, PROMPT).await
+}
+
+fn check(request: &SetRequest) -> Result<(), CommandError> {
+    if *request == SetRequest::default() {
+        let what = "nothing to set: name a limit, a target, a restart policy, checkpoints or how it is balanced";
+        return Err(CommandError::Invalid(what.into()));
+    }
+    if let Some(bytes) = request.memory_bytes {
+        check_memory("limit", bytes)?;
+    }
+    if let Some(CheckpointChange::Plan(plan)) = &request.checkpoints {
+        check_plan(plan)?;
+    }
+    let cores = [
+        ("limit", request.cpu_limit_millis),
+        ("target", request.cpu_target_millis),
+    ];
+    for (what, millis) in cores {
+        if let Some(millis) = millis.filter(|millis| *millis != 0) {
+            check_cpu(what, millis)?;
+        }
+    }
+    if let Some(bytes) = request.memory_target_bytes.filter(|bytes| *bytes != 0) {
+        check_memory("target", bytes)?;
+    }
+    if let Some(rate) = request.io_target_bytes_per_s.filter(|rate| *rate != 0) {
+        check_io_target(rate)?;
+    }
+    if let Some(most) = request.parts_max.filter(|most| *most != 0) {
+        check_parts(most)?;
+    }
+    if let Some(bytes) = request.part_memory_bytes.filter(|bytes| *bytes != 0) {
+        check_part_memory(bytes)?;
+    }
+    Ok(())
+}
+
+fn moving(machine: &MachineName) -> CommandError {
+    CommandError::Conflict(format!(
+        "machine {machine:?} is moving: try again when it has arrived, or cancel that first (`keel move {machine} --cancel`)"
+    ))
+}
+
+/// Whether a machine is where it can be changed.
+fn can_change(machines: &Machines, record: &Record) -> Result<(), CommandError> {
+    let machine = &record.name;
+    if record.owner != machines.context.name {
+        return Err(CommandError::Conflict(format!(
+            "machine {machine:?} just moved to {}; try again",
+            record.owner
+        )));
+    }
+    match record.status {
+        Status::Running | Status::Scheduled | Status::Restarting { .. } => Ok(()),
+        Status::Arriving { .. } | Status::Filling { .. } => Err(moving(machine)),
+        Status::Exited { .. }
+        | Status::Trapped { .. }
+        | Status::Stopped
+        | Status::Failed { .. } => Err(CommandError::Conflict(format!(
+            "machine {machine:?} has ended ({}): only one that runs, or is to run, can be changed",
+            record.status.word()
+        ))),
+    }
+}
+
+fn changed(spec: &Spec, request: &SetRequest) -> Spec {
+    let balancing = &spec.balancing;
+    Spec {
+        memory_bytes: request.memory_bytes.unwrap_or(spec.memory_bytes),
+        cpu_limit_millis: or_none(request.cpu_limit_millis, spec.cpu_limit_millis),
+        restart: request.restart.unwrap_or(spec.restart),
+        checkpoints: match &request.checkpoints {
+            None => spec.checkpoints.clone(),
+            Some(CheckpointChange::None) => None,
+            Some(CheckpointChange::Plan(plan)) => Some(plan.clone()),
+        },
+        balancing: Balancing {
+            by: request.balance.unwrap_or(balancing.by),
+            cpu_target_millis: or_none(request.cpu_target_millis, balancing.cpu_target_millis),
+            memory_target_bytes: or_none(
+                request.memory_target_bytes,
+                balancing.memory_target_bytes,
+            ),
+            io_target_bytes_per_s: or_none(
+                request.io_target_bytes_per_s,
+                balancing.io_target_bytes_per_s,
+            ),
+            parts_max: or_none(request.parts_max, balancing.parts_max),
+            spawn: request.spawn.unwrap_or(balancing.spawn),
+            part_memory_bytes: or_none(request.part_memory_bytes, balancing.part_memory_bytes),
+        },
+        ..spec.clone()
+    }
+}
+
+/// What is asked for, 0 being none; what there is, where nothing is asked for.
+fn or_none<T: PartialEq + Default>(asked: Option<T>, there: Option<T>) -> Option<T> {
+    match asked {
+        None => there,
+        Some(none) if none == T::default() => None,
+        some => some,
+    }
+}
+
+/// Whether this node has room for what its memories may have more from now on.
+async fn check_room(
+    machines: &Machines,
+    machine: &MachineName,
+    worker: &Worker,
+    before: &Spec,
+    after: &Spec,
+) -> Result<(), CommandError> {
+    let more = after.memory_bytes.saturating_sub(before.memory_bytes) >> 16;
+    if more == 0 {
+        return Ok(());
+    }
+    let report = worker
+        .report()
+        .await
+        .map_err(|error| CommandError::Unavailable(error.to_string()))?;
+    let pages = vec![more; report.memory_pages.len()];
+    records::check_room(&machines.context, machine, &pages)
+        .await
+        .map_err(|reason| {
+            CommandError::Conflict(format!(
+                "machine {machine:?} stays as it is: {reason} (move it to a node with more, or others away)"
+            ))
+        })
+}
+
+/// Writes the change into the record that was looked at, or one that differs in
+/// nothing that matters here.
+async fn write(
+    machines: &Machines,
+    before: &Record,
+    request: &SetRequest,
+) -> Result<Record, CommandError> {
+    let mut refused = None;
+    let change = |record: &mut Record| {
+        refused = can_change(machines, record).err();
+        let same = record.epoch == before.epoch && record.spec == before.spec;
+        if refused.is_none() && !same {
+            refused = Some(CommandError::Conflict(format!(
+                "machine {:?} was changed by another; try again",
+                record.name
+            )));
+        }
+        if refused.is_some() {
+            return false;
+        }
+        record.spec = changed(&record.spec, request);
+        true
+    };
+    let written =
+        records::update(&*machines.context.store, &before.name, change, |txn, _| txn).await;
+    match (refused, written) {
+        // An answer that was lost: it is there.
+        (Some(_), Ok(record)) if record.spec == changed(&before.spec, request) => Ok(record),
+        (Some(error), Ok(_)) => Err(error),
+        (_, written) => Ok(written?),
+    }
+}
+
+/// What changed, for people.
+fn text(before: &Spec, after: &Spec) -> String {
+    let mut parts = Vec::new();
+    if before.memory_bytes != after.memory_bytes {
+        let (before, after) = (before.memory_bytes, after.memory_bytes);
+        parts.push(format!("memory limit {before} → {after} bytes"));
+    }
+    if before.cpu_limit_millis != after.cpu_limit_millis {
+        let cores = |millis: Option<u32>| match millis {
+            Some(millis) => (f64::from(millis) / 1000.0).to_string(),
+            None => "none".to_owned(),
+        };
+        let (before, after) = (
+            cores(before.cpu_limit_millis),
+            cores(after.cpu_limit_millis),
+        );
+        parts.push(format!("cpu limit {before} → {after}"));
+    }
+    if before.restart != after.restart {
+        let (before, after) = (before.restart.word(), after.restart.word());
+        parts.push(format!("restart {before} → {after}"));
+    }
+    if before.checkpoints != after.checkpoints {
+        parts.push(match &after.checkpoints {
+            Some(plan) => format!("checkpoints {}", plan.line()),
+            None => "checkpoints none".to_owned(),
+        });
+    }
+    if before.balancing != after.balancing {
+        let line = |spec: &Spec| spec.balancing.line().unwrap_or_else(|| "by policy".into());
+        parts.push(format!("balanced {} → {}", line(before), line(after)));
+    }
+    format!("was changed: {}", parts.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use keel_machine::restart::Restart;
+
+    fn spec() -> Spec {
+        Spec {
+            module: String::new(),
+            args: Vec::new(),
+            env: Vec::new(),
+            volumes: Vec::new(),
+            memory_bytes: 1 << 20,
+            threads_max: 1,
+            cpu_limit_millis: None,
+            output_bytes_per_s: 1,
+            remove_at_end: false,
+            restart: Restart::No,
+            checkpoints: None,
+            balancing: Balancing::default(),
+        }
+    }
+
+    #[test]
+    fn what_is_left_out_stays_and_zero_is_no_limit() {
+        let request = SetRequest {
+            cpu_limit_millis: Some(1500),
+            ..SetRequest::default()
+        };
+        let limited = changed(&spec(), &request);
+        assert_eq!(limited.cpu_limit_millis, Some(1500));
+        assert_eq!(limited.memory_bytes, spec().memory_bytes);
+        assert_eq!(text(&spec(), &limited), "was changed: cpu limit none → 1.5");
+        let request = SetRequest {
+            cpu_limit_millis: Some(0),
+            memory_bytes: Some(1 << 21),
+            restart: Some(Restart::Always),
+            balance: Some(keel_machine::spec::BalanceBy::Target),
+            cpu_target_millis: Some(250),
+            ..SetRequest::default()
+        };
+        let free = changed(&limited, &request);
+        assert_eq!(free.cpu_limit_millis, None);
+        assert_eq!(
+            text(&limited, &free),
+            "was changed: memory limit 1048576 → 2097152 bytes, cpu limit 1.5 → none, restart no → always, balanced by policy → by target, cpu.target 0.25"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        assert!(check(&SetRequest::default()).is_err());
+        for (memory_bytes, cpu_limit_millis) in [
+            (Some(0), None),
+            (Some(u64::MAX), None),
+            (None, Some(1)),
+            (None, Some(u32::MAX)),
+        ] {
+            let request = SetRequest {
+                memory_bytes,
+                cpu_limit_millis,
+                ..SetRequest::default()
+            };
+            assert!(check(&request).is_err(), "{request:?}");
+        }
+    }
+}

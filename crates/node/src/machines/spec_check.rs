@@ -1,0 +1,213 @@
+//! What a spec may ask for.
+
+use crate::balancer::IO_TARGET_MAX;
+use crate::checkpoints::check_plan;
+use crate::error::CommandError;
+use keel_api::{RunRequest, VolumeRequest};
+use keel_cluster::MachineName;
+use keel_machine::restart::Restart;
+use keel_machine::span::{PART_BYTES_MIN, PARTS_MAX};
+use keel_machine::spec::{Spec, Volume, VolumeKind};
+use keel_wasi::volume::VolumeLimits;
+
+/// Largest limits that a machine may ask for.
+const MEMORY_BYTES_MAX: u64 = 64 << 30;
+const THREADS_MAX: u32 = 16_384;
+/// Volumes of one machine, and the size of its own ones.
+const VOLUMES_MAX: usize = 64;
+const VOLUME_BYTES_MIN: u64 = 64 << 10;
+const VOLUME_BYTES_MAX: u64 = 8 << 40;
+/// The smallest and largest `cpu.limit`, in thousandths of a core.
+const CPU_LIMIT_MILLIS_MIN: u32 = 10;
+const CPU_LIMIT_MILLIS_MAX: u32 = 1_000_000;
+
+/// Why a limit of CPU time and parts do not go together.
+pub(super) const LIMITED_HAS_NO_PARTS: &str =
+    "a limit of its CPU time is kept on one node only: a machine with one has no parts (max parts)";
+
+/// The spec that a request asks for, checked.
+pub(super) fn spec(request: &RunRequest) -> Result<Spec, CommandError> {
+    let bad = |what: String| Err(CommandError::Invalid(what));
+    check_memory("limit", request.memory_bytes)?;
+    if request.threads_max == 0 || request.threads_max > THREADS_MAX {
+        return bad(format!(
+            "a limit of {} threads: 1 to {THREADS_MAX} are possible",
+            request.threads_max
+        ));
+    }
+    if let Some(millis) = request.cpu_limit_millis {
+        check_cpu("limit", millis)?;
+    }
+    if let Some(millis) = request.balancing.cpu_target_millis {
+        check_cpu("target", millis)?;
+    }
+    if let Some(bytes) = request.balancing.memory_target_bytes {
+        check_memory("target", bytes)?;
+    }
+    if let Some(rate) = request.balancing.io_target_bytes_per_s {
+        check_io_target(rate)?;
+    }
+    if let Some(most) = request.balancing.parts_max {
+        check_parts(most)?;
+        if request.cpu_limit_millis.is_some() {
+            return bad(LIMITED_HAS_NO_PARTS.into());
+        }
+    }
+    if let Some(bytes) = request.balancing.part_memory_bytes {
+        check_part_memory(bytes)?;
+    }
+    if request.args.is_empty() {
+        return bad("no program name: the first argument is missing".into());
+    }
+    if request.remove_at_end && request.restart != Restart::No {
+        return bad(format!(
+            "a machine that is removed when it ends cannot be restarted too (restart = {:?})",
+            request.restart.word()
+        ));
+    }
+    if let Some(plan) = &request.checkpoints {
+        check_plan(plan)?;
+    }
+    let volumes = volumes(&request.volumes)?;
+    Ok(Spec {
+        module: request.module.clone(),
+        args: request.args.clone(),
+        env: request.env.clone(),
+        volumes,
+        memory_bytes: request.memory_bytes,
+        threads_max: request.threads_max,
+        cpu_limit_millis: request.cpu_limit_millis,
+        output_bytes_per_s: request.output_bytes_per_s,
+        remove_at_end: request.remove_at_end,
+        restart: request.restart,
+        checkpoints: request.checkpoints.clone(),
+        balancing: request.balancing,
+    })
+}
+
+/// Whether a machine may ask for such a limit of each of its memories.
+pub(super) fn check_memory(what: &str, bytes: u64) -> Result<(), CommandError> {
+    if (1 << 16..=MEMORY_BYTES_MAX).contains(&bytes) {
+        return Ok(());
+    }
+    Err(CommandError::Invalid(format!(
+        "a memory {what} of {bytes} bytes: 64 KiB to 64 GiB are possible"
+    )))
+}
+
+/// Whether parts of a machine may be asked to keep so much.
+pub(super) fn check_part_memory(bytes: u64) -> Result<(), CommandError> {
+    if (PART_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&bytes) {
+        return Ok(());
+    }
+    Err(CommandError::Invalid(format!(
+        "parts that keep {bytes} bytes each: 1 MiB to 64 GiB are possible"
+    )))
+}
+
+/// Whether a machine may ask for such a `cpu.limit`.
+pub(super) fn check_cpu(what: &str, millis: u32) -> Result<(), CommandError> {
+    if (CPU_LIMIT_MILLIS_MIN..=CPU_LIMIT_MILLIS_MAX).contains(&millis) {
+        return Ok(());
+    }
+    Err(CommandError::Invalid(format!(
+        "a cpu {what} of {millis} thousandths of a core: {CPU_LIMIT_MILLIS_MIN} to {CPU_LIMIT_MILLIS_MAX} are possible"
+    )))
+}
+
+/// Whether a machine may have so many parts.
+pub(super) fn check_parts(most: u32) -> Result<(), CommandError> {
+    if (2..=PARTS_MAX as u32).contains(&most) {
+        return Ok(());
+    }
+    Err(CommandError::Invalid(format!(
+        "a limit of {most} parts: 2 to {PARTS_MAX} are possible"
+    )))
+}
+
+/// Whether a machine may promise so much disk traffic.
+pub(super) fn check_io_target(rate: u64) -> Result<(), CommandError> {
+    if (1..=IO_TARGET_MAX).contains(&rate) {
+        return Ok(());
+    }
+    Err(CommandError::Invalid(format!(
+        "an io target of {rate} bytes a second: 1 byte to 1 TiB are possible"
+    )))
+}
+
+/// The volumes that a machine asks for, checked.
+fn volumes(requests: &[VolumeRequest]) -> Result<Vec<Volume>, CommandError> {
+    let bad = |what: String| Err(CommandError::Invalid(what));
+    if requests.len() > VOLUMES_MAX {
+        return bad(format!("more than {VOLUMES_MAX} volumes"));
+    }
+    let mut volumes: Vec<Volume> = Vec::with_capacity(requests.len());
+    for request in requests {
+        let volume = match request {
+            VolumeRequest::Host {
+                host,
+                guest,
+                read_only,
+            } => {
+                if !host.starts_with('/') {
+                    return bad(format!("volume {host:?}: the path must be absolute"));
+                }
+                Volume {
+                    kind: VolumeKind::Host { path: host.clone() },
+                    guest: guest.clone(),
+                    read_only: *read_only,
+                }
+            }
+            VolumeRequest::Tmp {
+                bytes,
+                inodes,
+                guest,
+            } => {
+                let usual = VolumeLimits::of_bytes(*bytes);
+                let inodes = inodes.unwrap_or(usual.inodes_max);
+                if !(VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(bytes) {
+                    return bad(format!(
+                        "volume {guest:?} of {bytes} bytes: 64 KiB to 8 TiB are possible"
+                    ));
+                }
+                if !(1..=VolumeLimits::INODES_MAX).contains(&inodes) {
+                    return bad(format!(
+                        "volume {guest:?} for {inodes} files: 1 to {} are possible",
+                        VolumeLimits::INODES_MAX
+                    ));
+                }
+                Volume {
+                    kind: VolumeKind::Tmp {
+                        bytes: *bytes,
+                        inodes,
+                    },
+                    guest: guest.clone(),
+                    read_only: false,
+                }
+            }
+            // The rest is filled in when the machine gets it.
+            VolumeRequest::Cluster {
+                name,
+                guest,
+                read_only,
+            } => Volume {
+                kind: VolumeKind::Cluster {
+                    name: MachineName::new(name)
+                        .map_err(|error| CommandError::Invalid(format!("volume: {error}")))?,
+                    id: [0; 16],
+                    place: String::new(),
+                    bytes: 0,
+                    inodes: 0,
+                    holding: 0,
+                },
+                guest: guest.clone(),
+                read_only: *read_only,
+            },
+        };
+        if volumes.iter().any(|other| other.guest == volume.guest) {
+            return bad(format!("two volumes are named {:?}", volume.guest));
+        }
+        volumes.push(volume);
+    }
+    Ok(volumes)
+}

@@ -1,0 +1,83 @@
+//! Writes into the store which machines of this node wait for room on a disk, or
+//! for the store of a volume: that pauses a machine, and people must see why it does
+//! nothing.
+
+use super::handle::Machines;
+use crate::processes::Worker;
+use crate::records::{self, RecordError};
+use keel_cluster::MachineName;
+use keel_machine::spec::{Record, Status};
+use keel_machine::worker::control::{kind, unpack};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Pause after the store did not answer, or while the machine moves.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// Follows a worker until it is gone.
+pub(crate) fn watch(machines: &Arc<Machines>, machine: &MachineName, worker: &Worker) {
+    let (machines, machine, worker) = (machines.clone(), machine.clone(), worker.clone());
+    tokio::spawn(async move {
+        let Ok(mut pauses) = worker.stream(kind::PAUSES, &()).await else {
+            return;
+        };
+        let mut next = pauses.recv().await;
+        while let Some(Ok(bytes)) = next.take() {
+            let Ok(full) = unpack::<Option<String>>(&bytes) else {
+                return;
+            };
+            // The newest word counts, also over one that is not written yet.
+            tokio::select! {
+                () = write(&machines, &machine, full) => next = pauses.recv().await,
+                newer = pauses.recv() => next = newer,
+            }
+        }
+    });
+}
+
+/// Writes it until the store has it.
+async fn write(machines: &Arc<Machines>, machine: &MachineName, full: Option<String>) {
+    let paused = full.map(|path| {
+        // A worker names the folder that is full, or says in a sentence what else it
+        // waits for.
+        if !path.starts_with('/') {
+            return format!("{path}: it goes on by itself when that is mended");
+        }
+        format!(
+            "the disk of {} is full ({path}): it goes on by itself when there is room; \
+             or move it away (`keel move {machine} --to NODE`)",
+            machines.context.name
+        )
+    });
+    loop {
+        // Each write to the record would make its move's commit impossible.
+        if machines.processes.exclusion.is_moving(machine) {
+            tokio::time::sleep(RETRY_AFTER).await;
+            continue;
+        }
+        let change = |record: &mut Record| {
+            let mine = record.owner == machines.context.name && record.status == Status::Running;
+            let differs = mine && record.paused != paused;
+            if differs {
+                record.paused.clone_from(&paused);
+            }
+            differs
+        };
+        match records::update(&*machines.context.store, machine, change, |txn, _| txn).await {
+            // It is only just starting here.
+            Ok(record)
+                if record.owner == machines.context.name
+                    && paused.is_some()
+                    && !record.status.ended()
+                    && record.status != Status::Running =>
+            {
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+            Ok(_) | Err(RecordError::NoMachine(_)) => return,
+            Err(error) => {
+                tracing::warn!(%machine, %error, "that it waits is not in the store yet");
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+        }
+    }
+}

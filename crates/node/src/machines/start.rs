@@ -1,0 +1,82 @@
+//! Starts a machine's worker: from its module, or from a checkpoint.
+
+use super::handle::Machines;
+use super::spanning_start;
+use crate::processes::{COMPILE_PATIENCE, Leftovers};
+use keel_machine::checkpoint::{MemoryComes, Origin};
+use keel_machine::failpoint;
+use keel_machine::spec::{Record, Status};
+use keel_machine::worker::control::{Start, StartFrom, kind};
+use keel_net::RpcError;
+use std::sync::Arc;
+
+pub(super) async fn start(machines: &Arc<Machines>, record: &Record) -> Result<(), String> {
+    let (kept, leftovers) = match &record.status {
+        Status::Restarting {
+            from_checkpoint, ..
+        } => {
+            // What it said before stays.
+            let kept = match from_checkpoint {
+                true => machines.checkpoints.newest(&record.name).await?,
+                false => None,
+            };
+            (kept, Leftovers::KeepOutput)
+        }
+        _ => (None, Leftovers::Remove),
+    };
+    let mut spread = Vec::new();
+    let from = match kept.or_else(|| record.origin.clone()) {
+        Some(origin) => {
+            StartFrom::Checkpoint(spanning_start::placed(machines, record, origin).await?)
+        }
+        None => {
+            let module = machines.images.find_module(&record.spec.module).await?;
+            spread = spanning_start::spread_over(machines, record).await;
+            match spread.is_empty() {
+                true => StartFrom::Module(module),
+                false => StartFrom::Apart(module),
+            }
+        }
+    };
+    let worker = machines
+        .processes
+        .machines
+        .start(&machines.context.dir, &record.name, leftovers)
+        .await?;
+    failpoint::pass_async("start.worker")
+        .await
+        .map_err(|injected| injected.to_string())?;
+    let apart = match &from {
+        StartFrom::Checkpoint(Origin {
+            memory: MemoryComes::Apart(nodes),
+            ..
+        }) => nodes.clone(),
+        _ => spread,
+    };
+    let runs_alone = matches!(from, StartFrom::Apart(_));
+    let start = Start {
+        machine: record.name.clone(),
+        spec: record.spec.clone(),
+        from,
+        epoch: record.epoch,
+        notice: match &record.status {
+            Status::Restarting { reason, .. } => Some(format!(
+                "restart {} under epoch {}, since {reason}",
+                record.restarts, record.epoch
+            )),
+            _ => None,
+        },
+    };
+    let started: Result<(), RpcError> = worker.ask(kind::START, &start, COMPILE_PATIENCE).await;
+    match started {
+        Ok(()) => {}
+        Err(RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. }) => {
+            return Err(reason);
+        }
+        Err(other) => return Err(other.to_string()),
+    }
+    if apart.is_empty() {
+        return Ok(());
+    }
+    spanning_start::begin(machines, record, &worker, &apart, runs_alone).await
+}

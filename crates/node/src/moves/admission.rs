@@ -1,0 +1,220 @@
+//! Target of a move: checks an offer, fetches and compiles the module, reserves room, and
+//! starts a worker that receives. Whatever was begun is undone when it fails.
+
+use super::handle::Moves;
+use super::offer::{Offer, passed};
+use crate::host::cpu_features;
+use crate::processes::{COMPILE_PATIENCE, Leftovers};
+use crate::records::{Reservation, check_room};
+use crate::spanning::part_of;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Txn, TxnOutcome};
+use keel_cluster::{MachineName, NodeName};
+use keel_machine::spec::VolumeKind;
+use keel_machine::worker::control::{Receive, Receiving, State, kind};
+use keel_machine::worker::volumes;
+use keel_net::RpcError;
+use std::sync::Arc;
+
+/// Answers an offer. Whatever was begun is undone when it fails.
+pub(crate) async fn accept(
+    moves: &Arc<Moves>,
+    source: NodeName,
+    offer: Offer,
+) -> Result<Receiving, String> {
+    let machine = offer.machine.clone();
+    check(moves, &offer).await?;
+    passed("offer.checked").await?;
+    if !moves.processes.exclusion.busy().insert(machine.clone()) {
+        return Err(format!("machine {machine:?} is arriving here already"));
+    }
+    let result = admit(moves, source, offer).await;
+    if result.is_err() {
+        drop_reservation(moves, &machine).await;
+    }
+    moves.processes.exclusion.busy().remove(&machine);
+    result
+}
+
+/// Whether an offer would be taken, as far as that shows without beginning.
+pub(crate) async fn would_accept(moves: &Moves, offer: &Offer) -> Result<(), String> {
+    check(moves, offer).await?;
+    check_room(&moves.context, &offer.machine, &offer.memory_pages).await
+}
+
+async fn check(moves: &Moves, offer: &Offer) -> Result<(), String> {
+    if offer.post_copy
+        && let Some(missing) = keel_machine::missing_for_post_copy()
+    {
+        return Err(format!(
+            "memory cannot come after a machine here: {missing}"
+        ));
+    }
+    let here = cpu_features();
+    let missing: Vec<&str> = offer
+        .features
+        .iter()
+        .filter(|feature| !here.contains(feature))
+        .map(String::as_str)
+        .collect();
+    if !missing.is_empty() {
+        return Err(format!("this node's CPU lacks {}", missing.join(", ")));
+    }
+    let (spec_volumes, proofs) = (offer.spec.volumes.clone(), offer.proofs.clone());
+    let (workers, volume_bytes) = (moves.context.dir.workers(), offer.volume_bytes);
+    tokio::task::spawn_blocking(move || {
+        if volume_bytes > 0 {
+            let free = volumes::free_bytes(&workers)
+                .map_err(|error| format!("{}: {error}", workers.display()))?;
+            if volume_bytes > free {
+                return Err(volumes::no_room(volume_bytes, free, &workers));
+            }
+        }
+        for (volume, proof) in spec_volumes.iter().zip(&proofs) {
+            let VolumeKind::Host { path } = &volume.kind else {
+                continue;
+            };
+            let folder = std::path::Path::new(path);
+            if !folder.is_dir() {
+                return Err(format!("volume {path} is no directory here"));
+            }
+            let Some((name, content)) = proof else {
+                continue;
+            };
+            // A name without slashes: nothing outside the volume is looked at.
+            let seen = (!name.contains('/'))
+                .then(|| std::fs::read_to_string(folder.join(name)).ok())
+                .flatten();
+            if seen.as_ref() != Some(content) {
+                return Err(format!(
+                    "volume {path} is another directory here: every node must see the same one (NFS or the like)"
+                ));
+            }
+        }
+        Ok(())
+    })
+    .await
+    .map_err(|error| error.to_string())?
+}
+
+async fn admit(moves: &Arc<Moves>, source: NodeName, offer: Offer) -> Result<Receiving, String> {
+    let machine = &offer.machine;
+    if let Some(worker) = moves.processes.machines.get(machine) {
+        match worker.state().await {
+            Ok(State::Ended { .. } | State::Dropped { .. } | State::Empty) | Err(_) => {
+                moves
+                    .processes
+                    .machines
+                    .forget(&moves.context.dir, machine)
+                    .await;
+            }
+            Ok(_) if part_of(&worker).await?.is_some() => {
+                return Err(format!(
+                    "a part of machine {machine:?} is still here that an earlier move made; try again"
+                ));
+            }
+            Ok(_) => return Err(format!("machine {machine:?} has a worker here already")),
+        }
+    }
+    let program = moves.images.find_program(&source, &offer.program).await?;
+    passed("offer.fetched").await?;
+    {
+        // One at a time: two that fit alone may not fit together.
+        let _reserving = moves.reserving.lock().await;
+        check_room(&moves.context, machine, &offer.memory_pages).await?;
+        reserve(moves, &source, &offer).await?;
+    }
+    passed("offer.reserved").await?;
+    let worker = match moves
+        .processes
+        .machines
+        .start(&moves.context.dir, machine, Leftovers::Remove)
+        .await
+    {
+        Ok(worker) => worker,
+        Err(error) => {
+            moves
+                .processes
+                .machines
+                .forget(&moves.context.dir, machine)
+                .await;
+            return Err(error);
+        }
+    };
+    if let Err(reason) = passed("offer.started").await {
+        moves
+            .processes
+            .machines
+            .forget(&moves.context.dir, machine)
+            .await;
+        return Err(reason);
+    }
+    let request = Receive {
+        machine: machine.clone(),
+        spec: offer.spec.clone(),
+        program,
+        offered: offer.epoch,
+        source: offer.worker,
+        address: moves.context.worker_address(),
+        memory_pages: offer.memory_pages.clone(),
+        post_copy: offer.post_copy,
+        volume_bytes: offer.volume_bytes,
+    };
+    match worker.ask(kind::RECEIVE, &request, COMPILE_PATIENCE).await {
+        Ok(receiving) => {
+            moves.processes.announce_arrival(machine);
+            if let Err(reason) = passed("offer.accepted").await {
+                moves
+                    .processes
+                    .machines
+                    .forget(&moves.context.dir, machine)
+                    .await;
+                return Err(reason);
+            }
+            Ok(receiving)
+        }
+        Err(error) => {
+            moves
+                .processes
+                .machines
+                .forget(&moves.context.dir, machine)
+                .await;
+            Err(match error {
+                RpcError::Failed { reason, .. } | RpcError::Refused { reason, .. } => reason,
+                other => other.to_string(),
+            })
+        }
+    }
+}
+
+/// Reserves room in the store: the commit demands that the reservation is
+/// there, so whoever deletes it makes the commit impossible.
+async fn reserve(moves: &Arc<Moves>, source: &NodeName, offer: &Offer) -> Result<(), String> {
+    let lease = (*moves.context.lease.borrow())
+        .ok_or("this node has no lease in the store just now; try again")?;
+    let reservation = Reservation {
+        source: source.clone(),
+        bytes: offer.memory_pages.iter().sum::<u64>() << 16,
+    };
+    let value = keel_cluster::wire::encode("a reservation", &reservation)
+        .map_err(|error| error.to_string())?;
+    let key = Key::Reservation(moves.context.name.clone(), offer.machine.clone());
+    let txn = Txn::new()
+        .when_modified_at(Key::Machine(offer.machine.clone()), offer.revision)
+        .put_leased(key, value, lease);
+    match moves.context.store.txn(txn).await {
+        Ok(TxnOutcome::Committed { .. }) => Ok(()),
+        Ok(TxnOutcome::Refused { .. }) => {
+            Err("the machine changed meanwhile; try again".to_owned())
+        }
+        Err(error) => Err(format!("room cannot be reserved: {error}")),
+    }
+}
+
+pub(crate) async fn drop_reservation(moves: &Arc<Moves>, machine: &MachineName) {
+    let key = Key::Reservation(moves.context.name.clone(), machine.clone());
+    if let Err(error) = moves.context.store.txn(Txn::new().delete(key)).await {
+        // It ends with this node's lease at the latest.
+        tracing::warn!(%machine, %error, "a reservation stays for a while");
+    }
+}

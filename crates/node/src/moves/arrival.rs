@@ -1,0 +1,185 @@
+//! Target of a move: settles what a lost source left behind, and answers a source that does
+//! not know whether its machine runs here.
+
+use super::handle::Moves;
+use super::offer::{Arrival, passed};
+use crate::processes::{PROMPT, Worker};
+use crate::records::{self, RecordError};
+use crate::spanning::part_of;
+use keel_cluster::keys::Key;
+use keel_cluster::store::{Compare, Txn};
+use keel_cluster::{Epoch, MachineName};
+use keel_machine::moves::ownership::{self, ArrivalVerdict};
+use keel_machine::worker::control::{State, kind};
+use keel_net::RpcError;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Pause between attempts to settle.
+const RETRY_AFTER: Duration = Duration::from_millis(300);
+
+/// Settles an arrival whose source is lost: takes the reservation away, which
+/// makes a commit that is still on its way impossible. Where it is gone
+/// already, the commit had won, and the machine is this node's.
+pub(crate) async fn settle(moves: &Arc<Moves>, machine: &MachineName) {
+    loop {
+        match settle_once(moves, machine).await {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::warn!(%machine, error, "an arrival is not settled yet");
+                tokio::time::sleep(RETRY_AFTER).await;
+            }
+        }
+    }
+}
+
+async fn settle_once(moves: &Arc<Moves>, machine: &MachineName) -> Result<(), String> {
+    let Some(worker) = moves.processes.machines.get(machine) else {
+        return Ok(());
+    };
+    let state = worker.state().await.map_err(|error| error.to_string())?;
+    // Only what arrives is settled: it may be the source that asks to withdraw,
+    // while this node gives the machine to it.
+    if matches!(
+        state,
+        State::Running { .. } | State::Filling { .. } | State::Ended { .. }
+    ) {
+        return Ok(());
+    }
+    passed("arrival.settle").await?;
+    let key = Key::Reservation(moves.context.name.clone(), machine.clone()).to_string();
+    let txn = Txn::new()
+        .when(Compare::Exists { key: key.clone() })
+        .delete(key);
+    let taken = moves
+        .context
+        .store
+        .txn(txn)
+        .await
+        .map_err(|error| error.to_string())?
+        .is_committed();
+    passed("arrival.settled").await?;
+    if !taken && goes_on(moves, machine, &worker, &state).await? {
+        return Ok(());
+    }
+    drop_copy(moves, machine, &worker).await
+}
+
+/// Drops a copy that arrived here and will never go on.
+async fn drop_copy(
+    moves: &Arc<Moves>,
+    machine: &MachineName,
+    worker: &Worker,
+) -> Result<(), String> {
+    if part_of(worker).await?.is_some() {
+        // The machine needs what it has; it ends when the home parts with it.
+        let reason = "the machine stays where it was".to_owned();
+        let told: Result<(), RpcError> = worker.ask(kind::ABORT, &reason, PROMPT).await;
+        return told.map_err(|error| error.to_string());
+    }
+    moves
+        .processes
+        .machines
+        .forget_exactly(&moves.context.dir, machine, Some(worker))
+        .await;
+    Ok(())
+}
+
+/// Lets an arrival whose reservation is gone go on, if the record says that the commit
+/// of its move has won. False if that will never be.
+async fn goes_on(
+    moves: &Arc<Moves>,
+    machine: &MachineName,
+    worker: &Worker,
+    state: &State,
+) -> Result<bool, String> {
+    let record = match records::get(&*moves.context.store, machine).await {
+        Ok(found) => Some(found.record),
+        Err(RecordError::NoMachine(_)) => None,
+        Err(error) => return Err(error.to_string()),
+    };
+    match state {
+        State::Prepared { offered, .. } => {
+            let ArrivalVerdict::Goes(epoch) =
+                ownership::arrival(&moves.context.name, *offered, record.as_ref())
+            else {
+                return Ok(false);
+            };
+            let gone: Result<u64, RpcError> = worker.ask(kind::GO, &epoch, PROMPT).await;
+            gone.map(|_| true).map_err(|error| error.to_string())
+        }
+        // It is being made ready, and says so; then it is asked for again.
+        State::Receiving { offered } => {
+            let verdict = ownership::arrival(&moves.context.name, *offered, record.as_ref());
+            Ok(matches!(verdict, ArrivalVerdict::Goes(_)))
+        }
+        // No copy of a move: a machine of that name is being started here.
+        State::Empty | State::Held { .. } => {
+            Ok(record.is_some_and(|it| it.owner == moves.context.name && !it.status.ended()))
+        }
+        _ => Ok(false),
+    }
+}
+
+/// Answers a source that does not know whether its machine runs here: makes it
+/// go on, or makes sure that it never will.
+pub(crate) async fn arrival(
+    moves: &Arc<Moves>,
+    machine: &MachineName,
+    epoch: Epoch,
+) -> Result<Arrival, String> {
+    passed("arrival.asked").await?;
+    let Some(worker) = moves.processes.machines.get(machine) else {
+        return Ok(Arrival::Without);
+    };
+    match worker.state().await.map_err(|error| error.to_string())? {
+        State::Running { .. } | State::Filling { .. } | State::Ended { .. } => Ok(Arrival::Resumed),
+        // (Whoever asks believes that its commit has won: the store knows.)
+        State::Prepared { offered, .. } => {
+            let found = match records::get(&*moves.context.store, machine).await {
+                Ok(found) => Some(found.record),
+                Err(RecordError::NoMachine(_)) => None,
+                Err(error) => return Err(error.to_string()),
+            };
+            match ownership::arrival(&moves.context.name, offered, found.as_ref()) {
+                ArrivalVerdict::Goes(won) if won == epoch => {
+                    let gone: Result<u64, RpcError> = worker.ask(kind::GO, &won, PROMPT).await;
+                    gone.map(|_| Arrival::Resumed)
+                        .map_err(|error| error.to_string())
+                }
+                ArrivalVerdict::Never => {
+                    drop_copy(moves, machine, &worker).await?;
+                    Ok(Arrival::Without)
+                }
+                ArrivalVerdict::Goes(_) | ArrivalVerdict::Open => Err(format!(
+                    "machine {machine:?} was not given to {} under epoch {epoch}",
+                    moves.context.name
+                )),
+            }
+        }
+        // (A part of a machine that stays: whoever has its home parts with it.)
+        State::Receiving { .. } if part_of(&worker).await?.is_some() => Ok(Arrival::Without),
+        State::Empty | State::Receiving { .. } | State::Dropped { .. } | State::Held { .. } => {
+            moves
+                .processes
+                .machines
+                .forget_exactly(&moves.context.dir, machine, Some(&worker))
+                .await;
+            Ok(Arrival::Without)
+        }
+    }
+}
+
+/// Whether this node, the source of a move, still has the frozen copy.
+pub(crate) async fn holds_copy(moves: &Moves, machine: &MachineName) -> bool {
+    let worker = moves.processes.machines.get(machine);
+    match worker.filter(|it| !it.is_lost()) {
+        Some(worker) => match worker.report().await {
+            // (Else it is another life of that name.)
+            Ok(report) => report.giving_away,
+            // It may have the copy as long as its process is there.
+            Err(_) => !worker.gone_within(Duration::ZERO).await,
+        },
+        None => false,
+    }
+}

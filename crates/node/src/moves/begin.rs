@@ -1,0 +1,221 @@
+//! How a move begins, and how the next agent takes up one whose agent has died.
+
+use super::handle::{MoveOrder, Moves};
+use super::source::Driver;
+use crate::events::Note;
+use crate::processes::{MoveHandle, Worker};
+use crate::records;
+use crate::rules::Claims;
+use crate::spanning::{release_successors, restore_placement};
+use keel_api::{CheckpointRequest, EventKind, MoveLine};
+use keel_cluster::clock::unix_ms;
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::moves::converge::LAST_PAGES_BUDGET;
+use keel_machine::moves::{Ending, MoveReport, SourceMove, SourceState};
+use keel_machine::spec::{Record, Status};
+use keel_machine::worker::control::State;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::mpsc;
+
+/// Begins a move of a machine that runs here. What comes is told line by line.
+pub(crate) async fn begin(
+    moves: &Arc<Moves>,
+    machine: &MachineName,
+    order: &MoveOrder,
+) -> Result<mpsc::Receiver<MoveLine>, String> {
+    let target = &order.target;
+    let found = records::settled(&*moves.context.store, machine)
+        .await
+        .map_err(|error| error.to_string())?;
+    let record = found.record;
+    if record.owner != moves.context.name {
+        return Err(format!(
+            "machine {machine:?} is on {} now; try again",
+            record.owner
+        ));
+    }
+    if record.status != Status::Running {
+        return Err(format!(
+            "machine {machine:?} is {}, only a running one can move",
+            record.status.word()
+        ));
+    }
+    if *target == moves.context.name {
+        return Err(format!("machine {machine:?} is on {target} already"));
+    }
+    if !moves.context.members.contains(target) {
+        return Err(format!("there is no node {target:?} (see `keel nodes`)"));
+    }
+    moves
+        .rules
+        .claim(machine, target)
+        .await
+        .map_err(|error| error.to_string())?;
+    let worker = moves
+        .processes
+        .machines
+        .get(machine)
+        .ok_or_else(|| format!("machine {machine:?} has no worker here"))?;
+    // (All memory of one that spans stays with its parts.)
+    let spans = worker.report().await.is_ok_and(|report| report.parts > 0);
+    let post_copy = order.post_copy && !spans;
+    if post_copy {
+        let request = CheckpointRequest {
+            to: order.checkpoint_to.clone(),
+            ..CheckpointRequest::default()
+        };
+        moves
+            .checkpoints
+            .create_here(machine, request)
+            .await
+            .map_err(|error| {
+                format!("a post-copy move needs a checkpoint to fall back on: {error}")
+            })?;
+    }
+    // It may have been given to this node and not have gone on yet.
+    match worker.state().await {
+        Ok(State::Running { epoch }) if epoch == record.epoch => {}
+        Ok(State::Ended { .. }) => return Err(format!("machine {machine:?} has ended")),
+        Ok(state) => {
+            return Err(format!(
+                "machine {machine:?} is not ready to move: {state}; try again"
+            ));
+        }
+        Err(error) => return Err(format!("its worker does not answer: {error}")),
+    }
+    let (handle, ends) = MoveHandle::new();
+    {
+        let mut under_way = moves.processes.exclusion.moves();
+        if under_way.contains_key(machine) {
+            return Err(format!(
+                "machine {machine:?} is moving already (see `keel inspect {machine}`)"
+            ));
+        }
+        under_way.insert(machine.clone(), handle);
+    }
+    let begun = Note::machine(
+        EventKind::MoveStarted,
+        machine,
+        format!("moves to {target}"),
+    );
+    let begun = begun.under(record.epoch).with("target", target);
+    moves.context.events.record(begun);
+    let (lines, receiver) = mpsc::channel(64);
+    let mut driver = Driver {
+        moves: moves.clone(),
+        report: new_report(&record, target),
+        source: SourceMove::new(record.epoch, post_copy),
+        post_copy,
+        record,
+        revision: found.revision,
+        target: target.clone(),
+        worker,
+        interrupted: ends.interrupted,
+        lines,
+        receiving: None,
+        begun: Instant::now(),
+        prepared: None,
+        place: None,
+        budget: order.budget(),
+        claims: Claims::default(),
+        spans: false,
+        placement: None,
+    };
+    let (moves, machine, urgency) = (moves.clone(), machine.clone(), order.urgency);
+    tokio::spawn(async move {
+        driver.drive(urgency).await;
+        moves.processes.exclusion.moves().remove(&machine);
+        let placement = driver.placement.take();
+        // (What came of its successor may not be known.)
+        let stays = matches!(driver.source.state(), SourceState::Stayed { .. });
+        if driver.spans || placement.is_some() {
+            let (spanning, machine) = (moves.spanning.clone(), machine.clone());
+            tokio::spawn(async move {
+                if stays {
+                    release_successors(&spanning, &machine).await;
+                }
+                if let Some(placement) = placement {
+                    restore_placement(&spanning, &machine, placement);
+                }
+            });
+        }
+        ends.over.send_replace(true);
+    });
+    Ok(receiver)
+}
+
+/// Takes up a move that was handed over by an agent that has died since: the
+/// frozen copy is kept until the target says that the machine runs, or taken
+/// back. `record` is what the commit wrote.
+pub(crate) async fn take_up(moves: &Arc<Moves>, record: Record, worker: Worker, post_copy: bool) {
+    let target = record.owner.clone();
+    let epoch = Epoch {
+        counter: record.epoch.counter.saturating_sub(1),
+        ..record.epoch
+    };
+    let record = Record {
+        owner: moves.context.name.clone(),
+        epoch,
+        status: Status::Running,
+        ..record
+    };
+    let machine = record.name.clone();
+    let (handle, ends) = MoveHandle::new();
+    moves
+        .processes
+        .exclusion
+        .moves()
+        .insert(machine.clone(), handle);
+    let (source, commands) = SourceMove::handed(epoch, post_copy);
+    let (lines, _) = mpsc::channel(1);
+    let mut driver = Driver {
+        moves: moves.clone(),
+        report: new_report(&record, &target),
+        source,
+        post_copy,
+        record,
+        revision: 0,
+        target,
+        worker,
+        interrupted: ends.interrupted,
+        lines,
+        receiving: None,
+        begun: Instant::now(),
+        prepared: None,
+        place: None,
+        budget: LAST_PAGES_BUDGET,
+        claims: Claims::default(),
+        spans: false,
+        placement: None,
+    };
+    driver.carry_on(commands.into()).await;
+    moves.processes.exclusion.moves().remove(&machine);
+    ends.over.send_replace(true);
+}
+
+fn new_report(record: &Record, target: &NodeName) -> MoveReport {
+    MoveReport {
+        machine: record.name.clone(),
+        source: record.owner.clone(),
+        target: target.clone(),
+        epoch: record.epoch,
+        started_unix_ms: unix_ms(),
+        ending: Ending::Moved,
+        offer_micros: 0,
+        copy_micros: 0,
+        rounds: Vec::new(),
+        slowed: false,
+        freeze_micros: 0,
+        last_pages_micros: 0,
+        last_bytes: 0,
+        state_micros: 0,
+        commit_micros: 0,
+        resume_micros: 0,
+        downtime_micros: 0,
+        bytes: 0,
+        total_micros: 0,
+        fill: None,
+        predicted: None,
+    }
+}

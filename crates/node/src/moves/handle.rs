@@ -1,0 +1,106 @@
+//! The part's state.
+
+use super::dry_run_history::History;
+use super::queue::MoveQueue;
+use crate::checkpoints::Checkpoints;
+use crate::code::Code;
+use crate::context::Context;
+use crate::images::Images;
+use crate::processes::Processes;
+use crate::rules::Rules;
+use crate::spanning::Spanning;
+use keel_api::Urgency;
+use keel_cluster::{MachineName, NodeName};
+use keel_machine::moves::MoveReport;
+use keel_machine::moves::converge::LAST_PAGES_BUDGET;
+use serde::{Deserialize, Serialize};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::broadcast;
+
+/// Reports of moves that one who follows may be behind before some are lost to it.
+const BEHIND_MAX: usize = 256;
+
+/// What a user wants moved, and how.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct MoveOrder {
+    pub(crate) machine: MachineName,
+    pub(crate) target: NodeName,
+    /// Whether memory comes after the machine.
+    pub(crate) post_copy: bool,
+    /// Where the checkpoint goes that such a move begins with.
+    pub(crate) checkpoint_to: Option<String>,
+    pub(crate) urgency: Urgency,
+    /// How long sending what is left may take while the machine stands still, in
+    /// microseconds.
+    pub(crate) budget_micros: Option<u64>,
+}
+
+impl MoveOrder {
+    pub(super) fn budget(&self) -> Duration {
+        self.budget_micros
+            .map_or(LAST_PAGES_BUDGET, Duration::from_micros)
+    }
+}
+
+/// Moves away from this node, and to it.
+pub(crate) struct Moves {
+    pub(super) context: Arc<Context>,
+    pub(super) processes: Arc<Processes>,
+    pub(super) images: Arc<Images>,
+    pub(super) code: Arc<Code>,
+    pub(super) rules: Arc<Rules>,
+    pub(super) checkpoints: Arc<Checkpoints>,
+    pub(super) spanning: Arc<Spanning>,
+    /// Which moves away from here copy at a time.
+    pub(crate) queue: Arc<MoveQueue>,
+    /// Held while room for an arriving machine is looked for and reserved.
+    pub(super) reserving: tokio::sync::Mutex<()>,
+    history: Mutex<History>,
+    ended: broadcast::Sender<Arc<MoveReport>>,
+}
+
+/// The parts below.
+pub(crate) struct Below {
+    pub(crate) context: Arc<Context>,
+    pub(crate) processes: Arc<Processes>,
+    pub(crate) images: Arc<Images>,
+    pub(crate) code: Arc<Code>,
+    pub(crate) rules: Arc<Rules>,
+    pub(crate) checkpoints: Arc<Checkpoints>,
+    pub(crate) spanning: Arc<Spanning>,
+}
+
+impl Moves {
+    pub(crate) fn new(below: Below) -> Self {
+        Moves {
+            context: below.context,
+            processes: below.processes,
+            images: below.images,
+            code: below.code,
+            rules: below.rules,
+            checkpoints: below.checkpoints,
+            spanning: below.spanning,
+            queue: Arc::default(),
+            reserving: tokio::sync::Mutex::default(),
+            history: Mutex::default(),
+            ended: broadcast::Sender::new(BEHIND_MAX),
+        }
+    }
+
+    /// Reports of the moves away from here, as they end.
+    pub(crate) fn ended(&self) -> broadcast::Receiver<Arc<MoveReport>> {
+        self.ended.subscribe()
+    }
+
+    /// Announces the end of a move.
+    pub(super) fn announce_end(&self, report: &MoveReport) {
+        // (Nobody may follow.)
+        let _ = self.ended.send(Arc::new(report.clone()));
+    }
+
+    /// How earlier moves away from here went.
+    pub(super) fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

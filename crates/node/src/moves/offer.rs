@@ -1,0 +1,117 @@
+//! What a source asks of a target, and what becomes of it.
+
+use super::directory_proofs::Proofs;
+use crate::host::needed_features;
+use crate::spanning::ROOM_BYTES_MIN;
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::failpoint;
+use keel_machine::spec::{Record, Spec, Status};
+use keel_machine::worker::control::Report;
+use keel_net::Fingerprint;
+use serde::{Deserialize, Serialize};
+
+/// [`Offer`] → `Receiving`.
+pub(crate) const OFFER: u16 = 0x0301;
+/// `(machine, epoch)` → [`Arrival`].
+pub(crate) const ARRIVAL: u16 = 0x0303;
+/// `machine` → `()`: the source withdraws an offer.
+pub(crate) const WITHDRAW: u16 = 0x0304;
+/// [`super::MoveOrder`] → stream of `MoveLine`.
+pub(crate) const MOVE: u16 = 0x0306;
+/// `machine` → `bool`: whether a source still has the frozen copy.
+pub(crate) const HELD: u16 = 0x0308;
+/// Any bytes → `()`: how fast they come.
+pub(crate) const TRIAL: u16 = 0x030a;
+/// [`Offer`] → `()`: whether it would be accepted; nothing is reserved.
+pub(crate) const WOULD_ACCEPT: u16 = 0x030b;
+
+/// What a source asks of a target.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Offer {
+    pub(crate) machine: MachineName,
+    #[serde(with = "keel_machine::past::spec_for_others")]
+    pub(crate) spec: Spec,
+    pub(crate) program: Fingerprint,
+    pub(crate) epoch: Epoch,
+    /// Revision of the machine's record: the reservation holds only for it.
+    pub(crate) revision: u64,
+    /// Certificate of the source's worker.
+    pub(crate) worker: Fingerprint,
+    /// Size of each memory in 64 KiB pages.
+    pub(crate) memory_pages: Vec<u64>,
+    /// Bytes that its own volumes take.
+    pub(crate) volume_bytes: u64,
+    /// CPU features that the source's compiled code may use are of no matter;
+    /// those that the cluster's baseline names must be here.
+    pub(crate) features: Vec<String>,
+    /// A file that the source just made in each writable volume, and what is in
+    /// it: proof that this node sees the same directory.
+    pub(crate) proofs: Vec<Option<(String, String)>>,
+    /// Whether memory comes after the machine.
+    pub(crate) post_copy: bool,
+}
+
+/// What became of a machine that was handed over to this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Arrival {
+    /// It runs here, or ran and ended.
+    Resumed,
+    /// It does not, and never will.
+    Without,
+}
+
+/// What is asked of a target.
+pub(super) fn offer_of(
+    record: &Record,
+    revision: u64,
+    report: &Report,
+    worker: Fingerprint,
+    proofs: &Proofs,
+    post_copy: bool,
+) -> Result<Offer, String> {
+    // (Of cluster volumes next to nothing comes.)
+    let own = record.spec.own_volumes();
+    let volumes = report.volumes.iter();
+    let volumes = volumes.filter(|volume| own.contains(&volume.number));
+    Ok(Offer {
+        machine: record.name.clone(),
+        spec: record.spec.clone(),
+        program: Fingerprint(report.program.ok_or("it has no program")?),
+        epoch: record.epoch,
+        revision,
+        worker,
+        memory_pages: to_come(report),
+        volume_bytes: volumes.map(|volume| volume.bytes).sum(),
+        features: needed_features(),
+        proofs: proofs.list(),
+        post_copy,
+    })
+}
+
+/// How much of each memory is to come. Of a machine that spans nothing must: its home becomes
+/// one of its parts, which have the rest.
+fn to_come(report: &Report) -> Vec<u64> {
+    let mut pages = report.memory_pages.clone();
+    if report.parts > 0 {
+        pages.fill(0);
+        if let Some(first) = pages.first_mut() {
+            *first = ROOM_BYTES_MIN >> 16;
+        }
+    }
+    pages
+}
+
+/// Whether a machine of this status still needs the frozen copy that its source has.
+pub(crate) fn needs_copy(source: &NodeName, status: &Status) -> bool {
+    match status {
+        Status::Arriving { from } | Status::Filling { from } => from == source,
+        _ => false,
+    }
+}
+
+/// Passes a failpoint; why the step fails.
+pub(super) async fn passed(name: &'static str) -> Result<(), String> {
+    failpoint::pass_async(name)
+        .await
+        .map_err(|injected| injected.to_string())
+}

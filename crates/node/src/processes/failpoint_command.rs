@@ -1,0 +1,49 @@
+//! The command that gives an order for a failpoint, or takes it back, in builds for tests
+//! only: for this process, or for the workers of its machines, present and to come.
+
+use super::failpoint_orders::orders;
+use super::handle::Processes;
+use super::workers::PROMPT;
+use crate::error::CommandError;
+use keel_api::FailpointRequest;
+use keel_machine::failpoint::{self, Order};
+use keel_machine::worker::control::kind;
+
+impl Processes {
+    /// Gives an order for a failpoint to this process or to all workers, or takes it back.
+    ///
+    /// # Errors
+    /// [`CommandError`] if there is no such failpoint or order.
+    pub(crate) async fn order_failpoint(
+        &self,
+        request: FailpointRequest,
+    ) -> Result<(), CommandError> {
+        let failpoint = failpoint::find(&request.name).ok_or_else(|| {
+            CommandError::NotFound(format!("there is no failpoint {:?}", request.name))
+        })?;
+        let order: Option<Order> = request
+            .order
+            .as_deref()
+            .map(str::parse)
+            .transpose()
+            .map_err(|error: failpoint::BadOrder| CommandError::Invalid(error.to_string()))?;
+        if !failpoint.place.is_worker() {
+            failpoint::set(failpoint.name, order);
+            return Ok(());
+        }
+        match order {
+            Some(order) => orders().insert(failpoint.name, order),
+            None => orders().remove(failpoint.name),
+        };
+        let question = (request.name.clone(), request.order.clone());
+        for machine in self.machines.names() {
+            if let Some(worker) = self.machines.get(&machine) {
+                let told: Result<(), _> = worker.ask(kind::FAILPOINT, &question, PROMPT).await;
+                if let Err(error) = told {
+                    tracing::debug!(%machine, %error, "a worker does not hear of a failpoint");
+                }
+            }
+        }
+        Ok(())
+    }
+}

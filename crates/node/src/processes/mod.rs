@@ -1,0 +1,26 @@
+//! The processes of this node: one worker for each machine that runs, arrives or leaves
+//! here, and one for each part of a machine whose home is on another node. This part
+//! starts them, finds those that an earlier agent started, and ends them. What runs in
+//! them, and why, is for the parts above.
+//!
+//! - `handle`: all of them
+//! - `workers`: a table of workers; a worker's socket, process and folder
+//! - `folder`: the folder of a worker on disk
+//! - `exclusion`: operations that are under way, by machine
+//! - `image`: the executable that workers and agents are started from
+//! - `failpoint_orders`, `failpoint_command`: failpoints in workers (builds for tests)
+
+mod exclusion;
+#[cfg(feature = "failpoints")]
+mod failpoint_command;
+#[cfg(feature = "failpoints")]
+mod failpoint_orders;
+mod folder;
+mod handle;
+mod image;
+mod workers;
+
+pub(crate) use exclusion::MoveHandle;
+pub(crate) use handle::{Arrivals, Processes};
+pub use image::{installed, own_image, own_image_for_others};
+pub(crate) use workers::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker, Workers, is_older};

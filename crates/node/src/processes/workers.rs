@@ -1,0 +1,545 @@
+//! A table of workers: starting them, finding them again, speaking to them.
+
+use super::folder;
+use super::image::own_image;
+use crate::state_dir::StateDir;
+use keel_cluster::MachineName;
+use keel_machine::cgroup::{Group, OutOfMemory, Slice};
+use keel_machine::spec::Record;
+use keel_machine::worker::SOCKET;
+use keel_machine::worker::control::{Report, State, kind, pack, unpack};
+use keel_net::{Client, Options, RpcError, rpc::StreamReceiver};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Serialize, de::DeserializeOwned};
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+use tokio::net::UnixStream;
+
+/// Begins the names of folders whose machine is gone; no machine's does.
+const GRAVE: &str = ".gone-";
+/// How long a new worker has until it answers.
+const START_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a worker may take for what takes no time.
+pub(crate) const PROMPT: Duration = Duration::from_secs(10);
+/// How long a worker has to end by itself.
+const FORGET_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a worker whose connection was lost may take to be gone.
+const END_PATIENCE: Duration = Duration::from_millis(500);
+/// How long a worker whose connection was lost may take to answer anew.
+const RECONNECT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to compile a module.
+pub(crate) const COMPILE_PATIENCE: Duration = Duration::from_secs(1800);
+
+/// What is said of a worker that an older agent started.
+pub(crate) const OLDER: &str = "its worker is of the version before and cannot do that; \
+     it can once the machine was moved or started again";
+
+/// Whether a refusal says that a worker does not know what was asked.
+pub(crate) fn is_older(reason: &str) -> bool {
+    // (So say workers, and agents.)
+    reason.contains("no request of kind")
+}
+
+/// A worker that answers.
+#[derive(Debug, Clone)]
+pub(crate) struct Worker {
+    client: Client,
+    /// Tells it from earlier and later workers of the same machine.
+    id: u64,
+    /// The process: what its socket does not say is asked of the kernel.
+    process: Arc<OwnedFd>,
+    /// Its number, to look up counters by: another process may have it one day.
+    pid: u32,
+    /// Set once it is certain that the process is gone, while its entry in the table
+    /// still stands for a machine whose end is not written yet.
+    lost: Arc<AtomicBool>,
+}
+
+impl Worker {
+    /// Connects to the worker whose folder this is.
+    pub(crate) async fn connect(folder: &Path) -> Result<Self, String> {
+        let path = folder.join(SOCKET);
+        let stream = UnixStream::connect(&path)
+            .await
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+        let place = path.display().to_string();
+        let (process, pid) = peer_of(&stream, &place)?;
+        let client = Client::over(stream, "worker", &place, Options::default())
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(Worker {
+            client,
+            id: rand::random(),
+            process: Arc::new(process),
+            pid,
+            lost: Arc::default(),
+        })
+    }
+
+    /// The process that has a socket open, if any has.
+    async fn process_of(socket: &Path) -> Option<Arc<OwnedFd>> {
+        let stream = UnixStream::connect(socket).await.ok()?;
+        let place = socket.display().to_string();
+        peer_of(&stream, &place)
+            .ok()
+            .map(|(process, _)| Arc::new(process))
+    }
+
+    pub(crate) async fn ask<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        kind: u16,
+        question: &Q,
+        patience: Duration,
+    ) -> Result<A, RpcError> {
+        match self.client.call(kind, pack(question)?, patience).await {
+            Ok(answer) => unpack(&answer),
+            Err(RpcError::Unknown { .. }) if self.gone_within(END_PATIENCE).await => {
+                Err(RpcError::Unknown {
+                    peer: "the machine's process here".into(),
+                    reason: "it has ended meanwhile (`keel describe` says how)".into(),
+                })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(crate) async fn stream<Q: Serialize>(
+        &self,
+        kind: u16,
+        question: &Q,
+    ) -> Result<StreamReceiver, RpcError> {
+        self.client.stream(kind, pack(question)?).await
+    }
+
+    pub(crate) async fn report(&self) -> Result<Report, RpcError> {
+        self.ask(kind::REPORT, &(), PROMPT).await
+    }
+
+    pub(crate) async fn state(&self) -> Result<State, RpcError> {
+        Ok(self.report().await?.state)
+    }
+
+    /// Tells it the limits of its machine's record; where they cannot be applied any more
+    /// (the machine has grown meanwhile), it goes on with those it has.
+    pub(crate) async fn apply_limits(&self, record: &Record) {
+        let applied: Result<(), RpcError> = self.ask(kind::SET, &record.spec, PROMPT).await;
+        if let Err(error) = applied {
+            tracing::warn!(machine = %record.name, %error, "its limits are not those of its record");
+        }
+    }
+
+    /// Whether these are the same process.
+    pub(crate) fn is(&self, other: &Worker) -> bool {
+        self.id == other.id
+    }
+
+    /// Whether it is certain that its process is gone.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// Its process is gone: whoever waits for its answers stops.
+    pub(crate) fn mark_lost(&self) {
+        self.lost.store(true, Ordering::Release);
+    }
+
+    /// Tells this connection to a process apart from others.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Ends the process; returns when it is gone.
+    pub(crate) async fn forget(&self) {
+        // It may have ended already, or may not be able to answer.
+        let _: Result<(), _> = self.ask(kind::FORGET, &(), FORGET_PATIENCE).await;
+        if !self.gone_within(FORGET_PATIENCE).await {
+            self.kill().await;
+        }
+    }
+
+    /// Ends the process whatever it is doing; returns when it is gone. From
+    /// then on nothing of its machine runs here.
+    pub(crate) async fn kill(&self) {
+        // An error means that it is gone already.
+        let _ = pidfd_send_signal(&*self.process, Signal::KILL);
+        while !self.gone_within(PROMPT).await {
+            tracing::error!("a worker cannot be killed: is its disk stuck?");
+        }
+    }
+
+    /// Whether the process is gone, or goes within a time.
+    pub(crate) async fn gone_within(&self, patience: Duration) -> bool {
+        gone_within(&self.process, patience).await
+    }
+}
+
+/// The process at the other end of a worker's socket.
+fn peer_of(stream: &UnixStream, place: &str) -> Result<(OwnedFd, u32), String> {
+    let peer = stream.peer_cred().ok();
+    peer.and_then(|peer| Pid::from_raw(peer.pid()?))
+        .ok_or_else(|| format!("{place}: whose it is is not known"))
+        .and_then(|pid| {
+            let process = pidfd_open(pid, PidfdFlags::empty())
+                .map_err(|error| format!("{place}: {error}"))?;
+            Ok((process, pid.as_raw_nonzero().get().unsigned_abs()))
+        })
+}
+
+async fn gone_within(process: &Arc<OwnedFd>, patience: Duration) -> bool {
+    let process = process.clone();
+    let waited = tokio::task::spawn_blocking(move || {
+        // A process that ended is readable.
+        let mut ended = [PollFd::new(&*process, PollFlags::IN)];
+        let patience = Timespec {
+            tv_sec: patience.as_secs() as i64,
+            tv_nsec: patience.subsec_nanos().into(),
+        };
+        poll(&mut ended, Some(&patience))
+    });
+    matches!(waited.await, Ok(Ok(1..)))
+}
+
+/// What an earlier worker of a machine left in its folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leftovers {
+    /// Is another machine's, which had the name.
+    Remove,
+    /// Is this machine's: what it said stays.
+    KeepOutput,
+}
+
+/// All workers of this node.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    table: Mutex<HashMap<MachineName, Worker>>,
+    /// Where they get their cgroups.
+    slice: Arc<Slice>,
+}
+
+impl Workers {
+    pub(crate) fn new(slice: Arc<Slice>) -> Self {
+        Workers {
+            table: Mutex::default(),
+            slice,
+        }
+    }
+
+    pub(crate) fn slice(&self) -> &Slice {
+        &self.slice
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<MachineName, Worker>> {
+        self.table.lock().unwrap_or_else(|error| error.into_inner())
+    }
+
+    pub(crate) fn get(&self, machine: &MachineName) -> Option<Worker> {
+        self.table().get(machine).cloned()
+    }
+
+    pub(crate) fn names(&self) -> Vec<MachineName> {
+        self.table().keys().cloned().collect()
+    }
+
+    /// The numbers of all machines' processes.
+    pub(crate) fn processes(&self) -> Vec<(MachineName, u32)> {
+        let table = self.table();
+        let processes = table.iter();
+        processes
+            .map(|(machine, worker)| (machine.clone(), worker.pid))
+            .collect()
+    }
+
+    fn remove(&self, machine: &MachineName) -> Option<Worker> {
+        self.table().remove(machine)
+    }
+
+    /// Takes this very worker out: a machine that left and came back has
+    /// another one. False if it was not there any more.
+    pub(crate) fn remove_exactly(&self, machine: &MachineName, worker: &Worker) -> bool {
+        let mut table = self.table();
+        let same = table.get(machine).is_some_and(|known| known.is(worker));
+        if same {
+            table.remove(machine);
+        }
+        same
+    }
+
+    /// Finds the workers that an earlier agent started.
+    pub(crate) async fn adopt(&self, dir: &StateDir) {
+        for path in folder::folders_in(dir.workers()).await {
+            let name = path.file_name().unwrap_or_default();
+            if name.to_str().is_some_and(|name| name.starts_with(GRAVE)) {
+                // An earlier agent was ending it.
+                if let Ok(worker) = Worker::connect(&path).await {
+                    worker.forget().await;
+                }
+                folder::remove_remains(path).await;
+                continue;
+            }
+            let Some(machine) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            match Worker::connect(&path).await {
+                Ok(worker) => {
+                    tracing::info!(%machine, "found its worker running");
+                    self.table().insert(machine, worker);
+                }
+                Err(error) => match self.silent(&path).await {
+                    Some(worker) => {
+                        tracing::info!(%machine, "found its worker running, late");
+                        self.table().insert(machine, worker);
+                    }
+                    None => tracing::debug!(%machine, error, "no worker runs in its folder"),
+                },
+            }
+        }
+        let (slice, workers) = (self.slice.clone(), dir.workers());
+        // (A panic in it removes nothing; the next agent sweeps.)
+        let _ = tokio::task::spawn_blocking(move || slice.sweep(&workers)).await;
+    }
+
+    /// A process that has a worker's socket open and says nothing may only stand
+    /// still: it is waited for, and then killed. `None` once nothing runs there.
+    async fn silent(&self, folder: &Path) -> Option<Worker> {
+        let deadline = tokio::time::Instant::now() + RECONNECT_PATIENCE;
+        let process = Worker::process_of(&folder.join(SOCKET)).await?;
+        while tokio::time::Instant::now() < deadline {
+            let connected = tokio::time::timeout_at(deadline, Worker::connect(folder)).await;
+            if let Ok(Ok(worker)) = connected {
+                return Some(worker);
+            }
+            if gone_within(&process, Duration::from_millis(100)).await {
+                return None;
+            }
+        }
+        tracing::error!(folder = %folder.display(), "a worker that does not answer is killed");
+        // An error means that it is gone already.
+        let _ = pidfd_send_signal(&*process, Signal::KILL);
+        while !gone_within(&process, PROMPT).await {
+            tracing::error!("a worker cannot be killed: is its disk stuck?");
+        }
+        None
+    }
+
+    /// Connects anew to a worker whose connection was lost, which does not say
+    /// that its process is. Where it does not answer, it is killed: then it is
+    /// lost for certain.
+    pub(crate) async fn reconnect(
+        &self,
+        dir: &StateDir,
+        machine: &MachineName,
+        worker: &Worker,
+    ) -> bool {
+        let folder = dir.worker(machine);
+        let deadline = tokio::time::Instant::now() + RECONNECT_PATIENCE;
+        while !worker.gone_within(Duration::from_millis(20)).await
+            && tokio::time::Instant::now() < deadline
+        {
+            let connected = tokio::time::timeout_at(deadline, Worker::connect(&folder)).await;
+            if let Ok(Ok(anew)) = connected {
+                let anew = Worker {
+                    id: worker.id,
+                    lost: worker.lost.clone(),
+                    ..anew
+                };
+                let mut table = self.table();
+                if table.get(machine).is_some_and(|known| known.is(worker)) {
+                    table.insert(machine.clone(), anew);
+                }
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        worker.kill().await;
+        false
+    }
+
+    /// Starts a worker for a machine that has none here.
+    pub(crate) async fn start(
+        self: &Arc<Self>,
+        dir: &StateDir,
+        machine: &MachineName,
+        leftovers: Leftovers,
+    ) -> Result<Worker, String> {
+        if self.get(machine).is_some() {
+            return Err(format!(
+                "machine {machine:?} has a worker on this node already"
+            ));
+        }
+        let folder = dir.worker(machine);
+        self.drop_group(dir, machine).await;
+        let log = {
+            let (slice, machine, folder) = (self.slice.clone(), machine.clone(), folder.clone());
+            tokio::task::spawn_blocking(move || {
+                folder::prepare(&slice, &machine, &folder, leftovers)
+            })
+            .await
+            .map_err(|error| format!("preparing the machine's folder failed: {error}"))??
+        };
+        // (The installed file may be another version's by now, or missing.)
+        let mut command = tokio::process::Command::new(own_image());
+        command
+            .arg0("keel")
+            .arg("worker")
+            .arg("--folder")
+            .arg(&folder)
+            .arg("--cache")
+            .arg(dir.cache())
+            .arg("--programs")
+            .arg(dir.programs())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            // It outlives the agent, and a Ctrl-C at the agent's terminal.
+            .process_group(0);
+        #[cfg(feature = "failpoints")]
+        let orders = super::failpoint_orders::for_new_worker();
+        #[cfg(feature = "failpoints")]
+        command.env(keel_machine::failpoint::ENVIRONMENT, &orders);
+        let mut child = command.spawn().map_err(|error| {
+            let image = own_image().display();
+            format!(
+                "its worker process cannot be started from this agent's image ({image}): {error}"
+            )
+        })?;
+        let deadline = tokio::time::Instant::now() + START_PATIENCE;
+        let worker = loop {
+            match Worker::connect(&folder).await {
+                Ok(worker) => break worker,
+                Err(error) if tokio::time::Instant::now() > deadline => {
+                    // What nobody knows must not run; an error means that it does not.
+                    let _ = child.kill().await;
+                    return Err(error);
+                }
+                Err(_) => {}
+            }
+            if let Ok(Some(status)) = child.try_wait() {
+                let log = tokio::fs::read_to_string(folder.join(folder::LOG)).await;
+                let log = log.unwrap_or_default();
+                return Err(format!(
+                    "the worker ended at once ({status}): {}",
+                    log.trim()
+                ));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        };
+        tokio::spawn(async move {
+            // Reaped here while this agent lives, else by the system.
+            let _ = child.wait().await;
+        });
+        self.table().insert(machine.clone(), worker.clone());
+        #[cfg(feature = "failpoints")]
+        refresh_failpoints(&worker, &orders).await;
+        Ok(worker)
+    }
+
+    /// Whether the kernel ended a machine's process for want of memory; to be
+    /// asked before [`Self::drop_group`].
+    pub(crate) fn out_of_memory(
+        &self,
+        dir: &StateDir,
+        machine: &MachineName,
+    ) -> Option<OutOfMemory> {
+        Group::load(&dir.worker(machine))?.out_of_memory()
+    }
+
+    /// Removes the cgroup of a worker that has ended.
+    pub(crate) async fn drop_group(&self, dir: &StateDir, machine: &MachineName) {
+        let folder = dir.worker(machine);
+        // (A panic in it removes nothing; the next agent sweeps.)
+        let _ = tokio::task::spawn_blocking(move || Group::remove_saved(&folder)).await;
+    }
+
+    /// Ends a machine's worker; what it said stays in its folder.
+    pub(crate) async fn end(&self, dir: &StateDir, machine: &MachineName) {
+        if let Some(worker) = self.remove(machine) {
+            worker.forget().await;
+        }
+        self.drop_group(dir, machine).await;
+    }
+
+    /// Ends a machine's worker and removes its folder; returns when nothing of
+    /// it runs here any more.
+    pub(crate) async fn forget(&self, dir: &StateDir, machine: &MachineName) {
+        let worker = self.get(machine);
+        self.forget_exactly(dir, machine, worker.as_ref()).await;
+    }
+
+    /// As [`Self::forget`], if the machine still has this worker, or none: of another
+    /// life of that name nothing is touched.
+    pub(crate) async fn forget_exactly(
+        &self,
+        dir: &StateDir,
+        machine: &MachineName,
+        worker: Option<&Worker>,
+    ) {
+        if let Some(grave) = self.bury(dir, machine, worker) {
+            if let Some(worker) = worker {
+                worker.forget().await;
+            }
+            folder::remove_remains(grave).await;
+        }
+    }
+
+    /// As [`Self::forget_exactly`], for a machine that is frozen for good: its process
+    /// ends in its own time.
+    pub(crate) fn forget_later(&self, dir: &StateDir, machine: &MachineName, worker: &Worker) {
+        let Some(grave) = self.bury(dir, machine, Some(worker)) else {
+            return;
+        };
+        let worker = worker.clone();
+        tokio::spawn(async move {
+            worker.forget().await;
+            folder::remove_remains(grave).await;
+        });
+    }
+
+    /// Takes a worker out of the table, and its folder out of the way first: a
+    /// new worker of that name may come at once. `None` if the machine has another
+    /// worker than the one that is meant.
+    fn bury(
+        &self,
+        dir: &StateDir,
+        machine: &MachineName,
+        worker: Option<&Worker>,
+    ) -> Option<PathBuf> {
+        // Held over the renaming: a worker that starts now waits for it.
+        let mut table = self.table();
+        match (table.get(machine), worker) {
+            (Some(known), Some(meant)) if known.is(meant) => {}
+            (None, None) => {}
+            // Whoever took it out saw to its folder.
+            _ => return None,
+        }
+        let folder = dir.worker(machine);
+        let grave = folder.with_file_name(format!("{GRAVE}{:016x}", rand::random::<u64>()));
+        if let Err(error) = std::fs::rename(&folder, &grave)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, folder = %folder.display(), "a machine's folder stays");
+        }
+        table.remove(machine);
+        Some(grave)
+    }
+}
+
+/// Takes back from a new worker, which is in the table now, the orders that were
+/// taken back while it was being started.
+#[cfg(feature = "failpoints")]
+async fn refresh_failpoints(worker: &Worker, given: &str) {
+    for (name, _) in given.split(';').filter_map(|part| part.split_once('=')) {
+        if !super::failpoint_orders::orders().contains_key(name) {
+            let question = (name.to_owned(), None::<String>);
+            let told: Result<(), _> = worker.ask(kind::FAILPOINT, &question, PROMPT).await;
+            if let Err(error) = told {
+                tracing::debug!(%error, "a worker does not hear of a failpoint");
+            }
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! The nodes that are alive, by the store: followed.
+
+use crate::context::Context;
+use keel_cluster::keys::{self, Key};
+use keel_cluster::store::Change;
+use keel_cluster::{NodeName, StoreError};
+use std::collections::BTreeSet;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Pause before the store is followed anew.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// The nodes that renew their lease.
+#[derive(Debug)]
+pub(crate) struct AliveNodes(watch::Sender<BTreeSet<NodeName>>);
+
+impl AliveNodes {
+    pub(crate) fn new() -> Self {
+        AliveNodes(watch::Sender::new(BTreeSet::new()))
+    }
+
+    /// Those that are alive now.
+    pub(crate) fn now(&self) -> BTreeSet<NodeName> {
+        self.0.borrow().clone()
+    }
+
+    /// Their changes.
+    pub(crate) fn changes(&self) -> watch::Receiver<BTreeSet<NodeName>> {
+        self.0.subscribe()
+    }
+
+    /// Follows the store for ever.
+    pub(crate) async fn follow(&self, context: &Context) {
+        loop {
+            if let Err(error) = self.follow_once(context).await {
+                tracing::warn!(%error, "which nodes are alive cannot be followed, trying again");
+            }
+            tokio::time::sleep(RETRY_AFTER).await;
+        }
+    }
+
+    async fn follow_once(&self, context: &Context) -> Result<(), StoreError> {
+        let node = |key: &str| match key.parse() {
+            Ok(Key::Alive(node)) => Some(node),
+            _ => None,
+        };
+        let listing = context.store.list(keys::ALIVE).await?;
+        let entries = listing.entries.iter();
+        self.0
+            .send_replace(entries.filter_map(|entry| node(&entry.key)).collect());
+        let from = listing.revision + 1;
+        let mut watch = context.store.watch(keys::ALIVE, from).await?;
+        while let Some(changes) = watch.next().await {
+            for change in changes?.changes {
+                let Some(node) = node(change.key()) else {
+                    continue;
+                };
+                self.0.send_modify(|alive| {
+                    match change {
+                        Change::Put(_) => alive.insert(node),
+                        Change::Delete { .. } => alive.remove(&node),
+                    };
+                });
+            }
+        }
+        Ok(())
+    }
+}

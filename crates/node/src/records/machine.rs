@@ -1,0 +1,326 @@
+//! Machines, schedules, nodes and reservations in the store: reading them, and the
+//! transactions that change them.
+
+use crate::error::CommandError;
+use keel_cluster::keys::{self, Key};
+use keel_cluster::store::{KeyValue, Txn, TxnOutcome};
+use keel_cluster::{Epoch, MachineName, NodeName, Store, StoreError, members};
+use keel_machine::moves::ownership::EpochBase;
+pub(crate) use keel_machine::moves::ownership::{self, Found};
+use keel_machine::spec::{Record, Status};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How often a change is tried again that another one got ahead of.
+const ATTEMPTS_MAX: u32 = 16;
+/// How long a machine that has just come may take to say that it goes on.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked at until then.
+const SETTLE_EVERY: Duration = Duration::from_millis(5);
+
+/// What a node says of itself, at `node/NAME`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct NodeRecord {
+    pub(crate) address: String,
+    pub(crate) cpus: u32,
+    pub(crate) memory_bytes: u64,
+    /// CPU features that compiled code may use.
+    pub(crate) features: Vec<String>,
+    pub(crate) lacks: Vec<String>,
+    pub(crate) version: String,
+}
+
+/// What a reservation for a machine says, at `reservation/NODE/MACHINE`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Reservation {
+    pub(crate) source: NodeName,
+    pub(crate) bytes: u64,
+}
+
+/// Why a record was not read or changed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecordError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("there is no machine {0:?} (see `keel ps`)")]
+    NoMachine(String),
+    #[error("{0}")]
+    Damaged(String),
+    #[error("machine {0:?} is being changed by others all the time; try again")]
+    Contended(String),
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<RecordError> for CommandError {
+    fn from(error: RecordError) -> Self {
+        match error {
+            RecordError::NoMachine(_) => CommandError::NotFound(error.to_string()),
+            RecordError::Contended(_) | RecordError::Refused(_) => {
+                CommandError::Conflict(error.to_string())
+            }
+            RecordError::Store(_) | RecordError::Damaged(_) => {
+                CommandError::Unavailable(error.to_string())
+            }
+        }
+    }
+}
+
+fn found(entry: &KeyValue) -> Result<Found, RecordError> {
+    Found::read(entry).map_err(RecordError::Damaged)
+}
+
+pub(crate) async fn get(store: &dyn Store, machine: &MachineName) -> Result<Found, RecordError> {
+    let key = Key::Machine(machine.clone()).to_string();
+    match store.get(&key).await? {
+        Some(entry) => found(&entry),
+        None => Err(RecordError::NoMachine(machine.to_string())),
+    }
+}
+
+/// A machine's record, once a move that brought it where it is has been written down
+/// as over. Whoever moved it knows that it went on before the store does; what that
+/// user asks for next is not to be refused for it.
+pub(crate) async fn settled(
+    store: &dyn Store,
+    machine: &MachineName,
+) -> Result<Found, RecordError> {
+    let deadline = Instant::now() + SETTLE_PATIENCE;
+    loop {
+        let found = get(store, machine).await?;
+        let arriving = matches!(found.record.status, Status::Arriving { .. });
+        if !arriving || Instant::now() > deadline {
+            return Ok(found);
+        }
+        tokio::time::sleep(SETTLE_EVERY).await;
+    }
+}
+
+/// All machines, by name. A damaged record is left out and logged.
+pub(crate) async fn all(store: &dyn Store) -> Result<Vec<Record>, RecordError> {
+    let listing = store.list(keys::MACHINES).await?;
+    Ok(listing
+        .entries
+        .iter()
+        .filter_map(|entry| match found(entry) {
+            Ok(found) => Some(found.record),
+            Err(error) => {
+                tracing::error!(key = entry.key, %error);
+                None
+            }
+        })
+        .collect())
+}
+
+pub(crate) fn encode(record: &Record) -> Result<Vec<u8>, RecordError> {
+    record.encode().map_err(RecordError::Damaged)
+}
+
+/// Changes a record, beside what `more` adds to the transaction; tries again
+/// when others were faster. `change` answers false to leave it as it is. It may be
+/// called again after a change whose answer was lost was made and then changed by
+/// others: what must not be done twice must be seen in the record.
+pub(crate) async fn update(
+    store: &dyn Store,
+    machine: &MachineName,
+    mut change: impl FnMut(&mut Record) -> bool,
+    more: impl Fn(Txn, &Record) -> Txn,
+) -> Result<Record, RecordError> {
+    let key = Key::Machine(machine.clone()).to_string();
+    let mut unknown = None;
+    for _ in 0..ATTEMPTS_MAX {
+        let Found {
+            mut record,
+            revision,
+        } = get(store, machine).await?;
+        if unknown.take().as_ref() == Some(&record) {
+            return Ok(record);
+        }
+        if !change(&mut record) {
+            return Ok(record);
+        }
+        let txn = Txn::new()
+            .when_modified_at(key.clone(), revision)
+            .put(key.clone(), encode(&record)?);
+        match store.txn(more(txn, &record)).await {
+            Ok(TxnOutcome::Committed { .. }) => return Ok(record),
+            Ok(TxnOutcome::Refused { .. }) => {}
+            // It may have been made. If it was, the record reads as it was written,
+            // unless others have changed it since.
+            Err(StoreError::Unknown { .. }) => unknown = Some(record),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(RecordError::Contended(machine.to_string()))
+}
+
+/// Prepares the epoch of a machine that is to be created: what it is written with, and
+/// one condition and, at most, one change of the transaction that creates it. The
+/// counter begins at the revision of that transaction ([`keel_machine::moves::ownership`]).
+pub(crate) async fn first_epoch(
+    store: &dyn Store,
+    record: &mut Record,
+    ran: Option<Epoch>,
+    txn: Txn,
+) -> Result<Txn, RecordError> {
+    let key = Key::EpochBase.to_string();
+    let (entry, base) = epoch_base(store).await?;
+    let needed = match ran {
+        Some(ran) => base.above(ran, store.revision().await?),
+        None => base,
+    };
+    record.epoch = needed.epoch();
+    let txn = match &entry {
+        Some(entry) => txn.when_modified_at(key.clone(), entry.modified),
+        None => txn.when_absent(key.clone()),
+    };
+    if needed == base {
+        return Ok(txn);
+    }
+    let value = keel_cluster::wire::encode("the base of epochs", &needed)
+        .map_err(|error| RecordError::Damaged(error.to_string()))?;
+    Ok(txn.put(key, value))
+}
+
+async fn epoch_base(store: &dyn Store) -> Result<(Option<KeyValue>, EpochBase), RecordError> {
+    let (_, incarnation) = members::cluster_of(store)
+        .await
+        .map_err(|error| RecordError::Refused(error.to_string()))?;
+    let entry = store.get(&Key::EpochBase.to_string()).await?;
+    let base = match &entry {
+        Some(entry) => keel_cluster::wire::decode("the base of epochs", &entry.value)
+            .map_err(|error| RecordError::Damaged(error.to_string()))?,
+        None => EpochBase::default(),
+    };
+    Ok((entry, base.at_least(incarnation)))
+}
+
+/// An epoch that is not below any that a machine of this cluster has had so far.
+pub(crate) async fn epochs_so_far(store: &dyn Store) -> Result<Epoch, RecordError> {
+    let (_, base) = epoch_base(store).await?;
+    Ok(ownership::created_at(base.epoch(), store.revision().await?))
+}
+
+/// Names of the machines in a node's schedule.
+pub(crate) async fn schedule(
+    store: &dyn Store,
+    node: &NodeName,
+) -> Result<Vec<MachineName>, StoreError> {
+    let listing = store.list(&keys::schedule_of(node)).await?;
+    Ok(listing
+        .entries
+        .iter()
+        .filter_map(|entry| match entry.key.parse() {
+            Ok(Key::Schedule(_, machine)) => Some(machine),
+            _ => None,
+        })
+        .collect())
+}
+
+/// All nodes' own records, by name.
+pub(crate) async fn nodes(store: &dyn Store) -> Result<Vec<(NodeName, NodeRecord)>, StoreError> {
+    let listing = store.list(keys::NODES).await?;
+    Ok(listing
+        .entries
+        .iter()
+        .filter_map(|entry| match entry.key.parse() {
+            Ok(Key::Node(node)) => {
+                let record = keel_cluster::wire::decode("a node's record", &entry.value).ok()?;
+                Some((node, record))
+            }
+            _ => None,
+        })
+        .collect())
+}
+
+/// Nodes that renew their lease.
+pub(crate) async fn alive(store: &dyn Store) -> Result<Vec<NodeName>, StoreError> {
+    let listing = store.list(keys::ALIVE).await?;
+    Ok(listing
+        .entries
+        .iter()
+        .filter_map(|entry| match entry.key.parse() {
+            Ok(Key::Alive(node)) => Some(node),
+            _ => None,
+        })
+        .collect())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use keel_cluster::Epoch;
+    use keel_cluster::store::{RedbOptions, RedbStore};
+    use keel_machine::restart::Restart;
+    use keel_machine::spec::{Balancing, Spec};
+    use std::sync::Arc;
+
+    /// One that runs.
+    pub(crate) fn record(name: MachineName, owner: NodeName) -> Record {
+        Record {
+            name,
+            owner,
+            spec: Spec {
+                module: String::new(),
+                args: vec!["m".into()],
+                env: Vec::new(),
+                volumes: Vec::new(),
+                memory_bytes: 1 << 20,
+                threads_max: 1,
+                cpu_limit_millis: None,
+                output_bytes_per_s: 1 << 20,
+                remove_at_end: false,
+                restart: Restart::No,
+                checkpoints: None,
+                balancing: Balancing::default(),
+            },
+            epoch: Epoch::default(),
+            status: Status::Running,
+            since_unix_ms: 0,
+            started_unix_ms: 0,
+            stop_wanted: false,
+            restarts: 0,
+            created_unix_ms: 0,
+            paused: None,
+            origin: None,
+            reports: Vec::new(),
+        }
+    }
+
+    /// A user who was told that a machine moved asks for the next thing before its new
+    /// node has written down that it goes on.
+    #[tokio::test]
+    async fn what_has_just_come_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("store.redb");
+        let store = Arc::new(RedbStore::open(&file, RedbOptions::default()).unwrap());
+        let name: MachineName = "m".parse().unwrap();
+        let key = Key::Machine(name.clone());
+        let write = |record: Record| {
+            let txn = Txn::new().put(key.clone(), encode(&record).unwrap());
+            let store = store.clone();
+            async move { store.txn(txn).await.unwrap() }
+        };
+        assert!(matches!(
+            settled(&*store, &name).await,
+            Err(RecordError::NoMachine(_))
+        ));
+        let runs = record(name.clone(), "b".parse().unwrap());
+        let from = "a".parse().unwrap();
+        write(Record {
+            status: Status::Arriving { from },
+            ..runs.clone()
+        })
+        .await;
+        let asked = tokio::spawn({
+            let (store, name) = (store.clone(), name.clone());
+            async move { settled(&*store, &name).await }
+        });
+        tokio::time::sleep(SETTLE_EVERY * 4).await;
+        assert!(!asked.is_finished(), "it was not waited for");
+        write(runs).await;
+        let found = asked.await.unwrap().unwrap();
+        assert_eq!(found.record.status, Status::Running);
+    }
+}

@@ -1,0 +1,60 @@
+//! Commands on a machine are carried out by the agent of its owner: here one of any node
+//! finds it.
+//!
+//! A command is a type of the part that carries it out ([`MachineCommand`]). The part's
+//! handle calls [`at_owner`] with the method that does it on this node; the rpc front
+//! calls the same method for other nodes.
+
+use super::machine::get;
+use crate::context::Context;
+use crate::error::CommandError;
+use keel_cluster::MachineName;
+use keel_machine::worker::control::{pack, unpack};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::time::Duration;
+
+/// How long an owner may take for a command that does not say otherwise.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Something to be done with a machine by the agent of its owner.
+pub(crate) trait MachineCommand: Serialize + DeserializeOwned + Send {
+    /// Number of the request between agents.
+    const KIND: u16;
+    /// How long the owner may take.
+    const PATIENCE: Duration = PATIENCE;
+    /// What the owner answers.
+    type Answer: Serialize + DeserializeOwned + Send;
+
+    /// The machine whose owner it is for.
+    fn machine(&self) -> &MachineName;
+}
+
+/// Has a command carried out by the owner of its machine: by `here` on this node, by a
+/// request on another one.
+///
+/// # Errors
+/// [`CommandError`] of the owner, or if it does not answer.
+pub(crate) async fn at_owner<C, F>(
+    context: &Context,
+    command: C,
+    here: impl FnOnce(C) -> F,
+) -> Result<C::Answer, CommandError>
+where
+    C: MachineCommand,
+    F: Future<Output = Result<C::Answer, CommandError>>,
+{
+    let owner = get(&*context.store, command.machine()).await?.record.owner;
+    if owner == context.name {
+        return here(command).await;
+    }
+    let invalid = |error: String| CommandError::Invalid(error);
+    let unavailable = |error: String| CommandError::Unavailable(error);
+    let payload = pack(&command).map_err(|error| invalid(error.to_string()))?;
+    let answer = context
+        .peers
+        .call(&owner, C::KIND, payload, C::PATIENCE)
+        .await
+        .map_err(|error| unavailable(error.to_string()))?;
+    unpack(&answer).map_err(|error| unavailable(error.to_string()))?
+}

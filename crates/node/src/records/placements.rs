@@ -1,0 +1,252 @@
+//! Where all machines are, by the store: followed, so that reading it costs nothing.
+
+use super::machine::get;
+use crate::context::Context;
+use keel_balance::Name;
+use keel_balance::select::Spreadable;
+use keel_cluster::keys::{self, Key};
+use keel_cluster::store::{Change, KeyValue};
+use keel_cluster::{Epoch, MachineName, NodeName, StoreError};
+use keel_machine::moves::ownership::Found;
+use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn, Status};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+use tokio::sync::mpsc::UnboundedSender;
+
+/// Pause before the store is followed anew.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// What balancing needs to know of a machine.
+#[derive(Debug, Clone)]
+pub(crate) struct Placed {
+    pub(crate) owner: NodeName,
+    /// Hash of its module as its author built it; empty where it has none.
+    pub(crate) module: String,
+    /// Raised by each change of owner, and by each restart.
+    pub(crate) epoch: Epoch,
+    /// Whether it is to run.
+    pub(crate) live: bool,
+    /// Whether it runs, and can be moved.
+    pub(crate) movable: bool,
+    /// Limit of its CPU time, in cores.
+    pub(crate) cores_max: Option<f64>,
+    /// What balancing makes of it.
+    pub(crate) balancing: Balancing,
+}
+
+impl Placed {
+    fn of(record: &Record) -> Self {
+        Placed {
+            owner: record.owner.clone(),
+            module: record.spec.module.clone(),
+            epoch: record.epoch,
+            live: !record.status.ended(),
+            movable: record.status == Status::Running && record.paused.is_none(),
+            cores_max: record
+                .spec
+                .cpu_limit_millis
+                .map(|millis| f64::from(millis) / 1e3),
+            balancing: record.spec.balancing,
+        }
+    }
+}
+
+/// A change of the machines of this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum PlacementChange {
+    /// A machine is this node's now.
+    Arrived {
+        machine: MachineName,
+        source: NodeName,
+    },
+    /// A machine is another node's now.
+    Left { machine: MachineName },
+    /// Room is reserved here for a machine.
+    Arriving { machine: MachineName },
+    /// The reservation is gone, and the machine is not this node's.
+    ArrivalFailed { machine: MachineName },
+}
+
+/// All machines.
+#[derive(Debug, Default)]
+pub(crate) struct Placements(Mutex<HashMap<MachineName, Placed>>);
+
+impl Placements {
+    fn table(&self) -> MutexGuard<'_, HashMap<MachineName, Placed>> {
+        self.0.lock().unwrap_or_else(|error| error.into_inner())
+    }
+
+    /// What is known of one.
+    pub(crate) fn get(&self, machine: &str) -> Option<Placed> {
+        self.table().get(machine).cloned()
+    }
+
+    /// Machines that are to run: name, node, module.
+    pub(crate) fn programs(&self) -> Vec<(MachineName, NodeName, String)> {
+        let table = self.table();
+        let live = table.iter().filter(|(_, placed)| placed.live);
+        live.map(|(machine, it)| (machine.clone(), it.owner.clone(), it.module.clone()))
+            .collect()
+    }
+
+    /// Machines that are to run, with their nodes.
+    pub(crate) fn live(&self) -> Vec<(Name, Name)> {
+        let table = self.table();
+        let live = table.iter().filter(|(_, placed)| placed.live);
+        live.map(|(machine, placed)| (machine.as_str().into(), placed.owner.as_str().into()))
+            .collect()
+    }
+
+    /// Machines whose spec says that they are not to be balanced.
+    pub(crate) fn opted_out(&self) -> BTreeSet<Name> {
+        let table = self.table();
+        let out = table
+            .iter()
+            .filter(|(_, placed)| placed.balancing.by == BalanceBy::Off);
+        out.map(|(machine, _)| machine.as_str().into()).collect()
+    }
+
+    /// Machines that balancing may give parts.
+    pub(crate) fn spreadable(&self) -> BTreeMap<Name, Spreadable> {
+        let table = self.table();
+        let may = table.iter().filter_map(|(machine, placed)| {
+            let balancing = &placed.balancing;
+            let may = balancing.by != BalanceBy::Off && balancing.parts_max.is_some();
+            let spreadable = Spreadable {
+                is_decided: false,
+                from_beginning: balancing.spawn == Spawn::Spread,
+                part_memory_bytes: balancing.part_memory_bytes,
+            };
+            may.then(|| (machine.as_str().into(), spreadable))
+        });
+        may.collect()
+    }
+
+    /// Follows the store until nobody takes the changes.
+    pub(crate) fn follow(
+        self: Arc<Self>,
+        context: Arc<Context>,
+        changes: UnboundedSender<PlacementChange>,
+    ) -> impl Future<Output = ()> {
+        follow_all(context, self, changes)
+    }
+
+    /// Applies an entry of the store; the change that it is for this node.
+    fn take(&self, here: &NodeName, entry: &KeyValue) -> Option<PlacementChange> {
+        let Ok(Key::Machine(machine)) = entry.key.parse() else {
+            return None;
+        };
+        let record = Found::read(entry).ok()?.record;
+        let placed = Placed::of(&record);
+        let owner = placed.owner.clone();
+        let before = self.table().insert(machine.clone(), placed);
+        let before = before.filter(|before| before.live)?.owner;
+        if before != owner && owner == *here {
+            let source = before;
+            return Some(PlacementChange::Arrived { machine, source });
+        }
+        (before != owner && before == *here).then_some(PlacementChange::Left { machine })
+    }
+}
+
+/// Follows the store for ever.
+async fn follow_all(
+    context: Arc<Context>,
+    placements: Arc<Placements>,
+    changes: UnboundedSender<PlacementChange>,
+) {
+    loop {
+        if let Err(error) = follow_once(&context, &placements, &changes).await {
+            tracing::warn!(%error, "where machines are cannot be followed, trying again");
+        }
+        if changes.is_closed() {
+            return;
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+async fn follow_once(
+    context: &Context,
+    placements: &Placements,
+    changes: &UnboundedSender<PlacementChange>,
+) -> Result<(), StoreError> {
+    let listing = context.store.list(keys::MACHINES).await?;
+    let known: Vec<String> = listing.entries.iter().map(|it| it.key.clone()).collect();
+    placements
+        .table()
+        .retain(|machine, _| known.contains(&Key::Machine(machine.clone()).to_string()));
+    for entry in &listing.entries {
+        // Moves of a time in which nobody looked are found here.
+        if let Some(change) = placements.take(&context.name, entry) {
+            let _ = changes.send(change);
+        }
+    }
+    let from = listing.revision + 1;
+    let mut watch = context.store.watch(keys::MACHINES, from).await?;
+    while let Some(batch) = watch.next().await {
+        for change in batch?.changes {
+            match change {
+                Change::Put(entry) => {
+                    if let Some(change) = placements.take(&context.name, &entry) {
+                        // The balancer ends with the context.
+                        let _ = changes.send(change);
+                    }
+                }
+                Change::Delete { key } => {
+                    if let Ok(Key::Machine(machine)) = key.parse() {
+                        placements.table().remove(&machine);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reports which machines began to arrive, and which will not: room that is reserved
+/// here, and released again.
+pub(crate) async fn follow_arrivals(
+    context: Arc<Context>,
+    changes: UnboundedSender<PlacementChange>,
+) {
+    loop {
+        if let Err(error) = follow_arrivals_once(&context, &changes).await {
+            tracing::warn!(%error, "arrivals cannot be followed, trying again");
+        }
+        if changes.is_closed() {
+            return;
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+async fn follow_arrivals_once(
+    context: &Context,
+    changes: &UnboundedSender<PlacementChange>,
+) -> Result<(), StoreError> {
+    let prefix = keys::reservations_of(&context.name);
+    let listing = context.store.list(&prefix).await?;
+    let mut watch = context.store.watch(&prefix, listing.revision + 1).await?;
+    while let Some(batch) = watch.next().await {
+        for change in batch?.changes {
+            let Ok(Key::Reservation(_, machine)) = change.key().parse() else {
+                continue;
+            };
+            let change = match change {
+                Change::Put(_) => PlacementChange::Arriving { machine },
+                // The commit takes it away too: then the machine is this node's.
+                Change::Delete { .. } => {
+                    let record = get(&*context.store, &machine).await;
+                    if record.is_ok_and(|found| found.record.owner == context.name) {
+                        continue;
+                    }
+                    PlacementChange::ArrivalFailed { machine }
+                }
+            };
+            let _ = changes.send(change);
+        }
+    }
+    Ok(())
+}

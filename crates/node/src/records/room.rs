@@ -1,0 +1,93 @@
+//! Memory that this node has for machines that come: what the kernel says is available,
+//! less a reserve and what was promised to machines that are arriving.
+
+use super::machine::Reservation;
+use crate::context::Context;
+use crate::host::memory_available_bytes;
+use keel_cluster::MachineName;
+use keel_cluster::keys::{self, Key};
+
+/// Memory that a node keeps for itself.
+const SPARE_BYTES: u64 = 256 << 20;
+
+/// Whether memories of a machine (in 64 KiB pages) fit beside what other arriving
+/// machines were promised.
+///
+/// # Errors
+/// What it needs and what is free, in a sentence.
+pub(crate) async fn check_room(
+    context: &Context,
+    machine: &MachineName,
+    memory_pages: &[u64],
+) -> Result<(), String> {
+    let (available, promised) = available(context, machine).await?;
+    room(memory_pages, available, promised)
+}
+
+/// Bytes of memory that are free here for a machine.
+///
+/// # Errors
+/// If the store does not say what is reserved.
+pub(crate) async fn room_bytes(context: &Context, machine: &MachineName) -> Result<u64, String> {
+    let (available, promised) = available(context, machine).await?;
+    Ok(available.saturating_sub(promised))
+}
+
+/// Bytes that are free here, and of them those that other arriving machines were promised.
+async fn available(context: &Context, machine: &MachineName) -> Result<(u64, u64), String> {
+    let listing = context
+        .store
+        .list(&keys::reservations_of(&context.name))
+        .await
+        .map_err(|error| format!("what is reserved here is not known: {error}"))?;
+    let own = Key::Reservation(context.name.clone(), machine.clone()).to_string();
+    let promised: u64 = listing
+        .entries
+        .iter()
+        .filter(|entry| entry.key != own)
+        .filter_map(|entry| keel_cluster::wire::decode("a reservation", &entry.value).ok())
+        .map(|reservation: Reservation| reservation.bytes)
+        .fold(0, u64::saturating_add);
+    Ok((free_bytes(), promised))
+}
+
+/// Bytes that are free here, promised or not.
+pub(crate) fn free_bytes() -> u64 {
+    memory_available_bytes().saturating_sub(SPARE_BYTES)
+}
+
+/// Whether memories (in 64 KiB pages) fit. What has arrived of a promised machine counts
+/// twice for a while: too little is accepted rather than too much.
+fn room(memory_pages: &[u64], available: u64, promised: u64) -> Result<(), String> {
+    let wanted = memory_pages.iter().fold(0u64, |sum, pages| {
+        sum.saturating_add(pages.saturating_mul(1 << 16))
+    });
+    let free = available.saturating_sub(promised);
+    if wanted <= free {
+        return Ok(());
+    }
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(format!(
+        "it needs {:.1} GiB of memory; {:.1} GiB are free here, of which {:.1} GiB are promised to others that arrive",
+        gib(wanted),
+        gib(available),
+        gib(promised)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::room;
+
+    #[test]
+    fn what_is_promised_is_not_free() {
+        let gib = 1u64 << 30;
+        // 16,384 pages of 64 KiB are 1 GiB.
+        assert_eq!(room(&[16_384], gib, 0), Ok(()));
+        assert_eq!(room(&[8192, 8192], 3 * gib, 2 * gib), Ok(()));
+        let error = room(&[16_384], 2 * gib, 2 * gib).unwrap_err();
+        assert!(error.contains("2.0 GiB are promised"), "{error}");
+        assert!(room(&[16_384], gib, 2 * gib).is_err());
+        assert!(room(&[u64::MAX, 1], gib, 0).is_err());
+    }
+}

@@ -1,0 +1,220 @@
+//! The rules, drains and labels, followed. The transaction of a move itself decides; this
+//! keeps what it would refuse from being tried, and finds machines that break a rule
+//! where they are.
+
+use super::rule_set::{Drain, RuleSet};
+use crate::context::Context;
+use crate::records::{AliveNodes, Placements};
+use keel_balance::Name;
+use keel_balance::rules::{
+    Broken, Holders, Rule, Thing, broken_by, domains_of, forbidden, holders_of,
+};
+use keel_cluster::StoreError;
+use keel_cluster::keys::{self, Key};
+use keel_cluster::store::Change;
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// Pause before the store is followed anew.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// The rules, followed.
+pub(crate) struct RuleCache {
+    context: Arc<Context>,
+    set: Mutex<RuleSet>,
+    placements: Arc<Placements>,
+    alive: Arc<AliveNodes>,
+}
+
+impl RuleCache {
+    pub(super) fn new(
+        context: Arc<Context>,
+        placements: Arc<Placements>,
+        alive: Arc<AliveNodes>,
+    ) -> Self {
+        RuleCache {
+            context,
+            set: Mutex::default(),
+            placements,
+            alive,
+        }
+    }
+
+    fn locked(&self) -> MutexGuard<'_, RuleSet> {
+        self.set.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All of them.
+    pub(crate) fn set(&self) -> RuleSet {
+        self.locked().clone()
+    }
+
+    /// Whether a node is being emptied, and until when.
+    pub(crate) fn drain_of(&self, node: &str) -> Option<Drain> {
+        self.locked().drains.get(node).cloned()
+    }
+
+    /// Rules, this node and those that are alive, and machines of this instant.
+    pub(crate) fn snapshot(&self) -> RuleSnapshot {
+        let here = Name::from(self.context.name.as_str());
+        let mut nodes: Vec<Name> = vec![here];
+        let alive = self.alive.now();
+        let others = alive.iter().filter(|node| **node != self.context.name);
+        nodes.extend(others.map(|node| Name::from(node.as_str())));
+        self.snapshot_of(nodes)
+    }
+
+    /// The same with these nodes.
+    pub(crate) fn snapshot_of(&self, nodes: Vec<Name>) -> RuleSnapshot {
+        RuleSnapshot::new(self.set(), &self.placements, nodes)
+    }
+
+    /// Why a machine may not be on a node, by rules and drains, if it may not.
+    pub(crate) fn forbids(&self, machine: &str, node: &str) -> Option<String> {
+        let forbidden = self.snapshot().forbids(&machine.into(), &node.into());
+        forbidden.map(|broken| broken.why)
+    }
+}
+
+impl RuleCache {
+    /// Follows rules, labels and drains in the store until the agent ends.
+    pub(crate) fn follow(self: &Arc<Self>) {
+        for prefix in [
+            Key::Rules.to_string(),
+            keys::NODE_LABELS.to_owned(),
+            keys::MACHINE_LABELS.to_owned(),
+            keys::DRAINS.to_owned(),
+        ] {
+            let cache = self.clone();
+            tokio::spawn(async move { cache.follow_prefix(&prefix).await });
+        }
+    }
+
+    async fn follow_prefix(&self, prefix: &str) {
+        loop {
+            if let Err(error) = self.follow_once(prefix).await {
+                tracing::warn!(%error, "the rules cannot be followed, trying again");
+            }
+            tokio::time::sleep(RETRY_AFTER).await;
+        }
+    }
+
+    async fn follow_once(&self, prefix: &str) -> Result<(), StoreError> {
+        let store = &self.context.store;
+        let listing = store.list(prefix).await?;
+        {
+            let mut set = self.locked();
+            for entry in &listing.entries {
+                set.take(&entry.key, Some(entry));
+            }
+        }
+        let mut watch = store.watch(prefix, listing.revision + 1).await?;
+        while let Some(changes) = watch.next().await {
+            let changes = changes?.changes;
+            let mut set = self.locked();
+            for change in &changes {
+                match change {
+                    Change::Put(entry) => set.take(&entry.key, Some(entry)),
+                    Change::Delete { key } => set.take(key, None),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Holders and domains of all rules.
+struct Held {
+    holders: BTreeMap<Name, Holders>,
+    domains: BTreeMap<Name, BTreeSet<String>>,
+}
+
+/// Rules, nodes and machines of one instant.
+pub(crate) struct RuleSnapshot {
+    set: RuleSet,
+    alive: Vec<Name>,
+    placed: Vec<(Thing, Name)>,
+    nodes: Vec<Thing>,
+    held: OnceCell<Held>,
+}
+
+impl RuleSnapshot {
+    fn new(set: RuleSet, placements: &Placements, alive: Vec<Name>) -> Self {
+        // Where there are no rules nothing needs to be known.
+        let (placed, nodes) = if set.rules.is_empty() {
+            (Vec::new(), Vec::new())
+        } else {
+            let placed = placements.live().into_iter();
+            (
+                placed
+                    .map(|(machine, node)| (set.machine(&machine), node))
+                    .collect(),
+                alive.iter().map(|node| set.node(node)).collect(),
+            )
+        };
+        RuleSnapshot {
+            set,
+            alive,
+            placed,
+            nodes,
+            held: OnceCell::new(),
+        }
+    }
+
+    /// Whether nothing is forbidden to any machine.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.set.rules.is_empty() && self.set.drains.is_empty()
+    }
+
+    /// Nodes that are alive.
+    pub(crate) fn nodes(&self) -> &[Name] {
+        &self.alive
+    }
+
+    /// The rule that does not let a machine move in this minute of the day, UTC.
+    pub(crate) fn forbids_moving(&self, machine: &Name, minute: u32) -> Option<Broken> {
+        let thing = self.set.machine(machine);
+        let mut rules = self.set.rules.iter();
+        rules.find_map(|rule: &Rule| rule.forbids_moving(&thing, minute))
+    }
+
+    /// Machines of a node that break a rule where they are.
+    pub(crate) fn broken_on(&self, node: &str) -> Vec<(Name, Broken)> {
+        if self.set.rules.is_empty() {
+            return Vec::new();
+        }
+        let here = |machine: &Name| {
+            let mut placed = self.placed.iter();
+            placed.any(|(it, at)| it.name == *machine && **at == *node)
+        };
+        let mut broken = broken_by(&self.set.rules, &self.placed, &self.nodes);
+        broken.retain(|(machine, _)| here(machine));
+        broken
+    }
+
+    /// The rule that does not allow a machine on a node.
+    pub(crate) fn forbids(&self, machine: &Name, target: &Name) -> Option<Broken> {
+        if self.set.drains.contains_key(target) {
+            return Some(Broken {
+                rule: "drain".into(),
+                why: format!("{target} is being drained"),
+            });
+        }
+        let thing = self.set.machine(machine);
+        let node = self.set.node(target);
+        if !self.set.rules.iter().any(|it| it.is_about(&thing)) {
+            return None;
+        }
+        let held = self.held.get_or_init(|| {
+            let rules = &self.set.rules;
+            Held {
+                holders: holders_of(rules, &self.placed, &self.nodes),
+                domains: domains_of(rules, &self.nodes),
+            }
+        });
+        let (holders, domains) = (&held.holders, &held.domains);
+        forbidden(&self.set.rules, &thing, &node, holders, domains)
+    }
+}

@@ -1,0 +1,136 @@
+//! Rules and the labels by which they select, as the store has them.
+
+use keel_balance::Name;
+use keel_balance::rules::{Labels, Rule, Thing};
+use keel_cluster::keys::{self, Key};
+use keel_cluster::store::{Compare, KeyValue, Revision};
+use keel_cluster::{Store, StoreError};
+use keel_machine::spec::Record;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Rules and what they select by, as the store has them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct RuleSet {
+    pub(crate) rules: Vec<Rule>,
+    revision: Option<Revision>,
+    node_labels: BTreeMap<Name, Labels>,
+    machine_labels: BTreeMap<Name, Labels>,
+    /// Nodes that are being emptied.
+    pub(crate) drains: BTreeMap<Name, Drain>,
+}
+
+/// That a node is to be emptied, as the store has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Drain {
+    /// Since when, in milliseconds since 1970-01-01 UTC.
+    pub(crate) since_unix_ms: u64,
+    /// Until when it is to be empty.
+    pub(crate) deadline_unix_ms: Option<u64>,
+}
+
+impl RuleSet {
+    /// Applies an entry of the store, if it is one of these; `None` deletes.
+    pub(crate) fn take(&mut self, key: &str, entry: Option<&KeyValue>) {
+        let read = |entry: &KeyValue| {
+            read_entry::<Labels>(entry).unwrap_or_else(|error| {
+                tracing::error!(key, error, "labels that cannot be read count as none");
+                Labels::new()
+            })
+        };
+        match key.parse() {
+            Ok(Key::Rules) => match entry.map(read_entry::<Vec<Rule>>) {
+                Some(Ok(rules)) => {
+                    self.rules = rules;
+                    self.revision = entry.map(|it| it.modified);
+                }
+                // Those of before go on.
+                Some(Err(error)) => tracing::error!(error, "the rules cannot be read"),
+                None => (self.rules, self.revision) = (Vec::new(), None),
+            },
+            Ok(Key::NodeLabels(node)) => {
+                let labels = entry.map(read).unwrap_or_default();
+                self.node_labels.insert(node.as_str().into(), labels);
+            }
+            Ok(Key::MachineLabels(machine)) => {
+                let labels = entry.map(read).unwrap_or_default();
+                self.machine_labels.insert(machine.as_str().into(), labels);
+            }
+            Ok(Key::Drain(node)) => {
+                let node: Name = node.as_str().into();
+                match entry {
+                    // What cannot be read closes the node all the same.
+                    Some(entry) => {
+                        let drain = read_entry(entry).unwrap_or_else(|error| {
+                            tracing::error!(error, "since when a node is drained is not known");
+                            Drain {
+                                since_unix_ms: 0,
+                                deadline_unix_ms: None,
+                            }
+                        });
+                        self.drains.insert(node, drain)
+                    }
+                    None => self.drains.remove(&node),
+                };
+            }
+            _ => {}
+        }
+    }
+
+    pub(crate) fn node(&self, name: &str) -> Thing {
+        thing(name, &self.node_labels)
+    }
+
+    pub(crate) fn machine(&self, name: &str) -> Thing {
+        thing(name, &self.machine_labels)
+    }
+
+    pub(super) async fn load(store: &dyn Store) -> Result<Self, StoreError> {
+        let mut set = RuleSet::default();
+        let rules = Key::Rules.to_string();
+        set.take(&rules, store.get(&rules).await?.as_ref());
+        if set.rules.is_empty() {
+            return Ok(set);
+        }
+        for prefix in [keys::NODE_LABELS, keys::MACHINE_LABELS] {
+            for entry in store.list(prefix).await?.entries {
+                set.take(&entry.key, Some(&entry));
+            }
+        }
+        Ok(set)
+    }
+
+    /// That the rules are still these.
+    pub(super) fn unchanged(&self) -> (Compare, String) {
+        let key = Key::Rules.to_string();
+        let compare = match self.revision {
+            Some(revision) => Compare::ModifiedAt { key, revision },
+            None => Compare::Absent { key },
+        };
+        (compare, "(a rule was changed)".to_owned())
+    }
+}
+
+fn thing(name: &str, labels: &BTreeMap<Name, Labels>) -> Thing {
+    Thing {
+        name: name.into(),
+        labels: labels.get(name).cloned().unwrap_or_default(),
+    }
+}
+
+pub(super) fn read_entry<T: DeserializeOwned>(entry: &KeyValue) -> Result<T, String> {
+    serde_json::from_slice(&entry.value).map_err(|error| format!("{}: {error}", entry.key))
+}
+
+/// Live machines with their nodes.
+pub(super) fn placed(set: &RuleSet, records: &[Record]) -> Vec<(Thing, Name)> {
+    records
+        .iter()
+        .filter(|record| !record.status.ended())
+        .map(|record| {
+            let machine = set.machine(record.name.as_str());
+            (machine, record.owner.as_str().into())
+        })
+        .collect()
+}

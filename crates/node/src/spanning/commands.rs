@@ -1,0 +1,221 @@
+//! What users ask about the parts, threads and memory of a machine; carried out by its
+//! owner.
+
+use super::handle::{PATIENCE, Spanning};
+use super::parts::{move_object, move_thread, objects, parts_of};
+use super::span::{span, unspan};
+use crate::error::CommandError;
+use crate::records::{MachineCommand, at_owner};
+use keel_api::{ObjectInfo, PartsInfo, SpanRequest};
+use keel_cluster::MachineName;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A machine gets parts on other nodes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct SpanCommand {
+    pub(crate) machine: MachineName,
+    pub(crate) request: SpanRequest,
+}
+
+impl MachineCommand for SpanCommand {
+    const KIND: u16 = 0x0320;
+    const PATIENCE: Duration = PATIENCE;
+    type Answer = PartsInfo;
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+/// A machine has no parts any more; answered with its downtime in microseconds.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct UnspanCommand {
+    pub(crate) machine: MachineName,
+}
+
+impl MachineCommand for UnspanCommand {
+    const KIND: u16 = 0x0321;
+    const PATIENCE: Duration = PATIENCE;
+    type Answer = u64;
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+/// The parts and threads of a machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct PartsQuery {
+    pub(crate) machine: MachineName,
+}
+
+impl MachineCommand for PartsQuery {
+    const KIND: u16 = 0x0322;
+    type Answer = PartsInfo;
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+/// The memory of a machine, by the part that holds it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct ObjectsQuery {
+    pub(crate) machine: MachineName,
+}
+
+impl MachineCommand for ObjectsQuery {
+    const KIND: u16 = 0x0323;
+    type Answer = Vec<ObjectInfo>;
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+/// A range of a machine's memory, or an object by its name, moves to the part on a node;
+/// answered with its bytes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct MoveObjectCommand {
+    pub(crate) machine: MachineName,
+    pub(crate) name: String,
+    pub(crate) to: String,
+}
+
+impl MachineCommand for MoveObjectCommand {
+    const KIND: u16 = 0x0324;
+    type Answer = u64;
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+/// A thread of a machine moves to the part on a node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct MoveThreadCommand {
+    pub(crate) machine: MachineName,
+    pub(crate) tid: u32,
+    pub(crate) to: String,
+}
+
+impl MachineCommand for MoveThreadCommand {
+    const KIND: u16 = 0x0325;
+    type Answer = ();
+
+    fn machine(&self) -> &MachineName {
+        &self.machine
+    }
+}
+
+impl Spanning {
+    /// Gives a machine parts on other nodes.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub(crate) async fn span(
+        self: &Arc<Self>,
+        command: SpanCommand,
+    ) -> Result<PartsInfo, CommandError> {
+        at_owner(&self.context, command, |it| self.span_here(it)).await
+    }
+
+    pub(crate) async fn span_here(
+        self: &Arc<Self>,
+        command: SpanCommand,
+    ) -> Result<PartsInfo, CommandError> {
+        span(self, &command.machine, &command.request).await
+    }
+
+    /// Brings a machine's parts together; its downtime in microseconds.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub(crate) async fn unspan(
+        self: &Arc<Self>,
+        command: UnspanCommand,
+    ) -> Result<u64, CommandError> {
+        at_owner(&self.context, command, |it| self.unspan_here(it)).await
+    }
+
+    pub(crate) async fn unspan_here(
+        self: &Arc<Self>,
+        command: UnspanCommand,
+    ) -> Result<u64, CommandError> {
+        unspan(self, &command.machine).await
+    }
+
+    /// The parts and threads of a machine.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub(crate) async fn parts(
+        self: &Arc<Self>,
+        query: PartsQuery,
+    ) -> Result<PartsInfo, CommandError> {
+        at_owner(&self.context, query, |it| self.parts_here(it)).await
+    }
+
+    pub(crate) async fn parts_here(
+        self: &Arc<Self>,
+        query: PartsQuery,
+    ) -> Result<PartsInfo, CommandError> {
+        parts_of(self, &query.machine).await
+    }
+
+    /// The memory of a machine, by the part that holds it.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub(crate) async fn objects(
+        self: &Arc<Self>,
+        query: ObjectsQuery,
+    ) -> Result<Vec<ObjectInfo>, CommandError> {
+        at_owner(&self.context, query, |it| self.objects_here(it)).await
+    }
+
+    pub(crate) async fn objects_here(
+        self: &Arc<Self>,
+        query: ObjectsQuery,
+    ) -> Result<Vec<ObjectInfo>, CommandError> {
+        objects(self, &query.machine).await
+    }
+
+    /// Moves memory to the part on a node; bytes.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub(crate) async fn move_object(
+        self: &Arc<Self>,
+        command: MoveObjectCommand,
+    ) -> Result<u64, CommandError> {
+        at_owner(&self.context, command, |it| self.move_object_here(it)).await
+    }
+
+    pub(crate) async fn move_object_here(
+        self: &Arc<Self>,
+        command: MoveObjectCommand,
+    ) -> Result<u64, CommandError> {
+        move_object(self, &command.machine, &command.name, &command.to).await
+    }
+
+    /// Moves a thread to the part on a node.
+    ///
+    /// # Errors
+    /// [`CommandError`].
+    pub(crate) async fn move_thread(
+        self: &Arc<Self>,
+        command: MoveThreadCommand,
+    ) -> Result<(), CommandError> {
+        at_owner(&self.context, command, |it| self.move_thread_here(it)).await
+    }
+
+    pub(crate) async fn move_thread_here(
+        self: &Arc<Self>,
+        command: MoveThreadCommand,
+    ) -> Result<(), CommandError> {
+        move_thread(self, &command.machine, command.tid, &command.to).await
+    }
+}

@@ -1,0 +1,252 @@
+//! The home of a machine moves: who takes its place, and what a move that failed leaves.
+
+use super::commands::{MoveThreadCommand, SpanCommand};
+use super::handle::{Spanning, UNSPAN_PATIENCE, ask, report, text};
+use super::member::mark;
+use super::membership::SpanningMachine;
+use super::messages::ARRIVED_PART;
+use super::parts::parts_report;
+use super::remote_member::Comes;
+use crate::error::CommandError;
+use crate::events::Note;
+use crate::processes::{COMPILE_PATIENCE, OLDER, PROMPT, Worker};
+use keel_api::{EventKind, SpanRequest};
+use keel_cluster::{MachineName, NodeName};
+use keel_machine::span::PartId;
+use keel_machine::spec::Record;
+use keel_machine::worker::control::{PartWith, kind, pack, unpack};
+use keel_net::Fingerprint;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Tries to let a machine have its parts where they were after a move, and the pause between two:
+/// it may be arriving, or a part of its memory may still be to come.
+const PLACEMENT_TRIES: u32 = 60;
+const PLACEMENT_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// Where a machine's parts and threads were before its home moved.
+#[derive(Debug, Clone)]
+pub(crate) struct Placement {
+    /// The node of each part, its home's first.
+    nodes: Vec<NodeName>,
+    /// Threads that were not at the home, and their nodes.
+    threads: Vec<(u32, NodeName)>,
+}
+
+/// The part by which a machine's home moves.
+pub(crate) struct Successor {
+    /// Which.
+    pub(crate) part: PartId,
+    /// At which part the home's threads are meanwhile.
+    pub(crate) threads_to: PartId,
+    /// Where all was before.
+    pub(crate) before: Placement,
+}
+
+/// Of a machine that spans: where it moves, its worker becomes one more part, to take the
+/// home's place. `None` of one that is on one node.
+pub(crate) async fn successor(
+    spanning: &Arc<Spanning>,
+    record: &Record,
+    worker: &Worker,
+    target: &NodeName,
+) -> Result<Option<Successor>, CommandError> {
+    let found = report(worker).await?;
+    if found.parts == 0 {
+        return Ok(None);
+    }
+    // (What others began of its parts is done first.)
+    let _setting = spanning.processes.exclusion.changes.lock().await;
+    let report = parts_report(worker).await?;
+    let members = report
+        .nodes
+        .iter()
+        .filter(|(part, _)| **part != PartId::HOME);
+    let threads = |part: PartId| report.threads.iter().filter(|it| it.part == part).count();
+    // Best where they go in the end.
+    let threads_to = members.min_by_key(|(part, node)| (*node != target, threads(**part)));
+    let threads_to = threads_to.map(|(part, _)| *part);
+    let threads_to =
+        threads_to.ok_or_else(|| CommandError::Conflict("it has no other part".into()))?;
+    let node = |part: &PartId| report.nodes.get(part).cloned();
+    let away = report.threads.iter().filter(|it| it.part != PartId::HOME);
+    let before = Placement {
+        nodes: report.nodes.values().cloned().collect(),
+        threads: away
+            .filter_map(|thread| Some((thread.tid, node(&thread.part)?)))
+            .collect(),
+    };
+    let program = found.program.map(Fingerprint);
+    let parts = SpanningMachine {
+        spanning: spanning,
+        machine: &record.name,
+        spec: &record.spec,
+        worker,
+        program: program.ok_or_else(|| CommandError::Conflict("it has no module".into()))?,
+        epoch: record.epoch,
+    };
+    // (Nothing of it may be kept while its home changes: a move comes first.)
+    let _: () = ask(worker, kind::END_CHECKPOINT, &(), COMPILE_PATIENCE).await?;
+    let (part, _) = parts.add(target, Comes::Arriving).await?;
+    Ok(Some(Successor {
+        part,
+        threads_to,
+        before,
+    }))
+}
+
+/// Parts with what was to be the home of a machine that stays here: also after an agent that
+/// has died since. It needs nothing of them, and they would take part for ever.
+pub(crate) async fn release_successors(spanning: &Arc<Spanning>, machine: &MachineName) {
+    for _ in 0..PLACEMENT_TRIES {
+        match try_release(spanning, machine).await {
+            Ok(()) => return,
+            Err(error) => tracing::debug!(%machine, %error, "it has a part too many"),
+        }
+        tokio::time::sleep(PLACEMENT_AGAIN_AFTER).await;
+    }
+}
+
+async fn try_release(spanning: &Arc<Spanning>, machine: &MachineName) -> Result<(), CommandError> {
+    let Some(worker) = spanning.processes.machines.get(machine) else {
+        return Ok(());
+    };
+    if spanning.processes.exclusion.is_moving(machine) {
+        return Err(CommandError::Conflict("it is moving again".into()));
+    }
+    let nodes = parts_report(&worker).await?.nodes;
+    let others: BTreeSet<&NodeName> = nodes
+        .values()
+        .filter(|it| **it != spanning.context.name)
+        .collect();
+    for node in others {
+        let payload =
+            pack(machine).map_err(|error| CommandError::Unavailable(error.to_string()))?;
+        let peers = &spanning.context.peers;
+        let answer = peers.call(node, ARRIVED_PART, payload, PROMPT);
+        let part: Option<PartId> = match answer.await.map_err(text) {
+            Ok(answer) => {
+                unpack(&answer).map_err(|error| CommandError::Unavailable(error.to_string()))?
+            }
+            // (Then nothing of the kind is there.)
+            Err(why) if why == OLDER => None,
+            Err(why) => return Err(CommandError::Unavailable(why)),
+        };
+        let Some(part) = part.filter(|part| nodes.get(part) == Some(node)) else {
+            continue;
+        };
+        let _setting = spanning.processes.exclusion.changes.lock().await;
+        if spanning.processes.exclusion.is_moving(machine) {
+            return Err(CommandError::Conflict("it is moving again".into()));
+        }
+        let with = PartWith {
+            part,
+            threads_to: PartId::HOME,
+        };
+        let _: u64 = ask(&worker, kind::PART_WITH, &with, UNSPAN_PATIENCE).await?;
+    }
+    Ok(())
+}
+
+/// Lets a machine whose home moved, or was to, have parts where it had them, wherever its
+/// home is now, in the background: it runs meanwhile, and where that cannot be it is said.
+pub(crate) fn restore_placement(
+    spanning: &Arc<Spanning>,
+    machine: &MachineName,
+    before: Placement,
+) {
+    let (spanning, machine) = (spanning.clone(), machine.clone());
+    tokio::spawn(async move {
+        let mut last = String::new();
+        for _ in 0..PLACEMENT_TRIES {
+            match try_restore(&spanning, &machine, &before).await {
+                Ok(()) => return,
+                // It ended, or somebody else let it span.
+                Err(CommandError::NotFound(_)) => return,
+                Err(error) => last = error.to_string(),
+            }
+            tokio::time::sleep(PLACEMENT_AGAIN_AFTER).await;
+        }
+        let what = format!("its parts are not where they were before it moved: {last}");
+        tracing::warn!(%machine, what, "spanning");
+        spanning
+            .context
+            .events
+            .record(Note::machine(EventKind::MachineSpans, &machine, what));
+    });
+}
+
+/// Threads go where they were.
+async fn send_back(
+    spanning: &Arc<Spanning>,
+    machine: &MachineName,
+    before: &Placement,
+    nodes: &[String],
+) {
+    for (tid, node) in &before.threads {
+        if !nodes.iter().any(|it| *it == node.as_str()) {
+            continue;
+        }
+        let thread = MoveThreadCommand {
+            machine: machine.clone(),
+            tid: *tid,
+            to: node.to_string(),
+        };
+        // (One that has ended meanwhile.)
+        if let Err(error) = spanning.move_thread(thread).await {
+            tracing::debug!(%machine, tid, %error, "a thread stays at its home");
+        }
+    }
+}
+
+async fn try_restore(
+    spanning: &Arc<Spanning>,
+    machine: &MachineName,
+    before: &Placement,
+) -> Result<(), CommandError> {
+    let record = crate::records::get(&*spanning.context.store, machine)
+        .await?
+        .record;
+    if record.status.ended() {
+        return Err(CommandError::NotFound("it has ended".into()));
+    }
+    // A home that went where no part was takes its old home's place.
+    let stays = before.nodes.contains(&record.owner);
+    let nodes = before.nodes.iter().skip(usize::from(!stays));
+    let mut wanted = Vec::new();
+    for node in nodes {
+        if spanning
+            .rules
+            .cache
+            .forbids(machine.as_str(), node.as_str())
+            .is_none()
+        {
+            wanted.push(node.to_string());
+        }
+    }
+    if wanted.iter().all(|node| *node == record.owner.as_str()) {
+        return Err(CommandError::NotFound(
+            "no part may be anywhere else".into(),
+        ));
+    }
+    let span = SpanCommand {
+        machine: machine.clone(),
+        request: SpanRequest {
+            nodes: wanted.clone(),
+            here: false,
+        },
+    };
+    spanning.span(span).await?;
+    send_back(spanning, machine, before, &wanted).await;
+    Ok(())
+}
+
+/// A machine runs here: where it spans the balancer knows, and what moves of its home that
+/// failed have left is let go.
+pub(crate) async fn machine_runs(spanning: &Arc<Spanning>, machine: &MachineName, worker: &Worker) {
+    if matches!(worker.report().await, Ok(report) if report.parts > 0) {
+        mark(spanning, machine, worker);
+        release_successors(spanning, machine).await;
+    }
+}

@@ -1,0 +1,322 @@
+//! Parts of a machine that come and go while it runs: what its owner's agent asks of whom,
+//! in which order.
+//!
+//! ```text
+//!   owner's agent        new part's node     other members' nodes     home's worker
+//!       │─── PART ────────────▶│ listens for all   │                      │
+//!       │─── MEET_NEW ─────────┼──────────────────▶│ listens for it       │
+//!       │ MEET_NEW ────────────┼───────────────────┼─────────────────────▶│
+//!       │─── PART_JOIN ───────▶│ meets them        │                      │
+//!       │─── JOIN_NEW ─────────┼──────────────────▶│ knows it             │
+//!       │ JOIN_NEW, the last ──┼───────────────────┼─────────────────────▶│ it is one of them
+//! ```
+//!
+//! Until the home has it a new part is no loss: where anything fails its process is ended,
+//! and the others forget it. A part that goes the home empties and parts with
+//! ([`kind::PART_WITH`]); its process ends then.
+
+use super::handle::{SPAN_PATIENCE, Spanning, UNSPAN_PATIENCE, text};
+use super::messages::{self, PartJoin, PartOffer};
+use super::parts::parts_report;
+use super::remote_member::{Comes, join_on, ready_on};
+use crate::error::CommandError;
+use crate::host::needed_features;
+use crate::processes::{COMPILE_PATIENCE, PROMPT, Worker};
+use futures::future::{Either, select};
+use futures::stream::{FuturesUnordered, StreamExt};
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::failpoint;
+use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place};
+use keel_machine::spec::Spec;
+use keel_machine::worker::control::{Join, JoinNew, MeetNew, PartWith, kind, pack, unpack};
+use keel_net::{Fingerprint, RpcError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+// ── a member's node ─────────────────────────────────────────────────────
+
+/// Asks whichever process here is that part.
+async fn ask_member<A: DeserializeOwned>(
+    spanning: &Spanning,
+    machine: &MachineName,
+    kind: u16,
+    question: &impl Serialize,
+    patience: Duration,
+) -> Result<A, String> {
+    // (All at once: one that hangs holds up nobody. The last to which it was to move.)
+    let workers = spanning.processes.members.names().into_iter();
+    let workers = workers.filter_map(|name| spanning.processes.members.get(&name));
+    let workers = workers.chain(spanning.processes.machines.get(machine));
+    let mut answers: FuturesUnordered<_> = workers
+        .map(|worker| async move { worker.ask(kind, question, patience).await })
+        .collect();
+    let mut why = "that part is not here".to_owned();
+    while let Some(answer) = answers.next().await {
+        match answer {
+            Ok(answer) => return Ok(answer),
+            // It is another one.
+            Err(RpcError::Refused { .. }) => {}
+            Err(error) => why = text(error),
+        }
+    }
+    Err(why)
+}
+
+/// A member here is to meet a part that comes.
+pub(crate) async fn meet_new(spanning: &Spanning, request: &MeetNew) -> Result<Place, String> {
+    let request = MeetNew {
+        address: spanning.context.worker_address(),
+        ..request.clone()
+    };
+    ask_member(spanning, &request.machine, kind::MEET_NEW, &request, PROMPT).await
+}
+
+/// It does, and knows it.
+pub(crate) async fn join_new(spanning: &Spanning, request: &JoinNew) -> Result<u64, String> {
+    ask_member(
+        spanning,
+        &request.machine,
+        kind::JOIN_NEW,
+        request,
+        SPAN_PATIENCE,
+    )
+    .await
+}
+
+// ── the owner ───────────────────────────────────────────────────────────
+
+/// A machine that spans, and runs here.
+pub(super) struct SpanningMachine<'a> {
+    pub(super) spanning: &'a Arc<Spanning>,
+    pub(crate) machine: &'a MachineName,
+    pub(crate) spec: &'a Spec,
+    pub(crate) worker: &'a Worker,
+    pub(crate) program: Fingerprint,
+    pub(crate) epoch: Epoch,
+}
+
+/// What has changed.
+#[derive(Debug, Default)]
+pub(super) struct Changed {
+    /// Nodes that got a part.
+    pub(crate) came: Vec<NodeName>,
+    /// Nodes that had one.
+    pub(crate) went: Vec<NodeName>,
+    /// Microseconds that the machine stood still, all together.
+    pub(crate) stood: u64,
+}
+
+impl SpanningMachine<'_> {
+    /// It has parts on these nodes, further than its home, and on no others: first those come
+    /// that it has not, then those go that it is not to have.
+    ///
+    /// # Errors
+    /// [`CommandError`]: where one does not come, those that came go again; where one does
+    /// not go, it stays.
+    pub(super) async fn change(
+        &self,
+        wanted: &[NodeName],
+        changed: &mut Changed,
+    ) -> Result<(), CommandError> {
+        let has = self.nodes().await?;
+        let mut comes = wanted.to_vec();
+        let mut goes = Vec::new();
+        for (part, node) in has.iter().filter(|(part, _)| **part != PartId::HOME) {
+            match comes.iter().position(|it| it == node) {
+                Some(at) => drop(comes.remove(at)),
+                None => goes.push((*part, node.clone())),
+            }
+        }
+        let mut new = Vec::new();
+        for node in comes {
+            match self.add(&node, Comes::Anew).await {
+                Ok((part, stood)) => {
+                    new.push(part);
+                    changed.stood += stood;
+                    changed.came.push(node);
+                }
+                Err(error) => {
+                    for part in new {
+                        match self.part_with(part, PartId::HOME).await {
+                            Ok(_) => drop(changed.came.pop()),
+                            Err(error) => {
+                                let machine = self.machine;
+                                tracing::warn!(%machine, %part, %error, "a part stays");
+                            }
+                        }
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        // Threads go where there is somebody new, as it is most likely for that.
+        let mut threads_to = new.iter().copied().cycle();
+        for (part, node) in goes {
+            let to = threads_to.next().unwrap_or(PartId::HOME);
+            changed.stood += self.part_with(part, to).await?;
+            changed.went.push(node);
+        }
+        Ok(())
+    }
+
+    /// The node of each part.
+    async fn nodes(&self) -> Result<BTreeMap<PartId, NodeName>, CommandError> {
+        let nodes = parts_report(self.worker).await?.nodes;
+        match nodes.contains_key(&PartId::HOME) {
+            true => Ok(nodes),
+            false => Err(CommandError::Conflict(format!(
+                "machine {:?} was brought together meanwhile; try again",
+                self.machine
+            ))),
+        }
+    }
+
+    /// One more part; which, and the microseconds that the machine stood still.
+    pub(super) async fn add(
+        &self,
+        node: &NodeName,
+        comes: Comes,
+    ) -> Result<(PartId, u64), CommandError> {
+        let (spanning, machine) = (self.spanning, self.machine);
+        let has = self.nodes().await?;
+        let mut free = (1..).map_while(PartId::new);
+        let new = free.find(|part| !has.contains_key(part)).ok_or_else(|| {
+            CommandError::Invalid(format!("a machine has at most {PARTS_MAX} parts"))
+        })?;
+        let parts: PartSet = has.keys().copied().collect();
+        let offer = PartOffer {
+            machine: machine.clone(),
+            spec: self.spec.clone(),
+            program: self.program,
+            me: new,
+            parts: parts.with(new),
+            features: needed_features(),
+            // (What others there have is not free.)
+            sharing: 1,
+        };
+        let on_node = |why| CommandError::Conflict(format!("no part on {node}: {why}"));
+        let ready = ready_on(spanning, node, offer, comes)
+            .await
+            .map_err(on_node)?;
+        let ends = |join| PartJoin {
+            worker: ready.worker.clone(),
+            join,
+        };
+        let met = self
+            .meet(new, node, &has, &ready.place, (&ends, comes))
+            .await;
+        match met {
+            Ok(stood) => Ok((new, stood)),
+            Err(error) => {
+                // Its answer may be lost, or late.
+                match parts_report(self.worker).await {
+                    Ok(report) if report.nodes.contains_key(&new) => return Ok((new, 0)),
+                    Ok(_) => drop(join_on(spanning, node, ends(None), comes).await),
+                    // (Nobody knows: where it does not join it ends by itself.)
+                    Err(_) => {}
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// All meet it, the home last.
+    async fn meet(
+        &self,
+        new: PartId,
+        node: &NodeName,
+        has: &BTreeMap<PartId, NodeName>,
+        place: &Place,
+        (ends, comes): (&impl Fn(Option<Join>) -> PartJoin, Comes),
+    ) -> Result<u64, CommandError> {
+        let spanning = self.spanning;
+        let mut places = BTreeMap::from([(new, place.clone())]);
+        for (me, at) in has {
+            let meet = MeetNew {
+                machine: self.machine.clone(),
+                me: *me,
+                new,
+                address: spanning.context.worker_address(),
+            };
+            let kinds = (messages::MEET_NEW, kind::MEET_NEW);
+            let place = self
+                .ask_part(*me, at, kinds, &meet, COMPILE_PATIENCE)
+                .await?;
+            places.insert(*me, place);
+        }
+        let join = Join {
+            epoch: self.epoch,
+            places,
+        };
+        let known = async {
+            let mut stood = 0;
+            // (The home is the first by number, and the last that is told.)
+            for (me, at) in has.iter().rev() {
+                if *me == PartId::HOME {
+                    let passed = failpoint::pass_async("parts.known").await;
+                    passed.map_err(|injected| CommandError::Conflict(injected.to_string()))?;
+                }
+                let new = JoinNew {
+                    machine: self.machine.clone(),
+                    me: *me,
+                    new,
+                    join: join.clone(),
+                    node: node.clone(),
+                };
+                let kinds = (messages::JOIN_NEW, kind::JOIN_NEW);
+                stood = self.ask_part(*me, at, kinds, &new, SPAN_PATIENCE).await?;
+            }
+            Ok::<u64, CommandError>(stood)
+        };
+        let joined = join_on(spanning, node, ends(Some(join.clone())), comes);
+        // Who knows why it fails says so first; the other one waits for it in vain.
+        match select(pin!(joined), pin!(known)).await {
+            Either::Right((known, _)) => known,
+            Either::Left((joined, known)) => known.await.map_err(|error| match joined {
+                Ok(()) => error,
+                Err(why) => CommandError::Conflict(format!("no part on {node}: {why}")),
+            }),
+        }
+    }
+
+    /// Asks a part: the home, or a member on its node.
+    async fn ask_part<A: DeserializeOwned>(
+        &self,
+        part: PartId,
+        node: &NodeName,
+        (node_kind, worker_kind): (u16, u16),
+        question: &impl Serialize,
+        patience: Duration,
+    ) -> Result<A, CommandError> {
+        let why = |why| CommandError::Conflict(format!("the part on {node}: {why}"));
+        if part == PartId::HOME {
+            let answer = self.worker.ask(worker_kind, question, patience).await;
+            return answer.map_err(|error| why(text(error)));
+        }
+        if *node == self.spanning.context.name {
+            let answer =
+                ask_member(self.spanning, self.machine, worker_kind, question, patience).await;
+            return answer.map_err(why);
+        }
+        let bytes = |error: &dyn std::fmt::Display| why(error.to_string());
+        let payload = pack(question).map_err(|error| bytes(&error))?;
+        let peers = &self.spanning.context.peers;
+        let answer = peers.call(node, node_kind, payload, patience).await;
+        let answer = answer.map_err(|error| why(text(error)))?;
+        unpack(&answer).map_err(|error| bytes(&error))
+    }
+
+    /// A part goes; the microseconds that the machine stood still.
+    async fn part_with(&self, part: PartId, threads_to: PartId) -> Result<u64, CommandError> {
+        let with = PartWith { part, threads_to };
+        let answer = self
+            .worker
+            .ask(kind::PART_WITH, &with, UNSPAN_PATIENCE)
+            .await;
+        answer.map_err(|error| CommandError::Conflict(text(error)))
+    }
+}

@@ -1,0 +1,64 @@
+//! Members of any node: made here by a call, elsewhere by a request to their agent.
+
+use super::handle::{SPAN_PATIENCE, Spanning, text};
+use super::member::{join, ready};
+use super::messages::{self, PartJoin, PartOffer, ReadyMember};
+use crate::processes::COMPILE_PATIENCE;
+use keel_cluster::NodeName;
+use keel_machine::worker::control::{pack, unpack};
+use std::sync::Arc;
+
+/// Which worker a part gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Comes {
+    /// A process of its own.
+    Anew,
+    /// The worker to which the machine moves.
+    Arriving,
+}
+
+pub(super) async fn ready_on(
+    spanning: &Arc<Spanning>,
+    node: &NodeName,
+    offer: PartOffer,
+    comes: Comes,
+) -> Result<ReadyMember, String> {
+    if *node == spanning.context.name {
+        return ready(spanning, node, offer).await;
+    }
+    let kind = match comes {
+        Comes::Anew => messages::PART,
+        Comes::Arriving => messages::ARRIVING_PART,
+    };
+    let payload = pack(&offer).map_err(|error| error.to_string())?;
+    let answer = spanning
+        .context
+        .peers
+        .call(node, kind, payload, COMPILE_PATIENCE)
+        .await
+        .map_err(text)?;
+    unpack(&answer).map_err(|error| error.to_string())
+}
+
+pub(super) async fn join_on(
+    spanning: &Arc<Spanning>,
+    node: &NodeName,
+    request: PartJoin,
+    comes: Comes,
+) -> Result<(), String> {
+    if *node == spanning.context.name {
+        return join(spanning, request).await;
+    }
+    let kind = match comes {
+        Comes::Anew => messages::PART_JOIN,
+        Comes::Arriving => messages::ARRIVING_JOIN,
+    };
+    let payload = pack(&request).map_err(|error| error.to_string())?;
+    let answer = spanning
+        .context
+        .peers
+        .call(node, kind, payload, SPAN_PATIENCE)
+        .await
+        .map_err(text)?;
+    unpack(&answer).map_err(|error| error.to_string())
+}

@@ -1,0 +1,491 @@
+//! The owner of a machine has its parts made, and brings them together again.
+
+use super::handle::{SPAN_PATIENCE, Spanning, UNSPAN_PATIENCE, ask, home, may_be_on, report, text};
+use super::member::mark;
+use super::membership::{Changed, SpanningMachine};
+use super::messages::{PartJoin, PartOffer, ReadyMember};
+use super::parts::{objects_report, parts_of, parts_report};
+use super::remote_member::{Comes, join_on, ready_on};
+use crate::error::CommandError;
+use crate::events::Note;
+use crate::host::needed_features;
+use crate::processes::{COMPILE_PATIENCE, Worker};
+use crate::records;
+use futures::future::{join_all, try_join_all};
+use keel_api::{EventKind, PartsInfo, SpanRequest};
+use keel_cluster::{Epoch, MachineName, NodeName};
+use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, Spawning};
+use keel_machine::spec::{Record, Spawn, Spec};
+use keel_machine::worker::control::{Join, MeetParts, PartsReport, Report, Span, State, kind};
+use keel_net::{Fingerprint, RpcError};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// The nodes of the members: of all that are named but the owner's, once.
+fn members(
+    spanning: &Spanning,
+    named: &[String],
+) -> Result<BTreeMap<PartId, NodeName>, CommandError> {
+    let mut nodes = Vec::new();
+    for name in named {
+        let node = NodeName::new(name).map_err(|error| CommandError::Invalid(error.to_string()))?;
+        if !spanning.context.members.contains(&node) {
+            return Err(CommandError::NotFound(format!(
+                "there is no node {node:?} (see `keel nodes`)"
+            )));
+        }
+        nodes.push(node);
+    }
+    // One of them is the home itself.
+    if let Some(at) = nodes.iter().position(|node| *node == spanning.context.name) {
+        nodes.remove(at);
+    }
+    if nodes.is_empty() {
+        return Err(CommandError::Invalid(format!(
+            "its home is on {}: name other nodes, or that one twice",
+            spanning.context.name
+        )));
+    }
+    let count = nodes.len();
+    let parts = (1..).map_while(PartId::new).zip(nodes);
+    let members: BTreeMap<PartId, NodeName> = parts.collect();
+    match members.len() == count {
+        true => Ok(members),
+        false => Err(CommandError::Invalid(format!(
+            "a machine has at most {PARTS_MAX} parts"
+        ))),
+    }
+}
+
+/// Lets a machine that runs here span nodes; of one that spans already parts come and go.
+pub(crate) async fn span(
+    spanning: &Arc<Spanning>,
+    machine: &MachineName,
+    request: &SpanRequest,
+) -> Result<PartsInfo, CommandError> {
+    let members = members(spanning, &request.nodes)?;
+    // A move, or other limits, would contradict it.
+    let _setting = spanning.processes.exclusion.changes.lock().await;
+    if spanning.processes.exclusion.is_moving(machine) {
+        return Err(CommandError::Conflict(format!(
+            "machine {machine:?} is moving; try again when it is there"
+        )));
+    }
+    let worker = home(spanning, machine)?;
+    let found = report(&worker).await?;
+    if !matches!(found.state, State::Running { .. }) {
+        return Err(CommandError::Conflict(format!(
+            "machine {machine:?} does not run yet, or is still arriving"
+        )));
+    };
+    let has = parts_of(spanning, machine).await?.parts;
+    for node in members.values() {
+        // (Where it has a part already only what is next is asked.)
+        if !has.iter().any(|part| part.node == node.as_str()) {
+            may_be_on(spanning, machine, node).await?;
+        }
+    }
+    let record = records::get(&*spanning.context.store, machine)
+        .await?
+        .record;
+    if found.parts > 0 && request.here {
+        return Err(CommandError::Invalid(format!(
+            "machine {machine:?} has parts already: where threads begin is said when it gets the first (`keel unspan {machine}`)"
+        )));
+    }
+    if found.parts > 0 {
+        let nodes: Vec<NodeName> = members.into_values().collect();
+        let stood = change(spanning, machine, &record.spec, &worker, &found, &nodes).await?;
+        let mut info = parts_of(spanning, machine).await?;
+        info.stood_micros = Some(stood);
+        return Ok(info);
+    }
+    let stood = spread(spanning, &record, &worker, &found, &members, request.here).await?;
+    let mut info = parts_of(spanning, machine).await?;
+    info.stood_micros = Some(stood);
+    Ok(info)
+}
+
+/// A machine that spans has parts on these nodes, and its home, and on no others.
+/// Microseconds that it stood still.
+async fn change(
+    spanning: &Arc<Spanning>,
+    machine: &MachineName,
+    spec: &Spec,
+    worker: &Worker,
+    found: &Report,
+    nodes: &[NodeName],
+) -> Result<u64, CommandError> {
+    let (State::Running { epoch }, Some(program)) = (&found.state, found.program) else {
+        return Err(CommandError::Conflict("it has no module".into()));
+    };
+    let parts = SpanningMachine {
+        spanning: spanning,
+        machine,
+        spec,
+        worker,
+        program: Fingerprint(program),
+        epoch: *epoch,
+    };
+    let mut changed = Changed::default();
+    let done = parts.change(nodes, &mut changed).await;
+    let named = |nodes: &[NodeName]| {
+        let nodes: Vec<&str> = nodes.iter().map(NodeName::as_str).collect();
+        nodes.join(", ")
+    };
+    let what = match (&changed.came[..], &changed.went[..]) {
+        ([], []) => return done.map(|()| 0),
+        (came, []) => format!("has parts on {}, too", named(came)),
+        ([], went) => format!("has no part on {} any more", named(went)),
+        (came, went) => format!("has parts on {}, and none on {}", named(came), named(went)),
+    };
+    let stood = changed.stood as f64 / 1000.0;
+    let what = format!("{what}; it stood still for {stood:.1} ms");
+    let note = Note::machine(EventKind::MachineSpans, machine, what);
+    spanning.context.events.record(note.under(*epoch));
+    done.map(|()| changed.stood)
+}
+
+/// A machine that is held gets parts on these nodes, further than its home.
+pub(crate) async fn span_held(
+    spanning: &Arc<Spanning>,
+    record: &Record,
+    worker: &Worker,
+    nodes: &[NodeName],
+) -> Result<(), CommandError> {
+    for node in nodes {
+        may_be_on(spanning, &record.name, node).await?;
+    }
+    let _setting = spanning.processes.exclusion.changes.lock().await;
+    let members = (1..).map_while(PartId::new).zip(nodes.iter().cloned());
+    let members = members.collect();
+    let found = report(worker).await?;
+    spread(spanning, record, worker, &found, &members, false).await?;
+    Ok(())
+}
+
+/// All parts are made and meet, or nothing of it stays. Microseconds that the machine
+/// stood still.
+async fn spread(
+    spanning: &Arc<Spanning>,
+    record: &Record,
+    worker: &Worker,
+    found: &Report,
+    members: &BTreeMap<PartId, NodeName>,
+    here: bool,
+) -> Result<u64, CommandError> {
+    let (machine, spec) = (&record.name, &record.spec);
+    let (State::Running { epoch } | State::Held { epoch }) = found.state else {
+        return Err(CommandError::Conflict(format!(
+            "machine {machine:?} does not run any more"
+        )));
+    };
+    let program = found.program.map(Fingerprint);
+    let program = program.ok_or_else(|| CommandError::Conflict("it has no module".into()))?;
+    // What its parts are to keep is not in what its worker was started with.
+    worker.apply_limits(record).await;
+    let spawning = match spec.balancing.spawn {
+        _ if here => Spawning::Here,
+        Spawn::Here => Spawning::Here,
+        Spawn::Spread => Spawning::Even,
+        Spawn::Auto => Spawning::Room,
+    };
+    let parts: PartSet = members
+        .keys()
+        .copied()
+        .collect::<PartSet>()
+        .with(PartId::HOME);
+    // Parts on one node share what it has room for.
+    let sharing = |node: &NodeName| {
+        let members = members.values().filter(|it| *it == node).count();
+        members as u32 + u32::from(*node == spanning.context.name)
+    };
+    let offer = |me: PartId, node: &NodeName| PartOffer {
+        sharing: sharing(node),
+        machine: machine.clone(),
+        spec: spec.clone(),
+        program,
+        me,
+        parts,
+        features: needed_features(),
+    };
+    let offers = members.iter().map(|(part, node)| {
+        let offer = offer(*part, node);
+        async move {
+            let ready = ready_on(spanning, node, offer, Comes::Anew).await;
+            let ready = ready.map_err(|why| format!("no part on {node}: {why}"));
+            ready.map(|ready| (*part, ready))
+        }
+    });
+    let offered = join_all(offers).await;
+    let mut ready: BTreeMap<PartId, ReadyMember> = BTreeMap::new();
+    let mut refused = None;
+    for outcome in offered {
+        match outcome {
+            Ok((part, member)) => drop(ready.insert(part, member)),
+            Err(why) => refused = refused.or(Some(why)),
+        }
+    }
+    let spans = match refused {
+        Some(why) => Err(Unmet::certain(CommandError::Conflict(why))),
+        None => {
+            // (Of one that is held nothing is there yet, however large it is.)
+            let has_bytes = match found.state {
+                State::Held { .. } => 0,
+                _ => found.memory_bytes,
+            };
+            let own = own_room(
+                spanning,
+                machine,
+                spec,
+                has_bytes,
+                sharing(&spanning.context.name),
+            )
+            .await;
+            let how = How {
+                spawning,
+                room_bytes: own,
+            };
+            meet(spanning, worker, epoch, members, &ready, how).await
+        }
+    };
+    let stood = match spans {
+        Ok(stood) => stood,
+        Err(Unmet { error, in_doubt }) => {
+            // It may have begun, with only its answer lost or late: it is alone before its
+            // members are ended. (Never where it said that it did not begin: what it spans
+            // then is another's doing.)
+            // (One that is held is ended by whoever began it: it must not run as it is.)
+            let is_held = matches!(found.state, State::Held { .. });
+            if in_doubt && !is_held {
+                let alone = worker
+                    .ask::<_, u64>(kind::UNSPAN, &(), UNSPAN_PATIENCE)
+                    .await;
+                if let Err(RpcError::Failed { reason, .. }) = &alone {
+                    tracing::debug!(reason, "it did not begin to span");
+                }
+            }
+            let ends = members.iter().filter_map(|(part, node)| {
+                let member = ready.get(part)?;
+                let request = PartJoin {
+                    worker: member.worker.clone(),
+                    join: None,
+                };
+                Some(join_on(spanning, node, request, Comes::Anew))
+            });
+            // (Who cannot be told ends by itself, since it meets nobody in time.)
+            join_all(ends).await;
+            return Err(error);
+        }
+    };
+    let nodes: Vec<&str> = members.values().map(NodeName::as_str).collect();
+    let what = format!(
+        "spans {} and {}; it stood still for {:.1} ms",
+        spanning.context.name,
+        nodes.join(", "),
+        stood as f64 / 1000.0
+    );
+    mark(spanning, machine, worker);
+    let note = Note::machine(EventKind::MachineSpans, machine, what);
+    spanning.context.events.record(note.under(epoch));
+    Ok(stood)
+}
+
+/// Why parts did not meet.
+struct Unmet {
+    error: CommandError,
+    /// Whether the machine may span all the same: nobody said that it does not.
+    in_doubt: bool,
+}
+
+impl Unmet {
+    fn certain(error: CommandError) -> Unmet {
+        Unmet {
+            error,
+            in_doubt: false,
+        }
+    }
+}
+
+/// How a home is to span.
+struct How {
+    spawning: Spawning,
+    room_bytes: Option<u64>,
+}
+
+/// What the home can keep here: what it has, and what is free beside; `None` if that is
+/// all that the machine may have, or not known.
+async fn own_room(
+    spanning: &Spanning,
+    machine: &MachineName,
+    spec: &Spec,
+    has_bytes: u64,
+    sharing: u32,
+) -> Option<u64> {
+    let free = records::room_bytes(&spanning.context, machine).await;
+    let free = free
+        .inspect_err(|error| tracing::warn!(%machine, error, "its home keeps all that comes"))
+        .ok()?;
+    home_room(has_bytes, free, sharing, spec.memory_bytes)
+}
+
+/// What the home of a machine that may have `most` bytes can keep, where that is less.
+fn home_room(has_bytes: u64, free: u64, sharing: u32, most: u64) -> Option<u64> {
+    let room = has_bytes.saturating_add(free / u64::from(sharing.max(1)));
+    (room < most).then_some(room)
+}
+
+/// All parts meet; microseconds that the machine stood still.
+async fn meet(
+    spanning: &Arc<Spanning>,
+    worker: &Worker,
+    epoch: Epoch,
+    members: &BTreeMap<PartId, NodeName>,
+    ready: &BTreeMap<PartId, ReadyMember>,
+    how: How,
+) -> Result<u64, Unmet> {
+    let parts = members
+        .keys()
+        .copied()
+        .collect::<PartSet>()
+        .with(PartId::HOME);
+    let address = spanning.context.worker_address();
+    let own: Place = ask(
+        worker,
+        kind::SPAN_READY,
+        &MeetParts { parts, address },
+        COMPILE_PATIENCE,
+    )
+    .await
+    .map_err(Unmet::certain)?;
+    let mut places: BTreeMap<PartId, Place> = ready
+        .iter()
+        .map(|(part, it)| (*part, it.place.clone()))
+        .collect();
+    places.insert(PartId::HOME, own);
+    let join = Join { epoch, places };
+    let mut nodes = members.clone();
+    nodes.insert(PartId::HOME, spanning.context.name.clone());
+    let span = Span {
+        join: join.clone(),
+        nodes,
+        spawning: how.spawning,
+        room_bytes: how.room_bytes,
+    };
+    let joins = ready.iter().filter_map(|(part, member)| {
+        let node = members.get(part)?;
+        let request = PartJoin {
+            worker: member.worker.clone(),
+            join: Some(join.clone()),
+        };
+        Some(async move {
+            let joined = join_on(spanning, node, request, Comes::Anew).await;
+            joined.map_err(|why| CommandError::Conflict(format!("no part on {node}: {why}")))
+        })
+    });
+    let (stood, joined) = tokio::join!(
+        worker.ask::<_, u64>(kind::SPAN, &span, SPAN_PATIENCE),
+        try_join_all(joins)
+    );
+    // Where the home spans all have joined, whatever became of their answers. Else whoever
+    // did not join is why it did not begin.
+    match (stood, joined) {
+        (Ok(stood), _) => Ok(stood),
+        (Err(error), joined) => {
+            let answered = matches!(error, RpcError::Failed { .. } | RpcError::Refused { .. });
+            let why = CommandError::Conflict(text(error));
+            Err(Unmet {
+                error: joined.err().unwrap_or(why),
+                in_doubt: !answered,
+            })
+        }
+    }
+}
+
+/// Why a machine cannot be brought together here, if what its other parts have is more than
+/// there is room for: nothing bounds what comes then, and its process would be ended for it.
+async fn too_large(
+    spanning: &Spanning,
+    machine: &MachineName,
+    worker: &Worker,
+) -> Result<Option<String>, CommandError> {
+    let room = records::room_bytes(&spanning.context, machine).await;
+    let room = room.map_err(CommandError::Unavailable)?;
+    let others = |parts: &PartsReport| {
+        let others = parts
+            .memory
+            .iter()
+            .filter(|(part, _)| **part != PartId::HOME);
+        others.map(|(_, memory)| memory.resident_bytes).sum::<u64>()
+    };
+    let mut wanted = others(&parts_report(worker).await?);
+    if wanted > room {
+        // Of pages that several have, copies do not count.
+        let objects = objects_report(worker).await?.into_iter();
+        let away = objects.filter(|object| object.owner != PartId::HOME);
+        wanted = away.map(|object| object.bytes).sum();
+    }
+    Ok(does_not_fit(machine, &spanning.context.name, wanted, room))
+}
+
+fn does_not_fit(machine: &MachineName, node: &NodeName, wanted: u64, room: u64) -> Option<String> {
+    (wanted > room).then(|| {
+        format!(
+            "machine {machine:?} is larger than its node: its other parts have {} MiB, and {node} has room for {}; `keel checkpoint {machine} --to PLACE` keeps it as it is, and `keel restore {machine} --from PLACE --nodes ...` lets it begin on other nodes",
+            wanted >> 20,
+            room >> 20
+        )
+    })
+}
+
+/// Brings a machine's threads and pages home.
+pub(crate) async fn unspan(
+    spanning: &Arc<Spanning>,
+    machine: &MachineName,
+) -> Result<u64, CommandError> {
+    let worker = home(spanning, machine)?;
+    if let Some(why) = too_large(spanning, machine, &worker).await? {
+        return Err(CommandError::Conflict(why));
+    }
+    let stood: u64 = ask(&worker, kind::UNSPAN, &(), UNSPAN_PATIENCE).await?;
+    spanning.marked().remove(machine);
+    let what = format!(
+        "is on {} alone; it stood still for {:.1} ms",
+        spanning.context.name,
+        stood as f64 / 1000.0
+    );
+    spanning
+        .context
+        .events
+        .record(Note::machine(EventKind::MachineAlone, machine, what));
+    Ok(stood)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_home_keeps_what_it_has_and_its_share_of_what_is_free() {
+        const GIB: u64 = 1 << 30;
+        assert_eq!(home_room(GIB, 8 * GIB, 1, 64 * GIB), Some(9 * GIB));
+        assert_eq!(home_room(0, 8 * GIB, 2, 64 * GIB), Some(4 * GIB));
+        assert_eq!(home_room(0, 8 * GIB, 1, 8 * GIB), None);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_not_brought_together_and_what_to_do_is_said() {
+        let machine: MachineName = "big".parse().unwrap();
+        let node = NodeName::new("a").unwrap();
+        assert_eq!(does_not_fit(&machine, &node, 5 << 20, 5 << 20), None);
+        let why = does_not_fit(&machine, &node, 700 << 20, 100 << 20).unwrap();
+        for part in [
+            "700 MiB",
+            "a has room for 100",
+            "keel checkpoint big",
+            "--nodes",
+        ] {
+            assert!(why.contains(part), "{why}");
+        }
+    }
+}
