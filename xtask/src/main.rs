@@ -3,6 +3,7 @@
 //! - `ci`: what a change must pass
 //! - `suite`: the whole test-suite
 //! - `licences`: which licences dependencies may have
+//! - `imports`: which file imports which
 //! - `guests`: guest programs from their sources
 //! - `conformance`: the public WASI test-suite
 //! - `big`: programs of others, plain against shaken
@@ -20,6 +21,7 @@ mod ci;
 mod command;
 mod conformance;
 mod guests;
+mod imports;
 mod licences;
 mod mutants;
 mod nemesis;
@@ -51,6 +53,8 @@ enum Task {
     },
     /// Runs formatter, lints, documentation, licences, all tests.
     Ci,
+    /// Checks that imports form no circles, and that layers import what is below them.
+    Imports,
     /// Checks the licences of all dependencies against deny.toml.
     Licences,
     /// Builds the guests from their sources and writes guests/MANIFEST.
@@ -143,6 +147,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Test { args } => suite::run(&args),
         Task::Ci => ci::run(),
+        Task::Imports => imports::check(&command::root()),
         Task::Licences => licences::check(),
         Task::Package => package::make(),
         Task::Mutants { only } => mutants::run(only.as_deref()),

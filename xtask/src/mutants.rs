@@ -14,6 +14,9 @@ const FILE: &str = "crates/machine/src/moves/ownership.rs";
 /// Seeds of the simulation for each mutant.
 const SEEDS: &str = "40000";
 
+/// The crate is compiled anew for each mutant: that takes longer than the seeds do.
+const QUICK_BUILD: &str = "profile.release.package.keel-machine.opt-level=1";
+
 /// What is changed: what it is, the text, which of its occurrences (from 0), what it
 /// becomes.
 const MUTANTS: &[(&str, &str, usize, &str)] = &[
@@ -287,7 +290,8 @@ fn caught_by() -> Result<Option<String>> {
         ("simulation", &["--test", "move_simulation", "one_copy"]),
     ] {
         let mut test = cargo();
-        test.args(["test", "--release", "--workspace"])
+        test.args(["--config", QUICK_BUILD])
+            .args(["test", "--release", "--workspace"])
             .args(crate::suite::FAILPOINTS)
             .args(args)
             .env("KEEL_SIM_SEEDS", SEEDS)

@@ -1,7 +1,6 @@
 //! The folder of a worker: made before its process, removed after it. All of it
 //! blocks, for as long as a large tree takes, and runs on threads that may.
 
-use super::workers::Leftovers;
 use keel_cluster::MachineName;
 use keel_machine::cgroup::{Group, Slice};
 use keel_machine::worker::SOCKET;
@@ -11,6 +10,15 @@ use std::path::{Path, PathBuf};
 
 /// What a worker's process says, but for its machine's output.
 pub(super) const LOG: &str = "worker.log";
+
+/// What an earlier worker of a machine left in its folder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leftovers {
+    /// Is another machine's, which had the name.
+    Remove,
+    /// Is this machine's: what it said stays.
+    KeepOutput,
+}
 
 /// Makes the folder of a new worker, with its cgroup and the file for what its process
 /// says; removes what an earlier one left. Blocks.

@@ -21,6 +21,7 @@ mod image;
 mod workers;
 
 pub(crate) use exclusion::MoveHandle;
+pub(crate) use folder::Leftovers;
 pub(crate) use handle::{Arrivals, Processes};
 pub use image::{installed, own_image, own_image_for_others};
-pub(crate) use workers::{COMPILE_PATIENCE, Leftovers, OLDER, PROMPT, Worker, Workers, is_older};
+pub(crate) use workers::{COMPILE_PATIENCE, OLDER, PROMPT, Worker, Workers, is_older};

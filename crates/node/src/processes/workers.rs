@@ -1,6 +1,6 @@
 //! A table of workers: starting them, finding them again, speaking to them.
 
-use super::folder;
+use super::folder::{self, Leftovers};
 use super::image::own_image;
 use crate::state_dir::StateDir;
 use keel_cluster::MachineName;
@@ -203,15 +203,6 @@ async fn gone_within(process: &Arc<OwnedFd>, patience: Duration) -> bool {
         poll(&mut ended, Some(&patience))
     });
     matches!(waited.await, Ok(Ok(1..)))
-}
-
-/// What an earlier worker of a machine left in its folder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Leftovers {
-    /// Is another machine's, which had the name.
-    Remove,
-    /// Is this machine's: what it said stays.
-    KeepOutput,
 }
 
 /// All workers of this node.
