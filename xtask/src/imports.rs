@@ -348,7 +348,10 @@ mod tests {
         ];
         let found = wrong(&files, false);
         assert_eq!(found.len(), 1, "{found:?}");
-        assert!(found[0].contains("src/a/c.rs imports src/b.rs"), "{found:?}");
+        assert!(
+            found[0].contains("src/a/c.rs imports src/b.rs"),
+            "{found:?}"
+        );
     }
 
     #[test]

@@ -292,7 +292,6 @@ fn caught_by() -> Result<Option<String>> {
         let mut test = cargo();
         test.args(["--config", QUICK_BUILD])
             .args(["test", "--release", "--workspace"])
-            .args(crate::suite::FAILPOINTS)
             .args(args)
             .env("KEEL_SIM_SEEDS", SEEDS)
             .stdout(Stdio::piped())

@@ -12,6 +12,7 @@
 //! - `doctor`: `keel doctor`
 //! - `down`: `keel down`
 //! - `events`: `keel events`
+//! - `help`: the list of commands, in groups
 //! - `program`: a module and its arguments on a command line
 //! - `set`: `keel set`
 //! - `sim`: `keel sim`
@@ -36,6 +37,7 @@ mod doctor;
 mod down;
 mod dry_run;
 mod events;
+mod help;
 mod history;
 mod keep;
 mod machines;
@@ -54,7 +56,7 @@ mod wasm;
 mod when;
 
 use anyhow::Context;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::process::ExitCode;
 
 /// A self-balancing cluster of virtual machines.
@@ -228,9 +230,8 @@ enum Command {
         /// The shell.
         shell: clap_complete::Shell,
     },
-    /// Makes things go wrong on purpose, in builds for tests.
-    #[cfg(feature = "failpoints")]
-    #[command(subcommand)]
+    /// Injects faults, for tests: on nodes that were started with KEEL_FAULT_INJECTION=1.
+    #[command(subcommand, hide = true)]
     Debug(DebugCommand),
     /// Runs a node's agent (started by `keel up`).
     #[command(hide = true)]
@@ -246,7 +247,6 @@ enum Command {
     Worker(up::WorkerArgs),
 }
 
-#[cfg(feature = "failpoints")]
 #[derive(Subcommand)]
 enum DebugCommand {
     /// Lists the failpoints, or gives the node that is asked an order for one.
@@ -259,7 +259,6 @@ enum DebugCommand {
     },
 }
 
-#[cfg(feature = "failpoints")]
 async fn debug(reach: &cluster::Reach, command: DebugCommand) -> anyhow::Result<ExitCode> {
     let DebugCommand::Failpoint { name, order } = command;
     let Some(name) = name else {
@@ -277,7 +276,8 @@ async fn debug(reach: &cluster::Reach, command: DebugCommand) -> anyhow::Result<
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = help::grouped(Cli::command()).get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // One that was started by a link to its image would be listed by the link's name. An
     // error leaves it that.
     let _ = rustix::thread::set_name(c"keel");
@@ -393,7 +393,6 @@ async fn with_runtime(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Restore(args) => keep::restore(&reach, &args).await,
         Command::Volume(command) => volume::run(&reach, command).await,
         Command::Clone(args) => keep::clone(&reach, &args).await,
-        #[cfg(feature = "failpoints")]
         Command::Debug(command) => debug(&reach, command).await,
         // Dispatched before, without a runtime.
         Command::Wasm(_)

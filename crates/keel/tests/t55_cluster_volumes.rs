@@ -503,7 +503,6 @@ async fn a_damaged_chunk_is_named() {
     assert!(named && said.contains("checksum is wrong"), "{said}");
 }
 
-#[cfg(feature = "failpoints")]
 impl Bench {
     async fn order(&self, node: &str, name: &str, order: Option<&str>) {
         let what = format!("{node} takes an order for {name}");
@@ -515,7 +514,6 @@ impl Bench {
 }
 
 /// A checkpoint that fails after its volumes were kept leaves nothing of that.
-#[cfg(feature = "failpoints")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_checkpoint_leaves_no_snapshot() {
     let folder = folder();
@@ -536,7 +534,6 @@ async fn a_failed_checkpoint_leaves_no_snapshot() {
 
 /// The target goes on and writes, but is lost before anybody knows: the machine is
 /// taken back to its source, and the volume with it.
-#[cfg(feature = "failpoints")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_is_taken_back_takes_its_volume_back() {
     let folder = folder();
@@ -604,7 +601,6 @@ async fn a_machine_that_is_taken_back_takes_its_volume_back() {
 
 /// Whatever dies at whichever step of a move: what was synced is there, and what is
 /// there is of one instant.
-#[cfg(feature = "failpoints")]
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_synced_is_lost_at_any_step_of_a_move() {
     let folder = folder();

@@ -218,7 +218,6 @@ async fn what_was_set_is_kept() {
     assert_eq!(copy.restart, Restart::OnFailure);
 }
 
-#[cfg(feature = "failpoints")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_set_in_the_middle_of_a_move() {
     let bench = Bench::new(&["a", "b"]).await;

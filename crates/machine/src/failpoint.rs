@@ -1,18 +1,23 @@
 //! Named points in the middle of what must not go wrong, at which a test makes
 //! the process die, stand still, wait or fail.
 //!
-//! They do nothing unless built with the feature `failpoints`, which only tests
-//! ask for. An [`Order`] is given by name: to an agent over its API (`keel debug
+//! They do nothing unless the process was started with [`ENABLE_ENVIRONMENT`], as tests
+//! start it: what is tested is the binary that is shipped. An [`Order`] is given by name: to an agent over its API (`keel debug
 //! failpoint`), which passes on those of workers, to the ones that run and, by
 //! [`ENVIRONMENT`], to those that it starts later. An order is for one process:
 //! what is started anew after a kill has none.
 
+use rustix::process::{Signal, getpid, kill_process};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 /// Orders for a new worker: `NAME=ORDER`, separated by `;`.
 pub const ENVIRONMENT: &str = "KEEL_FAILPOINTS";
+/// Set to 1, it lets a process and those that it starts inject faults.
+pub const ENABLE_ENVIRONMENT: &str = "KEEL_FAULT_INJECTION";
 /// A file in which each process notes the failpoints at which something happened.
 pub const LOG_ENVIRONMENT: &str = "KEEL_FAILPOINT_LOG";
 /// The longest delay that can be ordered.
@@ -488,136 +493,108 @@ impl fmt::Display for Order {
 #[error("failpoint {0}")]
 pub struct Injected(&'static str);
 
-#[cfg(feature = "failpoints")]
-mod on {
-    use super::{Action, ENVIRONMENT, Injected, LOG_ENVIRONMENT, Order, find};
-    use rustix::process::{Signal, getpid, kill_process};
-    use std::collections::BTreeMap;
-    use std::sync::{Mutex, MutexGuard};
-    use std::time::Duration;
+static ORDERS: Mutex<BTreeMap<&'static str, Order>> = Mutex::new(BTreeMap::new());
 
-    static ORDERS: Mutex<BTreeMap<&'static str, Order>> = Mutex::new(BTreeMap::new());
+fn orders() -> MutexGuard<'static, BTreeMap<&'static str, Order>> {
+    ORDERS.lock().unwrap_or_else(|error| error.into_inner())
+}
 
-    fn orders() -> MutexGuard<'static, BTreeMap<&'static str, Order>> {
-        ORDERS.lock().unwrap_or_else(|error| error.into_inner())
-    }
+/// Gives this process an order, or takes it back.
+pub fn set(name: &str, order: Option<Order>) {
+    let Some(failpoint) = find(name) else { return };
+    match order {
+        Some(order) => orders().insert(failpoint.name, order),
+        None => orders().remove(failpoint.name),
+    };
+}
 
-    /// Gives this process an order, or takes it back.
-    pub fn set(name: &str, order: Option<Order>) {
-        let Some(failpoint) = find(name) else { return };
-        match order {
-            Some(order) => orders().insert(failpoint.name, order),
-            None => orders().remove(failpoint.name),
-        };
-    }
-
-    /// Takes the orders that the environment has for this process.
-    pub fn set_from_environment() {
-        let text = std::env::var(ENVIRONMENT).unwrap_or_default();
-        for (name, order) in text.split(';').filter_map(|part| part.split_once('=')) {
-            set(name, order.parse().ok());
-        }
-    }
-
-    /// What is to happen now.
-    fn due(name: &'static str) -> Option<Action> {
-        debug_assert!(find(name).is_some(), "{name}");
-        let mut orders = orders();
-        let order = orders.get_mut(name)?;
-        if order.skip > 0 {
-            order.skip -= 1;
-            return None;
-        }
-        let (action, always) = (order.action, order.always);
-        if !always {
-            orders.remove(name);
-        }
-        Some(action)
-    }
-
-    /// Notes for the test that something happens here, before it does.
-    fn note(name: &str) {
-        use std::io::Write;
-        let Some(path) = std::env::var_os(LOG_ENVIRONMENT) else {
-            return;
-        };
-        let noted = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .and_then(|mut file| writeln!(file, "{name}"));
-        if let Err(error) = noted {
-            tracing::warn!(%error, "a failpoint is not noted");
-        }
-    }
-
-    fn act(name: &'static str) -> Result<Option<Duration>, Injected> {
-        let Some(action) = due(name) else {
-            return Ok(None);
-        };
-        tracing::warn!(name, ?action, "failpoint");
-        note(name);
-        let signal = match action {
-            Action::Kill => Signal::KILL,
-            Action::Stop => Signal::STOP,
-            Action::Error => return Err(Injected(name)),
-            Action::Delay(time) => return Ok(Some(time)),
-        };
-        // A process may always signal itself.
-        let _ = kill_process(getpid(), signal);
-        Ok(None)
-    }
-
-    /// Passes a failpoint, on a thread that may block.
-    ///
-    /// # Errors
-    /// If that was ordered.
-    pub fn pass(name: &'static str) -> Result<(), Injected> {
-        if let Some(time) = act(name)? {
-            std::thread::sleep(time);
-        }
-        Ok(())
-    }
-
-    /// Passes a failpoint in a task.
-    ///
-    /// # Errors
-    /// If that was ordered.
-    pub async fn pass_async(name: &'static str) -> Result<(), Injected> {
-        if let Some(time) = act(name)? {
-            tokio::time::sleep(time).await;
-        }
-        Ok(())
+/// Takes the orders that the environment has for this process.
+pub fn set_from_environment() {
+    let text = std::env::var(ENVIRONMENT).unwrap_or_default();
+    for (name, order) in text.split(';').filter_map(|part| part.split_once('=')) {
+        set(name, order.parse().ok());
     }
 }
 
-#[cfg(not(feature = "failpoints"))]
-mod off {
-    use super::Injected;
+/// Whether this process injects faults at all: only where whoever started it said so.
+pub fn is_enabled() -> bool {
+    static ENABLED: OnceLock<bool> = OnceLock::new();
+    *ENABLED.get_or_init(|| std::env::var_os(ENABLE_ENVIRONMENT).is_some_and(|it| it == "1"))
+}
 
-    /// Passes a failpoint: nothing happens in this build.
-    ///
-    /// # Errors
-    /// None in this build.
-    #[inline]
-    pub fn pass(_name: &'static str) -> Result<(), Injected> {
-        Ok(())
+/// What is to happen now.
+fn due(name: &'static str) -> Option<Action> {
+    if !is_enabled() {
+        return None;
     }
+    debug_assert!(find(name).is_some(), "{name}");
+    let mut orders = orders();
+    let order = orders.get_mut(name)?;
+    if order.skip > 0 {
+        order.skip -= 1;
+        return None;
+    }
+    let (action, always) = (order.action, order.always);
+    if !always {
+        orders.remove(name);
+    }
+    Some(action)
+}
 
-    /// Passes a failpoint: nothing happens in this build.
-    ///
-    /// # Errors
-    /// None in this build.
-    #[inline]
-    pub async fn pass_async(_name: &'static str) -> Result<(), Injected> {
-        Ok(())
+/// Notes for the test that something happens here, before it does.
+fn note(name: &str) {
+    use std::io::Write;
+    let Some(path) = std::env::var_os(LOG_ENVIRONMENT) else {
+        return;
+    };
+    let noted = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .and_then(|mut file| writeln!(file, "{name}"));
+    if let Err(error) = noted {
+        tracing::warn!(%error, "a failpoint is not noted");
     }
 }
 
-#[cfg(not(feature = "failpoints"))]
-pub use off::{pass, pass_async};
-#[cfg(feature = "failpoints")]
-pub use on::{pass, pass_async, set, set_from_environment};
+fn act(name: &'static str) -> Result<Option<Duration>, Injected> {
+    let Some(action) = due(name) else {
+        return Ok(None);
+    };
+    tracing::warn!(name, ?action, "failpoint");
+    note(name);
+    let signal = match action {
+        Action::Kill => Signal::KILL,
+        Action::Stop => Signal::STOP,
+        Action::Error => return Err(Injected(name)),
+        Action::Delay(time) => return Ok(Some(time)),
+    };
+    // A process may always signal itself.
+    let _ = kill_process(getpid(), signal);
+    Ok(None)
+}
+
+/// Passes a failpoint, on a thread that may block.
+///
+/// # Errors
+/// If that was ordered.
+pub fn pass(name: &'static str) -> Result<(), Injected> {
+    if let Some(time) = act(name)? {
+        std::thread::sleep(time);
+    }
+    Ok(())
+}
+
+/// Passes a failpoint in a task.
+///
+/// # Errors
+/// If that was ordered.
+pub async fn pass_async(name: &'static str) -> Result<(), Injected> {
+    if let Some(time) = act(name)? {
+        tokio::time::sleep(time).await;
+    }
+    Ok(())
+}
 
 #[cfg(test)]
 mod tests {

@@ -668,7 +668,6 @@ impl Link {
     /// # Errors
     /// [`LinkError::Io`].
     pub fn flush(&mut self) -> Result<(), LinkError> {
-        #[cfg(feature = "failpoints")]
         keel_net::delay::wait_blocking();
         self.write_out()
     }

@@ -15,7 +15,6 @@
 #![forbid(unsafe_code)]
 
 pub mod bulk;
-#[cfg(feature = "delays")]
 pub mod delay;
 pub mod frame;
 pub mod name;

@@ -243,6 +243,7 @@ impl LocalCluster {
             },
         };
         command
+            .env(keel_machine::failpoint::ENABLE_ENVIRONMENT, "1")
             .env("KEEL_FAILPOINT_LOG", state.join(FAILPOINT_LOG))
             .arg("--state-dir")
             .arg(state)

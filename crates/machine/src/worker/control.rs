@@ -53,7 +53,6 @@ pub mod kind {
     /// [`super::FileRequest`] → [`super::FileDone`].
     pub const FILE: u16 = 0x0414;
     /// `(name, order)` → `()`: an order for a failpoint, or none.
-    #[cfg(feature = "failpoints")]
     pub const FAILPOINT: u16 = 0x04ff;
     /// [`super::Checkpoint`] → [`super::Checkpointed`].
     pub const CHECKPOINT: u16 = 0x040e;

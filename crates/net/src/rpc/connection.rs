@@ -60,7 +60,6 @@ impl Outgoing {
                     frame.encode(&self.class, &mut batch)?;
                 }
             }
-            #[cfg(feature = "delays")]
             crate::delay::wait().await;
             let writing = async {
                 stream.write_all(&batch).await?;

@@ -1,5 +1,4 @@
-//! The command that gives an order for a failpoint, or takes it back, in builds for tests
-//! only: for this process, or for the workers of its machines, present and to come.
+//! The command that gives an order for a failpoint, or takes it back: for this process, or for the workers of its machines, present and to come.
 
 use super::failpoint_orders::orders;
 use super::handle::Processes;

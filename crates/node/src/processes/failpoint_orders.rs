@@ -1,5 +1,4 @@
-//! Orders for failpoints that workers get which are started later, in builds for tests
-//! only.
+//! Orders for failpoints that workers get which are started later.
 
 use keel_machine::failpoint::Order;
 use std::collections::BTreeMap;

@@ -8,12 +8,10 @@
 //! - `folder`: the folder of a worker on disk
 //! - `exclusion`: operations that are under way, by machine
 //! - `image`: the executable that workers and agents are started from
-//! - `failpoint_orders`, `failpoint_command`: failpoints in workers (builds for tests)
+//! - `failpoint_orders`, `failpoint_command`: failpoints in workers
 
 mod exclusion;
-#[cfg(feature = "failpoints")]
 mod failpoint_command;
-#[cfg(feature = "failpoints")]
 mod failpoint_orders;
 mod folder;
 mod handle;

@@ -389,9 +389,7 @@ impl Workers {
             .stderr(log)
             // It outlives the agent, and a Ctrl-C at the agent's terminal.
             .process_group(0);
-        #[cfg(feature = "failpoints")]
         let orders = super::failpoint_orders::for_new_worker();
-        #[cfg(feature = "failpoints")]
         command.env(keel_machine::failpoint::ENVIRONMENT, &orders);
         let mut child = command.spawn().map_err(|error| {
             let image = own_image().display();
@@ -425,7 +423,6 @@ impl Workers {
             let _ = child.wait().await;
         });
         self.table().insert(machine.clone(), worker.clone());
-        #[cfg(feature = "failpoints")]
         refresh_failpoints(&worker, &orders).await;
         Ok(worker)
     }
@@ -522,7 +519,6 @@ impl Workers {
 
 /// Takes back from a new worker, which is in the table now, the orders that were
 /// taken back while it was being started.
-#[cfg(feature = "failpoints")]
 async fn refresh_failpoints(worker: &Worker, given: &str) {
     for (name, _) in given.split(';').filter_map(|part| part.split_once('=')) {
         if !super::failpoint_orders::orders().contains_key(name) {

@@ -142,7 +142,6 @@ impl Inner {
 /// # Errors
 /// If its folder or socket cannot be used.
 pub fn run(folder: &Path, cache: &Path, programs: &Path) -> Result<(), String> {
-    #[cfg(feature = "failpoints")]
     crate::failpoint::set_from_environment();
     cgroup::spend_worker();
     // First: what is allocated from here on is counted there.
@@ -457,7 +456,6 @@ impl Worker {
                 });
                 Ok(pack(&offset.await?)?.into())
             }
-            #[cfg(feature = "failpoints")]
             kind::FAILPOINT => {
                 let (name, order): (String, Option<String>) = unpack(&payload)?;
                 let order = order.map(|order| order.parse()).transpose();

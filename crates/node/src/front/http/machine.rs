@@ -289,7 +289,6 @@ pub(super) async fn remove_volume(
     Ok(Json(serde_json::json!({})))
 }
 
-#[cfg(feature = "failpoints")]
 pub(super) async fn failpoint(
     State(at): Shared,
     Json(request): Json<keel_api::FailpointRequest>,

@@ -10,6 +10,7 @@ use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::{delete, get, post, put};
 use keel_cluster::tokens::Role;
+use keel_machine::failpoint;
 use std::sync::Arc;
 
 /// What is said of a request that cannot be, in bytes at most.
@@ -103,8 +104,10 @@ pub(super) fn router(handles: Arc<Handles>) -> Router {
         .route("/v1/rules/{name}", delete(balance::remove_rule))
         .route("/v1/labels", post(balance::label))
         .route("/v1/events", get(machine::tell_events));
-    #[cfg(feature = "failpoints")]
-    let router = router.route("/v1/debug/failpoint", post(machine::failpoint));
+    let router = match failpoint::is_enabled() {
+        true => router.route("/v1/debug/failpoint", post(machine::failpoint)),
+        false => router,
+    };
     router
         .fallback(|| async { problem(StatusCode::NOT_FOUND, "no such request (see /v1)".into()) })
         .layer(middleware::from_fn(in_full))

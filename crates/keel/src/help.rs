@@ -1,0 +1,86 @@
+//! The list of commands in `keel --help`, in groups.
+
+use clap::Command;
+use std::fmt::Write;
+
+/// Which commands are in which group, in the order in which they are shown.
+const GROUPS: &[(&str, &[&str])] = &[
+    (
+        "Machines",
+        &[
+            "run", "ps", "logs", "inspect", "describe", "set", "stop", "kill", "rm", "cp", "apply",
+        ],
+    ),
+    (
+        "Moves and spanning",
+        &[
+            "move", "span", "unspan", "parts", "threads", "objects", "shake",
+        ],
+    ),
+    (
+        "Balancing",
+        &[
+            "balance", "why", "why-not", "ledger", "history", "drain", "undrain", "rule", "label",
+        ],
+    ),
+    (
+        "Checkpoints and volumes",
+        &["checkpoint", "checkpoints", "restore", "clone", "volume"],
+    ),
+    (
+        "Cluster",
+        &[
+            "up", "join", "down", "status", "nodes", "schedule", "token", "events",
+        ],
+    ),
+    (
+        "Tools",
+        &["demo", "wasm", "sim", "doctor", "completions", "man"],
+    ),
+];
+
+/// The command with its subcommands listed in groups.
+pub(crate) fn grouped(command: Command) -> Command {
+    let mut text = String::new();
+    let width = GROUPS.iter().flat_map(|(_, names)| names.iter());
+    let width = width.map(|name| name.len()).max().unwrap_or(0);
+    for (title, names) in GROUPS {
+        // (Writing to a string does not fail.)
+        let _ = writeln!(text, "{title}:");
+        for name in *names {
+            let about = command
+                .find_subcommand(name)
+                .and_then(Command::get_about)
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            let _ = writeln!(text, "  {name:<width$}  {about}");
+        }
+        text.push('\n');
+    }
+    text.push_str("`keel COMMAND --help` says more of each.");
+    command
+        .help_template(
+            "{about-with-newline}\n{usage-heading} {usage}\n\n{after-help}\n\nOptions:\n{options}",
+        )
+        .after_help(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn every_command_is_in_one_group() {
+        let command = crate::Cli::command();
+        let shown = command.get_subcommands().filter(|it| !it.is_hide_set());
+        let mut shown: Vec<&str> = shown.map(Command::get_name).collect();
+        let mut grouped: Vec<&str> = GROUPS
+            .iter()
+            .flat_map(|(_, names)| names.iter().copied())
+            .collect();
+        shown.sort_unstable();
+        grouped.sort_unstable();
+        assert_eq!(grouped, shown);
+    }
+}
