@@ -5,7 +5,7 @@
 
 use crate::Name;
 use crate::cost::CostModel;
-use crate::grains::Choice;
+use crate::fine_grained::Choice;
 use crate::load::Absurd;
 use crate::policy::{Mode, Policy};
 use crate::rules::Broken;

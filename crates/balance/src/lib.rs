@@ -7,7 +7,7 @@
 //! - [`window`]: what the load was in the last seconds, and when it is calm enough
 //! - [`cost`]: what a move is worth and what it takes, each with an interval
 //! - [`select`]: which machine goes, and why not the others
-//! - [`grains`]: threads and memory of one machine
+//! - [`fine_grained`]: threads and memory of one machine
 //! - [`round`]: one node's side of the masterless rounds
 //! - [`plan`]: moves for the whole cluster at once, in order
 //! - [`rules`]: where machines may be
@@ -18,7 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cost;
-pub mod grains;
+pub mod fine_grained;
 pub mod ledger;
 pub mod load;
 pub mod plan;

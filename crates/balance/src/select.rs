@@ -13,7 +13,7 @@
 //! and a large one would be uneven at its minimum.
 //!
 //! A machine that may have parts on several nodes, and would press the target as well, gets
-//! parts instead ([`crate::grains`]): moved as a whole it would only be spread from there.
+//! parts instead ([`crate::fine_grained`]): moved as a whole it would only be spread from there.
 //!
 //! Packing (`pack`) empties nodes instead. It goes one way only, from the weaker node to
 //! the stronger, and between equals from the one that carries less to the other: each
@@ -167,7 +167,7 @@ pub fn presses_any(here: f64, there: f64, policy: &Policy) -> bool {
 
 impl Spreadable {
     /// Whether the machine is to get parts where it is, or looks as if it were about to. That
-    /// is a guess: [`crate::grains::decide`] knows its threads and what it has of its memory.
+    /// is a guess: [`crate::fine_grained::decide`] knows its threads and what it has of its memory.
     /// So whoever asks believes it for a moment only.
     fn is_due(&self, factors: &Factors, source: &Side, there: f64, policy: &Policy) -> bool {
         let most = self.part_memory_bytes;

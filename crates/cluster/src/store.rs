@@ -24,13 +24,13 @@ use thiserror::Error;
 mod model;
 mod redb;
 mod remote;
-mod serve;
+mod server;
 mod view;
 mod wire;
 
 pub use redb::{RedbOptions, RedbStore};
 pub use remote::RemoteStore;
-pub use serve::StoreHandler;
+pub use server::StoreHandler;
 
 /// Number of a committed change; 0 is the empty store, the first change is 1.
 pub type Revision = u64;

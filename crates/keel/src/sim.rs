@@ -4,7 +4,7 @@
 
 use crate::output::{self, Format};
 use anyhow::{Context, Result, bail};
-use keel_sim::picture;
+use keel_sim::html_report;
 use keel_sim::replay::{Again, Replayed, replay};
 use keel_sim::run::{Report, run, run_recorded};
 use keel_sim::scenario::Scenario;
@@ -139,7 +139,7 @@ pub(crate) fn sim(args: &Args, format: Format) -> Result<ExitCode> {
     let took = begun.elapsed();
     if let Some(place) = &args.html {
         let title = title(&scenario.place);
-        let page = picture::page(&title, other.as_ref().unwrap_or(&plain));
+        let page = html_report::page(&title, other.as_ref().unwrap_or(&plain));
         std::fs::write(place, page).with_context(|| place.display().to_string())?;
     }
     match (format, &other) {

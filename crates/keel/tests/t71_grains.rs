@@ -3,7 +3,7 @@
 //! says why.
 
 use keel_api::{LedgerInfo, ObjectInfo, PartsInfo};
-use keel_balance::grains::Grain;
+use keel_balance::fine_grained::Grain;
 use keel_balance::ledger::Decision;
 use keel_balance::policy::Mode;
 use keel_machine::spec::Spawn;

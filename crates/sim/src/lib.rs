@@ -8,7 +8,7 @@
 //! - [`run`]: runs a scenario and says what came of it
 //! - [`expect`]: what was expected of it
 //! - [`what_if`]: changes of a scenario, to compare with
-//! - [`picture`]: loads over time, as a page
+//! - [`html_report`]: loads over time, as a page
 //! - [`replay`]: decisions that were made, decided again
 //! - [`energy`]: what power nodes take
 //! - [`bad_input`]: what is wrong with a file
@@ -21,7 +21,7 @@ pub mod bad_input;
 pub mod curve;
 pub mod energy;
 pub mod expect;
-pub mod picture;
+pub mod html_report;
 pub mod replay;
 pub mod run;
 pub mod scenario;

@@ -1,7 +1,7 @@
 //! Scenario files: those that come along hold, what is wrong with one is said with
 //! its line, and a run is repeated exactly by its seed.
 
-use keel_sim::picture;
+use keel_sim::html_report;
 use keel_sim::run::{Report, run};
 use keel_sim::scenario::{Cluster, Scenario};
 use keel_sim::what_if::WhatIf;
@@ -400,12 +400,12 @@ fn a_picture_has_each_node_and_nothing_from_elsewhere() {
             .replace("n{}", "<n&{}>")
             .replace("\"n1\"", "\"<n&1>\""),
     );
-    let page = picture::page("lines", &plain(&scenario));
+    let page = html_report::page("lines", &plain(&scenario));
     assert_eq!(page.matches("<path").count(), 3);
     assert_eq!(page.matches("<circle").count(), 8);
     assert!(page.contains("&lt;n&amp;1&gt;") && !page.contains("<n&"));
     let many = parse(&THREE.replace("count = 3", "count = 300"));
-    let page = picture::page("rows", &plain(&many));
+    let page = html_report::page("rows", &plain(&many));
     assert!(page.matches("<rect").count() >= 200 && page.len() < 2_000_000);
     for foreign in ["<script", "http:", "https:", "src="] {
         assert!(!page.contains(foreign), "{foreign}");

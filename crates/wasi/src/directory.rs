@@ -4,7 +4,7 @@
 
 use crate::abi::{Result, types};
 use crate::descriptor::{OpenDirectory, Place};
-use crate::hidden::is_hidden_name;
+use crate::unlinked_open::is_hidden_name;
 use crate::locked;
 use cap_std::fs::Dir;
 use rustix::fs::{FileType, Mode, OFlags};

@@ -40,9 +40,9 @@ mod error;
 mod file;
 mod function;
 mod guest;
-mod hidden;
-mod outside;
-mod packed;
+mod unlinked_open;
+mod host_access;
+mod remote_call;
 mod path;
 mod poll;
 mod random;
@@ -59,8 +59,8 @@ pub use clock::{FollowingClock, HostClock, SystemClock};
 pub use config::{Config, Limits, Preopen, Source};
 pub use error::Error;
 pub use function::{Function, ParamType};
-pub use outside::{FileStat, Files};
-pub use packed::{Packed, Targets, pack};
+pub use host_access::{FileStat, Files};
+pub use remote_call::{Packed, Targets, pack};
 pub use restore::Resources;
 pub use snapshot::{
     ConnectionRecord, DescriptorKind, DescriptorRecord, DirectoryRecord, EntryRecord, FileRecord,
@@ -74,7 +74,7 @@ use crate::clock::GuestClock;
 use crate::descriptor::{
     Descriptor, Dropped, FileId, Kind, OpenDirectory, Place as DirPlace, Table,
 };
-use crate::hidden::OpenFiles;
+use crate::unlinked_open::OpenFiles;
 use crate::random::Random;
 use crate::stream::Stdin;
 use crate::volume::Volume;

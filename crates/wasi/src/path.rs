@@ -5,7 +5,7 @@ use crate::abi::{Result, types};
 use crate::descriptor::{Data, Descriptor, Dropped, FileId, Kind, OpenDirectory, OpenFile, Place};
 use crate::directory::filetype_of;
 use crate::file::{filestat_of, volume_device};
-use crate::hidden::names_hidden;
+use crate::unlinked_open::names_hidden;
 use crate::volume::{How, OpenNode};
 use crate::{Wasi, locked};
 use cap_fs_ext::{

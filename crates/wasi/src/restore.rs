@@ -9,7 +9,7 @@ use crate::descriptor::{
 };
 use crate::directory::{Entry, filetype_of};
 use crate::error::Error;
-use crate::hidden::OpenFiles;
+use crate::unlinked_open::OpenFiles;
 use crate::path::{Mode, open_file, open_node};
 use crate::random::Random;
 use crate::snapshot::{

@@ -8,7 +8,7 @@ use crate::descriptor::{
     Connection, Data, Descriptor, Kind, OpenDirectory, OpenFile, Place as DirPlace,
 };
 use crate::error::Error;
-use crate::hidden::{self, file_fd};
+use crate::unlinked_open::{self, file_fd};
 use crate::stream::Stdin;
 use crate::volume::VolumeRecord;
 use crate::{Root, RootPlace, Wasi, locked};
@@ -297,7 +297,7 @@ impl Wasi {
         let (Some(host_fd), Some(id)) = (file_fd(descriptor), descriptor.file_id()) else {
             return Err(Error::Damaged(format!("descriptor {fd} is no file")));
         };
-        let located = hidden::locate(&self.roots, host_fd, id, root);
+        let located = unlinked_open::locate(&self.roots, host_fd, id, root);
         let (preopen, path) = located.map_err(|source| match source.raw_os_error() {
             None => Error::Unreachable {
                 fd,

@@ -21,17 +21,17 @@
 //! here is needed for a machine to be safe: a move is one transaction of the store,
 //! whatever balancers believe.
 //!
-//! - `talk`: what balancers tell each other
-//! - `measuring`: what a balancer knows of its own node and machines
-//! - `own`: its own rounds
-//! - `others`: other nodes' rounds
+//! - `messages`: what balancers tell each other
+//! - `measurement`: what a balancer knows of its own node and machines
+//! - `initiator`: its own rounds
+//! - `responder`: other nodes' rounds
 
-mod measuring;
-mod others;
-mod own;
-mod talk;
+mod measurement;
+mod responder;
+mod initiator;
+mod messages;
 
-pub use talk::{Answer, Peers, Question, View};
+pub use messages::{Answer, Peers, Question, View};
 
 use crate::Name;
 use crate::cost::CostModel;

@@ -11,19 +11,19 @@
 //! - `queue`: what is going to happen
 //! - `book`: rules, and their repair
 
-mod befall;
-mod book;
-mod look;
+mod faults;
+mod rules;
+mod queries;
 mod messages;
 mod moves;
 mod queue;
 
-pub use befall::{Lie, What};
-pub use book::Rulebook;
-pub use look::NodeNow;
+pub use faults::{Lie, What};
+pub use rules::Rulebook;
+pub use queries::NodeNow;
 
 use crate::curve::Curve;
-use book::Book;
+use rules::Book;
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::Decision;

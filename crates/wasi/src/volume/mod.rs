@@ -27,7 +27,7 @@ mod blocks;
 mod content;
 mod record;
 mod stall;
-mod track;
+mod change_tracking;
 mod transfer;
 mod tree;
 
@@ -35,7 +35,7 @@ pub use backing::{Backed, Backing, Fault, LocalBlocks, Pending, Promise};
 pub use blocks::BLOCK_BYTES;
 pub use record::{NodeBody, NodeRecord, VolumeRecord};
 pub use stall::{RETRY_AFTER, Stalls, is_disk_full};
-pub use track::{Changes, Tracker};
+pub use change_tracking::{Changes, Tracker};
 pub use transfer::{BlockReader, BlockWriter};
 
 use crate::directory::Entry;
@@ -49,7 +49,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use track::Trackers;
+use change_tracking::Trackers;
 use tree::{Body, Final, LINK_BYTES_MAX, Last, Times, Tree, Walked};
 
 pub(crate) use backing::done;

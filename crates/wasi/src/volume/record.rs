@@ -5,7 +5,7 @@ use super::backing::Backed;
 use super::blocks::{BLOCK_BYTES, BlockSet};
 use super::content::{Content, FILE_BYTES_MAX, Quota, State};
 use super::stall::Stalls;
-use super::track::Trackers;
+use super::change_tracking::Trackers;
 use super::tree::{Body, LINK_BYTES_MAX, NAME_BYTES_MAX, ROOT, TEXT_BYTES_MAX, Times, Tree};
 use super::{Volume, VolumeLimits};
 use serde::{Deserialize, Serialize};

@@ -82,19 +82,19 @@
 //! - `directory`: who holds what, and who waits for it
 //! - `copies`: what this part holds
 //! - `traffic`: whether nothing is on its way between parts
-//! - `succession`: the home moves
+//! - `home_migration`: the home moves
 //! - `page_map`: what both are kept in
 
 mod copies;
 mod directory;
 mod message;
 mod page_map;
-mod succession;
+mod home_migration;
 mod traffic;
 
 pub use copies::Copy;
 pub use message::{Holders, Message, PageEntry, ROW_PAGES_MAX, Request, Txn};
-pub use succession::{Held, Holdings};
+pub use home_migration::{Held, Holdings};
 pub use traffic::Traffic;
 
 use copies::Copies;

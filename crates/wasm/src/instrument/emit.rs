@@ -19,14 +19,14 @@
 //! In a clone every value that crosses a landing lies in a local: originals in
 //! their own, operands in *temporaries*, one for each height and type.
 
-mod room;
-mod spilled;
+mod save_area;
+mod spill;
 
 use super::body::{Construct, Landing, Point, PointKind, ends_here};
 use super::meta::{self, SlotType};
 use super::plan::{BlockTypes, Plan, RESULT};
 use super::{InstrumentError, slot_type};
-use spilled::BLOCK_VALUES_MAX;
+use spill::BLOCK_VALUES_MAX;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
 use wasm_encoder::{BlockType, BranchHint, Function, Instruction, MemArg, MemArgTarget};
 use wasmparser::{Operator, ValType};

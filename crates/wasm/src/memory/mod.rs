@@ -23,7 +23,7 @@ mod faults;
 mod probe;
 mod spanning;
 mod uffd;
-mod uses;
+mod access_tracking;
 
 pub use creator::{Control, Creator, with_memories};
 pub use dirty::{DirtyTracker, Method};
@@ -31,7 +31,7 @@ pub use faults::{Fault, FaultKind, PageFaults};
 pub use probe::{Offered, probe};
 pub use spanning::{Spanning, Touch};
 pub use uffd::Unavailable;
-pub use uses::Uses;
+pub use access_tracking::Uses;
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};
 use rustix::io::{pread, retry_on_intr};

@@ -16,7 +16,7 @@
 //! needs no rights).
 
 use super::uffd::{self, Unavailable, unavailable};
-use super::uses::Uses;
+use super::access_tracking::Uses;
 use super::{GuestMemory, MemoryError, PAGE_BYTES, faults};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::retry_on_intr;

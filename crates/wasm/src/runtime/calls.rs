@@ -3,7 +3,7 @@
 use super::frame::Progress;
 use super::host::{Host, HostOutcome, HostThread, ImportKind};
 use super::machine::{Shared, locked};
-use super::names::{NAME_BYTES_MAX, Named};
+use super::hints::{NAME_BYTES_MAX, Named};
 use super::signal::Signal;
 use crate::memory::WASM_PAGE_BYTES;
 use keel_wasi::{Errno, Outcome as WasiOutcome};

@@ -2,7 +2,7 @@
 
 use super::frame::ThreadState;
 use super::machine::MachineError;
-use super::names::Names;
+use super::hints::Names;
 use super::program::Program;
 use super::wait::WaitQueues;
 use crate::memory::WASM_PAGE_BYTES;

@@ -17,8 +17,8 @@
 //! the machine is frozen or thawed meanwhile does not matter to it, and freezing
 //! need not wait for it.
 
-mod running;
-mod spread;
+mod execution;
+mod placement;
 
 use super::calls::Turns;
 use super::fiber::{FiberError, Trap};
@@ -26,7 +26,7 @@ use super::frame::{FrameError, ThreadState};
 use super::governor::{CoreTime, ThreadClock, govern};
 use super::host::Host;
 use super::image::{Entry, Image};
-use super::names::{Named, Names};
+use super::hints::{Named, Names};
 use super::parts::{Inbox, Parts};
 use super::program::{Program, ProgramError};
 use super::signal::Signal;

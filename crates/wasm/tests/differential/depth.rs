@@ -2,7 +2,7 @@
 //! bounds, and how it ends beyond them.
 
 use crate::trap_name;
-use crate::written::{Deep, PRINT, StepsAtPrint};
+use crate::handwritten::{Deep, PRINT, StepsAtPrint};
 use keel_wasi::{Config, Wasi};
 use keel_wasm::runtime::frame::{FRAME_BYTES_MAX, FRAMES_MAX, ThreadState, Value};
 use keel_wasm::runtime::{

@@ -9,13 +9,13 @@
 
 mod depth;
 mod operands;
-mod plain;
-mod shaken;
-mod written;
+mod reference;
+mod captured;
+mod handwritten;
 
-use plain::Plain;
+use reference::Plain;
 use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
-use shaken::Shaken;
+use captured::Shaken;
 use std::collections::BTreeMap;
 use wasm_encoder::HeapType;
 use wasm_encoder::reencode::{self, Reencode};
@@ -248,7 +248,7 @@ fn check(modules: u64, config: fn() -> Config) {
             continue;
         }
         let bytes = functions_only(&module.to_bytes());
-        if plain::waits(&bytes) {
+        if reference::waits(&bytes) {
             continue;
         }
         let compared = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

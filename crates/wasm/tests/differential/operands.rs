@@ -1,6 +1,6 @@
 //! More operands than a block may take, and more locals than a function.
 
-use crate::written::{engine, same};
+use crate::handwritten::{engine, same};
 use keel_wasm::instrument::InstrumentError;
 use keel_wasm::runtime::ProgramError;
 use keel_wasm::runtime::frame::Value;

@@ -8,7 +8,7 @@ use crate::spanning;
 use crate::workers::Worker;
 use keel_api::SpanRequest;
 use keel_balance::Name;
-use keel_balance::grains::{Grain, Object, coldest};
+use keel_balance::fine_grained::{Grain, Object, coldest};
 use keel_cluster::MachineName;
 use keel_machine::span::PartId;
 use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport};

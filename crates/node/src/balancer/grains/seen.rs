@@ -8,7 +8,7 @@ use crate::spanning;
 use futures::future::join_all;
 use keel_api::{EventKind, PartInfo};
 use keel_balance::Name;
-use keel_balance::grains::{Drawn, Node, Object, Part, Scene, Thread};
+use keel_balance::fine_grained::{Drawn, Node, Object, Part, Scene, Thread};
 use keel_balance::round::{Answer, Question, View};
 use keel_cluster::MachineName;
 use keel_machine::span::{Heat, HotPage, PartId, Sharing, Took};

@@ -4,7 +4,7 @@
 //!            home                                          member
 //!   OS thread `guest-7`: its own stages,      order      OS thread `guest-7`:
 //!   safepoints, freezes, holds            ──────────▶    an instance, nothing else
-//!        │ [`away::Away`] instead of a     ◀──────────       │
+//!        │ [`remote_thread::Away`] instead of a     ◀──────────       │
 //!        ▼ fiber                             report          ▼ calls of the host
 //!   WASI, wait queues, new threads, growing  ◀───────────────┘
 //! ```
@@ -29,11 +29,11 @@
 //!
 //! What carries the messages and the pages is not here.
 
-mod away;
+mod remote_thread;
 mod member;
 mod message;
 
-pub(super) use away::{Away, Inbox, Parts};
+pub(super) use remote_thread::{Away, Inbox, Parts};
 pub use member::{Member, ToHome};
 pub use message::{Answer, Call, Entering, MessageError, Order, Report};
 

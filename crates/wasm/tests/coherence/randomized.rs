@@ -1,7 +1,7 @@
 //! Larger machines, in orders at random. A seed that fails is printed; it alone:
-//! `EVENKEEL_SEED=N cargo nextest run -p keel-wasm --test coherence seeds`.
+//! `EVENKEEL_SEED=N cargo nextest run -p keel-wasm --test coherence randomized`.
 
-use crate::world::{Action, Deed, Op, Set, Spoilt, World};
+use crate::simulator::{Action, Deed, Op, Set, Spoilt, World};
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};

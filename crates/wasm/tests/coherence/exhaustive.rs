@@ -2,7 +2,7 @@
 //! and two pages, the litmus tests of memory models (Alglave, Maranget and Tautschnig,
 //! "Herding Cats", 2014) with their threads on different parts.
 
-use crate::world::{Action, Deed, Op, Set, Spoilt, World};
+use crate::simulator::{Action, Deed, Op, Set, Spoilt, World};
 use stateright::{Checker, Model, Property};
 use std::collections::BTreeSet;
 use std::sync::Mutex;

@@ -1,6 +1,6 @@
 //! The same module instrumented, and captured at every safepoint.
 
-use crate::plain::Plain;
+use crate::reference::Plain;
 use crate::{Ended, Observed, trap_name};
 use keel_wasi::{Config, Wasi};
 use keel_wasm::instrument::InstrumentError;

@@ -1,6 +1,6 @@
 //! This node's own rounds: whom it asks, what it offers, and what became of it.
 
-use super::talk::{Answer, Question, View};
+use super::messages::{Answer, Question, View};
 use super::{
     Avoided, Balancer, Bounds, Check, Command, Confirmed, Explained, Leaving, SETTLE_SAMPLES,
     State, WEIGHED_MAX, offers, tracked_absurd,

@@ -1,6 +1,6 @@
 //! Other nodes' rounds: what they are answered, and what comes from there.
 
-use super::talk::{Answer, Question, View};
+use super::messages::{Answer, Question, View};
 use super::{Arriving, Balancer, Known, SETTLE_SAMPLES, WEIGHED_MAX};
 use crate::Name;
 use crate::ledger::Stay;
