@@ -19,13 +19,13 @@ const RATE_BYTES_PER_S: f64 = 800e6;
 /// Bytes that one core sends or receives in a second.
 const CORE_BYTES_PER_S: f64 = 1.5e9;
 /// What each move takes before its first byte, in milliseconds and core-seconds.
-const BEGIN_MS: f64 = 100.0;
-const BEGIN_CORE_S: f64 = 0.05;
+const SETUP_MS: f64 = 100.0;
+const SETUP_CORE_S: f64 = 0.05;
 /// Milliseconds for which a machine stands still, without what it wrote last.
-const STILL_MS: f64 = 3.0;
+const DOWNTIME_MS: f64 = 3.0;
 /// Share of a round that may be written again in the next at most: writers are
 /// slowed beyond.
-const AGAIN_MAX: f64 = 0.8;
+const REWRITTEN_SHARE_MAX: f64 = 0.8;
 /// Weight of the newest error.
 const NEWEST: f64 = 0.2;
 /// The spread before anything was learned, as a logarithm: a factor of 2.
@@ -88,15 +88,15 @@ pub struct Gain {
 
 /// How far predictions of one quantity were off, as the logarithm of a factor.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-struct Error {
+struct PredictionError {
     mean: f64,
     variance: f64,
     seen: u32,
 }
 
-impl Default for Error {
+impl Default for PredictionError {
     fn default() -> Self {
-        Error {
+        PredictionError {
             mean: 0.0,
             variance: SPREAD * SPREAD,
             seen: 0,
@@ -104,7 +104,7 @@ impl Default for Error {
     }
 }
 
-impl Error {
+impl PredictionError {
     fn learn(&mut self, predicted: f64, actual: f64) {
         if !(predicted > 0.0 && actual > 0.0 && predicted.is_finite() && actual.is_finite()) {
             return;
@@ -131,25 +131,25 @@ impl Error {
 /// Predicts what moves away from a node take, and learns from what they took.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct CostModel {
-    duration: Error,
-    downtime: Error,
+    duration: PredictionError,
+    downtime: PredictionError,
 }
 
 /// What the rule of copying gives before it is corrected.
-struct Raw {
+struct RawPrediction {
     bytes: f64,
     duration_ms: f64,
     downtime_ms: f64,
 }
 
 impl CostModel {
-    fn raw(factors: &Factors) -> Raw {
-        let again = (factors.dirty_bytes_per_s / RATE_BYTES_PER_S).min(AGAIN_MAX);
-        let bytes = factors.memory_bytes as f64 / (1.0 - again);
-        Raw {
+    fn raw(factors: &Factors) -> RawPrediction {
+        let rewritten = (factors.dirty_bytes_per_s / RATE_BYTES_PER_S).min(REWRITTEN_SHARE_MAX);
+        let bytes = factors.memory_bytes as f64 / (1.0 - rewritten);
+        RawPrediction {
             bytes,
-            duration_ms: BEGIN_MS + bytes / RATE_BYTES_PER_S * 1e3,
-            downtime_ms: STILL_MS * (1.0 + again),
+            duration_ms: SETUP_MS + bytes / RATE_BYTES_PER_S * 1e3,
+            downtime_ms: DOWNTIME_MS * (1.0 + rewritten),
         }
     }
 
@@ -159,8 +159,10 @@ impl CostModel {
         let duration_ms = self.duration.correct(raw.duration_ms);
         let downtime_ms = self.downtime.correct(raw.downtime_ms);
         // Both ends copy; and what the machine would have done, it does later.
-        let work = |still_ms: f64| {
-            BEGIN_CORE_S + 2.0 * raw.bytes / CORE_BYTES_PER_S + still_ms / 1e3 * factors.cpu_cores
+        let work = |downtime_ms: f64| {
+            SETUP_CORE_S
+                + 2.0 * raw.bytes / CORE_BYTES_PER_S
+                + downtime_ms / 1e3 * factors.cpu_cores
         };
         Cost {
             bytes: raw.bytes,
@@ -184,7 +186,7 @@ impl CostModel {
     /// How far durations and downtimes are off, typically, as factors above 1, and
     /// from how many moves that is known.
     pub fn error(&self) -> (f64, f64, u32) {
-        let factor = |error: &Error| error.variance.sqrt().exp();
+        let factor = |error: &PredictionError| error.variance.sqrt().exp();
         (
             factor(&self.duration),
             factor(&self.downtime),

@@ -6,37 +6,43 @@
 use crate::Name;
 use crate::cost::CostModel;
 use crate::fine_grained::Choice;
-use crate::load::Absurd;
+use crate::load::ValidationError;
 use crate::policy::{Mode, Policy};
-use crate::rules::Broken;
-use crate::select::{Bound, Considered, Side, Verdict};
+use crate::rules::Violation;
+use crate::select::{Considered, Constraint, NodeState, Verdict};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Why nothing is moved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Stay {
+pub enum NoMoveReason {
     /// The policy's mode is `off`.
     Off,
     /// There is no other node.
-    Alone,
+    #[serde(rename = "alone")]
+    NoPeers,
     /// Fewer samples than it takes to be sure.
-    Measuring,
+    #[serde(rename = "measuring")]
+    InsufficientSamples,
     /// Neither this node nor the other one waits for anything.
-    NobodyPressed,
+    #[serde(rename = "nobody_pressed")]
+    NoPressure,
     /// The loads are within the margin, or this node is the lighter one.
     Level,
     /// The difference has not lasted.
     Unsteady,
     /// This node carries enough to stay (`pack`).
-    Filled,
+    #[serde(rename = "filled")]
+    SufficientlyLoaded,
     /// The other node is free, and is to stay so (`pack`).
-    KeptFree,
+    #[serde(rename = "kept_free")]
+    ReservedFree,
     /// This node has no machine that can be considered.
     NoMachines,
     /// None of its machines may go; the nearest one's verdict.
-    NoneMayGo {
+    #[serde(rename = "none_may_go")]
+    NoEligibleMachine {
         /// Which is nearest.
         nearest: Name,
         /// Why not.
@@ -56,7 +62,8 @@ pub enum Stay {
     /// As many moves as the policy allows are under way in the cluster.
     Capped,
     /// A move to that node failed not long ago.
-    Avoided {
+    #[serde(rename = "avoided")]
+    Backoff {
         /// Milliseconds until it is tried again.
         for_ms: u64,
     },
@@ -107,24 +114,25 @@ pub enum Decision {
         /// How far the balancer went by itself.
         mode: Mode,
         /// This node.
-        here: Side,
+        here: NodeState,
         /// The other one.
-        there: Side,
+        there: NodeState,
         /// The difference that showed in most of the last samples.
         steady: f64,
         /// Who was considered, the chosen one first.
         considered: Vec<Considered>,
     },
     /// Nothing is moved, for another reason than before.
-    Stay {
+    #[serde(rename = "stay")]
+    NoMove {
         /// Why.
-        why: Stay,
+        why: NoMoveReason,
         /// The other node, where there was one.
         peer: Option<Name>,
         /// This node, where it was measured.
-        here: Option<Side>,
+        here: Option<NodeState>,
         /// The other one.
-        there: Option<Side>,
+        there: Option<NodeState>,
         /// Who was considered.
         considered: Vec<Considered>,
     },
@@ -135,7 +143,7 @@ pub enum Decision {
         /// Where to; `None` if no node may take it.
         target: Option<Name>,
         /// The rule, and what it says.
-        broken: Broken,
+        broken: Violation,
     },
     /// A machine is to move because a plan says so: a person's, or a drain's.
     Planned {
@@ -158,7 +166,8 @@ pub enum Decision {
         load: Option<(f64, f64)>,
     },
     /// Something is to be done with threads or memory of a machine.
-    Grain {
+    #[serde(rename = "grain")]
+    FineGrained {
         /// Which machine.
         machine: Name,
         /// How far the balancer goes by itself.
@@ -167,18 +176,20 @@ pub enum Decision {
         choice: Choice,
     },
     /// What was decided of threads or memory of a machine is over.
-    GrainEnded {
+    #[serde(rename = "grain_ended")]
+    FineGrainedEnded {
         /// Which machine.
         machine: Name,
         /// What was done, or not.
         outcome: String,
     },
     /// Another node's numbers were not believed.
-    Absurd {
+    #[serde(rename = "absurd")]
+    InvalidReport {
         /// Whose.
         peer: Name,
         /// Which.
-        fields: Vec<Absurd>,
+        fields: Vec<ValidationError>,
     },
 }
 
@@ -199,31 +210,31 @@ pub struct Line {
     pub decision: Decision,
 }
 
-impl fmt::Display for Bound {
+impl fmt::Display for Constraint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let s = |ms: &u64| *ms as f64 / 1e3;
         match self {
-            Bound::Held { for_ms } => {
+            Constraint::Held { for_ms } => {
                 write!(
                     f,
                     "it arrived not long ago and stays for {:.0} s more",
                     s(for_ms)
                 )
             }
-            Bound::CoolDown { for_ms } => write!(
+            Constraint::CoolDown { for_ms } => write!(
                 f,
                 "it came from there, and is not sent back for {:.0} s more",
                 s(for_ms)
             ),
-            Bound::Failed { for_ms } => write!(
+            Constraint::Failed { for_ms } => write!(
                 f,
                 "its last move failed; it is tried again in {:.0} s",
                 s(for_ms)
             ),
-            Bound::Moving => f.write_str("it is moving already"),
-            Bound::OptedOut => f.write_str("its spec says that it is not to be balanced"),
-            Bound::Spans => f.write_str("it has parts on several nodes (`keel unspan`)"),
-            Bound::Rule { rule, says } => write!(f, "rule {rule:?}: {says}"),
+            Constraint::Moving => f.write_str("it is moving already"),
+            Constraint::OptedOut => f.write_str("its spec says that it is not to be balanced"),
+            Constraint::Spans => f.write_str("it has parts on several nodes (`keel unspan`)"),
+            Constraint::Rule { rule, reason } => write!(f, "rule {rule:?}: {reason}"),
         }
     }
 }
@@ -233,11 +244,11 @@ impl fmt::Display for Verdict {
         let gib = |bytes: &u64| *bytes as f64 / f64::from(1 << 30);
         match self {
             Verdict::Chosen => f.write_str("it levels the two nodes best"),
-            Verdict::Further => f.write_str("another machine levels the two nodes better"),
-            Verdict::Dearer => {
+            Verdict::WorseFit => f.write_str("another machine levels the two nodes better"),
+            Verdict::CostsMore => {
                 f.write_str("another machine levels about as well and costs less to move")
             }
-            Verdict::Bound(bound) => bound.fmt(f),
+            Verdict::Constrained(bound) => bound.fmt(f),
             Verdict::NoRoom {
                 needs_bytes,
                 free_bytes,
@@ -248,12 +259,14 @@ impl fmt::Display for Verdict {
                 gib(free_bytes)
             ),
             Verdict::Overshoots => f.write_str("the target would be as heavy as the source is now"),
-            Verdict::OnlySwaps => f.write_str("the two nodes would be about as uneven as they are"),
+            Verdict::SwapsImbalance => {
+                f.write_str("the two nodes would be about as uneven as they are")
+            }
             Verdict::TooLittle { lowers, least } => write!(
                 f,
                 "it would level too little ({lowers:.3}, at least {least:.3} is asked)"
             ),
-            Verdict::NotWorth => f.write_str("it is not surely worth what the move takes"),
+            Verdict::NotWorthwhile => f.write_str("it is not surely worth what the move takes"),
             Verdict::Overfills => {
                 f.write_str("the target would be filled beyond the policy's fill_load")
             }
@@ -264,35 +277,39 @@ impl fmt::Display for Verdict {
     }
 }
 
-impl fmt::Display for Stay {
+impl fmt::Display for NoMoveReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Stay::Off => f.write_str("balancing is off"),
-            Stay::Alone => f.write_str("there is no other node"),
-            Stay::Measuring => f.write_str("loads have not been measured for long enough"),
-            Stay::NobodyPressed => f.write_str("nobody is pressed: nothing would run faster"),
-            Stay::Level => f.write_str("the loads are level"),
-            Stay::Unsteady => f.write_str("the difference has not lasted"),
-            Stay::Filled => f.write_str("this node carries enough not to be emptied"),
-            Stay::KeptFree => f.write_str("the other node is free, and is kept so"),
-            Stay::NoMachines => f.write_str("no machine runs here"),
-            Stay::NoneMayGo { nearest, verdict } => {
+            NoMoveReason::Off => f.write_str("balancing is off"),
+            NoMoveReason::NoPeers => f.write_str("there is no other node"),
+            NoMoveReason::InsufficientSamples => {
+                f.write_str("loads have not been measured for long enough")
+            }
+            NoMoveReason::NoPressure => f.write_str("nobody is pressed: nothing would run faster"),
+            NoMoveReason::Level => f.write_str("the loads are level"),
+            NoMoveReason::Unsteady => f.write_str("the difference has not lasted"),
+            NoMoveReason::SufficientlyLoaded => {
+                f.write_str("this node carries enough not to be emptied")
+            }
+            NoMoveReason::ReservedFree => f.write_str("the other node is free, and is kept so"),
+            NoMoveReason::NoMachines => f.write_str("no machine runs here"),
+            NoMoveReason::NoEligibleMachine { nearest, verdict } => {
                 write!(
                     f,
                     "no machine may go; of {nearest:?}, the nearest: {verdict}"
                 )
             }
-            Stay::NoAnswer => f.write_str("the other node did not answer"),
-            Stay::Busy => f.write_str("the other node takes part in another move"),
-            Stay::Refused { why } => write!(f, "the other node did not take it: {why}"),
-            Stay::OtherPolicy => f.write_str("the other node has another policy yet"),
-            Stay::Capped => f.write_str("as many moves as the policy allows are under way"),
-            Stay::Avoided { for_ms } => write!(
+            NoMoveReason::NoAnswer => f.write_str("the other node did not answer"),
+            NoMoveReason::Busy => f.write_str("the other node takes part in another move"),
+            NoMoveReason::Refused { why } => write!(f, "the other node did not take it: {why}"),
+            NoMoveReason::OtherPolicy => f.write_str("the other node has another policy yet"),
+            NoMoveReason::Capped => f.write_str("as many moves as the policy allows are under way"),
+            NoMoveReason::Backoff { for_ms } => write!(
                 f,
                 "a move to that node failed; it is tried again in {:.0} s",
                 *for_ms as f64 / 1e3
             ),
-            Stay::Raced { rule } => write!(f, "raced with another change of rule {rule:?}"),
+            NoMoveReason::Raced { rule } => write!(f, "raced with another change of rule {rule:?}"),
         }
     }
 }
@@ -310,8 +327,8 @@ impl fmt::Display for Outcome {
                 duration_ms / 1e3
             ),
             Outcome::Stayed { why } => write!(f, "stayed: {why}"),
-            Outcome::Capped => Stay::Capped.fmt(f),
-            Outcome::Raced { rule } => Stay::Raced { rule: rule.clone() }.fmt(f),
+            Outcome::Capped => NoMoveReason::Capped.fmt(f),
+            Outcome::Raced { rule } => NoMoveReason::Raced { rule: rule.clone() }.fmt(f),
         }
     }
 }
@@ -323,25 +340,25 @@ impl Decision {
             Decision::Move { machine, .. }
             | Decision::Repair { machine, .. }
             | Decision::Planned { machine, .. }
-            | Decision::Grain { machine, .. }
-            | Decision::GrainEnded { machine, .. }
+            | Decision::FineGrained { machine, .. }
+            | Decision::FineGrainedEnded { machine, .. }
             | Decision::Ended { machine, .. } => Some(machine),
-            Decision::Stay { .. } | Decision::Absurd { .. } => None,
+            Decision::NoMove { .. } | Decision::InvalidReport { .. } => None,
         }
     }
 
     /// What it says of a machine.
     pub fn considered(&self, machine: &str) -> Option<&Considered> {
         match self {
-            Decision::Move { considered, .. } | Decision::Stay { considered, .. } => {
+            Decision::Move { considered, .. } | Decision::NoMove { considered, .. } => {
                 considered.iter().find(|it| &*it.machine == machine)
             }
             Decision::Repair { .. }
             | Decision::Planned { .. }
             | Decision::Ended { .. }
-            | Decision::Grain { .. }
-            | Decision::GrainEnded { .. }
-            | Decision::Absurd { .. } => None,
+            | Decision::FineGrained { .. }
+            | Decision::FineGrainedEnded { .. }
+            | Decision::InvalidReport { .. } => None,
         }
     }
 }
@@ -383,7 +400,7 @@ impl fmt::Display for Decision {
                 }
                 Ok(())
             }
-            Decision::Stay {
+            Decision::NoMove {
                 why,
                 peer,
                 here,
@@ -434,7 +451,7 @@ impl fmt::Display for Decision {
                 }
                 Ok(())
             }
-            Decision::Grain {
+            Decision::FineGrained {
                 machine,
                 mode,
                 choice,
@@ -443,10 +460,10 @@ impl fmt::Display for Decision {
                     Mode::Automatic => "",
                     Mode::Confirm | Mode::Suggest | Mode::Off => " (only suggested)",
                 };
-                write!(f, "{machine}: {}{would}: {}", choice.grain, choice.why)
+                write!(f, "{machine}: {}{would}: {}", choice.action, choice.why)
             }
-            Decision::GrainEnded { machine, outcome } => write!(f, "{machine}: {outcome}"),
-            Decision::Absurd { peer, fields } => {
+            Decision::FineGrainedEnded { machine, outcome } => write!(f, "{machine}: {outcome}"),
+            Decision::InvalidReport { peer, fields } => {
                 write!(f, "numbers of {peer} were not believed:")?;
                 for field in fields.iter().take(4) {
                     write!(f, " {field};")?;

@@ -91,25 +91,25 @@ impl Default for Weights {
 
 /// Why a number was not believed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Absurd {
+pub struct ValidationError {
     /// Which number.
     pub field: String,
     /// What it was.
     pub found: String,
 }
 
-impl std::fmt::Display for Absurd {
+impl std::fmt::Display for ValidationError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} was {}", self.field, self.found)
     }
 }
 
 /// Brings a number into its range, and notes that it was outside.
-fn clamp(field: &str, value: &mut f64, least: f64, most: f64, absurd: &mut Vec<Absurd>) {
+fn clamp(field: &str, value: &mut f64, least: f64, most: f64, errors: &mut Vec<ValidationError>) {
     if (least..=most).contains(value) {
         return;
     }
-    absurd.push(Absurd {
+    errors.push(ValidationError {
         field: field.to_owned(),
         found: value.to_string(),
     });
@@ -122,33 +122,33 @@ fn clamp(field: &str, value: &mut f64, least: f64, most: f64, absurd: &mut Vec<A
 
 impl Capacity {
     /// Brings every number into its range; what was outside.
-    pub fn sanitise(&mut self) -> Vec<Absurd> {
-        let mut absurd = Vec::new();
-        clamp("cores", &mut self.cores, 0.01, CORES_MAX, &mut absurd);
+    pub fn sanitise(&mut self) -> Vec<ValidationError> {
+        let mut errors = Vec::new();
+        clamp("cores", &mut self.cores, 0.01, CORES_MAX, &mut errors);
         let (slowest, fastest) = SPEED_RANGE;
-        clamp("speed", &mut self.speed, slowest, fastest, &mut absurd);
+        clamp("speed", &mut self.speed, slowest, fastest, &mut errors);
         clamp(
             "io_bytes_per_s",
             &mut self.io_bytes_per_s,
             1.0,
             RATE_MAX,
-            &mut absurd,
+            &mut errors,
         );
         if self.memory_bytes > MEMORY_MAX {
-            absurd.push(Absurd {
+            errors.push(ValidationError {
                 field: "memory_bytes".into(),
                 found: self.memory_bytes.to_string(),
             });
             self.memory_bytes = MEMORY_MAX;
         }
-        absurd
+        errors
     }
 }
 
 impl Factors {
     /// Brings every number into its range; what was outside.
-    pub fn sanitise(&mut self) -> Vec<Absurd> {
-        let mut absurd = Vec::new();
+    pub fn sanitise(&mut self) -> Vec<ValidationError> {
+        let mut errors = Vec::new();
         let fields: [(&str, &mut f64, f64); 6] = [
             ("cpu_cores", &mut self.cpu_cores, CORES_MAX),
             ("cpu_bound_cores", &mut self.cpu_bound_cores, CORES_MAX),
@@ -162,17 +162,17 @@ impl Factors {
             ("stalled", &mut self.stalled, 1.0),
         ];
         for (name, value, most) in fields {
-            clamp(name, value, 0.0, most, &mut absurd);
+            clamp(name, value, 0.0, most, &mut errors);
         }
         self.cpu_bound_cores = self.cpu_bound_cores.min(self.cpu_cores);
         if self.memory_bytes > MEMORY_MAX {
-            absurd.push(Absurd {
+            errors.push(ValidationError {
                 field: "memory_bytes".into(),
                 found: self.memory_bytes.to_string(),
             });
             self.memory_bytes = MEMORY_MAX;
         }
-        absurd
+        errors
     }
 
     /// The same machine's factors on another node: work that is not bound by the
@@ -243,20 +243,20 @@ pub struct NodeSample {
 
 impl NodeSample {
     /// Brings every number into its range; what was outside.
-    pub fn sanitise(&mut self) -> Vec<Absurd> {
-        let mut absurd = self.capacity.sanitise();
-        absurd.extend(self.base.sanitise());
+    pub fn sanitise(&mut self) -> Vec<ValidationError> {
+        let mut errors = self.capacity.sanitise();
+        errors.extend(self.base.sanitise());
         let pressures = [
             ("cpu_pressure", &mut self.cpu_pressure),
             ("stall_pressure", &mut self.stall_pressure),
         ];
         for (name, value) in pressures {
-            clamp(name, value, 0.0, 1.0, &mut absurd);
+            clamp(name, value, 0.0, 1.0, &mut errors);
         }
         for machine in &mut self.machines {
-            absurd.extend(machine.factors.sanitise());
+            errors.extend(machine.factors.sanitise());
         }
-        absurd
+        errors
     }
 
     /// Its load: what all that is on it weighs.
@@ -331,7 +331,7 @@ mod tests {
 
     #[test]
     fn absurd_numbers_are_marked_and_not_followed() {
-        let absurd = [
+        let errors = [
             f64::NAN,
             -1.0,
             f64::INFINITY,
@@ -339,7 +339,7 @@ mod tests {
             -0.0,
             1e300,
         ];
-        for value in absurd {
+        for value in errors {
             let mut sample = NodeSample {
                 capacity: Capacity {
                     cores: value,

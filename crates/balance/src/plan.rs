@@ -14,7 +14,7 @@
 //! where a cycle leaves no other way.
 
 use crate::Name;
-use crate::rules::{Labels, Rule, Says, Thing};
+use crate::rules::{Labels, Requirement, Rule, Subject};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -25,14 +25,14 @@ pub type Amounts = [f64; RESOURCES];
 
 /// Moves that the descent looks at, about, in all and in one step: a large cluster is
 /// looked at where it is most uneven.
-const LOOKED_AT: usize = 30_000_000;
-const LOOKED_AT_A_STEP: (usize, usize) = (1_500, 60_000);
+const EVALUATIONS_MAX: usize = 30_000_000;
+const EVALUATIONS_PER_STEP: (usize, usize) = (1_500, 60_000);
 /// Targets that are looked at for each source, where not all are.
-const TARGETS_A_SOURCE: usize = 4;
+const TARGETS_PER_SOURCE: usize = 4;
 /// How often all sites are looked at in turn, when the extremes have no move left.
-const ROUNDABOUT_MAX: usize = 64;
+const FULL_SCANS_MAX: usize = 64;
 /// Moved machines that are polished by the same view of the sites.
-const POLISHED_AT_ONCE: usize = 32;
+const REFINED_PER_BATCH: usize = 32;
 /// Passes of polishing.
 const PASSES_MAX: usize = 6;
 /// Exchanges that are looked at for one moved machine.
@@ -55,7 +55,7 @@ pub struct Site {
 
 /// A machine of a plan.
 #[derive(Debug, Clone)]
-pub struct Load {
+pub struct Workload {
     /// Its name.
     pub name: Name,
     /// Its labels.
@@ -93,7 +93,7 @@ pub struct Problem {
     /// The nodes.
     pub sites: Vec<Site>,
     /// The machines.
-    pub loads: Vec<Load>,
+    pub loads: Vec<Workload>,
     /// How much each resource's unevenness counts.
     pub weights: Amounts,
     /// Resources of which no site may be used beyond its capacity.
@@ -177,7 +177,7 @@ pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
 
 fn level(state: &mut State<'_>, moves_max: usize) {
     descend(state, moves_max);
-    polish(state, moves_max);
+    refine(state, moves_max);
 }
 
 /// How uneven the sites are now.
@@ -186,8 +186,8 @@ pub fn unevenness(problem: &Problem) -> f64 {
 }
 
 /// A rule as it is counted while a plan is made.
-struct Counted {
-    says: Says,
+struct RuleCounter {
+    requirement: Requirement,
     /// The domain of each site, as a number.
     domain_of: Vec<usize>,
     counts: Vec<u32>,
@@ -196,7 +196,7 @@ struct Counted {
     allowed: Vec<bool>,
 }
 
-impl Counted {
+impl RuleCounter {
     fn new(rule: &Rule, sites: &[Site]) -> Self {
         let mut numbers: BTreeMap<String, usize> = BTreeMap::new();
         let mut domain_of = Vec::with_capacity(sites.len());
@@ -205,13 +205,13 @@ impl Counted {
             let next = numbers.len();
             domain_of.push(*numbers.entry(domain).or_insert(next));
         }
-        let allowed = |site: &Site| match &rule.says {
-            Says::Pin { nodes } => nodes.fits(&site.name, &site.labels),
-            Says::Avoid { nodes } => !nodes.fits(&site.name, &site.labels),
+        let allowed = |site: &Site| match &rule.requirement {
+            Requirement::Pin { nodes } => nodes.fits(&site.name, &site.labels),
+            Requirement::Avoid { nodes } => !nodes.fits(&site.name, &site.labels),
             _ => true,
         };
-        Counted {
-            says: rule.says.clone(),
+        RuleCounter {
+            requirement: rule.requirement.clone(),
             counts: vec![0; numbers.len()],
             total: 0,
             allowed: sites.iter().map(allowed).collect(),
@@ -235,10 +235,10 @@ impl Counted {
             return true;
         }
         let there = self.counts[after];
-        match &self.says {
-            Says::Apart { max, .. } => there < *max,
-            Says::Together { .. } => there + 1 == self.total,
-            Says::Spread { skew, .. } => {
+        match &self.requirement {
+            Requirement::Apart { max, .. } => there < *max,
+            Requirement::Together { .. } => there + 1 == self.total,
+            Requirement::Spread { skew, .. } => {
                 let left = |domain: usize| self.counts[domain] - u32::from(domain == before);
                 let least = (0..self.counts.len())
                     .filter(|domain| *domain != after)
@@ -246,12 +246,15 @@ impl Counted {
                     .min();
                 least.is_none_or(|least| there < least.saturating_add(*skew))
             }
-            Says::Licence { nodes_max } => {
+            Requirement::Licence { nodes_max } => {
                 let used = self.counts.iter().filter(|count| **count > 0).count() as u32;
                 let frees = u32::from(self.counts[before] == 1);
                 there > 0 || used - frees < *nodes_max
             }
-            Says::Pin { .. } | Says::Avoid { .. } | Says::Stay | Says::Hours { .. } => true,
+            Requirement::Pin { .. }
+            | Requirement::Avoid { .. }
+            | Requirement::Stay
+            | Requirement::Hours { .. } => true,
         }
     }
 }
@@ -267,7 +270,7 @@ struct State<'a> {
     /// Sums of shares and of their squares, of each resource.
     sum: Amounts,
     squares: Amounts,
-    counted: Vec<Counted>,
+    counters: Vec<RuleCounter>,
     /// Rules of each load, by number.
     rules_of: Vec<Vec<usize>>,
 }
@@ -281,17 +284,17 @@ impl<'a> State<'a> {
             used: problem.sites.iter().map(|site| site.base).collect(),
             sum: [0.0; RESOURCES],
             squares: [0.0; RESOURCES],
-            counted: problem
+            counters: problem
                 .rules
                 .iter()
-                .map(|rule| Counted::new(rule, &problem.sites))
+                .map(|rule| RuleCounter::new(rule, &problem.sites))
                 .collect(),
             rules_of: Vec::with_capacity(problem.loads.len()),
         };
         for (number, load) in problem.loads.iter().enumerate() {
             state.on[load.site].push(number);
             add(&mut state.used[load.site], &load.demand, 1.0);
-            let thing = Thing {
+            let thing = Subject {
                 name: load.name.clone(),
                 labels: load.labels.clone(),
             };
@@ -299,12 +302,12 @@ impl<'a> State<'a> {
             let rules = problem.rules.iter().enumerate().filter(about);
             let rules: Vec<usize> = rules.map(|(rule, _)| rule).collect();
             for &rule in &rules {
-                state.counted[rule].count(load.site, 1);
+                state.counters[rule].count(load.site, 1);
             }
             state.rules_of.push(rules);
         }
         for site in 0..problem.sites.len() {
-            state.take_share(site, 1.0);
+            state.add_share(site, 1.0);
         }
         state
     }
@@ -318,7 +321,7 @@ impl<'a> State<'a> {
         }
     }
 
-    fn take_share(&mut self, site: usize, sign: f64) {
+    fn add_share(&mut self, site: usize, sign: f64) {
         for resource in 0..RESOURCES {
             let share = self.share(site, resource);
             self.sum[resource] += sign * share;
@@ -340,7 +343,7 @@ impl<'a> State<'a> {
     }
 
     /// The unevenness if so much went from one site to another.
-    fn if_moved(&self, demand: &Amounts, from: usize, to: usize) -> f64 {
+    fn unevenness_if_moved(&self, demand: &Amounts, from: usize, to: usize) -> f64 {
         let sites = &self.problem.sites;
         let mut total = 0.0;
         for (resource, amount) in demand.iter().enumerate() {
@@ -371,35 +374,35 @@ impl<'a> State<'a> {
         })
     }
 
-    fn may_go(&self, load: usize, to: usize) -> bool {
+    fn can_relocate(&self, load: usize, to: usize) -> bool {
         let from = self.at[load];
         from != to
             && self.problem.sites[to].open
             && self.fits(&self.problem.loads[load].demand, to)
             && self.rules_of[load]
                 .iter()
-                .all(|rule| self.counted[*rule].allows(from, to))
+                .all(|rule| self.counters[*rule].allows(from, to))
     }
 
     /// Whether a rule lets the balancer move it at all.
-    fn is_bound(&self, load: usize) -> bool {
+    fn is_pinned(&self, load: usize) -> bool {
         self.problem.loads[load].fixed
             || self.rules_of[load]
                 .iter()
-                .any(|rule| matches!(self.counted[*rule].says, Says::Stay))
+                .any(|rule| matches!(self.counters[*rule].requirement, Requirement::Stay))
     }
 
-    fn go(&mut self, load: usize, to: usize) {
+    fn relocate(&mut self, load: usize, to: usize) {
         let from = self.at[load];
         let demand = self.problem.loads[load].demand;
         for (site, sign) in [(from, -1.0), (to, 1.0)] {
-            self.take_share(site, -1.0);
+            self.add_share(site, -1.0);
             add(&mut self.used[site], &demand, sign);
-            self.take_share(site, 1.0);
+            self.add_share(site, 1.0);
         }
         for &rule in &self.rules_of[load] {
-            self.counted[rule].count(from, -1);
-            self.counted[rule].count(to, 1);
+            self.counters[rule].count(from, -1);
+            self.counters[rule].count(to, 1);
         }
         self.on[from].retain(|it| *it != load);
         self.on[to].push(load);
@@ -452,23 +455,23 @@ fn descend(state: &mut State<'_>, moved_max: usize) {
     let sites = state.problem.sites.len();
     let per_site = state.problem.loads.len() / sites.max(1) + 1;
     // How many of the heaviest, and of the lightest, are looked at.
-    let (least, most) = LOOKED_AT_A_STEP;
-    let budget = (LOOKED_AT / state.problem.loads.len().max(1)).clamp(least, most);
+    let (least, most) = EVALUATIONS_PER_STEP;
+    let budget = (EVALUATIONS_MAX / state.problem.loads.len().max(1)).clamp(least, most);
     let (mut heaviest, mut lightest) = (sites, sites);
     if sites * sites * per_site > budget {
-        let wide = (budget / per_site / TARGETS_A_SOURCE).isqrt().max(1);
+        let wide = (budget / per_site / TARGETS_PER_SOURCE).isqrt().max(1);
         heaviest = wide.min(sites);
-        lightest = (wide * TARGETS_A_SOURCE).min(sites);
+        lightest = (wide * TARGETS_PER_SOURCE).min(sites);
     }
     let moves_max = 2 * state.problem.loads.len();
-    let mut roundabouts = 0;
+    let mut full_scans = 0;
     for _ in 0..moves_max {
         let by_excess = state.by_excess();
         let sources = &by_excess[..heaviest];
         let targets = &by_excess[sites - lightest..];
         let mut best = best_move(state, sources, targets);
-        if best.is_none() && heaviest < sites && roundabouts < ROUNDABOUT_MAX {
-            roundabouts += 1;
+        if best.is_none() && heaviest < sites && full_scans < FULL_SCANS_MAX {
+            full_scans += 1;
             best = by_excess
                 .chunks(heaviest)
                 .find_map(|sources| best_move(state, sources, targets));
@@ -479,7 +482,7 @@ fn descend(state: &mut State<'_>, moved_max: usize) {
         if moves_more && state.moved().len() >= moved_max {
             return;
         }
-        state.go(load, to);
+        state.relocate(load, to);
     }
 }
 
@@ -489,7 +492,7 @@ fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<
     let mut best = (now - state.problem.gain_min, None);
     for &source in sources {
         for &load in &state.on[source] {
-            if state.is_bound(load) {
+            if state.is_pinned(load) {
                 continue;
             }
             let demand = &state.problem.loads[load].demand;
@@ -497,8 +500,8 @@ fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<
                 if target == source {
                     continue;
                 }
-                let then = state.if_moved(demand, source, target);
-                if then < best.0 && state.may_go(load, target) {
+                let then = state.unevenness_if_moved(demand, source, target);
+                if then < best.0 && state.can_relocate(load, target) {
                     best = (then, Some((load, target)));
                 }
             }
@@ -508,10 +511,10 @@ fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<
 }
 
 /// Makes fewer moves, and better ones, of those that were made.
-fn polish(state: &mut State<'_>, moved_max: usize) {
+fn refine(state: &mut State<'_>, moved_max: usize) {
     for _ in 0..PASSES_MAX {
         let mut changed = false;
-        for loads in state.moved().chunks(POLISHED_AT_ONCE) {
+        for loads in state.moved().chunks(REFINED_PER_BATCH) {
             let by_excess = state.by_excess();
             for &load in loads {
                 changed |=
@@ -530,16 +533,16 @@ fn undo(state: &mut State<'_>, load: usize) -> bool {
     let home = state.problem.loads[load].site;
     let (now, at) = (state.unevenness(), state.at[load]);
     let demand = &state.problem.loads[load].demand;
-    let worth = state.if_moved(demand, at, home) - now;
+    let worth = state.unevenness_if_moved(demand, at, home) - now;
     // (Its site may be closed to others; it never left.)
     let may = state.fits(demand, home)
         && state.rules_of[load]
             .iter()
-            .all(|rule| state.counted[*rule].allows(at, home));
+            .all(|rule| state.counters[*rule].allows(at, home));
     if worth >= state.problem.gain_min || !may {
         return false;
     }
-    state.go(load, home);
+    state.relocate(load, home);
     true
 }
 
@@ -551,13 +554,13 @@ fn redirect(state: &mut State<'_>, load: usize, by_excess: &[usize]) -> bool {
         if site == state.problem.loads[load].site {
             continue;
         }
-        let then = state.if_moved(demand, state.at[load], site);
-        if then < best && state.may_go(load, site) {
+        let then = state.unevenness_if_moved(demand, state.at[load], site);
+        if then < best && state.can_relocate(load, site) {
             (best, to) = (then, Some(site));
         }
     }
     let Some(to) = to else { return false };
-    state.go(load, to);
+    state.relocate(load, to);
     true
 }
 
@@ -569,7 +572,7 @@ fn exchange(state: &mut State<'_>, load: usize) -> bool {
     let others: Vec<usize> = state.on[home]
         .iter()
         .copied()
-        .filter(|it| state.problem.loads[*it].site == home && !state.is_bound(*it))
+        .filter(|it| state.problem.loads[*it].site == home && !state.is_pinned(*it))
         .take(EXCHANGES_MAX)
         .collect();
     let demand = state.problem.loads[load].demand;
@@ -578,18 +581,18 @@ fn exchange(state: &mut State<'_>, load: usize) -> bool {
         // What goes instead, less what comes back.
         let mut net = state.problem.loads[other].demand;
         add(&mut net, &demand, -1.0);
-        let then = state.if_moved(&net, home, there);
+        let then = state.unevenness_if_moved(&net, home, there);
         if then < best.0 {
             best = (then, Some(other));
         }
     }
     let Some(other) = best.1 else { return false };
-    state.go(load, home);
-    if state.may_go(other, there) && state.fits(&[0.0; RESOURCES], home) {
-        state.go(other, there);
+    state.relocate(load, home);
+    if state.can_relocate(other, there) && state.fits(&[0.0; RESOURCES], home) {
+        state.relocate(other, there);
         return true;
     }
-    state.go(load, there);
+    state.relocate(load, there);
     false
 }
 
@@ -625,17 +628,17 @@ fn pack(state: &mut State<'_>, fill: f64) {
             };
             // Into the fullest that takes it: others may be emptied yet.
             let target = (0..state.problem.sites.len())
-                .filter(|to| *to != site && !state.on[*to].is_empty() && !state.is_bound(load))
-                .filter(|to| within(*to) && state.may_go(load, *to))
+                .filter(|to| *to != site && !state.on[*to].is_empty() && !state.is_pinned(load))
+                .filter(|to| within(*to) && state.can_relocate(load, *to))
                 .max_by(|one, other| fullest(state, *one).total_cmp(&fullest(state, *other)));
             let Some(target) = target else { break };
-            state.go(load, target);
+            state.relocate(load, target);
             gone.push(load);
         }
         // A site that is not empty in the end is no gain.
         if gone.len() < loads.len() {
             for load in gone {
-                state.go(load, site);
+                state.relocate(load, site);
             }
         }
     }
@@ -659,13 +662,13 @@ fn drain(state: &mut State<'_>, sites: &[usize]) -> Vec<(usize, String)> {
         let open = (0..state.problem.sites.len()).filter(|to| !sites.contains(to));
         let target = open
             .clone()
-            .filter(|to| state.may_go(load, *to))
+            .filter(|to| state.can_relocate(load, *to))
             .min_by(|one, other| {
-                let then = |to: usize| state.if_moved(demand, from, to);
+                let then = |to: usize| state.unevenness_if_moved(demand, from, to);
                 then(*one).total_cmp(&then(*other)).then(one.cmp(other))
             });
         match target {
-            Some(target) => state.go(load, target),
+            Some(target) => state.relocate(load, target),
             None if open.clone().any(|to| state.fits(demand, to)) => {
                 left.push((
                     load,
@@ -708,7 +711,7 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
         for &load in &pending {
             let (from, target) = (state.at[load], to[load]);
             let free = leaving[from] < problem.at_once.0 && coming[target] < problem.at_once.1;
-            if free && state.may_go(load, target) {
+            if free && state.can_relocate(load, target) {
                 leaving[from] += 1;
                 coming[target] += 1;
                 going.push((load, target, false));
@@ -716,12 +719,12 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
         }
         if going.is_empty() {
             // Everybody waits for somebody: one steps aside.
-            let aside = pending.iter().filter(|it| !hopped[**it]).find_map(|&load| {
+            let detour = pending.iter().filter(|it| !hopped[**it]).find_map(|&load| {
                 let open = (0..problem.sites.len()).filter(|it| *it != to[load]);
-                let mut open = open.filter(|it| state.may_go(load, *it));
+                let mut open = open.filter(|it| state.can_relocate(load, *it));
                 open.next().map(|site| (load, site, true))
             });
-            let Some(aside) = aside else {
+            let Some(detour) = detour else {
                 let why =
                     "it waits for others that wait for it, and no node has room to step aside";
                 return (
@@ -729,12 +732,12 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
                     pending.into_iter().map(|it| (it, why.to_owned())).collect(),
                 );
             };
-            hopped[aside.0] = true;
-            going.push(aside);
+            hopped[detour.0] = true;
+            going.push(detour);
         }
         // Those of a wave go together: what leaves frees nothing before it is gone.
         for (load, target, hop) in going {
-            if !state.may_go(load, target) {
+            if !state.can_relocate(load, target) {
                 continue;
             }
             steps.push(Step {
@@ -744,7 +747,7 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
                 wave,
                 hop,
             });
-            state.go(load, target);
+            state.relocate(load, target);
         }
         pending.retain(|load| state.at[*load] != to[*load]);
     }
@@ -779,7 +782,7 @@ mod tests {
             loads: loads
                 .iter()
                 .enumerate()
-                .map(|(number, &(site, cpu, memory))| Load {
+                .map(|(number, &(site, cpu, memory))| Workload {
                     name: format!("m{number}").into(),
                     labels: Labels::new(),
                     site,
@@ -796,14 +799,14 @@ mod tests {
         }
     }
 
-    fn rule(name: &str, machines: &[&str], says: Says) -> Rule {
+    fn rule(name: &str, machines: &[&str], requirement: Requirement) -> Rule {
         Rule {
             name: name.into(),
             machines: Selector {
                 names: machines.iter().map(|it| (*it).to_owned()).collect(),
                 labels: Labels::new(),
             },
-            says,
+            requirement: says,
         }
     }
 
@@ -842,8 +845,8 @@ mod tests {
             labels: Labels::new(),
         };
         problem.rules = vec![
-            rule("one", &["m0"], Says::Avoid { nodes: named("n9") }),
-            rule("two", &["m1"], Says::Avoid { nodes: named("n9") }),
+            rule("one", &["m0"], Requirement::Avoid { nodes: named("n9") }),
+            rule("two", &["m1"], Requirement::Avoid { nodes: named("n9") }),
         ];
         let (steps, stuck) = order(&problem, &[1, 0]);
         assert!(stuck.is_empty());
@@ -886,8 +889,8 @@ mod tests {
         let mut problem = problem(&[(4.0, 64.0); 3], &[(0, 1.0, 4.0); 6]);
         let per = Domain::Node;
         problem.rules = vec![
-            rule("stay", &["m0"], Says::Stay),
-            rule("pair", &["m1", "m2"], Says::Apart { per, max: 1 }),
+            rule("stay", &["m0"], Requirement::Stay),
+            rule("pair", &["m1", "m2"], Requirement::Apart { per, max: 1 }),
         ];
         let plan = plan(&problem, &LEVEL);
         let ends = ends(&problem, &plan);
@@ -908,7 +911,7 @@ mod tests {
             // At no step is a node filled beyond what it has, unless it was before.
             let mut state = State::new(&problem);
             for step in &plan.steps {
-                state.go(step.load, step.to);
+                state.relocate(step.load, step.to);
                 let most = before.used[step.to][1].max(problem.sites[step.to].capacity[1]);
                 prop_assert!(state.used[step.to][1] <= most + 1e-9);
             }
@@ -930,8 +933,8 @@ mod tests {
                     // No single move is better.
                     let state = State::new(&problem);
                     for (load, it) in problem.loads.iter().enumerate() {
-                        for to in (0..problem.sites.len()).filter(|to| state.may_go(load, *to)) {
-                            let single = state.if_moved(&it.demand, it.site, to);
+                        for to in (0..problem.sites.len()).filter(|to| state.can_relocate(load, *to)) {
+                            let single = state.unevenness_if_moved(&it.demand, it.site, to);
                             let gains = single < whole.before - problem.gain_min;
                             prop_assert!(!gains || few.after <= single + 1e-9);
                         }

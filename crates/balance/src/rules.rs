@@ -101,7 +101,7 @@ impl fmt::Display for Domain {
 /// What a rule says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "rule", deny_unknown_fields)]
-pub enum Says {
+pub enum Requirement {
     /// All in one domain.
     Together {
         /// What is one place.
@@ -136,7 +136,7 @@ pub enum Says {
         nodes: Selector,
     },
     /// Never moved by the balancer.
-    Stay,
+    NoMoveReason,
     /// On at most so many nodes at a time: licences that are counted by node.
     Licence {
         /// How many.
@@ -164,22 +164,22 @@ pub struct Rule {
     pub machines: Selector,
     /// What it says of them.
     #[serde(flatten)]
-    pub says: Says,
+    pub requirement: Requirement,
 }
 
-impl fmt::Display for Says {
+impl fmt::Display for Requirement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Says::Together { per } => write!(f, "together on one {per}"),
-            Says::Apart { per, max } => write!(f, "at most {max} on one {per}"),
-            Says::Spread { per, skew } => {
+            Requirement::Together { per } => write!(f, "together on one {per}"),
+            Requirement::Apart { per, max } => write!(f, "at most {max} on one {per}"),
+            Requirement::Spread { per, skew } => {
                 write!(f, "spread over every {per}, counts at most {skew} apart")
             }
-            Says::Pin { nodes } => write!(f, "only on {nodes}"),
-            Says::Avoid { nodes } => write!(f, "not on {nodes}"),
-            Says::Stay => f.write_str("never moved by the balancer"),
-            Says::Licence { nodes_max } => write!(f, "on at most {nodes_max} nodes"),
-            Says::Hours {
+            Requirement::Pin { nodes } => write!(f, "only on {nodes}"),
+            Requirement::Avoid { nodes } => write!(f, "not on {nodes}"),
+            Requirement::Stay => f.write_str("never moved by the balancer"),
+            Requirement::Licence { nodes_max } => write!(f, "on at most {nodes_max} nodes"),
+            Requirement::Hours {
                 from_minute,
                 to_minute,
             } => write!(
@@ -196,7 +196,7 @@ impl fmt::Display for Says {
 
 /// A node or a machine as rules see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Thing {
+pub struct Subject {
     /// Its name.
     pub name: Name,
     /// Its labels.
@@ -208,14 +208,14 @@ pub type Holders = BTreeMap<String, BTreeSet<Name>>;
 
 /// A rule that does not allow something.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Broken {
+pub struct Violation {
     /// The rule.
     pub rule: Name,
     /// What it says, and what stands in the way.
     pub why: String,
 }
 
-impl fmt::Display for Broken {
+impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rule {:?} does not allow it: {}", &*self.rule, self.why)
     }
@@ -235,32 +235,37 @@ pub struct Claim {
 impl Rule {
     /// Whether its holders are kept in the store.
     pub fn counts(&self) -> bool {
-        match self.says {
-            Says::Together { .. }
-            | Says::Apart { .. }
-            | Says::Spread { .. }
-            | Says::Licence { .. } => true,
-            Says::Pin { .. } | Says::Avoid { .. } | Says::Stay | Says::Hours { .. } => false,
+        match self.requirement {
+            Requirement::Together { .. }
+            | Requirement::Apart { .. }
+            | Requirement::Spread { .. }
+            | Requirement::Licence { .. } => true,
+            Requirement::Pin { .. }
+            | Requirement::Avoid { .. }
+            | Requirement::Stay
+            | Requirement::Hours { .. } => false,
         }
     }
 
     /// What is one place for it.
     pub fn per(&self) -> &Domain {
-        match &self.says {
-            Says::Together { per } | Says::Apart { per, .. } | Says::Spread { per, .. } => per,
+        match &self.requirement {
+            Requirement::Together { per }
+            | Requirement::Apart { per, .. }
+            | Requirement::Spread { per, .. } => per,
             _ => &Domain::Node,
         }
     }
 
     /// Whether it is about a machine.
-    pub fn is_about(&self, machine: &Thing) -> bool {
+    pub fn is_about(&self, machine: &Subject) -> bool {
         self.machines.fits(&machine.name, &machine.labels)
     }
 
-    fn broken(&self, why: String) -> Broken {
-        Broken {
+    fn broken(&self, why: String) -> Violation {
+        Violation {
             rule: self.name.clone(),
-            why: format!("{} ({})", self.says, why),
+            why: format!("{} ({})", self.requirement, why),
         }
     }
 
@@ -272,20 +277,20 @@ impl Rule {
     /// [`Broken`] if the rule does not allow it.
     pub fn claim(
         &self,
-        machine: &Thing,
-        node: &Thing,
+        machine: &Subject,
+        node: &Subject,
         holders: &Holders,
         domains: &BTreeSet<String>,
-    ) -> Result<Option<Claim>, Broken> {
+    ) -> Result<Option<Claim>, Violation> {
         if !self.is_about(machine) {
             return Ok(None);
         }
         let name = &machine.name;
-        match &self.says {
-            Says::Pin { nodes } if !nodes.fits(&node.name, &node.labels) => {
+        match &self.requirement {
+            Requirement::Pin { nodes } if !nodes.fits(&node.name, &node.labels) => {
                 return Err(self.broken(format!("{} is not one of them", node.name)));
             }
-            Says::Avoid { nodes } if nodes.fits(&node.name, &node.labels) => {
+            Requirement::Avoid { nodes } if nodes.fits(&node.name, &node.labels) => {
                 return Err(self.broken(format!("{} is one of them", node.name)));
             }
             _ if !self.counts() => return Ok(None),
@@ -315,8 +320,8 @@ impl Rule {
             writes.insert(domain.clone(), machines);
         }
         // An apart rule depends on the target's domain only; the others on all.
-        let reads = match self.says {
-            Says::Apart { .. } => writes.keys().cloned().collect(),
+        let reads = match self.requirement {
+            Requirement::Apart { .. } => writes.keys().cloned().collect(),
             _ => {
                 let all = holders.keys().chain(domains).chain([&target]);
                 all.cloned().collect()
@@ -334,24 +339,24 @@ impl Rule {
         target: &str,
         after: &Holders,
         domains: &BTreeSet<String>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), Violation> {
         let count = |domain: &str| after.get(domain).map_or(0, BTreeSet::len);
         let used = after
             .values()
             .filter(|machines| !machines.is_empty())
             .count();
-        match &self.says {
-            Says::Together { per } if used > 1 => {
+        match &self.requirement {
+            Requirement::Together { per } if used > 1 => {
                 let elsewhere = after
                     .iter()
                     .find(|(domain, machines)| domain.as_str() != target && !machines.is_empty());
                 let elsewhere = elsewhere.map_or("", |(domain, _)| domain.as_str());
                 Err(self.broken(format!("others are on {per} {elsewhere}")))
             }
-            Says::Apart { per, max } if count(target) > *max as usize => {
+            Requirement::Apart { per, max } if count(target) > *max as usize => {
                 Err(self.broken(format!("{per} {target} has {} already", count(target) - 1)))
             }
-            Says::Spread { per, skew } => {
+            Requirement::Spread { per, skew } => {
                 let least = domains
                     .iter()
                     .map(|domain| count(domain))
@@ -365,7 +370,7 @@ impl Rule {
                 }
                 Ok(())
             }
-            Says::Licence { nodes_max } if used > *nodes_max as usize => {
+            Requirement::Licence { nodes_max } if used > *nodes_max as usize => {
                 Err(self.broken(format!("{nodes_max} are in use already")))
             }
             _ => Ok(()),
@@ -374,13 +379,13 @@ impl Rule {
 
     /// Why the balancer may not move a machine of its own accord at this minute of the
     /// day (UTC), if it may not.
-    pub fn forbids_moving(&self, machine: &Thing, minute: u32) -> Option<Broken> {
+    pub fn forbids_moving(&self, machine: &Subject, minute: u32) -> Option<Violation> {
         if !self.is_about(machine) {
             return None;
         }
-        match self.says {
-            Says::Stay => Some(self.broken("as it says".into())),
-            Says::Hours {
+        match self.requirement {
+            Requirement::Stay => Some(self.broken("as it says".into())),
+            Requirement::Hours {
                 from_minute,
                 to_minute,
             } => {
@@ -401,29 +406,33 @@ impl Rule {
     /// # Errors
     /// A sentence that says what does not.
     pub fn check(&self) -> Result<(), String> {
-        let said = |what: &str| Err(format!("rule {:?}: {what}", &*self.name));
+        let invalid = |what: &str| Err(format!("rule {:?}: {what}", &*self.name));
         if self.machines.is_empty() {
-            return said("it names no machines (machines.names or machines.labels)");
+            return invalid("it names no machines (machines.names or machines.labels)");
         }
-        match &self.says {
-            Says::Apart { max: 0, .. } => said("max = 0 would forbid its machines everywhere"),
-            Says::Spread { skew: 0, .. } => {
-                said("skew = 0 cannot be kept while machines are placed one by one")
+        match &self.requirement {
+            Requirement::Apart { max: 0, .. } => {
+                invalid("max = 0 would forbid its machines everywhere")
             }
-            Says::Licence { nodes_max: 0 } => {
-                said("nodes_max = 0 would forbid its machines everywhere")
+            Requirement::Spread { skew: 0, .. } => {
+                invalid("skew = 0 cannot be kept while machines are placed one by one")
             }
-            Says::Pin { nodes } | Says::Avoid { nodes } if nodes.is_empty() => {
-                said("it names no nodes (nodes.names or nodes.labels)")
+            Requirement::Licence { nodes_max: 0 } => {
+                invalid("nodes_max = 0 would forbid its machines everywhere")
             }
-            Says::Hours {
+            Requirement::Pin { nodes } | Requirement::Avoid { nodes } if nodes.is_empty() => {
+                invalid("it names no nodes (nodes.names or nodes.labels)")
+            }
+            Requirement::Hours {
                 from_minute,
                 to_minute,
-            } if *from_minute >= 1440 || *to_minute >= 1440 => said("a day has minutes 0 to 1439"),
-            Says::Hours {
+            } if *from_minute >= 1440 || *to_minute >= 1440 => {
+                invalid("a day has minutes 0 to 1439")
+            }
+            Requirement::Hours {
                 from_minute,
                 to_minute,
-            } if from_minute == to_minute => said("these hours have no length"),
+            } if from_minute == to_minute => invalid("these hours have no length"),
             _ => Ok(()),
         }
     }
@@ -432,8 +441,8 @@ impl Rule {
 /// The holders of all rules, as a placement of all machines has them.
 pub fn holders_of(
     rules: &[Rule],
-    placed: &[(Thing, Name)],
-    nodes: &[Thing],
+    placed: &[(Subject, Name)],
+    nodes: &[Subject],
 ) -> BTreeMap<Name, Holders> {
     let mut all = BTreeMap::new();
     for rule in rules.iter().filter(|rule| rule.counts()) {
@@ -454,7 +463,7 @@ pub fn holders_of(
 }
 
 /// All domains of the rules that count, of nodes that are alive.
-pub fn domains_of(rules: &[Rule], nodes: &[Thing]) -> BTreeMap<Name, BTreeSet<String>> {
+pub fn domains_of(rules: &[Rule], nodes: &[Subject]) -> BTreeMap<Name, BTreeSet<String>> {
     let counting = rules.iter().filter(|rule| rule.counts());
     let of = |rule: &Rule| -> BTreeSet<String> {
         let domains = nodes.iter().map(|it| rule.per().of(&it.name, &it.labels));
@@ -467,15 +476,15 @@ pub fn domains_of(rules: &[Rule], nodes: &[Thing]) -> BTreeMap<Name, BTreeSet<St
 /// those of all rules.
 pub fn forbidden(
     rules: &[Rule],
-    machine: &Thing,
-    node: &Thing,
+    machine: &Subject,
+    node: &Subject,
     holders: &BTreeMap<Name, Holders>,
     domains: &BTreeMap<Name, BTreeSet<String>>,
-) -> Option<Broken> {
-    let (nobody, nowhere) = (Holders::new(), BTreeSet::new());
+) -> Option<Violation> {
+    let (no_holders, no_domains) = (Holders::new(), BTreeSet::new());
     rules.iter().find_map(|rule| {
-        let held = holders.get(&rule.name).unwrap_or(&nobody);
-        let domains = domains.get(&rule.name).unwrap_or(&nowhere);
+        let held = holders.get(&rule.name).unwrap_or(&no_holders);
+        let domains = domains.get(&rule.name).unwrap_or(&no_domains);
         rule.claim(machine, node, held, domains).err()
     })
 }
@@ -486,7 +495,7 @@ pub struct Repair {
     /// The machine.
     pub machine: Name,
     /// What it breaks where it is.
-    pub broken: Broken,
+    pub broken: Violation,
     /// Where it is to go; `None` if no node may have it.
     pub target: Option<Name>,
 }
@@ -494,7 +503,7 @@ pub struct Repair {
 /// What a node repairs next: the first of its machines that break a rule and can be
 /// moved, to a node that is drawn from those that may have it.
 pub fn repair(
-    broken: Vec<(Name, Broken)>,
+    broken: Vec<(Name, Violation)>,
     movable: impl Fn(&Name) -> bool,
     targets: impl Fn(&Name) -> Vec<Name>,
     draw: impl FnOnce(usize) -> usize,
@@ -515,10 +524,14 @@ pub fn repair(
 
 /// The machines that must move so that every rule holds again, each with the rule that
 /// it breaks: as few as that takes for each rule by itself. Every node finds the same.
-pub fn broken_by(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> Vec<(Name, Broken)> {
+pub fn violations_of(
+    rules: &[Rule],
+    placed: &[(Subject, Name)],
+    nodes: &[Subject],
+) -> Vec<(Name, Violation)> {
     let all = holders_of(rules, placed, nodes);
     let none = Holders::new();
-    let mut found: Vec<(Name, Broken)> = Vec::new();
+    let mut found: Vec<(Name, Violation)> = Vec::new();
     for rule in rules {
         let held = all.get(&rule.name).unwrap_or(&none);
         for (machine, why) in rule.breakers(held, placed, nodes) {
@@ -535,8 +548,8 @@ impl Rule {
     fn breakers(
         &self,
         held: &Holders,
-        placed: &[(Thing, Name)],
-        nodes: &[Thing],
+        placed: &[(Subject, Name)],
+        nodes: &[Subject],
     ) -> Vec<(Name, String)> {
         // The last ones of a domain, by name, that are too many for it.
         let beyond = |domain: &str, machines: &BTreeSet<Name>, most: usize| {
@@ -544,20 +557,20 @@ impl Rule {
             let many = machines.iter().skip(most);
             many.map(|it| (it.clone(), why.clone())).collect::<Vec<_>>()
         };
-        match &self.says {
-            Says::Apart { max, .. } => held
+        match &self.requirement {
+            Requirement::Apart { max, .. } => held
                 .iter()
                 .flat_map(|(domain, machines)| beyond(domain, machines, *max as usize))
                 .collect(),
-            Says::Together { .. } => by_size(held)
+            Requirement::Together { .. } => by_size(held)
                 .skip(1)
                 .flat_map(|(d, m)| beyond(d, m, 0))
                 .collect(),
-            Says::Licence { nodes_max } => by_size(held)
+            Requirement::Licence { nodes_max } => by_size(held)
                 .skip(*nodes_max as usize)
                 .flat_map(|(domain, machines)| beyond(domain, machines, 0))
                 .collect(),
-            Says::Spread { per, skew } => {
+            Requirement::Spread { per, skew } => {
                 let domains: BTreeSet<String> = nodes
                     .iter()
                     .map(|node| per.of(&node.name, &node.labels))
@@ -569,7 +582,7 @@ impl Rule {
                     .flat_map(|(domain, machines)| beyond(domain, machines, machines.len() - 1))
                     .collect()
             }
-            Says::Pin { .. } | Says::Avoid { .. } => placed
+            Requirement::Pin { .. } | Requirement::Avoid { .. } => placed
                 .iter()
                 .filter_map(|(machine, at)| {
                     let node = nodes.iter().find(|it| it.name == *at)?;
@@ -577,7 +590,7 @@ impl Rule {
                     Some((machine.name.clone(), broken.why))
                 })
                 .collect(),
-            Says::Stay | Says::Hours { .. } => Vec::new(),
+            Requirement::Stay | Requirement::Hours { .. } => Vec::new(),
         }
     }
 }
@@ -592,7 +605,7 @@ fn by_size(held: &Holders) -> impl Iterator<Item = (&String, &BTreeSet<Name>)> {
 /// A set of rules that cannot be kept together with these machines and nodes, none of
 /// which could be left out: the smallest conflict that is found by leaving rules out
 /// one by one. `None` if all can be kept, or the search was given up.
-pub fn conflict(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<Vec<Name>> {
+pub fn conflict(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Option<Vec<Name>> {
     if can_be_kept(rules, machines, nodes) != Some(false) {
         return None;
     }
@@ -611,8 +624,8 @@ pub fn conflict(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<V
 }
 
 /// Whether some placement keeps all rules; `None` if the search was given up.
-fn can_be_kept(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<bool> {
-    let about: Vec<&Thing> = machines
+fn can_be_kept(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Option<bool> {
+    let about: Vec<&Subject> = machines
         .iter()
         .filter(|machine| rules.iter().any(|rule| rule.is_about(machine)))
         .collect();
@@ -623,9 +636,9 @@ fn can_be_kept(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<bo
 
 fn search(
     rules: &[Rule],
-    left: &[&Thing],
-    nodes: &[Thing],
-    placed: &mut Vec<(Thing, Name)>,
+    left: &[&Subject],
+    nodes: &[Subject],
+    placed: &mut Vec<(Subject, Name)>,
     steps: &mut u32,
 ) -> Option<bool> {
     let Some((machine, rest)) = left.split_first() else {
@@ -636,7 +649,7 @@ fn search(
         *steps = steps.checked_sub(1)?;
         let allowed = rules.iter().all(|rule| {
             // On the way a spread may be uneven: it is looked at when all are placed.
-            if matches!(rule.says, Says::Spread { .. }) {
+            if matches!(rule.requirement, Requirement::Spread { .. }) {
                 return true;
             }
             let none = Holders::new();
@@ -656,10 +669,10 @@ fn search(
     Some(false)
 }
 
-fn spread_is_kept(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> bool {
+fn spread_is_kept(rules: &[Rule], placed: &[(Subject, Name)], nodes: &[Subject]) -> bool {
     let holders = holders_of(rules, placed, nodes);
     rules.iter().all(|rule| {
-        let Says::Spread { per, skew } = &rule.says else {
+        let Requirement::Spread { per, skew } = &rule.requirement else {
             return true;
         };
         let domains: BTreeSet<String> = nodes
@@ -681,8 +694,8 @@ fn spread_is_kept(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> 
 mod tests {
     use super::*;
 
-    fn thing(name: &str, labels: &[(&str, &str)]) -> Thing {
-        Thing {
+    fn thing(name: &str, labels: &[(&str, &str)]) -> Subject {
+        Subject {
             name: name.into(),
             labels: labels
                 .iter()
@@ -691,14 +704,14 @@ mod tests {
         }
     }
 
-    fn rule(name: &str, machines: &str, says: Says) -> Rule {
+    fn rule(name: &str, machines: &str, requirement: Requirement) -> Rule {
         Rule {
             name: name.into(),
             machines: Selector {
                 names: vec![machines.to_owned()],
                 labels: Labels::new(),
             },
-            says,
+            requirement: says,
         }
     }
 
@@ -723,7 +736,7 @@ mod tests {
     #[test]
     fn apart_is_kept_by_domain() {
         let zone = Domain::Label("zone".into());
-        let apart = rule("ha", "web-*", Says::Apart { per: zone, max: 1 });
+        let apart = rule("ha", "web-*", Requirement::Apart { per: zone, max: 1 });
         let (a, b) = (thing("a", &[("zone", "x")]), thing("b", &[("zone", "y")]));
         let held = holders(&[("x", &["web-1"])]);
         let web = thing("web-2", &[]);
@@ -754,18 +767,18 @@ mod tests {
         let held = holders(&[("a", &["m1", "m2"]), ("b", &["m3"])]);
         let all = domains(&["a", "b", "c"]);
         let m = thing("m4", &[]);
-        let why = |says: Says, node: &Thing| {
+        let why = |requirement: Requirement, node: &Subject| {
             let rule = rule("r", "m*", says);
             rule.check().unwrap();
             rule.claim(&m, node, &held, &all).map_err(|it| it.why)
         };
-        let together = Says::Together { per: Domain::Node };
+        let together = Requirement::Together { per: Domain::Node };
         assert!(
             why(together, &a)
                 .unwrap_err()
                 .contains("others are on node b")
         );
-        let spread = Says::Spread {
+        let spread = Requirement::Spread {
             per: Domain::Node,
             skew: 1,
         };
@@ -775,22 +788,22 @@ mod tests {
                 .contains("would have 3")
         );
         assert!(why(spread, &thing("c", &[])).is_ok());
-        let licence = Says::Licence { nodes_max: 2 };
+        let licence = Requirement::Licence { nodes_max: 2 };
         assert!(why(licence.clone(), &b).is_ok());
         assert!(
             why(licence, &thing("c", &[]))
                 .unwrap_err()
                 .contains("2 are in use")
         );
-        assert!(why(Says::Pin { nodes: named("b") }, &a).is_err());
-        assert_eq!(why(Says::Pin { nodes: named("a") }, &a), Ok(None));
-        assert!(why(Says::Avoid { nodes: named("a") }, &a).is_err());
-        assert_eq!(why(Says::Stay, &a), Ok(None));
+        assert!(why(Requirement::Pin { nodes: named("b") }, &a).is_err());
+        assert_eq!(why(Requirement::Pin { nodes: named("a") }, &a), Ok(None));
+        assert!(why(Requirement::Avoid { nodes: named("a") }, &a).is_err());
+        assert_eq!(why(Requirement::Stay, &a), Ok(None));
     }
 
     #[test]
     fn hours_may_pass_midnight() {
-        let night = Says::Hours {
+        let night = Requirement::Hours {
             from_minute: 22 * 60,
             to_minute: 6 * 60,
         };
@@ -801,7 +814,7 @@ mod tests {
         let noon = night.forbids_moving(&machine, 12 * 60).unwrap();
         assert!(noon.why.contains("22:00 to 06:00") && noon.why.contains("it is 12:00"));
         assert!(
-            rule("s", "m", Says::Stay)
+            rule("s", "m", Requirement::Stay)
                 .forbids_moving(&machine, 0)
                 .is_some()
         );
@@ -810,11 +823,11 @@ mod tests {
     #[test]
     fn the_smallest_conflict_is_named() {
         let nodes = [thing("a", &[]), thing("b", &[]), thing("c", &[])];
-        let machines: Vec<Thing> = ["m1", "m2"].iter().map(|it| thing(it, &[])).collect();
+        let machines: Vec<Subject> = ["m1", "m2"].iter().map(|it| thing(it, &[])).collect();
         let per = Domain::Node;
-        let apart = rule("apart", "m*", Says::Apart { per, max: 1 });
-        let pin = rule("pin", "m*", Says::Pin { nodes: named("a") });
-        let harmless = rule("harmless", "m1", Says::Avoid { nodes: named("c") });
+        let apart = rule("apart", "m*", Requirement::Apart { per, max: 1 });
+        let pin = rule("pin", "m*", Requirement::Pin { nodes: named("a") });
+        let harmless = rule("harmless", "m1", Requirement::Avoid { nodes: named("c") });
         let rules = [harmless.clone(), apart.clone(), pin.clone()];
         let found = conflict(&rules, &machines, &nodes).unwrap();
         assert_eq!(found, [apart.name.clone(), pin.name]);
@@ -823,7 +836,7 @@ mod tests {
             None
         );
         // Four that are to be apart on three nodes: one rule is enough.
-        let four: Vec<Thing> = (1..=4).map(|it| thing(&format!("m{it}"), &[])).collect();
+        let four: Vec<Subject> = (1..=4).map(|it| thing(&format!("m{it}"), &[])).collect();
         assert_eq!(
             conflict(std::slice::from_ref(&apart), &four, &nodes),
             Some(vec![apart.name])
@@ -833,43 +846,52 @@ mod tests {
     #[test]
     fn a_broken_rule_is_repaired_by_the_fewest_moves() {
         let nodes = [thing("a", &[]), thing("b", &[]), thing("c", &[])];
-        let placed: Vec<(Thing, Name)> = [("m1", "a"), ("m2", "a"), ("m3", "a"), ("m4", "b")]
+        let placed: Vec<(Subject, Name)> = [("m1", "a"), ("m2", "a"), ("m3", "a"), ("m4", "b")]
             .iter()
             .map(|(machine, node)| (thing(machine, &[]), (*node).into()))
             .collect();
-        let movers = |says: Says| {
-            let found = broken_by(&[rule("r", "m*", says)], &placed, &nodes);
+        let movers = |requirement: Requirement| {
+            let found = violations_of(&[rule("r", "m*", says)], &placed, &nodes);
             let names = found.into_iter().map(|(machine, _)| machine.to_string());
             names.collect::<Vec<_>>()
         };
         let per = Domain::Node;
-        let apart = |max| Says::Apart {
+        let apart = |max| Requirement::Apart {
             per: Domain::Node,
             max,
         };
         assert_eq!(movers(apart(1)), ["m2", "m3"]);
         assert_eq!(movers(apart(3)), [""; 0]);
-        assert_eq!(movers(Says::Together { per: per.clone() }), ["m4"]);
-        assert_eq!(movers(Says::Licence { nodes_max: 1 }), ["m4"]);
-        assert_eq!(movers(Says::Spread { per, skew: 1 }), ["m3"]);
-        assert_eq!(movers(Says::Pin { nodes: named("a") }), ["m4"]);
-        assert_eq!(movers(Says::Avoid { nodes: named("b") }), ["m4"]);
+        assert_eq!(movers(Requirement::Together { per: per.clone() }), ["m4"]);
+        assert_eq!(movers(Requirement::Licence { nodes_max: 1 }), ["m4"]);
+        assert_eq!(movers(Requirement::Spread { per, skew: 1 }), ["m3"]);
+        assert_eq!(movers(Requirement::Pin { nodes: named("a") }), ["m4"]);
+        assert_eq!(movers(Requirement::Avoid { nodes: named("b") }), ["m4"]);
     }
 
     #[test]
     fn nonsense_is_refused_and_toml_is_read() {
-        let nobody = Rule {
+        let no_holders = Rule {
             machines: Selector::default(),
-            ..rule("r", "m", Says::Stay)
+            ..rule("r", "m", Requirement::Stay)
         };
-        assert!(nobody.check().unwrap_err().contains("names no machines"));
+        assert!(
+            no_holders
+                .check()
+                .unwrap_err()
+                .contains("names no machines")
+        );
         let per = Domain::Node;
-        assert!(rule("r", "m", Says::Apart { per, max: 0 }).check().is_err());
+        assert!(
+            rule("r", "m", Requirement::Apart { per, max: 0 })
+                .check()
+                .is_err()
+        );
         let text = "name = \"ha\"\nrule = \"apart\"\nper = { label = \"zone\" }\n\
                     [machines]\nlabels = { app = \"web\" }\n";
         let read: Rule = toml::from_str(text).unwrap();
         let per = Domain::Label("zone".into());
-        assert_eq!(read.says, Says::Apart { per, max: 1 });
+        assert_eq!(read.requirement, Requirement::Apart { per, max: 1 });
         assert!(read.is_about(&thing("x", &[("app", "web")])));
         assert!(!read.is_about(&thing("x", &[("app", "db")])));
     }

@@ -38,7 +38,7 @@ pub const CONSIDERED_MAX: usize = 32;
 
 /// A node as the other one of a round sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Side {
+pub struct NodeState {
     /// What it can give.
     pub capacity: Capacity,
     /// Its load, moves in flight included.
@@ -51,21 +51,21 @@ pub struct Side {
     pub free: bool,
 }
 
-impl Side {
+impl NodeState {
     /// What it carries, in cores of the reference speed.
     pub fn carries(&self) -> f64 {
         self.load * self.capacity.power()
     }
 
     /// Whether it is a stronger node than another one.
-    pub fn stronger_than(&self, other: &Side) -> bool {
+    pub fn stronger_than(&self, other: &NodeState) -> bool {
         self.capacity.power() > STRONGER * other.capacity.power()
     }
 }
 
 /// What a move between two nodes is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Aim {
+pub enum Objective {
     /// Their loads are to be level.
     Level,
     /// The source is to be free (`pack`).
@@ -77,7 +77,7 @@ pub enum Aim {
 /// Why a machine cannot go by itself, before any numbers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Bound {
+pub enum Constraint {
     /// It arrived not long ago.
     Held {
         /// Milliseconds that this lasts.
@@ -103,8 +103,8 @@ pub enum Bound {
     Rule {
         /// Which.
         rule: Name,
-        /// What it says.
-        says: String,
+        #[serde(rename = "says")]
+        reason: String,
     },
 }
 
@@ -115,11 +115,14 @@ pub enum Verdict {
     /// It goes.
     Chosen,
     /// Another one is nearer to half the difference.
-    Further,
+    #[serde(rename = "further")]
+    WorseFit,
     /// Another one is about as near, and takes less.
-    Dearer,
+    #[serde(rename = "dearer")]
+    CostsMore,
     /// It is bound.
-    Bound(Bound),
+    #[serde(rename = "bound")]
+    Constrained(Constraint),
     /// It does not fit there.
     NoRoom {
         /// Bytes that it needs.
@@ -130,7 +133,8 @@ pub enum Verdict {
     /// The target would be as heavy as the source is now, or heavier.
     Overshoots,
     /// The two nodes would be about as uneven, the other way round.
-    OnlySwaps,
+    #[serde(rename = "only_swaps")]
+    SwapsImbalance,
     /// It would level too little.
     TooLittle {
         /// By how much it lowers the sum of squares; where a node is to be free, the
@@ -140,7 +144,8 @@ pub enum Verdict {
         least: f64,
     },
     /// It is not surely worth what it takes.
-    NotWorth,
+    #[serde(rename = "not_worth")]
+    NotWorthwhile,
     /// The target would be filled beyond what `pack` allows.
     Overfills,
     /// It gets parts on several nodes instead, or is about to: it keeps more than one part
@@ -169,7 +174,7 @@ impl Spreadable {
     /// Whether the machine is to get parts where it is, or looks as if it were about to. That
     /// is a guess: [`crate::fine_grained::decide`] knows its threads and what it has of its memory.
     /// So whoever asks believes it for a moment only.
-    fn is_due(&self, factors: &Factors, source: &Side, there: f64, policy: &Policy) -> bool {
+    fn is_due(&self, factors: &Factors, source: &NodeState, there: f64, policy: &Policy) -> bool {
         let most = self.part_memory_bytes;
         let is_over = most.is_some_and(|most| factors.memory_bytes > most);
         let presses = source.pressed && factors.cpu_cores >= SEVERAL_CORES;
@@ -220,8 +225,8 @@ impl Considered {
             lasted_ms: self.lasted_ms,
             compile_core_s: self.compile_core_s,
             spreadable: self.spreadable,
-            bound: match &self.verdict {
-                Verdict::Bound(bound) => Some(bound.clone()),
+            constraint: match &self.verdict {
+                Verdict::Constrained(constraint) => Some(constraint.clone()),
                 _ => None,
             },
         }
@@ -245,7 +250,7 @@ pub struct Candidate {
     /// What its spec says of parts, if it may get some.
     pub spreadable: Option<Spreadable>,
     /// Why it cannot go anyway.
-    pub bound: Option<Bound>,
+    pub constraint: Option<Constraint>,
 }
 
 fn is_zero(seconds: &f64) -> bool {
@@ -253,8 +258,8 @@ fn is_zero(seconds: &f64) -> bool {
 }
 
 /// The sum over both nodes of power times load squared, before minus after.
-pub fn lowers(source: &Side, target: &Side, here: f64, there: f64) -> f64 {
-    let square = |side: &Side, load: f64| side.capacity.power() * load * load;
+pub fn lowers(source: &NodeState, target: &NodeState, here: f64, there: f64) -> f64 {
+    let square = |side: &NodeState, load: f64| side.capacity.power() * load * load;
     let before = square(source, source.load) + square(target, target.load);
     before - square(source, source.load - here) - square(target, target.load + there)
 }
@@ -262,28 +267,28 @@ pub fn lowers(source: &Side, target: &Side, here: f64, there: f64) -> f64 {
 /// Considers each of the source's machines for the target: all of them, the chosen
 /// one first, then by distance.
 pub fn select(
-    source: &Side,
-    target: &Side,
+    source: &NodeState,
+    target: &NodeState,
     candidates: &[Candidate],
     model: &CostModel,
     policy: &Policy,
 ) -> Vec<Considered> {
-    let aim = aim(source, target, policy);
-    let wanted = match aim {
-        Aim::Level => (source.load - target.load) / 2.0,
+    let objective = objective(source, target, policy);
+    let wanted = match objective {
+        Objective::Level => (source.load - target.load) / 2.0,
         // The largest first: fewest moves empty a node.
-        Aim::Empty => source.load,
+        Objective::Empty => source.load,
         // One that is just enough: what more goes presses the target.
-        Aim::Relieve => source.load - policy.fill_load,
+        Objective::Relieve => source.load - policy.fill_load,
     };
     let mut considered: Vec<Considered> = candidates
         .iter()
-        .map(|it| weigh(it, source, target, (aim, wanted), model, policy))
+        .map(|it| weigh(it, source, target, (objective, wanted), model, policy))
         .collect();
     choose(&mut considered, wanted.abs());
     let rank = |it: &Considered| match it.verdict {
         Verdict::Chosen => 0,
-        Verdict::Dearer | Verdict::Further => 1,
+        Verdict::CostsMore | Verdict::WorseFit => 1,
         _ => 2,
     };
     considered.sort_by(|one, other| {
@@ -296,20 +301,20 @@ pub fn select(
 }
 
 /// What a move between two nodes would be for.
-pub fn aim(source: &Side, target: &Side, policy: &Policy) -> Aim {
+pub fn objective(source: &NodeState, target: &NodeState, policy: &Policy) -> Objective {
     match policy.strategy {
-        Strategy::Level | Strategy::Spread => Aim::Level,
-        Strategy::Pack if source.pressed => Aim::Relieve,
-        Strategy::Pack if target.pressed => Aim::Level,
-        Strategy::Pack => Aim::Empty,
+        Strategy::Level | Strategy::Spread => Objective::Level,
+        Strategy::Pack if source.pressed => Objective::Relieve,
+        Strategy::Pack if target.pressed => Objective::Level,
+        Strategy::Pack => Objective::Empty,
     }
 }
 
 fn weigh(
     candidate: &Candidate,
-    source: &Side,
-    target: &Side,
-    (aim, wanted): (Aim, f64),
+    source: &NodeState,
+    target: &NodeState,
+    (objective, wanted): (Objective, f64),
     model: &CostModel,
     policy: &Policy,
 ) -> Considered {
@@ -320,16 +325,16 @@ fn weigh(
         .predict(&candidate.factors)
         .after_compilation(candidate.compile_core_s);
     // Packing is worth what it frees; it is not the levelling that counts.
-    let worth = match aim {
+    let worth = match objective {
         // Of the node that gets free, the share that this machine is.
-        Aim::Empty if source.load > 0.0 => source.capacity.power() * here / source.load,
-        Aim::Empty => source.capacity.power(),
-        Aim::Level | Aim::Relieve => lowers,
+        Objective::Empty if source.load > 0.0 => source.capacity.power() * here / source.load,
+        Objective::Empty => source.capacity.power(),
+        Objective::Level | Objective::Relieve => lowers,
     };
     let gain = gain(worth, candidate.lasted_ms, policy.horizon_s);
-    let distance = match aim {
-        Aim::Level => ((here + there) / 2.0 - wanted).abs(),
-        Aim::Empty | Aim::Relieve => (here - wanted).abs(),
+    let distance = match objective {
+        Objective::Level => ((here + there) / 2.0 - wanted).abs(),
+        Objective::Empty | Objective::Relieve => (here - wanted).abs(),
     };
     let kept = (target.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
     let free_bytes = target.memory_free_bytes.saturating_sub(kept);
@@ -338,21 +343,24 @@ fn weigh(
         let there = target.load + there;
         it.is_due(&candidate.factors, source, there, policy)
     };
-    let verdict = if let Some(bound) = &candidate.bound {
-        Verdict::Bound(bound.clone())
+    let verdict = if let Some(constraint) = &candidate.constraint {
+        Verdict::Constrained(constraint.clone())
     } else if needs_bytes > free_bytes {
         Verdict::NoRoom {
             needs_bytes,
             free_bytes,
         }
-    } else if aim != Aim::Level && !target.free && target.load + there > policy.fill_load {
+    } else if objective != Objective::Level
+        && !target.free
+        && target.load + there > policy.fill_load
+    {
         Verdict::Overfills
-    } else if aim != Aim::Empty && target.load + there >= source.load {
+    } else if objective != Objective::Empty && target.load + there >= source.load {
         Verdict::Overshoots
-    } else if aim == Aim::Level
+    } else if objective == Objective::Level
         && turned_share(source, target, here + there) > 1.0 - policy.shrink_min
     {
-        Verdict::OnlySwaps
+        Verdict::SwapsImbalance
     } else if worth < policy.gain_min {
         Verdict::TooLittle {
             lowers: worth,
@@ -361,9 +369,9 @@ fn weigh(
     } else if candidate.spreadable.is_some_and(is_due) {
         Verdict::Spreads
     } else if gain.core_s.low <= cost.core_s.high {
-        Verdict::NotWorth
+        Verdict::NotWorthwhile
     } else {
-        Verdict::Further
+        Verdict::WorseFit
     };
     Considered {
         machine: candidate.machine.clone(),
@@ -382,7 +390,7 @@ fn weigh(
 
 /// By how much the target would be the heavier one when so much is moved, as a share of
 /// the difference now; less than zero if it would not be.
-fn turned_share(source: &Side, target: &Side, moved: f64) -> f64 {
+fn turned_share(source: &NodeState, target: &NodeState, moved: f64) -> f64 {
     let difference = source.load - target.load;
     (moved - difference) / difference
 }
@@ -390,7 +398,7 @@ fn turned_share(source: &Side, target: &Side, moved: f64) -> f64 {
 /// Of those that may go the nearest; among those that are about as near, the
 /// cheapest.
 fn choose(considered: &mut [Considered], half: f64) {
-    let may_go = |it: &Considered| it.verdict == Verdict::Further;
+    let may_go = |it: &Considered| it.verdict == Verdict::WorseFit;
     let nearest = considered
         .iter()
         .filter(|it| may_go(it))
@@ -419,7 +427,7 @@ fn choose(considered: &mut [Considered], half: f64) {
     }
     for it in considered.iter_mut() {
         if may_go(it) && it.distance <= near {
-            it.verdict = Verdict::Dearer;
+            it.verdict = Verdict::CostsMore;
         }
     }
     if let Some(best) = best {
@@ -433,8 +441,8 @@ mod tests {
     use crate::policy::Strategy;
     use proptest::prelude::{prop_assert, prop_assert_eq, proptest};
 
-    fn side(cores: f64, load: f64) -> Side {
-        Side {
+    fn side(cores: f64, load: f64) -> NodeState {
+        NodeState {
             capacity: Capacity {
                 cores,
                 speed: 1.0,
@@ -448,7 +456,7 @@ mod tests {
         }
     }
 
-    fn burner(name: &str, cores: f64, target: &Side) -> Candidate {
+    fn burner(name: &str, cores: f64, target: &NodeState) -> Candidate {
         let factors = Factors {
             cpu_cores: cores,
             cpu_bound_cores: cores,
@@ -461,11 +469,11 @@ mod tests {
             lasted_ms: 60_000,
             compile_core_s: 0.0,
             spreadable: None,
-            bound: None,
+            constraint: None,
         }
     }
 
-    fn decide(source: &Side, target: &Side, candidates: &[Candidate]) -> Vec<Considered> {
+    fn decide(source: &NodeState, target: &NodeState, candidates: &[Candidate]) -> Vec<Considered> {
         select(
             source,
             target,
@@ -491,8 +499,8 @@ mod tests {
         let considered = decide(&source, &target, &candidates);
         assert_eq!(&*considered[0].machine, "right");
         assert_eq!(considered[0].verdict, Verdict::Chosen);
-        assert_eq!(verdict(&considered, "large"), Verdict::Further);
-        assert_eq!(verdict(&considered, "small"), Verdict::Further);
+        assert_eq!(verdict(&considered, "large"), Verdict::WorseFit);
+        assert_eq!(verdict(&considered, "small"), Verdict::WorseFit);
     }
 
     #[test]
@@ -503,7 +511,7 @@ mod tests {
         let light = burner("b-light", 1.9, &target);
         let considered = decide(&source, &target, &[heavy, light]);
         assert_eq!(&*considered[0].machine, "b-light");
-        assert_eq!(verdict(&considered, "a-heavy"), Verdict::Dearer);
+        assert_eq!(verdict(&considered, "a-heavy"), Verdict::CostsMore);
     }
 
     #[test]
@@ -528,7 +536,7 @@ mod tests {
         let mut roomy = burner("roomy", 1.0, &target);
         roomy.factors.memory_bytes = 9 << 30;
         let mut held = burner("held", 1.0, &target);
-        held.bound = Some(Bound::Held { for_ms: 5 });
+        held.constraint = Some(Constraint::Held { for_ms: 5 });
         let mut fresh = burner("fresh", 1.0, &target);
         fresh.lasted_ms = 10;
         let large = burner("large", 2.6, &target);
@@ -539,10 +547,13 @@ mod tests {
             verdict(&considered, "roomy"),
             Verdict::NoRoom { .. }
         ));
-        assert!(matches!(verdict(&considered, "held"), Verdict::Bound(_)));
-        assert_eq!(verdict(&considered, "fresh"), Verdict::NotWorth);
+        assert!(matches!(
+            verdict(&considered, "held"),
+            Verdict::Constrained(_)
+        ));
+        assert_eq!(verdict(&considered, "fresh"), Verdict::NotWorthwhile);
         assert_eq!(verdict(&considered, "large"), Verdict::Overshoots);
-        assert_eq!(verdict(&considered, "wide"), Verdict::OnlySwaps);
+        assert_eq!(verdict(&considered, "wide"), Verdict::SwapsImbalance);
         assert!(matches!(
             verdict(&considered, "idle"),
             Verdict::TooLittle { .. }
@@ -562,12 +573,12 @@ mod tests {
         let cheap = not_ready("a-little", 0.5);
         let considered = decide(&source, &target, &[cheap.clone(), ready.clone()]);
         assert_eq!(verdict(&considered, "ready"), Verdict::Chosen);
-        assert_eq!(verdict(&considered, "a-little"), Verdict::Dearer);
+        assert_eq!(verdict(&considered, "a-little"), Verdict::CostsMore);
         let considered = decide(&source, &target, &[cheap]);
         assert_eq!(considered[0].verdict, Verdict::Chosen);
         let dear = not_ready("large", 1e6);
         let considered = decide(&source, &target, &[dear]);
-        assert_eq!(considered[0].verdict, Verdict::NotWorth);
+        assert_eq!(considered[0].verdict, Verdict::NotWorthwhile);
         let cost = considered[0].cost;
         assert!(cost.core_s.low >= 1e6 && cost.duration_ms.low >= 1e9);
         assert_eq!(considered[0].candidate().compile_core_s, 1e6);
@@ -661,7 +672,7 @@ mod tests {
             strategy: Strategy::Pack,
             ..Policy::default()
         };
-        let decide = |source: &Side, target: &Side, cores: &[f64]| {
+        let decide = |source: &NodeState, target: &NodeState, cores: &[f64]| {
             let candidates: Vec<Candidate> = cores
                 .iter()
                 .enumerate()
@@ -680,7 +691,7 @@ mod tests {
         let considered = decide(&source, &target, &[0.15]);
         assert_eq!(considered[0].verdict, Verdict::Overfills);
         // A free node takes what fits nowhere else.
-        let free = Side {
+        let free = NodeState {
             free: true,
             ..side(1.0, 0.0)
         };
@@ -712,8 +723,8 @@ mod tests {
                 prop_assert!(it.gain.lowers >= Policy::default().gain_min);
                 prop_assert!(target.load + it.there < source.load);
                 // And its way back would not be taken.
-                let left = Side { load: source.load - it.here, ..source };
-                let came = Side { load: target.load + it.there, ..target };
+                let left = NodeState { load: source.load - it.here, ..source };
+                let came = NodeState { load: target.load + it.there, ..target };
                 prop_assert!(lowers(&came, &left, it.there, it.here) < 0.0);
             }
         }

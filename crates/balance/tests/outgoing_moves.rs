@@ -5,8 +5,10 @@ use keel_balance::cost::CostModel;
 use keel_balance::ledger::Outcome;
 use keel_balance::load::{Capacity, Factors, MachineSample, NodeSample, Usage};
 use keel_balance::policy::{Mode, Policy};
-use keel_balance::round::{Answer, Balancer, Command, Event, Peers, Question, Unbound, View};
-use keel_balance::select::Side;
+use keel_balance::round::{
+    Balancer, Command, Event, Peers, Request, Response, Unconstrained, View,
+};
+use keel_balance::select::NodeState;
 
 const CAPACITY: Capacity = Capacity {
     cores: 1.0,
@@ -38,7 +40,7 @@ impl Node {
     }
 
     fn step(&mut self, event: Event) {
-        let commands = self.balancer.step(event, self.now_ms, &Unbound);
+        let commands = self.balancer.step(event, self.now_ms, &Unconstrained);
         self.commands.extend(commands);
     }
 
@@ -46,7 +48,7 @@ impl Node {
     fn asks(&mut self) -> Vec<Name> {
         let asks = std::mem::take(&mut self.commands).into_iter();
         let asks = asks.filter_map(|command| match command {
-            Command::Ask { peer, .. } => Some(peer),
+            Command::SendRequest { peer, .. } => Some(peer),
             _ => None,
         });
         asks.collect()
@@ -79,7 +81,7 @@ impl Node {
 
     /// In cores, which are all but the whole of it.
     fn load(&self) -> f64 {
-        let load = self.balancer.side().expect("it was measured").load;
+        let load = self.balancer.node_state().expect("it was measured").load;
         (load * 100.0).round() / 100.0
     }
 
@@ -90,12 +92,9 @@ impl Node {
             return None;
         }
         let command = self.commands.remove(0);
-        if let Command::Ask {
-            round, question, ..
-        } = &command
-        {
-            let (round, answer) = (*round, Some(answer(question)));
-            self.step(Event::Answered { round, answer });
+        if let Command::SendRequest { round, request, .. } = &command {
+            let (round, response) = (*round, Some(response(request)));
+            self.step(Event::ResponseReceived { round, response });
         }
         Some(command)
     }
@@ -127,11 +126,11 @@ impl Node {
 }
 
 /// Of a node on which nothing runs.
-fn answer(question: &Question) -> Answer {
-    match question {
-        Question::View => Answer::View(View {
+fn response(request: &Request) -> Response {
+    match request {
+        Request::View => Response::View(View {
             policy_revision: 1,
-            side: Side {
+            state: NodeState {
                 capacity: CAPACITY,
                 load: 0.0,
                 memory_free_bytes: 15 << 30,
@@ -141,9 +140,9 @@ fn answer(question: &Question) -> Answer {
             loads: vec![0.0; 8],
             busy: false,
         }),
-        Question::Weigh { factors, .. } => Answer::Weights(vec![1.0; factors.len()]),
-        Question::Take { .. } => Answer::Granted,
-        Question::Release { .. } => Answer::Released,
+        Request::Weigh { factors, .. } => Response::Weights(vec![1.0; factors.len()]),
+        Request::Reserve { .. } => Response::Granted,
+        Request::Release { .. } => Response::Released,
     }
 }
 
@@ -153,7 +152,7 @@ fn what_left_is_taken_off_once_whoever_tells_first() {
         let mut node = Node::new(6, &["b"]);
         let (machine, _) = node.move_one();
         assert_eq!(node.load(), 5.0);
-        let left = Event::Left {
+        let left = Event::Departed {
             machine: machine.clone(),
         };
         if store_first {
@@ -203,7 +202,7 @@ fn the_next_move_need_not_wait_but_goes_elsewhere() {
     }
     assert_eq!(node.asks(), [] as [Name; 0]);
     node.gone(&first);
-    node.step(Event::Left {
+    node.step(Event::Departed {
         machine: first.clone(),
     });
     node.ended(&first);

@@ -155,13 +155,13 @@ impl CertificateAuthority {
             certificate,
             issuer,
         };
-        authority.prove()?;
+        authority.self_test()?;
         Ok(authority)
     }
 
     /// Signs a certificate and lets TLS verify it: shows that key and
     /// certificate belong together before a node relies on it.
-    fn prove(&self) -> Result<(), IdentityError> {
+    fn self_test(&self) -> Result<(), IdentityError> {
         let what = "checking the key of the cluster CA";
         let node = NodeName::new("probe").map_err(|e| bad(what, e))?;
         let csr = make_csr(&node)?;

@@ -53,7 +53,7 @@ pub enum Key {
     /// `machine/MACHINE`
     Machine(MachineName),
     /// `kept/MACHINE`
-    Kept(MachineName),
+    Checkpoint(MachineName),
     /// `volume/VOLUME`; volumes have the form of names of machines.
     Volume(MachineName),
     /// `schedule/NODE/MACHINE`
@@ -131,7 +131,7 @@ pub const CODE: &str = "code/";
 /// Prefix of all machines.
 pub const MACHINES: &str = "machine/";
 /// Prefix of where machines' newest checkpoints are.
-pub const KEPT: &str = "kept/";
+pub const CHECKPOINTS: &str = "kept/";
 /// Prefix of all volumes of the cluster.
 pub const VOLUMES: &str = "volume/";
 /// Prefix of all nodes' schedules.
@@ -183,7 +183,7 @@ impl fmt::Display for Key {
             Key::Code(node) => write!(f, "{CODE}{node}"),
             Key::Alive(node) => write!(f, "{ALIVE}{node}"),
             Key::Machine(machine) => write!(f, "{MACHINES}{machine}"),
-            Key::Kept(machine) => write!(f, "{KEPT}{machine}"),
+            Key::Checkpoint(machine) => write!(f, "{KEPT}{machine}"),
             Key::Volume(volume) => write!(f, "{VOLUMES}{volume}"),
             Key::Schedule(node, machine) => write!(f, "{SCHEDULES}{node}/{machine}"),
             Key::Reservation(node, machine) => write!(f, "{RESERVATIONS}{node}/{machine}"),
@@ -232,7 +232,7 @@ fn parse(text: &str) -> Option<Key> {
         ("code", Some(node), None) => Key::Code(node.parse().ok()?),
         ("alive", Some(node), None) => Key::Alive(node.parse().ok()?),
         ("machine", Some(machine), None) => Key::Machine(machine.parse().ok()?),
-        ("kept", Some(machine), None) => Key::Kept(machine.parse().ok()?),
+        ("kept", Some(machine), None) => Key::Checkpoint(machine.parse().ok()?),
         ("volume", Some(volume), None) => Key::Volume(volume.parse().ok()?),
         ("schedule", Some(node), Some(machine)) => {
             Key::Schedule(node.parse().ok()?, machine.parse().ok()?)

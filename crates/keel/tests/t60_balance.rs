@@ -159,7 +159,7 @@ async fn a_hot_node_cures_itself_and_says_why() {
     );
     let path = format!("/v1/machines/{}/why-not?to=a", moved.name);
     let why_not: WhyNot = cluster.client("a").get(&path).await.expect("a reason");
-    assert!(why_not.explained.stay.is_some(), "{why_not:?}");
+    assert!(why_not.explained.no_move.is_some(), "{why_not:?}");
     let said = keel(&cluster, &["why-not", &moved.name, "--to", "a"]);
     assert!(said.contains("nothing goes from"), "{said}");
     let loads: BalanceInfo = cluster.client("b").get("/v1/balance").await.expect("loads");

@@ -6,7 +6,7 @@ use keel_machine::span::{Keeps, Pages, SpanError, Spread, Within};
 use keel_wasi::{Config, HostClock, MemorySink, Resources, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
 use keel_wasm::memory::GuestMemory;
-use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Image, Limits, Machine, MachineError, Options, Outcome, Program};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -91,7 +91,7 @@ impl Running {
     /// As [`Self::span`]; members have less memory than the home.
     fn span_within(&self, count: usize, member_bytes: u64) -> Within {
         let how = Spread {
-            spawning: Spawning::Even,
+            spawning: SpawnPolicy::Even,
             patience: LONG,
             keeps: Keeps::default(),
             stands: false,
@@ -151,8 +151,8 @@ fn shake(running: &Running, count: usize, seed: u64) -> u32 {
         }
         let thread = threads[rng.random_range(0..threads.len())];
         match rng.random_range(0..8) {
-            0 => drop(running.machine.shake_all(LONG)),
-            1 => drop(running.machine.shake(thread)),
+            0 => drop(running.machine.recapture_all(LONG)),
+            1 => drop(running.machine.recapture(thread)),
             _ => {
                 let to = part(rng.random_range(0..count));
                 moves += u32::from(running.machine.move_thread(thread, to).is_ok());

@@ -174,7 +174,7 @@ async fn note_newest(agent: &Agent, machine: &MachineName, vault: &str) {
                 .when(Compare::Exists {
                     key: Key::Machine(machine.clone()).to_string(),
                 })
-                .put(Key::Kept(machine.clone()), value);
+                .put(Key::Checkpoint(machine.clone()), value);
             agent
                 .store
                 .txn(txn)
@@ -191,7 +191,7 @@ async fn note_newest(agent: &Agent, machine: &MachineName, vault: &str) {
 
 /// Where a machine's newest checkpoint is, if there is any.
 pub(crate) async fn newest(agent: &Agent, machine: &MachineName) -> Result<Option<Origin>, String> {
-    let key = Key::Kept(machine.clone()).to_string();
+    let key = Key::Checkpoint(machine.clone()).to_string();
     match agent.store.get(&key).await {
         Ok(Some(entry)) => keel_cluster::wire::decode("where a checkpoint is", &entry.value)
             .map(Some)

@@ -424,7 +424,7 @@ async fn remove_guarded(agent: &Arc<Agent>, machine: &MachineName) -> Result<(),
     let txn = Txn::new()
         .when_modified_at(key.clone(), found.revision)
         .delete(key)
-        .delete(Key::Kept(machine.clone()));
+        .delete(Key::Checkpoint(machine.clone()));
     let spec = &found.record.spec;
     let txn = crate::volumes::give_back(&*agent.store, machine, spec, txn).await?;
     let worker = agent.workers.get(machine);

@@ -10,7 +10,7 @@ use crate::agent::Agent;
 use crate::operate::OperateError;
 use keel_balance::Name;
 use keel_balance::rules::{
-    Broken, Claim, Labels, RULES_MAX, Rule, Thing, broken_by, conflict, holders_of,
+    Claim, Labels, RULES_MAX, Rule, Subject, Violation, conflict, holders_of, violations_of,
 };
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, KeyValue, Op, Revision, Txn, TxnOutcome};
@@ -29,7 +29,7 @@ pub(crate) enum ClaimError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("{0}")]
-    Broken(Broken),
+    Broken(Violation),
     #[error("node {0:?} is being drained (`keel undrain {0}` opens it again)")]
     Draining(NodeName),
     #[error("{0}")]
@@ -128,11 +128,11 @@ impl Book {
         }
     }
 
-    pub(crate) fn node(&self, name: &str) -> Thing {
+    pub(crate) fn node(&self, name: &str) -> Subject {
         thing(name, &self.node_labels)
     }
 
-    pub(crate) fn machine(&self, name: &str) -> Thing {
+    pub(crate) fn machine(&self, name: &str) -> Subject {
         thing(name, &self.machine_labels)
     }
 
@@ -162,8 +162,8 @@ impl Book {
     }
 }
 
-fn thing(name: &str, labels: &BTreeMap<Name, Labels>) -> Thing {
-    Thing {
+fn thing(name: &str, labels: &BTreeMap<Name, Labels>) -> Subject {
+    Subject {
         name: name.into(),
         labels: labels.get(name).cloned().unwrap_or_default(),
     }
@@ -217,7 +217,7 @@ async fn claim_in(
         }
     }
     let placed = placed(&book, &crate::record::all(store).await.map_err(damaged)?);
-    let nodes: Vec<Thing> = members.iter().map(|it| book.node(it.as_str())).collect();
+    let nodes: Vec<Subject> = members.iter().map(|it| book.node(it.as_str())).collect();
     let holders = holders_of(&book.rules, &placed, &nodes);
     let alive = crate::record::alive(store).await?;
     for rule in about {
@@ -228,7 +228,7 @@ async fn claim_in(
             .collect();
         let held = holders.get(&rule.name).cloned().unwrap_or_default();
         let claim = rule.claim(&this, &node, &held, &domains);
-        if let Some(claim) = claim.map_err(ClaimError::Broken)? {
+        if let Some(claim) = claim.map_err(ClaimError::Violation)? {
             claims.add(&claim, &revisions)?;
         }
     }
@@ -275,7 +275,7 @@ impl Claims {
 }
 
 /// Live machines with their nodes.
-fn placed(book: &Book, records: &[Record]) -> Vec<(Thing, Name)> {
+fn placed(book: &Book, records: &[Record]) -> Vec<(Subject, Name)> {
     records
         .iter()
         .filter(|record| !record.status.ended())
@@ -286,7 +286,7 @@ fn placed(book: &Book, records: &[Record]) -> Vec<(Thing, Name)> {
         .collect()
 }
 
-fn nodes(agent: &Agent, book: &Book) -> Vec<Thing> {
+fn nodes(agent: &Agent, book: &Book) -> Vec<Subject> {
     let members = agent.members.all();
     members
         .keys()
@@ -300,7 +300,7 @@ pub(crate) async fn list(agent: &Agent) -> Result<keel_api::RulesInfo, OperateEr
     let placed = placed(&book, &crate::record::all(&*agent.store).await?);
     let nodes = nodes(agent, &book);
     Ok(keel_api::RulesInfo {
-        broken: broken_by(&book.rules, &placed, &nodes),
+        broken: violations_of(&book.rules, &placed, &nodes),
         holders: holders_of(&book.rules, &placed, &nodes),
         rules: book.rules,
     })
@@ -356,7 +356,7 @@ async fn change(
             return Err(OperateError::Conflict(what));
         }
         let placed = placed(&book, &crate::record::all(store).await?);
-        let machines: Vec<Thing> = placed.into_iter().map(|(machine, _)| machine).collect();
+        let machines: Vec<Subject> = placed.into_iter().map(|(machine, _)| machine).collect();
         if let Some(names) = conflict(&book.rules, &machines, &nodes(agent, &book)) {
             let what = format!(
                 "these rules cannot be kept together by the machines and nodes that there are: {} (see `keel rule ls`)",
@@ -446,7 +446,7 @@ mod tests {
     use super::*;
     use crate::record::Found;
     use crate::record::tests::record;
-    use keel_balance::rules::{Domain, Says, Selector};
+    use keel_balance::rules::{Domain, Requirement, Selector};
     use keel_cluster::store::{Change, RedbOptions, RedbStore};
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
@@ -466,14 +466,14 @@ mod tests {
         MachineName::new(&format!("{kind}-{number}")).unwrap()
     }
 
-    fn rule(name: &str, says: Says) -> Rule {
+    fn rule(name: &str, requirement: Requirement) -> Rule {
         Rule {
             name: name.into(),
             machines: Selector {
                 names: vec![format!("{name}-*")],
                 labels: Labels::new(),
             },
-            says,
+            requirement: says,
         }
     }
 
@@ -486,20 +486,20 @@ mod tests {
         vec![
             rule(
                 "web",
-                Says::Apart {
+                Requirement::Apart {
                     per: Domain::Node,
                     max: 1,
                 },
             ),
             rule(
                 "db",
-                Says::Spread {
+                Requirement::Spread {
                     per: zone(),
                     skew: 1,
                 },
             ),
-            rule("lic", Says::Licence { nodes_max: 3 }),
-            rule("pin", Says::Pin { nodes: pinned }),
+            rule("lic", Requirement::Licence { nodes_max: 3 }),
+            rule("pin", Requirement::Pin { nodes: pinned }),
         ]
     }
 
@@ -571,7 +571,7 @@ mod tests {
 
         let last = store.revision().await.unwrap();
         let mut book = Book::load(&*store).await.unwrap();
-        let things: Vec<Thing> = members.iter().map(|it| book.node(it.as_str())).collect();
+        let things: Vec<Subject> = members.iter().map(|it| book.node(it.as_str())).collect();
         let mut at: BTreeMap<String, Record> = BTreeMap::new();
         let mut watch = store.watch("", first).await.unwrap();
         let mut seen = first - 1;
@@ -591,7 +591,7 @@ mod tests {
                 }
             }
             let records: Vec<Record> = at.values().cloned().collect();
-            let broken = broken_by(&book.rules, &placed(&book, &records), &things);
+            let broken = violations_of(&book.rules, &placed(&book, &records), &things);
             assert!(broken.is_empty(), "revision {seen}: {broken:?}");
         }
         assert!(at.len() > MACHINES / 2, "{}", at.len());

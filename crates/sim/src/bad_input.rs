@@ -4,14 +4,14 @@
 use std::path::{Path, PathBuf};
 
 /// Names that are this like another are taken for it, from 0 to 1.
-const LIKE: f64 = 0.7;
+const SIMILARITY_MIN: f64 = 0.7;
 
 /// A file that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}{}: {reason}", place.display(), line.map(|it| format!(", line {it}")).unwrap_or_default())]
+#[error("{}{}: {reason}", path.display(), line.map(|it| format!(", line {it}")).unwrap_or_default())]
 pub struct BadInput {
     /// The file.
-    pub place: PathBuf,
+    pub path: PathBuf,
     /// The line, from 1, where there is one to name.
     pub line: Option<usize>,
     /// What is wrong.
@@ -20,19 +20,19 @@ pub struct BadInput {
 
 impl BadInput {
     /// The whole file.
-    pub fn file(place: &Path, reason: impl ToString) -> Self {
+    pub fn file(path: &Path, reason: impl ToString) -> Self {
         BadInput {
-            place: place.to_owned(),
+            path: path.to_owned(),
             line: None,
             reason: reason.to_string(),
         }
     }
 
     /// One of its lines, counted from 1.
-    pub fn line(place: &Path, line: usize, reason: impl ToString) -> Self {
+    pub fn line(path: &Path, line: usize, reason: impl ToString) -> Self {
         BadInput {
             line: Some(line),
-            ..BadInput::file(place, reason)
+            ..BadInput::file(path, reason)
         }
     }
 }
@@ -41,8 +41,8 @@ impl BadInput {
 ///
 /// # Errors
 /// When it cannot be read, or is not text.
-pub fn read(place: &Path) -> Result<String, BadInput> {
-    std::fs::read_to_string(place).map_err(|error| BadInput::file(place, error))
+pub fn read(path: &Path) -> Result<String, BadInput> {
+    std::fs::read_to_string(path).map_err(|error| BadInput::file(path, error))
 }
 
 /// The line of a place in a text, from 1.
@@ -61,7 +61,7 @@ pub(crate) fn hint<'a>(given: &str, known: impl Iterator<Item = &'a str> + Clone
         .clone()
         .map(|known| (strsim::jaro_winkler(known, given), known))
         .max_by(|(one, _), (other, _)| one.total_cmp(other))
-        .filter(|(like, _)| *like >= LIKE);
+        .filter(|(like, _)| *like >= SIMILARITY_MIN);
     match nearest {
         Some((_, known)) => format!("did you mean {known:?}?"),
         None => {
@@ -72,11 +72,11 @@ pub(crate) fn hint<'a>(given: &str, known: impl Iterator<Item = &'a str> + Clone
 }
 
 /// An error of TOML, with its line, and for unknown keys the nearest known one.
-pub(crate) fn of_toml(place: &Path, text: &str, error: &toml::de::Error) -> BadInput {
+pub(crate) fn of_toml(path: &Path, text: &str, error: &toml::de::Error) -> BadInput {
     let reason = sentence(error.message());
     match error.span() {
-        Some(span) => BadInput::line(place, line_of(text, span.start), reason),
-        None => BadInput::file(place, reason),
+        Some(span) => BadInput::line(path, line_of(text, span.start), reason),
+        None => BadInput::file(path, reason),
     }
 }
 

@@ -25,7 +25,7 @@ const TABLES: [(&str, PowerTable); 2] =
 #[serde(untagged)]
 pub enum Power {
     /// That of a server by its name.
-    Of(String),
+    Named(String),
     /// Watts at 0, 10, ... 100 % of load.
     Watts(PowerTable),
 }
@@ -37,7 +37,7 @@ impl Power {
     /// A sentence, for a server that is not known and for watts that are none.
     pub fn table(&self) -> Result<PowerTable, String> {
         match self {
-            Power::Of(name) => TABLES
+            Power::Named(name) => TABLES
                 .iter()
                 .find(|(known, _)| known == name)
                 .map(|(_, table)| *table)
@@ -71,7 +71,7 @@ mod tests {
         assert_eq!(watts(&HP_ML110_G4, 1.0), 117.0);
         assert_eq!(watts(&HP_ML110_G5, 7.0), 135.0);
         assert!((watts(&HP_ML110_G5, 0.45) - 113.0).abs() < 1e-9);
-        let error = Power::Of("hp-ml110-g6".into()).table().unwrap_err();
+        let error = Power::Named("hp-ml110-g6".into()).table().unwrap_err();
         assert!(error.contains("did you mean \"hp-ml110-g"), "{error}");
         let mut table = HP_ML110_G4;
         table[3] = f64::NAN;

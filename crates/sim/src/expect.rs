@@ -50,7 +50,7 @@ pub struct Expect {
 
 /// An expectation and what was found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Checked {
+pub struct CheckResult {
     /// Which, by its key.
     pub expectation: String,
     /// What was expected.
@@ -63,10 +63,10 @@ pub struct Checked {
 
 impl Expect {
     /// Compares with what came.
-    pub fn check(&self, report: &Report) -> Vec<Checked> {
+    pub fn check(&self, report: &Report) -> Vec<CheckResult> {
         let mut checked = Vec::new();
         let mut add = |key: &str, expected: String, found: String, met: bool| {
-            checked.push(Checked {
+            checked.push(CheckResult {
                 expectation: key.to_owned(),
                 expected,
                 found,

@@ -78,7 +78,7 @@ fn x(report: &Report, at_s: f64) -> f64 {
 }
 
 fn greatest(report: &Report) -> f64 {
-    let loads = report.series.looks.iter().flatten();
+    let loads = report.series.samples.iter().flatten();
     let greatest = loads
         .copied()
         .filter(|it| it.is_finite())
@@ -107,12 +107,12 @@ fn lines(out: &mut String, report: &Report) {
         );
     }
     let count = report.series.nodes.len();
-    let stride = report.series.looks.len().div_ceil(2 * COLUMNS_MAX).max(1);
+    let stride = report.series.samples.len().div_ceil(2 * COLUMNS_MAX).max(1);
     for (node, name) in report.series.nodes.iter().enumerate() {
         let colour = format!("hsl({},65%,42%)", node * 360 / count.max(1));
         let mut path = String::new();
         let mut pen_down = false;
-        for (look, loads) in report.series.looks.iter().enumerate().step_by(stride) {
+        for (look, loads) in report.series.samples.iter().enumerate().step_by(stride) {
             let load = f64::from(loads[node]);
             if load.is_nan() {
                 pen_down = false;
@@ -134,12 +134,12 @@ fn lines(out: &mut String, report: &Report) {
     }
     for it in report.moves.iter().take(MOVES_MAX) {
         let look = (it.at_s as u64 / report.series.every_s.max(1)) as usize;
-        let look = look.min(report.series.looks.len().saturating_sub(1));
+        let look = look.min(report.series.samples.len().saturating_sub(1));
         let number = |name: &str| report.series.nodes.iter().position(|it| it == name);
         let (Some(source), Some(target)) = (number(&it.source), number(&it.target)) else {
             continue;
         };
-        let Some(loads) = report.series.looks.get(look) else {
+        let Some(loads) = report.series.samples.get(look) else {
             continue;
         };
         let at = |node: usize| {
@@ -164,7 +164,7 @@ fn lines(out: &mut String, report: &Report) {
 }
 
 fn heat_map(out: &mut String, report: &Report) {
-    let (nodes, looks) = (report.series.nodes.len(), report.series.looks.len());
+    let (nodes, looks) = (report.series.nodes.len(), report.series.samples.len());
     let (rows, columns) = (nodes.min(ROWS_MAX), looks.min(COLUMNS_MAX));
     // Beyond it is as dark as it gets: one node on fire would leave all others pale.
     let top = greatest(report).min(2.0);
@@ -175,7 +175,7 @@ fn heat_map(out: &mut String, report: &Report) {
         while column < columns {
             let shade = |column: usize| {
                 let look = column * looks / columns;
-                let loads = report.series.looks[look][of_row.clone()].iter();
+                let loads = report.series.samples[look][of_row.clone()].iter();
                 let loads: Vec<f64> = loads.map(|it| f64::from(*it)).collect();
                 let alive: Vec<f64> = loads.into_iter().filter(|it| !it.is_nan()).collect();
                 if alive.is_empty() {

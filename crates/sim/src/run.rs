@@ -2,24 +2,24 @@
 
 use crate::bad_input::{BadInput, hint};
 use crate::energy::watts;
-use crate::expect::Checked;
+use crate::expect::CheckResult;
 use crate::scenario::{Cluster, Scenario};
 use crate::what_if::WhatIf;
-use crate::world::{NodeNow, What, World};
+use crate::world::{ExternalEvent, NodeSnapshot, World};
 use keel_balance::ledger::Line;
 use serde::Serialize;
 use std::collections::HashMap;
 
 /// Looks at a run without `look_s`, about.
-const LOOKS: u64 = 480;
+const SAMPLES_DEFAULT: u64 = 480;
 /// Longest time between two looks where energy is counted, in seconds.
-const ENERGY_LOOK_S: u64 = 60;
+const ENERGY_SAMPLE_S_MAX: u64 = 60;
 /// Alerts that a report quotes.
-const QUOTED: usize = 10;
+const ALERTS_QUOTED_MAX: usize = 10;
 
 /// How a cluster is at an instant.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Shape {
+pub struct ClusterSummary {
     /// Nodes that are alive.
     pub alive: usize,
     /// Machines that run.
@@ -40,7 +40,7 @@ pub struct Shape {
 
 /// A move.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct MoveMade {
+pub struct MoveReport {
     /// When it was over, in seconds.
     pub at_s: f64,
     /// Which machine.
@@ -61,7 +61,7 @@ pub struct Series {
     /// The nodes.
     pub nodes: Vec<String>,
     /// Each look's loads of all nodes; NaN for those that are not alive.
-    pub looks: Vec<Vec<f32>>,
+    pub samples: Vec<Vec<f32>>,
 }
 
 /// What came of a run.
@@ -74,14 +74,14 @@ pub struct Report {
     /// Seconds that were simulated.
     pub length_s: u64,
     /// How it was at the start.
-    pub start: Shape,
+    pub start: ClusterSummary,
     /// How it was at the end.
-    pub end: Shape,
+    pub end: ClusterSummary,
     /// The second from which on no move was admissible, under way or made, as far as
     /// looks show it; or why it was never so.
     pub levelled_at_s: Result<u64, String>,
     /// Moves, by time.
-    pub moves: Vec<MoveMade>,
+    pub moves: Vec<MoveReport>,
     /// Bytes that all moves sent.
     pub moved_bytes: f64,
     /// Moves that failed.
@@ -115,7 +115,7 @@ pub struct Report {
     /// Energy, in kWh, where nodes have a table of power.
     pub energy_kwh: Option<f64>,
     /// What was expected.
-    pub expectations: Vec<Checked>,
+    pub expectations: Vec<CheckResult>,
     /// Loads over time, for pictures.
     #[serde(skip)]
     pub series: Series,
@@ -130,12 +130,12 @@ impl Report {
 
 /// What is summed over the looks.
 #[derive(Default)]
-struct Sums {
+struct Totals {
     joules: f64,
     demanded: f64,
     unmet: f64,
     active_nodes: f64,
-    looks: f64,
+    samples: f64,
     /// Seconds of each node: active, of these overloaded.
     nodes: Vec<(f64, f64)>,
 }
@@ -150,7 +150,7 @@ pub fn run(
     what_if: &WhatIf,
     done: &mut dyn FnMut(f64),
 ) -> Result<Report, BadInput> {
-    let (report, _) = simulate(scenario, what_if, Keep::Nothing, done)?;
+    let (report, _) = simulate(scenario, what_if, Retention::Nothing, done)?;
     Ok(report)
 }
 
@@ -163,12 +163,12 @@ pub fn run_recorded(
     what_if: &WhatIf,
     done: &mut dyn FnMut(f64),
 ) -> Result<(Report, Vec<Line>), BadInput> {
-    simulate(scenario, what_if, Keep::Decisions, done)
+    simulate(scenario, what_if, Retention::Decisions, done)
 }
 
 /// What is kept beside the report.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Keep {
+enum Retention {
     Nothing,
     Decisions,
 }
@@ -176,57 +176,57 @@ enum Keep {
 fn simulate(
     scenario: &Scenario,
     what_if: &WhatIf,
-    keep: Keep,
+    keep: Retention,
     done: &mut dyn FnMut(f64),
 ) -> Result<(Report, Vec<Line>), BadInput> {
     let mut cluster = Cluster::of(scenario)?;
     what_if
         .change(&mut cluster)
-        .map_err(|reason| BadInput::file(&scenario.place, reason))?;
+        .map_err(|reason| BadInput::file(&scenario.path, reason))?;
     for node in &scenario.expect.untouched {
         let names = cluster.nodes.iter().map(|it| &*it.name);
         if !names.clone().any(|it| it == node) {
             let hint = hint(node, names);
             let reason = format!("expect.untouched: there is no node {node:?}; {hint}");
-            return Err(BadInput::file(&scenario.place, reason));
+            return Err(BadInput::file(&scenario.path, reason));
         }
     }
     let mut world = World::new(cluster.settings.clone(), &cluster.nodes, &cluster.machines);
-    if keep == Keep::Nothing {
-        world.forget_decisions();
+    if keep == Retention::Nothing {
+        world.discard_decisions();
     }
     for (at_ms, what) in &cluster.events {
-        world.at(*at_ms, what.clone());
+        world.schedule(*at_ms, what.clone());
     }
     let every_s = look_s(scenario, &cluster);
-    let mut sums = Sums {
+    let mut totals = Totals {
         nodes: vec![(0.0, 0.0); cluster.nodes.len()],
-        ..Sums::default()
+        ..Totals::default()
     };
-    let start: Vec<NodeNow> = world.nodes_now().collect();
+    let start: Vec<NodeSnapshot> = world.node_snapshots().collect();
     let mut series = Series {
         every_s,
         nodes: cluster.nodes.iter().map(|it| it.name.to_string()).collect(),
-        looks: vec![loads(&start)],
+        samples: vec![loads(&start)],
     };
-    let start = shape(&start, &world);
-    let mut level = Level::default();
+    let start = summarize(&start, &world);
+    let mut level = ConvergenceTracker::default();
     let mut now_s = 0;
     while now_s < scenario.length_s {
         let next_s = (now_s + every_s).min(scenario.length_s);
         let length_s = (next_s - now_s) as f64;
         now_s = next_s;
         world.run_until(now_s * 1000);
-        let nodes: Vec<NodeNow> = world.nodes_now().collect();
-        sums.add(&nodes, &cluster, length_s);
-        series.looks.push(loads(&nodes));
+        let nodes: Vec<NodeSnapshot> = world.node_snapshots().collect();
+        totals.add(&nodes, &cluster, length_s);
+        series.samples.push(loads(&nodes));
         if scenario.expect.levelled_by_s.is_some_and(|it| it <= now_s) || now_s == scenario.length_s
         {
-            level.look(&world, now_s);
+            level.observe(&world, now_s);
         }
         done(now_s as f64 / scenario.length_s as f64);
     }
-    let mut report = report(scenario, &world, start, &sums, level);
+    let mut report = report(scenario, &world, start, &totals, level);
     report.series = series;
     if cluster.power.iter().all(Option::is_none) {
         report.energy_kwh = None;
@@ -240,7 +240,7 @@ fn lines(world: &World, cluster: &Cluster) -> Vec<Line> {
     // The policy that was in force, by the instant from which on.
     let mut policies = vec![(0, &cluster.settings.policy)];
     for (at_ms, what) in &cluster.events {
-        if let What::Policy(policy) = what {
+        if let ExternalEvent::Policy(policy) = what {
             policies.push((*at_ms, policy));
         }
     }
@@ -262,31 +262,31 @@ fn lines(world: &World, cluster: &Cluster) -> Vec<Line> {
 }
 
 fn look_s(scenario: &Scenario, cluster: &Cluster) -> u64 {
-    let usual = (scenario.length_s / LOOKS).max(1);
+    let usual = (scenario.length_s / SAMPLES_DEFAULT).max(1);
     let counts_energy = cluster.power.iter().any(Option::is_some);
     scenario.look_s.unwrap_or(if counts_energy {
-        usual.min(ENERGY_LOOK_S)
+        usual.min(ENERGY_SAMPLE_S_MAX)
     } else {
         usual
     })
 }
 
-fn loads(nodes: &[NodeNow]) -> Vec<f32> {
-    let load = |it: &NodeNow| if it.alive { it.load as f32 } else { f32::NAN };
+fn loads(nodes: &[NodeSnapshot]) -> Vec<f32> {
+    let load = |it: &NodeSnapshot| if it.alive { it.load as f32 } else { f32::NAN };
     nodes.iter().map(load).collect()
 }
 
 /// Since when it is level.
 #[derive(Default)]
-struct Level {
+struct ConvergenceTracker {
     since_s: Option<u64>,
     moves: usize,
-    not: String,
+    obstacle: String,
 }
 
-impl Level {
-    fn look(&mut self, world: &World, now_s: u64) {
-        let not = if world.moving() > 0 {
+impl ConvergenceTracker {
+    fn observe(&mut self, world: &World, now_s: u64) {
+        let obstacle = if world.moving() > 0 {
             Some(format!(
                 "{} moves are under way at {now_s} s",
                 world.moving()
@@ -302,9 +302,9 @@ impl Level {
             None
         };
         self.moves = world.moves().len();
-        match not {
-            Some(not) => {
-                self.not = not;
+        match obstacle {
+            Some(obstacle) => {
+                self.obstacle = obstacle;
                 self.since_s = None;
             }
             None => {
@@ -314,9 +314,9 @@ impl Level {
     }
 }
 
-impl Sums {
-    fn add(&mut self, nodes: &[NodeNow], cluster: &Cluster, length_s: f64) {
-        self.looks += 1.0;
+impl Totals {
+    fn add(&mut self, nodes: &[NodeSnapshot], cluster: &Cluster, length_s: f64) {
+        self.samples += 1.0;
         for (number, node) in nodes.iter().enumerate() {
             if node.machines == 0 {
                 continue;
@@ -350,20 +350,21 @@ fn share(part: f64, of: f64) -> f64 {
 }
 
 /// How it is now.
-fn shape(nodes: &[NodeNow], world: &World) -> Shape {
-    let alive: Vec<&NodeNow> = nodes.iter().filter(|it| it.alive).collect();
+fn summarize(nodes: &[NodeSnapshot], world: &World) -> ClusterSummary {
+    let alive: Vec<&NodeSnapshot> = nodes.iter().filter(|it| it.alive).collect();
     let power: f64 = alive.iter().map(|it| it.capacity.power()).sum();
-    let weighted = |of: &dyn Fn(&NodeNow) -> f64| {
+    let weighted = |of: &dyn Fn(&NodeSnapshot) -> f64| {
         let sum: f64 = alive.iter().map(|it| it.capacity.power() * of(it)).sum();
         share(sum, power)
     };
     let mean = weighted(&|it| it.load);
     let variance = weighted(&|it| (it.load - mean) * (it.load - mean));
     let policy = world.policy();
-    let waits = |it: &NodeNow| share((it.cpu_cores - it.capacity.cores).max(0.0), it.cpu_cores);
+    let waits =
+        |it: &NodeSnapshot| share((it.cpu_cores - it.capacity.cores).max(0.0), it.cpu_cores);
     let pressed =
-        |it: &&&NodeNow| it.load >= policy.pressed_load || waits(it) >= policy.pressed_share;
-    Shape {
+        |it: &&&NodeSnapshot| it.load >= policy.pressed_load || waits(it) >= policy.pressed_share;
+    ClusterSummary {
         alive: alive.len(),
         machines: alive.iter().map(|it| it.machines).sum(),
         load_mean: mean,
@@ -383,8 +384,14 @@ fn shape(nodes: &[NodeNow], world: &World) -> Shape {
     }
 }
 
-fn report(scenario: &Scenario, world: &World, start: Shape, sums: &Sums, level: Level) -> Report {
-    let end: Vec<NodeNow> = world.nodes_now().collect();
+fn report(
+    scenario: &Scenario,
+    world: &World,
+    start: ClusterSummary,
+    totals: &Totals,
+    level: ConvergenceTracker,
+) -> Report {
+    let end: Vec<NodeSnapshot> = world.node_snapshots().collect();
     let moves = world.moves();
     let alerts = world.alerts();
     Report {
@@ -392,8 +399,8 @@ fn report(scenario: &Scenario, world: &World, start: Shape, sums: &Sums, level: 
         seed: scenario.seed,
         length_s: scenario.length_s,
         start,
-        end: shape(&end, world),
-        levelled_at_s: level.since_s.ok_or(level.not),
+        end: summarize(&end, world),
+        levelled_at_s: level.since_s.ok_or(level.obstacle),
         moved_bytes: moves.iter().map(|it| it.bytes).sum(),
         failed: world.failed(),
         capped: world.capped(),
@@ -411,21 +418,21 @@ fn report(scenario: &Scenario, world: &World, start: Shape, sums: &Sums, level: 
         alerts: alerts.len() as u64,
         alerts_quoted: alerts
             .iter()
-            .take(QUOTED)
+            .take(ALERTS_QUOTED_MAX)
             .map(|(at_ms, node, text)| {
                 let at_s = *at_ms as f64 / 1e3;
                 format!("{at_s:.0} s, {}: {text}", world.node_name(*node))
             })
             .collect(),
-        overload_share: sums.overload_share(),
-        unmet_share: share(sums.unmet, sums.demanded),
-        active_mean: share(sums.active_nodes, sums.looks),
-        energy_kwh: Some(sums.joules / 3.6e6),
+        overload_share: totals.overload_share(),
+        unmet_share: share(totals.unmet, totals.demanded),
+        active_mean: share(totals.active_nodes, totals.samples),
+        energy_kwh: Some(totals.joules / 3.6e6),
         expectations: Vec::new(),
         series: Series::default(),
         moves: moves
             .iter()
-            .map(|it| MoveMade {
+            .map(|it| MoveReport {
                 at_s: it.at_ms as f64 / 1e3,
                 machine: world.machine_name(it.machine).to_string(),
                 source: world.node_name(it.source).to_string(),

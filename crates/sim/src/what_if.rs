@@ -2,7 +2,7 @@
 
 use crate::bad_input::hint;
 use crate::scenario::{Cluster, change_policy, merge};
-use crate::world::{NodeSpec, What};
+use crate::world::{ExternalEvent, NodeSpec};
 use keel_balance::Name;
 use std::str::FromStr;
 
@@ -77,7 +77,7 @@ impl WhatIf {
         let settings = &mut cluster.settings;
         settings.policy = change_policy(&settings.policy, &policy)?;
         for (_, what) in &mut cluster.events {
-            if let What::Policy(later) = what {
+            if let ExternalEvent::Policy(later) = what {
                 **later = change_policy(later, &policy)?;
             }
         }
@@ -92,7 +92,7 @@ fn remove(cluster: &mut Cluster, name: &str) -> Result<(), String> {
     };
     cluster.nodes[gone].there = false;
     cluster.events.retain(|(_, what)| match what {
-        What::NodeDies(node) | What::NodeComes(node) => *node != gone,
+        ExternalEvent::NodeFails(node) | ExternalEvent::NodeStarts(node) => *node != gone,
         _ => true,
     });
     let weights = cluster.settings.policy.weights;

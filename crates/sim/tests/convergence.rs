@@ -133,14 +133,14 @@ fn it_converges_from_any_start() {
             if now_s - quiet_since_s > 40 {
                 break;
             }
-            let bound = bound_s(nodes, moves, world.failed());
-            if now_s > bound {
+            let constraint = bound_s(nodes, moves, world.failed());
+            if now_s > constraint {
                 for made in world.decisions() {
                     eprintln!("{} n{} {}", made.at_ms, made.node, made.decision);
                 }
             }
             assert!(
-                quiet_since_s <= bound,
+                quiet_since_s <= constraint,
                 "{nodes} nodes, {moves} moves, {} failed: not level after {now_s} s: {:?}; {:?}",
                 world.failed(),
                 world.admissible(),

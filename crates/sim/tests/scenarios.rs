@@ -82,7 +82,7 @@ fn no_move_breaks_a_rule_on_any_seed() {
         let cluster = Cluster::of(&scenario).unwrap();
         let mut world = World::new(cluster.settings.clone(), &cluster.nodes, &cluster.machines);
         for (at_ms, what) in &cluster.events {
-            world.at(*at_ms, what.clone());
+            world.schedule(*at_ms, what.clone());
         }
         let mut before = world.broken().len();
         for s in 1..=900 {
@@ -347,7 +347,7 @@ fn recorded_loads_are_read_from_files_beside_it() {
     // From elsewhere, and what is wrong there.
     let other = folder.path().join("other");
     std::fs::create_dir(&other).unwrap();
-    scenario.take_planetlab(&other).unwrap();
+    scenario.use_planetlab(&other).unwrap();
     let message = |scenario: &Scenario| {
         let run = run(scenario, &WhatIf::default(), &mut |_| {});
         run.unwrap_err().to_string()
@@ -364,9 +364,9 @@ fn recorded_loads_are_read_from_files_beside_it() {
         let error = message(&scenario);
         assert!(error.contains(says), "{error}");
     }
-    scenario.take_planetlab(Path::new("/nowhere")).unwrap();
+    scenario.use_planetlab(Path::new("/nowhere")).unwrap();
     assert!(message(&scenario).starts_with("/nowhere: "));
-    assert!(parse(THREE).take_csv(&place).is_err());
+    assert!(parse(THREE).use_csv(&place).is_err());
 }
 
 #[test]
@@ -385,7 +385,7 @@ fn a_cluster_of_ganeti_runs() {
     std::fs::write(&place, text).unwrap();
     let used = folder.path().join("used");
     std::fs::write(&used, "i0 0 0 0 0\ni1 0 0 0 0\n").unwrap();
-    let report = plain(&Scenario::of_ganeti(place, Some(used)));
+    let report = plain(&Scenario::from_ganeti(place, Some(used)));
     assert_eq!(report.end.machines, 8);
     assert!(
         report.start.load_max > 1.4 && report.end.load_max < 0.8,

@@ -5,7 +5,9 @@ use keel_balance::load::Capacity;
 use keel_balance::policy::{Policy, Strategy};
 use keel_sim::curve::Curve;
 use keel_sim::run::returns;
-use keel_sim::world::{Lie, MachineSpec, Network, NodeSpec, Settings, What, World};
+use keel_sim::world::{
+    ExternalEvent, InvalidReport, MachineSpec, Network, NodeSpec, Settings, World,
+};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
@@ -112,7 +114,7 @@ fn nothing_goes_to_and_fro() {
             })
             .collect();
         let mut world = World::new(settings(run, policy.clone()), &nodes, &machines);
-        world.forget_decisions();
+        world.discard_decisions();
         world.run_until(1_800_000);
         assert_eq!(returns(&world), 0, "run {run}");
         // Nor over a third node: a machine stays for its hold time wherever it is.
@@ -160,7 +162,7 @@ fn nothing_moves_in_a_level_cluster_in_a_week() {
             })
             .collect();
         let mut world = World::new(settings(1, policy), &nodes, &machines);
-        world.forget_decisions();
+        world.discard_decisions();
         world.run_until(week_ms);
         assert_eq!(world.moves(), [], "{strategy:?}");
         assert!(world.rounds() > 300_000);
@@ -183,15 +185,15 @@ fn it_does_not_pile_on_when_a_target_dies() {
         assert!(next_ms < 60_000, "nothing moves");
     }
     let started_ms = world.now_ms();
-    world.at(started_ms + 1_000, What::NodeDies(1));
-    world.at(started_ms + 1_000, What::NodeDies(2));
+    world.schedule(started_ms + 1_000, ExternalEvent::NodeFails(1));
+    world.schedule(started_ms + 1_000, ExternalEvent::NodeFails(2));
     world.run_until(started_ms + 30_000);
     assert_eq!((world.failed(), world.moves().len()), (1, 0));
     assert_eq!(world.machines_of(0).len(), 2);
     // They come back: after a while one of them gets one machine, once.
     let back_ms = world.now_ms() + 1_000;
-    world.at(back_ms, What::NodeComes(1));
-    world.at(back_ms, What::NodeComes(2));
+    world.schedule(back_ms, ExternalEvent::NodeStarts(1));
+    world.schedule(back_ms, ExternalEvent::NodeStarts(2));
     world.run_until(back_ms + 300_000);
     assert_eq!((world.failed(), world.moves().len()), (1, 1));
     let moved = &world.moves()[0];
@@ -225,7 +227,7 @@ fn clocks_that_jump_stop_nobody() {
         let mut world = World::new(settings(3, Policy::default()), &nodes, &machines);
         // Before, while and after it decides.
         for (node, at_ms) in [(0, 2_000), (1, 5_100), (2, 5_400), (0, 5_700)] {
-            world.at(at_ms, What::ClockJumps { node, by_ms });
+            world.schedule(at_ms, ExternalEvent::ClockJumps { node, by_ms });
         }
         world.run_until(120_000);
         let loads = world.loads();
@@ -247,9 +249,9 @@ fn late_and_doubled_answers_change_nothing_but_time() {
     // Later than an answer may be, just in time, and twice.
     for (by_ms, doubled) in [(2_500, 0.0), (1_500, 1.0), (0, 1.0)] {
         let mut world = World::new(settings(4, Policy::default()), &nodes, &machines);
-        world.at(
+        world.schedule(
             0,
-            What::Late {
+            ExternalEvent::SlowResponses {
                 node: 1,
                 by_ms,
                 doubled,
@@ -271,7 +273,12 @@ fn late_and_doubled_answers_change_nothing_but_time() {
 
 #[test]
 fn numbers_that_cannot_be_are_never_followed() {
-    for lie in [Lie::Nan, Lie::Negative, Lie::Infinite, Lie::Huge] {
+    for lie in [
+        InvalidReport::Nan,
+        InvalidReport::Negative,
+        InvalidReport::Infinite,
+        InvalidReport::Huge,
+    ] {
         for measures in [false, true] {
             let nodes: Vec<NodeSpec> = (0..4).map(|number| node(number, 4.0)).collect();
             let machines: Vec<MachineSpec> = (0..12)
@@ -281,11 +288,11 @@ fn numbers_that_cannot_be_are_never_followed() {
             // One that is as loaded as the other: it would give, and its numbers would
             // take.
             let what = if measures {
-                What::Mismeasures(1, Some(lie))
+                ExternalEvent::MeasurementFault(1, Some(lie))
             } else {
-                What::Lies(1, Some(lie))
+                ExternalEvent::ReportFault(1, Some(lie))
             };
-            world.at(0, what);
+            world.schedule(0, what);
             world.run_until(120_000);
             let of_liar = world
                 .moves()
@@ -298,14 +305,16 @@ fn numbers_that_cannot_be_are_never_followed() {
             // The honest ones go on among themselves, until none is pressed.
             let honest = [loads[0], loads[2], loads[3]];
             assert!(honest.iter().all(|it| *it < 0.8), "{lie:?}: {loads:?}");
-            let told = world
-                .decisions()
-                .iter()
-                .any(|it| matches!(it.decision, keel_balance::ledger::Decision::Absurd { .. }));
+            let told = world.decisions().iter().any(|it| {
+                matches!(
+                    it.decision,
+                    keel_balance::ledger::Decision::InvalidReport { .. }
+                )
+            });
             assert!(told, "{lie:?} {measures}");
             // Once its numbers can be believed, it takes part.
-            world.at(120_000, What::Lies(1, None));
-            world.at(120_000, What::Mismeasures(1, None));
+            world.schedule(120_000, ExternalEvent::ReportFault(1, None));
+            world.schedule(120_000, ExternalEvent::MeasurementFault(1, None));
             world.run_until(400_000);
             assert!(world.machines_of(1).len() < 6, "{lie:?} {measures}");
         }

@@ -144,7 +144,7 @@ impl Call<'_> {
             && count > 0
         {
             self.state.progress_bytes = count.into();
-            file.settle_write(self.interrupt)?;
+            file.wait_durable(self.interrupt)?;
         }
         Ok(count)
     }

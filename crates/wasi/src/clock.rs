@@ -49,7 +49,7 @@ pub(crate) struct GuestClock {
     monotonic_offset_ns: i128,
     realtime_offset_ns: i128,
     /// By how much more than that it is ahead, because others were.
-    hurried_ns: AtomicU64,
+    advance_ns: AtomicU64,
     // Two threads may ask at once and a test's clock may misbehave.
     monotonic_seen_ns: AtomicU64,
 }
@@ -67,7 +67,7 @@ impl GuestClock {
         Self {
             monotonic_offset_ns: i128::from(monotonic_ns) - i128::from(host.monotonic_ns()),
             realtime_offset_ns: behind.max(0),
-            hurried_ns: AtomicU64::new(0),
+            advance_ns: AtomicU64::new(0),
             monotonic_seen_ns: AtomicU64::new(monotonic_ns),
             host,
         }
@@ -75,22 +75,22 @@ impl GuestClock {
 
     pub(crate) fn monotonic_ns(&self) -> u64 {
         let now = self
-            .unhurried_ns()
-            .saturating_add(self.hurried_ns.load(Ordering::Relaxed));
+            .base_ns()
+            .saturating_add(self.advance_ns.load(Ordering::Relaxed));
         self.monotonic_seen_ns
             .fetch_max(now, Ordering::Relaxed)
             .max(now)
     }
 
-    fn unhurried_ns(&self) -> u64 {
+    fn base_ns(&self) -> u64 {
         shifted(self.host.monotonic_ns(), self.monotonic_offset_ns)
     }
 
     /// Something has happened at that time: it is not earlier from now on, and goes on from
     /// there.
-    pub(crate) fn saw(&self, monotonic_ns: u64) {
-        let ahead = monotonic_ns.saturating_sub(self.unhurried_ns());
-        self.hurried_ns.fetch_max(ahead, Ordering::Relaxed);
+    pub(crate) fn advance_to(&self, monotonic_ns: u64) {
+        let ahead = monotonic_ns.saturating_sub(self.base_ns());
+        self.advance_ns.fetch_max(ahead, Ordering::Relaxed);
     }
 
     pub(crate) fn realtime_ns(&self) -> u64 {
@@ -106,17 +106,17 @@ impl GuestClock {
 /// what was heard of others demands. So nobody reads a time before that of what he knows
 /// of, and while nothing is heard it goes on as the host's does.
 #[derive(Debug)]
-pub struct FollowingClock<C = SystemClock> {
+pub struct CausalClock<C = SystemClock> {
     host: C,
     /// By how much it is ahead of the host's.
     ahead_ns: AtomicI64,
     is_set: AtomicBool,
 }
 
-impl<C: HostClock> FollowingClock<C> {
+impl<C: HostClock> CausalClock<C> {
     /// One that has heard of nothing.
     pub fn new(host: C) -> Self {
-        FollowingClock {
+        CausalClock {
             host,
             ahead_ns: AtomicI64::new(i64::MIN),
             is_set: AtomicBool::new(false),
@@ -124,7 +124,7 @@ impl<C: HostClock> FollowingClock<C> {
     }
 
     /// Something has happened when the guest's clock was there.
-    pub fn saw(&self, guest_ns: u64) {
+    pub fn advance_to(&self, guest_ns: u64) {
         let ahead = i128::from(guest_ns) - i128::from(self.host.monotonic_ns());
         let ahead = i64::try_from(ahead).unwrap_or(i64::MAX);
         self.ahead_ns.fetch_max(ahead, Ordering::AcqRel);
@@ -184,23 +184,23 @@ mod tests {
         }
         let host = Arc::new(AtomicU64::new(500));
         let home = GuestClock::resume(Arc::new(Runs(host.clone())), 70, 0);
-        home.saw(60);
+        home.advance_to(60);
         assert_eq!(home.monotonic_ns(), 70);
-        home.saw(90);
+        home.advance_to(90);
         assert_eq!(home.monotonic_ns(), 90);
         // It goes on from there, at once.
         host.store(510, Ordering::Relaxed);
         assert_eq!(home.monotonic_ns(), 100);
-        home.saw(95);
+        home.advance_to(95);
         assert_eq!(home.monotonic_ns(), 100);
-        let other = FollowingClock::new(Fixed(1_000_000, 0));
+        let other = CausalClock::new(Fixed(1_000_000, 0));
         assert_eq!((other.reading(), other.monotonic_ns()), (None, 0));
         // (Its host has been up for longer than the guest.)
         for (guest_ns, now) in [(90, 90), (80, 90), (300, 300)] {
-            other.saw(guest_ns);
+            other.advance_to(guest_ns);
             assert_eq!(other.reading(), Some(now));
         }
-        other.saw(u64::MAX);
+        other.advance_to(u64::MAX);
         assert!(other.monotonic_ns() > 1 << 62);
     }
 

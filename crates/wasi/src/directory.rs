@@ -4,8 +4,8 @@
 
 use crate::abi::{Result, types};
 use crate::descriptor::{OpenDirectory, Place};
-use crate::unlinked_open::is_hidden_name;
 use crate::locked;
+use crate::unlinked_open::is_hidden_name;
 use cap_std::fs::Dir;
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno as HostErrno;

@@ -87,20 +87,20 @@ impl Data {
             Self::Host { file, .. } => Ok(file.sync_all()?),
             Self::Volume(node) => {
                 node.sync(data_only)?;
-                make_safe(node, interrupt)
+                make_durable(node, interrupt)
             }
         }
     }
 }
 
 /// Waits until what was written is safe where it is kept, if that is elsewhere.
-fn make_safe(node: &OpenNode, interrupt: &dyn Interrupt) -> Result<()> {
-    done(&node.volume, interrupt, || node.make_safe())
+fn make_durable(node: &OpenNode, interrupt: &dyn Interrupt) -> Result<()> {
+    done(&node.volume, interrupt, || node.make_durable())
 }
 
 /// Does something with a file of a volume, again and again while blocks that it
 /// needs are fetched. Nothing is held meanwhile that other threads need.
-fn with_blocks<T>(
+fn retry_after_fetch<T>(
     node: &OpenNode,
     interrupt: &dyn Interrupt,
     mut work: impl FnMut() -> Result<T, WriteFault>,
@@ -124,9 +124,9 @@ fn with_blocks<T>(
 impl OpenFile {
     /// Waits until what was written with `sync` or `dsync` is safe, where the
     /// host's disk is not all that it takes.
-    pub(crate) fn settle_write(&self, interrupt: &dyn Interrupt) -> Result<()> {
+    pub(crate) fn wait_durable(&self, interrupt: &dyn Interrupt) -> Result<()> {
         match &self.data {
-            Data::Volume(node) if !self.sync.is_empty() => make_safe(node, interrupt),
+            Data::Volume(node) if !self.sync.is_empty() => make_durable(node, interrupt),
             Data::Volume(_) | Data::Host { .. } => Ok(()),
         }
     }
@@ -262,9 +262,9 @@ impl Wasi {
             return Err(Errno::Badf.into());
         }
         if let Some(backing) = node.volume.backing() {
-            done(&node.volume, interrupt, || backing.behind())?;
+            done(&node.volume, interrupt, || backing.backpressure())?;
         }
-        with_blocks(node, interrupt, || {
+        retry_after_fetch(node, interrupt, || {
             self.write_volume_once(file, node, bytes, position)
         })
     }
@@ -311,7 +311,7 @@ impl Wasi {
         match &file.data {
             Data::Host { file, .. } => Ok(file.set_len(size)?),
             Data::Volume(_) if !file.host_write => Err(Errno::Inval.into()),
-            Data::Volume(node) => with_blocks(node, interrupt, || {
+            Data::Volume(node) => retry_after_fetch(node, interrupt, || {
                 node.set_size(size, self.clock.realtime_ns())
             }),
         }
@@ -395,7 +395,7 @@ fn read_file(
         }
     };
     match &file.data {
-        Data::Volume(node) => with_blocks(node, interrupt, read),
+        Data::Volume(node) => retry_after_fetch(node, interrupt, read),
         Data::Host { .. } => match read() {
             Ok(count) => Ok(count),
             Err(WriteFault::Errno(errno)) => Err(errno.into()),

@@ -6,7 +6,7 @@
 //! Paths are relative to the preopen. Each call stands for itself: nothing is
 //! open in between, so that a machine may move from one to the next.
 
-use crate::volume::{Fault, How, OpenNode, ROOT, Volume, WriteFault};
+use crate::volume::{Fault, OpenMode, OpenNode, ROOT, Volume, WriteFault};
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, OpenOptions};
 use rustix::io::Errno;
@@ -50,7 +50,7 @@ fn named(path: &str) -> &str {
 
 /// Does something with a file of a volume, again when blocks that it needs have been
 /// fetched. Nobody is paused for it: what cannot be done now is an error.
-fn with_blocks<T>(
+fn retry_after_fetch<T>(
     node: &OpenNode,
     mut work: impl FnMut() -> Result<T, WriteFault>,
 ) -> io::Result<T> {
@@ -71,11 +71,11 @@ fn with_blocks<T>(
             return Err(io::Error::other("the volume has no place to fetch from"));
         };
         while pending.outcome().is_none() && Instant::now() < deadline {
-            std::thread::sleep(LOOK_EVERY);
+            std::thread::sleep(FETCH_POLL_INTERVAL);
         }
         let why = match pending.outcome() {
             Some(Ok(())) => continue,
-            Some(Err(Fault::Away(why))) => why,
+            Some(Err(Fault::Unavailable(why))) => why,
             Some(Err(Fault::DiskFull)) => "the node's disk is full".into(),
             Some(Err(Fault::Lost)) => "a part of it is lost".into(),
             None => "its place does not answer; try again".into(),
@@ -87,10 +87,10 @@ fn with_blocks<T>(
 /// How long blocks that are elsewhere may take to come, and how often it is looked
 /// whether they have.
 const FETCH_PATIENCE: Duration = Duration::from_secs(10);
-const LOOK_EVERY: Duration = Duration::from_millis(2);
+const FETCH_POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Opens nothing that is not there, and changes nothing.
-const LOOK: How = How {
+const STAT_ONLY: OpenMode = OpenMode {
     follow: true,
     write: false,
     create: false,
@@ -128,7 +128,7 @@ impl Files {
                 })
             }
             Files::Volume(volume) => {
-                let node = volume.open(ROOT, path, LOOK, now_ns())?;
+                let node = volume.open(ROOT, path, STAT_ONLY, now_ns())?;
                 Ok(FileStat {
                     bytes: node.size(),
                     directory: node.is_directory(),
@@ -153,8 +153,8 @@ impl Files {
             let count = match self {
                 Files::Host(dir) => dir.open(path)?.into_std().read_at(rest, at)?,
                 Files::Volume(volume) => {
-                    let node = volume.open(ROOT, path, LOOK, now_ns())?;
-                    with_blocks(&node, || node.read_at(rest, at))?
+                    let node = volume.open(ROOT, path, STAT_ONLY, now_ns())?;
+                    retry_after_fetch(&node, || node.read_at(rest, at))?
                 }
             };
             if count == 0 {
@@ -180,18 +180,18 @@ impl Files {
                 file.write_all_at(bytes, offset)
             }
             Files::Volume(volume) => {
-                let how = How {
+                let how = OpenMode {
                     write: true,
                     create: begin,
                     exclusive: begin,
-                    ..LOOK
+                    ..STAT_ONLY
                 };
                 let node = volume.open(ROOT, path, how, now_ns())?;
                 let mut done = 0;
                 while done < bytes.len() {
                     let at = Some(offset + done as u64);
                     let rest = &bytes[done..];
-                    match with_blocks(&node, || node.write_at(rest, at, now_ns()))? {
+                    match retry_after_fetch(&node, || node.write_at(rest, at, now_ns()))? {
                         (_, 0) => return Err(io::ErrorKind::WriteZero.into()),
                         (_, count) => done += count,
                     }

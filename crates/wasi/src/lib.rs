@@ -40,27 +40,27 @@ mod error;
 mod file;
 mod function;
 mod guest;
-mod unlinked_open;
 mod host_access;
-mod remote_call;
 mod path;
 mod poll;
 mod random;
+mod remote_call;
 mod restore;
 mod snapshot;
 mod snapshot_0;
 mod socket;
 mod stream;
+mod unlinked_open;
 pub mod volume;
 mod wait;
 
 pub use abi::types::Errno;
-pub use clock::{FollowingClock, HostClock, SystemClock};
+pub use clock::{CausalClock, HostClock, SystemClock};
 pub use config::{Config, Limits, Preopen, Source};
 pub use error::Error;
 pub use function::{Function, ParamType};
 pub use host_access::{FileStat, Files};
-pub use remote_call::{Packed, Targets, pack};
+pub use remote_call::{OutputTargets, PackedCall, pack};
 pub use restore::Resources;
 pub use snapshot::{
     ConnectionRecord, DescriptorKind, DescriptorRecord, DirectoryRecord, EntryRecord, FileRecord,
@@ -74,9 +74,9 @@ use crate::clock::GuestClock;
 use crate::descriptor::{
     Descriptor, Dropped, FileId, Kind, OpenDirectory, Place as DirPlace, Table,
 };
-use crate::unlinked_open::OpenFiles;
 use crate::random::Random;
 use crate::stream::Stdin;
+use crate::unlinked_open::OpenFiles;
 use crate::volume::Volume;
 use cap_std::fs::Dir;
 use serde::{Deserialize, Serialize};
@@ -264,8 +264,8 @@ impl Wasi {
 
     /// A part of the machine elsewhere was at that time of the guest's monotonic clock: it
     /// is not earlier here from now on.
-    pub fn saw_monotonic(&self, guest_ns: u64) {
-        self.clock.saw(guest_ns);
+    pub fn advance_monotonic_to(&self, guest_ns: u64) {
+        self.clock.advance_to(guest_ns);
     }
 
     /// Ends the machine for good: flushes output, closes every descriptor and

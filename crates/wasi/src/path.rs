@@ -6,7 +6,7 @@ use crate::descriptor::{Data, Descriptor, Dropped, FileId, Kind, OpenDirectory, 
 use crate::directory::filetype_of;
 use crate::file::{filestat_of, volume_device};
 use crate::unlinked_open::names_hidden;
-use crate::volume::{How, OpenNode};
+use crate::volume::{OpenMode, OpenNode};
 use crate::{Wasi, locked};
 use cap_fs_ext::{
     DirExt, FollowSymlinks, OpenOptionsFollowExt, OpenOptionsSyncExt, SystemTimeSpec,
@@ -142,7 +142,7 @@ impl Wasi {
         let place = match &directory.place {
             Place::Host { dir, .. } => open_host(dir, path, mode, request.oflags)?,
             Place::Volume(node) => {
-                let how = How {
+                let how = OpenMode {
                     follow: mode.follow,
                     write: mode.write,
                     create: creates,
@@ -262,7 +262,7 @@ impl Wasi {
             (Place::Host { dir: source, .. }, Place::Host { dir: target, .. }) => {
                 Ok(source.hard_link(source_path, target, target_path)?)
             }
-            (Place::Volume(source), Place::Volume(target)) if source.is_beside(target) => {
+            (Place::Volume(source), Place::Volume(target)) if source.is_same_volume(target) => {
                 let now = self.clock.realtime_ns();
                 let (from, to) = ((source.inode, source_path), (target.inode, target_path));
                 Ok(source.volume.link(from, to, now)?)
@@ -312,7 +312,7 @@ impl Wasi {
             (Place::Host { dir: source, .. }, Place::Host { dir: target, .. }) => {
                 self.rename(source, source_path, target, target_path)
             }
-            (Place::Volume(source), Place::Volume(target)) if source.is_beside(target) => {
+            (Place::Volume(source), Place::Volume(target)) if source.is_same_volume(target) => {
                 let now = self.clock.realtime_ns();
                 let (from, to) = ((source.inode, source_path), (target.inode, target_path));
                 Ok(source.volume.rename(from, to, now)?)

@@ -34,7 +34,7 @@ const IOVEC_BYTES: usize = 8;
 
 /// What the parameters of a function point to; numbers are those of parameters.
 #[derive(Debug, Clone, Copy)]
-enum Role {
+enum ParamRole {
     /// So many values that are read, of so many bytes each.
     In(Values),
     /// An array of `ciovec`, and what they point to.
@@ -72,27 +72,27 @@ const fn bytes(at: usize, count: usize) -> Values {
     }
 }
 
-const fn out(at: usize, bytes: usize) -> Role {
+const fn out(at: usize, bytes: usize) -> ParamRole {
     let align = if bytes < ALIGN { bytes } else { ALIGN };
-    Role::Out { at, bytes, align }
+    ParamRole::Out { at, bytes, align }
 }
 
 /// Of a read: the number of its buffers follows their address.
-const fn scatter(at: usize, used: usize) -> Role {
+const fn scatter(at: usize, used: usize) -> ParamRole {
     let count = at + 1;
-    Role::Scatter { at, count, used }
+    ParamRole::Scatter { at, count, used }
 }
 
-const fn room(values: Values, used: Option<usize>) -> Role {
-    Role::Room { values, used }
+const fn room(values: Values, used: Option<usize>) -> ParamRole {
+    ParamRole::Room { values, used }
 }
 
-const fn path(at: usize) -> Role {
-    Role::In(bytes(at, at + 1))
+const fn path(at: usize) -> ParamRole {
+    ParamRole::In(bytes(at, at + 1))
 }
 
 /// Of `poll_oneoff`: subscriptions of so many bytes, and room for events.
-const fn poll(subscription_bytes: usize) -> [Role; 3] {
+const fn poll(subscription_bytes: usize) -> [ParamRole; 3] {
     let subscriptions = Values {
         at: 0,
         count: 2,
@@ -104,13 +104,17 @@ const fn poll(subscription_bytes: usize) -> [Role; 3] {
         bytes: 32,
         ..subscriptions
     };
-    [Role::In(subscriptions), room(events, Some(3)), out(3, 4)]
+    [
+        ParamRole::In(subscriptions),
+        room(events, Some(3)),
+        out(3, 4),
+    ]
 }
 
 /// What a function's parameters point to; `None` for those that are not packed: without
 /// pointers there is nothing to pack, and of some it is not known before how much they
 /// write.
-fn roles(function: Function) -> Option<&'static [Role]> {
+fn roles(function: Function) -> Option<&'static [ParamRole]> {
     use Function as F;
     Some(match function {
         F::ClockResGet => const { &[out(1, 8)] },
@@ -122,8 +126,8 @@ fn roles(function: Function) -> Option<&'static [Role]> {
         F::FdTell => const { &[out(1, 8)] },
         F::FdRead => const { &[scatter(1, 3), out(3, 4)] },
         F::FdPread => const { &[scatter(1, 4), out(4, 4)] },
-        F::FdWrite => const { &[Role::Gather { at: 1, count: 2 }, out(3, 4)] },
-        F::FdPwrite => const { &[Role::Gather { at: 1, count: 2 }, out(4, 4)] },
+        F::FdWrite => const { &[ParamRole::Gather { at: 1, count: 2 }, out(3, 4)] },
+        F::FdPwrite => const { &[ParamRole::Gather { at: 1, count: 2 }, out(4, 4)] },
         F::FdReaddir => const { &[room(bytes(1, 2), Some(4)), out(4, 4)] },
         F::PathCreateDirectory | F::PathRemoveDirectory | F::PathUnlinkFile => const { &[path(1)] },
         F::PathFilestatGet => const { &[path(2), out(4, 64)] },
@@ -139,14 +143,14 @@ fn roles(function: Function) -> Option<&'static [Role]> {
         F::RandomGet => const { &[room(bytes(0, 1), None)] },
         F::SockAccept => const { &[out(2, 4)] },
         F::SockRecv => const { &[scatter(1, 4), out(4, 4), out(5, 2)] },
-        F::SockSend => const { &[Role::Gather { at: 1, count: 2 }, out(4, 4)] },
+        F::SockSend => const { &[ParamRole::Gather { at: 1, count: 2 }, out(4, 4)] },
         _ => return None,
     })
 }
 
 /// A call with all that it reads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Packed {
+pub struct PackedCall {
     /// Arguments of the core signature; pointers are offsets in the buffer.
     args: Vec<u64>,
     /// What it reads: the beginning of the buffer.
@@ -158,7 +162,7 @@ pub struct Packed {
 
 /// Where in the guest's memory a packed call's output belongs.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Targets {
+pub struct OutputTargets {
     /// Single results: address and length.
     results: Vec<(u32, u32)>,
     /// The pieces of the range that is filled from its beginning.
@@ -232,12 +236,12 @@ pub fn pack(
     function: Function,
     args: &[u64],
     memory: &GuestMemory<'_>,
-) -> Option<(Packed, Targets)> {
+) -> Option<(PackedCall, OutputTargets)> {
     let roles = roles(function)?;
     if args.len() != function.params().len() {
         return None;
     }
-    let mut packed = Packed {
+    let mut packed = PackedCall {
         args: args.to_vec(),
         input: Vec::new(),
         output_bytes: 0,
@@ -249,7 +253,7 @@ pub fn pack(
         packed.input.resize(padded(packed.input.len()), 0);
         (packed.input.len() <= BYTES_MAX).then_some(at)
     };
-    let mut targets = Targets {
+    let mut targets = OutputTargets {
         results: Vec::new(),
         ranges: Vec::new(),
     };
@@ -257,7 +261,7 @@ pub fn pack(
     let mut array = None;
     for role in roles {
         match *role {
-            Role::In(values) => {
+            ParamRole::In(values) => {
                 let bytes = (number(args, values.count) as usize).checked_mul(values.bytes)?;
                 if bytes > BYTES_MAX {
                     return None;
@@ -265,7 +269,7 @@ pub fn pack(
                 let bytes = read(memory, number(args, values.at), bytes, values.align)?;
                 packed.args[values.at] = put(&bytes)? as u64;
             }
-            Role::Gather { at, count } => {
+            ParamRole::Gather { at, count } => {
                 let buffers = buffers(memory, args, at, count)?;
                 let all: u64 = buffers.iter().map(|(_, length)| u64::from(*length)).sum();
                 if all > TRANSFER_BYTES_MAX as u64 {
@@ -280,7 +284,7 @@ pub fn pack(
                 }
                 packed.args[at] = put(&iovecs)? as u64;
             }
-            Role::Scatter { at, count, .. } => {
+            ParamRole::Scatter { at, count, .. } => {
                 let buffers = buffers(memory, args, at, count)?;
                 for (address, length) in &buffers {
                     is_there(memory, *address, *length, 1)?;
@@ -291,12 +295,12 @@ pub fn pack(
                 array = Some(place);
                 targets.ranges = buffers;
             }
-            Role::Out { at, bytes, align } => {
+            ParamRole::Out { at, bytes, align } => {
                 let address = number(args, at);
                 is_there(memory, address, bytes as u32, align)?;
                 targets.results.push((address, bytes as u32));
             }
-            Role::Room { values, .. } => {
+            ParamRole::Room { values, .. } => {
                 let bytes = (number(args, values.count) as usize).checked_mul(values.bytes)?;
                 let (address, bytes) = (number(args, values.at), u32::try_from(bytes).ok()?);
                 is_there(memory, address, bytes, values.align)?;
@@ -307,7 +311,7 @@ pub fn pack(
     // Its output: single results first.
     let mut at = packed.input.len();
     for role in roles {
-        if let Role::Out { at: arg, bytes, .. } = *role {
+        if let ParamRole::Out { at: arg, bytes, .. } = *role {
             packed.args[arg] = at as u64;
             at += padded(bytes);
         }
@@ -322,8 +326,8 @@ pub fn pack(
     }
     for role in roles {
         match *role {
-            Role::Room { values, .. } => packed.args[values.at] = at as u64,
-            Role::Scatter { .. } => {
+            ParamRole::Room { values, .. } => packed.args[values.at] = at as u64,
+            ParamRole::Scatter { .. } => {
                 let mut place = array?;
                 let mut start = at as u32;
                 for (_, length) in &targets.ranges {
@@ -342,7 +346,7 @@ pub fn pack(
     (at <= 2 * BYTES_MAX).then_some((packed, targets))
 }
 
-impl Packed {
+impl PackedCall {
     /// Where its output is; `None` if it cannot be.
     fn layout(&self, function: Function) -> Option<Layout> {
         let roles = roles(function)?;
@@ -362,15 +366,15 @@ impl Packed {
         };
         let mut rest = self.input.len();
         for role in roles {
-            if let Role::Out { at, bytes, .. } = *role {
+            if let ParamRole::Out { at, bytes, .. } = *role {
                 layout.results.push(place(at, bytes)?);
                 rest += padded(bytes);
             }
         }
         for role in roles {
             let (used, each) = match *role {
-                Role::Scatter { used, .. } => (Some(used), 1),
-                Role::Room { values, used } => (used, values.bytes),
+                ParamRole::Scatter { used, .. } => (Some(used), 1),
+                ParamRole::Room { values, used } => (used, values.bytes),
                 _ => continue,
             };
             layout.range = Some((rest, end.checked_sub(rest)?));
@@ -385,11 +389,11 @@ impl Packed {
 
 impl Wasi {
     /// As [`Wasi::call`], of a call whose buffers travel; and its output, for
-    /// [`Targets::fill`], empty where it has none.
+    /// [`OutputTargets::fill`], empty where it has none.
     pub fn call_packed(
         &self,
         function: Function,
-        packed: &Packed,
+        packed: &PackedCall,
         state: &mut CallState,
         tid: u32,
         interrupt: &dyn Interrupt,
@@ -423,7 +427,7 @@ impl Wasi {
     }
 }
 
-impl Targets {
+impl OutputTargets {
     /// Puts a call's output where the guest wants it.
     ///
     /// # Errors

@@ -9,7 +9,6 @@ use crate::descriptor::{
 };
 use crate::directory::{Entry, filetype_of};
 use crate::error::Error;
-use crate::unlinked_open::OpenFiles;
 use crate::path::{Mode, open_file, open_node};
 use crate::random::Random;
 use crate::snapshot::{
@@ -17,6 +16,7 @@ use crate::snapshot::{
     StdinRecord, boot_id,
 };
 use crate::stream::{DiscardSink, Input, Sink, Stdin};
+use crate::unlinked_open::OpenFiles;
 use crate::volume::OpenNode;
 use crate::{Root, RootPlace, Wasi, open_root, socket};
 use cap_std::fs::Dir;

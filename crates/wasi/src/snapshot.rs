@@ -8,8 +8,8 @@ use crate::descriptor::{
     Connection, Data, Descriptor, Kind, OpenDirectory, OpenFile, Place as DirPlace,
 };
 use crate::error::Error;
-use crate::unlinked_open::{self, file_fd};
 use crate::stream::Stdin;
+use crate::unlinked_open::{self, file_fd};
 use crate::volume::VolumeRecord;
 use crate::{Root, RootPlace, Wasi, locked};
 use serde::{Deserialize, Serialize};

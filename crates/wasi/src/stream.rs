@@ -58,7 +58,7 @@ pub struct FdSink {
     terminal: bool,
     // Between "there is room" and the write no other guest thread may take
     // the room, or the write would block.
-    turn: Mutex<()>,
+    write_lock: Mutex<()>,
 }
 
 /// What keeps a write from blocking for good.
@@ -70,7 +70,7 @@ enum SinkKind {
     /// others who share the original.
     Nonblocking,
     /// Writing only what a poll has promised room for.
-    Careful,
+    PollGuarded,
 }
 
 /// A pipe that polls writable has room for this many bytes.
@@ -88,15 +88,15 @@ impl FdSink {
             FileType::RegularFile => (fd, SinkKind::Regular),
             FileType::Fifo => match reopened(&fd) {
                 Ok(reopened) => (reopened, SinkKind::Nonblocking),
-                Err(_) => (fd, SinkKind::Careful),
+                Err(_) => (fd, SinkKind::PollGuarded),
             },
-            _ => (fd, SinkKind::Careful),
+            _ => (fd, SinkKind::PollGuarded),
         };
         Ok(Self {
             fd,
             kind,
             terminal,
-            turn: Mutex::new(()),
+            write_lock: Mutex::new(()),
         })
     }
 
@@ -110,12 +110,12 @@ impl FdSink {
 
     /// Writes at most as much as there is room for; `None` if there is none.
     fn write_room(&self, bytes: &[u8]) -> Result<Option<usize>, HostErrno> {
-        let _turn = locked(&self.turn);
+        let _turn = locked(&self.write_lock);
         let mut written = 0;
         while written < bytes.len() && ready_now(&self.fd, PollFlags::OUT)? {
             let end = match self.kind {
                 SinkKind::Regular | SinkKind::Nonblocking => bytes.len(),
-                SinkKind::Careful => (written + PIPE_BYTES).min(bytes.len()),
+                SinkKind::PollGuarded => (written + PIPE_BYTES).min(bytes.len()),
             };
             match rustix::io::write(&self.fd, &bytes[written..end]) {
                 Ok(0) => break,
@@ -233,7 +233,7 @@ pub(crate) enum Stdin {
     Fd {
         fd: OwnedFd,
         terminal: bool,
-        turn: Mutex<()>,
+        write_lock: Mutex<()>,
     },
     /// Bytes not yet read.
     Bytes(Mutex<VecDeque<u8>>),
@@ -245,7 +245,7 @@ impl Stdin {
             Input::Empty => Self::Empty,
             Input::Fd(fd) => Self::Fd {
                 terminal: rustix::termios::isatty(&fd),
-                turn: Mutex::new(()),
+                write_lock: Mutex::new(()),
                 fd,
             },
             Input::Bytes(bytes) => Self::Bytes(Mutex::new(bytes.into())),

@@ -496,7 +496,7 @@ impl Backing for Slow {
         self.ask()
     }
 
-    fn behind(&self) -> Option<Pending> {
+    fn backpressure(&self) -> Option<Pending> {
         let behind = self.behind.load(std::sync::atomic::Ordering::Relaxed);
         behind.then(|| self.ask())
     }
@@ -559,7 +559,7 @@ fn a_slow_backing_is_waited_for() {
     assert_eq!(lost, Outcome::Done(Errno::Io as i32));
     assert_eq!(*told.lock().unwrap(), []);
     guest.flag.request();
-    let away = Err(Fault::Away("the store is away".into()));
+    let away = Err(Fault::Unavailable("the store is away".into()));
     assert_eq!(sync(), Outcome::Interrupted);
     guest.flag.clear();
     slow.asked.lock().unwrap().clear();

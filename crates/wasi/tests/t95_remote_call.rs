@@ -25,7 +25,7 @@ mod unlinked;
 mod volumes;
 
 use common::Guest;
-use keel_wasi::{CallState, Config, Function, Outcome, Packed, pack};
+use keel_wasi::{CallState, Config, Function, Outcome, PackedCall, pack};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
@@ -91,7 +91,7 @@ fn hostile_calls_touch_nothing_else() {
             let at = random.random_range(0..bytes.len());
             bytes[at] = random.random();
         }
-        let Ok(changed) = postcard::from_bytes::<Packed>(&bytes) else {
+        let Ok(changed) = postcard::from_bytes::<PackedCall>(&bytes) else {
             continue;
         };
         let mut state = CallState::default();

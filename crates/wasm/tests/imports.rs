@@ -31,7 +31,7 @@ fn imports_are_checked_before_anything_is_compiled() {
     let wasi = Arc::new(Wasi::new(Config::default()).unwrap());
     named(
         engine()
-            .run_plain(&module, wasi, Limits::default())
+            .run_uninstrumented(&module, wasi, Limits::default())
             .unwrap_err(),
     );
 }
@@ -140,7 +140,7 @@ fn snapshot_0_of_wasi_is_served() {
     assert_eq!(machine.wait(None), Some(Outcome::Exit(0)));
     let folder = tempfile::tempdir().unwrap();
     let plain = engine()
-        .run_plain(&module, Arc::new(wasi(folder.path())), Limits::default())
+        .run_uninstrumented(&module, Arc::new(wasi(folder.path())), Limits::default())
         .unwrap();
     assert_eq!(plain, Outcome::Exit(0));
 }
@@ -154,7 +154,7 @@ fn the_plain_module_is_compiled_once() {
     let run = || {
         let engine = Engine::with_cache(Options::default(), cache.path()).unwrap();
         let wasi = Arc::new(Wasi::new(Config::default()).unwrap());
-        let outcome = engine.run_plain(&module, wasi, Limits::default());
+        let outcome = engine.run_uninstrumented(&module, wasi, Limits::default());
         assert_eq!(outcome.unwrap(), Outcome::Exit(0));
     };
     let kept = || {

@@ -49,7 +49,7 @@ fn freezes_that_come_too_late_lose_no_thread() {
                 break outcome;
             }
             match running.machine.freeze(Duration::ZERO) {
-                Err(MachineError::Late(_)) => late += 1,
+                Err(MachineError::FreezeTimeout(_)) => late += 1,
                 Ok(()) => running.machine.thaw().unwrap(),
                 Err(_) => {}
             }
@@ -293,7 +293,7 @@ fn echo_is_shaken() {
         let machine = machine.clone();
         std::thread::spawn(move || {
             while machine.wait(Some(Duration::from_micros(200))).is_none() {
-                machine.shake(0);
+                machine.recapture(0);
             }
         })
     };

@@ -26,21 +26,21 @@ mod parts;
 mod threads;
 
 pub use objects::{Object, coldest};
-pub use parts::loses;
+pub use parts::gather_if_slower;
 
 use crate::Name;
 use crate::policy::Policy;
-use crate::select::Side;
+use crate::select::NodeState;
 use crate::window::{NEWEST, NEWEST_SHOWING};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Cores of a thread that takes one all the time.
-const BOUND: f64 = 0.9;
+const CPU_BOUND_CORES: f64 = 0.9;
 /// Cores below which a thread is not worth moving.
 const CORES_MIN: f64 = 0.1;
 /// Looks at which it loses by its parts, after which it does not matter what may help.
-const LOSING_MAX: u32 = 20;
+const LOSING_OBSERVATIONS_MAX: u32 = 20;
 
 /// A part of the machine.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,16 +65,16 @@ pub struct Thread {
     /// Cores of that part's node that it takes or waits for.
     pub cores: f64,
     /// Of them, those that it gets.
-    pub ran: f64,
+    pub ran_cores: f64,
     /// Whether it must stay: it moves, or came not long ago.
     pub held: bool,
     /// Where it would rather be.
-    pub drawn: Option<Drawn>,
+    pub affinity: Option<Affinity>,
 }
 
 /// The part that draws a thread.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Drawn {
+pub struct Affinity {
     /// Its number.
     pub part: u32,
     /// What the thread wants there.
@@ -82,7 +82,7 @@ pub struct Drawn {
     /// Share of its time that it stands at pages from there; 0 where it is a liking. Of
     /// those that go for their pages one goes at a time: of two that share some the other
     /// one is where they are then.
-    pub stands: f64,
+    pub stall_share: f64,
 }
 
 /// A node that has a part, or may get one.
@@ -91,7 +91,7 @@ pub struct Node {
     /// Its name.
     pub name: Name,
     /// As it tells rounds.
-    pub side: Side,
+    pub state: NodeState,
     /// Loads of its last samples, newest first.
     pub loads: Vec<f64>,
     /// Why no part may be there, if none may.
@@ -100,7 +100,7 @@ pub struct Node {
 
 /// What is known when it is decided. The home's node is the first.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Scene {
+pub struct Observation {
     /// Parts that it may have.
     pub parts_max: u32,
     /// It is to have them from its beginning.
@@ -115,10 +115,10 @@ pub struct Scene {
     pub nodes: Vec<Node>,
     /// Threads that waited for pages on average lately, in cores, if it spans.
     pub waited_cores: f64,
-    /// Looks in a row at which it lost by its parts ([`loses`]).
-    pub losing: u32,
+    /// Looks in a row at which it lost by its parts ([`gather_if_slower`]).
+    pub losing_observations: u32,
     /// It was brought together not long ago, since it lost more than it won.
-    pub tried: bool,
+    pub recently_gathered: bool,
     /// From which nodes to which threads went not long ago: none goes back.
     pub recent: Vec<(Name, Name)>,
 }
@@ -126,7 +126,7 @@ pub struct Scene {
 /// What is done.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "grain")]
-pub enum Grain {
+pub enum Action {
     /// It gets parts on these nodes.
     Spread {
         /// Beside its home's.
@@ -167,48 +167,52 @@ pub enum Grain {
 
 /// Something that was weighed, and what was found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Weighed {
+pub struct Alternative {
     /// What: a grain, a thread, a node.
-    pub what: String,
+    #[serde(rename = "what")]
+    pub option: String,
     /// Why it was taken, or not.
-    pub found: String,
+    #[serde(rename = "found")]
+    pub finding: String,
 }
 
 /// What is done, and why.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Choice {
     /// What.
-    pub grain: Grain,
+    #[serde(rename = "grain")]
+    pub action: Action,
     /// The rule that decided.
     pub why: String,
     /// Loads by which it was.
     pub loads: Vec<(Name, f64)>,
     /// What was weighed beside it.
-    pub weighed: Vec<Weighed>,
+    #[serde(rename = "weighed")]
+    pub alternatives: Vec<Alternative>,
 }
 
-impl fmt::Display for Grain {
+impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: &u64| *bytes as f64 / f64::from(1 << 20);
         match self {
-            Grain::Spread { nodes } => write!(f, "gets parts on {}", nodes.join(", ")),
-            Grain::Thread { tid, from, to, .. } => {
+            Action::Spread { nodes } => write!(f, "gets parts on {}", nodes.join(", ")),
+            Action::Thread { tid, from, to, .. } => {
                 write!(f, "thread {tid} moves from {from} to {to}")
             }
-            Grain::Objects {
+            Action::Objects {
                 from, to, bytes, ..
             } => write!(
                 f,
                 "{:.1} MiB of memory move from {from} to {to}",
                 mib(bytes)
             ),
-            Grain::Gather => f.write_str("comes back together"),
-            Grain::Leave { nodes } => write!(f, "has no part on {} any more", nodes.join(", ")),
+            Action::Gather => f.write_str("comes back together"),
+            Action::Leave { nodes } => write!(f, "has no part on {} any more", nodes.join(", ")),
         }
     }
 }
 
-impl Scene {
+impl Observation {
     fn node(&self, name: &Name) -> Option<&Node> {
         self.nodes.iter().find(|it| it.name == *name)
     }
@@ -219,16 +223,16 @@ impl Scene {
 
     fn loads(&self) -> Vec<(Name, f64)> {
         let nodes = self.nodes.iter();
-        nodes.map(|it| (it.name.clone(), it.side.load)).collect()
+        nodes.map(|it| (it.name.clone(), it.state.load)).collect()
     }
 
     /// Loads of nodes with that of some threads elsewhere than where they are.
-    fn choice(&self, grain: Grain, why: String, weighed: Vec<Weighed>) -> Choice {
+    fn choice(&self, action: Action, why: String, alternatives: Vec<Alternative>) -> Choice {
         Choice {
-            grain,
+            action,
             why,
             loads: self.loads(),
-            weighed,
+            alternatives,
         }
     }
 }
@@ -236,47 +240,47 @@ impl Scene {
 /// What a thread that takes so many cores of one node weighs on a node: one that takes a whole
 /// core does so anywhere, what others do takes less time on a faster one. As machines weigh
 /// ([`crate::load::Factors::on`]).
-fn weigh(cores: f64, on: &Side, there: &Side, policy: &Policy) -> f64 {
-    let is_bound = cores >= BOUND;
+fn thread_weight(cores: f64, on: &NodeState, there: &NodeState, policy: &Policy) -> f64 {
+    let is_bound = cores >= CPU_BOUND_CORES;
     let faster = there.capacity.speed / on.capacity.speed;
     let cores = if is_bound { cores } else { cores / faster };
     policy.weights.cpu * cores / there.capacity.cores
 }
 
 /// Whether most of the newest samples show that much.
-fn steadily(loads: &[f64], least: f64) -> bool {
+fn is_sustained(loads: &[f64], least: f64) -> bool {
     let newest = loads.iter().take(NEWEST);
     newest.filter(|load| **load >= least).count() >= NEWEST_SHOWING
 }
 
 /// What is to be done with a machine now, and why; nothing where nothing is pressed.
-pub fn decide(scene: &Scene, policy: &Policy) -> Vec<Choice> {
-    if !scene.spans() {
-        return parts::spread(scene, policy).into_iter().collect();
+pub fn decide(observation: &Observation, policy: &Policy) -> Vec<Choice> {
+    if !observation.spans() {
+        return parts::create(observation, policy).into_iter().collect();
     }
-    if let Some(choice) = parts::leaves(scene) {
+    if let Some(choice) = parts::leave_forbidden_nodes(observation) {
         return vec![choice];
     }
-    if let Some(choice) = loses(scene, policy) {
+    if let Some(choice) = gather_if_slower(observation, policy) {
         // Threads that are together may lose no more.
-        let drawn = match scene.losing {
-            0..=LOSING_MAX => threads::drawn(scene, policy),
+        let affinity = match observation.losing_observations {
+            0..=LOSING_OBSERVATIONS_MAX => threads::follow_affinity(observation, policy),
             _ => Vec::new(),
         };
-        return if drawn.is_empty() {
+        return if affinity.is_empty() {
             vec![choice]
         } else {
-            drawn
+            affinity
         };
     }
-    let mut choices = threads::from_pressed(scene, policy);
+    let mut choices = threads::relieve_pressed_nodes(observation, policy);
     if choices.is_empty() {
-        choices.extend(parts::widen(scene, policy));
+        choices.extend(parts::add_part(observation, policy));
     }
     if choices.is_empty() {
-        choices.extend(threads::drawn(scene, policy));
+        choices.extend(threads::follow_affinity(observation, policy));
     }
-    choices.extend(objects::surplus_of_parts(scene, policy));
+    choices.extend(objects::relieve_memory(observation, policy));
     choices
 }
 

@@ -1,6 +1,6 @@
 //! What memory goes to other parts: of a part, or a node, that has too much.
 
-use super::{Choice, Grain, Part, Scene, Weighed, mib};
+use super::{Action, Alternative, Choice, Observation, Part, mib};
 use crate::policy::Policy;
 use std::collections::BTreeMap;
 
@@ -11,24 +11,24 @@ const OBJECT_BYTES_MIN: u64 = 1 << 20;
 /// Most pieces of memory in one decision.
 const OBJECTS_AT_ONCE: usize = 32;
 /// Share of what a part may keep to which it is filled: what it uses next has room.
-const FILLED: f64 = 0.9;
+const FILL_SHARE: f64 = 0.9;
 /// Of what a part may keep so much is there when some of it is to go: before the part
 /// itself has to give away again what comes first to hand.
-const FULL: f64 = 0.95;
+const FULL_SHARE: f64 = 0.95;
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 
 /// Whether a part has about as much as it may keep.
 fn is_full(has_bytes: u64, most_bytes: u64) -> bool {
-    has_bytes as f64 > most_bytes as f64 * FULL
+    has_bytes as f64 > most_bytes as f64 * FULL_SHARE
 }
 
 /// Bytes that a part is to give away, and why.
-fn surplus(scene: &Scene, part: &Part, policy: &Policy) -> Option<(u64, String)> {
+fn surplus(observation: &Observation, part: &Part, policy: &Policy) -> Option<(u64, String)> {
     let has = part.memory_bytes?;
-    let most = scene.part_memory_bytes;
+    let most = observation.part_memory_bytes;
     if let Some(most) = most.filter(|most| has > *most || part.overflows && is_full(has, *most)) {
-        let rest = (most as f64 * FILLED) as u64;
+        let rest = (most as f64 * FILL_SHARE) as u64;
         let why = format!(
             "the part on {} has {:.1} MiB, and keeps {:.1} MiB at most",
             part.node,
@@ -37,7 +37,7 @@ fn surplus(scene: &Scene, part: &Part, policy: &Policy) -> Option<(u64, String)>
         );
         return Some((has - rest, why));
     }
-    let side = &scene.node(&part.node)?.side;
+    let side = &observation.node(&part.node)?.state;
     let kept = (side.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
     if side.memory_free_bytes >= kept {
         return None;
@@ -52,38 +52,38 @@ fn surplus(scene: &Scene, part: &Part, policy: &Policy) -> Option<(u64, String)>
 }
 
 /// Bytes that a part may take without being pressed itself.
-fn room(scene: &Scene, part: &Part, policy: &Policy) -> u64 {
-    let Some(node) = scene.node(&part.node) else {
+fn room(observation: &Observation, part: &Part, policy: &Policy) -> u64 {
+    let Some(node) = observation.node(&part.node) else {
         return 0;
     };
     if node.forbidden.is_some() {
         return 0;
     }
-    let kept = (node.side.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
+    let kept = (node.state.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
     // Once more as much: nodes tell what was some time ago.
-    let of_node = node.side.memory_free_bytes.saturating_sub(2 * kept);
-    let of_part = match (part.memory_bytes, scene.part_memory_bytes) {
-        (Some(has), Some(most)) => ((most as f64 * FILLED) as u64).saturating_sub(has),
+    let of_node = node.state.memory_free_bytes.saturating_sub(2 * kept);
+    let of_part = match (part.memory_bytes, observation.part_memory_bytes) {
+        (Some(has), Some(most)) => ((most as f64 * FILL_SHARE) as u64).saturating_sub(has),
         (None, Some(_)) => 0,
         _ => u64::MAX,
     };
     of_node.min(of_part)
 }
 
-pub(super) fn surplus_of_parts(scene: &Scene, policy: &Policy) -> Vec<Choice> {
-    let mut rooms: BTreeMap<u32, u64> = scene
+pub(super) fn relieve_memory(observation: &Observation, policy: &Policy) -> Vec<Choice> {
+    let mut rooms: BTreeMap<u32, u64> = observation
         .parts
         .iter()
-        .map(|part| (part.number, room(scene, part, policy)))
+        .map(|part| (part.number, room(observation, part, policy)))
         .collect();
     let mut choices = Vec::new();
-    for from in &scene.parts {
-        let Some((mut bytes, why)) = surplus(scene, from, policy) else {
+    for from in &observation.parts {
+        let Some((mut bytes, why)) = surplus(observation, from, policy) else {
             continue;
         };
         bytes = bytes.min(OBJECT_BYTES_MAX);
         while bytes >= OBJECT_BYTES_MIN {
-            let others = scene
+            let others = observation
                 .parts
                 .iter()
                 .filter(|it| it.number != from.number && it.node != from.node);
@@ -99,18 +99,18 @@ pub(super) fn surplus_of_parts(scene: &Scene, policy: &Policy) -> Vec<Choice> {
             }
             *room -= given;
             bytes -= given;
-            let grain = Grain::Objects {
+            let action = Action::Objects {
                 from_part: from.number,
                 from: from.node.clone(),
                 part: to.number,
                 to: to.node.clone(),
                 bytes: given,
             };
-            let weighed = vec![Weighed {
-                what: "the whole machine".into(),
-                found: "its coldest objects are fewer bytes".into(),
+            let alternatives = vec![Alternative {
+                option: "the whole machine".into(),
+                finding: "its coldest objects are fewer bytes".into(),
             }];
-            choices.push(scene.choice(grain, why.clone(), weighed));
+            choices.push(observation.choice(action, why.clone(), alternatives));
         }
     }
     choices

@@ -8,7 +8,7 @@ const MIB: u64 = 1 << 20;
 fn node(name: &str, load: f64) -> Node {
     Node {
         name: name.into(),
-        side: Side {
+        state: NodeState {
             capacity: Capacity {
                 cores: 1.0,
                 speed: 1.0,
@@ -39,15 +39,15 @@ fn thread(tid: u32, part: u32, cores: f64) -> Thread {
         tid,
         part,
         cores,
-        ran: cores,
+        ran_cores: cores,
         held: false,
-        drawn: None,
+        affinity: None,
     }
 }
 
 /// Six burners on the first of three nodes.
-fn scene(parts: &[&str]) -> Scene {
-    Scene {
+fn observation(parts: &[&str]) -> Observation {
+    Observation {
         parts_max: 3,
         from_beginning: false,
         part_memory_bytes: None,
@@ -58,15 +58,15 @@ fn scene(parts: &[&str]) -> Scene {
         threads: (0..6).map(|tid| thread(tid, 0, 1.0)).collect(),
         nodes: vec![node("a", 6.0), node("b", 0.1), node("c", 0.0)],
         waited_cores: 0.0,
-        losing: 0,
-        tried: false,
+        losing_observations: 0,
+        recently_gathered: false,
         recent: Vec::new(),
     }
 }
 
 fn moves(choices: &[Choice]) -> Vec<(u32, u32)> {
-    let moves = choices.iter().filter_map(|it| match it.grain {
-        Grain::Thread { tid, part, .. } => Some((tid, part)),
+    let moves = choices.iter().filter_map(|it| match it.action {
+        Action::Thread { tid, part, .. } => Some((tid, part)),
         _ => None,
     });
     moves.collect()
@@ -75,17 +75,17 @@ fn moves(choices: &[Choice]) -> Vec<(u32, u32)> {
 #[test]
 fn a_machine_that_presses_any_node_gets_parts_and_its_threads_are_dealt_out() {
     let policy = Policy::default();
-    let alone = scene(&["a"]);
+    let alone = observation(&["a"]);
     let choices = decide(&alone, &policy);
     let [choice] = &choices[..] else {
         panic!("{choices:?}")
     };
     let nodes: Vec<Name> = ["c", "b"].map(Name::from).to_vec();
-    assert_eq!(choice.grain, Grain::Spread { nodes });
+    assert_eq!(choice.action, Action::Spread { nodes });
     assert!(choice.why.contains("6 busy threads"), "{}", choice.why);
     assert_eq!(choice.loads.len(), 3);
 
-    let mut spans = scene(&["a", "c", "b"]);
+    let mut spans = observation(&["a", "c", "b"]);
     let choices = decide(&spans, &policy);
     let dealt = moves(&choices);
     assert_eq!(dealt.len(), 4, "{choices:?}");
@@ -97,8 +97,8 @@ fn a_machine_that_presses_any_node_gets_parts_and_its_threads_are_dealt_out() {
     }
     for (number, load) in [2.0, 2.1, 2.0].into_iter().enumerate() {
         let one = &mut spans.nodes[number];
-        one.side.load = load;
-        one.side.pressed = true;
+        one.state.load = load;
+        one.state.pressed = true;
         one.loads = vec![load; 8];
     }
     assert_eq!(decide(&spans, &policy), []);
@@ -107,34 +107,35 @@ fn a_machine_that_presses_any_node_gets_parts_and_its_threads_are_dealt_out() {
 #[test]
 fn what_does_not_press_or_may_go_whole_is_left_alone() {
     let policy = Policy::default();
-    let nothing = |scene: &Scene| assert_eq!(decide(scene, &policy), [], "{scene:?}");
+    let nothing =
+        |observation: &Observation| assert_eq!(decide(observation, &policy), [], "{observation:?}");
     // Nobody waits.
-    let mut calm = scene(&["a"]);
+    let mut calm = observation(&["a"]);
     calm.nodes[0] = node("a", 0.7);
     nothing(&calm);
     // It has not lasted.
-    let mut short = scene(&["a"]);
+    let mut short = observation(&["a"]);
     short.nodes[0].loads = vec![6.0, 6.0, 6.0, 0.1, 0.1, 0.1];
     nothing(&short);
     // It is one of many, and there is a node that would be light with it.
-    let mut small = scene(&["a"]);
+    let mut small = observation(&["a"]);
     small.threads = vec![thread(0, 0, 0.2), thread(1, 0, 0.2)];
     nothing(&small);
     // One busy thread cannot be divided.
-    let mut one = scene(&["a"]);
+    let mut one = observation(&["a"]);
     one.threads = vec![thread(0, 0, 1.0), thread(1, 0, 0.0)];
     nothing(&one);
     // All others are as heavy.
-    let mut heavy = scene(&["a"]);
+    let mut heavy = observation(&["a"]);
     heavy.nodes[1] = node("b", 6.0);
     heavy.nodes[2] = node("c", 5.9);
     nothing(&heavy);
     // It was tried, and lost by it.
-    let mut tried = scene(&["a"]);
-    tried.tried = true;
-    nothing(&tried);
+    let mut recently_gathered = observation(&["a"]);
+    recently_gathered.recently_gathered = true;
+    nothing(&recently_gathered);
     // Its threads came not long ago.
-    let mut held = scene(&["a", "b"]);
+    let mut held = observation(&["a", "b"]);
     for thread in &mut held.threads {
         thread.held = true;
     }
@@ -144,58 +145,58 @@ fn what_does_not_press_or_may_go_whole_is_left_alone() {
 #[test]
 fn a_part_goes_from_where_none_may_be_and_parts_that_lose_come_together() {
     let policy = Policy::default();
-    let mut drained = scene(&["a", "b", "c"]);
+    let mut drained = observation(&["a", "b", "c"]);
     drained.nodes[2].forbidden = Some("c is being drained".into());
     let choices = decide(&drained, &policy);
     assert_eq!(choices.len(), 1);
     let nodes = vec![drained.nodes[2].name.clone()];
-    assert_eq!(choices[0].grain, Grain::Leave { nodes });
+    assert_eq!(choices[0].action, Action::Leave { nodes });
     assert!(choices[0].why.contains("drained"), "{}", choices[0].why);
 
     // Two threads hand a page to and fro.
-    let gathers = |scene: &Scene| {
-        let choices = decide(scene, &policy);
-        choices.iter().any(|it| it.grain == Grain::Gather)
+    let gathers = |observation: &Observation| {
+        let choices = decide(observation, &policy);
+        choices.iter().any(|it| it.action == Action::Gather)
     };
-    let mut losing = scene(&["a", "b", "c"]);
-    losing.threads = vec![thread(0, 0, 0.2), thread(1, 1, 0.2)];
-    losing.nodes[0] = node("a", 0.2);
-    losing.waited_cores = 0.8;
-    let choices = decide(&losing, &policy);
-    assert_eq!(choices[0].grain, Grain::Gather);
+    let mut losing_observations = observation(&["a", "b", "c"]);
+    losing_observations.threads = vec![thread(0, 0, 0.2), thread(1, 1, 0.2)];
+    losing_observations.nodes[0] = node("a", 0.2);
+    losing_observations.waited_cores = 0.8;
+    let choices = decide(&losing_observations, &policy);
+    assert_eq!(choices[0].action, Action::Gather);
     assert!(choices[0].why.contains("0.40 cores in all"), "{choices:?}");
     assert!(choices[0].why.contains("would run 1.00"), "{choices:?}");
     // Its home has half a core for it: others want as much as it does.
-    losing.nodes[0] = node("a", 1.4);
-    assert!(gathers(&losing));
-    losing.nodes[0] = node("a", 2.4);
-    assert!(!gathers(&losing));
+    losing_observations.nodes[0] = node("a", 1.4);
+    assert!(gathers(&losing_observations));
+    losing_observations.nodes[0] = node("a", 2.4);
+    assert!(!gathers(&losing_observations));
     // A faster node's cores count for more.
-    losing.nodes[0] = node("a", 1.4);
-    losing.nodes[1].side.capacity.speed = 1.6;
-    assert!(!gathers(&losing));
-    losing.nodes[1].side.capacity.speed = 1.0;
+    losing_observations.nodes[0] = node("a", 1.4);
+    losing_observations.nodes[1].state.capacity.speed = 1.6;
+    assert!(!gathers(&losing_observations));
+    losing_observations.nodes[1].state.capacity.speed = 1.0;
     // A person wants it to have them all the time.
-    losing.from_beginning = true;
-    assert!(!gathers(&losing));
-    losing.from_beginning = false;
+    losing_observations.from_beginning = true;
+    assert!(!gathers(&losing_observations));
+    losing_observations.from_beginning = false;
     // Nobody waits for pages: that it runs little has other reasons.
-    losing.waited_cores = 0.05;
-    assert!(!gathers(&losing));
+    losing_observations.waited_cores = 0.05;
+    assert!(!gathers(&losing_observations));
 }
 
 #[test]
 fn threads_go_to_what_draws_them_where_that_presses_nobody() {
     let policy = Policy::default();
-    let mut calm = scene(&["a", "b", "c"]);
+    let mut calm = observation(&["a", "b", "c"]);
     calm.threads = vec![thread(0, 0, 0.2), thread(1, 0, 0.2), thread(2, 1, 0.2)];
     calm.nodes[0] = node("a", 0.4);
     calm.nodes[1] = node("b", 0.2);
     for tid in [0, 2] {
-        calm.threads[tid].drawn = Some(Drawn {
+        calm.threads[tid].affinity = Some(Affinity {
             part: 1,
             why: "it likes to be near cache".into(),
-            stands: 0.0,
+            stall_share: 0.0,
         });
     }
     let choices = decide(&calm, &policy);
@@ -203,7 +204,7 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
     assert!(choices[0].why.contains("near cache"), "{choices:?}");
     assert!(choices[0].why.contains("b is at 0.40"), "{choices:?}");
     // Not where it would press, where none may be, whence threads came, or at once.
-    let nothing = |scene: &Scene| assert_eq!(decide(scene, &policy), []);
+    let nothing = |observation: &Observation| assert_eq!(decide(observation, &policy), []);
     let mut pressed = calm.clone();
     pressed.nodes[1] = node("b", 0.95);
     nothing(&pressed);
@@ -216,28 +217,31 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
     // Of those that go for their pages one goes at a time: the one that waits for most
     // and can.
     let mut pages = calm.clone();
-    for (tid, stands) in [(0, 0.3), (1, 0.7), (2, 0.9)] {
-        pages.threads[tid].drawn = Some(Drawn {
+    for (tid, stall_share) in [(0, 0.3), (1, 0.7), (2, 0.9)] {
+        pages.threads[tid].affinity = Some(Affinity {
             part: if tid == 2 { 2 } else { 1 },
             why: String::new(),
-            stands,
+            stall_share,
         });
     }
     pages.nodes[2] = node("c", 0.95);
     assert_eq!(moves(&decide(&pages, &policy)), [(1, 1)]);
     // Before all of it is brought together, but not for ever.
-    let mut losing = pages.clone();
-    losing.waited_cores = 2.0;
-    assert_eq!(moves(&decide(&losing, &policy)), [(1, 1)]);
-    losing.losing = LOSING_MAX + 1;
-    assert_eq!(decide(&losing, &policy)[0].grain, Grain::Gather);
+    let mut losing_observations = pages.clone();
+    losing_observations.waited_cores = 2.0;
+    assert_eq!(moves(&decide(&losing_observations, &policy)), [(1, 1)]);
+    losing_observations.losing_observations = LOSING_OBSERVATIONS_MAX + 1;
+    assert_eq!(
+        decide(&losing_observations, &policy)[0].action,
+        Action::Gather
+    );
     // Who is where it wants to be goes last.
-    let mut level = scene(&["a", "b", "c"]);
+    let mut level = observation(&["a", "b", "c"]);
     for tid in [0, 1, 2, 3] {
-        level.threads[tid].drawn = Some(Drawn {
+        level.threads[tid].affinity = Some(Affinity {
             part: 0,
             why: String::new(),
-            stands: 0.0,
+            stall_share: 0.0,
         });
     }
     let first: Vec<u32> = moves(&decide(&level, &policy))
@@ -252,15 +256,15 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
 fn a_home_that_is_pressed_is_no_reason_to_come_back_to_it() {
     // As was seen: one thread of six away, which waits for pages of a node of half a
     // core that five others press; together they would have that half core alone.
-    let mut spans = scene(&["a", "b", "c"]);
+    let mut spans = observation(&["a", "b", "c"]);
     spans.nodes[0] = node("a", 10.0);
-    spans.nodes[0].side.capacity.cores = 0.5;
+    spans.nodes[0].state.capacity.cores = 0.5;
     for thread in &mut spans.threads {
-        thread.ran = 0.1;
+        thread.ran_cores = 0.1;
         thread.held = true;
     }
     spans.threads[5].part = 1;
-    (spans.threads[5].cores, spans.threads[5].ran) = (0.24, 0.24);
+    (spans.threads[5].cores, spans.threads[5].ran_cores) = (0.24, 0.24);
     spans.waited_cores = 0.79;
     assert_eq!(decide(&spans, &Policy::default()), []);
 }
@@ -268,7 +272,7 @@ fn a_home_that_is_pressed_is_no_reason_to_come_back_to_it() {
 #[test]
 fn more_parts_are_made_where_those_that_it_has_are_pressed_and_none_goes_back() {
     let policy = Policy::default();
-    let mut two = scene(&["a", "b"]);
+    let mut two = observation(&["a", "b"]);
     for tid in 3..6 {
         two.threads[tid].part = 1;
     }
@@ -276,14 +280,14 @@ fn more_parts_are_made_where_those_that_it_has_are_pressed_and_none_goes_back() 
     two.nodes[1] = node("b", 3.0);
     let choices = decide(&two, &policy);
     let nodes: Vec<Name> = ["b", "c"].map(Name::from).to_vec();
-    assert_eq!(choices[0].grain, Grain::Spread { nodes });
+    assert_eq!(choices[0].action, Action::Spread { nodes });
     // Before that a thread goes, if one can; but not back.
     two.nodes[1] = node("b", 1.5);
     assert_eq!(moves(&decide(&two, &policy)).len(), 1);
     two.recent = vec![("b".into(), "a".into())];
     let choices = decide(&two, &policy);
     assert!(
-        matches!(choices[0].grain, Grain::Spread { .. }),
+        matches!(choices[0].action, Action::Spread { .. }),
         "{choices:?}"
     );
     // No more than it may have.
@@ -294,14 +298,14 @@ fn more_parts_are_made_where_those_that_it_has_are_pressed_and_none_goes_back() 
 #[test]
 fn a_part_that_has_too_much_gives_to_those_with_room() {
     let policy = Policy::default();
-    let mut full = scene(&["a", "b", "c"]);
+    let mut full = observation(&["a", "b", "c"]);
     full.threads.clear();
     full.part_memory_bytes = Some(100 * MIB);
     full.parts = vec![part(0, "a", 200), part(1, "b", 60), part(2, "c", 5)];
-    let given = |scene: &Scene| -> Vec<(u32, u64)> {
-        let choices = decide(scene, &policy);
-        let given = choices.iter().map(|it| match &it.grain {
-            Grain::Objects {
+    let given = |observation: &Observation| -> Vec<(u32, u64)> {
+        let choices = decide(observation, &policy);
+        let given = choices.iter().map(|it| match &it.action {
+            Action::Objects {
                 from_part,
                 part,
                 bytes,
@@ -323,23 +327,23 @@ fn a_part_that_has_too_much_gives_to_those_with_room() {
     assert_eq!(given(&full), [(2, 8)]);
     full.parts[0] = part(0, "a", 200);
     // A node that is short of memory takes none, and one that is gives.
-    full.nodes[2].side.memory_free_bytes = 60 * MIB;
+    full.nodes[2].state.memory_free_bytes = 60 * MIB;
     assert_eq!(given(&full), [(1, 30)]);
     full.part_memory_bytes = None;
-    full.nodes[0].side.memory_free_bytes = 20 * MIB;
+    full.nodes[0].state.memory_free_bytes = 20 * MIB;
     assert_eq!(given(&full), [(1, 30)]);
     // (50 are kept free of 1,000.)
-    full.nodes[0].side.memory_free_bytes = 51 * MIB;
+    full.nodes[0].state.memory_free_bytes = 51 * MIB;
     assert_eq!(given(&full), []);
 }
 
 #[test]
 fn a_machine_with_more_memory_than_a_part_keeps_gets_parts() {
-    let mut large = scene(&["a"]);
+    let mut large = observation(&["a"]);
     large.nodes[0] = node("a", 0.2);
     large.parts = vec![part(0, "a", 200)];
     large.part_memory_bytes = Some(100 * MIB);
     let choices = decide(&large, &Policy::default());
-    assert!(matches!(choices[0].grain, Grain::Spread { .. }));
+    assert!(matches!(choices[0].action, Action::Spread { .. }));
     assert!(choices[0].why.contains("200.0 MiB"), "{}", choices[0].why);
 }

@@ -1,15 +1,17 @@
 //! This node's own rounds: whom it asks, what it offers, and what became of it.
 
-use super::messages::{Answer, Question, View};
+use super::messages::{Request, Response, View};
 use super::{
-    Avoided, Balancer, Bounds, Check, Command, Confirmed, Explained, Leaving, SETTLE_SAMPLES,
-    State, WEIGHED_MAX, offers, tracked_absurd,
+    Backoff, Balancer, Command, ConfirmedMove, Constraints, EffectCheck, Explained, OutgoingMove,
+    SETTLE_SAMPLES, State, WEIGHED_MAX, check_offer, record_invalid_report,
 };
 use crate::Name;
-use crate::ledger::{Decision, Outcome, Stay};
-use crate::load::{Absurd, Factors, LOAD_MAX, NodeSample};
+use crate::ledger::{Decision, NoMoveReason, Outcome};
+use crate::load::{Factors, LOAD_MAX, NodeSample, ValidationError};
 use crate::policy::{Mode, Strategy};
-use crate::select::{Bound, CONSIDERED_MAX, Candidate, Considered, Side, Verdict, select};
+use crate::select::{
+    CONSIDERED_MAX, Candidate, Considered, Constraint, NodeState, Verdict, select,
+};
 use crate::window::{NEWEST, steady_difference};
 use rand::RngExt;
 use std::collections::HashMap;
@@ -22,13 +24,13 @@ const GUESSED_SAMPLES: u64 = 20;
 const ANSWER_MS: u64 = 2_000;
 /// Milliseconds for which a node, or a machine, is left alone after a failed move;
 /// doubled by each further failure, so often at most.
-const AVOID_MS: u64 = 15_000;
-const AVOID_DOUBLINGS_MAX: u32 = 5;
+const BACKOFF_MS: u64 = 15_000;
+const BACKOFF_DOUBLINGS_MAX: u32 = 5;
 /// Milliseconds for which a proposed move can be confirmed.
 const PROPOSAL_MS: u64 = 300_000;
 /// Milliseconds for which a node is pressed, and nothing can be done, before that is
 /// an alert.
-const HELPLESS_MS: u64 = 60_000;
+const ALERT_AFTER_MS: u64 = 60_000;
 /// Milliseconds after which it is told again that balancing does not help, where loads go
 /// up and down around what presses.
 const ALERT_AGAIN_MS: u64 = 3_600_000;
@@ -42,11 +44,11 @@ const PICKS_MAX: usize = 16;
 /// Most free nodes that are remembered.
 const FREE_MAX: usize = 4096;
 /// Most reasons that are remembered, one for each other node.
-const STAYS_MAX: usize = 128;
+const REASONS_MAX: usize = 128;
 
 impl Balancer {
-    fn rest(&mut self, now_ms: u64) {
-        self.state = State::Resting;
+    fn schedule_round(&mut self, now_ms: u64) {
+        self.state = State::Idle;
         let interval = self.policy.interval_ms;
         let jittered = self
             .rng
@@ -54,26 +56,26 @@ impl Balancer {
         self.due_ms = now_ms + jittered;
     }
 
-    pub(super) fn begin(&mut self, now_ms: u64, commands: &mut Vec<Command>) {
+    pub(super) fn begin_round(&mut self, now_ms: u64, commands: &mut Vec<Command>) {
         self.round += 1;
         let reason = if self.policy.mode == Mode::Off {
-            Some(Stay::Off)
+            Some(NoMoveReason::Off)
         } else if self.peers.is_empty() {
-            Some(Stay::Alone)
-        } else if self.side().is_none() {
-            Some(Stay::Measuring)
-        } else if self.known.is_empty() {
-            Some(Stay::NoMachines)
+            Some(NoMoveReason::NoPeers)
+        } else if self.node_state().is_none() {
+            Some(NoMoveReason::InsufficientSamples)
+        } else if self.tracked.is_empty() {
+            Some(NoMoveReason::NoMachines)
         } else {
             None
         };
         if let Some(why) = reason {
-            self.stay(None, why, None, Vec::new(), commands);
-            self.rest(now_ms);
+            self.record_no_move(None, why, None, Vec::new(), commands);
+            self.schedule_round(now_ms);
             return;
         }
         if let Some(confirmed) = self.take_confirmed(now_ms) {
-            let Confirmed {
+            let ConfirmedMove {
                 machine,
                 target,
                 until_ms,
@@ -81,21 +83,21 @@ impl Balancer {
             self.offer(target, machine, Err(until_ms), now_ms, commands);
             return;
         }
-        let Some(peer) = self.pick(now_ms) else {
-            self.rest(now_ms);
+        let Some(peer) = self.pick_peer(now_ms) else {
+            self.schedule_round(now_ms);
             return;
         };
-        if let Some(avoided) = self.avoided_peers.get(&peer)
-            && avoided.until_ms > now_ms
+        if let Some(backoff) = self.peer_backoffs.get(&peer)
+            && backoff.until_ms > now_ms
         {
-            let for_ms = avoided.until_ms - now_ms;
-            let why = Stay::Avoided { for_ms };
-            self.stay(Some(peer), why, None, Vec::new(), commands);
-            self.rest(now_ms);
+            let for_ms = backoff.until_ms - now_ms;
+            let why = NoMoveReason::Backoff { for_ms };
+            self.record_no_move(Some(peer), why, None, Vec::new(), commands);
+            self.schedule_round(now_ms);
             return;
         }
-        self.ask(&peer, Question::View, commands);
-        self.state = State::Asking {
+        self.send_request(&peer, Request::View, commands);
+        self.state = State::AwaitingView {
             peer,
             deadline_ms: now_ms + ANSWER_MS,
         };
@@ -104,13 +106,13 @@ impl Balancer {
     /// One of the others, by chance, to which nothing goes just now. Where machines are
     /// packed most are free and are given nothing: of those it knows it picks another
     /// one.
-    fn pick(&mut self, now_ms: u64) -> Option<Name> {
-        let packs = self.policy.strategy == Strategy::Pack && self.helpless < WAKE_ROUNDS;
+    fn pick_peer(&mut self, now_ms: u64) -> Option<Name> {
+        let packs = self.policy.strategy == Strategy::Pack && self.fruitless_rounds < WAKE_ROUNDS;
         let mut free_one = None;
         for _ in 0..PICKS_MAX {
             let number = self.rng.random_range(0..self.peers.len());
             let peer = self.peers.get(number)?;
-            if self.leaving.iter().any(|it| it.peer == *peer) {
+            if self.outgoing.iter().any(|it| it.peer == *peer) {
                 continue;
             }
             let free = packs && self.free_peers.get(peer).is_some_and(|it| *it > now_ms);
@@ -122,23 +124,23 @@ impl Balancer {
         free_one
     }
 
-    fn ask(&self, peer: &Name, question: Question, commands: &mut Vec<Command>) {
-        commands.push(Command::Ask {
+    fn send_request(&self, peer: &Name, request: Request, commands: &mut Vec<Command>) {
+        commands.push(Command::SendRequest {
             round: self.round,
             peer: peer.clone(),
-            question,
+            request,
         });
     }
 
     /// Ends a round without a move.
-    pub(super) fn give_up(
+    pub(super) fn abandon_round(
         &mut self,
         peer: Name,
-        why: Stay,
+        why: NoMoveReason,
         now_ms: u64,
         commands: &mut Vec<Command>,
     ) {
-        if let State::Offering {
+        if let State::AwaitingGrant {
             peer,
             machine,
             confirmed_until_ms,
@@ -146,58 +148,58 @@ impl Balancer {
         } = &self.state
         {
             self.confirmed
-                .extend(confirmed_until_ms.map(|until_ms| Confirmed {
+                .extend(confirmed_until_ms.map(|until_ms| ConfirmedMove {
                     machine: machine.clone(),
                     target: peer.clone(),
                     until_ms,
                 }));
             // It may have granted, and its answer be lost.
-            let release = Question::Release {
+            let release = Request::Release {
                 machine: machine.clone(),
             };
-            commands.push(Command::Ask {
+            commands.push(Command::SendRequest {
                 round: 0,
                 peer: peer.clone(),
-                question: release,
+                request: release,
             });
         }
-        self.stay(Some(peer), why, None, Vec::new(), commands);
-        self.rest(now_ms);
+        self.record_no_move(Some(peer), why, None, Vec::new(), commands);
+        self.schedule_round(now_ms);
     }
 
     /// Records why nothing moves, when that is another reason than the last one.
-    fn stay(
+    fn record_no_move(
         &mut self,
         peer: Option<Name>,
-        why: Stay,
-        there: Option<Side>,
+        why: NoMoveReason,
+        there: Option<NodeState>,
         considered: Vec<Considered>,
         commands: &mut Vec<Command>,
     ) {
         let no_help = match &why {
             // (That will be.)
-            Stay::NoneMayGo { verdict, .. } => *verdict != Verdict::Spreads,
-            other => matches!(other, Stay::Level | Stay::KeptFree),
+            NoMoveReason::NoEligibleMachine { verdict, .. } => *verdict != Verdict::Spreads,
+            other => matches!(other, NoMoveReason::Level | NoMoveReason::ReservedFree),
         };
-        if no_help && self.leaving.is_empty() {
-            self.helpless += 1;
+        if no_help && self.outgoing.is_empty() {
+            self.fruitless_rounds += 1;
         }
         let verdict = match &why {
-            Stay::NoneMayGo { verdict, .. } => Some(discriminant(verdict)),
+            NoMoveReason::NoEligibleMachine { verdict, .. } => Some(discriminant(verdict)),
             _ => None,
         };
         let tag = (discriminant(&why), verdict);
         let key = peer.clone().unwrap_or_else(|| "".into());
-        if self.stays.len() >= STAYS_MAX && !self.stays.contains_key(&key) {
-            self.stays.clear();
+        if self.last_reasons.len() >= REASONS_MAX && !self.last_reasons.contains_key(&key) {
+            self.last_reasons.clear();
         }
-        if self.stays.insert(key, tag) == Some(tag) {
+        if self.last_reasons.insert(key, tag) == Some(tag) {
             return;
         }
-        let decision = Decision::Stay {
+        let decision = Decision::NoMove {
             why,
             peer,
-            here: self.side(),
+            here: self.node_state(),
             there,
             considered: nearest(considered),
         };
@@ -206,94 +208,103 @@ impl Balancer {
 }
 
 impl Balancer {
-    pub(super) fn answered(
+    pub(super) fn response_received(
         &mut self,
-        answer: Option<Answer>,
+        response: Option<Response>,
         now_ms: u64,
-        bounds: &dyn Bounds,
+        constraints: &dyn Constraints,
         commands: &mut Vec<Command>,
     ) {
-        let state = std::mem::replace(&mut self.state, State::Resting);
-        match (state, answer) {
-            (State::Asking { peer, .. }, Some(Answer::View(view))) => {
-                self.seen(peer, view, now_ms, commands);
+        let state = std::mem::replace(&mut self.state, State::Idle);
+        match (state, response) {
+            (State::AwaitingView { peer, .. }, Some(Response::View(view))) => {
+                self.view_received(peer, view, now_ms, commands);
             }
             (
-                State::Weighing {
+                State::AwaitingWeights {
                     peer,
                     view,
                     steady,
                     machines,
                     ..
                 },
-                Some(Answer::Weights(weights)),
+                Some(Response::Weights(weights)),
             ) => {
                 let asked = (view, steady, machines);
-                self.weighed(peer, asked, &weights, now_ms, bounds, commands);
+                self.weights_received(peer, asked, &weights, now_ms, constraints, commands);
             }
             (
-                State::Offering {
+                State::AwaitingGrant {
                     peer,
                     machine,
                     decision,
                     ..
                 },
-                Some(Answer::Granted),
-            ) => self.granted(peer, machine, decision, now_ms, commands),
+                Some(Response::Granted),
+            ) => self.grant_received(peer, machine, decision, now_ms, commands),
             (
-                State::Offering {
+                State::AwaitingGrant {
                     peer,
                     machine,
                     confirmed_until_ms: Some(until_ms),
                     ..
                 },
-                answer @ (None | Some(Answer::Busy)),
+                response @ (None | Some(Response::Busy)),
             ) => {
                 // What a person confirmed is tried again.
-                self.confirmed.push(Confirmed {
+                self.confirmed.push(ConfirmedMove {
                     machine,
                     target: peer.clone(),
                     until_ms,
                 });
-                let why = answer.map_or(Stay::NoAnswer, |_| Stay::Busy);
-                self.stay(Some(peer), why, None, Vec::new(), commands);
-                self.rest(now_ms);
+                let why = response.map_or(NoMoveReason::NoAnswer, |_| NoMoveReason::Busy);
+                self.record_no_move(Some(peer), why, None, Vec::new(), commands);
+                self.schedule_round(now_ms);
             }
             // A late or doubled answer to what was asked before, in this round too.
-            (state @ State::Resting, _)
-            | (state @ State::Weighing { .. }, Some(Answer::View(_)))
-            | (state @ State::Offering { .. }, Some(Answer::View(_) | Answer::Weights(_))) => {
+            (state @ State::Idle, _)
+            | (state @ State::AwaitingWeights { .. }, Some(Response::View(_)))
+            | (
+                state @ State::AwaitingGrant { .. },
+                Some(Response::View(_) | Response::Weights(_)),
+            ) => {
                 self.state = state;
             }
             (
-                State::Asking { peer, .. }
-                | State::Weighing { peer, .. }
-                | State::Offering { peer, .. },
-                answer,
+                State::AwaitingView { peer, .. }
+                | State::AwaitingWeights { peer, .. }
+                | State::AwaitingGrant { peer, .. },
+                response,
             ) => {
-                let why = match answer {
-                    None => Stay::NoAnswer,
-                    Some(Answer::Busy) => Stay::Busy,
-                    Some(Answer::Measuring) => Stay::Measuring,
-                    Some(Answer::Refused { why }) => Stay::Refused { why },
-                    Some(other) => Stay::Refused {
+                let why = match response {
+                    None => NoMoveReason::NoAnswer,
+                    Some(Response::Busy) => NoMoveReason::Busy,
+                    Some(Response::NotReady) => NoMoveReason::InsufficientSamples,
+                    Some(Response::Refused { why }) => NoMoveReason::Refused { why },
+                    Some(other) => NoMoveReason::Refused {
                         why: format!("it answered something else: {other:?}")
                             .chars()
                             .take(200)
                             .collect(),
                     },
                 };
-                self.stay(Some(peer), why, None, Vec::new(), commands);
-                self.rest(now_ms);
+                self.record_no_move(Some(peer), why, None, Vec::new(), commands);
+                self.schedule_round(now_ms);
             }
         }
     }
 
-    fn seen(&mut self, peer: Name, mut view: View, now_ms: u64, commands: &mut Vec<Command>) {
-        let absurd = view.sanitise();
-        if !absurd.is_empty() {
-            tracked_absurd(commands, &peer, absurd);
-            self.rest(now_ms);
+    fn view_received(
+        &mut self,
+        peer: Name,
+        mut view: View,
+        now_ms: u64,
+        commands: &mut Vec<Command>,
+    ) {
+        let errors = view.sanitise();
+        if !errors.is_empty() {
+            record_invalid_report(commands, &peer, errors);
+            self.schedule_round(now_ms);
             return;
         }
         if self.policy.strategy == Strategy::Pack {
@@ -301,7 +312,7 @@ impl Balancer {
             if self.free_peers.len() >= FREE_MAX {
                 self.free_peers.clear();
             }
-            if view.side.free {
+            if view.state.free {
                 let until_ms = now_ms + FREE_ROUNDS * self.policy.interval_ms;
                 self.free_peers.insert(peer.clone(), until_ms);
             }
@@ -311,17 +322,17 @@ impl Balancer {
             Err(why) => (Some(why), 0.0),
         };
         if let Some(why) = why {
-            self.stay(Some(peer), why, Some(view.side), Vec::new(), commands);
-            self.rest(now_ms);
+            self.record_no_move(Some(peer), why, Some(view.state), Vec::new(), commands);
+            self.schedule_round(now_ms);
             return;
         }
         let Some(sample) = &self.sample else {
-            self.rest(now_ms);
+            self.schedule_round(now_ms);
             return;
         };
-        let (machines, question) = self.weigh_question(sample);
-        self.ask(&peer, question, commands);
-        self.state = State::Weighing {
+        let (machines, request) = self.weigh_request_of(sample);
+        self.send_request(&peer, request, commands);
+        self.state = State::AwaitingWeights {
             peer,
             view,
             steady,
@@ -331,34 +342,34 @@ impl Balancer {
     }
 
     /// Which machines are to be weighed, the heaviest first, and the question.
-    fn weigh_question(&self, sample: &NodeSample) -> (Vec<Name>, Question) {
+    fn weigh_request_of(&self, sample: &NodeSample) -> (Vec<Name>, Request) {
         let mut machines: Vec<(Name, f64, Factors)> = sample
             .machines
             .iter()
             .filter_map(|it| {
-                let known = self.known.get(&it.name)?;
-                let weight = self.weigh_here(&known.factors);
-                Some((it.name.clone(), weight, known.factors))
+                let tracked = self.tracked.get(&it.name)?;
+                let weight = self.local_weight(&tracked.factors);
+                Some((it.name.clone(), weight, tracked.factors))
             })
             .collect();
         machines.sort_by(|one, other| other.1.total_cmp(&one.1).then(one.0.cmp(&other.0)));
         machines.truncate(WEIGHED_MAX);
-        let question = Question::Weigh {
+        let request = Request::Weigh {
             capacity: sample.capacity,
             factors: machines.iter().map(|(_, _, factors)| *factors).collect(),
         };
         let names = machines.into_iter().map(|(name, ..)| name);
-        (names.collect(), question)
+        (names.collect(), request)
     }
 
     /// What to ask another node to explain what would go there; `None` before this one
     /// was measured.
-    pub fn question(&self) -> Option<(Vec<Name>, Question)> {
-        Some(self.weigh_question(self.sample.as_ref()?))
+    pub fn weigh_request(&self) -> Option<(Vec<Name>, Request)> {
+        Some(self.weigh_request_of(self.sample.as_ref()?))
     }
 
     /// What a round with another node would come to now, and why; nothing is changed.
-    /// `weights` are of `machines`, as [`question`](Self::question) named them.
+    /// `weights` are of `machines`, as [`request`](Self::weigh_request) named them.
     pub fn explain(
         &self,
         peer: &Name,
@@ -366,18 +377,18 @@ impl Balancer {
         machines: &[Name],
         weights: &[f64],
         now_ms: u64,
-        bounds: &dyn Bounds,
+        constraints: &dyn Constraints,
     ) -> Option<Explained> {
         view.sanitise();
         let now_ms = now_ms.saturating_add(self.jumped_back_ms);
-        let here = self.side()?;
-        let stay = self.compare(&view).err();
-        let candidates = self.candidates(peer, machines, weights, now_ms, bounds);
+        let here = self.node_state()?;
+        let no_move = self.compare(&view).err();
+        let candidates = self.candidates(peer, machines, weights, now_ms, constraints);
         Some(Explained {
             here,
-            there: view.side,
-            stay,
-            considered: select(&here, &view.side, &candidates, &self.model, &self.policy),
+            there: view.state,
+            no_move,
+            considered: select(&here, &view.state, &candidates, &self.model, &self.policy),
         })
     }
 
@@ -387,7 +398,7 @@ impl Balancer {
         machines: &[Name],
         weights: &[f64],
         now_ms: u64,
-        bounds: &dyn Bounds,
+        constraints: &dyn Constraints,
     ) -> Vec<Candidate> {
         // Grains decide of a machine that may have parts, and it is guessed here what they
         // will: so it is left to them for a moment, until they have seen what it does.
@@ -397,110 +408,117 @@ impl Balancer {
             .iter()
             .zip(weights)
             .filter_map(|(machine, &there)| {
-                let known = self.known.get(machine)?;
-                let lasted_ms = now_ms.saturating_sub(known.level_since_ms);
+                let tracked = self.tracked.get(machine)?;
+                let lasted_ms = now_ms.saturating_sub(tracked.level_since_ms);
                 let is_new = is_automatic && lasted_ms < guessed_ms;
-                let spreadable = bounds.spreadable(machine);
+                let spreadable = constraints.spreadable(machine);
                 Some(Candidate {
                     machine: machine.clone(),
-                    factors: known.factors,
+                    factors: tracked.factors,
                     there,
                     lasted_ms,
-                    compile_core_s: bounds.compile_core_s(machine, peer),
+                    compile_core_s: constraints.compile_core_s(machine, peer),
                     spreadable: spreadable.filter(|it| it.is_decided || is_new),
-                    bound: self.bound(machine, peer, now_ms, bounds),
+                    constraint: self.constraint(machine, peer, now_ms, constraints),
                 })
             })
             .collect()
     }
 
     /// By how much this node is steadily heavier; why it does not offer.
-    fn compare(&self, view: &View) -> Result<f64, Stay> {
-        let side = self.side().ok_or(Stay::Measuring)?;
+    fn compare(&self, view: &View) -> Result<f64, NoMoveReason> {
+        let side = self.node_state().ok_or(NoMoveReason::InsufficientSamples)?;
         if view.policy_revision != self.revision {
-            return Err(Stay::OtherPolicy);
+            return Err(NoMoveReason::OtherPolicy);
         }
         let loads: Vec<f64> = self.window.loads().collect();
-        let steady = steady_difference(&loads, &view.loads).ok_or(Stay::Measuring)?;
-        let wakes = self.helpless >= WAKE_ROUNDS;
-        offers(&side, &view.side, (steady, wakes), &self.policy)?;
+        let steady =
+            steady_difference(&loads, &view.loads).ok_or(NoMoveReason::InsufficientSamples)?;
+        let wakes = self.fruitless_rounds >= WAKE_ROUNDS;
+        check_offer(&side, &view.state, (steady, wakes), &self.policy)?;
         if view.busy {
-            return Err(Stay::Busy);
+            return Err(NoMoveReason::Busy);
         }
         Ok(steady)
     }
 
-    fn bound(
+    fn constraint(
         &self,
         machine: &Name,
         peer: &Name,
         now_ms: u64,
-        bounds: &dyn Bounds,
-    ) -> Option<Bound> {
-        let known = self.known.get(machine)?;
+        constraints: &dyn Constraints,
+    ) -> Option<Constraint> {
+        let tracked = self.tracked.get(machine)?;
         let confirmed = self.confirmed.iter().any(|it| it.machine == *machine);
-        if confirmed || self.is_leaving(machine) {
-            return Some(Bound::Moving);
+        if confirmed || self.is_outgoing(machine) {
+            return Some(Constraint::Moving);
         }
-        if let Some(bound) = bounds.bound(machine, peer) {
-            return Some(bound);
+        if let Some(constraint) = constraints.constraint(machine, peer) {
+            return Some(constraint);
         }
-        if let Some((from, until_ms)) = &known.came_from
+        if let Some((from, until_ms)) = &tracked.came_from
             && from == peer
             && *until_ms > now_ms
         {
             let for_ms = until_ms - now_ms;
-            return Some(Bound::CoolDown { for_ms });
+            return Some(Constraint::CoolDown { for_ms });
         }
-        if known.held_until_ms > now_ms {
-            let for_ms = known.held_until_ms - now_ms;
-            return Some(Bound::Held { for_ms });
+        if tracked.held_until_ms > now_ms {
+            let for_ms = tracked.held_until_ms - now_ms;
+            return Some(Constraint::Held { for_ms });
         }
-        let failed = self.avoided_machines.get(machine)?;
-        (failed.until_ms > now_ms).then(|| Bound::Failed {
+        let failed = self.machine_backoffs.get(machine)?;
+        (failed.until_ms > now_ms).then(|| Constraint::Failed {
             for_ms: failed.until_ms - now_ms,
         })
     }
 
-    fn weighed(
+    fn weights_received(
         &mut self,
         peer: Name,
         (view, steady, machines): (View, f64, Vec<Name>),
         weights: &[f64],
         now_ms: u64,
-        bounds: &dyn Bounds,
+        constraints: &dyn Constraints,
         commands: &mut Vec<Command>,
     ) {
         let believable = |weight: &f64| (0.0..=LOAD_MAX).contains(weight);
         if weights.len() != machines.len() || !weights.iter().all(believable) {
-            let field = Absurd {
+            let field = ValidationError {
                 field: "weights".into(),
                 found: format!("{} of {} machines", weights.len(), machines.len()),
             };
-            tracked_absurd(commands, &peer, vec![field]);
-            self.rest(now_ms);
+            record_invalid_report(commands, &peer, vec![field]);
+            self.schedule_round(now_ms);
             return;
         }
         // The load may be another one by now.
-        let Some(side) = self.side() else {
-            self.rest(now_ms);
+        let Some(side) = self.node_state() else {
+            self.schedule_round(now_ms);
             return;
         };
-        let candidates = self.candidates(&peer, &machines, weights, now_ms, bounds);
-        let considered = select(&side, &view.side, &candidates, &self.model, &self.policy);
+        let candidates = self.candidates(&peer, &machines, weights, now_ms, constraints);
+        let considered = select(&side, &view.state, &candidates, &self.model, &self.policy);
         let first = considered.first().cloned();
         let Some(first) = first else {
-            self.stay(Some(peer), Stay::NoMachines, None, Vec::new(), commands);
-            self.rest(now_ms);
+            self.record_no_move(
+                Some(peer),
+                NoMoveReason::NoMachines,
+                None,
+                Vec::new(),
+                commands,
+            );
+            self.schedule_round(now_ms);
             return;
         };
         if first.verdict != Verdict::Chosen {
-            let why = Stay::NoneMayGo {
+            let why = NoMoveReason::NoEligibleMachine {
                 nearest: first.machine,
                 verdict: first.verdict,
             };
-            self.stay(Some(peer), why, Some(view.side), considered, commands);
-            self.rest(now_ms);
+            self.record_no_move(Some(peer), why, Some(view.state), considered, commands);
+            self.schedule_round(now_ms);
             return;
         }
         let machine = first.machine;
@@ -509,7 +527,7 @@ impl Balancer {
             target: peer.clone(),
             mode: self.policy.mode,
             here: side,
-            there: view.side,
+            there: view.state,
             steady,
             considered: nearest(considered),
         });
@@ -523,7 +541,7 @@ impl Balancer {
         if before.is_none_or(|(target, _)| target != peer) {
             commands.push(Command::Record(decision));
         }
-        self.rest(now_ms);
+        self.schedule_round(now_ms);
     }
 
     fn offer(
@@ -534,27 +552,27 @@ impl Balancer {
         now_ms: u64,
         commands: &mut Vec<Command>,
     ) {
-        let (Some(side), Some(known)) = (self.side(), self.known.get(&machine)) else {
-            self.rest(now_ms);
+        let (Some(side), Some(tracked)) = (self.node_state(), self.tracked.get(&machine)) else {
+            self.schedule_round(now_ms);
             return;
         };
-        if self.is_leaving(&machine) {
-            self.rest(now_ms);
+        if self.is_outgoing(&machine) {
+            self.schedule_round(now_ms);
             return;
         }
-        let question = Question::Take {
+        let request = Request::Reserve {
             machine: machine.clone(),
             capacity: side.capacity,
-            factors: known.factors,
+            factors: tracked.factors,
             load: side.load,
             packs: self.policy.strategy == Strategy::Pack,
         };
-        self.ask(&peer, question, commands);
+        self.send_request(&peer, request, commands);
         let (decision, confirmed_until_ms) = match decision {
             Ok(decision) => (Some(decision), None),
             Err(until_ms) => (None, Some(until_ms)),
         };
-        self.state = State::Offering {
+        self.state = State::AwaitingGrant {
             peer,
             machine,
             decision,
@@ -563,7 +581,7 @@ impl Balancer {
         };
     }
 
-    fn granted(
+    fn grant_received(
         &mut self,
         peer: Name,
         machine: Name,
@@ -571,30 +589,30 @@ impl Balancer {
         now_ms: u64,
         commands: &mut Vec<Command>,
     ) {
-        let Some(known) = self.known.get(&machine) else {
+        let Some(tracked) = self.tracked.get(&machine) else {
             // It ended in between.
-            self.state = State::Offering {
+            self.state = State::AwaitingGrant {
                 peer: peer.clone(),
                 machine,
                 decision: None,
                 confirmed_until_ms: None,
                 deadline_ms: now_ms,
             };
-            self.give_up(peer, Stay::NoMachines, now_ms, commands);
+            self.abandon_round(peer, NoMoveReason::NoMachines, now_ms, commands);
             return;
         };
-        let factors = known.factors;
-        let here = self.weigh_here(&factors);
-        self.shift(-here);
+        let factors = tracked.factors;
+        let here = self.local_weight(&factors);
+        self.shift_load(-here);
         self.proposed.remove(&machine);
-        self.stays.clear();
-        self.helpless = 0;
+        self.last_reasons.clear();
+        self.fruitless_rounds = 0;
         commands.extend(decision.map(Command::Record));
         commands.push(Command::Move {
             machine: machine.clone(),
             target: peer.clone(),
         });
-        self.leaving.push(Leaving {
+        self.outgoing.push(OutgoingMove {
             peer,
             machine,
             here,
@@ -602,7 +620,7 @@ impl Balancer {
             left: false,
         });
         // The next one at once: both sides know what this one changes.
-        self.rest(now_ms);
+        self.schedule_round(now_ms);
         self.due_ms = now_ms.max(self.pause_until_ms);
     }
 
@@ -613,16 +631,16 @@ impl Balancer {
         now_ms: u64,
         commands: &mut Vec<Command>,
     ) {
-        let Some(number) = self.leaving.iter().position(|it| it.machine == *ended) else {
+        let Some(number) = self.outgoing.iter().position(|it| it.machine == *ended) else {
             return;
         };
-        let Leaving {
+        let OutgoingMove {
             peer,
             machine,
             here,
             factors,
             left,
-        } = self.leaving.swap_remove(number);
+        } = self.outgoing.swap_remove(number);
         if let Outcome::Moved {
             duration_ms,
             downtime_ms,
@@ -630,21 +648,21 @@ impl Balancer {
         } = outcome
         {
             self.model.learn(&factors, duration_ms, downtime_ms);
-            self.avoided_peers.remove(&peer);
-            self.avoided_machines.remove(&machine);
-            self.known.remove(&machine);
+            self.peer_backoffs.remove(&peer);
+            self.machine_backoffs.remove(&machine);
+            self.tracked.remove(&machine);
             if let Some(sample) = &mut self.sample {
                 sample.machines.retain(|it| it.name != machine);
             }
             if !left {
                 let until_ms = now_ms + SETTLE_SAMPLES * self.policy.sample_ms;
-                self.gone.insert(machine.clone(), until_ms);
+                self.departed.insert(machine.clone(), until_ms);
             }
-            self.checks.push(Check {
+            self.checks.push(EffectCheck {
                 machine,
                 target: peer,
                 outcome,
-                predicted: self.load_now().unwrap_or(0.0),
+                predicted: self.current_load().unwrap_or(0.0),
                 samples_left: NEWEST,
             });
             // It takes the next one now.
@@ -652,18 +670,18 @@ impl Balancer {
             return;
         }
         if !left {
-            self.shift(here);
+            self.shift_load(here);
         }
         // What stopped this one would stop the next: no round follows at once.
         self.pause_until_ms = now_ms + self.policy.interval_ms;
         if matches!(outcome, Outcome::Stayed { .. }) {
-            avoid(&mut self.avoided_peers, &peer, now_ms);
-            avoid(&mut self.avoided_machines, &machine, now_ms);
+            extend_backoff(&mut self.peer_backoffs, &peer, now_ms);
+            extend_backoff(&mut self.machine_backoffs, &machine, now_ms);
         }
-        commands.push(Command::Ask {
+        commands.push(Command::SendRequest {
             round: 0,
             peer: peer.clone(),
-            question: Question::Release {
+            request: Request::Release {
                 machine: machine.clone(),
             },
         });
@@ -673,8 +691,8 @@ impl Balancer {
             outcome,
             load: None,
         })));
-        if matches!(self.state, State::Resting) {
-            self.rest(now_ms);
+        if matches!(self.state, State::Idle) {
+            self.schedule_round(now_ms);
         }
     }
 
@@ -683,12 +701,12 @@ impl Balancer {
             return;
         };
         if until_ms > now_ms {
-            self.confirmed.push(Confirmed {
+            self.confirmed.push(ConfirmedMove {
                 machine: machine.clone(),
                 target,
                 until_ms: now_ms + PROPOSAL_MS,
             });
-            if matches!(self.state, State::Resting) {
+            if matches!(self.state, State::Idle) {
                 self.due_ms = now_ms;
             }
         }
@@ -696,13 +714,13 @@ impl Balancer {
 
     /// A move that a person confirmed and that can begin now: to a node to which
     /// nothing else goes.
-    fn take_confirmed(&mut self, now_ms: u64) -> Option<Confirmed> {
+    fn take_confirmed(&mut self, now_ms: u64) -> Option<ConfirmedMove> {
         self.confirmed.retain(|it| it.until_ms > now_ms);
-        let leaving = &self.leaving;
+        let outgoing = &self.outgoing;
         let number = self
             .confirmed
             .iter()
-            .position(|it| !leaving.iter().any(|other| other.peer == it.target))?;
+            .position(|it| !outgoing.iter().any(|other| other.peer == it.target))?;
         Some(self.confirmed.remove(number))
     }
 
@@ -722,15 +740,15 @@ impl Balancer {
     pub(super) fn alert(&mut self, now_ms: u64) -> Option<String> {
         let since = self.pressed_since_ms?;
         let asked = self.peers.len().clamp(1, 16);
-        let lasts = now_ms.saturating_sub(since) >= HELPLESS_MS;
+        let lasts = now_ms.saturating_sub(since) >= ALERT_AFTER_MS;
         let told = self
             .alerted_ms
             .is_some_and(|at| now_ms < at + ALERT_AGAIN_MS);
-        if told || !lasts || self.helpless < 3 * asked {
+        if told || !lasts || self.fruitless_rounds < 3 * asked {
             return None;
         }
         self.alerted_ms = Some(now_ms);
-        let side = self.side()?;
+        let side = self.node_state()?;
         Some(format!(
             "this node has been pressed for {} s (load {:.2}) and no move would help: the cluster \
              needs more nodes, fewer machines or lower limits (`keel why MACHINE`)",
@@ -740,13 +758,13 @@ impl Balancer {
     }
 }
 
-fn avoid(avoided: &mut HashMap<Name, Avoided>, who: &Name, now_ms: u64) {
-    let entry = avoided.entry(who.clone()).or_insert(Avoided {
+fn extend_backoff(backoff: &mut HashMap<Name, Backoff>, who: &Name, now_ms: u64) {
+    let entry = backoff.entry(who.clone()).or_insert(Backoff {
         until_ms: 0,
         failures: 0,
     });
-    let doublings = entry.failures.min(AVOID_DOUBLINGS_MAX);
-    entry.until_ms = now_ms + (AVOID_MS << doublings);
+    let doublings = entry.failures.min(BACKOFF_DOUBLINGS_MAX);
+    entry.until_ms = now_ms + (BACKOFF_MS << doublings);
     entry.failures += 1;
 }
 

@@ -1,7 +1,7 @@
 //! What a node's balancer knows of its own node and machines: measured, smoothed, and
 //! compared with what moves were to do.
 
-use super::{Balancer, Command, Known, tracked_absurd};
+use super::{Balancer, Command, TrackedMachine, record_invalid_report};
 use crate::ledger::Decision;
 use crate::load::{Capacity, Factors, NodeSample};
 
@@ -13,7 +13,7 @@ const CHANGED_SAMPLES: u32 = 3;
 const GAP_SAMPLES: u64 = 10;
 
 impl Balancer {
-    pub(super) fn sampled(
+    pub(super) fn record_sample(
         &mut self,
         mut sample: NodeSample,
         now_ms: u64,
@@ -21,47 +21,47 @@ impl Balancer {
     ) {
         // The node's own numbers may be absurd too. Taken as 0 they would make it the
         // lightest of all, and everybody would send machines here: so it has none.
-        let absurd = sample.sanitise();
-        if !absurd.is_empty() {
-            if !self.absurd {
-                tracked_absurd(commands, "this node", absurd);
+        let errors = sample.sanitise();
+        if !errors.is_empty() {
+            if !self.own_sample_invalid {
+                record_invalid_report(commands, "this node", errors);
             }
-            self.absurd = true;
+            self.own_sample_invalid = true;
             self.window.clear();
             return;
         }
-        self.absurd = false;
+        self.own_sample_invalid = false;
         let gap_ms = GAP_SAMPLES * self.policy.sample_ms;
         if self.sample.is_some() && now_ms.saturating_sub(self.sampled_ms) > gap_ms {
             self.window.clear();
         }
         self.sampled_ms = now_ms;
         self.samples += 1;
-        self.gone.retain(|_, until_ms| *until_ms > now_ms);
+        self.departed.retain(|_, until_ms| *until_ms > now_ms);
         sample
             .machines
-            .retain(|machine| !self.gone.contains_key(&machine.name));
+            .retain(|machine| !self.departed.contains_key(&machine.name));
         let mut load = sample.base.weigh(&sample.capacity, &self.policy.weights);
         for machine in &mut sample.machines {
-            self.learn_machine(machine, &sample.capacity, now_ms);
-            if !self.is_leaving(&machine.name) {
+            self.track_machine(machine, &sample.capacity, now_ms);
+            if !self.is_outgoing(&machine.name) {
                 load += machine
                     .factors
                     .weigh(&sample.capacity, &self.policy.weights);
             }
         }
-        if let Some(arriving) = &self.arriving
-            && !sample.machines.iter().any(|it| it.name == arriving.machine)
+        if let Some(incoming) = &self.incoming
+            && !sample.machines.iter().any(|it| it.name == incoming.machine)
         {
-            load += arriving.weight;
+            load += incoming.weight;
         }
         // What just arrived may be missing in a sample that was begun before.
         let weights = &self.policy.weights;
-        self.known.retain(|_, known| {
-            if known.seen == self.samples {
+        self.tracked.retain(|_, tracked| {
+            if tracked.seen == self.samples {
                 return true;
             }
-            let promised = known.promised.filter(|(_, until_ms)| *until_ms > now_ms);
+            let promised = tracked.promised.filter(|(_, until_ms)| *until_ms > now_ms);
             load += promised.map_or(0.0, |(it, _)| it.weigh(&sample.capacity, weights));
             promised.is_some()
         });
@@ -73,15 +73,15 @@ impl Balancer {
     }
 
     /// Takes a machine's sample into account; what it counts as replaces it.
-    fn learn_machine(
+    fn track_machine(
         &mut self,
         machine: &mut crate::load::MachineSample,
         capacity: &Capacity,
         now_ms: u64,
     ) {
         let weights = &self.policy.weights;
-        if !self.known.contains_key(&machine.name) {
-            let known = Known {
+        if !self.tracked.contains_key(&machine.name) {
+            let tracked = TrackedMachine {
                 factors: machine.factors,
                 level: machine.factors.weigh(capacity, weights),
                 level_since_ms: now_ms.saturating_sub(machine.lasted_ms),
@@ -91,13 +91,13 @@ impl Balancer {
                 came_from: None,
                 promised: None,
             };
-            self.known.insert(machine.name.clone(), known);
+            self.tracked.insert(machine.name.clone(), tracked);
         }
-        let Some(known) = self.known.get_mut(&machine.name) else {
+        let Some(tracked) = self.tracked.get_mut(&machine.name) else {
             return;
         };
-        known.seen = self.samples;
-        if let Some((promised, until_ms)) = known.promised {
+        tracked.seen = self.samples;
+        if let Some((promised, until_ms)) = tracked.promised {
             if now_ms < until_ms {
                 machine.factors.cpu_cores = machine.factors.cpu_cores.max(promised.cpu_cores);
                 machine.factors.cpu_bound_cores = machine
@@ -107,21 +107,21 @@ impl Balancer {
                 machine.factors.memory_bytes =
                     machine.factors.memory_bytes.max(promised.memory_bytes);
             } else {
-                known.promised = None;
+                tracked.promised = None;
             }
         }
-        known.factors = smooth(&known.factors, &machine.factors);
+        tracked.factors = smooth(&tracked.factors, &machine.factors);
         let weight = machine.factors.weigh(capacity, weights);
-        if (weight - known.level).abs() > 0.5 * known.level.max(0.05) {
-            known.differing += 1;
-            if known.differing >= CHANGED_SAMPLES {
-                known.level = weight;
-                known.level_since_ms = now_ms;
-                known.differing = 0;
-                known.factors = machine.factors;
+        if (weight - tracked.level).abs() > 0.5 * tracked.level.max(0.05) {
+            tracked.differing += 1;
+            if tracked.differing >= CHANGED_SAMPLES {
+                tracked.level = weight;
+                tracked.level_since_ms = now_ms;
+                tracked.differing = 0;
+                tracked.factors = machine.factors;
             }
         } else {
-            known.differing = 0;
+            tracked.differing = 0;
         }
     }
 
@@ -145,11 +145,11 @@ impl Balancer {
     }
 
     fn watch_pressure(&mut self, now_ms: u64) {
-        if self.side().is_some_and(|side| side.pressed) {
+        if self.node_state().is_some_and(|side| side.pressed) {
             self.pressed_since_ms.get_or_insert(now_ms);
         } else {
             self.pressed_since_ms = None;
-            self.helpless = 0;
+            self.fruitless_rounds = 0;
         }
     }
 }

@@ -1,9 +1,9 @@
 //! What balancers tell each other in rounds.
 
 use crate::Name;
-use crate::load::{Absurd, Capacity, Factors, LOAD_MAX};
+use crate::load::{Capacity, Factors, LOAD_MAX, ValidationError};
 use crate::policy::Policy;
-use crate::select::Side;
+use crate::select::NodeState;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -13,7 +13,8 @@ pub struct View {
     /// The policy by which it measures.
     pub policy_revision: u64,
     /// Itself now.
-    pub side: Side,
+    #[serde(rename = "side")]
+    pub state: NodeState,
     /// Loads of its last samples, newest first.
     pub loads: Vec<f64>,
     /// Whether it has promised its room to another machine.
@@ -21,33 +22,33 @@ pub struct View {
 }
 
 impl View {
-    pub(super) fn sanitise(&mut self) -> Vec<Absurd> {
-        let mut absurd = self.side.capacity.sanitise();
+    pub(super) fn sanitise(&mut self) -> Vec<ValidationError> {
+        let mut errors = self.state.capacity.sanitise();
         self.loads
             .truncate(Policy::default().window_samples.max(120));
-        for load in self.loads.iter_mut().chain([&mut self.side.load]) {
+        for load in self.loads.iter_mut().chain([&mut self.state.load]) {
             if !(0.0..=LOAD_MAX).contains(load) {
-                absurd.push(Absurd {
+                errors.push(ValidationError {
                     field: "load".into(),
                     found: load.to_string(),
                 });
                 *load = 0.0;
             }
         }
-        if self.side.memory_free_bytes > self.side.capacity.memory_bytes {
-            absurd.push(Absurd {
+        if self.state.memory_free_bytes > self.state.capacity.memory_bytes {
+            errors.push(ValidationError {
                 field: "memory_free_bytes".into(),
-                found: self.side.memory_free_bytes.to_string(),
+                found: self.state.memory_free_bytes.to_string(),
             });
-            self.side.memory_free_bytes = 0;
+            self.state.memory_free_bytes = 0;
         }
-        absurd
+        errors
     }
 }
 
 /// What one balancer asks another.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Question {
+pub enum Request {
     /// For its view.
     View,
     /// What machines with such factors, measured at a node with such a capacity,
@@ -59,7 +60,8 @@ pub enum Question {
         factors: Vec<Factors>,
     },
     /// Whether it takes a machine now.
-    Take {
+    #[serde(rename = "Take")]
+    Reserve {
         /// Which.
         machine: Name,
         /// The capacity of who asks.
@@ -80,11 +82,12 @@ pub enum Question {
 
 /// What a balancer answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Answer {
+pub enum Response {
     /// Its view.
     View(View),
     /// It has not measured for long enough.
-    Measuring,
+    #[serde(rename = "Measuring")]
+    NotReady,
     /// What the machines would weigh, in the order asked.
     Weights(Vec<f64>),
     /// Room is promised.

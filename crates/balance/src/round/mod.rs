@@ -26,19 +26,19 @@
 //! - `initiator`: its own rounds
 //! - `responder`: other nodes' rounds
 
-mod measurement;
-mod responder;
 mod initiator;
+mod measurement;
 mod messages;
+mod responder;
 
-pub use messages::{Answer, Peers, Question, View};
+pub use messages::{Peers, Request, Response, View};
 
 use crate::Name;
 use crate::cost::CostModel;
-use crate::ledger::{Decision, Outcome, Stay};
-use crate::load::{Absurd, Factors, NodeSample};
+use crate::ledger::{Decision, NoMoveReason, Outcome};
+use crate::load::{Factors, NodeSample, ValidationError};
 use crate::policy::{Policy, Strategy};
-use crate::select::{Aim, Bound, Considered, Side, Spreadable, Verdict, aim};
+use crate::select::{Considered, Constraint, NodeState, Objective, Spreadable, Verdict, objective};
 use crate::window::{NEWEST, Window};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -48,7 +48,7 @@ use std::mem::Discriminant;
 
 /// Most machines that are on their way from one node. Its network is one, and what
 /// leaves in turns leaves sooner than what leaves all at once.
-const LEAVING_MAX: usize = 4;
+const OUTGOING_MAX: usize = 4;
 /// Milliseconds that what began to come may take.
 const ARRIVAL_MS: u64 = 3_600_000;
 /// Samples for which a machine that arrived counts as what was promised: its own do
@@ -61,11 +61,12 @@ const WEIGHED_MAX: usize = 256;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Explained {
     /// This node.
-    pub here: Side,
+    pub here: NodeState,
     /// The other one.
-    pub there: Side,
+    pub there: NodeState,
     /// Why nothing would be offered at all, whatever becomes of single machines.
-    pub stay: Option<Stay>,
+    #[serde(rename = "stay")]
+    pub no_move: Option<NoMoveReason>,
     /// Every machine of this node, the chosen one first.
     pub considered: Vec<Considered>,
 }
@@ -82,20 +83,20 @@ pub enum Event {
     /// The cluster's policy, and its revision.
     Policy(Box<Policy>, u64),
     /// Another node asks; `ticket` is given back with the reply.
-    Asked {
+    RequestReceived {
         /// Which question it is.
         ticket: u64,
         /// Who asks.
         peer: Name,
         /// What.
-        question: Question,
+        request: Request,
     },
     /// Another node answered, or did not.
-    Answered {
+    ResponseReceived {
         /// The round in which it was asked.
         round: u64,
         /// What it answered.
-        answer: Option<Answer>,
+        response: Option<Response>,
     },
     /// A move that this balancer wanted is over.
     MoveEnded {
@@ -117,7 +118,7 @@ pub enum Event {
         from: Name,
     },
     /// A machine went away by a move that somebody else wanted.
-    Left {
+    Departed {
         /// Which.
         machine: Name,
     },
@@ -127,7 +128,7 @@ pub enum Event {
         machine: Name,
     },
     /// A person confirmed a proposed move.
-    Confirmed {
+    ConfirmedMove {
         /// Of which machine.
         machine: Name,
     },
@@ -138,20 +139,20 @@ pub enum Event {
 pub enum Command {
     /// Ask another node; its answer is given back with the round's number, or its
     /// silence.
-    Ask {
+    SendRequest {
         /// The round.
         round: u64,
         /// Whom.
         peer: Name,
         /// What.
-        question: Question,
+        request: Request,
     },
     /// Answer a question.
-    Reply {
+    SendResponse {
         /// Which.
         ticket: u64,
         /// What.
-        answer: Answer,
+        response: Response,
     },
     /// Move a machine, if a token for it can be had.
     Move {
@@ -167,9 +168,9 @@ pub enum Command {
 }
 
 /// Rules, as far as one machine and one target are concerned.
-pub trait Bounds {
+pub trait Constraints {
     /// Why a machine of this node may not go there, if it may not.
-    fn bound(&self, machine: &Name, target: &Name) -> Option<Bound>;
+    fn constraint(&self, machine: &Name, target: &Name) -> Option<Constraint>;
 
     /// What is known of the parts that a machine may get; nothing of one that may have none.
     fn spreadable(&self, _machine: &Name) -> Option<Spreadable> {
@@ -185,10 +186,10 @@ pub trait Bounds {
 
 /// Nothing is bound.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Unbound;
+pub struct Unconstrained;
 
-impl Bounds for Unbound {
-    fn bound(&self, _machine: &Name, _target: &Name) -> Option<Bound> {
+impl Constraints for Unconstrained {
+    fn constraint(&self, _machine: &Name, _target: &Name) -> Option<Constraint> {
         None
     }
 }
@@ -196,19 +197,19 @@ impl Bounds for Unbound {
 /// Where a round is.
 #[derive(Debug)]
 enum State {
-    Resting,
-    Asking {
+    Idle,
+    AwaitingView {
         peer: Name,
         deadline_ms: u64,
     },
-    Weighing {
+    AwaitingWeights {
         peer: Name,
         view: View,
         steady: f64,
         machines: Vec<Name>,
         deadline_ms: u64,
     },
-    Offering {
+    AwaitingGrant {
         peer: Name,
         machine: Name,
         /// What is recorded when the move begins.
@@ -221,7 +222,7 @@ enum State {
 
 /// A proposed move that a person confirmed.
 #[derive(Debug, Clone)]
-struct Confirmed {
+struct ConfirmedMove {
     machine: Name,
     target: Name,
     until_ms: u64,
@@ -229,7 +230,7 @@ struct Confirmed {
 
 /// A machine on its way to another node.
 #[derive(Debug, Clone)]
-struct Leaving {
+struct OutgoingMove {
     peer: Name,
     machine: Name,
     /// What it weighed here, which is taken off the window.
@@ -241,7 +242,7 @@ struct Leaving {
 
 /// What is known of a machine here.
 #[derive(Debug, Clone)]
-struct Known {
+struct TrackedMachine {
     factors: Factors,
     /// About what it weighs, and since when.
     level: f64,
@@ -258,7 +259,7 @@ struct Known {
 
 /// A machine for which room is promised.
 #[derive(Debug, Clone)]
-struct Arriving {
+struct IncomingMove {
     machine: Name,
     from: Name,
     factors: Factors,
@@ -268,7 +269,7 @@ struct Arriving {
 
 /// A move that is over, whose effect is looked at after some samples.
 #[derive(Debug)]
-struct Check {
+struct EffectCheck {
     machine: Name,
     target: Name,
     outcome: Outcome,
@@ -277,7 +278,7 @@ struct Check {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Avoided {
+struct Backoff {
     until_ms: u64,
     failures: u32,
 }
@@ -298,35 +299,35 @@ pub struct Balancer {
     sampled_ms: u64,
     window: Window,
     /// In an order, so that sums over it are the same in each run.
-    known: BTreeMap<Name, Known>,
+    tracked: BTreeMap<Name, TrackedMachine>,
     /// Samples so far.
     samples: u64,
     /// Whether this node's own last sample was absurd.
-    absurd: bool,
-    arriving: Option<Arriving>,
-    /// At most [`LEAVING_MAX`], each to another node.
-    leaving: Vec<Leaving>,
+    own_sample_invalid: bool,
+    incoming: Option<IncomingMove>,
+    /// At most [`OUTGOING_MAX`], each to another node.
+    outgoing: Vec<OutgoingMove>,
     /// Machines that a move took away, and until when that counts: the store's word
     /// that they are gone may come after the first sample without them.
-    gone: HashMap<Name, u64>,
+    departed: HashMap<Name, u64>,
     state: State,
     round: u64,
     due_ms: u64,
     /// No round follows at once before this: a move was not made.
     pause_until_ms: u64,
-    checks: Vec<Check>,
+    checks: Vec<EffectCheck>,
     proposed: HashMap<Name, (Name, u64)>,
     /// Proposed moves that a person confirmed, in that order.
-    confirmed: Vec<Confirmed>,
-    avoided_peers: HashMap<Name, Avoided>,
-    avoided_machines: HashMap<Name, Avoided>,
+    confirmed: Vec<ConfirmedMove>,
+    peer_backoffs: HashMap<Name, Backoff>,
+    machine_backoffs: HashMap<Name, Backoff>,
     /// Nodes that were free when they were asked, and until when that counts.
     free_peers: HashMap<Name, u64>,
-    stays: HashMap<Name, (Discriminant<Stay>, Option<Discriminant<Verdict>>)>,
+    last_reasons: HashMap<Name, (Discriminant<NoMoveReason>, Option<Discriminant<Verdict>>)>,
     model: CostModel,
     pressed_since_ms: Option<u64>,
     /// Rounds in a row that found nothing to do although this node is pressed.
-    helpless: usize,
+    fruitless_rounds: usize,
     alerted_ms: Option<u64>,
 }
 
@@ -346,26 +347,26 @@ impl Balancer {
             jumped_back_ms: 0,
             sample: None,
             sampled_ms: 0,
-            known: BTreeMap::new(),
+            tracked: BTreeMap::new(),
             samples: 0,
-            absurd: false,
-            arriving: None,
-            leaving: Vec::new(),
-            gone: HashMap::new(),
-            state: State::Resting,
+            own_sample_invalid: false,
+            incoming: None,
+            outgoing: Vec::new(),
+            departed: HashMap::new(),
+            state: State::Idle,
             round: 0,
             due_ms,
             pause_until_ms: 0,
             checks: Vec::new(),
             proposed: HashMap::new(),
             confirmed: Vec::new(),
-            avoided_peers: HashMap::new(),
-            avoided_machines: HashMap::new(),
+            peer_backoffs: HashMap::new(),
+            machine_backoffs: HashMap::new(),
             free_peers: HashMap::new(),
-            stays: HashMap::new(),
+            last_reasons: HashMap::new(),
             model,
             pressed_since_ms: None,
-            helpless: 0,
+            fruitless_rounds: 0,
             alerted_ms: None,
         }
     }
@@ -386,29 +387,29 @@ impl Balancer {
     }
 
     /// This node's side of a round now; `None` before it was measured.
-    pub fn side(&self) -> Option<Side> {
+    pub fn node_state(&self) -> Option<NodeState> {
         let sample = self.sample.as_ref()?;
-        let load = self.load_now()?;
-        let promised = self.arriving.as_ref();
-        let promised = promised.map_or(0, |arriving| arriving.factors.memory_bytes);
-        Some(Side {
+        let load = self.current_load()?;
+        let promised = self.incoming.as_ref();
+        let promised = promised.map_or(0, |incoming| incoming.factors.memory_bytes);
+        Some(NodeState {
             capacity: sample.capacity,
             load,
             memory_free_bytes: sample.memory_free_bytes().saturating_sub(promised),
             pressed: self.is_pressed(sample, load),
-            free: self.known.is_empty() && self.arriving.is_none(),
+            free: self.tracked.is_empty() && self.incoming.is_none(),
         })
     }
 
     fn is_pressed(&self, sample: &NodeSample, load: f64) -> bool {
         // (What waited was measured with those that are on their way.)
         let share = sample.cpu_pressure.max(sample.stall_pressure);
-        let waits = self.leaving.is_empty() && share >= self.policy.pressed_share;
+        let waits = self.outgoing.is_empty() && share >= self.policy.pressed_share;
         load >= self.policy.pressed_load || waits
     }
 
     /// The mean of the newest samples, moves in flight included.
-    fn load_now(&self) -> Option<f64> {
+    fn current_load(&self) -> Option<f64> {
         let newest: Vec<f64> = self.window.loads().take(NEWEST).collect();
         (newest.len() == NEWEST).then(|| newest.iter().sum::<f64>() / NEWEST as f64)
     }
@@ -416,21 +417,21 @@ impl Balancer {
     /// When something is due by itself, in milliseconds.
     pub fn wake_at_ms(&self) -> u64 {
         let state = match &self.state {
-            State::Resting if self.leaving.len() >= LEAVING_MAX => u64::MAX,
-            State::Resting => self.due_ms,
-            State::Asking { deadline_ms, .. }
-            | State::Weighing { deadline_ms, .. }
-            | State::Offering { deadline_ms, .. } => *deadline_ms,
+            State::Idle if self.outgoing.len() >= OUTGOING_MAX => u64::MAX,
+            State::Idle => self.due_ms,
+            State::AwaitingView { deadline_ms, .. }
+            | State::AwaitingWeights { deadline_ms, .. }
+            | State::AwaitingGrant { deadline_ms, .. } => *deadline_ms,
         };
-        let arriving = self.arriving.as_ref().map_or(u64::MAX, |it| it.until_ms);
-        match state.min(arriving) {
+        let incoming = self.incoming.as_ref().map_or(u64::MAX, |it| it.until_ms);
+        match state.min(incoming) {
             u64::MAX => u64::MAX,
             wake_ms => wake_ms.saturating_sub(self.jumped_back_ms),
         }
     }
 
     /// Time that never goes back, of a clock that may.
-    fn pass(&mut self, clock_ms: u64) -> u64 {
+    fn monotonic_ms(&mut self, clock_ms: u64) -> u64 {
         let now_ms = clock_ms.saturating_add(self.jumped_back_ms);
         self.jumped_back_ms += self.now_ms.saturating_sub(now_ms);
         self.now_ms = self.now_ms.max(now_ms);
@@ -438,12 +439,17 @@ impl Balancer {
     }
 
     /// Takes an event; what is to be done.
-    pub fn step(&mut self, event: Event, now_ms: u64, bounds: &dyn Bounds) -> Vec<Command> {
-        let now_ms = self.pass(now_ms);
+    pub fn step(
+        &mut self,
+        event: Event,
+        now_ms: u64,
+        constraints: &dyn Constraints,
+    ) -> Vec<Command> {
+        let now_ms = self.monotonic_ms(now_ms);
         let mut commands = Vec::new();
         match event {
             Event::Tick => {}
-            Event::Sample(sample) => self.sampled(sample, now_ms, &mut commands),
+            Event::Sample(sample) => self.record_sample(sample, now_ms, &mut commands),
             Event::Peers(peers) => self.peers = peers,
             Event::Policy(policy, revision) => {
                 if self.policy.window_samples != policy.window_samples
@@ -455,68 +461,68 @@ impl Balancer {
                 self.revision = revision;
                 self.due_ms = self.due_ms.min(now_ms + self.policy.interval_ms);
             }
-            Event::Asked {
+            Event::RequestReceived {
                 ticket,
                 peer,
-                question,
+                request,
             } => {
-                let answer = self.answer(&peer, question, now_ms);
-                commands.push(Command::Reply { ticket, answer });
+                let response = self.respond(&peer, request, now_ms);
+                commands.push(Command::SendResponse { ticket, response });
             }
-            Event::Answered { round, answer } => {
+            Event::ResponseReceived { round, response } => {
                 if round == self.round {
-                    self.answered(answer, now_ms, bounds, &mut commands);
+                    self.response_received(response, now_ms, constraints, &mut commands);
                 }
             }
             Event::MoveEnded { machine, outcome } => {
                 self.move_ended(&machine, outcome, now_ms, &mut commands);
             }
             Event::Arriving { machine } => {
-                if let Some(arriving) = &mut self.arriving
-                    && arriving.machine == machine
+                if let Some(incoming) = &mut self.incoming
+                    && incoming.machine == machine
                 {
-                    arriving.until_ms = now_ms + ARRIVAL_MS;
+                    incoming.until_ms = now_ms + ARRIVAL_MS;
                 }
             }
             Event::Arrived { machine, from } => self.arrived(machine, from, now_ms),
-            Event::Left { machine } => self.left(&machine),
+            Event::Departed { machine } => self.machine_departed(&machine),
             Event::ArrivalFailed { machine } => self.release(&machine),
             Event::Confirmed { machine } => self.confirmed(&machine, now_ms),
         }
-        self.pass_time(now_ms, &mut commands);
+        self.expire_deadlines(now_ms, &mut commands);
         commands
     }
 
     /// Load came or went by a move.
-    fn shift(&mut self, by: f64) {
-        self.window.shift(by);
+    fn shift_load(&mut self, by: f64) {
+        self.window.shift_load(by);
         for check in &mut self.checks {
             check.predicted = (check.predicted + by).max(0.0);
         }
     }
 
     /// The store says that a machine is not here any more.
-    fn left(&mut self, machine: &Name) {
-        let known = self.known.remove(machine);
+    fn machine_departed(&mut self, machine: &Name) {
+        let tracked = self.tracked.remove(machine);
         if let Some(sample) = &mut self.sample {
             sample.machines.retain(|it| it.name != *machine);
         }
-        if let Some(leaving) = self.leaving.iter_mut().find(|it| it.machine == *machine) {
+        if let Some(outgoing) = self.outgoing.iter_mut().find(|it| it.machine == *machine) {
             // Its load was taken off when the move was granted.
-            leaving.left = true;
-        } else if self.gone.remove(machine).is_none()
-            && let Some(known) = known
+            outgoing.left = true;
+        } else if self.departed.remove(machine).is_none()
+            && let Some(tracked) = tracked
         {
-            let weight = self.weigh_here(&known.factors);
-            self.shift(-weight);
+            let weight = self.local_weight(&tracked.factors);
+            self.shift_load(-weight);
         }
     }
 
-    fn is_leaving(&self, machine: &Name) -> bool {
-        self.leaving.iter().any(|it| it.machine == *machine)
+    fn is_outgoing(&self, machine: &Name) -> bool {
+        self.outgoing.iter().any(|it| it.machine == *machine)
     }
 
-    fn weigh_here(&self, factors: &Factors) -> f64 {
+    fn local_weight(&self, factors: &Factors) -> f64 {
         self.sample.as_ref().map_or(0.0, |sample| {
             factors.weigh(&sample.capacity, &self.policy.weights)
         })
@@ -524,31 +530,31 @@ impl Balancer {
 
     // ── time ────────────────────────────────────────────────────────────
 
-    fn pass_time(&mut self, now_ms: u64, commands: &mut Vec<Command>) {
-        if let Some(arriving) = &self.arriving
-            && arriving.until_ms <= now_ms
+    fn expire_deadlines(&mut self, now_ms: u64, commands: &mut Vec<Command>) {
+        if let Some(incoming) = &self.incoming
+            && incoming.until_ms <= now_ms
         {
-            let machine = arriving.machine.clone();
+            let machine = incoming.machine.clone();
             self.release(&machine);
         }
         let silent = match &self.state {
-            State::Asking {
+            State::AwaitingView {
                 peer, deadline_ms, ..
             }
-            | State::Weighing {
+            | State::AwaitingWeights {
                 peer, deadline_ms, ..
             }
-            | State::Offering {
+            | State::AwaitingGrant {
                 peer, deadline_ms, ..
             } if *deadline_ms <= now_ms => Some(peer.clone()),
             _ => None,
         };
         if let Some(peer) = silent {
-            self.give_up(peer, Stay::NoAnswer, now_ms, commands);
+            self.abandon_round(peer, NoMoveReason::NoAnswer, now_ms, commands);
         }
-        let resting = matches!(self.state, State::Resting);
-        if resting && self.due_ms <= now_ms && self.leaving.len() < LEAVING_MAX {
-            self.begin(now_ms, commands);
+        let resting = matches!(self.state, State::Idle);
+        if resting && self.due_ms <= now_ms && self.outgoing.len() < OUTGOING_MAX {
+            self.begin_round(now_ms, commands);
         }
     }
 }
@@ -558,17 +564,17 @@ impl Balancer {
 ///
 /// # Errors
 /// Why it does not.
-pub fn offers(
-    here: &Side,
-    there: &Side,
+pub fn check_offer(
+    here: &NodeState,
+    there: &NodeState,
     (steady, wakes): (f64, bool),
     policy: &Policy,
-) -> Result<(), Stay> {
-    let aim = aim(here, there, policy);
-    if there.free && (aim == Aim::Empty || aim == Aim::Relieve && !wakes) {
-        return Err(Stay::KeptFree);
+) -> Result<(), NoMoveReason> {
+    let objective = objective(here, there, policy);
+    if there.free && (objective == Objective::Empty || objective == Objective::Relieve && !wakes) {
+        return Err(NoMoveReason::ReservedFree);
     }
-    if aim == Aim::Empty {
+    if objective == Objective::Empty {
         // To a stronger node in any case; among equals the one that carries less
         // empties itself. How steady they are does not matter: what fills the other
         // one is bounded.
@@ -576,29 +582,33 @@ pub fn offers(
             return Ok(());
         }
         if here.stronger_than(there) || here.carries() >= there.carries() {
-            return Err(Stay::Level);
+            return Err(NoMoveReason::Level);
         }
         if here.load > policy.empty_load {
-            return Err(Stay::Filled);
+            return Err(NoMoveReason::SufficientlyLoaded);
         }
         return Ok(());
     }
     let margin = policy.margin_between(here.load, there.load);
     if here.load - there.load <= margin {
-        return Err(Stay::Level);
+        return Err(NoMoveReason::Level);
     }
     if policy.strategy != Strategy::Spread && !here.pressed {
-        return Err(Stay::NobodyPressed);
+        return Err(NoMoveReason::NoPressure);
     }
     if steady <= margin {
-        return Err(Stay::Unsteady);
+        return Err(NoMoveReason::Unsteady);
     }
     Ok(())
 }
 
-fn tracked_absurd(commands: &mut Vec<Command>, peer: &str, mut fields: Vec<Absurd>) {
+fn record_invalid_report(
+    commands: &mut Vec<Command>,
+    peer: &str,
+    mut fields: Vec<ValidationError>,
+) {
     fields.truncate(8);
-    commands.push(Command::Record(Box::new(Decision::Absurd {
+    commands.push(Command::Record(Box::new(Decision::InvalidReport {
         peer: peer.into(),
         fields,
     })));

@@ -1,9 +1,9 @@
 //! Other nodes' rounds: what they are answered, and what comes from there.
 
-use super::messages::{Answer, Question, View};
-use super::{Arriving, Balancer, Known, SETTLE_SAMPLES, WEIGHED_MAX};
+use super::messages::{Request, Response, View};
+use super::{Balancer, IncomingMove, SETTLE_SAMPLES, TrackedMachine, WEIGHED_MAX};
 use crate::Name;
-use crate::ledger::Stay;
+use crate::ledger::NoMoveReason;
 use crate::load::{Capacity, Factors, LOAD_MAX};
 use crate::policy::Mode;
 
@@ -11,18 +11,18 @@ use crate::policy::Mode;
 const GRANT_MS: u64 = 5_000;
 
 impl Balancer {
-    pub(super) fn answer(&mut self, peer: &Name, question: Question, now_ms: u64) -> Answer {
-        let Some(side) = self.side() else {
-            return Answer::Measuring;
+    pub(super) fn respond(&mut self, peer: &Name, request: Request, now_ms: u64) -> Response {
+        let Some(side) = self.node_state() else {
+            return Response::NotReady;
         };
-        match question {
-            Question::View => Answer::View(View {
+        match request {
+            Request::View => Response::View(View {
                 policy_revision: self.revision,
-                side,
+                state: side,
                 loads: self.window.loads().collect(),
-                busy: self.arriving.is_some(),
+                busy: self.incoming.is_some(),
             }),
-            Question::Weigh {
+            Request::Weigh {
                 mut capacity,
                 mut factors,
             } => {
@@ -33,47 +33,51 @@ impl Balancer {
                     let there = factors.on(&capacity, &side.capacity);
                     there.weigh(&side.capacity, &self.policy.weights)
                 };
-                Answer::Weights(factors.iter_mut().map(weigh).collect())
+                Response::Weights(factors.iter_mut().map(weigh).collect())
             }
-            Question::Take {
+            Request::Reserve {
                 machine,
                 capacity,
                 factors,
                 load,
                 packs,
-            } => self.take(peer, (machine, capacity, factors), (load, packs), now_ms),
-            Question::Release { machine } => {
-                if self.arriving.as_ref().is_some_and(|it| it.from == *peer) {
+            } => self.reserve(peer, (machine, capacity, factors), (load, packs), now_ms),
+            Request::Release { machine } => {
+                if self.incoming.as_ref().is_some_and(|it| it.from == *peer) {
                     self.release(&machine);
                 }
-                Answer::Released
+                Response::Released
             }
         }
     }
 
-    fn take(
+    fn reserve(
         &mut self,
         peer: &Name,
         (machine, mut capacity, mut factors): (Name, Capacity, Factors),
         (load, packs): (f64, bool),
         now_ms: u64,
-    ) -> Answer {
-        let Some(side) = self.side() else {
-            return Answer::Measuring;
+    ) -> Response {
+        let Some(side) = self.node_state() else {
+            return Response::NotReady;
         };
-        if let Some(arriving) = &self.arriving {
-            let again = arriving.machine == machine && arriving.from == *peer;
-            return if again { Answer::Granted } else { Answer::Busy };
-        }
-        if self.policy.mode == Mode::Off {
-            return Answer::Refused {
-                why: Stay::Off.to_string(),
+        if let Some(incoming) = &self.incoming {
+            let again = incoming.machine == machine && incoming.from == *peer;
+            return if again {
+                Response::Granted
+            } else {
+                Response::Busy
             };
         }
-        let mut absurd = capacity.sanitise();
-        absurd.extend(factors.sanitise());
-        if !absurd.is_empty() || !(0.0..=LOAD_MAX).contains(&load) {
-            return Answer::Refused {
+        if self.policy.mode == Mode::Off {
+            return Response::Refused {
+                why: NoMoveReason::Off.to_string(),
+            };
+        }
+        let mut errors = capacity.sanitise();
+        errors.extend(factors.sanitise());
+        if !errors.is_empty() || !(0.0..=LOAD_MAX).contains(&load) {
+            return Response::Refused {
                 why: "its numbers are absurd".into(),
             };
         }
@@ -82,7 +86,7 @@ impl Balancer {
         let kept = side.capacity.memory_bytes as f64 * self.policy.memory_headroom;
         let free = side.memory_free_bytes.saturating_sub(kept as u64);
         if factors.memory_bytes > free {
-            return Answer::Refused {
+            return Response::Refused {
                 why: format!(
                     "{:.1} GiB of memory are free",
                     free as f64 / f64::from(1 << 30)
@@ -95,42 +99,42 @@ impl Balancer {
             load
         };
         if side.load + weight > most {
-            return Answer::Refused {
+            return Response::Refused {
                 why: format!("its load has risen to {:.2} meanwhile", side.load),
             };
         }
-        self.shift(weight);
-        self.arriving = Some(Arriving {
+        self.shift_load(weight);
+        self.incoming = Some(IncomingMove {
             machine,
             from: peer.clone(),
             factors: there,
             weight,
             until_ms: now_ms + GRANT_MS,
         });
-        Answer::Granted
+        Response::Granted
     }
 
     /// Nothing came of what was granted.
     pub(super) fn release(&mut self, machine: &Name) {
         if self
-            .arriving
+            .incoming
             .as_ref()
             .is_some_and(|it| it.machine == *machine)
-            && let Some(arriving) = self.arriving.take()
+            && let Some(incoming) = self.incoming.take()
         {
-            self.shift(-arriving.weight);
+            self.shift_load(-incoming.weight);
         }
     }
 
     pub(super) fn arrived(&mut self, machine: Name, from: Name, now_ms: u64) {
-        self.gone.remove(&machine);
-        let granted = self.arriving.take_if(|it| it.machine == machine);
+        self.departed.remove(&machine);
+        let granted = self.incoming.take_if(|it| it.machine == machine);
         let settled_ms = now_ms + SETTLE_SAMPLES * self.policy.sample_ms;
         let promised = granted.map(|it| (it.factors, settled_ms));
-        let level = promised.map_or(0.0, |(factors, _)| self.weigh_here(&factors));
-        self.known.insert(
+        let level = promised.map_or(0.0, |(factors, _)| self.local_weight(&factors));
+        self.tracked.insert(
             machine,
-            Known {
+            TrackedMachine {
                 factors: promised.map(|(factors, _)| factors).unwrap_or_default(),
                 level,
                 level_since_ms: now_ms,

@@ -72,7 +72,7 @@ impl RemoteStore {
         let request = encoded(request)?;
         let deadline = Instant::now() + self.timeout;
         let answer = self
-            .at_a_voter(effect, |voter| {
+            .try_voters(effect, |voter| {
                 let request = request.clone();
                 async move {
                     let rest = deadline.saturating_duration_since(Instant::now());
@@ -96,17 +96,17 @@ impl RemoteStore {
         request: &impl Serialize,
     ) -> Result<StreamReceiver, StoreError> {
         let request = encoded(request)?;
-        let opening = self.at_a_voter(Effect::Reads, |voter| {
+        let opening = self.try_voters(Effect::Reads, |voter| {
             let request = request.clone();
             async move { self.peers.stream(&voter, kind, request).await }
         });
         match tokio::time::timeout(self.timeout, opening).await {
             Ok(opened) => opened,
-            Err(_) => Err(self.too_slow()),
+            Err(_) => Err(self.timeout_error()),
         }
     }
 
-    fn too_slow(&self) -> StoreError {
+    fn timeout_error(&self) -> StoreError {
         let ms = self.timeout.as_millis();
         StoreError::unavailable(format!("no answer within {ms} ms"))
     }
@@ -114,7 +114,7 @@ impl RemoteStore {
     /// Tries the voters in turn, the last good one first, as long as a request
     /// was certainly not executed. One more try than there are voters: the
     /// first connection may have been lost without notice.
-    async fn at_a_voter<T, F>(
+    async fn try_voters<T, F>(
         &self,
         effect: Effect,
         attempt: impl Fn(NodeName) -> F,
@@ -202,7 +202,7 @@ impl Store for RemoteStore {
         async move {
             match tokio::time::timeout(self.timeout, self.read_list(prefix)).await {
                 Ok(listing) => listing,
-                Err(_) => Err(self.too_slow()),
+                Err(_) => Err(self.timeout_error()),
             }
         }
         .boxed()
@@ -233,7 +233,7 @@ impl Store for RemoteStore {
             match tokio::time::timeout(self.timeout, next::<Revised>(&mut items)).await {
                 Ok(Some(begun)) => begun?,
                 Ok(None) => return Err(StoreError::unavailable("the watch broke off")),
-                Err(_) => return Err(self.too_slow()),
+                Err(_) => return Err(self.timeout_error()),
             };
             let changes = futures::stream::unfold(Some(items), |items| async move {
                 let mut items = items?;

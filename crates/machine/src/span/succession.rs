@@ -19,7 +19,7 @@ use super::threads::{Home, HomeListener, LOOK_AGAIN, MemberPart, SpanningError, 
 use keel_wasm::coherence::{Holdings, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;
 use keel_wasm::runtime::Machine;
-use keel_wasm::runtime::parts::{Members, Order, Spawning};
+use keel_wasm::runtime::parts::{Members, Order, SpawnPolicy};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -59,7 +59,7 @@ pub struct Legacy {
     /// Threads that are not at the home.
     pub threads: Vec<Whereabouts>,
     /// Where threads begin.
-    pub spawning: Spawning,
+    pub spawning: SpawnPolicy,
     /// What each part keeps at most, in bytes.
     pub part_bytes: Option<u64>,
 }

@@ -63,7 +63,7 @@ enum Waiter {
     Answer(oneshot::Sender<Result<Bytes, RpcError>>),
     Begin(oneshot::Sender<Result<Opened, RpcError>>),
     Items(mpsc::Sender<Bytes>, StreamEnd),
-    Nobody,
+    Abandoned,
 }
 
 /// Set once: how the stream ended. Unset while it is open.
@@ -338,16 +338,16 @@ impl Drop for Pending {
         match &slot.waiter {
             // Opened, but its receiver went down with the caller.
             Waiter::Items(items, _) if items.is_closed() => {
-                slot.waiter = Waiter::Nobody;
+                slot.waiter = Waiter::Abandoned;
                 self.inner.shared.cancel(self.request);
             }
             // Opened and handed on.
             Waiter::Items(..) => {}
-            Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Nobody if !slot.sent => {
+            Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Abandoned if !slot.sent => {
                 state.slots.remove(&self.request);
             }
-            Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Nobody => {
-                slot.waiter = Waiter::Nobody;
+            Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Abandoned => {
+                slot.waiter = Waiter::Abandoned;
             }
         }
     }
@@ -393,7 +393,7 @@ impl Drop for StreamReceiver {
     fn drop(&mut self) {
         let mut state = self.inner.shared.lock();
         if let Some(slot) = state.slots.get_mut(&self.request) {
-            slot.waiter = Waiter::Nobody;
+            slot.waiter = Waiter::Abandoned;
             self.inner.shared.cancel(self.request);
         }
     }
@@ -467,7 +467,7 @@ impl Shared {
                 Waiter::Answer(answer) => drop(answer.send(Err(error))),
                 Waiter::Begin(begin) => drop(begin.send(Err(error))),
                 Waiter::Items(_, end) => drop(end.set(Err(error))),
-                Waiter::Nobody => {}
+                Waiter::Abandoned => {}
             }
         }
     }
@@ -582,7 +582,7 @@ fn push(slot: &Slot, item: Bytes) -> Result<(), String> {
             Ok(()) | Err(TrySendError::Closed(_)) => Ok(()),
             Err(TrySendError::Full(_)) => Err("more stream items than it had credit for".into()),
         },
-        Waiter::Nobody => Ok(()),
+        Waiter::Abandoned => Ok(()),
         Waiter::Answer(_) | Waiter::Begin(_) => Err("an item before its stream".into()),
     }
 }
@@ -594,20 +594,20 @@ fn begin(shared: &Shared, slot: &mut Slot, request: u64, options: &Options) -> R
         items,
         end: Arc::clone(&end),
     };
-    match std::mem::replace(&mut slot.waiter, Waiter::Nobody) {
+    match std::mem::replace(&mut slot.waiter, Waiter::Abandoned) {
         Waiter::Begin(begin) => {
             slot.waiter = Waiter::Items(sender, end);
             if begin.send(Ok(opened)).is_err() {
-                slot.waiter = Waiter::Nobody;
+                slot.waiter = Waiter::Abandoned;
                 shared.cancel(request);
             } else {
                 let credit = wire::credit(request, options.stream_items_ahead());
                 shared.signals.send(credit).ok();
             }
         }
-        Waiter::Nobody => shared.cancel(request),
+        Waiter::Abandoned => shared.cancel(request),
         Waiter::Answer(answer) => {
-            answer.send(Err(mixed_up(shared))).ok();
+            answer.send(Err(protocol_violation(shared))).ok();
             shared.cancel(request);
         }
         Waiter::Items(..) => return Err("a stream that begins twice".into()),
@@ -618,10 +618,10 @@ fn begin(shared: &Shared, slot: &mut Slot, request: u64, options: &Options) -> R
 fn finish(shared: &Shared, waiter: Waiter, kind: u16, payload: Bytes) -> Result<(), String> {
     let error = |payload: &[u8]| wire::read_error(payload, &shared.peer);
     match (waiter, kind) {
-        (Waiter::Nobody, _) => {}
+        (Waiter::Abandoned, _) => {}
         (Waiter::Answer(answer), wire::ANSWER) => drop(answer.send(Ok(payload))),
         (Waiter::Answer(answer), wire::ERROR) => drop(answer.send(Err(error(&payload)))),
-        (Waiter::Begin(begin), wire::ANSWER) => drop(begin.send(Err(mixed_up(shared)))),
+        (Waiter::Begin(begin), wire::ANSWER) => drop(begin.send(Err(protocol_violation(shared)))),
         (Waiter::Begin(begin), wire::ERROR) => drop(begin.send(Err(error(&payload)))),
         (Waiter::Items(_, end), wire::END) => drop(end.set(Ok(()))),
         (Waiter::Items(_, end), wire::ERROR) => drop(end.set(Err(error(&payload)))),
@@ -633,7 +633,7 @@ fn finish(shared: &Shared, waiter: Waiter, kind: u16, payload: Bytes) -> Result<
     Ok(())
 }
 
-fn mixed_up(shared: &Shared) -> RpcError {
+fn protocol_violation(shared: &Shared) -> RpcError {
     RpcError::Failed {
         peer: shared.peer.clone(),
         reason: "it answered with a stream where one answer was asked, or the reverse".into(),

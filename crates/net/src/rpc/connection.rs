@@ -68,7 +68,7 @@ impl Outgoing {
             };
             match timeout(self.write_timeout, writing).await {
                 Ok(done) => done?,
-                Err(_) => return Err(stuck(self.write_timeout)),
+                Err(_) => return Err(write_timed_out(self.write_timeout)),
             }
             batch.clear();
             if batch.capacity() > 4 * BATCH_BYTES {
@@ -80,7 +80,7 @@ impl Outgoing {
     }
 }
 
-fn stuck(limit: Duration) -> FrameError {
+fn write_timed_out(limit: Duration) -> FrameError {
     std::io::Error::new(
         std::io::ErrorKind::TimedOut,
         format!("it took no bytes for {} ms", limit.as_millis()),

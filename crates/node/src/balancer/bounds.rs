@@ -7,9 +7,11 @@ use super::placements::Placements;
 use crate::code::Code;
 use crate::rules::{Book, Drain};
 use keel_balance::Name;
-use keel_balance::round::Bounds;
-use keel_balance::rules::{Broken, Holders, Thing, broken_by, domains_of, forbidden, holders_of};
-use keel_balance::select::{Bound, Spreadable};
+use keel_balance::round::Constraints;
+use keel_balance::rules::{
+    Holders, Subject, Violation, domains_of, forbidden, holders_of, violations_of,
+};
+use keel_balance::select::{Constraint, Spreadable};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -52,8 +54,8 @@ pub(super) struct Snapshot {
     spanning: BTreeSet<Name>,
     /// Machines that may get parts.
     spreadable: BTreeMap<Name, Spreadable>,
-    placed: Vec<(Thing, Name)>,
-    nodes: Vec<Thing>,
+    placed: Vec<(Subject, Name)>,
+    nodes: Vec<Subject>,
     /// Minute of the day, UTC.
     minute: u32,
     code: Arc<Code>,
@@ -108,7 +110,7 @@ impl Snapshot {
     }
 
     /// Machines of a node that break a rule where they are.
-    pub(super) fn broken_on(&self, node: &str) -> Vec<(Name, Broken)> {
+    pub(super) fn broken_on(&self, node: &str) -> Vec<(Name, Violation)> {
         if self.book.rules.is_empty() {
             return Vec::new();
         }
@@ -116,15 +118,15 @@ impl Snapshot {
             let mut placed = self.placed.iter();
             placed.any(|(it, at)| it.name == *machine && **at == *node)
         };
-        let mut broken = broken_by(&self.book.rules, &self.placed, &self.nodes);
+        let mut broken = violations_of(&self.book.rules, &self.placed, &self.nodes);
         broken.retain(|(machine, _)| here(machine));
         broken
     }
 
     /// The rule that does not allow a machine on a node.
-    pub(super) fn forbids(&self, machine: &Name, target: &Name) -> Option<Broken> {
+    pub(super) fn forbids(&self, machine: &Name, target: &Name) -> Option<Violation> {
         if self.book.drains.contains_key(target) {
-            return Some(Broken {
+            return Some(Violation {
                 rule: "drain".into(),
                 why: format!("{target} is being drained"),
             });
@@ -146,13 +148,13 @@ impl Snapshot {
     }
 }
 
-impl Bounds for Snapshot {
-    fn bound(&self, machine: &Name, target: &Name) -> Option<Bound> {
+impl Constraints for Snapshot {
+    fn constraint(&self, machine: &Name, target: &Name) -> Option<Constraint> {
         if self.opted_out.contains(machine) {
-            return Some(Bound::OptedOut);
+            return Some(Constraint::OptedOut);
         }
         if self.spanning.contains(machine) {
-            return Some(Bound::Spans);
+            return Some(Constraint::Spans);
         }
         if self.book.rules.is_empty() && self.book.drains.is_empty() {
             return None;
@@ -162,9 +164,9 @@ impl Bounds for Snapshot {
         let forbidden = rules
             .find_map(|rule| rule.forbids_moving(&thing, self.minute))
             .or_else(|| self.forbids(machine, target));
-        forbidden.map(|broken| Bound::Rule {
+        forbidden.map(|broken| Constraint::Rule {
             rule: broken.rule,
-            says: broken.why,
+            reason: broken.why,
         })
     }
 

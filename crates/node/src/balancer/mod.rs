@@ -60,8 +60,8 @@ use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Line, Outcome};
 use keel_balance::load::{Capacity, Factors, NodeSample};
 use keel_balance::policy::{Basis, Mode, Policy};
-use keel_balance::round::{Answer, Balancer, Command, Event, Question};
-use keel_balance::rules::{Broken, Repair, repair};
+use keel_balance::round::{Balancer, Command, Event, Request, Response};
+use keel_balance::rules::{Repair, Violation, repair};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Change, KeyValue, Revision};
@@ -98,7 +98,7 @@ type Look = Box<dyn FnOnce(&Balancer, u64, &Snapshot) + Send>;
 enum Input {
     Event(Event),
     Measured(Box<Measured>),
-    Asked(Name, Question, oneshot::Sender<Answer>),
+    Asked(Name, Request, oneshot::Sender<Response>),
     Look(Look),
     /// A machine that broke a rule was moved, or was not.
     RepairOver,
@@ -148,8 +148,8 @@ impl Handle {
     pub(crate) async fn answer(
         &self,
         peer: &NodeName,
-        question: Question,
-    ) -> Result<Answer, String> {
+        question: Request,
+    ) -> Result<Response, String> {
         let (reply, answer) = oneshot::channel();
         let asked = Input::Asked(peer.as_str().into(), question, reply);
         self.inputs.send(asked).map_err(|_| ENDED.to_owned())?;
@@ -263,7 +263,7 @@ struct Task {
     placements: Arc<Placements>,
     balancer: Balancer,
     begun: Instant,
-    replies: HashMap<u64, oneshot::Sender<Answer>>,
+    replies: HashMap<u64, oneshot::Sender<Response>>,
     tickets: u64,
     /// Other nodes that are alive.
     peers: Vec<Name>,
@@ -292,13 +292,13 @@ impl Task {
                     recorder.take(unix_ms(), counted.load(&weights), &measured, weights);
                     Event::Sample(counted)
                 }
-                Ok(Some(Input::Asked(peer, question, reply))) => {
+                Ok(Some(Input::Asked(peer, request, reply))) => {
                     self.tickets += 1;
                     self.replies.insert(self.tickets, reply);
-                    Event::Asked {
+                    Event::RequestReceived {
                         ticket: self.tickets,
                         peer,
-                        question,
+                        request,
                     }
                 }
                 Ok(Some(Input::Look(look))) => {
@@ -420,25 +420,27 @@ impl Task {
 
     fn carry_out(&mut self, command: Command) {
         match command {
-            Command::Ask {
+            Command::SendRequest {
                 round,
                 peer,
-                question,
+                request,
             } => {
                 let agent = self.agent.clone();
                 tokio::spawn(async move {
-                    let answer = ask(&agent, &peer, &question).await;
-                    let answer = answer.inspect_err(|error| {
+                    let response = ask(&agent, &peer, &request).await;
+                    let response = response.inspect_err(|error| {
                         tracing::debug!(%peer, error, "a balancer did not answer");
                     });
-                    let answer = answer.ok();
-                    agent.balancer.tell(Event::Answered { round, answer });
+                    let response = response.ok();
+                    agent
+                        .balancer
+                        .tell(Event::ResponseReceived { round, response });
                 });
             }
-            Command::Reply { ticket, answer } => {
+            Command::SendResponse { ticket, response } => {
                 if let Some(reply) = self.replies.remove(&ticket) {
                     // Whoever asked may have gone.
-                    let _ = reply.send(answer);
+                    let _ = reply.send(response);
                 }
             }
             Command::Move { machine, target } => {
@@ -489,7 +491,7 @@ impl Task {
                 .zip(NodeName::new(target).ok()),
             _ => None,
         };
-        let decides = matches!(decision, Decision::Move { .. } | Decision::Stay { .. });
+        let decides = matches!(decision, Decision::Move { .. } | Decision::NoMove { .. });
         let ledger = self.agent.balancer.ledger();
         ledger.keep(Line {
             at_unix_ms: unix_ms(),
@@ -539,7 +541,7 @@ fn promised(
 }
 
 /// Moves a machine that breaks a rule where it is.
-async fn repair_now(agent: &Arc<Agent>, machine: Name, target: Name, broken: Broken) {
+async fn repair_now(agent: &Arc<Agent>, machine: Name, target: Name, broken: Violation) {
     let outcome = match run_move(agent, &machine, &target, Urgency::High, None).await {
         Ok(report) => ended(&report),
         Err(why) => Outcome::Stayed { why },
@@ -590,14 +592,14 @@ pub(crate) async fn is_automatic(agent: &Agent) -> bool {
 
 /// How loaded another node is, as it says.
 pub(crate) async fn load_of(agent: &Agent, node: &NodeName) -> Option<f64> {
-    match ask(agent, node.as_str(), &Question::View).await {
-        Ok(Answer::View(view)) => Some(view.side.load),
+    match ask(agent, node.as_str(), &Request::View).await {
+        Ok(Response::View(view)) => Some(view.state.load),
         _ => None,
     }
 }
 
 /// Asks another node's balancer.
-async fn ask(agent: &Agent, peer: &str, question: &Question) -> Result<Answer, String> {
+async fn ask(agent: &Agent, peer: &str, question: &Request) -> Result<Response, String> {
     let peer = NodeName::new(peer).map_err(|error| error.to_string())?;
     let payload = pack(question).map_err(|error| error.to_string())?;
     let answer = agent

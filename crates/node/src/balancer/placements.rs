@@ -123,7 +123,7 @@ impl Placements {
             let from = before.as_str().into();
             return Some(Event::Arrived { machine, from });
         }
-        (before != owner && before == *here).then_some(Event::Left { machine })
+        (before != owner && before == *here).then_some(Event::Departed { machine })
     }
 }
 

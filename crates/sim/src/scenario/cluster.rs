@@ -1,17 +1,18 @@
 //! The nodes, machines and events that a scenario comes to.
 
 use super::{
-    Event, MACHINES_MAX, MachineGroup, NODES_MAX, NodeGroup, Placing, Scenario, change_policy,
+    Event, InitialPlacement, MACHINES_MAX, MachineGroup, NODES_MAX, NodeGroup, Scenario,
+    change_policy,
 };
 use crate::bad_input::{BadInput, hint};
 use crate::curve::Curve;
 use crate::energy::PowerTable;
 use crate::traces::{self, Trace};
-use crate::world::{MachineSpec, NodeSpec, Rulebook, Settings, What};
+use crate::world::{ExternalEvent, MachineSpec, NodeSpec, Rulebook, Settings};
 use keel_balance::Name;
 use keel_balance::load::{Capacity, SPEED_RANGE};
 use keel_balance::policy::Policy;
-use keel_balance::rules::{Rule, Says, Thing, conflict};
+use keel_balance::rules::{Requirement, Rule, Subject, conflict};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -31,7 +32,7 @@ pub struct Cluster {
     /// Its machines.
     pub machines: Vec<MachineSpec>,
     /// What befalls it, with the instant in milliseconds.
-    pub events: Vec<(u64, What)>,
+    pub events: Vec<(u64, ExternalEvent)>,
 }
 
 const MIB: f64 = 1_048_576.0;
@@ -75,7 +76,7 @@ impl Cluster {
         }
         if builder.nodes.is_empty() {
             let reason = "it has no nodes: each group of them is a table [[nodes]]";
-            return Err(BadInput::file(&scenario.place, reason));
+            return Err(BadInput::file(&scenario.path, reason));
         }
         for group in &scenario.machines {
             builder.machine_group(group)?;
@@ -108,8 +109,8 @@ fn named(pattern: &str, number: usize) -> Name {
 }
 
 impl Builder<'_> {
-    fn beside(&self, file: &Path) -> PathBuf {
-        let folder = self.scenario.place.parent();
+    fn relative_to_scenario(&self, file: &Path) -> PathBuf {
+        let folder = self.scenario.path.parent();
         folder.unwrap_or(Path::new("")).join(file)
     }
 
@@ -117,8 +118,11 @@ impl Builder<'_> {
         let Some(ganeti) = &self.scenario.ganeti else {
             return Ok(());
         };
-        let utilisation = ganeti.utilisation.as_ref().map(|it| self.beside(it));
-        let file = self.beside(&ganeti.file);
+        let utilisation = ganeti
+            .utilisation
+            .as_ref()
+            .map(|it| self.relative_to_scenario(it));
+        let file = self.relative_to_scenario(&ganeti.file);
         let cluster = traces::ganeti::read(&file, utilisation.as_deref())?;
         for node in cluster.nodes {
             self.nodes.push(NodeSpec {
@@ -228,11 +232,11 @@ impl Builder<'_> {
                     .bad(spanned, format!("there is a {name:?} already")));
             }
             let at = match group.place {
-                Placing::Spread => {
+                InitialPlacement::Spread => {
                     self.spread += 1;
                     (self.spread - 1) % places.len()
                 }
-                Placing::Random => self.rng.random_range(0..places.len()),
+                InitialPlacement::Random => self.rng.random_range(0..places.len()),
             };
             if !group.own_labels.is_empty() {
                 let labels = group.own_labels.clone();
@@ -326,7 +330,7 @@ impl Builder<'_> {
                 if !(0.0..=65_536.0).contains(&wanted.cores) {
                     return Err(bad(format!("cores is {}", wanted.cores)));
                 }
-                let file = self.beside(file);
+                let file = self.relative_to_scenario(file);
                 let traces = self.traces(&file, from_share)?;
                 let most = traces.len().saturating_sub(wanted.first);
                 let count = group.count.unwrap_or(most);
@@ -380,13 +384,13 @@ impl Builder<'_> {
         let mut rulebook = std::mem::take(&mut self.rulebook);
         let labels = self.nodes.iter().map(|it| it.name.clone());
         rulebook.nodes = labels.zip(self.labels.iter().cloned()).collect();
-        let nodes: Vec<Thing> = self
+        let nodes: Vec<Subject> = self
             .nodes
             .iter()
             .map(|it| rulebook.node(&it.name))
             .collect();
         let machines = self.machines.iter();
-        let machines: Vec<Thing> = machines.map(|it| rulebook.machine(&it.name)).collect();
+        let machines: Vec<Subject> = machines.map(|it| rulebook.machine(&it.name)).collect();
         for spanned in &scenario.rules {
             let rule = spanned.get_ref();
             self.check_rule(rule, &machines, &nodes)
@@ -399,18 +403,24 @@ impl Builder<'_> {
         }
         if let Some(conflict) = conflict(&rulebook.rules, &machines, &nodes) {
             let reason = format!("rules cannot be kept together: {}", conflict.join(", "));
-            return Err(BadInput::file(&scenario.place, reason));
+            return Err(BadInput::file(&scenario.path, reason));
         }
         self.rulebook = rulebook.clone();
         Ok(rulebook)
     }
 
-    fn check_rule(&self, rule: &Rule, machines: &[Thing], nodes: &[Thing]) -> Result<(), String> {
+    fn check_rule(
+        &self,
+        rule: &Rule,
+        machines: &[Subject],
+        nodes: &[Subject],
+    ) -> Result<(), String> {
         rule.check()?;
         if !machines.iter().any(|machine| rule.is_about(machine)) {
             return Err(format!("rule {:?} is about no machine", &*rule.name));
         }
-        if let Says::Pin { nodes: chosen } | Says::Avoid { nodes: chosen } = &rule.says
+        if let Requirement::Pin { nodes: chosen } | Requirement::Avoid { nodes: chosen } =
+            &rule.requirement
             && !nodes.iter().any(|it| chosen.fits(&it.name, &it.labels))
         {
             return Err(format!(
@@ -421,7 +431,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn events(&mut self) -> Result<Vec<(u64, What)>, BadInput> {
+    fn events(&mut self) -> Result<Vec<(u64, ExternalEvent)>, BadInput> {
         let scenario = self.scenario;
         let mut events: Vec<&Spanned<Event>> = scenario.events.iter().collect();
         events.sort_by(|one, other| one.get_ref().at_s().total_cmp(&other.get_ref().at_s()));
@@ -431,51 +441,52 @@ impl Builder<'_> {
         // Who had an event already.
         let mut nodes: HashSet<usize> = HashSet::new();
         let mut machines: HashSet<usize> = HashSet::new();
-        let mut befall = Vec::new();
+        let mut schedule = Vec::new();
         for event in events {
             let at_ms = milliseconds(event.get_ref().at_s());
-            let mut put = |what: What| befall.push((at_ms, what));
+            let mut put = |what: ExternalEvent| schedule.push((at_ms, what));
             match event.get_ref() {
                 Event::NodeDies { node, .. } => {
                     let node = self.node(event, node)?;
                     nodes.insert(node);
-                    put(What::NodeDies(node));
+                    put(ExternalEvent::NodeFails(node));
                 }
                 Event::NodeComes { node, .. } => {
                     let node = self.node(event, node)?;
                     if nodes.insert(node) {
                         self.nodes[node].there = false;
                     }
-                    put(What::NodeComes(node));
+                    put(ExternalEvent::NodeStarts(node));
                 }
                 Event::MachineStarts { machine, .. } => {
                     for machine in self.machines(event, machine)? {
                         if machines.insert(machine) {
                             self.machines[machine].runs = false;
                         }
-                        put(What::MachineStarts(machine));
+                        put(ExternalEvent::MachineStarts(machine));
                     }
                 }
                 Event::MachineEnds { machine, .. } => {
                     for machine in self.machines(event, machine)? {
                         machines.insert(machine);
-                        put(What::MachineEnds(machine));
+                        put(ExternalEvent::MachineEnds(machine));
                     }
                 }
                 Event::Policy { change, .. } => {
                     policy = self.policy(event, &policy, change)?;
-                    put(What::Policy(Box::new(policy.clone())));
+                    put(ExternalEvent::Policy(Box::new(policy.clone())));
                 }
                 Event::RuleComes { rule, .. } => {
                     let machines = self.machines.iter();
-                    let machines: Vec<Thing> =
+                    let machines: Vec<Subject> =
                         machines.map(|it| self.rulebook.machine(&it.name)).collect();
                     let nodes = self.nodes.iter();
-                    let nodes: Vec<Thing> = nodes.map(|it| self.rulebook.node(&it.name)).collect();
+                    let nodes: Vec<Subject> =
+                        nodes.map(|it| self.rulebook.node(&it.name)).collect();
                     self.check_rule(rule, &machines, &nodes)
                         .map_err(|reason| scenario.bad(event, reason))?;
                     rules.insert(rule.name.clone());
-                    put(What::RuleComes(Box::new(rule.clone())));
+                    put(ExternalEvent::RuleAdded(Box::new(rule.clone())));
                 }
                 Event::RuleGoes { rule, .. } => {
                     let name: Name = rule.as_str().into();
@@ -484,7 +495,7 @@ impl Builder<'_> {
                         let reason = format!("there is no rule {rule:?} then; {hint}");
                         return Err(scenario.bad(event, reason));
                     }
-                    put(What::RuleGoes(name));
+                    put(ExternalEvent::RuleRemoved(name));
                 }
                 Event::ClockJumps { node, by_s, .. } => {
                     let year = 366.0 * 86_400.0;
@@ -493,13 +504,19 @@ impl Builder<'_> {
                     }
                     let node = self.node(event, node)?;
                     let by_ms = (by_s * 1e3) as i64;
-                    put(What::ClockJumps { node, by_ms });
+                    put(ExternalEvent::ClockJumps { node, by_ms });
                 }
                 Event::NodeLies { node, numbers, .. } => {
-                    put(What::Lies(self.node(event, node)?, *numbers));
+                    put(ExternalEvent::ReportFault(
+                        self.node(event, node)?,
+                        *numbers,
+                    ));
                 }
                 Event::NodeMismeasures { node, numbers, .. } => {
-                    put(What::Mismeasures(self.node(event, node)?, *numbers));
+                    put(ExternalEvent::MeasurementFault(
+                        self.node(event, node)?,
+                        *numbers,
+                    ));
                 }
                 Event::NodeLate {
                     node,
@@ -512,7 +529,7 @@ impl Builder<'_> {
                         return Err(scenario.bad(event, reason));
                     }
                     let (node, by_ms, doubled) = (self.node(event, node)?, *by_ms, *doubled);
-                    put(What::Late {
+                    put(ExternalEvent::SlowResponses {
                         node,
                         by_ms,
                         doubled,
@@ -520,12 +537,12 @@ impl Builder<'_> {
                 }
             }
         }
-        self.strand();
-        Ok(befall)
+        self.stop_unplaced();
+        Ok(schedule)
     }
 
     /// Machines that were placed on a node that is not there yet do not run.
-    fn strand(&mut self) {
+    fn stop_unplaced(&mut self) {
         for machine in &mut self.machines {
             machine.runs &= self.nodes[machine.node].there;
         }

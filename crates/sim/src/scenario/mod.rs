@@ -12,7 +12,7 @@ use crate::bad_input::{self, BadInput};
 use crate::curve::Curve;
 use crate::energy::Power;
 use crate::expect::Expect;
-use crate::world::{Lie, Network};
+use crate::world::{InvalidReport, Network};
 use keel_balance::policy::Policy;
 use keel_balance::rules::Rule;
 use serde::Deserialize;
@@ -69,7 +69,7 @@ pub struct Scenario {
     pub expect: Expect,
     /// The file.
     #[serde(skip)]
-    pub place: PathBuf,
+    pub path: PathBuf,
     /// Its text.
     #[serde(skip)]
     text: String,
@@ -130,7 +130,7 @@ fn usual_io() -> f64 {
 /// Where machines are at first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Placing {
+pub enum InitialPlacement {
     /// One node after the other.
     #[default]
     Spread,
@@ -151,7 +151,7 @@ pub struct MachineGroup {
     pub on: Option<String>,
     /// How they are placed, where `on` names no node.
     #[serde(default)]
-    pub place: Placing,
+    pub place: InitialPlacement,
     /// Labels that their first nodes must have.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
@@ -274,7 +274,7 @@ pub enum Event {
         /// Which.
         node: String,
         /// What its numbers are; right again without.
-        numbers: Option<Lie>,
+        numbers: Option<InvalidReport>,
     },
     /// What a node measures is wrong from now on.
     NodeMismeasures {
@@ -283,7 +283,7 @@ pub enum Event {
         /// Which.
         node: String,
         /// What its numbers are; right again without.
-        numbers: Option<Lie>,
+        numbers: Option<InvalidReport>,
     },
     /// A node answers late from now on, or twice.
     NodeLate {
@@ -324,25 +324,25 @@ impl Scenario {
     ///
     /// # Errors
     /// The file, line and reason of what is wrong; of unknown keys the nearest known.
-    pub fn read(place: &Path) -> Result<Self, BadInput> {
-        Self::parse(place, &bad_input::read(place)?)
+    pub fn read(path: &Path) -> Result<Self, BadInput> {
+        Self::parse(path, &bad_input::read(path)?)
     }
 
     /// Reads a file's text; `place` is the file.
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub fn parse(place: &Path, text: &str) -> Result<Self, BadInput> {
+    pub fn parse(path: &Path, text: &str) -> Result<Self, BadInput> {
         let read: Result<Scenario, _> = toml::from_str(text);
-        let mut scenario = read.map_err(|error| bad_input::of_toml(place, text, &error))?;
-        scenario.place = place.to_owned();
+        let mut scenario = read.map_err(|error| bad_input::of_toml(path, text, &error))?;
+        scenario.path = path.to_owned();
         scenario.text = text.to_owned();
         scenario.check()?;
         Ok(scenario)
     }
 
     /// Ten minutes of a cluster of Ganeti's tools.
-    pub fn of_ganeti(file: PathBuf, utilisation: Option<PathBuf>) -> Self {
+    pub fn from_ganeti(file: PathBuf, utilisation: Option<PathBuf>) -> Self {
         Scenario {
             about: format!("the cluster of {}", file.display()),
             seed: one(),
@@ -356,7 +356,7 @@ impl Scenario {
             rules: Vec::new(),
             events: Vec::new(),
             expect: Expect::default(),
-            place: file.clone(),
+            path: file.clone(),
             text: String::new(),
             ganeti: Some(Ganeti {
                 file: absolute(&file),
@@ -366,7 +366,7 @@ impl Scenario {
     }
 
     /// Takes its nodes and machines from files of Ganeti's tools, in place of its own.
-    pub fn take_ganeti(&mut self, file: &Path, utilisation: Option<&Path>) {
+    pub fn use_ganeti(&mut self, file: &Path, utilisation: Option<&Path>) {
         self.nodes.clear();
         self.machines.clear();
         self.ganeti = Some(Ganeti {
@@ -379,46 +379,46 @@ impl Scenario {
     ///
     /// # Errors
     /// When it names none.
-    pub fn take_planetlab(&mut self, folder: &Path) -> Result<(), BadInput> {
-        self.take_traces("planetlab", |traces| traces.planetlab.as_mut(), folder)
+    pub fn use_planetlab(&mut self, folder: &Path) -> Result<(), BadInput> {
+        self.use_traces("planetlab", |traces| traces.planetlab.as_mut(), folder)
     }
 
     /// Takes a table of loads from another file than it names.
     ///
     /// # Errors
     /// When it names none.
-    pub fn take_csv(&mut self, file: &Path) -> Result<(), BadInput> {
-        self.take_traces("csv", |traces| traces.csv.as_mut(), file)
+    pub fn use_csv(&mut self, file: &Path) -> Result<(), BadInput> {
+        self.use_traces("csv", |traces| traces.csv.as_mut(), file)
     }
 
-    fn take_traces(
+    fn use_traces(
         &mut self,
         kind: &str,
         of: impl Fn(&mut Traces) -> Option<&mut PathBuf>,
-        place: &Path,
+        path: &Path,
     ) -> Result<(), BadInput> {
         let groups = self.machines.iter_mut().map(Spanned::get_mut);
         let traces = groups.filter_map(|group| group.traces.as_mut());
         let mut found = false;
         for named in traces.filter_map(of) {
-            *named = absolute(place);
+            *named = absolute(path);
             found = true;
         }
         if found {
             return Ok(());
         }
         let reason = format!("it has no machines with traces = {{ {kind} = ... }}");
-        Err(BadInput::file(&self.place, reason))
+        Err(BadInput::file(&self.path, reason))
     }
 
     /// What is wrong with a group or an event, with its line.
     pub(crate) fn bad<T>(&self, of: &Spanned<T>, reason: impl ToString) -> BadInput {
         let line = bad_input::line_of(&self.text, of.span().start);
-        BadInput::line(&self.place, line, reason)
+        BadInput::line(&self.path, line, reason)
     }
 
     fn check(&self) -> Result<(), BadInput> {
-        let bad = |reason: String| BadInput::file(&self.place, reason);
+        let bad = |reason: String| BadInput::file(&self.path, reason);
         if !(1..=LENGTH_MAX_S).contains(&self.length_s) {
             let reason = format!(
                 "length_s is {}; 1 to {LENGTH_MAX_S} are possible",
@@ -468,8 +468,8 @@ impl Scenario {
 }
 
 /// A file of the command line: relative to where it was called, not to a scenario.
-fn absolute(place: &Path) -> PathBuf {
-    std::path::absolute(place).unwrap_or_else(|_| place.to_owned())
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// Changes keys of a policy.

@@ -17,18 +17,18 @@ use std::path::Path;
 ///
 /// # Errors
 /// The line and reason of what cannot be read.
-pub fn read(place: &Path) -> Result<Vec<Trace>, BadInput> {
-    parse(place, &bad_input::read(place)?)
+pub fn read(path: &Path) -> Result<Vec<Trace>, BadInput> {
+    parse(path, &bad_input::read(path)?)
 }
 
-fn parse(place: &Path, text: &str) -> Result<Vec<Trace>, BadInput> {
+fn parse(path: &Path, text: &str) -> Result<Vec<Trace>, BadInput> {
     let mut lines = text
         .lines()
         .enumerate()
         .map(|(number, it)| (number + 1, it));
-    let bad = |line: usize, reason: String| BadInput::line(place, line, reason);
+    let bad = |line: usize, reason: String| BadInput::line(path, line, reason);
     let Some((_, head)) = lines.next() else {
-        return Err(BadInput::file(place, "it is empty"));
+        return Err(BadInput::file(path, "it is empty"));
     };
     let mut names = head.split(',').map(str::trim);
     if names.next() != Some("at_s") {
@@ -74,7 +74,7 @@ fn parse(place: &Path, text: &str) -> Result<Vec<Trace>, BadInput> {
         }
     }
     let every_s = match instants.as_slice() {
-        [] => return Err(BadInput::file(place, "it has no lines but the first")),
+        [] => return Err(BadInput::file(path, "it has no lines but the first")),
         [_] => 1.0,
         [_, second, ..] => *second,
     };

@@ -73,13 +73,13 @@ pub struct Cluster {
 pub fn read(cluster: &Path, utilisation: Option<&Path>) -> Result<Cluster, BadInput> {
     let text = bad_input::read(cluster)?;
     let mut read = parse(cluster, &text)?;
-    if let Some(place) = utilisation {
-        utilise(&mut read, place, &bad_input::read(place)?)?;
+    if let Some(path) = utilisation {
+        utilise(&mut read, path, &bad_input::read(path)?)?;
     }
     Ok(read)
 }
 
-fn parse(place: &Path, text: &str) -> Result<Cluster, BadInput> {
+fn parse(path: &Path, text: &str) -> Result<Cluster, BadInput> {
     let lines: Vec<(usize, &str)> = text
         .lines()
         .enumerate()
@@ -93,7 +93,7 @@ fn parse(place: &Path, text: &str) -> Result<Cluster, BadInput> {
              line between each (`hbal -S` writes them)",
             sections.len()
         );
-        return Err(BadInput::file(place, reason));
+        return Err(BadInput::file(path, reason));
     }
     let groups: Vec<&str> = sections[0]
         .iter()
@@ -102,23 +102,20 @@ fn parse(place: &Path, text: &str) -> Result<Cluster, BadInput> {
     let mut cluster = Cluster::default();
     let mut numbers: HashMap<&str, usize> = HashMap::new();
     for &(number, line) in sections[1] {
-        let node = node(line, &groups).map_err(|it| BadInput::line(place, number, it))?;
+        let node = node(line, &groups).map_err(|it| BadInput::line(path, number, it))?;
         let name = line.split('|').next().unwrap_or_default();
         if numbers.insert(name, cluster.nodes.len()).is_some() {
             let reason = format!("there are two nodes {name:?}");
-            return Err(BadInput::line(place, number, reason));
+            return Err(BadInput::line(path, number, reason));
         }
         cluster.nodes.push(node);
     }
     if cluster.nodes.is_empty() {
-        return Err(BadInput::file(
-            place,
-            "it has no nodes (the second section)",
-        ));
+        return Err(BadInput::file(path, "it has no nodes (the second section)"));
     }
     let mut names: std::collections::HashSet<&str> = std::collections::HashSet::new();
     for &(number, line) in sections[2] {
-        let bad = |reason: String| BadInput::line(place, number, reason);
+        let bad = |reason: String| BadInput::line(path, number, reason);
         let mut instance = instance(line, &numbers).map_err(bad)?;
         if !names.insert(line.split('|').next().unwrap_or_default()) {
             return Err(bad(format!("there are two instances {:?}", instance.name)));
@@ -253,7 +250,7 @@ fn instance(line: &str, nodes: &HashMap<&str, usize>) -> Result<Instance, String
 }
 
 /// Multiplies demands by what a file says of each instance's CPU.
-fn utilise(cluster: &mut Cluster, place: &Path, text: &str) -> Result<(), BadInput> {
+fn utilise(cluster: &mut Cluster, path: &Path, text: &str) -> Result<(), BadInput> {
     let numbers: HashMap<String, usize> = cluster
         .instances
         .iter()
@@ -261,7 +258,7 @@ fn utilise(cluster: &mut Cluster, place: &Path, text: &str) -> Result<(), BadInp
         .map(|(number, it)| (it.name.clone(), number))
         .collect();
     for (number, line) in text.lines().enumerate() {
-        let bad = |reason: String| BadInput::line(place, number + 1, reason);
+        let bad = |reason: String| BadInput::line(path, number + 1, reason);
         let fields: Vec<&str> = line.split_whitespace().collect();
         if fields.is_empty() {
             continue;

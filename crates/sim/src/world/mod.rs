@@ -6,24 +6,23 @@
 //! - here: what a world is made of, and its running
 //! - `messages`: questions and answers on their way
 //! - `moves`: machines on their way
-//! - `befall`: what comes from outside
+//! - `apply_event`: what comes from outside
 //! - `look`: what others may look at
 //! - `queue`: what is going to happen
-//! - `book`: rules, and their repair
+//! - `rule_set`: rules, and their repair
 
 mod faults;
-mod rules;
-mod queries;
 mod messages;
 mod moves;
+mod queries;
 mod queue;
+mod rules;
 
-pub use faults::{Lie, What};
+pub use faults::{ExternalEvent, InvalidReport};
+pub use queries::NodeSnapshot;
 pub use rules::Rulebook;
-pub use queries::NodeNow;
 
 use crate::curve::Curve;
-use rules::Book;
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::Decision;
@@ -33,6 +32,7 @@ use keel_balance::round::{Balancer, Command, Event};
 use queue::Queue;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use rules::RuleSet;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
@@ -142,7 +142,7 @@ pub struct Settings {
 
 /// A move that took place.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Moved {
+pub struct CompletedMove {
     /// When it was over, in milliseconds.
     pub at_ms: u64,
     /// The machine's number.
@@ -157,7 +157,7 @@ pub struct Moved {
 
 /// A decision and who made it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Made {
+pub struct RecordedDecision {
     /// When, in milliseconds.
     pub at_ms: u64,
     /// The node's number.
@@ -176,15 +176,15 @@ struct Node {
     machines: Vec<usize>,
     alive: bool,
     /// Raised when it dies: what was on its way to the one before is lost.
-    life: u32,
+    incarnation: u32,
     /// When it is to be woken, as far as that is in the queue.
     wakes_ms: u64,
     /// By how much its clock differs from the world's time.
     clock_ms: i64,
     /// What is wrong with the numbers that it tells.
-    lie: Option<Lie>,
+    report_fault: Option<InvalidReport>,
     /// What is wrong with the numbers that it measures.
-    mismeasures: Option<Lie>,
+    measurement_fault: Option<InvalidReport>,
     /// How much later than others it answers, and the share of answers that come
     /// twice.
     late_ms: u64,
@@ -204,14 +204,14 @@ struct Machine {
 }
 
 #[derive(Debug)]
-enum Happening {
+enum QueuedEvent {
     Sample(usize, u32),
     Wake(usize, u32),
-    Tell(usize, u32, Event),
-    MoveOver(moves::Under),
-    Befall(What),
+    Deliver(usize, u32, Event),
+    MoveOver(moves::InFlightMove),
+    External(ExternalEvent),
     /// The others notice who is alive.
-    Notice,
+    MembershipChange,
     /// What ran on a node that died runs elsewhere.
     FailOver(usize, u32),
 }
@@ -221,21 +221,21 @@ pub struct World {
     settings: Settings,
     rng: SmallRng,
     now_ms: u64,
-    queue: Queue<Happening>,
+    queue: Queue<QueuedEvent>,
     nodes: Vec<Node>,
     machines: Vec<Machine>,
     node_numbers: HashMap<Name, usize>,
     machine_numbers: HashMap<Name, usize>,
-    book: Book,
+    rule_set: RuleSet,
     policy_revision: u64,
     moving: usize,
-    moves: Vec<Moved>,
+    moves: Vec<CompletedMove>,
     failed: u64,
     capped: u64,
     rounds: u64,
     repairs: u64,
     raced: u64,
-    decisions: Vec<Made>,
+    decisions: Vec<RecordedDecision>,
     alerts: Vec<(u64, usize, String)>,
     keep_decisions: bool,
 }
@@ -265,7 +265,7 @@ impl World {
                     moves: false,
                 })
                 .collect(),
-            book: Book::new(
+            rule_set: RuleSet::new(
                 settings.rules.clone(),
                 stays.map(|it| it.name.clone()).collect(),
             ),
@@ -291,67 +291,71 @@ impl World {
         for number in 0..world.nodes.len() {
             world.begin_sampling(number);
         }
-        world.tell_peers();
-        world.placed_anew();
+        world.publish_peers();
+        world.update_placements();
         world
     }
 
     /// Decisions are not kept: large worlds make many.
-    pub fn forget_decisions(&mut self) {
+    pub fn discard_decisions(&mut self) {
         self.keep_decisions = false;
     }
 
     fn begin_sampling(&mut self, number: usize) {
         let first_ms = self.now_ms + self.rng.random_range(0..self.settings.policy.sample_ms);
-        let life = self.nodes[number].life;
-        self.queue.put(first_ms, Happening::Sample(number, life));
+        let incarnation = self.nodes[number].incarnation;
+        self.queue
+            .put(first_ms, QueuedEvent::Sample(number, incarnation));
     }
 
     /// Runs until an instant, in milliseconds.
     pub fn run_until(&mut self, until_ms: u64) {
-        while let Some((at_ms, happening)) = self.queue.take(until_ms) {
+        while let Some((at_ms, event)) = self.queue.take(until_ms) {
             self.now_ms = at_ms;
-            self.happen(happening);
+            self.dispatch(event);
         }
         self.now_ms = until_ms;
     }
 
-    fn lives(&self, node: usize, life: u32) -> bool {
-        self.nodes[node].alive && self.nodes[node].life == life
+    fn is_incarnation(&self, node: usize, incarnation: u32) -> bool {
+        self.nodes[node].alive && self.nodes[node].incarnation == incarnation
     }
 
-    fn happen(&mut self, happening: Happening) {
-        match happening {
-            Happening::Sample(node, life) => {
-                if !self.lives(node, life) {
+    fn dispatch(&mut self, event: QueuedEvent) {
+        match event {
+            QueuedEvent::Sample(node, incarnation) => {
+                if !self.is_incarnation(node, incarnation) {
                     return;
                 }
                 let next_ms = self.now_ms + self.settings.policy.sample_ms;
-                self.queue.put(next_ms, Happening::Sample(node, life));
+                self.queue
+                    .put(next_ms, QueuedEvent::Sample(node, incarnation));
                 let mut sample = self.sample(node);
-                if let Some(lie) = self.nodes[node].mismeasures {
-                    lie.sample(&mut sample);
+                if let Some(report_fault) = self.nodes[node].measurement_fault {
+                    report_fault.corrupt_sample(&mut sample);
                 }
                 self.step(node, Event::Sample(sample));
                 self.repair(node);
             }
-            Happening::Wake(node, life) => {
+            QueuedEvent::Wake(node, incarnation) => {
                 // One that was put before an earlier one says nothing any more; if it
                 // woke the node it would be put again, and they would only grow in number.
-                if self.lives(node, life) && self.nodes[node].wakes_ms == self.now_ms {
+                if self.is_incarnation(node, incarnation)
+                    && self.nodes[node].wakes_ms == self.now_ms
+                {
                     self.nodes[node].wakes_ms = u64::MAX;
                     self.step(node, Event::Tick);
                 }
             }
-            Happening::Tell(node, life, event) => {
-                if self.lives(node, life) {
+            QueuedEvent::Deliver(node, incarnation, event) => {
+                if self.is_incarnation(node, incarnation) {
                     self.step(node, event);
                 }
             }
-            Happening::MoveOver(under) => self.move_over(&under),
-            Happening::Befall(what) => self.befall(what),
-            Happening::Notice => self.tell_peers(),
-            Happening::FailOver(node, life) => self.fail_over(node, life),
+            QueuedEvent::MoveOver(in_flight) => self.move_over(&in_flight),
+            QueuedEvent::External(what) => self.apply_event(what),
+            QueuedEvent::MembershipChange => self.publish_peers(),
+            QueuedEvent::FailOver(node, incarnation) => self.fail_over(node, incarnation),
         }
     }
 
@@ -394,10 +398,10 @@ impl World {
         let now_ms = self.now_ms;
         let node = &mut self.nodes[number];
         let clock_ms = now_ms.saturating_add_signed(node.clock_ms);
-        self.book.pass(now_ms);
-        let commands = node.balancer.step(event, clock_ms, &self.book);
+        self.rule_set.set_time(now_ms);
+        let commands = node.balancer.step(event, clock_ms, &self.rule_set);
         for command in commands {
-            self.carry_out(number, command);
+            self.execute(number, command);
         }
         let node = &mut self.nodes[number];
         let wake_ms = node.balancer.wake_at_ms();
@@ -407,28 +411,30 @@ impl World {
         let wake_ms = wake_ms.saturating_add_signed(-node.clock_ms).max(now_ms);
         if wake_ms < node.wakes_ms {
             node.wakes_ms = wake_ms;
-            let wake = Happening::Wake(number, node.life);
+            let wake = QueuedEvent::Wake(number, node.incarnation);
             self.queue.put(wake_ms, wake);
         }
     }
 
-    fn carry_out(&mut self, number: usize, command: Command) {
+    fn execute(&mut self, number: usize, command: Command) {
         match command {
-            Command::Ask {
+            Command::SendRequest {
                 round,
                 peer,
-                question,
-            } => self.ask(number, round, &peer, question),
-            Command::Reply { ticket, answer } => self.reply(number, ticket, answer),
+                request,
+            } => self.send_request(number, round, &peer, request),
+            Command::SendResponse { ticket, response } => {
+                self.send_response(number, ticket, response)
+            }
             Command::Move { machine, target } => self.begin_move(number, &machine, &target),
-            Command::Record(decision) => self.keep(number, *decision),
+            Command::Record(decision) => self.record(number, *decision),
             Command::Alert(text) => self.alerts.push((self.now_ms, number, text)),
         }
     }
 
-    fn keep(&mut self, number: usize, decision: Decision) {
+    fn record(&mut self, number: usize, decision: Decision) {
         if self.keep_decisions {
-            self.decisions.push(Made {
+            self.decisions.push(RecordedDecision {
                 at_ms: self.now_ms,
                 node: number,
                 model: *self.nodes[number].balancer.model(),
@@ -446,11 +452,11 @@ impl Node {
             balancer: Balancer::new(policy.clone(), 1, CostModel::default(), seed),
             machines: Vec::new(),
             alive: spec.there,
-            life: 0,
+            incarnation: 0,
             wakes_ms: u64::MAX,
             clock_ms: CLOCK_MS,
-            lie: None,
-            mismeasures: None,
+            report_fault: None,
+            measurement_fault: None,
             late_ms: 0,
             doubled: 0.0,
             repair_ms: 0,

@@ -1,15 +1,15 @@
 //! What others may look at.
 
-use super::{Made, Moved, World};
+use super::{CompletedMove, RecordedDecision, World};
 use keel_balance::Name;
 use keel_balance::load::Capacity;
 use keel_balance::policy::Policy;
-use keel_balance::round::{Bounds, offers};
-use keel_balance::select::{Candidate, Considered, Side, Verdict, select};
+use keel_balance::round::{Constraints, check_offer};
+use keel_balance::select::{Candidate, Considered, NodeState, Verdict, select};
 
 /// A node as it is now, without anything in flight.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct NodeNow {
+pub struct NodeSnapshot {
     /// Whether it is alive.
     pub alive: bool,
     /// Its load; 0 when it is not alive.
@@ -34,7 +34,7 @@ impl World {
     }
 
     /// Moves so far.
-    pub fn moves(&self) -> &[Moved] {
+    pub fn moves(&self) -> &[CompletedMove] {
         &self.moves
     }
 
@@ -54,7 +54,7 @@ impl World {
     }
 
     /// Decisions so far.
-    pub fn decisions(&self) -> &[Made] {
+    pub fn decisions(&self) -> &[RecordedDecision] {
         &self.decisions
     }
 
@@ -90,10 +90,10 @@ impl World {
     }
 
     /// Each node as it is.
-    pub fn nodes_now(&self) -> impl Iterator<Item = NodeNow> {
+    pub fn node_snapshots(&self) -> impl Iterator<Item = NodeSnapshot> {
         let weights = &self.settings.policy.weights;
         self.nodes.iter().map(|node| {
-            let mut now = NodeNow {
+            let mut now = NodeSnapshot {
                 alive: node.alive,
                 load: 0.0,
                 cpu_cores: 0.0,
@@ -115,21 +115,21 @@ impl World {
 
     /// Each node's load as it is, without anything in flight.
     pub fn loads(&self) -> Vec<f64> {
-        self.nodes_now().map(|it| it.load).collect()
+        self.node_snapshots().map(|it| it.load).collect()
     }
 
     /// The sum over all nodes of power times load squared.
     pub fn sum_of_squares(&self) -> f64 {
-        self.nodes_now()
+        self.node_snapshots()
             .map(|it| it.capacity.power() * it.load * it.load)
             .sum()
     }
 
-    fn side_now(&self, number: usize) -> Side {
+    fn node_state(&self, number: usize) -> NodeState {
         let policy = &self.settings.policy;
         let sample = self.sample(number);
         let load = sample.load(&policy.weights);
-        Side {
+        NodeState {
             capacity: sample.capacity,
             load,
             memory_free_bytes: sample.memory_free_bytes(),
@@ -143,19 +143,20 @@ impl World {
     pub fn admissible(&self) -> Option<(Name, Considered)> {
         let policy = &self.settings.policy;
         let alive = (0..self.nodes.len()).filter(|&number| self.nodes[number].alive);
-        let mut sides: Vec<(usize, Side)> = alive.map(|it| (it, self.side_now(it))).collect();
+        let mut sides: Vec<(usize, NodeState)> =
+            alive.map(|it| (it, self.node_state(it))).collect();
         sides.sort_by(|one, other| one.1.load.total_cmp(&other.1.load));
         for (source, here) in sides.iter().rev() {
             if self.nodes[*source].machines.is_empty() {
                 continue;
             }
             for (target, there) in &sides {
-                let may = offers(here, there, (f64::INFINITY, true), policy).is_ok();
+                let may = check_offer(here, there, (f64::INFINITY, true), policy).is_ok();
                 if source == target || !may {
                     continue;
                 }
                 let name = &self.nodes[*target].name;
-                if let Some(first) = self.first_of(*source, (here, there), name) {
+                if let Some(first) = self.best_candidate(*source, (here, there), name) {
                     return Some((name.clone(), first));
                 }
             }
@@ -163,10 +164,10 @@ impl World {
         None
     }
 
-    fn first_of(
+    fn best_candidate(
         &self,
         source: usize,
-        (here, there): (&Side, &Side),
+        (here, there): (&NodeState, &NodeState),
         target: &Name,
     ) -> Option<Considered> {
         let policy = &self.settings.policy;
@@ -183,10 +184,10 @@ impl World {
                     lasted_ms: self.now_ms - machine.since_ms,
                     compile_core_s: 0.0,
                     spreadable: None,
-                    bound: self.book.bound(&machine.spec.name, target),
+                    constraint: self.rule_set.constraint(&machine.spec.name, target),
                 }
             })
-            .filter(|it| it.bound.is_none())
+            .filter(|it| it.constraint.is_none())
             .collect();
         let model = self.nodes[source].balancer.model();
         let considered = select(here, there, &candidates, model, policy);

@@ -5,19 +5,19 @@ use super::World;
 use keel_balance::Name;
 use keel_balance::ledger::Decision;
 use keel_balance::policy::Mode;
-use keel_balance::round::Bounds;
+use keel_balance::round::Constraints;
 use keel_balance::rules::{
-    Broken, Holders, Labels, Repair, Rule, Thing, broken_by, domains_of, forbidden, holders_of,
-    repair,
+    Holders, Labels, Repair, Rule, Subject, Violation, domains_of, forbidden, holders_of, repair,
+    violations_of,
 };
-use keel_balance::select::Bound;
+use keel_balance::select::Constraint;
 use rand::RngExt;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Milliseconds from one repair of a node to its next, and until a rule that no node
 /// can keep is looked at again.
-const REPAIR_EVERY_MS: u64 = 2_000;
-const HELPLESS_EVERY_MS: u64 = 60_000;
+const REPAIR_INTERVAL_MS: u64 = 2_000;
+const UNREPAIRABLE_RETRY_MS: u64 = 60_000;
 
 /// Rules, and labels by which they choose.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -32,18 +32,18 @@ pub struct Rulebook {
 
 impl Rulebook {
     /// A node as rules see it.
-    pub fn node(&self, name: &Name) -> Thing {
+    pub fn node(&self, name: &Name) -> Subject {
         thing(name, &self.nodes)
     }
 
     /// A machine as rules see it.
-    pub fn machine(&self, name: &Name) -> Thing {
+    pub fn machine(&self, name: &Name) -> Subject {
         thing(name, &self.machines)
     }
 }
 
-fn thing(name: &Name, labels: &BTreeMap<Name, Labels>) -> Thing {
-    Thing {
+fn thing(name: &Name, labels: &BTreeMap<Name, Labels>) -> Subject {
+    Subject {
         name: name.clone(),
         labels: labels.get(name).cloned().unwrap_or_default(),
     }
@@ -51,7 +51,7 @@ fn thing(name: &Name, labels: &BTreeMap<Name, Labels>) -> Thing {
 
 /// What is bound.
 #[derive(Debug, Default)]
-pub(super) struct Book {
+pub(super) struct RuleSet {
     opted_out: BTreeSet<Name>,
     rulebook: Rulebook,
     holders: BTreeMap<Name, Holders>,
@@ -59,26 +59,26 @@ pub(super) struct Book {
     /// Nodes that are alive.
     alive: Vec<Name>,
     /// Machines that break a rule where they are.
-    pub(super) broken: Vec<(Name, Broken)>,
+    pub(super) broken: Vec<(Name, Violation)>,
     /// Minute of the world's day.
     minute: u32,
 }
 
-impl Book {
+impl RuleSet {
     pub(super) fn new(rulebook: Rulebook, opted_out: BTreeSet<Name>) -> Self {
-        Book {
+        RuleSet {
             opted_out,
             rulebook,
-            ..Book::default()
+            ..RuleSet::default()
         }
     }
 
-    pub(super) fn pass(&mut self, now_ms: u64) {
+    pub(super) fn set_time(&mut self, now_ms: u64) {
         self.minute = (now_ms / 60_000 % 1440) as u32;
     }
 
     /// The rule that does not allow a machine on a node.
-    pub(super) fn forbids(&self, machine: &Name, node: &Name) -> Option<Broken> {
+    pub(super) fn forbids(&self, machine: &Name, node: &Name) -> Option<Violation> {
         let rules = &self.rulebook.rules;
         if rules.is_empty() {
             return None;
@@ -89,10 +89,10 @@ impl Book {
     }
 }
 
-impl Bounds for Book {
-    fn bound(&self, machine: &Name, target: &Name) -> Option<Bound> {
+impl Constraints for RuleSet {
+    fn constraint(&self, machine: &Name, target: &Name) -> Option<Constraint> {
         if self.opted_out.contains(machine) {
-            return Some(Bound::OptedOut);
+            return Some(Constraint::OptedOut);
         }
         if self.rulebook.rules.is_empty() {
             return None;
@@ -102,17 +102,17 @@ impl Bounds for Book {
         let broken = rules
             .find_map(|rule| rule.forbids_moving(&thing, self.minute))
             .or_else(|| self.forbids(machine, target))?;
-        Some(Bound::Rule {
+        Some(Constraint::Rule {
             rule: broken.rule,
-            says: broken.why,
+            reason: broken.why,
         })
     }
 }
 
 impl World {
     /// Machines that break a rule where they are.
-    pub fn broken(&self) -> &[(Name, Broken)] {
-        &self.book.broken
+    pub fn broken(&self) -> &[(Name, Violation)] {
+        &self.rule_set.broken
     }
 
     /// Moves that were made so that a rule holds again.
@@ -126,48 +126,54 @@ impl World {
     }
 
     /// Placements, nodes or rules are others now.
-    pub(super) fn placed_anew(&mut self) {
-        let rules = &self.book.rulebook.rules;
+    pub(super) fn update_placements(&mut self) {
+        let rules = &self.rule_set.rulebook.rules;
         if rules.is_empty() {
-            self.book.broken.clear();
+            self.rule_set.broken.clear();
             return;
         }
         let mut placed = Vec::new();
         for node in &self.nodes {
             let machines = node.machines.iter();
             let names = machines.map(|number| &self.machines[*number].spec.name);
-            placed.extend(names.map(|it| (self.book.rulebook.machine(it), node.name.clone())));
+            placed.extend(names.map(|it| (self.rule_set.rulebook.machine(it), node.name.clone())));
         }
-        let every: Vec<Thing> = self
+        let every: Vec<Subject> = self
             .nodes
             .iter()
-            .map(|it| self.book.rulebook.node(&it.name))
+            .map(|it| self.rule_set.rulebook.node(&it.name))
             .collect();
         let alive = self.nodes.iter().filter(|node| node.alive);
         let alive: Vec<Name> = alive.map(|node| node.name.clone()).collect();
-        let there: Vec<Thing> = alive.iter().map(|it| self.book.rulebook.node(it)).collect();
-        self.book.holders = holders_of(rules, &placed, &every);
-        self.book.domains = domains_of(rules, &there);
-        self.book.broken = broken_by(rules, &placed, &there);
-        self.book.alive = alive;
+        let there: Vec<Subject> = alive
+            .iter()
+            .map(|it| self.rule_set.rulebook.node(it))
+            .collect();
+        self.rule_set.holders = holders_of(rules, &placed, &every);
+        self.rule_set.domains = domains_of(rules, &there);
+        self.rule_set.broken = violations_of(rules, &placed, &there);
+        self.rule_set.alive = alive;
     }
 
-    pub(super) fn rule_comes(&mut self, rule: Rule) {
-        let rules = &mut self.book.rulebook.rules;
+    pub(super) fn add_rule(&mut self, rule: Rule) {
+        let rules = &mut self.rule_set.rulebook.rules;
         rules.retain(|it| it.name != rule.name);
         rules.push(rule);
-        self.placed_anew();
+        self.update_placements();
     }
 
-    pub(super) fn rule_goes(&mut self, name: &Name) {
-        self.book.rulebook.rules.retain(|it| it.name != *name);
-        self.placed_anew();
+    pub(super) fn remove_rule(&mut self, name: &Name) {
+        self.rule_set.rulebook.rules.retain(|it| it.name != *name);
+        self.update_placements();
     }
 
     /// A node looks after its machines that break a rule, as often as it is measured.
     pub(super) fn repair(&mut self, number: usize) {
         let automatic = self.settings.policy.mode == Mode::Automatic;
-        if self.book.broken.is_empty() || !automatic || self.now_ms < self.nodes[number].repair_ms {
+        if self.rule_set.broken.is_empty()
+            || !automatic
+            || self.now_ms < self.nodes[number].repair_ms
+        {
             return;
         }
         let node = &self.nodes[number];
@@ -175,15 +181,15 @@ impl World {
             let machine = self.machine_numbers[machine];
             node.machines.contains(&machine)
         };
-        let broken = self.book.broken.iter();
+        let broken = self.rule_set.broken.iter();
         let broken: Vec<_> = broken.filter(|(it, _)| here(it)).cloned().collect();
         let movable = |machine: &Name| {
             let machine = &self.machines[self.machine_numbers[machine]];
             machine.runs && !machine.moves
         };
         let targets = |machine: &Name| {
-            let others = self.book.alive.iter().filter(|it| **it != node.name);
-            let may = others.filter(|it| self.book.forbids(machine, it).is_none());
+            let others = self.rule_set.alive.iter().filter(|it| **it != node.name);
+            let may = others.filter(|it| self.rule_set.forbids(machine, it).is_none());
             may.cloned().collect()
         };
         let rng = &mut self.rng;
@@ -198,10 +204,10 @@ impl World {
         };
         let pause_ms = match target {
             Some(_) => u64::MAX / 2,
-            None => HELPLESS_EVERY_MS,
+            None => UNREPAIRABLE_RETRY_MS,
         };
         self.nodes[number].repair_ms = self.now_ms + pause_ms;
-        self.keep(
+        self.record(
             number,
             Decision::Repair {
                 machine: machine.clone(),
@@ -211,11 +217,11 @@ impl World {
         );
         if let Some(target) = target {
             let (machine, target) = (self.machine_numbers[&machine], self.node_numbers[&target]);
-            self.set_out(machine, number, target, true);
+            self.start_move(machine, number, target, true);
         }
     }
 
     pub(super) fn repair_over(&mut self, number: usize) {
-        self.nodes[number].repair_ms = self.now_ms + REPAIR_EVERY_MS;
+        self.nodes[number].repair_ms = self.now_ms + REPAIR_INTERVAL_MS;
     }
 }

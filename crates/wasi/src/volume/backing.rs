@@ -26,14 +26,14 @@ pub trait Backing: Send + Sync + Debug {
 
     /// Asked before a write: what is to be waited for where too much was written
     /// that is not safe yet.
-    fn behind(&self) -> Option<Pending>;
+    fn backpressure(&self) -> Option<Pending>;
 }
 
 /// Why something asked of a [`Backing`] was not done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// Not now: it is to be tried again. People are shown this sentence.
-    Away(String),
+    Unavailable(String),
     /// The host's disk has no room for what was fetched.
     DiskFull,
     /// Never: the guest gets an I/O error.
@@ -64,7 +64,7 @@ impl Pending {
         let shared = Arc::new(Shared {
             outcome: Mutex::new(match &event {
                 Ok(_) => None,
-                Err(error) => Some(Err(Fault::Away(format!(
+                Err(error) => Some(Err(Fault::Unavailable(format!(
                     "no descriptor to wait on: {error}"
                 )))),
             }),
@@ -123,7 +123,7 @@ impl Promise {
 
 impl Drop for Promise {
     fn drop(&mut self) {
-        self.put(Err(Fault::Away("it was given up".into())));
+        self.put(Err(Fault::Unavailable("it was given up".into())));
     }
 }
 
@@ -131,7 +131,7 @@ impl Drop for Promise {
 ///
 /// # Errors
 /// The call is interrupted, or the guest gets an I/O error.
-pub(crate) fn done(
+pub(crate) fn wait_done(
     volume: &Volume,
     interrupt: &dyn Interrupt,
     mut ask: impl FnMut() -> Option<Pending>,
@@ -144,10 +144,12 @@ pub(crate) fn done(
         let reason = match pending.wait(interrupt)? {
             Ok(()) => break,
             Err(Fault::Lost) => return Err(types::Errno::Io.into()),
-            Err(Fault::Away(reason)) => reason,
+            Err(Fault::Unavailable(reason)) => reason,
             Err(Fault::DiskFull) => folder.to_string(),
         };
-        volume.stalls().wait_saying(&folder, &reason, interrupt)?;
+        volume
+            .stalls()
+            .wait_with_reason(&folder, &reason, interrupt)?;
     }
     volume.stalls().written(&folder);
     Ok(())

@@ -38,7 +38,7 @@ impl Quota {
     }
 
     /// Takes so much more, or nothing.
-    fn take(&self, bytes: u64) -> bool {
+    fn reserve(&self, bytes: u64) -> bool {
         let mut used = locked(&self.used);
         let fits = used
             .checked_add(bytes)
@@ -49,7 +49,7 @@ impl Quota {
         fits
     }
 
-    pub(crate) fn give_back(&self, bytes: u64) {
+    pub(crate) fn release(&self, bytes: u64) {
         let mut used = locked(&self.used);
         *used = used.saturating_sub(bytes);
     }
@@ -144,7 +144,7 @@ impl State {
 pub(crate) struct Content {
     path: PathBuf,
     /// Held over a write or a change of the size.
-    turn: Mutex<()>,
+    write_lock: Mutex<()>,
     state: Mutex<State>,
     backing: Mutex<Backing>,
 }
@@ -167,7 +167,7 @@ impl Content {
     pub(crate) fn new(folder: &Path, inode: u64, state: State) -> Self {
         Self {
             path: data_path(folder, inode),
-            turn: Mutex::new(()),
+            write_lock: Mutex::new(()),
             state: Mutex::new(state),
             backing: Mutex::default(),
         }
@@ -251,7 +251,7 @@ impl Content {
     /// Puts a block's bytes into the folder, unless it was overwritten or cut away
     /// meanwhile. What is missing at the end is zeros.
     pub(crate) fn fill(&self, block: u64, bytes: &[u8]) -> io::Result<()> {
-        let _turn = locked(&self.turn);
+        let _turn = locked(&self.write_lock);
         let start = block * BLOCK_BYTES;
         let length = {
             let state = self.state();
@@ -281,7 +281,7 @@ impl Content {
         now: u64,
         written: &dyn Fn(std::ops::Range<u64>),
     ) -> Result<(u64, usize), WriteFault> {
-        let _turn = locked(&self.turn);
+        let _turn = locked(&self.write_lock);
         let offset = offset.unwrap_or_else(|| self.state().size);
         if i64::try_from(offset).is_err() {
             return Err(Errno::INVAL.into());
@@ -297,7 +297,7 @@ impl Content {
         let (count, taken) = self.admit(offset, wanted, quota)?;
         let absent = self.state().remote_below(offset, count as u64);
         if let Some(absent) = absent {
-            quota.give_back(taken);
+            quota.release(taken);
             return Err(WriteFault::Absent(absent));
         }
         let file = self.file(true);
@@ -308,7 +308,7 @@ impl Content {
         let count = match result {
             Ok(count) => count,
             Err(error) => {
-                quota.give_back(taken);
+                quota.release(taken);
                 return Err(error.into());
             }
         };
@@ -321,7 +321,7 @@ impl Content {
                 None => count,
             };
             if count == 0 {
-                quota.give_back(taken);
+                quota.release(taken);
                 return Err(WriteFault::HostFull);
             }
             let before = state.cost();
@@ -330,7 +330,7 @@ impl Content {
             state.remote.remove(written);
             (state.times.modification, state.times.change) = (now, now);
             // Less, where less was written.
-            quota.give_back((before + taken).saturating_sub(state.cost()));
+            quota.release((before + taken).saturating_sub(state.cost()));
             count
         };
         written(offset..offset + count as u64);
@@ -348,7 +348,7 @@ impl Content {
         let mut length = wanted;
         loop {
             let more = cost(length);
-            if quota.take(more) {
+            if quota.reserve(more) {
                 return Ok((length, more));
             }
             // One unit less: at most 256 steps, as writes are at most 1 MiB.
@@ -375,7 +375,7 @@ impl Content {
         if size > FILE_BYTES_MAX {
             return Err(Errno::FBIG.into());
         }
-        let _turn = locked(&self.turn);
+        let _turn = locked(&self.write_lock);
         let before = self.state().size;
         if size < before {
             // What is left of a block is needed, since its rest becomes zeros.
@@ -397,11 +397,11 @@ impl Content {
         state.remote.remove_from(size.div_ceil(BLOCK_BYTES));
         let new = state.cost();
         // Only what becomes longer can cost more: nothing was taken out then.
-        if new > old && !quota.take(new - old) {
+        if new > old && !quota.reserve(new - old) {
             state.size = before;
             return Err(Errno::NOSPC.into());
         }
-        quota.give_back(old.saturating_sub(new));
+        quota.release(old.saturating_sub(new));
         (state.times.modification, state.times.change) = (now, now);
         drop(state);
         if size < before {

@@ -24,22 +24,23 @@
 
 mod backing;
 mod blocks;
+mod change_tracking;
 mod content;
 mod record;
 mod stall;
-mod change_tracking;
 mod transfer;
 mod tree;
 
 pub use backing::{Backed, Backing, Fault, LocalBlocks, Pending, Promise};
 pub use blocks::BLOCK_BYTES;
+pub use change_tracking::{Changes, Tracker};
 pub use record::{NodeBody, NodeRecord, VolumeRecord};
 pub use stall::{RETRY_AFTER, Stalls, is_disk_full};
-pub use change_tracking::{Changes, Tracker};
 pub use transfer::{BlockReader, BlockWriter};
 
 use crate::directory::Entry;
 use crate::locked;
+use change_tracking::Trackers;
 use content::{Content, Quota, State};
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
@@ -49,7 +50,6 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use change_tracking::Trackers;
 use tree::{Body, Final, LINK_BYTES_MAX, Last, Times, Tree, Walked};
 
 pub(crate) use backing::done;
@@ -104,7 +104,7 @@ pub struct Volume {
     stalls: Arc<Stalls>,
     backing: Option<Arc<dyn Backing>>,
     /// Read-held over each change; never while anything is waited for.
-    still: RwLock<()>,
+    change_lock: RwLock<()>,
     /// Changes so far, and what may have been one.
     changes: AtomicU64,
 }
@@ -120,7 +120,7 @@ pub(crate) struct OpenNode {
 
 /// How a path is opened.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct How {
+pub(crate) struct OpenMode {
     pub(crate) follow: bool,
     pub(crate) write: bool,
     pub(crate) create: bool,
@@ -153,7 +153,7 @@ impl Volume {
             trackers: Trackers::new(ROOT + 1),
             stalls,
             backing: None,
-            still: RwLock::default(),
+            change_lock: RwLock::default(),
             changes: AtomicU64::new(0),
         }))
     }
@@ -214,13 +214,19 @@ impl Volume {
 
     /// Does something while nothing in the volume changes. It must not wait for
     /// anything but the host's disk, and not change the volume.
-    pub fn hold_still<T>(&self, work: impl FnOnce() -> T) -> T {
-        let _still = self.still.write().unwrap_or_else(PoisonError::into_inner);
+    pub fn block_changes<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _guard = self
+            .change_lock
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         work()
     }
 
     fn changing(&self) -> RwLockReadGuard<'_, ()> {
-        let guard = self.still.read().unwrap_or_else(PoisonError::into_inner);
+        let guard = self
+            .change_lock
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
         self.changes.fetch_add(1, Ordering::Relaxed);
         guard
     }
@@ -267,7 +273,7 @@ impl Volume {
     fn drop_unused(&self, inode: u64) {
         let content = self.tree().drop_unused(inode);
         let Some(content) = content else { return };
-        self.quota.give_back(content.state().cost());
+        self.quota.release(content.state().cost());
         self.trackers.cut(inode, 0);
         content.close();
         match std::fs::remove_file(content.path()) {
@@ -310,7 +316,7 @@ impl Volume {
         self: &Arc<Self>,
         start: u64,
         path: &str,
-        how: How,
+        how: OpenMode,
         now: u64,
     ) -> Result<OpenNode> {
         let last = match (how.create, how.follow && !how.exclusive) {
@@ -674,7 +680,7 @@ impl OpenNode {
     }
 
     /// Whether both are in the same volume.
-    pub(crate) fn is_beside(&self, other: &OpenNode) -> bool {
+    pub(crate) fn is_same_volume(&self, other: &OpenNode) -> bool {
         Arc::ptr_eq(&self.volume, &other.volume)
     }
 
@@ -735,7 +741,7 @@ impl OpenNode {
 
     /// Asks for all that was written to be made safe, where that is not the disk's
     /// business.
-    pub(crate) fn make_safe(&self) -> Option<Pending> {
+    pub(crate) fn make_durable(&self) -> Option<Pending> {
         self.volume.backing.as_ref().map(|backing| backing.sync())
     }
 }

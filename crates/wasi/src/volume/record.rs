@@ -3,9 +3,9 @@
 
 use super::backing::Backed;
 use super::blocks::{BLOCK_BYTES, BlockSet};
+use super::change_tracking::Trackers;
 use super::content::{Content, FILE_BYTES_MAX, Quota, State};
 use super::stall::Stalls;
-use super::change_tracking::Trackers;
 use super::tree::{Body, LINK_BYTES_MAX, NAME_BYTES_MAX, ROOT, TEXT_BYTES_MAX, Times, Tree};
 use super::{Volume, VolumeLimits};
 use serde::{Deserialize, Serialize};
@@ -90,7 +90,7 @@ impl VolumeRecord {
 
 impl Volume {
     /// Writes the volume down, but for the bytes of its files. The guest must
-    /// stand still ([`Volume::hold_still`]).
+    /// stand still ([`Volume::block_changes`]).
     pub fn record(&self) -> VolumeRecord {
         let tree = self.tree();
         let record = |(inode, node): (u64, &super::tree::Node)| {
@@ -214,7 +214,7 @@ impl Volume {
             trackers: Trackers::new(record.next_inode),
             stalls,
             backing: backed.map(|backed| backed.backing.clone()),
-            still: RwLock::default(),
+            change_lock: RwLock::default(),
             changes: std::sync::atomic::AtomicU64::new(0),
         }))
     }

@@ -64,7 +64,7 @@ impl Stalls {
 
     /// As [`Self::wait`], for the reason that a sentence says. It counts until
     /// something is written at `path`.
-    pub(crate) fn wait_saying(
+    pub(crate) fn wait_with_reason(
         &self,
         path: &str,
         reason: &str,

@@ -2,7 +2,7 @@
 //! the folder of another volume that is to become the same.
 
 use super::content::{Content, FILE_BYTES_MAX, data_path};
-use super::{How, ROOT, Volume, WriteFault};
+use super::{OpenMode, ROOT, Volume, WriteFault};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -179,7 +179,7 @@ impl Volume {
     }
 
     fn import_file(self: &Arc<Self>, host: &Path, path: &str, now_ns: u64) -> io::Result<()> {
-        let how = How {
+        let how = OpenMode {
             follow: false,
             write: true,
             create: true,

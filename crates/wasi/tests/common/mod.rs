@@ -191,7 +191,7 @@ impl Backing for Elsewhere {
         pending
     }
 
-    fn behind(&self) -> Option<Pending> {
+    fn backpressure(&self) -> Option<Pending> {
         None
     }
 }

@@ -4,7 +4,8 @@
 use super::message::{Holders, Message, PageEntry, Request, Txn};
 use super::page_map::PageMap;
 use super::{
-    Access, Command, Config, Impossible, Out, PageId, PartId, PartSet, Placement, Segment, row_from,
+    Access, Command, Config, Output, PageId, PartId, PartSet, Placement, ProtocolError, Segment,
+    pages_from,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
@@ -39,14 +40,14 @@ pub(super) struct Directory {
     under_way: u64,
     /// Segments whose directory is not the home, or was elsewhere, and how often it
     /// changed.
-    places: BTreeMap<Segment, (u64, PartId)>,
+    relocated: BTreeMap<Segment, (u64, PartId)>,
     /// Segments that are to get another directory once nothing is under way in them.
-    leaving: BTreeMap<Segment, PartId>,
+    departing: BTreeMap<Segment, PartId>,
     /// Parts that give up what they have, and how many pages that still is.
-    emptying: BTreeMap<PartId, u64>,
+    evacuating: BTreeMap<PartId, u64>,
     /// Parts that gave up what they had, or do so, and who gets it: nothing goes to them
     /// any more.
-    left: BTreeMap<PartId, PartId>,
+    evacuated: BTreeMap<PartId, PartId>,
 }
 
 impl Directory {
@@ -58,10 +59,10 @@ impl Directory {
             segment_pages: config.segment_pages.max(1),
             entries: PageMap::default(),
             under_way: 0,
-            places: BTreeMap::new(),
-            leaving: BTreeMap::new(),
-            emptying: BTreeMap::new(),
-            left: BTreeMap::new(),
+            relocated: BTreeMap::new(),
+            departing: BTreeMap::new(),
+            evacuating: BTreeMap::new(),
+            evacuated: BTreeMap::new(),
         }
     }
 
@@ -84,20 +85,24 @@ impl Directory {
     }
 
     fn at(&self, segment: Segment) -> PartId {
-        self.places
+        self.relocated
             .get(&segment)
             .map_or(PartId::HOME, |(_, part)| *part)
     }
 
     /// The directory of a page, as far as this part knows.
-    pub(super) fn of(&self, page: PageId) -> PartId {
+    pub(super) fn directory_of(&self, page: PageId) -> PartId {
         self.at(self.segment(page))
     }
 
     /// The directories of pages in a row, each with those of them that follow each other.
-    pub(super) fn of_row(&self, page: PageId, pages: u32) -> Vec<(PartId, PageId, u32)> {
+    pub(super) fn directories_of_run(
+        &self,
+        page: PageId,
+        pages: u32,
+    ) -> Vec<(PartId, PageId, u32)> {
         let mut rows: Vec<(PartId, PageId, u32)> = Vec::new();
-        let mut pages = row_from(page).take(pages as usize).peekable();
+        let mut pages = pages_from(page).take(pages as usize).peekable();
         while let Some(first) = pages.next() {
             let segment = self.segment(first);
             let mut count = 1;
@@ -116,25 +121,25 @@ impl Directory {
         rows
     }
 
-    pub(super) fn is_quiet(&self) -> bool {
+    pub(super) fn is_quiescent(&self) -> bool {
         // (Only where a segment is to leave something waits for what is not under way.)
-        self.leaving.is_empty() && self.under_way == 0
+        self.departing.is_empty() && self.under_way == 0
     }
 
-    pub(super) fn are_leaving(&self) -> bool {
-        !self.left.is_empty()
+    pub(super) fn has_leaving_parts(&self) -> bool {
+        !self.evacuated.is_empty()
     }
 
     /// Segments of which another part than the home is the directory, as far as this part
     /// knows, and which.
-    pub(super) fn elsewhere(&self) -> impl Iterator<Item = (Segment, PartId)> {
-        let places = self.places.iter();
-        let those = places.filter(|(_, (_, at))| *at != PartId::HOME);
+    pub(super) fn remote_segments(&self) -> impl Iterator<Item = (Segment, PartId)> {
+        let relocated = self.relocated.iter();
+        let those = relocated.filter(|(_, (_, at))| *at != PartId::HOME);
         those.map(|(segment, (_, at))| (*segment, *at))
     }
 
-    /// As [`Self::elsewhere`], of a range of pages.
-    pub(super) fn elsewhere_in(
+    /// As [`Self::remote_segments`], of a range of pages.
+    pub(super) fn remote_segments_in(
         &self,
         memory: u32,
         pages: Range<u32>,
@@ -144,10 +149,10 @@ impl Directory {
             memory,
             number: page / size,
         };
-        let places = self
-            .places
+        let relocated = self
+            .relocated
             .range(of(pages.start)..=of(pages.end.max(pages.start)));
-        let those = places.filter(|(_, (_, at))| *at != PartId::HOME);
+        let those = relocated.filter(|(_, (_, at))| *at != PartId::HOME);
         those.filter_map(move |(segment, (_, at))| {
             let first = segment.number.saturating_mul(size);
             let within = first.max(pages.start)..first.saturating_add(size).min(pages.end);
@@ -157,13 +162,15 @@ impl Directory {
 
     /// Whether this member is the directory of nothing, nor any other but the home, as far as
     /// it knows.
-    pub(super) fn has_nothing(&self) -> bool {
-        self.elsewhere().next().is_none() && self.entries.is_empty() && self.left.is_empty()
+    pub(super) fn is_default(&self) -> bool {
+        self.remote_segments().next().is_none()
+            && self.entries.is_empty()
+            && self.evacuated.is_empty()
     }
 
     /// The home is the directory of all, and everybody knows: as at the beginning.
-    pub(super) fn forget_places(&mut self) {
-        self.places.clear();
+    pub(super) fn reset_locations(&mut self) {
+        self.relocated.clear();
     }
 
     /// All pages that ever changed hands, in rising order, who holds them, and how often
@@ -174,14 +181,14 @@ impl Directory {
     }
 
     /// This part is the home from now on, and the directory of all.
-    pub(super) fn succeed(
+    pub(super) fn take_over_home(
         &mut self,
         parts: PartSet,
         entries: impl Iterator<Item = (PageId, Holders, u64)>,
     ) {
         (self.me, self.origin) = (PartId::HOME, PartId::HOME);
         self.parts = parts;
-        self.forget_places();
+        self.reset_locations();
         let entries = entries.map(|(page, holders, number)| (page, Entry::idle(holders, number)));
         self.entries = entries.collect();
     }
@@ -193,7 +200,7 @@ impl Directory {
             if count == most {
                 return (found, Some(page));
             }
-            if self.of(page) != self.me {
+            if self.directory_of(page) != self.me {
                 continue;
             }
             match found.last_mut() {
@@ -219,7 +226,7 @@ impl Directory {
     }
 
     pub(super) fn holders(&self, page: PageId) -> Option<Holders> {
-        if self.of(page) != self.me {
+        if self.directory_of(page) != self.me {
             return None;
         }
         match self.entries.get(page) {
@@ -228,7 +235,7 @@ impl Directory {
         }
     }
 
-    pub(super) fn is_going(&self, page: PageId, to: PartId) -> bool {
+    pub(super) fn is_moving_to(&self, page: PageId, to: PartId) -> bool {
         let goes = |request: &Request| *request == Request::Move { to };
         self.entries.get(page).is_some_and(|entry| {
             entry.queue.iter().any(goes) || matches!(entry.busy, Some((part, _)) if part == to)
@@ -247,9 +254,9 @@ impl Directory {
         &mut self,
         page: PageId,
         request: Request,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        let at = self.of(page);
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        let at = self.directory_of(page);
         if at != self.me {
             out.send(at, Message::Forward { page, request });
             return Ok(());
@@ -261,7 +268,7 @@ impl Directory {
         self.check(page, &request)?;
         match request {
             Request::Want { part: for_whom, .. } | Request::Move { to: for_whom }
-                if self.left.contains_key(&for_whom) =>
+                if self.evacuated.contains_key(&for_whom) =>
             {
                 return Ok(());
             }
@@ -272,18 +279,18 @@ impl Directory {
         if !queue.contains(&request) {
             queue.push_back(request);
         }
-        self.go_on(page, out)
+        self.start_next(page, out)
     }
 
     /// Pages in a row are to be at a part: as many as possible at once, of those that another
     /// part alone has and with which nothing is under way.
-    pub(super) fn move_row(
+    pub(super) fn move_run(
         &mut self,
         page: PageId,
         pages: u32,
         to: PartId,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         let request = Request::Move { to };
         // (Who asked for that had not heard of it.)
         if !self.parts.contains(to) {
@@ -292,21 +299,21 @@ impl Directory {
         let me = self.me;
         // Of those that are fetched at once: who has them, and the message.
         let mut row: Option<(PartId, PageId, Vec<u64>)> = None;
-        for page in row_from(page).take(pages as usize) {
+        for page in pages_from(page).take(pages as usize) {
             let segment = self.segment(page);
-            let is_here = self.at(segment) == me && !self.leaving.contains_key(&segment);
-            let can = is_here && !self.left.contains_key(&to);
+            let is_here = self.at(segment) == me && !self.departing.contains_key(&segment);
+            let can = is_here && !self.evacuated.contains_key(&to);
             let entry = self.entry_if(page, can);
             let owner = entry.and_then(|entry| match entry.holders {
                 Holders::Owner(owner) if owner != to && entry.is_idle() => Some((owner, entry)),
                 _ => None,
             });
             let Some((owner, entry)) = owner else {
-                fetch_row(row.take(), me, to, out);
+                fetch_run(row.take(), me, to, out);
                 self.request(page, request, out)?;
                 continue;
             };
-            entry.number = raised(entry.number)?;
+            entry.number = incremented(entry.number)?;
             entry.busy = Some((to, request));
             entry.asked = PartSet::default().with(owner);
             entry.holders = Holders::Owner(to);
@@ -315,12 +322,12 @@ impl Directory {
             match &mut row {
                 Some((of, _, numbers)) if *of == owner => numbers.push(number),
                 _ => {
-                    fetch_row(row.take(), me, to, out);
+                    fetch_run(row.take(), me, to, out);
                     row = Some((owner, page, vec![number]));
                 }
             }
         }
-        fetch_row(row, me, to, out);
+        fetch_run(row, me, to, out);
         Ok(())
     }
 
@@ -330,10 +337,10 @@ impl Directory {
 
     /// Something was asked of another part, and passed on: whoever asked asks here from now
     /// on. (It may have come to be a part since the segment did.)
-    pub(super) fn passed_on(&mut self, page: PageId, request: &Request, out: &mut Out) {
+    pub(super) fn forwarded(&mut self, page: PageId, request: &Request, out: &mut Output) {
         let segment = self.segment(page);
         let (Request::Want { part, .. }, Some((version, at))) =
-            (request, self.places.get(&segment))
+            (request, self.relocated.get(&segment))
         else {
             return;
         };
@@ -344,7 +351,7 @@ impl Directory {
     }
 
     /// Whether something can be wanted of a page, beside what is.
-    fn check(&self, page: PageId, request: &Request) -> Result<(), Impossible> {
+    fn check(&self, page: PageId, request: &Request) -> Result<(), ProtocolError> {
         let is_right = match request {
             Request::Want { part, .. } => {
                 // Who waits for an answer asks nothing else.
@@ -363,15 +370,15 @@ impl Directory {
         };
         match is_right {
             true => Ok(()),
-            false => Err(Impossible(format!("{request:?} of {page:?}"))),
+            false => Err(ProtocolError(format!("{request:?} of {page:?}"))),
         }
     }
 
     /// Begins what is wanted next of a page, if nothing is under way with it.
-    fn go_on(&mut self, page: PageId, out: &mut Out) -> Result<(), Impossible> {
+    fn start_next(&mut self, page: PageId, out: &mut Output) -> Result<(), ProtocolError> {
         let segment = self.segment(page);
         // (It may just have left.)
-        if self.leaving.contains_key(&segment) || self.at(segment) != self.me {
+        if self.departing.contains_key(&segment) || self.at(segment) != self.me {
             return Ok(());
         }
         let me = self.me;
@@ -383,27 +390,27 @@ impl Directory {
             let Some(request) = entry.queue.pop_front() else {
                 return Ok(());
             };
-            if entry.begin(page, request, me, out)? {
+            if entry.start_transaction(page, request, me, out)? {
                 self.under_way += 1;
                 return Ok(());
             }
-            self.ended(request, out);
+            self.count_evacuated(request, out);
         }
     }
 
     /// A transaction is over.
-    pub(super) fn done(
+    pub(super) fn complete(
         &mut self,
         page: PageId,
         number: u64,
         from: PartId,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         let entry = self.entry(page);
         let request = match entry.busy {
             Some((to, request)) if to == from && entry.number == number => request,
             busy => {
-                return Err(Impossible(format!(
+                return Err(ProtocolError(format!(
                     "part {from} ended transaction {number} of {page:?}, where {busy:?} is under way"
                 )));
             }
@@ -411,54 +418,56 @@ impl Directory {
         entry.busy = None;
         entry.asked = PartSet::default();
         self.under_way = self.under_way.saturating_sub(1);
-        self.ended(request, out);
-        self.leave(self.segment(page), out)?;
-        self.go_on(page, out)
+        self.count_evacuated(request, out);
+        self.transfer_if_idle(self.segment(page), out)?;
+        self.start_next(page, out)
     }
 
     /// Counts what a part that leaves still has.
-    fn ended(&mut self, request: Request, out: &mut Out) {
+    fn count_evacuated(&mut self, request: Request, out: &mut Output) {
         let Request::Forget { part, .. } = request else {
             return;
         };
-        if let Some(left) = self.emptying.get_mut(&part) {
-            *left = left.saturating_sub(1);
-            if *left == 0 {
-                self.emptying.remove(&part);
-                out.command(Command::Emptied { part });
+        if let Some(evacuated) = self.evacuating.get_mut(&part) {
+            *evacuated = evacuated.saturating_sub(1);
+            if *evacuated == 0 {
+                self.evacuating.remove(&part);
+                out.command(Command::Evacuated { part });
             }
         }
     }
 
     /// Takes all pages from a part. What it asked for itself comes to nothing.
-    pub(super) fn empty(
+    pub(super) fn evacuate(
         &mut self,
         part: PartId,
         to: PartId,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        if self.left.get(&part) == Some(&to) {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        if self.evacuated.get(&part) == Some(&to) {
             // Asked again: it is said again when it is done, or at once.
-            if !self.emptying.contains_key(&part) {
-                out.command(Command::Emptied { part });
+            if !self.evacuating.contains_key(&part) {
+                out.command(Command::Evacuated { part });
             }
             return Ok(());
         }
-        let goes_on = self.parts.contains(to) && !self.left.contains_key(&to);
-        if part == to || part == self.origin || self.left.contains_key(&part) || !goes_on {
-            return Err(Impossible(format!("part {part} gives its pages to {to}")));
+        let goes_on = self.parts.contains(to) && !self.evacuated.contains_key(&to);
+        if part == to || part == self.origin || self.evacuated.contains_key(&part) || !goes_on {
+            return Err(ProtocolError(format!(
+                "part {part} gives its pages to {to}"
+            )));
         }
         // Where a directory is counts for nothing beside that.
-        let staying: Vec<Segment> = std::mem::take(&mut self.leaving).into_keys().collect();
-        self.left.insert(part, to);
+        let staying: Vec<Segment> = std::mem::take(&mut self.departing).into_keys().collect();
+        self.evacuated.insert(part, to);
         let mut pages = BTreeSet::new();
         for (page, entry) in self.entries.iter() {
-            if entry.concerns(part) {
+            if entry.involves(part) {
                 pages.insert(page);
             }
         }
         // One more, so that it does not end before all were asked for.
-        self.emptying.insert(part, pages.len() as u64 + 1);
+        self.evacuating.insert(part, pages.len() as u64 + 1);
         for page in &pages {
             self.entry(*page)
                 .queue
@@ -469,28 +478,28 @@ impl Directory {
             .filter(|page| staying.contains(&self.segment(*page)))
             .collect();
         for page in pages.into_iter().chain(staying) {
-            self.go_on(page, out)?;
+            self.start_next(page, out)?;
         }
-        self.ended(Request::Forget { part, to }, out);
+        self.count_evacuated(Request::Forget { part, to }, out);
         Ok(())
     }
 
     /// These are the parts from now on.
-    pub(super) fn now_are(&mut self, parts: PartSet) {
+    pub(super) fn set_parts(&mut self, parts: PartSet) {
         self.parts = parts;
     }
 
     /// A part is none any more.
     ///
     /// # Errors
-    /// [`Impossible`], if it has something, or is about to.
-    pub(super) fn forget(&mut self, part: PartId) -> Result<(), Impossible> {
-        let has = self.entries.iter().any(|(_, entry)| entry.concerns(part));
-        let is_directory = self.places.values().any(|(_, at)| *at == part);
-        if has || is_directory || part == self.origin || self.emptying.contains_key(&part) {
-            return Err(Impossible(format!("part {part} goes, and has pages")));
+    /// [`ProtocolError`], if it has something, or is about to.
+    pub(super) fn remove_part(&mut self, part: PartId) -> Result<(), ProtocolError> {
+        let has = self.entries.iter().any(|(_, entry)| entry.involves(part));
+        let is_directory = self.relocated.values().any(|(_, at)| *at == part);
+        if has || is_directory || part == self.origin || self.evacuating.contains_key(&part) {
+            return Err(ProtocolError(format!("part {part} goes, and has pages")));
         }
-        self.left.remove(&part);
+        self.evacuated.remove(&part);
         Ok(())
     }
 
@@ -499,43 +508,47 @@ impl Directory {
     /// A segment is to have its directory elsewhere: as soon as nothing is under way in it,
     /// or whoever is its directory is told. It stays while parts leave, and where it is to go
     /// to none of the parts: who wanted that had not heard of it.
-    pub(super) fn hand(
+    pub(super) fn hand_over(
         &mut self,
         segment: Segment,
         to: PartId,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        self.can_be(segment)?;
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        self.check_segment(segment)?;
         let at = self.at(segment);
         if at == to || !self.parts.contains(to) {
             return Ok(());
         }
         if at != self.me {
             out.send(at, Message::Hand { segment, to });
-        } else if self.left.is_empty() {
-            self.leaving.insert(segment, to);
-            self.leave(segment, out)?;
+        } else if self.evacuated.is_empty() {
+            self.departing.insert(segment, to);
+            self.transfer_if_idle(segment, out)?;
         }
         Ok(())
     }
 
     /// All segments of which this part is the directory go home.
-    pub(super) fn give_back(&mut self, out: &mut Out) -> Result<(), Impossible> {
+    pub(super) fn return_segments(&mut self, out: &mut Output) -> Result<(), ProtocolError> {
         if self.me == PartId::HOME {
             return Ok(());
         }
-        let places = self.places.iter();
-        let own = places.filter(|(_, (_, at))| *at == self.me);
+        let relocated = self.relocated.iter();
+        let own = relocated.filter(|(_, (_, at))| *at == self.me);
         for segment in own.map(|(segment, _)| *segment).collect::<Vec<_>>() {
-            self.leaving.insert(segment, PartId::HOME);
-            self.leave(segment, out)?;
+            self.departing.insert(segment, PartId::HOME);
+            self.transfer_if_idle(segment, out)?;
         }
         Ok(())
     }
 
     /// Hands a segment over that is to leave, if nothing is under way in it.
-    fn leave(&mut self, segment: Segment, out: &mut Out) -> Result<(), Impossible> {
-        let Some(to) = self.leaving.get(&segment).copied() else {
+    fn transfer_if_idle(
+        &mut self,
+        segment: Segment,
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        let Some(to) = self.departing.get(&segment).copied() else {
             return Ok(());
         };
         let first = segment.number.saturating_mul(self.segment_pages);
@@ -552,14 +565,17 @@ impl Directory {
         {
             return Ok(());
         }
-        self.leaving.remove(&segment);
+        self.departing.remove(&segment);
         let entries = self.entries.take(range).into_iter();
         let pages: Vec<PageEntry> = entries
             .map(|(page, entry)| (page, entry.number, entry.holders, entry.queue.into()))
             .collect();
-        let version = self.places.get(&segment).map_or(0, |(version, _)| *version);
-        let version = raised(version)?;
-        self.places.insert(segment, (version, to));
+        let version = self
+            .relocated
+            .get(&segment)
+            .map_or(0, |(version, _)| *version);
+        let version = incremented(version)?;
+        self.relocated.insert(segment, (version, to));
         out.send(
             to,
             Message::Segment {
@@ -572,25 +588,28 @@ impl Directory {
     }
 
     /// This part is a segment's directory from now on, and tells the others.
-    pub(super) fn arrive(
+    pub(super) fn adopt_segment(
         &mut self,
         from: PartId,
         segment: Segment,
         version: u64,
         pages: Vec<PageEntry>,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        self.can_be(segment)?;
-        let known = self.places.get(&segment).map_or(0, |(version, _)| *version);
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        self.check_segment(segment)?;
+        let known = self
+            .relocated
+            .get(&segment)
+            .map_or(0, |(version, _)| *version);
         let is_right = |(page, _, holders, _): &PageEntry| {
-            self.segment(*page) == segment && holders.are_among(self.parts)
+            self.segment(*page) == segment && holders.are_subset_of(self.parts)
         };
         if version <= known || !pages.iter().all(is_right) {
-            return Err(Impossible(format!(
+            return Err(ProtocolError(format!(
                 "{segment:?} comes in version {version}, {known} is known"
             )));
         }
-        self.places.insert(segment, (version, self.me));
+        self.relocated.insert(segment, (version, self.me));
         for part in self.parts.without(self.me).without(from).iter() {
             out.send(part, Message::SegmentAt { segment, version });
         }
@@ -598,30 +617,30 @@ impl Directory {
         for (page, number, holders, queue) in pages {
             let entry = Entry::idle(holders, number);
             if self.entries.insert(page, entry).is_some() {
-                return Err(Impossible(format!("{page:?} comes twice")));
+                return Err(ProtocolError(format!("{page:?} comes twice")));
             }
             for request in queue {
                 self.check(page, &request)?;
                 self.entry(page).queue.push_back(request);
             }
             // What a part had that has left here is to be had of its next owner.
-            for (part, to) in self.left.clone() {
-                if self.entry(page).concerns(part) {
-                    *self.emptying.entry(part).or_default() += 1;
+            for (part, to) in self.evacuated.clone() {
+                if self.entry(page).involves(part) {
+                    *self.evacuating.entry(part).or_default() += 1;
                     let forget = Request::Forget { part, to };
                     self.entry(page).queue.push_back(forget);
                 }
             }
         }
         for page in numbers {
-            self.go_on(page, out)?;
+            self.start_next(page, out)?;
         }
         Ok(())
     }
 
     /// Tells a part that has come of what this one is the directory of.
-    pub(super) fn tell(&self, part: PartId, out: &mut Out) {
-        for (segment, (version, at)) in &self.places {
+    pub(super) fn announce_to(&self, part: PartId, out: &mut Output) {
+        for (segment, (version, at)) in &self.relocated {
             if *at == self.me {
                 let (segment, version) = (*segment, *version);
                 out.send(part, Message::SegmentAt { segment, version });
@@ -632,32 +651,35 @@ impl Directory {
     /// A part is a segment's directory, if that is news.
     ///
     /// # Errors
-    /// [`Impossible`], of a segment that cannot be.
-    pub(super) fn learn(
+    /// [`ProtocolError`], of a segment that cannot be.
+    pub(super) fn learn_location(
         &mut self,
         at: PartId,
         segment: Segment,
         version: u64,
-    ) -> Result<(), Impossible> {
-        self.can_be(segment)?;
-        let known = self.places.get(&segment).map_or(0, |(version, _)| *version);
+    ) -> Result<(), ProtocolError> {
+        self.check_segment(segment)?;
+        let known = self
+            .relocated
+            .get(&segment)
+            .map_or(0, |(version, _)| *version);
         if version > known {
-            self.places.insert(segment, (version, at));
+            self.relocated.insert(segment, (version, at));
         }
         Ok(())
     }
 
     /// Whether there can be such a segment.
-    fn can_be(&self, segment: Segment) -> Result<(), Impossible> {
+    fn check_segment(&self, segment: Segment) -> Result<(), ProtocolError> {
         match segment.number <= u32::MAX / self.segment_pages {
             true => Ok(()),
-            false => Err(Impossible(format!("there is no {segment:?}"))),
+            false => Err(ProtocolError(format!("there is no {segment:?}"))),
         }
     }
 }
 
 /// Has pages in a row, of which these are the transactions, sent by who has them.
-fn fetch_row(row: Option<(PartId, PageId, Vec<u64>)>, me: PartId, to: PartId, out: &mut Out) {
+fn fetch_run(row: Option<(PartId, PageId, Vec<u64>)>, me: PartId, to: PartId, out: &mut Output) {
     let Some((owner, page, mut numbers)) = row else {
         return;
     };
@@ -680,10 +702,10 @@ fn fetch_row(row: Option<(PartId, PageId, Vec<u64>)>, me: PartId, to: PartId, ou
 }
 
 /// The number after a number; one that another part sent may be the last there is.
-fn raised(number: u64) -> Result<u64, Impossible> {
+fn incremented(number: u64) -> Result<u64, ProtocolError> {
     number
         .checked_add(1)
-        .ok_or_else(|| Impossible("numbers of transactions have run out".into()))
+        .ok_or_else(|| ProtocolError("numbers of transactions have run out".into()))
 }
 
 impl Holders {
@@ -698,11 +720,11 @@ impl Holders {
 
 impl Holders {
     /// Whether they can be.
-    pub(super) fn are_among(self, parts: PartSet) -> bool {
+    pub(super) fn are_subset_of(self, parts: PartSet) -> bool {
         match self {
             Holders::Owner(owner) => parts.contains(owner),
-            Holders::Readers { keeper, readers } => {
-                readers.contains(keeper) && readers.iter().all(|part| parts.contains(part))
+            Holders::Readers { owner, readers } => {
+                readers.contains(owner) && readers.iter().all(|part| parts.contains(part))
             }
         }
     }
@@ -726,8 +748,8 @@ impl Entry {
 
     /// Whether a part has the page, or it is on its way there, or from there: who gets it
     /// may have nothing of it yet.
-    fn concerns(&self, part: PartId) -> bool {
-        let is_wanted = |request: &Request| match request {
+    fn involves(&self, part: PartId) -> bool {
+        let is_requested = |request: &Request| match request {
             Request::Want { part: by, .. } => *by == part,
             Request::Move { to } | Request::Forget { to, .. } => *to == part,
         };
@@ -735,25 +757,25 @@ impl Entry {
             || self
                 .busy
                 .is_some_and(|(to, _)| to == part || self.asked.contains(part))
-            || self.queue.iter().any(is_wanted)
+            || self.queue.iter().any(is_requested)
     }
 
     /// Begins what is wanted; false if nothing needs to be done.
-    fn begin(
+    fn start_transaction(
         &mut self,
         page: PageId,
         request: Request,
         me: PartId,
-        out: &mut Out,
-    ) -> Result<bool, Impossible> {
+        out: &mut Output,
+    ) -> Result<bool, ProtocolError> {
         let (to, access, has, is_answer) = match request {
             Request::Want { part, access, has } => (part, access, has, true),
             Request::Move { to } => (to, Access::Write, false, false),
             Request::Forget { part, to } => match self.holders {
-                Holders::Readers { keeper, readers } if keeper != part => {
+                Holders::Readers { owner, readers } if owner != part => {
                     // It never reads it again.
                     let readers = readers.without(part);
-                    self.holders = Holders::Readers { keeper, readers };
+                    self.holders = Holders::Readers { owner, readers };
                     return Ok(false);
                 }
                 _ if !self.holders.has(part) => return Ok(false),
@@ -763,7 +785,7 @@ impl Entry {
         if !is_answer && self.holders == Holders::Owner(to) {
             return Ok(false);
         }
-        self.number = raised(self.number)?;
+        self.number = incremented(self.number)?;
         self.busy = Some((to, request));
         let number = self.number;
         let txn = Txn {
@@ -771,7 +793,7 @@ impl Entry {
             directory: me,
             is_answer,
         };
-        let (from, others) = self.source(to, access, has);
+        let (from, others) = self.data_source(to, access, has);
         let acks = others.len();
         self.asked = from.map_or(others, |from| others.with(from));
         match from {
@@ -803,11 +825,11 @@ impl Entry {
             (Access::Write, _) => Holders::Owner(to),
             (Access::Read, Holders::Owner(owner)) if owner == to => self.holders,
             (Access::Read, Holders::Owner(owner)) => Holders::Readers {
-                keeper: owner,
+                owner: owner,
                 readers: PartSet::default().with(owner).with(to),
             },
-            (Access::Read, Holders::Readers { keeper, readers }) => Holders::Readers {
-                keeper,
+            (Access::Read, Holders::Readers { owner, readers }) => Holders::Readers {
+                owner,
                 readers: readers.with(to),
             },
         };
@@ -815,18 +837,18 @@ impl Entry {
     }
 
     /// From whom a part gets the page (`None`: it has it), and who else gives it up.
-    fn source(&self, to: PartId, access: Access, has: bool) -> (Option<PartId>, PartSet) {
+    fn data_source(&self, to: PartId, access: Access, has: bool) -> (Option<PartId>, PartSet) {
         match (self.holders, access) {
             (Holders::Owner(owner), _) => ((owner != to).then_some(owner), PartSet::default()),
-            (Holders::Readers { keeper, .. }, Access::Read) => {
-                ((keeper != to).then_some(keeper), PartSet::default())
+            (Holders::Readers { owner, .. }, Access::Read) => {
+                ((owner != to).then_some(owner), PartSet::default())
             }
-            (Holders::Readers { keeper, readers }, Access::Write) => {
+            (Holders::Readers { owner, readers }, Access::Write) => {
                 let others = readers.without(to);
-                if keeper == to || has && readers.contains(to) {
+                if owner == to || has && readers.contains(to) {
                     (None, others)
                 } else {
-                    (Some(keeper), others.without(keeper))
+                    (Some(owner), others.without(owner))
                 }
             }
         }

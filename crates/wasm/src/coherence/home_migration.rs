@@ -17,12 +17,12 @@
 
 use super::copies::Copy;
 use super::message::Holders;
-use super::{Coherence, Impossible, PageId, PartId, PartSet};
+use super::{Coherence, PageId, PartId, PartSet, ProtocolError};
 use serde::{Deserialize, Serialize};
 
 /// Pages in a row that the same parts hold, as a home that goes knows them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Held {
+pub struct HeldRun {
     /// The machine's memory.
     pub memory: u32,
     /// Number of the first page.
@@ -38,12 +38,12 @@ pub struct Held {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holdings {
     /// In rising order.
-    pub rows: Vec<Held>,
+    pub rows: Vec<HeldRun>,
     /// Of each of their pages, how often it changed hands.
     pub exchanges: Vec<u64>,
 }
 
-impl Held {
+impl HeldRun {
     /// Behind its last page.
     fn end(&self) -> u64 {
         u64::from(self.first) + u64::from(self.pages)
@@ -67,7 +67,7 @@ impl Holdings {
         let mut end = (0, 0);
         for row in &self.rows {
             let first = (row.memory, u64::from(row.first));
-            if !row.holders.are_among(parts) || row.end() > 1 << 32 {
+            if !row.holders.are_subset_of(parts) || row.end() > 1 << 32 {
                 return Err(format!(
                     "{:?} hold {} pages from {first:?} on",
                     row.holders, row.pages
@@ -93,8 +93,8 @@ impl Holders {
     fn renamed(self, from: PartId, to: PartId) -> Holders {
         match self {
             Holders::Owner(owner) if owner == from => Holders::Owner(to),
-            Holders::Readers { keeper, readers } if readers.contains(from) => Holders::Readers {
-                keeper: if keeper == from { to } else { keeper },
+            Holders::Readers { owner, readers } if readers.contains(from) => Holders::Readers {
+                owner: if owner == from { to } else { owner },
                 readers: readers.without(from).with(to),
             },
             others => others,
@@ -105,7 +105,7 @@ impl Holders {
 impl Coherence {
     /// Pages that changed hands, or were to, and of which this part, their directory, has
     /// something. (Of the others only its memories know.)
-    pub fn own(&self) -> impl Iterator<Item = PageId> {
+    pub fn pages_in_use(&self) -> impl Iterator<Item = PageId> {
         let entries = self.directory.entries();
         let own = entries.filter(|(page, holders, _)| {
             holders.has(self.me) && self.copies.copy(*page) != Copy::Invalid
@@ -119,30 +119,30 @@ impl Coherence {
     ///
     /// # Errors
     /// Why it cannot be: something is under way, this is not the home, or it has pages.
-    pub fn legacy(&self) -> Result<Holdings, String> {
+    pub fn holdings(&self) -> Result<Holdings, String> {
         if self.failed || self.me != PartId::HOME {
             return Err("only a home can be succeeded".into());
         }
-        if !self.is_quiet() || self.are_leaving() || self.directories().next().is_some() {
+        if !self.is_quiescent() || self.has_leaving_parts() || self.directories().next().is_some() {
             return Err("pages are on their way, parts leave, or know what others hold".into());
         }
-        let mut legacy = Holdings::default();
+        let mut holdings = Holdings::default();
         for (page, holders, exchanges) in self.directory.entries() {
             let holders = match holders {
                 // (It was dropped here.)
-                Holders::Readers { keeper, readers }
-                    if keeper != self.me && self.copies.copy(page) == Copy::Invalid =>
+                Holders::Readers { owner, readers }
+                    if owner != self.me && self.copies.copy(page) == Copy::Invalid =>
                 {
                     let readers = readers.without(self.me);
-                    Holders::Readers { keeper, readers }
+                    Holders::Readers { owner, readers }
                 }
                 holders => holders,
             };
             if holders.has(self.me) {
                 return Err(format!("the home still has {page:?}"));
             }
-            legacy.exchanges.push(exchanges);
-            match legacy.rows.last_mut() {
+            holdings.exchanges.push(exchanges);
+            match holdings.rows.last_mut() {
                 Some(last)
                     if last.memory == page.memory
                         && last.end() == u64::from(page.number)
@@ -150,7 +150,7 @@ impl Coherence {
                 {
                     last.pages += 1;
                 }
-                _ => legacy.rows.push(Held {
+                _ => holdings.rows.push(HeldRun {
                     memory: page.memory,
                     first: page.number,
                     pages: 1,
@@ -158,7 +158,7 @@ impl Coherence {
                 }),
             }
         }
-        Ok(legacy)
+        Ok(holdings)
     }
 
     /// This part is the home from now on, under its number; all others are told
@@ -166,24 +166,24 @@ impl Coherence {
     ///
     /// # Errors
     /// What cannot be; it is as it was then.
-    pub fn succeed(&mut self, legacy: &Holdings) -> Result<(), String> {
+    pub fn take_over_home(&mut self, holdings: &Holdings) -> Result<(), String> {
         let me = self.me;
         if self.failed || me == PartId::HOME {
             return Err("the home cannot succeed itself".into());
         }
-        if !self.is_quiet() || !self.directory.has_nothing() {
+        if !self.is_quiescent() || !self.directory.is_default() {
             return Err("pages are on their way to the new home".into());
         }
-        legacy.check(self.parts.without(PartId::HOME))?;
-        let pages = || legacy.pages().map(|(page, _)| page);
+        holdings.check(self.parts.without(PartId::HOME))?;
+        let pages = || holdings.pages().map(|(page, _)| page);
         let copies = self
             .copies
-            .of_those(pages())
+            .copies_of(pages())
             .map_err(|unknown| format!("{unknown:?} is here, and the home does not know"))?;
-        for ((page, holders), copy) in legacy.pages().zip(&copies) {
+        for ((page, holders), copy) in holdings.pages().zip(&copies) {
             let agrees = match holders {
                 Holders::Owner(owner) if owner == me => *copy == Copy::Modified,
-                Holders::Readers { keeper, .. } if keeper == me => *copy == Copy::Kept,
+                Holders::Readers { owner, .. } if owner == me => *copy == Copy::Owned,
                 // (It may have been dropped.)
                 Holders::Readers { readers, .. } if readers.contains(me) => {
                     matches!(copy, Copy::Shared | Copy::Invalid)
@@ -198,28 +198,28 @@ impl Coherence {
         }
         self.me = PartId::HOME;
         self.parts = self.parts.without(me);
-        self.copies.succeed(self.parts, pages().zip(copies));
-        let entries = legacy.pages().zip(&legacy.exchanges);
+        self.copies.take_over_home(self.parts, pages().zip(copies));
+        let entries = holdings.pages().zip(&holdings.exchanges);
         let entries = entries.map(|((page, holders), exchanges)| {
             (page, holders.renamed(me, PartId::HOME), *exchanges)
         });
-        self.directory.succeed(self.parts, entries);
+        self.directory.take_over_home(self.parts, entries);
         Ok(())
     }
 
     /// The home's number means another part from now on.
-    pub(super) fn succeeded(&mut self, by: PartId) -> Result<(), Impossible> {
-        let can = self.me != PartId::HOME && by != self.me && by != PartId::HOME;
-        if !can || !self.parts.contains(by) {
-            return Err(Impossible(format!("part {by} succeeds the home")));
+    pub(super) fn home_migrated(&mut self, new_home: PartId) -> Result<(), ProtocolError> {
+        let can = self.me != PartId::HOME && new_home != self.me && new_home != PartId::HOME;
+        if !can || !self.parts.contains(new_home) {
+            return Err(ProtocolError(format!("part {new_home} succeeds the home")));
         }
-        if !self.is_quiet() || !self.directory.has_nothing() {
-            return Err(Impossible(format!(
-                "part {by} succeeds the home while pages are on their way"
+        if !self.is_quiescent() || !self.directory.is_default() {
+            return Err(ProtocolError(format!(
+                "part {new_home} succeeds the home while pages are on their way"
             )));
         }
-        self.directory.forget_places();
-        self.now_are(self.parts.without(by));
+        self.directory.reset_locations();
+        self.set_parts(self.parts.without(new_home));
         Ok(())
     }
 }
@@ -285,51 +285,64 @@ mod tests {
         fault(&mut all, 2, 0, Access::Read);
         // It reads what others have, and so has something.
         fault(&mut all, 0, 6, Access::Read);
-        assert!(all[0].legacy().unwrap_err().contains("still has"));
+        assert!(all[0].holdings().unwrap_err().contains("still has"));
         let (at, to) = (page(6), part(1));
         let mut dropped = all.clone();
         step(&mut dropped, 0, Event::Drop { page: at });
-        let legacy = dropped[0].legacy().unwrap();
+        let holdings = dropped[0].holdings().unwrap();
         let readers = PartSet::default().with(part(2));
-        let keeper = part(2);
-        assert_eq!(legacy.rows[2].holders, Holders::Readers { keeper, readers });
-        dropped[1].succeed(&legacy).unwrap();
+        let owner = part(2);
+        assert_eq!(
+            holdings.rows[2].holders,
+            Holders::Readers { owner, readers }
+        );
+        dropped[1].take_over_home(&holdings).unwrap();
         let moves = Event::Move {
             page: at,
             pages: 1,
             to,
         };
         step(&mut all, 0, moves);
-        let legacy = all[0].legacy().unwrap();
+        let holdings = all[0].holdings().unwrap();
         assert_eq!(
-            legacy.rows.iter().map(|it| it.first).collect::<Vec<_>>(),
+            holdings.rows.iter().map(|it| it.first).collect::<Vec<_>>(),
             [0, 1, 6]
         );
         let untouched = all[2].clone();
-        let mut fewer = legacy.clone();
+        let mut fewer = holdings.clone();
         fewer.rows.truncate(1);
-        assert!(all[2].succeed(&fewer).unwrap_err().contains("numbers"));
+        assert!(
+            all[2]
+                .take_over_home(&fewer)
+                .unwrap_err()
+                .contains("numbers")
+        );
         fewer.exchanges.truncate(1);
         assert!(
             all[2]
-                .succeed(&fewer)
+                .take_over_home(&fewer)
                 .unwrap_err()
                 .contains("does not know")
         );
-        let mut twice = legacy.clone();
-        twice.rows.push(legacy.rows[0]);
+        let mut twice = holdings.clone();
+        twice.rows.push(holdings.rows[0]);
         twice.exchanges.push(1);
-        assert!(all[2].succeed(&twice).unwrap_err().contains("out of turn"));
+        assert!(
+            all[2]
+                .take_over_home(&twice)
+                .unwrap_err()
+                .contains("out of turn")
+        );
         assert_eq!(all[2], untouched, "as it was");
-        all[2].succeed(&legacy).unwrap();
-        let by = part(2);
-        assert_eq!(all[1].step(Event::Succeeded { by }, 0), []);
+        all[2].take_over_home(&holdings).unwrap();
+        let new_home = part(2);
+        assert_eq!(all[1].step(Event::HomeMigrated { new_home }, 0), []);
         // Part 2 is part 0, and nobody is part 2.
         all.swap_remove(0);
         assert_eq!(all[0].holders(page(1)).unwrap(), {
             let readers = [part(0), part(1)].into_iter().collect();
             Holders::Readers {
-                keeper: part(0),
+                owner: part(0),
                 readers,
             }
         });
@@ -346,8 +359,8 @@ mod tests {
         // Another one may have its number.
         let new = parts(3).swap_remove(2);
         all.push(new);
-        for by in 0..2 {
-            step(&mut all, by, Event::Join { part: part(2) });
+        for new_home in 0..2 {
+            step(&mut all, new_home, Event::Join { part: part(2) });
         }
         fault(&mut all, 2, 6, Access::Write);
         fault(&mut all, 0, 6, Access::Read);
@@ -359,17 +372,17 @@ mod tests {
         let (page, access) = (page(0), Access::Write);
         // What it asks for is not delivered.
         let asked = all[1].step(Event::Fault { page, access }, 0);
-        assert!(all[1].succeed(&Holdings::default()).is_err());
-        let by = part(2);
-        let failed = all[1].clone().step(Event::Succeeded { by }, 0);
+        assert!(all[1].take_over_home(&Holdings::default()).is_err());
+        let new_home = part(2);
+        let failed = all[1].clone().step(Event::HomeMigrated { new_home }, 0);
         assert!(matches!(&failed[..], [Command::Fail { .. }]));
         let [Command::Send { message, .. }] = &asked[..] else {
             panic!("{asked:?}");
         };
         let (from, message) = (part(1), message.clone());
         all[0].step(Event::Message { from, message }, 0);
-        assert!(all[0].legacy().is_err());
-        assert!(parts(3)[1].legacy().is_err());
-        assert!(parts(3)[0].succeed(&Holdings::default()).is_err());
+        assert!(all[0].holdings().is_err());
+        assert!(parts(3)[1].holdings().is_err());
+        assert!(parts(3)[0].take_over_home(&Holdings::default()).is_err());
     }
 }

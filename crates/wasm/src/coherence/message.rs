@@ -13,7 +13,7 @@ pub enum Holders {
     /// Several, which may read it. Some of them may have dropped it.
     Readers {
         /// The one that has it for sure.
-        keeper: PartId,
+        owner: PartId,
         /// All, with the keeper.
         readers: PartSet,
     },
@@ -76,7 +76,7 @@ pub enum Message {
     Move {
         /// The first.
         page: PageId,
-        /// How many they are, [`ROW_PAGES_MAX`] at most.
+        /// How many they are, [`RUN_PAGES_MAX`] at most.
         pages: u32,
         /// Where to.
         to: PartId,
@@ -192,7 +192,7 @@ impl Message {
     }
 
     /// The pages in a row that it speaks of: the first, and how many.
-    pub fn row(&self) -> Option<(PageId, usize)> {
+    pub fn run(&self) -> Option<(PageId, usize)> {
         match self {
             Message::Want { page, .. }
             | Message::Forward { page, .. }
@@ -212,7 +212,7 @@ impl Message {
 
     /// The pages that it speaks of; of a row the first and the last.
     pub fn pages(&self) -> impl Iterator<Item = PageId> {
-        let row = self.row().map(|(first, count)| {
+        let row = self.run().map(|(first, count)| {
             let behind = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
             let number = first.number.saturating_add(behind);
             [first, PageId { number, ..first }]
@@ -227,4 +227,4 @@ impl Message {
 }
 
 /// The most pages of which is spoken as of a row.
-pub const ROW_PAGES_MAX: usize = 1024;
+pub const RUN_PAGES_MAX: usize = 1024;

@@ -87,14 +87,14 @@
 
 mod copies;
 mod directory;
+mod home_migration;
 mod message;
 mod page_map;
-mod home_migration;
 mod traffic;
 
 pub use copies::Copy;
-pub use message::{Holders, Message, PageEntry, ROW_PAGES_MAX, Request, Txn};
-pub use home_migration::{Held, Holdings};
+pub use home_migration::{HeldRun, Holdings};
+pub use message::{Holders, Message, PageEntry, RUN_PAGES_MAX, Request, Txn};
 pub use traffic::Traffic;
 
 use copies::Copies;
@@ -292,7 +292,7 @@ pub enum Event {
     Move {
         /// The first.
         page: PageId,
-        /// How many they are, [`ROW_PAGES_MAX`] at most.
+        /// How many they are, [`RUN_PAGES_MAX`] at most.
         pages: u32,
         /// Where to.
         to: PartId,
@@ -311,7 +311,7 @@ pub enum Event {
     Gather,
     /// A part whose threads have left gives up its pages: those of which this part is
     /// the directory. [`Command::Emptied`] says when it has none of them.
-    Empty {
+    Evacuate {
         /// The part.
         part: PartId,
         /// Who gets them.
@@ -326,15 +326,15 @@ pub enum Event {
     },
     /// A part that gave up what it had is none of them any more; the home is the first
     /// that is told. What it said before and is heard later counts no more.
-    Gone {
+    PartLeft {
         /// The part.
         part: PartId,
     },
     /// The home's number means another part from now on, whose own number is free; nothing
-    /// is under way anywhere ([`Coherence::succeed`]).
-    Succeeded {
+    /// is under way anywhere ([`Coherence::take_over_home`]).
+    HomeMigrated {
         /// Which.
-        by: PartId,
+        new_home: PartId,
     },
 }
 
@@ -367,7 +367,7 @@ pub enum Command {
         access: Access,
     },
     /// Lets a page that is here be written, and wakes its waiters.
-    Allow {
+    AllowWrite {
         /// The page.
         page: PageId,
     },
@@ -399,7 +399,7 @@ pub enum Command {
     /// Nothing is had of a part any more of which this one is the directory: it may still
     /// read copies, so its threads must not come back. Said again if a directory came
     /// here since, of a page that the part had.
-    Emptied {
+    Evacuated {
         /// The part.
         part: PartId,
     },
@@ -424,12 +424,12 @@ pub struct Coherence {
 
 /// What the two halves of a part want done; what they say to each other is passed on here.
 #[derive(Debug, Default)]
-struct Out {
+struct Output {
     messages: VecDeque<(PartId, Message)>,
     commands: Vec<Command>,
 }
 
-impl Out {
+impl Output {
     fn send(&mut self, to: PartId, message: Message) {
         self.messages.push_back((to, message));
     }
@@ -441,20 +441,20 @@ impl Out {
 
 /// What cannot be.
 #[derive(Debug)]
-struct Impossible(String);
+struct ProtocolError(String);
 
 /// A page and those that follow it.
-fn row_from(page: PageId) -> impl Iterator<Item = PageId> {
+fn pages_from(page: PageId) -> impl Iterator<Item = PageId> {
     let numbers = page.number..=u32::MAX;
     numbers.map(move |number| PageId { number, ..page })
 }
 
 /// Whether there can be so many pages in a row, and it can be spoken of them at once.
-fn check_row(page: PageId, pages: usize) -> Result<(), Impossible> {
+fn check_run(page: PageId, pages: usize) -> Result<(), ProtocolError> {
     let is_there = (u64::from(page.number) + pages as u64) <= 1 << 32;
-    match (1..=ROW_PAGES_MAX).contains(&pages) && is_there {
+    match (1..=RUN_PAGES_MAX).contains(&pages) && is_there {
         true => Ok(()),
-        false => Err(Impossible(format!(
+        false => Err(ProtocolError(format!(
             "{pages} pages in a row from {page:?} on"
         ))),
     }
@@ -478,7 +478,7 @@ impl Coherence {
     pub fn access(&self, page: PageId) -> Option<Access> {
         match self.copies.copy(page) {
             Copy::Invalid => None,
-            Copy::Shared | Copy::Kept => Some(Access::Read),
+            Copy::Shared | Copy::Owned => Some(Access::Read),
             Copy::Modified => Some(Access::Write),
         }
     }
@@ -490,8 +490,8 @@ impl Coherence {
 
     /// How it has pages that are, or may be, not as they were at the beginning: those from
     /// one on, in their order.
-    pub fn changed_from(&self, page: PageId) -> impl Iterator<Item = (PageId, Copy)> {
-        self.copies.changed_from(page)
+    pub fn entries_from(&self, page: PageId) -> impl Iterator<Item = (PageId, Copy)> {
+        self.copies.entries_from(page)
     }
 
     /// Whether a copy may be dropped at will.
@@ -501,23 +501,23 @@ impl Coherence {
 
     /// Whether a page is to be given away and is held or pinned: no further pin then, or
     /// who wants it might wait for ever.
-    pub fn is_put_off(&self, page: PageId) -> bool {
-        self.copies.is_put_off(page)
+    pub fn is_deferred(&self, page: PageId) -> bool {
+        self.copies.is_deferred(page)
     }
 
     /// Whether a page was asked for and has not come.
-    pub fn is_wanted(&self, page: PageId) -> bool {
-        self.copies.is_wanted(page)
+    pub fn is_requested(&self, page: PageId) -> bool {
+        self.copies.is_requested(page)
     }
 
     /// Whether nothing is under way, as far as this part knows.
-    pub fn is_quiet(&self) -> bool {
-        self.copies.is_quiet() && self.directory.is_quiet()
+    pub fn is_quiescent(&self) -> bool {
+        self.copies.is_quiescent() && self.directory.is_quiescent()
     }
 
     /// Whether parts gave up what they had, or do so, as this part, their directory, knows.
-    pub fn are_leaving(&self) -> bool {
-        self.directory.are_leaving()
+    pub fn has_leaving_parts(&self) -> bool {
+        self.directory.has_leaving_parts()
     }
 
     /// Who holds a page, if this part is its directory and nothing is under way with it.
@@ -528,8 +528,8 @@ impl Coherence {
     /// Whether a page of which this part is the directory is about to be at a part, as
     /// [`Event::Move`] wanted or that part did. One that is not, and was to move there, has
     /// been there: it may be elsewhere again.
-    pub fn is_going(&self, page: PageId, to: PartId) -> bool {
-        self.directory.is_going(page, to)
+    pub fn is_moving_to(&self, page: PageId, to: PartId) -> bool {
+        self.directory.is_moving_to(page, to)
     }
 
     /// Where the pages are of which this part is the directory and that have ever changed
@@ -542,12 +542,12 @@ impl Coherence {
     /// Segments of which another part than the home is the directory, as far as this part
     /// knows, and which part that is.
     pub fn directories(&self) -> impl Iterator<Item = (Segment, PartId)> {
-        self.directory.elsewhere()
+        self.directory.remote_segments()
     }
 
     /// Whether this part is the directory of a page.
     pub fn is_directory_of(&self, page: PageId) -> bool {
-        self.directory.of(page) == self.me
+        self.directory.directory_of(page) == self.me
     }
 
     /// Of a range of pages those of which another part than the home is the directory, as far
@@ -557,7 +557,7 @@ impl Coherence {
         memory: u32,
         pages: std::ops::Range<u32>,
     ) -> impl Iterator<Item = (PartId, std::ops::Range<u32>)> {
-        self.directory.elsewhere_in(memory, pages)
+        self.directory.remote_segments_in(memory, pages)
     }
 
     /// The segments that lie in a range of pages as a whole.
@@ -571,86 +571,88 @@ impl Coherence {
         if self.failed {
             return Vec::new();
         }
-        let mut out = Out::default();
-        if let Err(Impossible(reason)) = self.take(event, now_micros, &mut out) {
+        let mut out = Output::default();
+        if let Err(ProtocolError(reason)) = self.dispatch(event, now_micros, &mut out) {
             self.failed = true;
             out.commands.push(Command::Fail { reason });
         }
         out.commands
     }
 
-    fn take(&mut self, event: Event, now: u64, out: &mut Out) -> Result<(), Impossible> {
+    fn dispatch(&mut self, event: Event, now: u64, out: &mut Output) -> Result<(), ProtocolError> {
         match event {
             Event::Fault { page, access } => {
-                let directory = self.directory.of(page);
+                let directory = self.directory.directory_of(page);
                 self.copies.fault(page, access, directory, out);
             }
             // (It was on its way when its part had nothing any more.)
             Event::Message { from, .. } if self.gone.contains(from) => {}
             Event::Message { from, message } => {
                 if !self.parts.contains(from) || from == self.me {
-                    return Err(Impossible(format!("part {from} is none of the others")));
+                    return Err(ProtocolError(format!("part {from} is none of the others")));
                 }
-                self.hear(from, message, now, out)?;
+                self.receive(from, message, now, out)?;
             }
             Event::Tick => self.copies.tick(now, out)?,
             Event::Pin { page } => self.copies.pin(page),
             Event::Unpin { page } => self.copies.unpin(page, now, out)?,
             Event::Drop { page } => self.copies.drop_copy(page, out),
             Event::Move { page, pages, to } => {
-                check_row(page, pages as usize)?;
-                for (directory, page, pages) in self.directory.of_row(page, pages) {
+                check_run(page, pages as usize)?;
+                for (directory, page, pages) in self.directory.directories_of_run(page, pages) {
                     out.send(directory, Message::Move { page, pages, to });
                 }
             }
             Event::MoveDirectory { segment, to } => {
-                self.directory.hand(segment, to, out)?;
+                self.directory.hand_over(segment, to, out)?;
             }
             Event::Gather => {
                 if self.me != PartId::HOME {
-                    return Err(Impossible("only the home has directories brought".into()));
+                    return Err(ProtocolError(
+                        "only the home has directories brought".into(),
+                    ));
                 }
                 for part in self.parts.without(self.me).iter() {
                     out.send(part, Message::Gather);
                 }
             }
-            Event::Empty { part, to } => self.directory.empty(part, to, out)?,
+            Event::Evacuate { part, to } => self.directory.evacuate(part, to, out)?,
             Event::Join { part } => {
                 if self.parts.contains(part) {
-                    return Err(Impossible(format!("part {part} joins twice")));
+                    return Err(ProtocolError(format!("part {part} joins twice")));
                 }
                 self.gone = self.gone.without(part);
-                self.now_are(self.parts.with(part));
-                self.directory.tell(part, out);
+                self.set_parts(self.parts.with(part));
+                self.directory.announce_to(part, out);
             }
             // (Known already.)
-            Event::Gone { part } if self.gone.contains(part) => {}
-            Event::Gone { part } => {
+            Event::PartLeft { part } if self.gone.contains(part) => {}
+            Event::PartLeft { part } => {
                 if !self.parts.contains(part) || part == self.me || part == PartId::HOME {
-                    return Err(Impossible(format!("part {part} is to be gone")));
+                    return Err(ProtocolError(format!("part {part} is to be gone")));
                 }
-                self.directory.forget(part)?;
+                self.directory.remove_part(part)?;
                 self.gone = self.gone.with(part);
-                self.now_are(self.parts.without(part));
+                self.set_parts(self.parts.without(part));
             }
-            Event::Succeeded { by } => self.succeeded(by)?,
+            Event::HomeMigrated { new_home } => self.home_migrated(new_home)?,
         }
-        self.pass_on(now, out)
+        self.deliver_locally(now, out)
     }
 
-    fn now_are(&mut self, parts: PartSet) {
+    fn set_parts(&mut self, parts: PartSet) {
         self.parts = parts;
-        self.directory.now_are(parts);
-        self.copies.now_are(parts);
+        self.directory.set_parts(parts);
+        self.copies.set_parts(parts);
     }
 
     /// Hears what this part says to itself; the rest is sent.
-    fn pass_on(&mut self, now: u64, out: &mut Out) -> Result<(), Impossible> {
+    fn deliver_locally(&mut self, now: u64, out: &mut Output) -> Result<(), ProtocolError> {
         while let Some((to, message)) = out.messages.pop_front() {
             if to == self.me {
-                self.hear(to, message, now, out)?;
+                self.receive(to, message, now, out)?;
             } else if !self.parts.contains(to) {
-                return Err(Impossible(format!("there is no part {to}")));
+                return Err(ProtocolError(format!("there is no part {to}")));
             } else {
                 out.command(Command::Send { to, message });
             }
@@ -658,15 +660,15 @@ impl Coherence {
         Ok(())
     }
 
-    fn hear(
+    fn receive(
         &mut self,
         from: PartId,
         message: Message,
         now: u64,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         if let Some((page, pages)) = message.row() {
-            check_row(page, pages)?;
+            check_run(page, pages)?;
         }
         match message {
             Message::Want { page, access, has } => {
@@ -674,15 +676,15 @@ impl Coherence {
                 let request = Request::Want { part, access, has };
                 self.directory.request(page, request, out)
             }
-            Message::Move { page, pages, to } => self.directory.move_row(page, pages, to, out),
+            Message::Move { page, pages, to } => self.directory.move_run(page, pages, to, out),
             Message::Forward { page, request } => {
-                self.directory.passed_on(page, &request, out);
+                self.directory.forwarded(page, &request, out);
                 self.directory.request(page, request, out)
             }
             Message::Done { page, number, more } => {
                 let numbers = std::iter::once(number).chain(more);
-                for (page, number) in row_from(page).zip(numbers) {
-                    self.directory.done(page, number, from, out)?;
+                for (page, number) in pages_from(page).zip(numbers) {
+                    self.directory.complete(page, number, from, out)?;
                 }
                 Ok(())
             }
@@ -690,18 +692,22 @@ impl Coherence {
                 segment,
                 version,
                 pages,
-            } => self.directory.arrive(from, segment, version, pages, out),
-            Message::Hand { segment, to } => self.directory.hand(segment, to, out),
-            Message::Gather if from == PartId::HOME => self.directory.give_back(out),
-            Message::Gather => Err(Impossible(format!(
+            } => self
+                .directory
+                .adopt_segment(from, segment, version, pages, out),
+            Message::Hand { segment, to } => self.directory.hand_over(segment, to, out),
+            Message::Gather if from == PartId::HOME => self.directory.return_segments(out),
+            Message::Gather => Err(ProtocolError(format!(
                 "part {from} has directories brought, and is not the home"
             ))),
-            Message::SegmentAt { segment, version } => self.directory.learn(from, segment, version),
+            Message::SegmentAt { segment, version } => {
+                self.directory.learn_location(from, segment, version)
+            }
             Message::Fetch { .. } | Message::Invalidate { .. } => {
-                self.copies.taken(from, message, now, out)
+                self.copies.release(from, message, now, out)
             }
             Message::Grant { .. } | Message::Data { .. } | Message::Ack { .. } => {
-                self.copies.given(from, message, now, out)
+                self.copies.receive_page(from, message, now, out)
             }
         }
     }

@@ -27,16 +27,16 @@ use std::sync::Arc;
 const WORD: usize = 8;
 const PRESENT: u64 = 1 << 63;
 /// Pages that are looked at by one call.
-const LOOKED: usize = 512;
+const PAGES_PER_READ: usize = 512;
 
 /// Sees the uses of one memory of a part.
 #[derive(Debug)]
-pub struct Uses {
+pub struct AccessTracker {
     memory: Arc<GuestMemory>,
     pagemap: OwnedFd,
 }
 
-impl Uses {
+impl AccessTracker {
     /// Of a memory that spans.
     ///
     /// # Errors
@@ -44,7 +44,7 @@ impl Uses {
     pub(super) fn of(memory: Arc<GuestMemory>) -> Result<Self, Unavailable> {
         let pagemap = open_private("/proc/self/pagemap")
             .map_err(|errno| unavailable("/proc/self/pagemap", "Mount /proc.")(errno.into()))?;
-        Ok(Uses { memory, pagemap })
+        Ok(AccessTracker { memory, pagemap })
     }
 
     /// Of each of some whole pages in a row whether it was used since it was looked at
@@ -55,10 +55,10 @@ impl Uses {
     pub fn take(&self, offset: u64, bytes: u64) -> Result<Vec<bool>, MemoryError> {
         let range = faults::whole_pages(&self.memory, offset, bytes)?;
         let mut used = Vec::with_capacity((bytes / PAGE_BYTES) as usize);
-        let mut words = [0; LOOKED * WORD];
+        let mut words = [0; PAGES_PER_READ * WORD];
         let mut at = range.start;
         while at < range.end {
-            let pages = ((range.end - at) / PAGE_BYTES).min(LOOKED as u64) as usize;
+            let pages = ((range.end - at) / PAGE_BYTES).min(PAGES_PER_READ as u64) as usize;
             let room = &mut words[..pages * WORD];
             let from = at / PAGE_BYTES * WORD as u64;
             let count =
@@ -67,18 +67,19 @@ impl Uses {
             if count < WORD {
                 return Err(failed(std::io::ErrorKind::UnexpectedEof.into()));
             }
-            let (told, _) = room[..count].as_chunks::<WORD>();
+            let (exposed, _) = room[..count].as_chunks::<WORD>();
             used.extend(
-                told.iter()
+                exposed
+                    .iter()
                     .map(|word| u64::from_ne_bytes(*word) & PRESENT != 0),
             );
-            at += told.len() as u64 * PAGE_BYTES;
+            at += exposed.len() as u64 * PAGE_BYTES;
         }
         let mut first = range.start;
         for run in used.chunk_by(|one, other| one == other) {
             let end = first + run.len() as u64 * PAGE_BYTES;
             if run[0] {
-                self.take_out(first..end)?;
+                self.unmap(first..end)?;
             }
             first = end;
         }
@@ -86,7 +87,7 @@ impl Uses {
     }
 
     /// Takes pages out of the page table.
-    fn take_out(&self, range: Range<u64>) -> Result<(), MemoryError> {
+    fn unmap(&self, range: Range<u64>) -> Result<(), MemoryError> {
         let bytes = (range.end - range.start) as usize;
         // SAFETY: whole pages within our own mapping, which is shared and of a file: what
         // is in them stays in the file, and the next access finds it there.

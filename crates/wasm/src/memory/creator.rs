@@ -196,7 +196,7 @@ unsafe impl MemoryCreator for Creator {
         let memory = match next {
             Next::Guest(memory) => {
                 let seen_bytes = memory.size_bytes() as usize;
-                memory.tell(seen_bytes);
+                memory.expose(seen_bytes);
                 Mapped::Guest { memory, seen_bytes }
             }
             Next::Control(memory) => Mapped::Control(memory),
@@ -241,7 +241,7 @@ unsafe impl LinearMemory for Mapped {
     fn grow_to(&mut self, new_size: usize) -> wasmtime::Result<()> {
         match self {
             Mapped::Guest { memory, seen_bytes } if new_size as u64 <= memory.size_bytes() => {
-                memory.tell(new_size);
+                memory.expose(new_size);
                 *seen_bytes = new_size;
                 Ok(())
             }

@@ -135,7 +135,7 @@ impl DirtyTracker {
             return self.take();
         };
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let most = usize::try_from(size / SHARE_BYTES_MIN).unwrap_or(THREADS_MAX);
+        let most = usize::try_from(size / BYTES_PER_THREAD_MIN).unwrap_or(THREADS_MAX);
         let shares = threads.min(THREADS_MAX).min(most).max(1) as u64;
         let memory = &self.memory;
         let share = size.div_ceil(shares).next_multiple_of(PAGE_BYTES);
@@ -174,7 +174,7 @@ impl DirtyTracker {
 
 /// What a further thread is worth that looks for written pages: this takes about
 /// 0.25 ms.
-const SHARE_BYTES_MIN: u64 = 256 << 20;
+const BYTES_PER_THREAD_MIN: u64 = 256 << 20;
 const THREADS_MAX: usize = 8;
 
 fn compare(
@@ -358,7 +358,7 @@ mod tests {
     /// Large enough for several threads, and at the bounds of their shares.
     #[test]
     fn several_threads_find_what_one_finds() {
-        let pages = 5 * SHARE_BYTES_MIN / WASM_PAGE_BYTES + 3;
+        let pages = 5 * BYTES_PER_THREAD_MIN / WASM_PAGE_BYTES + 3;
         let size = pages * WASM_PAGE_BYTES;
         let memory = GuestMemory::new(pages, Some(pages), false, size).unwrap();
         let memory = Arc::new(memory);

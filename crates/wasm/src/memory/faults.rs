@@ -103,7 +103,7 @@ impl PageFaults {
     /// # Errors
     /// [`MemoryError::System`].
     pub fn wait(&self, timeout: Duration) -> Result<Option<Fault>, MemoryError> {
-        let Some(Word { flags, address, .. }) = next_word(&self.uffd, timeout)? else {
+        let Some(FaultEvent { flags, address, .. }) = next_fault_event(&self.uffd, timeout)? else {
             return Ok(None);
         };
         Ok(Some(Fault {
@@ -140,7 +140,7 @@ impl PageFaults {
                 (Ok(_), _) => return Ok(true),
                 // Stopped in the middle: again from there.
                 (Err(_), Ok(count)) if count > 0 => done += count,
-                (Err(error), _) => return self.was_there(error, range.start + done as u64),
+                (Err(error), _) => return self.already_present(error, range.start + done as u64),
             }
         }
         Ok(true)
@@ -184,7 +184,7 @@ impl PageFaults {
                 (Ok(_), _) => break,
                 (Err(_), Ok(count)) if count > 0 => at += count,
                 (Err(error), _) => {
-                    self.was_there(error, at)?;
+                    self.already_present(error, at)?;
                     at += PAGE_BYTES;
                 }
             }
@@ -207,7 +207,7 @@ impl PageFaults {
             match (result, u64::try_from(request.done)) {
                 (Ok(_), _) => return Ok(true),
                 (Err(_), Ok(count)) if count > 0 => at += count,
-                (Err(error), _) => return self.was_there(error, at),
+                (Err(error), _) => return self.already_present(error, at),
             }
         }
         Ok(true)
@@ -215,7 +215,7 @@ impl PageFaults {
 
     /// A page that is there already: its waiters are woken, since the kernel
     /// does not do it then.
-    fn was_there(&self, error: std::io::Error, at: u64) -> Result<bool, MemoryError> {
+    fn already_present(&self, error: std::io::Error, at: u64) -> Result<bool, MemoryError> {
         if error.raw_os_error() != Some(libc::EEXIST) {
             return Err(MemoryError::System {
                 what: "bring pages",
@@ -247,7 +247,7 @@ fn wait_failed(source: std::io::Error) -> MemoryError {
 }
 
 /// An access to a registered memory, as the kernel tells it.
-pub(super) struct Word {
+pub(super) struct FaultEvent {
     pub(super) flags: u64,
     pub(super) address: u64,
     /// Number of the OS thread; 0 where it was not asked for.
@@ -256,7 +256,10 @@ pub(super) struct Word {
 
 /// Waits for an access to a registered memory. `None` if there was none in that time, or
 /// another thread was faster.
-pub(super) fn next_word(uffd: &OwnedFd, timeout: Duration) -> Result<Option<Word>, MemoryError> {
+pub(super) fn next_fault_event(
+    uffd: &OwnedFd,
+    timeout: Duration,
+) -> Result<Option<FaultEvent>, MemoryError> {
     let timeout = Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: timeout.subsec_nanos().into(),
@@ -264,13 +267,13 @@ pub(super) fn next_word(uffd: &OwnedFd, timeout: Duration) -> Result<Option<Word
     let mut ready = [PollFd::new(uffd, PollFlags::IN)];
     match poll(&mut ready, Some(&timeout)) {
         Ok(0) | Err(rustix::io::Errno::INTR) => Ok(None),
-        Ok(_) => word_there(uffd),
+        Ok(_) => pending_fault_event(uffd),
         Err(errno) => Err(wait_failed(errno.into())),
     }
 }
 
-/// As [`next_word`], of an access that waits already.
-pub(super) fn word_there(uffd: &OwnedFd) -> Result<Option<Word>, MemoryError> {
+/// As [`next_fault_event`], of an access that waits already.
+pub(super) fn pending_fault_event(uffd: &OwnedFd) -> Result<Option<FaultEvent>, MemoryError> {
     let mut message = [0u8; MESSAGE_BYTES];
     match rustix::io::read(uffd, &mut message) {
         Ok(MESSAGE_BYTES) => {}
@@ -285,7 +288,7 @@ pub(super) fn word_there(uffd: &OwnedFd) -> Result<Option<Word>, MemoryError> {
     if message[0] != EVENT_PAGEFAULT {
         return Ok(None);
     }
-    Ok(Some(Word {
+    Ok(Some(FaultEvent {
         flags: word(8),
         address: word(16),
         // (The lower half: 32 bits.)

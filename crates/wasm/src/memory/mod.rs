@@ -17,21 +17,21 @@
 //! longer and then opens the range, so that an access beyond the size always
 //! faults and never reads past the file's end.
 
+mod access_tracking;
 mod creator;
 mod dirty;
 mod faults;
 mod probe;
 mod spanning;
 mod uffd;
-mod access_tracking;
 
+pub use access_tracking::AccessTracker;
 pub use creator::{Control, Creator, with_memories};
 pub use dirty::{DirtyTracker, Method};
 pub use faults::{Fault, FaultKind, PageFaults};
-pub use probe::{Offered, probe};
+pub use probe::{HostSupport, probe};
 pub use spanning::{Spanning, Touch};
 pub use uffd::Unavailable;
-pub use access_tracking::Uses;
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};
 use rustix::io::{pread, retry_on_intr};
@@ -152,13 +152,13 @@ pub struct GuestMemory {
     size: AtomicUsize,
     /// Bytes that the guest's mapping lets it access: more than the size while it grows at all
     /// parts of a machine.
-    opened: AtomicUsize,
+    mapped: AtomicUsize,
     /// Bytes that the host can access, to which the file reaches: as many as were opened at
     /// any time.
     accessible: AtomicUsize,
     /// The largest size that an instance was told, which it does not forget: the engine's own
     /// code would not survive a fault below it.
-    told: AtomicUsize,
+    exposed: AtomicUsize,
     /// Bytes that it may grow to, by module and by spec.
     limit: AtomicU64,
     /// Bytes that it may grow to by module and reservation, whatever the spec says.
@@ -222,9 +222,9 @@ impl GuestMemory {
             file: fd.into(),
             reservation: Reservation { base, bytes },
             size: AtomicUsize::new(0),
-            opened: AtomicUsize::new(0),
+            mapped: AtomicUsize::new(0),
             accessible: AtomicUsize::new(0),
-            told: AtomicUsize::new(0),
+            exposed: AtomicUsize::new(0),
             limit: AtomicU64::new(limit),
             maximum,
             memory64,
@@ -340,7 +340,7 @@ impl GuestMemory {
         if bytes > accessible {
             ftruncate(&self.file, bytes).map_err(system("make the memory longer"))?;
         }
-        if bytes > self.opened.load(Ordering::Acquire) as u64 {
+        if bytes > self.mapped.load(Ordering::Acquire) as u64 {
             // SAFETY: the range lies in our own reservation, and the file
             // reaches to its end.
             unsafe {
@@ -351,7 +351,7 @@ impl GuestMemory {
                 )
             }
             .map_err(system("open the memory"))?;
-            self.opened.store(bytes as usize, Ordering::Release);
+            self.mapped.store(bytes as usize, Ordering::Release);
             self.accessible
                 .store(bytes.max(accessible) as usize, Ordering::Release);
         }
@@ -364,8 +364,8 @@ impl GuestMemory {
     /// have them.)
     fn close(&self) {
         let size = self.size.load(Ordering::Acquire);
-        let from = size.max(self.told.load(Ordering::Acquire));
-        let opened = self.opened.load(Ordering::Acquire);
+        let from = size.max(self.exposed.load(Ordering::Acquire));
+        let opened = self.mapped.load(Ordering::Acquire);
         if from < opened {
             // SAFETY: the range lies in our own reservation, behind all that any instance
             // takes for its memory.
@@ -377,7 +377,7 @@ impl GuestMemory {
                 )
             };
             match closed {
-                Ok(()) => self.opened.store(from, Ordering::Release),
+                Ok(()) => self.mapped.store(from, Ordering::Release),
                 Err(error) => tracing::warn!(%error, "guest memory stays open behind its end"),
             }
         }
@@ -409,8 +409,8 @@ impl GuestMemory {
     }
 
     /// An instance takes the memory for so large from now on.
-    fn tell(&self, bytes: usize) {
-        self.told.fetch_max(bytes, Ordering::AcqRel);
+    fn expose(&self, bytes: usize) {
+        self.exposed.fetch_max(bytes, Ordering::AcqRel);
     }
 
     /// Bytes that the host can access: more than the size while it grows at all parts of a

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// What this host offers, each with what is missing and the remedy.
 #[derive(Debug)]
-pub struct Offered {
+pub struct HostSupport {
     /// userfaultfd for faults of user code, which needs no rights.
     pub userfaultfd: Result<(), Unavailable>,
     /// Write protection of shared memory in asynchronous mode.
@@ -25,9 +25,9 @@ pub struct Offered {
 /// # Errors
 /// [`MemoryError`] if there can be no memory at all: no memfd, or no address
 /// space.
-pub fn probe() -> Result<Offered, MemoryError> {
+pub fn probe() -> Result<HostSupport, MemoryError> {
     let memory = || GuestMemory::new(1, Some(1), false, WASM_PAGE_BYTES).map(Arc::new);
-    Ok(Offered {
+    Ok(HostSupport {
         userfaultfd: uffd::open(0, "userfaultfd", "Linux 5.11 or newer has it.").map(drop),
         write_protection: open_protection(&*memory()?).map(drop),
         pagemap_scan: open_pagemap(&*memory()?).map(drop),

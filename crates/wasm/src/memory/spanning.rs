@@ -15,8 +15,8 @@
 //! registered mapping would fault (the descriptor is for user code's faults only, which
 //! needs no rights).
 
+use super::access_tracking::AccessTracker;
 use super::uffd::{self, Unavailable, unavailable};
-use super::access_tracking::Uses;
 use super::{GuestMemory, MemoryError, PAGE_BYTES, faults};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::retry_on_intr;
@@ -32,7 +32,7 @@ use std::time::Duration;
 pub struct Spanning {
     memory: Arc<GuestMemory>,
     uffd: OwnedFd,
-    uses: Uses,
+    uses: AccessTracker,
 }
 
 /// An access that waits.
@@ -66,7 +66,7 @@ impl Spanning {
         let uffd = uffd::open(features, what, remedy)?;
         uffd::register(&uffd, &memory, uffd::MODE_MISSING | uffd::MODE_WP)
             .map_err(unavailable(what, remedy))?;
-        let uses = Uses::of(memory.clone())?;
+        let uses = AccessTracker::of(memory.clone())?;
         Ok(Spanning { memory, uffd, uses })
     }
 
@@ -84,7 +84,7 @@ impl Spanning {
     }
 
     /// Which pages are used, of those that are here.
-    pub fn uses(&self) -> &Uses {
+    pub fn uses(&self) -> &AccessTracker {
         &self.uses
     }
 
@@ -99,7 +99,7 @@ impl Spanning {
     /// # Errors
     /// [`MemoryError::System`].
     pub fn wait(&self, timeout: Duration) -> Result<Option<Touch>, MemoryError> {
-        let word = faults::next_word(&self.uffd, timeout)?;
+        let word = faults::next_fault_event(&self.uffd, timeout)?;
         Ok(word.map(|word| self.touch(word)))
     }
 
@@ -108,11 +108,11 @@ impl Spanning {
     /// # Errors
     /// [`MemoryError::System`].
     pub fn next(&self) -> Result<Option<Touch>, MemoryError> {
-        let word = faults::word_there(&self.uffd)?;
+        let word = faults::pending_fault_event(&self.uffd)?;
         Ok(word.map(|word| self.touch(word)))
     }
 
-    fn touch(&self, word: faults::Word) -> Touch {
+    fn touch(&self, word: faults::FaultEvent) -> Touch {
         let at = word.address - self.memory.base() as u64;
         Touch {
             page: at / PAGE_BYTES * PAGE_BYTES,

@@ -76,7 +76,7 @@ fn a_member_becomes_as_small_as_it_was() {
 fn what_an_instance_was_told_stays_open() {
     let memory = memory();
     memory.open_to(4 * PAGE).unwrap();
-    memory.tell(3 * PAGE as usize);
+    memory.expose(3 * PAGE as usize);
     memory.open_to(PAGE).unwrap();
     assert!(is_open(&memory, 3 * PAGE - 1) && !is_open(&memory, 3 * PAGE));
     write(&memory, 2 * PAGE);

@@ -1,9 +1,9 @@
 //! What a machine does when its guest calls the host: WASI, threads, waiting.
 
 use super::frame::Progress;
+use super::hints::{NAME_BYTES_MAX, NamedRange};
 use super::host::{Host, HostOutcome, HostThread, ImportKind};
 use super::machine::{Shared, locked};
-use super::hints::{NAME_BYTES_MAX, Named};
 use super::signal::Signal;
 use crate::memory::WASM_PAGE_BYTES;
 use keel_wasi::{Errno, Outcome as WasiOutcome};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 /// Addresses at which a thread compares or wakes just now, while pages may have to come for
 /// that.
 #[derive(Debug, Default)]
-pub(super) struct Turns {
+pub(super) struct AddressLocks {
     busy: Mutex<Busy>,
     over: Condvar,
 }
@@ -28,20 +28,20 @@ struct Busy {
 }
 
 /// Held over one such step.
-struct Turn<'a> {
-    turns: &'a Turns,
+struct AddressLock<'a> {
+    turns: &'a AddressLocks,
     place: (u32, u64),
 }
 
-impl Drop for Turn<'_> {
+impl Drop for AddressLock<'_> {
     fn drop(&mut self) {
-        let mut busy = locked(&self.turns.busy);
+        let mut busy = locked(&self.address_locks.busy);
         busy.places.remove(&self.place);
         let waiting = busy.waiting;
         drop(busy);
         // (A call of the kernel, whether anybody waits or not.)
         if waiting > 0 {
-            self.turns.over.notify_all();
+            self.address_locks.over.notify_all();
         }
     }
 }
@@ -65,7 +65,7 @@ impl Shared {
         let timeout = match *progress {
             Progress::Waiting { remaining_ns } => remaining_ns,
             _ => {
-                let turn = self.turn(memory, address);
+                let turn = self.lock_address(memory, address);
                 let bytes = &self.memories[memory as usize];
                 if turn.is_none() {
                     // It may be one that an arriving machine still waits for: not under the
@@ -111,7 +111,7 @@ impl Shared {
             Ok(address) => address,
             Err(message) => return HostOutcome::Trap(message),
         };
-        let turn = self.turn(memory, address);
+        let turn = self.lock_address(memory, address);
         let woken = locked(&self.waits).notify(memory, address, args[1] as u32);
         drop(turn);
         if woken.is_empty() {
@@ -135,12 +135,12 @@ impl Shared {
     /// enter the queue is one step to whoever wakes, and no lock is held for it that
     /// others need while a page is on its way. `None` where all pages are here: the lock of
     /// the queues is held over that step then.
-    fn turn(&self, memory: u32, address: u64) -> Option<Turn<'_>> {
+    fn lock_address(&self, memory: u32, address: u64) -> Option<AddressLock<'_>> {
         if self.parts.is_alone() {
             return None;
         }
         let place = (memory, address);
-        let mut busy = locked(&self.turns.busy);
+        let mut busy = locked(&self.address_locks.busy);
         while !busy.places.insert(place) {
             busy.waiting += 1;
             busy = self
@@ -150,8 +150,8 @@ impl Shared {
                 .unwrap_or_else(|error| error.into_inner());
             busy.waiting -= 1;
         }
-        Some(Turn {
-            turns: &self.turns,
+        Some(AddressLock {
+            turns: &self.address_locks,
             place,
         })
     }
@@ -204,7 +204,7 @@ impl Shared {
     }
 
     fn name_object(&self, args: &[u64]) -> HostOutcome {
-        let piece = Named {
+        let piece = NamedRange {
             start: u64::from(args[2] as u32),
             bytes: u64::from(args[3] as u32),
         };
@@ -221,7 +221,7 @@ impl Shared {
     fn prefer(&self, args: &[u64], tid: u32) -> HostOutcome {
         let done = self
             .name_at(args[0], args[1])
-            .and_then(|name| locked(&self.names).like(tid, &name));
+            .and_then(|name| locked(&self.names).set_preference(tid, &name));
         errno(done)
     }
 
@@ -319,7 +319,7 @@ impl Host for Arc<Shared> {
     fn call_packed(
         &self,
         import: u32,
-        call: &keel_wasi::Packed,
+        call: &keel_wasi::PackedCall,
         progress: &mut Progress,
         thread: &HostThread,
     ) -> (HostOutcome, Vec<u8>) {

@@ -115,7 +115,7 @@ pub struct Fiber {
 /// Runs code. Where the engine finds that the code cannot be what it was made of (an
 /// instrumented module that was changed reaches behind its control memory, which the engine
 /// has twice), its assertion ends this code, and not the thread that waits for it.
-fn asserted<T>(run: impl FnOnce() -> wasmtime::Result<T>) -> wasmtime::Result<T> {
+fn catch_engine_panic<T>(run: impl FnOnce() -> wasmtime::Result<T>) -> wasmtime::Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let why = panic.downcast_ref::<&str>().map(|why| (*why).to_owned());
         let why = why.or_else(|| panic.downcast_ref::<String>().cloned());
@@ -221,7 +221,7 @@ impl Fiber {
         self.pending = Pending::Nothing;
         self.store.data_mut().pending = Pending::Nothing;
         self.enter();
-        let outcome = asserted(|| function.call(&mut self.store, &params, &mut results));
+        let outcome = catch_engine_panic(|| function.call(&mut self.store, &params, &mut results));
         if let Err(error) = outcome {
             return Err(self.stop(error));
         }
@@ -318,7 +318,7 @@ impl Fiber {
             return Err(plain_trap("a frame was resumed without clones".into()));
         };
         let number = frame.point - function.first_point + 1;
-        match asserted(|| clones.call(&mut self.store, (position as u32, number))) {
+        match catch_engine_panic(|| clones.call(&mut self.store, (position as u32, number))) {
             Err(error) => Err(self.stop(error)),
             Ok(0) => {
                 self.pending = Pending::Results(self.results(&function.results)?);
@@ -505,7 +505,7 @@ impl Fiber {
     /// [`Stop::Trap`] if it does not fit.
     pub fn load(&mut self, state: ThreadState) -> Result<(), Stop> {
         self.enter_whole_module()?;
-        self.see_sizes()?;
+        self.update_sizes()?;
         for (at, value) in state.globals.iter().enumerate() {
             let val = self.to_val(*value)?;
             self.globals[at]
@@ -542,7 +542,7 @@ impl Fiber {
 
     /// Lets an instance that was made a while ago see how large memories are now: the
     /// thread may stand behind the call in which it looked.
-    fn see_sizes(&mut self) -> Result<(), Stop> {
+    fn update_sizes(&mut self) -> Result<(), Stop> {
         let memories = self.store.data().thread.memories.clone();
         for (number, memory) in memories.iter().enumerate() {
             let name = format!("{PREFIX}m{number}");

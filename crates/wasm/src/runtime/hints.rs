@@ -13,7 +13,7 @@ const NAMES_MAX: usize = 4096;
 
 /// A piece of the first memory of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Named {
+pub struct NamedRange {
     /// Its first byte.
     pub start: u64,
     /// How many.
@@ -31,20 +31,20 @@ pub fn is_object_name(name: &str) -> bool {
 
 /// All names of a machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Names {
-    objects: BTreeMap<String, Named>,
+pub(super) struct Hints {
+    objects: BTreeMap<String, NamedRange>,
     /// Which object a thread likes to be near.
-    liked: BTreeMap<u32, String>,
+    preferences: BTreeMap<u32, String>,
 }
 
-impl Names {
+impl Hints {
     /// A piece of a memory of `size` bytes has this name from now on, and no other one;
     /// of no bytes, nothing has.
     ///
     /// # Errors
     /// `inval` for what is no name, `fault` for what is not in memory, `nomem` for too
     /// many of them.
-    pub(super) fn name(&mut self, name: &str, piece: Named, size: u64) -> Result<(), Errno> {
+    pub(super) fn name(&mut self, name: &str, piece: NamedRange, size: u64) -> Result<(), Errno> {
         if !is_object_name(name) {
             return Err(Errno::Inval);
         }
@@ -67,34 +67,34 @@ impl Names {
     ///
     /// # Errors
     /// `noent` if nothing has that name.
-    pub(super) fn like(&mut self, tid: u32, name: &str) -> Result<(), Errno> {
+    pub(super) fn set_preference(&mut self, tid: u32, name: &str) -> Result<(), Errno> {
         if name.is_empty() {
-            self.liked.remove(&tid);
+            self.preferences.remove(&tid);
             return Ok(());
         }
         if !self.objects.contains_key(name) {
             return Err(Errno::Noent);
         }
-        self.liked.insert(tid, name.to_owned());
+        self.preferences.insert(tid, name.to_owned());
         Ok(())
     }
 
     /// A thread has ended.
     pub(super) fn forget(&mut self, tid: u32) {
-        self.liked.remove(&tid);
+        self.preferences.remove(&tid);
     }
 
-    pub(super) fn objects(&self) -> &BTreeMap<String, Named> {
+    pub(super) fn objects(&self) -> &BTreeMap<String, NamedRange> {
         &self.objects
     }
 
-    pub(super) fn liked(&self) -> &BTreeMap<u32, String> {
-        &self.liked
+    pub(super) fn preferences(&self) -> &BTreeMap<u32, String> {
+        &self.preferences
     }
 
     /// Whether it can be what a machine said: it came from elsewhere.
-    pub(super) fn can_be(&self, size: u64) -> bool {
-        let is_right = |(name, piece): (&String, &Named)| {
+    pub(super) fn is_valid(&self, size: u64) -> bool {
+        let is_right = |(name, piece): (&String, &NamedRange)| {
             let end = piece.start.checked_add(piece.bytes);
             is_object_name(name) && piece.bytes > 0 && end.is_some_and(|end| end <= size)
         };
@@ -108,32 +108,32 @@ mod tests {
 
     const SIZE: u64 = 1 << 16;
 
-    fn piece(start: u64, bytes: u64) -> Named {
-        Named { start, bytes }
+    fn piece(start: u64, bytes: u64) -> NamedRange {
+        NamedRange { start, bytes }
     }
 
     #[test]
     fn names_are_given_changed_and_taken_away() {
-        let mut names = Names::default();
+        let mut names = Hints::default();
         names.name("cache", piece(100, 50), SIZE).unwrap();
         names.name("rows.1", piece(0, SIZE), SIZE).unwrap();
         names.name("cache", piece(200, 50), SIZE).unwrap();
         assert_eq!(names.objects().len(), 2);
         assert_eq!(names.objects()["cache"], piece(200, 50));
-        assert_eq!(names.like(3, "table"), Err(Errno::Noent));
-        names.like(3, "cache").unwrap();
-        names.like(4, "rows.1").unwrap();
-        names.like(4, "").unwrap();
-        assert_eq!(names.liked().len(), 1);
+        assert_eq!(names.set_preference(3, "table"), Err(Errno::Noent));
+        names.set_preference(3, "cache").unwrap();
+        names.set_preference(4, "rows.1").unwrap();
+        names.set_preference(4, "").unwrap();
+        assert_eq!(names.preferences().len(), 1);
         names.forget(3);
         names.name("cache", piece(0, 0), SIZE).unwrap();
         assert_eq!(names.objects().len(), 1);
-        assert!(names.can_be(SIZE) && !names.can_be(SIZE - 1));
+        assert!(names.is_valid(SIZE) && !names.is_valid(SIZE - 1));
     }
 
     #[test]
     fn what_cannot_be_is_refused() {
-        let mut names = Names::default();
+        let mut names = Hints::default();
         let long = "x".repeat(65);
         for name in ["", "0x10-0x20", "-x", "a/b", "a b", "ä", "a\0", &long] {
             assert_eq!(

@@ -39,7 +39,7 @@ pub trait Host: Send + Sync {
     fn call_packed(
         &self,
         _import: u32,
-        _call: &keel_wasi::Packed,
+        _call: &keel_wasi::PackedCall,
         _progress: &mut Progress,
         _thread: &HostThread,
     ) -> (HostOutcome, Vec<u8>) {
@@ -133,7 +133,7 @@ pub(super) fn guest_kind(import: &meta::Import) -> Option<ImportKind> {
         {
             Some(ImportKind::ThreadSpawn)
         }
-        "evenkeel" => own_kind(import),
+        "evenkeel" => evenkeel_kind(import),
         "spectest" if import.name.starts_with("print") && import.results.is_empty() => {
             Some(ImportKind::Print)
         }
@@ -142,7 +142,7 @@ pub(super) fn guest_kind(import: &meta::Import) -> Option<ImportKind> {
 }
 
 /// What `guests/evenkeel.h` declares.
-fn own_kind(import: &meta::Import) -> Option<ImportKind> {
+fn evenkeel_kind(import: &meta::Import) -> Option<ImportKind> {
     let (params, results): (&[SlotType], SlotType) = match import.name.as_str() {
         "epoch" => (&[], SlotType::I64),
         "object" => (&[SlotType::I32; 4], SlotType::I32),
@@ -232,7 +232,7 @@ pub(crate) fn link(
                 let mut progress = Progress::Fresh;
                 let outcome = host_call(&mut caller, number, kind, &args, &mut progress)?;
                 if let ImportKind::Grow(memory) | ImportKind::Sync(memory) = kind {
-                    see_size(&mut caller, memory)?;
+                    update_size(&mut caller, memory)?;
                 }
                 let (values, status) = results.split_at_mut(types.len());
                 let left = match outcome {
@@ -348,7 +348,7 @@ pub(crate) fn host_call(
 
 /// Lets the calling instance see a memory's true size: another thread's
 /// instance, or the machine, may have grown it.
-fn see_size(caller: &mut Caller<'_, ThreadContext>, memory: u32) -> wasmtime::Result<()> {
+fn update_size(caller: &mut Caller<'_, ThreadContext>, memory: u32) -> wasmtime::Result<()> {
     let pages = caller.data().thread.memories[memory as usize].size_bytes() / WASM_PAGE_BYTES;
     let export = caller.get_export(&format!("{PREFIX}m{memory}"));
     if let Some(own) = export.and_then(wasmtime::Extern::into_memory) {

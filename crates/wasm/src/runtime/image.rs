@@ -1,8 +1,8 @@
 //! A frozen machine without its memories, as plain data.
 
 use super::frame::ThreadState;
+use super::hints::Hints;
 use super::machine::MachineError;
-use super::hints::Names;
 use super::program::Program;
 use super::wait::WaitQueues;
 use crate::memory::WASM_PAGE_BYTES;
@@ -36,7 +36,7 @@ pub struct Image {
     pub wasi: keel_wasi::Snapshot,
     /// What the guest says of its memory and threads. (Stays the last: it is nothing in
     /// images of the version before.)
-    pub(super) names: Names,
+    pub(super) names: Hints,
 }
 
 impl Image {
@@ -84,7 +84,7 @@ impl Image {
         }
         let first = image.memory_pages.first();
         let size = first.map_or(0, |pages| pages.saturating_mul(WASM_PAGE_BYTES));
-        if !image.names.can_be(size) {
+        if !image.names.is_valid(size) {
             return Err(bad("it names what is not in memory"));
         }
         for (_, state) in image.threads.values() {

@@ -25,7 +25,7 @@ pub(super) fn check(module: &[u8], has: impl Fn(TypeRef) -> bool) -> Result<(), 
             }
             Ok(Payload::ImportSection(section)) => {
                 for import in section.into_imports().map_while(Result::ok) {
-                    let is_there = match import.ty {
+                    let is_resident = match import.ty {
                         TypeRef::Func(ty) => types
                             .get(ty as usize)
                             .and_then(Option::as_ref)
@@ -33,7 +33,7 @@ pub(super) fn check(module: &[u8], has: impl Fn(TypeRef) -> bool) -> Result<(), 
                             .is_some_and(|import| guest_kind(&import).is_some()),
                         other => has(other),
                     };
-                    if !is_there {
+                    if !is_resident {
                         unknown.push(format!("{}.{}", import.module, import.name));
                     }
                 }

@@ -20,13 +20,13 @@
 mod execution;
 mod placement;
 
-use super::calls::Turns;
+use super::calls::AddressLocks;
 use super::fiber::{FiberError, Trap};
 use super::frame::{FrameError, ThreadState};
 use super::governor::{CoreTime, ThreadClock, govern};
+use super::hints::{Hints, NamedRange};
 use super::host::Host;
 use super::image::{Entry, Image};
-use super::hints::{Named, Names};
 use super::parts::{Inbox, Parts};
 use super::program::{Program, ProgramError};
 use super::signal::Signal;
@@ -97,19 +97,19 @@ pub struct ThreadInfo {
     /// Whether it waits to be woken (`memory.atomic.wait`).
     pub waits: bool,
     /// What it took of cores where it is; `None` where that is not known.
-    pub took: Option<Took>,
+    pub took: Option<CpuUsage>,
 }
 
 /// What a thread took of cores where it is. Only differences mean something, and only
 /// while it stays there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Took {
+pub struct CpuUsage {
     /// When that was looked at, in nanoseconds since its part began.
     pub at_ns: u64,
     /// What it took until then.
     pub time: CoreTime,
     /// Microseconds that it stood at pages, by the part that gave them.
-    pub stood: BTreeMap<PartId, u64>,
+    pub stalled_us: BTreeMap<PartId, u64>,
 }
 
 /// How a machine ended.
@@ -175,10 +175,10 @@ pub enum MachineError {
     Leaving(PartId),
     /// It cannot do without a part yet.
     #[error("{0} thread(s) run at parts that it would not have any more")]
-    Away(usize),
+    ThreadsAtMember(usize),
     /// A thread did not come to a safepoint in time; the machine goes on.
     #[error("{0} thread(s) did not come to a safepoint in time; the machine goes on")]
-    Late(usize),
+    FreezeTimeout(usize),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,7 +208,7 @@ pub(super) struct Thread {
     inbox: Arc<Inbox>,
     /// Until then it is not shaken again: a deep stack takes long to make anew,
     /// and a thread that got less time than that would not come on.
-    rests_until: Option<Instant>,
+    recapture_after: Option<Instant>,
     /// Reasons for which it is held ([`Hold`]).
     held: u8,
     /// Set by the OS thread that runs it.
@@ -244,8 +244,8 @@ pub(super) struct Shared {
     pub(super) threads: Mutex<Threads>,
     changed: Condvar,
     pub(super) waits: Mutex<WaitQueues>,
-    pub(super) names: Mutex<Names>,
-    pub(super) turns: Turns,
+    pub(super) names: Mutex<Hints>,
+    pub(super) address_locks: AddressLocks,
     pub(super) parts: Parts,
     begun: Instant,
     /// It has ended.
@@ -446,7 +446,7 @@ impl Machine {
                 changed: Condvar::new(),
                 waits: Mutex::new(waits),
                 names: Mutex::default(),
-                turns: Turns::default(),
+                address_locks: AddressLocks::default(),
                 parts: Parts::default(),
                 begun: Instant::now(),
                 over: AtomicBool::new(false),
@@ -536,7 +536,7 @@ impl Machine {
     /// The first freeze may have to compile first; the machine runs meanwhile.
     ///
     /// # Errors
-    /// [`MachineError::Late`], [`MachineError::Ended`],
+    /// [`MachineError::FreezeTimeout`], [`MachineError::Ended`],
     /// [`MachineError::Program`]; freezing a frozen machine is fine.
     pub fn freeze(&self, patience: Duration) -> Result<(), MachineError> {
         let shared = &self.shared;
@@ -562,8 +562,8 @@ impl Machine {
             }
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {
-                shared.go_on(&mut threads)?;
-                return Err(MachineError::Late(running));
+                shared.resume_threads(&mut threads)?;
+                return Err(MachineError::FreezeTimeout(running));
             }
             threads = shared
                 .changed
@@ -603,13 +603,13 @@ impl Machine {
     }
 
     /// What the guest calls pieces of its first memory.
-    pub fn named(&self) -> BTreeMap<String, Named> {
+    pub fn named(&self) -> BTreeMap<String, NamedRange> {
         locked(&self.shared.names).objects().clone()
     }
 
     /// Which of them its threads like to be near.
-    pub fn liked(&self) -> BTreeMap<u32, String> {
-        locked(&self.shared.names).liked().clone()
+    pub fn preferences(&self) -> BTreeMap<u32, String> {
+        locked(&self.shared.names).preferences().clone()
     }
 
     /// Lets a frozen machine go on.
@@ -625,7 +625,7 @@ impl Machine {
             Phase::Freezing => return Err(MachineError::NotFrozen),
             Phase::Frozen => {}
         }
-        Ok(self.shared.go_on(&mut threads)?)
+        Ok(self.shared.resume_threads(&mut threads)?)
     }
 
     /// Holds threads (all, or these) at their next safepoint until
@@ -733,7 +733,8 @@ impl Shared {
 
 impl Thread {
     fn rested(&self) -> bool {
-        self.rests_until.is_none_or(|until| Instant::now() >= until)
+        self.recapture_after
+            .is_none_or(|until| Instant::now() >= until)
     }
 }
 
@@ -758,7 +759,7 @@ impl Threads {
                 place,
                 seat: None,
                 inbox: Arc::default(),
-                rests_until: None,
+                recapture_after: None,
                 held: 0,
                 clock: None,
                 _tables: tables,

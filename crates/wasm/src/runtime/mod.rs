@@ -24,26 +24,28 @@ mod compile_progress;
 mod fiber;
 pub mod frame;
 mod governor;
+mod hints;
 mod host;
 mod image;
 mod imports;
 mod machine;
-mod hints;
 pub mod parts;
-mod uninstrumented;
 mod program;
 mod signal;
 mod tables;
+mod uninstrumented;
 mod wait;
 
 pub use crate::instrument::meta::TABLE_ENTRIES_MAX;
 pub use compile_progress::CompileProgress;
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
 pub use governor::CoreTime;
+pub use hints::{NamedRange, is_object_name};
 pub use host::{Host, HostOutcome, HostThread, ImportKind};
 pub use image::Image;
-pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, Took, make_memories};
-pub use hints::{Named, is_object_name};
+pub use machine::{
+    CpuUsage, Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, make_memories,
+};
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES, program_of_code};
 pub use signal::Signal;
 pub use tables::{TABLES_ENTRIES_MAX, TableBudget};

@@ -220,7 +220,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`ProgramError::Compile`].
-    pub(super) fn compile_plain(
+    pub(super) fn compile_uninstrumented(
         &self,
         bytes: &[u8],
     ) -> Result<(wasmtime::Engine, Module), ProgramError> {

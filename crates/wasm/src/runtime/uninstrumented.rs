@@ -20,7 +20,7 @@ use wasmtime::{
 #[error("exit with code {0}")]
 struct Exited(u32);
 
-struct Plain {
+struct UninstrumentedRun {
     engine: wasmtime::Engine,
     wasi: Arc<Wasi>,
     signal: Signal,
@@ -34,19 +34,19 @@ struct Plain {
 }
 
 struct Context {
-    plain: Arc<Plain>,
+    plain: Arc<UninstrumentedRun>,
     tid: u32,
-    limits: PlainLimits,
+    limits: StoreLimits,
 }
 
 /// Bounds one thread's store.
-struct PlainLimits {
+struct StoreLimits {
     /// Of each memory that the module defines for itself.
     memory_bytes: usize,
     tables: TableLimits,
 }
 
-impl ResourceLimiter for PlainLimits {
+impl ResourceLimiter for StoreLimits {
     fn memory_growing(
         &mut self,
         _current: usize,
@@ -67,12 +67,12 @@ impl ResourceLimiter for PlainLimits {
 }
 
 impl Context {
-    fn new(plain: &Arc<Plain>, tid: u32) -> Self {
+    fn new(plain: &Arc<UninstrumentedRun>, tid: u32) -> Self {
         let bytes = usize::try_from(plain.limits.memory_bytes).unwrap_or(usize::MAX);
         Context {
             plain: plain.clone(),
             tid,
-            limits: PlainLimits {
+            limits: StoreLimits {
                 memory_bytes: bytes,
                 tables: TableLimits::plain(plain.tables.clone()),
             },
@@ -104,7 +104,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`ProgramError`] if it is no module, or imports what machines do not have.
-    pub fn run_plain(
+    pub fn run_uninstrumented(
         &self,
         bytes: &[u8],
         wasi: Arc<Wasi>,
@@ -115,7 +115,7 @@ impl Engine {
             |import| matches!(import, TypeRef::Memory(memory) if memory.shared),
         )?;
         tables::initial_entries(bytes, false)?;
-        let (engine, module) = self.compile_plain(bytes)?;
+        let (engine, module) = self.compile_uninstrumented(bytes)?;
         run(engine, &module, wasi, limits)
     }
 }
@@ -134,7 +134,7 @@ fn run(
         .transpose()
         .map_err(ProgramError::Compile)?;
     let (ended, end) = mpsc::channel();
-    let plain = Arc::new(Plain {
+    let plain = Arc::new(UninstrumentedRun {
         engine,
         wasi,
         signal: Signal::new().map_err(|source| ProgramError::Cache {
@@ -163,7 +163,7 @@ fn run(
     Ok(end.recv().unwrap_or(Outcome::Stopped))
 }
 
-fn link(plain: &Arc<Plain>, module: &Module) -> Result<Linker<Context>, ProgramError> {
+fn link(plain: &Arc<UninstrumentedRun>, module: &Module) -> Result<Linker<Context>, ProgramError> {
     let mut linker = Linker::new(&plain.engine);
     linker.allow_shadowing(true);
     let mut unknown = Vec::new();
@@ -264,7 +264,7 @@ fn define(
     Ok(())
 }
 
-fn spawn(plain: &Arc<Plain>, arg: u32) -> i32 {
+fn spawn(plain: &Arc<UninstrumentedRun>, arg: u32) -> i32 {
     if plain.threads.fetch_add(1, Ordering::Relaxed) >= plain.limits.threads_max {
         plain.threads.fetch_sub(1, Ordering::Relaxed);
         return -1;
@@ -276,7 +276,7 @@ fn spawn(plain: &Arc<Plain>, arg: u32) -> i32 {
     }
 }
 
-fn launch(plain: &Arc<Plain>, tid: u32, arg: Option<u32>) -> std::io::Result<()> {
+fn launch(plain: &Arc<UninstrumentedRun>, tid: u32, arg: Option<u32>) -> std::io::Result<()> {
     let plain = plain.clone();
     std::thread::Builder::new()
         .stack_size(program::STACK_BYTES + (1 << 20))
@@ -303,7 +303,7 @@ fn launch(plain: &Arc<Plain>, tid: u32, arg: Option<u32>) -> std::io::Result<()>
         .map(drop)
 }
 
-fn run_thread(plain: &Arc<Plain>, tid: u32, arg: Option<u32>) -> wasmtime::Result<()> {
+fn run_thread(plain: &Arc<UninstrumentedRun>, tid: u32, arg: Option<u32>) -> wasmtime::Result<()> {
     let instance = plain
         .instance
         .lock()

@@ -2,7 +2,7 @@
 //! and two pages, the litmus tests of memory models (Alglave, Maranget and Tautschnig,
 //! "Herding Cats", 2014) with their threads on different parts.
 
-use crate::simulator::{Action, Deed, Op, Set, Spoilt, World};
+use crate::simulator::{Action, InjectedBug, Op, Operation, Setup, Simulator};
 use stateright::{Checker, Model, Property};
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -15,27 +15,27 @@ const Y: u32 = 1;
 type Outcome = Vec<Vec<u64>>;
 
 struct Machine {
-    set: Set,
+    set: Setup,
     /// So often a page changes hands at most.
     grants_max: u32,
     outcomes: Mutex<BTreeSet<Outcome>>,
 }
 
 impl Model for Machine {
-    type State = World;
+    type State = Simulator;
     type Action = Action;
 
-    fn init_states(&self) -> Vec<World> {
-        vec![World::new(&self.set)]
+    fn init_states(&self) -> Vec<Simulator> {
+        vec![Simulator::new(&self.set)]
     }
 
-    fn actions(&self, state: &World, actions: &mut Vec<Action>) {
+    fn actions(&self, state: &Simulator, actions: &mut Vec<Action>) {
         if state.wrong.is_none() {
             state.actions(actions);
         }
     }
 
-    fn next_state(&self, last: &World, action: Action) -> Option<World> {
+    fn next_state(&self, last: &Simulator, action: Action) -> Option<Simulator> {
         let mut next = last.clone();
         next.act(action);
         if next.is_done() {
@@ -46,19 +46,19 @@ impl Model for Machine {
     }
 
     /// A page may go to and fro for ever, if no thread runs meanwhile.
-    fn within_boundary(&self, state: &World) -> bool {
+    fn within_boundary(&self, state: &Simulator) -> bool {
         state.grants.iter().all(|grants| *grants <= self.grants_max)
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
-        vec![Property::always("right", |_, state: &World| {
+        vec![Property::always("right", |_, state: &Simulator| {
             state.wrong.is_none()
         })]
     }
 }
 
 /// Looks at everything; what threads can have read, or what goes wrong.
-fn explore(name: &str, set: Set) -> Result<BTreeSet<Outcome>, String> {
+fn explore(name: &str, set: Setup) -> Result<BTreeSet<Outcome>, String> {
     let needed = |page: u32| {
         let ops = set.threads.iter().flat_map(|(_, ops)| ops);
         let those = ops.filter(|op| op.needs().iter().any(|(it, _)| *it == page));
@@ -81,21 +81,21 @@ fn explore(name: &str, set: Set) -> Result<BTreeSet<Outcome>, String> {
     }
 }
 
-fn all(name: &str, set: Set) -> BTreeSet<Outcome> {
+fn all(name: &str, set: Setup) -> BTreeSet<Outcome> {
     let outcomes = explore(name, set).unwrap_or_else(|wrong| panic!("{wrong}"));
     assert!(!outcomes.is_empty(), "{name}: no thread ends");
     outcomes
 }
 
-fn set(parts: usize, pages: u32, threads: &[(usize, &[Op])]) -> Set {
-    Set {
+fn set(parts: usize, pages: u32, threads: &[(usize, &[Op])]) -> Setup {
+    Setup {
         parts,
         pages,
         threads: threads
             .iter()
             .map(|(part, ops)| (*part, ops.to_vec()))
             .collect(),
-        ..Set::default()
+        ..Setup::default()
     }
 }
 
@@ -106,7 +106,7 @@ fn two_parts_and_a_page() {
         (1, &[Op::Add(X), Op::Add(X), Op::Read(X)]),
         (1, &[Op::Read(X), Op::Add(X)]),
     ];
-    let set = Set {
+    let set = Setup {
         drops: true,
         ..set(2, 1, threads)
     };
@@ -123,7 +123,7 @@ fn three_parts_and_a_page() {
         (1, &[Op::Add(X), Op::Read(X)]),
         (2, &[Op::Read(X), Op::Add(X)]),
     ];
-    let set = Set {
+    let set = Setup {
         drops: true,
         ..set(3, 1, threads)
     };
@@ -141,15 +141,18 @@ fn without_any_order() {
         (1, &[Op::Write(Y, 1), Op::Read(X)]),
         (1, &[Op::Add(X)]),
     ];
-    let unordered = Set {
+    let unordered = Setup {
         unordered: true,
         ..set(2, 2, threads)
     };
     all("two pages, unordered", unordered);
     let threads: &[(usize, &[Op])] = &[(1, &[Op::Add(X)]), (2, &[Op::Read(X)])];
-    let unordered = Set {
+    let unordered = Setup {
         unordered: true,
-        deeds: vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 2)],
+        operations: vec![
+            Operation::MoveDirectory(0, 1),
+            Operation::MoveDirectory(0, 2),
+        ],
         ..set(3, 1, threads)
     };
     all("directories, unordered", unordered);
@@ -210,7 +213,7 @@ fn two_pages_at_once() {
         (1, &[Op::Swap(Y, X)]),
     ];
     for hold_micros in [0, 1] {
-        let set = Set {
+        let set = Setup {
             hold_micros,
             ..set(2, 2, threads)
         };
@@ -221,12 +224,12 @@ fn two_pages_at_once() {
 #[test]
 fn held_and_pinned_pages() {
     let threads: &[(usize, &[Op])] = &[(0, &[Op::Add(X)]), (1, &[Op::Add(X)]), (2, &[Op::Read(X)])];
-    let held = Set {
+    let held = Setup {
         hold_micros: 1,
         ..set(3, 1, threads)
     };
     all("held", held.clone());
-    let pinned = Set {
+    let pinned = Setup {
         hold_micros: 0,
         pins: 2,
         ..held
@@ -241,16 +244,22 @@ fn pages_and_directories_that_move() {
         (1, &[Op::Add(X)]),
         (2, &[Op::Read(X), Op::Add(X)]),
     ];
-    for deeds in [
-        vec![Deed::Move(0, X, 1), Deed::Move(2, X, 2)],
-        vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 2)],
-        vec![Deed::MoveDirectory(0, 1), Deed::MoveDirectory(0, 0)],
-        vec![Deed::MoveDirectory(0, 2), Deed::Move(1, X, 1)],
-        vec![Deed::MoveDirectory(0, 1), Deed::Gather],
+    for operations in [
+        vec![Operation::Move(0, X, 1), Operation::Move(2, X, 2)],
+        vec![
+            Operation::MoveDirectory(0, 1),
+            Operation::MoveDirectory(0, 2),
+        ],
+        vec![
+            Operation::MoveDirectory(0, 1),
+            Operation::MoveDirectory(0, 0),
+        ],
+        vec![Operation::MoveDirectory(0, 2), Operation::Move(1, X, 1)],
+        vec![Operation::MoveDirectory(0, 1), Operation::Gather],
     ] {
-        let name = format!("{deeds:?}");
-        let set = Set {
-            deeds,
+        let name = format!("{operations:?}");
+        let set = Setup {
+            operations,
             ..set(3, 1, threads)
         };
         all(&name, set);
@@ -265,29 +274,37 @@ fn pages_that_move_in_rows() {
         (1, &[Op::Read(Y), Op::Add(X)]),
     ];
     let three: &[(usize, &[Op])] = &[(0, &[Op::Add(Y)]), (1, &[Op::Add(X)]), (2, &[Op::Read(X)])];
-    for (threads, deeds) in [
-        (two, vec![Deed::MoveRow(0, X, 1)]),
-        (two, vec![Deed::MoveRow(0, X, 1), Deed::MoveRow(1, X, 0)]),
-        (two, vec![Deed::MoveRow(0, X, 1), Deed::MoveDirectory(1, 1)]),
-        (three, vec![Deed::MoveRow(0, X, 2)]),
+    for (threads, operations) in [
+        (two, vec![Operation::MoveRun(0, X, 1)]),
+        (
+            two,
+            vec![Operation::MoveRun(0, X, 1), Operation::MoveRun(1, X, 0)],
+        ),
+        (
+            two,
+            vec![Operation::MoveRun(0, X, 1), Operation::MoveDirectory(1, 1)],
+        ),
+        (three, vec![Operation::MoveRun(0, X, 2)]),
         (
             &three[..2],
-            vec![Deed::MoveRow(0, X, 2), Deed::MoveRow(1, X, 1)],
+            vec![Operation::MoveRun(0, X, 2), Operation::MoveRun(1, X, 1)],
         ),
     ] {
-        let name = format!("{} threads, {deeds:?}", threads.len());
-        let parts = 1 + deeds.iter().fold(1, |most, deed| match deed {
-            Deed::MoveRow(_, _, to) => most.max(*to),
-            _ => most,
-        });
-        let set = Set {
-            deeds,
+        let name = format!("{} threads, {operations:?}", threads.len());
+        let parts = 1 + operations
+            .iter()
+            .fold(1, |most, operation| match operation {
+                Operation::MoveRun(_, _, to) => most.max(*to),
+                _ => most,
+            });
+        let set = Setup {
+            operations,
             ..set(parts, 2, threads)
         };
         all(&name, set.clone());
         all(
             &name,
-            Set {
+            Setup {
                 merges: true,
                 ..set
             },
@@ -302,16 +319,16 @@ fn a_part_that_leaves() {
         (1, &[Op::Add(X), Op::Read(X)]),
         (2, &[Op::Add(X), Op::Read(X)]),
     ];
-    for deeds in [
-        vec![Deed::Empty(1, 0)],
-        vec![Deed::Empty(1, 2), Deed::Move(0, X, 2)],
+    for operations in [
+        vec![Operation::Evacuate(1, 0)],
+        vec![Operation::Evacuate(1, 2), Operation::Move(0, X, 2)],
         // Asked for before it left, and heard of after it.
-        vec![Deed::Empty(1, 0), Deed::Move(2, X, 1)],
-        vec![Deed::Empty(1, 0), Deed::MoveDirectory(0, 2)],
+        vec![Operation::Evacuate(1, 0), Operation::Move(2, X, 1)],
+        vec![Operation::Evacuate(1, 0), Operation::MoveDirectory(0, 2)],
     ] {
-        let name = format!("{deeds:?}");
-        let set = Set {
-            deeds,
+        let name = format!("{operations:?}");
+        let set = Setup {
+            operations,
             ..set(3, 1, threads)
         };
         all(&name, set);
@@ -327,21 +344,25 @@ fn a_part_that_leaves_and_one_that_comes() {
         (1, &[Op::Add(X)]),
         (2, &[Op::Read(X), Op::Add(X)]),
     ];
-    for (parts, deeds) in [
-        (2, vec![Deed::Empty(1, 0)]),
-        (2, vec![Deed::Empty(1, 0), Deed::Move(0, X, 1)]),
-        (3, vec![Deed::Empty(1, 2)]),
+    for (parts, operations) in [
+        (2, vec![Operation::Evacuate(1, 0)]),
+        (2, vec![Operation::Evacuate(1, 0), Operation::Move(0, X, 1)]),
+        (3, vec![Operation::Evacuate(1, 2)]),
         // Who is to get something is about to be gone, or is another one by then.
-        (3, vec![Deed::Empty(1, 0), Deed::Move(2, X, 1)]),
+        (3, vec![Operation::Evacuate(1, 0), Operation::Move(2, X, 1)]),
         // It was the directory.
         (
             2,
-            vec![Deed::MoveDirectory(0, 1), Deed::Gather, Deed::Empty(1, 0)],
+            vec![
+                Operation::MoveDirectory(0, 1),
+                Operation::Gather,
+                Operation::Evacuate(1, 0),
+            ],
         ),
     ] {
-        let name = format!("{deeds:?}");
-        let set = Set {
-            deeds,
+        let name = format!("{operations:?}");
+        let set = Setup {
+            operations,
             returns: Some(vec![Op::Add(X)]),
             ..set(parts, 1, &threads[..parts])
         };
@@ -353,8 +374,12 @@ fn a_part_that_leaves_and_one_that_comes() {
 #[test]
 fn a_directory_that_leaves() {
     let threads: &[(usize, &[Op])] = &[(0, &[Op::Add(X)]), (2, &[Op::Add(X)])];
-    let set = Set {
-        deeds: vec![Deed::MoveDirectory(0, 1), Deed::Gather, Deed::Empty(1, 2)],
+    let set = Setup {
+        operations: vec![
+            Operation::MoveDirectory(0, 1),
+            Operation::Gather,
+            Operation::Evacuate(1, 2),
+        ],
         returns: Some(vec![Op::Read(X)]),
         ..set(3, 1, threads)
     };
@@ -369,32 +394,35 @@ fn the_home_moves() {
         (1, &[Op::Add(X), Op::Read(X)]),
         (2, &[Op::Read(X), Op::Add(X)]),
     ];
-    for (parts, deeds) in [
-        (2, vec![Deed::Move(0, X, 1), Deed::Succeed(1)]),
-        (2, vec![Deed::MoveRow(0, X, 1), Deed::Succeed(1)]),
-        (3, vec![Deed::Move(0, X, 2), Deed::Succeed(1)]),
+    for (parts, operations) in [
+        (2, vec![Operation::Move(0, X, 1), Operation::MigrateHome(1)]),
+        (
+            2,
+            vec![Operation::MoveRun(0, X, 1), Operation::MigrateHome(1)],
+        ),
+        (3, vec![Operation::Move(0, X, 2), Operation::MigrateHome(1)]),
         (
             3,
             vec![
-                Deed::Move(0, X, 1),
-                Deed::Succeed(1),
-                Deed::Move(2, X, 1),
-                Deed::Succeed(2),
+                Operation::Move(0, X, 1),
+                Operation::MigrateHome(1),
+                Operation::Move(2, X, 1),
+                Operation::MigrateHome(2),
             ],
         ),
         (
             2,
             vec![
-                Deed::MoveDirectory(0, 1),
-                Deed::Gather,
-                Deed::Move(0, X, 1),
-                Deed::Succeed(1),
+                Operation::MoveDirectory(0, 1),
+                Operation::Gather,
+                Operation::Move(0, X, 1),
+                Operation::MigrateHome(1),
             ],
         ),
     ] {
-        let name = format!("{deeds:?}");
-        let set = Set {
-            deeds,
+        let name = format!("{operations:?}");
+        let set = Setup {
+            operations,
             drops: parts == 2,
             ..set(parts, 1, &threads[..parts])
         };
@@ -412,8 +440,8 @@ fn a_part_that_is_lost() {
         (2, &[Op::Read(X), Op::Add(X)]),
     ];
     for part in 0..3 {
-        let set = Set {
-            deeds: vec![Deed::Lose(part)],
+        let set = Setup {
+            operations: vec![Operation::Lose(part)],
             drops: true,
             ..set(3, 1, threads)
         };
@@ -428,12 +456,16 @@ fn what_is_spoilt_is_found() {
         (0, &[Op::Write(X, 1), Op::Read(Y)]),
         (1, &[Op::Read(X), Op::Add(X), Op::Add(Y)]),
     ];
-    for spoilt in [Spoilt::Protects, Spoilt::Discards, Spoilt::Wakes] {
-        let set = Set {
-            spoilt,
+    for bug in [
+        InjectedBug::SkipProtect,
+        InjectedBug::SkipDiscard,
+        InjectedBug::SkipWake,
+    ] {
+        let set = Setup {
+            bug,
             ..set(2, 2, threads)
         };
-        let found = explore(&format!("{spoilt:?}"), set);
-        assert!(found.is_err(), "{spoilt:?}: {found:?}");
+        let found = explore(&format!("{bug:?}"), set);
+        assert!(found.is_err(), "{bug:?}: {found:?}");
     }
 }

@@ -1,7 +1,7 @@
 //! Larger machines, in orders at random. A seed that fails is printed; it alone:
 //! `EVENKEEL_SEED=N cargo nextest run -p keel-wasm --test coherence randomized`.
 
-use crate::simulator::{Action, Deed, Op, Set, Spoilt, World};
+use crate::simulator::{Action, InjectedBug, Op, Operation, Setup, Simulator};
 use rand::rngs::SmallRng;
 use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
@@ -10,7 +10,7 @@ const SEEDS: u64 = 40_000;
 /// More than any of them takes.
 const STEPS_MAX: usize = 200_000;
 
-fn draw(rng: &mut SmallRng, seed: u64) -> Set {
+fn draw(rng: &mut SmallRng, seed: u64) -> Setup {
     let (parts, pages) = (rng.random_range(2..=5), rng.random_range(1..=6u32));
     let page = |rng: &mut SmallRng| rng.random_range(0..pages);
     let threads = (0..rng.random_range(1..=6))
@@ -31,30 +31,32 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
         })
         .collect();
     let segment_pages = rng.random_range(1..=3);
-    let mut deeds: Vec<Deed> = (0..rng.random_range(0..8))
+    let mut operations: Vec<Operation> = (0..rng.random_range(0..8))
         .map(|_| match rng.random_range(0..4) {
-            0 => Deed::Move(
+            0 => Operation::Move(
                 rng.random_range(0..parts),
                 page(rng),
                 rng.random_range(0..parts),
             ),
-            1 => Deed::MoveRow(
+            1 => Operation::MoveRun(
                 rng.random_range(0..parts),
                 page(rng),
                 rng.random_range(0..parts),
             ),
-            _ => Deed::MoveDirectory(page(rng) / segment_pages, rng.random_range(0..parts)),
+            _ => Operation::MoveDirectory(page(rng) / segment_pages, rng.random_range(0..parts)),
         })
         .collect();
     // Who leaves is emptied by the home, which is the directory of all then.
     let mut returns = None;
     if rng.random_bool(0.3) {
         match rng.random_bool(0.5) {
-            true => deeds.extend([Deed::Gather; 2]),
-            false => deeds.retain(|deed| matches!(deed, Deed::Move(..) | Deed::MoveRow(..))),
+            true => operations.extend([Operation::Gather; 2]),
+            false => operations.retain(|operation| {
+                matches!(operation, Operation::Move(..) | Operation::MoveRun(..))
+            }),
         }
         let leaves = rng.random_range(1..parts);
-        deeds.push(Deed::Empty(leaves, (leaves + 1) % parts));
+        operations.push(Operation::Evacuate(leaves, (leaves + 1) % parts));
         if rng.random_bool(0.7) {
             let ops = (0..rng.random_range(0..=9)).map(|_| match rng.random_bool(0.5) {
                 true => Op::Read(page(rng)),
@@ -65,29 +67,31 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
     }
     if returns.is_none() && rng.random_bool(0.2) {
         match rng.random_bool(0.5) {
-            true => deeds.extend([Deed::Gather; 3]),
-            false => deeds.retain(|deed| matches!(deed, Deed::Move(..) | Deed::MoveRow(..))),
+            true => operations.extend([Operation::Gather; 3]),
+            false => operations.retain(|operation| {
+                matches!(operation, Operation::Move(..) | Operation::MoveRun(..))
+            }),
         }
         for _ in 0..rng.random_range(1..=3) {
             match rng.random_bool(0.5) {
-                true => deeds.push(Deed::MoveRow(0, 0, rng.random_range(1..parts))),
+                true => operations.push(Operation::MoveRun(0, 0, rng.random_range(1..parts))),
                 false => {
                     let moves =
-                        (0..pages).map(|page| Deed::Move(0, page, rng.random_range(1..parts)));
-                    deeds.extend(moves.collect::<Vec<_>>());
+                        (0..pages).map(|page| Operation::Move(0, page, rng.random_range(1..parts)));
+                    operations.extend(moves.collect::<Vec<_>>());
                 }
             }
-            deeds.push(Deed::Succeed(rng.random_range(1..parts)));
+            operations.push(Operation::MigrateHome(rng.random_range(1..parts)));
         }
     } else if returns.is_none() && rng.random_bool(0.1) {
-        deeds.push(Deed::Lose(rng.random_range(0..parts)));
+        operations.push(Operation::Lose(rng.random_range(0..parts)));
     }
-    Set {
+    Setup {
         returns,
         parts,
         pages,
         threads,
-        deeds,
+        operations,
         // Two pages at once come together only if each stays for a moment.
         hold_micros: rng.random_range(1..50),
         segment_pages,
@@ -95,7 +99,7 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
         pins: rng.random_range(0..10),
         unordered: rng.random_bool(0.5),
         merges: rng.random_bool(0.5),
-        spoilt: Spoilt::No,
+        bug: InjectedBug::None,
         seed,
     }
 }
@@ -104,26 +108,29 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Set {
 /// after a directory had, and whether pages came in rows.
 fn run(seed: u64) -> Result<(usize, [bool; 3]), String> {
     let mut rng = SmallRng::seed_from_u64(seed);
-    let mut world = World::new(&draw(&mut rng, seed));
+    let mut simulator = Simulator::new(&draw(&mut rng, seed));
     // Some runs prefer threads to messages, some the other way round.
     let eager = rng.random_range(1..20);
     let mut actions = Vec::new();
     for step in 0..STEPS_MAX {
         actions.clear();
-        world.actions(&mut actions);
+        simulator.actions(&mut actions);
         let idle = |action: &Action| matches!(action, Action::Drop(..) | Action::Pin(..));
         if actions.iter().all(idle) {
-            return Ok((step, [world.went, world.succeeded, world.rows > 0]));
+            return Ok((
+                step,
+                [simulator.went, simulator.succeeded, simulator.rows > 0],
+            ));
         }
         let weight = |action: &Action| match action {
             Action::Run(_) => eager,
             Action::Deliver { .. } | Action::Unpin(..) => 10,
             Action::Tick(_) => 3,
-            Action::Drop(..) | Action::Pin(..) | Action::Do(_) => 1,
+            Action::Drop(..) | Action::Pin(..) | Action::Perform(_) => 1,
         };
         let action = actions.choose_weighted(&mut rng, weight);
-        world.act(*action.map_err(|error| error.to_string())?);
-        if let Some(wrong) = world.wrong {
+        simulator.act(*action.map_err(|error| error.to_string())?);
+        if let Some(wrong) = simulator.wrong {
             return Err(format!("after {step} steps: {wrong}"));
         }
     }

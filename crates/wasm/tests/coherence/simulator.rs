@@ -4,7 +4,7 @@
 //! written last, and that who writes is alone.
 
 use keel_wasm::coherence::{
-    Access, Coherence, Command, Config, Event, Held, Holdings, Message, PageId, PartId, PartSet,
+    Access, Coherence, Command, Config, Event, HeldRun, Holdings, Message, PageId, PartId, PartSet,
     Segment,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -42,39 +42,39 @@ pub(crate) struct Thread {
 
 /// What is done to a machine beside what its threads do; each once, at any time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Deed {
+pub(crate) enum Operation {
     /// By a part's agent.
     Move(usize, u32, usize),
     /// All pages from one on, at once.
-    MoveRow(usize, u32, usize),
+    MoveRun(usize, u32, usize),
     /// As the home wants it.
     MoveDirectory(u32, usize),
     /// The home has all directories brought.
     Gather,
     /// A part gives up what it has, to another; its threads have ended then.
-    Empty(usize, usize),
+    Evacuate(usize, usize),
     /// A part is gone, with what was on its way to it and from it.
     Lose(usize),
     /// A part, the first, is told that another one has left that has nothing any more. (It
-    /// follows from [`Deed::Empty`] where [`Set::returns`].)
-    Gone(usize, usize),
+    /// follows from [`Operation::Empty`] where [`Set::returns`].)
+    Leave(usize, usize),
     /// It is told that the other one is back, with nothing.
     Join(usize, usize),
     /// A part takes the home's place, which has given away all that it had; another one
     /// comes under its number. Nothing is on its way then.
-    Succeed(usize),
+    MigrateHome(usize),
 }
 
 /// How it is spoilt, to see that the checks find it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Spoilt {
-    No,
+pub(crate) enum InjectedBug {
+    None,
     /// Pages are sent before they are protected.
-    Protects,
+    SkipProtect,
     /// Readers say that they gave a page up, and keep it.
-    Discards,
+    SkipDiscard,
     /// Waiters are not woken when a page may be written.
-    Wakes,
+    SkipWake,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -87,17 +87,17 @@ pub(crate) enum Action {
     Run(usize),
     Tick(usize),
     Drop(usize, u32),
-    Do(usize),
+    Perform(usize),
     Pin(usize, u32),
     Unpin(usize, u32),
 }
 
 #[derive(Debug, Clone)]
-pub(crate) struct Set {
+pub(crate) struct Setup {
     pub(crate) parts: usize,
     pub(crate) pages: u32,
     pub(crate) threads: Vec<(usize, Vec<Op>)>,
-    pub(crate) deeds: Vec<Deed>,
+    pub(crate) operations: Vec<Operation>,
     /// A part that has left is gone, and comes back; what threads do there then.
     pub(crate) returns: Option<Vec<Op>>,
     pub(crate) hold_micros: u64,
@@ -109,17 +109,17 @@ pub(crate) struct Set {
     pub(crate) unordered: bool,
     /// Pages in a row that wait to be delivered are said at once.
     pub(crate) merges: bool,
-    pub(crate) spoilt: Spoilt,
+    pub(crate) bug: InjectedBug,
     pub(crate) seed: u64,
 }
 
-impl Default for Set {
+impl Default for Setup {
     fn default() -> Self {
-        Set {
+        Setup {
             parts: 2,
             pages: 1,
             threads: Vec::new(),
-            deeds: Vec::new(),
+            operations: Vec::new(),
             returns: None,
             hold_micros: 0,
             segment_pages: 1,
@@ -127,14 +127,14 @@ impl Default for Set {
             pins: 0,
             unordered: false,
             merges: false,
-            spoilt: Spoilt::No,
+            bug: InjectedBug::None,
             seed: 7,
         }
     }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct World {
+pub(crate) struct Simulator {
     parts: Vec<Coherence>,
     /// From each to each, in rows.
     links: Vec<VecDeque<(Message, Vec<u64>)>>,
@@ -148,7 +148,7 @@ pub(crate) struct World {
     /// How often each page changed hands.
     pub(crate) grants: Vec<u32>,
     ticks: Vec<Option<u64>>,
-    deeds: Vec<Deed>,
+    operations: Vec<Operation>,
     /// Parts that give up what they have: what they could still read, nobody reads.
     leaving: BTreeSet<usize>,
     lost: BTreeSet<usize>,
@@ -168,7 +168,7 @@ pub(crate) struct World {
     segment_pages: u32,
     unordered: bool,
     merges: bool,
-    spoilt: Spoilt,
+    bug: InjectedBug,
     pub(crate) wrong: Option<String>,
 }
 
@@ -237,8 +237,8 @@ fn merged(one: &Message, other: &Message) -> Option<Message> {
     Some(both)
 }
 
-impl World {
-    pub(crate) fn new(set: &Set) -> Self {
+impl Simulator {
+    pub(crate) fn new(set: &Setup) -> Self {
         let all: PartSet = (0..set.parts).map(part).collect();
         let parts = (0..set.parts)
             .map(|number| {
@@ -256,7 +256,7 @@ impl World {
         frames[0] = (0..set.pages)
             .map(|page| (page, (Access::Write, 0)))
             .collect();
-        World {
+        Simulator {
             parts,
             links: vec![VecDeque::new(); set.parts * set.parts],
             frames,
@@ -274,7 +274,7 @@ impl World {
                 .collect(),
             grants: vec![0; set.pages as usize],
             ticks: vec![None; set.parts],
-            deeds: set.deeds.clone(),
+            operations: set.operations.clone(),
             leaving: BTreeSet::new(),
             lost: BTreeSet::new(),
             emptied: BTreeSet::new(),
@@ -291,7 +291,7 @@ impl World {
             segment_pages: set.segment_pages,
             unordered: set.unordered,
             merges: set.merges,
-            spoilt: set.spoilt,
+            bug: set.bug,
             wrong: None,
         }
     }
@@ -304,8 +304,9 @@ impl World {
     pub(crate) fn is_quiet(&self) -> bool {
         let mut parts = self.parts.iter().enumerate();
         // (What a part asked for that has left is not answered.)
-        let rests =
-            |(number, part): (usize, &Coherence)| self.leaving.contains(&number) || part.is_quiet();
+        let rests = |(number, part): (usize, &Coherence)| {
+            self.leaving.contains(&number) || part.is_quiescent()
+        };
         self.links.iter().all(VecDeque::is_empty) && parts.all(rests)
     }
 
@@ -332,9 +333,9 @@ impl World {
                 actions.push(Action::Tick(number));
             }
         }
-        for (number, deed) in self.deeds.iter().enumerate() {
-            if self.can(*deed) {
-                actions.push(Action::Do(number));
+        for (number, operation) in self.operations.iter().enumerate() {
+            if self.can(*operation) {
+                actions.push(Action::Perform(number));
             }
         }
         actions.extend(
@@ -354,60 +355,61 @@ impl World {
         }
     }
 
-    fn can(&self, deed: Deed) -> bool {
-        match deed {
+    fn can(&self, operation: Operation) -> bool {
+        match operation {
             // (What is to be at a part that not all know only the home refuses.)
-            Deed::Move(_, _, to) | Deed::MoveRow(_, _, to) => {
-                let joins = |deed: &Deed| matches!(deed, Deed::Join(_, part) if *part == to);
-                let moves = |deed: &Deed| matches!(deed, Deed::MoveDirectory(..));
-                let all_home = !self.directories_moved && !self.deeds.iter().any(moves);
-                all_home || !self.deeds.iter().any(joins)
+            Operation::Move(_, _, to) | Operation::MoveRun(_, _, to) => {
+                let joins = |operation: &Operation| matches!(operation, Operation::Join(_, part) if *part == to);
+                let moves =
+                    |operation: &Operation| matches!(operation, Operation::MoveDirectory(..));
+                let all_home = !self.directories_moved && !self.operations.iter().any(moves);
+                all_home || !self.operations.iter().any(joins)
             }
-            Deed::Gather | Deed::Lose(_) => true,
+            Operation::Gather | Operation::Lose(_) => true,
             // (Whoever is told of a directory has heard before of who is gone.)
-            Deed::MoveDirectory(segment, to) => {
-                let is_gone = |deed: &Deed| matches!(deed, Deed::Gone(..));
+            Operation::MoveDirectory(segment, to) => {
+                let is_gone = |operation: &Operation| matches!(operation, Operation::Leave(..));
                 let at = self.directory(segment);
-                at.is_some_and(|at| at != to) && !self.deeds.iter().any(is_gone)
+                at.is_some_and(|at| at != to) && !self.operations.iter().any(is_gone)
             }
             // Its threads have left. (Who is to be gone is asked nothing any more.)
-            Deed::Empty(part, _) => {
+            Operation::Evacuate(part, _) => {
                 let mut threads = self.threads.iter();
                 let home = &self.parts[0];
                 threads.all(|thread| thread.part != part || thread.left.is_empty())
                     && (self.returns.is_none()
                         || !self.directories_moved
-                        || self.is_quiet() && home.directories().next().is_none())
+                        || self.is_quiescent() && home.directories().next().is_none())
             }
             // The home is the first that is told, and the last.
-            Deed::Gone(0, part) => self.emptied.contains(&part),
-            Deed::Gone(_, part) => !self.deeds.contains(&Deed::Gone(0, part)),
-            Deed::Join(by, part) => {
-                let before = |deed: &Deed| match deed {
-                    Deed::Gone(_, other) => *other == part,
-                    Deed::Join(other, _) => by == 0 && *other != 0,
+            Operation::Leave(0, part) => self.emptied.contains(&part),
+            Operation::Leave(_, part) => !self.operations.contains(&Operation::Leave(0, part)),
+            Operation::Join(by, part) => {
+                let before = |operation: &Operation| match operation {
+                    Operation::Leave(_, other) => *other == part,
+                    Operation::Join(other, _) => by == 0 && *other != 0,
                     _ => false,
                 };
-                !self.deeds.iter().any(before)
+                !self.operations.iter().any(before)
             }
-            Deed::Succeed(by) => {
+            Operation::MigrateHome(by) => {
                 let rests = |thread: &Thread| thread.part != 0 || thread.left.is_empty();
                 let leaves = self.leaving.is_empty() && self.lost.is_empty();
                 leaves
-                    && self.is_quiet()
+                    && self.is_quiescent()
                     && self.pinned.is_empty()
                     && self.threads.iter().all(rests)
                     && self.parts[by].holders(page(0)).is_none()
-                    && self.legacy().is_some()
+                    && self.holdings().is_some()
             }
         }
     }
 
     /// What the home leaves, if all that was ever written is elsewhere.
     fn legacy(&self) -> Option<Holdings> {
-        let legacy = self.parts[0].legacy().ok()?;
+        let legacy = self.parts[0].holdings().ok()?;
         let is_known = |at: u32| {
-            let has = |held: &Held| (held.first..held.first + held.pages).contains(&at);
+            let has = |held: &HeldRun| (held.first..held.first + held.pages).contains(&at);
             legacy.rows.iter().any(has)
         };
         let mut pages = (0..).zip(&self.truth);
@@ -416,11 +418,11 @@ impl World {
     }
 
     /// A part takes the home's place, and another one its own.
-    fn succeed(&mut self, by: usize) -> Result<(), String> {
-        let legacy = self.legacy().ok_or("the home has something")?;
-        self.parts[by].succeed(&legacy)?;
+    fn succeed(&mut self, new_home: usize) -> Result<(), String> {
+        let legacy = self.holdings().ok_or("the home has something")?;
+        self.parts[by].take_over_home(&legacy)?;
         for other in (1..self.parts.len()).filter(|other| *other != by) {
-            self.step(other, Event::Succeeded { by: part(by) });
+            self.step(other, Event::HomeMigrated { new_home: part(by) });
         }
         self.parts.swap(0, by);
         self.frames.swap(0, by);
@@ -470,24 +472,24 @@ impl World {
                 self.step(number, Event::Tick);
             }
             Action::Drop(number, at) => self.step(number, Event::Drop { page: page(at) }),
-            Action::Do(number) => match self.deeds.remove(number) {
-                Deed::Move(by, at, to) => {
+            Action::Perform(number) => match self.operations.remove(number) {
+                Operation::Move(by, at, to) => {
                     let (page, pages, to) = (page(at), 1, part(to));
                     self.step(by, Event::Move { page, pages, to });
                 }
-                Deed::MoveRow(by, at, to) => {
+                Operation::MoveRun(by, at, to) => {
                     let pages = self.truth.len() as u32 - at;
                     let (page, to) = (page(at), part(to));
                     self.step(by, Event::Move { page, pages, to });
                 }
-                Deed::MoveDirectory(segment, to) => {
+                Operation::MoveDirectory(segment, to) => {
                     let (number, to) = (segment, part(to));
                     let segment = Segment { memory: 0, number };
                     self.directories_moved = true;
                     self.step(0, Event::MoveDirectory { segment, to });
                 }
-                Deed::Gather => self.step(0, Event::Gather),
-                Deed::Lose(part) => {
+                Operation::Gather => self.step(0, Event::Gather),
+                Operation::Lose(part) => {
                     self.lost.insert(part);
                     self.frames[part].clear();
                     self.ticks[part] = None;
@@ -502,29 +504,29 @@ impl World {
                         }
                     }
                 }
-                Deed::Empty(gives, to) => {
+                Operation::Evacuate(gives, to) => {
                     self.leaving.insert(gives);
                     if self.returns.is_some() {
                         let others = (0..self.parts.len()).filter(|other| *other != gives);
                         for other in others {
-                            self.deeds.push(Deed::Gone(other, gives));
-                            self.deeds.push(Deed::Join(other, gives));
+                            self.operations.push(Operation::Leave(other, gives));
+                            self.operations.push(Operation::Join(other, gives));
                         }
                     }
                     let (gives, to) = (part(gives), part(to));
-                    self.step(0, Event::Empty { part: gives, to });
+                    self.step(0, Event::Evacuate { part: gives, to });
                 }
-                Deed::Succeed(by) => {
-                    if let Err(wrong) = self.succeed(by) {
+                Operation::MigrateHome(by) => {
+                    if let Err(wrong) = self.take_over_home(by) {
                         self.wrong.get_or_insert(wrong);
                     }
                     self.succeeded |= self.directories_moved;
                 }
-                Deed::Gone(by, gone) => {
+                Operation::Leave(by, gone) => {
                     self.went |= self.directories_moved;
-                    self.step(by, Event::Gone { part: part(gone) });
+                    self.step(by, Event::PartLeft { part: part(gone) });
                 }
-                Deed::Join(by, new) => {
+                Operation::Join(by, new) => {
                     if self.leaving.remove(&new) {
                         self.renew(new);
                     }
@@ -625,7 +627,7 @@ impl World {
                     self.grants[at as usize] += 1;
                 }
             }
-            Command::Allow { page } => self.grants[page.number as usize] += 1,
+            Command::AllowWrite { page } => self.grants[page.number as usize] += 1,
             _ => {}
         }
         let access = |frames: &BTreeMap<u32, (Access, u64)>, at: u32| {
@@ -680,18 +682,18 @@ impl World {
                     self.wake(number, at);
                 }
             }
-            Command::Allow { page } => {
+            Command::AllowWrite { page } => {
                 self.arrived[number].remove(&page.number);
                 match frames.get_mut(&page.number) {
                     Some((access @ Access::Read, _)) => *access = Access::Write,
                     _ => return Err(format!("allows writing of page {}", page.number)),
                 }
-                if self.spoilt != Spoilt::Wakes {
+                if self.bug != InjectedBug::SkipWake {
                     self.wake(number, page.number);
                 }
             }
             Command::Wake { page } => self.wake(number, page.number),
-            Command::Protect { .. } if self.spoilt == Spoilt::Protects => {}
+            Command::Protect { .. } if self.bug == InjectedBug::SkipProtect => {}
             Command::Protect { page, pages } => {
                 for at in row(page, pages) {
                     match frames.get_mut(&at) {
@@ -700,7 +702,7 @@ impl World {
                     }
                 }
             }
-            Command::Discard { .. } if self.spoilt == Spoilt::Discards => {}
+            Command::Discard { .. } if self.bug == InjectedBug::SkipDiscard => {}
             Command::Discard { page, pages } => {
                 for at in row(page, pages) {
                     if access(frames, at) != Some(Access::Read) {
@@ -716,7 +718,7 @@ impl World {
                 let tick = self.ticks[number].map_or(micros, |tick| tick.min(micros));
                 self.ticks[number] = Some(tick);
             }
-            Command::Emptied { part } => {
+            Command::Evacuated { part } => {
                 self.emptied.insert(part.number());
             }
             Command::Fail { reason } => return Err(reason),
@@ -785,11 +787,12 @@ impl World {
         }
         // Who is told nothing any more must not take another part than the home for a
         // directory, if none is.
-        let changes = |deed: &Deed| matches!(deed, Deed::Gone(..) | Deed::Join(..));
+        let changes =
+            |operation: &Operation| matches!(operation, Operation::Leave(..) | Operation::Join(..));
         if self.directories_moved
             && self.lost.is_empty()
-            && !self.deeds.iter().any(changes)
-            && self.is_quiet()
+            && !self.operations.iter().any(changes)
+            && self.is_quiescent()
             && self.parts[0].directories().next().is_none()
             && let Some(part) = (0..self.parts.len()).find(|part| {
                 let mut directories = self.parts[*part].directories();
@@ -805,7 +808,7 @@ impl World {
         self.actions(&mut actions);
         actions.retain(|action| !matches!(action, Action::Drop(..) | Action::Pin(..)));
         // (Who waits for one that is lost waits until the machine is ended.)
-        let is_over = self.is_done() && self.is_quiet() || !self.lost.is_empty();
+        let is_over = self.is_done() && self.is_quiescent() || !self.lost.is_empty();
         if actions.is_empty() && !is_over {
             self.wrong = Some(format!("it stands still: {:?}", self.threads));
         }

@@ -1,8 +1,8 @@
 //! What a captured thread may keep: references however many, frames and tables up to their
 //! bounds, and how it ends beyond them.
 
-use crate::trap_name;
 use crate::handwritten::{Deep, PRINT, StepsAtPrint};
+use crate::trap_name;
 use keel_wasi::{Config, Wasi};
 use keel_wasm::runtime::frame::{FRAME_BYTES_MAX, FRAMES_MAX, ThreadState, Value};
 use keel_wasm::runtime::{
@@ -135,7 +135,7 @@ fn all_tables_of_a_machine_end_at_one_limit() {
     let module = growing_tables();
     let most = (TABLES_ENTRIES_MAX / TABLE_ENTRIES_MAX) as u32;
     let wasi = || Wasi::new(Config::default()).unwrap();
-    let plain = engine.run_plain(&module, Arc::new(wasi()), Limits::default());
+    let plain = engine.run_uninstrumented(&module, Arc::new(wasi()), Limits::default());
     assert_eq!(plain.unwrap(), Outcome::Exit(most));
     let program = engine.load(&module).unwrap();
     let machine = Machine::start(program, wasi(), Limits::default()).unwrap();
@@ -158,7 +158,7 @@ fn tables_too_large_at_the_beginning_are_refused_by_name() {
         let errors = [
             engine.load(&module).unwrap_err(),
             engine
-                .run_plain(&module, wasi, Limits::default())
+                .run_uninstrumented(&module, wasi, Limits::default())
                 .unwrap_err(),
         ];
         for error in errors {

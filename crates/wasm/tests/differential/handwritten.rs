@@ -1,8 +1,8 @@
 //! Modules written for what random ones seldom reach: great depth, long chains
 //! of tail calls, bulk operations in many chunks, operands under loops.
 
-use crate::reference::Plain;
 use crate::captured::Shaken;
+use crate::reference::Plain;
 use crate::{Ended, trap_name};
 use keel_wasi::{Config, Wasi};
 use keel_wasm::runtime::frame::{Progress, ThreadState, Value};

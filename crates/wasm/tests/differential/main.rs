@@ -7,15 +7,15 @@
 //! the default for a long run), `KEEL_DIFFERENTIAL_SEED` the first seed: to
 //! repeat a failure, set both (1 module).
 
+mod captured;
 mod depth;
+mod handwritten;
 mod operands;
 mod reference;
-mod captured;
-mod handwritten;
 
-use reference::Plain;
-use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 use captured::Shaken;
+use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+use reference::Plain;
 use std::collections::BTreeMap;
 use wasm_encoder::HeapType;
 use wasm_encoder::reencode::{self, Reencode};

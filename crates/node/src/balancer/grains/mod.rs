@@ -20,11 +20,11 @@ use crate::workers::Worker;
 use deeds::carry_out;
 use keel_api::EventKind;
 use keel_balance::Name;
-use keel_balance::fine_grained::{Choice, Grain, Part, Scene, decide, loses};
+use keel_balance::fine_grained::{Action, Choice, Observation, Part, decide, gather_if_slower};
 use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::span::{Heat, PartId, Took};
+use keel_machine::span::{CpuUsage, Heat, PartId};
 use keel_machine::spec::{BalanceBy, Balancing, Record, Spawn};
 use keel_machine::worker::control::State;
 use seen::{
@@ -59,7 +59,7 @@ const FAILED_AFTER: Duration = Duration::from_secs(15);
 struct Known {
     worker: u64,
     epoch: Epoch,
-    took: HashMap<u32, (PartId, Took)>,
+    took: HashMap<u32, (PartId, CpuUsage)>,
     /// Waits for pages so far, in microseconds, and when that was seen.
     waited: Option<(u64, Instant)>,
     held: HashMap<u32, Instant>,
@@ -87,7 +87,7 @@ struct Known {
     /// It is not spread again until then.
     gathered_until: Option<Instant>,
     /// What was only suggested last.
-    suggested: Option<Grain>,
+    suggested: Option<Action>,
     /// Parts of which it was told that they do not answer, and for how many milliseconds
     /// they have not.
     silent: BTreeMap<PartId, u64>,
@@ -206,8 +206,8 @@ async fn look_at(
     let Some(home) = view(agent, agent.name.as_str()).await else {
         return Ok(());
     };
-    let memory_short = (home.side.memory_free_bytes as f64)
-        < home.side.capacity.memory_bytes as f64 * policy.memory_headroom;
+    let memory_short = (home.state.memory_free_bytes as f64)
+        < home.state.capacity.memory_bytes as f64 * policy.memory_headroom;
     // (That takes a while, of a machine with many objects.)
     let some_like = report.threads.iter().any(|thread| thread.likes.is_some());
     let likes_now = some_like && known.likes_at.is_none_or(|at| now >= at);
@@ -252,14 +252,14 @@ async fn look_at(
         (Some(has), Some(most)) => has > most,
         _ => false,
     };
-    let wants_some = from_beginning || home.side.pressed || parts.iter().any(over);
+    let wants_some = from_beginning || home.state.pressed || parts.iter().any(over);
     if !spans && (parts_max.is_none() || !wants_some) {
         return Ok(());
     }
     let most = parts_max.unwrap_or(0);
-    let wants_more = parts.len() < most as usize && (!spans || home.side.pressed);
+    let wants_more = parts.len() < most as usize && (!spans || home.state.pressed);
     let nodes = nodes(agent, machine, home, &parts, wants_more).await;
-    let mut scene = Scene {
+    let mut scene = Observation {
         parts_max: most,
         from_beginning,
         part_memory_bytes: balancing.part_memory_bytes,
@@ -267,23 +267,23 @@ async fn look_at(
         threads,
         nodes,
         waited_cores,
-        losing: 0,
-        tried: known.gathered_until.is_some_and(|until| now < until),
+        losing_observations: 0,
+        recently_gathered: known.gathered_until.is_some_and(|until| now < until),
         recent: known.recent.iter().map(|(pair, _)| pair.clone()).collect(),
     };
     if spans && parts_max.is_some() && balancing.spawn == Spawn::Auto {
         let room = room(&scene);
         spanning::tell_room(worker, &room).await.map_err(text)?;
     }
-    known.losing = match loses(&scene, policy) {
+    known.losing = match gather_if_slower(&scene, policy) {
         Some(_) => known.losing + 1,
         None => 0,
     };
-    scene.losing = known.losing;
+    scene.losing_observations = known.losing;
     let mut choices = decide(&scene, policy);
-    let first = choices.first().map(|choice| &choice.grain);
-    let must = matches!(first, Some(Grain::Leave { .. }));
-    let loses = matches!(first, Some(Grain::Gather));
+    let first = choices.first().map(|choice| &choice.action);
+    let must = matches!(first, Some(Action::Leave { .. }));
+    let loses = matches!(first, Some(Action::Gather));
     if parts_max.is_none() && !must {
         choices.clear();
     }
@@ -296,25 +296,25 @@ async fn look_at(
     }
     if policy.mode != Mode::Automatic && !must {
         let first = choices.swap_remove(0);
-        if known.suggested.as_ref() != Some(&first.grain) {
-            known.suggested = Some(first.grain.clone());
+        if known.suggested.as_ref() != Some(&first.action) {
+            known.suggested = Some(first.action.clone());
             record(agent, machine, epoch, policy.mode, first);
         }
         return Ok(());
     }
     let sample = Duration::from_millis(policy.sample_ms);
     known.rests_until = Some(Instant::now() + sample * SETTLE_SAMPLES);
-    if choices.iter().any(|choice| choice.grain == Grain::Gather) {
+    if choices.iter().any(|choice| choice.action == Action::Gather) {
         let for_long = Duration::from_millis(policy.cool_down_ms);
         known.gathered_until = loses.then(|| Instant::now() + for_long);
     }
     for choice in choices {
-        let grain = choice.grain.clone();
-        let spreads = matches!(grain, Grain::Spread { .. });
+        let action = choice.action.clone();
+        let spreads = matches!(action, Action::Spread { .. });
         let _spreading = spreads.then(|| agent.balancer.spreading.begin(machine));
         let mode = if must { Mode::Automatic } else { policy.mode };
         record(agent, machine, epoch, mode, choice);
-        let done = carry_out(agent, machine, worker, &grain, objects.as_deref()).await;
+        let done = carry_out(agent, machine, worker, &action, objects.as_deref()).await;
         let (outcome, failed) = match done {
             Ok(outcome) => (outcome, false),
             Err(why) => (format!("{grain}: not done: {why}"), true),
@@ -322,7 +322,7 @@ async fn look_at(
         tracing::info!(%machine, outcome, "grains");
         keep(
             agent,
-            Decision::GrainEnded {
+            Decision::FineGrainedEnded {
                 machine: machine.as_str().into(),
                 outcome,
             },
@@ -331,16 +331,16 @@ async fn look_at(
             known.rests_until = Some(Instant::now() + FAILED_AFTER);
             break;
         }
-        if let Grain::Thread {
+        if let Action::Thread {
             tid,
             from,
             to,
             part,
-        } = grain
+        } = action
         {
             let thread = scene.threads.iter().find(|thread| thread.tid == tid);
-            if let Some((thread, drawn)) = thread.and_then(|it| Some((it, it.drawn.as_ref()?))) {
-                let follows = drawn.stands > 0.0 && drawn.part == part;
+            if let Some((thread, drawn)) = thread.and_then(|it| Some((it, it.affinity.as_ref()?))) {
+                let follows = drawn.stall_share > 0.0 && drawn.part == part;
                 // It pressed the node where it wants to be: so it would again.
                 let is_driven_off = drawn.part == thread.part;
                 if follows || is_driven_off {
@@ -360,7 +360,7 @@ fn text(error: crate::operate::OperateError) -> String {
 }
 
 fn record(agent: &Agent, machine: &MachineName, epoch: Epoch, mode: Mode, choice: Choice) {
-    let decision = Decision::Grain {
+    let decision = Decision::FineGrained {
         machine: machine.as_str().into(),
         mode,
         choice,
@@ -376,7 +376,7 @@ fn record(agent: &Agent, machine: &MachineName, epoch: Epoch, mode: Mode, choice
 pub(crate) fn begins_spread(agent: &Agent, record: &Record, loads: &[(NodeName, Option<f64>)]) {
     let name = |node: &NodeName| -> Name { node.as_str().into() };
     let choice = Choice {
-        grain: Grain::Spread {
+        action: Action::Spread {
             nodes: loads.iter().map(|(node, _)| name(node)).collect(),
         },
         why: "its threads begin on all of its nodes (spawn = spread), the least loaded ones: it has parts before it runs".into(),

@@ -7,7 +7,7 @@ use super::super::frame::{ThreadState, Value};
 use super::super::governor::ThreadClock;
 use super::super::host::HostThread;
 use super::super::image::Entry;
-use super::super::parts::Away;
+use super::super::parts::RemoteThread;
 use super::super::program::STACK_BYTES;
 use super::super::signal::Signal;
 use super::super::tables::TableShare;
@@ -25,56 +25,56 @@ const THREAD_EXPORT: &str = "wasi_thread_start";
 const TID_MAX: u32 = (1 << 29) - 1;
 
 /// What a thread's code runs in.
-enum Seat {
+enum Executor {
     /// An instance of this process.
-    Here(Box<Fiber>),
+    Local(Box<Fiber>),
     /// One of another part.
-    Away(Box<Away>),
+    Remote(Box<RemoteThread>),
 }
 
-impl Seat {
+impl Executor {
     fn call(&mut self, export: &str, args: &[Value]) -> Result<Run, Stop> {
         match self {
-            Seat::Here(fiber) => fiber.call(export, args),
-            Seat::Away(away) => away.call(export, args),
+            Executor::Local(fiber) => fiber.call(export, args),
+            Executor::Remote(away) => away.call(export, args),
         }
     }
 
     fn resume(&mut self) -> Result<Run, Stop> {
         match self {
-            Seat::Here(fiber) => fiber.resume(),
-            Seat::Away(away) => away.resume(),
+            Executor::Local(fiber) => fiber.resume(),
+            Executor::Remote(away) => away.resume(),
         }
     }
 
     fn state(&mut self) -> Result<ThreadState, Stop> {
         match self {
-            Seat::Here(fiber) => fiber.state(),
-            Seat::Away(away) => Ok(away.state()),
+            Executor::Local(fiber) => fiber.state(),
+            Executor::Remote(away) => Ok(away.state()),
         }
     }
 
     fn retire(&mut self) {
-        if let Seat::Here(fiber) = self {
+        if let Executor::Local(fiber) = self {
             fiber.retire();
         }
     }
 
     fn is_here(&self) -> bool {
-        matches!(self, Seat::Here(_))
+        matches!(self, Executor::Local(_))
     }
 
     fn take_spare(&mut self) -> Option<Box<Fiber>> {
         match self {
-            Seat::Here(_) => None,
-            Seat::Away(away) => away.take_spare(),
+            Executor::Local(_) => None,
+            Executor::Remote(away) => away.take_spare(),
         }
     }
 
     fn load(&mut self, state: ThreadState) -> Result<(), Stop> {
         match self {
-            Seat::Here(fiber) => fiber.load(state),
-            Seat::Away(away) => {
+            Executor::Local(fiber) => fiber.load(state),
+            Executor::Remote(away) => {
                 away.load(state);
                 Ok(())
             }
@@ -92,7 +92,7 @@ enum Next {
 impl Shared {
     /// Lets threads go on, and launches those that were spawned meanwhile; an
     /// error is that of one which could not be, the others run.
-    pub(super) fn go_on(self: &Arc<Self>, threads: &mut Threads) -> std::io::Result<()> {
+    pub(super) fn resume_threads(self: &Arc<Self>, threads: &mut Threads) -> std::io::Result<()> {
         threads.phase = Phase::Running;
         for thread in threads.table.values_mut() {
             if !thread.rebuild && thread.held == 0 {
@@ -137,12 +137,12 @@ impl Shared {
     }
 
     /// What a thread runs in: where it is to be now; `spare` if that is here.
-    fn seat(
+    fn executor(
         self: &Arc<Self>,
         tid: u32,
         signal: &Arc<Signal>,
         spare: Option<Box<Fiber>>,
-    ) -> Result<Seat, Stop> {
+    ) -> Result<Executor, Stop> {
         let thread = HostThread {
             tid,
             signal: signal.clone(),
@@ -160,12 +160,12 @@ impl Shared {
                 (thread.place != PartId::HOME).then(|| (thread.place, thread.inbox.clone()))
             })
         };
-        if let (Some((part, inbox)), Some(way)) = (away, self.parts.way()) {
-            let away = Away::new(part, way, program, host, thread, inbox);
-            return Ok(Seat::Away(Box::new(away)));
+        if let (Some((part, inbox)), Some(link)) = (away, self.parts.link()) {
+            let away = RemoteThread::new(part, link, program, host, thread, inbox);
+            return Ok(Executor::Remote(Box::new(away)));
         }
         if let Some(spare) = spare {
-            return Ok(Seat::Here(spare));
+            return Ok(Executor::Local(spare));
         }
         let fiber = Fiber::new(program, host, thread).map_err(|error| {
             Stop::Trap(Trap {
@@ -173,7 +173,7 @@ impl Shared {
                 backtrace: Vec::new(),
             })
         })?;
-        Ok(Seat::Here(Box::new(fiber)))
+        Ok(Executor::Local(Box::new(fiber)))
     }
 
     /// A guest thread's whole life in this process.
@@ -210,7 +210,7 @@ impl Shared {
                 vec![Value::I32(tid), Value::I32(arg)],
             ),
         });
-        let mut fiber = self.seat(tid, signal, None)?;
+        let mut fiber = self.executor(tid, signal, None)?;
         let mut stage = 0;
         if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
             thread.clock = ThreadClock::of_this_thread();
@@ -225,12 +225,12 @@ impl Shared {
                 stage = state.stage as usize;
                 fiber.load(state.clone())?;
                 loop {
-                    match self.pause(tid, signal, None) {
+                    match self.wait_while_frozen(tid, signal, None) {
                         Next::Leave => return Ok(false),
                         Next::GoOn => break,
                         // It is to begin elsewhere.
                         Next::Rebuild => {
-                            fiber = self.seat(tid, signal, None)?;
+                            fiber = self.executor(tid, signal, None)?;
                             fiber.load(state.clone())?;
                         }
                     }
@@ -239,10 +239,10 @@ impl Shared {
             }
             None => {
                 loop {
-                    match self.pause(tid, signal, None) {
+                    match self.wait_while_frozen(tid, signal, None) {
                         Next::Leave => return Ok(false),
                         Next::GoOn => break,
-                        Next::Rebuild => fiber = self.seat(tid, signal, None)?,
+                        Next::Rebuild => fiber = self.executor(tid, signal, None)?,
                     }
                 }
                 fiber.call(&stages[0].0, &stages[0].1)?
@@ -261,7 +261,7 @@ impl Shared {
                     let mut state = fiber.state()?;
                     state.stage = stage as u32;
                     self.captures.fetch_add(1, Ordering::Relaxed);
-                    match self.pause(tid, signal, Some(&state)) {
+                    match self.wait_while_frozen(tid, signal, Some(&state)) {
                         Next::Leave => return Ok(false),
                         Next::GoOn => {}
                         Next::Rebuild => {
@@ -269,14 +269,14 @@ impl Shared {
                             let was_here = fiber.is_here();
                             let spare = fiber.take_spare();
                             fiber.retire();
-                            fiber = self.seat(tid, signal, spare)?;
+                            fiber = self.executor(tid, signal, spare)?;
                             if was_here && fiber.is_here() {
                                 // As one that comes from elsewhere.
-                                state = self.written_and_read(&state)?;
+                                state = self.serialize_roundtrip(&state)?;
                             }
                             fiber.load(state)?;
                             if let Some(thread) = locked(&self.threads).table.get_mut(&tid) {
-                                thread.rests_until = Some(Instant::now() + begun.elapsed());
+                                thread.recapture_after = Some(Instant::now() + begun.elapsed());
                             }
                         }
                     }
@@ -286,7 +286,7 @@ impl Shared {
         }
     }
 
-    fn written_and_read(&self, state: &ThreadState) -> Result<ThreadState, Stop> {
+    fn serialize_roundtrip(&self, state: &ThreadState) -> Result<ThreadState, Stop> {
         let hash = self.program.hash();
         let read = ThreadState::decode(&state.encode(hash), hash, &self.program.meta);
         read.map_err(|error| {
@@ -298,7 +298,7 @@ impl Shared {
     }
 
     /// At a safepoint: waits while the machine is frozen.
-    fn pause(&self, tid: u32, signal: &Signal, state: Option<&ThreadState>) -> Next {
+    fn wait_while_frozen(&self, tid: u32, signal: &Signal, state: Option<&ThreadState>) -> Next {
         let mut threads = locked(&self.threads);
         loop {
             let phase = threads.phase;
@@ -346,12 +346,12 @@ impl Shared {
     }
 
     /// Where a new thread begins.
-    fn place_for_new(&self, threads: &Threads) -> PartId {
+    fn placement_for_new(&self, threads: &Threads) -> PartId {
         let mut counts = BTreeMap::new();
         for thread in threads.table.values() {
             *counts.entry(thread.place).or_insert(0) += 1;
         }
-        self.parts.place_for_new(&counts)
+        self.parts.placement_for_new(&counts)
     }
 
     pub(in crate::runtime) fn spawn(self: &Arc<Self>, arg: u32) -> i32 {
@@ -372,7 +372,7 @@ impl Shared {
         // While the machine is being frozen it stays an entry that has not
         // begun; thawing launches it.
         let frozen = threads.phase != Phase::Running;
-        let place = self.place_for_new(&threads);
+        let place = self.placement_for_new(&threads);
         let entry = Entry::Spawned { arg };
         let added = threads.add(tid, entry, frozen.then_some(None), place, tables);
         let launched = added.and_then(|()| {

@@ -3,9 +3,9 @@
 //! to move, and where to, others decide.
 
 use super::super::image::Image;
-use super::super::parts::{Members, Order, Report, Spawning};
+use super::super::parts::{Members, Order, Report, SpawnPolicy};
 use super::super::signal::Signal;
-use super::{Machine, MachineError, Outcome, Phase, Thread, ThreadInfo, Took, locked};
+use super::{CpuUsage, Machine, MachineError, Outcome, Phase, Thread, ThreadInfo, locked};
 use crate::coherence::{PartId, PartSet};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ impl Machine {
     /// instance: for testing. False if there is no such thread, if the machine
     /// is not running, or if the thread ran no longer since the last time than
     /// that took.
-    pub fn shake(&self, tid: u32) -> bool {
+    pub fn recapture(&self, tid: u32) -> bool {
         let mut threads = locked(&self.shared.threads);
         if threads.phase != Phase::Running {
             return false;
@@ -40,8 +40,8 @@ impl Machine {
     pub fn set_members(
         &self,
         members: Vec<PartId>,
-        way: Option<Arc<dyn Members>>,
-        spawning: Spawning,
+        link: Option<Arc<dyn Members>>,
+        spawning: SpawnPolicy,
     ) -> Result<(), MachineError> {
         let threads = locked(&self.shared.threads);
         if threads.phase != Phase::Frozen {
@@ -52,8 +52,8 @@ impl Machine {
             |thread: &&Thread| !here(thread.place) || !here(thread.seat.unwrap_or(thread.place));
         let away = threads.table.values().filter(stays);
         match away.count() {
-            0 => self.shared.parts.set(members, way, spawning),
-            count => return Err(MachineError::Away(count)),
+            0 => self.shared.parts.set(members, link, spawning),
+            count => return Err(MachineError::ThreadsAtMember(count)),
         }
         drop(threads);
         // (A machine that was lost meanwhile ends.)
@@ -73,7 +73,7 @@ impl Machine {
             done,
         } = report
         {
-            return self.shared.parts.opened(from, (memory, bytes), done);
+            return self.shared.parts.grown(from, (memory, bytes), done);
         }
         if let Report::Times { at_ns, threads } = report {
             return self.shared.parts.took(from, at_ns, threads);
@@ -99,7 +99,7 @@ impl Machine {
     }
 
     /// Its members are lost before it came to depend on them: who waits for them goes on.
-    pub fn lose_members(&self) {
+    pub fn members_lost(&self) {
         self.shared.parts.lose();
     }
 
@@ -146,15 +146,15 @@ impl Machine {
             .seat
             .is_some_and(|seat| seat != PartId::HOME && seat != to);
         thread.inbox.set_leaves(leaves);
-        let way = match to {
+        let link = match to {
             PartId::HOME => None,
-            _ => shared.parts.way(),
+            _ => shared.parts.link(),
         };
-        match way {
+        match link {
             // It goes on here until what it needs there is awake.
-            Some(way) => {
+            Some(link) => {
                 drop(threads);
-                way.order(to, &Order::Expect { tid });
+                link.order(to, &Order::Expect { tid });
             }
             None => thread.signal.request(),
         }
@@ -169,7 +169,7 @@ impl Machine {
 
     /// What each of its threads does.
     pub fn thread_infos(&self) -> Vec<ThreadInfo> {
-        let way = self.shared.parts.way();
+        let link = self.shared.parts.link();
         let threads = locked(&self.shared.threads);
         let waits = locked(&self.shared.waits);
         let here_ns = u64::try_from(self.shared.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -183,11 +183,11 @@ impl Machine {
                 took: match part == PartId::HOME {
                     true => thread.clock.as_ref().and_then(|clock| {
                         let time = clock.took()?;
-                        let stood = way.as_ref().map(|way| way.stood(clock.os_thread));
-                        Some(Took {
+                        let stalled_us = link.as_ref().map(|link| link.stalled_us(clock.os_thread));
+                        Some(CpuUsage {
                             at_ns: here_ns,
                             time,
-                            stood: stood.unwrap_or_default(),
+                            stalled_us: stalled_us.unwrap_or_default(),
                         })
                     }),
                     false => self.shared.parts.taken(*tid, part),
@@ -199,28 +199,28 @@ impl Machine {
 
     /// Asks all members what their threads took of cores; it is in [`Self::thread_infos`]
     /// when they have answered.
-    pub fn ask_times(&self) {
-        self.shared.parts.ask_times();
+    pub fn request_cpu_times(&self) {
+        self.shared.parts.request_cpu_times();
     }
 
-    /// For how long members have not said what they were asked by [`Self::ask_times`]: those
+    /// For how long members have not said what they were asked by [`Self::request_cpu_times`]: those
     /// that are there say it within milliseconds.
-    pub fn silent(&self) -> BTreeMap<PartId, Duration> {
-        self.shared.parts.silent()
+    pub fn unresponsive_members(&self) -> BTreeMap<PartId, Duration> {
+        self.shared.parts.unresponsive()
     }
 
     /// How many cores are free at each part: threads that it starts begin where most are
-    /// ([`Spawning::Room`]).
-    pub fn set_room(&self, room: BTreeMap<PartId, f64>) {
-        self.shared.parts.set_room(room);
+    /// ([`SpawnPolicy::Room`]).
+    pub fn set_free_cores(&self, room: BTreeMap<PartId, f64>) {
+        self.shared.parts.set_free_cores(room);
     }
 
     /// Nothing goes to these members any more, neither threads that it starts nor any that
     /// is moved; to all others it may.
-    pub fn let_leave(&self, members: PartSet) {
+    pub fn drain_members(&self, members: PartSet) {
         // (Who moves a thread holds this.)
         let _threads = locked(&self.shared.threads);
-        self.shared.parts.let_leave(members);
+        self.shared.parts.drain(members);
     }
 
     /// Its threads, and the part at which each runs: one that moves is counted where it
@@ -234,11 +234,11 @@ impl Machine {
     }
 
     /// Freezes it and moves every thread into a fresh instance, but those that
-    /// [`Self::shake`] would leave alone: for testing.
+    /// [`Self::recapture`] would leave alone: for testing.
     ///
     /// # Errors
     /// As [`Self::freeze`].
-    pub fn shake_all(&self, patience: Duration) -> Result<(), MachineError> {
+    pub fn recapture_all(&self, patience: Duration) -> Result<(), MachineError> {
         self.freeze(patience)?;
         let image = self.image()?.encode()?;
         Image::decode(&image, &self.shared.program)?;

@@ -12,7 +12,7 @@ use crate::runtime::machine::{locked, lower_priority};
 use crate::runtime::program::{Program, STACK_BYTES};
 use crate::runtime::signal::Signal;
 use crate::runtime::tables::TableBudget;
-use keel_wasi::{FollowingClock, Function, SystemClock};
+use keel_wasi::{CausalClock, Function, SystemClock};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
@@ -22,17 +22,17 @@ use std::time::{Duration, Instant};
 const THREADS_MAX: usize = 1 << 16;
 /// OS threads with fresh instances that wait for threads to come: making both takes longer
 /// than all the rest of a move.
-const WARM: usize = 2;
+const SPARE_THREADS: usize = 2;
 /// The most of those that are kept when their threads have left.
-const WARM_MAX: usize = 8;
+const SPARE_THREADS_MAX: usize = 8;
 
 /// `clockid::monotonic` of WASI preview 1.
 const MONOTONIC: u64 = 1;
 /// For how long one that expects a thread looks for it.
-const LOOK_OUT: Duration = Duration::from_micros(500);
+const REQUEST_SPIN: Duration = Duration::from_micros(500);
 
 /// What the home wants of one thread, and has not been done.
-enum Wish {
+enum HomeRequest {
     /// A thread comes in a moment, maybe to this one.
     Expect(u32),
     Run(u32, Entering),
@@ -41,9 +41,9 @@ enum Wish {
 }
 
 /// An OS thread for a guest's thread.
-struct Visitor {
+struct HostedThread {
     signal: Arc<Signal>,
-    wishes: Mutex<VecDeque<Wish>>,
+    requests: Mutex<VecDeque<HomeRequest>>,
     changed: Condvar,
     /// When it stands it leaves.
     leaves: AtomicBool,
@@ -51,37 +51,37 @@ struct Visitor {
     clock: OnceLock<ThreadClock>,
 }
 
-impl Visitor {
-    fn put(&self, wish: Wish) {
-        locked(&self.wishes).push_back(wish);
+impl HostedThread {
+    fn put(&self, wish: HomeRequest) {
+        locked(&self.requests).push_back(wish);
         self.changed.notify_all();
     }
 
     /// Looks a while for the next one, which is about to come: being woken for it takes
     /// longer than all that is done until then.
-    fn look_out(&self, over: &AtomicBool) {
+    fn spin_for_request(&self, over: &AtomicBool) {
         let begun = Instant::now();
-        while begun.elapsed() < LOOK_OUT
+        while begun.elapsed() < REQUEST_SPIN
             && !over.load(Ordering::Acquire)
-            && locked(&self.wishes).is_empty()
+            && locked(&self.requests).is_empty()
         {
             std::thread::yield_now();
         }
     }
 
     /// The next one; `None` when the machine is over.
-    fn next(&self, over: &AtomicBool) -> Option<Wish> {
-        let mut wishes = locked(&self.wishes);
+    fn next(&self, over: &AtomicBool) -> Option<HomeRequest> {
+        let mut requests = locked(&self.requests);
         loop {
             if over.load(Ordering::Acquire) {
                 return None;
             }
-            match wishes.pop_front() {
+            match requests.pop_front() {
                 Some(wish) => return Some(wish),
                 None => {
-                    wishes = self
+                    requests = self
                         .changed
-                        .wait(wishes)
+                        .wait(requests)
                         .unwrap_or_else(|error| error.into_inner());
                 }
             }
@@ -90,30 +90,30 @@ impl Visitor {
 }
 
 /// A member's way to its home, and what is known of its pages.
-pub trait ToHome: Send + Sync {
+pub trait HomeLink: Send + Sync {
     /// Says something to the home; does not wait for it.
     fn report(&self, report: Report);
 
-    /// As [`super::Members::stood`].
-    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
+    /// As [`super::Members::stalled_us`].
+    fn stalled_us(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
 }
 
 struct Shared {
     program: Arc<Program>,
     memories: Arc<[Arc<GuestMemory>]>,
     tables: Arc<TableBudget>,
-    home: Box<dyn ToHome>,
-    visitors: Mutex<BTreeMap<u32, Arc<Visitor>>>,
+    home: Box<dyn HomeLink>,
+    hosted: Mutex<BTreeMap<u32, Arc<HostedThread>>>,
     /// All that were launched.
-    all: Mutex<Vec<Weak<Visitor>>>,
+    all: Mutex<Vec<Weak<HostedThread>>>,
     /// Those that have no thread, and a fresh instance.
-    idle: Mutex<Vec<Arc<Visitor>>>,
+    idle: Mutex<Vec<Arc<HostedThread>>>,
     /// OS threads that still exist.
     launched: Mutex<usize>,
     left: Condvar,
     over: AtomicBool,
     begun: Instant,
-    clock: FollowingClock,
+    clock: CausalClock,
 }
 
 /// A part that is not the home.
@@ -127,7 +127,7 @@ impl std::fmt::Debug for Member {
 }
 
 /// What its threads' host calls lead to: the home.
-struct Calls(Arc<Shared>, Arc<Visitor>);
+struct Calls(Arc<Shared>, Arc<HostedThread>);
 
 impl Host for Calls {
     fn call(
@@ -167,12 +167,12 @@ impl Host for Calls {
         });
         let answer = loop {
             match self.1.next(&self.0.over) {
-                Some(Wish::Expect(tid)) => self.0.home.report(Report::Expecting { tid }),
+                Some(HomeRequest::Expect(tid)) => self.0.home.report(Report::Expecting { tid }),
                 answer => break answer,
             }
         };
         match answer {
-            Some(Wish::Answer(Answer::Done { results, output })) => {
+            Some(HomeRequest::Answer(Answer::Done { results, output })) => {
                 let filled = match targets {
                     Some(targets) => targets.fill(&output, &mut memory),
                     None => Ok(()),
@@ -182,18 +182,18 @@ impl Host for Calls {
                     Err(what) => HostOutcome::Trap(what),
                 }
             }
-            Some(Wish::Answer(Answer::Interrupted(rest))) => {
+            Some(HomeRequest::Answer(Answer::Interrupted(rest))) => {
                 *progress = rest;
                 HostOutcome::Interrupted
             }
-            Some(Wish::Answer(Answer::Exit(code))) => HostOutcome::Exit(code),
-            Some(Wish::Answer(Answer::Trap(message))) => HostOutcome::Trap(message),
-            Some(Wish::Leave) => {
+            Some(HomeRequest::Answer(Answer::Exit(code))) => HostOutcome::Exit(code),
+            Some(HomeRequest::Answer(Answer::Trap(message))) => HostOutcome::Trap(message),
+            Some(HomeRequest::Leave) => {
                 // It is left when it has left the guest's code.
-                locked(&self.1.wishes).push_front(Wish::Leave);
+                locked(&self.1.requests).push_front(HomeRequest::Leave);
                 HostOutcome::Trap("the machine's home has given the thread up".into())
             }
-            Some(Wish::Run(..) | Wish::Expect(_)) => {
+            Some(HomeRequest::Run(..) | HomeRequest::Expect(_)) => {
                 HostOutcome::Trap("the machine's home does not answer what it is asked".into())
             }
             None => HostOutcome::Trap("the machine has ended".into()),
@@ -209,8 +209,8 @@ impl Calls {
             return None;
         };
         let memory = thread.memories.first()?;
-        let is_there = at.is_multiple_of(8) && at.checked_add(8)? <= memory.size_bytes();
-        let now = self.0.clock.reading().filter(|_| is_there)?;
+        let is_resident = at.is_multiple_of(8) && at.checked_add(8)? <= memory.size_bytes();
+        let now = self.0.clock.reading().filter(|_| is_resident)?;
         let mut memory = wiggle::GuestMemory::Shared(memory.cells());
         let at = wiggle::GuestPtr::<u64>::new(u32::try_from(*at).ok()?);
         memory.write(at, now).ok()?;
@@ -224,33 +224,33 @@ impl Member {
     pub fn new(
         program: Arc<Program>,
         memories: Arc<[Arc<GuestMemory>]>,
-        home: Box<dyn ToHome>,
+        home: Box<dyn HomeLink>,
     ) -> Self {
         let member = Member(Arc::new(Shared {
             program,
             memories,
             tables: Arc::default(),
             home,
-            visitors: Mutex::default(),
+            hosted: Mutex::default(),
             all: Mutex::default(),
             idle: Mutex::default(),
             launched: Mutex::default(),
             left: Condvar::new(),
             over: AtomicBool::new(false),
             begun: Instant::now(),
-            clock: FollowingClock::new(SystemClock),
+            clock: CausalClock::new(SystemClock),
         }));
-        for _ in 0..WARM {
+        for _ in 0..SPARE_THREADS {
             // (Where there are no threads left, the first one that comes says so.)
-            if let Ok(visitor) = member.launch() {
-                locked(&member.0.idle).push(visitor);
+            if let Ok(hosted_thread) = member.launch() {
+                locked(&member.0.idle).push(hosted_thread);
             }
         }
         member
     }
 
     /// The guest's monotonic clock as it is here.
-    pub fn clock(&self) -> &FollowingClock {
+    pub fn clock(&self) -> &CausalClock {
         &self.0.clock
     }
 
@@ -261,19 +261,19 @@ impl Member {
 
     /// Threads that are here.
     pub fn threads(&self) -> Vec<u32> {
-        locked(&self.0.visitors).keys().copied().collect()
+        locked(&self.0.hosted).keys().copied().collect()
     }
 
     /// Takes note of what the home says; does not wait for what comes of it.
     pub fn hear(&self, order: Order) {
         let shared = &self.0;
         match order {
-            Order::Run { tid, entering } => match self.visitor(tid) {
-                Ok(visitor) => {
+            Order::Run { tid, entering } => match self.hosted_thread(tid) {
+                Ok(hosted_thread) => {
                     // It stands; what was asked of it before is over.
-                    visitor.signal.clear();
-                    visitor.leaves.store(false, Ordering::Release);
-                    visitor.put(Wish::Run(tid, entering));
+                    hosted_thread.signal.clear();
+                    hosted_thread.leaves.store(false, Ordering::Release);
+                    hosted_thread.put(HomeRequest::Run(tid, entering));
                 }
                 Err(error) => shared.home.report(Report::Stopped {
                     tid,
@@ -284,34 +284,34 @@ impl Member {
                 // (The one that is taken next.)
                 let next = locked(&shared.idle).last().cloned();
                 match next {
-                    Some(visitor) => visitor.put(Wish::Expect(tid)),
+                    Some(hosted_thread) => hosted_thread.put(HomeRequest::Expect(tid)),
                     None => shared.home.report(Report::Expecting { tid }),
                 }
             }
             Order::Interrupt { tid, leaves } => {
-                if let Some(visitor) = locked(&shared.visitors).get(&tid) {
-                    visitor.leaves.store(leaves, Ordering::Release);
-                    visitor.signal.request();
+                if let Some(hosted_thread) = locked(&shared.hosted).get(&tid) {
+                    hosted_thread.leaves.store(leaves, Ordering::Release);
+                    hosted_thread.signal.request();
                 }
             }
             Order::Answer { tid, answer } => {
-                if let Some(visitor) = locked(&shared.visitors).get(&tid) {
-                    visitor.put(Wish::Answer(answer));
+                if let Some(hosted_thread) = locked(&shared.hosted).get(&tid) {
+                    hosted_thread.put(HomeRequest::Answer(answer));
                 }
             }
             Order::Leave { tid } => {
-                if let Some(visitor) = locked(&shared.visitors).remove(&tid) {
+                if let Some(hosted_thread) = locked(&shared.hosted).remove(&tid) {
                     // (It stands, or nobody wants to know what it does.)
-                    visitor.signal.request();
-                    visitor.put(Wish::Leave);
+                    hosted_thread.signal.request();
+                    hosted_thread.put(HomeRequest::Leave);
                 }
             }
             Order::Open { memory, bytes } => {
-                let opened = shared
+                let grown = shared
                     .memories
                     .get(memory as usize)
                     .map(|it| it.open_to(bytes));
-                let done = match opened {
+                let done = match grown {
                     Some(Ok(())) => true,
                     Some(Err(error)) => {
                         tracing::warn!(%error, memory, bytes, "guest memory cannot grow");
@@ -326,14 +326,14 @@ impl Member {
                 });
             }
             Order::Times => {
-                let visitors = locked(&shared.visitors);
-                let threads = visitors.iter().filter_map(|(tid, visitor)| {
-                    let clock = visitor.clock.get()?;
-                    let stood = shared.home.stood(clock.os_thread);
-                    Some((*tid, clock.took()?, stood))
+                let hosted = locked(&shared.hosted);
+                let threads = hosted.iter().filter_map(|(tid, hosted_thread)| {
+                    let clock = hosted_thread.clock.get()?;
+                    let stalled_us = shared.home.stalled_us(clock.os_thread);
+                    Some((*tid, clock.took()?, stalled_us))
                 });
                 let threads = threads.collect();
-                drop(visitors);
+                drop(hosted);
                 let at_ns = shared.begun.elapsed().as_nanos();
                 let at_ns = u64::try_from(at_ns).unwrap_or(u64::MAX);
                 shared.home.report(Report::Times { at_ns, threads });
@@ -350,10 +350,10 @@ impl Member {
             .iter()
             .filter_map(Weak::upgrade)
             .collect();
-        for visitor in &all {
-            visitor.signal.request();
-            let _waiting = locked(&visitor.wishes);
-            visitor.changed.notify_all();
+        for hosted_thread in &all {
+            hosted_thread.signal.request();
+            let _waiting = locked(&hosted_thread.requests);
+            hosted_thread.changed.notify_all();
         }
     }
 
@@ -370,32 +370,32 @@ impl Member {
         }
     }
 
-    fn visitor(&self, tid: u32) -> std::io::Result<Arc<Visitor>> {
-        let mut visitors = locked(&self.0.visitors);
-        if let Some(visitor) = visitors.get(&tid) {
-            return Ok(visitor.clone());
+    fn hosted_thread(&self, tid: u32) -> std::io::Result<Arc<HostedThread>> {
+        let mut hosted = locked(&self.0.hosted);
+        if let Some(hosted_thread) = hosted.get(&tid) {
+            return Ok(hosted_thread.clone());
         }
-        if visitors.len() >= THREADS_MAX {
+        if hosted.len() >= THREADS_MAX {
             return Err(std::io::Error::other("there are too many"));
         }
         let warm = locked(&self.0.idle).pop();
-        let visitor = match warm {
-            Some(visitor) => visitor,
+        let hosted_thread = match warm {
+            Some(hosted_thread) => hosted_thread,
             None => self.launch()?,
         };
-        visitors.insert(tid, visitor.clone());
-        Ok(visitor)
+        hosted.insert(tid, hosted_thread.clone());
+        Ok(hosted_thread)
     }
 
-    fn launch(&self) -> std::io::Result<Arc<Visitor>> {
-        let visitor = Arc::new(Visitor {
+    fn launch(&self) -> std::io::Result<Arc<HostedThread>> {
+        let hosted_thread = Arc::new(HostedThread {
             signal: Arc::new(Signal::new()?),
-            wishes: Mutex::default(),
+            requests: Mutex::default(),
             changed: Condvar::new(),
             leaves: AtomicBool::new(false),
             clock: OnceLock::new(),
         });
-        let (shared, guest) = (self.0.clone(), visitor.clone());
+        let (shared, guest) = (self.0.clone(), hosted_thread.clone());
         *locked(&self.0.launched) += 1;
         let spawned = std::thread::Builder::new()
             // (As threads of guests are called at homes: the node's meter counts by it.)
@@ -413,9 +413,9 @@ impl Member {
         match spawned {
             Ok(_) => {
                 let mut all = locked(&self.0.all);
-                all.retain(|visitor| visitor.strong_count() > 0);
-                all.push(Arc::downgrade(&visitor));
-                Ok(visitor)
+                all.retain(|hosted_thread| hosted_thread.strong_count() > 0);
+                all.push(Arc::downgrade(&hosted_thread));
+                Ok(hosted_thread)
             }
             Err(error) => {
                 self.0.gone();
@@ -426,8 +426,10 @@ impl Member {
 
     /// How a thread that is here is asked to come to safepoints.
     pub fn signal(&self, tid: u32) -> Option<Arc<Signal>> {
-        let visitors = locked(&self.0.visitors);
-        visitors.get(&tid).map(|visitor| visitor.signal.clone())
+        let hosted = locked(&self.0.hosted);
+        hosted
+            .get(&tid)
+            .map(|hosted_thread| hosted_thread.signal.clone())
     }
 }
 
@@ -438,44 +440,44 @@ impl Shared {
     }
 
     /// Threads' stays, one after the other.
-    fn serve(self: &Arc<Self>, visitor: &Arc<Visitor>) {
+    fn serve(self: &Arc<Self>, hosted_thread: &Arc<HostedThread>) {
         let mut fiber = None;
         loop {
             if fiber.is_none() {
                 // Whoever comes finds it made; where it cannot be, it is told so.
-                fiber = self.fiber(0, visitor).ok();
+                fiber = self.fiber(0, hosted_thread).ok();
             }
-            let (tid, entering) = match visitor.next(&self.over) {
-                Some(Wish::Run(tid, entering)) => (tid, entering),
-                Some(Wish::Expect(tid)) => {
+            let (tid, entering) = match hosted_thread.next(&self.over) {
+                Some(HomeRequest::Run(tid, entering)) => (tid, entering),
+                Some(HomeRequest::Expect(tid)) => {
                     self.home.report(Report::Expecting { tid });
-                    visitor.look_out(&self.over);
+                    hosted_thread.spin_for_request(&self.over);
                     continue;
                 }
-                Some(Wish::Answer(_)) => continue,
+                Some(HomeRequest::Answer(_)) => continue,
                 None => return,
-                Some(Wish::Leave) => {
-                    if !self.rest(visitor, &mut fiber) {
+                Some(HomeRequest::Leave) => {
+                    if !self.rest(hosted_thread, &mut fiber) {
                         return;
                     }
                     continue;
                 }
             };
-            let mut report = match self.run(tid, visitor, &mut fiber, entering) {
+            let mut report = match self.run(tid, hosted_thread, &mut fiber, entering) {
                 Ok(report) => report,
                 Err(stop) => Report::Stopped { tid, stop },
             };
             let mut leaves = false;
             if let Report::Captured { has_left, .. } = &mut report {
-                leaves = visitor.leaves.swap(false, Ordering::AcqRel);
+                leaves = hosted_thread.leaves.swap(false, Ordering::AcqRel);
                 *has_left = leaves;
             }
             if leaves {
                 // Before it is said: it may come back at once.
-                locked(&self.visitors).remove(&tid);
+                locked(&self.hosted).remove(&tid);
             }
             self.home.report(report);
-            if leaves && !self.rest(visitor, &mut fiber) {
+            if leaves && !self.rest(hosted_thread, &mut fiber) {
                 return;
             }
         }
@@ -483,13 +485,17 @@ impl Shared {
 
     /// Its thread has left: it waits for another one, with a fresh instance; false if
     /// enough of them wait.
-    fn rest(self: &Arc<Self>, visitor: &Arc<Visitor>, fiber: &mut Option<Fiber>) -> bool {
-        *fiber = self.fiber(0, visitor).ok();
-        visitor.signal.clear();
+    fn rest(
+        self: &Arc<Self>,
+        hosted_thread: &Arc<HostedThread>,
+        fiber: &mut Option<Fiber>,
+    ) -> bool {
+        *fiber = self.fiber(0, hosted_thread).ok();
+        hosted_thread.signal.clear();
         let mut idle = locked(&self.idle);
-        let is_wanted = idle.len() < WARM_MAX;
+        let is_wanted = idle.len() < SPARE_THREADS_MAX;
         if is_wanted {
-            idle.push(visitor.clone());
+            idle.push(hosted_thread.clone());
         }
         is_wanted
     }
@@ -497,7 +503,7 @@ impl Shared {
     fn run(
         self: &Arc<Self>,
         tid: u32,
-        visitor: &Arc<Visitor>,
+        hosted_thread: &Arc<HostedThread>,
         fiber: &mut Option<Fiber>,
         entering: Entering,
     ) -> Result<Report, Stop> {
@@ -509,7 +515,7 @@ impl Shared {
         }
         let fiber = match fiber {
             Some(fiber) => fiber,
-            none => none.insert(self.fiber(tid, visitor)?),
+            none => none.insert(self.fiber(tid, hosted_thread)?),
         };
         fiber.give_to(tid);
         let run = match entering {
@@ -532,14 +538,14 @@ impl Shared {
         })
     }
 
-    fn fiber(self: &Arc<Self>, tid: u32, visitor: &Arc<Visitor>) -> Result<Fiber, Stop> {
+    fn fiber(self: &Arc<Self>, tid: u32, hosted_thread: &Arc<HostedThread>) -> Result<Fiber, Stop> {
         let thread = HostThread {
             tid,
-            signal: visitor.signal.clone(),
+            signal: hosted_thread.signal.clone(),
             memories: self.memories.clone(),
             tables: self.tables.clone(),
         };
-        let host = Calls(self.clone(), visitor.clone());
+        let host = Calls(self.clone(), hosted_thread.clone());
         Fiber::new(self.program.clone(), Arc::new(host), thread)
             .map_err(|error| trap(error.to_string()))
     }

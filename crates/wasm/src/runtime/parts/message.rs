@@ -42,7 +42,7 @@ pub enum Call {
     /// Its arguments, as bits: what they point to is in the machine's memory.
     Bare(Vec<u64>),
     /// Of WASI, with all that it reads; what it writes comes with its answer.
-    Packed(keel_wasi::Packed),
+    Packed(keel_wasi::PackedCall),
 }
 
 /// What a call of the host came to.
@@ -254,7 +254,7 @@ mod tests {
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
 
-    fn packed() -> keel_wasi::Packed {
+    fn packed() -> keel_wasi::PackedCall {
         let mut bytes = vec![0; 64];
         bytes[8] = 9;
         let memory = wiggle::GuestMemory::Unshared(&mut bytes);

@@ -21,7 +21,7 @@
 //! packed reads and writes the guest's memory at the home, as a thread of the guest would:
 //! `crate::coherence` brings the pages. What nobody else can see happens where the thread
 //! is: `sched_yield`, and the monotonic clock, since what parts say to each other carries
-//! its time ([`keel_wasi::FollowingClock`]).
+//! its time ([`keel_wasi::CausalClock`]).
 //!
 //! - `message`: what is said
 //! - `away`: a thread that runs elsewhere, as the home sees it
@@ -29,20 +29,20 @@
 //!
 //! What carries the messages and the pages is not here.
 
-mod remote_thread;
 mod member;
 mod message;
+mod remote_thread;
 
-pub(super) use remote_thread::{Away, Inbox, Parts};
-pub use member::{Member, ToHome};
+pub use member::{HomeLink, Member};
 pub use message::{Answer, Call, Entering, MessageError, Order, Report};
+pub(super) use remote_thread::{Inbox, Parts, RemoteThread};
 
 use crate::coherence::PartId;
 use std::collections::BTreeMap;
 
 /// Where threads begin that a machine starts while it has members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-pub enum Spawning {
+pub enum SpawnPolicy {
     /// At the home.
     #[default]
     Here,
@@ -60,5 +60,5 @@ pub trait Members: Send + Sync {
 
     /// Microseconds that an OS thread of this process stood at pages so far, by the part
     /// that gave them.
-    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
+    fn stalled_us(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
 }

@@ -1,14 +1,14 @@
 //! A thread that runs at a member, as its home sees it.
 
 use super::Members;
-use super::Spawning;
+use super::SpawnPolicy;
 use super::message::{Answer, Call, Entering, Order, Report};
 use crate::coherence::{PartId, PartSet};
 use crate::runtime::fiber::{Fiber, Run, Stop, Trap};
 use crate::runtime::frame::{ThreadState, Value};
 use crate::runtime::governor::CoreTime;
 use crate::runtime::host::{Host, HostOutcome, HostThread};
-use crate::runtime::machine::{Took, locked};
+use crate::runtime::machine::{CpuUsage, locked};
 use crate::runtime::program::Program;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -63,7 +63,7 @@ impl Inbox {
 #[derive(Default)]
 pub(crate) struct Parts {
     /// Held while a memory is opened: one at a time.
-    opens: Mutex<()>,
+    growth_lock: Mutex<()>,
     inner: Mutex<PartsInner>,
     changed: Condvar,
     /// It has members; changes only while the machine is frozen.
@@ -73,20 +73,20 @@ pub(crate) struct Parts {
 #[derive(Default)]
 struct PartsInner {
     /// `None` while it is alone.
-    way: Option<Arc<dyn Members>>,
+    link: Option<Arc<dyn Members>>,
     members: Vec<PartId>,
     /// Where new threads begin.
-    spawning: Spawning,
+    spawning: SpawnPolicy,
     /// Cores that are free at each part, less what began there since that was told.
-    room: BTreeMap<PartId, f64>,
+    free_cores: BTreeMap<PartId, f64>,
     /// What threads took where they are, and when it was looked at there.
-    taken: BTreeMap<u32, (PartId, Took)>,
+    taken: BTreeMap<u32, (PartId, CpuUsage)>,
     /// Since when a member has not said what it was asked for that.
-    asked: BTreeMap<PartId, Instant>,
+    times_requested: BTreeMap<PartId, Instant>,
     /// What is being opened: memory and bytes.
-    opening: Option<(u32, u64)>,
+    growing: Option<(u32, u64)>,
     /// What came of it, by part.
-    opened: BTreeMap<PartId, bool>,
+    grown: BTreeMap<PartId, bool>,
     /// Nothing goes to these any more.
     leaving: PartSet,
     lost: bool,
@@ -97,8 +97,8 @@ impl Parts {
     pub(crate) fn set(
         &self,
         members: Vec<PartId>,
-        way: Option<Arc<dyn Members>>,
-        spawning: Spawning,
+        link: Option<Arc<dyn Members>>,
+        spawning: SpawnPolicy,
     ) {
         let mut inner = locked(&self.inner);
         let all: PartSet = members.iter().copied().collect();
@@ -106,13 +106,13 @@ impl Parts {
         inner.leaving = leaving.collect();
         inner.members = members;
         inner.spawning = spawning;
-        inner.room.clear();
+        inner.free_cores.clear();
         inner.taken.clear();
-        inner.asked.clear();
+        inner.times_requested.clear();
         // (A member that was lost before it was set is lost.)
-        inner.lost &= way.is_some();
-        self.spans.store(way.is_some(), Ordering::Release);
-        inner.way = way;
+        inner.lost &= link.is_some();
+        self.spans.store(link.is_some(), Ordering::Release);
+        inner.link = link;
         self.changed.notify_all();
     }
 
@@ -127,7 +127,7 @@ impl Parts {
 
     /// These are to leave: nothing goes to them any more. All others stay, also those that
     /// were to leave before.
-    pub(crate) fn let_leave(&self, parts: PartSet) {
+    pub(crate) fn drain(&self, parts: PartSet) {
         locked(&self.inner).leaving = parts;
     }
 
@@ -137,11 +137,11 @@ impl Parts {
 
     /// Where a new thread begins, of the parts that have so many already; of equals at
     /// the home.
-    pub(crate) fn place_for_new(&self, counts: &BTreeMap<PartId, usize>) -> PartId {
+    pub(crate) fn placement_for_new(&self, counts: &BTreeMap<PartId, usize>) -> PartId {
         let mut inner = locked(&self.inner);
-        let spawning = match inner.way {
+        let spawning = match inner.link {
             Some(_) => inner.spawning,
-            None => Spawning::Here,
+            None => SpawnPolicy::Here,
         };
         let stays = |part: &PartId| !inner.leaving.contains(*part);
         let parts: Vec<PartId> = std::iter::once(PartId::HOME)
@@ -155,26 +155,27 @@ impl Parts {
                 .min_by_key(|part| (count(part), *part))
         };
         let place = match spawning {
-            Spawning::Here => None,
-            Spawning::Room if !inner.room.is_empty() => {
-                let room = |part: &PartId| inner.room.get(part).copied().unwrap_or(f64::MIN);
+            SpawnPolicy::Here => None,
+            SpawnPolicy::Room if !inner.free_cores.is_empty() => {
+                let free_cores =
+                    |part: &PartId| inner.free_cores.get(part).copied().unwrap_or(f64::MIN);
                 let most = parts.iter().copied().max_by(|one, other| {
-                    let by_room = room(one).total_cmp(&room(other));
+                    let by_room = free_cores(one).total_cmp(&free_cores(other));
                     by_room.then(other.cmp(one))
                 });
-                if let Some(room) = most.and_then(|part| inner.room.get_mut(&part)) {
-                    *room -= 1.0;
+                if let Some(free_cores) = most.and_then(|part| inner.free_cores.get_mut(&part)) {
+                    *free_cores -= 1.0;
                 }
                 most
             }
-            Spawning::Even | Spawning::Room => fewest(),
+            SpawnPolicy::Even | SpawnPolicy::Room => fewest(),
         };
         place.unwrap_or(PartId::HOME)
     }
 
     /// How many cores are free at each part now.
-    pub(crate) fn set_room(&self, room: BTreeMap<PartId, f64>) {
-        locked(&self.inner).room = room;
+    pub(crate) fn set_free_cores(&self, free_cores: BTreeMap<PartId, f64>) {
+        locked(&self.inner).free_cores = free_cores;
     }
 
     /// What a part says of its threads.
@@ -185,49 +186,57 @@ impl Parts {
         threads: Vec<(u32, CoreTime, BTreeMap<PartId, u64>)>,
     ) {
         let mut inner = locked(&self.inner);
-        inner.asked.remove(&part);
+        inner.times_requested.remove(&part);
         inner.taken.retain(|_, (from, _)| *from != part);
-        let took = threads.into_iter().map(|(tid, time, stood)| {
-            let took = Took { at_ns, time, stood };
+        let took = threads.into_iter().map(|(tid, time, stalled_us)| {
+            let took = CpuUsage {
+                at_ns,
+                time,
+                stalled_us,
+            };
             (tid, (part, took))
         });
         inner.taken.extend(took);
     }
 
     /// What a thread took where it is, when that was looked at last.
-    pub(crate) fn taken(&self, tid: u32, part: PartId) -> Option<Took> {
+    pub(crate) fn taken(&self, tid: u32, part: PartId) -> Option<CpuUsage> {
         let inner = locked(&self.inner);
         let (from, took) = inner.taken.get(&tid)?;
         (*from == part).then(|| took.clone())
     }
 
     /// Asks all members what their threads took; the answers come in time.
-    pub(crate) fn ask_times(&self) {
+    pub(crate) fn request_cpu_times(&self) {
         let mut inner = locked(&self.inner);
-        let (way, members) = (inner.way.clone(), inner.members.clone());
-        if way.is_some() {
+        let (link, members) = (inner.link.clone(), inner.members.clone());
+        if link.is_some() {
             for part in &members {
-                inner.asked.entry(*part).or_insert_with(Instant::now);
+                inner
+                    .times_requested
+                    .entry(*part)
+                    .or_insert_with(Instant::now);
             }
         }
         drop(inner);
         for part in members {
-            if let Some(way) = &way {
-                way.order(part, &Order::Times);
+            if let Some(link) = &link {
+                link.order(part, &Order::Times);
             }
         }
     }
 
     /// For how long members have not answered.
-    pub(crate) fn silent(&self) -> BTreeMap<PartId, Duration> {
+    pub(crate) fn unresponsive(&self) -> BTreeMap<PartId, Duration> {
         let inner = locked(&self.inner);
         let members = inner.members.iter();
-        let asked = members.filter_map(|part| Some((*part, inner.asked.get(part)?.elapsed())));
+        let asked =
+            members.filter_map(|part| Some((*part, inner.times_requested.get(part)?.elapsed())));
         asked.collect()
     }
 
-    pub(crate) fn way(&self) -> Option<Arc<dyn Members>> {
-        locked(&self.inner).way.clone()
+    pub(crate) fn link(&self) -> Option<Arc<dyn Members>> {
+        locked(&self.inner).link.clone()
     }
 
     /// Nobody answers any more: who waits for members goes on without.
@@ -238,31 +247,31 @@ impl Parts {
 
     /// Makes a memory accessible so far at all members; false if one of them cannot.
     pub(crate) fn open(&self, memory: u32, bytes: u64) -> bool {
-        let _alone = locked(&self.opens);
+        let _alone = locked(&self.growth_lock);
         let mut inner = locked(&self.inner);
-        let (Some(way), members) = (inner.way.clone(), inner.members.clone()) else {
+        let (Some(link), members) = (inner.link.clone(), inner.members.clone()) else {
             return true;
         };
-        inner.opened.clear();
-        inner.opening = Some((memory, bytes));
+        inner.grown.clear();
+        inner.growing = Some((memory, bytes));
         drop(inner);
         for part in &members {
-            way.order(*part, &Order::Open { memory, bytes });
+            link.order(*part, &Order::Open { memory, bytes });
         }
         let mut inner = locked(&self.inner);
-        while !inner.lost && inner.opened.len() < members.len() {
+        while !inner.lost && inner.grown.len() < members.len() {
             inner = self
                 .changed
                 .wait(inner)
                 .unwrap_or_else(|error| error.into_inner());
         }
-        !inner.lost && inner.opened.values().all(|done| *done)
+        !inner.lost && inner.grown.values().all(|done| *done)
     }
 
-    pub(crate) fn opened(&self, part: PartId, what: (u32, u64), done: bool) {
+    pub(crate) fn grown(&self, part: PartId, what: (u32, u64), done: bool) {
         let mut inner = locked(&self.inner);
-        if inner.opening == Some(what) {
-            inner.opened.insert(part, done);
+        if inner.growing == Some(what) {
+            inner.grown.insert(part, done);
         }
         self.changed.notify_all();
     }
@@ -270,9 +279,9 @@ impl Parts {
 
 /// Stands for a thread that runs at a member: what [`crate::runtime::Fiber`] is to one
 /// that runs here.
-pub(crate) struct Away {
+pub(crate) struct RemoteThread {
     part: PartId,
-    way: Arc<dyn Members>,
+    link: Arc<dyn Members>,
     program: Arc<Program>,
     host: Arc<dyn Host>,
     thread: HostThread,
@@ -280,31 +289,31 @@ pub(crate) struct Away {
     /// Its state when it stands at a safepoint.
     state: ThreadState,
     /// The member has it in an instance.
-    is_there: bool,
+    is_resident: bool,
     /// The member has nothing of it.
     has_left: bool,
     /// A fresh instance for when it comes home, made while it runs elsewhere.
     spare: Option<Box<Fiber>>,
 }
 
-impl Away {
+impl RemoteThread {
     pub(crate) fn new(
         part: PartId,
-        way: Arc<dyn Members>,
+        link: Arc<dyn Members>,
         program: Arc<Program>,
         host: Arc<dyn Host>,
         thread: HostThread,
         inbox: Arc<Inbox>,
     ) -> Self {
-        Away {
+        RemoteThread {
             part,
-            way,
+            link,
             program,
             host,
             thread,
             inbox,
             state: ThreadState::default(),
-            is_there: false,
+            is_resident: false,
             has_left: true,
             spare: None,
         }
@@ -318,7 +327,7 @@ impl Away {
     /// As [`crate::runtime::Fiber::load`]; takes effect when it is resumed.
     pub(crate) fn load(&mut self, state: ThreadState) {
         self.state = state;
-        self.is_there = false;
+        self.is_resident = false;
     }
 
     /// As [`crate::runtime::Fiber::state`].
@@ -339,12 +348,12 @@ impl Away {
         if self.thread.signal.is_requested() {
             return Ok(Run::Captured);
         }
-        let state = (!self.is_there).then(|| self.state.encode(self.program.hash()));
+        let state = (!self.is_resident).then(|| self.state.encode(self.program.hash()));
         self.run(Entering::Resume { state })
     }
 
     fn order(&self, order: &Order) {
-        self.way.order(self.part, order);
+        self.link.order(self.part, order);
     }
 
     /// Asks it to come to a safepoint, once, if somebody wants that.
@@ -358,7 +367,7 @@ impl Away {
 
     fn run(&mut self, entering: Entering) -> Result<Run, Stop> {
         let tid = self.thread.tid;
-        self.is_there = true;
+        self.is_resident = true;
         self.has_left = false;
         self.order(&Order::Run { tid, entering });
         if self.spare.is_none() {
@@ -378,7 +387,7 @@ impl Away {
                 }
                 match asked {
                     // It comes at once, unless it is in a call of the host.
-                    true if look_for(|| self.inbox.has_some()) => {}
+                    true if spin_until(|| self.inbox.has_some()) => {}
                     true => signal.wait_for(|| self.inbox.has_some()),
                     false => signal.park(None, || self.inbox.has_some()),
                 }
@@ -426,7 +435,7 @@ impl Away {
                     self.state = ThreadState::decode(&state, self.program.hash(), meta)
                         .map_err(|error| wrong(&error.to_string()))?;
                     if has_left {
-                        (self.is_there, self.has_left) = (false, true);
+                        (self.is_resident, self.has_left) = (false, true);
                     }
                     return Ok(Run::Captured);
                 }
@@ -440,7 +449,7 @@ impl Away {
     }
 }
 
-impl Drop for Away {
+impl Drop for RemoteThread {
     fn drop(&mut self) {
         let tid = self.thread.tid;
         if !self.has_left {
@@ -451,12 +460,12 @@ impl Drop for Away {
 
 /// For how long what is about to come is looked for before it is slept for: being woken
 /// takes longer than most of it.
-const LOOK_FOR: Duration = Duration::from_micros(300);
+const REPORT_SPIN: Duration = Duration::from_micros(300);
 
 /// Looks a while; whether it has come.
-fn look_for(has_come: impl Fn() -> bool) -> bool {
+fn spin_until(has_come: impl Fn() -> bool) -> bool {
     let begun = Instant::now();
-    while begun.elapsed() < LOOK_FOR {
+    while begun.elapsed() < REPORT_SPIN {
         if has_come() {
             return true;
         }
@@ -483,7 +492,7 @@ mod tests {
     impl Members for Silent {
         fn order(&self, _part: PartId, _order: &Order) {}
 
-        fn stood(&self, _os_thread: u32) -> BTreeMap<PartId, u64> {
+        fn stalled_us(&self, _os_thread: u32) -> BTreeMap<PartId, u64> {
             BTreeMap::new()
         }
     }
@@ -494,23 +503,23 @@ mod tests {
     fn who_was_lost_before_is_not_waited_for() {
         let parts = Parts::default();
         let members = || vec![PartId::new(1).unwrap()];
-        let set = |way: Option<Arc<dyn Members>>| parts.set(members(), way, Spawning::Here);
+        let set = |link: Option<Arc<dyn Members>>| parts.set(members(), link, SpawnPolicy::Here);
         assert!(parts.is_alone());
         parts.lose();
         set(Some(Arc::new(Silent)));
         assert!(!parts.is_alone());
         assert!(!parts.open(0, 1 << 16));
         // Alone again, and once more with others.
-        parts.set(Vec::new(), None, Spawning::Here);
+        parts.set(Vec::new(), None, SpawnPolicy::Here);
         assert!(parts.is_alone() && parts.open(0, 1 << 16));
         set(Some(Arc::new(Silent)));
         std::thread::scope(|scope| {
-            let opening = scope.spawn(|| parts.open(0, 1 << 17));
-            while locked(&parts.inner).opening != Some((0, 1 << 17)) {
+            let growing = scope.spawn(|| parts.open(0, 1 << 17));
+            while locked(&parts.inner).growing != Some((0, 1 << 17)) {
                 std::thread::yield_now();
             }
-            parts.opened(PartId::new(1).unwrap(), (0, 1 << 17), true);
-            assert!(opening.join().unwrap());
+            parts.grown(PartId::new(1).unwrap(), (0, 1 << 17), true);
+            assert!(growing.join().unwrap());
         });
     }
 }
