@@ -45,7 +45,6 @@ pub struct Estimate {
     pub high: f64,
 }
 
-/// What a move takes.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Cost {
     /// Bytes over the network.
@@ -82,7 +81,6 @@ pub struct Gain {
     pub lowers: f64,
     /// Seconds for which the load is expected to last.
     pub lasts_s: Estimate,
-    /// The worth.
     pub core_s: Estimate,
 }
 

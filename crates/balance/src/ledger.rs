@@ -13,7 +13,6 @@ use crate::select::{Considered, Constraint, NodeState, Verdict};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Why nothing is moved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NoMoveReason {
@@ -30,7 +29,6 @@ pub enum NoMoveReason {
     NoPressure,
     /// The loads are within the margin, or this node is the lighter one.
     Level,
-    /// The difference has not lasted.
     Unsteady,
     /// This node carries enough to stay (`pack`).
     #[serde(rename = "filled")]
@@ -43,9 +41,7 @@ pub enum NoMoveReason {
     /// None of its machines may go; the nearest one's verdict.
     #[serde(rename = "none_may_go")]
     NoEligibleMachine {
-        /// Which is nearest.
         nearest: Name,
-        /// Why not.
         verdict: Verdict,
     },
     /// The other node did not answer.
@@ -54,7 +50,6 @@ pub enum NoMoveReason {
     Busy,
     /// The other node did not take it.
     Refused {
-        /// Why.
         why: String,
     },
     /// The other node measures with another policy.
@@ -69,12 +64,10 @@ pub enum NoMoveReason {
     },
     /// Others changed what a rule holds at the same time.
     Raced {
-        /// The rule.
         rule: String,
     },
 }
 
-/// How a move ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
@@ -84,38 +77,25 @@ pub enum Outcome {
         duration_ms: f64,
         /// Milliseconds for which the machine stood still.
         downtime_ms: f64,
-        /// Bytes sent.
         bytes: u64,
     },
     /// It runs on at the source.
-    Stayed {
-        /// Why.
-        why: String,
-    },
+    Stayed { why: String },
     /// It was not begun: as many moves as the policy allows are under way.
     Capped,
     /// It was not begun: others changed what a rule holds.
-    Raced {
-        /// The rule.
-        rule: String,
-    },
+    Raced { rule: String },
 }
 
-/// What was decided, or seen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Decision {
-    /// A machine is to move.
     Move {
-        /// Which.
         machine: Name,
-        /// Where to.
         target: Name,
         /// How far the balancer went by itself.
         mode: Mode,
-        /// This node.
         here: NodeState,
-        /// The other one.
         there: NodeState,
         /// The difference that showed in most of the last samples.
         steady: f64,
@@ -125,20 +105,16 @@ pub enum Decision {
     /// Nothing is moved, for another reason than before.
     #[serde(rename = "stay")]
     NoMove {
-        /// Why.
         why: NoMoveReason,
         /// The other node, where there was one.
         peer: Option<Name>,
         /// This node, where it was measured.
         here: Option<NodeState>,
-        /// The other one.
         there: Option<NodeState>,
-        /// Who was considered.
         considered: Vec<Considered>,
     },
     /// A machine is to move because it breaks a rule where it is.
     Repair {
-        /// Which.
         machine: Name,
         /// Where to; `None` if no node may take it.
         target: Option<Name>,
@@ -147,20 +123,14 @@ pub enum Decision {
     },
     /// A machine is to move because a plan says so: a person's, or a drain's.
     Planned {
-        /// Which.
         machine: Name,
-        /// Where to.
         target: Name,
-        /// Which plan.
         plan: String,
     },
     /// A move that was decided here is over.
     Ended {
-        /// Which machine.
         machine: Name,
-        /// Where to.
         target: Name,
-        /// How.
         outcome: Outcome,
         /// The load that this node was to have, and has.
         load: Option<(f64, f64)>,
@@ -168,27 +138,18 @@ pub enum Decision {
     /// Something is to be done with threads or memory of a machine.
     #[serde(rename = "grain")]
     FineGrained {
-        /// Which machine.
         machine: Name,
         /// How far the balancer goes by itself.
         mode: Mode,
-        /// What, and why.
         choice: Choice,
     },
     /// What was decided of threads or memory of a machine is over.
     #[serde(rename = "grain_ended")]
-    FineGrainedEnded {
-        /// Which machine.
-        machine: Name,
-        /// What was done, or not.
-        outcome: String,
-    },
+    FineGrainedEnded { machine: Name, outcome: String },
     /// Another node's numbers were not believed.
     #[serde(rename = "absurd")]
     InvalidReport {
-        /// Whose.
         peer: Name,
-        /// Which.
         fields: Vec<ValidationError>,
     },
 }
@@ -198,7 +159,6 @@ pub enum Decision {
 pub struct Line {
     /// When, in milliseconds since 1970-01-01 UTC.
     pub at_unix_ms: u64,
-    /// The node whose balancer decided.
     pub node: Name,
     /// The policy by which it did.
     #[serde(default)]
@@ -206,7 +166,6 @@ pub struct Line {
     /// What it had learned of moves.
     #[serde(default)]
     pub model: Option<CostModel>,
-    /// What was decided.
     pub decision: Decision,
 }
 

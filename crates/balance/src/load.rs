@@ -19,7 +19,6 @@ pub const SPEED_RANGE: (f64, f64) = (0.25, 4.0);
 /// Highest load that is believed.
 pub const LOAD_MAX: f64 = 1e6;
 
-/// What a node can give.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Capacity {
     /// Cores that its machines may use; a cgroup's quota counts.
@@ -92,9 +91,7 @@ impl Default for Weights {
 /// Why a number was not believed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ValidationError {
-    /// Which number.
     pub field: String,
-    /// What it was.
     pub found: String,
 }
 
@@ -200,7 +197,6 @@ impl Factors {
 /// A machine as its node sees it now.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MachineSample {
-    /// Its name.
     pub name: Name,
     /// What was measured, or what its spec promises where the policy says so.
     pub factors: Factors,
@@ -228,11 +224,9 @@ pub struct Usage {
 /// A node as it sees itself now.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NodeSample {
-    /// What it can give.
     pub capacity: Capacity,
     /// What is used by others than machines.
     pub base: Factors,
-    /// Its machines.
     pub machines: Vec<MachineSample>,
     /// Share of time in which something waited for a core though its own limit
     /// allowed it (PSI `some` of CPU), 0 to 1.

@@ -38,12 +38,9 @@ const PASSES_MAX: usize = 6;
 /// Exchanges that are looked at for one moved machine.
 const EXCHANGES_MAX: usize = 64;
 
-/// A node of a plan.
 #[derive(Debug, Clone)]
 pub struct Site {
-    /// Its name.
     pub name: Name,
-    /// Its labels.
     pub labels: Labels,
     /// What it has of each resource; 0 where a resource does not count.
     pub capacity: Amounts,
@@ -53,14 +50,10 @@ pub struct Site {
     pub open: bool,
 }
 
-/// A machine of a plan.
 #[derive(Debug, Clone)]
 pub struct Workload {
-    /// Its name.
     pub name: Name,
-    /// Its labels.
     pub labels: Labels,
-    /// The number of its site.
     pub site: usize,
     /// What it uses of each resource.
     pub demand: Amounts,
@@ -70,7 +63,6 @@ pub struct Workload {
     pub bytes: f64,
 }
 
-/// What is wanted.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Goal {
     /// All sites level.
@@ -90,15 +82,12 @@ pub enum Goal {
 /// What a plan is made of.
 #[derive(Debug, Clone)]
 pub struct Problem {
-    /// The nodes.
     pub sites: Vec<Site>,
-    /// The machines.
     pub loads: Vec<Workload>,
     /// How much each resource's unevenness counts.
     pub weights: Amounts,
     /// Resources of which no site may be used beyond its capacity.
     pub hard: [bool; RESOURCES],
-    /// Rules to keep.
     pub rules: Vec<Rule>,
     /// By how much a move must lower the unevenness.
     pub gain_min: f64,
@@ -106,14 +95,10 @@ pub struct Problem {
     pub at_once: (usize, usize),
 }
 
-/// A move of a plan.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
-    /// The machine's number.
     pub load: usize,
-    /// From which site.
     pub from: usize,
-    /// To which site.
     pub to: usize,
     /// Moves of one wave go at the same time, when those of the wave before are over.
     pub wave: usize,
@@ -121,22 +106,17 @@ pub struct Step {
     pub hop: bool,
 }
 
-/// A plan.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// In order.
     pub steps: Vec<Step>,
-    /// Unevenness before.
     pub before: f64,
-    /// Unevenness after.
     pub after: f64,
-    /// Bytes that it sends.
     pub bytes: f64,
     /// Machines that should go and cannot, by number, with the reason.
     pub left: Vec<(usize, String)>,
 }
 
-/// Makes a plan.
 pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
     let mut state = State::new(problem);
     let before = state.unevenness();
@@ -262,7 +242,6 @@ impl RuleCounter {
 /// Where everything is while a plan is made.
 struct State<'a> {
     problem: &'a Problem,
-    /// The site of each load.
     at: Vec<usize>,
     /// Loads of each site.
     on: Vec<Vec<usize>>,

@@ -14,12 +14,10 @@ pub enum Mode {
     Suggest,
     /// It does what a person confirms.
     Confirm,
-    /// It acts.
     #[default]
     Automatic,
 }
 
-/// What is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Strategy {
@@ -38,24 +36,19 @@ pub enum Strategy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Basis {
-    /// What was measured.
     #[default]
     Actual,
     /// What its spec promises (`cpu.target`, ...), where it does.
     Target,
 }
 
-/// The balancer's policy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
     /// How far it goes by itself.
     pub mode: Mode,
-    /// What is wanted.
     pub strategy: Strategy,
-    /// Which load counts.
     pub basis: Basis,
-    /// How resources become one number.
     pub weights: Weights,
     /// Difference of two loads below which they count as level.
     pub margin: f64,
@@ -125,11 +118,8 @@ impl Default for Policy {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("balance.{field} is {found}; it must be {range}")]
 pub struct PolicyError {
-    /// The field.
     pub field: &'static str,
-    /// What it is.
     pub found: String,
-    /// What it may be.
     pub range: &'static str,
 }
 

@@ -98,50 +98,35 @@ impl fmt::Display for Domain {
     }
 }
 
-/// What a rule says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "rule", deny_unknown_fields)]
 pub enum Requirement {
     /// All in one domain.
     Together {
-        /// What is one place.
         #[serde(default)]
         per: Domain,
     },
     /// At most so many in one domain.
     Apart {
-        /// What is one place.
         #[serde(default)]
         per: Domain,
-        /// How many.
         #[serde(default = "one")]
         max: u32,
     },
     /// Evenly over domains: counts of any two differ by at most `skew`.
     Spread {
-        /// What is one place.
         per: Domain,
-        /// By how much.
         #[serde(default = "one")]
         skew: u32,
     },
     /// On these nodes only.
-    Pin {
-        /// Which.
-        nodes: Selector,
-    },
+    Pin { nodes: Selector },
     /// Not on these nodes.
-    Avoid {
-        /// Which.
-        nodes: Selector,
-    },
+    Avoid { nodes: Selector },
     /// Never moved by the balancer.
     NoMoveReason,
     /// On at most so many nodes at a time: licences that are counted by node.
-    Licence {
-        /// How many.
-        nodes_max: u32,
-    },
+    Licence { nodes_max: u32 },
     /// Moved by the balancer at these hours only.
     Hours {
         /// First minute of a day (UTC), 0 to 1439.
@@ -155,14 +140,11 @@ fn one() -> u32 {
     1
 }
 
-/// A rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
-    /// Its name.
     pub name: Name,
     /// The machines that it is about.
     pub machines: Selector,
-    /// What it says of them.
     #[serde(flatten)]
     pub requirement: Requirement,
 }
@@ -197,9 +179,7 @@ impl fmt::Display for Requirement {
 /// A node or a machine as rules see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subject {
-    /// Its name.
     pub name: Name,
-    /// Its labels.
     pub labels: Labels,
 }
 
@@ -209,7 +189,6 @@ pub type Holders = BTreeMap<String, BTreeSet<Name>>;
 /// A rule that does not allow something.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Violation {
-    /// The rule.
     pub rule: Name,
     /// What it says, and what stands in the way.
     pub why: String,
@@ -224,7 +203,6 @@ impl fmt::Display for Violation {
 /// What a placement changes of one rule's holders.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
-    /// The rule.
     pub rule: Name,
     /// Domains whose holders must still be what was read: all that the rule depends on.
     pub reads: BTreeSet<String>,
@@ -492,7 +470,6 @@ pub fn forbidden(
 /// A move that lets a rule hold again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repair {
-    /// The machine.
     pub machine: Name,
     /// What it breaks where it is.
     pub broken: Violation,

@@ -39,7 +39,6 @@ pub const CONSIDERED_MAX: usize = 32;
 /// A node as the other one of a round sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct NodeState {
-    /// What it can give.
     pub capacity: Capacity,
     /// Its load, moves in flight included.
     pub load: f64,
@@ -78,7 +77,6 @@ pub enum Objective {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Constraint {
-    /// It arrived not long ago.
     Held {
         /// Milliseconds that this lasts.
         for_ms: u64,
@@ -93,15 +91,12 @@ pub enum Constraint {
         /// Milliseconds until it is tried again.
         for_ms: u64,
     },
-    /// It is moving already.
     Moving,
     /// Its spec says that it is not to be balanced.
     OptedOut,
     /// It has parts on several nodes.
     Spans,
-    /// A rule.
     Rule {
-        /// Which.
         rule: Name,
         #[serde(rename = "says")]
         reason: String,
@@ -112,7 +107,6 @@ pub enum Constraint {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// It goes.
     Chosen,
     /// Another one is nearer to half the difference.
     #[serde(rename = "further")]
@@ -120,10 +114,8 @@ pub enum Verdict {
     /// Another one is about as near, and takes less.
     #[serde(rename = "dearer")]
     CostsMore,
-    /// It is bound.
     #[serde(rename = "bound")]
     Constrained(Constraint),
-    /// It does not fit there.
     NoRoom {
         /// Bytes that it needs.
         needs_bytes: u64,
@@ -135,12 +127,10 @@ pub enum Verdict {
     /// The two nodes would be about as uneven, the other way round.
     #[serde(rename = "only_swaps")]
     SwapsImbalance,
-    /// It would level too little.
     TooLittle {
         /// By how much it lowers the sum of squares; where a node is to be free, the
         /// share of its power that it frees.
         lowers: f64,
-        /// By how much it must.
         least: f64,
     },
     /// It is not surely worth what it takes.
@@ -185,25 +175,18 @@ impl Spreadable {
     }
 }
 
-/// A machine that was considered.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Considered {
-    /// Its name.
     pub machine: Name,
-    /// Its load factors here.
     pub factors: Factors,
     /// For how many milliseconds its load has been what it is.
     pub lasted_ms: u64,
-    /// What it weighs here.
     pub here: f64,
-    /// What it would weigh there.
     pub there: f64,
     /// How far it is from what is wanted: half the difference, unless the policy is
     /// `pack`.
     pub distance: f64,
-    /// What moving it takes.
     pub cost: Cost,
-    /// What moving it is worth.
     pub gain: Gain,
     /// What compiling its program takes there first, in core-seconds; it is in the cost.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -211,7 +194,6 @@ pub struct Considered {
     /// What its spec says of parts, if it may get some.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spreadable: Option<Spreadable>,
-    /// What became of it.
     pub verdict: Verdict,
 }
 
@@ -236,9 +218,7 @@ impl Considered {
 /// A machine that may be considered.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Candidate {
-    /// Its name.
     pub machine: Name,
-    /// Its load factors here.
     pub factors: Factors,
     /// What it would weigh there, as the target computed it.
     pub there: f64,
@@ -249,7 +229,6 @@ pub struct Candidate {
     pub compile_core_s: f64,
     /// What its spec says of parts, if it may get some.
     pub spreadable: Option<Spreadable>,
-    /// Why it cannot go anyway.
     pub constraint: Option<Constraint>,
 }
 

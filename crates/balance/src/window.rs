@@ -25,7 +25,6 @@ impl Window {
         }
     }
 
-    /// Adds the newest sample.
     pub fn add(&mut self, load: f64) {
         self.loads.truncate(self.samples_max.saturating_sub(1));
         self.loads.push_front(load);

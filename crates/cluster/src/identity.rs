@@ -47,21 +47,14 @@ pub enum IdentityError {
     ClusterId(String),
     /// Making or reading a key or certificate failed.
     #[error("{what}: {reason}")]
-    Certificate {
-        /// What was tried.
-        what: &'static str,
-        /// Why it failed.
-        reason: String,
-    },
+    Certificate { what: &'static str, reason: String },
     /// The certificate is for another node.
     #[error("the certificate is for {found}, not for node {expected}")]
     OtherNode {
         /// The node it should be for.
         expected: NodeName,
-        /// What it is for.
         found: String,
     },
-    /// TLS cannot use it.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// A file of the state directory.
@@ -81,7 +74,6 @@ fn bad(what: &'static str, reason: impl fmt::Display) -> IdentityError {
 pub struct ClusterId(pub u128);
 
 impl ClusterId {
-    /// A new one.
     pub fn random() -> Self {
         Self(rand::random())
     }
@@ -180,7 +172,6 @@ impl CertificateAuthority {
         self.cluster
     }
 
-    /// Its certificate.
     pub fn certificate_pem(&self) -> &str {
         &self.certificate_pem
     }
@@ -275,11 +266,9 @@ fn common_name(name: String) -> DistinguishedName {
 
 /// A new key of a node and the request to have it signed.
 pub struct SigningRequest {
-    /// The node it is for.
     pub node: NodeName,
     /// The private key; it stays here.
     pub key_pem: String,
-    /// The request, for the authority.
     pub csr_pem: String,
 }
 
@@ -309,13 +298,9 @@ pub fn make_csr(node: &NodeName) -> Result<SigningRequest, IdentityError> {
 /// What makes this process a node of its cluster.
 #[derive(Clone)]
 pub struct NodeIdentity {
-    /// The cluster.
     pub cluster: ClusterId,
-    /// The node's name.
     pub node: NodeName,
-    /// Its certificate.
     pub certificate_pem: String,
-    /// Its private key.
     pub key_pem: String,
     /// Certificates of the authorities it trusts: one, or two while the CA is
     /// rotated.

@@ -31,25 +31,20 @@ use crate::store::{Store, StoreError, Txn, TxnOutcome};
 use crate::tokens::{self, JoinToken, Secret, TokenError};
 use crate::wire::{self, WireError, kind};
 
-/// What a joining node sends.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct JoinRequest {
     /// Number of the join token.
     pub token: u64,
-    /// Its secret.
     pub secret: Secret,
     /// The signing request for the node's key, PEM.
     pub csr_pem: String,
-    /// The name it wants.
     pub node: NodeName,
     /// Where other nodes reach it, `host:port`.
     pub address: String,
 }
 
-/// What it gets.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct JoinResponse {
-    /// The cluster.
     pub cluster: ClusterId,
     /// The node's certificate, PEM.
     pub certificate_pem: String,
@@ -62,10 +57,8 @@ pub struct JoinResponse {
 /// Why a node did not become a member.
 #[derive(Debug, Error)]
 pub enum JoinError {
-    /// The token.
     #[error(transparent)]
     Token(#[from] TokenError),
-    /// Another node has that name.
     #[error("the cluster has a node {0} already; choose another name, or `keel leave` there first")]
     NameTaken(NodeName),
     /// Someone else was quicker with the same token.
@@ -80,7 +73,6 @@ pub enum JoinError {
     /// The store. After [`StoreError::Unknown`], send the same request again.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// TLS.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// No connection.

@@ -26,10 +26,8 @@ pub const ADDRESS_BYTES_MAX: usize = 300;
 /// Time between attempts to reach the store again.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
-/// A member of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
-    /// Its name.
     pub node: NodeName,
     /// Where other nodes reach it, `host:port`.
     pub address: String,
@@ -42,7 +40,6 @@ pub struct Member {
 /// A voter of the store: who to ask.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Voter {
-    /// Its name.
     pub node: NodeName,
     /// Where it is, `host:port`.
     pub address: String,
@@ -67,27 +64,22 @@ pub enum MemberError {
     /// Another cluster is kept in this store.
     #[error("this store is of cluster {0} already")]
     OtherCluster(ClusterId),
-    /// The store holds no cluster.
     #[error("this store has no cluster yet; make one with `keel up`")]
     NoCluster,
     /// The node is to run machines.
     #[error("node {node} still has machines ({first} …); `keel drain {node}` first")]
     HasMachines {
-        /// The node.
         node: NodeName,
         /// The key of one of its schedule's entries.
         first: String,
     },
-    /// Not a member.
     #[error("node {0} is not a member of this cluster")]
     NotAMember(NodeName),
-    /// The address cannot be one.
     #[error("{0:?} is not an address: write host:port")]
     Address(String),
     /// The store did not answer as needed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A record cannot be read.
     #[error(transparent)]
     Record(#[from] WireError),
 }

@@ -17,9 +17,7 @@ pub const STATE_FILE_BYTES_MAX: u64 = 1 << 20;
 pub struct StateFileError {
     /// "read" or "write".
     pub action: &'static str,
-    /// The file.
     pub path: PathBuf,
-    /// The system's reason.
     pub source: io::Error,
 }
 

@@ -41,16 +41,13 @@ pub enum TokenError {
     Malformed {
         /// "join" or "user".
         what: &'static str,
-        /// What is wrong with it.
         reason: &'static str,
     },
     /// No such token, or the secret is wrong: which of the two is not told.
     #[error("the token is not valid here; get one with `keel token`")]
     NotValid,
-    /// It is too old.
     #[error("the token has expired; get a new one with `keel token`")]
     Expired,
-    /// It served another node already.
     #[error("the token was used by node {0} already; get a new one with `keel token`")]
     Used(NodeName),
     /// A parameter is out of its range.
@@ -93,9 +90,7 @@ impl fmt::Debug for Secret {
 /// A join token, as the joining node has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JoinToken {
-    /// Its name in the store.
     pub id: TokenId,
-    /// What proves it.
     pub secret: Secret,
     /// The fingerprint of the cluster's CA: whom to trust.
     pub authority: Fingerprint,
@@ -269,20 +264,16 @@ impl FromStr for Role {
 /// A user's token, as the user has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserToken {
-    /// Its name in the store.
     pub id: TokenId,
-    /// What proves it.
     pub secret: Secret,
 }
 
-/// The user behind a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     /// The token's name in the store.
     pub id: TokenId,
     /// The name given at its making.
     pub name: String,
-    /// What it allows.
     pub role: Role,
 }
 

@@ -28,16 +28,13 @@ const RECORD_BYTES_MAX: usize = 18 << 10;
 const FRAGMENT_BYTES: usize = 16 << 10;
 const RECORD_OVERHEAD_BYTES: usize = 64;
 
-/// Why a bulk connection ended.
 #[derive(Debug, thiserror::Error)]
 pub enum BulkError {
-    /// The socket.
     #[error(transparent)]
     Io(#[from] std::io::Error),
     /// Nothing moved for as long as the socket waits.
     #[error("the other side was silent for {0:?}")]
     Silent(Duration),
-    /// TLS.
     #[error(transparent)]
     Tls(#[from] rustls::Error),
     /// The other side closed the connection.
@@ -50,7 +47,6 @@ enum Connection {
     Server(UnbufferedServerConnection),
 }
 
-/// What TLS wants next.
 enum Next {
     /// To be asked again.
     Again,
@@ -63,7 +59,6 @@ enum Next {
     Written,
 }
 
-/// One end of a connection.
 pub struct BulkStream {
     connection: Connection,
     socket: TcpStream,
@@ -123,7 +118,6 @@ impl BulkStream {
         }
     }
 
-    /// The socket underneath.
     pub fn socket(&self) -> &TcpStream {
         &self.socket
     }

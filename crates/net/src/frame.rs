@@ -59,14 +59,12 @@ impl Class {
     }
 }
 
-/// One message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
     /// What the payload is; never 0.
     pub kind: u16,
     /// The request this belongs to; chosen by the requester.
     pub request: u64,
-    /// The message itself.
     pub payload: Bytes,
 }
 
@@ -78,39 +76,24 @@ pub enum FrameError {
     Magic {
         /// The first four bytes.
         found: u32,
-        /// What they should be.
         expected: u32,
     },
-    /// The peer speaks another version.
     #[error(
         "the peer speaks connection protocol version {found}, this node speaks {ours}: upgrade the older one"
     )]
-    Version {
-        /// The peer's version.
-        found: u16,
-        /// This node's version.
-        ours: u16,
-    },
+    Version { found: u16, ours: u16 },
     /// Kind 0.
     #[error("a frame of the invalid kind 0")]
     KindZero,
     /// The payload is over the class's limit.
     #[error("a frame of kind {kind:#06x} has {length} bytes of payload, at most {max} are allowed")]
-    TooLong {
-        /// The frame's kind.
-        kind: u16,
-        /// Its payload length, in bytes.
-        length: u64,
-        /// The limit, in bytes.
-        max: u32,
-    },
+    TooLong { kind: u16, length: u64, max: u32 },
     /// The stream ended inside a frame.
     #[error("the connection ended inside a frame, after {have} of its bytes")]
     Truncated {
         /// Bytes of the unfinished frame that did arrive.
         have: usize,
     },
-    /// The stream failed.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -133,12 +116,10 @@ impl Frame {
     }
 }
 
-/// What stands before a payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
     /// What the payload is; never 0.
     pub kind: u16,
-    /// The request this belongs to.
     pub request: u64,
     /// Bytes of payload that follow, within the class's limit.
     pub payload_bytes: usize,

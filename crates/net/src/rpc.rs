@@ -60,11 +60,9 @@ const STREAM_CREDIT_MAX: u32 = 1 << 16;
 /// Who is at the other end, as far as its certificate was verified.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum PeerId {
-    /// A member of the cluster.
     Node(NodeName),
     /// The worker with the agreed certificate.
     Pinned(Fingerprint),
-    /// A peer without a certificate.
     Anonymous,
 }
 
@@ -96,7 +94,6 @@ pub enum RpcError {
     NotSent {
         /// Name and address of the peer.
         peer: String,
-        /// Why, and what to do.
         reason: String,
     },
     /// The peer got the request and refused it before doing anything:
@@ -105,7 +102,6 @@ pub enum RpcError {
     Refused {
         /// Name and address of the peer.
         peer: String,
-        /// Why, and what to do.
         reason: String,
     },
     /// The peer executed the request and reports that it failed.
@@ -113,7 +109,6 @@ pub enum RpcError {
     Failed {
         /// Name and address of the peer.
         peer: String,
-        /// Why, and what to do.
         reason: String,
     },
     /// The request was sent and no answer came: it may or may not have been
@@ -122,7 +117,6 @@ pub enum RpcError {
     Unknown {
         /// Name and address of the peer.
         peer: String,
-        /// Why no answer came.
         reason: String,
     },
 }
@@ -162,10 +156,8 @@ impl RpcError {
     }
 }
 
-/// What a handler answers with.
 #[derive(Debug)]
 pub enum Reply {
-    /// One payload.
     One(Bytes),
     /// Payloads pushed until the sender is dropped or the client ends it (the
     /// receiver is then dropped).
@@ -266,27 +258,20 @@ impl Options {
 /// Why there is no connection to a peer. Nothing was executed.
 #[derive(Debug, Error)]
 pub enum ConnectError {
-    /// No TLS connection.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// The peer is reached and trusted, but does not let this node in.
     #[error("{peer} at {address} does not accept this node: {reason}")]
     NotAccepted {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
-        /// The peer's own words.
         reason: String,
     },
     /// The connection failed before the greeting.
     #[error("{peer} at {address} did not greet: {reason}")]
     NoGreeting {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
-        /// What came instead.
         reason: String,
     },
 }

@@ -46,7 +46,6 @@ const PINNED_DNS: &str = "worker.pinned.keel";
 pub struct Fingerprint(pub [u8; 32]);
 
 impl Fingerprint {
-    /// The fingerprint of a certificate.
     pub fn of(certificate: &CertificateDer<'_>) -> Self {
         Self(*blake3::hash(certificate).as_bytes())
     }
@@ -81,28 +80,18 @@ impl FromStr for Fingerprint {
 pub enum TlsError {
     /// A certificate or key given to this node cannot be used.
     #[error("cannot use {what}: {reason}")]
-    Credentials {
-        /// Which one.
-        what: &'static str,
-        /// What is wrong with it.
-        reason: String,
-    },
+    Credentials { what: &'static str, reason: String },
     /// No TCP connection.
     #[error("cannot connect to {peer} at {address}: {source} (is `keel up` running there?)")]
     Connect {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
-        /// The system's reason.
         source: io::Error,
     },
     /// Connecting, or the handshake, took too long.
     #[error("{peer} at {address} did not complete the connection within {limit_ms} ms")]
     TimedOut {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
         /// The time allowed, in milliseconds.
         limit_ms: u128,
@@ -110,9 +99,7 @@ pub enum TlsError {
     /// The two sides did not accept each other.
     #[error("no trust between this node and {peer} at {address}: {reason}")]
     Handshake {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
         /// What failed and what to do.
         reason: String,
@@ -186,9 +173,7 @@ impl NodeCredentials {
 /// A self-signed certificate of one worker, trusted by its fingerprint alone.
 #[derive(Debug)]
 pub struct PinnedIdentity {
-    /// The certificate.
     pub cert: CertificateDer<'static>,
-    /// Its private key.
     pub key: PrivatePkcs8KeyDer<'static>,
     /// What the other side must pin.
     pub fingerprint: Fingerprint,
@@ -230,7 +215,6 @@ pub struct ServerTls {
     trust: Trust,
 }
 
-/// The client's side of TLS.
 #[derive(Debug, Clone)]
 pub struct ClientTls {
     config: Arc<ClientConfig>,

@@ -14,7 +14,6 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 pub struct Bytes {
     /// To the node.
     pub sent: u64,
-    /// From it.
     pub received: u64,
 }
 

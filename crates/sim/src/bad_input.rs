@@ -10,16 +10,13 @@ const SIMILARITY_MIN: f64 = 0.7;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}{}: {reason}", path.display(), line.map(|it| format!(", line {it}")).unwrap_or_default())]
 pub struct BadInput {
-    /// The file.
     pub path: PathBuf,
     /// The line, from 1, where there is one to name.
     pub line: Option<usize>,
-    /// What is wrong.
     pub reason: String,
 }
 
 impl BadInput {
-    /// The whole file.
     pub fn file(path: &Path, reason: impl ToString) -> Self {
         BadInput {
             path: path.to_owned(),

@@ -9,25 +9,19 @@ use std::sync::Arc;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "kind", deny_unknown_fields)]
 pub enum Curve {
-    /// Always the same.
     Steady {
-        /// Cores.
         cores: f64,
     },
     /// One demand before an instant, another one after.
     Step {
-        /// Cores before.
         before: f64,
-        /// Cores after.
         after: f64,
         /// The instant, in seconds.
         at_s: f64,
     },
     /// Rises from one demand to another, falls back at once, and rises again.
     Sawtooth {
-        /// Least cores.
         least: f64,
-        /// Most cores.
         most: f64,
         /// Seconds of one rise.
         period_s: f64,
@@ -37,9 +31,7 @@ pub enum Curve {
     },
     /// A wave between two demands: day and night.
     Wave {
-        /// Least cores.
         least: f64,
-        /// Most cores.
         most: f64,
         /// Seconds of one wave.
         period_s: f64,
@@ -49,9 +41,7 @@ pub enum Curve {
     },
     /// Bursts at random instants on a quiet ground.
     Bursts {
-        /// Cores without a burst.
         quiet: f64,
-        /// Cores in a burst.
         burst: f64,
         /// Share of time in bursts, 0 to 1.
         share: f64,
@@ -63,17 +53,14 @@ pub enum Curve {
     },
     /// Another demand in each second, around a mean.
     Noise {
-        /// Mean cores.
         mean: f64,
         /// Greatest distance from it, in cores.
         spread: f64,
-        /// Says which.
         #[serde(default)]
         seed: u64,
     },
     /// As it was recorded; the last sample holds on.
     Recorded {
-        /// Cores.
         samples: Arc<[f32]>,
         /// Seconds from one sample to the next.
         every_s: f64,

@@ -9,9 +9,7 @@ use serde::{Deserialize, Serialize};
 pub struct Expect {
     /// From this second on no move is admissible, under way or made.
     pub levelled_by_s: Option<u64>,
-    /// Most moves.
     pub moves_max: Option<u64>,
-    /// Least moves.
     pub moves_min: Option<u64>,
     /// No move ends after this second.
     pub no_move_after_s: Option<u64>,
@@ -26,19 +24,15 @@ pub struct Expect {
     pub free_min: Option<u64>,
     /// Most machines that came back within the cool-down.
     pub returns_max: Option<u64>,
-    /// Most moves that fail.
     pub failed_max: Option<u64>,
     /// Most machines that do not run at the end because their node died.
     pub stranded_max: Option<u64>,
-    /// Most alerts.
     pub alerts_max: Option<u64>,
-    /// Least alerts.
     pub alerts_min: Option<u64>,
     /// Most machines that break a rule where they are at the end.
     pub broken_max: Option<u64>,
     /// Least moves that were made so that rules hold again.
     pub repairs_min: Option<u64>,
-    /// Most of them.
     pub repairs_max: Option<u64>,
     /// Most of their time, as a share, that nodes have less CPU than is demanded.
     pub overload_max: Option<f64>,
@@ -51,18 +45,14 @@ pub struct Expect {
 /// An expectation and what was found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct CheckResult {
-    /// Which, by its key.
     pub expectation: String,
-    /// What was expected.
     pub expected: String,
-    /// What was found.
     pub found: String,
     /// Whether it came so.
     pub met: bool,
 }
 
 impl Expect {
-    /// Compares with what came.
     pub fn check(&self, report: &Report) -> Vec<CheckResult> {
         let mut checked = Vec::new();
         let mut add = |key: &str, expected: String, found: String, met: bool| {

@@ -11,7 +11,6 @@ const ROWS_MAX: usize = 200;
 const COLUMNS_MAX: usize = 480;
 /// Most moves that are drawn one by one.
 const MOVES_MAX: usize = 2_000;
-/// The drawing, in pixels.
 const WIDTH: f64 = 960.0;
 const HEIGHT: f64 = 420.0;
 const LEFT: f64 = 56.0;

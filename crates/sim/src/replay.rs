@@ -12,11 +12,9 @@ use keel_balance::select::{CONSIDERED_MAX, Candidate, Considered, NodeState, Ver
 use serde::Serialize;
 use std::path::Path;
 
-/// What became of a decision.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ReplayOutcome {
-    /// The same is decided.
     Same,
     /// Something else is; what, and why.
     Differs(String),
@@ -33,23 +31,16 @@ pub struct UnmatchedDecision {
     pub line: usize,
     /// When, in milliseconds since 1970 UTC.
     pub at_unix_ms: u64,
-    /// Who decided.
     pub node: String,
-    /// What was decided.
     pub was: String,
-    /// What is decided today.
     #[serde(rename = "again")]
     pub outcome: ReplayOutcome,
 }
 
-/// What came of a ledger.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct ReplaySummary {
-    /// Lines.
     pub lines: u64,
-    /// Decided the same.
     pub same: u64,
-    /// Decided otherwise.
     pub differ: u64,
     /// Events that are no decisions of numbers.
     pub no_decision: u64,

@@ -20,9 +20,7 @@ const ALERTS_QUOTED_MAX: usize = 10;
 /// How a cluster is at an instant.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ClusterSummary {
-    /// Nodes that are alive.
     pub alive: usize,
-    /// Machines that run.
     pub machines: usize,
     /// Mean load of nodes, each weighted with its power.
     pub load_mean: f64,
@@ -32,44 +30,32 @@ pub struct ClusterSummary {
     pub load_max: f64,
     /// Standard deviation of the nodes' loads, each weighted with its power.
     pub unevenness: f64,
-    /// Nodes that are pressed.
     pub pressed: usize,
-    /// Nodes without machines.
     pub free: usize,
 }
 
-/// A move.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MoveReport {
     /// When it was over, in seconds.
     pub at_s: f64,
-    /// Which machine.
     pub machine: String,
-    /// From where.
     pub source: String,
-    /// Where to.
     pub target: String,
-    /// Bytes sent.
     pub bytes: u64,
 }
 
-/// Loads over time.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Series {
     /// Seconds from one look to the next.
     pub every_s: u64,
-    /// The nodes.
     pub nodes: Vec<String>,
     /// Each look's loads of all nodes; NaN for those that are not alive.
     pub samples: Vec<Vec<f32>>,
 }
 
-/// What came of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
-    /// What the scenario shows.
     pub about: String,
-    /// The seed.
     pub seed: u64,
     /// Seconds that were simulated.
     pub length_s: u64,
@@ -80,11 +66,9 @@ pub struct Report {
     /// The second from which on no move was admissible, under way or made, as far as
     /// looks show it; or why it was never so.
     pub levelled_at_s: Result<u64, String>,
-    /// Moves, by time.
     pub moves: Vec<MoveReport>,
     /// Bytes that all moves sent.
     pub moved_bytes: f64,
-    /// Moves that failed.
     pub failed: u64,
     /// Moves that waited since as many as allowed were under way.
     pub capped: u64,
@@ -96,11 +80,9 @@ pub struct Report {
     pub repairs: u64,
     /// Machines that break a rule where they are at the end, with what it says.
     pub broken: Vec<String>,
-    /// Rounds that were begun.
     pub rounds: u64,
     /// Machines that do not run because their node died.
     pub stranded: usize,
-    /// How many alerts there were.
     pub alerts: u64,
     /// The first of them.
     pub alerts_quoted: Vec<String>,
@@ -114,9 +96,7 @@ pub struct Report {
     pub active_mean: f64,
     /// Energy, in kWh, where nodes have a table of power.
     pub energy_kwh: Option<f64>,
-    /// What was expected.
     pub expectations: Vec<CheckResult>,
-    /// Loads over time, for pictures.
     #[serde(skip)]
     pub series: Series,
 }
@@ -349,7 +329,6 @@ fn share(part: f64, of: f64) -> f64 {
     if of > 0.0 { part / of } else { 0.0 }
 }
 
-/// How it is now.
 fn summarize(nodes: &[NodeSnapshot], world: &World) -> ClusterSummary {
     let alive: Vec<&NodeSnapshot> = nodes.iter().filter(|it| it.alive).collect();
     let power: f64 = alive.iter().map(|it| it.capacity.power()).sum();

@@ -17,7 +17,6 @@ pub enum Change {
     RemoveNode(String),
     /// So many nodes more, like the first one.
     AddNode(usize),
-    /// Another value in the policy.
     Policy(toml::Table),
 }
 

@@ -70,7 +70,6 @@ fn outcome_of(error: &wiggle::error::Error) -> Outcome {
     Outcome::Trap(error.to_string())
 }
 
-/// A call under way.
 pub(crate) struct Call<'a> {
     wasi: &'a Wasi,
     state: &'a mut CallState,

@@ -8,7 +8,6 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What a machine starts with.
 pub struct Config {
     /// The arguments, the program's name first. No NUL bytes.
     pub args: Vec<String>,
@@ -30,7 +29,6 @@ pub struct Config {
     pub seed: Option<[u8; 32]>,
     /// Bounds.
     pub limits: Limits,
-    /// The host's clocks.
     pub clock: Arc<dyn HostClock>,
 }
 
@@ -62,7 +60,6 @@ pub enum Source {
     Volume {
         /// Folder for its files' bytes; of nobody else.
         folder: PathBuf,
-        /// How large it may become.
         limits: VolumeLimits,
         /// Is told when the guest waits for room on the host's disk.
         stalls: Arc<Stalls>,
@@ -72,11 +69,9 @@ pub enum Source {
     Backed {
         /// Folder for those bytes; of nobody else.
         folder: PathBuf,
-        /// How large it may become.
         limits: VolumeLimits,
         /// Is told when the guest waits for room, or for who keeps the bytes.
         stalls: Arc<Stalls>,
-        /// Where the bytes are.
         backed: Backed,
     },
 }
@@ -84,7 +79,6 @@ pub enum Source {
 /// A directory that the guest may reach.
 #[derive(Clone, Debug)]
 pub struct Preopen {
-    /// Where its files are.
     pub source: Source,
     /// Its name for the guest, such as `/data`. No NUL bytes.
     pub guest: String,

@@ -60,7 +60,6 @@ pub(crate) struct OpenFile {
     /// Pipes and devices have no offset and may block.
     pub(crate) is_stream: bool,
     pub(crate) read_only_root: bool,
-    /// What the guest asked for.
     pub(crate) readable: bool,
     pub(crate) writable: bool,
     /// What it was opened for (creating needs writing).
@@ -84,7 +83,6 @@ pub(crate) enum Place {
     Volume(OpenNode),
 }
 
-/// An open directory.
 #[derive(Debug)]
 pub(crate) struct OpenDirectory {
     pub(crate) place: Place,
@@ -96,7 +94,6 @@ pub(crate) struct OpenDirectory {
     pub(crate) listing: Mutex<Option<Listing>>,
 }
 
-/// A listening socket handed in.
 #[derive(Debug)]
 pub(crate) struct Listener {
     pub(crate) listener: TcpListener,
@@ -116,7 +113,6 @@ pub(crate) struct Connection {
     pub(crate) shut: AtomicU8,
 }
 
-/// What a descriptor refers to.
 #[derive(Debug)]
 pub(crate) enum Kind {
     Stdin,
@@ -145,7 +141,6 @@ impl Default for Dropped {
     }
 }
 
-/// One entry of the table.
 #[derive(Debug)]
 pub(crate) struct Descriptor {
     pub(crate) kind: Kind,

@@ -11,7 +11,6 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno as HostErrno;
 use types::{Errno, Filetype};
 
-/// One directory entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) name: String,

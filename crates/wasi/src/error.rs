@@ -20,7 +20,6 @@ pub enum Error {
     EnvironmentName {
         /// Its place, from 0.
         index: usize,
-        /// The name.
         name: String,
     },
     /// Something is larger than a limit.
@@ -28,66 +27,42 @@ pub enum Error {
     TooMany {
         /// What there is too much of.
         what: &'static str,
-        /// How much there is.
         size: usize,
-        /// How much there may be.
         max: usize,
     },
     /// A directory of the host cannot be opened.
     #[error("preopen {guest:?}: cannot open host directory {host:?}: {source}")]
     Preopen {
-        /// The guest's name.
         guest: String,
-        /// The host's path.
         host: String,
-        /// What the host says.
         source: io::Error,
     },
     /// A listening socket or stream of the host cannot be used.
     #[error("{what}: {source}")]
-    Host {
-        /// The object.
-        what: String,
-        /// What the host says.
-        source: io::Error,
-    },
+    Host { what: String, source: io::Error },
     /// An open file is not where the target could find it again.
     #[error(
         "descriptor {fd}: {path:?} is in no preopen any more (removed or moved by another process): \
          restore the file or let the guest close it"
     )]
     Unreachable {
-        /// The descriptor.
         fd: u32,
         /// The path on the source host, as far as known.
         path: String,
     },
     /// A path in a snapshot is kept as text.
     #[error("descriptor {fd}: path {path:?} is not UTF-8: rename it")]
-    NotUtf8 {
-        /// The descriptor.
-        fd: u32,
-        /// The path, with replacement characters.
-        path: String,
-    },
+    NotUtf8 { fd: u32, path: String },
     /// The host does not say where an open file is.
     #[error("descriptor {fd}: cannot find out its path (is /proc mounted?): {source}")]
-    Locate {
-        /// The descriptor.
-        fd: u32,
-        /// What the host says.
-        source: io::Error,
-    },
+    Locate { fd: u32, source: io::Error },
     /// An open file is missing on the target.
     #[error("descriptor {fd}: cannot open {path:?} in preopen {guest:?} again: {source}")]
     Reopen {
-        /// The descriptor.
         fd: u32,
         /// The guest's name of the preopen.
         guest: String,
-        /// The path under the preopen.
         path: String,
-        /// What the host says.
         source: io::Error,
     },
     /// Something else is now where an open file was.
@@ -96,11 +71,9 @@ pub enum Error {
          ({difference}): put it back"
     )]
     Changed {
-        /// The descriptor.
         fd: u32,
         /// The guest's name of the preopen.
         guest: String,
-        /// The path under the preopen.
         path: String,
         /// In what it differs.
         difference: &'static str,
@@ -109,12 +82,7 @@ pub enum Error {
     #[error(
         "WASI snapshot of version {found}, this program reads {supported}: use a matching keel"
     )]
-    Version {
-        /// The snapshot's.
-        found: u32,
-        /// Ours.
-        supported: u32,
-    },
+    Version { found: u32, supported: u32 },
     /// The snapshot contradicts itself or its bounds.
     #[error("WASI snapshot is damaged: {0}")]
     Damaged(String),
@@ -123,9 +91,7 @@ pub enum Error {
     Resources {
         /// `preopens` or `listeners`.
         what: &'static str,
-        /// How many it has.
         needed: usize,
-        /// How many were given.
         given: usize,
     },
     /// The operating system gave no random seed.

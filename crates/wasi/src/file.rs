@@ -20,7 +20,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use types::{Errno, Fdflags, Filestat, Filetype, Fstflags, Rights, Whence};
 
-/// Where to read or write.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Position {
     /// At the descriptor's offset, which moves on.

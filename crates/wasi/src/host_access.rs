@@ -17,7 +17,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// The files of one preopen.
 #[derive(Debug)]
 pub enum Files {
     /// In a directory of the host.
@@ -26,10 +25,8 @@ pub enum Files {
     Volume(Arc<Volume>),
 }
 
-/// What a path is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileStat {
-    /// Its size.
     pub bytes: u64,
     /// Whether it is a directory.
     pub directory: bool,

@@ -85,7 +85,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What became of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It is complete; this is the errno that it returns to the guest.
@@ -136,7 +135,6 @@ pub(crate) struct Root {
     read_only: bool,
 }
 
-/// Where a preopen is.
 #[derive(Debug)]
 pub(crate) enum RootPlace {
     Host { dir: Dir, id: FileId },

@@ -14,7 +14,6 @@ use types::{
     Subscription, SubscriptionClock, SubscriptionU,
 };
 
-/// One subscription, looked up.
 enum Watch {
     Monotonic { deadline_ns: u64 },
     Realtime { deadline_ns: u64 },

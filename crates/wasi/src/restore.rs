@@ -40,7 +40,6 @@ pub struct Resources {
     pub stdout: Box<dyn Sink>,
     /// Standard error.
     pub stderr: Box<dyn Sink>,
-    /// The target's clocks.
     pub clock: Arc<dyn HostClock>,
 }
 

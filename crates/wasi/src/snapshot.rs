@@ -24,9 +24,7 @@ pub const SNAPSHOT_VERSION: u32 = 2;
 pub struct Snapshot {
     /// [`SNAPSHOT_VERSION`] of the writer.
     pub version: u32,
-    /// The arguments.
     pub args: Vec<String>,
-    /// The environment.
     pub env: Vec<(String, String)>,
     /// Tells this machine's hidden files from those of others.
     pub machine: u64,
@@ -35,9 +33,7 @@ pub struct Snapshot {
     /// The boot of the host where this was taken; empty if unknown. On the
     /// same one, device and inode numbers must still match.
     pub boot_id: String,
-    /// The guest's monotonic clock.
     pub monotonic_ns: u64,
-    /// The guest's realtime clock.
     pub realtime_ns: u64,
     /// The seed of `random_get`.
     pub seed: [u8; 32],
@@ -55,14 +51,11 @@ pub struct Snapshot {
     pub subscriptions_max: u32,
     /// [`crate::Limits::directory_entries_max`].
     pub directory_entries_max: u32,
-    /// The descriptor table.
     pub descriptors: Vec<DescriptorRecord>,
 }
 
-/// A preopen of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PreopenRecord {
-    /// The guest's name.
     pub guest: String,
     /// Whether the guest may change nothing in it.
     pub read_only: bool,
@@ -85,20 +78,16 @@ pub enum StdinRecord {
     Bytes(Vec<u8>),
 }
 
-/// One descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DescriptorRecord {
-    /// Its number.
     pub fd: u32,
     /// Base rights given up, as preview 1's `rights` bits.
     pub dropped_base: u64,
     /// Inheriting rights given up.
     pub dropped_inheriting: u64,
-    /// What it refers to.
     pub kind: DescriptorKind,
 }
 
-/// What a descriptor refers to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DescriptorKind {
     /// Standard input.
@@ -107,34 +96,24 @@ pub enum DescriptorKind {
     Stdout,
     /// Standard error.
     Stderr,
-    /// A file, pipe or device.
     File(FileRecord),
-    /// A directory.
     Directory(DirectoryRecord),
-    /// A listening socket.
     Listener(ListenerRecord),
     /// A connection; the target resets it.
     Connection(ConnectionRecord),
 }
 
-/// Where an open file is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Place {
     /// In a directory of the host.
     Host(HostPlace),
     /// In a volume of our own.
-    Volume {
-        /// Index of the preopen.
-        preopen: u32,
-        /// Its number.
-        inode: u64,
-    },
+    Volume { preopen: u32, inode: u64 },
 }
 
 /// Where an open file of the host is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPlace {
-    /// Index of the preopen.
     pub preopen: u32,
     /// Path under it, without `..` or links; empty for the preopen itself.
     pub path: String,
@@ -147,7 +126,6 @@ pub struct HostPlace {
 /// An open file, pipe or device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
-    /// Where it is.
     pub place: Place,
     /// Preview 1's `filetype`.
     pub filetype: u8,
@@ -165,10 +143,8 @@ pub struct FileRecord {
     pub offset: u64,
 }
 
-/// An open directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectoryRecord {
-    /// Where it is.
     pub place: Place,
     /// Whether this is a preopen itself.
     pub preopened: bool,
@@ -179,15 +155,12 @@ pub struct DirectoryRecord {
 /// An entry of a directory's listing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EntryRecord {
-    /// The name.
     pub name: String,
-    /// The inode number.
     pub inode: u64,
     /// Preview 1's `filetype`.
     pub filetype: u8,
 }
 
-/// A listening socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerRecord {
     /// Its place among the listeners of the configuration.
@@ -196,12 +169,10 @@ pub struct ListenerRecord {
     pub nonblocking: bool,
 }
 
-/// A connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionRecord {
     /// Our address.
     pub local: Option<SocketAddr>,
-    /// The other end's address.
     pub peer: Option<SocketAddr>,
     /// Whether calls fail rather than wait.
     pub nonblocking: bool,

@@ -42,12 +42,10 @@ const CORES_MIN: f64 = 0.1;
 /// Looks at which it loses by its parts, after which it does not matter what may help.
 const LOSING_OBSERVATIONS_MAX: u32 = 20;
 
-/// A part of the machine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Part {
     /// Its number; the home has 0.
     pub number: u32,
-    /// Its node.
     pub node: Name,
     /// Bytes of the machine's memory that it has, where that is known.
     pub memory_bytes: Option<u64>,
@@ -55,10 +53,8 @@ pub struct Part {
     pub overflows: bool,
 }
 
-/// A thread of the machine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Thread {
-    /// Its number.
     pub tid: u32,
     /// The part at which it is.
     pub part: u32,
@@ -68,16 +64,13 @@ pub struct Thread {
     pub ran_cores: f64,
     /// Whether it must stay: it moves, or came not long ago.
     pub held: bool,
-    /// Where it would rather be.
     pub affinity: Option<Affinity>,
 }
 
 /// The part that draws a thread.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Affinity {
-    /// Its number.
     pub part: u32,
-    /// What the thread wants there.
     pub why: String,
     /// Share of its time that it stands at pages from there; 0 where it is a liking. Of
     /// those that go for their pages one goes at a time: of two that share some the other
@@ -88,9 +81,7 @@ pub struct Affinity {
 /// A node that has a part, or may get one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
-    /// Its name.
     pub name: Name,
-    /// As it tells rounds.
     pub state: NodeState,
     /// Loads of its last samples, newest first.
     pub loads: Vec<f64>,
@@ -109,7 +100,6 @@ pub struct Observation {
     pub part_memory_bytes: Option<u64>,
     /// Those that it has: the home alone, or with members.
     pub parts: Vec<Part>,
-    /// All its threads.
     pub threads: Vec<Thread>,
     /// The home's node first, then those of members, then others.
     pub nodes: Vec<Node>,
@@ -123,7 +113,6 @@ pub struct Observation {
     pub recent: Vec<(Name, Name)>,
 }
 
-/// What is done.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "grain")]
 pub enum Action {
@@ -134,35 +123,24 @@ pub enum Action {
     },
     /// A thread goes to another part.
     Thread {
-        /// Its number.
         tid: u32,
-        /// The node that it leaves.
         from: Name,
         /// The part that it goes to.
         part: u32,
-        /// That part's node.
         to: Name,
     },
     /// Objects go to another part, coldest first.
     Objects {
-        /// The part that gives.
         from_part: u32,
-        /// Its node.
         from: Name,
-        /// The part that takes.
         part: u32,
-        /// Its node.
         to: Name,
-        /// How many bytes.
         bytes: u64,
     },
     /// All of it comes back to its home.
     Gather,
     /// It has no parts on these nodes any more.
-    Leave {
-        /// Where none may be.
-        nodes: Vec<Name>,
-    },
+    Leave { nodes: Vec<Name> },
 }
 
 /// Something that was weighed, and what was found.
@@ -176,17 +154,13 @@ pub struct Alternative {
     pub finding: String,
 }
 
-/// What is done, and why.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Choice {
-    /// What.
     #[serde(rename = "grain")]
     pub action: Action,
-    /// The rule that decided.
     pub why: String,
     /// Loads by which it was.
     pub loads: Vec<(Name, f64)>,
-    /// What was weighed beside it.
     #[serde(rename = "weighed")]
     pub alternatives: Vec<Alternative>,
 }

@@ -119,11 +119,9 @@ pub(super) fn relieve_memory(observation: &Observation, policy: &Policy) -> Vec<
 /// A piece of memory that one part has.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Object {
-    /// The machine's memory.
     pub memory: u32,
     /// Its first byte.
     pub start: u64,
-    /// How many.
     pub bytes: u64,
     /// Whether its part did not use it of late.
     pub is_idle: bool,

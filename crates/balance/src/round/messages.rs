@@ -46,7 +46,6 @@ impl View {
     }
 }
 
-/// What one balancer asks another.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
     /// For its view.
@@ -54,19 +53,14 @@ pub enum Request {
     /// What machines with such factors, measured at a node with such a capacity,
     /// would weigh there.
     Weigh {
-        /// The capacity of who asks.
         capacity: Capacity,
-        /// The machines' factors.
         factors: Vec<Factors>,
     },
     /// Whether it takes a machine now.
     #[serde(rename = "Take")]
     Reserve {
-        /// Which.
         machine: Name,
-        /// The capacity of who asks.
         capacity: Capacity,
-        /// The machine's factors.
         factors: Factors,
         /// The load of who asks: the target must stay below it.
         load: f64,
@@ -74,32 +68,23 @@ pub enum Request {
         packs: bool,
     },
     /// What was granted is not needed.
-    Release {
-        /// For which machine.
-        machine: Name,
-    },
+    Release { machine: Name },
 }
 
-/// What a balancer answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Response {
-    /// Its view.
     View(View),
     /// It has not measured for long enough.
     #[serde(rename = "Measuring")]
     NotReady,
     /// What the machines would weigh, in the order asked.
     Weights(Vec<f64>),
-    /// Room is promised.
     Granted,
     /// It takes part in another move.
     Busy,
-    /// It does not take it.
     Refused {
-        /// Why.
         why: String,
     },
-    /// It is free again.
     Released,
 }
 
@@ -120,7 +105,6 @@ impl Peers {
         Peers { nodes, this }
     }
 
-    /// How many others there are.
     pub fn len(&self) -> usize {
         self.nodes.len() - usize::from(self.this.is_some())
     }
@@ -130,7 +114,6 @@ impl Peers {
         self.len() == 0
     }
 
-    /// The others.
     pub fn iter(&self) -> impl Iterator<Item = &Name> {
         (0..self.len()).filter_map(|number| self.get(number))
     }

@@ -60,9 +60,7 @@ const WEIGHED_MAX: usize = 256;
 /// What a round would come to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Explained {
-    /// This node.
     pub here: NodeState,
-    /// The other one.
     pub there: NodeState,
     /// Why nothing would be offered at all, whatever becomes of single machines.
     #[serde(rename = "stay")]
@@ -71,12 +69,9 @@ pub struct Explained {
     pub considered: Vec<Considered>,
 }
 
-/// What happened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// Time passed.
     Tick,
-    /// This node was measured.
     Sample(NodeSample),
     /// The other nodes that are alive.
     Peers(Peers),
@@ -84,84 +79,61 @@ pub enum Event {
     Policy(Box<Policy>, u64),
     /// Another node asks; `ticket` is given back with the reply.
     RequestReceived {
-        /// Which question it is.
         ticket: u64,
-        /// Who asks.
         peer: Name,
-        /// What.
         request: Request,
     },
     /// Another node answered, or did not.
     ResponseReceived {
         /// The round in which it was asked.
         round: u64,
-        /// What it answered.
         response: Option<Response>,
     },
     /// A move that this balancer wanted is over.
     MoveEnded {
-        /// Of which machine.
         machine: Name,
-        /// How.
         outcome: Outcome,
     },
-    /// A machine began to come.
     Arriving {
-        /// Which.
         machine: Name,
     },
     /// A machine came here by a move, whoever wanted it.
     Arrived {
-        /// Which.
         machine: Name,
-        /// From where.
         from: Name,
     },
     /// A machine went away by a move that somebody else wanted.
     Departed {
-        /// Which.
         machine: Name,
     },
     /// A machine that was to come will not.
     ArrivalFailed {
-        /// Which.
         machine: Name,
     },
     /// A person confirmed a proposed move.
     ConfirmedMove {
-        /// Of which machine.
         machine: Name,
     },
 }
 
-/// What is to be done.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
     /// Ask another node; its answer is given back with the round's number, or its
     /// silence.
     SendRequest {
-        /// The round.
         round: u64,
-        /// Whom.
         peer: Name,
-        /// What.
         request: Request,
     },
-    /// Answer a question.
     SendResponse {
-        /// Which.
         ticket: u64,
-        /// What.
         response: Response,
     },
     /// Move a machine, if a token for it can be had.
     Move {
-        /// Which.
         machine: Name,
-        /// Where to.
         target: Name,
     },
-    /// Keep a decision.
     Record(Box<Decision>),
     /// Tell people that balancing does not help any more.
     Alert(String),
@@ -184,7 +156,6 @@ pub trait Constraints {
     }
 }
 
-/// Nothing is bound.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Unconstrained;
 
@@ -194,7 +165,6 @@ impl Constraints for Unconstrained {
     }
 }
 
-/// Where a round is.
 #[derive(Debug)]
 enum State {
     Idle,
@@ -283,7 +253,6 @@ struct Backoff {
     failures: u32,
 }
 
-/// One node's balancer.
 #[derive(Debug)]
 pub struct Balancer {
     rng: SmallRng,

@@ -501,7 +501,6 @@ struct Record {
     lease: Option<u64>,
 }
 
-/// The file.
 struct Disk {
     database: Database,
 }

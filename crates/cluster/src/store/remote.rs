@@ -23,7 +23,6 @@ use super::{
 };
 use crate::wire::{decode, kind, payload};
 
-/// What a lost answer means.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Effect {
     /// Nothing: ask again.

@@ -14,7 +14,6 @@ use crate::frame::{Class, Frame, FrameError};
 /// Bytes gathered before a write.
 const BATCH_BYTES: usize = 64 << 10;
 
-/// What one connection writes.
 pub(super) struct Outgoing {
     /// Small frames whose number other bounds limit: credits, cancels.
     pub(super) signals: mpsc::UnboundedReceiver<Frame>,

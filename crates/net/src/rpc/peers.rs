@@ -32,7 +32,6 @@ enum Link {
 }
 
 impl Peers {
-    /// A pool without addresses yet.
     pub fn new(tls: ClientTls, options: Options) -> Self {
         Self {
             tls: Mutex::new(tls),

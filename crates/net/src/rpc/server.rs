@@ -107,7 +107,6 @@ impl Server {
 }
 
 impl ServerHandle {
-    /// The address it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -215,7 +214,6 @@ async fn greet_and_serve(stream: TcpStream, address: SocketAddr, shared: Arc<Sha
     timeout(lifetime, serving).await.ok();
 }
 
-/// One connection after its handshake.
 struct Connection {
     peer: PeerId,
     member: MemberCheck,

@@ -23,13 +23,10 @@ use toml::Spanned;
 /// A cluster and what befalls it, ready to run.
 #[derive(Debug, Clone)]
 pub struct Cluster {
-    /// How it is run.
     pub settings: Settings,
-    /// Its nodes.
     pub nodes: Vec<NodeSpec>,
     /// What power each node takes, where that is known.
     pub power: Vec<Option<PowerTable>>,
-    /// Its machines.
     pub machines: Vec<MachineSpec>,
     /// What befalls it, with the instant in milliseconds.
     pub events: Vec<(u64, ExternalEvent)>,

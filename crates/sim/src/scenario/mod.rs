@@ -26,7 +26,6 @@ const LENGTH_MAX_S: u64 = 366 * 86_400;
 pub(crate) const NODES_MAX: usize = 100_000;
 pub(crate) const MACHINES_MAX: usize = 1_000_000;
 
-/// A scenario.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
@@ -44,7 +43,6 @@ pub struct Scenario {
     /// Seconds after which machines of a node that died run on others; without, they
     /// wait for their node.
     pub failover_s: Option<u64>,
-    /// How messages and moves travel.
     #[serde(default)]
     pub network: Network,
     /// What the cluster wants of its balancer.
@@ -52,25 +50,19 @@ pub struct Scenario {
     pub policy: Policy,
     /// Nodes and machines of a file of Ganeti's tools.
     pub ganeti: Option<Ganeti>,
-    /// Nodes.
     #[serde(default)]
     pub nodes: Vec<Spanned<NodeGroup>>,
-    /// Machines.
     #[serde(default)]
     pub machines: Vec<Spanned<MachineGroup>>,
     /// Rules of where machines may be.
     #[serde(default)]
     pub rules: Vec<Spanned<Rule>>,
-    /// What befalls it.
     #[serde(default)]
     pub events: Vec<Spanned<Event>>,
-    /// What is expected.
     #[serde(default)]
     pub expect: Expect,
-    /// The file.
     #[serde(skip)]
     pub path: PathBuf,
-    /// Its text.
     #[serde(skip)]
     text: String,
 }
@@ -79,7 +71,6 @@ fn one() -> u64 {
     1
 }
 
-/// A cluster of Ganeti's tools.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ganeti {
@@ -89,16 +80,13 @@ pub struct Ganeti {
     pub utilisation: Option<PathBuf>,
 }
 
-/// Nodes that are alike.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NodeGroup {
-    /// How many.
     #[serde(default = "single")]
     pub count: usize,
     /// Their name, in which `{}` is their number from 1.
     pub name: String,
-    /// Cores of each.
     pub cores: f64,
     /// How fast a core is beside the reference core, 0.25 to 4.
     #[serde(default = "reference_speed")]
@@ -111,7 +99,6 @@ pub struct NodeGroup {
     /// Labels, by which machines are placed, and by which rules choose.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// What power it takes.
     pub power: Option<Power>,
 }
 
@@ -131,14 +118,11 @@ fn usual_io() -> f64 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InitialPlacement {
-    /// One node after the other.
     #[default]
     Spread,
-    /// Anywhere.
     Random,
 }
 
-/// Machines that are alike.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineGroup {
@@ -205,22 +189,18 @@ pub struct Traces {
     pub cores: f64,
 }
 
-/// What befalls the cluster.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind", deny_unknown_fields)]
 pub enum Event {
-    /// A node dies.
     NodeDies {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
     },
     /// A node comes; one whose first event this is was not there before.
     NodeComes {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
     },
     /// Machines start; one whose first event this is did not run before.
@@ -230,14 +210,12 @@ pub enum Event {
         /// Which; `web-*` means all whose names begin so.
         machine: String,
     },
-    /// Machines end.
     MachineEnds {
         /// When, in seconds.
         at_s: f64,
         /// Which; `web-*` means all whose names begin so.
         machine: String,
     },
-    /// The policy changes.
     Policy {
         /// When, in seconds.
         at_s: f64,
@@ -248,21 +226,17 @@ pub enum Event {
     RuleComes {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         rule: Rule,
     },
     /// There is one rule less.
     RuleGoes {
         /// When, in seconds.
         at_s: f64,
-        /// Its name.
         rule: String,
     },
-    /// A node's clock jumps.
     ClockJumps {
         /// When, in seconds.
         at_s: f64,
-        /// Whose.
         node: String,
         /// By how many seconds; backwards if negative.
         by_s: f64,
@@ -271,7 +245,6 @@ pub enum Event {
     NodeLies {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
         /// What its numbers are; right again without.
         numbers: Option<InvalidReport>,
@@ -280,7 +253,6 @@ pub enum Event {
     NodeMismeasures {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
         /// What its numbers are; right again without.
         numbers: Option<InvalidReport>,
@@ -289,7 +261,6 @@ pub enum Event {
     NodeLate {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
         /// By how many milliseconds.
         #[serde(default)]

@@ -18,7 +18,6 @@ use std::path::Path;
 const IO_BYTES_PER_S: f64 = 500e6;
 /// Instances that run, of Ganeti's states.
 const RUNNING: [&str; 3] = ["running", "ADMIN_up", "ERROR_up"];
-/// The other states.
 const STANDING: [&str; 7] = [
     "ADMIN_down",
     "ADMIN_offline",
@@ -29,21 +28,16 @@ const STANDING: [&str; 7] = [
     "USER_down",
 ];
 
-/// A node.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
-    /// Its name.
     pub name: String,
-    /// What it can give.
     pub capacity: Capacity,
     /// Whether it is online.
     pub online: bool,
 }
 
-/// An instance.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Instance {
-    /// Its name.
     pub name: String,
     /// Its primary node, as the number of one of the nodes.
     pub node: usize,
@@ -57,12 +51,9 @@ pub struct Instance {
     pub balanced: bool,
 }
 
-/// A cluster.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Cluster {
-    /// Its nodes.
     pub nodes: Vec<Node>,
-    /// Its instances.
     pub instances: Vec<Instance>,
 }
 

@@ -13,7 +13,6 @@ use std::sync::Arc;
 /// One machine's demand as it was recorded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Trace {
-    /// The machine.
     pub name: String,
     /// Demand, in the reader's unit.
     pub samples: Arc<[f32]>,

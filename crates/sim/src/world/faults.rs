@@ -19,17 +19,13 @@ pub enum ExternalEvent {
     NodeStarts(usize),
     /// A machine starts, on its node.
     MachineStarts(usize),
-    /// A machine ends.
     MachineEnds(usize),
-    /// The cluster has another policy.
     Policy(Box<Policy>),
     /// The cluster has one rule more, or another one of that name.
     RuleAdded(Box<Rule>),
     /// The cluster has one rule less.
     RuleRemoved(Name),
-    /// A node's clock jumps.
     ClockJumps {
-        /// Which node.
         node: usize,
         /// By how many milliseconds; backwards if negative.
         by_ms: i64,
@@ -40,7 +36,6 @@ pub enum ExternalEvent {
     MeasurementFault(usize, Option<InvalidReport>),
     /// A node answers late from now on, or more than once.
     SlowResponses {
-        /// Which node.
         node: usize,
         /// By how many milliseconds.
         by_ms: u64,
@@ -53,11 +48,9 @@ pub enum ExternalEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InvalidReport {
-    /// They are not numbers.
     Nan,
     /// They are below zero.
     Negative,
-    /// They are infinite.
     Infinite,
     /// They are beyond what any computer has.
     Huge,

@@ -39,21 +39,16 @@ use std::collections::HashMap;
 /// What nodes' clocks show at first, in milliseconds, so that they can jump back.
 const CLOCK_MS: i64 = 1_000_000_000_000;
 
-/// A node to begin with.
 #[derive(Debug, Clone)]
 pub struct NodeSpec {
-    /// Its name.
     pub name: Name,
-    /// What it can give.
     pub capacity: Capacity,
     /// Whether it is there from the start; otherwise it comes later.
     pub there: bool,
 }
 
-/// A machine to begin with.
 #[derive(Debug, Clone)]
 pub struct MachineSpec {
-    /// Its name.
     pub name: Name,
     /// Where it is, as the node's number.
     pub node: usize,
@@ -93,7 +88,6 @@ impl MachineSpec {
     }
 }
 
-/// How messages travel.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Network {
@@ -124,32 +118,25 @@ impl Default for Network {
     }
 }
 
-/// How a simulation is run.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// Says all of chance.
     pub seed: u64,
-    /// How messages travel.
     pub network: Network,
     /// What the cluster wants of its balancer.
     pub policy: Policy,
     /// Milliseconds after which machines of a node that died run on others, on that
     /// with the least load that has the memory; without, they wait for their node.
     pub failover_ms: Option<u64>,
-    /// Rules, from the start.
     pub rules: Rulebook,
 }
 
-/// A move that took place.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CompletedMove {
     /// When it was over, in milliseconds.
     pub at_ms: u64,
-    /// The machine's number.
     pub machine: usize,
-    /// The source's number.
     pub source: usize,
-    /// The target's number.
     pub target: usize,
     /// Bytes that it sent.
     pub bytes: f64,
@@ -160,11 +147,9 @@ pub struct CompletedMove {
 pub struct RecordedDecision {
     /// When, in milliseconds.
     pub at_ms: u64,
-    /// The node's number.
     pub node: usize,
     /// What it had learned of costs.
     pub model: CostModel,
-    /// What was decided.
     pub decision: Decision,
 }
 
@@ -216,7 +201,6 @@ enum QueuedEvent {
     FailOver(usize, u32),
 }
 
-/// A simulated cluster.
 pub struct World {
     settings: Settings,
     rng: SmallRng,

@@ -19,7 +19,6 @@ const DOWNTIME_MS: f64 = 4.0;
 /// Share of a round that may be written again in the next at most.
 const REWRITTEN_SHARE_MAX: f64 = 0.8;
 
-/// A move under way.
 #[derive(Debug)]
 pub(super) struct InFlightMove {
     machine: usize,
@@ -81,7 +80,6 @@ impl World {
             || large(machine) && of_large >= LARGE_MOVES_PER_SOURCE_MAX
     }
 
-    /// A machine begins to move.
     pub(super) fn start_move(
         &mut self,
         number: usize,

@@ -16,9 +16,7 @@ pub struct NodeSnapshot {
     pub load: f64,
     /// Demand for CPU, in its cores.
     pub cpu_cores: f64,
-    /// What it can give.
     pub capacity: Capacity,
-    /// Machines that run there.
     pub machines: usize,
 }
 
@@ -28,17 +26,14 @@ impl World {
         self.now_ms
     }
 
-    /// The policy now.
     pub fn policy(&self) -> &Policy {
         &self.settings.policy
     }
 
-    /// Moves so far.
     pub fn moves(&self) -> &[CompletedMove] {
         &self.moves
     }
 
-    /// Moves that failed.
     pub fn failed(&self) -> u64 {
         self.failed
     }
@@ -53,7 +48,6 @@ impl World {
         self.rounds
     }
 
-    /// Decisions so far.
     pub fn decisions(&self) -> &[RecordedDecision] {
         &self.decisions
     }
@@ -63,7 +57,6 @@ impl World {
         &self.alerts
     }
 
-    /// Moves under way.
     pub fn moving(&self) -> usize {
         self.moving
     }
@@ -73,12 +66,10 @@ impl World {
         &self.nodes[node].machines
     }
 
-    /// A node's name.
     pub fn node_name(&self, node: usize) -> &Name {
         &self.nodes[node].name
     }
 
-    /// A machine's name.
     pub fn machine_name(&self, machine: usize) -> &Name {
         &self.machines[machine].spec.name
     }

@@ -22,11 +22,8 @@ const UNREPAIRABLE_RETRY_MS: u64 = 60_000;
 /// Rules, and labels by which they choose.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Rulebook {
-    /// The rules.
     pub rules: Vec<Rule>,
-    /// Labels of nodes.
     pub nodes: BTreeMap<Name, Labels>,
-    /// Labels of machines.
     pub machines: BTreeMap<Name, Labels>,
 }
 
@@ -49,14 +46,12 @@ fn thing(name: &Name, labels: &BTreeMap<Name, Labels>) -> Subject {
     }
 }
 
-/// What is bound.
 #[derive(Debug, Default)]
 pub(super) struct RuleSet {
     opted_out: BTreeSet<Name>,
     rulebook: Rulebook,
     holders: BTreeMap<Name, Holders>,
     domains: BTreeMap<Name, BTreeSet<String>>,
-    /// Nodes that are alive.
     alive: Vec<Name>,
     /// Machines that break a rule where they are.
     pub(super) broken: Vec<(Name, Violation)>,

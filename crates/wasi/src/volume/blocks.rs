@@ -43,7 +43,6 @@ fn mask(word: u64, range: &Range<u64>) -> u64 {
 }
 
 impl BlockSet {
-    /// How many there are.
     pub(crate) fn len(&self) -> u64 {
         self.count
     }

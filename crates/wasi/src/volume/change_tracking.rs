@@ -131,7 +131,6 @@ fn changes_of(notes: &Notes) -> Changes {
     }
 }
 
-/// The trackers of a volume.
 #[derive(Debug, Default)]
 pub(crate) struct Trackers {
     all: RwLock<Vec<Weak<Mutex<Notes>>>>,

@@ -58,7 +58,6 @@ impl Quota {
 /// Why a read or write did not happen.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum WriteFault {
-    /// The guest is told so.
     Errno(Errno),
     /// The host's disk is full: to be repeated when it is not.
     HostFull,
@@ -139,7 +138,6 @@ impl State {
     }
 }
 
-/// One file.
 #[derive(Debug)]
 pub(crate) struct Content {
     path: PathBuf,
@@ -158,7 +156,6 @@ struct Backing {
     trimmed: bool,
 }
 
-/// Where an inode's bytes are.
 pub(crate) fn data_path(folder: &Path, inode: u64) -> PathBuf {
     folder.join(inode.to_string())
 }

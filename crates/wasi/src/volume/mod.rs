@@ -65,7 +65,6 @@ pub struct VolumeLimits {
     /// Bytes of files, counted in blocks of 64 KiB (the last one of a file in
     /// 4 KiB). Zeros that were never written do not count.
     pub bytes_max: u64,
-    /// Files, directories and links.
     pub inodes_max: u64,
 }
 
@@ -85,12 +84,10 @@ impl VolumeLimits {
     }
 }
 
-/// What a volume holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
     /// Bytes that count against [`VolumeLimits::bytes_max`].
     pub bytes: u64,
-    /// Files, directories and links.
     pub inodes: u64,
 }
 
@@ -118,7 +115,6 @@ pub(crate) struct OpenNode {
     content: Option<Arc<Content>>,
 }
 
-/// How a path is opened.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OpenMode {
     pub(crate) follow: bool,
@@ -162,7 +158,6 @@ impl Volume {
         locked(&self.tree)
     }
 
-    /// What it holds.
     pub fn usage(&self) -> Usage {
         Usage {
             bytes: self.quota.used(),
@@ -170,7 +165,6 @@ impl Volume {
         }
     }
 
-    /// What it may hold.
     pub fn limits(&self) -> VolumeLimits {
         VolumeLimits {
             bytes_max: self.quota.bytes_max,
@@ -178,7 +172,6 @@ impl Volume {
         }
     }
 
-    /// Where its files' bytes are.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -286,7 +279,6 @@ impl Volume {
 
     // ── opening ─────────────────────────────────────────────────────────
 
-    /// The root, open.
     pub(crate) fn open_root(self: &Arc<Self>) -> Result<OpenNode> {
         self.open_inode(ROOT)
     }

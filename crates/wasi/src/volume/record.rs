@@ -22,10 +22,8 @@ pub struct VolumeRecord {
     pub nodes: Vec<NodeRecord>,
 }
 
-/// A file, directory or link.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRecord {
-    /// Its number.
     pub inode: u64,
     /// Last access, in nanoseconds since 1970-01-01 UTC.
     pub access_ns: u64,
@@ -33,36 +31,28 @@ pub struct NodeRecord {
     pub modification_ns: u64,
     /// Last change of it or of what is in it.
     pub change_ns: u64,
-    /// What it is.
     pub body: NodeBody,
 }
 
-/// What a node is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NodeBody {
-    /// A file.
     File {
-        /// Its size in bytes.
         size: u64,
         /// First and count of blocks of 64 KiB that have data, in order.
         blocks: Vec<(u64, u64)>,
     },
-    /// A directory.
     Directory {
         /// The directory that it is in, or was in when it was removed.
         parent: u64,
         /// Names and inode numbers, by name.
         entries: Vec<(String, u64)>,
     },
-    /// A symbolic link.
     Link {
-        /// Where it leads.
         contents: String,
     },
 }
 
 impl VolumeRecord {
-    /// A volume without files.
     pub fn empty(now_ns: u64) -> Self {
         VolumeRecord {
             next_inode: ROOT + 1,
@@ -286,7 +276,6 @@ fn check(record: &VolumeRecord, limits: VolumeLimits) -> Result<(), String> {
     check_directories(&nodes)
 }
 
-/// How many blocks it has.
 fn check_file(inode: u64, size: u64, present: &[(u64, u64)]) -> Result<u64, String> {
     if size > FILE_BYTES_MAX {
         return Err(format!("file {inode} of {size} bytes is too large"));

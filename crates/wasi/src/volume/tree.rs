@@ -10,7 +10,6 @@ use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-/// The root's inode number.
 pub(crate) const ROOT: u64 = 1;
 /// Bytes of a name.
 pub(crate) const NAME_BYTES_MAX: usize = 255;
@@ -44,7 +43,6 @@ impl Times {
     }
 }
 
-/// What an inode is.
 #[derive(Debug)]
 pub(crate) enum Body {
     File(Arc<Content>),
@@ -71,18 +69,14 @@ pub(crate) struct Node {
 /// The last part of a path whose directory was resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Last {
-    /// The directory itself.
     Dot,
-    /// A name in it.
     Name(String),
 }
 
 /// How `walk` treats the last part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Final {
-    /// A link is an answer.
     Keep,
-    /// A link is followed.
     Follow,
     /// As `Keep`, and what does not exist may be made (but no directory).
     MakeKeep,
@@ -90,7 +84,6 @@ pub(crate) enum Final {
     MakeFollow,
 }
 
-/// Where a path leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Walked {
     Found(u64),

@@ -586,7 +586,6 @@ impl Guest {
         [at, text.len() as u64]
     }
 
-    /// One function on (descriptor, path).
     pub fn path(&self, name: &str, fd: u32, path: &str) -> Ret<()> {
         let [at, length] = self.string(0, path);
         self.run(name, &[fd.into(), at, length])

@@ -398,7 +398,6 @@ impl Directory {
         }
     }
 
-    /// A transaction is over.
     pub(super) fn complete(
         &mut self,
         page: PageId,

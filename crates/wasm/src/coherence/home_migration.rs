@@ -23,13 +23,10 @@ use serde::{Deserialize, Serialize};
 /// Pages in a row that the same parts hold, as a home that goes knows them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeldRun {
-    /// The machine's memory.
     pub memory: u32,
     /// Number of the first page.
     pub first: u32,
-    /// How many they are.
     pub pages: u32,
-    /// Who holds them.
     pub holders: Holders,
 }
 

@@ -5,7 +5,6 @@
 use super::{Access, PageId, PartId, PartSet, Segment};
 use serde::{Deserialize, Serialize};
 
-/// Who holds a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Holders {
     /// One part, which may write it.
@@ -24,21 +23,15 @@ pub enum Holders {
 pub enum Request {
     /// A part wants to use the page.
     Want {
-        /// Which.
         part: PartId,
-        /// What for.
         access: Access,
         /// Whether it has a copy, and keeps it until it is answered or told to give it up.
         has: bool,
     },
     /// The page is to be at a part.
-    Move {
-        /// Which.
-        to: PartId,
-    },
+    Move { to: PartId },
     /// A part is to have no copy any more.
     Forget {
-        /// Which.
         part: PartId,
         /// Who gets the page if nobody else has it.
         to: PartId,
@@ -49,7 +42,6 @@ pub enum Request {
 /// wanted of it.
 pub type PageEntry = (PageId, u64, Holders, Vec<Request>);
 
-/// A transaction of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Txn {
     /// Its number, which rises for each page.
@@ -65,9 +57,7 @@ pub struct Txn {
 pub enum Message {
     /// To the directory: the sender wants to use a page.
     Want {
-        /// The page.
         page: PageId,
-        /// What for.
         access: Access,
         /// As in [`Request::Want`].
         has: bool,
@@ -78,23 +68,16 @@ pub enum Message {
         page: PageId,
         /// How many they are, [`RUN_PAGES_MAX`] at most.
         pages: u32,
-        /// Where to.
         to: PartId,
     },
     /// To the next directory: what was asked of the one before.
-    Forward {
-        /// The page.
-        page: PageId,
-        /// What is wanted.
-        request: Request,
-    },
+    Forward { page: PageId, request: Request },
     /// From the directory to who holds a page, or some in a row: send it to another part.
     Fetch {
         /// The first page.
         page: PageId,
         /// That page's transaction.
         txn: Txn,
-        /// Who gets it.
         to: PartId,
         /// What for: to be written, the sender keeps no copy.
         access: Access,
@@ -105,20 +88,15 @@ pub enum Message {
     },
     /// From the directory to a reader: give the copy up, and tell who writes.
     Invalidate {
-        /// The page.
         page: PageId,
         /// Number of the page's transaction.
         number: u64,
-        /// Who writes.
         to: PartId,
     },
     /// From the directory: the copy that is there is right.
     Grant {
-        /// The page.
         page: PageId,
-        /// The page's transaction.
         txn: Txn,
-        /// What for.
         access: Access,
         /// How many [`Message::Ack`] come from others.
         acks: u8,
@@ -129,7 +107,6 @@ pub enum Message {
         page: PageId,
         /// That page's transaction.
         txn: Txn,
-        /// What for.
         access: Access,
         /// How many [`Message::Ack`] come from others.
         acks: u8,
@@ -138,7 +115,6 @@ pub enum Message {
     },
     /// From a reader: it has no copy any more.
     Ack {
-        /// The page.
         page: PageId,
         /// Number of the page's transaction.
         number: u64,
@@ -155,25 +131,17 @@ pub enum Message {
     /// To the next directory of a segment: all that is known of it. Pages that are not
     /// named are where they were when the machine began to span.
     Segment {
-        /// The segment.
         segment: Segment,
         /// How often its directory has changed.
         version: u64,
-        /// Its pages.
         pages: Vec<PageEntry>,
     },
     /// To a segment's directory: another part is to be it.
-    Hand {
-        /// The segment.
-        segment: Segment,
-        /// Which.
-        to: PartId,
-    },
+    Hand { segment: Segment, to: PartId },
     /// From the home: all segments of which a part is the directory go home.
     Gather,
     /// From a segment's directory to all others, and to who asked another part, or has come.
     SegmentAt {
-        /// The segment.
         segment: Segment,
         /// How often its directory has changed.
         version: u64,

@@ -128,7 +128,6 @@ impl PartId {
         (usize::from(number) < PARTS_MAX).then_some(PartId(number))
     }
 
-    /// Its number.
     pub fn number(self) -> usize {
         self.0.into()
     }
@@ -140,18 +139,15 @@ impl std::fmt::Display for PartId {
     }
 }
 
-/// A set of parts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PartSet(u64);
 
 impl PartSet {
-    /// Those, and one more.
     #[must_use]
     pub fn with(self, part: PartId) -> Self {
         PartSet(self.0 | 1 << (part.0 & 63))
     }
 
-    /// Those without one.
     #[must_use]
     pub fn without(self, part: PartId) -> Self {
         PartSet(self.0 & !(1 << (part.0 & 63)))
@@ -162,7 +158,6 @@ impl PartSet {
         self.0 & 1 << (part.0 & 63) != 0
     }
 
-    /// How many they are.
     pub fn len(self) -> u8 {
         self.0.count_ones() as u8
     }
@@ -191,7 +186,6 @@ impl FromIterator<PartId> for PartSet {
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub struct PageId {
-    /// The machine's memory.
     pub memory: u32,
     /// Number of the page in it.
     pub number: u32,
@@ -200,7 +194,6 @@ pub struct PageId {
 /// Pages that have the same directory: so many in a row, by [`Config::segment_pages`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Segment {
-    /// The machine's memory.
     pub memory: u32,
     /// Number of the segment in it.
     pub number: u32,
@@ -209,33 +202,26 @@ pub struct Segment {
 /// Pages in a row that the same parts hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
-    /// The machine's memory.
     pub memory: u32,
     /// Number of the first page.
     pub first: u32,
-    /// How many they are.
     pub pages: u32,
-    /// Who holds them.
     pub holders: Holders,
     /// How often they changed hands so far, all together.
     pub exchanges: u64,
-    /// The part that knows it.
     pub directory: PartId,
 }
 
 /// What is done with a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Access {
-    /// Read.
     Read,
-    /// Read and written.
     Write,
 }
 
 /// What a part is told at its beginning.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Config {
-    /// This part.
     pub me: PartId,
     /// All parts.
     pub parts: PartSet,
@@ -247,45 +233,34 @@ pub struct Config {
     /// twice that, at random, so that two parts that need the same two pages do not take
     /// turns for ever.
     pub hold_micros: u64,
-    /// What that is drawn from.
     pub seed: u64,
 }
 
-/// What a part hears of.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Event {
     /// A thread here stands at a page, or the host needs it.
     Fault {
-        /// The page.
         page: PageId,
-        /// What for.
         access: Access,
     },
     /// Another part said something. A page that came with it is kept by whoever runs
     /// this, until [`Command::Install`] or [`Command::Allow`] of that page.
     Message {
-        /// Who.
         from: PartId,
-        /// What.
         message: Message,
     },
-    /// Time has passed.
     Tick,
     /// The host copies to or from a page, which stays here until it is done. Only where
     /// [`Coherence::access`] says that it is here.
     Pin {
-        /// The page.
         page: PageId,
     },
-    /// It is done.
     Unpin {
-        /// The page.
         page: PageId,
     },
     /// Memory is short: a copy is given up that others have, too. Nothing happens to one
     /// that is needed ([`Coherence::can_drop`]).
     Drop {
-        /// The page.
         page: PageId,
     },
     /// Pages in a row are to be at a part (an object moves, or memory is short).
@@ -294,15 +269,12 @@ pub enum Event {
         page: PageId,
         /// How many they are, [`RUN_PAGES_MAX`] at most.
         pages: u32,
-        /// Where to.
         to: PartId,
     },
     /// A segment gets another directory, once nothing is under way in it; not while parts
     /// leave.
     MoveDirectory {
-        /// The segment.
         segment: Segment,
-        /// Which.
         to: PartId,
     },
     /// All segments get the home for their directory. Only of the home; it has them, and all
@@ -312,28 +284,23 @@ pub enum Event {
     /// A part whose threads have left gives up its pages: those of which this part is
     /// the directory. [`Command::Emptied`] says when it has none of them.
     Evacuate {
-        /// The part.
         part: PartId,
-        /// Who gets them.
         to: PartId,
     },
     /// A part is one of them from now on, and can be told something; it has nothing, and was
     /// told of all of them.
     /// The home is the last that is told, and nothing is to be moved there before.
     Join {
-        /// The part.
         part: PartId,
     },
     /// A part that gave up what it had is none of them any more; the home is the first
     /// that is told. What it said before and is heard later counts no more.
     PartLeft {
-        /// The part.
         part: PartId,
     },
     /// The home's number means another part from now on, whose own number is free; nothing
     /// is under way anywhere ([`Coherence::take_over_home`]).
     HomeMigrated {
-        /// Which.
         new_home: PartId,
     },
 }
@@ -342,53 +309,33 @@ pub enum Event {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Command {
     /// Says something to another part.
-    Send {
-        /// Which.
-        to: PartId,
-        /// What.
-        message: Message,
-    },
+    Send { to: PartId, message: Message },
     /// Says something to another part, [`Message::Data`], and sends the bytes of its pages
     /// with it.
-    SendPages {
-        /// Which.
-        to: PartId,
-        /// What.
-        message: Message,
-    },
+    SendPages { to: PartId, message: Message },
     /// Puts pages in a row in place that came last, for this access, and wakes their
     /// waiters. Several only if they came with the message that is heard just now.
     Install {
         /// The first.
         page: PageId,
-        /// How many they are.
         pages: u32,
-        /// What is allowed.
         access: Access,
     },
     /// Lets a page that is here be written, and wakes its waiters.
-    AllowWrite {
-        /// The page.
-        page: PageId,
-    },
+    AllowWrite { page: PageId },
     /// Wakes a page's waiters: what they want is there.
-    Wake {
-        /// The page.
-        page: PageId,
-    },
+    Wake { page: PageId },
     /// Pages in a row that may be written may only be read; when this is done, nobody
     /// writes.
     Protect {
         /// The first.
         page: PageId,
-        /// How many they are.
         pages: u32,
     },
     /// Pages in a row are no longer here; when this is done, nobody reads them.
     Discard {
         /// The first.
         page: PageId,
-        /// How many they are.
         pages: u32,
     },
     /// [`Event::Tick`] is wanted then (or soon after), in the time of `now`.
@@ -399,15 +346,9 @@ pub enum Command {
     /// Nothing is had of a part any more of which this one is the directory: it may still
     /// read copies, so its threads must not come back. Said again if a directory came
     /// here since, of a page that the part had.
-    Evacuated {
-        /// The part.
-        part: PartId,
-    },
+    Evacuated { part: PartId },
     /// Memory is not what it should be. Nothing more is done.
-    Fail {
-        /// Why.
-        reason: String,
-    },
+    Fail { reason: String },
 }
 
 /// One part's view of the machine's pages.
@@ -439,7 +380,6 @@ impl Output {
     }
 }
 
-/// What cannot be.
 #[derive(Debug)]
 struct ProtocolError(String);
 
@@ -483,7 +423,6 @@ impl Coherence {
         }
     }
 
-    /// How it has a page.
     pub fn copy(&self, page: PageId) -> Copy {
         self.copies.copy(page)
     }

@@ -14,7 +14,6 @@ const BLOCK: u32 = SLOTS * SLOTS;
 /// Up to 64 values, each with a number below that.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Slots<T> {
-    /// Which of them are there.
     present: u64,
     /// Those, in their order.
     values: Vec<T>,
@@ -105,7 +104,6 @@ fn page_at((memory, block): BlockKey, row: u32, at: u32) -> PageId {
     PageId { memory, number }
 }
 
-/// The map.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct PageMap<T> {
     /// None of them is empty, nor a row of them.
@@ -153,7 +151,6 @@ impl<T> PageMap<T> {
         row.or_insert_with(at, make)
     }
 
-    /// What it had.
     pub(super) fn insert(&mut self, page: PageId, value: T) -> Option<T> {
         let (key, row, at) = place(page);
         let block = self.blocks.entry(key).or_insert_with(Slots::new);
@@ -165,7 +162,6 @@ impl<T> PageMap<T> {
         None
     }
 
-    /// What it had.
     pub(super) fn remove(&mut self, page: PageId) -> Option<T> {
         let (key, number, at) = place(page);
         let Entry::Occupied(mut block) = self.blocks.entry(key) else {

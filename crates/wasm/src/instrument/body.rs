@@ -27,7 +27,6 @@ pub(crate) fn ends_here(op: &Operator<'_>) -> bool {
     )
 }
 
-/// Why a point is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PointKind {
     /// Poll at the function's entry.
@@ -51,7 +50,6 @@ pub(crate) struct Point {
     pub(crate) results: Vec<ValType>,
 }
 
-/// A block, loop or if.
 #[derive(Debug)]
 pub(crate) struct Construct {
     /// Types of the operands of the frame it stands in, from that frame's
@@ -81,7 +79,6 @@ impl Construct {
 /// Somewhere in a sequence that a resume must be able to jump to.
 #[derive(Debug, Clone)]
 pub(crate) struct Landing {
-    /// The points behind it.
     pub(crate) points: std::ops::Range<u32>,
     /// Whether it is a loop with no other point than its header's.
     pub(crate) is_simple_loop: bool,

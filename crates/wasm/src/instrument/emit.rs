@@ -105,7 +105,6 @@ const LEAN_BYTES: usize = 64 << 10;
 /// What an open construct of the original is in the output.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Shape {
-    /// What it was.
     Same,
     /// Nothing, nor what is in it.
     Nothing,
@@ -157,7 +156,6 @@ struct Writer<'a, 'p> {
     is_dead: bool,
     /// A loop version has come to its loop's end.
     is_over: bool,
-    /// The block around the body.
     body_label: u32,
 }
 

@@ -7,7 +7,6 @@
 
 use wasmparser::Operator;
 
-/// A set of locals.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct LocalSet(Vec<u64>);
 

@@ -105,7 +105,6 @@ pub struct Point {
 /// A function that can be captured.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Function {
-    /// Its index in the module.
     pub index: u32,
     /// Number of its first point among all points of the module.
     pub first_point: u32,
@@ -138,7 +137,6 @@ impl Function {
     }
 }
 
-/// One memory of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     /// Initial size in 64 KiB pages.
@@ -156,7 +154,6 @@ pub struct Memory {
 pub struct Global {
     /// Name of its export in the instrumented module.
     pub export: String,
-    /// Its type.
     pub ty: SlotType,
 }
 
@@ -167,11 +164,9 @@ pub struct DataSegment {
     pub memory: u32,
     /// Byte offset in that memory.
     pub offset: u64,
-    /// The bytes.
     pub bytes: Vec<u8>,
 }
 
-/// What an imported function is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Import {
     /// Module name.
@@ -208,7 +203,6 @@ pub struct Meta {
     /// Functions whose reference can be taken, in the order of the directory
     /// table.
     pub directory: Vec<u32>,
-    /// Index of the start function.
     pub start: Option<u32>,
     /// Names of functions by index, from the name section.
     pub names: Vec<(u32, String)>,

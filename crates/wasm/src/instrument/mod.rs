@@ -55,12 +55,10 @@ pub enum InstrumentError {
     /// It uses something that machines do not support.
     #[error("the module uses {what} ({place}), which machines do not support")]
     Unsupported {
-        /// What it uses.
         what: String,
         /// Where, or what to do instead.
         place: String,
     },
-    /// Its parts contradict each other.
     #[error("the module is malformed: {0}")]
     Malformed(String),
 }

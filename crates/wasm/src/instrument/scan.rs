@@ -30,7 +30,6 @@ pub(crate) enum Store {
     Table(u32),
 }
 
-/// One table.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Table {
     pub(crate) table64: bool,

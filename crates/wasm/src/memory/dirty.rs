@@ -13,7 +13,6 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// How writes are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// Write protection in asynchronous mode.
@@ -73,7 +72,6 @@ impl DirtyTracker {
         Ok(tracker)
     }
 
-    /// The way in use.
     pub fn method(&self) -> Method {
         match self.found {
             Found::Protect { .. } => Method::WriteProtect,

@@ -42,12 +42,10 @@ pub enum FaultKind {
     Minor,
 }
 
-/// An access that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
     /// Offset of the page in the memory.
     pub page: u64,
-    /// What is wanted.
     pub kind: FaultKind,
     /// Whether it wants to write.
     pub write: bool,

@@ -86,12 +86,9 @@ pub fn bytes_of_process(process: &Path) -> Option<u64> {
 /// Why a memory cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The kernel refused.
     #[error("cannot {what}: {source}")]
     System {
-        /// What was tried.
         what: &'static str,
-        /// Its answer.
         source: std::io::Error,
     },
     /// The module wants more than it may have.
@@ -107,7 +104,6 @@ pub enum MemoryError {
     /// A range that the memory does not have.
     #[error("bytes {}..{} are outside a memory of {size_bytes} bytes", range.start, range.end)]
     Outside {
-        /// The range.
         range: Range<u64>,
         /// Current size.
         size_bytes: u64,

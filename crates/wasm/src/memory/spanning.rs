@@ -35,7 +35,6 @@ pub struct Spanning {
     uses: AccessTracker,
 }
 
-/// An access that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Touch {
     /// Offset of the page in the memory.
@@ -78,7 +77,6 @@ impl Spanning {
         uffd::unregister(&self.uffd, &self.memory).map_err(system("end the serving of page faults"))
     }
 
-    /// The memory.
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }

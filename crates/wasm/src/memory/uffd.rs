@@ -39,7 +39,6 @@ pub struct Unavailable {
 }
 
 impl Unavailable {
-    /// What to do about it.
     pub fn remedy(&self) -> &'static str {
         self.remedy
     }

@@ -31,16 +31,12 @@ use wasmtime::{Func, Global, Instance, Ref, Store, Table, TypedFunc, Val};
 /// How a run ended for good.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stop {
-    /// The program asked to exit.
     Exit(u32),
-    /// The thread trapped.
     Trap(Trap),
 }
 
-/// A guest's fault.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trap {
-    /// What happened.
     pub message: String,
     /// Names of the functions on the stack, innermost first.
     pub backtrace: Vec<String>,
@@ -56,10 +52,8 @@ impl std::fmt::Display for Trap {
     }
 }
 
-/// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Run {
-    /// The function returned these.
     Finished(Vec<Value>),
     /// The thread was asked to come to a safepoint, and did.
     Captured,
@@ -68,13 +62,10 @@ pub enum Run {
 /// Why an instance cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum FiberError {
-    /// No memory for it.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The clones cannot be compiled.
     #[error(transparent)]
     Program(#[from] ProgramError),
-    /// The engine refused.
     #[error("cannot make an instance: {0:#}")]
     Engine(#[from] wasmtime::Error),
     /// Nothing was compiled, or not successfully.
@@ -91,7 +82,6 @@ const BACKTRACE_MAX: usize = 64;
 /// A save area that grew larger is given back to the system.
 const SAVED_KEPT_BYTES: usize = 1 << 20;
 
-/// A guest thread.
 pub struct Fiber {
     program: Arc<Program>,
     store: Store<ThreadContext>,

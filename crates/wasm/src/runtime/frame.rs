@@ -59,7 +59,6 @@ pub enum Value {
 }
 
 impl Value {
-    /// Its type.
     pub fn ty(self) -> SlotType {
         match self {
             Value::I32(_) => SlotType::I32,
@@ -108,7 +107,6 @@ pub enum Progress {
     /// It has not begun, or has nothing to remember.
     #[default]
     Fresh,
-    /// A call of WASI.
     Wasi(keel_wasi::CallState),
     /// `memory.atomic.wait`: queued; this much of its time-out is left.
     Waiting {
@@ -123,20 +121,15 @@ pub enum Pending {
     /// Nothing: it stands at a poll.
     #[default]
     Nothing,
-    /// Its callee returned these.
     Results(Vec<Value>),
     /// A host call that had no effect yet and is to be made again.
     Call {
-        /// Index of the imported function.
         import: u32,
-        /// Its arguments.
         args: Vec<u64>,
-        /// How far it came.
         progress: Progress,
     },
 }
 
-/// A captured thread.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ThreadState {
     /// Frames, outermost first.
@@ -157,22 +150,11 @@ pub enum FrameError {
     /// Not an encoded thread at all.
     #[error("not a captured thread (it does not begin with \"KTHR\")")]
     Magic,
-    /// Another version.
     #[error("captured with frame format {found}, this is format {expected}")]
-    Version {
-        /// Its version.
-        found: u32,
-        /// Ours.
-        expected: u32,
-    },
+    Version { found: u32, expected: u32 },
     /// Of another module.
     #[error("captured from module {found}, this is module {expected}")]
-    Module {
-        /// Its module.
-        found: String,
-        /// The module at hand.
-        expected: String,
-    },
+    Module { found: String, expected: String },
     /// Cut off or contradictory.
     #[error("the captured thread is damaged: {0}")]
     Damaged(String),
@@ -183,7 +165,6 @@ fn damaged(what: impl Into<String>) -> FrameError {
 }
 
 impl ThreadState {
-    /// The documented form.
     pub fn encode(&self, module: &[u8; 32]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(64 + self.frames.len() * 64);
         bytes.extend(MAGIC);

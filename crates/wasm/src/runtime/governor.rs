@@ -12,7 +12,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::Weak;
 use std::time::{Duration, Instant};
 
-/// How often it looks.
 const TICK: Duration = Duration::from_millis(10);
 /// What a machine that rested may use at once, as time at its limit.
 const BURST: Duration = Duration::from_millis(50);
@@ -20,7 +19,6 @@ const BURST: Duration = Duration::from_millis(50);
 /// CPU time of one OS thread of this process.
 #[derive(Debug)]
 pub(crate) struct ThreadClock {
-    /// The thread's number.
     pub(crate) os_thread: u32,
     schedstat: File,
     stat: File,
@@ -83,7 +81,6 @@ pub struct CoreTime {
     pub run_ns: u64,
     /// Nanoseconds for which it waited for a core, as far as that is over.
     pub waited_ns: u64,
-    /// How often it got one.
     pub turns: u64,
     /// Whether it runs, or waits for a core.
     pub is_runnable: bool,

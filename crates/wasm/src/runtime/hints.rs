@@ -16,7 +16,6 @@ const NAMES_MAX: usize = 4096;
 pub struct NamedRange {
     /// Its first byte.
     pub start: u64,
-    /// How many.
     pub bytes: u64,
 }
 
@@ -79,7 +78,6 @@ impl Hints {
         Ok(())
     }
 
-    /// A thread has ended.
     pub(super) fn forget(&mut self, tid: u32) {
         self.preferences.remove(&tid);
     }

@@ -19,7 +19,6 @@ pub enum HostOutcome {
     Interrupted,
     /// The program ends, with this code.
     Exit(u32),
-    /// The thread traps.
     Trap(String),
 }
 
@@ -55,13 +54,11 @@ pub struct HostThread {
     pub tid: u32,
     /// How it is asked to come to a safepoint.
     pub signal: Arc<Signal>,
-    /// The machine's memories.
     pub memories: Arc<[Arc<GuestMemory>]>,
     /// What the machine's tables have, of what they may have.
     pub tables: Arc<TableBudget>,
 }
 
-/// What a store carries.
 pub(crate) struct ThreadContext {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) thread: HostThread,
@@ -312,7 +309,6 @@ pub(crate) fn to_val(value: Value) -> Val {
     }
 }
 
-/// The program ended by itself.
 #[derive(Debug, thiserror::Error)]
 #[error("exit with code {0}")]
 pub(crate) struct Exited(pub(crate) u32);

@@ -32,7 +32,6 @@ pub struct Image {
     pub(super) waits: WaitQueues,
     /// Size of each memory in 64 KiB pages.
     pub memory_pages: Vec<u64>,
-    /// Descriptors, clocks, random numbers.
     pub wasi: keel_wasi::Snapshot,
     /// What the guest says of its memory and threads. (Stays the last: it is nothing in
     /// images of the version before.)
@@ -95,7 +94,6 @@ impl Image {
         Ok(image)
     }
 
-    /// Number of guest threads.
     pub fn threads(&self) -> usize {
         self.threads.len()
     }

@@ -85,10 +85,8 @@ impl Default for Limits {
     }
 }
 
-/// What a thread does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ThreadInfo {
-    /// Its number.
     pub tid: u32,
     /// The part at which it runs.
     pub part: PartId,
@@ -106,20 +104,17 @@ pub struct ThreadInfo {
 pub struct CpuUsage {
     /// When that was looked at, in nanoseconds since its part began.
     pub at_ns: u64,
-    /// What it took until then.
     pub time: CoreTime,
     /// Microseconds that it stood at pages, by the part that gave them.
     pub stalled_us: BTreeMap<PartId, u64>,
 }
 
-/// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// By itself, with this code.
     Exit(u32),
     /// By a guest's fault.
     Trap(Trap),
-    /// It was told to.
     Stopped,
 }
 
@@ -129,13 +124,11 @@ pub enum MachineError {
     /// No instance for a thread.
     #[error(transparent)]
     Fiber(#[from] FiberError),
-    /// No memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// What would let its threads go on cannot be compiled.
     #[error(transparent)]
     Program(#[from] ProgramError),
-    /// The module is no command.
     #[error(
         "the module exports no function \"_start\": it is a library, not a program (build it as a WASI command)"
     )]
@@ -155,22 +148,17 @@ pub enum MachineError {
     /// The process has no thread or descriptor left.
     #[error("no resources for a guest thread: {0}")]
     System(#[from] std::io::Error),
-    /// It is not frozen.
     #[error("the machine is not frozen")]
     NotFrozen,
-    /// It ended.
     #[error("the machine has ended")]
     Ended,
-    /// No such thread.
     #[error("the machine has no thread {0} (it may have ended)")]
     NoThread(u32),
-    /// No such part.
     #[error("the machine has no part {0}")]
     NoPart(PartId),
     /// Its members lack memory, or are lost.
     #[error("a part of the machine cannot have its memory (is its node short of it?)")]
     Members,
-    /// A member is to leave.
     #[error("part {0} is to leave: nothing goes there any more")]
     Leaving(PartId),
     /// It cannot do without a part yet.
@@ -248,14 +236,12 @@ pub(super) struct Shared {
     pub(super) address_locks: AddressLocks,
     pub(super) parts: Parts,
     begun: Instant,
-    /// It has ended.
     pub(super) over: AtomicBool,
     captures: AtomicU64,
     /// What `evenkeel.epoch` answers.
     pub(super) epoch: AtomicU64,
 }
 
-/// A machine in this process.
 #[derive(Clone)]
 pub struct Machine {
     shared: Arc<Shared>,
@@ -506,27 +492,22 @@ impl Machine {
         self.shared.epoch.store(epoch, Ordering::Release);
     }
 
-    /// Its program.
     pub fn program(&self) -> &Arc<Program> {
         &self.shared.program
     }
 
-    /// Its memories.
     pub fn memories(&self) -> &Arc<[Arc<GuestMemory>]> {
         &self.shared.memories
     }
 
-    /// Its WASI state.
     pub fn wasi(&self) -> &Arc<Wasi> {
         &self.shared.wasi
     }
 
-    /// Threads captured so far.
     pub fn captures(&self) -> u64 {
         self.shared.captures.load(Ordering::Relaxed)
     }
 
-    /// Numbers of its threads.
     pub fn threads(&self) -> Vec<u32> {
         locked(&self.shared.threads).table.keys().copied().collect()
     }

@@ -39,18 +39,14 @@ pub enum ProgramError {
         /// Entries of the tables up to the one that is too large.
         entries: u64,
     },
-    /// The engine refused it.
     #[error("the module cannot be compiled: {0:#}")]
     Compile(wasmtime::Error),
     /// It runs, but can be neither moved nor captured.
     #[error("what lets the program's threads be resumed cannot be compiled: {0}")]
     Clones(String),
-    /// The cache cannot be used.
     #[error("the cache at {path}: {source}", path = path.display())]
     Cache {
-        /// Where.
         path: PathBuf,
-        /// Why.
         source: std::io::Error,
     },
 }
@@ -345,7 +341,6 @@ impl Program {
         &self.bytes
     }
 
-    /// What the instrumenter noted.
     pub fn meta(&self) -> &Meta {
         &self.meta
     }

@@ -57,7 +57,6 @@ impl Signal {
         self.entered.store(now, Ordering::Relaxed);
     }
 
-    /// Its code was left.
     pub(super) fn note_left(&self) {
         let now = u64::try_from(begun().elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.left.store(now, Ordering::Relaxed);

@@ -40,7 +40,6 @@ impl TableBudget {
         }
     }
 
-    /// Entries in use.
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
@@ -97,7 +96,6 @@ enum Cause {
     Start,
     /// A captured thread's state is put into it.
     Load,
-    /// Its code runs.
     Code,
 }
 

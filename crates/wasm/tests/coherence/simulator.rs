@@ -34,7 +34,6 @@ impl Op {
 pub(crate) struct Thread {
     pub(crate) part: usize,
     pub(crate) left: VecDeque<Op>,
-    /// What it read.
     pub(crate) seen: Vec<u64>,
     /// The page that it stands at.
     waits: Option<u32>,
@@ -142,7 +141,6 @@ pub(crate) struct Simulator {
     frames: Vec<BTreeMap<u32, (Access, u64)>>,
     /// Pages that came and are not in place yet.
     arrived: Vec<BTreeMap<u32, u64>>,
-    /// What was written last.
     pub(crate) truth: Vec<u64>,
     pub(crate) threads: Vec<Thread>,
     /// How often each page changed hands.

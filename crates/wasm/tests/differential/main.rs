@@ -40,7 +40,6 @@ struct Observed {
     tables: Vec<(u32, Vec<u32>)>,
 }
 
-/// How a call ended.
 #[derive(Debug, PartialEq, Eq)]
 enum Ended {
     Returned(Vec<Value>),

@@ -26,9 +26,7 @@ const TID_MAX: u32 = (1 << 29) - 1;
 
 /// What a thread's code runs in.
 enum Executor {
-    /// An instance of this process.
     Local(Box<Fiber>),
-    /// One of another part.
     Remote(Box<RemoteThread>),
 }
 
@@ -345,7 +343,6 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Where a new thread begins.
     fn placement_for_new(&self, threads: &Threads) -> PartId {
         let mut counts = BTreeMap::new();
         for thread in threads.table.values() {

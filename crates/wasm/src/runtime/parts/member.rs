@@ -254,12 +254,10 @@ impl Member {
         &self.0.clock
     }
 
-    /// Its memories.
     pub fn memories(&self) -> &Arc<[Arc<GuestMemory>]> {
         &self.0.memories
     }
 
-    /// Threads that are here.
     pub fn threads(&self) -> Vec<u32> {
         locked(&self.0.hosted).keys().copied().collect()
     }

@@ -17,17 +17,10 @@ use std::collections::BTreeMap;
 /// Version of these messages, their first byte.
 const VERSION: u8 = 2;
 
-/// How a thread goes on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Entering {
     /// By a call of an export, in the instance that it has, or a fresh one.
-    Call {
-        /// Its name.
-        export: String,
-        /// Its arguments.
-        args: Vec<Value>,
-    },
-    /// From where it was captured.
+    Call { export: String, args: Vec<Value> },
     Resume {
         /// Its state ([`crate::runtime::frame`]), for a fresh instance; without one it
         /// goes on in the instance in which it was captured.
@@ -36,7 +29,6 @@ pub enum Entering {
     },
 }
 
-/// A call of the host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Call {
     /// Its arguments, as bits: what they point to is in the machine's memory.
@@ -48,7 +40,6 @@ pub enum Call {
 /// What a call of the host came to.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Answer {
-    /// It is done.
     Done {
         /// Its results, as bits.
         results: Vec<u64>,
@@ -58,55 +49,42 @@ pub enum Answer {
     },
     /// Nothing yet: the thread is to leave, and to make it again.
     Interrupted(Progress),
-    /// The program ends.
     Exit(u32),
-    /// The thread traps.
     Trap(String),
 }
 
 /// From the home to a member.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Order {
-    /// A thread is to run.
     Run {
-        /// Which.
         tid: u32,
-        /// From where.
         entering: Entering,
     },
     /// A thread comes in a moment: what it needs is to be awake ([`Report::Expecting`]).
     Expect {
-        /// Which.
         tid: u32,
     },
     /// It is to come to a safepoint.
     Interrupt {
-        /// Which.
         tid: u32,
         /// It is not this member's any more then, as after [`Order::Leave`].
         leaves: bool,
     },
     /// Its call of the host is over.
     Answer {
-        /// Whose.
         tid: u32,
-        /// How.
         answer: Answer,
     },
     /// It is not this member's any more; it stands.
     Leave {
-        /// Which.
         tid: u32,
     },
     /// A memory is to be accessible so far; and no further, where it was opened for what did
     /// not succeed elsewhere.
     Open {
-        /// Which.
         memory: u32,
-        /// From its beginning.
         bytes: u64,
     },
-    /// The machine has ended.
     End,
     /// It is to say what its threads took ([`Report::Times`]).
     Times,
@@ -115,25 +93,19 @@ pub enum Order {
 /// From a member to the home.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Report {
-    /// A thread calls the host.
     Call {
-        /// Which.
         tid: u32,
-        /// Index of the imported function.
         import: u32,
-        /// With what.
         call: Call,
         /// How far the same call came before.
         progress: Progress,
     },
     /// What a thread needs is awake.
     Expecting {
-        /// Which.
         tid: u32,
     },
     /// A thread is at a safepoint.
     Captured {
-        /// Which.
         tid: u32,
         /// It was asked to leave, and has: nothing of it is at the member.
         has_left: bool,
@@ -141,23 +113,16 @@ pub enum Report {
         #[serde(with = "serde_bytes")]
         state: Vec<u8>,
     },
-    /// What was called has returned.
     Finished {
-        /// Whose.
         tid: u32,
-        /// The results.
         values: Vec<Value>,
     },
-    /// A thread ended otherwise.
     Stopped {
-        /// Which.
         tid: u32,
-        /// How.
         stop: Stop,
     },
     /// A memory is accessible so far, or cannot be.
     Opened {
-        /// Which.
         memory: u32,
         /// As it was ordered.
         bytes: u64,
@@ -187,13 +152,10 @@ impl Report {
     }
 }
 
-/// Why bytes are no message.
 #[derive(Debug, thiserror::Error)]
 pub enum MessageError {
-    /// Another version.
     #[error("messages about threads are of version {0}, this is version {VERSION}")]
     Version(u8),
-    /// No such thing.
     #[error("a message about threads is damaged: {0}")]
     Damaged(String),
 }
@@ -218,7 +180,6 @@ fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, MessageError> {
 }
 
 impl Order {
-    /// The bytes of it.
     pub fn encode(&self) -> Vec<u8> {
         encode(self)
     }
@@ -233,7 +194,6 @@ impl Order {
 }
 
 impl Report {
-    /// The bytes of it.
     pub fn encode(&self) -> Vec<u8> {
         encode(self)
     }

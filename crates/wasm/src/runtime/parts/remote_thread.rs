@@ -59,7 +59,6 @@ impl Inbox {
     }
 }
 
-/// The parts of a machine.
 #[derive(Default)]
 pub(crate) struct Parts {
     /// Held while a memory is opened: one at a time.
@@ -75,7 +74,6 @@ struct PartsInner {
     /// `None` while it is alone.
     link: Option<Arc<dyn Members>>,
     members: Vec<PartId>,
-    /// Where new threads begin.
     spawning: SpawnPolicy,
     /// Cores that are free at each part, less what began there since that was told.
     free_cores: BTreeMap<PartId, f64>,
