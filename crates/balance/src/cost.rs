@@ -1,47 +1,44 @@
-//! What a move is worth and what it takes, each with an interval, in one unit:
-//! *core-seconds*. A move is made when even the least that it is likely to be worth
-//! is more than the most that it is likely to take.
+//! The gain and the cost of a move, each with an interval, in one unit: *core-seconds*. A move is
+//! made when the lower bound of its gain exceeds the upper bound of its cost.
 //!
-//! The gain is integrated over the time for which the load is expected to last. A
-//! load that has lasted for `t` lasts for another `t` in the median, and for `t/3` to
-//! `3t` in half of all cases: lifetimes of processes have a Pareto tail of exponent
-//! near 1 (Harchol-Balter and Downey, "Exploiting Process Lifetime Distributions for
-//! Dynamic Load Balancing", TOCS 1997).
+//! The gain is integrated over the expected remaining duration of the load. A load that has lasted
+//! for `t` lasts for another `t` in the median, and for `t/3` to `3t` in half of all cases:
+//! lifetimes of processes have a Pareto tail of exponent near 1 (Harchol-Balter and Downey,
+//! "Exploiting Process Lifetime Distributions for Dynamic Load Balancing", TOCS 1997).
 //!
-//! What moves take is learned: the model keeps how far its predictions were off, as
-//! a factor with a spread, and corrects the next by it.
+//! The cost model learns: it keeps the error of its predictions as a factor with a spread, and
+//! corrects the next prediction by it.
 
 use crate::load::Factors;
 use serde::{Deserialize, Serialize};
 
-/// Bytes a second that a move copies before anything was learned.
+/// Copy rate of a move before anything was learned, in bytes per second.
 const RATE_BYTES_PER_S: f64 = 800e6;
-/// Bytes that one core sends or receives in a second.
+/// Bytes that one core sends or receives per second.
 const CORE_BYTES_PER_S: f64 = 1.5e9;
-/// What each move takes before its first byte, in milliseconds and core-seconds.
+/// Fixed cost of a move before its first byte, in milliseconds and core-seconds.
 const SETUP_MS: f64 = 100.0;
 const SETUP_CORE_S: f64 = 0.05;
-/// Milliseconds for which a machine stands still, without what it wrote last.
+/// Downtime of a move without the final dirty pages, in milliseconds.
 const DOWNTIME_MS: f64 = 3.0;
-/// Share of a round that may be written again in the next at most: writers are
-/// slowed beyond.
+/// Maximum share of a pre-copy round that is dirtied again during it: a guest that writes faster is
+/// slowed down.
 const REWRITTEN_SHARE_MAX: f64 = 0.8;
-/// Weight of the newest error.
+/// Weight of the newest error (exponential moving average).
 const NEWEST: f64 = 0.2;
-/// The spread before anything was learned, as a logarithm: a factor of 2.
+/// Spread before anything was learned, as a logarithm: a factor of 2.
 const SPREAD: f64 = std::f64::consts::LN_2;
-/// Standard deviations that hold four fifths of all cases.
+/// Standard deviations that cover four fifths of a normal distribution.
 const DEVIATIONS: f64 = 1.28;
 
-/// A number that is not known exactly: four of five cases are between `low` and
-/// `high`.
+/// An estimate with an interval that covers four of five cases.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Estimate {
-    /// Hardly less.
+    /// 10th percentile.
     pub low: f64,
-    /// Most likely.
+    /// Median.
     pub mid: f64,
-    /// Hardly more.
+    /// 90th percentile.
     pub high: f64,
 }
 
@@ -49,17 +46,16 @@ pub struct Estimate {
 pub struct Cost {
     /// Bytes over the network.
     pub bytes: f64,
-    /// Milliseconds from the offer to the end.
+    /// From the offer to the end of the move, in milliseconds.
     pub duration_ms: Estimate,
-    /// Milliseconds for which the machine stands still.
+    /// In milliseconds.
     pub downtime_ms: Estimate,
-    /// All of it in core-seconds.
+    /// Total, in core-seconds.
     pub core_s: Estimate,
 }
 
 impl Cost {
-    /// The same where the target compiles the program first, which takes so many
-    /// core-seconds there.
+    /// The cost including the compilation of the program at the target, in core-seconds.
     #[must_use]
     pub fn after_compilation(mut self, core_s: f64) -> Self {
         for (estimate, more) in [
@@ -74,17 +70,17 @@ impl Cost {
     }
 }
 
-/// What a move is worth, in core-seconds.
+/// The gain of a move.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Gain {
-    /// By how much it lowers the sum over both nodes of power times load squared.
+    /// Decrease of the sum over both nodes of power times load squared.
     pub lowers: f64,
-    /// Seconds for which the load is expected to last.
+    /// Expected remaining duration of the load, in seconds.
     pub lasts_s: Estimate,
     pub core_s: Estimate,
 }
 
-/// How far predictions of one quantity were off, as the logarithm of a factor.
+/// Prediction error of one quantity, as the logarithm of a factor.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 struct PredictionError {
     mean: f64,
@@ -107,7 +103,7 @@ impl PredictionError {
         if !(predicted > 0.0 && actual > 0.0 && predicted.is_finite() && actual.is_finite()) {
             return;
         }
-        // One that is off by more than a thousand is an accident, not a model's error.
+        // A factor above a thousand is an outlier, not a model error.
         let off = (actual / predicted).ln().clamp(-7.0, 7.0);
         let weight = NEWEST.max(1.0 / f64::from(self.seen + 2));
         let away = off - self.mean;
@@ -126,14 +122,14 @@ impl PredictionError {
     }
 }
 
-/// Predicts what moves away from a node take, and learns from what they took.
+/// Predicts the cost of moves away from a node, and learns from completed ones.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct CostModel {
     duration: PredictionError,
     downtime: PredictionError,
 }
 
-/// What the rule of copying gives before it is corrected.
+/// Prediction of the pre-copy model before the learned correction.
 struct RawPrediction {
     bytes: f64,
     duration_ms: f64,
@@ -151,12 +147,12 @@ impl CostModel {
         }
     }
 
-    /// What moving such a machine takes.
+    /// Predicts the cost of moving a machine with these factors.
     pub fn predict(&self, factors: &Factors) -> Cost {
         let raw = Self::raw(factors);
         let duration_ms = self.duration.correct(raw.duration_ms);
         let downtime_ms = self.downtime.correct(raw.downtime_ms);
-        // Both ends copy; and what the machine would have done, it does later.
+        // Both ends copy. Work that the guest would have done during the downtime is done later.
         let work = |downtime_ms: f64| {
             SETUP_CORE_S
                 + 2.0 * raw.bytes / CORE_BYTES_PER_S
@@ -174,15 +170,15 @@ impl CostModel {
         }
     }
 
-    /// What a move of such a machine came to.
+    /// Learns from a completed move of a machine with these factors.
     pub fn learn(&mut self, factors: &Factors, duration_ms: f64, downtime_ms: f64) {
         let raw = Self::raw(factors);
         self.duration.learn(raw.duration_ms, duration_ms);
         self.downtime.learn(raw.downtime_ms, downtime_ms);
     }
 
-    /// How far durations and downtimes are off, typically, as factors above 1, and
-    /// from how many moves that is known.
+    /// Typical error of predicted durations and downtimes, as factors above 1, and the number of
+    /// moves observed.
     pub fn error(&self) -> (f64, f64, u32) {
         let factor = |error: &PredictionError| error.variance.sqrt().exp();
         (
@@ -193,8 +189,8 @@ impl CostModel {
     }
 }
 
-/// What it is worth to lower the sum of power times load squared by so much, of a
-/// load that has lasted so long.
+/// The gain of decreasing the sum of power times load squared by `lowers`, for a load that has
+/// lasted `lasted_ms`.
 pub fn gain(lowers: f64, lasted_ms: u64, horizon_s: u64) -> Gain {
     let lasted_s = lasted_ms as f64 / 1e3;
     let bound = |s: f64| s.min(horizon_s as f64);

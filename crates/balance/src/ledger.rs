@@ -1,7 +1,6 @@
-//! Decisions as they are kept and told. A decision names what it was made of: the
-//! two loads, who was considered and what became of them, what it costs and is
-//! worth, and the rule that decided. Not acting is a decision too: each change of its
-//! reason is one entry.
+//! Decisions as they are stored and displayed. A decision records its inputs: the two loads, the
+//! candidates with their verdicts, cost and gain, and the rule that decided. Inaction is a decision
+//! too: each change of its reason is one entry.
 
 use crate::Name;
 use crate::cost::CostModel;
@@ -18,27 +17,27 @@ use std::fmt;
 pub enum NoMoveReason {
     /// The policy's mode is `off`.
     Off,
-    /// There is no other node.
+    /// No other node is alive.
     #[serde(rename = "alone")]
     NoPeers,
-    /// Fewer samples than it takes to be sure.
+    /// Not enough samples.
     #[serde(rename = "measuring")]
     InsufficientSamples,
-    /// Neither this node nor the other one waits for anything.
+    /// Neither node is pressed.
     #[serde(rename = "nobody_pressed")]
     NoPressure,
-    /// The loads are within the margin, or this node is the lighter one.
+    /// The loads differ by less than the margin, or this node is the lighter one.
     Level,
     Unsteady,
-    /// This node carries enough to stay (`pack`).
+    /// This node's load is above the policy's `empty_load` (`pack`).
     #[serde(rename = "filled")]
     SufficientlyLoaded,
-    /// The other node is free, and is to stay so (`pack`).
+    /// The other node is free, and `pack` keeps it free.
     #[serde(rename = "kept_free")]
     ReservedFree,
-    /// This node has no machine that can be considered.
+    /// This node has no candidate.
     NoMachines,
-    /// None of its machines may go; the nearest one's verdict.
+    /// No candidate is eligible; the verdict on the closest one.
     #[serde(rename = "none_may_go")]
     NoEligibleMachine {
         nearest: Name,
@@ -46,23 +45,23 @@ pub enum NoMoveReason {
     },
     /// The other node did not answer.
     NoAnswer,
-    /// The other node takes part in another round or move.
+    /// The other node expects another machine.
     Busy,
-    /// The other node did not take it.
+    /// The other node refused the machine.
     Refused {
         why: String,
     },
-    /// The other node measures with another policy.
+    /// The other node has another revision of the policy.
     OtherPolicy,
-    /// As many moves as the policy allows are under way in the cluster.
+    /// The policy's limit of concurrent moves is reached.
     Capped,
-    /// A move to that node failed not long ago.
+    /// Backoff after a failed move to that node.
     #[serde(rename = "avoided")]
     Backoff {
-        /// Milliseconds until it is tried again.
+        /// Remaining milliseconds.
         for_ms: u64,
     },
-    /// Others changed what a rule holds at the same time.
+    /// A concurrent transaction changed the holders of a rule.
     Raced {
         rule: String,
     },
@@ -73,17 +72,17 @@ pub enum NoMoveReason {
 pub enum Outcome {
     /// The machine runs at the target.
     Moved {
-        /// Milliseconds from the offer to the end.
+        /// From the offer to the end.
         duration_ms: f64,
-        /// Milliseconds for which the machine stood still.
+        /// Time during which the guest did not run.
         downtime_ms: f64,
         bytes: u64,
     },
-    /// It runs on at the source.
+    /// The machine keeps running at the source.
     Stayed { why: String },
-    /// It was not begun: as many moves as the policy allows are under way.
+    /// Not started: the policy's limit of concurrent moves is reached.
     Capped,
-    /// It was not begun: others changed what a rule holds.
+    /// Not started: a concurrent transaction changed the holders of a rule.
     Raced { rule: String },
 }
 
@@ -93,60 +92,60 @@ pub enum Decision {
     Move {
         machine: Name,
         target: Name,
-        /// How far the balancer went by itself.
+        /// Degree of automation at that time.
         mode: Mode,
         here: NodeState,
         there: NodeState,
-        /// The difference that showed in most of the last samples.
+        /// The sustained load difference.
         steady: f64,
-        /// Who was considered, the chosen one first.
+        /// All candidates, the selected one first.
         considered: Vec<Considered>,
     },
-    /// Nothing is moved, for another reason than before.
+    /// Nothing moves; recorded when the reason changes.
     #[serde(rename = "stay")]
     NoMove {
         why: NoMoveReason,
-        /// The other node, where there was one.
+        /// The peer of the round, if there was one.
         peer: Option<Name>,
-        /// This node, where it was measured.
+        /// This node, if it was measured.
         here: Option<NodeState>,
         there: Option<NodeState>,
         considered: Vec<Considered>,
     },
-    /// A machine is to move because it breaks a rule where it is.
+    /// A machine moves because its placement violates a rule.
     Repair {
         machine: Name,
-        /// Where to; `None` if no node may take it.
+        /// `None` if no node is allowed.
         target: Option<Name>,
-        /// The rule, and what it says.
+        /// The violated rule.
         broken: Violation,
     },
-    /// A machine is to move because a plan says so: a person's, or a drain's.
+    /// A machine moves as part of a plan: a user's or a drain's.
     Planned {
         machine: Name,
         target: Name,
         plan: String,
     },
-    /// A move that was decided here is over.
+    /// A move that this balancer decided has ended.
     Ended {
         machine: Name,
         target: Name,
         outcome: Outcome,
-        /// The load that this node was to have, and has.
+        /// Predicted and actual load of this node.
         load: Option<(f64, f64)>,
     },
-    /// Something is to be done with threads or memory of a machine.
+    /// A fine-grained action on the threads or memory of a machine.
     #[serde(rename = "grain")]
     FineGrained {
         machine: Name,
-        /// How far the balancer goes by itself.
+        /// Degree of automation at that time.
         mode: Mode,
         choice: Choice,
     },
-    /// What was decided of threads or memory of a machine is over.
+    /// A fine-grained action has ended.
     #[serde(rename = "grain_ended")]
     FineGrainedEnded { machine: Name, outcome: String },
-    /// Another node's numbers were not believed.
+    /// Another node reported invalid numbers.
     #[serde(rename = "absurd")]
     InvalidReport {
         peer: Name,
@@ -154,16 +153,16 @@ pub enum Decision {
     },
 }
 
-/// A decision as it is kept: with what it takes to decide it again.
+/// A stored decision, with all inputs that are needed to replay it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Line {
-    /// When, in milliseconds since 1970-01-01 UTC.
+    /// In milliseconds since 1970-01-01 UTC.
     pub at_unix_ms: u64,
     pub node: Name,
-    /// The policy by which it did.
+    /// The policy in force.
     #[serde(default)]
     pub policy: Option<Policy>,
-    /// What it had learned of moves.
+    /// The learned cost model.
     #[serde(default)]
     pub model: Option<CostModel>,
     pub decision: Decision,
@@ -293,7 +292,7 @@ impl fmt::Display for Outcome {
 }
 
 impl Decision {
-    /// The machine that it is about, if it is about one.
+    /// The machine concerned, if there is one.
     pub fn machine(&self) -> Option<&Name> {
         match self {
             Decision::Move { machine, .. }
@@ -306,7 +305,7 @@ impl Decision {
         }
     }
 
-    /// What it says of a machine.
+    /// The evaluation of a machine in this decision.
     pub fn considered(&self, machine: &str) -> Option<&Considered> {
         match self {
             Decision::Move { considered, .. } | Decision::NoMove { considered, .. } => {

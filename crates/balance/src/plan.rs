@@ -1,52 +1,50 @@
-//! Plans for a whole cluster: which machines go where, in which order, so that all
-//! nodes are level, packed, or some of them empty. Rounds of two nodes come to the same
-//! end by themselves; a plan sees all nodes at once, needs fewer moves, and can be
-//! looked at before anything moves.
+//! Plans for a whole cluster: an ordered set of moves after which all nodes are level, packed, or
+//! some of them empty. Rounds converge to the same state; a plan considers all nodes at once, needs
+//! fewer moves, and can be reviewed before anything moves.
 //!
-//! Unevenness is the weighted sum, over resources, of the standard deviation of nodes'
-//! shares: the measure of Ganeti's `hbal` (htools), so that the two can be compared.
+//! Unevenness is the weighted sum, over resources, of the standard deviation of the nodes'
+//! utilisation: the measure of Ganeti's `hbal` (htools), so that the two can be compared.
 //!
-//! A plan is made in three steps. *Descent*: of all moves the one that lowers the
-//! unevenness most, again and again. *Polish*: a machine that was moved goes elsewhere,
-//! stays after all, or another one goes in its place, wherever that is better; so what
-//! early moves did that later ones made needless is undone. *Order*: waves of moves that
-//! can go at the same time, memory first freed then taken, with a stop at a third node
-//! where a cycle leaves no other way.
+//! Planning has three phases. *Descent*: repeatedly the move that decreases the unevenness most
+//! (steepest descent). *Refinement*: a moved machine is redirected, moved back, or replaced by
+//! another one, wherever that is better; this undoes early moves that later ones made redundant.
+//! *Ordering*: waves of concurrent moves, memory first freed then used, with an intermediate stop
+//! at a third node where a cycle allows no other order.
 
 use crate::Name;
 use crate::rules::{Labels, Requirement, Rule, Subject};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Resources that a plan can weigh.
+/// Number of resources.
 pub const RESOURCES: usize = 7;
 /// Amounts of each resource.
 pub type Amounts = [f64; RESOURCES];
 
-/// Moves that the descent looks at, about, in all and in one step: a large cluster is
-/// looked at where it is most uneven.
+/// Approximate number of moves that the descent evaluates, in total and per step: in a large
+/// cluster only the most uneven nodes are evaluated.
 const EVALUATIONS_MAX: usize = 30_000_000;
 const EVALUATIONS_PER_STEP: (usize, usize) = (1_500, 60_000);
-/// Targets that are looked at for each source, where not all are.
+/// Targets evaluated per source, where not all are.
 const TARGETS_PER_SOURCE: usize = 4;
-/// How often all sites are looked at in turn, when the extremes have no move left.
+/// Maximum number of full scans of all sites, when the extreme sites have no move left.
 const FULL_SCANS_MAX: usize = 64;
-/// Moved machines that are polished by the same view of the sites.
+/// Moved machines refined with one ranking of the sites.
 const REFINED_PER_BATCH: usize = 32;
-/// Passes of polishing.
+/// Maximum number of refinement passes.
 const PASSES_MAX: usize = 6;
-/// Exchanges that are looked at for one moved machine.
+/// Exchanges evaluated per moved machine.
 const EXCHANGES_MAX: usize = 64;
 
 #[derive(Debug, Clone)]
 pub struct Site {
     pub name: Name,
     pub labels: Labels,
-    /// What it has of each resource; 0 where a resource does not count.
+    /// Capacity per resource; 0 if the resource does not count.
     pub capacity: Amounts,
-    /// What others than these machines use.
+    /// Usage of others than these machines.
     pub base: Amounts,
-    /// Whether machines may come to it.
+    /// Whether it accepts machines.
     pub open: bool,
 }
 
@@ -55,11 +53,11 @@ pub struct Workload {
     pub name: Name,
     pub labels: Labels,
     pub site: usize,
-    /// What it uses of each resource.
+    /// Usage per resource.
     pub demand: Amounts,
     /// Whether it must stay.
     pub fixed: bool,
-    /// Bytes that moving it sends.
+    /// Bytes that a move of it sends.
     pub bytes: f64,
 }
 
@@ -67,31 +65,32 @@ pub struct Workload {
 pub enum Goal {
     /// All sites level.
     Level {
-        /// By so many moves at most: those that level most.
+        /// Maximum number of moves: those with the largest effect.
         moves_max: Option<usize>,
     },
-    /// As few sites as carry the load, none filled beyond this share of a resource.
+    /// As few sites as carry the load, none filled beyond this utilisation.
     Pack {
         /// The share.
         fill: f64,
     },
-    /// These sites empty, by number.
+    /// Empty these sites, by number.
     Drain(Vec<usize>),
 }
 
-/// What a plan is made of.
+/// Input of the planner.
 #[derive(Debug, Clone)]
 pub struct Problem {
     pub sites: Vec<Site>,
     pub loads: Vec<Workload>,
-    /// How much each resource's unevenness counts.
+    /// Weight of each resource.
     pub weights: Amounts,
-    /// Resources of which no site may be used beyond its capacity.
+    /// Resources whose capacity must not be exceeded.
     pub hard: [bool; RESOURCES],
     pub rules: Vec<Rule>,
-    /// By how much a move must lower the unevenness.
+    /// Minimum decrease of the unevenness per move.
     pub gain_min: f64,
-    /// How many machines may leave a site, and come to it, in one wave; at least one.
+    /// Maximum number of machines that leave a site, and that arrive at a site, in one wave; at
+    /// least one.
     pub at_once: (usize, usize),
 }
 
@@ -100,9 +99,9 @@ pub struct Step {
     pub load: usize,
     pub from: usize,
     pub to: usize,
-    /// Moves of one wave go at the same time, when those of the wave before are over.
+    /// Moves of one wave run concurrently, after those of the previous wave.
     pub wave: usize,
-    /// Whether it is a stop on the way: another step takes it on.
+    /// Whether it is an intermediate stop: another step moves the machine on.
     pub hop: bool,
 }
 
@@ -113,7 +112,7 @@ pub struct Plan {
     pub before: f64,
     pub after: f64,
     pub bytes: f64,
-    /// Machines that should go and cannot, by number, with the reason.
+    /// Machines that should move and cannot, by number, with the reason.
     pub left: Vec<(usize, String)>,
 }
 
@@ -124,8 +123,8 @@ pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
     match goal {
         Goal::Level { moves_max } => {
             level(&mut state, moves_max.unwrap_or(usize::MAX));
-            // Few moves are chosen otherwise than many. Where all are allowed that
-            // levelling makes without a bound, it may be better.
+            // A limit changes the choice of moves. If levelling without a limit needs no more moves
+            // than allowed, its result may be better.
             if let Some(most) = *moves_max {
                 let mut free = State::new(problem);
                 level(&mut free, usize::MAX);
@@ -160,19 +159,19 @@ fn level(state: &mut State<'_>, moves_max: usize) {
     refine(state, moves_max);
 }
 
-/// How uneven the sites are now.
+/// The current unevenness.
 pub fn unevenness(problem: &Problem) -> f64 {
     State::new(problem).unevenness()
 }
 
-/// A rule as it is counted while a plan is made.
+/// A rule with its counters while a plan is made.
 struct RuleCounter {
     requirement: Requirement,
     /// The domain of each site, as a number.
     domain_of: Vec<usize>,
     counts: Vec<u32>,
     total: u32,
-    /// For rules that name sites: which are allowed.
+    /// For rules that name sites: whether each is allowed.
     allowed: Vec<bool>,
 }
 
@@ -205,7 +204,7 @@ impl RuleCounter {
         self.total = self.total.saturating_add_signed(by);
     }
 
-    /// Whether one of its machines may go from one site to another.
+    /// Whether one of its machines may move from one site to another.
     fn allows(&self, from: usize, to: usize) -> bool {
         if !self.allowed[to] {
             return false;
@@ -239,14 +238,14 @@ impl RuleCounter {
     }
 }
 
-/// Where everything is while a plan is made.
+/// The placement while a plan is made.
 struct State<'a> {
     problem: &'a Problem,
     at: Vec<usize>,
     /// Loads of each site.
     on: Vec<Vec<usize>>,
     used: Vec<Amounts>,
-    /// Sums of shares and of their squares, of each resource.
+    /// Sums of utilisations and of their squares, per resource.
     sum: Amounts,
     squares: Amounts,
     counters: Vec<RuleCounter>,
@@ -311,7 +310,7 @@ impl<'a> State<'a> {
     fn deviation(&self, resource: usize, sum: f64, squares: f64) -> f64 {
         let count = self.problem.sites.len().max(1) as f64;
         let mean = sum / count;
-        // (Rounding may make it less than nothing.)
+        // (Rounding errors may make it negative.)
         self.problem.weights[resource] * (squares / count - mean * mean).max(0.0).sqrt()
     }
 
@@ -321,7 +320,7 @@ impl<'a> State<'a> {
             .sum()
     }
 
-    /// The unevenness if so much went from one site to another.
+    /// The unevenness after a move of this demand between two sites.
     fn unevenness_if_moved(&self, demand: &Amounts, from: usize, to: usize) -> f64 {
         let sites = &self.problem.sites;
         let mut total = 0.0;
@@ -363,7 +362,7 @@ impl<'a> State<'a> {
                 .all(|rule| self.counters[*rule].allows(from, to))
     }
 
-    /// Whether a rule lets the balancer move it at all.
+    /// Whether the balancer must not move it at all.
     fn is_pinned(&self, load: usize) -> bool {
         self.problem.loads[load].fixed
             || self.rules_of[load]
@@ -396,7 +395,7 @@ impl<'a> State<'a> {
             .collect()
     }
 
-    /// Sites by how much more than others they are used, the heaviest first.
+    /// Sites by excess utilisation, the heaviest first.
     fn by_excess(&self) -> Vec<usize> {
         let count = self.problem.sites.len().max(1) as f64;
         let mut scale = [0.0; RESOURCES];
@@ -428,12 +427,11 @@ fn add(to: &mut Amounts, amounts: &Amounts, sign: f64) {
     }
 }
 
-/// The best single move, again and again, as long as it is worth one and there are not
-/// too many.
+/// Steepest descent until no move is worthwhile or the limit of moves is reached.
 fn descend(state: &mut State<'_>, moved_max: usize) {
     let sites = state.problem.sites.len();
     let per_site = state.problem.loads.len() / sites.max(1) + 1;
-    // How many of the heaviest, and of the lightest, are looked at.
+    // Number of heaviest and of lightest sites that are evaluated.
     let (least, most) = EVALUATIONS_PER_STEP;
     let budget = (EVALUATIONS_MAX / state.problem.loads.len().max(1)).clamp(least, most);
     let (mut heaviest, mut lightest) = (sites, sites);
@@ -456,7 +454,7 @@ fn descend(state: &mut State<'_>, moved_max: usize) {
                 .find_map(|sources| best_move(state, sources, targets));
         }
         let Some((load, to)) = best else { return };
-        // (What was moved before may move on.)
+        // (A moved machine may move again.)
         let moves_more = state.at[load] == state.problem.loads[load].site;
         if moves_more && state.moved().len() >= moved_max {
             return;
@@ -465,7 +463,7 @@ fn descend(state: &mut State<'_>, moved_max: usize) {
     }
 }
 
-/// The best move between these, if one lowers the unevenness by enough.
+/// The best move between these sites, if one decreases the unevenness by enough.
 fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<(usize, usize)> {
     let now = state.unevenness();
     let mut best = (now - state.problem.gain_min, None);
@@ -489,7 +487,7 @@ fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<
     best.1
 }
 
-/// Makes fewer moves, and better ones, of those that were made.
+/// Reduces and improves the moves made so far.
 fn refine(state: &mut State<'_>, moved_max: usize) {
     for _ in 0..PASSES_MAX {
         let mut changed = false;
@@ -507,13 +505,13 @@ fn refine(state: &mut State<'_>, moved_max: usize) {
     }
 }
 
-/// A move that is not worth one any more is not made.
+/// Undoes a move that is no longer worthwhile.
 fn undo(state: &mut State<'_>, load: usize) -> bool {
     let home = state.problem.loads[load].site;
     let (now, at) = (state.unevenness(), state.at[load]);
     let demand = &state.problem.loads[load].demand;
     let worth = state.unevenness_if_moved(demand, at, home) - now;
-    // (Its site may be closed to others; it never left.)
+    // (Its original site may be closed to other machines.)
     let may = state.fits(demand, home)
         && state.rules_of[load]
             .iter()
@@ -525,7 +523,7 @@ fn undo(state: &mut State<'_>, load: usize) -> bool {
     true
 }
 
-/// A moved machine goes to where it is best.
+/// Redirects a moved machine to the best site.
 fn redirect(state: &mut State<'_>, load: usize, by_excess: &[usize]) -> bool {
     let (mut best, mut to) = (state.unevenness() - 1e-9, None);
     let demand = &state.problem.loads[load].demand;
@@ -543,7 +541,7 @@ fn redirect(state: &mut State<'_>, load: usize, by_excess: &[usize]) -> bool {
     true
 }
 
-/// Another machine of the same source goes in its place.
+/// Replaces a moved machine by another one of the same source.
 fn exchange(state: &mut State<'_>, load: usize) -> bool {
     let home = state.problem.loads[load].site;
     let there = state.at[load];
@@ -557,7 +555,7 @@ fn exchange(state: &mut State<'_>, load: usize) -> bool {
     let demand = state.problem.loads[load].demand;
     let mut best = (now - 1e-9, None);
     for other in others {
-        // What goes instead, less what comes back.
+        // Net demand of the exchange.
         let mut net = state.problem.loads[other].demand;
         add(&mut net, &demand, -1.0);
         let then = state.unevenness_if_moved(&net, home, there);
@@ -575,7 +573,7 @@ fn exchange(state: &mut State<'_>, load: usize) -> bool {
     false
 }
 
-/// Empties one site after the other into those that are used, the lightest first.
+/// Empties sites one by one into used ones, the lightest first.
 fn pack(state: &mut State<'_>, fill: f64) {
     let mut sites: Vec<usize> = (0..state.problem.sites.len()).collect();
     let fullest = |state: &State<'_>, site: usize| {
@@ -605,7 +603,7 @@ fn pack(state: &mut State<'_>, fill: f64) {
                         || (state.used[to][it] + demand[it]) / capacity <= fill
                 })
             };
-            // Into the fullest that takes it: others may be emptied yet.
+            // Into the fullest site that accepts it: others may be emptied later.
             let target = (0..state.problem.sites.len())
                 .filter(|to| *to != site && !state.on[*to].is_empty() && !state.is_pinned(load))
                 .filter(|to| within(*to) && state.can_relocate(load, *to))
@@ -614,7 +612,7 @@ fn pack(state: &mut State<'_>, fill: f64) {
             state.relocate(load, target);
             gone.push(load);
         }
-        // A site that is not empty in the end is no gain.
+        // A site that does not become empty is no gain.
         if gone.len() < loads.len() {
             for load in gone {
                 state.relocate(load, site);
@@ -623,7 +621,7 @@ fn pack(state: &mut State<'_>, fill: f64) {
     }
 }
 
-/// Empties sites; what cannot go, and why.
+/// Empties sites; returns the machines that cannot move, with the reason.
 fn drain(state: &mut State<'_>, sites: &[usize]) -> Vec<(usize, String)> {
     let mut loads: Vec<usize> = sites
         .iter()
@@ -660,7 +658,7 @@ fn drain(state: &mut State<'_>, sites: &[usize]) -> Vec<(usize, String)> {
     left
 }
 
-/// Larger first: small ones fit into what is left.
+/// Larger first: small machines fit into the remaining gaps.
 fn by_size(state: &State<'_>, one: usize, other: usize) -> std::cmp::Ordering {
     let size = |load: usize| {
         let load = &state.problem.loads[load];
@@ -672,7 +670,7 @@ fn by_size(state: &State<'_>, one: usize, other: usize) -> std::cmp::Ordering {
     size(other).total_cmp(&size(one)).then(one.cmp(&other))
 }
 
-/// Waves of moves that lead to where `to` has each load; what cannot get there.
+/// Waves of moves that lead to the placement `to`; also the machines that cannot get there.
 fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
     let mut state = State::new(problem);
     let mut pending: Vec<usize> = (0..to.len())
@@ -697,7 +695,7 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
             }
         }
         if going.is_empty() {
-            // Everybody waits for somebody: one steps aside.
+            // Deadlock: one machine makes an intermediate stop.
             let detour = pending.iter().filter(|it| !hopped[**it]).find_map(|&load| {
                 let open = (0..problem.sites.len()).filter(|it| *it != to[load]);
                 let mut open = open.filter(|it| state.can_relocate(load, *it));
@@ -714,7 +712,7 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
             hopped[detour.0] = true;
             going.push(detour);
         }
-        // Those of a wave go together: what leaves frees nothing before it is gone.
+        // Moves of a wave are concurrent: a departing machine frees its resources only at the end.
         for (load, target, hop) in going {
             if !state.can_relocate(load, target) {
                 continue;

@@ -1,36 +1,35 @@
-//! Rules of where machines may be. A rule that spans nodes cannot be kept by two nodes
-//! of a round alone: so each has keys in the store, one for each *domain* (a node, or a
-//! value of a label of nodes), with the machines that hold it. Whoever places or moves
-//! a machine reads them, and compares and writes them in the very transaction that
-//! places it: [`Claim`] says which. So a rule holds while no balancer runs, and of two
-//! who race one is refused.
+//! Placement rules. Two nodes of a round cannot enforce a rule that spans nodes: so each rule has
+//! keys in the store, one per *domain* (a node, or a value of a node label), with the machines that
+//! hold it. Placing or moving a machine reads them, and compares and writes them in the same
+//! transaction that places it: [`Claim`] lists them. So rules hold while no balancer runs, and of
+//! two racing transactions one is refused.
 
 use crate::Name;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-/// Rules that a cluster may have.
+/// Maximum number of rules of a cluster.
 pub const RULES_MAX: usize = 256;
-/// Steps after which the search for a placement that keeps all rules is given up: no
-/// contradiction is claimed then.
+/// Search steps after which the search for a placement that satisfies all rules is abandoned: no
+/// contradiction is reported then.
 const SEARCH_STEPS_MAX: u32 = 200_000;
 
 /// Labels of a node or a machine.
 pub type Labels = BTreeMap<String, String>;
 
-/// Which machines, or nodes, a rule is about: those that fit all that is given.
+/// Selects machines or nodes that match all given criteria.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Selector {
-    /// Names; `*` at an end stands for anything.
+    /// Names; a trailing `*` is a wildcard.
     pub names: Vec<String>,
-    /// Labels, all of which it must have.
+    /// Labels that must all match.
     pub labels: Labels,
 }
 
 impl Selector {
-    /// Whether it is about this one.
+    /// Whether it matches.
     pub fn fits(&self, name: &str, labels: &Labels) -> bool {
         let named = self.names.is_empty() || self.names.iter().any(|it| matches(it, name));
         let labelled = self
@@ -40,7 +39,7 @@ impl Selector {
         named && labelled
     }
 
-    /// Whether it says nothing, and so would be about everything.
+    /// Whether it has no criteria, and so would match everything.
     pub fn is_empty(&self) -> bool {
         self.names.is_empty() && self.labels.is_empty()
     }
@@ -64,20 +63,20 @@ impl fmt::Display for Selector {
     }
 }
 
-/// What is counted as one place.
+/// Failure domain over which a rule counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Domain {
     /// Each node is one.
     #[default]
     Node,
-    /// All nodes with the same value of this label; nodes without it are one each.
+    /// All nodes with the same value of this label; a node without it is a domain of its own.
     Label(String),
 }
 
 impl Domain {
-    /// The domain of a node, as a part of a key. Two nodes are in one domain exactly if
-    /// these are equal.
+    /// The domain of a node, as a component of a key. Two nodes are in one domain exactly if these
+    /// are equal.
     pub fn of(&self, node: &str, labels: &Labels) -> String {
         match self {
             Domain::Node => node.to_owned(),
@@ -106,14 +105,14 @@ pub enum Requirement {
         #[serde(default)]
         per: Domain,
     },
-    /// At most so many in one domain.
+    /// At most `max` machines per domain.
     Apart {
         #[serde(default)]
         per: Domain,
         #[serde(default = "one")]
         max: u32,
     },
-    /// Evenly over domains: counts of any two differ by at most `skew`.
+    /// Evenly over domains: the counts of any two differ by at most `skew`.
     Spread {
         per: Domain,
         #[serde(default = "one")]
@@ -125,13 +124,13 @@ pub enum Requirement {
     Avoid { nodes: Selector },
     /// Never moved by the balancer.
     NoMoveReason,
-    /// On at most so many nodes at a time: licences that are counted by node.
+    /// On at most so many nodes at a time: licences that are counted per node.
     Licence { nodes_max: u32 },
-    /// Moved by the balancer at these hours only.
+    /// The balancer moves these machines at these hours only.
     Hours {
         /// First minute of a day (UTC), 0 to 1439.
         from_minute: u32,
-        /// The minute at which they are over; before `from_minute`, on the next day.
+        /// End, exclusive; before `from_minute`, on the next day.
         to_minute: u32,
     },
 }
@@ -143,7 +142,7 @@ fn one() -> u32 {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     pub name: Name,
-    /// The machines that it is about.
+    /// The machines to which it applies.
     pub machines: Selector,
     #[serde(flatten)]
     pub requirement: Requirement,
@@ -176,21 +175,21 @@ impl fmt::Display for Requirement {
     }
 }
 
-/// A node or a machine as rules see it.
+/// A node or a machine, as rules see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subject {
     pub name: Name,
     pub labels: Labels,
 }
 
-/// Which domains of a rule a placement reads and writes: the holders of each.
+/// The machines in each domain of a rule.
 pub type Holders = BTreeMap<String, BTreeSet<Name>>;
 
-/// A rule that does not allow something.
+/// A violated rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Violation {
     pub rule: Name,
-    /// What it says, and what stands in the way.
+    /// The requirement, and what violates it.
     pub why: String,
 }
 
@@ -200,18 +199,18 @@ impl fmt::Display for Violation {
     }
 }
 
-/// What a placement changes of one rule's holders.
+/// The change of one rule's holders by a placement.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
     pub rule: Name,
-    /// Domains whose holders must still be what was read: all that the rule depends on.
+    /// Domains whose holders must be unchanged since they were read: all that the rule depends on.
     pub reads: BTreeSet<String>,
-    /// Domains with their holders from then on.
+    /// New holders of the changed domains.
     pub writes: Holders,
 }
 
 impl Rule {
-    /// Whether its holders are kept in the store.
+    /// Whether the store keeps its holders.
     pub fn counts(&self) -> bool {
         match self.requirement {
             Requirement::Together { .. }
@@ -225,7 +224,7 @@ impl Rule {
         }
     }
 
-    /// What is one place for it.
+    /// The failure domain over which it counts.
     pub fn per(&self) -> &Domain {
         match &self.requirement {
             Requirement::Together { per }
@@ -235,7 +234,7 @@ impl Rule {
         }
     }
 
-    /// Whether it is about a machine.
+    /// Whether it applies to a machine.
     pub fn is_about(&self, machine: &Subject) -> bool {
         self.machines.fits(&machine.name, &machine.labels)
     }
@@ -247,9 +246,9 @@ impl Rule {
         }
     }
 
-    /// What it takes to place a machine on a node: `None` if this rule is about others,
-    /// or asks for nothing. `holders` are those of all its domains, of machines that are
-    /// live; `domains` are all there are (of nodes that are alive).
+    /// The claim for placing a machine on a node: `None` if the rule does not apply or nothing
+    /// changes. `holders` are those of all its domains, of live machines; `domains` are all domains
+    /// of live nodes.
     ///
     /// # Errors
     /// [`Broken`] if the rule does not allow it.
@@ -297,7 +296,7 @@ impl Rule {
             let machines = after.get(domain).cloned().unwrap_or_default();
             writes.insert(domain.clone(), machines);
         }
-        // An apart rule depends on the target's domain only; the others on all.
+        // An `apart` rule depends on the target's domain only; the others on all.
         let reads = match self.requirement {
             Requirement::Apart { .. } => writes.keys().cloned().collect(),
             _ => {
@@ -355,8 +354,7 @@ impl Rule {
         }
     }
 
-    /// Why the balancer may not move a machine of its own accord at this minute of the
-    /// day (UTC), if it may not.
+    /// Why the balancer must not move a machine at this minute of the day (UTC), if it must not.
     pub fn forbids_moving(&self, machine: &Subject, minute: u32) -> Option<Violation> {
         if !self.is_about(machine) {
             return None;
@@ -379,10 +377,10 @@ impl Rule {
         }
     }
 
-    /// Whether it makes sense by itself.
+    /// Validates the rule by itself.
     ///
     /// # Errors
-    /// A sentence that says what does not.
+    /// A sentence that names the error.
     pub fn check(&self) -> Result<(), String> {
         let invalid = |what: &str| Err(format!("rule {:?}: {what}", &*self.name));
         if self.machines.is_empty() {
@@ -416,7 +414,7 @@ impl Rule {
     }
 }
 
-/// The holders of all rules, as a placement of all machines has them.
+/// The holders of all rules for a given placement.
 pub fn holders_of(
     rules: &[Rule],
     placed: &[(Subject, Name)],
@@ -440,7 +438,7 @@ pub fn holders_of(
     all
 }
 
-/// All domains of the rules that count, of nodes that are alive.
+/// All domains of the counting rules, of live nodes.
 pub fn domains_of(rules: &[Rule], nodes: &[Subject]) -> BTreeMap<Name, BTreeSet<String>> {
     let counting = rules.iter().filter(|rule| rule.counts());
     let of = |rule: &Rule| -> BTreeSet<String> {
@@ -450,8 +448,7 @@ pub fn domains_of(rules: &[Rule], nodes: &[Subject]) -> BTreeMap<Name, BTreeSet<
     counting.map(|rule| (rule.name.clone(), of(rule))).collect()
 }
 
-/// The first rule that does not allow a machine on a node. `holders` and `domains` are
-/// those of all rules.
+/// The first rule that forbids a machine on a node. `holders` and `domains` are those of all rules.
 pub fn forbidden(
     rules: &[Rule],
     machine: &Subject,
@@ -467,18 +464,18 @@ pub fn forbidden(
     })
 }
 
-/// A move that lets a rule hold again.
+/// A move that restores a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repair {
     pub machine: Name,
-    /// What it breaks where it is.
+    /// The violated rule.
     pub broken: Violation,
-    /// Where it is to go; `None` if no node may have it.
+    /// `None` if no node is allowed.
     pub target: Option<Name>,
 }
 
-/// What a node repairs next: the first of its machines that break a rule and can be
-/// moved, to a node that is drawn from those that may have it.
+/// The next repair of a node: the first of its machines that violates a rule and can move, to a
+/// random allowed node.
 pub fn repair(
     broken: Vec<(Name, Violation)>,
     movable: impl Fn(&Name) -> bool,
@@ -499,8 +496,8 @@ pub fn repair(
     })
 }
 
-/// The machines that must move so that every rule holds again, each with the rule that
-/// it breaks: as few as that takes for each rule by itself. Every node finds the same.
+/// The machines that must move to satisfy every rule, each with the rule that it violates: the
+/// minimum for each rule by itself. The result is the same on every node.
 pub fn violations_of(
     rules: &[Rule],
     placed: &[(Subject, Name)],
@@ -521,14 +518,14 @@ pub fn violations_of(
 }
 
 impl Rule {
-    /// Machines that break this rule where they are.
+    /// Machines that violate this rule.
     fn breakers(
         &self,
         held: &Holders,
         placed: &[(Subject, Name)],
         nodes: &[Subject],
     ) -> Vec<(Name, String)> {
-        // The last ones of a domain, by name, that are too many for it.
+        // The last machines of a domain, by name, beyond the limit.
         let beyond = |domain: &str, machines: &BTreeSet<Name>, most: usize| {
             let why = format!("{} {domain} has {}", self.per(), machines.len());
             let many = machines.iter().skip(most);
@@ -579,9 +576,8 @@ fn by_size(held: &Holders) -> impl Iterator<Item = (&String, &BTreeSet<Name>)> {
     used.into_iter()
 }
 
-/// A set of rules that cannot be kept together with these machines and nodes, none of
-/// which could be left out: the smallest conflict that is found by leaving rules out
-/// one by one. `None` if all can be kept, or the search was given up.
+/// A minimal set of contradictory rules for these machines and nodes, found by leaving rules out
+/// one by one. `None` if all rules can be satisfied, or the search was abandoned.
 pub fn conflict(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Option<Vec<Name>> {
     if can_be_kept(rules, machines, nodes) != Some(false) {
         return None;
@@ -600,7 +596,7 @@ pub fn conflict(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Opti
     Some(needed.into_iter().map(|rule| rule.name).collect())
 }
 
-/// Whether some placement keeps all rules; `None` if the search was given up.
+/// Whether some placement satisfies all rules; `None` if the search was abandoned.
 fn can_be_kept(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Option<bool> {
     let about: Vec<&Subject> = machines
         .iter()
@@ -625,7 +621,7 @@ fn search(
     for node in nodes {
         *steps = steps.checked_sub(1)?;
         let allowed = rules.iter().all(|rule| {
-            // On the way a spread may be uneven: it is looked at when all are placed.
+            // A spread may be uneven in a partial placement: it is checked at the end.
             if matches!(rule.requirement, Requirement::Spread { .. }) {
                 return true;
             }
@@ -671,7 +667,7 @@ fn spread_is_kept(rules: &[Rule], placed: &[(Subject, Name)], nodes: &[Subject])
 mod tests {
     use super::*;
 
-    fn thing(name: &str, labels: &[(&str, &str)]) -> Subject {
+    fn subject(name: &str, labels: &[(&str, &str)]) -> Subject {
         Subject {
             name: name.into(),
             labels: labels
@@ -688,7 +684,7 @@ mod tests {
                 names: vec![machines.to_owned()],
                 labels: Labels::new(),
             },
-            requirement: says,
+            requirement,
         }
     }
 
@@ -714,9 +710,12 @@ mod tests {
     fn apart_is_kept_by_domain() {
         let zone = Domain::Label("zone".into());
         let apart = rule("ha", "web-*", Requirement::Apart { per: zone, max: 1 });
-        let (a, b) = (thing("a", &[("zone", "x")]), thing("b", &[("zone", "y")]));
+        let (a, b) = (
+            subject("a", &[("zone", "x")]),
+            subject("b", &[("zone", "y")]),
+        );
         let held = holders(&[("x", &["web-1"])]);
-        let web = thing("web-2", &[]);
+        let web = subject("web-2", &[]);
         let broken = apart
             .claim(&web, &a, &held, &domains(&["x", "y"]))
             .unwrap_err();
@@ -728,22 +727,22 @@ mod tests {
         assert_eq!(claim.writes, holders(&[("y", &["web-2"])]));
         assert_eq!(claim.reads, domains(&["y"]));
         // Where it is already nothing changes; others are not meant.
-        let there = apart.claim(&thing("web-1", &[]), &a, &held, &domains(&["x"]));
+        let there = apart.claim(&subject("web-1", &[]), &a, &held, &domains(&["x"]));
         assert_eq!(there, Ok(None));
-        let other = apart.claim(&thing("db", &[]), &a, &held, &domains(&["x"]));
+        let other = apart.claim(&subject("db", &[]), &a, &held, &domains(&["x"]));
         assert_eq!(other, Ok(None));
         // A move frees what it leaves.
-        let moved = apart.claim(&thing("web-1", &[]), &b, &held, &domains(&["x", "y"]));
+        let moved = apart.claim(&subject("web-1", &[]), &b, &held, &domains(&["x", "y"]));
         let moved = moved.unwrap().unwrap();
         assert_eq!(moved.writes, holders(&[("x", &[]), ("y", &["web-1"])]));
     }
 
     #[test]
     fn each_rule_says_why() {
-        let (a, b) = (thing("a", &[]), thing("b", &[]));
+        let (a, b) = (subject("a", &[]), subject("b", &[]));
         let held = holders(&[("a", &["m1", "m2"]), ("b", &["m3"])]);
         let all = domains(&["a", "b", "c"]);
-        let m = thing("m4", &[]);
+        let m = subject("m4", &[]);
         let why = |requirement: Requirement, node: &Subject| {
             let rule = rule("r", "m*", says);
             rule.check().unwrap();
@@ -764,11 +763,11 @@ mod tests {
                 .unwrap_err()
                 .contains("would have 3")
         );
-        assert!(why(spread, &thing("c", &[])).is_ok());
+        assert!(why(spread, &subject("c", &[])).is_ok());
         let licence = Requirement::Licence { nodes_max: 2 };
         assert!(why(licence.clone(), &b).is_ok());
         assert!(
-            why(licence, &thing("c", &[]))
+            why(licence, &subject("c", &[]))
                 .unwrap_err()
                 .contains("2 are in use")
         );
@@ -785,7 +784,7 @@ mod tests {
             to_minute: 6 * 60,
         };
         let night = rule("night", "*", night);
-        let machine = thing("m", &[]);
+        let machine = subject("m", &[]);
         assert!(night.forbids_moving(&machine, 23 * 60).is_none());
         assert!(night.forbids_moving(&machine, 0).is_none());
         let noon = night.forbids_moving(&machine, 12 * 60).unwrap();
@@ -799,8 +798,8 @@ mod tests {
 
     #[test]
     fn the_smallest_conflict_is_named() {
-        let nodes = [thing("a", &[]), thing("b", &[]), thing("c", &[])];
-        let machines: Vec<Subject> = ["m1", "m2"].iter().map(|it| thing(it, &[])).collect();
+        let nodes = [subject("a", &[]), subject("b", &[]), subject("c", &[])];
+        let machines: Vec<Subject> = ["m1", "m2"].iter().map(|it| subject(it, &[])).collect();
         let per = Domain::Node;
         let apart = rule("apart", "m*", Requirement::Apart { per, max: 1 });
         let pin = rule("pin", "m*", Requirement::Pin { nodes: named("a") });
@@ -813,7 +812,7 @@ mod tests {
             None
         );
         // Four that are to be apart on three nodes: one rule is enough.
-        let four: Vec<Subject> = (1..=4).map(|it| thing(&format!("m{it}"), &[])).collect();
+        let four: Vec<Subject> = (1..=4).map(|it| subject(&format!("m{it}"), &[])).collect();
         assert_eq!(
             conflict(std::slice::from_ref(&apart), &four, &nodes),
             Some(vec![apart.name])
@@ -822,7 +821,7 @@ mod tests {
 
     #[test]
     fn a_broken_rule_is_repaired_by_the_fewest_moves() {
-        let nodes = [thing("a", &[]), thing("b", &[]), thing("c", &[])];
+        let nodes = [subject("a", &[]), subject("b", &[]), subject("c", &[])];
         let placed: Vec<(Subject, Name)> = [("m1", "a"), ("m2", "a"), ("m3", "a"), ("m4", "b")]
             .iter()
             .map(|(machine, node)| (thing(machine, &[]), (*node).into()))
@@ -869,7 +868,7 @@ mod tests {
         let read: Rule = toml::from_str(text).unwrap();
         let per = Domain::Label("zone".into());
         assert_eq!(read.requirement, Requirement::Apart { per, max: 1 });
-        assert!(read.is_about(&thing("x", &[("app", "web")])));
-        assert!(!read.is_about(&thing("x", &[("app", "db")])));
+        assert!(read.is_about(&subject("x", &[("app", "web")])));
+        assert!(!read.is_about(&subject("x", &[("app", "db")])));
     }
 }

@@ -1,25 +1,24 @@
-//! Grains finer than a machine: what is done with the threads and the memory of one
-//! machine that may have parts on several nodes.
+//! Fine-grained balancing: placement of the threads and the memory of one machine that may span
+//! several nodes.
 //!
-//! | pressed | grain | cures |
+//! | pressed resource | action | why it suffices |
 //! |---|---|---|
-//! | a node's cores, by a machine that would press any other as well | parts on more nodes | no whole move would |
-//! | a node's cores | a thread to another part | takes microseconds, and a few pages |
-//! | a thread, by what it waits for | it to where that is, if there is room | a thread is less than its pages |
-//! | a node's memory, or what a part may keep | objects, coldest first | takes as long as their bytes |
-//! | everything, by pages that go to and fro | all of it back together | its threads run less than they would at its home alone |
+//! | a node's cores, by a machine that would press any node | parts on more nodes | no whole move would relieve the cluster |
+//! | a node's cores | a thread to another part | costs microseconds and a few pages |
+//! | a thread, by remote page faults | the thread to the part with its pages, if there is room | a thread is smaller than its pages |
+//! | a node's memory, or the limit of a part | objects, coldest first | costs as much as their bytes |
+//! | all threads, by pages that alternate between parts | the whole machine back to its home | its threads run less than they would at its home alone |
 //!
-//! The cheapest that cures is taken: a thread before objects, both before the machine.
-//! Where a whole machine may cure it, that is the business of the rounds
-//! ([`crate::round`]), and nothing is spread; where none may, rounds move nothing
-//! ([`crate::select::Verdict::Spreads`]).
+//! The cheapest sufficient action is chosen: a thread before objects, both before the machine.
+//! Where a move of the whole machine suffices, rounds ([`crate::round`]) do it and nothing is
+//! split; where none suffices, rounds do not move it ([`crate::select::Verdict::Spreads`]).
 //!
-//! The machine's home decides, alone: it is the only one that knows the threads, and a
-//! wrong decision costs microseconds. Of other nodes it believes what they tell rounds.
+//! The machine's home decides alone: only the home knows the threads, and a wrong decision costs
+//! microseconds. About other nodes it relies on their view in rounds.
 //!
-//! - `parts`: whether it gets some, or more, or loses some, or all
-//! - `threads`: which of its threads go elsewhere
-//! - `objects`: what of its memory does
+//! - `parts`: creating, adding and removing parts
+//! - `threads`: moving threads
+//! - `objects`: moving memory
 
 mod objects;
 mod parts;
@@ -35,21 +34,21 @@ use crate::window::{NEWEST, NEWEST_SHOWING};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Cores of a thread that takes one all the time.
+/// CPU demand from which a thread counts as CPU-bound, in cores.
 const CPU_BOUND_CORES: f64 = 0.9;
-/// Cores below which a thread is not worth moving.
+/// CPU demand below which a thread is not worth moving, in cores.
 const CORES_MIN: f64 = 0.1;
-/// Looks at which it loses by its parts, after which it does not matter what may help.
+/// Consecutive slow observations after which thread moves are no longer tried before gathering.
 const LOSING_OBSERVATIONS_MAX: u32 = 20;
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Part {
-    /// Its number; the home has 0.
+    /// The home has 0.
     pub number: u32,
     pub node: Name,
-    /// Bytes of the machine's memory that it has, where that is known.
+    /// Bytes of the machine's memory at this part, if known.
     pub memory_bytes: Option<u64>,
-    /// It had too much since the last look, and gave away what came first to hand.
+    /// It exceeded its limit since the last observation and evicted arbitrary pages.
     pub overflows: bool,
 }
 
@@ -58,78 +57,79 @@ pub struct Thread {
     pub tid: u32,
     /// The part at which it is.
     pub part: u32,
-    /// Cores of that part's node that it takes or waits for.
+    /// CPU demand at that part's node, in cores: running or waiting for a core.
     pub cores: f64,
-    /// Of them, those that it gets.
+    /// Part of `cores` for which it ran.
     pub ran_cores: f64,
-    /// Whether it must stay: it moves, or came not long ago.
+    /// Whether it must stay: it is moving, or arrived recently.
     pub held: bool,
     pub affinity: Option<Affinity>,
 }
 
-/// The part that draws a thread.
+/// The part to which a thread has an affinity.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Affinity {
     pub part: u32,
     pub why: String,
-    /// Share of its time that it stands at pages from there; 0 where it is a liking. Of
-    /// those that go for their pages one goes at a time: of two that share some the other
-    /// one is where they are then.
+    /// Share of its time stalled on pages of that part; 0 for an affinity that the guest declared.
+    /// Of the threads stalled on remote pages only one moves at a time: if two share pages, the
+    /// other one is then where the pages are.
     pub stall_share: f64,
 }
 
-/// A node that has a part, or may get one.
+/// A node with a part, or a candidate for one.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
     pub name: Name,
     pub state: NodeState,
     /// Loads of its last samples, newest first.
     pub loads: Vec<f64>,
-    /// Why no part may be there, if none may.
+    /// Why a part is not allowed there, if it is not.
     pub forbidden: Option<String>,
 }
 
-/// What is known when it is decided. The home's node is the first.
+/// Input of a decision. The home's node is the first.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Observation {
-    /// Parts that it may have.
+    /// Maximum number of parts.
     pub parts_max: u32,
-    /// It is to have them from its beginning.
+    /// Whether the spec demands parts from the start.
     pub from_beginning: bool,
-    /// What one part keeps at most.
+    /// Memory limit of one part, in bytes.
     pub part_memory_bytes: Option<u64>,
-    /// Those that it has: the home alone, or with members.
+    /// The home alone, or with members.
     pub parts: Vec<Part>,
     pub threads: Vec<Thread>,
     /// The home's node first, then those of members, then others.
     pub nodes: Vec<Node>,
-    /// Threads that waited for pages on average lately, in cores, if it spans.
+    /// Average number of threads stalled on remote pages lately, in cores, if the machine spans.
     pub waited_cores: f64,
-    /// Looks in a row at which it lost by its parts ([`gather_if_slower`]).
+    /// Consecutive observations in which it ran slower than at its home alone
+    /// ([`gather_if_slower`]).
     pub losing_observations: u32,
-    /// It was brought together not long ago, since it lost more than it won.
+    /// It was gathered recently because it ran slower with parts.
     pub recently_gathered: bool,
-    /// From which nodes to which threads went not long ago: none goes back.
+    /// Recent thread moves, source and target node: the reverse direction is blocked.
     pub recent: Vec<(Name, Name)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "grain")]
 pub enum Action {
-    /// It gets parts on these nodes.
+    /// Creates parts on these nodes.
     Spread {
         /// Beside its home's.
         nodes: Vec<Name>,
     },
-    /// A thread goes to another part.
+    /// Moves a thread to another part.
     Thread {
         tid: u32,
         from: Name,
-        /// The part that it goes to.
+        /// The target part.
         part: u32,
         to: Name,
     },
-    /// Objects go to another part, coldest first.
+    /// Moves objects to another part, coldest first.
     Objects {
         from_part: u32,
         from: Name,
@@ -137,19 +137,19 @@ pub enum Action {
         to: Name,
         bytes: u64,
     },
-    /// All of it comes back to its home.
+    /// Moves everything back to the home.
     Gather,
-    /// It has no parts on these nodes any more.
+    /// Removes the parts on these nodes.
     Leave { nodes: Vec<Name> },
 }
 
-/// Something that was weighed, and what was found.
+/// An alternative that was evaluated, with the result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Alternative {
-    /// What: a grain, a thread, a node.
+    /// An action, a thread or a node.
     #[serde(rename = "what")]
     pub option: String,
-    /// Why it was taken, or not.
+    /// Why it was chosen, or not.
     #[serde(rename = "found")]
     pub finding: String,
 }
@@ -159,7 +159,7 @@ pub struct Choice {
     #[serde(rename = "grain")]
     pub action: Action,
     pub why: String,
-    /// Loads by which it was.
+    /// Loads of the nodes at that time.
     pub loads: Vec<(Name, f64)>,
     #[serde(rename = "weighed")]
     pub alternatives: Vec<Alternative>,
@@ -200,7 +200,7 @@ impl Observation {
         nodes.map(|it| (it.name.clone(), it.state.load)).collect()
     }
 
-    /// Loads of nodes with that of some threads elsewhere than where they are.
+    /// Builds a choice with the current loads.
     fn choice(&self, action: Action, why: String, alternatives: Vec<Alternative>) -> Choice {
         Choice {
             action,
@@ -211,9 +211,8 @@ impl Observation {
     }
 }
 
-/// What a thread that takes so many cores of one node weighs on a node: one that takes a whole
-/// core does so anywhere, what others do takes less time on a faster one. As machines weigh
-/// ([`crate::load::Factors::on`]).
+/// Load of a thread with this CPU demand on a node: a CPU-bound thread takes a whole core anywhere,
+/// others take less time on a faster one. As for machines ([`crate::load::Factors::on`]).
 fn thread_weight(cores: f64, on: &NodeState, there: &NodeState, policy: &Policy) -> f64 {
     let is_bound = cores >= CPU_BOUND_CORES;
     let faster = there.capacity.speed / on.capacity.speed;
@@ -221,13 +220,13 @@ fn thread_weight(cores: f64, on: &NodeState, there: &NodeState, policy: &Policy)
     policy.weights.cpu * cores / there.capacity.cores
 }
 
-/// Whether most of the newest samples show that much.
+/// Whether most of the newest samples are at least `least`.
 fn is_sustained(loads: &[f64], least: f64) -> bool {
     let newest = loads.iter().take(NEWEST);
     newest.filter(|load| **load >= least).count() >= NEWEST_SHOWING
 }
 
-/// What is to be done with a machine now, and why; nothing where nothing is pressed.
+/// The actions for a machine now, with reasons; empty if nothing is pressed.
 pub fn decide(observation: &Observation, policy: &Policy) -> Vec<Choice> {
     if !observation.spans() {
         return parts::create(observation, policy).into_iter().collect();
@@ -236,7 +235,7 @@ pub fn decide(observation: &Observation, policy: &Policy) -> Vec<Choice> {
         return vec![choice];
     }
     if let Some(choice) = gather_if_slower(observation, policy) {
-        // Threads that are together may lose no more.
+        // Collocated threads may run fast enough.
         let affinity = match observation.losing_observations {
             0..=LOSING_OBSERVATIONS_MAX => threads::follow_affinity(observation, policy),
             _ => Vec::new(),

@@ -1,29 +1,29 @@
-//! What memory goes to other parts: of a part, or a node, that has too much.
+//! Moves of memory away from a part or a node that has too much.
 
 use super::{Action, Alternative, Choice, Observation, Part, mib};
 use crate::policy::Policy;
 use std::collections::BTreeMap;
 
-/// Most bytes of objects in one decision.
+/// Maximum bytes of objects per decision.
 const OBJECT_BYTES_MAX: u64 = 256 << 20;
-/// Least bytes that are worth one.
+/// Minimum bytes that are worth a decision.
 const OBJECT_BYTES_MIN: u64 = 1 << 20;
-/// Most pieces of memory in one decision.
+/// Maximum number of objects per decision.
 const OBJECTS_AT_ONCE: usize = 32;
-/// Share of what a part may keep to which it is filled: what it uses next has room.
+/// Share of its limit to which a part is filled, which leaves room for its next accesses.
 const FILL_SHARE: f64 = 0.9;
-/// Of what a part may keep so much is there when some of it is to go: before the part
-/// itself has to give away again what comes first to hand.
+/// Share of its limit at which a part gives memory away, before it has to evict arbitrary pages
+/// itself.
 const FULL_SHARE: f64 = 0.95;
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 
-/// Whether a part has about as much as it may keep.
+/// Whether a part has almost reached its limit.
 fn is_full(has_bytes: u64, most_bytes: u64) -> bool {
     has_bytes as f64 > most_bytes as f64 * FULL_SHARE
 }
 
-/// Bytes that a part is to give away, and why.
+/// Bytes that a part gives away, with the reason.
 fn surplus(observation: &Observation, part: &Part, policy: &Policy) -> Option<(u64, String)> {
     let has = part.memory_bytes?;
     let most = observation.part_memory_bytes;
@@ -51,7 +51,7 @@ fn surplus(observation: &Observation, part: &Part, policy: &Policy) -> Option<(u
     Some((has.min(kept - side.memory_free_bytes), why))
 }
 
-/// Bytes that a part may take without being pressed itself.
+/// Bytes that a part accepts without becoming pressed itself.
 fn room(observation: &Observation, part: &Part, policy: &Policy) -> u64 {
     let Some(node) = observation.node(&part.node) else {
         return 0;
@@ -60,7 +60,7 @@ fn room(observation: &Observation, part: &Part, policy: &Policy) -> u64 {
         return 0;
     }
     let kept = (node.state.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
-    // Once more as much: nodes tell what was some time ago.
+    // Twice the headroom: the node's view is some time old.
     let of_node = node.state.memory_free_bytes.saturating_sub(2 * kept);
     let of_part = match (part.memory_bytes, observation.part_memory_bytes) {
         (Some(has), Some(most)) => ((most as f64 * FILL_SHARE) as u64).saturating_sub(has),
@@ -116,22 +116,22 @@ pub(super) fn relieve_memory(observation: &Observation, policy: &Policy) -> Vec<
     choices
 }
 
-/// A piece of memory that one part has.
+/// An object: a range of memory at one part.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Object {
     pub memory: u32,
     /// Its first byte.
     pub start: u64,
     pub bytes: u64,
-    /// Whether its part did not use it of late.
+    /// Whether its part has not accessed it lately.
     pub is_idle: bool,
-    /// How often threads waited of late for each of its pages, on average.
+    /// Recent page faults per page, on average.
     pub heat: f64,
 }
 
-/// The coldest pieces that are so many bytes together, of pages of 4 KiB: what nobody uses
-/// where it is, the largest first, as far as it fills what is wanted in so few pieces as are
-/// moved at once; then what is waited for least, of equals the largest.
+/// The coldest objects of `bytes` in total, of pages of 4 KiB: idle ones first, largest first, as
+/// far as one decision's objects hold; then those with the fewest faults, of equal ones the
+/// largest.
 pub fn coldest(objects: &[Object], bytes: u64) -> Vec<Object> {
     let (mut taken, mut rest) = (Vec::new(), bytes / PAGE * PAGE);
     let mut take = |object: &Object, rest: &mut u64| {
@@ -147,7 +147,7 @@ pub fn coldest(objects: &[Object], bytes: u64) -> Vec<Object> {
         objects.iter().partition(|object| object.is_idle);
     idle.sort_by_key(|object| std::cmp::Reverse(object.bytes));
     for object in idle {
-        // (Crumbs would take the place of what is enough.)
+        // (Small objects would use up the number of objects.)
         let would_fill = object.bytes > 0 && rest.div_ceil(object.bytes) <= places;
         match rest > 0 && would_fill {
             true => {

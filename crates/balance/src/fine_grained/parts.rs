@@ -1,4 +1,4 @@
-//! Parts: whether a machine gets some, or more, or loses some, or all.
+//! Creating, adding and removing parts, and gathering a machine at its home.
 
 use super::{
     Action, Alternative, CORES_MIN, Choice, Node, Observation, Thread, is_sustained, mib,
@@ -9,8 +9,8 @@ use crate::policy::Policy;
 use crate::select::presses_any;
 use crate::window::steady_difference;
 
-/// Share of what it would run alone that it must run with its parts: less is a loss, and
-/// what is between may be noise.
+/// Share of the throughput at the home alone below which spanning counts as a loss; the remaining
+/// difference may be noise.
 const BENEFIT_MIN: f64 = 0.9;
 
 pub(super) fn create(observation: &Observation, policy: &Policy) -> Option<Choice> {
@@ -54,7 +54,7 @@ pub(super) fn create(observation: &Observation, policy: &Policy) -> Option<Choic
             finding: format!("that node would be at {there:.2} then"),
         };
         if !presses_any(home.state.load, there, policy) {
-            // That is cheaper: rounds see to it.
+            // A move of the whole machine is cheaper: rounds do that.
             return None;
         }
         alternatives.push(machine);
@@ -103,9 +103,9 @@ pub(super) fn create(observation: &Observation, policy: &Policy) -> Option<Choic
     Some(observation.choice(Action::Spread { nodes }, why, alternatives))
 }
 
-/// One more part, where threads still press a node and another one is lighter.
+/// One more part, if threads still press a node and another node is less loaded.
 pub(super) fn add_part(observation: &Observation, policy: &Policy) -> Option<Choice> {
-    // (What threads that came not long ago make of it is not seen yet.)
+    // (The effect of recently moved threads is not visible yet.)
     let settles = observation.threads.iter().any(|thread| thread.held);
     if settles || observation.parts.len() >= observation.parts_max as usize {
         return None;
@@ -148,7 +148,7 @@ pub(super) fn add_part(observation: &Observation, policy: &Policy) -> Option<Cho
     Some(observation.choice(Action::Spread { nodes }, why, Vec::new()))
 }
 
-/// Parts are where none may be.
+/// Removes parts on nodes where they are not allowed.
 pub(super) fn leave_forbidden_nodes(observation: &Observation) -> Option<Choice> {
     let (mut nodes, mut why) = (Vec::new(), Vec::new());
     for part in observation.parts.iter().skip(1) {
@@ -166,8 +166,8 @@ pub(super) fn leave_forbidden_nodes(observation: &Observation) -> Option<Choice>
     Some(observation.choice(Action::Leave { nodes }, why.join("; "), Vec::new()))
 }
 
-/// Whether it runs less than it would at its home alone, as it waits for pages; then that
-/// it comes together.
+/// Gathers a machine whose throughput is below that of its home alone, as its threads wait for
+/// remote pages.
 pub fn gather_if_slower(observation: &Observation, policy: &Policy) -> Option<Choice> {
     if observation.from_beginning || observation.part_memory_bytes.is_some() {
         return None;
@@ -187,7 +187,7 @@ pub fn gather_if_slower(observation: &Observation, policy: &Policy) -> Option<Ch
     Some(observation.choice(Action::Gather, why, Vec::new()))
 }
 
-/// What all its threads run together, in cores of speed 1.
+/// Throughput of all threads, in cores of speed 1.
 fn throughput(observation: &Observation) -> f64 {
     let ran_cores = observation.threads.iter().map(|thread| {
         let mut parts = observation.parts.iter();
@@ -198,8 +198,8 @@ fn throughput(observation: &Observation) -> f64 {
     ran_cores.sum()
 }
 
-/// What they would run at their home alone, in cores of speed 1, where nobody waits for pages: all that they
-/// want, or the machine's share of a node that has less than is wanted there.
+/// Throughput at the home alone, in cores of speed 1, where no thread waits for remote pages: the
+/// total demand, or the machine's share of a node with less capacity.
 fn throughput_at_home(observation: &Observation, policy: &Policy) -> Option<f64> {
     let home = &observation.nodes.first()?.state;
     let (cores, speed) = (home.capacity.cores, home.capacity.speed);

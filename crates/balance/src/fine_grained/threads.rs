@@ -1,4 +1,4 @@
-//! Which threads go to other parts: from pressed nodes, and to what draws them.
+//! Moves of threads: away from pressed nodes, and towards the parts to which they have an affinity.
 
 use super::{
     Action, Affinity, Alternative, CORES_MIN, Choice, Observation, Part, Thread, is_sustained,
@@ -10,25 +10,25 @@ use crate::select::{NodeState, lowers};
 use crate::window::steady_difference;
 use std::collections::BTreeMap;
 
-/// Most threads that one decision moves: what comes of them is seen before more go.
+/// Maximum number of thread moves per decision: their effect is observed before more follow.
 const THREADS_AT_ONCE: usize = 4;
 
-/// A move of a thread that would level two nodes.
+/// A thread move that would level two nodes.
 struct ThreadMove<'a> {
     thread: &'a Thread,
     part: &'a Part,
     from: usize,
     to: usize,
-    /// What the thread weighs at both.
+    /// Load of the thread at both nodes.
     here: f64,
     there: f64,
-    /// By how much it lowers the sum of squares.
+    /// Decrease of the sum of squares.
     lowers: f64,
-    /// How far from level it leaves the two.
+    /// Remaining load difference.
     left: f64,
 }
 
-/// Threads that leave pressed nodes, some at once.
+/// Thread moves away from pressed nodes, several at once.
 pub(super) fn relieve_pressed_nodes(observation: &Observation, policy: &Policy) -> Vec<Choice> {
     let mut observation = observation.clone();
     let mut choices = Vec::new();
@@ -125,7 +125,7 @@ fn best_move(observation: &Observation, policy: &Policy) -> Option<Moved> {
                 left: after.abs(),
             };
             let better = best.as_ref().is_none_or(|best| {
-                // (Those go first that do not want to be where they are.)
+                // (Threads without an affinity to their current part go first.)
                 let stays = |it: &ThreadMove<'_>| {
                     let affinity = it.thread.affinity.as_ref();
                     affinity.is_some_and(|affinity| affinity.part == it.thread.part)
@@ -185,7 +185,7 @@ fn best_move(observation: &Observation, policy: &Policy) -> Option<Moved> {
     ))
 }
 
-/// Threads that would rather be elsewhere, where that presses nobody.
+/// Thread moves to parts of affinity, where that presses no node.
 pub(super) fn follow_affinity(observation: &Observation, policy: &Policy) -> Vec<Choice> {
     let mut loads: BTreeMap<&Name, f64> = observation
         .nodes
@@ -223,7 +223,7 @@ pub(super) fn follow_affinity(observation: &Observation, policy: &Policy) -> Vec
         let weight = |side: &NodeState| thread_weight(thread.cores, &source.state, side, policy);
         let load = |name: &Name| loads.get(name).copied().unwrap_or(f64::MAX);
         let there = load(&target.name) + weight(&target.state);
-        // (Where a node is pressed that it leaves, it may go to one that is less so.)
+        // (A thread may leave a pressed node for a less loaded one.)
         if there >= policy.pressed_load && there >= load(&source.name) {
             continue;
         }

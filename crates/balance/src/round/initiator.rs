@@ -1,4 +1,4 @@
-//! This node's own rounds: whom it asks, what it offers, and what became of it.
+//! Rounds that this node initiates: the choice of a peer, the offer, and its outcome.
 
 use super::messages::{Request, Response, View};
 use super::{
@@ -17,33 +17,31 @@ use rand::RngExt;
 use std::collections::HashMap;
 use std::mem::discriminant;
 
-/// Samples of a load that is what it is for which a machine is left to those that may give
-/// it parts: they look for five, and act in the next, or later on a busy node.
+/// Samples of a constant load during which a machine that may span is left to fine-grained
+/// balancing: that takes five samples to decide, and acts in the next, or later on a busy node.
 const GUESSED_SAMPLES: u64 = 20;
-/// Milliseconds that an answer may take.
+/// Response timeout, in milliseconds.
 const ANSWER_MS: u64 = 2_000;
-/// Milliseconds for which a node, or a machine, is left alone after a failed move;
-/// doubled by each further failure, so often at most.
+/// Backoff of a node or a machine after a failed move, in milliseconds; doubled by each further
+/// failure, at most so many times.
 const BACKOFF_MS: u64 = 15_000;
 const BACKOFF_DOUBLINGS_MAX: u32 = 5;
-/// Milliseconds for which a proposed move can be confirmed.
+/// Time within which a user can confirm a proposed move, in milliseconds.
 const PROPOSAL_MS: u64 = 300_000;
-/// Milliseconds for which a node is pressed, and nothing can be done, before that is
-/// an alert.
+/// Time for which a node is pressed without a useful move before it alerts, in milliseconds.
 const ALERT_AFTER_MS: u64 = 60_000;
-/// Milliseconds after which it is told again that balancing does not help, where loads go
-/// up and down around what presses.
+/// Minimum interval between two alerts, in milliseconds, where the load oscillates around the
+/// pressure threshold.
 const ALERT_AGAIN_MS: u64 = 3_600_000;
-/// Rounds in a row in which a pressed node found no target before `pack` lets it use a
-/// free one.
+/// Consecutive rounds without a target after which a pressed node may use a free node under `pack`.
 const WAKE_ROUNDS: usize = 6;
-/// Rounds for which a node is not asked again that was free when it was asked, since
-/// `pack` gives it nothing; and how often another one is picked instead.
+/// Rounds for which a free peer is not asked again, since `pack` gives it nothing; and the number
+/// of further picks in its place.
 const FREE_ROUNDS: u64 = 60;
 const PICKS_MAX: usize = 16;
-/// Most free nodes that are remembered.
+/// Maximum number of remembered free nodes.
 const FREE_MAX: usize = 4096;
-/// Most reasons that are remembered, one for each other node.
+/// Maximum number of remembered reasons, one per peer.
 const REASONS_MAX: usize = 128;
 
 impl Balancer {
@@ -103,9 +101,8 @@ impl Balancer {
         };
     }
 
-    /// One of the others, by chance, to which nothing goes just now. Where machines are
-    /// packed most are free and are given nothing: of those it knows it picks another
-    /// one.
+    /// A random peer without an outgoing move to it. Under `pack` most nodes are free and get
+    /// nothing: known free ones are picked last.
     fn pick_peer(&mut self, now_ms: u64) -> Option<Name> {
         let packs = self.policy.strategy == Strategy::Pack && self.fruitless_rounds < WAKE_ROUNDS;
         let mut free_one = None;
@@ -153,7 +150,7 @@ impl Balancer {
                     target: peer.clone(),
                     until_ms,
                 }));
-            // It may have granted, and its answer be lost.
+            // The grant may have been lost.
             let release = Request::Release {
                 machine: machine.clone(),
             };
@@ -167,7 +164,7 @@ impl Balancer {
         self.schedule_round(now_ms);
     }
 
-    /// Records why nothing moves, when that is another reason than the last one.
+    /// Records why nothing moves, if the reason differs from the last one for this peer.
     fn record_no_move(
         &mut self,
         peer: Option<Name>,
@@ -177,7 +174,7 @@ impl Balancer {
         commands: &mut Vec<Command>,
     ) {
         let no_help = match &why {
-            // (That will be.)
+            // (A split will relieve it.)
             NoMoveReason::NoEligibleMachine { verdict, .. } => *verdict != Verdict::Spreads,
             other => matches!(other, NoMoveReason::Level | NoMoveReason::ReservedFree),
         };
@@ -251,7 +248,7 @@ impl Balancer {
                 },
                 response @ (None | Some(Response::Busy)),
             ) => {
-                // What a person confirmed is tried again.
+                // A confirmed move is retried.
                 self.confirmed.push(ConfirmedMove {
                     machine,
                     target: peer.clone(),
@@ -261,7 +258,7 @@ impl Balancer {
                 self.record_no_move(Some(peer), why, None, Vec::new(), commands);
                 self.schedule_round(now_ms);
             }
-            // A late or doubled answer to what was asked before, in this round too.
+            // A late or duplicated response to an earlier request, possibly of this round.
             (state @ State::Idle, _)
             | (state @ State::AwaitingWeights { .. }, Some(Response::View(_)))
             | (
@@ -341,7 +338,7 @@ impl Balancer {
         };
     }
 
-    /// Which machines are to be weighed, the heaviest first, and the question.
+    /// The machines to evaluate, heaviest first, and the request.
     fn weigh_request_of(&self, sample: &NodeSample) -> (Vec<Name>, Request) {
         let mut machines: Vec<(Name, f64, Factors)> = sample
             .machines
@@ -362,14 +359,14 @@ impl Balancer {
         (names.collect(), request)
     }
 
-    /// What to ask another node to explain what would go there; `None` before this one
-    /// was measured.
+    /// The request whose response explains what would move to a peer; `None` before this node was
+    /// measured.
     pub fn weigh_request(&self) -> Option<(Vec<Name>, Request)> {
         Some(self.weigh_request_of(self.sample.as_ref()?))
     }
 
-    /// What a round with another node would come to now, and why; nothing is changed.
-    /// `weights` are of `machines`, as [`request`](Self::weigh_request) named them.
+    /// Simulates a round with a peer, without side effects. `weights` belong to `machines`, as
+    /// returned by [`weigh_request`](Self::weigh_request).
     pub fn explain(
         &self,
         peer: &Name,
@@ -400,8 +397,8 @@ impl Balancer {
         now_ms: u64,
         constraints: &dyn Constraints,
     ) -> Vec<Candidate> {
-        // Grains decide of a machine that may have parts, and it is guessed here what they
-        // will: so it is left to them for a moment, until they have seen what it does.
+        // Fine-grained balancing decides about a machine that may span, and its decision can only
+        // be guessed here: so a machine with a new load is left to it for a short time.
         let is_automatic = self.policy.mode == Mode::Automatic;
         let guessed_ms = GUESSED_SAMPLES * self.policy.sample_ms;
         machines
@@ -425,7 +422,7 @@ impl Balancer {
             .collect()
     }
 
-    /// By how much this node is steadily heavier; why it does not offer.
+    /// The sustained load difference, or the reason why this node does not offer.
     fn compare(&self, view: &View) -> Result<f64, NoMoveReason> {
         let side = self.node_state().ok_or(NoMoveReason::InsufficientSamples)?;
         if view.policy_revision != self.revision {
@@ -493,7 +490,7 @@ impl Balancer {
             self.schedule_round(now_ms);
             return;
         }
-        // The load may be another one by now.
+        // The load may have changed meanwhile.
         let Some(side) = self.node_state() else {
             self.schedule_round(now_ms);
             return;
@@ -590,7 +587,7 @@ impl Balancer {
         commands: &mut Vec<Command>,
     ) {
         let Some(tracked) = self.tracked.get(&machine) else {
-            // It ended in between.
+            // The machine ended meanwhile.
             self.state = State::AwaitingGrant {
                 peer: peer.clone(),
                 machine,
@@ -619,7 +616,7 @@ impl Balancer {
             factors,
             left: false,
         });
-        // The next one at once: both sides know what this one changes.
+        // The next round may follow immediately: both sides account for this move.
         self.schedule_round(now_ms);
         self.due_ms = now_ms.max(self.pause_until_ms);
     }
@@ -665,14 +662,14 @@ impl Balancer {
                 predicted: self.current_load().unwrap_or(0.0),
                 samples_left: NEWEST,
             });
-            // It takes the next one now.
+            // The target can accept the next machine.
             self.due_ms = self.due_ms.min(now_ms.max(self.pause_until_ms));
             return;
         }
         if !left {
             self.shift_load(here);
         }
-        // What stopped this one would stop the next: no round follows at once.
+        // The same obstacle would stop the next move: no immediate round.
         self.pause_until_ms = now_ms + self.policy.interval_ms;
         if matches!(outcome, Outcome::Stayed { .. }) {
             extend_backoff(&mut self.peer_backoffs, &peer, now_ms);
@@ -712,8 +709,7 @@ impl Balancer {
         }
     }
 
-    /// A move that a person confirmed and that can begin now: to a node to which
-    /// nothing else goes.
+    /// A confirmed move that can start now: its target has no other incoming move of this node.
     fn take_confirmed(&mut self, now_ms: u64) -> Option<ConfirmedMove> {
         self.confirmed.retain(|it| it.until_ms > now_ms);
         let outgoing = &self.outgoing;
@@ -724,7 +720,7 @@ impl Balancer {
         Some(self.confirmed.remove(number))
     }
 
-    /// Moves that wait for a person, with their targets.
+    /// Proposed moves that await confirmation, with their targets.
     pub fn proposals(&self, now_ms: u64) -> Vec<(Name, Name)> {
         let now_ms = now_ms.saturating_add(self.jumped_back_ms);
         let live = self.proposed.iter();
@@ -736,7 +732,8 @@ impl Balancer {
         live
     }
 
-    /// That this node, pressed for long, found nothing to do with anybody, at most once an hour.
+    /// Alert text if this node has been pressed for long and no peer could relieve it; at most once
+    /// per hour.
     pub(super) fn alert(&mut self, now_ms: u64) -> Option<String> {
         let since = self.pressed_since_ms?;
         let asked = self.peers.len().clamp(1, 16);

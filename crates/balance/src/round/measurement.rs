@@ -1,15 +1,15 @@
-//! What a node's balancer knows of its own node and machines: measured, smoothed, and
-//! compared with what moves were to do.
+//! Load of the own node and its machines: sampled, smoothed, and compared with the predicted effect
+//! of moves.
 
 use super::{Balancer, Command, TrackedMachine, record_invalid_report};
 use crate::ledger::Decision;
 use crate::load::{Capacity, Factors, NodeSample};
 
-/// Weight of the newest sample in a machine's factors.
+/// Weight of the newest sample in a machine's smoothed factors.
 const NEWEST_WEIGHT: f64 = 0.4;
-/// Samples that must differ by half before a load counts as another one.
+/// Consecutive samples that must deviate by half before the load counts as changed.
 const CHANGED_SAMPLES: u32 = 3;
-/// Samples that may be missing; after more of them older ones say nothing.
+/// Missing samples after which older ones are discarded.
 const GAP_SAMPLES: u64 = 10;
 
 impl Balancer {
@@ -19,8 +19,8 @@ impl Balancer {
         now_ms: u64,
         commands: &mut Vec<Command>,
     ) {
-        // The node's own numbers may be absurd too. Taken as 0 they would make it the
-        // lightest of all, and everybody would send machines here: so it has none.
+        // The node's own numbers may be invalid too. Clamped to 0 they would make it the least
+        // loaded node, and all peers would move machines here; so the window is cleared instead.
         let errors = sample.sanitise();
         if !errors.is_empty() {
             if !self.own_sample_invalid {
@@ -55,7 +55,7 @@ impl Balancer {
         {
             load += incoming.weight;
         }
-        // What just arrived may be missing in a sample that was begun before.
+        // An arrived machine may be missing in a sample that began before.
         let weights = &self.policy.weights;
         self.tracked.retain(|_, tracked| {
             if tracked.seen == self.samples {
@@ -72,7 +72,7 @@ impl Balancer {
         commands.extend(self.alert(now_ms).map(Command::Alert));
     }
 
-    /// Takes a machine's sample into account; what it counts as replaces it.
+    /// Updates a machine's history from its sample, and replaces its factors by the effective ones.
     fn track_machine(
         &mut self,
         machine: &mut crate::load::MachineSample,

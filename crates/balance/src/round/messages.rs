@@ -1,4 +1,4 @@
-//! What balancers tell each other in rounds.
+//! Messages between balancers in rounds.
 
 use crate::Name;
 use crate::load::{Capacity, Factors, LOAD_MAX, ValidationError};
@@ -7,17 +7,17 @@ use crate::select::NodeState;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// What a node tells of itself in a round.
+/// A node's view of itself, sent in a round.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct View {
-    /// The policy by which it measures.
+    /// Revision of the policy by which it measures.
     pub policy_revision: u64,
     /// Itself now.
     #[serde(rename = "side")]
     pub state: NodeState,
     /// Loads of its last samples, newest first.
     pub loads: Vec<f64>,
-    /// Whether it has promised its room to another machine.
+    /// Whether it has granted a reservation.
     pub busy: bool,
 }
 
@@ -48,39 +48,39 @@ impl View {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
-    /// For its view.
+    /// The peer's view.
     View,
-    /// What machines with such factors, measured at a node with such a capacity,
-    /// would weigh there.
+    /// The loads that machines with these factors, measured at a node with this capacity, would
+    /// have at the peer.
     Weigh {
         capacity: Capacity,
         factors: Vec<Factors>,
     },
-    /// Whether it takes a machine now.
+    /// Reserve room for a machine now.
     #[serde(rename = "Take")]
     Reserve {
         machine: Name,
         capacity: Capacity,
         factors: Factors,
-        /// The load of who asks: the target must stay below it.
+        /// Load of the requester: the target must stay below it.
         load: f64,
-        /// Whether it is to be filled no further than `pack` allows, unless it is free.
+        /// Whether the target, unless free, is filled only up to `fill_load`.
         packs: bool,
     },
-    /// What was granted is not needed.
+    /// The reservation is no longer needed.
     Release { machine: Name },
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Response {
     View(View),
-    /// It has not measured for long enough.
+    /// Not enough samples yet.
     #[serde(rename = "Measuring")]
     NotReady,
-    /// What the machines would weigh, in the order asked.
+    /// Loads of the machines, in the order of the request.
     Weights(Vec<f64>),
     Granted,
-    /// It takes part in another move.
+    /// Another machine is expected.
     Busy,
     Refused {
         why: String,
@@ -88,18 +88,17 @@ pub enum Response {
     Released,
 }
 
-/// The nodes that a balancer may ask.
+/// The peers of a balancer.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Peers {
     nodes: Arc<[Name]>,
-    /// Which of them is the balancer's own.
+    /// Index of the balancer's own node in `nodes`.
     this: Option<usize>,
 }
 
 impl Peers {
-    /// Those that are alive, of which one is the balancer's own: so thousands of
-    /// simulated balancers share one list. A number that is none of theirs counts as
-    /// none.
+    /// The live nodes, of which `this` is the balancer's own: thousands of simulated balancers
+    /// share one list. An index outside of the list means that the own node is not in it.
     pub fn among(nodes: Arc<[Name]>, this: usize) -> Self {
         let this = (this < nodes.len()).then_some(this);
         Peers { nodes, this }
@@ -109,7 +108,7 @@ impl Peers {
         self.nodes.len() - usize::from(self.this.is_some())
     }
 
-    /// Whether there are no others.
+    /// Whether there is no peer.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -118,7 +117,7 @@ impl Peers {
         (0..self.len()).filter_map(|number| self.get(number))
     }
 
-    /// One of the others, by its number from 0 to [`len`](Self::len).
+    /// A peer by its index below [`len`](Self::len).
     pub(super) fn get(&self, number: usize) -> Option<&Name> {
         let skips = self.this.is_some_and(|this| number >= this);
         self.nodes.get(number + usize::from(skips))
@@ -126,7 +125,7 @@ impl Peers {
 }
 
 impl From<Vec<Name>> for Peers {
-    /// Of the others, without the balancer's own.
+    /// From a list without the balancer's own node.
     fn from(others: Vec<Name>) -> Self {
         Peers {
             nodes: others.into(),

@@ -1,30 +1,28 @@
-//! One node's side of the masterless rounds.
+//! One node's side of the decentralised rounds.
 //!
 //! ```text
-//!            round due         view: heavier,        weights: one
-//!            ask a random      steadily, pressed     may go
-//!   Resting ───────────▶ Asking ───────────▶ Weighing ───────────▶ Offering
-//!      ▲                   │ level, busy, silent │ none may go        │ refused; granted: the move
-//!      └───────────────────┴─────────────────────┴────────────────────┘ is on its way meanwhile
+//!        round due: request       view: sustained         weights: one machine
+//!        a random peer's view     excess, pressed         is eligible
+//!   Idle ───────────▶ AwaitingView ───────────▶ AwaitingWeights ───────────▶ AwaitingGrant
+//!    ▲                    │ level, busy, timeout      │ none eligible             │ refused, or granted:
+//!    └────────────────────┴───────────────────────────┴───────────────────────────┘ the move runs
 //! ```
 //!
-//! Every node asks a randomly picked other one for its view at jittered intervals.
-//! Whoever is asked answers at once, whatever it does itself. A node has one round
-//! and one arriving machine at a time; one that has promised room to another answers
-//! `Busy`. A move that was granted is no round any more: a node with much to give has
-//! several on their way, each to another node. What was granted counts in the loads of
-//! both sides from that moment, so that third nodes, and the next round, see the loads
-//! that will be.
+//! Every node requests the view of a randomly picked peer at jittered intervals. A request is
+//! answered immediately, independent of the receiver's own round. A node has one round and one
+//! incoming machine at a time; a node that has granted a reservation answers `Busy`. A granted move
+//! is no longer part of a round: a node with much excess load has several outgoing moves, each to
+//! another node. A granted move counts in the loads of both sides from that moment, so that other
+//! nodes and the next round see the loads that will result.
 //!
-//! Messages may be lost, late, or come twice: answers carry the number of the round
-//! and are dropped when it is another one; what is granted lapses by itself. Nothing
-//! here is needed for a machine to be safe: a move is one transaction of the store,
-//! whatever balancers believe.
+//! Messages may be lost, delayed or duplicated: responses carry the number of their round and are
+//! dropped in another one; a reservation expires. The safety of a machine does not depend on this
+//! protocol: a move is one transaction of the store, whatever balancers assume.
 //!
-//! - `messages`: what balancers tell each other
-//! - `measurement`: what a balancer knows of its own node and machines
-//! - `initiator`: its own rounds
-//! - `responder`: other nodes' rounds
+//! - `messages`: requests and responses between balancers
+//! - `measurement`: smoothed load of the own node and its machines
+//! - `initiator`: rounds that this node starts
+//! - `responder`: rounds of other nodes
 
 mod initiator;
 mod measurement;
@@ -46,26 +44,26 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::mem::Discriminant;
 
-/// Most machines that are on their way from one node. Its network is one, and what
-/// leaves in turns leaves sooner than what leaves all at once.
+/// Maximum number of outgoing moves of a node. They share one network link, so moves in sequence
+/// complete earlier than all in parallel.
 const OUTGOING_MAX: usize = 4;
-/// Milliseconds that what began to come may take.
+/// Maximum duration of an incoming move, in milliseconds.
 const ARRIVAL_MS: u64 = 3_600_000;
-/// Samples for which a machine that arrived counts as what was promised: its own do
-/// not show it yet.
+/// Samples during which the announced factors of an arrived machine are used: its own samples do
+/// not show its full load yet.
 const SETTLE_SAMPLES: u64 = 3;
-/// Most machines that are weighed in a round, the heaviest.
+/// Maximum number of machines evaluated in a round, heaviest first.
 const WEIGHED_MAX: usize = 256;
 
-/// What a round would come to.
+/// Result of a simulated round.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Explained {
     pub here: NodeState,
     pub there: NodeState,
-    /// Why nothing would be offered at all, whatever becomes of single machines.
+    /// Why no machine would be offered, independent of single machines.
     #[serde(rename = "stay")]
     pub no_move: Option<NoMoveReason>,
-    /// Every machine of this node, the chosen one first.
+    /// All machines of this node, the selected one first.
     pub considered: Vec<Considered>,
 }
 
@@ -73,23 +71,23 @@ pub struct Explained {
 pub enum Event {
     Tick,
     Sample(NodeSample),
-    /// The other nodes that are alive.
+    /// The other live nodes.
     Peers(Peers),
-    /// The cluster's policy, and its revision.
+    /// The cluster's policy and its revision.
     Policy(Box<Policy>, u64),
-    /// Another node asks; `ticket` is given back with the reply.
+    /// A request of another node; the response carries `ticket`.
     RequestReceived {
         ticket: u64,
         peer: Name,
         request: Request,
     },
-    /// Another node answered, or did not.
+    /// A response, or `None` after a timeout or an error.
     ResponseReceived {
-        /// The round in which it was asked.
+        /// The round of the request.
         round: u64,
         response: Option<Response>,
     },
-    /// A move that this balancer wanted is over.
+    /// A move that this balancer started has ended.
     MoveEnded {
         machine: Name,
         outcome: Outcome,
@@ -97,20 +95,20 @@ pub enum Event {
     Arriving {
         machine: Name,
     },
-    /// A machine came here by a move, whoever wanted it.
+    /// A machine arrived by a move, whoever initiated it.
     Arrived {
         machine: Name,
         from: Name,
     },
-    /// A machine went away by a move that somebody else wanted.
+    /// A machine left by a move that this balancer did not start.
     Departed {
         machine: Name,
     },
-    /// A machine that was to come will not.
+    /// An incoming move failed.
     ArrivalFailed {
         machine: Name,
     },
-    /// A person confirmed a proposed move.
+    /// A user confirmed a proposed move.
     ConfirmedMove {
         machine: Name,
     },
@@ -118,8 +116,7 @@ pub enum Event {
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
-    /// Ask another node; its answer is given back with the round's number, or its
-    /// silence.
+    /// Send a request; the response, or `None`, comes back with the number of the round.
     SendRequest {
         round: u64,
         peer: Name,
@@ -129,28 +126,28 @@ pub enum Command {
         ticket: u64,
         response: Response,
     },
-    /// Move a machine, if a token for it can be had.
+    /// Start a move, if a token for it is available.
     Move {
         machine: Name,
         target: Name,
     },
     Record(Box<Decision>),
-    /// Tell people that balancing does not help any more.
+    /// Notify users that balancing cannot relieve this node.
     Alert(String),
 }
 
-/// Rules, as far as one machine and one target are concerned.
+/// Placement constraints for one machine and one target.
 pub trait Constraints {
-    /// Why a machine of this node may not go there, if it may not.
+    /// Why a machine of this node must not move to the target, if it must not.
     fn constraint(&self, machine: &Name, target: &Name) -> Option<Constraint>;
 
-    /// What is known of the parts that a machine may get; nothing of one that may have none.
+    /// Facts about the parts that a machine may get; `None` if it must not span.
     fn spreadable(&self, _machine: &Name) -> Option<Spreadable> {
         None
     }
 
-    /// What compiling a machine's program at a target takes before it can run there, in
-    /// core-seconds; 0 where its code is ready.
+    /// Compilation of the machine's program at a target before it can run there, in core-seconds; 0
+    /// if compiled code is cached.
     fn compile_core_s(&self, _machine: &Name, _target: &Name) -> f64 {
         0.0
     }
@@ -182,15 +179,15 @@ enum State {
     AwaitingGrant {
         peer: Name,
         machine: Name,
-        /// What is recorded when the move begins.
+        /// Recorded when the move begins.
         decision: Option<Box<Decision>>,
-        /// Until when it is tried again, if a person confirmed it.
+        /// Retry deadline of a move that a user confirmed.
         confirmed_until_ms: Option<u64>,
         deadline_ms: u64,
     },
 }
 
-/// A proposed move that a person confirmed.
+/// A proposed move that a user confirmed.
 #[derive(Debug, Clone)]
 struct ConfirmedMove {
     machine: Name,
@@ -198,36 +195,36 @@ struct ConfirmedMove {
     until_ms: u64,
 }
 
-/// A machine on its way to another node.
+/// An outgoing move.
 #[derive(Debug, Clone)]
 struct OutgoingMove {
     peer: Name,
     machine: Name,
-    /// What it weighed here, which is taken off the window.
+    /// Its load here, which is subtracted from the window.
     here: f64,
     factors: Factors,
-    /// Whether the store has said already that it is not here any more.
+    /// Whether the store has already reported the departure.
     left: bool,
 }
 
-/// What is known of a machine here.
+/// Load history of a machine on this node.
 #[derive(Debug, Clone)]
 struct TrackedMachine {
     factors: Factors,
-    /// About what it weighs, and since when.
+    /// Approximate load, and since when.
     level: f64,
     level_since_ms: u64,
-    /// Samples in a row that were far from it.
+    /// Consecutive samples that deviated from `level`.
     differing: u32,
-    /// Number of the last sample that showed it.
+    /// Number of the last sample that contained it.
     seen: u64,
     held_until_ms: u64,
     came_from: Option<(Name, u64)>,
-    /// What was promised when it came, until its own samples show it.
+    /// Announced factors, used until its own samples show its load.
     promised: Option<(Factors, u64)>,
 }
 
-/// A machine for which room is promised.
+/// A granted reservation.
 #[derive(Debug, Clone)]
 struct IncomingMove {
     machine: Name,
@@ -237,7 +234,7 @@ struct IncomingMove {
     until_ms: u64,
 }
 
-/// A move that is over, whose effect is looked at after some samples.
+/// A completed move whose effect is checked after some samples.
 #[derive(Debug)]
 struct EffectCheck {
     machine: Name,
@@ -259,50 +256,49 @@ pub struct Balancer {
     policy: Policy,
     revision: u64,
     peers: Peers,
-    /// Now, as of the last event.
+    /// Time of the last event.
     now_ms: u64,
-    /// By how much the clock has jumped back so far: what waits for an instant would
-    /// wait that much longer.
+    /// Total backward jump of the clock. Without it a deadline would be late by as much.
     jumped_back_ms: u64,
     sample: Option<NodeSample>,
     sampled_ms: u64,
     window: Window,
-    /// In an order, so that sums over it are the same in each run.
+    /// Ordered, so that floating-point sums are deterministic.
     tracked: BTreeMap<Name, TrackedMachine>,
     /// Samples so far.
     samples: u64,
-    /// Whether this node's own last sample was absurd.
+    /// Whether this node's own last sample was invalid.
     own_sample_invalid: bool,
     incoming: Option<IncomingMove>,
     /// At most [`OUTGOING_MAX`], each to another node.
     outgoing: Vec<OutgoingMove>,
-    /// Machines that a move took away, and until when that counts: the store's word
-    /// that they are gone may come after the first sample without them.
+    /// Departed machines, with the time until which they are ignored: the store's notification may
+    /// arrive after the first sample without them.
     departed: HashMap<Name, u64>,
     state: State,
     round: u64,
     due_ms: u64,
-    /// No round follows at once before this: a move was not made.
+    /// Earliest time of the next round after a move was not made.
     pause_until_ms: u64,
     checks: Vec<EffectCheck>,
     proposed: HashMap<Name, (Name, u64)>,
-    /// Proposed moves that a person confirmed, in that order.
+    /// Confirmed moves, in the order of confirmation.
     confirmed: Vec<ConfirmedMove>,
     peer_backoffs: HashMap<Name, Backoff>,
     machine_backoffs: HashMap<Name, Backoff>,
-    /// Nodes that were free when they were asked, and until when that counts.
+    /// Peers that were free at their last response, with the time until which that counts.
     free_peers: HashMap<Name, u64>,
     last_reasons: HashMap<Name, (Discriminant<NoMoveReason>, Option<Discriminant<Verdict>>)>,
     model: CostModel,
     pressed_since_ms: Option<u64>,
-    /// Rounds in a row that found nothing to do although this node is pressed.
+    /// Consecutive rounds without a useful move although this node is pressed.
     fruitless_rounds: usize,
     alerted_ms: Option<u64>,
 }
 
 impl Balancer {
-    /// One for a node, with a seed of its own: nodes with the same one would ask in
-    /// the same order.
+    /// Creates a node's balancer. Seeds must differ between nodes, otherwise they would pick peers
+    /// in the same order.
     pub fn new(policy: Policy, revision: u64, model: CostModel, seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let due_ms = rng.random_range(0..=policy.interval_ms);
@@ -340,22 +336,22 @@ impl Balancer {
         }
     }
 
-    /// The newest sample, as it counts.
+    /// The newest sample, with adjusted factors.
     pub fn sample(&self) -> Option<&NodeSample> {
         self.sample.as_ref()
     }
 
-    /// The policy by which it decides, and its revision.
+    /// The policy in force and its revision.
     pub fn policy(&self) -> (&Policy, u64) {
         (&self.policy, self.revision)
     }
 
-    /// What it has learned of moves.
+    /// The learned cost model.
     pub fn model(&self) -> &CostModel {
         &self.model
     }
 
-    /// This node's side of a round now; `None` before it was measured.
+    /// The state of this node; `None` before enough samples.
     pub fn node_state(&self) -> Option<NodeState> {
         let sample = self.sample.as_ref()?;
         let load = self.current_load()?;
@@ -371,19 +367,19 @@ impl Balancer {
     }
 
     fn is_pressed(&self, sample: &NodeSample, load: f64) -> bool {
-        // (What waited was measured with those that are on their way.)
+        // (The wait was measured with the outgoing machines still here.)
         let share = sample.cpu_pressure.max(sample.stall_pressure);
         let waits = self.outgoing.is_empty() && share >= self.policy.pressed_share;
         load >= self.policy.pressed_load || waits
     }
 
-    /// The mean of the newest samples, moves in flight included.
+    /// Mean of the newest samples, moves in flight included.
     fn current_load(&self) -> Option<f64> {
         let newest: Vec<f64> = self.window.loads().take(NEWEST).collect();
         (newest.len() == NEWEST).then(|| newest.iter().sum::<f64>() / NEWEST as f64)
     }
 
-    /// When something is due by itself, in milliseconds.
+    /// Time of the next timer event, in milliseconds.
     pub fn wake_at_ms(&self) -> u64 {
         let state = match &self.state {
             State::Idle if self.outgoing.len() >= OUTGOING_MAX => u64::MAX,
@@ -399,7 +395,7 @@ impl Balancer {
         }
     }
 
-    /// Time that never goes back, of a clock that may.
+    /// Monotonic time from a clock that may jump back.
     fn monotonic_ms(&mut self, clock_ms: u64) -> u64 {
         let now_ms = clock_ms.saturating_add(self.jumped_back_ms);
         self.jumped_back_ms += self.now_ms.saturating_sub(now_ms);
@@ -407,7 +403,7 @@ impl Balancer {
         self.now_ms
     }
 
-    /// Takes an event; what is to be done.
+    /// Handles an event; returns the commands to carry out.
     pub fn step(
         &mut self,
         event: Event,
@@ -462,7 +458,7 @@ impl Balancer {
         commands
     }
 
-    /// Load came or went by a move.
+    /// Adjusts the window and pending checks for load that a move added or removed.
     fn shift_load(&mut self, by: f64) {
         self.window.shift_load(by);
         for check in &mut self.checks {
@@ -470,14 +466,14 @@ impl Balancer {
         }
     }
 
-    /// The store says that a machine is not here any more.
+    /// The store reports that a machine is no longer here.
     fn machine_departed(&mut self, machine: &Name) {
         let tracked = self.tracked.remove(machine);
         if let Some(sample) = &mut self.sample {
             sample.machines.retain(|it| it.name != *machine);
         }
         if let Some(outgoing) = self.outgoing.iter_mut().find(|it| it.machine == *machine) {
-            // Its load was taken off when the move was granted.
+            // Its load was subtracted when the move was granted.
             outgoing.left = true;
         } else if self.departed.remove(machine).is_none()
             && let Some(tracked) = tracked
@@ -528,11 +524,11 @@ impl Balancer {
     }
 }
 
-/// Whether a node offers anything to another one, of which it is heavier by `steady`
-/// for some time. `wakes` says whether it may use a node that `pack` keeps free.
+/// Whether a node offers a machine to a peer whose load is lower by a sustained `steady`. `wakes`
+/// allows the use of a node that `pack` keeps free.
 ///
 /// # Errors
-/// Why it does not.
+/// The reason why it does not.
 pub fn check_offer(
     here: &NodeState,
     there: &NodeState,
@@ -544,9 +540,8 @@ pub fn check_offer(
         return Err(NoMoveReason::ReservedFree);
     }
     if objective == Objective::Empty {
-        // To a stronger node in any case; among equals the one that carries less
-        // empties itself. How steady they are does not matter: what fills the other
-        // one is bounded.
+        // To a stronger node in any case; of two equal nodes the less loaded one empties itself.
+        // The difference need not be sustained: the fill load bounds the other node.
         if there.stronger_than(here) {
             return Ok(());
         }

@@ -1,4 +1,4 @@
-//! Other nodes' rounds: what they are answered, and what comes from there.
+//! Responses to rounds of other nodes, and incoming machines.
 
 use super::messages::{Request, Response, View};
 use super::{Balancer, IncomingMove, SETTLE_SAMPLES, TrackedMachine, WEIGHED_MAX};
@@ -7,7 +7,7 @@ use crate::ledger::NoMoveReason;
 use crate::load::{Capacity, Factors, LOAD_MAX};
 use crate::policy::Mode;
 
-/// Milliseconds after which promised room is free again if nothing began to come.
+/// Lifetime of a reservation whose move has not started, in milliseconds.
 const GRANT_MS: u64 = 5_000;
 
 impl Balancer {
@@ -114,7 +114,7 @@ impl Balancer {
         Response::Granted
     }
 
-    /// Nothing came of what was granted.
+    /// Drops a reservation whose move will not happen.
     pub(super) fn release(&mut self, machine: &Name) {
         if self
             .incoming
