@@ -272,11 +272,11 @@ impl<'a> State<'a> {
         for (number, load) in problem.loads.iter().enumerate() {
             state.on[load.site].push(number);
             add(&mut state.used[load.site], &load.demand, 1.0);
-            let thing = Subject {
+            let subject = Subject {
                 name: load.name.clone(),
                 labels: load.labels.clone(),
             };
-            let about = |rule: &(usize, &Rule)| rule.1.is_about(&thing);
+            let about = |rule: &(usize, &Rule)| rule.1.is_about(&subject);
             let rules = problem.rules.iter().enumerate().filter(about);
             let rules: Vec<usize> = rules.map(|(rule, _)| rule).collect();
             for &rule in &rules {
@@ -783,7 +783,7 @@ mod tests {
                 names: machines.iter().map(|it| (*it).to_owned()).collect(),
                 labels: Labels::new(),
             },
-            requirement: says,
+            requirement,
         }
     }
 

@@ -123,7 +123,7 @@ pub enum Requirement {
     /// Not on these nodes.
     Avoid { nodes: Selector },
     /// Never moved by the balancer.
-    NoMoveReason,
+    Stay,
     /// On at most so many nodes at a time: licences that are counted per node.
     Licence { nodes_max: u32 },
     /// The balancer moves these machines at these hours only.
@@ -744,7 +744,7 @@ mod tests {
         let all = domains(&["a", "b", "c"]);
         let m = subject("m4", &[]);
         let why = |requirement: Requirement, node: &Subject| {
-            let rule = rule("r", "m*", says);
+            let rule = rule("r", "m*", requirement);
             rule.check().unwrap();
             rule.claim(&m, node, &held, &all).map_err(|it| it.why)
         };
@@ -824,10 +824,10 @@ mod tests {
         let nodes = [subject("a", &[]), subject("b", &[]), subject("c", &[])];
         let placed: Vec<(Subject, Name)> = [("m1", "a"), ("m2", "a"), ("m3", "a"), ("m4", "b")]
             .iter()
-            .map(|(machine, node)| (thing(machine, &[]), (*node).into()))
+            .map(|(machine, node)| (subject(machine, &[]), (*node).into()))
             .collect();
         let movers = |requirement: Requirement| {
-            let found = violations_of(&[rule("r", "m*", says)], &placed, &nodes);
+            let found = violations_of(&[rule("r", "m*", requirement)], &placed, &nodes);
             let names = found.into_iter().map(|(machine, _)| machine.to_string());
             names.collect::<Vec<_>>()
         };

@@ -70,12 +70,12 @@ fn another_policy_decides_otherwise_and_says_why() {
     let replayed = replayed(&lines);
     assert!(replayed.differ as usize >= made, "{replayed:?}");
     let first = &replayed.others[0];
-    let ReplayOutcome::Differs(why) = &first.again else {
+    let ReplayOutcome::Differs(why) = &first.outcome else {
         panic!("{first:?}");
     };
     assert!(why.contains("nothing would move"), "{why}");
     assert!(replayed.others.iter().any(|it| {
-        matches!(&it.again, ReplayOutcome::Differs(why) if why.contains("it would level too little"))
+        matches!(&it.outcome, ReplayOutcome::Differs(why) if why.contains("it would level too little"))
     }));
 }
 
@@ -103,7 +103,7 @@ fn what_was_recorded_otherwise_is_found() {
     let replayed = replayed(&lines);
     assert_eq!((replayed.differ, replayed.others.len()), (1, 1));
     assert_eq!(replayed.others[0].line, line + 1);
-    let ReplayOutcome::Differs(why) = &replayed.others[0].again else {
+    let ReplayOutcome::Differs(why) = &replayed.others[0].outcome else {
         panic!("{replayed:?}");
     };
     assert!(

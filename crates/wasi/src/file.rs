@@ -5,7 +5,7 @@ use crate::abi::{Result, types};
 use crate::descriptor::{Data, Descriptor, Kind, OpenFile, Place};
 use crate::directory::filetype_of_path;
 use crate::stream::sink_result;
-use crate::volume::{OpenNode, WriteFault, done};
+use crate::volume::{OpenNode, WriteFault, wait_done};
 use crate::wait::{Interrupt, retry};
 use crate::{Wasi, locked, socket};
 use cap_std::fs::{Metadata, MetadataExt};
@@ -94,7 +94,7 @@ impl Data {
 
 /// Waits until what was written is safe where it is kept, if that is elsewhere.
 fn make_durable(node: &OpenNode, interrupt: &dyn Interrupt) -> Result<()> {
-    done(&node.volume, interrupt, || node.make_durable())
+    wait_done(&node.volume, interrupt, || node.make_durable())
 }
 
 /// Does something with a file of a volume, again and again while blocks that it
@@ -114,7 +114,7 @@ fn retry_after_fetch<T>(
             Err(WriteFault::Errno(errno)) => return Err(errno.into()),
             Err(WriteFault::HostFull) => node.volume.stalls().wait(&folder, interrupt)?,
             Err(WriteFault::Absent(blocks)) => {
-                done(&node.volume, interrupt, || node.fetch(blocks.clone()))?;
+                wait_done(&node.volume, interrupt, || node.fetch(blocks.clone()))?;
             }
         }
     }
@@ -261,7 +261,7 @@ impl Wasi {
             return Err(Errno::Badf.into());
         }
         if let Some(backing) = node.volume.backing() {
-            done(&node.volume, interrupt, || backing.backpressure())?;
+            wait_done(&node.volume, interrupt, || backing.backpressure())?;
         }
         retry_after_fetch(node, interrupt, || {
             self.write_volume_once(file, node, bytes, position)

@@ -110,7 +110,7 @@ impl FdSink {
 
     /// Writes at most as much as there is room for; `None` if there is none.
     fn write_room(&self, bytes: &[u8]) -> Result<Option<usize>, HostErrno> {
-        let _turn = locked(&self.write_lock);
+        let _guard = locked(&self.write_lock);
         let mut written = 0;
         while written < bytes.len() && ready_now(&self.fd, PollFlags::OUT)? {
             let end = match self.kind {
@@ -233,7 +233,7 @@ pub(crate) enum Stdin {
     Fd {
         fd: OwnedFd,
         terminal: bool,
-        write_lock: Mutex<()>,
+        read_lock: Mutex<()>,
     },
     /// Bytes not yet read.
     Bytes(Mutex<VecDeque<u8>>),
@@ -245,7 +245,7 @@ impl Stdin {
             Input::Empty => Self::Empty,
             Input::Fd(fd) => Self::Fd {
                 terminal: rustix::termios::isatty(&fd),
-                write_lock: Mutex::new(()),
+                read_lock: Mutex::new(()),
                 fd,
             },
             Input::Bytes(bytes) => Self::Bytes(Mutex::new(bytes.into())),
@@ -262,9 +262,9 @@ impl Stdin {
         match self {
             Self::Empty => Ok(0),
             Self::Bytes(bytes) => Ok(locked(bytes).read(buffer)?),
-            Self::Fd { fd, turn, .. } => loop {
+            Self::Fd { fd, read_lock, .. } => loop {
                 wait_for(fd.as_fd(), PollFlags::IN, interrupt)?;
-                let _turn = locked(turn);
+                let _guard = locked(read_lock);
                 if !ready_now(fd, PollFlags::IN)? {
                     continue;
                 }

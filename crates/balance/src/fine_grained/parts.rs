@@ -85,7 +85,7 @@ pub(super) fn create(observation: &Observation, policy: &Policy) -> Option<Choic
         };
         alternatives.push(Alternative {
             option: node.name.to_string(),
-            found,
+            finding: found,
         });
     }
     others.sort_by(|one, other| {

@@ -109,7 +109,7 @@ pub enum Event {
         machine: Name,
     },
     /// A user confirmed a proposed move.
-    ConfirmedMove {
+    Confirmed {
         machine: Name,
     },
 }
@@ -460,7 +460,7 @@ impl Balancer {
 
     /// Adjusts the window and pending checks for load that a move added or removed.
     fn shift_load(&mut self, by: f64) {
-        self.window.shift_load(by);
+        self.window.shift(by);
         for check in &mut self.checks {
             check.predicted = (check.predicted + by).max(0.0);
         }

@@ -96,7 +96,7 @@ impl InvalidReport {
     pub(super) fn corrupt_response(self, response: &mut Response) {
         match response {
             Response::View(view) => {
-                view.side.load = self.number();
+                view.state.load = self.number();
                 view.loads.fill(self.number());
             }
             Response::Weights(weights) => weights.fill(self.number()),

@@ -52,7 +52,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use tree::{Body, Final, LINK_BYTES_MAX, Last, Times, Tree, Walked};
 
-pub(crate) use backing::done;
+pub(crate) use backing::wait_done;
 pub(crate) use tree::ROOT;
 
 pub(crate) use content::WriteFault;

@@ -606,7 +606,7 @@ impl Coherence {
         now: u64,
         out: &mut Output,
     ) -> Result<(), ProtocolError> {
-        if let Some((page, pages)) = message.row() {
+        if let Some((page, pages)) = message.run() {
             check_run(page, pages)?;
         }
         match message {

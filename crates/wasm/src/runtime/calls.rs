@@ -16,32 +16,32 @@ use std::time::{Duration, Instant};
 /// that.
 #[derive(Debug, Default)]
 pub(super) struct AddressLocks {
-    busy: Mutex<Busy>,
-    over: Condvar,
+    busy: Mutex<LockedAddresses>,
+    released: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Busy {
-    places: BTreeSet<(u32, u64)>,
+struct LockedAddresses {
+    locked: BTreeSet<(u32, u64)>,
     /// Threads that wait for one of them.
     waiting: usize,
 }
 
 /// Held over one such step.
 struct AddressLock<'a> {
-    turns: &'a AddressLocks,
+    locks: &'a AddressLocks,
     place: (u32, u64),
 }
 
 impl Drop for AddressLock<'_> {
     fn drop(&mut self) {
-        let mut busy = locked(&self.address_locks.busy);
-        busy.places.remove(&self.place);
+        let mut busy = locked(&self.locks.busy);
+        busy.locked.remove(&self.place);
         let waiting = busy.waiting;
         drop(busy);
         // (A call of the kernel, whether anybody waits or not.)
         if waiting > 0 {
-            self.address_locks.over.notify_all();
+            self.locks.released.notify_all();
         }
     }
 }
@@ -141,17 +141,17 @@ impl Shared {
         }
         let place = (memory, address);
         let mut busy = locked(&self.address_locks.busy);
-        while !busy.places.insert(place) {
+        while !busy.locked.insert(place) {
             busy.waiting += 1;
             busy = self
-                .turns
-                .over
+                .address_locks
+                .released
                 .wait(busy)
                 .unwrap_or_else(|error| error.into_inner());
             busy.waiting -= 1;
         }
         Some(AddressLock {
-            turns: &self.address_locks,
+            locks: &self.address_locks,
             place,
         })
     }

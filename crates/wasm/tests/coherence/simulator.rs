@@ -205,7 +205,7 @@ fn split(row: &Message) -> Option<(Message, Message)> {
 /// Two messages as one, if they are of pages in a row, and alike but for their numbers.
 fn merged(one: &Message, other: &Message) -> Option<Message> {
     let mut both = one.clone();
-    let (first, count) = one.row()?;
+    let (first, count) = one.run()?;
     let (
         Message::Data {
             page, txn, more, ..
@@ -299,7 +299,7 @@ impl Simulator {
     }
 
     /// Nothing is on its way and nobody waits.
-    pub(crate) fn is_quiet(&self) -> bool {
+    pub(crate) fn is_quiescent(&self) -> bool {
         let mut parts = self.parts.iter().enumerate();
         // (What a part asked for that has left is not answered.)
         let rests = |(number, part): (usize, &Coherence)| {
@@ -404,7 +404,7 @@ impl Simulator {
     }
 
     /// What the home leaves, if all that was ever written is elsewhere.
-    fn legacy(&self) -> Option<Holdings> {
+    fn holdings(&self) -> Option<Holdings> {
         let legacy = self.parts[0].holdings().ok()?;
         let is_known = |at: u32| {
             let has = |held: &HeldRun| (held.first..held.first + held.pages).contains(&at);
@@ -416,19 +416,24 @@ impl Simulator {
     }
 
     /// A part takes the home's place, and another one its own.
-    fn succeed(&mut self, new_home: usize) -> Result<(), String> {
+    fn take_over_home(&mut self, new_home: usize) -> Result<(), String> {
         let legacy = self.holdings().ok_or("the home has something")?;
-        self.parts[by].take_over_home(&legacy)?;
-        for other in (1..self.parts.len()).filter(|other| *other != by) {
-            self.step(other, Event::HomeMigrated { new_home: part(by) });
+        self.parts[new_home].take_over_home(&legacy)?;
+        for other in (1..self.parts.len()).filter(|other| *other != new_home) {
+            self.step(
+                other,
+                Event::HomeMigrated {
+                    new_home: part(new_home),
+                },
+            );
         }
-        self.parts.swap(0, by);
-        self.frames.swap(0, by);
-        self.ticks.swap(0, by);
+        self.parts.swap(0, new_home);
+        self.frames.swap(0, new_home);
+        self.ticks.swap(0, new_home);
         for thread in &mut self.threads {
             thread.part = match thread.part {
-                0 => by,
-                part if part == by => 0,
+                0 => new_home,
+                part if part == new_home => 0,
                 part => part,
             };
         }
@@ -438,9 +443,14 @@ impl Simulator {
                 self.frames[0].entry(at).or_insert((Access::Write, 0));
             }
         }
-        self.renew(by);
-        for other in (0..self.parts.len()).filter(|other| *other != by) {
-            self.step(other, Event::Join { part: part(by) });
+        self.renew(new_home);
+        for other in (0..self.parts.len()).filter(|other| *other != new_home) {
+            self.step(
+                other,
+                Event::Join {
+                    part: part(new_home),
+                },
+            );
         }
         Ok(())
     }
@@ -459,7 +469,7 @@ impl Simulator {
             Action::Deliver { from, to, number } => {
                 let link = &mut self.links[from * self.parts.len() + to];
                 let (message, values) = link.remove(number).expect("it waits there");
-                let first = message.row().map_or(0, |(page, _)| page.number);
+                let first = message.run().map_or(0, |(page, _)| page.number);
                 self.arrived[to].extend((first..).zip(values));
                 let from = part(from);
                 self.step(to, Event::Message { from, message });
@@ -639,7 +649,7 @@ impl Simulator {
                 self.links[number * count + to.number()].push_back((message, Vec::new()));
             }
             Command::SendPages { to, message } => {
-                let (page, pages) = message.row().ok_or("sends no pages")?;
+                let (page, pages) = message.run().ok_or("sends no pages")?;
                 let mut values = Vec::new();
                 for at in row(page, pages as u32) {
                     if access(frames, at) != Some(Access::Read) {
