@@ -1,17 +1,16 @@
-//! What is wrong with a file, said to people: which file, which line, what, and what
-//! was probably meant.
+//! Errors in input files: file, line, reason, and the probably intended name.
 
 use std::path::{Path, PathBuf};
 
-/// Names that are this like another are taken for it, from 0 to 1.
+/// Similarity from which a known name is suggested, 0 to 1.
 const SIMILARITY_MIN: f64 = 0.7;
 
-/// A file that cannot be used.
+/// An invalid file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}{}: {reason}", path.display(), line.map(|it| format!(", line {it}")).unwrap_or_default())]
 pub struct BadInput {
     pub path: PathBuf,
-    /// The line, from 1, where there is one to name.
+    /// From 1; `None` for the whole file.
     pub line: Option<usize>,
     pub reason: String,
 }
@@ -25,7 +24,7 @@ impl BadInput {
         }
     }
 
-    /// One of its lines, counted from 1.
+    /// An error in one line, from 1.
     pub fn line(path: &Path, line: usize, reason: impl ToString) -> Self {
         BadInput {
             line: Some(line),
@@ -34,15 +33,15 @@ impl BadInput {
     }
 }
 
-/// Reads a file as text.
+/// Reads a text file.
 ///
 /// # Errors
-/// When it cannot be read, or is not text.
+/// If it cannot be read, or is not text.
 pub fn read(path: &Path) -> Result<String, BadInput> {
     std::fs::read_to_string(path).map_err(|error| BadInput::file(path, error))
 }
 
-/// The line of a place in a text, from 1.
+/// The line of a byte offset, from 1.
 pub(crate) fn line_of(text: &str, at: usize) -> usize {
     text.as_bytes()
         .iter()
@@ -52,7 +51,7 @@ pub(crate) fn line_of(text: &str, at: usize) -> usize {
         + 1
 }
 
-/// What was probably meant, as the end of a sentence.
+/// A suggestion, as the end of a sentence.
 pub(crate) fn hint<'a>(given: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
     let nearest = known
         .clone()
@@ -68,7 +67,7 @@ pub(crate) fn hint<'a>(given: &str, known: impl Iterator<Item = &'a str> + Clone
     }
 }
 
-/// An error of TOML, with its line, and for unknown keys the nearest known one.
+/// A TOML error with its line; for unknown keys with the most similar known key.
 pub(crate) fn of_toml(path: &Path, text: &str, error: &toml::de::Error) -> BadInput {
     let reason = sentence(error.message());
     match error.span() {
@@ -77,7 +76,7 @@ pub(crate) fn of_toml(path: &Path, text: &str, error: &toml::de::Error) -> BadIn
     }
 }
 
-/// What serde says of an unknown key or kind, as a sentence of ours.
+/// Rewrites serde's message about an unknown key or variant.
 pub(crate) fn sentence(said: &str) -> String {
     for (what, begins) in [("key", "unknown field `"), ("kind", "unknown variant `")] {
         let Some(rest) = said.strip_prefix(begins) else {

@@ -1,15 +1,15 @@
-//! Loads over time, as a page that needs nothing but itself: few nodes as lines, many
-//! as rows of a heat map; moves are marked.
+//! Loads over time as a self-contained HTML page: few nodes as lines, many as rows of a heat map;
+//! moves are marked.
 
 use crate::run::Report;
 use std::fmt::Write;
 
-/// Most nodes that are drawn as lines.
+/// Maximum number of nodes drawn as lines.
 const LINES_MAX: usize = 16;
-/// Most rows of a heat map, and most columns: beyond, several share one.
+/// Maximum rows and columns of a heat map: beyond, several nodes or samples share one.
 const ROWS_MAX: usize = 200;
 const COLUMNS_MAX: usize = 480;
-/// Most moves that are drawn one by one.
+/// Maximum number of moves drawn.
 const MOVES_MAX: usize = 2_000;
 const WIDTH: f64 = 960.0;
 const HEIGHT: f64 = 420.0;
@@ -85,7 +85,7 @@ fn greatest(report: &Report) -> f64 {
     f64::from(greatest)
 }
 
-/// The instant of a look, in seconds; the last one may come early.
+/// Time of a sample, in seconds; the last interval may be shorter.
 fn instant_s(report: &Report, look: usize) -> f64 {
     (look as u64 * report.series.every_s).min(report.length_s) as f64
 }
@@ -165,7 +165,7 @@ fn lines(out: &mut String, report: &Report) {
 fn heat_map(out: &mut String, report: &Report) {
     let (nodes, looks) = (report.series.nodes.len(), report.series.samples.len());
     let (rows, columns) = (nodes.min(ROWS_MAX), looks.min(COLUMNS_MAX));
-    // Beyond it is as dark as it gets: one node on fire would leave all others pale.
+    // The shade saturates: otherwise one overloaded node would leave all others pale.
     let top = greatest(report).min(2.0);
     let (width, height) = (WIDTH / columns as f64, HEIGHT / rows as f64);
     for row in 0..rows {
@@ -183,7 +183,7 @@ fn heat_map(out: &mut String, report: &Report) {
                 let mean = alive.iter().sum::<f64>() / alive.len() as f64;
                 Some((mean / top * 32.0).min(32.0) as u32)
             };
-            // Neighbours of one shade are one rectangle.
+            // Adjacent samples of one shade are one rectangle.
             let this = shade(column);
             let mut end = column + 1;
             while end < columns && shade(end) == this {

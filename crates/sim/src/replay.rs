@@ -1,6 +1,5 @@
-//! Decisions that were made, decided again by the code of today: from the sides and
-//! the machines that each decision names, by the policy and with the model of costs
-//! that were recorded beside it.
+//! Replay of recorded decisions by the current code: from the node states and candidates in each
+//! decision, the recorded policy and the recorded cost model.
 
 use crate::bad_input::{self, BadInput};
 use keel_balance::Name;
@@ -16,20 +15,20 @@ use std::path::Path;
 #[serde(rename_all = "kebab-case")]
 pub enum ReplayOutcome {
     Same,
-    /// Something else is; what, and why.
+    /// Another decision; which, and why.
     Differs(String),
-    /// It was no decision of numbers: a peer was busy, a move ended.
+    /// No numeric decision: for example a busy peer, or the end of a move.
     NoDecision,
-    /// Not all that it was made of was recorded; what is missing.
+    /// An input was not recorded; which.
     Unknown(String),
 }
 
-/// A decision that differs, or of which too little is known.
+/// A decision that differs, or that cannot be replayed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct UnmatchedDecision {
-    /// Its line in the ledger, from 1.
+    /// Line in the ledger, from 1.
     pub line: usize,
-    /// When, in milliseconds since 1970 UTC.
+    /// In milliseconds since 1970-01-01 UTC.
     pub at_unix_ms: u64,
     pub node: String,
     pub was: String,
@@ -42,18 +41,18 @@ pub struct ReplaySummary {
     pub lines: u64,
     pub same: u64,
     pub differ: u64,
-    /// Events that are no decisions of numbers.
+    /// Entries without a numeric decision.
     pub no_decision: u64,
-    /// Without all that they were made of.
+    /// Entries with missing inputs.
     pub unknown: u64,
-    /// Those that differ, or are unknown.
+    /// Entries that differ or cannot be replayed.
     pub others: Vec<UnmatchedDecision>,
 }
 
-/// Decides a ledger's decisions again.
+/// Replays a ledger.
 ///
 /// # Errors
-/// The file, line and reason of what cannot be read.
+/// The file, line and reason of a parse error.
 pub fn replay(path: &Path) -> Result<ReplaySummary, BadInput> {
     let text = bad_input::read(path)?;
     let mut replayed = ReplaySummary::default();
@@ -106,7 +105,7 @@ pub fn outcome(line: &Line) -> ReplayOutcome {
             considered,
             ..
         } => {
-            // A free target was used since nothing else helped.
+            // A free target was used because nothing else helped.
             if let Err(why) = check_offer(here, there, (*steady, there.free), &policy) {
                 return ReplayOutcome::Differs(format!("nothing would move: {why}"));
             }
@@ -120,7 +119,7 @@ pub fn outcome(line: &Line) -> ReplayOutcome {
             considered,
             ..
         } => replay_no_move(why, here, there, considered, &model, &policy),
-        // A repair follows a rule, and a plan a person, whatever the loads are.
+        // Repairs and plans do not depend on loads.
         Decision::Repair { .. }
         | Decision::Planned { .. }
         | Decision::Ended { .. }
@@ -184,14 +183,14 @@ fn replay_no_move(
     let (Some(here), Some(there)) = (here, there) else {
         return ReplayOutcome::Unknown("the loads of both sides".into());
     };
-    // How steady the difference was is recorded of moves only; where it was found
-    // steady, or was not asked, it is taken for so.
+    // The sustained difference is recorded for moves only; where it was found sustained, or was not
+    // evaluated, it is assumed to be.
     let steady = if matches!(why, NoMoveReason::Unsteady) {
         0.0
     } else {
         f64::INFINITY
     };
-    // Whether it would have used a free node is not recorded.
+    // Whether a free node was allowed is not recorded.
     let offered = |wakes: bool| check_offer(here, there, (steady, wakes), policy);
     if [false, true].map(offered).contains(&Err(why.clone())) {
         return ReplayOutcome::Same;
@@ -217,7 +216,7 @@ fn replay_no_move(
     }
 }
 
-/// Whether other reasons are given, so that one that was not recorded might go.
+/// Whether verdicts differ, so that an unrecorded machine might move.
 fn verdicts_differ(was: &[Considered], today: &[Considered]) -> bool {
     let reason = |it: &Considered| std::mem::discriminant(&it.verdict);
     was.iter().map(reason).ne(today.iter().map(reason))

@@ -1,4 +1,4 @@
-//! Runs a scenario and says what came of it.
+//! Runs a scenario and reports the result.
 
 use crate::bad_input::{BadInput, hint};
 use crate::energy::watts;
@@ -10,25 +10,25 @@ use keel_balance::ledger::Line;
 use serde::Serialize;
 use std::collections::HashMap;
 
-/// Looks at a run without `look_s`, about.
+/// Approximate number of samples of a run without `look_s`.
 const SAMPLES_DEFAULT: u64 = 480;
-/// Longest time between two looks where energy is counted, in seconds.
+/// Maximum interval between two samples where energy is counted, in seconds.
 const ENERGY_SAMPLE_S_MAX: u64 = 60;
-/// Alerts that a report quotes.
+/// Maximum number of alerts that a report quotes.
 const ALERTS_QUOTED_MAX: usize = 10;
 
-/// How a cluster is at an instant.
+/// State of a cluster at a time.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ClusterSummary {
     pub alive: usize,
     pub machines: usize,
-    /// Mean load of nodes, each weighted with its power.
+    /// Mean load, weighted with power.
     pub load_mean: f64,
-    /// Least load of a node.
+    /// Minimum load of a node.
     pub load_min: f64,
-    /// Greatest load of a node.
+    /// Maximum load of a node.
     pub load_max: f64,
-    /// Standard deviation of the nodes' loads, each weighted with its power.
+    /// Standard deviation of the loads, weighted with power.
     pub unevenness: f64,
     pub pressed: usize,
     pub free: usize,
@@ -36,7 +36,7 @@ pub struct ClusterSummary {
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MoveReport {
-    /// When it was over, in seconds.
+    /// Time of its end, in seconds.
     pub at_s: f64,
     pub machine: String,
     pub source: String,
@@ -46,10 +46,10 @@ pub struct MoveReport {
 
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Series {
-    /// Seconds from one look to the next.
+    /// Interval between two samples, in seconds.
     pub every_s: u64,
     pub nodes: Vec<String>,
-    /// Each look's loads of all nodes; NaN for those that are not alive.
+    /// Loads of all nodes per sample; NaN for nodes that are not alive.
     pub samples: Vec<Vec<f32>>,
 }
 
@@ -59,42 +59,41 @@ pub struct Report {
     pub seed: u64,
     /// Seconds that were simulated.
     pub length_s: u64,
-    /// How it was at the start.
+    /// State at the start.
     pub start: ClusterSummary,
-    /// How it was at the end.
+    /// State at the end.
     pub end: ClusterSummary,
-    /// The second from which on no move was admissible, under way or made, as far as
-    /// looks show it; or why it was never so.
+    /// The second from which on no move was admissible, in flight or made, at the samples'
+    /// resolution; or why there was none.
     pub levelled_at_s: Result<u64, String>,
     pub moves: Vec<MoveReport>,
     /// Bytes that all moves sent.
     pub moved_bytes: f64,
     pub failed: u64,
-    /// Moves that waited since as many as allowed were under way.
+    /// Moves that the limit of concurrent moves prevented.
     pub capped: u64,
-    /// Moves that took a machine back to where it came from within the cool-down.
+    /// Moves that returned a machine to its previous node within the cool-down.
     pub returns: u64,
-    /// Moves that a rule stopped at their end, since another one was faster.
+    /// Moves that a rule refused at commit, because of a concurrent one.
     pub raced: u64,
-    /// Moves that were made so that rules hold again.
+    /// Moves made to restore a rule.
     pub repairs: u64,
-    /// Machines that break a rule where they are at the end, with what it says.
+    /// Machines whose placement violates a rule at the end, with the reason.
     pub broken: Vec<String>,
     pub rounds: u64,
-    /// Machines that do not run because their node died.
+    /// Machines that do not run because their node failed.
     pub stranded: usize,
     pub alerts: u64,
     /// The first of them.
     pub alerts_quoted: Vec<String>,
-    /// Share of their active time (with machines on them) for which nodes had no
-    /// more CPU than was demanded, mean of the nodes: SLATAH of Beloglazov and Buyya
-    /// 2012.
+    /// Mean over the nodes of the share of active time (with machines on them) in which the CPU
+    /// demand reached the capacity: SLATAH of Beloglazov and Buyya 2012.
     pub overload_share: f64,
-    /// Share of the demand for CPU that was beyond the node's capacity.
+    /// Share of the CPU demand beyond the nodes' capacity.
     pub unmet_share: f64,
-    /// Nodes that were active on average.
+    /// Average number of active nodes.
     pub active_mean: f64,
-    /// Energy, in kWh, where nodes have a table of power.
+    /// In kWh, if nodes have a power table.
     pub energy_kwh: Option<f64>,
     pub expectations: Vec<CheckResult>,
     #[serde(skip)]
@@ -102,13 +101,13 @@ pub struct Report {
 }
 
 impl Report {
-    /// Whether all came as expected.
+    /// Whether all expectations were met.
     pub fn met(&self) -> bool {
         self.expectations.iter().all(|it| it.met)
     }
 }
 
-/// What is summed over the looks.
+/// Sums over the samples.
 #[derive(Default)]
 struct Totals {
     joules: f64,
@@ -116,15 +115,14 @@ struct Totals {
     unmet: f64,
     active_nodes: f64,
     samples: f64,
-    /// Seconds of each node: active, of these overloaded.
+    /// Per node: seconds active, and seconds overloaded.
     nodes: Vec<(f64, f64)>,
 }
 
-/// Runs a scenario, changed where that is asked. `done` is told the share that is done,
-/// from time to time.
+/// Runs a scenario, with changes. `done` is called from time to time with the completed share.
 ///
 /// # Errors
-/// What makes no sense in the scenario, or cannot be changed.
+/// An invalid scenario, or a change that does not apply.
 pub fn run(
     scenario: &Scenario,
     what_if: &WhatIf,
@@ -134,7 +132,7 @@ pub fn run(
     Ok(report)
 }
 
-/// As [`run`], with all decisions that were made; instants are of the simulation.
+/// As [`run`], with all decisions; times are simulated.
 ///
 /// # Errors
 /// As [`run`].
@@ -146,7 +144,7 @@ pub fn run_recorded(
     simulate(scenario, what_if, Retention::Decisions, done)
 }
 
-/// What is kept beside the report.
+/// What is recorded in addition to the report.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Retention {
     Nothing,
@@ -215,9 +213,9 @@ fn simulate(
     Ok((report, lines(&world, &cluster)))
 }
 
-/// Decisions as a ledger has them.
+/// Decisions in the format of a ledger.
 fn lines(world: &World, cluster: &Cluster) -> Vec<Line> {
-    // The policy that was in force, by the instant from which on.
+    // The policies with the time from which each was in force.
     let mut policies = vec![(0, &cluster.settings.policy)];
     for (at_ms, what) in &cluster.events {
         if let ExternalEvent::Policy(policy) = what {
@@ -256,7 +254,7 @@ fn loads(nodes: &[NodeSnapshot]) -> Vec<f32> {
     nodes.iter().map(load).collect()
 }
 
-/// Since when it is level.
+/// Tracks since when the cluster has converged.
 #[derive(Default)]
 struct ConvergenceTracker {
     since_s: Option<u64>,
@@ -303,7 +301,7 @@ impl Totals {
             }
             self.active_nodes += 1.0;
             let (demand, cores) = (node.cpu_cores, node.capacity.cores);
-            // In cores of the reference speed, so that nodes can be summed.
+            // In cores of the reference speed, so that nodes can be added up.
             let reference = node.capacity.speed * length_s;
             self.demanded += demand * reference;
             self.unmet += (demand - cores).max(0.0) * reference;
@@ -422,7 +420,7 @@ fn report(
     }
 }
 
-/// Moves that took a machine back within the cool-down.
+/// Number of moves that returned a machine within the cool-down.
 pub fn returns(world: &World) -> u64 {
     let mut last: HashMap<usize, (usize, usize, u64)> = HashMap::new();
     let mut returns = 0;

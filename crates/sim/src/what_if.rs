@@ -1,4 +1,4 @@
-//! Changes of a scenario, to compare with: nodes less, nodes more, another policy.
+//! Changes of a scenario, for comparison: fewer nodes, more nodes, another policy.
 
 use crate::bad_input::hint;
 use crate::scenario::{Cluster, change_policy, merge};
@@ -6,16 +6,15 @@ use crate::world::{ExternalEvent, NodeSpec};
 use keel_balance::Name;
 use std::str::FromStr;
 
-/// Most nodes that are added.
+/// Maximum number of added nodes.
 const ADDED_MAX: usize = 10_000;
 
 /// One change: `remove-node=NAME`, `add-node=COUNT` or `policy.KEY=VALUE`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
-    /// A node is not there; its machines begin on the others, each on that with the
-    /// least load.
+    /// A node is missing; its machines start on the least loaded others.
     RemoveNode(String),
-    /// So many nodes more, like the first one.
+    /// Additional nodes, like the first one.
     AddNode(usize),
     Policy(toml::Table),
 }
@@ -41,7 +40,7 @@ impl FromStr for Change {
                     format!("{key:?} is no change; {hint} ({examples})")
                 })?;
                 let plain = |value: &str| toml::from_str(&format!("{key} = {value}"));
-                // A word may come without its quotes, which shells take.
+                // A string may come without its quotes, which shells remove.
                 let table = plain(value).or_else(|_| plain(&format!("{value:?}")));
                 let table: toml::Table =
                     table.map_err(|_| format!("{text:?} is no key and value of a policy"))?;
@@ -54,7 +53,7 @@ impl FromStr for Change {
 /// Changes of a scenario.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct WhatIf {
-    /// In the order in which they are made.
+    /// In order of application.
     pub changes: Vec<Change>,
 }
 

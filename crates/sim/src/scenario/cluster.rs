@@ -1,4 +1,4 @@
-//! The nodes, machines and events that a scenario comes to.
+//! The nodes, machines and events that a scenario describes.
 
 use super::{
     Event, InitialPlacement, MACHINES_MAX, MachineGroup, NODES_MAX, NodeGroup, Scenario,
@@ -20,15 +20,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use toml::Spanned;
 
-/// A cluster and what befalls it, ready to run.
+/// A cluster with external events, ready to run.
 #[derive(Debug, Clone)]
 pub struct Cluster {
     pub settings: Settings,
     pub nodes: Vec<NodeSpec>,
-    /// What power each node takes, where that is known.
+    /// Power table of each node, if known.
     pub power: Vec<Option<PowerTable>>,
     pub machines: Vec<MachineSpec>,
-    /// What befalls it, with the instant in milliseconds.
+    /// External events, with the time in milliseconds.
     pub events: Vec<(u64, ExternalEvent)>,
 }
 
@@ -43,20 +43,20 @@ struct Builder<'a> {
     machines: Vec<MachineSpec>,
     names: HashSet<Name>,
     rulebook: Rulebook,
-    /// Machines that were spread so far: the next group goes on from there.
+    /// Number of machines placed round-robin so far: the next group continues from there.
     spread: usize,
     traces: HashMap<PathBuf, Arc<[Trace]>>,
 }
 
 impl Cluster {
-    /// Of a scenario.
+    /// Builds the cluster of a scenario.
     ///
     /// # Errors
-    /// The line and reason of what makes no sense; what its traces lack.
+    /// The line and reason of an error; missing traces.
     pub fn of(scenario: &Scenario) -> Result<Self, BadInput> {
         let mut builder = Builder {
             scenario,
-            // Placing has chances of its own: a change of the policy changes none.
+            // Placement has its own random stream: a change of the policy does not affect it.
             rng: SmallRng::seed_from_u64(scenario.seed ^ 0x70_6c61_6365),
             nodes: Vec::new(),
             labels: Vec::new(),
@@ -100,7 +100,7 @@ fn milliseconds(s: f64) -> u64 {
     (s * 1e3).round() as u64
 }
 
-/// A name of a group's pattern.
+/// Expands a name pattern.
 fn named(pattern: &str, number: usize) -> Name {
     pattern.replace("{}", &number.to_string()).into()
 }
@@ -254,7 +254,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Nodes on which a group may be at first.
+    /// Allowed initial nodes of a group.
     fn places(&self, spanned: &Spanned<MachineGroup>) -> Result<Vec<usize>, BadInput> {
         let group = spanned.get_ref();
         if let Some(on) = &group.on {
@@ -285,7 +285,7 @@ impl Builder<'_> {
         })
     }
 
-    /// Each machine's name and demand.
+    /// Name and demand of each machine.
     fn curves(&mut self, spanned: &Spanned<MachineGroup>) -> Result<Vec<(Name, Curve)>, BadInput> {
         let group = spanned.get_ref();
         let bad = |reason: String| self.scenario.bad(spanned, reason);
@@ -375,7 +375,7 @@ impl Builder<'_> {
         Ok(traces)
     }
 
-    /// The rules, which must make sense, be about somebody, and be possible together.
+    /// The rules: each valid and applicable to a machine, and not contradictory.
     fn rules(&mut self) -> Result<Rulebook, BadInput> {
         let scenario = self.scenario;
         let mut rulebook = std::mem::take(&mut self.rulebook);
@@ -435,7 +435,7 @@ impl Builder<'_> {
         let mut policy = scenario.policy.clone();
         let named = scenario.rules.iter().map(|it| it.get_ref().name.clone());
         let mut rules: HashSet<Name> = named.collect();
-        // Who had an event already.
+        // Nodes and machines with an earlier event.
         let mut nodes: HashSet<usize> = HashSet::new();
         let mut machines: HashSet<usize> = HashSet::new();
         let mut schedule = Vec::new();
@@ -538,7 +538,7 @@ impl Builder<'_> {
         Ok(schedule)
     }
 
-    /// Machines that were placed on a node that is not there yet do not run.
+    /// Machines on a node that has not started yet do not run.
     fn stop_unplaced(&mut self) {
         for machine in &mut self.machines {
             machine.runs &= self.nodes[machine.node].there;
@@ -571,7 +571,7 @@ impl Builder<'_> {
     }
 }
 
-/// A machine's own curve of its group's: those that have chances have others.
+/// A machine's variant of its group's curve, with its own seed.
 fn own(curve: &Curve, number: usize) -> Curve {
     let mut curve = curve.clone();
     match &mut curve {

@@ -13,10 +13,10 @@ use crate::bad_input::{self, BadInput};
 use keel_balance::load::CORES_MAX;
 use std::path::Path;
 
-/// Reads a file: each machine's demand in cores, in the order of the columns.
+/// Reads a file: demand of each machine in cores, in column order.
 ///
 /// # Errors
-/// The line and reason of what cannot be read.
+/// The line and reason of an error.
 pub fn read(path: &Path) -> Result<Vec<Trace>, BadInput> {
     parse(path, &bad_input::read(path)?)
 }

@@ -14,9 +14,9 @@ use keel_balance::load::{Capacity, SPEED_RANGE};
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Bytes a second of a node's disks, which the format does not have.
+/// Disk bandwidth of a node, which the format lacks, in bytes per second.
 const IO_BYTES_PER_S: f64 = 500e6;
-/// Instances that run, of Ganeti's states.
+/// States of running instances in Ganeti.
 const RUNNING: [&str; 3] = ["running", "ADMIN_up", "ERROR_up"];
 const STANDING: [&str; 7] = [
     "ADMIN_down",
@@ -39,7 +39,7 @@ pub struct Node {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Instance {
     pub name: String,
-    /// Its primary node, as the number of one of the nodes.
+    /// Index of its primary node.
     pub node: usize,
     /// Memory, in bytes.
     pub memory_bytes: u64,
@@ -57,10 +57,10 @@ pub struct Cluster {
     pub instances: Vec<Instance>,
 }
 
-/// Reads a cluster, and what its instances use where there is a file that says so.
+/// Reads a cluster, and the utilisation of its instances if a file is given.
 ///
 /// # Errors
-/// The file, line and reason of what cannot be read.
+/// The file, line and reason of an error.
 pub fn read(cluster: &Path, utilisation: Option<&Path>) -> Result<Cluster, BadInput> {
     let text = bad_input::read(cluster)?;
     let mut read = parse(cluster, &text)?;
@@ -240,7 +240,7 @@ fn instance(line: &str, nodes: &HashMap<&str, usize>) -> Result<Instance, String
     })
 }
 
-/// Multiplies demands by what a file says of each instance's CPU.
+/// Multiplies demands by the recorded CPU utilisation.
 fn utilise(cluster: &mut Cluster, path: &Path, text: &str) -> Result<(), BadInput> {
     let numbers: HashMap<String, usize> = cluster
         .instances

@@ -1,5 +1,5 @@
-//! What comes from outside: nodes that die and come, machines that start and end,
-//! another policy, clocks that jump, nodes that lie or answer late.
+//! External events: node failures and starts, machine starts and ends, policy changes, clock jumps,
+//! invalid reports and slow responses.
 
 use super::{Node, NodeSpec, QueuedEvent, World};
 use keel_balance::Name;
@@ -10,41 +10,41 @@ use keel_balance::rules::Rule;
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
 
-/// What can befall a world. Nodes and machines are numbers.
+/// An external event. Nodes and machines are numbers.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ExternalEvent {
-    /// A node dies, with all that runs on it.
+    /// A node fails, with all its machines.
     NodeFails(usize),
-    /// A node comes, or comes back.
+    /// A node starts, or starts again.
     NodeStarts(usize),
     /// A machine starts, on its node.
     MachineStarts(usize),
     MachineEnds(usize),
     Policy(Box<Policy>),
-    /// The cluster has one rule more, or another one of that name.
+    /// A rule is added or replaced.
     RuleAdded(Box<Rule>),
-    /// The cluster has one rule less.
+    /// A rule is removed.
     RuleRemoved(Name),
     ClockJumps {
         node: usize,
-        /// By how many milliseconds; backwards if negative.
+        /// In milliseconds; backwards if negative.
         by_ms: i64,
     },
-    /// What a node tells others is wrong from now on, or right again.
+    /// A node reports invalid numbers from now on, or valid ones again.
     ReportFault(usize, Option<InvalidReport>),
-    /// What a node measures is wrong from now on, or right again.
+    /// A node measures invalid numbers from now on, or valid ones again.
     MeasurementFault(usize, Option<InvalidReport>),
-    /// A node answers late from now on, or more than once.
+    /// A node responds late from now on, or more than once.
     SlowResponses {
         node: usize,
         /// By how many milliseconds.
         by_ms: u64,
-        /// Share of its answers that come twice, 0 to 1.
+        /// Share of its responses that are duplicated, 0 to 1.
         doubled: f64,
     },
 }
 
-/// What is wrong with a node's numbers.
+/// The kind of invalid number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InvalidReport {
@@ -52,7 +52,7 @@ pub enum InvalidReport {
     /// They are below zero.
     Negative,
     Infinite,
-    /// They are beyond what any computer has.
+    /// They exceed any real computer.
     Huge,
 }
 
@@ -110,7 +110,7 @@ impl InvalidReport {
 }
 
 impl World {
-    /// Lets something befall the world at an instant; one that has passed is now.
+    /// Schedules an event; a time in the past means now.
     pub fn schedule(&mut self, at_ms: u64, what: ExternalEvent) {
         self.queue
             .put(at_ms.max(self.now_ms), QueuedEvent::External(what));
@@ -139,7 +139,7 @@ impl World {
             }
             ExternalEvent::ClockJumps { node, by_ms } => {
                 self.nodes[node].clock_ms = self.nodes[node].clock_ms.saturating_add(by_ms);
-                // What it waits for is due at another instant now.
+                // Its deadlines have moved.
                 self.nodes[node].wakes_ms = u64::MAX;
                 self.step(node, Event::Tick);
             }
@@ -201,7 +201,7 @@ impl World {
         let mut fresh = Node::new(&spec, &self.settings.policy, seed);
         fresh.incarnation = old.incarnation + 1;
         fresh.clock_ms = old.clock_ms;
-        // What waited for its node runs again.
+        // Machines that waited for their node run again.
         fresh.machines.clone_from(&old.machines);
         for &machine in &fresh.machines {
             self.machines[machine].runs = true;
@@ -240,8 +240,7 @@ impl World {
         self.update_placements();
     }
 
-    /// The node with the least load that has the memory for a machine, and on which
-    /// rules allow it.
+    /// The least loaded node that has the memory for a machine, and that rules allow.
     fn least_loaded_node(&self, machine: usize) -> Option<usize> {
         let needs = self.machines[machine].spec.memory_bytes;
         let weights = &self.settings.policy.weights;

@@ -1,4 +1,4 @@
-//! Questions and answers on their way.
+//! Requests and responses in flight.
 
 use super::{QueuedEvent, World};
 use keel_balance::Name;
@@ -6,8 +6,8 @@ use keel_balance::round::{Event, Peers, Request, Response};
 use rand::RngExt;
 use std::sync::Arc;
 
-/// Bits of a ticket that are the round; those above are who asked. So no table of
-/// open questions is needed, which lost messages would leave growing.
+/// Bits of a ticket that hold the round; those above hold the requester. So no table of pending
+/// requests is needed, which lost messages would let grow.
 const ROUND_BITS: u32 = 40;
 
 impl World {
@@ -24,7 +24,7 @@ impl World {
         }
     }
 
-    /// Puts a message on its way: it comes once, twice, or never.
+    /// Sends a message: it is delivered once, twice, or never.
     fn send(&mut self, to: usize, late_ms: u64, doubled: f64, event: Event) {
         let network = self.settings.network;
         if network.lost > 0.0 && self.rng.random_bool(network.lost) {

@@ -1,15 +1,15 @@
-//! A simulated cluster: nodes with the balancer's own state machines, machines that
-//! demand what their curves say, messages that take time and get lost, moves that
-//! take time and fail, nodes that die, lie, or have wrong clocks. Time is a number;
-//! all of chance comes from one seed.
+//! A discrete-event simulation of a cluster: nodes with the balancer's own state machines, machines
+//! with demand curves, messages with delay and loss, moves with duration and failure, node
+//! failures, invalid reports and wrong clocks. Time is a number; the seed determines all random
+//! choices.
 //!
-//! - here: what a world is made of, and its running
-//! - `messages`: questions and answers on their way
-//! - `moves`: machines on their way
-//! - `apply_event`: what comes from outside
-//! - `look`: what others may look at
-//! - `queue`: what is going to happen
-//! - `rule_set`: rules, and their repair
+//! - here: the state of the simulation, and the event loop
+//! - `messages`: requests and responses in flight
+//! - `moves`: moves in flight
+//! - `faults`: external events
+//! - `queries`: queries of the state
+//! - `queue`: the event queue
+//! - `rules`: placement rules and their repair
 
 mod faults;
 mod messages;
@@ -36,31 +36,31 @@ use rules::RuleSet;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
-/// What nodes' clocks show at first, in milliseconds, so that they can jump back.
+/// Initial time of the nodes' clocks, in milliseconds; large enough for them to jump back.
 const CLOCK_MS: i64 = 1_000_000_000_000;
 
 #[derive(Debug, Clone)]
 pub struct NodeSpec {
     pub name: Name,
     pub capacity: Capacity,
-    /// Whether it is there from the start; otherwise it comes later.
+    /// Whether it runs from the start; otherwise it starts later.
     pub there: bool,
 }
 
 #[derive(Debug, Clone)]
 pub struct MachineSpec {
     pub name: Name,
-    /// Where it is, as the node's number.
+    /// Number of its node.
     pub node: usize,
-    /// What it demands. Cores of the reference speed; if it burns, cores of any.
+    /// CPU demand: cores of the reference speed or, if it is CPU-bound, cores of any speed.
     pub curve: Curve,
-    /// Whether its threads never rest, so that it demands as many cores on any node.
+    /// Whether it is CPU-bound: it demands as many cores on any node.
     pub burns: bool,
-    /// Memory that it occupies, in bytes.
+    /// In bytes.
     pub memory_bytes: u64,
-    /// Bytes that it writes to memory, a second.
+    /// Bytes of memory dirtied per second.
     pub dirty_bytes_per_s: f64,
-    /// Bytes that it reads from and writes to disks, a second.
+    /// Bytes read from and written to disks per second.
     pub io_bytes_per_s: f64,
     /// Whether it runs from the start; otherwise it starts later.
     pub runs: bool,
@@ -69,7 +69,7 @@ pub struct MachineSpec {
 }
 
 impl MachineSpec {
-    /// Its load factors at an instant, on a node.
+    /// Load factors at a time, on a node.
     pub(crate) fn factors(&self, at_ms: u64, on: &Capacity) -> Factors {
         let demand = self.curve.cores(at_ms);
         let cpu_cores = if self.burns {
@@ -91,17 +91,17 @@ impl MachineSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Network {
-    /// Least and most milliseconds of a message.
+    /// Range of the delay of a message, in milliseconds.
     pub delay_ms: (u64, u64),
-    /// Share of messages that get lost, 0 to 1.
+    /// Share of messages lost, 0 to 1.
     pub lost: f64,
-    /// Share of messages that come twice, 0 to 1.
+    /// Share of messages duplicated, 0 to 1.
     pub doubled: f64,
-    /// Bytes a second that one move copies.
+    /// Copy rate of one move, in bytes per second.
     pub bytes_per_s: f64,
     /// Share of moves that fail, 0 to 1.
     pub moves_failed: f64,
-    /// Milliseconds after which the others know of a node that died or came.
+    /// Delay until other nodes notice that a node failed or started, in milliseconds.
     pub noticed_ms: u64,
 }
 
@@ -120,20 +120,20 @@ impl Default for Network {
 
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Says all of chance.
+    /// Determines all random choices.
     pub seed: u64,
     pub network: Network,
-    /// What the cluster wants of its balancer.
+    /// The balancing policy.
     pub policy: Policy,
-    /// Milliseconds after which machines of a node that died run on others, on that
-    /// with the least load that has the memory; without, they wait for their node.
+    /// Time after which the machines of a failed node restart on the least loaded node with enough
+    /// memory, in milliseconds; `None`: they wait for their node.
     pub failover_ms: Option<u64>,
     pub rules: Rulebook,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CompletedMove {
-    /// When it was over, in milliseconds.
+    /// Time of its end, in milliseconds.
     pub at_ms: u64,
     pub machine: usize,
     pub source: usize,
@@ -142,13 +142,13 @@ pub struct CompletedMove {
     pub bytes: f64,
 }
 
-/// A decision and who made it.
+/// A decision of a node.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RecordedDecision {
     /// When, in milliseconds.
     pub at_ms: u64,
     pub node: usize,
-    /// What it had learned of costs.
+    /// The learned cost model.
     pub model: CostModel,
     pub decision: Decision,
 }
@@ -160,21 +160,20 @@ struct Node {
     balancer: Balancer,
     machines: Vec<usize>,
     alive: bool,
-    /// Raised when it dies: what was on its way to the one before is lost.
+    /// Incremented at each failure: events for an earlier incarnation are dropped.
     incarnation: u32,
-    /// When it is to be woken, as far as that is in the queue.
+    /// Time of its queued wake-up.
     wakes_ms: u64,
-    /// By how much its clock differs from the world's time.
+    /// Offset of its clock from the simulated time.
     clock_ms: i64,
-    /// What is wrong with the numbers that it tells.
+    /// Fault in the numbers that it reports.
     report_fault: Option<InvalidReport>,
-    /// What is wrong with the numbers that it measures.
+    /// Fault in the numbers that it measures.
     measurement_fault: Option<InvalidReport>,
-    /// How much later than others it answers, and the share of answers that come
-    /// twice.
+    /// Additional delay of its responses, and the share that is duplicated.
     late_ms: u64,
     doubled: f64,
-    /// From when on it looks after broken rules.
+    /// Earliest time of its next repair.
     repair_ms: u64,
 }
 
@@ -184,7 +183,7 @@ struct Machine {
     node: usize,
     since_ms: u64,
     runs: bool,
-    /// Whether it is on its way.
+    /// Whether a move of it is in flight.
     moves: bool,
 }
 
@@ -195,9 +194,9 @@ enum QueuedEvent {
     Deliver(usize, u32, Event),
     MoveOver(moves::InFlightMove),
     External(ExternalEvent),
-    /// The others notice who is alive.
+    /// Nodes notice which peers are alive.
     MembershipChange,
-    /// What ran on a node that died runs elsewhere.
+    /// The machines of a failed node restart elsewhere.
     FailOver(usize, u32),
 }
 
@@ -225,7 +224,7 @@ pub struct World {
 }
 
 impl World {
-    /// One of these nodes and machines. Names must differ.
+    /// Creates a simulation. Names must differ.
     pub fn new(settings: Settings, nodes: &[NodeSpec], machines: &[MachineSpec]) -> Self {
         let mut rng = SmallRng::seed_from_u64(settings.seed);
         let names: Vec<Name> = nodes.iter().map(|node| node.name.clone()).collect();
@@ -280,7 +279,7 @@ impl World {
         world
     }
 
-    /// Decisions are not kept: large worlds make many.
+    /// Stops recording decisions: large simulations make many.
     pub fn discard_decisions(&mut self) {
         self.keep_decisions = false;
     }
@@ -292,7 +291,7 @@ impl World {
             .put(first_ms, QueuedEvent::Sample(number, incarnation));
     }
 
-    /// Runs until an instant, in milliseconds.
+    /// Runs until a time, in milliseconds.
     pub fn run_until(&mut self, until_ms: u64) {
         while let Some((at_ms, event)) = self.queue.take(until_ms) {
             self.now_ms = at_ms;
@@ -322,8 +321,8 @@ impl World {
                 self.repair(node);
             }
             QueuedEvent::Wake(node, incarnation) => {
-                // One that was put before an earlier one says nothing any more; if it
-                // woke the node it would be put again, and they would only grow in number.
+                // A wake-up that was queued before an earlier one is obsolete. If it woke the node
+                // it would be queued again, and the number of wake-ups would grow.
                 if self.is_incarnation(node, incarnation)
                     && self.nodes[node].wakes_ms == self.now_ms
                 {

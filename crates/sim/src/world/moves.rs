@@ -1,4 +1,4 @@
-//! Machines on their way: how long it takes, what it sends, and how it ends.
+//! Moves in flight: their duration, their bytes, and their end.
 
 use super::{CompletedMove, QueuedEvent, World};
 use keel_balance::Name;
@@ -6,17 +6,17 @@ use keel_balance::ledger::Outcome;
 use keel_balance::round::Event;
 use rand::RngExt;
 
-/// Milliseconds of a move before its first byte.
+/// Duration of a move before its first byte, in milliseconds.
 const SETUP_MS: u64 = 100;
-/// Moves that leave a node at a time, and of these, moves of large machines.
+/// Concurrent outgoing moves of a node, and the limit for large machines among them.
 const MOVES_PER_SOURCE_MAX: usize = 4;
 const LARGE_MOVES_PER_SOURCE_MAX: usize = 2;
 const LARGE_BYTES: u64 = 256 << 20;
-/// Milliseconds after which a node knows at the latest what the store says.
+/// Maximum delay of the store's notifications, in milliseconds.
 const STORE_LAG_MS: u64 = 200;
-/// Milliseconds for which a machine stands still.
+/// Downtime of a move, in milliseconds.
 const DOWNTIME_MS: f64 = 4.0;
-/// Share of a round that may be written again in the next at most.
+/// Maximum share of a pre-copy round that is dirtied again during it.
 const REWRITTEN_SHARE_MAX: f64 = 0.8;
 
 #[derive(Debug)]
@@ -24,11 +24,11 @@ pub(super) struct InFlightMove {
     machine: usize,
     source: usize,
     target: usize,
-    /// Lives of source and target when it began.
+    /// Incarnations of source and target at the start.
     is_incarnation: (u32, u32),
     duration_ms: u64,
     fails: bool,
-    /// Whether it is made so that a rule holds again, and no round came to it.
+    /// Whether it repairs a rule instead of ending a round.
     repairs: bool,
 }
 
@@ -67,7 +67,7 @@ impl World {
         self.start_move(number, source, target, false);
     }
 
-    /// Whether as many leave a node as may at a time, large ones or all.
+    /// Whether the node's limit of outgoing moves is reached, of large ones or of all.
     fn move_limit_reached(&self, node: usize, machine: usize) -> bool {
         let large = |machine: usize| self.machines[machine].spec.memory_bytes >= LARGE_BYTES;
         let leaving = self.nodes[node].machines.iter();
@@ -194,7 +194,7 @@ impl World {
         let left = Event::Departed {
             machine: name.clone(),
         };
-        // The store's word and the move's own end come in any order, and late.
+        // The store's notification and the end of the move arrive in any order, delayed.
         let (store_ms, over_ms) = (
             self.rng.random_range(0..=STORE_LAG_MS),
             self.rng.random_range(0..=STORE_LAG_MS),

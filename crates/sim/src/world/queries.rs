@@ -1,4 +1,4 @@
-//! What others may look at.
+//! Queries of the simulated state.
 
 use super::{CompletedMove, RecordedDecision, World};
 use keel_balance::Name;
@@ -7,21 +7,21 @@ use keel_balance::policy::Policy;
 use keel_balance::round::{Constraints, check_offer};
 use keel_balance::select::{Candidate, Considered, NodeState, Verdict, select};
 
-/// A node as it is now, without anything in flight.
+/// State of a node, without moves in flight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NodeSnapshot {
     /// Whether it is alive.
     pub alive: bool,
-    /// Its load; 0 when it is not alive.
+    /// 0 if it is not alive.
     pub load: f64,
-    /// Demand for CPU, in its cores.
+    /// CPU demand, in its cores.
     pub cpu_cores: f64,
     pub capacity: Capacity,
     pub machines: usize,
 }
 
 impl World {
-    /// Now, in milliseconds.
+    /// Simulated time, in milliseconds.
     pub fn now_ms(&self) -> u64 {
         self.now_ms
     }
@@ -38,12 +38,12 @@ impl World {
         self.failed
     }
 
-    /// Moves that were not begun because as many as are allowed were under way.
+    /// Moves that the limit of concurrent moves prevented.
     pub fn capped(&self) -> u64 {
         self.capped
     }
 
-    /// Rounds that were begun, of all nodes.
+    /// Rounds started, of all nodes.
     pub fn rounds(&self) -> u64 {
         self.rounds
     }
@@ -52,7 +52,7 @@ impl World {
         &self.decisions
     }
 
-    /// Alerts so far: when, which node, what.
+    /// Alerts so far: time, node, text.
     pub fn alerts(&self) -> &[(u64, usize, String)] {
         &self.alerts
     }
@@ -61,7 +61,7 @@ impl World {
         self.moving
     }
 
-    /// Machines of a node, by number.
+    /// Numbers of the machines of a node.
     pub fn machines_of(&self, node: usize) -> &[usize] {
         &self.nodes[node].machines
     }
@@ -74,7 +74,7 @@ impl World {
         &self.machines[machine].spec.name
     }
 
-    /// Machines that were started and do not run, since their node died.
+    /// Machines that do not run because their node failed.
     pub fn stranded(&self) -> usize {
         let dead = self.nodes.iter().filter(|node| !node.alive);
         dead.map(|node| node.machines.len()).sum()
@@ -104,7 +104,7 @@ impl World {
         })
     }
 
-    /// Each node's load as it is, without anything in flight.
+    /// Load of each node, without moves in flight.
     pub fn loads(&self) -> Vec<f64> {
         self.node_snapshots().map(|it| it.load).collect()
     }
@@ -129,8 +129,8 @@ impl World {
         }
     }
 
-    /// A move that the balancer's own rules admit now, hold times left aside: none is
-    /// left once a cluster has converged. The target and what would go there.
+    /// A move that the balancer's rules admit now, hold times aside: a converged cluster has none.
+    /// Returns the target and the machine.
     pub fn admissible(&self) -> Option<(Name, Considered)> {
         let policy = &self.settings.policy;
         let alive = (0..self.nodes.len()).filter(|&number| self.nodes[number].alive);

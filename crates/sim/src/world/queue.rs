@@ -1,5 +1,4 @@
-//! What is going to happen, by time. Payloads lie in slots beside the heap, so that
-//! ordering moves few bytes; a slot is used again once it is free.
+//! The event queue.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

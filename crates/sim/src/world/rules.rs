@@ -1,5 +1,6 @@
-//! Rules of the world, as its store has them: a placement that a rule does not allow is
-//! refused whoever wants it, and who breaks one where it is is moved by its node.
+//! Placement rules of the simulated cluster, enforced as by its store: a move that violates a rule
+//! is refused whoever initiates it, and a machine whose placement violates one is moved by its
+//! node.
 
 use super::World;
 use keel_balance::Name;
@@ -14,12 +15,12 @@ use keel_balance::select::Constraint;
 use rand::RngExt;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Milliseconds from one repair of a node to its next, and until a rule that no node
-/// can keep is looked at again.
+/// Interval between two repairs of a node, and between two attempts for a rule that no node
+/// satisfies, in milliseconds.
 const REPAIR_INTERVAL_MS: u64 = 2_000;
 const UNREPAIRABLE_RETRY_MS: u64 = 60_000;
 
-/// Rules, and labels by which they choose.
+/// Rules, and the labels that they select by.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Rulebook {
     pub rules: Vec<Rule>,
@@ -28,12 +29,12 @@ pub struct Rulebook {
 }
 
 impl Rulebook {
-    /// A node as rules see it.
+    /// A node, as rules see it.
     pub fn node(&self, name: &Name) -> Subject {
         thing(name, &self.nodes)
     }
 
-    /// A machine as rules see it.
+    /// A machine, as rules see it.
     pub fn machine(&self, name: &Name) -> Subject {
         thing(name, &self.machines)
     }
@@ -53,9 +54,9 @@ pub(super) struct RuleSet {
     holders: BTreeMap<Name, Holders>,
     domains: BTreeMap<Name, BTreeSet<String>>,
     alive: Vec<Name>,
-    /// Machines that break a rule where they are.
+    /// Machines whose placement violates a rule.
     pub(super) broken: Vec<(Name, Violation)>,
-    /// Minute of the world's day.
+    /// Minute of the simulated day.
     minute: u32,
 }
 
@@ -72,7 +73,7 @@ impl RuleSet {
         self.minute = (now_ms / 60_000 % 1440) as u32;
     }
 
-    /// The rule that does not allow a machine on a node.
+    /// The rule that forbids a machine on a node.
     pub(super) fn forbids(&self, machine: &Name, node: &Name) -> Option<Violation> {
         let rules = &self.rulebook.rules;
         if rules.is_empty() {
@@ -105,22 +106,22 @@ impl Constraints for RuleSet {
 }
 
 impl World {
-    /// Machines that break a rule where they are.
+    /// Machines whose placement violates a rule.
     pub fn broken(&self) -> &[(Name, Violation)] {
         &self.rule_set.broken
     }
 
-    /// Moves that were made so that a rule holds again.
+    /// Number of moves made to restore a rule.
     pub fn repairs(&self) -> u64 {
         self.repairs
     }
 
-    /// Moves that a rule stopped when they were to be committed.
+    /// Number of moves that a rule refused at commit.
     pub fn raced(&self) -> u64 {
         self.raced
     }
 
-    /// Placements, nodes or rules are others now.
+    /// Recomputes holders and violations after a change of placements, nodes or rules.
     pub(super) fn update_placements(&mut self) {
         let rules = &self.rule_set.rulebook.rules;
         if rules.is_empty() {
@@ -162,7 +163,7 @@ impl World {
         self.update_placements();
     }
 
-    /// A node looks after its machines that break a rule, as often as it is measured.
+    /// Repairs a violation on a node; called once per sample.
     pub(super) fn repair(&mut self, number: usize) {
         let automatic = self.settings.policy.mode == Mode::Automatic;
         if self.rule_set.broken.is_empty()

@@ -1,5 +1,5 @@
-//! What a part holds of the machine's pages, what its threads wait for, and what it is
-//! asked to give away.
+//! The copies half of a part: states of its copies, pending requests of its threads, and deferred
+//! requests of directories.
 
 use super::message::Txn;
 use super::page_map::PageMap;
@@ -8,33 +8,32 @@ use super::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// How a part has a page.
+/// State of a part's copy of a page.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum Copy {
-    /// Not at all.
+    /// No copy.
     #[default]
     Invalid,
-    /// It may be read; others have it, too.
+    /// Readable; other parts have copies too.
     Shared,
-    /// As shared; others get it from here.
+    /// Readable, and supplies the page to others.
     Owned,
-    /// Nobody else has it.
+    /// The only copy; writable.
     Modified,
 }
 
-/// What has come of a transaction that gives this part a page.
+/// State of a transaction that gives this part a page.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct PendingGrant {
     number: u64,
-    /// What for, and how many parts say that they gave theirs up; `None` before that is
-    /// known.
+    /// Transaction, access, and number of expected acknowledgements; `None` before that is known.
     given: Option<(Txn, Access, u8)>,
-    /// Whether the bytes came, or the copy that is here is right.
+    /// Whether the bytes arrived, or the present copy is valid.
     with_data: bool,
     acks: u8,
 }
 
-/// Why a page stays here for the moment.
+/// Why a page must stay.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 struct Hold {
     until: u64,
@@ -47,7 +46,7 @@ impl Hold {
     }
 }
 
-/// Pages in a row that are given at once.
+/// A run of pages sent in one message.
 struct Row {
     page: PageId,
     txn: Txn,
@@ -61,7 +60,7 @@ impl Row {
         1 + self.more.len()
     }
 
-    /// Each page, and its transaction.
+    /// Each page with its transaction.
     fn each(&self) -> impl Iterator<Item = (PageId, Txn)> {
         let numbers = std::iter::once(self.txn.number).chain(self.more.iter().copied());
         let txns = numbers.map(|number| Txn { number, ..self.txn });
@@ -89,14 +88,14 @@ impl Row {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Copies {
     config: Config,
-    /// Those that are not as they were at the beginning.
+    /// Copies that are not in their initial state.
     copies: PageMap<Copy>,
-    /// What was asked of directories and is not answered.
+    /// Pages requested from directories.
     requested: BTreeSet<PageId>,
     pending: PageMap<PendingGrant>,
     held: PageMap<Hold>,
-    /// What a page is to be given away by, once it is not held any more; one at most, as
-    /// there is one transaction of a page at a time. From whom it came.
+    /// Deferred fetches of held pages, with their sender; at most one per page, as a page has one
+    /// transaction at a time.
     deferred: BTreeMap<PageId, (PartId, Message)>,
     random: u64,
 }
@@ -114,13 +113,13 @@ impl Copies {
         }
     }
 
-    /// These are the parts from now on.
+    /// Sets the current parts.
     pub(super) fn set_parts(&mut self, parts: PartSet) {
         self.config.parts = parts;
     }
 
-    /// How a member has those pages, which are in rising order; `Err` with one that it has
-    /// and that is none of them.
+    /// States of these pages, which are in ascending order; `Err` with a page that the member has
+    /// beyond them.
     pub(super) fn copies_of(
         &self,
         pages: impl Iterator<Item = PageId>,
@@ -144,8 +143,8 @@ impl Copies {
         }
     }
 
-    /// This part is the home from now on: it has these pages so, and what nobody has touched
-    /// is here.
+    /// Makes this part the home: it has these pages in these states, and all pages that were never
+    /// touched.
     pub(super) fn take_over_home(
         &mut self,
         parts: PartSet,
@@ -193,7 +192,7 @@ impl Copies {
             && self.held.get(page).is_none_or(|held| held.pins == 0)
     }
 
-    /// A thread stands at a page.
+    /// A thread faults on a page.
     pub(super) fn fault(
         &mut self,
         page: PageId,
@@ -207,11 +206,11 @@ impl Copies {
             Access::Write => copy == Copy::Modified,
         };
         if is_enough {
-            // It came while the kernel told of the fault.
+            // The page arrived while the kernel delivered the fault.
             out.command(Command::Wake { page });
             return;
         }
-        // Who wants more than was asked for stands again, and asks then.
+        // A thread that needs more access faults again, and requests it then.
         if self.requested.contains(&page) {
             return;
         }
@@ -220,7 +219,7 @@ impl Copies {
         out.send(directory, Message::Want { page, access, has });
     }
 
-    /// Gives up a copy that others have, too.
+    /// Drops a shared copy.
     pub(super) fn drop_copy(&mut self, page: PageId, out: &mut Output) {
         if self.can_drop(page) {
             self.held.remove(page);
@@ -245,7 +244,7 @@ impl Copies {
         self.retry(page, now, out)
     }
 
-    /// Gives away what was put off until now.
+    /// Executes deferred fetches whose hold time is over.
     pub(super) fn tick(&mut self, now: u64, out: &mut Output) -> Result<(), ProtocolError> {
         let pages: Vec<PageId> = self.deferred.keys().copied().collect();
         for page in pages {
@@ -262,7 +261,7 @@ impl Copies {
         }
     }
 
-    /// Whether a page stays here for the moment; then it is said when to look again.
+    /// Whether a page is held; if so, requests a tick for the end of the hold.
     fn defer_if_held(&mut self, page: PageId, now: u64, out: &mut Output) -> bool {
         match self.held.get(page) {
             Some(held) if !held.is_over(now) => {
@@ -279,7 +278,7 @@ impl Copies {
         }
     }
 
-    /// The directory wants a page, or some in a row, or a copy, to be given up.
+    /// The directory demands that a page, a run or a copy is given up.
     pub(super) fn release(
         &mut self,
         from: PartId,
@@ -355,7 +354,7 @@ impl Copies {
                         )));
                     }
                     Copy::Shared | Copy::Owned => self.set(page, Copy::Invalid),
-                    // Dropped at will.
+                    // Already dropped.
                     Copy::Invalid => {
                         out.send(to, Message::Ack { page, number });
                         return Ok(());
@@ -369,7 +368,7 @@ impl Copies {
         }
     }
 
-    /// Sends a page to another part; to be written there, it is gone here then.
+    /// Sends a page to another part; if it is to be written there, the copy here becomes invalid.
     fn send_page(
         &mut self,
         page: PageId,
@@ -397,8 +396,8 @@ impl Copies {
         Ok(())
     }
 
-    /// As [`Self::taken`], of pages in a row: at once if this part alone has all of them, and
-    /// none stays for the moment.
+    /// As [`Self::release`], for a run of pages: in one step if this part alone has all of them,
+    /// and none is held.
     fn release_run(
         &mut self,
         from: PartId,
@@ -433,7 +432,7 @@ impl Copies {
             self.held.remove(page);
             self.set(page, Copy::Invalid);
         }
-        // (As many as a row has.)
+        // (Bounded by the length of a run.)
         let (page, pages) = (row.page, row.pages() as u32);
         out.command(Command::Protect { page, pages });
         let message = row.data();
@@ -446,7 +445,7 @@ impl Copies {
         self.copies.insert(page, copy);
     }
 
-    /// Something has come that gives this part a page, or some in a row.
+    /// A message that gives this part a page or a run arrived.
     pub(super) fn receive_page(
         &mut self,
         from: PartId,
@@ -480,7 +479,7 @@ impl Copies {
             Message::Ack { page, number } => (*page, *number),
             other => return Err(ProtocolError(format!("{other:?} gives nothing"))),
         };
-        // (Mostly nothing came before, and nothing more is to come.)
+        // (Usually the only message of the transaction.)
         let mut pending = self.pending.remove(page).unwrap_or(PendingGrant {
             number,
             given: None,
@@ -535,7 +534,7 @@ impl Copies {
         }
     }
 
-    /// Nothing is answered that was not asked, and what moves may be written.
+    /// Checks that an answer was requested, and that a moved page is writable.
     fn check_expected(&self, page: PageId, txn: Txn, access: Access) -> bool {
         let is_requested = match txn.is_answer {
             true => self.requested.contains(&page),
@@ -544,8 +543,8 @@ impl Copies {
         is_requested && self.config.parts.contains(txn.directory)
     }
 
-    /// As [`Self::given`], of pages in a row: at once if nothing more is to come, and none is
-    /// here.
+    /// As [`Self::receive_page`], for a run of pages: in one step if no further message is
+    /// expected, and none is here.
     fn receive_run(
         &mut self,
         from: PartId,
@@ -583,7 +582,7 @@ impl Copies {
         }
         out.command(Command::Install {
             page: row.page,
-            // (As many as a row has.)
+            // (Bounded by the length of a run.)
             pages: row.pages() as u32,
             access: row.access,
         });
@@ -596,18 +595,17 @@ impl Copies {
         Ok(())
     }
 
-    /// Until when what comes now stays, if it does.
+    /// Hold deadline of a page that arrives now, if it is held.
     fn hold_until(&mut self, now: u64) -> Option<u64> {
         let span = self.config.hold_micros;
         (span > 0).then(|| now + span + self.next_random() % span)
     }
 
-    /// A page has come. It stays for a moment if somebody waits for it; what is moved here
-    /// may go on at once.
+    /// A page has arrived. It is held if a thread waits for it; a moved page is not.
     fn page_arrived(&mut self, page: PageId, txn: Txn, until: Option<u64>) {
         let is_requested = match txn.is_answer {
             true => self.requested.remove(&page),
-            // What was asked for is still to be answered if the page was moved here.
+            // A pending request is still answered if the page was moved here.
             false => self.requested.contains(&page),
         };
         if let Some(until) = until.filter(|_| is_requested) {
@@ -616,7 +614,7 @@ impl Copies {
         }
     }
 
-    /// All has come: the page is used, and the directory told.
+    /// The transaction is complete: installs the page and informs the directory.
     fn finish(
         &mut self,
         page: PageId,
@@ -665,8 +663,8 @@ impl Copies {
         Ok(())
     }
 
-    /// A number at random (Steele and others, "Fast splittable pseudorandom number
-    /// generators", 2014: SplitMix64).
+    /// A pseudo-random number (Steele and others, "Fast splittable pseudorandom number generators",
+    /// 2014: SplitMix64).
     fn next_random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mixed = (self.random ^ (self.random >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

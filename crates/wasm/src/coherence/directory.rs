@@ -1,5 +1,5 @@
-//! Who holds the pages of which this part is the directory, what is wanted of them, and
-//! where the directories of all others are.
+//! The directory half of a part: holders of its pages, queued requests, and the known locations of
+//! all other directories.
 
 use super::message::{Holders, Message, PageEntry, Request, Txn};
 use super::page_map::PageMap;
@@ -10,21 +10,21 @@ use super::{
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
-/// The last page that there can be.
+/// The largest possible page.
 const LAST_PAGE: PageId = PageId {
     memory: u32::MAX,
     number: u32::MAX,
 };
 
-/// A page that is not as it was at the beginning.
+/// A page that is not in its initial state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Entry {
     holders: Holders,
     /// Number of the last transaction.
     number: u64,
-    /// Who gets the page in the transaction that is under way.
+    /// Receiver and request of the current transaction.
     busy: Option<(PartId, Request)>,
-    /// Of whom that transaction wants something: who gives the page, and who gives it up.
+    /// Parts involved in the transaction: the supplier of the page and the invalidated readers.
     asked: PartSet,
     queue: VecDeque<Request>,
 }
@@ -36,17 +36,15 @@ pub(super) struct Directory {
     origin: PartId,
     segment_pages: u32,
     entries: PageMap<Entry>,
-    /// Transactions that are under way.
+    /// Number of current transactions.
     under_way: u64,
-    /// Segments whose directory is not the home, or was elsewhere, and how often it
-    /// changed.
+    /// Segments whose directory is or was not the home, with a version and the directory.
     relocated: BTreeMap<Segment, (u64, PartId)>,
-    /// Segments that are to get another directory once nothing is under way in them.
+    /// Segments to hand over once they have no transaction.
     departing: BTreeMap<Segment, PartId>,
-    /// Parts that give up what they have, and how many pages that still is.
+    /// Parts being evacuated, with the number of remaining pages.
     evacuating: BTreeMap<PartId, u64>,
-    /// Parts that gave up what they had, or do so, and who gets it: nothing goes to them
-    /// any more.
+    /// Parts that have been or are being evacuated, with the new holder: no page goes to them.
     evacuated: BTreeMap<PartId, PartId>,
 }
 
@@ -73,7 +71,7 @@ impl Directory {
         }
     }
 
-    /// Those that lie in a range of pages as a whole.
+    /// Segments that lie completely in a range of pages.
     pub(super) fn segments_in(&self, memory: u32, pages: Range<u32>) -> Vec<Segment> {
         let (first, last) = (
             pages.start.div_ceil(self.segment_pages),
@@ -95,7 +93,7 @@ impl Directory {
         self.at(self.segment(page))
     }
 
-    /// The directories of pages in a row, each with those of them that follow each other.
+    /// Splits a run of pages by directory.
     pub(super) fn directories_of_run(
         &self,
         page: PageId,
@@ -122,7 +120,7 @@ impl Directory {
     }
 
     pub(super) fn is_quiescent(&self) -> bool {
-        // (Only where a segment is to leave something waits for what is not under way.)
+        // (Only a departing segment keeps requests queued without a transaction.)
         self.departing.is_empty() && self.under_way == 0
     }
 
@@ -130,15 +128,14 @@ impl Directory {
         !self.evacuated.is_empty()
     }
 
-    /// Segments of which another part than the home is the directory, as far as this part
-    /// knows, and which.
+    /// Segments whose directory is not the home, as far as this part knows.
     pub(super) fn remote_segments(&self) -> impl Iterator<Item = (Segment, PartId)> {
         let relocated = self.relocated.iter();
         let those = relocated.filter(|(_, (_, at))| *at != PartId::HOME);
         those.map(|(segment, (_, at))| (*segment, *at))
     }
 
-    /// As [`Self::remote_segments`], of a range of pages.
+    /// As [`Self::remote_segments`], for a range of pages.
     pub(super) fn remote_segments_in(
         &self,
         memory: u32,
@@ -160,27 +157,25 @@ impl Directory {
         })
     }
 
-    /// Whether this member is the directory of nothing, nor any other but the home, as far as
-    /// it knows.
+    /// Whether the home is the directory of all segments, as far as this member knows.
     pub(super) fn is_default(&self) -> bool {
         self.remote_segments().next().is_none()
             && self.entries.is_empty()
             && self.evacuated.is_empty()
     }
 
-    /// The home is the directory of all, and everybody knows: as at the beginning.
+    /// Resets all locations: the home is the directory of all segments, and every part knows.
     pub(super) fn reset_locations(&mut self) {
         self.relocated.clear();
     }
 
-    /// All pages that ever changed hands, in rising order, who holds them, and how often
-    /// they did.
+    /// All pages that ever changed hands, in ascending order, with holders and number of changes.
     pub(super) fn entries(&self) -> impl Iterator<Item = (PageId, Holders, u64)> {
         let entries = self.entries.iter();
         entries.map(|(page, entry)| (page, entry.holders, entry.number))
     }
 
-    /// This part is the home from now on, and the directory of all.
+    /// Makes this part the home, and the directory of all pages.
     pub(super) fn take_over_home(
         &mut self,
         parts: PartSet,
@@ -193,7 +188,7 @@ impl Directory {
         self.entries = entries.collect();
     }
 
-    /// Those of so many pages from one on, and the page after them, if there is one.
+    /// Placements of at most `most` pages starting from one, and the next page, if any.
     pub(super) fn placements(&self, from: PageId, most: usize) -> (Vec<Placement>, Option<PageId>) {
         let mut found: Vec<Placement> = Vec::new();
         for (count, (page, entry)) in self.entries.range(from..=LAST_PAGE).enumerate() {
@@ -248,8 +243,8 @@ impl Directory {
             .or_insert_with(page, || Entry::idle(Holders::Owner(origin), 0))
     }
 
-    /// Something is wanted of a page: at once, after what is under way, or of its
-    /// directory of today.
+    /// A request for a page: started immediately, queued after the current transaction, or
+    /// forwarded to its present directory.
     pub(super) fn request(
         &mut self,
         page: PageId,
@@ -261,7 +256,7 @@ impl Directory {
             out.send(at, Message::Forward { page, request });
             return Ok(());
         }
-        // (Who asked for that had not heard of it.)
+        // (The requester had not learned of the departure.)
         if matches!(request, Request::Move { to } if !self.parts.contains(to)) {
             return Ok(());
         }
@@ -275,15 +270,15 @@ impl Directory {
             _ => {}
         }
         let queue = &mut self.entry(page).queue;
-        // (Twice it is moved once.)
+        // (Duplicate moves are merged.)
         if !queue.contains(&request) {
             queue.push_back(request);
         }
         self.start_next(page, out)
     }
 
-    /// Pages in a row are to be at a part: as many as possible at once, of those that another
-    /// part alone has and with which nothing is under way.
+    /// Moves a run of pages to a part: pages with one exclusive holder and without a transaction in
+    /// batches, the others one by one.
     pub(super) fn move_run(
         &mut self,
         page: PageId,
@@ -292,12 +287,12 @@ impl Directory {
         out: &mut Output,
     ) -> Result<(), ProtocolError> {
         let request = Request::Move { to };
-        // (Who asked for that had not heard of it.)
+        // (The requester had not learned of the departure.)
         if !self.parts.contains(to) {
             return Ok(());
         }
         let me = self.me;
-        // Of those that are fetched at once: who has them, and the message.
+        // Current batch: the holder and its transactions.
         let mut row: Option<(PartId, PageId, Vec<u64>)> = None;
         for page in pages_from(page).take(pages as usize) {
             let segment = self.segment(page);
@@ -335,8 +330,8 @@ impl Directory {
         can.then(|| self.entry(page))
     }
 
-    /// Something was asked of another part, and passed on: whoever asked asks here from now
-    /// on. (It may have come to be a part since the segment did.)
+    /// A request was forwarded to this part: its requester is informed of the new directory. (It
+    /// may have joined after the segment arrived.)
     pub(super) fn forwarded(&mut self, page: PageId, request: &Request, out: &mut Output) {
         let segment = self.segment(page);
         let (Request::Want { part, .. }, Some((version, at))) =
@@ -350,11 +345,11 @@ impl Directory {
         }
     }
 
-    /// Whether something can be wanted of a page, beside what is.
+    /// Validates a request for a page against the pending ones.
     fn check(&self, page: PageId, request: &Request) -> Result<(), ProtocolError> {
         let is_right = match request {
             Request::Want { part, .. } => {
-                // Who waits for an answer asks nothing else.
+                // A part with a pending request sends no second one.
                 let asks = |queued: &Request| match queued {
                     Request::Want { part: by, .. } => by == part,
                     Request::Move { .. } | Request::Forget { .. } => false,
@@ -374,10 +369,10 @@ impl Directory {
         }
     }
 
-    /// Begins what is wanted next of a page, if nothing is under way with it.
+    /// Starts the next request for a page without a transaction.
     fn start_next(&mut self, page: PageId, out: &mut Output) -> Result<(), ProtocolError> {
         let segment = self.segment(page);
-        // (It may just have left.)
+        // (The segment may just have been handed over.)
         if self.departing.contains_key(&segment) || self.at(segment) != self.me {
             return Ok(());
         }
@@ -422,7 +417,7 @@ impl Directory {
         self.start_next(page, out)
     }
 
-    /// Counts what a part that leaves still has.
+    /// Updates the evacuation count of a leaving part.
     fn count_evacuated(&mut self, request: Request, out: &mut Output) {
         let Request::Forget { part, .. } = request else {
             return;
@@ -436,7 +431,7 @@ impl Directory {
         }
     }
 
-    /// Takes all pages from a part. What it asked for itself comes to nothing.
+    /// Evacuates a part. Its own pending requests are dropped.
     pub(super) fn evacuate(
         &mut self,
         part: PartId,
@@ -444,7 +439,7 @@ impl Directory {
         out: &mut Output,
     ) -> Result<(), ProtocolError> {
         if self.evacuated.get(&part) == Some(&to) {
-            // Asked again: it is said again when it is done, or at once.
+            // A repeated request: completion is reported again, or immediately.
             if !self.evacuating.contains_key(&part) {
                 out.command(Command::Evacuated { part });
             }
@@ -456,7 +451,7 @@ impl Directory {
                 "part {part} gives its pages to {to}"
             )));
         }
-        // Where a directory is counts for nothing beside that.
+        // Evacuation takes precedence over directory moves.
         let staying: Vec<Segment> = std::mem::take(&mut self.departing).into_keys().collect();
         self.evacuated.insert(part, to);
         let mut pages = BTreeSet::new();
@@ -465,7 +460,7 @@ impl Directory {
                 pages.insert(page);
             }
         }
-        // One more, so that it does not end before all were asked for.
+        // One extra, so that completion waits until all pages were requested.
         self.evacuating.insert(part, pages.len() as u64 + 1);
         for page in &pages {
             self.entry(*page)
@@ -483,15 +478,15 @@ impl Directory {
         Ok(())
     }
 
-    /// These are the parts from now on.
+    /// Sets the current parts.
     pub(super) fn set_parts(&mut self, parts: PartSet) {
         self.parts = parts;
     }
 
-    /// A part is none any more.
+    /// Removes a part.
     ///
     /// # Errors
-    /// [`ProtocolError`], if it has something, or is about to.
+    /// [`ProtocolError`] if it holds or is about to receive a page.
     pub(super) fn remove_part(&mut self, part: PartId) -> Result<(), ProtocolError> {
         let has = self.entries.iter().any(|(_, entry)| entry.involves(part));
         let is_directory = self.relocated.values().any(|(_, at)| *at == part);
@@ -504,9 +499,9 @@ impl Directory {
 
     // ── other directories ───────────────────────────────────────────────
 
-    /// A segment is to have its directory elsewhere: as soon as nothing is under way in it,
-    /// or whoever is its directory is told. It stays while parts leave, and where it is to go
-    /// to none of the parts: who wanted that had not heard of it.
+    /// Requests that a segment's directory moves: it is handed over once the segment has no
+    /// transaction, or the request is passed to its directory. Ignored while parts leave, and if
+    /// the target is not a part: the requester had not learned of its departure.
     pub(super) fn hand_over(
         &mut self,
         segment: Segment,
@@ -527,7 +522,7 @@ impl Directory {
         Ok(())
     }
 
-    /// All segments of which this part is the directory go home.
+    /// Returns all segments of this directory to the home.
     pub(super) fn return_segments(&mut self, out: &mut Output) -> Result<(), ProtocolError> {
         if self.me == PartId::HOME {
             return Ok(());
@@ -541,7 +536,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Hands a segment over that is to leave, if nothing is under way in it.
+    /// Hands over a departing segment if it has no transaction.
     fn transfer_if_idle(
         &mut self,
         segment: Segment,
@@ -586,7 +581,7 @@ impl Directory {
         Ok(())
     }
 
-    /// This part is a segment's directory from now on, and tells the others.
+    /// Makes this part a segment's directory, and informs the others.
     pub(super) fn adopt_segment(
         &mut self,
         from: PartId,
@@ -622,7 +617,7 @@ impl Directory {
                 self.check(page, &request)?;
                 self.entry(page).queue.push_back(request);
             }
-            // What a part had that has left here is to be had of its next owner.
+            // Pages of a part that has left belong to its successor.
             for (part, to) in self.evacuated.clone() {
                 if self.entry(page).involves(part) {
                     *self.evacuating.entry(part).or_default() += 1;
@@ -637,7 +632,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Tells a part that has come of what this one is the directory of.
+    /// Announces the segments of this directory to a new part.
     pub(super) fn announce_to(&self, part: PartId, out: &mut Output) {
         for (segment, (version, at)) in &self.relocated {
             if *at == self.me {
@@ -647,10 +642,10 @@ impl Directory {
         }
     }
 
-    /// A part is a segment's directory, if that is news.
+    /// Records a segment's directory, if the version is newer.
     ///
     /// # Errors
-    /// [`ProtocolError`], of a segment that cannot be.
+    /// [`ProtocolError`] for a segment out of bounds.
     pub(super) fn learn_location(
         &mut self,
         at: PartId,
@@ -668,7 +663,7 @@ impl Directory {
         Ok(())
     }
 
-    /// Whether there can be such a segment.
+    /// Checks the bounds of a segment.
     fn check_segment(&self, segment: Segment) -> Result<(), ProtocolError> {
         match segment.number <= u32::MAX / self.segment_pages {
             true => Ok(()),
@@ -677,7 +672,7 @@ impl Directory {
     }
 }
 
-/// Has pages in a row, of which these are the transactions, sent by who has them.
+/// Sends the batched fetch to the holder of a run of pages.
 fn fetch_run(row: Option<(PartId, PageId, Vec<u64>)>, me: PartId, to: PartId, out: &mut Output) {
     let Some((owner, page, mut numbers)) = row else {
         return;
@@ -700,7 +695,7 @@ fn fetch_run(row: Option<(PartId, PageId, Vec<u64>)>, me: PartId, to: PartId, ou
     );
 }
 
-/// The number after a number; one that another part sent may be the last there is.
+/// The next number; a number from another part may be the largest possible.
 fn incremented(number: u64) -> Result<u64, ProtocolError> {
     number
         .checked_add(1)
@@ -718,7 +713,7 @@ impl Holders {
 }
 
 impl Holders {
-    /// Whether they can be.
+    /// Whether they are consistent, and among these parts.
     pub(super) fn are_subset_of(self, parts: PartSet) -> bool {
         match self {
             Holders::Owner(owner) => parts.contains(owner),
@@ -730,7 +725,7 @@ impl Holders {
 }
 
 impl Entry {
-    /// A page with which nothing is under way.
+    /// A page without a transaction.
     fn idle(holders: Holders, number: u64) -> Self {
         Entry {
             holders,
@@ -745,8 +740,8 @@ impl Entry {
         self.busy.is_none() && self.queue.is_empty()
     }
 
-    /// Whether a part has the page, or it is on its way there, or from there: who gets it
-    /// may have nothing of it yet.
+    /// Whether a part has the page, or is involved in its transaction: the receiver may not have it
+    /// yet.
     fn involves(&self, part: PartId) -> bool {
         let is_requested = |request: &Request| match request {
             Request::Want { part: by, .. } => *by == part,
@@ -759,7 +754,7 @@ impl Entry {
             || self.queue.iter().any(is_requested)
     }
 
-    /// Begins what is wanted; false if nothing needs to be done.
+    /// Starts a transaction; false if nothing needs to be done.
     fn start_transaction(
         &mut self,
         page: PageId,
@@ -772,7 +767,7 @@ impl Entry {
             Request::Move { to } => (to, Access::Write, false, false),
             Request::Forget { part, to } => match self.holders {
                 Holders::Readers { owner, readers } if owner != part => {
-                    // It never reads it again.
+                    // A leaving part never reads it again.
                     let readers = readers.without(part);
                     self.holders = Holders::Readers { owner, readers };
                     return Ok(false);
@@ -835,7 +830,8 @@ impl Entry {
         Ok(true)
     }
 
-    /// From whom a part gets the page (`None`: it has it), and who else gives it up.
+    /// The supplier of the page for a part (`None`: it has a copy), and the other parts to
+    /// invalidate.
     fn data_source(&self, to: PartId, access: Access, has: bool) -> (Option<PartId>, PartSet) {
         match (self.holders, access) {
             (Holders::Owner(owner), _) => ((owner != to).then_some(owner), PartSet::default()),

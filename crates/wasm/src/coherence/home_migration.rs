@@ -1,42 +1,41 @@
-//! The home moves: another part takes its place, and its number.
+//! Migration of the home: another part takes its place and its number.
 //!
 //! ```text
-//!   home                              successor                       others
-//!     has nothing any more; nobody wants anything, nothing is on its way
-//!     │─── who holds what ──────────────▶│                               │
-//!     ends                               │ is the home, under its number │
-//!                                        │──── it has succeeded ────────▶│ the home's number
-//!                                        │                               │ means this one
+//!   home                              next home                       others
+//!     holds no page; all threads are suspended, the protocol is quiescent
+//!     │─── holdings ────────────────────▶│                               │
+//!     ends                               │ is the home, with its number  │
+//!                                        │──── HomeMigrated ────────────▶│ the home's number
+//!                                        │                               │ means the next home
 //! ```
 //!
-//! What the home has by default it has for good: pages that never changed hands are its
-//! own, and it is the directory of all pages ([`Config::origin`](super::Config)). Both go
-//! over at once, so pages of which nobody has any bytes need not move one by one. Between
-//! the first and the last step nobody may ask for anything: whoever runs this lets all
-//! threads stand.
+//! The home implicitly holds all pages that never changed hands, and is the directory of all pages
+//! ([`Config::origin`](super::Config)). Both transfer at once, so untouched pages need not move one
+//! by one. From the first to the last step no part may request a page: the driver suspends all
+//! threads.
 
 use super::copies::Copy;
 use super::message::Holders;
 use super::{Coherence, PageId, PartId, PartSet, ProtocolError};
 use serde::{Deserialize, Serialize};
 
-/// Pages in a row that the same parts hold, as a home that goes knows them.
+/// A run of pages with the same holders, as the old home knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeldRun {
     pub memory: u32,
-    /// Number of the first page.
+    /// Index of the first page.
     pub first: u32,
     pub pages: u32,
     pub holders: Holders,
 }
 
-/// Who holds what, as a home that goes knows it. One list of rows and one of numbers, as
-/// there may be a row for every other page.
+/// Holders of all pages, as the old home knows them. Runs and counters are separate lists, as every
+/// other page may be a run of its own.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holdings {
-    /// In rising order.
+    /// In ascending order.
     pub rows: Vec<HeldRun>,
-    /// Of each of their pages, how often it changed hands.
+    /// Number of changes of hands of each page.
     pub exchanges: Vec<u64>,
 }
 
@@ -48,7 +47,7 @@ impl HeldRun {
 }
 
 impl Holdings {
-    /// Its pages, and who holds them.
+    /// Its pages with their holders.
     fn pages(&self) -> impl Iterator<Item = (PageId, Holders)> + '_ {
         self.rows.iter().flat_map(|row| {
             let numbers = (row.first..=u32::MAX).take(row.pages as usize);
@@ -59,7 +58,7 @@ impl Holdings {
         })
     }
 
-    /// Whether the rows can be, and are of parts among those.
+    /// Validates the runs for a set of parts.
     fn check(&self, parts: PartSet) -> Result<(), String> {
         let mut end = (0, 0);
         for row in &self.rows {
@@ -100,8 +99,8 @@ impl Holders {
 }
 
 impl Coherence {
-    /// Pages that changed hands, or were to, and of which this part, their directory, has
-    /// something. (Of the others only its memories know.)
+    /// Pages that changed hands, or were about to, and are held by this part, their directory.
+    /// (Untouched pages are known to its memories only.)
     pub fn pages_in_use(&self) -> impl Iterator<Item = PageId> {
         let entries = self.directory.entries();
         let own = entries.filter(|(page, holders, _)| {
@@ -110,12 +109,11 @@ impl Coherence {
         own.map(|(page, ..)| page)
     }
 
-    /// Who holds what, for the part that is to be the home; in rising order. Pages that
-    /// are not in it nobody has touched, or this part still has: whoever moves its home
-    /// has moved what is in its memory first.
+    /// The holders of all pages for the next home, in ascending order. Omitted pages are untouched,
+    /// or still here: the driver must move the home's resident pages first.
     ///
     /// # Errors
-    /// Why it cannot be: something is under way, this is not the home, or it has pages.
+    /// The obstacle: a transaction is in progress, this part is not the home, or it holds pages.
     pub fn holdings(&self) -> Result<Holdings, String> {
         if self.failed || self.me != PartId::HOME {
             return Err("only a home can be succeeded".into());
@@ -126,7 +124,7 @@ impl Coherence {
         let mut holdings = Holdings::default();
         for (page, holders, exchanges) in self.directory.entries() {
             let holders = match holders {
-                // (It was dropped here.)
+                // (The home dropped its copy.)
                 Holders::Readers { owner, readers }
                     if owner != self.me && self.copies.copy(page) == Copy::Invalid =>
                 {
@@ -158,11 +156,11 @@ impl Coherence {
         Ok(holdings)
     }
 
-    /// This part is the home from now on, under its number; all others are told
-    /// ([`super::Event::Succeeded`]) before anybody wants anything.
+    /// Makes this part the home, with the home's number; all others are notified
+    /// ([`super::Event::HomeMigrated`]) before any part requests a page.
     ///
     /// # Errors
-    /// What cannot be; it is as it was then.
+    /// The inconsistency; the state is unchanged then.
     pub fn take_over_home(&mut self, holdings: &Holdings) -> Result<(), String> {
         let me = self.me;
         if self.failed || me == PartId::HOME {
@@ -181,7 +179,7 @@ impl Coherence {
             let agrees = match holders {
                 Holders::Owner(owner) if owner == me => *copy == Copy::Modified,
                 Holders::Readers { owner, .. } if owner == me => *copy == Copy::Owned,
-                // (It may have been dropped.)
+                // (The copy may have been dropped.)
                 Holders::Readers { readers, .. } if readers.contains(me) => {
                     matches!(copy, Copy::Shared | Copy::Invalid)
                 }
@@ -249,7 +247,7 @@ mod tests {
         (0..count).map(new).collect()
     }
 
-    /// All that follows from an event; parts by the slot of their number.
+    /// Delivers an event and all resulting messages; parts by their index.
     fn step(parts: &mut [Coherence], at: usize, event: Event) {
         let mut rest = vec![(at, event)];
         while let Some((at, event)) = rest.pop() {
@@ -280,7 +278,7 @@ mod tests {
         fault(&mut all, 1, 1, Access::Read);
         fault(&mut all, 2, 6, Access::Write);
         fault(&mut all, 2, 0, Access::Read);
-        // It reads what others have, and so has something.
+        // It reads pages of others, and so holds copies.
         fault(&mut all, 0, 6, Access::Read);
         assert!(all[0].holdings().unwrap_err().contains("still has"));
         let (at, to) = (page(6), part(1));
@@ -344,7 +342,7 @@ mod tests {
             }
         });
         assert_eq!(all[0].holders(page(6)).unwrap(), Holders::Owner(part(1)));
-        // Pages that nobody touched are the home's.
+        // Untouched pages belong to the home.
         assert_eq!(all[0].access(page(9)), Some(Access::Write));
         assert_eq!(all[1].access(page(9)), None);
         for number in [0, 1, 6, 9] {
@@ -353,7 +351,7 @@ mod tests {
                 assert_eq!(all[1 - at].access(page(number)), None);
             }
         }
-        // Another one may have its number.
+        // Another part may reuse the number.
         let new = parts(3).swap_remove(2);
         all.push(new);
         for new_home in 0..2 {
@@ -367,7 +365,7 @@ mod tests {
     fn nobody_succeeds_while_pages_are_on_their_way() {
         let mut all = parts(3);
         let (page, access) = (page(0), Access::Write);
-        // What it asks for is not delivered.
+        // Its request is not delivered.
         let asked = all[1].step(Event::Fault { page, access }, 0);
         assert!(all[1].take_over_home(&Holdings::default()).is_err());
         let new_home = part(2);

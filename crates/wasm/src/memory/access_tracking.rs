@@ -1,20 +1,18 @@
-//! Which pages a guest uses, of those that are here. The processor notes an access in the
-//! page table, and the kernel shows that to nobody but the administrator. What it does
-//! show is whether a page is in the process's page table at all (`/proc/self/pagemap`),
-//! and taking it out of there costs a page of a file nothing but the next access's time
-//! to put it back (below a microsecond; no thread of ours is asked). So:
+//! Tracking of the resident pages that a guest accesses. The accessed bits of the page table are
+//! visible to administrators only. Visible to the process is whether a page is mapped
+//! (`/proc/self/pagemap`), and unmapping a file page costs only the minor fault of its next access
+//! (below a microsecond, handled by the kernel). So:
 //!
 //! ```text
-//!   taken out ── nobody touches it ──▶ is not in the page table: not used since
-//!       ▲    └── somebody does ──────▶ is in it: used since, and taken out again
-//!       └──────────────────────────────────────────────┘
+//!   unmapped ── no access ──▶ still unmapped: not used since
+//!       ▲   └── access ─────▶ mapped: used since, and unmapped again
+//!       └───────────────────────────────┘
 //! ```
 //!
-//! (As the clock algorithm looks at reference bits and clears them: Corbató, "A Paging
-//! Experiment with the Multics System", 1968.) Protections stay, as the kernel keeps
-//! userfaultfd's for pages of files that are not in the table. Not for a memory whose
-//! writes are tracked ([`super::DirtyTracker`]): there what is not in the table counts as
-//! written.
+//! (The CLOCK algorithm, with mapping in place of reference bits: Corbató, "A Paging Experiment
+//! with the Multics System", 1968.) Protections persist, as the kernel keeps userfaultfd protection
+//! for unmapped file pages. Not for a memory with dirty tracking ([`super::DirtyTracker`]), where
+//! an unmapped page counts as written.
 
 use super::uffd::{Unavailable, unavailable};
 use super::{GuestMemory, MemoryError, PAGE_BYTES, faults, open_private};
@@ -22,14 +20,14 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// Bytes that the kernel says of each page, and the bit that says that it is in the table
+/// Bytes per pagemap entry, and the bit that says that a page is mapped
 /// (Documentation/admin-guide/mm/pagemap.rst).
 const WORD: usize = 8;
 const PRESENT: u64 = 1 << 63;
-/// Pages that are looked at by one call.
+/// Pages per read of the pagemap.
 const PAGES_PER_READ: usize = 512;
 
-/// Sees the uses of one memory of a part.
+/// Tracks accesses to one memory of a part.
 #[derive(Debug)]
 pub struct AccessTracker {
     memory: Arc<GuestMemory>,
@@ -37,18 +35,18 @@ pub struct AccessTracker {
 }
 
 impl AccessTracker {
-    /// Of a memory that spans.
+    /// A tracker for a memory that spans.
     ///
     /// # Errors
-    /// [`Unavailable`] where /proc is not mounted.
+    /// [`Unavailable`] if /proc is not mounted.
     pub(super) fn of(memory: Arc<GuestMemory>) -> Result<Self, Unavailable> {
         let pagemap = open_private("/proc/self/pagemap")
             .map_err(|errno| unavailable("/proc/self/pagemap", "Mount /proc.")(errno.into()))?;
         Ok(AccessTracker { memory, pagemap })
     }
 
-    /// Of each of some whole pages in a row whether it was used since it was looked at
-    /// last, or came. (What the host does through the file is no use.)
+    /// For each of a run of whole pages, whether the guest accessed it since the last call, or it
+    /// arrived since. (Host accesses through the file do not count.)
     ///
     /// # Errors
     /// [`MemoryError::Outside`], [`MemoryError::System`].
@@ -86,7 +84,7 @@ impl AccessTracker {
         Ok(used)
     }
 
-    /// Takes pages out of the page table.
+    /// Unmaps pages.
     fn unmap(&self, range: Range<u64>) -> Result<(), MemoryError> {
         let bytes = (range.end - range.start) as usize;
         // SAFETY: whole pages within our own mapping, which is shared and of a file: what
@@ -155,7 +153,7 @@ mod tests {
         let mut seen = [0; 8];
         memory.read(6 * PAGE_BYTES, &mut seen).unwrap();
         assert_eq!(seen, [7, 6, 6, 6, 6, 6, 6, 6]);
-        // (A page that comes from elsewhere is one that is used.)
+        // (A page that arrives from elsewhere counts as accessed.)
         spanning.discard(PAGE_BYTES, PAGE_BYTES).unwrap();
         take();
         spanning.install(PAGE_BYTES, &[3; PAGE], false).unwrap();
@@ -165,7 +163,7 @@ mod tests {
         assert_eq!(spanning.wait(Duration::ZERO).unwrap(), None);
     }
 
-    /// Being looked at takes no protection away, and adds none.
+    /// Tracking neither removes nor adds a protection.
     #[test]
     fn what_is_protected_stays_protected() {
         let spanning = spanning();
@@ -175,7 +173,7 @@ mod tests {
         }
         word(memory, 0).load(Ordering::SeqCst);
         uses.take(0, PAGES * PAGE_BYTES).unwrap();
-        // (Once it is, once it was not in the table when it is read.)
+        // (Read both while mapped and while unmapped.)
         for page in [0, PAGE] {
             std::thread::scope(|scope| {
                 let guest = scope.spawn(move || {
@@ -193,7 +191,7 @@ mod tests {
         assert_eq!(spanning.wait(Duration::ZERO).unwrap(), None);
     }
 
-    /// Ends the other threads, also where one fails.
+    /// Ends the other threads, also on failure.
     struct Ends<'a>(&'a AtomicBool, &'a Spanning);
 
     impl Drop for Ends<'_> {
@@ -203,8 +201,8 @@ mod tests {
         }
     }
 
-    /// While others write, protect and allow, nothing that was written is lost, and
-    /// nobody writes what is protected.
+    /// Under concurrent writes, protection and its removal, no write is lost, and no write passes a
+    /// protection.
     #[test]
     fn looking_disturbs_nobody() {
         let spanning = spanning();
@@ -227,7 +225,7 @@ mod tests {
             scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
                     if let Some(touch) = spanning.wait(Duration::from_millis(5)).unwrap() {
-                        // (It stands until what protected it allows it.)
+                        // (The thread faults until the write is allowed.)
                         assert!(touch.write);
                     }
                 }
@@ -235,7 +233,7 @@ mod tests {
             let writer = scope.spawn(move || {
                 let begun = Instant::now();
                 let mut count = 0;
-                // (On a busy computer the others get to it now and then.)
+                // (On a busy host other threads run only now and then.)
                 while [seen, protected]
                     .iter()
                     .any(|it| it.load(Ordering::Relaxed) < 2000)

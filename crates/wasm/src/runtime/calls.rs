@@ -1,4 +1,4 @@
-//! What a machine does when its guest calls the host: WASI, threads, waiting.
+//! Host calls of a machine: WASI, threads, waiting.
 
 use super::frame::Progress;
 use super::hints::{NAME_BYTES_MAX, NamedRange};
@@ -12,8 +12,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-/// Addresses at which a thread compares or wakes just now, while pages may have to come for
-/// that.
+/// Locks for the addresses of atomic waits and wakes in progress, during which pages may have to be
+/// fetched.
 #[derive(Debug, Default)]
 pub(super) struct AddressLocks {
     busy: Mutex<LockedAddresses>,
@@ -23,11 +23,11 @@ pub(super) struct AddressLocks {
 #[derive(Debug, Default)]
 struct LockedAddresses {
     locked: BTreeSet<(u32, u64)>,
-    /// Threads that wait for one of them.
+    /// Number of threads that wait for a lock.
     waiting: usize,
 }
 
-/// Held over one such step.
+/// A held address lock.
 struct AddressLock<'a> {
     locks: &'a AddressLocks,
     place: (u32, u64),
@@ -39,7 +39,7 @@ impl Drop for AddressLock<'_> {
         busy.locked.remove(&self.place);
         let waiting = busy.waiting;
         drop(busy);
-        // (A call of the kernel, whether anybody waits or not.)
+        // (`notify_all` is a system call even without waiters.)
         if waiting > 0 {
             self.locks.released.notify_all();
         }
@@ -68,8 +68,8 @@ impl Shared {
                 let turn = self.lock_address(memory, address);
                 let bytes = &self.memories[memory as usize];
                 if turn.is_none() {
-                    // It may be one that an arriving machine still waits for: not under the
-                    // lock, and then it is here.
+                    // The page may have to be fetched: done without the lock, so that it is local
+                    // under it.
                     let _ = bytes.load_u32(address);
                 }
                 let held = turn.is_none().then(|| locked(&self.waits));
@@ -131,10 +131,9 @@ impl Shared {
         HostOutcome::Done(vec![woken.len() as u64])
     }
 
-    /// Waits until nobody else compares or wakes at an address: to compare and to
-    /// enter the queue is one step to whoever wakes, and no lock is held for it that
-    /// others need while a page is on its way. `None` where all pages are here: the lock of
-    /// the queues is held over that step then.
+    /// Locks an address for an atomic wait or wake: comparing and queueing must be atomic with
+    /// respect to wakes, and no other lock may be held while a page is fetched. `None` where all
+    /// pages are local: there the lock of the queues suffices.
     fn lock_address(&self, memory: u32, address: u64) -> Option<AddressLock<'_>> {
         if self.parts.is_alone() {
             return None;
@@ -162,8 +161,7 @@ impl Shared {
         HostOutcome::Done(vec![grown.unwrap_or(u64::MAX)])
     }
 
-    /// The effective address of an atomic operation, as the instruction would
-    /// check it.
+    /// The effective address of an atomic operation, with the checks of the instruction.
     fn checked_address(
         &self,
         memory: u32,
@@ -177,7 +175,7 @@ impl Shared {
             .checked_add(offset)
             .filter(|address| self.memories[memory as usize].memory64() || *address >> 32 == 0)
             .ok_or("out of bounds memory access")?;
-        // In the order in which the engine checks.
+        // In the engine's order of checks.
         if !address.is_multiple_of(bytes) {
             return Err("unaligned atomic".into());
         }
@@ -187,7 +185,7 @@ impl Shared {
         Ok(address)
     }
 
-    /// Bytes of the first memory as a thread of the guest reads them.
+    /// A name in the first memory.
     fn name_at(&self, address: u64, length: u64) -> Result<String, Errno> {
         let length = length as u32;
         if length as usize > NAME_BYTES_MAX {
@@ -255,7 +253,7 @@ fn errno(done: Result<(), Errno>) -> HostOutcome {
     HostOutcome::Done(vec![u64::from(errno as u16)])
 }
 
-/// What a call of WASI came to before.
+/// Progress of a WASI call.
 fn wasi_state(progress: &mut Progress) -> keel_wasi::CallState {
     match std::mem::take(progress) {
         Progress::Wasi(state) => state,
@@ -283,7 +281,7 @@ fn wasi_outcome(
     }
 }
 
-/// The host side of a machine's imports, shared by its threads.
+/// Host calls of a machine, shared by its threads.
 impl Host for Arc<Shared> {
     fn call(
         &self,
@@ -293,7 +291,7 @@ impl Host for Arc<Shared> {
         thread: &HostThread,
     ) -> HostOutcome {
         if self.over.load(Ordering::Acquire) {
-            // It has ended: the thread leaves without any effect more.
+            // The machine has ended: the thread leaves without further effects.
             return HostOutcome::Interrupted;
         }
         match self.program.kinds[import as usize] {

@@ -1,17 +1,16 @@
-//! What a guest that knows us says of itself (`guests/evenkeel.h`): names of pieces of its
-//! memory, and which of them its threads like to be near. Nothing depends on it but where
-//! threads and memory are.
+//! Placement hints of a guest (`guests/evenkeel.h`): names of memory ranges, and the affinity of
+//! threads to them. They only influence placement.
 
 use keel_wasi::Errno;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Bytes of a name at most.
+/// Maximum bytes of a name.
 pub(super) const NAME_BYTES_MAX: usize = 64;
-/// Names that a machine has at most.
+/// Maximum number of names of a machine.
 const NAMES_MAX: usize = 4096;
 
-/// A piece of the first memory of a machine.
+/// A range of a machine's first memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NamedRange {
     /// Its first byte.
@@ -19,8 +18,8 @@ pub struct NamedRange {
     pub bytes: u64,
 }
 
-/// Whether it can be the name of an object: letters, digits, `.`, `_` and `-`, a letter or
-/// `_` first, so that it is no range; 64 at most.
+/// Whether a text is a valid object name: letters, digits, `.`, `_` and `-`, starting with a letter
+/// or `_`, so that it is no range; at most 64 bytes.
 pub fn is_object_name(name: &str) -> bool {
     let first = name.bytes().next();
     let is_first = first.is_some_and(|byte| byte.is_ascii_alphabetic() || byte == b'_');
@@ -32,17 +31,17 @@ pub fn is_object_name(name: &str) -> bool {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Hints {
     objects: BTreeMap<String, NamedRange>,
-    /// Which object a thread likes to be near.
+    /// The object to which a thread has an affinity.
     preferences: BTreeMap<u32, String>,
 }
 
 impl Hints {
-    /// A piece of a memory of `size` bytes has this name from now on, and no other one;
-    /// of no bytes, nothing has.
+    /// Names a range of a memory of `size` bytes, replacing its previous name; an empty range
+    /// removes the name.
     ///
     /// # Errors
-    /// `inval` for what is no name, `fault` for what is not in memory, `nomem` for too
-    /// many of them.
+    /// `inval` for an invalid name, `fault` for a range outside of memory, `nomem` for too many
+    /// names.
     pub(super) fn name(&mut self, name: &str, piece: NamedRange, size: u64) -> Result<(), Errno> {
         if !is_object_name(name) {
             return Err(Errno::Inval);
@@ -62,10 +61,10 @@ impl Hints {
         Ok(())
     }
 
-    /// A thread likes to be near an object from now on; without a name near none.
+    /// Sets a thread's affinity to an object; an empty name removes it.
     ///
     /// # Errors
-    /// `noent` if nothing has that name.
+    /// `noent` for an unknown name.
     pub(super) fn set_preference(&mut self, tid: u32, name: &str) -> Result<(), Errno> {
         if name.is_empty() {
             self.preferences.remove(&tid);
@@ -90,7 +89,7 @@ impl Hints {
         &self.preferences
     }
 
-    /// Whether it can be what a machine said: it came from elsewhere.
+    /// Validates hints from an untrusted image.
     pub(super) fn is_valid(&self, size: u64) -> bool {
         let is_right = |(name, piece): (&String, &NamedRange)| {
             let end = piece.start.checked_add(piece.bytes);

@@ -13,9 +13,9 @@ use std::collections::BTreeMap;
 const IMAGE_MAGIC: [u8; 4] = *b"KIMG";
 /// Version of the image's format.
 const IMAGE_VERSION: u32 = 3;
-/// That before it: without names.
+/// Previous version, without hints.
 const PAST_VERSION: u32 = 2;
-/// What a thread was started for.
+/// Entry point of a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Entry {
     Main,
@@ -33,8 +33,7 @@ pub struct Image {
     /// Size of each memory in 64 KiB pages.
     pub memory_pages: Vec<u64>,
     pub wasi: keel_wasi::Snapshot,
-    /// What the guest says of its memory and threads. (Stays the last: it is nothing in
-    /// images of the version before.)
+    /// Placement hints. (Must stay the last field: it is absent in the previous version.)
     pub(super) names: Hints,
 }
 
@@ -64,7 +63,7 @@ impl Image {
             body
         } else if header[4..] == PAST_VERSION.to_le_bytes() {
             past.extend_from_slice(body);
-            // No names, and nobody who likes to be near one.
+            // No names and no affinities.
             past.extend_from_slice(&[0, 0]);
             &past
         } else {

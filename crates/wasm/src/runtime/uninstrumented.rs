@@ -1,5 +1,5 @@
-//! Runs a module as its author built it, on wasmtime as it is, with the same
-//! WASI: what instrumented runs are compared with. Nothing here can be captured.
+//! Runs an original module on unmodified wasmtime with the same WASI: the baseline for instrumented
+//! runs. Capture is impossible here.
 
 use super::fiber::Trap;
 use super::imports;
@@ -39,9 +39,9 @@ struct Context {
     limits: StoreLimits,
 }
 
-/// Bounds one thread's store.
+/// Limits of one thread's store.
 struct StoreLimits {
-    /// Of each memory that the module defines for itself.
+    /// For each memory that the module defines.
     memory_bytes: usize,
     tables: TableLimits,
 }
@@ -80,8 +80,7 @@ impl Context {
     }
 }
 
-/// The same memory, ending at the limit: the module may import one that ends
-/// sooner than it asks for.
+/// The memory type, bounded by the limit: the module may import a smaller memory than it declares.
 fn within(ty: &MemoryType, limit_bytes: u64) -> wasmtime::Result<MemoryType> {
     let limit = limit_bytes >> 16;
     if ty.minimum() > limit {
@@ -100,10 +99,10 @@ fn within(ty: &MemoryType, limit_bytes: u64) -> wasmtime::Result<MemoryType> {
 }
 
 impl Engine {
-    /// Runs a command as its author built it to its end, on wasmtime as it is.
+    /// Runs an original command to its end on unmodified wasmtime.
     ///
     /// # Errors
-    /// [`ProgramError`] if it is no module, or imports what machines do not have.
+    /// [`ProgramError`] for an invalid module or unknown imports.
     pub fn run_uninstrumented(
         &self,
         bytes: &[u8],
@@ -181,7 +180,7 @@ fn link(plain: &Arc<UninstrumentedRun>, module: &Module) -> Result<Linker<Contex
         } else if (module, name) == ("evenkeel", "epoch") {
             linker.func_wrap(module, name, || 0u64).map(drop)
         } else if (module, name) == ("evenkeel", "object") {
-            // (Whatever it is called: it stays where it is.)
+            // (Names have no effect: it stays in place.)
             let object = |_: u32, _: u32, _: u32, _: u32| 0u32;
             linker.func_wrap(module, name, object).map(drop)
         } else if (module, name) == ("evenkeel", "prefer") {
@@ -297,7 +296,7 @@ fn launch(plain: &Arc<UninstrumentedRun>, tid: u32, arg: Option<u32>) -> std::io
                     }),
                 },
             };
-            // Nobody listens any more when another thread ended the program.
+            // The receiver is gone if another thread ended the program.
             let _ = plain.ended.send(outcome);
         })
         .map(drop)

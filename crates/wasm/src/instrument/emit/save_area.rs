@@ -1,18 +1,17 @@
-//! Room for what is saved: in the save area, and for references in the references table.
+//! Space for saved frames: in the save area, and for references in the references table.
 //!
-//! A reference cannot lie in memory, so a frame that is saved puts each of its own into the
-//! next entry of the references table. How many there are is a matter of how deep the thread
-//! stands, and code cannot compare references to put one there only once; so the table grows
-//! on the way out, where it is too short. (The host makes indices of the entries, which is
-//! all that frames have of them.)
+//! A reference cannot be stored in memory, so a saved frame puts each of its references into the
+//! next entry of the references table. Their number depends on the depth of the stack, and code
+//! cannot compare references to store each only once; so the table grows during unwinding if it is
+//! too short. (The host converts the entries to function indices for the frames.)
 
 use super::Writer;
 use crate::instrument::meta;
 use wasm_encoder::{BlockType, HeapType, Instruction};
 
 impl Writer<'_, '_> {
-    /// In front of a frame that has so many references: doubles the table where they do not
-    /// fit in. (A frame has fewer than the table's least size, so once is enough.)
+    /// In front of a frame with this number of references: doubles the table if they do not fit. (A
+    /// frame has fewer than the table's minimum size, so once is enough.)
     pub(super) fn make_room(&mut self, references: u32) {
         if references == 0 {
             return;
@@ -31,9 +30,9 @@ impl Writer<'_, '_> {
         self.i(&Instruction::End);
     }
 
-    /// On the way out, behind a frame whose end is in the scratch local: traps where the save
-    /// area ends. The runtime knows by the saved frames before it that this is no trap of the
-    /// guest's, but an exhausted stack.
+    /// During unwinding, after a frame whose end is in the scratch local: traps at the end of the
+    /// save area. The runtime recognises by the frames already saved that this is no guest trap but
+    /// an exhausted stack.
     pub(super) fn check_save_area(&mut self) {
         let scratch = self.scratch;
         self.i(&Instruction::LocalGet(scratch));

@@ -1,17 +1,17 @@
-//! Points with more operands than a block may take.
+//! Points with more operands than a block may have.
 
 use super::Writer;
 use crate::instrument::InstrumentError;
 use wasm_encoder::{BlockType, Instruction};
 use wasmparser::ValType;
 
-/// The most parameters and results of a block's type (a limit of implementations).
+/// Maximum parameters and results of a block type (an implementation limit).
 pub(super) const BLOCK_VALUES_MAX: usize = 1000;
 
 impl Writer<'_, '_> {
-    /// As [`Self::leave_if`], where the operands, a call's results last, are too many for the
-    /// block in which they would be saved: they go through their temporaries instead. (Which
-    /// costs nothing where nobody leaves: to the compiler they are the same values.)
+    /// As [`Self::leave_if`], if the operands, a call's results last, are too many for the block in
+    /// which they would be saved: they pass through their temporaries instead. (Free on the hot
+    /// path: to the compiler they are the same values.)
     pub(super) fn leave_if_spilled(
         &mut self,
         number: usize,

@@ -1,6 +1,5 @@
-//! What a thread of a machine does from its beginning to its end: launched, run stage by
-//! stage, parked at safepoints, entered anew where it is to be, and gone; and how the machine
-//! ends by what one of them did.
+//! The life cycle of a thread: launched, run stage by stage, parked at safepoints, rebuilt in
+//! another instance, and ended; and the end of the machine caused by one of its threads.
 
 use super::super::fiber::{Fiber, Run, Stop, Trap};
 use super::super::frame::{ThreadState, Value};
@@ -21,10 +20,10 @@ use std::time::Instant;
 
 /// The entry point of a thread (wasi-threads).
 const THREAD_EXPORT: &str = "wasi_thread_start";
-/// Largest thread number that wasi-threads allows.
+/// Largest thread ID that wasi-threads allows.
 const TID_MAX: u32 = (1 << 29) - 1;
 
-/// What a thread's code runs in.
+/// Executor of a thread's code.
 enum Executor {
     Local(Box<Fiber>),
     Remote(Box<RemoteThread>),
@@ -80,7 +79,7 @@ impl Executor {
     }
 }
 
-/// What a thread does after it came to a safepoint.
+/// Next step of a thread after a safepoint.
 enum Next {
     GoOn,
     Rebuild,
@@ -88,8 +87,8 @@ enum Next {
 }
 
 impl Shared {
-    /// Lets threads go on, and launches those that were spawned meanwhile; an
-    /// error is that of one which could not be, the others run.
+    /// Resumes threads, and launches those spawned meanwhile; an error belongs to one that could
+    /// not be launched, the others run.
     pub(super) fn resume_threads(self: &Arc<Self>, threads: &mut Threads) -> std::io::Result<()> {
         threads.phase = Phase::Running;
         for thread in threads.table.values_mut() {
@@ -134,7 +133,7 @@ impl Shared {
         Ok(())
     }
 
-    /// What a thread runs in: where it is to be now; `spare` if that is here.
+    /// The executor of a thread at its assigned part; `spare` is used if that is local.
     fn executor(
         self: &Arc<Self>,
         tid: u32,
@@ -174,7 +173,7 @@ impl Shared {
         Ok(Executor::Local(Box::new(fiber)))
     }
 
-    /// A guest thread's whole life in this process.
+    /// Runs a guest thread from launch to end in this process.
     fn run(self: &Arc<Self>, tid: u32, entry: Entry, signal: Arc<Signal>) {
         match self.run_stages(tid, entry, &signal) {
             Ok(true) if tid == 0 => self.end(Outcome::Exit(0)),
@@ -190,7 +189,7 @@ impl Shared {
         }
     }
 
-    /// True when all its functions returned, false when it is to disappear.
+    /// True when all its entry functions returned, false when the thread disappears.
     fn run_stages(
         self: &Arc<Self>,
         tid: u32,
@@ -226,7 +225,7 @@ impl Shared {
                     match self.wait_while_frozen(tid, signal, None) {
                         Next::Leave => return Ok(false),
                         Next::GoOn => break,
-                        // It is to begin elsewhere.
+                        // It starts at another part.
                         Next::Rebuild => {
                             fiber = self.executor(tid, signal, None)?;
                             fiber.load(state.clone())?;
@@ -269,7 +268,7 @@ impl Shared {
                             fiber.retire();
                             fiber = self.executor(tid, signal, spare)?;
                             if was_here && fiber.is_here() {
-                                // As one that comes from elsewhere.
+                                // As for a thread from another host.
                                 state = self.serialize_roundtrip(&state)?;
                             }
                             fiber.load(state)?;
@@ -295,7 +294,7 @@ impl Shared {
         })
     }
 
-    /// At a safepoint: waits while the machine is frozen.
+    /// At a safepoint: waits while the machine is frozen or the thread is held.
     fn wait_while_frozen(&self, tid: u32, signal: &Signal, state: Option<&ThreadState>) -> Next {
         let mut threads = locked(&self.threads);
         loop {
@@ -328,7 +327,7 @@ impl Shared {
         }
     }
 
-    /// Ends all threads. The first reason counts.
+    /// Ends all threads. The first outcome wins.
     pub(super) fn end(&self, outcome: Outcome) {
         let mut threads = locked(&self.threads);
         if threads.phase == Phase::Ended {
@@ -366,8 +365,7 @@ impl Shared {
             tid = if tid >= TID_MAX { 1 } else { tid + 1 };
         }
         threads.next_tid = tid + 1;
-        // While the machine is being frozen it stays an entry that has not
-        // begun; thawing launches it.
+        // During a freeze the new thread stays an entry that has not started; thawing launches it.
         let frozen = threads.phase != Phase::Running;
         let place = self.placement_for_new(&threads);
         let entry = Entry::Spawned { arg };

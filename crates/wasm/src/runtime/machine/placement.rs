@@ -1,6 +1,5 @@
-//! The threads of a machine one by one: at which part each runs, and what they take there;
-//! and how they move, to another part or, for testing, to a fresh instance. When a thread is
-//! to move, and where to, others decide.
+//! Placement of the threads of a machine: the part of each, its CPU usage there, and its moves, to
+//! another part or, for tests, to a fresh instance. The policy is elsewhere.
 
 use super::super::image::Image;
 use super::super::parts::{Members, Order, Report, SpawnPolicy};
@@ -12,10 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 impl Machine {
-    /// Moves one running thread through its serialised form into a fresh
-    /// instance: for testing. False if there is no such thread, if the machine
-    /// is not running, or if the thread ran no longer since the last time than
-    /// that took.
+    /// Captures one running thread and resumes it in a fresh instance, for tests. False if there is
+    /// no such thread, if the machine is not running, or if the thread ran for less time since the
+    /// last recapture than that took.
     pub fn recapture(&self, tid: u32) -> bool {
         let mut threads = locked(&self.shared.threads);
         if threads.phase != Phase::Running {
@@ -29,14 +27,13 @@ impl Machine {
         true
     }
 
-    /// From now on it has members too, which hear what they are to do through `way`;
-    /// threads that it starts begin as `spawning` says. Its memories are
-    /// the home's part of what `crate::coherence` keeps. Returns when those of the members
+    /// Sets the members of a machine, reached through `link`, and the placement of new threads. Its
+    /// memories become the home's part of `crate::coherence`. Returns when the members' memories
     /// are as large.
     ///
     /// # Errors
-    /// [`MachineError::NotFrozen`]; [`MachineError::Away`] if threads are at members
-    /// that it would not have any more.
+    /// [`MachineError::NotFrozen`]; [`MachineError::ThreadsAtMember`] if threads run at members
+    /// that would be removed.
     pub fn set_members(
         &self,
         members: Vec<PartId>,
@@ -56,7 +53,7 @@ impl Machine {
             count => return Err(MachineError::ThreadsAtMember(count)),
         }
         drop(threads);
-        // (A machine that was lost meanwhile ends.)
+        // (A machine whose members were lost meanwhile ends.)
         for (number, memory) in (0..).zip(self.shared.memories.iter()) {
             if !self.shared.parts.open(number, memory.size_bytes()) {
                 return Err(MachineError::Members);
@@ -65,7 +62,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes note of what a member says.
+    /// Handles a report of a member.
     pub fn hear(&self, from: PartId, report: Report) {
         if let Report::Opened {
             memory,
@@ -80,7 +77,7 @@ impl Machine {
         }
         if let Report::Expecting { tid } = report {
             let threads = locked(&self.shared.threads);
-            // (Unless it has left already.)
+            // (Unless it has already left.)
             if let Some(thread) = threads.table.get(&tid).filter(|thread| thread.rebuild) {
                 thread.signal.request();
             }
@@ -98,12 +95,12 @@ impl Machine {
         }
     }
 
-    /// Its members are lost before it came to depend on them: who waits for them goes on.
+    /// Its members were lost before the machine depended on them: pending waits end.
     pub fn members_lost(&self) {
         self.shared.parts.lose();
     }
 
-    /// Ends it since a part of it is lost: nothing comes from members any more.
+    /// Ends the machine because a part is lost: no further reports arrive.
     pub fn lose(&self) {
         self.shared.end(Outcome::Stopped);
         self.shared.parts.lose();
@@ -114,8 +111,8 @@ impl Machine {
         }
     }
 
-    /// Moves a thread to another part, at its next safepoint; does not wait for it. The
-    /// first time it may have to compile; the machine runs meanwhile.
+    /// Moves a thread to another part at its next safepoint; does not wait. The first move may have
+    /// to compile; the machine runs meanwhile.
     ///
     /// # Errors
     /// [`MachineError::NoThread`], [`MachineError::NoPart`], [`MachineError::Ended`],
@@ -151,7 +148,7 @@ impl Machine {
             _ => shared.parts.link(),
         };
         match link {
-            // It goes on here until what it needs there is awake.
+            // It continues here until its OS thread at the target is ready.
             Some(link) => {
                 drop(threads);
                 link.order(to, &Order::Expect { tid });
@@ -161,13 +158,13 @@ impl Machine {
         Ok(())
     }
 
-    /// How a thread is asked to come to safepoints; of one that is away, its home's side.
+    /// The signal of a thread; for a remote one that of its proxy.
     pub fn signal(&self, tid: u32) -> Option<Arc<Signal>> {
         let threads = locked(&self.shared.threads);
         threads.table.get(&tid).map(|thread| thread.signal.clone())
     }
 
-    /// What each of its threads does.
+    /// State of each of its threads.
     pub fn thread_infos(&self) -> Vec<ThreadInfo> {
         let link = self.shared.parts.link();
         let threads = locked(&self.shared.threads);
@@ -197,34 +194,32 @@ impl Machine {
         infos.collect()
     }
 
-    /// Asks all members what their threads took of cores; it is in [`Self::thread_infos`]
-    /// when they have answered.
+    /// Requests CPU times from all members; [`Self::thread_infos`] shows them once they have
+    /// answered.
     pub fn request_cpu_times(&self) {
         self.shared.parts.request_cpu_times();
     }
 
-    /// For how long members have not said what they were asked by [`Self::request_cpu_times`]: those
-    /// that are there say it within milliseconds.
+    /// Time for which members have not answered [`Self::request_cpu_times`]; a live member answers
+    /// within milliseconds.
     pub fn unresponsive_members(&self) -> BTreeMap<PartId, Duration> {
         self.shared.parts.unresponsive()
     }
 
-    /// How many cores are free at each part: threads that it starts begin where most are
-    /// ([`SpawnPolicy::Room`]).
+    /// Sets the free cores per part: new threads start where most are free ([`SpawnPolicy::Room`]).
     pub fn set_free_cores(&self, room: BTreeMap<PartId, f64>) {
         self.shared.parts.set_free_cores(room);
     }
 
-    /// Nothing goes to these members any more, neither threads that it starts nor any that
-    /// is moved; to all others it may.
+    /// Sets the leaving members: they receive neither new nor moved threads; all others do.
     pub fn drain_members(&self, members: PartSet) {
-        // (Who moves a thread holds this.)
+        // (Moving a thread holds this lock.)
         let _threads = locked(&self.shared.threads);
         self.shared.parts.drain(members);
     }
 
-    /// Its threads, and the part at which each runs: one that moves is counted where it
-    /// came from, until it has left.
+    /// Its threads with their current parts: a moving thread counts at its source until it has
+    /// left.
     pub fn places(&self) -> BTreeMap<u32, PartId> {
         let threads = locked(&self.shared.threads);
         let places = threads.table.iter();
@@ -233,8 +228,8 @@ impl Machine {
             .collect()
     }
 
-    /// Freezes it and moves every thread into a fresh instance, but those that
-    /// [`Self::recapture`] would leave alone: for testing.
+    /// Freezes it and moves every thread into a fresh instance, except those that
+    /// [`Self::recapture`] would skip; for tests.
     ///
     /// # Errors
     /// As [`Self::freeze`].

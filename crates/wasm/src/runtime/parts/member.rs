@@ -1,5 +1,5 @@
-//! A member: runs the threads that its home gives it, each in an instance of its own on
-//! an OS thread of its own, and has nothing else of the machine but its pages.
+//! A member part: runs the threads that its home assigns, each in an instance and an OS thread of
+//! its own; of the rest of the machine it only has pages.
 
 use super::message::{Answer, Call, Entering, Order, Report};
 use crate::coherence::PartId;
@@ -18,36 +18,36 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-/// The most threads that a member has: as many as a machine may have.
+/// Maximum number of threads of a member: that of a machine.
 const THREADS_MAX: usize = 1 << 16;
-/// OS threads with fresh instances that wait for threads to come: making both takes longer
-/// than all the rest of a move.
+/// Idle OS threads with fresh instances for arriving threads: creating both takes longer than all
+/// other steps of a move.
 const SPARE_THREADS: usize = 2;
-/// The most of those that are kept when their threads have left.
+/// Maximum number of idle OS threads kept after their guest threads left.
 const SPARE_THREADS_MAX: usize = 8;
 
 /// `clockid::monotonic` of WASI preview 1.
 const MONOTONIC: u64 = 1;
-/// For how long one that expects a thread looks for it.
+/// Spin time of an OS thread that expects a guest thread.
 const REQUEST_SPIN: Duration = Duration::from_micros(500);
 
-/// What the home wants of one thread, and has not been done.
+/// A pending request of the home concerning one thread.
 enum HomeRequest {
-    /// A thread comes in a moment, maybe to this one.
+    /// A thread arrives soon, possibly in this OS thread.
     Expect(u32),
     Run(u32, Entering),
     Answer(Answer),
     Leave,
 }
 
-/// An OS thread for a guest's thread.
+/// An OS thread that hosts guest threads.
 struct HostedThread {
     signal: Arc<Signal>,
     requests: Mutex<VecDeque<HomeRequest>>,
     changed: Condvar,
-    /// When it stands it leaves.
+    /// Whether the guest thread leaves when it is captured.
     leaves: AtomicBool,
-    /// Set by its OS thread.
+    /// Set by the OS thread itself.
     clock: OnceLock<ThreadClock>,
 }
 
@@ -57,8 +57,8 @@ impl HostedThread {
         self.changed.notify_all();
     }
 
-    /// Looks a while for the next one, which is about to come: being woken for it takes
-    /// longer than all that is done until then.
+    /// Spins for the next request, which is expected soon: waking the thread would take longer than
+    /// the wait.
     fn spin_for_request(&self, over: &AtomicBool) {
         let begun = Instant::now();
         while begun.elapsed() < REQUEST_SPIN
@@ -69,7 +69,7 @@ impl HostedThread {
         }
     }
 
-    /// The next one; `None` when the machine is over.
+    /// The next request; `None` when the machine has ended.
     fn next(&self, over: &AtomicBool) -> Option<HomeRequest> {
         let mut requests = locked(&self.requests);
         loop {
@@ -89,9 +89,9 @@ impl HostedThread {
     }
 }
 
-/// A member's way to its home, and what is known of its pages.
+/// Transport from a member to its home, and page fault statistics.
 pub trait HomeLink: Send + Sync {
-    /// Says something to the home; does not wait for it.
+    /// Sends a report to the home without waiting.
     fn report(&self, report: Report);
 
     /// As [`super::Members::stalled_us`].
@@ -104,11 +104,11 @@ struct Shared {
     tables: Arc<TableBudget>,
     home: Box<dyn HomeLink>,
     hosted: Mutex<BTreeMap<u32, Arc<HostedThread>>>,
-    /// All that were launched.
+    /// All OS threads ever started.
     all: Mutex<Vec<Weak<HostedThread>>>,
-    /// Those that have no thread, and a fresh instance.
+    /// OS threads without a guest thread, with a fresh instance.
     idle: Mutex<Vec<Arc<HostedThread>>>,
-    /// OS threads that still exist.
+    /// Number of live OS threads.
     launched: Mutex<usize>,
     left: Condvar,
     over: AtomicBool,
@@ -116,7 +116,7 @@ struct Shared {
     clock: CausalClock,
 }
 
-/// A part that is not the home.
+/// A part other than the home.
 #[derive(Clone)]
 pub struct Member(Arc<Shared>);
 
@@ -126,7 +126,7 @@ impl std::fmt::Debug for Member {
     }
 }
 
-/// What its threads' host calls lead to: the home.
+/// Forwards host calls of its threads to the home.
 struct Calls(Arc<Shared>, Arc<HostedThread>);
 
 impl Host for Calls {
@@ -138,7 +138,7 @@ impl Host for Calls {
         thread: &HostThread,
     ) -> HostOutcome {
         let function = match self.0.program.kinds.get(import as usize) {
-            // Nobody else can see it.
+            // No other thread can observe it.
             Some(ImportKind::Wasi(Function::SchedYield)) => {
                 std::thread::yield_now();
                 return HostOutcome::Done(vec![0]);
@@ -189,7 +189,7 @@ impl Host for Calls {
             Some(HomeRequest::Answer(Answer::Exit(code))) => HostOutcome::Exit(code),
             Some(HomeRequest::Answer(Answer::Trap(message))) => HostOutcome::Trap(message),
             Some(HomeRequest::Leave) => {
-                // It is left when it has left the guest's code.
+                // The thread leaves after it has left guest code.
                 locked(&self.1.requests).push_front(HomeRequest::Leave);
                 HostOutcome::Trap("the machine's home has given the thread up".into())
             }
@@ -202,8 +202,8 @@ impl Host for Calls {
 }
 
 impl Calls {
-    /// Reads the monotonic clock here; `None` where that is not what is wanted, or cannot
-    /// be answered: the home says why.
+    /// Reads the monotonic clock locally; `None` for other clocks or on errors, which the home
+    /// reports.
     fn read_clock(&self, args: &[u64], thread: &HostThread) -> Option<HostOutcome> {
         let [MONOTONIC, _precision, at] = args else {
             return None;
@@ -219,8 +219,8 @@ impl Calls {
 }
 
 impl Member {
-    /// A member without threads. Its memories are as large as the home's. What the home
-    /// says is [`Self::hear`]d.
+    /// A member without threads. Its memories are as large as the home's. Orders of the home are
+    /// passed to [`Self::hear`].
     pub fn new(
         program: Arc<Program>,
         memories: Arc<[Arc<GuestMemory>]>,
@@ -241,7 +241,7 @@ impl Member {
             clock: CausalClock::new(SystemClock),
         }));
         for _ in 0..SPARE_THREADS {
-            // (Where there are no threads left, the first one that comes says so.)
+            // (If OS threads are exhausted, the first arriving guest thread reports it.)
             if let Ok(hosted_thread) = member.launch() {
                 locked(&member.0.idle).push(hosted_thread);
             }
@@ -249,7 +249,7 @@ impl Member {
         member
     }
 
-    /// The guest's monotonic clock as it is here.
+    /// The guest's monotonic clock at this part.
     pub fn clock(&self) -> &CausalClock {
         &self.0.clock
     }
@@ -262,13 +262,13 @@ impl Member {
         locked(&self.0.hosted).keys().copied().collect()
     }
 
-    /// Takes note of what the home says; does not wait for what comes of it.
+    /// Handles an order of the home without waiting for its effects.
     pub fn hear(&self, order: Order) {
         let shared = &self.0;
         match order {
             Order::Run { tid, entering } => match self.hosted_thread(tid) {
                 Ok(hosted_thread) => {
-                    // It stands; what was asked of it before is over.
+                    // It is captured; earlier requests are void.
                     hosted_thread.signal.clear();
                     hosted_thread.leaves.store(false, Ordering::Release);
                     hosted_thread.put(HomeRequest::Run(tid, entering));
@@ -279,7 +279,7 @@ impl Member {
                 }),
             },
             Order::Expect { tid } => {
-                // (The one that is taken next.)
+                // (The next one to be taken.)
                 let next = locked(&shared.idle).last().cloned();
                 match next {
                     Some(hosted_thread) => hosted_thread.put(HomeRequest::Expect(tid)),
@@ -299,7 +299,7 @@ impl Member {
             }
             Order::Leave { tid } => {
                 if let Some(hosted_thread) = locked(&shared.hosted).remove(&tid) {
-                    // (It stands, or nobody wants to know what it does.)
+                    // (It is captured, or no report of it is expected.)
                     hosted_thread.signal.request();
                     hosted_thread.put(HomeRequest::Leave);
                 }
@@ -340,8 +340,7 @@ impl Member {
         }
     }
 
-    /// No guest code runs for long after this: each thread leaves at its next safepoint,
-    /// and calls of the host have no effect.
+    /// Ends the member: each thread leaves at its next safepoint, and host calls have no effect.
     pub fn end(&self) {
         self.0.over.store(true, Ordering::Release);
         let all: Vec<_> = locked(&self.0.all)
@@ -355,7 +354,7 @@ impl Member {
         }
     }
 
-    /// Waits until it has ended and its threads are gone.
+    /// Waits until all threads have ended.
     pub fn wait(&self) {
         let mut launched = locked(&self.0.launched);
         while !self.0.over.load(Ordering::Acquire) || *launched > 0 {
@@ -396,13 +395,13 @@ impl Member {
         let (shared, guest) = (self.0.clone(), hosted_thread.clone());
         *locked(&self.0.launched) += 1;
         let spawned = std::thread::Builder::new()
-            // (As threads of guests are called at homes: the node's meter counts by it.)
+            // (Same naming scheme as at homes: the node's accounting relies on it.)
             .name("guest-away".into())
             .stack_size(STACK_BYTES + (1 << 20))
             .spawn(move || {
                 lower_priority(&shared.program);
                 if let Some(clock) = ThreadClock::of_this_thread() {
-                    // (Nobody else sets it.)
+                    // (Set only here.)
                     let _ = guest.clock.set(clock);
                 }
                 shared.serve(&guest);
@@ -422,7 +421,7 @@ impl Member {
         }
     }
 
-    /// How a thread that is here is asked to come to safepoints.
+    /// The signal of a thread at this member.
     pub fn signal(&self, tid: u32) -> Option<Arc<Signal>> {
         let hosted = locked(&self.0.hosted);
         hosted
@@ -437,12 +436,12 @@ impl Shared {
         self.left.notify_all();
     }
 
-    /// Threads' stays, one after the other.
+    /// Hosts guest threads, one after the other.
     fn serve(self: &Arc<Self>, hosted_thread: &Arc<HostedThread>) {
         let mut fiber = None;
         loop {
             if fiber.is_none() {
-                // Whoever comes finds it made; where it cannot be, it is told so.
+                // An arriving thread finds the instance ready, or reports the error.
                 fiber = self.fiber(0, hosted_thread).ok();
             }
             let (tid, entering) = match hosted_thread.next(&self.over) {
@@ -471,7 +470,7 @@ impl Shared {
                 *has_left = leaves;
             }
             if leaves {
-                // Before it is said: it may come back at once.
+                // Before the report: it may return immediately.
                 locked(&self.hosted).remove(&tid);
             }
             self.home.report(report);
@@ -481,8 +480,7 @@ impl Shared {
         }
     }
 
-    /// Its thread has left: it waits for another one, with a fresh instance; false if
-    /// enough of them wait.
+    /// Waits for another guest thread, with a fresh instance; false if enough OS threads are idle.
     fn rest(
         self: &Arc<Self>,
         hosted_thread: &Arc<HostedThread>,
@@ -506,7 +504,7 @@ impl Shared {
         entering: Entering,
     ) -> Result<Report, Stop> {
         let hash = self.program.hash();
-        // A thread's state is loaded where none has run.
+        // A state is loaded into an instance without executed code.
         let is_fresh = fiber.as_ref().is_some_and(Fiber::is_fresh);
         if matches!(entering, Entering::Resume { state: Some(_) }) && !is_fresh {
             *fiber = None;

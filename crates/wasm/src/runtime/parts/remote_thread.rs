@@ -1,4 +1,4 @@
-//! A thread that runs at a member, as its home sees it.
+//! The home's proxy of a thread that runs at a member.
 
 use super::Members;
 use super::SpawnPolicy;
@@ -15,11 +15,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-/// What a member said of one thread, and nobody has heard.
+/// Queue of a member's reports about one thread.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
     inner: Mutex<InboxInner>,
-    /// Where it is it goes on no more, once it stands.
+    /// Whether it leaves its part when it is captured.
     leaves: AtomicBool,
 }
 
@@ -34,12 +34,12 @@ impl Inbox {
         locked(&self.inner).reports.push_back((from, report));
     }
 
-    /// Nothing comes any more.
+    /// No further report arrives.
     pub(crate) fn close(&self) {
         locked(&self.inner).closed = true;
     }
 
-    /// Whether the thread is to leave the part at which it is.
+    /// Sets whether the thread leaves its part.
     pub(crate) fn set_leaves(&self, leaves: bool) {
         self.leaves.store(leaves, Ordering::Release);
     }
@@ -61,37 +61,37 @@ impl Inbox {
 
 #[derive(Default)]
 pub(crate) struct Parts {
-    /// Held while a memory is opened: one at a time.
+    /// Serialises growth of memories.
     growth_lock: Mutex<()>,
     inner: Mutex<PartsInner>,
     changed: Condvar,
-    /// It has members; changes only while the machine is frozen.
+    /// Whether it has members; changes only while the machine is frozen.
     spans: AtomicBool,
 }
 
 #[derive(Default)]
 struct PartsInner {
-    /// `None` while it is alone.
+    /// `None` without members.
     link: Option<Arc<dyn Members>>,
     members: Vec<PartId>,
     spawning: SpawnPolicy,
-    /// Cores that are free at each part, less what began there since that was told.
+    /// Free cores per part, less the demand of threads started there since the report.
     free_cores: BTreeMap<PartId, f64>,
-    /// What threads took where they are, and when it was looked at there.
+    /// CPU usage of threads at their parts, with the time of measurement.
     taken: BTreeMap<u32, (PartId, CpuUsage)>,
-    /// Since when a member has not said what it was asked for that.
+    /// Time since which a member has not answered a request for times.
     times_requested: BTreeMap<PartId, Instant>,
-    /// What is being opened: memory and bytes.
+    /// Growth in progress: memory and bytes.
     growing: Option<(u32, u64)>,
-    /// What came of it, by part.
+    /// Results of the growth, by part.
     grown: BTreeMap<PartId, bool>,
-    /// Nothing goes to these any more.
+    /// Parts that receive no more threads.
     leaving: PartSet,
     lost: bool,
 }
 
 impl Parts {
-    /// From now on it has these members, or none.
+    /// Sets the members, or none.
     pub(crate) fn set(
         &self,
         members: Vec<PartId>,
@@ -107,14 +107,14 @@ impl Parts {
         inner.free_cores.clear();
         inner.taken.clear();
         inner.times_requested.clear();
-        // (A member that was lost before it was set is lost.)
+        // (A member may have been lost before this call.)
         inner.lost &= link.is_some();
         self.spans.store(link.is_some(), Ordering::Release);
         inner.link = link;
         self.changed.notify_all();
     }
 
-    /// Whether all of its memory is here, as long as a call of the host lasts.
+    /// Whether all of its memory is local, for the duration of a host call.
     pub(crate) fn is_alone(&self) -> bool {
         !self.spans.load(Ordering::Acquire)
     }
@@ -123,8 +123,7 @@ impl Parts {
         locked(&self.inner).members.clone()
     }
 
-    /// These are to leave: nothing goes to them any more. All others stay, also those that
-    /// were to leave before.
+    /// Sets the leaving parts, which receive no more threads; replaces the previous set.
     pub(crate) fn drain(&self, parts: PartSet) {
         locked(&self.inner).leaving = parts;
     }
@@ -133,8 +132,7 @@ impl Parts {
         locked(&self.inner).leaving.contains(part)
     }
 
-    /// Where a new thread begins, of the parts that have so many already; of equals at
-    /// the home.
+    /// The part for a new thread, given the number of threads per part; ties go to the home.
     pub(crate) fn placement_for_new(&self, counts: &BTreeMap<PartId, usize>) -> PartId {
         let mut inner = locked(&self.inner);
         let spawning = match inner.link {
@@ -171,12 +169,12 @@ impl Parts {
         place.unwrap_or(PartId::HOME)
     }
 
-    /// How many cores are free at each part now.
+    /// Sets the free cores per part.
     pub(crate) fn set_free_cores(&self, free_cores: BTreeMap<PartId, f64>) {
         locked(&self.inner).free_cores = free_cores;
     }
 
-    /// What a part says of its threads.
+    /// Records a part's report of CPU times.
     pub(crate) fn took(
         &self,
         part: PartId,
@@ -197,14 +195,14 @@ impl Parts {
         inner.taken.extend(took);
     }
 
-    /// What a thread took where it is, when that was looked at last.
+    /// Last known CPU usage of a thread at a part.
     pub(crate) fn taken(&self, tid: u32, part: PartId) -> Option<CpuUsage> {
         let inner = locked(&self.inner);
         let (from, took) = inner.taken.get(&tid)?;
         (*from == part).then(|| took.clone())
     }
 
-    /// Asks all members what their threads took; the answers come in time.
+    /// Requests CPU times from all members; the reports arrive asynchronously.
     pub(crate) fn request_cpu_times(&self) {
         let mut inner = locked(&self.inner);
         let (link, members) = (inner.link.clone(), inner.members.clone());
@@ -224,7 +222,7 @@ impl Parts {
         }
     }
 
-    /// For how long members have not answered.
+    /// Time for which members have not answered.
     pub(crate) fn unresponsive(&self) -> BTreeMap<PartId, Duration> {
         let inner = locked(&self.inner);
         let members = inner.members.iter();
@@ -237,13 +235,13 @@ impl Parts {
         locked(&self.inner).link.clone()
     }
 
-    /// Nobody answers any more: who waits for members goes on without.
+    /// The members are lost: pending waits end.
     pub(crate) fn lose(&self) {
         locked(&self.inner).lost = true;
         self.changed.notify_all();
     }
 
-    /// Makes a memory accessible so far at all members; false if one of them cannot.
+    /// Grows a memory at all members; false if one of them cannot.
     pub(crate) fn open(&self, memory: u32, bytes: u64) -> bool {
         let _alone = locked(&self.growth_lock);
         let mut inner = locked(&self.inner);
@@ -275,8 +273,8 @@ impl Parts {
     }
 }
 
-/// Stands for a thread that runs at a member: what [`crate::runtime::Fiber`] is to one
-/// that runs here.
+/// The proxy of a thread at a member: the counterpart of [`crate::runtime::Fiber`] for local
+/// threads.
 pub(crate) struct RemoteThread {
     part: PartId,
     link: Arc<dyn Members>,
@@ -284,13 +282,13 @@ pub(crate) struct RemoteThread {
     host: Arc<dyn Host>,
     thread: HostThread,
     inbox: Arc<Inbox>,
-    /// Its state when it stands at a safepoint.
+    /// Its state while it is at a safepoint.
     state: ThreadState,
-    /// The member has it in an instance.
+    /// Whether the member has it in an instance.
     is_resident: bool,
-    /// The member has nothing of it.
+    /// Whether the member has dropped its state.
     has_left: bool,
-    /// A fresh instance for when it comes home, made while it runs elsewhere.
+    /// A fresh instance for its return, created while it runs remotely.
     spare: Option<Box<Fiber>>,
 }
 
@@ -317,12 +315,12 @@ impl RemoteThread {
         }
     }
 
-    /// A fresh instance here, if there is one already.
+    /// Takes the local spare instance, if there is one.
     pub(crate) fn take_spare(&mut self) -> Option<Box<Fiber>> {
         self.spare.take()
     }
 
-    /// As [`crate::runtime::Fiber::load`]; takes effect when it is resumed.
+    /// As [`crate::runtime::Fiber::load`]; takes effect at the next resume.
     pub(crate) fn load(&mut self, state: ThreadState) {
         self.state = state;
         self.is_resident = false;
@@ -354,7 +352,7 @@ impl RemoteThread {
         self.link.order(self.part, order);
     }
 
-    /// Asks it to come to a safepoint, once, if somebody wants that.
+    /// Requests a safepoint once, if one is pending.
     fn interrupt(&self, asked: &mut bool) {
         if !*asked && self.thread.signal.is_requested() {
             let (tid, leaves) = (self.thread.tid, self.inbox.leaves.load(Ordering::Acquire));
@@ -370,7 +368,7 @@ impl RemoteThread {
         self.order(&Order::Run { tid, entering });
         if self.spare.is_none() {
             let (program, host) = (self.program.clone(), self.host.clone());
-            // (Where there is none to be had it is tried again when it is needed.)
+            // (On failure it is created when needed.)
             let spare = Fiber::new(program, host, self.thread.clone());
             self.spare = spare.ok().map(Box::new);
         }
@@ -380,11 +378,11 @@ impl RemoteThread {
             self.interrupt(&mut asked);
             let Some((from, report)) = self.inbox.take() else {
                 if self.inbox.is_over() {
-                    // The machine ends: it stands, wherever it is.
+                    // The machine ends: the thread stays where it is.
                     return Ok(Run::Captured);
                 }
                 match asked {
-                    // It comes at once, unless it is in a call of the host.
+                    // It arrives immediately, unless the thread is in a host call.
                     true if spin_until(|| self.inbox.has_some()) => {}
                     true => signal.wait_for(|| self.inbox.has_some()),
                     false => signal.park(None, || self.inbox.has_some()),
@@ -416,7 +414,7 @@ impl RemoteThread {
                         }
                         _ => return Err(wrong("a call of what is not imported")),
                     };
-                    // Before the answer, so that it leaves when it has that.
+                    // Sent before the answer, so that the thread leaves when it receives it.
                     self.interrupt(&mut asked);
                     let answer = match outcome {
                         HostOutcome::Done(results) => Answer::Done { results, output },
@@ -456,11 +454,10 @@ impl Drop for RemoteThread {
     }
 }
 
-/// For how long what is about to come is looked for before it is slept for: being woken
-/// takes longer than most of it.
+/// Spin time before blocking for a report: waking a thread takes longer than most reports.
 const REPORT_SPIN: Duration = Duration::from_micros(300);
 
-/// Looks a while; whether it has come.
+/// Spins for a while; whether the condition became true.
 fn spin_until(has_come: impl Fn() -> bool) -> bool {
     let begun = Instant::now();
     while begun.elapsed() < REPORT_SPIN {
@@ -472,7 +469,7 @@ fn spin_until(has_come: impl Fn() -> bool) -> bool {
     false
 }
 
-/// A member says what it should not.
+/// A member violated the protocol.
 fn wrong(what: &str) -> Stop {
     Stop::Trap(Trap {
         message: format!("a part of the machine says what it should not: {what}"),
@@ -484,7 +481,7 @@ fn wrong(what: &str) -> Stop {
 mod tests {
     use super::*;
 
-    /// Hears all, and answers nothing.
+    /// Receives everything and never answers.
     struct Silent;
 
     impl Members for Silent {
@@ -495,8 +492,7 @@ mod tests {
         }
     }
 
-    /// A member that is lost while the machine is about to have it answers no more, and
-    /// nobody says so again.
+    /// A member that is lost while it joins never answers, and is not reported again.
     #[test]
     fn who_was_lost_before_is_not_waited_for() {
         let parts = Parts::default();
@@ -507,7 +503,7 @@ mod tests {
         set(Some(Arc::new(Silent)));
         assert!(!parts.is_alone());
         assert!(!parts.open(0, 1 << 16));
-        // Alone again, and once more with others.
+        // Without members, and again with members.
         parts.set(Vec::new(), None, SpawnPolicy::Here);
         assert!(parts.is_alone() && parts.open(0, 1 << 16));
         set(Some(Arc::new(Silent)));
