@@ -175,22 +175,22 @@ impl fmt::Display for Constraint {
             Constraint::Held { for_ms } => {
                 write!(
                     f,
-                    "it arrived not long ago and stays for {:.0} s more",
+                    "it arrived recently and stays for another {:.0} s",
                     s(for_ms)
                 )
             }
             Constraint::CoolDown { for_ms } => write!(
                 f,
-                "it came from there, and is not sent back for {:.0} s more",
+                "it came from there, and does not return for another {:.0} s",
                 s(for_ms)
             ),
             Constraint::Failed { for_ms } => write!(
                 f,
-                "its last move failed; it is tried again in {:.0} s",
+                "its last move failed; the next attempt is in {:.0} s",
                 s(for_ms)
             ),
             Constraint::Moving => f.write_str("it is moving already"),
-            Constraint::OptedOut => f.write_str("its spec says that it is not to be balanced"),
+            Constraint::OptedOut => f.write_str("its spec excludes it from balancing"),
             Constraint::Spans => f.write_str("it has parts on several nodes (`keel unspan`)"),
             Constraint::Rule { rule, reason } => write!(f, "rule {rule:?}: {reason}"),
         }
@@ -212,19 +212,23 @@ impl fmt::Display for Verdict {
                 free_bytes,
             } => write!(
                 f,
-                "it needs {:.1} GiB, and {:.1} GiB are free there beside what is kept for failovers",
+                "it needs {:.1} GiB, and {:.1} GiB are free there without the headroom for failovers",
                 gib(needs_bytes),
                 gib(free_bytes)
             ),
-            Verdict::Overshoots => f.write_str("the target would be as heavy as the source is now"),
+            Verdict::Overshoots => {
+                f.write_str("the target would be as loaded as the source is now")
+            }
             Verdict::SwapsImbalance => {
                 f.write_str("the two nodes would be about as uneven as they are")
             }
             Verdict::TooLittle { lowers, least } => write!(
                 f,
-                "it would level too little ({lowers:.3}, at least {least:.3} is asked)"
+                "its gain is too small ({lowers:.3}, the minimum is {least:.3})"
             ),
-            Verdict::NotWorthwhile => f.write_str("it is not surely worth what the move takes"),
+            Verdict::NotWorthwhile => {
+                f.write_str("its gain does not certainly exceed the cost of the move")
+            }
             Verdict::Overfills => {
                 f.write_str("the target would be filled beyond the policy's fill_load")
             }
@@ -243,31 +247,37 @@ impl fmt::Display for NoMoveReason {
             NoMoveReason::InsufficientSamples => {
                 f.write_str("loads have not been measured for long enough")
             }
-            NoMoveReason::NoPressure => f.write_str("nobody is pressed: nothing would run faster"),
+            NoMoveReason::NoPressure => {
+                f.write_str("no node is pressed: a move would speed up nothing")
+            }
             NoMoveReason::Level => f.write_str("the loads are level"),
             NoMoveReason::Unsteady => f.write_str("the difference has not lasted"),
             NoMoveReason::SufficientlyLoaded => {
-                f.write_str("this node carries enough not to be emptied")
+                f.write_str("this node's load is above the policy's empty_load")
             }
-            NoMoveReason::ReservedFree => f.write_str("the other node is free, and is kept so"),
+            NoMoveReason::ReservedFree => f.write_str("the other node is free, and is kept free"),
             NoMoveReason::NoMachines => f.write_str("no machine runs here"),
             NoMoveReason::NoEligibleMachine { nearest, verdict } => {
                 write!(
                     f,
-                    "no machine may go; of {nearest:?}, the nearest: {verdict}"
+                    "no machine is eligible; the closest one, {nearest:?}: {verdict}"
                 )
             }
             NoMoveReason::NoAnswer => f.write_str("the other node did not answer"),
-            NoMoveReason::Busy => f.write_str("the other node takes part in another move"),
-            NoMoveReason::Refused { why } => write!(f, "the other node did not take it: {why}"),
-            NoMoveReason::OtherPolicy => f.write_str("the other node has another policy yet"),
-            NoMoveReason::Capped => f.write_str("as many moves as the policy allows are under way"),
+            NoMoveReason::Busy => f.write_str("the other node is busy with another move"),
+            NoMoveReason::Refused { why } => write!(f, "the other node refused it: {why}"),
+            NoMoveReason::OtherPolicy => f.write_str("the other node still has another policy"),
+            NoMoveReason::Capped => {
+                f.write_str("the policy's limit of concurrent moves is reached")
+            }
             NoMoveReason::Backoff { for_ms } => write!(
                 f,
-                "a move to that node failed; it is tried again in {:.0} s",
+                "a move to that node failed; the next attempt is in {:.0} s",
                 *for_ms as f64 / 1e3
             ),
-            NoMoveReason::Raced { rule } => write!(f, "raced with another change of rule {rule:?}"),
+            NoMoveReason::Raced { rule } => {
+                write!(f, "conflict with a concurrent change of rule {rule:?}")
+            }
         }
     }
 }
@@ -281,7 +291,7 @@ impl fmt::Display for Outcome {
                 ..
             } => write!(
                 f,
-                "moved in {:.2} s, stood still for {downtime_ms:.1} ms",
+                "moved in {:.2} s, downtime {downtime_ms:.1} ms",
                 duration_ms / 1e3
             ),
             Outcome::Stayed { why } => write!(f, "stayed: {why}"),
@@ -335,7 +345,7 @@ impl fmt::Display for Decision {
             } => {
                 let would = match mode {
                     Mode::Automatic => "moves",
-                    Mode::Confirm => "is to move, once confirmed,",
+                    Mode::Confirm => "will move, once confirmed,",
                     Mode::Suggest | Mode::Off => "would move",
                 };
                 write!(
@@ -346,8 +356,8 @@ impl fmt::Display for Decision {
                 if let Some(chosen) = considered.first() {
                     write!(
                         f,
-                        "; it weighs {:.2} here and {:.2} there, so {:.2} and {:.2} are left; \
-                         worth {:.1} core-s, takes {:.2}",
+                        "; its load is {:.2} here and {:.2} there, which results in {:.2} and {:.2}; \
+                         gain {:.1} core-s, cost {:.2}",
                         chosen.here,
                         chosen.there,
                         here.load - chosen.here,
@@ -382,14 +392,14 @@ impl fmt::Display for Decision {
                 broken,
             } => write!(
                 f,
-                "{machine} moves to {target} because it breaks rule {:?} where it is: {}",
+                "{machine} moves to {target} because its placement violates rule {:?}: {}",
                 &*broken.rule, broken.why
             ),
             Decision::Repair {
                 machine, broken, ..
             } => write!(
                 f,
-                "{machine} breaks rule {:?} where it is, and no node may take it: {}",
+                "{machine} violates rule {:?}, and no node is allowed: {}",
                 &*broken.rule, broken.why
             ),
             Decision::Planned {
@@ -422,7 +432,7 @@ impl fmt::Display for Decision {
             }
             Decision::FineGrainedEnded { machine, outcome } => write!(f, "{machine}: {outcome}"),
             Decision::InvalidReport { peer, fields } => {
-                write!(f, "numbers of {peer} were not believed:")?;
+                write!(f, "invalid numbers of {peer}:")?;
                 for field in fields.iter().take(4) {
                     write!(f, " {field};")?;
                 }

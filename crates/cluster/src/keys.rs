@@ -183,7 +183,7 @@ impl fmt::Display for Key {
             Key::Code(node) => write!(f, "{CODE}{node}"),
             Key::Alive(node) => write!(f, "{ALIVE}{node}"),
             Key::Machine(machine) => write!(f, "{MACHINES}{machine}"),
-            Key::Checkpoint(machine) => write!(f, "{KEPT}{machine}"),
+            Key::Checkpoint(machine) => write!(f, "{CHECKPOINTS}{machine}"),
             Key::Volume(volume) => write!(f, "{VOLUMES}{volume}"),
             Key::Schedule(node, machine) => write!(f, "{SCHEDULES}{node}/{machine}"),
             Key::Reservation(node, machine) => write!(f, "{RESERVATIONS}{node}/{machine}"),

@@ -319,7 +319,7 @@ async fn memory_that_rests_goes_where_it_fits() {
     assert!(
         given
             .clone()
-            .all(|(_, _, why)| why.contains("keeps 28.0 MiB at most")),
+            .all(|(_, _, why)| why.contains("limit of 28.0 MiB")),
         "{decided:?}"
     );
     // (Each is rounded down.)

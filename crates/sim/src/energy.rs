@@ -42,10 +42,10 @@ impl Power {
                 .map(|(_, table)| *table)
                 .ok_or_else(|| {
                     let hint = hint(name, TABLES.iter().map(|(known, _)| *known));
-                    format!("no power of {name:?} is known; {hint}")
+                    format!("there is no power table {name:?}; {hint}")
                 }),
             Power::Watts(watts) => match watts.iter().find(|it| !(0.0..=1e6).contains(*it)) {
-                Some(absurd) => Err(format!("{absurd} W is no power")),
+                Some(invalid) => Err(format!("{invalid} W is not a valid power")),
                 None => Ok(*watts),
             },
         }

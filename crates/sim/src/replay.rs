@@ -181,7 +181,7 @@ fn replay_no_move(
         return ReplayOutcome::NoDecision;
     }
     let (Some(here), Some(there)) = (here, there) else {
-        return ReplayOutcome::Unknown("the loads of both sides".into());
+        return ReplayOutcome::Unknown("the loads of both nodes".into());
     };
     // The sustained difference is recorded for moves only; where it was found sustained, or was not
     // evaluated, it is assumed to be.
@@ -196,7 +196,9 @@ fn replay_no_move(
         return ReplayOutcome::Same;
     }
     match (offered(true), why) {
-        (Err(today), _) => ReplayOutcome::Differs(format!("nothing would move, but since {today}")),
+        (Err(today), _) => {
+            ReplayOutcome::Differs(format!("nothing would move, but because {today}"))
+        }
         (Ok(()), NoMoveReason::NoEligibleMachine { .. }) => {
             if considered.is_empty() {
                 return ReplayOutcome::Unknown("which machines were considered".into());
@@ -207,12 +209,12 @@ fn replay_no_move(
                     ReplayOutcome::Differs(format!("{} would move", first.machine))
                 }
                 _ if considered.len() >= CONSIDERED_MAX && verdicts_differ(considered, &today) => {
-                    ReplayOutcome::Unknown("machines beyond the nearest ones".into())
+                    ReplayOutcome::Unknown("machines beyond the closest ones".into())
                 }
                 _ => ReplayOutcome::Same,
             }
         }
-        (Ok(()), _) => ReplayOutcome::Differs("the loads would not count as level".into()),
+        (Ok(()), _) => ReplayOutcome::Differs("the loads would no longer count as level".into()),
     }
 }
 

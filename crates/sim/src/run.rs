@@ -266,7 +266,7 @@ impl ConvergenceTracker {
     fn observe(&mut self, world: &World, now_s: u64) {
         let obstacle = if world.moving() > 0 {
             Some(format!(
-                "{} moves are under way at {now_s} s",
+                "{} moves are in flight at {now_s} s",
                 world.moving()
             ))
         } else if let Some((target, what)) = world.admissible() {

@@ -37,13 +37,13 @@ impl FromStr for Change {
                 let key = key.strip_prefix("policy.").ok_or_else(|| {
                     let known = ["remove-node", "add-node", "policy."];
                     let hint = hint(key, known.into_iter());
-                    format!("{key:?} is no change; {hint} ({examples})")
+                    format!("{key:?} is not a change; {hint} ({examples})")
                 })?;
                 let plain = |value: &str| toml::from_str(&format!("{key} = {value}"));
                 // A string may come without its quotes, which shells remove.
                 let table = plain(value).or_else(|_| plain(&format!("{value:?}")));
                 let table: toml::Table =
-                    table.map_err(|_| format!("{text:?} is no key and value of a policy"))?;
+                    table.map_err(|_| format!("{text:?} is not a key and value of a policy"))?;
                 Ok(Change::Policy(table))
             }
         }
@@ -132,12 +132,12 @@ fn remove(cluster: &mut Cluster, name: &str) -> Result<(), String> {
 
 fn add(cluster: &mut Cluster, count: usize) -> Result<(), String> {
     let like = cluster.nodes.iter().position(|it| it.there);
-    let like = like.ok_or("there is no node that others could be like")?;
+    let like = like.ok_or("there is no node to copy")?;
     for number in 1..=count {
         let name: Name = format!("added-{number}").into();
         let taken = cluster.nodes.iter().any(|it| it.name == name);
         if taken || cluster.machines.iter().any(|it| it.name == name) {
-            return Err(format!("there is an {name:?} already"));
+            return Err(format!("there is a {name:?} already"));
         }
         cluster.nodes.push(NodeSpec {
             name,
@@ -170,7 +170,7 @@ mod tests {
             ("add-node=0", "1 to 10000 are possible"),
             ("add-node=-1", "1 to 10000 are possible"),
             ("remove-nod=n1", "did you mean \"remove-node\"?"),
-            ("policy.=1", "no key and value"),
+            ("policy.=1", "not a key and value"),
         ] {
             let error = text.parse::<Change>().unwrap_err();
             assert!(error.contains(says), "{text}: {error}");

@@ -75,7 +75,7 @@ fn another_policy_decides_otherwise_and_says_why() {
     };
     assert!(why.contains("nothing would move"), "{why}");
     assert!(replayed.others.iter().any(|it| {
-        matches!(&it.outcome, ReplayOutcome::Differs(why) if why.contains("it would level too little"))
+        matches!(&it.outcome, ReplayOutcome::Differs(why) if why.contains("its gain is too small"))
     }));
 }
 

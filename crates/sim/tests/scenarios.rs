@@ -112,7 +112,7 @@ fn rules_that_make_no_sense_are_named_with_their_line() {
     let of = |rule: &str| error(&format!("{begin}{rule}"));
     let said = of("[[rules]]\nname = \"r\"\nmachines = { names = [\"x\"] }\nrule = \"stay\"\n");
     assert!(
-        said.contains("line 11") && said.contains("about no machine"),
+        said.contains("line 11") && said.contains("applies to no machine"),
         "{said}"
     );
     let said = of(
@@ -124,7 +124,7 @@ fn rules_that_make_no_sense_are_named_with_their_line() {
          [[rules]]\nname = \"idle\"\nmachines = { names = [\"m1\"] }\nrule = \"stay\"\n",
     );
     // Three machines on two nodes.
-    assert!(said.contains("cannot be kept together: one"), "{said}");
+    assert!(said.contains("contradictory rules: one"), "{said}");
     let said = of("[[events]]\nkind = \"rule-goes\"\nat_s = 1\nrule = \"r\"\n");
     assert!(said.contains("no rule \"r\""), "{said}");
 }

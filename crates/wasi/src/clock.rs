@@ -1,13 +1,13 @@
-//! The guest's clocks: readings of the host's plus offsets that travel, so
-//! that they never run backwards over a move.
+//! The guest's clocks: the host's plus offsets that are part of the snapshot, so that they never
+//! run backwards over a move.
 
 use rustix::time::{ClockId, Timespec, clock_getres, clock_gettime};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
-/// The clocks of a host. Tests bring one that they can set.
+/// The clocks of a host. Tests provide a settable one.
 pub trait HostClock: Send + Sync {
-    /// Nanoseconds since some fixed instant of this host; never decreases.
+    /// Nanoseconds since a fixed instant of this host; never decreases.
     fn monotonic_ns(&self) -> u64;
 
     /// Nanoseconds since 1970-01-01 UTC.
@@ -48,9 +48,9 @@ pub(crate) struct GuestClock {
     host: Arc<dyn HostClock>,
     monotonic_offset_ns: i128,
     realtime_offset_ns: i128,
-    /// By how much more than that it is ahead, because others were.
+    /// Additional advance caused by other parts.
     advance_ns: AtomicU64,
-    // Two threads may ask at once and a test's clock may misbehave.
+    // Two threads may read concurrently, and a test's clock may be inconsistent.
     monotonic_seen_ns: AtomicU64,
 }
 
@@ -60,8 +60,8 @@ impl GuestClock {
         Self::resume(host, 0, 0)
     }
 
-    /// Monotonic goes on from the reading given; realtime too if the host's
-    /// is behind it.
+    /// The monotonic clock continues from the given reading; so does the realtime clock if the
+    /// host's is behind it.
     pub(crate) fn resume(host: Arc<dyn HostClock>, monotonic_ns: u64, realtime_ns: u64) -> Self {
         let behind = i128::from(realtime_ns) - i128::from(host.realtime_ns());
         Self {
@@ -86,8 +86,7 @@ impl GuestClock {
         shifted(self.host.monotonic_ns(), self.monotonic_offset_ns)
     }
 
-    /// Something has happened at that time: it is not earlier from now on, and goes on from
-    /// there.
+    /// Advances the clock to a time observed elsewhere, from which it continues.
     pub(crate) fn advance_to(&self, monotonic_ns: u64) {
         let ahead = monotonic_ns.saturating_sub(self.base_ns());
         self.advance_ns.fetch_max(ahead, Ordering::Relaxed);
@@ -102,19 +101,19 @@ impl GuestClock {
     }
 }
 
-/// The guest's monotonic clock at another part than its home: as far ahead of the host's as
-/// what was heard of others demands. So nobody reads a time before that of what he knows
-/// of, and while nothing is heard it goes on as the host's does.
+/// The guest's monotonic clock at a part other than the home: the host's clock plus the largest
+/// offset that messages of other parts imply. So no part reads a time before that of an event that
+/// it knows of (a logical clock as of Lamport); without messages it runs with the host's clock.
 #[derive(Debug)]
 pub struct CausalClock<C = SystemClock> {
     host: C,
-    /// By how much it is ahead of the host's.
+    /// Offset to the host's clock.
     ahead_ns: AtomicI64,
     is_set: AtomicBool,
 }
 
 impl<C: HostClock> CausalClock<C> {
-    /// One that has heard of nothing.
+    /// A clock without observations.
     pub fn new(host: C) -> Self {
         CausalClock {
             host,
@@ -123,7 +122,7 @@ impl<C: HostClock> CausalClock<C> {
         }
     }
 
-    /// Something has happened when the guest's clock was there.
+    /// Advances the clock to a time observed at another part.
     pub fn advance_to(&self, guest_ns: u64) {
         let ahead = i128::from(guest_ns) - i128::from(self.host.monotonic_ns());
         let ahead = i64::try_from(ahead).unwrap_or(i64::MAX);
@@ -131,7 +130,7 @@ impl<C: HostClock> CausalClock<C> {
         self.is_set.store(true, Ordering::Release);
     }
 
-    /// Nanoseconds of the guest's clock; zero before anything was heard.
+    /// The guest's clock in nanoseconds; zero before the first observation.
     pub fn monotonic_ns(&self) -> u64 {
         match self.is_set.load(Ordering::Acquire) {
             true => {
@@ -142,7 +141,7 @@ impl<C: HostClock> CausalClock<C> {
         }
     }
 
-    /// As [`Self::monotonic_ns`], for a guest; `None` before anything was heard.
+    /// As [`Self::monotonic_ns`], for a guest; `None` before the first observation.
     pub fn reading(&self) -> Option<u64> {
         self.is_set
             .load(Ordering::Acquire)
@@ -188,7 +187,7 @@ mod tests {
         assert_eq!(home.monotonic_ns(), 70);
         home.advance_to(90);
         assert_eq!(home.monotonic_ns(), 90);
-        // It goes on from there, at once.
+        // It continues from there immediately.
         host.store(510, Ordering::Relaxed);
         assert_eq!(home.monotonic_ns(), 100);
         home.advance_to(95);

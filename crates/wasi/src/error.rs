@@ -1,9 +1,8 @@
-//! What can go wrong outside of a guest's call: making a `Wasi`, and taking
-//! and restoring a snapshot.
+//! Errors outside of guest calls: creating a `Wasi`, capturing and restoring.
 
 use std::io;
 
-/// Why a [`crate::Wasi`] could not be made, captured or restored.
+/// Why a [`crate::Wasi`] could not be created, captured or restored.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -40,7 +39,7 @@ pub enum Error {
     /// A listening socket or stream of the host cannot be used.
     #[error("{what}: {source}")]
     Host { what: String, source: io::Error },
-    /// An open file is not where the target could find it again.
+    /// An open file is at no path that the target could reopen.
     #[error(
         "descriptor {fd}: {path:?} is in no preopen any more (removed or moved by another process): \
          restore the file or let the guest close it"
@@ -53,7 +52,7 @@ pub enum Error {
     /// A path in a snapshot is kept as text.
     #[error("descriptor {fd}: path {path:?} is not UTF-8: rename it")]
     NotUtf8 { fd: u32, path: String },
-    /// The host does not say where an open file is.
+    /// The host does not report the path of an open file.
     #[error("descriptor {fd}: cannot find out its path (is /proc mounted?): {source}")]
     Locate { fd: u32, source: io::Error },
     /// An open file is missing on the target.
@@ -65,7 +64,7 @@ pub enum Error {
         path: String,
         source: io::Error,
     },
-    /// Something else is now where an open file was.
+    /// Another file has replaced an open file.
     #[error(
         "descriptor {fd}: {path:?} in preopen {guest:?} is no longer the file that was open \
          ({difference}): put it back"
@@ -83,10 +82,10 @@ pub enum Error {
         "WASI snapshot of version {found}, this program reads {supported}: use a matching keel"
     )]
     Version { found: u32, supported: u32 },
-    /// The snapshot contradicts itself or its bounds.
+    /// The snapshot is inconsistent or exceeds limits.
     #[error("WASI snapshot is damaged: {0}")]
     Damaged(String),
-    /// The host resources do not fit the snapshot.
+    /// The resources do not match the snapshot.
     #[error("the snapshot needs {needed} {what}, {given} given")]
     Resources {
         /// `preopens` or `listeners`.

@@ -28,7 +28,7 @@ pub(crate) enum Position {
     At(u64),
 }
 
-/// A regular file, for functions that make no sense on others.
+/// A regular file, for functions that make sense only for these.
 pub(crate) fn file_of(descriptor: &Descriptor) -> Result<&OpenFile> {
     match &descriptor.kind {
         Kind::File(file) => Ok(file),
@@ -92,13 +92,13 @@ impl Data {
     }
 }
 
-/// Waits until what was written is safe where it is kept, if that is elsewhere.
+/// Waits until written bytes are durable at the backend, if there is one.
 fn make_durable(node: &OpenNode, interrupt: &dyn Interrupt) -> Result<()> {
     wait_done(&node.volume, interrupt, || node.make_durable())
 }
 
-/// Does something with a file of a volume, again and again while blocks that it
-/// needs are fetched. Nothing is held meanwhile that other threads need.
+/// Runs an operation on a file of a volume, and repeats it after fetching blocks that it needs. No
+/// lock that other threads need is held meanwhile.
 fn retry_after_fetch<T>(
     node: &OpenNode,
     interrupt: &dyn Interrupt,
@@ -121,8 +121,7 @@ fn retry_after_fetch<T>(
 }
 
 impl OpenFile {
-    /// Waits until what was written with `sync` or `dsync` is safe, where the
-    /// host's disk is not all that it takes.
+    /// Waits until a write with `sync` or `dsync` is durable, if the host's disk does not suffice.
     pub(crate) fn wait_durable(&self, interrupt: &dyn Interrupt) -> Result<()> {
         match &self.data {
             Data::Volume(node) if !self.sync.is_empty() => make_durable(node, interrupt),
@@ -247,8 +246,8 @@ impl Wasi {
         Ok(stat)
     }
 
-    /// Writes to a file of a volume. Where the host has no room, it waits and
-    /// tries again; nothing is held meanwhile that other threads need.
+    /// Writes to a file of a volume. If the host has no space, it waits and retries; no lock that
+    /// other threads need is held meanwhile.
     fn write_volume(
         &self,
         file: &OpenFile,
@@ -346,10 +345,10 @@ impl Wasi {
     }
 }
 
-/// The device number of volumes of our own, but for the preopen's number.
+/// The device number of volumes, without the preopen's number.
 const VOLUME_DEVICE: u64 = 0x6b65_656c_0000_0000;
 
-/// The number by which guests tell preopens apart.
+/// The device number by which guests distinguish preopens.
 pub(crate) fn volume_device(root: u32) -> u64 {
     VOLUME_DEVICE + u64::from(root)
 }
@@ -444,7 +443,7 @@ fn write_file(
     }
 }
 
-/// Writes at the end, wherever others have moved it to.
+/// Writes at the present end of the file.
 fn append_bytes(file: &File, bytes: &[u8]) -> io::Result<usize> {
     let vector = [IoSlice::new(bytes)];
     match rustix::io::pwritev2(file, &vector, 0, ReadWriteFlags::APPEND) {
@@ -531,7 +530,7 @@ pub(crate) fn advise(
             Ok(rustix::fs::fadvise(file, offset, length, advice)?)
         }
         Data::Volume(_) if i64::try_from(length).is_err() => Err(Errno::Inval.into()),
-        // The host caches the backing file as it thinks best.
+        // Ignored for a backing file.
         Data::Volume(_) => Ok(()),
     }
 }
@@ -581,7 +580,7 @@ pub(crate) fn filestat_of(metadata: &Metadata) -> Filestat {
     }
 }
 
-/// Times before 1970 are 0, as preview 1 cannot say them.
+/// Times before 1970 become 0, as preview 1 cannot represent them.
 fn nanoseconds(seconds: i64, rest: i64) -> u64 {
     let time = i128::from(seconds) * 1_000_000_000 + i128::from(rest);
     u64::try_from(time.max(0)).unwrap_or(u64::MAX)

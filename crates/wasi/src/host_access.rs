@@ -1,10 +1,9 @@
-//! A machine's files for its owner, who is outside of it: what a preopen holds is
-//! read and written through the same doors as the guest uses, cap-std for
-//! directories of the host and `volume` for those of our own. So nothing outside of
-//! the preopen is reachable, and what is written to a volume is noted for moves.
+//! Access to a machine's files from outside: the contents of a preopen are read and written through
+//! the same layers as the guest's accesses, cap-std for host directories and `volume` for volumes.
+//! So only the preopen is reachable, and writes to a volume are tracked for moves.
 //!
-//! Paths are relative to the preopen. Each call stands for itself: nothing is
-//! open in between, so that a machine may move from one to the next.
+//! Paths are relative to the preopen. Each call is independent: no file stays open between calls,
+//! so the machine may move between two of them.
 
 use crate::volume::{Fault, OpenMode, OpenNode, ROOT, Volume, WriteFault};
 use cap_std::ambient_authority;
@@ -19,9 +18,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 #[derive(Debug)]
 pub enum Files {
-    /// In a directory of the host.
+    /// A directory of the host.
     Host(Dir),
-    /// In a volume of our own.
+    /// A volume.
     Volume(Arc<Volume>),
 }
 
@@ -37,7 +36,7 @@ fn now_ns() -> u64 {
     since.map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// The volume's way to say "this directory".
+/// The volume's name of a path's directory itself.
 fn named(path: &str) -> &str {
     match path {
         "" => ".",
@@ -45,8 +44,8 @@ fn named(path: &str) -> &str {
     }
 }
 
-/// Does something with a file of a volume, again when blocks that it needs have been
-/// fetched. Nobody is paused for it: what cannot be done now is an error.
+/// Runs an operation on a file of a volume, and repeats it after fetching blocks that it needs. No
+/// guest is paused: an operation that is not possible now is an error.
 fn retry_after_fetch<T>(
     node: &OpenNode,
     mut work: impl FnMut() -> Result<T, WriteFault>,
@@ -81,12 +80,11 @@ fn retry_after_fetch<T>(
     }
 }
 
-/// How long blocks that are elsewhere may take to come, and how often it is looked
-/// whether they have.
+/// Time-out for fetching remote blocks, and interval of polling for them.
 const FETCH_PATIENCE: Duration = Duration::from_secs(10);
 const FETCH_POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Opens nothing that is not there, and changes nothing.
+/// Opens an existing file only, and changes nothing.
 const STAT_ONLY: OpenMode = OpenMode {
     follow: true,
     write: false,
@@ -96,7 +94,7 @@ const STAT_ONLY: OpenMode = OpenMode {
 };
 
 impl Files {
-    /// Those of a directory of the host.
+    /// Files of a host directory.
     ///
     /// # Errors
     /// The host's.
@@ -107,7 +105,7 @@ impl Files {
         )?))
     }
 
-    /// What a path is; links are followed.
+    /// Metadata of a path; follows links.
     ///
     /// # Errors
     /// The file system's.
@@ -134,12 +132,12 @@ impl Files {
         }
     }
 
-    /// Bytes of a file at an offset: at most `bytes_max`, fewer at the end.
+    /// Reads at most `bytes_max` bytes of a file at an offset, fewer at its end.
     ///
     /// # Errors
     /// The file system's.
     pub fn read_at(&self, path: &str, offset: u64, bytes_max: usize) -> io::Result<Vec<u8>> {
-        // A pipe would be waited for.
+        // Reading a pipe would block.
         if self.stat(path)?.directory {
             return Err(Errno::ISDIR.into());
         }
@@ -163,11 +161,10 @@ impl Files {
         Ok(bytes)
     }
 
-    /// Writes all of some bytes at an offset of a file, which is made anew, empty, if
-    /// `begin`.
+    /// Writes all bytes at an offset of a file, which is created or truncated first if `begin`.
     ///
     /// # Errors
-    /// The file system's; some of the bytes may be there then.
+    /// The file system's; some of the bytes may be written then.
     pub fn write_at(&self, path: &str, offset: u64, bytes: &[u8], begin: bool) -> io::Result<()> {
         match self {
             Files::Host(dir) => {
@@ -198,7 +195,7 @@ impl Files {
         }
     }
 
-    /// Gives a file another name, in the place of a file that has it.
+    /// Renames a file, replacing a file of that name.
     ///
     /// # Errors
     /// The file system's.
@@ -226,7 +223,7 @@ mod tests {
     use super::*;
     use crate::volume::{Stalls, VolumeLimits};
 
-    /// Both kinds, the second with room for 1 MiB.
+    /// Both kinds; the volume has 1 MiB.
     fn both(folder: &Path) -> [Files; 2] {
         let host = folder.join("host");
         std::fs::create_dir(&host).unwrap();
@@ -248,7 +245,7 @@ mod tests {
             files
                 .write_at("new", 70_000, &text[70_000..], false)
                 .unwrap();
-            // A second one of that name is another's.
+            // A second file of that name exceeds the quota.
             assert!(files.write_at("new", 0, b"x", true).is_err());
             files.write_at("old", 0, b"old", true).unwrap();
             files.rename("new", "old").unwrap();

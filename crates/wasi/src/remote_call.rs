@@ -1,5 +1,5 @@
-//! Calls whose buffers travel: packed where the guest's thread is, made where the
-//! machine's descriptors are.
+//! Remote execution of WASI calls: packed at the node of the guest's thread, executed at the node
+//! with the machine's descriptors.
 //!
 //! ```text
 //!   pack: arguments, guest memory ─▶ Packed ──▶ Wasi::call_packed ──▶ output
@@ -7,15 +7,13 @@
 //!                                       └─▶ guest memory
 //! ```
 //!
-//! A call that is packed touches no guest memory where it is made, so a page need not
-//! travel there and back for it. Its pointers point into a buffer of its own: what is read
-//! first, then single results, then the one range of which the call says how much of it
-//! it filled.
+//! A packed call accesses no guest memory at its destination, so no page moves for it. Its pointers
+//! refer to a buffer of its own: first the input, then single results, then the one output range of
+//! which the call reports the used length.
 //!
-//! Only calls that can be packed without any difference are: where a pointer is wrong, or
-//! there is too much, [`pack`] says nothing, and the call is made with the guest's memory,
-//! which finds the same error as ever. (Bytes of a structure that mean nothing, between its
-//! members, become zero.)
+//! Only calls with identical semantics are packed: for an invalid pointer or too much data,
+//! [`pack`] returns nothing, and the call runs with the guest's memory, which produces the usual
+//! error. (Padding bytes of a structure become zero.)
 
 use crate::function::Function;
 use crate::guest::{BUFFERS_MAX, TRANSFER_BYTES_MAX};
@@ -25,33 +23,33 @@ use crate::{CallState, Outcome, Wasi};
 use serde::{Deserialize, Serialize};
 use wiggle::{GuestMemory, GuestPtr};
 
-/// Bytes of a packed call at most: all that one moves, and what describes it.
+/// Maximum bytes of a packed call: one transfer plus its descriptors.
 const BYTES_MAX: usize = TRANSFER_BYTES_MAX + (64 << 10);
-/// Whatever is read or written in one piece is aligned like the largest value of preview 1.
+/// Alignment of every value: that of the largest value of preview 1.
 const ALIGN: usize = 8;
 /// Bytes of an `iovec` or `ciovec`.
 const IOVEC_BYTES: usize = 8;
 
-/// What the parameters of a function point to; numbers are those of parameters.
+/// Meaning of pointer parameters; numbers are indices of parameters.
 #[derive(Debug, Clone, Copy)]
 enum ParamRole {
-    /// So many values that are read, of so many bytes each.
+    /// Input values of a fixed size.
     In(Values),
-    /// An array of `ciovec`, and what they point to.
+    /// An array of `ciovec`, with the buffers.
     Gather { at: usize, count: usize },
-    /// An array of `iovec`, and what they point to, of which `used` bytes are filled.
+    /// An array of `iovec`, with the buffers, of which `used` bytes are filled.
     Scatter {
         at: usize,
         count: usize,
         used: usize,
     },
-    /// A result of so many bytes.
+    /// A result of a fixed size.
     Out {
         at: usize,
         bytes: usize,
         align: usize,
     },
-    /// Room for values; `used` is the result that counts how many are filled, or all are.
+    /// Output values; `used` is the result with their number, or all are filled.
     Room { values: Values, used: Option<usize> },
 }
 
@@ -77,7 +75,7 @@ const fn out(at: usize, bytes: usize) -> ParamRole {
     ParamRole::Out { at, bytes, align }
 }
 
-/// Of a read: the number of its buffers follows their address.
+/// For a read: the number of its buffers follows their address.
 const fn scatter(at: usize, used: usize) -> ParamRole {
     let count = at + 1;
     ParamRole::Scatter { at, count, used }
@@ -91,7 +89,7 @@ const fn path(at: usize) -> ParamRole {
     ParamRole::In(bytes(at, at + 1))
 }
 
-/// Of `poll_oneoff`: subscriptions of so many bytes, and room for events.
+/// For `poll_oneoff`: subscriptions of this size, and room for events.
 const fn poll(subscription_bytes: usize) -> [ParamRole; 3] {
     let subscriptions = Values {
         at: 0,
@@ -111,9 +109,8 @@ const fn poll(subscription_bytes: usize) -> [ParamRole; 3] {
     ]
 }
 
-/// What a function's parameters point to; `None` for those that are not packed: without
-/// pointers there is nothing to pack, and of some it is not known before how much they
-/// write.
+/// Meaning of a function's parameters; `None` for functions that are not packed: those without
+/// pointers, and those whose output size is not known beforehand.
 fn roles(function: Function) -> Option<&'static [ParamRole]> {
     use Function as F;
     Some(match function {
@@ -148,39 +145,39 @@ fn roles(function: Function) -> Option<&'static [ParamRole]> {
     })
 }
 
-/// A call with all that it reads.
+/// A call with its input.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackedCall {
     /// Arguments of the core signature; pointers are offsets in the buffer.
     args: Vec<u64>,
-    /// What it reads: the beginning of the buffer.
+    /// Input: the start of the buffer.
     #[serde(with = "serde_bytes")]
     input: Vec<u8>,
-    /// Bytes of the buffer behind that, all zero.
+    /// Bytes of the buffer behind the input, all zero.
     output_bytes: u32,
 }
 
-/// Where in the guest's memory a packed call's output belongs.
+/// Destinations of a packed call's output in guest memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutputTargets {
     /// Single results: address and length.
     results: Vec<(u32, u32)>,
-    /// The pieces of the range that is filled from its beginning.
+    /// Pieces of the output range, in the order in which they are filled.
     ranges: Vec<(u32, u32)>,
 }
 
-/// Where the output of a call lies in its buffer.
+/// Layout of the output in a call's buffer.
 struct Layout {
     /// Single results: offset, length.
     results: Vec<(usize, usize)>,
-    /// Offset of the range that is filled, and how long it is.
+    /// Offset and length of the output range.
     range: Option<(usize, usize)>,
-    /// The result that counts what of it is filled, and how many bytes one is.
+    /// The result with the used number of values, and the size of one.
     used: Option<((usize, usize), usize)>,
 }
 
 fn number(args: &[u64], at: usize) -> u32 {
-    // (The low half.)
+    // (The low 32 bits.)
     args.get(at).copied().unwrap_or(0) as u32
 }
 
@@ -188,7 +185,7 @@ fn padded(bytes: usize) -> usize {
     bytes.next_multiple_of(ALIGN)
 }
 
-/// The bytes at an address, if it is aligned and all of them are in memory.
+/// The bytes at an address, if it is aligned and the range is in memory.
 fn read(memory: &GuestMemory<'_>, address: u32, bytes: usize, align: usize) -> Option<Vec<u8>> {
     let bytes = u32::try_from(bytes).ok()?;
     is_there(memory, address, bytes, align)?;
@@ -230,8 +227,8 @@ fn word(bytes: &[u8]) -> u32 {
     u32::from_le_bytes(word)
 }
 
-/// Packs a call, with what it reads from memory, and says where its output belongs;
-/// nothing for a call that is to be made with the guest's memory.
+/// Packs a call with its input, and returns the destinations of its output; `None` for a call that
+/// must run with the guest's memory.
 pub fn pack(
     function: Function,
     args: &[u64],
@@ -246,7 +243,7 @@ pub fn pack(
         input: Vec::new(),
         output_bytes: 0,
     };
-    // What is read, each piece aligned.
+    // Input values, each aligned.
     let mut put = |bytes: &[u8]| {
         let at = packed.input.len();
         packed.input.extend_from_slice(bytes);
@@ -308,7 +305,7 @@ pub fn pack(
             }
         }
     }
-    // Its output: single results first.
+    // Output: single results first.
     let mut at = packed.input.len();
     for role in roles {
         if let ParamRole::Out { at: arg, bytes, .. } = *role {
@@ -347,7 +344,7 @@ pub fn pack(
 }
 
 impl PackedCall {
-    /// Where its output is; `None` if it cannot be.
+    /// The layout of its output; `None` if the call is invalid.
     fn layout(&self, function: Function) -> Option<Layout> {
         let roles = roles(function)?;
         let end = self.input.len().checked_add(self.output_bytes as usize)?;
@@ -388,8 +385,8 @@ impl PackedCall {
 }
 
 impl Wasi {
-    /// As [`Wasi::call`], of a call whose buffers travel; and its output, for
-    /// [`OutputTargets::fill`], empty where it has none.
+    /// As [`Wasi::call`], for a packed call; also returns its output for [`OutputTargets::fill`],
+    /// empty without output.
     pub fn call_packed(
         &self,
         function: Function,
@@ -402,7 +399,7 @@ impl Wasi {
             let what = format!("{} is not packed as it should be", function.name());
             return (Outcome::Trap(what), Vec::new());
         };
-        // Aligned as a guest's memory is.
+        // Aligned like guest memory.
         let size = packed.input.len() + packed.output_bytes as usize;
         let mut room = vec![0; size + ALIGN];
         let start = room.as_ptr().align_offset(ALIGN).min(ALIGN);
@@ -428,10 +425,10 @@ impl Wasi {
 }
 
 impl OutputTargets {
-    /// Puts a call's output where the guest wants it.
+    /// Copies a call's output to guest memory.
     ///
     /// # Errors
-    /// Why the guest's thread must trap: it is not this call's output.
+    /// The reason for a trap of the guest's thread: the output does not belong to this call.
     pub fn fill(&self, output: &[u8], memory: &mut GuestMemory<'_>) -> Result<(), String> {
         if output.is_empty() {
             return Ok(());
@@ -451,7 +448,7 @@ impl OutputTargets {
                 .copy_from_slice(bytes, target)
                 .map_err(|error| error.to_string())
         };
-        // (In this order, as a call fills its buffers before it says how much.)
+        // (In this order, as calls fill buffers before they store the count.)
         for (address, length) in &self.ranges {
             let (now, later) = range.split_at(range.len().min(*length as usize));
             put(*address, now)?;
@@ -460,7 +457,7 @@ impl OutputTargets {
         if !range.is_empty() {
             return Err("a call's output is too long".into());
         }
-        // (The last first, as calls store them: two may overlap.)
+        // (The last one first, as calls store them: two may overlap.)
         let mut rest = results;
         for (address, length) in self.results.iter().rev() {
             let at = rest.len().saturating_sub(*length as usize);

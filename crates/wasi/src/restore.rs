@@ -1,5 +1,5 @@
-//! Reading a [`Snapshot`] back: everything is checked before anything is
-//! opened, and files are opened without creating, truncating or following.
+//! Restoring a [`Snapshot`]: everything is validated before anything is opened, and files are
+//! opened without creating, truncating or following links.
 
 use crate::abi::types;
 use crate::clock::{GuestClock, HostClock, SystemClock};
@@ -27,10 +27,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8};
 use std::sync::{Arc, Mutex};
 use types::{Fdflags, Rights, Sdflags};
 
-/// What the target host brings to a restore.
+/// Resources of the target host for a restore.
 pub struct Resources {
-    /// Where each preopen is here, in the snapshot's order. The folder of a
-    /// volume has its files' bytes.
+    /// Location of each preopen, in the snapshot's order. The folder of a volume contains its
+    /// files' bytes.
     pub preopens: Vec<Source>,
     /// The listening sockets, in the snapshot's order.
     pub listeners: Vec<TcpListener>,
@@ -58,16 +58,16 @@ impl Default for Resources {
     }
 }
 
-/// More guest threads than this never draw random numbers.
+/// Maximum number of guest threads that draw random numbers.
 const RANDOM_STREAMS_MAX: usize = 1 << 20;
 
 impl Wasi {
-    /// The state that was written down, with this host's resources. The
-    /// snapshot may come from anywhere: what contradicts itself is refused.
+    /// Restores a captured state with this host's resources. The snapshot is untrusted:
+    /// inconsistent data is refused.
     ///
     /// # Errors
-    /// If the snapshot is of another version or damaged, resources are
-    /// missing, or an open file is not there or another one.
+    /// If the snapshot is of another version or corrupt, resources are missing, or an open file is
+    /// missing or a different one.
     pub fn restore(mut snapshot: Snapshot, resources: Resources) -> Result<Wasi, Error> {
         check(&snapshot, &resources)?;
         let mut roots = Vec::with_capacity(snapshot.preopens.len());
@@ -136,7 +136,7 @@ impl Wasi {
     }
 }
 
-/// What can be checked without opening anything.
+/// Validation without opening anything.
 fn check(snapshot: &Snapshot, resources: &Resources) -> Result<(), Error> {
     if snapshot.version != SNAPSHOT_VERSION {
         return Err(Error::Version {
@@ -189,7 +189,7 @@ fn check(snapshot: &Snapshot, resources: &Resources) -> Result<(), Error> {
     Ok(())
 }
 
-/// For each preopen, whether it is the very directory of the source.
+/// For each preopen, whether it is the source's own directory.
 fn strict_roots(snapshot: &Snapshot, roots: &[Root]) -> Vec<bool> {
     let same_boot = !snapshot.boot_id.is_empty() && snapshot.boot_id == boot_id();
     let pairs = snapshot.preopens.iter().zip(roots);

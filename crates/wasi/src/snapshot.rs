@@ -1,7 +1,7 @@
 //! The WASI state of a machine as plain data.
 //!
-//! These types are what is stored and sent; inside, others are used. Changing
-//! them means raising [`SNAPSHOT_VERSION`].
+//! These types are the stored and transmitted format; internal types differ. Changes require a new
+//! [`SNAPSHOT_VERSION`].
 
 use crate::abi::types;
 use crate::descriptor::{
@@ -26,22 +26,22 @@ pub struct Snapshot {
     pub version: u32,
     pub args: Vec<String>,
     pub env: Vec<(String, String)>,
-    /// Tells this machine's hidden files from those of others.
+    /// Distinguishes this machine's hidden files from those of others.
     pub machine: u64,
     /// The number of the next hidden file.
     pub hidden_next: u64,
-    /// The boot of the host where this was taken; empty if unknown. On the
-    /// same one, device and inode numbers must still match.
+    /// Boot ID of the source host; empty if unknown. On the same boot, device and inode numbers
+    /// must still match.
     pub boot_id: String,
     pub monotonic_ns: u64,
     pub realtime_ns: u64,
     /// The seed of `random_get`.
     pub seed: [u8; 32],
-    /// Guest thread and 32-bit words that it has drawn.
+    /// Guest thread and number of 32-bit words that it has drawn.
     pub random: Vec<(u32, u64)>,
-    /// The preopens of the configuration, also those that the guest closed.
+    /// The preopens of the configuration, including closed ones.
     pub preopens: Vec<PreopenRecord>,
-    /// How many listeners the configuration had.
+    /// Number of listeners of the configuration.
     pub listeners: u32,
     /// Standard input.
     pub stdin: StdinRecord,
@@ -59,7 +59,7 @@ pub struct PreopenRecord {
     pub guest: String,
     /// Whether the guest may change nothing in it.
     pub read_only: bool,
-    /// What is in it, if it is a volume of our own.
+    /// Its contents, if it is a volume.
     pub volume: Option<VolumeRecord>,
     /// Device number on the source host; 0 for a volume.
     pub device: u64,
@@ -67,12 +67,12 @@ pub struct PreopenRecord {
     pub inode: u64,
 }
 
-/// What is left of standard input.
+/// Rest of standard input.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StdinRecord {
     /// Nothing.
     Empty,
-    /// A descriptor of the host; the target brings another.
+    /// A descriptor of the host; the target provides another.
     Host,
     /// These bytes.
     Bytes(Vec<u8>),

@@ -1,16 +1,15 @@
 //! Files and directories that a guest removed while it has them open.
 //!
-//! A host that takes the machine over must be able to open them again, so
-//! they are not removed but renamed within their directory to
-//! `.keel-unlinked-MACHINE-N`, which guests neither see nor can name, and go
-//! when the last descriptor is closed.
+//! The next host of the machine must be able to reopen them, so they are not removed but renamed
+//! within their directory to `.keel-unlinked-MACHINE-N`, a name that is invisible and inaccessible
+//! to guests, and are removed when the last descriptor is closed.
 //!
-//! Where an open file is now is asked of the kernel (`/proc/self/fd`), which
-//! follows every rename of the file and of the directories above it.
+//! The kernel reports the present path of an open file (`/proc/self/fd`), which follows every
+//! rename of the file and of its parent directories.
 //!
-//! `namespace` is held shared over "open and put in the table" and over "take
-//! out of the table and clean up", exclusively over removing and renaming: so
-//! nobody removes a file between its opening and its appearance in the table.
+//! `namespace` is held shared over "open and insert into the table" and over "remove from the table
+//! and clean up", exclusively over removing and renaming: so no file is removed between its opening
+//! and its insertion into the table.
 
 use crate::abi::{Result, types};
 use crate::descriptor::{Data, Descriptor, FileId, Kind, Place};
@@ -26,24 +25,24 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use types::Errno;
 
-/// Every hidden name of every machine begins so.
+/// Prefix of all hidden names of all machines.
 pub(crate) const PREFIX: &str = ".keel-unlinked-";
 
-/// Whether guests must not see a directory entry.
+/// Whether a directory entry is hidden from guests.
 pub(crate) fn is_hidden_name(name: &[u8]) -> bool {
     name.starts_with(PREFIX.as_bytes())
 }
 
-/// Whether a path goes through or ends in a hidden name.
+/// Whether a path contains a hidden name.
 pub(crate) fn names_hidden(path: &str) -> bool {
     path.split('/').any(|part| is_hidden_name(part.as_bytes()))
 }
 
-/// What is open and what is hidden.
+/// Open and hidden files.
 #[derive(Debug)]
 pub(crate) struct OpenFiles {
     namespace: RwLock<()>,
-    /// How many descriptors each open file has.
+    /// Number of descriptors per open file.
     counts: Mutex<HashMap<FileId, u32>>,
     /// Names hidden by this machine, without directories.
     names: Mutex<HashSet<String>>,
@@ -102,7 +101,7 @@ impl OpenFiles {
         locked(&self.counts).contains_key(&id)
     }
 
-    /// Notes a hidden name, if it is one of this machine's.
+    /// Registers a hidden name, if it belongs to this machine.
     pub(crate) fn adopt(&self, path: &str) {
         let name = path.rsplit('/').next().unwrap_or(path);
         if name.starts_with(&format!("{PREFIX}{:016x}-", self.machine)) {
@@ -115,7 +114,7 @@ impl OpenFiles {
         format!("{PREFIX}{:016x}-{number}", self.machine)
     }
 
-    /// The hidden path of an open file; `None` unless it is hidden.
+    /// The hidden path of an open file; `None` if it is not hidden.
     fn hidden_path(&self, descriptor: &Descriptor) -> Option<PathBuf> {
         let names = locked(&self.names);
         if names.is_empty() {
@@ -126,7 +125,7 @@ impl OpenFiles {
         names.contains(name).then_some(path)
     }
 
-    /// Whether the guest has removed what `descriptor` has open.
+    /// Whether the guest has removed the file that `descriptor` has open.
     pub(crate) fn is_hidden(&self, descriptor: &Descriptor) -> bool {
         self.hidden_path(descriptor).is_some()
     }
@@ -151,8 +150,8 @@ fn host_path(fd: BorrowedFd<'_>) -> io::Result<PathBuf> {
     std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
-/// Where an open file is: the preopen and the path under it (empty for the
-/// preopen's own directory). `prefer` is tried first.
+/// The location of an open file: the preopen and the path under it (empty for the preopen's own
+/// directory). `prefer` is tried first.
 ///
 /// # Errors
 /// `NotFound` with the path on this host if it is under none of `roots`.
@@ -187,8 +186,8 @@ pub(crate) fn locate(
     ))
 }
 
-/// A path cut into its directory and last name, without slashes at the end;
-/// `None` if the last part is no name.
+/// Splits a path into directory and last name, without trailing slashes; `None` if the last
+/// component is not a name.
 fn parent_and_name(path: &str) -> Option<(&str, &str)> {
     let path = path.trim_end_matches('/');
     let (parent, name) = match path.rfind('/') {
@@ -227,7 +226,7 @@ impl Wasi {
             return Ok(at.remove_dir(path)?);
         };
         let parent = at.open_dir(parent)?;
-        // Not of the path: a slash at its end would follow a link.
+        // Not of the path: a trailing slash would follow a link.
         let metadata = parent.symlink_metadata(name)?;
         let id = FileId::of_path(&metadata);
         if metadata.is_dir() && self.files.is_open(id) {
@@ -245,7 +244,7 @@ impl Wasi {
         }
     }
 
-    /// `rename`; what was at the new path stays if it is open.
+    /// `rename`; an open file at the new path is kept.
     pub(crate) fn rename(
         &self,
         source: &Dir,
@@ -265,7 +264,7 @@ impl Wasi {
         let Ok(moved) = source_dir.symlink_metadata(source_name) else {
             return Ok(plain()?);
         };
-        // cap-std overlooks a slash at the end of the target.
+        // cap-std ignores a trailing slash of the target.
         let slashes = source_path.ends_with('/') || target_path.ends_with('/');
         if slashes && !moved.is_dir() {
             return Err(Errno::Notdir.into());
@@ -288,8 +287,8 @@ impl Wasi {
         self.settle(&target_dir, &hidden, id)
     }
 
-    /// Keeps a file just hidden if a descriptor has it open by that name (and
-    /// not by another hard link), else removes it.
+    /// Keeps a hidden file if a descriptor has it open by that name (and not by another hard link),
+    /// else removes it.
     fn settle(&self, parent: &Dir, hidden: &str, id: FileId) -> Result<()> {
         let open = locked(&self.table)
             .iter()
@@ -313,7 +312,7 @@ impl Wasi {
         Ok(())
     }
 
-    /// Moves what this machine has hidden in a directory up to its parent.
+    /// Moves this machine's hidden files in a directory up to its parent.
     ///
     /// # Errors
     /// `notempty` if anything else is in it.
@@ -339,8 +338,8 @@ impl Wasi {
         Ok(())
     }
 
-    /// Forgets a descriptor taken out of the table under `files.shared()`,
-    /// and removes its file if it was the last one of a hidden file.
+    /// Releases a descriptor that was removed from the table under `files.shared()`, and removes
+    /// its file if it was the last one of a hidden file.
     pub(crate) fn release(&self, descriptor: &Descriptor) {
         let Some(id) = descriptor.file_id() else {
             return;
@@ -380,7 +379,7 @@ impl Wasi {
                     root.remove_file(&below)
                 }
             }
-            // Someone else was faster.
+            // Another thread was faster.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         };
@@ -393,9 +392,8 @@ impl Wasi {
 
 const NOTEMPTY: i32 = rustix::io::Errno::NOTEMPTY.raw_os_error();
 
-/// Puts `source` in the place of `target`, which becomes `hidden`. Exchanging
-/// leaves no moment without a `target`; a file system that cannot exchange
-/// has one, unseen by guests.
+/// Replaces `target`, which becomes `hidden`, by `source`. With an exchange `target` always exists;
+/// a file system without exchange has a moment without it, invisible to guests.
 fn replace(
     source_dir: &Dir,
     source: &str,

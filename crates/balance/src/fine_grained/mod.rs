@@ -180,8 +180,8 @@ impl fmt::Display for Action {
                 "{:.1} MiB of memory move from {from} to {to}",
                 mib(bytes)
             ),
-            Action::Gather => f.write_str("comes back together"),
-            Action::Leave { nodes } => write!(f, "has no part on {} any more", nodes.join(", ")),
+            Action::Gather => f.write_str("returns to its home"),
+            Action::Leave { nodes } => write!(f, "removes its parts on {}", nodes.join(", ")),
         }
     }
 }

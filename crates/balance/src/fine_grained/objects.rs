@@ -30,7 +30,7 @@ fn surplus(observation: &Observation, part: &Part, policy: &Policy) -> Option<(u
     if let Some(most) = most.filter(|most| has > *most || part.overflows && is_full(has, *most)) {
         let rest = (most as f64 * FILL_SHARE) as u64;
         let why = format!(
-            "the part on {} has {:.1} MiB, and keeps {:.1} MiB at most",
+            "the part on {} has {:.1} MiB, with a limit of {:.1} MiB",
             part.node,
             mib(has),
             mib(most)
@@ -43,7 +43,7 @@ fn surplus(observation: &Observation, part: &Part, policy: &Policy) -> Option<(u
         return None;
     }
     let why = format!(
-        "{} has {:.1} MiB of memory free, and {:.1} MiB are kept free",
+        "{} has {:.1} MiB of free memory, below the headroom of {:.1} MiB",
         part.node,
         mib(side.memory_free_bytes),
         mib(kept)
@@ -108,7 +108,7 @@ pub(super) fn relieve_memory(observation: &Observation, policy: &Policy) -> Vec<
             };
             let alternatives = vec![Alternative {
                 option: "the whole machine".into(),
-                finding: "its coldest objects are fewer bytes".into(),
+                finding: "its coldest objects have fewer bytes".into(),
             }];
             choices.push(observation.choice(action, why.clone(), alternatives));
         }

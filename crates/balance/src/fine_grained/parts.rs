@@ -34,7 +34,7 @@ pub(super) fn create(observation: &Observation, policy: &Policy) -> Option<Choic
         "its threads begin on all of its nodes (spawn = spread)".to_owned()
     } else if let Some((has, most)) = over {
         format!(
-            "it has {:.1} MiB on {}, where a part keeps {:.1} MiB at most",
+            "it has {:.1} MiB on {}, where the limit of a part is {:.1} MiB",
             mib(has),
             home.name,
             mib(most)
@@ -51,7 +51,7 @@ pub(super) fn create(observation: &Observation, policy: &Policy) -> Option<Choic
                 .sum::<f64>();
         let machine = Alternative {
             option: format!("the whole machine to {}", lightest.name),
-            finding: format!("that node would be at {there:.2} then"),
+            finding: format!("that node's load would be {there:.2}"),
         };
         if !presses_any(home.state.load, there, policy) {
             // A move of the whole machine is cheaper: rounds do that.
@@ -76,7 +76,7 @@ pub(super) fn create(observation: &Observation, policy: &Policy) -> Option<Choic
                 && node.state.load + policy.margin_between(home.state.load, node.state.load)
                     > home.state.load =>
             {
-                format!("load {:.2}: not clearly lighter", node.state.load)
+                format!("load {:.2}: not clearly less loaded", node.state.load)
             }
             None => {
                 others.push(node);
@@ -138,7 +138,7 @@ pub(super) fn add_part(observation: &Observation, policy: &Policy) -> Option<Cho
         .map(|part| part.node.clone());
     let nodes: Vec<Name> = members.chain([lightest.name.clone()]).collect();
     let why = format!(
-        "{} of its busy threads press {} (load {:.2}), none of its nodes takes more of them, and {} is lighter ({:.2})",
+        "{} of its busy threads press {} (load {:.2}), none of its nodes can take more of them, and {} is less loaded ({:.2})",
         busy(pressed),
         pressed.name,
         pressed.state.load,
@@ -181,7 +181,7 @@ pub fn gather_if_slower(observation: &Observation, policy: &Policy) -> Option<Ch
         return None;
     }
     let why = format!(
-        "its threads wait {:.2} cores' time for pages and run {runs:.2} cores in all, where its home alone would run {alone:.2}",
+        "its threads stall on remote pages for {:.2} cores and run {runs:.2} cores in total; at its home alone they would run {alone:.2}",
         observation.waited_cores
     );
     Some(observation.choice(Action::Gather, why, Vec::new()))

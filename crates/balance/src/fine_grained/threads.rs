@@ -76,7 +76,7 @@ fn best_move(observation: &Observation, policy: &Policy) -> Option<Moved> {
         if thread.held {
             alternatives.push(Alternative {
                 option: name(),
-                finding: "it came not long ago, or moves".into(),
+                finding: "it arrived recently, or is moving".into(),
             });
             continue;
         }
@@ -95,7 +95,7 @@ fn best_move(observation: &Observation, policy: &Policy) -> Option<Moved> {
             if observation.recent.contains(&back) {
                 alternatives.push(Alternative {
                     option: format!("{} to {}", name(), target.name),
-                    finding: "threads came from there not long ago".into(),
+                    finding: "threads came from there recently".into(),
                 });
                 continue;
             }
@@ -153,7 +153,7 @@ fn best_move(observation: &Observation, policy: &Policy) -> Option<Moved> {
     } = best?;
     let (source, target) = (&observation.nodes[from], &observation.nodes[to]);
     let why = format!(
-        "{} is pressed (load {:.2}) and {} is not ({:.2}); the thread takes {:.2} cores: {:.2} and {:.2} are left",
+        "{} is pressed (load {:.2}) and {} is not ({:.2}); the thread takes {:.2} cores: the loads become {:.2} and {:.2}",
         source.name,
         source.state.load,
         target.name,
@@ -164,7 +164,7 @@ fn best_move(observation: &Observation, policy: &Policy) -> Option<Moved> {
     );
     alternatives.push(Alternative {
         option: "the whole machine".into(),
-        finding: "a thread costs less to move, and levels them".into(),
+        finding: "a thread is cheaper to move, and levels the nodes".into(),
     });
     let action = Action::Thread {
         tid: thread.tid,
@@ -227,7 +227,10 @@ pub(super) fn follow_affinity(observation: &Observation, policy: &Policy) -> Vec
         if there >= policy.pressed_load && there >= load(&source.name) {
             continue;
         }
-        let why = format!("{}; {} is at {there:.2} with it", affinity.why, target.name);
+        let why = format!(
+            "{}; {} has load {there:.2} with it",
+            affinity.why, target.name
+        );
         let action = Action::Thread {
             tid: thread.tid,
             from: source.name.clone(),

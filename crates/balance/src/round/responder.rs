@@ -78,7 +78,7 @@ impl Balancer {
         errors.extend(factors.sanitise());
         if !errors.is_empty() || !(0.0..=LOAD_MAX).contains(&load) {
             return Response::Refused {
-                why: "its numbers are absurd".into(),
+                why: "its numbers are invalid".into(),
             };
         }
         let there = factors.on(&capacity, &side.capacity);

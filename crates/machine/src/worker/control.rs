@@ -153,7 +153,7 @@ pub enum State {
         reason: String,
     },
     /// Its machine is made, and its memory is to come when it has parts.
-    HeldRun {
+    Held {
         /// The epoch.
         epoch: Epoch,
     },
@@ -175,7 +175,7 @@ impl fmt::Display for State {
             State::Prepared { .. } => f.write_str("it has arrived, and does not go on yet"),
             State::Ended { .. } => f.write_str("it has ended"),
             State::Dropped { reason } => write!(f, "it was dropped: {reason}"),
-            State::HeldRun { .. } => f.write_str("it gets parts, and does not run yet"),
+            State::Held { .. } => f.write_str("it gets parts, and does not run yet"),
         }
     }
 }

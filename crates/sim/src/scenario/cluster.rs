@@ -305,7 +305,7 @@ impl Builder<'_> {
                     return Err(bad("it has no name; \"m{}\" is one".into()));
                 };
                 if !curve.cores(0).is_finite() {
-                    return Err(bad("its curve has a number that is none".into()));
+                    return Err(bad("its curve has an invalid number".into()));
                 }
                 let numbers = 1..=group.count.unwrap_or(1);
                 if *numbers.end() > MACHINES_MAX {
@@ -333,7 +333,7 @@ impl Builder<'_> {
                 let count = group.count.unwrap_or(most);
                 if count > most || count == 0 {
                     let reason = format!(
-                        "{} has {} traces; {count} from number {} on are asked",
+                        "{} has {} traces; {count} from number {} on are requested",
                         file.display(),
                         traces.len(),
                         wanted.first
@@ -399,7 +399,7 @@ impl Builder<'_> {
             rulebook.rules.push(rule.clone());
         }
         if let Some(conflict) = conflict(&rulebook.rules, &machines, &nodes) {
-            let reason = format!("rules cannot be kept together: {}", conflict.join(", "));
+            let reason = format!("contradictory rules: {}", conflict.join(", "));
             return Err(BadInput::file(&scenario.path, reason));
         }
         self.rulebook = rulebook.clone();
@@ -414,16 +414,13 @@ impl Builder<'_> {
     ) -> Result<(), String> {
         rule.check()?;
         if !machines.iter().any(|machine| rule.is_about(machine)) {
-            return Err(format!("rule {:?} is about no machine", &*rule.name));
+            return Err(format!("rule {:?} applies to no machine", &*rule.name));
         }
         if let Requirement::Pin { nodes: chosen } | Requirement::Avoid { nodes: chosen } =
             &rule.requirement
             && !nodes.iter().any(|it| chosen.fits(&it.name, &it.labels))
         {
-            return Err(format!(
-                "rule {:?} names no node that there is",
-                &*rule.name
-            ));
+            return Err(format!("rule {:?} names no existing node", &*rule.name));
         }
         Ok(())
     }

@@ -1,11 +1,10 @@
-//! What was written to a volume since the last look.
+//! Tracking of changes to a volume, for moves and checkpoints.
 //!
-//! A write is noted *after* it reached the backing file: whoever takes the note
-//! and reads then finds the new bytes. (A note taken before the bytes would be
-//! gone when they come.) A file that is cut has what lies behind taken out
-//! of the notes, and the cut is noted instead; so cuts are to be repeated before
-//! bytes are copied. Cuts of files that are younger than the last look are not
-//! noted: a program that makes and removes files all day makes no notes.
+//! A write is recorded *after* it reached the backing file: taking the record and then reading
+//! yields the new bytes. (A record taken before would be gone when the bytes arrive.) Truncation
+//! removes records behind the new end and is itself recorded; so truncations must be applied before
+//! bytes are copied. Truncations of files created since the last call are not recorded: a program
+//! that creates and removes files all day produces no records.
 
 use super::blocks::{BLOCK_BYTES, BlockSet, UNIT_BYTES, units_of};
 use crate::locked;
@@ -14,27 +13,26 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
-/// Changes of one volume. First come the cuts, then the bytes.
+/// Changes of one volume. Truncations apply first, then bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Inode number, and the byte from which on all was taken away.
+    /// Inode number, and the byte from which on all was removed.
     pub cuts: Vec<(u64, u64)>,
-    /// Inode number and bytes that may be new, in order; they may go on behind
-    /// the file's end.
+    /// Inode number and bytes that may be new, in order; they may extend behind the file's end.
     pub bytes: Vec<(u64, Range<u64>)>,
 }
 
 impl Changes {
-    /// How many bytes, at the most.
+    /// Upper bound of the number of bytes.
     pub fn bytes(&self) -> u64 {
         let runs = self.bytes.iter();
         runs.map(|(_, run)| run.end - run.start).sum()
     }
 
-    /// The same with whole blocks, in order; the bytes may be given in any.
+    /// Extended to whole blocks, in order; the input may be unordered.
     #[must_use]
     pub fn whole_blocks(mut self) -> Changes {
-        // Only of what is sorted can runs be joined by their ends.
+        // Runs can be merged by their ends only if sorted.
         self.bytes
             .sort_unstable_by_key(|(inode, run)| (*inode, run.start));
         let mut bytes: Vec<(u64, Range<u64>)> = Vec::with_capacity(self.bytes.len());
@@ -66,12 +64,12 @@ struct Notes {
     cuts: BTreeMap<u64, u64>,
     /// Units of 4 KiB.
     units: BTreeMap<u64, BlockSet>,
-    /// Whoever takes the notes has heard of no inode from here on.
+    /// The consumer knows only inodes below this number.
     known_below: u64,
 }
 
-/// Collects the changes of one volume until they are taken. Several can, each
-/// for itself; one that is dropped stops.
+/// Collects the changes of one volume until they are taken. Trackers are independent; a dropped one
+/// stops.
 #[derive(Debug)]
 pub struct Tracker {
     notes: Arc<Mutex<Notes>>,
@@ -79,8 +77,8 @@ pub struct Tracker {
 }
 
 impl Tracker {
-    /// All changes since the tracker began, or since this was asked last. Right
-    /// after the beginning, that is all data that there is.
+    /// All changes since the tracker started, or since the last call. The first call returns all
+    /// existing data.
     pub fn take(&self) -> Changes {
         let notes = {
             let mut notes = locked(&self.notes);
@@ -95,18 +93,18 @@ impl Tracker {
 }
 
 impl Tracker {
-    /// The changes so far; they are not taken.
+    /// The changes so far, without taking them.
     pub fn peek(&self) -> Changes {
         changes_of(&locked(&self.notes))
     }
 
-    /// Bytes of what was noted.
+    /// Number of recorded bytes.
     pub fn noted_bytes(&self) -> u64 {
         let notes = locked(&self.notes);
         notes.units.values().map(|set| set.len() * UNIT_BYTES).sum()
     }
 
-    /// Notes changes that happened before it began, or that were taken in vain.
+    /// Records changes from before the start, or that were taken but not transferred.
     pub fn note(&self, bytes: &[(u64, Range<u64>)]) {
         let mut notes = locked(&self.notes);
         for (inode, bytes) in bytes {
@@ -138,7 +136,7 @@ pub(crate) struct Trackers {
 }
 
 impl Trackers {
-    /// Of a volume whose next file gets this inode number.
+    /// Trackers of a volume whose next file gets this inode number.
     pub(crate) fn new(next_inode: u64) -> Self {
         Self {
             all: RwLock::default(),
@@ -146,7 +144,7 @@ impl Trackers {
         }
     }
 
-    /// Takes the next inode number; none comes twice.
+    /// Allocates the next inode number; numbers are never reused.
     pub(crate) fn take_inode(&self) -> u64 {
         self.next_inode.fetch_add(1, Ordering::AcqRel)
     }
@@ -155,7 +153,7 @@ impl Trackers {
         self.next_inode.load(Ordering::Acquire)
     }
 
-    /// A new one that knows nothing yet.
+    /// A new tracker without records.
     pub(crate) fn add(&self) -> Tracker {
         let notes = Arc::default();
         let mut all = self.all.write().unwrap_or_else(PoisonError::into_inner);
@@ -174,12 +172,12 @@ impl Trackers {
         }
     }
 
-    /// These bytes are new.
+    /// Records new bytes.
     pub(crate) fn written(&self, inode: u64, bytes: Range<u64>) {
         self.each(|notes| notes.written(inode, bytes.clone()));
     }
 
-    /// From this byte on there is nothing any more.
+    /// Records a truncation.
     pub(crate) fn cut(&self, inode: u64, from: u64) {
         self.each(|notes| {
             if inode < notes.known_below {
@@ -206,7 +204,7 @@ impl Notes {
 }
 
 impl Tracker {
-    /// Notes what was there before it began.
+    /// Records data from before its start.
     pub(crate) fn seed(&self, inode: u64, bytes: Range<u64>) {
         locked(&self.notes).written(inode, bytes);
     }
@@ -237,7 +235,7 @@ mod tests {
         assert_eq!(expected.bytes(), 3 * UNIT);
         assert_eq!(first.take(), expected);
         assert_eq!(first.take(), Changes::default());
-        // Whoever knows nothing need not forget anything.
+        // An unknown inode needs no truncation.
         let cuts = Vec::new();
         assert_eq!(second.take(), Changes { cuts, bytes });
         drop(second);
@@ -245,7 +243,7 @@ mod tests {
         trackers.cut(2, 0);
         trackers.written(1, 9..9);
         assert_eq!(first.take().cuts, [(2, 0)]);
-        // Made and removed between two looks.
+        // Created and removed between two calls.
         assert_eq!((trackers.take_inode(), trackers.next_inode()), (3, 4));
         trackers.written(3, 0..1);
         trackers.cut(3, 0);

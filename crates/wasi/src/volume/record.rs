@@ -1,5 +1,5 @@
-//! A volume's names, sizes and links as plain data: part of the snapshot. It
-//! may come from anywhere; what contradicts itself is refused.
+//! A volume's names, sizes and links as plain data: part of the snapshot. Untrusted; inconsistent
+//! data is refused.
 
 use super::backing::Backed;
 use super::blocks::{BLOCK_BYTES, BlockSet};
@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, RwLock};
 pub struct VolumeRecord {
     /// The number of the next file.
     pub next_inode: u64,
-    /// All that there is, by inode number; the root is 1.
+    /// All nodes, by inode number; the root is 1.
     pub nodes: Vec<NodeRecord>,
 }
 
@@ -27,9 +27,9 @@ pub struct NodeRecord {
     pub inode: u64,
     /// Last access, in nanoseconds since 1970-01-01 UTC.
     pub access_ns: u64,
-    /// Last change of what is in it.
+    /// Last change of its contents.
     pub modification_ns: u64,
-    /// Last change of it or of what is in it.
+    /// Last change of its contents or attributes.
     pub change_ns: u64,
     pub body: NodeBody,
 }
@@ -38,11 +38,11 @@ pub struct NodeRecord {
 pub enum NodeBody {
     File {
         size: u64,
-        /// First and count of blocks of 64 KiB that have data, in order.
+        /// First block and number of blocks of 64 KiB with data, in order.
         blocks: Vec<(u64, u64)>,
     },
     Directory {
-        /// The directory that it is in, or was in when it was removed.
+        /// Its parent directory, or the last one before it was removed.
         parent: u64,
         /// Names and inode numbers, by name.
         entries: Vec<(String, u64)>,
@@ -69,18 +69,18 @@ impl VolumeRecord {
         }
     }
 
-    /// Refuses what contradicts itself or is larger than it may be.
+    /// Refuses inconsistent data, and data beyond the limits.
     ///
     /// # Errors
-    /// A sentence that says what.
+    /// A sentence about the inconsistency.
     pub fn check(&self, limits: VolumeLimits) -> Result<(), String> {
         check(self, limits)
     }
 }
 
 impl Volume {
-    /// Writes the volume down, but for the bytes of its files. The guest must
-    /// stand still ([`Volume::block_changes`]).
+    /// Captures the volume without the bytes of its files. The guest must not change it meanwhile
+    /// ([`Volume::block_changes`]).
     pub fn record(&self) -> VolumeRecord {
         let tree = self.tree();
         let record = |(inode, node): (u64, &super::tree::Node)| {
@@ -127,11 +127,11 @@ impl Volume {
         }
     }
 
-    /// The volume that was written down. Its files' bytes are in `folder`, or
-    /// will be before they are read.
+    /// Restores a captured volume. Its files' bytes are in `folder`, or will be before they are
+    /// read.
     ///
     /// # Errors
-    /// A sentence that says what contradicts itself.
+    /// A sentence about the inconsistency.
     pub(crate) fn restore(
         record: VolumeRecord,
         folder: &Path,
@@ -209,8 +209,7 @@ impl Volume {
         }))
     }
 
-    /// Removes what has neither a name nor a descriptor: a snapshot may have
-    /// been taken of a machine that ended.
+    /// Removes nodes without name and descriptor: the snapshot may be of a machine that ended.
     pub(crate) fn drop_orphans(&self) {
         let unused = |(inode, node): (u64, &super::tree::Node)| {
             (node.links == 0 && node.open == 0).then_some(inode)
@@ -294,7 +293,7 @@ fn check_file(inode: u64, size: u64, present: &[(u64, u64)]) -> Result<u64, Stri
     Ok(blocks)
 }
 
-/// All entries lead somewhere; directories are a tree.
+/// Checks that all entries exist, and that directories form a tree.
 fn check_directories(nodes: &HashMap<u64, &NodeRecord>) -> Result<(), String> {
     let mut parents: BTreeMap<u64, u64> = BTreeMap::new();
     for (inode, node) in nodes {
@@ -317,7 +316,7 @@ fn check_directories(nodes: &HashMap<u64, &NodeRecord>) -> Result<(), String> {
         Some(NodeBody::Directory { parent: ROOT, .. }) => {}
         _ => return Err("it has no root".into()),
     }
-    // From the root down: what is not reached must be removed, hence empty.
+    // From the root down: unreachable directories must be removed ones, hence empty.
     let mut reached = HashSet::new();
     let mut todo = vec![ROOT];
     while let Some(inode) = todo.pop() {

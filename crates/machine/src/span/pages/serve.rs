@@ -66,7 +66,7 @@ impl Shared {
                                     let event = Event::Message { from, message };
                                     events.push((event, Beside::Pages(pages)));
                                 }
-                                Parcel::Time(guest_ns) => self.listener().advance_to(guest_ns),
+                                Parcel::Time(guest_ns) => self.listener().saw(guest_ns),
                                 Parcel::Memory(memory) => self.limits.heard(from, memory),
                                 Parcel::Limit(limit) if from == PartId::HOME => {
                                     // (A new home says it when all know that it is one.)

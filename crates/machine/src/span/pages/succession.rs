@@ -204,7 +204,7 @@ impl Pages {
             state.traffic.forget(PartId::HOME);
             state
                 .coherence
-                .succeed(legacy)
+                .take_over_home(legacy)
                 .map_err(SpanError::Disagree)?;
             // (What may leave from now on is looked up anew: it has more than it had.)
             state.keep = None;

@@ -499,7 +499,7 @@ impl Shared {
             match &event {
                 Event::Message { from, .. } => state.traffic.count_received(*from),
                 Event::Join { part } | Event::PartLeft { part } => state.traffic.forget(*part),
-                Event::HomeMigrated { new_home } => state.traffic.rename(*by, PartId::HOME),
+                Event::HomeMigrated { new_home } => state.traffic.rename(*new_home, PartId::HOME),
                 _ => {}
             }
             let now = self.now();

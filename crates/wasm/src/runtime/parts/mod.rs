@@ -4,8 +4,8 @@
 //!            home                                          member
 //!   OS thread `guest-7`: its own stages,      order      OS thread `guest-7`:
 //!   safepoints, freezes, holds            ──────────▶    an instance, nothing else
-//!        │ [`remote_thread::Away`] instead of a     ◀──────────       │
-//!        ▼ fiber                             report          ▼ calls of the host
+//!        │ [`remote_thread::RemoteThread`]    ◀──────────       │
+//!        ▼ in place of a fiber                report          ▼ host calls
 //!   WASI, wait queues, new threads, growing  ◀───────────────┘
 //! ```
 //!
