@@ -228,7 +228,7 @@ async fn claim_in(
             .collect();
         let held = holders.get(&rule.name).cloned().unwrap_or_default();
         let claim = rule.claim(&this, &node, &held, &domains);
-        if let Some(claim) = claim.map_err(ClaimError::Violation)? {
+        if let Some(claim) = claim.map_err(ClaimError::Broken)? {
             claims.add(&claim, &revisions)?;
         }
     }
@@ -473,7 +473,7 @@ mod tests {
                 names: vec![format!("{name}-*")],
                 labels: Labels::new(),
             },
-            requirement: says,
+            requirement,
         }
     }
 

@@ -819,7 +819,7 @@ impl Entry {
             (Access::Write, _) => Holders::Owner(to),
             (Access::Read, Holders::Owner(owner)) if owner == to => self.holders,
             (Access::Read, Holders::Owner(owner)) => Holders::Readers {
-                owner: owner,
+                owner,
                 readers: PartSet::default().with(owner).with(to),
             },
             (Access::Read, Holders::Readers { owner, readers }) => Holders::Readers {

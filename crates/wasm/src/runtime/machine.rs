@@ -104,6 +104,7 @@ pub struct CpuUsage {
     pub at_ns: u64,
     pub time: CoreTime,
     /// Microseconds stalled on remote pages, by the part that supplied them.
+    #[serde(rename = "stood")]
     pub stalled_us: BTreeMap<PartId, u64>,
 }
 

@@ -317,7 +317,7 @@ async fn look_at(
         let done = carry_out(agent, machine, worker, &action, objects.as_deref()).await;
         let (outcome, failed) = match done {
             Ok(outcome) => (outcome, false),
-            Err(why) => (format!("{grain}: not done: {why}"), true),
+            Err(why) => (format!("{action}: not done: {why}"), true),
         };
         tracing::info!(%machine, outcome, "grains");
         keep(
@@ -386,7 +386,7 @@ pub(crate) fn begins_spread(agent: &Agent, record: &Record, loads: &[(NodeName, 
                 .filter_map(|(node, load)| Some((name(node), (*load)?)))
                 .collect()
         },
-        weighed: Vec::new(),
+        alternatives: Vec::new(),
     };
     self::record(agent, &record.name, record.epoch, Mode::Automatic, choice);
 }

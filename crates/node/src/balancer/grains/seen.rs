@@ -96,10 +96,10 @@ pub(super) fn stands(before: &CpuUsage, now: &CpuUsage) -> BTreeMap<PartId, f64>
         return BTreeMap::new();
     }
     let share = |(part, micros): (&PartId, &u64)| {
-        let before = before.stood.get(part).copied().unwrap_or(0);
+        let before = before.stalled_us.get(part).copied().unwrap_or(0);
         (*part, micros.saturating_sub(before) as f64 / 1e6 / seconds)
     };
-    now.stood.iter().map(share).collect()
+    now.stalled_us.iter().map(share).collect()
 }
 
 fn smoothed_stands(
@@ -144,7 +144,7 @@ pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[H
             thread.affinity = Some(Affinity {
                 part: part.number() as u32,
                 why,
-                stands: all,
+                stall_share: all,
             });
         }
     }
@@ -213,7 +213,7 @@ pub(super) fn draw(
                 bytes as f64 / f64::from(1 << 20),
                 all as f64 / f64::from(1 << 20)
             ),
-            stands: 0.0,
+            stall_share: 0.0,
         });
     }
 }
@@ -487,7 +487,7 @@ mod tests {
                             turns: if *tid == 7 { 1 } else { *ms },
                             is_runnable: *tid != 9,
                         },
-                        stood: stood_of(*tid, *ms),
+                        stalled_us: stood_of(*tid, *ms),
                     }),
                 })
                 .collect(),
@@ -547,7 +547,7 @@ mod tests {
         // before.
         let cores: Vec<f64> = then.iter().map(|it| it.cores).collect();
         assert_eq!(cores, [0.75, 0.0, 1.0, 0.75]);
-        let ran: Vec<f64> = then.iter().map(|it| it.ran).collect();
+        let ran: Vec<f64> = then.iter().map(|it| it.ran_cores).collect();
         assert_eq!(ran, [0.5, 0.0, 0.0, 0.5]);
         // It is what they had on average that counts.
         let still = threads(
