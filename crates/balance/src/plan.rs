@@ -814,8 +814,8 @@ mod tests {
 
     #[test]
     fn a_full_cluster_moves_by_a_third_node() {
-        // Two full nodes whose machines are to change places, and a third with room for
-        // one: by rules, since load alone would not ask for it.
+        // Two full nodes whose machines swap places, and a third with room for one; enforced by
+        // rules, since load alone would not require it.
         let mut problem = problem(&[(9.0, 10.0); 3], &[(0, 1.0, 8.0), (1, 1.0, 8.0)]);
         let named = |name: &str| Selector {
             names: vec![name.to_owned()],

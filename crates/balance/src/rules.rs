@@ -726,7 +726,7 @@ mod tests {
             .unwrap();
         assert_eq!(claim.writes, holders(&[("y", &["web-2"])]));
         assert_eq!(claim.reads, domains(&["y"]));
-        // Where it is already nothing changes; others are not meant.
+        // On its present node nothing changes; other machines are not affected.
         let there = apart.claim(&subject("web-1", &[]), &a, &held, &domains(&["x"]));
         assert_eq!(there, Ok(None));
         let other = apart.claim(&subject("db", &[]), &a, &held, &domains(&["x"]));
@@ -811,7 +811,7 @@ mod tests {
             conflict(&[harmless, apart.clone()], &machines, &nodes),
             None
         );
-        // Four that are to be apart on three nodes: one rule is enough.
+        // Four machines apart on three nodes: one rule is enough for a conflict.
         let four: Vec<Subject> = (1..=4).map(|it| subject(&format!("m{it}"), &[])).collect();
         assert_eq!(
             conflict(std::slice::from_ref(&apart), &four, &nodes),

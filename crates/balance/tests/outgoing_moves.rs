@@ -1,4 +1,4 @@
-//! What becomes of a node's load while machines leave it.
+//! A node's load while machines leave it.
 
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
@@ -17,12 +17,12 @@ const CAPACITY: Capacity = Capacity {
     io_bytes_per_s: 1e9,
 };
 
-/// A node with so many machines that never rest, and what it does.
+/// A node with a number of CPU-bound machines, and its commands.
 struct Node {
     balancer: Balancer,
     now_ms: u64,
     machines: Vec<Name>,
-    /// What it wants done and was not yet.
+    /// Commands not carried out yet.
     commands: Vec<Command>,
 }
 
@@ -44,7 +44,7 @@ impl Node {
         self.commands.extend(commands);
     }
 
-    /// Whom it asks, since this was asked last.
+    /// Peers that it sent requests to since the last call.
     fn asks(&mut self) -> Vec<Name> {
         let asks = std::mem::take(&mut self.commands).into_iter();
         let asks = asks.filter_map(|command| match command {
@@ -79,13 +79,13 @@ impl Node {
         self.step(Event::Sample(sample));
     }
 
-    /// In cores, which are all but the whole of it.
+    /// In cores, which make up almost all of the load.
     fn load(&self) -> f64 {
         let load = self.balancer.node_state().expect("it was measured").load;
         (load * 100.0).round() / 100.0
     }
 
-    /// Lets idle others answer one question, or a second pass if there is none.
+    /// Lets idle peers answer one request, or advances by a second if there is none.
     fn go_on(&mut self) -> Option<Command> {
         if self.commands.is_empty() {
             self.sample();
@@ -99,7 +99,8 @@ impl Node {
         Some(command)
     }
 
-    /// Lets idle others answer what it asks until it moves a machine: which, where to.
+    /// Lets idle peers answer requests until it moves a machine; returns the machine and the
+    /// target.
     fn move_one(&mut self) -> (Name, Name) {
         for _ in 0..200 {
             if let Some(Command::Move { machine, target }) = self.go_on() {
@@ -125,7 +126,7 @@ impl Node {
     }
 }
 
-/// Of a node on which nothing runs.
+/// Response of an idle node.
 fn response(request: &Request) -> Response {
     match request {
         Request::View => Response::View(View {
@@ -162,7 +163,7 @@ fn what_left_is_taken_off_once_whoever_tells_first() {
             node.ended(&machine);
         } else {
             node.ended(&machine);
-            // It was measured before the store's word was there.
+            // It was measured before the store's notification arrived.
             node.sample();
             assert_eq!(node.load(), 5.0);
             node.gone(&machine);
@@ -195,7 +196,7 @@ fn the_next_move_need_not_wait_but_goes_elsewhere() {
     assert_ne!(first, second);
     assert_ne!(one, other);
     assert_eq!(node.load(), 10.0);
-    // Something goes to everybody: nobody is asked until a move is over.
+    // Every peer has an incoming move: no request is sent until a move ends.
     node.asks();
     for _ in 0..20 {
         node.sample();
@@ -228,7 +229,7 @@ fn what_a_person_confirms_waits_for_its_target_and_is_not_forgotten() {
     node.step(Event::Confirmed {
         machine: machine.clone(),
     });
-    // Confirmed is confirmed: whatever round was under way.
+    // A confirmation is effective in any round.
     let moved = node.move_one();
     assert_eq!(moved, (machine, target));
 }
@@ -250,7 +251,7 @@ fn where_no_move_can_begin_rounds_do_not_follow_at_once() {
     }
     assert!(node.now_ms >= begun_ms + 60_000, "{moves} in no time");
     assert!((20..=120).contains(&moves), "one or two a second: {moves}");
-    // What was taken off was given back each time.
+    // The subtracted load was restored each time.
     assert_eq!(node.load(), 12.0);
 }
 

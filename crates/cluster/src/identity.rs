@@ -1,10 +1,8 @@
 //! The cluster's certificate authority and the nodes' certificates.
 //!
-//! A node makes its key itself and sends a signing request; the authority
-//! takes nothing from that but the public key, and puts the node's name in
-//! itself. Certificates carry no end that matters (wall clocks decide
-//! nothing): a node is removed by removing its membership, see
-//! [`crate::members`].
+//! A node creates its own key and sends a signing request; the authority takes only the public key
+//! from it, and sets the node's name itself. Certificates do not expire in practice (no decision
+//! depends on wall clocks): a node is removed by removing its membership, see [`crate::members`].
 //!
 //! ```text
 //! STATE/identity/cluster    the cluster's id
@@ -30,7 +28,7 @@ use thiserror::Error;
 
 use crate::state_file::{self, StateFileError};
 
-/// Longest signing request that is looked at, in bytes.
+/// Maximum size of a signing request, in bytes.
 pub const CSR_BYTES_MAX: usize = 16 << 10;
 
 const CLUSTER_FILE: &str = "cluster";
@@ -39,7 +37,7 @@ const CA_KEY_FILE: &str = "ca.key";
 const NODE_CERT_FILE: &str = "node.pem";
 const NODE_KEY_FILE: &str = "node.key";
 
-/// Why an identity cannot be made, read or kept.
+/// Why an identity cannot be created, read or stored.
 #[derive(Debug, Error)]
 pub enum IdentityError {
     /// The text is not a cluster id.
@@ -151,8 +149,8 @@ impl CertificateAuthority {
         Ok(authority)
     }
 
-    /// Signs a certificate and lets TLS verify it: shows that key and
-    /// certificate belong together before a node relies on it.
+    /// Signs a certificate and verifies it with TLS: shows that key and certificate match before a
+    /// node relies on them.
     fn self_test(&self) -> Result<(), IdentityError> {
         let what = "checking the key of the cluster CA";
         let node = NodeName::new("probe").map_err(|e| bad(what, e))?;
@@ -176,7 +174,7 @@ impl CertificateAuthority {
         &self.certificate_pem
     }
 
-    /// Its private key. Handle with care: whoever has it can be any node.
+    /// Its private key. Its holder can impersonate any node.
     pub fn key_pem(&self) -> String {
         self.issuer.key().serialize_pem()
     }
@@ -295,7 +293,7 @@ pub fn make_csr(node: &NodeName) -> Result<SigningRequest, IdentityError> {
     })
 }
 
-/// What makes this process a node of its cluster.
+/// Identity of this process as a node of its cluster.
 #[derive(Clone)]
 pub struct NodeIdentity {
     pub cluster: ClusterId,
@@ -308,7 +306,7 @@ pub struct NodeIdentity {
 }
 
 impl NodeIdentity {
-    /// Puts an identity together.
+    /// Assembles and verifies an identity.
     ///
     /// # Errors
     /// [`IdentityError::OtherNode`] when the certificate is for another node,
@@ -353,7 +351,7 @@ impl NodeIdentity {
         )
     }
 
-    /// What TLS needs of it.
+    /// Credentials for TLS.
     ///
     /// # Errors
     /// [`TlsError::Credentials`].

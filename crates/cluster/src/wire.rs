@@ -37,7 +37,7 @@ pub mod kind {
     pub const JOIN: u16 = 0x0200;
 }
 
-/// Bytes that are not what they should be.
+/// Bytes that cannot be decoded.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum WireError {
     /// Another version of this crate wrote them.

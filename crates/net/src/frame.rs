@@ -24,7 +24,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 /// Length of the envelope before the payload, in bytes.
 pub const HEADER_BYTES: usize = 20;
 
-/// What one kind of connection speaks: its marker, version and length limit.
+/// Parameters of one kind of connection: marker, version and length limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Class {
     /// First four bytes of each frame.
@@ -151,7 +151,7 @@ impl Header {
     }
 }
 
-/// Cuts a byte stream into frames. Holds no bytes of its own.
+/// Splits a byte stream into frames. Holds no bytes of its own.
 #[derive(Debug, Clone, Copy)]
 pub struct Decoder {
     class: Class,
@@ -236,7 +236,7 @@ impl Decoder {
         }))
     }
 
-    /// Says whether the stream may end with `rest` left undecoded.
+    /// Checks that the stream may end with `rest` left undecoded.
     ///
     /// # Errors
     /// [`FrameError::Truncated`] when `rest` is the beginning of a frame.

@@ -22,9 +22,9 @@
 //! per stream without credit, payload length, connections, anonymous
 //! connections. A request beyond the server's bound is refused, not executed.
 //!
-//! What an error says about execution is the point of [`RpcError`]. A request
-//! that still waits in this side's queue can be withdrawn; from the moment its
-//! bytes are handed to the stream its outcome is open until the answer comes.
+//! [`RpcError`] distinguishes errors by what is known about execution. A request in this side's
+//! queue can be withdrawn; once its bytes are handed to the stream its outcome is unknown until the
+//! answer arrives.
 
 use std::fmt;
 use std::time::Duration;
@@ -57,7 +57,7 @@ pub const KIND_RESERVED: u16 = 0xff00;
 /// Most items of one stream that may be ahead of its consumer.
 const STREAM_CREDIT_MAX: u32 = 1 << 16;
 
-/// Who is at the other end, as far as its certificate was verified.
+/// The authenticated peer of a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum PeerId {
     Node(NodeName),
@@ -146,8 +146,7 @@ impl RpcError {
         }
     }
 
-    /// Whether the request was certainly not executed, so that it may be sent
-    /// again or elsewhere.
+    /// Whether the request was certainly not executed, and may be repeated or sent elsewhere.
     pub fn certainly_not_executed(&self) -> bool {
         match self {
             RpcError::NotSent { .. } | RpcError::Refused { .. } => true,
@@ -276,7 +275,7 @@ pub enum ConnectError {
     },
 }
 
-/// How an outcome goes over the wire.
+/// Encoding of an outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Code {
     Refused,

@@ -1,5 +1,5 @@
-//! TLS 1.3 configurations, each side authenticated, and what a verified
-//! certificate says about its holder.
+//! TLS 1.3 configurations, with the authentication of each side, and the identity in a verified
+//! certificate.
 //!
 //! | configuration | server proves | client proves |
 //! |---|---|---|
@@ -200,8 +200,8 @@ impl PinnedIdentity {
     }
 }
 
-/// How an accepted peer is told apart. It belongs to the configuration, so a
-/// pinned peer never passes for a node by what it writes in its certificate.
+/// How an accepted peer is identified. Part of the configuration, so a pinned peer never passes for
+/// a node by the contents of its certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trust {
     Cluster,
@@ -336,7 +336,7 @@ impl ServerTls {
         Ok((stream, peer))
     }
 
-    /// Names the holder of a certificate that was verified already.
+    /// Identifies the holder of a verified certificate.
     fn peer_id(&self, certificate: Option<&CertificateDer<'_>>) -> Result<PeerId, String> {
         match (self.trust, certificate) {
             (Trust::Cluster, None) => Ok(PeerId::Anonymous),
@@ -349,8 +349,8 @@ impl ServerTls {
     }
 }
 
-/// The node a certificate stands for: the one DNS name `NAME.node.keel`.
-/// Says nothing about trust; ask only after verification.
+/// The node named in a certificate: the single DNS name `NAME.node.keel`. Only meaningful after
+/// verification.
 pub fn node_of(certificate: &CertificateDer<'_>) -> Option<NodeName> {
     let certificate = webpki::EndEntityCert::try_from(certificate).ok()?;
     let mut names = certificate.valid_dns_names();
@@ -486,7 +486,7 @@ pub(crate) fn handshake(peer: &str, address: &str, error: &io::Error) -> TlsErro
     }
 }
 
-/// What a TLS failure means for the person who has to act on it.
+/// Explanation of a TLS failure for users.
 pub(crate) fn explain(error: &io::Error) -> String {
     use rustls::AlertDescription as Alert;
     use rustls::CertificateError as Cert;

@@ -46,7 +46,7 @@ pub enum Curve {
         share: f64,
         /// Seconds of one burst.
         length_s: f64,
-        /// Says when they come.
+        /// Determines their times.
         #[serde(default)]
         seed: u64,
     },

@@ -1,5 +1,5 @@
-//! Decisions decided again: by the same code they come out the same, by another
-//! policy they do not, and it is said which and why.
+//! Replay of decisions: the same code reproduces them, another policy does not, with the difference
+//! and its reason.
 
 use keel_balance::ledger::{Decision, Line};
 use keel_balance::policy::Policy;
@@ -9,7 +9,7 @@ use keel_sim::scenario::Scenario;
 use keel_sim::what_if::WhatIf;
 use std::path::Path;
 
-/// A rough day of unlike nodes that pack or level.
+/// A variable day of heterogeneous nodes that pack or level.
 fn recorded(strategy: &str) -> Vec<Line> {
     let text = format!(
         "length_s = 1200\nseed = 5\n\

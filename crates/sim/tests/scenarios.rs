@@ -1,5 +1,5 @@
-//! Scenario files: those that come along hold, what is wrong with one is said with
-//! its line, and a run is repeated exactly by its seed.
+//! Scenario files: the bundled ones meet their expectations, errors are reported with their line,
+//! and a seed reproduces a run exactly.
 
 use keel_sim::html_report;
 use keel_sim::run::{Report, run};
@@ -69,7 +69,7 @@ fn a_seed_says_everything() {
     assert_ne!(plain(&scenario).moves, once.moves);
 }
 
-/// Whatever two nodes want at the same time: no move is committed that a rule forbids.
+/// With any concurrency of two nodes no move is committed that a rule forbids.
 #[test]
 fn no_move_breaks_a_rule_on_any_seed() {
     let text = include_str!("../scenarios/rules.toml");
@@ -88,7 +88,7 @@ fn no_move_breaks_a_rule_on_any_seed() {
         for s in 1..=900 {
             world.run_until(s * 1000);
             let broken = world.broken().len();
-            // Only a rule that came, or a node that died, breaks any.
+            // Only a new rule or a node failure violates any.
             let comes = (300..=301).contains(&s) || (500..=540).contains(&s);
             assert!(
                 broken <= before || comes,
@@ -180,7 +180,7 @@ fn what_if_compares_with_a_change() {
         "{}",
         more.end.load_max
     );
-    // The node where all of them were: they begin on the others.
+    // The node with all machines: they start on the others.
     let hot = changed(&["remove-node=n1"]).unwrap();
     assert_eq!(
         (hot.end.alive, hot.end.machines, hot.moves.len()),

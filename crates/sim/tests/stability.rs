@@ -1,5 +1,5 @@
-//! What makes people switch balancers off: machines that go to and fro, moves where
-//! nothing is gained, and trust in numbers that cannot be.
+//! Reasons why users disable balancers: oscillating machines, useless moves, and trust in invalid
+//! numbers.
 
 use keel_balance::load::Capacity;
 use keel_balance::policy::{Policy, Strategy};
@@ -117,7 +117,7 @@ fn nothing_goes_to_and_fro() {
         world.discard_decisions();
         world.run_until(1_800_000);
         assert_eq!(returns(&world), 0, "run {run}");
-        // Nor over a third node: a machine stays for its hold time wherever it is.
+        // Nor over a third node: a machine stays for its minimum time wherever it is.
         for (number, it) in world.moves().iter().enumerate() {
             let next = world.moves()[number + 1..]
                 .iter()
@@ -132,7 +132,7 @@ fn nothing_goes_to_and_fro() {
         moves += world.moves().len();
         moving_runs += usize::from(!world.moves().is_empty());
     }
-    // It was not calm because nothing could move.
+    // Moves were possible.
     assert!(
         moves > 100 && moving_runs > 50,
         "{moves} moves in {moving_runs} runs"
@@ -169,8 +169,8 @@ fn nothing_moves_in_a_level_cluster_in_a_week() {
     }
 }
 
-/// A target that dies in mid-move: the machine stays, and the balancer neither asks the
-/// dead one on and on nor sends everything to the other one at once.
+/// A target that fails during a move: the machine stays, and the balancer neither retries the
+/// failed node continuously nor moves everything to the other one.
 #[test]
 fn it_does_not_pile_on_when_a_target_dies() {
     let nodes: Vec<NodeSpec> = (0..3).map(|number| node(number, 4.0)).collect();
@@ -205,7 +205,7 @@ fn it_does_not_pile_on_when_a_target_dies() {
 fn where_all_nodes_are_full_nothing_moves_and_somebody_is_told() {
     let nodes: Vec<NodeSpec> = (0..3).map(|number| node(number, 2.0)).collect();
     let memory_full = 7_900 * MIB;
-    // The memory of all is full: what presses the first one fits nowhere.
+    // The memory of all nodes is full: the pressing machines fit nowhere else.
     let mut machines: Vec<MachineSpec> = (0..6)
         .map(|number| machine(number, number / 2, steady(0.2), memory_full))
         .collect();
@@ -246,7 +246,7 @@ fn late_and_doubled_answers_change_nothing_but_time() {
     let machines: Vec<MachineSpec> = (0..12)
         .map(|number| machine(number, 0, steady(1.0), 64 * MIB))
         .collect();
-    // Later than an answer may be, just in time, and twice.
+    // Later than the response timeout, just in time, and duplicated.
     for (by_ms, doubled) in [(2_500, 0.0), (1_500, 1.0), (0, 1.0)] {
         let mut world = World::new(settings(4, Policy::default()), &nodes, &machines);
         world.schedule(
@@ -285,8 +285,7 @@ fn numbers_that_cannot_be_are_never_followed() {
                 .map(|number| machine(number, number % 2, steady(1.0), 64 * MIB))
                 .collect();
             let mut world = World::new(settings(6, Policy::default()), &nodes, &machines);
-            // One that is as loaded as the other: it would give, and its numbers would
-            // take.
+            // A node as loaded as the other: it would give, and by its numbers it would accept.
             let what = if measures {
                 ExternalEvent::MeasurementFault(1, Some(lie))
             } else {
@@ -302,7 +301,7 @@ fn numbers_that_cannot_be_are_never_followed() {
             assert_eq!(of_liar, 0, "{lie:?} {measures}");
             assert_eq!(world.machines_of(1).len(), 6);
             let loads = world.loads();
-            // The honest ones go on among themselves, until none is pressed.
+            // The other nodes continue among themselves, until none is pressed.
             let honest = [loads[0], loads[2], loads[3]];
             assert!(honest.iter().all(|it| *it < 0.8), "{lie:?}: {loads:?}");
             let told = world.decisions().iter().any(|it| {
@@ -312,7 +311,7 @@ fn numbers_that_cannot_be_are_never_followed() {
                 )
             });
             assert!(told, "{lie:?} {measures}");
-            // Once its numbers can be believed, it takes part.
+            // Once its numbers are valid, it takes part.
             world.schedule(120_000, ExternalEvent::ReportFault(1, None));
             world.schedule(120_000, ExternalEvent::MeasurementFault(1, None));
             world.run_until(400_000);

@@ -1,5 +1,5 @@
-//! Calls whose buffers travel: all other tests again, each call packed that can be; and
-//! what is not packed.
+//! Remote calls: all other tests again, with each call packed if possible; and the calls that are
+//! not packed.
 
 #![allow(clippy::duplicate_mod, reason = "each file of tests brings its own")]
 
@@ -29,7 +29,7 @@ use keel_wasi::{CallState, Config, Function, Outcome, PackedCall, pack};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
-/// A function that says more than errors in most calls, and arguments that can be.
+/// A function whose calls mostly return data, and possible arguments.
 fn usual(guest: &Guest) -> Vec<(Function, Vec<u64>)> {
     let iovecs: Vec<u8> = [200_u32, 10, 300, 20]
         .iter()
@@ -75,7 +75,7 @@ fn what_cannot_be_packed_is_not() {
     assert!(!can(Function::ArgsGet, &[0, 64]));
 }
 
-/// A call that came from elsewhere may be anything.
+/// A packed call is untrusted.
 #[test]
 fn hostile_calls_touch_nothing_else() {
     let guest = Guest::new(Config::default());
@@ -100,7 +100,7 @@ fn hostile_calls_touch_nothing_else() {
                 .wasi
                 .call_packed(*function, &changed, &mut state, guest.tid, &*guest.flag);
         assert!(output.len() <= 4 << 20, "{outcome:?}");
-        // What is put where it does not belong is refused.
+        // Output with wrong destinations is refused.
         let longer = [output, vec![1; 1 << 21]].concat();
         assert!(targets.fill(&longer, &mut guest.memory()).is_err());
         assert!(targets.fill(&[1], &mut guest.memory()).is_err() || args.len() == 2);

@@ -1,4 +1,4 @@
-//! What modules import: checked first; snapshot 0 of WASI; and code of `--plain` in the cache.
+//! Imports of modules: checked first; snapshot 0 of WASI; and the cache for `--plain`.
 
 use keel_wasi::{Config, MemorySink, Preopen, Source, Wasi};
 use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome, ProgramError};
@@ -145,8 +145,8 @@ fn snapshot_0_of_wasi_is_served() {
     assert_eq!(plain, Outcome::Exit(0));
 }
 
-/// Of a second run nothing is compiled: it takes what the first one kept, and where somebody
-/// changed that, its own.
+/// A second run compiles nothing: it uses the cache, or its own code where the cache was tampered
+/// with.
 #[test]
 fn the_plain_module_is_compiled_once() {
     let module = wat::parse_str(r#"(module (func (export "_start")))"#).unwrap();

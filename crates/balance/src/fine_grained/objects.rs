@@ -194,24 +194,24 @@ mod tests {
         assert_eq!(taken, [(2, 8 * PAGE), (1, PAGE)]);
         assert_eq!(coldest(&all, PAGE - 1), []);
         assert_eq!(coldest(&all, u64::MAX).len(), 3);
-        // Before what nobody waits for, as it is used here all the time, goes what is not.
+        // Idle objects go before those without faults, which are used locally all the time.
         let mut idle = object(3 << 20, PAGE, 0.5);
         idle.is_idle = true;
         let with = [all.to_vec(), vec![idle]].concat();
         let taken = coldest(&with, 3 * PAGE);
         let taken: Vec<_> = taken.iter().map(|it| (it.start >> 20, it.bytes)).collect();
         assert_eq!(taken, [(3, PAGE), (2, 2 * PAGE)]);
-        // Crumbs that nobody uses do not keep what is enough from going.
+        // Small idle objects do not displace an object that suffices.
         let mut many: Vec<Object> = (10..200).map(|at| object(at << 20, PAGE, 0.0)).collect();
         many.iter_mut().for_each(|it| it.is_idle = true);
         many.push(object(500 << 20, 4096 * PAGE, 0.1));
         many.push(object(600 << 20, 2048 * PAGE, 0.0));
         let taken = coldest(&many, 3000 * PAGE);
         let bytes: Vec<u64> = taken.iter().map(|it| it.bytes / PAGE).collect();
-        // (Those of no heat go first, of which so many are let in as are moved at once.)
+        // (Objects without heat go first, up to the maximum number.)
         assert_eq!(bytes[0], 2048);
         assert_eq!(taken.len(), OBJECTS_AT_ONCE);
-        // What is left of it is filled with them, where they are enough.
+        // The rest is filled with them, where they suffice.
         many[0].bytes = 2990 * PAGE;
         let taken = coldest(&many, 3000 * PAGE);
         let bytes: Vec<u64> = taken.iter().map(|it| it.bytes / PAGE).collect();

@@ -45,7 +45,7 @@ fn thread(tid: u32, part: u32, cores: f64) -> Thread {
     }
 }
 
-/// Six burners on the first of three nodes.
+/// Six CPU-bound threads on the first of three nodes.
 fn observation(parts: &[&str]) -> Observation {
     Observation {
         parts_max: 3,
@@ -91,7 +91,7 @@ fn a_machine_that_presses_any_node_gets_parts_and_its_threads_are_dealt_out() {
     assert_eq!(dealt.len(), 4, "{choices:?}");
     let to = |part: u32| dealt.iter().filter(|(_, to)| *to == part).count();
     assert_eq!((to(1), to(2)), (2, 2));
-    // Then it is level, and nothing more is done.
+    // The loads are level then, and nothing more is done.
     for (tid, part) in dealt {
         spans.threads[tid as usize].part = part;
     }
@@ -109,7 +109,7 @@ fn what_does_not_press_or_may_go_whole_is_left_alone() {
     let policy = Policy::default();
     let nothing =
         |observation: &Observation| assert_eq!(decide(observation, &policy), [], "{observation:?}");
-    // Nobody waits.
+    // No pressure.
     let mut calm = observation(&["a"]);
     calm.nodes[0] = node("a", 0.7);
     nothing(&calm);
@@ -117,11 +117,11 @@ fn what_does_not_press_or_may_go_whole_is_left_alone() {
     let mut short = observation(&["a"]);
     short.nodes[0].loads = vec![6.0, 6.0, 6.0, 0.1, 0.1, 0.1];
     nothing(&short);
-    // It is one of many, and there is a node that would be light with it.
+    // One of many machines, and another node would stay light with it.
     let mut small = observation(&["a"]);
     small.threads = vec![thread(0, 0, 0.2), thread(1, 0, 0.2)];
     nothing(&small);
-    // One busy thread cannot be divided.
+    // A single busy thread cannot be split.
     let mut one = observation(&["a"]);
     one.threads = vec![thread(0, 0, 1.0), thread(1, 0, 0.0)];
     nothing(&one);
@@ -130,11 +130,11 @@ fn what_does_not_press_or_may_go_whole_is_left_alone() {
     heavy.nodes[1] = node("b", 6.0);
     heavy.nodes[2] = node("c", 5.9);
     nothing(&heavy);
-    // It was tried, and lost by it.
+    // It ran slower with parts before.
     let mut recently_gathered = observation(&["a"]);
     recently_gathered.recently_gathered = true;
     nothing(&recently_gathered);
-    // Its threads came not long ago.
+    // Its threads arrived recently.
     let mut held = observation(&["a", "b"]);
     for thread in &mut held.threads {
         thread.held = true;
@@ -153,7 +153,7 @@ fn a_part_goes_from_where_none_may_be_and_parts_that_lose_come_together() {
     assert_eq!(choices[0].action, Action::Leave { nodes });
     assert!(choices[0].why.contains("drained"), "{}", choices[0].why);
 
-    // Two threads hand a page to and fro.
+    // Two threads alternate on a page.
     let gathers = |observation: &Observation| {
         let choices = decide(observation, &policy);
         choices.iter().any(|it| it.action == Action::Gather)
@@ -166,7 +166,7 @@ fn a_part_goes_from_where_none_may_be_and_parts_that_lose_come_together() {
     assert_eq!(choices[0].action, Action::Gather);
     assert!(choices[0].why.contains("0.40 cores in all"), "{choices:?}");
     assert!(choices[0].why.contains("would run 1.00"), "{choices:?}");
-    // Its home has half a core for it: others want as much as it does.
+    // Its home has half a core for it: others demand as much.
     losing_observations.nodes[0] = node("a", 1.4);
     assert!(gathers(&losing_observations));
     losing_observations.nodes[0] = node("a", 2.4);
@@ -176,11 +176,11 @@ fn a_part_goes_from_where_none_may_be_and_parts_that_lose_come_together() {
     losing_observations.nodes[1].state.capacity.speed = 1.6;
     assert!(!gathers(&losing_observations));
     losing_observations.nodes[1].state.capacity.speed = 1.0;
-    // A person wants it to have them all the time.
+    // The spec demands parts at all times.
     losing_observations.from_beginning = true;
     assert!(!gathers(&losing_observations));
     losing_observations.from_beginning = false;
-    // Nobody waits for pages: that it runs little has other reasons.
+    // No thread waits for pages: its low throughput has other causes.
     losing_observations.waited_cores = 0.05;
     assert!(!gathers(&losing_observations));
 }
@@ -203,7 +203,8 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
     assert_eq!(moves(&choices), [(0, 1)]);
     assert!(choices[0].why.contains("near cache"), "{choices:?}");
     assert!(choices[0].why.contains("b is at 0.40"), "{choices:?}");
-    // Not where it would press, where none may be, whence threads came, or at once.
+    // Not to a node that it would press, that is forbidden, from which threads came, or all at
+    // once.
     let nothing = |observation: &Observation| assert_eq!(decide(observation, &policy), []);
     let mut pressed = calm.clone();
     pressed.nodes[1] = node("b", 0.95);
@@ -214,8 +215,8 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
     let mut held = calm.clone();
     held.threads[0].held = true;
     nothing(&held);
-    // Of those that go for their pages one goes at a time: the one that waits for most
-    // and can.
+    // Of the threads stalled on remote pages one moves at a time: the one that stalls most and can
+    // move.
     let mut pages = calm.clone();
     for (tid, stall_share) in [(0, 0.3), (1, 0.7), (2, 0.9)] {
         pages.threads[tid].affinity = Some(Affinity {
@@ -226,7 +227,7 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
     }
     pages.nodes[2] = node("c", 0.95);
     assert_eq!(moves(&decide(&pages, &policy)), [(1, 1)]);
-    // Before all of it is brought together, but not for ever.
+    // Before gathering, but not forever.
     let mut losing_observations = pages.clone();
     losing_observations.waited_cores = 2.0;
     assert_eq!(moves(&decide(&losing_observations, &policy)), [(1, 1)]);
@@ -235,7 +236,7 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
         decide(&losing_observations, &policy)[0].action,
         Action::Gather
     );
-    // Who is where it wants to be goes last.
+    // A thread at its part of affinity moves last.
     let mut level = observation(&["a", "b", "c"]);
     for tid in [0, 1, 2, 3] {
         level.threads[tid].affinity = Some(Affinity {
@@ -254,8 +255,8 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
 
 #[test]
 fn a_home_that_is_pressed_is_no_reason_to_come_back_to_it() {
-    // As was seen: one thread of six away, which waits for pages of a node of half a
-    // core that five others press; together they would have that half core alone.
+    // As observed: one remote thread of six, stalled on pages of a node of half a core that five
+    // others press; together they would have that half core alone.
     let mut spans = observation(&["a", "b", "c"]);
     spans.nodes[0] = node("a", 10.0);
     spans.nodes[0].state.capacity.cores = 0.5;
@@ -281,7 +282,7 @@ fn more_parts_are_made_where_those_that_it_has_are_pressed_and_none_goes_back() 
     let choices = decide(&two, &policy);
     let nodes: Vec<Name> = ["b", "c"].map(Name::from).to_vec();
     assert_eq!(choices[0].action, Action::Spread { nodes });
-    // Before that a thread goes, if one can; but not back.
+    // A thread moves first, if one can; but not back.
     two.nodes[1] = node("b", 1.5);
     assert_eq!(moves(&decide(&two, &policy)).len(), 1);
     two.recent = vec![("b".into(), "a".into())];
@@ -320,13 +321,13 @@ fn a_part_that_has_too_much_gives_to_those_with_room() {
     };
     // 110 go: as much as there is room, where most is first.
     assert_eq!(given(&full), [(2, 85), (1, 25)]);
-    // What it keeps by itself is let be while nothing more comes.
+    // Its own eviction suffices while nothing more arrives.
     full.parts[0].memory_bytes = Some(98 * MIB);
     assert_eq!(given(&full), []);
     full.parts[0].overflows = true;
     assert_eq!(given(&full), [(2, 8)]);
     full.parts[0] = part(0, "a", 200);
-    // A node that is short of memory takes none, and one that is gives.
+    // A node short of memory accepts none, and one above the headroom gives.
     full.nodes[2].state.memory_free_bytes = 60 * MIB;
     assert_eq!(given(&full), [(1, 30)]);
     full.part_memory_bytes = None;

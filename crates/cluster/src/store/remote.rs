@@ -1,8 +1,8 @@
 //! The store of another node, over the network.
 //!
-//! Requests go to the voter that answered last; one that is certainly not
-//! executed goes on to the next voter. A change whose connection is lost after
-//! it was sent is [`StoreError::Unknown`]; a read may simply be asked again.
+//! Requests go to the voter that answered last; one that was certainly not executed is retried at
+//! the next voter. A change whose connection is lost after it was sent is [`StoreError::Unknown`];
+//! a read can be repeated.
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,13 +25,13 @@ use crate::wire::{decode, kind, payload};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Effect {
-    /// Nothing: ask again.
+    /// No effect: retry.
     Reads,
     /// The change may have been made.
     Changes,
 }
 
-/// The voters' store, asked through the pool of connections.
+/// The voters' store, accessed through the connection pool.
 pub struct RemoteStore {
     peers: Arc<Peers>,
     voters: RwLock<Vec<NodeName>>,
@@ -40,8 +40,8 @@ pub struct RemoteStore {
 }
 
 impl RemoteStore {
-    /// Asks `voters`, whose addresses `peers` knows. Each request takes at
-    /// most `timeout` in all.
+    /// A store at `voters`, whose addresses `peers` knows. Each request takes at most `timeout` in
+    /// total.
     pub fn new(peers: Arc<Peers>, voters: Vec<NodeName>, timeout: Duration) -> Self {
         Self {
             peers,
@@ -51,7 +51,7 @@ impl RemoteStore {
         }
     }
 
-    /// Asks these voters from now on.
+    /// Replaces the voters.
     pub fn set_voters(&self, voters: Vec<NodeName>) {
         *self.voters.write().unwrap_or_else(PoisonError::into_inner) = voters;
     }
@@ -228,7 +228,7 @@ impl Store for RemoteStore {
                 from: from_revision,
             };
             let mut items = self.open(kind::WATCH, &follow).await?;
-            // The first item says that it runs, or why not.
+            // The first item confirms the watch, or carries the error.
             match tokio::time::timeout(self.timeout, next::<Revised>(&mut items)).await {
                 Ok(Some(begun)) => begun?,
                 Ok(None) => return Err(StoreError::unavailable("the watch broke off")),

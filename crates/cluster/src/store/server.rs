@@ -15,7 +15,7 @@ use crate::wire::{WireError, decode, kind, payload};
 /// Bytes of entries gathered for one item of a list.
 const LIST_ITEM_BYTES: usize = 1 << 20;
 
-/// Answers the store's requests out of a [`Store`]. Only nodes may ask.
+/// Serves the store's requests from a [`Store`]. Only nodes are permitted.
 #[derive(Clone)]
 pub struct StoreHandler {
     store: Arc<dyn Store>,
@@ -35,8 +35,8 @@ impl StoreHandler {
     /// Answers one request.
     ///
     /// # Errors
-    /// [`RpcError::Refused`] when the request cannot be read. What the store
-    /// itself says is inside the answer.
+    /// [`RpcError::Refused`] if the request cannot be decoded. The store's own errors are part of
+    /// the answer.
     pub async fn answer(&self, kind: u16, request: &[u8]) -> Result<Reply, RpcError> {
         let store = &self.store;
         match kind {
@@ -103,8 +103,7 @@ fn read<T: serde::de::DeserializeOwned>(what: &'static str, request: &[u8]) -> R
 }
 
 fn one<T: Serialize>(result: Result<T, StoreError>) -> Result<Reply, RpcError> {
-    // The change may be made by now, so an answer that cannot be written is
-    // not a refusal.
+    // The change may be committed by now, so an answer that cannot be encoded is not a refusal.
     let payload = item(result).map_err(RpcError::unknown)?;
     Ok(Reply::One(payload))
 }

@@ -88,8 +88,8 @@ impl Client {
         Self::connect_to(address, tls, Some(expected), options).await
     }
 
-    /// Connects to whoever `tls` itself accepts: a pinned worker, or any node
-    /// of the cluster a join token is for.
+    /// Connects to any peer that `tls` accepts: a pinned worker, or any node of the cluster of a
+    /// join token.
     ///
     /// # Errors
     /// [`ConnectError`].

@@ -1,7 +1,7 @@
-//! The answering side: accepts connections, checks membership, runs handlers.
+//! The server side: accepts connections, checks membership, runs handlers.
 //!
-//! Membership is asked at the accept, at each request and before each pushed
-//! item, so that a removed node is refused at once on connections it still has.
+//! Membership is checked at accept, at each request and before each pushed item, so that a removed
+//! node is refused immediately on existing connections.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -27,8 +27,8 @@ use crate::frame::{Frame, FrameReader};
 use crate::name::NodeName;
 use crate::tls::ServerTls;
 
-/// Whether a node is a member of the cluster now. Called often: it must be
-/// quick and not block.
+/// Whether a node is currently a member of the cluster. Called often: it must be fast and must not
+/// block.
 pub type MemberCheck = Arc<dyn Fn(&NodeName) -> bool + Send + Sync>;
 
 /// Longest payload of an anonymous peer, in bytes.
@@ -120,8 +120,8 @@ impl ServerHandle {
             .unwrap_or_else(PoisonError::into_inner) = tls;
     }
 
-    /// Stops accepting and closes every connection. Handlers that run go on;
-    /// their answers are dropped, so their callers see an unknown outcome.
+    /// Stops accepting and closes every connection. Running handlers continue; their answers are
+    /// dropped, so their callers get an unknown outcome.
     pub async fn shutdown(mut self) {
         self.stop.send_replace(true);
         if let Some(task) = self.task.take() {
@@ -153,7 +153,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, mut stopped: watch::
         let (stream, address) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of descriptors, mostly: give others time to close some.
+                // Usually out of descriptors: wait for some to be closed.
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
@@ -223,8 +223,7 @@ struct Connection {
     calls: Arc<Semaphore>,
     streams: Arc<Semaphore>,
     requests: Mutex<HashMap<u64, Arc<Request>>>,
-    /// Streams stop where they are: without an END, which would tell the
-    /// client that there is nothing more.
+    /// Streams are cut: without an END, which would mean completion.
     closing: AtomicBool,
 }
 
@@ -308,7 +307,7 @@ impl Connection {
         }
     }
 
-    /// Reads until the connection ends; says why it did.
+    /// Reads until the connection ends; returns the reason.
     async fn read<R: AsyncRead + Unpin>(self: &Arc<Self>, mut reader: FrameReader<R>) -> String {
         if !self.is_member() {
             let text = "it was removed from the cluster, or never joined; \
@@ -369,7 +368,7 @@ impl Connection {
         let Ok(permit) = Arc::clone(&self.calls).try_acquire_owned() else {
             let max = self.options.in_flight_max;
             let busy = RpcError::refused(format!("{max} requests of this connection run already"));
-            // Not even room for the refusal: the peer ignores its limit.
+            // No room even for the refusal: the peer ignores its limit.
             return self
                 .queue
                 .try_send(wire::error(frame.request, busy))

@@ -332,7 +332,7 @@ mod tests {
         all[2].take_over_home(&holdings).unwrap();
         let new_home = part(2);
         assert_eq!(all[1].step(Event::HomeMigrated { new_home }, 0), []);
-        // Part 2 is part 0, and nobody is part 2.
+        // Part 2 has become part 0, and number 2 is free.
         all.swap_remove(0);
         assert_eq!(all[0].holders(page(1)).unwrap(), {
             let readers = [part(0), part(1)].into_iter().collect();

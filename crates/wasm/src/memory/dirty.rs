@@ -344,7 +344,7 @@ mod tests {
 
     /// Writes like a guest, through the mapping.
     fn store(memory: &GuestMemory, offset: u64, byte: u8) {
-        // SAFETY: the cell is this memory's, which nobody else uses.
+        // SAFETY: the cell belongs to this memory, without concurrent accesses.
         unsafe { std::ptr::write_volatile(memory.cells()[offset as usize].get(), byte) };
     }
 

@@ -321,7 +321,7 @@ mod tests {
     }
 
     fn load(memory: &GuestMemory, at: usize) -> u8 {
-        // SAFETY: within the memory; nobody else writes this byte meanwhile.
+        // SAFETY: within the memory; no concurrent write to this byte.
         unsafe { std::ptr::read_volatile(memory.cells()[at].get()) }
     }
 

@@ -25,7 +25,7 @@ fn is_open(memory: &GuestMemory, at: u64) -> bool {
 /// Writes a byte like a guest that ignores the memory's size.
 fn write(memory: &GuestMemory, at: u64) {
     assert!(is_open(memory, at));
-    // SAFETY: a byte of the mapping, which can be accessed there; nobody else does.
+    // SAFETY: an accessible byte of the mapping, without concurrent accesses.
     unsafe { memory.base().add(at as usize).write_volatile(7) };
 }
 

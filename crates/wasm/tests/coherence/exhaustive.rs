@@ -1,6 +1,6 @@
-//! All that can happen in small machines, by a model checker: two and three parts, one
-//! and two pages, the litmus tests of memory models (Alglave, Maranget and Tautschnig,
-//! "Herding Cats", 2014) with their threads on different parts.
+//! Exhaustive tests of small machines with a model checker: two and three parts, one and two pages,
+//! the litmus tests of memory models (Alglave, Maranget and Tautschnig, "Herding Cats", 2014) with
+//! their threads on different parts.
 
 use crate::simulator::{Action, InjectedBug, Op, Operation, Setup, Simulator};
 use stateright::{Checker, Model, Property};
@@ -11,12 +11,12 @@ use std::sync::Mutex;
 const X: u32 = 0;
 const Y: u32 = 1;
 
-/// What the threads read, in order.
+/// Values read by the threads, in order.
 type Outcome = Vec<Vec<u64>>;
 
 struct Machine {
     set: Setup,
-    /// So often a page changes hands at most.
+    /// Maximum number of times that a page changes hands.
     grants_max: u32,
     outcomes: Mutex<BTreeSet<Outcome>>,
 }
@@ -45,7 +45,7 @@ impl Model for Machine {
         Some(next)
     }
 
-    /// A page may go to and fro for ever, if no thread runs meanwhile.
+    /// Bounds the state space: a page may alternate forever while no thread runs.
     fn within_boundary(&self, state: &Simulator) -> bool {
         state.grants.iter().all(|grants| *grants <= self.grants_max)
     }
@@ -57,7 +57,7 @@ impl Model for Machine {
     }
 }
 
-/// Looks at everything; what threads can have read, or what goes wrong.
+/// Explores all states; returns the possible outcomes, or the violation.
 fn explore(name: &str, set: Setup) -> Result<BTreeSet<Outcome>, String> {
     let needed = |page: u32| {
         let ops = set.threads.iter().flat_map(|(_, ops)| ops);
@@ -65,7 +65,7 @@ fn explore(name: &str, set: Setup) -> Result<BTreeSet<Outcome>, String> {
         those.count() as u32
     };
     let machine = Machine {
-        // All that is needed, and some of what is not.
+        // All states that are needed, and some others.
         grants_max: (0..set.pages).map(needed).max().unwrap_or(0) + 2,
         set,
         outcomes: Mutex::default(),
@@ -111,7 +111,7 @@ fn two_parts_and_a_page() {
         ..set(2, 1, threads)
     };
     for outcome in all("two parts, one page", set) {
-        // Nothing that was added is lost: whoever adds last sees at least his own.
+        // No addition is lost: the last thread sees at least its own.
         assert!(outcome[0][0] >= 1 && outcome[1][0] >= 2, "{outcome:?}");
     }
 }
@@ -133,7 +133,7 @@ fn three_parts_and_a_page() {
     assert!(outcomes.contains(&vec![vec![3], vec![2], vec![0]]));
 }
 
-/// No order between messages is needed, not even on one connection.
+/// The protocol needs no message order, not even on one connection.
 #[test]
 fn without_any_order() {
     let threads: &[(usize, &[Op])] = &[
@@ -202,7 +202,7 @@ fn independent_reads_of_independent_writes() {
     let outcomes = all("IRIW", set(2, 2, threads));
     let forbidden = vec![vec![], vec![], vec![1, 0], vec![1, 0]];
     assert!(!outcomes.contains(&forbidden));
-    // All others can be.
+    // All other outcomes are possible.
     assert_eq!(outcomes.len(), 15);
 }
 
@@ -266,7 +266,7 @@ fn pages_and_directories_that_move() {
     }
 }
 
-/// Both pages move at once, while threads use them.
+/// Both pages move in one run, while threads use them.
 #[test]
 fn pages_that_move_in_rows() {
     let two: &[(usize, &[Op])] = &[
@@ -322,7 +322,7 @@ fn a_part_that_leaves() {
     for operations in [
         vec![Operation::Evacuate(1, 0)],
         vec![Operation::Evacuate(1, 2), Operation::Move(0, X, 2)],
-        // Asked for before it left, and heard of after it.
+        // Requested before the part left, and received after it.
         vec![Operation::Evacuate(1, 0), Operation::Move(2, X, 1)],
         vec![Operation::Evacuate(1, 0), Operation::MoveDirectory(0, 2)],
     ] {
@@ -335,8 +335,7 @@ fn a_part_that_leaves() {
     }
 }
 
-/// It gives up what it has, is forgotten, and another one comes in its place, while the
-/// others go on.
+/// A part is evacuated, leaves, and a new one takes its number, while the others run.
 #[test]
 fn a_part_that_leaves_and_one_that_comes() {
     let threads: &[(usize, &[Op])] = &[
@@ -348,9 +347,9 @@ fn a_part_that_leaves_and_one_that_comes() {
         (2, vec![Operation::Evacuate(1, 0)]),
         (2, vec![Operation::Evacuate(1, 0), Operation::Move(0, X, 1)]),
         (3, vec![Operation::Evacuate(1, 2)]),
-        // Who is to get something is about to be gone, or is another one by then.
+        // The target is about to leave, or is a new part by then.
         (3, vec![Operation::Evacuate(1, 0), Operation::Move(2, X, 1)]),
-        // It was the directory.
+        // The leaving part was a directory.
         (
             2,
             vec![
@@ -370,7 +369,7 @@ fn a_part_that_leaves_and_one_that_comes() {
     }
 }
 
-/// Who was the directory leaves, while others may have asked it.
+/// A part that was a directory leaves, while requests to it may be in flight.
 #[test]
 fn a_directory_that_leaves() {
     let threads: &[(usize, &[Op])] = &[(0, &[Op::Add(X)]), (2, &[Op::Add(X)])];
@@ -386,7 +385,7 @@ fn a_directory_that_leaves() {
     all("a directory that leaves", set);
 }
 
-/// The home gives away what it has, another part takes its place, and one more comes.
+/// The home gives up its pages, another part takes its place, and a new one joins.
 #[test]
 fn the_home_moves() {
     let threads: &[(usize, &[Op])] = &[
@@ -430,8 +429,8 @@ fn the_home_moves() {
     }
 }
 
-/// The others never read what is not so, and take nothing for impossible, until the
-/// machine is ended.
+/// After the loss of a part the others never read a stale value, and report no protocol error,
+/// until the machine is ended.
 #[test]
 fn a_part_that_is_lost() {
     let threads: &[(usize, &[Op])] = &[
@@ -449,7 +448,7 @@ fn a_part_that_is_lost() {
     }
 }
 
-/// Checks that find nothing in what is wrong are worth nothing.
+/// The checks detect injected bugs.
 #[test]
 fn what_is_spoilt_is_found() {
     let threads: &[(usize, &[Op])] = &[

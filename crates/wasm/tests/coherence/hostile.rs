@@ -1,5 +1,5 @@
-//! What another part says may be anything: nothing but commands and an error comes of it,
-//! and after the error nothing at all.
+//! Arbitrary messages of another part produce only commands and an error, and after the error
+//! nothing.
 
 use keel_wasm::coherence::{
     Access, Coherence, Command, Config, Event, HeldRun, Holders, Holdings, Message, PageId, PartId,
@@ -178,7 +178,7 @@ fn anything_may_be_said() {
     assert!(failed > 10_000, "{failed}");
 }
 
-/// Whatever a home leaves, its successor has it, or is as it was.
+/// For arbitrary holdings the next home either takes over or is unchanged.
 #[test]
 fn anything_may_be_left() {
     let mut succeeded = 0;

@@ -1,5 +1,4 @@
-//! Larger machines, in orders at random. A seed that fails is printed; it alone:
-//! `EVENKEEL_SEED=N cargo nextest run -p keel-wasm --test coherence randomized`.
+//! Larger machines, in random orders. A failing seed is printed; to run it alone:
 
 use crate::simulator::{Action, InjectedBug, Op, Operation, Setup, Simulator};
 use rand::rngs::SmallRng;
@@ -7,7 +6,7 @@ use rand::seq::IndexedRandom;
 use rand::{RngExt, SeedableRng};
 
 const SEEDS: u64 = 40_000;
-/// More than any of them takes.
+/// Upper bound of the steps of a run.
 const STEPS_MAX: usize = 200_000;
 
 fn draw(rng: &mut SmallRng, seed: u64) -> Setup {
@@ -46,7 +45,7 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Setup {
             _ => Operation::MoveDirectory(page(rng) / segment_pages, rng.random_range(0..parts)),
         })
         .collect();
-    // Who leaves is emptied by the home, which is the directory of all then.
+    // A leaving part is evacuated by the home, which is the directory of all pages then.
     let mut returns = None;
     if rng.random_bool(0.3) {
         match rng.random_bool(0.5) {
@@ -92,7 +91,7 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Setup {
         pages,
         threads,
         operations,
-        // Two pages at once come together only if each stays for a moment.
+        // Two pages are only available together if each is held for a moment.
         hold_micros: rng.random_range(1..50),
         segment_pages,
         drops: rng.random_bool(0.5),
@@ -104,12 +103,12 @@ fn draw(rng: &mut SmallRng, seed: u64) -> Setup {
     }
 }
 
-/// Runs it to its end; how many steps that took, whether a part went, or the home moved,
-/// after a directory had, and whether pages came in rows.
+/// Runs to the end; returns the number of steps, whether a part left, or the home migrated after a
+/// directory had moved, and whether pages arrived in runs.
 fn run(seed: u64) -> Result<(usize, [bool; 3]), String> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let mut simulator = Simulator::new(&draw(&mut rng, seed));
-    // Some runs prefer threads to messages, some the other way round.
+    // Some runs prefer threads over messages, some the reverse.
     let eager = rng.random_range(1..20);
     let mut actions = Vec::new();
     for step in 0..STEPS_MAX {

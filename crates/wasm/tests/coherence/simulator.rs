@@ -1,7 +1,6 @@
-//! A machine of several parts in numbers: the real protocol, pages of one number each,
-//! threads that follow a script, connections that keep their order, or do not.
-//! After each step it is checked that every page that can be read is the one that was
-//! written last, and that who writes is alone.
+//! Simulator of a machine with several parts: the real protocol, pages with one number each,
+//! threads that follow a script, connections with or without FIFO order. After each step it checks
+//! that every readable page has the last written value, and that a writer is exclusive.
 
 use keel_wasm::coherence::{
     Access, Coherence, Command, Config, Event, HeldRun, Holdings, Message, PageId, PartId, PartSet,
@@ -9,14 +8,14 @@ use keel_wasm::coherence::{
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// What a thread does. A page is one number, 0 at first.
+/// An operation of a thread. A page is one number, initially 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Op {
     Read(u32),
     Write(u32, u64),
-    /// Adds one, in one step.
+    /// Increments atomically.
     Add(u32),
-    /// An access that needs two pages at once: exchanges them.
+    /// An access that needs two pages at once: swaps them.
     Swap(u32, u32),
 }
 
@@ -35,44 +34,44 @@ pub(crate) struct Thread {
     pub(crate) part: usize,
     pub(crate) left: VecDeque<Op>,
     pub(crate) seen: Vec<u64>,
-    /// The page that it stands at.
+    /// The page on which it faults.
     waits: Option<u32>,
 }
 
-/// What is done to a machine beside what its threads do; each once, at any time.
+/// An external operation on a machine; each once, at any time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Operation {
-    /// By a part's agent.
+    /// Requested by a part's agent.
     Move(usize, u32, usize),
-    /// All pages from one on, at once.
+    /// A run of pages, in one request.
     MoveRun(usize, u32, usize),
-    /// As the home wants it.
+    /// Requested by the home.
     MoveDirectory(u32, usize),
-    /// The home has all directories brought.
+    /// The home gathers all directories.
     Gather,
-    /// A part gives up what it has, to another; its threads have ended then.
+    /// A part is evacuated to another; its threads have ended.
     Evacuate(usize, usize),
-    /// A part is gone, with what was on its way to it and from it.
+    /// A part is lost, with all its messages in flight.
     Lose(usize),
-    /// A part, the first, is told that another one has left that has nothing any more. (It
-    /// follows from [`Operation::Empty`] where [`Set::returns`].)
+    /// The first part learns that the second one has left after its evacuation. (It follows from
+    /// [`Operation::Evacuate`] where [`Setup::returns`].)
     Leave(usize, usize),
-    /// It is told that the other one is back, with nothing.
+    /// It learns that the other one has joined again, without pages.
     Join(usize, usize),
-    /// A part takes the home's place, which has given away all that it had; another one
-    /// comes under its number. Nothing is on its way then.
+    /// A part becomes the home, which has given up its pages; a new part gets its number. The
+    /// protocol is quiescent.
     MigrateHome(usize),
 }
 
-/// How it is spoilt, to see that the checks find it.
+/// An injected bug, to test the checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum InjectedBug {
     None,
     /// Pages are sent before they are protected.
     SkipProtect,
-    /// Readers say that they gave a page up, and keep it.
+    /// Readers acknowledge invalidations, and keep the page.
     SkipDiscard,
-    /// Waiters are not woken when a page may be written.
+    /// Waiters are not woken when a page becomes writable.
     SkipWake,
 }
 
@@ -97,16 +96,16 @@ pub(crate) struct Setup {
     pub(crate) pages: u32,
     pub(crate) threads: Vec<(usize, Vec<Op>)>,
     pub(crate) operations: Vec<Operation>,
-    /// A part that has left is gone, and comes back; what threads do there then.
+    /// A part that has left joins again; the operations of its threads then.
     pub(crate) returns: Option<Vec<Op>>,
     pub(crate) hold_micros: u64,
     pub(crate) segment_pages: u32,
-    /// Copies are dropped at will, pages pinned so often.
+    /// Whether copies are dropped at random, and how often pages are pinned.
     pub(crate) drops: bool,
     pub(crate) pins: u32,
-    /// Connections do not keep their order.
+    /// Connections are not FIFO.
     pub(crate) unordered: bool,
-    /// Pages in a row that wait to be delivered are said at once.
+    /// Messages about contiguous pages are merged.
     pub(crate) merges: bool,
     pub(crate) bug: InjectedBug,
     pub(crate) seed: u64,
@@ -135,11 +134,11 @@ impl Default for Setup {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Simulator {
     parts: Vec<Coherence>,
-    /// From each to each, in rows.
+    /// Messages in flight from each part to each.
     links: Vec<VecDeque<(Message, Vec<u64>)>>,
-    /// What the mapping of each part shows.
+    /// Contents of the mapping of each part.
     frames: Vec<BTreeMap<u32, (Access, u64)>>,
-    /// Pages that came and are not in place yet.
+    /// Received pages that are not installed yet.
     arrived: Vec<BTreeMap<u32, u64>>,
     pub(crate) truth: Vec<u64>,
     pub(crate) threads: Vec<Thread>,
@@ -147,16 +146,16 @@ pub(crate) struct Simulator {
     pub(crate) grants: Vec<u32>,
     ticks: Vec<Option<u64>>,
     operations: Vec<Operation>,
-    /// Parts that give up what they have: what they could still read, nobody reads.
+    /// Parts being evacuated: their stale copies are not read.
     leaving: BTreeSet<usize>,
     lost: BTreeSet<usize>,
     emptied: BTreeSet<usize>,
     returns: Option<Vec<Op>>,
-    /// Another part than the home was a directory, and what came of it then.
+    /// Whether another part than the home was a directory, and the later events.
     directories_moved: bool,
     pub(crate) went: bool,
     pub(crate) succeeded: bool,
-    /// How often pages in a row came at once.
+    /// Number of runs received.
     pub(crate) rows: u32,
     hold_micros: u64,
     pinned: BTreeSet<(usize, u32)>,
@@ -178,10 +177,10 @@ fn page(number: u32) -> PageId {
     PageId { memory: 0, number }
 }
 
-/// Pages that are said in a row, where rows are not merged.
+/// Pages of a run, where runs are not merged.
 const ROW_SAID: usize = 2;
 
-/// The first pages of a longer row, and the others.
+/// Splits a long run.
 fn split(row: &Message) -> Option<(Message, Message)> {
     let (mut first, mut rest) = (row.clone(), row.clone());
     let Message::Data { more, .. } = &mut first else {
@@ -202,7 +201,7 @@ fn split(row: &Message) -> Option<(Message, Message)> {
     Some((first, rest))
 }
 
-/// Two messages as one, if they are of pages in a row, and alike but for their numbers.
+/// Merges two messages about contiguous pages that differ only in their numbers.
 fn merged(one: &Message, other: &Message) -> Option<Message> {
     let mut both = one.clone();
     let (first, count) = one.run()?;
@@ -298,17 +297,17 @@ impl Simulator {
         self.threads.iter().all(|thread| thread.left.is_empty())
     }
 
-    /// Nothing is on its way and nobody waits.
+    /// No message is in flight and no thread waits.
     pub(crate) fn is_quiescent(&self) -> bool {
         let mut parts = self.parts.iter().enumerate();
-        // (What a part asked for that has left is not answered.)
+        // (Requests of a part that has left are not answered.)
         let rests = |(number, part): (usize, &Coherence)| {
             self.leaving.contains(&number) || part.is_quiescent()
         };
         self.links.iter().all(VecDeque::is_empty) && parts.all(rests)
     }
 
-    /// What can happen now. Without anything but dropping and pinning it stands still.
+    /// The enabled actions. Without any but dropping and pinning it is stuck.
     pub(crate) fn actions(&self, actions: &mut Vec<Action>) {
         let count = self.parts.len();
         for from in 0..count {
@@ -355,7 +354,7 @@ impl Simulator {
 
     fn can(&self, operation: Operation) -> bool {
         match operation {
-            // (What is to be at a part that not all know only the home refuses.)
+            // (A move to a part that not all parts know is refused by the home only.)
             Operation::Move(_, _, to) | Operation::MoveRun(_, _, to) => {
                 let joins = |operation: &Operation| matches!(operation, Operation::Join(_, part) if *part == to);
                 let moves =
@@ -364,13 +363,13 @@ impl Simulator {
                 all_home || !self.operations.iter().any(joins)
             }
             Operation::Gather | Operation::Lose(_) => true,
-            // (Whoever is told of a directory has heard before of who is gone.)
+            // (A part that learns of a directory has learned of departures before.)
             Operation::MoveDirectory(segment, to) => {
                 let is_gone = |operation: &Operation| matches!(operation, Operation::Leave(..));
                 let at = self.directory(segment);
                 at.is_some_and(|at| at != to) && !self.operations.iter().any(is_gone)
             }
-            // Its threads have left. (Who is to be gone is asked nothing any more.)
+            // Its threads have left. (A leaving part gets no requests.)
             Operation::Evacuate(part, _) => {
                 let mut threads = self.threads.iter();
                 let home = &self.parts[0];
@@ -379,7 +378,7 @@ impl Simulator {
                         || !self.directories_moved
                         || self.is_quiescent() && home.directories().next().is_none())
             }
-            // The home is the first that is told, and the last.
+            // The home is notified first of a departure, and last of an arrival.
             Operation::Leave(0, part) => self.emptied.contains(&part),
             Operation::Leave(_, part) => !self.operations.contains(&Operation::Leave(0, part)),
             Operation::Join(by, part) => {
@@ -403,7 +402,7 @@ impl Simulator {
         }
     }
 
-    /// What the home leaves, if all that was ever written is elsewhere.
+    /// The home's holdings, if all written pages are elsewhere.
     fn holdings(&self) -> Option<Holdings> {
         let legacy = self.parts[0].holdings().ok()?;
         let is_known = |at: u32| {
@@ -415,7 +414,8 @@ impl Simulator {
         moved.then_some(legacy)
     }
 
-    /// A part takes the home's place, and another one its own.
+    /// A part becomes the home, which has given up its pages; a new part gets its number. The
+    /// protocol is quiescent.
     fn take_over_home(&mut self, new_home: usize) -> Result<(), String> {
         let legacy = self.holdings().ok_or("the home has something")?;
         self.parts[new_home].take_over_home(&legacy)?;
@@ -437,7 +437,7 @@ impl Simulator {
                 part => part,
             };
         }
-        // (What nobody has touched is the home's.)
+        // (Untouched pages belong to the home.)
         for at in 0..self.truth.len() as u32 {
             if self.parts[0].access(page(at)) == Some(Access::Write) {
                 self.frames[0].entry(at).or_insert((Access::Write, 0));
@@ -455,7 +455,7 @@ impl Simulator {
         Ok(())
     }
 
-    /// The part that is a segment's directory, if none is about to be.
+    /// The directory of a segment, if none is about to become it.
     fn directory(&self, segment: u32) -> Option<usize> {
         let first = page(segment * self.segment_pages);
         let mut those = self.parts.iter().enumerate();
@@ -563,7 +563,7 @@ impl Simulator {
         self.check();
     }
 
-    /// A part that was gone is another one, with connections of its own.
+    /// A part that joins again is a new one, with new connections.
     fn renew(&mut self, number: usize) {
         let count = self.parts.len();
         self.parts[number] = Coherence::new(Config {
@@ -658,7 +658,7 @@ impl Simulator {
                     values.push(frames[&at].1);
                 }
                 let link = &mut self.links[number * count + to.number()];
-                // (Long rows are not said at once.)
+                // (Long runs are not merged.)
                 if let Some((first, rest)) = split(&message).filter(|_| !self.merges) {
                     let behind = values.split_off(ROW_SAID);
                     link.push_back((first, values));
@@ -755,7 +755,7 @@ impl Simulator {
                     continue;
                 }
                 let frame = frames.get(&at);
-                // (Between two commands of a step they may differ.)
+                // (Between two commands of a step they may be inconsistent.)
                 if frame.map(|(access, _)| *access) != self.parts[part].access(page(at)) {
                     self.wrong = Some(format!(
                         "part {part} takes page {at} for {:?}, and it is {frame:?}",
@@ -782,7 +782,7 @@ impl Simulator {
             }
         }
         for part in &self.emptied {
-            // (The home says it of the pages of which it is the directory.)
+            // (The home decides for the pages of its directory.)
             let has = self.frames[*part].iter().find(|(at, _)| {
                 let part = PartId::new(*part).expect("a few parts");
                 let holders = self.parts[0].holders(page(**at));
@@ -793,8 +793,8 @@ impl Simulator {
                 return;
             }
         }
-        // Who is told nothing any more must not take another part than the home for a
-        // directory, if none is.
+        // A part without further messages must not consider another part than the home a directory,
+        // if none is.
         let changes =
             |operation: &Operation| matches!(operation, Operation::Leave(..) | Operation::Join(..));
         if self.directories_moved
@@ -815,7 +815,7 @@ impl Simulator {
         let mut actions = Vec::new();
         self.actions(&mut actions);
         actions.retain(|action| !matches!(action, Action::Drop(..) | Action::Pin(..)));
-        // (Who waits for one that is lost waits until the machine is ended.)
+        // (A thread waiting for a lost part waits until the machine is ended.)
         let is_over = self.is_done() && self.is_quiescent() || !self.lost.is_empty();
         if actions.is_empty() && !is_over {
             self.wrong = Some(format!("it stands still: {:?}", self.threads));

@@ -12,7 +12,7 @@ use keel_wasm::runtime::{
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::sync::Arc;
 
-/// A call that was captured so often goes on unshaken.
+/// After this number of captures a call continues without.
 const CAPTURES_MAX: u64 = 300;
 
 pub(crate) struct Shaken {
@@ -25,8 +25,7 @@ pub(crate) struct Shaken {
 }
 
 impl Shaken {
-    /// `Err` with what the module uses that machines do not support; inside,
-    /// the trap, if it cannot be instantiated.
+    /// `Err` with an unsupported feature of the module; inside, the trap of the instantiation.
     pub(crate) fn new(
         engine: &Engine,
         bytes: &[u8],
@@ -90,8 +89,7 @@ impl Shaken {
         }
     }
 
-    /// A reference as the module's author numbers functions: the instrumenter
-    /// adds imports.
+    /// A reference in the numbering of the original module: the instrumenter adds imports.
     fn original(&self, value: Value) -> Value {
         let added = self.program.meta().imports.len() as u32;
         match value {
@@ -138,7 +136,7 @@ impl Shaken {
         }
     }
 
-    /// What `plain` lets be seen of itself, here.
+    /// The state that `plain` exposes, in this instance.
     pub(crate) fn observe(&mut self, plain: &mut Plain) -> Observed {
         let theirs = plain.observe();
         let state = self.fiber.state().unwrap();

@@ -1,5 +1,5 @@
-//! Modules written for what random ones seldom reach: great depth, long chains
-//! of tail calls, bulk operations in many chunks, operands under loops.
+//! Handwritten modules for cases that random ones seldom reach: great depth, long chains of tail
+//! calls, bulk operations in many chunks, operands under loops.
 
 use crate::captured::Shaken;
 use crate::reference::Plain;
@@ -19,8 +19,7 @@ pub(crate) fn engine() -> Engine {
     .unwrap()
 }
 
-/// Makes the calls on both, captured at every safepoint, and compares all that
-/// can be observed.
+/// Performs the calls on both, captured at every safepoint, and compares all observable state.
 pub(crate) fn same(wat: &str, calls: &[(&str, &[Value])]) {
     let bytes = wat::parse_str(wat).unwrap();
     for seed in 0..4 {
@@ -172,14 +171,14 @@ fn bulk_operations_on_64_bit_memories() {
     bulk("i64");
 }
 
-/// A fiber whose guest says, by `print`, from where on it is captured.
+/// A fiber whose guest marks, by `print`, the point from which it is captured.
 pub(crate) struct Deep {
     pub(crate) program: Arc<Program>,
     pub(crate) thread: HostThread,
     pub(crate) fiber: Fiber,
 }
 
-/// Begins to step when the guest prints.
+/// Starts stepping when the guest prints.
 pub(crate) struct StepsAtPrint;
 
 impl Host for StepsAtPrint {
@@ -291,7 +290,7 @@ fn the_deepest_recursion_is_captured() {
     println!("{below} frames");
 }
 
-/// Many values that the engine need not keep on its stack, in every frame.
+/// Many values per frame that the engine need not keep on its stack.
 #[test]
 fn deep_recursion_with_many_locals() {
     let count = 900;
@@ -381,9 +380,9 @@ fn long_chains_of_tail_calls() {
     assert!(frames <= 2, "{frames}");
 }
 
-/// Loops one behind the other, and within each other, with values below them and in the
-/// arms of `if`s: who is resumed goes on in the loop's own version, and from one to the next.
-/// Of so many that each has only its own code, or the clone has them itself, too.
+/// Consecutive and nested loops, with operands below them and in the arms of `if`s: a resumed
+/// thread continues in the loop's own version, and from one to the next. Also with so many that
+/// each version contains only its own code, or the clone contains the loops.
 #[test]
 fn loops_beside_and_within_loops() {
     let beside = |count: u32| -> String {
@@ -444,7 +443,7 @@ fn loops_beside_and_within_loops() {
             &[("run", &[Value::I32(1)]), ("run", &[Value::I32(6)])],
         );
     }
-    // What comes of loops within loops is bounded.
+    // The code size of nested loops is bounded.
     let deep = |depth: u32| {
         let counters: String = (0..depth).map(|at| format!("(local $c{at} i32)")).collect();
         let wat = format!(
@@ -460,7 +459,7 @@ fn loops_beside_and_within_loops() {
     assert!(whole < 200 * bytes + (1 << 20), "{whole} of {bytes}");
 }
 
-/// What a call that trapped in the middle left does not reach the next one.
+/// The leftovers of a trapped call do not affect the next one.
 #[test]
 fn a_trap_leaves_nothing_behind() {
     same(
@@ -546,7 +545,7 @@ fn bulk_operations_on_64_bit_tables() {
     bulk_on_tables("i64");
 }
 
-/// A table cannot take more of the host than it may have.
+/// A table cannot exceed the host's limit.
 #[test]
 fn a_table_ends_at_its_limit() {
     let wat = r#"(module

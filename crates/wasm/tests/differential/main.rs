@@ -1,7 +1,6 @@
-//! Random modules on wasmtime as it is, against the same modules instrumented
-//! and captured at *every* safepoint, through the serialised form and often
-//! into a fresh instance. Results, traps, globals, tables and memories must be
-//! equal after each call.
+//! Random modules on unmodified wasmtime, compared with the same modules instrumented and captured
+//! at *every* safepoint, through the serialised form and often into a fresh instance. Results,
+//! traps, globals, tables and memories must be equal after each call.
 //!
 //! `KEEL_DIFFERENTIAL_MODULES` sets how many modules each test makes (more than
 //! the default for a long run), `KEEL_DIFFERENTIAL_SEED` the first seed: to
@@ -24,12 +23,12 @@ use wasm_smith::{Config, Module};
 use keel_wasm::runtime::frame::Value;
 use keel_wasm::runtime::{Engine, Options};
 
-/// What calls and loops of a module may cost altogether.
+/// Fuel for calls and loops of a module.
 const FUEL: u32 = 3000;
 /// Calls of each exported function.
 const CALLS: u32 = 2;
 
-/// All that can be observed of a module between two calls.
+/// Observable state of a module between two calls.
 #[derive(Debug, PartialEq, Eq, Default)]
 struct Observed {
     /// Mutable globals by index.
@@ -46,10 +45,10 @@ enum Ended {
     Trapped(&'static str),
 }
 
-/// Why a module is not compared any further.
+/// Why the comparison of a module ends.
 #[derive(Debug)]
 enum Unlike {
-    /// The stack ended in one of them: their frames have other sizes.
+    /// One of them exhausted its stack: frame sizes differ.
     Depth,
 }
 

@@ -1,4 +1,4 @@
-//! A module as it is, on wasmtime as it is.
+//! The original module on unmodified wasmtime.
 
 use crate::{Ended, Observed, trap_name};
 use keel_wasm::runtime::STACK_BYTES;
@@ -181,7 +181,7 @@ impl Plain {
     }
 }
 
-/// Whether code waits: alone it would wait for ever.
+/// Whether code waits: a single thread would wait forever.
 pub(crate) fn waits(bytes: &[u8]) -> bool {
     Parser::new(0).parse_all(bytes).any(|payload| {
         let Ok(Payload::CodeSectionEntry(body)) = payload else {
