@@ -276,7 +276,7 @@ impl<'a> State<'a> {
                 name: load.name.clone(),
                 labels: load.labels.clone(),
             };
-            let about = |rule: &(usize, &Rule)| rule.1.is_about(&subject);
+            let about = |rule: &(usize, &Rule)| rule.1.applies_to(&subject);
             let rules = problem.rules.iter().enumerate().filter(about);
             let rules: Vec<usize> = rules.map(|(rule, _)| rule).collect();
             for &rule in &rules {

@@ -235,11 +235,11 @@ impl Rule {
     }
 
     /// Whether it applies to a machine.
-    pub fn is_about(&self, machine: &Subject) -> bool {
+    pub fn applies_to(&self, machine: &Subject) -> bool {
         self.machines.fits(&machine.name, &machine.labels)
     }
 
-    fn broken(&self, why: String) -> Violation {
+    fn violation(&self, why: String) -> Violation {
         Violation {
             rule: self.name.clone(),
             why: format!("{} ({})", self.requirement, why),
@@ -259,16 +259,16 @@ impl Rule {
         holders: &Holders,
         domains: &BTreeSet<String>,
     ) -> Result<Option<Claim>, Violation> {
-        if !self.is_about(machine) {
+        if !self.applies_to(machine) {
             return Ok(None);
         }
         let name = &machine.name;
         match &self.requirement {
             Requirement::Pin { nodes } if !nodes.fits(&node.name, &node.labels) => {
-                return Err(self.broken(format!("{} is not one of them", node.name)));
+                return Err(self.violation(format!("{} is not one of them", node.name)));
             }
             Requirement::Avoid { nodes } if nodes.fits(&node.name, &node.labels) => {
-                return Err(self.broken(format!("{} is one of them", node.name)));
+                return Err(self.violation(format!("{} is one of them", node.name)));
             }
             _ if !self.counts() => return Ok(None),
             _ => {}
@@ -328,10 +328,10 @@ impl Rule {
                     .iter()
                     .find(|(domain, machines)| domain.as_str() != target && !machines.is_empty());
                 let elsewhere = elsewhere.map_or("", |(domain, _)| domain.as_str());
-                Err(self.broken(format!("others are on {per} {elsewhere}")))
+                Err(self.violation(format!("others are on {per} {elsewhere}")))
             }
             Requirement::Apart { per, max } if count(target) > *max as usize => {
-                Err(self.broken(format!("{per} {target} has {} already", count(target) - 1)))
+                Err(self.violation(format!("{per} {target} has {} already", count(target) - 1)))
             }
             Requirement::Spread { per, skew } => {
                 let least = domains
@@ -340,7 +340,7 @@ impl Rule {
                     .min()
                     .unwrap_or(0);
                 if count(target) > least + *skew as usize {
-                    return Err(self.broken(format!(
+                    return Err(self.violation(format!(
                         "{per} {target} would have {}, another one has {least}",
                         count(target)
                     )));
@@ -348,7 +348,7 @@ impl Rule {
                 Ok(())
             }
             Requirement::Licence { nodes_max } if used > *nodes_max as usize => {
-                Err(self.broken(format!("{nodes_max} are in use already")))
+                Err(self.violation(format!("{nodes_max} are in use already")))
             }
             _ => Ok(()),
         }
@@ -356,11 +356,11 @@ impl Rule {
 
     /// Why the balancer must not move a machine at this minute of the day (UTC), if it must not.
     pub fn forbids_moving(&self, machine: &Subject, minute: u32) -> Option<Violation> {
-        if !self.is_about(machine) {
+        if !self.applies_to(machine) {
             return None;
         }
         match self.requirement {
-            Requirement::Stay => Some(self.broken("as it says".into())),
+            Requirement::Stay => Some(self.violation("as it says".into())),
             Requirement::Hours {
                 from_minute,
                 to_minute,
@@ -371,7 +371,7 @@ impl Rule {
                     minute >= from_minute || minute < to_minute
                 };
                 let now = format!("it is {:02}:{:02}", minute / 60, minute % 60);
-                (!within).then(|| self.broken(now))
+                (!within).then(|| self.violation(now))
             }
             _ => None,
         }
@@ -423,7 +423,10 @@ pub fn holders_of(
     let mut all = BTreeMap::new();
     for rule in rules.iter().filter(|rule| rule.counts()) {
         let holders: &mut Holders = all.entry(rule.name.clone()).or_default();
-        for (machine, node) in placed.iter().filter(|(machine, _)| rule.is_about(machine)) {
+        for (machine, node) in placed
+            .iter()
+            .filter(|(machine, _)| rule.applies_to(machine))
+        {
             let labels = nodes
                 .iter()
                 .find(|it| it.name == *node)
@@ -508,9 +511,9 @@ pub fn violations_of(
     let mut found: Vec<(Name, Violation)> = Vec::new();
     for rule in rules {
         let held = all.get(&rule.name).unwrap_or(&none);
-        for (machine, why) in rule.breakers(held, placed, nodes) {
+        for (machine, why) in rule.violators(held, placed, nodes) {
             if !found.iter().any(|(known, _)| *known == machine) {
-                found.push((machine, rule.broken(why)));
+                found.push((machine, rule.violation(why)));
             }
         }
     }
@@ -519,7 +522,7 @@ pub fn violations_of(
 
 impl Rule {
     /// Machines that violate this rule.
-    fn breakers(
+    fn violators(
         &self,
         held: &Holders,
         placed: &[(Subject, Name)],
@@ -579,7 +582,7 @@ fn by_size(held: &Holders) -> impl Iterator<Item = (&String, &BTreeSet<Name>)> {
 /// A minimal set of contradictory rules for these machines and nodes, found by leaving rules out
 /// one by one. `None` if all rules can be satisfied, or the search was abandoned.
 pub fn conflict(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Option<Vec<Name>> {
-    if can_be_kept(rules, machines, nodes) != Some(false) {
+    if is_satisfiable(rules, machines, nodes) != Some(false) {
         return None;
     }
     let mut needed: Vec<Rule> = rules.to_vec();
@@ -587,7 +590,7 @@ pub fn conflict(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Opti
     while at < needed.len() {
         let mut fewer = needed.clone();
         fewer.remove(at);
-        if can_be_kept(&fewer, machines, nodes) == Some(false) {
+        if is_satisfiable(&fewer, machines, nodes) == Some(false) {
             needed = fewer;
         } else {
             at += 1;
@@ -597,10 +600,10 @@ pub fn conflict(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Opti
 }
 
 /// Whether some placement satisfies all rules; `None` if the search was abandoned.
-fn can_be_kept(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Option<bool> {
+fn is_satisfiable(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Option<bool> {
     let about: Vec<&Subject> = machines
         .iter()
-        .filter(|machine| rules.iter().any(|rule| rule.is_about(machine)))
+        .filter(|machine| rules.iter().any(|rule| rule.applies_to(machine)))
         .collect();
     let mut steps = SEARCH_STEPS_MAX;
     let mut placed = Vec::with_capacity(about.len());
@@ -615,7 +618,7 @@ fn search(
     steps: &mut u32,
 ) -> Option<bool> {
     let Some((machine, rest)) = left.split_first() else {
-        return Some(spread_is_kept(rules, placed, nodes));
+        return Some(spread_holds(rules, placed, nodes));
     };
     let holders = holders_of(rules, placed, nodes);
     for node in nodes {
@@ -642,7 +645,7 @@ fn search(
     Some(false)
 }
 
-fn spread_is_kept(rules: &[Rule], placed: &[(Subject, Name)], nodes: &[Subject]) -> bool {
+fn spread_holds(rules: &[Rule], placed: &[(Subject, Name)], nodes: &[Subject]) -> bool {
     let holders = holders_of(rules, placed, nodes);
     rules.iter().all(|rule| {
         let Requirement::Spread { per, skew } = &rule.requirement else {
@@ -868,7 +871,7 @@ mod tests {
         let read: Rule = toml::from_str(text).unwrap();
         let per = Domain::Label("zone".into());
         assert_eq!(read.requirement, Requirement::Apart { per, max: 1 });
-        assert!(read.is_about(&subject("x", &[("app", "web")])));
-        assert!(!read.is_about(&subject("x", &[("app", "db")])));
+        assert!(read.applies_to(&subject("x", &[("app", "web")])));
+        assert!(!read.applies_to(&subject("x", &[("app", "db")])));
     }
 }

@@ -52,7 +52,7 @@ pub struct NodeState {
 
 impl NodeState {
     /// Absolute load, in cores of the reference speed.
-    pub fn carries(&self) -> f64 {
+    pub fn absolute_load(&self) -> f64 {
         self.load * self.capacity.power()
     }
 
@@ -261,7 +261,7 @@ pub fn select(
     };
     let mut considered: Vec<Considered> = candidates
         .iter()
-        .map(|it| weigh(it, source, target, (objective, wanted), model, policy))
+        .map(|it| evaluate(it, source, target, (objective, wanted), model, policy))
         .collect();
     choose(&mut considered, wanted.abs());
     let rank = |it: &Considered| match it.verdict {
@@ -288,7 +288,7 @@ pub fn objective(source: &NodeState, target: &NodeState, policy: &Policy) -> Obj
     }
 }
 
-fn weigh(
+fn evaluate(
     candidate: &Candidate,
     source: &NodeState,
     target: &NodeState,
@@ -336,7 +336,7 @@ fn weigh(
     } else if objective != Objective::Empty && target.load + there >= source.load {
         Verdict::Overshoots
     } else if objective == Objective::Level
-        && turned_share(source, target, here + there) > 1.0 - policy.shrink_min
+        && reversed_share(source, target, here + there) > 1.0 - policy.shrink_min
     {
         Verdict::SwapsImbalance
     } else if worth < policy.gain_min {
@@ -368,7 +368,7 @@ fn weigh(
 
 /// Amount by which the target would exceed the source after the move, as a share of the present
 /// difference; negative if it would not.
-fn turned_share(source: &NodeState, target: &NodeState, moved: f64) -> f64 {
+fn reversed_share(source: &NodeState, target: &NodeState, moved: f64) -> f64 {
     let difference = source.load - target.load;
     (moved - difference) / difference
 }

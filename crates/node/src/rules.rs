@@ -204,7 +204,11 @@ async fn claim_in(
     };
     let this = book.machine(machine.as_str());
     let node = book.node(target.as_str());
-    let about: Vec<&Rule> = book.rules.iter().filter(|it| it.is_about(&this)).collect();
+    let about: Vec<&Rule> = book
+        .rules
+        .iter()
+        .filter(|it| it.applies_to(&this))
+        .collect();
     if about.is_empty() {
         return Ok(claims);
     }

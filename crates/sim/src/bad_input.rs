@@ -68,7 +68,7 @@ pub(crate) fn hint<'a>(given: &str, known: impl Iterator<Item = &'a str> + Clone
 }
 
 /// A TOML error with its line; for unknown keys with the most similar known key.
-pub(crate) fn of_toml(path: &Path, text: &str, error: &toml::de::Error) -> BadInput {
+pub(crate) fn from_toml(path: &Path, text: &str, error: &toml::de::Error) -> BadInput {
     let reason = sentence(error.message());
     match error.span() {
         Some(span) => BadInput::line(path, line_of(text, span.start), reason),

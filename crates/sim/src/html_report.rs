@@ -76,13 +76,13 @@ fn x(report: &Report, at_s: f64) -> f64 {
     LEFT + WIDTH * at_s / report.length_s.max(1) as f64
 }
 
-fn greatest(report: &Report) -> f64 {
+fn load_max(report: &Report) -> f64 {
     let loads = report.series.samples.iter().flatten();
-    let greatest = loads
+    let load_max = loads
         .copied()
         .filter(|it| it.is_finite())
         .fold(0.1, f32::max);
-    f64::from(greatest)
+    f64::from(load_max)
 }
 
 /// Time of a sample, in seconds; the last interval may be shorter.
@@ -91,7 +91,7 @@ fn instant_s(report: &Report, look: usize) -> f64 {
 }
 
 fn lines(out: &mut String, report: &Report) {
-    let top = greatest(report) * 1.05;
+    let top = load_max(report) * 1.05;
     let y = |load: f64| HEIGHT * (1.0 - load / top);
     for step in 0..=4 {
         let load = top * f64::from(step) / 4.0;
@@ -166,7 +166,7 @@ fn heat_map(out: &mut String, report: &Report) {
     let (nodes, looks) = (report.series.nodes.len(), report.series.samples.len());
     let (rows, columns) = (nodes.min(ROWS_MAX), looks.min(COLUMNS_MAX));
     // The shade saturates: otherwise one overloaded node would leave all others pale.
-    let top = greatest(report).min(2.0);
+    let top = load_max(report).min(2.0);
     let (width, height) = (WIDTH / columns as f64, HEIGHT / rows as f64);
     for row in 0..rows {
         let of_row = row * nodes / rows..((row + 1) * nodes / rows).max(row * nodes / rows + 1);

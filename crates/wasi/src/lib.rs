@@ -176,7 +176,7 @@ impl Wasi {
             .map(|preopen| open_root(preopen, None, clock.realtime_ns()))
             .collect::<Result<Vec<_>, _>>()?;
         let limits = config.limits.clamped();
-        let table = first_table(&roots, &config.listeners, limits)?;
+        let table = initial_table(&roots, &config.listeners, limits)?;
         let mut wasi = Wasi {
             args: config.args,
             env: config.env,
@@ -191,12 +191,12 @@ impl Wasi {
             random: Random::new(seed, BTreeMap::new()),
             limits,
         };
-        wasi.open_first(config.listeners)?;
+        wasi.open_initial(config.listeners)?;
         Ok(wasi)
     }
 
     /// Adds listeners and preopens, after standard input, output, error.
-    fn open_first(&mut self, listeners: Vec<std::net::TcpListener>) -> Result<(), Error> {
+    fn open_initial(&mut self, listeners: Vec<std::net::TcpListener>) -> Result<(), Error> {
         for (index, listener) in (0_u32..).zip(listeners) {
             let kind = Kind::Listener(socket::listener(listener, index)?);
             self.push_first(kind)?;
@@ -353,7 +353,7 @@ fn open_host(preopen: &Preopen, host: &Path) -> Result<RootPlace, Error> {
     Ok(RootPlace::Host { dir, id })
 }
 
-fn first_table(
+fn initial_table(
     roots: &[Root],
     listeners: &[std::net::TcpListener],
     limits: Limits,

@@ -281,7 +281,7 @@ impl Restorer<'_> {
                 let filetype = filetype_of(FileType::from_raw_mode(metadata.mode())) as u8;
                 let same_type = filetype == record.filetype;
                 self.check_same(fd, place, FileId::of(&metadata), same_type)?;
-                self.files.adopt(&place.path);
+                self.files.register_hidden(&place.path);
                 let origin = (place.preopen, root.read_only);
                 open_file(file, &metadata, origin, mode, access)
             }
@@ -310,7 +310,7 @@ impl Restorer<'_> {
                 let (file, metadata) = self.open_host(fd, place, mode)?;
                 let id = FileId::of(&metadata);
                 self.check_same(fd, place, id, metadata.is_dir())?;
-                self.files.adopt(&place.path);
+                self.files.register_hidden(&place.path);
                 let dir = Dir::from_std_file(file);
                 DirPlace::Host { dir, id }
             }

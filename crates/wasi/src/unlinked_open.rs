@@ -102,7 +102,7 @@ impl OpenFiles {
     }
 
     /// Registers a hidden name, if it belongs to this machine.
-    pub(crate) fn adopt(&self, path: &str) {
+    pub(crate) fn register_hidden(&self, path: &str) {
         let name = path.rsplit('/').next().unwrap_or(path);
         if name.starts_with(&format!("{PREFIX}{:016x}-", self.machine)) {
             locked(&self.names).insert(name.to_owned());
@@ -216,7 +216,7 @@ impl Wasi {
         let parent = at.open_dir(parent)?;
         let hidden = self.files.new_name();
         parent.rename(name, &parent, &hidden)?;
-        self.settle(&parent, &hidden, id)
+        self.keep_or_remove(&parent, &hidden, id)
     }
 
     /// `rmdir`.
@@ -230,14 +230,14 @@ impl Wasi {
         let metadata = parent.symlink_metadata(name)?;
         let id = FileId::of_path(&metadata);
         if metadata.is_dir() && self.files.is_open(id) {
-            self.empty_of_hidden(&parent, name)?;
+            self.move_hidden_up(&parent, name)?;
             let hidden = self.files.new_name();
             parent.rename(name, &parent, &hidden)?;
-            return self.settle(&parent, &hidden, id);
+            return self.keep_or_remove(&parent, &hidden, id);
         }
         match parent.remove_dir(name) {
             Err(error) if error.raw_os_error() == Some(NOTEMPTY) => {
-                self.empty_of_hidden(&parent, name)?;
+                self.move_hidden_up(&parent, name)?;
                 Ok(parent.remove_dir(name)?)
             }
             other => Ok(other?),
@@ -280,16 +280,16 @@ impl Wasi {
             return Ok(plain()?);
         }
         if victim.is_dir() {
-            self.empty_of_hidden(&target_dir, target_name)?;
+            self.move_hidden_up(&target_dir, target_name)?;
         }
         let hidden = self.files.new_name();
         replace(&source_dir, source_name, &target_dir, target_name, &hidden)?;
-        self.settle(&target_dir, &hidden, id)
+        self.keep_or_remove(&target_dir, &hidden, id)
     }
 
     /// Keeps a hidden file if a descriptor has it open by that name (and not by another hard link),
     /// else removes it.
-    fn settle(&self, parent: &Dir, hidden: &str, id: FileId) -> Result<()> {
+    fn keep_or_remove(&self, parent: &Dir, hidden: &str, id: FileId) -> Result<()> {
         let open = locked(&self.table)
             .iter()
             .filter(|(_, descriptor)| descriptor.file_id() == Some(id))
@@ -316,7 +316,7 @@ impl Wasi {
     ///
     /// # Errors
     /// `notempty` if anything else is in it.
-    fn empty_of_hidden(&self, parent: &Dir, name: &str) -> Result<()> {
+    fn move_hidden_up(&self, parent: &Dir, name: &str) -> Result<()> {
         let dir = parent.open_dir(name)?;
         let mut moved = Vec::new();
         for entry in entries(&dir)? {

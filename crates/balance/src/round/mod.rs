@@ -545,7 +545,7 @@ pub fn check_offer(
         if there.stronger_than(here) {
             return Ok(());
         }
-        if here.stronger_than(there) || here.carries() >= there.carries() {
+        if here.stronger_than(there) || here.absolute_load() >= there.absolute_load() {
             return Err(NoMoveReason::Level);
         }
         if here.load > policy.empty_load {

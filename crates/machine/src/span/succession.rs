@@ -93,7 +93,7 @@ impl LeavingHome {
         if !members.contains(successor) || !members.without(successor).contains(threads_to) {
             return Err(keel_wasm::runtime::MachineError::NoPart(successor).into());
         }
-        let places = home.machine().places().into_iter();
+        let places = home.machine().thread_locations().into_iter();
         let mut leaving = LeavingHome {
             successor,
             sent: places
@@ -187,7 +187,7 @@ impl LeavingHome {
     pub fn leave(&mut self, patience: Duration) -> Result<Legacy, SpanningError> {
         let home = &self.home;
         let mut left = home.pages().leave(self.successor, patience)?;
-        let places = home.machine().places().into_iter();
+        let places = home.machine().thread_locations().into_iter();
         let threads = places.map(|(tid, at)| {
             let goes_on = match self.sent.contains(&tid) {
                 true => PartId::HOME,

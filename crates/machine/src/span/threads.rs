@@ -101,7 +101,7 @@ impl Listener for HomeListener {
             return Ok(());
         }
         let report = Report::decode(note).map_err(|error| error.to_string())?;
-        self.machine.hear(from, report);
+        self.machine.receive(from, report);
         Ok(())
     }
 
@@ -122,7 +122,7 @@ impl Listener for HomeListener {
             failure.get_or_insert_with(|| reason.clone());
         }
         match self.depends.load(Ordering::Acquire) {
-            true => self.machine.lose(),
+            true => self.machine.part_lost(),
             false => self.machine.members_lost(),
         }
     }
@@ -433,7 +433,7 @@ impl Listener for MemberListener {
             return Err("only the home says what threads do".into());
         }
         self.0
-            .hear(Order::decode(note).map_err(|error| error.to_string())?);
+            .receive(Order::decode(note).map_err(|error| error.to_string())?);
         Ok(())
     }
 

@@ -133,7 +133,7 @@ impl Snapshot {
         }
         let thing = self.book.machine(machine);
         let node = self.book.node(target);
-        if !self.book.rules.iter().any(|it| it.is_about(&thing)) {
+        if !self.book.rules.iter().any(|it| it.applies_to(&thing)) {
             return None;
         }
         let held = self.held.get_or_init(|| {

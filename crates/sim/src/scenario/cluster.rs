@@ -151,7 +151,7 @@ impl Builder<'_> {
 
     fn node_group(&mut self, spanned: &Spanned<NodeGroup>) -> Result<(), BadInput> {
         let group = spanned.get_ref();
-        let bad = |reason: String| self.scenario.bad(spanned, reason);
+        let bad = |reason: String| self.scenario.error_at(spanned, reason);
         let (slowest, fastest) = SPEED_RANGE;
         let numbers = [
             ("cores", group.cores, 0.01, 65_536.0),
@@ -185,7 +185,7 @@ impl Builder<'_> {
             if !self.names.insert(name.clone()) {
                 return Err(self
                     .scenario
-                    .bad(spanned, format!("there is a {name:?} already")));
+                    .error_at(spanned, format!("there is a {name:?} already")));
             }
             self.nodes.push(NodeSpec {
                 name,
@@ -213,20 +213,20 @@ impl Builder<'_> {
         for (key, found, most) in numbers {
             if !(0.0..=most).contains(&found) {
                 let reason = format!("{key} is {found}; 0 to {most} are possible");
-                return Err(self.scenario.bad(spanned, reason));
+                return Err(self.scenario.error_at(spanned, reason));
             }
         }
         let curves = self.curves(spanned)?;
         if self.machines.len().saturating_add(curves.len()) > MACHINES_MAX {
             let reason = format!("at most {MACHINES_MAX} machines are possible");
-            return Err(self.scenario.bad(spanned, reason));
+            return Err(self.scenario.error_at(spanned, reason));
         }
         let places = self.places(spanned)?;
         for (name, curve) in curves {
             if !self.names.insert(name.clone()) {
                 return Err(self
                     .scenario
-                    .bad(spanned, format!("there is a {name:?} already")));
+                    .error_at(spanned, format!("there is a {name:?} already")));
             }
             let at = match group.place {
                 InitialPlacement::Spread => {
@@ -271,7 +271,7 @@ impl Builder<'_> {
         if places.is_empty() {
             return Err(self
                 .scenario
-                .bad(spanned, "no node has all of these labels"));
+                .error_at(spanned, "no node has all of these labels"));
         }
         Ok(places)
     }
@@ -281,14 +281,14 @@ impl Builder<'_> {
         found.ok_or_else(|| {
             let hint = hint(name, self.nodes.iter().map(|it| &*it.name));
             self.scenario
-                .bad(of, format!("there is no node {name:?}; {hint}"))
+                .error_at(of, format!("there is no node {name:?}; {hint}"))
         })
     }
 
     /// Name and demand of each machine.
     fn curves(&mut self, spanned: &Spanned<MachineGroup>) -> Result<Vec<(Name, Curve)>, BadInput> {
         let group = spanned.get_ref();
-        let bad = |reason: String| self.scenario.bad(spanned, reason);
+        let bad = |reason: String| self.scenario.error_at(spanned, reason);
         let pattern = group.name.as_deref();
         if let Some(pattern) = pattern
             && group.count != Some(1)
@@ -312,7 +312,7 @@ impl Builder<'_> {
                     return Err(bad(format!("at most {MACHINES_MAX} machines are possible")));
                 }
                 Ok(numbers
-                    .map(|number| (named(pattern, number), own(curve, number)))
+                    .map(|number| (named(pattern, number), individual_curve(curve, number)))
                     .collect())
             }
             (None, Some(wanted)) => {
@@ -338,7 +338,7 @@ impl Builder<'_> {
                         traces.len(),
                         wanted.first
                     );
-                    return Err(self.scenario.bad(spanned, reason));
+                    return Err(self.scenario.error_at(spanned, reason));
                 }
                 let traces = &traces[wanted.first..wanted.first + count];
                 Ok(traces
@@ -391,10 +391,10 @@ impl Builder<'_> {
         for spanned in &scenario.rules {
             let rule = spanned.get_ref();
             self.check_rule(rule, &machines, &nodes)
-                .map_err(|reason| scenario.bad(spanned, reason))?;
+                .map_err(|reason| scenario.error_at(spanned, reason))?;
             if rulebook.rules.iter().any(|it| it.name == rule.name) {
                 let reason = format!("there is a rule {:?} already", &*rule.name);
-                return Err(scenario.bad(spanned, reason));
+                return Err(scenario.error_at(spanned, reason));
             }
             rulebook.rules.push(rule.clone());
         }
@@ -413,7 +413,7 @@ impl Builder<'_> {
         nodes: &[Subject],
     ) -> Result<(), String> {
         rule.check()?;
-        if !machines.iter().any(|machine| rule.is_about(machine)) {
+        if !machines.iter().any(|machine| rule.applies_to(machine)) {
             return Err(format!("rule {:?} applies to no machine", &*rule.name));
         }
         if let Requirement::Pin { nodes: chosen } | Requirement::Avoid { nodes: chosen } =
@@ -478,7 +478,7 @@ impl Builder<'_> {
                     let nodes: Vec<Subject> =
                         nodes.map(|it| self.rulebook.node(&it.name)).collect();
                     self.check_rule(rule, &machines, &nodes)
-                        .map_err(|reason| scenario.bad(event, reason))?;
+                        .map_err(|reason| scenario.error_at(event, reason))?;
                     rules.insert(rule.name.clone());
                     put(ExternalEvent::RuleAdded(Box::new(rule.clone())));
                 }
@@ -487,14 +487,16 @@ impl Builder<'_> {
                     if !rules.remove(&name) {
                         let hint = hint(rule, rules.iter().map(|it| &**it));
                         let reason = format!("there is no rule {rule:?} then; {hint}");
-                        return Err(scenario.bad(event, reason));
+                        return Err(scenario.error_at(event, reason));
                     }
                     put(ExternalEvent::RuleRemoved(name));
                 }
                 Event::ClockJumps { node, by_s, .. } => {
                     let year = 366.0 * 86_400.0;
                     if !(-year..=year).contains(by_s) {
-                        return Err(scenario.bad(event, format!("by_s is {by_s}; at most a year")));
+                        return Err(
+                            scenario.error_at(event, format!("by_s is {by_s}; at most a year"))
+                        );
                     }
                     let node = self.node(event, node)?;
                     let by_ms = (by_s * 1e3) as i64;
@@ -520,7 +522,7 @@ impl Builder<'_> {
                 } => {
                     if !(0.0..=1.0).contains(doubled) {
                         let reason = format!("doubled is {doubled}; 0 to 1 are possible");
-                        return Err(scenario.bad(event, reason));
+                        return Err(scenario.error_at(event, reason));
                     }
                     let (node, by_ms, doubled) = (self.node(event, node)?, *by_ms, *doubled);
                     put(ExternalEvent::SlowResponses {
@@ -548,7 +550,7 @@ impl Builder<'_> {
         policy: &Policy,
         change: &toml::Table,
     ) -> Result<Policy, BadInput> {
-        change_policy(policy, change).map_err(|reason| self.scenario.bad(event, reason))
+        change_policy(policy, change).map_err(|reason| self.scenario.error_at(event, reason))
     }
 
     fn machines(&self, event: &Spanned<Event>, wanted: &str) -> Result<Vec<usize>, BadInput> {
@@ -562,14 +564,14 @@ impl Builder<'_> {
         if found.is_empty() {
             let hint = hint(wanted, self.machines.iter().map(|it| &*it.name));
             let reason = format!("there is no machine {wanted:?}; {hint}");
-            return Err(self.scenario.bad(event, reason));
+            return Err(self.scenario.error_at(event, reason));
         }
         Ok(found)
     }
 }
 
 /// A machine's variant of its group's curve, with its own seed.
-fn own(curve: &Curve, number: usize) -> Curve {
+fn individual_curve(curve: &Curve, number: usize) -> Curve {
     let mut curve = curve.clone();
     match &mut curve {
         Curve::Bursts { seed, .. } | Curve::Noise { seed, .. } => {

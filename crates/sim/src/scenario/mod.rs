@@ -302,7 +302,7 @@ impl Scenario {
     /// As [`read`](Self::read).
     pub fn parse(path: &Path, text: &str) -> Result<Self, BadInput> {
         let read: Result<Scenario, _> = toml::from_str(text);
-        let mut scenario = read.map_err(|error| bad_input::of_toml(path, text, &error))?;
+        let mut scenario = read.map_err(|error| bad_input::from_toml(path, text, &error))?;
         scenario.path = path.to_owned();
         scenario.text = text.to_owned();
         scenario.check()?;
@@ -380,7 +380,7 @@ impl Scenario {
     }
 
     /// An error in a group or an event, with its line.
-    pub(crate) fn bad<T>(&self, of: &Spanned<T>, reason: impl ToString) -> BadInput {
+    pub(crate) fn error_at<T>(&self, of: &Spanned<T>, reason: impl ToString) -> BadInput {
         let line = bad_input::line_of(&self.text, of.span().start);
         BadInput::line(&self.path, line, reason)
     }
@@ -428,7 +428,7 @@ impl Scenario {
             let at_s = event.get_ref().at_s();
             if !(0.0..=self.length_s as f64).contains(&at_s) {
                 let reason = format!("at_s is {at_s}; the scenario lasts for {} s", self.length_s);
-                return Err(self.bad(event, reason));
+                return Err(self.error_at(event, reason));
             }
         }
         Ok(())

@@ -65,7 +65,7 @@ pub fn read(cluster: &Path, utilisation: Option<&Path>) -> Result<Cluster, BadIn
     let text = bad_input::read(cluster)?;
     let mut read = parse(cluster, &text)?;
     if let Some(path) = utilisation {
-        utilise(&mut read, path, &bad_input::read(path)?)?;
+        apply_utilisation(&mut read, path, &bad_input::read(path)?)?;
     }
     Ok(read)
 }
@@ -241,7 +241,7 @@ fn instance(line: &str, nodes: &HashMap<&str, usize>) -> Result<Instance, String
 }
 
 /// Multiplies demands by the recorded CPU utilisation.
-fn utilise(cluster: &mut Cluster, path: &Path, text: &str) -> Result<(), BadInput> {
+fn apply_utilisation(cluster: &mut Cluster, path: &Path, text: &str) -> Result<(), BadInput> {
     let numbers: HashMap<String, usize> = cluster
         .instances
         .iter()
@@ -312,7 +312,7 @@ i3|100|1000|1|running|Y|d||plain|
         assert_eq!(runs, [true, false, false]);
         assert!(cluster.instances[0].balanced && !cluster.instances[1].balanced);
         let mut used = cluster.clone();
-        utilise(&mut used, Path::new("u"), "i1 0.25 1 1 1\n\ni2 0.5 0 0 0\n").unwrap();
+        apply_utilisation(&mut used, Path::new("u"), "i1 0.25 1 1 1\n\ni2 0.5 0 0 0\n").unwrap();
         assert_eq!(used.instances[0].cores, 1.0);
         assert_eq!(used.instances[1].cores, 1.0);
         assert_eq!(used.instances[2], cluster.instances[2]);
@@ -379,7 +379,7 @@ i3|100|1000|1|running|Y|d||plain|
             ("i1 1 1 x 1\n", "u, line 1: disk of \"i1\" is \"x\""),
             ("i1 -1 1 1 1\n", "u, line 1: CPU of \"i1\" is \"-1\""),
         ] {
-            let error = utilise(&mut cluster, Path::new("u"), text).unwrap_err();
+            let error = apply_utilisation(&mut cluster, Path::new("u"), text).unwrap_err();
             assert!(error.to_string().starts_with(says), "{text}: {error}");
         }
     }

@@ -30,10 +30,10 @@ pub fn read(folder: &Path) -> Result<Vec<Trace>, BadInput> {
             "there are no files; each machine's trace is one, of a percentage on each line",
         ));
     }
-    files.iter().map(|file| read_one(file)).collect()
+    files.iter().map(|file| read_trace(file)).collect()
 }
 
-fn read_one(file: &Path) -> Result<Trace, BadInput> {
+fn read_trace(file: &Path) -> Result<Trace, BadInput> {
     let text = bad_input::read(file)?;
     let mut samples = Vec::new();
     for (number, line) in text.lines().enumerate() {

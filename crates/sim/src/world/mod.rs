@@ -335,7 +335,7 @@ impl World {
                     self.step(node, event);
                 }
             }
-            QueuedEvent::MoveOver(in_flight) => self.move_over(&in_flight),
+            QueuedEvent::MoveOver(in_flight) => self.finish_move(&in_flight),
             QueuedEvent::External(what) => self.apply_event(what),
             QueuedEvent::MembershipChange => self.publish_peers(),
             QueuedEvent::FailOver(node, incarnation) => self.fail_over(node, incarnation),

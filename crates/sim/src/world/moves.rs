@@ -124,7 +124,7 @@ impl World {
         SETUP_MS + (self.bytes(machine) / rate * 1e3) as u64
     }
 
-    pub(super) fn move_over(&mut self, in_flight: &InFlightMove) {
+    pub(super) fn finish_move(&mut self, in_flight: &InFlightMove) {
         let &InFlightMove {
             machine,
             source,
@@ -135,7 +135,7 @@ impl World {
         self.moving -= 1;
         self.machines[machine].moves = false;
         if in_flight.repairs {
-            self.repair_over(source);
+            self.finish_repair(source);
         }
         let name = self.machines[machine].spec.name.clone();
         let source_lives = self.is_incarnation(source, in_flight.is_incarnation.0);

@@ -31,16 +31,16 @@ pub struct Rulebook {
 impl Rulebook {
     /// A node, as rules see it.
     pub fn node(&self, name: &Name) -> Subject {
-        thing(name, &self.nodes)
+        subject(name, &self.nodes)
     }
 
     /// A machine, as rules see it.
     pub fn machine(&self, name: &Name) -> Subject {
-        thing(name, &self.machines)
+        subject(name, &self.machines)
     }
 }
 
-fn thing(name: &Name, labels: &BTreeMap<Name, Labels>) -> Subject {
+fn subject(name: &Name, labels: &BTreeMap<Name, Labels>) -> Subject {
     Subject {
         name: name.clone(),
         labels: labels.get(name).cloned().unwrap_or_default(),
@@ -93,10 +93,10 @@ impl Constraints for RuleSet {
         if self.rulebook.rules.is_empty() {
             return None;
         }
-        let thing = self.rulebook.machine(machine);
+        let subject = self.rulebook.machine(machine);
         let mut rules = self.rulebook.rules.iter();
         let broken = rules
-            .find_map(|rule| rule.forbids_moving(&thing, self.minute))
+            .find_map(|rule| rule.forbids_moving(&subject, self.minute))
             .or_else(|| self.forbids(machine, target))?;
         Some(Constraint::Rule {
             rule: broken.rule,
@@ -217,7 +217,7 @@ impl World {
         }
     }
 
-    pub(super) fn repair_over(&mut self, number: usize) {
+    pub(super) fn finish_repair(&mut self, number: usize) {
         self.nodes[number].repair_ms = self.now_ms + REPAIR_INTERVAL_MS;
     }
 }

@@ -82,7 +82,7 @@ impl Directory {
             .collect()
     }
 
-    fn at(&self, segment: Segment) -> PartId {
+    fn location_of(&self, segment: Segment) -> PartId {
         self.relocated
             .get(&segment)
             .map_or(PartId::HOME, |(_, part)| *part)
@@ -90,7 +90,7 @@ impl Directory {
 
     /// The directory of a page, as far as this part knows.
     pub(super) fn directory_of(&self, page: PageId) -> PartId {
-        self.at(self.segment(page))
+        self.location_of(self.segment(page))
     }
 
     /// Splits a run of pages by directory.
@@ -110,7 +110,7 @@ impl Directory {
             {
                 count += 1;
             }
-            let at = self.at(segment);
+            let at = self.location_of(segment);
             match rows.last_mut() {
                 Some((last, _, pages)) if *last == at => *pages += count,
                 _ => rows.push((at, first, count)),
@@ -296,7 +296,7 @@ impl Directory {
         let mut row: Option<(PartId, PageId, Vec<u64>)> = None;
         for page in pages_from(page).take(pages as usize) {
             let segment = self.segment(page);
-            let is_here = self.at(segment) == me && !self.departing.contains_key(&segment);
+            let is_here = self.location_of(segment) == me && !self.departing.contains_key(&segment);
             let can = is_here && !self.evacuated.contains_key(&to);
             let entry = self.entry_if(page, can);
             let owner = entry.and_then(|entry| match entry.holders {
@@ -373,7 +373,7 @@ impl Directory {
     fn start_next(&mut self, page: PageId, out: &mut Output) -> Result<(), ProtocolError> {
         let segment = self.segment(page);
         // (The segment may just have been handed over.)
-        if self.departing.contains_key(&segment) || self.at(segment) != self.me {
+        if self.departing.contains_key(&segment) || self.location_of(segment) != self.me {
             return Ok(());
         }
         let me = self.me;
@@ -509,7 +509,7 @@ impl Directory {
         out: &mut Output,
     ) -> Result<(), ProtocolError> {
         self.check_segment(segment)?;
-        let at = self.at(segment);
+        let at = self.location_of(segment);
         if at == to || !self.parts.contains(to) {
             return Ok(());
         }

@@ -44,7 +44,7 @@ impl ThreadClock {
     }
 
     /// CPU time so far.
-    pub(crate) fn took(&self) -> Option<CoreTime> {
+    pub(crate) fn cpu_time(&self) -> Option<CoreTime> {
         let mut buffer = [0; 64];
         let mut numbers = numbers(&self.schedstat, &mut buffer)?;
         let mut next = || numbers.next().flatten();

@@ -63,7 +63,7 @@ impl Machine {
     }
 
     /// Handles a report of a member.
-    pub fn hear(&self, from: PartId, report: Report) {
+    pub fn receive(&self, from: PartId, report: Report) {
         if let Report::Opened {
             memory,
             bytes,
@@ -73,7 +73,7 @@ impl Machine {
             return self.shared.parts.grown(from, (memory, bytes), done);
         }
         if let Report::Times { at_ns, threads } = report {
-            return self.shared.parts.took(from, at_ns, threads);
+            return self.shared.parts.record_cpu_times(from, at_ns, threads);
         }
         if let Report::Expecting { tid } = report {
             let threads = locked(&self.shared.threads);
@@ -97,13 +97,13 @@ impl Machine {
 
     /// Its members were lost before the machine depended on them: pending waits end.
     pub fn members_lost(&self) {
-        self.shared.parts.lose();
+        self.shared.parts.part_lost();
     }
 
     /// Ends the machine because a part is lost: no further reports arrive.
-    pub fn lose(&self) {
+    pub fn part_lost(&self) {
         self.shared.end(Outcome::Stopped);
-        self.shared.parts.lose();
+        self.shared.parts.part_lost();
         let threads = locked(&self.shared.threads);
         for thread in threads.table.values() {
             thread.inbox.close();
@@ -179,7 +179,7 @@ impl Machine {
                 waits: waits.has(*tid),
                 took: match part == PartId::HOME {
                     true => thread.clock.as_ref().and_then(|clock| {
-                        let time = clock.took()?;
+                        let time = clock.cpu_time()?;
                         let stalled_us = link.as_ref().map(|link| link.stalled_us(clock.os_thread));
                         Some(CpuUsage {
                             at_ns: here_ns,
@@ -187,7 +187,7 @@ impl Machine {
                             stalled_us: stalled_us.unwrap_or_default(),
                         })
                     }),
-                    false => self.shared.parts.taken(*tid, part),
+                    false => self.shared.parts.cpu_usage(*tid, part),
                 },
             }
         });
@@ -220,7 +220,7 @@ impl Machine {
 
     /// Its threads with their current parts: a moving thread counts at its source until it has
     /// left.
-    pub fn places(&self) -> BTreeMap<u32, PartId> {
+    pub fn thread_locations(&self) -> BTreeMap<u32, PartId> {
         let threads = locked(&self.shared.threads);
         let places = threads.table.iter();
         places

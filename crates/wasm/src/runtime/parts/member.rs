@@ -263,7 +263,7 @@ impl Member {
     }
 
     /// Handles an order of the home without waiting for its effects.
-    pub fn hear(&self, order: Order) {
+    pub fn receive(&self, order: Order) {
         let shared = &self.0;
         match order {
             Order::Run { tid, entering } => match self.hosted_thread(tid) {
@@ -328,7 +328,7 @@ impl Member {
                 let threads = hosted.iter().filter_map(|(tid, hosted_thread)| {
                     let clock = hosted_thread.clock.get()?;
                     let stalled_us = shared.home.stalled_us(clock.os_thread);
-                    Some((*tid, clock.took()?, stalled_us))
+                    Some((*tid, clock.cpu_time()?, stalled_us))
                 });
                 let threads = threads.collect();
                 drop(hosted);

@@ -78,7 +78,7 @@ struct PartsInner {
     /// Free cores per part, less the demand of threads started there since the report.
     free_cores: BTreeMap<PartId, f64>,
     /// CPU usage of threads at their parts, with the time of measurement.
-    taken: BTreeMap<u32, (PartId, CpuUsage)>,
+    cpu_usage: BTreeMap<u32, (PartId, CpuUsage)>,
     /// Time since which a member has not answered a request for times.
     times_requested: BTreeMap<PartId, Instant>,
     /// Growth in progress: memory and bytes.
@@ -105,7 +105,7 @@ impl Parts {
         inner.members = members;
         inner.spawning = spawning;
         inner.free_cores.clear();
-        inner.taken.clear();
+        inner.cpu_usage.clear();
         inner.times_requested.clear();
         // (A member may have been lost before this call.)
         inner.lost &= link.is_some();
@@ -175,7 +175,7 @@ impl Parts {
     }
 
     /// Records a part's report of CPU times.
-    pub(crate) fn took(
+    pub(crate) fn record_cpu_times(
         &self,
         part: PartId,
         at_ns: u64,
@@ -183,7 +183,7 @@ impl Parts {
     ) {
         let mut inner = locked(&self.inner);
         inner.times_requested.remove(&part);
-        inner.taken.retain(|_, (from, _)| *from != part);
+        inner.cpu_usage.retain(|_, (from, _)| *from != part);
         let took = threads.into_iter().map(|(tid, time, stalled_us)| {
             let took = CpuUsage {
                 at_ns,
@@ -192,13 +192,13 @@ impl Parts {
             };
             (tid, (part, took))
         });
-        inner.taken.extend(took);
+        inner.cpu_usage.extend(took);
     }
 
     /// Last known CPU usage of a thread at a part.
-    pub(crate) fn taken(&self, tid: u32, part: PartId) -> Option<CpuUsage> {
+    pub(crate) fn cpu_usage(&self, tid: u32, part: PartId) -> Option<CpuUsage> {
         let inner = locked(&self.inner);
-        let (from, took) = inner.taken.get(&tid)?;
+        let (from, took) = inner.cpu_usage.get(&tid)?;
         (*from == part).then(|| took.clone())
     }
 
@@ -236,7 +236,7 @@ impl Parts {
     }
 
     /// The members are lost: pending waits end.
-    pub(crate) fn lose(&self) {
+    pub(crate) fn part_lost(&self) {
         locked(&self.inner).lost = true;
         self.changed.notify_all();
     }
@@ -390,7 +390,7 @@ impl RemoteThread {
                 continue;
             };
             if from != self.part {
-                return Err(wrong("a thread is spoken of where it is not"));
+                return Err(protocol_error("a thread is spoken of where it is not"));
             }
             match report {
                 Report::Call {
@@ -412,7 +412,7 @@ impl RemoteThread {
                             let thread = &self.thread;
                             self.host.call_packed(import, call, &mut progress, thread)
                         }
-                        _ => return Err(wrong("a call of what is not imported")),
+                        _ => return Err(protocol_error("a call of what is not imported")),
                     };
                     // Sent before the answer, so that the thread leaves when it receives it.
                     self.interrupt(&mut asked);
@@ -429,7 +429,7 @@ impl RemoteThread {
                 } => {
                     let meta = &self.program.meta;
                     self.state = ThreadState::decode(&state, self.program.hash(), meta)
-                        .map_err(|error| wrong(&error.to_string()))?;
+                        .map_err(|error| protocol_error(&error.to_string()))?;
                     if has_left {
                         (self.is_resident, self.has_left) = (false, true);
                     }
@@ -438,7 +438,7 @@ impl RemoteThread {
                 Report::Finished { values, .. } => return Ok(Run::Finished(values)),
                 Report::Stopped { stop, .. } => return Err(stop),
                 Report::Opened { .. } | Report::Times { .. } | Report::Expecting { .. } => {
-                    return Err(wrong("an answer that is no thread's"));
+                    return Err(protocol_error("an answer that is no thread's"));
                 }
             }
         }
@@ -470,7 +470,7 @@ fn spin_until(has_come: impl Fn() -> bool) -> bool {
 }
 
 /// A member violated the protocol.
-fn wrong(what: &str) -> Stop {
+fn protocol_error(what: &str) -> Stop {
     Stop::Trap(Trap {
         message: format!("a part of the machine says what it should not: {what}"),
         backtrace: Vec::new(),
@@ -499,7 +499,7 @@ mod tests {
         let members = || vec![PartId::new(1).unwrap()];
         let set = |link: Option<Arc<dyn Members>>| parts.set(members(), link, SpawnPolicy::Here);
         assert!(parts.is_alone());
-        parts.lose();
+        parts.part_lost();
         set(Some(Arc::new(Silent)));
         assert!(!parts.is_alone());
         assert!(!parts.open(0, 1 << 16));
