@@ -64,7 +64,7 @@ fn retry_after_fetch<T>(
             Err(WriteFault::Absent(blocks)) => blocks,
         };
         let Some(pending) = node.fetch(blocks) else {
-            return Err(io::Error::other("the volume has no place to fetch from"));
+            return Err(io::Error::other("the volume has no backend"));
         };
         while pending.outcome().is_none() && Instant::now() < deadline {
             std::thread::sleep(FETCH_POLL_INTERVAL);

@@ -396,7 +396,7 @@ impl Wasi {
         interrupt: &dyn Interrupt,
     ) -> (Outcome, Vec<u8>) {
         let Some(layout) = packed.layout(function) else {
-            let what = format!("{} is not packed as it should be", function.name());
+            let what = format!("invalid packed call of {}", function.name());
             return (Outcome::Trap(what), Vec::new());
         };
         // Aligned like guest memory.

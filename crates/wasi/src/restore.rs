@@ -264,7 +264,7 @@ impl Restorer<'_> {
         let open_at_all = mode.read || mode.write;
         let more_than_open = (record.readable && !mode.read) || (record.writable && !mode.write);
         if !open_at_all || more_than_open || (mode.write && root.read_only) {
-            return Err(damaged(fd, "is open in an impossible way"));
+            return Err(damaged(fd, "has an impossible open mode"));
         }
         let access = (record.readable, record.writable, flags);
         let mut file = match &record.place {
@@ -272,7 +272,7 @@ impl Restorer<'_> {
                 let node = self.open_inode(fd, root, *inode)?;
                 let regular = record.filetype == types::Filetype::RegularFile as u8;
                 if node.is_directory() || !regular {
-                    return Err(damaged(fd, "is no file in its volume"));
+                    return Err(damaged(fd, "is not a file in its volume"));
                 }
                 open_node(node, (*preopen, root.read_only), mode, access)
             }
@@ -317,7 +317,7 @@ impl Restorer<'_> {
             Place::Volume { inode, .. } => {
                 let node = self.open_inode(fd, root, *inode)?;
                 if !node.is_directory() {
-                    return Err(damaged(fd, "is no directory in its volume"));
+                    return Err(damaged(fd, "is not a directory in its volume"));
                 }
                 DirPlace::Volume(node)
             }
@@ -357,7 +357,7 @@ impl Restorer<'_> {
 
     fn open_inode(&self, fd: u32, root: &Root, inode: u64) -> Result<OpenNode, Error> {
         let RootPlace::Volume(volume) = &root.place else {
-            return Err(damaged(fd, "is in a volume that is none"));
+            return Err(damaged(fd, "is in a missing volume"));
         };
         volume
             .open_inode(inode)

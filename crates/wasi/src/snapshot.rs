@@ -266,7 +266,7 @@ impl Wasi {
 
     fn place(&self, fd: u32, descriptor: &Descriptor, root: u32) -> Result<Place, Error> {
         let (Some(host_fd), Some(id)) = (file_fd(descriptor), descriptor.file_id()) else {
-            return Err(Error::Damaged(format!("descriptor {fd} is no file")));
+            return Err(Error::Damaged(format!("descriptor {fd} is not a file")));
         };
         let located = unlinked_open::locate(&self.roots, host_fd, id, root);
         let (preopen, path) = located.map_err(|source| match source.raw_os_error() {

@@ -253,7 +253,7 @@ impl Client {
         let (permit, place) = match timeout_at(deadline, waiting).await {
             Ok(Some(places)) => places,
             Ok(None) => return Err(not_sent(inner.shared.reason_lost())),
-            Err(_) => return Err(not_sent("too many requests wait before it".into())),
+            Err(_) => return Err(not_sent("too many requests are queued before it".into())),
         };
         let mut state = inner.shared.lock();
         if let Some(reason) = &state.lost {
@@ -559,7 +559,7 @@ fn dispatch(shared: &Shared, frame: Frame, options: &Options) -> Result<(), Stri
     let mut state = shared.lock();
     let Some(slot) = state.slots.get_mut(&frame.request) else {
         let kind = frame.kind;
-        return Err(format!("kind {kind:#06x} to nothing that was asked"));
+        return Err(format!("kind {kind:#06x} without a request"));
     };
     match frame.kind {
         wire::ITEM => push(slot, frame.payload),
@@ -627,7 +627,7 @@ fn finish(shared: &Shared, waiter: Waiter, kind: u16, payload: Bytes) -> Result<
         (Waiter::Items(_, end), wire::ERROR) => drop(end.set(Err(error(&payload)))),
         (Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Items(..), kind) => {
             // Dropping the waiter tells the caller that the answer was lost.
-            return Err(format!("kind {kind:#06x} where it cannot be"));
+            return Err(format!("kind {kind:#06x} out of order"));
         }
     }
     Ok(())
@@ -636,6 +636,6 @@ fn finish(shared: &Shared, waiter: Waiter, kind: u16, payload: Bytes) -> Result<
 fn protocol_violation(shared: &Shared) -> RpcError {
     RpcError::Failed {
         peer: shared.peer.clone(),
-        reason: "it answered with a stream where one answer was asked, or the reverse".into(),
+        reason: "it answered with a stream instead of a single answer, or the reverse".into(),
     }
 }

@@ -343,14 +343,14 @@ impl Connection {
             }
             wire::CREDIT => {
                 let items: u32 = postcard::from_bytes(&frame.payload)
-                    .map_err(|_| "a credit that cannot be read".to_owned())?;
+                    .map_err(|_| "an invalid credit".to_owned())?;
                 let requests = self.requests();
                 let Some(request) = requests.get(&frame.request) else {
                     return Ok(());
                 };
                 let credit = request.credit.available_permits() + items as usize;
                 if credit > STREAM_CREDIT_MAX as usize {
-                    return Err("more credit than there may be".into());
+                    return Err("more credit than allowed".into());
                 }
                 request.credit.add_permits(items as usize);
             }

@@ -38,7 +38,7 @@ impl<T> Queue<T> {
         self.heap.push(Reverse((at_ms, self.put, slot)));
     }
 
-    /// The next thing and its instant, if it is not later than this.
+    /// The next event and its time, if that is not later than `until_ms`.
     pub(super) fn take(&mut self, until_ms: u64) -> Option<(u64, T)> {
         let Reverse((at_ms, _, slot)) = *self.heap.peek()?;
         if at_ms > until_ms {

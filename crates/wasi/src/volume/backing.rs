@@ -115,7 +115,7 @@ impl Promise {
         if let Some(event) = &self.0.event
             && let Err(error) = rustix::io::write(event, &1_u64.to_ne_bytes())
         {
-            tracing::error!(%error, "who waits for a volume is not woken");
+            tracing::error!(%error, "waiters of a volume are not woken");
         }
     }
 }

@@ -230,10 +230,10 @@ fn check(record: &VolumeRecord, limits: VolumeLimits) -> Result<(), String> {
     let (mut names, mut text_bytes, mut blocks) = (0_u64, 0_u64, 0_u64);
     for node in &record.nodes {
         if node.inode < ROOT || node.inode >= record.next_inode {
-            return Err(format!("inode {} cannot be", node.inode));
+            return Err(format!("inode {} is invalid", node.inode));
         }
         if nodes.insert(node.inode, node).is_some() {
-            return Err(format!("inode {} is there twice", node.inode));
+            return Err(format!("inode {} occurs twice", node.inode));
         }
         match &node.body {
             NodeBody::File {
@@ -244,7 +244,7 @@ fn check(record: &VolumeRecord, limits: VolumeLimits) -> Result<(), String> {
                 names += entries.len() as u64;
                 for pair in entries.windows(2) {
                     if pair[0].0 >= pair[1].0 {
-                        return Err(format!("directory {} is not in order", node.inode));
+                        return Err(format!("directory {} is not sorted", node.inode));
                     }
                 }
                 for (name, _) in entries {
@@ -253,7 +253,7 @@ fn check(record: &VolumeRecord, limits: VolumeLimits) -> Result<(), String> {
                         || name.len() > NAME_BYTES_MAX
                         || name.contains(['/', '\0']);
                     if bad {
-                        return Err(format!("the name {name:?} cannot be"));
+                        return Err(format!("the name {name:?} is invalid"));
                     }
                 }
             }
@@ -286,7 +286,7 @@ fn check_file(inode: u64, size: u64, present: &[(u64, u64)]) -> Result<u64, Stri
         let run_end = run_end.filter(|run_end| *run_end <= size.div_ceil(BLOCK_BYTES));
         match run_end {
             Some(run_end) if *first >= end => end = run_end,
-            _ => return Err(format!("file {inode} has blocks that cannot be")),
+            _ => return Err(format!("file {inode} has invalid blocks")),
         }
         blocks += count;
     }
@@ -302,7 +302,7 @@ fn check_directories(nodes: &HashMap<u64, &NodeRecord>) -> Result<(), String> {
         };
         for (name, entry) in entries {
             let Some(found) = nodes.get(entry) else {
-                return Err(format!("{name:?} leads nowhere"));
+                return Err(format!("{name:?} refers to a missing inode"));
             };
             if let NodeBody::Directory { parent, .. } = &found.body {
                 let second = parents.insert(*entry, *inode).is_some();
@@ -334,7 +334,7 @@ fn check_directories(nodes: &HashMap<u64, &NodeRecord>) -> Result<(), String> {
             && !reached.contains(inode)
             && (!entries.is_empty() || parents.contains_key(inode))
         {
-            return Err(format!("directory {inode} is in no place"));
+            return Err(format!("directory {inode} is unreachable"));
         }
     }
     Ok(())

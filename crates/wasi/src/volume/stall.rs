@@ -86,7 +86,7 @@ impl Stalls {
             now.filter(|now| before.as_ref() != Some(now))
         };
         if let Some(reason) = news {
-            tracing::warn!(reason, "the machine waits for room or for a store");
+            tracing::warn!(reason, "the machine waits for disk space or for a backend");
             self.tell(Some(reason));
         }
     }
@@ -117,7 +117,7 @@ impl Stalls {
             full.remove(path).is_some() && full.is_empty()
         };
         if last {
-            tracing::info!(path, "it need not wait any more");
+            tracing::info!(path, "the wait is over");
             self.tell(None);
         }
     }

@@ -318,7 +318,7 @@ impl Copies {
                 (*page, *access == Access::Write || writes)
             }
             Message::Invalidate { page, .. } => (*page, self.copy(*page) != Copy::Invalid),
-            other => return Err(ProtocolError(format!("{other:?} takes nothing"))),
+            other => return Err(ProtocolError(format!("{other:?} requests no page"))),
         };
         if takes && self.defer_if_held(page, now, out) {
             return match self.deferred.insert(page, (from, message)) {
@@ -364,7 +364,7 @@ impl Copies {
                 out.send(to, Message::Ack { page, number });
                 Ok(())
             }
-            other => Err(ProtocolError(format!("{other:?} takes nothing"))),
+            other => Err(ProtocolError(format!("{other:?} requests no page"))),
         }
     }
 
@@ -477,7 +477,7 @@ impl Copies {
                 (*page, txn.number)
             }
             Message::Ack { page, number } => (*page, *number),
-            other => return Err(ProtocolError(format!("{other:?} gives nothing"))),
+            other => return Err(ProtocolError(format!("{other:?} carries no page"))),
         };
         // (Usually the only message of the transaction.)
         let mut pending = self.pending.remove(page).unwrap_or(PendingGrant {
@@ -524,9 +524,9 @@ impl Copies {
             Some((txn, access, acks)) if pending.acks == acks => {
                 self.finish(page, txn, access, pending.with_data, now, out)
             }
-            Some((_, _, acks)) if pending.acks > acks => {
-                Err(ProtocolError(format!("{page:?} was given up too often")))
-            }
+            Some((_, _, acks)) if pending.acks > acks => Err(ProtocolError(format!(
+                "too many acknowledgements for {page:?}"
+            ))),
             _ => {
                 self.pending.insert(page, pending);
                 Ok(())

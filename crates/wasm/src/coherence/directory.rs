@@ -491,7 +491,7 @@ impl Directory {
         let has = self.entries.iter().any(|(_, entry)| entry.involves(part));
         let is_directory = self.relocated.values().any(|(_, at)| *at == part);
         if has || is_directory || part == self.origin || self.evacuating.contains_key(&part) {
-            return Err(ProtocolError(format!("part {part} goes, and has pages")));
+            return Err(ProtocolError(format!("part {part} leaves with pages")));
         }
         self.evacuated.remove(&part);
         Ok(())
@@ -611,7 +611,7 @@ impl Directory {
         for (page, number, holders, queue) in pages {
             let entry = Entry::idle(holders, number);
             if self.entries.insert(page, entry).is_some() {
-                return Err(ProtocolError(format!("{page:?} comes twice")));
+                return Err(ProtocolError(format!("{page:?} is listed twice")));
             }
             for request in queue {
                 self.check(page, &request)?;

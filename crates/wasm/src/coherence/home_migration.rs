@@ -70,7 +70,7 @@ impl Holdings {
                 ));
             }
             if first < end {
-                return Err(format!("pages from {first:?} on come out of turn"));
+                return Err(format!("pages from {first:?} on are out of order"));
             }
             end = (row.memory, row.end());
         }
@@ -116,10 +116,12 @@ impl Coherence {
     /// The obstacle: a transaction is in progress, this part is not the home, or it holds pages.
     pub fn holdings(&self) -> Result<Holdings, String> {
         if self.failed || self.me != PartId::HOME {
-            return Err("only a home can be succeeded".into());
+            return Err("only the home can migrate".into());
         }
         if !self.is_quiescent() || self.has_leaving_parts() || self.directories().next().is_some() {
-            return Err("pages are on their way, parts leave, or know what others hold".into());
+            return Err(
+                "pages are in flight, parts are leaving, or another part is a directory".into(),
+            );
         }
         let mut holdings = Holdings::default();
         for (page, holders, exchanges) in self.directory.entries() {
@@ -164,17 +166,17 @@ impl Coherence {
     pub fn take_over_home(&mut self, holdings: &Holdings) -> Result<(), String> {
         let me = self.me;
         if self.failed || me == PartId::HOME {
-            return Err("the home cannot succeed itself".into());
+            return Err("the home cannot migrate to itself".into());
         }
         if !self.is_quiescent() || !self.directory.is_default() {
-            return Err("pages are on their way to the new home".into());
+            return Err("pages are in flight to the new home".into());
         }
         holdings.check(self.parts.without(PartId::HOME))?;
         let pages = || holdings.pages().map(|(page, _)| page);
         let copies = self
             .copies
             .copies_of(pages())
-            .map_err(|unknown| format!("{unknown:?} is here, and the home does not know"))?;
+            .map_err(|unknown| format!("{unknown:?} is here, unknown to the home"))?;
         for ((page, holders), copy) in holdings.pages().zip(&copies) {
             let agrees = match holders {
                 Holders::Owner(owner) if owner == me => *copy == Copy::Modified,
@@ -206,11 +208,13 @@ impl Coherence {
     pub(super) fn home_migrated(&mut self, new_home: PartId) -> Result<(), ProtocolError> {
         let can = self.me != PartId::HOME && new_home != self.me && new_home != PartId::HOME;
         if !can || !self.parts.contains(new_home) {
-            return Err(ProtocolError(format!("part {new_home} succeeds the home")));
+            return Err(ProtocolError(format!(
+                "part {new_home} cannot become the home"
+            )));
         }
         if !self.is_quiescent() || !self.directory.is_default() {
             return Err(ProtocolError(format!(
-                "part {new_home} succeeds the home while pages are on their way"
+                "part {new_home} cannot become the home while pages are on their way"
             )));
         }
         self.directory.reset_locations();

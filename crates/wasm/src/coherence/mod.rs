@@ -517,7 +517,7 @@ impl Coherence {
             Event::Message { from, .. } if self.gone.contains(from) => {}
             Event::Message { from, message } => {
                 if !self.parts.contains(from) || from == self.me {
-                    return Err(ProtocolError(format!("part {from} is none of the others")));
+                    return Err(ProtocolError(format!("part {from} is not another part")));
                 }
                 self.receive(from, message, now, out)?;
             }
@@ -557,7 +557,7 @@ impl Coherence {
             Event::PartLeft { part } if self.gone.contains(part) => {}
             Event::PartLeft { part } => {
                 if !self.parts.contains(part) || part == self.me || part == PartId::HOME {
-                    return Err(ProtocolError(format!("part {part} is to be gone")));
+                    return Err(ProtocolError(format!("part {part} cannot leave")));
                 }
                 self.directory.remove_part(part)?;
                 self.gone = self.gone.with(part);

@@ -104,7 +104,7 @@ impl Control {
             )
         };
         if let Err(error) = result {
-            tracing::debug!(%error, "a save area was not given back");
+            tracing::debug!(%error, "a save area was not released");
         }
     }
 

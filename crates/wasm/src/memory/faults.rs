@@ -87,7 +87,7 @@ impl PageFaults {
     /// [`MemoryError::System`].
     pub fn stop(&self) -> Result<(), MemoryError> {
         uffd::unregister(&self.uffd, &self.memory).map_err(|source| MemoryError::System {
-            what: "end the serving of page faults",
+            what: "stop serving page faults",
             source,
         })
     }
@@ -218,7 +218,7 @@ impl PageFaults {
         // SAFETY: the structure of this request: a range of our own mapping.
         unsafe { uffd::ioctl(&self.uffd, uffd::WAKE, &mut range) }.map_err(|source| {
             MemoryError::System {
-                what: "wake those who wait for a page",
+                what: "wake the waiters of a page",
                 source,
             }
         })?;

@@ -367,7 +367,9 @@ impl GuestMemory {
             };
             match closed {
                 Ok(()) => self.mapped.store(from, Ordering::Release),
-                Err(error) => tracing::warn!(%error, "guest memory stays open behind its end"),
+                Err(error) => {
+                    tracing::warn!(%error, "guest memory stays accessible behind its end")
+                }
             }
         }
         if let Err(error) = self.clear(size as u64..self.accessible_bytes()) {
@@ -556,7 +558,7 @@ impl GuestMemory {
     /// # Errors
     /// [`MemoryError::System`].
     pub fn resident_bytes(&self) -> Result<u64, MemoryError> {
-        let stat = rustix::fs::fstat(&self.file).map_err(system("ask how large a memory is"))?;
+        let stat = rustix::fs::fstat(&self.file).map_err(system("query the size of a memory"))?;
         // (Units of 512 bytes, independent of the block size: stat(2).)
         Ok(u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
     }

@@ -73,7 +73,7 @@ impl Spanning {
     /// # Errors
     /// [`MemoryError::System`].
     pub fn stop(&self) -> Result<(), MemoryError> {
-        uffd::unregister(&self.uffd, &self.memory).map_err(system("end the serving of page faults"))
+        uffd::unregister(&self.uffd, &self.memory).map_err(system("stop serving page faults"))
     }
 
     pub fn memory(&self) -> &Arc<GuestMemory> {
@@ -143,7 +143,7 @@ impl Spanning {
                 // Interrupted: continue from there.
                 (Err(_), Ok(count)) if count > 0 => done += count,
                 (Err(error), _) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                (Err(error), _) => return Err(system("put a page in place")(error)),
+                (Err(error), _) => return Err(system("install a page")(error)),
             }
         }
         Ok(())
@@ -216,7 +216,7 @@ impl Spanning {
         // SAFETY: the structure of this request: a range of our own mapping.
         unsafe { uffd::ioctl(&self.uffd, uffd::WAKE, &mut range) }
             .map(drop)
-            .map_err(system("wake those who wait for a page"))
+            .map_err(system("wake the waiters of a page"))
     }
 
     /// Allocates zero pages where the file has none; others are unchanged.

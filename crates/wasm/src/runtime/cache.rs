@@ -58,7 +58,10 @@ impl Cache {
         let seal: [u8; SEAL_BYTES] = bytes[body..].try_into().ok()?;
         // `Hash` compares in constant time.
         if self.seal(name, &bytes[..body]) != seal {
-            tracing::warn!(name, "a cache file has no valid seal, ignoring it");
+            tracing::warn!(
+                name,
+                "a cache file has no valid authentication tag, ignoring it"
+            );
             return None;
         }
         bytes.truncate(body);
@@ -72,7 +75,7 @@ impl Cache {
         let mut sealed = bytes.to_vec();
         sealed.extend(self.seal(name, bytes).as_bytes());
         if let Err(error) = write_private(&path, &sealed) {
-            tracing::warn!(path = %path.display(), %error, "compiled code is not kept");
+            tracing::warn!(path = %path.display(), %error, "compiled code is not cached");
         }
     }
 

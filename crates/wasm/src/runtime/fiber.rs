@@ -303,7 +303,9 @@ impl Fiber {
         self.enter();
         self.fill_restore_area(frame, function, point, &values)?;
         let Some(clones) = &self.clones else {
-            return Err(plain_trap("a frame was resumed without clones".into()));
+            return Err(plain_trap(
+                "a frame cannot be resumed without clones".into(),
+            ));
         };
         let number = frame.point - function.first_point + 1;
         match catch_engine_panic(|| clones.call(&mut self.store, (position as u32, number))) {
@@ -540,8 +542,9 @@ impl Fiber {
             let pages = memory.size_bytes() / WASM_PAGE_BYTES;
             let seen = own.size(&self.store);
             if seen < pages {
-                own.grow(&mut self.store, pages - seen)
-                    .map_err(|error| plain_trap(format!("a memory's size: {error}")))?;
+                own.grow(&mut self.store, pages - seen).map_err(|error| {
+                    plain_trap(format!("a memory's size cannot be updated: {error}"))
+                })?;
             }
         }
         Ok(())

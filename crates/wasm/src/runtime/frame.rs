@@ -205,7 +205,7 @@ impl ThreadState {
         let (state, rest): (ThreadState, _) =
             postcard::take_from_bytes(body).map_err(|error| damaged(error.to_string()))?;
         if !rest.is_empty() {
-            return Err(damaged("it goes on after its end"));
+            return Err(damaged("it has trailing bytes"));
         }
         state.check(meta)?;
         Ok(state)
@@ -296,7 +296,7 @@ impl ThreadState {
                 .map(|slot| function.slots[*slot as usize])
                 .collect();
             if wanted != given {
-                return Err(damaged("a frame waits for other results than it gets"));
+                return Err(damaged("a frame expects other results than it gets"));
             }
             given.clone_from(&function.results);
         }

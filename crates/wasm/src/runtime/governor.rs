@@ -160,7 +160,7 @@ pub(super) fn govern(shared: Weak<Shared>) {
             Verdict::Hold(tids) => {
                 // The first hold compiles; the threads run meanwhile.
                 if let Err(error) = machine.hold(Hold::CpuLimit, Some(&tids)) {
-                    tracing::warn!(%error, "the machine cannot be kept within its cpu.limit");
+                    tracing::warn!(%error, "cpu.limit cannot be enforced");
                     return;
                 }
             }

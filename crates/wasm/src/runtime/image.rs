@@ -72,18 +72,18 @@ impl Image {
         let (image, rest): (Image, _) = postcard::take_from_bytes(body)
             .map_err(|error| MachineError::Image(error.to_string()))?;
         if !rest.is_empty() {
-            return Err(bad("it goes on after its end"));
+            return Err(bad("it has trailing bytes"));
         }
         if image.module != *program.hash() {
             return Err(bad("it is of another module"));
         }
         if image.memory_pages.len() != program.meta.memories.len() {
-            return Err(bad("it has other memories than the module"));
+            return Err(bad("its memories differ from the module's"));
         }
         let first = image.memory_pages.first();
         let size = first.map_or(0, |pages| pages.saturating_mul(WASM_PAGE_BYTES));
         if !image.names.is_valid(size) {
-            return Err(bad("it names what is not in memory"));
+            return Err(bad("it names ranges outside of memory"));
         }
         for (_, state) in image.threads.values() {
             if let Some(state) = state {

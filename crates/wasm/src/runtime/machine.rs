@@ -156,15 +156,15 @@ pub enum MachineError {
     #[error("the machine has no part {0}")]
     NoPart(PartId),
     /// Its members lack memory, or are lost.
-    #[error("a part of the machine cannot have its memory (is its node short of it?)")]
+    #[error("a part of the machine cannot allocate its memory (is its node out of memory?)")]
     Members,
-    #[error("part {0} is to leave: nothing goes there any more")]
+    #[error("part {0} is leaving: no thread can move there")]
     Leaving(PartId),
     /// Threads still run at a part that is to be removed.
-    #[error("{0} thread(s) run at parts that it would not have any more")]
+    #[error("{0} thread(s) still run at parts that would be removed")]
     ThreadsAtMember(usize),
     /// Threads did not reach a safepoint in time; the machine continues.
-    #[error("{0} thread(s) did not come to a safepoint in time; the machine goes on")]
+    #[error("{0} thread(s) did not reach a safepoint in time; the machine continues")]
     FreezeTimeout(usize),
 }
 
@@ -262,7 +262,7 @@ pub(super) fn lower_priority(program: &Program) {
         // (On Linux the nice value is per thread.)
         && let Err(error) = rustix::process::setpriority_process(None, nice)
     {
-        tracing::debug!(%error, "a guest is as important as what moves it");
+        tracing::debug!(%error, "the priority of a guest thread cannot be lowered");
     }
 }
 
@@ -453,7 +453,7 @@ impl Machine {
         match governor {
             Ok(_) => cpu.governed = true,
             Err(error) => {
-                tracing::warn!(%error, "no thread keeps the machine within its cpu.limit");
+                tracing::warn!(%error, "no thread for enforcing cpu.limit");
             }
         }
     }

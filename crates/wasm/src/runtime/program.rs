@@ -28,7 +28,7 @@ pub enum ProgramError {
     #[error(transparent)]
     Instrument(#[from] InstrumentError),
     /// It has unknown imports.
-    #[error("the module imports what machines do not have: {0}")]
+    #[error("the module has unknown imports: {0}")]
     UnknownImports(String),
     /// Its initial tables are too large.
     #[error(
@@ -41,7 +41,7 @@ pub enum ProgramError {
     #[error("the module cannot be compiled: {0:#}")]
     Compile(wasmtime::Error),
     /// It runs, but can be neither moved nor captured.
-    #[error("what lets the program's threads be resumed cannot be compiled: {0}")]
+    #[error("the code for resuming threads cannot be compiled: {0}")]
     Clones(String),
     #[error("the cache at {path}: {source}", path = path.display())]
     Cache {
@@ -276,7 +276,7 @@ fn cached_code(engine: &wasmtime::Engine, cache: &Cache, name: &str) -> Option<M
     match unsafe { Module::deserialize(engine, &code) } {
         Ok(module) => Some(module),
         Err(error) => {
-            tracing::info!(%error, "cached code is of no use, compiling");
+            tracing::info!(%error, "cached code is unusable, compiling");
             None
         }
     }

@@ -357,7 +357,7 @@ impl Shared {
         }
         let mut tables = TableShare::new(self.tables.clone());
         if !tables.try_take(self.program.table_entries) {
-            tracing::warn!("no room for the tables of one more guest thread");
+            tracing::warn!("no table entries left for another guest thread");
             return -1;
         }
         let mut tid = threads.next_tid;

@@ -373,7 +373,7 @@ impl Member {
             return Ok(hosted_thread.clone());
         }
         if hosted.len() >= THREADS_MAX {
-            return Err(std::io::Error::other("there are too many"));
+            return Err(std::io::Error::other("too many threads"));
         }
         let warm = locked(&self.0.idle).pop();
         let hosted_thread = match warm {

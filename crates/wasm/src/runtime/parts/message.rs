@@ -154,9 +154,9 @@ impl Report {
 
 #[derive(Debug, thiserror::Error)]
 pub enum MessageError {
-    #[error("messages about threads are of version {0}, this is version {VERSION}")]
+    #[error("thread messages have version {0}, this node supports {VERSION}")]
     Version(u8),
-    #[error("a message about threads is damaged: {0}")]
+    #[error("a thread message is corrupt: {0}")]
     Damaged(String),
 }
 
@@ -175,7 +175,7 @@ fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, MessageError> {
         postcard::take_from_bytes(body).map_err(|error| damaged(&error.to_string()))?;
     match rest {
         [] => Ok(message),
-        _ => Err(damaged("it goes on after its end")),
+        _ => Err(damaged("it has trailing bytes")),
     }
 }
 

@@ -390,7 +390,7 @@ impl RemoteThread {
                 continue;
             };
             if from != self.part {
-                return Err(protocol_error("a thread is spoken of where it is not"));
+                return Err(protocol_error("a report about a thread that is elsewhere"));
             }
             match report {
                 Report::Call {
@@ -412,7 +412,7 @@ impl RemoteThread {
                             let thread = &self.thread;
                             self.host.call_packed(import, call, &mut progress, thread)
                         }
-                        _ => return Err(protocol_error("a call of what is not imported")),
+                        _ => return Err(protocol_error("a call of an unknown import")),
                     };
                     // Sent before the answer, so that the thread leaves when it receives it.
                     self.interrupt(&mut asked);
@@ -438,7 +438,7 @@ impl RemoteThread {
                 Report::Finished { values, .. } => return Ok(Run::Finished(values)),
                 Report::Stopped { stop, .. } => return Err(stop),
                 Report::Opened { .. } | Report::Times { .. } | Report::Expecting { .. } => {
-                    return Err(protocol_error("an answer that is no thread's"));
+                    return Err(protocol_error("an answer for an unknown thread"));
                 }
             }
         }
@@ -472,7 +472,7 @@ fn spin_until(has_come: impl Fn() -> bool) -> bool {
 /// A member violated the protocol.
 fn protocol_error(what: &str) -> Stop {
     Stop::Trap(Trap {
-        message: format!("a part of the machine says what it should not: {what}"),
+        message: format!("a part of the machine violated the protocol: {what}"),
         backtrace: Vec::new(),
     })
 }
