@@ -118,7 +118,7 @@ fn rules_that_make_no_sense_are_named_with_their_line() {
     let said = of(
         "[[rules]]\nname = \"r\"\nmachines = { names = [\"m*\"] }\nrule = \"pin\"\nnodes = { names = [\"z\"] }\n",
     );
-    assert!(said.contains("names no node"), "{said}");
+    assert!(said.contains("names no existing node"), "{said}");
     let said = of(
         "[[rules]]\nname = \"one\"\nmachines = { names = [\"m*\"] }\nrule = \"apart\"\n\
          [[rules]]\nname = \"idle\"\nmachines = { names = [\"m1\"] }\nrule = \"stay\"\n",

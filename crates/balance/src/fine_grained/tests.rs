@@ -158,31 +158,34 @@ fn a_part_goes_from_where_none_may_be_and_parts_that_lose_come_together() {
         let choices = decide(observation, &policy);
         choices.iter().any(|it| it.action == Action::Gather)
     };
-    let mut losing_observations = observation(&["a", "b", "c"]);
-    losing_observations.threads = vec![thread(0, 0, 0.2), thread(1, 1, 0.2)];
-    losing_observations.nodes[0] = node("a", 0.2);
-    losing_observations.waited_cores = 0.8;
-    let choices = decide(&losing_observations, &policy);
+    let mut losing = observation(&["a", "b", "c"]);
+    losing.threads = vec![thread(0, 0, 0.2), thread(1, 1, 0.2)];
+    losing.nodes[0] = node("a", 0.2);
+    losing.waited_cores = 0.8;
+    let choices = decide(&losing, &policy);
     assert_eq!(choices[0].action, Action::Gather);
-    assert!(choices[0].why.contains("0.40 cores in all"), "{choices:?}");
+    assert!(
+        choices[0].why.contains("0.40 cores in total"),
+        "{choices:?}"
+    );
     assert!(choices[0].why.contains("would run 1.00"), "{choices:?}");
     // Its home has half a core for it: others demand as much.
-    losing_observations.nodes[0] = node("a", 1.4);
-    assert!(gathers(&losing_observations));
-    losing_observations.nodes[0] = node("a", 2.4);
-    assert!(!gathers(&losing_observations));
+    losing.nodes[0] = node("a", 1.4);
+    assert!(gathers(&losing));
+    losing.nodes[0] = node("a", 2.4);
+    assert!(!gathers(&losing));
     // A faster node's cores count for more.
-    losing_observations.nodes[0] = node("a", 1.4);
-    losing_observations.nodes[1].state.capacity.speed = 1.6;
-    assert!(!gathers(&losing_observations));
-    losing_observations.nodes[1].state.capacity.speed = 1.0;
+    losing.nodes[0] = node("a", 1.4);
+    losing.nodes[1].state.capacity.speed = 1.6;
+    assert!(!gathers(&losing));
+    losing.nodes[1].state.capacity.speed = 1.0;
     // The spec demands parts at all times.
-    losing_observations.from_beginning = true;
-    assert!(!gathers(&losing_observations));
-    losing_observations.from_beginning = false;
+    losing.from_beginning = true;
+    assert!(!gathers(&losing));
+    losing.from_beginning = false;
     // No thread waits for pages: its low throughput has other causes.
-    losing_observations.waited_cores = 0.05;
-    assert!(!gathers(&losing_observations));
+    losing.waited_cores = 0.05;
+    assert!(!gathers(&losing));
 }
 
 #[test]
@@ -202,7 +205,7 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
     let choices = decide(&calm, &policy);
     assert_eq!(moves(&choices), [(0, 1)]);
     assert!(choices[0].why.contains("near cache"), "{choices:?}");
-    assert!(choices[0].why.contains("b is at 0.40"), "{choices:?}");
+    assert!(choices[0].why.contains("b has load 0.40"), "{choices:?}");
     // Not to a node that it would press, that is forbidden, from which threads came, or all at
     // once.
     let nothing = |observation: &Observation| assert_eq!(decide(observation, &policy), []);
@@ -228,14 +231,11 @@ fn threads_go_to_what_draws_them_where_that_presses_nobody() {
     pages.nodes[2] = node("c", 0.95);
     assert_eq!(moves(&decide(&pages, &policy)), [(1, 1)]);
     // Before gathering, but not forever.
-    let mut losing_observations = pages.clone();
-    losing_observations.waited_cores = 2.0;
-    assert_eq!(moves(&decide(&losing_observations, &policy)), [(1, 1)]);
-    losing_observations.losing_observations = LOSING_OBSERVATIONS_MAX + 1;
-    assert_eq!(
-        decide(&losing_observations, &policy)[0].action,
-        Action::Gather
-    );
+    let mut losing = pages.clone();
+    losing.waited_cores = 2.0;
+    assert_eq!(moves(&decide(&losing, &policy)), [(1, 1)]);
+    losing.losing_observations = LOSING_OBSERVATIONS_MAX + 1;
+    assert_eq!(decide(&losing, &policy)[0].action, Action::Gather);
     // A thread at its part of affinity moves last.
     let mut level = observation(&["a", "b", "c"]);
     for tid in [0, 1, 2, 3] {
