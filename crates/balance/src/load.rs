@@ -185,7 +185,7 @@ impl Factors {
         }
     }
 
-    /// What it weighs on a node, as a share of the node's capacity.
+    /// Load on a node, as a share of the node's capacity.
     pub fn weigh(&self, node: &Capacity, weights: &Weights) -> f64 {
         let share = |amount: f64, of: f64| if of > 0.0 { amount / of } else { 0.0 };
         weights.cpu * share(self.cpu_cores, node.cores)

@@ -233,7 +233,7 @@ impl Policy {
         self.margin.max(self.margin_share * (one + other) / 2.0)
     }
 
-    /// Moves that may be under way in a cluster of so many nodes.
+    /// Maximum number of concurrent moves in a cluster with this number of nodes.
     pub fn moves_at_once(&self, nodes: usize) -> u32 {
         let half = u32::try_from(nodes.div_ceil(2)).unwrap_or(u32::MAX).max(1);
         self.moves_at_once_max.unwrap_or(half)

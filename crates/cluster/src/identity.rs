@@ -214,7 +214,7 @@ impl CertificateAuthority {
         Ok(certificate.pem())
     }
 
-    /// Keeps the key in `directory`, beside the node's own identity.
+    /// Stores the key in `directory`, beside the node's own identity.
     ///
     /// # Errors
     /// [`IdentityError::File`].

@@ -208,7 +208,7 @@ pub enum TxnOutcome {
         failed: usize,
         /// The revision at which it was evaluated.
         revision: Revision,
-        /// What the condition's key had then (for a prefix: the first entry).
+        /// The entry of the condition's key at that revision (for a prefix: the first entry).
         current: Option<KeyValue>,
     },
 }
@@ -245,7 +245,7 @@ impl Change {
     }
 }
 
-/// What one revision changed under a watched prefix; never empty.
+/// The changes of one revision under a watched prefix; never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changes {
     pub revision: Revision,
@@ -326,7 +326,7 @@ impl fmt::Debug for Watch {
     }
 }
 
-/// The store, whatever is behind it.
+/// The interface of all stores.
 pub trait Store: Send + Sync {
     /// The entry of `key`, not older than any change answered before the call.
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<KeyValue>, StoreError>>;

@@ -217,7 +217,7 @@ pub(crate) async fn redeem(
     })
 }
 
-/// What a user may do; each role includes the ones before it.
+/// Permissions of a user; each role includes the previous ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Role {
     /// Look at everything but secrets.

@@ -52,8 +52,7 @@ enum Next {
     Again,
     /// Send encoded bytes.
     Transmit,
-    /// More from the socket: the handshake goes on, or it is made and all that
-    /// came is decrypted.
+    /// Read from the socket: the handshake continues, or all received bytes are decrypted.
     Read,
     /// Nothing: the bytes to write are encrypted.
     Written,
@@ -131,7 +130,7 @@ impl BulkStream {
             return Ok(());
         }
         loop {
-            // What comes meanwhile is kept for the next read.
+            // Bytes received meanwhile are buffered for the next read.
             let mut came = Vec::new();
             let next = self.step(Some(bytes), &mut |plain| came.extend_from_slice(plain));
             self.rest.append(&mut came);

@@ -61,7 +61,7 @@ impl Class {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
-    /// What the payload is; never 0.
+    /// Kind of the payload; never 0.
     pub kind: u16,
     /// The request this belongs to; chosen by the requester.
     pub request: u64,
@@ -118,7 +118,7 @@ impl Frame {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// What the payload is; never 0.
+    /// Kind of the payload; never 0.
     pub kind: u16,
     pub request: u64,
     /// Bytes of payload that follow, within the class's limit.
@@ -374,7 +374,7 @@ mod tests {
                 message.contains(&format!("version {version}, this node speaks 1")),
                 "{message}"
             );
-            // The version alone is enough: nothing after it is looked at.
+            // The version alone suffices: nothing after it is read.
             assert!(decode_all(&bytes[..6], 6).is_err_and(|e| matches!(
                 e,
                 FrameError::Version { found, ours: 1 } if found == u16::from(version)

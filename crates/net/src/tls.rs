@@ -175,7 +175,7 @@ impl NodeCredentials {
 pub struct PinnedIdentity {
     pub cert: CertificateDer<'static>,
     pub key: PrivatePkcs8KeyDer<'static>,
-    /// What the other side must pin.
+    /// The fingerprint to pin.
     pub fingerprint: Fingerprint,
 }
 

@@ -94,7 +94,7 @@ fn remove(cluster: &mut Cluster, name: &str) -> Result<(), String> {
         _ => true,
     });
     let weights = cluster.settings.policy.weights;
-    // What each node has of load and free memory, as machines are placed.
+    // Load and free memory of each node during placement.
     let mut loads = vec![0.0; cluster.nodes.len()];
     let mut free: Vec<u64> = cluster
         .nodes

@@ -24,7 +24,7 @@ pub enum Error {
     /// Something is larger than a limit.
     #[error("{what}: {size} is more than the limit of {max}")]
     TooMany {
-        /// What there is too much of.
+        /// The limited quantity.
         what: &'static str,
         size: usize,
         max: usize,
@@ -49,7 +49,7 @@ pub enum Error {
         /// The path on the source host, as far as known.
         path: String,
     },
-    /// A path in a snapshot is kept as text.
+    /// Snapshots store paths as text.
     #[error("descriptor {fd}: path {path:?} is not UTF-8: rename it")]
     NotUtf8 { fd: u32, path: String },
     /// The host does not report the path of an open file.

@@ -363,7 +363,7 @@ fn check_open_rights(at: &Descriptor, request: Request) -> Result<()> {
     Ok(())
 }
 
-/// What `path_open` found.
+/// Result of opening.
 enum OpenedPlace {
     Host(File, std::fs::Metadata),
     Volume(OpenNode),

@@ -343,7 +343,7 @@ fn record_connection(connection: &Connection) -> ConnectionRecord {
     }
 }
 
-/// What tells this boot of this host from all others; empty if unknown.
+/// Identifies this boot of this host; empty if unknown.
 pub(crate) fn boot_id() -> String {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
     id.map(|id| id.trim().to_owned()).unwrap_or_default()

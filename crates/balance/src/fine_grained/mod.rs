@@ -118,7 +118,7 @@ pub struct Observation {
 pub enum Action {
     /// Creates parts on these nodes.
     Spread {
-        /// Beside its home's.
+        /// In addition to the home's node.
         nodes: Vec<Name>,
     },
     /// Moves a thread to another part.

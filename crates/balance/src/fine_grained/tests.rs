@@ -333,7 +333,7 @@ fn a_part_that_has_too_much_gives_to_those_with_room() {
     full.part_memory_bytes = None;
     full.nodes[0].state.memory_free_bytes = 20 * MIB;
     assert_eq!(given(&full), [(1, 30)]);
-    // (50 are kept free of 1,000.)
+    // (The headroom is 50 of 1,000.)
     full.nodes[0].state.memory_free_bytes = 51 * MIB;
     assert_eq!(given(&full), []);
 }

@@ -23,7 +23,7 @@ const GUESSED_SAMPLES: u64 = 20;
 /// Response timeout, in milliseconds.
 const ANSWER_MS: u64 = 2_000;
 /// Backoff of a node or a machine after a failed move, in milliseconds; doubled by each further
-/// failure, at most so many times.
+/// failure, up to a maximum.
 const BACKOFF_MS: u64 = 15_000;
 const BACKOFF_DOUBLINGS_MAX: u32 = 5;
 /// Time within which a user can confirm a proposed move, in milliseconds.

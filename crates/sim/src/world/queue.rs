@@ -6,7 +6,7 @@ use std::collections::BinaryHeap;
 /// Things to come; of the same instant, in the order in which they were put.
 #[derive(Debug)]
 pub(super) struct Queue<T> {
-    /// Instant, number, slot.
+    /// Time, sequence number, slot.
     heap: BinaryHeap<Reverse<(u64, u64, usize)>>,
     slots: Vec<Option<T>>,
     free: Vec<usize>,

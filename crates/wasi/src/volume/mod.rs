@@ -590,7 +590,7 @@ fn filetype(body: &Body) -> Filetype {
     }
 }
 
-/// What `ls` shows as the size of a directory.
+/// Reported size of a directory.
 const DIRECTORY_BYTES: u64 = 4096;
 
 fn filestat(tree: &Tree, inode: u64) -> Result<Filestat> {

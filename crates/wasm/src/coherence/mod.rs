@@ -206,7 +206,7 @@ pub struct Placement {
     pub directory: PartId,
 }
 
-/// What is done with a page.
+/// Kind of access to a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Access {
     Read,

@@ -51,7 +51,7 @@ impl BlockTypes {
 /// Maximum locals of a function (an implementation limit).
 const LOCALS_MAX: usize = 50_000;
 
-/// What both versions of a function share.
+/// State shared by all versions of a function.
 pub(crate) struct Plan<'a> {
     pub(crate) body: &'a Body<'a>,
     pub(crate) graph: &'a CallGraph,

@@ -44,7 +44,7 @@ pub struct Fault {
     /// Byte offset of the page in the memory.
     pub page: u64,
     pub kind: FaultKind,
-    /// Whether it wants to write.
+    /// Whether it is a write.
     pub write: bool,
 }
 

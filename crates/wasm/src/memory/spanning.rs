@@ -40,7 +40,7 @@ pub struct Touch {
     pub page: u64,
     /// Offset of the accessed byte in the page.
     pub byte: u64,
-    /// Whether it wants to write.
+    /// Whether it is a write.
     pub write: bool,
     /// ID of the waiting OS thread.
     pub thread: u32,

@@ -54,7 +54,7 @@ impl std::fmt::Display for Trap {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Run {
     Finished(Vec<Value>),
-    /// The thread was asked to come to a safepoint, and did.
+    /// The thread reached a safepoint on request.
     Captured,
 }
 
@@ -581,7 +581,7 @@ impl Fiber {
         self.store.data_mut().thread.tid = tid;
     }
 
-    /// How its thread is asked to come to a safepoint.
+    /// Its thread's safepoint signal.
     pub fn signal(&self) -> &Arc<Signal> {
         &self.store.data().thread.signal
     }

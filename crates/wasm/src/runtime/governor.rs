@@ -93,7 +93,7 @@ struct Budget {
     holding: bool,
 }
 
-/// What is to be done about it.
+/// Action of the governor.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Nothing,
