@@ -1,13 +1,13 @@
 //! Fine-grained balancing: placement of the threads and the memory of one machine that may span
 //! several nodes.
 //!
-//! | pressed resource | action | why it suffices |
+//! | pressed | action | why it suffices |
 //! |---|---|---|
-//! | a node's cores, by a machine that would press any node | parts on more nodes | no whole move would relieve the cluster |
+//! | a node's cores, where any node would be pressed | parts on more nodes | no move helps |
 //! | a node's cores | a thread to another part | costs microseconds and a few pages |
-//! | a thread, by remote page faults | the thread to the part with its pages, if there is room | a thread is smaller than its pages |
-//! | a node's memory, or the limit of a part | objects, coldest first | costs as much as their bytes |
-//! | all threads, by pages that alternate between parts | the whole machine back to its home | its threads run less than they would at its home alone |
+//! | a thread, by remote page faults | the thread to its pages | smaller than its pages |
+//! | memory of a node or a part | objects, coldest first | costs as much as their bytes |
+//! | all threads, by alternating pages | all back to the home | they run faster there |
 //!
 //! The cheapest sufficient action is chosen: a thread before objects, both before the machine.
 //! Where a move of the whole machine suffices, rounds ([`crate::round`]) do it and nothing is
