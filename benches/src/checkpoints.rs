@@ -17,7 +17,7 @@ use keel_machine::span::{Keeps, Pages, Spread, Within};
 use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::{Config, MemorySink, Wasi};
 use keel_wasm::coherence::PartId;
-use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Machine, Options};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -83,7 +83,7 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
 fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     let bench = Bench::start(guests, folder, "50")?;
     let how = Spread {
-        spawning: Spawning::Here,
+        spawning: SpawnPolicy::Here,
         patience: PATIENCE,
         keeps: Keeps::default(),
         stands: false,

@@ -100,7 +100,7 @@ impl Sink for Output {
 pub(crate) fn plain(module: &[u8], start: &Start) -> Result<String> {
     let (wasi, output) = start.wasi()?;
     let engine = Engine::new(Options::default())?;
-    let outcome = engine.run_plain(module, Arc::new(wasi), Limits::default())?;
+    let outcome = engine.run_uninstrumented(module, Arc::new(wasi), Limits::default())?;
     ended_well(&outcome, &output)
 }
 

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use keel_machine::span::{Keeps, Spread, Within};
 use keel_wasi::{Config, Wasi};
-use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options};
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ impl Spanned {
     pub(crate) fn begin(
         text: &str,
         parts: usize,
-        spawning: Spawning,
+        spawning: SpawnPolicy,
         keeps: Keeps,
     ) -> Result<Self> {
         let program = Engine::new(Options::default())?.load(&wat::parse_str(text)?)?;

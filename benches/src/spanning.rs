@@ -15,7 +15,7 @@ use keel_machine::span::{Ends, Hello, Keeps, Pages, Setup};
 use keel_net::{BulkStream, ClientTls, PinnedIdentity, ServerTls};
 use keel_wasm::coherence::PartId;
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
-use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::parts::SpawnPolicy;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -281,7 +281,7 @@ const TURNS: u64 = 256;
 /// Pages of one member that another one reads, asking the home for them or the one that has
 /// them; in turns. All three are in this process.
 fn directories() -> Result<()> {
-    let spanned = Spanned::begin(WAITS, 3, Spawning::Here, Keeps::default())?;
+    let spanned = Spanned::begin(WAITS, 3, SpawnPolicy::Here, Keeps::default())?;
     let parts = &spanned.parts;
     let home = parts.home().pages();
     let bytes = OBJECT_PAGES * PAGE_BYTES;
@@ -377,7 +377,7 @@ fn limits() -> Result<()> {
             part_bytes: kept,
             room_bytes: None,
         };
-        let spanned = Spanned::begin(USES, PARTS, Spawning::Here, keeps)?;
+        let spanned = Spanned::begin(USES, PARTS, SpawnPolicy::Here, keeps)?;
         let pages = spanned.parts.home().pages();
         let memory = &spanned.machine.memories()[0];
         let count = || {

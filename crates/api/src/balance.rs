@@ -7,8 +7,8 @@ use keel_balance::ledger::{Line, Outcome};
 use keel_balance::load::NodeSample;
 use keel_balance::policy::Policy;
 use keel_balance::round::Explained;
-use keel_balance::rules::{Broken, Holders, Labels, Rule};
-use keel_balance::select::Side;
+use keel_balance::rules::{Holders, Labels, Rule, Violation};
+use keel_balance::select::NodeState;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -23,7 +23,7 @@ pub struct NodeLoad {
     /// Its name.
     pub node: String,
     /// What it tells other nodes; `None` before it has measured for long enough.
-    pub side: Option<Side>,
+    pub side: Option<NodeState>,
     /// Its newest sample.
     pub sample: Option<NodeSample>,
     /// Revision of the policy by which it measures.
@@ -102,7 +102,7 @@ pub struct RulesInfo {
     /// Of each rule that counts, the machines in each of its domains.
     pub holders: BTreeMap<Name, Holders>,
     /// Machines that break a rule where they are: they are to be moved.
-    pub broken: Vec<(Name, Broken)>,
+    pub broken: Vec<(Name, Violation)>,
 }
 
 /// Labels to set.

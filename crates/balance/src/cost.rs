@@ -1,66 +1,61 @@
-//! What a move is worth and what it takes, each with an interval, in one unit:
-//! *core-seconds*. A move is made when even the least that it is likely to be worth
-//! is more than the most that it is likely to take.
+//! The gain and the cost of a move, each with an interval, in one unit: *core-seconds*. A move is
+//! made when the lower bound of its gain exceeds the upper bound of its cost.
 //!
-//! The gain is integrated over the time for which the load is expected to last. A
-//! load that has lasted for `t` lasts for another `t` in the median, and for `t/3` to
-//! `3t` in half of all cases: lifetimes of processes have a Pareto tail of exponent
-//! near 1 (Harchol-Balter and Downey, "Exploiting Process Lifetime Distributions for
-//! Dynamic Load Balancing", TOCS 1997).
+//! The gain is integrated over the expected remaining duration of the load. A load that has lasted
+//! for `t` lasts for another `t` in the median, and for `t/3` to `3t` in half of all cases:
+//! lifetimes of processes have a Pareto tail of exponent near 1 (Harchol-Balter and Downey,
+//! "Exploiting Process Lifetime Distributions for Dynamic Load Balancing", TOCS 1997).
 //!
-//! What moves take is learned: the model keeps how far its predictions were off, as
-//! a factor with a spread, and corrects the next by it.
+//! The cost model learns: it keeps the error of its predictions as a factor with a spread, and
+//! corrects the next prediction by it.
 
 use crate::load::Factors;
 use serde::{Deserialize, Serialize};
 
-/// Bytes a second that a move copies before anything was learned.
+/// Copy rate of a move before anything was learned, in bytes per second.
 const RATE_BYTES_PER_S: f64 = 800e6;
-/// Bytes that one core sends or receives in a second.
+/// Bytes that one core sends or receives per second.
 const CORE_BYTES_PER_S: f64 = 1.5e9;
-/// What each move takes before its first byte, in milliseconds and core-seconds.
-const BEGIN_MS: f64 = 100.0;
-const BEGIN_CORE_S: f64 = 0.05;
-/// Milliseconds for which a machine stands still, without what it wrote last.
-const STILL_MS: f64 = 3.0;
-/// Share of a round that may be written again in the next at most: writers are
-/// slowed beyond.
-const AGAIN_MAX: f64 = 0.8;
-/// Weight of the newest error.
+/// Fixed cost of a move before its first byte, in milliseconds and core-seconds.
+const SETUP_MS: f64 = 100.0;
+const SETUP_CORE_S: f64 = 0.05;
+/// Downtime of a move without the final dirty pages, in milliseconds.
+const DOWNTIME_MS: f64 = 3.0;
+/// Maximum share of a pre-copy round that is dirtied again during it: a guest that writes faster is
+/// slowed down.
+const REWRITTEN_SHARE_MAX: f64 = 0.8;
+/// Weight of the newest error (exponential moving average).
 const NEWEST: f64 = 0.2;
-/// The spread before anything was learned, as a logarithm: a factor of 2.
+/// Spread before anything was learned, as a logarithm: a factor of 2.
 const SPREAD: f64 = std::f64::consts::LN_2;
-/// Standard deviations that hold four fifths of all cases.
+/// Standard deviations that cover four fifths of a normal distribution.
 const DEVIATIONS: f64 = 1.28;
 
-/// A number that is not known exactly: four of five cases are between `low` and
-/// `high`.
+/// An estimate with an interval that covers four of five cases.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Estimate {
-    /// Hardly less.
+    /// 10th percentile.
     pub low: f64,
-    /// Most likely.
+    /// Median.
     pub mid: f64,
-    /// Hardly more.
+    /// 90th percentile.
     pub high: f64,
 }
 
-/// What a move takes.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Cost {
     /// Bytes over the network.
     pub bytes: f64,
-    /// Milliseconds from the offer to the end.
+    /// From the offer to the end of the move, in milliseconds.
     pub duration_ms: Estimate,
-    /// Milliseconds for which the machine stands still.
+    /// In milliseconds.
     pub downtime_ms: Estimate,
-    /// All of it in core-seconds.
+    /// Total, in core-seconds.
     pub core_s: Estimate,
 }
 
 impl Cost {
-    /// The same where the target compiles the program first, which takes so many
-    /// core-seconds there.
+    /// The cost including the compilation of the program at the target, in core-seconds.
     #[must_use]
     pub fn after_compilation(mut self, core_s: f64) -> Self {
         for (estimate, more) in [
@@ -75,28 +70,27 @@ impl Cost {
     }
 }
 
-/// What a move is worth, in core-seconds.
+/// The gain of a move.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Gain {
-    /// By how much it lowers the sum over both nodes of power times load squared.
+    /// Decrease of the sum over both nodes of power times load squared.
     pub lowers: f64,
-    /// Seconds for which the load is expected to last.
+    /// Expected remaining duration of the load, in seconds.
     pub lasts_s: Estimate,
-    /// The worth.
     pub core_s: Estimate,
 }
 
-/// How far predictions of one quantity were off, as the logarithm of a factor.
+/// Prediction error of one quantity, as the logarithm of a factor.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-struct Error {
+struct PredictionError {
     mean: f64,
     variance: f64,
     seen: u32,
 }
 
-impl Default for Error {
+impl Default for PredictionError {
     fn default() -> Self {
-        Error {
+        PredictionError {
             mean: 0.0,
             variance: SPREAD * SPREAD,
             seen: 0,
@@ -104,12 +98,12 @@ impl Default for Error {
     }
 }
 
-impl Error {
+impl PredictionError {
     fn learn(&mut self, predicted: f64, actual: f64) {
         if !(predicted > 0.0 && actual > 0.0 && predicted.is_finite() && actual.is_finite()) {
             return;
         }
-        // One that is off by more than a thousand is an accident, not a model's error.
+        // A factor above a thousand is an outlier, not a model error.
         let off = (actual / predicted).ln().clamp(-7.0, 7.0);
         let weight = NEWEST.max(1.0 / f64::from(self.seen + 2));
         let away = off - self.mean;
@@ -128,39 +122,41 @@ impl Error {
     }
 }
 
-/// Predicts what moves away from a node take, and learns from what they took.
+/// Predicts the cost of moves away from a node, and learns from completed ones.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct CostModel {
-    duration: Error,
-    downtime: Error,
+    duration: PredictionError,
+    downtime: PredictionError,
 }
 
-/// What the rule of copying gives before it is corrected.
-struct Raw {
+/// Prediction of the pre-copy model before the learned correction.
+struct RawPrediction {
     bytes: f64,
     duration_ms: f64,
     downtime_ms: f64,
 }
 
 impl CostModel {
-    fn raw(factors: &Factors) -> Raw {
-        let again = (factors.dirty_bytes_per_s / RATE_BYTES_PER_S).min(AGAIN_MAX);
-        let bytes = factors.memory_bytes as f64 / (1.0 - again);
-        Raw {
+    fn raw(factors: &Factors) -> RawPrediction {
+        let rewritten = (factors.dirty_bytes_per_s / RATE_BYTES_PER_S).min(REWRITTEN_SHARE_MAX);
+        let bytes = factors.memory_bytes as f64 / (1.0 - rewritten);
+        RawPrediction {
             bytes,
-            duration_ms: BEGIN_MS + bytes / RATE_BYTES_PER_S * 1e3,
-            downtime_ms: STILL_MS * (1.0 + again),
+            duration_ms: SETUP_MS + bytes / RATE_BYTES_PER_S * 1e3,
+            downtime_ms: DOWNTIME_MS * (1.0 + rewritten),
         }
     }
 
-    /// What moving such a machine takes.
+    /// Predicts the cost of moving a machine with these factors.
     pub fn predict(&self, factors: &Factors) -> Cost {
         let raw = Self::raw(factors);
         let duration_ms = self.duration.correct(raw.duration_ms);
         let downtime_ms = self.downtime.correct(raw.downtime_ms);
-        // Both ends copy; and what the machine would have done, it does later.
-        let work = |still_ms: f64| {
-            BEGIN_CORE_S + 2.0 * raw.bytes / CORE_BYTES_PER_S + still_ms / 1e3 * factors.cpu_cores
+        // Both ends copy. Work that the guest would have done during the downtime is done later.
+        let work = |downtime_ms: f64| {
+            SETUP_CORE_S
+                + 2.0 * raw.bytes / CORE_BYTES_PER_S
+                + downtime_ms / 1e3 * factors.cpu_cores
         };
         Cost {
             bytes: raw.bytes,
@@ -174,17 +170,17 @@ impl CostModel {
         }
     }
 
-    /// What a move of such a machine came to.
+    /// Learns from a completed move of a machine with these factors.
     pub fn learn(&mut self, factors: &Factors, duration_ms: f64, downtime_ms: f64) {
         let raw = Self::raw(factors);
         self.duration.learn(raw.duration_ms, duration_ms);
         self.downtime.learn(raw.downtime_ms, downtime_ms);
     }
 
-    /// How far durations and downtimes are off, typically, as factors above 1, and
-    /// from how many moves that is known.
+    /// Typical error of predicted durations and downtimes, as factors above 1, and the number of
+    /// moves observed.
     pub fn error(&self) -> (f64, f64, u32) {
-        let factor = |error: &Error| error.variance.sqrt().exp();
+        let factor = |error: &PredictionError| error.variance.sqrt().exp();
         (
             factor(&self.duration),
             factor(&self.downtime),
@@ -193,8 +189,8 @@ impl CostModel {
     }
 }
 
-/// What it is worth to lower the sum of power times load squared by so much, of a
-/// load that has lasted so long.
+/// The gain of decreasing the sum of power times load squared by `lowers`, for a load that has
+/// lasted `lasted_ms`.
 pub fn gain(lowers: f64, lasted_ms: u64, horizon_s: u64) -> Gain {
     let lasted_s = lasted_ms as f64 / 1e3;
     let bound = |s: f64| s.min(horizon_s as f64);

@@ -1,229 +1,198 @@
-//! Decisions as they are kept and told. A decision names what it was made of: the
-//! two loads, who was considered and what became of them, what it costs and is
-//! worth, and the rule that decided. Not acting is a decision too: each change of its
-//! reason is one entry.
+//! Decisions as they are stored and displayed. A decision records its inputs: the two loads, the
+//! candidates with their verdicts, cost and gain, and the rule that decided. Inaction is a decision
+//! too: each change of its reason is one entry.
 
 use crate::Name;
 use crate::cost::CostModel;
-use crate::grains::Choice;
-use crate::load::Absurd;
+use crate::fine_grained::Choice;
+use crate::load::ValidationError;
 use crate::policy::{Mode, Policy};
-use crate::rules::Broken;
-use crate::select::{Bound, Considered, Side, Verdict};
+use crate::rules::Violation;
+use crate::select::{Considered, Constraint, NodeState, Verdict};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Why nothing is moved.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Stay {
+pub enum NoMoveReason {
     /// The policy's mode is `off`.
     Off,
-    /// There is no other node.
-    Alone,
-    /// Fewer samples than it takes to be sure.
-    Measuring,
-    /// Neither this node nor the other one waits for anything.
-    NobodyPressed,
-    /// The loads are within the margin, or this node is the lighter one.
+    /// No other node is alive.
+    #[serde(rename = "alone")]
+    NoPeers,
+    /// Not enough samples.
+    #[serde(rename = "measuring")]
+    InsufficientSamples,
+    /// Neither node is pressed.
+    #[serde(rename = "nobody_pressed")]
+    NoPressure,
+    /// The loads differ by less than the margin, or this node is the lighter one.
     Level,
-    /// The difference has not lasted.
     Unsteady,
-    /// This node carries enough to stay (`pack`).
-    Filled,
-    /// The other node is free, and is to stay so (`pack`).
-    KeptFree,
-    /// This node has no machine that can be considered.
+    /// This node's load is above the policy's `empty_load` (`pack`).
+    #[serde(rename = "filled")]
+    SufficientlyLoaded,
+    /// The other node is free, and `pack` keeps it free.
+    #[serde(rename = "kept_free")]
+    ReservedFree,
+    /// This node has no candidate.
     NoMachines,
-    /// None of its machines may go; the nearest one's verdict.
-    NoneMayGo {
-        /// Which is nearest.
+    /// No candidate is eligible; the verdict on the closest one.
+    #[serde(rename = "none_may_go")]
+    NoEligibleMachine {
         nearest: Name,
-        /// Why not.
         verdict: Verdict,
     },
     /// The other node did not answer.
     NoAnswer,
-    /// The other node takes part in another round or move.
+    /// The other node expects another machine.
     Busy,
-    /// The other node did not take it.
+    /// The other node refused the machine.
     Refused {
-        /// Why.
         why: String,
     },
-    /// The other node measures with another policy.
+    /// The other node has another revision of the policy.
     OtherPolicy,
-    /// As many moves as the policy allows are under way in the cluster.
+    /// The policy's limit of concurrent moves is reached.
     Capped,
-    /// A move to that node failed not long ago.
-    Avoided {
-        /// Milliseconds until it is tried again.
+    /// Backoff after a failed move to that node.
+    #[serde(rename = "avoided")]
+    Backoff {
+        /// Remaining milliseconds.
         for_ms: u64,
     },
-    /// Others changed what a rule holds at the same time.
+    /// A concurrent transaction changed the holders of a rule.
     Raced {
-        /// The rule.
         rule: String,
     },
 }
 
-/// How a move ended.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// The machine runs at the target.
     Moved {
-        /// Milliseconds from the offer to the end.
+        /// From the offer to the end.
         duration_ms: f64,
-        /// Milliseconds for which the machine stood still.
+        /// Time during which the guest did not run.
         downtime_ms: f64,
-        /// Bytes sent.
         bytes: u64,
     },
-    /// It runs on at the source.
-    Stayed {
-        /// Why.
-        why: String,
-    },
-    /// It was not begun: as many moves as the policy allows are under way.
+    /// The machine keeps running at the source.
+    Stayed { why: String },
+    /// Not started: the policy's limit of concurrent moves is reached.
     Capped,
-    /// It was not begun: others changed what a rule holds.
-    Raced {
-        /// The rule.
-        rule: String,
-    },
+    /// Not started: a concurrent transaction changed the holders of a rule.
+    Raced { rule: String },
 }
 
-/// What was decided, or seen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Decision {
-    /// A machine is to move.
     Move {
-        /// Which.
         machine: Name,
-        /// Where to.
         target: Name,
-        /// How far the balancer went by itself.
+        /// Degree of automation at that time.
         mode: Mode,
-        /// This node.
-        here: Side,
-        /// The other one.
-        there: Side,
-        /// The difference that showed in most of the last samples.
+        here: NodeState,
+        there: NodeState,
+        /// The sustained load difference.
         steady: f64,
-        /// Who was considered, the chosen one first.
+        /// All candidates, the selected one first.
         considered: Vec<Considered>,
     },
-    /// Nothing is moved, for another reason than before.
-    Stay {
-        /// Why.
-        why: Stay,
-        /// The other node, where there was one.
+    /// Nothing moves; recorded when the reason changes.
+    #[serde(rename = "stay")]
+    NoMove {
+        why: NoMoveReason,
+        /// The peer of the round, if there was one.
         peer: Option<Name>,
-        /// This node, where it was measured.
-        here: Option<Side>,
-        /// The other one.
-        there: Option<Side>,
-        /// Who was considered.
+        /// This node, if it was measured.
+        here: Option<NodeState>,
+        there: Option<NodeState>,
         considered: Vec<Considered>,
     },
-    /// A machine is to move because it breaks a rule where it is.
+    /// A machine moves because its placement violates a rule.
     Repair {
-        /// Which.
         machine: Name,
-        /// Where to; `None` if no node may take it.
+        /// `None` if no node is allowed.
         target: Option<Name>,
-        /// The rule, and what it says.
-        broken: Broken,
+        /// The violated rule.
+        broken: Violation,
     },
-    /// A machine is to move because a plan says so: a person's, or a drain's.
+    /// A machine moves as part of a plan: a user's or a drain's.
     Planned {
-        /// Which.
         machine: Name,
-        /// Where to.
         target: Name,
-        /// Which plan.
         plan: String,
     },
-    /// A move that was decided here is over.
+    /// A move that this balancer decided has ended.
     Ended {
-        /// Which machine.
         machine: Name,
-        /// Where to.
         target: Name,
-        /// How.
         outcome: Outcome,
-        /// The load that this node was to have, and has.
+        /// Predicted and actual load of this node.
         load: Option<(f64, f64)>,
     },
-    /// Something is to be done with threads or memory of a machine.
-    Grain {
-        /// Which machine.
+    /// A fine-grained action on the threads or memory of a machine.
+    #[serde(rename = "grain")]
+    FineGrained {
         machine: Name,
-        /// How far the balancer goes by itself.
+        /// Degree of automation at that time.
         mode: Mode,
-        /// What, and why.
         choice: Choice,
     },
-    /// What was decided of threads or memory of a machine is over.
-    GrainEnded {
-        /// Which machine.
-        machine: Name,
-        /// What was done, or not.
-        outcome: String,
-    },
-    /// Another node's numbers were not believed.
-    Absurd {
-        /// Whose.
+    /// A fine-grained action has ended.
+    #[serde(rename = "grain_ended")]
+    FineGrainedEnded { machine: Name, outcome: String },
+    /// Another node reported invalid numbers.
+    #[serde(rename = "absurd")]
+    InvalidReport {
         peer: Name,
-        /// Which.
-        fields: Vec<Absurd>,
+        fields: Vec<ValidationError>,
     },
 }
 
-/// A decision as it is kept: with what it takes to decide it again.
+/// A stored decision, with all inputs that are needed to replay it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Line {
-    /// When, in milliseconds since 1970-01-01 UTC.
+    /// In milliseconds since 1970-01-01 UTC.
     pub at_unix_ms: u64,
-    /// The node whose balancer decided.
     pub node: Name,
-    /// The policy by which it did.
+    /// The policy in force.
     #[serde(default)]
     pub policy: Option<Policy>,
-    /// What it had learned of moves.
+    /// The learned cost model.
     #[serde(default)]
     pub model: Option<CostModel>,
-    /// What was decided.
     pub decision: Decision,
 }
 
-impl fmt::Display for Bound {
+impl fmt::Display for Constraint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let s = |ms: &u64| *ms as f64 / 1e3;
         match self {
-            Bound::Held { for_ms } => {
+            Constraint::Held { for_ms } => {
                 write!(
                     f,
-                    "it arrived not long ago and stays for {:.0} s more",
+                    "it arrived recently and stays for another {:.0} s",
                     s(for_ms)
                 )
             }
-            Bound::CoolDown { for_ms } => write!(
+            Constraint::CoolDown { for_ms } => write!(
                 f,
-                "it came from there, and is not sent back for {:.0} s more",
+                "it came from there, and does not return for another {:.0} s",
                 s(for_ms)
             ),
-            Bound::Failed { for_ms } => write!(
+            Constraint::Failed { for_ms } => write!(
                 f,
-                "its last move failed; it is tried again in {:.0} s",
+                "its last move failed; the next attempt is in {:.0} s",
                 s(for_ms)
             ),
-            Bound::Moving => f.write_str("it is moving already"),
-            Bound::OptedOut => f.write_str("its spec says that it is not to be balanced"),
-            Bound::Spans => f.write_str("it has parts on several nodes (`keel unspan`)"),
-            Bound::Rule { rule, says } => write!(f, "rule {rule:?}: {says}"),
+            Constraint::Moving => f.write_str("it is moving already"),
+            Constraint::OptedOut => f.write_str("its spec excludes it from balancing"),
+            Constraint::Spans => f.write_str("it has parts on several nodes (`keel unspan`)"),
+            Constraint::Rule { rule, reason } => write!(f, "rule {rule:?}: {reason}"),
         }
     }
 }
@@ -233,27 +202,33 @@ impl fmt::Display for Verdict {
         let gib = |bytes: &u64| *bytes as f64 / f64::from(1 << 30);
         match self {
             Verdict::Chosen => f.write_str("it levels the two nodes best"),
-            Verdict::Further => f.write_str("another machine levels the two nodes better"),
-            Verdict::Dearer => {
+            Verdict::WorseFit => f.write_str("another machine levels the two nodes better"),
+            Verdict::CostsMore => {
                 f.write_str("another machine levels about as well and costs less to move")
             }
-            Verdict::Bound(bound) => bound.fmt(f),
+            Verdict::Constrained(bound) => bound.fmt(f),
             Verdict::NoRoom {
                 needs_bytes,
                 free_bytes,
             } => write!(
                 f,
-                "it needs {:.1} GiB, and {:.1} GiB are free there beside what is kept for failovers",
+                "it needs {:.1} GiB, and {:.1} GiB are free there without the headroom for failovers",
                 gib(needs_bytes),
                 gib(free_bytes)
             ),
-            Verdict::Overshoots => f.write_str("the target would be as heavy as the source is now"),
-            Verdict::OnlySwaps => f.write_str("the two nodes would be about as uneven as they are"),
+            Verdict::Overshoots => {
+                f.write_str("the target would be as loaded as the source is now")
+            }
+            Verdict::SwapsImbalance => {
+                f.write_str("the two nodes would be about as uneven as they are")
+            }
             Verdict::TooLittle { lowers, least } => write!(
                 f,
-                "it would level too little ({lowers:.3}, at least {least:.3} is asked)"
+                "its gain is too small ({lowers:.3}, the minimum is {least:.3})"
             ),
-            Verdict::NotWorth => f.write_str("it is not surely worth what the move takes"),
+            Verdict::NotWorthwhile => {
+                f.write_str("its gain does not certainly exceed the cost of the move")
+            }
             Verdict::Overfills => {
                 f.write_str("the target would be filled beyond the policy's fill_load")
             }
@@ -264,35 +239,45 @@ impl fmt::Display for Verdict {
     }
 }
 
-impl fmt::Display for Stay {
+impl fmt::Display for NoMoveReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Stay::Off => f.write_str("balancing is off"),
-            Stay::Alone => f.write_str("there is no other node"),
-            Stay::Measuring => f.write_str("loads have not been measured for long enough"),
-            Stay::NobodyPressed => f.write_str("nobody is pressed: nothing would run faster"),
-            Stay::Level => f.write_str("the loads are level"),
-            Stay::Unsteady => f.write_str("the difference has not lasted"),
-            Stay::Filled => f.write_str("this node carries enough not to be emptied"),
-            Stay::KeptFree => f.write_str("the other node is free, and is kept so"),
-            Stay::NoMachines => f.write_str("no machine runs here"),
-            Stay::NoneMayGo { nearest, verdict } => {
+            NoMoveReason::Off => f.write_str("balancing is off"),
+            NoMoveReason::NoPeers => f.write_str("there is no other node"),
+            NoMoveReason::InsufficientSamples => {
+                f.write_str("loads have not been measured for long enough")
+            }
+            NoMoveReason::NoPressure => {
+                f.write_str("no node is pressed: a move would speed up nothing")
+            }
+            NoMoveReason::Level => f.write_str("the loads are level"),
+            NoMoveReason::Unsteady => f.write_str("the difference has not lasted"),
+            NoMoveReason::SufficientlyLoaded => {
+                f.write_str("this node's load is above the policy's empty_load")
+            }
+            NoMoveReason::ReservedFree => f.write_str("the other node is free, and is kept free"),
+            NoMoveReason::NoMachines => f.write_str("no machine runs here"),
+            NoMoveReason::NoEligibleMachine { nearest, verdict } => {
                 write!(
                     f,
-                    "no machine may go; of {nearest:?}, the nearest: {verdict}"
+                    "no machine is eligible; the closest one, {nearest:?}: {verdict}"
                 )
             }
-            Stay::NoAnswer => f.write_str("the other node did not answer"),
-            Stay::Busy => f.write_str("the other node takes part in another move"),
-            Stay::Refused { why } => write!(f, "the other node did not take it: {why}"),
-            Stay::OtherPolicy => f.write_str("the other node has another policy yet"),
-            Stay::Capped => f.write_str("as many moves as the policy allows are under way"),
-            Stay::Avoided { for_ms } => write!(
+            NoMoveReason::NoAnswer => f.write_str("the other node did not answer"),
+            NoMoveReason::Busy => f.write_str("the other node is busy with another move"),
+            NoMoveReason::Refused { why } => write!(f, "the other node refused it: {why}"),
+            NoMoveReason::OtherPolicy => f.write_str("the other node still has another policy"),
+            NoMoveReason::Capped => {
+                f.write_str("the policy's limit of concurrent moves is reached")
+            }
+            NoMoveReason::Backoff { for_ms } => write!(
                 f,
-                "a move to that node failed; it is tried again in {:.0} s",
+                "a move to that node failed; the next attempt is in {:.0} s",
                 *for_ms as f64 / 1e3
             ),
-            Stay::Raced { rule } => write!(f, "raced with another change of rule {rule:?}"),
+            NoMoveReason::Raced { rule } => {
+                write!(f, "conflict with a concurrent change of rule {rule:?}")
+            }
         }
     }
 }
@@ -306,42 +291,42 @@ impl fmt::Display for Outcome {
                 ..
             } => write!(
                 f,
-                "moved in {:.2} s, stood still for {downtime_ms:.1} ms",
+                "moved in {:.2} s, downtime {downtime_ms:.1} ms",
                 duration_ms / 1e3
             ),
             Outcome::Stayed { why } => write!(f, "stayed: {why}"),
-            Outcome::Capped => Stay::Capped.fmt(f),
-            Outcome::Raced { rule } => Stay::Raced { rule: rule.clone() }.fmt(f),
+            Outcome::Capped => NoMoveReason::Capped.fmt(f),
+            Outcome::Raced { rule } => NoMoveReason::Raced { rule: rule.clone() }.fmt(f),
         }
     }
 }
 
 impl Decision {
-    /// The machine that it is about, if it is about one.
+    /// The machine concerned, if there is one.
     pub fn machine(&self) -> Option<&Name> {
         match self {
             Decision::Move { machine, .. }
             | Decision::Repair { machine, .. }
             | Decision::Planned { machine, .. }
-            | Decision::Grain { machine, .. }
-            | Decision::GrainEnded { machine, .. }
+            | Decision::FineGrained { machine, .. }
+            | Decision::FineGrainedEnded { machine, .. }
             | Decision::Ended { machine, .. } => Some(machine),
-            Decision::Stay { .. } | Decision::Absurd { .. } => None,
+            Decision::NoMove { .. } | Decision::InvalidReport { .. } => None,
         }
     }
 
-    /// What it says of a machine.
+    /// The evaluation of a machine in this decision.
     pub fn considered(&self, machine: &str) -> Option<&Considered> {
         match self {
-            Decision::Move { considered, .. } | Decision::Stay { considered, .. } => {
+            Decision::Move { considered, .. } | Decision::NoMove { considered, .. } => {
                 considered.iter().find(|it| &*it.machine == machine)
             }
             Decision::Repair { .. }
             | Decision::Planned { .. }
             | Decision::Ended { .. }
-            | Decision::Grain { .. }
-            | Decision::GrainEnded { .. }
-            | Decision::Absurd { .. } => None,
+            | Decision::FineGrained { .. }
+            | Decision::FineGrainedEnded { .. }
+            | Decision::InvalidReport { .. } => None,
         }
     }
 }
@@ -360,7 +345,7 @@ impl fmt::Display for Decision {
             } => {
                 let would = match mode {
                     Mode::Automatic => "moves",
-                    Mode::Confirm => "is to move, once confirmed,",
+                    Mode::Confirm => "will move, once confirmed,",
                     Mode::Suggest | Mode::Off => "would move",
                 };
                 write!(
@@ -371,8 +356,8 @@ impl fmt::Display for Decision {
                 if let Some(chosen) = considered.first() {
                     write!(
                         f,
-                        "; it weighs {:.2} here and {:.2} there, so {:.2} and {:.2} are left; \
-                         worth {:.1} core-s, takes {:.2}",
+                        "; its load is {:.2} here and {:.2} there, which results in {:.2} and {:.2}; \
+                         gain {:.1} core-s, cost {:.2}",
                         chosen.here,
                         chosen.there,
                         here.load - chosen.here,
@@ -383,7 +368,7 @@ impl fmt::Display for Decision {
                 }
                 Ok(())
             }
-            Decision::Stay {
+            Decision::NoMove {
                 why,
                 peer,
                 here,
@@ -407,14 +392,14 @@ impl fmt::Display for Decision {
                 broken,
             } => write!(
                 f,
-                "{machine} moves to {target} because it breaks rule {:?} where it is: {}",
+                "{machine} moves to {target} because its placement violates rule {:?}: {}",
                 &*broken.rule, broken.why
             ),
             Decision::Repair {
                 machine, broken, ..
             } => write!(
                 f,
-                "{machine} breaks rule {:?} where it is, and no node may take it: {}",
+                "{machine} violates rule {:?}, and no node is allowed: {}",
                 &*broken.rule, broken.why
             ),
             Decision::Planned {
@@ -434,7 +419,7 @@ impl fmt::Display for Decision {
                 }
                 Ok(())
             }
-            Decision::Grain {
+            Decision::FineGrained {
                 machine,
                 mode,
                 choice,
@@ -443,11 +428,11 @@ impl fmt::Display for Decision {
                     Mode::Automatic => "",
                     Mode::Confirm | Mode::Suggest | Mode::Off => " (only suggested)",
                 };
-                write!(f, "{machine}: {}{would}: {}", choice.grain, choice.why)
+                write!(f, "{machine}: {}{would}: {}", choice.action, choice.why)
             }
-            Decision::GrainEnded { machine, outcome } => write!(f, "{machine}: {outcome}"),
-            Decision::Absurd { peer, fields } => {
-                write!(f, "numbers of {peer} were not believed:")?;
+            Decision::FineGrainedEnded { machine, outcome } => write!(f, "{machine}: {outcome}"),
+            Decision::InvalidReport { peer, fields } => {
+                write!(f, "invalid numbers of {peer}:")?;
                 for field in fields.iter().take(4) {
                     write!(f, " {field};")?;
                 }

@@ -1,24 +1,24 @@
-//! The balancer's decisions, without the balancer: loads come in, moves and the
-//! reasons for them come out. No clock, no randomness of its own, no network; a
-//! node's agent feeds it, and so does the simulator.
+//! The decision logic of the balancer as a pure state machine: load samples come in, moves and the
+//! reasons for them come out. It has no clock, no randomness of its own and no network; a node's
+//! agent drives it, and so does the simulator.
 //!
-//! - [`load`]: what a load is, and what of a peer's numbers is believed
-//! - [`policy`]: what the cluster wants of its balancer
-//! - [`window`]: what the load was in the last seconds, and when it is calm enough
-//! - [`cost`]: what a move is worth and what it takes, each with an interval
-//! - [`select`]: which machine goes, and why not the others
-//! - [`grains`]: threads and memory of one machine
-//! - [`round`]: one node's side of the masterless rounds
-//! - [`plan`]: moves for the whole cluster at once, in order
-//! - [`rules`]: where machines may be
-//! - [`ledger`]: decisions as they are kept and told
+//! - [`load`]: load factors, and the validation of numbers that a peer reports
+//! - [`policy`]: the balancing policy of a cluster
+//! - [`window`]: the sliding window of load samples, and when a difference has lasted
+//! - [`cost`]: the cost and the gain of a move, each with a confidence interval
+//! - [`select`]: selection of the machine to move, with a verdict for each candidate
+//! - [`fine_grained`]: placement of the threads and the memory of one machine
+//! - [`round`]: one node's side of the decentralised rounds
+//! - [`plan`]: an ordered plan of moves for the whole cluster
+//! - [`rules`]: placement rules
+//! - [`ledger`]: decisions as they are stored and displayed
 //!
-//! Moving itself, the store, and measuring are the node's business.
+//! Carrying out a move, the store and the measurement belong to the node.
 
 #![forbid(unsafe_code)]
 
 pub mod cost;
-pub mod grains;
+pub mod fine_grained;
 pub mod ledger;
 pub mod load;
 pub mod plan;
@@ -28,5 +28,5 @@ pub mod rules;
 pub mod select;
 pub mod window;
 
-/// Name of a node, a machine or a rule. Whoever makes one has checked it.
+/// Name of a node, a machine or a rule. The constructor of the name has validated it.
 pub type Name = std::sync::Arc<str>;

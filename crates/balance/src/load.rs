@@ -1,80 +1,80 @@
-//! What a load is: raw counters of machines and nodes, how they become one
-//! number, and what keeps an absurd number of a peer from being followed.
+//! Load: the raw counters of machines and nodes, their combination into one number, and the
+//! validation that keeps the balancer from acting on an impossible number of a peer.
 //!
-//! *Load is demand, not use.* Twelve programs that burn on one core use one core;
-//! their demand is twelve. So CPU counts as time on a core plus time waiting for
-//! one. What a machine's own limit holds back is no demand.
+//! *Load is demand, not usage.* Twelve CPU-bound programs on one core use one core; their demand is
+//! twelve. So CPU demand is the time on a core plus the time waiting for one. Time throttled by a
+//! machine's own limit does not count.
 
 use crate::Name;
 use serde::{Deserialize, Serialize};
 
-/// Highest demand for CPU that is believed, in cores.
+/// Highest CPU demand that is accepted as valid, in cores.
 pub const CORES_MAX: f64 = 65_536.0;
-/// Highest rate that is believed, in bytes or operations a second.
+/// Highest rate that is accepted as valid, in bytes or operations per second.
 pub const RATE_MAX: f64 = 1e13;
-/// Most memory that is believed, in bytes: 1 PiB.
+/// Largest memory that is accepted as valid, in bytes: 1 PiB.
 pub const MEMORY_MAX: u64 = 1 << 50;
-/// Least and greatest speed factor of a node.
+/// Range of a node's speed factor.
 pub const SPEED_RANGE: (f64, f64) = (0.25, 4.0);
-/// Highest load that is believed.
+/// Highest load that is accepted as valid.
 pub const LOAD_MAX: f64 = 1e6;
 
-/// What a node can give.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Capacity {
-    /// Cores that its machines may use; a cgroup's quota counts.
+    /// Cores available to machines; a cgroup quota is taken into account.
     pub cores: f64,
-    /// How fast one of its cores is beside the cluster's reference core, 0.25 to 4.
+    /// Speed of one core relative to the cluster's reference core, 0.25 to 4.
     pub speed: f64,
     /// Memory for machines, in bytes.
     pub memory_bytes: u64,
-    /// What its disks carry, in bytes a second.
+    /// Disk bandwidth, in bytes per second.
     pub io_bytes_per_s: f64,
 }
 
 impl Capacity {
-    /// Cores of the reference speed: the node's weight beside others.
+    /// Cores times speed: the capacity in cores of the reference speed, by which nodes are
+    /// weighted.
     pub fn power(&self) -> f64 {
         self.cores * self.speed
     }
 }
 
-/// Load factors of a machine: counters, from which any node computes what the load
-/// would be on *it*.
+/// Load factors of a machine: raw counters from which each node computes the load that the machine
+/// would put on it.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Factors {
-    /// Demand for CPU where it is now: cores used and waited for, without what its
-    /// own limit held back, and not more than that limit.
+    /// CPU demand on the current node: cores used and waited for, excluding the time throttled by
+    /// the machine's own limit, and at most that limit.
     pub cpu_cores: f64,
-    /// Of these, cores of threads that never rest. They take a whole core on any
-    /// node; the others less on a faster one.
+    /// Part of `cpu_cores` that belongs to CPU-bound threads. They take a whole core on any node;
+    /// other threads take less of a faster core.
     pub cpu_bound_cores: f64,
-    /// Memory that it occupies, in bytes.
+    /// Resident memory, in bytes.
     pub memory_bytes: u64,
-    /// Bytes that it writes to memory, a second: what a move must copy again.
+    /// Bytes of memory dirtied per second: a pre-copy move must copy them again.
     pub dirty_bytes_per_s: f64,
-    /// Bytes read from and written to disks, a second.
+    /// Bytes read from and written to disks per second.
     pub io_bytes_per_s: f64,
-    /// Bytes to and from the network, a second.
+    /// Bytes sent and received over the network per second.
     pub network_bytes_per_s: f64,
-    /// Share of time in which it stood still for memory or disks (PSI `some`), 0 to 1.
+    /// Share of time stalled on memory or disks (PSI `some`), 0 to 1.
     pub stalled: f64,
 }
 
-/// How resources become one number.
+/// Weights that combine the resources into one load.
 ///
-/// Memory and disks are constraints first (what does not fit is not taken), and
+/// Memory and disks are constraints first (a machine that does not fit is not accepted), and
 /// weights second.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Weights {
-    /// Of CPU demand as a share of the node's cores.
+    /// Weight of CPU demand as a share of the node's cores.
     pub cpu: f64,
-    /// Of memory occupied as a share of the node's.
+    /// Weight of resident memory as a share of the node's memory.
     pub memory: f64,
-    /// Of disk traffic as a share of what the node's disks carry.
+    /// Weight of disk traffic as a share of the node's disk bandwidth.
     pub io: f64,
-    /// Of time stood still for memory or disks. (Waiting for CPU is in the demand.)
+    /// Weight of the time stalled on memory or disks. (Waiting for CPU is part of the demand.)
     pub pressure: f64,
 }
 
@@ -89,27 +89,25 @@ impl Default for Weights {
     }
 }
 
-/// Why a number was not believed.
+/// A reported number outside its valid range.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Absurd {
-    /// Which number.
+pub struct ValidationError {
     pub field: String,
-    /// What it was.
     pub found: String,
 }
 
-impl std::fmt::Display for Absurd {
+impl std::fmt::Display for ValidationError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} was {}", self.field, self.found)
     }
 }
 
-/// Brings a number into its range, and notes that it was outside.
-fn clamp(field: &str, value: &mut f64, least: f64, most: f64, absurd: &mut Vec<Absurd>) {
+/// Clamps a number to its range, and records the original if it was outside.
+fn clamp(field: &str, value: &mut f64, least: f64, most: f64, errors: &mut Vec<ValidationError>) {
     if (least..=most).contains(value) {
         return;
     }
-    absurd.push(Absurd {
+    errors.push(ValidationError {
         field: field.to_owned(),
         found: value.to_string(),
     });
@@ -121,34 +119,34 @@ fn clamp(field: &str, value: &mut f64, least: f64, most: f64, absurd: &mut Vec<A
 }
 
 impl Capacity {
-    /// Brings every number into its range; what was outside.
-    pub fn sanitise(&mut self) -> Vec<Absurd> {
-        let mut absurd = Vec::new();
-        clamp("cores", &mut self.cores, 0.01, CORES_MAX, &mut absurd);
+    /// Clamps every number to its range; returns the numbers that were outside.
+    pub fn sanitise(&mut self) -> Vec<ValidationError> {
+        let mut errors = Vec::new();
+        clamp("cores", &mut self.cores, 0.01, CORES_MAX, &mut errors);
         let (slowest, fastest) = SPEED_RANGE;
-        clamp("speed", &mut self.speed, slowest, fastest, &mut absurd);
+        clamp("speed", &mut self.speed, slowest, fastest, &mut errors);
         clamp(
             "io_bytes_per_s",
             &mut self.io_bytes_per_s,
             1.0,
             RATE_MAX,
-            &mut absurd,
+            &mut errors,
         );
         if self.memory_bytes > MEMORY_MAX {
-            absurd.push(Absurd {
+            errors.push(ValidationError {
                 field: "memory_bytes".into(),
                 found: self.memory_bytes.to_string(),
             });
             self.memory_bytes = MEMORY_MAX;
         }
-        absurd
+        errors
     }
 }
 
 impl Factors {
-    /// Brings every number into its range; what was outside.
-    pub fn sanitise(&mut self) -> Vec<Absurd> {
-        let mut absurd = Vec::new();
+    /// Clamps every number to its range; returns the numbers that were outside.
+    pub fn sanitise(&mut self) -> Vec<ValidationError> {
+        let mut errors = Vec::new();
         let fields: [(&str, &mut f64, f64); 6] = [
             ("cpu_cores", &mut self.cpu_cores, CORES_MAX),
             ("cpu_bound_cores", &mut self.cpu_bound_cores, CORES_MAX),
@@ -162,21 +160,21 @@ impl Factors {
             ("stalled", &mut self.stalled, 1.0),
         ];
         for (name, value, most) in fields {
-            clamp(name, value, 0.0, most, &mut absurd);
+            clamp(name, value, 0.0, most, &mut errors);
         }
         self.cpu_bound_cores = self.cpu_bound_cores.min(self.cpu_cores);
         if self.memory_bytes > MEMORY_MAX {
-            absurd.push(Absurd {
+            errors.push(ValidationError {
                 field: "memory_bytes".into(),
                 found: self.memory_bytes.to_string(),
             });
             self.memory_bytes = MEMORY_MAX;
         }
-        absurd
+        errors
     }
 
-    /// The same machine's factors on another node: work that is not bound by the
-    /// core takes less time on a faster one, and what stood still may not there.
+    /// The same machine's factors on another node: work that is not CPU-bound takes less time on a
+    /// faster core, and the stall time of one node says nothing about another.
     #[must_use]
     pub fn on(&self, here: &Capacity, there: &Capacity) -> Factors {
         let elastic = (self.cpu_cores - self.cpu_bound_cores).max(0.0);
@@ -187,7 +185,7 @@ impl Factors {
         }
     }
 
-    /// What it weighs on a node, as a share of the node's capacity.
+    /// Load on a node, as a share of the node's capacity.
     pub fn weigh(&self, node: &Capacity, weights: &Weights) -> f64 {
         let share = |amount: f64, of: f64| if of > 0.0 { amount / of } else { 0.0 };
         weights.cpu * share(self.cpu_cores, node.cores)
@@ -197,69 +195,66 @@ impl Factors {
     }
 }
 
-/// A machine as its node sees it now.
+/// Sample of one machine, taken by its node.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MachineSample {
-    /// Its name.
     pub name: Name,
-    /// What was measured, or what its spec promises where the policy says so.
+    /// The measured factors, or those of the spec where [`crate::policy::Basis`] says so.
     pub factors: Factors,
-    /// Milliseconds for which its load has been about what it is now.
+    /// Milliseconds for which the load has been about constant.
     pub lasted_ms: u64,
-    /// What is told to people beside it; nothing is decided by it.
+    /// Shown to users; no decision depends on it.
     #[serde(default)]
     pub usage: Usage,
 }
 
-/// What a machine uses beside its load factors. What the kernel does not count here is
-/// missing.
+/// Resource usage of a machine beyond its load factors. `None` where the kernel does not account
+/// it.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Usage {
-    /// Of its CPU demand, cores that it waited for.
+    /// Part of the CPU demand that waited for a core, in cores.
     pub cpu_waited_cores: f64,
-    /// Memory that it touched since about a minute, in bytes: what must be near.
+    /// Working set: memory touched in about the last minute, in bytes.
     pub working_set_bytes: Option<u64>,
-    /// Pages a second that it needed again after they had been taken from it.
+    /// Refaults per second: pages read again after eviction.
     pub refaults_per_s: Option<f64>,
-    /// Reads from and writes to disks, a second.
+    /// Disk reads and writes per second.
     pub io_operations_per_s: Option<f64>,
 }
 
-/// A node as it sees itself now.
+/// Sample of a node, taken by the node itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NodeSample {
-    /// What it can give.
     pub capacity: Capacity,
-    /// What is used by others than machines.
+    /// Usage of processes other than machines.
     pub base: Factors,
-    /// Its machines.
     pub machines: Vec<MachineSample>,
-    /// Share of time in which something waited for a core though its own limit
-    /// allowed it (PSI `some` of CPU), 0 to 1.
+    /// Share of time in which a runnable task waited for a core although its own limit allowed it
+    /// to run (PSI `some` of CPU), 0 to 1.
     pub cpu_pressure: f64,
-    /// The same for memory and disks, the greater one.
+    /// The same for memory and disks, the greater of the two.
     pub stall_pressure: f64,
 }
 
 impl NodeSample {
-    /// Brings every number into its range; what was outside.
-    pub fn sanitise(&mut self) -> Vec<Absurd> {
-        let mut absurd = self.capacity.sanitise();
-        absurd.extend(self.base.sanitise());
+    /// Clamps every number to its range; returns the numbers that were outside.
+    pub fn sanitise(&mut self) -> Vec<ValidationError> {
+        let mut errors = self.capacity.sanitise();
+        errors.extend(self.base.sanitise());
         let pressures = [
             ("cpu_pressure", &mut self.cpu_pressure),
             ("stall_pressure", &mut self.stall_pressure),
         ];
         for (name, value) in pressures {
-            clamp(name, value, 0.0, 1.0, &mut absurd);
+            clamp(name, value, 0.0, 1.0, &mut errors);
         }
         for machine in &mut self.machines {
-            absurd.extend(machine.factors.sanitise());
+            errors.extend(machine.factors.sanitise());
         }
-        absurd
+        errors
     }
 
-    /// Its load: what all that is on it weighs.
+    /// The node's load: the sum over its machines and `base`.
     pub fn load(&self, weights: &Weights) -> f64 {
         let machines = self.machines.iter();
         let machines: f64 = machines
@@ -268,7 +263,7 @@ impl NodeSample {
         self.base.weigh(&self.capacity, weights) + machines
     }
 
-    /// Memory that is not occupied, in bytes.
+    /// Free memory, in bytes.
     pub fn memory_free_bytes(&self) -> u64 {
         let used = self.machines.iter().map(|it| it.factors.memory_bytes);
         let used = used.fold(self.base.memory_bytes, u64::saturating_add);
@@ -331,7 +326,7 @@ mod tests {
 
     #[test]
     fn absurd_numbers_are_marked_and_not_followed() {
-        let absurd = [
+        let errors = [
             f64::NAN,
             -1.0,
             f64::INFINITY,
@@ -339,7 +334,7 @@ mod tests {
             -0.0,
             1e300,
         ];
-        for value in absurd {
+        for value in errors {
             let mut sample = NodeSample {
                 capacity: Capacity {
                     cores: value,

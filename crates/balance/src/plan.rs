@@ -1,142 +1,121 @@
-//! Plans for a whole cluster: which machines go where, in which order, so that all
-//! nodes are level, packed, or some of them empty. Rounds of two nodes come to the same
-//! end by themselves; a plan sees all nodes at once, needs fewer moves, and can be
-//! looked at before anything moves.
+//! Plans for a whole cluster: an ordered set of moves after which all nodes are level, packed, or
+//! some of them empty. Rounds converge to the same state; a plan considers all nodes at once, needs
+//! fewer moves, and can be reviewed before anything moves.
 //!
-//! Unevenness is the weighted sum, over resources, of the standard deviation of nodes'
-//! shares: the measure of Ganeti's `hbal` (htools), so that the two can be compared.
+//! Unevenness is the weighted sum, over resources, of the standard deviation of the nodes'
+//! utilisation: the measure of Ganeti's `hbal` (htools), so that the two can be compared.
 //!
-//! A plan is made in three steps. *Descent*: of all moves the one that lowers the
-//! unevenness most, again and again. *Polish*: a machine that was moved goes elsewhere,
-//! stays after all, or another one goes in its place, wherever that is better; so what
-//! early moves did that later ones made needless is undone. *Order*: waves of moves that
-//! can go at the same time, memory first freed then taken, with a stop at a third node
-//! where a cycle leaves no other way.
+//! Planning has three phases. *Descent*: repeatedly the move that decreases the unevenness most
+//! (steepest descent). *Refinement*: a moved machine is redirected, moved back, or replaced by
+//! another one, wherever that is better; this undoes early moves that later ones made redundant.
+//! *Ordering*: waves of concurrent moves, memory first freed then used, with an intermediate stop
+//! at a third node where a cycle allows no other order.
 
 use crate::Name;
-use crate::rules::{Labels, Rule, Says, Thing};
+use crate::rules::{Labels, Requirement, Rule, Subject};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Resources that a plan can weigh.
+/// Number of resources.
 pub const RESOURCES: usize = 7;
 /// Amounts of each resource.
 pub type Amounts = [f64; RESOURCES];
 
-/// Moves that the descent looks at, about, in all and in one step: a large cluster is
-/// looked at where it is most uneven.
-const LOOKED_AT: usize = 30_000_000;
-const LOOKED_AT_A_STEP: (usize, usize) = (1_500, 60_000);
-/// Targets that are looked at for each source, where not all are.
-const TARGETS_A_SOURCE: usize = 4;
-/// How often all sites are looked at in turn, when the extremes have no move left.
-const ROUNDABOUT_MAX: usize = 64;
-/// Moved machines that are polished by the same view of the sites.
-const POLISHED_AT_ONCE: usize = 32;
-/// Passes of polishing.
+/// Approximate number of moves that the descent evaluates, in total and per step: in a large
+/// cluster only the most uneven nodes are evaluated.
+const EVALUATIONS_MAX: usize = 30_000_000;
+const EVALUATIONS_PER_STEP: (usize, usize) = (1_500, 60_000);
+/// Targets evaluated per source, where not all are.
+const TARGETS_PER_SOURCE: usize = 4;
+/// Maximum number of full scans of all sites, when the extreme sites have no move left.
+const FULL_SCANS_MAX: usize = 64;
+/// Moved machines refined with one ranking of the sites.
+const REFINED_PER_BATCH: usize = 32;
+/// Maximum number of refinement passes.
 const PASSES_MAX: usize = 6;
-/// Exchanges that are looked at for one moved machine.
+/// Exchanges evaluated per moved machine.
 const EXCHANGES_MAX: usize = 64;
 
-/// A node of a plan.
 #[derive(Debug, Clone)]
 pub struct Site {
-    /// Its name.
     pub name: Name,
-    /// Its labels.
     pub labels: Labels,
-    /// What it has of each resource; 0 where a resource does not count.
+    /// Capacity per resource; 0 if the resource does not count.
     pub capacity: Amounts,
-    /// What others than these machines use.
+    /// Usage of others than these machines.
     pub base: Amounts,
-    /// Whether machines may come to it.
+    /// Whether it accepts machines.
     pub open: bool,
 }
 
-/// A machine of a plan.
 #[derive(Debug, Clone)]
-pub struct Load {
-    /// Its name.
+pub struct Workload {
     pub name: Name,
-    /// Its labels.
     pub labels: Labels,
-    /// The number of its site.
     pub site: usize,
-    /// What it uses of each resource.
+    /// Usage per resource.
     pub demand: Amounts,
     /// Whether it must stay.
     pub fixed: bool,
-    /// Bytes that moving it sends.
+    /// Bytes that a move of it sends.
     pub bytes: f64,
 }
 
-/// What is wanted.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Goal {
     /// All sites level.
     Level {
-        /// By so many moves at most: those that level most.
+        /// Maximum number of moves: those with the largest effect.
         moves_max: Option<usize>,
     },
-    /// As few sites as carry the load, none filled beyond this share of a resource.
+    /// As few sites as carry the load, none filled beyond this utilisation.
     Pack {
         /// The share.
         fill: f64,
     },
-    /// These sites empty, by number.
+    /// Empty these sites, by number.
     Drain(Vec<usize>),
 }
 
-/// What a plan is made of.
+/// Input of the planner.
 #[derive(Debug, Clone)]
 pub struct Problem {
-    /// The nodes.
     pub sites: Vec<Site>,
-    /// The machines.
-    pub loads: Vec<Load>,
-    /// How much each resource's unevenness counts.
+    pub loads: Vec<Workload>,
+    /// Weight of each resource.
     pub weights: Amounts,
-    /// Resources of which no site may be used beyond its capacity.
+    /// Resources whose capacity must not be exceeded.
     pub hard: [bool; RESOURCES],
-    /// Rules to keep.
     pub rules: Vec<Rule>,
-    /// By how much a move must lower the unevenness.
+    /// Minimum decrease of the unevenness per move.
     pub gain_min: f64,
-    /// How many machines may leave a site, and come to it, in one wave; at least one.
+    /// Maximum number of machines that leave a site, and that arrive at a site, in one wave; at
+    /// least one.
     pub at_once: (usize, usize),
 }
 
-/// A move of a plan.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
-    /// The machine's number.
     pub load: usize,
-    /// From which site.
     pub from: usize,
-    /// To which site.
     pub to: usize,
-    /// Moves of one wave go at the same time, when those of the wave before are over.
+    /// Moves of one wave run concurrently, after those of the previous wave.
     pub wave: usize,
-    /// Whether it is a stop on the way: another step takes it on.
+    /// Whether it is an intermediate stop: another step moves the machine on.
     pub hop: bool,
 }
 
-/// A plan.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// In order.
     pub steps: Vec<Step>,
-    /// Unevenness before.
     pub before: f64,
-    /// Unevenness after.
     pub after: f64,
-    /// Bytes that it sends.
     pub bytes: f64,
-    /// Machines that should go and cannot, by number, with the reason.
+    /// Machines that should move and cannot, by number, with the reason.
     pub left: Vec<(usize, String)>,
 }
 
-/// Makes a plan.
 pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
     let mut state = State::new(problem);
     let before = state.unevenness();
@@ -144,8 +123,8 @@ pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
     match goal {
         Goal::Level { moves_max } => {
             level(&mut state, moves_max.unwrap_or(usize::MAX));
-            // Few moves are chosen otherwise than many. Where all are allowed that
-            // levelling makes without a bound, it may be better.
+            // A limit changes the choice of moves. If levelling without a limit needs no more moves
+            // than allowed, its result may be better.
             if let Some(most) = *moves_max {
                 let mut free = State::new(problem);
                 level(&mut free, usize::MAX);
@@ -177,26 +156,26 @@ pub fn plan(problem: &Problem, goal: &Goal) -> Plan {
 
 fn level(state: &mut State<'_>, moves_max: usize) {
     descend(state, moves_max);
-    polish(state, moves_max);
+    refine(state, moves_max);
 }
 
-/// How uneven the sites are now.
+/// The current unevenness.
 pub fn unevenness(problem: &Problem) -> f64 {
     State::new(problem).unevenness()
 }
 
-/// A rule as it is counted while a plan is made.
-struct Counted {
-    says: Says,
+/// A rule with its counters while a plan is made.
+struct RuleCounter {
+    requirement: Requirement,
     /// The domain of each site, as a number.
     domain_of: Vec<usize>,
     counts: Vec<u32>,
     total: u32,
-    /// For rules that name sites: which are allowed.
+    /// For rules that name sites: whether each is allowed.
     allowed: Vec<bool>,
 }
 
-impl Counted {
+impl RuleCounter {
     fn new(rule: &Rule, sites: &[Site]) -> Self {
         let mut numbers: BTreeMap<String, usize> = BTreeMap::new();
         let mut domain_of = Vec::with_capacity(sites.len());
@@ -205,13 +184,13 @@ impl Counted {
             let next = numbers.len();
             domain_of.push(*numbers.entry(domain).or_insert(next));
         }
-        let allowed = |site: &Site| match &rule.says {
-            Says::Pin { nodes } => nodes.fits(&site.name, &site.labels),
-            Says::Avoid { nodes } => !nodes.fits(&site.name, &site.labels),
+        let allowed = |site: &Site| match &rule.requirement {
+            Requirement::Pin { nodes } => nodes.fits(&site.name, &site.labels),
+            Requirement::Avoid { nodes } => !nodes.fits(&site.name, &site.labels),
             _ => true,
         };
-        Counted {
-            says: rule.says.clone(),
+        RuleCounter {
+            requirement: rule.requirement.clone(),
             counts: vec![0; numbers.len()],
             total: 0,
             allowed: sites.iter().map(allowed).collect(),
@@ -225,7 +204,7 @@ impl Counted {
         self.total = self.total.saturating_add_signed(by);
     }
 
-    /// Whether one of its machines may go from one site to another.
+    /// Whether one of its machines may move from one site to another.
     fn allows(&self, from: usize, to: usize) -> bool {
         if !self.allowed[to] {
             return false;
@@ -235,10 +214,10 @@ impl Counted {
             return true;
         }
         let there = self.counts[after];
-        match &self.says {
-            Says::Apart { max, .. } => there < *max,
-            Says::Together { .. } => there + 1 == self.total,
-            Says::Spread { skew, .. } => {
+        match &self.requirement {
+            Requirement::Apart { max, .. } => there < *max,
+            Requirement::Together { .. } => there + 1 == self.total,
+            Requirement::Spread { skew, .. } => {
                 let left = |domain: usize| self.counts[domain] - u32::from(domain == before);
                 let least = (0..self.counts.len())
                     .filter(|domain| *domain != after)
@@ -246,28 +225,30 @@ impl Counted {
                     .min();
                 least.is_none_or(|least| there < least.saturating_add(*skew))
             }
-            Says::Licence { nodes_max } => {
+            Requirement::Licence { nodes_max } => {
                 let used = self.counts.iter().filter(|count| **count > 0).count() as u32;
                 let frees = u32::from(self.counts[before] == 1);
                 there > 0 || used - frees < *nodes_max
             }
-            Says::Pin { .. } | Says::Avoid { .. } | Says::Stay | Says::Hours { .. } => true,
+            Requirement::Pin { .. }
+            | Requirement::Avoid { .. }
+            | Requirement::Stay
+            | Requirement::Hours { .. } => true,
         }
     }
 }
 
-/// Where everything is while a plan is made.
+/// The placement while a plan is made.
 struct State<'a> {
     problem: &'a Problem,
-    /// The site of each load.
     at: Vec<usize>,
     /// Loads of each site.
     on: Vec<Vec<usize>>,
     used: Vec<Amounts>,
-    /// Sums of shares and of their squares, of each resource.
+    /// Sums of utilisations and of their squares, per resource.
     sum: Amounts,
     squares: Amounts,
-    counted: Vec<Counted>,
+    counters: Vec<RuleCounter>,
     /// Rules of each load, by number.
     rules_of: Vec<Vec<usize>>,
 }
@@ -281,30 +262,30 @@ impl<'a> State<'a> {
             used: problem.sites.iter().map(|site| site.base).collect(),
             sum: [0.0; RESOURCES],
             squares: [0.0; RESOURCES],
-            counted: problem
+            counters: problem
                 .rules
                 .iter()
-                .map(|rule| Counted::new(rule, &problem.sites))
+                .map(|rule| RuleCounter::new(rule, &problem.sites))
                 .collect(),
             rules_of: Vec::with_capacity(problem.loads.len()),
         };
         for (number, load) in problem.loads.iter().enumerate() {
             state.on[load.site].push(number);
             add(&mut state.used[load.site], &load.demand, 1.0);
-            let thing = Thing {
+            let subject = Subject {
                 name: load.name.clone(),
                 labels: load.labels.clone(),
             };
-            let about = |rule: &(usize, &Rule)| rule.1.is_about(&thing);
+            let about = |rule: &(usize, &Rule)| rule.1.applies_to(&subject);
             let rules = problem.rules.iter().enumerate().filter(about);
             let rules: Vec<usize> = rules.map(|(rule, _)| rule).collect();
             for &rule in &rules {
-                state.counted[rule].count(load.site, 1);
+                state.counters[rule].count(load.site, 1);
             }
             state.rules_of.push(rules);
         }
         for site in 0..problem.sites.len() {
-            state.take_share(site, 1.0);
+            state.add_share(site, 1.0);
         }
         state
     }
@@ -318,7 +299,7 @@ impl<'a> State<'a> {
         }
     }
 
-    fn take_share(&mut self, site: usize, sign: f64) {
+    fn add_share(&mut self, site: usize, sign: f64) {
         for resource in 0..RESOURCES {
             let share = self.share(site, resource);
             self.sum[resource] += sign * share;
@@ -329,7 +310,7 @@ impl<'a> State<'a> {
     fn deviation(&self, resource: usize, sum: f64, squares: f64) -> f64 {
         let count = self.problem.sites.len().max(1) as f64;
         let mean = sum / count;
-        // (Rounding may make it less than nothing.)
+        // (Rounding errors may make it negative.)
         self.problem.weights[resource] * (squares / count - mean * mean).max(0.0).sqrt()
     }
 
@@ -339,8 +320,8 @@ impl<'a> State<'a> {
             .sum()
     }
 
-    /// The unevenness if so much went from one site to another.
-    fn if_moved(&self, demand: &Amounts, from: usize, to: usize) -> f64 {
+    /// The unevenness after a move of this demand between two sites.
+    fn unevenness_if_moved(&self, demand: &Amounts, from: usize, to: usize) -> f64 {
         let sites = &self.problem.sites;
         let mut total = 0.0;
         for (resource, amount) in demand.iter().enumerate() {
@@ -371,35 +352,35 @@ impl<'a> State<'a> {
         })
     }
 
-    fn may_go(&self, load: usize, to: usize) -> bool {
+    fn can_relocate(&self, load: usize, to: usize) -> bool {
         let from = self.at[load];
         from != to
             && self.problem.sites[to].open
             && self.fits(&self.problem.loads[load].demand, to)
             && self.rules_of[load]
                 .iter()
-                .all(|rule| self.counted[*rule].allows(from, to))
+                .all(|rule| self.counters[*rule].allows(from, to))
     }
 
-    /// Whether a rule lets the balancer move it at all.
-    fn is_bound(&self, load: usize) -> bool {
+    /// Whether the balancer must not move it at all.
+    fn is_pinned(&self, load: usize) -> bool {
         self.problem.loads[load].fixed
             || self.rules_of[load]
                 .iter()
-                .any(|rule| matches!(self.counted[*rule].says, Says::Stay))
+                .any(|rule| matches!(self.counters[*rule].requirement, Requirement::Stay))
     }
 
-    fn go(&mut self, load: usize, to: usize) {
+    fn relocate(&mut self, load: usize, to: usize) {
         let from = self.at[load];
         let demand = self.problem.loads[load].demand;
         for (site, sign) in [(from, -1.0), (to, 1.0)] {
-            self.take_share(site, -1.0);
+            self.add_share(site, -1.0);
             add(&mut self.used[site], &demand, sign);
-            self.take_share(site, 1.0);
+            self.add_share(site, 1.0);
         }
         for &rule in &self.rules_of[load] {
-            self.counted[rule].count(from, -1);
-            self.counted[rule].count(to, 1);
+            self.counters[rule].count(from, -1);
+            self.counters[rule].count(to, 1);
         }
         self.on[from].retain(|it| *it != load);
         self.on[to].push(load);
@@ -414,7 +395,7 @@ impl<'a> State<'a> {
             .collect()
     }
 
-    /// Sites by how much more than others they are used, the heaviest first.
+    /// Sites by excess utilisation, the heaviest first.
     fn by_excess(&self) -> Vec<usize> {
         let count = self.problem.sites.len().max(1) as f64;
         let mut scale = [0.0; RESOURCES];
@@ -446,50 +427,49 @@ fn add(to: &mut Amounts, amounts: &Amounts, sign: f64) {
     }
 }
 
-/// The best single move, again and again, as long as it is worth one and there are not
-/// too many.
+/// Steepest descent until no move is worthwhile or the limit of moves is reached.
 fn descend(state: &mut State<'_>, moved_max: usize) {
     let sites = state.problem.sites.len();
     let per_site = state.problem.loads.len() / sites.max(1) + 1;
-    // How many of the heaviest, and of the lightest, are looked at.
-    let (least, most) = LOOKED_AT_A_STEP;
-    let budget = (LOOKED_AT / state.problem.loads.len().max(1)).clamp(least, most);
+    // Number of heaviest and of lightest sites that are evaluated.
+    let (least, most) = EVALUATIONS_PER_STEP;
+    let budget = (EVALUATIONS_MAX / state.problem.loads.len().max(1)).clamp(least, most);
     let (mut heaviest, mut lightest) = (sites, sites);
     if sites * sites * per_site > budget {
-        let wide = (budget / per_site / TARGETS_A_SOURCE).isqrt().max(1);
+        let wide = (budget / per_site / TARGETS_PER_SOURCE).isqrt().max(1);
         heaviest = wide.min(sites);
-        lightest = (wide * TARGETS_A_SOURCE).min(sites);
+        lightest = (wide * TARGETS_PER_SOURCE).min(sites);
     }
     let moves_max = 2 * state.problem.loads.len();
-    let mut roundabouts = 0;
+    let mut full_scans = 0;
     for _ in 0..moves_max {
         let by_excess = state.by_excess();
         let sources = &by_excess[..heaviest];
         let targets = &by_excess[sites - lightest..];
         let mut best = best_move(state, sources, targets);
-        if best.is_none() && heaviest < sites && roundabouts < ROUNDABOUT_MAX {
-            roundabouts += 1;
+        if best.is_none() && heaviest < sites && full_scans < FULL_SCANS_MAX {
+            full_scans += 1;
             best = by_excess
                 .chunks(heaviest)
                 .find_map(|sources| best_move(state, sources, targets));
         }
         let Some((load, to)) = best else { return };
-        // (What was moved before may move on.)
+        // (A moved machine may move again.)
         let moves_more = state.at[load] == state.problem.loads[load].site;
         if moves_more && state.moved().len() >= moved_max {
             return;
         }
-        state.go(load, to);
+        state.relocate(load, to);
     }
 }
 
-/// The best move between these, if one lowers the unevenness by enough.
+/// The best move between these sites, if one decreases the unevenness by enough.
 fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<(usize, usize)> {
     let now = state.unevenness();
     let mut best = (now - state.problem.gain_min, None);
     for &source in sources {
         for &load in &state.on[source] {
-            if state.is_bound(load) {
+            if state.is_pinned(load) {
                 continue;
             }
             let demand = &state.problem.loads[load].demand;
@@ -497,8 +477,8 @@ fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<
                 if target == source {
                     continue;
                 }
-                let then = state.if_moved(demand, source, target);
-                if then < best.0 && state.may_go(load, target) {
+                let then = state.unevenness_if_moved(demand, source, target);
+                if then < best.0 && state.can_relocate(load, target) {
                     best = (then, Some((load, target)));
                 }
             }
@@ -507,11 +487,11 @@ fn best_move(state: &State<'_>, sources: &[usize], targets: &[usize]) -> Option<
     best.1
 }
 
-/// Makes fewer moves, and better ones, of those that were made.
-fn polish(state: &mut State<'_>, moved_max: usize) {
+/// Reduces and improves the moves made so far.
+fn refine(state: &mut State<'_>, moved_max: usize) {
     for _ in 0..PASSES_MAX {
         let mut changed = false;
-        for loads in state.moved().chunks(POLISHED_AT_ONCE) {
+        for loads in state.moved().chunks(REFINED_PER_BATCH) {
             let by_excess = state.by_excess();
             for &load in loads {
                 changed |=
@@ -525,25 +505,25 @@ fn polish(state: &mut State<'_>, moved_max: usize) {
     }
 }
 
-/// A move that is not worth one any more is not made.
+/// Undoes a move that is no longer worthwhile.
 fn undo(state: &mut State<'_>, load: usize) -> bool {
     let home = state.problem.loads[load].site;
     let (now, at) = (state.unevenness(), state.at[load]);
     let demand = &state.problem.loads[load].demand;
-    let worth = state.if_moved(demand, at, home) - now;
-    // (Its site may be closed to others; it never left.)
+    let worth = state.unevenness_if_moved(demand, at, home) - now;
+    // (Its original site may be closed to other machines.)
     let may = state.fits(demand, home)
         && state.rules_of[load]
             .iter()
-            .all(|rule| state.counted[*rule].allows(at, home));
+            .all(|rule| state.counters[*rule].allows(at, home));
     if worth >= state.problem.gain_min || !may {
         return false;
     }
-    state.go(load, home);
+    state.relocate(load, home);
     true
 }
 
-/// A moved machine goes to where it is best.
+/// Redirects a moved machine to the best site.
 fn redirect(state: &mut State<'_>, load: usize, by_excess: &[usize]) -> bool {
     let (mut best, mut to) = (state.unevenness() - 1e-9, None);
     let demand = &state.problem.loads[load].demand;
@@ -551,17 +531,17 @@ fn redirect(state: &mut State<'_>, load: usize, by_excess: &[usize]) -> bool {
         if site == state.problem.loads[load].site {
             continue;
         }
-        let then = state.if_moved(demand, state.at[load], site);
-        if then < best && state.may_go(load, site) {
+        let then = state.unevenness_if_moved(demand, state.at[load], site);
+        if then < best && state.can_relocate(load, site) {
             (best, to) = (then, Some(site));
         }
     }
     let Some(to) = to else { return false };
-    state.go(load, to);
+    state.relocate(load, to);
     true
 }
 
-/// Another machine of the same source goes in its place.
+/// Replaces a moved machine by another one of the same source.
 fn exchange(state: &mut State<'_>, load: usize) -> bool {
     let home = state.problem.loads[load].site;
     let there = state.at[load];
@@ -569,31 +549,31 @@ fn exchange(state: &mut State<'_>, load: usize) -> bool {
     let others: Vec<usize> = state.on[home]
         .iter()
         .copied()
-        .filter(|it| state.problem.loads[*it].site == home && !state.is_bound(*it))
+        .filter(|it| state.problem.loads[*it].site == home && !state.is_pinned(*it))
         .take(EXCHANGES_MAX)
         .collect();
     let demand = state.problem.loads[load].demand;
     let mut best = (now - 1e-9, None);
     for other in others {
-        // What goes instead, less what comes back.
+        // Net demand of the exchange.
         let mut net = state.problem.loads[other].demand;
         add(&mut net, &demand, -1.0);
-        let then = state.if_moved(&net, home, there);
+        let then = state.unevenness_if_moved(&net, home, there);
         if then < best.0 {
             best = (then, Some(other));
         }
     }
     let Some(other) = best.1 else { return false };
-    state.go(load, home);
-    if state.may_go(other, there) && state.fits(&[0.0; RESOURCES], home) {
-        state.go(other, there);
+    state.relocate(load, home);
+    if state.can_relocate(other, there) && state.fits(&[0.0; RESOURCES], home) {
+        state.relocate(other, there);
         return true;
     }
-    state.go(load, there);
+    state.relocate(load, there);
     false
 }
 
-/// Empties one site after the other into those that are used, the lightest first.
+/// Empties sites one by one into used ones, the lightest first.
 fn pack(state: &mut State<'_>, fill: f64) {
     let mut sites: Vec<usize> = (0..state.problem.sites.len()).collect();
     let fullest = |state: &State<'_>, site: usize| {
@@ -623,25 +603,25 @@ fn pack(state: &mut State<'_>, fill: f64) {
                         || (state.used[to][it] + demand[it]) / capacity <= fill
                 })
             };
-            // Into the fullest that takes it: others may be emptied yet.
+            // Into the fullest site that accepts it: others may be emptied later.
             let target = (0..state.problem.sites.len())
-                .filter(|to| *to != site && !state.on[*to].is_empty() && !state.is_bound(load))
-                .filter(|to| within(*to) && state.may_go(load, *to))
+                .filter(|to| *to != site && !state.on[*to].is_empty() && !state.is_pinned(load))
+                .filter(|to| within(*to) && state.can_relocate(load, *to))
                 .max_by(|one, other| fullest(state, *one).total_cmp(&fullest(state, *other)));
             let Some(target) = target else { break };
-            state.go(load, target);
+            state.relocate(load, target);
             gone.push(load);
         }
-        // A site that is not empty in the end is no gain.
+        // A site that does not become empty is no gain.
         if gone.len() < loads.len() {
             for load in gone {
-                state.go(load, site);
+                state.relocate(load, site);
             }
         }
     }
 }
 
-/// Empties sites; what cannot go, and why.
+/// Empties sites; returns the machines that cannot move, with the reason.
 fn drain(state: &mut State<'_>, sites: &[usize]) -> Vec<(usize, String)> {
     let mut loads: Vec<usize> = sites
         .iter()
@@ -659,13 +639,13 @@ fn drain(state: &mut State<'_>, sites: &[usize]) -> Vec<(usize, String)> {
         let open = (0..state.problem.sites.len()).filter(|to| !sites.contains(to));
         let target = open
             .clone()
-            .filter(|to| state.may_go(load, *to))
+            .filter(|to| state.can_relocate(load, *to))
             .min_by(|one, other| {
-                let then = |to: usize| state.if_moved(demand, from, to);
+                let then = |to: usize| state.unevenness_if_moved(demand, from, to);
                 then(*one).total_cmp(&then(*other)).then(one.cmp(other))
             });
         match target {
-            Some(target) => state.go(load, target),
+            Some(target) => state.relocate(load, target),
             None if open.clone().any(|to| state.fits(demand, to)) => {
                 left.push((
                     load,
@@ -678,7 +658,7 @@ fn drain(state: &mut State<'_>, sites: &[usize]) -> Vec<(usize, String)> {
     left
 }
 
-/// Larger first: small ones fit into what is left.
+/// Larger first: small machines fit into the remaining gaps.
 fn by_size(state: &State<'_>, one: usize, other: usize) -> std::cmp::Ordering {
     let size = |load: usize| {
         let load = &state.problem.loads[load];
@@ -690,7 +670,7 @@ fn by_size(state: &State<'_>, one: usize, other: usize) -> std::cmp::Ordering {
     size(other).total_cmp(&size(one)).then(one.cmp(&other))
 }
 
-/// Waves of moves that lead to where `to` has each load; what cannot get there.
+/// Waves of moves that lead to the placement `to`; also the machines that cannot get there.
 fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
     let mut state = State::new(problem);
     let mut pending: Vec<usize> = (0..to.len())
@@ -708,20 +688,20 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
         for &load in &pending {
             let (from, target) = (state.at[load], to[load]);
             let free = leaving[from] < problem.at_once.0 && coming[target] < problem.at_once.1;
-            if free && state.may_go(load, target) {
+            if free && state.can_relocate(load, target) {
                 leaving[from] += 1;
                 coming[target] += 1;
                 going.push((load, target, false));
             }
         }
         if going.is_empty() {
-            // Everybody waits for somebody: one steps aside.
-            let aside = pending.iter().filter(|it| !hopped[**it]).find_map(|&load| {
+            // Deadlock: one machine makes an intermediate stop.
+            let detour = pending.iter().filter(|it| !hopped[**it]).find_map(|&load| {
                 let open = (0..problem.sites.len()).filter(|it| *it != to[load]);
-                let mut open = open.filter(|it| state.may_go(load, *it));
+                let mut open = open.filter(|it| state.can_relocate(load, *it));
                 open.next().map(|site| (load, site, true))
             });
-            let Some(aside) = aside else {
+            let Some(detour) = detour else {
                 let why =
                     "it waits for others that wait for it, and no node has room to step aside";
                 return (
@@ -729,12 +709,12 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
                     pending.into_iter().map(|it| (it, why.to_owned())).collect(),
                 );
             };
-            hopped[aside.0] = true;
-            going.push(aside);
+            hopped[detour.0] = true;
+            going.push(detour);
         }
-        // Those of a wave go together: what leaves frees nothing before it is gone.
+        // Moves of a wave are concurrent: a departing machine frees its resources only at the end.
         for (load, target, hop) in going {
-            if !state.may_go(load, target) {
+            if !state.can_relocate(load, target) {
                 continue;
             }
             steps.push(Step {
@@ -744,7 +724,7 @@ fn order(problem: &Problem, to: &[usize]) -> (Vec<Step>, Vec<(usize, String)>) {
                 wave,
                 hop,
             });
-            state.go(load, target);
+            state.relocate(load, target);
         }
         pending.retain(|load| state.at[*load] != to[*load]);
     }
@@ -779,7 +759,7 @@ mod tests {
             loads: loads
                 .iter()
                 .enumerate()
-                .map(|(number, &(site, cpu, memory))| Load {
+                .map(|(number, &(site, cpu, memory))| Workload {
                     name: format!("m{number}").into(),
                     labels: Labels::new(),
                     site,
@@ -796,14 +776,14 @@ mod tests {
         }
     }
 
-    fn rule(name: &str, machines: &[&str], says: Says) -> Rule {
+    fn rule(name: &str, machines: &[&str], requirement: Requirement) -> Rule {
         Rule {
             name: name.into(),
             machines: Selector {
                 names: machines.iter().map(|it| (*it).to_owned()).collect(),
                 labels: Labels::new(),
             },
-            says,
+            requirement,
         }
     }
 
@@ -834,16 +814,16 @@ mod tests {
 
     #[test]
     fn a_full_cluster_moves_by_a_third_node() {
-        // Two full nodes whose machines are to change places, and a third with room for
-        // one: by rules, since load alone would not ask for it.
+        // Two full nodes whose machines swap places, and a third with room for one; enforced by
+        // rules, since load alone would not require it.
         let mut problem = problem(&[(9.0, 10.0); 3], &[(0, 1.0, 8.0), (1, 1.0, 8.0)]);
         let named = |name: &str| Selector {
             names: vec![name.to_owned()],
             labels: Labels::new(),
         };
         problem.rules = vec![
-            rule("one", &["m0"], Says::Avoid { nodes: named("n9") }),
-            rule("two", &["m1"], Says::Avoid { nodes: named("n9") }),
+            rule("one", &["m0"], Requirement::Avoid { nodes: named("n9") }),
+            rule("two", &["m1"], Requirement::Avoid { nodes: named("n9") }),
         ];
         let (steps, stuck) = order(&problem, &[1, 0]);
         assert!(stuck.is_empty());
@@ -886,8 +866,8 @@ mod tests {
         let mut problem = problem(&[(4.0, 64.0); 3], &[(0, 1.0, 4.0); 6]);
         let per = Domain::Node;
         problem.rules = vec![
-            rule("stay", &["m0"], Says::Stay),
-            rule("pair", &["m1", "m2"], Says::Apart { per, max: 1 }),
+            rule("stay", &["m0"], Requirement::Stay),
+            rule("pair", &["m1", "m2"], Requirement::Apart { per, max: 1 }),
         ];
         let plan = plan(&problem, &LEVEL);
         let ends = ends(&problem, &plan);
@@ -908,7 +888,7 @@ mod tests {
             // At no step is a node filled beyond what it has, unless it was before.
             let mut state = State::new(&problem);
             for step in &plan.steps {
-                state.go(step.load, step.to);
+                state.relocate(step.load, step.to);
                 let most = before.used[step.to][1].max(problem.sites[step.to].capacity[1]);
                 prop_assert!(state.used[step.to][1] <= most + 1e-9);
             }
@@ -930,8 +910,8 @@ mod tests {
                     // No single move is better.
                     let state = State::new(&problem);
                     for (load, it) in problem.loads.iter().enumerate() {
-                        for to in (0..problem.sites.len()).filter(|to| state.may_go(load, *to)) {
-                            let single = state.if_moved(&it.demand, it.site, to);
+                        for to in (0..problem.sites.len()).filter(|to| state.can_relocate(load, *to)) {
+                            let single = state.unevenness_if_moved(&it.demand, it.site, to);
                             let gains = single < whole.before - problem.gain_min;
                             prop_assert!(!gains || few.after <= single + 1e-9);
                         }

@@ -1,36 +1,33 @@
-//! What the cluster wants of its balancer. Part of the cluster's spec; each field
-//! has a default with which most clusters are well served.
+//! The balancing policy: part of the cluster's spec. Every field has a default that suits most
+//! clusters.
 
 use crate::load::Weights;
 use serde::{Deserialize, Serialize};
 
-/// How far the balancer goes by itself.
+/// Degree of automation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// It measures only.
+    /// Only measures load.
     Off,
-    /// It records what it would do.
+    /// Records the moves that it would make.
     Suggest,
-    /// It does what a person confirms.
+    /// Moves a machine after a user confirms.
     Confirm,
-    /// It acts.
     #[default]
     Automatic,
 }
 
-/// What is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Strategy {
-    /// Nodes that are pressed give load to those that are less so. Where nobody is
-    /// pressed nothing moves.
+    /// Pressed nodes give load to less loaded ones. Without a pressed node nothing moves.
     #[default]
     Level,
-    /// As few nodes as carry the load, the others free; a pressed node is relieved
-    /// first.
+    /// Consolidation: as few nodes as carry the load, the others stay free; pressed nodes are
+    /// relieved first.
     Pack,
-    /// Like `level`, also where nobody is pressed.
+    /// Like `level`, also without a pressed node.
     Spread,
 }
 
@@ -38,59 +35,54 @@ pub enum Strategy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Basis {
-    /// What was measured.
     #[default]
     Actual,
-    /// What its spec promises (`cpu.target`, ...), where it does.
+    /// The value of the spec (`cpu.target`, ...), where it has one.
     Target,
 }
 
-/// The balancer's policy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
     /// How far it goes by itself.
     pub mode: Mode,
-    /// What is wanted.
     pub strategy: Strategy,
-    /// Which load counts.
     pub basis: Basis,
-    /// How resources become one number.
     pub weights: Weights,
-    /// Difference of two loads below which they count as level.
+    /// Difference of two loads below which they count as equal.
     pub margin: f64,
-    /// The same as a share of their mean; the greater one holds.
+    /// The same as a share of their mean; the greater threshold applies.
     pub margin_share: f64,
-    /// Load from which a node is pressed.
+    /// Load at which a node counts as pressed.
     pub pressed_load: f64,
-    /// Share of time waited (PSI) from which a node is pressed.
+    /// Share of time stalled (PSI) at which a node counts as pressed.
     pub pressed_share: f64,
-    /// Load to which `pack` fills a node.
+    /// Load up to which `pack` fills a node.
     pub fill_load: f64,
-    /// Load up to which `pack` empties a node; one that carries more stays.
+    /// Load up to which `pack` empties a node; a node above it is left alone.
     pub empty_load: f64,
-    /// Milliseconds from one round of a node to its next, on average.
+    /// Mean interval between two rounds of a node, in milliseconds.
     pub interval_ms: u64,
-    /// Milliseconds from one sample of a node to the next. With longer ones balancing
-    /// is cheaper, and slower.
+    /// Interval between two samples of a node, in milliseconds. A longer one makes balancing
+    /// cheaper and slower.
     pub sample_ms: u64,
-    /// Samples that are looked at.
+    /// Samples in the sliding window.
     pub window_samples: usize,
-    /// Milliseconds that a machine stays after it arrived.
+    /// Minimum stay of a machine after its arrival, in milliseconds.
     pub hold_ms: u64,
-    /// Milliseconds within which a move is not reversed, but by a rule's repair, a
-    /// drain or a failover.
+    /// Time within which a move is not reversed, in milliseconds. Repairs of rules, drains and
+    /// failovers ignore it.
     pub cool_down_ms: u64,
-    /// Least that a move must lower the sum over nodes of power times load squared.
+    /// Minimum decrease of the sum over nodes of power times load squared per move.
     pub gain_min: f64,
-    /// Share by which the difference of the two loads must become smaller where a move
-    /// makes the lighter node the heavier one: what only exchanges them is noise.
+    /// Minimum decrease of the load difference, as a share, where a move would make the lighter
+    /// node the heavier one: a move that only swaps the two loads is noise.
     pub shrink_min: f64,
-    /// Seconds for which a load is expected to last at most.
+    /// Upper bound of the expected remaining duration of a load, in seconds.
     pub horizon_s: u64,
-    /// Share of a node's memory that is kept free for failovers.
+    /// Share of a node's memory that stays free for failovers.
     pub memory_headroom: f64,
-    /// Moves at a time in the cluster; without, one for every two nodes.
+    /// Maximum number of concurrent moves in the cluster; by default one per two nodes.
     pub moves_at_once_max: Option<u32>,
 }
 
@@ -121,23 +113,20 @@ impl Default for Policy {
     }
 }
 
-/// A policy that makes no sense.
+/// An invalid policy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("balance.{field} is {found}; it must be {range}")]
 pub struct PolicyError {
-    /// The field.
     pub field: &'static str,
-    /// What it is.
     pub found: String,
-    /// What it may be.
     pub range: &'static str,
 }
 
 impl Policy {
-    /// Whether it makes sense.
+    /// Validates the policy.
     ///
     /// # Errors
-    /// [`PolicyError`] for the first field that does not.
+    /// [`PolicyError`] for the first invalid field.
     pub fn check(&self) -> Result<(), PolicyError> {
         let share = "from 0 to 1";
         let weight = "from 0 to 100";
@@ -244,7 +233,7 @@ impl Policy {
         self.margin.max(self.margin_share * (one + other) / 2.0)
     }
 
-    /// Moves that may be under way in a cluster of so many nodes.
+    /// Maximum number of concurrent moves in a cluster with this number of nodes.
     pub fn moves_at_once(&self, nodes: usize) -> u32 {
         let half = u32::try_from(nodes.div_ceil(2)).unwrap_or(u32::MAX).max(1);
         self.moves_at_once_max.unwrap_or(half)

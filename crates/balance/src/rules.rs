@@ -1,36 +1,35 @@
-//! Rules of where machines may be. A rule that spans nodes cannot be kept by two nodes
-//! of a round alone: so each has keys in the store, one for each *domain* (a node, or a
-//! value of a label of nodes), with the machines that hold it. Whoever places or moves
-//! a machine reads them, and compares and writes them in the very transaction that
-//! places it: [`Claim`] says which. So a rule holds while no balancer runs, and of two
-//! who race one is refused.
+//! Placement rules. Two nodes of a round cannot enforce a rule that spans nodes: so each rule has
+//! keys in the store, one per *domain* (a node, or a value of a node label), with the machines that
+//! hold it. Placing or moving a machine reads them, and compares and writes them in the same
+//! transaction that places it: [`Claim`] lists them. So rules hold while no balancer runs, and of
+//! two racing transactions one is refused.
 
 use crate::Name;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-/// Rules that a cluster may have.
+/// Maximum number of rules of a cluster.
 pub const RULES_MAX: usize = 256;
-/// Steps after which the search for a placement that keeps all rules is given up: no
-/// contradiction is claimed then.
+/// Search steps after which the search for a placement that satisfies all rules is abandoned: no
+/// contradiction is reported then.
 const SEARCH_STEPS_MAX: u32 = 200_000;
 
 /// Labels of a node or a machine.
 pub type Labels = BTreeMap<String, String>;
 
-/// Which machines, or nodes, a rule is about: those that fit all that is given.
+/// Selects machines or nodes that match all given criteria.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Selector {
-    /// Names; `*` at an end stands for anything.
+    /// Names; a trailing `*` is a wildcard.
     pub names: Vec<String>,
-    /// Labels, all of which it must have.
+    /// Labels that must all match.
     pub labels: Labels,
 }
 
 impl Selector {
-    /// Whether it is about this one.
+    /// Whether it matches.
     pub fn fits(&self, name: &str, labels: &Labels) -> bool {
         let named = self.names.is_empty() || self.names.iter().any(|it| matches(it, name));
         let labelled = self
@@ -40,7 +39,7 @@ impl Selector {
         named && labelled
     }
 
-    /// Whether it says nothing, and so would be about everything.
+    /// Whether it has no criteria, and so would match everything.
     pub fn is_empty(&self) -> bool {
         self.names.is_empty() && self.labels.is_empty()
     }
@@ -64,20 +63,20 @@ impl fmt::Display for Selector {
     }
 }
 
-/// What is counted as one place.
+/// Failure domain over which a rule counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Domain {
     /// Each node is one.
     #[default]
     Node,
-    /// All nodes with the same value of this label; nodes without it are one each.
+    /// All nodes with the same value of this label; a node without it is a domain of its own.
     Label(String),
 }
 
 impl Domain {
-    /// The domain of a node, as a part of a key. Two nodes are in one domain exactly if
-    /// these are equal.
+    /// The domain of a node, as a component of a key. Two nodes are in one domain exactly if these
+    /// are equal.
     pub fn of(&self, node: &str, labels: &Labels) -> String {
         match self {
             Domain::Node => node.to_owned(),
@@ -98,55 +97,40 @@ impl fmt::Display for Domain {
     }
 }
 
-/// What a rule says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "rule", deny_unknown_fields)]
-pub enum Says {
+pub enum Requirement {
     /// All in one domain.
     Together {
-        /// What is one place.
         #[serde(default)]
         per: Domain,
     },
-    /// At most so many in one domain.
+    /// At most `max` machines per domain.
     Apart {
-        /// What is one place.
         #[serde(default)]
         per: Domain,
-        /// How many.
         #[serde(default = "one")]
         max: u32,
     },
-    /// Evenly over domains: counts of any two differ by at most `skew`.
+    /// Evenly over domains: the counts of any two differ by at most `skew`.
     Spread {
-        /// What is one place.
         per: Domain,
-        /// By how much.
         #[serde(default = "one")]
         skew: u32,
     },
     /// On these nodes only.
-    Pin {
-        /// Which.
-        nodes: Selector,
-    },
+    Pin { nodes: Selector },
     /// Not on these nodes.
-    Avoid {
-        /// Which.
-        nodes: Selector,
-    },
+    Avoid { nodes: Selector },
     /// Never moved by the balancer.
     Stay,
-    /// On at most so many nodes at a time: licences that are counted by node.
-    Licence {
-        /// How many.
-        nodes_max: u32,
-    },
-    /// Moved by the balancer at these hours only.
+    /// On at most so many nodes at a time: licences that are counted per node.
+    Licence { nodes_max: u32 },
+    /// The balancer moves these machines at these hours only.
     Hours {
         /// First minute of a day (UTC), 0 to 1439.
         from_minute: u32,
-        /// The minute at which they are over; before `from_minute`, on the next day.
+        /// End, exclusive; before `from_minute`, on the next day.
         to_minute: u32,
     },
 }
@@ -155,31 +139,28 @@ fn one() -> u32 {
     1
 }
 
-/// A rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
-    /// Its name.
     pub name: Name,
-    /// The machines that it is about.
+    /// The machines to which it applies.
     pub machines: Selector,
-    /// What it says of them.
     #[serde(flatten)]
-    pub says: Says,
+    pub requirement: Requirement,
 }
 
-impl fmt::Display for Says {
+impl fmt::Display for Requirement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Says::Together { per } => write!(f, "together on one {per}"),
-            Says::Apart { per, max } => write!(f, "at most {max} on one {per}"),
-            Says::Spread { per, skew } => {
+            Requirement::Together { per } => write!(f, "together on one {per}"),
+            Requirement::Apart { per, max } => write!(f, "at most {max} on one {per}"),
+            Requirement::Spread { per, skew } => {
                 write!(f, "spread over every {per}, counts at most {skew} apart")
             }
-            Says::Pin { nodes } => write!(f, "only on {nodes}"),
-            Says::Avoid { nodes } => write!(f, "not on {nodes}"),
-            Says::Stay => f.write_str("never moved by the balancer"),
-            Says::Licence { nodes_max } => write!(f, "on at most {nodes_max} nodes"),
-            Says::Hours {
+            Requirement::Pin { nodes } => write!(f, "only on {nodes}"),
+            Requirement::Avoid { nodes } => write!(f, "not on {nodes}"),
+            Requirement::Stay => f.write_str("never moved by the balancer"),
+            Requirement::Licence { nodes_max } => write!(f, "on at most {nodes_max} nodes"),
+            Requirement::Hours {
                 from_minute,
                 to_minute,
             } => write!(
@@ -194,99 +175,100 @@ impl fmt::Display for Says {
     }
 }
 
-/// A node or a machine as rules see it.
+/// A node or a machine, as rules see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Thing {
-    /// Its name.
+pub struct Subject {
     pub name: Name,
-    /// Its labels.
     pub labels: Labels,
 }
 
-/// Which domains of a rule a placement reads and writes: the holders of each.
+/// The machines in each domain of a rule.
 pub type Holders = BTreeMap<String, BTreeSet<Name>>;
 
-/// A rule that does not allow something.
+/// A violated rule.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Broken {
-    /// The rule.
+pub struct Violation {
     pub rule: Name,
-    /// What it says, and what stands in the way.
+    /// The requirement, and what violates it.
     pub why: String,
 }
 
-impl fmt::Display for Broken {
+impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "rule {:?} does not allow it: {}", &*self.rule, self.why)
     }
 }
 
-/// What a placement changes of one rule's holders.
+/// The change of one rule's holders by a placement.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claim {
-    /// The rule.
     pub rule: Name,
-    /// Domains whose holders must still be what was read: all that the rule depends on.
+    /// Domains whose holders must be unchanged since they were read: all that the rule depends on.
     pub reads: BTreeSet<String>,
-    /// Domains with their holders from then on.
+    /// New holders of the changed domains.
     pub writes: Holders,
 }
 
 impl Rule {
-    /// Whether its holders are kept in the store.
+    /// Whether the store keeps its holders.
     pub fn counts(&self) -> bool {
-        match self.says {
-            Says::Together { .. }
-            | Says::Apart { .. }
-            | Says::Spread { .. }
-            | Says::Licence { .. } => true,
-            Says::Pin { .. } | Says::Avoid { .. } | Says::Stay | Says::Hours { .. } => false,
+        match self.requirement {
+            Requirement::Together { .. }
+            | Requirement::Apart { .. }
+            | Requirement::Spread { .. }
+            | Requirement::Licence { .. } => true,
+            Requirement::Pin { .. }
+            | Requirement::Avoid { .. }
+            | Requirement::Stay
+            | Requirement::Hours { .. } => false,
         }
     }
 
-    /// What is one place for it.
+    /// The failure domain over which it counts.
     pub fn per(&self) -> &Domain {
-        match &self.says {
-            Says::Together { per } | Says::Apart { per, .. } | Says::Spread { per, .. } => per,
+        match &self.requirement {
+            Requirement::Together { per }
+            | Requirement::Apart { per, .. }
+            | Requirement::Spread { per, .. } => per,
             _ => &Domain::Node,
         }
     }
 
-    /// Whether it is about a machine.
-    pub fn is_about(&self, machine: &Thing) -> bool {
+    /// Whether it applies to a machine.
+    pub fn applies_to(&self, machine: &Subject) -> bool {
         self.machines.fits(&machine.name, &machine.labels)
     }
 
-    fn broken(&self, why: String) -> Broken {
-        Broken {
+    fn violation(&self, why: String) -> Violation {
+        Violation {
             rule: self.name.clone(),
-            why: format!("{} ({})", self.says, why),
+            why: format!("{} ({})", self.requirement, why),
         }
     }
 
-    /// What it takes to place a machine on a node: `None` if this rule is about others,
-    /// or asks for nothing. `holders` are those of all its domains, of machines that are
-    /// live; `domains` are all there are (of nodes that are alive).
+    /// The claim for placing a machine on a node: `None` if the rule does not apply or nothing
+    /// changes. `holders` are those of all its domains, of live machines; `domains` are all domains
+    /// of live nodes.
     ///
     /// # Errors
     /// [`Broken`] if the rule does not allow it.
     pub fn claim(
         &self,
-        machine: &Thing,
-        node: &Thing,
+        machine: &Subject,
+        node: &Subject,
         holders: &Holders,
         domains: &BTreeSet<String>,
-    ) -> Result<Option<Claim>, Broken> {
-        if !self.is_about(machine) {
+    ) -> Result<Option<Claim>, Violation> {
+        if !self.applies_to(machine) {
             return Ok(None);
         }
         let name = &machine.name;
-        match &self.says {
-            Says::Pin { nodes } if !nodes.fits(&node.name, &node.labels) => {
-                return Err(self.broken(format!("{} is not one of them", node.name)));
+        match &self.requirement {
+            Requirement::Pin { nodes } if !nodes.fits(&node.name, &node.labels) => {
+                return Err(self.violation(format!("{} is not one of them", node.name)));
             }
-            Says::Avoid { nodes } if nodes.fits(&node.name, &node.labels) => {
-                return Err(self.broken(format!("{} is one of them", node.name)));
+            Requirement::Avoid { nodes } if nodes.fits(&node.name, &node.labels) => {
+                return Err(self.violation(format!("{} is one of them", node.name)));
             }
             _ if !self.counts() => return Ok(None),
             _ => {}
@@ -314,9 +296,9 @@ impl Rule {
             let machines = after.get(domain).cloned().unwrap_or_default();
             writes.insert(domain.clone(), machines);
         }
-        // An apart rule depends on the target's domain only; the others on all.
-        let reads = match self.says {
-            Says::Apart { .. } => writes.keys().cloned().collect(),
+        // An `apart` rule depends on the target's domain only; the others on all.
+        let reads = match self.requirement {
+            Requirement::Apart { .. } => writes.keys().cloned().collect(),
             _ => {
                 let all = holders.keys().chain(domains).chain([&target]);
                 all.cloned().collect()
@@ -334,53 +316,52 @@ impl Rule {
         target: &str,
         after: &Holders,
         domains: &BTreeSet<String>,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), Violation> {
         let count = |domain: &str| after.get(domain).map_or(0, BTreeSet::len);
         let used = after
             .values()
             .filter(|machines| !machines.is_empty())
             .count();
-        match &self.says {
-            Says::Together { per } if used > 1 => {
+        match &self.requirement {
+            Requirement::Together { per } if used > 1 => {
                 let elsewhere = after
                     .iter()
                     .find(|(domain, machines)| domain.as_str() != target && !machines.is_empty());
                 let elsewhere = elsewhere.map_or("", |(domain, _)| domain.as_str());
-                Err(self.broken(format!("others are on {per} {elsewhere}")))
+                Err(self.violation(format!("others are on {per} {elsewhere}")))
             }
-            Says::Apart { per, max } if count(target) > *max as usize => {
-                Err(self.broken(format!("{per} {target} has {} already", count(target) - 1)))
+            Requirement::Apart { per, max } if count(target) > *max as usize => {
+                Err(self.violation(format!("{per} {target} has {} already", count(target) - 1)))
             }
-            Says::Spread { per, skew } => {
+            Requirement::Spread { per, skew } => {
                 let least = domains
                     .iter()
                     .map(|domain| count(domain))
                     .min()
                     .unwrap_or(0);
                 if count(target) > least + *skew as usize {
-                    return Err(self.broken(format!(
+                    return Err(self.violation(format!(
                         "{per} {target} would have {}, another one has {least}",
                         count(target)
                     )));
                 }
                 Ok(())
             }
-            Says::Licence { nodes_max } if used > *nodes_max as usize => {
-                Err(self.broken(format!("{nodes_max} are in use already")))
+            Requirement::Licence { nodes_max } if used > *nodes_max as usize => {
+                Err(self.violation(format!("{nodes_max} are in use already")))
             }
             _ => Ok(()),
         }
     }
 
-    /// Why the balancer may not move a machine of its own accord at this minute of the
-    /// day (UTC), if it may not.
-    pub fn forbids_moving(&self, machine: &Thing, minute: u32) -> Option<Broken> {
-        if !self.is_about(machine) {
+    /// Why the balancer must not move a machine at this minute of the day (UTC), if it must not.
+    pub fn forbids_moving(&self, machine: &Subject, minute: u32) -> Option<Violation> {
+        if !self.applies_to(machine) {
             return None;
         }
-        match self.says {
-            Says::Stay => Some(self.broken("as it says".into())),
-            Says::Hours {
+        match self.requirement {
+            Requirement::Stay => Some(self.violation("as it says".into())),
+            Requirement::Hours {
                 from_minute,
                 to_minute,
             } => {
@@ -390,55 +371,62 @@ impl Rule {
                     minute >= from_minute || minute < to_minute
                 };
                 let now = format!("it is {:02}:{:02}", minute / 60, minute % 60);
-                (!within).then(|| self.broken(now))
+                (!within).then(|| self.violation(now))
             }
             _ => None,
         }
     }
 
-    /// Whether it makes sense by itself.
+    /// Validates the rule by itself.
     ///
     /// # Errors
-    /// A sentence that says what does not.
+    /// A sentence that names the error.
     pub fn check(&self) -> Result<(), String> {
-        let said = |what: &str| Err(format!("rule {:?}: {what}", &*self.name));
+        let invalid = |what: &str| Err(format!("rule {:?}: {what}", &*self.name));
         if self.machines.is_empty() {
-            return said("it names no machines (machines.names or machines.labels)");
+            return invalid("it names no machines (machines.names or machines.labels)");
         }
-        match &self.says {
-            Says::Apart { max: 0, .. } => said("max = 0 would forbid its machines everywhere"),
-            Says::Spread { skew: 0, .. } => {
-                said("skew = 0 cannot be kept while machines are placed one by one")
+        match &self.requirement {
+            Requirement::Apart { max: 0, .. } => {
+                invalid("max = 0 would forbid its machines everywhere")
             }
-            Says::Licence { nodes_max: 0 } => {
-                said("nodes_max = 0 would forbid its machines everywhere")
+            Requirement::Spread { skew: 0, .. } => {
+                invalid("skew = 0 cannot be kept while machines are placed one by one")
             }
-            Says::Pin { nodes } | Says::Avoid { nodes } if nodes.is_empty() => {
-                said("it names no nodes (nodes.names or nodes.labels)")
+            Requirement::Licence { nodes_max: 0 } => {
+                invalid("nodes_max = 0 would forbid its machines everywhere")
             }
-            Says::Hours {
+            Requirement::Pin { nodes } | Requirement::Avoid { nodes } if nodes.is_empty() => {
+                invalid("it names no nodes (nodes.names or nodes.labels)")
+            }
+            Requirement::Hours {
                 from_minute,
                 to_minute,
-            } if *from_minute >= 1440 || *to_minute >= 1440 => said("a day has minutes 0 to 1439"),
-            Says::Hours {
+            } if *from_minute >= 1440 || *to_minute >= 1440 => {
+                invalid("a day has minutes 0 to 1439")
+            }
+            Requirement::Hours {
                 from_minute,
                 to_minute,
-            } if from_minute == to_minute => said("these hours have no length"),
+            } if from_minute == to_minute => invalid("these hours have no length"),
             _ => Ok(()),
         }
     }
 }
 
-/// The holders of all rules, as a placement of all machines has them.
+/// The holders of all rules for a given placement.
 pub fn holders_of(
     rules: &[Rule],
-    placed: &[(Thing, Name)],
-    nodes: &[Thing],
+    placed: &[(Subject, Name)],
+    nodes: &[Subject],
 ) -> BTreeMap<Name, Holders> {
     let mut all = BTreeMap::new();
     for rule in rules.iter().filter(|rule| rule.counts()) {
         let holders: &mut Holders = all.entry(rule.name.clone()).or_default();
-        for (machine, node) in placed.iter().filter(|(machine, _)| rule.is_about(machine)) {
+        for (machine, node) in placed
+            .iter()
+            .filter(|(machine, _)| rule.applies_to(machine))
+        {
             let labels = nodes
                 .iter()
                 .find(|it| it.name == *node)
@@ -453,8 +441,8 @@ pub fn holders_of(
     all
 }
 
-/// All domains of the rules that count, of nodes that are alive.
-pub fn domains_of(rules: &[Rule], nodes: &[Thing]) -> BTreeMap<Name, BTreeSet<String>> {
+/// All domains of the counting rules, of live nodes.
+pub fn domains_of(rules: &[Rule], nodes: &[Subject]) -> BTreeMap<Name, BTreeSet<String>> {
     let counting = rules.iter().filter(|rule| rule.counts());
     let of = |rule: &Rule| -> BTreeSet<String> {
         let domains = nodes.iter().map(|it| rule.per().of(&it.name, &it.labels));
@@ -463,38 +451,36 @@ pub fn domains_of(rules: &[Rule], nodes: &[Thing]) -> BTreeMap<Name, BTreeSet<St
     counting.map(|rule| (rule.name.clone(), of(rule))).collect()
 }
 
-/// The first rule that does not allow a machine on a node. `holders` and `domains` are
-/// those of all rules.
+/// The first rule that forbids a machine on a node. `holders` and `domains` are those of all rules.
 pub fn forbidden(
     rules: &[Rule],
-    machine: &Thing,
-    node: &Thing,
+    machine: &Subject,
+    node: &Subject,
     holders: &BTreeMap<Name, Holders>,
     domains: &BTreeMap<Name, BTreeSet<String>>,
-) -> Option<Broken> {
-    let (nobody, nowhere) = (Holders::new(), BTreeSet::new());
+) -> Option<Violation> {
+    let (no_holders, no_domains) = (Holders::new(), BTreeSet::new());
     rules.iter().find_map(|rule| {
-        let held = holders.get(&rule.name).unwrap_or(&nobody);
-        let domains = domains.get(&rule.name).unwrap_or(&nowhere);
+        let held = holders.get(&rule.name).unwrap_or(&no_holders);
+        let domains = domains.get(&rule.name).unwrap_or(&no_domains);
         rule.claim(machine, node, held, domains).err()
     })
 }
 
-/// A move that lets a rule hold again.
+/// A move that restores a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repair {
-    /// The machine.
     pub machine: Name,
-    /// What it breaks where it is.
-    pub broken: Broken,
-    /// Where it is to go; `None` if no node may have it.
+    /// The violated rule.
+    pub broken: Violation,
+    /// `None` if no node is allowed.
     pub target: Option<Name>,
 }
 
-/// What a node repairs next: the first of its machines that break a rule and can be
-/// moved, to a node that is drawn from those that may have it.
+/// The next repair of a node: the first of its machines that violates a rule and can move, to a
+/// random allowed node.
 pub fn repair(
-    broken: Vec<(Name, Broken)>,
+    broken: Vec<(Name, Violation)>,
     movable: impl Fn(&Name) -> bool,
     targets: impl Fn(&Name) -> Vec<Name>,
     draw: impl FnOnce(usize) -> usize,
@@ -513,17 +499,21 @@ pub fn repair(
     })
 }
 
-/// The machines that must move so that every rule holds again, each with the rule that
-/// it breaks: as few as that takes for each rule by itself. Every node finds the same.
-pub fn broken_by(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> Vec<(Name, Broken)> {
+/// The machines that must move to satisfy every rule, each with the rule that it violates: the
+/// minimum for each rule by itself. The result is the same on every node.
+pub fn violations_of(
+    rules: &[Rule],
+    placed: &[(Subject, Name)],
+    nodes: &[Subject],
+) -> Vec<(Name, Violation)> {
     let all = holders_of(rules, placed, nodes);
     let none = Holders::new();
-    let mut found: Vec<(Name, Broken)> = Vec::new();
+    let mut found: Vec<(Name, Violation)> = Vec::new();
     for rule in rules {
         let held = all.get(&rule.name).unwrap_or(&none);
-        for (machine, why) in rule.breakers(held, placed, nodes) {
+        for (machine, why) in rule.violators(held, placed, nodes) {
             if !found.iter().any(|(known, _)| *known == machine) {
-                found.push((machine, rule.broken(why)));
+                found.push((machine, rule.violation(why)));
             }
         }
     }
@@ -531,33 +521,33 @@ pub fn broken_by(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> V
 }
 
 impl Rule {
-    /// Machines that break this rule where they are.
-    fn breakers(
+    /// Machines that violate this rule.
+    fn violators(
         &self,
         held: &Holders,
-        placed: &[(Thing, Name)],
-        nodes: &[Thing],
+        placed: &[(Subject, Name)],
+        nodes: &[Subject],
     ) -> Vec<(Name, String)> {
-        // The last ones of a domain, by name, that are too many for it.
+        // The last machines of a domain, by name, beyond the limit.
         let beyond = |domain: &str, machines: &BTreeSet<Name>, most: usize| {
             let why = format!("{} {domain} has {}", self.per(), machines.len());
             let many = machines.iter().skip(most);
             many.map(|it| (it.clone(), why.clone())).collect::<Vec<_>>()
         };
-        match &self.says {
-            Says::Apart { max, .. } => held
+        match &self.requirement {
+            Requirement::Apart { max, .. } => held
                 .iter()
                 .flat_map(|(domain, machines)| beyond(domain, machines, *max as usize))
                 .collect(),
-            Says::Together { .. } => by_size(held)
+            Requirement::Together { .. } => by_size(held)
                 .skip(1)
                 .flat_map(|(d, m)| beyond(d, m, 0))
                 .collect(),
-            Says::Licence { nodes_max } => by_size(held)
+            Requirement::Licence { nodes_max } => by_size(held)
                 .skip(*nodes_max as usize)
                 .flat_map(|(domain, machines)| beyond(domain, machines, 0))
                 .collect(),
-            Says::Spread { per, skew } => {
+            Requirement::Spread { per, skew } => {
                 let domains: BTreeSet<String> = nodes
                     .iter()
                     .map(|node| per.of(&node.name, &node.labels))
@@ -569,7 +559,7 @@ impl Rule {
                     .flat_map(|(domain, machines)| beyond(domain, machines, machines.len() - 1))
                     .collect()
             }
-            Says::Pin { .. } | Says::Avoid { .. } => placed
+            Requirement::Pin { .. } | Requirement::Avoid { .. } => placed
                 .iter()
                 .filter_map(|(machine, at)| {
                     let node = nodes.iter().find(|it| it.name == *at)?;
@@ -577,7 +567,7 @@ impl Rule {
                     Some((machine.name.clone(), broken.why))
                 })
                 .collect(),
-            Says::Stay | Says::Hours { .. } => Vec::new(),
+            Requirement::Stay | Requirement::Hours { .. } => Vec::new(),
         }
     }
 }
@@ -589,11 +579,10 @@ fn by_size(held: &Holders) -> impl Iterator<Item = (&String, &BTreeSet<Name>)> {
     used.into_iter()
 }
 
-/// A set of rules that cannot be kept together with these machines and nodes, none of
-/// which could be left out: the smallest conflict that is found by leaving rules out
-/// one by one. `None` if all can be kept, or the search was given up.
-pub fn conflict(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<Vec<Name>> {
-    if can_be_kept(rules, machines, nodes) != Some(false) {
+/// A minimal set of contradictory rules for these machines and nodes, found by leaving rules out
+/// one by one. `None` if all rules can be satisfied, or the search was abandoned.
+pub fn conflict(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Option<Vec<Name>> {
+    if is_satisfiable(rules, machines, nodes) != Some(false) {
         return None;
     }
     let mut needed: Vec<Rule> = rules.to_vec();
@@ -601,7 +590,7 @@ pub fn conflict(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<V
     while at < needed.len() {
         let mut fewer = needed.clone();
         fewer.remove(at);
-        if can_be_kept(&fewer, machines, nodes) == Some(false) {
+        if is_satisfiable(&fewer, machines, nodes) == Some(false) {
             needed = fewer;
         } else {
             at += 1;
@@ -610,11 +599,11 @@ pub fn conflict(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<V
     Some(needed.into_iter().map(|rule| rule.name).collect())
 }
 
-/// Whether some placement keeps all rules; `None` if the search was given up.
-fn can_be_kept(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<bool> {
-    let about: Vec<&Thing> = machines
+/// Whether some placement satisfies all rules; `None` if the search was abandoned.
+fn is_satisfiable(rules: &[Rule], machines: &[Subject], nodes: &[Subject]) -> Option<bool> {
+    let about: Vec<&Subject> = machines
         .iter()
-        .filter(|machine| rules.iter().any(|rule| rule.is_about(machine)))
+        .filter(|machine| rules.iter().any(|rule| rule.applies_to(machine)))
         .collect();
     let mut steps = SEARCH_STEPS_MAX;
     let mut placed = Vec::with_capacity(about.len());
@@ -623,20 +612,20 @@ fn can_be_kept(rules: &[Rule], machines: &[Thing], nodes: &[Thing]) -> Option<bo
 
 fn search(
     rules: &[Rule],
-    left: &[&Thing],
-    nodes: &[Thing],
-    placed: &mut Vec<(Thing, Name)>,
+    left: &[&Subject],
+    nodes: &[Subject],
+    placed: &mut Vec<(Subject, Name)>,
     steps: &mut u32,
 ) -> Option<bool> {
     let Some((machine, rest)) = left.split_first() else {
-        return Some(spread_is_kept(rules, placed, nodes));
+        return Some(spread_holds(rules, placed, nodes));
     };
     let holders = holders_of(rules, placed, nodes);
     for node in nodes {
         *steps = steps.checked_sub(1)?;
         let allowed = rules.iter().all(|rule| {
-            // On the way a spread may be uneven: it is looked at when all are placed.
-            if matches!(rule.says, Says::Spread { .. }) {
+            // A spread may be uneven in a partial placement: it is checked at the end.
+            if matches!(rule.requirement, Requirement::Spread { .. }) {
                 return true;
             }
             let none = Holders::new();
@@ -656,10 +645,10 @@ fn search(
     Some(false)
 }
 
-fn spread_is_kept(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> bool {
+fn spread_holds(rules: &[Rule], placed: &[(Subject, Name)], nodes: &[Subject]) -> bool {
     let holders = holders_of(rules, placed, nodes);
     rules.iter().all(|rule| {
-        let Says::Spread { per, skew } = &rule.says else {
+        let Requirement::Spread { per, skew } = &rule.requirement else {
             return true;
         };
         let domains: BTreeSet<String> = nodes
@@ -681,8 +670,8 @@ fn spread_is_kept(rules: &[Rule], placed: &[(Thing, Name)], nodes: &[Thing]) -> 
 mod tests {
     use super::*;
 
-    fn thing(name: &str, labels: &[(&str, &str)]) -> Thing {
-        Thing {
+    fn subject(name: &str, labels: &[(&str, &str)]) -> Subject {
+        Subject {
             name: name.into(),
             labels: labels
                 .iter()
@@ -691,14 +680,14 @@ mod tests {
         }
     }
 
-    fn rule(name: &str, machines: &str, says: Says) -> Rule {
+    fn rule(name: &str, machines: &str, requirement: Requirement) -> Rule {
         Rule {
             name: name.into(),
             machines: Selector {
                 names: vec![machines.to_owned()],
                 labels: Labels::new(),
             },
-            says,
+            requirement,
         }
     }
 
@@ -723,10 +712,13 @@ mod tests {
     #[test]
     fn apart_is_kept_by_domain() {
         let zone = Domain::Label("zone".into());
-        let apart = rule("ha", "web-*", Says::Apart { per: zone, max: 1 });
-        let (a, b) = (thing("a", &[("zone", "x")]), thing("b", &[("zone", "y")]));
+        let apart = rule("ha", "web-*", Requirement::Apart { per: zone, max: 1 });
+        let (a, b) = (
+            subject("a", &[("zone", "x")]),
+            subject("b", &[("zone", "y")]),
+        );
         let held = holders(&[("x", &["web-1"])]);
-        let web = thing("web-2", &[]);
+        let web = subject("web-2", &[]);
         let broken = apart
             .claim(&web, &a, &held, &domains(&["x", "y"]))
             .unwrap_err();
@@ -737,35 +729,35 @@ mod tests {
             .unwrap();
         assert_eq!(claim.writes, holders(&[("y", &["web-2"])]));
         assert_eq!(claim.reads, domains(&["y"]));
-        // Where it is already nothing changes; others are not meant.
-        let there = apart.claim(&thing("web-1", &[]), &a, &held, &domains(&["x"]));
+        // On its present node nothing changes; other machines are not affected.
+        let there = apart.claim(&subject("web-1", &[]), &a, &held, &domains(&["x"]));
         assert_eq!(there, Ok(None));
-        let other = apart.claim(&thing("db", &[]), &a, &held, &domains(&["x"]));
+        let other = apart.claim(&subject("db", &[]), &a, &held, &domains(&["x"]));
         assert_eq!(other, Ok(None));
         // A move frees what it leaves.
-        let moved = apart.claim(&thing("web-1", &[]), &b, &held, &domains(&["x", "y"]));
+        let moved = apart.claim(&subject("web-1", &[]), &b, &held, &domains(&["x", "y"]));
         let moved = moved.unwrap().unwrap();
         assert_eq!(moved.writes, holders(&[("x", &[]), ("y", &["web-1"])]));
     }
 
     #[test]
     fn each_rule_says_why() {
-        let (a, b) = (thing("a", &[]), thing("b", &[]));
+        let (a, b) = (subject("a", &[]), subject("b", &[]));
         let held = holders(&[("a", &["m1", "m2"]), ("b", &["m3"])]);
         let all = domains(&["a", "b", "c"]);
-        let m = thing("m4", &[]);
-        let why = |says: Says, node: &Thing| {
-            let rule = rule("r", "m*", says);
+        let m = subject("m4", &[]);
+        let why = |requirement: Requirement, node: &Subject| {
+            let rule = rule("r", "m*", requirement);
             rule.check().unwrap();
             rule.claim(&m, node, &held, &all).map_err(|it| it.why)
         };
-        let together = Says::Together { per: Domain::Node };
+        let together = Requirement::Together { per: Domain::Node };
         assert!(
             why(together, &a)
                 .unwrap_err()
                 .contains("others are on node b")
         );
-        let spread = Says::Spread {
+        let spread = Requirement::Spread {
             per: Domain::Node,
             skew: 1,
         };
@@ -774,34 +766,34 @@ mod tests {
                 .unwrap_err()
                 .contains("would have 3")
         );
-        assert!(why(spread, &thing("c", &[])).is_ok());
-        let licence = Says::Licence { nodes_max: 2 };
+        assert!(why(spread, &subject("c", &[])).is_ok());
+        let licence = Requirement::Licence { nodes_max: 2 };
         assert!(why(licence.clone(), &b).is_ok());
         assert!(
-            why(licence, &thing("c", &[]))
+            why(licence, &subject("c", &[]))
                 .unwrap_err()
                 .contains("2 are in use")
         );
-        assert!(why(Says::Pin { nodes: named("b") }, &a).is_err());
-        assert_eq!(why(Says::Pin { nodes: named("a") }, &a), Ok(None));
-        assert!(why(Says::Avoid { nodes: named("a") }, &a).is_err());
-        assert_eq!(why(Says::Stay, &a), Ok(None));
+        assert!(why(Requirement::Pin { nodes: named("b") }, &a).is_err());
+        assert_eq!(why(Requirement::Pin { nodes: named("a") }, &a), Ok(None));
+        assert!(why(Requirement::Avoid { nodes: named("a") }, &a).is_err());
+        assert_eq!(why(Requirement::Stay, &a), Ok(None));
     }
 
     #[test]
     fn hours_may_pass_midnight() {
-        let night = Says::Hours {
+        let night = Requirement::Hours {
             from_minute: 22 * 60,
             to_minute: 6 * 60,
         };
         let night = rule("night", "*", night);
-        let machine = thing("m", &[]);
+        let machine = subject("m", &[]);
         assert!(night.forbids_moving(&machine, 23 * 60).is_none());
         assert!(night.forbids_moving(&machine, 0).is_none());
         let noon = night.forbids_moving(&machine, 12 * 60).unwrap();
         assert!(noon.why.contains("22:00 to 06:00") && noon.why.contains("it is 12:00"));
         assert!(
-            rule("s", "m", Says::Stay)
+            rule("s", "m", Requirement::Stay)
                 .forbids_moving(&machine, 0)
                 .is_some()
         );
@@ -809,12 +801,12 @@ mod tests {
 
     #[test]
     fn the_smallest_conflict_is_named() {
-        let nodes = [thing("a", &[]), thing("b", &[]), thing("c", &[])];
-        let machines: Vec<Thing> = ["m1", "m2"].iter().map(|it| thing(it, &[])).collect();
+        let nodes = [subject("a", &[]), subject("b", &[]), subject("c", &[])];
+        let machines: Vec<Subject> = ["m1", "m2"].iter().map(|it| subject(it, &[])).collect();
         let per = Domain::Node;
-        let apart = rule("apart", "m*", Says::Apart { per, max: 1 });
-        let pin = rule("pin", "m*", Says::Pin { nodes: named("a") });
-        let harmless = rule("harmless", "m1", Says::Avoid { nodes: named("c") });
+        let apart = rule("apart", "m*", Requirement::Apart { per, max: 1 });
+        let pin = rule("pin", "m*", Requirement::Pin { nodes: named("a") });
+        let harmless = rule("harmless", "m1", Requirement::Avoid { nodes: named("c") });
         let rules = [harmless.clone(), apart.clone(), pin.clone()];
         let found = conflict(&rules, &machines, &nodes).unwrap();
         assert_eq!(found, [apart.name.clone(), pin.name]);
@@ -822,8 +814,8 @@ mod tests {
             conflict(&[harmless, apart.clone()], &machines, &nodes),
             None
         );
-        // Four that are to be apart on three nodes: one rule is enough.
-        let four: Vec<Thing> = (1..=4).map(|it| thing(&format!("m{it}"), &[])).collect();
+        // Four machines apart on three nodes: one rule is enough for a conflict.
+        let four: Vec<Subject> = (1..=4).map(|it| subject(&format!("m{it}"), &[])).collect();
         assert_eq!(
             conflict(std::slice::from_ref(&apart), &four, &nodes),
             Some(vec![apart.name])
@@ -832,45 +824,54 @@ mod tests {
 
     #[test]
     fn a_broken_rule_is_repaired_by_the_fewest_moves() {
-        let nodes = [thing("a", &[]), thing("b", &[]), thing("c", &[])];
-        let placed: Vec<(Thing, Name)> = [("m1", "a"), ("m2", "a"), ("m3", "a"), ("m4", "b")]
+        let nodes = [subject("a", &[]), subject("b", &[]), subject("c", &[])];
+        let placed: Vec<(Subject, Name)> = [("m1", "a"), ("m2", "a"), ("m3", "a"), ("m4", "b")]
             .iter()
-            .map(|(machine, node)| (thing(machine, &[]), (*node).into()))
+            .map(|(machine, node)| (subject(machine, &[]), (*node).into()))
             .collect();
-        let movers = |says: Says| {
-            let found = broken_by(&[rule("r", "m*", says)], &placed, &nodes);
+        let movers = |requirement: Requirement| {
+            let found = violations_of(&[rule("r", "m*", requirement)], &placed, &nodes);
             let names = found.into_iter().map(|(machine, _)| machine.to_string());
             names.collect::<Vec<_>>()
         };
         let per = Domain::Node;
-        let apart = |max| Says::Apart {
+        let apart = |max| Requirement::Apart {
             per: Domain::Node,
             max,
         };
         assert_eq!(movers(apart(1)), ["m2", "m3"]);
         assert_eq!(movers(apart(3)), [""; 0]);
-        assert_eq!(movers(Says::Together { per: per.clone() }), ["m4"]);
-        assert_eq!(movers(Says::Licence { nodes_max: 1 }), ["m4"]);
-        assert_eq!(movers(Says::Spread { per, skew: 1 }), ["m3"]);
-        assert_eq!(movers(Says::Pin { nodes: named("a") }), ["m4"]);
-        assert_eq!(movers(Says::Avoid { nodes: named("b") }), ["m4"]);
+        assert_eq!(movers(Requirement::Together { per: per.clone() }), ["m4"]);
+        assert_eq!(movers(Requirement::Licence { nodes_max: 1 }), ["m4"]);
+        assert_eq!(movers(Requirement::Spread { per, skew: 1 }), ["m3"]);
+        assert_eq!(movers(Requirement::Pin { nodes: named("a") }), ["m4"]);
+        assert_eq!(movers(Requirement::Avoid { nodes: named("b") }), ["m4"]);
     }
 
     #[test]
     fn nonsense_is_refused_and_toml_is_read() {
-        let nobody = Rule {
+        let no_holders = Rule {
             machines: Selector::default(),
-            ..rule("r", "m", Says::Stay)
+            ..rule("r", "m", Requirement::Stay)
         };
-        assert!(nobody.check().unwrap_err().contains("names no machines"));
+        assert!(
+            no_holders
+                .check()
+                .unwrap_err()
+                .contains("names no machines")
+        );
         let per = Domain::Node;
-        assert!(rule("r", "m", Says::Apart { per, max: 0 }).check().is_err());
+        assert!(
+            rule("r", "m", Requirement::Apart { per, max: 0 })
+                .check()
+                .is_err()
+        );
         let text = "name = \"ha\"\nrule = \"apart\"\nper = { label = \"zone\" }\n\
                     [machines]\nlabels = { app = \"web\" }\n";
         let read: Rule = toml::from_str(text).unwrap();
         let per = Domain::Label("zone".into());
-        assert_eq!(read.says, Says::Apart { per, max: 1 });
-        assert!(read.is_about(&thing("x", &[("app", "web")])));
-        assert!(!read.is_about(&thing("x", &[("app", "db")])));
+        assert_eq!(read.requirement, Requirement::Apart { per, max: 1 });
+        assert!(read.applies_to(&subject("x", &[("app", "web")])));
+        assert!(!read.applies_to(&subject("x", &[("app", "db")])));
     }
 }

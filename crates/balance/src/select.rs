@@ -1,24 +1,24 @@
-//! Which machine goes from one node to another, and why not the others.
+//! Selection of the machine that moves from one node to another, with a verdict for every
+//! candidate.
 //!
-//! With `A` and `B` the loads of the two nodes, `a` what a machine weighs here and
-//! `b` what it would weigh there, moving it leaves `A - a` and `B + b`. These are
-//! equal when `(a + b)/2 = (A - B)/2`: of all machines that may go, the one nearest
-//! to that goes. Where nodes are unlike, `a` and `b` differ, and each node computes
-//! its own.
+//! With `A` and `B` the loads of source and target, `a` the load of a machine at the source and `b`
+//! its load at the target, a move results in `A - a` and `B + b`. These are equal when `(a + b)/2 =
+//! (A - B)/2`: of all eligible machines, the one closest to that is selected. `a` and `b` differ on
+//! heterogeneous nodes; each node computes its own.
 //!
-//! Every move lowers the sum over all nodes of power times load squared by at least
-//! [`Policy::gain_min`](crate::policy::Policy::gain_min). That sum cannot fall below
-//! zero, so moves end: from a sum `S` there are at most `S / gain_min` of them. The
-//! nodes' powers (cores times speed) are in the sum because without them a small node
-//! and a large one would be uneven at its minimum.
+//! Every move decreases the sum over all nodes of power times load squared by at least
+//! [`Policy::gain_min`](crate::policy::Policy::gain_min). The sum is not negative, so rounds
+//! terminate: from a sum `S` there are at most `S / gain_min` moves. The sum is weighted by the
+//! nodes' power (cores times speed) because otherwise a small and a large node would have unequal
+//! loads at its minimum.
 //!
-//! A machine that may have parts on several nodes, and would press the target as well, gets
-//! parts instead ([`crate::grains`]): moved as a whole it would only be spread from there.
+//! A machine that may span nodes and would press the target as well gets parts instead
+//! ([`crate::fine_grained`]): moved as a whole, it would be split at the target anyway.
 //!
-//! Packing (`pack`) empties nodes instead. It goes one way only, from the weaker node to
-//! the stronger, and between equals from the one that carries less to the other: each
-//! move raises what the stronger ones carry, or the sum of squares of equals. So no
-//! placement comes twice, and these moves end too.
+//! Consolidation (`pack`) empties nodes. Its moves have one direction only, from the weaker node to
+//! the stronger one, and between equal nodes from the less loaded to the more loaded: each move
+//! increases the load of stronger nodes, or the sum of squares of equal ones. So no placement
+//! occurs twice, and rounds terminate here too.
 
 use crate::Name;
 use crate::cost::{Cost, CostModel, Gain, gain};
@@ -26,150 +26,145 @@ use crate::load::{Capacity, Factors};
 use crate::policy::{Policy, Strategy};
 use serde::{Deserialize, Serialize};
 
-/// Distances that are within this share of half the difference count as one: the
-/// cheaper machine goes.
+/// Distances that differ by less than this share of half the load difference count as equal: the
+/// machine that is cheaper to move is selected.
 pub const NEAR_SHARE: f64 = 0.10;
-/// Times the power of another node from which a node is the stronger one.
+/// Ratio of powers from which a node counts as stronger than another.
 const STRONGER: f64 = 1.1;
-/// Cores that no single thread wants, with what is done for it beside.
+/// CPU demand above that of a single thread, including the work done on its behalf, in cores.
 const SEVERAL_CORES: f64 = 1.5;
-/// Considered machines that a decision names; the nearest ones.
+/// Maximum number of candidates that a decision records, closest first.
 pub const CONSIDERED_MAX: usize = 32;
 
-/// A node as the other one of a round sees it.
+/// State of a node as its peer in a round sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Side {
-    /// What it can give.
+pub struct NodeState {
     pub capacity: Capacity,
-    /// Its load, moves in flight included.
+    /// Load, including moves in flight.
     pub load: f64,
-    /// Memory that nobody occupies or was promised, in bytes.
+    /// Memory neither used nor reserved, in bytes.
     pub memory_free_bytes: u64,
-    /// Whether demand waits there.
+    /// Whether runnable work waits.
     pub pressed: bool,
-    /// Whether no machine runs there, nor is to come.
+    /// Whether the node runs no machine and expects none.
     pub free: bool,
 }
 
-impl Side {
-    /// What it carries, in cores of the reference speed.
-    pub fn carries(&self) -> f64 {
+impl NodeState {
+    /// Absolute load, in cores of the reference speed.
+    pub fn absolute_load(&self) -> f64 {
         self.load * self.capacity.power()
     }
 
-    /// Whether it is a stronger node than another one.
-    pub fn stronger_than(&self, other: &Side) -> bool {
+    /// Whether its power exceeds the other node's by the factor [`STRONGER`].
+    pub fn stronger_than(&self, other: &NodeState) -> bool {
         self.capacity.power() > STRONGER * other.capacity.power()
     }
 }
 
-/// What a move between two nodes is for.
+/// Objective of a move between two nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Aim {
-    /// Their loads are to be level.
+pub enum Objective {
+    /// Equal loads.
     Level,
-    /// The source is to be free (`pack`).
+    /// An empty source (`pack`).
     Empty,
-    /// The source is pressed, and the target is filled no further than `pack` allows.
+    /// Relief of a pressed source; the target is filled no further than `pack` allows.
     Relieve,
 }
 
-/// Why a machine cannot go by itself, before any numbers.
+/// Why a machine must not move, whatever the loads are.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Bound {
-    /// It arrived not long ago.
+pub enum Constraint {
     Held {
-        /// Milliseconds that this lasts.
+        /// Remaining milliseconds.
         for_ms: u64,
     },
-    /// It came from there not long ago.
+    /// Cool-down: it came from that node.
     CoolDown {
-        /// Milliseconds that this lasts.
+        /// Remaining milliseconds.
         for_ms: u64,
     },
-    /// A move of it failed not long ago.
+    /// Backoff after a failed move.
     Failed {
-        /// Milliseconds until it is tried again.
+        /// Remaining milliseconds.
         for_ms: u64,
     },
-    /// It is moving already.
     Moving,
-    /// Its spec says that it is not to be balanced.
+    /// The spec excludes it from balancing.
     OptedOut,
-    /// It has parts on several nodes.
+    /// It spans several nodes.
     Spans,
-    /// A rule.
     Rule {
-        /// Which.
         rule: Name,
-        /// What it says.
-        says: String,
+        #[serde(rename = "says")]
+        reason: String,
     },
 }
 
-/// What became of a machine that was considered.
+/// Verdict on a candidate.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// It goes.
     Chosen,
-    /// Another one is nearer to half the difference.
-    Further,
-    /// Another one is about as near, and takes less.
-    Dearer,
-    /// It is bound.
-    Bound(Bound),
-    /// It does not fit there.
+    /// Another machine is closer to half the difference.
+    #[serde(rename = "further")]
+    WorseFit,
+    /// Another machine is about as close, and cheaper to move.
+    #[serde(rename = "dearer")]
+    CostsMore,
+    #[serde(rename = "bound")]
+    Constrained(Constraint),
     NoRoom {
         /// Bytes that it needs.
         needs_bytes: u64,
-        /// Bytes that are free there, without what is kept for failovers.
+        /// Free bytes at the target, without the headroom for failovers.
         free_bytes: u64,
     },
-    /// The target would be as heavy as the source is now, or heavier.
+    /// The target's load would reach the source's current load.
     Overshoots,
-    /// The two nodes would be about as uneven, the other way round.
-    OnlySwaps,
-    /// It would level too little.
+    /// The two nodes would be about as uneven, with roles swapped.
+    #[serde(rename = "only_swaps")]
+    SwapsImbalance,
     TooLittle {
-        /// By how much it lowers the sum of squares; where a node is to be free, the
-        /// share of its power that it frees.
+        /// Decrease of the sum of squares; for [`Objective::Empty`] the share of the source's power
+        /// that the move frees.
         lowers: f64,
-        /// By how much it must.
         least: f64,
     },
-    /// It is not surely worth what it takes.
-    NotWorth,
-    /// The target would be filled beyond what `pack` allows.
+    /// The gain does not certainly exceed the cost.
+    #[serde(rename = "not_worth")]
+    NotWorthwhile,
+    /// The target would exceed the policy's `fill_load`.
     Overfills,
-    /// It gets parts on several nodes instead, or is about to: it keeps more than one part
-    /// may, or would press the target as well.
+    /// The machine gets parts on several nodes instead, or is about to: it exceeds the memory of
+    /// one part, or would press the target as well.
     Spreads,
 }
 
-/// What is known of the parts that balancing may give a machine which has none yet.
+/// Facts about the parts that balancing may give to a machine that has none yet.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Spreadable {
-    /// It is decided, and done just now.
+    /// The decision is made and being carried out.
     pub is_decided: bool,
-    /// It is to have them from its beginning.
+    /// The spec demands parts from the start.
     pub from_beginning: bool,
-    /// What one part keeps at most, in bytes.
+    /// Memory limit of one part, in bytes.
     pub part_memory_bytes: Option<u64>,
 }
 
-/// Whether a machine that may have parts presses whichever node it is on, as it would be
-/// there and is here, in loads: so moving it cures nothing.
+/// Whether a machine that may span would press any node, given the loads of source and target with
+/// it: a move would not relieve the cluster.
 pub fn presses_any(here: f64, there: f64, policy: &Policy) -> bool {
     there >= policy.pressed_load.max(here / 2.0)
 }
 
 impl Spreadable {
-    /// Whether the machine is to get parts where it is, or looks as if it were about to. That
-    /// is a guess: [`crate::grains::decide`] knows its threads and what it has of its memory.
-    /// So whoever asks believes it for a moment only.
-    fn is_due(&self, factors: &Factors, source: &Side, there: f64, policy: &Policy) -> bool {
+    /// Whether the machine gets parts where it is, or seems about to. This is a guess:
+    /// [`crate::fine_grained::decide`] knows its threads and the memory that it has. So the caller
+    /// trusts it for a short time only.
+    fn is_due(&self, factors: &Factors, source: &NodeState, there: f64, policy: &Policy) -> bool {
         let most = self.part_memory_bytes;
         let is_over = most.is_some_and(|most| factors.memory_bytes > most);
         let presses = source.pressed && factors.cpu_cores >= SEVERAL_CORES;
@@ -180,38 +175,29 @@ impl Spreadable {
     }
 }
 
-/// A machine that was considered.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Considered {
-    /// Its name.
     pub machine: Name,
-    /// Its load factors here.
     pub factors: Factors,
-    /// For how many milliseconds its load has been what it is.
+    /// Milliseconds for which its load has been about constant.
     pub lasted_ms: u64,
-    /// What it weighs here.
     pub here: f64,
-    /// What it would weigh there.
     pub there: f64,
-    /// How far it is from what is wanted: half the difference, unless the policy is
-    /// `pack`.
+    /// Distance from the objective: half the load difference, unless the policy is `pack`.
     pub distance: f64,
-    /// What moving it takes.
     pub cost: Cost,
-    /// What moving it is worth.
     pub gain: Gain,
-    /// What compiling its program takes there first, in core-seconds; it is in the cost.
+    /// Compilation of its program at the target, in core-seconds; included in `cost`.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub compile_core_s: f64,
-    /// What its spec says of parts, if it may get some.
+    /// Set if the machine may get parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spreadable: Option<Spreadable>,
-    /// What became of it.
     pub verdict: Verdict,
 }
 
 impl Considered {
-    /// What was considered, so that it can be decided again.
+    /// The candidate, so that the decision can be replayed.
     pub fn candidate(&self) -> Candidate {
         Candidate {
             machine: self.machine.clone(),
@@ -220,70 +206,67 @@ impl Considered {
             lasted_ms: self.lasted_ms,
             compile_core_s: self.compile_core_s,
             spreadable: self.spreadable,
-            bound: match &self.verdict {
-                Verdict::Bound(bound) => Some(bound.clone()),
+            constraint: match &self.verdict {
+                Verdict::Constrained(constraint) => Some(constraint.clone()),
                 _ => None,
             },
         }
     }
 }
 
-/// A machine that may be considered.
+/// A machine that may be selected.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Candidate {
-    /// Its name.
     pub machine: Name,
-    /// Its load factors here.
     pub factors: Factors,
-    /// What it would weigh there, as the target computed it.
+    /// Its load at the target, as the target computed it.
     pub there: f64,
-    /// For how long its load has been what it is.
+    /// Milliseconds for which its load has been about constant.
     pub lasted_ms: u64,
-    /// What compiling its program takes there first, in core-seconds; 0 where its code is
-    /// ready.
+    /// Compilation of its program at the target, in core-seconds; 0 if compiled code is cached
+    /// there.
     pub compile_core_s: f64,
-    /// What its spec says of parts, if it may get some.
+    /// Set if the machine may get parts.
     pub spreadable: Option<Spreadable>,
-    /// Why it cannot go anyway.
-    pub bound: Option<Bound>,
+    pub constraint: Option<Constraint>,
 }
 
 fn is_zero(seconds: &f64) -> bool {
     *seconds == 0.0
 }
 
-/// The sum over both nodes of power times load squared, before minus after.
-pub fn lowers(source: &Side, target: &Side, here: f64, there: f64) -> f64 {
-    let square = |side: &Side, load: f64| side.capacity.power() * load * load;
+/// Decrease of the sum over both nodes of power times load squared.
+pub fn lowers(source: &NodeState, target: &NodeState, here: f64, there: f64) -> f64 {
+    let square = |side: &NodeState, load: f64| side.capacity.power() * load * load;
     let before = square(source, source.load) + square(target, target.load);
     before - square(source, source.load - here) - square(target, target.load + there)
 }
 
-/// Considers each of the source's machines for the target: all of them, the chosen
-/// one first, then by distance.
+/// Evaluates each of the source's machines for the target; the selected one comes first, then by
+/// distance.
 pub fn select(
-    source: &Side,
-    target: &Side,
+    source: &NodeState,
+    target: &NodeState,
     candidates: &[Candidate],
     model: &CostModel,
     policy: &Policy,
 ) -> Vec<Considered> {
-    let aim = aim(source, target, policy);
-    let wanted = match aim {
-        Aim::Level => (source.load - target.load) / 2.0,
+    let objective = objective(source, target, policy);
+    let wanted = match objective {
+        Objective::Level => (source.load - target.load) / 2.0,
         // The largest first: fewest moves empty a node.
-        Aim::Empty => source.load,
-        // One that is just enough: what more goes presses the target.
-        Aim::Relieve => source.load - policy.fill_load,
+        Objective::Empty => source.load,
+        // The smallest that suffices: a larger one would press the target.
+        Objective::Relieve => source.load - policy.fill_load,
     };
     let mut considered: Vec<Considered> = candidates
         .iter()
-        .map(|it| weigh(it, source, target, (aim, wanted), model, policy))
+        .map(|it| evaluate(it, source, target, (objective, wanted), model, policy))
         .collect();
     choose(&mut considered, wanted.abs());
     let rank = |it: &Considered| match it.verdict {
         Verdict::Chosen => 0,
-        Verdict::Dearer | Verdict::Further => 1,
+        Verdict::CostsMore | Verdict::WorseFit => 1,
         _ => 2,
     };
     considered.sort_by(|one, other| {
@@ -295,21 +278,21 @@ pub fn select(
     considered
 }
 
-/// What a move between two nodes would be for.
-pub fn aim(source: &Side, target: &Side, policy: &Policy) -> Aim {
+/// The objective of a move between two nodes.
+pub fn objective(source: &NodeState, target: &NodeState, policy: &Policy) -> Objective {
     match policy.strategy {
-        Strategy::Level | Strategy::Spread => Aim::Level,
-        Strategy::Pack if source.pressed => Aim::Relieve,
-        Strategy::Pack if target.pressed => Aim::Level,
-        Strategy::Pack => Aim::Empty,
+        Strategy::Level | Strategy::Spread => Objective::Level,
+        Strategy::Pack if source.pressed => Objective::Relieve,
+        Strategy::Pack if target.pressed => Objective::Level,
+        Strategy::Pack => Objective::Empty,
     }
 }
 
-fn weigh(
+fn evaluate(
     candidate: &Candidate,
-    source: &Side,
-    target: &Side,
-    (aim, wanted): (Aim, f64),
+    source: &NodeState,
+    target: &NodeState,
+    (objective, wanted): (Objective, f64),
     model: &CostModel,
     policy: &Policy,
 ) -> Considered {
@@ -319,17 +302,17 @@ fn weigh(
     let cost = model
         .predict(&candidate.factors)
         .after_compilation(candidate.compile_core_s);
-    // Packing is worth what it frees; it is not the levelling that counts.
-    let worth = match aim {
-        // Of the node that gets free, the share that this machine is.
-        Aim::Empty if source.load > 0.0 => source.capacity.power() * here / source.load,
-        Aim::Empty => source.capacity.power(),
-        Aim::Level | Aim::Relieve => lowers,
+    // The gain of packing is the freed capacity, not the levelling.
+    let worth = match objective {
+        // The machine's share of the power of the node that becomes free.
+        Objective::Empty if source.load > 0.0 => source.capacity.power() * here / source.load,
+        Objective::Empty => source.capacity.power(),
+        Objective::Level | Objective::Relieve => lowers,
     };
     let gain = gain(worth, candidate.lasted_ms, policy.horizon_s);
-    let distance = match aim {
-        Aim::Level => ((here + there) / 2.0 - wanted).abs(),
-        Aim::Empty | Aim::Relieve => (here - wanted).abs(),
+    let distance = match objective {
+        Objective::Level => ((here + there) / 2.0 - wanted).abs(),
+        Objective::Empty | Objective::Relieve => (here - wanted).abs(),
     };
     let kept = (target.capacity.memory_bytes as f64 * policy.memory_headroom) as u64;
     let free_bytes = target.memory_free_bytes.saturating_sub(kept);
@@ -338,21 +321,24 @@ fn weigh(
         let there = target.load + there;
         it.is_due(&candidate.factors, source, there, policy)
     };
-    let verdict = if let Some(bound) = &candidate.bound {
-        Verdict::Bound(bound.clone())
+    let verdict = if let Some(constraint) = &candidate.constraint {
+        Verdict::Constrained(constraint.clone())
     } else if needs_bytes > free_bytes {
         Verdict::NoRoom {
             needs_bytes,
             free_bytes,
         }
-    } else if aim != Aim::Level && !target.free && target.load + there > policy.fill_load {
-        Verdict::Overfills
-    } else if aim != Aim::Empty && target.load + there >= source.load {
-        Verdict::Overshoots
-    } else if aim == Aim::Level
-        && turned_share(source, target, here + there) > 1.0 - policy.shrink_min
+    } else if objective != Objective::Level
+        && !target.free
+        && target.load + there > policy.fill_load
     {
-        Verdict::OnlySwaps
+        Verdict::Overfills
+    } else if objective != Objective::Empty && target.load + there >= source.load {
+        Verdict::Overshoots
+    } else if objective == Objective::Level
+        && reversed_share(source, target, here + there) > 1.0 - policy.shrink_min
+    {
+        Verdict::SwapsImbalance
     } else if worth < policy.gain_min {
         Verdict::TooLittle {
             lowers: worth,
@@ -361,9 +347,9 @@ fn weigh(
     } else if candidate.spreadable.is_some_and(is_due) {
         Verdict::Spreads
     } else if gain.core_s.low <= cost.core_s.high {
-        Verdict::NotWorth
+        Verdict::NotWorthwhile
     } else {
-        Verdict::Further
+        Verdict::WorseFit
     };
     Considered {
         machine: candidate.machine.clone(),
@@ -380,17 +366,16 @@ fn weigh(
     }
 }
 
-/// By how much the target would be the heavier one when so much is moved, as a share of
-/// the difference now; less than zero if it would not be.
-fn turned_share(source: &Side, target: &Side, moved: f64) -> f64 {
+/// Amount by which the target would exceed the source after the move, as a share of the present
+/// difference; negative if it would not.
+fn reversed_share(source: &NodeState, target: &NodeState, moved: f64) -> f64 {
     let difference = source.load - target.load;
     (moved - difference) / difference
 }
 
-/// Of those that may go the nearest; among those that are about as near, the
-/// cheapest.
+/// Selects the closest eligible machine; among those about as close, the cheapest.
 fn choose(considered: &mut [Considered], half: f64) {
-    let may_go = |it: &Considered| it.verdict == Verdict::Further;
+    let may_go = |it: &Considered| it.verdict == Verdict::WorseFit;
     let nearest = considered
         .iter()
         .filter(|it| may_go(it))
@@ -419,7 +404,7 @@ fn choose(considered: &mut [Considered], half: f64) {
     }
     for it in considered.iter_mut() {
         if may_go(it) && it.distance <= near {
-            it.verdict = Verdict::Dearer;
+            it.verdict = Verdict::CostsMore;
         }
     }
     if let Some(best) = best {
@@ -433,8 +418,8 @@ mod tests {
     use crate::policy::Strategy;
     use proptest::prelude::{prop_assert, prop_assert_eq, proptest};
 
-    fn side(cores: f64, load: f64) -> Side {
-        Side {
+    fn side(cores: f64, load: f64) -> NodeState {
+        NodeState {
             capacity: Capacity {
                 cores,
                 speed: 1.0,
@@ -448,7 +433,7 @@ mod tests {
         }
     }
 
-    fn burner(name: &str, cores: f64, target: &Side) -> Candidate {
+    fn burner(name: &str, cores: f64, target: &NodeState) -> Candidate {
         let factors = Factors {
             cpu_cores: cores,
             cpu_bound_cores: cores,
@@ -461,11 +446,11 @@ mod tests {
             lasted_ms: 60_000,
             compile_core_s: 0.0,
             spreadable: None,
-            bound: None,
+            constraint: None,
         }
     }
 
-    fn decide(source: &Side, target: &Side, candidates: &[Candidate]) -> Vec<Considered> {
+    fn decide(source: &NodeState, target: &NodeState, candidates: &[Candidate]) -> Vec<Considered> {
         select(
             source,
             target,
@@ -491,8 +476,8 @@ mod tests {
         let considered = decide(&source, &target, &candidates);
         assert_eq!(&*considered[0].machine, "right");
         assert_eq!(considered[0].verdict, Verdict::Chosen);
-        assert_eq!(verdict(&considered, "large"), Verdict::Further);
-        assert_eq!(verdict(&considered, "small"), Verdict::Further);
+        assert_eq!(verdict(&considered, "large"), Verdict::WorseFit);
+        assert_eq!(verdict(&considered, "small"), Verdict::WorseFit);
     }
 
     #[test]
@@ -503,18 +488,18 @@ mod tests {
         let light = burner("b-light", 1.9, &target);
         let considered = decide(&source, &target, &[heavy, light]);
         assert_eq!(&*considered[0].machine, "b-light");
-        assert_eq!(verdict(&considered, "a-heavy"), Verdict::Dearer);
+        assert_eq!(verdict(&considered, "a-heavy"), Verdict::CostsMore);
     }
 
     #[test]
     fn between_unlike_nodes_both_numbers_count() {
-        // One core against four: 5 burners on one, none on the other.
+        // One core against four: 5 CPU-bound machines on one, none on the other.
         let (source, target) = (side(1.0, 5.0), side(4.0, 0.0));
         let one = burner("one", 1.0, &target);
         let considered = decide(&source, &target, &[one]);
         assert_eq!((considered[0].here, considered[0].there), (1.0, 0.25));
         assert_eq!(considered[0].verdict, Verdict::Chosen);
-        // Level in relative load: nothing moves, in either direction.
+        // Equal relative load: nothing moves, in either direction.
         let (small, large) = (side(1.0, 1.0), side(4.0, 1.0));
         let to_large = decide(&small, &large, &[burner("one", 1.0, &large)]);
         assert_eq!(to_large[0].verdict, Verdict::Overshoots);
@@ -528,7 +513,7 @@ mod tests {
         let mut roomy = burner("roomy", 1.0, &target);
         roomy.factors.memory_bytes = 9 << 30;
         let mut held = burner("held", 1.0, &target);
-        held.bound = Some(Bound::Held { for_ms: 5 });
+        held.constraint = Some(Constraint::Held { for_ms: 5 });
         let mut fresh = burner("fresh", 1.0, &target);
         fresh.lasted_ms = 10;
         let large = burner("large", 2.6, &target);
@@ -539,18 +524,21 @@ mod tests {
             verdict(&considered, "roomy"),
             Verdict::NoRoom { .. }
         ));
-        assert!(matches!(verdict(&considered, "held"), Verdict::Bound(_)));
-        assert_eq!(verdict(&considered, "fresh"), Verdict::NotWorth);
+        assert!(matches!(
+            verdict(&considered, "held"),
+            Verdict::Constrained(_)
+        ));
+        assert_eq!(verdict(&considered, "fresh"), Verdict::NotWorthwhile);
         assert_eq!(verdict(&considered, "large"), Verdict::Overshoots);
-        assert_eq!(verdict(&considered, "wide"), Verdict::OnlySwaps);
+        assert_eq!(verdict(&considered, "wide"), Verdict::SwapsImbalance);
         assert!(matches!(
             verdict(&considered, "idle"),
             Verdict::TooLittle { .. }
         ));
     }
 
-    /// Of two that would level as much the one goes whose code is ready there; a large
-    /// program does not go at all where compiling it takes more than the move is worth.
+    /// Of two machines with equal gain the one with compiled code at the target is selected; a
+    /// large program does not move at all where its compilation costs more than the gain.
     #[test]
     fn code_that_is_not_ready_costs_its_compilation() {
         let (source, target) = (side(4.0, 6.0), side(4.0, 0.0));
@@ -562,12 +550,12 @@ mod tests {
         let cheap = not_ready("a-little", 0.5);
         let considered = decide(&source, &target, &[cheap.clone(), ready.clone()]);
         assert_eq!(verdict(&considered, "ready"), Verdict::Chosen);
-        assert_eq!(verdict(&considered, "a-little"), Verdict::Dearer);
+        assert_eq!(verdict(&considered, "a-little"), Verdict::CostsMore);
         let considered = decide(&source, &target, &[cheap]);
         assert_eq!(considered[0].verdict, Verdict::Chosen);
         let dear = not_ready("large", 1e6);
         let considered = decide(&source, &target, &[dear]);
-        assert_eq!(considered[0].verdict, Verdict::NotWorth);
+        assert_eq!(considered[0].verdict, Verdict::NotWorthwhile);
         let cost = considered[0].cost;
         assert!(cost.core_s.low >= 1e6 && cost.duration_ms.low >= 1e9);
         assert_eq!(considered[0].candidate().compile_core_s, 1e6);
@@ -587,13 +575,13 @@ mod tests {
         };
         let mut over = may("over", 0.5);
         over.factors.memory_bytes = 2 << 30;
-        // Half of what presses here would press there, and it is of one thread.
+        // Half of the load would press the target too, and it belongs to one thread.
         let candidates = [may("wide", 2.0), may("narrow", 1.2), over];
         let considered = decide(&source, &target, &candidates);
         assert_eq!(verdict(&considered, "wide"), Verdict::Spreads);
         assert_eq!(verdict(&considered, "narrow"), Verdict::Chosen);
         assert_eq!(verdict(&considered, "over"), Verdict::Spreads);
-        // What may have no parts, or presses no other node, goes.
+        // A machine that may not span, or would press no other node, moves.
         let considered = decide(&source, &target, &[burner("wide", 2.0, &target)]);
         assert_eq!(considered[0].verdict, Verdict::Chosen);
         let (source, roomy) = (side(2.0, 2.0), side(8.0, 0.0));
@@ -603,7 +591,7 @@ mod tests {
         };
         let considered = decide(&source, &roomy, &[fits]);
         assert_eq!(considered[0].verdict, Verdict::Chosen);
-        // What is decided is not asked again.
+        // A decided split is not evaluated again.
         let decided = Candidate {
             spreadable: Some(Spreadable {
                 is_decided: true,
@@ -614,7 +602,7 @@ mod tests {
         let (source, target) = (side(1.0, 5.0), side(1.0, 1.0));
         let considered = decide(&source, &target, &[decided]);
         assert_eq!(considered[0].verdict, Verdict::Spreads);
-        // And it has them at once that is to have them.
+        // Parts from the start come before any move.
         let mut early = may("early", 0.5);
         early.spreadable = Some(Spreadable {
             from_beginning: true,
@@ -661,7 +649,7 @@ mod tests {
             strategy: Strategy::Pack,
             ..Policy::default()
         };
-        let decide = |source: &Side, target: &Side, cores: &[f64]| {
+        let decide = |source: &NodeState, target: &NodeState, cores: &[f64]| {
             let candidates: Vec<Candidate> = cores
                 .iter()
                 .enumerate()
@@ -670,17 +658,17 @@ mod tests {
             let model = CostModel::default();
             select(source, target, &candidates, &model, &policy)
         };
-        // 0.9 is 0.2 above what a node is filled to.
+        // 0.9 is 0.2 above the fill load.
         let (source, target) = (side(1.0, 0.9), side(1.0, 0.3));
         let considered = decide(&source, &target, &[0.05, 0.21, 0.4, 0.24]);
         assert_eq!(&*considered[0].machine, "m1");
         assert_eq!(considered[0].verdict, Verdict::Chosen);
-        // Levelling would have sent this one; it would press the next node.
+        // Levelling would have moved this one; it would press the target.
         let target = side(1.0, 0.6);
         let considered = decide(&source, &target, &[0.15]);
         assert_eq!(considered[0].verdict, Verdict::Overfills);
-        // A free node takes what fits nowhere else.
-        let free = Side {
+        // A free node accepts a machine that fits nowhere else.
+        let free = NodeState {
             free: true,
             ..side(1.0, 0.0)
         };
@@ -711,9 +699,9 @@ mod tests {
             for it in chosen {
                 prop_assert!(it.gain.lowers >= Policy::default().gain_min);
                 prop_assert!(target.load + it.there < source.load);
-                // And its way back would not be taken.
-                let left = Side { load: source.load - it.here, ..source };
-                let came = Side { load: target.load + it.there, ..target };
+                // The reverse move would not be made.
+                let left = NodeState { load: source.load - it.here, ..source };
+                let came = NodeState { load: target.load + it.there, ..target };
                 prop_assert!(lowers(&came, &left, it.there, it.here) < 0.0);
             }
         }

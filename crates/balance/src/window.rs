@@ -1,9 +1,9 @@
-//! Loads of the last seconds, and whether a difference between two nodes has shown
-//! for long enough to be acted on.
+//! The sliding window of a node's load samples, and the test whether a load difference between two
+//! nodes has lasted long enough to act on.
 
 use std::collections::VecDeque;
 
-/// Newest samples of which most must show a difference, and how many.
+/// Number of newest samples of which [`NEWEST_SHOWING`] must show a difference.
 pub const NEWEST: usize = 5;
 /// How many of the newest must show it.
 pub const NEWEST_SHOWING: usize = 4;
@@ -17,7 +17,7 @@ pub struct Window {
 }
 
 impl Window {
-    /// One that keeps so many samples.
+    /// A window of `samples_max` samples.
     pub fn new(samples_max: usize) -> Self {
         Window {
             loads: VecDeque::with_capacity(samples_max),
@@ -25,21 +25,20 @@ impl Window {
         }
     }
 
-    /// Adds the newest sample.
     pub fn add(&mut self, load: f64) {
         self.loads.truncate(self.samples_max.saturating_sub(1));
         self.loads.push_front(load);
     }
 
-    /// Load came or went by a move: what was measured before counts as if it always
-    /// had been so, or each move would hide the node for the length of the window.
+    /// Adjusts all samples for load that a move added or removed. Without that each move would hide
+    /// the node's load for the length of the window.
     pub fn shift(&mut self, by: f64) {
         for load in &mut self.loads {
             *load = (*load + by).max(0.0);
         }
     }
 
-    /// Forgets everything: after a gap, what was measured before says nothing.
+    /// Drops all samples: after a gap the old ones are meaningless.
     pub fn clear(&mut self) {
         self.loads.clear();
     }
@@ -50,9 +49,8 @@ impl Window {
     }
 }
 
-/// By how much one node is surely heavier than another: so much that
-/// [`NEWEST_SHOWING`] of the [`NEWEST`] newest samples and the lower quartile of
-/// all show it. `None` with fewer than [`NEWEST`] samples of either.
+/// The load difference that [`NEWEST_SHOWING`] of the [`NEWEST`] newest samples and the lower
+/// quartile of all samples exceed. `None` with fewer than [`NEWEST`] samples of either node.
 pub fn steady_difference(here: &[f64], there: &[f64]) -> Option<f64> {
     let mut differences: Vec<f64> = here.iter().zip(there).map(|(a, b)| a - b).collect();
     if differences.len() < NEWEST {
@@ -60,7 +58,7 @@ pub fn steady_difference(here: &[f64], there: &[f64]) -> Option<f64> {
     }
     let newest = &mut differences[..NEWEST].to_vec();
     newest.sort_by(f64::total_cmp);
-    // All but the least of them are at least this.
+    // All but the smallest are at least this.
     let shown_by_most = newest[NEWEST - NEWEST_SHOWING];
     differences.sort_by(f64::total_cmp);
     let quartile = differences[differences.len() / 4];

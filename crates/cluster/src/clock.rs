@@ -1,5 +1,5 @@
-//! The clock that leases are measured by: CLOCK_BOOTTIME, which goes on while
-//! the host is suspended and is never set.
+//! The clock for leases: CLOCK_BOOTTIME, which continues while the host is suspended and is never
+//! set.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -1,10 +1,8 @@
 //! The cluster's certificate authority and the nodes' certificates.
 //!
-//! A node makes its key itself and sends a signing request; the authority
-//! takes nothing from that but the public key, and puts the node's name in
-//! itself. Certificates carry no end that matters (wall clocks decide
-//! nothing): a node is removed by removing its membership, see
-//! [`crate::members`].
+//! A node creates its own key and sends a signing request; the authority takes only the public key
+//! from it, and sets the node's name itself. Certificates do not expire in practice (no decision
+//! depends on wall clocks): a node is removed by removing its membership, see [`crate::members`].
 //!
 //! ```text
 //! STATE/identity/cluster    the cluster's id
@@ -30,7 +28,7 @@ use thiserror::Error;
 
 use crate::state_file::{self, StateFileError};
 
-/// Longest signing request that is looked at, in bytes.
+/// Maximum size of a signing request, in bytes.
 pub const CSR_BYTES_MAX: usize = 16 << 10;
 
 const CLUSTER_FILE: &str = "cluster";
@@ -39,7 +37,7 @@ const CA_KEY_FILE: &str = "ca.key";
 const NODE_CERT_FILE: &str = "node.pem";
 const NODE_KEY_FILE: &str = "node.key";
 
-/// Why an identity cannot be made, read or kept.
+/// Why an identity cannot be created, read or stored.
 #[derive(Debug, Error)]
 pub enum IdentityError {
     /// The text is not a cluster id.
@@ -47,21 +45,14 @@ pub enum IdentityError {
     ClusterId(String),
     /// Making or reading a key or certificate failed.
     #[error("{what}: {reason}")]
-    Certificate {
-        /// What was tried.
-        what: &'static str,
-        /// Why it failed.
-        reason: String,
-    },
+    Certificate { what: &'static str, reason: String },
     /// The certificate is for another node.
     #[error("the certificate is for {found}, not for node {expected}")]
     OtherNode {
         /// The node it should be for.
         expected: NodeName,
-        /// What it is for.
         found: String,
     },
-    /// TLS cannot use it.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// A file of the state directory.
@@ -81,7 +72,6 @@ fn bad(what: &'static str, reason: impl fmt::Display) -> IdentityError {
 pub struct ClusterId(pub u128);
 
 impl ClusterId {
-    /// A new one.
     pub fn random() -> Self {
         Self(rand::random())
     }
@@ -155,13 +145,13 @@ impl CertificateAuthority {
             certificate,
             issuer,
         };
-        authority.prove()?;
+        authority.self_test()?;
         Ok(authority)
     }
 
-    /// Signs a certificate and lets TLS verify it: shows that key and
-    /// certificate belong together before a node relies on it.
-    fn prove(&self) -> Result<(), IdentityError> {
+    /// Signs a certificate and verifies it with TLS: shows that key and certificate match before a
+    /// node relies on them.
+    fn self_test(&self) -> Result<(), IdentityError> {
         let what = "checking the key of the cluster CA";
         let node = NodeName::new("probe").map_err(|e| bad(what, e))?;
         let csr = make_csr(&node)?;
@@ -180,12 +170,11 @@ impl CertificateAuthority {
         self.cluster
     }
 
-    /// Its certificate.
     pub fn certificate_pem(&self) -> &str {
         &self.certificate_pem
     }
 
-    /// Its private key. Handle with care: whoever has it can be any node.
+    /// Its private key. Its holder can impersonate any node.
     pub fn key_pem(&self) -> String {
         self.issuer.key().serialize_pem()
     }
@@ -225,7 +214,7 @@ impl CertificateAuthority {
         Ok(certificate.pem())
     }
 
-    /// Keeps the key in `directory`, beside the node's own identity.
+    /// Stores the key in `directory`, beside the node's own identity.
     ///
     /// # Errors
     /// [`IdentityError::File`].
@@ -275,11 +264,9 @@ fn common_name(name: String) -> DistinguishedName {
 
 /// A new key of a node and the request to have it signed.
 pub struct SigningRequest {
-    /// The node it is for.
     pub node: NodeName,
     /// The private key; it stays here.
     pub key_pem: String,
-    /// The request, for the authority.
     pub csr_pem: String,
 }
 
@@ -306,16 +293,12 @@ pub fn make_csr(node: &NodeName) -> Result<SigningRequest, IdentityError> {
     })
 }
 
-/// What makes this process a node of its cluster.
+/// Identity of this process as a node of its cluster.
 #[derive(Clone)]
 pub struct NodeIdentity {
-    /// The cluster.
     pub cluster: ClusterId,
-    /// The node's name.
     pub node: NodeName,
-    /// Its certificate.
     pub certificate_pem: String,
-    /// Its private key.
     pub key_pem: String,
     /// Certificates of the authorities it trusts: one, or two while the CA is
     /// rotated.
@@ -323,7 +306,7 @@ pub struct NodeIdentity {
 }
 
 impl NodeIdentity {
-    /// Puts an identity together.
+    /// Assembles and verifies an identity.
     ///
     /// # Errors
     /// [`IdentityError::OtherNode`] when the certificate is for another node,
@@ -368,7 +351,7 @@ impl NodeIdentity {
         )
     }
 
-    /// What TLS needs of it.
+    /// Credentials for TLS.
     ///
     /// # Errors
     /// [`TlsError::Credentials`].

@@ -11,9 +11,8 @@
 //!   │ verifies all of it, keeps it, done           │
 //! ```
 //!
-//! The transaction compares the token's revision, so a token serves once even
-//! if two nodes send it at the same time. A node whose answer got lost asks
-//! again with the same request and gets its certificate.
+//! The transaction compares the token's revision, so a token admits one node even if two nodes send
+//! it concurrently. A node whose answer was lost repeats the same request and gets its certificate.
 
 use keel_net::rpc::ConnectError;
 use keel_net::{Client, ClientTls, NodeName, Options, RpcError, TlsError};
@@ -31,44 +30,37 @@ use crate::store::{Store, StoreError, Txn, TxnOutcome};
 use crate::tokens::{self, JoinToken, Secret, TokenError};
 use crate::wire::{self, WireError, kind};
 
-/// What a joining node sends.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct JoinRequest {
     /// Number of the join token.
     pub token: u64,
-    /// Its secret.
     pub secret: Secret,
     /// The signing request for the node's key, PEM.
     pub csr_pem: String,
-    /// The name it wants.
     pub node: NodeName,
     /// Where other nodes reach it, `host:port`.
     pub address: String,
 }
 
-/// What it gets.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct JoinResponse {
-    /// The cluster.
     pub cluster: ClusterId,
     /// The node's certificate, PEM.
     pub certificate_pem: String,
     /// The certificate of the cluster CA, PEM.
     pub authority_pem: String,
-    /// Whom to ask for the store.
+    /// The voters of the store.
     pub voters: Vec<Voter>,
 }
 
 /// Why a node did not become a member.
 #[derive(Debug, Error)]
 pub enum JoinError {
-    /// The token.
     #[error(transparent)]
     Token(#[from] TokenError),
-    /// Another node has that name.
     #[error("the cluster has a node {0} already; choose another name, or `keel leave` there first")]
     NameTaken(NodeName),
-    /// Someone else was quicker with the same token.
+    /// Another node used the same token concurrently.
     #[error("the token was used at the same moment; get a new one with `keel token`")]
     Raced,
     /// Membership.
@@ -80,7 +72,6 @@ pub enum JoinError {
     /// The store. After [`StoreError::Unknown`], send the same request again.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// TLS.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// No connection.
@@ -90,7 +81,7 @@ pub enum JoinError {
     /// again.
     #[error(transparent)]
     Rpc(#[from] RpcError),
-    /// A request or answer that cannot be read.
+    /// A request or answer cannot be decoded.
     #[error(transparent)]
     Wire(#[from] WireError),
 }
@@ -122,7 +113,7 @@ pub async fn accept_join(
         now_unix_ms,
     )
     .await?;
-    // Before the token is used up: whatever can fail.
+    // All steps that can fail come before the token is used up.
     let response = JoinResponse {
         cluster: authority.cluster(),
         certificate_pem: authority.sign(&request.csr_pem, &request.node)?,
@@ -131,7 +122,7 @@ pub async fn accept_join(
     };
     let member = Key::Member(request.node.clone());
     let Some(mark) = redemption.mark else {
-        // Admitted before; but not if the node was removed since.
+        // Admitted before; unless the node was removed since.
         let still = store.get(&member.to_string()).await?;
         return match still {
             Some(_) => Ok(response),

@@ -1,28 +1,27 @@
-//! Every name under which something is kept in the store. No other module
-//! puts such a name together or takes one apart.
+//! All keys of the store. No other module builds or parses keys.
 //!
 //! | key | value |
 //! |---|---|
 //! | `cluster` | id and incarnation |
-//! | `epoch-base` | what the first epoch of a new machine adds to the store's revision |
+//! | `epoch-base` | offset of a new machine's first epoch to the store's revision |
 //! | `voters` | the nodes that hold the store, with addresses |
-//! | `code/NODE` | of which programs the node has compiled code |
-//! | `member/NODE` | that the node belongs to the cluster, and where it is |
-//! | `node/NODE` | what its agent says of it: labels, capacity |
-//! | `alive/NODE` | the node's lease, attached to it: gone when the node is |
+//! | `code/NODE` | programs whose compiled code the node has cached |
+//! | `member/NODE` | membership of the node, and its address |
+//! | `node/NODE` | the agent's report: labels, capacity |
+//! | `alive/NODE` | the node's liveness, attached to its lease: deleted when the node fails |
 //! | `machine/MACHINE` | spec, epoch, owner |
-//! | `kept/MACHINE` | where its newest checkpoint is |
-//! | `volume/VOLUME` | where a volume of the cluster is, its quota, which machine has it |
-//! | `schedule/NODE/MACHINE` | that the node is to run (a part of) the machine |
-//! | `reservation/NODE/MACHINE` | room kept at the node for an incoming machine |
-//! | `lease/NAME` | who holds a role of which there is one in the cluster |
-//! | `policy` | what the cluster wants of its balancer |
-//! | `move-slot/NUMBER` | who holds one of the tokens for moves |
-//! | `drain/NODE` | that the node is being emptied: nothing is placed there |
+//! | `kept/MACHINE` | location of its newest checkpoint |
+//! | `volume/VOLUME` | location of a cluster volume, its quota, and its machine |
+//! | `schedule/NODE/MACHINE` | the node must run (a part of) the machine |
+//! | `reservation/NODE/MACHINE` | memory reserved at the node for an incoming machine |
+//! | `lease/NAME` | holder of a singleton role of the cluster |
+//! | `policy` | the balancing policy |
+//! | `move-slot/NUMBER` | holder of one of the tokens for concurrent moves |
+//! | `drain/NODE` | the node is being drained: nothing is placed there |
 //! | `rules` | all placement rules |
 //! | `rule/ID/DOMAIN` | holders of a placement rule's domain |
-//! | `node-labels/NODE`, `machine-labels/MACHINE` | what rules select by |
-//! | `module/HASH` | a module known to the cluster, by 64 hex digits |
+//! | `node-labels/NODE`, `machine-labels/MACHINE` | labels for placement rules |
+//! | `module/HASH` | a module of the cluster, by 64 hex digits |
 //! | `token/ID` | a join token, hashed |
 //! | `user-token/ID` | a user's token, hashed |
 
@@ -32,8 +31,7 @@ use std::str::FromStr;
 use keel_net::{Fingerprint, MachineName, NodeName};
 use thiserror::Error;
 
-/// The name of one thing in the store. `Display` gives the key, `FromStr`
-/// reads it back.
+/// A key of the store. `Display` formats it, `FromStr` parses it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Key {
     /// `cluster`
@@ -53,8 +51,8 @@ pub enum Key {
     /// `machine/MACHINE`
     Machine(MachineName),
     /// `kept/MACHINE`
-    Kept(MachineName),
-    /// `volume/VOLUME`; volumes have the form of names of machines.
+    Checkpoint(MachineName),
+    /// `volume/VOLUME`; a volume's name has the form of a machine's.
     Volume(MachineName),
     /// `schedule/NODE/MACHINE`
     Schedule(NodeName, MachineName),
@@ -126,12 +124,12 @@ pub const MEMBERS: &str = "member/";
 pub const NODES: &str = "node/";
 /// Prefix of the nodes whose lease runs.
 pub const ALIVE: &str = "alive/";
-/// Prefix of what code nodes have.
+/// Prefix of the nodes' caches of compiled code.
 pub const CODE: &str = "code/";
 /// Prefix of all machines.
 pub const MACHINES: &str = "machine/";
-/// Prefix of where machines' newest checkpoints are.
-pub const KEPT: &str = "kept/";
+/// Prefix of machines' newest checkpoints.
+pub const CHECKPOINTS: &str = "kept/";
 /// Prefix of all volumes of the cluster.
 pub const VOLUMES: &str = "volume/";
 /// Prefix of all nodes' schedules.
@@ -142,7 +140,7 @@ pub const RESERVATIONS: &str = "reservation/";
 pub const LEASES: &str = "lease/";
 /// Prefix of all tokens for moves.
 pub const MOVE_SLOTS: &str = "move-slot/";
-/// Prefix of the nodes that are being emptied.
+/// Prefix of the drained nodes.
 pub const DRAINS: &str = "drain/";
 /// Prefix of all nodes' labels.
 pub const NODE_LABELS: &str = "node-labels/";
@@ -183,7 +181,7 @@ impl fmt::Display for Key {
             Key::Code(node) => write!(f, "{CODE}{node}"),
             Key::Alive(node) => write!(f, "{ALIVE}{node}"),
             Key::Machine(machine) => write!(f, "{MACHINES}{machine}"),
-            Key::Kept(machine) => write!(f, "{KEPT}{machine}"),
+            Key::Checkpoint(machine) => write!(f, "{CHECKPOINTS}{machine}"),
             Key::Volume(volume) => write!(f, "{VOLUMES}{volume}"),
             Key::Schedule(node, machine) => write!(f, "{SCHEDULES}{node}/{machine}"),
             Key::Reservation(node, machine) => write!(f, "{RESERVATIONS}{node}/{machine}"),
@@ -232,7 +230,7 @@ fn parse(text: &str) -> Option<Key> {
         ("code", Some(node), None) => Key::Code(node.parse().ok()?),
         ("alive", Some(node), None) => Key::Alive(node.parse().ok()?),
         ("machine", Some(machine), None) => Key::Machine(machine.parse().ok()?),
-        ("kept", Some(machine), None) => Key::Kept(machine.parse().ok()?),
+        ("kept", Some(machine), None) => Key::Checkpoint(machine.parse().ok()?),
         ("volume", Some(volume), None) => Key::Volume(volume.parse().ok()?),
         ("schedule", Some(node), Some(machine)) => {
             Key::Schedule(node.parse().ok()?, machine.parse().ok()?)
@@ -256,7 +254,7 @@ fn parse(text: &str) -> Option<Key> {
         ("user-token", Some(id), None) => Key::UserToken(id.parse().ok()?),
         _ => return None,
     })
-    // One thing has one name: upper-case digits, for example, are refused.
+    // Keys are canonical: upper-case digits, for example, are refused.
     .filter(|key| key.to_string() == text)
 }
 

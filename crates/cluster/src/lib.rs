@@ -1,22 +1,22 @@
-//! What makes nodes one cluster: who they are, and what they agree on.
+//! Identity, membership and consensus of the nodes of a cluster.
 //!
-//! - [`epoch`]: the number that an owner changes by.
-//! - [`keys`]: every name under which something is kept in the store.
+//! - [`epoch`]: the version of a machine's ownership.
+//! - [`keys`]: all keys of the store.
 //! - [`store`]: the linearizable store: the trait, its embedded engine, and
 //!   the same trait over the network.
 //! - [`identity`]: the cluster's certificate authority and the nodes'
 //!   certificates.
 //! - [`tokens`]: join tokens and users' tokens.
-//! - [`members`]: who is a member now.
+//! - [`members`]: current membership.
 //! - [`join`]: how a node becomes a member.
 //! - [`service`]: the requests that a voter answers over `keel-net`.
 //! - [`wire`]: the versioned envelope of every payload and record.
 //! - [`clock`]: the clock that leases are measured by.
-//! - [`state_file`]: files written whole or not at all.
+//! - [`state_file`]: atomically written files.
 //!
-//! Invariants: wall clocks decide nothing but the expiry of tokens. An outcome
-//! that is not known is never reported as a failure. A private key never
-//! leaves the node it was made on, except the CA's, between voters.
+//! Invariants: wall clocks only affect the expiry of tokens. An unknown outcome is never reported
+//! as a failure. A private key never leaves the node on which it was created, except the CA's,
+//! between voters.
 #![forbid(unsafe_code)]
 
 pub mod clock;

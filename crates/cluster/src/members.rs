@@ -1,9 +1,9 @@
-//! Who is a member of the cluster now: the keys `member/NODE`.
+//! Current membership of the cluster: the keys `member/NODE`.
 //!
-//! A certificate alone admits nobody. [`MemberSet`] follows the store, and its
-//! check is asked at each accept and request, so a removed node is refused at
-//! once. `node/NODE` is the agent's to write; `member/NODE` is only written by
-//! joining and removing, so a removed node cannot write itself back in.
+//! A certificate does not suffice for admission. [`MemberSet`] follows the store, and is consulted
+//! at each accept and request, so a removed node is refused immediately. The agent writes
+//! `node/NODE`; only joining and removing write `member/NODE`, so a removed node cannot re-register
+//! itself.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -26,12 +26,10 @@ pub const ADDRESS_BYTES_MAX: usize = 300;
 /// Time between attempts to reach the store again.
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
-/// A member of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
-    /// Its name.
     pub node: NodeName,
-    /// Where other nodes reach it, `host:port`.
+    /// Its address for other nodes, `host:port`.
     pub address: String,
     /// When it joined, in milliseconds since 1970.
     pub joined_unix_ms: u64,
@@ -39,10 +37,9 @@ pub struct Member {
     pub key: Fingerprint,
 }
 
-/// A voter of the store: who to ask.
+/// A voter of the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Voter {
-    /// Its name.
     pub node: NodeName,
     /// Where it is, `host:port`.
     pub address: String,
@@ -64,30 +61,25 @@ struct ClusterRecord {
 /// Why membership cannot be read or changed.
 #[derive(Debug, Error)]
 pub enum MemberError {
-    /// Another cluster is kept in this store.
+    /// The store belongs to another cluster.
     #[error("this store is of cluster {0} already")]
     OtherCluster(ClusterId),
-    /// The store holds no cluster.
     #[error("this store has no cluster yet; make one with `keel up`")]
     NoCluster,
     /// The node is to run machines.
     #[error("node {node} still has machines ({first} …); `keel drain {node}` first")]
     HasMachines {
-        /// The node.
         node: NodeName,
         /// The key of one of its schedule's entries.
         first: String,
     },
-    /// Not a member.
     #[error("node {0} is not a member of this cluster")]
     NotAMember(NodeName),
-    /// The address cannot be one.
     #[error("{0:?} is not an address: write host:port")]
     Address(String),
-    /// The store did not answer as needed.
+    /// An error of the store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// A record cannot be read.
     #[error(transparent)]
     Record(#[from] WireError),
 }
@@ -133,8 +125,7 @@ fn member(key: &str, value: &[u8]) -> Option<Result<Member, WireError>> {
     }))
 }
 
-/// Writes a new cluster into an empty store: its id, its first voter and
-/// member. Doing it again for the same cluster changes nothing.
+/// Initialises an empty store: cluster ID, first voter and member. Idempotent for the same cluster.
 ///
 /// # Errors
 /// [`MemberError::OtherCluster`] when the store has one already.
@@ -222,7 +213,7 @@ pub async fn set_address(
         let txn = Txn::new()
             .when_modified_at(key.clone(), entry.modified)
             .put(key.clone(), wire::encode("a member's record", &record)?);
-        // Refused: someone else changed it meanwhile; look again.
+        // Refused because of a concurrent change: retry.
         if store.txn(txn).await?.is_committed() {
             return Ok(());
         }
@@ -256,8 +247,7 @@ pub async fn remove(store: &dyn Store, node: &NodeName) -> Result<(), MemberErro
     }
 }
 
-/// The members as last seen in the store. While the store cannot be reached it
-/// keeps what it knew.
+/// The members as last read from the store, also while it is unreachable.
 #[derive(Debug)]
 pub struct MemberSet {
     members: RwLock<Arc<BTreeMap<NodeName, Member>>>,
@@ -265,7 +255,7 @@ pub struct MemberSet {
 }
 
 impl MemberSet {
-    /// A set that knows `members` so far.
+    /// A set that initially contains `members`.
     pub fn new(members: Vec<Member>) -> Arc<Self> {
         let members = members.into_iter().map(|m| (m.node.clone(), m)).collect();
         Arc::new(Self {
@@ -298,8 +288,8 @@ impl MemberSet {
         Ok((set, task))
     }
 
-    /// Lists and then follows changes; ends with an error, or when this is the
-    /// only owner of the set.
+    /// Lists and then follows changes; ends with an error, or when this is the only owner of the
+    /// set.
     async fn follow_once(self: &Arc<Self>, store: &dyn Store) -> Result<(), MemberError> {
         let listing = store.list(MEMBERS).await?;
         let found = listing.entries.iter();
@@ -355,7 +345,7 @@ impl MemberSet {
         self.changed.subscribe()
     }
 
-    /// The check that a server asks; it keeps the set.
+    /// The membership check for a server; it keeps the set alive.
     pub fn check(self: &Arc<Self>) -> MemberCheck {
         let set = Arc::clone(self);
         Arc::new(move |node| set.contains(node))

@@ -1,6 +1,6 @@
-//! What a voter answers over `keel-net`: the store's requests from nodes, and
-//! the join request from anyone. An agent puts this behind its own handler for
-//! the kinds that [`ClusterService::handles`] names.
+//! The requests that a voter serves over `keel-net`: the store's requests from nodes, and the join
+//! request from anyone. An agent wraps it in its own handler for the kinds that
+//! [`ClusterService::handles`] names.
 
 use std::fmt;
 use std::sync::Arc;

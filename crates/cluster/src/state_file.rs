@@ -17,9 +17,7 @@ pub const STATE_FILE_BYTES_MAX: u64 = 1 << 20;
 pub struct StateFileError {
     /// "read" or "write".
     pub action: &'static str,
-    /// The file.
     pub path: PathBuf,
-    /// The system's reason.
     pub source: io::Error,
 }
 
@@ -28,7 +26,7 @@ pub struct StateFileError {
 /// does not exist.
 ///
 /// # Errors
-/// [`StateFileError`]; the old contents then still stand.
+/// [`StateFileError`]; the old contents remain then.
 pub fn write(path: &Path, contents: &[u8]) -> Result<(), StateFileError> {
     replace(path, contents).map_err(|source| StateFileError {
         action: "write",
@@ -111,7 +109,7 @@ mod tests {
         let path = directory.path().join("absent");
         let error = read(&path).map_err(|e| e.to_string());
         assert!(error.is_err_and(|e| e.contains("absent")));
-        // A directory stands where the file should go: nothing is left behind.
+        // A directory occupies the path: nothing is left behind.
         let blocked = directory.path().join("blocked");
         fs::create_dir_all(blocked.join("x"))?;
         assert!(write(&blocked, b"x").is_err());

@@ -24,13 +24,13 @@ use thiserror::Error;
 mod model;
 mod redb;
 mod remote;
-mod serve;
+mod server;
 mod view;
 mod wire;
 
 pub use redb::{RedbOptions, RedbStore};
 pub use remote::RemoteStore;
-pub use serve::StoreHandler;
+pub use server::StoreHandler;
 
 /// Number of a committed change; 0 is the empty store, the first change is 1.
 pub type Revision = u64;
@@ -64,7 +64,6 @@ impl fmt::Display for LeaseId {
     }
 }
 
-/// One entry of the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyValue {
     /// 1 to [`KEY_BYTES_MAX`] bytes.
@@ -79,69 +78,51 @@ pub struct KeyValue {
     pub lease: Option<LeaseId>,
 }
 
-/// A condition of a transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Compare {
-    /// The key does not exist.
     Absent {
-        /// The key.
         key: String,
     },
-    /// The key exists.
     Exists {
-        /// The key.
         key: String,
     },
     /// The key exists and was last put at `revision`.
     ModifiedAt {
-        /// The key.
         key: String,
         /// Its [`KeyValue::modified`].
         revision: Revision,
     },
     /// The key exists with this value.
     Value {
-        /// The key.
         key: String,
-        /// The value.
         value: Vec<u8>,
     },
     /// The key exists and is attached to this lease.
     Attached {
-        /// The key.
         key: String,
-        /// The lease.
         lease: LeaseId,
     },
     /// The lease exists and has time left.
     LeaseAlive {
-        /// The lease.
         lease: LeaseId,
     },
     /// No key begins with `prefix`.
     NoneUnder {
-        /// The prefix.
         prefix: String,
     },
 }
 
-/// A change in a transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op {
     /// Set a key. Attaches it to `lease`, and detaches it from any other.
     Put {
-        /// The key.
         key: String,
-        /// Its value.
         value: Vec<u8>,
         /// The lease with which it ends; it must be alive.
         lease: Option<LeaseId>,
     },
     /// Remove a key; nothing if it does not exist.
-    Delete {
-        /// The key.
-        key: String,
-    },
+    Delete { key: String },
 }
 
 /// All compares hold, and then all operations are applied, in one revision; or
@@ -150,7 +131,6 @@ pub enum Op {
 pub struct Txn {
     /// The conditions, checked in this order.
     pub compare: Vec<Compare>,
-    /// The changes.
     pub then: Vec<Op>,
 }
 
@@ -215,7 +195,6 @@ impl Txn {
     }
 }
 
-/// What a transaction came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TxnOutcome {
     /// It is applied and durable.
@@ -229,7 +208,7 @@ pub enum TxnOutcome {
         failed: usize,
         /// The revision at which it was evaluated.
         revision: Revision,
-        /// What the condition's key had then (for a prefix: the first entry).
+        /// The entry of the condition's key at that revision (for a prefix: the first entry).
         current: Option<KeyValue>,
     },
 }
@@ -246,24 +225,18 @@ impl TxnOutcome {
 pub struct Listing {
     /// The instant: watch from `revision + 1` to miss nothing.
     pub revision: Revision,
-    /// The entries, by key.
     pub entries: Vec<KeyValue>,
 }
 
-/// One change of one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// The key has this value now.
     Put(KeyValue),
     /// The key is gone: deleted, or its lease ended.
-    Delete {
-        /// The key.
-        key: String,
-    },
+    Delete { key: String },
 }
 
 impl Change {
-    /// The key that changed.
     pub fn key(&self) -> &str {
         match self {
             Change::Put(entry) => &entry.key,
@@ -272,12 +245,10 @@ impl Change {
     }
 }
 
-/// What one revision changed under a watched prefix; never empty.
+/// The changes of one revision under a watched prefix; never empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changes {
-    /// The revision.
     pub revision: Revision,
-    /// Its changes.
     pub changes: Vec<Change>,
 }
 
@@ -286,62 +257,36 @@ pub struct Changes {
 pub enum StoreError {
     /// Certainly not executed.
     #[error("the store is not available: {reason}")]
-    Unavailable {
-        /// Who is missing, and why.
-        reason: String,
-    },
+    Unavailable { reason: String },
     /// The request may or may not have taken effect, now or later.
     #[error("the store's answer was lost, the change may have been made: {reason}")]
-    Unknown {
-        /// What happened.
-        reason: String,
-    },
+    Unknown { reason: String },
     /// Changes since the revision asked for are forgotten: list again.
     #[error("changes since revision {asked} are forgotten, the oldest known is {oldest}")]
     Compacted {
-        /// The revision asked for.
         asked: Revision,
         /// The oldest that can be watched from.
         oldest: Revision,
     },
     /// The store is older than the caller: it was restored. List again.
     #[error("revision {asked} is ahead of the store's {current}: it was restored from a backup")]
-    Ahead {
-        /// The revision asked for.
-        asked: Revision,
-        /// The store's.
-        current: Revision,
-    },
+    Ahead { asked: Revision, current: Revision },
     /// A limit of this module is passed. Not executed.
     #[error("{what}: {found}, the limit is {limit}")]
     Limit {
-        /// What is limited.
         what: String,
-        /// What the request has.
         found: u64,
-        /// The limit.
         limit: u64,
     },
     /// The lease ended or never was. Not executed.
     #[error("lease {lease} has ended")]
-    NoSuchLease {
-        /// The lease.
-        lease: LeaseId,
-    },
+    NoSuchLease { lease: LeaseId },
     /// The request makes no sense. Not executed.
     #[error("not a valid request to the store: {reason}")]
-    Invalid {
-        /// Why.
-        reason: String,
-    },
+    Invalid { reason: String },
     /// The store's file cannot be used.
     #[error("the store in {path} cannot be opened: {reason}")]
-    Open {
-        /// The file.
-        path: String,
-        /// Why, and what to do.
-        reason: String,
-    },
+    Open { path: String, reason: String },
 }
 
 impl StoreError {
@@ -381,7 +326,7 @@ impl fmt::Debug for Watch {
     }
 }
 
-/// The store, whatever is behind it.
+/// The interface of all stores.
 pub trait Store: Send + Sync {
     /// The entry of `key`, not older than any change answered before the call.
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<KeyValue>, StoreError>>;

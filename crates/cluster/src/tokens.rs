@@ -1,15 +1,13 @@
-//! Join tokens and users' tokens: printable secrets of which the store keeps
-//! only hashes.
+//! Join tokens and users' tokens: printable secrets; the store has only their hashes.
 //!
 //! ```text
 //! keel1-…   id 8 B │ secret 16 B │ fingerprint of the CA 32 B │ check 4 B   base32
 //! keelu1-…  id 8 B │ secret 16 B │ check 4 B                               base32
 //! ```
 //!
-//! The check finds slips of the pen; it protects nothing. Secrets are compared
-//! by their hashes, in constant time. A join token serves one node once;
-//! asking again with the same token *and* the same key gets the same answer,
-//! so that a lost answer does not cost a token.
+//! The check detects typing errors; it has no security function. Secrets are compared by their
+//! hashes, in constant time. A join token admits one node; repeating the request with the same
+//! token *and* the same key yields the same answer, so that a lost answer does not consume a token.
 
 use std::fmt;
 use std::str::FromStr;
@@ -33,7 +31,7 @@ pub const JOIN_TOKEN_TTL_MS_MAX: u64 = 30 * 24 * 3600 * 1000;
 /// Longest name of a user's token, in bytes.
 pub const USER_NAME_BYTES_MAX: usize = 128;
 
-/// Why a token was not made or not accepted.
+/// Why a token was not created or not accepted.
 #[derive(Debug, Error)]
 pub enum TokenError {
     /// The text is not a token.
@@ -41,22 +39,19 @@ pub enum TokenError {
     Malformed {
         /// "join" or "user".
         what: &'static str,
-        /// What is wrong with it.
         reason: &'static str,
     },
-    /// No such token, or the secret is wrong: which of the two is not told.
+    /// No such token, or a wrong secret: the error does not reveal which.
     #[error("the token is not valid here; get one with `keel token`")]
     NotValid,
-    /// It is too old.
     #[error("the token has expired; get a new one with `keel token`")]
     Expired,
-    /// It served another node already.
     #[error("the token was used by node {0} already; get a new one with `keel token`")]
     Used(NodeName),
     /// A parameter is out of its range.
     #[error("{0}")]
     Parameter(String),
-    /// The store did not answer as needed.
+    /// An error of the store.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The record in the store cannot be read.
@@ -64,7 +59,7 @@ pub enum TokenError {
     Record(#[from] WireError),
 }
 
-/// The secret of a token. Never printed but in the token.
+/// The secret of a token. Never printed except in the token.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Secret([u8; SECRET_BYTES]);
 
@@ -93,15 +88,13 @@ impl fmt::Debug for Secret {
 /// A join token, as the joining node has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JoinToken {
-    /// Its name in the store.
     pub id: TokenId,
-    /// What proves it.
     pub secret: Secret,
     /// The fingerprint of the cluster's CA: whom to trust.
     pub authority: Fingerprint,
 }
 
-/// What the store keeps of a join token.
+/// Stored record of a join token.
 #[derive(Serialize, Deserialize)]
 struct JoinRecord {
     secret_hash: [u8; 32],
@@ -109,15 +102,15 @@ struct JoinRecord {
     used: Option<Used>,
 }
 
-/// Who used a join token, with which signing request.
+/// The node that used a join token, with its signing request.
 #[derive(Debug, Serialize, Deserialize)]
 struct Used {
     node: NodeName,
     csr_hash: [u8; 32],
 }
 
-/// Makes a join token that lives `ttl_ms` (up to [`JOIN_TOKEN_TTL_MS_MAX`]),
-/// and removes the expired ones. `now_unix_ms` is the wall clock's time.
+/// Creates a join token that is valid for `ttl_ms` (up to [`JOIN_TOKEN_TTL_MS_MAX`]), and removes
+/// expired ones. `now_unix_ms` is the wall-clock time.
 ///
 /// # Errors
 /// [`TokenError::Parameter`], [`TokenError::Store`].
@@ -172,10 +165,10 @@ async fn remove_expired(store: &dyn Store, now_unix_ms: u64) -> Result<(), Token
     Ok(())
 }
 
-/// A join token that was found good, and the changes that use it up.
+/// A valid join token, and the changes that mark it as used.
 pub(crate) struct Redemption {
-    /// `Some` when the token must be marked in the transaction that admits
-    /// the node; `None` when the same node used it with the same key already.
+    /// `Some` if the transaction that admits the node must mark the token; `None` if the same node
+    /// used it with the same key already.
     pub(crate) mark: Option<Mark>,
 }
 
@@ -224,7 +217,7 @@ pub(crate) async fn redeem(
     })
 }
 
-/// What a user may do; each role includes the ones before it.
+/// Permissions of a user; each role includes the previous ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Role {
     /// Look at everything but secrets.
@@ -269,24 +262,20 @@ impl FromStr for Role {
 /// A user's token, as the user has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserToken {
-    /// Its name in the store.
     pub id: TokenId,
-    /// What proves it.
     pub secret: Secret,
 }
 
-/// The user behind a token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct User {
     /// The token's name in the store.
     pub id: TokenId,
     /// The name given at its making.
     pub name: String,
-    /// What it allows.
     pub role: Role,
 }
 
-/// What the store keeps of a user's token.
+/// Stored record of a user's token.
 #[derive(Serialize, Deserialize)]
 struct UserRecord {
     secret_hash: [u8; 32],
@@ -295,7 +284,7 @@ struct UserRecord {
     expires_unix_ms: Option<u64>,
 }
 
-/// Makes a user's token; without `expires_unix_ms` it is good until removed.
+/// Creates a user's token; without `expires_unix_ms` it is valid until removed.
 ///
 /// # Errors
 /// [`TokenError::Parameter`] for a name that is empty or too long,
@@ -325,7 +314,7 @@ pub async fn create_user_token(
     Ok(token)
 }
 
-/// Who presents the token `text`, if it is good.
+/// The user who presents the token `text`, if it is valid.
 ///
 /// # Errors
 /// [`TokenError::Malformed`], [`TokenError::NotValid`], [`TokenError::Expired`],
@@ -389,7 +378,7 @@ fn write(f: &mut fmt::Formatter<'_>, prefix: &str, parts: &[&[u8]]) -> fmt::Resu
     write!(f, "{prefix}{text}")
 }
 
-/// The bytes of a token of `LENGTH` bytes, after prefix and check are seen to.
+/// The bytes of a token of `LENGTH` bytes, after its prefix and check are verified.
 fn read<const LENGTH: usize>(
     what: &'static str,
     prefix: &str,

@@ -19,7 +19,6 @@ pub const VERSION: u8 = 1;
 /// Kinds of request, as `keel-net` numbers them; `0x0100..0x0300` are this
 /// crate's.
 pub mod kind {
-    /// Read one key.
     pub const GET: u16 = 0x0101;
     /// Read all keys with a prefix; answered by a stream.
     pub const LIST: u16 = 0x0102;
@@ -33,31 +32,19 @@ pub mod kind {
     pub const LEASE_RENEW: u16 = 0x0106;
     /// End a lease.
     pub const LEASE_REVOKE: u16 = 0x0107;
-    /// Read the current revision.
     pub const REVISION: u16 = 0x0108;
     /// Become a member: the only request for anonymous peers.
     pub const JOIN: u16 = 0x0200;
 }
 
-/// Bytes that are not what they should be.
+/// Bytes that cannot be decoded.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum WireError {
     /// Another version of this crate wrote them.
     #[error("{what} has version {found}, this node reads version {VERSION}: upgrade the older one")]
-    Version {
-        /// What was to be read.
-        what: &'static str,
-        /// The version found.
-        found: u8,
-    },
-    /// They do not decode.
+    Version { what: &'static str, found: u8 },
     #[error("{what} cannot be read: {reason}")]
-    Damaged {
-        /// What was to be read.
-        what: &'static str,
-        /// Why not.
-        reason: String,
-    },
+    Damaged { what: &'static str, reason: String },
 }
 
 /// `value` in its envelope.

@@ -142,8 +142,8 @@ async fn a_restart_keeps_everything_and_gives_leases_their_full_time() -> Outcom
 
 const CHILD_DIRECTORY: &str = "KEEL_TEST_STORE_WRITER";
 
-/// The process that [`a_killed_writer_loses_nothing_it_was_answered`] kills:
-/// it writes and says so, without end. On its own it does nothing.
+/// The process that [`a_killed_writer_loses_nothing_it_was_answered`] kills: it writes and reports
+/// endlessly. On its own it does nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_writer() -> Outcome {
     let Some(directory) = std::env::var_os(CHILD_DIRECTORY) else {
@@ -299,7 +299,7 @@ async fn closing_ends_watches_with_a_reason() -> Outcome {
     Ok(())
 }
 
-/// A voter that takes requests and dies before it answers.
+/// A voter that accepts requests and fails before it answers.
 struct DeadVoter {
     inner: StoreHandler,
     asked: tokio::sync::Notify,
@@ -350,7 +350,7 @@ async fn a_lost_voter_is_unknown_for_changes_and_unavailable_for_reads() -> Outc
         matches!(change, Err(StoreError::Unknown { .. })),
         "{change:?}"
     );
-    // It was made, in fact.
+    // It was committed.
     assert!(engine.store.get("a").await?.is_some());
     let read = read.await?;
     assert!(
@@ -360,7 +360,7 @@ async fn a_lost_voter_is_unknown_for_changes_and_unavailable_for_reads() -> Outc
     let watched = watch.next().await.ok_or("a clean end")?;
     assert!(matches!(watched, Err(StoreError::Unavailable { .. })));
     assert!(watch.next().await.is_none());
-    // Now nobody is there at all: a change is certainly not made.
+    // No voter is left: a change is certainly not made.
     let change = remote.txn(Txn::new().put("b", "1")).await;
     match change {
         Err(StoreError::Unavailable { reason }) => assert!(reason.contains("node a"), "{reason}"),

@@ -12,7 +12,7 @@ use keel_api::{
 };
 use keel_balance::ledger::{Decision, Line};
 use keel_balance::policy::Policy;
-use keel_balance::select::{Considered, Side, Verdict};
+use keel_balance::select::{Considered, NodeState, Verdict};
 use std::process::ExitCode;
 
 /// Machines that an explanation names beside the one that was asked for.
@@ -338,7 +338,7 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
         ),
     }
     let stays = told.lines.iter().rev().find(|line| {
-        matches!(&line.decision, Decision::Stay { .. })
+        matches!(&line.decision, Decision::NoMove { .. })
             && decided.is_none_or(|decided| decided.at_unix_ms < line.at_unix_ms)
     });
     if let Some(line) = stays {
@@ -352,9 +352,8 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
         .lines
         .iter()
         .filter(|line| match &line.decision {
-            Decision::Grain { machine: it, .. } | Decision::GrainEnded { machine: it, .. } => {
-                **it == **machine
-            }
+            Decision::FineGrained { machine: it, .. }
+            | Decision::FineGrainedEnded { machine: it, .. } => **it == **machine,
             _ => false,
         })
         .collect();
@@ -367,11 +366,11 @@ pub(crate) async fn why(reach: &Reach, args: &WhyArgs) -> Result<ExitCode> {
             outln!("{}", sentence(line));
         }
         let weighed = grains.iter().rev().find_map(|line| match &line.decision {
-            Decision::Grain { choice, .. } => Some(&choice.weighed),
+            Decision::FineGrained { choice, .. } => Some(&choice.alternatives),
             _ => None,
         });
         for it in weighed.into_iter().flatten().take(OTHERS_SHOWN) {
-            outln!("    {}: {}", it.what, it.found);
+            outln!("    {}: {}", it.option, it.finding);
         }
     }
     tell_silent(&told.silent);
@@ -418,7 +417,7 @@ pub(crate) async fn why_not(reach: &Reach, args: &WhyNotArgs) -> Result<ExitCode
 
 fn why_not_text(why: &WhyNot) -> String {
     let explained = &why.explained;
-    let load = |side: &Side| {
+    let load = |side: &NodeState| {
         format!(
             "{:.2}{}",
             side.load,
@@ -436,7 +435,7 @@ fn why_not_text(why: &WhyNot) -> String {
         .considered
         .iter()
         .find(|it| *it.machine == *why.machine);
-    match (&explained.stay, found) {
+    match (&explained.no_move, found) {
         (Some(stay), _) => lines.push(format!(
             "nothing goes from {} to {}: {stay}",
             why.node, why.to

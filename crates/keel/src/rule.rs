@@ -82,7 +82,7 @@ pub(crate) async fn run(reach: &Reach, command: RuleCommand) -> Result<ExitCode>
                     vec![
                         rule.name.to_string(),
                         rule.machines.to_string(),
-                        rule.says.to_string(),
+                        rule.requirement.to_string(),
                         held(&info, rule),
                     ]
                 },

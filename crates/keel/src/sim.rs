@@ -4,8 +4,8 @@
 
 use crate::output::{self, Format};
 use anyhow::{Context, Result, bail};
-use keel_sim::picture;
-use keel_sim::replay::{Again, Replayed, replay};
+use keel_sim::html_report;
+use keel_sim::replay::{ReplayOutcome, ReplaySummary, replay};
 use keel_sim::run::{Report, run, run_recorded};
 use keel_sim::scenario::Scenario;
 use keel_sim::what_if::{Change, WhatIf};
@@ -138,8 +138,8 @@ pub(crate) fn sim(args: &Args, format: Format) -> Result<ExitCode> {
     };
     let took = begun.elapsed();
     if let Some(place) = &args.html {
-        let title = title(&scenario.place);
-        let page = picture::page(&title, other.as_ref().unwrap_or(&plain));
+        let title = title(&scenario.path);
+        let page = html_report::page(&title, other.as_ref().unwrap_or(&plain));
         std::fs::write(place, page).with_context(|| place.display().to_string())?;
     }
     match (format, &other) {
@@ -174,19 +174,19 @@ pub(crate) fn sim(args: &Args, format: Format) -> Result<ExitCode> {
 fn scenario(args: &Args) -> Result<Scenario> {
     let mut scenario = match (&args.scenario, &args.text_data) {
         (Some(place), None) => Scenario::read(place)?,
-        (None, Some(data)) => Scenario::of_ganeti(data.clone(), args.utilisation.clone()),
+        (None, Some(data)) => Scenario::from_ganeti(data.clone(), args.utilisation.clone()),
         (Some(place), Some(data)) => {
             let mut scenario = Scenario::read(place)?;
-            scenario.take_ganeti(data, args.utilisation.as_deref());
+            scenario.use_ganeti(data, args.utilisation.as_deref());
             scenario
         }
         (None, None) => bail!("there is no scenario (`keel sim --help`)"),
     };
     if let Some(folder) = &args.planetlab {
-        scenario.take_planetlab(folder)?;
+        scenario.use_planetlab(folder)?;
     }
     if let Some(file) = &args.csv {
-        scenario.take_csv(file)?;
+        scenario.use_csv(file)?;
     }
     if let Some(seed) = args.seed {
         scenario.seed = seed;
@@ -319,7 +319,7 @@ fn tell_expectations(report: &Report) {
     outln!("\n{}", output::table(&head, rows));
 }
 
-fn replayed(replayed: &Replayed, format: Format) -> Result<ExitCode> {
+fn replayed(replayed: &ReplaySummary, format: Format) -> Result<ExitCode> {
     match format {
         Format::Json => outln!("{}", serde_json::to_string_pretty(replayed)?),
         Format::Name => bail!("a replay has no names (-o text or -o json)"),
@@ -334,10 +334,10 @@ fn replayed(replayed: &Replayed, format: Format) -> Result<ExitCode> {
                 replayed.no_decision
             );
             for it in replayed.others.iter().take(OTHERS_SHOWN) {
-                let today = match &it.again {
-                    Again::Differs(today) => format!("today: {today}"),
-                    Again::Unknown(what) => format!("not recorded: {what}"),
-                    Again::Same | Again::NoDecision => continue,
+                let today = match &it.outcome {
+                    ReplayOutcome::Differs(today) => format!("today: {today}"),
+                    ReplayOutcome::Unknown(what) => format!("not recorded: {what}"),
+                    ReplayOutcome::Same | ReplayOutcome::NoDecision => continue,
                 };
                 outln!("line {}, {}: {}\n    {today}", it.line, it.node, it.was);
             }

@@ -8,7 +8,7 @@ use keel_machine::span::{Keeps, PART_BYTES_MIN, Spread, Within};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, FdSink, HostClock, Input, Preopen, Source, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
-use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use std::net::TcpListener;
@@ -117,7 +117,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
     let outcome = if args.plain {
         let wasi = Arc::new(wasi);
         let outcome = engine
-            .run_plain(&bytes, wasi.clone(), limits)
+            .run_uninstrumented(&bytes, wasi.clone(), limits)
             .with_context(|| format!("{name} cannot run"))?;
         wasi.finish();
         outcome
@@ -131,7 +131,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode> {
             .parts
             .map(|count| {
                 let how = Spread {
-                    spawning: Spawning::Even,
+                    spawning: SpawnPolicy::Even,
                     patience: PATIENCE,
                     keeps: Keeps {
                         part_bytes: args.part_memory,
@@ -301,11 +301,11 @@ fn shaken(machine: &Machine, parts: Option<&Within>, rate: f64, seed: u64) -> Re
         let place = PartId::new(random.random_range(0..places));
         match (random.random_range(0..4), place) {
             // It may end, or be in a long call of the host, just now.
-            (0, _) => whole += u64::from(machine.shake_all(PATIENCE).is_ok()),
+            (0, _) => whole += u64::from(machine.recapture_all(PATIENCE).is_ok()),
             (1 | 2, Some(place)) if places > 1 => {
                 moves += u64::from(machine.move_thread(thread, place).is_ok());
             }
-            _ => drop(machine.shake(thread)),
+            _ => drop(machine.recapture(thread)),
         }
     };
     let moved = match places {

@@ -153,7 +153,7 @@ fn unknown_imports_are_named() {
     assert_eq!(finished.code, Some(1));
     for part in [
         "foreign.wasm cannot run",
-        "imports what machines do not have",
+        "has unknown imports",
         "env.launch",
         "wasi_snapshot_preview1.fd_teleport",
         "wasi_snapshot_preview1.fd_close",

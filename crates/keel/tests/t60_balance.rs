@@ -159,7 +159,7 @@ async fn a_hot_node_cures_itself_and_says_why() {
     );
     let path = format!("/v1/machines/{}/why-not?to=a", moved.name);
     let why_not: WhyNot = cluster.client("a").get(&path).await.expect("a reason");
-    assert!(why_not.explained.stay.is_some(), "{why_not:?}");
+    assert!(why_not.explained.no_move.is_some(), "{why_not:?}");
     let said = keel(&cluster, &["why-not", &moved.name, "--to", "a"]);
     assert!(said.contains("nothing goes from"), "{said}");
     let loads: BalanceInfo = cluster.client("b").get("/v1/balance").await.expect("loads");
@@ -335,7 +335,10 @@ async fn rules_hold_for_everyone_and_are_repaired() {
     .await
     .expect("the rule is repaired");
     let why = keel(&cluster, &["ledger", "db-2"]);
-    assert!(why.contains("because it breaks rule \"db-apart\""), "{why}");
+    assert!(
+        why.contains("because its placement violates rule \"db-apart\""),
+        "{why}"
+    );
     let info = cluster.inspect("a", "db-1").await.expect("it is there");
     assert!(info.moves.is_empty(), "the fewest moves");
     keel(&cluster, &["rule", "rm", "db-apart", "web-apart"]);
@@ -479,7 +482,7 @@ async fn promises_count_where_they_are_wanted_and_who_opted_out_stays() {
     .unwrap_or_else(|error| panic!("{error}; {}", keel(&cluster, &["ledger"])));
     assert_eq!(cluster.inspect("a", "still").await.unwrap().node, "a");
     let why_not = keel(&cluster, &["why-not", "still", "--to", "b"]);
-    assert!(why_not.contains("not to be balanced"), "{why_not}");
+    assert!(why_not.contains("excludes it from balancing"), "{why_not}");
 
     // What is measured of one that rests is next to nothing.
     let one = wait_for("its move to be over", || async {

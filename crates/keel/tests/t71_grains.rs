@@ -3,7 +3,7 @@
 //! says why.
 
 use keel_api::{LedgerInfo, ObjectInfo, PartsInfo};
-use keel_balance::grains::Grain;
+use keel_balance::fine_grained::Action;
 use keel_balance::ledger::Decision;
 use keel_balance::policy::Mode;
 use keel_machine::spec::Spawn;
@@ -83,7 +83,7 @@ async fn memory(cluster: &LocalCluster, machine: &str) -> BTreeMap<String, u64> 
         .collect()
 }
 
-async fn grains(cluster: &LocalCluster) -> Vec<(Mode, Grain, String)> {
+async fn grains(cluster: &LocalCluster) -> Vec<(Mode, Action, String)> {
     let ledger: LedgerInfo = cluster
         .client("a")
         .get("/v1/ledger?limit=10000")
@@ -93,7 +93,7 @@ async fn grains(cluster: &LocalCluster) -> Vec<(Mode, Grain, String)> {
         .lines
         .into_iter()
         .filter_map(|line| match line.decision {
-            Decision::Grain { mode, choice, .. } => Some((mode, choice.grain, choice.why)),
+            Decision::FineGrained { mode, choice, .. } => Some((mode, choice.action, choice.why)),
             _ => None,
         });
     decisions.collect()
@@ -135,12 +135,12 @@ async fn a_program_outgrows_its_node_by_itself() {
     let decided = grains(&cluster).await;
     let spread = decided
         .iter()
-        .find(|(_, grain, _)| matches!(grain, Grain::Spread { .. }));
+        .find(|(_, action, _)| matches!(action, Action::Spread { .. }));
     let (_, _, why) = spread.expect("it was decided");
     assert!(why.contains("busy threads press a alone"), "{why}");
     let moved = decided
         .iter()
-        .filter(|(_, grain, _)| matches!(grain, Grain::Thread { .. }));
+        .filter(|(_, action, _)| matches!(action, Action::Thread { .. }));
     let why = said(&cluster, &["why", "render"]);
     assert!(moved.clone().count() >= 4, "{decided:?}, {why}");
     assert!(
@@ -184,11 +184,11 @@ async fn a_program_outgrows_its_node_by_itself() {
     .await
     .unwrap_or_else(|error| panic!("{error}: {drained}, {}", said(&cluster, &["why", "render"])));
     let decided = grains(&cluster).await;
-    let left = |grain: &Grain| match grain {
-        Grain::Leave { nodes } => nodes.len() == 1 && *nodes[0] == *goes,
+    let left = |action: &Action| match action {
+        Action::Leave { nodes } => nodes.len() == 1 && *nodes[0] == *goes,
         _ => false,
     };
-    let left = decided.iter().find(|(_, grain, _)| left(grain));
+    let left = decided.iter().find(|(_, action, _)| left(action));
     assert!(
         left.is_some_and(|(_, _, why)| why.contains(&format!("{goes} must go"))),
         "{decided:?}"
@@ -227,8 +227,8 @@ async fn threads_that_share_pages_are_brought_together() {
         let decided = grains(&cluster).await;
         let mut moved = decided
             .into_iter()
-            .filter_map(|(_, grain, why)| match grain {
-                Grain::Thread { .. } if why.contains("it stands at pages") => Some(why),
+            .filter_map(|(_, action, why)| match action {
+                Action::Thread { .. } if why.contains("it stands at pages") => Some(why),
                 _ => None,
             });
         moved.next()
@@ -304,7 +304,7 @@ async fn memory_that_rests_goes_where_it_fits() {
     let decided = grains(&cluster).await;
     let given = decided
         .iter()
-        .filter(|(_, grain, _)| matches!(grain, Grain::Objects { .. }));
+        .filter(|(_, action, _)| matches!(action, Action::Objects { .. }));
     // (Where it was told what its parts keep before it had any, as one that moved was, they
     // give it away themselves.)
     let parts: PartsInfo = cluster
@@ -319,7 +319,7 @@ async fn memory_that_rests_goes_where_it_fits() {
     assert!(
         given
             .clone()
-            .all(|(_, _, why)| why.contains("keeps 28.0 MiB at most")),
+            .all(|(_, _, why)| why.contains("limit of 28.0 MiB")),
         "{decided:?}"
     );
     // (Each is rounded down.)

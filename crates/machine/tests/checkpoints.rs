@@ -14,7 +14,7 @@ use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
 use keel_wasm::coherence::PartId;
 use keel_wasm::memory::DirtyTracker;
-use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Limits, Machine, MachineError, Options, Outcome};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -336,7 +336,7 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
         };
         let mut running = Running::ready(name, args);
         let how = Spread {
-            spawning: Spawning::Even,
+            spawning: SpawnPolicy::Even,
             patience: LIMIT,
             keeps: Keeps {
                 part_bytes: Some(4 << 20),
@@ -391,7 +391,7 @@ fn of_parts_what_did_not_change_is_not_stored_again() {
     // (It writes 1 MB a second, of 16 MiB.)
     let mut running = Running::ready("writer", &["16", "1", "60"]);
     let how = Spread {
-        spawning: Spawning::Here,
+        spawning: SpawnPolicy::Here,
         patience: LIMIT,
         keeps: Keeps::default(),
         stands: false,
@@ -446,7 +446,7 @@ fn of_parts_what_did_not_change_is_not_stored_again() {
 fn alone_again_a_full_one_comes_first() {
     let mut running = Running::ready("writer", &["16", "40", "60"]);
     let how = Spread {
-        spawning: Spawning::Here,
+        spawning: SpawnPolicy::Here,
         patience: LIMIT,
         keeps: Keeps::default(),
         stands: false,
@@ -494,7 +494,7 @@ fn what_is_larger_than_a_part_comes_to_several() {
     let alone = running.finish(running.restore(Some(&id)).unwrap());
     running.machine.stop();
     let how = Spread {
-        spawning: Spawning::Here,
+        spawning: SpawnPolicy::Here,
         patience: LIMIT,
         keeps: Keeps {
             part_bytes: Some(MOST),

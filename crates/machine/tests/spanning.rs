@@ -6,7 +6,7 @@ use keel_machine::span::{Keeps, Pages, SpanError, Spread, Within};
 use keel_wasi::{Config, HostClock, MemorySink, Resources, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
 use keel_wasm::memory::GuestMemory;
-use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::parts::SpawnPolicy;
 use keel_wasm::runtime::{Engine, Image, Limits, Machine, MachineError, Options, Outcome, Program};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -91,7 +91,7 @@ impl Running {
     /// As [`Self::span`]; members have less memory than the home.
     fn span_within(&self, count: usize, member_bytes: u64) -> Within {
         let how = Spread {
-            spawning: Spawning::Even,
+            spawning: SpawnPolicy::Even,
             patience: LONG,
             keeps: Keeps::default(),
             stands: false,
@@ -151,8 +151,8 @@ fn shake(running: &Running, count: usize, seed: u64) -> u32 {
         }
         let thread = threads[rng.random_range(0..threads.len())];
         match rng.random_range(0..8) {
-            0 => drop(running.machine.shake_all(LONG)),
-            1 => drop(running.machine.shake(thread)),
+            0 => drop(running.machine.recapture_all(LONG)),
+            1 => drop(running.machine.recapture(thread)),
             _ => {
                 let to = part(rng.random_range(0..count));
                 moves += u32::from(running.machine.move_thread(thread, to).is_ok());
@@ -415,7 +415,7 @@ fn who_comes_home_too_late_is_asked_again() {
     let running = Running::new(&program, &args);
     let parts = running.span(3);
     let away = || {
-        let places = running.machine.places();
+        let places = running.machine.thread_locations();
         places.values().any(|place| *place != PartId::HOME)
     };
     let begun = Instant::now();
@@ -722,7 +722,7 @@ fn threads_elsewhere_are_frozen_and_stopped() {
     let running = Running::new(&program, &[]);
     let parts = running.span(3);
     let machine = &running.machine;
-    while machine.places().len() < 5 {
+    while machine.thread_locations().len() < 5 {
         std::thread::sleep(Duration::from_millis(1));
     }
     for _ in 0..20 {
@@ -730,7 +730,7 @@ fn threads_elsewhere_are_frozen_and_stopped() {
         assert_eq!(machine.image().unwrap().threads(), 5);
         machine.thaw().unwrap();
     }
-    let places = machine.places();
+    let places = machine.thread_locations();
     for number in 0..3 {
         let here = places.values().filter(|place| **place == part(number));
         assert!(here.count() >= 1, "{places:?}");
@@ -760,7 +760,7 @@ fn a_lost_part_ends_the_machine_by_name() {
     );
     let running = Running::new(&program, &[]);
     let mut parts = running.span(3);
-    while running.machine.places().len() < 5 {
+    while running.machine.thread_locations().len() < 5 {
         std::thread::sleep(Duration::from_millis(1));
     }
     // (Not the one behind it: that it would hear of.)

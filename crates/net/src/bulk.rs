@@ -6,7 +6,7 @@
 //! 4 KiB at a time and copies each byte twice more, which on loopback halved
 //! the rate of a move.
 //!
-//! Not for async tasks: calls wait. Protocols on top are none of its business.
+//! Calls block: not for async tasks. Protocols on top are elsewhere.
 
 use crate::{ClientTls, ServerTls};
 use rustls::client::UnbufferedClientConnection;
@@ -28,16 +28,13 @@ const RECORD_BYTES_MAX: usize = 18 << 10;
 const FRAGMENT_BYTES: usize = 16 << 10;
 const RECORD_OVERHEAD_BYTES: usize = 64;
 
-/// Why a bulk connection ended.
 #[derive(Debug, thiserror::Error)]
 pub enum BulkError {
-    /// The socket.
     #[error(transparent)]
     Io(#[from] std::io::Error),
-    /// Nothing moved for as long as the socket waits.
+    /// No progress within the socket's time-out.
     #[error("the other side was silent for {0:?}")]
     Silent(Duration),
-    /// TLS.
     #[error(transparent)]
     Tls(#[from] rustls::Error),
     /// The other side closed the connection.
@@ -50,20 +47,17 @@ enum Connection {
     Server(UnbufferedServerConnection),
 }
 
-/// What TLS wants next.
 enum Next {
-    /// To be asked again.
+    /// Call again.
     Again,
-    /// What was encoded to be sent.
+    /// Send encoded bytes.
     Transmit,
-    /// More from the socket: the handshake goes on, or it is made and all that
-    /// came is decrypted.
+    /// Read from the socket: the handshake continues, or all received bytes are decrypted.
     Read,
     /// Nothing: the bytes to write are encrypted.
     Written,
 }
 
-/// One end of a connection.
 pub struct BulkStream {
     connection: Connection,
     socket: TcpStream,
@@ -71,11 +65,11 @@ pub struct BulkStream {
     /// The part of `input` that is not decrypted yet.
     filled: Range<usize>,
     output: Output,
-    /// Decrypted bytes that nobody took yet.
+    /// Decrypted bytes that were not taken yet.
     rest: Vec<u8>,
 }
 
-/// What is encrypted and not sent yet: the first `used` bytes.
+/// Encrypted bytes not sent yet: the first `used` bytes.
 #[derive(Default)]
 struct Output {
     bytes: Vec<u8>,
@@ -123,7 +117,6 @@ impl BulkStream {
         }
     }
 
-    /// The socket underneath.
     pub fn socket(&self) -> &TcpStream {
         &self.socket
     }
@@ -137,7 +130,7 @@ impl BulkStream {
             return Ok(());
         }
         loop {
-            // What comes meanwhile is kept for the next read.
+            // Bytes received meanwhile are buffered for the next read.
             let mut came = Vec::new();
             let next = self.step(Some(bytes), &mut |plain| came.extend_from_slice(plain));
             self.rest.append(&mut came);
@@ -150,8 +143,8 @@ impl BulkStream {
         }
     }
 
-    /// Gives decrypted bytes to `take` once, which says how many it took; the
-    /// others are given again. Waits until there are some.
+    /// Passes decrypted bytes to `take` once, which returns how many it took; the rest is passed
+    /// again. Blocks until there are some.
     ///
     /// # Errors
     /// [`BulkError`], or that of `take`.
@@ -227,7 +220,7 @@ impl BulkStream {
         next
     }
 
-    /// Tells the peer what is wrong with it, if it still listens.
+    /// Sends an alert to the peer, if possible.
     fn send_alert(&mut self) {
         // The alert, then the word to send it.
         for _ in 0..2 {
@@ -307,7 +300,7 @@ fn handle<Data>(
             Some(plain) => output.encrypt(&mut traffic, plain),
         },
         Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => Err(BulkError::Closed),
-        // Nobody offers early data.
+        // Early data is never offered.
         Ok(other) => Err(rustls::Error::General(format!("{other:?} is out of turn")).into()),
     };
     (discard, next)

@@ -1,5 +1,5 @@
-//! A network that is slower than it is, in builds for tests: every message waits
-//! before it is written. So what only holds because answers come at once is found.
+//! Artificial network delay in test builds: every message waits before it is written. This exposes
+//! code that relies on fast answers.
 
 use std::sync::OnceLock;
 use std::time::Duration;

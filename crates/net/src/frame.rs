@@ -24,7 +24,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 /// Length of the envelope before the payload, in bytes.
 pub const HEADER_BYTES: usize = 20;
 
-/// What one kind of connection speaks: its marker, version and length limit.
+/// Parameters of one kind of connection: marker, version and length limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Class {
     /// First four bytes of each frame.
@@ -59,14 +59,12 @@ impl Class {
     }
 }
 
-/// One message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Frame {
-    /// What the payload is; never 0.
+    /// Kind of the payload; never 0.
     pub kind: u16,
     /// The request this belongs to; chosen by the requester.
     pub request: u64,
-    /// The message itself.
     pub payload: Bytes,
 }
 
@@ -78,39 +76,24 @@ pub enum FrameError {
     Magic {
         /// The first four bytes.
         found: u32,
-        /// What they should be.
         expected: u32,
     },
-    /// The peer speaks another version.
     #[error(
         "the peer speaks connection protocol version {found}, this node speaks {ours}: upgrade the older one"
     )]
-    Version {
-        /// The peer's version.
-        found: u16,
-        /// This node's version.
-        ours: u16,
-    },
+    Version { found: u16, ours: u16 },
     /// Kind 0.
     #[error("a frame of the invalid kind 0")]
     KindZero,
     /// The payload is over the class's limit.
     #[error("a frame of kind {kind:#06x} has {length} bytes of payload, at most {max} are allowed")]
-    TooLong {
-        /// The frame's kind.
-        kind: u16,
-        /// Its payload length, in bytes.
-        length: u64,
-        /// The limit, in bytes.
-        max: u32,
-    },
+    TooLong { kind: u16, length: u64, max: u32 },
     /// The stream ended inside a frame.
     #[error("the connection ended inside a frame, after {have} of its bytes")]
     Truncated {
         /// Bytes of the unfinished frame that did arrive.
         have: usize,
     },
-    /// The stream failed.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -133,12 +116,10 @@ impl Frame {
     }
 }
 
-/// What stands before a payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// What the payload is; never 0.
+    /// Kind of the payload; never 0.
     pub kind: u16,
-    /// The request this belongs to.
     pub request: u64,
     /// Bytes of payload that follow, within the class's limit.
     pub payload_bytes: usize,
@@ -170,7 +151,7 @@ impl Header {
     }
 }
 
-/// Cuts a byte stream into frames. Holds no bytes of its own.
+/// Splits a byte stream into frames. Holds no bytes of its own.
 #[derive(Debug, Clone, Copy)]
 pub struct Decoder {
     class: Class,
@@ -255,7 +236,7 @@ impl Decoder {
         }))
     }
 
-    /// Says whether the stream may end with `rest` left undecoded.
+    /// Checks that the stream may end with `rest` left undecoded.
     ///
     /// # Errors
     /// [`FrameError::Truncated`] when `rest` is the beginning of a frame.
@@ -393,7 +374,7 @@ mod tests {
                 message.contains(&format!("version {version}, this node speaks 1")),
                 "{message}"
             );
-            // The version alone is enough: nothing after it is looked at.
+            // The version alone suffices: nothing after it is read.
             assert!(decode_all(&bytes[..6], 6).is_err_and(|e| matches!(
                 e,
                 FrameError::Version { found, ours: 1 } if found == u16::from(version)

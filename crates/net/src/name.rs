@@ -14,7 +14,7 @@ use thiserror::Error;
 /// Longest node or machine name, in bytes.
 pub const NAME_BYTES_MAX: usize = 63;
 
-/// What a node's DNS name in its certificate ends with.
+/// Suffix of a node's DNS name in its certificate.
 const NODE_DNS_SUFFIX: &str = ".node.keel";
 
 /// A text that is not a valid node or machine name.
@@ -144,7 +144,7 @@ impl NodeName {
         format!("{self}{NODE_DNS_SUFFIX}")
     }
 
-    /// The node that a certificate's DNS name stands for, if it is one.
+    /// The node named by a certificate's DNS name, if it is one.
     pub fn from_dns(dns: &str) -> Option<Self> {
         Self::new(dns.strip_suffix(NODE_DNS_SUFFIX)?).ok()
     }

@@ -22,9 +22,9 @@
 //! per stream without credit, payload length, connections, anonymous
 //! connections. A request beyond the server's bound is refused, not executed.
 //!
-//! What an error says about execution is the point of [`RpcError`]. A request
-//! that still waits in this side's queue can be withdrawn; from the moment its
-//! bytes are handed to the stream its outcome is open until the answer comes.
+//! [`RpcError`] distinguishes errors by what is known about execution. A request in this side's
+//! queue can be withdrawn; once its bytes are handed to the stream its outcome is unknown until the
+//! answer arrives.
 
 use std::fmt;
 use std::time::Duration;
@@ -57,14 +57,12 @@ pub const KIND_RESERVED: u16 = 0xff00;
 /// Most items of one stream that may be ahead of its consumer.
 const STREAM_CREDIT_MAX: u32 = 1 << 16;
 
-/// Who is at the other end, as far as its certificate was verified.
+/// The authenticated peer of a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum PeerId {
-    /// A member of the cluster.
     Node(NodeName),
     /// The worker with the agreed certificate.
     Pinned(Fingerprint),
-    /// A peer without a certificate.
     Anonymous,
 }
 
@@ -96,7 +94,6 @@ pub enum RpcError {
     NotSent {
         /// Name and address of the peer.
         peer: String,
-        /// Why, and what to do.
         reason: String,
     },
     /// The peer got the request and refused it before doing anything:
@@ -105,7 +102,6 @@ pub enum RpcError {
     Refused {
         /// Name and address of the peer.
         peer: String,
-        /// Why, and what to do.
         reason: String,
     },
     /// The peer executed the request and reports that it failed.
@@ -113,7 +109,6 @@ pub enum RpcError {
     Failed {
         /// Name and address of the peer.
         peer: String,
-        /// Why, and what to do.
         reason: String,
     },
     /// The request was sent and no answer came: it may or may not have been
@@ -122,7 +117,6 @@ pub enum RpcError {
     Unknown {
         /// Name and address of the peer.
         peer: String,
-        /// Why no answer came.
         reason: String,
     },
 }
@@ -152,8 +146,7 @@ impl RpcError {
         }
     }
 
-    /// Whether the request was certainly not executed, so that it may be sent
-    /// again or elsewhere.
+    /// Whether the request was certainly not executed, and may be repeated or sent elsewhere.
     pub fn certainly_not_executed(&self) -> bool {
         match self {
             RpcError::NotSent { .. } | RpcError::Refused { .. } => true,
@@ -162,10 +155,8 @@ impl RpcError {
     }
 }
 
-/// What a handler answers with.
 #[derive(Debug)]
 pub enum Reply {
-    /// One payload.
     One(Bytes),
     /// Payloads pushed until the sender is dropped or the client ends it (the
     /// receiver is then dropped).
@@ -266,32 +257,25 @@ impl Options {
 /// Why there is no connection to a peer. Nothing was executed.
 #[derive(Debug, Error)]
 pub enum ConnectError {
-    /// No TLS connection.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// The peer is reached and trusted, but does not let this node in.
     #[error("{peer} at {address} does not accept this node: {reason}")]
     NotAccepted {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
-        /// The peer's own words.
         reason: String,
     },
     /// The connection failed before the greeting.
     #[error("{peer} at {address} did not greet: {reason}")]
     NoGreeting {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
-        /// What came instead.
         reason: String,
     },
 }
 
-/// How an outcome goes over the wire.
+/// Encoding of an outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 enum Code {
     Refused,

@@ -1,5 +1,5 @@
-//! TLS 1.3 configurations, each side authenticated, and what a verified
-//! certificate says about its holder.
+//! TLS 1.3 configurations, with the authentication of each side, and the identity in a verified
+//! certificate.
 //!
 //! | configuration | server proves | client proves |
 //! |---|---|---|
@@ -46,7 +46,6 @@ const PINNED_DNS: &str = "worker.pinned.keel";
 pub struct Fingerprint(pub [u8; 32]);
 
 impl Fingerprint {
-    /// The fingerprint of a certificate.
     pub fn of(certificate: &CertificateDer<'_>) -> Self {
         Self(*blake3::hash(certificate).as_bytes())
     }
@@ -81,28 +80,18 @@ impl FromStr for Fingerprint {
 pub enum TlsError {
     /// A certificate or key given to this node cannot be used.
     #[error("cannot use {what}: {reason}")]
-    Credentials {
-        /// Which one.
-        what: &'static str,
-        /// What is wrong with it.
-        reason: String,
-    },
+    Credentials { what: &'static str, reason: String },
     /// No TCP connection.
     #[error("cannot connect to {peer} at {address}: {source} (is `keel up` running there?)")]
     Connect {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
-        /// The system's reason.
         source: io::Error,
     },
     /// Connecting, or the handshake, took too long.
     #[error("{peer} at {address} did not complete the connection within {limit_ms} ms")]
     TimedOut {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
         /// The time allowed, in milliseconds.
         limit_ms: u128,
@@ -110,9 +99,7 @@ pub enum TlsError {
     /// The two sides did not accept each other.
     #[error("no trust between this node and {peer} at {address}: {reason}")]
     Handshake {
-        /// The expected peer.
         peer: String,
-        /// Its address.
         address: String,
         /// What failed and what to do.
         reason: String,
@@ -186,11 +173,9 @@ impl NodeCredentials {
 /// A self-signed certificate of one worker, trusted by its fingerprint alone.
 #[derive(Debug)]
 pub struct PinnedIdentity {
-    /// The certificate.
     pub cert: CertificateDer<'static>,
-    /// Its private key.
     pub key: PrivatePkcs8KeyDer<'static>,
-    /// What the other side must pin.
+    /// The fingerprint to pin.
     pub fingerprint: Fingerprint,
 }
 
@@ -215,8 +200,8 @@ impl PinnedIdentity {
     }
 }
 
-/// How an accepted peer is told apart. It belongs to the configuration, so a
-/// pinned peer never passes for a node by what it writes in its certificate.
+/// How an accepted peer is identified. Part of the configuration, so a pinned peer never passes for
+/// a node by the contents of its certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trust {
     Cluster,
@@ -230,7 +215,6 @@ pub struct ServerTls {
     trust: Trust,
 }
 
-/// The client's side of TLS.
 #[derive(Debug, Clone)]
 pub struct ClientTls {
     config: Arc<ClientConfig>,
@@ -352,7 +336,7 @@ impl ServerTls {
         Ok((stream, peer))
     }
 
-    /// Names the holder of a certificate that was verified already.
+    /// Identifies the holder of a verified certificate.
     fn peer_id(&self, certificate: Option<&CertificateDer<'_>>) -> Result<PeerId, String> {
         match (self.trust, certificate) {
             (Trust::Cluster, None) => Ok(PeerId::Anonymous),
@@ -365,8 +349,8 @@ impl ServerTls {
     }
 }
 
-/// The node a certificate stands for: the one DNS name `NAME.node.keel`.
-/// Says nothing about trust; ask only after verification.
+/// The node named in a certificate: the single DNS name `NAME.node.keel`. Only meaningful after
+/// verification.
 pub fn node_of(certificate: &CertificateDer<'_>) -> Option<NodeName> {
     let certificate = webpki::EndEntityCert::try_from(certificate).ok()?;
     let mut names = certificate.valid_dns_names();
@@ -502,7 +486,7 @@ pub(crate) fn handshake(peer: &str, address: &str, error: &io::Error) -> TlsErro
     }
 }
 
-/// What a TLS failure means for the person who has to act on it.
+/// Explanation of a TLS failure for users.
 pub(crate) fn explain(error: &io::Error) -> String {
     use rustls::AlertDescription as Alert;
     use rustls::CertificateError as Cert;

@@ -1,4 +1,4 @@
-//! How many bytes went to and came from each node, over connections of this process.
+//! Bytes sent to and received from each node, over connections of this process.
 
 use crate::name::NodeName;
 use std::collections::BTreeMap;
@@ -14,7 +14,6 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 pub struct Bytes {
     /// To the node.
     pub sent: u64,
-    /// From it.
     pub received: u64,
 }
 
@@ -29,7 +28,7 @@ struct Counters {
 pub struct Traffic(Arc<Mutex<BTreeMap<NodeName, Arc<Counters>>>>);
 
 impl PartialEq for Traffic {
-    /// Whether they are the very same counters.
+    /// Identity of the counters.
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
@@ -43,7 +42,7 @@ impl Traffic {
         table.entry(node.clone()).or_default().clone()
     }
 
-    /// Counts what went to a node by another way.
+    /// Counts bytes sent to a node over another channel.
     pub fn add_sent(&self, node: &NodeName, bytes: u64) {
         self.of(node).sent.fetch_add(bytes, Ordering::Relaxed);
     }

@@ -1,4 +1,4 @@
-//! Who is let in: each pairing of configurations, and what its refusal says.
+//! Authentication: each pairing of configurations, and the error of its refusal.
 
 mod common;
 
@@ -114,7 +114,7 @@ async fn anonymous_peers_enter_only_where_they_may() -> Outcome {
     let (server, client) = meet(ServerTls::node(&node)?, join()?, None).await?;
     assert!(server.is_err_and(|e| e.contains("presented no certificate")));
     assert!(client.is_err());
-    // A node is still known where anonymous peers may enter.
+    // A node is still identified where anonymous peers may connect.
     let (server, _) = meet(
         ServerTls::node_or_anonymous(&node)?,
         ClientTls::node(&ca.node("b")?)?,
@@ -247,7 +247,7 @@ async fn a_stolen_certificate_without_its_key_is_useless() -> Outcome {
 async fn failures_name_address_and_remedy() -> Outcome {
     let ca = Authority::new()?;
     let client = ClientTls::node(&ca.node("b")?)?;
-    // Nobody listens.
+    // No listener.
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?.to_string();
     drop(listener);
@@ -261,7 +261,7 @@ async fn failures_name_address_and_remedy() -> Outcome {
         message.contains("node a") && message.contains(&address) && message.contains("keel up"),
         "{message}"
     );
-    // Someone listens and says nothing.
+    // A listener that sends nothing.
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?.to_string();
     let message = client
@@ -271,7 +271,7 @@ async fn failures_name_address_and_remedy() -> Outcome {
         .map(|e| e.to_string())
         .unwrap_or_default();
     assert!(message.contains("within 50 ms"), "{message}");
-    // Someone speaks something else.
+    // A listener with another protocol.
     let talking = async {
         let (mut stream, _) = listener.accept().await?;
         let (mut stream2, _) = listener.accept().await?;

@@ -142,7 +142,7 @@ async fn answers_errors_and_panics_arrive_as_what_they_are() -> Outcome {
     ));
     assert!(matches!(call(BIG, "").await, Err(RpcError::Failed { .. })));
     assert_eq!(call(ECHO, "still there").await?, "still there");
-    // The peer is told to the handler.
+    // The handler learns the peer.
     assert_eq!(call(PUBLIC, "").await?, "node b");
     // Answering a call with a stream is an error, and harms nothing.
     assert!(call(COUNT, "\x05").await.is_err());
@@ -215,7 +215,7 @@ async fn a_time_out_after_sending_is_unknown_and_before_it_not_sent() -> Outcome
         "{result:?}"
     );
     assert_eq!(handler.calls.load(Ordering::SeqCst), 1);
-    // When it ends, others can go; its late answer hits nobody.
+    // When it ends, others proceed; its late answer is ignored.
     handler.release.notify_one();
     assert_eq!(client.call(ECHO, "x".into(), LONG).await?, "x");
     Ok(())
@@ -245,7 +245,7 @@ async fn a_lost_connection_ends_all_that_waits() -> Outcome {
     for task in hanging {
         assert!(matches!(task.await?, Err(RpcError::Unknown { .. })));
     }
-    // The stream says that it broke, and says it again: never a clean end.
+    // The stream reports the error repeatedly: never a clean end.
     let mut broken = 0;
     while broken < 2 {
         match stream.recv().await.ok_or("a clean end")? {
@@ -279,7 +279,7 @@ async fn streams_end_are_paced_and_can_be_cancelled() -> Outcome {
     }
     assert_eq!(seen, (0..200).collect::<Vec<u8>>());
     assert!(stream.recv().await.is_none());
-    // Nobody reads: the producer stops after what is ahead. Requests pass.
+    // No reader: the producer stops after its credit. Requests pass.
     let unread = client.stream(FOREVER, Bytes::new()).await?;
     for _ in 0..20 {
         assert_eq!(client.call(ECHO, "x".into(), LONG).await?, "x");
@@ -385,7 +385,7 @@ async fn a_silent_peer_is_given_up() -> Outcome {
         dead_after: Duration::from_millis(1500),
         ..Options::default()
     };
-    // A server that greets and then says nothing.
+    // A server that greets and then sends nothing.
     let (near, far) = tokio::io::duplex(1 << 16);
     let (mut far_reader, mut far_writer) = tokio::io::split(far);
     let hello = postcard::to_stdvec(&(true, ""))?;

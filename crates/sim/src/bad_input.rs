@@ -1,51 +1,47 @@
-//! What is wrong with a file, said to people: which file, which line, what, and what
-//! was probably meant.
+//! Errors in input files: file, line, reason, and the probably intended name.
 
 use std::path::{Path, PathBuf};
 
-/// Names that are this like another are taken for it, from 0 to 1.
-const LIKE: f64 = 0.7;
+/// Similarity from which a known name is suggested, 0 to 1.
+const SIMILARITY_MIN: f64 = 0.7;
 
-/// A file that cannot be used.
+/// An invalid file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}{}: {reason}", place.display(), line.map(|it| format!(", line {it}")).unwrap_or_default())]
+#[error("{}{}: {reason}", path.display(), line.map(|it| format!(", line {it}")).unwrap_or_default())]
 pub struct BadInput {
-    /// The file.
-    pub place: PathBuf,
-    /// The line, from 1, where there is one to name.
+    pub path: PathBuf,
+    /// From 1; `None` for the whole file.
     pub line: Option<usize>,
-    /// What is wrong.
     pub reason: String,
 }
 
 impl BadInput {
-    /// The whole file.
-    pub fn file(place: &Path, reason: impl ToString) -> Self {
+    pub fn file(path: &Path, reason: impl ToString) -> Self {
         BadInput {
-            place: place.to_owned(),
+            path: path.to_owned(),
             line: None,
             reason: reason.to_string(),
         }
     }
 
-    /// One of its lines, counted from 1.
-    pub fn line(place: &Path, line: usize, reason: impl ToString) -> Self {
+    /// An error in one line, from 1.
+    pub fn line(path: &Path, line: usize, reason: impl ToString) -> Self {
         BadInput {
             line: Some(line),
-            ..BadInput::file(place, reason)
+            ..BadInput::file(path, reason)
         }
     }
 }
 
-/// Reads a file as text.
+/// Reads a text file.
 ///
 /// # Errors
-/// When it cannot be read, or is not text.
-pub fn read(place: &Path) -> Result<String, BadInput> {
-    std::fs::read_to_string(place).map_err(|error| BadInput::file(place, error))
+/// If it cannot be read, or is not text.
+pub fn read(path: &Path) -> Result<String, BadInput> {
+    std::fs::read_to_string(path).map_err(|error| BadInput::file(path, error))
 }
 
-/// The line of a place in a text, from 1.
+/// The line of a byte offset, from 1.
 pub(crate) fn line_of(text: &str, at: usize) -> usize {
     text.as_bytes()
         .iter()
@@ -55,13 +51,13 @@ pub(crate) fn line_of(text: &str, at: usize) -> usize {
         + 1
 }
 
-/// What was probably meant, as the end of a sentence.
+/// A suggestion, as the end of a sentence.
 pub(crate) fn hint<'a>(given: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
     let nearest = known
         .clone()
         .map(|known| (strsim::jaro_winkler(known, given), known))
         .max_by(|(one, _), (other, _)| one.total_cmp(other))
-        .filter(|(like, _)| *like >= LIKE);
+        .filter(|(like, _)| *like >= SIMILARITY_MIN);
     match nearest {
         Some((_, known)) => format!("did you mean {known:?}?"),
         None => {
@@ -71,16 +67,16 @@ pub(crate) fn hint<'a>(given: &str, known: impl Iterator<Item = &'a str> + Clone
     }
 }
 
-/// An error of TOML, with its line, and for unknown keys the nearest known one.
-pub(crate) fn of_toml(place: &Path, text: &str, error: &toml::de::Error) -> BadInput {
+/// A TOML error with its line; for unknown keys with the most similar known key.
+pub(crate) fn from_toml(path: &Path, text: &str, error: &toml::de::Error) -> BadInput {
     let reason = sentence(error.message());
     match error.span() {
-        Some(span) => BadInput::line(place, line_of(text, span.start), reason),
-        None => BadInput::file(place, reason),
+        Some(span) => BadInput::line(path, line_of(text, span.start), reason),
+        None => BadInput::file(path, reason),
     }
 }
 
-/// What serde says of an unknown key or kind, as a sentence of ours.
+/// Rewrites serde's message about an unknown key or variant.
 pub(crate) fn sentence(said: &str) -> String {
     for (what, begins) in [("key", "unknown field `"), ("kind", "unknown variant `")] {
         let Some(rest) = said.strip_prefix(begins) else {

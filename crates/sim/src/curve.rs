@@ -1,86 +1,72 @@
-//! What a machine demands as time goes on: kinds of curves, of which recorded ones
-//! are one.
+//! Demand curves of machines, synthetic or recorded.
 
 use serde::{Deserialize, Serialize};
 use std::f64::consts::TAU;
 use std::sync::Arc;
 
-/// Demand for CPU in cores of the reference speed, over time.
+/// CPU demand over time, in cores of the reference speed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "kind", deny_unknown_fields)]
 pub enum Curve {
-    /// Always the same.
     Steady {
-        /// Cores.
         cores: f64,
     },
-    /// One demand before an instant, another one after.
+    /// A step from one demand to another.
     Step {
-        /// Cores before.
         before: f64,
-        /// Cores after.
         after: f64,
         /// The instant, in seconds.
         at_s: f64,
     },
-    /// Rises from one demand to another, falls back at once, and rises again.
+    /// Linear rises with an abrupt fall.
     Sawtooth {
-        /// Least cores.
         least: f64,
-        /// Most cores.
         most: f64,
         /// Seconds of one rise.
         period_s: f64,
-        /// Seconds by which it is ahead.
+        /// Phase shift, in seconds.
         #[serde(default)]
         ahead_s: f64,
     },
-    /// A wave between two demands: day and night.
+    /// A sine wave: day and night.
     Wave {
-        /// Least cores.
         least: f64,
-        /// Most cores.
         most: f64,
         /// Seconds of one wave.
         period_s: f64,
-        /// Seconds by which it is ahead.
+        /// Phase shift, in seconds.
         #[serde(default)]
         ahead_s: f64,
     },
-    /// Bursts at random instants on a quiet ground.
+    /// Random bursts over a constant demand.
     Bursts {
-        /// Cores without a burst.
         quiet: f64,
-        /// Cores in a burst.
         burst: f64,
-        /// Share of time in bursts, 0 to 1.
+        /// Share of time in a burst, 0 to 1.
         share: f64,
         /// Seconds of one burst.
         length_s: f64,
-        /// Says when they come.
+        /// Determines their times.
         #[serde(default)]
         seed: u64,
     },
-    /// Another demand in each second, around a mean.
+    /// A new random demand each second, around a mean.
     Noise {
-        /// Mean cores.
         mean: f64,
-        /// Greatest distance from it, in cores.
+        /// Maximum deviation, in cores.
         spread: f64,
-        /// Says which.
         #[serde(default)]
         seed: u64,
     },
-    /// As it was recorded; the last sample holds on.
+    /// Recorded samples; the last one holds.
     Recorded {
-        /// Cores.
         samples: Arc<[f32]>,
-        /// Seconds from one sample to the next.
+        /// Interval of the samples, in seconds.
         every_s: f64,
     },
 }
 
-/// A number from 0 to 1 that a seed and a count give (SplitMix64, Steele et al. 2014).
+/// A pseudo-random number from 0 to 1 for a seed and a counter (SplitMix64, Steele et al. 2014).
 fn chance(seed: u64, count: u64) -> f64 {
     let mut bits = seed
         .wrapping_add(count.wrapping_mul(0x9e37_79b9_7f4a_7c15))
@@ -92,7 +78,7 @@ fn chance(seed: u64, count: u64) -> f64 {
 }
 
 impl Curve {
-    /// The demand at an instant, in cores.
+    /// Demand at a time, in cores.
     pub fn cores(&self, at_ms: u64) -> f64 {
         let at_s = at_ms as f64 / 1e3;
         let phase =

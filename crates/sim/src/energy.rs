@@ -1,7 +1,6 @@
-//! What power nodes take. Tables are the means at 0, 10, ... 100 % of load that
-//! SPECpower_ssj2008 published; between them it is a line. A node without machines is
-//! off and takes none, as in the published studies of consolidation (Beloglazov and
-//! Buyya 2012).
+//! Power models of nodes. A table holds the mean power at 0, 10, ... 100 % of load, as published
+//! for SPECpower_ssj2008; the power between is interpolated linearly. A node without machines is
+//! off and draws none, as in published studies of consolidation (Beloglazov and Buyya 2012).
 
 use crate::bad_input::hint;
 use serde::{Deserialize, Serialize};
@@ -20,12 +19,12 @@ pub const HP_ML110_G5: PowerTable = [
 const TABLES: [(&str, PowerTable); 2] =
     [("hp-ml110-g4", HP_ML110_G4), ("hp-ml110-g5", HP_ML110_G5)];
 
-/// What power a node takes, as a scenario says it.
+/// Power model of a node in a scenario.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Power {
-    /// That of a server by its name.
-    Of(String),
+    /// The table of a named server.
+    Named(String),
     /// Watts at 0, 10, ... 100 % of load.
     Watts(PowerTable),
 }
@@ -34,26 +33,26 @@ impl Power {
     /// The table.
     ///
     /// # Errors
-    /// A sentence, for a server that is not known and for watts that are none.
+    /// A sentence, for an unknown server or an invalid power.
     pub fn table(&self) -> Result<PowerTable, String> {
         match self {
-            Power::Of(name) => TABLES
+            Power::Named(name) => TABLES
                 .iter()
                 .find(|(known, _)| known == name)
                 .map(|(_, table)| *table)
                 .ok_or_else(|| {
                     let hint = hint(name, TABLES.iter().map(|(known, _)| *known));
-                    format!("no power of {name:?} is known; {hint}")
+                    format!("there is no power table {name:?}; {hint}")
                 }),
             Power::Watts(watts) => match watts.iter().find(|it| !(0.0..=1e6).contains(*it)) {
-                Some(absurd) => Err(format!("{absurd} W is no power")),
+                Some(invalid) => Err(format!("{invalid} W is not a valid power")),
                 None => Ok(*watts),
             },
         }
     }
 }
 
-/// Watts of a node whose CPU is busy for a share of time, 0 to 1.
+/// Power of a node with this CPU utilisation, 0 to 1.
 pub fn watts(table: &PowerTable, busy: f64) -> f64 {
     let tenths = busy.clamp(0.0, 1.0) * 10.0;
     let below = (tenths as usize).min(9);
@@ -71,7 +70,7 @@ mod tests {
         assert_eq!(watts(&HP_ML110_G4, 1.0), 117.0);
         assert_eq!(watts(&HP_ML110_G5, 7.0), 135.0);
         assert!((watts(&HP_ML110_G5, 0.45) - 113.0).abs() < 1e-9);
-        let error = Power::Of("hp-ml110-g6".into()).table().unwrap_err();
+        let error = Power::Named("hp-ml110-g6".into()).table().unwrap_err();
         assert!(error.contains("did you mean \"hp-ml110-g"), "{error}");
         let mut table = HP_ML110_G4;
         table[3] = f64::NAN;

@@ -1,72 +1,61 @@
-//! What is expected of a run, and whether it came so.
+//! Expectations of a run, and their evaluation.
 
 use crate::run::Report;
 use serde::{Deserialize, Serialize};
 
-/// What is expected; nothing where nothing is said.
+/// Expectations; each is optional.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Expect {
-    /// From this second on no move is admissible, under way or made.
+    /// No move is admissible, in flight or made from this second on.
     pub levelled_by_s: Option<u64>,
-    /// Most moves.
     pub moves_max: Option<u64>,
-    /// Least moves.
     pub moves_min: Option<u64>,
     /// No move ends after this second.
     pub no_move_after_s: Option<u64>,
-    /// Most unevenness at the end: the standard deviation of the nodes' loads, each
-    /// weighted with its power.
+    /// Maximum unevenness at the end: the standard deviation of the loads, weighted with power.
     pub unevenness_max: Option<f64>,
-    /// Most load of a node at the end.
+    /// Maximum load of a node at the end.
     pub load_max: Option<f64>,
-    /// Most nodes that are pressed at the end.
+    /// Maximum number of pressed nodes at the end.
     pub pressed_max: Option<u64>,
-    /// Least nodes without machines at the end.
+    /// Minimum number of nodes without machines at the end.
     pub free_min: Option<u64>,
-    /// Most machines that came back within the cool-down.
+    /// Maximum number of returns within the cool-down.
     pub returns_max: Option<u64>,
-    /// Most moves that fail.
     pub failed_max: Option<u64>,
-    /// Most machines that do not run at the end because their node died.
+    /// Maximum number of machines that do not run at the end because their node failed.
     pub stranded_max: Option<u64>,
-    /// Most alerts.
     pub alerts_max: Option<u64>,
-    /// Least alerts.
     pub alerts_min: Option<u64>,
-    /// Most machines that break a rule where they are at the end.
+    /// Maximum number of machines whose placement violates a rule at the end.
     pub broken_max: Option<u64>,
-    /// Least moves that were made so that rules hold again.
+    /// Minimum number of repairs.
     pub repairs_min: Option<u64>,
-    /// Most of them.
     pub repairs_max: Option<u64>,
-    /// Most of their time, as a share, that nodes have less CPU than is demanded.
+    /// Maximum share of active time in which nodes are overloaded.
     pub overload_max: Option<f64>,
     /// Most energy, in kWh.
     pub energy_kwh_max: Option<f64>,
-    /// Nodes to which nothing moves and from which nothing moves.
+    /// Nodes that no move involves.
     pub untouched: Vec<String>,
 }
 
-/// An expectation and what was found.
+/// An expectation and its result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Checked {
-    /// Which, by its key.
+pub struct CheckResult {
     pub expectation: String,
-    /// What was expected.
     pub expected: String,
-    /// What was found.
     pub found: String,
     /// Whether it came so.
     pub met: bool,
 }
 
 impl Expect {
-    /// Compares with what came.
-    pub fn check(&self, report: &Report) -> Vec<Checked> {
+    pub fn check(&self, report: &Report) -> Vec<CheckResult> {
         let mut checked = Vec::new();
         let mut add = |key: &str, expected: String, found: String, met: bool| {
-            checked.push(Checked {
+            checked.push(CheckResult {
                 expectation: key.to_owned(),
                 expected,
                 found,

@@ -1,19 +1,20 @@
-//! Simulated clusters around the balancer's own code: the same state machines that
-//! the agents run, with nodes, machines, messages and time that are numbers.
+//! Cluster simulator for the balancer: the same state machines that agents run, with simulated
+//! nodes, machines, messages and time.
 //!
-//! - [`curve`]: what a machine demands as time goes on
-//! - [`world`]: nodes, messages, moves and failures; a seed says all of chance
-//! - [`scenario`]: files that say what is simulated
-//! - [`traces`]: clusters and loads that others recorded
-//! - [`run`]: runs a scenario and says what came of it
-//! - [`expect`]: what was expected of it
-//! - [`what_if`]: changes of a scenario, to compare with
-//! - [`picture`]: loads over time, as a page
-//! - [`replay`]: decisions that were made, decided again
-//! - [`energy`]: what power nodes take
-//! - [`bad_input`]: what is wrong with a file
+//! - [`curve`]: demand of a machine over time
+//! - [`world`]: the discrete-event simulation: nodes, messages, moves and faults; the seed
+//!   determines all random choices
+//! - [`scenario`]: scenario files
+//! - [`traces`]: readers of recorded clusters and loads
+//! - [`run`]: runs a scenario and reports the result
+//! - [`expect`]: expectations of a scenario
+//! - [`what_if`]: changes of a scenario, for comparison
+//! - [`html_report`]: loads over time as an HTML page
+//! - [`replay`]: replay of recorded decisions
+//! - [`energy`]: power models of nodes
+//! - [`bad_input`]: errors in input files
 //!
-//! A run is repeated exactly by its seed.
+//! A seed reproduces a run exactly.
 
 #![forbid(unsafe_code)]
 
@@ -21,7 +22,7 @@ pub mod bad_input;
 pub mod curve;
 pub mod energy;
 pub mod expect;
-pub mod picture;
+pub mod html_report;
 pub mod replay;
 pub mod run;
 pub mod scenario;

@@ -1,105 +1,99 @@
-//! Decisions that were made, decided again by the code of today: from the sides and
-//! the machines that each decision names, by the policy and with the model of costs
-//! that were recorded beside it.
+//! Replay of recorded decisions by the current code: from the node states and candidates in each
+//! decision, the recorded policy and the recorded cost model.
 
 use crate::bad_input::{self, BadInput};
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
-use keel_balance::ledger::{Decision, Line, Stay};
+use keel_balance::ledger::{Decision, Line, NoMoveReason};
 use keel_balance::policy::Policy;
-use keel_balance::round::offers;
-use keel_balance::select::{CONSIDERED_MAX, Candidate, Considered, Side, Verdict, select};
+use keel_balance::round::check_offer;
+use keel_balance::select::{CONSIDERED_MAX, Candidate, Considered, NodeState, Verdict, select};
 use serde::Serialize;
 use std::path::Path;
 
-/// What became of a decision.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Again {
-    /// The same is decided.
+pub enum ReplayOutcome {
     Same,
-    /// Something else is; what, and why.
+    /// Another decision; which, and why.
     Differs(String),
-    /// It was no decision of numbers: a peer was busy, a move ended.
+    /// No numeric decision: for example a busy peer, or the end of a move.
     NoDecision,
-    /// Not all that it was made of was recorded; what is missing.
+    /// An input was not recorded; which.
     Unknown(String),
 }
 
-/// A decision that differs, or of which too little is known.
+/// A decision that differs, or that cannot be replayed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Other {
-    /// Its line in the ledger, from 1.
+pub struct UnmatchedDecision {
+    /// Line in the ledger, from 1.
     pub line: usize,
-    /// When, in milliseconds since 1970 UTC.
+    /// In milliseconds since 1970-01-01 UTC.
     pub at_unix_ms: u64,
-    /// Who decided.
     pub node: String,
-    /// What was decided.
     pub was: String,
-    /// What is decided today.
-    pub again: Again,
+    #[serde(rename = "again")]
+    pub outcome: ReplayOutcome,
 }
 
-/// What came of a ledger.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
-pub struct Replayed {
-    /// Lines.
+pub struct ReplaySummary {
     pub lines: u64,
-    /// Decided the same.
     pub same: u64,
-    /// Decided otherwise.
     pub differ: u64,
-    /// Events that are no decisions of numbers.
+    /// Entries without a numeric decision.
     pub no_decision: u64,
-    /// Without all that they were made of.
+    /// Entries with missing inputs.
     pub unknown: u64,
-    /// Those that differ, or are unknown.
-    pub others: Vec<Other>,
+    /// Entries that differ or cannot be replayed.
+    pub others: Vec<UnmatchedDecision>,
 }
 
-/// Decides a ledger's decisions again.
+/// Replays a ledger.
 ///
 /// # Errors
-/// The file, line and reason of what cannot be read.
-pub fn replay(place: &Path) -> Result<Replayed, BadInput> {
-    let text = bad_input::read(place)?;
-    let mut replayed = Replayed::default();
+/// The file, line and reason of a parse error.
+pub fn replay(path: &Path) -> Result<ReplaySummary, BadInput> {
+    let text = bad_input::read(path)?;
+    let mut replayed = ReplaySummary::default();
     for (number, text) in text.lines().enumerate() {
         if text.trim().is_empty() {
             continue;
         }
         let line: Line = serde_json::from_str(text).map_err(|error| {
             let reason = bad_input::sentence(&error.to_string());
-            BadInput::line(place, number + 1, reason)
+            BadInput::line(path, number + 1, reason)
         })?;
-        let again = again(&line);
+        let outcome = outcome(&line);
         replayed.lines += 1;
-        match &again {
-            Again::Same => replayed.same += 1,
-            Again::Differs(_) => replayed.differ += 1,
-            Again::NoDecision => replayed.no_decision += 1,
-            Again::Unknown(_) => replayed.unknown += 1,
+        match &outcome {
+            ReplayOutcome::Same => replayed.same += 1,
+            ReplayOutcome::Differs(_) => replayed.differ += 1,
+            ReplayOutcome::NoDecision => replayed.no_decision += 1,
+            ReplayOutcome::Unknown(_) => replayed.unknown += 1,
         }
-        if matches!(again, Again::Differs(_) | Again::Unknown(_)) {
-            replayed.others.push(Other {
+        if matches!(
+            outcome,
+            ReplayOutcome::Differs(_) | ReplayOutcome::Unknown(_)
+        ) {
+            replayed.others.push(UnmatchedDecision {
                 line: number + 1,
                 at_unix_ms: line.at_unix_ms,
                 node: line.node.to_string(),
                 was: line.decision.to_string(),
-                again,
+                outcome,
             });
         }
     }
     if replayed.lines == 0 {
         let reason = "it has no decisions; `keel ledger -o json` writes one on each line";
-        return Err(BadInput::file(place, reason));
+        return Err(BadInput::file(path, reason));
     }
     Ok(replayed)
 }
 
 /// Decides once more.
-pub fn again(line: &Line) -> Again {
+pub fn outcome(line: &Line) -> ReplayOutcome {
     let policy = line.policy.clone().unwrap_or_default();
     let model = line.model.unwrap_or_default();
     match &line.decision {
@@ -111,33 +105,33 @@ pub fn again(line: &Line) -> Again {
             considered,
             ..
         } => {
-            // A free target was used since nothing else helped.
-            if let Err(why) = offers(here, there, (*steady, there.free), &policy) {
-                return Again::Differs(format!("nothing would move: {why}"));
+            // A free target was used because nothing else helped.
+            if let Err(why) = check_offer(here, there, (*steady, there.free), &policy) {
+                return ReplayOutcome::Differs(format!("nothing would move: {why}"));
             }
             let today = decide(here, there, considered, &model, &policy);
-            same_choice(machine, &today)
+            compare_choice(machine, &today)
         }
-        Decision::Stay {
+        Decision::NoMove {
             why,
             here,
             there,
             considered,
             ..
-        } => stays(why, here, there, considered, &model, &policy),
-        // A repair follows a rule, and a plan a person, whatever the loads are.
+        } => replay_no_move(why, here, there, considered, &model, &policy),
+        // Repairs and plans do not depend on loads.
         Decision::Repair { .. }
         | Decision::Planned { .. }
         | Decision::Ended { .. }
-        | Decision::Grain { .. }
-        | Decision::GrainEnded { .. }
-        | Decision::Absurd { .. } => Again::NoDecision,
+        | Decision::FineGrained { .. }
+        | Decision::FineGrainedEnded { .. }
+        | Decision::InvalidReport { .. } => ReplayOutcome::NoDecision,
     }
 }
 
 fn decide(
-    here: &Side,
-    there: &Side,
+    here: &NodeState,
+    there: &NodeState,
     considered: &[Considered],
     model: &CostModel,
     policy: &Policy,
@@ -146,84 +140,86 @@ fn decide(
     select(here, there, &candidates, model, policy)
 }
 
-fn same_choice(machine: &Name, today: &[Considered]) -> Again {
+fn compare_choice(machine: &Name, today: &[Considered]) -> ReplayOutcome {
     match today.first() {
         Some(first) if first.verdict == Verdict::Chosen => {
             if first.machine == *machine {
-                return Again::Same;
+                return ReplayOutcome::Same;
             }
             let was = today.iter().find(|it| it.machine == *machine);
             let why = was.map_or("it is not among those considered".to_owned(), |it| {
                 it.verdict.to_string()
             });
-            Again::Differs(format!("{} would move; of {machine}: {why}", first.machine))
+            ReplayOutcome::Differs(format!("{} would move; of {machine}: {why}", first.machine))
         }
-        Some(first) => Again::Differs(format!(
+        Some(first) => ReplayOutcome::Differs(format!(
             "nothing would move; of {}: {}",
             first.machine, first.verdict
         )),
-        None => Again::Unknown("which machines were considered".into()),
+        None => ReplayOutcome::Unknown("which machines were considered".into()),
     }
 }
 
-fn stays(
-    why: &Stay,
-    here: &Option<Side>,
-    there: &Option<Side>,
+fn replay_no_move(
+    why: &NoMoveReason,
+    here: &Option<NodeState>,
+    there: &Option<NodeState>,
     considered: &[Considered],
     model: &CostModel,
     policy: &Policy,
-) -> Again {
+) -> ReplayOutcome {
     let compared = matches!(
         why,
-        Stay::Level
-            | Stay::NobodyPressed
-            | Stay::Unsteady
-            | Stay::Filled
-            | Stay::KeptFree
-            | Stay::NoneMayGo { .. }
+        NoMoveReason::Level
+            | NoMoveReason::NoPressure
+            | NoMoveReason::Unsteady
+            | NoMoveReason::SufficientlyLoaded
+            | NoMoveReason::ReservedFree
+            | NoMoveReason::NoEligibleMachine { .. }
     );
     if !compared {
-        return Again::NoDecision;
+        return ReplayOutcome::NoDecision;
     }
     let (Some(here), Some(there)) = (here, there) else {
-        return Again::Unknown("the loads of both sides".into());
+        return ReplayOutcome::Unknown("the loads of both nodes".into());
     };
-    // How steady the difference was is recorded of moves only; where it was found
-    // steady, or was not asked, it is taken for so.
-    let steady = if matches!(why, Stay::Unsteady) {
+    // The sustained difference is recorded for moves only; where it was found sustained, or was not
+    // evaluated, it is assumed to be.
+    let steady = if matches!(why, NoMoveReason::Unsteady) {
         0.0
     } else {
         f64::INFINITY
     };
-    // Whether it would have used a free node is not recorded.
-    let offered = |wakes: bool| offers(here, there, (steady, wakes), policy);
+    // Whether a free node was allowed is not recorded.
+    let offered = |wakes: bool| check_offer(here, there, (steady, wakes), policy);
     if [false, true].map(offered).contains(&Err(why.clone())) {
-        return Again::Same;
+        return ReplayOutcome::Same;
     }
     match (offered(true), why) {
-        (Err(today), _) => Again::Differs(format!("nothing would move, but since {today}")),
-        (Ok(()), Stay::NoneMayGo { .. }) => {
+        (Err(today), _) => {
+            ReplayOutcome::Differs(format!("nothing would move, but because {today}"))
+        }
+        (Ok(()), NoMoveReason::NoEligibleMachine { .. }) => {
             if considered.is_empty() {
-                return Again::Unknown("which machines were considered".into());
+                return ReplayOutcome::Unknown("which machines were considered".into());
             }
             let today = decide(here, there, considered, model, policy);
             match today.first() {
                 Some(first) if first.verdict == Verdict::Chosen => {
-                    Again::Differs(format!("{} would move", first.machine))
+                    ReplayOutcome::Differs(format!("{} would move", first.machine))
                 }
-                _ if considered.len() >= CONSIDERED_MAX && differs(considered, &today) => {
-                    Again::Unknown("machines beyond the nearest ones".into())
+                _ if considered.len() >= CONSIDERED_MAX && verdicts_differ(considered, &today) => {
+                    ReplayOutcome::Unknown("machines beyond the closest ones".into())
                 }
-                _ => Again::Same,
+                _ => ReplayOutcome::Same,
             }
         }
-        (Ok(()), _) => Again::Differs("the loads would not count as level".into()),
+        (Ok(()), _) => ReplayOutcome::Differs("the loads would no longer count as level".into()),
     }
 }
 
-/// Whether other reasons are given, so that one that was not recorded might go.
-fn differs(was: &[Considered], today: &[Considered]) -> bool {
+/// Whether verdicts differ, so that an unrecorded machine might move.
+fn verdicts_differ(was: &[Considered], today: &[Considered]) -> bool {
     let reason = |it: &Considered| std::mem::discriminant(&it.verdict);
     was.iter().map(reason).ne(today.iter().map(reason))
 }

@@ -1,160 +1,138 @@
-//! Runs a scenario and says what came of it.
+//! Runs a scenario and reports the result.
 
 use crate::bad_input::{BadInput, hint};
 use crate::energy::watts;
-use crate::expect::Checked;
+use crate::expect::CheckResult;
 use crate::scenario::{Cluster, Scenario};
 use crate::what_if::WhatIf;
-use crate::world::{NodeNow, What, World};
+use crate::world::{ExternalEvent, NodeSnapshot, World};
 use keel_balance::ledger::Line;
 use serde::Serialize;
 use std::collections::HashMap;
 
-/// Looks at a run without `look_s`, about.
-const LOOKS: u64 = 480;
-/// Longest time between two looks where energy is counted, in seconds.
-const ENERGY_LOOK_S: u64 = 60;
-/// Alerts that a report quotes.
-const QUOTED: usize = 10;
+/// Approximate number of samples of a run without `look_s`.
+const SAMPLES_DEFAULT: u64 = 480;
+/// Maximum interval between two samples where energy is counted, in seconds.
+const ENERGY_SAMPLE_S_MAX: u64 = 60;
+/// Maximum number of alerts that a report quotes.
+const ALERTS_QUOTED_MAX: usize = 10;
 
-/// How a cluster is at an instant.
+/// State of a cluster at a time.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Shape {
-    /// Nodes that are alive.
+pub struct ClusterSummary {
     pub alive: usize,
-    /// Machines that run.
     pub machines: usize,
-    /// Mean load of nodes, each weighted with its power.
+    /// Mean load, weighted with power.
     pub load_mean: f64,
-    /// Least load of a node.
+    /// Minimum load of a node.
     pub load_min: f64,
-    /// Greatest load of a node.
+    /// Maximum load of a node.
     pub load_max: f64,
-    /// Standard deviation of the nodes' loads, each weighted with its power.
+    /// Standard deviation of the loads, weighted with power.
     pub unevenness: f64,
-    /// Nodes that are pressed.
     pub pressed: usize,
-    /// Nodes without machines.
     pub free: usize,
 }
 
-/// A move.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct MoveMade {
-    /// When it was over, in seconds.
+pub struct MoveReport {
+    /// Time of its end, in seconds.
     pub at_s: f64,
-    /// Which machine.
     pub machine: String,
-    /// From where.
     pub source: String,
-    /// Where to.
     pub target: String,
-    /// Bytes sent.
     pub bytes: u64,
 }
 
-/// Loads over time.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Series {
-    /// Seconds from one look to the next.
+    /// Interval between two samples, in seconds.
     pub every_s: u64,
-    /// The nodes.
     pub nodes: Vec<String>,
-    /// Each look's loads of all nodes; NaN for those that are not alive.
-    pub looks: Vec<Vec<f32>>,
+    /// Loads of all nodes per sample; NaN for nodes that are not alive.
+    pub samples: Vec<Vec<f32>>,
 }
 
-/// What came of a run.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
-    /// What the scenario shows.
     pub about: String,
-    /// The seed.
     pub seed: u64,
     /// Seconds that were simulated.
     pub length_s: u64,
-    /// How it was at the start.
-    pub start: Shape,
-    /// How it was at the end.
-    pub end: Shape,
-    /// The second from which on no move was admissible, under way or made, as far as
-    /// looks show it; or why it was never so.
+    /// State at the start.
+    pub start: ClusterSummary,
+    /// State at the end.
+    pub end: ClusterSummary,
+    /// The second from which on no move was admissible, in flight or made, at the samples'
+    /// resolution; or why there was none.
     pub levelled_at_s: Result<u64, String>,
-    /// Moves, by time.
-    pub moves: Vec<MoveMade>,
+    pub moves: Vec<MoveReport>,
     /// Bytes that all moves sent.
     pub moved_bytes: f64,
-    /// Moves that failed.
     pub failed: u64,
-    /// Moves that waited since as many as allowed were under way.
+    /// Moves that the limit of concurrent moves prevented.
     pub capped: u64,
-    /// Moves that took a machine back to where it came from within the cool-down.
+    /// Moves that returned a machine to its previous node within the cool-down.
     pub returns: u64,
-    /// Moves that a rule stopped at their end, since another one was faster.
+    /// Moves that a rule refused at commit, because of a concurrent one.
     pub raced: u64,
-    /// Moves that were made so that rules hold again.
+    /// Moves made to restore a rule.
     pub repairs: u64,
-    /// Machines that break a rule where they are at the end, with what it says.
+    /// Machines whose placement violates a rule at the end, with the reason.
     pub broken: Vec<String>,
-    /// Rounds that were begun.
     pub rounds: u64,
-    /// Machines that do not run because their node died.
+    /// Machines that do not run because their node failed.
     pub stranded: usize,
-    /// How many alerts there were.
     pub alerts: u64,
     /// The first of them.
     pub alerts_quoted: Vec<String>,
-    /// Share of their active time (with machines on them) for which nodes had no
-    /// more CPU than was demanded, mean of the nodes: SLATAH of Beloglazov and Buyya
-    /// 2012.
+    /// Mean over the nodes of the share of active time (with machines on them) in which the CPU
+    /// demand reached the capacity: SLATAH of Beloglazov and Buyya 2012.
     pub overload_share: f64,
-    /// Share of the demand for CPU that was beyond the node's capacity.
+    /// Share of the CPU demand beyond the nodes' capacity.
     pub unmet_share: f64,
-    /// Nodes that were active on average.
+    /// Average number of active nodes.
     pub active_mean: f64,
-    /// Energy, in kWh, where nodes have a table of power.
+    /// In kWh, if nodes have a power table.
     pub energy_kwh: Option<f64>,
-    /// What was expected.
-    pub expectations: Vec<Checked>,
-    /// Loads over time, for pictures.
+    pub expectations: Vec<CheckResult>,
     #[serde(skip)]
     pub series: Series,
 }
 
 impl Report {
-    /// Whether all came as expected.
+    /// Whether all expectations were met.
     pub fn met(&self) -> bool {
         self.expectations.iter().all(|it| it.met)
     }
 }
 
-/// What is summed over the looks.
+/// Sums over the samples.
 #[derive(Default)]
-struct Sums {
+struct Totals {
     joules: f64,
     demanded: f64,
     unmet: f64,
     active_nodes: f64,
-    looks: f64,
-    /// Seconds of each node: active, of these overloaded.
+    samples: f64,
+    /// Per node: seconds active, and seconds overloaded.
     nodes: Vec<(f64, f64)>,
 }
 
-/// Runs a scenario, changed where that is asked. `done` is told the share that is done,
-/// from time to time.
+/// Runs a scenario, with changes. `done` is called from time to time with the completed share.
 ///
 /// # Errors
-/// What makes no sense in the scenario, or cannot be changed.
+/// An invalid scenario, or a change that does not apply.
 pub fn run(
     scenario: &Scenario,
     what_if: &WhatIf,
     done: &mut dyn FnMut(f64),
 ) -> Result<Report, BadInput> {
-    let (report, _) = simulate(scenario, what_if, Keep::Nothing, done)?;
+    let (report, _) = simulate(scenario, what_if, Retention::Nothing, done)?;
     Ok(report)
 }
 
-/// As [`run`], with all decisions that were made; instants are of the simulation.
+/// As [`run`], with all decisions; times are simulated.
 ///
 /// # Errors
 /// As [`run`].
@@ -163,12 +141,12 @@ pub fn run_recorded(
     what_if: &WhatIf,
     done: &mut dyn FnMut(f64),
 ) -> Result<(Report, Vec<Line>), BadInput> {
-    simulate(scenario, what_if, Keep::Decisions, done)
+    simulate(scenario, what_if, Retention::Decisions, done)
 }
 
-/// What is kept beside the report.
+/// What is recorded in addition to the report.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Keep {
+enum Retention {
     Nothing,
     Decisions,
 }
@@ -176,57 +154,57 @@ enum Keep {
 fn simulate(
     scenario: &Scenario,
     what_if: &WhatIf,
-    keep: Keep,
+    keep: Retention,
     done: &mut dyn FnMut(f64),
 ) -> Result<(Report, Vec<Line>), BadInput> {
     let mut cluster = Cluster::of(scenario)?;
     what_if
         .change(&mut cluster)
-        .map_err(|reason| BadInput::file(&scenario.place, reason))?;
+        .map_err(|reason| BadInput::file(&scenario.path, reason))?;
     for node in &scenario.expect.untouched {
         let names = cluster.nodes.iter().map(|it| &*it.name);
         if !names.clone().any(|it| it == node) {
             let hint = hint(node, names);
             let reason = format!("expect.untouched: there is no node {node:?}; {hint}");
-            return Err(BadInput::file(&scenario.place, reason));
+            return Err(BadInput::file(&scenario.path, reason));
         }
     }
     let mut world = World::new(cluster.settings.clone(), &cluster.nodes, &cluster.machines);
-    if keep == Keep::Nothing {
-        world.forget_decisions();
+    if keep == Retention::Nothing {
+        world.discard_decisions();
     }
     for (at_ms, what) in &cluster.events {
-        world.at(*at_ms, what.clone());
+        world.schedule(*at_ms, what.clone());
     }
     let every_s = look_s(scenario, &cluster);
-    let mut sums = Sums {
+    let mut totals = Totals {
         nodes: vec![(0.0, 0.0); cluster.nodes.len()],
-        ..Sums::default()
+        ..Totals::default()
     };
-    let start: Vec<NodeNow> = world.nodes_now().collect();
+    let start: Vec<NodeSnapshot> = world.node_snapshots().collect();
     let mut series = Series {
         every_s,
         nodes: cluster.nodes.iter().map(|it| it.name.to_string()).collect(),
-        looks: vec![loads(&start)],
+        samples: vec![loads(&start)],
     };
-    let start = shape(&start, &world);
-    let mut level = Level::default();
+    let start = summarize(&start, &world);
+    let mut level = ConvergenceTracker::default();
     let mut now_s = 0;
     while now_s < scenario.length_s {
         let next_s = (now_s + every_s).min(scenario.length_s);
         let length_s = (next_s - now_s) as f64;
         now_s = next_s;
         world.run_until(now_s * 1000);
-        let nodes: Vec<NodeNow> = world.nodes_now().collect();
-        sums.add(&nodes, &cluster, length_s);
-        series.looks.push(loads(&nodes));
+        let nodes: Vec<NodeSnapshot> = world.node_snapshots().collect();
+        totals.add(&nodes, &cluster, length_s);
+        series.samples.push(loads(&nodes));
         if scenario.expect.levelled_by_s.is_some_and(|it| it <= now_s) || now_s == scenario.length_s
         {
-            level.look(&world, now_s);
+            level.observe(&world, now_s);
         }
         done(now_s as f64 / scenario.length_s as f64);
     }
-    let mut report = report(scenario, &world, start, &sums, level);
+    let mut report = report(scenario, &world, start, &totals, level);
     report.series = series;
     if cluster.power.iter().all(Option::is_none) {
         report.energy_kwh = None;
@@ -235,12 +213,12 @@ fn simulate(
     Ok((report, lines(&world, &cluster)))
 }
 
-/// Decisions as a ledger has them.
+/// Decisions in the format of a ledger.
 fn lines(world: &World, cluster: &Cluster) -> Vec<Line> {
-    // The policy that was in force, by the instant from which on.
+    // The policies with the time from which each was in force.
     let mut policies = vec![(0, &cluster.settings.policy)];
     for (at_ms, what) in &cluster.events {
-        if let What::Policy(policy) = what {
+        if let ExternalEvent::Policy(policy) = what {
             policies.push((*at_ms, policy));
         }
     }
@@ -262,33 +240,33 @@ fn lines(world: &World, cluster: &Cluster) -> Vec<Line> {
 }
 
 fn look_s(scenario: &Scenario, cluster: &Cluster) -> u64 {
-    let usual = (scenario.length_s / LOOKS).max(1);
+    let usual = (scenario.length_s / SAMPLES_DEFAULT).max(1);
     let counts_energy = cluster.power.iter().any(Option::is_some);
     scenario.look_s.unwrap_or(if counts_energy {
-        usual.min(ENERGY_LOOK_S)
+        usual.min(ENERGY_SAMPLE_S_MAX)
     } else {
         usual
     })
 }
 
-fn loads(nodes: &[NodeNow]) -> Vec<f32> {
-    let load = |it: &NodeNow| if it.alive { it.load as f32 } else { f32::NAN };
+fn loads(nodes: &[NodeSnapshot]) -> Vec<f32> {
+    let load = |it: &NodeSnapshot| if it.alive { it.load as f32 } else { f32::NAN };
     nodes.iter().map(load).collect()
 }
 
-/// Since when it is level.
+/// Tracks since when the cluster has converged.
 #[derive(Default)]
-struct Level {
+struct ConvergenceTracker {
     since_s: Option<u64>,
     moves: usize,
-    not: String,
+    obstacle: String,
 }
 
-impl Level {
-    fn look(&mut self, world: &World, now_s: u64) {
-        let not = if world.moving() > 0 {
+impl ConvergenceTracker {
+    fn observe(&mut self, world: &World, now_s: u64) {
+        let obstacle = if world.moving() > 0 {
             Some(format!(
-                "{} moves are under way at {now_s} s",
+                "{} moves are in flight at {now_s} s",
                 world.moving()
             ))
         } else if let Some((target, what)) = world.admissible() {
@@ -302,9 +280,9 @@ impl Level {
             None
         };
         self.moves = world.moves().len();
-        match not {
-            Some(not) => {
-                self.not = not;
+        match obstacle {
+            Some(obstacle) => {
+                self.obstacle = obstacle;
                 self.since_s = None;
             }
             None => {
@@ -314,16 +292,16 @@ impl Level {
     }
 }
 
-impl Sums {
-    fn add(&mut self, nodes: &[NodeNow], cluster: &Cluster, length_s: f64) {
-        self.looks += 1.0;
+impl Totals {
+    fn add(&mut self, nodes: &[NodeSnapshot], cluster: &Cluster, length_s: f64) {
+        self.samples += 1.0;
         for (number, node) in nodes.iter().enumerate() {
             if node.machines == 0 {
                 continue;
             }
             self.active_nodes += 1.0;
             let (demand, cores) = (node.cpu_cores, node.capacity.cores);
-            // In cores of the reference speed, so that nodes can be summed.
+            // In cores of the reference speed, so that nodes can be added up.
             let reference = node.capacity.speed * length_s;
             self.demanded += demand * reference;
             self.unmet += (demand - cores).max(0.0) * reference;
@@ -349,21 +327,21 @@ fn share(part: f64, of: f64) -> f64 {
     if of > 0.0 { part / of } else { 0.0 }
 }
 
-/// How it is now.
-fn shape(nodes: &[NodeNow], world: &World) -> Shape {
-    let alive: Vec<&NodeNow> = nodes.iter().filter(|it| it.alive).collect();
+fn summarize(nodes: &[NodeSnapshot], world: &World) -> ClusterSummary {
+    let alive: Vec<&NodeSnapshot> = nodes.iter().filter(|it| it.alive).collect();
     let power: f64 = alive.iter().map(|it| it.capacity.power()).sum();
-    let weighted = |of: &dyn Fn(&NodeNow) -> f64| {
+    let weighted = |of: &dyn Fn(&NodeSnapshot) -> f64| {
         let sum: f64 = alive.iter().map(|it| it.capacity.power() * of(it)).sum();
         share(sum, power)
     };
     let mean = weighted(&|it| it.load);
     let variance = weighted(&|it| (it.load - mean) * (it.load - mean));
     let policy = world.policy();
-    let waits = |it: &NodeNow| share((it.cpu_cores - it.capacity.cores).max(0.0), it.cpu_cores);
+    let waits =
+        |it: &NodeSnapshot| share((it.cpu_cores - it.capacity.cores).max(0.0), it.cpu_cores);
     let pressed =
-        |it: &&&NodeNow| it.load >= policy.pressed_load || waits(it) >= policy.pressed_share;
-    Shape {
+        |it: &&&NodeSnapshot| it.load >= policy.pressed_load || waits(it) >= policy.pressed_share;
+    ClusterSummary {
         alive: alive.len(),
         machines: alive.iter().map(|it| it.machines).sum(),
         load_mean: mean,
@@ -383,8 +361,14 @@ fn shape(nodes: &[NodeNow], world: &World) -> Shape {
     }
 }
 
-fn report(scenario: &Scenario, world: &World, start: Shape, sums: &Sums, level: Level) -> Report {
-    let end: Vec<NodeNow> = world.nodes_now().collect();
+fn report(
+    scenario: &Scenario,
+    world: &World,
+    start: ClusterSummary,
+    totals: &Totals,
+    level: ConvergenceTracker,
+) -> Report {
+    let end: Vec<NodeSnapshot> = world.node_snapshots().collect();
     let moves = world.moves();
     let alerts = world.alerts();
     Report {
@@ -392,8 +376,8 @@ fn report(scenario: &Scenario, world: &World, start: Shape, sums: &Sums, level: 
         seed: scenario.seed,
         length_s: scenario.length_s,
         start,
-        end: shape(&end, world),
-        levelled_at_s: level.since_s.ok_or(level.not),
+        end: summarize(&end, world),
+        levelled_at_s: level.since_s.ok_or(level.obstacle),
         moved_bytes: moves.iter().map(|it| it.bytes).sum(),
         failed: world.failed(),
         capped: world.capped(),
@@ -411,21 +395,21 @@ fn report(scenario: &Scenario, world: &World, start: Shape, sums: &Sums, level: 
         alerts: alerts.len() as u64,
         alerts_quoted: alerts
             .iter()
-            .take(QUOTED)
+            .take(ALERTS_QUOTED_MAX)
             .map(|(at_ms, node, text)| {
                 let at_s = *at_ms as f64 / 1e3;
                 format!("{at_s:.0} s, {}: {text}", world.node_name(*node))
             })
             .collect(),
-        overload_share: sums.overload_share(),
-        unmet_share: share(sums.unmet, sums.demanded),
-        active_mean: share(sums.active_nodes, sums.looks),
-        energy_kwh: Some(sums.joules / 3.6e6),
+        overload_share: totals.overload_share(),
+        unmet_share: share(totals.unmet, totals.demanded),
+        active_mean: share(totals.active_nodes, totals.samples),
+        energy_kwh: Some(totals.joules / 3.6e6),
         expectations: Vec::new(),
         series: Series::default(),
         moves: moves
             .iter()
-            .map(|it| MoveMade {
+            .map(|it| MoveReport {
                 at_s: it.at_ms as f64 / 1e3,
                 machine: world.machine_name(it.machine).to_string(),
                 source: world.node_name(it.source).to_string(),
@@ -436,7 +420,7 @@ fn report(scenario: &Scenario, world: &World, start: Shape, sums: &Sums, level: 
     }
 }
 
-/// Moves that took a machine back within the cool-down.
+/// Number of moves that returned a machine within the cool-down.
 pub fn returns(world: &World) -> u64 {
     let mut last: HashMap<usize, (usize, usize, u64)> = HashMap::new();
     let mut returns = 0;

@@ -1,23 +1,21 @@
-//! Changes of a scenario, to compare with: nodes less, nodes more, another policy.
+//! Changes of a scenario, for comparison: fewer nodes, more nodes, another policy.
 
 use crate::bad_input::hint;
 use crate::scenario::{Cluster, change_policy, merge};
-use crate::world::{NodeSpec, What};
+use crate::world::{ExternalEvent, NodeSpec};
 use keel_balance::Name;
 use std::str::FromStr;
 
-/// Most nodes that are added.
+/// Maximum number of added nodes.
 const ADDED_MAX: usize = 10_000;
 
 /// One change: `remove-node=NAME`, `add-node=COUNT` or `policy.KEY=VALUE`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Change {
-    /// A node is not there; its machines begin on the others, each on that with the
-    /// least load.
+    /// A node is missing; its machines start on the least loaded others.
     RemoveNode(String),
-    /// So many nodes more, like the first one.
+    /// Additional nodes, like the first one.
     AddNode(usize),
-    /// Another value in the policy.
     Policy(toml::Table),
 }
 
@@ -39,13 +37,13 @@ impl FromStr for Change {
                 let key = key.strip_prefix("policy.").ok_or_else(|| {
                     let known = ["remove-node", "add-node", "policy."];
                     let hint = hint(key, known.into_iter());
-                    format!("{key:?} is no change; {hint} ({examples})")
+                    format!("{key:?} is not a change; {hint} ({examples})")
                 })?;
                 let plain = |value: &str| toml::from_str(&format!("{key} = {value}"));
-                // A word may come without its quotes, which shells take.
+                // A string may come without its quotes, which shells remove.
                 let table = plain(value).or_else(|_| plain(&format!("{value:?}")));
                 let table: toml::Table =
-                    table.map_err(|_| format!("{text:?} is no key and value of a policy"))?;
+                    table.map_err(|_| format!("{text:?} is not a key and value of a policy"))?;
                 Ok(Change::Policy(table))
             }
         }
@@ -55,7 +53,7 @@ impl FromStr for Change {
 /// Changes of a scenario.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct WhatIf {
-    /// In the order in which they are made.
+    /// In order of application.
     pub changes: Vec<Change>,
 }
 
@@ -77,7 +75,7 @@ impl WhatIf {
         let settings = &mut cluster.settings;
         settings.policy = change_policy(&settings.policy, &policy)?;
         for (_, what) in &mut cluster.events {
-            if let What::Policy(later) = what {
+            if let ExternalEvent::Policy(later) = what {
                 **later = change_policy(later, &policy)?;
             }
         }
@@ -92,11 +90,11 @@ fn remove(cluster: &mut Cluster, name: &str) -> Result<(), String> {
     };
     cluster.nodes[gone].there = false;
     cluster.events.retain(|(_, what)| match what {
-        What::NodeDies(node) | What::NodeComes(node) => *node != gone,
+        ExternalEvent::NodeFails(node) | ExternalEvent::NodeStarts(node) => *node != gone,
         _ => true,
     });
     let weights = cluster.settings.policy.weights;
-    // What each node has of load and free memory, as machines are placed.
+    // Load and free memory of each node during placement.
     let mut loads = vec![0.0; cluster.nodes.len()];
     let mut free: Vec<u64> = cluster
         .nodes
@@ -134,12 +132,12 @@ fn remove(cluster: &mut Cluster, name: &str) -> Result<(), String> {
 
 fn add(cluster: &mut Cluster, count: usize) -> Result<(), String> {
     let like = cluster.nodes.iter().position(|it| it.there);
-    let like = like.ok_or("there is no node that others could be like")?;
+    let like = like.ok_or("there is no node to copy")?;
     for number in 1..=count {
         let name: Name = format!("added-{number}").into();
         let taken = cluster.nodes.iter().any(|it| it.name == name);
         if taken || cluster.machines.iter().any(|it| it.name == name) {
-            return Err(format!("there is an {name:?} already"));
+            return Err(format!("there is a {name:?} already"));
         }
         cluster.nodes.push(NodeSpec {
             name,
@@ -172,7 +170,7 @@ mod tests {
             ("add-node=0", "1 to 10000 are possible"),
             ("add-node=-1", "1 to 10000 are possible"),
             ("remove-nod=n1", "did you mean \"remove-node\"?"),
-            ("policy.=1", "no key and value"),
+            ("policy.=1", "not a key and value"),
         ] {
             let error = text.parse::<Change>().unwrap_err();
             assert!(error.contains(says), "{text}: {error}");

@@ -1,5 +1,5 @@
-//! From any start, on every seed, rounds come to an end at which no admissible move
-//! is left, within a stated bound; and then nothing moves any more.
+//! From any initial state, with every seed, rounds converge within a stated bound: no admissible
+//! move is left, and nothing moves any more.
 
 use keel_balance::load::Capacity;
 use keel_balance::policy::Policy;
@@ -19,7 +19,7 @@ fn seeds(usual: u64) -> std::ops::Range<u64> {
     0..number("EVENKEEL_SEEDS").unwrap_or(usual)
 }
 
-/// Calls it with each seed, on two threads; a failing one is printed with what
+/// Runs the check with each seed, on two threads; a failure is printed with the command that
 /// repeats it.
 fn each_seed(test: &str, seeds: std::ops::Range<u64>, check: impl Fn(u64) + Sync) {
     let next = std::sync::atomic::AtomicU64::new(seeds.start);
@@ -45,8 +45,8 @@ fn each_seed(test: &str, seeds: std::ops::Range<u64>, check: impl Fn(u64) + Sync
     });
 }
 
-/// A random cluster: unlike nodes, machines anywhere (mostly on few nodes), a
-/// network that loses, delays and doubles.
+/// A random cluster: heterogeneous nodes, machines anywhere (mostly on few nodes), a network with
+/// loss, delay and duplication.
 fn random_world(seed: u64) -> (World, Policy, usize) {
     let mut rng = SmallRng::seed_from_u64(seed);
     let node_count = rng.random_range(2..=10usize);
@@ -129,25 +129,25 @@ fn it_converges_from_any_start() {
             if world.moves().len() != moves || busy {
                 (quiet_since_s, moves) = (now_s, world.moves().len());
             }
-            // Longer than what anything is remembered for but failures.
+            // Longer than any state but backoffs is remembered.
             if now_s - quiet_since_s > 40 {
                 break;
             }
-            let bound = bound_s(nodes, moves, world.failed());
-            if now_s > bound {
+            let constraint = bound_s(nodes, moves, world.failed());
+            if now_s > constraint {
                 for made in world.decisions() {
                     eprintln!("{} n{} {}", made.at_ms, made.node, made.decision);
                 }
             }
             assert!(
-                quiet_since_s <= bound,
+                quiet_since_s <= constraint,
                 "{nodes} nodes, {moves} moves, {} failed: not level after {now_s} s: {:?}; {:?}",
                 world.failed(),
                 world.admissible(),
                 world.loads()
             );
         }
-        // Each lowered the sum by the least at least: that is why they ended.
+        // Each move decreased the sum by at least the minimum: hence the convergence.
         let most = before / policy.gain_min;
         assert!(moves as f64 <= most, "{moves} moves from {before}");
         assert!(world.sum_of_squares() <= before + 1e-9);

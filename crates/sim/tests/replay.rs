@@ -1,15 +1,15 @@
-//! Decisions decided again: by the same code they come out the same, by another
-//! policy they do not, and it is said which and why.
+//! Replay of decisions: the same code reproduces them, another policy does not, with the difference
+//! and its reason.
 
 use keel_balance::ledger::{Decision, Line};
 use keel_balance::policy::Policy;
-use keel_sim::replay::{Again, Replayed, replay};
+use keel_sim::replay::{ReplayOutcome, ReplaySummary, replay};
 use keel_sim::run::run_recorded;
 use keel_sim::scenario::Scenario;
 use keel_sim::what_if::WhatIf;
 use std::path::Path;
 
-/// A rough day of unlike nodes that pack or level.
+/// A variable day of heterogeneous nodes that pack or level.
 fn recorded(strategy: &str) -> Vec<Line> {
     let text = format!(
         "length_s = 1200\nseed = 5\n\
@@ -28,7 +28,7 @@ fn recorded(strategy: &str) -> Vec<Line> {
     lines
 }
 
-fn replayed(lines: &[Line]) -> Replayed {
+fn replayed(lines: &[Line]) -> ReplaySummary {
     let file = tempfile::NamedTempFile::new().unwrap();
     let lines: Vec<String> = lines
         .iter()
@@ -70,12 +70,12 @@ fn another_policy_decides_otherwise_and_says_why() {
     let replayed = replayed(&lines);
     assert!(replayed.differ as usize >= made, "{replayed:?}");
     let first = &replayed.others[0];
-    let Again::Differs(why) = &first.again else {
+    let ReplayOutcome::Differs(why) = &first.outcome else {
         panic!("{first:?}");
     };
     assert!(why.contains("nothing would move"), "{why}");
     assert!(replayed.others.iter().any(|it| {
-        matches!(&it.again, Again::Differs(why) if why.contains("it would level too little"))
+        matches!(&it.outcome, ReplayOutcome::Differs(why) if why.contains("its gain is too small"))
     }));
 }
 
@@ -103,7 +103,7 @@ fn what_was_recorded_otherwise_is_found() {
     let replayed = replayed(&lines);
     assert_eq!((replayed.differ, replayed.others.len()), (1, 1));
     assert_eq!(replayed.others[0].line, line + 1);
-    let Again::Differs(why) = &replayed.others[0].again else {
+    let ReplayOutcome::Differs(why) = &replayed.others[0].outcome else {
         panic!("{replayed:?}");
     };
     assert!(

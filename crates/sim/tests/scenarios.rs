@@ -1,7 +1,7 @@
-//! Scenario files: those that come along hold, what is wrong with one is said with
-//! its line, and a run is repeated exactly by its seed.
+//! Scenario files: the bundled ones meet their expectations, errors are reported with their line,
+//! and a seed reproduces a run exactly.
 
-use keel_sim::picture;
+use keel_sim::html_report;
 use keel_sim::run::{Report, run};
 use keel_sim::scenario::{Cluster, Scenario};
 use keel_sim::what_if::WhatIf;
@@ -69,7 +69,7 @@ fn a_seed_says_everything() {
     assert_ne!(plain(&scenario).moves, once.moves);
 }
 
-/// Whatever two nodes want at the same time: no move is committed that a rule forbids.
+/// With any concurrency of two nodes no move is committed that a rule forbids.
 #[test]
 fn no_move_breaks_a_rule_on_any_seed() {
     let text = include_str!("../scenarios/rules.toml");
@@ -82,13 +82,13 @@ fn no_move_breaks_a_rule_on_any_seed() {
         let cluster = Cluster::of(&scenario).unwrap();
         let mut world = World::new(cluster.settings.clone(), &cluster.nodes, &cluster.machines);
         for (at_ms, what) in &cluster.events {
-            world.at(*at_ms, what.clone());
+            world.schedule(*at_ms, what.clone());
         }
         let mut before = world.broken().len();
         for s in 1..=900 {
             world.run_until(s * 1000);
             let broken = world.broken().len();
-            // Only a rule that came, or a node that died, breaks any.
+            // Only a new rule or a node failure violates any.
             let comes = (300..=301).contains(&s) || (500..=540).contains(&s);
             assert!(
                 broken <= before || comes,
@@ -112,19 +112,19 @@ fn rules_that_make_no_sense_are_named_with_their_line() {
     let of = |rule: &str| error(&format!("{begin}{rule}"));
     let said = of("[[rules]]\nname = \"r\"\nmachines = { names = [\"x\"] }\nrule = \"stay\"\n");
     assert!(
-        said.contains("line 11") && said.contains("about no machine"),
+        said.contains("line 11") && said.contains("applies to no machine"),
         "{said}"
     );
     let said = of(
         "[[rules]]\nname = \"r\"\nmachines = { names = [\"m*\"] }\nrule = \"pin\"\nnodes = { names = [\"z\"] }\n",
     );
-    assert!(said.contains("names no node"), "{said}");
+    assert!(said.contains("names no existing node"), "{said}");
     let said = of(
         "[[rules]]\nname = \"one\"\nmachines = { names = [\"m*\"] }\nrule = \"apart\"\n\
          [[rules]]\nname = \"idle\"\nmachines = { names = [\"m1\"] }\nrule = \"stay\"\n",
     );
     // Three machines on two nodes.
-    assert!(said.contains("cannot be kept together: one"), "{said}");
+    assert!(said.contains("contradictory rules: one"), "{said}");
     let said = of("[[events]]\nkind = \"rule-goes\"\nat_s = 1\nrule = \"r\"\n");
     assert!(said.contains("no rule \"r\""), "{said}");
 }
@@ -180,7 +180,7 @@ fn what_if_compares_with_a_change() {
         "{}",
         more.end.load_max
     );
-    // The node where all of them were: they begin on the others.
+    // The node with all machines: they start on the others.
     let hot = changed(&["remove-node=n1"]).unwrap();
     assert_eq!(
         (hot.end.alive, hot.end.machines, hot.moves.len()),
@@ -347,7 +347,7 @@ fn recorded_loads_are_read_from_files_beside_it() {
     // From elsewhere, and what is wrong there.
     let other = folder.path().join("other");
     std::fs::create_dir(&other).unwrap();
-    scenario.take_planetlab(&other).unwrap();
+    scenario.use_planetlab(&other).unwrap();
     let message = |scenario: &Scenario| {
         let run = run(scenario, &WhatIf::default(), &mut |_| {});
         run.unwrap_err().to_string()
@@ -364,9 +364,9 @@ fn recorded_loads_are_read_from_files_beside_it() {
         let error = message(&scenario);
         assert!(error.contains(says), "{error}");
     }
-    scenario.take_planetlab(Path::new("/nowhere")).unwrap();
+    scenario.use_planetlab(Path::new("/nowhere")).unwrap();
     assert!(message(&scenario).starts_with("/nowhere: "));
-    assert!(parse(THREE).take_csv(&place).is_err());
+    assert!(parse(THREE).use_csv(&place).is_err());
 }
 
 #[test]
@@ -385,7 +385,7 @@ fn a_cluster_of_ganeti_runs() {
     std::fs::write(&place, text).unwrap();
     let used = folder.path().join("used");
     std::fs::write(&used, "i0 0 0 0 0\ni1 0 0 0 0\n").unwrap();
-    let report = plain(&Scenario::of_ganeti(place, Some(used)));
+    let report = plain(&Scenario::from_ganeti(place, Some(used)));
     assert_eq!(report.end.machines, 8);
     assert!(
         report.start.load_max > 1.4 && report.end.load_max < 0.8,
@@ -400,12 +400,12 @@ fn a_picture_has_each_node_and_nothing_from_elsewhere() {
             .replace("n{}", "<n&{}>")
             .replace("\"n1\"", "\"<n&1>\""),
     );
-    let page = picture::page("lines", &plain(&scenario));
+    let page = html_report::page("lines", &plain(&scenario));
     assert_eq!(page.matches("<path").count(), 3);
     assert_eq!(page.matches("<circle").count(), 8);
     assert!(page.contains("&lt;n&amp;1&gt;") && !page.contains("<n&"));
     let many = parse(&THREE.replace("count = 3", "count = 300"));
-    let page = picture::page("rows", &plain(&many));
+    let page = html_report::page("rows", &plain(&many));
     assert!(page.matches("<rect").count() >= 200 && page.len() < 2_000_000);
     for foreign in ["<script", "http:", "https:", "src="] {
         assert!(!page.contains(foreign), "{foreign}");

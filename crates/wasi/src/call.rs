@@ -1,6 +1,6 @@
-//! One call: the generated trait on top of [`Wasi`]. Each function looks up
-//! its descriptors, copies its arguments out of the guest's memory, and hands
-//! on; ranges to be written are checked before there is an effect.
+//! A single call: the generated trait on top of [`Wasi`]. Each function looks up its descriptors,
+//! copies its arguments out of guest memory, and delegates; output ranges are checked before there
+//! is an effect.
 
 use crate::abi::{self, Exited, Interrupted, Result, types, wasi_snapshot_preview1 as p1};
 use crate::descriptor::{Descriptor, Kind};
@@ -60,7 +60,7 @@ fn outcome_of(error: &wiggle::error::Error) -> Outcome {
     if let Some(Exited(code)) = error.downcast_ref() {
         return Outcome::Exit(*code);
     }
-    // A flag or enum that does not exist, found before the function began.
+    // An invalid flag or enum value, detected before the function started.
     if let Some(errno) = error
         .downcast_ref::<GuestError>()
         .and_then(abi::errno_of_guest)
@@ -70,7 +70,6 @@ fn outcome_of(error: &wiggle::error::Error) -> Outcome {
     Outcome::Trap(error.to_string())
 }
 
-/// A call under way.
 pub(crate) struct Call<'a> {
     wasi: &'a Wasi,
     state: &'a mut CallState,
@@ -78,7 +77,7 @@ pub(crate) struct Call<'a> {
     interrupt: &'a dyn Interrupt,
 }
 
-/// `random_get` looks up from its work after so many bytes (a multiple of 4).
+/// `random_get` checks for interruption after this number of bytes (a multiple of 4).
 const RANDOM_BYTES: u32 = 1 << 20;
 
 impl Call<'_> {
@@ -104,8 +103,8 @@ impl Call<'_> {
 }
 
 impl Call<'_> {
-    /// Waits for the first of `count` subscriptions, of which `read` has the layout; how
-    /// many events are in `out`.
+    /// Waits for the first of `count` subscriptions, in the layout of `read`; returns the number of
+    /// events in `out`.
     pub(crate) fn poll(
         &mut self,
         memory: &mut GuestMemory<'_>,
@@ -131,8 +130,7 @@ impl Call<'_> {
         Ok(count)
     }
 
-    /// Writes; a call that is repeated while what it wrote is made safe does not
-    /// write again.
+    /// Writes; a call repeated while its bytes are being made durable does not write again.
     fn write(&mut self, descriptor: &Descriptor, bytes: &[u8], position: Position) -> Result<Size> {
         let count = match u32::try_from(self.state.progress_bytes)? {
             0 => self
@@ -144,7 +142,7 @@ impl Call<'_> {
             && count > 0
         {
             self.state.progress_bytes = count.into();
-            file.settle_write(self.interrupt)?;
+            file.wait_durable(self.interrupt)?;
         }
         Ok(count)
     }
@@ -616,8 +614,7 @@ impl p1::WasiSnapshotPreview1 for Call<'_> {
         Ok(())
     }
 
-    /// The same bytes come however often the call is interrupted: what is in
-    /// place is not drawn again.
+    /// The bytes do not depend on interruptions: bytes already filled are not drawn again.
     fn random_get(
         &mut self,
         memory: &mut GuestMemory<'_>,

@@ -1,13 +1,13 @@
-//! The guest's clocks: readings of the host's plus offsets that travel, so
-//! that they never run backwards over a move.
+//! The guest's clocks: the host's plus offsets that are part of the snapshot, so that they never
+//! run backwards over a move.
 
 use rustix::time::{ClockId, Timespec, clock_getres, clock_gettime};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
-/// The clocks of a host. Tests bring one that they can set.
+/// The clocks of a host. Tests provide a settable one.
 pub trait HostClock: Send + Sync {
-    /// Nanoseconds since some fixed instant of this host; never decreases.
+    /// Nanoseconds since a fixed instant of this host; never decreases.
     fn monotonic_ns(&self) -> u64;
 
     /// Nanoseconds since 1970-01-01 UTC.
@@ -48,9 +48,9 @@ pub(crate) struct GuestClock {
     host: Arc<dyn HostClock>,
     monotonic_offset_ns: i128,
     realtime_offset_ns: i128,
-    /// By how much more than that it is ahead, because others were.
-    hurried_ns: AtomicU64,
-    // Two threads may ask at once and a test's clock may misbehave.
+    /// Additional advance caused by other parts.
+    advance_ns: AtomicU64,
+    // Two threads may read concurrently, and a test's clock may be inconsistent.
     monotonic_seen_ns: AtomicU64,
 }
 
@@ -60,14 +60,14 @@ impl GuestClock {
         Self::resume(host, 0, 0)
     }
 
-    /// Monotonic goes on from the reading given; realtime too if the host's
-    /// is behind it.
+    /// The monotonic clock continues from the given reading; so does the realtime clock if the
+    /// host's is behind it.
     pub(crate) fn resume(host: Arc<dyn HostClock>, monotonic_ns: u64, realtime_ns: u64) -> Self {
         let behind = i128::from(realtime_ns) - i128::from(host.realtime_ns());
         Self {
             monotonic_offset_ns: i128::from(monotonic_ns) - i128::from(host.monotonic_ns()),
             realtime_offset_ns: behind.max(0),
-            hurried_ns: AtomicU64::new(0),
+            advance_ns: AtomicU64::new(0),
             monotonic_seen_ns: AtomicU64::new(monotonic_ns),
             host,
         }
@@ -75,22 +75,21 @@ impl GuestClock {
 
     pub(crate) fn monotonic_ns(&self) -> u64 {
         let now = self
-            .unhurried_ns()
-            .saturating_add(self.hurried_ns.load(Ordering::Relaxed));
+            .base_ns()
+            .saturating_add(self.advance_ns.load(Ordering::Relaxed));
         self.monotonic_seen_ns
             .fetch_max(now, Ordering::Relaxed)
             .max(now)
     }
 
-    fn unhurried_ns(&self) -> u64 {
+    fn base_ns(&self) -> u64 {
         shifted(self.host.monotonic_ns(), self.monotonic_offset_ns)
     }
 
-    /// Something has happened at that time: it is not earlier from now on, and goes on from
-    /// there.
-    pub(crate) fn saw(&self, monotonic_ns: u64) {
-        let ahead = monotonic_ns.saturating_sub(self.unhurried_ns());
-        self.hurried_ns.fetch_max(ahead, Ordering::Relaxed);
+    /// Advances the clock to a time observed elsewhere, from which it continues.
+    pub(crate) fn advance_to(&self, monotonic_ns: u64) {
+        let ahead = monotonic_ns.saturating_sub(self.base_ns());
+        self.advance_ns.fetch_max(ahead, Ordering::Relaxed);
     }
 
     pub(crate) fn realtime_ns(&self) -> u64 {
@@ -102,36 +101,36 @@ impl GuestClock {
     }
 }
 
-/// The guest's monotonic clock at another part than its home: as far ahead of the host's as
-/// what was heard of others demands. So nobody reads a time before that of what he knows
-/// of, and while nothing is heard it goes on as the host's does.
+/// The guest's monotonic clock at a part other than the home: the host's clock plus the largest
+/// offset that messages of other parts imply. So no part reads a time before that of an event that
+/// it knows of (a logical clock as of Lamport); without messages it runs with the host's clock.
 #[derive(Debug)]
-pub struct FollowingClock<C = SystemClock> {
+pub struct CausalClock<C = SystemClock> {
     host: C,
-    /// By how much it is ahead of the host's.
+    /// Offset to the host's clock.
     ahead_ns: AtomicI64,
     is_set: AtomicBool,
 }
 
-impl<C: HostClock> FollowingClock<C> {
-    /// One that has heard of nothing.
+impl<C: HostClock> CausalClock<C> {
+    /// A clock without observations.
     pub fn new(host: C) -> Self {
-        FollowingClock {
+        CausalClock {
             host,
             ahead_ns: AtomicI64::new(i64::MIN),
             is_set: AtomicBool::new(false),
         }
     }
 
-    /// Something has happened when the guest's clock was there.
-    pub fn saw(&self, guest_ns: u64) {
+    /// Advances the clock to a time observed at another part.
+    pub fn advance_to(&self, guest_ns: u64) {
         let ahead = i128::from(guest_ns) - i128::from(self.host.monotonic_ns());
         let ahead = i64::try_from(ahead).unwrap_or(i64::MAX);
         self.ahead_ns.fetch_max(ahead, Ordering::AcqRel);
         self.is_set.store(true, Ordering::Release);
     }
 
-    /// Nanoseconds of the guest's clock; zero before anything was heard.
+    /// The guest's clock in nanoseconds; zero before the first observation.
     pub fn monotonic_ns(&self) -> u64 {
         match self.is_set.load(Ordering::Acquire) {
             true => {
@@ -142,7 +141,7 @@ impl<C: HostClock> FollowingClock<C> {
         }
     }
 
-    /// As [`Self::monotonic_ns`], for a guest; `None` before anything was heard.
+    /// As [`Self::monotonic_ns`], for a guest; `None` before the first observation.
     pub fn reading(&self) -> Option<u64> {
         self.is_set
             .load(Ordering::Acquire)
@@ -184,23 +183,23 @@ mod tests {
         }
         let host = Arc::new(AtomicU64::new(500));
         let home = GuestClock::resume(Arc::new(Runs(host.clone())), 70, 0);
-        home.saw(60);
+        home.advance_to(60);
         assert_eq!(home.monotonic_ns(), 70);
-        home.saw(90);
+        home.advance_to(90);
         assert_eq!(home.monotonic_ns(), 90);
-        // It goes on from there, at once.
+        // It continues from there immediately.
         host.store(510, Ordering::Relaxed);
         assert_eq!(home.monotonic_ns(), 100);
-        home.saw(95);
+        home.advance_to(95);
         assert_eq!(home.monotonic_ns(), 100);
-        let other = FollowingClock::new(Fixed(1_000_000, 0));
+        let other = CausalClock::new(Fixed(1_000_000, 0));
         assert_eq!((other.reading(), other.monotonic_ns()), (None, 0));
         // (Its host has been up for longer than the guest.)
         for (guest_ns, now) in [(90, 90), (80, 90), (300, 300)] {
-            other.saw(guest_ns);
+            other.advance_to(guest_ns);
             assert_eq!(other.reading(), Some(now));
         }
-        other.saw(u64::MAX);
+        other.advance_to(u64::MAX);
         assert!(other.monotonic_ns() > 1 << 62);
     }
 

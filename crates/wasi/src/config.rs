@@ -1,4 +1,4 @@
-//! What a machine starts with.
+//! Initial configuration of a machine.
 
 use crate::clock::{HostClock, SystemClock};
 use crate::error::Error;
@@ -8,14 +8,12 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What a machine starts with.
 pub struct Config {
     /// The arguments, the program's name first. No NUL bytes.
     pub args: Vec<String>,
     /// The environment. No NUL bytes, no `=` in names.
     pub env: Vec<(String, String)>,
-    /// The directories that the guest may reach. They become descriptors
-    /// after the listeners.
+    /// The preopened directories. They become descriptors after the listeners.
     pub preopens: Vec<Preopen>,
     /// Listening sockets; descriptors from 3 on, as with wasmtime's
     /// `--tcplisten`.
@@ -30,7 +28,6 @@ pub struct Config {
     pub seed: Option<[u8; 32]>,
     /// Bounds.
     pub limits: Limits,
-    /// The host's clocks.
     pub clock: Arc<dyn HostClock>,
 }
 
@@ -56,56 +53,51 @@ impl Default for Config {
 /// Where the files of a preopen are.
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// In a directory of the host, which others may change, too.
+    /// A directory of the host, which others may change too.
     Host(PathBuf),
-    /// In a volume of our own, which the machine takes along.
+    /// A volume, which moves with the machine.
     Volume {
-        /// Folder for its files' bytes; of nobody else.
+        /// Folder for its files' bytes; exclusive.
         folder: PathBuf,
-        /// How large it may become.
         limits: VolumeLimits,
-        /// Is told when the guest waits for room on the host's disk.
+        /// Reports waits for space on the host's disk.
         stalls: Arc<Stalls>,
     },
-    /// In a volume of our own whose bytes are kept elsewhere: the folder only has
-    /// those that were needed here.
+    /// A volume whose bytes are stored remotely: the folder only has those that were needed here.
     Backed {
-        /// Folder for those bytes; of nobody else.
+        /// Folder for those bytes; exclusive.
         folder: PathBuf,
-        /// How large it may become.
         limits: VolumeLimits,
-        /// Is told when the guest waits for room, or for who keeps the bytes.
+        /// Reports waits for space, or for the backend.
         stalls: Arc<Stalls>,
-        /// Where the bytes are.
         backed: Backed,
     },
 }
 
-/// A directory that the guest may reach.
+/// A preopened directory.
 #[derive(Clone, Debug)]
 pub struct Preopen {
-    /// Where its files are.
     pub source: Source,
     /// Its name for the guest, such as `/data`. No NUL bytes.
     pub guest: String,
-    /// Whether everything that changes files fails with `perm`.
+    /// Whether all modifications fail with `perm`.
     pub read_only: bool,
 }
 
-/// Bounds on what a guest can make the host keep.
+/// Limits on host resources of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Open descriptors, including the standard ones and preopens; more give
-    /// errno `mfile`. More than [`Limits::DESCRIPTORS_MAX`] count as that.
+    /// Open descriptors, including the standard ones and preopens; beyond: errno `mfile`. Capped at
+    /// [`Limits::DESCRIPTORS_MAX`].
     pub descriptors_max: u32,
-    /// Subscriptions in one `poll_oneoff`; more give errno `nomem`.
+    /// Subscriptions in one `poll_oneoff`; beyond: errno `nomem`.
     pub subscriptions_max: u32,
-    /// Entries of a directory that is listed; more give errno `nomem`.
+    /// Entries of a listed directory; beyond: errno `nomem`.
     pub directory_entries_max: u32,
 }
 
 impl Limits {
-    /// No machine has more descriptors.
+    /// Upper bound for every machine.
     pub const DESCRIPTORS_MAX: u32 = 1 << 20;
 
     pub(crate) fn clamped(self) -> Self {

@@ -1,8 +1,8 @@
-//! The descriptor table, what a descriptor can be, and its rights.
+//! The descriptor table, the kinds of descriptors, and their rights.
 //!
-//! A descriptor's number can be taken away while another thread still uses
-//! what was behind it, hence the `Arc`. The table's lock is only held to look
-//! up and to change numbers, never over disk or network work.
+//! A descriptor's number can be closed while another thread still uses the object, hence the `Arc`.
+//! The table's lock is only held for lookups and changes of numbers, never during disk or network
+//! operations.
 
 use crate::abi::{Result, types};
 use crate::directory::Listing;
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use types::{Errno, Fdflags, Filetype, Rights};
 
-/// What tells a file from all others on one host.
+/// Identity of a file on one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct FileId {
     pub(crate) device: u64,
@@ -60,18 +60,17 @@ pub(crate) struct OpenFile {
     /// Pipes and devices have no offset and may block.
     pub(crate) is_stream: bool,
     pub(crate) read_only_root: bool,
-    /// What the guest asked for.
     pub(crate) readable: bool,
     pub(crate) writable: bool,
-    /// What it was opened for (creating needs writing).
+    /// Access mode on the host (creating needs writing).
     pub(crate) host_read: bool,
     pub(crate) host_write: bool,
-    /// Of `sync`, `dsync` and `rsync`; fixed when opened.
+    /// The flags `sync`, `dsync` and `rsync`; fixed when opened.
     pub(crate) sync: Fdflags,
     pub(crate) append: AtomicBool,
     pub(crate) nonblocking: AtomicBool,
-    /// Held over a read or write at the offset, so that two threads never get
-    /// or overwrite the same bytes.
+    /// Held during a read or write at the offset, so that two threads never read or overwrite the
+    /// same bytes.
     pub(crate) offset: Mutex<u64>,
 }
 
@@ -84,7 +83,6 @@ pub(crate) enum Place {
     Volume(OpenNode),
 }
 
-/// An open directory.
 #[derive(Debug)]
 pub(crate) struct OpenDirectory {
     pub(crate) place: Place,
@@ -96,11 +94,10 @@ pub(crate) struct OpenDirectory {
     pub(crate) listing: Mutex<Option<Listing>>,
 }
 
-/// A listening socket handed in.
 #[derive(Debug)]
 pub(crate) struct Listener {
     pub(crate) listener: TcpListener,
-    /// Its place among the listeners of the configuration.
+    /// Its index among the listeners of the configuration.
     pub(crate) index: u32,
     pub(crate) nonblocking: AtomicBool,
 }
@@ -116,7 +113,6 @@ pub(crate) struct Connection {
     pub(crate) shut: AtomicU8,
 }
 
-/// What a descriptor refers to.
 #[derive(Debug)]
 pub(crate) enum Kind {
     Stdin,
@@ -128,8 +124,7 @@ pub(crate) enum Kind {
     Connection(Connection),
 }
 
-/// Rights given up. What was never given up and is not excluded by the way a
-/// file was opened is allowed.
+/// Dropped rights. All other rights that the open mode does not exclude are granted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Dropped {
     pub(crate) base: Rights,
@@ -145,7 +140,6 @@ impl Default for Dropped {
     }
 }
 
-/// One entry of the table.
 #[derive(Debug)]
 pub(crate) struct Descriptor {
     pub(crate) kind: Kind,
@@ -160,7 +154,7 @@ impl Descriptor {
         }
     }
 
-    /// What distinguishes the host's file behind it; `None` for other things.
+    /// Identity of the host's file behind it; `None` for other descriptors.
     pub(crate) fn file_id(&self) -> Option<FileId> {
         match &self.kind {
             Kind::File(OpenFile {
@@ -182,7 +176,7 @@ impl Descriptor {
         *locked(&self.dropped)
     }
 
-    /// Refuses what was given up.
+    /// Refuses dropped rights.
     pub(crate) fn require(&self, rights: Rights) -> Result<()> {
         if self.dropped().base.intersects(rights) {
             return Err(Errno::Notcapable.into());
@@ -197,7 +191,7 @@ impl Descriptor {
         (base - dropped.base, inheriting - dropped.inheriting)
     }
 
-    /// Gives up all rights but these, which must be among those present.
+    /// Drops all rights except these, which must be present.
     pub(crate) fn keep_rights(&self, base: Rights, inheriting: Rights) -> Result<()> {
         let (all_base, all_inheriting) = initial_rights(&self.kind);
         let mut dropped = locked(&self.dropped);
@@ -355,7 +349,7 @@ impl Table {
         Ok(free)
     }
 
-    /// Puts `descriptor` at a number; false if that or the limit is taken.
+    /// Inserts `descriptor` at a number; false if the number is taken or the limit reached.
     pub(crate) fn insert(&mut self, fd: u32, descriptor: Arc<Descriptor>) -> bool {
         if self.check_room().is_err() || self.entries.contains_key(&fd) {
             return false;
@@ -368,7 +362,7 @@ impl Table {
         Ok(self.entries.remove(&fd).ok_or(Errno::Badf)?)
     }
 
-    /// Moves `from` to `to`, which must exist; returns what was there.
+    /// Moves `from` to `to`, which must exist; returns the replaced descriptor.
     pub(crate) fn renumber(&mut self, from: u32, to: u32) -> Result<Option<Arc<Descriptor>>> {
         if !self.entries.contains_key(&to) {
             return Err(Errno::Badf.into());

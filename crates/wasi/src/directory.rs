@@ -1,17 +1,15 @@
-//! `fd_readdir`: a listing is taken when a guest starts at cookie 0 and kept
-//! with the descriptor, so that cookies stay valid while entries come and go
-//! and over a move.
+//! `fd_readdir`: a listing is taken when a guest starts at cookie 0 and kept with the descriptor,
+//! so that cookies stay valid while entries change and over a move.
 
 use crate::abi::{Result, types};
 use crate::descriptor::{OpenDirectory, Place};
-use crate::hidden::is_hidden_name;
 use crate::locked;
+use crate::unlinked_open::is_hidden_name;
 use cap_std::fs::Dir;
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno as HostErrno;
 use types::{Errno, Filetype};
 
-/// One directory entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) name: String,
@@ -19,8 +17,7 @@ pub(crate) struct Entry {
     pub(crate) filetype: u8,
 }
 
-/// A directory as it was at one moment, without `.` and `..`. Cookie `n + 2`
-/// stands before entry `n`.
+/// A directory listing of one moment, without `.` and `..`. Cookie `n + 2` precedes entry `n`.
 pub(crate) type Listing = Vec<Entry>;
 
 /// Bytes of a `dirent` before the name.
@@ -88,7 +85,7 @@ fn list(dir: &Dir, entries_max: usize) -> Result<Listing> {
         }
         let name = str::from_utf8(name).map_err(|_| Errno::Ilseq)?.to_owned();
         let filetype = match entry.file_type() {
-            // Some file systems do not say.
+            // Some file systems do not report the type.
             FileType::Unknown => match dir.symlink_metadata(&name) {
                 Ok(metadata) => filetype_of_path(&metadata),
                 Err(_) => Filetype::Unknown,

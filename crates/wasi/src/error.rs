@@ -1,9 +1,8 @@
-//! What can go wrong outside of a guest's call: making a `Wasi`, and taking
-//! and restoring a snapshot.
+//! Errors outside of guest calls: creating a `Wasi`, capturing and restoring.
 
 use std::io;
 
-/// Why a [`crate::Wasi`] could not be made, captured or restored.
+/// Why a [`crate::Wasi`] could not be created, captured or restored.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -20,87 +19,60 @@ pub enum Error {
     EnvironmentName {
         /// Its place, from 0.
         index: usize,
-        /// The name.
         name: String,
     },
     /// Something is larger than a limit.
     #[error("{what}: {size} is more than the limit of {max}")]
     TooMany {
-        /// What there is too much of.
+        /// The limited quantity.
         what: &'static str,
-        /// How much there is.
         size: usize,
-        /// How much there may be.
         max: usize,
     },
     /// A directory of the host cannot be opened.
     #[error("preopen {guest:?}: cannot open host directory {host:?}: {source}")]
     Preopen {
-        /// The guest's name.
         guest: String,
-        /// The host's path.
         host: String,
-        /// What the host says.
         source: io::Error,
     },
     /// A listening socket or stream of the host cannot be used.
     #[error("{what}: {source}")]
-    Host {
-        /// The object.
-        what: String,
-        /// What the host says.
-        source: io::Error,
-    },
-    /// An open file is not where the target could find it again.
+    Host { what: String, source: io::Error },
+    /// An open file is at no path that the target could reopen.
     #[error(
         "descriptor {fd}: {path:?} is in no preopen any more (removed or moved by another process): \
          restore the file or let the guest close it"
     )]
     Unreachable {
-        /// The descriptor.
         fd: u32,
         /// The path on the source host, as far as known.
         path: String,
     },
-    /// A path in a snapshot is kept as text.
+    /// Snapshots store paths as text.
     #[error("descriptor {fd}: path {path:?} is not UTF-8: rename it")]
-    NotUtf8 {
-        /// The descriptor.
-        fd: u32,
-        /// The path, with replacement characters.
-        path: String,
-    },
-    /// The host does not say where an open file is.
+    NotUtf8 { fd: u32, path: String },
+    /// The host does not report the path of an open file.
     #[error("descriptor {fd}: cannot find out its path (is /proc mounted?): {source}")]
-    Locate {
-        /// The descriptor.
-        fd: u32,
-        /// What the host says.
-        source: io::Error,
-    },
+    Locate { fd: u32, source: io::Error },
     /// An open file is missing on the target.
     #[error("descriptor {fd}: cannot open {path:?} in preopen {guest:?} again: {source}")]
     Reopen {
-        /// The descriptor.
         fd: u32,
         /// The guest's name of the preopen.
         guest: String,
-        /// The path under the preopen.
         path: String,
-        /// What the host says.
         source: io::Error,
     },
-    /// Something else is now where an open file was.
+    /// Another file has replaced an open file.
     #[error(
         "descriptor {fd}: {path:?} in preopen {guest:?} is no longer the file that was open \
          ({difference}): put it back"
     )]
     Changed {
-        /// The descriptor.
         fd: u32,
         /// The guest's name of the preopen.
         guest: String,
-        /// The path under the preopen.
         path: String,
         /// In what it differs.
         difference: &'static str,
@@ -109,23 +81,16 @@ pub enum Error {
     #[error(
         "WASI snapshot of version {found}, this program reads {supported}: use a matching keel"
     )]
-    Version {
-        /// The snapshot's.
-        found: u32,
-        /// Ours.
-        supported: u32,
-    },
-    /// The snapshot contradicts itself or its bounds.
+    Version { found: u32, supported: u32 },
+    /// The snapshot is inconsistent or exceeds limits.
     #[error("WASI snapshot is damaged: {0}")]
     Damaged(String),
-    /// The host resources do not fit the snapshot.
+    /// The resources do not match the snapshot.
     #[error("the snapshot needs {needed} {what}, {given} given")]
     Resources {
         /// `preopens` or `listeners`.
         what: &'static str,
-        /// How many it has.
         needed: usize,
-        /// How many were given.
         given: usize,
     },
     /// The operating system gave no random seed.

@@ -5,7 +5,7 @@ use crate::abi::{Result, types};
 use crate::descriptor::{Data, Descriptor, Kind, OpenFile, Place};
 use crate::directory::filetype_of_path;
 use crate::stream::sink_result;
-use crate::volume::{OpenNode, WriteFault, done};
+use crate::volume::{OpenNode, WriteFault, wait_done};
 use crate::wait::{Interrupt, retry};
 use crate::{Wasi, locked, socket};
 use cap_std::fs::{Metadata, MetadataExt};
@@ -20,7 +20,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use types::{Errno, Fdflags, Filestat, Filetype, Fstflags, Rights, Whence};
 
-/// Where to read or write.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Position {
     /// At the descriptor's offset, which moves on.
@@ -29,7 +28,7 @@ pub(crate) enum Position {
     At(u64),
 }
 
-/// A regular file, for functions that make no sense on others.
+/// A regular file, for functions that make sense only for these.
 pub(crate) fn file_of(descriptor: &Descriptor) -> Result<&OpenFile> {
     match &descriptor.kind {
         Kind::File(file) => Ok(file),
@@ -87,20 +86,20 @@ impl Data {
             Self::Host { file, .. } => Ok(file.sync_all()?),
             Self::Volume(node) => {
                 node.sync(data_only)?;
-                make_safe(node, interrupt)
+                make_durable(node, interrupt)
             }
         }
     }
 }
 
-/// Waits until what was written is safe where it is kept, if that is elsewhere.
-fn make_safe(node: &OpenNode, interrupt: &dyn Interrupt) -> Result<()> {
-    done(&node.volume, interrupt, || node.make_safe())
+/// Waits until written bytes are durable at the backend, if there is one.
+fn make_durable(node: &OpenNode, interrupt: &dyn Interrupt) -> Result<()> {
+    wait_done(&node.volume, interrupt, || node.make_durable())
 }
 
-/// Does something with a file of a volume, again and again while blocks that it
-/// needs are fetched. Nothing is held meanwhile that other threads need.
-fn with_blocks<T>(
+/// Runs an operation on a file of a volume, and repeats it after fetching blocks that it needs. No
+/// lock that other threads need is held meanwhile.
+fn retry_after_fetch<T>(
     node: &OpenNode,
     interrupt: &dyn Interrupt,
     mut work: impl FnMut() -> Result<T, WriteFault>,
@@ -115,18 +114,17 @@ fn with_blocks<T>(
             Err(WriteFault::Errno(errno)) => return Err(errno.into()),
             Err(WriteFault::HostFull) => node.volume.stalls().wait(&folder, interrupt)?,
             Err(WriteFault::Absent(blocks)) => {
-                done(&node.volume, interrupt, || node.fetch(blocks.clone()))?;
+                wait_done(&node.volume, interrupt, || node.fetch(blocks.clone()))?;
             }
         }
     }
 }
 
 impl OpenFile {
-    /// Waits until what was written with `sync` or `dsync` is safe, where the
-    /// host's disk is not all that it takes.
-    pub(crate) fn settle_write(&self, interrupt: &dyn Interrupt) -> Result<()> {
+    /// Waits until a write with `sync` or `dsync` is durable, if the host's disk does not suffice.
+    pub(crate) fn wait_durable(&self, interrupt: &dyn Interrupt) -> Result<()> {
         match &self.data {
-            Data::Volume(node) if !self.sync.is_empty() => make_safe(node, interrupt),
+            Data::Volume(node) if !self.sync.is_empty() => make_durable(node, interrupt),
             Data::Volume(_) | Data::Host { .. } => Ok(()),
         }
     }
@@ -248,8 +246,8 @@ impl Wasi {
         Ok(stat)
     }
 
-    /// Writes to a file of a volume. Where the host has no room, it waits and
-    /// tries again; nothing is held meanwhile that other threads need.
+    /// Writes to a file of a volume. If the host has no space, it waits and retries; no lock that
+    /// other threads need is held meanwhile.
     fn write_volume(
         &self,
         file: &OpenFile,
@@ -262,9 +260,9 @@ impl Wasi {
             return Err(Errno::Badf.into());
         }
         if let Some(backing) = node.volume.backing() {
-            done(&node.volume, interrupt, || backing.behind())?;
+            wait_done(&node.volume, interrupt, || backing.backpressure())?;
         }
-        with_blocks(node, interrupt, || {
+        retry_after_fetch(node, interrupt, || {
             self.write_volume_once(file, node, bytes, position)
         })
     }
@@ -311,7 +309,7 @@ impl Wasi {
         match &file.data {
             Data::Host { file, .. } => Ok(file.set_len(size)?),
             Data::Volume(_) if !file.host_write => Err(Errno::Inval.into()),
-            Data::Volume(node) => with_blocks(node, interrupt, || {
+            Data::Volume(node) => retry_after_fetch(node, interrupt, || {
                 node.set_size(size, self.clock.realtime_ns())
             }),
         }
@@ -347,10 +345,10 @@ impl Wasi {
     }
 }
 
-/// The device number of volumes of our own, but for the preopen's number.
+/// The device number of volumes, without the preopen's number.
 const VOLUME_DEVICE: u64 = 0x6b65_656c_0000_0000;
 
-/// The number by which guests tell preopens apart.
+/// The device number by which guests distinguish preopens.
 pub(crate) fn volume_device(root: u32) -> u64 {
     VOLUME_DEVICE + u64::from(root)
 }
@@ -395,7 +393,7 @@ fn read_file(
         }
     };
     match &file.data {
-        Data::Volume(node) => with_blocks(node, interrupt, read),
+        Data::Volume(node) => retry_after_fetch(node, interrupt, read),
         Data::Host { .. } => match read() {
             Ok(count) => Ok(count),
             Err(WriteFault::Errno(errno)) => Err(errno.into()),
@@ -445,7 +443,7 @@ fn write_file(
     }
 }
 
-/// Writes at the end, wherever others have moved it to.
+/// Writes at the present end of the file.
 fn append_bytes(file: &File, bytes: &[u8]) -> io::Result<usize> {
     let vector = [IoSlice::new(bytes)];
     match rustix::io::pwritev2(file, &vector, 0, ReadWriteFlags::APPEND) {
@@ -532,7 +530,7 @@ pub(crate) fn advise(
             Ok(rustix::fs::fadvise(file, offset, length, advice)?)
         }
         Data::Volume(_) if i64::try_from(length).is_err() => Err(Errno::Inval.into()),
-        // The host caches the backing file as it thinks best.
+        // Ignored for a backing file.
         Data::Volume(_) => Ok(()),
     }
 }
@@ -582,7 +580,7 @@ pub(crate) fn filestat_of(metadata: &Metadata) -> Filestat {
     }
 }
 
-/// Times before 1970 are 0, as preview 1 cannot say them.
+/// Times before 1970 become 0, as preview 1 cannot represent them.
 fn nanoseconds(seconds: i64, rest: i64) -> u64 {
     let time = i128::from(seconds) * 1_000_000_000 + i128::from(rest);
     u64::try_from(time.max(0)).unwrap_or(u64::MAX)

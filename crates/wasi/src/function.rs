@@ -66,7 +66,6 @@ macro_rules! functions {
                 }
             }
 
-            /// The import name.
             pub fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => stringify!($name),)*

@@ -1,18 +1,17 @@
-//! Copying between guest memory and bounce buffers. Other threads of the
-//! guest run meanwhile: nothing of its memory is ever held, and each value is
-//! read once.
+//! Copying between guest memory and bounce buffers. Other guest threads run concurrently: no
+//! reference into guest memory is held, and each value is read once.
 
 use crate::abi::{Result, types};
 use types::Errno;
 use wiggle::{GuestMemory, GuestPtr};
 
-/// One read or write moves at most this much; a short result is legal.
+/// Maximum bytes of one read or write; a short result is legal.
 pub(crate) const TRANSFER_BYTES_MAX: usize = 1 << 20;
 
-/// More buffers in one call are left for the next, as Linux's `IOV_MAX`.
+/// Maximum buffers of one call, as Linux's `IOV_MAX`; the rest is left for the next call.
 pub(crate) const BUFFERS_MAX: usize = 1024;
 
-/// Paths are shorter, as Linux's `PATH_MAX` with its NUL.
+/// Maximum length of a path, as Linux's `PATH_MAX` without its NUL.
 const PATH_BYTES_MAX: u32 = 4095;
 
 /// The target ranges of a read, all within memory.
@@ -55,7 +54,7 @@ impl Scatter {
     }
 }
 
-/// The first [`TRANSFER_BYTES_MAX`] bytes of what a write gathers.
+/// The first [`TRANSFER_BYTES_MAX`] bytes of a write's buffers.
 pub(crate) fn gather(memory: &GuestMemory<'_>, iovs: types::CiovecArray) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     for iov in iovs.iter().take(BUFFERS_MAX) {
@@ -78,7 +77,7 @@ pub(crate) fn check_range(memory: &GuestMemory<'_>, range: GuestPtr<[u8]>) -> Re
     Ok(())
 }
 
-/// A path. NUL bytes are left to the host, which refuses them.
+/// Reads a path. The host refuses NUL bytes.
 ///
 /// # Errors
 /// `nametoolong`, `ilseq` if it is not UTF-8, or a trap.

@@ -1,10 +1,9 @@
 //! WASI preview 1 for machines that are captured and moved while they run.
 //!
-//! All 46 functions, with the errno results of wasmtime 48 on Linux. What is
-//! different is the state: a descriptor is not just a number of the host's
-//! kernel but something that can be written down ([`Snapshot`]) and opened
-//! again elsewhere; calls that block can be interrupted before their effect
-//! and repeated ([`Outcome::Interrupted`]); clocks and random numbers go on.
+//! All 46 functions, with the errno results of wasmtime 48 on Linux. The state differs: a
+//! descriptor is not just a number of the host's kernel but plain data ([`Snapshot`]) from which it
+//! can be reopened elsewhere; blocking calls can be interrupted before their effect and repeated
+//! ([`Outcome::Interrupted`]); clocks and random streams continue after a move.
 //!
 //! | file | what it holds |
 //! |---|---|
@@ -12,21 +11,21 @@
 //! | `function.rs` | the functions' names and signatures, dispatch |
 //! | `call.rs` | the trait: checks arguments, hands on to the files below |
 //! | `guest.rs` | copying between guest memory and bounce buffers |
-//! | `config.rs` | what a machine starts with |
+//! | `config.rs` | initial configuration of a machine |
 //! | `descriptor.rs` | descriptor table, rights |
 //! | `file.rs` | `fd_*` on files and streams |
 //! | `directory.rs` | `fd_readdir` |
 //! | `path.rs` | `path_*` |
-//! | `hidden.rs` | files removed while open; where an open file is |
-//! | `volume/` | file systems of our own, that machines take along |
+//! | `unlinked_open.rs` | files removed while open; locating open files |
+//! | `volume/` | file systems that move with their machine |
 //! | `stream.rs` | standard input, output, error |
 //! | `socket.rs` | `sock_*` |
-//! | `packed.rs` | calls whose buffers travel |
+//! | `remote_call.rs` | calls executed at another node |
 //! | `poll.rs` | `poll_oneoff` |
-//! | `wait.rs` | waiting that a request can end |
-//! | `clock.rs`, `random.rs` | clocks and random numbers that travel |
-//! | `snapshot.rs`, `restore.rs` | writing the state down and back |
-//! | `error.rs` | errors outside of a guest's call |
+//! | `wait.rs` | interruptible waiting |
+//! | `clock.rs`, `random.rs` | clocks and random streams that continue after a move |
+//! | `snapshot.rs`, `restore.rs` | capturing and restoring the state |
+//! | `error.rs` | errors outside of guest calls |
 
 #![forbid(unsafe_code)]
 
@@ -40,27 +39,27 @@ mod error;
 mod file;
 mod function;
 mod guest;
-mod hidden;
-mod outside;
-mod packed;
+mod host_access;
 mod path;
 mod poll;
 mod random;
+mod remote_call;
 mod restore;
 mod snapshot;
 mod snapshot_0;
 mod socket;
 mod stream;
+mod unlinked_open;
 pub mod volume;
 mod wait;
 
 pub use abi::types::Errno;
-pub use clock::{FollowingClock, HostClock, SystemClock};
+pub use clock::{CausalClock, HostClock, SystemClock};
 pub use config::{Config, Limits, Preopen, Source};
 pub use error::Error;
 pub use function::{Function, ParamType};
-pub use outside::{FileStat, Files};
-pub use packed::{Packed, Targets, pack};
+pub use host_access::{FileStat, Files};
+pub use remote_call::{OutputTargets, PackedCall, pack};
 pub use restore::Resources;
 pub use snapshot::{
     ConnectionRecord, DescriptorKind, DescriptorRecord, DirectoryRecord, EntryRecord, FileRecord,
@@ -74,9 +73,9 @@ use crate::clock::GuestClock;
 use crate::descriptor::{
     Descriptor, Dropped, FileId, Kind, OpenDirectory, Place as DirPlace, Table,
 };
-use crate::hidden::OpenFiles;
 use crate::random::Random;
 use crate::stream::Stdin;
+use crate::unlinked_open::OpenFiles;
 use crate::volume::Volume;
 use cap_std::fs::Dir;
 use serde::{Deserialize, Serialize};
@@ -85,29 +84,28 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What became of a call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It is complete; this is the errno that it returns to the guest.
+    /// Complete; the errno for the guest.
     Done(i32),
-    /// It was left before its effect. Repeat it later, maybe on another host,
-    /// with the same arguments and the same [`CallState`].
+    /// Interrupted before its effect. To be repeated later, possibly on another host, with the same
+    /// arguments and the same [`CallState`].
     Interrupted,
     /// The guest ended itself with this code.
     Exit(u32),
-    /// The guest must trap, for this reason (a pointer out of bounds).
+    /// The guest must trap, with this reason (for example a pointer out of bounds).
     Trap(String),
 }
 
-/// What a call keeps between an interruption and its repetition; plain data,
-/// travels with the machine. Empty again once the call is complete.
+/// State of a call between an interruption and its repetition; plain data, part of the image. Empty
+/// again once the call is complete.
 #[derive(Serialize, Deserialize, Default, Clone, Debug, PartialEq)]
 pub struct CallState {
-    /// The guest's monotonic clock, in nanoseconds, when the first attempt
-    /// began: relative time-outs count from here.
+    /// Start of the first attempt on the guest's monotonic clock, in nanoseconds: relative
+    /// time-outs count from it.
     pub started_ns: Option<u64>,
-    /// Bytes of `random_get` already in place, or of `fd_write` and `fd_pwrite`
-    /// already written that are still to be made safe.
+    /// Bytes that `random_get` has already filled, or that `fd_write` or `fd_pwrite` has written
+    /// and that are not yet durable.
     pub progress_bytes: u64,
 }
 
@@ -127,8 +125,8 @@ pub struct Wasi {
     limits: Limits,
 }
 
-/// A preopened directory; stays when the guest closes the descriptor, since
-/// what it opened below is found through it.
+/// A preopened directory; it stays when the guest closes the descriptor, since files opened below
+/// it are located through it.
 #[derive(Debug)]
 pub(crate) struct Root {
     place: RootPlace,
@@ -136,7 +134,6 @@ pub(crate) struct Root {
     read_only: bool,
 }
 
-/// Where a preopen is.
 #[derive(Debug)]
 pub(crate) enum RootPlace {
     Host { dir: Dir, id: FileId },
@@ -153,8 +150,7 @@ impl std::fmt::Debug for Wasi {
     }
 }
 
-/// A lock's content. A panic elsewhere does not make it unusable: every
-/// critical section leaves the content valid.
+/// Locks a mutex, ignoring poisoning: every critical section leaves the content valid.
 pub(crate) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -180,7 +176,7 @@ impl Wasi {
             .map(|preopen| open_root(preopen, None, clock.realtime_ns()))
             .collect::<Result<Vec<_>, _>>()?;
         let limits = config.limits.clamped();
-        let table = first_table(&roots, &config.listeners, limits)?;
+        let table = initial_table(&roots, &config.listeners, limits)?;
         let mut wasi = Wasi {
             args: config.args,
             env: config.env,
@@ -195,12 +191,12 @@ impl Wasi {
             random: Random::new(seed, BTreeMap::new()),
             limits,
         };
-        wasi.open_first(config.listeners)?;
+        wasi.open_initial(config.listeners)?;
         Ok(wasi)
     }
 
-    /// Fills in listeners and preopens, after standard input, output, error.
-    fn open_first(&mut self, listeners: Vec<std::net::TcpListener>) -> Result<(), Error> {
+    /// Adds listeners and preopens, after standard input, output, error.
+    fn open_initial(&mut self, listeners: Vec<std::net::TcpListener>) -> Result<(), Error> {
         for (index, listener) in (0_u32..).zip(listeners) {
             let kind = Kind::Listener(socket::listener(listener, index)?);
             self.push_first(kind)?;
@@ -247,8 +243,7 @@ impl Wasi {
         })
     }
 
-    /// The volumes of our own, with their places among the preopens of the
-    /// configuration.
+    /// The volumes, with their indices among the preopens of the configuration.
     pub fn volumes(&self) -> Vec<(u32, Arc<Volume>)> {
         let volume = |(index, root): (u32, &Root)| match &root.place {
             RootPlace::Host { .. } => None,
@@ -262,16 +257,14 @@ impl Wasi {
         self.clock.monotonic_ns()
     }
 
-    /// A part of the machine elsewhere was at that time of the guest's monotonic clock: it
-    /// is not earlier here from now on.
-    pub fn saw_monotonic(&self, guest_ns: u64) {
-        self.clock.saw(guest_ns);
+    /// Advances the guest's monotonic clock to a time observed at another part.
+    pub fn advance_monotonic_to(&self, guest_ns: u64) {
+        self.clock.advance_to(guest_ns);
     }
 
-    /// Ends the machine for good: flushes output, closes every descriptor and
-    /// removes the files that were kept only because they were open. Not for
-    /// a machine that was handed over, nor for one that a checkpoint shall
-    /// restore. Merely dropping a `Wasi` leaves the files alone.
+    /// Ends the machine permanently: flushes output, closes every descriptor and removes the files
+    /// that existed only because they were open. Not for a machine that was handed over, nor for
+    /// one that will be restored from a checkpoint. Dropping a `Wasi` keeps the files.
     pub fn finish(&self) {
         for (name, sink) in [("stdout", &self.stdout), ("stderr", &self.stderr)] {
             if let Err(error) = sink.flush() {
@@ -290,7 +283,7 @@ impl Wasi {
     }
 }
 
-/// Opens a preopen; with `record` a volume that was written down.
+/// Opens a preopen; with `record` a captured volume.
 fn open_root(
     preopen: &Preopen,
     record: Option<volume::VolumeRecord>,
@@ -317,7 +310,7 @@ fn open_root(
             stalls,
             backed,
         } => {
-            // What a machine begins with has nothing open.
+            // A new machine has no open files.
             let begins = record.is_none();
             let record = record.or_else(|| backed.record.clone());
             let record = record.unwrap_or_else(|| volume::VolumeRecord::empty(now_ns));
@@ -360,7 +353,7 @@ fn open_host(preopen: &Preopen, host: &Path) -> Result<RootPlace, Error> {
     Ok(RootPlace::Host { dir, id })
 }
 
-fn first_table(
+fn initial_table(
     roots: &[Root],
     listeners: &[std::net::TcpListener],
     limits: Limits,

@@ -5,8 +5,8 @@ use crate::abi::{Result, types};
 use crate::descriptor::{Data, Descriptor, Dropped, FileId, Kind, OpenDirectory, OpenFile, Place};
 use crate::directory::filetype_of;
 use crate::file::{filestat_of, volume_device};
-use crate::hidden::names_hidden;
-use crate::volume::{How, OpenNode};
+use crate::unlinked_open::names_hidden;
+use crate::volume::{OpenMode, OpenNode};
 use crate::{Wasi, locked};
 use cap_fs_ext::{
     DirExt, FollowSymlinks, OpenOptionsFollowExt, OpenOptionsSyncExt, SystemTimeSpec,
@@ -20,7 +20,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use types::{Errno, Fdflags, Filestat, Lookupflags, Oflags, Rights};
 
-/// A directory that paths start from.
+/// A directory as the base of paths.
 pub(crate) fn directory_of(descriptor: &Descriptor) -> Result<&OpenDirectory> {
     match &descriptor.kind {
         Kind::Directory(directory) => Ok(directory),
@@ -33,7 +33,7 @@ pub(crate) fn directory_of(descriptor: &Descriptor) -> Result<&OpenDirectory> {
     }
 }
 
-/// What `path_open` is asked for.
+/// Arguments of `path_open`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Request {
     pub(crate) follow: bool,
@@ -42,8 +42,7 @@ pub(crate) struct Request {
     pub(crate) fdflags: Fdflags,
 }
 
-/// How the host opens a file; also what a restore repeats, hence without
-/// creating and truncating.
+/// Open mode on the host; a restore repeats it, hence without creating and truncating.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mode {
     pub(crate) read: bool,
@@ -71,7 +70,7 @@ impl Mode {
 }
 
 impl Wasi {
-    /// A directory that is still there, a path that names nothing hidden.
+    /// Resolves a directory that still exists and a path without hidden names.
     fn resolve<'d>(
         &self,
         descriptor: &'d Descriptor,
@@ -82,7 +81,7 @@ impl Wasi {
         if creates && directory.read_only {
             return Err(Errno::Perm.into());
         }
-        // Volumes of our own hide nothing.
+        // Volumes have no hidden names.
         if let Place::Volume(_) = directory.place {
             return Ok(directory);
         }
@@ -95,7 +94,7 @@ impl Wasi {
         Ok(directory)
     }
 
-    /// As `resolve`, for removing: what is hidden does not exist.
+    /// As `resolve`, for removal: hidden files do not exist.
     fn resolve_removed<'d>(
         &self,
         descriptor: &'d Descriptor,
@@ -142,7 +141,7 @@ impl Wasi {
         let place = match &directory.place {
             Place::Host { dir, .. } => open_host(dir, path, mode, request.oflags)?,
             Place::Volume(node) => {
-                let how = How {
+                let how = OpenMode {
                     follow: mode.follow,
                     write: mode.write,
                     create: creates,
@@ -177,7 +176,7 @@ impl Wasi {
         self.add(Arc::new(Descriptor::new(kind, dropped)))
     }
 
-    /// Puts an opened file in the table; the caller holds `files.shared()`.
+    /// Inserts an opened file into the table; the caller holds `files.shared()`.
     fn add(&self, descriptor: Arc<Descriptor>) -> Result<u32> {
         let fd = locked(&self.table).push(descriptor.clone())?;
         if let Some(id) = descriptor.file_id() {
@@ -262,7 +261,7 @@ impl Wasi {
             (Place::Host { dir: source, .. }, Place::Host { dir: target, .. }) => {
                 Ok(source.hard_link(source_path, target, target_path)?)
             }
-            (Place::Volume(source), Place::Volume(target)) if source.is_beside(target) => {
+            (Place::Volume(source), Place::Volume(target)) if source.is_same_volume(target) => {
                 let now = self.clock.realtime_ns();
                 let (from, to) = ((source.inode, source_path), (target.inode, target_path));
                 Ok(source.volume.link(from, to, now)?)
@@ -312,7 +311,7 @@ impl Wasi {
             (Place::Host { dir: source, .. }, Place::Host { dir: target, .. }) => {
                 self.rename(source, source_path, target, target_path)
             }
-            (Place::Volume(source), Place::Volume(target)) if source.is_beside(target) => {
+            (Place::Volume(source), Place::Volume(target)) if source.is_same_volume(target) => {
                 let now = self.clock.realtime_ns();
                 let (from, to) = ((source.inode, source_path), (target.inode, target_path));
                 Ok(source.volume.rename(from, to, now)?)
@@ -349,7 +348,7 @@ impl Wasi {
     }
 }
 
-/// Refuses what the directory may not do or not pass on.
+/// Refuses rights that the directory lacks or must not pass on.
 fn check_open_rights(at: &Descriptor, request: Request) -> Result<()> {
     at.require(Rights::PATH_OPEN)?;
     if request.oflags.contains(Oflags::CREAT) {
@@ -364,7 +363,7 @@ fn check_open_rights(at: &Descriptor, request: Request) -> Result<()> {
     Ok(())
 }
 
-/// What `path_open` found.
+/// Result of opening.
 enum OpenedPlace {
     Host(File, std::fs::Metadata),
     Volume(OpenNode),
@@ -410,8 +409,7 @@ impl OpenedPlace {
     }
 }
 
-/// A host's opened file, fresh at offset 0. `flags` are (readable, writable,
-/// fdflags).
+/// A freshly opened host file at offset 0. `flags` are (readable, writable, fdflags).
 pub(crate) fn open_file(
     file: File,
     metadata: &std::fs::Metadata,
@@ -428,7 +426,7 @@ pub(crate) fn open_file(
     }
 }
 
-/// A volume's opened file, fresh at offset 0.
+/// A freshly opened volume file at offset 0.
 pub(crate) fn open_node(
     node: OpenNode,
     root: (u32, bool),

@@ -1,6 +1,5 @@
-//! `poll_oneoff`: clocks, files (always ready), streams and sockets in one
-//! wait. What cannot be waited for is an event with an error, not an error of
-//! the call.
+//! `poll_oneoff`: clocks, files (always ready), streams and sockets in one wait. A subscription
+//! that cannot be waited for produces an event with an error, not an error of the call.
 
 use crate::abi::{Result, interrupted, types};
 use crate::descriptor::{Descriptor, Kind};
@@ -14,7 +13,6 @@ use types::{
     Subscription, SubscriptionClock, SubscriptionU,
 };
 
-/// One subscription, looked up.
 enum Watch {
     Monotonic { deadline_ns: u64 },
     Realtime { deadline_ns: u64 },
@@ -138,7 +136,7 @@ impl Wasi {
         Some((fd?, direction.poll_flags()))
     }
 
-    /// Nanoseconds until a clock is due; `None` for what is no clock.
+    /// Nanoseconds until a clock is due; `None` for other subscriptions.
     fn left_ns(&self, watch: &Watch) -> Option<u64> {
         match watch {
             Watch::Monotonic { deadline_ns } => {
@@ -151,7 +149,7 @@ impl Wasi {
         }
     }
 
-    /// The event, if `watch` is due. `flags` is what poll said.
+    /// The event, if `watch` is due. `flags` are poll's results.
     fn event(&self, userdata: u64, watch: &Watch, flags: Option<PollFlags>) -> Option<Event> {
         let (type_, error, nbytes, hangup) = match watch {
             Watch::Failed(type_, errno) => (*type_, *errno, 0, false),
@@ -237,7 +235,7 @@ fn watch_clock(clock: &SubscriptionClock, started_ns: u64) -> Watch {
         (Clockid::Realtime, true) => Watch::Realtime {
             deadline_ns: timeout,
         },
-        // A relative time-out does not jump when somebody sets the clock.
+        // A relative time-out is not affected by setting the clock.
         (Clockid::Monotonic | Clockid::Realtime, false) => Watch::Monotonic {
             deadline_ns: started_ns.saturating_add(timeout),
         },

@@ -31,7 +31,7 @@ impl Random {
         locked(&self.drawn).clone()
     }
 
-    /// Fills `buffer` with what thread `tid` draws next.
+    /// Fills `buffer` with the next random bytes of thread `tid`.
     pub(crate) fn fill(&self, tid: u32, buffer: &mut [u8]) {
         let words = buffer.len().div_ceil(4) as u64;
         let position = {

@@ -1,5 +1,5 @@
-//! Reading a [`Snapshot`] back: everything is checked before anything is
-//! opened, and files are opened without creating, truncating or following.
+//! Restoring a [`Snapshot`]: everything is validated before anything is opened, and files are
+//! opened without creating, truncating or following links.
 
 use crate::abi::types;
 use crate::clock::{GuestClock, HostClock, SystemClock};
@@ -9,7 +9,6 @@ use crate::descriptor::{
 };
 use crate::directory::{Entry, filetype_of};
 use crate::error::Error;
-use crate::hidden::OpenFiles;
 use crate::path::{Mode, open_file, open_node};
 use crate::random::Random;
 use crate::snapshot::{
@@ -17,6 +16,7 @@ use crate::snapshot::{
     StdinRecord, boot_id,
 };
 use crate::stream::{DiscardSink, Input, Sink, Stdin};
+use crate::unlinked_open::OpenFiles;
 use crate::volume::OpenNode;
 use crate::{Root, RootPlace, Wasi, open_root, socket};
 use cap_std::fs::Dir;
@@ -27,10 +27,10 @@ use std::sync::atomic::{AtomicBool, AtomicU8};
 use std::sync::{Arc, Mutex};
 use types::{Fdflags, Rights, Sdflags};
 
-/// What the target host brings to a restore.
+/// Resources of the target host for a restore.
 pub struct Resources {
-    /// Where each preopen is here, in the snapshot's order. The folder of a
-    /// volume has its files' bytes.
+    /// Location of each preopen, in the snapshot's order. The folder of a volume contains its
+    /// files' bytes.
     pub preopens: Vec<Source>,
     /// The listening sockets, in the snapshot's order.
     pub listeners: Vec<TcpListener>,
@@ -40,7 +40,6 @@ pub struct Resources {
     pub stdout: Box<dyn Sink>,
     /// Standard error.
     pub stderr: Box<dyn Sink>,
-    /// The target's clocks.
     pub clock: Arc<dyn HostClock>,
 }
 
@@ -59,16 +58,16 @@ impl Default for Resources {
     }
 }
 
-/// More guest threads than this never draw random numbers.
+/// Maximum number of guest threads that draw random numbers.
 const RANDOM_STREAMS_MAX: usize = 1 << 20;
 
 impl Wasi {
-    /// The state that was written down, with this host's resources. The
-    /// snapshot may come from anywhere: what contradicts itself is refused.
+    /// Restores a captured state with this host's resources. The snapshot is untrusted:
+    /// inconsistent data is refused.
     ///
     /// # Errors
-    /// If the snapshot is of another version or damaged, resources are
-    /// missing, or an open file is not there or another one.
+    /// If the snapshot is of another version or corrupt, resources are missing, or an open file is
+    /// missing or a different one.
     pub fn restore(mut snapshot: Snapshot, resources: Resources) -> Result<Wasi, Error> {
         check(&snapshot, &resources)?;
         let mut roots = Vec::with_capacity(snapshot.preopens.len());
@@ -137,7 +136,7 @@ impl Wasi {
     }
 }
 
-/// What can be checked without opening anything.
+/// Validation without opening anything.
 fn check(snapshot: &Snapshot, resources: &Resources) -> Result<(), Error> {
     if snapshot.version != SNAPSHOT_VERSION {
         return Err(Error::Version {
@@ -190,7 +189,7 @@ fn check(snapshot: &Snapshot, resources: &Resources) -> Result<(), Error> {
     Ok(())
 }
 
-/// For each preopen, whether it is the very directory of the source.
+/// For each preopen, whether it is the source's own directory.
 fn strict_roots(snapshot: &Snapshot, roots: &[Root]) -> Vec<bool> {
     let same_boot = !snapshot.boot_id.is_empty() && snapshot.boot_id == boot_id();
     let pairs = snapshot.preopens.iter().zip(roots);
@@ -265,7 +264,7 @@ impl Restorer<'_> {
         let open_at_all = mode.read || mode.write;
         let more_than_open = (record.readable && !mode.read) || (record.writable && !mode.write);
         if !open_at_all || more_than_open || (mode.write && root.read_only) {
-            return Err(damaged(fd, "is open in an impossible way"));
+            return Err(damaged(fd, "has an impossible open mode"));
         }
         let access = (record.readable, record.writable, flags);
         let mut file = match &record.place {
@@ -273,7 +272,7 @@ impl Restorer<'_> {
                 let node = self.open_inode(fd, root, *inode)?;
                 let regular = record.filetype == types::Filetype::RegularFile as u8;
                 if node.is_directory() || !regular {
-                    return Err(damaged(fd, "is no file in its volume"));
+                    return Err(damaged(fd, "is not a file in its volume"));
                 }
                 open_node(node, (*preopen, root.read_only), mode, access)
             }
@@ -282,7 +281,7 @@ impl Restorer<'_> {
                 let filetype = filetype_of(FileType::from_raw_mode(metadata.mode())) as u8;
                 let same_type = filetype == record.filetype;
                 self.check_same(fd, place, FileId::of(&metadata), same_type)?;
-                self.files.adopt(&place.path);
+                self.files.register_hidden(&place.path);
                 let origin = (place.preopen, root.read_only);
                 open_file(file, &metadata, origin, mode, access)
             }
@@ -311,14 +310,14 @@ impl Restorer<'_> {
                 let (file, metadata) = self.open_host(fd, place, mode)?;
                 let id = FileId::of(&metadata);
                 self.check_same(fd, place, id, metadata.is_dir())?;
-                self.files.adopt(&place.path);
+                self.files.register_hidden(&place.path);
                 let dir = Dir::from_std_file(file);
                 DirPlace::Host { dir, id }
             }
             Place::Volume { inode, .. } => {
                 let node = self.open_inode(fd, root, *inode)?;
                 if !node.is_directory() {
-                    return Err(damaged(fd, "is no directory in its volume"));
+                    return Err(damaged(fd, "is not a directory in its volume"));
                 }
                 DirPlace::Volume(node)
             }
@@ -358,7 +357,7 @@ impl Restorer<'_> {
 
     fn open_inode(&self, fd: u32, root: &Root, inode: u64) -> Result<OpenNode, Error> {
         let RootPlace::Volume(volume) = &root.place else {
-            return Err(damaged(fd, "is in a volume that is none"));
+            return Err(damaged(fd, "is in a missing volume"));
         };
         volume
             .open_inode(inode)

@@ -1,15 +1,15 @@
 //! The WASI state of a machine as plain data.
 //!
-//! These types are what is stored and sent; inside, others are used. Changing
-//! them means raising [`SNAPSHOT_VERSION`].
+//! These types are the stored and transmitted format; internal types differ. Changes require a new
+//! [`SNAPSHOT_VERSION`].
 
 use crate::abi::types;
 use crate::descriptor::{
     Connection, Data, Descriptor, Kind, OpenDirectory, OpenFile, Place as DirPlace,
 };
 use crate::error::Error;
-use crate::hidden::{self, file_fd};
 use crate::stream::Stdin;
+use crate::unlinked_open::{self, file_fd};
 use crate::volume::VolumeRecord;
 use crate::{Root, RootPlace, Wasi, locked};
 use serde::{Deserialize, Serialize};
@@ -24,28 +24,24 @@ pub const SNAPSHOT_VERSION: u32 = 2;
 pub struct Snapshot {
     /// [`SNAPSHOT_VERSION`] of the writer.
     pub version: u32,
-    /// The arguments.
     pub args: Vec<String>,
-    /// The environment.
     pub env: Vec<(String, String)>,
-    /// Tells this machine's hidden files from those of others.
+    /// Distinguishes this machine's hidden files from those of others.
     pub machine: u64,
     /// The number of the next hidden file.
     pub hidden_next: u64,
-    /// The boot of the host where this was taken; empty if unknown. On the
-    /// same one, device and inode numbers must still match.
+    /// Boot ID of the source host; empty if unknown. On the same boot, device and inode numbers
+    /// must still match.
     pub boot_id: String,
-    /// The guest's monotonic clock.
     pub monotonic_ns: u64,
-    /// The guest's realtime clock.
     pub realtime_ns: u64,
     /// The seed of `random_get`.
     pub seed: [u8; 32],
-    /// Guest thread and 32-bit words that it has drawn.
+    /// Guest thread and number of 32-bit words that it has drawn.
     pub random: Vec<(u32, u64)>,
-    /// The preopens of the configuration, also those that the guest closed.
+    /// The preopens of the configuration, including closed ones.
     pub preopens: Vec<PreopenRecord>,
-    /// How many listeners the configuration had.
+    /// Number of listeners of the configuration.
     pub listeners: u32,
     /// Standard input.
     pub stdin: StdinRecord,
@@ -55,18 +51,15 @@ pub struct Snapshot {
     pub subscriptions_max: u32,
     /// [`crate::Limits::directory_entries_max`].
     pub directory_entries_max: u32,
-    /// The descriptor table.
     pub descriptors: Vec<DescriptorRecord>,
 }
 
-/// A preopen of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PreopenRecord {
-    /// The guest's name.
     pub guest: String,
     /// Whether the guest may change nothing in it.
     pub read_only: bool,
-    /// What is in it, if it is a volume of our own.
+    /// Its contents, if it is a volume.
     pub volume: Option<VolumeRecord>,
     /// Device number on the source host; 0 for a volume.
     pub device: u64,
@@ -74,31 +67,27 @@ pub struct PreopenRecord {
     pub inode: u64,
 }
 
-/// What is left of standard input.
+/// Rest of standard input.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StdinRecord {
     /// Nothing.
     Empty,
-    /// A descriptor of the host; the target brings another.
+    /// A descriptor of the host; the target provides another.
     Host,
     /// These bytes.
     Bytes(Vec<u8>),
 }
 
-/// One descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DescriptorRecord {
-    /// Its number.
     pub fd: u32,
     /// Base rights given up, as preview 1's `rights` bits.
     pub dropped_base: u64,
     /// Inheriting rights given up.
     pub dropped_inheriting: u64,
-    /// What it refers to.
     pub kind: DescriptorKind,
 }
 
-/// What a descriptor refers to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DescriptorKind {
     /// Standard input.
@@ -107,34 +96,24 @@ pub enum DescriptorKind {
     Stdout,
     /// Standard error.
     Stderr,
-    /// A file, pipe or device.
     File(FileRecord),
-    /// A directory.
     Directory(DirectoryRecord),
-    /// A listening socket.
     Listener(ListenerRecord),
     /// A connection; the target resets it.
     Connection(ConnectionRecord),
 }
 
-/// Where an open file is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Place {
     /// In a directory of the host.
     Host(HostPlace),
     /// In a volume of our own.
-    Volume {
-        /// Index of the preopen.
-        preopen: u32,
-        /// Its number.
-        inode: u64,
-    },
+    Volume { preopen: u32, inode: u64 },
 }
 
 /// Where an open file of the host is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPlace {
-    /// Index of the preopen.
     pub preopen: u32,
     /// Path under it, without `..` or links; empty for the preopen itself.
     pub path: String,
@@ -147,7 +126,6 @@ pub struct HostPlace {
 /// An open file, pipe or device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRecord {
-    /// Where it is.
     pub place: Place,
     /// Preview 1's `filetype`.
     pub filetype: u8,
@@ -165,10 +143,8 @@ pub struct FileRecord {
     pub offset: u64,
 }
 
-/// An open directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectoryRecord {
-    /// Where it is.
     pub place: Place,
     /// Whether this is a preopen itself.
     pub preopened: bool,
@@ -179,15 +155,12 @@ pub struct DirectoryRecord {
 /// An entry of a directory's listing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EntryRecord {
-    /// The name.
     pub name: String,
-    /// The inode number.
     pub inode: u64,
     /// Preview 1's `filetype`.
     pub filetype: u8,
 }
 
-/// A listening socket.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListenerRecord {
     /// Its place among the listeners of the configuration.
@@ -196,12 +169,10 @@ pub struct ListenerRecord {
     pub nonblocking: bool,
 }
 
-/// A connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionRecord {
     /// Our address.
     pub local: Option<SocketAddr>,
-    /// The other end's address.
     pub peer: Option<SocketAddr>,
     /// Whether calls fail rather than wait.
     pub nonblocking: bool,
@@ -295,9 +266,9 @@ impl Wasi {
 
     fn place(&self, fd: u32, descriptor: &Descriptor, root: u32) -> Result<Place, Error> {
         let (Some(host_fd), Some(id)) = (file_fd(descriptor), descriptor.file_id()) else {
-            return Err(Error::Damaged(format!("descriptor {fd} is no file")));
+            return Err(Error::Damaged(format!("descriptor {fd} is not a file")));
         };
-        let located = hidden::locate(&self.roots, host_fd, id, root);
+        let located = unlinked_open::locate(&self.roots, host_fd, id, root);
         let (preopen, path) = located.map_err(|source| match source.raw_os_error() {
             None => Error::Unreachable {
                 fd,
@@ -372,7 +343,7 @@ fn record_connection(connection: &Connection) -> ConnectionRecord {
     }
 }
 
-/// What tells this boot of this host from all others; empty if unknown.
+/// Identifies this boot of this host; empty if unknown.
 pub(crate) fn boot_id() -> String {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
     id.map(|id| id.trim().to_owned()).unwrap_or_default()

@@ -118,7 +118,7 @@ pub(crate) fn receive(
         match result {
             Ok(0) => return Ok(received),
             Ok(count) => received += count,
-            // What has been received is an effect: nothing may undo it.
+            // Received bytes are an effect, which must not be undone.
             Err(_) if received > 0 => return Ok(received),
             Err(error) => return Err(error),
         }

@@ -1,5 +1,5 @@
-//! Standard input, output and error: where they come from and go to on the
-//! host, passing through pipes and terminals without ever blocking for good.
+//! Standard input, output and error of a guest, connected to pipes and terminals of the host
+//! without blocking indefinitely.
 
 use crate::abi::types::Errno;
 use crate::abi::{Result, interrupted, types};
@@ -13,71 +13,70 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::sync::Mutex;
 
-/// What a [`Sink`] did with some bytes.
+/// Result of a write to a [`Sink`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum SinkResult {
-    /// So many bytes were taken, at least one unless none were given. This is
-    /// an effect: the guest sees a short write and goes on from there.
+    /// Bytes accepted, at least one unless none were given. This is an effect: the guest sees a
+    /// short write and continues from there.
     Written(usize),
-    /// Nothing was taken; the call is repeated later.
+    /// Nothing was accepted; the call is repeated later.
     Interrupted,
-    /// Nothing was taken; the guest sees this errno.
+    /// Nothing was accepted; the guest sees this errno.
     Errno(Errno),
 }
 
-/// Where a guest's standard output or error goes.
+/// Destination of a guest's standard output or error.
 pub trait Sink: Send + Sync {
-    /// Takes some of `bytes` (at most 1 MiB, not empty). May block, but no
-    /// longer than until `interrupt` is requested.
+    /// Accepts some of `bytes` (at most 1 MiB, not empty). May block until `interrupt` is
+    /// requested.
     fn write(&self, bytes: &[u8], interrupt: &dyn Interrupt) -> SinkResult;
 
-    /// Whether the guest shall see a terminal.
+    /// Whether the guest sees a terminal.
     fn is_terminal(&self) -> bool {
         false
     }
 
-    /// What `poll_oneoff` waits on for room; `None` if there is always room.
+    /// Descriptor for `poll_oneoff` to wait for room; `None` if there is always room.
     fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// Pushes out what is still buffered.
+    /// Flushes buffered bytes.
     ///
     /// # Errors
-    /// What the host says when it cannot be pushed out.
+    /// The host's error.
     fn flush(&self) -> io::Result<()> {
         Ok(())
     }
 }
 
-/// Passes through to a descriptor of the host.
+/// Writes to a descriptor of the host.
 #[derive(Debug)]
 pub struct FdSink {
     fd: OwnedFd,
     kind: SinkKind,
     terminal: bool,
-    // Between "there is room" and the write no other guest thread may take
-    // the room, or the write would block.
-    turn: Mutex<()>,
+    // Between a poll for room and the write no other guest thread may use the room, or the write
+    // would block.
+    write_lock: Mutex<()>,
 }
 
-/// What keeps a write from blocking for good.
+/// How an indefinitely blocking write is avoided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SinkKind {
-    /// Nothing needs to: always ready.
+    /// Not needed: always ready.
     Regular,
-    /// A pipe opened anew as non-blocking, which does not make it so for
-    /// others who share the original.
+    /// A pipe reopened as non-blocking, which does not affect others who share the original.
     Nonblocking,
-    /// Writing only what a poll has promised room for.
-    Careful,
+    /// Writes only as much as a poll has guaranteed room for.
+    PollGuarded,
 }
 
-/// A pipe that polls writable has room for this many bytes.
+/// Room in a pipe that polls writable, in bytes.
 const PIPE_BYTES: usize = 4096;
 
 impl FdSink {
-    /// Writes to `fd` from now on.
+    /// A sink that writes to `fd`.
     ///
     /// # Errors
     /// If `fd` cannot be examined.
@@ -88,19 +87,19 @@ impl FdSink {
             FileType::RegularFile => (fd, SinkKind::Regular),
             FileType::Fifo => match reopened(&fd) {
                 Ok(reopened) => (reopened, SinkKind::Nonblocking),
-                Err(_) => (fd, SinkKind::Careful),
+                Err(_) => (fd, SinkKind::PollGuarded),
             },
-            _ => (fd, SinkKind::Careful),
+            _ => (fd, SinkKind::PollGuarded),
         };
         Ok(Self {
             fd,
             kind,
             terminal,
-            turn: Mutex::new(()),
+            write_lock: Mutex::new(()),
         })
     }
 
-    /// Writes to a duplicate of `fd`, which stays open when this is dropped.
+    /// A sink that writes to a duplicate of `fd`, which stays open when this is dropped.
     ///
     /// # Errors
     /// If `fd` cannot be duplicated or examined.
@@ -110,12 +109,12 @@ impl FdSink {
 
     /// Writes at most as much as there is room for; `None` if there is none.
     fn write_room(&self, bytes: &[u8]) -> Result<Option<usize>, HostErrno> {
-        let _turn = locked(&self.turn);
+        let _guard = locked(&self.write_lock);
         let mut written = 0;
         while written < bytes.len() && ready_now(&self.fd, PollFlags::OUT)? {
             let end = match self.kind {
                 SinkKind::Regular | SinkKind::Nonblocking => bytes.len(),
-                SinkKind::Careful => (written + PIPE_BYTES).min(bytes.len()),
+                SinkKind::PollGuarded => (written + PIPE_BYTES).min(bytes.len()),
             };
             match rustix::io::write(&self.fd, &bytes[written..end]) {
                 Ok(0) => break,
@@ -214,15 +213,15 @@ impl<S: Sink + ?Sized> Sink for std::sync::Arc<S> {
     }
 }
 
-/// Where a guest's standard input comes from.
+/// Source of a guest's standard input.
 #[derive(Debug, Default)]
 pub enum Input {
     /// End of file at once.
     #[default]
     Empty,
-    /// A descriptor of the host. It does not travel: a restore brings its own.
+    /// A descriptor of the host. It is not part of a snapshot: a restore provides its own.
     Fd(OwnedFd),
-    /// These bytes, then end of file. The rest travels in the snapshot.
+    /// These bytes, then end of file. Unread bytes are part of the snapshot.
     Bytes(Vec<u8>),
 }
 
@@ -233,7 +232,7 @@ pub(crate) enum Stdin {
     Fd {
         fd: OwnedFd,
         terminal: bool,
-        turn: Mutex<()>,
+        read_lock: Mutex<()>,
     },
     /// Bytes not yet read.
     Bytes(Mutex<VecDeque<u8>>),
@@ -245,7 +244,7 @@ impl Stdin {
             Input::Empty => Self::Empty,
             Input::Fd(fd) => Self::Fd {
                 terminal: rustix::termios::isatty(&fd),
-                turn: Mutex::new(()),
+                read_lock: Mutex::new(()),
                 fd,
             },
             Input::Bytes(bytes) => Self::Bytes(Mutex::new(bytes.into())),
@@ -262,9 +261,9 @@ impl Stdin {
         match self {
             Self::Empty => Ok(0),
             Self::Bytes(bytes) => Ok(locked(bytes).read(buffer)?),
-            Self::Fd { fd, turn, .. } => loop {
+            Self::Fd { fd, read_lock, .. } => loop {
                 wait_for(fd.as_fd(), PollFlags::IN, interrupt)?;
-                let _turn = locked(turn);
+                let _guard = locked(read_lock);
                 if !ready_now(fd, PollFlags::IN)? {
                     continue;
                 }
@@ -295,7 +294,7 @@ impl Stdin {
     }
 }
 
-/// What a sink said, as the result of a call.
+/// Converts a sink's result to the result of a call.
 pub(crate) fn sink_result(result: SinkResult) -> Result<types::Size> {
     match result {
         SinkResult::Written(count) => Ok(count.try_into()?),

@@ -1,13 +1,12 @@
-//! Waiting that a safepoint request can end: every blocking call polls its
-//! descriptor together with the wake-up descriptor of its thread.
+//! Interruptible waiting: every blocking call polls its descriptor together with the wake-up
+//! descriptor of its thread.
 
 use crate::abi::{Result, interrupted};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno as HostErrno;
 
-/// How a blocking call learns that its thread is asked to come to a safepoint
-/// or stop.
+/// Notifies a blocking call that its thread must come to a safepoint or stop.
 pub trait Interrupt {
     /// Whether a request is pending.
     fn requested(&self) -> bool;
@@ -44,7 +43,7 @@ pub(crate) fn wait(
     polled.push(PollFd::from_borrowed_fd(wakeup, PollFlags::IN));
     match poll(&mut polled, timeout.as_ref()) {
         Ok(_) => {}
-        // A signal is no reason to fail: look again.
+        // A signal is not an error: poll again.
         Err(HostErrno::INTR) => return Ok((Waited::TimedOut, vec![PollFlags::empty(); fds.len()])),
         Err(errno) => return Err(errno),
     }

@@ -246,7 +246,7 @@ fn numbers(kind: Kind) {
     assert_eq!(renumber(6, 6), Ok(()));
     assert_eq!(open(), Ok(4));
     assert_eq!(open(), Err(Errno::Mfile));
-    // Preopens and standard streams are no different.
+    // Preopens and standard streams behave alike.
     assert_eq!(renumber(4, 3), Ok(()));
     assert_eq!(guest.run("fd_prestat_get", &[3, 0]), Err(Errno::Badf));
     assert_eq!(guest.close(1), Ok(()));
@@ -267,7 +267,7 @@ fn rights_can_only_be_dropped(kind: Kind) {
     assert_eq!(set(fd, base, inheriting), Err(Errno::Notcapable));
     assert_eq!(guest.fdstat(fd).unwrap().2, base & !RW);
 
-    // What a directory may not pass on, nothing opened through it has.
+    // Rights that a directory must not pass on are missing in files opened through it.
     let (_, _, base, inheriting) = guest.fdstat(3).unwrap();
     assert_eq!(set(3, base, inheriting & !WRITE), Ok(()));
     assert_eq!(guest.open("f", 0, WRITE), Err(Errno::Notcapable));

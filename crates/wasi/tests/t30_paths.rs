@@ -185,7 +185,7 @@ fn no_way_out(kind: Kind) {
         guest.open_at(below, 0, "../f", [0, READ, 0]),
         Err(Errno::Perm)
     );
-    // A link that the guest makes may point anywhere relative, to no use.
+    // A guest's link may point to any relative path, without effect.
     guest.symlink("../secret", "made").unwrap();
     assert_eq!(
         guest.open_at(3, FOLLOW, "made", [0, READ, 0]),
@@ -229,7 +229,7 @@ fn read_only(kind: Kind) {
     assert_eq!(sandbox.names(&guest), ["d", "f"]);
 }
 
-/// What the public wasi-testsuite expects, as far as not above.
+/// Expectations of the public wasi-testsuite not covered above.
 fn trailing_slashes_and_odd_paths(kind: Kind) {
     let (_sandbox, guest) = in_sandbox(kind);
     assert_eq!(guest.symlink("source", "target/"), Err(Errno::Noent));

@@ -41,7 +41,7 @@ fn unlinked_file_lives_until_closed(kind: Kind) {
     assert_eq!(sandbox.names(&guest), ["f"]);
 }
 
-/// Neither seen nor reached by its name.
+/// Neither visible nor accessible by its name.
 fn cannot_be_named(guest: &Guest, name: &str) {
     assert_eq!(guest.open(name, 0, READ), Err(Errno::Noent));
     assert_eq!(guest.open(name, CREAT, RW), Err(Errno::Acces));

@@ -75,7 +75,7 @@ fn reading_a_pipe_is_interrupted() {
     });
     guest.flag.request();
     assert_eq!(guest.try_read(0, &[8]), Outcome::Interrupted);
-    // What is ready is taken, request or not.
+    // Ready data is taken, regardless of a request.
     host_write(&write, b"abc");
     assert_eq!(guest.read(0, 2), Ok(b"ab".to_vec()));
     assert_eq!(guest.read(0, 2), Ok(b"c".to_vec()));

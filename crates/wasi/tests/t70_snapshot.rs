@@ -1,4 +1,4 @@
-//! Snapshots: what travels, what is refused, and hostile ones.
+//! Snapshots: their contents, refused ones, and hostile ones.
 
 mod common;
 use common::*;
@@ -124,7 +124,7 @@ fn two_preopens() {
     });
     let fd = guest.open("f", CREAT, RW).unwrap();
     guest.write(fd, b"abc").unwrap();
-    // Someone moves it from one to the other.
+    // Another process moves it from one to the other.
     std::fs::rename(a.path().join("f"), b.path().join("g")).unwrap();
     let guest = guest.moved_with(Resources {
         preopens: [&a, &b]

@@ -1,5 +1,5 @@
-//! Two guests make the same random calls, one of them is captured and
-//! restored in between: nothing that they see may differ.
+//! Two guests perform the same random calls, one of them is captured and restored in between: their
+//! observations must be equal.
 
 mod common;
 use common::*;
@@ -43,7 +43,7 @@ fn step(guest: &Guest, rng: &mut ChaCha8Rng, open: u32) -> Seen {
     let rights = [READ, WRITE, RW, RW][rng.random_range(0..4)];
     let fdflags = [0, 0, APPEND, NONBLOCK][rng.random_range(0..4)];
     let number = |result: Ret<u32>| Seen::Number(result.map(u64::from));
-    // Over several blocks, and to and fro.
+    // Over several blocks, back and forth.
     let far = rng.random_range(0..300_000);
     match rng.random_range(0..32) {
         0..5 => number(guest.open_at(3, follow, source, [oflags, rights, fdflags])),

@@ -1,5 +1,5 @@
-//! Volumes of our own: quotas, what travels while the guest writes, hostile
-//! records, and a host without room.
+//! Volumes: quotas, tracked changes while the guest writes, hostile records, and a host without
+//! disk space.
 
 mod common;
 use common::*;
@@ -152,7 +152,7 @@ fn preopens_are_told_apart() {
             assert_eq!(guest.run("path_link", &link), Err(Errno::Xdev));
         }
     }
-    // A folder that is not empty is somebody else's.
+    // A folder that is not empty belongs to another volume.
     let error = Wasi::new(config(source(dirs[2].path(), 1, 1)))
         .err()
         .unwrap();
@@ -363,7 +363,7 @@ fn damaged_volumes_are_refused() {
         }
         assert!(Wasi::restore(other, resources()).is_err(), "{inode}");
     }
-    // What nothing names any more goes.
+    // Unreferenced nodes are removed.
     let mut orphan = good.clone();
     entries(record(&mut orphan), 0).remove(1);
     orphan.descriptors.truncate(4);
@@ -446,7 +446,7 @@ fn a_full_disk_is_waited_for() {
     assert_eq!(guest.pread(fd, 3, 0), Ok(vec![0, 1, 2]));
     guest.mkdir("d").unwrap();
     let used = usage(&guest).bytes;
-    // Room comes while the call is repeated: it ends as if nothing had been.
+    // Space becomes available while the call is repeated: it completes normally.
     std::thread::scope(|scope| {
         scope.spawn(|| {
             std::thread::sleep(Duration::from_millis(700));
@@ -466,7 +466,7 @@ fn a_full_disk_is_waited_for() {
     assert!(guest.pread(fd, 600_000, 0).unwrap() == all.collect::<Vec<_>>());
 }
 
-/// A backing that answers when the test says so.
+/// A backend controlled by the test.
 #[derive(Debug, Default)]
 struct Slow {
     asked: Mutex<Vec<Promise>>,
@@ -496,14 +496,14 @@ impl Backing for Slow {
         self.ask()
     }
 
-    fn behind(&self) -> Option<Pending> {
+    fn backpressure(&self) -> Option<Pending> {
         let behind = self.behind.load(std::sync::atomic::Ordering::Relaxed);
         behind.then(|| self.ask())
     }
 }
 
-/// Calls that wait for who keeps a volume leave when they are asked to, are repeated
-/// without being done twice, and say what they wait for.
+/// Calls that wait for a backend can be interrupted, are repeated without a second effect, and
+/// report the reason of their wait.
 #[test]
 fn a_slow_backing_is_waited_for() {
     let dir = tempfile::tempdir().unwrap();
@@ -553,13 +553,13 @@ fn a_slow_backing_is_waited_for() {
     slow.asked.lock().unwrap().clear();
     assert_eq!(answered(Ok(()), &write), Outcome::Done(0));
     assert_eq!((guest.u32_at(0), guest.stat(fd).unwrap().size), (3, 3));
-    // Lost: an I/O error. Away: it is paused, and tries again.
+    // Lost: an I/O error. Unavailable: paused, with retries.
     let sync = || guest.outcome("fd_sync", &[fd.into()]);
     let lost = answered(Err(Fault::Lost), &sync);
     assert_eq!(lost, Outcome::Done(Errno::Io as i32));
     assert_eq!(*told.lock().unwrap(), []);
     guest.flag.request();
-    let away = Err(Fault::Away("the store is away".into()));
+    let away = Err(Fault::Unavailable("the store is away".into()));
     assert_eq!(sync(), Outcome::Interrupted);
     guest.flag.clear();
     slow.asked.lock().unwrap().clear();
@@ -580,7 +580,7 @@ fn a_slow_backing_is_waited_for() {
     assert_eq!((repeated, stalls.full()), (Outcome::Done(0), None));
     let heard = [Some("the store is away".to_owned()), None];
     assert_eq!(*told.lock().unwrap(), heard);
-    // Who writes faster than is kept waits before the write.
+    // A writer that outpaces the backend waits before the write.
     slow.behind
         .store(true, std::sync::atomic::Ordering::Relaxed);
     guest.flag.request();

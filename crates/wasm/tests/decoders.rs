@@ -1,6 +1,5 @@
-//! What reads bytes of others: modules, instrumented modules, captured threads,
-//! images. Bytes that are cut, changed or random give an error or something
-//! that can be used, and never a panic.
+//! Decoders of untrusted bytes: modules, instrumented modules, captured threads, images. Truncated,
+//! changed or random bytes yield an error or a usable value, and never a panic.
 //!
 //! `KEEL_FUZZ_ROUNDS` multiplies the rounds.
 
@@ -23,7 +22,7 @@ fn rounds(count: u32) -> u32 {
     }
 }
 
-/// Changes bytes as damage and as malice would.
+/// Changes bytes like corruption or an attacker.
 fn mutate(random: &mut StdRng, bytes: &[u8], from: usize) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     for _ in 0..random.random_range(1..4) {

@@ -1,4 +1,4 @@
-//! What modules import: checked first; snapshot 0 of WASI; and code of `--plain` in the cache.
+//! Imports of modules: checked first; snapshot 0 of WASI; and the cache for `--plain`.
 
 use keel_wasi::{Config, MemorySink, Preopen, Source, Wasi};
 use keel_wasm::runtime::{Engine, Limits, Machine, Options, Outcome, ProgramError};
@@ -31,7 +31,7 @@ fn imports_are_checked_before_anything_is_compiled() {
     let wasi = Arc::new(Wasi::new(Config::default()).unwrap());
     named(
         engine()
-            .run_plain(&module, wasi, Limits::default())
+            .run_uninstrumented(&module, wasi, Limits::default())
             .unwrap_err(),
     );
 }
@@ -140,13 +140,13 @@ fn snapshot_0_of_wasi_is_served() {
     assert_eq!(machine.wait(None), Some(Outcome::Exit(0)));
     let folder = tempfile::tempdir().unwrap();
     let plain = engine()
-        .run_plain(&module, Arc::new(wasi(folder.path())), Limits::default())
+        .run_uninstrumented(&module, Arc::new(wasi(folder.path())), Limits::default())
         .unwrap();
     assert_eq!(plain, Outcome::Exit(0));
 }
 
-/// Of a second run nothing is compiled: it takes what the first one kept, and where somebody
-/// changed that, its own.
+/// A second run compiles nothing: it uses the cache, or its own code where the cache was tampered
+/// with.
 #[test]
 fn the_plain_module_is_compiled_once() {
     let module = wat::parse_str(r#"(module (func (export "_start")))"#).unwrap();
@@ -154,7 +154,7 @@ fn the_plain_module_is_compiled_once() {
     let run = || {
         let engine = Engine::with_cache(Options::default(), cache.path()).unwrap();
         let wasi = Arc::new(Wasi::new(Config::default()).unwrap());
-        let outcome = engine.run_plain(&module, wasi, Limits::default());
+        let outcome = engine.run_uninstrumented(&module, wasi, Limits::default());
         assert_eq!(outcome.unwrap(), Outcome::Exit(0));
     };
     let kept = || {

@@ -1,5 +1,5 @@
-//! Whole machines that go on as others while they run, again and again, and
-//! machines that do not end by themselves.
+//! Whole machines that are captured and resumed elsewhere repeatedly while they run, and machines
+//! that do not end by themselves.
 
 mod common;
 
@@ -28,14 +28,14 @@ fn moved(name: &str, args: &[&str], wanted: &str) -> u32 {
     moves
 }
 
-/// What it prints when it is left alone.
+/// Its output without moves.
 fn alone(name: &str, args: &[&str]) -> String {
     let running = Running::start(&program(&guest(name)), args);
     assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Exit(0)));
     running.text()
 }
 
-/// Threads that are spawned while a freeze comes too late begin all the same.
+/// Threads spawned while a freeze times out still start.
 #[test]
 fn freezes_that_come_too_late_lose_no_thread() {
     let expected = alone("threads", &["2"]);
@@ -49,7 +49,7 @@ fn freezes_that_come_too_late_lose_no_thread() {
                 break outcome;
             }
             match running.machine.freeze(Duration::ZERO) {
-                Err(MachineError::Late(_)) => late += 1,
+                Err(MachineError::FreezeTimeout(_)) => late += 1,
                 Ok(()) => running.machine.thaw().unwrap(),
                 Err(_) => {}
             }
@@ -61,7 +61,7 @@ fn freezes_that_come_too_late_lose_no_thread() {
     }
 }
 
-/// Held threads stand, whatever else is asked of their machine meanwhile.
+/// Held threads do not run, whatever other operations their machine undergoes.
 #[test]
 fn held_threads_stand_until_they_are_released() {
     let program = program(&guest("counter"));
@@ -79,7 +79,7 @@ fn held_threads_stand_until_they_are_released() {
         let machine = &running.machine;
         machine.hold(Hold::Slowdown, None).unwrap();
         machine.hold(Hold::CpuLimit, Some(&[0])).unwrap();
-        // It stands once it is frozen; and thawing does not release it.
+        // It is captured once the machine is frozen; thawing does not release it.
         machine.freeze(LIMIT).unwrap();
         let stood = length(&running);
         machine.thaw().unwrap();
@@ -88,7 +88,7 @@ fn held_threads_stand_until_they_are_released() {
         assert_eq!(length(&running), stood);
         machine.release(Hold::Slowdown);
         goes_on(&running);
-        // A machine that is moved while it is held goes on at the target.
+        // A machine moved while it is held continues at the target.
         running.machine.hold(Hold::Slowdown, None).unwrap();
         assert!(running.move_on());
         goes_on(&running);
@@ -99,7 +99,7 @@ fn held_threads_stand_until_they_are_released() {
     assert_eq!(running.machine.wait(Some(LIMIT)), Some(Outcome::Stopped));
 }
 
-/// Without end, so that it can be moved as often as wanted.
+/// Endless, so that it can be moved any number of times.
 #[test]
 fn counter() {
     let program = program(&guest("counter"));
@@ -293,7 +293,7 @@ fn echo_is_shaken() {
         let machine = machine.clone();
         std::thread::spawn(move || {
             while machine.wait(Some(Duration::from_micros(200))).is_none() {
-                machine.shake(0);
+                machine.recapture(0);
             }
         })
     };

@@ -1,44 +1,42 @@
-//! One node's side of the masterless rounds.
+//! One node's side of the decentralised rounds.
 //!
 //! ```text
-//!            round due         view: heavier,        weights: one
-//!            ask a random      steadily, pressed     may go
-//!   Resting ───────────▶ Asking ───────────▶ Weighing ───────────▶ Offering
-//!      ▲                   │ level, busy, silent │ none may go        │ refused; granted: the move
-//!      └───────────────────┴─────────────────────┴────────────────────┘ is on its way meanwhile
+//!        round due: request       view: sustained         weights: one machine
+//!        a random peer's view     excess, pressed         is eligible
+//!   Idle ───────────▶ AwaitingView ───────────▶ AwaitingWeights ───────────▶ AwaitingGrant
+//!    ▲                    │ level, busy, timeout      │ none eligible             │ refused, or granted:
+//!    └────────────────────┴───────────────────────────┴───────────────────────────┘ the move runs
 //! ```
 //!
-//! Every node asks a randomly picked other one for its view at jittered intervals.
-//! Whoever is asked answers at once, whatever it does itself. A node has one round
-//! and one arriving machine at a time; one that has promised room to another answers
-//! `Busy`. A move that was granted is no round any more: a node with much to give has
-//! several on their way, each to another node. What was granted counts in the loads of
-//! both sides from that moment, so that third nodes, and the next round, see the loads
-//! that will be.
+//! Every node requests the view of a randomly picked peer at jittered intervals. A request is
+//! answered immediately, independent of the receiver's own round. A node has one round and one
+//! incoming machine at a time; a node that has granted a reservation answers `Busy`. A granted move
+//! is no longer part of a round: a node with much excess load has several outgoing moves, each to
+//! another node. A granted move counts in the loads of both sides from that moment, so that other
+//! nodes and the next round see the loads that will result.
 //!
-//! Messages may be lost, late, or come twice: answers carry the number of the round
-//! and are dropped when it is another one; what is granted lapses by itself. Nothing
-//! here is needed for a machine to be safe: a move is one transaction of the store,
-//! whatever balancers believe.
+//! Messages may be lost, delayed or duplicated: responses carry the number of their round and are
+//! dropped in another one; a reservation expires. The safety of a machine does not depend on this
+//! protocol: a move is one transaction of the store, whatever balancers assume.
 //!
-//! - `talk`: what balancers tell each other
-//! - `measuring`: what a balancer knows of its own node and machines
-//! - `own`: its own rounds
-//! - `others`: other nodes' rounds
+//! - `messages`: requests and responses between balancers
+//! - `measurement`: smoothed load of the own node and its machines
+//! - `initiator`: rounds that this node starts
+//! - `responder`: rounds of other nodes
 
-mod measuring;
-mod others;
-mod own;
-mod talk;
+mod initiator;
+mod measurement;
+mod messages;
+mod responder;
 
-pub use talk::{Answer, Peers, Question, View};
+pub use messages::{Peers, Request, Response, View};
 
 use crate::Name;
 use crate::cost::CostModel;
-use crate::ledger::{Decision, Outcome, Stay};
-use crate::load::{Absurd, Factors, NodeSample};
+use crate::ledger::{Decision, NoMoveReason, Outcome};
+use crate::load::{Factors, NodeSample, ValidationError};
 use crate::policy::{Policy, Strategy};
-use crate::select::{Aim, Bound, Considered, Side, Spreadable, Verdict, aim};
+use crate::select::{Considered, Constraint, NodeState, Objective, Spreadable, Verdict, objective};
 use crate::window::{NEWEST, Window};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
@@ -46,219 +44,189 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::mem::Discriminant;
 
-/// Most machines that are on their way from one node. Its network is one, and what
-/// leaves in turns leaves sooner than what leaves all at once.
-const LEAVING_MAX: usize = 4;
-/// Milliseconds that what began to come may take.
+/// Maximum number of outgoing moves of a node. They share one network link, so moves in sequence
+/// complete earlier than all in parallel.
+const OUTGOING_MAX: usize = 4;
+/// Maximum duration of an incoming move, in milliseconds.
 const ARRIVAL_MS: u64 = 3_600_000;
-/// Samples for which a machine that arrived counts as what was promised: its own do
-/// not show it yet.
+/// Samples during which the announced factors of an arrived machine are used: its own samples do
+/// not show its full load yet.
 const SETTLE_SAMPLES: u64 = 3;
-/// Most machines that are weighed in a round, the heaviest.
+/// Maximum number of machines evaluated in a round, heaviest first.
 const WEIGHED_MAX: usize = 256;
 
-/// What a round would come to.
+/// Result of a simulated round.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Explained {
-    /// This node.
-    pub here: Side,
-    /// The other one.
-    pub there: Side,
-    /// Why nothing would be offered at all, whatever becomes of single machines.
-    pub stay: Option<Stay>,
-    /// Every machine of this node, the chosen one first.
+    pub here: NodeState,
+    pub there: NodeState,
+    /// Why no machine would be offered, independent of single machines.
+    #[serde(rename = "stay")]
+    pub no_move: Option<NoMoveReason>,
+    /// All machines of this node, the selected one first.
     pub considered: Vec<Considered>,
 }
 
-/// What happened.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// Time passed.
     Tick,
-    /// This node was measured.
     Sample(NodeSample),
-    /// The other nodes that are alive.
+    /// The other live nodes.
     Peers(Peers),
-    /// The cluster's policy, and its revision.
+    /// The cluster's policy and its revision.
     Policy(Box<Policy>, u64),
-    /// Another node asks; `ticket` is given back with the reply.
-    Asked {
-        /// Which question it is.
+    /// A request of another node; the response carries `ticket`.
+    RequestReceived {
         ticket: u64,
-        /// Who asks.
         peer: Name,
-        /// What.
-        question: Question,
+        request: Request,
     },
-    /// Another node answered, or did not.
-    Answered {
-        /// The round in which it was asked.
+    /// A response, or `None` after a timeout or an error.
+    ResponseReceived {
+        /// The round of the request.
         round: u64,
-        /// What it answered.
-        answer: Option<Answer>,
+        response: Option<Response>,
     },
-    /// A move that this balancer wanted is over.
+    /// A move that this balancer started has ended.
     MoveEnded {
-        /// Of which machine.
         machine: Name,
-        /// How.
         outcome: Outcome,
     },
-    /// A machine began to come.
     Arriving {
-        /// Which.
         machine: Name,
     },
-    /// A machine came here by a move, whoever wanted it.
+    /// A machine arrived by a move, whoever initiated it.
     Arrived {
-        /// Which.
         machine: Name,
-        /// From where.
         from: Name,
     },
-    /// A machine went away by a move that somebody else wanted.
-    Left {
-        /// Which.
+    /// A machine left by a move that this balancer did not start.
+    Departed {
         machine: Name,
     },
-    /// A machine that was to come will not.
+    /// An incoming move failed.
     ArrivalFailed {
-        /// Which.
         machine: Name,
     },
-    /// A person confirmed a proposed move.
+    /// A user confirmed a proposed move.
     Confirmed {
-        /// Of which machine.
         machine: Name,
     },
 }
 
-/// What is to be done.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
-    /// Ask another node; its answer is given back with the round's number, or its
-    /// silence.
-    Ask {
-        /// The round.
+    /// Send a request; the response, or `None`, comes back with the number of the round.
+    SendRequest {
         round: u64,
-        /// Whom.
         peer: Name,
-        /// What.
-        question: Question,
+        request: Request,
     },
-    /// Answer a question.
-    Reply {
-        /// Which.
+    SendResponse {
         ticket: u64,
-        /// What.
-        answer: Answer,
+        response: Response,
     },
-    /// Move a machine, if a token for it can be had.
+    /// Start a move, if a token for it is available.
     Move {
-        /// Which.
         machine: Name,
-        /// Where to.
         target: Name,
     },
-    /// Keep a decision.
     Record(Box<Decision>),
-    /// Tell people that balancing does not help any more.
+    /// Notify users that balancing cannot relieve this node.
     Alert(String),
 }
 
-/// Rules, as far as one machine and one target are concerned.
-pub trait Bounds {
-    /// Why a machine of this node may not go there, if it may not.
-    fn bound(&self, machine: &Name, target: &Name) -> Option<Bound>;
+/// Placement constraints for one machine and one target.
+pub trait Constraints {
+    /// Why a machine of this node must not move to the target, if it must not.
+    fn constraint(&self, machine: &Name, target: &Name) -> Option<Constraint>;
 
-    /// What is known of the parts that a machine may get; nothing of one that may have none.
+    /// Facts about the parts that a machine may get; `None` if it must not span.
     fn spreadable(&self, _machine: &Name) -> Option<Spreadable> {
         None
     }
 
-    /// What compiling a machine's program at a target takes before it can run there, in
-    /// core-seconds; 0 where its code is ready.
+    /// Compilation of the machine's program at a target before it can run there, in core-seconds; 0
+    /// if compiled code is cached.
     fn compile_core_s(&self, _machine: &Name, _target: &Name) -> f64 {
         0.0
     }
 }
 
-/// Nothing is bound.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Unbound;
+pub struct Unconstrained;
 
-impl Bounds for Unbound {
-    fn bound(&self, _machine: &Name, _target: &Name) -> Option<Bound> {
+impl Constraints for Unconstrained {
+    fn constraint(&self, _machine: &Name, _target: &Name) -> Option<Constraint> {
         None
     }
 }
 
-/// Where a round is.
 #[derive(Debug)]
 enum State {
-    Resting,
-    Asking {
+    Idle,
+    AwaitingView {
         peer: Name,
         deadline_ms: u64,
     },
-    Weighing {
+    AwaitingWeights {
         peer: Name,
         view: View,
         steady: f64,
         machines: Vec<Name>,
         deadline_ms: u64,
     },
-    Offering {
+    AwaitingGrant {
         peer: Name,
         machine: Name,
-        /// What is recorded when the move begins.
+        /// Recorded when the move begins.
         decision: Option<Box<Decision>>,
-        /// Until when it is tried again, if a person confirmed it.
+        /// Retry deadline of a move that a user confirmed.
         confirmed_until_ms: Option<u64>,
         deadline_ms: u64,
     },
 }
 
-/// A proposed move that a person confirmed.
+/// A proposed move that a user confirmed.
 #[derive(Debug, Clone)]
-struct Confirmed {
+struct ConfirmedMove {
     machine: Name,
     target: Name,
     until_ms: u64,
 }
 
-/// A machine on its way to another node.
+/// An outgoing move.
 #[derive(Debug, Clone)]
-struct Leaving {
+struct OutgoingMove {
     peer: Name,
     machine: Name,
-    /// What it weighed here, which is taken off the window.
+    /// Its load here, which is subtracted from the window.
     here: f64,
     factors: Factors,
-    /// Whether the store has said already that it is not here any more.
+    /// Whether the store has already reported the departure.
     left: bool,
 }
 
-/// What is known of a machine here.
+/// Load history of a machine on this node.
 #[derive(Debug, Clone)]
-struct Known {
+struct TrackedMachine {
     factors: Factors,
-    /// About what it weighs, and since when.
+    /// Approximate load, and since when.
     level: f64,
     level_since_ms: u64,
-    /// Samples in a row that were far from it.
+    /// Consecutive samples that deviated from `level`.
     differing: u32,
-    /// Number of the last sample that showed it.
+    /// Number of the last sample that contained it.
     seen: u64,
     held_until_ms: u64,
     came_from: Option<(Name, u64)>,
-    /// What was promised when it came, until its own samples show it.
+    /// Announced factors, used until its own samples show its load.
     promised: Option<(Factors, u64)>,
 }
 
-/// A machine for which room is promised.
+/// A granted reservation.
 #[derive(Debug, Clone)]
-struct Arriving {
+struct IncomingMove {
     machine: Name,
     from: Name,
     factors: Factors,
@@ -266,9 +234,9 @@ struct Arriving {
     until_ms: u64,
 }
 
-/// A move that is over, whose effect is looked at after some samples.
+/// A completed move whose effect is checked after some samples.
 #[derive(Debug)]
-struct Check {
+struct EffectCheck {
     machine: Name,
     target: Name,
     outcome: Outcome,
@@ -277,62 +245,60 @@ struct Check {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Avoided {
+struct Backoff {
     until_ms: u64,
     failures: u32,
 }
 
-/// One node's balancer.
 #[derive(Debug)]
 pub struct Balancer {
     rng: SmallRng,
     policy: Policy,
     revision: u64,
     peers: Peers,
-    /// Now, as of the last event.
+    /// Time of the last event.
     now_ms: u64,
-    /// By how much the clock has jumped back so far: what waits for an instant would
-    /// wait that much longer.
+    /// Total backward jump of the clock. Without it a deadline would be late by as much.
     jumped_back_ms: u64,
     sample: Option<NodeSample>,
     sampled_ms: u64,
     window: Window,
-    /// In an order, so that sums over it are the same in each run.
-    known: BTreeMap<Name, Known>,
+    /// Ordered, so that floating-point sums are deterministic.
+    tracked: BTreeMap<Name, TrackedMachine>,
     /// Samples so far.
     samples: u64,
-    /// Whether this node's own last sample was absurd.
-    absurd: bool,
-    arriving: Option<Arriving>,
-    /// At most [`LEAVING_MAX`], each to another node.
-    leaving: Vec<Leaving>,
-    /// Machines that a move took away, and until when that counts: the store's word
-    /// that they are gone may come after the first sample without them.
-    gone: HashMap<Name, u64>,
+    /// Whether this node's own last sample was invalid.
+    own_sample_invalid: bool,
+    incoming: Option<IncomingMove>,
+    /// At most [`OUTGOING_MAX`], each to another node.
+    outgoing: Vec<OutgoingMove>,
+    /// Departed machines, with the time until which they are ignored: the store's notification may
+    /// arrive after the first sample without them.
+    departed: HashMap<Name, u64>,
     state: State,
     round: u64,
     due_ms: u64,
-    /// No round follows at once before this: a move was not made.
+    /// Earliest time of the next round after a move was not made.
     pause_until_ms: u64,
-    checks: Vec<Check>,
+    checks: Vec<EffectCheck>,
     proposed: HashMap<Name, (Name, u64)>,
-    /// Proposed moves that a person confirmed, in that order.
-    confirmed: Vec<Confirmed>,
-    avoided_peers: HashMap<Name, Avoided>,
-    avoided_machines: HashMap<Name, Avoided>,
-    /// Nodes that were free when they were asked, and until when that counts.
+    /// Confirmed moves, in the order of confirmation.
+    confirmed: Vec<ConfirmedMove>,
+    peer_backoffs: HashMap<Name, Backoff>,
+    machine_backoffs: HashMap<Name, Backoff>,
+    /// Peers that were free at their last response, with the time until which that counts.
     free_peers: HashMap<Name, u64>,
-    stays: HashMap<Name, (Discriminant<Stay>, Option<Discriminant<Verdict>>)>,
+    last_reasons: HashMap<Name, (Discriminant<NoMoveReason>, Option<Discriminant<Verdict>>)>,
     model: CostModel,
     pressed_since_ms: Option<u64>,
-    /// Rounds in a row that found nothing to do although this node is pressed.
-    helpless: usize,
+    /// Consecutive rounds without a useful move although this node is pressed.
+    fruitless_rounds: usize,
     alerted_ms: Option<u64>,
 }
 
 impl Balancer {
-    /// One for a node, with a seed of its own: nodes with the same one would ask in
-    /// the same order.
+    /// Creates a node's balancer. Seeds must differ between nodes, otherwise they would pick peers
+    /// in the same order.
     pub fn new(policy: Policy, revision: u64, model: CostModel, seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let due_ms = rng.random_range(0..=policy.interval_ms);
@@ -346,104 +312,109 @@ impl Balancer {
             jumped_back_ms: 0,
             sample: None,
             sampled_ms: 0,
-            known: BTreeMap::new(),
+            tracked: BTreeMap::new(),
             samples: 0,
-            absurd: false,
-            arriving: None,
-            leaving: Vec::new(),
-            gone: HashMap::new(),
-            state: State::Resting,
+            own_sample_invalid: false,
+            incoming: None,
+            outgoing: Vec::new(),
+            departed: HashMap::new(),
+            state: State::Idle,
             round: 0,
             due_ms,
             pause_until_ms: 0,
             checks: Vec::new(),
             proposed: HashMap::new(),
             confirmed: Vec::new(),
-            avoided_peers: HashMap::new(),
-            avoided_machines: HashMap::new(),
+            peer_backoffs: HashMap::new(),
+            machine_backoffs: HashMap::new(),
             free_peers: HashMap::new(),
-            stays: HashMap::new(),
+            last_reasons: HashMap::new(),
             model,
             pressed_since_ms: None,
-            helpless: 0,
+            fruitless_rounds: 0,
             alerted_ms: None,
         }
     }
 
-    /// The newest sample, as it counts.
+    /// The newest sample, with adjusted factors.
     pub fn sample(&self) -> Option<&NodeSample> {
         self.sample.as_ref()
     }
 
-    /// The policy by which it decides, and its revision.
+    /// The policy in force and its revision.
     pub fn policy(&self) -> (&Policy, u64) {
         (&self.policy, self.revision)
     }
 
-    /// What it has learned of moves.
+    /// The learned cost model.
     pub fn model(&self) -> &CostModel {
         &self.model
     }
 
-    /// This node's side of a round now; `None` before it was measured.
-    pub fn side(&self) -> Option<Side> {
+    /// The state of this node; `None` before enough samples.
+    pub fn node_state(&self) -> Option<NodeState> {
         let sample = self.sample.as_ref()?;
-        let load = self.load_now()?;
-        let promised = self.arriving.as_ref();
-        let promised = promised.map_or(0, |arriving| arriving.factors.memory_bytes);
-        Some(Side {
+        let load = self.current_load()?;
+        let promised = self.incoming.as_ref();
+        let promised = promised.map_or(0, |incoming| incoming.factors.memory_bytes);
+        Some(NodeState {
             capacity: sample.capacity,
             load,
             memory_free_bytes: sample.memory_free_bytes().saturating_sub(promised),
             pressed: self.is_pressed(sample, load),
-            free: self.known.is_empty() && self.arriving.is_none(),
+            free: self.tracked.is_empty() && self.incoming.is_none(),
         })
     }
 
     fn is_pressed(&self, sample: &NodeSample, load: f64) -> bool {
-        // (What waited was measured with those that are on their way.)
+        // (The wait was measured with the outgoing machines still here.)
         let share = sample.cpu_pressure.max(sample.stall_pressure);
-        let waits = self.leaving.is_empty() && share >= self.policy.pressed_share;
+        let waits = self.outgoing.is_empty() && share >= self.policy.pressed_share;
         load >= self.policy.pressed_load || waits
     }
 
-    /// The mean of the newest samples, moves in flight included.
-    fn load_now(&self) -> Option<f64> {
+    /// Mean of the newest samples, moves in flight included.
+    fn current_load(&self) -> Option<f64> {
         let newest: Vec<f64> = self.window.loads().take(NEWEST).collect();
         (newest.len() == NEWEST).then(|| newest.iter().sum::<f64>() / NEWEST as f64)
     }
 
-    /// When something is due by itself, in milliseconds.
+    /// Time of the next timer event, in milliseconds.
     pub fn wake_at_ms(&self) -> u64 {
         let state = match &self.state {
-            State::Resting if self.leaving.len() >= LEAVING_MAX => u64::MAX,
-            State::Resting => self.due_ms,
-            State::Asking { deadline_ms, .. }
-            | State::Weighing { deadline_ms, .. }
-            | State::Offering { deadline_ms, .. } => *deadline_ms,
+            State::Idle if self.outgoing.len() >= OUTGOING_MAX => u64::MAX,
+            State::Idle => self.due_ms,
+            State::AwaitingView { deadline_ms, .. }
+            | State::AwaitingWeights { deadline_ms, .. }
+            | State::AwaitingGrant { deadline_ms, .. } => *deadline_ms,
         };
-        let arriving = self.arriving.as_ref().map_or(u64::MAX, |it| it.until_ms);
-        match state.min(arriving) {
+        let incoming = self.incoming.as_ref().map_or(u64::MAX, |it| it.until_ms);
+        match state.min(incoming) {
             u64::MAX => u64::MAX,
             wake_ms => wake_ms.saturating_sub(self.jumped_back_ms),
         }
     }
 
-    /// Time that never goes back, of a clock that may.
-    fn pass(&mut self, clock_ms: u64) -> u64 {
+    /// Monotonic time from a clock that may jump back.
+    fn monotonic_ms(&mut self, clock_ms: u64) -> u64 {
         let now_ms = clock_ms.saturating_add(self.jumped_back_ms);
         self.jumped_back_ms += self.now_ms.saturating_sub(now_ms);
         self.now_ms = self.now_ms.max(now_ms);
         self.now_ms
     }
 
-    /// Takes an event; what is to be done.
-    pub fn step(&mut self, event: Event, now_ms: u64, bounds: &dyn Bounds) -> Vec<Command> {
-        let now_ms = self.pass(now_ms);
+    /// Handles an event; returns the commands to carry out.
+    pub fn step(
+        &mut self,
+        event: Event,
+        now_ms: u64,
+        constraints: &dyn Constraints,
+    ) -> Vec<Command> {
+        let now_ms = self.monotonic_ms(now_ms);
         let mut commands = Vec::new();
         match event {
             Event::Tick => {}
-            Event::Sample(sample) => self.sampled(sample, now_ms, &mut commands),
+            Event::Sample(sample) => self.record_sample(sample, now_ms, &mut commands),
             Event::Peers(peers) => self.peers = peers,
             Event::Policy(policy, revision) => {
                 if self.policy.window_samples != policy.window_samples
@@ -455,68 +426,68 @@ impl Balancer {
                 self.revision = revision;
                 self.due_ms = self.due_ms.min(now_ms + self.policy.interval_ms);
             }
-            Event::Asked {
+            Event::RequestReceived {
                 ticket,
                 peer,
-                question,
+                request,
             } => {
-                let answer = self.answer(&peer, question, now_ms);
-                commands.push(Command::Reply { ticket, answer });
+                let response = self.respond(&peer, request, now_ms);
+                commands.push(Command::SendResponse { ticket, response });
             }
-            Event::Answered { round, answer } => {
+            Event::ResponseReceived { round, response } => {
                 if round == self.round {
-                    self.answered(answer, now_ms, bounds, &mut commands);
+                    self.response_received(response, now_ms, constraints, &mut commands);
                 }
             }
             Event::MoveEnded { machine, outcome } => {
                 self.move_ended(&machine, outcome, now_ms, &mut commands);
             }
             Event::Arriving { machine } => {
-                if let Some(arriving) = &mut self.arriving
-                    && arriving.machine == machine
+                if let Some(incoming) = &mut self.incoming
+                    && incoming.machine == machine
                 {
-                    arriving.until_ms = now_ms + ARRIVAL_MS;
+                    incoming.until_ms = now_ms + ARRIVAL_MS;
                 }
             }
             Event::Arrived { machine, from } => self.arrived(machine, from, now_ms),
-            Event::Left { machine } => self.left(&machine),
+            Event::Departed { machine } => self.machine_departed(&machine),
             Event::ArrivalFailed { machine } => self.release(&machine),
             Event::Confirmed { machine } => self.confirmed(&machine, now_ms),
         }
-        self.pass_time(now_ms, &mut commands);
+        self.expire_deadlines(now_ms, &mut commands);
         commands
     }
 
-    /// Load came or went by a move.
-    fn shift(&mut self, by: f64) {
+    /// Adjusts the window and pending checks for load that a move added or removed.
+    fn shift_load(&mut self, by: f64) {
         self.window.shift(by);
         for check in &mut self.checks {
             check.predicted = (check.predicted + by).max(0.0);
         }
     }
 
-    /// The store says that a machine is not here any more.
-    fn left(&mut self, machine: &Name) {
-        let known = self.known.remove(machine);
+    /// The store reports that a machine is no longer here.
+    fn machine_departed(&mut self, machine: &Name) {
+        let tracked = self.tracked.remove(machine);
         if let Some(sample) = &mut self.sample {
             sample.machines.retain(|it| it.name != *machine);
         }
-        if let Some(leaving) = self.leaving.iter_mut().find(|it| it.machine == *machine) {
-            // Its load was taken off when the move was granted.
-            leaving.left = true;
-        } else if self.gone.remove(machine).is_none()
-            && let Some(known) = known
+        if let Some(outgoing) = self.outgoing.iter_mut().find(|it| it.machine == *machine) {
+            // Its load was subtracted when the move was granted.
+            outgoing.left = true;
+        } else if self.departed.remove(machine).is_none()
+            && let Some(tracked) = tracked
         {
-            let weight = self.weigh_here(&known.factors);
-            self.shift(-weight);
+            let weight = self.local_weight(&tracked.factors);
+            self.shift_load(-weight);
         }
     }
 
-    fn is_leaving(&self, machine: &Name) -> bool {
-        self.leaving.iter().any(|it| it.machine == *machine)
+    fn is_outgoing(&self, machine: &Name) -> bool {
+        self.outgoing.iter().any(|it| it.machine == *machine)
     }
 
-    fn weigh_here(&self, factors: &Factors) -> f64 {
+    fn local_weight(&self, factors: &Factors) -> f64 {
         self.sample.as_ref().map_or(0.0, |sample| {
             factors.weigh(&sample.capacity, &self.policy.weights)
         })
@@ -524,81 +495,84 @@ impl Balancer {
 
     // ── time ────────────────────────────────────────────────────────────
 
-    fn pass_time(&mut self, now_ms: u64, commands: &mut Vec<Command>) {
-        if let Some(arriving) = &self.arriving
-            && arriving.until_ms <= now_ms
+    fn expire_deadlines(&mut self, now_ms: u64, commands: &mut Vec<Command>) {
+        if let Some(incoming) = &self.incoming
+            && incoming.until_ms <= now_ms
         {
-            let machine = arriving.machine.clone();
+            let machine = incoming.machine.clone();
             self.release(&machine);
         }
         let silent = match &self.state {
-            State::Asking {
+            State::AwaitingView {
                 peer, deadline_ms, ..
             }
-            | State::Weighing {
+            | State::AwaitingWeights {
                 peer, deadline_ms, ..
             }
-            | State::Offering {
+            | State::AwaitingGrant {
                 peer, deadline_ms, ..
             } if *deadline_ms <= now_ms => Some(peer.clone()),
             _ => None,
         };
         if let Some(peer) = silent {
-            self.give_up(peer, Stay::NoAnswer, now_ms, commands);
+            self.abandon_round(peer, NoMoveReason::NoAnswer, now_ms, commands);
         }
-        let resting = matches!(self.state, State::Resting);
-        if resting && self.due_ms <= now_ms && self.leaving.len() < LEAVING_MAX {
-            self.begin(now_ms, commands);
+        let resting = matches!(self.state, State::Idle);
+        if resting && self.due_ms <= now_ms && self.outgoing.len() < OUTGOING_MAX {
+            self.begin_round(now_ms, commands);
         }
     }
 }
 
-/// Whether a node offers anything to another one, of which it is heavier by `steady`
-/// for some time. `wakes` says whether it may use a node that `pack` keeps free.
+/// Whether a node offers a machine to a peer whose load is lower by a sustained `steady`. `wakes`
+/// allows the use of a node that `pack` keeps free.
 ///
 /// # Errors
-/// Why it does not.
-pub fn offers(
-    here: &Side,
-    there: &Side,
+/// The reason why it does not.
+pub fn check_offer(
+    here: &NodeState,
+    there: &NodeState,
     (steady, wakes): (f64, bool),
     policy: &Policy,
-) -> Result<(), Stay> {
-    let aim = aim(here, there, policy);
-    if there.free && (aim == Aim::Empty || aim == Aim::Relieve && !wakes) {
-        return Err(Stay::KeptFree);
+) -> Result<(), NoMoveReason> {
+    let objective = objective(here, there, policy);
+    if there.free && (objective == Objective::Empty || objective == Objective::Relieve && !wakes) {
+        return Err(NoMoveReason::ReservedFree);
     }
-    if aim == Aim::Empty {
-        // To a stronger node in any case; among equals the one that carries less
-        // empties itself. How steady they are does not matter: what fills the other
-        // one is bounded.
+    if objective == Objective::Empty {
+        // To a stronger node in any case; of two equal nodes the less loaded one empties itself.
+        // The difference need not be sustained: the fill load bounds the other node.
         if there.stronger_than(here) {
             return Ok(());
         }
-        if here.stronger_than(there) || here.carries() >= there.carries() {
-            return Err(Stay::Level);
+        if here.stronger_than(there) || here.absolute_load() >= there.absolute_load() {
+            return Err(NoMoveReason::Level);
         }
         if here.load > policy.empty_load {
-            return Err(Stay::Filled);
+            return Err(NoMoveReason::SufficientlyLoaded);
         }
         return Ok(());
     }
     let margin = policy.margin_between(here.load, there.load);
     if here.load - there.load <= margin {
-        return Err(Stay::Level);
+        return Err(NoMoveReason::Level);
     }
     if policy.strategy != Strategy::Spread && !here.pressed {
-        return Err(Stay::NobodyPressed);
+        return Err(NoMoveReason::NoPressure);
     }
     if steady <= margin {
-        return Err(Stay::Unsteady);
+        return Err(NoMoveReason::Unsteady);
     }
     Ok(())
 }
 
-fn tracked_absurd(commands: &mut Vec<Command>, peer: &str, mut fields: Vec<Absurd>) {
+fn record_invalid_report(
+    commands: &mut Vec<Command>,
+    peer: &str,
+    mut fields: Vec<ValidationError>,
+) {
     fields.truncate(8);
-    commands.push(Command::Record(Box::new(Decision::Absurd {
+    commands.push(Command::Record(Box::new(Decision::InvalidReport {
         peer: peer.into(),
         fields,
     })));

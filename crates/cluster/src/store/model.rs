@@ -1,5 +1,5 @@
-//! The store's rules without clock, disk or threads: what a transaction does
-//! to entries and leases, and the limits it must keep.
+//! Pure model of the store, without clock, disk or threads: the effect of a transaction on entries
+//! and leases, and the limits.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -30,7 +30,7 @@ pub(super) struct Lease {
     pub(super) keys: BTreeSet<Arc<str>>,
 }
 
-/// What a transaction comes to, before it is durable.
+/// Outcome of a transaction, before it is durable.
 #[derive(Debug)]
 pub(super) enum Verdict {
     /// Applied; no changes if it had no effect.
@@ -42,8 +42,7 @@ pub(super) enum Verdict {
 }
 
 impl Model {
-    /// Applies `txn` whole or not at all. `alive` tells whether a lease has
-    /// time left.
+    /// Applies `txn` completely or not at all. `alive` returns whether a lease has time left.
     pub(super) fn apply(
         &mut self,
         txn: Txn,
@@ -104,7 +103,7 @@ impl Model {
         }
     }
 
-    /// The entry a failed condition was about.
+    /// The entry that a failed condition refers to.
     fn subject(&self, compare: &Compare) -> Option<KeyValue> {
         let entry = match compare {
             Compare::Absent { key }
@@ -234,7 +233,7 @@ pub(super) fn limit(what: &str, found: usize, limit: usize) -> Result<(), StoreE
     })
 }
 
-/// Whether `key` can be the name of an entry.
+/// Whether `key` is a valid key.
 pub(super) fn check_key(key: &str) -> Result<(), StoreError> {
     if key.is_empty() {
         let reason = "a key must not be empty".into();
@@ -243,7 +242,7 @@ pub(super) fn check_key(key: &str) -> Result<(), StoreError> {
     limit("bytes in a key", key.len(), KEY_BYTES_MAX)
 }
 
-/// What can be said of a transaction without the store.
+/// Checks of a transaction that need no store.
 pub(super) fn check(txn: &Txn) -> Result<(), StoreError> {
     limit(
         "compares in a transaction",

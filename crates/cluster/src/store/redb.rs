@@ -1,4 +1,4 @@
-//! The embedded engine of a single voter: memory for reads, redb for keeping.
+//! The embedded engine of a single voter: memory for reads, redb for durability.
 //!
 //! ```text
 //! callers ──commands──▶ writer thread: model ──commit + fsync──▶ file
@@ -6,18 +6,16 @@
 //!    └──answers── publish ◀───┘        readers and watches see only the view
 //! ```
 //!
-//! Async workers never wait for the disk. What is queued when the writer comes
-//! back goes into one commit (group commit); each transaction keeps a revision
-//! of its own. Every answer comes after the fsync.
+//! Async workers never wait for the disk. All commands queued while the writer was busy form one
+//! commit (group commit); each transaction has its own revision. Every answer follows the fsync.
 //!
-//! If a commit fails, what the disk holds is not known: the transactions in it
-//! are answered [`StoreError::Unknown`] and the store serves no more until it
-//! is opened again.
+//! If a commit fails, the contents of the disk are unknown: its transactions are answered with
+//! [`StoreError::Unknown`], and the store refuses all requests until it is reopened.
 //!
-//! Leases: their ids and times are kept, renewals are not. After a restart
-//! every lease has its full time again, since its holder may have renewed it
-//! just before. Deadlines are on CLOCK_BOOTTIME. The history for watches is
-//! not kept either: after a restart, watch from the current revision on.
+//! Leases: IDs and times to live are durable, renewals are not. After a restart every lease has its
+//! full time again, since its holder may have renewed it just before. Deadlines are on
+//! CLOCK_BOOTTIME. The watch history is not durable either: after a restart, watch from the current
+//! revision on.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -49,7 +47,7 @@ const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 /// Version of the tables.
 const FORMAT: u64 = 1;
 
-/// Commands waiting for the writer; more wait outside.
+/// Queued commands; further callers wait for room.
 const QUEUED_COMMANDS_MAX: usize = 4096;
 /// Commands in one commit.
 const BATCH_COMMANDS_MAX: usize = 512;
@@ -104,17 +102,17 @@ enum Ask {
 }
 
 impl RedbStore {
-    /// Opens the store in the file `path`, or makes it.
+    /// Opens or creates the store in the file `path`.
     ///
     /// # Errors
-    /// [`StoreError::Open`] when the file cannot be used: it is damaged, not a
-    /// store, of another version, or open already.
+    /// [`StoreError::Open`] if the file is corrupt, not a store, of another version, or open
+    /// already.
     pub fn open(path: &Path, options: RedbOptions) -> Result<Self, StoreError> {
         let fail = |reason: String| StoreError::Open {
             path: path.display().to_string(),
             reason,
         };
-        // redb asserts some properties of a file that a damaged one may break.
+        // redb panics on some forms of corruption.
         let opening = AssertUnwindSafe(|| Disk::open(path));
         let (disk, mut model) = std::panic::catch_unwind(opening)
             .unwrap_or_else(|_| Err("the file is damaged; restore a backup".into()))
@@ -246,7 +244,7 @@ impl Store for RedbStore {
 
     fn lease_renew(&self, lease: LeaseId) -> BoxFuture<'_, Result<u64, StoreError>> {
         async move {
-            // A store that failed must not keep its lease holders going.
+            // A failed store must not extend leases.
             self.view.revision()?;
             self.deadlines
                 .renew(lease)
@@ -264,8 +262,8 @@ impl Store for RedbStore {
     }
 }
 
-/// When each lease ends. A lease past its deadline is ended for everyone,
-/// whether its keys are deleted yet or not.
+/// Deadline of each lease. A lease past its deadline has ended for everyone, whether its keys are
+/// deleted yet or not.
 #[derive(Default)]
 struct Deadlines {
     leases: Mutex<HashMap<LeaseId, Deadline>>,
@@ -302,7 +300,7 @@ impl Deadlines {
         self.lock().remove(&lease);
     }
 
-    /// Removes the leases that have ended; no renewal can reach them any more.
+    /// Removes ended leases; they can no longer be renewed.
     fn take_ended(&self) -> Vec<LeaseId> {
         let mut leases = self.lock();
         let now = boottime();
@@ -314,7 +312,7 @@ impl Deadlines {
         ended
     }
 
-    /// Time until the next one ends, at most [`WAIT_MAX`].
+    /// Time until the next deadline, at most [`WAIT_MAX`].
     fn wait(&self) -> Duration {
         let next = self.lock().values().map(|d| d.at).min();
         let wait = next.map(|at| at.saturating_sub(boottime()));
@@ -322,7 +320,7 @@ impl Deadlines {
     }
 }
 
-/// The thread that decides and keeps.
+/// The writer thread.
 struct Writer {
     disk: Disk,
     model: Model,
@@ -332,7 +330,7 @@ struct Writer {
     publish: watch::Sender<()>,
 }
 
-/// What one commit holds, and whom to tell afterwards.
+/// The changes of one commit, and the callers to answer afterwards.
 #[derive(Default)]
 struct Batch {
     changes: Vec<Changes>,
@@ -427,8 +425,8 @@ impl Writer {
         }
     }
 
-    /// After the commit: show, then answer, and wake those who watch last: a machine
-    /// that stands still may wait for the answer. A caller that went away is no loss.
+    /// After the commit: publishes the view, answers the callers, and finally wakes the watches: a
+    /// frozen machine may be waiting for the answer. A caller that is gone is ignored.
     fn finish(&self, batch: Batch) {
         let changed = !batch.changes.is_empty();
         if changed {
@@ -438,7 +436,7 @@ impl Writer {
             match answer {
                 Answer::Txn(to, outcome) => drop(to.send(outcome)),
                 Answer::Grant(to, lease, ttl_ms) => {
-                    // Its time begins with the answer, not before.
+                    // Its time starts with the answer.
                     self.deadlines.set(lease, ttl_ms, boottime());
                     drop(to.send(Ok(lease)));
                 }
@@ -472,7 +470,7 @@ impl Writer {
                 Answer::Revoke(to) => drop(to.send(Err(unknown()))),
             }
         }
-        // Until the store is dropped, everyone is told.
+        // Answers every request with the error until the store is dropped.
         while let Ok(command) = commands.recv() {
             match command.ask {
                 Ask::Stop => return,
@@ -492,7 +490,7 @@ fn refuse(ask: Ask, reason: &str) {
     }
 }
 
-/// The value of an entry as it is kept, in the envelope of [`crate::wire`].
+/// The stored value of an entry, in the envelope of [`crate::wire`].
 #[derive(Serialize, Deserialize)]
 struct Record {
     value: Vec<u8>,
@@ -501,7 +499,6 @@ struct Record {
     lease: Option<u64>,
 }
 
-/// The file.
 struct Disk {
     database: Database,
 }
@@ -580,7 +577,7 @@ impl Disk {
         Ok(model)
     }
 
-    /// Makes a batch durable. After an error its fate is not known.
+    /// Makes a batch durable. After an error its outcome is unknown.
     fn commit(&self, model: &Model, batch: &Batch) -> Result<(), String> {
         if batch.changes.is_empty() && batch.leases.is_empty() {
             return Ok(());

@@ -1,8 +1,8 @@
 //! The store of another node, over the network.
 //!
-//! Requests go to the voter that answered last; one that is certainly not
-//! executed goes on to the next voter. A change whose connection is lost after
-//! it was sent is [`StoreError::Unknown`]; a read may simply be asked again.
+//! Requests go to the voter that answered last; one that was certainly not executed is retried at
+//! the next voter. A change whose connection is lost after it was sent is [`StoreError::Unknown`];
+//! a read can be repeated.
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,16 +23,15 @@ use super::{
 };
 use crate::wire::{decode, kind, payload};
 
-/// What a lost answer means.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Effect {
-    /// Nothing: ask again.
+    /// No effect: retry.
     Reads,
     /// The change may have been made.
     Changes,
 }
 
-/// The voters' store, asked through the pool of connections.
+/// The voters' store, accessed through the connection pool.
 pub struct RemoteStore {
     peers: Arc<Peers>,
     voters: RwLock<Vec<NodeName>>,
@@ -41,8 +40,8 @@ pub struct RemoteStore {
 }
 
 impl RemoteStore {
-    /// Asks `voters`, whose addresses `peers` knows. Each request takes at
-    /// most `timeout` in all.
+    /// A store at `voters`, whose addresses `peers` knows. Each request takes at most `timeout` in
+    /// total.
     pub fn new(peers: Arc<Peers>, voters: Vec<NodeName>, timeout: Duration) -> Self {
         Self {
             peers,
@@ -52,7 +51,7 @@ impl RemoteStore {
         }
     }
 
-    /// Asks these voters from now on.
+    /// Replaces the voters.
     pub fn set_voters(&self, voters: Vec<NodeName>) {
         *self.voters.write().unwrap_or_else(PoisonError::into_inner) = voters;
     }
@@ -72,7 +71,7 @@ impl RemoteStore {
         let request = encoded(request)?;
         let deadline = Instant::now() + self.timeout;
         let answer = self
-            .at_a_voter(effect, |voter| {
+            .try_voters(effect, |voter| {
                 let request = request.clone();
                 async move {
                     let rest = deadline.saturating_duration_since(Instant::now());
@@ -96,17 +95,17 @@ impl RemoteStore {
         request: &impl Serialize,
     ) -> Result<StreamReceiver, StoreError> {
         let request = encoded(request)?;
-        let opening = self.at_a_voter(Effect::Reads, |voter| {
+        let opening = self.try_voters(Effect::Reads, |voter| {
             let request = request.clone();
             async move { self.peers.stream(&voter, kind, request).await }
         });
         match tokio::time::timeout(self.timeout, opening).await {
             Ok(opened) => opened,
-            Err(_) => Err(self.too_slow()),
+            Err(_) => Err(self.timeout_error()),
         }
     }
 
-    fn too_slow(&self) -> StoreError {
+    fn timeout_error(&self) -> StoreError {
         let ms = self.timeout.as_millis();
         StoreError::unavailable(format!("no answer within {ms} ms"))
     }
@@ -114,7 +113,7 @@ impl RemoteStore {
     /// Tries the voters in turn, the last good one first, as long as a request
     /// was certainly not executed. One more try than there are voters: the
     /// first connection may have been lost without notice.
-    async fn at_a_voter<T, F>(
+    async fn try_voters<T, F>(
         &self,
         effect: Effect,
         attempt: impl Fn(NodeName) -> F,
@@ -202,7 +201,7 @@ impl Store for RemoteStore {
         async move {
             match tokio::time::timeout(self.timeout, self.read_list(prefix)).await {
                 Ok(listing) => listing,
-                Err(_) => Err(self.too_slow()),
+                Err(_) => Err(self.timeout_error()),
             }
         }
         .boxed()
@@ -229,11 +228,11 @@ impl Store for RemoteStore {
                 from: from_revision,
             };
             let mut items = self.open(kind::WATCH, &follow).await?;
-            // The first item says that it runs, or why not.
+            // The first item confirms the watch, or carries the error.
             match tokio::time::timeout(self.timeout, next::<Revised>(&mut items)).await {
                 Ok(Some(begun)) => begun?,
                 Ok(None) => return Err(StoreError::unavailable("the watch broke off")),
-                Err(_) => return Err(self.too_slow()),
+                Err(_) => return Err(self.timeout_error()),
             };
             let changes = futures::stream::unfold(Some(items), |items| async move {
                 let mut items = items?;

@@ -1,9 +1,8 @@
-//! What readers see: the durable entries and the last changes.
+//! The readers' view: durable entries and recent changes.
 //!
-//! The writer publishes here after the disk has the changes, so a read never
-//! sees what a crash could take back. Watches read the history themselves at
-//! their own pace; a slow one costs nothing and is told [`StoreError::Compacted`]
-//! when the history has gone past it.
+//! The writer publishes here after the changes are durable, so a read never sees state that a crash
+//! could revert. Watches read the history themselves at their own pace; a slow one costs nothing
+//! and gets [`StoreError::Compacted`] once the history has dropped its position.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -17,7 +16,7 @@ use super::{
     StoreError, Watch,
 };
 
-/// Revisions a waiting watch looks through while it holds the lock.
+/// Revisions that a watch scans while it holds the lock.
 const SCAN_REVISIONS_MAX: usize = 1024;
 
 #[derive(Debug)]
@@ -34,7 +33,7 @@ struct State {
     /// One element per revision, up to `revision`.
     history: VecDeque<(Arc<Changes>, usize)>,
     history_bytes: usize,
-    /// Why the store serves no more.
+    /// Error of a failed store.
     failed: Option<String>,
 }
 
@@ -90,7 +89,7 @@ impl View {
         }
     }
 
-    /// Ends all service: nothing read now can be trusted to be current.
+    /// Fails the store: reads could be stale from now on.
     pub(super) fn fail(&self, reason: &str) {
         self.write().failed.get_or_insert_with(|| reason.into());
     }
@@ -130,7 +129,7 @@ impl View {
         published: watch::Receiver<()>,
     ) -> Result<Watch, StoreError> {
         limit("bytes in a prefix", prefix.len(), KEY_BYTES_MAX)?;
-        // Revision 0 is the empty store: nothing happened in it.
+        // Revision 0 is the empty store, without changes.
         let next = from.max(1);
         self.read()?.scan(prefix, next, 0)?;
         let cursor = Cursor {
@@ -229,7 +228,7 @@ impl Cursor {
                 Err(error) => return Some(Err(error)),
             }
             if self.next == before && self.published.changed().await.is_err() {
-                // One more look, for what was published before the end.
+                // A final scan, for changes published before the end.
                 let last = self
                     .view
                     .read()

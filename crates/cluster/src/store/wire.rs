@@ -7,7 +7,7 @@ use super::{
     Change, Changes, Compare, KeyValue, LeaseId, Op, Revision, StoreError, Txn, TxnOutcome,
 };
 
-/// An answer: the value, or why not.
+/// An answer: the value or an error.
 pub(super) type Answer<T> = Result<T, Failure>;
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,7 +59,7 @@ pub(super) struct Follow {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Listed {
     Some(Vec<Entry>),
-    /// The last one: all entries were sent, of this revision.
+    /// The last one: all entries were sent, as of this revision.
     End(Revision),
 }
 
@@ -69,7 +69,7 @@ pub(super) enum Changed {
     Delete(String),
 }
 
-/// One item of a watch's stream; the first, of revision 0, says that it runs.
+/// One item of a watch's stream; the first, of revision 0, confirms the watch.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Revised {
     pub(super) revision: Revision,

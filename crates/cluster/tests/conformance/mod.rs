@@ -1,5 +1,5 @@
-//! What every store must do, whatever is behind it. Each check gets an empty
-//! store of its own; `tests/t20_store.rs` runs all of them against each engine.
+//! The contract of every store implementation. Each check gets an empty store of its own;
+//! `tests/t20_store.rs` runs all of them against each engine.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -53,7 +53,7 @@ pub(crate) async fn puts_gets_lists_and_deletes(store: Shared) -> Outcome {
     assert_eq!(keys("zz").await?, (3, String::new()));
     assert_eq!(committed(&store, Txn::new().delete("a")).await?, 4);
     assert_eq!(store.get("a").await?, None);
-    // What changes nothing has no revision.
+    // A transaction without effect has no revision.
     assert_eq!(committed(&store, Txn::new().delete("a")).await?, 4);
     assert_eq!(committed(&store, Txn::new()).await?, 4);
     // Put again: created anew.
@@ -354,8 +354,8 @@ pub(crate) async fn limits_are_named_and_nothing_is_done(store: Shared) -> Outco
     Ok(())
 }
 
-/// The commit of a machine's move, as the design has it: the owner changes
-/// once, only while both nodes live, and the loser is told why.
+/// The commit of a machine's move, as designed: the owner changes once, only while both nodes are
+/// alive, and the loser gets the reason.
 pub(crate) async fn a_move_commits_once(store: Shared) -> Outcome {
     let source = store.lease_grant(60_000).await?;
     let target = store.lease_grant(60_000).await?;

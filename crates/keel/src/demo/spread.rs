@@ -172,7 +172,7 @@ async fn decisions(cluster: &LocalCluster, via: &str) -> Result<Vec<String>> {
     let ledger: LedgerInfo = cluster.client(via).get("/v1/ledger?limit=1000").await?;
     let decisions = ledger.lines.iter().map(|line| &line.decision);
     Ok(decisions
-        .filter(|it| matches!(it, Decision::Grain { .. }))
+        .filter(|it| matches!(it, Decision::FineGrained { .. }))
         .map(ToString::to_string)
         .collect())
 }

@@ -424,7 +424,7 @@ impl Shared {
             self.inner().away = matches!(&outcome, Err(error) if error.is_away());
             let fault = match &outcome {
                 Ok(()) => Ok(()),
-                Err(error) if error.is_away() => Err(Fault::Away(error.to_string())),
+                Err(error) if error.is_away() => Err(Fault::Unavailable(error.to_string())),
                 Err(error) => {
                     self.lose(error);
                     Err(Fault::Lost)
@@ -503,7 +503,7 @@ impl Shared {
         let (Some(attached), Some(volume)) = (self.attached.get(), self.volume()) else {
             return Ok(None);
         };
-        let captured = volume.hold_still(|| {
+        let captured = volume.block_changes(|| {
             let changes = volume.changes();
             let runs = {
                 let mut inner = self.inner();
@@ -643,7 +643,7 @@ impl Shared {
             .map(|standing| standing.clone());
         match known {
             Ok(Standing::Claimed) => {}
-            Ok(Standing::Opening(Some(reason))) => return Err(Fault::Away(reason)),
+            Ok(Standing::Opening(Some(reason))) => return Err(Fault::Unavailable(reason)),
             Ok(Standing::Opening(None) | Standing::Lost(_)) | Err(_) => return Err(Fault::Lost),
         }
         let fetched = futures::stream::iter(volume.absent(inode, blocks))
@@ -659,7 +659,7 @@ impl Shared {
                 Err(Fault::Lost)
             }
             Err(FetchError::Volume(error)) if error.is_away() => {
-                Err(Fault::Away(error.to_string()))
+                Err(Fault::Unavailable(error.to_string()))
             }
             Err(FetchError::Volume(error)) => {
                 (self.options.damaged)(&error.to_string());
@@ -744,7 +744,7 @@ impl Backing for Keeper {
         pending
     }
 
-    fn behind(&self) -> Option<Pending> {
+    fn backpressure(&self) -> Option<Pending> {
         let attached = self.0.attached.get()?;
         let lost = matches!(*self.0.standing.borrow(), Standing::Lost(_));
         let full = attached.tracker.noted_bytes() > DIRTY_BYTES_MAX;

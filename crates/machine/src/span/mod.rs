@@ -36,8 +36,8 @@ mod within;
 
 pub use idle::IdleRange;
 pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
-pub use keel_wasm::runtime::parts::Spawning;
-pub use keel_wasm::runtime::{CoreTime, Took};
+pub use keel_wasm::runtime::parts::SpawnPolicy;
+pub use keel_wasm::runtime::{CoreTime, CpuUsage};
 pub(crate) use known::{Known, sort as sort_by_known};
 pub use meet::{MeetError, Meeting, Place};
 pub use pages::{

@@ -19,7 +19,7 @@ use super::threads::{Home, HomeListener, LOOK_AGAIN, MemberPart, SpanningError, 
 use keel_wasm::coherence::{Holdings, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;
 use keel_wasm::runtime::Machine;
-use keel_wasm::runtime::parts::{Members, Order, Spawning};
+use keel_wasm::runtime::parts::{Members, Order, SpawnPolicy};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -59,7 +59,7 @@ pub struct Legacy {
     /// Threads that are not at the home.
     pub threads: Vec<Whereabouts>,
     /// Where threads begin.
-    pub spawning: Spawning,
+    pub spawning: SpawnPolicy,
     /// What each part keeps at most, in bytes.
     pub part_bytes: Option<u64>,
 }
@@ -93,7 +93,7 @@ impl LeavingHome {
         if !members.contains(successor) || !members.without(successor).contains(threads_to) {
             return Err(keel_wasm::runtime::MachineError::NoPart(successor).into());
         }
-        let places = home.machine().places().into_iter();
+        let places = home.machine().thread_locations().into_iter();
         let mut leaving = LeavingHome {
             successor,
             sent: places
@@ -187,7 +187,7 @@ impl LeavingHome {
     pub fn leave(&mut self, patience: Duration) -> Result<Legacy, SpanningError> {
         let home = &self.home;
         let mut left = home.pages().leave(self.successor, patience)?;
-        let places = home.machine().places().into_iter();
+        let places = home.machine().thread_locations().into_iter();
         let threads = places.map(|(tid, at)| {
             let goes_on = match self.sent.contains(&tid) {
                 true => PartId::HOME,

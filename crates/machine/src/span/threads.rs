@@ -14,7 +14,7 @@ use super::pages::{BeginError, Listener, Pages, Setup, SpanError, Teller};
 use super::peer::Ends;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError};
-use keel_wasm::runtime::parts::{Member, Members, Order, Report, Spawning, ToHome};
+use keel_wasm::runtime::parts::{HomeLink, Member, Members, Order, Report, SpawnPolicy};
 use keel_wasm::runtime::{Machine, MachineError, Program, Signal, make_memories};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -54,7 +54,7 @@ pub enum SpanningError {
 #[derive(Debug, Clone, Copy)]
 pub struct Spread {
     /// Where threads begin that it starts.
-    pub spawning: Spawning,
+    pub spawning: SpawnPolicy,
     /// How long its threads may take to a safepoint.
     pub patience: Duration,
     /// How much memory its parts keep.
@@ -101,7 +101,7 @@ impl Listener for HomeListener {
             return Ok(());
         }
         let report = Report::decode(note).map_err(|error| error.to_string())?;
-        self.machine.hear(from, report);
+        self.machine.receive(from, report);
         Ok(())
     }
 
@@ -110,7 +110,7 @@ impl Listener for HomeListener {
     }
 
     fn saw(&self, guest_ns: u64) {
-        self.machine.wasi().saw_monotonic(guest_ns);
+        self.machine.wasi().advance_monotonic_to(guest_ns);
     }
 
     fn over(&self, reason: &SpanError) {
@@ -122,8 +122,8 @@ impl Listener for HomeListener {
             failure.get_or_insert_with(|| reason.clone());
         }
         match self.depends.load(Ordering::Acquire) {
-            true => self.machine.lose(),
-            false => self.machine.lose_members(),
+            true => self.machine.part_lost(),
+            false => self.machine.members_lost(),
         }
     }
 }
@@ -149,7 +149,7 @@ impl Members for Way {
         self.0.note(part, &order.encode(), is_answered);
     }
 
-    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+    fn stalled_us(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
         self.0.stood_at(os_thread)
     }
 }
@@ -157,7 +157,7 @@ impl Members for Way {
 /// A member's way; it is there as soon as the pages are, which tell what is said.
 struct HomeWay(Arc<OnceLock<Teller>>);
 
-impl ToHome for HomeWay {
+impl HomeLink for HomeWay {
     fn report(&self, report: Report) {
         let is_answered = matches!(report, Report::Expecting { .. } | Report::Call { .. });
         self.0
@@ -165,7 +165,7 @@ impl ToHome for HomeWay {
             .note(PartId::HOME, &report.encode(), is_answered);
     }
 
-    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
+    fn stalled_us(&self, os_thread: u32) -> BTreeMap<PartId, u64> {
         let teller = self.0.get();
         teller.map_or_else(BTreeMap::new, |teller| teller.stood_at(os_thread))
     }
@@ -181,7 +181,7 @@ pub struct Home {
     leaving: Mutex<PartSet>,
     /// Those that get no page any more that they ask for: they have no way back.
     pub(super) emptied: Mutex<PartSet>,
-    spawning: Spawning,
+    spawning: SpawnPolicy,
     failure: Arc<Mutex<Option<SpanError>>>,
     stood: Duration,
 }
@@ -241,7 +241,7 @@ impl Home {
         let pages = match spans {
             Ok(pages) => pages,
             Err(error) => {
-                let alone = machine.set_members(Vec::new(), None, Spawning::Here);
+                let alone = machine.set_members(Vec::new(), None, SpawnPolicy::Here);
                 if let Err(why) = alone.and_then(|()| goes_on()) {
                     tracing::warn!(%why, "the machine does not go on alone");
                 }
@@ -269,7 +269,7 @@ impl Home {
         machine: &Machine,
         pages: Arc<Pages>,
         members: PartSet,
-        spawning: Spawning,
+        spawning: SpawnPolicy,
         failure: Arc<Mutex<Option<SpanError>>>,
         stood: Duration,
     ) -> Self {
@@ -285,7 +285,7 @@ impl Home {
         }
     }
 
-    pub(super) fn spawning(&self) -> Spawning {
+    pub(super) fn spawning(&self) -> SpawnPolicy {
         self.spawning
     }
 
@@ -315,7 +315,7 @@ impl Home {
             true => leaving.with(part),
             false => leaving.without(part),
         };
-        self.machine.let_leave(*leaving);
+        self.machine.drain_members(*leaving);
     }
 
     /// It has these members from now on, of which each has memories as large as here. How
@@ -401,7 +401,9 @@ impl Home {
         }
         self.machine.freeze(patience)?;
         let begun = Instant::now();
-        let alone = self.machine.set_members(Vec::new(), None, Spawning::Here);
+        let alone = self
+            .machine
+            .set_members(Vec::new(), None, SpawnPolicy::Here);
         if let Err(error) = alone {
             self.machine.thaw()?;
             return Err(error.into());
@@ -431,7 +433,7 @@ impl Listener for MemberListener {
             return Err("only the home says what threads do".into());
         }
         self.0
-            .hear(Order::decode(note).map_err(|error| error.to_string())?);
+            .receive(Order::decode(note).map_err(|error| error.to_string())?);
         Ok(())
     }
 
@@ -440,7 +442,7 @@ impl Listener for MemberListener {
     }
 
     fn saw(&self, guest_ns: u64) {
-        self.0.clock().saw(guest_ns);
+        self.0.clock().advance_to(guest_ns);
     }
 
     fn over(&self, _reason: &SpanError) {

@@ -342,7 +342,7 @@ pub(super) fn encode_pages<E: From<WireError>>(
 
 /// How many pages come with a message, if any may.
 fn pages_with(message: &Message) -> Result<usize, WireError> {
-    match (message, message.row()) {
+    match (message, message.run()) {
         (Message::Data { .. }, Some((_, count))) if count <= ROW_PAGES_MAX => Ok(count),
         _ => Err(WireError::Page),
     }
@@ -778,8 +778,8 @@ mod tests {
                 number: 3,
                 word: SettleWord::Quiet({
                     let mut traffic = Traffic::default();
-                    traffic.said(part(3));
-                    traffic.heard(part(63));
+                    traffic.count_sent(part(3));
+                    traffic.count_received(part(63));
                     traffic
                 }),
             },

@@ -10,8 +10,8 @@ use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{Bytes, Fingerprint, RpcError};
 use keel_wasi::FileStat;
 use keel_wasm::coherence::{PartId, PartSet};
-use keel_wasm::runtime::Took;
-use keel_wasm::runtime::parts::Spawning;
+use keel_wasm::runtime::CpuUsage;
+use keel_wasm::runtime::parts::SpawnPolicy;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -619,7 +619,7 @@ pub struct Span {
     /// The node of each part.
     pub nodes: BTreeMap<PartId, NodeName>,
     /// Where threads begin that it starts.
-    pub spawning: Spawning,
+    pub spawning: SpawnPolicy,
     /// What the home's host has room for, in bytes, if that is less than the machine may
     /// have.
     pub room_bytes: Option<u64>,
@@ -705,7 +705,7 @@ pub struct ThreadReport {
     /// It waits to be woken by another one.
     pub waits: bool,
     /// What it took of cores where it is, when that was looked at last.
-    pub took: Option<Took>,
+    pub took: Option<CpuUsage>,
     /// The object that it likes to be near.
     pub likes: Option<String>,
 }
@@ -764,9 +764,9 @@ mod tests {
     /// What a home leaves comes from another node: whatever it is, it is read or refused.
     #[test]
     fn any_bytes_may_be_a_succession() {
-        use keel_wasm::coherence::{Held, Holders, Holdings};
+        use keel_wasm::coherence::{HeldRun, Holders, Holdings};
         let part = |number| PartId::new(number).unwrap();
-        let held = |first, pages| Held {
+        let held = |first, pages| HeldRun {
             memory: 0,
             first,
             pages,
@@ -786,7 +786,7 @@ mod tests {
                     at: part(1),
                     goes_on: part(3),
                 }],
-                spawning: Spawning::Even,
+                spawning: SpawnPolicy::Even,
                 part_bytes: Some(20 << 20),
             },
             nodes: BTreeMap::from([(part(0), NodeName::new("a").unwrap())]),

@@ -23,7 +23,7 @@ use keel_cluster::{MachineName, NodeName};
 use keel_net::RpcError;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES};
-use keel_wasm::runtime::{Machine, Named, Program};
+use keel_wasm::runtime::{Machine, NamedRange, Program};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -371,12 +371,12 @@ impl Worker {
         let Some(machine) = machine else {
             return failed(error);
         };
-        machine.ask_times();
+        machine.request_cpu_times();
         let deadline = Instant::now() + ANSWER_WITHIN;
-        let mut silent = machine.silent();
+        let mut silent = machine.unresponsive_members();
         while !silent.is_empty() && Instant::now() < deadline {
             std::thread::sleep(LOOK_AGAIN);
-            silent = machine.silent();
+            silent = machine.unresponsive_members();
         }
         let silent = silent.keys().filter_map(|part| nodes.get(part));
         let silent: Vec<String> = silent.map(|node| format!("the part on {node}")).collect();
@@ -408,9 +408,9 @@ impl Worker {
         let machine = inner.machine.as_ref();
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
         let threads = machine.thread_infos().into_iter();
-        let liked = machine.liked();
+        let liked = machine.preferences();
         // (For the next time.)
-        machine.ask_times();
+        machine.request_cpu_times();
         Ok(PartsReport {
             nodes: inner.parts.nodes.clone(),
             threads: threads
@@ -428,7 +428,7 @@ impl Worker {
                 None => BTreeMap::new(),
             },
             silent_ms: {
-                let silent = machine.silent().into_iter();
+                let silent = machine.unresponsive_members().into_iter();
                 // (Less than a day, and a millisecond.)
                 silent
                     .map(|(part, since)| (part, since.as_millis() as u64))
@@ -445,7 +445,7 @@ impl Worker {
     pub(super) fn room(&self, room: BTreeMap<PartId, f64>) -> Result<(), RpcError> {
         let machine = self.inner().machine.clone();
         let machine = machine.ok_or_else(|| failed("no machine runs here"))?;
-        machine.set_room(room);
+        machine.set_free_cores(room);
         Ok(())
     }
 
@@ -673,7 +673,7 @@ fn alone(memories: &[Arc<GuestMemory>]) -> Result<Vec<Object>, MemoryError> {
 
 /// The pages of named pieces in rising order, cut where one begins or ends, with the names
 /// that they have: what lies in others is named after them.
-fn named_pages(named: &BTreeMap<String, Named>) -> Vec<(Range<u64>, String)> {
+fn named_pages(named: &BTreeMap<String, NamedRange>) -> Vec<(Range<u64>, String)> {
     let mut begins: Vec<_> = named
         .iter()
         .map(|(name, piece)| {
@@ -743,7 +743,7 @@ mod names_of_objects {
 
     #[test]
     fn memory_is_cut_where_names_begin_and_end() {
-        let piece = |start: u64, bytes: u64| Named { start, bytes };
+        let piece = |start: u64, bytes: u64| NamedRange { start, bytes };
         let page = |number: u64| number * PAGE_BYTES;
         let named = BTreeMap::from([
             ("a".to_owned(), piece(page(2) + 7, 10)),
@@ -799,7 +799,7 @@ mod names_of_objects {
     /// of a page, the innermost.
     #[test]
     fn pages_in_very_many_pieces_have_few_names() {
-        let piece = |number: u64| Named {
+        let piece = |number: u64| NamedRange {
             start: number * PAGE_BYTES,
             bytes: (8192 - 2 * number) * PAGE_BYTES,
         };

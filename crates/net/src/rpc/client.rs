@@ -63,7 +63,7 @@ enum Waiter {
     Answer(oneshot::Sender<Result<Bytes, RpcError>>),
     Begin(oneshot::Sender<Result<Opened, RpcError>>),
     Items(mpsc::Sender<Bytes>, StreamEnd),
-    Nobody,
+    Abandoned,
 }
 
 /// Set once: how the stream ended. Unset while it is open.
@@ -88,8 +88,8 @@ impl Client {
         Self::connect_to(address, tls, Some(expected), options).await
     }
 
-    /// Connects to whoever `tls` itself accepts: a pinned worker, or any node
-    /// of the cluster a join token is for.
+    /// Connects to any peer that `tls` accepts: a pinned worker, or any node of the cluster of a
+    /// join token.
     ///
     /// # Errors
     /// [`ConnectError`].
@@ -253,7 +253,7 @@ impl Client {
         let (permit, place) = match timeout_at(deadline, waiting).await {
             Ok(Some(places)) => places,
             Ok(None) => return Err(not_sent(inner.shared.reason_lost())),
-            Err(_) => return Err(not_sent("too many requests wait before it".into())),
+            Err(_) => return Err(not_sent("too many requests are queued before it".into())),
         };
         let mut state = inner.shared.lock();
         if let Some(reason) = &state.lost {
@@ -338,16 +338,16 @@ impl Drop for Pending {
         match &slot.waiter {
             // Opened, but its receiver went down with the caller.
             Waiter::Items(items, _) if items.is_closed() => {
-                slot.waiter = Waiter::Nobody;
+                slot.waiter = Waiter::Abandoned;
                 self.inner.shared.cancel(self.request);
             }
             // Opened and handed on.
             Waiter::Items(..) => {}
-            Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Nobody if !slot.sent => {
+            Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Abandoned if !slot.sent => {
                 state.slots.remove(&self.request);
             }
-            Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Nobody => {
-                slot.waiter = Waiter::Nobody;
+            Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Abandoned => {
+                slot.waiter = Waiter::Abandoned;
             }
         }
     }
@@ -393,7 +393,7 @@ impl Drop for StreamReceiver {
     fn drop(&mut self) {
         let mut state = self.inner.shared.lock();
         if let Some(slot) = state.slots.get_mut(&self.request) {
-            slot.waiter = Waiter::Nobody;
+            slot.waiter = Waiter::Abandoned;
             self.inner.shared.cancel(self.request);
         }
     }
@@ -467,7 +467,7 @@ impl Shared {
                 Waiter::Answer(answer) => drop(answer.send(Err(error))),
                 Waiter::Begin(begin) => drop(begin.send(Err(error))),
                 Waiter::Items(_, end) => drop(end.set(Err(error))),
-                Waiter::Nobody => {}
+                Waiter::Abandoned => {}
             }
         }
     }
@@ -559,7 +559,7 @@ fn dispatch(shared: &Shared, frame: Frame, options: &Options) -> Result<(), Stri
     let mut state = shared.lock();
     let Some(slot) = state.slots.get_mut(&frame.request) else {
         let kind = frame.kind;
-        return Err(format!("kind {kind:#06x} to nothing that was asked"));
+        return Err(format!("kind {kind:#06x} without a request"));
     };
     match frame.kind {
         wire::ITEM => push(slot, frame.payload),
@@ -582,7 +582,7 @@ fn push(slot: &Slot, item: Bytes) -> Result<(), String> {
             Ok(()) | Err(TrySendError::Closed(_)) => Ok(()),
             Err(TrySendError::Full(_)) => Err("more stream items than it had credit for".into()),
         },
-        Waiter::Nobody => Ok(()),
+        Waiter::Abandoned => Ok(()),
         Waiter::Answer(_) | Waiter::Begin(_) => Err("an item before its stream".into()),
     }
 }
@@ -594,20 +594,20 @@ fn begin(shared: &Shared, slot: &mut Slot, request: u64, options: &Options) -> R
         items,
         end: Arc::clone(&end),
     };
-    match std::mem::replace(&mut slot.waiter, Waiter::Nobody) {
+    match std::mem::replace(&mut slot.waiter, Waiter::Abandoned) {
         Waiter::Begin(begin) => {
             slot.waiter = Waiter::Items(sender, end);
             if begin.send(Ok(opened)).is_err() {
-                slot.waiter = Waiter::Nobody;
+                slot.waiter = Waiter::Abandoned;
                 shared.cancel(request);
             } else {
                 let credit = wire::credit(request, options.stream_items_ahead());
                 shared.signals.send(credit).ok();
             }
         }
-        Waiter::Nobody => shared.cancel(request),
+        Waiter::Abandoned => shared.cancel(request),
         Waiter::Answer(answer) => {
-            answer.send(Err(mixed_up(shared))).ok();
+            answer.send(Err(protocol_violation(shared))).ok();
             shared.cancel(request);
         }
         Waiter::Items(..) => return Err("a stream that begins twice".into()),
@@ -618,24 +618,24 @@ fn begin(shared: &Shared, slot: &mut Slot, request: u64, options: &Options) -> R
 fn finish(shared: &Shared, waiter: Waiter, kind: u16, payload: Bytes) -> Result<(), String> {
     let error = |payload: &[u8]| wire::read_error(payload, &shared.peer);
     match (waiter, kind) {
-        (Waiter::Nobody, _) => {}
+        (Waiter::Abandoned, _) => {}
         (Waiter::Answer(answer), wire::ANSWER) => drop(answer.send(Ok(payload))),
         (Waiter::Answer(answer), wire::ERROR) => drop(answer.send(Err(error(&payload)))),
-        (Waiter::Begin(begin), wire::ANSWER) => drop(begin.send(Err(mixed_up(shared)))),
+        (Waiter::Begin(begin), wire::ANSWER) => drop(begin.send(Err(protocol_violation(shared)))),
         (Waiter::Begin(begin), wire::ERROR) => drop(begin.send(Err(error(&payload)))),
         (Waiter::Items(_, end), wire::END) => drop(end.set(Ok(()))),
         (Waiter::Items(_, end), wire::ERROR) => drop(end.set(Err(error(&payload)))),
         (Waiter::Answer(_) | Waiter::Begin(_) | Waiter::Items(..), kind) => {
             // Dropping the waiter tells the caller that the answer was lost.
-            return Err(format!("kind {kind:#06x} where it cannot be"));
+            return Err(format!("kind {kind:#06x} out of order"));
         }
     }
     Ok(())
 }
 
-fn mixed_up(shared: &Shared) -> RpcError {
+fn protocol_violation(shared: &Shared) -> RpcError {
     RpcError::Failed {
         peer: shared.peer.clone(),
-        reason: "it answered with a stream where one answer was asked, or the reverse".into(),
+        reason: "it answered with a stream instead of a single answer, or the reverse".into(),
     }
 }

@@ -14,7 +14,6 @@ use crate::frame::{Class, Frame, FrameError};
 /// Bytes gathered before a write.
 const BATCH_BYTES: usize = 64 << 10;
 
-/// What one connection writes.
 pub(super) struct Outgoing {
     /// Small frames whose number other bounds limit: credits, cancels.
     pub(super) signals: mpsc::UnboundedReceiver<Frame>,
@@ -67,7 +66,7 @@ impl Outgoing {
             };
             match timeout(self.write_timeout, writing).await {
                 Ok(done) => done?,
-                Err(_) => return Err(stuck(self.write_timeout)),
+                Err(_) => return Err(write_timed_out(self.write_timeout)),
             }
             batch.clear();
             if batch.capacity() > 4 * BATCH_BYTES {
@@ -79,7 +78,7 @@ impl Outgoing {
     }
 }
 
-fn stuck(limit: Duration) -> FrameError {
+fn write_timed_out(limit: Duration) -> FrameError {
     std::io::Error::new(
         std::io::ErrorKind::TimedOut,
         format!("it took no bytes for {} ms", limit.as_millis()),

@@ -1,4 +1,4 @@
-//! One connection to each node, made when first needed and again when lost.
+//! A pool with one connection per node, created on first use and again after a loss.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,7 +12,7 @@ use super::{Client, Options, RpcError, StreamReceiver};
 use crate::name::NodeName;
 use crate::tls::ClientTls;
 
-/// Connections by node name. Addresses are told by [`Peers::set_address`].
+/// Connections by node name. [`Peers::set_address`] sets addresses.
 pub struct Peers {
     tls: Mutex<ClientTls>,
     options: Options,
@@ -32,7 +32,6 @@ enum Link {
 }
 
 impl Peers {
-    /// A pool without addresses yet.
     pub fn new(tls: ClientTls, options: Options) -> Self {
         Self {
             tls: Mutex::new(tls),
@@ -41,8 +40,8 @@ impl Peers {
         }
     }
 
-    /// Tells where `node` is (`host:port`). A new address drops the
-    /// connection to the old one; requests on their way end on it.
+    /// Sets the address of `node` (`host:port`). A new address drops the old connection; its
+    /// requests in flight end.
     pub fn set_address(&self, node: &NodeName, address: &str) {
         let mut peers = self.lock();
         if peers.get(node).is_some_and(|peer| peer.address == address) {
@@ -55,12 +54,12 @@ impl Peers {
         peers.insert(node.clone(), Arc::new(peer));
     }
 
-    /// Where `node` is, if that was told.
+    /// The address of `node`, if known.
     pub fn address(&self, node: &NodeName) -> Option<String> {
         Some(self.lock().get(node)?.address.clone())
     }
 
-    /// Forgets `node` and its connection.
+    /// Removes `node` and its connection.
     pub fn remove(&self, node: &NodeName) {
         self.lock().remove(node);
     }
@@ -70,7 +69,7 @@ impl Peers {
         *self.tls.lock().unwrap_or_else(PoisonError::into_inner) = tls;
     }
 
-    /// The connection to `node`, made if there is none.
+    /// The connection to `node`, created if missing.
     ///
     /// # Errors
     /// [`RpcError::NotSent`] when its address is not known or it cannot be

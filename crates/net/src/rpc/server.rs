@@ -1,7 +1,7 @@
-//! The answering side: accepts connections, checks membership, runs handlers.
+//! The server side: accepts connections, checks membership, runs handlers.
 //!
-//! Membership is asked at the accept, at each request and before each pushed
-//! item, so that a removed node is refused at once on connections it still has.
+//! Membership is checked at accept, at each request and before each pushed item, so that a removed
+//! node is refused immediately on existing connections.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -27,8 +27,8 @@ use crate::frame::{Frame, FrameReader};
 use crate::name::NodeName;
 use crate::tls::ServerTls;
 
-/// Whether a node is a member of the cluster now. Called often: it must be
-/// quick and not block.
+/// Whether a node is currently a member of the cluster. Called often: it must be fast and must not
+/// block.
 pub type MemberCheck = Arc<dyn Fn(&NodeName) -> bool + Send + Sync>;
 
 /// Longest payload of an anonymous peer, in bytes.
@@ -107,7 +107,6 @@ impl Server {
 }
 
 impl ServerHandle {
-    /// The address it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -121,8 +120,8 @@ impl ServerHandle {
             .unwrap_or_else(PoisonError::into_inner) = tls;
     }
 
-    /// Stops accepting and closes every connection. Handlers that run go on;
-    /// their answers are dropped, so their callers see an unknown outcome.
+    /// Stops accepting and closes every connection. Running handlers continue; their answers are
+    /// dropped, so their callers get an unknown outcome.
     pub async fn shutdown(mut self) {
         self.stop.send_replace(true);
         if let Some(task) = self.task.take() {
@@ -154,7 +153,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, mut stopped: watch::
         let (stream, address) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of descriptors, mostly: give others time to close some.
+                // Usually out of descriptors: wait for some to be closed.
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
@@ -215,7 +214,6 @@ async fn greet_and_serve(stream: TcpStream, address: SocketAddr, shared: Arc<Sha
     timeout(lifetime, serving).await.ok();
 }
 
-/// One connection after its handshake.
 struct Connection {
     peer: PeerId,
     member: MemberCheck,
@@ -225,8 +223,7 @@ struct Connection {
     calls: Arc<Semaphore>,
     streams: Arc<Semaphore>,
     requests: Mutex<HashMap<u64, Arc<Request>>>,
-    /// Streams stop where they are: without an END, which would tell the
-    /// client that there is nothing more.
+    /// Streams are cut: without an END, which would mean completion.
     closing: AtomicBool,
 }
 
@@ -310,7 +307,7 @@ impl Connection {
         }
     }
 
-    /// Reads until the connection ends; says why it did.
+    /// Reads until the connection ends; returns the reason.
     async fn read<R: AsyncRead + Unpin>(self: &Arc<Self>, mut reader: FrameReader<R>) -> String {
         if !self.is_member() {
             let text = "it was removed from the cluster, or never joined; \
@@ -346,14 +343,14 @@ impl Connection {
             }
             wire::CREDIT => {
                 let items: u32 = postcard::from_bytes(&frame.payload)
-                    .map_err(|_| "a credit that cannot be read".to_owned())?;
+                    .map_err(|_| "an invalid credit".to_owned())?;
                 let requests = self.requests();
                 let Some(request) = requests.get(&frame.request) else {
                     return Ok(());
                 };
                 let credit = request.credit.available_permits() + items as usize;
                 if credit > STREAM_CREDIT_MAX as usize {
-                    return Err("more credit than there may be".into());
+                    return Err("more credit than allowed".into());
                 }
                 request.credit.add_permits(items as usize);
             }
@@ -371,7 +368,7 @@ impl Connection {
         let Ok(permit) = Arc::clone(&self.calls).try_acquire_owned() else {
             let max = self.options.in_flight_max;
             let busy = RpcError::refused(format!("{max} requests of this connection run already"));
-            // Not even room for the refusal: the peer ignores its limit.
+            // No room even for the refusal: the peer ignores its limit.
             return self
                 .queue
                 .try_send(wire::error(frame.request, busy))

@@ -20,7 +20,6 @@ pub(super) const PONG: u16 = KIND_RESERVED + 10;
 /// Longest text in an error or greeting, in bytes.
 const TEXT_BYTES_MAX: usize = 4096;
 
-/// The server's greeting.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Hello {
     pub(super) accepted: bool,
@@ -33,7 +32,6 @@ struct Failure {
     text: String,
 }
 
-/// A frame without payload.
 pub(super) fn signal(kind: u16, request: u64) -> Frame {
     Frame {
         kind,

@@ -22,7 +22,7 @@ use thiserror::Error;
 use super::{Fingerprint, node_of};
 
 #[derive(Debug, Error)]
-enum Mistrust {
+enum VerificationError {
     #[error(
         "its certificate has the fingerprint {found}, expected {expected}; the worker there is another one than was agreed on"
     )]
@@ -36,8 +36,8 @@ enum Mistrust {
     NotANode,
 }
 
-impl From<Mistrust> for Error {
-    fn from(reason: Mistrust) -> Error {
+impl From<VerificationError> for Error {
+    fn from(reason: VerificationError) -> Error {
         Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(reason))))
     }
 }
@@ -58,7 +58,7 @@ impl Pinned {
         if found == self.peer {
             return Ok(());
         }
-        Err(Mistrust::OtherFingerprint {
+        Err(VerificationError::OtherFingerprint {
             found,
             expected: self.peer,
         }
@@ -160,7 +160,7 @@ impl ServerCertVerifier for AuthorityHash {
         let authority = chain
             .iter()
             .find(|c| Fingerprint::of(c) == self.authority)
-            .ok_or(Mistrust::OtherAuthority)?;
+            .ok_or(VerificationError::OtherAuthority)?;
         let mut roots = RootCertStore::empty();
         roots.add(authority.clone().into_owned())?;
         verify_server_cert_signed_by_trust_anchor(
@@ -170,7 +170,7 @@ impl ServerCertVerifier for AuthorityHash {
             now,
             self.provider.signature_verification_algorithms.all,
         )?;
-        node_of(certificate).ok_or(Mistrust::NotANode)?;
+        node_of(certificate).ok_or(VerificationError::NotANode)?;
         Ok(ServerCertVerified::assertion())
     }
 

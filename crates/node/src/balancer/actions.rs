@@ -6,7 +6,7 @@ use crate::moves::{MoveOrder, RACED};
 use keel_api::{MoveLine, Urgency};
 use keel_balance::Name;
 use keel_balance::ledger::{Decision, Outcome};
-use keel_balance::rules::Broken;
+use keel_balance::rules::Violation;
 use keel_cluster::{MachineName, NodeName};
 use keel_machine::moves::{Ending, MoveReport};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ pub(super) async fn repair_now(
     handle: &Arc<NodeBalancer>,
     machine: Name,
     target: Name,
-    broken: Broken,
+    broken: Violation,
 ) {
     let outcome = match run_move(handle, &machine, &target, Urgency::High, None).await {
         Ok(report) => ended(&report),

@@ -1,4 +1,4 @@
-//! Bounds of a balancing round: rules, machines that opted out, machines that span, and
+//! Constraints of a balancing round: rules, machines that opted out, machines that span, and
 //! what compiling a program at a target costs. Read from what was followed, never by
 //! asking.
 
@@ -7,9 +7,9 @@ use crate::code::Code;
 use crate::records::Placements;
 use crate::rules::RuleSnapshot;
 use keel_balance::Name;
-use keel_balance::round::Bounds;
-use keel_balance::rules::Broken;
-use keel_balance::select::{Bound, Spreadable};
+use keel_balance::round::Constraints;
+use keel_balance::rules::Violation;
+use keel_balance::select::{Constraint, Spreadable};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -55,23 +55,23 @@ impl Snapshot {
     }
 
     /// Machines of a node that break a rule where they are.
-    pub(super) fn broken_on(&self, node: &str) -> Vec<(Name, Broken)> {
+    pub(super) fn broken_on(&self, node: &str) -> Vec<(Name, Violation)> {
         self.rules.broken_on(node)
     }
 
     /// The rule that does not allow a machine on a node.
-    pub(super) fn forbids(&self, machine: &Name, target: &Name) -> Option<Broken> {
+    pub(super) fn forbids(&self, machine: &Name, target: &Name) -> Option<Violation> {
         self.rules.forbids(machine, target)
     }
 }
 
-impl Bounds for Snapshot {
-    fn bound(&self, machine: &Name, target: &Name) -> Option<Bound> {
+impl Constraints for Snapshot {
+    fn constraint(&self, machine: &Name, target: &Name) -> Option<Constraint> {
         if self.opted_out.contains(machine) {
-            return Some(Bound::OptedOut);
+            return Some(Constraint::OptedOut);
         }
         if self.spanning.contains(machine) {
-            return Some(Bound::Spans);
+            return Some(Constraint::Spans);
         }
         if self.rules.is_empty() {
             return None;
@@ -80,9 +80,9 @@ impl Bounds for Snapshot {
             .rules
             .forbids_moving(machine, self.minute)
             .or_else(|| self.forbids(machine, target));
-        forbidden.map(|broken| Bound::Rule {
+        forbidden.map(|broken| Constraint::Rule {
             rule: broken.rule,
-            says: broken.why,
+            reason: broken.why,
         })
     }
 

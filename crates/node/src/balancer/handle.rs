@@ -16,7 +16,7 @@ use crate::spanning::Spanning;
 use keel_api::PeerTraffic;
 use keel_balance::Name;
 use keel_balance::ledger::{Decision, Line};
-use keel_balance::round::{Answer, Balancer, Event, Question};
+use keel_balance::round::{Response, Balancer, Event, Request};
 use keel_cluster::NodeName;
 use keel_cluster::clock::unix_ms;
 use std::sync::{Arc, Mutex};
@@ -30,7 +30,7 @@ pub(super) type Look = Box<dyn FnOnce(&Balancer, u64, &Snapshot) + Send>;
 pub(super) enum Input {
     Event(Event),
     Measured(Box<super::meter::Measured>),
-    Asked(Name, Question, oneshot::Sender<Answer>),
+    Asked(Name, Request, oneshot::Sender<Response>),
     Look(Look),
     /// A machine that broke a rule was moved, or was not.
     RepairOver,
@@ -102,8 +102,8 @@ impl NodeBalancer {
     pub(crate) async fn answer(
         &self,
         peer: &NodeName,
-        question: Question,
-    ) -> Result<Answer, String> {
+        question: Request,
+    ) -> Result<Response, String> {
         let (reply, answer) = oneshot::channel();
         let asked = Input::Asked(peer.as_str().into(), question, reply);
         self.inputs.send(asked).map_err(|_| ENDED.to_owned())?;

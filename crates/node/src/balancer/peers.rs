@@ -4,7 +4,7 @@ use super::handle::NodeBalancer;
 use crate::error::CommandError;
 use keel_api::Silence;
 use keel_balance::policy::Mode;
-use keel_balance::round::{Answer, Question};
+use keel_balance::round::{Response, Request};
 use keel_cluster::NodeName;
 use keel_machine::worker::control::{pack, unpack};
 use keel_net::RpcError;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
 
-/// `keel_balance::round::Question` → `Answer`.
+/// `keel_balance::round::Request` → `Response`.
 pub(crate) const BALANCE: u16 = 0x030c;
 /// [`super::Wanted`], which is not looked at → `NodeLoad` as JSON.
 pub(crate) const LOAD: u16 = 0x030d;
@@ -40,8 +40,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) async fn ask(
     handle: &NodeBalancer,
     peer: &str,
-    question: &Question,
-) -> Result<Answer, String> {
+    question: &Request,
+) -> Result<Response, String> {
     let peer = NodeName::new(peer).map_err(|error| error.to_string())?;
     let payload = pack(question).map_err(|error| error.to_string())?;
     let answer = handle
@@ -123,8 +123,8 @@ impl NodeBalancer {
 
     /// How loaded another node is, as it says.
     pub(crate) async fn load_of(&self, node: &NodeName) -> Option<f64> {
-        match ask(self, node.as_str(), &Question::View).await {
-            Ok(Answer::View(view)) => Some(view.side.load),
+        match ask(self, node.as_str(), &Request::View).await {
+            Ok(Response::View(view)) => Some(view.state.load),
             _ => None,
         }
     }

@@ -10,7 +10,7 @@ use super::queries::load;
 use keel_api::NodeLoad;
 use keel_balance::Name;
 use keel_balance::policy::Mode;
-use keel_balance::select::Side;
+use keel_balance::select::NodeState;
 use keel_cluster::NodeName;
 use rand::seq::IteratorRandom;
 use std::sync::Arc;
@@ -64,7 +64,7 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
             Some((node, side))
         });
     }
-    let mut sides: Vec<(NodeName, Side)> = Vec::new();
+    let mut sides: Vec<(NodeName, NodeState)> = Vec::new();
     while let Some(joined) = answers.join_next().await {
         sides.extend(joined.ok().flatten());
     }
@@ -81,7 +81,7 @@ async fn choose(handle: &Arc<NodeBalancer>, machine: &str, memory_bytes: u64) ->
 
 /// A node as it tells of itself, with what was placed there since: for each machine
 /// that it has not measured what that promises, or a core.
-fn with_newest(handle: &NodeBalancer, told: NodeLoad) -> Option<Side> {
+fn with_newest(handle: &NodeBalancer, told: NodeLoad) -> Option<NodeState> {
     let mut side = told.side?;
     let sample = told.sample?;
     let measured = |machine: &Name| sample.machines.iter().any(|it| it.name == *machine);
@@ -101,13 +101,13 @@ fn with_newest(handle: &NodeBalancer, told: NodeLoad) -> Option<Side> {
 /// The lightest of other nodes, if it is to be taken.
 fn lightest(
     may_stay: bool,
-    own: Option<&Side>,
-    others: &[(NodeName, Side)],
+    own: Option<&NodeState>,
+    others: &[(NodeName, NodeState)],
     memory_bytes: u64,
 ) -> Option<NodeName> {
     // Where none has room for all that it may ask for, the lightest is as good.
-    let has_room = |side: &Side| side.memory_free_bytes >= memory_bytes;
-    let key = |side: &Side| (!has_room(side), side.load);
+    let has_room = |side: &NodeState| side.memory_free_bytes >= memory_bytes;
+    let key = |side: &NodeState| (!has_room(side), side.load);
     let least = others.iter().min_by(|(_, one), (_, other)| {
         let (one, other) = (key(one), key(other));
         one.0.cmp(&other.0).then(one.1.total_cmp(&other.1))
@@ -130,8 +130,8 @@ mod tests {
     use super::*;
     use keel_balance::load::Capacity;
 
-    fn side(load: f64, free: u64) -> Side {
-        Side {
+    fn side(load: f64, free: u64) -> NodeState {
+        NodeState {
             capacity: Capacity {
                 cores: 1.0,
                 speed: 1.0,
@@ -151,7 +151,7 @@ mod tests {
         let others = |b: (f64, u64), c: (f64, u64)| {
             vec![(name("b"), side(b.0, b.1)), (name("c"), side(c.0, c.1))]
         };
-        let chosen = |own: Option<(f64, u64)>, others: &[(NodeName, Side)]| {
+        let chosen = |own: Option<(f64, u64)>, others: &[(NodeName, NodeState)]| {
             let own = own.map(|(load, free)| side(load, free));
             lightest(true, own.as_ref(), others, 100).map(|it| it.to_string())
         };

@@ -17,8 +17,8 @@ use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Outcome};
 use keel_balance::load::{Factors, MachineSample, Weights};
-use keel_balance::plan::{Amounts, Goal, Load, Plan, Problem, RESOURCES, Site, plan};
-use keel_balance::select::Bound;
+use keel_balance::plan::{Amounts, Goal, Workload, Plan, Problem, RESOURCES, Site, plan};
+use keel_balance::select::Constraint;
 use keel_cluster::MachineName;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::keys::Key;
@@ -98,14 +98,14 @@ impl View {
                         .as_ref()
                         .is_some_and(|it| it.balancing.by == BalanceBy::Off) =>
                 {
-                    Some(Bound::OptedOut.to_string())
+                    Some(Constraint::OptedOut.to_string())
                 }
                 broken => broken.map(|broken| broken.to_string()),
             };
             let is_fixed = why.is_some();
             fixed.extend(why.map(|why| (loads.len(), why)));
             let bytes = model.predict(&used).bytes;
-            loads.push(Load {
+            loads.push(Workload {
                 name,
                 labels: thing.labels,
                 site: at,
@@ -153,7 +153,7 @@ impl View {
     /// Machines that are on a node, or are to be.
     pub(super) fn machines_on(&self, node: &str) -> usize {
         let sites = &self.problem.sites;
-        let on = |load: &&Load| *sites[load.site].name == *node;
+        let on = |load: &&Workload| *sites[load.site].name == *node;
         self.problem.loads.iter().filter(on).count()
     }
 

@@ -12,7 +12,7 @@ use keel_api::{BalanceInfo, HistoryInfo, HistoryPoint, LedgerInfo, NodeLoad, Why
 use keel_balance::Name;
 use keel_balance::ledger::Line;
 use keel_balance::policy::Policy;
-use keel_balance::round::{Answer, Event, Question};
+use keel_balance::round::{Response, Event, Request};
 use keel_cluster::keys::Key;
 use keel_cluster::store::{Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};
@@ -26,7 +26,7 @@ pub(super) async fn load(handle: &NodeBalancer) -> Result<NodeLoad, String> {
     let load = handle.look(move |balancer, now_ms, _| NodeLoad {
         node,
         traffic,
-        side: balancer.side(),
+        side: balancer.node_state(),
         sample: balancer.sample().cloned(),
         policy_revision: balancer.policy().1,
         proposals: balancer.proposals(now_ms),
@@ -136,15 +136,15 @@ pub(super) async fn why_not_here(
     to: &NodeName,
 ) -> Result<WhyNot, String> {
     let measuring = || "this node has not measured for long enough; try again in some seconds";
-    let asked = handle.look(|balancer, _, _| balancer.question());
+    let asked = handle.look(|balancer, _, _| balancer.weigh_request());
     let (machines, question) = asked.await?.ok_or_else(measuring)?;
-    let view = match ask(handle, to.as_str(), &Question::View).await? {
-        Answer::View(view) => view,
-        Answer::Measuring => return Err(format!("{to} has not measured for long enough")),
+    let view = match ask(handle, to.as_str(), &Request::View).await? {
+        Response::View(view) => view,
+        Response::NotReady => return Err(format!("{to} has not measured for long enough")),
         other => return Err(format!("{to} answered something else: {other:?}")),
     };
     let weights = match ask(handle, to.as_str(), &question).await? {
-        Answer::Weights(weights) => weights,
+        Response::Weights(weights) => weights,
         other => return Err(format!("{to} answered something else: {other:?}")),
     };
     let peer: Name = to.as_str().into();

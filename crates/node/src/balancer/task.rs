@@ -18,7 +18,7 @@ use keel_balance::cost::CostModel;
 use keel_balance::ledger::{Decision, Line, Outcome};
 use keel_balance::load::NodeSample;
 use keel_balance::policy::{Mode, Policy};
-use keel_balance::round::{Answer, Balancer, Command, Event};
+use keel_balance::round::{Response, Balancer, Command, Event};
 use keel_balance::rules::{Repair, repair};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{MachineName, NodeName};
@@ -113,7 +113,7 @@ struct Task {
     handle: Arc<NodeBalancer>,
     balancer: Balancer,
     begun: Instant,
-    replies: HashMap<u64, oneshot::Sender<Answer>>,
+    replies: HashMap<u64, oneshot::Sender<Response>>,
     tickets: u64,
     /// Other nodes that are alive.
     peers: Vec<Name>,
@@ -144,10 +144,10 @@ impl Task {
                 Ok(Some(Input::Asked(peer, question, reply))) => {
                     self.tickets += 1;
                     self.replies.insert(self.tickets, reply);
-                    Event::Asked {
+                    Event::RequestReceived {
                         ticket: self.tickets,
                         peer,
-                        question,
+                        request: question,
                     }
                 }
                 Ok(Some(Input::Look(look))) => {
@@ -267,10 +267,10 @@ impl Task {
 
     fn carry_out(&mut self, command: Command) {
         match command {
-            Command::Ask {
+            Command::SendRequest {
                 round,
                 peer,
-                question,
+                request: question,
             } => {
                 let handle = self.handle.clone();
                 tokio::spawn(async move {
@@ -279,10 +279,16 @@ impl Task {
                         tracing::debug!(%peer, error, "a balancer did not answer");
                     });
                     let answer = answer.ok();
-                    handle.tell(Event::Answered { round, answer });
+                    handle.tell(Event::ResponseReceived {
+                        round,
+                        response: answer,
+                    });
                 });
             }
-            Command::Reply { ticket, answer } => {
+            Command::SendResponse {
+                ticket,
+                response: answer,
+            } => {
                 if let Some(reply) = self.replies.remove(&ticket) {
                     // Whoever asked may have gone.
                     let _ = reply.send(answer);
@@ -340,7 +346,7 @@ impl Task {
                 .zip(NodeName::new(target).ok()),
             _ => None,
         };
-        let decides = matches!(decision, Decision::Move { .. } | Decision::Stay { .. });
+        let decides = matches!(decision, Decision::Move { .. } | Decision::NoMove { .. });
         let ledger = &self.handle.ledger;
         ledger.keep(Line {
             at_unix_ms: unix_ms(),
@@ -368,7 +374,7 @@ async fn follow_placements(
                 machine: name(machine),
                 from: source.as_str().into(),
             },
-            PlacementChange::Left { machine } => Event::Left {
+            PlacementChange::Left { machine } => Event::Departed {
                 machine: name(machine),
             },
             PlacementChange::Arriving { machine } => Event::Arriving {

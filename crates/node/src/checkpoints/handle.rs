@@ -202,7 +202,7 @@ impl Checkpoints {
                     .when(Compare::Exists {
                         key: Key::Machine(machine.clone()).to_string(),
                     })
-                    .put(Key::Kept(machine.clone()), value);
+                    .put(Key::Checkpoint(machine.clone()), value);
                 self.context
                     .store
                     .txn(txn)
@@ -219,7 +219,7 @@ impl Checkpoints {
 
     /// Where a machine's newest checkpoint is, if there is any.
     pub(crate) async fn newest(&self, machine: &MachineName) -> Result<Option<Origin>, String> {
-        let key = Key::Kept(machine.clone()).to_string();
+        let key = Key::Checkpoint(machine.clone()).to_string();
         match self.context.store.get(&key).await {
             Ok(Some(entry)) => keel_cluster::wire::decode("where a checkpoint is", &entry.value)
                 .map(Some)

@@ -7,7 +7,7 @@ use crate::context::Context;
 use crate::records::{AliveNodes, Placements};
 use keel_balance::Name;
 use keel_balance::rules::{
-    Broken, Holders, Rule, Thing, broken_by, domains_of, forbidden, holders_of,
+    Violation, Holders, Rule, Subject, violations_of, domains_of, forbidden, holders_of,
 };
 use keel_cluster::StoreError;
 use keel_cluster::keys::{self, Key};
@@ -135,8 +135,8 @@ struct Held {
 pub(crate) struct RuleSnapshot {
     set: RuleSet,
     alive: Vec<Name>,
-    placed: Vec<(Thing, Name)>,
-    nodes: Vec<Thing>,
+    placed: Vec<(Subject, Name)>,
+    nodes: Vec<Subject>,
     held: OnceCell<Held>,
 }
 
@@ -174,14 +174,14 @@ impl RuleSnapshot {
     }
 
     /// The rule that does not let a machine move in this minute of the day, UTC.
-    pub(crate) fn forbids_moving(&self, machine: &Name, minute: u32) -> Option<Broken> {
+    pub(crate) fn forbids_moving(&self, machine: &Name, minute: u32) -> Option<Violation> {
         let thing = self.set.machine(machine);
         let mut rules = self.set.rules.iter();
         rules.find_map(|rule: &Rule| rule.forbids_moving(&thing, minute))
     }
 
     /// Machines of a node that break a rule where they are.
-    pub(crate) fn broken_on(&self, node: &str) -> Vec<(Name, Broken)> {
+    pub(crate) fn broken_on(&self, node: &str) -> Vec<(Name, Violation)> {
         if self.set.rules.is_empty() {
             return Vec::new();
         }
@@ -189,22 +189,22 @@ impl RuleSnapshot {
             let mut placed = self.placed.iter();
             placed.any(|(it, at)| it.name == *machine && **at == *node)
         };
-        let mut broken = broken_by(&self.set.rules, &self.placed, &self.nodes);
+        let mut broken = violations_of(&self.set.rules, &self.placed, &self.nodes);
         broken.retain(|(machine, _)| here(machine));
         broken
     }
 
     /// The rule that does not allow a machine on a node.
-    pub(crate) fn forbids(&self, machine: &Name, target: &Name) -> Option<Broken> {
+    pub(crate) fn forbids(&self, machine: &Name, target: &Name) -> Option<Violation> {
         if self.set.drains.contains_key(target) {
-            return Some(Broken {
+            return Some(Violation {
                 rule: "drain".into(),
                 why: format!("{target} is being drained"),
             });
         }
         let thing = self.set.machine(machine);
         let node = self.set.node(target);
-        if !self.set.rules.iter().any(|it| it.is_about(&thing)) {
+        if !self.set.rules.iter().any(|it| it.applies_to(&thing)) {
             return None;
         }
         let held = self.held.get_or_init(|| {

@@ -3,7 +3,7 @@
 
 use super::rule_set::{RuleSet, placed};
 use crate::error::CommandError;
-use keel_balance::rules::{Broken, Claim, Rule, Thing, holders_of};
+use keel_balance::rules::{Violation, Claim, Rule, Subject, holders_of};
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, Op, Revision, Txn};
 use keel_cluster::{MachineName, NodeName, Store, StoreError};
@@ -15,7 +15,7 @@ pub(crate) enum ClaimError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("{0}")]
-    Broken(Broken),
+    Broken(Violation),
     #[error("node {0:?} is being drained (`keel undrain {0}` opens it again)")]
     Draining(NodeName),
     #[error("{0}")]
@@ -79,7 +79,7 @@ pub(super) async fn claim_in(
     };
     let this = set.machine(machine.as_str());
     let node = set.node(target.as_str());
-    let about: Vec<&Rule> = set.rules.iter().filter(|it| it.is_about(&this)).collect();
+    let about: Vec<&Rule> = set.rules.iter().filter(|it| it.applies_to(&this)).collect();
     if about.is_empty() {
         return Ok(claims);
     }
@@ -92,7 +92,7 @@ pub(super) async fn claim_in(
         }
     }
     let placed = placed(&set, &crate::records::all(store).await.map_err(damaged)?);
-    let nodes: Vec<Thing> = members.iter().map(|it| set.node(it.as_str())).collect();
+    let nodes: Vec<Subject> = members.iter().map(|it| set.node(it.as_str())).collect();
     let holders = holders_of(&set.rules, &placed, &nodes);
     let alive = crate::records::alive(store).await?;
     for rule in about {

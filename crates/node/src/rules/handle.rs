@@ -7,7 +7,7 @@ use super::rule_set::{RuleSet, placed, read_entry};
 use crate::context::Context;
 use crate::error::CommandError;
 use crate::records::{AliveNodes, Placements};
-use keel_balance::rules::{Labels, RULES_MAX, Rule, Thing, broken_by, conflict, holders_of};
+use keel_balance::rules::{Labels, RULES_MAX, Rule, Subject, violations_of, conflict, holders_of};
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Txn, TxnOutcome};
 use keel_cluster::{MachineName, NodeName};
@@ -52,7 +52,7 @@ impl Rules {
         let placed = placed(&set, &crate::records::all(&*self.context.store).await?);
         let nodes = self.nodes(&set);
         Ok(keel_api::RulesInfo {
-            broken: broken_by(&set.rules, &placed, &nodes),
+            broken: violations_of(&set.rules, &placed, &nodes),
             holders: holders_of(&set.rules, &placed, &nodes),
             rules: set.rules,
         })
@@ -108,7 +108,7 @@ impl Rules {
                 return Err(CommandError::Conflict(what));
             }
             let placed = placed(&set, &crate::records::all(store).await?);
-            let machines: Vec<Thing> = placed.into_iter().map(|(machine, _)| machine).collect();
+            let machines: Vec<Subject> = placed.into_iter().map(|(machine, _)| machine).collect();
             if let Some(names) = conflict(&set.rules, &machines, &self.nodes(&set)) {
                 let what = format!(
                     "these rules cannot be kept together by the machines and nodes that there are: {} (see `keel rule ls`)",
@@ -180,7 +180,7 @@ impl Rules {
         }
     }
 
-    fn nodes(&self, set: &RuleSet) -> Vec<Thing> {
+    fn nodes(&self, set: &RuleSet) -> Vec<Subject> {
         let members = self.context.members.all();
         members.keys().map(|node| set.node(node.as_str())).collect()
     }
@@ -204,7 +204,7 @@ mod tests {
     use super::*;
     use crate::records::Found;
     use crate::records::tests::record;
-    use keel_balance::rules::{Domain, Says, Selector};
+    use keel_balance::rules::{Domain, Requirement, Selector};
     use keel_cluster::Store;
     use keel_cluster::store::{Change, RedbOptions, RedbStore};
     use keel_machine::spec::Record;
@@ -227,14 +227,14 @@ mod tests {
         MachineName::new(&format!("{kind}-{number}")).unwrap()
     }
 
-    fn rule(name: &str, says: Says) -> Rule {
+    fn rule(name: &str, requirement: Requirement) -> Rule {
         Rule {
             name: name.into(),
             machines: Selector {
                 names: vec![format!("{name}-*")],
                 labels: Labels::new(),
             },
-            says,
+            requirement,
         }
     }
 
@@ -247,20 +247,20 @@ mod tests {
         vec![
             rule(
                 "web",
-                Says::Apart {
+                Requirement::Apart {
                     per: Domain::Node,
                     max: 1,
                 },
             ),
             rule(
                 "db",
-                Says::Spread {
+                Requirement::Spread {
                     per: zone(),
                     skew: 1,
                 },
             ),
-            rule("lic", Says::Licence { nodes_max: 3 }),
-            rule("pin", Says::Pin { nodes: pinned }),
+            rule("lic", Requirement::Licence { nodes_max: 3 }),
+            rule("pin", Requirement::Pin { nodes: pinned }),
         ]
     }
 
@@ -332,7 +332,7 @@ mod tests {
 
         let last = store.revision().await.unwrap();
         let mut set = RuleSet::load(&*store).await.unwrap();
-        let things: Vec<Thing> = members.iter().map(|it| set.node(it.as_str())).collect();
+        let things: Vec<Subject> = members.iter().map(|it| set.node(it.as_str())).collect();
         let mut at: BTreeMap<String, Record> = BTreeMap::new();
         let mut watch = store.watch("", first).await.unwrap();
         let mut seen = first - 1;
@@ -352,7 +352,7 @@ mod tests {
                 }
             }
             let records: Vec<Record> = at.values().cloned().collect();
-            let broken = broken_by(&set.rules, &placed(&set, &records), &things);
+            let broken = violations_of(&set.rules, &placed(&set, &records), &things);
             assert!(broken.is_empty(), "revision {seen}: {broken:?}");
         }
         assert!(at.len() > MACHINES / 2, "{}", at.len());

@@ -1,7 +1,7 @@
 //! Rules and the labels by which they select, as the store has them.
 
 use keel_balance::Name;
-use keel_balance::rules::{Labels, Rule, Thing};
+use keel_balance::rules::{Labels, Rule, Subject};
 use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{Compare, KeyValue, Revision};
 use keel_cluster::{Store, StoreError};
@@ -78,11 +78,11 @@ impl RuleSet {
         }
     }
 
-    pub(crate) fn node(&self, name: &str) -> Thing {
+    pub(crate) fn node(&self, name: &str) -> Subject {
         thing(name, &self.node_labels)
     }
 
-    pub(crate) fn machine(&self, name: &str) -> Thing {
+    pub(crate) fn machine(&self, name: &str) -> Subject {
         thing(name, &self.machine_labels)
     }
 
@@ -112,8 +112,8 @@ impl RuleSet {
     }
 }
 
-fn thing(name: &str, labels: &BTreeMap<Name, Labels>) -> Thing {
-    Thing {
+fn thing(name: &str, labels: &BTreeMap<Name, Labels>) -> Subject {
+    Subject {
         name: name.into(),
         labels: labels.get(name).cloned().unwrap_or_default(),
     }
@@ -124,7 +124,7 @@ pub(super) fn read_entry<T: DeserializeOwned>(entry: &KeyValue) -> Result<T, Str
 }
 
 /// Live machines with their nodes.
-pub(super) fn placed(set: &RuleSet, records: &[Record]) -> Vec<(Thing, Name)> {
+pub(super) fn placed(set: &RuleSet, records: &[Record]) -> Vec<(Subject, Name)> {
     records
         .iter()
         .filter(|record| !record.status.ended())

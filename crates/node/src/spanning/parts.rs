@@ -58,7 +58,7 @@ fn info(report: &PartsReport, home: &NodeName) -> PartsInfo {
         cpu_micros: thread.took.as_ref().map(|took| took.time.run_ns / 1000),
         stood_micros: {
             let mut by_node: BTreeMap<String, u64> = BTreeMap::new();
-            let stood = thread.took.iter().flat_map(|took| &took.stood);
+            let stood = thread.took.iter().flat_map(|took| &took.stalled_us);
             for (from, micros) in stood {
                 *by_node.entry(node(*from)).or_default() += micros;
             }

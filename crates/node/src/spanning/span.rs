@@ -14,7 +14,7 @@ use crate::records;
 use futures::future::{join_all, try_join_all};
 use keel_api::{EventKind, PartsInfo, SpanRequest};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, Spawning};
+use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, SpawnPolicy};
 use keel_machine::spec::{Record, Spawn, Spec};
 use keel_machine::worker::control::{Join, MeetParts, PartsReport, Report, Span, State, kind};
 use keel_net::{Fingerprint, RpcError};
@@ -185,10 +185,10 @@ async fn spread(
     // What its parts are to keep is not in what its worker was started with.
     worker.apply_limits(record).await;
     let spawning = match spec.balancing.spawn {
-        _ if here => Spawning::Here,
-        Spawn::Here => Spawning::Here,
-        Spawn::Spread => Spawning::Even,
-        Spawn::Auto => Spawning::Room,
+        _ if here => SpawnPolicy::Here,
+        Spawn::Here => SpawnPolicy::Here,
+        Spawn::Spread => SpawnPolicy::Even,
+        Spawn::Auto => SpawnPolicy::Room,
     };
     let parts: PartSet = members
         .keys()
@@ -309,7 +309,7 @@ impl Unmet {
 
 /// How a home is to span.
 struct How {
-    spawning: Spawning,
+    spawning: SpawnPolicy,
     room_bytes: Option<u64>,
 }
 

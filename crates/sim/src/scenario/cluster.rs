@@ -1,17 +1,18 @@
-//! The nodes, machines and events that a scenario comes to.
+//! The nodes, machines and events that a scenario describes.
 
 use super::{
-    Event, MACHINES_MAX, MachineGroup, NODES_MAX, NodeGroup, Placing, Scenario, change_policy,
+    Event, InitialPlacement, MACHINES_MAX, MachineGroup, NODES_MAX, NodeGroup, Scenario,
+    change_policy,
 };
 use crate::bad_input::{BadInput, hint};
 use crate::curve::Curve;
 use crate::energy::PowerTable;
 use crate::traces::{self, Trace};
-use crate::world::{MachineSpec, NodeSpec, Rulebook, Settings, What};
+use crate::world::{ExternalEvent, MachineSpec, NodeSpec, Rulebook, Settings};
 use keel_balance::Name;
 use keel_balance::load::{Capacity, SPEED_RANGE};
 use keel_balance::policy::Policy;
-use keel_balance::rules::{Rule, Says, Thing, conflict};
+use keel_balance::rules::{Requirement, Rule, Subject, conflict};
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -19,19 +20,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use toml::Spanned;
 
-/// A cluster and what befalls it, ready to run.
+/// A cluster with external events, ready to run.
 #[derive(Debug, Clone)]
 pub struct Cluster {
-    /// How it is run.
     pub settings: Settings,
-    /// Its nodes.
     pub nodes: Vec<NodeSpec>,
-    /// What power each node takes, where that is known.
+    /// Power table of each node, if known.
     pub power: Vec<Option<PowerTable>>,
-    /// Its machines.
     pub machines: Vec<MachineSpec>,
-    /// What befalls it, with the instant in milliseconds.
-    pub events: Vec<(u64, What)>,
+    /// External events, with the time in milliseconds.
+    pub events: Vec<(u64, ExternalEvent)>,
 }
 
 const MIB: f64 = 1_048_576.0;
@@ -45,20 +43,20 @@ struct Builder<'a> {
     machines: Vec<MachineSpec>,
     names: HashSet<Name>,
     rulebook: Rulebook,
-    /// Machines that were spread so far: the next group goes on from there.
+    /// Number of machines placed round-robin so far: the next group continues from there.
     spread: usize,
     traces: HashMap<PathBuf, Arc<[Trace]>>,
 }
 
 impl Cluster {
-    /// Of a scenario.
+    /// Builds the cluster of a scenario.
     ///
     /// # Errors
-    /// The line and reason of what makes no sense; what its traces lack.
+    /// The line and reason of an error; missing traces.
     pub fn of(scenario: &Scenario) -> Result<Self, BadInput> {
         let mut builder = Builder {
             scenario,
-            // Placing has chances of its own: a change of the policy changes none.
+            // Placement has its own random stream: a change of the policy does not affect it.
             rng: SmallRng::seed_from_u64(scenario.seed ^ 0x70_6c61_6365),
             nodes: Vec::new(),
             labels: Vec::new(),
@@ -75,7 +73,7 @@ impl Cluster {
         }
         if builder.nodes.is_empty() {
             let reason = "it has no nodes: each group of them is a table [[nodes]]";
-            return Err(BadInput::file(&scenario.place, reason));
+            return Err(BadInput::file(&scenario.path, reason));
         }
         for group in &scenario.machines {
             builder.machine_group(group)?;
@@ -102,14 +100,14 @@ fn milliseconds(s: f64) -> u64 {
     (s * 1e3).round() as u64
 }
 
-/// A name of a group's pattern.
+/// Expands a name pattern.
 fn named(pattern: &str, number: usize) -> Name {
     pattern.replace("{}", &number.to_string()).into()
 }
 
 impl Builder<'_> {
-    fn beside(&self, file: &Path) -> PathBuf {
-        let folder = self.scenario.place.parent();
+    fn relative_to_scenario(&self, file: &Path) -> PathBuf {
+        let folder = self.scenario.path.parent();
         folder.unwrap_or(Path::new("")).join(file)
     }
 
@@ -117,8 +115,11 @@ impl Builder<'_> {
         let Some(ganeti) = &self.scenario.ganeti else {
             return Ok(());
         };
-        let utilisation = ganeti.utilisation.as_ref().map(|it| self.beside(it));
-        let file = self.beside(&ganeti.file);
+        let utilisation = ganeti
+            .utilisation
+            .as_ref()
+            .map(|it| self.relative_to_scenario(it));
+        let file = self.relative_to_scenario(&ganeti.file);
         let cluster = traces::ganeti::read(&file, utilisation.as_deref())?;
         for node in cluster.nodes {
             self.nodes.push(NodeSpec {
@@ -150,7 +151,7 @@ impl Builder<'_> {
 
     fn node_group(&mut self, spanned: &Spanned<NodeGroup>) -> Result<(), BadInput> {
         let group = spanned.get_ref();
-        let bad = |reason: String| self.scenario.bad(spanned, reason);
+        let bad = |reason: String| self.scenario.error_at(spanned, reason);
         let (slowest, fastest) = SPEED_RANGE;
         let numbers = [
             ("cores", group.cores, 0.01, 65_536.0),
@@ -184,7 +185,7 @@ impl Builder<'_> {
             if !self.names.insert(name.clone()) {
                 return Err(self
                     .scenario
-                    .bad(spanned, format!("there is a {name:?} already")));
+                    .error_at(spanned, format!("there is a {name:?} already")));
             }
             self.nodes.push(NodeSpec {
                 name,
@@ -212,27 +213,27 @@ impl Builder<'_> {
         for (key, found, most) in numbers {
             if !(0.0..=most).contains(&found) {
                 let reason = format!("{key} is {found}; 0 to {most} are possible");
-                return Err(self.scenario.bad(spanned, reason));
+                return Err(self.scenario.error_at(spanned, reason));
             }
         }
         let curves = self.curves(spanned)?;
         if self.machines.len().saturating_add(curves.len()) > MACHINES_MAX {
             let reason = format!("at most {MACHINES_MAX} machines are possible");
-            return Err(self.scenario.bad(spanned, reason));
+            return Err(self.scenario.error_at(spanned, reason));
         }
         let places = self.places(spanned)?;
         for (name, curve) in curves {
             if !self.names.insert(name.clone()) {
                 return Err(self
                     .scenario
-                    .bad(spanned, format!("there is a {name:?} already")));
+                    .error_at(spanned, format!("there is a {name:?} already")));
             }
             let at = match group.place {
-                Placing::Spread => {
+                InitialPlacement::Spread => {
                     self.spread += 1;
                     (self.spread - 1) % places.len()
                 }
-                Placing::Random => self.rng.random_range(0..places.len()),
+                InitialPlacement::Random => self.rng.random_range(0..places.len()),
             };
             if !group.own_labels.is_empty() {
                 let labels = group.own_labels.clone();
@@ -253,7 +254,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Nodes on which a group may be at first.
+    /// Allowed initial nodes of a group.
     fn places(&self, spanned: &Spanned<MachineGroup>) -> Result<Vec<usize>, BadInput> {
         let group = spanned.get_ref();
         if let Some(on) = &group.on {
@@ -270,7 +271,7 @@ impl Builder<'_> {
         if places.is_empty() {
             return Err(self
                 .scenario
-                .bad(spanned, "no node has all of these labels"));
+                .error_at(spanned, "no node has all of these labels"));
         }
         Ok(places)
     }
@@ -280,14 +281,14 @@ impl Builder<'_> {
         found.ok_or_else(|| {
             let hint = hint(name, self.nodes.iter().map(|it| &*it.name));
             self.scenario
-                .bad(of, format!("there is no node {name:?}; {hint}"))
+                .error_at(of, format!("there is no node {name:?}; {hint}"))
         })
     }
 
-    /// Each machine's name and demand.
+    /// Name and demand of each machine.
     fn curves(&mut self, spanned: &Spanned<MachineGroup>) -> Result<Vec<(Name, Curve)>, BadInput> {
         let group = spanned.get_ref();
-        let bad = |reason: String| self.scenario.bad(spanned, reason);
+        let bad = |reason: String| self.scenario.error_at(spanned, reason);
         let pattern = group.name.as_deref();
         if let Some(pattern) = pattern
             && group.count != Some(1)
@@ -304,14 +305,14 @@ impl Builder<'_> {
                     return Err(bad("it has no name; \"m{}\" is one".into()));
                 };
                 if !curve.cores(0).is_finite() {
-                    return Err(bad("its curve has a number that is none".into()));
+                    return Err(bad("its curve has an invalid number".into()));
                 }
                 let numbers = 1..=group.count.unwrap_or(1);
                 if *numbers.end() > MACHINES_MAX {
                     return Err(bad(format!("at most {MACHINES_MAX} machines are possible")));
                 }
                 Ok(numbers
-                    .map(|number| (named(pattern, number), own(curve, number)))
+                    .map(|number| (named(pattern, number), individual_curve(curve, number)))
                     .collect())
             }
             (None, Some(wanted)) => {
@@ -326,18 +327,18 @@ impl Builder<'_> {
                 if !(0.0..=65_536.0).contains(&wanted.cores) {
                     return Err(bad(format!("cores is {}", wanted.cores)));
                 }
-                let file = self.beside(file);
+                let file = self.relative_to_scenario(file);
                 let traces = self.traces(&file, from_share)?;
                 let most = traces.len().saturating_sub(wanted.first);
                 let count = group.count.unwrap_or(most);
                 if count > most || count == 0 {
                     let reason = format!(
-                        "{} has {} traces; {count} from number {} on are asked",
+                        "{} has {} traces; {count} from number {} on are requested",
                         file.display(),
                         traces.len(),
                         wanted.first
                     );
-                    return Err(self.scenario.bad(spanned, reason));
+                    return Err(self.scenario.error_at(spanned, reason));
                 }
                 let traces = &traces[wanted.first..wanted.first + count];
                 Ok(traces
@@ -374,132 +375,144 @@ impl Builder<'_> {
         Ok(traces)
     }
 
-    /// The rules, which must make sense, be about somebody, and be possible together.
+    /// The rules: each valid and applicable to a machine, and not contradictory.
     fn rules(&mut self) -> Result<Rulebook, BadInput> {
         let scenario = self.scenario;
         let mut rulebook = std::mem::take(&mut self.rulebook);
         let labels = self.nodes.iter().map(|it| it.name.clone());
         rulebook.nodes = labels.zip(self.labels.iter().cloned()).collect();
-        let nodes: Vec<Thing> = self
+        let nodes: Vec<Subject> = self
             .nodes
             .iter()
             .map(|it| rulebook.node(&it.name))
             .collect();
         let machines = self.machines.iter();
-        let machines: Vec<Thing> = machines.map(|it| rulebook.machine(&it.name)).collect();
+        let machines: Vec<Subject> = machines.map(|it| rulebook.machine(&it.name)).collect();
         for spanned in &scenario.rules {
             let rule = spanned.get_ref();
             self.check_rule(rule, &machines, &nodes)
-                .map_err(|reason| scenario.bad(spanned, reason))?;
+                .map_err(|reason| scenario.error_at(spanned, reason))?;
             if rulebook.rules.iter().any(|it| it.name == rule.name) {
                 let reason = format!("there is a rule {:?} already", &*rule.name);
-                return Err(scenario.bad(spanned, reason));
+                return Err(scenario.error_at(spanned, reason));
             }
             rulebook.rules.push(rule.clone());
         }
         if let Some(conflict) = conflict(&rulebook.rules, &machines, &nodes) {
-            let reason = format!("rules cannot be kept together: {}", conflict.join(", "));
-            return Err(BadInput::file(&scenario.place, reason));
+            let reason = format!("contradictory rules: {}", conflict.join(", "));
+            return Err(BadInput::file(&scenario.path, reason));
         }
         self.rulebook = rulebook.clone();
         Ok(rulebook)
     }
 
-    fn check_rule(&self, rule: &Rule, machines: &[Thing], nodes: &[Thing]) -> Result<(), String> {
+    fn check_rule(
+        &self,
+        rule: &Rule,
+        machines: &[Subject],
+        nodes: &[Subject],
+    ) -> Result<(), String> {
         rule.check()?;
-        if !machines.iter().any(|machine| rule.is_about(machine)) {
-            return Err(format!("rule {:?} is about no machine", &*rule.name));
+        if !machines.iter().any(|machine| rule.applies_to(machine)) {
+            return Err(format!("rule {:?} applies to no machine", &*rule.name));
         }
-        if let Says::Pin { nodes: chosen } | Says::Avoid { nodes: chosen } = &rule.says
+        if let Requirement::Pin { nodes: chosen } | Requirement::Avoid { nodes: chosen } =
+            &rule.requirement
             && !nodes.iter().any(|it| chosen.fits(&it.name, &it.labels))
         {
-            return Err(format!(
-                "rule {:?} names no node that there is",
-                &*rule.name
-            ));
+            return Err(format!("rule {:?} names no existing node", &*rule.name));
         }
         Ok(())
     }
 
-    fn events(&mut self) -> Result<Vec<(u64, What)>, BadInput> {
+    fn events(&mut self) -> Result<Vec<(u64, ExternalEvent)>, BadInput> {
         let scenario = self.scenario;
         let mut events: Vec<&Spanned<Event>> = scenario.events.iter().collect();
         events.sort_by(|one, other| one.get_ref().at_s().total_cmp(&other.get_ref().at_s()));
         let mut policy = scenario.policy.clone();
         let named = scenario.rules.iter().map(|it| it.get_ref().name.clone());
         let mut rules: HashSet<Name> = named.collect();
-        // Who had an event already.
+        // Nodes and machines with an earlier event.
         let mut nodes: HashSet<usize> = HashSet::new();
         let mut machines: HashSet<usize> = HashSet::new();
-        let mut befall = Vec::new();
+        let mut schedule = Vec::new();
         for event in events {
             let at_ms = milliseconds(event.get_ref().at_s());
-            let mut put = |what: What| befall.push((at_ms, what));
+            let mut put = |what: ExternalEvent| schedule.push((at_ms, what));
             match event.get_ref() {
                 Event::NodeDies { node, .. } => {
                     let node = self.node(event, node)?;
                     nodes.insert(node);
-                    put(What::NodeDies(node));
+                    put(ExternalEvent::NodeFails(node));
                 }
                 Event::NodeComes { node, .. } => {
                     let node = self.node(event, node)?;
                     if nodes.insert(node) {
                         self.nodes[node].there = false;
                     }
-                    put(What::NodeComes(node));
+                    put(ExternalEvent::NodeStarts(node));
                 }
                 Event::MachineStarts { machine, .. } => {
                     for machine in self.machines(event, machine)? {
                         if machines.insert(machine) {
                             self.machines[machine].runs = false;
                         }
-                        put(What::MachineStarts(machine));
+                        put(ExternalEvent::MachineStarts(machine));
                     }
                 }
                 Event::MachineEnds { machine, .. } => {
                     for machine in self.machines(event, machine)? {
                         machines.insert(machine);
-                        put(What::MachineEnds(machine));
+                        put(ExternalEvent::MachineEnds(machine));
                     }
                 }
                 Event::Policy { change, .. } => {
                     policy = self.policy(event, &policy, change)?;
-                    put(What::Policy(Box::new(policy.clone())));
+                    put(ExternalEvent::Policy(Box::new(policy.clone())));
                 }
                 Event::RuleComes { rule, .. } => {
                     let machines = self.machines.iter();
-                    let machines: Vec<Thing> =
+                    let machines: Vec<Subject> =
                         machines.map(|it| self.rulebook.machine(&it.name)).collect();
                     let nodes = self.nodes.iter();
-                    let nodes: Vec<Thing> = nodes.map(|it| self.rulebook.node(&it.name)).collect();
+                    let nodes: Vec<Subject> =
+                        nodes.map(|it| self.rulebook.node(&it.name)).collect();
                     self.check_rule(rule, &machines, &nodes)
-                        .map_err(|reason| scenario.bad(event, reason))?;
+                        .map_err(|reason| scenario.error_at(event, reason))?;
                     rules.insert(rule.name.clone());
-                    put(What::RuleComes(Box::new(rule.clone())));
+                    put(ExternalEvent::RuleAdded(Box::new(rule.clone())));
                 }
                 Event::RuleGoes { rule, .. } => {
                     let name: Name = rule.as_str().into();
                     if !rules.remove(&name) {
                         let hint = hint(rule, rules.iter().map(|it| &**it));
                         let reason = format!("there is no rule {rule:?} then; {hint}");
-                        return Err(scenario.bad(event, reason));
+                        return Err(scenario.error_at(event, reason));
                     }
-                    put(What::RuleGoes(name));
+                    put(ExternalEvent::RuleRemoved(name));
                 }
                 Event::ClockJumps { node, by_s, .. } => {
                     let year = 366.0 * 86_400.0;
                     if !(-year..=year).contains(by_s) {
-                        return Err(scenario.bad(event, format!("by_s is {by_s}; at most a year")));
+                        return Err(
+                            scenario.error_at(event, format!("by_s is {by_s}; at most a year"))
+                        );
                     }
                     let node = self.node(event, node)?;
                     let by_ms = (by_s * 1e3) as i64;
-                    put(What::ClockJumps { node, by_ms });
+                    put(ExternalEvent::ClockJumps { node, by_ms });
                 }
                 Event::NodeLies { node, numbers, .. } => {
-                    put(What::Lies(self.node(event, node)?, *numbers));
+                    put(ExternalEvent::ReportFault(
+                        self.node(event, node)?,
+                        *numbers,
+                    ));
                 }
                 Event::NodeMismeasures { node, numbers, .. } => {
-                    put(What::Mismeasures(self.node(event, node)?, *numbers));
+                    put(ExternalEvent::MeasurementFault(
+                        self.node(event, node)?,
+                        *numbers,
+                    ));
                 }
                 Event::NodeLate {
                     node,
@@ -509,10 +522,10 @@ impl Builder<'_> {
                 } => {
                     if !(0.0..=1.0).contains(doubled) {
                         let reason = format!("doubled is {doubled}; 0 to 1 are possible");
-                        return Err(scenario.bad(event, reason));
+                        return Err(scenario.error_at(event, reason));
                     }
                     let (node, by_ms, doubled) = (self.node(event, node)?, *by_ms, *doubled);
-                    put(What::Late {
+                    put(ExternalEvent::SlowResponses {
                         node,
                         by_ms,
                         doubled,
@@ -520,12 +533,12 @@ impl Builder<'_> {
                 }
             }
         }
-        self.strand();
-        Ok(befall)
+        self.stop_unplaced();
+        Ok(schedule)
     }
 
-    /// Machines that were placed on a node that is not there yet do not run.
-    fn strand(&mut self) {
+    /// Machines on a node that has not started yet do not run.
+    fn stop_unplaced(&mut self) {
         for machine in &mut self.machines {
             machine.runs &= self.nodes[machine.node].there;
         }
@@ -537,7 +550,7 @@ impl Builder<'_> {
         policy: &Policy,
         change: &toml::Table,
     ) -> Result<Policy, BadInput> {
-        change_policy(policy, change).map_err(|reason| self.scenario.bad(event, reason))
+        change_policy(policy, change).map_err(|reason| self.scenario.error_at(event, reason))
     }
 
     fn machines(&self, event: &Spanned<Event>, wanted: &str) -> Result<Vec<usize>, BadInput> {
@@ -551,14 +564,14 @@ impl Builder<'_> {
         if found.is_empty() {
             let hint = hint(wanted, self.machines.iter().map(|it| &*it.name));
             let reason = format!("there is no machine {wanted:?}; {hint}");
-            return Err(self.scenario.bad(event, reason));
+            return Err(self.scenario.error_at(event, reason));
         }
         Ok(found)
     }
 }
 
-/// A machine's own curve of its group's: those that have chances have others.
-fn own(curve: &Curve, number: usize) -> Curve {
+/// A machine's variant of its group's curve, with its own seed.
+fn individual_curve(curve: &Curve, number: usize) -> Curve {
     let mut curve = curve.clone();
     match &mut curve {
         Curve::Bursts { seed, .. } | Curve::Noise { seed, .. } => {

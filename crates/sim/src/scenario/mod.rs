@@ -1,8 +1,7 @@
-//! Scenarios: files that say what a simulated cluster is made of, what befalls it,
-//! and what is expected of it.
+//! Scenario files: the simulated cluster, external events, and expectations.
 //!
-//! - here: the file as it is written
-//! - `cluster`: the nodes and machines that a scenario comes to
+//! - here: the file format
+//! - `cluster`: the nodes, machines and events that a scenario describes
 
 mod cluster;
 
@@ -12,7 +11,7 @@ use crate::bad_input::{self, BadInput};
 use crate::curve::Curve;
 use crate::energy::Power;
 use crate::expect::Expect;
-use crate::world::{Lie, Network};
+use crate::world::{InvalidReport, Network};
 use keel_balance::policy::Policy;
 use keel_balance::rules::Rule;
 use serde::Deserialize;
@@ -20,57 +19,49 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use toml::Spanned;
 
-/// Longest simulation, in seconds: a year.
+/// Maximum simulated time, in seconds: a year.
 const LENGTH_MAX_S: u64 = 366 * 86_400;
-/// Most nodes, and most machines.
+/// Maximum number of nodes, and of machines.
 pub(crate) const NODES_MAX: usize = 100_000;
 pub(crate) const MACHINES_MAX: usize = 1_000_000;
 
-/// A scenario.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
-    /// What it shows, in a sentence.
+    /// Purpose, in a sentence.
     #[serde(default)]
     pub about: String,
-    /// Says all of chance.
+    /// Determines all random choices.
     #[serde(default = "one")]
     pub seed: u64,
     /// Seconds that it lasts.
     pub length_s: u64,
-    /// Seconds from one look at all nodes to the next, for the picture, energy and
-    /// overload; without, about 480 looks.
+    /// Interval between two samples of all nodes, for the plot, energy and overload, in seconds; by
+    /// default about 480 samples.
     pub look_s: Option<u64>,
-    /// Seconds after which machines of a node that died run on others; without, they
+    /// Time after which the machines of a failed node restart on others, in seconds; `None`: they
     /// wait for their node.
     pub failover_s: Option<u64>,
-    /// How messages and moves travel.
     #[serde(default)]
     pub network: Network,
-    /// What the cluster wants of its balancer.
+    /// The balancing policy.
     #[serde(default)]
     pub policy: Policy,
-    /// Nodes and machines of a file of Ganeti's tools.
+    /// A cluster in the format of Ganeti's tools.
     pub ganeti: Option<Ganeti>,
-    /// Nodes.
     #[serde(default)]
     pub nodes: Vec<Spanned<NodeGroup>>,
-    /// Machines.
     #[serde(default)]
     pub machines: Vec<Spanned<MachineGroup>>,
     /// Rules of where machines may be.
     #[serde(default)]
     pub rules: Vec<Spanned<Rule>>,
-    /// What befalls it.
     #[serde(default)]
     pub events: Vec<Spanned<Event>>,
-    /// What is expected.
     #[serde(default)]
     pub expect: Expect,
-    /// The file.
     #[serde(skip)]
-    pub place: PathBuf,
-    /// Its text.
+    pub path: PathBuf,
     #[serde(skip)]
     text: String,
 }
@@ -79,39 +70,34 @@ fn one() -> u64 {
     1
 }
 
-/// A cluster of Ganeti's tools.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ganeti {
-    /// The file of `hbal -t`; relative to the scenario.
+    /// The file for `hbal -t`; relative to the scenario.
     pub file: PathBuf,
-    /// The file of `hbal -U`.
+    /// The file for `hbal -U`.
     pub utilisation: Option<PathBuf>,
 }
 
-/// Nodes that are alike.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NodeGroup {
-    /// How many.
     #[serde(default = "single")]
     pub count: usize,
-    /// Their name, in which `{}` is their number from 1.
+    /// Name pattern; `{}` is the number from 1.
     pub name: String,
-    /// Cores of each.
     pub cores: f64,
-    /// How fast a core is beside the reference core, 0.25 to 4.
+    /// Speed of a core relative to the reference core, 0.25 to 4.
     #[serde(default = "reference_speed")]
     pub speed: f64,
     /// Memory of each, in MiB.
     pub memory_mib: u64,
-    /// What its disks carry, in MiB a second.
+    /// Disk bandwidth, in MiB per second.
     #[serde(default = "usual_io")]
     pub io_mib_per_s: f64,
-    /// Labels, by which machines are placed, and by which rules choose.
+    /// Labels for initial placement and rules.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// What power it takes.
     pub power: Option<Power>,
 }
 
@@ -127,55 +113,51 @@ fn usual_io() -> f64 {
     500.0
 }
 
-/// Where machines are at first.
+/// Initial placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Placing {
-    /// One node after the other.
+pub enum InitialPlacement {
     #[default]
     Spread,
-    /// Anywhere.
     Random,
 }
 
-/// Machines that are alike.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineGroup {
-    /// How many; without, one, or as many as there are traces.
+    /// By default one, or as many as there are traces.
     pub count: Option<usize>,
-    /// Their name, in which `{}` is their number from 1. Machines of traces are named
-    /// by these without it.
+    /// Name pattern; `{}` is the number from 1.
     pub name: Option<String>,
-    /// The node on which they all are.
+    /// Their initial node.
     pub on: Option<String>,
-    /// How they are placed, where `on` names no node.
+    /// Initial placement, unless `on` names a node.
     #[serde(default)]
-    pub place: Placing,
-    /// Labels that their first nodes must have.
+    pub place: InitialPlacement,
+    /// Required labels of their initial nodes.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
-    /// Labels of their own, by which rules choose.
+    /// Their own labels, for rules.
     #[serde(default)]
     pub own_labels: BTreeMap<String, String>,
-    /// What each demands, in cores of the reference speed. Of `bursts` and `noise`
-    /// each machine has a seed of its own.
+    /// Demand of each, in cores of the reference speed. For `bursts` and `noise` each machine has
+    /// its own seed.
     pub curve: Option<Curve>,
-    /// What each demanded when it was recorded.
+    /// Recorded demand.
     pub traces: Option<Traces>,
-    /// Whether their threads never rest: they take as many cores on any node.
+    /// Whether they are CPU-bound: they take as many cores on any node.
     #[serde(default)]
     pub burns: bool,
     /// Memory of each, in MiB.
     #[serde(default = "usual_memory")]
     pub memory_mib: u64,
-    /// What each writes to memory, in MiB a second.
+    /// Memory dirtied by each, in MiB per second.
     #[serde(default)]
     pub dirty_mib_per_s: f64,
-    /// What each reads from and writes to disks, in MiB a second.
+    /// Disk traffic of each, in MiB per second.
     #[serde(default)]
     pub io_mib_per_s: f64,
-    /// Whether they may be moved.
+    /// Whether the balancer may move them.
     #[serde(default = "yes")]
     pub balance: bool,
 }
@@ -192,109 +174,95 @@ fn yes() -> bool {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Traces {
-    /// A folder of PlanetLab's traces, as CloudSim has them; relative to the scenario.
+    /// A folder of PlanetLab traces, in the layout of CloudSim; relative to the scenario.
     pub planetlab: Option<PathBuf>,
-    /// A file with a column for each machine.
+    /// A file with one column per machine.
     pub csv: Option<PathBuf>,
-    /// The first trace that is taken, from 0.
+    /// Index of the first trace used.
     #[serde(default)]
     pub first: usize,
-    /// Cores of a machine that uses all of its CPU (PlanetLab), or by which its cores
-    /// are multiplied (CSV).
+    /// Cores at full utilisation (PlanetLab), or a factor for the values (CSV).
     #[serde(default = "reference_speed")]
     pub cores: f64,
 }
 
-/// What befalls the cluster.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind", deny_unknown_fields)]
 pub enum Event {
-    /// A node dies.
     NodeDies {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
     },
-    /// A node comes; one whose first event this is was not there before.
+    /// A node starts; if this is its first event, it did not run before.
     NodeComes {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
     },
-    /// Machines start; one whose first event this is did not run before.
+    /// Machines start; if this is the first event of a machine, it did not run before.
     MachineStarts {
         /// When, in seconds.
         at_s: f64,
-        /// Which; `web-*` means all whose names begin so.
+        /// A name, or a prefix as in `web-*`.
         machine: String,
     },
-    /// Machines end.
     MachineEnds {
         /// When, in seconds.
         at_s: f64,
-        /// Which; `web-*` means all whose names begin so.
+        /// A name, or a prefix as in `web-*`.
         machine: String,
     },
-    /// The policy changes.
     Policy {
         /// When, in seconds.
         at_s: f64,
-        /// Keys of the policy, and what they are now.
+        /// Changed keys of the policy.
         change: toml::Table,
     },
-    /// There is one rule more, or another one of its name.
+    /// A rule is added or replaced.
     RuleComes {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         rule: Rule,
     },
-    /// There is one rule less.
+    /// A rule is removed.
     RuleGoes {
         /// When, in seconds.
         at_s: f64,
-        /// Its name.
         rule: String,
     },
-    /// A node's clock jumps.
     ClockJumps {
         /// When, in seconds.
         at_s: f64,
-        /// Whose.
         node: String,
-        /// By how many seconds; backwards if negative.
+        /// In seconds; backwards if negative.
         by_s: f64,
     },
-    /// What a node tells others is wrong from now on.
+    /// A node reports invalid numbers from now on.
     NodeLies {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
-        /// What its numbers are; right again without.
-        numbers: Option<Lie>,
+        /// Kind of invalid number; `None`: valid again.
+        numbers: Option<InvalidReport>,
     },
-    /// What a node measures is wrong from now on.
+    /// A node measures invalid numbers from now on.
     NodeMismeasures {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
-        /// What its numbers are; right again without.
-        numbers: Option<Lie>,
+        /// Kind of invalid number; `None`: valid again.
+        numbers: Option<InvalidReport>,
     },
-    /// A node answers late from now on, or twice.
+    /// A node responds late from now on, or more than once.
     NodeLate {
         /// When, in seconds.
         at_s: f64,
-        /// Which.
         node: String,
         /// By how many milliseconds.
         #[serde(default)]
         by_ms: u64,
-        /// Share of its answers that come twice, 0 to 1.
+        /// Share of its responses that are duplicated, 0 to 1.
         #[serde(default)]
         doubled: f64,
     },
@@ -323,26 +291,26 @@ impl Scenario {
     /// Reads a file.
     ///
     /// # Errors
-    /// The file, line and reason of what is wrong; of unknown keys the nearest known.
-    pub fn read(place: &Path) -> Result<Self, BadInput> {
-        Self::parse(place, &bad_input::read(place)?)
+    /// The file, line and reason of an error; for unknown keys the most similar known key.
+    pub fn read(path: &Path) -> Result<Self, BadInput> {
+        Self::parse(path, &bad_input::read(path)?)
     }
 
-    /// Reads a file's text; `place` is the file.
+    /// Parses a file's text; `path` is for errors.
     ///
     /// # Errors
     /// As [`read`](Self::read).
-    pub fn parse(place: &Path, text: &str) -> Result<Self, BadInput> {
+    pub fn parse(path: &Path, text: &str) -> Result<Self, BadInput> {
         let read: Result<Scenario, _> = toml::from_str(text);
-        let mut scenario = read.map_err(|error| bad_input::of_toml(place, text, &error))?;
-        scenario.place = place.to_owned();
+        let mut scenario = read.map_err(|error| bad_input::from_toml(path, text, &error))?;
+        scenario.path = path.to_owned();
         scenario.text = text.to_owned();
         scenario.check()?;
         Ok(scenario)
     }
 
-    /// Ten minutes of a cluster of Ganeti's tools.
-    pub fn of_ganeti(file: PathBuf, utilisation: Option<PathBuf>) -> Self {
+    /// A scenario of ten minutes for a cluster of Ganeti's tools.
+    pub fn from_ganeti(file: PathBuf, utilisation: Option<PathBuf>) -> Self {
         Scenario {
             about: format!("the cluster of {}", file.display()),
             seed: one(),
@@ -356,7 +324,7 @@ impl Scenario {
             rules: Vec::new(),
             events: Vec::new(),
             expect: Expect::default(),
-            place: file.clone(),
+            path: file.clone(),
             text: String::new(),
             ganeti: Some(Ganeti {
                 file: absolute(&file),
@@ -365,8 +333,8 @@ impl Scenario {
         }
     }
 
-    /// Takes its nodes and machines from files of Ganeti's tools, in place of its own.
-    pub fn take_ganeti(&mut self, file: &Path, utilisation: Option<&Path>) {
+    /// Replaces nodes and machines by those of Ganeti's files.
+    pub fn use_ganeti(&mut self, file: &Path, utilisation: Option<&Path>) {
         self.nodes.clear();
         self.machines.clear();
         self.ganeti = Some(Ganeti {
@@ -375,50 +343,50 @@ impl Scenario {
         });
     }
 
-    /// Takes PlanetLab's traces from another folder than it names.
+    /// Replaces the folder of PlanetLab traces.
     ///
     /// # Errors
-    /// When it names none.
-    pub fn take_planetlab(&mut self, folder: &Path) -> Result<(), BadInput> {
-        self.take_traces("planetlab", |traces| traces.planetlab.as_mut(), folder)
+    /// If the scenario uses none.
+    pub fn use_planetlab(&mut self, folder: &Path) -> Result<(), BadInput> {
+        self.use_traces("planetlab", |traces| traces.planetlab.as_mut(), folder)
     }
 
-    /// Takes a table of loads from another file than it names.
+    /// Replaces the CSV file of loads.
     ///
     /// # Errors
-    /// When it names none.
-    pub fn take_csv(&mut self, file: &Path) -> Result<(), BadInput> {
-        self.take_traces("csv", |traces| traces.csv.as_mut(), file)
+    /// If the scenario uses none.
+    pub fn use_csv(&mut self, file: &Path) -> Result<(), BadInput> {
+        self.use_traces("csv", |traces| traces.csv.as_mut(), file)
     }
 
-    fn take_traces(
+    fn use_traces(
         &mut self,
         kind: &str,
         of: impl Fn(&mut Traces) -> Option<&mut PathBuf>,
-        place: &Path,
+        path: &Path,
     ) -> Result<(), BadInput> {
         let groups = self.machines.iter_mut().map(Spanned::get_mut);
         let traces = groups.filter_map(|group| group.traces.as_mut());
         let mut found = false;
         for named in traces.filter_map(of) {
-            *named = absolute(place);
+            *named = absolute(path);
             found = true;
         }
         if found {
             return Ok(());
         }
         let reason = format!("it has no machines with traces = {{ {kind} = ... }}");
-        Err(BadInput::file(&self.place, reason))
+        Err(BadInput::file(&self.path, reason))
     }
 
-    /// What is wrong with a group or an event, with its line.
-    pub(crate) fn bad<T>(&self, of: &Spanned<T>, reason: impl ToString) -> BadInput {
+    /// An error in a group or an event, with its line.
+    pub(crate) fn error_at<T>(&self, of: &Spanned<T>, reason: impl ToString) -> BadInput {
         let line = bad_input::line_of(&self.text, of.span().start);
-        BadInput::line(&self.place, line, reason)
+        BadInput::line(&self.path, line, reason)
     }
 
     fn check(&self) -> Result<(), BadInput> {
-        let bad = |reason: String| BadInput::file(&self.place, reason);
+        let bad = |reason: String| BadInput::file(&self.path, reason);
         if !(1..=LENGTH_MAX_S).contains(&self.length_s) {
             let reason = format!(
                 "length_s is {}; 1 to {LENGTH_MAX_S} are possible",
@@ -460,22 +428,22 @@ impl Scenario {
             let at_s = event.get_ref().at_s();
             if !(0.0..=self.length_s as f64).contains(&at_s) {
                 let reason = format!("at_s is {at_s}; the scenario lasts for {} s", self.length_s);
-                return Err(self.bad(event, reason));
+                return Err(self.error_at(event, reason));
             }
         }
         Ok(())
     }
 }
 
-/// A file of the command line: relative to where it was called, not to a scenario.
-fn absolute(place: &Path) -> PathBuf {
-    std::path::absolute(place).unwrap_or_else(|_| place.to_owned())
+/// Command-line paths are relative to the working directory, not to a scenario.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// Changes keys of a policy.
 ///
 /// # Errors
-/// A sentence: which key there is not, or what it cannot be.
+/// A sentence about an unknown key or an invalid value.
 pub(crate) fn change_policy(policy: &Policy, change: &toml::Table) -> Result<Policy, String> {
     let text = toml::to_string(policy).map_err(|error| error.to_string())?;
     let mut all: toml::Table = toml::from_str(&text).map_err(|error| error.to_string())?;
@@ -487,7 +455,7 @@ pub(crate) fn change_policy(policy: &Policy, change: &toml::Table) -> Result<Pol
     Ok(policy)
 }
 
-/// Puts keys over those that are there, in tables within tables too.
+/// Merges tables recursively.
 pub(crate) fn merge(all: &mut toml::Table, change: &toml::Table) {
     for (key, value) in change {
         match (all.get_mut(key), value) {

@@ -13,22 +13,22 @@ use crate::bad_input::{self, BadInput};
 use keel_balance::load::CORES_MAX;
 use std::path::Path;
 
-/// Reads a file: each machine's demand in cores, in the order of the columns.
+/// Reads a file: demand of each machine in cores, in column order.
 ///
 /// # Errors
-/// The line and reason of what cannot be read.
-pub fn read(place: &Path) -> Result<Vec<Trace>, BadInput> {
-    parse(place, &bad_input::read(place)?)
+/// The line and reason of an error.
+pub fn read(path: &Path) -> Result<Vec<Trace>, BadInput> {
+    parse(path, &bad_input::read(path)?)
 }
 
-fn parse(place: &Path, text: &str) -> Result<Vec<Trace>, BadInput> {
+fn parse(path: &Path, text: &str) -> Result<Vec<Trace>, BadInput> {
     let mut lines = text
         .lines()
         .enumerate()
         .map(|(number, it)| (number + 1, it));
-    let bad = |line: usize, reason: String| BadInput::line(place, line, reason);
+    let bad = |line: usize, reason: String| BadInput::line(path, line, reason);
     let Some((_, head)) = lines.next() else {
-        return Err(BadInput::file(place, "it is empty"));
+        return Err(BadInput::file(path, "it is empty"));
     };
     let mut names = head.split(',').map(str::trim);
     if names.next() != Some("at_s") {
@@ -74,7 +74,7 @@ fn parse(place: &Path, text: &str) -> Result<Vec<Trace>, BadInput> {
         }
     }
     let every_s = match instants.as_slice() {
-        [] => return Err(BadInput::file(place, "it has no lines but the first")),
+        [] => return Err(BadInput::file(path, "it has no lines but the first")),
         [_] => 1.0,
         [_, second, ..] => *second,
     };

@@ -14,11 +14,10 @@ use keel_balance::load::{Capacity, SPEED_RANGE};
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Bytes a second of a node's disks, which the format does not have.
+/// Disk bandwidth of a node, which the format lacks, in bytes per second.
 const IO_BYTES_PER_S: f64 = 500e6;
-/// Instances that run, of Ganeti's states.
+/// States of running instances in Ganeti.
 const RUNNING: [&str; 3] = ["running", "ADMIN_up", "ERROR_up"];
-/// The other states.
 const STANDING: [&str; 7] = [
     "ADMIN_down",
     "ADMIN_offline",
@@ -29,23 +28,18 @@ const STANDING: [&str; 7] = [
     "USER_down",
 ];
 
-/// A node.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Node {
-    /// Its name.
     pub name: String,
-    /// What it can give.
     pub capacity: Capacity,
     /// Whether it is online.
     pub online: bool,
 }
 
-/// An instance.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Instance {
-    /// Its name.
     pub name: String,
-    /// Its primary node, as the number of one of the nodes.
+    /// Index of its primary node.
     pub node: usize,
     /// Memory, in bytes.
     pub memory_bytes: u64,
@@ -57,29 +51,26 @@ pub struct Instance {
     pub balanced: bool,
 }
 
-/// A cluster.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Cluster {
-    /// Its nodes.
     pub nodes: Vec<Node>,
-    /// Its instances.
     pub instances: Vec<Instance>,
 }
 
-/// Reads a cluster, and what its instances use where there is a file that says so.
+/// Reads a cluster, and the utilisation of its instances if a file is given.
 ///
 /// # Errors
-/// The file, line and reason of what cannot be read.
+/// The file, line and reason of an error.
 pub fn read(cluster: &Path, utilisation: Option<&Path>) -> Result<Cluster, BadInput> {
     let text = bad_input::read(cluster)?;
     let mut read = parse(cluster, &text)?;
-    if let Some(place) = utilisation {
-        utilise(&mut read, place, &bad_input::read(place)?)?;
+    if let Some(path) = utilisation {
+        apply_utilisation(&mut read, path, &bad_input::read(path)?)?;
     }
     Ok(read)
 }
 
-fn parse(place: &Path, text: &str) -> Result<Cluster, BadInput> {
+fn parse(path: &Path, text: &str) -> Result<Cluster, BadInput> {
     let lines: Vec<(usize, &str)> = text
         .lines()
         .enumerate()
@@ -93,7 +84,7 @@ fn parse(place: &Path, text: &str) -> Result<Cluster, BadInput> {
              line between each (`hbal -S` writes them)",
             sections.len()
         );
-        return Err(BadInput::file(place, reason));
+        return Err(BadInput::file(path, reason));
     }
     let groups: Vec<&str> = sections[0]
         .iter()
@@ -102,23 +93,20 @@ fn parse(place: &Path, text: &str) -> Result<Cluster, BadInput> {
     let mut cluster = Cluster::default();
     let mut numbers: HashMap<&str, usize> = HashMap::new();
     for &(number, line) in sections[1] {
-        let node = node(line, &groups).map_err(|it| BadInput::line(place, number, it))?;
+        let node = node(line, &groups).map_err(|it| BadInput::line(path, number, it))?;
         let name = line.split('|').next().unwrap_or_default();
         if numbers.insert(name, cluster.nodes.len()).is_some() {
             let reason = format!("there are two nodes {name:?}");
-            return Err(BadInput::line(place, number, reason));
+            return Err(BadInput::line(path, number, reason));
         }
         cluster.nodes.push(node);
     }
     if cluster.nodes.is_empty() {
-        return Err(BadInput::file(
-            place,
-            "it has no nodes (the second section)",
-        ));
+        return Err(BadInput::file(path, "it has no nodes (the second section)"));
     }
     let mut names: std::collections::HashSet<&str> = std::collections::HashSet::new();
     for &(number, line) in sections[2] {
-        let bad = |reason: String| BadInput::line(place, number, reason);
+        let bad = |reason: String| BadInput::line(path, number, reason);
         let mut instance = instance(line, &numbers).map_err(bad)?;
         if !names.insert(line.split('|').next().unwrap_or_default()) {
             return Err(bad(format!("there are two instances {:?}", instance.name)));
@@ -252,8 +240,8 @@ fn instance(line: &str, nodes: &HashMap<&str, usize>) -> Result<Instance, String
     })
 }
 
-/// Multiplies demands by what a file says of each instance's CPU.
-fn utilise(cluster: &mut Cluster, place: &Path, text: &str) -> Result<(), BadInput> {
+/// Multiplies demands by the recorded CPU utilisation.
+fn apply_utilisation(cluster: &mut Cluster, path: &Path, text: &str) -> Result<(), BadInput> {
     let numbers: HashMap<String, usize> = cluster
         .instances
         .iter()
@@ -261,7 +249,7 @@ fn utilise(cluster: &mut Cluster, place: &Path, text: &str) -> Result<(), BadInp
         .map(|(number, it)| (it.name.clone(), number))
         .collect();
     for (number, line) in text.lines().enumerate() {
-        let bad = |reason: String| BadInput::line(place, number + 1, reason);
+        let bad = |reason: String| BadInput::line(path, number + 1, reason);
         let fields: Vec<&str> = line.split_whitespace().collect();
         if fields.is_empty() {
             continue;
@@ -324,7 +312,7 @@ i3|100|1000|1|running|Y|d||plain|
         assert_eq!(runs, [true, false, false]);
         assert!(cluster.instances[0].balanced && !cluster.instances[1].balanced);
         let mut used = cluster.clone();
-        utilise(&mut used, Path::new("u"), "i1 0.25 1 1 1\n\ni2 0.5 0 0 0\n").unwrap();
+        apply_utilisation(&mut used, Path::new("u"), "i1 0.25 1 1 1\n\ni2 0.5 0 0 0\n").unwrap();
         assert_eq!(used.instances[0].cores, 1.0);
         assert_eq!(used.instances[1].cores, 1.0);
         assert_eq!(used.instances[2], cluster.instances[2]);
@@ -391,7 +379,7 @@ i3|100|1000|1|running|Y|d||plain|
             ("i1 1 1 x 1\n", "u, line 1: disk of \"i1\" is \"x\""),
             ("i1 -1 1 1 1\n", "u, line 1: CPU of \"i1\" is \"-1\""),
         ] {
-            let error = utilise(&mut cluster, Path::new("u"), text).unwrap_err();
+            let error = apply_utilisation(&mut cluster, Path::new("u"), text).unwrap_err();
             assert!(error.to_string().starts_with(says), "{text}: {error}");
         }
     }

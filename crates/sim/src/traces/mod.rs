@@ -10,13 +10,12 @@ pub mod planetlab;
 
 use std::sync::Arc;
 
-/// One machine's demand as it was recorded.
+/// Recorded demand of one machine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Trace {
-    /// The machine.
     pub name: String,
-    /// Demand, in the reader's unit.
+    /// In the reader's unit.
     pub samples: Arc<[f32]>,
-    /// Seconds from one sample to the next.
+    /// Interval of the samples, in seconds.
     pub every_s: f64,
 }

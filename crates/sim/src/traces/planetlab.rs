@@ -10,11 +10,10 @@ use std::path::{Path, PathBuf};
 /// Seconds from one line to the next.
 const EVERY_S: f64 = 300.0;
 
-/// Reads a folder: each machine's demand as a share of its CPU, 0 to 1, in the order
-/// of the files' names.
+/// Reads a folder: demand of each machine as a share of its CPU, 0 to 1, in order of file names.
 ///
 /// # Errors
-/// The file, line and reason of what cannot be read; an empty folder.
+/// The file, line and reason of an error; an empty folder.
 pub fn read(folder: &Path) -> Result<Vec<Trace>, BadInput> {
     let bad = |error: std::io::Error| BadInput::file(folder, error);
     let mut files: Vec<PathBuf> = Vec::new();
@@ -31,10 +30,10 @@ pub fn read(folder: &Path) -> Result<Vec<Trace>, BadInput> {
             "there are no files; each machine's trace is one, of a percentage on each line",
         ));
     }
-    files.iter().map(|file| read_one(file)).collect()
+    files.iter().map(|file| read_trace(file)).collect()
 }
 
-fn read_one(file: &Path) -> Result<Trace, BadInput> {
+fn read_trace(file: &Path) -> Result<Trace, BadInput> {
     let text = bad_input::read(file)?;
     let mut samples = Vec::new();
     for (number, line) in text.lines().enumerate() {

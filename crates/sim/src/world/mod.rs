@@ -1,29 +1,28 @@
-//! A simulated cluster: nodes with the balancer's own state machines, machines that
-//! demand what their curves say, messages that take time and get lost, moves that
-//! take time and fail, nodes that die, lie, or have wrong clocks. Time is a number;
-//! all of chance comes from one seed.
+//! A discrete-event simulation of a cluster: nodes with the balancer's own state machines, machines
+//! with demand curves, messages with delay and loss, moves with duration and failure, node
+//! failures, invalid reports and wrong clocks. Time is a number; the seed determines all random
+//! choices.
 //!
-//! - here: what a world is made of, and its running
-//! - `messages`: questions and answers on their way
-//! - `moves`: machines on their way
-//! - `befall`: what comes from outside
-//! - `look`: what others may look at
-//! - `queue`: what is going to happen
-//! - `book`: rules, and their repair
+//! - here: the state of the simulation, and the event loop
+//! - `messages`: requests and responses in flight
+//! - `moves`: moves in flight
+//! - `faults`: external events
+//! - `queries`: queries of the state
+//! - `queue`: the event queue
+//! - `rules`: placement rules and their repair
 
-mod befall;
-mod book;
-mod look;
+mod faults;
 mod messages;
 mod moves;
+mod queries;
 mod queue;
+mod rules;
 
-pub use befall::{Lie, What};
-pub use book::Rulebook;
-pub use look::NodeNow;
+pub use faults::{ExternalEvent, InvalidReport};
+pub use queries::NodeSnapshot;
+pub use rules::Rulebook;
 
 use crate::curve::Curve;
-use book::Book;
 use keel_balance::Name;
 use keel_balance::cost::CostModel;
 use keel_balance::ledger::Decision;
@@ -33,39 +32,35 @@ use keel_balance::round::{Balancer, Command, Event};
 use queue::Queue;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
+use rules::RuleSet;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
-/// What nodes' clocks show at first, in milliseconds, so that they can jump back.
+/// Initial time of the nodes' clocks, in milliseconds; large enough for them to jump back.
 const CLOCK_MS: i64 = 1_000_000_000_000;
 
-/// A node to begin with.
 #[derive(Debug, Clone)]
 pub struct NodeSpec {
-    /// Its name.
     pub name: Name,
-    /// What it can give.
     pub capacity: Capacity,
-    /// Whether it is there from the start; otherwise it comes later.
+    /// Whether it runs from the start; otherwise it starts later.
     pub there: bool,
 }
 
-/// A machine to begin with.
 #[derive(Debug, Clone)]
 pub struct MachineSpec {
-    /// Its name.
     pub name: Name,
-    /// Where it is, as the node's number.
+    /// Number of its node.
     pub node: usize,
-    /// What it demands. Cores of the reference speed; if it burns, cores of any.
+    /// CPU demand: cores of the reference speed or, if it is CPU-bound, cores of any speed.
     pub curve: Curve,
-    /// Whether its threads never rest, so that it demands as many cores on any node.
+    /// Whether it is CPU-bound: it demands as many cores on any node.
     pub burns: bool,
-    /// Memory that it occupies, in bytes.
+    /// In bytes.
     pub memory_bytes: u64,
-    /// Bytes that it writes to memory, a second.
+    /// Bytes of memory dirtied per second.
     pub dirty_bytes_per_s: f64,
-    /// Bytes that it reads from and writes to disks, a second.
+    /// Bytes read from and written to disks per second.
     pub io_bytes_per_s: f64,
     /// Whether it runs from the start; otherwise it starts later.
     pub runs: bool,
@@ -74,7 +69,7 @@ pub struct MachineSpec {
 }
 
 impl MachineSpec {
-    /// Its load factors at an instant, on a node.
+    /// Load factors at a time, on a node.
     pub(crate) fn factors(&self, at_ms: u64, on: &Capacity) -> Factors {
         let demand = self.curve.cores(at_ms);
         let cpu_cores = if self.burns {
@@ -93,21 +88,20 @@ impl MachineSpec {
     }
 }
 
-/// How messages travel.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Network {
-    /// Least and most milliseconds of a message.
+    /// Range of the delay of a message, in milliseconds.
     pub delay_ms: (u64, u64),
-    /// Share of messages that get lost, 0 to 1.
+    /// Share of messages lost, 0 to 1.
     pub lost: f64,
-    /// Share of messages that come twice, 0 to 1.
+    /// Share of messages duplicated, 0 to 1.
     pub doubled: f64,
-    /// Bytes a second that one move copies.
+    /// Copy rate of one move, in bytes per second.
     pub bytes_per_s: f64,
     /// Share of moves that fail, 0 to 1.
     pub moves_failed: f64,
-    /// Milliseconds after which the others know of a node that died or came.
+    /// Delay until other nodes notice that a node failed or started, in milliseconds.
     pub noticed_ms: u64,
 }
 
@@ -124,47 +118,38 @@ impl Default for Network {
     }
 }
 
-/// How a simulation is run.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Says all of chance.
+    /// Determines all random choices.
     pub seed: u64,
-    /// How messages travel.
     pub network: Network,
-    /// What the cluster wants of its balancer.
+    /// The balancing policy.
     pub policy: Policy,
-    /// Milliseconds after which machines of a node that died run on others, on that
-    /// with the least load that has the memory; without, they wait for their node.
+    /// Time after which the machines of a failed node restart on the least loaded node with enough
+    /// memory, in milliseconds; `None`: they wait for their node.
     pub failover_ms: Option<u64>,
-    /// Rules, from the start.
     pub rules: Rulebook,
 }
 
-/// A move that took place.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Moved {
-    /// When it was over, in milliseconds.
+pub struct CompletedMove {
+    /// Time of its end, in milliseconds.
     pub at_ms: u64,
-    /// The machine's number.
     pub machine: usize,
-    /// The source's number.
     pub source: usize,
-    /// The target's number.
     pub target: usize,
     /// Bytes that it sent.
     pub bytes: f64,
 }
 
-/// A decision and who made it.
+/// A decision of a node.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Made {
+pub struct RecordedDecision {
     /// When, in milliseconds.
     pub at_ms: u64,
-    /// The node's number.
     pub node: usize,
-    /// What it had learned of costs.
+    /// The learned cost model.
     pub model: CostModel,
-    /// What was decided.
     pub decision: Decision,
 }
 
@@ -175,21 +160,20 @@ struct Node {
     balancer: Balancer,
     machines: Vec<usize>,
     alive: bool,
-    /// Raised when it dies: what was on its way to the one before is lost.
-    life: u32,
-    /// When it is to be woken, as far as that is in the queue.
+    /// Incremented at each failure: events for an earlier incarnation are dropped.
+    incarnation: u32,
+    /// Time of its queued wake-up.
     wakes_ms: u64,
-    /// By how much its clock differs from the world's time.
+    /// Offset of its clock from the simulated time.
     clock_ms: i64,
-    /// What is wrong with the numbers that it tells.
-    lie: Option<Lie>,
-    /// What is wrong with the numbers that it measures.
-    mismeasures: Option<Lie>,
-    /// How much later than others it answers, and the share of answers that come
-    /// twice.
+    /// Fault in the numbers that it reports.
+    report_fault: Option<InvalidReport>,
+    /// Fault in the numbers that it measures.
+    measurement_fault: Option<InvalidReport>,
+    /// Additional delay of its responses, and the share that is duplicated.
     late_ms: u64,
     doubled: f64,
-    /// From when on it looks after broken rules.
+    /// Earliest time of its next repair.
     repair_ms: u64,
 }
 
@@ -199,49 +183,48 @@ struct Machine {
     node: usize,
     since_ms: u64,
     runs: bool,
-    /// Whether it is on its way.
+    /// Whether a move of it is in flight.
     moves: bool,
 }
 
 #[derive(Debug)]
-enum Happening {
+enum QueuedEvent {
     Sample(usize, u32),
     Wake(usize, u32),
-    Tell(usize, u32, Event),
-    MoveOver(moves::Under),
-    Befall(What),
-    /// The others notice who is alive.
-    Notice,
-    /// What ran on a node that died runs elsewhere.
+    Deliver(usize, u32, Event),
+    MoveOver(moves::InFlightMove),
+    External(ExternalEvent),
+    /// Nodes notice which peers are alive.
+    MembershipChange,
+    /// The machines of a failed node restart elsewhere.
     FailOver(usize, u32),
 }
 
-/// A simulated cluster.
 pub struct World {
     settings: Settings,
     rng: SmallRng,
     now_ms: u64,
-    queue: Queue<Happening>,
+    queue: Queue<QueuedEvent>,
     nodes: Vec<Node>,
     machines: Vec<Machine>,
     node_numbers: HashMap<Name, usize>,
     machine_numbers: HashMap<Name, usize>,
-    book: Book,
+    rule_set: RuleSet,
     policy_revision: u64,
     moving: usize,
-    moves: Vec<Moved>,
+    moves: Vec<CompletedMove>,
     failed: u64,
     capped: u64,
     rounds: u64,
     repairs: u64,
     raced: u64,
-    decisions: Vec<Made>,
+    decisions: Vec<RecordedDecision>,
     alerts: Vec<(u64, usize, String)>,
     keep_decisions: bool,
 }
 
 impl World {
-    /// One of these nodes and machines. Names must differ.
+    /// Creates a simulation. Names must differ.
     pub fn new(settings: Settings, nodes: &[NodeSpec], machines: &[MachineSpec]) -> Self {
         let mut rng = SmallRng::seed_from_u64(settings.seed);
         let names: Vec<Name> = nodes.iter().map(|node| node.name.clone()).collect();
@@ -265,7 +248,7 @@ impl World {
                     moves: false,
                 })
                 .collect(),
-            book: Book::new(
+            rule_set: RuleSet::new(
                 settings.rules.clone(),
                 stays.map(|it| it.name.clone()).collect(),
             ),
@@ -291,67 +274,71 @@ impl World {
         for number in 0..world.nodes.len() {
             world.begin_sampling(number);
         }
-        world.tell_peers();
-        world.placed_anew();
+        world.publish_peers();
+        world.update_placements();
         world
     }
 
-    /// Decisions are not kept: large worlds make many.
-    pub fn forget_decisions(&mut self) {
+    /// Stops recording decisions: large simulations make many.
+    pub fn discard_decisions(&mut self) {
         self.keep_decisions = false;
     }
 
     fn begin_sampling(&mut self, number: usize) {
         let first_ms = self.now_ms + self.rng.random_range(0..self.settings.policy.sample_ms);
-        let life = self.nodes[number].life;
-        self.queue.put(first_ms, Happening::Sample(number, life));
+        let incarnation = self.nodes[number].incarnation;
+        self.queue
+            .put(first_ms, QueuedEvent::Sample(number, incarnation));
     }
 
-    /// Runs until an instant, in milliseconds.
+    /// Runs until a time, in milliseconds.
     pub fn run_until(&mut self, until_ms: u64) {
-        while let Some((at_ms, happening)) = self.queue.take(until_ms) {
+        while let Some((at_ms, event)) = self.queue.take(until_ms) {
             self.now_ms = at_ms;
-            self.happen(happening);
+            self.dispatch(event);
         }
         self.now_ms = until_ms;
     }
 
-    fn lives(&self, node: usize, life: u32) -> bool {
-        self.nodes[node].alive && self.nodes[node].life == life
+    fn is_incarnation(&self, node: usize, incarnation: u32) -> bool {
+        self.nodes[node].alive && self.nodes[node].incarnation == incarnation
     }
 
-    fn happen(&mut self, happening: Happening) {
-        match happening {
-            Happening::Sample(node, life) => {
-                if !self.lives(node, life) {
+    fn dispatch(&mut self, event: QueuedEvent) {
+        match event {
+            QueuedEvent::Sample(node, incarnation) => {
+                if !self.is_incarnation(node, incarnation) {
                     return;
                 }
                 let next_ms = self.now_ms + self.settings.policy.sample_ms;
-                self.queue.put(next_ms, Happening::Sample(node, life));
+                self.queue
+                    .put(next_ms, QueuedEvent::Sample(node, incarnation));
                 let mut sample = self.sample(node);
-                if let Some(lie) = self.nodes[node].mismeasures {
-                    lie.sample(&mut sample);
+                if let Some(report_fault) = self.nodes[node].measurement_fault {
+                    report_fault.corrupt_sample(&mut sample);
                 }
                 self.step(node, Event::Sample(sample));
                 self.repair(node);
             }
-            Happening::Wake(node, life) => {
-                // One that was put before an earlier one says nothing any more; if it
-                // woke the node it would be put again, and they would only grow in number.
-                if self.lives(node, life) && self.nodes[node].wakes_ms == self.now_ms {
+            QueuedEvent::Wake(node, incarnation) => {
+                // A wake-up that was queued before an earlier one is obsolete. If it woke the node
+                // it would be queued again, and the number of wake-ups would grow.
+                if self.is_incarnation(node, incarnation)
+                    && self.nodes[node].wakes_ms == self.now_ms
+                {
                     self.nodes[node].wakes_ms = u64::MAX;
                     self.step(node, Event::Tick);
                 }
             }
-            Happening::Tell(node, life, event) => {
-                if self.lives(node, life) {
+            QueuedEvent::Deliver(node, incarnation, event) => {
+                if self.is_incarnation(node, incarnation) {
                     self.step(node, event);
                 }
             }
-            Happening::MoveOver(under) => self.move_over(&under),
-            Happening::Befall(what) => self.befall(what),
-            Happening::Notice => self.tell_peers(),
-            Happening::FailOver(node, life) => self.fail_over(node, life),
+            QueuedEvent::MoveOver(in_flight) => self.finish_move(&in_flight),
+            QueuedEvent::External(what) => self.apply_event(what),
+            QueuedEvent::MembershipChange => self.publish_peers(),
+            QueuedEvent::FailOver(node, incarnation) => self.fail_over(node, incarnation),
         }
     }
 
@@ -394,10 +381,10 @@ impl World {
         let now_ms = self.now_ms;
         let node = &mut self.nodes[number];
         let clock_ms = now_ms.saturating_add_signed(node.clock_ms);
-        self.book.pass(now_ms);
-        let commands = node.balancer.step(event, clock_ms, &self.book);
+        self.rule_set.set_time(now_ms);
+        let commands = node.balancer.step(event, clock_ms, &self.rule_set);
         for command in commands {
-            self.carry_out(number, command);
+            self.execute(number, command);
         }
         let node = &mut self.nodes[number];
         let wake_ms = node.balancer.wake_at_ms();
@@ -407,28 +394,30 @@ impl World {
         let wake_ms = wake_ms.saturating_add_signed(-node.clock_ms).max(now_ms);
         if wake_ms < node.wakes_ms {
             node.wakes_ms = wake_ms;
-            let wake = Happening::Wake(number, node.life);
+            let wake = QueuedEvent::Wake(number, node.incarnation);
             self.queue.put(wake_ms, wake);
         }
     }
 
-    fn carry_out(&mut self, number: usize, command: Command) {
+    fn execute(&mut self, number: usize, command: Command) {
         match command {
-            Command::Ask {
+            Command::SendRequest {
                 round,
                 peer,
-                question,
-            } => self.ask(number, round, &peer, question),
-            Command::Reply { ticket, answer } => self.reply(number, ticket, answer),
+                request,
+            } => self.send_request(number, round, &peer, request),
+            Command::SendResponse { ticket, response } => {
+                self.send_response(number, ticket, response)
+            }
             Command::Move { machine, target } => self.begin_move(number, &machine, &target),
-            Command::Record(decision) => self.keep(number, *decision),
+            Command::Record(decision) => self.record(number, *decision),
             Command::Alert(text) => self.alerts.push((self.now_ms, number, text)),
         }
     }
 
-    fn keep(&mut self, number: usize, decision: Decision) {
+    fn record(&mut self, number: usize, decision: Decision) {
         if self.keep_decisions {
-            self.decisions.push(Made {
+            self.decisions.push(RecordedDecision {
                 at_ms: self.now_ms,
                 node: number,
                 model: *self.nodes[number].balancer.model(),
@@ -446,11 +435,11 @@ impl Node {
             balancer: Balancer::new(policy.clone(), 1, CostModel::default(), seed),
             machines: Vec::new(),
             alive: spec.there,
-            life: 0,
+            incarnation: 0,
             wakes_ms: u64::MAX,
             clock_ms: CLOCK_MS,
-            lie: None,
-            mismeasures: None,
+            report_fault: None,
+            measurement_fault: None,
             late_ms: 0,
             doubled: 0.0,
             repair_ms: 0,

@@ -1,35 +1,34 @@
-//! Machines on their way: how long it takes, what it sends, and how it ends.
+//! Moves in flight: their duration, their bytes, and their end.
 
-use super::{Happening, Moved, World};
+use super::{CompletedMove, QueuedEvent, World};
 use keel_balance::Name;
 use keel_balance::ledger::Outcome;
 use keel_balance::round::Event;
 use rand::RngExt;
 
-/// Milliseconds of a move before its first byte.
-const BEGIN_MS: u64 = 100;
-/// Moves that leave a node at a time, and of these, moves of large machines.
-const LANES: usize = 4;
-const LANES_OF_LARGE: usize = 2;
+/// Duration of a move before its first byte, in milliseconds.
+const SETUP_MS: u64 = 100;
+/// Concurrent outgoing moves of a node, and the limit for large machines among them.
+const MOVES_PER_SOURCE_MAX: usize = 4;
+const LARGE_MOVES_PER_SOURCE_MAX: usize = 2;
 const LARGE_BYTES: u64 = 256 << 20;
-/// Milliseconds after which a node knows at the latest what the store says.
+/// Maximum delay of the store's notifications, in milliseconds.
 const STORE_LAG_MS: u64 = 200;
-/// Milliseconds for which a machine stands still.
-const STILL_MS: f64 = 4.0;
-/// Share of a round that may be written again in the next at most.
-const AGAIN_MAX: f64 = 0.8;
+/// Downtime of a move, in milliseconds.
+const DOWNTIME_MS: f64 = 4.0;
+/// Maximum share of a pre-copy round that is dirtied again during it.
+const REWRITTEN_SHARE_MAX: f64 = 0.8;
 
-/// A move under way.
 #[derive(Debug)]
-pub(super) struct Under {
+pub(super) struct InFlightMove {
     machine: usize,
     source: usize,
     target: usize,
-    /// Lives of source and target when it began.
-    lives: (u32, u32),
+    /// Incarnations of source and target at the start.
+    is_incarnation: (u32, u32),
     duration_ms: u64,
     fails: bool,
-    /// Whether it is made so that a rule holds again, and no round came to it.
+    /// Whether it repairs a rule instead of ending a round.
     repairs: bool,
 }
 
@@ -47,7 +46,7 @@ impl World {
             Some(Outcome::Stayed {
                 why: "the target is gone".into(),
             })
-        } else if self.moving >= most as usize || self.lanes_are_full(source, number) {
+        } else if self.moving >= most as usize || self.move_limit_reached(source, number) {
             self.capped += 1;
             Some(Outcome::Capped)
         } else {
@@ -58,16 +57,18 @@ impl World {
                 machine: machine.clone(),
                 outcome,
             };
-            let life = self.nodes[source].life;
-            self.queue
-                .put(self.now_ms + 1, Happening::Tell(source, life, event));
+            let incarnation = self.nodes[source].incarnation;
+            self.queue.put(
+                self.now_ms + 1,
+                QueuedEvent::Deliver(source, incarnation, event),
+            );
             return;
         }
-        self.set_out(number, source, target, false);
+        self.start_move(number, source, target, false);
     }
 
-    /// Whether as many leave a node as may at a time, large ones or all.
-    fn lanes_are_full(&self, node: usize, machine: usize) -> bool {
+    /// Whether the node's limit of outgoing moves is reached, of large ones or of all.
+    fn move_limit_reached(&self, node: usize, machine: usize) -> bool {
         let large = |machine: usize| self.machines[machine].spec.memory_bytes >= LARGE_BYTES;
         let leaving = self.nodes[node].machines.iter();
         let leaving: Vec<usize> = leaving
@@ -75,11 +76,17 @@ impl World {
             .filter(|it| self.machines[*it].moves)
             .collect();
         let of_large = leaving.iter().filter(|it| large(**it)).count();
-        leaving.len() >= LANES || large(machine) && of_large >= LANES_OF_LARGE
+        leaving.len() >= MOVES_PER_SOURCE_MAX
+            || large(machine) && of_large >= LARGE_MOVES_PER_SOURCE_MAX
     }
 
-    /// A machine begins to move.
-    pub(super) fn set_out(&mut self, number: usize, source: usize, target: usize, repairs: bool) {
+    pub(super) fn start_move(
+        &mut self,
+        number: usize,
+        source: usize,
+        target: usize,
+        repairs: bool,
+    ) {
         let chance = self.settings.network.moves_failed;
         let fails = chance > 0.0 && self.rng.random_bool(chance);
         let duration_ms = self.duration_ms(number);
@@ -89,51 +96,54 @@ impl World {
             machine: self.machines[number].spec.name.clone(),
         };
         self.step(target, coming);
-        let under = Under {
+        let in_flight = InFlightMove {
             machine: number,
             source,
             target,
-            lives: (self.nodes[source].life, self.nodes[target].life),
+            is_incarnation: (
+                self.nodes[source].incarnation,
+                self.nodes[target].incarnation,
+            ),
             duration_ms,
             fails,
             repairs,
         };
         self.queue
-            .put(self.now_ms + duration_ms, Happening::MoveOver(under));
+            .put(self.now_ms + duration_ms, QueuedEvent::MoveOver(in_flight));
     }
 
     fn bytes(&self, machine: usize) -> f64 {
         let spec = &self.machines[machine].spec;
         let rate = self.settings.network.bytes_per_s;
-        let again = (spec.dirty_bytes_per_s / rate).min(AGAIN_MAX);
+        let again = (spec.dirty_bytes_per_s / rate).min(REWRITTEN_SHARE_MAX);
         spec.memory_bytes as f64 / (1.0 - again)
     }
 
     fn duration_ms(&self, machine: usize) -> u64 {
         let rate = self.settings.network.bytes_per_s;
-        BEGIN_MS + (self.bytes(machine) / rate * 1e3) as u64
+        SETUP_MS + (self.bytes(machine) / rate * 1e3) as u64
     }
 
-    pub(super) fn move_over(&mut self, under: &Under) {
-        let &Under {
+    pub(super) fn finish_move(&mut self, in_flight: &InFlightMove) {
+        let &InFlightMove {
             machine,
             source,
             target,
             duration_ms,
             ..
-        } = under;
+        } = in_flight;
         self.moving -= 1;
         self.machines[machine].moves = false;
-        if under.repairs {
-            self.repair_over(source);
+        if in_flight.repairs {
+            self.finish_repair(source);
         }
         let name = self.machines[machine].spec.name.clone();
-        let source_lives = self.lives(source, under.lives.0);
-        let target_lives = self.lives(target, under.lives.1);
+        let source_lives = self.is_incarnation(source, in_flight.is_incarnation.0);
+        let target_lives = self.is_incarnation(target, in_flight.is_incarnation.1);
         let there = self.machines[machine].runs && self.machines[machine].node == source;
         let target_name = self.nodes[target].name.clone();
-        let forbidden = self.book.forbids(&name, &target_name);
-        if under.fails || !source_lives || !target_lives || !there || forbidden.is_some() {
+        let forbidden = self.rule_set.forbids(&name, &target_name);
+        if in_flight.fails || !source_lives || !target_lives || !there || forbidden.is_some() {
             self.failed += u64::from(forbidden.is_none());
             self.raced += u64::from(forbidden.is_some());
             let gone = Event::ArrivalFailed {
@@ -157,7 +167,7 @@ impl World {
             if target_lives {
                 self.step(target, gone);
             }
-            if source_lives && !under.repairs {
+            if source_lives && !in_flight.repairs {
                 self.step(source, ended);
             }
             return;
@@ -167,9 +177,9 @@ impl World {
         self.nodes[target].machines.push(machine);
         self.machines[machine].node = target;
         self.machines[machine].since_ms = self.now_ms;
-        self.repairs += u64::from(under.repairs);
-        self.placed_anew();
-        self.moves.push(Moved {
+        self.repairs += u64::from(in_flight.repairs);
+        self.update_placements();
+        self.moves.push(CompletedMove {
             at_ms: self.now_ms,
             machine,
             source,
@@ -181,27 +191,27 @@ impl World {
             from: self.nodes[source].name.clone(),
         };
         self.step(target, arrived);
-        let left = Event::Left {
+        let left = Event::Departed {
             machine: name.clone(),
         };
-        // The store's word and the move's own end come in any order, and late.
-        let (told_ms, over_ms) = (
+        // The store's notification and the end of the move arrive in any order, delayed.
+        let (store_ms, over_ms) = (
             self.rng.random_range(0..=STORE_LAG_MS),
             self.rng.random_range(0..=STORE_LAG_MS),
         );
         let outcome = Outcome::Moved {
             duration_ms: duration_ms as f64,
-            downtime_ms: STILL_MS,
+            downtime_ms: DOWNTIME_MS,
             bytes: bytes as u64,
         };
         let ended = Event::MoveEnded {
             machine: name,
             outcome,
         };
-        let life = under.lives.0;
-        let ended = (!under.repairs).then_some((over_ms, ended));
-        for (after_ms, event) in [(told_ms, left)].into_iter().chain(ended) {
-            let tell = Happening::Tell(source, life, event);
+        let incarnation = in_flight.is_incarnation.0;
+        let ended = (!in_flight.repairs).then_some((over_ms, ended));
+        for (after_ms, event) in [(store_ms, left)].into_iter().chain(ended) {
+            let tell = QueuedEvent::Deliver(source, incarnation, event);
             self.queue.put(self.now_ms + after_ms, tell);
         }
     }

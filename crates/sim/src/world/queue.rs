@@ -1,5 +1,4 @@
-//! What is going to happen, by time. Payloads lie in slots beside the heap, so that
-//! ordering moves few bytes; a slot is used again once it is free.
+//! The event queue.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -7,7 +6,7 @@ use std::collections::BinaryHeap;
 /// Things to come; of the same instant, in the order in which they were put.
 #[derive(Debug)]
 pub(super) struct Queue<T> {
-    /// Instant, number, slot.
+    /// Time, sequence number, slot.
     heap: BinaryHeap<Reverse<(u64, u64, usize)>>,
     slots: Vec<Option<T>>,
     free: Vec<usize>,
@@ -39,7 +38,7 @@ impl<T> Queue<T> {
         self.heap.push(Reverse((at_ms, self.put, slot)));
     }
 
-    /// The next thing and its instant, if it is not later than this.
+    /// The next event and its time, if that is not later than `until_ms`.
     pub(super) fn take(&mut self, until_ms: u64) -> Option<(u64, T)> {
         let Reverse((at_ms, _, slot)) = *self.heap.peek()?;
         if at_ms > until_ms {

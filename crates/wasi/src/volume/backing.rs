@@ -1,10 +1,9 @@
-//! What a volume asks of whoever keeps its bytes for it: to bring blocks that
-//! are not in its folder yet, and to make safe what was written.
+//! Backend interface of a volume whose bytes are stored remotely: fetching blocks that are not in
+//! its local folder, and making written bytes durable.
 //!
-//! Both take as long as a network does. So asking gives a [`Pending`], for which
-//! a guest's thread waits together with the wake-up of its next safepoint; work
-//! that was asked for goes on when nobody waits for it any more. How bytes are
-//! kept is left to who implements [`Backing`].
+//! Both take as long as a network. So a request returns a [`Pending`], for which a guest's thread
+//! waits together with the wake-up of its next safepoint; a request continues even if no thread
+//! waits for it. Implementations of [`Backing`] decide how bytes are stored.
 
 use super::Volume;
 use crate::abi::{Result, interrupted, types};
@@ -16,44 +15,44 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-/// Keeps a volume's bytes elsewhere than in its folder.
+/// Remote storage of a volume's bytes.
 pub trait Backing: Send + Sync + Debug {
-    /// Brings blocks of a file into the folder, by [`Volume::fill`].
+    /// Fetches blocks of a file into the folder, by [`Volume::fill`].
     fn fetch(&self, volume: &Arc<Volume>, inode: u64, blocks: Range<u64>) -> Pending;
 
-    /// Makes safe all that was written before.
+    /// Makes all previous writes durable.
     fn sync(&self) -> Pending;
 
-    /// Asked before a write: what is to be waited for where too much was written
-    /// that is not safe yet.
-    fn behind(&self) -> Option<Pending>;
+    /// Backpressure, called before a write: what to wait for if too many written bytes are not yet
+    /// durable.
+    fn backpressure(&self) -> Option<Pending>;
 }
 
-/// Why something asked of a [`Backing`] was not done.
+/// Why a request to a [`Backing`] failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Not now: it is to be tried again. People are shown this sentence.
-    Away(String),
-    /// The host's disk has no room for what was fetched.
+    /// Temporarily unavailable: to be retried. Users see this sentence.
+    Unavailable(String),
+    /// No space on the host's disk for fetched blocks.
     DiskFull,
-    /// Never: the guest gets an I/O error.
+    /// Permanent: the guest gets an I/O error.
     Lost,
 }
 
 #[derive(Debug)]
 struct Shared {
     outcome: Mutex<Option<std::result::Result<(), Fault>>>,
-    /// Readable once there is an outcome; `None` if the host has no descriptor
-    /// left, which counts as [`Fault::Away`].
+    /// Readable once there is an outcome; `None` if the host is out of descriptors, which counts as
+    /// [`Fault::Unavailable`].
     event: Option<OwnedFd>,
 }
 
-/// Something that was asked for.
+/// A pending request.
 #[derive(Debug)]
 pub struct Pending(Arc<Shared>);
 
-/// The other end of a [`Pending`]; one that is dropped without a word counts as
-/// [`Fault::Away`].
+/// The completing end of a [`Pending`]; dropping it without an outcome counts as
+/// [`Fault::Unavailable`].
 #[derive(Debug)]
 pub struct Promise(Arc<Shared>);
 
@@ -64,7 +63,7 @@ impl Pending {
         let shared = Arc::new(Shared {
             outcome: Mutex::new(match &event {
                 Ok(_) => None,
-                Err(error) => Some(Err(Fault::Away(format!(
+                Err(error) => Some(Err(Fault::Unavailable(format!(
                     "no descriptor to wait on: {error}"
                 )))),
             }),
@@ -73,7 +72,7 @@ impl Pending {
         (Pending(shared.clone()), Promise(shared))
     }
 
-    /// What became of it, if that is known.
+    /// The outcome, once known.
     pub fn outcome(&self) -> Option<std::result::Result<(), Fault>> {
         locked(&self.0.outcome).clone()
     }
@@ -81,7 +80,7 @@ impl Pending {
     /// Waits for it.
     ///
     /// # Errors
-    /// The call is interrupted, and to be repeated.
+    /// The call is interrupted, to be repeated.
     fn wait(&self, interrupt: &dyn Interrupt) -> Result<std::result::Result<(), Fault>> {
         loop {
             if let Some(outcome) = self.outcome() {
@@ -100,7 +99,7 @@ impl Pending {
 }
 
 impl Promise {
-    /// Says what became of it.
+    /// Sets the outcome.
     pub fn settle(self, outcome: std::result::Result<(), Fault>) {
         self.put(outcome);
     }
@@ -116,22 +115,22 @@ impl Promise {
         if let Some(event) = &self.0.event
             && let Err(error) = rustix::io::write(event, &1_u64.to_ne_bytes())
         {
-            tracing::error!(%error, "who waits for a volume is not woken");
+            tracing::error!(%error, "waiters of a volume are not woken");
         }
     }
 }
 
 impl Drop for Promise {
     fn drop(&mut self) {
-        self.put(Err(Fault::Away("it was given up".into())));
+        self.put(Err(Fault::Unavailable("it was given up".into())));
     }
 }
 
-/// Asks until it is done. While it cannot be, the guest counts as paused.
+/// Repeats a request until it is done. Meanwhile the guest counts as paused.
 ///
 /// # Errors
 /// The call is interrupted, or the guest gets an I/O error.
-pub(crate) fn done(
+pub(crate) fn wait_done(
     volume: &Volume,
     interrupt: &dyn Interrupt,
     mut ask: impl FnMut() -> Option<Pending>,
@@ -144,23 +143,25 @@ pub(crate) fn done(
         let reason = match pending.wait(interrupt)? {
             Ok(()) => break,
             Err(Fault::Lost) => return Err(types::Errno::Io.into()),
-            Err(Fault::Away(reason)) => reason,
+            Err(Fault::Unavailable(reason)) => reason,
             Err(Fault::DiskFull) => folder.to_string(),
         };
-        volume.stalls().wait_saying(&folder, &reason, interrupt)?;
+        volume
+            .stalls()
+            .wait_with_reason(&folder, &reason, interrupt)?;
     }
     volume.stalls().written(&folder);
     Ok(())
 }
 
-/// What a machine's own volume is made of that has a [`Backing`].
+/// Configuration of a volume with a [`Backing`].
 #[derive(Clone, Debug)]
 pub struct Backed {
     /// Keeps its bytes.
     pub backing: Arc<dyn Backing>,
-    /// What it holds when a machine begins; a snapshot has its own.
+    /// Initial contents for a new machine; a snapshot has its own.
     pub record: Option<super::VolumeRecord>,
-    /// Blocks that are in the folder, by file; all others are fetched.
+    /// Blocks in the local folder, by file; all others are fetched.
     pub local: LocalBlocks,
 }
 
@@ -169,13 +170,13 @@ pub struct Backed {
 pub struct LocalBlocks(std::collections::BTreeMap<u64, super::blocks::BlockSet>);
 
 impl LocalBlocks {
-    /// Bytes of a file came; they begin with a block.
+    /// Records fetched bytes of a file, starting at a block boundary.
     pub fn insert(&mut self, inode: u64, bytes: Range<u64>) {
         let blocks = super::blocks::blocks_of(bytes);
         self.0.entry(inode).or_default().insert(blocks);
     }
 
-    /// A file lost all from a byte on.
+    /// Truncates a file's blocks.
     pub fn cut(&mut self, inode: u64, from: u64) {
         if let Some(set) = self.0.get_mut(&inode) {
             set.remove_from(from.div_ceil(super::BLOCK_BYTES));

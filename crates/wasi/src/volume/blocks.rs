@@ -1,16 +1,15 @@
-//! Sets of numbers: which blocks of a file have data, where it was written to.
+//! Sets of block numbers: blocks with data, and written blocks.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// Bytes of a block: what counts as one against a quota, and is sent at a time.
+/// Bytes of a block: the unit of quota and transfer.
 pub const BLOCK_BYTES: u64 = 64 << 10;
-/// Bytes of a unit: writes are noted, and the last block of a file counts, in
-/// these. (Programs write in pages here and there: noting whole blocks would
-/// send sixteen times as much.)
+/// Bytes of a unit: the granularity of write tracking and of the last block of a file. (Programs
+/// write scattered pages: tracking whole blocks would send sixteen times as much.)
 pub(crate) const UNIT_BYTES: u64 = 4 << 10;
 
-/// Numbers of blocks or units, as bitmaps of 64 where there are any.
+/// Set of block or unit numbers, as sparse bitmaps of 64.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct BlockSet {
     words: BTreeMap<u64, u64>,
@@ -43,7 +42,6 @@ fn mask(word: u64, range: &Range<u64>) -> u64 {
 }
 
 impl BlockSet {
-    /// How many there are.
     pub(crate) fn len(&self) -> u64 {
         self.count
     }
@@ -80,7 +78,7 @@ impl BlockSet {
         }
     }
 
-    /// Takes out all from `first` on.
+    /// Removes all from `first` on.
     pub(crate) fn remove_from(&mut self, first: u64) {
         let mut gone = self.words.split_off(&(first / 64));
         if let Some(bits) = gone.get_mut(&(first / 64)) {
@@ -155,7 +153,7 @@ mod tests {
     use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
     use std::collections::BTreeSet;
 
-    /// Against a plain set of numbers.
+    /// Compared with a plain set of numbers.
     #[test]
     fn sets_are_sets() {
         for seed in 0..300 {

@@ -1,8 +1,7 @@
-//! A file's bytes: a sparse backing file on the host, and what is known of it.
+//! A file's contents: a sparse backing file on the host, and its block maps.
 //!
-//! The backing file never has other bytes than the guest's, but it may be
-//! shorter (what is missing reads as zeros), or missing altogether. It is made
-//! by the first write.
+//! The backing file only contains bytes of the guest, but it may be shorter (missing bytes read as
+//! zeros), or missing altogether. The first write creates it.
 
 use super::blocks::{BLOCK_BYTES, BlockSet, UNIT_BYTES, blocks_of};
 use super::tree::Times;
@@ -15,10 +14,10 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// The largest file, in bytes: no host's file system is content with less.
+/// Maximum file size in bytes; some host file systems allow no more.
 pub(crate) const FILE_BYTES_MAX: u64 = 1 << 43;
 
-/// What a volume lets its files take, and what they have taken, in bytes.
+/// Byte quota of a volume and its usage.
 #[derive(Debug)]
 pub(crate) struct Quota {
     pub(crate) bytes_max: u64,
@@ -37,8 +36,8 @@ impl Quota {
         *locked(&self.used)
     }
 
-    /// Takes so much more, or nothing.
-    fn take(&self, bytes: u64) -> bool {
+    /// Reserves bytes, all or none.
+    fn reserve(&self, bytes: u64) -> bool {
         let mut used = locked(&self.used);
         let fits = used
             .checked_add(bytes)
@@ -49,20 +48,19 @@ impl Quota {
         fits
     }
 
-    pub(crate) fn give_back(&self, bytes: u64) {
+    pub(crate) fn release(&self, bytes: u64) {
         let mut used = locked(&self.used);
         *used = used.saturating_sub(bytes);
     }
 }
 
-/// Why a read or write did not happen.
+/// Why a read or write was not performed.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum WriteFault {
-    /// The guest is told so.
     Errno(Errno),
-    /// The host's disk is full: to be repeated when it is not.
+    /// The host's disk is full: retry when it is not.
     HostFull,
-    /// These blocks are not in the folder yet: to be repeated when they are.
+    /// These blocks are not in the folder yet: retry when they are.
     Absent(Range<u64>),
 }
 
@@ -85,7 +83,7 @@ impl From<io::Error> for WriteFault {
 #[derive(Clone, Debug)]
 pub(crate) struct State {
     pub(crate) size: u64,
-    /// Blocks that have data; all others are zeros.
+    /// Blocks with data; all others are zeros.
     pub(crate) present: BlockSet,
     /// Those of them whose data is not in the folder yet.
     pub(crate) remote: BlockSet,
@@ -93,13 +91,12 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// What it counts against the quota: its blocks, the last one up to the end
-    /// of the file.
+    /// Its quota usage: its blocks, the last one up to the end of the file.
     pub(crate) fn cost(&self) -> u64 {
         self.cost_after(0, 0)
     }
 
-    /// The same, once these bytes are written.
+    /// Quota usage after these bytes are written.
     fn cost_after(&self, offset: u64, length: u64) -> u64 {
         let blocks = blocks_of(offset..offset + length);
         let whole = (self.present.len() + self.present.missing(blocks.clone())) * BLOCK_BYTES;
@@ -117,7 +114,7 @@ impl State {
         whole - BLOCK_BYTES + tail.next_multiple_of(UNIT_BYTES)
     }
 
-    /// Remote blocks that a write of these bytes leaves a part of.
+    /// Remote blocks that a write of these bytes overwrites only partially.
     fn remote_below(&self, offset: u64, length: u64) -> Option<Range<u64>> {
         if self.remote.is_empty() || length == 0 {
             return None;
@@ -139,12 +136,11 @@ impl State {
     }
 }
 
-/// One file.
 #[derive(Debug)]
 pub(crate) struct Content {
     path: PathBuf,
-    /// Held over a write or a change of the size.
-    turn: Mutex<()>,
+    /// Held during a write or a change of the size.
+    write_lock: Mutex<()>,
     state: Mutex<State>,
     backing: Mutex<Backing>,
 }
@@ -153,12 +149,11 @@ pub(crate) struct Content {
 struct Backing {
     /// Open while a descriptor is.
     file: Option<Arc<File>>,
-    /// What came by a move may have a last block that is too long. It is cut
-    /// when the file is opened first, before anything is written.
+    /// After a move the last block may be too long. It is truncated when the file is first opened,
+    /// before any write.
     trimmed: bool,
 }
 
-/// Where an inode's bytes are.
 pub(crate) fn data_path(folder: &Path, inode: u64) -> PathBuf {
     folder.join(inode.to_string())
 }
@@ -167,13 +162,13 @@ impl Content {
     pub(crate) fn new(folder: &Path, inode: u64, state: State) -> Self {
         Self {
             path: data_path(folder, inode),
-            turn: Mutex::new(()),
+            write_lock: Mutex::new(()),
             state: Mutex::new(state),
             backing: Mutex::default(),
         }
     }
 
-    /// Held briefly, never over disk work.
+    /// Held briefly, never during disk operations.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         locked(&self.state)
     }
@@ -186,7 +181,7 @@ impl Content {
         &self.path
     }
 
-    /// The backing file; `None` if there is none and none is to be made.
+    /// The backing file; `None` if there is none and `make` is false.
     fn file(&self, make: bool) -> io::Result<Option<Arc<File>>> {
         let mut backing = locked(&self.backing);
         if let Some(file) = &backing.file {
@@ -212,7 +207,7 @@ impl Content {
         Ok(Some(file))
     }
 
-    /// Closes the backing file; it is opened again when it is needed.
+    /// Closes the backing file; it is reopened when needed.
     pub(crate) fn close(&self) {
         locked(&self.backing).file = None;
     }
@@ -248,10 +243,10 @@ impl Content {
         Ok(length)
     }
 
-    /// Puts a block's bytes into the folder, unless it was overwritten or cut away
-    /// meanwhile. What is missing at the end is zeros.
+    /// Stores a fetched block in the folder, unless it was overwritten or truncated meanwhile.
+    /// Missing bytes at the end are zeros.
     pub(crate) fn fill(&self, block: u64, bytes: &[u8]) -> io::Result<()> {
-        let _turn = locked(&self.turn);
+        let _turn = locked(&self.write_lock);
         let start = block * BLOCK_BYTES;
         let length = {
             let state = self.state();
@@ -270,9 +265,8 @@ impl Content {
         Ok(())
     }
 
-    /// Writes some of `bytes`, all unless the quota or the disk is nearly full.
-    /// Without an offset at the end. `written` is told which bytes are new.
-    /// Answers where the bytes are and how many.
+    /// Writes some of `bytes`, all unless the quota or the disk is nearly full; at the end if there
+    /// is no offset. `written` is called with the new bytes. Returns their offset and number.
     pub(crate) fn write_at(
         &self,
         bytes: &[u8],
@@ -281,7 +275,7 @@ impl Content {
         now: u64,
         written: &dyn Fn(std::ops::Range<u64>),
     ) -> Result<(u64, usize), WriteFault> {
-        let _turn = locked(&self.turn);
+        let _turn = locked(&self.write_lock);
         let offset = offset.unwrap_or_else(|| self.state().size);
         if i64::try_from(offset).is_err() {
             return Err(Errno::INVAL.into());
@@ -297,7 +291,7 @@ impl Content {
         let (count, taken) = self.admit(offset, wanted, quota)?;
         let absent = self.state().remote_below(offset, count as u64);
         if let Some(absent) = absent {
-            quota.give_back(taken);
+            quota.release(taken);
             return Err(WriteFault::Absent(absent));
         }
         let file = self.file(true);
@@ -308,20 +302,20 @@ impl Content {
         let count = match result {
             Ok(count) => count,
             Err(error) => {
-                quota.give_back(taken);
+                quota.release(taken);
                 return Err(error.into());
             }
         };
         let count = {
             let mut state = self.state();
-            // The disk may have taken less: of what is to be fetched nothing counts
-            // that is not whole.
+            // The disk may have accepted less: a remote block that is not completely written does
+            // not count.
             let count = match state.remote_below(offset, count as u64) {
                 Some(absent) => (absent.start * BLOCK_BYTES).saturating_sub(offset) as usize,
                 None => count,
             };
             if count == 0 {
-                quota.give_back(taken);
+                quota.release(taken);
                 return Err(WriteFault::HostFull);
             }
             let before = state.cost();
@@ -329,16 +323,16 @@ impl Content {
             let written = blocks_of(offset..offset + count as u64);
             state.remote.remove(written);
             (state.times.modification, state.times.change) = (now, now);
-            // Less, where less was written.
-            quota.give_back((before + taken).saturating_sub(state.cost()));
+            // Release the reservation of bytes that were not written.
+            quota.release((before + taken).saturating_sub(state.cost()));
             count
         };
         written(offset..offset + count as u64);
         Ok((offset, count))
     }
 
-    /// Takes room for a write of up to `wanted` bytes: how many may be written,
-    /// and what they cost.
+    /// Reserves quota for a write of up to `wanted` bytes; returns the admitted bytes and their
+    /// cost.
     fn admit(&self, offset: u64, wanted: usize, quota: &Quota) -> Result<(usize, u64), WriteFault> {
         let state = self.state();
         let cost = |length: usize| {
@@ -348,7 +342,7 @@ impl Content {
         let mut length = wanted;
         loop {
             let more = cost(length);
-            if quota.take(more) {
+            if quota.reserve(more) {
                 return Ok((length, more));
             }
             // One unit less: at most 256 steps, as writes are at most 1 MiB.
@@ -361,7 +355,7 @@ impl Content {
         }
     }
 
-    /// Sets the size; `cut` is told from which byte on nothing is left.
+    /// Sets the size; `cut` is called with the truncation point.
     pub(crate) fn set_size(
         &self,
         size: u64,
@@ -375,10 +369,10 @@ impl Content {
         if size > FILE_BYTES_MAX {
             return Err(Errno::FBIG.into());
         }
-        let _turn = locked(&self.turn);
+        let _turn = locked(&self.write_lock);
         let before = self.state().size;
         if size < before {
-            // What is left of a block is needed, since its rest becomes zeros.
+            // The rest of a partial block becomes zeros, so the block is needed.
             let block = size / BLOCK_BYTES;
             if !size.is_multiple_of(BLOCK_BYTES) && self.state().remote.contains(block) {
                 return Err(WriteFault::Absent(block..block + 1));
@@ -396,12 +390,12 @@ impl Content {
         state.present.remove_from(size.div_ceil(BLOCK_BYTES));
         state.remote.remove_from(size.div_ceil(BLOCK_BYTES));
         let new = state.cost();
-        // Only what becomes longer can cost more: nothing was taken out then.
-        if new > old && !quota.take(new - old) {
+        // Only growth can cost more: nothing was released then.
+        if new > old && !quota.reserve(new - old) {
             state.size = before;
             return Err(Errno::NOSPC.into());
         }
-        quota.give_back(old.saturating_sub(new));
+        quota.release(old.saturating_sub(new));
         (state.times.modification, state.times.change) = (now, now);
         drop(state);
         if size < before {
@@ -410,7 +404,7 @@ impl Content {
         Ok(())
     }
 
-    /// Pushes written bytes to the disk.
+    /// Flushes written bytes to the disk.
     pub(crate) fn sync(&self, data_only: bool) -> Result<(), Errno> {
         let synced = self.file(false).and_then(|file| match file {
             Some(file) if data_only => file.sync_data(),

@@ -1,45 +1,44 @@
-//! Volumes of our own: file systems that a machine takes along.
+//! Volumes: file systems that move with their machine.
 //!
-//! Names, sizes and links are plain data in memory and travel in the snapshot;
-//! each file's bytes are a sparse file on the host, named by its inode number in
-//! a folder that the volume was given. The guest reaches them through this
-//! module only, so every write is noticed: [`Tracker`]s know which blocks are
-//! new, for moves and checkpoints.
+//! Names, sizes and links are plain data in memory and part of the snapshot; each file's bytes are
+//! a sparse file on the host, named by its inode number in the volume's folder. The guest accesses
+//! them through this module only, so every write is tracked: [`Tracker`]s know the new blocks, for
+//! moves and checkpoints.
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `tree.rs` | names, directories, links; how paths are resolved |
+//! | `tree.rs` | names, directories, links; path resolution |
 //! | `content.rs` | a file's bytes, and the quota |
 //! | `blocks.rs` | sets of blocks |
-//! | `track.rs` | what was written since the last look |
-//! | `transfer.rs` | reading blocks here, writing them in another folder |
-//! | `record.rs` | a volume as plain data, checked when it is read |
+//! | `change_tracking.rs` | tracking of changes |
+//! | `transfer.rs` | reading blocks, and writing them into another folder |
+//! | `record.rs` | a volume as plain data, with validation |
 //! | `stall.rs` | guests that wait for room on the host's disk |
-//! | `backing.rs` | bytes that are kept elsewhere, and fetched when they are read |
+//! | `backing.rs` | remote storage of bytes, fetched on demand |
 //!
-//! A volume is full for its guest (`nospc`) when its quota is used up, in bytes
-//! or in files. That the *host's* disk is full is none of the guest's business:
-//! the write waits, and is repeated when there is room. So it is with a volume
-//! that has a [`Backing`] which does not answer.
+//! A volume is full for its guest (`nospc`) when its quota is used up, in bytes or in files. A full
+//! disk of the *host* is invisible to the guest: the write waits, and is repeated when there is
+//! space. The same applies to a [`Backing`] that does not respond.
 
 mod backing;
 mod blocks;
+mod change_tracking;
 mod content;
 mod record;
 mod stall;
-mod track;
 mod transfer;
 mod tree;
 
 pub use backing::{Backed, Backing, Fault, LocalBlocks, Pending, Promise};
 pub use blocks::BLOCK_BYTES;
+pub use change_tracking::{Changes, Tracker};
 pub use record::{NodeBody, NodeRecord, VolumeRecord};
 pub use stall::{RETRY_AFTER, Stalls, is_disk_full};
-pub use track::{Changes, Tracker};
 pub use transfer::{BlockReader, BlockWriter};
 
 use crate::directory::Entry;
 use crate::locked;
+use change_tracking::Trackers;
 use content::{Content, Quota, State};
 use rustix::fs::{Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
@@ -49,34 +48,32 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-use track::Trackers;
 use tree::{Body, Final, LINK_BYTES_MAX, Last, Times, Tree, Walked};
 
-pub(crate) use backing::done;
+pub(crate) use backing::wait_done;
 pub(crate) use tree::ROOT;
 
 pub(crate) use content::WriteFault;
 
 use crate::abi::types::{Filestat, Filetype};
 
-/// How large a volume may become.
+/// Quota of a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VolumeLimits {
-    /// Bytes of files, counted in blocks of 64 KiB (the last one of a file in
-    /// 4 KiB). Zeros that were never written do not count.
+    /// Bytes of files, in blocks of 64 KiB (the last one of a file in units of 4 KiB). Zeros that
+    /// were never written do not count.
     pub bytes_max: u64,
-    /// Files, directories and links.
     pub inodes_max: u64,
 }
 
 impl VolumeLimits {
     /// Files per volume, at the least and at the most.
     const INODES_MIN: u64 = 1 << 10;
-    /// All their names lie in memory.
+    /// All names are held in memory.
     pub const INODES_MAX: u64 = 1 << 18;
 
-    /// As many files as a volume of so many bytes usually has: one for 16 KiB,
-    /// at least 1024, at most 262,144.
+    /// The usual number of files for a volume of this size: one per 16 KiB, at least 1024, at most
+    /// 262,144.
     pub fn of_bytes(bytes_max: u64) -> Self {
         Self {
             bytes_max,
@@ -85,12 +82,10 @@ impl VolumeLimits {
     }
 }
 
-/// What a volume holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
     /// Bytes that count against [`VolumeLimits::bytes_max`].
     pub bytes: u64,
-    /// Files, directories and links.
     pub inodes: u64,
 }
 
@@ -103,13 +98,13 @@ pub struct Volume {
     trackers: Trackers,
     stalls: Arc<Stalls>,
     backing: Option<Arc<dyn Backing>>,
-    /// Read-held over each change; never while anything is waited for.
-    still: RwLock<()>,
-    /// Changes so far, and what may have been one.
+    /// Read-locked during each change; never while waiting.
+    change_lock: RwLock<()>,
+    /// Counter of changes and possible changes.
     changes: AtomicU64,
 }
 
-/// What an open file or directory holds on to; dropping it closes.
+/// Handle of an open file or directory; dropping it closes.
 #[derive(Debug)]
 pub(crate) struct OpenNode {
     pub(crate) volume: Arc<Volume>,
@@ -118,9 +113,8 @@ pub(crate) struct OpenNode {
     content: Option<Arc<Content>>,
 }
 
-/// How a path is opened.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct How {
+pub(crate) struct OpenMode {
     pub(crate) follow: bool,
     pub(crate) write: bool,
     pub(crate) create: bool,
@@ -131,8 +125,8 @@ pub(crate) struct How {
 type Result<T> = std::result::Result<T, Errno>;
 
 impl Volume {
-    /// A volume without files, whose bytes go into `folder`, which is made and
-    /// must be empty. Guests that wait for room are told to `stalls`.
+    /// Creates an empty volume whose bytes are stored in `folder`, which is created and must be
+    /// empty. Guests that wait for space are reported to `stalls`.
     ///
     /// # Errors
     /// If the folder cannot be used.
@@ -153,7 +147,7 @@ impl Volume {
             trackers: Trackers::new(ROOT + 1),
             stalls,
             backing: None,
-            still: RwLock::default(),
+            change_lock: RwLock::default(),
             changes: AtomicU64::new(0),
         }))
     }
@@ -162,7 +156,6 @@ impl Volume {
         locked(&self.tree)
     }
 
-    /// What it holds.
     pub fn usage(&self) -> Usage {
         Usage {
             bytes: self.quota.used(),
@@ -170,7 +163,6 @@ impl Volume {
         }
     }
 
-    /// What it may hold.
     pub fn limits(&self) -> VolumeLimits {
         VolumeLimits {
             bytes_max: self.quota.bytes_max,
@@ -178,7 +170,6 @@ impl Volume {
         }
     }
 
-    /// Where its files' bytes are.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -187,9 +178,9 @@ impl Volume {
         &self.stalls
     }
 
-    /// Notes changes from now on; what is there counts as changed.
+    /// Starts tracking; existing data counts as changed.
     pub fn track(&self) -> Tracker {
-        // In this order: what is written meanwhile is noted twice, not never.
+        // In this order, a concurrent write is recorded twice rather than never.
         let tracker = self.trackers.add();
         for (inode, node) in self.tree().nodes() {
             if let Body::File(content) = &node.body {
@@ -202,37 +193,42 @@ impl Volume {
         tracker
     }
 
-    /// As [`Self::track`], but only what changes from now on counts.
+    /// As [`Self::track`], but existing data does not count.
     pub fn track_changes(&self) -> Tracker {
         self.trackers.add()
     }
 
-    /// Who keeps its bytes, if they are kept elsewhere.
+    /// Its backend, if its bytes are stored remotely.
     pub fn backing(&self) -> Option<&Arc<dyn Backing>> {
         self.backing.as_ref()
     }
 
-    /// Does something while nothing in the volume changes. It must not wait for
-    /// anything but the host's disk, and not change the volume.
-    pub fn hold_still<T>(&self, work: impl FnOnce() -> T) -> T {
-        let _still = self.still.write().unwrap_or_else(PoisonError::into_inner);
+    /// Runs `work` while no change is possible. It must not wait for anything but the host's disk,
+    /// and must not change the volume.
+    pub fn block_changes<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _guard = self
+            .change_lock
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         work()
     }
 
     fn changing(&self) -> RwLockReadGuard<'_, ()> {
-        let guard = self.still.read().unwrap_or_else(PoisonError::into_inner);
+        let guard = self
+            .change_lock
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
         self.changes.fetch_add(1, Ordering::Relaxed);
         guard
     }
 
-    /// A number that is another one after each change.
+    /// A counter that differs after each change.
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Relaxed)
     }
 
-    /// Puts a block that was fetched into the folder, unless it was overwritten or
-    /// cut away meanwhile. `bytes` are at most [`BLOCK_BYTES`]; what is missing at
-    /// the end is zeros.
+    /// Stores a fetched block in the folder, unless it was overwritten or truncated meanwhile.
+    /// `bytes` are at most [`BLOCK_BYTES`]; missing bytes at the end are zeros.
     ///
     /// # Errors
     /// The host's.
@@ -243,7 +239,7 @@ impl Volume {
         }
     }
 
-    /// Blocks of these that are not in the folder.
+    /// The blocks in this range that are not in the folder.
     pub fn absent(&self, inode: u64, blocks: Range<u64>) -> Vec<u64> {
         let Some(content) = self.content(inode) else {
             return Vec::new();
@@ -254,7 +250,7 @@ impl Volume {
             .collect()
     }
 
-    /// A file's content; `None` for anything else, or if it is gone.
+    /// A file's content; `None` for other nodes and removed ones.
     pub(crate) fn content(&self, inode: u64) -> Option<Arc<Content>> {
         match &self.tree().node(inode).ok()?.body {
             Body::File(content) => Some(content.clone()),
@@ -262,12 +258,11 @@ impl Volume {
         }
     }
 
-    /// Removes a node that nothing needs any more; the tree's lock is not held
-    /// while the disk works.
+    /// Removes an unreferenced node; the tree's lock is not held during disk operations.
     fn drop_unused(&self, inode: u64) {
         let content = self.tree().drop_unused(inode);
         let Some(content) = content else { return };
-        self.quota.give_back(content.state().cost());
+        self.quota.release(content.state().cost());
         self.trackers.cut(inode, 0);
         content.close();
         match std::fs::remove_file(content.path()) {
@@ -280,7 +275,6 @@ impl Volume {
 
     // ── opening ─────────────────────────────────────────────────────────
 
-    /// The root, open.
     pub(crate) fn open_root(self: &Arc<Self>) -> Result<OpenNode> {
         self.open_inode(ROOT)
     }
@@ -310,7 +304,7 @@ impl Volume {
         self: &Arc<Self>,
         start: u64,
         path: &str,
-        how: How,
+        how: OpenMode,
         now: u64,
     ) -> Result<OpenNode> {
         let last = match (how.create, how.follow && !how.exclusive) {
@@ -424,7 +418,7 @@ impl Volume {
         };
         let inode = tree.lookup(directory, &name)?.ok_or(Errno::NOENT)?;
         match &tree.node(inode)?.body {
-            // Only one that was put in from outside.
+            // Such a link was imported from the host.
             Body::Link { contents, .. } if contents.starts_with('/') => Err(Errno::PERM),
             Body::Link { contents, .. } => Ok(contents.clone()),
             Body::File(_) | Body::Directory { .. } => Err(Errno::INVAL),
@@ -535,7 +529,7 @@ impl Volume {
 
     pub(crate) fn filestat_at(&self, start: u64, path: &str, follow: bool) -> Result<Filestat> {
         let tree = self.tree();
-        // As `cap-std`: of a single name what is behind it does not count.
+        // As in `cap-std`: a trailing slash after a single name is ignored.
         let inode = match single_name(path) {
             Some(name) if !follow => tree.lookup(start, name)?.ok_or(Errno::NOENT)?,
             _ => tree.find(start, path, follow)?,
@@ -596,7 +590,7 @@ fn filetype(body: &Body) -> Filetype {
     }
 }
 
-/// What `ls` shows as the size of a directory.
+/// Reported size of a directory.
 const DIRECTORY_BYTES: u64 = 4096;
 
 fn filestat(tree: &Tree, inode: u64) -> Result<Filestat> {
@@ -616,7 +610,7 @@ fn filestat(tree: &Tree, inode: u64) -> Result<Filestat> {
         Body::Link { contents, times } => (node.links, contents.len() as u64, *times),
     };
     Ok(Filestat {
-        // The preopen's number is filled in by whoever knows it.
+        // The caller fills in the preopen's number.
         dev: 0,
         ino: inode,
         filetype: filetype(&node.body),
@@ -674,7 +668,7 @@ impl OpenNode {
     }
 
     /// Whether both are in the same volume.
-    pub(crate) fn is_beside(&self, other: &OpenNode) -> bool {
+    pub(crate) fn is_same_volume(&self, other: &OpenNode) -> bool {
         Arc::ptr_eq(&self.volume, &other.volume)
     }
 
@@ -691,13 +685,13 @@ impl OpenNode {
         self.file()?.read_at(buffer, offset)
     }
 
-    /// Asks for blocks that a read or write found absent.
+    /// Fetches blocks that a read or write found absent.
     pub(crate) fn fetch(&self, blocks: Range<u64>) -> Option<Pending> {
         let backing = self.volume.backing.as_ref()?;
         Some(backing.fetch(&self.volume, self.inode, blocks))
     }
 
-    /// Writes some bytes at an offset, or at the end; where and how many.
+    /// Writes some bytes at an offset, or at the end; returns where and how many.
     pub(crate) fn write_at(
         &self,
         bytes: &[u8],
@@ -716,7 +710,7 @@ impl OpenNode {
         let _change = volume.changing();
         let cut = |from: u64| {
             volume.trackers.cut(inode, from);
-            // Whole blocks are kept elsewhere: this one has other bytes now.
+            // The backend stores whole blocks: this one changes as a whole.
             if volume.backing.is_some() && !from.is_multiple_of(BLOCK_BYTES) {
                 volume.trackers.written(inode, from - 1..from);
             }
@@ -724,8 +718,7 @@ impl OpenNode {
         self.file()?.set_size(size, &volume.quota, now, &cut)
     }
 
-    /// Pushes written bytes to the host's disk; of a volume that is kept elsewhere
-    /// nothing is on it that must stay.
+    /// Flushes written bytes to the host's disk; a volume with a backend needs nothing on it.
     pub(crate) fn sync(&self, data_only: bool) -> Result<()> {
         match self.volume.backing {
             Some(_) => self.file().map(drop),
@@ -733,9 +726,8 @@ impl OpenNode {
         }
     }
 
-    /// Asks for all that was written to be made safe, where that is not the disk's
-    /// business.
-    pub(crate) fn make_safe(&self) -> Option<Pending> {
+    /// Requests durability of all writes, where that is the backend's task.
+    pub(crate) fn make_durable(&self) -> Option<Pending> {
         self.volume.backing.as_ref().map(|backing| backing.sync())
     }
 }
@@ -753,8 +745,7 @@ impl Drop for OpenNode {
         if !last {
             return;
         }
-        // Between the two somebody may have opened it again; it is then opened
-        // on the host again, too.
+        // It may have been opened again meanwhile; then it is also open on the host again.
         if let Some(content) = &self.content {
             content.close();
         }

@@ -1,11 +1,11 @@
-//! A volume's names, sizes and links as plain data: part of the snapshot. It
-//! may come from anywhere; what contradicts itself is refused.
+//! A volume's names, sizes and links as plain data: part of the snapshot. Untrusted; inconsistent
+//! data is refused.
 
 use super::backing::Backed;
 use super::blocks::{BLOCK_BYTES, BlockSet};
+use super::change_tracking::Trackers;
 use super::content::{Content, FILE_BYTES_MAX, Quota, State};
 use super::stall::Stalls;
-use super::track::Trackers;
 use super::tree::{Body, LINK_BYTES_MAX, NAME_BYTES_MAX, ROOT, TEXT_BYTES_MAX, Times, Tree};
 use super::{Volume, VolumeLimits};
 use serde::{Deserialize, Serialize};
@@ -18,51 +18,41 @@ use std::sync::{Arc, Mutex, RwLock};
 pub struct VolumeRecord {
     /// The number of the next file.
     pub next_inode: u64,
-    /// All that there is, by inode number; the root is 1.
+    /// All nodes, by inode number; the root is 1.
     pub nodes: Vec<NodeRecord>,
 }
 
-/// A file, directory or link.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRecord {
-    /// Its number.
     pub inode: u64,
     /// Last access, in nanoseconds since 1970-01-01 UTC.
     pub access_ns: u64,
-    /// Last change of what is in it.
+    /// Last change of its contents.
     pub modification_ns: u64,
-    /// Last change of it or of what is in it.
+    /// Last change of its contents or attributes.
     pub change_ns: u64,
-    /// What it is.
     pub body: NodeBody,
 }
 
-/// What a node is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NodeBody {
-    /// A file.
     File {
-        /// Its size in bytes.
         size: u64,
-        /// First and count of blocks of 64 KiB that have data, in order.
+        /// First block and number of blocks of 64 KiB with data, in order.
         blocks: Vec<(u64, u64)>,
     },
-    /// A directory.
     Directory {
-        /// The directory that it is in, or was in when it was removed.
+        /// Its parent directory, or the last one before it was removed.
         parent: u64,
         /// Names and inode numbers, by name.
         entries: Vec<(String, u64)>,
     },
-    /// A symbolic link.
     Link {
-        /// Where it leads.
         contents: String,
     },
 }
 
 impl VolumeRecord {
-    /// A volume without files.
     pub fn empty(now_ns: u64) -> Self {
         VolumeRecord {
             next_inode: ROOT + 1,
@@ -79,18 +69,18 @@ impl VolumeRecord {
         }
     }
 
-    /// Refuses what contradicts itself or is larger than it may be.
+    /// Refuses inconsistent data, and data beyond the limits.
     ///
     /// # Errors
-    /// A sentence that says what.
+    /// A sentence about the inconsistency.
     pub fn check(&self, limits: VolumeLimits) -> Result<(), String> {
         check(self, limits)
     }
 }
 
 impl Volume {
-    /// Writes the volume down, but for the bytes of its files. The guest must
-    /// stand still ([`Volume::hold_still`]).
+    /// Captures the volume without the bytes of its files. The guest must not change it meanwhile
+    /// ([`Volume::block_changes`]).
     pub fn record(&self) -> VolumeRecord {
         let tree = self.tree();
         let record = |(inode, node): (u64, &super::tree::Node)| {
@@ -137,11 +127,11 @@ impl Volume {
         }
     }
 
-    /// The volume that was written down. Its files' bytes are in `folder`, or
-    /// will be before they are read.
+    /// Restores a captured volume. Its files' bytes are in `folder`, or will be before they are
+    /// read.
     ///
     /// # Errors
-    /// A sentence that says what contradicts itself.
+    /// A sentence about the inconsistency.
     pub(crate) fn restore(
         record: VolumeRecord,
         folder: &Path,
@@ -214,13 +204,12 @@ impl Volume {
             trackers: Trackers::new(record.next_inode),
             stalls,
             backing: backed.map(|backed| backed.backing.clone()),
-            still: RwLock::default(),
+            change_lock: RwLock::default(),
             changes: std::sync::atomic::AtomicU64::new(0),
         }))
     }
 
-    /// Removes what has neither a name nor a descriptor: a snapshot may have
-    /// been taken of a machine that ended.
+    /// Removes nodes without name and descriptor: the snapshot may be of a machine that ended.
     pub(crate) fn drop_orphans(&self) {
         let unused = |(inode, node): (u64, &super::tree::Node)| {
             (node.links == 0 && node.open == 0).then_some(inode)
@@ -241,10 +230,10 @@ fn check(record: &VolumeRecord, limits: VolumeLimits) -> Result<(), String> {
     let (mut names, mut text_bytes, mut blocks) = (0_u64, 0_u64, 0_u64);
     for node in &record.nodes {
         if node.inode < ROOT || node.inode >= record.next_inode {
-            return Err(format!("inode {} cannot be", node.inode));
+            return Err(format!("inode {} is invalid", node.inode));
         }
         if nodes.insert(node.inode, node).is_some() {
-            return Err(format!("inode {} is there twice", node.inode));
+            return Err(format!("inode {} occurs twice", node.inode));
         }
         match &node.body {
             NodeBody::File {
@@ -255,7 +244,7 @@ fn check(record: &VolumeRecord, limits: VolumeLimits) -> Result<(), String> {
                 names += entries.len() as u64;
                 for pair in entries.windows(2) {
                     if pair[0].0 >= pair[1].0 {
-                        return Err(format!("directory {} is not in order", node.inode));
+                        return Err(format!("directory {} is not sorted", node.inode));
                     }
                 }
                 for (name, _) in entries {
@@ -264,7 +253,7 @@ fn check(record: &VolumeRecord, limits: VolumeLimits) -> Result<(), String> {
                         || name.len() > NAME_BYTES_MAX
                         || name.contains(['/', '\0']);
                     if bad {
-                        return Err(format!("the name {name:?} cannot be"));
+                        return Err(format!("the name {name:?} is invalid"));
                     }
                 }
             }
@@ -286,7 +275,6 @@ fn check(record: &VolumeRecord, limits: VolumeLimits) -> Result<(), String> {
     check_directories(&nodes)
 }
 
-/// How many blocks it has.
 fn check_file(inode: u64, size: u64, present: &[(u64, u64)]) -> Result<u64, String> {
     if size > FILE_BYTES_MAX {
         return Err(format!("file {inode} of {size} bytes is too large"));
@@ -298,14 +286,14 @@ fn check_file(inode: u64, size: u64, present: &[(u64, u64)]) -> Result<u64, Stri
         let run_end = run_end.filter(|run_end| *run_end <= size.div_ceil(BLOCK_BYTES));
         match run_end {
             Some(run_end) if *first >= end => end = run_end,
-            _ => return Err(format!("file {inode} has blocks that cannot be")),
+            _ => return Err(format!("file {inode} has invalid blocks")),
         }
         blocks += count;
     }
     Ok(blocks)
 }
 
-/// All entries lead somewhere; directories are a tree.
+/// Checks that all entries exist, and that directories form a tree.
 fn check_directories(nodes: &HashMap<u64, &NodeRecord>) -> Result<(), String> {
     let mut parents: BTreeMap<u64, u64> = BTreeMap::new();
     for (inode, node) in nodes {
@@ -314,7 +302,7 @@ fn check_directories(nodes: &HashMap<u64, &NodeRecord>) -> Result<(), String> {
         };
         for (name, entry) in entries {
             let Some(found) = nodes.get(entry) else {
-                return Err(format!("{name:?} leads nowhere"));
+                return Err(format!("{name:?} refers to a missing inode"));
             };
             if let NodeBody::Directory { parent, .. } = &found.body {
                 let second = parents.insert(*entry, *inode).is_some();
@@ -328,7 +316,7 @@ fn check_directories(nodes: &HashMap<u64, &NodeRecord>) -> Result<(), String> {
         Some(NodeBody::Directory { parent: ROOT, .. }) => {}
         _ => return Err("it has no root".into()),
     }
-    // From the root down: what is not reached must be removed, hence empty.
+    // From the root down: unreachable directories must be removed ones, hence empty.
     let mut reached = HashSet::new();
     let mut todo = vec![ROOT];
     while let Some(inode) = todo.pop() {
@@ -346,7 +334,7 @@ fn check_directories(nodes: &HashMap<u64, &NodeRecord>) -> Result<(), String> {
             && !reached.contains(inode)
             && (!entries.is_empty() || parents.contains_key(inode))
         {
-            return Err(format!("directory {inode} is in no place"));
+            return Err(format!("directory {inode} is unreachable"));
         }
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! Guests that wait because the host's disk is full, or a volume's store away:
-//! who waits for what, for whoever shows it to people.
+//! Guests that wait because the host's disk is full or a volume's backend is unavailable, for
+//! display to users.
 
 use crate::abi::{Result, interrupted};
 use crate::locked;
@@ -9,12 +9,11 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
-/// How often what waits for room is tried again.
+/// Retry interval of a wait for disk space.
 pub const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// What waits for room on the host's disk just now, by path, or for something
-/// else, in a sentence. A path is kept until something is written there, also over
-/// interruptions.
+/// Current waits for disk space by path, or for other reasons in a sentence. A path stays until
+/// something is written there, also over interruptions.
 #[derive(Default)]
 pub struct Stalls {
     full: Mutex<BTreeMap<String, String>>,
@@ -28,8 +27,8 @@ impl std::fmt::Debug for Stalls {
 }
 
 impl Stalls {
-    /// Calls `changed` when the first begins to wait, with its path or a sentence
-    /// that says for what, and when none waits any more.
+    /// Calls `changed` when the first wait starts, with its path or reason, and when no wait is
+    /// left.
     pub fn new(changed: impl Fn(Option<String>) + Send + Sync + 'static) -> Self {
         Self {
             full: Mutex::default(),
@@ -37,16 +36,16 @@ impl Stalls {
         }
     }
 
-    /// Where room is missing, or what else is; `None` if nothing waits.
+    /// Path or reason of a wait; `None` if nothing waits.
     pub fn full(&self) -> Option<String> {
         locked(&self.full).values().next().cloned()
     }
 
-    /// Nothing could be written at `path`: waits a moment, or until `interrupt`
-    /// is requested.
+    /// Waits for one retry interval after a failed write at `path`, or until `interrupt` is
+    /// requested.
     ///
     /// # Errors
-    /// The call is interrupted, and to be repeated.
+    /// The call is interrupted, to be repeated.
     pub(crate) fn wait(&self, path: &str, interrupt: &dyn Interrupt) -> Result<()> {
         if self.wait_briefly(path, interrupt) {
             Ok(())
@@ -55,16 +54,15 @@ impl Stalls {
         }
     }
 
-    /// Nothing could be written at `path`: waits a moment. False if `interrupt`
-    /// was requested: what was to be written is to be written later.
+    /// Waits for one retry interval after a failed write at `path`. False if `interrupt` was
+    /// requested: the write must be repeated later.
     pub fn wait_briefly(&self, path: &str, interrupt: &dyn Interrupt) -> bool {
         self.begin(path, path);
         self.pause(interrupt)
     }
 
-    /// As [`Self::wait`], for the reason that a sentence says. It counts until
-    /// something is written at `path`.
-    pub(crate) fn wait_saying(
+    /// As [`Self::wait`], for another reason. The wait counts until something is written at `path`.
+    pub(crate) fn wait_with_reason(
         &self,
         path: &str,
         reason: &str,
@@ -78,8 +76,7 @@ impl Stalls {
         }
     }
 
-    /// Something waits from now on, until [`Self::written`]: for room at `path`, or
-    /// for what a sentence says.
+    /// Starts a wait that lasts until [`Self::written`]: for space at `path`, or for the reason.
     pub fn begin(&self, path: &str, reason: &str) {
         let news = {
             let mut full = locked(&self.full);
@@ -89,7 +86,7 @@ impl Stalls {
             now.filter(|now| before.as_ref() != Some(now))
         };
         if let Some(reason) = news {
-            tracing::warn!(reason, "the machine waits for room or for a store");
+            tracing::warn!(reason, "the machine waits for disk space or for a backend");
             self.tell(Some(reason));
         }
     }
@@ -109,18 +106,18 @@ impl Stalls {
         !interrupt.requested()
     }
 
-    /// Something was written at `path`.
+    /// Ends the wait at `path`.
     pub fn written(&self, path: &str) {
         let last = {
             let mut full = locked(&self.full);
-            // Nearly always.
+            // The common case.
             if full.is_empty() {
                 return;
             }
             full.remove(path).is_some() && full.is_empty()
         };
         if last {
-            tracing::info!(path, "it need not wait any more");
+            tracing::info!(path, "the wait is over");
             self.tell(None);
         }
     }
@@ -132,7 +129,7 @@ impl Stalls {
     }
 }
 
-/// Whether a host's error says that its disk is full.
+/// Whether an error means that the disk is full.
 pub fn is_disk_full(error: &std::io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),

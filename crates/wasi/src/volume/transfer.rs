@@ -1,8 +1,7 @@
-//! Reading blocks of a volume for a move or a checkpoint, and writing them into
-//! the folder of another volume that is to become the same.
+//! Reads blocks of a volume for a move or a checkpoint, and writes them into the folder of a copy.
 
 use super::content::{Content, FILE_BYTES_MAX, data_path};
-use super::{How, ROOT, Volume, WriteFault};
+use super::{OpenMode, ROOT, Volume, WriteFault};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -25,13 +24,13 @@ impl BlockReader {
         }
     }
 
-    /// Fills the start of `buffer` with a file's bytes from an offset on, up to
-    /// the file's end; how many. None of a file that is gone: its cut comes.
+    /// Fills the start of `buffer` with a file's bytes from an offset on, up to the file's end;
+    /// returns their number. Zero for a removed file: its truncation follows.
     ///
     /// # Errors
     /// The host's.
     pub fn read(&mut self, inode: u64, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
-        // Where there was no file a moment ago there may be one now.
+        // The file may have been created meanwhile.
         let known =
             |(now, _, file): &(u64, Arc<Content>, Option<File>)| *now == inode && file.is_some();
         if !self.current.as_ref().is_some_and(known) {
@@ -66,7 +65,7 @@ impl BlockReader {
     }
 }
 
-/// Writes what [`BlockReader`]s read into a folder.
+/// Writes the blocks of [`BlockReader`]s into a folder.
 #[derive(Debug)]
 pub struct BlockWriter {
     folder: PathBuf,
@@ -89,7 +88,7 @@ impl BlockWriter {
     /// Writes bytes of a file.
     ///
     /// # Errors
-    /// `InvalidInput` for a place that no file has, and the host's.
+    /// `InvalidInput` for an impossible offset, and the host's.
     pub fn write(&mut self, inode: u64, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let end = offset.checked_add(bytes.len() as u64);
         if end.is_none_or(|end| end > FILE_BYTES_MAX) {
@@ -113,8 +112,7 @@ impl BlockWriter {
         }
     }
 
-    /// Takes everything from a byte on out of a file; all of it removes the
-    /// file.
+    /// Truncates a file; truncation to zero removes it.
     ///
     /// # Errors
     /// The host's.
@@ -142,11 +140,10 @@ impl BlockWriter {
 const IMPORT_BYTES: usize = 1 << 20;
 
 impl Volume {
-    /// Copies what is in a directory of the host into the volume's root: files,
-    /// directories and links.
+    /// Copies a host directory into the volume's root: files, directories and links.
     ///
     /// # Errors
-    /// The host's; `StorageFull` if the volume is full. What was copied stays.
+    /// The host's; `StorageFull` if the volume is full. Copied files remain.
     pub fn import(self: &Arc<Self>, from: &Path, now_ns: u64) -> io::Result<()> {
         let mut todo = vec![(from.to_owned(), String::new())];
         while let Some((host, path)) = todo.pop() {
@@ -179,7 +176,7 @@ impl Volume {
     }
 
     fn import_file(self: &Arc<Self>, host: &Path, path: &str, now_ns: u64) -> io::Result<()> {
-        let how = How {
+        let how = OpenMode {
             follow: false,
             write: true,
             create: true,

@@ -1,16 +1,14 @@
 //! Names, directories and links of a volume: plain data in memory.
 //!
-//! Paths are resolved as Linux does with `RESOLVE_BENEATH`, by which `cap-std`
-//! opens files on a host: `..` never leaves the directory that a path starts
-//! from, and links that would are refused. Removing and the like resolve the
-//! directory first and act on the last name, as `cap-std` does.
+//! Paths are resolved as by Linux with `RESOLVE_BENEATH`, which `cap-std` uses on the host: `..`
+//! never leaves the start directory, and links that would are refused. Operations such as removal
+//! resolve the directory first and act on the last name, as `cap-std` does.
 
 use super::content::Content;
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-/// The root's inode number.
 pub(crate) const ROOT: u64 = 1;
 /// Bytes of a name.
 pub(crate) const NAME_BYTES_MAX: usize = 255;
@@ -20,8 +18,8 @@ pub(crate) const LINK_BYTES_MAX: usize = 4095;
 const LINKS_MAX: u64 = 65_000;
 /// Links followed in one path.
 const FOLLOWS_MAX: u32 = 40;
-/// Bytes of all names and links of a volume: it all lies in memory, and travels
-/// while the machine stands still.
+/// Maximum bytes of all names and links of a volume: they are held in memory, and transferred
+/// during the downtime of a move.
 pub(crate) const TEXT_BYTES_MAX: u64 = 64 << 20;
 
 type Result<T> = std::result::Result<T, Errno>;
@@ -44,7 +42,6 @@ impl Times {
     }
 }
 
-/// What an inode is.
 #[derive(Debug)]
 pub(crate) enum Body {
     File(Arc<Content>),
@@ -62,39 +59,34 @@ pub(crate) enum Body {
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) body: Body,
-    /// Names of it; of a directory 1 or, once it is removed, 0.
+    /// Number of its names; for a directory 1 or, once removed, 0.
     pub(crate) links: u64,
-    /// Descriptors of it.
+    /// Number of its descriptors.
     pub(crate) open: u64,
 }
 
 /// The last part of a path whose directory was resolved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Last {
-    /// The directory itself.
     Dot,
-    /// A name in it.
     Name(String),
 }
 
-/// How `walk` treats the last part.
+/// Treatment of the last component by `walk`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Final {
-    /// A link is an answer.
     Keep,
-    /// A link is followed.
     Follow,
-    /// As `Keep`, and what does not exist may be made (but no directory).
+    /// As `Keep`; a missing non-directory may be created.
     MakeKeep,
-    /// As `Follow`, and what does not exist may be made.
+    /// As `Follow`; a missing node may be created.
     MakeFollow,
 }
 
-/// Where a path leads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Walked {
     Found(u64),
-    /// Only for making: it is not there.
+    /// Missing; only for creation.
     Missing {
         directory: u64,
         name: String,
@@ -141,7 +133,7 @@ impl Tree {
         self.nodes.len() as u64
     }
 
-    /// Puts a node without a name in.
+    /// Inserts a node without a name.
     pub(crate) fn put(&mut self, inode: u64, body: Body) {
         self.text_bytes += text_of(&body);
         if let Body::Directory { entries, .. } = &body {
@@ -198,10 +190,10 @@ impl Tree {
         }
     }
 
-    /// Follows a path from `start`, below which all of it must be.
+    /// Resolves a path beneath `start`.
     ///
     /// # Errors
-    /// Linux's, with `PERM` for what leads out of `start`.
+    /// Linux's, with `PERM` for paths that leave `start`.
     pub(crate) fn walk(&self, start: u64, path: &str, last: Final) -> Result<Walked> {
         if path.contains('\0') {
             return Err(Errno::INVAL);
@@ -223,7 +215,7 @@ impl Tree {
                 None => (&*rest, None),
             };
             let is_last = after.is_none_or(str::is_empty);
-            // Behind a slash only a directory can be, and links are followed.
+            // A trailing slash requires a directory, and follows links.
             let slash = after.is_some();
             let next = match part {
                 "." => at,
@@ -270,7 +262,7 @@ impl Tree {
         }
     }
 
-    /// What is there, a link at the end followed if `follow`.
+    /// The node at a path; a link at the end is followed if `follow`.
     pub(crate) fn find(&self, start: u64, path: &str, follow: bool) -> Result<u64> {
         let last = if follow { Final::Follow } else { Final::Keep };
         match self.walk(start, path, last)? {
@@ -288,8 +280,8 @@ impl Tree {
         }
     }
 
-    /// The directory of a path and its last part. A path that ends in a slash,
-    /// `/.` or `..` is the directory itself.
+    /// The directory of a path and its last component. A path that ends in a slash, `/.` or `..` is
+    /// the directory itself.
     pub(crate) fn split(&self, start: u64, path: &str) -> Result<(u64, Last)> {
         if path.contains('\0') {
             return Err(Errno::INVAL);
@@ -318,7 +310,7 @@ impl Tree {
         self.split(start, trimmed(path))
     }
 
-    /// Refuses a name that is taken, or in a removed directory.
+    /// Refuses an existing name, or one in a removed directory.
     fn check_free(&self, directory: u64, name: &str) -> Result<()> {
         if self.lookup(directory, name)?.is_some() {
             return Err(Errno::EXIST);
@@ -329,7 +321,7 @@ impl Tree {
         Ok(())
     }
 
-    /// As `check_free`, and refuses one name more than there may be.
+    /// As `check_free`, and refuses an excess name.
     pub(crate) fn check_new(&self, directory: u64, name: &str) -> Result<()> {
         self.check_free(directory, name)?;
         let text = self.text_bytes + name.len() as u64;
@@ -339,7 +331,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Refuses one inode more than there may be.
+    /// Refuses an excess inode.
     pub(crate) fn check_room(&self, link_bytes: usize) -> Result<()> {
         let text = self.text_bytes + link_bytes as u64;
         if self.inodes() >= self.inodes_max || text > TEXT_BYTES_MAX {
@@ -348,7 +340,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Gives a node a name; checked before.
+    /// Adds a name to a node, after the checks.
     pub(crate) fn enter(&mut self, directory: u64, name: String, inode: u64, now: u64) {
         self.text_bytes += name.len() as u64;
         self.names += 1;
@@ -369,7 +361,7 @@ impl Tree {
         }
     }
 
-    /// Takes a name away; the node stays until `drop_unused`.
+    /// Removes a name; the node stays until `drop_unused`.
     pub(crate) fn leave(&mut self, directory: u64, name: &str, now: u64) -> Option<u64> {
         let Some(Node {
             body: Body::Directory { entries, times, .. },
@@ -389,8 +381,7 @@ impl Tree {
         Some(inode)
     }
 
-    /// Removes a node without names and descriptors; a file's content is left
-    /// to the caller.
+    /// Removes a node without names and descriptors; the caller removes a file's content.
     pub(crate) fn drop_unused(&mut self, inode: u64) -> Option<Arc<Content>> {
         let node = self.nodes.get(&inode)?;
         if node.links > 0 || node.open > 0 {
@@ -404,7 +395,7 @@ impl Tree {
         }
     }
 
-    /// Whether one more name may be given.
+    /// Whether another name is allowed.
     pub(crate) fn check_linkable(&self, inode: u64) -> Result<()> {
         let node = self.node(inode)?;
         match &node.body {
@@ -425,7 +416,7 @@ impl Tree {
             if at == ROOT {
                 return false;
             }
-            // Above a removed directory there may be nothing any more.
+            // The parent of a removed directory may be gone.
             let Ok(parent) = self.parent(at) else {
                 return false;
             };
@@ -513,7 +504,7 @@ fn text_of(body: &Body) -> u64 {
 }
 
 impl Node {
-    /// Something about the node itself changed.
+    /// Records a change of the node's attributes.
     pub(crate) fn changed(&mut self, now: u64) {
         match &mut self.body {
             Body::File(content) => content.changed(now),

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use wiggle::{GuestMemory, GuestPtr};
 
-/// Whether calls travel: in `t95_packed`, which has all other tests in it.
+/// Whether calls are packed: in `t95_remote_call`, which includes all other tests.
 const IS_PACKED: bool = matches!(module_path!().as_bytes(), [b't', b'9', b'5', ..]);
 
 pub type Ret<T> = Result<T, Errno>;
@@ -76,7 +76,7 @@ impl Interrupt for Flag {
     }
 }
 
-/// A host clock that stands still until told.
+/// A host clock that only advances on demand.
 #[derive(Default)]
 pub struct Clock {
     pub monotonic_ns: AtomicU64,
@@ -125,10 +125,9 @@ pub struct Event {
 pub enum Kind {
     /// In a directory of the host.
     Host,
-    /// In a volume of our own.
+    /// In a volume.
     Own,
-    /// In a volume of our own whose bytes are kept elsewhere: after each move all
-    /// of them are fetched anew.
+    /// In a volume with a backend: after each move all bytes are fetched again.
     Kept,
 }
 
@@ -162,7 +161,7 @@ pub struct Sandbox {
     copying: RefCell<Option<Copying>>,
 }
 
-/// Keeps a volume's bytes in another folder.
+/// A backend that stores a volume's bytes in another folder.
 #[derive(Debug)]
 struct Elsewhere {
     folder: tempfile::TempDir,
@@ -191,7 +190,7 @@ impl Backing for Elsewhere {
         pending
     }
 
-    fn behind(&self) -> Option<Pending> {
+    fn backpressure(&self) -> Option<Pending> {
         None
     }
 }
@@ -201,7 +200,7 @@ struct Copying {
     tracker: Tracker,
     reader: BlockReader,
     writer: BlockWriter,
-    /// Of a kept volume only whole blocks are copied, to where they are kept.
+    /// For a volume with a backend only whole blocks are copied, to the backend.
     is_kept: bool,
     folder: tempfile::TempDir,
 }
@@ -255,7 +254,7 @@ pub fn volume_source(folder: &Path) -> Source {
 }
 
 impl Sandbox {
-    /// Blocks that were fetched for a kept volume.
+    /// Blocks fetched for a volume with a backend.
     pub fn fetched(&self) -> u64 {
         self.elsewhere.fetched.load(Ordering::Relaxed)
     }
@@ -339,15 +338,14 @@ impl Sandbox {
         self.copying.replace(copying);
     }
 
-    /// Copies what is new, as a move does while the guest runs.
+    /// Copies changes, as a move does while the guest runs.
     pub fn round(&self) {
         if let Some(copying) = &mut *self.copying.borrow_mut() {
             copying.round();
         }
     }
 
-    /// Captures, sends as bytes, and goes on: with the same directory, or with
-    /// what was copied of the volume.
+    /// Captures, serialises and resumes: with the same directory, or with the copy of the volume.
     pub fn moved(&self, guest: Guest) -> Guest {
         let snapshot = guest.wasi.snapshot().unwrap();
         self.moved_as(guest, &snapshot)
@@ -498,7 +496,7 @@ impl Guest {
         }
     }
 
-    /// Captures, sends as bytes, and goes on with the same directory.
+    /// Captures, serialises and resumes with the same directory.
     pub fn moved(self, dir: &Path) -> Self {
         let resources = Resources {
             preopens: vec![Source::Host(dir.to_owned())],
@@ -586,7 +584,6 @@ impl Guest {
         [at, text.len() as u64]
     }
 
-    /// One function on (descriptor, path).
     pub fn path(&self, name: &str, fd: u32, path: &str) -> Ret<()> {
         let [at, length] = self.string(0, path);
         self.run(name, &[fd.into(), at, length])

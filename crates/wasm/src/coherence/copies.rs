@@ -1,51 +1,52 @@
-//! What a part holds of the machine's pages, what its threads wait for, and what it is
-//! asked to give away.
+//! The copies half of a part: states of its copies, pending requests of its threads, and deferred
+//! requests of directories.
 
 use super::message::Txn;
 use super::page_map::PageMap;
-use super::{Access, Command, Config, Impossible, Message, Out, PageId, PartId, PartSet, row_from};
+use super::{
+    Access, Command, Config, Message, Output, PageId, PartId, PartSet, ProtocolError, pages_from,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// How a part has a page.
+/// State of a part's copy of a page.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum Copy {
-    /// Not at all.
+    /// No copy.
     #[default]
     Invalid,
-    /// It may be read; others have it, too.
+    /// Readable; other parts have copies too.
     Shared,
-    /// As shared; others get it from here.
-    Kept,
-    /// Nobody else has it.
+    /// Readable, and supplies the page to others.
+    Owned,
+    /// The only copy; writable.
     Modified,
 }
 
-/// What has come of a transaction that gives this part a page.
+/// State of a transaction that gives this part a page.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Coming {
+struct PendingGrant {
     number: u64,
-    /// What for, and how many parts say that they gave theirs up; `None` before that is
-    /// known.
+    /// Transaction, access, and number of expected acknowledgements; `None` before that is known.
     given: Option<(Txn, Access, u8)>,
-    /// Whether the bytes came, or the copy that is here is right.
+    /// Whether the bytes arrived, or the present copy is valid.
     with_data: bool,
     acks: u8,
 }
 
-/// Why a page stays here for the moment.
+/// Why a page must stay.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
-struct Held {
+struct Hold {
     until: u64,
     pins: u32,
 }
 
-impl Held {
+impl Hold {
     fn is_over(&self, now: u64) -> bool {
         self.pins == 0 && self.until <= now
     }
 }
 
-/// Pages in a row that are given at once.
+/// A run of pages sent in one message.
 struct Row {
     page: PageId,
     txn: Txn,
@@ -59,11 +60,11 @@ impl Row {
         1 + self.more.len()
     }
 
-    /// Each page, and its transaction.
+    /// Each page with its transaction.
     fn each(&self) -> impl Iterator<Item = (PageId, Txn)> {
         let numbers = std::iter::once(self.txn.number).chain(self.more.iter().copied());
         let txns = numbers.map(|number| Txn { number, ..self.txn });
-        row_from(self.page).zip(txns)
+        pages_from(self.page).zip(txns)
     }
 
     fn data(self) -> Message {
@@ -87,15 +88,15 @@ impl Row {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Copies {
     config: Config,
-    /// Those that are not as they were at the beginning.
+    /// Copies that are not in their initial state.
     copies: PageMap<Copy>,
-    /// What was asked of directories and is not answered.
-    wanted: BTreeSet<PageId>,
-    coming: PageMap<Coming>,
-    held: PageMap<Held>,
-    /// What a page is to be given away by, once it is not held any more; one at most, as
-    /// there is one transaction of a page at a time. From whom it came.
-    put_off: BTreeMap<PageId, (PartId, Message)>,
+    /// Pages requested from directories.
+    requested: BTreeSet<PageId>,
+    pending: PageMap<PendingGrant>,
+    held: PageMap<Hold>,
+    /// Deferred fetches of held pages, with their sender; at most one per page, as a page has one
+    /// transaction at a time.
+    deferred: BTreeMap<PageId, (PartId, Message)>,
     random: u64,
 }
 
@@ -105,21 +106,21 @@ impl Copies {
             random: config.seed,
             config,
             copies: PageMap::default(),
-            wanted: BTreeSet::new(),
-            coming: PageMap::default(),
+            requested: BTreeSet::new(),
+            pending: PageMap::default(),
             held: PageMap::default(),
-            put_off: BTreeMap::new(),
+            deferred: BTreeMap::new(),
         }
     }
 
-    /// These are the parts from now on.
-    pub(super) fn now_are(&mut self, parts: PartSet) {
+    /// Sets the current parts.
+    pub(super) fn set_parts(&mut self, parts: PartSet) {
         self.config.parts = parts;
     }
 
-    /// How a member has those pages, which are in rising order; `Err` with one that it has
-    /// and that is none of them.
-    pub(super) fn of_those(
+    /// States of these pages, which are in ascending order; `Err` with a page that the member has
+    /// beyond them.
+    pub(super) fn copies_of(
         &self,
         pages: impl Iterator<Item = PageId>,
     ) -> Result<Vec<Copy>, PageId> {
@@ -142,9 +143,9 @@ impl Copies {
         }
     }
 
-    /// This part is the home from now on: it has these pages so, and what nobody has touched
-    /// is here.
-    pub(super) fn succeed(
+    /// Makes this part the home: it has these pages in these states, and all pages that were never
+    /// touched.
+    pub(super) fn take_over_home(
         &mut self,
         parts: PartSet,
         touched: impl Iterator<Item = (PageId, Copy)>,
@@ -163,7 +164,7 @@ impl Copies {
         self.copies.get(page).copied().unwrap_or(at_first)
     }
 
-    pub(super) fn changed_from(&self, page: PageId) -> impl Iterator<Item = (PageId, Copy)> {
+    pub(super) fn entries_from(&self, page: PageId) -> impl Iterator<Item = (PageId, Copy)> {
         let last = PageId {
             memory: u32::MAX,
             number: u32::MAX,
@@ -172,48 +173,54 @@ impl Copies {
         those.map(|(page, copy)| (page, *copy))
     }
 
-    pub(super) fn is_quiet(&self) -> bool {
-        self.wanted.is_empty() && self.coming.is_empty() && self.put_off.is_empty()
+    pub(super) fn is_quiescent(&self) -> bool {
+        self.requested.is_empty() && self.pending.is_empty() && self.deferred.is_empty()
     }
 
-    pub(super) fn is_wanted(&self, page: PageId) -> bool {
-        self.wanted.contains(&page)
+    pub(super) fn is_requested(&self, page: PageId) -> bool {
+        self.requested.contains(&page)
     }
 
-    pub(super) fn is_put_off(&self, page: PageId) -> bool {
-        self.put_off.contains_key(&page)
+    pub(super) fn is_deferred(&self, page: PageId) -> bool {
+        self.deferred.contains_key(&page)
     }
 
     pub(super) fn can_drop(&self, page: PageId) -> bool {
         self.copy(page) == Copy::Shared
-            && !self.wanted.contains(&page)
-            && self.coming.get(page).is_none()
+            && !self.requested.contains(&page)
+            && self.pending.get(page).is_none()
             && self.held.get(page).is_none_or(|held| held.pins == 0)
     }
 
-    /// A thread stands at a page.
-    pub(super) fn fault(&mut self, page: PageId, access: Access, directory: PartId, out: &mut Out) {
+    /// A thread faults on a page.
+    pub(super) fn fault(
+        &mut self,
+        page: PageId,
+        access: Access,
+        directory: PartId,
+        out: &mut Output,
+    ) {
         let copy = self.copy(page);
         let is_enough = match access {
             Access::Read => copy != Copy::Invalid,
             Access::Write => copy == Copy::Modified,
         };
         if is_enough {
-            // It came while the kernel told of the fault.
+            // The page arrived while the kernel delivered the fault.
             out.command(Command::Wake { page });
             return;
         }
-        // Who wants more than was asked for stands again, and asks then.
-        if self.wanted.contains(&page) {
+        // A thread that needs more access faults again, and requests it then.
+        if self.requested.contains(&page) {
             return;
         }
-        self.wanted.insert(page);
+        self.requested.insert(page);
         let has = copy != Copy::Invalid;
         out.send(directory, Message::Want { page, access, has });
     }
 
-    /// Gives up a copy that others have, too.
-    pub(super) fn drop_copy(&mut self, page: PageId, out: &mut Out) {
+    /// Drops a shared copy.
+    pub(super) fn drop_copy(&mut self, page: PageId, out: &mut Output) {
         if self.can_drop(page) {
             self.held.remove(page);
             self.set(page, Copy::Invalid);
@@ -222,40 +229,40 @@ impl Copies {
     }
 
     pub(super) fn pin(&mut self, page: PageId) {
-        self.held.or_insert_with(page, Held::default).pins += 1;
+        self.held.or_insert_with(page, Hold::default).pins += 1;
     }
 
     pub(super) fn unpin(
         &mut self,
         page: PageId,
         now: u64,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         if let Some(held) = self.held.get_mut(page) {
             held.pins = held.pins.saturating_sub(1);
         }
-        self.try_again(page, now, out)
+        self.retry(page, now, out)
     }
 
-    /// Gives away what was put off until now.
-    pub(super) fn tick(&mut self, now: u64, out: &mut Out) -> Result<(), Impossible> {
-        let pages: Vec<PageId> = self.put_off.keys().copied().collect();
+    /// Executes deferred fetches whose hold time is over.
+    pub(super) fn tick(&mut self, now: u64, out: &mut Output) -> Result<(), ProtocolError> {
+        let pages: Vec<PageId> = self.deferred.keys().copied().collect();
         for page in pages {
-            self.try_again(page, now, out)?;
+            self.retry(page, now, out)?;
         }
         self.held.retain(|_, held| !held.is_over(now));
         Ok(())
     }
 
-    fn try_again(&mut self, page: PageId, now: u64, out: &mut Out) -> Result<(), Impossible> {
-        match self.put_off.remove(&page) {
-            Some((from, message)) => self.taken(from, message, now, out),
+    fn retry(&mut self, page: PageId, now: u64, out: &mut Output) -> Result<(), ProtocolError> {
+        match self.deferred.remove(&page) {
+            Some((from, message)) => self.release(from, message, now, out),
             None => Ok(()),
         }
     }
 
-    /// Whether a page stays here for the moment; then it is said when to look again.
-    fn stays(&mut self, page: PageId, now: u64, out: &mut Out) -> bool {
+    /// Whether a page is held; if so, requests a tick for the end of the hold.
+    fn defer_if_held(&mut self, page: PageId, now: u64, out: &mut Output) -> bool {
         match self.held.get(page) {
             Some(held) if !held.is_over(now) => {
                 if held.pins == 0 {
@@ -271,14 +278,14 @@ impl Copies {
         }
     }
 
-    /// The directory wants a page, or some in a row, or a copy, to be given up.
-    pub(super) fn taken(
+    /// The directory demands that a page, a run or a copy is given up.
+    pub(super) fn release(
         &mut self,
         from: PartId,
         message: Message,
         now: u64,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         let message = match message {
             Message::Fetch {
                 page,
@@ -295,13 +302,13 @@ impl Copies {
                     acks,
                     more,
                 };
-                return self.row_taken(from, row, to, now, out);
+                return self.release_run(from, row, to, now, out);
             }
             message => message,
         };
         let (page, takes) = match &message {
             Message::Fetch { txn, .. } if txn.directory != from => {
-                return Err(Impossible(format!(
+                return Err(ProtocolError(format!(
                     "part {from} fetches for the directory {}",
                     txn.directory
                 )));
@@ -311,12 +318,12 @@ impl Copies {
                 (*page, *access == Access::Write || writes)
             }
             Message::Invalidate { page, .. } => (*page, self.copy(*page) != Copy::Invalid),
-            other => return Err(Impossible(format!("{other:?} takes nothing"))),
+            other => return Err(ProtocolError(format!("{other:?} requests no page"))),
         };
-        if takes && self.stays(page, now, out) {
-            return match self.put_off.insert(page, (from, message)) {
+        if takes && self.defer_if_held(page, now, out) {
+            return match self.deferred.insert(page, (from, message)) {
                 None => Ok(()),
-                Some((_, earlier)) => Err(Impossible(format!(
+                Some((_, earlier)) => Err(ProtocolError(format!(
                     "part {from} takes a page a second time, {earlier:?} is put off"
                 ))),
             };
@@ -337,17 +344,17 @@ impl Copies {
                     acks,
                     more: Vec::new(),
                 };
-                self.give(page, to, data, access, out)
+                self.send_page(page, to, data, access, out)
             }
             Message::Invalidate { page, number, to } => {
                 match self.copy(page) {
                     Copy::Modified => {
-                        return Err(Impossible(format!(
+                        return Err(ProtocolError(format!(
                             "part {from} takes {page:?} for a copy, and it is the only one"
                         )));
                     }
-                    Copy::Shared | Copy::Kept => self.set(page, Copy::Invalid),
-                    // Dropped at will.
+                    Copy::Shared | Copy::Owned => self.set(page, Copy::Invalid),
+                    // Already dropped.
                     Copy::Invalid => {
                         out.send(to, Message::Ack { page, number });
                         return Ok(());
@@ -357,29 +364,29 @@ impl Copies {
                 out.send(to, Message::Ack { page, number });
                 Ok(())
             }
-            other => Err(Impossible(format!("{other:?} takes nothing"))),
+            other => Err(ProtocolError(format!("{other:?} requests no page"))),
         }
     }
 
-    /// Sends a page to another part; to be written there, it is gone here then.
-    fn give(
+    /// Sends a page to another part; if it is to be written there, the copy here becomes invalid.
+    fn send_page(
         &mut self,
         page: PageId,
         to: PartId,
         message: Message,
         access: Access,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         let copy = self.copy(page);
-        let can = matches!(copy, Copy::Kept | Copy::Modified);
+        let can = matches!(copy, Copy::Owned | Copy::Modified);
         if !can || to == self.config.me || !self.config.parts.contains(to) {
-            return Err(Impossible(format!(
+            return Err(ProtocolError(format!(
                 "part {to} is to get {page:?} from here, where it is {copy:?}"
             )));
         }
         if copy == Copy::Modified {
             out.command(Command::Protect { page, pages: 1 });
-            self.set(page, Copy::Kept);
+            self.set(page, Copy::Owned);
         }
         out.command(Command::SendPages { to, message });
         if access == Access::Write {
@@ -389,17 +396,17 @@ impl Copies {
         Ok(())
     }
 
-    /// As [`Self::taken`], of pages in a row: at once if this part alone has all of them, and
-    /// none stays for the moment.
-    fn row_taken(
+    /// As [`Self::release`], for a run of pages: in one step if this part alone has all of them,
+    /// and none is held.
+    fn release_run(
         &mut self,
         from: PartId,
         row: Row,
         to: PartId,
         now: u64,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        let mut pages = row_from(row.page).take(row.pages());
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        let mut pages = pages_from(row.page).take(row.pages());
         let can = row.access == Access::Write
             && row.txn.directory == from
             && to != self.config.me
@@ -418,14 +425,14 @@ impl Copies {
                     acks: row.acks,
                     more: Vec::new(),
                 };
-                self.taken(from, one, now, out)
+                self.release(from, one, now, out)
             });
         }
-        for page in row_from(row.page).take(row.pages()) {
+        for page in pages_from(row.page).take(row.pages()) {
             self.held.remove(page);
             self.set(page, Copy::Invalid);
         }
-        // (As many as a row has.)
+        // (Bounded by the length of a run.)
         let (page, pages) = (row.page, row.pages() as u32);
         out.command(Command::Protect { page, pages });
         let message = row.data();
@@ -438,14 +445,14 @@ impl Copies {
         self.copies.insert(page, copy);
     }
 
-    /// Something has come that gives this part a page, or some in a row.
-    pub(super) fn given(
+    /// A message that gives this part a page or a run arrived.
+    pub(super) fn receive_page(
         &mut self,
         from: PartId,
         message: Message,
         now: u64,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         let message = match message {
             Message::Data {
                 page,
@@ -461,7 +468,7 @@ impl Copies {
                     acks,
                     more,
                 };
-                return self.row_given(from, row, now, out);
+                return self.receive_run(from, row, now, out);
             }
             message => message,
         };
@@ -470,87 +477,87 @@ impl Copies {
                 (*page, txn.number)
             }
             Message::Ack { page, number } => (*page, *number),
-            other => return Err(Impossible(format!("{other:?} gives nothing"))),
+            other => return Err(ProtocolError(format!("{other:?} carries no page"))),
         };
-        // (Mostly nothing came before, and nothing more is to come.)
-        let mut coming = self.coming.remove(page).unwrap_or(Coming {
+        // (Usually the only message of the transaction.)
+        let mut pending = self.pending.remove(page).unwrap_or(PendingGrant {
             number,
             given: None,
             with_data: false,
             acks: 0,
         });
-        let is_right = coming.number == number;
-        let is_first = coming.given.is_none();
+        let is_right = pending.number == number;
+        let is_first = pending.given.is_none();
         let is_counted = match message {
             Message::Grant {
                 txn, access, acks, ..
             } => {
-                coming.given = Some((txn, access, acks));
+                pending.given = Some((txn, access, acks));
                 is_first && txn.directory == from
             }
             Message::Data {
                 txn, access, acks, ..
             } => {
-                coming.given = Some((txn, access, acks));
-                coming.with_data = true;
+                pending.given = Some((txn, access, acks));
+                pending.with_data = true;
                 is_first
             }
             _ => {
-                coming.acks = coming.acks.saturating_add(1);
+                pending.acks = pending.acks.saturating_add(1);
                 true
             }
         };
         if !is_right || !is_counted {
-            return Err(Impossible(format!(
+            return Err(ProtocolError(format!(
                 "part {from} speaks of transaction {number} of {page:?}, which is in {}",
-                coming.number
+                pending.number
             )));
         }
-        if let Some((txn, access, _)) = coming.given
-            && !self.may_come(page, txn, access)
+        if let Some((txn, access, _)) = pending.given
+            && !self.check_expected(page, txn, access)
         {
-            return Err(Impossible(format!(
+            return Err(ProtocolError(format!(
                 "part {from} gives {page:?}, which nobody asked for"
             )));
         }
-        match coming.given {
-            Some((txn, access, acks)) if coming.acks == acks => {
-                self.finish(page, txn, access, coming.with_data, now, out)
+        match pending.given {
+            Some((txn, access, acks)) if pending.acks == acks => {
+                self.finish(page, txn, access, pending.with_data, now, out)
             }
-            Some((_, _, acks)) if coming.acks > acks => {
-                Err(Impossible(format!("{page:?} was given up too often")))
-            }
+            Some((_, _, acks)) if pending.acks > acks => Err(ProtocolError(format!(
+                "too many acknowledgements for {page:?}"
+            ))),
             _ => {
-                self.coming.insert(page, coming);
+                self.pending.insert(page, pending);
                 Ok(())
             }
         }
     }
 
-    /// Nothing is answered that was not asked, and what moves may be written.
-    fn may_come(&self, page: PageId, txn: Txn, access: Access) -> bool {
-        let is_wanted = match txn.is_answer {
-            true => self.wanted.contains(&page),
+    /// Checks that an answer was requested, and that a moved page is writable.
+    fn check_expected(&self, page: PageId, txn: Txn, access: Access) -> bool {
+        let is_requested = match txn.is_answer {
+            true => self.requested.contains(&page),
             false => access == Access::Write,
         };
-        is_wanted && self.config.parts.contains(txn.directory)
+        is_requested && self.config.parts.contains(txn.directory)
     }
 
-    /// As [`Self::given`], of pages in a row: at once if nothing more is to come, and none is
-    /// here.
-    fn row_given(
+    /// As [`Self::receive_page`], for a run of pages: in one step if no further message is
+    /// expected, and none is here.
+    fn receive_run(
         &mut self,
         from: PartId,
         row: Row,
         now: u64,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        let mut pages = row_from(row.page).take(row.pages());
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        let mut pages = pages_from(row.page).take(row.pages());
         let can = row.acks == 0
             && pages.all(|page| {
                 self.copy(page) == Copy::Invalid
-                    && self.coming.get(page).is_none()
-                    && self.may_come(page, row.txn, row.access)
+                    && self.pending.get(page).is_none()
+                    && self.check_expected(page, row.txn, row.access)
             });
         if !can {
             return row.each().try_for_each(|(page, txn)| {
@@ -561,7 +568,7 @@ impl Copies {
                     acks: row.acks,
                     more: Vec::new(),
                 };
-                self.given(from, one, now, out)
+                self.receive_page(from, one, now, out)
             });
         }
         let copy = match row.access {
@@ -569,13 +576,13 @@ impl Copies {
             Access::Write => Copy::Modified,
         };
         let until = self.hold_until(now);
-        for page in row_from(row.page).take(row.pages()) {
+        for page in pages_from(row.page).take(row.pages()) {
             self.set(page, copy);
-            self.comes(page, row.txn, until);
+            self.page_arrived(page, row.txn, until);
         }
         out.command(Command::Install {
             page: row.page,
-            // (As many as a row has.)
+            // (Bounded by the length of a run.)
             pages: row.pages() as u32,
             access: row.access,
         });
@@ -588,27 +595,26 @@ impl Copies {
         Ok(())
     }
 
-    /// Until when what comes now stays, if it does.
+    /// Hold deadline of a page that arrives now, if it is held.
     fn hold_until(&mut self, now: u64) -> Option<u64> {
         let span = self.config.hold_micros;
-        (span > 0).then(|| now + span + self.draw() % span)
+        (span > 0).then(|| now + span + self.next_random() % span)
     }
 
-    /// A page has come. It stays for a moment if somebody waits for it; what is moved here
-    /// may go on at once.
-    fn comes(&mut self, page: PageId, txn: Txn, until: Option<u64>) {
-        let is_wanted = match txn.is_answer {
-            true => self.wanted.remove(&page),
-            // What was asked for is still to be answered if the page was moved here.
-            false => self.wanted.contains(&page),
+    /// A page has arrived. It is held if a thread waits for it; a moved page is not.
+    fn page_arrived(&mut self, page: PageId, txn: Txn, until: Option<u64>) {
+        let is_requested = match txn.is_answer {
+            true => self.requested.remove(&page),
+            // A pending request is still answered if the page was moved here.
+            false => self.requested.contains(&page),
         };
-        if let Some(until) = until.filter(|_| is_wanted) {
-            let held = self.held.or_insert_with(page, Held::default);
+        if let Some(until) = until.filter(|_| is_requested) {
+            let held = self.held.or_insert_with(page, Hold::default);
             held.until = held.until.max(until);
         }
     }
 
-    /// All has come: the page is used, and the directory told.
+    /// The transaction is complete: installs the page and informs the directory.
     fn finish(
         &mut self,
         page: PageId,
@@ -616,12 +622,12 @@ impl Copies {
         access: Access,
         with_data: bool,
         now: u64,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         let before = self.copy(page);
         match (before, access) {
             (Copy::Invalid, _) if !with_data => {
-                return Err(Impossible(format!(
+                return Err(ProtocolError(format!(
                     "{page:?} is taken to be here, and is not"
                 )));
             }
@@ -638,16 +644,16 @@ impl Copies {
                 };
                 self.set(page, copy);
             }
-            (Copy::Shared | Copy::Kept, Access::Write) => {
-                out.command(Command::Allow { page });
+            (Copy::Shared | Copy::Owned, Access::Write) => {
+                out.command(Command::AllowWrite { page });
                 self.set(page, Copy::Modified);
             }
-            (Copy::Shared | Copy::Kept, Access::Read) | (Copy::Modified, _) => {
+            (Copy::Shared | Copy::Owned, Access::Read) | (Copy::Modified, _) => {
                 out.command(Command::Wake { page });
             }
         }
         let until = self.hold_until(now);
-        self.comes(page, txn, until);
+        self.page_arrived(page, txn, until);
         let done = Message::Done {
             page,
             number: txn.number,
@@ -657,9 +663,9 @@ impl Copies {
         Ok(())
     }
 
-    /// A number at random (Steele and others, "Fast splittable pseudorandom number
-    /// generators", 2014: SplitMix64).
-    fn draw(&mut self) -> u64 {
+    /// A pseudo-random number (Steele and others, "Fast splittable pseudorandom number generators",
+    /// 2014: SplitMix64).
+    fn next_random(&mut self) -> u64 {
         self.random = self.random.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mixed = (self.random ^ (self.random >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

@@ -1,29 +1,30 @@
-//! Who holds the pages of which this part is the directory, what is wanted of them, and
-//! where the directories of all others are.
+//! The directory half of a part: holders of its pages, queued requests, and the known locations of
+//! all other directories.
 
 use super::message::{Holders, Message, PageEntry, Request, Txn};
 use super::page_map::PageMap;
 use super::{
-    Access, Command, Config, Impossible, Out, PageId, PartId, PartSet, Placement, Segment, row_from,
+    Access, Command, Config, Output, PageId, PartId, PartSet, Placement, ProtocolError, Segment,
+    pages_from,
 };
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 
-/// The last page that there can be.
+/// The largest possible page.
 const LAST_PAGE: PageId = PageId {
     memory: u32::MAX,
     number: u32::MAX,
 };
 
-/// A page that is not as it was at the beginning.
+/// A page that is not in its initial state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Entry {
     holders: Holders,
     /// Number of the last transaction.
     number: u64,
-    /// Who gets the page in the transaction that is under way.
+    /// Receiver and request of the current transaction.
     busy: Option<(PartId, Request)>,
-    /// Of whom that transaction wants something: who gives the page, and who gives it up.
+    /// Parts involved in the transaction: the supplier of the page and the invalidated readers.
     asked: PartSet,
     queue: VecDeque<Request>,
 }
@@ -35,18 +36,16 @@ pub(super) struct Directory {
     origin: PartId,
     segment_pages: u32,
     entries: PageMap<Entry>,
-    /// Transactions that are under way.
+    /// Number of current transactions.
     under_way: u64,
-    /// Segments whose directory is not the home, or was elsewhere, and how often it
-    /// changed.
-    places: BTreeMap<Segment, (u64, PartId)>,
-    /// Segments that are to get another directory once nothing is under way in them.
-    leaving: BTreeMap<Segment, PartId>,
-    /// Parts that give up what they have, and how many pages that still is.
-    emptying: BTreeMap<PartId, u64>,
-    /// Parts that gave up what they had, or do so, and who gets it: nothing goes to them
-    /// any more.
-    left: BTreeMap<PartId, PartId>,
+    /// Segments whose directory is or was not the home, with a version and the directory.
+    relocated: BTreeMap<Segment, (u64, PartId)>,
+    /// Segments to hand over once they have no transaction.
+    departing: BTreeMap<Segment, PartId>,
+    /// Parts being evacuated, with the number of remaining pages.
+    evacuating: BTreeMap<PartId, u64>,
+    /// Parts that have been or are being evacuated, with the new holder: no page goes to them.
+    evacuated: BTreeMap<PartId, PartId>,
 }
 
 impl Directory {
@@ -58,10 +57,10 @@ impl Directory {
             segment_pages: config.segment_pages.max(1),
             entries: PageMap::default(),
             under_way: 0,
-            places: BTreeMap::new(),
-            leaving: BTreeMap::new(),
-            emptying: BTreeMap::new(),
-            left: BTreeMap::new(),
+            relocated: BTreeMap::new(),
+            departing: BTreeMap::new(),
+            evacuating: BTreeMap::new(),
+            evacuated: BTreeMap::new(),
         }
     }
 
@@ -72,7 +71,7 @@ impl Directory {
         }
     }
 
-    /// Those that lie in a range of pages as a whole.
+    /// Segments that lie completely in a range of pages.
     pub(super) fn segments_in(&self, memory: u32, pages: Range<u32>) -> Vec<Segment> {
         let (first, last) = (
             pages.start.div_ceil(self.segment_pages),
@@ -83,21 +82,25 @@ impl Directory {
             .collect()
     }
 
-    fn at(&self, segment: Segment) -> PartId {
-        self.places
+    fn location_of(&self, segment: Segment) -> PartId {
+        self.relocated
             .get(&segment)
             .map_or(PartId::HOME, |(_, part)| *part)
     }
 
     /// The directory of a page, as far as this part knows.
-    pub(super) fn of(&self, page: PageId) -> PartId {
-        self.at(self.segment(page))
+    pub(super) fn directory_of(&self, page: PageId) -> PartId {
+        self.location_of(self.segment(page))
     }
 
-    /// The directories of pages in a row, each with those of them that follow each other.
-    pub(super) fn of_row(&self, page: PageId, pages: u32) -> Vec<(PartId, PageId, u32)> {
+    /// Splits a run of pages by directory.
+    pub(super) fn directories_of_run(
+        &self,
+        page: PageId,
+        pages: u32,
+    ) -> Vec<(PartId, PageId, u32)> {
         let mut rows: Vec<(PartId, PageId, u32)> = Vec::new();
-        let mut pages = row_from(page).take(pages as usize).peekable();
+        let mut pages = pages_from(page).take(pages as usize).peekable();
         while let Some(first) = pages.next() {
             let segment = self.segment(first);
             let mut count = 1;
@@ -107,7 +110,7 @@ impl Directory {
             {
                 count += 1;
             }
-            let at = self.at(segment);
+            let at = self.location_of(segment);
             match rows.last_mut() {
                 Some((last, _, pages)) if *last == at => *pages += count,
                 _ => rows.push((at, first, count)),
@@ -116,25 +119,24 @@ impl Directory {
         rows
     }
 
-    pub(super) fn is_quiet(&self) -> bool {
-        // (Only where a segment is to leave something waits for what is not under way.)
-        self.leaving.is_empty() && self.under_way == 0
+    pub(super) fn is_quiescent(&self) -> bool {
+        // (Only a departing segment keeps requests queued without a transaction.)
+        self.departing.is_empty() && self.under_way == 0
     }
 
-    pub(super) fn are_leaving(&self) -> bool {
-        !self.left.is_empty()
+    pub(super) fn has_leaving_parts(&self) -> bool {
+        !self.evacuated.is_empty()
     }
 
-    /// Segments of which another part than the home is the directory, as far as this part
-    /// knows, and which.
-    pub(super) fn elsewhere(&self) -> impl Iterator<Item = (Segment, PartId)> {
-        let places = self.places.iter();
-        let those = places.filter(|(_, (_, at))| *at != PartId::HOME);
+    /// Segments whose directory is not the home, as far as this part knows.
+    pub(super) fn remote_segments(&self) -> impl Iterator<Item = (Segment, PartId)> {
+        let relocated = self.relocated.iter();
+        let those = relocated.filter(|(_, (_, at))| *at != PartId::HOME);
         those.map(|(segment, (_, at))| (*segment, *at))
     }
 
-    /// As [`Self::elsewhere`], of a range of pages.
-    pub(super) fn elsewhere_in(
+    /// As [`Self::remote_segments`], for a range of pages.
+    pub(super) fn remote_segments_in(
         &self,
         memory: u32,
         pages: Range<u32>,
@@ -144,10 +146,10 @@ impl Directory {
             memory,
             number: page / size,
         };
-        let places = self
-            .places
+        let relocated = self
+            .relocated
             .range(of(pages.start)..=of(pages.end.max(pages.start)));
-        let those = places.filter(|(_, (_, at))| *at != PartId::HOME);
+        let those = relocated.filter(|(_, (_, at))| *at != PartId::HOME);
         those.filter_map(move |(segment, (_, at))| {
             let first = segment.number.saturating_mul(size);
             let within = first.max(pages.start)..first.saturating_add(size).min(pages.end);
@@ -155,45 +157,45 @@ impl Directory {
         })
     }
 
-    /// Whether this member is the directory of nothing, nor any other but the home, as far as
-    /// it knows.
-    pub(super) fn has_nothing(&self) -> bool {
-        self.elsewhere().next().is_none() && self.entries.is_empty() && self.left.is_empty()
+    /// Whether the home is the directory of all segments, as far as this member knows.
+    pub(super) fn is_default(&self) -> bool {
+        self.remote_segments().next().is_none()
+            && self.entries.is_empty()
+            && self.evacuated.is_empty()
     }
 
-    /// The home is the directory of all, and everybody knows: as at the beginning.
-    pub(super) fn forget_places(&mut self) {
-        self.places.clear();
+    /// Resets all locations: the home is the directory of all segments, and every part knows.
+    pub(super) fn reset_locations(&mut self) {
+        self.relocated.clear();
     }
 
-    /// All pages that ever changed hands, in rising order, who holds them, and how often
-    /// they did.
+    /// All pages that ever changed hands, in ascending order, with holders and number of changes.
     pub(super) fn entries(&self) -> impl Iterator<Item = (PageId, Holders, u64)> {
         let entries = self.entries.iter();
         entries.map(|(page, entry)| (page, entry.holders, entry.number))
     }
 
-    /// This part is the home from now on, and the directory of all.
-    pub(super) fn succeed(
+    /// Makes this part the home, and the directory of all pages.
+    pub(super) fn take_over_home(
         &mut self,
         parts: PartSet,
         entries: impl Iterator<Item = (PageId, Holders, u64)>,
     ) {
         (self.me, self.origin) = (PartId::HOME, PartId::HOME);
         self.parts = parts;
-        self.forget_places();
+        self.reset_locations();
         let entries = entries.map(|(page, holders, number)| (page, Entry::idle(holders, number)));
         self.entries = entries.collect();
     }
 
-    /// Those of so many pages from one on, and the page after them, if there is one.
+    /// Placements of at most `most` pages starting from one, and the next page, if any.
     pub(super) fn placements(&self, from: PageId, most: usize) -> (Vec<Placement>, Option<PageId>) {
         let mut found: Vec<Placement> = Vec::new();
         for (count, (page, entry)) in self.entries.range(from..=LAST_PAGE).enumerate() {
             if count == most {
                 return (found, Some(page));
             }
-            if self.of(page) != self.me {
+            if self.directory_of(page) != self.me {
                 continue;
             }
             match found.last_mut() {
@@ -219,7 +221,7 @@ impl Directory {
     }
 
     pub(super) fn holders(&self, page: PageId) -> Option<Holders> {
-        if self.of(page) != self.me {
+        if self.directory_of(page) != self.me {
             return None;
         }
         match self.entries.get(page) {
@@ -228,7 +230,7 @@ impl Directory {
         }
     }
 
-    pub(super) fn is_going(&self, page: PageId, to: PartId) -> bool {
+    pub(super) fn is_moving_to(&self, page: PageId, to: PartId) -> bool {
         let goes = |request: &Request| *request == Request::Move { to };
         self.entries.get(page).is_some_and(|entry| {
             entry.queue.iter().any(goes) || matches!(entry.busy, Some((part, _)) if part == to)
@@ -241,72 +243,72 @@ impl Directory {
             .or_insert_with(page, || Entry::idle(Holders::Owner(origin), 0))
     }
 
-    /// Something is wanted of a page: at once, after what is under way, or of its
-    /// directory of today.
+    /// A request for a page: started immediately, queued after the current transaction, or
+    /// forwarded to its present directory.
     pub(super) fn request(
         &mut self,
         page: PageId,
         request: Request,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        let at = self.of(page);
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        let at = self.directory_of(page);
         if at != self.me {
             out.send(at, Message::Forward { page, request });
             return Ok(());
         }
-        // (Who asked for that had not heard of it.)
+        // (The requester had not learned of the departure.)
         if matches!(request, Request::Move { to } if !self.parts.contains(to)) {
             return Ok(());
         }
         self.check(page, &request)?;
         match request {
             Request::Want { part: for_whom, .. } | Request::Move { to: for_whom }
-                if self.left.contains_key(&for_whom) =>
+                if self.evacuated.contains_key(&for_whom) =>
             {
                 return Ok(());
             }
             _ => {}
         }
         let queue = &mut self.entry(page).queue;
-        // (Twice it is moved once.)
+        // (Duplicate moves are merged.)
         if !queue.contains(&request) {
             queue.push_back(request);
         }
-        self.go_on(page, out)
+        self.start_next(page, out)
     }
 
-    /// Pages in a row are to be at a part: as many as possible at once, of those that another
-    /// part alone has and with which nothing is under way.
-    pub(super) fn move_row(
+    /// Moves a run of pages to a part: pages with one exclusive holder and without a transaction in
+    /// batches, the others one by one.
+    pub(super) fn move_run(
         &mut self,
         page: PageId,
         pages: u32,
         to: PartId,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         let request = Request::Move { to };
-        // (Who asked for that had not heard of it.)
+        // (The requester had not learned of the departure.)
         if !self.parts.contains(to) {
             return Ok(());
         }
         let me = self.me;
-        // Of those that are fetched at once: who has them, and the message.
+        // Current batch: the holder and its transactions.
         let mut row: Option<(PartId, PageId, Vec<u64>)> = None;
-        for page in row_from(page).take(pages as usize) {
+        for page in pages_from(page).take(pages as usize) {
             let segment = self.segment(page);
-            let is_here = self.at(segment) == me && !self.leaving.contains_key(&segment);
-            let can = is_here && !self.left.contains_key(&to);
+            let is_here = self.location_of(segment) == me && !self.departing.contains_key(&segment);
+            let can = is_here && !self.evacuated.contains_key(&to);
             let entry = self.entry_if(page, can);
             let owner = entry.and_then(|entry| match entry.holders {
                 Holders::Owner(owner) if owner != to && entry.is_idle() => Some((owner, entry)),
                 _ => None,
             });
             let Some((owner, entry)) = owner else {
-                fetch_row(row.take(), me, to, out);
+                fetch_run(row.take(), me, to, out);
                 self.request(page, request, out)?;
                 continue;
             };
-            entry.number = raised(entry.number)?;
+            entry.number = incremented(entry.number)?;
             entry.busy = Some((to, request));
             entry.asked = PartSet::default().with(owner);
             entry.holders = Holders::Owner(to);
@@ -315,12 +317,12 @@ impl Directory {
             match &mut row {
                 Some((of, _, numbers)) if *of == owner => numbers.push(number),
                 _ => {
-                    fetch_row(row.take(), me, to, out);
+                    fetch_run(row.take(), me, to, out);
                     row = Some((owner, page, vec![number]));
                 }
             }
         }
-        fetch_row(row, me, to, out);
+        fetch_run(row, me, to, out);
         Ok(())
     }
 
@@ -328,12 +330,12 @@ impl Directory {
         can.then(|| self.entry(page))
     }
 
-    /// Something was asked of another part, and passed on: whoever asked asks here from now
-    /// on. (It may have come to be a part since the segment did.)
-    pub(super) fn passed_on(&mut self, page: PageId, request: &Request, out: &mut Out) {
+    /// A request was forwarded to this part: its requester is informed of the new directory. (It
+    /// may have joined after the segment arrived.)
+    pub(super) fn forwarded(&mut self, page: PageId, request: &Request, out: &mut Output) {
         let segment = self.segment(page);
         let (Request::Want { part, .. }, Some((version, at))) =
-            (request, self.places.get(&segment))
+            (request, self.relocated.get(&segment))
         else {
             return;
         };
@@ -343,11 +345,11 @@ impl Directory {
         }
     }
 
-    /// Whether something can be wanted of a page, beside what is.
-    fn check(&self, page: PageId, request: &Request) -> Result<(), Impossible> {
+    /// Validates a request for a page against the pending ones.
+    fn check(&self, page: PageId, request: &Request) -> Result<(), ProtocolError> {
         let is_right = match request {
             Request::Want { part, .. } => {
-                // Who waits for an answer asks nothing else.
+                // A part with a pending request sends no second one.
                 let asks = |queued: &Request| match queued {
                     Request::Want { part: by, .. } => by == part,
                     Request::Move { .. } | Request::Forget { .. } => false,
@@ -363,15 +365,15 @@ impl Directory {
         };
         match is_right {
             true => Ok(()),
-            false => Err(Impossible(format!("{request:?} of {page:?}"))),
+            false => Err(ProtocolError(format!("{request:?} of {page:?}"))),
         }
     }
 
-    /// Begins what is wanted next of a page, if nothing is under way with it.
-    fn go_on(&mut self, page: PageId, out: &mut Out) -> Result<(), Impossible> {
+    /// Starts the next request for a page without a transaction.
+    fn start_next(&mut self, page: PageId, out: &mut Output) -> Result<(), ProtocolError> {
         let segment = self.segment(page);
-        // (It may just have left.)
-        if self.leaving.contains_key(&segment) || self.at(segment) != self.me {
+        // (The segment may just have been handed over.)
+        if self.departing.contains_key(&segment) || self.location_of(segment) != self.me {
             return Ok(());
         }
         let me = self.me;
@@ -383,27 +385,26 @@ impl Directory {
             let Some(request) = entry.queue.pop_front() else {
                 return Ok(());
             };
-            if entry.begin(page, request, me, out)? {
+            if entry.start_transaction(page, request, me, out)? {
                 self.under_way += 1;
                 return Ok(());
             }
-            self.ended(request, out);
+            self.count_evacuated(request, out);
         }
     }
 
-    /// A transaction is over.
-    pub(super) fn done(
+    pub(super) fn complete(
         &mut self,
         page: PageId,
         number: u64,
         from: PartId,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
         let entry = self.entry(page);
         let request = match entry.busy {
             Some((to, request)) if to == from && entry.number == number => request,
             busy => {
-                return Err(Impossible(format!(
+                return Err(ProtocolError(format!(
                     "part {from} ended transaction {number} of {page:?}, where {busy:?} is under way"
                 )));
             }
@@ -411,54 +412,56 @@ impl Directory {
         entry.busy = None;
         entry.asked = PartSet::default();
         self.under_way = self.under_way.saturating_sub(1);
-        self.ended(request, out);
-        self.leave(self.segment(page), out)?;
-        self.go_on(page, out)
+        self.count_evacuated(request, out);
+        self.transfer_if_idle(self.segment(page), out)?;
+        self.start_next(page, out)
     }
 
-    /// Counts what a part that leaves still has.
-    fn ended(&mut self, request: Request, out: &mut Out) {
+    /// Updates the evacuation count of a leaving part.
+    fn count_evacuated(&mut self, request: Request, out: &mut Output) {
         let Request::Forget { part, .. } = request else {
             return;
         };
-        if let Some(left) = self.emptying.get_mut(&part) {
-            *left = left.saturating_sub(1);
-            if *left == 0 {
-                self.emptying.remove(&part);
-                out.command(Command::Emptied { part });
+        if let Some(evacuated) = self.evacuating.get_mut(&part) {
+            *evacuated = evacuated.saturating_sub(1);
+            if *evacuated == 0 {
+                self.evacuating.remove(&part);
+                out.command(Command::Evacuated { part });
             }
         }
     }
 
-    /// Takes all pages from a part. What it asked for itself comes to nothing.
-    pub(super) fn empty(
+    /// Evacuates a part. Its own pending requests are dropped.
+    pub(super) fn evacuate(
         &mut self,
         part: PartId,
         to: PartId,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        if self.left.get(&part) == Some(&to) {
-            // Asked again: it is said again when it is done, or at once.
-            if !self.emptying.contains_key(&part) {
-                out.command(Command::Emptied { part });
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        if self.evacuated.get(&part) == Some(&to) {
+            // A repeated request: completion is reported again, or immediately.
+            if !self.evacuating.contains_key(&part) {
+                out.command(Command::Evacuated { part });
             }
             return Ok(());
         }
-        let goes_on = self.parts.contains(to) && !self.left.contains_key(&to);
-        if part == to || part == self.origin || self.left.contains_key(&part) || !goes_on {
-            return Err(Impossible(format!("part {part} gives its pages to {to}")));
+        let goes_on = self.parts.contains(to) && !self.evacuated.contains_key(&to);
+        if part == to || part == self.origin || self.evacuated.contains_key(&part) || !goes_on {
+            return Err(ProtocolError(format!(
+                "part {part} gives its pages to {to}"
+            )));
         }
-        // Where a directory is counts for nothing beside that.
-        let staying: Vec<Segment> = std::mem::take(&mut self.leaving).into_keys().collect();
-        self.left.insert(part, to);
+        // Evacuation takes precedence over directory moves.
+        let staying: Vec<Segment> = std::mem::take(&mut self.departing).into_keys().collect();
+        self.evacuated.insert(part, to);
         let mut pages = BTreeSet::new();
         for (page, entry) in self.entries.iter() {
-            if entry.concerns(part) {
+            if entry.involves(part) {
                 pages.insert(page);
             }
         }
-        // One more, so that it does not end before all were asked for.
-        self.emptying.insert(part, pages.len() as u64 + 1);
+        // One extra, so that completion waits until all pages were requested.
+        self.evacuating.insert(part, pages.len() as u64 + 1);
         for page in &pages {
             self.entry(*page)
                 .queue
@@ -469,73 +472,77 @@ impl Directory {
             .filter(|page| staying.contains(&self.segment(*page)))
             .collect();
         for page in pages.into_iter().chain(staying) {
-            self.go_on(page, out)?;
+            self.start_next(page, out)?;
         }
-        self.ended(Request::Forget { part, to }, out);
+        self.count_evacuated(Request::Forget { part, to }, out);
         Ok(())
     }
 
-    /// These are the parts from now on.
-    pub(super) fn now_are(&mut self, parts: PartSet) {
+    /// Sets the current parts.
+    pub(super) fn set_parts(&mut self, parts: PartSet) {
         self.parts = parts;
     }
 
-    /// A part is none any more.
+    /// Removes a part.
     ///
     /// # Errors
-    /// [`Impossible`], if it has something, or is about to.
-    pub(super) fn forget(&mut self, part: PartId) -> Result<(), Impossible> {
-        let has = self.entries.iter().any(|(_, entry)| entry.concerns(part));
-        let is_directory = self.places.values().any(|(_, at)| *at == part);
-        if has || is_directory || part == self.origin || self.emptying.contains_key(&part) {
-            return Err(Impossible(format!("part {part} goes, and has pages")));
+    /// [`ProtocolError`] if it holds or is about to receive a page.
+    pub(super) fn remove_part(&mut self, part: PartId) -> Result<(), ProtocolError> {
+        let has = self.entries.iter().any(|(_, entry)| entry.involves(part));
+        let is_directory = self.relocated.values().any(|(_, at)| *at == part);
+        if has || is_directory || part == self.origin || self.evacuating.contains_key(&part) {
+            return Err(ProtocolError(format!("part {part} leaves with pages")));
         }
-        self.left.remove(&part);
+        self.evacuated.remove(&part);
         Ok(())
     }
 
     // ── other directories ───────────────────────────────────────────────
 
-    /// A segment is to have its directory elsewhere: as soon as nothing is under way in it,
-    /// or whoever is its directory is told. It stays while parts leave, and where it is to go
-    /// to none of the parts: who wanted that had not heard of it.
-    pub(super) fn hand(
+    /// Requests that a segment's directory moves: it is handed over once the segment has no
+    /// transaction, or the request is passed to its directory. Ignored while parts leave, and if
+    /// the target is not a part: the requester had not learned of its departure.
+    pub(super) fn hand_over(
         &mut self,
         segment: Segment,
         to: PartId,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        self.can_be(segment)?;
-        let at = self.at(segment);
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        self.check_segment(segment)?;
+        let at = self.location_of(segment);
         if at == to || !self.parts.contains(to) {
             return Ok(());
         }
         if at != self.me {
             out.send(at, Message::Hand { segment, to });
-        } else if self.left.is_empty() {
-            self.leaving.insert(segment, to);
-            self.leave(segment, out)?;
+        } else if self.evacuated.is_empty() {
+            self.departing.insert(segment, to);
+            self.transfer_if_idle(segment, out)?;
         }
         Ok(())
     }
 
-    /// All segments of which this part is the directory go home.
-    pub(super) fn give_back(&mut self, out: &mut Out) -> Result<(), Impossible> {
+    /// Returns all segments of this directory to the home.
+    pub(super) fn return_segments(&mut self, out: &mut Output) -> Result<(), ProtocolError> {
         if self.me == PartId::HOME {
             return Ok(());
         }
-        let places = self.places.iter();
-        let own = places.filter(|(_, (_, at))| *at == self.me);
+        let relocated = self.relocated.iter();
+        let own = relocated.filter(|(_, (_, at))| *at == self.me);
         for segment in own.map(|(segment, _)| *segment).collect::<Vec<_>>() {
-            self.leaving.insert(segment, PartId::HOME);
-            self.leave(segment, out)?;
+            self.departing.insert(segment, PartId::HOME);
+            self.transfer_if_idle(segment, out)?;
         }
         Ok(())
     }
 
-    /// Hands a segment over that is to leave, if nothing is under way in it.
-    fn leave(&mut self, segment: Segment, out: &mut Out) -> Result<(), Impossible> {
-        let Some(to) = self.leaving.get(&segment).copied() else {
+    /// Hands over a departing segment if it has no transaction.
+    fn transfer_if_idle(
+        &mut self,
+        segment: Segment,
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        let Some(to) = self.departing.get(&segment).copied() else {
             return Ok(());
         };
         let first = segment.number.saturating_mul(self.segment_pages);
@@ -552,14 +559,17 @@ impl Directory {
         {
             return Ok(());
         }
-        self.leaving.remove(&segment);
+        self.departing.remove(&segment);
         let entries = self.entries.take(range).into_iter();
         let pages: Vec<PageEntry> = entries
             .map(|(page, entry)| (page, entry.number, entry.holders, entry.queue.into()))
             .collect();
-        let version = self.places.get(&segment).map_or(0, |(version, _)| *version);
-        let version = raised(version)?;
-        self.places.insert(segment, (version, to));
+        let version = self
+            .relocated
+            .get(&segment)
+            .map_or(0, |(version, _)| *version);
+        let version = incremented(version)?;
+        self.relocated.insert(segment, (version, to));
         out.send(
             to,
             Message::Segment {
@@ -571,26 +581,29 @@ impl Directory {
         Ok(())
     }
 
-    /// This part is a segment's directory from now on, and tells the others.
-    pub(super) fn arrive(
+    /// Makes this part a segment's directory, and informs the others.
+    pub(super) fn adopt_segment(
         &mut self,
         from: PartId,
         segment: Segment,
         version: u64,
         pages: Vec<PageEntry>,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        self.can_be(segment)?;
-        let known = self.places.get(&segment).map_or(0, |(version, _)| *version);
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        self.check_segment(segment)?;
+        let known = self
+            .relocated
+            .get(&segment)
+            .map_or(0, |(version, _)| *version);
         let is_right = |(page, _, holders, _): &PageEntry| {
-            self.segment(*page) == segment && holders.are_among(self.parts)
+            self.segment(*page) == segment && holders.are_subset_of(self.parts)
         };
         if version <= known || !pages.iter().all(is_right) {
-            return Err(Impossible(format!(
+            return Err(ProtocolError(format!(
                 "{segment:?} comes in version {version}, {known} is known"
             )));
         }
-        self.places.insert(segment, (version, self.me));
+        self.relocated.insert(segment, (version, self.me));
         for part in self.parts.without(self.me).without(from).iter() {
             out.send(part, Message::SegmentAt { segment, version });
         }
@@ -598,30 +611,30 @@ impl Directory {
         for (page, number, holders, queue) in pages {
             let entry = Entry::idle(holders, number);
             if self.entries.insert(page, entry).is_some() {
-                return Err(Impossible(format!("{page:?} comes twice")));
+                return Err(ProtocolError(format!("{page:?} is listed twice")));
             }
             for request in queue {
                 self.check(page, &request)?;
                 self.entry(page).queue.push_back(request);
             }
-            // What a part had that has left here is to be had of its next owner.
-            for (part, to) in self.left.clone() {
-                if self.entry(page).concerns(part) {
-                    *self.emptying.entry(part).or_default() += 1;
+            // Pages of a part that has left belong to its successor.
+            for (part, to) in self.evacuated.clone() {
+                if self.entry(page).involves(part) {
+                    *self.evacuating.entry(part).or_default() += 1;
                     let forget = Request::Forget { part, to };
                     self.entry(page).queue.push_back(forget);
                 }
             }
         }
         for page in numbers {
-            self.go_on(page, out)?;
+            self.start_next(page, out)?;
         }
         Ok(())
     }
 
-    /// Tells a part that has come of what this one is the directory of.
-    pub(super) fn tell(&self, part: PartId, out: &mut Out) {
-        for (segment, (version, at)) in &self.places {
+    /// Announces the segments of this directory to a new part.
+    pub(super) fn announce_to(&self, part: PartId, out: &mut Output) {
+        for (segment, (version, at)) in &self.relocated {
             if *at == self.me {
                 let (segment, version) = (*segment, *version);
                 out.send(part, Message::SegmentAt { segment, version });
@@ -629,35 +642,38 @@ impl Directory {
         }
     }
 
-    /// A part is a segment's directory, if that is news.
+    /// Records a segment's directory, if the version is newer.
     ///
     /// # Errors
-    /// [`Impossible`], of a segment that cannot be.
-    pub(super) fn learn(
+    /// [`ProtocolError`] for a segment out of bounds.
+    pub(super) fn learn_location(
         &mut self,
         at: PartId,
         segment: Segment,
         version: u64,
-    ) -> Result<(), Impossible> {
-        self.can_be(segment)?;
-        let known = self.places.get(&segment).map_or(0, |(version, _)| *version);
+    ) -> Result<(), ProtocolError> {
+        self.check_segment(segment)?;
+        let known = self
+            .relocated
+            .get(&segment)
+            .map_or(0, |(version, _)| *version);
         if version > known {
-            self.places.insert(segment, (version, at));
+            self.relocated.insert(segment, (version, at));
         }
         Ok(())
     }
 
-    /// Whether there can be such a segment.
-    fn can_be(&self, segment: Segment) -> Result<(), Impossible> {
+    /// Checks the bounds of a segment.
+    fn check_segment(&self, segment: Segment) -> Result<(), ProtocolError> {
         match segment.number <= u32::MAX / self.segment_pages {
             true => Ok(()),
-            false => Err(Impossible(format!("there is no {segment:?}"))),
+            false => Err(ProtocolError(format!("there is no {segment:?}"))),
         }
     }
 }
 
-/// Has pages in a row, of which these are the transactions, sent by who has them.
-fn fetch_row(row: Option<(PartId, PageId, Vec<u64>)>, me: PartId, to: PartId, out: &mut Out) {
+/// Sends the batched fetch to the holder of a run of pages.
+fn fetch_run(row: Option<(PartId, PageId, Vec<u64>)>, me: PartId, to: PartId, out: &mut Output) {
     let Some((owner, page, mut numbers)) = row else {
         return;
     };
@@ -679,11 +695,11 @@ fn fetch_row(row: Option<(PartId, PageId, Vec<u64>)>, me: PartId, to: PartId, ou
     );
 }
 
-/// The number after a number; one that another part sent may be the last there is.
-fn raised(number: u64) -> Result<u64, Impossible> {
+/// The next number; a number from another part may be the largest possible.
+fn incremented(number: u64) -> Result<u64, ProtocolError> {
     number
         .checked_add(1)
-        .ok_or_else(|| Impossible("numbers of transactions have run out".into()))
+        .ok_or_else(|| ProtocolError("numbers of transactions have run out".into()))
 }
 
 impl Holders {
@@ -697,19 +713,19 @@ impl Holders {
 }
 
 impl Holders {
-    /// Whether they can be.
-    pub(super) fn are_among(self, parts: PartSet) -> bool {
+    /// Whether they are consistent, and among these parts.
+    pub(super) fn are_subset_of(self, parts: PartSet) -> bool {
         match self {
             Holders::Owner(owner) => parts.contains(owner),
-            Holders::Readers { keeper, readers } => {
-                readers.contains(keeper) && readers.iter().all(|part| parts.contains(part))
+            Holders::Readers { owner, readers } => {
+                readers.contains(owner) && readers.iter().all(|part| parts.contains(part))
             }
         }
     }
 }
 
 impl Entry {
-    /// A page with which nothing is under way.
+    /// A page without a transaction.
     fn idle(holders: Holders, number: u64) -> Self {
         Entry {
             holders,
@@ -724,10 +740,10 @@ impl Entry {
         self.busy.is_none() && self.queue.is_empty()
     }
 
-    /// Whether a part has the page, or it is on its way there, or from there: who gets it
-    /// may have nothing of it yet.
-    fn concerns(&self, part: PartId) -> bool {
-        let is_wanted = |request: &Request| match request {
+    /// Whether a part has the page, or is involved in its transaction: the receiver may not have it
+    /// yet.
+    fn involves(&self, part: PartId) -> bool {
+        let is_requested = |request: &Request| match request {
             Request::Want { part: by, .. } => *by == part,
             Request::Move { to } | Request::Forget { to, .. } => *to == part,
         };
@@ -735,25 +751,25 @@ impl Entry {
             || self
                 .busy
                 .is_some_and(|(to, _)| to == part || self.asked.contains(part))
-            || self.queue.iter().any(is_wanted)
+            || self.queue.iter().any(is_requested)
     }
 
-    /// Begins what is wanted; false if nothing needs to be done.
-    fn begin(
+    /// Starts a transaction; false if nothing needs to be done.
+    fn start_transaction(
         &mut self,
         page: PageId,
         request: Request,
         me: PartId,
-        out: &mut Out,
-    ) -> Result<bool, Impossible> {
+        out: &mut Output,
+    ) -> Result<bool, ProtocolError> {
         let (to, access, has, is_answer) = match request {
             Request::Want { part, access, has } => (part, access, has, true),
             Request::Move { to } => (to, Access::Write, false, false),
             Request::Forget { part, to } => match self.holders {
-                Holders::Readers { keeper, readers } if keeper != part => {
-                    // It never reads it again.
+                Holders::Readers { owner, readers } if owner != part => {
+                    // A leaving part never reads it again.
                     let readers = readers.without(part);
-                    self.holders = Holders::Readers { keeper, readers };
+                    self.holders = Holders::Readers { owner, readers };
                     return Ok(false);
                 }
                 _ if !self.holders.has(part) => return Ok(false),
@@ -763,7 +779,7 @@ impl Entry {
         if !is_answer && self.holders == Holders::Owner(to) {
             return Ok(false);
         }
-        self.number = raised(self.number)?;
+        self.number = incremented(self.number)?;
         self.busy = Some((to, request));
         let number = self.number;
         let txn = Txn {
@@ -771,7 +787,7 @@ impl Entry {
             directory: me,
             is_answer,
         };
-        let (from, others) = self.source(to, access, has);
+        let (from, others) = self.data_source(to, access, has);
         let acks = others.len();
         self.asked = from.map_or(others, |from| others.with(from));
         match from {
@@ -803,30 +819,31 @@ impl Entry {
             (Access::Write, _) => Holders::Owner(to),
             (Access::Read, Holders::Owner(owner)) if owner == to => self.holders,
             (Access::Read, Holders::Owner(owner)) => Holders::Readers {
-                keeper: owner,
+                owner,
                 readers: PartSet::default().with(owner).with(to),
             },
-            (Access::Read, Holders::Readers { keeper, readers }) => Holders::Readers {
-                keeper,
+            (Access::Read, Holders::Readers { owner, readers }) => Holders::Readers {
+                owner,
                 readers: readers.with(to),
             },
         };
         Ok(true)
     }
 
-    /// From whom a part gets the page (`None`: it has it), and who else gives it up.
-    fn source(&self, to: PartId, access: Access, has: bool) -> (Option<PartId>, PartSet) {
+    /// The supplier of the page for a part (`None`: it has a copy), and the other parts to
+    /// invalidate.
+    fn data_source(&self, to: PartId, access: Access, has: bool) -> (Option<PartId>, PartSet) {
         match (self.holders, access) {
             (Holders::Owner(owner), _) => ((owner != to).then_some(owner), PartSet::default()),
-            (Holders::Readers { keeper, .. }, Access::Read) => {
-                ((keeper != to).then_some(keeper), PartSet::default())
+            (Holders::Readers { owner, .. }, Access::Read) => {
+                ((owner != to).then_some(owner), PartSet::default())
             }
-            (Holders::Readers { keeper, readers }, Access::Write) => {
+            (Holders::Readers { owner, readers }, Access::Write) => {
                 let others = readers.without(to);
-                if keeper == to || has && readers.contains(to) {
+                if owner == to || has && readers.contains(to) {
                     (None, others)
                 } else {
-                    (Some(keeper), others.without(keeper))
+                    (Some(owner), others.without(owner))
                 }
             }
         }

@@ -1,149 +1,123 @@
-//! What the parts of a machine say to each other of its pages. Each is said under the
-//! machine's epoch, which whoever carries it checks; a page's bytes go beside
-//! [`Message::Data`].
+//! Messages between the parts of a machine about its pages. The transport carries and checks the
+//! machine's epoch, and transfers the bytes of pages with [`Message::Data`].
 
 use super::{Access, PageId, PartId, PartSet, Segment};
 use serde::{Deserialize, Serialize};
 
-/// Who holds a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Holders {
-    /// One part, which may write it.
+    /// One part, with write access.
     Owner(PartId),
-    /// Several, which may read it. Some of them may have dropped it.
+    /// Several parts, with read access. Some may have dropped their copy.
     Readers {
-        /// The one that has it for sure.
-        keeper: PartId,
-        /// All, with the keeper.
+        /// The part that certainly has a copy, and supplies it.
+        owner: PartId,
+        /// All of them, the owner included.
         readers: PartSet,
     },
 }
 
-/// What is wanted of a directory.
+/// A request to a directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Request {
-    /// A part wants to use the page.
+    /// A part requests access to the page.
     Want {
-        /// Which.
         part: PartId,
-        /// What for.
         access: Access,
-        /// Whether it has a copy, and keeps it until it is answered or told to give it up.
+        /// Whether it has a copy, which it keeps until the answer or an invalidation.
         has: bool,
     },
-    /// The page is to be at a part.
-    Move {
-        /// Which.
-        to: PartId,
-    },
-    /// A part is to have no copy any more.
+    /// Moves the page to a part.
+    Move { to: PartId },
+    /// Removes the copy of a part.
     Forget {
-        /// Which.
         part: PartId,
-        /// Who gets the page if nobody else has it.
+        /// Receives the page if no other part has it.
         to: PartId,
     },
 }
 
-/// A page, as its next directory gets it: its last transaction, who holds it, what is
-/// wanted of it.
+/// State of a page for its next directory: last transaction, holders, queued requests.
 pub type PageEntry = (PageId, u64, Holders, Vec<Request>);
 
-/// A transaction of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Txn {
-    /// Its number, which rises for each page.
+    /// Increases for each page.
     pub number: u64,
-    /// Who is told of its end.
+    /// The directory, which is informed of its end.
     pub directory: PartId,
-    /// Whether who gets the page has asked for it.
+    /// Whether the receiver has requested the page.
     pub is_answer: bool,
 }
 
-/// What a part says to another.
+/// A message from one part to another.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Message {
-    /// To the directory: the sender wants to use a page.
+    /// To the directory: the sender requests access to a page.
     Want {
-        /// The page.
         page: PageId,
-        /// What for.
         access: Access,
         /// As in [`Request::Want`].
         has: bool,
     },
-    /// To the directory: pages in a row are to be at a part.
+    /// To the directory: move a run of pages to a part.
     Move {
         /// The first.
         page: PageId,
-        /// How many they are, [`ROW_PAGES_MAX`] at most.
+        /// How many they are, [`RUN_PAGES_MAX`] at most.
         pages: u32,
-        /// Where to.
         to: PartId,
     },
-    /// To the next directory: what was asked of the one before.
-    Forward {
-        /// The page.
-        page: PageId,
-        /// What is wanted.
-        request: Request,
-    },
-    /// From the directory to who holds a page, or some in a row: send it to another part.
+    /// To the next directory: a request sent to the previous one.
+    Forward { page: PageId, request: Request },
+    /// From the directory to a holder of a page or a run: send it to another part.
     Fetch {
         /// The first page.
         page: PageId,
         /// That page's transaction.
         txn: Txn,
-        /// Who gets it.
         to: PartId,
-        /// What for: to be written, the sender keeps no copy.
+        /// Write: the sender keeps no copy.
         access: Access,
-        /// How many [`Message::Ack`] that part gets from others.
+        /// Number of [`Message::Ack`] that the receiver gets from others.
         acks: u8,
-        /// Numbers of the transactions of the pages that follow; all else is as of the first.
+        /// Transaction numbers of the following pages; all else is as for the first.
         more: Vec<u64>,
     },
-    /// From the directory to a reader: give the copy up, and tell who writes.
+    /// From the directory to a reader: drop the copy, and acknowledge to the writer.
     Invalidate {
-        /// The page.
         page: PageId,
         /// Number of the page's transaction.
         number: u64,
-        /// Who writes.
         to: PartId,
     },
-    /// From the directory: the copy that is there is right.
+    /// From the directory: the present copy is valid for this access.
     Grant {
-        /// The page.
         page: PageId,
-        /// The page's transaction.
         txn: Txn,
-        /// What for.
         access: Access,
-        /// How many [`Message::Ack`] come from others.
+        /// Number of [`Message::Ack`] from others.
         acks: u8,
     },
-    /// From who holds it: the page, or some in a row.
+    /// From a holder: a page or a run.
     Data {
         /// The first page.
         page: PageId,
         /// That page's transaction.
         txn: Txn,
-        /// What for.
         access: Access,
-        /// How many [`Message::Ack`] come from others.
+        /// Number of [`Message::Ack`] from others.
         acks: u8,
         /// As in [`Message::Fetch`].
         more: Vec<u64>,
     },
-    /// From a reader: it has no copy any more.
+    /// From a reader: its copy is dropped.
     Ack {
-        /// The page.
         page: PageId,
         /// Number of the page's transaction.
         number: u64,
     },
-    /// To the directory: the transaction is over, of a page, or each of some in a row.
+    /// To the directory: the transaction of a page, or of each page of a run, is complete.
     Done {
         /// The first page.
         page: PageId,
@@ -152,36 +126,29 @@ pub enum Message {
         /// As in [`Message::Fetch`].
         more: Vec<u64>,
     },
-    /// To the next directory of a segment: all that is known of it. Pages that are not
-    /// named are where they were when the machine began to span.
+    /// To the next directory of a segment: its complete state. Omitted pages are in their initial
+    /// place.
     Segment {
-        /// The segment.
         segment: Segment,
-        /// How often its directory has changed.
+        /// Number of times that its directory changed.
         version: u64,
-        /// Its pages.
         pages: Vec<PageEntry>,
     },
-    /// To a segment's directory: another part is to be it.
-    Hand {
-        /// The segment.
-        segment: Segment,
-        /// Which.
-        to: PartId,
-    },
-    /// From the home: all segments of which a part is the directory go home.
+    /// To a segment's directory: hand it over to another part.
+    Hand { segment: Segment, to: PartId },
+    /// From the home: all segments of a part return to the home.
     Gather,
-    /// From a segment's directory to all others, and to who asked another part, or has come.
+    /// From a segment's directory to all others: its new location. Also to requesters that used a
+    /// stale location, and to new parts.
     SegmentAt {
-        /// The segment.
         segment: Segment,
-        /// How often its directory has changed.
+        /// Number of times that its directory changed.
         version: u64,
     },
 }
 
 impl Message {
-    /// The segment that it speaks of.
+    /// The segment concerned.
     pub fn segment(&self) -> Option<Segment> {
         match self {
             Message::Segment { segment, .. }
@@ -191,8 +158,8 @@ impl Message {
         }
     }
 
-    /// The pages in a row that it speaks of: the first, and how many.
-    pub fn row(&self) -> Option<(PageId, usize)> {
+    /// The run of pages concerned: the first, and their number.
+    pub fn run(&self) -> Option<(PageId, usize)> {
         match self {
             Message::Want { page, .. }
             | Message::Forward { page, .. }
@@ -210,9 +177,9 @@ impl Message {
         }
     }
 
-    /// The pages that it speaks of; of a row the first and the last.
+    /// The pages concerned; of a run the first and the last.
     pub fn pages(&self) -> impl Iterator<Item = PageId> {
-        let row = self.row().map(|(first, count)| {
+        let row = self.run().map(|(first, count)| {
             let behind = u32::try_from(count.saturating_sub(1)).unwrap_or(u32::MAX);
             let number = first.number.saturating_add(behind);
             [first, PageId { number, ..first }]
@@ -226,5 +193,5 @@ impl Message {
     }
 }
 
-/// The most pages of which is spoken as of a row.
-pub const ROW_PAGES_MAX: usize = 1024;
+/// Maximum pages of a run in one message.
+pub const RUN_PAGES_MAX: usize = 1024;

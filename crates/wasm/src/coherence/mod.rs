@@ -1,38 +1,36 @@
-//! The pages of a machine that spans: which part has which, and how they change hands.
+//! Cache coherence for the pages of a machine that spans several nodes.
 //!
-//! A machine with several parts has one memory. Each page is written by one part or read
-//! by several, never both; so the memory of the whole is that of one computer, page by
-//! page (single writer or multiple readers: Li and Hudak, "Memory Coherence in Shared
-//! Virtual Memory Systems", 1989; data is forwarded by its owner in three hops, as in
-//! DASH, Lenoski and others, 1990). This module decides; it has no memory, no
-//! connections and no clock. Whoever runs it tells it of faults and messages and does
-//! what it says, in the order in which it says it.
+//! A machine with several parts has one memory. At any time a page has a single writer or multiple
+//! readers, so memory is sequentially consistent per page (Li and Hudak, "Memory Coherence in
+//! Shared Virtual Memory Systems", 1989; an owner forwards data in three hops, as in DASH, Lenoski
+//! and others, 1990). This module is a pure state machine without memory, connections or clock. Its
+//! driver passes faults and messages to it and executes its commands in order.
 //!
-//! What moves, and what comes of it, is said of many pages in a row at once where they are
-//! alike; it means the same as if it were said of each of them.
+//! Messages and commands about runs of contiguous pages in the same state are batched; a batch is
+//! equivalent to one message per page.
 //!
-//! Each page has a *directory*, the part that knows who holds it: by default the home,
-//! by segments of pages any part. A part's own copy of a page:
+//! Each page has a *directory*, the part that records its holders: by default the home, or any part
+//! for a segment of pages. The states of a part's copy of a page:
 //!
 //! ```text
 //!               Data(Read)                         Grant, Data(Write)
 //!   Invalid ───────────────▶ Shared ─────────────────────────────▶ Modified
 //!     ▲ ▲ ▲                    │  │                                   │   │
-//!     │ │ └─ dropped, at will ─┘  │          Grant        Fetch(Read) │   │
-//!     │ └──── Invalidate ─────────┘     Kept ◀────────────────────────┘   │
+//!     │ │ └──── drop (local) ───┘  │          Grant        Fetch(Read) │   │
+//!     │ └──── Invalidate ─────────┘     Owned ◀───────────────────────┘   │
 //!     │                                  │ │ ───────────▶ Modified        │
 //!     └──── Fetch(Write), Invalidate ────┘                                │
 //!     └──── Fetch(Write) ─────────────────────────────────────────────────┘
 //! ```
 //!
-//! *Kept* is the copy of the part that wrote last: it is read like a shared one, but
-//! others get the page from it, so it is not dropped at will.
+//! *Owned* is the copy of the last writer: it is readable like a shared one, but supplies the page
+//! to others, so it must not be dropped at will (the O state of MOESI).
 //!
-//! A fault, seen from all sides (the directory is often the owner, or the part itself,
-//! and then those messages need no connection):
+//! Handling of a fault (the directory is often the owner or the faulting part itself, and those
+//! messages need no connection):
 //!
 //! ```text
-//!   part          directory          owner, keeper         other readers
+//!   part          directory          owner                 other readers
 //!    │─── Want ──────▶│                   │                      │
 //!    │                │───── Fetch ──────▶│                      │
 //!    │                │───── Invalidate ──┼─────────────────────▶│   (Write)
@@ -41,60 +39,56 @@
 //!    │─── Done ──────▶│
 //! ```
 //!
-//! Who has a copy already gets *Grant* from the directory instead of Data. The directory
-//! does nothing else with a page until Done has come; what is wanted meanwhile waits
-//! there, in order. So of a page there is one transaction at a time, and all that a part
-//! hears of a page between Want and Done belongs to it, in whatever order it comes: nothing
-//! depends on the order of messages, on one connection or between several. (That nothing is
-//! on its way does, see below.)
+//! A part that has a copy already receives *Grant* from the directory instead of Data. The
+//! directory defers all other requests for a page, in order, until Done. So there is one
+//! transaction per page at a time, and all messages about a page that a part receives between Want
+//! and Done belong to it, in any order: the protocol does not depend on message order, on one
+//! connection or between several. (Quiescence detection does, see below.)
 //!
-//! A part that was just given a page that it asked for holds it for a moment before it
-//! gives it away ([`Config::hold_micros`]), so that the access that asked for it takes
-//! place; the host pins a page while it copies. What asks for it meanwhile is put off, not
-//! refused. What was only moved there may go on at once.
+//! After a fault a part holds the page for a short time ([`Config::hold_micros`]) so that the
+//! faulting access completes; the host pins a page while it copies. Requests for a held page are
+//! deferred, not refused. A page that was only moved there is not held.
 //!
-//! A segment's directory moves when nothing is under way in it ([`Event::MoveDirectory`]):
+//! A segment's directory moves when the segment has no transaction ([`Event::MoveDirectory`]):
 //!
 //! ```text
 //!   a part          directory           next directory      others
 //!    │─── Hand ───────▶│                     │                 │
 //!    │                 │─── Segment ────────▶│                 │
 //!    │◀──────────── SegmentAt ───────────────│──── SegmentAt ─▶│
-//!    │─── Want ───────▶│─── Forward ────────▶│   (who had not heard of it)
+//!    │─── Want ───────▶│─── Forward ────────▶│   (from a stale requester)
 //!    │◀──────────── SegmentAt ───────────────│
 //! ```
 //!
-//! Before a part goes, or the home moves, all segments are the home's again
-//! ([`Event::Gather`]), and nothing is on its way of before ([`Traffic`]): so nobody asks a
-//! part that is gone. Who comes is told by each directory what it is the directory of, as
-//! soon as that knows of it, or gets a segment later: by whoever has it when the last one,
-//! the home, knows of it.
+//! Before a part leaves or the home migrates, all segments return to the home ([`Event::Gather`])
+//! and the protocol is quiescent ([`Traffic`]): so no message is sent to a part that has left. Each
+//! directory announces its segments to a new part as soon as it learns of it; for a segment that it
+//! receives later, the previous directory announces it. The home learns of the part last.
 //!
-//! Parts come and go while the others run. Who comes has nothing; who goes gives up what it
-//! has first ([`Event::Empty`]), so no transaction ever concerns it again. A page that is to
-//! move to a part that is none of them stays where it is.
+//! Parts join and leave while the others run. A new part has no pages; a leaving part first gives
+//! up its pages ([`Event::Evacuate`]), so no later transaction involves it. A move of a page to a
+//! part that is not a member is ignored.
 //!
-//! A message of which this part knows that it cannot be is an error that ends the machine
-//! ([`Command::Fail`]): its memory is not what the parts think it is. Parts trust each
-//! other beyond that: they are one machine.
+//! A message that violates the protocol is an error that ends the machine ([`Command::Fail`]): its
+//! memory is no longer consistent. Beyond that parts trust each other: they are one machine.
 //!
-//! - `message`: what parts say to each other
-//! - `directory`: who holds what, and who waits for it
-//! - `copies`: what this part holds
-//! - `traffic`: whether nothing is on its way between parts
-//! - `succession`: the home moves
-//! - `page_map`: what both are kept in
+//! - `message`: messages between parts
+//! - `directory`: holders of pages and queued requests
+//! - `copies`: copies of this part
+//! - `traffic`: quiescence detection
+//! - `home_migration`: migration of the home
+//! - `page_map`: the map from pages to their state
 
 mod copies;
 mod directory;
+mod home_migration;
 mod message;
 mod page_map;
-mod succession;
 mod traffic;
 
 pub use copies::Copy;
-pub use message::{Holders, Message, PageEntry, ROW_PAGES_MAX, Request, Txn};
-pub use succession::{Held, Holdings};
+pub use home_migration::{HeldRun, Holdings};
+pub use message::{Holders, Message, PageEntry, RUN_PAGES_MAX, Request, Txn};
 pub use traffic::Traffic;
 
 use copies::Copies;
@@ -102,10 +96,10 @@ use directory::Directory;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
-/// Parts that a machine has at most.
+/// Maximum number of parts of a machine.
 pub const PARTS_MAX: usize = 64;
 
-/// A part of a machine: its number in the machine's set of parts, below [`PARTS_MAX`].
+/// A part of a machine: its number, below [`PARTS_MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "u8")]
 pub struct PartId(u8);
@@ -122,13 +116,12 @@ impl PartId {
     /// The home has number 0.
     pub const HOME: PartId = PartId(0);
 
-    /// `None` for a number that no part has.
+    /// `None` if `number` is not below [`PARTS_MAX`].
     pub fn new(number: usize) -> Option<Self> {
         let number = u8::try_from(number).ok()?;
         (usize::from(number) < PARTS_MAX).then_some(PartId(number))
     }
 
-    /// Its number.
     pub fn number(self) -> usize {
         self.0.into()
     }
@@ -140,29 +133,25 @@ impl std::fmt::Display for PartId {
     }
 }
 
-/// A set of parts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PartSet(u64);
 
 impl PartSet {
-    /// Those, and one more.
     #[must_use]
     pub fn with(self, part: PartId) -> Self {
         PartSet(self.0 | 1 << (part.0 & 63))
     }
 
-    /// Those without one.
     #[must_use]
     pub fn without(self, part: PartId) -> Self {
         PartSet(self.0 & !(1 << (part.0 & 63)))
     }
 
-    /// Whether it is one of them.
+    /// Whether the set contains a part.
     pub fn contains(self, part: PartId) -> bool {
         self.0 & 1 << (part.0 & 63) != 0
     }
 
-    /// How many they are.
     pub fn len(self) -> u8 {
         self.0.count_ones() as u8
     }
@@ -172,7 +161,7 @@ impl PartSet {
         self.0 == 0
     }
 
-    /// All, by number.
+    /// All parts, in ascending order.
     pub fn iter(self) -> impl Iterator<Item = PartId> {
         (0..PARTS_MAX as u8)
             .map(PartId)
@@ -186,250 +175,193 @@ impl FromIterator<PartId> for PartSet {
     }
 }
 
-/// A page of 4 KiB; by default the first.
+/// A page of 4 KiB.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub struct PageId {
-    /// The machine's memory.
     pub memory: u32,
-    /// Number of the page in it.
+    /// Index of the page.
     pub number: u32,
 }
 
-/// Pages that have the same directory: so many in a row, by [`Config::segment_pages`].
+/// A segment: contiguous pages with one directory, [`Config::segment_pages`] of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Segment {
-    /// The machine's memory.
     pub memory: u32,
-    /// Number of the segment in it.
+    /// Index of the segment.
     pub number: u32,
 }
 
-/// Pages in a row that the same parts hold.
+/// A run of pages with the same holders.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
-    /// The machine's memory.
     pub memory: u32,
-    /// Number of the first page.
+    /// Index of the first page.
     pub first: u32,
-    /// How many they are.
     pub pages: u32,
-    /// Who holds them.
     pub holders: Holders,
-    /// How often they changed hands so far, all together.
+    /// Total number of times that these pages changed hands.
     pub exchanges: u64,
-    /// The part that knows it.
     pub directory: PartId,
 }
 
-/// What is done with a page.
+/// Kind of access to a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Access {
-    /// Read.
     Read,
-    /// Read and written.
     Write,
 }
 
-/// What a part is told at its beginning.
+/// Initial configuration of a part.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Config {
-    /// This part.
     pub me: PartId,
     /// All parts.
     pub parts: PartSet,
-    /// The part that had all pages when the machine began to span.
+    /// The part that had all pages when the machine started to span.
     pub origin: PartId,
-    /// Pages of a segment; not zero, and the same for all parts.
+    /// Pages per segment; not zero, and equal for all parts.
     pub segment_pages: u32,
-    /// For how long a page stays where it just came: at least this long, and less than
-    /// twice that, at random, so that two parts that need the same two pages do not take
-    /// turns for ever.
+    /// Minimum hold time of a page after a fault. The actual time is random, up to twice as long,
+    /// so that two parts that need the same two pages do not livelock.
     pub hold_micros: u64,
-    /// What that is drawn from.
     pub seed: u64,
 }
 
-/// What a part hears of.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// A thread here stands at a page, or the host needs it.
+    /// A thread here faults on a page, or the host needs it.
     Fault {
-        /// The page.
         page: PageId,
-        /// What for.
         access: Access,
     },
-    /// Another part said something. A page that came with it is kept by whoever runs
-    /// this, until [`Command::Install`] or [`Command::Allow`] of that page.
+    /// A message of another part. The driver keeps a page that came with it until
+    /// [`Command::Install`] or [`Command::AllowWrite`] for that page.
     Message {
-        /// Who.
         from: PartId,
-        /// What.
         message: Message,
     },
-    /// Time has passed.
     Tick,
-    /// The host copies to or from a page, which stays here until it is done. Only where
-    /// [`Coherence::access`] says that it is here.
+    /// The host starts copying to or from a page, which stays here meanwhile. Only valid if
+    /// [`Coherence::access`] allows it.
     Pin {
-        /// The page.
         page: PageId,
     },
-    /// It is done.
     Unpin {
-        /// The page.
         page: PageId,
     },
-    /// Memory is short: a copy is given up that others have, too. Nothing happens to one
-    /// that is needed ([`Coherence::can_drop`]).
+    /// Drops a shared copy to free memory. No effect on a copy that is needed
+    /// ([`Coherence::can_drop`]).
     Drop {
-        /// The page.
         page: PageId,
     },
-    /// Pages in a row are to be at a part (an object moves, or memory is short).
+    /// A run of pages moves to a part (object move, or memory pressure).
     Move {
         /// The first.
         page: PageId,
-        /// How many they are, [`ROW_PAGES_MAX`] at most.
+        /// Number of parts.
         pages: u32,
-        /// Where to.
         to: PartId,
     },
-    /// A segment gets another directory, once nothing is under way in it; not while parts
+    /// A segment's directory moves as soon as the segment has no transaction; ignored while parts
     /// leave.
     MoveDirectory {
-        /// The segment.
         segment: Segment,
-        /// Which.
         to: PartId,
     },
-    /// All segments get the home for their directory. Only of the home; it has them, and all
-    /// know, when nothing is on its way any more, if no other was moved meanwhile
+    /// All segments return to the home. Only valid at the home; complete, and known to all parts,
+    /// once the protocol is quiescent, if no other segment moved meanwhile
     /// ([`Coherence::directories`]).
     Gather,
-    /// A part whose threads have left gives up its pages: those of which this part is
-    /// the directory. [`Command::Emptied`] says when it has none of them.
-    Empty {
-        /// The part.
+    /// A leaving part without threads gives up the pages of which this part is the directory.
+    /// [`Command::Evacuated`] reports completion.
+    Evacuate {
         part: PartId,
-        /// Who gets them.
         to: PartId,
     },
-    /// A part is one of them from now on, and can be told something; it has nothing, and was
-    /// told of all of them.
-    /// The home is the last that is told, and nothing is to be moved there before.
+    /// A part joins: it is reachable, has no pages, and knows all parts. The home is notified last;
+    /// no page moves to the part before that.
     Join {
-        /// The part.
         part: PartId,
     },
-    /// A part that gave up what it had is none of them any more; the home is the first
-    /// that is told. What it said before and is heard later counts no more.
-    Gone {
-        /// The part.
+    /// A part that was evacuated has left; the home is notified first. Messages of it that arrive
+    /// later are ignored.
+    PartLeft {
         part: PartId,
     },
-    /// The home's number means another part from now on, whose own number is free; nothing
-    /// is under way anywhere ([`Coherence::succeed`]).
-    Succeeded {
-        /// Which.
-        by: PartId,
+    /// The home migrated: the home's number means another part from now on, whose own number is
+    /// free; the protocol is quiescent ([`Coherence::take_over_home`]).
+    HomeMigrated {
+        new_home: PartId,
     },
 }
 
-/// What is to be done. In this order, and before the next event.
+/// Commands to the driver, to be executed in order and before the next event.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Command {
-    /// Says something to another part.
-    Send {
-        /// Which.
-        to: PartId,
-        /// What.
-        message: Message,
-    },
-    /// Says something to another part, [`Message::Data`], and sends the bytes of its pages
-    /// with it.
-    SendPages {
-        /// Which.
-        to: PartId,
-        /// What.
-        message: Message,
-    },
-    /// Puts pages in a row in place that came last, for this access, and wakes their
-    /// waiters. Several only if they came with the message that is heard just now.
+    /// Sends a message to another part.
+    Send { to: PartId, message: Message },
+    /// Sends [`Message::Data`] to another part, with the bytes of its pages.
+    SendPages { to: PartId, message: Message },
+    /// Installs the latest received bytes of a run of pages with this access, and wakes waiters.
+    /// More than one page only if they came with the current message.
     Install {
         /// The first.
         page: PageId,
-        /// How many they are.
         pages: u32,
-        /// What is allowed.
         access: Access,
     },
-    /// Lets a page that is here be written, and wakes its waiters.
-    Allow {
-        /// The page.
-        page: PageId,
-    },
-    /// Wakes a page's waiters: what they want is there.
-    Wake {
-        /// The page.
-        page: PageId,
-    },
-    /// Pages in a row that may be written may only be read; when this is done, nobody
-    /// writes.
+    /// Allows writes to a resident page, and wakes its waiters.
+    AllowWrite { page: PageId },
+    /// Wakes the waiters of a page: the access is possible.
+    Wake { page: PageId },
+    /// Write-protects a run of pages; after it no thread writes them.
     Protect {
         /// The first.
         page: PageId,
-        /// How many they are.
         pages: u32,
     },
-    /// Pages in a row are no longer here; when this is done, nobody reads them.
+    /// Unmaps a run of pages; after it no thread reads them.
     Discard {
         /// The first.
         page: PageId,
-        /// How many they are.
         pages: u32,
     },
-    /// [`Event::Tick`] is wanted then (or soon after), in the time of `now`.
+    /// Requests [`Event::Tick`] at or soon after this time, on the clock of `now`.
     TickAt {
         /// When.
         micros: u64,
     },
-    /// Nothing is had of a part any more of which this one is the directory: it may still
-    /// read copies, so its threads must not come back. Said again if a directory came
-    /// here since, of a page that the part had.
-    Emptied {
-        /// The part.
-        part: PartId,
-    },
-    /// Memory is not what it should be. Nothing more is done.
-    Fail {
-        /// Why.
-        reason: String,
-    },
+    /// A leaving part holds none of the pages of which this part is the directory. Its stale copies
+    /// may still be readable, so its threads must not return. Repeated if this part became the
+    /// directory of a segment with pages of that part since.
+    Evacuated { part: PartId },
+    /// Memory is inconsistent. No further command follows.
+    Fail { reason: String },
 }
 
-/// One part's view of the machine's pages.
+/// The coherence state of one part.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Coherence {
     me: PartId,
     parts: PartSet,
-    /// Those that were, and are none any more.
+    /// Former parts.
     gone: PartSet,
     directory: Directory,
     copies: Copies,
     failed: bool,
 }
 
-/// What the two halves of a part want done; what they say to each other is passed on here.
+/// Output of the two halves of a part (directory and copies); messages to this part are delivered
+/// locally.
 #[derive(Debug, Default)]
-struct Out {
+struct Output {
     messages: VecDeque<(PartId, Message)>,
     commands: Vec<Command>,
 }
 
-impl Out {
+impl Output {
     fn send(&mut self, to: PartId, message: Message) {
         self.messages.push_back((to, message));
     }
@@ -439,29 +371,28 @@ impl Out {
     }
 }
 
-/// What cannot be.
 #[derive(Debug)]
-struct Impossible(String);
+struct ProtocolError(String);
 
-/// A page and those that follow it.
-fn row_from(page: PageId) -> impl Iterator<Item = PageId> {
+/// A page and its successors.
+fn pages_from(page: PageId) -> impl Iterator<Item = PageId> {
     let numbers = page.number..=u32::MAX;
     numbers.map(move |number| PageId { number, ..page })
 }
 
-/// Whether there can be so many pages in a row, and it can be spoken of them at once.
-fn check_row(page: PageId, pages: usize) -> Result<(), Impossible> {
+/// Checks the bounds of a run of pages.
+fn check_run(page: PageId, pages: usize) -> Result<(), ProtocolError> {
     let is_there = (u64::from(page.number) + pages as u64) <= 1 << 32;
-    match (1..=ROW_PAGES_MAX).contains(&pages) && is_there {
+    match (1..=RUN_PAGES_MAX).contains(&pages) && is_there {
         true => Ok(()),
-        false => Err(Impossible(format!(
-            "{pages} pages in a row from {page:?} on"
+        false => Err(ProtocolError(format!(
+            "a run of {pages} pages from {page:?}"
         ))),
     }
 }
 
 impl Coherence {
-    /// A part at the moment when the machine begins to span.
+    /// The state of a part when the machine starts to span.
     pub fn new(config: Config) -> Self {
         let (me, parts) = (config.me, config.parts);
         Coherence {
@@ -474,183 +405,182 @@ impl Coherence {
         }
     }
 
-    /// What this part may do with a page now.
+    /// Current access rights to a page.
     pub fn access(&self, page: PageId) -> Option<Access> {
         match self.copies.copy(page) {
             Copy::Invalid => None,
-            Copy::Shared | Copy::Kept => Some(Access::Read),
+            Copy::Shared | Copy::Owned => Some(Access::Read),
             Copy::Modified => Some(Access::Write),
         }
     }
 
-    /// How it has a page.
     pub fn copy(&self, page: PageId) -> Copy {
         self.copies.copy(page)
     }
 
-    /// How it has pages that are, or may be, not as they were at the beginning: those from
-    /// one on, in their order.
-    pub fn changed_from(&self, page: PageId) -> impl Iterator<Item = (PageId, Copy)> {
-        self.copies.changed_from(page)
+    /// States of the pages from `page` on that may differ from their initial state, in ascending
+    /// order.
+    pub fn entries_from(&self, page: PageId) -> impl Iterator<Item = (PageId, Copy)> {
+        self.copies.entries_from(page)
     }
 
-    /// Whether a copy may be dropped at will.
+    /// Whether a copy may be dropped.
     pub fn can_drop(&self, page: PageId) -> bool {
         self.copies.can_drop(page)
     }
 
-    /// Whether a page is to be given away and is held or pinned: no further pin then, or
-    /// who wants it might wait for ever.
-    pub fn is_put_off(&self, page: PageId) -> bool {
-        self.copies.is_put_off(page)
+    /// Whether a request for a held or pinned page is deferred: it must not be pinned again, or the
+    /// requester might starve.
+    pub fn is_deferred(&self, page: PageId) -> bool {
+        self.copies.is_deferred(page)
     }
 
-    /// Whether a page was asked for and has not come.
-    pub fn is_wanted(&self, page: PageId) -> bool {
-        self.copies.is_wanted(page)
+    /// Whether a page was requested and has not arrived.
+    pub fn is_requested(&self, page: PageId) -> bool {
+        self.copies.is_requested(page)
     }
 
-    /// Whether nothing is under way, as far as this part knows.
-    pub fn is_quiet(&self) -> bool {
-        self.copies.is_quiet() && self.directory.is_quiet()
+    /// Whether this part knows of no transaction.
+    pub fn is_quiescent(&self) -> bool {
+        self.copies.is_quiescent() && self.directory.is_quiescent()
     }
 
-    /// Whether parts gave up what they had, or do so, as this part, their directory, knows.
-    pub fn are_leaving(&self) -> bool {
-        self.directory.are_leaving()
+    /// Whether parts have been or are being evacuated, as far as this directory knows.
+    pub fn has_leaving_parts(&self) -> bool {
+        self.directory.has_leaving_parts()
     }
 
-    /// Who holds a page, if this part is its directory and nothing is under way with it.
+    /// The holders of a page, if this part is its directory and it has no transaction.
     pub fn holders(&self, page: PageId) -> Option<Holders> {
         self.directory.holders(page)
     }
 
-    /// Whether a page of which this part is the directory is about to be at a part, as
-    /// [`Event::Move`] wanted or that part did. One that is not, and was to move there, has
-    /// been there: it may be elsewhere again.
-    pub fn is_going(&self, page: PageId, to: PartId) -> bool {
-        self.directory.is_going(page, to)
+    /// Whether a page of this directory is about to arrive at a part, by [`Event::Move`] or a
+    /// request of that part. A page that was to move there and is not about to has been there; it
+    /// may be elsewhere again.
+    pub fn is_moving_to(&self, page: PageId, to: PartId) -> bool {
+        self.directory.is_moving_to(page, to)
     }
 
-    /// Where the pages are of which this part is the directory and that have ever changed
-    /// hands, in rising order; all others are where they were at the beginning. Of so many
-    /// such pages, at most, from one on; and the page after them.
+    /// Placements of the pages of this directory that have ever changed hands, in ascending order;
+    /// all others are in their initial place. At most `most` pages, starting from one; also returns
+    /// the next page.
     pub fn placements(&self, from: PageId, most: usize) -> (Vec<Placement>, Option<PageId>) {
         self.directory.placements(from, most)
     }
 
-    /// Segments of which another part than the home is the directory, as far as this part
-    /// knows, and which part that is.
+    /// Segments whose directory is not the home, as far as this part knows, with the directory.
     pub fn directories(&self) -> impl Iterator<Item = (Segment, PartId)> {
-        self.directory.elsewhere()
+        self.directory.remote_segments()
     }
 
     /// Whether this part is the directory of a page.
     pub fn is_directory_of(&self, page: PageId) -> bool {
-        self.directory.of(page) == self.me
+        self.directory.directory_of(page) == self.me
     }
 
-    /// Of a range of pages those of which another part than the home is the directory, as far
-    /// as this part knows, and which; in rising order, segment by segment.
+    /// The subset of a range of pages whose directory is not the home, as far as this part knows,
+    /// with the directory; in ascending order, segment by segment.
     pub fn directories_in(
         &self,
         memory: u32,
         pages: std::ops::Range<u32>,
     ) -> impl Iterator<Item = (PartId, std::ops::Range<u32>)> {
-        self.directory.elsewhere_in(memory, pages)
+        self.directory.remote_segments_in(memory, pages)
     }
 
-    /// The segments that lie in a range of pages as a whole.
+    /// The segments that lie completely in a range of pages.
     pub fn segments_in(&self, memory: u32, pages: std::ops::Range<u32>) -> Vec<Segment> {
         self.directory.segments_in(memory, pages)
     }
 
-    /// Takes note of an event at a time; what is to be done about it. `now_micros` never
-    /// goes back.
+    /// Handles an event; returns the commands. `now_micros` must be monotonic.
     pub fn step(&mut self, event: Event, now_micros: u64) -> Vec<Command> {
         if self.failed {
             return Vec::new();
         }
-        let mut out = Out::default();
-        if let Err(Impossible(reason)) = self.take(event, now_micros, &mut out) {
+        let mut out = Output::default();
+        if let Err(ProtocolError(reason)) = self.dispatch(event, now_micros, &mut out) {
             self.failed = true;
             out.commands.push(Command::Fail { reason });
         }
         out.commands
     }
 
-    fn take(&mut self, event: Event, now: u64, out: &mut Out) -> Result<(), Impossible> {
+    fn dispatch(&mut self, event: Event, now: u64, out: &mut Output) -> Result<(), ProtocolError> {
         match event {
             Event::Fault { page, access } => {
-                let directory = self.directory.of(page);
+                let directory = self.directory.directory_of(page);
                 self.copies.fault(page, access, directory, out);
             }
-            // (It was on its way when its part had nothing any more.)
+            // (Sent before the part was evacuated.)
             Event::Message { from, .. } if self.gone.contains(from) => {}
             Event::Message { from, message } => {
                 if !self.parts.contains(from) || from == self.me {
-                    return Err(Impossible(format!("part {from} is none of the others")));
+                    return Err(ProtocolError(format!("part {from} is not another part")));
                 }
-                self.hear(from, message, now, out)?;
+                self.receive(from, message, now, out)?;
             }
             Event::Tick => self.copies.tick(now, out)?,
             Event::Pin { page } => self.copies.pin(page),
             Event::Unpin { page } => self.copies.unpin(page, now, out)?,
             Event::Drop { page } => self.copies.drop_copy(page, out),
             Event::Move { page, pages, to } => {
-                check_row(page, pages as usize)?;
-                for (directory, page, pages) in self.directory.of_row(page, pages) {
+                check_run(page, pages as usize)?;
+                for (directory, page, pages) in self.directory.directories_of_run(page, pages) {
                     out.send(directory, Message::Move { page, pages, to });
                 }
             }
             Event::MoveDirectory { segment, to } => {
-                self.directory.hand(segment, to, out)?;
+                self.directory.hand_over(segment, to, out)?;
             }
             Event::Gather => {
                 if self.me != PartId::HOME {
-                    return Err(Impossible("only the home has directories brought".into()));
+                    return Err(ProtocolError(
+                        "only the home has directories brought".into(),
+                    ));
                 }
                 for part in self.parts.without(self.me).iter() {
                     out.send(part, Message::Gather);
                 }
             }
-            Event::Empty { part, to } => self.directory.empty(part, to, out)?,
+            Event::Evacuate { part, to } => self.directory.evacuate(part, to, out)?,
             Event::Join { part } => {
                 if self.parts.contains(part) {
-                    return Err(Impossible(format!("part {part} joins twice")));
+                    return Err(ProtocolError(format!("part {part} joins twice")));
                 }
                 self.gone = self.gone.without(part);
-                self.now_are(self.parts.with(part));
-                self.directory.tell(part, out);
+                self.set_parts(self.parts.with(part));
+                self.directory.announce_to(part, out);
             }
-            // (Known already.)
-            Event::Gone { part } if self.gone.contains(part) => {}
-            Event::Gone { part } => {
+            // (Already known.)
+            Event::PartLeft { part } if self.gone.contains(part) => {}
+            Event::PartLeft { part } => {
                 if !self.parts.contains(part) || part == self.me || part == PartId::HOME {
-                    return Err(Impossible(format!("part {part} is to be gone")));
+                    return Err(ProtocolError(format!("part {part} cannot leave")));
                 }
-                self.directory.forget(part)?;
+                self.directory.remove_part(part)?;
                 self.gone = self.gone.with(part);
-                self.now_are(self.parts.without(part));
+                self.set_parts(self.parts.without(part));
             }
-            Event::Succeeded { by } => self.succeeded(by)?,
+            Event::HomeMigrated { new_home } => self.home_migrated(new_home)?,
         }
-        self.pass_on(now, out)
+        self.deliver_locally(now, out)
     }
 
-    fn now_are(&mut self, parts: PartSet) {
+    fn set_parts(&mut self, parts: PartSet) {
         self.parts = parts;
-        self.directory.now_are(parts);
-        self.copies.now_are(parts);
+        self.directory.set_parts(parts);
+        self.copies.set_parts(parts);
     }
 
-    /// Hears what this part says to itself; the rest is sent.
-    fn pass_on(&mut self, now: u64, out: &mut Out) -> Result<(), Impossible> {
+    /// Delivers messages of this part to itself; sends the others.
+    fn deliver_locally(&mut self, now: u64, out: &mut Output) -> Result<(), ProtocolError> {
         while let Some((to, message)) = out.messages.pop_front() {
             if to == self.me {
-                self.hear(to, message, now, out)?;
+                self.receive(to, message, now, out)?;
             } else if !self.parts.contains(to) {
-                return Err(Impossible(format!("there is no part {to}")));
+                return Err(ProtocolError(format!("there is no part {to}")));
             } else {
                 out.command(Command::Send { to, message });
             }
@@ -658,15 +588,15 @@ impl Coherence {
         Ok(())
     }
 
-    fn hear(
+    fn receive(
         &mut self,
         from: PartId,
         message: Message,
         now: u64,
-        out: &mut Out,
-    ) -> Result<(), Impossible> {
-        if let Some((page, pages)) = message.row() {
-            check_row(page, pages)?;
+        out: &mut Output,
+    ) -> Result<(), ProtocolError> {
+        if let Some((page, pages)) = message.run() {
+            check_run(page, pages)?;
         }
         match message {
             Message::Want { page, access, has } => {
@@ -674,15 +604,15 @@ impl Coherence {
                 let request = Request::Want { part, access, has };
                 self.directory.request(page, request, out)
             }
-            Message::Move { page, pages, to } => self.directory.move_row(page, pages, to, out),
+            Message::Move { page, pages, to } => self.directory.move_run(page, pages, to, out),
             Message::Forward { page, request } => {
-                self.directory.passed_on(page, &request, out);
+                self.directory.forwarded(page, &request, out);
                 self.directory.request(page, request, out)
             }
             Message::Done { page, number, more } => {
                 let numbers = std::iter::once(number).chain(more);
-                for (page, number) in row_from(page).zip(numbers) {
-                    self.directory.done(page, number, from, out)?;
+                for (page, number) in pages_from(page).zip(numbers) {
+                    self.directory.complete(page, number, from, out)?;
                 }
                 Ok(())
             }
@@ -690,18 +620,22 @@ impl Coherence {
                 segment,
                 version,
                 pages,
-            } => self.directory.arrive(from, segment, version, pages, out),
-            Message::Hand { segment, to } => self.directory.hand(segment, to, out),
-            Message::Gather if from == PartId::HOME => self.directory.give_back(out),
-            Message::Gather => Err(Impossible(format!(
+            } => self
+                .directory
+                .adopt_segment(from, segment, version, pages, out),
+            Message::Hand { segment, to } => self.directory.hand_over(segment, to, out),
+            Message::Gather if from == PartId::HOME => self.directory.return_segments(out),
+            Message::Gather => Err(ProtocolError(format!(
                 "part {from} has directories brought, and is not the home"
             ))),
-            Message::SegmentAt { segment, version } => self.directory.learn(from, segment, version),
+            Message::SegmentAt { segment, version } => {
+                self.directory.learn_location(from, segment, version)
+            }
             Message::Fetch { .. } | Message::Invalidate { .. } => {
-                self.copies.taken(from, message, now, out)
+                self.copies.release(from, message, now, out)
             }
             Message::Grant { .. } | Message::Data { .. } | Message::Ack { .. } => {
-                self.copies.given(from, message, now, out)
+                self.copies.receive_page(from, message, now, out)
             }
         }
     }

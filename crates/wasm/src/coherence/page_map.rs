@@ -1,22 +1,20 @@
-//! A map by pages, in their order. Pages mostly come many in a row, so those of 64 in a row
-//! are together, and 64 such rows (16 MiB of memory): what is looked up in a tree is one in
-//! 4096 of them.
+//! An ordered map from pages to values. Pages are mostly contiguous, so the map groups 64 pages in
+//! a row and 64 rows in a block (16 MiB of memory): the tree holds one entry per 4096 pages.
 
 use super::PageId;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::RangeInclusive;
 
-/// Pages of a row, and rows of a block.
+/// Pages per row, and rows per block.
 const SLOTS: u32 = u64::BITS;
 const BLOCK: u32 = SLOTS * SLOTS;
 
-/// Up to 64 values, each with a number below that.
+/// A sparse array of 64 values with an occupancy bitmap.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Slots<T> {
-    /// Which of them are there.
     present: u64,
-    /// Those, in their order.
+    /// Present values, in order of index.
     values: Vec<T>,
 }
 
@@ -36,7 +34,7 @@ impl<T> Slots<T> {
         self.present & 1 << at != 0
     }
 
-    /// Where a value is, or would be.
+    /// Position of a value in `values`.
     fn index(&self, at: u32) -> usize {
         (self.present & ((1 << at) - 1)).count_ones() as usize
     }
@@ -74,7 +72,7 @@ impl<T> Slots<T> {
         self.numbers().zip(&self.values)
     }
 
-    /// Keeps those for which it says so, asked in their order.
+    /// Retains the values for which `keeps` returns true, in order.
     fn retain(&mut self, mut keeps: impl FnMut(u32, &mut T) -> bool) {
         let (mut numbers, mut left) = (self.numbers(), self.present);
         self.values.retain_mut(|value| {
@@ -91,10 +89,10 @@ impl<T> Slots<T> {
     }
 }
 
-/// By memory, and number of the block in it.
+/// Memory and index of the block.
 type BlockKey = (u32, u32);
 
-/// The block of a page, its row there, and its place there.
+/// The block of a page, its row, and its index in the row.
 fn place(page: PageId) -> (BlockKey, u32, u32) {
     let key = (page.memory, page.number / BLOCK);
     (key, page.number % BLOCK / SLOTS, page.number % SLOTS)
@@ -105,10 +103,9 @@ fn page_at((memory, block): BlockKey, row: u32, at: u32) -> PageId {
     PageId { memory, number }
 }
 
-/// The map.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct PageMap<T> {
-    /// None of them is empty, nor a row of them.
+    /// Neither a block nor a row is empty.
     blocks: BTreeMap<BlockKey, Slots<Slots<T>>>,
 }
 
@@ -145,7 +142,7 @@ impl<T> PageMap<T> {
         self.blocks.get_mut(&key)?.get_mut(row)?.get_mut(at)
     }
 
-    /// What it has, made if there is nothing.
+    /// The value, inserted if absent.
     pub(super) fn or_insert_with(&mut self, page: PageId, make: impl FnOnce() -> T) -> &mut T {
         let (key, row, at) = place(page);
         let block = self.blocks.entry(key).or_insert_with(Slots::new);
@@ -153,7 +150,6 @@ impl<T> PageMap<T> {
         row.or_insert_with(at, make)
     }
 
-    /// What it had.
     pub(super) fn insert(&mut self, page: PageId, value: T) -> Option<T> {
         let (key, row, at) = place(page);
         let block = self.blocks.entry(key).or_insert_with(Slots::new);
@@ -165,7 +161,6 @@ impl<T> PageMap<T> {
         None
     }
 
-    /// What it had.
     pub(super) fn remove(&mut self, page: PageId) -> Option<T> {
         let (key, number, at) = place(page);
         let Entry::Occupied(mut block) = self.blocks.entry(key) else {
@@ -182,7 +177,7 @@ impl<T> PageMap<T> {
         Some(value)
     }
 
-    /// Takes those of a range out, in their order.
+    /// Removes and returns the values of a range, in order.
     pub(super) fn take(&mut self, range: RangeInclusive<PageId>) -> Vec<(PageId, T)> {
         let pages: Vec<PageId> = self.range(range).map(|(page, _)| page).collect();
         let values = pages.into_iter().map(|page| (page, self.remove(page)));
@@ -191,7 +186,7 @@ impl<T> PageMap<T> {
             .collect()
     }
 
-    /// All, in their order.
+    /// All values, in order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (PageId, &T)> {
         self.blocks.iter().flat_map(|(key, block)| {
             let rows = block.iter();
@@ -202,14 +197,14 @@ impl<T> PageMap<T> {
         })
     }
 
-    /// Those of a range, in their order.
+    /// The values of a range, in order.
     pub(super) fn range(
         &self,
         range: RangeInclusive<PageId>,
     ) -> impl Iterator<Item = (PageId, &T)> {
         let (start, end) = range.into_inner();
         let (first, last) = (place(start).0, place(end).0);
-        // (A range that ends before it begins has nothing in it.)
+        // (An inverted range is empty.)
         let blocks = self.blocks.range(first..=last.max(first));
         let rows = blocks.flat_map(|(key, block)| block.iter().map(|(row, it)| (*key, row, it)));
         let within = rows.filter(move |(key, row, _)| {
@@ -222,7 +217,7 @@ impl<T> PageMap<T> {
         pages.filter(move |(page, _)| (start..=end).contains(page))
     }
 
-    /// Keeps those for which it says so, asked in their order.
+    /// Retains the values for which `keeps` returns true, in order.
     pub(super) fn retain(&mut self, mut keeps: impl FnMut(PageId, &mut T) -> bool) {
         self.blocks.retain(|key, block| {
             block.retain(|row, values| {
@@ -240,8 +235,7 @@ mod tests {
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
 
-    /// Does what a map of the standard library does, and looks the same however it came
-    /// to be.
+    /// Equivalent to the standard map, in any order of operations.
     #[test]
     fn it_is_a_map() {
         for seed in 0..20 {

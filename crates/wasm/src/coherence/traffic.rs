@@ -1,12 +1,11 @@
-//! Whether nothing is on its way between parts: each counts what it said to each other and
-//! what it heard of it, while it waits for nothing and begins nothing (Mattern, "Algorithms
-//! for distributed termination detection", 1987).
+//! Quiescence detection: each part counts the messages that it sent to and received from each other
+//! part, at a moment when it has no transaction and starts none (Mattern, "Algorithms for
+//! distributed termination detection", 1987).
 //!
-//! A count of its own for each connection makes one round enough: connections keep their
-//! order, so where two parts agree on how much was said between them it is the same that
-//! was said and heard, and the moments at which they counted are a consistent cut with
-//! nothing on its way. What is heard later only follows from what was said later, and
-//! nobody says anything unless it hears something.
+//! With one counter per connection a single round suffices: connections are FIFO, so if two parts
+//! agree on the number of messages between them, the same messages were sent and received, and the
+//! moments of counting form a consistent cut without messages in flight. Messages received later
+//! are caused by messages sent later, and a passive part sends only in reaction to a message.
 
 use super::PartId;
 use serde::{Deserialize, Serialize};
@@ -14,31 +13,31 @@ use std::collections::BTreeMap;
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Counts {
-    said: u64,
-    heard: u64,
+    sent: u64,
+    received: u64,
 }
 
-/// How many messages a part said to each other part, and heard of it.
+/// Numbers of messages sent to and received from each other part.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traffic(BTreeMap<PartId, Counts>);
 
 impl Traffic {
-    /// One more was said to a part.
-    pub fn said(&mut self, to: PartId) {
-        self.0.entry(to).or_default().said += 1;
+    /// Counts a message sent to a part.
+    pub fn count_sent(&mut self, to: PartId) {
+        self.0.entry(to).or_default().sent += 1;
     }
 
-    /// One more was heard of a part, and what follows from it is said.
-    pub fn heard(&mut self, from: PartId) {
-        self.0.entry(from).or_default().heard += 1;
+    /// Counts a message received from a part, after its reactions were counted.
+    pub fn count_received(&mut self, from: PartId) {
+        self.0.entry(from).or_default().received += 1;
     }
 
-    /// What comes next of a part, or goes there, is on another connection.
+    /// Resets the counters of a part: a new connection begins.
     pub fn forget(&mut self, part: PartId) {
         self.0.remove(&part);
     }
 
-    /// A part has another number from now on, and what had that number is forgotten.
+    /// A part has another number from now on; the counters of that number are dropped.
     pub fn rename(&mut self, from: PartId, to: PartId) {
         self.0.remove(&to);
         if let Some(counts) = self.0.remove(&from) {
@@ -50,12 +49,12 @@ impl Traffic {
         self.0.get(&part).copied().unwrap_or_default()
     }
 
-    /// Whether nothing is on its way between those parts, each of which counted when nothing
-    /// was under way there, and begins nothing since.
-    pub fn rests(parts: &BTreeMap<PartId, Traffic>) -> bool {
+    /// Whether no message is in flight between these parts, each of which counted while it was passive
+    /// and has stayed so.
+    pub fn is_quiescent(parts: &BTreeMap<PartId, Traffic>) -> bool {
         parts.iter().all(|(from, traffic)| {
             let mut others = parts.iter().filter(|(to, _)| *to != from);
-            others.all(|(to, other)| traffic.counts(*to).said == other.counts(*from).heard)
+            others.all(|(to, other)| traffic.counts(*to).sent == other.counts(*from).received)
         })
     }
 }
@@ -67,16 +66,16 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use std::collections::VecDeque;
 
-    /// A part that says so many more messages for what it hears.
+    /// A part that sends this many messages in reaction to each received one.
     #[derive(Default)]
     struct Part {
         traffic: Traffic,
-        /// Of what it heard, what it has not said yet.
-        left: VecDeque<u32>,
+        /// Pending reactions.
+        unsent: VecDeque<u32>,
     }
 
-    /// Messages that are followed by others, between parts that count at any time: never are
-    /// they said to rest before they do, and at the end they are.
+    /// Random message cascades between parts that count at any time: quiescence is never detected
+    /// early, and is detected at the end.
     #[test]
     fn it_is_said_to_rest_when_it_does() {
         let number = |at: usize| PartId::new(at).unwrap();
@@ -88,22 +87,22 @@ mod tests {
             let mut links: BTreeMap<(usize, usize), VecDeque<u32>> = BTreeMap::new();
             let mut reports = BTreeMap::new();
             for _ in 0..rng.random_range(1..4) {
-                parts[rng.random_range(0..count)].left.push_back(3);
+                parts[rng.random_range(0..count)].unsent.push_back(3);
             }
             for step in 0.. {
                 assert!(step < 100_000, "seed {seed} has no end");
                 let at = rng.random_range(0..count);
                 match rng.random_range(0..4) {
-                    0 if parts[at].left.is_empty() => {
+                    0 if parts[at].unsent.is_empty() => {
                         reports.insert(number(at), parts[at].traffic.clone());
                     }
                     1 => {
-                        let Some(depth) = parts[at].left.pop_front() else {
+                        let Some(depth) = parts[at].unsent.pop_front() else {
                             continue;
                         };
                         for _ in 0..rng.random_range(0..=depth) {
                             let to = (at + rng.random_range(1..count)) % count;
-                            parts[at].traffic.said(number(to));
+                            parts[at].traffic.count_sent(number(to));
                             let link = links.entry((at, to)).or_default();
                             link.push_back(depth - 1);
                         }
@@ -112,17 +111,17 @@ mod tests {
                         let from = rng.random_range(0..count);
                         let link = links.get_mut(&(from, at));
                         if let Some(depth) = link.and_then(VecDeque::pop_front) {
-                            parts[at].traffic.heard(number(from));
-                            parts[at].left.push_back(depth);
+                            parts[at].traffic.count_received(number(from));
+                            parts[at].unsent.push_back(depth);
                         }
                     }
                 }
-                if reports.len() < count || !Traffic::rests(&reports) {
+                if reports.len() < count || !Traffic::is_quiescent(&reports) {
                     continue;
                 }
                 rounds += 1;
                 assert!(links.values().all(VecDeque::is_empty), "seed {seed}");
-                assert!(parts.iter().all(|it| it.left.is_empty()), "seed {seed}");
+                assert!(parts.iter().all(|it| it.unsent.is_empty()), "seed {seed}");
                 break;
             }
         }
@@ -133,19 +132,19 @@ mod tests {
     fn another_connection_begins_anew() {
         let (a, b, c) = (PartId::HOME, PartId(1), PartId(2));
         let (mut home, mut member) = (Traffic::default(), Traffic::default());
-        home.said(b);
+        home.count_sent(b);
         let of = |home: &Traffic, member: &Traffic, number| {
             BTreeMap::from([(a, home.clone()), (number, member.clone())])
         };
-        assert!(!Traffic::rests(&of(&home, &member, b)));
-        member.heard(a);
-        assert!(Traffic::rests(&of(&home, &member, b)));
-        // It has another number.
+        assert!(!Traffic::is_quiescent(&of(&home, &member, b)));
+        member.count_received(a);
+        assert!(Traffic::is_quiescent(&of(&home, &member, b)));
+        // The part has another number.
         home.rename(b, c);
-        assert!(Traffic::rests(&of(&home, &member, c)));
-        // It is another one.
+        assert!(Traffic::is_quiescent(&of(&home, &member, c)));
+        // It is a new part.
         home.forget(c);
-        assert!(!Traffic::rests(&of(&home, &member, c)));
-        assert!(Traffic::rests(&of(&home, &Traffic::default(), c)));
+        assert!(!Traffic::is_quiescent(&of(&home, &member, c)));
+        assert!(Traffic::is_quiescent(&of(&home, &Traffic::default(), c)));
     }
 }

@@ -1,8 +1,8 @@
-//! Reads one function: its reachable operators, its constructs, and the points
-//! at which it can be left, with the types of all operands there.
+//! Parses one function: its reachable operators, its constructs, and its safepoints with the types
+//! of all operands there.
 //!
-//! Unreachable code is dropped here, so that what follows never meets a stack
-//! of unknown types. Nothing is written here; `emit` does that.
+//! Unreachable code is dropped here, so that later phases never meet a stack of unknown types.
+//! `emit` writes the output.
 
 use super::InstrumentError;
 use super::callgraph::CallGraph;
@@ -11,10 +11,10 @@ use wasmparser::{
     WasmModuleResources,
 };
 
-/// How far a loop's body is searched for a call that polls, in operators.
+/// Operators of a loop's body that are searched for a call that polls.
 const LOOKAHEAD_MAX: usize = 200;
 
-/// Whether what follows in the same construct is never reached.
+/// Whether the rest of the construct is unreachable.
 pub(crate) fn ends_here(op: &Operator<'_>) -> bool {
     matches!(
         op,
@@ -27,63 +27,60 @@ pub(crate) fn ends_here(op: &Operator<'_>) -> bool {
     )
 }
 
-/// Why a point is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PointKind {
     /// Poll at the function's entry.
     Entry,
     /// Poll at a loop's header.
     Loop,
-    /// Return of a call that may unwind.
+    /// Return from a call that may unwind.
     Call,
 }
 
 #[derive(Debug)]
 pub(crate) struct Point {
     pub(crate) kind: PointKind,
-    /// The operator after which it stands; `None` for the entry.
+    /// The operator before it; `None` at the entry.
     pub(crate) op: Option<usize>,
-    /// Types of all operands there from the bottom, without call results.
+    /// Types of all operands at the point, from the bottom, without call results.
     pub(crate) operands: Vec<ValType>,
-    /// How many of them belong to the constructs around the innermost one.
+    /// Number of operands that belong to the constructs around the innermost one.
     pub(crate) outer: usize,
     /// Types of the call's results.
     pub(crate) results: Vec<ValType>,
 }
 
-/// A block, loop or if.
 #[derive(Debug)]
 pub(crate) struct Construct {
-    /// Types of the operands of the frame it stands in, from that frame's
-    /// bottom, with its own parameters but without an `if`'s condition.
+    /// Types of the operands of the enclosing frame, from that frame's bottom, including its own
+    /// parameters but not an `if`'s condition.
     pub(crate) operands: Vec<ValType>,
-    /// Height of that frame's bottom.
+    /// Stack height of that frame's bottom.
     pub(crate) base: usize,
-    /// How many of `operands` are its parameters.
+    /// Number of `operands` that are its parameters.
     pub(crate) params: usize,
-    /// Points inside: numbers `points.start..points.end`.
+    /// Points inside: `points.start..points.end`.
     pub(crate) points: std::ops::Range<u32>,
-    /// First point of the else arm (the end of `points` where there is none).
+    /// First point of the else arm (the end of `points` without one).
     pub(crate) else_point: u32,
-    /// Sequence of its (first) arm, and of its else arm.
+    /// Sequences of its first and of its else arm.
     pub(crate) sequences: [usize; 2],
-    /// Whether it is a loop with a poll at its header, its first point.
+    /// Whether it is a loop that polls at its header, its first point.
     pub(crate) polls: bool,
 }
 
 impl Construct {
-    /// Whether it is a loop with no other point than its header's.
+    /// Whether it is a loop whose only point is its header.
     pub(crate) fn is_simple_loop(&self) -> bool {
         self.polls && self.points.len() == 1
     }
 }
 
-/// Somewhere in a sequence that a resume must be able to jump to.
+/// A place in a sequence that a resume must be able to jump to.
 #[derive(Debug, Clone)]
 pub(crate) struct Landing {
-    /// The points behind it.
     pub(crate) points: std::ops::Range<u32>,
-    /// Whether it is a loop with no other point than its header's.
+    /// Whether it is a loop whose only point is its header.
     pub(crate) is_simple_loop: bool,
 }
 
@@ -95,7 +92,7 @@ pub(crate) struct Body<'a> {
     pub(crate) results: Vec<ValType>,
     pub(crate) ops: Vec<Operator<'a>>,
     pub(crate) points: Vec<Point>,
-    /// In the order of their starts.
+    /// In order of their starts.
     pub(crate) constructs: Vec<Construct>,
     /// Sequence 0 is the function's own.
     pub(crate) sequences: Vec<Vec<Landing>>,
@@ -268,9 +265,8 @@ impl Body<'_> {
     }
 }
 
-/// Whether each turn of a loop calls a function that polls at its entry, so
-/// that its header need not: the first call before any way back. `reader`
-/// stands behind the loop's start.
+/// Whether each iteration of a loop calls a function that polls at its entry before any back edge,
+/// so that its header need not poll. `reader` is positioned behind the loop's start.
 fn polls_by_a_call(
     mut reader: OperatorsReader<'_>,
     graph: &CallGraph,
@@ -298,9 +294,9 @@ fn polls_by_a_call(
     Ok(false)
 }
 
-/// Which loops poll at their headers, in the order of their starts: those of which not
-/// each turn begins with a call that polls, and those around one that does, so that who is
-/// resumed in that has a way to the code around it again (see `emit`).
+/// The loops that poll at their headers, in order of their starts: those without such a call in
+/// each iteration, and those around a polling one, so that code resumed in the inner loop can
+/// return to the outer one (see `emit`).
 fn polling_loops(
     mut reader: OperatorsReader<'_>,
     graph: &CallGraph,
@@ -328,8 +324,7 @@ fn polling_loops(
     Ok(polls)
 }
 
-/// All operand types from the bottom, and the height at which the innermost
-/// frame begins.
+/// All operand types from the bottom, and the height of the innermost frame's bottom.
 fn operands(validator: &FuncValidator<ValidatorResources>) -> (Vec<ValType>, usize) {
     let height = validator.operand_stack_height() as usize;
     let types = (0..height)

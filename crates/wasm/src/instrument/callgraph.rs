@@ -1,5 +1,5 @@
-//! Who calls whom: which functions may have a frame under a safepoint, which
-//! carry a status, and which poll at their entry.
+//! The call graph: functions that may have a frame under a safepoint, that carry a status, and that
+//! poll at their entry.
 //!
 //! Indirect calls reach every function of their type whose reference can be
 //! taken. Entries that poll are chosen so that every cycle of calls passes one
@@ -9,15 +9,14 @@
 
 use wasmparser::{FuncType, Operator};
 
-/// The most operators that a loop-free tree of calls may execute without a
-/// poll (about 30 µs).
+/// Maximum operators that a loop-free call tree executes without a poll (about 30 µs).
 pub(crate) const COST_MAX: u64 = 100_000;
 
-/// What one function does, as far as calls go.
+/// Calls of one function.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Calls {
     pub(crate) direct: Vec<u32>,
-    /// Canonical numbers of the types that it calls indirectly.
+    /// Canonical numbers of the types of its indirect calls.
     pub(crate) indirect: Vec<u32>,
     pub(crate) has_loop: bool,
     pub(crate) operators: u64,
@@ -119,7 +118,7 @@ impl CallGraph {
         self.unwinds[function as usize]
     }
 
-    /// Whether the function returns a status beside its results.
+    /// Whether the function returns a status besides its results.
     pub(crate) fn has_status(&self, function: u32) -> bool {
         self.status[function as usize]
     }
@@ -129,7 +128,7 @@ impl CallGraph {
     }
 }
 
-/// Equal types get one number, as an indirect call compares them by structure.
+/// Structurally equal types get one number, as indirect calls compare them by structure.
 fn canonical_types(types: &[FuncType]) -> Vec<u32> {
     let mut seen = std::collections::HashMap::new();
     types
@@ -139,9 +138,8 @@ fn canonical_types(types: &[FuncType]) -> Vec<u32> {
         .collect()
 }
 
-/// Functions of which at least one is on every cycle, and all nodes in
-/// postorder. A back edge of the search is cut at its target where that is a
-/// function, else at its source (a type's source is a function).
+/// A set of functions that cuts every cycle, and all nodes in postorder. A back edge is cut at its
+/// target if that is a function, else at its source (a type's source is a function).
 fn cut_cycles(
     edges: &[Vec<u32>],
     functions: usize,
@@ -195,8 +193,8 @@ fn cut_cycles(
     (polls, postorder)
 }
 
-/// Adds entry polls where a tree of calls would run for too long. What a
-/// callee with a poll costs does not count: the poll is at its start.
+/// Adds entry polls where a call tree would run for too long. The cost of a callee that polls does
+/// not count: its poll comes first.
 fn cut_costs(
     edges: &[Vec<u32>],
     functions: usize,
@@ -208,7 +206,7 @@ fn cut_costs(
     let mut cost = vec![0u64; edges.len()];
     for node in postorder.iter().map(|node| *node as usize) {
         if node >= functions {
-            // One of them is called: the dearest counts.
+            // One of them is called: the maximum counts.
             cost[node] = edges[node]
                 .iter()
                 .filter(|callee| !polls[**callee as usize])
@@ -284,7 +282,7 @@ fn may_unwind(
     unwinds
 }
 
-/// Notes what an operator says about calls.
+/// Records the calls of an operator.
 pub(crate) fn note(calls: &mut Calls, op: &Operator<'_>) {
     calls.operators += 1;
     match op {

@@ -1,32 +1,30 @@
-//! Writes a function's versions.
+//! Writes the versions of a function.
 //!
-//! The *hot* version is the function as it was, with polls, status checks and
-//! the cold code that saves a frame and leaves for good. The *clone* can be
-//! entered at any point: it jumps
-//! forward to the point (each sequence of code on the way begins with a branch
-//! over what lies before the landing), and goes on to the function's end, or to the
-//! next header of a loop that polls: there it leaves. For each of those loops there is a
-//! *loop version*, which is entered at that header and nowhere else, so within the loop
-//! it is the hot version; it goes on to the function's end, or to the header of a loop
-//! around it, where it leaves in turn. What is left so goes on at once in that loop's
-//! version: a thread that is resumed in the middle of loops is out of the clone with the
-//! turn that it is in. Where that would be too much code (many loops among much else) the
-//! clone has its loops itself, and is landed at in front of them. (Such a clone has a second way into each loop, and what a thread computes
-//! stays in memory there that the hot version has in registers: a third of the speed.) The
-//! runtime calls clones one frame at a time, innermost first, and hands each
-//! the results of the one before it; so no native stack is ever rebuilt.
+//! The *hot* version is the original function with polls, status checks and cold code that saves a
+//! frame and returns. The *clone* can be entered at any point: it jumps forward to the point (each
+//! sequence of code on the way begins with a branch over the code before the landing), and
+//! continues to the function's end, or to the next header of a polling loop, where it leaves. Each
+//! of those loops has a *loop version*, which is entered at that header only, so within the loop it
+//! is as fast as the hot version; it continues to the function's end, or to the header of an
+//! enclosing loop, where it leaves in turn. The runtime immediately continues in that loop's
+//! version: a thread resumed inside loops leaves the clone at the end of the current iteration.
+//! Where that would produce too much code (many loops among much other code) the clone contains its
+//! loops itself, with landings in front of them. (Such a clone has a second entry into each loop,
+//! and keeps values in memory that the hot version keeps in registers: a third of the speed.) The
+//! runtime calls clones one frame at a time, innermost first, and passes each the results of the
+//! previous one; so no native stack is ever rebuilt.
 //!
-//! In a clone every value that crosses a landing lies in a local: originals in
-//! their own, operands in *temporaries*, one for each height and type.
+//! In a clone every value that is live across a landing is in a local: originals in their own,
+//! operands in *temporaries*, one per height and type.
 
-mod room;
-mod spilled;
+mod save_area;
+mod spill;
 
 use super::body::{Construct, Landing, Point, PointKind, ends_here};
 use super::meta::{self, SlotType};
 use super::plan::{BlockTypes, Plan, RESULT};
 use super::{InstrumentError, slot_type};
-use spilled::BLOCK_VALUES_MAX;
+use spill::BLOCK_VALUES_MAX;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
 use wasm_encoder::{BlockType, BranchHint, Function, Instruction, MemArg, MemArgTarget};
 use wasmparser::{Operator, ValType};
@@ -40,8 +38,8 @@ impl Plan<'_> {
         Writer::new(self, Version::Hot, types)?.write()
     }
 
-    /// The clone: `(resume number) -> status`. `first_loop` is the index of the function
-    /// that is the first of [`Self::loops`]; without, it has its loops itself.
+    /// The clone: `(resume number) -> status`. `first_loop` is the function index of the first of
+    /// [`Self::loops`]; with `None` the clone contains its loops itself.
     pub(crate) fn clone_version(
         &self,
         types: &mut BlockTypes,
@@ -50,16 +48,16 @@ impl Plan<'_> {
         Writer::new(self, Version::Clone { first_loop }, types)?.write()
     }
 
-    /// The points at headers of loops.
+    /// The points at loop headers.
     pub(crate) fn loops(&self) -> impl Iterator<Item = u32> {
         let points = (0..).zip(&self.body.points);
         points.filter_map(|(number, point)| (point.kind == PointKind::Loop).then_some(number))
     }
 
-    /// What is entered at each loop's header ([`Self::loops`]); of the type of the clone.
-    /// Loops within loops are in the versions of all around them, and what is behind a loop
-    /// is in its version, too: where that is too much, each has only its own code, and
-    /// leaves for those within it as well; `None` where that is too much still.
+    /// The loop versions ([`Self::loops`]), of the clone's type. Inner loops are part of the
+    /// versions of all enclosing ones, and the code behind a loop is part of its version: where
+    /// that is too much code, each version contains only its own code, and leaves for inner loops
+    /// as well; `None` where even that is too much.
     pub(crate) fn loop_versions(
         &self,
         types: &mut BlockTypes,
@@ -95,30 +93,29 @@ enum Version {
     Loop { point: u32, is_lean: bool },
 }
 
-/// Bytes that the loop versions of a function may have together: so many times its own,
-/// and some; and where each has only its own code.
+/// Maximum bytes of all loop versions of a function: a factor of its own size plus a constant; and
+/// the values where each version contains only its own code.
 const LOOPS_FACTOR: usize = 8;
 const LOOPS_BYTES: usize = 64 << 10;
 const LEAN_FACTOR: usize = 16;
 const LEAN_BYTES: usize = 64 << 10;
 
-/// What an open construct of the original is in the output.
+/// Representation of an open construct in the output.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Shape {
-    /// What it was.
     Same,
-    /// Nothing, nor what is in it.
+    /// Omitted, with its contents.
     Nothing,
-    /// A block around what the loop version enters.
+    /// A block around the entered loop.
     Around,
-    /// Two blocks, around what the loop version enters: the outer one is what is behind
-    /// the loop, and the end of the inner one is its header.
+    /// Two blocks around the entered loop: the outer one ends at the code behind the loop, the
+    /// inner one at its header.
     LoopAround,
 }
 
-/// An open construct of the original, as it stands in the output.
+/// An open construct of the original function.
 struct Open {
-    /// Position of its label among all open labels of the output.
+    /// Index of its label among all open labels of the output.
     label: u32,
     construct: Option<usize>,
     /// Sequence being written.
@@ -126,13 +123,13 @@ struct Open {
     /// Whether it is a loop with a poll at its header.
     polls: bool,
     shape: Shape,
-    /// Nothing of it is written any more: it is the other arm of an `if` around, or a loop
-    /// of a clone behind its header.
+    /// The rest is omitted: it is the other arm of an enclosing `if`, or a loop of a clone behind
+    /// its header.
     is_skipping: bool,
     is_loop: bool,
-    /// Somebody goes to its label, and that is behind it.
+    /// A branch targets its label, and the label is behind it.
     is_wanted: bool,
-    /// It is an `if`, and its first arm comes to its end, or may be the only one.
+    /// It is an `if` whose first arm can reach its end, or may be the only one.
     first_ends: bool,
 }
 
@@ -142,27 +139,25 @@ struct Writer<'a, 'p> {
     types: &'p mut BlockTypes,
     out: Function,
     hints: Vec<BranchHint>,
-    /// Labels open in the output, the function's own included.
+    /// Labels open in the output, including the function's.
     labels: u32,
     open: Vec<Open>,
     next_construct: usize,
     next_point: usize,
     scratch: u32,
-    /// Local of a loop version, or of a clone that has its loops: all bits set, or none
-    /// while the next loop header was just resumed at and so does not leave again.
+    /// Local of a loop version, or of a clone that contains its loops: a mask with all bits set, or
+    /// none until the header at which it was resumed is passed, so that it does not leave again.
     mask: u32,
-    /// Whether a loop version has come to its loop.
+    /// Whether the loop version has reached its loop.
     has_begun: bool,
-    /// Nothing comes here in a loop version, so nothing is written.
+    /// Unreachable in a loop version: nothing is written.
     is_dead: bool,
-    /// A loop version has come to its loop's end.
+    /// The loop version has passed its loop's end.
     is_over: bool,
-    /// The block around the body.
     body_label: u32,
 }
 
-/// Behind this block's end is what all points of a function share on their way
-/// out.
+/// The code behind this block is the common exit of all points of a function.
 const LEAVE_LABEL: u32 = 1;
 
 impl<'a, 'p> Writer<'a, 'p> {
@@ -208,7 +203,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         })
     }
 
-    /// Whether it is a clone that has its loops itself.
+    /// Whether it is a clone that contains its loops.
     fn has_loops(&self) -> bool {
         matches!(self.version, Version::Clone { first_loop: None })
     }
@@ -257,7 +252,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         if polls && !self.has_begun {
             self.next_point += 1;
         } else if polls {
-            // A memory of its own, see `meta`.
+            // A separate memory, see `meta`.
             self.poll(self.plan.control + 1);
             self.leave_if()?;
             self.land_at_point();
@@ -277,8 +272,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok((self.out, self.hints))
     }
 
-    /// An operator that a loop version does not have: it is before the loop, or in another
-    /// arm.
+    /// An operator that a loop version omits: it is before the loop, or in another arm.
     fn skip(&mut self, position: usize) -> Result<(), InstrumentError> {
         let body = self.plan.body;
         match &body.ops[position] {
@@ -309,7 +303,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                 }
             }
             Operator::Else if self.has_begun && self.is_dead => {
-                // (Of an arm that ends before its end.)
+                // (For an arm that ends early.)
                 let frame = self.open.last();
                 if frame.is_some_and(|it| it.shape != Shape::Nothing && !it.is_skipping) {
                     self.op(position)?;
@@ -323,7 +317,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                 {
                     self.open.pop();
                 } else {
-                    // (Of an `if` around: its other arm was skipped.)
+                    // (The other arm of an enclosing `if` was omitted.)
                     self.op(position)?;
                 }
             }
@@ -336,8 +330,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// Opens what is around the loop that is entered. What is below it lies in
-    /// temporaries; what it takes is gone.
+    /// Opens a construct around the entered loop. Operands below it are in temporaries; its
+    /// parameters are consumed.
     fn open_around(&mut self, op: &Operator<'_>) -> Result<(), InstrumentError> {
         let number = self.next_construct;
         self.next_construct += 1;
@@ -381,8 +375,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// The end of a loop around the one that is entered: who falls out of it is behind it,
-    /// who goes to its header leaves there.
+    /// The end of an enclosing loop: falling out continues behind it, a branch to its header
+    /// leaves.
     fn close_around(&mut self, construct: usize) -> Result<(), InstrumentError> {
         let construct = &self.plan.body.constructs[construct];
         self.i(&Instruction::Br(1));
@@ -403,7 +397,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// At a clone's entry: points at headers of loops are in functions of their own.
+    /// At a clone's entry: points at loop headers are in functions of their own.
     fn go_to_loops(&mut self, first_loop: u32) {
         for (function, point) in (first_loop..).zip(self.plan.loops()) {
             self.i(&Instruction::LocalGet(0));
@@ -425,7 +419,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.i(&Instruction::I32Const(value as i32))
     }
 
-    /// Where an original local or a temporary lies in this version.
+    /// The local of this version for an original local or a temporary.
     fn local(&self, local: u32) -> u32 {
         local + u32::from(self.version != Version::Hot)
     }
@@ -511,7 +505,7 @@ impl<'a, 'p> Writer<'a, 'p> {
                 if matches!(self.version, Version::Loop { .. }) {
                     self.is_dead &= !frame.is_some_and(|it| it.is_wanted || it.first_ends);
                     if self.is_dead {
-                        // (Behind an end all counts as if somebody came.)
+                        // (The code behind an end counts as reachable.)
                         self.i(&Instruction::Unreachable);
                     }
                 }
@@ -582,7 +576,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// Whether the innermost construct is around the loop that is entered.
+    /// Whether the innermost construct encloses the entered loop.
     fn is_around(&self) -> bool {
         self.open
             .last()
@@ -593,7 +587,7 @@ impl<'a, 'p> Writer<'a, 'p> {
     fn depth(&mut self, original: u32) -> u32 {
         let at = self.open.len() - 1 - original as usize;
         let frame = &mut self.open[at];
-        // (To a loop's label is to its header.)
+        // (A loop's label is at its header.)
         frame.is_wanted |= !frame.is_loop;
         self.labels - 1 - frame.label
     }
@@ -621,7 +615,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             }
             let below = construct.operands.len() - construct.params;
             if !self.is_another(number) {
-                // (Its operands lie in temporaries.)
+                // (Its operands are in temporaries.)
                 self.reload(&construct.operands, construct.base);
             } else if self.lands() && (self.has_loops() || !construct.is_simple_loop()) {
                 if construct.is_simple_loop() {
@@ -653,7 +647,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             is_skipping: false,
             is_loop: matches!(op, Operator::Loop { .. }),
             is_wanted: false,
-            // (Where there is no other arm, and its condition does not hold.)
+            // (Without an else arm, if the condition is false.)
             first_ends: is_if,
         });
         self.labels += 1;
@@ -665,10 +659,9 @@ impl<'a, 'p> Writer<'a, 'p> {
         }
     }
 
-    /// A landing in front of a loop whose only point is its header: a landing
-    /// inside would be a second way into every iteration, and locals that were
-    /// loaded before would be live on all ways through the clone; both cost a
-    /// tight loop a fifth of its speed.
+    /// A landing in front of a loop whose only point is its header: a landing inside would be a
+    /// second entry into every iteration, and locals loaded before would be live on all paths
+    /// through the clone; both cost a tight loop a fifth of its speed.
     fn land_at_simple_loop(
         &mut self,
         operands: &[ValType],
@@ -688,8 +681,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// In front of another loop in a clone that has its loops: a resume at its header goes
-    /// on as if it came from the front, but does not leave at once.
+    /// In front of another loop in a clone that contains its loops: a resume at its header
+    /// continues as if it came from the front, but does not leave immediately.
     fn arrive_at_loop(&mut self) -> Result<(), InstrumentError> {
         let mask = self.mask;
         let number = self.next_point;
@@ -712,8 +705,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.open_sequence(params, base)
     }
 
-    /// The condition of an `if` in a clone: its own, or on the way to a point
-    /// the arm that the point is in.
+    /// The condition of an `if` in a clone: its own, or on the way to a point the arm of that
+    /// point.
     fn choose_arm(&mut self, construct: &Construct) {
         let condition = self.plan.temps[&(construct.base + construct.operands.len(), ValType::I32)];
         self.i(&Instruction::LocalGet(0));
@@ -731,8 +724,8 @@ impl<'a, 'p> Writer<'a, 'p> {
             return Ok(());
         };
         let all: &[Landing] = &self.plan.body.sequences[frame.sequence];
-        // (Nobody lands at the header of a loop, which is the first in it, but in front of
-        // it in a clone that has its loops.)
+        // (There is no landing at the header of a loop, its first point, but in front of the loop
+        // in a clone that contains its loops.)
         let has_loops = self.has_loops();
         let landings: Vec<&Landing> = all
             .iter()
@@ -747,8 +740,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         }
         let (low, high) = (first.points.start, last.points.end);
         self.spill(params, base);
-        // A landing at a simple loop has a second block around: the way that
-        // does not come from here.
+        // A landing at a simple loop is enclosed by a second block: the path that does not come
+        // from here.
         let mut depths = Vec::with_capacity(landings.len());
         let mut blocks = 0;
         for landing in &landings {
@@ -795,7 +788,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// Asks whether this thread shall leave, at the next point.
+    /// Polls whether this thread must leave at the next point.
     fn poll(&mut self, memory: u32) {
         let request = MemArg {
             target: MemArgTarget::Memory(memory),
@@ -805,7 +798,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.i(&Instruction::I32AtomicLoad(request));
     }
 
-    /// Whether a construct is another one than the loop that a loop version enters.
+    /// Whether a construct is not the loop that a loop version enters.
     fn is_another(&self, construct: usize) -> bool {
         let construct = &self.plan.body.constructs[construct];
         match self.version {
@@ -816,7 +809,7 @@ impl<'a, 'p> Writer<'a, 'p> {
 
     /// Poll at a loop's header.
     fn poll_loop(&mut self, construct: usize) -> Result<(), InstrumentError> {
-        // It goes on in that loop's own version. (Who lands within is past this.)
+        // It continues in that loop's own version. (A landing inside is past this.)
         let leaves = match self.version {
             Version::Hot => false,
             Version::Clone { first_loop } => first_loop.is_some(),
@@ -857,8 +850,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.i(&Instruction::If(ty));
     }
 
-    /// With a condition on the stack (of a poll, or a call's status): if it is
-    /// set, saves the frame of the next point and leaves; else goes on.
+    /// With a condition on the stack (of a poll, or a call's status): if it is set, saves the frame
+    /// of the next point and leaves; else continues.
     fn leave_if(&mut self) -> Result<(), InstrumentError> {
         let number = self.next_point;
         self.next_point += 1;
@@ -874,7 +867,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         }
         self.spill(&visible[..operands], point.outer);
         self.save(number)?;
-        // The `if` itself is one label more.
+        // The `if` itself adds a label.
         let depth = self.labels - LEAVE_LABEL;
         self.i(&Instruction::Br(depth));
         self.i(&Instruction::End);
@@ -947,8 +940,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// Where all points come together on their way out: returns with the status
-    /// set. One exit makes far less code than one for each point.
+    /// The common exit of all points: returns with the status set. One exit needs far less code
+    /// than one per point.
     fn leave(&mut self) {
         self.i(&Instruction::End);
         self.check_save_area();
@@ -1015,9 +1008,8 @@ impl<'a, 'p> Writer<'a, 'p> {
         Ok(())
     }
 
-    /// A clone stands on the runtime, so it cannot be replaced by its tail
-    /// callee on the native stack. It is in the frames: when the callee unwinds,
-    /// nothing of the clone is saved.
+    /// A clone is called by the runtime, so its tail callee cannot replace it on the native stack.
+    /// The frames handle it: when the callee unwinds, nothing of the clone is saved.
     fn after_clone_tail_call(&mut self) {
         self.cold_if(BlockType::Empty);
         self.konst(1).i(&Instruction::Return);
@@ -1025,7 +1017,7 @@ impl<'a, 'p> Writer<'a, 'p> {
         self.write_return();
     }
 
-    /// At a clone's entry: loads all but what only loop headers saved.
+    /// At a clone's entry: loads all locals except those that only loop headers saved.
     fn load_at_entry(&mut self) -> Result<(), InstrumentError> {
         let plan = self.plan;
         let locals = plan.body.locals.len();
@@ -1084,8 +1076,7 @@ impl<'a, 'p> Writer<'a, 'p> {
             self.i(&Instruction::End);
             return Ok(());
         }
-        // Results were only kept on the stack: one local of each type holds
-        // them on their way, the last result first.
+        // Results were on the stack only: one local per type carries them, the last result first.
         for (at, ty) in self.plan.body.results.iter().enumerate().rev() {
             let temp = self.plan.temps[&(RESULT, *ty)];
             let local = self.local(temp);
@@ -1148,9 +1139,9 @@ fn zero(ty: ValType) -> Instruction<'static> {
     }
 }
 
-/// The function through which the runtime enters clones: `(clone, resume
-/// number) -> status`. Were each clone reachable by a table, the engine would
-/// make an entry of its own for each: a fourth of the time to compile them.
+/// The function through which the runtime enters clones: `(clone, resume number) -> status`. If
+/// each clone were reachable through a table, the engine would create an entry trampoline for each:
+/// a fourth of their compile time.
 pub(crate) fn resume_dispatcher(entries: &[u32]) -> Function {
     let clones = entries.len() as u32;
     let mut out = Function::new([]);

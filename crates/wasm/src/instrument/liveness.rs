@@ -1,13 +1,12 @@
-//! Which locals still matter at each point (classic backward liveness, see
-//! Aho, Lam, Sethi, Ullman, "Compilers", section 9.2.5).
+//! Live locals at each point (classic backward liveness analysis, see Aho, Lam, Sethi, Ullman,
+//! "Compilers", section 9.2.5).
 //!
-//! WebAssembly's control flow is structured, so no graph is built: the code is
-//! walked backwards with a stack of open constructs, and repeated until no
-//! loop header's set grows. That takes as many passes as loops nest, plus one.
+//! WebAssembly's control flow is structured, so no graph is built: the code is traversed backwards
+//! with a stack of open constructs, repeatedly until no loop header's set grows. That takes one
+//! pass per nesting level of loops, plus one.
 
 use wasmparser::Operator;
 
-/// A set of locals.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct LocalSet(Vec<u64>);
 
@@ -28,7 +27,7 @@ impl LocalSet {
         self.0.fill(0);
     }
 
-    /// Adds all of `other`; tells whether anything was new.
+    /// Adds all of `other`; returns whether the set grew.
     fn union(&mut self, other: &LocalSet) -> bool {
         let mut grew = false;
         for (mine, theirs) in self.0.iter_mut().zip(&other.0) {
@@ -38,7 +37,7 @@ impl LocalSet {
         grew
     }
 
-    /// The members, rising.
+    /// The members, ascending.
     pub(crate) fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         self.0.iter().enumerate().flat_map(|(word, bits)| {
             let mut rest = *bits;
@@ -54,11 +53,11 @@ impl LocalSet {
 }
 
 struct Open {
-    /// Live where a branch to this construct's label goes.
+    /// Live at the target of a branch to this construct's label.
     label: LocalSet,
     /// Live behind the construct's end.
     end: LocalSet,
-    /// Live at the start of the else arm, once that was walked.
+    /// Live at the start of the else arm, once that was visited.
     otherwise: Option<LocalSet>,
     /// Number among the loops, for loops.
     loop_number: Option<usize>,
@@ -156,7 +155,7 @@ pub(crate) fn live_at(
 }
 
 fn label(open: &[Open], depth: u32) -> &LocalSet {
-    // The module was validated: a branch never leaves its function.
+    // The module is valid: a branch never leaves its function.
     &open[open.len() - 1 - depth as usize].label
 }
 

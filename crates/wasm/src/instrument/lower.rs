@@ -1,16 +1,13 @@
-//! First pass: says in plain WebAssembly what the second pass cannot leave in
-//! the middle of.
+//! First pass: rewrites in plain WebAssembly what the second pass cannot interrupt.
 //!
-//! - Memories become unshared and defined by the module (every thread's
-//!   instance maps the same bytes, so code is as fast as in a single-threaded
-//!   module); `memory.grow`, `wait`, `notify` and, where threads may grow the
-//!   memory, `memory.size` become host calls.
-//! - Bulk operations on memories and tables that may be long run in chunks of
-//!   64 KiB inside helper functions, whose loops then get polls like any other. The bounds of the
-//!   whole are checked first.
-//! - Active data segments become data of the runtime, which applies them once
-//!   per machine; `start` becomes a call of the runtime's; dropped segments are
-//!   remembered in globals, so that an instance made later drops them too.
+//! - Memories become unshared and defined by the module (every thread's instance maps the same
+//!   bytes, so code is as fast as in a single-threaded module); `memory.grow`, `wait`, `notify`
+//!   and, where threads may grow the memory, `memory.size` become host calls.
+//! - Long bulk operations on memories and tables run in chunks of 64 KiB inside helper functions,
+//!   whose loops then get polls like any other. Their bounds are checked first.
+//! - Active data segments move to the runtime, which applies them once per machine; `start` becomes
+//!   a call of the runtime; dropped segments are recorded in globals, so that instances created
+//!   later drop them too.
 
 use super::InstrumentError;
 use super::meta::{DataSegment, HOST_MODULE, PREFIX, TABLE_ENTRIES_MAX};
@@ -24,12 +21,11 @@ use wasm_encoder::{
 };
 use wasmparser::{DataKind, Operator, Parser, Payload, TypeRef};
 
-/// Bulk operations of up to this many bytes run in one piece, and of up to this
-/// many entries of a table.
+/// Maximum bytes, and maximum table entries, of a bulk operation that runs in one piece.
 pub(crate) const CHUNK_BYTES: u64 = 64 << 10;
 const CHUNK_ENTRIES: u64 = CHUNK_BYTES / 8;
 
-/// The lowered module, with what its encoding does not say.
+/// The lowered module, with facts that its encoding lacks.
 pub(crate) struct Lowered {
     pub(crate) bytes: Vec<u8>,
     pub(crate) data: Vec<DataSegment>,
@@ -42,7 +38,7 @@ pub(crate) struct Lowered {
 enum Added {
     Grow(u32),
     Size(u32),
-    /// Makes this instance see the memory's true size.
+    /// Updates this instance's memory size.
     Sync(u32),
     Wait32(u32),
     Wait64(u32),
@@ -73,8 +69,8 @@ struct Lower<'s> {
     added: Vec<Added>,
     index: HashMap<Added, u32>,
     hosts: u32,
-    /// First of the globals that remember dropped segments, and which
-    /// (data segments, element segments) have one.
+    /// First of the globals that record dropped segments, and the segments (data, element) that
+    /// have one.
     drop_global: HashMap<(bool, u32), u32>,
 }
 
@@ -267,7 +263,7 @@ impl<'s> Lower<'s> {
                         let data = data?;
                         match data.kind {
                             DataKind::Passive => out.data.passive(data.data.iter().copied()),
-                            // A dropped segment is one of no bytes.
+                            // A dropped segment has length zero.
                             DataKind::Active { .. } => out.data.passive([]),
                         };
                     }
@@ -476,8 +472,7 @@ impl<'s> Lower<'s> {
         out
     }
 
-    /// Leaves on the stack whether `address + length` is outside `store` as
-    /// this instance sees it.
+    /// Pushes whether `address + length` exceeds `store` as this instance sees it.
     fn outside(&self, out: &mut Function, store: Store, address: u32, length: (u32, ValType)) {
         let size = |out: &mut Function| match store {
             Store::Memory(memory) => {
@@ -505,7 +500,7 @@ impl<'s> Lower<'s> {
             .instruction(&I::I32Or);
     }
 
-    /// Lets this instance see the true size, if the range seems to be outside.
+    /// Updates this instance's size, if the range seems to be out of bounds.
     fn sync(&self, out: &mut Function, store: Store, address: u32, length: (u32, ValType)) {
         let Store::Memory(memory) = store else {
             return;
@@ -519,7 +514,7 @@ impl<'s> Lower<'s> {
             .instruction(&I::End);
     }
 
-    /// If the range is short, or outside: one instruction does it, or traps.
+    /// For a short or out-of-bounds range: one instruction performs it, or traps.
     fn whole(
         &self,
         out: &mut Function,
@@ -606,8 +601,8 @@ impl<'s> Lower<'s> {
         ];
         self.whole(&mut out, &[(to, 0), (from, 1)], length, &all);
         if to == from {
-            // A target behind its source is filled from the end, or the first
-            // chunks would overwrite what the later ones read.
+            // A target behind its source is filled from the end; otherwise the first chunks would
+            // overwrite the source of later ones.
             let wide = to_type == ValType::I64;
             out.instruction(&I::LocalGet(0))
                 .instruction(&I::LocalGet(1))
@@ -686,8 +681,8 @@ impl<'s> Lower<'s> {
             operation.clone(),
         ];
         self.whole(&mut out, &[(store, 0)], length, &all);
-        // Out of the segment: let the one instruction trap before any effect.
-        // (Of a dropped segment the first chunk traps.)
+        // Out of the segment's bounds: the single instruction traps before any effect. (For a
+        // dropped segment the first chunk traps.)
         out.instruction(&I::LocalGet(1))
             .instruction(&I::I64ExtendI32U)
             .instruction(&I::LocalGet(2))
@@ -721,7 +716,7 @@ impl<'s> Lower<'s> {
     }
 }
 
-/// Bytes of a memory or entries of a table that are done in one piece.
+/// Bytes of a memory or entries of a table per chunk.
 fn chunk_of(store: Store) -> u64 {
     match store {
         Store::Memory(_) => CHUNK_BYTES,
@@ -729,8 +724,8 @@ fn chunk_of(store: Store) -> u64 {
     }
 }
 
-/// A loop that does `piece` of length `chunk` and steps `pointers` and `length`, while more than
-/// one piece is left.
+/// A loop that performs `piece` of length `chunk` and advances `pointers` and `length`, while more
+/// than one chunk is left.
 fn forward(
     out: &mut Function,
     pointers: &[(u32, ValType)],

@@ -1,68 +1,61 @@
-//! What the runtime must know of an instrumented module: where frames are
-//! saved, what they hold, and what the module looked like to its author.
+//! Metadata of an instrumented module for the runtime: the safepoints, the frame layouts, and the
+//! structure of the original module.
 //!
-//! The metadata travels inside the module, in the custom section
-//! [`SECTION`], so that an instrumented module is one self-contained file that
-//! is named by its hash. It is made once, by the instrumenter, and never
-//! re-made by a newer one: frames refer to it by number.
+//! The metadata is stored in the module's custom section [`SECTION`], so that an instrumented
+//! module is one self-contained file named by its hash. The instrumenter produces it once; a newer
+//! instrumenter never regenerates it, since frames refer to it by number.
 //!
-//! The control memory is a private second memory that each thread's instance
-//! defines for itself. Its layout is fixed here for both sides. Instances
-//! define it twice, as two memories over the same bytes, the second for polls
-//! at entries: the compiler keeps a memory's base in a register wherever it is
-//! used again, and so short functions that call themselves would pay with a
-//! register for the cold code that saves their frames. (In loops the poll needs
-//! that register anyway; two memories would cost two.)
+//! The control memory is a private second memory that each thread's instance defines for itself.
+//! Its layout is fixed here for both sides. Instances define it twice, as two memories over the
+//! same bytes, the second for polls at entries: the compiler keeps a memory's base in a register if
+//! it is used again, and so short recursive functions would spend a register for the cold code that
+//! saves their frames. (In loops the poll needs that register anyway; two memories would need two.)
 
 use serde::{Deserialize, Serialize};
 
 /// Name of the custom section that holds the metadata.
 pub const SECTION: &str = "keel.meta";
 
-/// Version of the metadata and of the frame format. Raised when either
-/// changes; other versions are refused by name.
+/// Version of the metadata and of the frame format. Incremented when either changes; other versions
+/// are refused with an error that names them.
 pub const VERSION: u32 = 3;
 
-/// Address of the request word (`u32`): not zero asks the thread to come to a
-/// safepoint.
+/// Address of the request word (`u32`): nonzero requests a safepoint.
 pub const REQUEST: u32 = 0;
 /// Address of the save pointer (`u32`): the next free byte of the save area.
 pub const SAVE_POINTER: u32 = 8;
 /// Address of the next free index (`u32`) of the references table.
 pub const REF_POINTER: u32 = 16;
-/// Address of the results that a resumed frame leaves, 16 bytes each.
+/// Address of the results of a resumed frame, 16 bytes each.
 pub const RESULTS: u32 = 64;
-/// The most results that a function may have (the engine's limit is the same).
+/// Maximum number of results of a function (equal to the engine's limit).
 pub const RESULTS_MAX: u32 = 1000;
-/// Address of the locals that a resumed frame starts with.
+/// Address of the initial locals of a resumed frame.
 pub const RESTORE: u32 = 32 << 10;
 /// Address of the save area, which grows upwards.
 pub const SAVE: u32 = 2 << 20;
-/// Where the last saved frame must end. Code that saves a frame looks only afterwards whether
-/// it does, so as much as the largest frame takes (what [`RESTORE`] has room for) can be
-/// written behind it.
+/// Limit of the end of the last saved frame. Saving code checks it only afterwards, so up to the
+/// size of the largest frame (the room at [`RESTORE`]) can be written behind it.
 pub const SAVE_END: u32 = SAVE + (8 << 20);
-/// Size of the control memory in 64 KiB pages (2 GiB), of which only the beginning can be
-/// accessed.
+/// Size of the control memory in 64 KiB pages (2 GiB), of which only the start is accessible.
 pub const CONTROL_PAGES: u32 = 32_768;
-/// Bytes in front of the slots of a saved frame: point (`u32`), zero (`u32`).
+/// Header of a saved frame: point (`u32`), zero (`u32`).
 pub const FRAME_HEADER_BYTES: u32 = 8;
-/// Entries of the references table at first; the first [`RESULTS_MAX`] hold results.
+/// Initial entries of the references table; the first [`RESULTS_MAX`] hold results.
 pub const REFS_ENTRIES: u32 = 65_536;
-/// The most entries of the references table: more than the references that the save area
-/// has room for. No other table of an instrumented module declares this maximum, by which
-/// the runtime knows it.
+/// Maximum entries of the references table: more than the references in a full save area. No other
+/// table of an instrumented module declares this maximum, so the runtime recognises the table by
+/// it.
 pub const REFS_ENTRIES_MAX: u32 = 2 << 20;
-/// The most entries of any other table. (Lowering lets none declare that it becomes larger,
-/// which nobody can tell: `table.grow` fails as well.)
+/// Maximum entries of any other table. (Lowering reduces larger declared maxima, which is not
+/// observable: `table.grow` may always fail.)
 pub const TABLE_ENTRIES_MAX: u64 = 1 << 20;
 
-/// Prefix of everything that the instrumenter adds to a module's exports and
-/// imports. Guests may not use it.
+/// Prefix of all exports and imports that the instrumenter adds. Reserved: guests must not use it.
 pub const PREFIX: &str = "keel:";
-/// Name under which the function that enters clones is exported.
+/// Export name of the function that enters clones.
 pub const RESUME_EXPORT: &str = "keel:resume";
-/// Module name of the host functions that lowering introduces.
+/// Module name of the host functions that lowering uses.
 pub const HOST_MODULE: &str = "keel";
 
 /// Type of one saved value.
@@ -93,7 +86,7 @@ impl SlotType {
     }
 }
 
-/// One place at which a function can be left and entered again.
+/// A safepoint, at which a function can be left and re-entered.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Point {
     /// Slots saved here, as positions in [`Function::slots`], in frame order.
@@ -105,12 +98,11 @@ pub struct Point {
 /// A function that can be captured.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Function {
-    /// Its index in the module.
     pub index: u32,
     /// Number of its first point among all points of the module.
     pub first_point: u32,
-    /// Types of everything any of its points saves or receives, in the order
-    /// in which the clone loads them from [`RESTORE`].
+    /// Types of all values that any of its points saves or receives, in the order in which the
+    /// clone loads them from [`RESTORE`].
     pub slots: Vec<SlotType>,
     /// Types of its results.
     pub results: Vec<SlotType>,
@@ -138,7 +130,6 @@ impl Function {
     }
 }
 
-/// One memory of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     /// Initial size in 64 KiB pages.
@@ -151,12 +142,11 @@ pub struct Memory {
     pub shared: bool,
 }
 
-/// A mutable global: part of a thread's state.
+/// A mutable global, part of a thread's state.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Global {
     /// Name of its export in the instrumented module.
     pub export: String,
-    /// Its type.
     pub ty: SlotType,
 }
 
@@ -167,11 +157,9 @@ pub struct DataSegment {
     pub memory: u32,
     /// Byte offset in that memory.
     pub offset: u64,
-    /// The bytes.
     pub bytes: Vec<u8>,
 }
 
-/// What an imported function is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Import {
     /// Module name.
@@ -208,15 +196,13 @@ pub struct Meta {
     /// Functions whose reference can be taken, in the order of the directory
     /// table.
     pub directory: Vec<u32>,
-    /// Index of the start function.
     pub start: Option<u32>,
     /// Names of functions by index, from the name section.
     pub names: Vec<(u32, String)>,
 }
 
 impl Meta {
-    /// The function that holds a point, with the point; `None` for a number
-    /// that the module does not have.
+    /// The function of a point, and the point; `None` for an unknown number.
     pub fn point(&self, number: u32) -> Option<(usize, &Function, &Point)> {
         let after = self
             .functions
@@ -229,12 +215,11 @@ impl Meta {
         Some((position, function, point))
     }
 
-    /// Whether its parts fit each other, so that nothing that follows a number
-    /// in it comes to nothing. (That they fit the module shows when that is
-    /// linked; the code itself runs in a sandbox.)
+    /// Validates internal consistency, so that every index in it is in range. (Consistency with the
+    /// module is checked when that is linked; the code itself runs in a sandbox.)
     ///
     /// # Errors
-    /// What does not fit.
+    /// The inconsistency.
     pub fn check(&self) -> Result<(), &'static str> {
         let mut points = 0_u32;
         for function in &self.functions {
@@ -262,8 +247,8 @@ impl Meta {
         Ok(())
     }
 
-    /// A function's index as the module's author counts: without the imports
-    /// that the instrumenter added behind theirs.
+    /// A function's index in the original module: without the imports that the instrumenter added
+    /// behind the original ones.
     pub fn original_index(&self, index: u32) -> u32 {
         let is_added = |import: &&Import| import.module == HOST_MODULE;
         let added = self.imports.iter().filter(is_added).count() as u32;
@@ -274,7 +259,7 @@ impl Meta {
         }
     }
 
-    /// The name that a person knows a function by.
+    /// The human-readable name of a function.
     pub fn function_name(&self, index: u32) -> String {
         match self.names.binary_search_by_key(&index, |(at, _)| *at) {
             Ok(at) => self.names[at].1.clone(),

@@ -1,27 +1,26 @@
 //! Rewrites a module so that any of its threads can be captured as plain data
 //! at a *safepoint* and resumed elsewhere.
 //!
-//! A running WebAssembly stack cannot be read from outside. So the code leaves
-//! by itself when asked: at a poll or behind a call it saves what is live and
-//! returns with a status set, frame by frame, to the runtime. It never comes
-//! back into the code that it left (a cold path that rejoined would force every
-//! live value through it); a *clone* of the function, entered at that point,
-//! goes on in its place.
+//! A running WebAssembly stack cannot be read from outside. So on request the code unwinds itself:
+//! at a poll or after a call it saves its live values and returns with a status set, frame by
+//! frame, to the runtime. It never re-enters the code that it left (a cold path that rejoined would
+//! force every live value through it); a *clone* of the function, entered at that point, continues
+//! in its place.
 //!
-//! Two passes: `lower` says in plain WebAssembly what cannot be left in the
-//! middle of (long bulk operations, waiting, growing); `relocate` adds polls,
-//! status results, saving and clones. Each pass reads and writes a whole module.
+//! Two passes: `lower` rewrites operations that cannot be left in the middle (long bulk operations,
+//! waiting, growing) in plain WebAssembly; `relocate` adds polls, status results, saving and
+//! clones. Each pass reads and writes a whole module.
 //!
-//! - `scan`: validates, refuses by name, notes what lowering needs
+//! - `scan`: validates, refuses unsupported modules, collects what lowering needs
 //! - `lower`: the first pass
-//! - `callgraph`: who may unwind, who carries a status, who polls at entry
+//! - `callgraph`: functions that may unwind, carry a status, or poll at entry
 //! - `body`: one function's operators, constructs and points
-//! - `liveness`: which locals matter at a point
-//! - `plan`: what a function's frames hold, and where
+//! - `liveness`: live locals at each point
+//! - `plan`: frame layout of a function
 //! - `emit`: writes the hot version and the clone
 //! - `relocate`: the second pass
-//! - `meta`: what the runtime needs to know; travels in the module
-//! - `strip`: the module without its clones, with which a program starts
+//! - `meta`: metadata for the runtime, stored in the module
+//! - `strip`: the module without its clones, in which programs start
 
 mod body;
 mod callgraph;
@@ -39,28 +38,26 @@ pub use strip::without_clones;
 use meta::SlotType;
 use wasmparser::ValType;
 
-/// The largest module that is accepted, in bytes.
+/// Maximum size of a module, in bytes.
 pub const MODULE_BYTES_MAX: usize = 256 << 20;
 
-/// Raised when the same module becomes another one than before, of the same
-/// [`meta::VERSION`]: what was instrumented before is of use still, but not made any more.
+/// Incremented when the same module is instrumented differently than before with the same
+/// [`meta::VERSION`]: modules instrumented before remain usable, but are no longer produced.
 pub const REVISION: u32 = 1;
 
 /// Why a module cannot become a machine.
 #[derive(Debug, thiserror::Error)]
 pub enum InstrumentError {
-    /// It is no valid WebAssembly, or uses a proposal that is not supported.
+    /// Invalid WebAssembly, or an unsupported proposal.
     #[error("the module is not valid here: {0}")]
     Invalid(#[from] wasmparser::BinaryReaderError),
-    /// It uses something that machines do not support.
+    /// It uses an unsupported feature.
     #[error("the module uses {what} ({place}), which machines do not support")]
     Unsupported {
-        /// What it uses.
         what: String,
-        /// Where, or what to do instead.
+        /// The place, or a remedy.
         place: String,
     },
-    /// Its parts contradict each other.
     #[error("the module is malformed: {0}")]
     Malformed(String),
 }
@@ -75,7 +72,7 @@ impl From<wasm_encoder::reencode::Error> for InstrumentError {
 /// [`meta::Meta`]; the same input gives the same bytes.
 ///
 /// # Errors
-/// [`InstrumentError`], naming what is wrong and where.
+/// [`InstrumentError`], with the reason and the place.
 pub fn instrument(module: &[u8]) -> Result<Vec<u8>, InstrumentError> {
     scan::looks_like_module(module)?;
     let scanned = scan::scan(module)?;
@@ -86,8 +83,7 @@ pub fn instrument(module: &[u8]) -> Result<Vec<u8>, InstrumentError> {
 /// Reads the metadata of an instrumented module.
 ///
 /// # Errors
-/// [`InstrumentError::Malformed`] for a module without metadata or with that
-/// of another version.
+/// [`InstrumentError::Malformed`] without metadata or with another version of it.
 pub fn read_meta(module: &[u8]) -> Result<meta::Meta, InstrumentError> {
     for payload in wasmparser::Parser::new(0).parse_all(module) {
         if let wasmparser::Payload::CustomSection(section) = payload?

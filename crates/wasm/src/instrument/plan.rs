@@ -1,6 +1,5 @@
-//! What is decided about a function before either of its versions is written:
-//! which values every point saves, where they lie in the frame, and in which
-//! temporaries operands wait.
+//! Decisions about a function before any version is written: the values that every point saves, the
+//! frame layout, and the temporaries of operands.
 
 use super::body::{Body, PointKind};
 use super::callgraph::CallGraph;
@@ -11,7 +10,7 @@ use wasm_encoder::BlockType;
 use wasm_encoder::reencode::{Reencode, RoundtripReencoder};
 use wasmparser::ValType;
 
-/// Block types that instrumented code needs beside the module's own types.
+/// Block types that instrumented code needs in addition to the module's types.
 #[derive(Default)]
 pub(crate) struct BlockTypes {
     first: u32,
@@ -20,7 +19,7 @@ pub(crate) struct BlockTypes {
 }
 
 impl BlockTypes {
-    /// `first`: index that the first new type will have.
+    /// `first`: index of the first new type.
     pub(crate) fn new(first: u32) -> Self {
         BlockTypes {
             first,
@@ -49,10 +48,10 @@ impl BlockTypes {
     }
 }
 
-/// The most locals of a function (a limit of implementations).
+/// Maximum locals of a function (an implementation limit).
 const LOCALS_MAX: usize = 50_000;
 
-/// What both versions of a function share.
+/// State shared by all versions of a function.
 pub(crate) struct Plan<'a> {
     pub(crate) body: &'a Body<'a>,
     pub(crate) graph: &'a CallGraph,
@@ -60,7 +59,7 @@ pub(crate) struct Plan<'a> {
     /// Index of the control memory and of the references table.
     pub(crate) control: u32,
     pub(crate) refs: u32,
-    /// Index that type T gets when a status is added: `status_types + T`.
+    /// Index of type T with a status: `status_types + T`.
     pub(crate) status_types: u32,
     pub(crate) first_point: u32,
     pub(crate) temps: HashMap<(usize, ValType), u32>,
@@ -113,7 +112,7 @@ impl<'a> Plan<'a> {
             plan.slot_offsets.push(offset);
             offset += slot_type(*ty)?.bytes();
         }
-        // (Beside those: the clone's parameter, and two of the writer's.)
+        // (Plus the clone's parameter, and two of the writer.)
         let locals = body.locals.len() + plan.temp_types.len() + 3;
         if meta::RESTORE + offset > meta::SAVE || locals > LOCALS_MAX {
             return Err(InstrumentError::Unsupported {
@@ -232,5 +231,5 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Height of the temporaries through which a clone's results pass at its end.
+/// Pseudo height of the temporaries for a clone's results.
 pub(crate) const RESULT: usize = usize::MAX;

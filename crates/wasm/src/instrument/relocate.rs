@@ -1,5 +1,5 @@
-//! Second pass: polls, status results, frames that are saved, clones that are
-//! entered in the middle. Input is a lowered module; see [`super::lower`].
+//! Second pass: polls, status results, saved frames, and clones with entries at every point. Input
+//! is a lowered module; see [`super::lower`].
 
 use super::callgraph::{self, CallGraph, Calls};
 use super::emit::Written;
@@ -21,7 +21,7 @@ use wasmparser::{
     TypeRef, ValidPayload, Validator, ValidatorResources,
 };
 
-/// Everything of the lowered module that the second pass reads.
+/// The parts of the lowered module that the second pass reads.
 struct Input<'a> {
     types: Vec<FuncType>,
     functions: Vec<u32>,
@@ -218,8 +218,8 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Re-encodes unchanged, and notes every function that a section names: in
-/// exports, elements and initial values a name is a reference.
+/// Re-encodes unchanged, and collects every function that a section names: in exports, elements and
+/// initialisers a name is a reference.
 struct Collect<'a>(&'a mut BTreeSet<u32>);
 
 impl Reencode for Collect<'_> {
@@ -238,7 +238,7 @@ struct Functions {
     hot: Vec<Written>,
     /// Clones, each followed by its loop versions.
     clones: Vec<Written>,
-    /// Indices of the clones, as functions, and how many loop versions follow each.
+    /// Function indices of the clones, with the number of loop versions that follow each.
     entries: Vec<u32>,
     versions: Vec<u32>,
     functions: Vec<meta::Function>,
@@ -302,10 +302,10 @@ fn write_functions(
     Ok(out)
 }
 
-/// The most bytes of a function's body (a limit of implementations).
+/// Maximum bytes of a function's body (an implementation limit).
 const BODY_BYTES_MAX: usize = 7_654_321;
 
-/// Refuses by its place a function that became too large; its versions are the last ones.
+/// Refuses a function that became too large, with its place; its versions are the last ones.
 fn check_sizes(
     out: &Functions,
     function: u32,
@@ -483,7 +483,7 @@ impl Output {
         if let Some(start) = meta.start {
             exports.export(&format!("{PREFIX}start"), ExportKind::Func, start);
         }
-        // The last export: `strip` takes it away together with the clones.
+        // The last export: `strip` removes it with the clones.
         exports.export(
             meta::RESUME_EXPORT,
             ExportKind::Func,

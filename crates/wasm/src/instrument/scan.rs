@@ -1,8 +1,7 @@
-//! Validates a module and notes what lowering must know before it starts.
+//! Validates a module and collects what lowering needs.
 //!
-//! This is where a module is refused: for what the WebAssembly validator says,
-//! for proposals that machines do not support, and for imports that only
-//! another instance could give.
+//! Modules are refused here: by the WebAssembly validator, for unsupported proposals, and for
+//! imports that only another instance could provide.
 
 use super::meta::{DataSegment, Memory, PREFIX};
 use super::{InstrumentError, MODULE_BYTES_MAX};
@@ -12,7 +11,7 @@ use wasmparser::{
     Parser, Payload, TypeRef, Validator, WasmFeatures,
 };
 
-/// What the code does with one memory.
+/// Uses of one memory by the code.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct MemoryUses {
     pub(crate) grow: bool,
@@ -23,14 +22,13 @@ pub(crate) struct MemoryUses {
     pub(crate) notify: bool,
 }
 
-/// What a bulk operation works on.
+/// Operand of a bulk operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Store {
     Memory(u32),
     Table(u32),
 }
 
-/// One table.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Table {
     pub(crate) table64: bool,
@@ -65,9 +63,8 @@ pub(crate) struct Scan {
     pub(crate) names: BTreeMap<u32, String>,
 }
 
-/// What machines run: WebAssembly 2.0 without `externref`, and tail calls,
-/// threads, relaxed SIMD, several memories, 64-bit memories, extended constant
-/// expressions.
+/// Supported features: WebAssembly 2.0 without `externref`, plus tail calls, threads, relaxed SIMD,
+/// multiple memories, 64-bit memories, extended constant expressions.
 pub(crate) fn features() -> WasmFeatures {
     WasmFeatures::MUTABLE_GLOBAL
         | WasmFeatures::SATURATING_FLOAT_TO_INT
@@ -233,7 +230,7 @@ impl Scan {
             }
             Payload::CustomSection(section) => {
                 if let KnownCustom::Name(names) = section.as_known() {
-                    // A broken name section is no reason to refuse a module.
+                    // An invalid name section is no reason to refuse a module.
                     for name in names.into_iter().flatten() {
                         if let Name::Function(map) = name {
                             self.names.extend(
@@ -252,8 +249,8 @@ impl Scan {
         Ok(())
     }
 
-    /// Where a defined function is, for its author: counted from the first one. (Behind the
-    /// author's are those that lowering adds.)
+    /// The place of a defined function in the original module: counted from the first one.
+    /// (Functions added by lowering follow.)
     pub(crate) fn place(&self, defined: usize) -> String {
         let Some(offset) = self.bodies.get(defined) else {
             return "a bulk operation".into();
@@ -368,7 +365,7 @@ fn evaluate(
     Ok(stack.pop().flatten())
 }
 
-/// Fails early and by name on bytes that are no module at all.
+/// Refuses bytes that are not a module, with a specific error.
 pub(crate) fn looks_like_module(bytes: &[u8]) -> Result<(), InstrumentError> {
     let mut reader = BinaryReader::new(bytes, 0);
     match reader.read_bytes(4) {

@@ -1,9 +1,8 @@
-//! The instrumented module without its clones: what a program starts with.
+//! The instrumented module without its clones, in which programs start.
 //!
-//! Clones are half of an instrumented module, and most programs are never
-//! moved. All indices, types, memories and tables are those of the whole
-//! module, so a thread that was captured in an instance of this one goes on in
-//! an instance of the whole.
+//! Clones are half of an instrumented module, and most programs never move. All indices, types,
+//! memories and tables are those of the whole module, so a thread captured in an instance of this
+//! one resumes in an instance of the whole.
 
 use super::InstrumentError;
 use super::meta::{self, Meta};
@@ -13,11 +12,10 @@ use wasm_encoder::{
 };
 use wasmparser::{CustomSectionReader, KnownCustom, Parser, Payload};
 
-/// Takes the clones, what enters them and the metadata out of an instrumented
-/// module.
+/// Removes the clones, the functions that enter them, and the metadata.
 ///
 /// # Errors
-/// [`InstrumentError`] if it is none.
+/// [`InstrumentError`] if the module is not instrumented.
 pub fn without_clones(module: &[u8], meta: &Meta) -> Result<Vec<u8>, InstrumentError> {
     let mut out = Module::new();
     let imported = meta.imports.len() as u32;
@@ -68,8 +66,8 @@ pub fn without_clones(module: &[u8], meta: &Meta) -> Result<Vec<u8>, InstrumentE
     Ok(out.finish())
 }
 
-/// Functions that stay. What enters clones comes last; the clones are before it, and no
-/// function that stays has a type of theirs.
+/// Number of remaining functions. The dispatcher comes last; the clones precede it, and no
+/// remaining function has their type.
 fn without(types: &[u32], clones: usize) -> Result<u32, InstrumentError> {
     let few = || InstrumentError::Malformed("it has fewer functions than clones".into());
     let (_, types) = types.split_last().ok_or_else(few)?;
@@ -87,7 +85,7 @@ fn without(types: &[u32], clones: usize) -> Result<u32, InstrumentError> {
     }
 }
 
-/// Branch hints of the functions that stay, and names.
+/// Branch hints of the remaining functions, and names.
 fn custom(
     out: &mut Module,
     section: &CustomSectionReader<'_>,

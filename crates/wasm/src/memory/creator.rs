@@ -1,8 +1,8 @@
-//! Hands wasmtime our mappings while it makes an instance.
+//! Passes our mappings to wasmtime at instantiation.
 //!
-//! wasmtime asks a [`MemoryCreator`] for each memory that a module defines, in
-//! order, on the thread that instantiates, and tells it nothing of the instance.
-//! So the mappings that the next instance is to get lie in a thread-local list.
+//! wasmtime asks a [`MemoryCreator`] for each memory of a module, in order, on the instantiating
+//! thread, without identifying the instance. So a thread-local list holds the mappings for the next
+//! instance.
 
 use super::{GUARD_BYTES, GuestMemory, Reservation, WASM_PAGE_BYTES, system};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
@@ -22,12 +22,12 @@ pub struct Control {
     reservation: Reservation,
 }
 
-/// What the module declares; most of it cannot be accessed.
+/// Declared size; most of it is inaccessible.
 const CONTROL_BYTES: usize = (meta::CONTROL_PAGES as usize) << 16;
 const CONTROL_RESERVE_BYTES: usize = (4 << 30) + GUARD_BYTES;
 
 impl Control {
-    /// Bytes that can be accessed: the save area, and the largest frame behind it.
+    /// Accessible bytes: the save area, and the largest frame behind it.
     pub const ACCESSIBLE_BYTES: usize = (meta::SAVE_END + meta::SAVE - meta::RESTORE) as usize;
 
     /// A fresh control memory, zeroed, with the save area empty.
@@ -84,15 +84,14 @@ impl Control {
         }
     }
 
-    /// Asks the instance that runs on this memory to come to a safepoint, or
-    /// takes that back.
+    /// Sets or clears the safepoint request of the instance that runs on this memory.
     pub fn set_request(&self, request: bool) {
         self.word(meta::REQUEST)
             .store(u32::from(request), Ordering::Release);
     }
 
-    /// Gives back the memory from `address` on: it reads as zero again. The
-    /// instance must not be running.
+    /// Releases the memory from `address` on, which reads as zero afterwards. The instance must not
+    /// be running.
     pub fn discard(&self, address: u32) {
         let from = (address as usize).next_multiple_of(WASM_PAGE_BYTES as usize);
         // SAFETY: the range is inside the private mapping, and no instance
@@ -105,15 +104,15 @@ impl Control {
             )
         };
         if let Err(error) = result {
-            tracing::debug!(%error, "a save area was not given back");
+            tracing::debug!(%error, "a save area was not released");
         }
     }
 
     /// Copies bytes out; the instance must not be running.
     ///
     /// # Panics
-    /// If the range is outside: callers pass ranges that [`meta`] fixes or that
-    /// the save pointer, which the code keeps, bounds.
+    /// If the range is out of bounds: callers pass ranges that [`meta`] fixes, or that are bounded
+    /// by the save pointer, which the code maintains.
     pub fn read(&self, address: u32, buffer: &mut [u8]) {
         self.check(address, buffer.len());
         // SAFETY: the range is inside the mapping, as checked, and no instance
@@ -157,7 +156,7 @@ thread_local! {
     static NEXT: RefCell<Vec<Next>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Runs `instantiate`; the instance that it makes gets these mappings.
+/// Runs `instantiate` with these mappings for the instance that it creates.
 pub fn with_memories<R>(
     memories: &[Arc<GuestMemory>],
     control: &Arc<Control>,
@@ -196,7 +195,7 @@ unsafe impl MemoryCreator for Creator {
         let memory = match next {
             Next::Guest(memory) => {
                 let seen_bytes = memory.size_bytes() as usize;
-                memory.tell(seen_bytes);
+                memory.expose(seen_bytes);
                 Mapped::Guest { memory, seen_bytes }
             }
             Next::Control(memory) => Mapped::Control(memory),
@@ -214,8 +213,8 @@ unsafe impl MemoryCreator for Creator {
 enum Mapped {
     Guest {
         memory: Arc<GuestMemory>,
-        /// What this instance knows of the size: other instances, or the
-        /// machine, may have grown the memory since.
+        /// The size as known to this instance: other instances, or the machine, may have grown the
+        /// memory since.
         seen_bytes: usize,
     },
     Control(Arc<Control>),
@@ -241,7 +240,7 @@ unsafe impl LinearMemory for Mapped {
     fn grow_to(&mut self, new_size: usize) -> wasmtime::Result<()> {
         match self {
             Mapped::Guest { memory, seen_bytes } if new_size as u64 <= memory.size_bytes() => {
-                memory.tell(new_size);
+                memory.expose(new_size);
                 *seen_bytes = new_size;
                 Ok(())
             }

@@ -1,11 +1,10 @@
-//! Which pages were written since the last look.
+//! Dirty page tracking.
 //!
-//! The fast way needs Linux 6.7: userfaultfd write protection in asynchronous
-//! mode (the kernel notes a write and lets it pass, about 1 µs) and the
-//! `PAGEMAP_SCAN` ioctl, which reports written pages and protects them again in
-//! one step. Where the kernel or the process's rights lack it, every page is
-//! hashed at each look and compared with the hash before: slower (about 1 GB/s),
-//! but right everywhere.
+//! The fast method needs Linux 6.7: userfaultfd write protection in asynchronous mode (the kernel
+//! records a write and lets it pass, about 1 µs) and the `PAGEMAP_SCAN` ioctl, which reports
+//! written pages and re-protects them atomically. If the kernel or the process's privileges lack
+//! it, every page is hashed at each scan and compared with its previous hash: slower (about 1
+//! GB/s), but always available.
 
 use super::uffd::{self, Unavailable, unavailable};
 use super::{GuestMemory, MemoryError, PAGE_BYTES, open_private};
@@ -13,7 +12,6 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// How writes are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// Write protection in asynchronous mode.
@@ -22,7 +20,7 @@ pub enum Method {
     Hash,
 }
 
-/// Finds written pages of one memory while the guest runs.
+/// Tracks dirty pages of one memory while the guest runs.
 #[derive(Debug)]
 pub struct DirtyTracker {
     memory: Arc<GuestMemory>,
@@ -37,8 +35,7 @@ enum Found {
 }
 
 impl DirtyTracker {
-    /// Starts to watch. Pages written from now on are reported by
-    /// [`Self::take`].
+    /// Starts tracking. [`Self::take`] reports pages written from now on.
     pub fn start(memory: Arc<GuestMemory>) -> Result<Self, MemoryError> {
         match protect(&memory) {
             Ok(found) => {
@@ -47,7 +44,7 @@ impl DirtyTracker {
                     found,
                     missing: None,
                 };
-                // The first look arms what reads as written.
+                // The first scan re-protects everything: it all reads as written.
                 tracker.take()?;
                 Ok(tracker)
             }
@@ -59,7 +56,7 @@ impl DirtyTracker {
         }
     }
 
-    /// As [`Self::start`], by hashing in any case.
+    /// As [`Self::start`], always by hashing.
     ///
     /// # Errors
     /// As [`Self::take`].
@@ -73,7 +70,6 @@ impl DirtyTracker {
         Ok(tracker)
     }
 
-    /// The way in use.
     pub fn method(&self) -> Method {
         match self.found {
             Found::Protect { .. } => Method::WriteProtect,
@@ -81,15 +77,15 @@ impl DirtyTracker {
         }
     }
 
-    /// Why it is not the fast way.
+    /// Why the fast method is unavailable.
     pub fn missing(&self) -> Option<&Unavailable> {
         self.missing.as_ref()
     }
 
-    /// Byte ranges written since the last look, rising, in whole pages.
+    /// Byte ranges written since the last scan, ascending, in whole pages.
     ///
     /// # Errors
-    /// [`MemoryError::System`] if the kernel does not answer.
+    /// [`MemoryError::System`] if a system call fails.
     pub fn take(&mut self) -> Result<Vec<Range<u64>>, MemoryError> {
         let size = self.memory.size_bytes();
         match &mut self.found {
@@ -98,8 +94,8 @@ impl DirtyTracker {
         }
     }
 
-    /// The memory in pieces, each of which [`Self::take_piece`] looks at in a moment (about
-    /// 50 µs); nothing where all pages are hashed.
+    /// Splits the memory into pieces, each of which [`Self::take_piece`] scans in about 50 µs;
+    /// empty if pages are hashed.
     pub fn pieces(&self) -> Vec<Range<u64>> {
         let size = self.memory.size_bytes();
         match self.found {
@@ -111,8 +107,8 @@ impl DirtyTracker {
         }
     }
 
-    /// As [`Self::take`], of one piece: for several threads, each of which takes the next
-    /// one. Of pages that are hashed nothing is found: [`Self::take`] looks at them.
+    /// As [`Self::take`], for one piece: several threads can each take the next one. Empty if pages
+    /// are hashed: [`Self::take`] handles them.
     ///
     /// # Errors
     /// As [`Self::take`].
@@ -123,9 +119,8 @@ impl DirtyTracker {
         }
     }
 
-    /// As [`Self::take`], by several threads where the memory is large: for a
-    /// machine that stands still meanwhile, so that processors have nothing else
-    /// to do.
+    /// As [`Self::take`], by several threads if the memory is large: for a frozen machine, while
+    /// processors are idle.
     ///
     /// # Errors
     /// As [`Self::take`].
@@ -135,7 +130,7 @@ impl DirtyTracker {
             return self.take();
         };
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let most = usize::try_from(size / SHARE_BYTES_MIN).unwrap_or(THREADS_MAX);
+        let most = usize::try_from(size / BYTES_PER_THREAD_MIN).unwrap_or(THREADS_MAX);
         let shares = threads.min(THREADS_MAX).min(most).max(1) as u64;
         let memory = &self.memory;
         let share = size.div_ceil(shares).next_multiple_of(PAGE_BYTES);
@@ -146,7 +141,7 @@ impl DirtyTracker {
         let mut found = std::thread::scope(|scope| {
             let others: Vec<_> = (1..shares)
                 .map(|number| {
-                    // (Where there are no more threads, this one does all.)
+                    // (If no thread can be spawned, this one does all.)
                     std::thread::Builder::new().spawn_scoped(scope, move || look(number))
                 })
                 .collect();
@@ -172,9 +167,8 @@ impl DirtyTracker {
     }
 }
 
-/// What a further thread is worth that looks for written pages: this takes about
-/// 0.25 ms.
-const SHARE_BYTES_MIN: u64 = 256 << 20;
+/// Bytes per additional scanning thread: scanning this takes about 0.25 ms.
+const BYTES_PER_THREAD_MIN: u64 = 256 << 20;
 const THREADS_MAX: usize = 8;
 
 fn compare(
@@ -245,7 +239,7 @@ struct PmScanArg {
     return_mask: u64,
 }
 
-/// What to do where the fast way is missing.
+/// Remedy if the fast method is missing.
 const NEWER: &str = "Linux 6.7 or newer has it.";
 
 fn protect(memory: &GuestMemory) -> Result<Found, Unavailable> {
@@ -255,7 +249,7 @@ fn protect(memory: &GuestMemory) -> Result<Found, Unavailable> {
     })
 }
 
-/// Write protection in asynchronous mode, over all that the memory has now.
+/// Enables asynchronous write protection for the whole memory.
 pub(super) fn open_protection(memory: &GuestMemory) -> Result<OwnedFd, Unavailable> {
     let features =
         uffd::FEATURE_WP_ASYNC | uffd::FEATURE_WP_UNPOPULATED | uffd::FEATURE_WP_HUGETLBFS_SHMEM;
@@ -278,12 +272,12 @@ pub(super) fn open_protection(memory: &GuestMemory) -> Result<OwnedFd, Unavailab
     Ok(uffd)
 }
 
-/// The file that answers `PAGEMAP_SCAN`, if the kernel knows the request.
+/// Opens the pagemap, if the kernel supports `PAGEMAP_SCAN`.
 pub(super) fn open_pagemap(memory: &GuestMemory) -> Result<OwnedFd, Unavailable> {
     let pagemap = open_private("/proc/self/pagemap")
         .map_err(|errno| unavailable("/proc/self/pagemap", "Mount /proc.")(errno.into()))?;
     let start = memory.base() as u64;
-    // An empty look shows whether the kernel knows the request.
+    // An empty scan tests whether the kernel supports the request.
     let mut probe = PmScanArg {
         size: size_of::<PmScanArg>() as u64,
         start,
@@ -296,10 +290,9 @@ pub(super) fn open_pagemap(memory: &GuestMemory) -> Result<OwnedFd, Unavailable>
     Ok(pagemap)
 }
 
-/// Bytes of memory that one request looks at: the kernel lets nobody else run on that
-/// processor before its end, and what a machine stands still for comes first.
+/// Bytes per scan request: the kernel does not preempt a request, and downtime has priority.
 const SCAN_BYTES: u64 = 32 << 20;
-/// Regions that one call reports.
+/// Regions reported per call.
 const REGIONS: usize = 512;
 
 fn scan(
@@ -349,16 +342,16 @@ mod tests {
     use super::*;
     use crate::memory::WASM_PAGE_BYTES;
 
-    /// As a guest writes: through the mapping.
+    /// Writes like a guest, through the mapping.
     fn store(memory: &GuestMemory, offset: u64, byte: u8) {
-        // SAFETY: the cell is this memory's, which nobody else uses.
+        // SAFETY: the cell belongs to this memory, without concurrent accesses.
         unsafe { std::ptr::write_volatile(memory.cells()[offset as usize].get(), byte) };
     }
 
-    /// Large enough for several threads, and at the bounds of their shares.
+    /// Large enough for several threads; includes the bounds of their shares.
     #[test]
     fn several_threads_find_what_one_finds() {
-        let pages = 5 * SHARE_BYTES_MIN / WASM_PAGE_BYTES + 3;
+        let pages = 5 * BYTES_PER_THREAD_MIN / WASM_PAGE_BYTES + 3;
         let size = pages * WASM_PAGE_BYTES;
         let memory = GuestMemory::new(pages, Some(pages), false, size).unwrap();
         let memory = Arc::new(memory);
@@ -366,7 +359,7 @@ mod tests {
         for start in [DirtyTracker::start, DirtyTracker::start_hashing] {
             let mut tracker = start(memory.clone()).unwrap();
             for round in 1..4 {
-                // Hashes see only what changes.
+                // Hashes only detect changes.
                 byte += 1;
                 let mut expected: Vec<Range<u64>> = Vec::new();
                 for at in (0..size).step_by((17 << 20) + round * 4096) {

@@ -1,22 +1,19 @@
-//! Pages that a memory does not have yet: an access of the guest waits until
-//! somebody brings them.
+//! Serving of faults on absent pages: an access of the guest waits until the page is provided.
 //!
 //! ```text
-//!   guest thread ── touches a page ──▶ stands ──▶ [`PageFaults::wait`] says which
-//!                                        ▲                     │
-//!                                        └── goes on ◀── `provide`, `provide_zeros`, `map`
+//!   guest thread ── accesses a page ──▶ faults ──▶ [`PageFaults::wait`] returns the page
+//!                                          ▲                     │
+//!                                          └── resumes ◀── `provide`, `provide_zeros`, `map`
 //! ```
 //!
-//! A *missing* page is in nobody's memory; a *minor* fault is of a page that the
-//! file behind the memory has, but the mapping does not show. Guests and the
-//! WASI layer reach memory through the mapping and wait; what goes through the
-//! file ([`GuestMemory::read`], [`GuestMemory::write`]) does not, and is for
-//! whoever brings the pages. A memory has either its writes tracked
-//! ([`super::DirtyTracker`]) or its faults served: the kernel knows one
-//! descriptor for a range.
+//! A *missing* page is in neither file nor mapping; a *minor* fault concerns a page of the file
+//! that is not mapped. Guests and the WASI layer access the mapping and wait; accesses through the
+//! file ([`GuestMemory::read`], [`GuestMemory::write`]) do not fault, and serve the code that
+//! provides pages. A memory has either dirty tracking ([`super::DirtyTracker`]) or fault serving:
+//! the kernel allows one userfaultfd per range.
 //!
-//! Where the kernel lacks it, [`PageFaults::start`] says what is missing: then
-//! all pages must be there before the guest runs.
+//! If the kernel lacks support, [`PageFaults::start`] says what is missing: then all pages must be
+//! present before the guest runs.
 
 use super::uffd::{self, Unavailable, unavailable};
 use super::{GuestMemory, MemoryError, PAGE_BYTES};
@@ -26,37 +23,35 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The kernel's word for a page fault, and its flags.
+/// The kernel's event for a page fault, and its flags.
 const EVENT_PAGEFAULT: u8 = 0x12;
 pub(super) const FLAG_WRITE: u64 = 1;
 pub(super) const FLAG_WP: u64 = 1 << 1;
 const FLAG_MINOR: u64 = 1 << 2;
 const MESSAGE_BYTES: usize = 32;
 
-/// What a guest thread waits for.
+/// Kind of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultKind {
-    /// Nobody has the page.
+    /// The page is in neither file nor mapping.
     Missing,
-    /// The file has it; [`PageFaults::map`] shows it.
+    /// The page is in the file; [`PageFaults::map`] maps it.
     Minor,
 }
 
-/// An access that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
-    /// Offset of the page in the memory.
+    /// Byte offset of the page in the memory.
     pub page: u64,
-    /// What is wanted.
     pub kind: FaultKind,
-    /// Whether it wants to write.
+    /// Whether it is a write.
     pub write: bool,
 }
 
-/// Serves the accesses to pages that one memory does not have.
+/// Serves the faults of one memory.
 ///
-/// When it is dropped, accesses that wait go on, and find zeros in missing
-/// pages: end the machine first, or bring all pages.
+/// When it is dropped, waiting accesses continue, and missing pages read as zero: end the machine
+/// first, or provide all pages.
 #[derive(Debug)]
 pub struct PageFaults {
     memory: Arc<GuestMemory>,
@@ -64,11 +59,11 @@ pub struct PageFaults {
 }
 
 impl PageFaults {
-    /// From now on, accesses to pages that the mapping does not have wait:
-    /// missing ones, and with `minor` also those that only the file has.
+    /// Starts serving: accesses to unmapped pages wait; missing ones, and with `minor` also those
+    /// that are only in the file.
     ///
     /// # Errors
-    /// [`Unavailable`] where the kernel or the process's rights lack it.
+    /// [`Unavailable`] if the kernel or the process's privileges lack it.
     pub fn start(memory: Arc<GuestMemory>, minor: bool) -> Result<Self, Unavailable> {
         let remedy = "Linux 5.13 or newer has it.";
         let (features, mode) = if minor {
@@ -85,25 +80,24 @@ impl PageFaults {
         Ok(PageFaults { memory, uffd })
     }
 
-    /// All pages are there: from now on no access waits, though other threads
-    /// still hold this. What is missing is zero.
+    /// Stops serving once all pages are present, even while other threads hold this. Missing pages
+    /// read as zero.
     ///
     /// # Errors
     /// [`MemoryError::System`].
     pub fn stop(&self) -> Result<(), MemoryError> {
         uffd::unregister(&self.uffd, &self.memory).map_err(|source| MemoryError::System {
-            what: "end the serving of page faults",
+            what: "stop serving page faults",
             source,
         })
     }
 
-    /// Waits for an access; `None` if there was none in that time. Several
-    /// threads may wait.
+    /// Waits for a fault; `None` on time-out. Several threads may wait.
     ///
     /// # Errors
     /// [`MemoryError::System`].
     pub fn wait(&self, timeout: Duration) -> Result<Option<Fault>, MemoryError> {
-        let Some(Word { flags, address, .. }) = next_word(&self.uffd, timeout)? else {
+        let Some(FaultEvent { flags, address, .. }) = next_fault_event(&self.uffd, timeout)? else {
             return Ok(None);
         };
         Ok(Some(Fault {
@@ -117,8 +111,8 @@ impl PageFaults {
         }))
     }
 
-    /// Brings whole pages. `false` if the first that could not be put was there
-    /// already: whoever waits for it goes on with that.
+    /// Provides whole pages. `false` if the first that could not be provided was present already:
+    /// its waiter continues with that.
     ///
     /// # Errors
     /// [`MemoryError::Outside`], [`MemoryError::System`].
@@ -138,15 +132,15 @@ impl PageFaults {
             let result = unsafe { uffd::ioctl(&self.uffd, uffd::COPY, &mut request) };
             match (result, usize::try_from(request.done)) {
                 (Ok(_), _) => return Ok(true),
-                // Stopped in the middle: again from there.
+                // Interrupted: continue from there.
                 (Err(_), Ok(count)) if count > 0 => done += count,
-                (Err(error), _) => return self.was_there(error, range.start + done as u64),
+                (Err(error), _) => return self.already_present(error, range.start + done as u64),
             }
         }
         Ok(true)
     }
 
-    /// Says that pages are zero. `false` as in [`Self::provide`].
+    /// Provides zero pages. `false` as in [`Self::provide`].
     ///
     /// # Errors
     /// As there.
@@ -154,8 +148,7 @@ impl PageFaults {
         self.range_request(uffd::ZEROPAGE, offset, bytes)
     }
 
-    /// Shows pages that the file has: answers minor faults. `false` as in
-    /// [`Self::provide`].
+    /// Maps pages of the file: resolves minor faults. `false` as in [`Self::provide`].
     ///
     /// # Errors
     /// As there.
@@ -163,8 +156,7 @@ impl PageFaults {
         self.range_request(uffd::CONTINUE, offset, bytes)
     }
 
-    /// Shows all pages of a range that the file has, those left out that are shown
-    /// already. The file must have the whole range.
+    /// Maps all pages of a range that are not yet mapped. The file must contain the whole range.
     ///
     /// # Errors
     /// As [`Self::provide`].
@@ -184,7 +176,7 @@ impl PageFaults {
                 (Ok(_), _) => break,
                 (Err(_), Ok(count)) if count > 0 => at += count,
                 (Err(error), _) => {
-                    self.was_there(error, at)?;
+                    self.already_present(error, at)?;
                     at += PAGE_BYTES;
                 }
             }
@@ -207,15 +199,15 @@ impl PageFaults {
             match (result, u64::try_from(request.done)) {
                 (Ok(_), _) => return Ok(true),
                 (Err(_), Ok(count)) if count > 0 => at += count,
-                (Err(error), _) => return self.was_there(error, at),
+                (Err(error), _) => return self.already_present(error, at),
             }
         }
         Ok(true)
     }
 
-    /// A page that is there already: its waiters are woken, since the kernel
-    /// does not do it then.
-    fn was_there(&self, error: std::io::Error, at: u64) -> Result<bool, MemoryError> {
+    /// The page is already present: wakes its waiters, since the kernel does not do it in this
+    /// case.
+    fn already_present(&self, error: std::io::Error, at: u64) -> Result<bool, MemoryError> {
         if error.raw_os_error() != Some(libc::EEXIST) {
             return Err(MemoryError::System {
                 what: "bring pages",
@@ -226,7 +218,7 @@ impl PageFaults {
         // SAFETY: the structure of this request: a range of our own mapping.
         unsafe { uffd::ioctl(&self.uffd, uffd::WAKE, &mut range) }.map_err(|source| {
             MemoryError::System {
-                what: "wake those who wait for a page",
+                what: "wake the waiters of a page",
                 source,
             }
         })?;
@@ -246,17 +238,19 @@ fn wait_failed(source: std::io::Error) -> MemoryError {
     }
 }
 
-/// An access to a registered memory, as the kernel tells it.
-pub(super) struct Word {
+/// A page fault event of the kernel.
+pub(super) struct FaultEvent {
     pub(super) flags: u64,
     pub(super) address: u64,
-    /// Number of the OS thread; 0 where it was not asked for.
+    /// ID of the OS thread; 0 where it was not requested.
     pub(super) thread: u32,
 }
 
-/// Waits for an access to a registered memory. `None` if there was none in that time, or
-/// another thread was faster.
-pub(super) fn next_word(uffd: &OwnedFd, timeout: Duration) -> Result<Option<Word>, MemoryError> {
+/// Waits for a page fault event. `None` on time-out, or if another thread was faster.
+pub(super) fn next_fault_event(
+    uffd: &OwnedFd,
+    timeout: Duration,
+) -> Result<Option<FaultEvent>, MemoryError> {
     let timeout = Timespec {
         tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: timeout.subsec_nanos().into(),
@@ -264,13 +258,13 @@ pub(super) fn next_word(uffd: &OwnedFd, timeout: Duration) -> Result<Option<Word
     let mut ready = [PollFd::new(uffd, PollFlags::IN)];
     match poll(&mut ready, Some(&timeout)) {
         Ok(0) | Err(rustix::io::Errno::INTR) => Ok(None),
-        Ok(_) => word_there(uffd),
+        Ok(_) => pending_fault_event(uffd),
         Err(errno) => Err(wait_failed(errno.into())),
     }
 }
 
-/// As [`next_word`], of an access that waits already.
-pub(super) fn word_there(uffd: &OwnedFd) -> Result<Option<Word>, MemoryError> {
+/// As [`next_fault_event`], without waiting.
+pub(super) fn pending_fault_event(uffd: &OwnedFd) -> Result<Option<FaultEvent>, MemoryError> {
     let mut message = [0u8; MESSAGE_BYTES];
     match rustix::io::read(uffd, &mut message) {
         Ok(MESSAGE_BYTES) => {}
@@ -285,15 +279,15 @@ pub(super) fn word_there(uffd: &OwnedFd) -> Result<Option<Word>, MemoryError> {
     if message[0] != EVENT_PAGEFAULT {
         return Ok(None);
     }
-    Ok(Some(Word {
+    Ok(Some(FaultEvent {
         flags: word(8),
         address: word(16),
-        // (The lower half: 32 bits.)
+        // (The lower 32 bits.)
         thread: word(24) as u32,
     }))
 }
 
-/// Addresses of whole pages of a memory that can be accessed.
+/// Addresses of a run of whole accessible pages.
 pub(super) fn whole_pages(
     memory: &GuestMemory,
     offset: u64,
@@ -327,7 +321,7 @@ mod tests {
     }
 
     fn load(memory: &GuestMemory, at: usize) -> u8 {
-        // SAFETY: within the memory; nobody else writes this byte meanwhile.
+        // SAFETY: within the memory; no concurrent write to this byte.
         unsafe { std::ptr::read_volatile(memory.cells()[at].get()) }
     }
 
@@ -336,7 +330,7 @@ mod tests {
         unsafe { std::ptr::write_volatile(memory.cells()[at].get(), byte) }
     }
 
-    /// Reads a byte on a thread of its own while `serve` brings what it needs.
+    /// Reads a byte on a separate thread while `serve` resolves its faults.
     fn served(memory: &Arc<GuestMemory>, at: usize, serve: impl FnOnce()) -> u8 {
         std::thread::scope(|scope| {
             let reading = scope.spawn(|| load(memory, at));
@@ -364,10 +358,10 @@ mod tests {
             assert!(faults.provide(fault.page, &[42; PAGE]).unwrap());
         });
         assert_eq!(byte, 42);
-        // It is there now, whoever brings it again.
+        // It is present now; providing it again has no effect.
         assert!(!faults.provide(3 * PAGE_BYTES, &[9; PAGE]).unwrap());
         assert_eq!(load(&memory, 3 * PAGE), 42);
-        // And no further access waits for it.
+        // No further access waits for it.
         assert_eq!(faults.wait(Duration::ZERO).unwrap(), None);
     }
 
@@ -412,13 +406,13 @@ mod tests {
         let byte = served(&memory, 2 * PAGE, || {
             let fault = expect(&faults);
             assert_eq!((fault.page, fault.kind), (2 * PAGE_BYTES, FaultKind::Minor));
-            // Newer content, before anybody sees the old one.
+            // Newer content, before the old one is visible.
             memory.write(2 * PAGE_BYTES, &[6; PAGE]).unwrap();
             assert!(faults.map(fault.page, PAGE_BYTES).unwrap());
         });
         assert_eq!(byte, 6);
         assert!(!faults.map(2 * PAGE_BYTES, PAGE_BYTES).unwrap());
-        // What nobody has is missing all the same.
+        // A page in neither is still missing.
         let byte = served(&memory, 7 * PAGE, || {
             let fault = expect(&faults);
             assert_eq!(fault.kind, FaultKind::Missing);
@@ -459,7 +453,7 @@ mod tests {
             let mut provided = false;
             while !reading.iter().all(|thread| thread.is_finished()) {
                 if let Some(fault) = faults.wait(Duration::from_millis(10)).unwrap() {
-                    // Later ones may come for a page that is there by now.
+                    // Later faults may be for a page that is present by now.
                     let first = faults.provide(fault.page, &[3; PAGE]).unwrap();
                     assert_eq!(first, !std::mem::replace(&mut provided, true));
                 }
@@ -478,7 +472,7 @@ mod tests {
         let faults = PageFaults::start(memory.clone(), false).unwrap();
         let byte = served(&memory, 5 * PAGE, || {
             expect(&faults);
-            // Whoever waits goes on, with zeros.
+            // Waiting accesses continue, with zeros.
             faults.stop().unwrap();
         });
         assert_eq!(byte, 0);

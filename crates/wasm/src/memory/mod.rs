@@ -1,37 +1,34 @@
-//! A machine's memory: bytes on a memfd that every thread's instance maps at
-//! the same place.
+//! A machine's memory: a memfd that every thread's instance maps at the same address.
 //!
-//! The guest reaches them through the mapping, at full speed; moves and
-//! checkpoints read and write them through the file. This module and its
-//! children hold all `unsafe` code about memory behind safe functions.
+//! The guest accesses the mapping at full speed; moves and checkpoints access the file. This module
+//! and its children encapsulate all `unsafe` memory code behind safe functions.
 //!
-//! - `creator`: gives wasmtime our mappings when it makes an instance
-//! - `dirty`: which pages were written since the last look
-//! - `faults`: pages that are not there yet
-//! - `spanning`: pages of which other parts of the machine have some
-//! - `uses`: which pages the guest uses, of those that are here
-//! - `probe`: what of it this host offers
-//! - `uffd`: the kernel's interface behind these
+//! - `creator`: passes our mappings to wasmtime at instantiation
+//! - `dirty`: dirty page tracking
+//! - `faults`: serving faults of absent pages
+//! - `spanning`: memory of a machine that spans
+//! - `access_tracking`: tracking of accessed pages
+//! - `probe`: detection of kernel features
+//! - `uffd`: the userfaultfd interface
 //!
-//! The reservation is mapped at once, without access; growing makes the file
-//! longer and then opens the range, so that an access beyond the size always
-//! faults and never reads past the file's end.
+//! The reservation is mapped without access; growth extends the file first and then enables access,
+//! so that an access beyond the size always faults and never reads past the file's end.
 
+mod access_tracking;
 mod creator;
 mod dirty;
 mod faults;
 mod probe;
 mod spanning;
 mod uffd;
-mod uses;
 
+pub use access_tracking::AccessTracker;
 pub use creator::{Control, Creator, with_memories};
 pub use dirty::{DirtyTracker, Method};
 pub use faults::{Fault, FaultKind, PageFaults};
-pub use probe::{Offered, probe};
+pub use probe::{HostSupport, probe};
 pub use spanning::{Spanning, Touch};
 pub use uffd::Unavailable;
-pub use uses::Uses;
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, ftruncate, memfd_create};
 use rustix::io::{pread, retry_on_intr};
@@ -47,26 +44,25 @@ use std::ptr::NonNull;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// How the kernel calls the file behind a memory, where it lists a process's files.
+/// Name of the memfd in `/proc/PID/maps`.
 const FILE_NAME: &str = "keel-guest";
 /// Bytes of one WebAssembly page.
 pub const WASM_PAGE_BYTES: u64 = 64 << 10;
-/// Bytes of one page of the host, the unit of moving.
+/// Bytes of one page of the host, the unit of moves.
 pub const PAGE_BYTES: u64 = 4096;
-/// Address space that a 32-bit memory reserves: all that an index can reach.
+/// Address space reserved for a 32-bit memory: the full range of an index.
 const RESERVE_32_BYTES: usize = 4 << 30;
-/// Address space that a 64-bit memory reserves, which is also its limit.
+/// Address space reserved for a 64-bit memory, which is also its limit.
 const RESERVE_64_BYTES: usize = 64 << 30;
-/// Bytes that are zeroed at once.
+/// Bytes zeroed per step.
 const CLEAR_BYTES: usize = 16 << 10;
-/// Inaccessible space behind a reservation. Code elides bounds checks for
-/// constant offsets up to this.
+/// Guard region behind a reservation. Generated code elides bounds checks for constant offsets up
+/// to this size.
 pub(crate) const GUARD_BYTES: usize = 32 << 20;
 
-/// Bytes that the memories in a process hold (`process` is its folder in `/proc`), whether
-/// they are in its page table or not: what came through the file and was not used yet is not,
-/// nor is what is looked at whether it is used ([`Uses`]). `None` if it has no memory, or does
-/// not show what it has open.
+/// Bytes of the memories of a process (`process` is its folder in `/proc`), mapped or not: pages
+/// written through the file and not yet touched are unmapped, and so are pages under access
+/// tracking ([`AccessTracker`]). `None` if it has no memory, or its open files cannot be listed.
 pub fn bytes_of_process(process: &Path) -> Option<u64> {
     let name = format!("/memfd:{FILE_NAME}");
     let mut files = BTreeMap::new();
@@ -75,7 +71,7 @@ pub fn bytes_of_process(process: &Path) -> Option<u64> {
         if target.as_os_str().as_bytes().starts_with(name.as_bytes())
             && let Ok(file) = std::fs::metadata(entry.path())
         {
-            // (One file may be open twice. In units of 512 bytes: stat(2).)
+            // (A file may be open twice. Blocks are 512 bytes: stat(2).)
             files.insert(file.ino(), file.blocks().saturating_mul(512));
         }
     }
@@ -83,18 +79,15 @@ pub fn bytes_of_process(process: &Path) -> Option<u64> {
     all.filter(|bytes| *bytes > 0)
 }
 
-/// Why a memory cannot be had.
+/// Why a memory cannot be created or accessed.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The kernel refused.
     #[error("cannot {what}: {source}")]
     System {
-        /// What was tried.
         what: &'static str,
-        /// Its answer.
         source: std::io::Error,
     },
-    /// The module wants more than it may have.
+    /// The module demands more than its limit.
     #[error(
         "the module starts with {wanted_bytes} bytes of memory, the limit is {limit_bytes} (raise it with --memory)"
     )]
@@ -104,10 +97,9 @@ pub enum MemoryError {
         /// Limit.
         limit_bytes: u64,
     },
-    /// A range that the memory does not have.
+    /// A range outside of the memory.
     #[error("bytes {}..{} are outside a memory of {size_bytes} bytes", range.start, range.end)]
     Outside {
-        /// The range.
         range: Range<u64>,
         /// Current size.
         size_bytes: u64,
@@ -150,18 +142,17 @@ pub struct GuestMemory {
     reservation: Reservation,
     /// Bytes that the guest may access.
     size: AtomicUsize,
-    /// Bytes that the guest's mapping lets it access: more than the size while it grows at all
-    /// parts of a machine.
-    opened: AtomicUsize,
-    /// Bytes that the host can access, to which the file reaches: as many as were opened at
-    /// any time.
+    /// Bytes accessible through the guest's mapping: more than the size while it grows at all parts
+    /// of a machine.
+    mapped: AtomicUsize,
+    /// Bytes accessible to the host, and the file's length: the maximum of all mapped sizes.
     accessible: AtomicUsize,
-    /// The largest size that an instance was told, which it does not forget: the engine's own
+    /// The largest size that an instance has seen. Instances do not forget it: the engine's own
     /// code would not survive a fault below it.
-    told: AtomicUsize,
-    /// Bytes that it may grow to, by module and by spec.
+    exposed: AtomicUsize,
+    /// Growth limit in bytes, by module and spec.
     limit: AtomicU64,
-    /// Bytes that it may grow to by module and reservation, whatever the spec says.
+    /// Growth limit in bytes by module and reservation, independent of the spec.
     maximum: u64,
     memory64: bool,
     growing: Mutex<()>,
@@ -198,7 +189,7 @@ impl GuestMemory {
         }
         let fd = memfd_create(FILE_NAME, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(system("make a memfd"))?;
-        // A file that never shrinks cannot pull pages from under the guest.
+        // The seal prevents truncation under the guest.
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(system("seal a memfd"))?;
         let bytes = reserve + GUARD_BYTES;
         // SAFETY: a fresh mapping at an address of the kernel's choice, without
@@ -222,9 +213,9 @@ impl GuestMemory {
             file: fd.into(),
             reservation: Reservation { base, bytes },
             size: AtomicUsize::new(0),
-            opened: AtomicUsize::new(0),
+            mapped: AtomicUsize::new(0),
             accessible: AtomicUsize::new(0),
-            told: AtomicUsize::new(0),
+            exposed: AtomicUsize::new(0),
             limit: AtomicU64::new(limit),
             maximum,
             memory64,
@@ -239,15 +230,15 @@ impl GuestMemory {
         self.size.load(Ordering::Acquire) as u64
     }
 
-    /// Bytes that it may grow to.
+    /// Growth limit in bytes.
     pub fn limit_bytes(&self) -> u64 {
         self.limit.load(Ordering::Relaxed)
     }
 
-    /// Bounds from now on what it may grow to, as far as the module allows it.
+    /// Sets the growth limit, as far as the module allows it.
     ///
     /// # Errors
-    /// The bytes that it has, where those are more; nothing changes then.
+    /// The present size if it is larger; nothing changes then.
     pub fn set_limit(&self, limit_bytes: u64) -> Result<(), u64> {
         let _growing = self
             .growing
@@ -264,15 +255,14 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Grows by `delta_pages` of 64 KiB; the size before, in pages, or `None`
-    /// where the limit or the host does not allow it.
+    /// Grows by `delta_pages` of 64 KiB; returns the previous size in pages, or `None` if the limit
+    /// or the host forbids it.
     pub fn grow(&self, delta_pages: u64) -> Option<u64> {
         self.grow_with(delta_pages, |_| true)
     }
 
-    /// As [`Self::grow`]; `others` is asked to let whoever else maps the memory access
-    /// so many bytes, after that is possible here and before anybody is told of it. Where it
-    /// cannot, it is asked again, to let them access as many as before and no more.
+    /// As [`Self::grow`]; `others` grows the other mappings of the memory after this one and before
+    /// any instance sees the new size. If that fails it is called again with the old size.
     pub(crate) fn grow_with(&self, delta_pages: u64, others: impl Fn(u64) -> bool) -> Option<u64> {
         let _growing = self
             .growing
@@ -298,8 +288,8 @@ impl GuestMemory {
         Some(before / WASM_PAGE_BYTES)
     }
 
-    /// Makes it as large as another part's of the same machine; smaller only where another
-    /// part could not become larger.
+    /// Adopts the size of another part of the same machine; smaller only where growth failed at
+    /// another part.
     ///
     /// # Errors
     /// [`MemoryError::Limit`], [`MemoryError::System`].
@@ -330,8 +320,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Makes the first `bytes` accessible, and zero behind the size: the file first, then the
-    /// range.
+    /// Makes the first `bytes` accessible, zeroed behind the present size: first the file, then the
+    /// mapping.
     fn make_accessible(&self, bytes: u64) -> Result<(), MemoryError> {
         let accessible = self.accessible_bytes();
         if bytes > self.size_bytes() {
@@ -340,7 +330,7 @@ impl GuestMemory {
         if bytes > accessible {
             ftruncate(&self.file, bytes).map_err(system("make the memory longer"))?;
         }
-        if bytes > self.opened.load(Ordering::Acquire) as u64 {
+        if bytes > self.mapped.load(Ordering::Acquire) as u64 {
             // SAFETY: the range lies in our own reservation, and the file
             // reaches to its end.
             unsafe {
@@ -351,21 +341,20 @@ impl GuestMemory {
                 )
             }
             .map_err(system("open the memory"))?;
-            self.opened.store(bytes as usize, Ordering::Release);
+            self.mapped.store(bytes as usize, Ordering::Release);
             self.accessible
                 .store(bytes.max(accessible) as usize, Ordering::Release);
         }
         Ok(())
     }
 
-    /// Takes back what [`Self::make_accessible`] opened behind the size, where it did not grow
-    /// after all: an access there traps again. What a thread wrote there meanwhile is gone.
-    /// (Pages stay where they are, and as protected as they are: other parts may be about to
-    /// have them.)
+    /// Reverts [`Self::make_accessible`] after failed growth: accesses behind the size trap again.
+    /// Bytes written there meanwhile are lost. (Pages keep their mapping and protection: other
+    /// parts may be about to receive them.)
     fn close(&self) {
         let size = self.size.load(Ordering::Acquire);
-        let from = size.max(self.told.load(Ordering::Acquire));
-        let opened = self.opened.load(Ordering::Acquire);
+        let from = size.max(self.exposed.load(Ordering::Acquire));
+        let opened = self.mapped.load(Ordering::Acquire);
         if from < opened {
             // SAFETY: the range lies in our own reservation, behind all that any instance
             // takes for its memory.
@@ -377,17 +366,19 @@ impl GuestMemory {
                 )
             };
             match closed {
-                Ok(()) => self.opened.store(from, Ordering::Release),
-                Err(error) => tracing::warn!(%error, "guest memory stays open behind its end"),
+                Ok(()) => self.mapped.store(from, Ordering::Release),
+                Err(error) => {
+                    tracing::warn!(%error, "guest memory stays accessible behind its end")
+                }
             }
         }
         if let Err(error) = self.clear(size as u64..self.accessible_bytes()) {
-            // (It is tried again before anybody may see it.)
+            // (Retried before any access to the range.)
             tracing::warn!(%error, "guest memory behind its end is not cleared");
         }
     }
 
-    /// Zeroes what there is of a range, through the file.
+    /// Zeroes the existing part of a range, through the file.
     fn clear(&self, range: Range<u64>) -> Result<(), MemoryError> {
         let zeros = [0; CLEAR_BYTES];
         let mut at = range.start;
@@ -408,13 +399,13 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// An instance takes the memory for so large from now on.
-    fn tell(&self, bytes: usize) {
-        self.told.fetch_max(bytes, Ordering::AcqRel);
+    /// Records that an instance has seen this size.
+    fn expose(&self, bytes: usize) {
+        self.exposed.fetch_max(bytes, Ordering::AcqRel);
     }
 
-    /// Bytes that the host can access: more than the size while it grows at all parts of a
-    /// machine, and where that did not succeed.
+    /// Bytes accessible to the host: more than the size while it grows at all parts of a machine,
+    /// and after failed growth.
     pub(crate) fn accessible_bytes(&self) -> u64 {
         self.accessible.load(Ordering::Acquire) as u64
     }
@@ -433,8 +424,7 @@ impl GuestMemory {
         }
     }
 
-    /// A 32-bit word of the memory, for comparing with what `wait` expects.
-    /// `None` outside the memory or unaligned.
+    /// A 32-bit word, for the comparison in `wait`. `None` outside the memory or unaligned.
     pub fn load_u32(&self, address: u64) -> Option<u32> {
         let pointer = self.word(address, 4)?.cast::<u32>();
         // SAFETY: `word` checked bounds and alignment; the guest accesses the
@@ -460,11 +450,11 @@ impl GuestMemory {
         Some(unsafe { self.reservation.base.as_ptr().add(address as usize) })
     }
 
-    /// Copies bytes out, through the file. Guest threads that write meanwhile
-    /// are seen or not, byte by byte.
+    /// Copies bytes out through the file. Concurrent writes of guest threads may or may not be
+    /// visible, byte by byte.
     ///
     /// # Errors
-    /// [`MemoryError::Outside`] for a range that cannot be accessed.
+    /// [`MemoryError::Outside`] for an inaccessible range.
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), MemoryError> {
         self.check(offset, buffer.len())?;
         self.file
@@ -475,10 +465,10 @@ impl GuestMemory {
             })
     }
 
-    /// As [`Self::read`], behind what is in a buffer already.
+    /// As [`Self::read`], appending to a buffer.
     ///
     /// # Errors
-    /// As there; nothing is put then.
+    /// As there; the buffer is unchanged then.
     pub fn append(
         &self,
         offset: u64,
@@ -512,8 +502,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Copies bytes in, through the file; for a machine that is not running
-    /// (such writes are not seen by a [`DirtyTracker`]).
+    /// Copies bytes in through the file; only for a machine that is not running (such writes are
+    /// invisible to a [`DirtyTracker`]).
     ///
     /// # Errors
     /// As [`Self::read`].
@@ -538,8 +528,7 @@ impl GuestMemory {
         }
     }
 
-    /// Ranges of bytes that were ever touched, rising, in whole host pages.
-    /// Everything else is zero.
+    /// Ranges that were ever touched, ascending, in whole host pages. Everything else is zero.
     ///
     /// # Errors
     /// [`MemoryError::System`].
@@ -564,13 +553,13 @@ impl GuestMemory {
         Ok(ranges)
     }
 
-    /// Bytes that the host keeps of it, whole pages: what was touched and is here.
+    /// Resident bytes on the host, in whole pages.
     ///
     /// # Errors
     /// [`MemoryError::System`].
     pub fn resident_bytes(&self) -> Result<u64, MemoryError> {
-        let stat = rustix::fs::fstat(&self.file).map_err(system("ask how large a memory is"))?;
-        // (In units of 512 bytes, whatever the block size: stat(2).)
+        let stat = rustix::fs::fstat(&self.file).map_err(system("query the size of a memory"))?;
+        // (Units of 512 bytes, independent of the block size: stat(2).)
         Ok(u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
     }
 
@@ -609,7 +598,7 @@ impl GuestMemory {
 #[cfg(test)]
 mod tests;
 
-/// Opens a file that belongs to this process alone.
+/// Opens a file of this process only.
 fn open_private(path: &str) -> Result<OwnedFd, rustix::io::Errno> {
     rustix::fs::open(
         path,

@@ -1,33 +1,32 @@
-//! What this host offers to machines' memories, found by trying each on a small
-//! memory of its own: the kernel has one descriptor for a range.
+//! Detection of the kernel features for machines' memories, by trying each on a small memory of its
+//! own: the kernel allows one userfaultfd per range.
 
 use super::dirty::{open_pagemap, open_protection};
 use super::{GuestMemory, MemoryError, PageFaults, Unavailable, WASM_PAGE_BYTES, uffd};
 use std::sync::Arc;
 
-/// What this host offers, each with what is missing and the remedy.
+/// Kernel features, each with what is missing and the remedy.
 #[derive(Debug)]
-pub struct Offered {
-    /// userfaultfd for faults of user code, which needs no rights.
+pub struct HostSupport {
+    /// userfaultfd for user-mode faults, which needs no privileges.
     pub userfaultfd: Result<(), Unavailable>,
     /// Write protection of shared memory in asynchronous mode.
     pub write_protection: Result<(), Unavailable>,
-    /// `PAGEMAP_SCAN`, which tells what was written.
+    /// `PAGEMAP_SCAN`, which reports written pages.
     pub pagemap_scan: Result<(), Unavailable>,
-    /// Faults of pages that nobody has.
+    /// Missing-page faults.
     pub missing_faults: Result<(), Unavailable>,
-    /// Faults of pages that only the file has.
+    /// Minor faults.
     pub minor_faults: Result<(), Unavailable>,
 }
 
-/// Tries what moves and memory on several nodes need.
+/// Tests the features that moves and spanning need.
 ///
 /// # Errors
-/// [`MemoryError`] if there can be no memory at all: no memfd, or no address
-/// space.
-pub fn probe() -> Result<Offered, MemoryError> {
+/// [`MemoryError`] if no memory can be created: no memfd, or no address space.
+pub fn probe() -> Result<HostSupport, MemoryError> {
     let memory = || GuestMemory::new(1, Some(1), false, WASM_PAGE_BYTES).map(Arc::new);
-    Ok(Offered {
+    Ok(HostSupport {
         userfaultfd: uffd::open(0, "userfaultfd", "Linux 5.11 or newer has it.").map(drop),
         write_protection: open_protection(&*memory()?).map(drop),
         pagemap_scan: open_pagemap(&*memory()?).map(drop),
@@ -41,7 +40,7 @@ mod tests {
     use super::*;
     use crate::memory::{DirtyTracker, Method};
 
-    /// What is said to be there is what the tracker and the faults find.
+    /// The detected features are those that tracker and fault serving use.
     #[test]
     fn what_is_offered_is_what_is_used() {
         let offered = probe().unwrap();

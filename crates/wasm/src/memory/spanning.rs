@@ -1,22 +1,21 @@
-//! The memory of a machine that spans: this part has some of its pages, may write some
-//! of these, and a thread that touches another stands until somebody brings it.
+//! The memory of a machine that spans: this part has some of its pages, may write some of these,
+//! and a thread that accesses another page waits until it is installed.
 //!
 //! ```text
-//!   guest thread ── touches a page that is not here, ──▶ stands ──▶ [`Spanning::wait`]
-//!                   or writes one that is protected        ▲              │ says which
-//!                                                          │              ▼
-//!                  goes on ◀── `install`, `allow`, `wake` ─┴── `coherence` decides
+//!   guest thread ── accesses an absent page, or ──▶ faults ──▶ [`Spanning::wait`]
+//!                   writes a protected one            ▲              │ returns the page
+//!                                                     │              ▼
+//!             resumes ◀── `install`, `allow`, `wake` ─┴── `coherence` decides
 //! ```
 //!
-//! The opposite of [`super::DirtyTracker`]: there the kernel notes a write and lets it
-//! pass, here it waits, since another part may be reading. Both use write protection by
-//! userfaultfd, whose mode is one for the whole descriptor, so a memory is in one mode
-//! or the other. Who brings pages and takes them away goes through the file, as the
-//! registered mapping would fault (the descriptor is for user code's faults only, which
-//! needs no rights).
+//! The counterpart of [`super::DirtyTracker`], where the kernel records a write and lets it pass;
+//! here the write waits, since another part may be reading. Both use userfaultfd write protection,
+//! whose mode applies to the whole descriptor, so a memory is in one mode or the other. Pages are
+//! installed and discarded through the file, as accesses through the registered mapping would fault
+//! (the descriptor covers user-mode faults only, which needs no privileges).
 
+use super::access_tracking::AccessTracker;
 use super::uffd::{self, Unavailable, unavailable};
-use super::uses::Uses;
 use super::{GuestMemory, MemoryError, PAGE_BYTES, faults};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::retry_on_intr;
@@ -26,34 +25,33 @@ use std::time::Duration;
 
 /// One memory of a part.
 ///
-/// When it is dropped, accesses that wait go on, and find zeros in pages that are not
-/// here: end the machine first, or bring all pages.
+/// When it is dropped, waiting accesses continue, and absent pages read as zero: end the machine
+/// first, or install all pages.
 #[derive(Debug)]
 pub struct Spanning {
     memory: Arc<GuestMemory>,
     uffd: OwnedFd,
-    uses: Uses,
+    uses: AccessTracker,
 }
 
-/// An access that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Touch {
-    /// Offset of the page in the memory.
+    /// Byte offset of the page in the memory.
     pub page: u64,
-    /// Of the first byte that it wants, in the page.
+    /// Offset of the accessed byte in the page.
     pub byte: u64,
-    /// Whether it wants to write.
+    /// Whether it is a write.
     pub write: bool,
-    /// The OS thread that waits, by its number.
+    /// ID of the waiting OS thread.
     pub thread: u32,
 }
 
 impl Spanning {
-    /// From now on accesses to pages that are not here wait, and writes to pages that are
-    /// protected. What is here may be written.
+    /// Starts: accesses to absent pages and writes to protected pages wait. Present pages are
+    /// writable.
     ///
     /// # Errors
-    /// [`Unavailable`] where the kernel or the process's rights lack it.
+    /// [`Unavailable`] if the kernel or the process's privileges lack it.
     pub fn start(memory: Arc<GuestMemory>) -> Result<Self, Unavailable> {
         let (what, remedy) = (
             "write protection of shared memory",
@@ -66,53 +64,51 @@ impl Spanning {
         let uffd = uffd::open(features, what, remedy)?;
         uffd::register(&uffd, &memory, uffd::MODE_MISSING | uffd::MODE_WP)
             .map_err(unavailable(what, remedy))?;
-        let uses = Uses::of(memory.clone())?;
+        let uses = AccessTracker::of(memory.clone())?;
         Ok(Spanning { memory, uffd, uses })
     }
 
-    /// All pages are here and may be written: no access waits any more.
+    /// Stops once all pages are present and writable: no access waits any more.
     ///
     /// # Errors
     /// [`MemoryError::System`].
     pub fn stop(&self) -> Result<(), MemoryError> {
-        uffd::unregister(&self.uffd, &self.memory).map_err(system("end the serving of page faults"))
+        uffd::unregister(&self.uffd, &self.memory).map_err(system("stop serving page faults"))
     }
 
-    /// The memory.
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
 
-    /// Which pages are used, of those that are here.
-    pub fn uses(&self) -> &Uses {
+    /// The access tracker of its resident pages.
+    pub fn uses(&self) -> &AccessTracker {
         &self.uses
     }
 
-    /// Can be read when an access waits.
+    /// Readable when an access waits.
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.uffd.as_fd()
     }
 
-    /// Waits for an access; `None` if there was none in that time, or another thread has
-    /// it.
+    /// Waits for a fault; `None` on time-out, or if another thread takes it.
     ///
     /// # Errors
     /// [`MemoryError::System`].
     pub fn wait(&self, timeout: Duration) -> Result<Option<Touch>, MemoryError> {
-        let word = faults::next_word(&self.uffd, timeout)?;
+        let word = faults::next_fault_event(&self.uffd, timeout)?;
         Ok(word.map(|word| self.touch(word)))
     }
 
-    /// An access that waits already.
+    /// Returns a pending fault without waiting.
     ///
     /// # Errors
     /// [`MemoryError::System`].
     pub fn next(&self) -> Result<Option<Touch>, MemoryError> {
-        let word = faults::word_there(&self.uffd)?;
+        let word = faults::pending_fault_event(&self.uffd)?;
         Ok(word.map(|word| self.touch(word)))
     }
 
-    fn touch(&self, word: faults::Word) -> Touch {
+    fn touch(&self, word: faults::FaultEvent) -> Touch {
         let at = word.address - self.memory.base() as u64;
         Touch {
             page: at / PAGE_BYTES * PAGE_BYTES,
@@ -122,12 +118,11 @@ impl Spanning {
         }
     }
 
-    /// Puts whole pages in place that are not here, and wakes who waits for them. To be
-    /// read only, they are protected before anybody sees them.
+    /// Installs whole absent pages, and wakes their waiters. Read-only pages are protected before
+    /// they become visible.
     ///
     /// # Errors
-    /// [`MemoryError::Outside`], [`MemoryError::System`]; one that is here already is
-    /// such an error.
+    /// [`MemoryError::Outside`], [`MemoryError::System`]; also for a page that is present.
     pub fn install(&self, offset: u64, bytes: &[u8], write: bool) -> Result<(), MemoryError> {
         let start = self.address(offset, bytes.len() as u64)?;
         let mut done = 0;
@@ -145,16 +140,16 @@ impl Spanning {
             let result = unsafe { uffd::ioctl(&self.uffd, uffd::COPY, &mut request) };
             match (result, usize::try_from(request.done)) {
                 (Ok(_), _) => return Ok(()),
-                // Stopped in the middle: again from there.
+                // Interrupted: continue from there.
                 (Err(_), Ok(count)) if count > 0 => done += count,
                 (Err(error), _) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                (Err(error), _) => return Err(system("put a page in place")(error)),
+                (Err(error), _) => return Err(system("install a page")(error)),
             }
         }
         Ok(())
     }
 
-    /// Lets pages be written, and wakes who waits for that.
+    /// Makes pages writable, and wakes their waiters.
     ///
     /// # Errors
     /// As [`Self::install`].
@@ -162,18 +157,17 @@ impl Spanning {
         self.write_protect(offset, bytes, 0, "let a page be written")
     }
 
-    /// Lets pages be read only. When this returns nobody writes them.
+    /// Write-protects pages. When this returns no thread writes them.
     ///
     /// # Errors
     /// As [`Self::install`].
     pub fn protect(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
-        // What was never touched is not in the file, and nothing to protect.
+        // An untouched page is not in the file, and cannot be protected.
         self.allocate(offset, bytes)?;
         self.protect_here(offset, bytes)
     }
 
-    /// As [`Self::protect`], of pages that are in the file: to look whether they are takes
-    /// longer than this.
+    /// As [`Self::protect`], for pages known to be in the file: checking takes longer than this.
     ///
     /// # Errors
     /// As [`Self::install`].
@@ -194,14 +188,14 @@ impl Spanning {
             // our own mapping.
             match unsafe { uffd::ioctl(&self.uffd, uffd::WRITEPROTECT, &mut request) } {
                 Ok(_) => return Ok(()),
-                // The mapping is being changed: again.
+                // The mapping is being changed: retry.
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(system(what)(error)),
             }
         }
     }
 
-    /// Takes pages away. When this returns nobody reads them; the next access waits.
+    /// Discards pages. When this returns no thread reads them; the next access waits.
     ///
     /// # Errors
     /// As [`Self::install`].
@@ -212,7 +206,7 @@ impl Spanning {
             .map_err(|errno| system("take a page away")(errno.into()))
     }
 
-    /// Wakes who waits for pages that are here. What was never touched becomes zero.
+    /// Wakes the waiters of present pages. Untouched pages become zero.
     ///
     /// # Errors
     /// As [`Self::install`].
@@ -222,10 +216,10 @@ impl Spanning {
         // SAFETY: the structure of this request: a range of our own mapping.
         unsafe { uffd::ioctl(&self.uffd, uffd::WAKE, &mut range) }
             .map(drop)
-            .map_err(system("wake those who wait for a page"))
+            .map_err(system("wake the waiters of a page"))
     }
 
-    /// Makes pages that the file does not have zero; others stay as they are.
+    /// Allocates zero pages where the file has none; others are unchanged.
     fn allocate(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
         self.address(offset, bytes)?;
         let flags = FallocateFlags::empty();
@@ -233,7 +227,7 @@ impl Spanning {
             .map_err(|errno| system("make a page")(errno.into()))
     }
 
-    /// Address of whole pages of the memory.
+    /// Address of a run of whole pages.
     fn address(&self, offset: u64, bytes: u64) -> Result<u64, MemoryError> {
         faults::whole_pages(&self.memory, offset, bytes).map(|range| range.start)
     }
@@ -256,7 +250,7 @@ mod tests {
         Spanning::start(memory).unwrap()
     }
 
-    /// A word of a memory, as guests have it.
+    /// A word of a memory, accessed like a guest does.
     fn word(memory: &GuestMemory, at: usize) -> &AtomicU64 {
         assert!(at.is_multiple_of(8));
         // SAFETY: aligned and within the memory, which is used by atomic operations only.
@@ -288,7 +282,7 @@ mod tests {
             let touch = expect(&spanning);
             assert_eq!((touch.page, touch.byte, touch.write), (page, 16, true));
             assert_ne!(touch.thread, 0);
-            // It stands, and nothing is written.
+            // The thread waits, and nothing is written.
             let mut seen = [0; 8];
             spanning.memory().read(at as u64, &mut seen).unwrap();
             assert_eq!(seen[0], 41);
@@ -310,12 +304,11 @@ mod tests {
             assert_eq!(guest.join().unwrap(), u64::from_ne_bytes([7; 8]));
         });
         assert_eq!(spanning.wait(Duration::ZERO).unwrap(), None);
-        // A second time it is not put in place.
+        // A second install fails.
         assert!(spanning.install(PAGE_BYTES, &[8; PAGE], true).is_err());
     }
 
-    /// What a part had when the machine began to span is its own: also what nobody
-    /// touched yet.
+    /// Pages present when the machine started to span stay, also untouched ones.
     #[test]
     fn what_was_here_is_written_and_given_away() {
         let memory = Arc::new(GuestMemory::new(2, Some(8), false, 1 << 30).unwrap());
@@ -344,8 +337,8 @@ mod tests {
         });
     }
 
-    /// A writer that runs on while its page is protected, read and let go, over and over:
-    /// what is read after protecting stays so until it is let go.
+    /// A writer runs while its page is repeatedly protected, read and released: the contents do not
+    /// change while it is protected.
     #[test]
     fn nobody_writes_what_is_protected() {
         let spanning = spanning();
@@ -375,7 +368,7 @@ mod tests {
             };
             let (mut last, mut rounds, mut changes) = (0, 0, 0);
             let begun = std::time::Instant::now();
-            // (On a busy computer the writer does not get to it between all of them.)
+            // (On a busy host the writer does not run between all rounds.)
             while rounds < 2000 || changes < 50 {
                 assert!(begun.elapsed() < LONG, "{changes} changes");
                 spanning.protect(0, PAGE_BYTES).unwrap();
@@ -410,7 +403,7 @@ mod tests {
         let written = tracker.take().unwrap();
         assert_eq!(written.len(), 1);
         assert_eq!(written[0], 5 * PAGE_BYTES..6 * PAGE_BYTES);
-        // And the other way round, from a memory that was tracked.
+        // The reverse: from a memory with dirty tracking.
         drop(tracker);
         let spanning = Spanning::start(memory.clone()).unwrap();
         word(&memory, 5 * PAGE).store(3, Ordering::SeqCst);

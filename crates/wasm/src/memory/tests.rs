@@ -1,4 +1,4 @@
-//! Memories that do not grow after all.
+//! Failed growth of memories.
 
 use super::*;
 use std::cell::Cell;
@@ -9,7 +9,7 @@ fn memory() -> GuestMemory {
     GuestMemory::new(1, Some(16), false, 1 << 30).unwrap()
 }
 
-/// Whether a guest can access a byte, by what the kernel says of the mapping.
+/// Whether the kernel lets a guest access a byte.
 fn is_open(memory: &GuestMemory, at: u64) -> bool {
     let address = memory.base() as u64 + at;
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
@@ -22,10 +22,10 @@ fn is_open(memory: &GuestMemory, at: u64) -> bool {
     line.unwrap().split(' ').nth(1).unwrap().starts_with("rw")
 }
 
-/// Writes a byte as a guest would that does not mind the memory's size.
+/// Writes a byte like a guest that ignores the memory's size.
 fn write(memory: &GuestMemory, at: u64) {
     assert!(is_open(memory, at));
-    // SAFETY: a byte of the mapping, which can be accessed there; nobody else does.
+    // SAFETY: an accessible byte of the mapping, without concurrent accesses.
     unsafe { memory.base().add(at as usize).write_volatile(7) };
 }
 
@@ -51,7 +51,7 @@ fn what_did_not_grow_is_closed_again() {
     assert_eq!(memory.size_bytes(), PAGE);
     assert!(is_open(&memory, PAGE - 1) && !is_open(&memory, PAGE));
     assert_eq!(byte(&memory, 2 * PAGE), 0);
-    // Later it does, and what it has more is zero.
+    // Later it grows, and the new range is zero.
     assert_eq!(memory.grow_with(2, |_| true), Some(1));
     assert!(is_open(&memory, 3 * PAGE - 1) && !is_open(&memory, 3 * PAGE));
     assert_eq!(byte(&memory, 2 * PAGE), 0);
@@ -70,13 +70,13 @@ fn a_member_becomes_as_small_as_it_was() {
     assert_eq!(byte(&memory, 3 * PAGE), 0);
 }
 
-/// An instance that was made meanwhile takes the memory for larger: it may access what it
-/// takes for its own, and nobody sees what it wrote there.
+/// An instance created meanwhile has seen the larger size: it may access that range, and its writes
+/// there are not visible.
 #[test]
 fn what_an_instance_was_told_stays_open() {
     let memory = memory();
     memory.open_to(4 * PAGE).unwrap();
-    memory.tell(3 * PAGE as usize);
+    memory.expose(3 * PAGE as usize);
     memory.open_to(PAGE).unwrap();
     assert!(is_open(&memory, 3 * PAGE - 1) && !is_open(&memory, 3 * PAGE));
     write(&memory, 2 * PAGE);

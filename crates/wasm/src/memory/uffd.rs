@@ -1,6 +1,5 @@
-//! userfaultfd as the kernel has it: opening, registering, and the structures
-//! and numbers of its requests, of which no crate has all. What is done with it
-//! is `dirty`'s, `faults`' and `spanning`'s.
+//! Bindings of userfaultfd: opening, registering, and the structures and numbers of its requests,
+//! which no crate covers completely. The users are `dirty`, `faults` and `spanning`.
 
 use super::GuestMemory;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -29,7 +28,7 @@ const API_REQUEST: u64 = 0xC018_AA3F;
 const REGISTER: u64 = 0xC020_AA00;
 const UNREGISTER: u64 = 0x8010_AA01;
 
-/// Why something is not to be had: what was missing.
+/// A missing kernel feature.
 #[derive(Debug, thiserror::Error)]
 #[error("{what} is not available ({source}). {remedy}")]
 pub struct Unavailable {
@@ -39,7 +38,6 @@ pub struct Unavailable {
 }
 
 impl Unavailable {
-    /// What to do about it.
     pub fn remedy(&self) -> &'static str {
         self.remedy
     }
@@ -71,7 +69,7 @@ struct Register {
     ioctls: u64,
 }
 
-/// A range, a mode, and what the kernel did: most requests look like this.
+/// A range, a mode, and the result: the form of most requests.
 #[repr(C)]
 #[derive(Default)]
 pub(super) struct Request {
@@ -107,8 +105,8 @@ pub(super) unsafe fn ioctl<T>(
     }
 }
 
-/// Opens a descriptor for faults of user code only (which needs no rights), and
-/// asks for features; `what` names them.
+/// Opens a descriptor for user-mode faults (which needs no privileges), and requests features,
+/// which `what` describes.
 pub(super) fn open(
     features: u64,
     what: &'static str,
@@ -126,7 +124,7 @@ pub(super) fn open(
         let remedy = "Allow the system call in the sandbox.";
         return Err(unavailable("userfaultfd", remedy)(error));
     }
-    // SAFETY: the descriptor was just made and belongs to nobody else.
+    // SAFETY: the descriptor was just created and has no other owner.
     let uffd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     let mut api = Api {
         api: API,
@@ -138,7 +136,7 @@ pub(super) fn open(
     Ok(uffd)
 }
 
-/// Registers all that a memory has reserved: also what it may grow to.
+/// Registers the whole reservation of a memory, including room for growth.
 pub(super) fn register(uffd: &OwnedFd, memory: &GuestMemory, mode: u64) -> std::io::Result<()> {
     let mut register = Register {
         start: memory.base() as u64,
@@ -150,7 +148,7 @@ pub(super) fn register(uffd: &OwnedFd, memory: &GuestMemory, mode: u64) -> std::
     unsafe { ioctl(uffd, REGISTER, &mut register) }.map(drop)
 }
 
-/// Takes that back; whoever waits goes on.
+/// Unregisters; waiting accesses continue.
 pub(super) fn unregister(uffd: &OwnedFd, memory: &GuestMemory) -> std::io::Result<()> {
     let mut range = [memory.base() as u64, memory.reserved_bytes() as u64];
     // SAFETY: the structure of this request; the range is our own mapping.

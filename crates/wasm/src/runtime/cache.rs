@@ -1,9 +1,9 @@
-//! Files by name in one folder, sealed with a key of this node's own: what somebody else put
-//! there is as if it were not there.
+//! Cache files in one folder, authenticated with a key of this node: a file that another party
+//! wrote counts as missing.
 
 use std::path::{Path, PathBuf};
 
-/// Bytes of a seal, behind each file's own.
+/// Length of the authentication tag at the end of each file.
 const SEAL_BYTES: usize = 32;
 
 #[derive(Debug, Clone)]
@@ -13,10 +13,10 @@ pub(super) struct Cache {
 }
 
 impl Cache {
-    /// Opens a folder, which is made if there is none, and its key.
+    /// Opens a folder and its key, and creates them if missing.
     ///
     /// # Errors
-    /// The host's, of the folder or the key.
+    /// An I/O error of the folder or the key.
     pub(super) fn open(folder: &Path) -> std::io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let key_path = folder.join("seal.key");
@@ -26,7 +26,7 @@ impl Cache {
                 let mut key = [0; 32];
                 rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
                 write_private(&key_path, &key)?;
-                // Another process may have been first; the file decides.
+                // Another process may have created it first; the file decides.
                 std::fs::read(&key_path)?
             }
         };
@@ -37,8 +37,8 @@ impl Cache {
         Ok(Cache { folder, key })
     }
 
-    /// Held while something of this name is made; `None` where there is no lock to be
-    /// had: then it may be made twice.
+    /// A lock held while the entry is produced; `None` if locking fails: then it may be produced
+    /// twice.
     pub(super) fn lock(&self, name: &str) -> Option<std::fs::File> {
         let path = self.folder.join(format!("{name}.lock"));
         let file = std::fs::OpenOptions::new()
@@ -51,29 +51,31 @@ impl Cache {
         Some(file)
     }
 
-    /// The content of a file, if its seal is ours.
+    /// The content of a file with a valid tag.
     pub(super) fn get(&self, name: &str) -> Option<Vec<u8>> {
         let mut bytes = std::fs::read(self.folder.join(name)).ok()?;
         let body = bytes.len().checked_sub(SEAL_BYTES)?;
         let seal: [u8; SEAL_BYTES] = bytes[body..].try_into().ok()?;
         // `Hash` compares in constant time.
         if self.seal(name, &bytes[..body]) != seal {
-            tracing::warn!(name, "a cache file has no valid seal, ignoring it");
+            tracing::warn!(
+                name,
+                "a cache file has no valid authentication tag, ignoring it"
+            );
             return None;
         }
         bytes.truncate(body);
         Some(bytes)
     }
 
-    /// Puts something into the cache. Where that is not possible it is made anew
-    /// when it is needed again: a full disk must not keep a machine from moving
-    /// away.
+    /// Stores an entry. On failure it is produced again when needed: a full disk must not keep a
+    /// machine from moving away.
     pub(super) fn put(&self, name: &str, bytes: &[u8]) {
         let path = self.folder.join(name);
         let mut sealed = bytes.to_vec();
         sealed.extend(self.seal(name, bytes).as_bytes());
         if let Err(error) = write_private(&path, &sealed) {
-            tracing::warn!(path = %path.display(), %error, "compiled code is not kept");
+            tracing::warn!(path = %path.display(), %error, "compiled code is not cached");
         }
     }
 
@@ -86,7 +88,7 @@ impl Cache {
     }
 }
 
-/// Writes a file whole or not at all, readable by its owner only.
+/// Writes a file atomically, readable by its owner only.
 fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
@@ -101,7 +103,7 @@ fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
         .write_all(bytes)
         .and_then(|()| std::fs::rename(&temporary, path));
     if written.is_err() {
-        // It would take room that is missing.
+        // It would use scarce space.
         let _ = std::fs::remove_file(&temporary);
     }
     written

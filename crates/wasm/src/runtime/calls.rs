@@ -1,9 +1,9 @@
-//! What a machine does when its guest calls the host: WASI, threads, waiting.
+//! Host calls of a machine: WASI, threads, waiting.
 
 use super::frame::Progress;
+use super::hints::{NAME_BYTES_MAX, NamedRange};
 use super::host::{Host, HostOutcome, HostThread, ImportKind};
 use super::machine::{Shared, locked};
-use super::names::{NAME_BYTES_MAX, Named};
 use super::signal::Signal;
 use crate::memory::WASM_PAGE_BYTES;
 use keel_wasi::{Errno, Outcome as WasiOutcome};
@@ -12,36 +12,36 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-/// Addresses at which a thread compares or wakes just now, while pages may have to come for
-/// that.
+/// Locks for the addresses of atomic waits and wakes in progress, during which pages may have to be
+/// fetched.
 #[derive(Debug, Default)]
-pub(super) struct Turns {
-    busy: Mutex<Busy>,
-    over: Condvar,
+pub(super) struct AddressLocks {
+    busy: Mutex<LockedAddresses>,
+    released: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Busy {
-    places: BTreeSet<(u32, u64)>,
-    /// Threads that wait for one of them.
+struct LockedAddresses {
+    locked: BTreeSet<(u32, u64)>,
+    /// Number of threads that wait for a lock.
     waiting: usize,
 }
 
-/// Held over one such step.
-struct Turn<'a> {
-    turns: &'a Turns,
+/// A held address lock.
+struct AddressLock<'a> {
+    locks: &'a AddressLocks,
     place: (u32, u64),
 }
 
-impl Drop for Turn<'_> {
+impl Drop for AddressLock<'_> {
     fn drop(&mut self) {
-        let mut busy = locked(&self.turns.busy);
-        busy.places.remove(&self.place);
+        let mut busy = locked(&self.locks.busy);
+        busy.locked.remove(&self.place);
         let waiting = busy.waiting;
         drop(busy);
-        // (A call of the kernel, whether anybody waits or not.)
+        // (`notify_all` is a system call even without waiters.)
         if waiting > 0 {
-            self.turns.over.notify_all();
+            self.locks.released.notify_all();
         }
     }
 }
@@ -65,11 +65,11 @@ impl Shared {
         let timeout = match *progress {
             Progress::Waiting { remaining_ns } => remaining_ns,
             _ => {
-                let turn = self.turn(memory, address);
+                let turn = self.lock_address(memory, address);
                 let bytes = &self.memories[memory as usize];
                 if turn.is_none() {
-                    // It may be one that an arriving machine still waits for: not under the
-                    // lock, and then it is here.
+                    // The page may have to be fetched: done without the lock, so that it is local
+                    // under it.
                     let _ = bytes.load_u32(address);
                 }
                 let held = turn.is_none().then(|| locked(&self.waits));
@@ -111,7 +111,7 @@ impl Shared {
             Ok(address) => address,
             Err(message) => return HostOutcome::Trap(message),
         };
-        let turn = self.turn(memory, address);
+        let turn = self.lock_address(memory, address);
         let woken = locked(&self.waits).notify(memory, address, args[1] as u32);
         drop(turn);
         if woken.is_empty() {
@@ -131,27 +131,26 @@ impl Shared {
         HostOutcome::Done(vec![woken.len() as u64])
     }
 
-    /// Waits until nobody else compares or wakes at an address: to compare and to
-    /// enter the queue is one step to whoever wakes, and no lock is held for it that
-    /// others need while a page is on its way. `None` where all pages are here: the lock of
-    /// the queues is held over that step then.
-    fn turn(&self, memory: u32, address: u64) -> Option<Turn<'_>> {
+    /// Locks an address for an atomic wait or wake: comparing and queueing must be atomic with
+    /// respect to wakes, and no other lock may be held while a page is fetched. `None` where all
+    /// pages are local: there the lock of the queues suffices.
+    fn lock_address(&self, memory: u32, address: u64) -> Option<AddressLock<'_>> {
         if self.parts.is_alone() {
             return None;
         }
         let place = (memory, address);
-        let mut busy = locked(&self.turns.busy);
-        while !busy.places.insert(place) {
+        let mut busy = locked(&self.address_locks.busy);
+        while !busy.locked.insert(place) {
             busy.waiting += 1;
             busy = self
-                .turns
-                .over
+                .address_locks
+                .released
                 .wait(busy)
                 .unwrap_or_else(|error| error.into_inner());
             busy.waiting -= 1;
         }
-        Some(Turn {
-            turns: &self.turns,
+        Some(AddressLock {
+            locks: &self.address_locks,
             place,
         })
     }
@@ -162,8 +161,7 @@ impl Shared {
         HostOutcome::Done(vec![grown.unwrap_or(u64::MAX)])
     }
 
-    /// The effective address of an atomic operation, as the instruction would
-    /// check it.
+    /// The effective address of an atomic operation, with the checks of the instruction.
     fn checked_address(
         &self,
         memory: u32,
@@ -177,7 +175,7 @@ impl Shared {
             .checked_add(offset)
             .filter(|address| self.memories[memory as usize].memory64() || *address >> 32 == 0)
             .ok_or("out of bounds memory access")?;
-        // In the order in which the engine checks.
+        // In the engine's order of checks.
         if !address.is_multiple_of(bytes) {
             return Err("unaligned atomic".into());
         }
@@ -187,7 +185,7 @@ impl Shared {
         Ok(address)
     }
 
-    /// Bytes of the first memory as a thread of the guest reads them.
+    /// A name in the first memory.
     fn name_at(&self, address: u64, length: u64) -> Result<String, Errno> {
         let length = length as u32;
         if length as usize > NAME_BYTES_MAX {
@@ -204,7 +202,7 @@ impl Shared {
     }
 
     fn name_object(&self, args: &[u64]) -> HostOutcome {
-        let piece = Named {
+        let piece = NamedRange {
             start: u64::from(args[2] as u32),
             bytes: u64::from(args[3] as u32),
         };
@@ -221,7 +219,7 @@ impl Shared {
     fn prefer(&self, args: &[u64], tid: u32) -> HostOutcome {
         let done = self
             .name_at(args[0], args[1])
-            .and_then(|name| locked(&self.names).like(tid, &name));
+            .and_then(|name| locked(&self.names).set_preference(tid, &name));
         errno(done)
     }
 
@@ -255,7 +253,7 @@ fn errno(done: Result<(), Errno>) -> HostOutcome {
     HostOutcome::Done(vec![u64::from(errno as u16)])
 }
 
-/// What a call of WASI came to before.
+/// Progress of a WASI call.
 fn wasi_state(progress: &mut Progress) -> keel_wasi::CallState {
     match std::mem::take(progress) {
         Progress::Wasi(state) => state,
@@ -283,7 +281,7 @@ fn wasi_outcome(
     }
 }
 
-/// The host side of a machine's imports, shared by its threads.
+/// Host calls of a machine, shared by its threads.
 impl Host for Arc<Shared> {
     fn call(
         &self,
@@ -293,7 +291,7 @@ impl Host for Arc<Shared> {
         thread: &HostThread,
     ) -> HostOutcome {
         if self.over.load(Ordering::Acquire) {
-            // It has ended: the thread leaves without any effect more.
+            // The machine has ended: the thread leaves without further effects.
             return HostOutcome::Interrupted;
         }
         match self.program.kinds[import as usize] {
@@ -319,7 +317,7 @@ impl Host for Arc<Shared> {
     fn call_packed(
         &self,
         import: u32,
-        call: &keel_wasi::Packed,
+        call: &keel_wasi::PackedCall,
         progress: &mut Progress,
         thread: &HostThread,
     ) -> (HostOutcome, Vec<u8>) {

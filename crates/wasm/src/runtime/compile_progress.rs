@@ -1,9 +1,9 @@
-//! How far compiling is: functions that Cranelift has finished, as it tells its
-//! profiler, of those that the module has.
+//! Progress of compilation: functions that Cranelift has finished, as reported to its profiler, out
+//! of those of the module.
 //!
-//! Wasmtime has no hook for this. Cranelift tells each thread's profiler the
-//! beginning and the end of its passes; the profiler here reads no clock and only
-//! counts, which costs nothing beside compiling a function (milliseconds).
+//! Wasmtime has no hook for this. Cranelift reports the start and end of its passes to a per-thread
+//! profiler; the profiler here reads no clock and only counts, which is negligible beside the
+//! compilation of a function (milliseconds).
 
 use cranelift_codegen::timing::{Pass, Profiler, set_thread_profiler};
 use std::any::Any;
@@ -18,7 +18,7 @@ static FINISHED: AtomicU64 = AtomicU64::new(0);
 static UNDER_WAY: Mutex<Option<UnderWay>> = Mutex::new(None);
 static PROFILERS: Once = Once::new();
 
-/// Modules that are being compiled, from the beginning of the first until none is.
+/// Modules being compiled, from the start of the first until none is.
 struct UnderWay {
     modules: u32,
     functions: u64,
@@ -30,11 +30,10 @@ fn under_way() -> MutexGuard<'static, Option<UnderWay>> {
     UNDER_WAY.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-/// How far compiling is. Of all modules that this process compiles at a time: a worker
-/// compiles one.
+/// Progress of all modules that this process compiles concurrently: a worker compiles one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CompileProgress {
-    /// Functions that are compiled, at most `functions`.
+    /// Compiled functions, at most `functions`.
     pub done: u64,
     /// Functions that there are.
     pub functions: u64,
@@ -43,7 +42,7 @@ pub struct CompileProgress {
 }
 
 impl CompileProgress {
-    /// Of what is compiled now; `None` while nothing is.
+    /// The current progress; `None` while nothing is compiled.
     pub fn now() -> Option<Self> {
         let under_way = under_way();
         let it = under_way.as_ref()?;
@@ -55,25 +54,25 @@ impl CompileProgress {
         })
     }
 
-    /// In percent, 0 to 100, of the number of functions.
+    /// Percentage of compiled functions, 0 to 100.
     pub fn percent(&self) -> u8 {
         let percent = (self.done * 100).checked_div(self.functions);
         percent.map_or(100, |percent| percent.min(100) as u8)
     }
 }
 
-/// Counts while it is there.
+/// Enables counting during its lifetime.
 pub(super) struct Compiling(());
 
 impl Compiling {
-    /// Of a module with so many functions.
+    /// For a module with this number of functions.
     pub(super) fn begin(functions: u64) -> Self {
         PROFILERS.call_once(|| {
             rayon::broadcast(|_| {
                 set_thread_profiler(Box::<Counter>::default());
             });
         });
-        // (Where there is nothing to compile side by side, it is done on this thread.)
+        // (Without parallel work, compilation runs on this thread.)
         set_thread_profiler(Box::<Counter>::default());
         let mut under_way = under_way();
         let it = under_way.get_or_insert_with(|| UnderWay {
@@ -100,7 +99,7 @@ impl Drop for Compiling {
     }
 }
 
-/// Functions that a module defines; 0 where it cannot be read.
+/// Number of functions that a module defines; 0 if it cannot be parsed.
 pub(super) fn functions(module: &[u8]) -> u64 {
     let payloads = wasmparser::Parser::new(0).parse_all(module);
     for payload in payloads.map_while(Result::ok) {
@@ -111,8 +110,8 @@ pub(super) fn functions(module: &[u8]) -> u64 {
     0
 }
 
-/// Counts the functions of modules that a thread compiled, but not the trampolines
-/// between host and guest: those are not translated from WebAssembly.
+/// Counts the compiled functions of a thread without trampolines between host and guest, which are
+/// not translated from WebAssembly.
 #[derive(Default)]
 struct Counter {
     is_translated: Rc<Cell<bool>>,
@@ -127,12 +126,12 @@ impl Profiler for Counter {
             }
             _ => {}
         }
-        // (Of no size: nothing is allocated.)
+        // (Zero-sized: no allocation.)
         Box::new(())
     }
 }
 
-/// A function that is being compiled; done when it is dropped.
+/// A function in compilation; complete when dropped.
 struct Function(Rc<Cell<bool>>);
 
 impl Drop for Function {

@@ -11,9 +11,8 @@
 //! the results of the one before: the native stack never holds more than what
 //! the thread called since it was resumed.
 //!
-//! A thread begins in an instance of the module without clones, if those are
-//! not compiled yet; it goes over into one of the whole module when it is first
-//! resumed.
+//! A thread starts in an instance of the module without clones, if those are not compiled yet; its
+//! first resume switches to an instance of the whole module.
 
 use super::frame::{Frame, Pending, ThreadState, Value};
 use super::host::{Exited, Host, HostThread, HostTrap, ThreadContext, host_call, to_val, typed};
@@ -28,19 +27,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use wasmtime::{Func, Global, Instance, Ref, Store, Table, TypedFunc, Val};
 
-/// How a run ended for good.
+/// How a run ended finally.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Stop {
-    /// The program asked to exit.
     Exit(u32),
-    /// The thread trapped.
     Trap(Trap),
 }
 
-/// A guest's fault.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trap {
-    /// What happened.
     pub message: String,
     /// Names of the functions on the stack, innermost first.
     pub backtrace: Vec<String>,
@@ -56,28 +51,23 @@ impl std::fmt::Display for Trap {
     }
 }
 
-/// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Run {
-    /// The function returned these.
     Finished(Vec<Value>),
-    /// The thread was asked to come to a safepoint, and did.
+    /// The thread reached a safepoint on request.
     Captured,
 }
 
-/// Why an instance cannot be made.
+/// Why an instance cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum FiberError {
-    /// No memory for it.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The clones cannot be compiled.
     #[error(transparent)]
     Program(#[from] ProgramError),
-    /// The engine refused.
     #[error("cannot make an instance: {0:#}")]
     Engine(#[from] wasmtime::Error),
-    /// Nothing was compiled, or not successfully.
+    /// Compilation is missing or failed.
     #[error("the program has no code")]
     NoCode,
     /// The module has no such function.
@@ -85,13 +75,12 @@ pub enum FiberError {
     NoExport(String),
 }
 
-/// The most functions that a trap names, innermost first.
+/// Maximum length of a backtrace, innermost first.
 const BACKTRACE_MAX: usize = 64;
 
-/// A save area that grew larger is given back to the system.
+/// Size above which a save area is returned to the system.
 const SAVED_KEPT_BYTES: usize = 1 << 20;
 
-/// A guest thread.
 pub struct Fiber {
     program: Arc<Program>,
     store: Store<ThreadContext>,
@@ -112,10 +101,10 @@ pub struct Fiber {
     fresh: bool,
 }
 
-/// Runs code. Where the engine finds that the code cannot be what it was made of (an
-/// instrumented module that was changed reaches behind its control memory, which the engine
-/// has twice), its assertion ends this code, and not the thread that waits for it.
-fn asserted<T>(run: impl FnOnce() -> wasmtime::Result<T>) -> wasmtime::Result<T> {
+/// Runs code. If the engine detects inconsistent code (a tampered instrumented module that accesses
+/// memory behind its control memory, which the engine has twice), its assertion ends this code, not
+/// the waiting thread.
+fn catch_engine_panic<T>(run: impl FnOnce() -> wasmtime::Result<T>) -> wasmtime::Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let why = panic.downcast_ref::<&str>().map(|why| (*why).to_owned());
         let why = why.or_else(|| panic.downcast_ref::<String>().cloned());
@@ -198,10 +187,10 @@ impl Fiber {
         })
     }
 
-    /// Calls an exported function from an idle thread.
+    /// Calls an exported function in an idle thread.
     ///
     /// # Errors
-    /// [`Stop`] when it ends otherwise than by returning.
+    /// [`Stop`] if it does not return.
     pub fn call(&mut self, export: &str, args: &[Value]) -> Result<Run, Stop> {
         let function = self
             .instance
@@ -216,12 +205,12 @@ impl Fiber {
             .results()
             .map(|ty| Val::default_for_ty(&ty).unwrap_or(Val::I32(0)))
             .collect();
-        // What a call that trapped left.
+        // Left over from a trapped call.
         self.frames.clear();
         self.pending = Pending::Nothing;
         self.store.data_mut().pending = Pending::Nothing;
         self.enter();
-        let outcome = asserted(|| function.call(&mut self.store, &params, &mut results));
+        let outcome = catch_engine_panic(|| function.call(&mut self.store, &params, &mut results));
         if let Err(error) = outcome {
             return Err(self.stop(error));
         }
@@ -239,7 +228,7 @@ impl Fiber {
         self.resume()
     }
 
-    /// Goes on from the frames.
+    /// Resumes from the frames.
     ///
     /// # Errors
     /// As [`Self::call`].
@@ -267,8 +256,7 @@ impl Fiber {
         }
     }
 
-    /// Makes the pending host call, if there is one. False when it was
-    /// interrupted again.
+    /// Performs the pending host call, if there is one. False if it was interrupted again.
     fn pending_call(&mut self) -> Result<bool, Stop> {
         let (import, args, mut progress) = match std::mem::take(&mut self.pending) {
             Pending::Call {
@@ -301,7 +289,7 @@ impl Fiber {
         }
     }
 
-    /// Runs one frame's clone to its end, or until it leaves again (true).
+    /// Runs one frame's clone to its end, or until it is captured again (true).
     fn enter_frame(&mut self, frame: &Frame) -> Result<bool, Stop> {
         let program = self.program.clone();
         let (position, function, point) = program
@@ -315,10 +303,12 @@ impl Fiber {
         self.enter();
         self.fill_restore_area(frame, function, point, &values)?;
         let Some(clones) = &self.clones else {
-            return Err(plain_trap("a frame was resumed without clones".into()));
+            return Err(plain_trap(
+                "a frame cannot be resumed without clones".into(),
+            ));
         };
         let number = frame.point - function.first_point + 1;
-        match asserted(|| clones.call(&mut self.store, (position as u32, number))) {
+        match catch_engine_panic(|| clones.call(&mut self.store, (position as u32, number))) {
             Err(error) => Err(self.stop(error)),
             Ok(0) => {
                 self.pending = Pending::Results(self.results(&function.results)?);
@@ -396,7 +386,7 @@ impl Fiber {
         Ok(())
     }
 
-    /// Results that a clone left.
+    /// Results of a clone.
     fn results(&mut self, types: &[SlotType]) -> Result<Vec<Value>, Stop> {
         let mut values = Vec::with_capacity(types.len());
         let mut bytes = [0; 16];
@@ -411,18 +401,18 @@ impl Fiber {
         Ok(values)
     }
 
-    /// Takes over what the code saved on its way out, and what it waits for.
+    /// Collects the frames saved by the code, and the pending operation.
     fn collect(&mut self) -> Result<(), Stop> {
         self.signal().note_left();
         let end = self
             .control
             .word(meta::SAVE_POINTER)
             .load(Ordering::Relaxed);
-        // (Code has left: what goes wrong from here on does not while it saves.)
+        // (The code has left: later errors are not errors of saving.)
         self.control
             .word(meta::SAVE_POINTER)
             .store(meta::SAVE, Ordering::Relaxed);
-        // The pointer is the code's; so is what it saved.
+        // The pointer and the saved frames come from guest code, and are not trusted.
         let damaged = || plain_trap("code saved a damaged frame".into());
         if end as usize > Control::ACCESSIBLE_BYTES {
             return Err(damaged());
@@ -460,7 +450,7 @@ impl Fiber {
             });
             at = (start + length).next_multiple_of(8);
         }
-        // Code leaves innermost first.
+        // Frames are saved innermost first.
         self.frames[first..].reverse();
         if !super::frame::fits(&self.frames) {
             return Err(self.stop(wasmtime::Trap::StackOverflow.into()));
@@ -505,7 +495,7 @@ impl Fiber {
     /// [`Stop::Trap`] if it does not fit.
     pub fn load(&mut self, state: ThreadState) -> Result<(), Stop> {
         self.enter_whole_module()?;
-        self.see_sizes()?;
+        self.update_sizes()?;
         for (at, value) in state.globals.iter().enumerate() {
             let val = self.to_val(*value)?;
             self.globals[at]
@@ -540,9 +530,9 @@ impl Fiber {
         Ok(())
     }
 
-    /// Lets an instance that was made a while ago see how large memories are now: the
-    /// thread may stand behind the call in which it looked.
-    fn see_sizes(&mut self) -> Result<(), Stop> {
+    /// Updates the memory sizes of a spare instance: the thread may be past the call in which it
+    /// read them.
+    fn update_sizes(&mut self) -> Result<(), Stop> {
         let memories = self.store.data().thread.memories.clone();
         for (number, memory) in memories.iter().enumerate() {
             let name = format!("{PREFIX}m{number}");
@@ -552,8 +542,9 @@ impl Fiber {
             let pages = memory.size_bytes() / WASM_PAGE_BYTES;
             let seen = own.size(&self.store);
             if seen < pages {
-                own.grow(&mut self.store, pages - seen)
-                    .map_err(|error| plain_trap(format!("a memory's size: {error}")))?;
+                own.grow(&mut self.store, pages - seen).map_err(|error| {
+                    plain_trap(format!("a memory's size cannot be updated: {error}"))
+                })?;
             }
         }
         Ok(())
@@ -580,18 +571,17 @@ impl Fiber {
         self.fresh
     }
 
-    /// Its thread goes over into another instance: what its tables grew by is no longer
-    /// counted for this one.
+    /// Its thread switches to another instance: the table growth of this one no longer counts.
     pub(super) fn retire(&mut self) {
         self.store.data_mut().limits.give_back();
     }
 
-    /// Gives it to a thread that has not run in it yet.
+    /// Assigns it to a thread that has not run in it.
     pub(super) fn give_to(&mut self, tid: u32) {
         self.store.data_mut().thread.tid = tid;
     }
 
-    /// How its thread is asked to come to a safepoint.
+    /// Its thread's safepoint signal.
     pub fn signal(&self) -> &Arc<Signal> {
         &self.store.data().thread.signal
     }
@@ -666,15 +656,14 @@ impl Fiber {
         })
     }
 
-    /// Whether code ended while it saved its frames: none else runs once the first is saved.
-    /// Nothing but the end of the save area ends it there.
+    /// Whether code trapped while saving its frames: no other code runs after the first is saved.
+    /// The only cause is the end of the save area.
     fn is_leaving(&self) -> bool {
         let saved = self.control.word(meta::SAVE_POINTER);
         saved.load(Ordering::Relaxed) > meta::SAVE
     }
 
-    /// Says why code ended, with the whole stack: what was native, then the
-    /// frames that were not resumed yet.
+    /// Builds the error with the whole stack: the native frames, then the frames not resumed yet.
     fn stop(&self, error: wasmtime::Error) -> Stop {
         if let Some(Exited(code)) = error.downcast_ref() {
             return Stop::Exit(*code);

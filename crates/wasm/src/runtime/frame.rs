@@ -1,4 +1,4 @@
-//! A thread as plain data: its frames, what they wait for, and the state of its
+//! A captured thread as plain data: its frames, the pending operation, and the state of its
 //! instance.
 //!
 //! # Format
@@ -14,25 +14,25 @@ use serde::{Deserialize, Serialize};
 /// First bytes of an encoded thread.
 pub const MAGIC: [u8; 4] = *b"KTHR";
 
-/// The most frames that a thread may have: no native frame is smaller than 16 bytes, so one
-/// that was never captured has fewer on its stack. (A capture empties that stack, which
-/// therefore does not bound how deep a captured thread comes.)
+/// Maximum number of frames of a thread: a native frame is at least 16 bytes, so a thread that was
+/// never captured has fewer on its stack. (A capture empties that stack, which therefore does not
+/// limit the depth of a captured thread.)
 pub const FRAMES_MAX: usize = super::program::STACK_BYTES / 16;
-/// The most bytes that a thread's frames may have, with [`FRAME_OVERHEAD_BYTES`] for each:
-/// eight times its native stack. A native frame has room for each value that differs, so only
-/// frames full of copies and constants, which code keeps nowhere, come to more.
+/// Maximum bytes of a thread's frames, including [`FRAME_OVERHEAD_BYTES`] for each: eight times its
+/// native stack. A native frame holds each distinct value, so only frames full of copies and
+/// constants, which native code does not store, need more.
 pub const FRAME_BYTES_MAX: usize = (meta::SAVE_END - meta::SAVE) as usize;
-/// Bytes that a frame takes beside its slots; more than its header in the save area, which
-/// therefore has room for all frames that a thread may have.
+/// Bytes per frame in addition to its slots; more than its header in the save area, which therefore
+/// has room for all frames of a thread.
 pub const FRAME_OVERHEAD_BYTES: usize = 48;
 
-/// Whether a thread may have these frames. Where it may not its call stack is exhausted.
+/// Whether frames are within the limits; otherwise the call stack is exhausted.
 pub(crate) fn fits(frames: &[Frame]) -> bool {
     let bytes = |frame: &Frame| frame.payload.len() + FRAME_OVERHEAD_BYTES;
     frames.len() <= FRAMES_MAX && frames.iter().map(bytes).sum::<usize>() <= FRAME_BYTES_MAX
 }
 
-/// One activation of a function that was left at a point.
+/// One activation of a function, saved at a point.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frame {
     /// Number of the point among all points of the module.
@@ -59,7 +59,6 @@ pub enum Value {
 }
 
 impl Value {
-    /// Its type.
     pub fn ty(self) -> SlotType {
         match self {
             Value::I32(_) => SlotType::I32,
@@ -71,7 +70,7 @@ impl Value {
         }
     }
 
-    /// Reads a value of a type from the start of `bytes`, which are enough.
+    /// Reads a value of a type from the start of `bytes`, which must be long enough.
     pub(crate) fn read(ty: SlotType, bytes: &[u8]) -> Value {
         let mut wide = [0; 16];
         let count = ty.bytes() as usize;
@@ -102,13 +101,12 @@ impl Value {
     }
 }
 
-/// How far an interrupted host call came; what it needs to go on elsewhere.
+/// Progress of an interrupted host call, needed to continue elsewhere.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub enum Progress {
-    /// It has not begun, or has nothing to remember.
+    /// Not started, or without state.
     #[default]
     Fresh,
-    /// A call of WASI.
     Wasi(keel_wasi::CallState),
     /// `memory.atomic.wait`: queued; this much of its time-out is left.
     Waiting {
@@ -117,63 +115,47 @@ pub enum Progress {
     },
 }
 
-/// What the innermost frame waits for.
+/// Pending operation of the innermost frame.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub enum Pending {
-    /// Nothing: it stands at a poll.
+    /// None: it is at a poll.
     #[default]
     Nothing,
-    /// Its callee returned these.
     Results(Vec<Value>),
-    /// A host call that had no effect yet and is to be made again.
+    /// A host call without effect so far, to be repeated.
     Call {
-        /// Index of the imported function.
         import: u32,
-        /// Its arguments.
         args: Vec<u64>,
-        /// How far it came.
         progress: Progress,
     },
 }
 
-/// A captured thread.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ThreadState {
     /// Frames, outermost first.
     pub frames: Vec<Frame>,
-    /// What the last of them waits for.
+    /// Pending operation of the last frame.
     pub pending: Pending,
     /// Which of the thread's entry functions is running: 0 for the first.
     pub stage: u32,
     /// Mutable globals in the metadata's order.
     pub globals: Vec<Value>,
-    /// Contents of the tables that code changes, in the metadata's order.
+    /// Contents of the mutable tables, in the metadata's order.
     pub tables: Vec<Vec<u32>>,
 }
 
-/// Why bytes are no thread of this module.
+/// Why bytes are not a thread of this module.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// Not an encoded thread at all.
     #[error("not a captured thread (it does not begin with \"KTHR\")")]
     Magic,
-    /// Another version.
     #[error("captured with frame format {found}, this is format {expected}")]
-    Version {
-        /// Its version.
-        found: u32,
-        /// Ours.
-        expected: u32,
-    },
+    Version { found: u32, expected: u32 },
     /// Of another module.
     #[error("captured from module {found}, this is module {expected}")]
-    Module {
-        /// Its module.
-        found: String,
-        /// The module at hand.
-        expected: String,
-    },
-    /// Cut off or contradictory.
+    Module { found: String, expected: String },
+    /// Truncated or inconsistent.
     #[error("the captured thread is damaged: {0}")]
     Damaged(String),
 }
@@ -183,7 +165,6 @@ fn damaged(what: impl Into<String>) -> FrameError {
 }
 
 impl ThreadState {
-    /// The documented form.
     pub fn encode(&self, module: &[u8; 32]) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(64 + self.frames.len() * 64);
         bytes.extend(MAGIC);
@@ -193,7 +174,7 @@ impl ThreadState {
         postcard::to_extend(self, bytes).unwrap_or_default()
     }
 
-    /// Reads the documented form, and checks that every frame fits the module.
+    /// Decodes the documented format, and checks that every frame fits the module.
     ///
     /// # Errors
     /// [`FrameError`], naming what does not fit.
@@ -224,7 +205,7 @@ impl ThreadState {
         let (state, rest): (ThreadState, _) =
             postcard::take_from_bytes(body).map_err(|error| damaged(error.to_string()))?;
         if !rest.is_empty() {
-            return Err(damaged("it goes on after its end"));
+            return Err(damaged("it has trailing bytes"));
         }
         state.check(meta)?;
         Ok(state)
@@ -288,7 +269,7 @@ impl ThreadState {
         self.check_pending(meta)
     }
 
-    /// The innermost frame must be able to take what is pending.
+    /// Checks that the innermost frame can take the pending operation.
     fn check_pending(&self, meta: &Meta) -> Result<(), FrameError> {
         let given: Vec<SlotType> = match &self.pending {
             Pending::Nothing => Vec::new(),
@@ -315,7 +296,7 @@ impl ThreadState {
                 .map(|slot| function.slots[*slot as usize])
                 .collect();
             if wanted != given {
-                return Err(damaged("a frame waits for other results than it gets"));
+                return Err(damaged("a frame expects other results than it gets"));
             }
             given.clone_from(&function.results);
         }

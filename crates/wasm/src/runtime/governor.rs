@@ -1,9 +1,8 @@
-//! Keeps a machine within its `cpu.limit`: looks at what its threads used every
-//! few milliseconds and lets those that burn stand at a safepoint while the
-//! machine is over its share. Threads that wait are left alone, and so are the
-//! process's other threads: a limited machine moves as fast as any.
+//! Enforces a machine's `cpu.limit`: samples the CPU time of its threads every few milliseconds,
+//! and holds the CPU-bound ones at a safepoint while the machine exceeds its share. Waiting threads
+//! and the process's other threads are not held: a limited machine moves as fast as any.
 //!
-//! [`Budget`] decides, [`govern`] acts. How threads are held is `machine`'s.
+//! [`Budget`] (a token bucket) decides, [`govern`] acts. Holding is implemented by `machine`.
 
 use super::machine::{Hold, Machine, Shared};
 use serde::{Deserialize, Serialize};
@@ -12,22 +11,20 @@ use std::os::unix::fs::FileExt;
 use std::sync::Weak;
 use std::time::{Duration, Instant};
 
-/// How often it looks.
 const TICK: Duration = Duration::from_millis(10);
-/// What a machine that rested may use at once, as time at its limit.
+/// Burst after idling, as time at the limit.
 const BURST: Duration = Duration::from_millis(50);
 
 /// CPU time of one OS thread of this process.
 #[derive(Debug)]
 pub(crate) struct ThreadClock {
-    /// The thread's number.
     pub(crate) os_thread: u32,
     schedstat: File,
     stat: File,
 }
 
 impl ThreadClock {
-    /// That of the calling thread; `None` where /proc has no `schedstat`.
+    /// The clock of the calling thread; `None` where /proc has no `schedstat`.
     pub(crate) fn of_this_thread() -> Option<Self> {
         let clock = ThreadClock {
             os_thread: rustix::thread::gettid()
@@ -40,21 +37,21 @@ impl ThreadClock {
         clock.run_ns().map(|_| clock)
     }
 
-    /// Nanoseconds it ran so far.
+    /// Run time so far, in nanoseconds.
     pub(super) fn run_ns(&self) -> Option<u64> {
         let mut buffer = [0; 64];
         numbers(&self.schedstat, &mut buffer)?.next()?
     }
 
-    /// What it took of cores so far.
-    pub(crate) fn took(&self) -> Option<CoreTime> {
+    /// CPU time so far.
+    pub(crate) fn cpu_time(&self) -> Option<CoreTime> {
         let mut buffer = [0; 64];
         let mut numbers = numbers(&self.schedstat, &mut buffer)?;
         let mut next = || numbers.next().flatten();
         let (run_ns, waited_ns, turns) = (next()?, next()?, next()?);
         let mut buffer = [0; 64];
         let count = self.stat.read_at(&mut buffer, 0).ok()?;
-        // Its state follows its name, which is in brackets.
+        // The state follows the name, which is in parentheses.
         let text = buffer.get(..count)?;
         let name_end = text.iter().rposition(|byte| *byte == b')')?;
         Some(CoreTime {
@@ -75,41 +72,40 @@ fn numbers<'a>(
     Some(text.split_ascii_whitespace().map(|word| word.parse().ok()))
 }
 
-/// What a thread took of cores since its OS thread began, which may have had others
-/// before: only differences mean something.
+/// CPU time since the start of the OS thread, which may have hosted other guest threads before:
+/// only differences are meaningful.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CoreTime {
-    /// Nanoseconds for which it ran.
+    /// Run time, in nanoseconds.
     pub run_ns: u64,
-    /// Nanoseconds for which it waited for a core, as far as that is over.
+    /// Completed waits for a core, in nanoseconds.
     pub waited_ns: u64,
-    /// How often it got one.
     pub turns: u64,
-    /// Whether it runs, or waits for a core.
+    /// Whether it is running or runnable.
     pub is_runnable: bool,
 }
 
-/// What a machine may use, and has used.
+/// Token bucket of a machine.
 #[derive(Debug, Default)]
 struct Budget {
-    /// Nanoseconds of CPU time in hand; below zero it is over its share.
+    /// Nanoseconds of CPU time available; negative above the share.
     tokens: i64,
     holding: bool,
 }
 
-/// What is to be done about it.
+/// Action of the governor.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Nothing,
-    /// These threads are to stand.
+    /// Hold these threads.
     Hold(Vec<u32>),
-    /// All may go on.
+    /// Release all threads.
     Release,
 }
 
 impl Budget {
-    /// `used` has what each thread used in the last `elapsed` nanoseconds; the
-    /// limit is in thousandths of a core.
+    /// `used` is the run time of each thread in the last `elapsed_ns`; the limit is in thousandths
+    /// of a core.
     fn tick(&mut self, elapsed_ns: u64, limit_millis: u32, used: &[(u32, u64)]) -> Verdict {
         let share = |ns: u64| {
             let ns = u128::from(ns) * u128::from(limit_millis) / 1000;
@@ -134,7 +130,7 @@ impl Budget {
     }
 }
 
-/// Keeps a machine within its limit until it ends; has a thread of its own.
+/// Enforces a machine's limit until it ends; runs in its own thread.
 pub(super) fn govern(shared: Weak<Shared>) {
     let mut budget = Budget::default();
     let mut before: Vec<(u32, u64)> = Vec::new();
@@ -162,9 +158,9 @@ pub(super) fn govern(shared: Weak<Shared>) {
             Verdict::Nothing => {}
             Verdict::Release => machine.release(Hold::CpuLimit),
             Verdict::Hold(tids) => {
-                // The first time this compiles; they run meanwhile.
+                // The first hold compiles; the threads run meanwhile.
                 if let Err(error) = machine.hold(Hold::CpuLimit, Some(&tids)) {
-                    tracing::warn!(%error, "the machine cannot be kept within its cpu.limit");
+                    tracing::warn!(%error, "cpu.limit cannot be enforced");
                     return;
                 }
             }
@@ -200,7 +196,7 @@ mod tests {
         for limit in [50u32, 250, 900, 1500] {
             let (mut budget, mut held, mut ran) = (Budget::default(), false, 0);
             for _ in 0..10_000 {
-                // Two threads that always want to run.
+                // Two CPU-bound threads.
                 let each = if held { 0 } else { 10 * MS };
                 ran += 2 * each;
                 match budget.tick(10 * MS, limit, &[(0, each), (1, each)]) {

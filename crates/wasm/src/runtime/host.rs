@@ -1,5 +1,5 @@
-//! What a module's imports lead to: their kinds, their place in the linker, and
-//! host calls that may be interrupted.
+//! Host functions behind a module's imports: their kinds, their definition in the linker, and
+//! interruptible calls.
 
 use super::frame::{Pending, Progress, Value};
 use super::program::ProgramError;
@@ -10,22 +10,21 @@ use crate::memory::{GuestMemory, WASM_PAGE_BYTES};
 use std::sync::Arc;
 use wasmtime::{AsContextMut, Caller, FuncType, Linker, Module, Val, ValType};
 
-/// What a host call came to.
+/// Result of a host call.
 #[derive(Debug)]
 pub enum HostOutcome {
-    /// It is done, with these results as bits.
+    /// Complete, with these results as bits.
     Done(Vec<u64>),
-    /// It was asked to come to a safepoint before it had any effect.
+    /// Interrupted by a safepoint request before any effect.
     Interrupted,
     /// The program ends, with this code.
     Exit(u32),
-    /// The thread traps.
     Trap(String),
 }
 
-/// What a thread's host calls lead to.
+/// Implementation of a thread's host calls.
 pub trait Host: Send + Sync {
-    /// Makes the call of imported function `import`.
+    /// Performs the call of imported function `import`.
     fn call(
         &self,
         import: u32,
@@ -34,12 +33,12 @@ pub trait Host: Send + Sync {
         thread: &HostThread,
     ) -> HostOutcome;
 
-    /// As [`Self::call`], of a call of WASI that comes with what it reads
-    /// ([`keel_wasi::pack`]); and what it writes. Only the home of a machine is asked.
+    /// As [`Self::call`], for a WASI call with its input ([`keel_wasi::pack`]); also returns its
+    /// output. Only called at the home.
     fn call_packed(
         &self,
         _import: u32,
-        _call: &keel_wasi::Packed,
+        _call: &keel_wasi::PackedCall,
         _progress: &mut Progress,
         _thread: &HostThread,
     ) -> (HostOutcome, Vec<u8>) {
@@ -51,17 +50,15 @@ pub trait Host: Send + Sync {
 /// The thread that makes a host call.
 #[derive(Debug, Clone)]
 pub struct HostThread {
-    /// Its number in the machine; the main thread has 0.
+    /// The main thread has 0.
     pub tid: u32,
-    /// How it is asked to come to a safepoint.
+    /// Its safepoint signal.
     pub signal: Arc<Signal>,
-    /// The machine's memories.
     pub memories: Arc<[Arc<GuestMemory>]>,
-    /// What the machine's tables have, of what they may have.
+    /// The machine's table budget.
     pub tables: Arc<TableBudget>,
 }
 
-/// What a store carries.
 pub(crate) struct ThreadContext {
     pub(crate) host: Arc<dyn Host>,
     pub(crate) thread: HostThread,
@@ -69,14 +66,14 @@ pub(crate) struct ThreadContext {
     pub(crate) limits: TableLimits,
 }
 
-/// What an import is to the runtime.
+/// Kind of an import.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ImportKind {
     /// `memory.grow` of a memory.
     Grow(u32),
     /// `memory.size` of a memory.
     Size(u32),
-    /// Lets an instance see a memory's true size.
+    /// Updates an instance's memory size.
     Sync(u32),
     /// `memory.atomic.wait32`.
     Wait32(u32),
@@ -98,10 +95,10 @@ pub enum ImportKind {
     Print,
 }
 
-/// Finds out what each import of an instrumented module is.
+/// Classifies the imports of an instrumented module.
 ///
 /// # Errors
-/// [`ProgramError::UnknownImports`] naming all that machines do not have.
+/// [`ProgramError::UnknownImports`] with all unknown imports.
 pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError> {
     let mut unknown = Vec::new();
     let mut kinds = Vec::new();
@@ -122,7 +119,7 @@ pub(crate) fn import_kinds(meta: &Meta) -> Result<Vec<ImportKind>, ProgramError>
     }
 }
 
-/// What an import is that the module's author wrote; `None` if machines do not have it.
+/// Kind of an import in the original module; `None` if it is unknown.
 pub(super) fn guest_kind(import: &meta::Import) -> Option<ImportKind> {
     match import.module.as_str() {
         "wasi_snapshot_preview1" | "wasi_unstable" => wasi_kind(import),
@@ -133,7 +130,7 @@ pub(super) fn guest_kind(import: &meta::Import) -> Option<ImportKind> {
         {
             Some(ImportKind::ThreadSpawn)
         }
-        "evenkeel" => own_kind(import),
+        "evenkeel" => evenkeel_kind(import),
         "spectest" if import.name.starts_with("print") && import.results.is_empty() => {
             Some(ImportKind::Print)
         }
@@ -141,8 +138,8 @@ pub(super) fn guest_kind(import: &meta::Import) -> Option<ImportKind> {
     }
 }
 
-/// What `guests/evenkeel.h` declares.
-fn own_kind(import: &meta::Import) -> Option<ImportKind> {
+/// Functions of `guests/evenkeel.h`.
+fn evenkeel_kind(import: &meta::Import) -> Option<ImportKind> {
     let (params, results): (&[SlotType], SlotType) = match import.name.as_str() {
         "epoch" => (&[], SlotType::I64),
         "object" => (&[SlotType::I32; 4], SlotType::I32),
@@ -232,7 +229,7 @@ pub(crate) fn link(
                 let mut progress = Progress::Fresh;
                 let outcome = host_call(&mut caller, number, kind, &args, &mut progress)?;
                 if let ImportKind::Grow(memory) | ImportKind::Sync(memory) = kind {
-                    see_size(&mut caller, memory)?;
+                    update_size(&mut caller, memory)?;
                 }
                 let (values, status) = results.split_at_mut(types.len());
                 let left = match outcome {
@@ -247,7 +244,7 @@ pub(crate) fn link(
                     Some(bits) => {
                         let leave = caller.data().thread.signal.leave();
                         if leave {
-                            // Behind its effect: the results travel.
+                            // The call has taken effect: only its results are pending.
                             caller.data_mut().pending = Pending::Results(typed(&types, &bits));
                         } else {
                             for ((value, ty), bits) in values.iter_mut().zip(&types).zip(bits) {
@@ -312,17 +309,16 @@ pub(crate) fn to_val(value: Value) -> Val {
     }
 }
 
-/// The program ended by itself.
 #[derive(Debug, thiserror::Error)]
 #[error("exit with code {0}")]
 pub(crate) struct Exited(pub(crate) u32);
 
-/// A host function found that the guest broke its contract.
+/// A host function detected a contract violation by the guest.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct HostTrap(pub(crate) String);
 
-/// Makes a host call; `None` when it was interrupted before any effect.
+/// Performs a host call; `None` if it was interrupted before any effect.
 pub(crate) fn host_call(
     mut store: impl AsContextMut<Data = ThreadContext>,
     import: u32,
@@ -332,7 +328,7 @@ pub(crate) fn host_call(
 ) -> wasmtime::Result<Option<Vec<u64>>> {
     let mut context = store.as_context_mut();
     let data = context.data_mut();
-    // The instance is told by the caller, which has its exports.
+    // The caller updates the instance, since it has its exports.
     if let ImportKind::Sync(_) = kind {
         return Ok(Some(Vec::new()));
     }
@@ -346,9 +342,9 @@ pub(crate) fn host_call(
     }
 }
 
-/// Lets the calling instance see a memory's true size: another thread's
-/// instance, or the machine, may have grown it.
-fn see_size(caller: &mut Caller<'_, ThreadContext>, memory: u32) -> wasmtime::Result<()> {
+/// Updates the memory size of the calling instance: another thread's instance, or the machine, may
+/// have grown the memory.
+fn update_size(caller: &mut Caller<'_, ThreadContext>, memory: u32) -> wasmtime::Result<()> {
     let pages = caller.data().thread.memories[memory as usize].size_bytes() / WASM_PAGE_BYTES;
     let export = caller.get_export(&format!("{PREFIX}m{memory}"));
     if let Some(own) = export.and_then(wasmtime::Extern::into_memory) {

@@ -1,8 +1,8 @@
 //! A frozen machine without its memories, as plain data.
 
 use super::frame::ThreadState;
+use super::hints::Hints;
 use super::machine::MachineError;
-use super::names::Names;
 use super::program::Program;
 use super::wait::WaitQueues;
 use crate::memory::WASM_PAGE_BYTES;
@@ -13,9 +13,9 @@ use std::collections::BTreeMap;
 const IMAGE_MAGIC: [u8; 4] = *b"KIMG";
 /// Version of the image's format.
 const IMAGE_VERSION: u32 = 3;
-/// That before it: without names.
+/// Previous version, without hints.
 const PAST_VERSION: u32 = 2;
-/// What a thread was started for.
+/// Entry point of a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Entry {
     Main,
@@ -32,11 +32,9 @@ pub struct Image {
     pub(super) waits: WaitQueues,
     /// Size of each memory in 64 KiB pages.
     pub memory_pages: Vec<u64>,
-    /// Descriptors, clocks, random numbers.
     pub wasi: keel_wasi::Snapshot,
-    /// What the guest says of its memory and threads. (Stays the last: it is nothing in
-    /// images of the version before.)
-    pub(super) names: Names,
+    /// Placement hints. (Must stay the last field: it is absent in the previous version.)
+    pub(super) names: Hints,
 }
 
 impl Image {
@@ -65,7 +63,7 @@ impl Image {
             body
         } else if header[4..] == PAST_VERSION.to_le_bytes() {
             past.extend_from_slice(body);
-            // No names, and nobody who likes to be near one.
+            // No names and no affinities.
             past.extend_from_slice(&[0, 0]);
             &past
         } else {
@@ -74,18 +72,18 @@ impl Image {
         let (image, rest): (Image, _) = postcard::take_from_bytes(body)
             .map_err(|error| MachineError::Image(error.to_string()))?;
         if !rest.is_empty() {
-            return Err(bad("it goes on after its end"));
+            return Err(bad("it has trailing bytes"));
         }
         if image.module != *program.hash() {
             return Err(bad("it is of another module"));
         }
         if image.memory_pages.len() != program.meta.memories.len() {
-            return Err(bad("it has other memories than the module"));
+            return Err(bad("its memories differ from the module's"));
         }
         let first = image.memory_pages.first();
         let size = first.map_or(0, |pages| pages.saturating_mul(WASM_PAGE_BYTES));
-        if !image.names.can_be(size) {
-            return Err(bad("it names what is not in memory"));
+        if !image.names.is_valid(size) {
+            return Err(bad("it names ranges outside of memory"));
         }
         for (_, state) in image.threads.values() {
             if let Some(state) = state {
@@ -95,7 +93,6 @@ impl Image {
         Ok(image)
     }
 
-    /// Number of guest threads.
     pub fn threads(&self) -> usize {
         self.threads.len()
     }

@@ -1,17 +1,17 @@
-//! What a module imports, looked at before anything else is done with it: to instrument and
-//! to compile a large module takes many seconds, its first sections microseconds.
+//! Validation of a module's imports before anything else: instrumenting and compiling a large
+//! module takes many seconds, reading its first sections microseconds.
 
 use super::host::guest_kind;
 use super::program::ProgramError;
 use crate::instrument::{meta::Import, slot_type};
 use wasmparser::{FuncType, Parser, Payload, TypeRef};
 
-/// Checks the imports of a module as its author built it. `has` says of an import that is no
-/// function whether it can be had, or is for others to refuse. A module that is damaged before
-/// the end of its imports is for others to refuse, too.
+/// Checks the imports of an original module. `has` tells of a non-function import whether it is
+/// available, or is checked elsewhere. A module that is malformed before the end of its imports is
+/// also refused elsewhere.
 ///
 /// # Errors
-/// [`ProgramError::UnknownImports`] naming all that machines do not have.
+/// [`ProgramError::UnknownImports`] with all unknown imports.
 pub(super) fn check(module: &[u8], has: impl Fn(TypeRef) -> bool) -> Result<(), ProgramError> {
     let mut types: Vec<Option<FuncType>> = Vec::new();
     let mut unknown = Vec::new();
@@ -25,7 +25,7 @@ pub(super) fn check(module: &[u8], has: impl Fn(TypeRef) -> bool) -> Result<(), 
             }
             Ok(Payload::ImportSection(section)) => {
                 for import in section.into_imports().map_while(Result::ok) {
-                    let is_there = match import.ty {
+                    let is_resident = match import.ty {
                         TypeRef::Func(ty) => types
                             .get(ty as usize)
                             .and_then(Option::as_ref)
@@ -33,7 +33,7 @@ pub(super) fn check(module: &[u8], has: impl Fn(TypeRef) -> bool) -> Result<(), 
                             .is_some_and(|import| guest_kind(&import).is_some()),
                         other => has(other),
                     };
-                    if !is_there {
+                    if !is_resident {
                         unknown.push(format!("{}.{}", import.module, import.name));
                     }
                 }

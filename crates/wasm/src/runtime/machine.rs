@@ -9,24 +9,23 @@
 //!   Frozen ◀── prepare (a machine that was captured elsewhere)
 //! ```
 //!
-//! While it is frozen its [`Image`] and its memories are all of it. A machine
-//! that is thawed in place goes on in the same instances.
+//! While it is frozen its [`Image`] and its memories are its complete state. A machine that is
+//! thawed in place continues in the same instances.
 //!
-//! Apart from that, threads can be *held* at safepoints, for reasons of which
-//! each is taken back by itself ([`Hold`]). A held thread does not run; whether
-//! the machine is frozen or thawed meanwhile does not matter to it, and freezing
-//! need not wait for it.
+//! Independent of that, threads can be *held* at safepoints, for reasons that are released
+//! separately ([`Hold`]). A held thread does not run; freezing and thawing do not affect a hold,
+//! and freezing need not wait for a held thread.
 
-mod running;
-mod spread;
+mod execution;
+mod placement;
 
-use super::calls::Turns;
+use super::calls::AddressLocks;
 use super::fiber::{FiberError, Trap};
 use super::frame::{FrameError, ThreadState};
 use super::governor::{CoreTime, ThreadClock, govern};
+use super::hints::{Hints, NamedRange};
 use super::host::Host;
 use super::image::{Entry, Image};
-use super::names::{Named, Names};
 use super::parts::{Inbox, Parts};
 use super::program::{Program, ProgramError};
 use super::signal::Signal;
@@ -45,24 +44,23 @@ use std::time::{Duration, Instant};
 /// The entry point of a command.
 const MAIN_EXPORT: &str = "_start";
 
-/// Bounds on what a machine may use.
+/// Resource limits of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Bytes of each memory.
     pub memory_bytes: u64,
-    /// Guest threads at a time.
+    /// Concurrent guest threads.
     pub threads_max: u32,
-    /// CPU time a second that its threads may use together, in thousandths of
-    /// a core (`cpu.limit`); not zero.
+    /// CPU time per second of all its threads, in thousandths of a core (`cpu.limit`); not zero.
     pub cpu_millis: Option<u32>,
 }
 
 /// Why threads are held at safepoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hold {
-    /// They used more than their `cpu.limit`.
+    /// They exceeded their `cpu.limit`.
     CpuLimit,
-    /// They write faster than a move can copy.
+    /// They dirty memory faster than a pre-copy move can copy.
     Slowdown,
 }
 
@@ -85,57 +83,51 @@ impl Default for Limits {
     }
 }
 
-/// What a thread does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ThreadInfo {
-    /// Its number.
     pub tid: u32,
     /// The part at which it runs.
     pub part: PartId,
-    /// The part that it moves to, if it does.
+    /// The target part of a pending move.
     pub moves_to: Option<PartId>,
-    /// Whether it waits to be woken (`memory.atomic.wait`).
+    /// Whether it is blocked in `memory.atomic.wait`.
     pub waits: bool,
-    /// What it took of cores where it is; `None` where that is not known.
-    pub took: Option<Took>,
+    /// CPU usage at its part, if known.
+    pub took: Option<CpuUsage>,
 }
 
-/// What a thread took of cores where it is. Only differences mean something, and only
-/// while it stays there.
+/// CPU usage of a thread at its part. Only differences are meaningful, and only while the thread
+/// stays there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Took {
-    /// When that was looked at, in nanoseconds since its part began.
+pub struct CpuUsage {
+    /// Time of measurement, in nanoseconds since its part started.
     pub at_ns: u64,
-    /// What it took until then.
     pub time: CoreTime,
-    /// Microseconds that it stood at pages, by the part that gave them.
-    pub stood: BTreeMap<PartId, u64>,
+    /// Microseconds stalled on remote pages, by the part that supplied them.
+    #[serde(rename = "stood")]
+    pub stalled_us: BTreeMap<PartId, u64>,
 }
 
-/// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// By itself, with this code.
+    /// It exited with this code.
     Exit(u32),
     /// By a guest's fault.
     Trap(Trap),
-    /// It was told to.
     Stopped,
 }
 
-/// Why a machine does not start or resume.
+/// Why a machine cannot start, resume or change.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
-    /// No instance for a thread.
+    /// An instance cannot be created.
     #[error(transparent)]
     Fiber(#[from] FiberError),
-    /// No memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// What would let its threads go on cannot be compiled.
+    /// The code for resuming cannot be compiled.
     #[error(transparent)]
     Program(#[from] ProgramError),
-    /// The module is no command.
     #[error(
         "the module exports no function \"_start\": it is a library, not a program (build it as a WASI command)"
     )]
@@ -143,42 +135,37 @@ pub enum MachineError {
     /// A data segment lies outside its memory.
     #[error("out of bounds memory access: data segment {0} lies outside its memory")]
     Data(usize),
-    /// What was captured does not fit.
+    /// The captured state does not fit.
     #[error(transparent)]
     Frames(#[from] FrameError),
-    /// The image is damaged, or of another version or module.
+    /// The image is corrupt, or of another version or module.
     #[error("the captured machine cannot be used: {0}")]
     Image(String),
-    /// Its WASI state cannot be kept or had again.
+    /// Its WASI state cannot be stored or restored.
     #[error(transparent)]
     Wasi(#[from] keel_wasi::Error),
-    /// The process has no thread or descriptor left.
+    /// The process is out of threads or descriptors.
     #[error("no resources for a guest thread: {0}")]
     System(#[from] std::io::Error),
-    /// It is not frozen.
     #[error("the machine is not frozen")]
     NotFrozen,
-    /// It ended.
     #[error("the machine has ended")]
     Ended,
-    /// No such thread.
     #[error("the machine has no thread {0} (it may have ended)")]
     NoThread(u32),
-    /// No such part.
     #[error("the machine has no part {0}")]
     NoPart(PartId),
     /// Its members lack memory, or are lost.
-    #[error("a part of the machine cannot have its memory (is its node short of it?)")]
+    #[error("a part of the machine cannot allocate its memory (is its node out of memory?)")]
     Members,
-    /// A member is to leave.
-    #[error("part {0} is to leave: nothing goes there any more")]
+    #[error("part {0} is leaving: no thread can move there")]
     Leaving(PartId),
-    /// It cannot do without a part yet.
-    #[error("{0} thread(s) run at parts that it would not have any more")]
-    Away(usize),
-    /// A thread did not come to a safepoint in time; the machine goes on.
-    #[error("{0} thread(s) did not come to a safepoint in time; the machine goes on")]
-    Late(usize),
+    /// Threads still run at a part that is to be removed.
+    #[error("{0} thread(s) still run at parts that would be removed")]
+    ThreadsAtMember(usize),
+    /// Threads did not reach a safepoint in time; the machine continues.
+    #[error("{0} thread(s) did not reach a safepoint in time; the machine continues")]
+    FreezeTimeout(usize),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -192,28 +179,26 @@ enum Phase {
 pub(super) struct Thread {
     entry: Entry,
     pub(super) signal: Arc<Signal>,
-    /// Set while it stands at a safepoint; `None` inside for one that has not
-    /// begun.
+    /// Set while it is at a safepoint; the inner `None` means that it has not started.
     parked: Option<Option<ThreadState>>,
     /// Whether an OS thread runs it.
     launched: bool,
-    /// Whether it is to move into a fresh instance before it goes on: where `place`
-    /// is now.
+    /// Whether it moves into a fresh instance at `place` before it continues.
     rebuild: bool,
-    /// The part that it is to run at.
+    /// The assigned part.
     place: PartId,
-    /// The part that it runs at, once it has begun.
+    /// The current part, once it has started.
     seat: Option<PartId>,
-    /// What the part says where that is not the home.
+    /// Reports of its part, unless that is the home.
     inbox: Arc<Inbox>,
-    /// Until then it is not shaken again: a deep stack takes long to make anew,
-    /// and a thread that got less time than that would not come on.
-    rests_until: Option<Instant>,
-    /// Reasons for which it is held ([`Hold`]).
+    /// Earliest time of the next recapture: rebuilding a deep stack takes long, and a thread with
+    /// less time than that between two recaptures would starve.
+    recapture_after: Option<Instant>,
+    /// Bit set of holds ([`Hold`]).
     held: u8,
-    /// Set by the OS thread that runs it.
+    /// Set by its OS thread.
     clock: Option<ThreadClock>,
-    /// The entries that the tables of its instance begin with.
+    /// Initial table entries of its instance.
     _tables: TableShare,
 }
 
@@ -222,15 +207,15 @@ pub(super) struct Threads {
     pub(super) table: BTreeMap<u32, Thread>,
     next_tid: u32,
     outcome: Option<Outcome>,
-    /// OS threads that still exist.
+    /// Number of live OS threads.
     launched: usize,
 }
 
-/// What its threads may use together.
+/// CPU limit of its threads together.
 struct CpuLimit {
     /// Thousandths of a core.
     millis: Option<u32>,
-    /// Whether a governor runs; it ends when there is no limit any more.
+    /// Whether a governor runs; it ends when the limit is removed.
     governed: bool,
 }
 
@@ -244,18 +229,16 @@ pub(super) struct Shared {
     pub(super) threads: Mutex<Threads>,
     changed: Condvar,
     pub(super) waits: Mutex<WaitQueues>,
-    pub(super) names: Mutex<Names>,
-    pub(super) turns: Turns,
+    pub(super) names: Mutex<Hints>,
+    pub(super) address_locks: AddressLocks,
     pub(super) parts: Parts,
     begun: Instant,
-    /// It has ended.
     pub(super) over: AtomicBool,
     captures: AtomicU64,
-    /// What `evenkeel.epoch` answers.
+    /// Value of `evenkeel.epoch`.
     pub(super) epoch: AtomicU64,
 }
 
-/// A machine in this process.
 #[derive(Clone)]
 pub struct Machine {
     shared: Arc<Shared>,
@@ -273,17 +256,17 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-/// Makes the calling thread as unimportant as guests are.
+/// Lowers the calling thread's priority to that of guests.
 pub(super) fn lower_priority(program: &Program) {
     if let Some(nice) = program.guest_nice()
-        // (On Linux that of a thread.)
+        // (On Linux the nice value is per thread.)
         && let Err(error) = rustix::process::setpriority_process(None, nice)
     {
-        tracing::debug!(%error, "a guest is as important as what moves it");
+        tracing::debug!(%error, "the priority of a guest thread cannot be lowered");
     }
 }
 
-/// Makes a program's memories, zeroed.
+/// Creates a program's memories, zeroed.
 ///
 /// # Errors
 /// [`MemoryError`].
@@ -320,7 +303,7 @@ fn apply_data(meta: &Meta, memories: &[Arc<GuestMemory>]) -> Result<(), usize> {
 }
 
 impl Machine {
-    /// Starts a command from its beginning.
+    /// Starts a command at its entry point.
     ///
     /// # Errors
     /// [`MachineError`].
@@ -328,7 +311,7 @@ impl Machine {
         Machine::start_under(0, program, wasi, limits)
     }
 
-    /// As [`Self::start`]; the guest is told this epoch.
+    /// As [`Self::start`], with this epoch for the guest.
     ///
     /// # Errors
     /// [`MachineError`].
@@ -343,8 +326,7 @@ impl Machine {
         Ok(machine)
     }
 
-    /// As [`Self::start_under`], but it stands at its beginning: [`Self::thaw`] lets it
-    /// go.
+    /// As [`Self::start_under`], but frozen at its start until [`Self::thaw`].
     ///
     /// # Errors
     /// [`MachineError`].
@@ -364,8 +346,8 @@ impl Machine {
         Ok(machine)
     }
 
-    /// A machine without threads: memories are made and filled. Its exports can
-    /// be called in a [`Fiber`](super::fiber::Fiber) on [`Self::host`].
+    /// A machine without threads: memories are created and initialised. Its exports can be called
+    /// in a [`Fiber`](super::fiber::Fiber) on [`Self::host`].
     ///
     /// # Errors
     /// [`MachineError`].
@@ -376,17 +358,16 @@ impl Machine {
         Ok(Machine::new(program, memories, wasi, limits, 1, waits))
     }
 
-    /// What its threads' host calls lead to.
+    /// The implementation of its threads' host calls.
     pub fn host(&self) -> Arc<dyn Host> {
         Arc::new(self.shared.clone())
     }
 
-    /// Brings a captured machine to where [`Self::thaw`] lets it go on:
-    /// threads and instances are made, nothing runs. `memories` hold what the
-    /// machine's memories held.
+    /// Prepares a captured machine for [`Self::thaw`]: threads and instances are created, nothing
+    /// runs. `memories` must have the captured contents.
     ///
     /// # Errors
-    /// [`MachineError`]; nothing of it is left then.
+    /// [`MachineError`]; nothing remains then.
     pub fn prepare(
         program: Arc<Program>,
         image: Image,
@@ -446,7 +427,7 @@ impl Machine {
                 changed: Condvar::new(),
                 waits: Mutex::new(waits),
                 names: Mutex::default(),
-                turns: Turns::default(),
+                address_locks: AddressLocks::default(),
                 parts: Parts::default(),
                 begun: Instant::now(),
                 over: AtomicBool::new(false),
@@ -458,7 +439,7 @@ impl Machine {
         machine
     }
 
-    /// Bounds the CPU time of its threads from now on, in thousandths of a core.
+    /// Sets the CPU limit of its threads, in thousandths of a core.
     pub fn limit_cpu(&self, millis: Option<u32>) {
         let mut cpu = locked(&self.shared.cpu);
         cpu.millis = millis;
@@ -472,15 +453,15 @@ impl Machine {
         match governor {
             Ok(_) => cpu.governed = true,
             Err(error) => {
-                tracing::warn!(%error, "no thread keeps the machine within its cpu.limit");
+                tracing::warn!(%error, "no thread for enforcing cpu.limit");
             }
         }
     }
 
-    /// Bounds from now on what each of its memories may grow to.
+    /// Sets the size limit of each of its memories.
     ///
     /// # Errors
-    /// The bytes of the first memory that has more; nothing changes then.
+    /// The size of the first memory above the limit; nothing changes then.
     pub fn limit_memory(&self, bytes: u64) -> Result<(), u64> {
         let before: Vec<u64> = self
             .memories()
@@ -490,7 +471,7 @@ impl Machine {
         for (number, memory) in self.memories().iter().enumerate() {
             if let Err(size) = memory.set_limit(bytes) {
                 for (memory, limit) in self.memories().iter().zip(before).take(number) {
-                    // It has not grown beyond what it may meanwhile.
+                    // It has not exceeded the old limit meanwhile.
                     let restored = memory.set_limit(limit);
                     debug_assert!(restored.is_ok());
                 }
@@ -500,43 +481,38 @@ impl Machine {
         Ok(())
     }
 
-    /// What the guest is told of its epoch from now on; 0 outside of a cluster.
-    /// Set before it runs under that epoch.
+    /// Sets the epoch that the guest sees; 0 outside of a cluster. Must be set before it runs in
+    /// that epoch.
     pub fn set_epoch(&self, epoch: u64) {
         self.shared.epoch.store(epoch, Ordering::Release);
     }
 
-    /// Its program.
     pub fn program(&self) -> &Arc<Program> {
         &self.shared.program
     }
 
-    /// Its memories.
     pub fn memories(&self) -> &Arc<[Arc<GuestMemory>]> {
         &self.shared.memories
     }
 
-    /// Its WASI state.
     pub fn wasi(&self) -> &Arc<Wasi> {
         &self.shared.wasi
     }
 
-    /// Threads captured so far.
     pub fn captures(&self) -> u64 {
         self.shared.captures.load(Ordering::Relaxed)
     }
 
-    /// Numbers of its threads.
     pub fn threads(&self) -> Vec<u32> {
         locked(&self.shared.threads).table.keys().copied().collect()
     }
 
-    /// Brings all threads to safepoints. A thread in a long host call has
-    /// until `patience` is over; then the machine goes on as if not asked.
-    /// The first freeze may have to compile first; the machine runs meanwhile.
+    /// Brings all threads to safepoints. A thread in a long host call has until `patience` expires;
+    /// then the machine continues as if not asked. The first freeze may have to compile first; the
+    /// machine runs meanwhile.
     ///
     /// # Errors
-    /// [`MachineError::Late`], [`MachineError::Ended`],
+    /// [`MachineError::FreezeTimeout`], [`MachineError::Ended`],
     /// [`MachineError::Program`]; freezing a frozen machine is fine.
     pub fn freeze(&self, patience: Duration) -> Result<(), MachineError> {
         let shared = &self.shared;
@@ -562,8 +538,8 @@ impl Machine {
             }
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {
-                shared.go_on(&mut threads)?;
-                return Err(MachineError::Late(running));
+                shared.resume_threads(&mut threads)?;
+                return Err(MachineError::FreezeTimeout(running));
             }
             threads = shared
                 .changed
@@ -602,17 +578,17 @@ impl Machine {
         })
     }
 
-    /// What the guest calls pieces of its first memory.
-    pub fn named(&self) -> BTreeMap<String, Named> {
+    /// Named ranges of its first memory.
+    pub fn named(&self) -> BTreeMap<String, NamedRange> {
         locked(&self.shared.names).objects().clone()
     }
 
-    /// Which of them its threads like to be near.
-    pub fn liked(&self) -> BTreeMap<u32, String> {
-        locked(&self.shared.names).liked().clone()
+    /// Named ranges to which its threads have declared an affinity.
+    pub fn preferences(&self) -> BTreeMap<u32, String> {
+        locked(&self.shared.names).preferences().clone()
     }
 
-    /// Lets a frozen machine go on.
+    /// Resumes a frozen machine.
     ///
     /// # Errors
     /// [`MachineError::NotFrozen`], [`MachineError::Ended`], or no OS thread
@@ -625,13 +601,12 @@ impl Machine {
             Phase::Freezing => return Err(MachineError::NotFrozen),
             Phase::Frozen => {}
         }
-        Ok(self.shared.go_on(&mut threads)?)
+        Ok(self.shared.resume_threads(&mut threads)?)
     }
 
-    /// Holds threads (all, or these) at their next safepoint until
-    /// [`Self::release`]; does not wait for them. The first time it may have to
-    /// compile; the machine runs meanwhile. Threads that are spawned later are
-    /// not held.
+    /// Holds threads (all, or these) at their next safepoint until [`Self::release`]; does not wait
+    /// for them. The first hold may have to compile; the machine runs meanwhile. Threads spawned
+    /// later are not held.
     ///
     /// # Errors
     /// [`MachineError::Program`].
@@ -647,7 +622,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes [`Self::hold`] back for all threads.
+    /// Releases [`Self::hold`] for all threads.
     pub fn release(&self, why: Hold) {
         let mut threads = locked(&self.shared.threads);
         let running = threads.phase == Phase::Running;
@@ -661,9 +636,8 @@ impl Machine {
         self.shared.changed.notify_all();
     }
 
-    /// The limit of its CPU time in thousandths of a core, and the nanoseconds
-    /// that each thread ran so far. `None` once it ended, or has no limit any more:
-    /// then nothing is governed.
+    /// Its CPU limit in thousandths of a core, and the run time of each thread in nanoseconds.
+    /// `None` once it has ended or has no limit: the governor stops then.
     pub(super) fn usage(&self) -> Option<(u32, Vec<(u32, u64)>)> {
         let limit = {
             let mut cpu = locked(&self.shared.cpu);
@@ -686,14 +660,12 @@ impl Machine {
         Some((limit, used))
     }
 
-    /// Ends it: no guest code runs after this returns, except a host call
-    /// that is under way.
+    /// Ends it: no guest code runs after this returns, except for a host call in progress.
     pub fn stop(&self) {
         self.shared.end(Outcome::Stopped);
     }
 
-    /// Waits until it ended and its threads are gone; `None` if it still runs
-    /// after `timeout`.
+    /// Waits until it has ended and its threads are gone; `None` on time-out.
     pub fn wait(&self, timeout: Option<Duration>) -> Option<Outcome> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let mut threads = locked(&self.shared.threads);
@@ -722,8 +694,7 @@ impl Machine {
 }
 
 impl Shared {
-    /// What a thread's tables begin with, of one that there must be: the first, or one that
-    /// was captured.
+    /// Initial table entries of a thread known to exist: the first one, or a captured one.
     fn tables_of_thread(&self) -> TableShare {
         let mut share = TableShare::new(self.tables.clone());
         share.take(self.program.table_entries);
@@ -733,7 +704,8 @@ impl Shared {
 
 impl Thread {
     fn rested(&self) -> bool {
-        self.rests_until.is_none_or(|until| Instant::now() >= until)
+        self.recapture_after
+            .is_none_or(|until| Instant::now() >= until)
     }
 }
 
@@ -758,7 +730,7 @@ impl Threads {
                 place,
                 seat: None,
                 inbox: Arc::default(),
-                rests_until: None,
+                recapture_after: None,
                 held: 0,
                 clock: None,
                 _tables: tables,
@@ -767,7 +739,7 @@ impl Threads {
         Ok(())
     }
 
-    /// Threads that are not at a safepoint.
+    /// Number of threads that are not at a safepoint.
     fn running(&self) -> usize {
         self.table
             .values()

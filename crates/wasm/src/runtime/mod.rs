@@ -1,22 +1,22 @@
 //! Runs instrumented modules: threads that can be captured and resumed.
 //!
-//! - `program`: from bytes to compiled code
-//! - `cache`: sealed files by name
-//! - `imports`: what a module imports, before it is compiled
-//! - `compile_progress`: how many functions are compiled
-//! - `host`: what imports lead to
+//! - `program`: from module bytes to compiled code
+//! - `cache`: authenticated cache files
+//! - `imports`: import validation before compilation
+//! - `compile_progress`: number of compiled functions
+//! - `host`: host functions behind the imports
 //! - `fiber`: one thread and its instance; the unwind and resume loop
-//! - `frame`: a thread as plain data, and its format
+//! - `frame`: a captured thread, and its format
 //! - `machine`: all threads, memories and WASI state; freezing, thawing, holding
 //! - `image`: a frozen machine as plain data
-//! - `calls`: what a machine's host calls do
-//! - `names`: what a guest says of its memory and threads
-//! - `governor`: keeps a machine within its `cpu.limit`
-//! - `parts`: threads of one machine at several parts
-//! - `tables`: how many entries tables may have
-//! - `plain`: the untouched module on plain wasmtime, for comparing
+//! - `calls`: implementation of a machine's host calls
+//! - `hints`: placement hints of the guest
+//! - `governor`: enforces `cpu.limit`
+//! - `parts`: threads of one machine on several parts
+//! - `tables`: limits of tables
+//! - `uninstrumented`: the original module on plain wasmtime, for comparison
 //! - `wait`: `memory.atomic.wait` and `notify`
-//! - `signal`: how a thread is asked to come to a safepoint
+//! - `signal`: safepoint requests to a thread
 
 mod cache;
 mod calls;
@@ -24,26 +24,28 @@ mod compile_progress;
 mod fiber;
 pub mod frame;
 mod governor;
+mod hints;
 mod host;
 mod image;
 mod imports;
 mod machine;
-mod names;
 pub mod parts;
-mod plain;
 mod program;
 mod signal;
 mod tables;
+mod uninstrumented;
 mod wait;
 
 pub use crate::instrument::meta::TABLE_ENTRIES_MAX;
 pub use compile_progress::CompileProgress;
 pub use fiber::{Fiber, FiberError, Run, Stop, Trap};
 pub use governor::CoreTime;
+pub use hints::{NamedRange, is_object_name};
 pub use host::{Host, HostOutcome, HostThread, ImportKind};
 pub use image::Image;
-pub use machine::{Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, Took, make_memories};
-pub use names::{Named, is_object_name};
+pub use machine::{
+    CpuUsage, Hold, Limits, Machine, MachineError, Outcome, ThreadInfo, make_memories,
+};
 pub use program::{Engine, Options, Program, ProgramError, STACK_BYTES, program_of_code};
 pub use signal::Signal;
 pub use tables::{TABLES_ENTRIES_MAX, TableBudget};

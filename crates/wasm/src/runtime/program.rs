@@ -1,9 +1,8 @@
-//! From bytes to something that can run: instrument, compile, cache, link.
+//! From module bytes to a program: instrument, compile, cache, link.
 //!
-//! Two things are kept on disk by content: instrumented modules (which machines
-//! refer to by hash and which travel with them) and compiled code (which never
-//! travels: it is native code, and is loaded only if sealed with this node's
-//! own key).
+//! Two kinds of files are stored by content hash: instrumented modules (which machines refer to,
+//! and which move with them) and compiled code (native code, which never moves, and is loaded only
+//! with a valid tag of this node's key).
 
 use super::cache::Cache;
 use super::compile_progress::{self, CompileProgress, Compiling};
@@ -22,48 +21,43 @@ use wasmtime::{Config, InstancePre, Linker, Module, OptLevel};
 /// never rebuilds frames on it, so it is the same before and after a capture.
 pub const STACK_BYTES: usize = 1 << 20;
 
-/// Why a module does not become a program.
+/// Why a module cannot become a program.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
-    /// It was refused by the instrumenter.
+    /// The instrumenter refused it.
     #[error(transparent)]
     Instrument(#[from] InstrumentError),
-    /// It imports what machines do not have.
-    #[error("the module imports what machines do not have: {0}")]
+    /// It has unknown imports.
+    #[error("the module has unknown imports: {0}")]
     UnknownImports(String),
-    /// Its tables are too large before it begins.
+    /// Its initial tables are too large.
     #[error(
         "the module's tables begin with {entries} entries or more; a machine has at most {TABLE_ENTRIES_MAX} in one table, and {TABLES_ENTRIES_MAX} in all"
     )]
     Tables {
-        /// Entries of the tables up to the one that is too large.
+        /// Entries up to and including the table that exceeds the limit.
         entries: u64,
     },
-    /// The engine refused it.
     #[error("the module cannot be compiled: {0:#}")]
     Compile(wasmtime::Error),
     /// It runs, but can be neither moved nor captured.
-    #[error("what lets the program's threads be resumed cannot be compiled: {0}")]
+    #[error("the code for resuming threads cannot be compiled: {0}")]
     Clones(String),
-    /// The cache cannot be used.
     #[error("the cache at {path}: {source}", path = path.display())]
     Cache {
-        /// Where.
         path: PathBuf,
-        /// Why.
         source: std::io::Error,
     },
 }
 
-/// How code is compiled; part of what names cached code.
+/// Compilation options; part of the cache key.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Options {
-    /// NaNs get one bit pattern and relaxed SIMD one meaning, so that two runs
-    /// can be compared bit by bit.
+    /// Canonical NaNs and deterministic relaxed SIMD, so that two runs can be compared bit by bit.
     pub deterministic: bool,
 }
 
-/// Compiles modules, and keeps what it compiled.
+/// Compiles modules, with a cache.
 #[derive(Clone)]
 pub struct Engine {
     inner: wasmtime::Engine,
@@ -117,8 +111,8 @@ impl Engine {
         })
     }
 
-    /// An engine that keeps what it compiles under `folder`, sealed with a key
-    /// of its own that is made there when it is first used.
+    /// An engine with a cache in `folder`, authenticated with a key that is created there at first
+    /// use.
     ///
     /// # Errors
     /// As [`Self::new`], and [`ProgramError::Cache`].
@@ -132,28 +126,27 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Guests' threads run at this nice value, whatever their process has: one that
-    /// moves machines must get to it also where guests take all there is.
+    /// Sets the nice value of guest threads, independent of their process: the code that moves
+    /// machines must get CPU time even if guests take all of it.
     #[must_use]
     pub fn with_guest_nice(mut self, nice: i32) -> Self {
         self.guest_nice = Some(nice);
         self
     }
 
-    /// How far compiling is; `None` while nothing is compiled. It may be asked from any
-    /// thread, as often as wanted.
+    /// Progress of compilation; `None` while nothing is compiled. Callable from any thread at any
+    /// rate.
     pub fn compile_progress(&self) -> Option<CompileProgress> {
         CompileProgress::now()
     }
 
-    /// Makes a program of a module as its author built it. Only what it needs
-    /// to run is compiled; see [`Program::prepare_resume`] for the rest. What it imports is
-    /// checked before anything else.
+    /// Creates a program from an original module. Only the code needed to run is compiled; see
+    /// [`Program::prepare_resume`] for the rest. Imports are checked first.
     ///
     /// # Errors
     /// [`ProgramError`].
     pub fn load(&self, module: &[u8]) -> Result<Arc<Program>, ProgramError> {
-        // (Scanning says of the others what is not supported.)
+        // (Scanning reports the other unsupported imports.)
         imports::check(module, |_| true)?;
         tables::initial_entries(module, false)?;
         let original = blake3::hash(module);
@@ -183,8 +176,8 @@ impl Engine {
         Ok(Arc::new(program))
     }
 
-    /// Makes a program of a module that was instrumented before, maybe on
-    /// another node; its threads can be resumed at once.
+    /// Creates a program from a module that was instrumented before, possibly on another node; its
+    /// threads can be resumed immediately.
     ///
     /// # Errors
     /// [`ProgramError`].
@@ -194,7 +187,7 @@ impl Engine {
         Ok(Arc::new(program))
     }
 
-    /// A program of which nothing is compiled yet.
+    /// A program without compiled code.
     fn program(&self, bytes: Vec<u8>) -> Result<Program, ProgramError> {
         let meta = instrument::read_meta(&bytes)?;
         let kinds = host::import_kinds(&meta)?;
@@ -215,12 +208,12 @@ impl Engine {
         compile(&self.inner, self.cache.as_ref(), bytes, name)
     }
 
-    /// A module as its author built it, compiled for wasmtime as it is; and that engine.
-    /// Kept in the cache as all code is.
+    /// Compiles an original module for unmodified wasmtime, through the cache; also returns the
+    /// engine.
     ///
     /// # Errors
     /// [`ProgramError::Compile`].
-    pub(super) fn compile_plain(
+    pub(super) fn compile_uninstrumented(
         &self,
         bytes: &[u8],
     ) -> Result<(wasmtime::Engine, Module), ProgramError> {
@@ -247,7 +240,7 @@ impl Engine {
     }
 }
 
-/// Compiles a module, or has it from the cache.
+/// Compiles a module, or loads it from the cache.
 fn compile(
     engine: &wasmtime::Engine,
     cache: Option<&Cache>,
@@ -258,8 +251,8 @@ fn compile(
     if let Some(module) = cached() {
         return Ok(module);
     }
-    // Of many workers that start the same module one compiles, and the others wait
-    // for what comes of it.
+    // Of several workers that start the same module, one compiles and the others wait for the
+    // result.
     let lock = cache.and_then(|cache| cache.lock(name));
     if lock.is_some()
         && let Some(module) = cached()
@@ -278,26 +271,25 @@ fn compile(
 
 fn cached_code(engine: &wasmtime::Engine, cache: &Cache, name: &str) -> Option<Module> {
     let code = cache.get(name)?;
-    // SAFETY: the bytes carry this node's seal, so they are what this
-    // node's engine made of this module; wasmtime itself checks that
-    // version and settings are those of this engine.
+    // SAFETY: the bytes carry this node's authentication tag, so they are what this node's engine
+    // produced from this module; wasmtime itself checks that version and settings match.
     match unsafe { Module::deserialize(engine, &code) } {
         Ok(module) => Some(module),
         Err(error) => {
-            tracing::info!(%error, "cached code is of no use, compiling");
+            tracing::info!(%error, "cached code is unusable, compiling");
             None
         }
     }
 }
 
-/// The hash (hex digits) of the program whose threads can be resumed with the code in a
-/// cache file of this name; `None` if it is another file.
+/// The hash (hex digits) of the program for whose threads a cache file of this name has resume
+/// code; `None` for other files.
 pub fn program_of_code(file_name: &str) -> Option<&str> {
     file_name.strip_suffix(WHOLE)?.strip_suffix('.')
 }
 
-/// What names cached code of the whole module, of the one without clones, and of the module
-/// as its author built it.
+/// Suffixes of cached code: of the whole module, of the one without clones, and of the original
+/// module.
 const WHOLE: &str = "code";
 const START: &str = "start";
 const PLAIN: &str = "plain";
@@ -306,15 +298,15 @@ type Linked = Result<InstancePre<ThreadContext>, String>;
 
 /// A compiled, instrumented module.
 ///
-/// Two modules are compiled of it: the one without clones, in which new
-/// threads start (it is ready much sooner), and the whole one, in which threads
-/// are resumed, and start too once it is there.
+/// Two modules are compiled from it: the one without clones, in which new threads start (it is
+/// ready much sooner), and the whole one, in which threads are resumed and, once it is compiled,
+/// also start.
 pub struct Program {
     pub(crate) meta: Meta,
     hash: [u8; 32],
     bytes: Vec<u8>,
     pub(crate) kinds: Vec<host::ImportKind>,
-    /// Entries that the tables of each thread's instance begin with.
+    /// Initial table entries of each thread's instance.
     pub(super) table_entries: u64,
     start: OnceLock<InstancePre<ThreadContext>>,
     whole: OnceLock<Linked>,
@@ -330,22 +322,21 @@ impl std::fmt::Debug for Program {
 }
 
 impl Program {
-    /// The nice value of guests' threads, if it is not their process's.
+    /// Nice value of guest threads, if it differs from their process.
     pub(super) fn guest_nice(&self) -> Option<i32> {
         self.engine.guest_nice
     }
 
-    /// Hash (BLAKE3) of the instrumented module: what frames and machines name.
+    /// Hash (BLAKE3) of the instrumented module, by which frames and machines refer to it.
     pub fn hash(&self) -> &[u8; 32] {
         &self.hash
     }
 
-    /// The instrumented module, for sending it along.
+    /// The instrumented module, to be sent along.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// What the instrumenter noted.
     pub fn meta(&self) -> &Meta {
         &self.meta
     }
@@ -360,10 +351,9 @@ impl Program {
         })
     }
 
-    /// Compiles what threads need to go on after a capture, unless it is there.
-    /// It takes a few times as long as loading did, so it is best called well
-    /// before a machine is frozen, on a thread that may wait: resuming and
-    /// freezing call it, and wait.
+    /// Compiles the code for resuming threads, if missing. It takes a few times as long as loading,
+    /// so it is best called well before a freeze, on a thread that may block: resuming and freezing
+    /// call it, and wait.
     ///
     /// # Errors
     /// [`ProgramError::Clones`], the same each time.
@@ -391,7 +381,7 @@ impl Program {
             .map_or(0, |instance| instance.module().text().len())
     }
 
-    /// What new instances are made of.
+    /// Template of new instances.
     pub(crate) fn linked(&self) -> Option<&InstancePre<ThreadContext>> {
         match self.whole.get() {
             Some(Ok(whole)) => Some(whole),

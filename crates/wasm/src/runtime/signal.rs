@@ -1,6 +1,5 @@
-//! How a guest thread is asked to come to a safepoint: one flag, seen by
-//! running code (the request word), by waiting code (a condition variable) and
-//! by blocking system calls (an eventfd that becomes readable).
+//! Safepoint requests to a guest thread: one flag, seen by running code (the request word), by
+//! waiting code (a condition variable) and by blocking system calls (a readable eventfd).
 
 use crate::memory::Control;
 use rustix::event::{EventfdFlags, eventfd};
@@ -9,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-/// One per guest thread; outlives the instances that the thread runs in.
+/// One per guest thread; outlives its instances.
 #[derive(Debug)]
 pub struct Signal {
     requested: AtomicBool,
@@ -18,12 +17,12 @@ pub struct Signal {
     control: Mutex<Option<Arc<Control>>>,
     wait: Mutex<()>,
     woken: Condvar,
-    /// When its code was entered and left last: nanoseconds since [`begun`].
+    /// Times of the last entry to and exit from guest code, in nanoseconds since [`begun`].
     entered: AtomicU64,
     left: AtomicU64,
 }
 
-/// What times of this process are counted from.
+/// Reference time of this process.
 fn begun() -> Instant {
     static BEGUN: OnceLock<Instant> = OnceLock::new();
     *BEGUN.get_or_init(Instant::now)
@@ -51,47 +50,46 @@ impl Signal {
         })
     }
 
-    /// Its code runs from now on.
+    /// Records the entry to guest code.
     pub(super) fn note_entered(&self) {
         let now = u64::try_from(begun().elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.entered.store(now, Ordering::Relaxed);
     }
 
-    /// Its code was left.
     pub(super) fn note_left(&self) {
         let now = u64::try_from(begun().elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.left.store(now, Ordering::Relaxed);
     }
 
-    /// When its code was entered last and left last at a safepoint, in nanoseconds since
-    /// some moment that is the same in all of this process; 0 for never. For measuring.
+    /// Times of the last entry to guest code and of the last exit at a safepoint, in nanoseconds
+    /// since a fixed moment of this process; 0 for never. For benchmarks.
     pub fn ran(&self) -> (u64, u64) {
         let of = |time: &AtomicU64| time.load(Ordering::Relaxed);
         (of(&self.entered), of(&self.left))
     }
 
-    /// Names the control memory of the instance that the thread now runs in.
+    /// Sets the control memory of the thread's current instance.
     pub fn attach(&self, control: &Arc<Control>) {
         let mut current = locked(&self.control);
         control.set_request(self.leave());
         *current = Some(control.clone());
     }
 
-    /// Asks the thread to come to a safepoint.
+    /// Requests a safepoint.
     pub fn request(&self) {
         let control = locked(&self.control);
         self.requested.store(true, Ordering::SeqCst);
         if let Some(control) = &*control {
             control.set_request(true);
         }
-        // A full counter is readable all the same.
+        // The eventfd is readable also with a full counter.
         let _ = rustix::io::write(&self.wakeup, &1u64.to_ne_bytes());
         drop(control);
         let _waiting = locked(&self.wait);
         self.woken.notify_all();
     }
 
-    /// Takes the request back.
+    /// Cancels the request.
     pub fn clear(&self) {
         let control = locked(&self.control);
         self.requested.store(false, Ordering::SeqCst);
@@ -101,8 +99,7 @@ impl Signal {
         let _ = rustix::io::read(&self.wakeup, &mut [0; 8]);
     }
 
-    /// While set, the thread leaves at every single safepoint: for testing
-    /// every point of a program.
+    /// While set, the thread leaves at every safepoint, for tests.
     pub fn step(&self, stepping: bool) {
         let control = locked(&self.control);
         self.stepping.store(stepping, Ordering::SeqCst);
@@ -116,18 +113,18 @@ impl Signal {
         self.stepping.load(Ordering::SeqCst)
     }
 
-    /// Whether it is to leave at the next safepoint.
+    /// Whether it leaves at the next safepoint.
     pub(crate) fn leave(&self) -> bool {
         self.is_requested() || self.is_stepping()
     }
 
-    /// Whether it is asked to.
+    /// Whether a safepoint is requested.
     pub fn is_requested(&self) -> bool {
         self.requested.load(Ordering::SeqCst)
     }
 
-    /// Blocks until `done` says so, the request comes, or `timeout` is over.
-    /// Whoever makes `done` true calls [`Self::wake`] afterwards.
+    /// Blocks until `done` returns true, a safepoint is requested, or `timeout` expires. Code that
+    /// makes `done` true must call [`Self::wake`] afterwards.
     pub fn park(&self, timeout: Option<Duration>, done: impl Fn() -> bool) {
         let mut waiting = locked(&self.wait);
         let end = timeout.map(|timeout| Instant::now() + timeout);
@@ -151,7 +148,7 @@ impl Signal {
         }
     }
 
-    /// Blocks until `done` says so, whatever is requested.
+    /// Blocks until `done` returns true, regardless of requests.
     pub(crate) fn wait_for(&self, done: impl Fn() -> bool) {
         let mut waiting = locked(&self.wait);
         while !done() {
@@ -162,7 +159,7 @@ impl Signal {
         }
     }
 
-    /// Lets [`Self::park`] look again.
+    /// Makes [`Self::park`] check its condition again.
     pub fn wake(&self) {
         let _waiting = locked(&self.wait);
         self.woken.notify_all();

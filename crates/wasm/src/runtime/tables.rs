@@ -1,10 +1,9 @@
-//! How many entries the tables of a machine may have: each table, and all of them together.
+//! Limits on table entries of a machine: per table, and in total.
 //!
-//! Every thread's instance has tables of its own, so what a module may have in tables is a
-//! matter of threads, too. A thread is counted with the entries that its instance begins with
-//! when it is started, and with what its tables grew by when they grow. Beyond the limit no
-//! thread starts (`thread-spawn` fails), and `table.grow` returns -1. What a capture puts into
-//! the references table is no guest's and is bounded by what frames may have
+//! Every thread's instance has its own tables, so their total depends on the number of threads. The
+//! initial entries of an instance count when its thread starts, growth counts when it happens.
+//! Beyond the limit no thread starts (`thread-spawn` fails), and `table.grow` returns -1. Entries
+//! that a capture adds to the references table do not count: the limits of frames bound them
 //! ([`super::frame::FRAME_BYTES_MAX`]).
 
 use super::program::ProgramError;
@@ -14,11 +13,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use wasmparser::{Parser, Payload};
 use wasmtime::ResourceLimiter;
 
-/// The most entries of all tables of a machine, over all its threads: 256 MiB, beside its
-/// memories' limit. (The directory of functions is a table like others.)
+/// Maximum table entries of a machine, over all its threads: 256 MiB, beside the limit of its
+/// memories. (The function directory is a table like others.)
 pub const TABLES_ENTRIES_MAX: u64 = 32 << 20;
 
-/// Entries that the tables of one machine have, of those that they may have.
+/// Table entries of one machine in use and available.
 #[derive(Debug)]
 pub struct TableBudget {
     limit: u64,
@@ -32,7 +31,7 @@ impl Default for TableBudget {
 }
 
 impl TableBudget {
-    /// So many entries, none of which are used.
+    /// A budget of `limit` entries.
     pub fn of(limit: u64) -> Self {
         TableBudget {
             limit,
@@ -40,13 +39,12 @@ impl TableBudget {
         }
     }
 
-    /// Entries in use.
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
 }
 
-/// What somebody has of a budget; given back when it is dropped.
+/// A share of a budget; returned when dropped.
 #[derive(Debug)]
 pub(super) struct TableShare {
     budget: Arc<TableBudget>,
@@ -58,7 +56,7 @@ impl TableShare {
         TableShare { budget, entries: 0 }
     }
 
-    /// Takes so many entries more; false where there are not so many.
+    /// Takes more entries; false if not available.
     pub(super) fn try_take(&mut self, entries: u64) -> bool {
         let taken = self
             .budget
@@ -71,8 +69,7 @@ impl TableShare {
         taken.is_ok()
     }
 
-    /// Takes so many entries more, also where there are not so many: of a thread that had
-    /// them elsewhere.
+    /// Takes more entries even beyond the limit: for a thread that had them at another part.
     pub(super) fn take(&mut self, entries: u64) {
         self.budget.used.fetch_add(entries, Ordering::Relaxed);
         self.entries += entries;
@@ -90,18 +87,17 @@ impl Drop for TableShare {
     }
 }
 
-/// For what tables of an instance become larger.
+/// Why tables of an instance grow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cause {
-    /// It is made: its thread was counted with that.
+    /// Instantiation: counted with its thread.
     Start,
-    /// A captured thread's state is put into it.
+    /// Restoring a captured thread.
     Load,
-    /// Its code runs.
     Code,
 }
 
-/// Bounds the tables of one instance.
+/// Limits the tables of one instance.
 #[derive(Debug)]
 pub(crate) struct TableLimits {
     growth: TableShare,
@@ -110,7 +106,7 @@ pub(crate) struct TableLimits {
 }
 
 impl TableLimits {
-    /// Of an instance that is about to be made.
+    /// For a new instance.
     pub(super) fn new(budget: Arc<TableBudget>) -> Self {
         TableLimits {
             growth: TableShare::new(budget),
@@ -119,7 +115,7 @@ impl TableLimits {
         }
     }
 
-    /// Of an instance of a module as its author built it; all of its tables are counted.
+    /// For an instance of an original module; all of its tables count.
     pub(super) fn plain(budget: Arc<TableBudget>) -> Self {
         TableLimits {
             cause: Cause::Code,
@@ -128,13 +124,12 @@ impl TableLimits {
         }
     }
 
-    /// From now on what tables grow by is counted; `loads` while it is that of a thread that
-    /// had it before.
+    /// Starts counting growth; `loads` while a thread's state is restored that counted before.
     pub(super) fn count(&mut self, loads: bool) {
         self.cause = if loads { Cause::Load } else { Cause::Code };
     }
 
-    /// The instance's thread goes over into another one.
+    /// The instance's thread switches to another instance.
     pub(super) fn give_back(&mut self) {
         self.growth.give_back();
     }
@@ -147,7 +142,7 @@ impl ResourceLimiter for TableLimits {
         _desired: usize,
         _maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        // (Memories have limits of their own.)
+        // (Memories are limited elsewhere.)
         Ok(true)
     }
 
@@ -158,7 +153,7 @@ impl ResourceLimiter for TableLimits {
         maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
         if self.is_instrumented && maximum == Some(REFS_ENTRIES_MAX as usize) {
-            // The references table: a guest's declares no such maximum once it is lowered.
+            // The references table: lowering ensures that no guest table declares this maximum.
             return Ok(true);
         }
         let more = desired.saturating_sub(current) as u64;
@@ -174,12 +169,11 @@ impl ResourceLimiter for TableLimits {
     }
 }
 
-/// Entries that an instance of a module begins with, but for the references table of one that
-/// was instrumented.
+/// Initial table entries of an instance, without the references table of an instrumented module.
 ///
 /// # Errors
-/// [`ProgramError::Tables`] where that is more than a machine may have. (A module that is
-/// damaged before its tables has none here, and is refused elsewhere.)
+/// [`ProgramError::Tables`] beyond the limit of a machine. (A module that is malformed before its
+/// tables counts as without tables, and is refused elsewhere.)
 pub(super) fn initial_entries(module: &[u8], is_instrumented: bool) -> Result<u64, ProgramError> {
     let mut all = 0_u64;
     for payload in Parser::new(0).parse_all(module) {

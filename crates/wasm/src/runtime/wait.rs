@@ -1,22 +1,22 @@
 //! `memory.atomic.wait` and `notify`: queues of threads by address, in order.
 //!
-//! A waiting thread that is captured stays in its queue, so a wake-up that
-//! comes meanwhile is not lost: it finds itself woken when it goes on.
+//! A captured waiting thread stays in its queue, so no wake-up is lost: it finds itself woken when
+//! it resumes.
 
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// All queues of a machine; plain data, travels with it.
+/// All wait queues of a machine; plain data, part of its image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WaitQueues {
-    /// By memory and address: threads in the order in which they came.
+    /// By memory and address: threads in FIFO order.
     queues: BTreeMap<(u32, u64), VecDeque<u32>>,
-    /// Threads that were woken and have not noticed yet.
+    /// Threads that were woken and have not returned yet.
     woken: BTreeSet<u32>,
 }
 
 impl WaitQueues {
-    /// Puts a thread at the end of a queue.
+    /// Appends a thread to a queue.
     pub fn enter(&mut self, memory: u32, address: u64, tid: u32) {
         self.queues
             .entry((memory, address))
@@ -24,7 +24,7 @@ impl WaitQueues {
             .push_back(tid);
     }
 
-    /// Wakes up to `count` threads; they are returned.
+    /// Wakes up to `count` threads, and returns them.
     pub fn notify(&mut self, memory: u32, address: u64, count: u32) -> Vec<u32> {
         let Some(queue) = self.queues.get_mut(&(memory, address)) else {
             return Vec::new();
@@ -38,7 +38,7 @@ impl WaitQueues {
         woken
     }
 
-    /// Whether a thread was woken. It stops waiting.
+    /// Whether a thread was woken; clears the mark.
     pub fn take_woken(&mut self, tid: u32) -> bool {
         self.woken.remove(&tid)
     }
@@ -53,7 +53,7 @@ impl WaitQueues {
         self.queues.values().any(|queue| queue.contains(&tid))
     }
 
-    /// Takes a thread out of its queue: its time is over.
+    /// Removes a thread from its queue after a time-out.
     pub fn leave(&mut self, memory: u32, address: u64, tid: u32) {
         if let Some(queue) = self.queues.get_mut(&(memory, address)) {
             queue.retain(|waiting| *waiting != tid);

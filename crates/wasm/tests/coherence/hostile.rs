@@ -1,8 +1,8 @@
-//! What another part says may be anything: nothing but commands and an error comes of it,
-//! and after the error nothing at all.
+//! Arbitrary messages of another part produce only commands and an error, and after the error
+//! nothing.
 
 use keel_wasm::coherence::{
-    Access, Coherence, Command, Config, Event, Held, Holders, Holdings, Message, PageId, PartId,
+    Access, Coherence, Command, Config, Event, HeldRun, Holders, Holdings, Message, PageId, PartId,
     PartSet, Request, Segment, Txn,
 };
 use rand::rngs::SmallRng;
@@ -113,7 +113,7 @@ fn message(rng: &mut SmallRng) -> Message {
             let holders = match rng.random_bool(0.5) {
                 true => Holders::Owner(to),
                 false => Holders::Readers {
-                    keeper: to,
+                    owner: to,
                     readers: (0..3).map(|_| part(rng)).collect(),
                 },
             };
@@ -150,7 +150,9 @@ fn anything_may_be_said() {
         let mut is_over = false;
         for now in 0..30 {
             let event = match rng.random_range(0..9) {
-                8 => Event::Succeeded { by: part(&mut rng) },
+                8 => Event::HomeMigrated {
+                    new_home: part(&mut rng),
+                },
                 0 => Event::Fault {
                     page: PageId {
                         memory: 0,
@@ -176,7 +178,7 @@ fn anything_may_be_said() {
     assert!(failed > 10_000, "{failed}");
 }
 
-/// Whatever a home leaves, its successor has it, or is as it was.
+/// For arbitrary holdings the next home either takes over or is unchanged.
 #[test]
 fn anything_may_be_left() {
     let mut succeeded = 0;
@@ -198,8 +200,8 @@ fn anything_may_be_left() {
             let access = access(&mut rng);
             coherence.step(Event::Fault { page, access }, 0);
         }
-        let rows: Vec<Held> = (0..rng.random_range(0..4))
-            .map(|_| Held {
+        let rows: Vec<HeldRun> = (0..rng.random_range(0..4))
+            .map(|_| HeldRun {
                 memory: rng.random_range(0..2),
                 first: match rng.random_range(0..5) {
                     0 => u32::MAX - rng.random_range(0..3),
@@ -208,7 +210,7 @@ fn anything_may_be_left() {
                 holders: match rng.random_bool(0.7) {
                     true => Holders::Owner(part(&mut rng)),
                     false => Holders::Readers {
-                        keeper: part(&mut rng),
+                        owner: part(&mut rng),
                         readers: [part(&mut rng), part(&mut rng)].into_iter().collect(),
                     },
                 },
@@ -226,7 +228,7 @@ fn anything_may_be_left() {
         let exchanges = (0..exchanges).map(|_| number(&mut rng)).collect();
         let legacy = Holdings { rows, exchanges };
         let before = coherence.clone();
-        match coherence.succeed(&legacy) {
+        match coherence.take_over_home(&legacy) {
             Ok(()) => {
                 succeeded += 1;
                 for held in &legacy.rows {

@@ -1,7 +1,7 @@
-//! The pages of a machine that spans, in the order of anything that can happen: all
-//! orders in small machines, orders at random in larger ones.
+//! Tests of the coherence protocol under all message orders: exhaustive in small machines,
+//! randomized in larger ones.
 
-mod all;
+mod exhaustive;
 mod hostile;
-mod seeds;
-mod world;
+mod randomized;
+mod simulator;

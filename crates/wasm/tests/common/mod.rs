@@ -1,5 +1,5 @@
-//! Machines made of the guests of `guests/`, and moving them within this
-//! process: as plain data, into fresh memories and instances.
+//! Machines running the guests of `guests/`, and moving them within this process: as plain data,
+//! into fresh memories and instances.
 
 #![allow(dead_code, reason = "not every test file uses all of it")]
 
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// After so long something hangs.
+/// Time after which a test counts as hanging.
 pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 pub(crate) fn guest(name: &str) -> Vec<u8> {
@@ -47,7 +47,7 @@ impl Running {
         Self::start_as(program, args, None, limits)
     }
 
-    /// With a folder that the guest sees as `/data`.
+    /// With a folder as the guest's `/data`.
     pub(crate) fn start_in(program: &Arc<Program>, args: &[&str], folder: Option<&Path>) -> Self {
         Self::start_as(program, args, folder, Limits::default())
     }
@@ -79,8 +79,8 @@ impl Running {
         }
     }
 
-    /// Freezes it, makes another of its image and a copy of its memories, and
-    /// lets that go on in its place. False when it ended before.
+    /// Freezes it, creates another from its image and a copy of its memories, and resumes that.
+    /// False if it has ended.
     pub(crate) fn move_on(&mut self) -> bool {
         if self.machine.freeze(LIMIT).is_err() {
             return false;

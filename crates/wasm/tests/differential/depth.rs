@@ -1,8 +1,8 @@
-//! What a captured thread may keep: references however many, frames and tables up to their
-//! bounds, and how it ends beyond them.
+//! Limits of captured threads: any number of references, bounded frames and tables, and the end
+//! beyond the bounds.
 
+use crate::handwritten::{Deep, PRINT, StepsAtPrint};
 use crate::trap_name;
-use crate::written::{Deep, PRINT, StepsAtPrint};
 use keel_wasi::{Config, Wasi};
 use keel_wasm::runtime::frame::{FRAME_BYTES_MAX, FRAMES_MAX, ThreadState, Value};
 use keel_wasm::runtime::{
@@ -38,9 +38,8 @@ fn copies_of_a_reference_find_room_in_every_frame() {
     assert_eq!(frames, depth as usize + 1);
 }
 
-/// Recursion without an end, captured now and then: each capture empties the native stack,
-/// so that does not end it. Frames with many values end it by their bytes, those with few by
-/// their number.
+/// Infinite recursion with occasional captures: each capture empties the native stack, so that does
+/// not end it. Frames with many values end it by their bytes, those with few by their number.
 #[test]
 fn captured_recursion_ends_as_one_that_was_not() {
     for (count, each) in [(0, 10_000), (200, 500)] {
@@ -135,7 +134,7 @@ fn all_tables_of_a_machine_end_at_one_limit() {
     let module = growing_tables();
     let most = (TABLES_ENTRIES_MAX / TABLE_ENTRIES_MAX) as u32;
     let wasi = || Wasi::new(Config::default()).unwrap();
-    let plain = engine.run_plain(&module, Arc::new(wasi()), Limits::default());
+    let plain = engine.run_uninstrumented(&module, Arc::new(wasi()), Limits::default());
     assert_eq!(plain.unwrap(), Outcome::Exit(most));
     let program = engine.load(&module).unwrap();
     let machine = Machine::start(program, wasi(), Limits::default()).unwrap();
@@ -158,7 +157,7 @@ fn tables_too_large_at_the_beginning_are_refused_by_name() {
         let errors = [
             engine.load(&module).unwrap_err(),
             engine
-                .run_plain(&module, wasi, Limits::default())
+                .run_uninstrumented(&module, wasi, Limits::default())
                 .unwrap_err(),
         ];
         for error in errors {
@@ -168,8 +167,8 @@ fn tables_too_large_at_the_beginning_are_refused_by_name() {
     }
 }
 
-/// What a thread's tables grew by is counted once while it goes over into another instance,
-/// and not at all when it is gone.
+/// The table growth of a thread counts once while it switches to another instance, and not after
+/// its end.
 #[test]
 fn a_captured_thread_keeps_its_share_of_entries() {
     let wat = format!(
@@ -194,7 +193,7 @@ fn a_captured_thread_keeps_its_share_of_entries() {
     assert_eq!(budget.used(), 0);
 }
 
-/// A state that no thread comes to is no thread's.
+/// An impossible state is refused.
 #[test]
 fn states_with_too_much_are_refused() {
     let wat = format!(

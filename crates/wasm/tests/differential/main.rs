@@ -1,21 +1,20 @@
-//! Random modules on wasmtime as it is, against the same modules instrumented
-//! and captured at *every* safepoint, through the serialised form and often
-//! into a fresh instance. Results, traps, globals, tables and memories must be
-//! equal after each call.
+//! Random modules on unmodified wasmtime, compared with the same modules instrumented and captured
+//! at *every* safepoint, through the serialised form and often into a fresh instance. Results,
+//! traps, globals, tables and memories must be equal after each call.
 //!
 //! `KEEL_DIFFERENTIAL_MODULES` sets how many modules each test makes (more than
 //! the default for a long run), `KEEL_DIFFERENTIAL_SEED` the first seed: to
 //! repeat a failure, set both (1 module).
 
+mod captured;
 mod depth;
+mod handwritten;
 mod operands;
-mod plain;
-mod shaken;
-mod written;
+mod reference;
 
-use plain::Plain;
+use captured::Shaken;
 use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
-use shaken::Shaken;
+use reference::Plain;
 use std::collections::BTreeMap;
 use wasm_encoder::HeapType;
 use wasm_encoder::reencode::{self, Reencode};
@@ -24,12 +23,12 @@ use wasm_smith::{Config, Module};
 use keel_wasm::runtime::frame::Value;
 use keel_wasm::runtime::{Engine, Options};
 
-/// What calls and loops of a module may cost altogether.
+/// Fuel for calls and loops of a module.
 const FUEL: u32 = 3000;
 /// Calls of each exported function.
 const CALLS: u32 = 2;
 
-/// All that can be observed of a module between two calls.
+/// Observable state of a module between two calls.
 #[derive(Debug, PartialEq, Eq, Default)]
 struct Observed {
     /// Mutable globals by index.
@@ -40,17 +39,16 @@ struct Observed {
     tables: Vec<(u32, Vec<u32>)>,
 }
 
-/// How a call ended.
 #[derive(Debug, PartialEq, Eq)]
 enum Ended {
     Returned(Vec<Value>),
     Trapped(&'static str),
 }
 
-/// Why a module is not compared any further.
+/// Why the comparison of a module ends.
 #[derive(Debug)]
 enum Unlike {
-    /// The stack ended in one of them: their frames have other sizes.
+    /// One of them exhausted its stack: frame sizes differ.
     Depth,
 }
 
@@ -248,7 +246,7 @@ fn check(modules: u64, config: fn() -> Config) {
             continue;
         }
         let bytes = functions_only(&module.to_bytes());
-        if plain::waits(&bytes) {
+        if reference::waits(&bytes) {
             continue;
         }
         let compared = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

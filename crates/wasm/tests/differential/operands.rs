@@ -1,6 +1,6 @@
 //! More operands than a block may take, and more locals than a function.
 
-use crate::written::{engine, same};
+use crate::handwritten::{engine, same};
 use keel_wasm::instrument::InstrumentError;
 use keel_wasm::runtime::ProgramError;
 use keel_wasm::runtime::frame::Value;
@@ -48,7 +48,7 @@ fn a_block_with_very_many_operands() {
     );
 }
 
-/// What cannot be is refused by its place in the author's module.
+/// Excess is refused with the place in the original module.
 #[test]
 fn too_many_locals_are_refused_by_their_place() {
     let locals = "(local i32)".repeat(49_990);

@@ -412,12 +412,12 @@ impl Shared {
             return false;
         };
         cutting.looked = None;
-        for (count, (page, copy)) in (0..).zip(coherence.changed_from(from)) {
+        for (count, (page, copy)) in (0..).zip(coherence.entries_from(from)) {
             if count == AT_ONCE_PAGES {
                 cutting.looked = Some(page);
                 break;
             }
-            if let (Copy::Kept | Copy::Modified, Some(wanted)) =
+            if let (Copy::Owned | Copy::Modified, Some(wanted)) =
                 (copy, cutting.wanted.get_mut(page.memory as usize))
             {
                 wanted.insert(page.number);
@@ -452,7 +452,7 @@ impl Shared {
                     memory: number,
                     number: page,
                 });
-                matches!(copy, Copy::Kept | Copy::Modified)
+                matches!(copy, Copy::Owned | Copy::Modified)
             };
             for (first, count) in runs_of((first, count), owned) {
                 let (at, bytes) = (u64::from(first), u64::from(count) * PAGE_BYTES);
@@ -767,7 +767,7 @@ impl Pages {
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
-            let leave = state.coherence.are_leaving();
+            let leave = state.coherence.has_leaving_parts();
             let is_taken = state.cutting.is_some() || state.settling.is_some();
             if is_taken || leave || !shared.is_home() {
                 return Err(SpanError::Cut);

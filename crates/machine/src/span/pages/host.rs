@@ -34,7 +34,7 @@ impl Shared {
     /// threads run it may have left again otherwise, over and over.
     pub(super) fn grant(&self, state: &mut State, page: PageId) {
         let has = state.coherence.access(page);
-        if state.coherence.is_put_off(page) {
+        if state.coherence.is_deferred(page) {
             return;
         }
         for access in [Access::Read, Access::Write] {
@@ -78,7 +78,7 @@ impl Shared {
             return Err(failure.clone());
         }
         let has = state.coherence.access(page);
-        if has.is_some_and(|has| has >= access) && !state.coherence.is_put_off(page) {
+        if has.is_some_and(|has| has >= access) && !state.coherence.is_deferred(page) {
             state.coherence.step(Event::Pin { page }, self.now());
             return Ok(());
         }

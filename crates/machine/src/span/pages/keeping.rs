@@ -503,7 +503,7 @@ fn adopt(
                 };
                 match copy(page) {
                     Copy::Shared => keep.came(page, Access::Read),
-                    Copy::Kept | Copy::Modified => keep.is_here(page),
+                    Copy::Owned | Copy::Modified => keep.is_here(page),
                     Copy::Invalid => {}
                 }
             }

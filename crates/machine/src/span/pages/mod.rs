@@ -277,7 +277,7 @@ impl State {
 
     /// Whether a page is on its way here, or about to be.
     fn is_asked(&self, page: PageId) -> bool {
-        self.coherence.is_wanted(page) || self.ahead.iter().any(|(ahead, _)| *ahead == page)
+        self.coherence.is_requested(page) || self.ahead.iter().any(|(ahead, _)| *ahead == page)
     }
 }
 
@@ -571,7 +571,7 @@ impl Pages {
         let mut state = locked(&self.shared.state);
         state.emptied = state.emptied.without(part);
         let mut work = Work::default();
-        let event = (Event::Empty { part, to }, Beside::Nothing);
+        let event = (Event::Evacuate { part, to }, Beside::Nothing);
         let done = self.shared.step_in(&mut state, vec![event], &mut work);
         drop(state);
         self.shared.say(done, work);
@@ -602,7 +602,7 @@ impl Pages {
 
     /// Whether nothing is under way, as far as this part knows.
     pub fn is_quiet(&self) -> bool {
-        locked(&self.shared.state).coherence.is_quiet()
+        locked(&self.shared.state).coherence.is_quiescent()
     }
 
     /// How long accesses waited so far.

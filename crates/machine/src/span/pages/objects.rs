@@ -132,7 +132,7 @@ pub(super) fn objects_of<'a>(
         from = end;
         let (owner, readers) = match placement.holders {
             Holders::Owner(owner) => (owner, PartSet::default()),
-            Holders::Readers { keeper, readers } => (keeper, readers.without(keeper)),
+            Holders::Readers { owner, readers } => (owner, readers.without(owner)),
         };
         objects.push(Object {
             memory,
@@ -174,7 +174,7 @@ impl Shared {
                 let going = pages.find(|number| {
                     let number = *number;
                     let page = PageId { memory, number };
-                    !coherence.is_directory_of(page) || coherence.is_going(page, to)
+                    !coherence.is_directory_of(page) || coherence.is_moving_to(page, to)
                 });
                 Answer::Going(going)
             }
@@ -386,7 +386,7 @@ impl Shared {
             let mut own = (pages.start..there.start).take(LOOKED_MAX);
             let going = own.find(|number| {
                 let number = *number;
-                coherence.is_going(PageId { memory, number }, to)
+                coherence.is_moving_to(PageId { memory, number }, to)
             });
             let looked = pages.start.saturating_add(LOOKED_MAX as u32);
             match (going, part) {
@@ -642,7 +642,7 @@ mod tests {
                 first: 9,
                 pages: 1,
                 holders: Holders::Readers {
-                    keeper: part(0),
+                    owner: part(0),
                     readers: [part(0), part(2)].into_iter().collect(),
                 },
                 exchanges: 1,

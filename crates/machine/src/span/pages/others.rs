@@ -306,7 +306,7 @@ impl Shared {
         if let Some(told) = self.others.remove(part) {
             told.finish();
             self.limits.forget(part);
-            self.step(vec![(Event::Gone { part }, Beside::Nothing)]);
+            self.step(vec![(Event::PartLeft { part }, Beside::Nothing)]);
         }
         self.ring();
     }
@@ -447,7 +447,7 @@ impl Pages {
         let shared = &self.shared;
         let mut work = Work::default();
         // (Before anybody forgets it: what it said counts no more.)
-        let event = (Event::Gone { part }, Beside::Nothing);
+        let event = (Event::PartLeft { part }, Beside::Nothing);
         let done = shared.step_in(&mut locked(&shared.state), vec![event], &mut work);
         let failed = done.clone().err();
         shared.say(done, work);

@@ -133,7 +133,7 @@ impl Shared {
                 return Ok(());
             };
             // (What another thread is about to say is counted, and not said.)
-            if self.unsaid.load(Ordering::SeqCst) != 0 || !coherence.is_quiet() {
+            if self.unsaid.load(Ordering::SeqCst) != 0 || !coherence.is_quiescent() {
                 return Ok(());
             }
             if self.is_home() {
@@ -141,7 +141,7 @@ impl Shared {
                 let all = self.others.parts().with(PartId::HOME);
                 settling.reports.retain(|part, _| all.contains(*part));
                 settling.is_settled = settling.reports.len() == usize::from(all.len())
-                    && Traffic::rests(&settling.reports);
+                    && Traffic::is_quiescent(&settling.reports);
                 self.changed.notify_all();
                 return Ok(());
             }

@@ -126,7 +126,7 @@ impl Pages {
                 if state.cutting.is_some() {
                     return Err(SpanError::Cut);
                 }
-                state.coherence.legacy()
+                state.coherence.holdings()
             };
             match legacy {
                 Ok(legacy) if shared.populated()?.is_empty() => {
@@ -204,7 +204,7 @@ impl Pages {
             state.traffic.forget(PartId::HOME);
             state
                 .coherence
-                .succeed(legacy)
+                .take_over_home(legacy)
                 .map_err(SpanError::Disagree)?;
             // (What may leave from now on is looked up anew: it has more than it had.)
             state.keep = None;
@@ -247,7 +247,7 @@ impl Shared {
     fn pages_here(&self) -> Result<BTreeMap<PageId, Copy>, SpanError> {
         let mut here = self.populated()?;
         let coherence = &locked(&self.state).coherence;
-        let own = coherence.own();
+        let own = coherence.pages_in_use();
         here.extend(own.map(|page| (page, coherence.copy(page))));
         Ok(here)
     }
@@ -309,7 +309,10 @@ impl Shared {
         }
         // (Until the new home says what parts keep: others may not have heard of it.)
         self.is_succeeding.store(true, Ordering::Release);
-        self.step(vec![(Event::Succeeded { by: from }, Beside::Nothing)]);
+        self.step(vec![(
+            Event::HomeMigrated { new_home: from },
+            Beside::Nothing,
+        )]);
         self.others.succeed_home(from);
         self.end_cut();
         heard.is_now(PartId::HOME);

@@ -44,7 +44,7 @@ pub(super) type Happened = (Event, Beside);
 /// How many pages an event is about.
 fn pages_of(event: &Event) -> usize {
     match event {
-        Event::Message { message, .. } => message.row().map_or(1, |(_, pages)| pages),
+        Event::Message { message, .. } => message.run().map_or(1, |(_, pages)| pages),
         Event::Move { pages, .. } => *pages as usize,
         _ => 1,
     }
@@ -271,7 +271,7 @@ fn said_of(row: &Row<'_>, together: impl Fn(&Message) -> usize) -> Vec<(PartId, 
     }
     let mut said = Vec::new();
     for (to, message, numbers) in long {
-        let Some((first, _)) = message.row() else {
+        let Some((first, _)) = message.run() else {
             continue;
         };
         let at_once = together(&message);
@@ -497,9 +497,9 @@ impl Shared {
                 _ => {}
             }
             match &event {
-                Event::Message { from, .. } => state.traffic.heard(*from),
-                Event::Join { part } | Event::Gone { part } => state.traffic.forget(*part),
-                Event::Succeeded { by } => state.traffic.rename(*by, PartId::HOME),
+                Event::Message { from, .. } => state.traffic.count_received(*from),
+                Event::Join { part } | Event::PartLeft { part } => state.traffic.forget(*part),
+                Event::HomeMigrated { new_home } => state.traffic.rename(*new_home, PartId::HOME),
                 _ => {}
             }
             let now = self.now();
@@ -567,7 +567,7 @@ impl Shared {
     fn note(&self, state: &mut State, command: Command, work: &mut Work) -> Result<(), SpanError> {
         let (page, pages, deed) = match command {
             Command::Send { to, message } => {
-                state.traffic.said(to);
+                state.traffic.count_sent(to);
                 return work.put(to, &Parcel::Message(message));
             }
             Command::TickAt { micros } => {
@@ -578,14 +578,14 @@ impl Shared {
                 }
                 return Ok(());
             }
-            Command::Emptied { part } => {
+            Command::Evacuated { part } => {
                 state.emptied = state.emptied.with(part);
                 self.changed.notify_all();
                 return Ok(());
             }
             Command::Fail { reason } => return Err(SpanError::Disagree(reason)),
             Command::SendPages { to, message } => {
-                let Some((page, pages)) = message.row() else {
+                let Some((page, pages)) = message.run() else {
                     return Err(SpanError::Disagree(format!("{message:?} has no pages")));
                 };
                 // (As many as a row has.)
@@ -606,12 +606,12 @@ impl Shared {
                 };
                 (page, pages, Deed::Install(access, bytes, from))
             }
-            Command::Allow { page } | Command::Wake { page } => {
+            Command::AllowWrite { page } | Command::Wake { page } => {
                 if let Some(came) = &mut work.came {
                     came.uses(page);
                 }
                 state.arrived.remove(&page);
-                let allows = matches!(command, Command::Allow { .. });
+                let allows = matches!(command, Command::AllowWrite { .. });
                 (page, 1, if allows { Deed::Allow } else { Deed::Wake })
             }
             Command::Protect { page, pages } => (page, pages, Deed::Protect),
@@ -684,7 +684,7 @@ impl Shared {
                     Unsaid::Memory(error) => error,
                     Unsaid::Wire(error) => unsayable(error),
                 })?;
-                state.traffic.said(to);
+                state.traffic.count_sent(to);
             }
         }
         for run in runs(with(Deed::Discard.rank())) {

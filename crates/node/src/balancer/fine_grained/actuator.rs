@@ -7,7 +7,7 @@ use crate::processes::Worker;
 use crate::spanning::{self, PartsQuery};
 use keel_api::SpanRequest;
 use keel_balance::Name;
-use keel_balance::grains::{Grain, Object, coldest};
+use keel_balance::fine_grained::{Action, Object, coldest};
 use keel_cluster::MachineName;
 use keel_machine::span::PartId;
 use keel_machine::worker::control::{MoveObject, MoveThread, ObjectReport};
@@ -92,26 +92,26 @@ pub(super) async fn carry_out(
     handle: &Arc<NodeBalancer>,
     machine: &MachineName,
     worker: &Worker,
-    grain: &Grain,
+    grain: &Action,
     objects: Option<&[ObjectReport]>,
 ) -> Result<String, String> {
     let part = |number: u32| {
         PartId::new(number as usize).ok_or_else(|| format!("there is no part {number}"))
     };
     match grain {
-        Grain::Spread { nodes } => {
+        Action::Spread { nodes } => {
             let nodes: Vec<String> = nodes.iter().map(ToString::to_string).collect();
             let stood = span(handle, machine, &nodes).await.map_err(text)?;
             Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
         }
-        Grain::Leave { nodes } => leave(handle, machine, nodes).await,
-        Grain::Gather => {
+        Action::Leave { nodes } => leave(handle, machine, nodes).await,
+        Action::Gather => {
             let stood = spanning::unspan(&handle.spanning, machine)
                 .await
                 .map_err(text)?;
             Ok(format!("it stood still for {:.1} ms", stood as f64 / 1e3))
         }
-        Grain::Thread {
+        Action::Thread {
             tid,
             part: to,
             to: node,
@@ -124,7 +124,7 @@ pub(super) async fn carry_out(
             spanning::thread_to(worker, thread).await.map_err(text)?;
             Ok(format!("thread {tid} goes on on {node}"))
         }
-        Grain::Objects {
+        Action::Objects {
             from_part,
             part: to,
             to: node,

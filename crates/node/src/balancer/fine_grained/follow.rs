@@ -12,7 +12,7 @@ use crate::processes::Worker;
 use crate::spanning;
 use keel_api::EventKind;
 use keel_balance::Name;
-use keel_balance::grains::{Choice, Grain, Part, Scene, decide, loses};
+use keel_balance::fine_grained::{Choice, Action, Part, Observation, decide, gather_if_slower};
 use keel_balance::ledger::Decision;
 use keel_balance::policy::{Mode, Policy};
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -131,8 +131,8 @@ async fn look_at(
     let Some(home) = view(handle, handle.context.name.as_str()).await else {
         return Ok(());
     };
-    let memory_short = (home.side.memory_free_bytes as f64)
-        < home.side.capacity.memory_bytes as f64 * policy.memory_headroom;
+    let memory_short = (home.state.memory_free_bytes as f64)
+        < home.state.capacity.memory_bytes as f64 * policy.memory_headroom;
     // (That takes a while, of a machine with many objects.)
     let some_like = report.threads.iter().any(|thread| thread.likes.is_some());
     let likes_now = some_like && known.likes_at.is_none_or(|at| now >= at);
@@ -177,14 +177,14 @@ async fn look_at(
         (Some(has), Some(most)) => has > most,
         _ => false,
     };
-    let wants_some = from_beginning || home.side.pressed || parts.iter().any(over);
+    let wants_some = from_beginning || home.state.pressed || parts.iter().any(over);
     if !spans && (parts_max.is_none() || !wants_some) {
         return Ok(());
     }
     let most = parts_max.unwrap_or(0);
-    let wants_more = parts.len() < most as usize && (!spans || home.side.pressed);
+    let wants_more = parts.len() < most as usize && (!spans || home.state.pressed);
     let nodes = nodes(handle, machine, home, &parts, wants_more).await;
-    let mut scene = Scene {
+    let mut scene = Observation {
         parts_max: most,
         from_beginning,
         part_memory_bytes: balancing.part_memory_bytes,
@@ -192,8 +192,8 @@ async fn look_at(
         threads,
         nodes,
         waited_cores,
-        losing: 0,
-        tried: known.gathered_until.is_some_and(|until| now < until),
+        losing_observations: 0,
+        recently_gathered: known.gathered_until.is_some_and(|until| now < until),
         recent: known.recent.iter().map(|(pair, _)| pair.clone()).collect(),
     };
     if spans && parts_max.is_some() && balancing.spawn == Spawn::Auto {
@@ -202,15 +202,15 @@ async fn look_at(
             .await
             .map_err(|error| error.to_string())?;
     }
-    known.losing = match loses(&scene, policy) {
+    known.losing = match gather_if_slower(&scene, policy) {
         Some(_) => known.losing + 1,
         None => 0,
     };
-    scene.losing = known.losing;
+    scene.losing_observations = known.losing;
     let mut choices = decide(&scene, policy);
-    let first = choices.first().map(|choice| &choice.grain);
-    let must = matches!(first, Some(Grain::Leave { .. }));
-    let loses = matches!(first, Some(Grain::Gather));
+    let first = choices.first().map(|choice| &choice.action);
+    let must = matches!(first, Some(Action::Leave { .. }));
+    let loses = matches!(first, Some(Action::Gather));
     if parts_max.is_none() && !must {
         choices.clear();
     }
@@ -223,21 +223,21 @@ async fn look_at(
     }
     if policy.mode != Mode::Automatic && !must {
         let first = choices.swap_remove(0);
-        if known.suggested.as_ref() != Some(&first.grain) {
-            known.suggested = Some(first.grain.clone());
+        if known.suggested.as_ref() != Some(&first.action) {
+            known.suggested = Some(first.action.clone());
             record(handle, machine, epoch, policy.mode, first);
         }
         return Ok(());
     }
     let sample = Duration::from_millis(policy.sample_ms);
     known.rests_until = Some(Instant::now() + sample * SETTLE_SAMPLES);
-    if choices.iter().any(|choice| choice.grain == Grain::Gather) {
+    if choices.iter().any(|choice| choice.action == Action::Gather) {
         let for_long = Duration::from_millis(policy.cool_down_ms);
         known.gathered_until = loses.then(|| Instant::now() + for_long);
     }
     for choice in choices {
-        let grain = choice.grain.clone();
-        let spreads = matches!(grain, Grain::Spread { .. });
+        let grain = choice.action.clone();
+        let spreads = matches!(grain, Action::Spread { .. });
         let _spreading = spreads.then(|| handle.spreading.begin(machine));
         let mode = if must { Mode::Automatic } else { policy.mode };
         record(handle, machine, epoch, mode, choice);
@@ -247,7 +247,7 @@ async fn look_at(
             Err(why) => (format!("{grain}: not done: {why}"), true),
         };
         tracing::info!(%machine, outcome, "grains");
-        handle.keep(Decision::GrainEnded {
+        handle.keep(Decision::FineGrainedEnded {
             machine: machine.as_str().into(),
             outcome,
         });
@@ -255,7 +255,7 @@ async fn look_at(
             known.rests_until = Some(Instant::now() + FAILED_AFTER);
             break;
         }
-        if let Grain::Thread {
+        if let Action::Thread {
             tid,
             from,
             to,
@@ -263,8 +263,8 @@ async fn look_at(
         } = grain
         {
             let thread = scene.threads.iter().find(|thread| thread.tid == tid);
-            if let Some((thread, drawn)) = thread.and_then(|it| Some((it, it.drawn.as_ref()?))) {
-                let follows = drawn.stands > 0.0 && drawn.part == part;
+            if let Some((thread, drawn)) = thread.and_then(|it| Some((it, it.affinity.as_ref()?))) {
+                let follows = drawn.stall_share > 0.0 && drawn.part == part;
                 // It pressed the node where it wants to be: so it would again.
                 let is_driven_off = drawn.part == thread.part;
                 if follows || is_driven_off {
@@ -280,7 +280,7 @@ async fn look_at(
 }
 
 fn record(handle: &NodeBalancer, machine: &MachineName, epoch: Epoch, mode: Mode, choice: Choice) {
-    let decision = Decision::Grain {
+    let decision = Decision::FineGrained {
         machine: machine.as_str().into(),
         mode,
         choice,
@@ -297,7 +297,7 @@ impl NodeBalancer {
     pub(crate) fn record_spread_start(&self, record: &Record, loads: &[(NodeName, Option<f64>)]) {
         let name = |node: &NodeName| -> Name { node.as_str().into() };
         let choice = Choice {
-        grain: Grain::Spread {
+        action: Action::Spread {
             nodes: loads.iter().map(|(node, _)| name(node)).collect(),
         },
         why: "its threads begin on all of its nodes (spawn = spread), the least loaded ones: it has parts before it runs".into(),
@@ -307,7 +307,7 @@ impl NodeBalancer {
                 .filter_map(|(node, load)| Some((name(node), (*load)?)))
                 .collect()
         },
-        weighed: Vec::new(),
+        alternatives: Vec::new(),
     };
         self::record(self, &record.name, record.epoch, Mode::Automatic, choice);
     }

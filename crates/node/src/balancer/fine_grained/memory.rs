@@ -2,9 +2,9 @@
 
 use super::cores::Cores;
 use keel_balance::Name;
-use keel_balance::grains::Grain;
+use keel_balance::fine_grained::Action;
 use keel_cluster::Epoch;
-use keel_machine::span::{PartId, Took};
+use keel_machine::span::{PartId, CpuUsage};
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ pub(super) const HOT_LOOKS: u32 = 4;
 pub(super) struct Known {
     pub(super) worker: u64,
     pub(super) epoch: Epoch,
-    pub(super) took: HashMap<u32, (PartId, Took)>,
+    pub(super) took: HashMap<u32, (PartId, CpuUsage)>,
     /// Waits for pages so far, in microseconds, and when that was seen.
     pub(super) waited: Option<(u64, Instant)>,
     pub(super) held: HashMap<u32, Instant>,
@@ -43,7 +43,7 @@ pub(super) struct Known {
     /// It is not spread again until then.
     pub(super) gathered_until: Option<Instant>,
     /// What was only suggested last.
-    pub(super) suggested: Option<Grain>,
+    pub(super) suggested: Option<Action>,
     /// Parts of which it was told that they do not answer, and for how many milliseconds
     /// they have not.
     pub(super) silent: BTreeMap<PartId, u64>,

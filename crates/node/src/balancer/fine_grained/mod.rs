@@ -1,5 +1,5 @@
 //! Threads and memory of the machines of this node that may have parts on others
-//! (`max_parts`): looks at each of them once a sample, lets `keel_balance::grains` decide,
+//! (`max_parts`): looks at each of them once a sample, lets `keel_balance::fine_grained` decide,
 //! and does it. Every decision is in the ledger with what it was made of.
 //!
 //! Of other nodes it asks what rounds ask: their view. Only those with parts are asked,

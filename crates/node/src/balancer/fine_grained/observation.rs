@@ -9,10 +9,10 @@ use crate::spanning;
 use futures::future::join_all;
 use keel_api::{EventKind, PartInfo};
 use keel_balance::Name;
-use keel_balance::grains::{Drawn, Node, Object, Part, Scene, Thread};
-use keel_balance::round::{Answer, Question, View};
+use keel_balance::fine_grained::{Affinity, Node, Object, Part, Observation, Thread};
+use keel_balance::round::{Response, Request, View};
 use keel_cluster::MachineName;
-use keel_machine::span::{Heat, HotPage, PartId, Sharing, Took};
+use keel_machine::span::{Heat, HotPage, PartId, Sharing, CpuUsage};
 use keel_machine::worker::control::{ObjectReport, PartsReport, Report};
 use keel_wasm::memory::bytes_of_process;
 use rand::seq::IteratorRandom;
@@ -75,9 +75,9 @@ pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
             // (Also of one that waits to be woken: what counts is what it takes on
             // average, and programs with barriers wait at any moment.)
             cores: cores.wanted,
-            ran: cores.ran,
+            ran_cores: cores.ran,
             held: thread.moves_to.is_some() || known.held.contains_key(&thread.tid),
-            drawn: None,
+            affinity: None,
         }
     });
     let threads = threads.collect();
@@ -89,16 +89,16 @@ pub(super) fn threads(report: &PartsReport, known: &mut Known) -> Vec<Thread> {
 
 /// Share of the time between two looks that a thread stood at pages, by the part that gave
 /// them.
-pub(super) fn stands(before: &Took, now: &Took) -> BTreeMap<PartId, f64> {
+pub(super) fn stands(before: &CpuUsage, now: &CpuUsage) -> BTreeMap<PartId, f64> {
     let seconds = now.at_ns.saturating_sub(before.at_ns) as f64 / 1e9;
     if seconds <= 0.0 {
         return BTreeMap::new();
     }
     let share = |(part, micros): (&PartId, &u64)| {
-        let before = before.stood.get(part).copied().unwrap_or(0);
+        let before = before.stalled_us.get(part).copied().unwrap_or(0);
         (*part, micros.saturating_sub(before) as f64 / 1e6 / seconds)
     };
-    now.stood.iter().map(share).collect()
+    now.stalled_us.iter().map(share).collect()
 }
 
 fn smoothed_stands(
@@ -115,7 +115,7 @@ fn smoothed_stands(
     all
 }
 
-/// Says of threads that wait for pages of one part, all the time, that they would rather be
+/// Requirement of threads that wait for pages of one part, all the time, that they would rather be
 /// there.
 pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[HotPage]) {
     let mut hot = HashMap::new();
@@ -132,7 +132,7 @@ pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[H
             _ => 1,
         };
         hot.insert(thread.tid, (part, looks));
-        let is_free = thread.drawn.is_none() && !known.followed.contains_key(&thread.tid);
+        let is_free = thread.affinity.is_none() && !known.followed.contains_key(&thread.tid);
         if is_free && looks >= HOT_LOOKS {
             let why = format!(
                 "{:.0} % of its time it stands at pages, {:.0} % of that at such that come from there{}",
@@ -140,10 +140,10 @@ pub(super) fn follow_pages(threads: &mut [Thread], known: &mut Known, pages: &[H
                 there / all * 100.0,
                 shares(pages, thread.part, part)
             );
-            thread.drawn = Some(Drawn {
+            thread.affinity = Some(Affinity {
                 part: part.number() as u32,
                 why,
-                stands: all,
+                stall_share: all,
             });
         }
     }
@@ -183,7 +183,7 @@ fn hottest(stands: &BTreeMap<PartId, f64>) -> Option<(PartId, f64, f64)> {
     most.map(|(part, there)| (*part, *there, all))
 }
 
-/// Says of threads that like to be near an object which part has most of it.
+/// Requirement of threads that like to be near an object which part has most of it.
 pub(super) fn draw(
     threads: &mut [Thread],
     report: &PartsReport,
@@ -205,20 +205,20 @@ pub(super) fn draw(
         let most = bytes
             .into_iter()
             .max_by_key(|(part, bytes)| (*bytes, *part == thread.part));
-        thread.drawn = most.map(|(part, bytes)| Drawn {
+        thread.affinity = most.map(|(part, bytes)| Affinity {
             part,
             why: format!(
                 "it likes to be near {name:?}, of which {:.1} of {:.1} MiB are there",
                 bytes as f64 / f64::from(1 << 20),
                 all as f64 / f64::from(1 << 20)
             ),
-            stands: 0.0,
+            stall_share: 0.0,
         });
     }
 }
 
 /// Cores that a thread took, or waited for, between two looks.
-pub(super) fn cores(before: &Took, now: &Took) -> Cores {
+pub(super) fn cores(before: &CpuUsage, now: &CpuUsage) -> Cores {
     let passed = now.at_ns.saturating_sub(before.at_ns);
     if passed == 0 {
         return Cores::default();
@@ -284,11 +284,11 @@ pub(super) fn parts(
 /// What a node tells of itself.
 pub(super) async fn view(handle: &NodeBalancer, node: &str) -> Option<View> {
     let answer = match node == handle.context.name.as_str() {
-        true => handle.answer(&handle.context.name, Question::View).await,
-        false => ask(handle, node, &Question::View).await,
+        true => handle.answer(&handle.context.name, Request::View).await,
+        false => ask(handle, node, &Request::View).await,
     };
     match answer {
-        Ok(Answer::View(view)) => Some(view),
+        Ok(Response::View(view)) => Some(view),
         _ => None,
     }
 }
@@ -330,7 +330,7 @@ pub(super) async fn nodes(
     let node = |name: Name, view: View| Node {
         forbidden: allowed.get(&name).cloned().flatten(),
         name,
-        side: view.side,
+        state: view.state,
         loads: view.loads,
     };
     let mut nodes = vec![Node {
@@ -344,10 +344,10 @@ pub(super) async fn nodes(
 }
 
 /// Cores that are free at each part.
-pub(super) fn room(scene: &Scene) -> BTreeMap<PartId, f64> {
+pub(super) fn room(scene: &Observation) -> BTreeMap<PartId, f64> {
     let room = scene.parts.iter().filter_map(|part| {
         let node = scene.nodes.iter().find(|it| it.name == part.node)?;
-        let free = (1.0 - node.side.load) * node.side.capacity.cores;
+        let free = (1.0 - node.state.load) * node.state.capacity.cores;
         Some((PartId::new(part.number as usize)?, free))
     });
     room.collect()
@@ -457,7 +457,7 @@ mod tests {
                     moves_to: None,
                     waits: *tid == 9,
                     likes: None,
-                    took: Some(Took {
+                    took: Some(CpuUsage {
                         at_ns: ms * 1_000_000 * 2,
                         time: CoreTime {
                             run_ns: if *tid == 7 { 0 } else { ms * 1_000_000 },
@@ -465,7 +465,7 @@ mod tests {
                             turns: if *tid == 7 { 1 } else { *ms },
                             is_runnable: *tid != 9,
                         },
-                        stood: stood_of(*tid, *ms),
+                        stalled_us: stood_of(*tid, *ms),
                     }),
                 })
                 .collect(),
@@ -525,7 +525,7 @@ mod tests {
         // before.
         let cores: Vec<f64> = then.iter().map(|it| it.cores).collect();
         assert_eq!(cores, [0.75, 0.0, 1.0, 0.75]);
-        let ran: Vec<f64> = then.iter().map(|it| it.ran).collect();
+        let ran: Vec<f64> = then.iter().map(|it| it.ran_cores).collect();
         assert_eq!(ran, [0.5, 0.0, 0.0, 0.5]);
         // It is what they had on average that counts.
         let still = threads(
@@ -558,7 +558,7 @@ mod tests {
         let drawn = |known: &mut Known, report: &PartsReport| {
             let mut all = threads(report, known);
             follow_pages(&mut all, known, &pages);
-            all.into_iter().map(|it| it.drawn).collect::<Vec<_>>()
+            all.into_iter().map(|it| it.affinity).collect::<Vec<_>>()
         };
         // It must last, and nothing is known at first.
         for second in 1..=u64::from(HOT_LOOKS) {
@@ -567,7 +567,7 @@ mod tests {
         let then = drawn(&mut known, &at(9000));
         let first = then[0].as_ref().expect("it is drawn");
         assert_eq!(first.part, 1);
-        assert!((first.stands - 0.45).abs() < 1e-9, "{first:?}");
+        assert!((first.stall_share - 0.45).abs() < 1e-9, "{first:?}");
         assert!(first.why.contains("45 % of its time"), "{first:?}");
         assert!(first.why.contains("89 %"), "{first:?}");
         assert!(

@@ -1,5 +1,5 @@
-//! A member: runs the threads that its home gives it, each in an instance of its own on
-//! an OS thread of its own, and has nothing else of the machine but its pages.
+//! A member part: runs the threads that its home assigns, each in an instance and an OS thread of
+//! its own; of the rest of the machine it only has pages.
 
 use super::message::{Answer, Call, Entering, Order, Report};
 use crate::coherence::PartId;
@@ -12,76 +12,76 @@ use crate::runtime::machine::{locked, lower_priority};
 use crate::runtime::program::{Program, STACK_BYTES};
 use crate::runtime::signal::Signal;
 use crate::runtime::tables::TableBudget;
-use keel_wasi::{FollowingClock, Function, SystemClock};
+use keel_wasi::{CausalClock, Function, SystemClock};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-/// The most threads that a member has: as many as a machine may have.
+/// Maximum number of threads of a member: that of a machine.
 const THREADS_MAX: usize = 1 << 16;
-/// OS threads with fresh instances that wait for threads to come: making both takes longer
-/// than all the rest of a move.
-const WARM: usize = 2;
-/// The most of those that are kept when their threads have left.
-const WARM_MAX: usize = 8;
+/// Idle OS threads with fresh instances for arriving threads: creating both takes longer than all
+/// other steps of a move.
+const SPARE_THREADS: usize = 2;
+/// Maximum number of idle OS threads kept after their guest threads left.
+const SPARE_THREADS_MAX: usize = 8;
 
 /// `clockid::monotonic` of WASI preview 1.
 const MONOTONIC: u64 = 1;
-/// For how long one that expects a thread looks for it.
-const LOOK_OUT: Duration = Duration::from_micros(500);
+/// Spin time of an OS thread that expects a guest thread.
+const REQUEST_SPIN: Duration = Duration::from_micros(500);
 
-/// What the home wants of one thread, and has not been done.
-enum Wish {
-    /// A thread comes in a moment, maybe to this one.
+/// A pending request of the home concerning one thread.
+enum HomeRequest {
+    /// A thread arrives soon, possibly in this OS thread.
     Expect(u32),
     Run(u32, Entering),
     Answer(Answer),
     Leave,
 }
 
-/// An OS thread for a guest's thread.
-struct Visitor {
+/// An OS thread that hosts guest threads.
+struct HostedThread {
     signal: Arc<Signal>,
-    wishes: Mutex<VecDeque<Wish>>,
+    requests: Mutex<VecDeque<HomeRequest>>,
     changed: Condvar,
-    /// When it stands it leaves.
+    /// Whether the guest thread leaves when it is captured.
     leaves: AtomicBool,
-    /// Set by its OS thread.
+    /// Set by the OS thread itself.
     clock: OnceLock<ThreadClock>,
 }
 
-impl Visitor {
-    fn put(&self, wish: Wish) {
-        locked(&self.wishes).push_back(wish);
+impl HostedThread {
+    fn put(&self, wish: HomeRequest) {
+        locked(&self.requests).push_back(wish);
         self.changed.notify_all();
     }
 
-    /// Looks a while for the next one, which is about to come: being woken for it takes
-    /// longer than all that is done until then.
-    fn look_out(&self, over: &AtomicBool) {
+    /// Spins for the next request, which is expected soon: waking the thread would take longer than
+    /// the wait.
+    fn spin_for_request(&self, over: &AtomicBool) {
         let begun = Instant::now();
-        while begun.elapsed() < LOOK_OUT
+        while begun.elapsed() < REQUEST_SPIN
             && !over.load(Ordering::Acquire)
-            && locked(&self.wishes).is_empty()
+            && locked(&self.requests).is_empty()
         {
             std::thread::yield_now();
         }
     }
 
-    /// The next one; `None` when the machine is over.
-    fn next(&self, over: &AtomicBool) -> Option<Wish> {
-        let mut wishes = locked(&self.wishes);
+    /// The next request; `None` when the machine has ended.
+    fn next(&self, over: &AtomicBool) -> Option<HomeRequest> {
+        let mut requests = locked(&self.requests);
         loop {
             if over.load(Ordering::Acquire) {
                 return None;
             }
-            match wishes.pop_front() {
+            match requests.pop_front() {
                 Some(wish) => return Some(wish),
                 None => {
-                    wishes = self
+                    requests = self
                         .changed
-                        .wait(wishes)
+                        .wait(requests)
                         .unwrap_or_else(|error| error.into_inner());
                 }
             }
@@ -89,34 +89,34 @@ impl Visitor {
     }
 }
 
-/// A member's way to its home, and what is known of its pages.
-pub trait ToHome: Send + Sync {
-    /// Says something to the home; does not wait for it.
+/// Transport from a member to its home, and page fault statistics.
+pub trait HomeLink: Send + Sync {
+    /// Sends a report to the home without waiting.
     fn report(&self, report: Report);
 
-    /// As [`super::Members::stood`].
-    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
+    /// As [`super::Members::stalled_us`].
+    fn stalled_us(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
 }
 
 struct Shared {
     program: Arc<Program>,
     memories: Arc<[Arc<GuestMemory>]>,
     tables: Arc<TableBudget>,
-    home: Box<dyn ToHome>,
-    visitors: Mutex<BTreeMap<u32, Arc<Visitor>>>,
-    /// All that were launched.
-    all: Mutex<Vec<Weak<Visitor>>>,
-    /// Those that have no thread, and a fresh instance.
-    idle: Mutex<Vec<Arc<Visitor>>>,
-    /// OS threads that still exist.
+    home: Box<dyn HomeLink>,
+    hosted: Mutex<BTreeMap<u32, Arc<HostedThread>>>,
+    /// All OS threads ever started.
+    all: Mutex<Vec<Weak<HostedThread>>>,
+    /// OS threads without a guest thread, with a fresh instance.
+    idle: Mutex<Vec<Arc<HostedThread>>>,
+    /// Number of live OS threads.
     launched: Mutex<usize>,
     left: Condvar,
     over: AtomicBool,
     begun: Instant,
-    clock: FollowingClock,
+    clock: CausalClock,
 }
 
-/// A part that is not the home.
+/// A part other than the home.
 #[derive(Clone)]
 pub struct Member(Arc<Shared>);
 
@@ -126,8 +126,8 @@ impl std::fmt::Debug for Member {
     }
 }
 
-/// What its threads' host calls lead to: the home.
-struct Calls(Arc<Shared>, Arc<Visitor>);
+/// Forwards host calls of its threads to the home.
+struct Calls(Arc<Shared>, Arc<HostedThread>);
 
 impl Host for Calls {
     fn call(
@@ -138,7 +138,7 @@ impl Host for Calls {
         thread: &HostThread,
     ) -> HostOutcome {
         let function = match self.0.program.kinds.get(import as usize) {
-            // Nobody else can see it.
+            // No other thread can observe it.
             Some(ImportKind::Wasi(Function::SchedYield)) => {
                 std::thread::yield_now();
                 return HostOutcome::Done(vec![0]);
@@ -167,12 +167,12 @@ impl Host for Calls {
         });
         let answer = loop {
             match self.1.next(&self.0.over) {
-                Some(Wish::Expect(tid)) => self.0.home.report(Report::Expecting { tid }),
+                Some(HomeRequest::Expect(tid)) => self.0.home.report(Report::Expecting { tid }),
                 answer => break answer,
             }
         };
         match answer {
-            Some(Wish::Answer(Answer::Done { results, output })) => {
+            Some(HomeRequest::Answer(Answer::Done { results, output })) => {
                 let filled = match targets {
                     Some(targets) => targets.fill(&output, &mut memory),
                     None => Ok(()),
@@ -182,18 +182,18 @@ impl Host for Calls {
                     Err(what) => HostOutcome::Trap(what),
                 }
             }
-            Some(Wish::Answer(Answer::Interrupted(rest))) => {
+            Some(HomeRequest::Answer(Answer::Interrupted(rest))) => {
                 *progress = rest;
                 HostOutcome::Interrupted
             }
-            Some(Wish::Answer(Answer::Exit(code))) => HostOutcome::Exit(code),
-            Some(Wish::Answer(Answer::Trap(message))) => HostOutcome::Trap(message),
-            Some(Wish::Leave) => {
-                // It is left when it has left the guest's code.
-                locked(&self.1.wishes).push_front(Wish::Leave);
+            Some(HomeRequest::Answer(Answer::Exit(code))) => HostOutcome::Exit(code),
+            Some(HomeRequest::Answer(Answer::Trap(message))) => HostOutcome::Trap(message),
+            Some(HomeRequest::Leave) => {
+                // The thread leaves after it has left guest code.
+                locked(&self.1.requests).push_front(HomeRequest::Leave);
                 HostOutcome::Trap("the machine's home has given the thread up".into())
             }
-            Some(Wish::Run(..) | Wish::Expect(_)) => {
+            Some(HomeRequest::Run(..) | HomeRequest::Expect(_)) => {
                 HostOutcome::Trap("the machine's home does not answer what it is asked".into())
             }
             None => HostOutcome::Trap("the machine has ended".into()),
@@ -202,15 +202,15 @@ impl Host for Calls {
 }
 
 impl Calls {
-    /// Reads the monotonic clock here; `None` where that is not what is wanted, or cannot
-    /// be answered: the home says why.
+    /// Reads the monotonic clock locally; `None` for other clocks or on errors, which the home
+    /// reports.
     fn read_clock(&self, args: &[u64], thread: &HostThread) -> Option<HostOutcome> {
         let [MONOTONIC, _precision, at] = args else {
             return None;
         };
         let memory = thread.memories.first()?;
-        let is_there = at.is_multiple_of(8) && at.checked_add(8)? <= memory.size_bytes();
-        let now = self.0.clock.reading().filter(|_| is_there)?;
+        let is_resident = at.is_multiple_of(8) && at.checked_add(8)? <= memory.size_bytes();
+        let now = self.0.clock.reading().filter(|_| is_resident)?;
         let mut memory = wiggle::GuestMemory::Shared(memory.cells());
         let at = wiggle::GuestPtr::<u64>::new(u32::try_from(*at).ok()?);
         memory.write(at, now).ok()?;
@@ -219,61 +219,59 @@ impl Calls {
 }
 
 impl Member {
-    /// A member without threads. Its memories are as large as the home's. What the home
-    /// says is [`Self::hear`]d.
+    /// A member without threads. Its memories are as large as the home's. Orders of the home are
+    /// passed to [`Self::hear`].
     pub fn new(
         program: Arc<Program>,
         memories: Arc<[Arc<GuestMemory>]>,
-        home: Box<dyn ToHome>,
+        home: Box<dyn HomeLink>,
     ) -> Self {
         let member = Member(Arc::new(Shared {
             program,
             memories,
             tables: Arc::default(),
             home,
-            visitors: Mutex::default(),
+            hosted: Mutex::default(),
             all: Mutex::default(),
             idle: Mutex::default(),
             launched: Mutex::default(),
             left: Condvar::new(),
             over: AtomicBool::new(false),
             begun: Instant::now(),
-            clock: FollowingClock::new(SystemClock),
+            clock: CausalClock::new(SystemClock),
         }));
-        for _ in 0..WARM {
-            // (Where there are no threads left, the first one that comes says so.)
-            if let Ok(visitor) = member.launch() {
-                locked(&member.0.idle).push(visitor);
+        for _ in 0..SPARE_THREADS {
+            // (If OS threads are exhausted, the first arriving guest thread reports it.)
+            if let Ok(hosted_thread) = member.launch() {
+                locked(&member.0.idle).push(hosted_thread);
             }
         }
         member
     }
 
-    /// The guest's monotonic clock as it is here.
-    pub fn clock(&self) -> &FollowingClock {
+    /// The guest's monotonic clock at this part.
+    pub fn clock(&self) -> &CausalClock {
         &self.0.clock
     }
 
-    /// Its memories.
     pub fn memories(&self) -> &Arc<[Arc<GuestMemory>]> {
         &self.0.memories
     }
 
-    /// Threads that are here.
     pub fn threads(&self) -> Vec<u32> {
-        locked(&self.0.visitors).keys().copied().collect()
+        locked(&self.0.hosted).keys().copied().collect()
     }
 
-    /// Takes note of what the home says; does not wait for what comes of it.
-    pub fn hear(&self, order: Order) {
+    /// Handles an order of the home without waiting for its effects.
+    pub fn receive(&self, order: Order) {
         let shared = &self.0;
         match order {
-            Order::Run { tid, entering } => match self.visitor(tid) {
-                Ok(visitor) => {
-                    // It stands; what was asked of it before is over.
-                    visitor.signal.clear();
-                    visitor.leaves.store(false, Ordering::Release);
-                    visitor.put(Wish::Run(tid, entering));
+            Order::Run { tid, entering } => match self.hosted_thread(tid) {
+                Ok(hosted_thread) => {
+                    // It is captured; earlier requests are void.
+                    hosted_thread.signal.clear();
+                    hosted_thread.leaves.store(false, Ordering::Release);
+                    hosted_thread.put(HomeRequest::Run(tid, entering));
                 }
                 Err(error) => shared.home.report(Report::Stopped {
                     tid,
@@ -281,37 +279,37 @@ impl Member {
                 }),
             },
             Order::Expect { tid } => {
-                // (The one that is taken next.)
+                // (The next one to be taken.)
                 let next = locked(&shared.idle).last().cloned();
                 match next {
-                    Some(visitor) => visitor.put(Wish::Expect(tid)),
+                    Some(hosted_thread) => hosted_thread.put(HomeRequest::Expect(tid)),
                     None => shared.home.report(Report::Expecting { tid }),
                 }
             }
             Order::Interrupt { tid, leaves } => {
-                if let Some(visitor) = locked(&shared.visitors).get(&tid) {
-                    visitor.leaves.store(leaves, Ordering::Release);
-                    visitor.signal.request();
+                if let Some(hosted_thread) = locked(&shared.hosted).get(&tid) {
+                    hosted_thread.leaves.store(leaves, Ordering::Release);
+                    hosted_thread.signal.request();
                 }
             }
             Order::Answer { tid, answer } => {
-                if let Some(visitor) = locked(&shared.visitors).get(&tid) {
-                    visitor.put(Wish::Answer(answer));
+                if let Some(hosted_thread) = locked(&shared.hosted).get(&tid) {
+                    hosted_thread.put(HomeRequest::Answer(answer));
                 }
             }
             Order::Leave { tid } => {
-                if let Some(visitor) = locked(&shared.visitors).remove(&tid) {
-                    // (It stands, or nobody wants to know what it does.)
-                    visitor.signal.request();
-                    visitor.put(Wish::Leave);
+                if let Some(hosted_thread) = locked(&shared.hosted).remove(&tid) {
+                    // (It is captured, or no report of it is expected.)
+                    hosted_thread.signal.request();
+                    hosted_thread.put(HomeRequest::Leave);
                 }
             }
             Order::Open { memory, bytes } => {
-                let opened = shared
+                let grown = shared
                     .memories
                     .get(memory as usize)
                     .map(|it| it.open_to(bytes));
-                let done = match opened {
+                let done = match grown {
                     Some(Ok(())) => true,
                     Some(Err(error)) => {
                         tracing::warn!(%error, memory, bytes, "guest memory cannot grow");
@@ -326,14 +324,14 @@ impl Member {
                 });
             }
             Order::Times => {
-                let visitors = locked(&shared.visitors);
-                let threads = visitors.iter().filter_map(|(tid, visitor)| {
-                    let clock = visitor.clock.get()?;
-                    let stood = shared.home.stood(clock.os_thread);
-                    Some((*tid, clock.took()?, stood))
+                let hosted = locked(&shared.hosted);
+                let threads = hosted.iter().filter_map(|(tid, hosted_thread)| {
+                    let clock = hosted_thread.clock.get()?;
+                    let stalled_us = shared.home.stalled_us(clock.os_thread);
+                    Some((*tid, clock.cpu_time()?, stalled_us))
                 });
                 let threads = threads.collect();
-                drop(visitors);
+                drop(hosted);
                 let at_ns = shared.begun.elapsed().as_nanos();
                 let at_ns = u64::try_from(at_ns).unwrap_or(u64::MAX);
                 shared.home.report(Report::Times { at_ns, threads });
@@ -342,22 +340,21 @@ impl Member {
         }
     }
 
-    /// No guest code runs for long after this: each thread leaves at its next safepoint,
-    /// and calls of the host have no effect.
+    /// Ends the member: each thread leaves at its next safepoint, and host calls have no effect.
     pub fn end(&self) {
         self.0.over.store(true, Ordering::Release);
         let all: Vec<_> = locked(&self.0.all)
             .iter()
             .filter_map(Weak::upgrade)
             .collect();
-        for visitor in &all {
-            visitor.signal.request();
-            let _waiting = locked(&visitor.wishes);
-            visitor.changed.notify_all();
+        for hosted_thread in &all {
+            hosted_thread.signal.request();
+            let _waiting = locked(&hosted_thread.requests);
+            hosted_thread.changed.notify_all();
         }
     }
 
-    /// Waits until it has ended and its threads are gone.
+    /// Waits until all threads have ended.
     pub fn wait(&self) {
         let mut launched = locked(&self.0.launched);
         while !self.0.over.load(Ordering::Acquire) || *launched > 0 {
@@ -370,41 +367,41 @@ impl Member {
         }
     }
 
-    fn visitor(&self, tid: u32) -> std::io::Result<Arc<Visitor>> {
-        let mut visitors = locked(&self.0.visitors);
-        if let Some(visitor) = visitors.get(&tid) {
-            return Ok(visitor.clone());
+    fn hosted_thread(&self, tid: u32) -> std::io::Result<Arc<HostedThread>> {
+        let mut hosted = locked(&self.0.hosted);
+        if let Some(hosted_thread) = hosted.get(&tid) {
+            return Ok(hosted_thread.clone());
         }
-        if visitors.len() >= THREADS_MAX {
-            return Err(std::io::Error::other("there are too many"));
+        if hosted.len() >= THREADS_MAX {
+            return Err(std::io::Error::other("too many threads"));
         }
         let warm = locked(&self.0.idle).pop();
-        let visitor = match warm {
-            Some(visitor) => visitor,
+        let hosted_thread = match warm {
+            Some(hosted_thread) => hosted_thread,
             None => self.launch()?,
         };
-        visitors.insert(tid, visitor.clone());
-        Ok(visitor)
+        hosted.insert(tid, hosted_thread.clone());
+        Ok(hosted_thread)
     }
 
-    fn launch(&self) -> std::io::Result<Arc<Visitor>> {
-        let visitor = Arc::new(Visitor {
+    fn launch(&self) -> std::io::Result<Arc<HostedThread>> {
+        let hosted_thread = Arc::new(HostedThread {
             signal: Arc::new(Signal::new()?),
-            wishes: Mutex::default(),
+            requests: Mutex::default(),
             changed: Condvar::new(),
             leaves: AtomicBool::new(false),
             clock: OnceLock::new(),
         });
-        let (shared, guest) = (self.0.clone(), visitor.clone());
+        let (shared, guest) = (self.0.clone(), hosted_thread.clone());
         *locked(&self.0.launched) += 1;
         let spawned = std::thread::Builder::new()
-            // (As threads of guests are called at homes: the node's meter counts by it.)
+            // (Same naming scheme as at homes: the node's accounting relies on it.)
             .name("guest-away".into())
             .stack_size(STACK_BYTES + (1 << 20))
             .spawn(move || {
                 lower_priority(&shared.program);
                 if let Some(clock) = ThreadClock::of_this_thread() {
-                    // (Nobody else sets it.)
+                    // (Set only here.)
                     let _ = guest.clock.set(clock);
                 }
                 shared.serve(&guest);
@@ -413,9 +410,9 @@ impl Member {
         match spawned {
             Ok(_) => {
                 let mut all = locked(&self.0.all);
-                all.retain(|visitor| visitor.strong_count() > 0);
-                all.push(Arc::downgrade(&visitor));
-                Ok(visitor)
+                all.retain(|hosted_thread| hosted_thread.strong_count() > 0);
+                all.push(Arc::downgrade(&hosted_thread));
+                Ok(hosted_thread)
             }
             Err(error) => {
                 self.0.gone();
@@ -424,10 +421,12 @@ impl Member {
         }
     }
 
-    /// How a thread that is here is asked to come to safepoints.
+    /// The signal of a thread at this member.
     pub fn signal(&self, tid: u32) -> Option<Arc<Signal>> {
-        let visitors = locked(&self.0.visitors);
-        visitors.get(&tid).map(|visitor| visitor.signal.clone())
+        let hosted = locked(&self.0.hosted);
+        hosted
+            .get(&tid)
+            .map(|hosted_thread| hosted_thread.signal.clone())
     }
 }
 
@@ -437,59 +436,62 @@ impl Shared {
         self.left.notify_all();
     }
 
-    /// Threads' stays, one after the other.
-    fn serve(self: &Arc<Self>, visitor: &Arc<Visitor>) {
+    /// Hosts guest threads, one after the other.
+    fn serve(self: &Arc<Self>, hosted_thread: &Arc<HostedThread>) {
         let mut fiber = None;
         loop {
             if fiber.is_none() {
-                // Whoever comes finds it made; where it cannot be, it is told so.
-                fiber = self.fiber(0, visitor).ok();
+                // An arriving thread finds the instance ready, or reports the error.
+                fiber = self.fiber(0, hosted_thread).ok();
             }
-            let (tid, entering) = match visitor.next(&self.over) {
-                Some(Wish::Run(tid, entering)) => (tid, entering),
-                Some(Wish::Expect(tid)) => {
+            let (tid, entering) = match hosted_thread.next(&self.over) {
+                Some(HomeRequest::Run(tid, entering)) => (tid, entering),
+                Some(HomeRequest::Expect(tid)) => {
                     self.home.report(Report::Expecting { tid });
-                    visitor.look_out(&self.over);
+                    hosted_thread.spin_for_request(&self.over);
                     continue;
                 }
-                Some(Wish::Answer(_)) => continue,
+                Some(HomeRequest::Answer(_)) => continue,
                 None => return,
-                Some(Wish::Leave) => {
-                    if !self.rest(visitor, &mut fiber) {
+                Some(HomeRequest::Leave) => {
+                    if !self.rest(hosted_thread, &mut fiber) {
                         return;
                     }
                     continue;
                 }
             };
-            let mut report = match self.run(tid, visitor, &mut fiber, entering) {
+            let mut report = match self.run(tid, hosted_thread, &mut fiber, entering) {
                 Ok(report) => report,
                 Err(stop) => Report::Stopped { tid, stop },
             };
             let mut leaves = false;
             if let Report::Captured { has_left, .. } = &mut report {
-                leaves = visitor.leaves.swap(false, Ordering::AcqRel);
+                leaves = hosted_thread.leaves.swap(false, Ordering::AcqRel);
                 *has_left = leaves;
             }
             if leaves {
-                // Before it is said: it may come back at once.
-                locked(&self.visitors).remove(&tid);
+                // Before the report: it may return immediately.
+                locked(&self.hosted).remove(&tid);
             }
             self.home.report(report);
-            if leaves && !self.rest(visitor, &mut fiber) {
+            if leaves && !self.rest(hosted_thread, &mut fiber) {
                 return;
             }
         }
     }
 
-    /// Its thread has left: it waits for another one, with a fresh instance; false if
-    /// enough of them wait.
-    fn rest(self: &Arc<Self>, visitor: &Arc<Visitor>, fiber: &mut Option<Fiber>) -> bool {
-        *fiber = self.fiber(0, visitor).ok();
-        visitor.signal.clear();
+    /// Waits for another guest thread, with a fresh instance; false if enough OS threads are idle.
+    fn rest(
+        self: &Arc<Self>,
+        hosted_thread: &Arc<HostedThread>,
+        fiber: &mut Option<Fiber>,
+    ) -> bool {
+        *fiber = self.fiber(0, hosted_thread).ok();
+        hosted_thread.signal.clear();
         let mut idle = locked(&self.idle);
-        let is_wanted = idle.len() < WARM_MAX;
+        let is_wanted = idle.len() < SPARE_THREADS_MAX;
         if is_wanted {
-            idle.push(visitor.clone());
+            idle.push(hosted_thread.clone());
         }
         is_wanted
     }
@@ -497,19 +499,19 @@ impl Shared {
     fn run(
         self: &Arc<Self>,
         tid: u32,
-        visitor: &Arc<Visitor>,
+        hosted_thread: &Arc<HostedThread>,
         fiber: &mut Option<Fiber>,
         entering: Entering,
     ) -> Result<Report, Stop> {
         let hash = self.program.hash();
-        // A thread's state is loaded where none has run.
+        // A state is loaded into an instance without executed code.
         let is_fresh = fiber.as_ref().is_some_and(Fiber::is_fresh);
         if matches!(entering, Entering::Resume { state: Some(_) }) && !is_fresh {
             *fiber = None;
         }
         let fiber = match fiber {
             Some(fiber) => fiber,
-            none => none.insert(self.fiber(tid, visitor)?),
+            none => none.insert(self.fiber(tid, hosted_thread)?),
         };
         fiber.give_to(tid);
         let run = match entering {
@@ -532,14 +534,14 @@ impl Shared {
         })
     }
 
-    fn fiber(self: &Arc<Self>, tid: u32, visitor: &Arc<Visitor>) -> Result<Fiber, Stop> {
+    fn fiber(self: &Arc<Self>, tid: u32, hosted_thread: &Arc<HostedThread>) -> Result<Fiber, Stop> {
         let thread = HostThread {
             tid,
-            signal: visitor.signal.clone(),
+            signal: hosted_thread.signal.clone(),
             memories: self.memories.clone(),
             tables: self.tables.clone(),
         };
-        let host = Calls(self.clone(), visitor.clone());
+        let host = Calls(self.clone(), hosted_thread.clone());
         Fiber::new(self.program.clone(), Arc::new(host), thread)
             .map_err(|error| trap(error.to_string()))
     }

@@ -1,11 +1,11 @@
-//! What the home and a member say to each other about threads.
+//! Messages between home and member about threads.
 //!
-//! Of a thread that is at a member the home says [`Order::Run`], and hears of it in the
-//! end just one of [`Report::Captured`], [`Report::Finished`] and [`Report::Stopped`];
-//! before that, calls of the host, each of which it answers. All of one connection comes
-//! in the order in which it was said.
+//! For a thread at a member the home sends [`Order::Run`], and finally receives exactly one of
+//! [`Report::Captured`], [`Report::Finished`] and [`Report::Stopped`]; before that, host calls,
+//! each of which it answers. A connection is FIFO.
 //!
-//! In postcard, behind a version: what carries it says whose it is, and that it is whole.
+//! Encoded as a version byte and postcard; the transport identifies the sender and guarantees
+//! integrity.
 
 use crate::coherence::PartId;
 use crate::runtime::fiber::Stop;
@@ -14,168 +14,133 @@ use crate::runtime::governor::CoreTime;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Version of these messages, their first byte.
+/// Version of the encoding: the first byte.
 const VERSION: u8 = 2;
 
-/// How a thread goes on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Entering {
-    /// By a call of an export, in the instance that it has, or a fresh one.
-    Call {
-        /// Its name.
-        export: String,
-        /// Its arguments.
-        args: Vec<Value>,
-    },
-    /// From where it was captured.
+    /// By a call of an export, in its present instance or a fresh one.
+    Call { export: String, args: Vec<Value> },
     Resume {
-        /// Its state ([`crate::runtime::frame`]), for a fresh instance; without one it
-        /// goes on in the instance in which it was captured.
+        /// Its state ([`crate::runtime::frame`]) for a fresh instance; `None` continues in the
+        /// instance in which it was captured.
         #[serde(with = "serde_bytes")]
         state: Option<Vec<u8>>,
     },
 }
 
-/// A call of the host.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Call {
-    /// Its arguments, as bits: what they point to is in the machine's memory.
+    /// Its arguments as bits; pointers refer to the machine's memory.
     Bare(Vec<u64>),
-    /// Of WASI, with all that it reads; what it writes comes with its answer.
-    Packed(keel_wasi::Packed),
+    /// A WASI call with its input; the answer carries its output.
+    Packed(keel_wasi::PackedCall),
 }
 
-/// What a call of the host came to.
+/// Result of a host call.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Answer {
-    /// It is done.
     Done {
         /// Its results, as bits.
         results: Vec<u64>,
-        /// What one that came packed writes.
+        /// Output of a packed call.
         #[serde(with = "serde_bytes")]
         output: Vec<u8>,
     },
-    /// Nothing yet: the thread is to leave, and to make it again.
+    /// Interrupted: the thread leaves, and repeats the call later.
     Interrupted(Progress),
-    /// The program ends.
     Exit(u32),
-    /// The thread traps.
     Trap(String),
 }
 
 /// From the home to a member.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Order {
-    /// A thread is to run.
     Run {
-        /// Which.
         tid: u32,
-        /// From where.
         entering: Entering,
     },
-    /// A thread comes in a moment: what it needs is to be awake ([`Report::Expecting`]).
+    /// A thread arrives soon: prepare an OS thread for it ([`Report::Expecting`]).
     Expect {
-        /// Which.
         tid: u32,
     },
-    /// It is to come to a safepoint.
+    /// Requests a safepoint.
     Interrupt {
-        /// Which.
         tid: u32,
-        /// It is not this member's any more then, as after [`Order::Leave`].
+        /// The thread leaves the member then, as after [`Order::Leave`].
         leaves: bool,
     },
-    /// Its call of the host is over.
+    /// Answer to its host call.
     Answer {
-        /// Whose.
         tid: u32,
-        /// How.
         answer: Answer,
     },
-    /// It is not this member's any more; it stands.
+    /// A captured thread leaves the member.
     Leave {
-        /// Which.
         tid: u32,
     },
-    /// A memory is to be accessible so far; and no further, where it was opened for what did
-    /// not succeed elsewhere.
+    /// Makes a memory accessible up to this size; or reduces it again, where growth failed
+    /// elsewhere.
     Open {
-        /// Which.
         memory: u32,
-        /// From its beginning.
         bytes: u64,
     },
-    /// The machine has ended.
     End,
-    /// It is to say what its threads took ([`Report::Times`]).
+    /// Requests [`Report::Times`].
     Times,
 }
 
 /// From a member to the home.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Report {
-    /// A thread calls the host.
     Call {
-        /// Which.
         tid: u32,
-        /// Index of the imported function.
         import: u32,
-        /// With what.
         call: Call,
-        /// How far the same call came before.
+        /// Progress of the same call before.
         progress: Progress,
     },
-    /// What a thread needs is awake.
+    /// An OS thread for the expected thread is ready.
     Expecting {
-        /// Which.
         tid: u32,
     },
     /// A thread is at a safepoint.
     Captured {
-        /// Which.
         tid: u32,
-        /// It was asked to leave, and has: nothing of it is at the member.
+        /// It leaves: the member has dropped its state.
         has_left: bool,
-        /// It, as [`crate::runtime::frame`] writes it.
+        /// Its state, encoded by [`crate::runtime::frame`].
         #[serde(with = "serde_bytes")]
         state: Vec<u8>,
     },
-    /// What was called has returned.
     Finished {
-        /// Whose.
         tid: u32,
-        /// The results.
         values: Vec<Value>,
     },
-    /// A thread ended otherwise.
     Stopped {
-        /// Which.
         tid: u32,
-        /// How.
         stop: Stop,
     },
-    /// A memory is accessible so far, or cannot be.
+    /// Result of [`Order::Open`].
     Opened {
-        /// Which.
         memory: u32,
         /// As it was ordered.
         bytes: u64,
         /// Whether it is.
         done: bool,
     },
-    /// What the threads that are here took of cores so far.
+    /// CPU times of the member's threads.
     Times {
-        /// When, in nanoseconds since this part began.
+        /// Nanoseconds since this part started.
         at_ns: u64,
-        /// Of each, and the microseconds that it stood at pages, by the part that gave
+        /// Per thread, also the microseconds stalled on remote pages, by the part that supplied
         /// them.
         threads: Vec<(u32, CoreTime, BTreeMap<PartId, u64>)>,
     },
 }
 
 impl Report {
-    /// The thread of which it speaks.
+    /// The thread concerned.
     pub(crate) fn tid(&self) -> Option<u32> {
         match self {
             Report::Call { tid, .. }
@@ -187,19 +152,16 @@ impl Report {
     }
 }
 
-/// Why bytes are no message.
 #[derive(Debug, thiserror::Error)]
 pub enum MessageError {
-    /// Another version.
-    #[error("messages about threads are of version {0}, this is version {VERSION}")]
+    #[error("thread messages have version {0}, this node supports {VERSION}")]
     Version(u8),
-    /// No such thing.
-    #[error("a message about threads is damaged: {0}")]
+    #[error("a thread message is corrupt: {0}")]
     Damaged(String),
 }
 
 fn encode(message: &impl Serialize) -> Vec<u8> {
-    // Writing to memory does not fail.
+    // Writing to a vector does not fail.
     postcard::to_extend(message, vec![VERSION]).unwrap_or_default()
 }
 
@@ -213,12 +175,11 @@ fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, MessageError> {
         postcard::take_from_bytes(body).map_err(|error| damaged(&error.to_string()))?;
     match rest {
         [] => Ok(message),
-        _ => Err(damaged("it goes on after its end")),
+        _ => Err(damaged("it has trailing bytes")),
     }
 }
 
 impl Order {
-    /// The bytes of it.
     pub fn encode(&self) -> Vec<u8> {
         encode(self)
     }
@@ -233,7 +194,6 @@ impl Order {
 }
 
 impl Report {
-    /// The bytes of it.
     pub fn encode(&self) -> Vec<u8> {
         encode(self)
     }
@@ -254,7 +214,7 @@ mod tests {
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
 
-    fn packed() -> keel_wasi::Packed {
+    fn packed() -> keel_wasi::PackedCall {
         let mut bytes = vec![0; 64];
         bytes[8] = 9;
         let memory = wiggle::GuestMemory::Unshared(&mut bytes);

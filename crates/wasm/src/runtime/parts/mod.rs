@@ -1,64 +1,62 @@
-//! Threads of one machine at several parts.
+//! Threads of one machine on several parts.
 //!
 //! ```text
 //!            home                                          member
 //!   OS thread `guest-7`: its own stages,      order      OS thread `guest-7`:
 //!   safepoints, freezes, holds            ──────────▶    an instance, nothing else
-//!        │ [`away::Away`] instead of a     ◀──────────       │
-//!        ▼ fiber                             report          ▼ calls of the host
+//!        │ [`remote_thread::RemoteThread`]    ◀──────────       │
+//!        ▼ in place of a fiber                report          ▼ host calls
 //!   WASI, wait queues, new threads, growing  ◀───────────────┘
 //! ```
 //!
-//! The home has all of a machine but where its threads run. Each of them has an OS thread
-//! there for its whole life. While it runs elsewhere this one stands for it: it makes its
-//! calls of the host, is asked in its stead to come to a safepoint, and holds its state
-//! when it stands at one. So whatever freezes, holds, captures or ends a machine does the
-//! same with one that spans, and to move a thread is to capture it here and resume it
-//! there.
+//! The home holds the whole state of a machine except running threads. Each thread has an OS thread
+//! at the home for its whole life. While the thread runs at a member, this OS thread is its proxy:
+//! it performs its host calls, receives its safepoint requests, and keeps its state while it is at
+//! a safepoint. So freezing, holding, capturing and ending work unchanged for a machine that spans,
+//! and a thread moves by being captured at one part and resumed at another.
 //!
-//! Calls of WASI travel with what they read, and come back with what they write, so that
-//! no page has to ([`keel_wasi::pack`]): the home touches descriptors only. What cannot be
-//! packed reads and writes the guest's memory at the home, as a thread of the guest would:
-//! `crate::coherence` brings the pages. What nobody else can see happens where the thread
-//! is: `sched_yield`, and the monotonic clock, since what parts say to each other carries
-//! its time ([`keel_wasi::FollowingClock`]).
+//! WASI calls carry their input, and return their output, so that no page moves for them
+//! ([`keel_wasi::pack`]): the home only touches descriptors. A call that cannot be packed accesses
+//! guest memory at the home like a guest thread: `crate::coherence` fetches the pages. Calls
+//! without effect outside of their thread run locally: `sched_yield`, and the monotonic clock,
+//! since messages between parts carry its time ([`keel_wasi::CausalClock`]).
 //!
-//! - `message`: what is said
-//! - `away`: a thread that runs elsewhere, as the home sees it
-//! - `member`: the other side
+//! - `message`: messages between home and member
+//! - `remote_thread`: the home's proxy of a thread at a member
+//! - `member`: the member's side
 //!
-//! What carries the messages and the pages is not here.
+//! The transport of messages and pages is elsewhere.
 
-mod away;
 mod member;
 mod message;
+mod remote_thread;
 
-pub(super) use away::{Away, Inbox, Parts};
-pub use member::{Member, ToHome};
+pub use member::{HomeLink, Member};
 pub use message::{Answer, Call, Entering, MessageError, Order, Report};
+pub(super) use remote_thread::{Inbox, Parts, RemoteThread};
 
 use crate::coherence::PartId;
 use std::collections::BTreeMap;
 
-/// Where threads begin that a machine starts while it has members.
+/// Placement of new threads of a machine with members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-pub enum Spawning {
+pub enum SpawnPolicy {
     /// At the home.
     #[default]
     Here,
-    /// Where the fewest of its threads are.
+    /// At the part with the fewest of its threads.
     Even,
-    /// Where the most cores are free, as it was told last; before it was, as `Even`.
+    /// At the part with the most free cores, as last reported; as `Even` before the first report.
     Room,
 }
 
-/// The way from the home to its members.
+/// Transport from the home to its members.
 pub trait Members: Send + Sync {
-    /// Says something to a member; does not wait for it. Who cannot be told is lost, and
-    /// the machine ends with it.
+    /// Sends an order to a member without waiting. An unreachable member is lost, and the machine
+    /// ends with it.
     fn order(&self, part: PartId, order: &Order);
 
-    /// Microseconds that an OS thread of this process stood at pages so far, by the part
-    /// that gave them.
-    fn stood(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
+    /// Microseconds that an OS thread of this process stalled on remote pages so far, by the part
+    /// that supplied them.
+    fn stalled_us(&self, os_thread: u32) -> BTreeMap<PartId, u64>;
 }
