@@ -82,7 +82,7 @@ fn advice(dry_run: &DryRun) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use keel_machine::moves::predict::{Estimate, Prediction};
+    use keel_machine::moves::prediction::{Estimate, Prediction};
 
     fn prediction(post_copy: bool, speed_percent: u32, ms: u64) -> Prediction {
         let of = |likely| Estimate {

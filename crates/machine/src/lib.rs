@@ -9,7 +9,7 @@
 //! - `clock`: whether this host's wall clock is right
 //! - `failpoint`: where tests make things go wrong
 //! - `link`: the connection between the two workers of a move
-//! - `place`: directories and object stores in which things are kept
+//! - `storage_location`: directories and object stores in which things are kept
 //! - `restart`: whether a machine that ended is started again
 //! - `span`: one part of a machine that spans several nodes
 //! - `worker`: the process around one machine
@@ -25,10 +25,10 @@ pub mod link;
 pub mod log;
 pub mod moves;
 pub mod past;
-pub mod place;
 pub mod restart;
 pub mod span;
 pub mod spec;
+pub mod storage_location;
 pub mod worker;
 
 /// What this host lacks for fast moves, and what follows; `None` if nothing.

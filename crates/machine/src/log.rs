@@ -6,13 +6,13 @@
 //! little-endian), bytes`, one after the other. The newest [`SEGMENT_BYTES_MAX`] to
 //! twice that are kept, in two files. See `time` for the times in between.
 
-mod boundary;
+mod record_boundary;
 mod time;
 
-use boundary::Boundary;
 use keel_cluster::clock::unix_ms;
 use keel_wasi::volume::{Stalls, is_disk_full};
 use keel_wasi::{Interrupt, Sink, SinkResult};
+use record_boundary::Boundary;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};

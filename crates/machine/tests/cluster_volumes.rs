@@ -9,7 +9,7 @@ use keel_cluster::MachineName;
 use keel_machine::cluster_volume::{
     DirtyBlock, VolumeError, VolumeState, VolumeStore, Writer, WriterEpoch,
 };
-use keel_machine::place::Place;
+use keel_machine::storage_location::Place;
 use keel_net::Bytes;
 use keel_wasi::volume::{BLOCK_BYTES, NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use object_store::memory::InMemory;

@@ -6,8 +6,8 @@ use keel_machine::checkpoint::{
     CheckpointId, Manifest, Pack, Piece, Retention, Run, Vault, VaultError,
 };
 use keel_machine::cluster_volume::{DirtyBlock, VolumeError, VolumeStore, Writer, WriterEpoch};
-use keel_machine::place::Place;
 use keel_machine::spec::{Balancing, Spec};
+use keel_machine::storage_location::Place;
 use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};

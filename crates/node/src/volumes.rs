@@ -17,7 +17,7 @@ use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{KeyValue, Revision, Txn, TxnOutcome};
 use keel_cluster::{MachineName, Store, wire};
 use keel_machine::cluster_volume::{VOLUME_BYTES_MAX, VolumeError, VolumeStore};
-use keel_machine::place::Place;
+use keel_machine::storage_location::Place;
 use keel_machine::spec::{Record, Spec, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};

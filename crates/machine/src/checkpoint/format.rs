@@ -8,7 +8,7 @@
 //! Numbers are little-endian. Raise [`VERSION`] with every change of the body;
 //! the one before is read too, others are refused by name.
 
-use super::vault::{Outline, Piece};
+use super::repository::{Outline, Piece};
 use crate::past;
 use crate::spec::Spec;
 use keel_cluster::{Epoch, MachineName, NodeName};

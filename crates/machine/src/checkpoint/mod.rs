@@ -1,14 +1,14 @@
 //! Checkpoints: machines kept in time, as moves keep them in space.
 //!
 //! - `format`: what is stored, and how it is checked when it is read
-//! - `vault`: where it is stored: a directory or an S3-compatible store
+//! - `repository`: where it is stored: a directory or an S3-compatible store
 //! - `folder`: how packs are written to a directory, and read
-//! - `take`: makes one while the machine runs
+//! - `create`: makes one while the machine runs
 //! - `restore`: makes a machine of one
-//! - `compact`: makes an incremental one full, within the store
+//! - `compaction`: makes an incremental one full, within the store
 //! - `layout`: which page of which one counts
-//! - `warm`: lets the machine run before its pages are read
-//! - `apart`: brings its pages once it has parts
+//! - `lazy_restore`: lets the machine run before its pages are read
+//! - `spanning_restore`: brings its pages once it has parts
 //! - `volumes`: the machine's own volumes in both
 //!
 //! Of `cluster:` volumes a checkpoint only has the names and sizes, in the image:
@@ -31,24 +31,24 @@
 //! Architecture Invariant: the machine stands still only while its last pages
 //! are copied *within memory*; no store is waited for meanwhile.
 
-mod apart;
-mod compact;
+mod compaction;
+mod create;
 mod folder;
 mod format;
 mod layout;
+mod lazy_restore;
+mod repository;
 mod restore;
-mod take;
-mod vault;
+mod spanning_restore;
 mod volumes;
-mod warm;
 
-pub use apart::Later;
-pub use compact::compact;
+pub use compaction::compact;
+pub use create::{Destination, Subject, TakeError, Taken, Taker};
 pub use format::{BlockRun, CheckpointId, FormatError, Manifest, MemoryComes, Origin, Pack, Run};
+pub use lazy_restore::Behind;
+pub use repository::{Candidates, Outline, Piece, Retention, TakeBlock, Vault, VaultError};
 pub use restore::{Rest, RestoreError, Restored, memory_bytes, restore};
-pub use take::{Destination, Subject, TakeError, Taken, Taker};
-pub use vault::{Candidates, Outline, Piece, Retention, TakeBlock, Vault, VaultError};
-pub use warm::Behind;
+pub use spanning_restore::Later;
 
 /// The name that a cluster volume's snapshot for a checkpoint has.
 pub fn snapshot_name(machine: &keel_cluster::MachineName, id: &CheckpointId) -> String {

@@ -3,12 +3,12 @@
 //! Without a checkpoint being named, the newest that is whole is taken: one
 //! whose part is missing or damaged is passed over, and the answer says so.
 
-use super::apart::Later;
 use super::format::{CheckpointId, Manifest, MemoryComes, Origin};
 use super::layout::{Block, Layout};
-use super::vault::{Piece, Vault, VaultError};
+use super::lazy_restore::Behind;
+use super::repository::{Piece, Vault, VaultError};
+use super::spanning_restore::Later;
 use super::volumes;
-use super::warm::Behind;
 use crate::failpoint::{self, Injected};
 use keel_wasm::memory::{GuestMemory, MemoryError, Unavailable};
 use keel_wasm::runtime::{

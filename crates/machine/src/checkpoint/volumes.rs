@@ -2,9 +2,9 @@
 //! own, and in the manifest which ones they are.
 
 use super::RestoreError;
+use super::create::{Packer, TakeError};
 use super::format::{BlockRun, Manifest};
-use super::take::{Packer, TakeError};
-use super::vault::{Piece, Vault};
+use super::repository::{Piece, Vault};
 use keel_wasi::Wasi;
 use keel_wasi::volume::{BlockReader, BlockWriter, Changes, Tracker};
 use std::collections::HashMap;

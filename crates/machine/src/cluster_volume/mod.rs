@@ -5,7 +5,7 @@
 //! - `state`: what a volume holds, and the difference between two states
 //! - `store`: the objects of one volume
 //! - `writer`: the one who writes: claims, commits, compacts
-//! - `keeper`: between a volume of `keel-wasi` and its writer, in a worker
+//! - `backend`: between a volume of `keel-wasi` and its writer, in a worker
 //! - `unfinished`: snapshots of checkpoints that fail
 //!
 //! ```text
@@ -44,15 +44,15 @@
 //! whose target gets the blocks that are in no segment yet from the source, nor in
 //! a checkpoint, which copies them within memory.
 
+mod backend;
 mod format;
-mod keeper;
 mod state;
 mod store;
 mod unfinished;
 mod writer;
 
+pub use backend::{Frozen, Held, Keeper, KeeperOptions};
 pub use format::{ChunkRef, FileBlocks, FormatError, Segment, WriterEpoch};
-pub use keeper::{Frozen, Held, Keeper, KeeperOptions};
 pub use state::VolumeState;
 pub use store::{VolumeError, VolumeStore, VolumeSummary};
 pub use unfinished::UnfinishedSnapshots;

@@ -3,7 +3,7 @@
 
 use super::format::{ChunkRef, FormatError, Segment, WriterEpoch};
 use super::state::VolumeState;
-use crate::place::{Place, PlaceError};
+use crate::storage_location::{Place, PlaceError};
 use futures::StreamExt;
 use keel_cluster::MachineName;
 use keel_cluster::clock::unix_ms;

@@ -1,7 +1,7 @@
 //! Snapshots of cluster volumes for a checkpoint that is not there yet. What makes
 //! it one is `checkpoint`'s business.
 
-use super::keeper::Keeper;
+use super::backend::Keeper;
 
 /// Deletes the snapshots of a checkpoint when it is dropped, unless that was made:
 /// without it nobody would ever ask for them, and they keep chunks that nobody needs.

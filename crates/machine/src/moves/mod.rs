@@ -4,19 +4,19 @@
 //! `target` from the worker that receives it. Both are stepped with events by a
 //! thin runtime (`keel-node` for the source, [`crate::worker`] for the target),
 //! which carries out their commands in order. `ownership` has the transactions that
-//! change the owner, `converge` says when copying is over, `predict` how a move will
+//! change the owner, `convergence` says when copying is over, `prediction` how a move will
 //! go.
 
-pub mod converge;
+pub mod convergence;
 pub mod ownership;
-pub mod predict;
+pub mod prediction;
 mod source;
 mod target;
 
 pub use source::{SourceCommand, SourceEvent, SourceMove, SourceState};
 pub use target::{TargetCommand, TargetEvent, TargetMove, TargetState};
 
-use self::predict::Prediction;
+use self::prediction::Prediction;
 use keel_cluster::{Epoch, MachineName, NodeName};
 use serde::{Deserialize, Serialize};
 

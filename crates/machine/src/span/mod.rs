@@ -7,45 +7,45 @@
 //!
 //! - `wire`: what is said, byte by byte
 //! - `peer`: the connections to another part
-//! - `meet`: how parts find each other
+//! - `mesh`: how parts find each other
 //! - `pages`: the part's pages
-//! - `keep`: which pages leave a part that has too many
-//! - `idle`: which memory nobody uses
-//! - `sharing`: which pages threads wait for again and again, and what parts share of them
-//! - `ahead`: which pages are asked for before they are touched
+//! - `eviction`: which pages leave a part that has too many
+//! - `idle_pages`: which memory nobody uses
+//! - `false_sharing`: which pages threads wait for again and again, and what parts share of them
+//! - `prefetch`: which pages are asked for before they are touched
 //! - `threads`: a machine that spans, at its home and at its members
-//! - `change`: parts that come and go
-//! - `succession`: the home moves
-//! - `within`: all parts of a machine in one process
-//! - `spin`: whether to look again rather than to sleep
+//! - `membership`: parts that come and go
+//! - `home_migration`: the home moves
+//! - `in_process`: all parts of a machine in one process
+//! - `adaptive_polling`: whether to look again rather than to sleep
 
-mod ahead;
-mod change;
-mod idle;
-mod keep;
-mod known;
-mod meet;
+mod adaptive_polling;
+mod eviction;
+mod false_sharing;
+mod home_migration;
+mod idle_pages;
+mod in_process;
+mod membership;
+mod mesh;
+mod page_digests;
 mod pages;
 mod peer;
-mod sharing;
-mod spin;
-mod succession;
+mod prefetch;
 mod threads;
 mod wire;
-mod within;
 
-pub use idle::IdleRange;
+pub use false_sharing::{HotPage, Sharing};
+pub use home_migration::{LeavingHome, Legacy, Whereabouts};
+pub use idle_pages::IdleRange;
+pub use in_process::{Within, WithinError};
 pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 pub use keel_wasm::runtime::parts::Spawning;
 pub use keel_wasm::runtime::{CoreTime, Took};
-pub(crate) use known::{Known, sort as sort_by_known};
-pub use meet::{MeetError, Meeting, Place};
+pub use mesh::{MeetError, Meeting, Place};
+pub(crate) use page_digests::{Known, sort as sort_by_known};
 pub use pages::{
     BeginError, Cut, CutPages, CutPiece, CutSame, CutWord, Heat, Latency, Listener, Object,
     PART_BYTES_MIN, Pages, PartMemory, Setup, SpanError, Teller,
 };
 pub use peer::{Ends, Hello, PeerError};
-pub use sharing::{HotPage, Sharing};
-pub use succession::{LeavingHome, Legacy, Whereabouts};
 pub use threads::{Home, Keeps, MemberPart, SpanningError, Spread};
-pub use within::{Within, WithinError};

@@ -706,8 +706,8 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::span::idle::IdleRange;
-    use crate::span::sharing::Stood;
+    use crate::span::false_sharing::Stood;
+    use crate::span::idle_pages::IdleRange;
     use keel_wasm::coherence::{Access, Holders, PageId, Placement, Segment, Traffic, Txn};
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};

@@ -2,7 +2,7 @@
 //! it would have to carry.
 
 use crate::checkpoint::Taker;
-use crate::moves::predict::{Activity, Written};
+use crate::moves::prediction::{Activity, Written};
 use keel_wasm::memory::{DirtyTracker, GuestMemory, MemoryError, PAGE_BYTES};
 use std::collections::HashSet;
 use std::ops::Range;

@@ -57,7 +57,7 @@ pub mod kind {
     pub const FAILPOINT: u16 = 0x04ff;
     /// [`super::Checkpoint`] → [`super::Checkpointed`].
     pub const CHECKPOINT: u16 = 0x040e;
-    /// `()` → [`crate::moves::predict::Activity`]: what it does with its memory.
+    /// `()` → [`crate::moves::prediction::Activity`]: what it does with its memory.
     pub const ACTIVITY: u16 = 0x0415;
     /// [`super::Spec`] → `()`: other limits of memory and CPU from now on, and what
     /// else of the spec matters here. Nothing changes where it is refused.

@@ -3,32 +3,32 @@
 //! - `control`: requests, answers and events between agent and worker
 //! - `process`: the process itself
 //! - `compile`: the process that compiles a program ahead
-//! - `outgoing`: gives the machine away (source of a move)
-//! - `incoming`: receives a machine (target of a move)
+//! - `source`: gives the machine away (source of a move)
+//! - `target`: receives a machine (target of a move)
 //! - `files`: what users do with files in volumes
 //! - `volumes`: the machine's own volumes, in both directions
-//! - `kept`: the keepers of its cluster volumes
+//! - `cluster_volumes`: the keepers of its cluster volumes
 //! - `spanning`: the worker as one of several parts
-//! - `changing`: a part of a machine whose set of parts changes
-//! - `looking`: what was written last by a machine that stands
+//! - `membership`: a part of a machine whose set of parts changes
+//! - `residual_dirty_scan`: what was written last by a machine that stands
 //!
 //! A worker outlives its agent: it is found again through the socket in its
 //! folder. It never decides who owns the machine; it does what its agent, which
 //! reads the store, tells it.
 
 mod activity;
-mod changing;
+mod cluster_volumes;
 mod compile;
 pub mod control;
 pub mod files;
-mod filling;
-mod incoming;
-mod kept;
 mod log_transfer;
-mod looking;
-mod outgoing;
+mod membership;
+mod post_copy;
 mod process;
+mod residual_dirty_scan;
+mod source;
 mod spanning;
+mod target;
 pub mod volumes;
 
 pub use compile::compile;

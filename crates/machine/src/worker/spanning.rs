@@ -10,8 +10,8 @@ use super::control::{
     Join, MeetParts, MoveObject, MoveThread, ObjectReport, PartsReport, ReadyPart, Span, State,
     Succession, ThreadReport,
 };
-use super::outgoing::HomeParts;
 use super::process::Worker;
+use super::source::HomeParts;
 use crate::checkpoint::{Later, VaultError};
 use crate::failpoint;
 use crate::moves::TargetEvent;

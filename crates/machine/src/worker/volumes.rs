@@ -5,7 +5,7 @@
 //! folder. Names and sizes travel in the machine's image; until that is there,
 //! a target only knows numbers of files.
 
-use super::kept::Keepers;
+use super::cluster_volumes::Keepers;
 use crate::link::{Link, LinkError, Message};
 use crate::spec::{Spec, VolumeKind};
 use keel_net::Bytes;

@@ -4,7 +4,7 @@
 
 use crate::agent::Agent;
 use keel_cluster::MachineName;
-use keel_machine::moves::predict::Activity;
+use keel_machine::moves::prediction::Activity;
 use keel_machine::worker::control::kind;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

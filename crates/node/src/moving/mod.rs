@@ -22,7 +22,7 @@ use crate::workers::Worker;
 use keel_api::{CheckpointRequest, EventKind, MoveLine, Urgency};
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::moves::converge::LAST_PAGES_BUDGET;
+use keel_machine::moves::convergence::LAST_PAGES_BUDGET;
 use keel_machine::moves::{Ending, MoveReport, SourceEvent, SourceMove, SourceState};
 use keel_machine::spec::{Record, Status};
 use keel_machine::worker::control::{Report, State};

@@ -14,59 +14,59 @@
 //!
 //! One thread serves faults and hears all parts, since to wake a thread costs more than
 //! all that it does for a page; so it does not sleep at once when nothing is left to do
-//! ([`super::spin`]).
+//! ([`super::adaptive_polling`]).
 //!
-//! - `serve`: that thread
-//! - `work`: what follows from events is done to memory, and said
-//! - `host`: the host's own accesses
-//! - `keeping`: how much a part keeps, and that no more is there
-//! - `others`: the other parts, which come and go
-//! - `settling`: nothing is on its way
-//! - `cutting`: the memory of the whole as it is at one instant
-//! - `succession`: another part becomes the home
+//! - `fault_service`: that thread
+//! - `effects`: what follows from events is done to memory, and said
+//! - `host_access`: the host's own accesses
+//! - `evictor`: how much a part keeps, and that no more is there
+//! - `peers`: the other parts, which come and go
+//! - `quiescence`: nothing is on its way
+//! - `consistent_cut`: the memory of the whole as it is at one instant
+//! - `home_migration`: another part becomes the home
 //! - `objects`: the memory of the whole in pieces, and how they move
 
-mod cutting;
-mod host;
-mod keeping;
-mod looking;
+mod access_scan;
+mod consistent_cut;
+mod effects;
+mod evictor;
+mod fault_service;
+mod home_migration;
+mod host_access;
 mod objects;
-mod others;
-mod serve;
-mod settling;
-mod succession;
-mod work;
+mod peers;
+mod quiescence;
 
-pub use cutting::{Cut, CutPages, CutPiece, CutSame, CutWord};
-pub use keeping::{PART_BYTES_MIN, PartMemory};
+pub use consistent_cut::{Cut, CutPages, CutPiece, CutSame, CutWord};
+pub use evictor::{PART_BYTES_MIN, PartMemory};
+pub(super) use home_migration::Left;
 pub(super) use objects::{Answer, Question};
 pub use objects::{Heat, Object};
-pub(super) use settling::SettleWord;
-pub(super) use succession::Left;
+pub(super) use quiescence::SettleWord;
 
-use super::ahead::Streams;
-use super::idle::Idle;
-use super::keep::Keep;
+use super::eviction::Keep;
+use super::false_sharing::Standing;
+use super::idle_pages::Idle;
 use super::peer::{Ends, PeerError};
-use super::sharing::Standing;
+use super::prefetch::Streams;
 use super::wire::{self, PageBytes, Parcel};
-use cutting::{Cuts, Cutting};
-use host::{page_of, pieces};
+use consistent_cut::{Cuts, Cutting};
+use effects::{Beside, Work};
+use evictor::Limits;
+use host_access::{page_of, pieces};
 use keel_wasm::coherence::{Access, Coherence, Config, Event, PageId, PartId, PartSet, Traffic};
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES, Spanning, Unavailable};
-use keeping::Limits;
-use others::Others;
+use peers::Others;
+use quiescence::Settling;
 use roaring::RoaringBitmap;
 use rustc_hash::FxHashMap;
 use rustix::event::{EventfdFlags, eventfd};
-use settling::Settling;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use work::{Beside, Work};
 
 const PAGE: usize = PAGE_BYTES as usize;
 /// How long it sleeps at most.

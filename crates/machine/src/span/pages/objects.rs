@@ -11,11 +11,11 @@
 //!     │◀── Answer ──────────────────────────────────────────────│
 //! ```
 
-use super::super::idle::IdleRange;
-use super::super::sharing::{self, HotPage, Stood};
+use super::super::false_sharing::{self, HotPage, Stood};
+use super::super::idle_pages::IdleRange;
 use super::super::wire::Parcel;
-use super::host::page_of;
-use super::work::{Beside, Happened, Work};
+use super::effects::{Beside, Happened, Work};
+use super::host_access::page_of;
 use super::{MOVES_MAX, Pages, SLEEP_MAX, Shared, SpanError, locked};
 use keel_wasm::coherence::{Event, Holders, PageId, PartId, PartSet, Placement, Segment};
 use keel_wasm::memory::PAGE_BYTES;
@@ -312,7 +312,7 @@ impl Shared {
                 Err(error) => return Err(error),
             }
         }
-        let hot = sharing::together(told);
+        let hot = false_sharing::together(told);
         Ok(Heat { hot, idle })
     }
 

@@ -1,32 +1,32 @@
 //! The worker process: one machine, a socket for its agent, and the threads
 //! that moves need.
 //!
-//! - `starting`: how the machine begins
+//! - `start`: how the machine begins
 //! - `checkpoints`: they are taken
-//! - `giving`: it is given away
-//! - `receiving`: it comes from another worker
+//! - `source`: it is given away
+//! - `target`: it comes from another worker
 
 mod checkpoints;
-mod giving;
-mod receiving;
-mod starting;
+mod source;
+mod start;
+mod target;
 
 use super::SOCKET;
 use super::activity;
+use super::cluster_volumes::Keepers;
 use super::control::{
     Checkpoint, Copy, CopyHome, FileDone, FileRequest, LogChunk, ReadLog, Receive, Report, Start,
     StartPhase, StartProgress, State, Succession, VolumeReport, kind, pack, unpack,
 };
 use super::files;
-use super::filling::Filler;
-use super::kept::Keepers;
-use super::outgoing::Leaving;
+use super::post_copy::Filler;
+use super::source::Leaving;
 use super::spanning::Parts;
 use super::volumes;
 use crate::cgroup::{self, Group};
 use crate::checkpoint::{Behind, Later, Taker};
 use crate::log::{Log, StreamKind};
-use crate::moves::predict::Activity;
+use crate::moves::prediction::Activity;
 use crate::moves::{FillReport, TargetMove};
 use crate::span::MemberPart;
 use crate::spec::{Spec, Status};

@@ -1,10 +1,10 @@
 //! The thread of a part that serves faults, and hears all other parts.
 
+use super::super::adaptive_polling::Spin;
 use super::super::peer::Heard;
-use super::super::spin::Spin;
 use super::super::wire::Parcel;
-use super::keeping::FAULTS_WAIT;
-use super::work::{Beside, Happened};
+use super::effects::{Beside, Happened};
+use super::evictor::FAULTS_WAIT;
 use super::{FAULTS_MAX, SLEEP_MAX, Shared, SpanError, locked};
 use keel_wasm::coherence::{Access, Event, PageId, PartId, PartSet};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES, Spanning};

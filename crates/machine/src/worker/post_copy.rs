@@ -25,7 +25,7 @@
 //! the source connects anew and is told what is still wanted. A source that is
 //! gone for good is the agents' business: the machine cannot go on.
 
-use super::outgoing::Way;
+use super::source::Way;
 use crate::link::{Hello, Link, LinkError, Message, Purpose, WritePages};
 use crate::moves::FillReport;
 use keel_net::ServerTls;

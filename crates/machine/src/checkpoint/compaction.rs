@@ -7,10 +7,10 @@
 //! then its manifest is replaced in one step. Whoever read the old manifest and
 //! misses a pack reads the manifest again.
 
+use super::create::{Packer, TakeError, note_page};
 use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest};
 use super::layout::{Layout, Piece as PagePiece};
-use super::take::{Packer, TakeError, note_page};
-use super::vault::{Piece, Vault, VaultError};
+use super::repository::{Piece, Vault, VaultError};
 use super::volumes::note_block;
 use keel_cluster::MachineName;
 use std::collections::{BTreeMap, HashMap};

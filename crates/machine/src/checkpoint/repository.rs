@@ -4,11 +4,11 @@
 //! separators. Async; for a worker's own runtime, never for an agent's hot
 //! paths: stores may be slow.
 
-use super::compact::compact;
+use super::compaction::compact;
+use super::create::TakeError;
 use super::folder;
 use super::format::{BLOCK_BYTES, CheckpointId, FormatError, Manifest, Pack};
-use super::take::TakeError;
-use crate::place::{Place, PlaceError};
+use crate::storage_location::{Place, PlaceError};
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use keel_net::{Bytes, Fingerprint};
@@ -575,7 +575,7 @@ impl Vault {
             let chain = runtime.block_on(self.chain(machine, oldest));
             if let Ok(chain) = chain
                 && chain.len() > 1
-                && let Ok((stored, counts)) = super::compact::bytes_of(&chain)
+                && let Ok((stored, counts)) = super::compaction::bytes_of(&chain)
                 && stored - counts >= counts
             {
                 let bytes = compact(self, runtime, machine, oldest)?;

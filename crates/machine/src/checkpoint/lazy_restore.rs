@@ -14,7 +14,7 @@
 
 use super::format::{Manifest, Pack};
 use super::layout::{Block, Layout};
-use super::vault::{Piece, Vault, VaultError};
+use super::repository::{Piece, Vault, VaultError};
 use keel_net::Bytes;
 use keel_wasm::memory::{FaultKind, GuestMemory, MemoryError, PAGE_BYTES, PageFaults, Unavailable};
 use std::cell::Cell;

@@ -2,7 +2,7 @@
 //! carries, and how earlier moves went.
 //!
 //! The rounds of pre-copy are gone through with the rule that copying itself
-//! follows ([`super::converge`]), as in published models of live migration
+//! follows ([`super::convergence`]), as in published models of live migration
 //! (Akoush et al., "Predicting the Performance of Virtual Machine Migration",
 //! MASCOTS 2010): a round takes as long as its bytes take on the link, and the
 //! next one has what was written in that time. How much that is was sampled:
@@ -11,7 +11,7 @@
 //! in its move's report, and how far off earlier ones were corrects the next and
 //! gives its interval.
 
-use super::converge::{self, LAST_PAGES_BUDGET, Next};
+use super::convergence::{self, LAST_PAGES_BUDGET, Next};
 use super::{Ending, MoveReport, Round};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -254,7 +254,7 @@ fn course(known: &Known<'_>, link: f64, post_copy: bool) -> Course {
             course.behind_bytes = left;
             break;
         }
-        match converge::next(&rounds, left as u64, known.budget) {
+        match convergence::next(&rounds, left as u64, known.budget) {
             Next::Freeze => {
                 course.bytes += left;
                 course.micros += left / link * 1e6;

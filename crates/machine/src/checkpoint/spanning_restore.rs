@@ -4,8 +4,8 @@
 
 use super::format::Manifest;
 use super::layout::Layout;
+use super::repository::{Vault, VaultError};
 use super::restore::{Write, bring};
-use super::vault::{Vault, VaultError};
 use tokio::runtime::Handle;
 
 /// What is to come. Until it is let go ([`Self::let_go`]), or for an hour, nobody deletes

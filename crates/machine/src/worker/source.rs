@@ -2,17 +2,17 @@
 //! sends the rest, and tells the target to go on. Blocking; has a thread of its
 //! own.
 
+use super::cluster_volumes::Keepers;
 use super::control::{Copy, CopyEvent, Frozen, Succession};
-use super::filling::{self, PageSet};
-use super::kept::Keepers;
 use super::log_transfer::LogSource;
-use super::looking::{Looking, Written};
+use super::post_copy::{self, PageSet};
+use super::residual_dirty_scan::{Looking, Written};
 use super::volumes::{OutgoingVolumes, VolumeError};
 use crate::cgroup::Courtesy;
 use crate::failpoint::{self, Injected};
 use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, Purpose};
 use crate::log::Log;
-use crate::moves::converge::{self, Next, best_rate};
+use crate::moves::convergence::{self, Next, best_rate};
 use crate::moves::{FillReport, Phase, Progress, Round};
 use crate::span::{Home, LeavingHome, PartId, SpanError, SpanningError};
 use keel_cluster::{Epoch, MachineName, NodeName};
@@ -292,7 +292,7 @@ impl Outgoing {
                 }
                 break;
             }
-            match converge::next(&rounds, left, self.budget) {
+            match convergence::next(&rounds, left, self.budget) {
                 Next::Freeze => {
                     // What was found dirty is sent with the rest.
                     self.send_ranges(&ranges, false)?;
@@ -573,7 +573,7 @@ impl Outgoing {
 
     /// Sends all pages that were kept, for as long as it takes.
     pub(super) fn serve(self, unsent: &std::sync::atomic::AtomicU64) -> FillReport {
-        filling::serve(&self.way, self.machine.memories(), Some(self.link), unsent)
+        post_copy::serve(&self.way, self.machine.memories(), Some(self.link), unsent)
     }
 
     /// Gives up. The machine is not thawed here.

@@ -1,8 +1,8 @@
-//! Looks which of a part's pages are used ([`super::super::idle`] says why, and remembers):
+//! Looks which of a part's pages are used ([`super::super::idle_pages`] says why, and remembers):
 //! a few milliseconds every five seconds, whatever the memory. What cannot be seen is not
 //! known; nothing ends for it.
 
-use super::super::idle::LOOKED_BYTES;
+use super::super::idle_pages::LOOKED_BYTES;
 use super::{Shared, locked};
 use keel_wasm::memory::{MemoryError, Spanning};
 use rand::RngExt;

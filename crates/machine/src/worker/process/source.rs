@@ -1,7 +1,7 @@
 //! The machine is given away: copied, frozen, and gone, or thawed again.
 
 use super::super::control::{Copy, CopyEvent, CopyHome, Frozen, State, pack};
-use super::super::outgoing::{Leaving, Outgoing};
+use super::super::source::{Leaving, Outgoing};
 use super::{Worker, goes_on, say};
 use crate::failpoint;
 use crate::link::LinkError;

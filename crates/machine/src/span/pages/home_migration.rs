@@ -3,7 +3,7 @@
 //! ```text
 //!   home                            successor                        others
 //!     what is here goes there
-//!     it is the directory of all, and nothing is on its way ([`super::settling`])
+//!     it is the directory of all, and nothing is on its way ([`super::quiescence`])
 //!     │─── who holds what (not here) ──▶│                             │                    │
 //!     │    … it is decided …            │ is the home                 │                    │
 //!     │                                 │─── Succeeded ──────────────▶│ its number is the
@@ -18,9 +18,9 @@
 
 use super::super::peer::Heard;
 use super::super::wire::Parcel;
+use super::effects::Beside;
 use super::objects::push_move;
-use super::settling::Settled;
-use super::work::Beside;
+use super::quiescence::Settled;
 use super::{Listener, MOVES_MAX, Pages, Shared, SpanError, locked};
 use keel_wasm::coherence::{Copy, Event, Holdings, PageId, PartId};
 use keel_wasm::memory::PAGE_BYTES;

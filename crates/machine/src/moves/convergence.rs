@@ -1,6 +1,6 @@
 //! When copying has caught up with a machine: whether another round is worth its
 //! while, or it is time to freeze, or the guest must be slowed down first. Used by
-//! whoever copies, and by whoever foretells how that will go ([`super::predict`]).
+//! whoever copies, and by whoever foretells how that will go ([`super::prediction`]).
 
 use super::Round;
 use std::time::Duration;

@@ -7,7 +7,7 @@
 //!     │─── Prepare ─────────────────────▶│ protects what it owns; whoever writes a page
 //!     │◀─────────────────────── Prepared ─│ goes on at once, and it counts as another one
 //!     │            all threads stand
-//!   nothing is on its way ([`super::settling`]): the cut
+//!   nothing is on its way ([`super::quiescence`]): the cut
 //!     │─── Mark ────────────────────────▶│ protects what was written since, or came
 //!     │◀───────────────────────── Marked ─│
 //!     │            threads go on
@@ -25,9 +25,9 @@
 //! written since it was prepared. Members send as much as the home has asked for, so a slow
 //! store fills no memory.
 
-use super::super::known::{self, Known};
+use super::super::page_digests::{self, Known};
 use super::super::wire::Parcel;
-use super::work::Work;
+use super::effects::Work;
 use super::{PAGE, Pages, Shared, SpanError, State, locked};
 use bytes::Bytes;
 use keel_wasm::coherence::{Copy, PageId, PartId, PartSet};
@@ -697,7 +697,7 @@ impl Given {
             None => self.now.insert((heard, Known::default())),
         };
         let before = self.before.as_ref().map(|(_, known)| known);
-        known::sort(pages, |memory, number, hash| {
+        page_digests::sort(pages, |memory, number, hash| {
             now.put(memory, number, hash);
             before.is_some_and(|it| it.get(memory, number) == Some(hash))
         })

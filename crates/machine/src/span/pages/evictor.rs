@@ -1,6 +1,6 @@
 //! What a part keeps of a machine's memory, at most: a thread of its own gives away what
 //! is too much. Copies that others have, too, are dropped first; then pages go to the part
-//! with most room ([`super::super::keep`] says which).
+//! with most room ([`super::super::eviction`] says which).
 //!
 //! ```text
 //!   limit of all parts ── from the home ──▶ own limit ◀── what this host has room for
@@ -13,11 +13,11 @@
 //! Where no part has room, it keeps what it has: nothing that the guest wrote is ever
 //! lost for it. How much memory the machine may have in all, its own limit says.
 
-use super::super::keep::Keep;
+use super::super::eviction::Keep;
 use super::super::wire::Parcel;
-use super::looking::Looking;
+use super::access_scan::Looking;
+use super::effects::{Beside, Happened, Work};
 use super::objects::push_move;
-use super::work::{Beside, Happened, Work};
 use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked, offset};
 use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
 use keel_wasm::memory::PAGE_BYTES;

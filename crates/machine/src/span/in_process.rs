@@ -1,9 +1,9 @@
 //! All parts of a machine in one process, connected as they are over a network: for
 //! programs in the foreground, and to try what spans.
 
-use super::meet::{MeetError, Meeting};
+use super::home_migration::{LeavingHome, Legacy};
+use super::mesh::{MeetError, Meeting};
 use super::peer::Ends;
-use super::succession::{LeavingHome, Legacy};
 use super::threads::{Home, MemberPart, SpanningError, Spread};
 use keel_cluster::{Epoch, MachineName};
 use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};

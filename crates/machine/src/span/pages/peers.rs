@@ -19,7 +19,7 @@
 
 use super::super::peer::{Ends, Heard, Told};
 use super::super::wire::Parcel;
-use super::work::{Beside, Work};
+use super::effects::{Beside, Work};
 use super::{BeginError, PART_BYTES_MIN, Pages, Shared, SpanError, locked};
 use keel_wasm::coherence::{Event, PartId, PartSet};
 use std::collections::BTreeMap;

@@ -5,7 +5,7 @@
 use super::CHAIN_MAX;
 use super::folder::Aligned;
 use super::format::{BLOCK_BYTES, BlockRun, CheckpointId, Manifest, Pack, Run};
-use super::vault::{Outline, Piece, Vault, VaultError};
+use super::repository::{Outline, Piece, Vault, VaultError};
 use super::volumes::VolumeTrackers;
 use crate::cluster_volume::{Held, Keeper, UnfinishedSnapshots, VolumeError};
 use crate::failpoint::{self, Injected};

@@ -1,7 +1,7 @@
 //! How a machine begins: anew, from a checkpoint, with memory that is brought later.
 
+use super::super::cluster_volumes::Keepers;
 use super::super::control::{Start, StartFrom, StartPhase, State};
-use super::super::kept::Keepers;
 use super::super::volumes;
 use super::{Worker, say};
 use crate::checkpoint::{self, Behind, Origin, Rest, Vault};

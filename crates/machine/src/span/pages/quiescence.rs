@@ -12,7 +12,7 @@
 //! ```
 
 use super::super::wire::Parcel;
-use super::work::Beside;
+use super::effects::Beside;
 use super::{MOVES_MAX, Pages, Shared, SpanError, State, locked};
 use keel_wasm::coherence::{Event, PartId, Segment, Traffic};
 use serde::{Deserialize, Serialize};

@@ -1,9 +1,9 @@
 //! The machine comes from another worker, and is this one's when the store says so.
 
+use super::super::cluster_volumes::Keepers;
 use super::super::control::{Receive, Receiving, State};
-use super::super::filling::{Filler, Filling};
-use super::super::incoming::{self, IncomingError};
-use super::super::kept::Keepers;
+use super::super::post_copy::{Filler, Filling};
+use super::super::target::{self, IncomingError};
 use super::super::volumes::IncomingVolumes;
 use super::{Worker, goes_on};
 use crate::failpoint;
@@ -72,14 +72,14 @@ impl Worker {
                     filler.begin(listener, tls, hello, move |it| worker.filling(it))
                 };
                 let part = || worker.inner().parts.arriving();
-                let arrived = incoming::receive(
+                let arrived = target::receive(
                     &listener,
                     &identity,
                     &request,
                     program,
                     &worker.folder,
                     volumes,
-                    &incoming::Surroundings {
+                    &target::Surroundings {
                         restore: &restore,
                         fill: &fill,
                         part: &part,
@@ -91,11 +91,7 @@ impl Worker {
         Ok(receiving)
     }
 
-    fn arrived(
-        self: &Arc<Self>,
-        arrived: Result<incoming::Arrived, IncomingError>,
-        offered: Epoch,
-    ) {
+    fn arrived(self: &Arc<Self>, arrived: Result<target::Arrived, IncomingError>, offered: Epoch) {
         let mut arrived = match arrived {
             Ok(arrived) => arrived,
             Err(error) => {
@@ -183,7 +179,7 @@ impl Worker {
         loop {
             let event = match link.receive() {
                 Ok(message) if message.names_pages() && naming.is_some() => {
-                    match naming.map(|filler| incoming::hear_names(message, filler)) {
+                    match naming.map(|filler| target::hear_names(message, filler)) {
                         Some(Ok(true)) => naming = None,
                         Some(Err(error)) => {
                             return self.source_lost(error.to_string(), offered);
@@ -205,7 +201,7 @@ impl Worker {
             self.step_target_and(event, &mut |epoch| {
                 if let Err(error) = failpoint::pass("in.gone")
                     .map_err(|error| LinkError::Aborted(error.to_string()))
-                    .and_then(|()| incoming::say_resumed(link, epoch))
+                    .and_then(|()| target::say_resumed(link, epoch))
                 {
                     // The source asks again over the agents.
                     tracing::info!(%error, "the source did not hear that the machine runs");

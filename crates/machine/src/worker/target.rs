@@ -2,8 +2,8 @@
 //! it makes a machine that stands ready. Blocking; has a thread of its own.
 
 use super::control::{Receive, Succession};
-use super::filling::Filler;
 use super::log_transfer::LogTarget;
+use super::post_copy::Filler;
 use super::volumes::{IncomingVolumes, VolumeError};
 use crate::cgroup::Courtesy;
 use crate::failpoint::{self, Injected};

@@ -1,6 +1,6 @@
 //! The host's own accesses to a machine's memory: a page stays here while it is copied.
 
-use super::work::{Beside, Work};
+use super::effects::{Beside, Work};
 use super::{ASK_AGAIN, PAGE, Shared, SpanError, State, locked};
 use keel_wasm::coherence::{Access, Event, PageId};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::cluster_volume::UnfinishedSnapshots;
-use crate::place::Place;
+use crate::storage_location::Place;
 use async_trait::async_trait;
 use futures::stream::BoxStream;
 use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits};
