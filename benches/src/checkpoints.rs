@@ -13,7 +13,7 @@ use keel_machine::checkpoint::{
 };
 use keel_machine::log::Log;
 use keel_machine::restart::Restart;
-use keel_machine::span::{Keeps, Pages, Spread, Within};
+use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig};
 use keel_machine::spec::{Balancing, Spec};
 use keel_wasi::{Config, MemorySink, Wasi};
 use keel_wasm::coherence::PartId;
@@ -82,13 +82,13 @@ pub(crate) fn bench(guests: &Path, rounds: usize) -> Result<()> {
 /// Of a machine of two parts that have half of its memory each, while it writes.
 fn apart(guests: &Path, folder: &Path, rounds: usize) -> Result<()> {
     let bench = Bench::start(guests, folder, "50")?;
-    let how = Spread {
+    let how = SpanConfig {
         spawning: Spawning::Here,
         patience: PATIENCE,
-        keeps: Keeps::default(),
+        keeps: PartLimits::default(),
         stands: false,
     };
-    let parts = Within::begin(&bench.machine, 2, bench.spec.memory_bytes, how)?;
+    let parts = InProcess::begin(&bench.machine, 2, bench.spec.memory_bytes, how)?;
     let pages = parts.home().pages();
     let member = PartId::new(1).context("a member")?;
     let (mut rates, mut writing, mut pauses) = (Vec::new(), Vec::new(), Vec::new());

@@ -21,7 +21,7 @@ const READ_BYTES_MAX: u64 = 1 << 30;
 #[error(
     "{url:?} is no place for checkpoints or volumes: {reason} (use /a/directory, file:///a/directory or s3://bucket/prefix)"
 )]
-pub struct PlaceError {
+pub struct StorageLocationError {
     /// What was given.
     pub url: String,
     /// What is wrong with it.
@@ -30,7 +30,7 @@ pub struct PlaceError {
 
 /// A place, open.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct StorageLocation {
     store: Arc<dyn ObjectStore>,
     /// The same, if it is a directory.
     folder: Option<Arc<LocalFileSystem>>,
@@ -44,15 +44,15 @@ fn directory(url: &str) -> Option<&str> {
     folder.starts_with('/').then_some(folder)
 }
 
-impl Place {
+impl StorageLocation {
     /// Opens a place and makes its directory where it is missing: for storing.
     /// Reading makes nothing. Blocking.
     ///
     /// # Errors
-    /// [`PlaceError`].
-    pub fn create(url: &str) -> Result<Self, PlaceError> {
+    /// [`StorageLocationError`].
+    pub fn create(url: &str) -> Result<Self, StorageLocationError> {
         if let Some(folder) = directory(url) {
-            std::fs::create_dir_all(folder).map_err(|error| PlaceError {
+            std::fs::create_dir_all(folder).map_err(|error| StorageLocationError {
                 url: url.to_owned(),
                 reason: error.to_string(),
             })?;
@@ -65,8 +65,8 @@ impl Place {
     /// (`AWS_ENDPOINT_URL` for stores that are not Amazon's). Blocking.
     ///
     /// # Errors
-    /// [`PlaceError`].
-    pub fn open(url: &str) -> Result<Self, PlaceError> {
+    /// [`StorageLocationError`].
+    pub fn open(url: &str) -> Result<Self, StorageLocationError> {
         let settings = std::env::vars().filter(|(name, _)| name.starts_with("AWS_"));
         Self::open_with(url, settings, RETRY_FOR)
     }
@@ -75,13 +75,13 @@ impl Place {
     /// long for one request to be repeated.
     ///
     /// # Errors
-    /// [`PlaceError`].
+    /// [`StorageLocationError`].
     pub fn open_with(
         url: &str,
         settings: impl IntoIterator<Item = (String, String)>,
         retry_for: Duration,
-    ) -> Result<Self, PlaceError> {
-        let bad = |reason: String| PlaceError {
+    ) -> Result<Self, StorageLocationError> {
+        let bad = |reason: String| StorageLocationError {
             url: url.to_owned(),
             reason,
         };
@@ -92,7 +92,7 @@ impl Place {
                 .map_err(|error| bad(error.to_string()))?
                 .with_fsync(true);
             let store = Arc::new(store);
-            return Ok(Place {
+            return Ok(StorageLocation {
                 folder: Some(store.clone()),
                 ..Self::of(store, Path::default(), url)
             });
@@ -127,7 +127,7 @@ impl Place {
 
     /// A place in any object store, by the name that people know it by.
     pub fn of(store: Arc<dyn ObjectStore>, prefix: Path, url: &str) -> Self {
-        Place {
+        StorageLocation {
             store,
             folder: None,
             prefix,

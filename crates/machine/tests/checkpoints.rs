@@ -8,7 +8,7 @@ use keel_machine::checkpoint::{
     Retention, Subject, TakeError, Taken, Taker, Vault, VaultError, compact, restore,
 };
 use keel_machine::log::Log;
-use keel_machine::span::{Keeps, Pages, SpanError, Spread, Within};
+use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig, SpanError};
 use keel_machine::spec::{Balancing, Spec, Volume, VolumeKind};
 use keel_wasi::volume::VolumeLimits;
 use keel_wasi::{Config, MemorySink, Preopen, Resources, Source, Wasi};
@@ -335,16 +335,16 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
             String::from_utf8(running.output.bytes()).unwrap()
         };
         let mut running = Running::ready(name, args);
-        let how = Spread {
+        let how = SpanConfig {
             spawning: Spawning::Even,
             patience: LIMIT,
-            keeps: Keeps {
+            keeps: PartLimits {
                 part_bytes: Some(4 << 20),
                 room_bytes: None,
             },
             stands: false,
         };
-        let apart = Within::begin(&running.machine, 3, 256 << 20, how).unwrap();
+        let apart = InProcess::begin(&running.machine, 3, 256 << 20, how).unwrap();
         let mut taken = Vec::new();
         let mut rng = SmallRng::seed_from_u64(3);
         while taken.len() < 4 {
@@ -390,23 +390,23 @@ fn of_a_machine_with_parts_it_is_of_one_instant() {
 fn of_parts_what_did_not_change_is_not_stored_again() {
     // (It writes 1 MB a second, of 16 MiB.)
     let mut running = Running::ready("writer", &["16", "1", "60"]);
-    let how = Spread {
+    let how = SpanConfig {
         spawning: Spawning::Here,
         patience: LIMIT,
-        keeps: Keeps::default(),
+        keeps: PartLimits::default(),
         stands: false,
     };
-    let mut apart = Within::begin(&running.machine, 3, 256 << 20, how).unwrap();
+    let mut apart = InProcess::begin(&running.machine, 3, 256 << 20, how).unwrap();
     running.wait_lines(2);
     let never = AtomicBool::new(false);
     let part = |number| PartId::new(number).unwrap();
-    let to = |apart: &Within, range: std::ops::Range<u64>, to: usize| {
+    let to = |apart: &InProcess, range: std::ops::Range<u64>, to: usize| {
         let pages = apart.home().pages().clone();
         let mib = range.start << 20..range.end << 20;
         pages.move_object(0, mib, part(to), LIMIT).unwrap();
     };
     let mut taken = Vec::new();
-    let mut take = |running: &mut Running, apart: &Within, full: bool| {
+    let mut take = |running: &mut Running, apart: &InProcess, full: bool| {
         let pages = apart.home().pages().clone();
         let one = running.try_take_apart(Some(&pages), full, &never).unwrap();
         let runs = one.manifest.runs.iter();
@@ -445,13 +445,13 @@ fn of_parts_what_did_not_change_is_not_stored_again() {
 #[test]
 fn alone_again_a_full_one_comes_first() {
     let mut running = Running::ready("writer", &["16", "40", "60"]);
-    let how = Spread {
+    let how = SpanConfig {
         spawning: Spawning::Here,
         patience: LIMIT,
-        keeps: Keeps::default(),
+        keeps: PartLimits::default(),
         stands: false,
     };
-    let apart = Within::begin(&running.machine, 2, 256 << 20, how).unwrap();
+    let apart = InProcess::begin(&running.machine, 2, 256 << 20, how).unwrap();
     running.wait_lines(2);
     let never = AtomicBool::new(false);
     let pages = apart.home().pages().clone();
@@ -493,10 +493,10 @@ fn what_is_larger_than_a_part_comes_to_several() {
     let id = running.take(false).manifest.id;
     let alone = running.finish(running.restore(Some(&id)).unwrap());
     running.machine.stop();
-    let how = Spread {
+    let how = SpanConfig {
         spawning: Spawning::Here,
         patience: LIMIT,
-        keeps: Keeps {
+        keeps: PartLimits {
             part_bytes: Some(MOST),
             room_bytes: Some(MOST),
         },
@@ -510,7 +510,7 @@ fn what_is_larger_than_a_part_comes_to_several() {
             panic!("its memory is there");
         };
         assert!(later.bytes() >= 24 << 20);
-        let apart = Within::begin(&machine, parts, 256 << 20, how).unwrap();
+        let apart = InProcess::begin(&machine, parts, 256 << 20, how).unwrap();
         (machine, output, later, apart)
     };
     let bring = |later: &Later, pages: &Pages| {
@@ -526,8 +526,8 @@ fn what_is_larger_than_a_part_comes_to_several() {
     };
     // The newest that is whole is read before; one that is named is not.
     // (What the others may keep is not bounded, either.)
-    let only_here = Spread {
-        keeps: Keeps {
+    let only_here = SpanConfig {
+        keeps: PartLimits {
             part_bytes: None,
             ..how.keeps
         },

@@ -7,7 +7,7 @@ use keel_machine::checkpoint::{
 };
 use keel_machine::cluster_volume::{DirtyBlock, VolumeError, VolumeStore, Writer, WriterEpoch};
 use keel_machine::spec::{Balancing, Spec};
-use keel_machine::storage_location::Place;
+use keel_machine::storage_location::StorageLocation;
 use keel_wasi::volume::{NodeBody, NodeRecord, VolumeLimits, VolumeRecord};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -219,7 +219,7 @@ fn a_bucket_keeps_volumes() {
         return;
     };
     server.make_bucket("volumes");
-    let place = Place::open_with(
+    let place = StorageLocation::open_with(
         "s3://volumes/some/prefix",
         server.settings(),
         Duration::from_secs(30),

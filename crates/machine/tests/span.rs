@@ -4,7 +4,9 @@
 #![allow(unsafe_code)]
 
 use keel_cluster::Epoch;
-use keel_machine::span::{Cut, CutPiece, Ends, Hello, PART_BYTES_MIN, Pages, Setup, SpanError};
+use keel_machine::span::{
+    Cut, CutPiece, Hello, PART_BYTES_MIN, Pages, PartConfig, PeerConnections, SpanError,
+};
 use keel_net::{ClientTls, PinnedIdentity, ServerTls};
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, PAGE_BYTES};
@@ -87,7 +89,7 @@ fn parts_on(rooms: &[Option<u64>], pages: u64, hold: Duration, first: &[u8]) -> 
                         let server = ServerTls::pinned(identity, pinned).unwrap();
                         let machine = "m".parse().unwrap();
                         let hello = Hello::new(machine, Epoch::default(), part(me), part(other));
-                        let ends = Ends::greet((out, &client), (heard, &server), &hello);
+                        let ends = PeerConnections::greet((out, &client), (heard, &server), &hello);
                         (part(other), ends.unwrap())
                     })
                 })
@@ -126,7 +128,7 @@ fn parts_on(rooms: &[Option<u64>], pages: u64, hold: Duration, first: &[u8]) -> 
                 memory.write(0, first).unwrap();
             }
             let memories: Arc<[Arc<GuestMemory>]> = Arc::new([Arc::new(memory)]);
-            let setup = Setup {
+            let setup = PartConfig {
                 me: part(me),
                 parts: all,
                 origin: PartId::HOME,
@@ -529,7 +531,7 @@ impl<'a> Traffic<'a> {
         while let Some(piece) = cut.next(LONG).unwrap() {
             let pages = match piece {
                 CutPiece::Pages(pages) => pages,
-                CutPiece::Same(same) => {
+                CutPiece::Unchanged(same) => {
                     let (_, before) = before.as_ref().expect("an earlier cut");
                     for page in same.first as usize..(same.first + same.pages) as usize {
                         assert!(seen.insert(page), "page {page} comes twice");
@@ -760,7 +762,7 @@ fn cuts_end_whenever_they_are_dropped() {
     let home = &parts[0].pages;
     assert_eq!(
         parts[1].pages.prepare_cut(None, LONG).unwrap_err(),
-        SpanError::Cut
+        SpanError::CutUnavailable
     );
     // Nothing is the same as at one of which not all was given, or that never was; of what
     // was given at the one before all is that nobody wrote.
@@ -773,14 +775,17 @@ fn cuts_end_whenever_they_are_dropped() {
         (0, 0),
     ] {
         let cut = home.prepare_cut(since, LONG).unwrap();
-        assert_eq!(home.prepare_cut(None, LONG).unwrap_err(), SpanError::Cut);
+        assert_eq!(
+            home.prepare_cut(None, LONG).unwrap_err(),
+            SpanError::CutUnavailable
+        );
         cut.mark(LONG).unwrap();
         let (mut count, mut are_same) = (0, 0);
         while count < taken
             && let Some(piece) = cut.next(LONG).unwrap()
         {
             count += 1;
-            if let CutPiece::Same(same) = piece {
+            if let CutPiece::Unchanged(same) = piece {
                 are_same += same.pages;
             }
         }
@@ -828,7 +833,7 @@ fn without_quiet_there_is_no_cut() {
         let cut = parts[0].pages.prepare_cut(None, LONG).unwrap();
         assert_eq!(
             cut.mark(late).unwrap_err(),
-            SpanError::Unsettled { patience: late }
+            SpanError::NotQuiescent { patience: late }
         );
         drop(cut);
         assert!(begun.elapsed() < hold, "{:?}", begun.elapsed());
@@ -938,11 +943,11 @@ fn strangers_are_refused() {
                 let client = ClientTls::pinned(other, mine.fingerprint).unwrap();
                 let server = ServerTls::pinned(other, mine.fingerprint).unwrap();
                 // It is refused, or refuses.
-                let _ = Ends::greet((c, &client), (b, &server), &theirs);
+                let _ = PeerConnections::greet((c, &client), (b, &server), &theirs);
             });
             let client = ClientTls::pinned(mine, other.fingerprint).unwrap();
             let server = ServerTls::pinned(mine, other.fingerprint).unwrap();
-            let greeted = Ends::greet((a, &client), (d, &server), &mine_says);
+            let greeted = PeerConnections::greet((a, &client), (d, &server), &mine_says);
             let error = greeted.expect_err("a stranger").to_string();
             assert!(error.contains("where"), "{error}");
         });

@@ -2,7 +2,7 @@
 //! and move between them give what they give alone; what goes wrong at one part ends the
 //! whole by name.
 
-use keel_machine::span::{Keeps, Pages, SpanError, Spread, Within};
+use keel_machine::span::{InProcess, Pages, PartLimits, SpanConfig, SpanError};
 use keel_wasi::{Config, HostClock, MemorySink, Resources, SystemClock, Wasi};
 use keel_wasm::coherence::PartId;
 use keel_wasm::memory::GuestMemory;
@@ -84,19 +84,19 @@ impl Running {
     }
 
     /// It spans so many parts, and goes.
-    fn span(&self, count: usize) -> Within {
+    fn span(&self, count: usize) -> InProcess {
         self.span_within(count, MEMORY_BYTES)
     }
 
     /// As [`Self::span`]; members have less memory than the home.
-    fn span_within(&self, count: usize, member_bytes: u64) -> Within {
-        let how = Spread {
+    fn span_within(&self, count: usize, member_bytes: u64) -> InProcess {
+        let how = SpanConfig {
             spawning: Spawning::Even,
             patience: LONG,
-            keeps: Keeps::default(),
+            keeps: PartLimits::default(),
             stands: false,
         };
-        Within::begin(&self.machine, count, member_bytes, how).unwrap()
+        InProcess::begin(&self.machine, count, member_bytes, how).unwrap()
     }
 
     fn text(&self) -> String {

@@ -26,7 +26,7 @@ use futures::future::{Either, select};
 use futures::stream::{FuturesUnordered, StreamExt};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_machine::failpoint;
-use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place};
+use keel_machine::span::{PARTS_MAX, PartAddress, PartId, PartSet};
 use keel_machine::spec::Spec;
 use keel_machine::worker::control::{Join, JoinNew, MeetNew, PartWith, kind, pack, unpack};
 use keel_net::{Fingerprint, RpcError};
@@ -67,7 +67,7 @@ async fn ask_member<A: DeserializeOwned>(
 }
 
 /// A member here is to meet a part that comes.
-pub(crate) async fn meet_new(agent: &Agent, request: &MeetNew) -> Result<Place, String> {
+pub(crate) async fn meet_new(agent: &Agent, request: &MeetNew) -> Result<PartAddress, String> {
     let request = MeetNew {
         address: agent.settings.listen.ip().to_string(),
         ..request.clone()
@@ -237,7 +237,7 @@ impl Spanning<'_> {
         new: PartId,
         node: &NodeName,
         has: &BTreeMap<PartId, NodeName>,
-        place: &Place,
+        place: &PartAddress,
         (ends, comes): (&impl Fn(Option<Join>) -> PartJoin, Comes),
     ) -> Result<u64, OperateError> {
         let agent = self.agent;

@@ -66,7 +66,7 @@ pub(crate) mod kind {
     /// `(machine, CPU features that a part of it needs)` → `u64`: bytes of memory that are
     /// free for it.
     pub(crate) const ROOM: u16 = 0x0316;
-    /// [`keel_machine::worker::control::MeetNew`] → [`keel_machine::span::Place`].
+    /// [`keel_machine::worker::control::MeetNew`] → [`keel_machine::span::PartAddress`].
     pub(crate) const MEET_NEW: u16 = 0x0317;
     /// [`keel_machine::worker::control::JoinNew`] → `u64`.
     pub(crate) const JOIN_NEW: u16 = 0x0318;

@@ -17,8 +17,8 @@ use keel_cluster::keys::{self, Key};
 use keel_cluster::store::{KeyValue, Revision, Txn, TxnOutcome};
 use keel_cluster::{MachineName, Store, wire};
 use keel_machine::cluster_volume::{VOLUME_BYTES_MAX, VolumeError, VolumeStore};
-use keel_machine::storage_location::Place;
 use keel_machine::spec::{Record, Spec, VolumeKind};
+use keel_machine::storage_location::StorageLocation;
 use keel_wasi::volume::VolumeLimits;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -71,7 +71,7 @@ async fn get(
 fn volume_error(error: VolumeError) -> OperateError {
     let text = error.to_string();
     match error {
-        VolumeError::Place { .. } => OperateError::Bad(text),
+        VolumeError::Location { .. } => OperateError::Bad(text),
         VolumeError::Store { .. } | VolumeError::Contended { .. } => OperateError::Away(text),
         VolumeError::Vanished { .. }
         | VolumeError::Damaged { .. }
@@ -91,10 +91,10 @@ async fn open(
     let name = name.clone();
     let opened = tokio::task::spawn_blocking(move || {
         let place = match make {
-            true => Place::create(&url),
-            false => Place::open(&url),
+            true => StorageLocation::create(&url),
+            false => StorageLocation::open(&url),
         };
-        let place = place.map_err(|source| VolumeError::Place {
+        let place = place.map_err(|source| VolumeError::Location {
             volume: name.clone(),
             source,
         })?;

@@ -10,7 +10,7 @@ use super::volumes::VolumeTrackers;
 use crate::cluster_volume::{Held, Keeper, UnfinishedSnapshots, VolumeError};
 use crate::failpoint::{self, Injected};
 use crate::log::Log;
-use crate::span::{Cut, CutPiece, Known, Pages, SpanError, sort_by_known};
+use crate::span::{Cut, CutPiece, PageDigests, Pages, SpanError, split_unchanged};
 use crate::spec::Spec;
 use keel_cluster::clock::unix_ms;
 use keel_cluster::{Epoch, MachineName};
@@ -135,7 +135,7 @@ pub struct Taker {
     volumes: VolumeTrackers,
     last: Option<Last>,
     /// Of a machine with several parts: the cut that the last one is of, and what was in it.
-    last_cut: Option<(u64, Known)>,
+    last_cut: Option<(u64, PageDigests)>,
 }
 
 /// What there was when the machine stood.
@@ -268,7 +268,7 @@ impl Taker {
         };
         let (since, mut known) = match last_cut.filter(|_| parent.is_some()) {
             Some((number, known)) => (Some(number), known),
-            None => (None, Known::default()),
+            None => (None, PageDigests::default()),
         };
         machine.program().prepare_resume()?;
         // Later ones are greater, whatever the clocks of the nodes say that made them.
@@ -622,7 +622,7 @@ impl Collected {
     fn add_cut(
         &mut self,
         cut: &Cut,
-        known: &mut Known,
+        known: &mut PageDigests,
         incremental: bool,
         give_up: &AtomicBool,
     ) -> Result<(), TakeError> {
@@ -644,14 +644,14 @@ impl Collected {
                 return Err(TakeError::GivenUp);
             }
             let pieces = match piece {
-                CutPiece::Same(same) => vec![CutPiece::Same(same)],
-                CutPiece::Pages(pages) => sort_by_known(&pages, |memory, number, hash| {
+                CutPiece::Unchanged(same) => vec![CutPiece::Unchanged(same)],
+                CutPiece::Pages(pages) => split_unchanged(&pages, |memory, number, hash| {
                     known.put(memory, number, hash) == Some(hash)
                 }),
             };
             for piece in pieces {
                 match piece {
-                    CutPiece::Same(same) => {
+                    CutPiece::Unchanged(same) => {
                         if !known.agrees(&same) {
                             let what = "a part says that pages are as they were, and they were not";
                             return Err(disagree(what));
@@ -689,7 +689,7 @@ impl Collected {
 }
 
 fn disagree(what: &str) -> TakeError {
-    SpanError::Disagree(what.into()).into()
+    SpanError::Inconsistent(what.into()).into()
 }
 
 /// Notes pages that were put into a pack.

@@ -8,7 +8,7 @@ use super::compaction::compact;
 use super::create::TakeError;
 use super::folder;
 use super::format::{BLOCK_BYTES, CheckpointId, FormatError, Manifest, Pack};
-use crate::storage_location::{Place, PlaceError};
+use crate::storage_location::{StorageLocation, StorageLocationError};
 use futures::{StreamExt, TryStreamExt};
 use keel_cluster::MachineName;
 use keel_net::{Bytes, Fingerprint};
@@ -29,7 +29,7 @@ const READ_MS: u64 = 3_600_000;
 pub enum VaultError {
     /// The URL names no store.
     #[error(transparent)]
-    Url(#[from] PlaceError),
+    Url(#[from] StorageLocationError),
     /// The store failed.
     #[error("checkpoint store: {0}")]
     Store(#[from] object_store::Error),
@@ -82,7 +82,7 @@ pub struct Outline {
 /// A store of checkpoints.
 #[derive(Debug, Clone)]
 pub struct Vault {
-    place: Place,
+    place: StorageLocation,
 }
 
 /// What becomes of a block, by its number.
@@ -98,16 +98,16 @@ impl Vault {
     /// # Errors
     /// [`VaultError::Url`].
     pub fn create(url: &str) -> Result<Self, VaultError> {
-        let place = Place::create(url)?;
+        let place = StorageLocation::create(url)?;
         Ok(Vault { place })
     }
 
-    /// Opens a vault in a [`Place`].
+    /// Opens a vault in a [`StorageLocation`].
     ///
     /// # Errors
     /// [`VaultError::Url`].
     pub fn open(url: &str) -> Result<Self, VaultError> {
-        let place = Place::open(url)?;
+        let place = StorageLocation::open(url)?;
         Ok(Vault { place })
     }
 
@@ -121,7 +121,7 @@ impl Vault {
         settings: impl IntoIterator<Item = (String, String)>,
         retry_for: Duration,
     ) -> Result<Self, VaultError> {
-        let place = Place::open_with(url, settings, retry_for)?;
+        let place = StorageLocation::open_with(url, settings, retry_for)?;
         Ok(Vault { place })
     }
 

@@ -3,7 +3,7 @@
 
 use super::format::{ChunkRef, FormatError, Segment, WriterEpoch};
 use super::state::VolumeState;
-use crate::storage_location::{Place, PlaceError};
+use crate::storage_location::{StorageLocation, StorageLocationError};
 use futures::StreamExt;
 use keel_cluster::MachineName;
 use keel_cluster::clock::unix_ms;
@@ -29,11 +29,11 @@ const PROBES_MAX: u64 = 10_000;
 pub enum VolumeError {
     /// The place is none, or not seen here.
     #[error("volume {volume:?}: {source}")]
-    Place {
+    Location {
         /// The volume.
         volume: MachineName,
         /// Why.
-        source: PlaceError,
+        source: StorageLocationError,
     },
     /// The store does not answer, or refuses.
     #[error("volume {volume:?}: its store {place} fails: {reason}")]
@@ -110,7 +110,7 @@ impl VolumeError {
     pub fn is_away(&self) -> bool {
         matches!(
             self,
-            VolumeError::Place { .. }
+            VolumeError::Location { .. }
                 | VolumeError::Store { .. }
                 | VolumeError::Vanished { .. }
                 | VolumeError::Contended { .. }
@@ -160,14 +160,14 @@ pub struct VolumeStore {
     name: MachineName,
     /// Tells it from others that had its name.
     id: [u8; 16],
-    place: Place,
+    place: StorageLocation,
     /// For one step of listing or deleting.
     pub(super) patience: Duration,
 }
 
 impl VolumeStore {
     /// The volume of this name and id at a place.
-    pub fn new(name: MachineName, id: [u8; 16], place: Place) -> Self {
+    pub fn new(name: MachineName, id: [u8; 16], place: StorageLocation) -> Self {
         VolumeStore {
             name,
             id,
@@ -179,9 +179,9 @@ impl VolumeStore {
     /// As [`Self::new`], at a URL. Blocking.
     ///
     /// # Errors
-    /// [`VolumeError::Place`].
+    /// [`VolumeError::Location`].
     pub fn open(name: &MachineName, id: [u8; 16], url: &str) -> Result<Self, VolumeError> {
-        let place = Place::open(url).map_err(|source| VolumeError::Place {
+        let place = StorageLocation::open(url).map_err(|source| VolumeError::Location {
             volume: name.clone(),
             source,
         })?;

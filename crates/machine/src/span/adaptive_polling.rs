@@ -12,7 +12,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// How a thread waits for more to do.
 #[derive(Debug)]
-pub(super) struct Spin {
+pub(super) struct AdaptivePoller {
     span: Duration,
     /// Since when there was nothing to do.
     idle: Option<Instant>,
@@ -22,9 +22,9 @@ pub(super) struct Spin {
     processors: usize,
 }
 
-impl Default for Spin {
+impl Default for AdaptivePoller {
     fn default() -> Self {
-        Spin {
+        AdaptivePoller {
             span: SHORTEST,
             idle: None,
             looked: None,
@@ -34,7 +34,7 @@ impl Default for Spin {
     }
 }
 
-impl Spin {
+impl AdaptivePoller {
     /// There was something to do.
     pub(super) fn worked(&mut self) {
         if let Some(idle) = self.idle.take() {

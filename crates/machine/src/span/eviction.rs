@@ -42,27 +42,27 @@ enum Queue {
     Copies,
     Young,
     /// It was here before. In line with young ones.
-    Here,
+    Adopted,
     Old,
 }
 
 /// Pages in the order in which they came, also some that left since: `count` have not.
 #[derive(Debug, Default)]
-struct Line {
+struct PageQueue {
     pages: VecDeque<(PageId, u64)>,
     count: usize,
 }
 
 /// The pages of a part, as far as they may have to go.
 #[derive(Debug, Default)]
-pub(super) struct Keep {
+pub(super) struct EvictionPolicy {
     /// Number of the last arrival or leave.
     last: u64,
     /// Where each page is, and by which arrival: others of it in line are void.
     at: HashMap<PageId, (Queue, u64)>,
-    copies: Line,
-    young: Line,
-    old: Line,
+    copies: PageQueue,
+    young: PageQueue,
+    old: PageQueue,
     /// Pages that left, and by the how-manieth leave.
     ghosts: VecDeque<(PageId, u64)>,
     remembered: HashMap<PageId, u64>,
@@ -72,11 +72,11 @@ pub(super) struct Keep {
     given: u64,
 }
 
-impl Keep {
-    fn line(&mut self, queue: Queue) -> &mut Line {
+impl EvictionPolicy {
+    fn line(&mut self, queue: Queue) -> &mut PageQueue {
         match queue {
             Queue::Copies => &mut self.copies,
-            Queue::Young | Queue::Here => &mut self.young,
+            Queue::Young | Queue::Adopted => &mut self.young,
             Queue::Old => &mut self.old,
         }
     }
@@ -100,13 +100,13 @@ impl Keep {
     /// whether it is used.
     pub(super) fn is_here(&mut self, page: PageId) {
         self.remove(page);
-        self.put(page, Queue::Here);
+        self.put(page, Queue::Adopted);
     }
 
     /// A page has come, or may be written from now on.
     pub(super) fn came(&mut self, page: PageId, access: Access) {
         let is_owned = match self.at.get(&page) {
-            Some((Queue::Young | Queue::Here | Queue::Old, _)) => true,
+            Some((Queue::Young | Queue::Adopted | Queue::Old, _)) => true,
             Some((Queue::Copies, _)) | None => false,
         };
         // (It keeps its place in line.)
@@ -249,14 +249,14 @@ mod tests {
         PageId { memory: 0, number }
     }
 
-    fn came(keep: &mut Keep, pages: impl IntoIterator<Item = u32>, access: Access) {
+    fn came(keep: &mut EvictionPolicy, pages: impl IntoIterator<Item = u32>, access: Access) {
         for number in pages {
             keep.came(page(number), access);
         }
     }
 
     /// So many are given away, and leave.
-    fn give(keep: &mut Keep, count: usize) -> Vec<u32> {
+    fn give(keep: &mut EvictionPolicy, count: usize) -> Vec<u32> {
         let given: Vec<PageId> = (0..count)
             .map_while(|_| keep.next(100, |_| false))
             .collect();
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn copies_go_first_and_the_oldest_of_them() {
-        let mut keep = Keep::default();
+        let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..4, Access::Write);
         came(&mut keep, 10..16, Access::Read);
         // One is written now, one is gone, one is in use.
@@ -286,7 +286,7 @@ mod tests {
     /// What is used all the time stays, whatever is gone through once.
     #[test]
     fn what_comes_back_stays() {
-        let mut keep = Keep::default();
+        let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..8, Access::Write);
         assert_eq!(give(&mut keep, 4), [0, 1, 2, 3]);
         // They are needed.
@@ -305,7 +305,7 @@ mod tests {
     /// had to.
     #[test]
     fn what_is_used_stays() {
-        let mut keep = Keep::default();
+        let mut keep = EvictionPolicy::default();
         (0..100).for_each(|number| keep.is_here(page(number)));
         came(&mut keep, 200..210, Access::Write);
         let hot = |page: PageId| [3, 50, 97, 201].contains(&page.number);
@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn where_all_is_used_one_goes_all_the_same() {
-        let mut keep = Keep::default();
+        let mut keep = EvictionPolicy::default();
         (0..40).for_each(|number| keep.is_here(page(number)));
         for goes in 1..=20 {
             let mut turns = 0;
@@ -354,7 +354,7 @@ mod tests {
 
     #[test]
     fn names_of_what_left_are_forgotten_in_time() {
-        let mut keep = Keep::default();
+        let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..500, Access::Write);
         give(&mut keep, 300);
         assert_eq!((keep.ghosts.len(), keep.remembered.len()), (50, 50));
@@ -369,7 +369,7 @@ mod tests {
 
     #[test]
     fn what_does_not_leave_is_chosen_again() {
-        let mut keep = Keep::default();
+        let mut keep = EvictionPolicy::default();
         came(&mut keep, 0..2, Access::Write);
         assert_eq!(keep.next(100, |_| false), Some(page(0)));
         assert!(keep.knows(page(0)));

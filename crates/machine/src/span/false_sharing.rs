@@ -28,7 +28,7 @@ const WAITS_MIN: u32 = 2;
 
 /// What a part's threads were about to use of a page when they waited for it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Stood {
+pub(super) struct FaultFootprint {
     /// 64 bytes each, by bits: read.
     read: u64,
     /// Written.
@@ -37,9 +37,9 @@ pub(super) struct Stood {
     waits: u32,
 }
 
-impl Stood {
-    fn with(self, other: Stood) -> Stood {
-        Stood {
+impl FaultFootprint {
+    fn with(self, other: FaultFootprint) -> FaultFootprint {
+        FaultFootprint {
             read: self.read | other.read,
             written: self.written | other.written,
             waits: self.waits.saturating_add(other.waits),
@@ -49,16 +49,16 @@ impl Stood {
 
 /// What a part's threads waited for of late.
 #[derive(Debug, Default)]
-pub(super) struct Standing {
-    now: HashMap<PageId, Stood>,
-    before: HashMap<PageId, Stood>,
+pub(super) struct FaultHistory {
+    now: HashMap<PageId, FaultFootprint>,
+    before: HashMap<PageId, FaultFootprint>,
     /// Number of the period of `now`.
     period: u64,
     /// There is no room for more pages in this one.
     is_full: bool,
 }
 
-impl Standing {
+impl FaultHistory {
     fn go_to(&mut self, now_micros: u64) {
         let period = now_micros / PERIOD_MICROS;
         if period > self.period {
@@ -90,7 +90,7 @@ impl Standing {
             Access::Write => (0, line),
         };
         let stood = self.now.entry(page).or_default();
-        *stood = stood.with(Stood {
+        *stood = stood.with(FaultFootprint {
             read,
             written,
             waits: 1,
@@ -104,9 +104,9 @@ impl Standing {
         from: PageId,
         most: usize,
         now_micros: u64,
-    ) -> (Vec<(PageId, Stood)>, Option<PageId>) {
+    ) -> (Vec<(PageId, FaultFootprint)>, Option<PageId>) {
         self.go_to(now_micros);
-        let mut all: BTreeMap<PageId, Stood> = BTreeMap::new();
+        let mut all: BTreeMap<PageId, FaultFootprint> = BTreeMap::new();
         for (page, stood) in self.now.iter().chain(&self.before) {
             if *page >= from {
                 let known = all.entry(*page).or_default();
@@ -145,19 +145,21 @@ impl HotPage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Sharing {
     /// Nothing: only one of them waits for it, or none writes.
-    Nothing,
+    Unshared,
     /// What is in it.
-    Bytes,
+    True,
     /// What only one of them writes, or nothing: the others begin elsewhere in the page.
     Unclear,
     /// Only the page: several write, and each uses other bytes than the others write, as far
     /// as is seen.
-    PageOnly,
+    False,
 }
 
 /// What all parts tell, put together: in rising order.
-pub(super) fn together(told: impl IntoIterator<Item = (PartId, PageId, Stood)>) -> Vec<HotPage> {
-    let mut pages: BTreeMap<PageId, Vec<(PartId, Stood)>> = BTreeMap::new();
+pub(super) fn together(
+    told: impl IntoIterator<Item = (PartId, PageId, FaultFootprint)>,
+) -> Vec<HotPage> {
+    let mut pages: BTreeMap<PageId, Vec<(PartId, FaultFootprint)>> = BTreeMap::new();
     for (part, page, stood) in told {
         pages.entry(page).or_default().push((part, stood));
     }
@@ -174,20 +176,20 @@ pub(super) fn together(told: impl IntoIterator<Item = (PartId, PageId, Stood)>) 
     hot.collect()
 }
 
-fn sharing(stood: &[(PartId, Stood)]) -> Sharing {
+fn sharing(stood: &[(PartId, FaultFootprint)]) -> Sharing {
     let writers = stood.iter().filter(|(_, stood)| stood.written != 0).count();
     if stood.len() < 2 || writers == 0 {
-        return Sharing::Nothing;
+        return Sharing::Unshared;
     }
-    let meets = |(one, (_, writer)): (usize, &(PartId, Stood))| {
+    let meets = |(one, (_, writer)): (usize, &(PartId, FaultFootprint))| {
         let others = stood.iter().enumerate().filter(|(other, _)| *other != one);
         let used = others.fold(0, |all, (_, (_, it))| all | it.read | it.written);
         writer.written & used != 0
     };
     match stood.iter().enumerate().any(meets) {
-        true => Sharing::Bytes,
+        true => Sharing::True,
         false if writers == 1 => Sharing::Unclear,
-        false => Sharing::PageOnly,
+        false => Sharing::False,
     }
 }
 
@@ -205,7 +207,7 @@ mod tests {
 
     /// What parts tell that waited so: part, page, byte, access.
     fn told(waits: &[(usize, u32, u64, Access)]) -> Vec<HotPage> {
-        let mut parts: BTreeMap<usize, Standing> = BTreeMap::new();
+        let mut parts: BTreeMap<usize, FaultHistory> = BTreeMap::new();
         for (at, number, byte, access) in waits {
             // (Twice: once is nothing.)
             for _ in 0..2 {
@@ -266,7 +268,7 @@ mod tests {
 
     #[test]
     fn it_is_told_in_pieces_and_forgotten_in_time() {
-        let mut standing = Standing::default();
+        let mut standing = FaultHistory::default();
         for number in 0..10 {
             for _ in 0..=number {
                 standing.waits(page(number), 0, Access::Read, 0);
@@ -288,7 +290,7 @@ mod tests {
 
     #[test]
     fn it_is_of_so_many_pages() {
-        let mut standing = Standing::default();
+        let mut standing = FaultHistory::default();
         let most = PAGES_MAX as u32;
         // Most are waited for once: they make room.
         for number in 0..3 * most {

@@ -6,7 +6,7 @@
 //!     │ pages, to where most room is ─▶│                            │
 //!     │ … frozen …                     │                            │
 //!     │ the last pages ───────────────▶│                            │   it stands
-//!     │ image, [`Legacy`] ────────────▶│ a machine of the image     │
+//!     │ image, [`HomeState`] ────────────▶│ a machine of the image     │
 //!     │ … it is decided …              │ [`MemberPart::succeed`] ──▶│
 //!     ▼ ends                           │ threads ──────────────────▶│   it runs
 //! ```
@@ -14,8 +14,8 @@
 //! So a machine that is larger than any node can leave a node, too: only what its home has
 //! must go anywhere. How the image comes there, and who decides, is not here.
 
-use super::pages::{Left, PART_BYTES_MIN, SpanError};
-use super::threads::{Home, HomeListener, LOOK_AGAIN, MemberPart, SpanningError, Way};
+use super::pages::{DrainedHome, PART_BYTES_MIN, SpanError};
+use super::threads::{Home, HomeListener, LOOK_AGAIN, MemberChannel, MemberPart, SpanningError};
 use keel_wasm::coherence::{Holdings, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;
 use keel_wasm::runtime::Machine;
@@ -36,7 +36,7 @@ const CALL_WITHIN: Duration = Duration::from_secs(10);
 
 /// A thread, and where its code is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Whereabouts {
+pub struct ThreadLocation {
     /// Its number.
     pub tid: u32,
     /// The part that has an instance of it.
@@ -47,7 +47,7 @@ pub struct Whereabouts {
 
 /// What a home leaves to the part that succeeds it, beside the image of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Legacy {
+pub struct HomeState {
     /// The part that it is for.
     pub successor: PartId,
     /// The other parts.
@@ -57,7 +57,7 @@ pub struct Legacy {
     /// Who holds what.
     pub held: Holdings,
     /// Threads that are not at the home.
-    pub threads: Vec<Whereabouts>,
+    pub threads: Vec<ThreadLocation>,
     /// Where threads begin.
     pub spawning: Spawning,
     /// What each part keeps at most, in bytes.
@@ -66,15 +66,15 @@ pub struct Legacy {
 
 /// A home that makes way for a member to succeed it.
 #[derive(Debug)]
-pub struct LeavingHome {
+pub struct HomeMigration {
     home: Arc<Home>,
     successor: PartId,
     /// Threads that were at the home.
     sent: Vec<u32>,
-    left: Option<Left>,
+    left: Option<DrainedHome>,
 }
 
-impl LeavingHome {
+impl HomeMigration {
     /// Threads of the home go to another member, and its pages to those with most room,
     /// while the machine runs; returns when little is left. No thread goes to the successor
     /// meanwhile. `goes_on` is told the bytes that are left, now and then, and says false
@@ -94,7 +94,7 @@ impl LeavingHome {
             return Err(keel_wasm::runtime::MachineError::NoPart(successor).into());
         }
         let places = home.machine().places().into_iter();
-        let mut leaving = LeavingHome {
+        let mut leaving = HomeMigration {
             successor,
             sent: places
                 .filter(|(_, at)| *at == PartId::HOME)
@@ -184,7 +184,7 @@ impl LeavingHome {
     ///
     /// # Errors
     /// [`SpanningError`]; it may be thawed then, and stay.
-    pub fn leave(&mut self, patience: Duration) -> Result<Legacy, SpanningError> {
+    pub fn leave(&mut self, patience: Duration) -> Result<HomeState, SpanningError> {
         let home = &self.home;
         let mut left = home.pages().leave(self.successor, patience)?;
         let places = home.machine().places().into_iter();
@@ -193,9 +193,9 @@ impl LeavingHome {
                 true => PartId::HOME,
                 false => at,
             };
-            Whereabouts { tid, at, goes_on }
+            ThreadLocation { tid, at, goes_on }
         });
-        let legacy = Legacy {
+        let legacy = HomeState {
             successor: self.successor,
             members: home.members().without(self.successor),
             memory_bytes: sizes(home.machine().memories()),
@@ -245,15 +245,15 @@ impl MemberPart {
     /// Whether it knows the same parts, and memories of the same size, as the home.
     ///
     /// # Errors
-    /// [`SpanError::Disagree`].
-    pub fn can_succeed(&self, legacy: &Legacy) -> Result<(), SpanError> {
+    /// [`SpanError::Inconsistent`].
+    pub fn can_succeed(&self, legacy: &HomeState) -> Result<(), SpanError> {
         if self.pages().others() != legacy.members.with(PartId::HOME) {
             let why = "the home and its successor know other parts";
-            return Err(SpanError::Disagree(why.into()));
+            return Err(SpanError::Inconsistent(why.into()));
         }
         if sizes(self.memories()) != legacy.memory_bytes {
             let why = "the home's memory grew meanwhile, or could not; try again";
-            return Err(SpanError::Disagree(why.into()));
+            return Err(SpanError::Inconsistent(why.into()));
         }
         Ok(())
     }
@@ -268,7 +268,7 @@ impl MemberPart {
     pub fn succeed(
         &self,
         machine: &Machine,
-        legacy: &Legacy,
+        legacy: &HomeState,
         patience: Duration,
     ) -> Result<Home, SpanningError> {
         let pages = self.pages();
@@ -276,10 +276,10 @@ impl MemberPart {
         self.can_succeed(legacy)?;
         let (listener, failure) = HomeListener::depending(machine);
         pages.succeed(&legacy.held, Arc::new(listener), patience)?;
-        let way = Arc::new(Way::new(pages.teller()));
+        let way = Arc::new(MemberChannel::new(pages.teller()));
         let members = legacy.members.iter().collect();
         machine.set_members(members, Some(way.clone()), legacy.spawning)?;
-        for Whereabouts { tid, at, goes_on } in &legacy.threads {
+        for ThreadLocation { tid, at, goes_on } in &legacy.threads {
             // It is in the image, as it was there.
             way.order(*at, &Order::Leave { tid: *tid });
             if *goes_on != PartId::HOME {

@@ -65,11 +65,11 @@ struct Regions {
 
 /// What is known of a part's memories.
 #[derive(Debug, Default)]
-pub(super) struct Idle {
+pub(super) struct IdlePages {
     memories: BTreeMap<u32, Regions>,
 }
 
-impl Idle {
+impl IdlePages {
     /// Whether the region in which a byte is was looked at just now, and was used: what is in
     /// it is not seen to be used for a moment.
     pub(super) fn was_just_used(&self, memory: u32, at: u64, now_micros: u64) -> bool {
@@ -197,7 +197,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     /// Looks at regions of a memory of 16 MiB by their numbers, in order; whether they are used.
-    fn look(idle: &mut Idle, regions: &[(u64, bool)], now_micros: u64) {
+    fn look(idle: &mut IdlePages, regions: &[(u64, bool)], now_micros: u64) {
         let mut last = 0;
         for (number, used) in regions {
             let at = number * K64 + 8192;
@@ -209,7 +209,7 @@ mod tests {
         idle.is_not_here(0, last..16 * MIB);
     }
 
-    fn ranges(idle: &Idle) -> Vec<(u64, u64)> {
+    fn ranges(idle: &IdlePages) -> Vec<(u64, u64)> {
         let (ranges, rest) = idle.ranges((0, 0), 100);
         assert_eq!(rest, None);
         let ranges = ranges.into_iter();
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn what_nobody_uses_for_long_is_idle() {
-        let mut idle = Idle::default();
+        let mut idle = IdlePages::default();
         let none = [(1, true), (2, false), (3, true), (9, false)];
         look(&mut idle, &none, 0);
         assert_eq!(ranges(&idle), []);
@@ -245,7 +245,7 @@ mod tests {
     /// However long it takes to come round: nothing is idle that nobody looked at.
     #[test]
     fn what_is_rarely_looked_at_is_not_idle_for_it() {
-        let mut idle = Idle::default();
+        let mut idle = IdlePages::default();
         for turn in 0..LOOKS_MIN {
             look(
                 &mut idle,
@@ -260,7 +260,7 @@ mod tests {
 
     #[test]
     fn it_is_told_in_pieces() {
-        let mut idle = Idle::default();
+        let mut idle = IdlePages::default();
         let all: Vec<(u64, bool)> = (0..100).step_by(2).map(|it| (it, false)).collect();
         for turn in 0..=LOOKS_MIN {
             look(&mut idle, &all, u64::from(turn) * IDLE_MICROS);
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn large_memories_have_larger_regions() {
-        let mut idle = Idle::default();
+        let mut idle = IdlePages::default();
         let (range, _) = idle.region(2, 64 << 30, 5 << 30);
         assert_eq!(range.end - range.start, MIB);
         for turn in 0..=u64::from(LOOKS_MIN) {

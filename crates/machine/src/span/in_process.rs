@@ -1,10 +1,10 @@
 //! All parts of a machine in one process, connected as they are over a network: for
 //! programs in the foreground, and to try what spans.
 
-use super::home_migration::{LeavingHome, Legacy};
-use super::mesh::{MeetError, Meeting};
-use super::peer::Ends;
-use super::threads::{Home, MemberPart, SpanningError, Spread};
+use super::home_migration::{HomeMigration, HomeState};
+use super::mesh::{MeshError, MeshListener};
+use super::peer::PeerConnections;
+use super::threads::{Home, MemberPart, SpanConfig, SpanningError};
 use keel_cluster::{Epoch, MachineName};
 use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 use keel_wasm::memory::GuestMemory;
@@ -15,13 +15,13 @@ use std::time::Duration;
 
 /// Why there are no parts.
 #[derive(Debug, thiserror::Error)]
-pub enum WithinError {
+pub enum InProcessError {
     /// Too few or too many.
     #[error("a machine has 1 to {PARTS_MAX} parts, not {0}")]
     Count(usize),
     /// They do not meet.
     #[error(transparent)]
-    Meet(#[from] MeetError),
+    Meet(#[from] MeshError),
     /// A part.
     #[error(transparent)]
     Spanning(#[from] SpanningError),
@@ -32,26 +32,26 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A machine and its members in this process.
 #[derive(Debug)]
-pub struct Within {
+pub struct InProcess {
     /// Dropped first: the others end when it says so.
     home: Arc<Home>,
     members: BTreeMap<PartId, MemberPart>,
     limit_bytes: u64,
 }
 
-impl Within {
+impl InProcess {
     /// Lets a running machine span `count` parts, itself one of them.
     ///
     /// # Errors
-    /// [`WithinError`]; it goes on alone then.
+    /// [`InProcessError`]; it goes on alone then.
     pub fn begin(
         machine: &Machine,
         count: usize,
         limit_bytes: u64,
-        how: Spread,
-    ) -> Result<Self, WithinError> {
+        how: SpanConfig,
+    ) -> Result<Self, InProcessError> {
         if !(1..=PARTS_MAX).contains(&count) {
-            return Err(WithinError::Count(count));
+            return Err(InProcessError::Count(count));
         }
         let mut all = PartSet::default();
         for number in 0..count {
@@ -70,7 +70,7 @@ impl Within {
             members.insert(me, member);
         }
         let home = Home::begin(machine, home, how)?;
-        Ok(Within {
+        Ok(InProcess {
             home: Arc::new(home),
             members,
             limit_bytes,
@@ -90,8 +90,8 @@ impl Within {
     /// One more joins while it runs; which, and how long the machine stood still.
     ///
     /// # Errors
-    /// [`WithinError`]; it has the parts that it had then.
-    pub fn join(&mut self) -> Result<(PartId, Duration), WithinError> {
+    /// [`InProcessError`]; it has the parts that it had then.
+    pub fn join(&mut self) -> Result<(PartId, Duration), InProcessError> {
         let (new, member, mut home) = self.meet_new()?;
         let mut stood = Duration::ZERO;
         if let Some(ends) = home.remove(&new) {
@@ -104,19 +104,21 @@ impl Within {
     /// One that is about to join ends when all but the home know it.
     ///
     /// # Errors
-    /// [`WithinError`].
-    pub fn lose_joining(&mut self) -> Result<(), WithinError> {
+    /// [`InProcessError`].
+    pub fn lose_joining(&mut self) -> Result<(), InProcessError> {
         let (_, member, _) = self.meet_new()?;
         member.die();
         Ok(())
     }
 
     /// A part that all but the home know, and what the home has to it.
-    fn meet_new(&self) -> Result<(PartId, MemberPart, BTreeMap<PartId, Ends>), WithinError> {
+    fn meet_new(
+        &self,
+    ) -> Result<(PartId, MemberPart, BTreeMap<PartId, PeerConnections>), InProcessError> {
         let others = self.home.members().with(PartId::HOME);
         let mut free = (1..=PARTS_MAX).map_while(PartId::new);
         let new = free.find(|part| !others.contains(*part));
-        let new = new.ok_or(WithinError::Count(PARTS_MAX + 1))?;
+        let new = new.ok_or(InProcessError::Count(PARTS_MAX + 1))?;
         let mut ends = connect(others.with(new), |one, other| one == new || other == new)?;
         let mut own = |part: PartId| ends.remove(&part).unwrap_or_default();
         let program = self.home.machine().program();
@@ -143,7 +145,7 @@ impl Within {
         part: PartId,
         threads_to: PartId,
         patience: Duration,
-    ) -> Result<Duration, WithinError> {
+    ) -> Result<Duration, InProcessError> {
         let stood = self.home.part_with(part, threads_to, patience)?;
         if let Some(member) = self.members.remove(&part) {
             member.wait();
@@ -155,19 +157,20 @@ impl Within {
     /// is made of the image and the part's memories; it goes on when this returns.
     ///
     /// # Errors
-    /// [`WithinError`]; it goes on where it was, with one more part, or was ended.
+    /// [`InProcessError`]; it goes on where it was, with one more part, or was ended.
     pub fn move_home(
         &mut self,
         make: impl FnOnce(Image, Arc<[Arc<GuestMemory>]>) -> Machine,
         goes: bool,
-    ) -> Result<Machine, WithinError> {
+    ) -> Result<Machine, InProcessError> {
         let (new, _) = self.join()?;
         let others = self.home.members().without(new);
         let threads_to = others.iter().next();
-        let threads_to = threads_to.ok_or(WithinError::Count(1))?;
+        let threads_to = threads_to.ok_or(InProcessError::Count(1))?;
         let old = self.home.clone();
-        let mut leaving = LeavingHome::begin(old.clone(), new, threads_to, PATIENCE, &mut |_| true)
-            .map_err(WithinError::from)?;
+        let mut leaving =
+            HomeMigration::begin(old.clone(), new, threads_to, PATIENCE, &mut |_| true)
+                .map_err(InProcessError::from)?;
         let before = old.machine().clone();
         let left = before
             .freeze(PATIENCE)
@@ -185,12 +188,12 @@ impl Within {
             }
         };
         let again = postcard::to_stdvec(&legacy).map(|bytes| postcard::from_bytes(&bytes));
-        let legacy: Legacy = again.ok().and_then(Result::ok).unwrap_or(legacy);
+        let legacy: HomeState = again.ok().and_then(Result::ok).unwrap_or(legacy);
         let program = before.program();
         let image = before.image().and_then(|image| image.encode());
         let image = image.map_err(SpanningError::from)?;
         let image = Image::decode(&image, program).map_err(|error| {
-            let why = super::SpanError::Disagree(error.to_string());
+            let why = super::SpanError::Inconsistent(error.to_string());
             SpanningError::from(why)
         })?;
         let machine = make(image, successor.memories().clone());
@@ -215,7 +218,7 @@ impl Within {
     ///
     /// # Errors
     /// As there.
-    pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, WithinError)> {
+    pub fn alone(self, patience: Duration) -> Result<Duration, (Box<Self>, InProcessError)> {
         match self.home.alone(patience) {
             Ok(stood) => Ok(stood),
             Err(error) => Err((Box::new(self), error.into())),
@@ -223,24 +226,24 @@ impl Within {
     }
 }
 
-fn part(number: usize) -> Result<PartId, WithinError> {
-    PartId::new(number).ok_or(WithinError::Count(number))
+fn part(number: usize) -> Result<PartId, InProcessError> {
+    PartId::new(number).ok_or(InProcessError::Count(number))
 }
 
 /// The connections of parts to each other: of those that meet.
 fn connect(
     parts: PartSet,
     meet: impl Fn(PartId, PartId) -> bool,
-) -> Result<BTreeMap<PartId, BTreeMap<PartId, Ends>>, WithinError> {
+) -> Result<BTreeMap<PartId, BTreeMap<PartId, PeerConnections>>, InProcessError> {
     let (mut meetings, mut places) = (Vec::new(), BTreeMap::new());
     for me in parts.iter() {
         let others = parts.without(me).iter().filter(|other| meet(me, *other));
-        let (meeting, place) = Meeting::open(me, others.collect(), "127.0.0.1")?;
+        let (meeting, place) = MeshListener::open(me, others.collect(), "127.0.0.1")?;
         meetings.push((me, meeting));
         places.insert(me, place);
     }
     let count = meetings.len();
-    let machine: MachineName = "within".parse().map_err(|_| WithinError::Count(count))?;
+    let machine: MachineName = "within".parse().map_err(|_| InProcessError::Count(count))?;
     std::thread::scope(|scope| {
         let (machine, places) = (&machine, &places);
         let meeting: Vec<_> = meetings

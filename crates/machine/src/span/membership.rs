@@ -9,7 +9,7 @@
 //! Who starts parts and connects them is not here.
 
 use super::pages::SpanError;
-use super::peer::Ends;
+use super::peer::PeerConnections;
 use super::threads::{Home, LOOK_AGAIN, SpanningError, locked};
 use keel_wasm::coherence::PartId;
 use keel_wasm::runtime::MachineError;
@@ -34,7 +34,7 @@ impl Home {
     pub fn join(
         &self,
         part: PartId,
-        ends: Ends,
+        ends: PeerConnections,
         patience: Duration,
     ) -> Result<Duration, SpanningError> {
         self.pages().join(part, ends)?;

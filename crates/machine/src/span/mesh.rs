@@ -1,7 +1,7 @@
 //! How parts find each other: each listens once for each other one, says where and under
 //! which certificate, and once all know that of all, each dials and is dialled.
 
-use super::peer::{Ends, Hello, PeerError};
+use super::peer::{Hello, PeerConnections, PeerError};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::{ClientTls, Fingerprint, PinnedIdentity, ServerTls, TlsError};
 use keel_wasm::coherence::{PartId, PartSet};
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// Why parts do not meet.
 #[derive(Debug, thiserror::Error)]
-pub enum MeetError {
+pub enum MeshError {
     /// No certificate.
     #[error("no certificate for a part: {0}")]
     Tls(#[from] TlsError),
@@ -37,7 +37,7 @@ pub enum MeetError {
     },
     /// It did not dial.
     #[error("part {part} did not connect within {patience:?}")]
-    NobodyCame {
+    Timeout {
         /// Which.
         part: PartId,
         /// How long it was waited for.
@@ -58,7 +58,7 @@ pub enum MeetError {
 
 /// Where a part can be met.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Place {
+pub struct PartAddress {
     /// Its certificate.
     pub fingerprint: Fingerprint,
     /// For each other part: `address:port`.
@@ -67,20 +67,24 @@ pub struct Place {
 
 /// A part that is ready to meet the others.
 #[derive(Debug)]
-pub struct Meeting {
+pub struct MeshListener {
     me: PartId,
     identity: PinnedIdentity,
     listeners: BTreeMap<PartId, TcpListener>,
 }
 
-impl Meeting {
+impl MeshListener {
     /// Listens on an address (without port); where the others find it.
     ///
     /// # Errors
-    /// [`MeetError`].
-    pub fn open(me: PartId, others: PartSet, address: &str) -> Result<(Self, Place), MeetError> {
+    /// [`MeshError`].
+    pub fn open(
+        me: PartId,
+        others: PartSet,
+        address: &str,
+    ) -> Result<(Self, PartAddress), MeshError> {
         let identity = PinnedIdentity::generate()?;
-        let fail = |source| MeetError::Listen {
+        let fail = |source| MeshError::Listen {
             address: address.to_owned(),
             source,
         };
@@ -92,11 +96,11 @@ impl Meeting {
             addresses.insert(other, bound.to_string());
             listeners.insert(other, listener);
         }
-        let place = Place {
+        let place = PartAddress {
             fingerprint: identity.fingerprint,
             addresses,
         };
-        let meeting = Meeting {
+        let meeting = MeshListener {
             me,
             identity,
             listeners,
@@ -107,15 +111,15 @@ impl Meeting {
     /// Meets all others, which do the same at this time.
     ///
     /// # Errors
-    /// [`MeetError`], of the first that is not met.
+    /// [`MeshError`], of the first that is not met.
     pub fn meet(
         self,
         machine: &MachineName,
         epoch: Epoch,
-        places: &BTreeMap<PartId, Place>,
+        places: &BTreeMap<PartId, PartAddress>,
         patience: Duration,
-    ) -> Result<BTreeMap<PartId, Ends>, MeetError> {
-        let Meeting {
+    ) -> Result<BTreeMap<PartId, PeerConnections>, MeshError> {
+        let MeshListener {
             me,
             identity,
             listeners,
@@ -127,19 +131,18 @@ impl Meeting {
                 .into_iter()
                 .map(|(other, listener)| {
                     scope.spawn(move || {
-                        let place = places.get(&other).ok_or(MeetError::Unknown(other))?;
-                        let address = place.addresses.get(&me).ok_or(MeetError::Unknown(other))?;
+                        let place = places.get(&other).ok_or(MeshError::Unknown(other))?;
+                        let address = place.addresses.get(&me).ok_or(MeshError::Unknown(other))?;
                         let out = dial(other, address, patience)?;
                         let heard = accept(other, &listener, patience)?;
                         let client = ClientTls::pinned(identity, place.fingerprint)?;
                         let server = ServerTls::pinned(identity, place.fingerprint)?;
                         let hello = Hello::new(machine.clone(), epoch, me, other);
-                        let ends = Ends::greet((out, &client), (heard, &server), &hello).map_err(
-                            |source| MeetError::Peer {
+                        let ends = PeerConnections::greet((out, &client), (heard, &server), &hello)
+                            .map_err(|source| MeshError::Peer {
                                 part: other,
                                 source,
-                            },
-                        )?;
+                            })?;
                         Ok((other, ends))
                     })
                 })
@@ -155,8 +158,8 @@ impl Meeting {
     }
 }
 
-fn dial(part: PartId, address: &str, patience: Duration) -> Result<TcpStream, MeetError> {
-    let fail = |source| MeetError::Dial {
+fn dial(part: PartId, address: &str, patience: Duration) -> Result<TcpStream, MeshError> {
+    let fail = |source| MeshError::Dial {
         part,
         address: address.to_owned(),
         source,
@@ -172,7 +175,7 @@ fn accept(
     part: PartId,
     listener: &TcpListener,
     patience: Duration,
-) -> Result<TcpStream, MeetError> {
+) -> Result<TcpStream, MeshError> {
     let timeout = Timespec {
         tv_sec: patience.as_secs() as i64,
         tv_nsec: patience.subsec_nanos().into(),
@@ -180,11 +183,11 @@ fn accept(
     let mut ready = [PollFd::new(listener, PollFlags::IN)];
     let came = matches!(poll(&mut ready, Some(&timeout)), Ok(1..));
     let stream = came.then(|| listener.accept().ok()).flatten();
-    let (stream, _) = stream.ok_or(MeetError::NobodyCame { part, patience })?;
+    let (stream, _) = stream.ok_or(MeshError::Timeout { part, patience })?;
     // (Some systems hand on the listener's mode.)
     stream
         .set_nonblocking(false)
-        .map_err(|error| MeetError::Peer {
+        .map_err(|error| MeshError::Peer {
             part,
             source: error.into(),
         })?;

@@ -35,17 +35,17 @@ mod threads;
 mod wire;
 
 pub use false_sharing::{HotPage, Sharing};
-pub use home_migration::{LeavingHome, Legacy, Whereabouts};
+pub use home_migration::{HomeMigration, HomeState, ThreadLocation};
 pub use idle_pages::IdleRange;
-pub use in_process::{Within, WithinError};
+pub use in_process::{InProcess, InProcessError};
 pub use keel_wasm::coherence::{PARTS_MAX, PartId, PartSet};
 pub use keel_wasm::runtime::parts::Spawning;
 pub use keel_wasm::runtime::{CoreTime, Took};
-pub use mesh::{MeetError, Meeting, Place};
-pub(crate) use page_digests::{Known, sort as sort_by_known};
+pub use mesh::{MeshError, MeshListener, PartAddress};
+pub(crate) use page_digests::{PageDigests, split_unchanged};
 pub use pages::{
-    BeginError, Cut, CutPages, CutPiece, CutSame, CutWord, Heat, Latency, Listener, Object,
-    PART_BYTES_MIN, Pages, PartMemory, Setup, SpanError, Teller,
+    BeginError, Cut, CutMessage, CutPages, CutPiece, Heat, Latency, Listener, Notifier, Object,
+    PART_BYTES_MIN, Pages, PartConfig, PartMemory, SpanError, UnchangedPages,
 };
-pub use peer::{Ends, Hello, PeerError};
-pub use threads::{Home, Keeps, MemberPart, SpanningError, Spread};
+pub use peer::{Hello, PeerConnections, PeerError};
+pub use threads::{Home, MemberPart, PartLimits, SpanConfig, SpanningError};

@@ -2,7 +2,7 @@
 //! many parts hold, and which nobody tracks writes of, only what changed is given and stored
 //! again. 16 bytes for each page of 4 KiB.
 
-use super::pages::{CutPages, CutPiece, CutSame};
+use super::pages::{CutPages, CutPiece, UnchangedPages};
 use keel_wasm::memory::PAGE_BYTES;
 
 const PAGE: usize = PAGE_BYTES as usize;
@@ -27,11 +27,11 @@ pub(crate) fn digest(before: u128, of: u128) -> u128 {
 
 /// Hashes of pages, by memory and number.
 #[derive(Debug, Default)]
-pub(crate) struct Known {
+pub(crate) struct PageDigests {
     memories: Vec<Vec<u128>>,
 }
 
-impl Known {
+impl PageDigests {
     pub(crate) fn get(&self, memory: u32, number: u32) -> Option<u128> {
         let pages = self.memories.get(memory as usize)?;
         let hash = pages.get(number as usize)?;
@@ -58,7 +58,7 @@ impl Known {
     }
 
     /// Whether pages in a row are known, and were what whoever says that takes them to be.
-    pub(crate) fn agrees(&self, same: &CutSame) -> bool {
+    pub(crate) fn agrees(&self, same: &UnchangedPages) -> bool {
         let mut pages = same.first..same.first.saturating_add(same.pages);
         let known = pages.try_fold(0, |before, number| {
             Some(digest(before, self.get(same.memory, number)?))
@@ -89,7 +89,7 @@ impl Known {
 
 /// Those of some pages that are the same as before, in rows, and those that are not; asked by
 /// memory, number and hash.
-pub(crate) fn sort(
+pub(crate) fn split_unchanged(
     pages: &CutPages,
     mut is_same: impl FnMut(u32, u32, u128) -> bool,
 ) -> Vec<CutPiece> {
@@ -100,7 +100,7 @@ pub(crate) fn sort(
         let first = pages.first + at as u32;
         let hash = hash(page);
         match (is_same(memory, first, hash), pieces.last_mut()) {
-            (true, Some(CutPiece::Same(same))) => {
+            (true, Some(CutPiece::Unchanged(same))) => {
                 same.pages += 1;
                 same.digest = digest(same.digest, hash);
             }
@@ -108,7 +108,7 @@ pub(crate) fn sort(
                 let start = at * PAGE - last.bytes.len();
                 last.bytes = pages.bytes.slice(start..(at + 1) * PAGE);
             }
-            (true, _) => pieces.push(CutPiece::Same(CutSame {
+            (true, _) => pieces.push(CutPiece::Unchanged(UnchangedPages {
                 memory,
                 first,
                 pages: 1,
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn what_did_not_change_is_told_from_what_did() {
-        let same_of = |first, of: &[u8]| CutSame {
+        let same_of = |first, of: &[u8]| UnchangedPages {
             memory: 1,
             first,
             pages: of.len() as u32,
@@ -147,10 +147,10 @@ mod tests {
                 .iter()
                 .fold(0, |it, byte| digest(it, hash(&[*byte; PAGE]))),
         };
-        let same = |first, of: &[u8]| CutPiece::Same(same_of(first, of));
-        let mut known = Known::default();
+        let same = |first, of: &[u8]| CutPiece::Unchanged(same_of(first, of));
+        let mut known = PageDigests::default();
         let mut renewed = |first: u32, of: &[u8]| {
-            sort(&pages(first, of), |memory, number, hash| {
+            split_unchanged(&pages(first, of), |memory, number, hash| {
                 known.put(memory, number, hash) == Some(hash)
             })
         };

@@ -4,7 +4,7 @@
 //! each other would wait for ever. So a frame is written at once only where the socket
 //! has room for it; else it is left to a thread that may wait.
 
-use super::wire::{self, Parcel, Unpacker, VERSION, WireError};
+use super::wire::{self, FrameReader, PeerMessage, VERSION, WireError};
 use crate::link::keep_alive;
 use keel_net::{BulkError, BulkStream, ClientTls, ServerTls};
 use keel_wasm::coherence::PartId;
@@ -55,13 +55,13 @@ pub enum PeerError {
 
 /// Both connections to another part, greeted.
 #[derive(Debug)]
-pub struct Ends {
+pub struct PeerConnections {
     pub(super) out: BulkStream,
     pub(super) heard: BulkStream,
-    pub(super) unpacker: Unpacker,
+    pub(super) unpacker: FrameReader,
 }
 
-impl Ends {
+impl PeerConnections {
     /// Dials (`out`) and is dialled (`heard`); `hello` is what this part says, its
     /// mirror image what the other has to say.
     ///
@@ -84,7 +84,7 @@ impl Ends {
         }
         let mut out = BulkStream::client(out, client)?;
         let mut heard = BulkStream::server(heard, server)?;
-        let mut unpacker = Unpacker::default();
+        let mut unpacker = FrameReader::default();
         // Each waits for the other's handshake: both at once.
         let frame = wire::encode_hello(hello)?;
         let found = std::thread::scope(|scope| {
@@ -119,7 +119,7 @@ impl Ends {
             socket.set_read_timeout(None)?;
             socket.set_write_timeout(None)?;
         }
-        Ok(Ends {
+        Ok(PeerConnections {
             out,
             heard,
             unpacker,
@@ -128,24 +128,24 @@ impl Ends {
 }
 
 /// The connection on which another part is heard. Reading never waits.
-pub(super) struct Heard {
+pub(super) struct Inbound {
     part: PartId,
     stream: BulkStream,
-    unpacker: Unpacker,
-    parcels: Vec<Parcel>,
+    unpacker: FrameReader,
+    parcels: Vec<PeerMessage>,
 }
 
-impl Heard {
+impl Inbound {
     pub(super) fn new(
         part: PartId,
         stream: BulkStream,
-        mut unpacker: Unpacker,
+        mut unpacker: FrameReader,
     ) -> Result<Self, PeerError> {
         stream.socket().set_nonblocking(true)?;
         let mut parcels = Vec::new();
         // What came with the hello.
         unpacker.feed(&[], &mut parcels)?;
-        Ok(Heard {
+        Ok(Inbound {
             part,
             stream,
             unpacker,
@@ -163,7 +163,7 @@ impl Heard {
     }
 
     /// Room for what comes next.
-    pub(super) fn keep(&mut self, parcels: Vec<Parcel>) {
+    pub(super) fn keep(&mut self, parcels: Vec<PeerMessage>) {
         self.parcels = parcels;
     }
 
@@ -176,7 +176,7 @@ impl Heard {
     ///
     /// # Errors
     /// [`PeerError`]: the part is lost.
-    pub(super) fn read(&mut self) -> Result<&mut Vec<Parcel>, PeerError> {
+    pub(super) fn read(&mut self) -> Result<&mut Vec<PeerMessage>, PeerError> {
         let (mut last, mut all) = (0, 0);
         // Until something is whole, or nothing is left: what the stream has decrypted
         // already wakes nobody.
@@ -222,7 +222,7 @@ impl Backlog {
 
 /// The connection on which another part is told.
 #[derive(Debug)]
-pub(super) struct Told {
+pub(super) struct Outbound {
     out: Mutex<BulkStream>,
     backlog: Mutex<Backlog>,
     changed: Condvar,
@@ -234,9 +234,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-impl Told {
+impl Outbound {
     pub(super) fn new(out: BulkStream) -> Self {
-        Told {
+        Outbound {
             out: Mutex::new(out),
             backlog: Mutex::default(),
             changed: Condvar::new(),

@@ -32,24 +32,24 @@ const LOOK_MAX: u32 = 2 * WINDOW_MAX;
 
 /// What is to be asked for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Ahead {
+pub(super) struct PrefetchWindow {
     /// How many pages that are not here, at most.
     pub(super) pages: u32,
     /// Among how many that follow.
     pub(super) among: u32,
 }
 
-impl Ahead {
+impl PrefetchWindow {
     /// As a run goes on.
     fn window(pages: u32) -> Self {
         let among = if pages > 0 { LOOK_MAX } else { 0 };
-        Ahead { pages, among }
+        PrefetchWindow { pages, among }
     }
 
     /// What followed before.
     fn known(pages: u32) -> Self {
         let among = pages;
-        Ahead { pages, among }
+        PrefetchWindow { pages, among }
     }
 }
 
@@ -96,7 +96,7 @@ struct Stream {
 
 /// What followed a page at which runs began.
 #[derive(Debug, Clone, Copy, Default)]
-struct Followed {
+struct RunHistory {
     /// Pages, the last time and the time before it.
     last: u16,
     before: u16,
@@ -109,7 +109,7 @@ struct Followed {
     joined_before: u16,
 }
 
-impl Followed {
+impl RunHistory {
     /// A run begins: how many pages are asked for; what follows is to be learned if it is
     /// none.
     fn begin(&mut self) -> u32 {
@@ -119,13 +119,13 @@ impl Followed {
             (self.joined, self.joined_before) = (0, self.joined);
             return follows.into();
         }
-        *self = Followed {
+        *self = RunHistory {
             last: 0,
             before: self.last,
             seen: 2.min(self.seen + 1),
             // (What was one before is soon one again.)
             joined: follows,
-            ..Followed::default()
+            ..RunHistory::default()
         };
         0
     }
@@ -144,17 +144,22 @@ impl Followed {
 
 /// The streams of one part.
 #[derive(Debug, Default)]
-pub(super) struct Streams {
+pub(super) struct StreamPrefetcher {
     all: Vec<Stream>,
     clock: u64,
-    known: Known,
+    known: RunTable,
 }
 
-impl Streams {
+impl StreamPrefetcher {
     /// A thread, the first one, stands at a page, which may have been asked for already:
     /// which of those that follow, and are not here, are to be asked for too.
     /// [`Self::asked`] is told how far that went.
-    pub(super) fn stands(&mut self, page: PageId, access: Access, is_asked: bool) -> Ahead {
+    pub(super) fn stands(
+        &mut self,
+        page: PageId,
+        access: Access,
+        is_asked: bool,
+    ) -> PrefetchWindow {
         self.clock += 1;
         let number = page.number;
         let key = |number| (PageId { number, ..page }, access);
@@ -171,7 +176,7 @@ impl Streams {
             stream.last = number;
             if number <= stream.until {
                 // It is on its way.
-                return Ahead::default();
+                return PrefetchWindow::default();
             }
             // (Not behind a gap.)
             let follows = number == stream.until + 1;
@@ -199,7 +204,7 @@ impl Streams {
                 true => (2 * stream.window).clamp(2, WINDOW_MAX),
                 false => 0,
             };
-            return Ahead::window(stream.window);
+            return PrefetchWindow::window(stream.window);
         }
         let (known, learns) = self.known.begins(key(number));
         let begun = Stream {
@@ -238,16 +243,18 @@ impl Streams {
 
 /// What followed pages at which runs began.
 #[derive(Debug, Default)]
-struct Known(HashMap<(PageId, Access), Followed>);
+struct RunTable(HashMap<(PageId, Access), RunHistory>);
 
-impl Known {
+impl RunTable {
     /// A run begins at a page: what is known to follow; where the run began whose length is to
     /// be learned, if nothing is.
-    fn begins(&mut self, first: (PageId, Access)) -> (Ahead, Option<u32>) {
-        let known = self.0.get_mut(&first).map_or(0, Followed::begin);
+    fn begins(&mut self, first: (PageId, Access)) -> (PrefetchWindow, Option<u32>) {
+        let known = self.0.get_mut(&first).map_or(0, RunHistory::begin);
         match known {
-            pages if pages < known_min(first.1) => (Ahead::default(), Some(first.0.number)),
-            pages => (Ahead::known(pages), None),
+            pages if pages < known_min(first.1) => {
+                (PrefetchWindow::default(), Some(first.0.number))
+            }
+            pages => (PrefetchWindow::known(pages), None),
         }
     }
 
@@ -257,9 +264,9 @@ impl Known {
         if self.0.len() >= KNOWN_MAX && !self.0.contains_key(&first) {
             self.0.clear();
         }
-        let followed = self.0.entry(first).or_insert(Followed {
+        let followed = self.0.entry(first).or_insert(RunHistory {
             seen: 1,
-            ..Followed::default()
+            ..RunHistory::default()
         });
         followed.last = pages;
     }
@@ -283,7 +290,11 @@ mod tests {
     }
 
     /// Goes through pages of which none is here; where it stood.
-    fn through(streams: &mut Streams, pages: std::ops::Range<u32>, access: Access) -> Vec<u32> {
+    fn through(
+        streams: &mut StreamPrefetcher,
+        pages: std::ops::Range<u32>,
+        access: Access,
+    ) -> Vec<u32> {
         let (mut stood, mut asked) = (Vec::new(), 0);
         for number in pages {
             if number < asked {
@@ -298,21 +309,21 @@ mod tests {
     }
 
     /// How many pages are asked for.
-    fn stands(streams: &mut Streams, number: u32, access: Access) -> u32 {
+    fn stands(streams: &mut StreamPrefetcher, number: u32, access: Access) -> u32 {
         streams.stands(page(number), access, false).pages
     }
 
     #[test]
     fn who_goes_in_order_stands_seldom() {
-        let read = through(&mut Streams::default(), 100..200, Access::Read);
+        let read = through(&mut StreamPrefetcher::default(), 100..200, Access::Read);
         assert_eq!(read, [100, 101, 104, 109, 118, 135, 168]);
-        let written = through(&mut Streams::default(), 100..130, Access::Write);
+        let written = through(&mut StreamPrefetcher::default(), 100..130, Access::Write);
         assert_eq!(written, [100, 101, 102, 103, 106, 111, 120]);
     }
 
     #[test]
     fn who_does_not_is_asked_nothing_for() {
-        let mut streams = Streams::default();
+        let mut streams = StreamPrefetcher::default();
         for number in [5, 900, 30, 31 + 9, 20, 19, 18, 5, 5, 1000] {
             assert_eq!(stands(&mut streams, number, Access::Read), 0, "{number}");
         }
@@ -327,7 +338,7 @@ mod tests {
         // (What followed once may not again: two bands by one thread.)
         assert_eq!(through(&mut streams, 2000..2006, Access::Write).len(), 4);
         // To read is not to write, nor one memory another.
-        let mut streams = Streams::default();
+        let mut streams = StreamPrefetcher::default();
         assert_eq!(stands(&mut streams, 1, Access::Read), 0);
         assert_eq!(stands(&mut streams, 2, Access::Write), 0);
         let other = PageId {
@@ -347,7 +358,7 @@ mod tests {
             (Access::Write, 3, &[100, 101, 102, 103][..], 2),
             (Access::Read, 11, &[100, 101, 104, 109, 118], 10),
         ] {
-            let mut streams = Streams::default();
+            let mut streams = StreamPrefetcher::default();
             let mut uses = |pages: u32| {
                 let stood = through(&mut streams, 100..100 + pages, access);
                 // (Somewhere else, so that the next band begins a run.)
@@ -368,7 +379,7 @@ mod tests {
             }
         }
         // What is short is read without.
-        let mut streams = Streams::default();
+        let mut streams = StreamPrefetcher::default();
         for _ in 0..5 {
             assert_eq!(through(&mut streams, 100..103, Access::Read), [100, 101]);
             through(&mut streams, 5000..5001, Access::Read);
@@ -381,7 +392,7 @@ mod tests {
     #[test]
     fn a_long_piece_is_one_and_what_was_asked_for_before_is_not_on_its_way() {
         for access in [Access::Read, Access::Write] {
-            let mut streams = Streams::default();
+            let mut streams = StreamPrefetcher::default();
             let mut uses = || through(&mut streams, 1000..1000 + KNOWN_PAGES_MAX + 1, access).len();
             let first = uses();
             assert!(first <= 13, "{access:?}: {first}");
@@ -398,7 +409,7 @@ mod tests {
     /// What is known is not asked for further than it went.
     #[test]
     fn what_is_known_ends_where_it_ended() {
-        let mut streams = Streams::default();
+        let mut streams = StreamPrefetcher::default();
         for _ in 0..2 {
             through(&mut streams, 100..110, Access::Read);
             through(&mut streams, 50_000..50_001, Access::Read);
@@ -413,7 +424,7 @@ mod tests {
     #[test]
     fn what_came_and_went_is_not_on_its_way() {
         for access in [Access::Read, Access::Write] {
-            let mut streams = Streams::default();
+            let mut streams = StreamPrefetcher::default();
             streams.stands(page(1000), access, false);
             streams.asked(page(1000), access, 1256);
             // (While it is on its way nothing more is asked for.)
@@ -428,11 +439,11 @@ mod tests {
     /// row each time are.
     #[test]
     fn pieces_are_one_when_they_follow_each_other_twice() {
-        let mut followed = Followed {
+        let mut followed = RunHistory {
             last: 9,
             before: 9,
             seen: 2,
-            ..Followed::default()
+            ..RunHistory::default()
         };
         assert_eq!(followed.begin(), 9);
         followed.join(19);
@@ -447,7 +458,7 @@ mod tests {
 
     #[test]
     fn several_threads_have_streams_of_their_own_and_gaps_are_passed() {
-        let mut streams = Streams::default();
+        let mut streams = StreamPrefetcher::default();
         for step in 0..3 {
             for thread in 0..8 {
                 let at = page(thread * 1000 + step);
@@ -457,7 +468,7 @@ mod tests {
             }
         }
         // Pages 4 to 11 are here.
-        let mut streams = Streams::default();
+        let mut streams = StreamPrefetcher::default();
         assert_eq!(stands(&mut streams, 2, Access::Read), 0);
         assert_eq!(stands(&mut streams, 3, Access::Read), 2);
         streams.asked(page(3), Access::Read, 13);

@@ -10,8 +10,8 @@
 //!
 //! Who starts parts and connects them is not here.
 
-use super::pages::{BeginError, Listener, Pages, Setup, SpanError, Teller};
-use super::peer::Ends;
+use super::pages::{BeginError, Listener, Notifier, Pages, PartConfig, SpanError};
+use super::peer::PeerConnections;
 use keel_wasm::coherence::{PartId, PartSet};
 use keel_wasm::memory::{GuestMemory, MemoryError};
 use keel_wasm::runtime::parts::{Member, Members, Order, Report, Spawning, ToHome};
@@ -52,13 +52,13 @@ pub enum SpanningError {
 
 /// How it is to span.
 #[derive(Debug, Clone, Copy)]
-pub struct Spread {
+pub struct SpanConfig {
     /// Where threads begin that it starts.
     pub spawning: Spawning,
     /// How long its threads may take to a safepoint.
     pub patience: Duration,
     /// How much memory its parts keep.
-    pub keeps: Keeps,
+    pub keeps: PartLimits,
     /// It stands, and stays so: who made it stand lets it go on.
     pub stands: bool,
 }
@@ -66,7 +66,7 @@ pub struct Spread {
 /// How much of a machine's memory parts keep, at most, while others have room for the
 /// rest; all that is there by default.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Keeps {
+pub struct PartLimits {
     /// Each of them, in bytes.
     pub part_bytes: Option<u64>,
     /// The one that is told: what its host has room for, in bytes.
@@ -132,15 +132,15 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|error| error.into_inner())
 }
 
-pub(super) struct Way(Teller);
+pub(super) struct MemberChannel(Notifier);
 
-impl Way {
-    pub(super) fn new(teller: Teller) -> Self {
-        Way(teller)
+impl MemberChannel {
+    pub(super) fn new(teller: Notifier) -> Self {
+        MemberChannel(teller)
     }
 }
 
-impl Members for Way {
+impl Members for MemberChannel {
     fn order(&self, part: PartId, order: &Order) {
         let is_answered = matches!(
             order,
@@ -155,9 +155,9 @@ impl Members for Way {
 }
 
 /// A member's way; it is there as soon as the pages are, which tell what is said.
-struct HomeWay(Arc<OnceLock<Teller>>);
+struct HomeChannel(Arc<OnceLock<Notifier>>);
 
-impl ToHome for HomeWay {
+impl ToHome for HomeChannel {
     fn report(&self, report: Report) {
         let is_answered = matches!(report, Report::Expecting { .. } | Report::Call { .. });
         self.0
@@ -194,8 +194,8 @@ impl Home {
     /// [`SpanningError`]; it goes on alone then, or stands as it did.
     pub fn begin(
         machine: &Machine,
-        ends: BTreeMap<PartId, Ends>,
-        how: Spread,
+        ends: BTreeMap<PartId, PeerConnections>,
+        how: SpanConfig,
     ) -> Result<Self, SpanningError> {
         let members: PartSet = ends.keys().copied().collect();
         let failure = Arc::default();
@@ -211,14 +211,14 @@ impl Home {
             failure: Arc::clone(&failure),
             depends: depends.clone(),
         };
-        let setup = Setup {
+        let setup = PartConfig {
             room_bytes: how.keeps.room_bytes,
             ..setup(PartId::HOME, members, machine.memories())
         };
         let spans = Pages::begin(setup, ends, Arc::new(listener))
             .map_err(SpanningError::from)
             .and_then(|pages| {
-                let way = Arc::new(Way(pages.teller()));
+                let way = Arc::new(MemberChannel(pages.teller()));
                 let set = machine.set_members(members.iter().collect(), Some(way), how.spawning);
                 depends.store(set.is_ok(), Ordering::Release);
                 match (set, pages.failure()) {
@@ -331,7 +331,7 @@ impl Home {
         self.machine.freeze(patience)?;
         let begun = Instant::now();
         let set = |members: PartSet| {
-            let way = Arc::new(Way(self.pages.teller()));
+            let way = Arc::new(MemberChannel(self.pages.teller()));
             let members = members.iter().collect();
             self.machine.set_members(members, Some(way), self.spawning)
         };
@@ -410,8 +410,8 @@ impl Home {
     }
 }
 
-fn setup(me: PartId, members: PartSet, memories: &Arc<[Arc<GuestMemory>]>) -> Setup {
-    Setup {
+fn setup(me: PartId, members: PartSet, memories: &Arc<[Arc<GuestMemory>]>) -> PartConfig {
+    PartConfig {
         me,
         parts: members.with(PartId::HOME),
         origin: PartId::HOME,
@@ -467,15 +467,15 @@ impl MemberPart {
         limit_bytes: u64,
         room_bytes: Option<u64>,
         me: PartId,
-        ends: BTreeMap<PartId, Ends>,
+        ends: BTreeMap<PartId, PeerConnections>,
     ) -> Result<Self, SpanningError> {
         program.prepare_resume().map_err(MachineError::from)?;
         let memories = make_memories(program.meta(), limit_bytes)?;
-        let teller: Arc<OnceLock<Teller>> = Arc::default();
-        let way = HomeWay(teller.clone());
+        let teller: Arc<OnceLock<Notifier>> = Arc::default();
+        let way = HomeChannel(teller.clone());
         let member = Member::new(program, memories.clone(), Box::new(way));
         let members = ends.keys().copied().collect::<PartSet>().with(me);
-        let setup = Setup {
+        let setup = PartConfig {
             room_bytes,
             ..setup(me, members.without(PartId::HOME), &memories)
         };

@@ -28,7 +28,9 @@
 //!
 //! Versions: that of the frame is the envelope's, [`VERSION`] that of the messages.
 
-use super::pages::{Answer, CutPages, CutSame, CutWord, PartMemory, Question, SettleWord};
+use super::pages::{
+    Answer, CutMessage, CutPages, PartMemory, Question, QuiescenceMessage, UnchangedPages,
+};
 use bytes::{Buf, Bytes, BytesMut};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::frame::{Class, Decoder, FrameError, HEADER_BYTES, Header};
@@ -59,10 +61,10 @@ const KIND_CUT: u16 = 10;
 const KIND_CUT_PAGES: u16 = 11;
 const KIND_GONE: u16 = 12;
 const KIND_SUCCEEDED: u16 = 13;
-const KIND_SETTLE: u16 = 14;
+const KIND_QUIESCENCE: u16 = 14;
 const KIND_ASK: u16 = 15;
 const KIND_ANSWER: u16 = 16;
-const KIND_CUT_SAME: u16 = 17;
+const KIND_UNCHANGED_PAGES: u16 = 17;
 /// Bytes of a note in one frame, so that pages need not wait for long ones.
 const PIECE_BYTES: usize = 128 << 10;
 /// The longest note: a thread that called itself as deep as it may.
@@ -158,8 +160,8 @@ impl PageBytes {
 
 /// What comes on a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Parcel {
-    Message(Message),
+pub(super) enum PeerMessage {
+    Coherence(Message),
     /// [`Message::Data`], and the pages.
     Pages(Message, PageBytes),
     /// About threads.
@@ -175,14 +177,14 @@ pub(super) enum Parcel {
         /// Which of them.
         number: u64,
         /// What.
-        word: CutWord,
+        word: CutMessage,
     },
     /// About that nothing is on its way.
-    Settle {
+    Quiescence {
         /// Which time.
         number: u64,
         /// What.
-        word: SettleWord,
+        word: QuiescenceMessage,
     },
     /// From the home: something is to be said of what a part is the directory of.
     Ask(u64, Question),
@@ -196,7 +198,7 @@ pub(super) enum Parcel {
         pages: CutPages,
     },
     /// To the home: such as are as they were at the cut before.
-    CutSame(u64, CutSame),
+    UnchangedPages(u64, UnchangedPages),
     /// From the home: a part is none any more, maybe who hears it.
     Gone(PartId),
     /// The part is the home from now on; or, to such a home, the part knows it.
@@ -250,12 +252,12 @@ pub(super) fn encode_hello(hello: &Hello) -> Result<Vec<u8>, WireError> {
 ///
 /// # Errors
 /// [`WireError`], if it is longer than a frame may be; nothing is put then.
-pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireError> {
+pub(super) fn encode(parcel: &PeerMessage, frames: &mut Vec<u8>) -> Result<(), WireError> {
     match parcel {
-        Parcel::Message(message) => {
+        PeerMessage::Coherence(message) => {
             frame_of(KIND_MESSAGES, &postcard::to_stdvec(message)?, &[], frames)
         }
-        Parcel::Pages(message, pages) => {
+        PeerMessage::Pages(message, pages) => {
             let read = |_: usize, frames: &mut Vec<u8>| {
                 for (count, bytes) in pages.pieces() {
                     match bytes {
@@ -267,37 +269,41 @@ pub(super) fn encode(parcel: &Parcel, frames: &mut Vec<u8>) -> Result<(), WireEr
             };
             encode_pages(message, frames, read)
         }
-        Parcel::Note(note) => encode_note(note, frames),
-        Parcel::Time(guest_ns) => frame_of(KIND_TIME, &guest_ns.to_le_bytes(), &[], frames),
-        Parcel::Memory(memory) => frame_of(KIND_MEMORY, &postcard::to_stdvec(memory)?, &[], frames),
-        Parcel::Limit(limit) => frame_of(KIND_LIMIT, &postcard::to_stdvec(limit)?, &[], frames),
-        Parcel::Cut { number, word } => {
+        PeerMessage::Note(note) => encode_note(note, frames),
+        PeerMessage::Time(guest_ns) => frame_of(KIND_TIME, &guest_ns.to_le_bytes(), &[], frames),
+        PeerMessage::Memory(memory) => {
+            frame_of(KIND_MEMORY, &postcard::to_stdvec(memory)?, &[], frames)
+        }
+        PeerMessage::Limit(limit) => {
+            frame_of(KIND_LIMIT, &postcard::to_stdvec(limit)?, &[], frames)
+        }
+        PeerMessage::Cut { number, word } => {
             let payload = postcard::to_stdvec(&(number, word))?;
             frame_of(KIND_CUT, &payload, &[], frames)
         }
-        Parcel::Settle { number, word } => {
+        PeerMessage::Quiescence { number, word } => {
             let payload = postcard::to_stdvec(&(number, word))?;
-            frame_of(KIND_SETTLE, &payload, &[], frames)
+            frame_of(KIND_QUIESCENCE, &payload, &[], frames)
         }
-        Parcel::Ask(number, question) => {
+        PeerMessage::Ask(number, question) => {
             let payload = postcard::to_stdvec(&(number, question))?;
             frame_of(KIND_ASK, &payload, &[], frames)
         }
-        Parcel::Answer(number, answer) => {
+        PeerMessage::Answer(number, answer) => {
             let payload = postcard::to_stdvec(&(number, answer))?;
             frame_of(KIND_ANSWER, &payload, &[], frames)
         }
-        Parcel::CutPages { number, pages } => {
+        PeerMessage::CutPages { number, pages } => {
             let which = postcard::to_stdvec(&(number, pages.memory, pages.first))?;
             frame_of(KIND_CUT_PAGES, &which, &pages.bytes, frames)
         }
-        Parcel::CutSame(number, same) => {
+        PeerMessage::UnchangedPages(number, same) => {
             let payload = postcard::to_stdvec(&(number, same))?;
-            frame_of(KIND_CUT_SAME, &payload, &[], frames)
+            frame_of(KIND_UNCHANGED_PAGES, &payload, &[], frames)
         }
-        Parcel::Gone(part) => frame_of(KIND_GONE, &postcard::to_stdvec(part)?, &[], frames),
-        Parcel::Succeeded => frame_of(KIND_SUCCEEDED, &[], &[], frames),
-        Parcel::Goodbye { part, reason } => {
+        PeerMessage::Gone(part) => frame_of(KIND_GONE, &postcard::to_stdvec(part)?, &[], frames),
+        PeerMessage::Succeeded => frame_of(KIND_SUCCEEDED, &[], &[], frames),
+        PeerMessage::Goodbye { part, reason } => {
             let payload = postcard::to_stdvec(&(part, reason))?;
             frame_of(KIND_GOODBYE, &payload, &[], frames)
         }
@@ -393,9 +399,9 @@ fn is_zero(page: &[u8]) -> bool {
     words.all(|words| *words == ZEROS[..words.len()])
 }
 
-/// What is said to a part at once: whole frames, the first of which is [`Parcel::Time`].
+/// What is said to a part at once: whole frames, the first of which is [`PeerMessage::Time`].
 #[derive(Debug)]
-pub(super) struct Frames {
+pub(super) struct FrameWriter {
     bytes: Vec<u8>,
     /// What is said of pages, and not in a frame yet.
     messages: Vec<u8>,
@@ -421,15 +427,15 @@ pub(super) fn was_said(mut frames: Vec<u8>) {
     }
 }
 
-impl Frames {
+impl FrameWriter {
     /// Nothing is said yet.
     ///
     /// # Errors
     /// [`WireError`]; none that there is.
     pub(super) fn new() -> Result<Self, WireError> {
         let mut bytes = Vec::new();
-        encode(&Parcel::Time(0), &mut bytes)?;
-        Ok(Frames {
+        encode(&PeerMessage::Time(0), &mut bytes)?;
+        Ok(FrameWriter {
             bytes,
             messages: Vec::new(),
         })
@@ -450,8 +456,8 @@ impl Frames {
     ///
     /// # Errors
     /// As [`encode`].
-    pub(super) fn put(&mut self, parcel: &Parcel) -> Result<(), WireError> {
-        let Parcel::Message(message) = parcel else {
+    pub(super) fn put(&mut self, parcel: &PeerMessage) -> Result<(), WireError> {
+        let PeerMessage::Coherence(message) = parcel else {
             self.end_messages()?;
             return encode(parcel, &mut self.bytes);
         };
@@ -528,7 +534,7 @@ const SMALL_BYTES: usize = 4 << 10;
 
 /// Makes parcels of the bytes of a connection.
 #[derive(Debug, Default)]
-pub(super) struct Unpacker {
+pub(super) struct FrameReader {
     /// What has come and is not unpacked: nothing, or the beginning of a frame.
     begun: BytesMut,
     /// The buffer before, of which parcels may still have something.
@@ -537,7 +543,7 @@ pub(super) struct Unpacker {
     note: Vec<u8>,
 }
 
-impl Unpacker {
+impl FrameReader {
     /// Takes bytes until the first frame is whole, which must be a hello; what came with
     /// it is fed next.
     ///
@@ -585,7 +591,7 @@ impl Unpacker {
     pub(super) fn feed(
         &mut self,
         bytes: &[u8],
-        parcels: &mut Vec<Parcel>,
+        parcels: &mut Vec<PeerMessage>,
     ) -> Result<(), WireError> {
         self.extend(bytes);
         while let Some(header) = Decoder::new(CLASS).header(&self.begun)? {
@@ -601,7 +607,7 @@ impl Unpacker {
                     }
                     self.note.extend_from_slice(&payload);
                     if header.kind == KIND_NOTE {
-                        parcels.push(Parcel::Note(std::mem::take(&mut self.note)));
+                        parcels.push(PeerMessage::Note(std::mem::take(&mut self.note)));
                     }
                 }
                 KIND_MESSAGES => messages_of(&payload, parcels)?,
@@ -614,13 +620,13 @@ impl Unpacker {
 }
 
 /// One or more messages.
-fn messages_of(mut payload: &[u8], parcels: &mut Vec<Parcel>) -> Result<(), WireError> {
+fn messages_of(mut payload: &[u8], parcels: &mut Vec<PeerMessage>) -> Result<(), WireError> {
     loop {
         let (message, rest) = postcard::take_from_bytes(payload)?;
         if matches!(message, Message::Data { .. }) {
             return Err(WireError::Page);
         }
-        parcels.push(Parcel::Message(message));
+        parcels.push(PeerMessage::Coherence(message));
         payload = rest;
         if payload.is_empty() {
             return Ok(());
@@ -629,7 +635,7 @@ fn messages_of(mut payload: &[u8], parcels: &mut Vec<Parcel>) -> Result<(), Wire
 }
 
 /// Pages in a row, and what is said of them, which is shorter than a page.
-fn pages_of(payload: Bytes) -> Result<Parcel, WireError> {
+fn pages_of(payload: Bytes) -> Result<PeerMessage, WireError> {
     let length = payload.len() / PAGE * PAGE;
     let ((message, zeros), rest): ((Message, u64), &[u8]) =
         postcard::take_from_bytes(&payload[length..])?;
@@ -645,32 +651,32 @@ fn pages_of(payload: Bytes) -> Result<Parcel, WireError> {
         zeros,
         pages,
     };
-    Ok(Parcel::Pages(message, pages))
+    Ok(PeerMessage::Pages(message, pages))
 }
 
-fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
+fn parcel(kind: u16, payload: Bytes) -> Result<PeerMessage, WireError> {
     match kind {
         KIND_TIME => match payload[..].try_into() {
-            Ok(bytes) => Ok(Parcel::Time(u64::from_le_bytes(bytes))),
+            Ok(bytes) => Ok(PeerMessage::Time(u64::from_le_bytes(bytes))),
             Err(_) => Err(WireError::Time),
         },
-        KIND_MEMORY => Ok(Parcel::Memory(postcard::from_bytes(&payload)?)),
-        KIND_LIMIT => Ok(Parcel::Limit(postcard::from_bytes(&payload)?)),
+        KIND_MEMORY => Ok(PeerMessage::Memory(postcard::from_bytes(&payload)?)),
+        KIND_LIMIT => Ok(PeerMessage::Limit(postcard::from_bytes(&payload)?)),
         KIND_CUT => {
             let (number, word) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Cut { number, word })
+            Ok(PeerMessage::Cut { number, word })
         }
-        KIND_SETTLE => {
+        KIND_QUIESCENCE => {
             let (number, word) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Settle { number, word })
+            Ok(PeerMessage::Quiescence { number, word })
         }
         KIND_ASK => {
             let (number, question) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Ask(number, question))
+            Ok(PeerMessage::Ask(number, question))
         }
         KIND_ANSWER => {
             let (number, answer) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Answer(number, answer))
+            Ok(PeerMessage::Answer(number, answer))
         }
         KIND_CUT_PAGES => {
             let ((number, memory, first), bytes): ((u64, u32, u32), &[u8]) =
@@ -681,23 +687,23 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
                 bytes: payload.slice_ref(bytes),
             };
             match pages.is_whole() {
-                true => Ok(Parcel::CutPages { number, pages }),
+                true => Ok(PeerMessage::CutPages { number, pages }),
                 false => Err(WireError::Page),
             }
         }
-        KIND_CUT_SAME => {
+        KIND_UNCHANGED_PAGES => {
             let (number, same) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::CutSame(number, same))
+            Ok(PeerMessage::UnchangedPages(number, same))
         }
         KIND_GONE => match postcard::take_from_bytes(&payload)? {
-            (part, []) => Ok(Parcel::Gone(part)),
+            (part, []) => Ok(PeerMessage::Gone(part)),
             _ => Err(postcard::Error::DeserializeBadEncoding.into()),
         },
-        KIND_SUCCEEDED if payload.is_empty() => Ok(Parcel::Succeeded),
+        KIND_SUCCEEDED if payload.is_empty() => Ok(PeerMessage::Succeeded),
         KIND_SUCCEEDED => Err(postcard::Error::DeserializeBadEncoding.into()),
         KIND_GOODBYE => {
             let (part, reason) = postcard::from_bytes(&payload)?;
-            Ok(Parcel::Goodbye { part, reason })
+            Ok(PeerMessage::Goodbye { part, reason })
         }
         other => Err(WireError::Kind(other)),
     }
@@ -706,13 +712,13 @@ fn parcel(kind: u16, payload: Bytes) -> Result<Parcel, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::span::false_sharing::Stood;
+    use crate::span::false_sharing::FaultFootprint;
     use crate::span::idle_pages::IdleRange;
     use keel_wasm::coherence::{Access, Holders, PageId, Placement, Segment, Traffic, Txn};
     use rand::rngs::SmallRng;
     use rand::{RngExt, SeedableRng};
 
-    fn samples() -> Vec<Parcel> {
+    fn samples() -> Vec<PeerMessage> {
         let page = PageId {
             memory: 1,
             number: 77,
@@ -735,12 +741,12 @@ mod tests {
             number: 9,
         };
         vec![
-            Parcel::Message(Message::Want {
+            PeerMessage::Coherence(Message::Want {
                 page,
                 access: Access::Read,
                 has: false,
             }),
-            Parcel::Pages(
+            PeerMessage::Pages(
                 data.clone(),
                 PageBytes {
                     bytes: Bytes::new(),
@@ -748,7 +754,7 @@ mod tests {
                     pages: 1,
                 },
             ),
-            Parcel::Pages(
+            PeerMessage::Pages(
                 data.clone(),
                 PageBytes {
                     bytes: Bytes::from_static(&[7; PAGE]),
@@ -756,49 +762,49 @@ mod tests {
                     pages: 1,
                 },
             ),
-            Parcel::Message(Message::SegmentAt {
+            PeerMessage::Coherence(Message::SegmentAt {
                 segment,
                 version: 4,
             }),
-            Parcel::Note(Vec::new()),
-            Parcel::Memory(PartMemory {
+            PeerMessage::Note(Vec::new()),
+            PeerMessage::Memory(PartMemory {
                 resident_bytes: 1 << 33,
                 limit_bytes: Some(1 << 30),
                 given_bytes: 4096,
                 dropped_bytes: 0,
             }),
-            Parcel::Time(1 << 40),
-            Parcel::Limit(None),
-            Parcel::Limit(Some(u64::MAX)),
-            Parcel::Cut {
+            PeerMessage::Time(1 << 40),
+            PeerMessage::Limit(None),
+            PeerMessage::Limit(Some(u64::MAX)),
+            PeerMessage::Cut {
                 number: 7,
-                word: CutWord::More(1 << 20),
+                word: CutMessage::More(1 << 20),
             },
-            Parcel::Settle {
+            PeerMessage::Quiescence {
                 number: 3,
-                word: SettleWord::Quiet({
+                word: QuiescenceMessage::Quiet({
                     let mut traffic = Traffic::default();
                     traffic.said(part(3));
                     traffic.heard(part(63));
                     traffic
                 }),
             },
-            Parcel::Settle {
+            PeerMessage::Quiescence {
                 number: 4,
-                word: SettleWord::Over,
+                word: QuiescenceMessage::Over,
             },
-            Parcel::Ask(
+            PeerMessage::Ask(
                 5,
-                Question::Going {
+                Question::InTransit {
                     memory: 0,
                     pages: 16..32,
                     to: part(2),
                 },
             ),
-            Parcel::Ask(6, Question::Placements(page)),
-            Parcel::Ask(7, Question::Stood(page)),
-            Parcel::Ask(8, Question::Idle(1, 4096)),
-            Parcel::Answer(
+            PeerMessage::Ask(6, Question::Placements(page)),
+            PeerMessage::Ask(7, Question::FaultWaits(page)),
+            PeerMessage::Ask(8, Question::Idle(1, 4096)),
+            PeerMessage::Answer(
                 8,
                 Answer::Idle(
                     vec![IdleRange {
@@ -809,9 +815,12 @@ mod tests {
                     Some((2, 0)),
                 ),
             ),
-            Parcel::Answer(7, Answer::Stood(vec![(page, Stood::default())], Some(page))),
-            Parcel::Answer(5, Answer::Going(Some(7))),
-            Parcel::Answer(
+            PeerMessage::Answer(
+                7,
+                Answer::FaultWaits(vec![(page, FaultFootprint::default())], Some(page)),
+            ),
+            PeerMessage::Answer(5, Answer::InTransit(Some(7))),
+            PeerMessage::Answer(
                 6,
                 Answer::Placements(
                     vec![Placement {
@@ -825,12 +834,12 @@ mod tests {
                     Some(page),
                 ),
             ),
-            Parcel::Message(Message::Gather),
-            Parcel::Message(Message::Hand {
+            PeerMessage::Coherence(Message::Gather),
+            PeerMessage::Coherence(Message::Hand {
                 segment,
                 to: part(1),
             }),
-            Parcel::CutPages {
+            PeerMessage::CutPages {
                 number: 7,
                 pages: CutPages {
                     memory: 1,
@@ -838,26 +847,26 @@ mod tests {
                     bytes: Bytes::from_static(&[9; 2 * PAGE]),
                 },
             },
-            Parcel::CutSame(
+            PeerMessage::UnchangedPages(
                 7,
-                CutSame {
+                UnchangedPages {
                     memory: 0,
                     first: 1 << 20,
                     pages: 16,
                     digest: u128::MAX - 1,
                 },
             ),
-            Parcel::Gone(part(5)),
-            Parcel::Succeeded,
-            Parcel::Goodbye {
+            PeerMessage::Gone(part(5)),
+            PeerMessage::Succeeded,
+            PeerMessage::Goodbye {
                 part: part(3),
                 reason: "its process is gone".into(),
             },
-            Parcel::Note((0..300 << 10).map(|at| at as u8).collect()),
+            PeerMessage::Note((0..300 << 10).map(|at| at as u8).collect()),
         ]
     }
 
-    fn frame(parcel: &Parcel) -> Vec<u8> {
+    fn frame(parcel: &PeerMessage) -> Vec<u8> {
         let mut frame = Vec::new();
         encode(parcel, &mut frame).unwrap();
         frame
@@ -877,7 +886,7 @@ mod tests {
         );
         let bytes = [encode_hello(&hello).unwrap(), stream()].concat();
         for piece in [1, 7, bytes.len()] {
-            let (mut unpacker, mut parcels, mut found) = (Unpacker::default(), Vec::new(), None);
+            let (mut unpacker, mut parcels, mut found) = (FrameReader::default(), Vec::new(), None);
             for piece in bytes.chunks(piece) {
                 match &found {
                     None => found = unpacker.feed_hello(piece).unwrap(),
@@ -890,17 +899,21 @@ mod tests {
                 (Some(&hello), &samples()[..])
             );
         }
-        let nameless = Unpacker::default().feed_hello(&stream());
+        let nameless = FrameReader::default().feed_hello(&stream());
         assert!(matches!(nameless, Err(WireError::Nameless)), "{nameless:?}");
         // A second time it is no message.
-        assert!(Unpacker::default().feed(&bytes, &mut Vec::new()).is_err());
+        assert!(
+            FrameReader::default()
+                .feed(&bytes, &mut Vec::new())
+                .is_err()
+        );
     }
 
     #[test]
     fn comes_as_it_was_said_in_whatever_pieces() {
         let bytes = stream();
         for piece in [1, 2, 19, 20, 21, 4096, bytes.len()] {
-            let (mut unpacker, mut parcels) = (Unpacker::default(), Vec::new());
+            let (mut unpacker, mut parcels) = (FrameReader::default(), Vec::new());
             for piece in bytes.chunks(piece) {
                 unpacker.feed(piece, &mut parcels).unwrap();
             }
@@ -920,7 +933,7 @@ mod tests {
             let mut frame = frame.to_vec();
             frame[6..8].copy_from_slice(&kind.to_le_bytes());
             let mut parcels = Vec::new();
-            Unpacker::default().feed(&frame, &mut parcels)
+            FrameReader::default().feed(&frame, &mut parcels)
         };
         // Data without a page, a page without bytes, pages of others, no such kind.
         for (frame, kind) in [
@@ -928,8 +941,8 @@ mod tests {
             (&page, KIND_MESSAGES),
             (&want, KIND_PAGES),
             (&want, KIND_HELLO),
-            (&want, KIND_CUT_SAME + 1),
-            (&want, KIND_SETTLE),
+            (&want, KIND_UNCHANGED_PAGES + 1),
+            (&want, KIND_QUIESCENCE),
             (&want, KIND_SUCCEEDED),
             (&want, KIND_GONE),
             (&want, KIND_CUT_PAGES),
@@ -965,14 +978,14 @@ mod tests {
             bytes[at * PAGE + 4000] = at as u8 + 1;
         }
         let message = data(100, (1..64).map(|at| 1 << at).collect());
-        let mut frames = Frames::new().unwrap();
+        let mut frames = FrameWriter::new().unwrap();
         let read = |count: usize, frames: &mut Vec<u8>| {
             frames.extend_from_slice(&bytes[..count * PAGE]);
             Ok::<(), WireError>(())
         };
         frames.put_pages(&message, read).unwrap();
-        let gather = || Parcel::Message(Message::Gather);
-        for parcel in [gather(), gather(), Parcel::Succeeded, gather()] {
+        let gather = || PeerMessage::Coherence(Message::Gather);
+        for parcel in [gather(), gather(), PeerMessage::Succeeded, gather()] {
             frames.put(&parcel).unwrap();
         }
         // What is too long, or has other pages, is not said at all.
@@ -981,15 +994,15 @@ mod tests {
         let none = |_: usize, _: &mut Vec<u8>| Ok::<(), WireError>(());
         assert!(frames.put_pages(&message, none).is_err());
         let said = frames.finish(77).unwrap();
-        let (mut unpacker, mut parcels) = (Unpacker::default(), Vec::new());
+        let (mut unpacker, mut parcels) = (FrameReader::default(), Vec::new());
         unpacker.feed(&said, &mut parcels).unwrap();
-        assert_eq!(parcels.remove(0), Parcel::Time(77));
+        assert_eq!(parcels.remove(0), PeerMessage::Time(77));
         let rest = parcels.split_off(1);
-        assert_eq!(rest, [gather(), gather(), Parcel::Succeeded, gather()]);
+        assert_eq!(rest, [gather(), gather(), PeerMessage::Succeeded, gather()]);
         // (Time, a row, two messages at once, and what follows.)
         let ours = said.windows(4).filter(|it| *it == b"KSPN");
         assert_eq!(ours.count(), 5);
-        let Some(Parcel::Pages(found, pages)) = parcels.pop() else {
+        let Some(PeerMessage::Pages(found, pages)) = parcels.pop() else {
             panic!("{parcels:?}");
         };
         assert_eq!((found, pages.pages()), (message, ROW_PAGES_MAX));
@@ -1018,7 +1031,7 @@ mod tests {
             let mut payload = vec![1; pages * PAGE];
             payload.extend(said);
             pages_of(payload.into()).map(|parcel| match parcel {
-                Parcel::Pages(_, pages) => pages.pages(),
+                PeerMessage::Pages(_, pages) => pages.pages(),
                 other => panic!("{other:?}"),
             })
         };
@@ -1042,7 +1055,7 @@ mod tests {
     #[test]
     fn damaged_bytes_are_errors_or_parcels() {
         // (Damage in a long note hurts nobody.)
-        let samples: Vec<Parcel> = samples()
+        let samples: Vec<PeerMessage> = samples()
             .into_iter()
             .filter(|it| frame(it).len() < 9000)
             .collect();
@@ -1058,7 +1071,7 @@ mod tests {
             }
             damaged.truncate(rng.random_range(0..=bytes.len()));
             let mut parcels = Vec::new();
-            let fed = Unpacker::default().feed(&damaged, &mut parcels);
+            let fed = FrameReader::default().feed(&damaged, &mut parcels);
             refused += u32::from(fed.is_err());
             assert!(parcels.len() <= samples.len());
         }

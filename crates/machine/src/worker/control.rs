@@ -4,7 +4,7 @@
 use crate::cgroup::GroupUsage;
 use crate::checkpoint::{CheckpointId, Origin, Retention};
 use crate::moves::{FillReport, Progress, Round};
-use crate::span::{Legacy, PartMemory, Place};
+use crate::span::{HomeState, PartAddress, PartMemory};
 use crate::spec::{Spec, Status};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{Bytes, Fingerprint, RpcError};
@@ -62,9 +62,9 @@ pub mod kind {
     /// [`super::Spec`] → `()`: other limits of memory and CPU from now on, and what
     /// else of the spec matters here. Nothing changes where it is refused.
     pub const SET: u16 = 0x0412;
-    /// [`super::MeetParts`] → [`crate::span::Place`]: the worker is to be the home.
+    /// [`super::MeetParts`] → [`crate::span::PartAddress`]: the worker is to be the home.
     pub const SPAN_READY: u16 = 0x0420;
-    /// [`super::ReadyPart`] → [`crate::span::Place`]: an empty worker is to be a member.
+    /// [`super::ReadyPart`] → [`crate::span::PartAddress`]: an empty worker is to be a member.
     pub const PART_READY: u16 = 0x0421;
     /// [`super::Span`] → `u64`, microseconds that the machine stood still: it spans.
     pub const SPAN: u16 = 0x0422;
@@ -75,7 +75,7 @@ pub mod kind {
     /// `()` → `u64`, bytes that came: the memory of a machine that is held comes to its
     /// parts, and it runs.
     pub const BRING: u16 = 0x042a;
-    /// [`super::MeetNew`] → [`crate::span::Place`]: a part, the home or a member, is to meet
+    /// [`super::MeetNew`] → [`crate::span::PartAddress`]: a part, the home or a member, is to meet
     /// one more.
     pub const MEET_NEW: u16 = 0x042b;
     /// [`super::JoinNew`] → `u64`, microseconds that the machine stood still: it is one of
@@ -296,7 +296,7 @@ pub struct CopyHome {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Succession {
     /// To the part.
-    pub legacy: Legacy,
+    pub legacy: HomeState,
     /// The node of each part that stays, and of the successor under the home's number.
     pub nodes: BTreeMap<PartId, NodeName>,
 }
@@ -572,7 +572,7 @@ pub struct Join {
     /// Under this epoch.
     pub epoch: Epoch,
     /// Where each part is.
-    pub places: BTreeMap<PartId, Place>,
+    pub places: BTreeMap<PartId, PartAddress>,
 }
 
 /// A part of a machine is to meet one more.
@@ -774,7 +774,7 @@ mod tests {
             holders: Holders::Owner(part(1)),
         };
         let succession = Succession {
-            legacy: Legacy {
+            legacy: HomeState {
                 successor: part(2),
                 members: [part(1), part(3)].into_iter().collect(),
                 memory_bytes: vec![1 << 20],
@@ -782,7 +782,7 @@ mod tests {
                     rows: vec![held(0, 3), held(9, 1)],
                     exchanges: vec![1, 300, 7, 2],
                 },
-                threads: vec![crate::span::Whereabouts {
+                threads: vec![crate::span::ThreadLocation {
                     tid: 4,
                     at: part(1),
                     goes_on: part(3),

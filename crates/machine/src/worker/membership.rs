@@ -5,7 +5,7 @@ use super::control::{JoinNew, MeetNew, PartWith};
 use super::process::Worker;
 use super::spanning::{FREEZE_PATIENCE, HOME_PATIENCE, MEET_PATIENCE, Parts, failed};
 use crate::failpoint;
-use crate::span::{Meeting, PartId, PartSet, Place};
+use crate::span::{MeshListener, PartAddress, PartId, PartSet};
 use keel_cluster::{Epoch, MachineName};
 use keel_net::RpcError;
 use std::time::Duration;
@@ -32,13 +32,14 @@ fn micros(time: Duration) -> u64 {
 
 impl Worker {
     /// A part that is here is to meet one more.
-    pub(super) fn meet_new(&self, meet: &MeetNew) -> Result<Place, RpcError> {
+    pub(super) fn meet_new(&self, meet: &MeetNew) -> Result<PartAddress, RpcError> {
         let mut inner = self.inner();
         if !inner.parts.is(inner.name.as_ref(), &meet.machine, meet.me) {
             return Err(RpcError::refused("that part is not here"));
         }
         let others = PartSet::default().with(meet.new);
-        let (meeting, place) = Meeting::open(meet.me, others, &meet.address).map_err(failed)?;
+        let (meeting, place) =
+            MeshListener::open(meet.me, others, &meet.address).map_err(failed)?;
         inner.parts.meeting = Some(meeting);
         Ok(place)
     }

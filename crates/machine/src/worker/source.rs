@@ -14,7 +14,7 @@ use crate::link::{CHUNK_BYTES, HELLO_VERSION, Hello, Link, LinkError, Message, P
 use crate::log::Log;
 use crate::moves::convergence::{self, Next, best_rate};
 use crate::moves::{FillReport, Phase, Progress, Round};
-use crate::span::{Home, LeavingHome, PartId, SpanError, SpanningError};
+use crate::span::{Home, HomeMigration, PartId, SpanError, SpanningError};
 use keel_cluster::{Epoch, MachineName, NodeName};
 use keel_net::{ClientTls, PinnedIdentity};
 use keel_wasm::memory::{DirtyTracker, MemoryError};
@@ -64,7 +64,7 @@ pub(super) enum OutgoingError {
     #[error(transparent)]
     Spanning(#[from] SpanningError),
     #[error("what its home leaves cannot be written down: {0}")]
-    Legacy(#[from] postcard::Error),
+    HomeState(#[from] postcard::Error),
     #[error(transparent)]
     Injected(#[from] Injected),
 }
@@ -79,7 +79,7 @@ pub(super) struct HomeParts {
     /// Set when nobody wants it to move any more.
     pub(super) gives_up: Arc<AtomicBool>,
     /// Since its threads and pages leave.
-    pub(super) leaving: Option<LeavingHome>,
+    pub(super) leaving: Option<HomeMigration>,
 }
 
 impl HomeParts {
@@ -96,7 +96,7 @@ impl HomeParts {
 
     /// Whether what is left of it can leave while the machine stands.
     fn check(&self) -> Result<(), SpanningError> {
-        self.leaving.as_ref().map_or(Ok(()), LeavingHome::check)
+        self.leaving.as_ref().map_or(Ok(()), HomeMigration::check)
     }
 
     /// What the successor has to know.
@@ -346,7 +346,7 @@ impl Outgoing {
                     ..Progress::of(Phase::Copy)
                 }))
         };
-        let leaving = LeavingHome::begin(
+        let leaving = HomeMigration::begin(
             parts.home.clone(),
             parts.successor,
             parts.threads_to,

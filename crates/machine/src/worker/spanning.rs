@@ -16,8 +16,8 @@ use crate::checkpoint::{Later, VaultError};
 use crate::failpoint;
 use crate::moves::TargetEvent;
 use crate::span::{
-    Heat, Home, Keeps, MeetError, Meeting, MemberPart, Object, Pages, Place, SpanError,
-    SpanningError, Spread,
+    Heat, Home, MemberPart, MeshError, MeshListener, Object, Pages, PartAddress, PartLimits,
+    SpanConfig, SpanError, SpanningError,
 };
 use keel_cluster::{MachineName, NodeName};
 use keel_net::RpcError;
@@ -53,7 +53,7 @@ const END_AFTER: Duration = Duration::from_millis(20);
 #[derive(Default)]
 pub(super) struct Parts {
     /// Listens for the others.
-    pub(super) meeting: Option<Meeting>,
+    pub(super) meeting: Option<MeshListener>,
     /// As the home.
     pub(super) home: Option<Arc<Home>>,
     /// The node of each part, at the home.
@@ -184,7 +184,7 @@ pub(super) fn failed(error: impl std::fmt::Display) -> RpcError {
 
 impl Worker {
     /// The home is to meet members.
-    pub(super) fn span_ready(&self, meet: &MeetParts) -> Result<Place, RpcError> {
+    pub(super) fn span_ready(&self, meet: &MeetParts) -> Result<PartAddress, RpcError> {
         // What lets threads go on elsewhere is compiled before anybody waits for it.
         let machine = self.inner().machine.clone();
         if let Some(machine) = machine {
@@ -254,10 +254,10 @@ impl Worker {
         let ends = meeting
             .meet(&name, epoch, &span.join.places, MEET_PATIENCE)
             .map_err(failed)?;
-        let how = Spread {
+        let how = SpanConfig {
             spawning: span.spawning,
             patience: FREEZE_PATIENCE,
-            keeps: Keeps {
+            keeps: PartLimits {
                 part_bytes,
                 room_bytes: span.room_bytes,
             },
@@ -516,7 +516,7 @@ impl Worker {
     }
 
     /// An empty worker is to be a member: compiles, and listens for the others.
-    pub(super) fn part_ready(self: &Arc<Self>, ready: &ReadyPart) -> Result<Place, RpcError> {
+    pub(super) fn part_ready(self: &Arc<Self>, ready: &ReadyPart) -> Result<PartAddress, RpcError> {
         // (Or it is the one to which the machine moves.)
         let arrives = {
             let inner = self.inner();
@@ -650,8 +650,8 @@ impl Worker {
     }
 }
 
-fn open(me: PartId, meet: &MeetParts) -> Result<(Meeting, Place), MeetError> {
-    Meeting::open(me, meet.parts.without(me), &meet.address)
+fn open(me: PartId, meet: &MeetParts) -> Result<(MeshListener, PartAddress), MeshError> {
+    MeshListener::open(me, meet.parts.without(me), &meet.address)
 }
 
 /// The memory of a machine on one node.

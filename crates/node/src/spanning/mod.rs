@@ -41,7 +41,7 @@ use crate::operate::OperateError;
 use crate::rules::{self, ClaimError};
 use crate::workers::{COMPILE_PATIENCE, OLDER, Worker, is_older};
 use keel_cluster::{MachineName, NodeName};
-use keel_machine::span::{PartId, PartSet, Place};
+use keel_machine::span::{PartAddress, PartId, PartSet};
 use keel_machine::spec::Spec;
 use keel_machine::worker::control::{Join, Report};
 use keel_net::{Fingerprint, RpcError};
@@ -78,7 +78,7 @@ pub(crate) struct PartOffer {
 pub(crate) struct ReadyMember {
     /// Its worker's name on its node.
     pub(crate) worker: MachineName,
-    pub(crate) place: Place,
+    pub(crate) place: PartAddress,
 }
 
 /// Which member is to meet whom; without `join` it ends.

@@ -15,7 +15,7 @@ use crate::workers::{COMPILE_PATIENCE, Worker};
 use futures::future::{join_all, try_join_all};
 use keel_api::{EventKind, PartsInfo, SpanRequest};
 use keel_cluster::{Epoch, MachineName, NodeName};
-use keel_machine::span::{PARTS_MAX, PartId, PartSet, Place, Spawning};
+use keel_machine::span::{PARTS_MAX, PartAddress, PartId, PartSet, Spawning};
 use keel_machine::spec::{Record, Spawn, Spec};
 use keel_machine::worker::control::{
     Join, MeetParts, PartsReport, Report, Span, State, kind, pack, unpack,
@@ -341,7 +341,7 @@ async fn meet(
         .collect::<PartSet>()
         .with(PartId::HOME);
     let address = agent.settings.listen.ip().to_string();
-    let own: Place = ask(
+    let own: PartAddress = ask(
         worker,
         kind::SPAN_READY,
         &MeetParts { parts, address },
@@ -349,7 +349,7 @@ async fn meet(
     )
     .await
     .map_err(Unmet::certain)?;
-    let mut places: BTreeMap<PartId, Place> = ready
+    let mut places: BTreeMap<PartId, PartAddress> = ready
         .iter()
         .map(|(part, it)| (*part, it.place.clone()))
         .collect();

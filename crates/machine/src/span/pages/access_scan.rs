@@ -16,7 +16,7 @@ const REGIONS: usize = 1024;
 
 /// Where a look goes on.
 #[derive(Debug, Default)]
-pub(super) struct Looking {
+pub(super) struct AccessScan {
     memory: u32,
     /// End of the last region that was looked at.
     at: u64,
@@ -25,7 +25,7 @@ pub(super) struct Looking {
 
 impl Shared {
     /// Looks at some memory, if it is time.
-    pub(super) fn look_at_uses(&self, looking: &mut Looking) {
+    pub(super) fn look_at_uses(&self, looking: &mut AccessScan) {
         if looking.last.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
             return;
         }

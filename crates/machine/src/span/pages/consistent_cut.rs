@@ -25,9 +25,9 @@
 //! written since it was prepared. Members send as much as the home has asked for, so a slow
 //! store fills no memory.
 
-use super::super::page_digests::{self, Known};
-use super::super::wire::Parcel;
-use super::effects::Work;
+use super::super::page_digests::{self, PageDigests};
+use super::super::wire::PeerMessage;
+use super::effects::Effects;
 use super::{PAGE, Pages, Shared, SpanError, State, locked};
 use bytes::Bytes;
 use keel_wasm::coherence::{Copy, PageId, PartId, PartSet};
@@ -60,7 +60,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// What home and members say to each other of a cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum CutWord {
+pub enum CutMessage {
     /// To members: there will be a cut. Of pages that they gave at this earlier one, and that
     /// are as they were, it is enough to say so.
     Prepare {
@@ -96,7 +96,7 @@ pub struct CutPages {
 
 /// Pages in a row that are as they were at the cut before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CutSame {
+pub struct UnchangedPages {
     /// The machine's memory.
     pub memory: u32,
     /// Number of the first page.
@@ -114,7 +114,7 @@ pub enum CutPiece {
     /// As they were at the cut.
     Pages(CutPages),
     /// As they were at the cut before.
-    Same(CutSame),
+    Unchanged(UnchangedPages),
 }
 
 impl CutPages {
@@ -135,7 +135,7 @@ enum Stage {
 
 /// What a part knows of a cut.
 #[derive(Debug)]
-pub(super) struct Cutting {
+pub(super) struct CutState {
     number: u64,
     /// Which it is of all that this part has heard of: another home counts anew.
     heard: u64,
@@ -165,9 +165,9 @@ pub(super) struct Cutting {
     came: VecDeque<(PartId, CutPiece)>,
 }
 
-impl Cutting {
+impl CutState {
     fn new((number, heard): (u64, u64), since: Option<u64>, memories: usize) -> Self {
-        Cutting {
+        CutState {
             number,
             heard,
             since,
@@ -193,7 +193,7 @@ impl Cutting {
 
 /// What is known of cuts without the lock.
 #[derive(Debug, Default)]
-pub(super) struct Cuts {
+pub(super) struct CutStatus {
     /// Numbers of those that there were, at the home.
     count: AtomicU64,
     /// How many a member has heard of.
@@ -204,7 +204,7 @@ pub(super) struct Cuts {
     pub(super) changed: Condvar,
 }
 
-impl Cuts {
+impl CutStatus {
     /// Whether so much was copied that whoever writes waits for a moment.
     pub(super) fn are_behind(&self) -> bool {
         self.copied_bytes.load(Ordering::Relaxed) > COPIED_MANY
@@ -258,8 +258,8 @@ impl Shared {
         self.me() == PartId::HOME
     }
 
-    pub(super) fn tell_part(&self, to: PartId, parcel: &Parcel) -> Result<(), SpanError> {
-        let mut work = Work::default();
+    pub(super) fn tell_part(&self, to: PartId, parcel: &PeerMessage) -> Result<(), SpanError> {
+        let mut work = Effects::default();
         work.put(to, parcel)?;
         self.say(Ok(()), work);
         Ok(())
@@ -273,11 +273,11 @@ impl Shared {
         &self,
         from: PartId,
         number: u64,
-        word: CutWord,
+        word: CutMessage,
     ) -> Result<(), SpanError> {
         let to_home = matches!(
             word,
-            CutWord::Prepared | CutWord::Marked | CutWord::Done | CutWord::GaveUp
+            CutMessage::Prepared | CutMessage::Marked | CutMessage::Done | CutMessage::GaveUp
         );
         if to_home != self.is_home() || !to_home && from != PartId::HOME {
             let reason = "it says of a cut what only another part can say".into();
@@ -286,14 +286,14 @@ impl Shared {
         self.note_cut(from, number, word)
     }
 
-    fn note_cut(&self, from: PartId, number: u64, word: CutWord) -> Result<(), SpanError> {
+    fn note_cut(&self, from: PartId, number: u64, word: CutMessage) -> Result<(), SpanError> {
         let mut guard = locked(&self.state);
         let state = &mut *guard;
-        if let CutWord::Prepare { since } = word {
+        if let CutMessage::Prepare { since } = word {
             // (Of an earlier one there may be something left.)
             while self.let_some_go(state)? {}
             let heard = self.cuts.heard.fetch_add(1, Ordering::Relaxed);
-            let cutting = Cutting::new((number, heard), since, self.memories.len());
+            let cutting = CutState::new((number, heard), since, self.memories.len());
             state.cutting = Some(cutting);
             self.cuts.is_on.store(true, Ordering::Release);
         }
@@ -301,18 +301,18 @@ impl Shared {
             return Ok(());
         };
         match word {
-            CutWord::Prepare { .. } => {}
-            CutWord::Prepared => cutting.prepared = cutting.prepared.with(from),
-            CutWord::Marked => cutting.marked = cutting.marked.with(from),
-            CutWord::Done => cutting.done = cutting.done.with(from),
-            CutWord::More(bytes) => cutting.asked = cutting.asked.saturating_add(bytes.into()),
-            CutWord::GaveUp => cutting.gave_up = true,
-            CutWord::End => cutting.is_over = true,
-            CutWord::Mark => {
+            CutMessage::Prepare { .. } => {}
+            CutMessage::Prepared => cutting.prepared = cutting.prepared.with(from),
+            CutMessage::Marked => cutting.marked = cutting.marked.with(from),
+            CutMessage::Done => cutting.done = cutting.done.with(from),
+            CutMessage::More(bytes) => cutting.asked = cutting.asked.saturating_add(bytes.into()),
+            CutMessage::GaveUp => cutting.gave_up = true,
+            CutMessage::End => cutting.is_over = true,
+            CutMessage::Mark => {
                 self.mark(state)?;
                 drop(guard);
-                let word = CutWord::Marked;
-                self.tell_part(from, &Parcel::Cut { number, word })?;
+                let word = CutMessage::Marked;
+                self.tell_part(from, &PeerMessage::Cut { number, word })?;
             }
         }
         self.cuts.changed.notify_all();
@@ -354,7 +354,7 @@ impl Shared {
         &self,
         from: PartId,
         number: u64,
-        same: CutSame,
+        same: UnchangedPages,
     ) -> Result<(), SpanError> {
         let last = same.pages.checked_sub(1);
         let last = last.and_then(|more| same.first.checked_add(more));
@@ -369,7 +369,7 @@ impl Shared {
             return Err(SpanError::Lost { part: from, reason });
         }
         if let Some(cutting) = cutting {
-            cutting.came.push_back((from, CutPiece::Same(same)));
+            cutting.came.push_back((from, CutPiece::Unchanged(same)));
             self.cuts.changed.notify_all();
         }
         Ok(())
@@ -388,7 +388,7 @@ impl Shared {
     fn mark(&self, state: &mut State) -> Result<(), SpanError> {
         let is_prepared = state.cutting.as_ref().map(|it| it.stage) == Some(Stage::Preparing);
         if !is_prepared || state.settling.is_none() {
-            return Err(SpanError::Disagree(
+            return Err(SpanError::Inconsistent(
                 "a cut that nothing is ready for".into(),
             ));
         }
@@ -615,7 +615,7 @@ impl Shared {
 
     /// A member's thread that sends what there was at cuts, until the end.
     pub(super) fn give_cuts(&self) {
-        let mut given = Given::default();
+        let mut given = DigestHistory::default();
         // (A home gives none: whoever takes one does.)
         while !self.over.load(Ordering::Acquire) && !self.is_home() {
             if let Err(error) = self.give_some(&mut given) {
@@ -624,17 +624,17 @@ impl Shared {
         }
     }
 
-    fn give_some(&self, given: &mut Given) -> Result<(), SpanError> {
+    fn give_some(&self, given: &mut DigestHistory) -> Result<(), SpanError> {
         let mut guard = locked(&self.state);
         let state = &mut *guard;
         let parcel = match &state.cutting {
             Some(cutting) if cutting.is_over => return self.let_some_go(state).map(drop),
             Some(cutting) if cutting.gave_up => {
-                let (number, word) = (cutting.number, CutWord::GaveUp);
+                let (number, word) = (cutting.number, CutMessage::GaveUp);
                 if let Some(cutting) = &mut state.cutting {
                     cutting.is_over = true;
                 }
-                Some(Parcel::Cut { number, word })
+                Some(PeerMessage::Cut { number, word })
             }
             Some(cutting) if cutting.stage == Stage::Preparing && !cutting.is_done => {
                 let number = cutting.number;
@@ -644,8 +644,8 @@ impl Shared {
                 if let Some(cutting) = &mut state.cutting {
                     cutting.is_done = true;
                 }
-                let word = CutWord::Prepared;
-                Some(Parcel::Cut { number, word })
+                let word = CutMessage::Prepared;
+                Some(PeerMessage::Cut { number, word })
             }
             Some(cutting)
                 if cutting.stage == Stage::Marked && !cutting.is_done && cutting.asked > 0 =>
@@ -653,14 +653,14 @@ impl Shared {
                 let (number, heard, since) = (cutting.number, cutting.heard, cutting.since);
                 if let Some(pages) = self.take_piece(state)? {
                     drop(guard);
-                    return self.give(number, given.sort(heard, since, &pages));
+                    return self.give(number, given.split_unchanged(heard, since, &pages));
                 }
                 if let Some(cutting) = &mut state.cutting {
                     cutting.is_done = true;
                 }
                 given.all_is(number, heard);
-                let word = CutWord::Done;
-                Some(Parcel::Cut { number, word })
+                let word = CutMessage::Done;
+                Some(PeerMessage::Cut { number, word })
             }
             _ => None,
         };
@@ -681,23 +681,28 @@ impl Shared {
 
 /// What a member gave.
 #[derive(Debug, Default)]
-struct Given {
+struct DigestHistory {
     /// At the last cut of which it gave all; its number, at the home of then.
-    before: Option<(u64, Known)>,
+    before: Option<(u64, PageDigests)>,
     /// At the one that it gives, and which that is of those it has heard of.
-    now: Option<(u64, Known)>,
+    now: Option<(u64, PageDigests)>,
 }
 
-impl Given {
+impl DigestHistory {
     /// What of some pages is as it was at an earlier cut.
-    fn sort(&mut self, heard: u64, since: Option<u64>, pages: &CutPages) -> Vec<CutPiece> {
+    fn split_unchanged(
+        &mut self,
+        heard: u64,
+        since: Option<u64>,
+        pages: &CutPages,
+    ) -> Vec<CutPiece> {
         self.before.take_if(|(number, _)| since != Some(*number));
         let (_, now) = match self.now.take_if(|(now, _)| *now == heard) {
             Some(now) => self.now.insert(now),
-            None => self.now.insert((heard, Known::default())),
+            None => self.now.insert((heard, PageDigests::default())),
         };
         let before = self.before.as_ref().map(|(_, known)| known);
-        page_digests::sort(pages, |memory, number, hash| {
+        page_digests::split_unchanged(pages, |memory, number, hash| {
             now.put(memory, number, hash);
             before.is_some_and(|it| it.get(memory, number) == Some(hash))
         })
@@ -708,7 +713,7 @@ impl Given {
         let now = self.now.take();
         // (It may have had nothing.)
         let known = now.filter(|(now, _)| *now == heard);
-        let known = known.map_or_else(Known::default, |(_, known)| known);
+        let known = known.map_or_else(PageDigests::default, |(_, known)| known);
         self.before = Some((number, known));
     }
 }
@@ -721,11 +726,11 @@ impl Shared {
             parcels.push(match piece {
                 CutPiece::Pages(pages) => {
                     bytes += pages.bytes.len();
-                    Parcel::CutPages { number, pages }
+                    PeerMessage::CutPages { number, pages }
                 }
-                CutPiece::Same(same) => {
+                CutPiece::Unchanged(same) => {
                     bytes += SAME_BYTES as usize;
-                    Parcel::CutSame(number, same)
+                    PeerMessage::UnchangedPages(number, same)
                 }
             });
         }
@@ -770,9 +775,9 @@ impl Pages {
             let leave = state.coherence.are_leaving();
             let is_taken = state.cutting.is_some() || state.settling.is_some();
             if is_taken || leave || !shared.is_home() {
-                return Err(SpanError::Cut);
+                return Err(SpanError::CutUnavailable);
             }
-            let cutting = Cutting::new((number, 0), since, shared.memories.len());
+            let cutting = CutState::new((number, 0), since, shared.memories.len());
             state.cutting = Some(cutting);
             shared.cuts.is_on.store(true, Ordering::Release);
         }
@@ -785,8 +790,8 @@ impl Pages {
     /// they are as they were, where that is so.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Cut`] if there is one already, or parts leave;
-    /// [`SpanError::Unsettled`] if that takes longer.
+    /// [`SpanError`]; [`SpanError::CutUnavailable`] if there is one already, or parts leave;
+    /// [`SpanError::NotQuiescent`] if that takes longer.
     pub fn prepare_cut(&self, since: Option<u64>, patience: Duration) -> Result<Cut, SpanError> {
         let cut = self.open_cut(since)?;
         for (at, memory) in cut.shared.memories.iter().enumerate() {
@@ -803,7 +808,7 @@ impl Pages {
                 }
             }
         }
-        cut.tell_all(CutWord::Prepare { since })?;
+        cut.tell_all(CutMessage::Prepare { since })?;
         let deadline = Instant::now() + patience;
         loop {
             let state = &mut *locked(&cut.shared.state);
@@ -811,7 +816,7 @@ impl Pages {
                 break;
             }
             if Instant::now() >= deadline {
-                return Err(SpanError::Unsettled { patience });
+                return Err(SpanError::NotQuiescent { patience });
             }
         }
         let others = cut.shared.others.count();
@@ -832,25 +837,26 @@ impl Cut {
     /// they may go on.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Unsettled`] if that takes longer. There is no cut then.
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer. There is no cut then.
     pub fn mark(&self, patience: Duration) -> Result<(), SpanError> {
         let shared = &self.shared;
         let deadline = Instant::now() + patience;
         // (Nobody moves anything before all have marked: a page could come where it is not,
         // and be at neither.)
         let settled = shared.settle(patience)?;
-        self.tell_all(CutWord::Mark)?;
+        self.tell_all(CutMessage::Mark)?;
         shared.mark(&mut locked(&shared.state))?;
         let others = shared.others.count();
         self.await_all(deadline, patience, |cutting| cutting.marked.len() == others)?;
         drop(settled);
-        self.tell_all(CutWord::More(AHEAD_BYTES))
+        self.tell_all(CutMessage::More(AHEAD_BYTES))
     }
 
-    fn tell_all(&self, word: CutWord) -> Result<(), SpanError> {
+    fn tell_all(&self, word: CutMessage) -> Result<(), SpanError> {
         let number = self.number;
         for part in self.shared.others.parts().iter() {
-            self.shared.tell_part(part, &Parcel::Cut { number, word })?;
+            self.shared
+                .tell_part(part, &PeerMessage::Cut { number, word })?;
         }
         Ok(())
     }
@@ -859,7 +865,7 @@ impl Cut {
         &self,
         deadline: Instant,
         patience: Duration,
-        is_so: impl Fn(&Cutting) -> bool,
+        is_so: impl Fn(&CutState) -> bool,
     ) -> Result<(), SpanError> {
         loop {
             let state = locked(&self.shared.state);
@@ -869,7 +875,7 @@ impl Cut {
             match &state.cutting {
                 Some(cutting) if is_so(cutting) => return Ok(()),
                 Some(_) if Instant::now() < deadline => {}
-                Some(_) => return Err(SpanError::Unsettled { patience }),
+                Some(_) => return Err(SpanError::NotQuiescent { patience }),
                 None => return Err(SpanError::Ended),
             }
             drop(self.shared.cuts.changed.wait_timeout(state, LOOK_AGAIN));
@@ -880,8 +886,8 @@ impl Cut {
     /// What is not among them was zero. What this part has it gives in any case.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Unsettled`] if nothing comes for so long,
-    /// [`SpanError::Behind`] if too much changed before it was taken.
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] if nothing comes for so long,
+    /// [`SpanError::CutTooSlow`] if too much changed before it was taken.
     pub fn next(&self, patience: Duration) -> Result<Option<CutPiece>, SpanError> {
         let shared = &self.shared;
         let deadline = Instant::now() + patience;
@@ -895,7 +901,7 @@ impl Cut {
                 return Err(SpanError::Ended);
             };
             if cutting.gave_up {
-                return Err(SpanError::Behind);
+                return Err(SpanError::CutTooSlow);
             }
             if let Some((from, piece)) = cutting.came.pop_front() {
                 drop(guard);
@@ -903,10 +909,10 @@ impl Cut {
                     CutPiece::Pages(pages) => {
                         u32::try_from(pages.bytes.len()).unwrap_or(AHEAD_BYTES)
                     }
-                    CutPiece::Same(_) => SAME_BYTES,
+                    CutPiece::Unchanged(_) => SAME_BYTES,
                 };
-                let (number, word) = (self.number, CutWord::More(more));
-                shared.tell_part(from, &Parcel::Cut { number, word })?;
+                let (number, word) = (self.number, CutMessage::More(more));
+                shared.tell_part(from, &PeerMessage::Cut { number, word })?;
                 return Ok(Some(piece));
             }
             if let Some(pages) = shared.take_piece(state)? {
@@ -918,7 +924,7 @@ impl Cut {
                 return Ok(None);
             }
             if Instant::now() >= deadline {
-                return Err(SpanError::Unsettled { patience });
+                return Err(SpanError::NotQuiescent { patience });
             }
             drop(shared.cuts.changed.wait_timeout(guard, LOOK_AGAIN * 50));
         }
@@ -930,7 +936,7 @@ impl Drop for Cut {
         let over = &self.shared.over;
         let told = match over.load(Ordering::Acquire) {
             true => Ok(()),
-            false => self.tell_all(CutWord::End),
+            false => self.tell_all(CutMessage::End),
         };
         let ended = told.and_then(|()| {
             while !over.load(Ordering::Acquire)
@@ -957,20 +963,20 @@ mod tests {
             first: 7,
             bytes: vec![byte; PAGE].into(),
         };
-        let is_same = |pieces: Vec<CutPiece>| matches!(pieces[..], [CutPiece::Same(_)]);
-        let mut given = Given::default();
-        assert!(!is_same(given.sort(0, None, &pages(1))));
+        let is_same = |pieces: Vec<CutPiece>| matches!(pieces[..], [CutPiece::Unchanged(_)]);
+        let mut given = DigestHistory::default();
+        assert!(!is_same(given.split_unchanged(0, None, &pages(1))));
         // The first of another home, which takes the page from elsewhere.
         given.all_is(1, 1);
-        assert!(!is_same(given.sort(2, Some(1), &pages(1))));
+        assert!(!is_same(given.split_unchanged(2, Some(1), &pages(1))));
         given.all_is(2, 2);
         // The one before, and only that.
-        assert!(is_same(given.sort(3, Some(2), &pages(1))));
+        assert!(is_same(given.split_unchanged(3, Some(2), &pages(1))));
         given.all_is(3, 3);
-        assert!(!is_same(given.sort(4, Some(2), &pages(1))));
+        assert!(!is_same(given.split_unchanged(4, Some(2), &pages(1))));
         given.all_is(4, 4);
-        assert!(!is_same(given.sort(5, Some(4), &pages(2))));
-        assert!(!is_same(given.sort(6, None, &pages(2))));
+        assert!(!is_same(given.split_unchanged(5, Some(4), &pages(2))));
+        assert!(!is_same(given.split_unchanged(6, None, &pages(2))));
     }
 
     #[test]

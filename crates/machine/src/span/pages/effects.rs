@@ -1,7 +1,7 @@
 //! What follows from events: what the protocol decides is done to memory, pages in a row
 //! at once, and then said.
 
-use super::super::wire::{Frames, PageBytes, Parcel, WireError};
+use super::super::wire::{FrameWriter, PageBytes, PeerMessage, WireError};
 use super::{BUCKETS, PAGE, Shared, SpanError, State, WAITED_MAX, locked, offset};
 use keel_wasm::coherence::{Access, Command, Event, Message, PageId, PartId};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};
@@ -23,7 +23,7 @@ const AT_ONCE_GROWS: usize = 4;
 
 /// What comes beside an event.
 #[derive(Debug)]
-pub(super) enum Beside {
+pub(super) enum EventContext {
     Nothing,
     /// Nobody stands there.
     Ahead,
@@ -39,7 +39,7 @@ pub(super) enum Beside {
 }
 
 /// An event, and what comes beside it.
-pub(super) type Happened = (Event, Beside);
+pub(super) type PendingEvent = (Event, EventContext);
 
 /// How many pages an event is about.
 fn pages_of(event: &Event) -> usize {
@@ -65,7 +65,7 @@ fn is_waited_for(event: &Event) -> bool {
 
 /// Pages that came with the event that is looked at.
 #[derive(Debug)]
-struct Came {
+struct ReceivedPages {
     from: PartId,
     first: PageId,
     pages: PageBytes,
@@ -73,7 +73,7 @@ struct Came {
     used: u64,
 }
 
-impl Came {
+impl ReceivedPages {
     /// Where a page is among them, if it is.
     fn index(&self, page: PageId) -> Option<usize> {
         let at = page.number.checked_sub(self.first.number)? as usize;
@@ -113,7 +113,7 @@ impl Came {
 
 /// What is to be done to a page.
 #[derive(Debug)]
-enum Deed {
+enum PageAction {
     Protect,
     Send(PartId, Message),
     Discard,
@@ -123,34 +123,34 @@ enum Deed {
     Wake,
 }
 
-impl Deed {
+impl PageAction {
     const SEND: u8 = 1;
     const INSTALL: u8 = 3;
 
     /// Of one page they are done in this order.
     fn rank(&self) -> u8 {
         match self {
-            Deed::Protect => 0,
-            Deed::Send(..) => Deed::SEND,
-            Deed::Discard => 2,
-            Deed::Install(..) => Deed::INSTALL,
-            Deed::Allow => 4,
-            Deed::Wake => 5,
+            PageAction::Protect => 0,
+            PageAction::Send(..) => PageAction::SEND,
+            PageAction::Discard => 2,
+            PageAction::Install(..) => PageAction::INSTALL,
+            PageAction::Allow => 4,
+            PageAction::Wake => 5,
         }
     }
 }
 
 /// What follows from events.
 #[derive(Debug, Default)]
-pub(super) struct Work {
+pub(super) struct Effects {
     /// With the first page, and how many they are.
-    deeds: Vec<(PageId, u32, Deed)>,
+    deeds: Vec<(PageId, u32, PageAction)>,
     /// Of pages in a row, by the first, how many they are, and the rank of the last. None is
     /// in two of them.
     ranks: BTreeMap<PageId, (u32, u8)>,
-    came: Option<Came>,
+    came: Option<ReceivedPages>,
     /// What is said, to whom.
-    frames: BTreeMap<PartId, Frames>,
+    frames: BTreeMap<PartId, FrameWriter>,
     /// There is a new time to wait for.
     is_due: bool,
     /// Steps of which it is said what follows.
@@ -161,23 +161,23 @@ pub(super) struct Work {
     pub(super) is_ahead: bool,
 }
 
-impl Work {
+impl Effects {
     /// What is said to a part.
     ///
     /// # Errors
-    /// [`SpanError::Disagree`]; none that there is.
-    pub(super) fn to(&mut self, part: PartId) -> Result<&mut Frames, SpanError> {
+    /// [`SpanError::Inconsistent`]; none that there is.
+    pub(super) fn to(&mut self, part: PartId) -> Result<&mut FrameWriter, SpanError> {
         Ok(match self.frames.entry(part) {
             Entry::Occupied(frames) => frames.into_mut(),
-            Entry::Vacant(none) => none.insert(Frames::new().map_err(unsayable)?),
+            Entry::Vacant(none) => none.insert(FrameWriter::new().map_err(unsayable)?),
         })
     }
 
     /// Says something to a part.
     ///
     /// # Errors
-    /// [`SpanError::Disagree`], of what cannot be said.
-    pub(super) fn put(&mut self, part: PartId, parcel: &Parcel) -> Result<(), SpanError> {
+    /// [`SpanError::Inconsistent`], of what cannot be said.
+    pub(super) fn put(&mut self, part: PartId, parcel: &PeerMessage) -> Result<(), SpanError> {
         self.to(part)?.put(parcel).map_err(unsayable)
     }
 
@@ -191,17 +191,17 @@ impl Work {
 }
 
 fn unsayable(error: WireError) -> SpanError {
-    SpanError::Disagree(error.to_string())
+    SpanError::Inconsistent(error.to_string())
 }
 
 /// Pages in a row with which the same is done.
-struct Row<'a> {
+struct PageRun<'a> {
     first: PageId,
     pages: u32,
-    deeds: Vec<&'a Deed>,
+    deeds: Vec<&'a PageAction>,
 }
 
-impl Row<'_> {
+impl PageRun<'_> {
     fn offset(&self) -> u64 {
         offset(self.first)
     }
@@ -212,8 +212,8 @@ impl Row<'_> {
 }
 
 /// Of pages in rising order.
-fn runs<'a>(deeds: impl Iterator<Item = &'a (PageId, u32, Deed)>) -> Vec<Row<'a>> {
-    let mut rows: Vec<Row<'a>> = Vec::new();
+fn runs<'a>(deeds: impl Iterator<Item = &'a (PageId, u32, PageAction)>) -> Vec<PageRun<'a>> {
+    let mut rows: Vec<PageRun<'a>> = Vec::new();
     for (page, pages, deed) in deeds {
         match rows.last_mut() {
             Some(row)
@@ -223,7 +223,7 @@ fn runs<'a>(deeds: impl Iterator<Item = &'a (PageId, u32, Deed)>) -> Vec<Row<'a>
                 row.pages += pages;
                 row.deeds.push(deed);
             }
-            _ => rows.push(Row {
+            _ => rows.push(PageRun {
                 first: *page,
                 pages: *pages,
                 deeds: vec![deed],
@@ -234,11 +234,11 @@ fn runs<'a>(deeds: impl Iterator<Item = &'a (PageId, u32, Deed)>) -> Vec<Row<'a>
 }
 
 /// What is said of pages in a row, each as long as it is said at once.
-fn said_of(row: &Row<'_>, together: impl Fn(&Message) -> usize) -> Vec<(PartId, Message)> {
+fn said_of(row: &PageRun<'_>, together: impl Fn(&Message) -> usize) -> Vec<(PartId, Message)> {
     // As messages that differ only in which pages they are about, and all their numbers.
     let mut long: Vec<(PartId, Message, Vec<u64>)> = Vec::new();
     for deed in &row.deeds {
-        let Deed::Send(to, message) = deed else {
+        let PageAction::Send(to, message) = deed else {
             continue;
         };
         let mut alike = message.clone();
@@ -307,14 +307,14 @@ fn zeros(zeros: &mut Vec<u8>, bytes: usize) -> &[u8] {
 }
 
 /// Why pages are not said.
-enum Unsaid {
+enum SendError {
     Memory(SpanError),
     Wire(WireError),
 }
 
-impl From<WireError> for Unsaid {
+impl From<WireError> for SendError {
     fn from(error: WireError) -> Self {
-        Unsaid::Wire(error)
+        SendError::Wire(error)
     }
 }
 
@@ -330,7 +330,7 @@ impl Shared {
     /// Takes note of events, and does what follows. Of many, some after the other: what
     /// follows of the first is under way while others are looked at, and sooner where
     /// somebody waits for it.
-    pub(super) fn step(&self, events: Vec<Happened>) {
+    pub(super) fn step(&self, events: Vec<PendingEvent>) {
         let is_waited_for = events
             .first()
             .is_some_and(|(event, _)| is_waited_for(event));
@@ -346,9 +346,9 @@ impl Shared {
                 pages += pages_of(&next.0);
                 some.push(next);
             }
-            let mut work = Work {
+            let mut work = Effects {
                 is_behind,
-                ..Work::default()
+                ..Effects::default()
             };
             let done = {
                 let mut state = locked(&self.state);
@@ -367,7 +367,7 @@ impl Shared {
     /// there were any. Only of the thread that hears others: what it hears meanwhile comes
     /// first.
     pub(super) fn ask_ahead(&self) -> bool {
-        let mut work = Work::default();
+        let mut work = Effects::default();
         let done = {
             let mut state = locked(&self.state);
             if state.ahead.is_empty() {
@@ -382,7 +382,7 @@ impl Shared {
             some.retain(|(page, access)| !state.is_here(*page, *access));
             let events = some.into_iter();
             let events = events.map(|(page, access)| Event::Fault { page, access });
-            let events = events.map(|event| (event, Beside::Ahead));
+            let events = events.map(|event| (event, EventContext::Ahead));
             self.step_in(&mut state, events.collect(), &mut work)
         };
         self.say(done, work);
@@ -390,7 +390,7 @@ impl Shared {
     }
 
     /// Says what is to be said after a step, or how it failed.
-    pub(super) fn say(&self, done: Result<(), SpanError>, work: Work) {
+    pub(super) fn say(&self, done: Result<(), SpanError>, work: Effects) {
         let mut done = done;
         for (to, frames) in work.frames {
             // Whatever is in it has happened.
@@ -425,8 +425,8 @@ impl Shared {
     pub(super) fn step_in(
         &self,
         state: &mut State,
-        events: Vec<Happened>,
-        work: &mut Work,
+        events: Vec<PendingEvent>,
+        work: &mut Effects,
     ) -> Result<(), SpanError> {
         if let Some(failure) = &state.failure {
             return Err(failure.clone());
@@ -444,8 +444,8 @@ impl Shared {
     fn try_step(
         &self,
         state: &mut State,
-        events: Vec<Happened>,
-        work: &mut Work,
+        events: Vec<PendingEvent>,
+        work: &mut Effects,
     ) -> Result<(), SpanError> {
         for (event, beside) in events {
             if let Event::Message { message, .. } = &event {
@@ -455,12 +455,14 @@ impl Shared {
                 });
                 let mut pages = message.pages().chain(first);
                 if let Some(page) = pages.find(|page| !self.has(*page)) {
-                    return Err(SpanError::Disagree(format!("there is no {page:?} here")));
+                    return Err(SpanError::Inconsistent(format!(
+                        "there is no {page:?} here"
+                    )));
                 }
             }
             let mut stood = None;
             match (&event, beside) {
-                (Event::Fault { .. }, Beside::Ahead) => {}
+                (Event::Fault { .. }, EventContext::Ahead) => {}
                 (Event::Fault { page, access }, beside) => {
                     // (Of many at one page one alone says what follows it.)
                     if !state.since.contains_key(page) {
@@ -468,7 +470,7 @@ impl Shared {
                         stood = Some((*page, *access, is_asked));
                     }
                     let thread = match beside {
-                        Beside::Thread { thread, byte } => {
+                        EventContext::Thread { thread, byte } => {
                             // (What nobody touched yet may be here all the same.)
                             if !state.is_here(*page, *access) {
                                 state.standing.waits(*page, byte, *access, self.now());
@@ -485,9 +487,9 @@ impl Shared {
                         from,
                         message: Message::Data { page, .. },
                     },
-                    Beside::Pages(pages),
+                    EventContext::Pages(pages),
                 ) => {
-                    work.came = Some(Came {
+                    work.came = Some(ReceivedPages {
                         from: *from,
                         first: *page,
                         pages,
@@ -523,7 +525,7 @@ impl Shared {
         &self,
         state: &mut State,
         (page, access, is_asked): (PageId, Access, bool),
-        work: &mut Work,
+        work: &mut Effects,
     ) -> Result<(), SpanError> {
         let ahead = state.streams.stands(page, access, is_asked);
         let asked = u32::try_from(state.ahead.len()).unwrap_or(u32::MAX);
@@ -564,11 +566,16 @@ impl Shared {
 
     /// Notes what is to be done; does what was noted before where the order counts: of
     /// one page.
-    fn note(&self, state: &mut State, command: Command, work: &mut Work) -> Result<(), SpanError> {
+    fn note(
+        &self,
+        state: &mut State,
+        command: Command,
+        work: &mut Effects,
+    ) -> Result<(), SpanError> {
         let (page, pages, deed) = match command {
             Command::Send { to, message } => {
                 state.traffic.said(to);
-                return work.put(to, &Parcel::Message(message));
+                return work.put(to, &PeerMessage::Coherence(message));
             }
             Command::TickAt { micros } => {
                 let sooner = state.due.is_none_or(|due| micros < due);
@@ -583,13 +590,13 @@ impl Shared {
                 self.changed.notify_all();
                 return Ok(());
             }
-            Command::Fail { reason } => return Err(SpanError::Disagree(reason)),
+            Command::Fail { reason } => return Err(SpanError::Inconsistent(reason)),
             Command::SendPages { to, message } => {
                 let Some((page, pages)) = message.row() else {
-                    return Err(SpanError::Disagree(format!("{message:?} has no pages")));
+                    return Err(SpanError::Inconsistent(format!("{message:?} has no pages")));
                 };
                 // (As many as a row has.)
-                (page, pages as u32, Deed::Send(to, message))
+                (page, pages as u32, PageAction::Send(to, message))
             }
             Command::Install {
                 page,
@@ -602,9 +609,9 @@ impl Shared {
                 let Some((from, bytes)) = came else {
                     let what =
                         format!("{pages} pages from {page:?} on are to be used, and have not come");
-                    return Err(SpanError::Disagree(what));
+                    return Err(SpanError::Inconsistent(what));
                 };
-                (page, pages, Deed::Install(access, bytes, from))
+                (page, pages, PageAction::Install(access, bytes, from))
             }
             Command::Allow { page } | Command::Wake { page } => {
                 if let Some(came) = &mut work.came {
@@ -612,12 +619,23 @@ impl Shared {
                 }
                 state.arrived.remove(&page);
                 let allows = matches!(command, Command::Allow { .. });
-                (page, 1, if allows { Deed::Allow } else { Deed::Wake })
+                (
+                    page,
+                    1,
+                    if allows {
+                        PageAction::Allow
+                    } else {
+                        PageAction::Wake
+                    },
+                )
             }
-            Command::Protect { page, pages } => (page, pages, Deed::Protect),
-            Command::Discard { page, pages } => (page, pages, Deed::Discard),
+            Command::Protect { page, pages } => (page, pages, PageAction::Protect),
+            Command::Discard { page, pages } => (page, pages, PageAction::Discard),
         };
-        let lets_go_on = matches!(deed, Deed::Install(..) | Deed::Allow | Deed::Wake);
+        let lets_go_on = matches!(
+            deed,
+            PageAction::Install(..) | PageAction::Allow | PageAction::Wake
+        );
         if lets_go_on && !state.waiting.is_empty() {
             for page in row_of(page, pages) {
                 self.grant(state, page);
@@ -644,12 +662,12 @@ impl Shared {
     }
 
     /// Does what was noted, pages in a row at once.
-    fn finish(&self, state: &mut State, work: &mut Work) -> Result<(), SpanError> {
+    fn finish(&self, state: &mut State, work: &mut Effects) -> Result<(), SpanError> {
         let failed = |error: MemoryError| SpanError::Memory(error.to_string());
         let mut deeds = std::mem::take(&mut work.deeds);
         work.ranks.clear();
         for (page, pages, deed) in &deeds {
-            if !matches!(deed, Deed::Protect | Deed::Send(..)) {
+            if !matches!(deed, PageAction::Protect | PageAction::Send(..)) {
                 for page in row_of(*page, *pages) {
                     self.changes(state, page)?;
                 }
@@ -661,13 +679,13 @@ impl Shared {
             let those = deeds[first..].iter();
             those.take_while(move |(_, _, deed)| deed.rank() == rank)
         };
-        for run in runs(with(Deed::Protect.rank())) {
+        for run in runs(with(PageAction::Protect.rank())) {
             let memory = self.memory(run.first.memory)?;
             memory.protect(run.offset(), run.bytes()).map_err(failed)?;
         }
-        for run in runs(with(Deed::SEND)) {
+        for run in runs(with(PageAction::SEND)) {
             let memory = self.memory(run.first.memory)?.memory();
-            if let Some(Deed::Send(to, _)) = run.deeds.first() {
+            if let Some(PageAction::Send(to, _)) = run.deeds.first() {
                 // (Mostly all go there.)
                 work.to(*to)?.reserve(run.pages as usize * PAGE);
             }
@@ -677,22 +695,22 @@ impl Shared {
                 let read = |pages: usize, bytes: &mut Vec<u8>| {
                     let read = memory.append(offset, pages * PAGE, bytes);
                     offset += pages as u64 * PAGE_BYTES;
-                    read.map_err(|error| Unsaid::Memory(failed(error)))
+                    read.map_err(|error| SendError::Memory(failed(error)))
                 };
                 let said = work.to(to)?.put_pages(&message, read);
                 said.map_err(|error| match error {
-                    Unsaid::Memory(error) => error,
-                    Unsaid::Wire(error) => unsayable(error),
+                    SendError::Memory(error) => error,
+                    SendError::Wire(error) => unsayable(error),
                 })?;
                 state.traffic.said(to);
             }
         }
-        for run in runs(with(Deed::Discard.rank())) {
+        for run in runs(with(PageAction::Discard.rank())) {
             let memory = self.memory(run.first.memory)?;
             memory.discard(run.offset(), run.bytes()).map_err(failed)?;
         }
-        for (page, _, deed) in with(Deed::INSTALL) {
-            let Deed::Install(access, pages, _) = deed else {
+        for (page, _, deed) in with(PageAction::INSTALL) {
+            let PageAction::Install(access, pages, _) = deed else {
                 continue;
             };
             let memory = self.memory(page.memory)?;
@@ -707,17 +725,17 @@ impl Shared {
                 offset += (count * PAGE) as u64;
             }
         }
-        for run in runs(with(Deed::Allow.rank())) {
+        for run in runs(with(PageAction::Allow.rank())) {
             let memory = self.memory(run.first.memory)?;
             memory.allow(run.offset(), run.bytes()).map_err(failed)?;
         }
-        for run in runs(with(Deed::Wake.rank())) {
+        for run in runs(with(PageAction::Wake.rank())) {
             let memory = self.memory(run.first.memory)?;
             memory.wake(run.offset(), run.bytes()).map_err(failed)?;
         }
         for (page, pages, deed) in &deeds {
             match deed {
-                Deed::Install(access, _, from) => {
+                PageAction::Install(access, _, from) => {
                     self.tell_waiting(state);
                     for page in row_of(*page, *pages) {
                         if let Some(keep) = &mut state.keep {
@@ -726,14 +744,14 @@ impl Shared {
                         self.came(state, page, Some(*from));
                     }
                 }
-                Deed::Allow => {
+                PageAction::Allow => {
                     if let Some(keep) = &mut state.keep {
                         keep.came(*page, Access::Write);
                     }
                     self.tell_waiting(state);
                     self.came(state, *page, None);
                 }
-                Deed::Wake => {
+                PageAction::Wake => {
                     if let Some(woken) = state.woken.get_mut(page.memory as usize) {
                         woken.insert(page.number);
                     }
@@ -747,12 +765,12 @@ impl Shared {
                     state.since.remove(page);
                     self.tell_waiting(state);
                 }
-                Deed::Discard => {
+                PageAction::Discard => {
                     if let Some(keep) = &mut state.keep {
                         row_of(*page, *pages).for_each(|page| keep.left(page));
                     }
                 }
-                Deed::Protect | Deed::Send(..) => {}
+                PageAction::Protect | PageAction::Send(..) => {}
             }
         }
         Ok(())

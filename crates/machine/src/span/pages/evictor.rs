@@ -13,10 +13,10 @@
 //! Where no part has room, it keeps what it has: nothing that the guest wrote is ever
 //! lost for it. How much memory the machine may have in all, its own limit says.
 
-use super::super::eviction::Keep;
-use super::super::wire::Parcel;
-use super::access_scan::Looking;
-use super::effects::{Beside, Happened, Work};
+use super::super::eviction::EvictionPolicy;
+use super::super::wire::PeerMessage;
+use super::access_scan::AccessScan;
+use super::effects::{Effects, EventContext, PendingEvent};
 use super::objects::push_move;
 use super::{MOVES_MAX, PAGE, Pages, Shared, SpanError, locked, offset};
 use keel_wasm::coherence::{Access, Copy, Event, PageId, PartId};
@@ -253,7 +253,7 @@ impl Limits {
 
 /// Between two looks of the thread that gives away.
 #[derive(Debug)]
-struct Seen {
+struct EvictorState {
     told: Option<(PartMemory, Instant)>,
     /// Pages on their way, since when they are so many.
     going: (usize, Instant),
@@ -297,12 +297,12 @@ impl Shared {
 
     /// Until the end: gives away what is too much here, and tells others what there is.
     pub(super) fn keep_within(&self) {
-        let mut seen = Seen {
+        let mut seen = EvictorState {
             told: None,
             going: (0, Instant::now()),
             adopted: (Instant::now(), 0),
         };
-        let mut looking = Looking::default();
+        let mut looking = AccessScan::default();
         while !self.over.load(Ordering::Acquire) {
             self.look_at_uses(&mut looking);
             let gives = match self.limits.get() {
@@ -324,7 +324,7 @@ impl Shared {
     }
 
     /// Tells the others what is here, if that is news.
-    fn tell_memory(&self, seen: &mut Seen) -> Result<(), SpanError> {
+    fn tell_memory(&self, seen: &mut EvictorState) -> Result<(), SpanError> {
         if !self.limits.are_told() {
             return Ok(());
         }
@@ -352,11 +352,11 @@ impl Shared {
         self.limits
             .told_bytes
             .store(now.resident_bytes, Ordering::Relaxed);
-        self.tell_all(&Parcel::Memory(now))
+        self.tell_all(&PeerMessage::Memory(now))
     }
 
-    pub(super) fn tell_all(&self, parcel: &Parcel) -> Result<(), SpanError> {
-        let mut work = Work::default();
+    pub(super) fn tell_all(&self, parcel: &PeerMessage) -> Result<(), SpanError> {
+        let mut work = Effects::default();
         for part in self.others.parts().iter() {
             work.put(part, parcel)?;
         }
@@ -395,7 +395,7 @@ impl Shared {
     }
 
     /// Gives away some of what is too much; whether there is more to do at once.
-    fn give_away(&self, limit: u64, seen: &mut Seen) -> Result<bool, SpanError> {
+    fn give_away(&self, limit: u64, seen: &mut EvictorState) -> Result<bool, SpanError> {
         let resident = self.resident()?;
         let begins = {
             let state = locked(&self.state);
@@ -416,7 +416,7 @@ impl Shared {
             Some(keep) => keep,
             none => {
                 // What was here at its beginning, or before there was a limit.
-                let keep = none.insert(Keep::default());
+                let keep = none.insert(EvictionPolicy::default());
                 adopt(&self.memories, keep, |page| state.coherence.copy(page))?;
                 keep
             }
@@ -442,14 +442,14 @@ impl Shared {
         let goal = limit - limit / BELOW_PART;
         let too_much = (resident.saturating_sub(goal) / PAGE_BYTES) as usize;
         let mut excess = too_much.saturating_sub(keep.going());
-        let mut events: Vec<Happened> = Vec::new();
+        let mut events: Vec<PendingEvent> = Vec::new();
         let coherence = &state.coherence;
         let copies = keep.copies(excess.min(MOVES_MAX), |page| coherence.can_drop(page));
         excess -= copies.len();
         let bytes = (copies.len() * PAGE) as u64;
         self.limits.dropped.fetch_add(bytes, Ordering::Relaxed);
         let drops = copies.into_iter().map(|page| Event::Drop { page });
-        events.extend(drops.map(|event| (event, Beside::Nothing)));
+        events.extend(drops.map(|event| (event, EventContext::Nothing)));
         let may_keep = limit / PAGE_BYTES;
         let may = |part: PartId| {
             let told = self.others.told(part);
@@ -478,7 +478,7 @@ impl Shared {
             excess -= 1;
         }
         let goes_on = !events.is_empty() || keep.going() > 0;
-        let mut work = Work::default();
+        let mut work = Effects::default();
         let done = self.step_in(&mut guard, events, &mut work);
         drop(guard);
         self.say(done, work);
@@ -489,7 +489,7 @@ impl Shared {
 /// Takes note of all pages that are here.
 fn adopt(
     memories: &[keel_wasm::memory::Spanning],
-    keep: &mut Keep,
+    keep: &mut EvictionPolicy,
     copy: impl Fn(PageId) -> Copy,
 ) -> Result<(), SpanError> {
     for (number, memory) in (0..).zip(memories) {
@@ -518,7 +518,7 @@ impl Pages {
     /// they stay, whatever a part is to keep; but never more than this host has room for.
     ///
     /// # Errors
-    /// [`SpanError::NoRoom`], [`SpanError::Unsettled`] where nothing leaves for long, and
+    /// [`SpanError::NoRoom`], [`SpanError::NotQuiescent`] where nothing leaves for long, and
     /// [`SpanError`] where it is over.
     pub fn await_room(&self) -> Result<(), SpanError> {
         let shared = &self.shared;
@@ -550,7 +550,7 @@ impl Pages {
                 last = (resident_bytes, Instant::now());
             } else if last.1.elapsed() > ROOM_WITHIN {
                 let patience = ROOM_WITHIN;
-                return Err(SpanError::Unsettled { patience });
+                return Err(SpanError::NotQuiescent { patience });
             }
             limits.ring();
             std::thread::sleep(GIVING);
@@ -571,7 +571,7 @@ impl Pages {
         }
         *told = Some(limit_bytes);
         self.shared.limits.told(limit_bytes);
-        self.shared.tell_all(&Parcel::Limit(limit_bytes))
+        self.shared.tell_all(&PeerMessage::Limit(limit_bytes))
     }
 
     /// What [`Self::limit_parts`] said last.

@@ -1,9 +1,9 @@
 //! The thread of a part that serves faults, and hears all other parts.
 
-use super::super::adaptive_polling::Spin;
-use super::super::peer::Heard;
-use super::super::wire::Parcel;
-use super::effects::{Beside, Happened};
+use super::super::adaptive_polling::AdaptivePoller;
+use super::super::peer::Inbound;
+use super::super::wire::PeerMessage;
+use super::effects::{EventContext, PendingEvent};
 use super::evictor::FAULTS_WAIT;
 use super::{FAULTS_MAX, SLEEP_MAX, Shared, SpanError, locked};
 use keel_wasm::coherence::{Access, Event, PageId, PartId, PartSet};
@@ -19,8 +19,8 @@ const FULL_SLEEP: Duration = Duration::from_micros(500);
 
 impl Shared {
     /// Serves faults, and hears all others, until the end.
-    pub(super) fn serve(&self, mut hearing: Vec<Heard>) {
-        let mut spin = Spin::default();
+    pub(super) fn serve(&self, mut hearing: Vec<Inbound>) {
+        let mut spin = AdaptivePoller::default();
         let mut events = Vec::new();
         // Since when faults wait for room.
         let mut full_since = None;
@@ -58,76 +58,76 @@ impl Shared {
                         let mut counts = !parcels.is_empty();
                         for parcel in parcels.drain(..) {
                             match parcel {
-                                Parcel::Message(message) => {
+                                PeerMessage::Coherence(message) => {
                                     let event = Event::Message { from, message };
-                                    events.push((event, Beside::Nothing));
+                                    events.push((event, EventContext::Nothing));
                                 }
-                                Parcel::Pages(message, pages) => {
+                                PeerMessage::Pages(message, pages) => {
                                     let event = Event::Message { from, message };
-                                    events.push((event, Beside::Pages(pages)));
+                                    events.push((event, EventContext::Pages(pages)));
                                 }
-                                Parcel::Time(guest_ns) => self.listener().saw(guest_ns),
-                                Parcel::Memory(memory) => self.limits.heard(from, memory),
-                                Parcel::Limit(limit) if from == PartId::HOME => {
+                                PeerMessage::Time(guest_ns) => self.listener().saw(guest_ns),
+                                PeerMessage::Memory(memory) => self.limits.heard(from, memory),
+                                PeerMessage::Limit(limit) if from == PartId::HOME => {
                                     // (A new home says it when all know that it is one.)
                                     self.is_succeeding.store(false, Ordering::Release);
                                     self.limits.told(limit);
                                 }
-                                Parcel::Limit(_) => {
+                                PeerMessage::Limit(_) => {
                                     let reason = "only the home says what parts keep".into();
                                     return self.end(SpanError::Lost { part: from, reason });
                                 }
-                                Parcel::Cut { number, word } => {
+                                PeerMessage::Cut { number, word } => {
                                     if let Err(error) = self.hear_cut(from, number, word) {
                                         return self.end(error);
                                     }
                                 }
-                                Parcel::Ask(number, question) => {
+                                PeerMessage::Ask(number, question) => {
                                     // (It is about what was said before it.)
                                     self.step(std::mem::take(&mut events));
                                     if let Err(error) = self.hear_question(from, number, question) {
                                         return self.end(error);
                                     }
                                 }
-                                Parcel::Answer(number, answer) => {
+                                PeerMessage::Answer(number, answer) => {
                                     if let Err(error) = self.hear_answer(from, number, answer) {
                                         return self.end(error);
                                     }
                                 }
-                                Parcel::Settle { number, word } => {
+                                PeerMessage::Quiescence { number, word } => {
                                     if let Err(error) = self.hear_settle(from, number, word) {
                                         return self.end(error);
                                     }
                                 }
-                                Parcel::CutSame(number, same) => {
+                                PeerMessage::UnchangedPages(number, same) => {
                                     if let Err(error) = self.hear_cut_same(from, number, same) {
                                         return self.end(error);
                                     }
                                 }
-                                Parcel::CutPages { number, pages } => {
+                                PeerMessage::CutPages { number, pages } => {
                                     let came = self.hear_cut_pages(from, number, pages);
                                     if let Err(error) = came {
                                         return self.end(error);
                                     }
                                 }
-                                Parcel::Gone(part) => {
+                                PeerMessage::Gone(part) => {
                                     counts = false;
                                     if let Err(error) = self.hear_gone(from, part) {
                                         return self.end(error);
                                     }
                                 }
-                                Parcel::Succeeded => {
+                                PeerMessage::Succeeded => {
                                     if let Err(error) = self.hear_succeeded(heard) {
                                         return self.end(error);
                                     }
                                     succeeded |= heard.part() != from;
                                     from = heard.part();
                                 }
-                                Parcel::Goodbye { part, reason } => {
+                                PeerMessage::Goodbye { part, reason } => {
                                     (counts, ended) = (false, ended.with(from));
                                     self.hear_goodbye(from, part, reason);
                                 }
-                                Parcel::Note(note) => {
+                                PeerMessage::Note(note) => {
                                     noted = true;
                                     if let Err(reason) = self.listener().note(from, &note) {
                                         return self.end(SpanError::Lost { part: from, reason });
@@ -160,7 +160,7 @@ impl Shared {
             let due = locked(&self.state).due;
             if due.is_some_and(|due| due <= self.now()) {
                 locked(&self.state).due = None;
-                events.push((Event::Tick, Beside::Nothing));
+                events.push((Event::Tick, EventContext::Nothing));
             }
             let mut idle = events.is_empty();
             if !idle {
@@ -189,7 +189,7 @@ impl Shared {
         }
     }
 
-    fn take_faults(&self, events: &mut Vec<Happened>) -> Result<(), MemoryError> {
+    fn take_faults(&self, events: &mut Vec<PendingEvent>) -> Result<(), MemoryError> {
         for (number, memory) in (0..).zip(&self.memories) {
             for _ in 0..FAULTS_MAX {
                 let Some(touch) = memory.next()? else {
@@ -204,7 +204,7 @@ impl Shared {
                     true => Access::Write,
                     false => Access::Read,
                 };
-                let stands = Beside::Thread {
+                let stands = EventContext::Thread {
                     thread: touch.thread,
                     byte: touch.byte,
                 };
@@ -215,7 +215,7 @@ impl Shared {
     }
 
     /// Sleeps until there is something to do; a moment only where faults wait for room.
-    fn sleep(&self, hearing: &[Heard], due: Option<u64>, waits: bool) -> std::io::Result<()> {
+    fn sleep(&self, hearing: &[Inbound], due: Option<u64>, waits: bool) -> std::io::Result<()> {
         let mut wait: Vec<PollFd<'_>> = vec![PollFd::new(&self.bell, PollFlags::IN)];
         let faults = self.memories.iter().map(Spanning::descriptor);
         let faults = faults.take(if waits { 0 } else { usize::MAX });

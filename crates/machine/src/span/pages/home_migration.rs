@@ -11,16 +11,16 @@
 //! ```
 //!
 //! Until the successor says so nothing has changed, and the home may go on
-//! ([`Left::stay`]). Who has heard of it forgets the home that was; so a home that goes on
+//! ([`DrainedHome::stay`]). Who has heard of it forgets the home that was; so a home that goes on
 //! all the same has lost a part, and ends: never do two of them go on.
 //!
 //! How it is decided, and how the rest of the machine comes to the successor, is not here.
 
-use super::super::peer::Heard;
-use super::super::wire::Parcel;
-use super::effects::Beside;
+use super::super::peer::Inbound;
+use super::super::wire::PeerMessage;
+use super::effects::EventContext;
 use super::objects::push_move;
-use super::quiescence::Settled;
+use super::quiescence::QuiescenceGuard;
 use super::{Listener, MOVES_MAX, Pages, Shared, SpanError, locked};
 use keel_wasm::coherence::{Copy, Event, Holdings, PageId, PartId};
 use keel_wasm::memory::PAGE_BYTES;
@@ -36,13 +36,13 @@ const LOOK_AGAIN: Duration = Duration::from_micros(500);
 
 /// A home that has nothing any more, and where nothing is on its way. Dropping it lets
 /// everything go on.
-pub struct Left {
+pub struct DrainedHome {
     shared: Arc<Shared>,
-    _settled: Settled,
+    _settled: QuiescenceGuard,
     legacy: Holdings,
 }
 
-impl std::fmt::Debug for Left {
+impl std::fmt::Debug for DrainedHome {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut debug = f.debug_struct("Left");
         debug
@@ -51,7 +51,7 @@ impl std::fmt::Debug for Left {
     }
 }
 
-impl Left {
+impl DrainedHome {
     /// Who holds what: for the successor; once.
     pub fn take_legacy(&mut self) -> Holdings {
         std::mem::take(&mut self.legacy)
@@ -90,9 +90,9 @@ impl Pages {
     /// All threads stand, and nobody reads or writes for the host. Only of the home.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Unsettled`] if that takes longer. It goes on as before
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer. It goes on as before
     /// then.
-    pub fn leave(&self, to: PartId, patience: Duration) -> Result<Left, SpanError> {
+    pub fn leave(&self, to: PartId, patience: Duration) -> Result<DrainedHome, SpanError> {
         let shared = &self.shared;
         if !self.others().contains(to) {
             return Err(SpanError::Memory(format!("there is no part {to}")));
@@ -105,7 +105,7 @@ impl Pages {
                     return Err(failure);
                 }
                 if Instant::now() >= deadline {
-                    return Err(SpanError::Unsettled { patience });
+                    return Err(SpanError::NotQuiescent { patience });
                 }
                 std::thread::sleep(LOOK_AGAIN);
                 // (To look at all that there is takes a while.)
@@ -124,21 +124,21 @@ impl Pages {
             let legacy = {
                 let state = locked(&shared.state);
                 if state.cutting.is_some() {
-                    return Err(SpanError::Cut);
+                    return Err(SpanError::CutUnavailable);
                 }
                 state.coherence.legacy()
             };
             match legacy {
                 Ok(legacy) if shared.populated()?.is_empty() => {
-                    return Ok(Left {
+                    return Ok(DrainedHome {
                         shared: shared.clone(),
                         _settled: settled,
                         legacy,
                     });
                 }
                 _ if Instant::now() < deadline => {}
-                Ok(_) => return Err(SpanError::Unsettled { patience }),
-                Err(reason) => return Err(SpanError::Disagree(reason)),
+                Ok(_) => return Err(SpanError::NotQuiescent { patience }),
+                Err(reason) => return Err(SpanError::Inconsistent(reason)),
             }
         }
     }
@@ -196,7 +196,9 @@ impl Pages {
                 })
             });
             if unknown {
-                return Err(SpanError::Disagree("there are no such pages here".into()));
+                return Err(SpanError::Inconsistent(
+                    "there are no such pages here".into(),
+                ));
             }
             shared.is_succeeding.store(true, Ordering::Release);
             while shared.let_some_go(state)? {}
@@ -205,7 +207,7 @@ impl Pages {
             state
                 .coherence
                 .succeed(legacy)
-                .map_err(SpanError::Disagree)?;
+                .map_err(SpanError::Inconsistent)?;
             // (What may leave from now on is looked up anew: it has more than it had.)
             state.keep = None;
             *shared
@@ -221,7 +223,7 @@ impl Pages {
         shared.others.forget_home();
         shared.limits.forget(PartId::HOME);
         shared.ring();
-        shared.tell_all(&Parcel::Succeeded)?;
+        shared.tell_all(&PeerMessage::Succeeded)?;
         let others = self.others();
         let deadline = Instant::now() + patience;
         loop {
@@ -285,7 +287,7 @@ impl Shared {
                     // (Others have it.)
                     Copy::Shared => {
                         let page = *page;
-                        events.push((Event::Drop { page }, Beside::Nothing));
+                        events.push((Event::Drop { page }, EventContext::Nothing));
                     }
                     _ => push_move(&mut events, *page, to),
                 }
@@ -297,7 +299,7 @@ impl Shared {
 
     /// A part says that it is the home; or, to the home, that it knows it is. Who was it is
     /// not heard any more.
-    pub(super) fn hear_succeeded(&self, heard: &mut Heard) -> Result<(), SpanError> {
+    pub(super) fn hear_succeeded(&self, heard: &mut Inbound) -> Result<(), SpanError> {
         let from = heard.part();
         if self.is_home() {
             self.others.knows_succession(from);
@@ -309,13 +311,13 @@ impl Shared {
         }
         // (Until the new home says what parts keep: others may not have heard of it.)
         self.is_succeeding.store(true, Ordering::Release);
-        self.step(vec![(Event::Succeeded { by: from }, Beside::Nothing)]);
+        self.step(vec![(Event::Succeeded { by: from }, EventContext::Nothing)]);
         self.others.succeed_home(from);
         self.end_cut();
         heard.is_now(PartId::HOME);
         self.limits.rename(from, PartId::HOME);
         // (It does not know what is here.)
         self.limits.tell_again();
-        self.tell_part(PartId::HOME, &Parcel::Succeeded)
+        self.tell_part(PartId::HOME, &PeerMessage::Succeeded)
     }
 }

@@ -1,6 +1,6 @@
 //! The host's own accesses to a machine's memory: a page stays here while it is copied.
 
-use super::effects::{Beside, Work};
+use super::effects::{Effects, EventContext};
 use super::{ASK_AGAIN, PAGE, Shared, SpanError, State, locked};
 use keel_wasm::coherence::{Access, Event, PageId};
 use keel_wasm::memory::{MemoryError, PAGE_BYTES};
@@ -65,7 +65,7 @@ impl Shared {
             Access::Write => self.host_writes(page, run),
             Access::Read => run().map_err(|error| SpanError::Memory(error.to_string())),
         };
-        self.step(vec![(Event::Unpin { page }, Beside::Nothing)]);
+        self.step(vec![(Event::Unpin { page }, EventContext::Nothing)]);
         result
     }
 
@@ -95,8 +95,8 @@ impl Shared {
                 return Err(SpanError::Late { page, patience });
             }
             // Asked again each time: what was asked for may have come and gone.
-            let mut work = Work::default();
-            let event = (Event::Fault { page, access }, Beside::Nothing);
+            let mut work = Effects::default();
+            let event = (Event::Fault { page, access }, EventContext::Nothing);
             let done = self.step_in(&mut state, vec![event], &mut work);
             drop(state);
             let is_ahead = work.is_ahead;

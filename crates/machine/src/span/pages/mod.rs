@@ -37,27 +37,27 @@ mod objects;
 mod peers;
 mod quiescence;
 
-pub use consistent_cut::{Cut, CutPages, CutPiece, CutSame, CutWord};
+pub use consistent_cut::{Cut, CutMessage, CutPages, CutPiece, UnchangedPages};
 pub use evictor::{PART_BYTES_MIN, PartMemory};
-pub(super) use home_migration::Left;
+pub(super) use home_migration::DrainedHome;
 pub(super) use objects::{Answer, Question};
 pub use objects::{Heat, Object};
-pub(super) use quiescence::SettleWord;
+pub(super) use quiescence::QuiescenceMessage;
 
-use super::eviction::Keep;
-use super::false_sharing::Standing;
-use super::idle_pages::Idle;
-use super::peer::{Ends, PeerError};
-use super::prefetch::Streams;
-use super::wire::{self, PageBytes, Parcel};
-use consistent_cut::{Cuts, Cutting};
-use effects::{Beside, Work};
+use super::eviction::EvictionPolicy;
+use super::false_sharing::FaultHistory;
+use super::idle_pages::IdlePages;
+use super::peer::{PeerConnections, PeerError};
+use super::prefetch::StreamPrefetcher;
+use super::wire::{self, PageBytes, PeerMessage};
+use consistent_cut::{CutState, CutStatus};
+use effects::{Effects, EventContext};
 use evictor::Limits;
 use host_access::{page_of, pieces};
 use keel_wasm::coherence::{Access, Coherence, Config, Event, PageId, PartId, PartSet, Traffic};
 use keel_wasm::memory::{GuestMemory, MemoryError, PAGE_BYTES, Spanning, Unavailable};
-use peers::Others;
-use quiescence::Settling;
+use peers::Peers;
+use quiescence::QuiescenceState;
 use roaring::RoaringBitmap;
 use rustc_hash::FxHashMap;
 use rustix::event::{EventfdFlags, eventfd};
@@ -98,7 +98,7 @@ pub enum SpanError {
     },
     /// Parts disagree about a page.
     #[error("the parts of the machine disagree: {0}")]
-    Disagree(String),
+    Inconsistent(String),
     /// This host does not do what it is asked for.
     #[error("the machine's memory cannot be served: {0}")]
     Memory(String),
@@ -112,7 +112,7 @@ pub enum SpanError {
     },
     /// A part does not say what it is asked.
     #[error("part {part} did not say where pages are within {patience:.0?}; try again")]
-    Silent {
+    NoAnswer {
         /// Which.
         part: PartId,
         /// How long it was waited for.
@@ -139,16 +139,16 @@ pub enum SpanError {
     },
     /// The memory of the whole is not to be had as it was at one instant.
     #[error("pages of the machine were still on their way after {patience:.0?}; try again")]
-    Unsettled {
+    NotQuiescent {
         /// How long it was waited for.
         patience: Duration,
     },
     /// It is taken already, or this part cannot.
     #[error("its memory is being kept already, its parts leave, or this is not its home")]
-    Cut,
+    CutUnavailable,
     /// What changes before it is kept is too much to be held meanwhile.
     #[error("it writes faster than its memory can be stored")]
-    Behind,
+    CutTooSlow,
     /// What is brought is more than all parts have room for.
     #[error(
         "no part has room for more of its memory: {} MiB are here, where {} MiB may be; more nodes, or a larger part memory, would have it",
@@ -168,7 +168,7 @@ pub enum SpanError {
 
 /// What a part is made of.
 #[derive(Debug)]
-pub struct Setup {
+pub struct PartConfig {
     /// This part.
     pub me: PartId,
     /// All parts.
@@ -241,20 +241,20 @@ struct State {
     emptied: PartSet,
     due: Option<u64>,
     /// What is gone through in order.
-    streams: Streams,
+    streams: StreamPrefetcher,
     /// What follows pages at which somebody stands, and is to be asked for next.
     ahead: VecDeque<(PageId, Access)>,
     /// What threads waited for.
-    standing: Standing,
+    standing: FaultHistory,
     /// What may have to leave, while there is a limit.
-    keep: Option<Keep>,
+    keep: Option<EvictionPolicy>,
     /// Of each memory pages that threads stood at that were here: until they go on there may
     /// be no such page, as far as the kernel says.
     woken: Vec<RoaringBitmap>,
     /// What is to be read as it was at an instant, while there is such a thing.
-    cutting: Option<Cutting>,
+    cutting: Option<CutState>,
     /// It is waited for that nothing is on its way, or so it is; and how often it was.
-    settling: Option<Settling>,
+    settling: Option<QuiescenceState>,
     settled: u64,
     traffic: Traffic,
     /// What was asked of whom, with what it answered; and how often.
@@ -292,13 +292,13 @@ struct Shared {
     changed: Condvar,
     /// Wakes the thread that serves.
     bell: OwnedFd,
-    others: Others,
+    others: Peers,
     begun: Instant,
     over: AtomicBool,
     limits: Limits,
     /// What nobody uses of what is here.
-    idle: Mutex<Idle>,
-    cuts: Cuts,
+    idle: Mutex<IdlePages>,
+    cuts: CutStatus,
     /// It is waited for that nothing is on its way.
     is_settling: AtomicBool,
     /// Another part has become the home, and not all may know: nothing moves by itself.
@@ -331,22 +331,22 @@ impl std::fmt::Debug for Pages {
 /// Tells other parts about threads. Keeps nothing alive: what is told when the part has
 /// ended nobody hears.
 #[derive(Clone)]
-pub struct Teller(Weak<Shared>);
+pub struct Notifier(Weak<Shared>);
 
-impl std::fmt::Debug for Teller {
+impl std::fmt::Debug for Notifier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Teller").finish_non_exhaustive()
     }
 }
 
-impl Teller {
+impl Notifier {
     /// Tells a part something; does not wait for it, nor for the answer that comes at once
     /// if it `is_answered`. What one thread says comes in that order.
     pub fn note(&self, to: PartId, note: &[u8], is_answered: bool) {
         let Some(shared) = self.0.upgrade() else {
             return;
         };
-        let mut work = Work::default();
+        let mut work = Effects::default();
         let done = work.put_note(to, note);
         if is_answered {
             // Whoever hears the answer is awake by then: being woken takes longer than it.
@@ -385,9 +385,9 @@ impl Listener for () {
 }
 
 /// Ends a part whose thread panics.
-struct Guard<'a>(&'a Shared);
+struct PanicGuard<'a>(&'a Shared);
 
-impl Drop for Guard<'_> {
+impl Drop for PanicGuard<'_> {
     fn drop(&mut self) {
         let what = "a thread that serves it has panicked";
         self.0.end(SpanError::Memory(what.into()));
@@ -425,8 +425,8 @@ impl Pages {
     /// # Errors
     /// [`BeginError`]; nothing of it is left then.
     pub fn begin(
-        setup: Setup,
-        ends: BTreeMap<PartId, Ends>,
+        setup: PartConfig,
+        ends: BTreeMap<PartId, PeerConnections>,
         listener: Arc<dyn Listener>,
     ) -> Result<Self, BeginError> {
         let others: PartSet = ends.keys().copied().collect();
@@ -454,7 +454,7 @@ impl Pages {
             hold_micros: u64::try_from(setup.hold.as_micros()).unwrap_or(u64::MAX >> 1),
             seed: setup.seed,
         };
-        let (others, mut hearing) = (Others::default(), Vec::new());
+        let (others, mut hearing) = (Peers::default(), Vec::new());
         for (part, ends) in ends {
             hearing.push(others.add(part, ends)?);
         }
@@ -471,9 +471,9 @@ impl Pages {
                 granted: HashMap::new(),
                 emptied: PartSet::default(),
                 due: None,
-                streams: Streams::default(),
+                streams: StreamPrefetcher::default(),
                 ahead: VecDeque::new(),
-                standing: Standing::default(),
+                standing: FaultHistory::default(),
                 keep: None,
                 woken: vec![RoaringBitmap::new(); setup.memories.len()],
                 cutting: None,
@@ -495,7 +495,7 @@ impl Pages {
             over: AtomicBool::new(false),
             limits: Limits::new(setup.room_bytes),
             idle: Mutex::default(),
-            cuts: Cuts::default(),
+            cuts: CutStatus::default(),
             is_settling: AtomicBool::new(false),
             is_succeeding: AtomicBool::new(false),
             awaited: AtomicU64::new(0),
@@ -521,7 +521,7 @@ impl Pages {
         if setup.me != setup.origin {
             pages.shared.limits.set(None);
             // (The home waits for a word of who joins.)
-            let mut work = Work::default();
+            let mut work = Effects::default();
             let said = work.to(PartId::HOME).map(drop);
             pages.shared.say(said, work);
         }
@@ -545,7 +545,7 @@ impl Pages {
         let thread = std::thread::Builder::new().name(name.into());
         let thread = thread.spawn(move || {
             // Whoever waits for this thread would wait for ever.
-            let guard = Guard(&shared);
+            let guard = PanicGuard(&shared);
             run(&shared);
             std::mem::forget(guard);
         })?;
@@ -557,8 +557,8 @@ impl Pages {
     }
 
     /// What other parts are told through.
-    pub fn teller(&self) -> Teller {
-        Teller(Arc::downgrade(&self.shared))
+    pub fn teller(&self) -> Notifier {
+        Notifier(Arc::downgrade(&self.shared))
     }
 
     /// Has all pages of a part brought to this one, which must be the directory of all;
@@ -570,8 +570,8 @@ impl Pages {
         let deadline = Instant::now().checked_add(patience);
         let mut state = locked(&self.shared.state);
         state.emptied = state.emptied.without(part);
-        let mut work = Work::default();
-        let event = (Event::Empty { part, to }, Beside::Nothing);
+        let mut work = Effects::default();
+        let event = (Event::Empty { part, to }, EventContext::Nothing);
         let done = self.shared.step_in(&mut state, vec![event], &mut work);
         drop(state);
         self.shared.say(done, work);
@@ -760,11 +760,11 @@ impl Shared {
             SpanError::Ended => return,
             // It was about to join: its end is no loss, and it knows nobody's.
             _ if self.me() != PartId::HOME && !self.limits.are_told() => return,
-            SpanError::Lost { part, reason } => Parcel::Goodbye {
+            SpanError::Lost { part, reason } => PeerMessage::Goodbye {
                 part: *part,
                 reason: reason.clone(),
             },
-            own => Parcel::Goodbye {
+            own => PeerMessage::Goodbye {
                 part: self.me(),
                 reason: own.to_string(),
             },

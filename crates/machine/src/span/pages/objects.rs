@@ -11,10 +11,10 @@
 //!     │◀── Answer ──────────────────────────────────────────────│
 //! ```
 
-use super::super::false_sharing::{self, HotPage, Stood};
+use super::super::false_sharing::{self, FaultFootprint, HotPage};
 use super::super::idle_pages::IdleRange;
-use super::super::wire::Parcel;
-use super::effects::{Beside, Happened, Work};
+use super::super::wire::PeerMessage;
+use super::effects::{Effects, EventContext, PendingEvent};
 use super::host_access::page_of;
 use super::{MOVES_MAX, Pages, SLEEP_MAX, Shared, SpanError, locked};
 use keel_wasm::coherence::{Event, Holders, PageId, PartId, PartSet, Placement, Segment};
@@ -49,7 +49,7 @@ pub(in super::super) enum Question {
     Placements(PageId),
     /// Which page of a range, of [`LOOKED_MAX`] at most, is the first that is about to be at
     /// a part, or of which it is not the directory.
-    Going {
+    InTransit {
         /// The machine's memory.
         memory: u32,
         /// Numbers of the pages.
@@ -58,7 +58,7 @@ pub(in super::super) enum Question {
         to: PartId,
     },
     /// For which pages its threads waited, from one on.
-    Stood(PageId),
+    FaultWaits(PageId),
     /// What it has and does not use, from a byte of a memory on.
     Idle(u32, u64),
 }
@@ -69,9 +69,9 @@ pub(in super::super) enum Answer {
     /// Where they are, and the page to ask from next, if there are more.
     Placements(Vec<Placement>, Option<PageId>),
     /// Which; `None`: none of them.
-    Going(Option<u32>),
+    InTransit(Option<u32>),
     /// For which, and the page to ask from next, if there are more.
-    Stood(Vec<(PageId, Stood)>, Option<PageId>),
+    FaultWaits(Vec<(PageId, FaultFootprint)>, Option<PageId>),
     /// What, and from where to ask next, if there is more.
     Idle(Vec<IdleRange>, Option<(u32, u64)>),
 }
@@ -168,7 +168,7 @@ impl Shared {
                 let (placements, next) = state.coherence.placements(from, LOOKED_MAX);
                 Answer::Placements(placements, next)
             }
-            Question::Going { memory, pages, to } => {
+            Question::InTransit { memory, pages, to } => {
                 let coherence = &locked(&self.state).coherence;
                 let mut pages = pages.take(LOOKED_MAX);
                 let going = pages.find(|number| {
@@ -176,19 +176,19 @@ impl Shared {
                     let page = PageId { memory, number };
                     !coherence.is_directory_of(page) || coherence.is_going(page, to)
                 });
-                Answer::Going(going)
+                Answer::InTransit(going)
             }
-            Question::Stood(from) => {
+            Question::FaultWaits(from) => {
                 let mut state = locked(&self.state);
                 let (stood, next) = state.standing.pages(from, STOOD_MAX, self.now());
-                Answer::Stood(stood, next)
+                Answer::FaultWaits(stood, next)
             }
             Question::Idle(memory, from) => {
                 let (ranges, next) = locked(&self.idle).ranges((memory, from), STOOD_MAX);
                 Answer::Idle(ranges, next)
             }
         };
-        self.tell_part(from, &Parcel::Answer(number, answer))
+        self.tell_part(from, &PeerMessage::Answer(number, answer))
     }
 
     /// Takes note of an answer; one that nobody waits for any more counts no more.
@@ -234,7 +234,7 @@ impl Shared {
             state.asked.insert(number, (part, None));
             number
         };
-        let told = self.tell_part(part, &Parcel::Ask(number, question));
+        let told = self.tell_part(part, &PeerMessage::Ask(number, question));
         let mut state = locked(&self.state);
         loop {
             let failure = told.clone().err().or_else(|| state.failure.clone());
@@ -251,7 +251,7 @@ impl Shared {
             let answer = state.asked.remove(&number).and_then(|(_, answer)| answer);
             return match (failure, answer) {
                 (Some(failure), _) => Err(failure),
-                (None, None) if !is_gone => Err(SpanError::Silent { part, patience }),
+                (None, None) if !is_gone => Err(SpanError::NoAnswer { part, patience }),
                 (None, answer) => Ok(answer),
             };
         }
@@ -306,7 +306,7 @@ impl Shared {
                 .and_then(|()| self.idle_at(part, deadline));
             match heard {
                 Ok(ranges) => drop(idle.insert(part, ranges)),
-                Err(SpanError::Silent { part, patience }) => {
+                Err(SpanError::NoAnswer { part, patience }) => {
                     tracing::debug!(%part, ?patience, "it does not say how its memory is used");
                 }
                 Err(error) => return Err(error),
@@ -320,7 +320,7 @@ impl Shared {
         &self,
         part: PartId,
         deadline: Instant,
-        told: &mut Vec<(PartId, PageId, Stood)>,
+        told: &mut Vec<(PartId, PageId, FaultFootprint)>,
     ) -> Result<(), SpanError> {
         let mut next = Some(PageId::default());
         for _ in 0..PIECES_MAX {
@@ -329,8 +329,8 @@ impl Shared {
                 let mut state = locked(&self.state);
                 state.standing.pages(from, STOOD_MAX, self.now())
             } else {
-                match self.ask_until(part, Question::Stood(from), deadline)? {
-                    Some(Answer::Stood(stood, rest)) => (stood, rest),
+                match self.ask_until(part, Question::FaultWaits(from), deadline)? {
+                    Some(Answer::FaultWaits(stood, rest)) => (stood, rest),
                     _ => break,
                 }
             };
@@ -408,8 +408,8 @@ impl Shared {
             }
         };
         let pages = there.clone();
-        match self.ask(part, Question::Going { memory, pages, to })? {
-            Some(Answer::Going(Some(number))) => Ok(number.clamp(there.start, there.end)),
+        match self.ask(part, Question::InTransit { memory, pages, to })? {
+            Some(Answer::InTransit(Some(number))) => Ok(number.clamp(there.start, there.end)),
             _ => Ok(there.end),
         }
     }
@@ -442,7 +442,7 @@ impl Pages {
     /// hold; only of the part that was the origin.
     ///
     /// # Errors
-    /// [`SpanError::Memory`]; [`SpanError::Silent`].
+    /// [`SpanError::Memory`]; [`SpanError::NoAnswer`].
     pub fn objects(&self) -> Result<Vec<Object>, SpanError> {
         let placements = self.shared.placements()?;
         let mut objects = Vec::new();
@@ -516,7 +516,7 @@ impl Pages {
         for some in segments.chunks(MOVES_MAX) {
             let events = some.iter().map(|segment| {
                 let segment = *segment;
-                (Event::MoveDirectory { segment, to }, Beside::Nothing)
+                (Event::MoveDirectory { segment, to }, EventContext::Nothing)
             });
             self.step_unless_cut(events.collect());
         }
@@ -533,7 +533,10 @@ impl Pages {
         for at in (first..last).step_by(MOVES_MAX) {
             let page = page_of(memory, at * PAGE_BYTES)?;
             let pages = (last - at).min(MOVES_MAX as u64) as u32;
-            self.step_unless_cut(vec![(Event::Move { page, pages, to }, Beside::Nothing)]);
+            self.step_unless_cut(vec![(
+                Event::Move { page, pages, to },
+                EventContext::Nothing,
+            )]);
         }
         Ok(())
     }
@@ -556,7 +559,7 @@ impl Pages {
 
 /// One page more is to be at a part: where the one before it is, too, they are said to be
 /// at once.
-pub(super) fn push_move(events: &mut Vec<Happened>, page: PageId, to: PartId) {
+pub(super) fn push_move(events: &mut Vec<PendingEvent>, page: PageId, to: PartId) {
     if let Some((
         Event::Move {
             page: first,
@@ -574,12 +577,12 @@ pub(super) fn push_move(events: &mut Vec<Happened>, page: PageId, to: PartId) {
         return;
     }
     let pages = 1;
-    events.push((Event::Move { page, pages, to }, Beside::Nothing));
+    events.push((Event::Move { page, pages, to }, EventContext::Nothing));
 }
 
 impl Pages {
     /// Takes note of events, but not while threads stand so that nothing is on its way.
-    fn step_unless_cut(&self, mut events: Vec<Happened>) {
+    fn step_unless_cut(&self, mut events: Vec<PendingEvent>) {
         let mut state = locked(&self.shared.state);
         while state.failure.is_none() && self.shared.must_rest(&state) {
             state = self
@@ -595,7 +598,7 @@ impl Pages {
         }
         let mut all = events.iter();
         state.directories_moved |= all.any(|(it, _)| matches!(it, Event::MoveDirectory { .. }));
-        let mut work = Work::default();
+        let mut work = Effects::default();
         let done = self.shared.step_in(&mut state, events, &mut work);
         drop(state);
         self.shared.say(done, work);

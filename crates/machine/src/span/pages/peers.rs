@@ -17,9 +17,9 @@
 //! Until it is heard it is no loss, whatever it says last: what was begun with it may be
 //! undone by its end. Who is gone waits until all have closed its connections, and ends then.
 
-use super::super::peer::{Ends, Heard, Told};
-use super::super::wire::Parcel;
-use super::effects::{Beside, Work};
+use super::super::peer::{Inbound, Outbound, PeerConnections};
+use super::super::wire::PeerMessage;
+use super::effects::{Effects, EventContext};
 use super::{BeginError, PART_BYTES_MIN, Pages, Shared, SpanError, locked};
 use keel_wasm::coherence::{Event, PartId, PartSet};
 use std::collections::BTreeMap;
@@ -34,17 +34,17 @@ const HEARD_WITHIN: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_micros(200);
 
 /// What the thread that hears them is to do, in order.
-pub(super) enum Turn {
-    Hear(Box<Heard>),
+pub(super) enum ConnectionChange {
+    Hear(Box<Inbound>),
     Forget(PartId),
 }
 
 #[derive(Default)]
-pub(super) struct Others {
-    told: RwLock<BTreeMap<PartId, Arc<Told>>>,
+pub(super) struct Peers {
+    told: RwLock<BTreeMap<PartId, Arc<Outbound>>>,
     /// Broken at the end, so that nobody waits on them.
     sockets: Mutex<BTreeMap<PartId, [TcpStream; 2]>>,
-    turns: Mutex<Vec<Turn>>,
+    turns: Mutex<Vec<ConnectionChange>>,
     has_turns: AtomicBool,
     /// Those that joined, and of which nothing was heard.
     new: Mutex<PartSet>,
@@ -63,15 +63,15 @@ pub(super) struct Others {
     closed: AtomicBool,
 }
 
-impl Others {
+impl Peers {
     /// One more; who is heard on its connection.
-    pub(super) fn add(&self, part: PartId, ends: Ends) -> Result<Heard, BeginError> {
+    pub(super) fn add(&self, part: PartId, ends: PeerConnections) -> Result<Inbound, BeginError> {
         let sockets = [
             ends.out.socket().try_clone()?,
             ends.heard.socket().try_clone()?,
         ];
-        let heard = Heard::new(part, ends.heard, ends.unpacker)?;
-        let told = Arc::new(Told::new(ends.out));
+        let heard = Inbound::new(part, ends.heard, ends.unpacker)?;
+        let told = Arc::new(Outbound::new(ends.out));
         let mut all = self.told.write().unwrap_or_else(PoisonError::into_inner);
         if self.closed.load(Ordering::Acquire) {
             return Err(BeginError::Setup("the machine ends"));
@@ -81,12 +81,12 @@ impl Others {
         Ok(heard)
     }
 
-    pub(super) fn told(&self, part: PartId) -> Option<Arc<Told>> {
+    pub(super) fn told(&self, part: PartId) -> Option<Arc<Outbound>> {
         let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
         all.get(&part).cloned()
     }
 
-    pub(super) fn all_told(&self) -> Vec<Arc<Told>> {
+    pub(super) fn all_told(&self) -> Vec<Arc<Outbound>> {
         let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
         all.values().cloned().collect()
     }
@@ -101,7 +101,7 @@ impl Others {
         self.parts().len()
     }
 
-    fn remove(&self, part: PartId) -> Option<Arc<Told>> {
+    fn remove(&self, part: PartId) -> Option<Arc<Outbound>> {
         locked(&self.sockets).remove(&part);
         self.counts(part);
         self.has_joined(part);
@@ -127,7 +127,7 @@ impl Others {
 
     /// This part is the home from now on: who was it is none of the others.
     pub(super) fn forget_home(&self) {
-        self.turn(Turn::Forget(PartId::HOME));
+        self.turn(ConnectionChange::Forget(PartId::HOME));
         if let Some(told) = self.remove(PartId::HOME) {
             told.finish();
         }
@@ -143,13 +143,13 @@ impl Others {
         *locked(&self.know)
     }
 
-    fn turn(&self, turn: Turn) {
+    fn turn(&self, turn: ConnectionChange) {
         locked(&self.turns).push(turn);
         self.has_turns.store(true, Ordering::Release);
     }
 
     /// Hears those that have come, and no more those that are gone; which those are.
-    pub(super) fn take_turns(&self, hearing: &mut Vec<Heard>) -> PartSet {
+    pub(super) fn take_turns(&self, hearing: &mut Vec<Inbound>) -> PartSet {
         let mut gone = PartSet::default();
         if !self.has_turns.swap(false, Ordering::AcqRel) {
             return gone;
@@ -157,11 +157,11 @@ impl Others {
         // (Under the lock: who waits for one to be forgotten looks there.)
         for turn in locked(&self.turns).drain(..) {
             match turn {
-                Turn::Hear(heard) => {
+                ConnectionChange::Hear(heard) => {
                     gone = gone.without(heard.part());
                     hearing.push(*heard);
                 }
-                Turn::Forget(part) => {
+                ConnectionChange::Forget(part) => {
                     gone = gone.with(part);
                     hearing.retain(|heard| heard.part() != part);
                 }
@@ -175,11 +175,11 @@ impl Others {
         let turns = locked(&self.turns);
         !turns
             .iter()
-            .any(|turn| matches!(turn, Turn::Forget(it) if *it == part))
+            .any(|turn| matches!(turn, ConnectionChange::Forget(it) if *it == part))
     }
 
     /// The part that is told so now, by its number of today.
-    fn told_by(&self, told: &Arc<Told>) -> Option<PartId> {
+    fn told_by(&self, told: &Arc<Outbound>) -> Option<PartId> {
         let all = self.told.read().unwrap_or_else(PoisonError::into_inner);
         let found = all.iter().find(|(_, it)| Arc::ptr_eq(it, told));
         found.map(|(part, _)| *part)
@@ -251,7 +251,7 @@ impl Shared {
     }
 
     /// A part cannot be told anything, if it is still told so.
-    pub(super) fn lost_by(&self, told: &Arc<Told>, reason: String) {
+    pub(super) fn lost_by(&self, told: &Arc<Outbound>, reason: String) {
         if let Some(part) = self.others.told_by(told) {
             self.lost(part, reason);
         }
@@ -272,11 +272,11 @@ impl Shared {
             (PartId::HOME, PartId::HOME) => {}
             (PartId::HOME, part) if part == self.me() => {
                 self.others.leaves.store(true, Ordering::Release);
-                return self.tell_part(PartId::HOME, &Parcel::Gone(part));
+                return self.tell_part(PartId::HOME, &PeerMessage::Gone(part));
             }
             (PartId::HOME, part) => {
                 self.forget(part);
-                return self.tell_part(PartId::HOME, &Parcel::Gone(part));
+                return self.tell_part(PartId::HOME, &PeerMessage::Gone(part));
             }
             (from, part) if from == part && self.me() == PartId::HOME => {
                 let mut parting = locked(&self.others.parting);
@@ -302,11 +302,11 @@ impl Shared {
             return;
         }
         // (First: no other part takes its number before nothing of it is heard any more.)
-        self.others.turn(Turn::Forget(part));
+        self.others.turn(ConnectionChange::Forget(part));
         if let Some(told) = self.others.remove(part) {
             told.finish();
             self.limits.forget(part);
-            self.step(vec![(Event::Gone { part }, Beside::Nothing)]);
+            self.step(vec![(Event::Gone { part }, EventContext::Nothing)]);
         }
         self.ring();
     }
@@ -328,7 +328,7 @@ impl Pages {
     ///
     /// # Errors
     /// [`BeginError`]; nothing has changed then.
-    pub fn join(&self, part: PartId, ends: Ends) -> Result<(), BeginError> {
+    pub fn join(&self, part: PartId, ends: PeerConnections) -> Result<(), BeginError> {
         let shared = &self.shared;
         if part == shared.me() || shared.others.told(part).is_some() {
             return Err(BeginError::Setup("it is one of them already"));
@@ -349,20 +349,20 @@ impl Pages {
             let mut joining = locked(&shared.others.joining);
             *joining = joining.with(part);
         }
-        let mut work = Work::default();
+        let mut work = Effects::default();
         let (heard, done) = {
             // At once: what is said to it from then on is counted, and so must be told.
             let mut state = locked(&shared.state);
             let heard = shared.others.add(part, ends);
             let joins = heard
                 .iter()
-                .map(|_| (Event::Join { part }, Beside::Nothing));
+                .map(|_| (Event::Join { part }, EventContext::Nothing));
             let done = shared.step_in(&mut state, joins.collect(), &mut work);
             (heard, done)
         };
         shared.say(done, work);
         let joined = heard.and_then(|heard| {
-            shared.others.turn(Turn::Hear(Box::new(heard)));
+            shared.others.turn(ConnectionChange::Hear(Box::new(heard)));
             Ok(self.spawn_tell(part)?)
         });
         if let Err(error) = joined {
@@ -417,7 +417,7 @@ impl Pages {
         shared.others.has_joined(part);
         // (Who holds this tells.)
         let limit = locked(&shared.limits.of_parts);
-        shared.tell_part(part, &Parcel::Limit(limit.flatten()))
+        shared.tell_part(part, &PeerMessage::Limit(limit.flatten()))
     }
 
     /// A part is to give away what it has, to those with most room; what they do not take
@@ -426,7 +426,7 @@ impl Pages {
     /// # Errors
     /// [`SpanError`].
     pub fn give_up(&self, part: PartId) -> Result<(), SpanError> {
-        self.shared.tell_part(part, &Parcel::Limit(Some(0)))
+        self.shared.tell_part(part, &PeerMessage::Limit(Some(0)))
     }
 
     /// Bytes that a part has which is to give away what it has; `None` before it heard that.
@@ -445,9 +445,9 @@ impl Pages {
     /// [`SpanError`].
     pub fn part_with(&self, part: PartId) -> Result<(), SpanError> {
         let shared = &self.shared;
-        let mut work = Work::default();
+        let mut work = Effects::default();
         // (Before anybody forgets it: what it said counts no more.)
-        let event = (Event::Gone { part }, Beside::Nothing);
+        let event = (Event::Gone { part }, EventContext::Nothing);
         let done = shared.step_in(&mut locked(&shared.state), vec![event], &mut work);
         let failed = done.clone().err();
         shared.say(done, work);
@@ -460,7 +460,7 @@ impl Pages {
             let mut new = locked(&shared.others.new);
             *new = new.with(part);
         }
-        shared.tell_part(part, &Parcel::Gone(part))?;
+        shared.tell_part(part, &PeerMessage::Gone(part))?;
         let deadline = Instant::now() + HEARD_WITHIN;
         while !locked(&shared.others.parting).contains(part)
             && shared.others.told(part).is_some()
@@ -470,7 +470,7 @@ impl Pages {
         }
         *locked(&shared.others.know_gone) = (Some(part), PartSet::default());
         for other in self.others().without(part).iter() {
-            shared.tell_part(other, &Parcel::Gone(part))?;
+            shared.tell_part(other, &PeerMessage::Gone(part))?;
         }
         let all_know = || {
             let others = self.others().without(part);
@@ -487,7 +487,7 @@ impl Pages {
             // It ended before it heard that, and is forgotten.
             return Ok(());
         }
-        shared.others.turn(Turn::Forget(part));
+        shared.others.turn(ConnectionChange::Forget(part));
         if let Some(told) = shared.others.remove(part) {
             told.finish();
         }

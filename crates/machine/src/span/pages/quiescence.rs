@@ -11,8 +11,8 @@
 //!     │─── Over ────────────────────────▶│
 //! ```
 
-use super::super::wire::Parcel;
-use super::effects::Beside;
+use super::super::wire::PeerMessage;
+use super::effects::EventContext;
 use super::{MOVES_MAX, Pages, Shared, SpanError, State, locked};
 use keel_wasm::coherence::{Event, PartId, Segment, Traffic};
 use serde::{Deserialize, Serialize};
@@ -29,7 +29,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// What home and members say to each other of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(in super::super) enum SettleWord {
+pub(in super::super) enum QuiescenceMessage {
     /// To members: all threads stand.
     Begin,
     /// To the home: nothing is under way at this part, which said and heard so much.
@@ -40,7 +40,7 @@ pub(in super::super) enum SettleWord {
 
 /// What a part knows of it.
 #[derive(Debug)]
-pub(super) struct Settling {
+pub(super) struct QuiescenceState {
     number: u64,
     /// At a member: what it said last.
     told: Option<Traffic>,
@@ -49,9 +49,9 @@ pub(super) struct Settling {
     is_settled: bool,
 }
 
-impl Settling {
+impl QuiescenceState {
     fn new(number: u64) -> Self {
-        Settling {
+        QuiescenceState {
             number,
             told: None,
             reports: BTreeMap::new(),
@@ -69,17 +69,19 @@ impl Shared {
         &self,
         from: PartId,
         number: u64,
-        word: SettleWord,
+        word: QuiescenceMessage,
     ) -> Result<(), SpanError> {
-        let to_home = matches!(word, SettleWord::Quiet(_));
+        let to_home = matches!(word, QuiescenceMessage::Quiet(_));
         if to_home != self.is_home() || !to_home && from != PartId::HOME {
             let reason = "it says what only another part can say of what is on its way".into();
             return Err(SpanError::Lost { part: from, reason });
         }
         let mut state = locked(&self.state);
         match word {
-            SettleWord::Begin => self.settles(&mut state, Some(Settling::new(number))),
-            SettleWord::Over
+            QuiescenceMessage::Begin => {
+                self.settles(&mut state, Some(QuiescenceState::new(number)))
+            }
+            QuiescenceMessage::Over
                 if state
                     .settling
                     .as_ref()
@@ -87,8 +89,8 @@ impl Shared {
             {
                 self.settles(&mut state, None);
             }
-            SettleWord::Over => {}
-            SettleWord::Quiet(traffic) => {
+            QuiescenceMessage::Over => {}
+            QuiescenceMessage::Quiet(traffic) => {
                 let settling = state.settling.as_mut();
                 if let Some(settling) = settling.filter(|it| it.number == number) {
                     settling.reports.insert(from, traffic);
@@ -98,7 +100,7 @@ impl Shared {
         Ok(())
     }
 
-    fn settles(&self, state: &mut State, settling: Option<Settling>) {
+    fn settles(&self, state: &mut State, settling: Option<QuiescenceState>) {
         self.is_settling.store(settling.is_some(), Ordering::SeqCst);
         state.settling = settling;
         self.changed.notify_all();
@@ -151,18 +153,18 @@ impl Shared {
             settling.told = Some(traffic.clone());
             (settling.number, traffic.clone())
         };
-        let word = SettleWord::Quiet(traffic);
-        self.tell_part(PartId::HOME, &Parcel::Settle { number, word })
+        let word = QuiescenceMessage::Quiet(traffic);
+        self.tell_part(PartId::HOME, &PeerMessage::Quiescence { number, word })
     }
 }
 
 /// Nothing is on its way, and nothing moves by itself, until it is dropped.
-pub(super) struct Settled {
+pub(super) struct QuiescenceGuard {
     shared: Arc<Shared>,
     number: u64,
 }
 
-impl Drop for Settled {
+impl Drop for QuiescenceGuard {
     fn drop(&mut self) {
         let shared = &self.shared;
         {
@@ -176,9 +178,9 @@ impl Drop for Settled {
             }
             shared.no_longer_settle(&mut state);
         }
-        let (number, word) = (self.number, SettleWord::Over);
+        let (number, word) = (self.number, QuiescenceMessage::Over);
         if !shared.over.load(Ordering::Acquire)
-            && let Err(error) = shared.tell_all(&Parcel::Settle { number, word })
+            && let Err(error) = shared.tell_all(&PeerMessage::Quiescence { number, word })
         {
             shared.end(error);
         }
@@ -190,8 +192,11 @@ impl Shared {
     /// nobody writes for the host. Only of the home.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Unsettled`] if that takes longer.
-    pub(super) fn settle(self: &Arc<Self>, patience: Duration) -> Result<Settled, SpanError> {
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer.
+    pub(super) fn settle(
+        self: &Arc<Self>,
+        patience: Duration,
+    ) -> Result<QuiescenceGuard, SpanError> {
         let deadline = Instant::now() + patience;
         let mut state = locked(&self.state);
         let number = loop {
@@ -199,27 +204,27 @@ impl Shared {
                 return Err(failure.clone());
             }
             if !self.is_home() {
-                return Err(SpanError::Cut);
+                return Err(SpanError::CutUnavailable);
             }
             if state.settling.is_none() {
                 state.settled += 1;
                 let number = state.settled;
-                self.settles(&mut state, Some(Settling::new(number)));
+                self.settles(&mut state, Some(QuiescenceState::new(number)));
                 break number;
             }
             // (Another one is at it.)
             if Instant::now() >= deadline {
-                return Err(SpanError::Unsettled { patience });
+                return Err(SpanError::NotQuiescent { patience });
             }
             state = self.wait_changed(state, LOOK_AGAIN);
         };
         drop(state);
-        let settled = Settled {
+        let settled = QuiescenceGuard {
             shared: self.clone(),
             number,
         };
-        let word = SettleWord::Begin;
-        self.tell_all(&Parcel::Settle { number, word })?;
+        let word = QuiescenceMessage::Begin;
+        self.tell_all(&PeerMessage::Quiescence { number, word })?;
         loop {
             // (What it has heard and not done yet only the thread that serves knows.)
             self.ring();
@@ -231,7 +236,7 @@ impl Shared {
                 return Ok(settled);
             }
             if Instant::now() >= deadline {
-                return Err(SpanError::Unsettled { patience });
+                return Err(SpanError::NotQuiescent { patience });
             }
             drop(self.wait_changed(state, LOOK_AGAIN));
         }
@@ -248,7 +253,7 @@ impl Shared {
     pub(super) fn settle_with_all(
         self: &Arc<Self>,
         patience: Duration,
-    ) -> Result<Settled, SpanError> {
+    ) -> Result<QuiescenceGuard, SpanError> {
         let deadline = Instant::now() + patience;
         loop {
             let moved = {
@@ -256,7 +261,7 @@ impl Shared {
                 state.directories_moved || state.coherence.directories().next().is_some()
             };
             if moved {
-                self.step(vec![(Event::Gather, Beside::Nothing)]);
+                self.step(vec![(Event::Gather, EventContext::Nothing)]);
             }
             let settled = self.settle(deadline.saturating_duration_since(Instant::now()))?;
             // (One may have been on its way elsewhere.)
@@ -288,7 +293,7 @@ impl Pages {
     /// ([`Self::keep_directories`]). Only of the home.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Unsettled`] if that takes longer.
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer.
     pub fn call_directories(&self, patience: Duration) -> Result<(), SpanError> {
         let deadline = Instant::now() + patience;
         loop {
@@ -299,7 +304,7 @@ impl Pages {
             for some in elsewhere.chunks(MOVES_MAX) {
                 let events = some.iter().map(|(segment, _)| {
                     let (segment, to) = (*segment, PartId::HOME);
-                    (Event::MoveDirectory { segment, to }, Beside::Nothing)
+                    (Event::MoveDirectory { segment, to }, EventContext::Nothing)
                 });
                 self.shared.step(events.collect());
             }
@@ -309,7 +314,7 @@ impl Pages {
                     return Err(failure);
                 }
                 if Instant::now() >= deadline {
-                    return Err(SpanError::Unsettled { patience });
+                    return Err(SpanError::NotQuiescent { patience });
                 }
                 std::thread::sleep(LOOK_AGAIN);
             }
@@ -320,7 +325,7 @@ impl Pages {
     /// threads stand, and nobody reads or writes for the host. Only of the home.
     ///
     /// # Errors
-    /// [`SpanError`]; [`SpanError::Unsettled`] if that takes longer.
+    /// [`SpanError`]; [`SpanError::NotQuiescent`] if that takes longer.
     pub fn bring_directories(&self, patience: Duration) -> Result<(), SpanError> {
         self.shared.settle_with_all(patience).map(drop)
     }
